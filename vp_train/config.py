@@ -1,0 +1,221 @@
+"""The configuration tree: frozen dataclasses that check their own fields.
+
+Everything here is what a user may set; derived values live in `RunPlan`.  Checks that need two sections, or the world size,
+live in `plan`.  Every check raises ConfigError, which names the value and the way out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+class ConfigError(ValueError):
+    """A value the user can change.  The command line prints its message, without a traceback, and exits 78."""
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ConfigError(f"{name}={value} is too small; it must be at least {least}")
+
+
+def _fraction(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigError(f"{name}={value} is out of range; it must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
+
+    num_layers: int = 8
+    hidden_size: int = 256
+    num_heads: int = 8
+    num_query_groups: int = 4
+    ffn_hidden_size: int = 768
+    vocab_size: int = 32_768
+    seq_length: int = 256
+    tied_embeddings: bool = False
+    rope_base: float = 10_000.0
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_heads", "num_query_groups", "ffn_hidden_size", "vocab_size", "seq_length"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"model.hidden_size={self.hidden_size} does not split over model.num_heads={self.num_heads}; "
+                f"use a multiple of {self.num_heads}"
+            )
+        if self.hidden_size // self.num_heads % 2:
+            raise ConfigError(
+                f"model.hidden_size / model.num_heads = {self.hidden_size // self.num_heads} is odd; "
+                "rotary embeddings need an even head size"
+            )
+        if self.num_heads % self.num_query_groups:
+            raise ConfigError(
+                f"model.num_heads={self.num_heads} does not split over model.num_query_groups={self.num_query_groups}; "
+                f"use a divisor of {self.num_heads}"
+            )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The base schedule, by its name in `schedules.generators`."""
+
+    name: str = "1f1b"
+
+
+@dataclass(frozen=True)
+class VocabConfig:
+    """How the input and output layers are split, and which code computes S and T."""
+
+    algorithm: str = "one_barrier"
+    backend: str = "chunked"
+    shards: tuple[int, ...] | None = None  # rows of each rank; None: as equal as possible
+
+    def __post_init__(self) -> None:
+        _choice("vocab.backend", self.backend, ("reference", "chunked"))
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Degrees of parallelism, and where the layers go.
+
+    `pp` None: as many pipeline ranks as the launcher started.  `placement`: `even`, or `redistribute`, which takes layers
+    from the last stage to make room for the output layer.  `layers_per_stage` overrides both.
+    """
+
+    pp: int | None = 4
+    placement: str = "even"
+    layers_per_stage: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _choice("parallel.placement", self.placement, ("even", "redistribute"))
+        if self.pp is not None:
+            _at_least("parallel.pp", self.pp, 1)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, a learning-rate schedule with warm-up, global gradient clipping.
+
+    `schedule`: `cosine` from lr to min_lr; `wsd` holds lr and decays linearly to min_lr over the last decay_fraction of the run.
+    """
+
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    schedule: str = "cosine"
+    warmup_steps: int = 20
+    decay_fraction: float = 0.2
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_grad_norm: float = 1.0  # 0 turns clipping off
+
+    def __post_init__(self) -> None:
+        _choice("optim.schedule", self.schedule, ("cosine", "wsd"))
+        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "clip_grad_norm"):
+            _at_least(f"optim.{name}", getattr(self, name), 0)
+        for name in ("beta1", "beta2", "decay_fraction"):
+            _fraction(f"optim.{name}", getattr(self, name))
+        if not self.epsilon > 0:
+            raise ConfigError(f"optim.epsilon={self.epsilon} is too small; it must be above 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from.
+
+    `pystdlib`: the running Python's standard library.  `text`: the text or .jsonl files under `path`.  `synthetic`: a source
+    of known entropy, any vocabulary.  `tokenizer`: a Hugging Face tokenizer.json; None trains one of model.vocab_size.
+    """
+
+    name: str = "pystdlib"
+    path: str | None = None
+    tokenizer: str | None = None
+    jsonl_field: str = "text"
+    cache_dir: str = "data-cache"
+    validation_fraction: float = 0.05
+    synthetic_tokens: int = 1_000_000
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        _choice("data.name", self.name, ("pystdlib", "text", "synthetic"))
+        _fraction("data.validation_fraction", self.validation_fraction)
+        _at_least("data.synthetic_tokens", self.synthetic_tokens, 1)
+        if self.name == "text" and self.path is None:
+            raise ConfigError("data.name=text needs data.path: a directory of text or .jsonl files, or one such file")
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    """Seconds the planner assumes; per pass they follow from FLOPs at `flops_per_second`."""
+
+    flops_per_second: float = 4e10
+    hop_seconds: float = 2e-4
+    collective_seconds: float = 5e-4
+
+    def __post_init__(self) -> None:
+        if not self.flops_per_second > 0:
+            raise ConfigError(f"cost.flops_per_second={self.flops_per_second} is too small; it must be above 0")
+        for name in ("hop_seconds", "collective_seconds"):
+            _at_least(f"cost.{name}", getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One run: how long, where its files go, what happens when something goes wrong."""
+
+    name: str = "default"
+    root: str = "runs"
+    steps: int = 200
+    seed: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    log_every: int = 10
+    eval_every: int = 50
+    eval_microbatches: int = 16
+    checkpoint_every: int = 100  # the last step is always saved; 0 turns checkpoints off
+    keep_checkpoints: int = 2
+    resume: bool = False  # continue from the newest checkpoint of this run directory
+    trace_step: int = 5  # the step whose passes are timed and written as a trace; 0 turns it off
+    on_nonfinite: str = "stop"
+    timeout_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        _choice("run.dtype", self.dtype, ("float32", "float64"))
+        _choice("run.device", self.device, ("cpu", "cuda"))
+        _choice("run.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        for name in ("steps", "log_every", "keep_checkpoints", "timeout_seconds"):
+            _at_least(f"run.{name}", getattr(self, name), 1)
+        for name in ("eval_every", "eval_microbatches", "checkpoint_every", "trace_step"):
+            _at_least(f"run.{name}", getattr(self, name), 0)
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ConfigError(f"run.name={self.name!r} is not a directory name; use letters, digits and dashes, and run.root for the parent")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    vocab: VocabConfig = field(default_factory=VocabConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+    run: RunSettings = field(default_factory=RunSettings)
+    num_microbatches: int = 8
+    micro_batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least("num_microbatches", self.num_microbatches, 1)
+        _at_least("micro_batch_size", self.micro_batch_size, 1)
