@@ -112,3 +112,9 @@ VOCAB_ALGORITHMS: dict[str, VocabAlgorithm] = {
         VocabAlgorithm("one_barrier", True, 1, _ONE_BARRIER),
     )
 }
+
+
+def evaluation(algorithm: VocabAlgorithm) -> VocabAlgorithm:
+    """The forward-only part of any algorithm: embed, share x, gather the statistics from which every rank knows the loss."""
+    statistics = Barrier("C1", End.OUTPUT, _STATS, Kind.S, ())
+    return VocabAlgorithm("evaluate", algorithm.sharded, 0, (_EMBED, _SHARE_X, statistics))

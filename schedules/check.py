@@ -1,0 +1,136 @@
+"""Is a schedule, or a program, right?  Both checks are pure and run before a process starts.
+
+A schedule: every pass once, on its rank, and no circle of waiting.  A program: every input waited for before its use, sends
+that match receives, one order of collectives on all ranks of a communicator, and no deadlock even if every communication
+is a rendezvous, that is, blocks all its ranks until the last of them arrives.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from schedules.graph import require_acyclic
+from schedules.ir import Schedule
+from schedules.lower import Action, Op, Program
+from schedules.problem import Collective, Problem
+from schedules.simulate import predecessors
+from schedules.vocab import End
+
+
+def check_schedule(schedule: Schedule, problem: Problem) -> None:
+    """Raise ValueError naming the pass that is missing, repeated or misplaced; DeadlockError naming a circle."""
+    if schedule.num_ranks != problem.layout.num_ranks:
+        raise ValueError(f"schedule {schedule.name!r} has {schedule.num_ranks} ranks, the layout {problem.layout.num_ranks}")
+    for rank, order in enumerate(schedule.ranks):
+        needed = set(problem.passes_of(rank))
+        for item, count in Counter(order).items():
+            if item not in needed:
+                raise ValueError(f"rank {rank} runs {item}, which is not among its passes")
+            if count > 1:
+                raise ValueError(f"rank {rank} runs {item} {count} times; every pass runs once")
+        missing = needed.difference(order)
+        if missing:
+            raise ValueError(f"rank {rank} never runs {min(missing)} ({len(missing)} passes missing)")
+    require_acyclic(predecessors(schedule, problem))
+
+
+def check_program(program: Program, problem: Problem) -> None:
+    """Raise ValueError or DeadlockError naming what is wrong with `program`."""
+    for rank, ops in enumerate(program.ranks):
+        _check_rank(rank, ops, problem)
+    _check_pairs(program)
+    _check_collective_order(program, problem)
+    _check_rendezvous(program)
+
+
+def _check_rank(rank: int, ops: tuple[Op, ...], problem: Problem) -> None:
+    needed = set(problem.passes_of(rank))
+    done: set[Op] = set()
+    for op in ops:
+        if op in done:
+            raise ValueError(f"rank {rank} does {op} twice")
+        for before in _needs(op, rank, problem):
+            if before not in done:
+                raise ValueError(f"rank {rank} does {op} before {before}")
+        done.add(op)
+    ran = {op.item for op in ops if op.action is Action.RUN}
+    if ran != needed:
+        odd = sorted(map(str, ran.symmetric_difference(needed)))
+        raise ValueError(f"rank {rank} does not run its passes once each; first difference: {odd[0]}")
+
+
+def _needs(op: Op, rank: int, problem: Problem) -> list[Op]:
+    """The operations of the same rank that must come before `op`."""
+    match op.action:
+        case Action.SEND:
+            return [Op(Action.RUN, op.item)]
+        case Action.ARRIVE:
+            return [Op(Action.RECV, op.item, op.peer)]
+        case Action.WAIT:
+            return [Op(Action.START, op.item)]
+        case Action.RECV:
+            return []
+    before = []
+    for earlier in problem.inputs_of(op.item):
+        if isinstance(earlier, Collective):
+            before.append(Op(Action.WAIT, earlier))
+        elif problem.rank_of(earlier) == rank:
+            before.append(Op(Action.RUN, earlier))
+        elif op.action is Action.RUN:
+            before.append(Op(Action.ARRIVE, earlier, problem.rank_of(earlier)))
+    return before
+
+
+def _check_pairs(program: Program) -> None:
+    sends, receives = set(), set()
+    for rank, ops in enumerate(program.ranks):
+        for op in ops:
+            if op.action is Action.SEND:
+                sends.add((op.item, rank, op.peer))
+            elif op.action is Action.RECV:
+                receives.add((op.item, op.peer, rank))
+    for item, sender, receiver in sorted(sends ^ receives):
+        raise ValueError(f"the transfer of {item} from rank {sender} to rank {receiver} has only one side")
+
+
+def _check_collective_order(program: Program, problem: Problem) -> None:
+    for end in End:
+        ranks = problem.shard_ranks(end)
+        orders = {rank: _collectives(program.ranks[rank], end, problem) for rank in ranks}
+        first = orders[ranks[0]]
+        expected = {node for node in problem.collectives() if problem.algorithm.barrier(node.barrier).end is end}
+        if set(first) != expected:
+            raise ValueError(f"rank {ranks[0]} does not start every {end} collective: {len(first)} of {len(expected)}")
+        for rank, order in orders.items():
+            if order != first:
+                at = next((i for i, pair in enumerate(zip(first, order, strict=False)) if pair[0] != pair[1]), len(order))
+                mine, other = [str(o[at]) if at < len(o) else "nothing" for o in (order, first)]
+                raise ValueError(
+                    f"ranks order the {end} collectives differently: at place {at}, rank {rank} starts {mine}, rank {ranks[0]} {other}"
+                )
+
+
+def _collectives(ops: tuple[Op, ...], end: End, problem: Problem) -> list[Collective]:
+    return [
+        op.item
+        for op in ops
+        if op.action is Action.START
+        and isinstance(op.item, Collective)
+        and problem.algorithm.barrier(op.item.barrier).end is end
+    ]
+
+
+def _check_rendezvous(program: Program) -> None:
+    """Every communication is one node, which all its ranks enter together: the graph of the rank orders has no circle."""
+    graph: dict[str, list[str]] = {}
+    for ops in program.ranks:
+        previous: str | None = None
+        for op in ops:
+            if op.action in (Action.ARRIVE, Action.WAIT):
+                continue  # nothing left to wait for once issuing has blocked
+            node = str(op.item) if op.action in (Action.RUN, Action.START) else f"the transfer of {op.item}"
+            before = graph.setdefault(node, [])
+            if previous is not None:
+                before.append(previous)
+            previous = node
+    require_acyclic(graph)

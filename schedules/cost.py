@@ -1,0 +1,53 @@
+"""What passes cost: seconds and bytes.  The simulator and the generators read nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from schedules.ir import Kind, Pass
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Seconds of each pass, hop and barrier; bytes that passes keep.
+
+    `pass_seconds[kind]` has one entry per stage for F, B, I, W and one per rank for S, T, E, G.  `stage_bytes[s]` stay from
+    F of stage s to its B (or W), `shard_bytes[r]` from S of rank r to its T.
+    """
+
+    pass_seconds: Mapping[Kind, tuple[float, ...]]
+    hop_seconds: float = 0.0
+    barrier_seconds: Mapping[str, float] = field(default_factory=dict)
+    stage_bytes: tuple[float, ...] = ()
+    shard_bytes: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for kind, values in self.pass_seconds.items():
+            if any(value < 0 for value in values):
+                raise ValueError(f"a {kind} pass cannot take {min(values)} s; costs are at least 0")
+
+    def seconds(self, item: Pass) -> float:
+        """Duration of `item`; 0 for a kind without an entry.  Raises ValueError if the stage has no cost."""
+        values = self.pass_seconds.get(item.kind)
+        if values is None:
+            return 0.0
+        if item.stage >= len(values):
+            raise ValueError(f"no cost for {item}: {len(values)} value(s) of {item.kind}, one per stage or rank needed")
+        return values[item.stage]
+
+    def barrier(self, name: str) -> float:
+        """Seconds of one barrier, from its last participant's start; 0 without an entry."""
+        return self.barrier_seconds.get(name, 0.0)
+
+    def kept_bytes(self, item: Pass) -> float:
+        """Bytes that F or S leaves behind for a later pass of the same stage or shard."""
+        values = {Kind.F: self.stage_bytes, Kind.S: self.shard_bytes}.get(item.kind, ())
+        return values[item.stage] if item.stage < len(values) else 0.0
+
+    @classmethod
+    def uniform(cls, num_stages: int, num_ranks: int, *, hop: float = 0.0, barrier: float = 0.0, **seconds: float) -> CostModel:
+        """Equal stages and equal shards: `uniform(4, 4, F=1, B=2, S=0.5)`; a stage keeps 1 byte, a shard none."""
+        per = {Kind(kind): (value,) * (num_ranks if Kind(kind).is_vocabulary else num_stages) for kind, value in seconds.items()}
+        barriers = dict.fromkeys(("CE", "C0", "C1", "C1b", "C2", "CG"), barrier)
+        return cls(per, hop, barriers, (1.0,) * num_stages, (0.0,) * num_ranks)

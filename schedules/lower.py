@@ -1,0 +1,120 @@
+"""Schedule -> Program: the passes of every rank with its communication woven in.
+
+Every operation gets a place in one global order that rises along all dependencies (the simulated time at which its inputs
+are there), and every rank executes its operations in that order.  So all ranks issue the collectives of a communicator in
+the same order, and nothing can wait in a circle even if each communication blocks until its partner arrives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from schedules.cost import CostModel
+from schedules.ir import Pass, Schedule
+from schedules.problem import Collective, Node, Problem
+from schedules.simulate import Event, events
+
+
+class Action(StrEnum):
+    """What a rank does with an operation.  All communication is asynchronous: issued by one operation, awaited by another."""
+
+    RUN = "run"  # compute a pass
+    SEND = "send"  # issue the send of a pass's output to `peer`
+    RECV = "recv"  # issue the receive of a pass's output from `peer`
+    ARRIVE = "arrive"  # wait for that receive
+    START = "start"  # issue a collective
+    WAIT = "wait"  # wait for it
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operation of one rank: on a pass, or on a barrier of one microbatch."""
+
+    action: Action
+    item: Pass | Collective
+    peer: int | None = None
+
+    def __str__(self) -> str:
+        if self.action is Action.RUN:
+            return str(self.item)
+        return f"{self.action}:{self.item}" + ("" if self.peer is None else f"@{self.peer}")
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What each rank executes, in order."""
+
+    ranks: tuple[tuple[Op, ...], ...]
+
+    def text(self) -> str:
+        """One line per rank."""
+        return "\n".join(" ".join(map(str, ops)) for ops in self.ranks) + "\n"
+
+
+def lower(schedule: Schedule, problem: Problem, cost: CostModel) -> Program:
+    """The program of `schedule`.  Costs choose where communication is issued, never whether the program is correct."""
+    happened = list(events(schedule, problem, cost))
+    programs: list[list[Op]] = [[] for _ in range(problem.layout.num_ranks)]
+    awaited: list[set[Node]] = [set() for _ in programs]
+
+    def wait_for_inputs(node: Node, rank: int) -> None:
+        for earlier in problem.inputs_of(node):
+            if earlier in awaited[rank]:
+                continue
+            if isinstance(earlier, Collective):
+                awaited[rank].add(earlier)
+                programs[rank].append(Op(Action.WAIT, earlier))
+            elif problem.is_hop(earlier, node):
+                awaited[rank].add(earlier)
+                programs[rank].append(Op(Action.ARRIVE, earlier, problem.rank_of(earlier)))
+
+    for node in _issue_order(happened, problem):
+        if isinstance(node, _Hop):
+            programs[node.sender].append(Op(Action.SEND, node.item, node.receiver))
+            programs[node.receiver].append(Op(Action.RECV, node.item, node.sender))
+        elif isinstance(node, Collective):
+            for rank in problem.shard_ranks(problem.algorithm.barrier(node.barrier).end):
+                if any(isinstance(earlier, Collective) for earlier in problem.inputs_of(node)):
+                    wait_for_inputs(node, rank)
+                programs[rank].append(Op(Action.START, node))
+        else:
+            rank = problem.rank_of(node)
+            wait_for_inputs(node, rank)
+            programs[rank].append(Op(Action.RUN, node))
+    return Program(tuple(map(tuple, programs)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Hop:
+    item: Pass
+    sender: int
+    receiver: int
+
+
+def _consumers_elsewhere(happened: list[Event], problem: Problem) -> dict[Pass, int]:
+    """The rank, other than its own, that needs the output of a pass by a point-to-point transfer."""
+    receivers: dict[Pass, int] = {}
+    for event in happened:
+        for earlier in problem.inputs_of(event.node):
+            if isinstance(earlier, Pass) and isinstance(event.node, Pass) and problem.is_hop(earlier, event.node):
+                receivers[earlier] = problem.rank_of(event.node)
+    return receivers
+
+
+def _issue_order(happened: list[Event], problem: Problem) -> list[Pass | Collective | _Hop]:
+    """All nodes in issue order: a communication as soon as its inputs are there, a pass at its end.
+
+    The sweep yields events in an order that rises along dependencies, so its index breaks ties of time.
+    """
+    receivers = _consumers_elsewhere(happened, problem)
+    keyed: list[tuple[float, int, int, Pass | Collective | _Hop]] = []
+    for index, event in enumerate(happened):
+        if isinstance(event.node, Collective):
+            keyed.append((event.ready, index, 0, event.node))
+        else:
+            keyed.append((event.end, index, 0, event.node))
+            if event.node in receivers:
+                hop = _Hop(event.node, problem.rank_of(event.node), receivers[event.node])
+                keyed.append((event.end, index, 1, hop))
+    return [node for *_, node in sorted(keyed, key=lambda entry: entry[:3])]

@@ -1,0 +1,136 @@
+"""The problem a schedule solves: which passes exist, where they run, and what each waits for.
+
+`Problem.inputs_of` is the only dependency rule; generators, simulator, lowering and checker all ask it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from schedules.ir import Kind, Pass
+from schedules.layout import Layout
+from schedules.vocab import End, Transfer, VocabAlgorithm
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Collective:
+    """A barrier of one microbatch: one node, shared by all ranks that own a shard."""
+
+    barrier: str
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.barrier}.{self.microbatch}"
+
+
+Node = Pass | Collective
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One step: `num_microbatches` through the stages of `layout`, with the passes of `algorithm`.
+
+    `split_backward` replaces B by I and W; `forward_only` is evaluation, which needs `vocab.evaluation(algorithm)`.
+    """
+
+    layout: Layout
+    num_microbatches: int
+    algorithm: VocabAlgorithm
+    split_backward: bool = False
+    forward_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_microbatches < 1:
+            raise ValueError(f"{self.num_microbatches} microbatches; a step needs at least 1")
+
+    @property
+    def last_stage(self) -> int:
+        return self.layout.num_stages - 1
+
+    @property
+    def backward(self) -> Kind:
+        """The kind that sends a gradient upstream."""
+        return Kind.I if self.split_backward else Kind.B
+
+    @property
+    def stage_kinds(self) -> tuple[Kind, ...]:
+        if self.forward_only:
+            return (Kind.F,)
+        return (Kind.F, Kind.I, Kind.W) if self.split_backward else (Kind.F, Kind.B)
+
+    @property
+    def shard_kinds(self) -> dict[End, tuple[Kind, ...]]:
+        if self.forward_only:
+            return {End.INPUT: (Kind.E,), End.OUTPUT: (Kind.S,)}
+        return {End.INPUT: (Kind.E, Kind.G), End.OUTPUT: (Kind.S, Kind.T)}
+
+    def root(self, end: End) -> int:
+        """The rank of the first or last stage."""
+        return self.layout.rank_of(0 if end is End.INPUT else self.last_stage)
+
+    def shard_ranks(self, end: End) -> tuple[int, ...]:
+        """The ranks that own rows of this end's vocabulary layer."""
+        return tuple(range(self.layout.num_ranks)) if self.algorithm.sharded else (self.root(end),)
+
+    def rank_of(self, item: Pass) -> int:
+        return item.stage if item.kind.is_vocabulary else self.layout.rank_of(item.stage)
+
+    def passes_of(self, rank: int) -> Iterator[Pass]:
+        """Every pass that `rank` must run once, in no particular order."""
+        for microbatch in range(self.num_microbatches):
+            for stage in self.layout.stages_of(rank):
+                for kind in self.stage_kinds:
+                    yield Pass(stage, kind, microbatch)
+            for end, kinds in self.shard_kinds.items():
+                if rank in self.shard_ranks(end):
+                    for kind in kinds:
+                        yield Pass(rank, kind, microbatch)
+
+    def collectives(self) -> Iterator[Collective]:
+        """Every barrier of every microbatch."""
+        for microbatch in range(self.num_microbatches):
+            for barrier in self.algorithm.barriers:
+                yield Collective(barrier.name, microbatch)
+
+    def inputs_of(self, node: Node) -> tuple[Node, ...]:
+        """What must have finished before `node` starts: THE dependency rule."""
+        if isinstance(node, Collective):
+            return self._inputs_of_collective(node)
+        stage, kind, i = node.stage, node.kind, node.microbatch
+        match kind:
+            case Kind.F:
+                return (Pass(stage - 1, Kind.F, i),) if stage > 0 else self._barriers_before(Kind.F, i)
+            case Kind.B | Kind.I:
+                own = Pass(stage, Kind.F, i)
+                if stage == self.last_stage:
+                    return (own, *self._barriers_before(Kind.B, i))
+                return (own, Pass(stage + 1, kind, i))
+            case Kind.W:
+                return (Pass(stage, Kind.I, i),)
+            case Kind.T:
+                return (Pass(stage, Kind.S, i), *self._barriers_before(Kind.T, i))
+            case _:
+                return self._barriers_before(kind, i)
+
+    def _barriers_before(self, kind: Kind, microbatch: int) -> tuple[Node, ...]:
+        return tuple(Collective(barrier.name, microbatch) for barrier in self.algorithm.barriers if kind in barrier.before)
+
+    def _inputs_of_collective(self, node: Collective) -> tuple[Node, ...]:
+        barrier, i = self.algorithm.barrier(node.barrier), node.microbatch
+        if not isinstance(barrier.after, Kind):
+            return (Collective(barrier.after, i),)
+        if barrier.after is Kind.F:
+            return (Pass(self.last_stage, Kind.F, i),)
+        if barrier.after is Kind.B:
+            return (Pass(0, self.backward, i),)
+        return tuple(Pass(rank, barrier.after, i) for rank in self.shard_ranks(barrier.end))
+
+    def is_hop(self, earlier: Node, later: Node) -> bool:
+        """True when `later` needs a tensor of `earlier` that another rank holds: one point-to-point transfer."""
+        return isinstance(earlier, Pass) and isinstance(later, Pass) and self.rank_of(earlier) != self.rank_of(later)
+
+    def receivers(self, node: Collective) -> tuple[int, ...]:
+        """The ranks on which the result of the collective arrives."""
+        barrier = self.algorithm.barrier(node.barrier)
+        return (self.root(barrier.end),) if barrier.transfer is Transfer.REDUCE else self.shard_ranks(barrier.end)
