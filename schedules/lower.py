@@ -82,6 +82,10 @@ def lower(schedule: Schedule, problem: Problem, cost: CostModel) -> Program:
             rank = problem.rank_of(node)
             wait_for_inputs(node, rank)
             programs[rank].append(Op(Action.RUN, node))
+    for node in problem.collectives():
+        for rank in problem.receivers(node):
+            if node not in awaited[rank]:  # no pass needs it (the loss of an evaluation): the end of the step does
+                programs[rank].append(Op(Action.WAIT, node))
     return Program(tuple(map(tuple, programs)))
 
 

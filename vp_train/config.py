@@ -28,6 +28,13 @@ def _fraction(name: str, value: float) -> None:
         raise ConfigError(f"{name}={value} is out of range; it must lie in [0, 1)")
 
 
+def _freeze(section: object, name: str) -> None:
+    """A YAML list becomes the tuple its field promises."""
+    value = getattr(section, name)
+    if value is not None:
+        object.__setattr__(section, name, tuple(value))
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
@@ -81,6 +88,7 @@ class VocabConfig:
 
     def __post_init__(self) -> None:
         _choice("vocab.backend", self.backend, ("reference", "chunked"))
+        _freeze(self, "shards")
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ class ParallelConfig:
     from the last stage to make room for the output layer.  `layers_per_stage` overrides both.
     """
 
-    pp: int | None = 4
+    pp: int | None = None
     placement: str = "even"
     layers_per_stage: tuple[int, ...] | None = None
 
@@ -99,6 +107,7 @@ class ParallelConfig:
         _choice("parallel.placement", self.placement, ("even", "redistribute"))
         if self.pp is not None:
             _at_least("parallel.pp", self.pp, 1)
+        _freeze(self, "layers_per_stage")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,193 @@
+"""The commands.  This module alone knows hydra and omegaconf; it turns overrides into a RunConfig and errors into exit codes."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
+
+from vp_train.config import ConfigError, RunConfig
+
+EXIT_INTERNAL = 70  # a bug, or a peer that died
+EXIT_IO = 74
+EXIT_CONFIG = 78  # a value or data the user must change; restarting cannot help
+
+_HELP = """\
+{command}: {purpose}
+
+usage: {command} [group=choice ...] [key=value ...]
+       {command} --print-config ...     show the resolved configuration and stop
+
+Groups and their choices (each is a YAML file of configs/):
+{groups}
+
+Values, with what this command line sets them to:
+{values}
+
+A list is written [1,2,3], nothing is null.  Examples:
+  vp-train                                       4 ranks on this machine, Python's standard library as text
+  vp-train vocab=two_barrier model.vocab_size=65536 parallel.pp=2 run.name=two
+  vp-train run.resume=true                       go on from the newest checkpoint of runs/default
+  torchrun --nproc-per-node 4 -m vp_train schedule=gpipe data=synthetic
+"""
+
+
+def train() -> None:
+    """`vp-train` and `python -m vp_train`: a rank when torchrun started us, otherwise the launcher of all ranks."""
+    _main("vp-train", "trains a decoder with vocabulary and pipeline parallelism", _train)
+
+
+def prepare() -> None:
+    """`vp-prepare`: tokenize the data of a run, so that training starts at once."""
+    _main("vp-prepare", "tokenizes text and stores it for training", _prepare)
+
+
+def _train(config: RunConfig, overrides: Sequence[str]) -> int:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        from vp_train.train import run_rank
+
+        return run_rank(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), config_text(config))
+    from vp_train.launcher import launch
+
+    return launch(config, overrides)
+
+
+def _prepare(config: RunConfig, overrides: Sequence[str]) -> int:
+    from vp_train.data import describe, prepare
+
+    print(describe(prepare(config.data, config.model.vocab_size, progress=True)))
+    return 0
+
+
+def _main(command: str, purpose: str, body: Callable[[RunConfig, Sequence[str]], int]) -> NoReturn:
+    arguments = sys.argv[1:]
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        overrides = [word for word in arguments if word not in ("--help", "-h", "--print-config")]
+        config = load_config(overrides)
+        if "--help" in arguments or "-h" in arguments:
+            print(_help(command, purpose, config))
+            code = 0
+        elif "--print-config" in arguments:
+            print(config_text(config), end="")
+            code = 0
+        else:
+            code = body(config, overrides)
+    except ConfigError as error:
+        if speaks:
+            print(f"{command}: {error}", file=sys.stderr, flush=True)
+        code = EXIT_CONFIG
+    except OSError as error:
+        print(f"{command}: {error}", file=sys.stderr, flush=True)
+        code = EXIT_IO
+    except KeyboardInterrupt:
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_INTERNAL
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def load_config(overrides: Sequence[str]) -> RunConfig:
+    """Compose configs/ and `overrides`.  Raises ConfigError with the offending override and the way out."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    schema = OmegaConf.structured(RunConfig)
+    _thaw(schema)
+    ConfigStore.instance().store(name="schema", node=schema)
+    options = [word for word in overrides if word.startswith("-")]
+    if options:
+        raise ConfigError(f"{options[0]} is not an option; there are --help and --print-config, all else is key=value")
+    try:
+        with initialize_config_module("vp_train.configs", version_base="1.3"):
+            composed = compose("config", overrides=list(overrides))
+        config = OmegaConf.to_object(composed)
+    except OverrideParseException as error:
+        raise ConfigError(f"{error.override!r} is not an override; write key=value, e.g. run.steps=100") from None
+    except MissingConfigException as error:
+        raise ConfigError(_unknown_choice(error)) from None
+    except ConfigCompositionException as error:
+        raise ConfigError(_bad_override(error, _keys(schema))) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from None
+    except HydraException as error:
+        raise ConfigError(_first_line(error)) from None
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def config_text(config: RunConfig) -> str:
+    """The whole configuration as YAML."""
+    from omegaconf import OmegaConf
+
+    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _thaw(node: object) -> None:
+    """A frozen dataclass makes read-only nodes, which nothing can be merged into."""
+    from omegaconf import DictConfig, OmegaConf
+
+    if isinstance(node, DictConfig):
+        OmegaConf.set_readonly(node, False)
+        for key in node:
+            _thaw(node._get_node(key))
+
+
+def _keys(node: object, prefix: str = "") -> Iterator[str]:
+    from omegaconf import DictConfig
+
+    assert isinstance(node, DictConfig)
+    for key in node:
+        child = node._get_node(key)
+        yield f"{prefix}{key}"
+        if isinstance(child, DictConfig):
+            yield from _keys(child, f"{prefix}{key}.")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _unknown_choice(error: BaseException) -> str:
+    """hydra lists the options one per line after 'Available options in'; we say it in one line."""
+    lines = str(error).splitlines()
+    missing = lines[0].partition("Could not find ")[2].strip("'") or lines[0]
+    options = [line.strip() for line in lines if line.startswith("\t") and "=" not in line]
+    group, _, choice = missing.rpartition("/")
+    if not group:
+        return f"{missing!r} is not a configuration file"
+    return f"{group}={choice} is not known; choose one of {', '.join(options)}"
+
+
+def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
+    first = _first_line(error)
+    if first.startswith("Could not override"):
+        key = first.split("'")[1]
+        close = difflib.get_close_matches(key, list(keys), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see vp-train --help for all keys"
+        return f"{key} is not a setting; {hint}"
+    reason = f": {_first_line(error.__cause__)}" if error.__cause__ is not None else ""
+    return first.replace("Error merging override ", "") + reason
+
+
+def _help(command: str, purpose: str, config: RunConfig) -> str:
+    from importlib.resources import files
+
+    root = files("vp_train.configs")
+    groups = {
+        entry.name: sorted(file.name.removesuffix(".yaml") for file in entry.iterdir() if file.name.endswith(".yaml"))
+        for entry in sorted(root.iterdir(), key=lambda entry: entry.name)
+        if entry.is_dir() and not entry.name.startswith("_")
+    }
+    values = "\n".join(f"  {line}" for line in config_text(config).splitlines())
+    lines = "\n".join(f"  {group:<10} {', '.join(choices)}" for group, choices in groups.items())
+    return _HELP.format(command=command, purpose=purpose, groups=lines, values=values).rstrip()

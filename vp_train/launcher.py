@@ -1,0 +1,46 @@
+"""Starts all ranks of a run on this machine: torchrun's agent, with our checks before it and our exit codes after it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from vp_train.config import RunConfig
+from vp_train.plan import make_plan
+
+_DEFAULT_RANKS = 4
+
+
+def launch(config: RunConfig, overrides: Sequence[str]) -> int:
+    """Check the plan, prepare the data, then run the ranks; returns the exit code of the first rank that failed, or 0."""
+    num_ranks = config.parallel.pp or _DEFAULT_RANKS
+    make_plan(config, num_ranks)
+    if config.data.name != "synthetic":
+        from vp_train.data import prepare
+
+        prepare(config.data, config.model.vocab_size, progress=True)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    agent = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        run_id=config.run.name,
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(agent, sys.executable)("-u", "-m", "vp_train", *overrides)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = int(failure.exitcode)
+        if code < 0:
+            print(f"vp-train: rank {rank} was killed by signal {-code}; the other ranks were stopped", file=sys.stderr)
+            return 128 - code
+        return code
+    return 0

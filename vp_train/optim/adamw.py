@@ -1,0 +1,73 @@
+"""AdamW over one rank's parameters, its learning-rate schedule, and clipping by the norm over all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vp_train.config import OptimConfig
+
+
+def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
+    """The learning rate of `step`, counted from 1: linear warm-up from 0, then `cosine` or `wsd` down to min_lr at num_steps."""
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    if optim.schedule == "cosine":
+        done = (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps)
+        return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    decay_steps = max(1, round(optim.decay_fraction * num_steps))
+    left = max(0, num_steps - step) / decay_steps
+    return optim.min_lr + (optim.lr - optim.min_lr) * min(1.0, left)
+
+
+def build_adamw(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only.  Both groups exist on every rank, be they empty."""
+    matrices, vectors = [], []
+    for parameter in parameters:
+        (matrices if parameter.dim() > 1 else vectors).append(parameter)
+    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StepHealth:
+    """What all ranks know alike after a backward: the loss, the gradient norm over all ranks, and who has a non-finite value."""
+
+    loss: float
+    grad_norm: float
+    culprits: tuple[tuple[int, str], ...]  # (rank, "loss" or "gradient")
+
+
+def gather_health(loss: Tensor | None, parameters: Sequence[nn.Parameter], reporter: int, group: dist.ProcessGroup) -> StepHealth:
+    """Exchange loss and squared gradient norm; one small all-gather, summed in rank order, so that ranks agree bit for bit.
+
+    `loss` is this rank's, or None; that of rank `reporter` counts.  Each parameter must live on one rank only.
+    """
+    squared = torch.zeros((), dtype=torch.float64)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            squared += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64).cpu() ** 2
+    mine = torch.stack([torch.zeros_like(squared) if loss is None else loss.double().cpu(), squared])
+    everyone = torch.empty(group.size(), 2, dtype=torch.float64)
+    dist.all_gather_into_tensor(everyone.view(-1), mine, group=group)
+    culprits = []
+    for rank, (rank_loss, rank_squared) in enumerate(everyone.tolist()):
+        if not math.isfinite(rank_loss):
+            culprits.append((rank, "loss"))
+        elif not math.isfinite(rank_squared):
+            culprits.append((rank, "gradient"))
+    total = everyone[:, 1].sum().sqrt().item()
+    return StepHealth(everyone[reporter, 0].item(), total, tuple(culprits))
+
+
+def clip(parameters: Sequence[nn.Parameter], grad_norm: float, limit: float) -> None:
+    """Scale all gradients by limit / grad_norm where the norm over all ranks exceeds `limit`; 0 turns clipping off."""
+    if 0 < limit < grad_norm:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(limit / grad_norm)

@@ -1,0 +1,233 @@
+"""The executor: a table of handlers and a loop.  The program decides everything; see `schedules.lower`.
+
+Shapes: b sequences of s tokens in a microbatch, T = s * b tokens, H hidden, R this rank's vocabulary rows.  Activations are
+[s, b, H] between layers and [T, H] in the vocabulary passes, which are views of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from schedules.ir import Kind, Pass
+from schedules.lower import Action, Op
+from schedules.problem import Collective, Problem
+from schedules.vocab import Barrier
+from vp_train.pipeline.buffers import Buffers
+from vp_train.pipeline.comms import Comms, Pending
+from vp_train.vocab.input import InputLayer
+from vp_train.vocab.output import IGNORE_INDEX, OutputLayer
+
+
+class Observer(Protocol):
+    """Watches passes run; `recorder.Recorder` measures them."""
+
+    def observe(self, item: Pass) -> AbstractContextManager[None]: ...
+
+
+class _Blind:
+    def observe(self, item: Pass) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+BLIND: Observer = _Blind()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one pipeline rank owns: stages by their global number, and its shards of the vocabulary layers, where it has them."""
+
+    stages: Mapping[int, nn.Module]
+    input_layer: InputLayer | None
+    output_layer: OutputLayer | None
+    dtype: torch.dtype
+    device: torch.device
+    hidden_size: int
+
+
+class Executor:
+    """Runs one rank's operations over batches of tokens and labels, each [m, b, s] int64 (labels IGNORE_INDEX: no loss).
+
+    Gradients accumulate in the `grad` of the stages' parameters and of the vocabulary layers.
+    """
+
+    def __init__(self, ops: tuple[Op, ...], problem: Problem, rank: int, part: Part, comms: Comms) -> None:
+        self._ops, self._problem, self._rank, self._part, self._comms = ops, problem, rank, part, comms
+        self._tensors: Buffers[Tensor] = Buffers()
+        self._pending: Buffers[Pending] = Buffers()
+        self._saved: Buffers[tuple[Tensor, Tensor]] = Buffers()
+        self._actions = {
+            Action.RUN: self._run,
+            Action.SEND: self._send,
+            Action.RECV: self._receive,
+            Action.ARRIVE: self._arrive,
+            Action.START: self._start,
+            Action.WAIT: self._wait,
+        }
+        self._passes = {
+            Kind.F: self._forward,
+            Kind.B: self._backward,
+            Kind.S: self._softmax,
+            Kind.T: self._weight_grad,
+            Kind.E: self._embed,
+            Kind.G: self._embedding_grad,
+        }
+
+    def step(self, tokens: Tensor, labels: Tensor, observer: Observer = BLIND) -> Tensor | None:
+        """Run the program once; returns the mean loss over the labelled tokens, fp64 [], on ranks that hold output rows.
+
+        The mean is over all microbatches; a batch without a labelled token has loss 0.
+        """
+        m, b, s = tokens.shape
+        self._observer = observer
+        self._shape = (s, b, self._part.hidden_size)
+        self._tokens = tokens.transpose(1, 2).reshape(m, s * b)  # the order of [s, b, H] flattened
+        self._labels = labels.transpose(1, 2).reshape(m, s * b)
+        labelled = self._labels != IGNORE_INDEX
+        self._num_labelled = int(labelled.sum().clamp_min(1))
+        self._grad_loss = labelled.to(self._part.dtype) / self._num_labelled
+        for op in self._ops:
+            self._actions[op.action](op)
+        self._comms.drain()
+        for buffers in (self._tensors, self._pending, self._saved):
+            buffers.assert_empty()
+        return self._mean_loss(m)
+
+    def _mean_loss(self, num_microbatches: int) -> Tensor | None:
+        output = self._part.output_layer
+        if output is None:
+            return None
+        total = torch.zeros((), dtype=torch.float64, device=self._part.device)
+        for i in range(num_microbatches):
+            total += output.token_loss(i).sum(dtype=torch.float64)
+            output.release(i)
+        output.assert_empty()
+        return total / self._num_labelled
+
+    # Passes
+
+    def _run(self, op: Op) -> None:
+        assert isinstance(op.item, Pass)
+        with self._observer.observe(op.item):
+            self._passes[op.item.kind](op.item)
+
+    def _forward(self, item: Pass) -> None:
+        x = self._tensors.take("x", item.stage, item.microbatch)
+        if self._problem.forward_only:
+            with torch.no_grad():
+                y = self._part.stages[item.stage](x)
+        else:
+            x.requires_grad_()
+            with torch.enable_grad():
+                y = self._part.stages[item.stage](x)
+            self._saved.put("xy", item.stage, item.microbatch, (x, y))
+        self._tensors.put("x", item.stage + 1, item.microbatch, y.detach())
+
+    def _backward(self, item: Pass) -> None:
+        x, y = self._saved.take("xy", item.stage, item.microbatch)
+        torch.autograd.backward(y, self._tensors.take("dy", item.stage, item.microbatch))
+        assert x.grad is not None
+        self._tensors.put("dy", item.stage - 1, item.microbatch, x.grad)
+
+    def _softmax(self, item: Pass) -> None:
+        x = self._tensors.take("x", "C0", item.microbatch)
+        self._output.s(item.microbatch, x, self._labels[item.microbatch], keep=not self._problem.forward_only)
+
+    def _weight_grad(self, item: Pass) -> None:
+        self._output.t(item.microbatch, self._grad_loss[item.microbatch])
+
+    def _embed(self, item: Pass) -> None:
+        self._tensors.put("x", "CE", item.microbatch, self._input.e(self._tokens[item.microbatch]))
+
+    def _embedding_grad(self, item: Pass) -> None:
+        dy = self._tensors.take("dy", "CG", item.microbatch)
+        self._input.g(self._tokens[item.microbatch], dy)
+
+    @property
+    def _output(self) -> OutputLayer:
+        assert self._part.output_layer is not None
+        return self._part.output_layer
+
+    @property
+    def _input(self) -> InputLayer:
+        assert self._part.input_layer is not None
+        return self._part.input_layer
+
+    # Hops
+
+    def _send(self, op: Op) -> None:
+        assert isinstance(op.item, Pass)
+        assert op.peer is not None
+        name, stage = _product(op.item)
+        tensor = self._tensors.take(name, stage, op.item.microbatch)
+        self._comms.send(tensor.contiguous(), op.peer, upstream=name == "dy")
+
+    def _receive(self, op: Op) -> None:
+        assert isinstance(op.item, Pass)
+        assert op.peer is not None
+        name, stage = _product(op.item)
+        pending = self._comms.receive(self._empty(*self._shape), op.peer, upstream=name == "dy")
+        self._pending.put(name, stage, op.item.microbatch, pending)
+
+    def _arrive(self, op: Op) -> None:
+        assert isinstance(op.item, Pass)
+        name, stage = _product(op.item)
+        received = self._pending.take(name, stage, op.item.microbatch).wait()
+        self._tensors.put(name, stage, op.item.microbatch, received)
+
+    # Barriers
+
+    def _start(self, op: Op) -> None:
+        assert isinstance(op.item, Collective)
+        barrier = self._problem.algorithm.barrier(op.item.barrier)
+        root = self._problem.root(barrier.end)
+        message = self._message(barrier, op.item.microbatch, is_root=root == self._rank)
+        delivers = self._rank in self._problem.receivers(op.item)
+        pending = self._comms.collective(barrier.end, barrier.transfer, message, root, delivers=delivers)
+        if delivers:
+            self._pending.put("barrier", barrier.name, op.item.microbatch, pending)
+
+    def _message(self, barrier: Barrier, microbatch: int, *, is_root: bool) -> Tensor:
+        """This rank's contribution: [T, H] at the ends of the layers, what the output layer says in between."""
+        num_tokens = self._tokens.shape[1]
+        match barrier.name:
+            case "CE":
+                return self._tensors.take("x", "CE", microbatch)
+            case "C0" | "CG" if not is_root:
+                return self._empty(num_tokens, self._part.hidden_size)
+            case "C0":
+                return self._tensors.take("x", self._problem.last_stage + 1, microbatch).reshape(num_tokens, -1).contiguous()
+            case "CG":
+                return self._tensors.take("dy", -1, microbatch).reshape(num_tokens, -1).contiguous()
+            case _:
+                return self._output.message(barrier.name, microbatch)
+
+    def _wait(self, op: Op) -> None:
+        assert isinstance(op.item, Collective)
+        i = op.item.microbatch
+        received = self._pending.take("barrier", op.item.barrier, i).wait()
+        match op.item.barrier:
+            case "CE":
+                self._tensors.put("x", 0, i, received.view(self._shape))
+            case "C0":
+                self._tensors.put("x", "C0", i, received)
+            case "CG":
+                self._tensors.put("dy", "CG", i, received)
+            case name:
+                self._output.absorb(name, i, received)
+                if Kind.B in self._problem.algorithm.barrier(name).before:
+                    dx = self._output.input_grad(i, self._grad_loss[i])
+                    self._tensors.put("dy", self._problem.last_stage, i, dx.view(self._shape))
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._part.dtype, device=self._part.device)
+
+
+def _product(item: Pass) -> tuple[str, int]:
+    """Where the output of a stage pass goes: the input of the next stage, or the output gradient of the previous one."""
+    return ("x", item.stage + 1) if item.kind is Kind.F else ("dy", item.stage - 1)
