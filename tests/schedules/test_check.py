@@ -1,0 +1,108 @@
+"""The checker accepts what is right (see test_generators) and names what is wrong."""
+
+import pytest
+
+from schedules.check import check_program, check_schedule
+from schedules.generators import generate
+from schedules.graph import DeadlockError
+from schedules.ir import Pass, Schedule
+from schedules.lower import Program, lower
+from schedules.simulate import simulate
+from tests.schedules.cases import cost, problem
+
+
+@pytest.fixture
+def case():
+    return problem(3, 4, "one_barrier")
+
+
+@pytest.fixture
+def schedule(case):
+    return generate("1f1b", case, cost(3, S=1, T=1))
+
+
+@pytest.fixture
+def program(case, schedule):
+    return lower(schedule, case, cost(3, S=1, T=1))
+
+
+def edited(program, rank, edit):
+    ops = list(program.ranks[rank])
+    edit(ops)
+    return Program(program.ranks[:rank] + (tuple(ops),) + program.ranks[rank + 1 :])
+
+
+def swapped(schedule, rank, first, second):
+    order = list(schedule.ranks[rank])
+    a, b = order.index(Pass.parse(first)), order.index(Pass.parse(second))
+    order[a], order[b] = order[b], order[a]
+    return Schedule(schedule.name, schedule.ranks[:rank] + (tuple(order),) + schedule.ranks[rank + 1 :])
+
+
+def test_a_circle_of_waiting_is_a_deadlock_that_names_the_passes(case, schedule):
+    wrong = swapped(schedule, 2, "2S0", "2B0")  # B of the last stage before the S it depends on
+    with pytest.raises(DeadlockError, match=r"2B0 waits for .*2S0|2S0 waits for .*2B0"):
+        check_schedule(wrong, case)
+    with pytest.raises(DeadlockError, match=r"deadlock: .*2B0.* waits for"):
+        simulate(wrong, case, cost(3, S=1, T=1))
+
+
+def test_a_circle_over_several_ranks_is_found(case, schedule):
+    wrong = swapped(schedule, 0, "0S0", "0B0")  # rank 0 waits for a backward that waits for its own S
+    with pytest.raises(DeadlockError, match="0S0"):
+        check_schedule(wrong, case)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda order: order.remove(Pass.parse("1F2")), "never runs 1F2"),
+        (lambda order: order.append(Pass.parse("1F2")), "runs 1F2 2 times"),
+        (lambda order: order.append(Pass.parse("0F2")), "runs 0F2, which is not among its passes"),
+    ],
+)
+def test_every_pass_runs_once_on_its_rank(case, schedule, edit, message):
+    order = list(schedule.ranks[1])
+    edit(order)
+    with pytest.raises(ValueError, match=message):
+        check_schedule(Schedule("edited", (schedule.ranks[0], tuple(order), schedule.ranks[2])), case)
+
+
+def index_of(ops, text):
+    (index,) = [i for i, op in enumerate(ops) if str(op) == text]
+    return index
+
+
+def test_ranks_must_order_collectives_alike(case, program):
+    def start_one_broadcast_first(ops):  # legal on this rank alone: it only receives
+        ops.insert(0, ops.pop(index_of(ops, "start:C0.2")))
+
+    with pytest.raises(ValueError, match=r"differently: at place 0, rank 1 starts C0\.2, rank 0 C0\.0"):
+        check_program(edited(program, 1, start_one_broadcast_first), case)
+
+
+def test_a_receive_without_its_send_is_named(case, program):
+    with pytest.raises(ValueError, match="transfer of 0F3 from rank 0 to rank 1 has only one side"):
+        check_program(edited(program, 0, lambda ops: ops.pop(index_of(ops, "send:0F3@1"))), case)
+
+
+def test_an_input_must_be_waited_for(case, program):
+    with pytest.raises(ValueError, match=r"does 1S1 before wait:C0\.1"):
+        check_program(edited(program, 1, lambda ops: ops.pop(index_of(ops, "wait:C0.1"))), case)
+
+
+def test_a_receive_issued_after_a_later_collective_deadlocks_under_rendezvous(case, program):
+    """Rank 0 blocks in its send until rank 1 receives; rank 1 blocks in a collective that rank 0 starts after the send."""
+
+    def receive_late(ops):
+        receive = ops.pop(index_of(ops, "recv:0F1@0"))
+        ops.insert(index_of(ops, "arrive:0F1@0"), receive)
+        ops.insert(index_of(ops, "recv:0F1@0"), ops.pop(index_of(ops, "start:CE.2")))
+
+    def start_late(ops):
+        start = ops.pop(index_of(ops, "start:CE.2"))
+        ops.insert(index_of(ops, "send:0F1@1") + 1, start)
+
+    wrong = edited(edited(program, 1, receive_late), 0, start_late)
+    with pytest.raises(DeadlockError, match=r"the transfer of 0F1|CE\.2"):
+        check_program(wrong, case)

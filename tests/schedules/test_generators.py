@@ -1,0 +1,101 @@
+"""The laws of the schedules: closed forms first, then what must hold for all of them."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schedules.check import check_program, check_schedule
+from schedules.cost import CostModel
+from schedules.generators import GENERATORS, generate
+from schedules.ir import Kind
+from schedules.layout import Layout
+from schedules.lower import lower
+from schedules.problem import Problem
+from schedules.simulate import simulate
+from schedules.vocab import VOCAB_ALGORITHMS, evaluation
+from tests.schedules.cases import cost, problem
+
+SIZES = [(1, 1), (1, 5), (2, 1), (3, 2), (4, 8), (5, 3), (8, 16)]
+
+
+@pytest.mark.parametrize(("p", "m"), SIZES)
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+def test_time_is_the_work_plus_one_fill_and_drain(name, p, m):
+    timeline = simulate(generate(name, problem(p, m), cost(p)), problem(p, m), cost(p))
+    assert timeline.makespan == pytest.approx((m + p - 1) * 3)
+
+
+@pytest.mark.parametrize(("p", "m"), SIZES)
+def test_gpipe_keeps_every_microbatch_in_flight(p, m):
+    timeline = simulate(generate("gpipe", problem(p, m), cost(p)), problem(p, m), cost(p))
+    assert timeline.peak_in_flight == (m,) * p
+
+
+@pytest.mark.parametrize(("p", "m"), SIZES)
+@pytest.mark.parametrize(("algorithm", "extra"), [("none", 0), ("one_barrier", 1), ("two_barrier", 2)])
+def test_1f1b_keeps_p_microbatches_in_flight_and_one_more_for_each_barrier(algorithm, extra, p, m):
+    costs = cost(p, S=0.6, T=0.4, E=0.05, G=0.05, hop=0.01, barrier=0.02)
+    case = problem(p, m, algorithm)
+    timeline = simulate(generate("1f1b", case, costs), case, costs)
+    assert timeline.peak_in_flight == tuple(min(m, p - rank + extra) for rank in range(p))
+
+
+@pytest.mark.parametrize("algorithm", ["one_barrier", "two_barrier"])
+@pytest.mark.parametrize("p", [2, 3, 4, 8])
+def test_the_steady_state_of_1f1b_has_no_bubble(algorithm, p):
+    costs = cost(p, S=0.8, T=0.4, E=0.05, G=0.05, hop=0.01, barrier=0.02)
+    work_of_one = 3 + 0.8 + 0.4 + 0.1
+
+    def makespan(m: int) -> float:
+        case = problem(p, m, algorithm)
+        return simulate(generate("1f1b", case, costs), case, costs).makespan
+
+    assert (makespan(16 * p) - makespan(8 * p)) / (8 * p) == pytest.approx(work_of_one, rel=0.01)
+
+
+@pytest.mark.parametrize("algorithm", ["one_barrier", "two_barrier"])
+def test_sharding_an_expensive_vocabulary_beats_the_end_stages(algorithm):
+    p, m = 4, 16
+    whole, split = cost(p, S=4.8, T=2.4), cost(p, S=1.2, T=0.6, barrier=0.1)
+    plain = simulate(generate("1f1b", problem(p, m), whole), problem(p, m), whole)
+    case = problem(p, m, algorithm)
+    assert simulate(generate("1f1b", case, split), case, split).makespan < 0.6 * plain.makespan
+
+
+@st.composite
+def any_case(draw):
+    p, m = draw(st.integers(1, 8)), draw(st.integers(1, 24))
+    seconds = st.floats(0.01, 3.0)
+    values = {kind: tuple(draw(st.lists(seconds, min_size=p, max_size=p))) for kind in Kind}
+    barriers = dict.fromkeys(("CE", "C0", "C1", "C1b", "C2", "CG"), draw(st.floats(0.0, 0.5)))
+    costs = CostModel(values, draw(st.floats(0.0, 0.3)), barriers, (1.0,) * p, (0.5,) * p)
+    algorithm = VOCAB_ALGORITHMS[draw(st.sampled_from(sorted(VOCAB_ALGORITHMS)))]
+    if draw(st.booleans()):
+        return "gpipe", Problem(Layout("linear", p), m, evaluation(algorithm), forward_only=True), costs
+    return draw(st.sampled_from(sorted(GENERATORS))), Problem(Layout("linear", p), m, algorithm), costs
+
+
+@given(any_case())
+@settings(max_examples=60, deadline=None)
+def test_every_schedule_is_valid_and_free_of_deadlock(case):
+    name, any_problem, costs = case
+    schedule = generate(name, any_problem, costs)
+    check_schedule(schedule, any_problem)
+    check_program(lower(schedule, any_problem, costs), any_problem)
+    timeline = simulate(schedule, any_problem, costs)
+    work = max(sum(costs.seconds(item) for item in order) for order in schedule.ranks)
+    assert timeline.makespan >= work - 1e-9
+    for spans in timeline.compute:
+        for earlier, later in zip(spans, spans[1:], strict=False):
+            assert later.start >= earlier.end
+
+
+def test_zero_costs_are_free_of_deadlock_too():
+    case = problem(4, 6, "one_barrier")
+    free = CostModel({})
+    check_program(lower(generate("1f1b", case, free), case, free), case)
+
+
+def test_an_unknown_schedule_is_named_with_the_choices():
+    with pytest.raises(ValueError, match=r"'2f2b' is not known; choose one of gpipe, 1f1b"):
+        generate("2f2b", problem(2, 2), cost(2))
