@@ -1,0 +1,167 @@
+"""RunConfig + number of ranks -> RunPlan: everything decided before a process group, a tensor or a device exists.
+
+The plan is a pure function, so every rank computes the same one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from schedules.check import check_program, check_schedule
+from schedules.cost import CostModel
+from schedules.generators import GENERATORS, generate
+from schedules.ir import Kind, Schedule
+from schedules.layout import Layout
+from schedules.lower import Program, lower
+from schedules.problem import Problem
+from schedules.simulate import simulate
+from schedules.timeline import Timeline
+from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, evaluation
+from vp_train.config import ConfigError, ModelConfig, ParallelConfig, RunConfig
+from vp_train.model import shape
+from vp_train.vocab.shard import Shard, split_rows
+
+_ITEM_BYTES = {"float32": 4, "float64": 8}
+# GEMMs of one shard's rows by pass: Z, and with it dx for one_barrier; the rest is T's.
+_S_GEMMS = {"none": 2, "one_barrier": 2, "two_barrier": 1, "naive": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What every rank will do.  `layers[s]` are the global layers of stage s; `shards[end][r]` the rows of rank r."""
+
+    layers: tuple[range, ...]
+    shards: dict[End, tuple[Shard, ...]]
+    problem: Problem
+    cost: CostModel
+    schedule: Schedule
+    timeline: Timeline
+    program: Program
+    evaluation_problem: Problem
+    evaluation_program: Program
+
+    @property
+    def num_ranks(self) -> int:
+        return self.problem.layout.num_ranks
+
+
+def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
+    """Decide the whole run for `num_ranks` pipeline ranks.  Raises ConfigError, naming the value and the way out."""
+    if config.parallel.pp not in (None, num_ranks):
+        raise ConfigError(
+            f"parallel.pp={config.parallel.pp}, but {num_ranks} ranks were started; "
+            f"start {config.parallel.pp} (torchrun --nproc-per-node) or leave parallel.pp=null"
+        )
+    algorithm = VOCAB_ALGORITHMS.get(config.vocab.algorithm)
+    if algorithm is None:
+        raise ConfigError(f"vocab.algorithm={config.vocab.algorithm} is not known; choose one of {', '.join(VOCAB_ALGORITHMS)}")
+    if config.schedule.name not in GENERATORS:
+        raise ConfigError(f"schedule.name={config.schedule.name} is not known; choose one of {', '.join(GENERATORS)}")
+    layout = Layout("linear", num_ranks)
+    layers = split_layers(config.model, config.parallel, layout.num_stages)
+    problem = Problem(layout, config.num_microbatches, algorithm)
+    shards = {end: _shards(config, problem, end) for end in End}
+    if config.model.tied_embeddings and shards[End.INPUT] != shards[End.OUTPUT]:
+        raise ConfigError(
+            f"model.tied_embeddings=true with vocab={algorithm.name} would put one matrix on two ranks; "
+            "use vocab=one_barrier or two_barrier, where each rank owns the same rows of both layers"
+        )
+    cost = estimate_cost(config, layers, shards, algorithm)
+    schedule = generate(config.schedule.name, problem, cost)
+    check_schedule(schedule, problem)
+    program = lower(schedule, problem, cost)
+    check_program(program, problem)
+    num_evaluated = max(1, config.run.eval_microbatches)
+    evaluated = Problem(layout, num_evaluated, evaluation(algorithm), forward_only=True)
+    evaluation_program = lower(generate("gpipe", evaluated, cost), evaluated, cost)
+    check_program(evaluation_program, evaluated)
+    timeline = simulate(schedule, problem, cost)
+    return RunPlan(layers, shards, problem, cost, schedule, timeline, program, evaluated, evaluation_program)
+
+
+def split_layers(model: ModelConfig, parallel: ParallelConfig, num_stages: int) -> tuple[range, ...]:
+    """The global layers of each stage.  Raises ConfigError where they do not add up."""
+    if parallel.layers_per_stage is not None:
+        counts = parallel.layers_per_stage
+        if len(counts) != num_stages or sum(counts) != model.num_layers or min(counts) < 0:
+            raise ConfigError(
+                f"parallel.layers_per_stage={list(counts)} has {len(counts)} stages and {sum(counts)} layers; "
+                f"it needs {num_stages} counts of at least 0 that add up to model.num_layers={model.num_layers}"
+            )
+    elif parallel.placement == "redistribute":
+        counts = redistribute(model.num_layers, num_stages, shape.head_in_layers(model))
+    elif model.num_layers % num_stages:
+        lower_count = model.num_layers // num_stages * num_stages
+        choices = " or ".join(str(n) for n in (lower_count, lower_count + num_stages) if n)
+        raise ConfigError(
+            f"model.num_layers={model.num_layers} does not split over {num_stages} stages; "
+            f"use model.num_layers={choices}, or set parallel.layers_per_stage"
+        )
+    else:
+        counts = (model.num_layers // num_stages,) * num_stages
+    starts = [sum(counts[:stage]) for stage in range(num_stages)]
+    return tuple(range(start, start + count) for start, count in zip(starts, counts, strict=True))
+
+
+def redistribute(num_layers: int, num_stages: int, head_in_layers: float) -> tuple[int, ...]:
+    """Layers per stage that make the slowest stage fastest when the last one also computes the output layer.
+
+    The last stage keeps k layers, where k minimises max(ceil((L - k) / (p - 1)), k + head) (arXiv 2411.05288, "Redis").
+    """
+    if num_stages == 1:
+        return (num_layers,)
+
+    def slowest(k: int) -> float:
+        return max(math.ceil((num_layers - k) / (num_stages - 1)), k + head_in_layers)
+
+    last = min(range(num_layers // num_stages + 1), key=slowest)
+    each, extra = divmod(num_layers - last, num_stages - 1)
+    return (*(each + (stage >= num_stages - 1 - extra) for stage in range(num_stages - 1)), last)
+
+
+def _shards(config: RunConfig, problem: Problem, end: End) -> tuple[Shard, ...]:
+    """One shard per rank, empty on ranks that own no rows of this end."""
+    vocab_size, num_ranks = config.model.vocab_size, problem.layout.num_ranks
+    sizes: Sequence[int] | None = config.vocab.shards
+    if not problem.algorithm.sharded:
+        if sizes is not None:
+            raise ConfigError(f"vocab.shards={list(sizes)} needs a sharded vocabulary, but vocab=none; drop one of the two")
+        sizes = [vocab_size if rank == problem.root(end) else 0 for rank in range(num_ranks)]
+    elif vocab_size < num_ranks:
+        raise ConfigError(f"model.vocab_size={vocab_size} is smaller than {num_ranks} ranks; use fewer ranks or vocab=none")
+    try:
+        return split_rows(vocab_size, num_ranks, sizes)
+    except ValueError as error:
+        raise ConfigError(f"vocab.shards={list(sizes or [])}: {error}") from None
+
+
+def estimate_cost(
+    config: RunConfig, layers: Sequence[range], shards: dict[End, tuple[Shard, ...]], algorithm: VocabAlgorithm
+) -> CostModel:
+    """Seconds from FLOPs at cost.flops_per_second, bytes from shapes; E and G cost a lookup, taken as one barrier's latency / 10."""
+    model, rate = config.model, config.cost.flops_per_second
+    tokens = config.micro_batch_size * model.seq_length
+    item_bytes = _ITEM_BYTES[config.run.dtype]
+    forward = [len(stage) * shape.layer_flops(model, tokens) / rate for stage in layers]
+    gemm = [2 * tokens * shard.num_rows * model.hidden_size / rate for shard in shards[End.OUTPUT]]
+    s_gemms = _S_GEMMS[algorithm.name]
+    lookup = (config.cost.collective_seconds / 10,) * len(gemm)
+    layer_bytes = shape.layer_activation_bytes(model, config.micro_batch_size, item_bytes)
+    stage_bytes = [float(len(stage) * layer_bytes) for stage in layers]
+    stage_bytes[-1] += shape.final_norm_activation_bytes(model, config.micro_batch_size, item_bytes)
+    return CostModel(
+        {
+            Kind.F: tuple(forward),
+            Kind.B: tuple(2 * seconds for seconds in forward),
+            Kind.S: tuple(s_gemms * seconds for seconds in gemm),
+            Kind.T: tuple((3 - s_gemms) * seconds for seconds in gemm),
+            Kind.E: lookup,
+            Kind.G: lookup,
+        },
+        config.cost.hop_seconds,
+        {barrier.name: config.cost.collective_seconds for barrier in algorithm.barriers},
+        tuple(stage_bytes),
+        tuple(float(item_bytes * tokens * (shard.num_rows + model.hidden_size)) for shard in shards[End.OUTPUT]),
+    )
