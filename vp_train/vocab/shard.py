@@ -1,0 +1,44 @@
+"""Which vocabulary rows a rank owns.  There is no padding: a shard's rows are exactly its valid rows, and may be none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Rows [start, stop) of the vocabulary."""
+
+    start: int
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+    def owned(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Where `ids` [T] fall into this shard, and which rows they are: (positions [K], local rows [K]), both int64."""
+        positions = ((ids >= self.start) & (ids < self.stop)).nonzero().squeeze(-1)
+        return positions, ids[positions] - self.start
+
+
+def split_rows(vocab_size: int, num_shards: int, sizes: Sequence[int] | None = None) -> tuple[Shard, ...]:
+    """Consecutive shards of the given sizes, or of ceil(V / n) rows each until they run out, as torch.chunk does.
+
+    Raises ValueError unless `sizes` are `num_shards` counts of at least 0 that add up to `vocab_size`.
+    """
+    if sizes is None:
+        each = -(-vocab_size // num_shards)
+        bounds = [min(vocab_size, each * i) for i in range(num_shards + 1)]
+    else:
+        if len(sizes) != num_shards or min(sizes) < 0 or sum(sizes) != vocab_size:
+            raise ValueError(
+                f"{len(sizes)} shards with {sum(sizes)} rows; give {num_shards} sizes of at least 0 that add up to {vocab_size}"
+            )
+        bounds = [sum(sizes[:i]) for i in range(num_shards + 1)]
+    return tuple(Shard(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False))
