@@ -33,22 +33,23 @@ _CHUNK_ELEMENTS = {"cpu": 2 << 20, "cuda": 64 << 20}
 class Softmax:
     """A shard's part of the softmax: `maximum`, `total`, `target_logit` [T] in the statistics dtype.
 
-    `input_term` E W [T, H] relative to `maximum`, if it was asked for.  `held`: what the backend keeps for T.
+    `input_term`: E W [T, H] relative to `maximum`, if it was asked for.
     """
 
     maximum: Tensor
     total: Tensor
     target_logit: Tensor
     input_term: Tensor | None
-    held: object
 
 
 class Backend(Protocol):
-    """Computes S and T; every algorithm works with every backend.  `positions`, `rows` [K]: the owned targets."""
+    """Computes S and T; every algorithm works with every backend."""
 
     def softmax(
         self, weight: Tensor, x: Tensor, positions: Tensor, rows: Tensor, *, input_term: bool, keep: bool
-    ) -> Softmax: ...
+    ) -> tuple[Softmax, object]:
+        """The softmax of a shard, and what to hold for T (with `keep`).  `positions`, `rows` [K]: the owned targets."""
+        ...
 
     def input_term(self, weight: Tensor, held: object) -> Tensor:
         """E W [T, H], relative to the maximum."""
@@ -69,7 +70,8 @@ class _Microbatch:
     positions: Tensor
     rows: Tensor
     ignored: Tensor
-    softmax: Softmax | None
+    softmax: Softmax
+    held: object | None  # for T
     maximum: Tensor | None = None  # over all shards; naive learns it before lse
     lse: Tensor | None = None
     loss: Tensor | None = None
@@ -94,10 +96,12 @@ class OutputLayer:
     def s(self, microbatch: int, x: Tensor, targets: Tensor, *, keep: bool = True) -> None:
         """Pass S for x [T, H] and targets [T]; with `keep` false (evaluation) nothing is held for T."""
         positions, rows = self._shard.owned(targets)
-        softmax = self._backend.softmax(
+        softmax, held = self._backend.softmax(
             self._weight, x, positions, rows, input_term=keep and self._rules.input_term_in_s, keep=keep
         )
-        self._microbatches[microbatch] = _Microbatch(x if keep else None, positions, rows, targets == IGNORE_INDEX, softmax)
+        self._microbatches[microbatch] = _Microbatch(
+            x if keep else None, positions, rows, targets == IGNORE_INDEX, softmax, held if keep else None
+        )
 
     @torch.no_grad()
     def message(self, barrier: str, microbatch: int) -> Tensor:
@@ -113,17 +117,17 @@ class OutputLayer:
     def t(self, microbatch: int, grad_loss: Tensor) -> None:
         """Pass T: add the gradient of this shard's rows; `grad_loss` [T] is g, 0 where a token has no loss."""
         state = self._microbatches[microbatch]
-        assert state.softmax is not None
+        held = state.held
+        assert held is not None
         assert state.lse is not None
         assert state.x is not None
-        held = state.softmax.held
         if not self._rules.input_term_in_s:
             product = self._backend.input_term(self._weight, held)
             state.dx = (_input_term(product, self._weight, state) * grad_loss[:, None]).to(state.x.dtype)
         self._backend.weight_grad(self._grad, held, state.x, state.lse, grad_loss)
         at_targets = state.x[state.positions] * grad_loss[state.positions, None]
         self._grad.index_add_(0, state.rows, at_targets.to(self._grad.dtype), alpha=-1)
-        state.softmax = state.x = None
+        state.held = state.x = None
 
     @torch.no_grad()
     def input_grad(self, microbatch: int, grad_loss: Tensor) -> Tensor:
@@ -148,8 +152,8 @@ class OutputLayer:
         """Bytes held for T by all microbatches: the backend's, and x."""
         total = 0
         for state in self._microbatches.values():
-            if state.softmax is not None and state.x is not None:
-                total += self._backend.held_bytes(state.softmax.held) + state.x.nbytes
+            if state.held is not None and state.x is not None:
+                total += self._backend.held_bytes(state.held) + state.x.nbytes
         return total
 
     def assert_empty(self) -> None:
@@ -166,7 +170,6 @@ class OutputLayer:
 
 def _statistics(weight: Tensor, state: _Microbatch) -> Tensor:
     """[3, T]: maximum, total, target logit."""
-    assert state.softmax is not None
     return torch.stack([state.softmax.maximum, state.softmax.total, state.softmax.target_logit])
 
 
@@ -185,7 +188,6 @@ def _set_loss(state: _Microbatch, total: Tensor, target_logit: Tensor) -> None:
 
 
 def _maximum(weight: Tensor, state: _Microbatch) -> Tensor:
-    assert state.softmax is not None
     return state.softmax.maximum.clone()
 
 
@@ -195,7 +197,6 @@ def _absorb_maximum(state: _Microbatch, received: Tensor) -> None:
 
 def _sums(weight: Tensor, state: _Microbatch) -> Tensor:
     """[2, T]: total relative to the maximum of all shards, target logit."""
-    assert state.softmax is not None
     scale = torch.exp(state.softmax.maximum - state.maximum)
     return torch.stack([state.softmax.total * scale, state.softmax.target_logit])
 
@@ -206,14 +207,12 @@ def _absorb_sums(state: _Microbatch, received: Tensor) -> None:
 
 def _input_term(product: Tensor, weight: Tensor, state: _Microbatch) -> Tensor:
     """This shard's term of dx before g [T, H]: v (E W) - W[y]."""
-    assert state.softmax is not None
     assert state.lse is not None
     scaled = product * torch.exp(state.softmax.maximum - state.lse)[:, None].to(product.dtype)
     return scaled.index_add_(0, state.positions, weight[state.rows].to(scaled.dtype), alpha=-1)
 
 
 def _input_term_of_s(weight: Tensor, state: _Microbatch) -> Tensor:
-    assert state.softmax is not None
     assert state.softmax.input_term is not None
     return _input_term(state.softmax.input_term, weight, state).to(weight.dtype)
 
@@ -279,7 +278,7 @@ class Chunked:
 
     def softmax(
         self, weight: Tensor, x: Tensor, positions: Tensor, rows: Tensor, *, input_term: bool, keep: bool
-    ) -> Softmax:
+    ) -> tuple[Softmax, object]:
         precise = statistics_dtype(weight.dtype)
         num_tokens = x.shape[0]
         maximum = x.new_full((num_tokens,), -torch.inf, dtype=precise)
@@ -308,7 +307,7 @@ class Chunked:
                 held.exponentials.append(exponential)
                 held.maxima.append(maximum)
         held.maximum = maximum
-        return Softmax(maximum, total, target_logit, product, held)
+        return Softmax(maximum, total, target_logit, product), held
 
     def input_term(self, weight: Tensor, held: object) -> Tensor:
         assert isinstance(held, _Chunks)
@@ -349,7 +348,7 @@ class Reference:
 
     def softmax(
         self, weight: Tensor, x: Tensor, positions: Tensor, rows: Tensor, *, input_term: bool, keep: bool
-    ) -> Softmax:
+    ) -> tuple[Softmax, object]:
         precise = statistics_dtype(weight.dtype)
         logits = (x @ weight.T).to(precise)
         if weight.shape[0]:
@@ -361,7 +360,7 @@ class Reference:
         target_logit[positions] = logits[positions, rows]
         held = _Probabilities(torch.softmax(logits, -1), maximum, total)
         product = self.input_term(weight, held) if input_term else None
-        return Softmax(maximum, total, target_logit, product, held if keep else None)
+        return Softmax(maximum, total, target_logit, product), held
 
     def input_term(self, weight: Tensor, held: object) -> Tensor:
         assert isinstance(held, _Probabilities)

@@ -1,0 +1,55 @@
+"""All shards of a vocabulary in one process, with the collectives done by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from schedules.vocab import VOCAB_ALGORITHMS, End, Transfer
+from vp_train.vocab.output import OutputLayer
+from vp_train.vocab.shard import split_rows
+
+
+def exchange(transfer: Transfer, messages: list[Tensor]) -> Tensor:
+    stacked = torch.stack(messages)
+    match transfer:
+        case Transfer.ALL_GATHER:
+            return stacked
+        case Transfer.ALL_MAX:
+            return stacked.amax(0)
+        case _:
+            return stacked.sum(0)
+
+
+def run_output(x, weight, targets, grad_loss, *, sizes, algorithm, backend, grad_dtype=None, t_early=False):
+    """(token losses, dx, dW [V, H], held bytes of each shard after S) of the sharded layer; rank 0 is the root.
+
+    `t_early`: one_barrier runs T before dx is exchanged rather than after.
+    """
+    grads = torch.zeros_like(weight, dtype=grad_dtype)
+    layers = [
+        OutputLayer(weight[shard.start : shard.stop], grads[shard.start : shard.stop], shard, algorithm, backend)
+        for shard in split_rows(len(weight), len(sizes), sizes)
+    ]
+    for layer in layers:
+        layer.s(7, x, targets)
+    held = [layer.held_bytes for layer in layers]
+    for barrier in VOCAB_ALGORITHMS[algorithm].barriers:
+        if barrier.end is End.INPUT or barrier.name == "C0":
+            continue
+        if barrier.name == "C2" or (barrier.name == "C1b" and t_early):
+            for layer in layers:
+                layer.t(7, grad_loss)
+        received = exchange(barrier.transfer, [layer.message(barrier.name, 7) for layer in layers])
+        for layer in layers if barrier.transfer is not Transfer.REDUCE else layers[:1]:
+            layer.absorb(barrier.name, 7, received.clone())
+    dx = layers[0].input_grad(7, grad_loss)
+    if algorithm in ("none", "one_barrier") and not t_early:
+        for layer in layers:
+            layer.t(7, grad_loss)
+    losses = [layer.token_loss(7) for layer in layers]
+    assert all(torch.equal(losses[0], other) for other in losses)
+    for layer in layers:
+        layer.release(7)
+        layer.assert_empty()
+    return losses[0], dx, grads, held
