@@ -1,0 +1,151 @@
+"""Every schedule with every vocabulary algorithm computes what one unsharded process computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.pipeline.truth import random_batch, train_whole
+from vp_train.assembly import build_rank
+from vp_train.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings, ScheduleConfig, VocabConfig
+from vp_train.mesh import build_mesh
+from vp_train.optim.adamw import build_adamw, clip, gather_health, learning_rate
+from vp_train.plan import make_plan
+
+NUM_STEPS = 3
+
+
+def config_of(p, m, vocab_size, *, schedule="1f1b", vocab=None, tied=False, dtype="float64", layers=None, backend="chunked"):
+    model = ModelConfig(
+        num_layers=p if layers is None else sum(layers),
+        hidden_size=16,
+        num_heads=2,
+        num_query_groups=1,
+        ffn_hidden_size=24,
+        vocab_size=vocab_size,
+        seq_length=6,
+        tied_embeddings=tied,
+        init_std=0.3,
+    )
+    return RunConfig(
+        model=model,
+        schedule=ScheduleConfig(schedule),
+        vocab=replace(vocab or VocabConfig(), backend=backend),
+        parallel=ParallelConfig(pp=p, layers_per_stage=layers),
+        optim=OptimConfig(lr=1e-2, warmup_steps=1, clip_grad_norm=0.5),
+        run=RunSettings(dtype=dtype),
+        num_microbatches=m,
+        micro_batch_size=2,
+    )
+
+
+def largest_difference(ours, theirs):
+    """Relative to the largest entry of the tensor."""
+    if theirs.numel() == 0:
+        return 0.0
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12)).item()
+
+
+def compare(rank, world_size, configs):
+    """Train each config sharded and whole; (config, what, difference) of the worst loss, gradient and parameter of each."""
+    torch.manual_seed(0)
+    worst = []
+    for config in configs:
+        plan = make_plan(config, world_size)
+        mesh = build_mesh(plan.problem)
+        model = build_rank(config, plan, mesh)
+        dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
+        truth = train_whole(config, NUM_STEPS, dtype)
+        parameters = list(model.parameters.values())
+        optimizer = build_adamw(parameters, config.optim)
+        root = plan.problem.layout.rank_of(plan.problem.last_stage)
+        differences = {"loss": 0.0, "gradient": 0.0, "parameter": 0.0}
+        for step, (loss, gradients, updated) in enumerate(truth, start=1):
+            model.zero_grad()
+            ours = model.trainer.step(*random_batch(config, step))
+            health = gather_health(ours, parameters, root, mesh.world)
+            differences["loss"] = max(differences["loss"], abs(health.loss - loss))
+            for name, parameter in model.parameters.items():
+                difference = largest_difference(parameter.grad, part_of(gradients[name], name, model.rows))
+                differences["gradient"] = max(differences["gradient"], difference)
+            clip(parameters, health.grad_norm, config.optim.clip_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optim, step, NUM_STEPS)
+            optimizer.step()
+            for name, parameter in model.parameters.items():
+                difference = largest_difference(parameter.detach(), part_of(updated[name], name, model.rows))
+                differences["parameter"] = max(differences["parameter"], difference)
+        worst.append(differences)
+    return worst
+
+
+def part_of(tensor, name, rows):
+    return tensor[rows[name].start : rows[name].stop] if name in rows else tensor
+
+
+def assert_equivalent(ranks, p, configs, tolerance):
+    for results in ranks(p).run(compare, configs, timeout=100):
+        for config, differences in zip(configs, results, strict=True):
+            assert max(differences.values()) < tolerance, (config.vocab, config.schedule, config.model, differences)
+
+
+SIZES = [(1, 1, 64), (2, 4, 100), (3, 2, 101), (4, 8, 1000)]
+ALGORITHMS = ["none", "naive", "one_barrier", "two_barrier"]
+
+
+@pytest.mark.parametrize(("p", "m", "vocab_size"), SIZES)
+def test_equals_one_process_in_float64(ranks, p, m, vocab_size):
+    configs = [
+        config_of(p, m, vocab_size, vocab=VocabConfig(algorithm), tied=tied)
+        for algorithm in ALGORITHMS
+        for tied in (False, True)
+        if not (tied and algorithm == "none" and p > 1)  # refused by the plan: one matrix on two ranks
+    ]
+    assert_equivalent(ranks, p, configs, 1e-9)
+
+
+@pytest.mark.parametrize(("p", "m"), [(2, 1), (3, 5), (4, 2)])
+def test_gpipe_and_few_microbatches_equal_one_process(ranks, p, m):
+    configs = [
+        config_of(p, m, 101, schedule=schedule, vocab=VocabConfig(algorithm))
+        for schedule in ("gpipe", "1f1b")
+        for algorithm in ("none", "one_barrier", "two_barrier")
+    ]
+    assert_equivalent(ranks, p, configs, 1e-9)
+
+
+def test_unequal_shards_and_stages_equal_one_process(ranks):
+    configs = [
+        config_of(3, 4, 101, vocab=VocabConfig(algorithm, shards=(0, 90, 11)), layers=(2, 2, 0), backend=backend)
+        for algorithm in ("naive", "one_barrier", "two_barrier")
+        for backend in ("reference", "chunked")
+    ]
+    assert_equivalent(ranks, 3, configs, 1e-9)
+
+
+def test_float32_stays_within_1e_4(ranks):
+    configs = [config_of(2, 4, 100, vocab=VocabConfig(algorithm), dtype="float32") for algorithm in ALGORITHMS]
+    assert_equivalent(ranks, 2, configs, 1e-4)
+
+
+def evaluate(rank, world_size, config):
+    plan = make_plan(config, world_size)
+    model = build_rank(config, plan, build_mesh(plan.problem))
+    batch = random_batch(config, 0)
+    trained = model.trainer.step(*batch)
+    before = [p.grad.clone() for p in model.parameters.values() if p.grad is not None]
+    evaluated = model.evaluator.step(*batch)
+    unchanged = all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters.values(), strict=True))
+    return (None if trained is None else trained.item(), None if evaluated is None else evaluated.item(), unchanged)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_evaluation_gives_the_training_loss_and_touches_no_gradient(ranks, algorithm):
+    config = config_of(3, 5, 101, vocab=VocabConfig(algorithm))
+    config = replace(config, run=replace(config.run, eval_microbatches=5))
+    for trained, evaluated, unchanged in ranks(3).run(evaluate, config):
+        assert (trained is None) == (evaluated is None)
+        assert trained is None or trained == pytest.approx(evaluated, rel=1e-12)
+        assert unchanged

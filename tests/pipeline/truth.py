@@ -1,0 +1,71 @@
+"""The unsharded, unpipelined model: one process, autograd from the tokens to the mean loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vp_train.config import RunConfig
+from vp_train.model.stage import Stage, init_rows
+from vp_train.optim.adamw import build_adamw, clip, learning_rate
+
+
+class Whole(nn.Module):
+    """Embedding, all layers, output layer; parameters named as in the sharded model."""
+
+    def __init__(self, config: RunConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        model, cpu = config.model, torch.device("cpu")
+        (alone,) = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank() :][:1]
+        self.stage = Stage(
+            model, range(model.num_layers), final_norm=True, dtype=dtype, device=cpu, group=alone, seed=config.run.seed
+        )
+        self.matrices = nn.ParameterDict()
+        for name in ("embedding",) if model.tied_embeddings else ("embedding", "output"):
+            self.matrices[name] = nn.Parameter(init_rows(name, 0, model.vocab_size, model, config.run.seed, dtype, cpu))
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss over the labelled tokens of all microbatches; tokens, labels [m, b, s]."""
+        tokens, labels = tokens.flatten(0, 1), labels.flatten(0, 1)
+        x = self.stage(self.matrices["embedding"][tokens].transpose(0, 1)).transpose(0, 1)
+        logits = x @ self.matrices["output" if "output" in self.matrices else "embedding"].T
+        total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return total / (labels != -100).sum().clamp_min(1)
+
+    def named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.stage.named_parameters()
+        for name, parameter in self.matrices.items():
+            yield f"{name}.weight", parameter
+
+
+def random_batch(config: RunConfig, step: int) -> tuple[Tensor, Tensor]:
+    """tokens, labels [m, b, s], with a few labels ignored."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    shape = (config.num_microbatches, config.micro_batch_size, config.model.seq_length)
+    tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)
+    labels = torch.randint(0, config.model.vocab_size, shape, generator=generator)
+    labels[torch.rand(shape, generator=generator) < 0.1] = -100
+    return tokens, labels
+
+
+def train_whole(config: RunConfig, num_steps: int, dtype: torch.dtype) -> list[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
+    """Per step: the loss, all gradients, and all parameters after the update."""
+    whole = Whole(config, dtype)
+    parameters = dict(whole.named())
+    optimizer = build_adamw(parameters.values(), config.optim)
+    results = []
+    for step in range(1, num_steps + 1):
+        loss = whole(*random_batch(config, step))
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
+        norm = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm().item()
+        clip(list(parameters.values()), norm, config.optim.clip_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optim, step, num_steps)
+        optimizer.step()
+        results.append((loss.item(), gradients, {name: p.detach().clone() for name, p in parameters.items()}))
+    return results

@@ -1,0 +1,113 @@
+"""Real gloo processes for tests: started once per world size, reused by many cases."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch.multiprocessing as multiprocessing
+
+
+class RankFailed(AssertionError):
+    """A rank raised, died or hung; the message holds its traceback or stack."""
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: str) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115 - as long as the process
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    while True:
+        task = pipe.recv()
+        if task is None:
+            os._exit(0)
+        function, arguments = task
+        try:
+            pipe.send(("done", function(rank, world_size, *arguments)))
+        except BaseException:
+            pipe.send(("failed", traceback.format_exc()))
+
+
+class Ranks:
+    """`world_size` living processes with a default gloo group."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 60) -> list[Any]:
+        """function(rank, world_size, *arguments) on every rank; their results in rank order.
+
+        Raises RankFailed with the traceback of a rank that raised, or all stacks after `timeout` seconds; the processes are
+        then replaced.  `function` must be importable.
+        """
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        results: dict[int, Any] = {}
+        while len(results) < self.world_size:
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
+            ready = wait(waiting, timeout)
+            if not ready:
+                raise RankFailed(f"no answer within {timeout} s from ranks that stand at:\n{self._stacks_of_all()}")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    status, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    status, value = "failed", "the process died"
+                if status == "failed":
+                    self.stop()
+                    raise RankFailed(f"rank {rank} of {self.world_size}:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(self.world_size)]
+
+    def stop(self) -> None:
+        """Kill the processes; the next run starts new ones."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self._directory = tempfile.mkdtemp()
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            stacks = os.path.join(self._directory, str(rank))
+            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs, stacks), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def _stacks_of_all(self) -> str:
+        for process in self._processes:
+            os.kill(process.pid, signal.SIGUSR1)
+        for process in self._processes:
+            process.join(0.5)
+        texts = []
+        for rank in range(self.world_size):
+            with open(os.path.join(self._directory, str(rank))) as file:
+                texts.append(f"rank {rank}:\n{file.read()}")
+        self.stop()
+        return "\n".join(texts)
+
