@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from schedules.vocab import End
 from vp_train.config import RunConfig
 from vp_train.mesh import Mesh
 from vp_train.model.stage import Stage, init_rows
 from vp_train.pipeline.comms import Comms
-from vp_train.pipeline.executor import Executor, Part
+from vp_train.pipeline.executor import BLIND, Executor, Observer, Part
 from vp_train.plan import RunPlan
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.output import OutputLayer
@@ -25,7 +26,8 @@ class RankModel:
     """One rank's share of the model.
 
     `rows[name]` are vocabulary rows, `embedding.weight` and `output.weight` (one entry when tied); all other parameters are
-    whole.  Names are global: together the ranks hold each exactly once.
+    whole.  Names are global.  Together the ranks hold each value once; the exception is `copied`, a tied matrix that an
+    unsharded vocabulary keeps on the last stage too, where it counts for nothing but its update.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -33,6 +35,21 @@ class RankModel:
     trainer: Executor
     evaluator: Executor
     output_layer: OutputLayer | None
+    copied: frozenset[str]
+    _tied: tuple[nn.Parameter, dist.ProcessGroup] | None
+
+    def train_step(self, tokens: Tensor, labels: Tensor, observer: Observer = BLIND) -> Tensor | None:
+        """`Executor.step` of the training program; leaves complete gradients."""
+        loss = self.trainer.step(tokens, labels, observer)
+        if self._tied is not None:
+            parameter, group = self._tied
+            dist.all_reduce(parameter.grad, group=group)
+        return loss
+
+    @property
+    def counted(self) -> list[nn.Parameter]:
+        """The parameters that this rank answers for: all but copies."""
+        return [parameter for name, parameter in self.parameters.items() if name not in self.copied]
 
     def zero_grad(self) -> None:
         """Clear all gradients in place: the vocabulary layers accumulate into these very tensors."""
@@ -42,7 +59,7 @@ class RankModel:
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters.values())
+        return sum(parameter.numel() for parameter in self.counted)
 
 
 def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
@@ -95,7 +112,11 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
     evaluation_part = Part(stages, input_layer, output_layer("evaluate"), dtype, device, model.hidden_size)
     trainer = Executor(plan.program.ranks[rank], problem, rank, part, comms)
     evaluator = Executor(plan.evaluation_program.ranks[rank], plan.evaluation_problem, rank, evaluation_part, comms)
-    return RankModel(parameters, rows, trainer, evaluator, training_output)
+    copied, tied = frozenset[str](), None
+    if model.tied_embeddings and mesh.end_ranks is not None and matrices:
+        tied = (parameters["embedding.weight"], mesh.end_ranks)
+        copied = frozenset() if End.INPUT in matrices else frozenset({"embedding.weight"})
+    return RankModel(parameters, rows, trainer, evaluator, training_output, copied, tied)
 
 
 def _named_parameters(stages: dict[int, Stage]) -> Iterator[tuple[str, nn.Parameter]]:

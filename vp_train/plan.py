@@ -63,11 +63,6 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
     layers = split_layers(config.model, config.parallel, layout.num_stages)
     problem = Problem(layout, config.num_microbatches, algorithm)
     shards = {end: _shards(config, problem, end) for end in End}
-    if config.model.tied_embeddings and shards[End.INPUT] != shards[End.OUTPUT]:
-        raise ConfigError(
-            f"model.tied_embeddings=true with vocab={algorithm.name} would put one matrix on two ranks; "
-            "use vocab=one_barrier or two_barrier, where each rank owns the same rows of both layers"
-        )
     cost = estimate_cost(config, layers, shards, algorithm)
     schedule = generate(config.schedule.name, problem, cost)
     check_schedule(schedule, problem)
