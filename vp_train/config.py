@@ -143,22 +143,22 @@ class DataConfig:
     """Where the tokens come from.
 
     `pystdlib`: the running Python's standard library.  `text`: the text or .jsonl files under `path`.  `synthetic`: a source
-    of known entropy, any vocabulary.  `tokenizer`: a Hugging Face tokenizer.json; None trains one of model.vocab_size.
+    of known entropy, any vocabulary.  `tokenizer`: a Hugging Face tokenizer.json; None trains one of model.vocab_size tokens.
+    `end_token`: what that tokenizer calls the end of a document; None tries the usual names.
     """
 
     name: str = "pystdlib"
     path: str | None = None
     tokenizer: str | None = None
+    end_token: str | None = None
     jsonl_field: str = "text"
     cache_dir: str = "data-cache"
     validation_fraction: float = 0.05
-    synthetic_tokens: int = 1_000_000
     seed: int = 1234
 
     def __post_init__(self) -> None:
         _choice("data.name", self.name, ("pystdlib", "text", "synthetic"))
         _fraction("data.validation_fraction", self.validation_fraction)
-        _at_least("data.synthetic_tokens", self.synthetic_tokens, 1)
         if self.name == "text" and self.path is None:
             raise ConfigError("data.name=text needs data.path: a directory of text or .jsonl files, or one such file")
 

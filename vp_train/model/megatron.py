@@ -5,8 +5,6 @@ The only importer of `megatron.core` layers.  The import takes seconds, so it ha
 
 from __future__ import annotations
 
-import logging
-import warnings
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vp_train.config import ModelConfig
+from vp_train.quiet import quiet_megatron
 
 
 class CoreAttention(nn.Module):
@@ -45,9 +44,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> None:
         super().__init__()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.getLogger("megatron").setLevel(logging.ERROR)
+        with quiet_megatron():
             self.layer = _build(model, dtype, device, group)
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:

@@ -1,0 +1,86 @@
+"""The documents of a corpus: files found in a fixed order, read as text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vp_train.config import ConfigError, DataConfig
+
+_TEXT_SUFFIXES = frozenset(".txt .md .rst .py .c .h .cc .cpp .java .js .ts .go .rs .html .csv .tex .jsonl".split())
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text, and where it came from: a path, with a line number for .jsonl."""
+
+    origin: str
+    text: str
+
+
+def find_files(config: DataConfig) -> tuple[Path, ...]:
+    """The files of the corpus, sorted.  Raises ConfigError if there are none."""
+    if config.name == "pystdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+        files = [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
+    else:
+        assert config.path is not None
+        root = Path(config.path).expanduser()
+        if not root.exists():
+            raise ConfigError(f"data.path={config.path} does not exist; give a directory of text files, or one file")
+        files = [root] if root.is_file() else [path for path in root.rglob("*") if path.suffix in _TEXT_SUFFIXES]
+    files = sorted(path for path in files if path.is_file())
+    if not files:
+        raise ConfigError(f"data.path={root} holds no text file; known endings are {' '.join(sorted(_TEXT_SUFFIXES))}")
+    return tuple(files)
+
+
+def content_hash(files: Sequence[Path], root: Path | None) -> str:
+    """A hash of the names (relative to `root`) and contents of the files."""
+    digest = hashlib.blake2b(digest_size=12)
+    for path in files:
+        name = path.relative_to(root) if root is not None and path != root else Path(path.name)
+        digest.update(str(name).encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def read_documents(files: Sequence[Path], jsonl_field: str, warn: bool = False) -> Iterator[Document]:
+    """Every document in order; files that are not UTF-8 are left out, with a line on stderr if `warn`.
+
+    Raises ConfigError with file and line for a .jsonl line that is not JSON or lacks the field.
+    """
+    skipped = []
+    for path in files:
+        try:
+            if path.suffix == ".jsonl":
+                yield from _read_lines(path, jsonl_field)
+            else:
+                yield Document(str(path), path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            skipped.append(path)
+    if skipped and warn:
+        others = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        print(f"left out, not UTF-8: {skipped[0]}{others}", file=sys.stderr)
+
+
+def _read_lines(path: Path, field: str) -> Iterator[Document]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path}:{number} is not JSON ({error.msg}); repair or remove the line") from None
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                found = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+                raise ConfigError(f"{path}:{number} has no text field {field!r} (found: {found}); set data.jsonl_field")
+            yield Document(f"{path}:{number}", record[field])

@@ -1,0 +1,58 @@
+"""Tokenizers by the `tokenizers` library: read from a tokenizer.json, or a byte-level BPE trained on the corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from vp_train.config import ConfigError
+
+END_OF_TEXT = "<|endoftext|>"
+_USUAL_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>", "[SEP]")
+_SMALLEST = 257  # every byte, and the end of a document
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens (fewer where the text has no more pairs to merge).
+
+    Raises ConfigError for a vocabulary too small to hold every byte.
+    """
+    if vocab_size < _SMALLEST:
+        raise ConfigError(f"model.vocab_size={vocab_size} is too small for a byte-level tokenizer; use at least {_SMALLEST}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """Read a tokenizer.json.  Raises ConfigError if it is missing, broken, or has ids of `vocab_size` and above."""
+    if not path.is_file():
+        raise ConfigError(f"data.tokenizer={path} is not a file; give the path of a tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise ConfigError(f"data.tokenizer={path} is not a tokenizer.json: {error}") from None
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= vocab_size:
+        raise ConfigError(f"{path} has token ids up to {largest}, but model.vocab_size={vocab_size}; set it to {largest + 1} or more")
+    return tokenizer
+
+
+def end_token_id(tokenizer: Tokenizer, name: str | None) -> int:
+    """The id that ends a document.  Raises ConfigError if the tokenizer has no such token."""
+    names = _USUAL_END_TOKENS if name is None else (name,)
+    for candidate in names:
+        found = tokenizer.token_to_id(candidate)
+        if found is not None:
+            return int(found)
+    raise ConfigError(f"the tokenizer has no token {' or '.join(names)}; set data.end_token to the one that ends a document")
