@@ -32,6 +32,7 @@ class RankModel:
 
     parameters: dict[str, nn.Parameter]
     rows: dict[str, Shard]
+    vocab_size: int
     trainer: Executor
     evaluator: Executor
     output_layer: OutputLayer | None
@@ -116,7 +117,7 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
     if model.tied_embeddings and mesh.end_ranks is not None and matrices:
         tied = (parameters["embedding.weight"], mesh.end_ranks)
         copied = frozenset() if End.INPUT in matrices else frozenset({"embedding.weight"})
-    return RankModel(parameters, rows, trainer, evaluator, training_output, copied, tied)
+    return RankModel(parameters, rows, model.vocab_size, trainer, evaluator, training_output, copied, tied)
 
 
 def _named_parameters(stages: dict[int, Stage]) -> Iterator[tuple[str, nn.Parameter]]:

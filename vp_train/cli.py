@@ -10,10 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from vp_train.config import ConfigError, RunConfig
-
-EXIT_INTERNAL = 70  # a bug, or a peer that died
-EXIT_IO = 74
-EXIT_CONFIG = 78  # a value or data the user must change; restarting cannot help
+from vp_train.exits import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK
 
 _HELP = """\
 {command}: {purpose}
@@ -59,7 +56,7 @@ def _prepare(config: RunConfig, overrides: Sequence[str]) -> int:
     from vp_train.data import describe, prepare
 
     print(describe(prepare(config.data, config.model.vocab_size, progress=True)))
-    return 0
+    return EXIT_OK
 
 
 def _main(command: str, purpose: str, body: Callable[[RunConfig, Sequence[str]], int]) -> NoReturn:
@@ -70,10 +67,10 @@ def _main(command: str, purpose: str, body: Callable[[RunConfig, Sequence[str]],
         config = load_config(overrides)
         if "--help" in arguments or "-h" in arguments:
             print(_help(command, purpose, config))
-            code = 0
+            code = EXIT_OK
         elif "--print-config" in arguments:
             print(config_text(config), end="")
-            code = 0
+            code = EXIT_OK
         else:
             code = body(config, overrides)
     except ConfigError as error:

@@ -41,28 +41,32 @@ class StepHealth:
     loss: float
     grad_norm: float
     culprits: tuple[tuple[int, str], ...]  # (rank, "loss" or "gradient")
+    peak_bytes: float  # resident memory of the worst rank
 
 
-def gather_health(loss: Tensor | None, parameters: Sequence[nn.Parameter], reporter: int, group: dist.ProcessGroup) -> StepHealth:
-    """Exchange loss and squared gradient norm; one small all-gather, summed in rank order, so that ranks agree bit for bit.
+def gather_health(
+    loss: Tensor | None, parameters: Sequence[nn.Parameter], root: int, group: dist.ProcessGroup, peak_bytes: float = 0.0
+) -> StepHealth:
+    """Exchange loss, squared gradient norm and memory: one small all-gather, summed in rank order, so ranks agree bit for bit.
 
-    `loss` is this rank's, or None; that of rank `reporter` counts.  Each parameter must live on one rank only.
+    `loss` is this rank's, or None; that of rank `root` counts.  Each parameter must be counted by one rank only.
     """
     squared = torch.zeros((), dtype=torch.float64)
     for parameter in parameters:
         if parameter.grad is not None:
             squared += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64).cpu() ** 2
-    mine = torch.stack([torch.zeros_like(squared) if loss is None else loss.double().cpu(), squared])
-    everyone = torch.empty(group.size(), 2, dtype=torch.float64)
-    dist.all_gather_into_tensor(everyone.view(-1), mine, group=group)
+    shown = torch.zeros_like(squared) if loss is None else loss.double().cpu()
+    mine = torch.stack([shown, squared, torch.tensor(peak_bytes, dtype=torch.float64)])
+    everyone = torch.empty(group.size(), 3, dtype=torch.float64)
+    dist.all_gather(list(everyone), mine, group=group)
     culprits = []
-    for rank, (rank_loss, rank_squared) in enumerate(everyone.tolist()):
+    for rank, (rank_loss, rank_squared, _) in enumerate(everyone.tolist()):
         if not math.isfinite(rank_loss):
             culprits.append((rank, "loss"))
         elif not math.isfinite(rank_squared):
             culprits.append((rank, "gradient"))
     total = everyone[:, 1].sum().sqrt().item()
-    return StepHealth(everyone[reporter, 0].item(), total, tuple(culprits))
+    return StepHealth(everyone[root, 0].item(), total, tuple(culprits), everyone[:, 2].max().item())
 
 
 def clip(parameters: Sequence[nn.Parameter], grad_norm: float, limit: float) -> None:

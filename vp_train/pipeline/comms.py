@@ -87,8 +87,7 @@ class Comms:
                 return Pending(dist.all_reduce(tensor, group=group, async_op=True), tensor)
             case Transfer.ALL_GATHER:
                 result = torch.empty((group.size(), *tensor.shape), dtype=tensor.dtype, device=tensor.device)
-                flat = result.view(-1, *tensor.shape[1:])
-                return Pending(dist.all_gather_into_tensor(flat, tensor, group=group, async_op=True), result, tensor)
+                return Pending(dist.all_gather(list(result), tensor, group=group, async_op=True), result, tensor)
 
     def _keep(self, pending: Pending) -> None:
         self._sent.append(pending)

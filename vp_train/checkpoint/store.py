@@ -1,0 +1,211 @@
+"""Checkpoints: complete or absent, verified before use, readable by any number of ranks.
+
+One safetensors file per rank and a JSON manifest with the hash of each.  torch.distributed.checkpoint would do part of it,
+but its metadata is a pickle, it does not notice a flipped bit, and its sharded tensors cannot have unequal shards.
+
+A checkpoint is written into a temporary directory, synced, and renamed: a kill at any moment leaves only complete ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vp_train.config import ConfigError
+
+_MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the ones before it are untouched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor of this rank: a whole one, or rows [start, start + len(tensor)) of a global one with `num_rows` rows."""
+
+    tensor: Tensor
+    start: int | None = None
+    num_rows: int | None = None
+
+    @property
+    def global_shape(self) -> list[int]:
+        shape = list(self.tensor.shape)
+        return shape if self.num_rows is None else [self.num_rows, *shape[1:]]
+
+    @property
+    def dtype(self) -> str:
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+
+def save(
+    directory: Path, step: int, pieces: Mapping[str, Piece], state: Mapping[str, Any], group: dist.ProcessGroup, keep: int
+) -> Path:
+    """Write checkpoint `step` under `directory`; collective over `group`.  Each global tensor must be covered exactly once.
+
+    `state` must be JSON.  The newest `keep` checkpoints stay.  Raises CheckpointError on all ranks if any could not write.
+    """
+    rank = dist.get_rank(group)
+    final, temporary = directory / f"step-{step:08d}", directory / f".writing-step-{step:08d}"
+    error = None
+    if rank == 0:
+        error = _attempt(lambda: _make_empty(temporary))
+    _agree(error, group)
+    name = f"rank-{rank:05d}.safetensors"
+    description: dict[str, Any] = {}
+    error = _attempt(lambda: description.update(_write_pieces(temporary / name, pieces)))
+    everyone = _agree((name, description) if error is None else error, group)
+    if rank == 0:
+        manifest = {"format": _FORMAT, "step": step, "state": dict(state), "files": dict(everyone)}
+        error = _attempt(lambda: _commit(manifest, temporary, final))
+        if error is None:
+            _retain(directory, keep)
+    _agree(error if rank == 0 else None, group)
+    return final
+
+
+def _attempt(work: Any) -> str | None:
+    """None, or what went wrong."""
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _agree(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    """What every rank has to say; CheckpointError on all ranks if one of them says an error (a string)."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    for rank, said in enumerate(everyone):
+        if isinstance(said, str):
+            raise CheckpointError(f"rank {rank} could not write the checkpoint: {said}")
+    return everyone
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def _write_pieces(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
+    save_file({name: piece.tensor.detach().contiguous() for name, piece in pieces.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "blake2b").hexdigest()
+    tensors = {
+        name: {"dtype": piece.dtype, "shape": piece.global_shape, "start": piece.start or 0, "rows": len(piece.tensor)}
+        for name, piece in pieces.items()
+    }
+    return {"bytes": path.stat().st_size, "blake2b": digest, "tensors": tensors}
+
+
+def _commit(manifest: dict[str, Any], temporary: Path, final: Path) -> None:
+    body = json.dumps(manifest)
+    with (temporary / _MANIFEST).open("w") as file:
+        file.write(json.dumps({"blake2b": hashlib.blake2b(body.encode()).hexdigest(), "manifest": body}))
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_directory(temporary)
+    if final.exists():  # the same step again, after a resume from an earlier one
+        _remove(final)
+    temporary.rename(final)
+    _sync_directory(final.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _retain(directory: Path, keep: int) -> None:
+    for old in sorted(directory.glob("step-*"))[:-keep]:
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Rename first: a half deleted checkpoint must not look like one."""
+    doomed = path.with_name(f".removing-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of checkpoint `path` after checking it and every file it names.  Raises ValueError saying what is damaged."""
+    try:
+        wrapped = json.loads((path / _MANIFEST).read_text())
+        body = wrapped["manifest"]
+        if hashlib.blake2b(body.encode()).hexdigest() != wrapped["blake2b"]:
+            raise ValueError(f"{path / _MANIFEST} does not match its hash")
+        manifest: dict[str, Any] = json.loads(body)
+        for name, expected in manifest["files"].items():
+            with (path / name).open("rb") as file:
+                if hashlib.file_digest(file, "blake2b").hexdigest() != expected["blake2b"]:
+                    raise ValueError(f"{path / name} does not match its hash")
+    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is incomplete: {error}") from None
+    if manifest["format"] != _FORMAT:
+        raise ValueError(f"{path} has format {manifest['format']}, this version reads {_FORMAT}")
+    return manifest
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest undamaged checkpoint; damaged ones are named on stderr and passed over."""
+    for path in sorted(directory.glob("step-*"), reverse=True):
+        try:
+            read_manifest(path)
+        except ValueError as error:
+            print(f"checkpoint passed over: {error}", file=sys.stderr, flush=True)
+        else:
+            return path
+    return None
+
+
+def load(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
+    """Fill the tensors of `pieces` in place from the verified checkpoint `path`; returns its state.
+
+    Only the rows asked for are read, whatever ranks wrote them.  Raises ConfigError, naming the tensor and both values, if
+    one is missing or has another shape or dtype.
+    """
+    manifest = read_manifest(path)
+    for name, piece in pieces.items():
+        start = piece.start or 0
+        filled = torch.zeros(len(piece.tensor) if piece.tensor.dim() else 1, dtype=torch.bool)
+        for file, content in manifest["files"].items():
+            entry = content["tensors"].get(name)
+            if entry is None:
+                continue
+            if entry["shape"] != piece.global_shape or entry["dtype"] != piece.dtype:
+                raise ConfigError(
+                    f"{name} is {entry['dtype']} {entry['shape']} in {path}, but {piece.dtype} {piece.global_shape} in this run; "
+                    "resume with the model and run.dtype it was saved with"
+                )
+            low = max(start, entry["start"])
+            high = min(start + len(filled), entry["start"] + entry["rows"])
+            if low < high:
+                with safe_open(path / file, "pt") as opened:
+                    rows = opened.get_slice(name)[low - entry["start"] : high - entry["start"]]
+                with torch.no_grad():
+                    piece.tensor[low - start : high - start] = rows
+                filled[low - start : high - start] = True
+        if not filled.all():
+            raise ConfigError(f"{path} does not hold all of {name}; resume with the model it was saved from")
+    return dict(manifest["state"])

@@ -1,0 +1,72 @@
+"""What rank 0 shows while it trains: a live line on a terminal, a plain line every few steps elsewhere."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step, for people."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    peak_bytes: float  # resident memory of the worst rank
+
+
+class Progress:
+    """Shows steps up to `num_steps`; in a log file every `log_every` steps, and the first and the last."""
+
+    def __init__(self, num_steps: int, first_step: int, log_every: int, console: Console) -> None:
+        self._num_steps, self._first_step, self._log_every, self._console = num_steps, first_step, log_every, console
+        self._started = time.monotonic()
+        self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+        if self._live is not None:
+            self._live.start()
+
+    def step(self, report: StepReport) -> None:
+        """Show a finished step."""
+        line = self._line(report)
+        if self._live is not None:
+            self._live.update(Text(line))
+        if report.step % self._log_every == 0 or report.step in (self._first_step, self._num_steps):
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.update(Text(""))
+            self._live.stop()
+
+    def _line(self, report: StepReport) -> str:
+        done = report.step - self._first_step + 1
+        left = (time.monotonic() - self._started) / done * (self._num_steps - report.step)
+        return (
+            f"step {report.step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {report.loss:.4f}  "
+            f"grad norm {report.grad_norm:.3f}  lr {report.learning_rate:.2e}  {report.tokens_per_second:,.0f} tokens/s  "
+            f"peak {human_bytes(report.peak_bytes)}  {_minutes(left)} left"
+        )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

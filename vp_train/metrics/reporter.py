@@ -1,0 +1,109 @@
+"""Rank 0 tells about the run: on the console and in the files of its directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from schedules.render import chrome_trace, svg
+from schedules.timeline import Timeline
+from schedules.vocab import End
+from vp_train.config import RunConfig
+from vp_train.data import Source
+from vp_train.metrics.log import MetricsLog
+from vp_train.metrics.progress import Progress, StepReport, human_bytes
+from vp_train.metrics.run_directory import RunDirectory
+from vp_train.metrics.summary import rank_table, summarize
+from vp_train.model.shape import num_parameters
+from vp_train.plan import RunPlan
+
+
+class Reporter:
+    """Console, metrics.jsonl, TensorBoard, schedule, trace and final table of one run."""
+
+    def __init__(self, config: RunConfig, plan: RunPlan, directory: RunDirectory, first_step: int) -> None:
+        self._config, self._plan, self._directory = config, plan, directory
+        self._console = Console(width=None if sys.stdout.isatty() else 110)
+        self._log = MetricsLog(directory.metrics, directory.tensorboard, first_step - 1)
+        self._first_step = first_step
+        self._measured: Timeline | None = None
+        self._parameters: Sequence[int] = ()
+        self._pending: tuple[StepReport, dict[str, float]] | None = None
+
+    def start(self, config_yaml: str, source: Source) -> None:
+        """Write what is known before the first step, and say what is going to run where."""
+        config, plan, directory = self._config, self._plan, self._directory
+        directory.write("config.yaml", config_yaml)
+        directory.write_environment()
+        directory.write("schedule.txt", plan.schedule.text())
+        title = f"{config.schedule.name}, vocabulary {config.vocab.algorithm}: as planned"
+        directory.write("schedule.svg", svg(plan.timeline, title))
+        stages = "  ".join(f"rank {rank}: {len(layers)} layers" for rank, layers in enumerate(plan.layers))
+        lines = [
+            f"data      {source.description}",
+            f"model     {num_parameters(config.model) / 1e6:.1f} M parameters, vocabulary {config.model.vocab_size:,}"
+            f" (ln V = {math.log(config.model.vocab_size):.2f}), {config.run.dtype} on {config.run.device}",
+            f"pipeline  {stages}",
+            f"schedule  {config.schedule.name}, vocabulary {config.vocab.algorithm}, {config.num_microbatches} microbatches of"
+            f" {config.micro_batch_size} x {config.model.seq_length} tokens; predicted bubble {plan.timeline.mean_bubble:.1%},"
+            f" activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
+            f"run       {directory.path}, steps {self._first_step} to {config.run.steps}",
+        ]
+        for line in lines:
+            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self._progress = Progress(config.run.steps, self._first_step, config.run.log_every, self._console)
+
+    def say(self, line: str) -> None:
+        self._progress.say(line)
+
+    def step(self, report: StepReport) -> None:
+        """A finished step; its record is written when nothing can be added to it any more."""
+        self._flush()
+        self._progress.step(report)
+        values = {
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "learning_rate": report.learning_rate,
+            "tokens_per_second": report.tokens_per_second,
+            "peak_resident_bytes": report.peak_bytes,
+        }
+        self._pending = (report, values)
+
+    def validation(self, step: int, loss: float) -> None:
+        """The validation loss after `step`."""
+        assert self._pending is not None
+        self._pending[1]["validation_loss"] = loss
+        uniform = math.log(self._config.model.vocab_size)
+        self._progress.say(f"step {step}  validation loss {loss:.4f}  (a uniform guess has ln V = {uniform:.4f})")
+
+    def trace(self, measured: Timeline, parameters: Sequence[int]) -> None:
+        """The measured step: kept for the final table and written for Perfetto beside the predicted one."""
+        self._measured, self._parameters = measured, parameters
+        if self._pending is not None:
+            self._pending[1]["bubble_measured"] = measured.mean_bubble
+            self._pending[1]["bubble_predicted"] = self._plan.timeline.mean_bubble
+        trace = chrome_trace({"predicted": self._plan.timeline, "measured": measured})
+        self._directory.write("trace/step.json", json.dumps(trace))
+        title = f"{self._config.schedule.name}, vocabulary {self._config.vocab.algorithm}: as measured"
+        self._directory.write("trace/step.svg", svg(measured, title))
+
+    def finish(self, resident_bytes: Sequence[float]) -> None:
+        """The table of all ranks, where a step was traced, and the last records."""
+        self._flush()
+        self._progress.close()
+        if self._measured is not None:
+            rows = [shard.num_rows for shard in self._plan.shards[End.OUTPUT]]
+            table = summarize(self._plan.timeline, self._measured, self._plan.layers, rows, self._parameters, resident_bytes)
+            self._console.print(rank_table(table, "What was planned and what was measured (one traced step)"))
+        self._console.print(f"everything is in {self._directory.path}", highlight=False, soft_wrap=True, markup=False)
+        self._log.close()
+
+    def _flush(self) -> None:
+        if self._pending is not None:
+            report, values = self._pending
+            self._log.record(report.step, values)
+            self._pending = None

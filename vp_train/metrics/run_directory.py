@@ -1,0 +1,102 @@
+"""The directory of one run: runs/<name>/, locked while it is in use, never overwritten."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import IO
+
+from vp_train.config import ConfigError, RunSettings
+
+
+def run_path(settings: RunSettings) -> Path:
+    """Where the files of a run go."""
+    return Path(settings.root).expanduser() / settings.name
+
+
+class RunDirectory:
+    """Opens `root/name` and holds its lock as long as the process lives; only rank 0 has one."""
+
+    def __init__(self, settings: RunSettings) -> None:
+        """Raises ConfigError if another process uses the directory, or if it holds a run that is not to be resumed."""
+        self.path = run_path(settings)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._acquire()
+        if not settings.resume and (self.metrics.exists() or any(self.checkpoints.glob("step-*"))):
+            raise ConfigError(
+                f"{self.path} already holds a run; continue it with run.resume=true, or choose another run.name={settings.name}"
+            )
+        self.trace.mkdir(exist_ok=True)
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace"
+
+    def _acquire(self) -> IO[str]:
+        file = (self.path / "LOCK").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"{self.path} is in use by process {file.read().strip()}; wait for it or choose another run.name"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        return file
+
+    def write(self, name: str, text: str) -> None:
+        """Write one text file of the run."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def write_environment(self) -> None:
+        """env.json: versions, machine, commit and command line."""
+        packages = ("vp_train", "torch", "megatron-core", "hydra-core", "tokenizers", "numpy")
+        environment = {
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "packages": {name: _version(name) for name in packages},
+            "host": platform.node(),
+            "cpus": os.cpu_count(),
+            "commit": _commit(),
+        }
+        self.write("env.json", json.dumps(environment, indent=1) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit this code runs from, marked with + if files differ from it."""
+    source = Path(__file__).parent
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

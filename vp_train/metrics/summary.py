@@ -1,0 +1,82 @@
+"""The table at the end of a run: what was predicted for each rank, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from schedules.timeline import Timeline
+from vp_train.metrics.progress import human_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RankSummary:
+    """One rank: what it owns and measured in the traced step.  Bytes, fractions 0 to 1, counts."""
+
+    rank: int
+    layers: str
+    vocabulary_rows: int
+    num_parameters: int
+    busy: float
+    predicted_bubble: float
+    measured_bubble: float
+    predicted_bytes: float
+    measured_bytes: float
+    resident_bytes: float
+
+
+def summarize(
+    predicted: Timeline,
+    measured: Timeline,
+    layers: Sequence[range],
+    rows: Sequence[int],
+    parameters: Sequence[int],
+    resident: Sequence[float],
+) -> list[RankSummary]:
+    """One row per rank of a linear layout."""
+    return [
+        RankSummary(
+            rank,
+            _span(layers[rank]),
+            rows[rank],
+            parameters[rank],
+            1 - measured.bubble(rank),
+            predicted.bubble(rank),
+            measured.bubble(rank),
+            predicted.peak_bytes[rank],
+            measured.peak_bytes[rank],
+            resident[rank],
+        )
+        for rank in range(measured.num_ranks)
+    ]
+
+
+def _span(layers: range) -> str:
+    if not layers:
+        return "none"
+    return f"{layers.start}" if len(layers) == 1 else f"{layers.start}-{layers.stop - 1}"
+
+
+def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
+    """A table of at most 110 columns."""
+    table = Table(title=title, title_justify="left", header_style="")
+    for name in ("rank", "layers", "V rows", "params", "busy", "bubble\npredicted", "bubble\nmeasured", "activations\npredicted"):
+        table.add_column(name, justify="right")
+    table.add_column("activations\nmeasured", justify="right")
+    table.add_column("resident", justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.rank),
+            row.layers,
+            f"{row.vocabulary_rows:,}",
+            f"{row.num_parameters / 1e6:.2f} M",
+            f"{row.busy:.1%}",
+            f"{row.predicted_bubble:.1%}",
+            f"{row.measured_bubble:.1%}",
+            human_bytes(row.predicted_bytes),
+            human_bytes(row.measured_bytes),
+            human_bytes(row.resident_bytes),
+        )
+    return table

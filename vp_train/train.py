@@ -1,0 +1,235 @@
+"""The main path: one rank of one run, from configuration to checkpoint.  Read it top to bottom."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from schedules.timeline import Span, Timeline
+from schedules.vocab import End
+from vp_train.assembly import RankModel, build_rank
+from vp_train.checkpoint.store import CheckpointError, latest
+from vp_train.checkpoint.training import restore_run, save_run
+from vp_train.config import ConfigError, RunConfig
+from vp_train.data import Batch, Source, open_source
+from vp_train.exits import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK
+from vp_train.mesh import Mesh, build_mesh
+from vp_train.metrics.progress import StepReport
+from vp_train.metrics.reporter import Reporter
+from vp_train.metrics.run_directory import RunDirectory, run_path
+from vp_train.optim.adamw import StepHealth, build_adamw, clip, gather_health, learning_rate
+from vp_train.pipeline.recorder import Recorder
+from vp_train.plan import RunPlan, make_plan
+
+_MAX_SKIPS = 10  # non-finite steps in a row that run.on_nonfinite=skip tolerates
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was not finite; the parameters are those of the step before."""
+
+
+def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> int:
+    """Train as rank `rank`; returns the exit code.  Raises ConfigError before any process group exists."""
+    plan = make_plan(config, num_ranks)
+    source = open_source(config)
+    directory = RunDirectory(config.run) if rank == 0 else None
+    step = 0
+    try:
+        mesh = _connect(config, plan)
+        run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
+        reporter = None
+        if directory is not None:
+            reporter = Reporter(config, plan, directory, run.first_step)
+            reporter.start(config_yaml, source)
+        for step in run.steps():
+            run.train_step(step, reporter)
+        run.finish(reporter)
+    except ConfigError:
+        raise
+    except NonFiniteError as error:
+        return _fail(rank, f"vp-train: {error}" if rank == 0 else "", EXIT_CONFIG)
+    except CheckpointError as error:
+        return _fail(rank, f"vp-train: {error}" if rank == 0 else "", EXIT_IO)
+    except Exception as error:
+        if _lost_a_peer(error):
+            return _fail(rank, f"rank {rank}: stopped at step {step}, another rank went away", EXIT_INTERNAL)
+        return _fail(rank, f"rank {rank} failed at step {step}\n{traceback.format_exc()}", EXIT_INTERNAL)
+    dist.destroy_process_group()
+    return EXIT_OK
+
+
+def _connect(config: RunConfig, plan: RunPlan) -> Mesh:
+    backend = "nccl" if config.run.device == "cuda" else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.run.timeout_seconds))
+    return build_mesh(plan.problem)
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """gloo and the store report a dead peer in these words; the peer itself has the reason."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def _fail(rank: int, message: str, code: int) -> int:
+    """Say why and leave at once: destructors of process groups would wait for peers."""
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What a run remembers between steps besides model and optimizer."""
+
+    skipped_in_a_row: int = 0
+    saved_step: int = 0
+
+
+class Run:
+    """Model, optimizer and data of one rank, and what happens in a step."""
+
+    def __init__(self, config: RunConfig, plan: RunPlan, mesh: Mesh, source: Source, model: RankModel) -> None:
+        self.config, self.plan, self.mesh, self.source, self.model = config, plan, mesh, source, model
+        self.root = plan.problem.root(End.OUTPUT)  # the rank whose loss counts
+        self._parameters = list(model.parameters.values())
+        self._optimizer = build_adamw(self._parameters, config.optim)
+        self._checkpoints = run_path(config.run) / "checkpoints"
+        self._memory = _Memory()
+        self.first_step = 1 + (self._resume() if config.run.resume else 0)
+        self._traced_step = max(config.run.trace_step, self.first_step) if config.run.trace_step else 0
+
+    def steps(self) -> range:
+        """The steps still to do."""
+        return range(self.first_step, self.config.run.steps + 1)
+
+    def train_step(self, step: int, reporter: Reporter | None) -> None:
+        """One optimizer step, and the validation, trace and checkpoint that fall on it."""
+        started = time.perf_counter()
+        batch = self._on_device(self.source.train_batch(step))
+        self.model.zero_grad()
+        if step == self._traced_step:
+            loss, traced = self._traced(batch)
+        else:
+            loss, traced = self.model.train_step(batch.tokens, batch.labels), None
+        health = gather_health(loss, self.model.counted, self.root, self.mesh.world, peak_resident_bytes())
+        rate = self._update(step, health)
+        seconds = time.perf_counter() - started
+        if reporter is not None:
+            reporter.step(StepReport(step, health.loss, health.grad_norm, rate, batch.tokens.numel() / seconds, health.peak_bytes))
+        if traced is not None:
+            self._report_trace(traced, reporter)
+        if self._falls_on(step, self.config.run.eval_every):
+            validation = self._validate()
+            if reporter is not None:
+                reporter.validation(step, validation)
+        if self._falls_on(step, self.config.run.checkpoint_every):
+            self._save(step, reporter)
+
+    def _falls_on(self, step: int, every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.config.run.steps)
+
+    def _update(self, step: int, health: StepHealth) -> float:
+        """Clip and apply the gradients, unless a value is not finite; returns the learning rate."""
+        rate = learning_rate(self.config.optim, step, self.config.run.steps)
+        if health.culprits:
+            self._handle_nonfinite(step, health)
+            return rate
+        self._memory.skipped_in_a_row = 0
+        clip(self._parameters, health.grad_norm, self.config.optim.clip_grad_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        return rate
+
+    def _handle_nonfinite(self, step: int, health: StepHealth) -> None:
+        """Every rank sees the same health, so all skip or all stop."""
+        where = ", ".join(f"{what} on rank {rank}" for rank, what in health.culprits)
+        self._memory.skipped_in_a_row += 1
+        if self.config.run.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"step {step}: non-finite {where}; the parameters are those after step {step - 1}. "
+                "Lower optim.lr, or set run.on_nonfinite=skip to leave such steps out"
+            )
+        if self._memory.skipped_in_a_row >= _MAX_SKIPS:
+            raise NonFiniteError(f"step {step}: non-finite {where}, {_MAX_SKIPS} steps in a row; lower optim.lr")
+        if self.mesh.rank == 0:
+            print(f"step {step} skipped: non-finite {where}", file=sys.stderr, flush=True)
+
+    def _validate(self) -> float:
+        batch = self._on_device(self.source.validation_batch())
+        loss = self.model.evaluator.step(batch.tokens, batch.labels)
+        return gather_health(loss, [], self.root, self.mesh.world).loss
+
+    def _on_device(self, batch: Batch) -> Batch:
+        device = self.config.run.device
+        return Batch(batch.tokens.to(device), batch.labels.to(device))
+
+    def _save(self, step: int, reporter: Reporter | None) -> None:
+        """A checkpoint that cannot be written is a warning, except at the end of the run."""
+        try:
+            save_run(self._checkpoints, step, self.config, self.model, self._optimizer, self.mesh.world)
+        except CheckpointError as error:
+            if step == self.config.run.steps:
+                raise
+            if reporter is not None:
+                reporter.say(f"step {step}: {error}; going on, the checkpoints before it are untouched")
+
+    def _resume(self) -> int:
+        """Load the newest undamaged checkpoint; returns its step, 0 if there is none.  Rank 0 chooses for all."""
+        chosen = [latest(self._checkpoints) if self.mesh.rank == 0 else None]
+        dist.broadcast_object_list(chosen, 0, group=self.mesh.world)
+        path = chosen[0]
+        return 0 if path is None else restore_run(path, self.config, self.model, self._optimizer)
+
+    def _traced(self, batch: Batch) -> tuple[torch.Tensor | None, Recorder]:
+        """A training step with every pass timed, from a common start."""
+        output = self.model.output_layer
+        recorder = Recorder(
+            self.mesh.rank, self._clock(), (lambda: 0) if output is None else (lambda: output.held_bytes), self._parameters
+        )
+        dist.barrier(self.mesh.world)
+        recorder.started_at = recorder.clock()
+        return self.model.train_step(batch.tokens, batch.labels, recorder), recorder
+
+    def _clock(self) -> Callable[[], float]:
+        if self.config.run.device == "cpu":
+            return time.perf_counter
+
+        def synchronised() -> float:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+
+        return synchronised
+
+    def _report_trace(self, recorder: Recorder, reporter: Reporter | None) -> None:
+        mine = (recorder.spans, recorder.peak_bytes, self.model.num_parameters)
+        everyone: list[tuple[list[Span], int, int]] = [mine] * self.plan.num_ranks
+        dist.all_gather_object(everyone, mine, group=self.mesh.world)
+        if reporter is not None:
+            spans, peaks, parameters = zip(*everyone, strict=True)
+            timeline = Timeline(tuple(map(tuple, spans)), (), tuple(map(float, peaks)), self.plan.timeline.peak_in_flight)
+            reporter.trace(timeline, parameters)
+
+    def finish(self, reporter: Reporter | None) -> None:
+        """The last word: the table of all ranks."""
+        everyone = [0.0] * self.plan.num_ranks
+        dist.all_gather_object(everyone, peak_resident_bytes(), group=self.mesh.world)
+        if reporter is not None:
+            reporter.finish(everyone)
+
+
+def peak_resident_bytes() -> float:
+    """Peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
