@@ -17,7 +17,7 @@ _COLOURS = {
     "S": "#E69F00",
     "T": "#F0E442",
     "E": "#CC79A7",
-    "G": "#B07AA1",
+    "G": "#D55E00",
 }
 _MEANINGS = {
     "F": "forward",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
 
 from vp_train.config import RunConfig
+from vp_train.metrics.run_directory import refuse_used
 from vp_train.plan import make_plan
 
 _DEFAULT_RANKS = 4
@@ -16,6 +18,7 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     """Check the plan, prepare the data, then run the ranks; returns the exit code of the first rank that failed, or 0."""
     num_ranks = config.parallel.pp or _DEFAULT_RANKS
     make_plan(config, num_ranks)
+    refuse_used(config.run)
     if config.data.name != "synthetic":
         from vp_train.data import prepare
 
@@ -24,6 +27,7 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks and we say what happened
     agent = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +15,10 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from vp_train.config import ConfigError, DataConfig
-from vp_train.data.documents import content_hash, find_files, read_documents
+from vp_train.data.documents import Document, content_hash, find_files, read_documents
 from vp_train.data.indexed import check_tokens, write_dataset
 from vp_train.data.tokenizer import end_token_id, load_tokenizer, train_tokenizer
 
@@ -31,6 +32,7 @@ class Manifest:
     """What a corpus holds; written last, so a directory with a manifest is complete."""
 
     name: str
+    content_hash: str  # of file names, contents and settings; also the end of the directory's name
     num_files: int
     num_documents: int
     num_tokens: int
@@ -38,6 +40,7 @@ class Manifest:
     num_token_ids: int  # of the tokenizer, at most vocab_size
     end_token: int
     file_bytes: dict[str, int]
+    checked_ns: int  # time of tokens.bin when every token in it was known to lie in [0, vocab_size)
     seconds: float
 
 
@@ -53,6 +56,10 @@ class Corpus:
     def prefix(self) -> Path:
         return self.path / "tokens"
 
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
 
 def describe(corpus: Corpus) -> str:
     """A few lines for people."""
@@ -66,7 +73,7 @@ def describe(corpus: Corpus) -> str:
 
 
 @contextmanager
-def exclusive(cache_dir: Path) -> Iterator[None]:
+def _exclusive(cache_dir: Path) -> Iterator[None]:
     """One process at a time; the lock goes with its process."""
     cache_dir.mkdir(parents=True, exist_ok=True)
     with (cache_dir / ".lock").open("w") as file:
@@ -75,39 +82,43 @@ def exclusive(cache_dir: Path) -> Iterator[None]:
 
 
 def prepare(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
-    """Find the corpus in the cache or build it there; every token is checked against `vocab_size` either way.
+    """Find the corpus in the cache or build it there; tokens are checked against `vocab_size` unless they have been.
 
     Raises ConfigError for data a user must change: nothing to read, a broken file, a token out of range.
     """
     files = find_files(config)
-    settings = [_FORMAT, config.name, vocab_size, config.tokenizer, config.end_token, config.jsonl_field]
+    settings = [_FORMAT, config.name, vocab_size, config.tokenizer is not None, config.end_token, config.jsonl_field]
     cache_dir = Path(config.cache_dir).expanduser()
-    with exclusive(cache_dir):
+    with _exclusive(cache_dir):
         key = _content_key(cache_dir, config, files, settings)
         path = cache_dir / f"{config.name}-{key}"
         fresh = not (path / "manifest.json").exists()
         if fresh:
-            _build(path, config, files, vocab_size, progress)
+            _build(path, key, config, files, vocab_size, progress)
     corpus = Corpus(path, _read_manifest(path), fresh)
-    check_tokens(corpus.prefix, vocab_size)
+    if (path / "tokens.bin").stat().st_mtime_ns != corpus.manifest.checked_ns:
+        check_tokens(corpus.prefix, vocab_size)
     return corpus
 
 
 def _content_key(cache_dir: Path, config: DataConfig, files: tuple[Path, ...], settings: list[object]) -> str:
     """The hash of contents and settings; contents are read again only where a size or a time has changed."""
-    sources = (*files, Path(config.tokenizer)) if config.tokenizer else files
-    stats = [(str(path), stat.st_size, stat.st_mtime_ns) for path in sources if path.exists() for stat in (path.stat(),)]
+    tokenizer = [Path(config.tokenizer).resolve()] if config.tokenizer else []
+    for path in tokenizer:
+        if not path.is_file():
+            raise ConfigError(f"data.tokenizer={config.tokenizer} is not a file; give the path of a tokenizer.json")
+    stats = [(str(path), stat.st_size, stat.st_mtime_ns) for path in (*files, *tokenizer) for stat in (path.stat(),)]
     fingerprint = hashlib.blake2b(json.dumps([settings, stats]).encode(), digest_size=12).hexdigest()
     known = cache_dir / "fingerprints" / fingerprint
     if known.exists():
         return known.read_text()
     root = Path(os.path.commonpath([str(path.parent) for path in files]))
-    contents = content_hash(files, root)
-    if config.tokenizer and Path(config.tokenizer).is_file():
-        contents += content_hash([Path(config.tokenizer)], None)
+    contents = [content_hash(files, root), *(content_hash([path], path.parent) for path in tokenizer)]
     key = hashlib.blake2b(json.dumps([settings, contents]).encode(), digest_size=8).hexdigest()
     known.parent.mkdir(exist_ok=True)
-    known.write_text(key)
+    written = known.with_suffix(".new")
+    written.write_text(key)
+    written.replace(known)  # whole or absent, whenever we are killed
     return key
 
 
@@ -125,55 +136,67 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _build(path: Path, config: DataConfig, files: tuple[Path, ...], vocab_size: int, progress: bool) -> None:
+def _build(path: Path, key: str, config: DataConfig, files: tuple[Path, ...], vocab_size: int, progress: bool) -> None:
     """Build in a temporary directory and rename: a kill leaves nothing that looks complete."""
     started = time.perf_counter()
-    temporary = Path(tempfile.mkdtemp(prefix="building-", dir=path.parent))
+    temporary = path.parent / "building"  # one at a time under the lock; what is there already, a killed process left
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
-        total = sum(file.stat().st_size for file in files)
         if config.tokenizer:
             tokenizer = load_tokenizer(Path(config.tokenizer), vocab_size)
         else:
-            _say(progress, f"training a tokenizer of {vocab_size:,} tokens on {total / 1e6:.1f} MB")
+            megabytes = sum(file.stat().st_size for file in files) / 1e6
+            _say(progress, f"training a tokenizer of {vocab_size:,} tokens on {megabytes:.1f} MB")
             tokenizer = train_tokenizer(_training_texts(files, config), vocab_size)
         end = end_token_id(tokenizer, config.end_token)
-        counts = {"documents": 0, "tokens": 0}
-
-        def encoded() -> Iterator[list[int]]:
-            documents = read_documents(files, config.jsonl_field, warn=True)
-            while batch := list(islice(documents, _BATCH)):
-                for encoding in tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False):
-                    if encoding.ids:
-                        counts["documents"] += 1
-                        counts["tokens"] += len(encoding.ids) + 1
-                        yield [*encoding.ids, end]
-
-        write_dataset(temporary / "tokens", _with_progress(encoded(), progress), vocab_size)
-        if counts["documents"] == 0:
-            raise ConfigError(f"the {len(files)} files of data.name={config.name} hold no text")
         tokenizer.save(str(temporary / "tokenizer.json"))
-        sizes = {name: (temporary / name).stat().st_size for name in ("tokens.bin", "tokens.idx", "tokenizer.json")}
+        documents = _encoded(tokenizer, read_documents(files, config.jsonl_field, warn=True), end)
+        num_documents, num_tokens = write_dataset(temporary / "tokens", _with_progress(documents, progress), vocab_size)
+        if num_documents == 0:
+            raise ConfigError(f"{files[0]} and the {len(files) - 1} files after it hold no text; set data.path to some that do")
+        check_tokens(temporary / "tokens", vocab_size)
         manifest = Manifest(
-            config.name,
-            len(files),
-            counts["documents"],
-            counts["tokens"],
-            vocab_size,
-            tokenizer.get_vocab_size(with_added_tokens=True),
-            end,
-            sizes,
-            time.perf_counter() - started,
+            name=config.name,
+            content_hash=key,
+            num_files=len(files),
+            num_documents=num_documents,
+            num_tokens=num_tokens,
+            vocab_size=vocab_size,
+            num_token_ids=tokenizer.get_vocab_size(with_added_tokens=True),
+            end_token=end,
+            file_bytes={file.name: file.stat().st_size for file in sorted(temporary.iterdir())},
+            checked_ns=(temporary / "tokens.bin").stat().st_mtime_ns,
+            seconds=time.perf_counter() - started,
         )
         (temporary / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1) + "\n")
-        for name in os.listdir(temporary):
-            with (temporary / name).open("rb") as file:
-                os.fsync(file.fileno())
+        for file in (*temporary.iterdir(), temporary):
+            _sync(file)
         if path.exists():
-            shutil.rmtree(path)  # without a manifest: what an older interruption left
+            shutil.rmtree(path)  # its manifest is gone, so it is not complete
         temporary.rename(path)
+        _sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _encoded(tokenizer: Tokenizer, documents: Iterator[Document], end: int) -> Iterator[list[int]]:
+    """The token ids of each document that has any, with `end` after them."""
+    tokenizer.encode_special_tokens = True  # text that spells a special token stays text
+    while batch := list(islice(documents, _BATCH)):
+        for encoding in tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False):
+            if encoding.ids:
+                yield [*encoding.ids, end]
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a directory, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _training_texts(files: tuple[Path, ...], config: DataConfig) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,10 @@ from pathlib import Path
 
 from vp_train.config import ConfigError, DataConfig
 
-_TEXT_SUFFIXES = frozenset(".txt .md .rst .py .c .h .cc .cpp .java .js .ts .go .rs .html .csv .tex .jsonl".split())
+_TEXT_SUFFIXES = frozenset(
+    {".txt", ".md", ".rst", ".tex", ".html", ".csv", ".jsonl"}
+    | {".py", ".c", ".h", ".cc", ".cpp", ".java", ".js", ".ts", ".go", ".rs"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +35,21 @@ def find_files(config: DataConfig) -> tuple[Path, ...]:
         files = [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
     else:
         assert config.path is not None
-        root = Path(config.path).expanduser()
+        root = Path(config.path).expanduser().resolve()
         if not root.exists():
             raise ConfigError(f"data.path={config.path} does not exist; give a directory of text files, or one file")
-        files = [root] if root.is_file() else [path for path in root.rglob("*") if path.suffix in _TEXT_SUFFIXES]
+        files = [root] if root.is_file() else [path for path in root.rglob("*") if path.suffix.lower() in _TEXT_SUFFIXES]
     files = sorted(path for path in files if path.is_file())
     if not files:
         raise ConfigError(f"data.path={root} holds no text file; known endings are {' '.join(sorted(_TEXT_SUFFIXES))}")
     return tuple(files)
 
 
-def content_hash(files: Sequence[Path], root: Path | None) -> str:
+def content_hash(files: Sequence[Path], root: Path) -> str:
     """A hash of the names (relative to `root`) and contents of the files."""
     digest = hashlib.blake2b(digest_size=12)
     for path in files:
-        name = path.relative_to(root) if root is not None and path != root else Path(path.name)
-        digest.update(str(name).encode() + b"\0")
+        digest.update(os.fsencode(path.relative_to(root)) + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()
@@ -55,12 +58,12 @@ def content_hash(files: Sequence[Path], root: Path | None) -> str:
 def read_documents(files: Sequence[Path], jsonl_field: str, warn: bool = False) -> Iterator[Document]:
     """Every document in order; files that are not UTF-8 are left out, with a line on stderr if `warn`.
 
-    Raises ConfigError with file and line for a .jsonl line that is not JSON or lacks the field.
+    Raises ConfigError with file and line for a .jsonl line that is not UTF-8 JSON or lacks the field.
     """
     skipped = []
     for path in files:
         try:
-            if path.suffix == ".jsonl":
+            if path.suffix.lower() == ".jsonl":
                 yield from _read_lines(path, jsonl_field)
             else:
                 yield Document(str(path), path.read_text(encoding="utf-8"))
@@ -72,15 +75,16 @@ def read_documents(files: Sequence[Path], jsonl_field: str, warn: bool = False) 
 
 
 def _read_lines(path: Path, field: str) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}:{number} is not JSON ({error.msg}); repair or remove the line") from None
+                record = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{path}:{number} is not JSON in UTF-8 ({error}); repair or remove the line") from None
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
                 found = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
                 raise ConfigError(f"{path}:{number} has no text field {field!r} (found: {found}); set data.jsonl_field")
-            yield Document(f"{path}:{number}", record[field])
+            # JSON can escape half of a surrogate pair, which no tokenizer accepts
+            yield Document(f"{path}:{number}", record[field].encode("utf-8", "replace").decode("utf-8"))

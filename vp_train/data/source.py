@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vp_train.config import ConfigError, RunConfig
-from vp_train.data.corpus import Corpus, describe, exclusive, prepare
-from vp_train.data.indexed import EndOnly, build_samples, split_documents
+from vp_train.data.corpus import Corpus, describe, prepare
+from vp_train.data.indexed import EndOnly, Share, build_samples, split_documents
 from vp_train.data.synthetic import SyntheticText
 
 
@@ -56,8 +55,9 @@ class _Synthetic:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._text = SyntheticText(config.model.vocab_size, config.data.seed)
-        self.entropy = self._text.entropy()
-        self.description = f"synthetic text over {config.model.vocab_size:,} tokens, entropy {self.entropy:.4f} nats"
+        entropy = self._text.entropy()
+        self.entropy: float | None = entropy
+        self.description = f"synthetic text over {config.model.vocab_size:,} tokens, entropy {entropy:.4f} nats"
 
     def _samples(self, stream: int, start: int, count: int) -> Batch:
         length = self._config.model.seq_length + 1
@@ -72,42 +72,39 @@ class _Synthetic:
 
 
 class _Text:
-    entropy = None
+    entropy: float | None = None
 
     def __init__(self, config: RunConfig, corpus: Corpus) -> None:
-        self._config = config
+        self._config, self._corpus = config, corpus
         self._train_size = config.num_microbatches * config.micro_batch_size
         self._validation_size = max(1, config.run.eval_microbatches) * config.micro_batch_size
         self.description = describe(corpus).splitlines()[0]
-        train, validation = split_documents(corpus.prefix, config.data.validation_fraction, config.data.seed)
-        with exclusive(Path(config.data.cache_dir).expanduser()):
-            self._train = self._build(corpus, train, self._train_size * config.run.steps, "training", training=True)
-            self._validation = None
-            if config.run.eval_every:
-                self._validation = self._build(corpus, validation, self._validation_size, "validation", training=False)
+        training, validation = split_documents(corpus.prefix, config.data.validation_fraction, config.data.seed)
+        self._train = self._samples(training, self._train_size * config.run.steps, training=True)
+        self._validation = None
+        if config.run.eval_every:
+            self._validation = self._samples(validation, self._validation_size, training=False)
 
-    def _build(self, corpus: Corpus, documents: np.ndarray, count: int, what: str, *, training: bool) -> Any:
-        lengths = corpus.manifest.num_tokens
-        seq_length, seed = self._config.model.seq_length, self._config.data.seed
-        if len(documents) == 0 or lengths <= seq_length:
+    def _samples(self, share: Share, count: int, *, training: bool) -> Any:
+        manifest, seq_length, data = self._corpus.manifest, self._config.model.seq_length, self._config.data
+        if share.num_tokens <= seq_length:
+            what = "training" if training else "validation"
             raise ConfigError(
-                f"{corpus.manifest.num_documents} documents with {lengths} tokens leave nothing for {what}; give more text, "
-                f"or change data.validation_fraction={self._config.data.validation_fraction} or model.seq_length={seq_length}"
+                f"{what} gets {len(share.documents)} of {manifest.num_documents} documents with {share.num_tokens:,} tokens, "
+                f"but one sample takes {seq_length + 1:,}; give more documents (they are not split), lower model.seq_length, "
+                f"or change data.validation_fraction={data.validation_fraction} (0 with run.eval_every=0 trains on everything)"
             )
-        tokens = EndOnly(corpus.manifest.end_token, corpus.manifest.vocab_size)
-        samples = build_samples(corpus.prefix, documents, count, seq_length, seed, tokens, training=training)
-        if len(samples) < count:
-            raise ConfigError(f"the {what} documents are too short for model.seq_length={seq_length}; give more text")
-        return samples
+        tokens = EndOnly(manifest.end_token, manifest.vocab_size)
+        return build_samples(self._corpus.prefix, share, count, seq_length, data.seed, tokens, training=training)
 
     def _read(self, dataset: Any, start: int, count: int) -> Batch:
         records = [dataset[start + i] for i in range(count)]
-        tokens = torch.stack([record["tokens"] for record in records])
-        labels = torch.stack([record["labels"] for record in records])
         shape = (-1, self._config.micro_batch_size, self._config.model.seq_length)
-        return Batch(tokens.view(shape), labels.view(shape))
+        tokens, labels = (torch.stack([record[name] for record in records]).view(shape) for name in ("tokens", "labels"))
+        return Batch(tokens, labels)
 
     def train_batch(self, step: int) -> Batch:
+        assert 1 <= step <= self._config.run.steps, step
         return self._read(self._train, (step - 1) * self._train_size, self._train_size)
 
     def validation_batch(self) -> Batch:

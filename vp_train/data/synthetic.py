@@ -26,11 +26,18 @@ class SyntheticText:
     def sample(self, stream: int, index: int, length: int) -> np.ndarray:
         """Sample `index` of `stream`, int64 [length]: a pure function of seed, stream and index."""
         random = np.random.default_rng([self._seed, 1 + stream, index])
-        tokens = np.searchsorted(self._cumulative, random.random(length), side="right")
+        drawn = np.searchsorted(self._cumulative, random.random(length), side="right")
         follows = random.random(length) < _FOLLOW
         follows[0] = False
-        for position in np.flatnonzero(follows):  # in order: chains of successors are followed link by link
-            tokens[position] = self._successor[tokens[position - 1]]
+        positions = np.arange(length)
+        start = np.maximum.accumulate(np.where(follows, 0, positions))  # where the chain of each token was drawn
+        links = positions - start
+        # The first chain began long ago: stationary from the first token on, so that `entropy` is exact for any length.
+        links[start == 0] += random.geometric(1 - _FOLLOW) - 1
+        tokens = drawn[start]
+        for link in range(links.max()):
+            behind = links > link
+            tokens[behind] = self._successor[tokens[behind]]
         return tokens.astype(np.int64)
 
     def entropy(self) -> float:

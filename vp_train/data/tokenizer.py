@@ -35,16 +35,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """Read a tokenizer.json.  Raises ConfigError if it is missing, broken, or has ids of `vocab_size` and above."""
-    if not path.is_file():
-        raise ConfigError(f"data.tokenizer={path} is not a file; give the path of a tokenizer.json")
+    """Read a tokenizer.json.  Raises ConfigError if it is broken or has ids of `vocab_size` and above."""
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:
         raise ConfigError(f"data.tokenizer={path} is not a tokenizer.json: {error}") from None
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
-        raise ConfigError(f"{path} has token ids up to {largest}, but model.vocab_size={vocab_size}; set it to {largest + 1} or more")
+        raise ConfigError(
+            f"{path} has token ids up to {largest}, but model.vocab_size={vocab_size}; set it to {largest + 1} or more"
+        )
+    tokenizer.no_truncation()  # a file may carry the limits of the model it was made for
+    tokenizer.no_padding()
     return tokenizer
 
 

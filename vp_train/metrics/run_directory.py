@@ -20,6 +20,14 @@ def run_path(settings: RunSettings) -> Path:
     return Path(settings.root).expanduser() / settings.name
 
 
+def refuse_used(settings: RunSettings) -> None:
+    """Raises ConfigError if the directory holds a run that is not to be resumed: nothing is overwritten."""
+    path = run_path(settings)
+    used = (path / "metrics.jsonl").exists() or any((path / "checkpoints").glob("step-*"))
+    if used and not settings.resume:
+        raise ConfigError(f"{path} already holds a run; continue it with run.resume=true, or choose another run.name")
+
+
 class RunDirectory:
     """Opens `root/name` and holds its lock as long as the process lives; only rank 0 has one."""
 
@@ -28,10 +36,7 @@ class RunDirectory:
         self.path = run_path(settings)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
-        if not settings.resume and (self.metrics.exists() or any(self.checkpoints.glob("step-*"))):
-            raise ConfigError(
-                f"{self.path} already holds a run; continue it with run.resume=true, or choose another run.name={settings.name}"
-            )
+        refuse_used(settings)
         self.trace.mkdir(exist_ok=True)
 
     @property
