@@ -1,0 +1,177 @@
+"""Checkpoints are exact, complete or absent, and never trusted unverified."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from vp_train.checkpoint.store import CheckpointError, Piece, latest, load, read_manifest, save
+from vp_train.config import ConfigError
+
+ROWS = 23
+
+
+def split(num_ranks, seed):
+    """Random cuts of ROWS rows into num_ranks shards, some of them empty."""
+    cuts = sorted(random.Random(seed).choices(range(ROWS + 1), k=num_ranks - 1))
+    return list(zip([0, *cuts], [*cuts, ROWS], strict=True))
+
+
+def truth():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(ROWS, 4, generator=generator), [torch.randn(3, i + 1, generator=generator) for i in range(6)]
+
+
+def pieces_of(rank, num_ranks, seed, fill):
+    matrix, wholes = truth()
+    start, stop = split(num_ranks, seed)[rank]
+    pieces = {"matrix": Piece(matrix[start:stop].clone(), start, ROWS)}
+    pieces |= {f"whole.{i}": Piece(whole.clone()) for i, whole in enumerate(wholes) if i % num_ranks == rank}
+    if not fill:
+        for piece in pieces.values():
+            piece.tensor.zero_()
+    return pieces
+
+
+def save_one(rank, num_ranks, directory, step=1, seed=0, keep=9):
+    save(Path(directory), step, pieces_of(rank, num_ranks, seed, fill=True), {"step": step}, dist.group.WORLD, keep)
+
+
+def load_one(rank, num_ranks, directory, seed):
+    path = latest(Path(directory))
+    pieces = pieces_of(rank, num_ranks, seed, fill=False)
+    state = load(path, pieces)
+    expected = pieces_of(rank, num_ranks, seed, fill=True)
+    return state, all(torch.equal(pieces[name].tensor, expected[name].tensor) for name in expected)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2), (4, 4)])
+def test_any_ranks_read_what_any_ranks_wrote_bit_for_bit(ranks, tmp_path, before, after):
+    ranks(before).run(save_one, str(tmp_path))
+    for state, equal in ranks(after).run(load_one, str(tmp_path), 5):
+        assert state == {"step": 1}
+        assert equal
+
+
+def test_only_the_newest_stay(ranks, tmp_path):
+    for step in (1, 2, 3, 10):
+        ranks(1).run(save_one, str(tmp_path), step, 0, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
+    ranks(1).run(save_one, str(tmp_path), 10, 0, 2)  # the same step again replaces it
+    assert latest(tmp_path).name == "step-00000010"
+
+
+def fail_to_save(rank, num_ranks, directory):
+    try:
+        save_one(rank, num_ranks, directory, 2)
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+def test_what_one_rank_cannot_write_fails_on_all_and_spares_the_rest(ranks, tmp_path):
+    ranks(2).run(save_one, str(tmp_path))
+    (tmp_path / ".writing-step-00000002").write_text("a file where the directory should be")
+    for message in ranks(2).run(fail_to_save, str(tmp_path)):
+        assert "could not write the checkpoint" in message
+    assert latest(tmp_path).name == "step-00000001"
+
+
+def test_every_mutation_is_noticed_and_the_previous_checkpoint_used(ranks, tmp_path, capsys):
+    ranks(2).run(save_one, str(tmp_path), 1)
+    ranks(2).run(save_one, str(tmp_path), 2)
+    chance = random.Random(0)
+    newest = tmp_path / "step-00000002"
+    for number in range(60):
+        path = chance.choice(sorted(newest.iterdir()))
+        original = path.read_bytes()
+        damage = bytearray(original)
+        match number % 4:
+            case 0:
+                damage[chance.randrange(len(damage))] ^= 1 << chance.randrange(8)
+            case 1:
+                del damage[chance.randrange(len(damage)) :]
+            case 2:
+                start = chance.randrange(len(damage))
+                damage[start : start + 64] = bytes(len(damage[start : start + 64]))
+        if bytes(damage) == original:  # the fourth kind, and a block that was zero already
+            path.unlink()
+        else:
+            path.write_bytes(damage)
+        assert latest(tmp_path).name == "step-00000001"
+        path.write_bytes(original)
+    assert "passed over" in capsys.readouterr().err
+    assert latest(tmp_path) == newest
+
+
+def test_a_manifest_that_is_valid_but_foreign_is_refused(tmp_path):
+    (tmp_path / "step-00000001").mkdir()
+    (tmp_path / "step-00000001" / "manifest.json").write_text(json.dumps(["not", "a", "manifest"]))
+    with pytest.raises(ValueError, match="incomplete"):
+        read_manifest(tmp_path / "step-00000001")
+    assert latest(tmp_path) is None
+
+
+def mismatch(rank, num_ranks, directory, pieces):
+    try:
+        load(latest(Path(directory)), pieces)
+    except ConfigError as error:
+        return str(error)
+    return "loaded"
+
+
+@pytest.mark.parametrize(
+    ("name", "piece", "message"),
+    [
+        ("matrix", Piece(torch.zeros(4, 4), 0, ROWS + 1), "resume with the model"),
+        ("matrix", Piece(torch.zeros(4, 4, dtype=torch.float64), 0, ROWS), "is float32"),
+        ("whole.0", Piece(torch.zeros(3, 2)), "[3, 1]"),
+        ("unknown", Piece(torch.zeros(3)), "does not hold all of unknown"),
+    ],
+)
+def test_other_tensors_are_refused_by_name(ranks, tmp_path, name, piece, message):
+    ranks(1).run(save_one, str(tmp_path))
+    (said,) = ranks(1).run(mismatch, str(tmp_path), {name: piece})
+    assert name in said
+    assert message in said
+
+
+SAVER = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+from vp_train.checkpoint.store import Piece, save
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+for step in range(1, 10_000):
+    save(Path(sys.argv[1]), step, {"x": Piece(torch.full((50_000,), float(step)))}, {"step": step}, dist.group.WORLD, 2)
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_only_complete_checkpoints(tmp_path):
+    chance = random.Random(0)
+    for round_number in range(5):
+        directory = tmp_path / str(round_number)
+        process = subprocess.Popen([sys.executable, "-c", SAVER, str(directory)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline().strip() == "1"
+        time.sleep(chance.uniform(0.0, 0.08))
+        os.kill(process.pid, signal.SIGKILL)
+        last = max([1, *(int(line) for line in process.stdout.read().split())])
+        process.wait()
+        found = sorted(directory.glob("step-*"))
+        assert found
+        for path in found:
+            step = read_manifest(path)["step"]
+            target = torch.zeros(50_000)
+            load(path, {"x": Piece(target)})
+            assert torch.equal(target, torch.full((50_000,), float(step)))
+        assert read_manifest(latest(directory))["step"] >= last  # nothing committed is lost
