@@ -91,8 +91,9 @@ class _Text:
             what = "training" if training else "validation"
             raise ConfigError(
                 f"{what} gets {len(share.documents)} of {manifest.num_documents} documents with {share.num_tokens:,} tokens, "
-                f"but one sample takes {seq_length + 1:,}; give more documents (they are not split), lower model.seq_length, "
-                f"or change data.validation_fraction={data.validation_fraction} (0 with run.eval_every=0 trains on everything)"
+                f"too short for one sample of {seq_length + 1:,}; give more documents (they are not split), lower "
+                f"model.seq_length, or change data.validation_fraction={data.validation_fraction} "
+                "(0 with run.eval_every=0 trains on everything)"
             )
         tokens = EndOnly(manifest.end_token, manifest.vocab_size)
         return build_samples(self._corpus.prefix, share, count, seq_length, data.seed, tokens, training=training)

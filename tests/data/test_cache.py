@@ -1,0 +1,130 @@
+"""Laws of the cached corpus: it holds the text, it is complete or absent, it is built once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from tests.data.cases import VOCAB_SIZE, text_config, write_letters
+from vp_train.config import ConfigError
+from vp_train.data import Corpus, corpus, describe, prepare
+from vp_train.data.tokenizer import END_OF_TEXT, train_tokenizer
+
+
+@pytest.fixture
+def letters(tmp_path: Path) -> Path:
+    write_letters(tmp_path / "text", [60] * 6)
+    return tmp_path
+
+
+def read_back(built: Corpus) -> list[str]:
+    tokens = np.fromfile(f"{built.prefix}.bin", dtype=np.uint16).astype(np.int64)
+    ends = np.flatnonzero(tokens == built.manifest.end_token)
+    tokenizer = Tokenizer.from_file(str(built.tokenizer))
+    return [tokenizer.decode(document[:-1].tolist()) for document in np.split(tokens, ends + 1)[:-1]]
+
+
+def test_tokens_spell_the_documents(letters: Path) -> None:
+    built = prepare(text_config(letters), VOCAB_SIZE, progress=False)
+    documents = [file.read_text() for file in sorted((letters / "text").iterdir())]
+    assert read_back(built) == documents
+    assert built.manifest.num_documents == len(documents)
+    assert built.manifest.num_tokens * 2 == Path(f"{built.prefix}.bin").stat().st_size
+    assert f"6 files, 6 documents, {built.manifest.num_tokens:,} tokens" in describe(built)
+
+
+def test_text_that_spells_the_end_token_stays_text(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text(f"one {END_OF_TEXT} two")
+    assert read_back(prepare(text_config(tmp_path), VOCAB_SIZE, progress=False)) == [f"one {END_OF_TEXT} two"]
+
+
+def test_tokenizer_of_the_user_is_kept(letters: Path) -> None:
+    path = letters / "tokenizer.json"
+    train_tokenizer(["bcdefg"], 262).save(str(path))
+    built = prepare(text_config(letters, tokenizer=str(path)), VOCAB_SIZE, progress=False)
+    assert json.loads(built.tokenizer.read_text()) == json.loads(path.read_text())
+    assert read_back(built) == [file.read_text() for file in sorted((letters / "text").iterdir())]
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=nowhere is not a file"):
+        prepare(text_config(letters, tokenizer="nowhere"), VOCAB_SIZE, progress=False)
+
+
+def test_second_prepare_reads_no_contents(letters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(text_config(letters), VOCAB_SIZE, progress=False)
+    for name in ("content_hash", "read_documents", "check_tokens"):
+        monkeypatch.delattr(corpus, name)
+    second = prepare(text_config(letters), VOCAB_SIZE, progress=False)
+    assert (first.fresh, second.fresh) == (True, False)
+    assert (first.path, first.manifest) == (second.path, second.manifest)
+
+
+def test_corpus_is_named_by_contents_and_settings(letters: Path) -> None:
+    config = text_config(letters)
+    first = prepare(config, VOCAB_SIZE, progress=False)
+    changed = letters / "text" / "a.txt"
+    os.utime(changed, (0, 0))
+    assert prepare(config, VOCAB_SIZE, progress=False).path == first.path
+    assert prepare(config, VOCAB_SIZE + 1, progress=False).path != first.path
+    changed.write_text(changed.read_text().replace("a", "z"))
+    other = prepare(config, VOCAB_SIZE, progress=False)
+    assert other.fresh
+    assert other.path != first.path
+
+
+def test_interrupted_build_leaves_nothing(letters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(prefix: Path, vocab_size: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpus, "check_tokens", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(text_config(letters), VOCAB_SIZE, progress=False)
+    assert {path.name for path in (letters / "cache").iterdir()} == {".lock", "fingerprints"}
+
+
+_PREPARE = """
+import os, signal, sys
+from pathlib import Path
+from vp_train.config import DataConfig
+from vp_train.data import corpus
+
+def die(prefix, documents, vocab_size):
+    Path(f"{prefix}.bin").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[3] == "die":
+    corpus.write_dataset = die
+built = corpus.prepare(DataConfig(name="text", path=sys.argv[1], cache_dir=sys.argv[2]), 300, progress=True)
+print(built.path.name, built.fresh)
+"""
+
+
+def test_killed_process_does_not_matter_and_two_at_once_build_once(letters: Path) -> None:
+    command = [sys.executable, "-c", _PREPARE, str(letters / "text"), str(letters / "cache")]
+    killed = subprocess.run([*command, "die"], capture_output=True, text=True, timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not list((letters / "cache").glob("text-*"))
+    both = [subprocess.Popen([*command, "live"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs, errors = zip(*(process.communicate(timeout=60) for process in both), strict=True)
+    assert sorted(output.split()[1] for output in outputs) == ["False", "True"], errors
+    assert {path.name for path in (letters / "cache").glob("text-*")} == {outputs[0].split()[0]}
+    assert sorted("".join(errors).splitlines()) == ["tokenizing", "training a tokenizer of 300 tokens on 0.0 MB"]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx", "tokenizer.json"])
+def test_corpus_with_a_damaged_file_is_refused(letters: Path, name: str) -> None:
+    built = prepare(text_config(letters), VOCAB_SIZE, progress=False)
+    size = (built.path / name).stat().st_size
+    os.truncate(built.path / name, size - 2)
+    with pytest.raises(ConfigError, match=rf"{name} has {size - 2} bytes instead of {size}; delete {built.path}, "):
+        prepare(text_config(letters), VOCAB_SIZE, progress=False)
+    (built.path / name).unlink()
+    with pytest.raises(ConfigError, match=rf"{built.path} is damaged .*{name}.*delete the directory"):
+        prepare(text_config(letters), VOCAB_SIZE, progress=False)

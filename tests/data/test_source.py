@@ -1,0 +1,126 @@
+"""Laws of batches: a pure function of the step, every token once per pass over the data, no document on both sides."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tests.data.cases import VOCAB_SIZE, run_config, text_config, write_letters
+from vp_train.config import ConfigError, DataConfig, RunConfig
+from vp_train.data import open_source, prepare
+from vp_train.data.indexed import split_documents
+
+SYNTHETIC = run_config(DataConfig(name="synthetic"))
+
+
+@pytest.fixture
+def letters(tmp_path: Path) -> RunConfig:
+    write_letters(tmp_path / "text", [90] * 20)
+    return run_config(text_config(tmp_path, validation_fraction=0.2))
+
+
+@pytest.fixture(params=["text", "synthetic"])
+def config(request: pytest.FixtureRequest, letters: RunConfig) -> RunConfig:
+    return letters if request.param == "text" else SYNTHETIC
+
+
+@pytest.fixture
+def rank_one_of_two() -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+def test_batches_have_their_shape_and_labels_are_the_next_tokens(config: RunConfig) -> None:
+    source = open_source(config)
+    for batch, num_microbatches in ((source.train_batch(1), 4), (source.validation_batch(), 3)):
+        assert batch.tokens.shape == batch.labels.shape == (num_microbatches, 2, 8)
+        assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+        assert torch.equal(batch.tokens[..., 1:], batch.labels[..., :-1])
+        assert 0 <= int(batch.tokens.min()) <= int(batch.tokens.max()) < VOCAB_SIZE
+
+
+def test_batch_depends_on_the_step_alone(config: RunConfig) -> None:
+    forward, resumed = open_source(config), open_source(config)
+    batches = [forward.train_batch(step) for step in range(1, 5)]
+    validation = forward.validation_batch()
+    assert torch.equal(resumed.validation_batch().tokens, validation.tokens)
+    for step in (4, 2, 3, 1, 2):
+        assert torch.equal(resumed.train_batch(step).labels, batches[step - 1].labels)
+    assert len({tuple(batch.tokens.flatten().tolist()) for batch in (*batches, validation)}) == 5
+
+
+def test_one_pass_holds_every_training_token_once(letters: RunConfig) -> None:
+    corpus = prepare(letters.data, VOCAB_SIZE, progress=False)
+    training, _ = split_documents(corpus.prefix, letters.data.validation_fraction, letters.data.seed)
+    per_step = 4 * 2 * 8
+    steps = (training.num_tokens - 1) // per_step
+    source = open_source(run_config(letters.data, steps=steps))
+    seen = Counter(token for step in range(1, steps + 1) for token in source.train_batch(step).tokens.flatten().tolist())
+    tokens = np.fromfile(f"{corpus.prefix}.bin", dtype=np.uint16)
+    documents = np.split(tokens, np.flatnonzero(tokens == corpus.manifest.end_token) + 1)
+    there = Counter(np.concatenate([documents[number] for number in training.documents]).tolist())
+    assert seen <= there
+    assert (there - seen).total() <= per_step
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5])
+def test_no_document_is_on_both_sides(letters: RunConfig, fraction: float) -> None:
+    open_source(letters)  # a split that must not be mistaken for this one
+    data = text_config(Path(letters.data.cache_dir).parent, validation_fraction=fraction)
+    steps = 60
+    source = open_source(run_config(data, steps=steps))
+    training = {token for step in range(1, steps + 1) for token in source.train_batch(step).tokens.flatten().tolist()}
+    validation = set(source.validation_batch().tokens.flatten().tolist())
+    end = prepare(data, VOCAB_SIZE, progress=False).manifest.end_token
+    assert training & validation <= {end}
+    assert len(validation) > 1
+
+
+def test_every_rank_draws_the_same_samples(letters: RunConfig, request: pytest.FixtureRequest) -> None:
+    alone = open_source(letters).train_batch(2)
+    request.getfixturevalue("rank_one_of_two")
+    assert torch.equal(open_source(letters).train_batch(2).tokens, alone.tokens)
+
+
+def test_validation_takes_its_fraction_and_never_the_largest_document(tmp_path: Path) -> None:
+    write_letters(tmp_path / "text", [2000, *[30] * 15])
+    corpus = prepare(text_config(tmp_path), VOCAB_SIZE, progress=False)
+    for seed in range(20):
+        training, validation = split_documents(corpus.prefix, 0.1, seed)
+        assert sorted([*training.documents, *validation.documents]) == list(range(16))
+        assert training.num_tokens + validation.num_tokens == corpus.manifest.num_tokens
+        assert 0 in training.documents
+        assert 0.05 < validation.num_tokens / corpus.manifest.num_tokens <= 0.1
+    assert len(split_documents(corpus.prefix, 0.0, 1)[1].documents) == 0
+    assert len(split_documents(corpus.prefix, 0.001, 1)[1].documents) == 1
+
+
+def test_data_too_short_for_one_sample_is_an_error(letters: RunConfig) -> None:
+    num_tokens = prepare(letters.data, VOCAB_SIZE, progress=False).manifest.num_tokens
+    with pytest.raises(ConfigError, match=rf"training gets \d+ of 20 documents .* too short for one sample of {num_tokens:,}"):
+        open_source(run_config(letters.data, seq_length=num_tokens - 1))
+    with pytest.raises(ConfigError, match=r"validation gets 4 of 20 documents .* change data.validation_fraction=0.2"):
+        open_source(run_config(letters.data, seq_length=num_tokens // 3))
+
+
+def test_single_document_can_be_trained_on_without_validation(tmp_path: Path) -> None:
+    write_letters(tmp_path / "text", [1000])
+    with pytest.raises(ConfigError, match=r"validation gets 0 of 1 documents .*0 with run.eval_every=0 trains on everything"):
+        open_source(run_config(text_config(tmp_path)))
+    source = open_source(run_config(text_config(tmp_path, validation_fraction=0.0), eval_every=0))
+    assert source.train_batch(1).tokens.shape == (4, 2, 8)
+
+
+def test_only_the_synthetic_source_knows_its_entropy(letters: RunConfig) -> None:
+    assert open_source(letters).entropy is None
+    source = open_source(SYNTHETIC)
+    assert source.entropy is not None
+    assert f"{source.entropy:.4f} nats" in source.description

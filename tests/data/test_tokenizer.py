@@ -1,0 +1,65 @@
+"""Laws of tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models
+
+from vp_train.config import ConfigError
+from vp_train.data.tokenizer import END_OF_TEXT, end_token_id, load_tokenizer, train_tokenizer
+
+TEXTS = ["the cat sat on the mat\n" * 5, "def f(x):\n    return x\n" * 5]
+
+
+@pytest.mark.parametrize("text", ["the cat", "  spaces\t\n\n ", "naïve 中文 🙂", "\x00\x7f"])
+def test_byte_level_tokens_spell_any_text(text: str) -> None:
+    tokenizer = train_tokenizer(TEXTS, 280)
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_vocabulary_is_as_large_as_asked_or_as_the_text_allows() -> None:
+    assert train_tokenizer(TEXTS, 270).get_vocab_size() == 270
+    assert 270 < train_tokenizer(TEXTS, 5000).get_vocab_size() < 400
+
+
+def test_vocabulary_must_hold_every_byte() -> None:
+    assert train_tokenizer(TEXTS, 257).get_vocab_size() == 257
+    with pytest.raises(ConfigError, match=r"vocab_size=256 is too small .* at least 257"):
+        train_tokenizer(TEXTS, 256)
+
+
+def test_loaded_tokenizer_must_fit_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    train_tokenizer(TEXTS, 270).save(str(path))
+    assert load_tokenizer(path, 270).get_vocab_size() == 270
+    with pytest.raises(ConfigError, match=r"ids up to 269, but model.vocab_size=269; set it to 270 or more"):
+        load_tokenizer(path, 269)
+
+
+def test_loaded_tokenizer_reads_texts_of_any_length(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    limited = train_tokenizer(TEXTS, 270)
+    limited.enable_truncation(3)
+    limited.enable_padding(length=3)
+    limited.save(str(path))
+    tokenizer = load_tokenizer(path, 270)
+    assert tokenizer.decode(tokenizer.encode(TEXTS[0]).ids) == TEXTS[0]
+    assert len(tokenizer.encode("t").ids) == 1
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"model": {"type": "none"}}', "not json"])
+def test_broken_tokenizer_file_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not a tokenizer\.json: "):
+        load_tokenizer(path, 1000)
+
+
+def test_end_of_document_has_a_token() -> None:
+    assert end_token_id(train_tokenizer(TEXTS, 270), None) == end_token_id(train_tokenizer(TEXTS, 270), END_OF_TEXT)
+    without = Tokenizer(models.WordLevel({"a": 0, "stop": 1}, unk_token="a"))
+    assert end_token_id(without, "stop") == 1
+    with pytest.raises(ConfigError, match=r"no token <\|endoftext\|> or .*; set data.end_token"):
+        end_token_id(without, None)
