@@ -104,6 +104,9 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
     options = [word for word in overrides if word.startswith("-")]
     if options:
         raise ConfigError(f"{options[0]} is not an option; there are --help and --print-config, all else is key=value")
+    edits = [word for word in overrides if word.startswith(("+", "~"))]
+    if edits:
+        raise ConfigError(f"{edits[0]}: settings cannot be added or removed; write key=value")
     try:
         with initialize_config_module("vp_train.configs", version_base="1.3"):
             composed = compose("config", overrides=list(overrides))

@@ -134,6 +134,8 @@ class Run:
             validation = self._validate()
             if reporter is not None:
                 reporter.validation(step, validation)
+        if reporter is not None:
+            reporter.record()
         if self._falls_on(step, self.config.run.checkpoint_every):
             self._save(step, reporter)
 

@@ -13,8 +13,8 @@ from vp_train.assembly import RankModel
 from vp_train.checkpoint import store
 from vp_train.checkpoint.store import Piece
 from vp_train.config import ConfigError, RunConfig
+from vp_train.optim.adamw import MOMENTS
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 # What may not differ between a checkpoint and the run that continues it; layouts, schedules and lengths may.
 _FIXED = ("model", "data")
 _FREE_DATA = ("cache_dir",)
@@ -26,21 +26,17 @@ def save_run(
     """Write step `step`; collective.  Raises CheckpointError on all ranks."""
     counted = {name for name in model.parameters if name not in model.copied}
     pieces = {key: piece for key, piece in _pieces(model, optimizer).items() if key.rpartition(":")[2] in counted}
-    updates = next(iter(optimizer.state.values()))["step"].item() if optimizer.state else 0.0
+    updates = next((values["step"].item() for values in optimizer.state.values()), 0.0)
     state = {"step": step, "updates": updates, "config": _fixed(config)}
     return store.save(directory, step, pieces, state, group, config.run.keep_checkpoints)
 
 
 def restore_run(path: Path, config: RunConfig, model: RankModel, optimizer: torch.optim.AdamW) -> int:
     """Load `path` into model and optimizer; returns its step.  Raises ConfigError where the run is another one."""
-    manifest_state = store.read_manifest(path)["state"]
-    _require_same(manifest_state["config"], _fixed(config), path)
-    for parameter in model.parameters.values():
-        optimizer.state[parameter] = {
-            "step": torch.tensor(manifest_state["updates"], dtype=torch.float32),
-            **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
-        }
+    _require_same(store.read_manifest(path)["state"]["config"], _fixed(config), path)
     state = store.load(path, _pieces(model, optimizer))
+    for values in optimizer.state.values():
+        values["step"].fill_(state["updates"])
     return int(state["step"])
 
 
@@ -48,7 +44,7 @@ def _pieces(model: RankModel, optimizer: torch.optim.AdamW) -> dict[str, Piece]:
     """`parameter:NAME`, `exp_avg:NAME`, `exp_avg_sq:NAME` for every parameter of this rank."""
     pieces = {}
     for name, parameter in model.parameters.items():
-        tensors = {"parameter": parameter.detach()} | {moment: optimizer.state[parameter][moment] for moment in _MOMENTS}
+        tensors = {"parameter": parameter.detach()} | {moment: optimizer.state[parameter][moment] for moment in MOMENTS}
         shard = model.rows.get(name)
         for kind, tensor in tensors.items():
             if shard is None:

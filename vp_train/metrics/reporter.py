@@ -61,8 +61,7 @@ class Reporter:
         self._progress.say(line)
 
     def step(self, report: StepReport) -> None:
-        """A finished step; its record is written when nothing can be added to it any more."""
-        self._flush()
+        """A finished step; `record` writes it down when nothing can be added to it any more."""
         self._progress.step(report)
         values = {
             "loss": report.loss,
@@ -83,17 +82,23 @@ class Reporter:
     def trace(self, measured: Timeline, parameters: Sequence[int]) -> None:
         """The measured step: kept for the final table and written for Perfetto beside the predicted one."""
         self._measured, self._parameters = measured, parameters
-        if self._pending is not None:
-            self._pending[1]["bubble_measured"] = measured.mean_bubble
-            self._pending[1]["bubble_predicted"] = self._plan.timeline.mean_bubble
+        assert self._pending is not None
+        self._pending[1]["bubble_measured"] = measured.mean_bubble
+        self._pending[1]["bubble_predicted"] = self._plan.timeline.mean_bubble
         trace = chrome_trace({"predicted": self._plan.timeline, "measured": measured})
         self._directory.write("trace/step.json", json.dumps(trace))
         title = f"{self._config.schedule.name}, vocabulary {self._config.vocab.algorithm}: as measured"
         self._directory.write("trace/step.svg", svg(measured, title))
 
+    def record(self) -> None:
+        """Write the record of the step; before its checkpoint, so that no kill can lose the record of a saved step."""
+        assert self._pending is not None
+        report, values = self._pending
+        self._log.record(report.step, values)
+        self._pending = None
+
     def finish(self, resident_bytes: Sequence[float]) -> None:
-        """The table of all ranks, where a step was traced, and the last records."""
-        self._flush()
+        """The table of all ranks, where a step was traced."""
         self._progress.close()
         if self._measured is not None:
             rows = [shard.num_rows for shard in self._plan.shards[End.OUTPUT]]
@@ -101,9 +106,3 @@ class Reporter:
             self._console.print(rank_table(table, "What was planned and what was measured (one traced step)"))
         self._console.print(f"everything is in {self._directory.path}", highlight=False, soft_wrap=True, markup=False)
         self._log.close()
-
-    def _flush(self) -> None:
-        if self._pending is not None:
-            report, values = self._pending
-            self._log.record(report.step, values)
-            self._pending = None

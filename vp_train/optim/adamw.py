@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from vp_train.config import OptimConfig
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
 def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
     """The learning rate of `step`, counted from 1: linear warm-up from 0, then `cosine` or `wsd` down to min_lr at num_steps."""
     if step <= optim.warmup_steps:
@@ -26,12 +29,21 @@ def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
 
 
 def build_adamw(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only.  Both groups exist on every rank, be they empty."""
+    """AdamW with weight decay on matrices only.  Both groups exist on every rank, be they empty.
+
+    The moments exist from the start, so a checkpoint has the same contents after any number of updates, none included.
+    """
     matrices, vectors = [], []
     for parameter in parameters:
         (matrices if parameter.dim() > 1 else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=True)
+    for parameter in (*matrices, *vectors):
+        adamw.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+        }
+    return adamw
 
 
 @dataclass(frozen=True, slots=True)

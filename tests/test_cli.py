@@ -1,0 +1,107 @@
+"""The command line: every bad value is one short message that names it and the way out, exit code 78."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vp_train.cli import load_config
+from vp_train.config import ConfigError
+from vp_train.plan import make_plan
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("vocab=tree", "vocab=tree is not known; choose one of naive, none, one_barrier, two_barrier"),
+        ("model.vocabsize=3", "model.vocabsize is not a setting; did you mean model.vocab_size"),
+        ("stepz=3", "stepz is not a setting"),
+        ("model.vocab_size=abc", "model.vocab_size=abc: Value 'abc' of type 'str' could not be converted to Integer"),
+        ("run.steps=0", "run.steps=0 is too small; it must be at least 1"),
+        ("run.steps", "'run.steps' is not an override; write key=value"),
+        ("a=[", "'a=[' is not an override"),
+        ("+model._target_=os.system", "+model._target_=os.system: settings cannot be added or removed"),
+        ("model._target_=os.system", "model._target_ is not a setting"),
+        ("--steps", "--steps is not an option"),
+        ("model.hidden_size=100", "model.hidden_size=100 does not split over model.num_heads=8; use a multiple of 8"),
+        ("model.num_query_groups=3", "does not split over model.num_query_groups=3; use a divisor of 8"),
+        ("data.name=web", "data.name='web' is not known; choose one of pystdlib, text, synthetic"),
+        ("data=text", "data.name=text needs data.path"),
+        ("optim.beta1=1.5", "optim.beta1=1.5 is out of range"),
+        ("optim.lr=nan", "optim.lr=nan is too small"),
+        ("run.name=a/b", "run.name='a/b' is not a directory name"),
+    ],
+)
+def test_a_bad_override_is_named_with_the_way_out(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config([override])
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_ranks", "message"),
+    [
+        (["model.num_layers=7"], 4, "model.num_layers=7 does not split over 4 stages; use model.num_layers=4 or 8"),
+        (["parallel.layers_per_stage=[4,4]"], 4, "it needs 4 counts of at least 0 that add up to model.num_layers=8"),
+        (["parallel.pp=3"], 4, "parallel.pp=3, but 4 ranks were started"),
+        (["model.vocab_size=3"], 4, "model.vocab_size=3 is smaller than 4 ranks"),
+        (["vocab.shards=[1,2]"], 2, "give 2 sizes of at least 0 that add up to 32768"),
+        (["vocab=none", "vocab.shards=[1,2]"], 2, "needs a sharded vocabulary"),
+        (["vocab.algorithm=tree"], 2, "vocab.algorithm=tree is not known; choose one of none, naive"),
+        (["schedule.name=2f2b"], 2, "schedule.name=2f2b is not known; choose one of gpipe, 1f1b"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_named(overrides, num_ranks, message):
+    with pytest.raises(ConfigError) as caught:
+        make_plan(load_config(overrides), num_ranks)
+    assert message in str(caught.value)
+
+
+def test_lists_and_groups_reach_the_configuration():
+    config = load_config(["vocab=two_barrier", "optim=wsd", "model=nano", "parallel.layers_per_stage=[3,1]", "run.resume=true"])
+    assert config.vocab.algorithm == "two_barrier"
+    assert config.optim.schedule == "wsd"
+    assert config.parallel.layers_per_stage == (3, 1)
+    assert config.run.resume
+
+
+def command(*arguments, **environment):
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "vp_train", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | environment,
+        check=False,
+    )
+    return done, time.monotonic() - started
+
+
+def test_help_names_every_setting_and_the_commands():
+    done, _ = command("--help")
+    assert done.returncode == 0
+    for word in ("one_barrier", "vocab_size:", "clip_grad_norm:", "torchrun --nproc-per-node", "run.resume=true"):
+        assert word in done.stdout
+
+
+def test_the_launcher_refuses_a_bad_plan_in_one_line_before_any_rank_starts():
+    done, seconds = command("model.num_layers=7")
+    assert done.returncode == 78
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "use model.num_layers=4 or 8" in done.stderr
+    assert seconds < 10
+
+
+def test_a_rank_under_torchrun_says_it_once():
+    quiet, _ = command("run.steps=0", RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+    loud, _ = command("run.steps=0", RANK="0", LOCAL_RANK="0", WORLD_SIZE="2")
+    assert quiet.returncode == loud.returncode == 78
+    assert quiet.stderr == ""
+    assert len(loud.stderr.strip().splitlines()) == 1

@@ -1,0 +1,211 @@
+"""A run learns, reports, resumes exactly, and ends with a message when something goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from vp_train.assembly import build_rank
+from vp_train.config import ConfigError, DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings
+from vp_train.data import open_source
+from vp_train.mesh import build_mesh
+from vp_train.metrics.reporter import Reporter
+from vp_train.metrics.run_directory import RunDirectory
+from vp_train.plan import make_plan
+from vp_train.train import NonFiniteError, Run
+
+
+def config_of(root, name="run", steps=8, p=2, **run):
+    return RunConfig(
+        model=ModelConfig(
+            num_layers=6, hidden_size=32, num_heads=2, num_query_groups=1, ffn_hidden_size=48, vocab_size=101, seq_length=16
+        ),
+        parallel=ParallelConfig(pp=p),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        data=DataConfig(name="synthetic"),
+        run=RunSettings(
+            **(
+                {
+                    "name": name,
+                    "root": str(root),
+                    "steps": steps,
+                    "eval_every": 4,
+                    "eval_microbatches": 3,
+                    "checkpoint_every": 4,
+                    "trace_step": 3,
+                }
+                | run
+            )
+        ),
+        num_microbatches=4,
+        micro_batch_size=2,
+    )
+
+
+def train(rank, num_ranks, config, stop_after=None):
+    """What `run_rank` does, in a process group that exists already."""
+    plan = make_plan(config, num_ranks)
+    directory = RunDirectory(config.run) if rank == 0 else None
+    mesh = build_mesh(plan.problem)
+    source = open_source(config)
+    run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
+    reporter = None
+    if directory is not None:
+        reporter = Reporter(config, plan, directory, run.first_step)
+        reporter.start("resolved: true\n", source)
+    try:
+        for step in run.steps():
+            run.train_step(step, reporter)
+            if step == stop_after:
+                return run.first_step
+        run.finish(reporter)
+    except NonFiniteError as error:
+        return str(error)
+    return run.first_step
+
+
+def metrics_of(config):
+    lines = (Path(config.run.root) / config.run.name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_learns_and_leaves_everything_in_its_directory(ranks, tmp_path):
+    config = config_of(tmp_path, steps=40, eval_every=20)
+    ranks(2).run(train, config)
+    records = metrics_of(config)
+    assert [record["step"] for record in records] == list(range(1, 41))
+    assert records[39]["validation_loss"] < records[19]["validation_loss"] < records[0]["loss"] - 0.3
+    directory = tmp_path / "run"
+    for name in ("config.yaml", "env.json", "schedule.txt", "schedule.svg", "trace/step.json", "trace/step.svg", "tensorboard"):
+        assert (directory / name).exists(), name
+    events = json.loads((directory / "trace" / "step.json").read_text())["traceEvents"]
+    assert {"0E0", "1F0", "0S3", "1T3", "0G3"} <= {event["name"] for event in events}
+    assert [path.name for path in sorted((directory / "checkpoints").iterdir())] == ["step-00000036", "step-00000040"]
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(ranks, tmp_path):
+    whole, part = config_of(tmp_path, "whole"), config_of(tmp_path, "part")
+    ranks(2).run(train, whole)
+    ranks(2).run(train, part, 6)  # its last checkpoint is of step 4
+    resumed = replace(part, run=replace(part.run, resume=True))
+    ranks(2).run(release_locks)
+    assert ranks(2).run(train, resumed) == [5, 5]
+    for ours, theirs in zip(metrics_of(part), metrics_of(whole), strict=True):
+        for key in ("step", "loss", "grad_norm", "learning_rate", "validation_loss"):
+            assert ours.get(key) == theirs.get(key), key
+
+
+def release_locks(rank, num_ranks):
+    import gc
+
+    gc.collect()
+
+
+def test_another_layout_and_schedule_go_on_from_the_same_checkpoint(ranks, tmp_path):
+    whole, part = config_of(tmp_path, "whole"), config_of(tmp_path, "part")
+    ranks(2).run(train, whole)
+    ranks(2).run(train, part, 4)
+    ranks(2).run(release_locks)
+    resumed = config_of(tmp_path, "part", p=3, resume=True)
+    resumed = replace(resumed, vocab=replace(resumed.vocab, algorithm="two_barrier", shards=(11, 0, 90)))
+    ranks(3).run(train, resumed)
+    for ours, theirs in zip(metrics_of(part), metrics_of(whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_a_checkpoint_of_another_model_is_refused(ranks, tmp_path):
+    config = config_of(tmp_path)
+    ranks(2).run(train, config, 4)
+    ranks(2).run(release_locks)
+    other = config_of(tmp_path, resume=True)
+    other = replace(other, model=replace(other.model, num_query_groups=2))
+    for message in ranks(2).run(refused, other):
+        assert "saved with model.num_query_groups=1, this run has 2" in message
+
+
+def refused(rank, num_ranks, config):
+    try:
+        train(rank, num_ranks, config)
+    except ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def parameters_after(rank, num_ranks, config, poison):
+    """Parameters before and after one step in which rank 1's gradients are poisoned, and what happened."""
+    plan = make_plan(config, num_ranks)
+    mesh = build_mesh(plan.problem)
+    model = build_rank(config, plan, mesh)
+    run = Run(config, plan, mesh, open_source(config), model)
+    before = [parameter.detach().clone() for parameter in model.parameters.values()]
+    if poison and rank == 1:
+        inner = model.parameters["final_norm.weight"]
+        inner.register_hook(lambda grad: torch.full_like(grad, torch.nan))
+    said = "went on"
+    try:
+        run.train_step(1, None)
+    except NonFiniteError as error:
+        said = str(error)
+    dist.barrier()
+    same = all(torch.equal(a, b) for a, b in zip(before, model.parameters.values(), strict=True))
+    return said, same
+
+
+def test_a_nonfinite_gradient_stops_before_the_update_and_names_step_and_rank(ranks, tmp_path):
+    for said, same in ranks(2).run(parameters_after, config_of(tmp_path), True):
+        assert "step 1: non-finite gradient on rank 1" in said
+        assert "run.on_nonfinite=skip" in said
+        assert same
+
+
+def test_a_nonfinite_step_can_be_skipped(ranks, tmp_path):
+    config = config_of(tmp_path, on_nonfinite="skip")
+    assert ranks(2).run(parameters_after, config, True) == [("went on", True)] * 2
+    assert ranks(2).run(parameters_after, config, False) == [("went on", False)] * 2
+
+
+def test_skipping_ends_when_nothing_is_finite_any_more(ranks, tmp_path):
+    config = config_of(tmp_path, steps=50, on_nonfinite="skip")
+    config = replace(config, model=replace(config.model, init_std=1e30))
+    for said in ranks(2).run(train, config):
+        assert "10 steps in a row" in said
+
+
+FAILING = """
+import os, sys
+from vp_train.train import Run
+from vp_train.cli import train
+inner = Run.train_step
+def failing(self, step, reporter):
+    if step == 2 and self.mesh.rank == 1:
+        raise RuntimeError("deliberate failure")
+    inner(self, step, reporter)
+Run.train_step = failing
+train()
+"""
+
+
+def test_a_rank_that_raises_ends_the_job_with_its_traceback(tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    overrides = ["model=nano", "data=synthetic", f"run.root={tmp_path}/runs", "run.steps=100", "run.timeout_seconds=60"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=50,  # well below run.timeout_seconds: nobody waits for the dead
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "rank 1 failed at step 2" in done.stderr
+    assert "RuntimeError: deliberate failure" in done.stderr
+    assert done.stderr.count("deliberate failure") <= 2  # the raise line and the message: one traceback
