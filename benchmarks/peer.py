@@ -31,7 +31,9 @@ def config_of(vocab_size: int, algorithm: str) -> Any:
     from vp_train.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, VocabConfig
 
     return RunConfig(
-        model=ModelConfig(num_layers=8, hidden_size=256, num_heads=8, num_query_groups=4, seq_length=256, vocab_size=vocab_size),
+        model=ModelConfig(
+            num_layers=8, hidden_size=256, num_heads=8, num_query_groups=4, seq_length=256, vocab_size=vocab_size
+        ),
         vocab=VocabConfig(algorithm=algorithm),
         parallel=ParallelConfig(pp=RANKS),
         optim=OptimConfig(warmup_steps=1),
@@ -166,7 +168,19 @@ def run(system: str, vocab_size: int, steps: int) -> dict[str, Any]:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         processes = [
             subprocess.Popen(
-                [sys.executable, "-W", "ignore", __file__, "--worker", system, str(vocab_size), str(steps), str(rank), str(port), out],
+                [
+                    sys.executable,
+                    "-W",
+                    "ignore",
+                    __file__,
+                    "--worker",
+                    system,
+                    str(vocab_size),
+                    str(steps),
+                    str(rank),
+                    str(port),
+                    out,
+                ],
                 env=environment,
             )
             for rank, out in enumerate(outs)

@@ -106,7 +106,8 @@ def _check_collective_order(program: Program, problem: Problem) -> None:
                 at = next((i for i, pair in enumerate(zip(first, order, strict=False)) if pair[0] != pair[1]), len(order))
                 mine, other = [str(o[at]) if at < len(o) else "nothing" for o in (order, first)]
                 raise ValueError(
-                    f"ranks order the {end} collectives differently: at place {at}, rank {rank} starts {mine}, rank {ranks[0]} {other}"
+                    f"ranks order the {end} collectives differently: at place {at}, "
+                    f"rank {rank} starts {mine}, rank {ranks[0]} {other}"
                 )
 
 

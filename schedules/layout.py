@@ -9,7 +9,7 @@ LAYOUTS = ("linear", "loop", "v")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`linear`: stage s on rank s.  `loop`: stage s on rank s mod p.  `v`: rank r owns stages r and 2p-1-r, both ends on rank 0."""
+    """`linear`: stage s on rank s.  `loop`: stage s on rank s mod p.  `v`: rank r owns stages r and 2p-1-r."""
 
     name: str
     num_ranks: int
@@ -22,7 +22,9 @@ class Layout:
             raise ValueError(f"{self.num_ranks} ranks with {self.num_chunks} chunks: both must be at least 1")
         fixed = {"linear": 1, "v": 2}.get(self.name)
         if fixed is not None and self.num_chunks != fixed:
-            raise ValueError(f"layout {self.name!r} has {fixed} chunk(s) per rank, not {self.num_chunks}; use 'loop' for other counts")
+            raise ValueError(
+                f"layout {self.name!r} has {fixed} chunk(s) per rank, not {self.num_chunks}; use 'loop' for other counts"
+            )
 
     @property
     def num_stages(self) -> int:

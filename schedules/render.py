@@ -1,4 +1,4 @@
-"""Timelines for people: a text grid, an SVG picture, and a trace for Perfetto or chrome://tracing.  Returns text and data only."""
+"""Timelines for people: a text grid, an SVG picture, and a trace for Perfetto.  Returns text and data, writes nothing."""
 
 from __future__ import annotations
 

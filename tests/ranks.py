@@ -110,4 +110,3 @@ class Ranks:
                 texts.append(f"rank {rank}:\n{file.read()}")
         self.stop()
         return "\n".join(texts)
-

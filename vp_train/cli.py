@@ -1,4 +1,4 @@
-"""The commands.  This module alone knows hydra and omegaconf; it turns overrides into a RunConfig and errors into exit codes."""
+"""The commands.  This module alone knows hydra: it turns overrides into a RunConfig, and errors into exit codes."""
 
 from __future__ import annotations
 
@@ -148,9 +148,10 @@ def _keys(node: object, prefix: str = "") -> Iterator[str]:
     assert isinstance(node, DictConfig)
     for key in node:
         child = node._get_node(key)
-        yield f"{prefix}{key}"
+        name = f"{prefix}{key!s}"
+        yield name
         if isinstance(child, DictConfig):
-            yield from _keys(child, f"{prefix}{key}.")
+            yield from _keys(child, f"{name}.")
 
 
 def _first_line(error: BaseException) -> str:

@@ -52,7 +52,15 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_heads", "num_query_groups", "ffn_hidden_size", "vocab_size", "seq_length"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "num_heads",
+            "num_query_groups",
+            "ffn_hidden_size",
+            "vocab_size",
+            "seq_length",
+        ):
             _at_least(f"model.{name}", getattr(self, name), 1)
         if self.hidden_size % self.num_heads:
             raise ConfigError(
@@ -114,7 +122,7 @@ class ParallelConfig:
 class OptimConfig:
     """AdamW, a learning-rate schedule with warm-up, global gradient clipping.
 
-    `schedule`: `cosine` from lr to min_lr; `wsd` holds lr and decays linearly to min_lr over the last decay_fraction of the run.
+    `schedule`: `cosine` from lr to min_lr; `wsd` holds lr and decays linearly over the last decay_fraction of the run.
     """
 
     lr: float = 1e-3
@@ -159,6 +167,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _choice("data.name", self.name, ("pystdlib", "text", "synthetic"))
         _fraction("data.validation_fraction", self.validation_fraction)
+        _at_least("data.seed", self.seed, 0)
         if self.name == "text" and self.path is None:
             raise ConfigError("data.name=text needs data.path: a directory of text or .jsonl files, or one such file")
 
@@ -207,7 +216,9 @@ class RunSettings:
         for name in ("eval_every", "eval_microbatches", "checkpoint_every", "trace_step"):
             _at_least(f"run.{name}", getattr(self, name), 0)
         if not self.name or "/" in self.name or self.name.startswith("."):
-            raise ConfigError(f"run.name={self.name!r} is not a directory name; use letters, digits and dashes, and run.root for the parent")
+            raise ConfigError(
+                f"run.name={self.name!r} is not a directory name; use letters, digits and dashes, and run.root for the parent"
+            )
 
 
 @dataclass(frozen=True)

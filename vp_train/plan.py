@@ -135,7 +135,7 @@ def _shards(config: RunConfig, problem: Problem, end: End) -> tuple[Shard, ...]:
 def estimate_cost(
     config: RunConfig, layers: Sequence[range], shards: dict[End, tuple[Shard, ...]], algorithm: VocabAlgorithm
 ) -> CostModel:
-    """Seconds from FLOPs at cost.flops_per_second, bytes from shapes; E and G cost a lookup, taken as one barrier's latency / 10."""
+    """Seconds from FLOPs at cost.flops_per_second, bytes from shapes; E and G are lookups, a tenth of a barrier each."""
     model, rate = config.model, config.cost.flops_per_second
     tokens = config.micro_batch_size * model.seq_length
     item_bytes = _ITEM_BYTES[config.run.dtype]

@@ -127,7 +127,9 @@ class Run:
         rate = self._update(step, health)
         seconds = time.perf_counter() - started
         if reporter is not None:
-            reporter.step(StepReport(step, health.loss, health.grad_norm, rate, batch.tokens.numel() / seconds, health.peak_bytes))
+            reporter.step(
+                StepReport(step, health.loss, health.grad_norm, rate, batch.tokens.numel() / seconds, health.peak_bytes)
+            )
         if traced is not None:
             self._report_trace(traced, reporter)
         if self._falls_on(step, self.config.run.eval_every):

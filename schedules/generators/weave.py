@@ -65,7 +65,7 @@ class _Weaver:
         self._held = [{Kind.T: 0, Kind.G: 0} for _ in base]
         self._embedded = 0  # forwards of stage 0 already placed
         self._ready_at: dict[Node, float] = {}  # of passes whose inputs are all there
-        self._missing = {item: 0 for order in base for item in order}
+        self._missing: dict[Node, int] = {item: 0 for order in base for item in order}
         self._missing |= {item: 0 for queues in self._vocabulary for queue in queues.values() for item in queue}
         self._missing |= dict.fromkeys(problem.collectives(), 0)
         self._arrived_at = dict.fromkeys(self._missing, 0.0)  # the latest input so far
@@ -94,7 +94,9 @@ class _Weaver:
                 heapq.heappush(wakes, (later, rank))
         waiting = [queue[0] for queue in self._base if queue]
         if waiting:
-            raise DeadlockError(f"the base order of {name!r} blocks: {', '.join(map(str, waiting))} wait for passes behind them")
+            raise DeadlockError(
+                f"the base order of {name!r} blocks: {', '.join(map(str, waiting))} wait for passes behind them"
+            )
         return Schedule(name, tuple(map(tuple, self._orders)))
 
     def _choose(self, rank: int, now: float) -> tuple[Pass | None, float | None]:

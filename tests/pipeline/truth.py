@@ -51,7 +51,9 @@ def random_batch(config: RunConfig, step: int) -> tuple[Tensor, Tensor]:
     return tokens, labels
 
 
-def train_whole(config: RunConfig, num_steps: int, dtype: torch.dtype) -> list[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
+def train_whole(
+    config: RunConfig, num_steps: int, dtype: torch.dtype
+) -> list[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
     """Per step: the loss, all gradients, and all parameters after the update."""
     whole = Whole(config, dtype)
     parameters = dict(whole.named())

@@ -29,14 +29,14 @@ def program(case, schedule):
 def edited(program, rank, edit):
     ops = list(program.ranks[rank])
     edit(ops)
-    return Program(program.ranks[:rank] + (tuple(ops),) + program.ranks[rank + 1 :])
+    return Program((*program.ranks[:rank], tuple(ops), *program.ranks[rank + 1 :]))
 
 
 def swapped(schedule, rank, first, second):
     order = list(schedule.ranks[rank])
     a, b = order.index(Pass.parse(first)), order.index(Pass.parse(second))
     order[a], order[b] = order[b], order[a]
-    return Schedule(schedule.name, schedule.ranks[:rank] + (tuple(order),) + schedule.ranks[rank + 1 :])
+    return Schedule(schedule.name, (*schedule.ranks[:rank], tuple(order), *schedule.ranks[rank + 1 :]))
 
 
 def test_a_circle_of_waiting_is_a_deadlock_that_names_the_passes(case, schedule):

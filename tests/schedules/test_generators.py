@@ -1,5 +1,7 @@
 """The laws of the schedules: closed forms first, then what must hold for all of them."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,7 +88,7 @@ def test_every_schedule_is_valid_and_free_of_deadlock(case):
     work = max(sum(costs.seconds(item) for item in order) for order in schedule.ranks)
     assert timeline.makespan >= work - 1e-9
     for spans in timeline.compute:
-        for earlier, later in zip(spans, spans[1:], strict=False):
+        for earlier, later in pairwise(spans):
             assert later.start >= earlier.end
 
 

@@ -107,7 +107,9 @@ def test_t_may_run_before_or_after_dx_is_exchanged(backend):
 
 def test_chunked_holds_the_exponentials_in_the_compute_dtype_and_x():
     x, weight, targets, grad_loss = inputs(64, torch.bfloat16)
-    held = run_output(x, weight, targets, grad_loss, sizes=[40, 24], algorithm="one_barrier", backend="chunked", grad_dtype=torch.float32)[3]
+    held = run_output(
+        x, weight, targets, grad_loss, sizes=[40, 24], algorithm="one_barrier", backend="chunked", grad_dtype=torch.float32
+    )[3]
     assert held == [T * rows * 2 + T * 4 + T * H * 2 for rows in (40, 24)]
 
 
@@ -138,5 +140,7 @@ def test_gradients_accumulate_over_microbatches():
 
 def test_a_uniform_layer_has_loss_ln_v():
     x, weight, targets, grad_loss = inputs(1000)
-    loss = run_output(x, torch.zeros_like(weight), targets, grad_loss, sizes=[500, 500], algorithm="one_barrier", backend="chunked")[0]
+    loss = run_output(
+        x, torch.zeros_like(weight), targets, grad_loss, sizes=[500, 500], algorithm="one_barrier", backend="chunked"
+    )[0]
     assert loss[0].item() == pytest.approx(math.log(1000))

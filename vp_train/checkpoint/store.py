@@ -149,7 +149,7 @@ def _remove(path: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of checkpoint `path` after checking it and every file it names.  Raises ValueError saying what is damaged."""
+    """The manifest of checkpoint `path`, checked with every file it names.  Raises ValueError saying what is damaged."""
     try:
         wrapped = json.loads((path / _MANIFEST).read_text())
         body = wrapped["manifest"]
@@ -195,8 +195,8 @@ def load(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
                 continue
             if entry["shape"] != piece.global_shape or entry["dtype"] != piece.dtype:
                 raise ConfigError(
-                    f"{name} is {entry['dtype']} {entry['shape']} in {path}, but {piece.dtype} {piece.global_shape} in this run; "
-                    "resume with the model and run.dtype it was saved with"
+                    f"{name} is {entry['dtype']} {entry['shape']} in {path}, but {piece.dtype} {piece.global_shape} "
+                    "in this run; resume with the model and run.dtype it was saved with"
                 )
             low = max(start, entry["start"])
             high = min(start + len(filled), entry["start"] + entry["rows"])

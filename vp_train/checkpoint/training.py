@@ -67,4 +67,6 @@ def _require_same(saved: dict[str, Any], ours: dict[str, Any], path: Path) -> No
         for key, value in values.items():
             before = saved.get(section, {}).get(key)
             if before != value:
-                raise ConfigError(f"{path} was saved with {section}.{key}={before}, this run has {value}; resume with the same value")
+                raise ConfigError(
+                    f"{path} was saved with {section}.{key}={before}, this run has {value}; resume with the same value"
+                )

@@ -62,7 +62,16 @@ def _span(layers: range) -> str:
 def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
     """A table of at most 110 columns."""
     table = Table(title=title, title_justify="left", header_style="")
-    for name in ("rank", "layers", "V rows", "params", "busy", "bubble\npredicted", "bubble\nmeasured", "activations\npredicted"):
+    for name in (
+        "rank",
+        "layers",
+        "V rows",
+        "params",
+        "busy",
+        "bubble\npredicted",
+        "bubble\nmeasured",
+        "activations\npredicted",
+    ):
         table.add_column(name, justify="right")
     table.add_column("activations\nmeasured", justify="right")
     table.add_column("resident", justify="right")

@@ -49,6 +49,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:
         """[s, b, h] -> [s, b, h]."""
+        hidden: Tensor
         hidden, _ = self.layer(x, attention_mask=None, rotary_pos_emb=angles)
         return hidden
 
@@ -86,4 +87,5 @@ def _build(model: ModelConfig, dtype: torch.dtype, device: torch.device, group: 
     groups.tp = groups.pp = groups.cp = group
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = CoreAttention
-    return build_module(spec, config=config, layer_number=1, pg_collection=groups).to(device=device, dtype=dtype)
+    layer: nn.Module = build_module(spec, config=config, layer_number=1, pg_collection=groups)
+    return layer.to(device=device, dtype=dtype)

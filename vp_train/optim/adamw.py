@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from vp_train.config import OptimConfig
 
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
-    """The learning rate of `step`, counted from 1: linear warm-up from 0, then `cosine` or `wsd` down to min_lr at num_steps."""
+    """The learning rate of `step`, from 1: linear warm-up from 0, then `cosine` or `wsd` down to min_lr at num_steps."""
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
     if optim.schedule == "cosine":
@@ -33,7 +32,8 @@ def build_adamw(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch
 
     The moments exist from the start, so a checkpoint has the same contents after any number of updates, none included.
     """
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in parameters:
         (matrices if parameter.dim() > 1 else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -48,7 +48,7 @@ def build_adamw(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch
 
 @dataclass(frozen=True, slots=True)
 class StepHealth:
-    """What all ranks know alike after a backward: the loss, the gradient norm over all ranks, and who has a non-finite value."""
+    """What all ranks know alike after a backward: loss, gradient norm over all ranks, and who has a non-finite value."""
 
     loss: float
     grad_norm: float

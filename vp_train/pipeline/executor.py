@@ -40,7 +40,7 @@ BLIND: Observer = _Blind()
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one pipeline rank owns: stages by their global number, and its shards of the vocabulary layers, where it has them."""
+    """What one pipeline rank owns: stages by their global number, and its shards of the vocabulary layers, if any."""
 
     stages: Mapping[int, nn.Module]
     input_layer: InputLayer | None

@@ -5,7 +5,6 @@ T tokens, H hidden, R this rank's rows.  Communication between the two and the p
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vp_train.vocab.shard import Shard

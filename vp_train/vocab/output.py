@@ -197,6 +197,7 @@ def _absorb_maximum(state: _Microbatch, received: Tensor) -> None:
 
 def _sums(weight: Tensor, state: _Microbatch) -> Tensor:
     """[2, T]: total relative to the maximum of all shards, target logit."""
+    assert state.maximum is not None
     scale = torch.exp(state.softmax.maximum - state.maximum)
     return torch.stack([state.softmax.total * scale, state.softmax.target_logit])
 
@@ -287,7 +288,7 @@ class Chunked:
         product = x.new_zeros(x.shape, dtype=precise) if input_term else None
         held = _Chunks(maximum)
         start = 0
-        for part in weight.split(self._chunk_rows(weight, num_tokens)):
+        for part in torch.split(weight, self._chunk_rows(weight, num_tokens)):
             if part.shape[0] == 0:
                 continue  # an empty shard splits into one empty chunk
             logits = (x @ part.T).to(precise)

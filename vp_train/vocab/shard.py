@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,4 +42,4 @@ def split_rows(vocab_size: int, num_shards: int, sizes: Sequence[int] | None = N
                 f"{len(sizes)} shards with {sum(sizes)} rows; give {num_shards} sizes of at least 0 that add up to {vocab_size}"
             )
         bounds = [sum(sizes[:i]) for i in range(num_shards + 1)]
-    return tuple(Shard(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False))
+    return tuple(Shard(start, stop) for start, stop in pairwise(bounds))

@@ -1,0 +1,149 @@
+"""A corpus is complete or absent, says what is wrong with its input, and gives the same samples every time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from vp_train.config import ConfigError, DataConfig, ModelConfig, RunConfig, RunSettings
+from vp_train.data import open_source, prepare
+from vp_train.data.indexed import check_tokens
+from vp_train.data.tokenizer import train_tokenizer
+
+VOCAB = 300
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A directory of twenty small documents."""
+    directory = tmp_path / "text"
+    directory.mkdir()
+    for number in range(20):
+        (directory / f"{number:02}.txt").write_text(f"Document {number}: " + "one two three four five six seven " * 20)
+    return directory
+
+
+def config(tmp_path, path, **changes):
+    return DataConfig(name="text", path=str(path), cache_dir=str(tmp_path / "cache"), **changes)
+
+
+def run_config(data, seq_length=16, steps=5):
+    return RunConfig(
+        data=data,
+        model=ModelConfig(vocab_size=VOCAB, seq_length=seq_length),
+        run=RunSettings(steps=steps, eval_microbatches=2),
+        num_microbatches=2,
+        micro_batch_size=3,
+    )
+
+
+def test_a_second_prepare_finds_the_first_and_changed_text_does_not(tmp_path, text):
+    data = config(tmp_path, text)
+    first = prepare(data, VOCAB, progress=False)
+    again = prepare(data, VOCAB, progress=False)
+    assert first.fresh
+    assert not again.fresh
+    assert again.path == first.path
+    (text / "00.txt").write_text("something else entirely")
+    assert prepare(data, VOCAB, progress=False).path != first.path
+
+
+def test_an_interrupted_build_is_not_mistaken_for_a_corpus(tmp_path, text):
+    data = config(tmp_path, text)
+    corpus = prepare(data, VOCAB, progress=False)
+    (corpus.path / "manifest.json").unlink()  # what a kill just before the end would leave
+    assert prepare(data, VOCAB, progress=False).fresh
+
+
+def test_batches_are_a_function_of_the_step_and_labels_follow_tokens(tmp_path, text):
+    run = run_config(config(tmp_path, text))
+    source, other = open_source(run), open_source(run)
+    other.train_batch(1)
+    for step in (2, 1, 5):
+        batch, same = source.train_batch(step), other.train_batch(step)
+        assert batch.tokens.shape == batch.labels.shape == (2, 3, 16)
+        assert torch.equal(batch.tokens, same.tokens)
+        assert torch.equal(batch.tokens[..., 1:], batch.labels[..., :-1])
+    assert not torch.equal(source.train_batch(1).tokens, source.train_batch(2).tokens)
+    assert torch.equal(source.validation_batch().tokens, other.validation_batch().tokens)
+
+
+def test_jsonl_and_a_given_tokenizer(tmp_path, text):
+    lines = [json.dumps({"body": path.read_text()}) for path in sorted(text.iterdir())]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines) + "\n")
+    tokenizer = train_tokenizer([path.read_text() for path in text.iterdir()], VOCAB)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data = config(tmp_path, tmp_path / "all.jsonl", jsonl_field="body", tokenizer=str(tmp_path / "tokenizer.json"))
+    corpus = prepare(data, VOCAB, progress=False)
+    assert corpus.manifest.num_documents == 20
+    with pytest.raises(ConfigError, match=r"token ids up to \d+, but model.vocab_size=260; set it to"):
+        prepare(data, 260, progress=False)
+    with pytest.raises(ConfigError, match=r"has no token <end>; set data.end_token"):
+        prepare(replace(data, end_token="<end>"), VOCAB, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{broken", r"all.jsonl:2 is not JSON"), ('{"content": 3}', r"all.jsonl:2 has no text field 'text' \(found: content\)")],
+)
+def test_a_broken_line_is_named(tmp_path, line, message):
+    (tmp_path / "all.jsonl").write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(ConfigError, match=message):
+        prepare(config(tmp_path, tmp_path / "all.jsonl"), VOCAB, progress=False)
+    assert not list((tmp_path / "cache").glob("building-*"))
+
+
+def test_missing_and_empty_inputs_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        prepare(config(tmp_path, tmp_path / "nowhere"), VOCAB, progress=False)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no text file"):
+        prepare(config(tmp_path, tmp_path / "empty"), VOCAB, progress=False)
+    (tmp_path / "empty" / "a.txt").write_text("")
+    with pytest.raises(ConfigError, match="hold no text"):
+        prepare(config(tmp_path, tmp_path / "empty"), VOCAB, progress=False)
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"is not a tokenizer\.json"):
+        prepare(config(tmp_path, tmp_path / "empty", tokenizer=str(tmp_path / "broken.json")), VOCAB, progress=False)
+    with pytest.raises(ConfigError, match="vocab_size=100 is too small"):
+        prepare(config(tmp_path, tmp_path / "empty"), 100, progress=False)
+
+
+def test_files_that_are_not_utf8_are_left_out_and_named(tmp_path, text, capsys):
+    (text / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    assert prepare(config(tmp_path, text), VOCAB, progress=False).manifest.num_documents == 20
+    assert "latin.txt" in capsys.readouterr().err
+
+
+def test_a_token_out_of_range_is_named_with_file_and_offset(tmp_path, text):
+    data = config(tmp_path, text)
+    corpus = prepare(data, VOCAB, progress=False)
+    tokens = np.memmap(f"{corpus.prefix}.bin", dtype=np.uint16, mode="r+")
+    tokens[123] = VOCAB
+    tokens.flush()
+    with pytest.raises(ConfigError, match=rf"tokens.bin: token {VOCAB} at offset 123 is outside \[0, {VOCAB}\)"):
+        prepare(data, VOCAB, progress=False)
+
+
+def test_negative_tokens_are_found_in_large_vocabularies(tmp_path):
+    np.array([1, 2, -5], dtype=np.int32).tofile(tmp_path / "tokens.bin")
+    with pytest.raises(ConfigError, match="token -5 at offset 2"):
+        check_tokens(tmp_path / "tokens", 100_000)
+
+
+def test_a_truncated_corpus_is_refused(tmp_path, text):
+    data = config(tmp_path, text)
+    corpus = prepare(data, VOCAB, progress=False)
+    with (corpus.path / "tokens.bin").open("r+b") as file:
+        file.truncate(10)
+    with pytest.raises(ConfigError, match="has 10 bytes instead of"):
+        prepare(data, VOCAB, progress=False)
+
+
+def test_text_too_short_for_a_sequence_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"too short|leave nothing"):
+        open_source(run_config(config(tmp_path, text), seq_length=100_000))
