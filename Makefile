@@ -1,0 +1,31 @@
+# Two commands: `make train` trains a small model on real text, `make test` runs every check.  Both make .venv if need be.
+PYTHON ?= python3
+RANKS ?= 4
+VENV := .venv
+BIN := $(VENV)/bin
+NAME := $(shell date +train-%Y%m%d-%H%M%S)
+ARGS ?=
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: train test lint clean
+
+train: $(VENV)/installed
+	$(BIN)/vp-train parallel.pp=$(RANKS) run.name=$(NAME) $(ARGS)
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# One pipeline over all GPUs of one or several nodes.  On every node:
+#   HEAD=node0 NODES=2 NODE=0 GPUS=8 launch/torchrun.sh model=small run.device=cuda run.name=first
+set -euo pipefail
+: "${HEAD:=127.0.0.1}" "${PORT:=29500}" "${NODES:=1}" "${NODE:=0}" "${GPUS:=4}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec torchrun --nnodes "$NODES" --node-rank "$NODE" --nproc-per-node "$GPUS" \
+  --master-addr "$HEAD" --master-port "$PORT" -m vp_train "$@"
