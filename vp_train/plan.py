@@ -111,7 +111,7 @@ def redistribute(num_layers: int, num_stages: int, head_in_layers: float) -> tup
     def slowest(k: int) -> float:
         return max(math.ceil((num_layers - k) / (num_stages - 1)), k + head_in_layers)
 
-    last = min(range(num_layers // num_stages + 1), key=slowest)
+    last = min(range(num_layers // num_stages, -1, -1), key=slowest)  # of equal ones, the evenest
     each, extra = divmod(num_layers - last, num_stages - 1)
     return (*(each + (stage >= num_stages - 1 - extra) for stage in range(num_stages - 1)), last)
 
