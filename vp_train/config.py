@@ -125,10 +125,10 @@ class OptimConfig:
     `schedule`: `cosine` from lr to min_lr; `wsd` holds lr and decays linearly over the last decay_fraction of the run.
     """
 
-    lr: float = 1e-3
-    min_lr: float = 1e-4
+    lr: float = 2e-3
+    min_lr: float = 2e-4
     schedule: str = "cosine"
-    warmup_steps: int = 20
+    warmup_steps: int = 10
     decay_fraction: float = 0.2
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -176,7 +176,7 @@ class DataConfig:
 class CostConfig:
     """Seconds the planner assumes; per pass they follow from FLOPs at `flops_per_second`."""
 
-    flops_per_second: float = 4e10
+    flops_per_second: float = 5e10
     hop_seconds: float = 2e-4
     collective_seconds: float = 5e-4
 
@@ -193,14 +193,14 @@ class RunSettings:
 
     name: str = "default"
     root: str = "runs"
-    steps: int = 200
+    steps: int = 90
     seed: int = 1
     dtype: str = "float32"
     device: str = "cpu"
     log_every: int = 10
-    eval_every: int = 50
+    eval_every: int = 30
     eval_microbatches: int = 16
-    checkpoint_every: int = 100  # the last step is always saved; 0 turns checkpoints off
+    checkpoint_every: int = 45  # the last step is always saved; 0 turns checkpoints off
     keep_checkpoints: int = 2
     resume: bool = False  # continue from the newest checkpoint of this run directory
     trace_step: int = 5  # the step whose passes are timed and written as a trace; 0 turns it off

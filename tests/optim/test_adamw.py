@@ -1,6 +1,7 @@
 """The learning rate follows its shape, decay spares norms, and clipping is by the norm over all ranks."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def test_cosine_warms_up_and_ends_at_the_minimum():
     assert rates[9] == 1.0
     assert rates[59] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
-    assert all(later <= earlier for earlier, later in zip(rates[9:], rates[10:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(rates[9:]))
 
 
 def test_wsd_holds_and_then_decays_linearly():
