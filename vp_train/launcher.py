@@ -23,6 +23,7 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
         from vp_train.data import prepare
 
         prepare(config.data, config.model.vocab_size, progress=True)
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -47,4 +48,7 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
             print(f"vp-train: rank {rank} was killed by signal {-code}; the other ranks were stopped", file=sys.stderr)
             return 128 - code
         return code
+    except SignalException as error:
+        print(f"vp-train: stopped by {error.sigval.name}; run.resume=true goes on from the newest checkpoint", file=sys.stderr)
+        return 128 + error.sigval.value
     return 0

@@ -68,9 +68,13 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
 
 
 def _connect(config: RunConfig, plan: RunPlan) -> Mesh:
-    backend = "nccl" if config.run.device == "cuda" else "gloo"
-    if backend == "nccl":
+    """Every group speaks gloo for what ranks agree on and, on CUDA, NCCL for what the executor moves."""
+    backend = "gloo"
+    if config.run.device == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.run.timeout_seconds))
     return build_mesh(plan.problem)
 

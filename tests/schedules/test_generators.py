@@ -11,7 +11,7 @@ from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
 from schedules.ir import Kind
 from schedules.layout import Layout
-from schedules.lower import lower
+from schedules.lower import Action, lower
 from schedules.problem import Problem
 from schedules.simulate import simulate
 from schedules.vocab import VOCAB_ALGORITHMS, evaluation
@@ -101,3 +101,30 @@ def test_zero_costs_are_free_of_deadlock_too():
 def test_an_unknown_schedule_is_named_with_the_choices():
     with pytest.raises(ValueError, match=r"'2f2b' is not known; choose one of gpipe, 1f1b"):
         generate("2f2b", problem(2, 2), cost(2))
+
+
+@pytest.mark.parametrize("layout", [Layout("loop", 3, 2), Layout("v", 3, 2), Layout("linear", 3)])
+@pytest.mark.parametrize("split_backward", [False, True])
+def test_other_layouts_and_split_backward_passes_fit_the_same_rules(layout, split_backward):
+    costs = CostModel.uniform(layout.num_stages, 3, F=1, B=2, I=1, W=1, S=0.5, T=0.5, E=0.1, G=0.1, hop=0.1, barrier=0.1)
+    for name in GENERATORS if layout.num_chunks == 1 else ["gpipe"]:
+        for algorithm in VOCAB_ALGORITHMS.values():
+            case = Problem(layout, 5, algorithm, split_backward=split_backward)
+            schedule = generate(name, case, costs)
+            check_schedule(schedule, case)
+            check_program(lower(schedule, case, costs), case)
+            assert simulate(schedule, case, costs).makespan >= 5 * 3 * layout.num_chunks
+
+
+@pytest.mark.parametrize("algorithm", sorted(VOCAB_ALGORITHMS))
+def test_receives_are_issued_for_no_more_microbatches_than_are_in_flight(algorithm):
+    case, costs = problem(4, 32, algorithm), cost(4, S=0.6, T=0.3, E=0.05, G=0.05, hop=0.1, barrier=0.1)
+    schedule = generate("1f1b", case, costs)
+    timeline = simulate(schedule, case, costs)
+    for rank, ops in enumerate(lower(schedule, case, costs).ranks):
+        buffers = peak = 0
+        for op in ops:
+            buffers += op.action is Action.RECV
+            peak = max(peak, buffers)
+            buffers -= op.action is Action.ARRIVE
+        assert peak <= timeline.peak_in_flight[rank] + 1

@@ -24,6 +24,3 @@ class Buffers(Generic[Value]):
     def assert_empty(self) -> None:
         """Everything produced in the step was used in it."""
         assert not self._held, f"left over after the step: {sorted(map(str, self._held))}"
-
-    def clear(self) -> None:
-        self._held.clear()

@@ -160,10 +160,6 @@ class OutputLayer:
         """Every microbatch was released."""
         assert not self._microbatches, f"microbatches {sorted(self._microbatches)} were not released"
 
-    def clear(self) -> None:
-        """Drop everything, after a step that failed half way."""
-        self._microbatches.clear()
-
 
 # What the algorithms say and hear.  A message may be reduced in place, so none aliases state that is used later.
 
