@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -24,16 +27,23 @@ _MEANINGS = {
     "B": "backward",
     "I": "input gradient",
     "W": "weight gradient",
-    "S": "output layer: logits, softmax",
+    "S": "output layer: softmax",
     "T": "output layer: gradients",
     "E": "embedding",
     "G": "embedding gradient",
 }
-_BARRIER = "#7F7F7F"
+_STAGE_KINDS = "FBIW"  # the passes of a stage of layers; the others belong to a shard
+_BARRIER = "#666666"
+_LATER_STAGE = "#333333"
+_BARRIER_HEIGHT, _BAND = 5, 3
+_WIDTH, _LEFT, _RIGHT, _TOP = 1200, 64, 68, 72
 
 
 def text_grid(timeline: Timeline, columns: int = 120) -> str:
-    """One row per rank, time to scale: each pass starts with its letter and microbatch, runs on as `-`; blanks are bubbles."""
+    """One row per rank, time to scale, then a legend: a pass is its letter and microbatch, drawn on with `-`.
+
+    Blanks are bubbles.  Where the microbatch does not fit the letter stands alone; no line is longer than `columns`.
+    """
     width = columns - 4
     scale = width / timeline.makespan if timeline.makespan > 0 else 0.0
     rows = []
@@ -41,84 +51,152 @@ def text_grid(timeline: Timeline, columns: int = 120) -> str:
         cells = [" "] * width
         for span in spans:
             first = min(width - 1, round(span.start * scale))
-            last = max(first + 1, min(width, round(span.end * scale)))
-            label = f"{span.kind}{span.microbatch}"[: last - first].ljust(last - first, "-")
-            cells[first:last] = label
-        rows.append(f"{rank:>3} " + "".join(cells).rstrip())
-    kinds = [kind for kind in _MEANINGS if any(span.kind == kind for spans in timeline.compute for span in spans)]
-    legend = ", ".join(f"{kind} {_MEANINGS[kind]}" for kind in kinds)
-    return "\n".join([*rows, f"    {_duration(timeline.makespan)}; {legend}"]) + "\n"
+            length = max(1, min(width, round(span.end * scale)) - first)
+            label = f"{span.kind}{span.microbatch}"
+            cells[first : first + length] = (label if len(label) <= length else span.kind).ljust(length, "-")
+        rows.append((f"{rank:>3} " + "".join(cells)).rstrip())
+    legend = ", ".join(f"{kind} {meaning}" for kind, meaning in _present(timeline).items())
+    for words in (_facts(timeline), legend):
+        rows += textwrap.wrap(words, columns, initial_indent=" " * 4, subsequent_indent=" " * 4)
+    return "\n".join(rows) + "\n"
 
 
-def svg(timeline: Timeline, title: str, width: int = 1200) -> str:
-    """One lane per rank with its passes and, below them, the barriers it roots; the bubble of each rank at the right."""
-    left, right, top, lane, thin, gap = 60, 70, 62, 26, 6, 8
-    scale = (width - left - right) / timeline.makespan if timeline.makespan > 0 else 0.0
-    step = lane + thin + gap
-    bottom = top + step * timeline.num_ranks
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """Where things lie in the picture, in pixels; `scale` is pixels per second."""
+
+    scale: float
+    lane: int  # height of a rank's passes
+    font: int  # size of the numbers in them
+    tops: tuple[int, ...]  # of each rank's lane
+    bottom: int
+
+    @classmethod
+    def of(cls, timeline: Timeline) -> _Frame:
+        lane, font = (26, 11) if timeline.num_ranks <= 8 else (18, 10) if timeline.num_ranks <= 16 else (13, 8)
+        with_barriers = {span.rank for span in timeline.comm}
+        tops, y = [], _TOP
+        for rank in range(timeline.num_ranks):
+            tops.append(y)
+            y += lane + (_BARRIER_HEIGHT + 2 if rank in with_barriers else 0) + lane // 4
+        scale = (_WIDTH - _LEFT - _RIGHT) / timeline.makespan if timeline.makespan > 0 else 0.0
+        return cls(scale, lane, font, tuple(tops), y)
+
+
+def svg(timeline: Timeline, title: str) -> str:
+    """One lane per rank with its passes and, below it, the barriers it roots; the bubble of each rank at the right.
+
+    A dark band under a pass marks a stage that is not its rank's first; every box shows its name and duration on hover.
+    """
+    frame = _Frame.of(timeline)
+    height = frame.bottom + 30
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom + 34}" viewBox="0 0 {width} {bottom + 34}" '
-        'font-family="Helvetica, Arial, sans-serif" font-size="11">',
-        f'<rect width="{width}" height="{bottom + 34}" fill="white"/>',
-        f'<text x="{left}" y="22" font-size="15" font-weight="bold">{escape(title)}</text>',
-        f'<text x="{width - right + 8}" y="{top - 8}" fill="#555">bubble</text>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
+        'font-family="Helvetica, Arial, sans-serif" font-size="11" fill="#222">',
+        '<defs><pattern id="bubble" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+        '<rect width="6" height="6" fill="#F6F6F6"/><rect width="1" height="6" fill="#DDD"/></pattern></defs>',
+        f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
+        f'<text x="{_LEFT}" y="24" font-size="15" font-weight="bold">{escape(title)}</text>',
+        f'<text x="{_WIDTH - _RIGHT}" y="24" text-anchor="end" fill="#555">{_facts(timeline)}</text>',
+        f'<text x="{_WIDTH - 12}" y="{_TOP - 7}" text-anchor="end" fill="#555">bubble</text>',
+        *_legend(timeline),
+        *_axis(timeline.makespan, frame),
     ]
-    parts += _legend(timeline, left, 38)
-    for rank, spans in enumerate(timeline.compute):
-        y = top + rank * step
-        parts.append(f'<text x="{left - 8}" y="{y + lane * 0.65:.1f}" text-anchor="end">rank {rank}</text>')
-        parts.append(f'<rect x="{left}" y="{y}" width="{timeline.makespan * scale:.2f}" height="{lane}" fill="#EEEEEE"/>')
-        parts += [_box(span, left + span.start * scale, y, span.seconds * scale, lane) for span in spans]
-        parts.append(f'<text x="{width - right + 8}" y="{y + lane * 0.65:.1f}">{timeline.bubble(rank):.1%}</text>')
-    for span in timeline.comm:
-        x, y = left + span.start * scale, top + span.rank * step + lane + 1
-        parts.append(
-            f'<rect x="{x:.2f}" y="{y}" width="{max(0.5, span.seconds * scale):.2f}" height="{thin}" fill="{_BARRIER}">'
-            f"<title>{escape(span.name)}</title></rect>"
-        )
-    parts += _axis(timeline, left, bottom, scale)
+    for rank in range(timeline.num_ranks):
+        parts += _lane(timeline, rank, frame)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _box(span: Span, x: float, y: float, width: float, height: float) -> str:
-    """A pass with its microbatch, where the number fits; the full name shows on hover."""
-    stroke = ' stroke="white" stroke-width="0.6"' if width > 2 else ""
-    box = (
-        f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{height}" fill="{_COLOURS[span.kind]}"{stroke}>'
-        f"<title>{escape(span.name)}: {_duration(span.seconds)}</title></rect>"
+def _lane(timeline: Timeline, rank: int, frame: _Frame) -> list[str]:
+    """One rank, in coordinates whose origin is the start of the step at the top of the lane."""
+    spans = timeline.compute[rank]
+    stages = _stages(spans)
+    # One rule for a lane: numbers that stop at 9 because 10 is too wide would look like an event.
+    label_width = frame.font * 0.6 * len(str(max((span.microbatch for span in spans), default=0))) + 2
+    middle = f"{frame.lane / 2 + frame.font * 0.36:.1f}"
+    parts = [
+        f'<g transform="translate({_LEFT},{frame.tops[rank]})" text-anchor="middle" font-size="{frame.font}">',
+        f'<text x="-8" y="{middle}" text-anchor="end">rank {rank}</text>',
+        f'<rect width="{timeline.makespan * frame.scale:.1f}" height="{frame.lane}" fill="url(#bubble)"/>',
+    ]
+    for span in spans:
+        parts.append(_box(span, frame, 0, frame.lane, _COLOURS[span.kind]))
+        if span.kind in _STAGE_KINDS and span.stage != stages[0]:
+            parts.append(_box(span, frame, frame.lane - _BAND, _BAND, _LATER_STAGE))
+        if span.seconds * frame.scale > label_width:
+            x = (span.start + span.end) / 2 * frame.scale
+            parts.append(f'<text x="{x:.1f}" y="{middle}">{span.microbatch}</text>')
+    barriers = (span for span in timeline.comm if span.rank == rank)
+    parts += [_box(span, frame, frame.lane + 2, _BARRIER_HEIGHT, _BARRIER) for span in barriers]
+    x = _WIDTH - _LEFT - 12
+    return [*parts, f'<text x="{x}" y="{middle}" text-anchor="end">{timeline.bubble(rank):.1%}</text>', "</g>"]
+
+
+def _stages(spans: tuple[Span, ...]) -> list[int]:
+    """The stages of layers on a rank, in model order."""
+    return sorted({span.stage for span in spans if span.kind in _STAGE_KINDS})
+
+
+def _box(span: Span, frame: _Frame, y: int, height: int, colour: str) -> str:
+    width = span.seconds * frame.scale
+    # A gap divides equal neighbours; it shrinks with the box, so that short passes stay visible.
+    drawn = max(0.6, width - min(0.8, 0.2 * width))
+    below = f' y="{y}"' if y else ""
+    return (
+        f'<rect x="{span.start * frame.scale:.1f}"{below} width="{drawn:.1f}" height="{height}" fill="{colour}">'
+        f"<title>{span.name} {_duration(span.seconds)}</title></rect>"
     )
-    label = str(span.microbatch)
-    if width < 7 * len(label) + 2:
-        return box
-    return f'{box}<text x="{x + width / 2:.2f}" y="{y + height * 0.65:.1f}" text-anchor="middle">{label}</text>'
 
 
-def _legend(timeline: Timeline, x: float, y: float) -> list[str]:
-    present = {span.kind for spans in timeline.compute for span in spans}
-    parts = []
-    for kind, meaning in _MEANINGS.items():
-        if kind in present:
-            parts.append(f'<rect x="{x:.0f}" y="{y - 8}" width="10" height="10" fill="{_COLOURS[kind]}"/>')
-            parts.append(f'<text x="{x + 14:.0f}" y="{y + 1}">{kind} {meaning}</text>')
-            x += 30 + 6.2 * (len(meaning) + 2)
+def _present(timeline: Timeline) -> dict[str, str]:
+    """The kinds that occur, with their meanings."""
+    kinds = {span.kind for spans in timeline.compute for span in spans}
+    return {kind: meaning for kind, meaning in _MEANINGS.items() if kind in kinds}
+
+
+def _legend(timeline: Timeline) -> list[str]:
+    entries = [(_COLOURS[kind], f"{kind} {meaning}") for kind, meaning in _present(timeline).items()]
     if timeline.comm:
-        parts.append(f'<rect x="{x:.0f}" y="{y - 5}" width="10" height="5" fill="{_BARRIER}"/>')
-        parts.append(f'<text x="{x + 14:.0f}" y="{y + 1}">barriers</text>')
+        entries.append((_BARRIER, "barriers"))
+    if any(len(_stages(spans)) > 1 for spans in timeline.compute):
+        entries.append((_LATER_STAGE, "band: later stage"))
+    parts, x = [], float(_LEFT)
+    for colour, words in entries:
+        parts.append(f'<rect x="{x:.0f}" y="36" width="10" height="10" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 14:.0f}" y="45">{words}</text>')
+        x += 28 + 5.9 * len(words)
     return parts
 
 
-def _axis(timeline: Timeline, left: float, y: float, scale: float) -> list[str]:
+def _axis(makespan: float, frame: _Frame) -> list[str]:
+    """Grid lines and times at round values, in one unit."""
+    factor, unit = (1.0, "s") if makespan >= 10 else (1e3, "ms") if makespan >= 1e-3 else (1e6, "µs")
+    step = _round_step(makespan * factor)
     parts = []
-    for tick in range(11):
-        seconds = timeline.makespan * tick / 10
-        x = left + seconds * scale
-        parts.append(f'<line x1="{x:.1f}" y1="{y}" x2="{x:.1f}" y2="{y + 5}" stroke="#555"/>')
-        parts.append(f'<text x="{x:.1f}" y="{y + 18}" text-anchor="middle" fill="#555">{_duration(seconds)}</text>')
+    for tick in range(int(makespan * factor / step + 1e-9) + 1):
+        x = _LEFT + tick * step / factor * frame.scale
+        parts.append(f'<path d="M{x:.1f} {_TOP - 4}V{frame.bottom + 4}" stroke="#DDD"/>')
+        words = f"{tick * step:g} {unit}"
+        parts.append(f'<text x="{x:.1f}" y="{frame.bottom + 18}" text-anchor="middle" fill="#555">{words}</text>')
     return parts
+
+
+def _round_step(length: float) -> float:
+    """1, 2 or 5 times a power of ten that divides `length` into at most ten parts; 1 for an empty axis."""
+    if length <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(length / 10))
+    return next(factor * power for factor in (1, 2, 5, 10) if length / (factor * power) <= 10 + 1e-9)
+
+
+def _facts(timeline: Timeline) -> str:
+    return f"{_duration(timeline.makespan)}, mean bubble {timeline.mean_bubble:.1%}"
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 or seconds == 0 else f"{seconds * 1e6:.3g} µs"
 
 
 def chrome_trace(timelines: Mapping[str, Timeline]) -> dict[str, Any]:
@@ -145,5 +223,5 @@ def _event(span: Span, process: int, thread: int) -> dict[str, Any]:
         "tid": thread,
         "ts": span.start * 1e6,
         "dur": span.seconds * 1e6,
-        "args": {"stage": span.stage, "microbatch": span.microbatch},
+        "args": {"stage": span.stage, "microbatch": span.microbatch} if span.stage >= 0 else {"microbatch": span.microbatch},
     }
