@@ -59,6 +59,10 @@ def _span(layers: range) -> str:
     return f"{layers.start}" if len(layers) == 1 else f"{layers.start}-{layers.stop - 1}"
 
 
+def _human_count(count: float) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
 def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
     """A table of at most 110 columns."""
     table = Table(title=title, title_justify="left", header_style="")
@@ -80,7 +84,7 @@ def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
             str(row.rank),
             row.layers,
             f"{row.vocabulary_rows:,}",
-            f"{row.num_parameters / 1e6:.2f} M",
+            _human_count(row.num_parameters),
             f"{row.busy:.1%}",
             f"{row.predicted_bubble:.1%}",
             f"{row.measured_bubble:.1%}",
