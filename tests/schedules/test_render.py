@@ -83,7 +83,9 @@ def test_no_line_of_the_grid_is_wider_than_asked(p, m, columns):
 
 
 def test_the_picture_draws_time_to_scale():
-    drawn = boxes(svg(two_ranks(), "two ranks"))
+    picture = svg(two_ranks(), "two ranks")
+    drawn = boxes(picture)
+    assert picture.count("<title>") == len(drawn)  # each once
     assert sorted(drawn) == ["0B0 3 ms", "0F0 2 ms", "1B0 2 ms", "1F0 2 ms", "C0.0 1 ms"]
     per_ms = (drawn["0B0 3 ms"][0] - drawn["0F0 2 ms"][0]) / 7
     assert drawn["1F0 2 ms"][0] - drawn["0F0 2 ms"][0] == pytest.approx(2 * per_ms, abs=0.2)

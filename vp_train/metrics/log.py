@@ -15,11 +15,11 @@ class MetricsLog:
         """`last_step`: the step of the checkpoint this run continues, 0 for a new run."""
         from torch.utils.tensorboard import SummaryWriter
 
-        if jsonl.exists():
-            kept = [line for line in jsonl.read_text().splitlines() if _step_of(line) <= last_step]
-            jsonl.write_text("".join(f"{line}\n" for line in kept))
+        continues = jsonl.exists()
+        if continues:
+            _drop_after(jsonl, last_step)
         self._file = jsonl.open("a", buffering=1)
-        self._writer = SummaryWriter(str(tensorboard), purge_step=last_step + 1 if last_step else None)
+        self._writer = SummaryWriter(str(tensorboard), purge_step=last_step + 1 if continues else None)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """One line {"step": ..., **values}; non-finite numbers become null, so that every line is JSON."""
@@ -31,6 +31,14 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         self._writer.close()
+
+
+def _drop_after(jsonl: Path, last_step: int) -> None:
+    """Keep the lines up to `last_step`; by rename, so that a kill leaves the old file or the new one."""
+    kept = [line for line in jsonl.read_text().splitlines() if _step_of(line) <= last_step]
+    shorter = jsonl.with_suffix(".tmp")
+    shorter.write_text("".join(f"{line}\n" for line in kept))
+    shorter.replace(jsonl)
 
 
 def _step_of(line: str) -> float:

@@ -31,6 +31,7 @@ class Progress:
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
         if self._live is not None:
             self._live.start()
+            console.show_cursor(True)  # a rank may leave without `close`, and would leave the terminal without a cursor
 
     def step(self, report: StepReport) -> None:
         """Show a finished step."""
@@ -55,12 +56,14 @@ class Progress:
         return (
             f"step {report.step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {report.loss:.4f}  "
             f"grad norm {report.grad_norm:.3f}  lr {report.learning_rate:.2e}  {report.tokens_per_second:,.0f} tokens/s  "
-            f"peak {human_bytes(report.peak_bytes)}  {_minutes(left)} left"
+            f"peak {human_bytes(report.peak_bytes)}  {clock(left)} left"
         )
 
 
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+def clock(seconds: float) -> str:
+    """75 -> 1:15, 3675 -> 1:01:15."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def human_bytes(count: float) -> str:

@@ -1,0 +1,56 @@
+"""Every step has one record, in the file and in TensorBoard, however often a run is resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vp_train.metrics.log import MetricsLog
+
+
+def write(directory, last_step, steps, scale):
+    log = MetricsLog(directory / "metrics.jsonl", directory / "tensorboard", last_step)
+    for step in steps:
+        log.record(step, {"loss": scale * step})
+    log.close()
+
+
+@pytest.mark.parametrize("last_step", [0, 2])
+def test_tensorboard_and_file_agree_after_a_resume(tmp_path, last_step):
+    write(tmp_path, 0, range(1, 5), 1.0)
+    write(tmp_path, last_step, range(last_step + 1, 4), 10.0)
+    expected = [(step, step * (10.0 if step > last_step else 1.0)) for step in range(1, 4)]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [(record["step"], record["loss"]) for record in map(json.loads, lines)] == expected
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+
+
+def test_a_kill_while_later_steps_are_dropped_leaves_the_old_file(tmp_path, monkeypatch):
+    write(tmp_path, 0, range(1, 5), 1.0)
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 2, [3], 1.0)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_record_can_be_read_at_once_and_every_line_is_strict_json(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", 0)
+    log.record(1, {"a": math.inf, "b": -math.inf, "c": math.nan, "d": 0.5})
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    line = (tmp_path / "metrics.jsonl").read_text()  # before close: a kill now loses nothing
+    assert json.loads(line, parse_constant=refuse) == {"step": 1, "a": None, "b": None, "c": None, "d": 0.5}
+    log.close()

@@ -1,0 +1,40 @@
+"""Nothing of an earlier run is lost, and a run that left nothing stands in nobody's way."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from vp_train.config import ConfigError, RunSettings
+from vp_train.metrics.run_directory import RunDirectory, refuse_used
+
+
+def test_a_run_that_ended_before_its_first_step_does_not_block_its_name(tmp_path):
+    settings = RunSettings(root=str(tmp_path))
+    directory = RunDirectory(settings)
+    directory.metrics.touch()
+    directory.checkpoints.mkdir()
+    refuse_used(settings)
+
+
+def test_a_checkpoint_alone_is_a_run(tmp_path):
+    settings = RunSettings(root=str(tmp_path))
+    (RunDirectory(settings).checkpoints / "step-00000001").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"run\.resume=true, or choose another run\.name"):
+        RunDirectory(settings)
+    assert RunDirectory(replace(settings, resume=True)).checkpoints.exists()
+
+
+def test_the_lock_names_its_process_and_two_names_do_not_meet(tmp_path):
+    first = RunDirectory(RunSettings(root=str(tmp_path)))
+    second = RunDirectory(RunSettings(root=str(tmp_path), name="other"))
+    assert (first.path / "LOCK").read_text() == (second.path / "LOCK").read_text() == f"{os.getpid()}\n"
+    with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+        RunDirectory(RunSettings(root=str(tmp_path)))
+
+
+def test_the_lock_does_not_pass_to_a_child_process(tmp_path):
+    directory = RunDirectory(RunSettings(root=str(tmp_path)))
+    assert not os.get_inheritable(directory._lock.fileno())
