@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -43,3 +44,13 @@ def test_a_message_longer_than_the_terminal_stays_one_line_of_the_log():
     out = io.StringIO()
     Progress(5, 1, 10, Console(file=out, width=40)).say("step 3: [bold] " + "x" * 200)
     assert out.getvalue() == "step 3: [bold] " + "x" * 200 + "\n"
+
+
+def test_the_live_line_of_a_narrow_terminal_is_one_line():
+    out = io.StringIO()
+    progress = Progress(50, 1, 10, Console(file=out, width=40, force_terminal=True))
+    progress.step(replace(REPORT, step=2))  # no line that stays: only the live one
+    progress._live.refresh()
+    assert "\n" not in out.getvalue()
+    assert "step  2/50" in out.getvalue()
+    progress.close()

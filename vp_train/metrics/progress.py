@@ -37,7 +37,7 @@ class Progress:
         """Show a finished step."""
         line = self._line(report)
         if self._live is not None:
-            self._live.update(Text(line))
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
         if report.step % self._log_every == 0 or report.step in (self._first_step, self._num_steps):
             self.say(line)
 
@@ -56,7 +56,7 @@ class Progress:
         return (
             f"step {report.step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {report.loss:.4f}  "
             f"grad norm {report.grad_norm:.3f}  lr {report.learning_rate:.2e}  {report.tokens_per_second:,.0f} tokens/s  "
-            f"peak {human_bytes(report.peak_bytes)}  {clock(left)} left"
+            f"{clock(left)} left  peak {human_bytes(report.peak_bytes)}"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from schedules.timeline import Timeline
@@ -64,21 +65,21 @@ def _human_count(count: float) -> str:
 
 
 def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
-    """A table of at most 110 columns."""
-    table = Table(title=title, title_justify="left", header_style="")
+    """A table of about 80 columns, at most 110: a terminal cuts what is wider."""
+    table = Table(title=title, title_justify="left", header_style="", box=SIMPLE_HEAD, show_edge=False, padding=0)
     for name in (
         "rank",
         "layers",
         "V rows",
         "params",
         "busy",
-        "bubble\npredicted",
+        "bubble\nplanned",
         "bubble\nmeasured",
-        "activations\npredicted",
+        "peak act.\nplanned",
+        "peak act.\nmeasured",
+        "resident",
     ):
-        table.add_column(name, justify="right")
-    table.add_column("activations\nmeasured", justify="right")
-    table.add_column("resident", justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             str(row.rank),
