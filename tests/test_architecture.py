@@ -19,12 +19,13 @@ ALLOWED = {
     "vp_train.config": (),
     "vp_train.exits": (),
     "vp_train.quiet": (),
+    "vp_train.durable": (),
     "vp_train.plan": ("schedules", "vp_train.config", "vp_train.model.shape", "vp_train.vocab.shard"),
     "vp_train.model": ("vp_train.config", "vp_train.model", "vp_train.quiet"),
     "vp_train.vocab": ("vp_train.vocab",),
     "vp_train.pipeline": ("schedules", "vp_train.vocab", "vp_train.pipeline"),
     "vp_train.optim": ("vp_train.config",),
-    "vp_train.data": ("vp_train.config", "vp_train.data", "vp_train.quiet"),
+    "vp_train.data": ("vp_train.config", "vp_train.data", "vp_train.durable", "vp_train.quiet"),
 }
 DOORS = {
     "megatron": {"vp_train.model.megatron", "vp_train.data.indexed"},

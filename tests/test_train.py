@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,3 +210,24 @@ def test_a_rank_that_raises_ends_the_job_with_its_traceback(tmp_path):
     assert "rank 1 failed at step 2" in done.stderr
     assert "RuntimeError: deliberate failure" in done.stderr
     assert done.stderr.count("deliberate failure") <= 2  # the raise line and the message: one traceback
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
+    overrides = ["model=nano", "data=synthetic", f"run.root={tmp_path}/runs", "run.steps=10000", "parallel.pp=2"]
+    launcher = subprocess.Popen([sys.executable, "-m", "vp_train", *overrides], stdout=subprocess.PIPE, text=True)
+    for line in launcher.stdout:
+        if line.startswith("step"):
+            break
+    ranks = children_of(launcher.pid)
+    assert len(ranks) == 2
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < deadline, "ranks live on"
+        time.sleep(0.05)
+
+
+def children_of(pid):
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]

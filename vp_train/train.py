@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -30,6 +32,7 @@ from vp_train.optim.adamw import StepHealth, build_adamw, clip, gather_health, l
 from vp_train.pipeline.recorder import Recorder
 from vp_train.plan import RunPlan, make_plan
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MAX_SKIPS = 10  # non-finite steps in a row that run.on_nonfinite=skip tolerates
 
 
@@ -39,6 +42,7 @@ class NonFiniteError(RuntimeError):
 
 def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> int:
     """Train as rank `rank`; returns the exit code.  Raises ConfigError before any process group exists."""
+    _die_with_parent()
     plan = make_plan(config, num_ranks)
     source = open_source(config)
     directory = RunDirectory(config.run) if rank == 0 else None
@@ -67,6 +71,12 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
     return EXIT_OK
 
 
+def _die_with_parent() -> None:
+    """A launcher that is killed cannot stop its ranks; on Linux the kernel does it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _connect(config: RunConfig, plan: RunPlan) -> Mesh:
     """Every group speaks gloo for what ranks agree on and, on CUDA, NCCL for what the executor moves."""
     backend = "gloo"
@@ -88,7 +98,8 @@ def _lost_a_peer(error: Exception) -> bool:
 def _fail(rank: int, message: str, code: int) -> int:
     """Say why and leave at once: destructors of process groups would wait for peers."""
     if message:
-        print(message, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{message}\n")  # one write: lines of several ranks must not mix
+    sys.stderr.flush()
     sys.stdout.flush()
     os._exit(code)
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vp_train.config import ConfigError
+from vp_train.durable import sync
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -120,19 +121,11 @@ def _commit(manifest: dict[str, Any], temporary: Path, final: Path) -> None:
         file.write(json.dumps({"blake2b": hashlib.blake2b(body.encode()).hexdigest(), "manifest": body}))
         file.flush()
         os.fsync(file.fileno())
-    _sync_directory(temporary)
+    sync(temporary)
     if final.exists():  # the same step again, after a resume from an earlier one
         _remove(final)
     temporary.rename(final)
-    _sync_directory(final.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 def _retain(directory: Path, keep: int) -> None:

@@ -21,6 +21,7 @@ from vp_train.config import ConfigError, DataConfig
 from vp_train.data.documents import Document, content_hash, find_files, read_documents
 from vp_train.data.indexed import check_tokens, write_dataset
 from vp_train.data.tokenizer import end_token_id, load_tokenizer, train_tokenizer
+from vp_train.durable import sync
 
 _FORMAT = 1
 _BATCH = 64  # documents encoded together
@@ -171,11 +172,11 @@ def _build(path: Path, key: str, config: DataConfig, files: tuple[Path, ...], vo
         )
         (temporary / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1) + "\n")
         for file in (*temporary.iterdir(), temporary):
-            _sync(file)
+            sync(file)
         if path.exists():
             shutil.rmtree(path)  # its manifest is gone, so it is not complete
         temporary.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -188,15 +189,6 @@ def _encoded(tokenizer: Tokenizer, documents: Iterator[Document], end: int) -> I
         for encoding in tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False):
             if encoding.ids:
                 yield [*encoding.ids, end]
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or the names in a directory, reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _training_texts(files: tuple[Path, ...], config: DataConfig) -> Iterator[str]:

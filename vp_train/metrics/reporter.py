@@ -49,7 +49,7 @@ class Reporter:
             f" (ln V = {math.log(config.model.vocab_size):.2f}), {config.run.dtype} on {config.run.device}",
             f"pipeline  {stages}",
             f"schedule  {config.schedule.name}, vocabulary {config.vocab.algorithm}, {config.num_microbatches} microbatches of"
-            f" {config.micro_batch_size} x {config.model.seq_length} tokens; predicted bubble {plan.timeline.mean_bubble:.1%},"
+            f" {config.micro_batch_size} x {config.model.seq_length} tokens; planned bubble {plan.timeline.mean_bubble:.1%},"
             f" activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
             f"run       {directory.path}, steps {self._first_step} to {config.run.steps}",
         ]
