@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import socket
 import statistics
@@ -22,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from provenance import provenance
 
 SYSTEMS = ("torch", "none", "one_barrier")
 RANKS, WARMUP = 2, 1
@@ -239,14 +240,7 @@ def main() -> None:
         losses = [r["first_loss"] for r in runs if r["vocab"] == vocab_size]
         if max(losses) - min(losses) > 1e-3:
             raise SystemExit(f"the systems disagree about the first loss at V={vocab_size}: {losses}")
-    import torch
-
-    commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
-    result = {
-        "command": "python " + " ".join(["benchmarks/peer.py", *sys.argv[1:]]),
-        "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit.stdout.strip(),
+    result = provenance() | {
         "comparison": [compare(runs, vocab_size) for vocab_size in arguments.vocab],
         "runs": runs,
     }

@@ -13,6 +13,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from provenance import provenance
+
 from schedules.cost import CostModel
 from schedules.generators import generate
 from schedules.ir import Kind
@@ -73,7 +75,8 @@ def main() -> None:
         )
     print(f"largest error {max(abs(row.error_pct) for row in rows):.2f} %")
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        result = provenance() | {"rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
