@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,16 @@ def run_output(x, weight, targets, grad_loss, *, sizes, algorithm, backend, grad
     losses = [layer.token_loss(7) for layer in layers]
     assert all(torch.equal(losses[0], other) for other in losses)
     for layer in layers:
+        assert largest_kept(layer._microbatches[7]) <= x.shape[0]  # per-token vectors only
         layer.release(7)
         layer.assert_empty()
     return losses[0], dx, grads, held
+
+
+def largest_kept(state) -> int:
+    """Elements of the largest tensor that a microbatch still holds."""
+    if isinstance(state, Tensor):
+        return state.numel()
+    if is_dataclass(state):
+        return max((largest_kept(getattr(state, field.name)) for field in fields(state)), default=0)
+    return 0

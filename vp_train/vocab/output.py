@@ -15,7 +15,7 @@ A shard without rows has m' = -inf and s' = 0, which is safe as long as some sha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -210,8 +210,10 @@ def _input_term(product: Tensor, weight: Tensor, state: _Microbatch) -> Tensor:
 
 
 def _input_term_of_s(weight: Tensor, state: _Microbatch) -> Tensor:
-    assert state.softmax.input_term is not None
-    return _input_term(state.softmax.input_term, weight, state).to(weight.dtype)
+    product = state.softmax.input_term
+    assert product is not None
+    state.softmax = replace(state.softmax, input_term=None)  # [T, H], not to be kept until the end of the step
+    return _input_term(product, weight, state).to(weight.dtype)
 
 
 def _input_grad_of_t(weight: Tensor, state: _Microbatch) -> Tensor:
