@@ -42,7 +42,10 @@ def run_output(x, weight, targets, grad_loss, *, sizes, algorithm, backend, grad
         if barrier.name == "C2" or (barrier.name == "C1b" and t_early):
             for layer in layers:
                 layer.t(7, grad_loss)
-        received = exchange(barrier.transfer, [layer.message(barrier.name, 7) for layer in layers])
+        messages = [layer.message(barrier.name, 7) for layer in layers]
+        received = exchange(barrier.transfer, messages)
+        for message in messages:
+            message.fill_(torch.nan)  # a collective may use its input as scratch space
         for layer in layers if barrier.transfer is not Transfer.REDUCE else layers[:1]:
             layer.absorb(barrier.name, 7, received.clone())
     dx = layers[0].input_grad(7, grad_loss)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.vocab.ranks import run_output
+from tests.vocab.ranks import largest_kept, run_output
+from vp_train.vocab import output
 from vp_train.vocab.output import IGNORE_INDEX, OutputLayer
 from vp_train.vocab.reference import cross_entropy
 from vp_train.vocab.shard import Shard, split_rows
@@ -37,15 +38,12 @@ def assert_equal(sharded, truth, tolerance):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 3 rows, so that small vocabularies have several."""
-    monkeypatch.setitem(__import__("vp_train.vocab.output", fromlist=["_"])._CHUNK_ELEMENTS, "cpu", 3 * T)
+    monkeypatch.setitem(output._CHUNK_ELEMENTS, "cpu", 3 * T)
 
 
 SHARDS = [
-    (64, [64]),
-    (64, [32, 32]),
-    (100, [34, 34, 32]),
+    *((v, [shard.num_rows for shard in split_rows(v, n)]) for v in (64, 100, 101, 1000) for n in (1, 2, 3, 4)),
     (101, [0, 60, 1, 40]),
-    (1000, [250] * 4),
     (3, [1, 1, 1, 0]),
 ]
 
@@ -113,14 +111,16 @@ def test_chunked_holds_the_exponentials_in_the_compute_dtype_and_x():
     assert held == [T * rows * 2 + T * 4 + T * H * 2 for rows in (40, 24)]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("small_chunks")
-def test_evaluation_gives_the_same_loss_and_holds_nothing():
+def test_evaluation_gives_the_same_loss_and_holds_nothing(backend):
     x, weight, targets, grad_loss = inputs(100)
     shards = split_rows(100, 3)
-    layers = [OutputLayer(weight[s.start : s.stop], torch.zeros(s.num_rows, H), s, "evaluate", "chunked") for s in shards]
+    layers = [OutputLayer(weight[s.start : s.stop], torch.zeros(s.num_rows, H), s, "evaluate", backend) for s in shards]
     for layer in layers:
         layer.s(0, x, targets, keep=False)
         assert layer.held_bytes == 0
+        assert largest_kept(layer._microbatches[0]) <= T
     gathered = torch.stack([layer.message("C1", 0) for layer in layers])
     for layer in layers:
         layer.absorb("C1", 0, gathered)
