@@ -65,6 +65,8 @@ def largest_kept(state) -> int:
     """Elements of the largest tensor that a microbatch still holds."""
     if isinstance(state, Tensor):
         return state.numel()
+    if isinstance(state, list):
+        return max(map(largest_kept, state), default=0)
     if is_dataclass(state):
         return max((largest_kept(getattr(state, field.name)) for field in fields(state)), default=0)
     return 0

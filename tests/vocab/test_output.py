@@ -127,6 +127,14 @@ def test_evaluation_gives_the_same_loss_and_holds_nothing(backend):
         assert torch.allclose(layer.token_loss(0), cross_entropy(x, weight, targets, grad_loss)[0], rtol=1e-12)
 
 
+@pytest.mark.usefixtures("small_chunks")
+def test_evaluation_keeps_no_chunk_while_it_walks_the_rows():
+    x, weight, _, _ = inputs(100)
+    none = torch.empty(0, dtype=torch.long)
+    held = output.Chunked().softmax(weight, x, none, none, input_term=False, keep=False)[1]
+    assert largest_kept(held) <= T
+
+
 def test_gradients_accumulate_over_microbatches():
     x, weight, targets, grad_loss = inputs(64)
     grad = torch.zeros_like(weight)
