@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -65,59 +65,75 @@ class RankModel:
 
 def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
     """The model of rank `mesh.rank` with its initial values."""
-    rank, problem, model = mesh.rank, plan.problem, config.model
+    rank, problem = mesh.rank, plan.problem
     dtype = {"float32": torch.float32, "float64": torch.float64}[config.run.dtype]
     device = torch.device(config.run.device)
-    stages = {
+    stages = _build_stages(config, plan, mesh, dtype, device)
+    matrices = _build_matrices(config, plan, rank, dtype, device)
+    parameters = dict(_named_parameters(stages)) | dict(matrices.values())
+    rows = {name: plan.shards[end][rank] for end, (name, _) in matrices.items()}
+
+    def output_layer(algorithm: str) -> OutputLayer | None:
+        if End.OUTPUT not in matrices:
+            return None
+        weight = matrices[End.OUTPUT][1]
+        return OutputLayer(weight, _grad(weight), plan.shards[End.OUTPUT][rank], algorithm, config.vocab.backend)
+
+    input_layer = None
+    if End.INPUT in matrices:
+        weight = matrices[End.INPUT][1]
+        input_layer = InputLayer(weight, _grad(weight), plan.shards[End.INPUT][rank])
+    training = Part(stages, input_layer, output_layer(problem.algorithm.name), dtype, device, config.model.hidden_size)
+    evaluating = replace(training, output_layer=output_layer("evaluate"))
+    comms = Comms(mesh.pipeline)
+    trainer = Executor(plan.program.ranks[rank], problem, rank, training, comms)
+    evaluator = Executor(plan.evaluation_program.ranks[rank], plan.evaluation_problem, rank, evaluating, comms)
+    copied, tied = frozenset[str](), None
+    if config.model.tied_embeddings and mesh.end_ranks is not None and matrices:
+        ((name, weight),) = matrices.values()
+        tied = (weight, mesh.end_ranks)
+        copied = frozenset() if End.INPUT in matrices else frozenset({name})
+    return RankModel(parameters, rows, config.model.vocab_size, trainer, evaluator, training.output_layer, copied, tied)
+
+
+def _build_stages(config: RunConfig, plan: RunPlan, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> dict[int, Stage]:
+    return {
         stage: Stage(
-            model,
+            config.model,
             plan.layers[stage],
-            final_norm=stage == problem.last_stage,
+            final_norm=stage == plan.problem.last_stage,
             dtype=dtype,
             device=device,
             group=mesh.alone,
             seed=config.run.seed,
         )
-        for stage in problem.layout.stages_of(rank)
+        for stage in plan.problem.layout.stages_of(mesh.rank)
     }
-    parameters = dict(_named_parameters(stages))
-    rows: dict[str, Shard] = {}
-    matrices: dict[End, nn.Parameter] = {}
+
+
+def _build_matrices(
+    config: RunConfig, plan: RunPlan, rank: int, dtype: torch.dtype, device: torch.device
+) -> dict[End, tuple[str, nn.Parameter]]:
+    """This rank's rows at each end where it has some: name and matrix, the same one twice when tied on one rank."""
+    matrices: dict[End, tuple[str, nn.Parameter]] = {}
     for end in End:
-        if rank not in problem.shard_ranks(end):
+        if rank not in plan.problem.shard_ranks(end):
             continue
-        name = "embedding" if end is End.INPUT or model.tied_embeddings else "output"
+        if config.model.tied_embeddings and End.INPUT in matrices:
+            matrices[end] = matrices[End.INPUT]
+            continue
+        name = "embedding" if end is End.INPUT or config.model.tied_embeddings else "output"
         shard = plan.shards[end][rank]
-        if f"{name}.weight" not in rows:
-            weight = nn.Parameter(init_rows(name, shard.start, shard.stop, model, config.run.seed, dtype, device))
-            weight.grad = torch.zeros_like(weight)
-            parameters[f"{name}.weight"] = weight
-            rows[f"{name}.weight"] = shard
-        matrices[end] = parameters[f"{name}.weight"]
+        weight = nn.Parameter(init_rows(name, shard.start, shard.stop, config.model, config.run.seed, dtype, device))
+        weight.grad = torch.zeros_like(weight)
+        matrices[end] = (f"{name}.weight", weight)
+    return matrices
 
-    def output_layer(algorithm: str) -> OutputLayer | None:
-        if End.OUTPUT not in matrices:
-            return None
-        weight = matrices[End.OUTPUT]
-        assert weight.grad is not None
-        return OutputLayer(weight, weight.grad, plan.shards[End.OUTPUT][rank], algorithm, config.vocab.backend)
 
-    embedding = matrices.get(End.INPUT)
-    input_layer = None
-    if embedding is not None:
-        assert embedding.grad is not None
-        input_layer = InputLayer(embedding, embedding.grad, plan.shards[End.INPUT][rank])
-    comms = Comms(mesh.pipeline)
-    training_output = output_layer(problem.algorithm.name)
-    part = Part(stages, input_layer, training_output, dtype, device, model.hidden_size)
-    evaluation_part = Part(stages, input_layer, output_layer("evaluate"), dtype, device, model.hidden_size)
-    trainer = Executor(plan.program.ranks[rank], problem, rank, part, comms)
-    evaluator = Executor(plan.evaluation_program.ranks[rank], plan.evaluation_problem, rank, evaluation_part, comms)
-    copied, tied = frozenset[str](), None
-    if model.tied_embeddings and mesh.end_ranks is not None and matrices:
-        tied = (parameters["embedding.weight"], mesh.end_ranks)
-        copied = frozenset() if End.INPUT in matrices else frozenset({"embedding.weight"})
-    return RankModel(parameters, rows, model.vocab_size, trainer, evaluator, training_output, copied, tied)
+def _grad(weight: nn.Parameter) -> Tensor:
+    """The gradient the vocabulary layers accumulate into, which exists from the start."""
+    assert weight.grad is not None
+    return weight.grad
 
 
 def _named_parameters(stages: dict[int, Stage]) -> Iterator[tuple[str, nn.Parameter]]:
