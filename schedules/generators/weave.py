@@ -1,9 +1,9 @@
-"""Weave vocabulary passes into a base order: one insertion for every schedule and every algorithm.
+"""Weave vocabulary passes and weight gradients into a base order: one insertion for every schedule and every algorithm.
 
-The base order of F and B on each rank stays as it is, for it fixes the memory.  Time then runs forward on all ranks at once;
-whenever a rank is free it takes the next pass of its base order or a vocabulary pass that is ready.  S goes first, because
-every rank's next T and the last stage's next backward wait for it; T and G, for which nothing waits (or which are held back
-only by memory), fill the gaps.  A handful of preferences is tried and the fastest result kept, because greedy choices
+The base order of F and B (or I) on each rank stays as it is, for it fixes the memory; W may move, but never so far that more
+microbatches are in flight than the base order has.  Time runs forward on all ranks at once; whenever a rank is free it takes
+the next pass of its base order or another pass that is ready.  S goes first, because every rank's next T and the last stage's
+next backward wait for it; T, G and W, for which nothing waits (or which are held back only by memory), fill the gaps.  A handful of preferences is tried and the fastest result kept, because greedy choices
 have anomalies: each is simulated, so no choice can make the result worse than the plainest.
 """
 
@@ -17,7 +17,7 @@ from schedules.cost import CostModel
 from schedules.graph import DeadlockError
 from schedules.ir import Kind, Pass, Schedule
 from schedules.problem import Collective, Node, Problem
-from schedules.simulate import simulate
+from schedules.simulate import peak_in_flight, simulate
 from schedules.vocab import End
 
 _EMBEDDINGS_AHEAD = 2  # E of this many microbatches is ready before F of stage 0 asks for it
@@ -57,8 +57,10 @@ class _Weaver:
 
     def __init__(self, base: tuple[tuple[Pass, ...], ...], problem: Problem, cost: CostModel, preference: Preference) -> None:
         self._problem, self._cost, self._preference = problem, cost, preference
-        self._base = [deque(order) for order in base]
-        self._vocabulary = [_vocabulary_queues(rank, problem) for rank in range(len(base))]
+        self._base = [deque(item for item in order if item.kind is not Kind.W) for order in base]
+        self._others = [_movable_queues(rank, order, problem) for rank, order in enumerate(base)]
+        self._most_in_flight = [peak_in_flight(list(order), problem) for order in base]
+        self._in_flight = [0] * len(base)
         self._orders: list[list[Pass]] = [[] for _ in base]
         self._free_at = [0.0] * len(base)
         self._communicator_free_at = dict.fromkeys(End, 0.0)
@@ -66,7 +68,7 @@ class _Weaver:
         self._embedded = 0  # forwards of stage 0 already placed
         self._ready_at: dict[Node, float] = {}  # of passes whose inputs are all there
         self._missing: dict[Node, int] = {item: 0 for order in base for item in order}
-        self._missing |= {item: 0 for queues in self._vocabulary for queue in queues.values() for item in queue}
+        self._missing |= {item: 0 for queues in self._others for queue in queues.values() for item in queue}
         self._missing |= dict.fromkeys(problem.collectives(), 0)
         self._arrived_at = dict.fromkeys(self._missing, 0.0)  # the latest input so far
         self._followers: dict[Node, list[Node]] = {node: [] for node in self._missing}
@@ -101,20 +103,23 @@ class _Weaver:
 
     def _choose(self, rank: int, now: float) -> tuple[Pass | None, float | None]:
         """The pass to run on a free rank, or the time at which to look again (None: when another rank makes progress)."""
-        heads = {kind: queue[0] for kind, queue in self._vocabulary[rank].items() if queue and self._allowed(rank, queue[0])}
+        heads = {kind: queue[0] for kind, queue in self._others[rank].items() if queue and self._allowed(rank, queue[0])}
         times = {kind: self._ready_at[head] for kind, head in heads.items() if head in self._ready_at}
         ready = [kind for kind, time in times.items() if time <= now]
         queue = self._base[rank]
-        base_at = self._ready_at.get(queue[0]) if queue else None
+        full = Kind.W in heads and queue and queue[0].kind is Kind.F and self._in_flight[rank] >= self._most_in_flight[rank]
+        base_at = self._ready_at.get(queue[0]) if queue and not full else None
         for kind in self._preference.eager:
             if kind in ready:
                 return heads[kind], None
         for kind, held in self._held[rank].items():
             if held >= self._preference.max_held and kind in ready:
                 return heads[kind], None
+        if full and Kind.W in ready:
+            return heads[Kind.W], None
         if base_at is not None and base_at <= now:
             return queue[0], None
-        for kind in (Kind.S, Kind.T, Kind.G, Kind.E):
+        for kind in (Kind.S, Kind.T, Kind.W, Kind.G, Kind.E):
             if kind in ready:
                 seconds = self._cost.seconds(heads[kind])
                 if base_at is None or now + seconds - base_at <= self._preference.patience * seconds:
@@ -131,10 +136,12 @@ class _Weaver:
 
     def _place(self, rank: int, item: Pass, now: float) -> set[int]:
         """Put `item` at the end of the rank's order; returns the ranks that may now have something to choose."""
-        (self._vocabulary[rank][item.kind] if item.kind.is_vocabulary else self._base[rank]).popleft()
+        self._others[rank].get(item.kind, self._base[rank]).popleft()
         self._orders[rank].append(item)
         end = self._free_at[rank] = now + self._cost.seconds(item)
         touched = {rank}
+        self._in_flight[rank] += item.kind is Kind.F
+        self._in_flight[rank] -= item.kind is self._problem.stage_kinds[-1]
         match item.kind:
             case Kind.S:
                 self._held[rank][Kind.T] += 1
@@ -165,9 +172,10 @@ class _Weaver:
                     self._held[later.stage][Kind.G] += 1
 
 
-def _vocabulary_queues(rank: int, problem: Problem) -> dict[Kind, deque[Pass]]:
-    """The vocabulary passes of a rank, first in first out per kind: microbatches are alike, so no other order is better."""
-    return {
+def _movable_queues(rank: int, base: tuple[Pass, ...], problem: Problem) -> dict[Kind, deque[Pass]]:
+    """The passes of a rank that have no place yet, per kind.  First in, first out: microbatches are alike."""
+    weights = deque(item for item in base if item.kind is Kind.W)
+    return ({Kind.W: weights} if weights else {}) | {
         kind: deque(Pass(rank, kind, i) for i in range(problem.num_microbatches))
         for end, kinds in problem.shard_kinds.items()
         if rank in problem.shard_ranks(end)

@@ -5,6 +5,7 @@ The only importer of `megatron.core` layers.  The import takes seconds, so it ha
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vp_train.config import ModelConfig
+from vp_train.model.linear import StoredLinear, WeightGradStore
 from vp_train.quiet import quiet_megatron
 
 
@@ -39,13 +41,15 @@ def rotary_table(seq_length: int, head_size: int, base: float, device: torch.dev
 class DecoderLayer(nn.Module):
     """One pre-norm decoder layer: RMSNorm, grouped-query attention with RoPE, RMSNorm, SwiGLU; no biases, no dropout.
 
-    `group` is the tensor-parallel process group.  Weights are uninitialised.
+    `group` is the tensor-parallel process group, of size 1; `store` takes the weight gradients.  Weights are uninitialised.
     """
 
-    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, model: ModelConfig, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup, store: WeightGradStore
+    ) -> None:
         super().__init__()
         with quiet_megatron():
-            self.layer = _build(model, dtype, device, group)
+            self.layer = _build(model, dtype, device, group, store)
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:
         """[s, b, h] -> [s, b, h]."""
@@ -54,11 +58,13 @@ class DecoderLayer(nn.Module):
         return hidden
 
 
-def _build(model: ModelConfig, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> nn.Module:
+def _build(
+    model: ModelConfig, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup, store: WeightGradStore
+) -> nn.Module:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
     on_cpu = device.type == "cpu"
     config = TransformerConfig(
@@ -86,6 +92,9 @@ def _build(model: ModelConfig, dtype: torch.dtype, device: torch.device, group: 
     groups = ProcessGroupCollection()
     groups.tp = groups.pp = groups.cp = group
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = CoreAttention
+    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    attention.core_attention = CoreAttention
+    attention.linear_qkv = partial(StoredLinear, store=store)
+    attention.linear_proj = mlp.linear_fc1 = mlp.linear_fc2 = ModuleSpec(module=StoredLinear, params={"store": store})
     layer: nn.Module = build_module(spec, config=config, layer_number=1, pg_collection=groups)
     return layer.to(device=device, dtype=dtype)

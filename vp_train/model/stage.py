@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vp_train.config import ModelConfig
+from vp_train.model.linear import WeightGradStore
 from vp_train.model.megatron import DecoderLayer, rotary_table
 
 _ROWS_PER_BLOCK = 1024
@@ -32,7 +33,10 @@ class Stage(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict({str(index): DecoderLayer(model, dtype, device, group) for index in layers})
+        self.weight_grads = WeightGradStore()
+        self.layers = nn.ModuleDict(
+            {str(index): DecoderLayer(model, dtype, device, group, self.weight_grads) for index in layers}
+        )
         for index, layer in self.layers.items():
             _initialise(layer, model, _generator(seed, f"layer {index}"))
         self.final_norm = nn.RMSNorm(model.hidden_size, model.norm_epsilon, dtype=dtype, device=device) if final_norm else None

@@ -1,0 +1,97 @@
+"""Linear layers whose weight gradient can wait: pass I leaves (x, dy) in a store, pass W turns them into dW.
+
+In the place of megatron-core's parallel linear layers, so that splitting the backward walks no autograd graph twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_Product = tuple[nn.Parameter, Tensor, Tensor]
+
+
+class WeightGradStore:
+    """The weight-gradient products of one stage.  They are computed at once, unless a backward runs under `deferring`."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, list[_Product]] = {}
+        self._current: list[_Product] | None = None
+
+    @contextmanager
+    def deferring(self, microbatch: int) -> Iterator[None]:
+        """Products of a backward run inside wait for `drain(microbatch)`."""
+        self._current = self._waiting[microbatch] = []
+        try:
+            yield
+        finally:
+            self._current = None
+
+    def put(self, weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
+        """weight.grad [out, in] += dy^T x for x [T, in] and dy [T, out], now or later."""
+        if self._current is None:
+            _accumulate(weight, x, dy)
+        else:
+            self._current.append((weight, x, dy))
+
+    def drain(self, microbatch: int) -> None:
+        """Compute what waits for `microbatch`."""
+        for weight, x, dy in self._waiting.pop(microbatch):
+            _accumulate(weight, x, dy)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the tensors that wait; a storage that several of them share counts once."""
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for products in self._waiting.values()
+            for _, x, dy in products
+            for tensor in (x, dy)
+        }
+        return sum(storages.values())
+
+    def assert_empty(self) -> None:
+        """Every I was followed by its W."""
+        assert not self._waiting, f"weight gradients of microbatches {sorted(self._waiting)} were not computed"
+
+
+def _accumulate(weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
+    if weight.grad is None:
+        weight.grad = dy.T @ x
+    else:
+        weight.grad.addmm_(dy.T, x)
+
+
+class _LinearFunction(torch.autograd.Function):
+    """y = x W^T, with dW handed to the store instead of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, store: WeightGradStore) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.store = weight, store
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (dy,) = grads
+        (x,) = ctx.saved_tensors
+        ctx.store.put(ctx.weight, x.flatten(0, -2), dy.flatten(0, -2))
+        return dy @ ctx.weight, None, None
+
+
+class StoredLinear(nn.Module):
+    """A linear layer without bias, called as megatron-core calls its own: returns (y, None)."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, store: WeightGradStore, **_: object) -> None:
+        super().__init__()
+        self._store = store
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """[s, b, in] -> [s, b, out]."""
+        y: Tensor = _LinearFunction.apply(x, self.weight, self._store)  # type: ignore[no-untyped-call]
+        return y, None
