@@ -13,7 +13,8 @@ class CostModel:
     """Seconds of each pass, hop and barrier; bytes that passes keep.
 
     `pass_seconds[kind]` has one entry per stage for F, B, I, W and one per rank for S, T, E, G.  `stage_bytes[s]` stay from
-    F of stage s to its B (or W), `shard_bytes[r]` from S of rank r to its T.
+    F of stage s to its B, `shard_bytes[r]` from S of rank r to its T.  With a split backward, `weight_bytes[s]` stay from I to
+    W; where these are not given, everything stays until W.
     """
 
     pass_seconds: Mapping[Kind, tuple[float, ...]]
@@ -21,6 +22,7 @@ class CostModel:
     barrier_seconds: Mapping[str, float] = field(default_factory=dict)
     stage_bytes: tuple[float, ...] = ()
     shard_bytes: tuple[float, ...] = ()
+    weight_bytes: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for kind, values in self.pass_seconds.items():
@@ -40,10 +42,26 @@ class CostModel:
         """Seconds of one barrier, from its last participant's start; 0 without an entry."""
         return self.barrier_seconds.get(name, 0.0)
 
-    def kept_bytes(self, item: Pass) -> float:
-        """Bytes that F or S leaves behind for a later pass of the same stage or shard."""
-        values = {Kind.F: self.stage_bytes, Kind.S: self.shard_bytes}.get(item.kind, ())
-        return values[item.stage] if item.stage < len(values) else 0.0
+    def byte_change(self, item: Pass) -> float:
+        """Bytes that `item` leaves behind for later passes, less those it has used up."""
+        kept = self.stage_bytes[item.stage] if item.stage < len(self.stage_bytes) else 0.0
+        for_weights = self.weight_bytes[item.stage] if item.stage < len(self.weight_bytes) else kept
+        held = self.shard_bytes[item.stage] if item.stage < len(self.shard_bytes) else 0.0
+        match item.kind:
+            case Kind.F:
+                return kept
+            case Kind.B:
+                return -kept
+            case Kind.I:
+                return for_weights - kept
+            case Kind.W:
+                return -for_weights
+            case Kind.S:
+                return held
+            case Kind.T:
+                return -held
+            case _:
+                return 0.0
 
     @classmethod
     def uniform(cls, num_stages: int, num_ranks: int, *, hop: float = 0.0, barrier: float = 0.0, **seconds: float) -> CostModel:

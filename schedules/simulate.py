@@ -109,13 +109,13 @@ def timeline_of(happened: list[Event], problem: Problem, cost: CostModel) -> Tim
 
 def peak_bytes(order: list[Pass], problem: Problem, cost: CostModel) -> float:
     """Peak bytes of activations and held shards on one rank; its passes run one after the other, so their order decides."""
-    frees = {Kind.W if problem.split_backward else Kind.B: Kind.F, Kind.T: Kind.S}
+    if problem.forward_only:
+        return 0.0
     held = peak = 0.0
     for item in order:
-        held += 0.0 if problem.forward_only else cost.kept_bytes(item)
-        peak = max(peak, held)
-        if item.kind in frees:
-            held -= cost.kept_bytes(Pass(item.stage, frees[item.kind], item.microbatch))
+        change = cost.byte_change(item)
+        peak = max(peak, held + max(0.0, change))
+        held += change
     return peak
 
 

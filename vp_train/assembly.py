@@ -35,6 +35,7 @@ class RankModel:
     vocab_size: int
     trainer: Executor
     evaluator: Executor
+    stages: dict[int, Stage]
     output_layer: OutputLayer | None
     copied: frozenset[str]
     _tied: tuple[nn.Parameter, dist.ProcessGroup] | None
@@ -51,6 +52,12 @@ class RankModel:
     def counted(self) -> list[nn.Parameter]:
         """The parameters that this rank answers for: all but copies."""
         return [parameter for name, parameter in self.parameters.items() if name not in self.copied]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held from S for T and from I for W."""
+        output = 0 if self.output_layer is None else self.output_layer.held_bytes
+        return output + sum(stage.weight_grads.held_bytes for stage in self.stages.values())
 
     def zero_grad(self) -> None:
         """Clear all gradients in place: the vocabulary layers accumulate into these very tensors."""
@@ -93,7 +100,7 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
         ((name, weight),) = matrices.values()
         tied = (weight, mesh.end_ranks)
         copied = frozenset() if End.INPUT in matrices else frozenset({name})
-    return RankModel(parameters, rows, config.model.vocab_size, trainer, evaluator, training.output_layer, copied, tied)
+    return RankModel(parameters, rows, config.model.vocab_size, trainer, evaluator, stages, training.output_layer, copied, tied)
 
 
 def _build_stages(config: RunConfig, plan: RunPlan, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> dict[int, Stage]:

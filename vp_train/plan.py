@@ -13,7 +13,6 @@ from schedules.check import check_program, check_schedule
 from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
 from schedules.ir import Kind, Schedule
-from schedules.layout import Layout
 from schedules.lower import Program, lower
 from schedules.problem import Problem
 from schedules.simulate import simulate
@@ -43,6 +42,12 @@ class RunPlan:
     evaluation_program: Program
 
     @property
+    def layers_of_ranks(self) -> tuple[tuple[range, ...], ...]:
+        """The layers of each rank's stages."""
+        layout = self.problem.layout
+        return tuple(tuple(self.layers[stage] for stage in layout.stages_of(rank)) for rank in range(layout.num_ranks))
+
+    @property
     def num_ranks(self) -> int:
         return self.problem.layout.num_ranks
 
@@ -59,9 +64,10 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
         raise ConfigError(f"vocab.algorithm={config.vocab.algorithm} is not known; choose one of {', '.join(VOCAB_ALGORITHMS)}")
     if config.schedule.name not in GENERATORS:
         raise ConfigError(f"schedule.name={config.schedule.name} is not known; choose one of {', '.join(GENERATORS)}")
-    layout = Layout("linear", num_ranks)
+    family = GENERATORS[config.schedule.name]
+    layout = family.layout_of(num_ranks)
     layers = split_layers(config.model, config.parallel, layout.num_stages)
-    problem = Problem(layout, config.num_microbatches, algorithm)
+    problem = Problem(layout, config.num_microbatches, algorithm, family.split_backward)
     shards = {end: _shards(config, problem, end) for end in End}
     cost = estimate_cost(config, layers, shards, algorithm)
     schedule = generate(config.schedule.name, problem, cost)
@@ -150,6 +156,8 @@ def estimate_cost(
         {
             Kind.F: tuple(forward),
             Kind.B: tuple(2 * seconds for seconds in forward),
+            Kind.I: tuple(forward),
+            Kind.W: tuple(forward),
             Kind.S: tuple(s_gemms * seconds for seconds in gemm),
             Kind.T: tuple((3 - s_gemms) * seconds for seconds in gemm),
             Kind.E: lookup,
@@ -159,4 +167,7 @@ def estimate_cost(
         {barrier.name: config.cost.collective_seconds for barrier in algorithm.barriers},
         tuple(stage_bytes),
         tuple(float(item_bytes * tokens * (shard.num_rows + model.hidden_size)) for shard in shards[End.OUTPUT]),
+        tuple(
+            float(len(stage) * shape.layer_weight_grad_bytes(model, config.micro_batch_size, item_bytes)) for stage in layers
+        ),
     )

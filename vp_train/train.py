@@ -214,10 +214,7 @@ class Run:
 
     def _traced(self, batch: Batch) -> tuple[torch.Tensor | None, Recorder]:
         """A training step with every pass timed, from a common start."""
-        output = self.model.output_layer
-        recorder = Recorder(
-            self.mesh.rank, self._clock(), (lambda: 0) if output is None else (lambda: output.held_bytes), self._parameters
-        )
+        recorder = Recorder(self.mesh.rank, self._clock(), lambda: self.model.held_bytes, self._parameters)
         dist.barrier(self.mesh.world)
         recorder.started_at = recorder.clock()
         return self.model.train_step(batch.tokens, batch.labels, recorder), recorder

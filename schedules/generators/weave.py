@@ -3,8 +3,10 @@
 The base order of F and B (or I) on each rank stays as it is, for it fixes the memory; W may move, but never so far that more
 microbatches are in flight than the base order has.  Time runs forward on all ranks at once; whenever a rank is free it takes
 the next pass of its base order or another pass that is ready.  S goes first, because every rank's next T and the last stage's
-next backward wait for it; T, G and W, for which nothing waits (or which are held back only by memory), fill the gaps.  A handful of preferences is tried and the fastest result kept, because greedy choices
-have anomalies: each is simulated, so no choice can make the result worse than the plainest.
+next backward wait for it; T, G and W, for which nothing waits (or which are held back only by memory), fill the gaps.
+
+A handful of preferences is tried and the fastest result kept, because greedy choices have anomalies: each is simulated, so no
+choice can make the result worse than the plainest.
 """
 
 from __future__ import annotations

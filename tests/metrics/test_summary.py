@@ -17,13 +17,13 @@ def timeline(busy, peaks):
 
 def rows():
     planned, measured = timeline((4.0, 3.0), (2.0**20, 2.0**21)), timeline((2.0, 5.0), (3.0 * 2**20, 3.5 * 2**20))
-    layers, vocabulary, parameters = [range(2), range(2, 3)], [16_384, 16_384], [17_660_000, 2_500_000_000]
+    layers, vocabulary, parameters = [[range(2)], [range(2, 3), range(5, 7)]], [16_384, 16_384], [17_660_000, 2_500_000_000]
     return summarize(planned, measured, layers, vocabulary, parameters, [405.5 * 2**20, 61.0 * 2**30])
 
 
 def test_a_row_sets_the_plan_beside_the_measurement_of_the_same_rank():
     first, second = rows()
-    assert (first.layers, second.layers) == ("0-1", "2")
+    assert (first.layers, second.layers) == ("0-1", "2,5-6")
     assert (first.predicted_bubble, second.predicted_bubble) == (0.0, 0.25)
     assert (first.measured_bubble, second.measured_bubble) == (0.6, 0.0)
     assert first.busy == 1 - first.measured_bubble
@@ -36,4 +36,4 @@ def test_the_table_of_a_usual_run_fits_80_columns_uncut():
     assert "…" not in out.getvalue()
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     assert "0 0-1 16,384 17.66 M 40.0% 0.0% 60.0% 1.0 MiB 3.0 MiB 405.5 MiB" in lines
-    assert "1 2 16,384 2.50 B 100.0% 25.0% 0.0% 2.0 MiB 3.5 MiB 61.00 GiB" in lines
+    assert "1 2,5-6 16,384 2.50 B 100.0% 25.0% 0.0% 2.0 MiB 3.5 MiB 61.00 GiB" in lines

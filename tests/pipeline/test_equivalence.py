@@ -17,9 +17,21 @@ from vp_train.plan import make_plan
 NUM_STEPS = 3
 
 
-def config_of(p, m, vocab_size, *, schedule="1f1b", vocab=None, tied=False, dtype="float64", layers=None, backend="chunked"):
+def config_of(
+    p,
+    m,
+    vocab_size,
+    *,
+    schedule="1f1b",
+    vocab=None,
+    tied=False,
+    dtype="float64",
+    layers=None,
+    backend="chunked",
+    num_stages=None,
+):
     model = ModelConfig(
-        num_layers=p if layers is None else sum(layers),
+        num_layers=(num_stages or p) if layers is None else sum(layers),
         hidden_size=16,
         num_heads=2,
         num_query_groups=1,
@@ -111,6 +123,16 @@ def test_gpipe_and_few_microbatches_equal_one_process(ranks, p, m):
         config_of(p, m, 101, schedule=schedule, vocab=VocabConfig(algorithm))
         for schedule in ("gpipe", "1f1b")
         for algorithm in ("none", "one_barrier", "two_barrier")
+    ]
+    assert_equivalent(ranks, p, configs, 1e-9)
+
+
+@pytest.mark.parametrize(("p", "m"), [(2, 1), (2, 8), (3, 2), (3, 8), (4, 8), (4, 2)])
+def test_split_backward_and_v_shapes_equal_one_process(ranks, p, m):
+    configs = [
+        config_of(p, m, 101, schedule=schedule, vocab=VocabConfig(algorithm), tied=tied, num_stages=stages * p)
+        for schedule, stages in (("zb_h1", 1), ("v_half", 2), ("v_min", 2))
+        for algorithm, tied in (("none", True), ("one_barrier", False), ("two_barrier", True))
     ]
     assert_equivalent(ranks, p, configs, 1e-9)
 

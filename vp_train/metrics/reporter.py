@@ -42,7 +42,8 @@ class Reporter:
         directory.write("schedule.txt", plan.schedule.text())
         title = f"{config.schedule.name}, vocabulary {config.vocab.algorithm}: as planned"
         directory.write("schedule.svg", svg(plan.timeline, title))
-        stages = "  ".join(f"rank {rank}: {len(layers)} layers" for rank, layers in enumerate(plan.layers))
+        counts = [sum(map(len, layers)) for layers in plan.layers_of_ranks]
+        stages = "  ".join(f"rank {rank}: {count} layers" for rank, count in enumerate(counts))
         lines = [
             f"data      {source.description}",
             f"model     {num_parameters(config.model) / 1e6:.1f} M parameters, vocabulary {config.model.vocab_size:,}"
@@ -102,7 +103,9 @@ class Reporter:
         self._progress.close()
         if self._measured is not None:
             rows = [shard.num_rows for shard in self._plan.shards[End.OUTPUT]]
-            table = summarize(self._plan.timeline, self._measured, self._plan.layers, rows, self._parameters, resident_bytes)
+            table = summarize(
+                self._plan.timeline, self._measured, self._plan.layers_of_ranks, rows, self._parameters, resident_bytes
+            )
             self._console.print(rank_table(table, "What was planned and what was measured (one traced step)"))
         self._console.print(f"everything is in {self._directory.path}", highlight=False, soft_wrap=True, markup=False)
         self._log.close()

@@ -31,16 +31,16 @@ class RankSummary:
 def summarize(
     predicted: Timeline,
     measured: Timeline,
-    layers: Sequence[range],
+    layers: Sequence[Sequence[range]],
     rows: Sequence[int],
     parameters: Sequence[int],
     resident: Sequence[float],
 ) -> list[RankSummary]:
-    """One row per rank of a linear layout."""
+    """One row per rank; `layers[r]` are those of its stages."""
     return [
         RankSummary(
             rank,
-            _span(layers[rank]),
+            _spans(layers[rank]),
             rows[rank],
             parameters[rank],
             1 - measured.bubble(rank),
@@ -54,9 +54,12 @@ def summarize(
     ]
 
 
+def _spans(stages: Sequence[range]) -> str:
+    """`0-3` or, with several stages on a rank, `0-1,6-7`."""
+    return ",".join(_span(layers) for layers in stages if layers) or "none"
+
+
 def _span(layers: range) -> str:
-    if not layers:
-        return "none"
     return f"{layers.start}" if len(layers) == 1 else f"{layers.start}-{layers.stop - 1}"
 
 

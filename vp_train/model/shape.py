@@ -45,6 +45,13 @@ def layer_activation_bytes(model: ModelConfig, micro_batch_size: int, item_bytes
     return item_bytes * (micro_batch_size * model.seq_length * per_token + angles)
 
 
+def layer_weight_grad_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
+    """Bytes one layer keeps from I to W for one microbatch: input and output gradient of its four linear layers."""
+    h, f, kv = model.hidden_size, model.ffn_hidden_size, kv_size(model)
+    per_token = (3 * h + f) + (h + 2 * kv) + h + 2 * f + h
+    return item_bytes * micro_batch_size * model.seq_length * per_token
+
+
 def final_norm_activation_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
     """Bytes the final norm keeps for one microbatch: its input, its normalised input and a scale per token."""
     return item_bytes * micro_batch_size * model.seq_length * (2 * model.hidden_size + 1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from schedules.ir import Kind, Pass
 from schedules.lower import Action, Op
@@ -22,6 +22,22 @@ from vp_train.pipeline.buffers import Buffers
 from vp_train.pipeline.comms import Comms, Pending
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.output import IGNORE_INDEX, OutputLayer
+
+
+class WeightGrads(Protocol):
+    """The weight gradients of a stage that pass I leaves for pass W; see `model.linear`."""
+
+    def deferring(self, microbatch: int) -> AbstractContextManager[None]: ...
+    def drain(self, microbatch: int) -> None: ...
+    def assert_empty(self) -> None: ...
+
+
+class StageModule(Protocol):
+    """A pipeline stage: [s, b, H] -> [s, b, H]."""
+
+    @property
+    def weight_grads(self) -> WeightGrads: ...
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class Observer(Protocol):
@@ -42,7 +58,7 @@ BLIND: Observer = _Blind()
 class Part:
     """What one pipeline rank owns: stages by their global number, and its shards of the vocabulary layers, if any."""
 
-    stages: Mapping[int, nn.Module]
+    stages: Mapping[int, StageModule]
     input_layer: InputLayer | None
     output_layer: OutputLayer | None
     dtype: torch.dtype
@@ -72,6 +88,8 @@ class Executor:
         self._passes = {
             Kind.F: self._forward,
             Kind.B: self._backward,
+            Kind.I: self._input_backward,
+            Kind.W: self._weight_backward,
             Kind.S: self._softmax,
             Kind.T: self._weight_grad,
             Kind.E: self._embed,
@@ -96,6 +114,8 @@ class Executor:
         self._comms.drain()
         for buffers in (self._tensors, self._pending, self._saved):
             buffers.assert_empty()
+        for stage in self._part.stages.values():
+            stage.weight_grads.assert_empty()
         return self._mean_loss(m)
 
     def _mean_loss(self, num_microbatches: int) -> Tensor | None:
@@ -133,6 +153,13 @@ class Executor:
         torch.autograd.backward(y, self._tensors.take("dy", item.stage, item.microbatch))
         assert x.grad is not None
         self._tensors.put("dy", item.stage - 1, item.microbatch, x.grad)
+
+    def _input_backward(self, item: Pass) -> None:
+        with self._part.stages[item.stage].weight_grads.deferring(item.microbatch):
+            self._backward(item)
+
+    def _weight_backward(self, item: Pass) -> None:
+        self._part.stages[item.stage].weight_grads.drain(item.microbatch)
 
     def _softmax(self, item: Pass) -> None:
         x = self._tensors.take("x", "C0", item.microbatch)

@@ -53,6 +53,6 @@ class Recorder:
             yield
         end = self.clock() - self.started_at
         self.spans.append(Span(self.rank, str(item), item.kind.value, item.stage, item.microbatch, start, end))
-        self.peak_bytes = max(self.peak_bytes, sum(self._saved.values()) + self.held_bytes())
-        if item.kind is Kind.B:
+        if item.kind in (Kind.B, Kind.I):  # what I leaves for W is among held_bytes
             self._saved.pop((item.stage, item.microbatch), None)
+        self.peak_bytes = max(self.peak_bytes, sum(self._saved.values()) + self.held_bytes())
