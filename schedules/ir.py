@@ -23,10 +23,15 @@ class Kind(StrEnum):
     E = "E"  # input embedding: look up the tokens a shard owns
     G = "G"  # input embedding: gradient of the rows a shard owns
 
+    __hash__ = str.__hash__  # Enum's own is Python code, and passes are hashed millions of times
+
     @property
     def is_vocabulary(self) -> bool:
         """True for the passes that belong to a vocabulary shard rather than to a stage of layers."""
-        return self in (Kind.S, Kind.T, Kind.E, Kind.G)
+        return self in _VOCABULARY
+
+
+_VOCABULARY = frozenset((Kind.S, Kind.T, Kind.E, Kind.G))
 
 
 _TOKEN = re.compile(r"(0|[1-9]\d*)([FBIWSTEG])(0|[1-9]\d*)")
