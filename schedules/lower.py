@@ -12,8 +12,9 @@ from enum import StrEnum
 
 from schedules.cost import CostModel
 from schedules.ir import Pass, Schedule
+from schedules.network import Network
 from schedules.problem import Collective, Node, Problem
-from schedules.simulate import Event, events
+from schedules.simulate import sweep
 
 
 class Action(StrEnum):
@@ -54,7 +55,6 @@ class Program:
 
 def lower(schedule: Schedule, problem: Problem, cost: CostModel) -> Program:
     """The program of `schedule`.  Costs choose where communication is issued, never whether the program is correct."""
-    happened = list(events(schedule, problem, cost))
     programs: list[list[Op]] = [[] for _ in range(problem.layout.num_ranks)]
     awaited: list[set[Node]] = [set() for _ in programs]
 
@@ -69,7 +69,7 @@ def lower(schedule: Schedule, problem: Problem, cost: CostModel) -> Program:
                 awaited[rank].add(earlier)
                 programs[rank].append(Op(Action.ARRIVE, earlier, problem.rank_of(earlier)))
 
-    for node in _issue_order(happened, problem):
+    for node in _issue_order(schedule, problem, cost):
         if isinstance(node, _Hop):
             programs[node.sender].append(Op(Action.SEND, node.item, node.receiver))
             programs[node.receiver].append(Op(Action.RECV, node.item, node.sender))
@@ -96,29 +96,24 @@ class _Hop:
     receiver: int
 
 
-def _consumers_elsewhere(happened: list[Event], problem: Problem) -> dict[Pass, int]:
-    """The rank, other than its own, that needs the output of a pass by a point-to-point transfer."""
-    receivers: dict[Pass, int] = {}
-    for event in happened:
-        for earlier in problem.inputs_of(event.node):
-            if isinstance(earlier, Pass) and isinstance(event.node, Pass) and problem.is_hop(earlier, event.node):
-                receivers[earlier] = problem.rank_of(event.node)
-    return receivers
-
-
-def _issue_order(happened: list[Event], problem: Problem) -> list[Pass | Collective | _Hop]:
+def _issue_order(schedule: Schedule, problem: Problem, cost: CostModel) -> list[Pass | Collective | _Hop]:
     """All nodes in issue order: a communication as soon as its inputs are there, a pass at its end.
 
-    The sweep yields events in an order that rises along dependencies, so its index breaks ties of time.
+    The sweep meets nodes in an order that rises along dependencies, so its index breaks ties of time.
     """
-    receivers = _consumers_elsewhere(happened, problem)
+    network = Network.of(problem, cost)
+    swept = sweep(network, network.orders(schedule))
+    receivers = [
+        {network.lanes[k] for k, _ in followers if problem.is_hop(node, network.nodes[k])}
+        for node, followers in zip(network.nodes, network.followers, strict=True)
+    ]
     keyed: list[tuple[float, int, int, Pass | Collective | _Hop]] = []
-    for index, event in enumerate(happened):
-        if isinstance(event.node, Collective):
-            keyed.append((event.ready, index, 0, event.node))
-        else:
-            keyed.append((event.end, index, 0, event.node))
-            if event.node in receivers:
-                hop = _Hop(event.node, problem.rank_of(event.node), receivers[event.node])
-                keyed.append((event.end, index, 1, hop))
+    for index, number in enumerate(swept.order):
+        k, node = number % network.size, network.node(number)
+        if isinstance(node, Collective):
+            keyed.append((swept.ready[number], index, 0, node))
+            continue
+        end = swept.start[number] + network.seconds[k]
+        keyed.append((end, index, 0, node))
+        keyed += [(end, index, 1, _Hop(node, network.lanes[k], receiver)) for receiver in receivers[k]]
     return [node for *_, node in sorted(keyed, key=lambda entry: entry[:3])]

@@ -76,22 +76,25 @@ class Problem:
     def rank_of(self, item: Pass) -> int:
         return item.stage if item.kind.is_vocabulary else self.layout.rank_of(item.stage)
 
-    def passes_of(self, rank: int) -> Iterator[Pass]:
-        """Every pass that `rank` must run once, in no particular order."""
-        for microbatch in range(self.num_microbatches):
+    def passes_of(self, rank: int, microbatch: int | None = None) -> Iterator[Pass]:
+        """Every pass of one microbatch, or of all, that `rank` must run once, in no particular order."""
+        for i in self._microbatches(microbatch):
             for stage in self.layout.stages_of(rank):
                 for kind in self.stage_kinds:
-                    yield Pass(stage, kind, microbatch)
+                    yield Pass(stage, kind, i)
             for end, kinds in self.shard_kinds.items():
                 if rank in self.shard_ranks(end):
                     for kind in kinds:
-                        yield Pass(rank, kind, microbatch)
+                        yield Pass(rank, kind, i)
 
-    def collectives(self) -> Iterator[Collective]:
-        """Every barrier of every microbatch."""
-        for microbatch in range(self.num_microbatches):
+    def collectives(self, microbatch: int | None = None) -> Iterator[Collective]:
+        """Every barrier of one microbatch, or of all."""
+        for i in self._microbatches(microbatch):
             for barrier in self.algorithm.barriers:
-                yield Collective(barrier.name, microbatch)
+                yield Collective(barrier.name, i)
+
+    def _microbatches(self, only: int | None) -> range:
+        return range(self.num_microbatches) if only is None else range(only, only + 1)
 
     def inputs_of(self, node: Node) -> tuple[Node, ...]:
         """What must have finished before `node` starts: THE dependency rule."""

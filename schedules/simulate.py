@@ -7,30 +7,36 @@ inputs allow; a barrier starts when its last input is there and its communicator
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from schedules.cost import CostModel
 from schedules.graph import DeadlockError, describe_cycle
 from schedules.ir import Kind, Pass, Schedule
-from schedules.problem import Collective, Node, Problem
+from schedules.network import Network, Orders
+from schedules.problem import Node, Problem
 from schedules.timeline import Span, Timeline
 from schedules.vocab import End
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """When a node runs, in the order of the sweep: an order that rises along every dependency."""
+class Sweep:
+    """When every node runs, by its id in the network; an end is its start and its seconds.
 
-    node: Node
-    ready: float  # its last input is there (for a pass: and its rank is free)
-    start: float
-    end: float
+    `order` lists the ids as the sweep met them, which rises along every dependency.  `ready`: the last input is there (for a
+    pass: and its rank is free).
+    """
+
+    order: list[int]
+    ready: list[float]
+    start: list[float]
+    makespan: float
 
 
 def simulate(schedule: Schedule, problem: Problem, cost: CostModel) -> Timeline:
     """The timeline of one step.  Raises DeadlockError, naming passes that wait for each other in a circle."""
-    return timeline_of(list(events(schedule, problem, cost)), problem, cost)
+    network = Network.of(problem, cost)
+    return timeline_of(sweep(network, network.orders(schedule)), network, problem)
 
 
 def predecessors(schedule: Schedule, problem: Problem) -> dict[Node, tuple[Node, ...]]:
@@ -44,87 +50,114 @@ def predecessors(schedule: Schedule, problem: Problem) -> dict[Node, tuple[Node,
     return graph
 
 
-def events(schedule: Schedule, problem: Problem, cost: CostModel) -> Iterator[Event]:
-    """Every node of the step, in time order.  Raises DeadlockError or, for a pass whose input is missing, ValueError."""
-    graph = predecessors(schedule, problem)
-    followers: dict[Node, list[Node]] = {node: [] for node in graph}
-    for node, before in graph.items():
-        for earlier in before:
-            if earlier not in followers:
-                raise ValueError(f"{node} needs {earlier}, which is not in schedule {schedule.name!r}")
-            followers[earlier].append(node)
-    missing = {node: len(before) for node, before in graph.items()}
-    ready_at = dict.fromkeys(graph, 0.0)
-    free_at = dict.fromkeys(End, 0.0)
-    heap: list[tuple[float, int, Node]] = []
-    for node, count in missing.items():
-        if count == 0:
-            heapq.heappush(heap, (0.0, len(heap), node))
-    pushed = len(heap)
-    done = 0
+def sweep(network: Network, orders: Orders) -> Sweep:
+    """Run every rank's passes in their order.  Raises DeadlockError or, for a pass that no rank runs, ValueError."""
+    size = network.size
+    total = size * network.num_microbatches
+    missing = [len(before) for before in network.inputs] * network.num_microbatches
+    next_on_rank = [-1] * total
+    for order in orders:
+        for earlier, later in zip(order, order[1:], strict=False):
+            next_on_rank[earlier] = later
+            missing[later] += 1
+    if sum(map(len, orders)) < network.num_passes * network.num_microbatches:
+        run = {number for order in orders for number in order}
+        absent = next(n for n in range(total) if n % size < network.num_passes and n not in run)
+        raise ValueError(f"{network.node(absent)} is missing: no rank of the schedule runs it")
+    seconds, followers, lanes, num_passes = network.seconds, network.followers, network.lanes, network.num_passes
+    ready, start = [0.0] * total, [0.0] * total
+    free_at = [0.0] * network.num_lanes
+    met: list[int] = []
+    makespan = 0.0
+    heap: list[tuple[float, int, int]] = [(0.0, number, number) for number in range(total) if missing[number] == 0]
+    pushed = total
     while heap:
-        ready, _, node = heapq.heappop(heap)
-        start = ready
-        if isinstance(node, Collective):
-            end_of_model = problem.algorithm.barrier(node.barrier).end
-            start = max(ready, free_at[end_of_model])
-            end = free_at[end_of_model] = start + cost.barrier(node.barrier)
+        now, _, number = heapq.heappop(heap)
+        k = number % size
+        base = number - k
+        met.append(number)
+        if k >= num_passes:
+            lane = lanes[k]
+            begin = max(now, free_at[lane])
+            end = free_at[lane] = begin + seconds[k]
         else:
-            end = start + cost.seconds(node)
-        done += 1
-        yield Event(node, ready, start, end)
-        for later in followers[node]:
-            arrival = end + cost.hop_seconds if problem.is_hop(node, later) else end
-            ready_at[later] = max(ready_at[later], arrival)
+            begin, end = now, now + seconds[k]
+            later = next_on_rank[number]
+            if later >= 0:
+                if end > ready[later]:
+                    ready[later] = end
+                missing[later] -= 1
+                if missing[later] == 0:
+                    pushed += 1
+                    heapq.heappush(heap, (ready[later], pushed, later))
+        start[number] = begin
+        if end > makespan:
+            makespan = end
+        for step, travel in followers[k]:
+            later = base + step
+            if end + travel > ready[later]:
+                ready[later] = end + travel
             missing[later] -= 1
             if missing[later] == 0:
-                heapq.heappush(heap, (ready_at[later], pushed, later))
                 pushed += 1
-    if done < len(graph):
-        stuck = {node: graph[node] for node, count in missing.items() if count > 0}
-        raise DeadlockError(describe_cycle(stuck))
+                heapq.heappush(heap, (ready[later], pushed, later))
+    if len(met) < total:
+        raise DeadlockError(_circle(network, orders, missing))
+    return Sweep(met, ready, start, makespan)
 
 
-def timeline_of(happened: list[Event], problem: Problem, cost: CostModel) -> Timeline:
-    """Collect events into a Timeline."""
-    num_ranks = problem.layout.num_ranks
+def _circle(network: Network, orders: Orders, missing: list[int]) -> str:
+    stuck = {number for number, count in enumerate(missing) if count > 0}
+    waiting = {number: [number - number % network.size + k for k, _ in network.inputs[number % network.size]] for number in stuck}
+    for order in orders:
+        for earlier, later in zip(order, order[1:], strict=False):
+            if later in stuck:
+                waiting[later].append(earlier)
+    return describe_cycle(waiting, lambda number: str(network.node(number)))
+
+
+def timeline_of(swept: Sweep, network: Network, problem: Problem) -> Timeline:
+    """The spans of a sweep, and the peaks of every rank."""
+    size, num_ranks = network.size, network.num_ranks
     compute: list[list[Span]] = [[] for _ in range(num_ranks)]
     comm: list[Span] = []
-    for event in happened:
-        node = event.node
-        if isinstance(node, Collective):
-            rank = problem.root(problem.algorithm.barrier(node.barrier).end)
-            comm.append(Span(rank, str(node), node.barrier, -1, node.microbatch, event.start, event.end))
+    orders: Orders = [[] for _ in range(num_ranks)]
+    roots = [problem.root(end) for end in End]
+    for number in swept.order:
+        microbatch, k = divmod(number, size)
+        node, lane, start = network.nodes[k], network.lanes[k], swept.start[number]
+        end = start + network.seconds[k]
+        if isinstance(node, Pass):
+            name = f"{node.stage}{node.kind.value}{microbatch}"
+            compute[lane].append(Span(lane, name, node.kind.value, node.stage, microbatch, start, end))
+            orders[lane].append(number)
         else:
-            rank = problem.rank_of(node)
-            compute[rank].append(Span(rank, str(node), node.kind.value, node.stage, node.microbatch, event.start, event.end))
-    orders = [[Pass(span.stage, Kind(span.kind), span.microbatch) for span in spans] for spans in compute]
+            comm.append(
+                Span(roots[lane - num_ranks], f"{node.barrier}.{microbatch}", node.barrier, -1, microbatch, start, end)
+            )
+    flying = [in_flight_change(node, problem) if isinstance(node, Pass) else 0 for node in network.nodes]
     return Timeline(
         tuple(map(tuple, compute)),
         tuple(comm),
-        tuple(peak_bytes(order, problem, cost) for order in orders),
-        tuple(peak_in_flight(order, problem) for order in orders),
+        tuple(peak(network.byte_changes(order)) for order in orders),
+        tuple(int(peak([flying[number % size] for number in order])) for order in orders),
     )
 
 
-def peak_bytes(order: list[Pass], problem: Problem, cost: CostModel) -> float:
-    """Peak bytes of activations and held shards on one rank; its passes run one after the other, so their order decides."""
-    if problem.forward_only:
-        return 0.0
-    held = peak = 0.0
-    for item in order:
-        change = cost.byte_change(item)
-        peak = max(peak, held + max(0.0, change))
+def in_flight_change(item: Pass, problem: Problem) -> int:
+    """+1 for the pass that puts a (stage, microbatch) in flight, its F, and -1 for its last backward pass."""
+    return (item.kind is Kind.F) - (item.kind is problem.stage_kinds[-1])
+
+
+def peak(changes: Iterable[float]) -> float:
+    """The highest running sum; a rank's passes run one after the other, so their order alone decides."""
+    held = highest = 0.0
+    for change in changes:
         held += change
-    return peak
+        highest = max(highest, held)
+    return highest
 
 
-def peak_in_flight(order: list[Pass], problem: Problem) -> int:
+def peak_in_flight(order: Iterable[Pass], problem: Problem) -> int:
     """Peak number of (stage, microbatch) pairs of one rank between their F and the end of their last backward pass."""
-    last = problem.stage_kinds[-1]
-    flying = peak = 0
-    for item in order:
-        flying += item.kind is Kind.F
-        peak = max(peak, flying)
-        flying -= item.kind is last
-    return peak
+    return int(peak(in_flight_change(item, problem) for item in order))

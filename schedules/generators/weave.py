@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from schedules.cost import CostModel
 from schedules.graph import DeadlockError
 from schedules.ir import Kind, Pass, Schedule
-from schedules.problem import Collective, Node, Problem
-from schedules.simulate import peak_in_flight, simulate
-from schedules.vocab import End
+from schedules.network import Network, Orders
+from schedules.problem import Problem
+from schedules.simulate import peak, peak_in_flight, sweep
 
 _EMBEDDINGS_AHEAD = 2  # E of this many microbatches is ready before F of stage 0 asks for it
 
@@ -31,11 +31,13 @@ class Preference:
 
     `max_held`: shards that may wait for their T (or embedding gradients for their G) before these go first.
     `patience`: a filler may delay a base pass that is about to arrive by at most this fraction of its own duration.
+    `synchronous`: T follows its S at once, and the rank waits for the barriers between them.
     """
 
     eager: tuple[Kind, ...]
     max_held: int
     patience: float
+    synchronous: bool = False
 
 
 _PREFERENCES = tuple(
@@ -44,142 +46,165 @@ _PREFERENCES = tuple(
     for max_held in (2, 3)
     for patience in (1.0, 0.5)
 )
+_LARGE = 20_000  # nodes; from here on the preference is chosen on fewer microbatches
+_FILLERS = (Kind.S, Kind.T, Kind.W, Kind.G, Kind.E)
+_SYNCHRONOUS = tuple(Preference((Kind.E, Kind.S), 2, patience, synchronous=True) for patience in (1.0, 0.5, 0.0))
+
+BaseOrder = tuple[tuple[Pass, ...], ...]
 
 
-def weave(name: str, base: tuple[tuple[Pass, ...], ...], problem: Problem, cost: CostModel) -> Schedule:
+def weave(name: str, base: BaseOrder, problem: Problem, cost: CostModel, *, synchronous: bool = False) -> Schedule:
     """`base` with the vocabulary passes of `problem`.  Raises DeadlockError if the base order cannot be executed."""
-    candidates = [_Weaver(base, problem, cost, preference).run(name) for preference in _PREFERENCES]
-    unique = list(dict.fromkeys(candidates))
-    timelines = [simulate(schedule, problem, cost) for schedule in unique]
-    return min(zip(unique, timelines, strict=True), key=lambda pair: (pair[1].makespan, max(pair[1].peak_bytes)))[0]
+    preferences = _SYNCHRONOUS if synchronous else _PREFERENCES
+    network = Network.of(problem, cost)
+    enough = 3 * problem.layout.num_ranks  # microbatches that show warm-up, steady state and cool-down
+    if enough < problem.num_microbatches and network.size * problem.num_microbatches > _LARGE:
+        few = tuple(tuple(item for item in order if item.microbatch < enough) for order in base)
+        trial = Network.of(replace(problem, num_microbatches=enough), cost)
+        preferences = _ranked(name, few, problem, trial, preferences)[: len(preferences) // 4]
+    best = _ranked(name, base, problem, network, preferences)[0]
+    return network.schedule(name, _Weaver(base, problem, network, best).run(name))
+
+
+def _ranked(
+    name: str, base: BaseOrder, problem: Problem, network: Network, preferences: tuple[Preference, ...]
+) -> tuple[Preference, ...]:
+    """Preferences by the makespan they give, then by memory."""
+
+    def quality(preference: Preference) -> tuple[float, float]:
+        orders = _Weaver(base, problem, network, preference).run(name)
+        return sweep(network, orders).makespan, max(peak(network.byte_changes(order)) for order in orders)
+
+    return tuple(sorted(preferences, key=quality))
 
 
 class _Weaver:
     """One run of time over all ranks.  Passes are placed in the order in which their ranks decide on them."""
 
-    def __init__(self, base: tuple[tuple[Pass, ...], ...], problem: Problem, cost: CostModel, preference: Preference) -> None:
-        self._problem, self._cost, self._preference = problem, cost, preference
-        self._base = [deque(item for item in order if item.kind is not Kind.W) for order in base]
-        self._others = [_movable_queues(rank, order, problem) for rank, order in enumerate(base)]
-        self._most_in_flight = [peak_in_flight(list(order), problem) for order in base]
+    def __init__(self, base: BaseOrder, problem: Problem, network: Network, preference: Preference) -> None:
+        self._problem, self._network, self._preference = problem, network, preference
+        count, size = network.num_microbatches, network.size
+        passes = [node for node in network.nodes if isinstance(node, Pass)]
+        self._kinds = [node.kind for node in passes]
+        keys = {(node.stage, node.kind): k for k, node in enumerate(passes)}
+        orders = [[(item.kind, item.microbatch * size + keys[item.stage, item.kind]) for item in order] for order in base]
+        self._base = [deque(number for kind, number in order if kind is not Kind.W) for order in orders]
+        self._movable: list[dict[Kind, deque[int]]] = [{} for _ in base]  # first in, first out: microbatches are alike
+        for queues, order in zip(self._movable, orders, strict=True):
+            if problem.split_backward:
+                queues[Kind.W] = deque(number for kind, number in order if kind is Kind.W)
+        for k, node in enumerate(passes):
+            if node.kind.is_vocabulary:
+                self._movable[node.stage][node.kind] = deque(range(k, count * size, size))
+        self._most_in_flight = [peak_in_flight(order, problem) for order in base]
         self._in_flight = [0] * len(base)
-        self._orders: list[list[Pass]] = [[] for _ in base]
-        self._free_at = [0.0] * len(base)
-        self._communicator_free_at = dict.fromkeys(End, 0.0)
+        self._orders: Orders = [[] for _ in base]
+        self._free_at = [0.0] * network.num_lanes
         self._held = [{Kind.T: 0, Kind.G: 0} for _ in base]
+        self._first_forward = keys[0, Kind.F]
         self._embedded = 0  # forwards of stage 0 already placed
-        self._ready_at: dict[Node, float] = {}  # of passes whose inputs are all there
-        self._missing: dict[Node, int] = {item: 0 for order in base for item in order}
-        self._missing |= {item: 0 for queues in self._others for queue in queues.values() for item in queue}
-        self._missing |= dict.fromkeys(problem.collectives(), 0)
-        self._arrived_at = dict.fromkeys(self._missing, 0.0)  # the latest input so far
-        self._followers: dict[Node, list[Node]] = {node: [] for node in self._missing}
-        for node in self._missing:
-            inputs = problem.inputs_of(node)
-            self._missing[node] = len(inputs)
-            for earlier in inputs:
-                self._followers[earlier].append(node)
+        self._arrived_at = [0.0] * (count * size)  # the latest input so far
+        self._missing = [len(before) for before in network.inputs] * count
 
-    def run(self, name: str) -> Schedule:
+    def run(self, name: str) -> Orders:
         """Place every pass; DeadlockError if the base order blocks."""
-        for node, missing in self._missing.items():
-            if missing == 0:
-                self._ready_at[node] = 0.0
         wakes = [(0.0, rank) for rank in range(len(self._orders))]
         while wakes:
             now, rank = heapq.heappop(wakes)
             if now < self._free_at[rank]:
                 continue  # outdated: the rank has taken a pass since
-            item, later = self._choose(rank, now)
-            if item is not None:
-                for touched in self._place(rank, item, now):
+            kind, later = self._choose(rank, now)
+            if kind is not None:
+                for touched in self._place(rank, kind, now):
                     heapq.heappush(wakes, (max(now, self._free_at[touched]), touched))
             elif later is not None and later > now:
                 heapq.heappush(wakes, (later, rank))
-        waiting = [queue[0] for queue in self._base if queue]
+        waiting = [str(self._network.node(queue[0])) for queue in self._base if queue]
         if waiting:
-            raise DeadlockError(
-                f"the base order of {name!r} blocks: {', '.join(map(str, waiting))} wait for passes behind them"
-            )
-        return Schedule(name, tuple(map(tuple, self._orders)))
+            raise DeadlockError(f"the base order of {name!r} blocks: {', '.join(waiting)} wait for passes behind them")
+        return self._orders
 
-    def _choose(self, rank: int, now: float) -> tuple[Pass | None, float | None]:
-        """The pass to run on a free rank, or the time at which to look again (None: when another rank makes progress)."""
-        heads = {kind: queue[0] for kind, queue in self._others[rank].items() if queue and self._allowed(rank, queue[0])}
-        times = {kind: self._ready_at[head] for kind, head in heads.items() if head in self._ready_at}
-        ready = [kind for kind, time in times.items() if time <= now]
-        queue = self._base[rank]
-        full = Kind.W in heads and queue and queue[0].kind is Kind.F and self._in_flight[rank] >= self._most_in_flight[rank]
-        base_at = self._ready_at.get(queue[0]) if queue and not full else None
-        for kind in self._preference.eager:
-            if kind in ready:
-                return heads[kind], None
-        for kind, held in self._held[rank].items():
-            if held >= self._preference.max_held and kind in ready:
-                return heads[kind], None
-        if full and Kind.W in ready:
-            return heads[Kind.W], None
+    def _choose(self, rank: int, now: float) -> tuple[Kind | None, float | None]:
+        """The kind to run on a free rank, or the time at which to look again (None: when another rank makes progress)."""
+        preference, missing, arrived_at = self._preference, self._missing, self._arrived_at
+        queue, movable = self._base[rank], self._movable[rank]
+        times = {kind: arrived_at[queue[0]] for kind, queue in movable.items() if queue and not missing[queue[0]]}
+        self._withhold(rank, times, movable)
+        head = queue[0] if queue else None
+        held = self._held[rank]
+        if preference.synchronous and held[Kind.T]:
+            return self._only(times.get(Kind.T), Kind.T, now)
+        full = (
+            head is not None
+            and self._in_flight[rank] >= self._most_in_flight[rank]
+            and bool(movable.get(Kind.W))
+            and self._kinds[head % self._network.size] is Kind.F
+        )
+        base_at = arrived_at[head] if head is not None and not full and not missing[head] else None
+        for kind in preference.eager:
+            if kind in times and times[kind] <= now:
+                return kind, None
+        for kind, count in held.items():
+            if count >= preference.max_held and kind in times and times[kind] <= now:
+                return kind, None
+        if full and Kind.W in times and times[Kind.W] <= now:
+            return Kind.W, None
         if base_at is not None and base_at <= now:
-            return queue[0], None
-        for kind in (Kind.S, Kind.T, Kind.W, Kind.G, Kind.E):
-            if kind in ready:
-                seconds = self._cost.seconds(heads[kind])
-                if base_at is None or now + seconds - base_at <= self._preference.patience * seconds:
-                    return heads[kind], None
+            return Kind.F, None
+        for kind in _FILLERS:
+            if kind in times and times[kind] <= now:
+                if base_at is None:
+                    return kind, None
+                seconds = self._network.seconds[movable[kind][0] % self._network.size]
+                if now + seconds - base_at <= preference.patience * seconds:
+                    return kind, None
         upcoming = [time for time in (base_at, *times.values()) if time is not None and time > now]
         return None, min(upcoming, default=None)
 
-    def _allowed(self, rank: int, head: Pass) -> bool:
-        if head.kind is Kind.E:
-            return head.microbatch < self._embedded + _EMBEDDINGS_AHEAD
-        if head.kind is Kind.S and not self._problem.forward_only:
-            return self._held[rank][Kind.T] < self._preference.max_held
-        return True
+    @staticmethod
+    def _only(at: float | None, kind: Kind, now: float) -> tuple[Kind | None, float | None]:
+        return (kind, None) if at is not None and at <= now else (None, at)
 
-    def _place(self, rank: int, item: Pass, now: float) -> set[int]:
-        """Put `item` at the end of the rank's order; returns the ranks that may now have something to choose."""
-        self._others[rank].get(item.kind, self._base[rank]).popleft()
-        self._orders[rank].append(item)
-        end = self._free_at[rank] = now + self._cost.seconds(item)
+    def _withhold(self, rank: int, times: dict[Kind, float], movable: dict[Kind, deque[int]]) -> None:
+        """E does not run far ahead, nor S while too many shards wait for their T."""
+        if Kind.E in times and movable[Kind.E][0] // self._network.size >= self._embedded + _EMBEDDINGS_AHEAD:
+            del times[Kind.E]
+        if Kind.S in times and not self._problem.forward_only and self._held[rank][Kind.T] >= self._preference.max_held:
+            del times[Kind.S]
+
+    def _place(self, rank: int, kind: Kind, now: float) -> set[int]:
+        """Put a pass (the head of the base for F, B and I) on the rank; returns the ranks that may now have a choice."""
+        number = self._movable[rank].get(kind, self._base[rank]).popleft()
+        self._orders[rank].append(number)
+        k = number % self._network.size
+        end = self._free_at[rank] = now + self._network.seconds[k]
         touched = {rank}
-        self._in_flight[rank] += item.kind is Kind.F
-        self._in_flight[rank] -= item.kind is self._problem.stage_kinds[-1]
-        match item.kind:
-            case Kind.S:
-                self._held[rank][Kind.T] += 1
-            case Kind.T | Kind.G:
-                self._held[rank][item.kind] -= 1
-            case Kind.F if item.stage == 0:
-                self._embedded += 1
-                touched.update(self._problem.shard_ranks(End.INPUT))
-        self._finish(item, end, touched)
+        kind = self._kinds[k]
+        self._in_flight[rank] += (kind is Kind.F) - (kind is self._problem.stage_kinds[-1])
+        if kind is Kind.S:
+            self._held[rank][Kind.T] += 1
+        elif kind in (Kind.T, Kind.G):
+            self._held[rank][kind] -= 1
+        elif k == self._first_forward:
+            self._embedded += 1
+            touched.update(range(len(self._orders)))
+        self._finish(number - k, k, end, touched)
         return touched
 
-    def _finish(self, node: Node, end: float, touched: set[int]) -> None:
-        for later in self._followers[node]:
-            arrival = end + self._cost.hop_seconds if self._problem.is_hop(node, later) else end
-            self._arrived_at[later] = max(self._arrived_at[later], arrival)
+    def _finish(self, base: int, k: int, end: float, touched: set[int]) -> None:
+        network = self._network
+        for step, travel in network.followers[k]:
+            later = base + step
+            self._arrived_at[later] = max(self._arrived_at[later], end + travel)
             self._missing[later] -= 1
             if self._missing[later]:
                 continue
-            self._ready_at[later] = self._arrived_at[later]
-            if isinstance(later, Collective):
-                communicator = self._problem.algorithm.barrier(later.barrier).end
-                start = max(self._ready_at[later], self._communicator_free_at[communicator])
-                finish = self._communicator_free_at[communicator] = start + self._cost.barrier(later.barrier)
-                self._finish(later, finish, touched)
+            lane = network.lanes[step]
+            if step >= network.num_passes:
+                start = max(self._arrived_at[later], self._free_at[lane])
+                self._free_at[lane] = start + network.seconds[step]
+                self._finish(base, step, self._free_at[lane], touched)
             else:
-                touched.add(self._problem.rank_of(later))
-                if later.kind is Kind.G:
-                    self._held[later.stage][Kind.G] += 1
-
-
-def _movable_queues(rank: int, base: tuple[Pass, ...], problem: Problem) -> dict[Kind, deque[Pass]]:
-    """The passes of a rank that have no place yet, per kind.  First in, first out: microbatches are alike."""
-    weights = deque(item for item in base if item.kind is Kind.W)
-    return ({Kind.W: weights} if weights else {}) | {
-        kind: deque(Pass(rank, kind, i) for i in range(problem.num_microbatches))
-        for end, kinds in problem.shard_kinds.items()
-        if rank in problem.shard_ranks(end)
-        for kind in kinds
-    }
+                touched.add(lane)
+                if self._kinds[step] is Kind.G:
+                    self._held[lane][Kind.G] += 1
