@@ -9,64 +9,72 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from schedules.cost import CostModel
-from schedules.ir import Pass, Schedule
+from schedules.ir import Kind, Pass, Schedule
 from schedules.problem import Collective, Node, Problem
 from schedules.vocab import End
 
 Orders = list[list[int]]  # the ids of the passes of every rank, in order
 
+EMBEDDINGS_AHEAD = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """One microbatch's nodes: passes first, then collectives.  All tuples are indexed by the node.
+    """One microbatch's nodes: `num_passes` passes, then collectives.  All tuples are indexed by the node.
 
     `lanes`: what a node occupies, a rank or (from `num_ranks` on) a communicator.  `inputs` and `followers` are pairs of a
     node and the seconds its result travels.  `byte_change`: bytes kept for later passes, less those used up.
+    `leaders`: each E follows the F of stage 0, at most EMBEDDINGS_AHEAD microbatches before it, so that embeddings do not
+    pile up; `leaders_back`: so does each G the backward of stage 0 when time is reversed.
     """
 
     num_ranks: int
     num_microbatches: int
     nodes: tuple[Node, ...]
+    num_passes: int
     lanes: tuple[int, ...]
     seconds: tuple[float, ...]
     inputs: tuple[tuple[tuple[int, float], ...], ...]
     followers: tuple[tuple[tuple[int, float], ...], ...]
     byte_change: tuple[float, ...]
-    num_passes: int  # the nodes from here on are collectives
+    leaders: dict[int, int]
+    leaders_back: dict[int, int]
 
     @classmethod
     def of(cls, problem: Problem, cost: CostModel) -> Network:
         """The network of `problem`.  Raises ValueError where a pass has no cost."""
-        ranks = range(problem.layout.num_ranks)
-        nodes = (*(item for rank in ranks for item in problem.passes_of(rank, 0)), *problem.collectives(0))
-        numbers = {node: number for number, node in enumerate(nodes)}
+        num_ranks, communicators = problem.layout.num_ranks, list(End)
+        passes = [item for rank in range(num_ranks) for item in problem.passes_of(rank, 0)]
+        barriers = list(problem.collectives(0))
+        nodes: tuple[Node, ...] = (*passes, *barriers)
+        numbers = {node: k for k, node in enumerate(nodes)}
+        inputs = tuple(
+            tuple(
+                (numbers[earlier], cost.hop_seconds if problem.is_hop(earlier, node) else 0.0)
+                for earlier in problem.inputs_of(node)
+            )
+            for node in nodes
+        )
         followers: list[list[tuple[int, float]]] = [[] for _ in nodes]
-        inputs = []
-        for number, node in enumerate(nodes):
-            before = []
-            for earlier in problem.inputs_of(node):
-                travel = cost.hop_seconds if problem.is_hop(earlier, node) else 0.0
-                before.append((numbers[earlier], travel))
-                followers[numbers[earlier]].append((number, travel))
-            inputs.append(tuple(before))
-        ends = list(End)
+        for k, before in enumerate(inputs):
+            for earlier, travel in before:
+                followers[earlier].append((k, travel))
+        lanes = [problem.rank_of(item) for item in passes]
+        lanes += [num_ranks + communicators.index(problem.algorithm.barrier(node.barrier).end) for node in barriers]
+        no_bytes = [0.0] * len(nodes)
+        first, back = numbers[Pass(0, Kind.F, 0)], numbers.get(Pass(0, problem.backward, 0))
         return cls(
-            len(ranks),
+            num_ranks,
             problem.num_microbatches,
             nodes,
-            tuple(
-                problem.rank_of(node)
-                if isinstance(node, Pass)
-                else len(ranks) + ends.index(problem.algorithm.barrier(node.barrier).end)
-                for node in nodes
-            ),
-            tuple(cost.seconds(node) if isinstance(node, Pass) else cost.barrier(node.barrier) for node in nodes),
-            tuple(inputs),
+            len(passes),
+            tuple(lanes),
+            (*map(cost.seconds, passes), *(cost.barrier(node.barrier) for node in barriers)),
+            inputs,
             tuple(map(tuple, followers)),
-            tuple(
-                cost.byte_change(node) if isinstance(node, Pass) and not problem.forward_only else 0.0 for node in nodes
-            ),
-            sum(isinstance(node, Pass) for node in nodes),
+            tuple(no_bytes if problem.forward_only else (*map(cost.byte_change, passes), *no_bytes[len(passes) :])),
+            {k: first for k, item in enumerate(passes) if item.kind is Kind.E},
+            {} if back is None else {k: back for k, item in enumerate(passes) if item.kind is Kind.G},
         )
 
     @property
@@ -81,7 +89,14 @@ class Network:
     def reversed(self) -> Network:
         """The same network with time running backwards: what is freed is now kept."""
         freed = tuple(-change for change in self.byte_change)
-        return replace(self, inputs=self.followers, followers=self.inputs, byte_change=freed)
+        return replace(
+            self,
+            inputs=self.followers,
+            followers=self.inputs,
+            byte_change=freed,
+            leaders=self.leaders_back,
+            leaders_back=self.leaders,
+        )
 
     def node(self, number: int) -> Node:
         """The pass or collective with this id."""
@@ -110,10 +125,7 @@ class Network:
         """The schedule of these ids."""
         kinds = [(node.stage, node.kind) for node in self.nodes if isinstance(node, Pass)]
         size = self.size
-        return Schedule(
-            name,
-            tuple(tuple(Pass(*kinds[number % size], number // size) for number in order) for order in orders),
-        )
+        return Schedule(name, tuple(tuple(Pass(*kinds[n % size], n // size) for n in order) for order in orders))
 
     def byte_changes(self, order: list[int]) -> list[float]:
         """What each pass of `order` adds to the bytes kept on its rank."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from schedules.cost import CostModel
 from schedules.graph import DeadlockError, describe_cycle
@@ -57,7 +58,7 @@ def sweep(network: Network, orders: Orders) -> Sweep:
     missing = [len(before) for before in network.inputs] * network.num_microbatches
     next_on_rank = [-1] * total
     for order in orders:
-        for earlier, later in zip(order, order[1:], strict=False):
+        for earlier, later in pairwise(order):
             next_on_rank[earlier] = later
             missing[later] += 1
     if sum(map(len, orders)) < network.num_passes * network.num_microbatches:
@@ -108,9 +109,11 @@ def sweep(network: Network, orders: Orders) -> Sweep:
 
 def _circle(network: Network, orders: Orders, missing: list[int]) -> str:
     stuck = {number for number, count in enumerate(missing) if count > 0}
-    waiting = {number: [number - number % network.size + k for k, _ in network.inputs[number % network.size]] for number in stuck}
+    waiting = {
+        number: [number - number % network.size + k for k, _ in network.inputs[number % network.size]] for number in stuck
+    }
     for order in orders:
-        for earlier, later in zip(order, order[1:], strict=False):
+        for earlier, later in pairwise(order):
             if later in stuck:
                 waiting[later].append(earlier)
     return describe_cycle(waiting, lambda number: str(network.node(number)))
@@ -132,9 +135,7 @@ def timeline_of(swept: Sweep, network: Network, problem: Problem) -> Timeline:
             compute[lane].append(Span(lane, name, node.kind.value, node.stage, microbatch, start, end))
             orders[lane].append(number)
         else:
-            comm.append(
-                Span(roots[lane - num_ranks], f"{node.barrier}.{microbatch}", node.barrier, -1, microbatch, start, end)
-            )
+            comm.append(Span(roots[lane - num_ranks], f"{node.barrier}.{microbatch}", node.barrier, -1, microbatch, start, end))
     flying = [in_flight_change(node, problem) if isinstance(node, Pass) else 0 for node in network.nodes]
     return Timeline(
         tuple(map(tuple, compute)),

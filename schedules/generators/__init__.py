@@ -1,21 +1,32 @@
-"""The schedules, by name.  `generate` is the only entry: it places the vocabulary passes of the problem into the base order."""
+"""The schedules, by name.  `generate` is the only entry: it places the vocabulary passes of the problem into the base order.
+
+A schedule whose backward is split is then refined: the passes of its warm-up and cool-down change places where that closes
+gaps, with no more microbatches in flight on any rank than its base order has.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from schedules.cost import CostModel
 from schedules.generators.gpipe import gpipe
+from schedules.generators.interlaced import interlaced
+from schedules.generators.interleaved import interleaved
 from schedules.generators.one_f_one_b import one_f_one_b
+from schedules.generators.refine import refine
 from schedules.generators.v_shape import v_half, v_min
-from schedules.generators.weave import weave
-from schedules.generators.zero_bubble import zb_h1
-from schedules.ir import Pass, Schedule
+from schedules.generators.weave import PREFERENCES, BaseOrder, weave
+from schedules.generators.zero_bubble import zb_h1, zb_v
+from schedules.ir import Kind, Pass, Schedule
 from schedules.layout import Layout
+from schedules.network import Network
 from schedules.problem import Problem
+from schedules.simulate import in_flight_change, peak_in_flight
 
-BaseOrder = tuple[tuple[Pass, ...], ...]
+# Nodes that may be placed, in all, in search of a better order: a second of time is about 100,000.
+_WEAVING, _REFINING = 100_000, 200_000
+_REFINED = 3  # of the woven orders, the best few are refined
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +38,18 @@ class Family:
     num_chunks: int = 1
     split_backward: bool = False
 
-    def layout_of(self, num_ranks: int) -> Layout:
-        return Layout(self.layout, num_ranks, self.num_chunks)
+    def layout_of(self, num_ranks: int, num_chunks: int | None = None) -> Layout:
+        """Where the stages live.  Raises ValueError for a `num_chunks` that the layout cannot have."""
+        return Layout(self.layout, num_ranks, self.num_chunks if num_chunks is None else num_chunks)
 
 
 GENERATORS: dict[str, Family] = {
     "gpipe": Family(gpipe),
     "1f1b": Family(one_f_one_b),
+    "interleaved": Family(interleaved, "loop", 2),
+    "interlaced": Family(interlaced),
     "zb_h1": Family(zb_h1, split_backward=True),
+    "zb_v": Family(zb_v, "v", 2, split_backward=True),
     "v_half": Family(v_half, "v", 2, split_backward=True),
     "v_min": Family(v_min, "v", 2, split_backward=True),
 }
@@ -44,4 +59,32 @@ def generate(name: str, problem: Problem, cost: CostModel) -> Schedule:
     """The schedule `name` for `problem`.  Raises ValueError for a name that is not in the table."""
     if name not in GENERATORS:
         raise ValueError(f"schedule {name!r} is not known; choose one of {', '.join(GENERATORS)}")
-    return weave(name, GENERATORS[name].base_order(problem), problem, cost)
+    base = GENERATORS[name].base_order(problem)
+    network = Network.of(problem, cost)
+    nodes = network.size * network.num_microbatches
+    woven = weave(base, problem, network, PREFERENCES[: max(1, _WEAVING // nodes)])
+    if not problem.split_backward:
+        return network.schedule(name, woven[0])
+    counted, caps = _in_flight(network, problem, base)
+    budget = max(2 * nodes, _REFINING) // len(woven[:_REFINED])
+    return network.schedule(
+        name, min((refine(counted, o, caps, budget) for o in woven[:_REFINED]), key=lambda r: r.quality).orders
+    )
+
+
+def _in_flight(network: Network, problem: Problem, base: BaseOrder) -> tuple[Network, list[float]]:
+    """`network` with memory in stages in flight, and the promise of a base schedule: its own peak and one held shard.
+
+    A held shard counts by its bytes, at least a tenth and at most nine tenths of a stage, so that neither S can run away from
+    T nor a stage take the place of a shard.
+    """
+    passes = [node for node in network.nodes if isinstance(node, Pass)]
+    stage_bytes = [network.byte_change[k] for k, item in enumerate(passes) if item.kind is Kind.F]
+    shard_bytes = [network.byte_change[k] for k, item in enumerate(passes) if item.kind is Kind.S]
+    stage = sum(stage_bytes) / len(stage_bytes)
+    shard = min(0.9, max(0.1, max(shard_bytes, default=0.0) / stage)) if stage > 0 else 0.1
+    held = {Kind.S: shard, Kind.T: -shard}
+    changes = [held.get(item.kind, float(in_flight_change(item, problem))) for item in passes]
+    changes += [0.0] * (network.size - len(passes))
+    caps = [peak_in_flight(order, problem) + shard for order in base]
+    return replace(network, byte_change=tuple(changes)), caps

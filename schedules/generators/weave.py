@@ -1,9 +1,11 @@
 """Weave vocabulary passes and weight gradients into a base order: one insertion for every schedule and every algorithm.
 
 The base order of F and B (or I) on each rank stays as it is, for it fixes the memory; W may move, but never so far that more
-microbatches are in flight than the base order has.  Time runs forward on all ranks at once; whenever a rank is free it takes
-the next pass of its base order or another pass that is ready.  S goes first, because every rank's next T and the last stage's
-next backward wait for it; T, G and W, for which nothing waits (or which are held back only by memory), fill the gaps.
+microbatches are in flight than the base order has.  Vocabulary passes that the base order places itself stay there.
+
+Time runs forward on all ranks at once; whenever a rank is free it takes the next pass of its base order or another pass that
+is ready.  S goes first, because every rank's next T and the last stage's next backward wait for it; T, G and W, for which
+nothing waits (or which are held back only by memory), fill the gaps.
 
 A handful of preferences is tried and the fastest result kept, because greedy choices have anomalies: each is simulated, so no
 choice can make the result worse than the plainest.
@@ -13,16 +15,14 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from schedules.cost import CostModel
 from schedules.graph import DeadlockError
-from schedules.ir import Kind, Pass, Schedule
-from schedules.network import Network, Orders
+from schedules.ir import Kind, Pass
+from schedules.network import EMBEDDINGS_AHEAD, Network, Orders
 from schedules.problem import Problem
 from schedules.simulate import peak, peak_in_flight, sweep
-
-_EMBEDDINGS_AHEAD = 2  # E of this many microbatches is ready before F of stage 0 asks for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,51 +31,39 @@ class Preference:
 
     `max_held`: shards that may wait for their T (or embedding gradients for their G) before these go first.
     `patience`: a filler may delay a base pass that is about to arrive by at most this fraction of its own duration.
-    `synchronous`: T follows its S at once, and the rank waits for the barriers between them.
     """
 
     eager: tuple[Kind, ...]
     max_held: int
     patience: float
-    synchronous: bool = False
 
 
-_PREFERENCES = tuple(
+PREFERENCES = tuple(
     Preference(eager, max_held, patience)
     for eager in ((Kind.E, Kind.S), (Kind.E, Kind.S, Kind.T), (Kind.E,))
     for max_held in (2, 3)
     for patience in (1.0, 0.5)
 )
-_LARGE = 20_000  # nodes; from here on the preference is chosen on fewer microbatches
 _FILLERS = (Kind.S, Kind.T, Kind.W, Kind.G, Kind.E)
-_SYNCHRONOUS = tuple(Preference((Kind.E, Kind.S), 2, patience, synchronous=True) for patience in (1.0, 0.5, 0.0))
 
 BaseOrder = tuple[tuple[Pass, ...], ...]
 
 
-def weave(name: str, base: BaseOrder, problem: Problem, cost: CostModel, *, synchronous: bool = False) -> Schedule:
-    """`base` with the vocabulary passes of `problem`.  Raises DeadlockError if the base order cannot be executed."""
-    preferences = _SYNCHRONOUS if synchronous else _PREFERENCES
-    network = Network.of(problem, cost)
-    enough = 3 * problem.layout.num_ranks  # microbatches that show warm-up, steady state and cool-down
-    if enough < problem.num_microbatches and network.size * problem.num_microbatches > _LARGE:
-        few = tuple(tuple(item for item in order if item.microbatch < enough) for order in base)
-        trial = Network.of(replace(problem, num_microbatches=enough), cost)
-        preferences = _ranked(name, few, problem, trial, preferences)[: len(preferences) // 4]
-    best = _ranked(name, base, problem, network, preferences)[0]
-    return network.schedule(name, _Weaver(base, problem, network, best).run(name))
+def weave(base: BaseOrder, problem: Problem, network: Network, preferences: Sequence[Preference]) -> list[Orders]:
+    """`base` with the vocabulary passes of `problem`, in a way for each preference; the fastest first, without repetitions.
 
+    Raises DeadlockError if the base order cannot be executed.
+    """
 
-def _ranked(
-    name: str, base: BaseOrder, problem: Problem, network: Network, preferences: tuple[Preference, ...]
-) -> tuple[Preference, ...]:
-    """Preferences by the makespan they give, then by memory."""
-
-    def quality(preference: Preference) -> tuple[float, float]:
-        orders = _Weaver(base, problem, network, preference).run(name)
+    def quality(orders: Orders) -> tuple[float, float]:
         return sweep(network, orders).makespan, max(peak(network.byte_changes(order)) for order in orders)
 
-    return tuple(sorted(preferences, key=quality))
+    found: list[Orders] = []
+    for preference in preferences:
+        orders = _Weaver(base, problem, network, preference).run()
+        if orders not in found:
+            found.append(orders)
+    return sorted(found, key=quality)
 
 
 class _Weaver:
@@ -93,8 +81,9 @@ class _Weaver:
         for queues, order in zip(self._movable, orders, strict=True):
             if problem.split_backward:
                 queues[Kind.W] = deque(number for kind, number in order if kind is Kind.W)
+        fixed = {number for order in orders for _, number in order}
         for k, node in enumerate(passes):
-            if node.kind.is_vocabulary:
+            if node.kind.is_vocabulary and k not in fixed:
                 self._movable[node.stage][node.kind] = deque(range(k, count * size, size))
         self._most_in_flight = [peak_in_flight(order, problem) for order in base]
         self._in_flight = [0] * len(base)
@@ -106,7 +95,7 @@ class _Weaver:
         self._arrived_at = [0.0] * (count * size)  # the latest input so far
         self._missing = [len(before) for before in network.inputs] * count
 
-    def run(self, name: str) -> Orders:
+    def run(self) -> Orders:
         """Place every pass; DeadlockError if the base order blocks."""
         wakes = [(0.0, rank) for rank in range(len(self._orders))]
         while wakes:
@@ -121,7 +110,7 @@ class _Weaver:
                 heapq.heappush(wakes, (later, rank))
         waiting = [str(self._network.node(queue[0])) for queue in self._base if queue]
         if waiting:
-            raise DeadlockError(f"the base order of {name!r} blocks: {', '.join(waiting)} wait for passes behind them")
+            raise DeadlockError(f"the base order blocks: {', '.join(waiting)} wait for passes behind them")
         return self._orders
 
     def _choose(self, rank: int, now: float) -> tuple[Kind | None, float | None]:
@@ -132,8 +121,6 @@ class _Weaver:
         self._withhold(rank, times, movable)
         head = queue[0] if queue else None
         held = self._held[rank]
-        if preference.synchronous and held[Kind.T]:
-            return self._only(times.get(Kind.T), Kind.T, now)
         full = (
             head is not None
             and self._in_flight[rank] >= self._most_in_flight[rank]
@@ -161,13 +148,9 @@ class _Weaver:
         upcoming = [time for time in (base_at, *times.values()) if time is not None and time > now]
         return None, min(upcoming, default=None)
 
-    @staticmethod
-    def _only(at: float | None, kind: Kind, now: float) -> tuple[Kind | None, float | None]:
-        return (kind, None) if at is not None and at <= now else (None, at)
-
     def _withhold(self, rank: int, times: dict[Kind, float], movable: dict[Kind, deque[int]]) -> None:
         """E does not run far ahead, nor S while too many shards wait for their T."""
-        if Kind.E in times and movable[Kind.E][0] // self._network.size >= self._embedded + _EMBEDDINGS_AHEAD:
+        if Kind.E in times and movable[Kind.E][0] // self._network.size >= self._embedded + EMBEDDINGS_AHEAD:
             del times[Kind.E]
         if Kind.S in times and not self._problem.forward_only and self._held[rank][Kind.T] >= self._preference.max_held:
             del times[Kind.S]

@@ -1,12 +1,16 @@
-"""ZB-H1 (arXiv 2401.10241): 1F1B whose backward is split, so that weight gradients fill the gaps of the cool-down.
+"""ZB-H1 and ZB-V (arXiv 2401.10241): the backward is split, so that weight gradients fill the gaps of the cool-down.
 
-A rank that needs fewer warm-up forwards than rank 0 may hold back its weight gradients until as many microbatches are in
-flight as on rank 0; W is placed just before the forward that would exceed this, and may move within it (see `weave`).
+ZB-H1 is 1F1B with a split backward.  A rank that needs fewer warm-up forwards than rank 0 may hold back its weight gradients
+until as many microbatches are in flight as on rank 0; W is placed just before the forward that would exceed this, and may
+move within it (see `weave`).
+
+ZB-V lays the stages out as a V, so that rank 0 has both ends.  Its first chunk runs ahead until the second comes back to it;
+from then on a rank does F, I, W of each chunk in turn, and every rank has p microbatches in flight.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 from schedules.ir import Kind, Pass
 from schedules.problem import Problem
@@ -36,3 +40,36 @@ def _rank_order(rank: int, problem: Problem) -> tuple[Pass, ...]:
             order.append(Pass(rank, Kind.F, warmup + i))
             in_flight += 1
     return (*order, *weights)
+
+
+def zb_v(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
+    """The stage passes of every rank.  Raises ValueError unless laid out as a V with B split."""
+    if problem.layout.name != "v" or not problem.split_backward:
+        raise ValueError(f"zb_v needs layout 'v' and a split backward, not layout {problem.layout.name!r}")
+    return tuple(_v_order(rank, problem) for rank in range(problem.layout.num_ranks))
+
+
+def _v_order(rank: int, problem: Problem) -> tuple[Pass, ...]:
+    """The order for endless microbatches, without those from m on: what is left of a valid order is valid."""
+    p, m = problem.layout.num_ranks, problem.num_microbatches
+    first, second = problem.layout.stages_of(rank)
+    taken: Counter[tuple[int, Kind]] = Counter()
+    order: list[Pass] = []
+
+    def take(stage: int, *kinds: Kind) -> None:
+        for kind in kinds:
+            if taken[stage, kind] < m:
+                order.append(Pass(stage, kind, taken[stage, kind]))
+            taken[stage, kind] += 1
+
+    for _ in range(2 * (p - rank) - 1):
+        take(first, Kind.F)
+    for _ in range(rank + problem.algorithm.extra_in_flight):
+        take(second, Kind.F)
+        take(first, Kind.F)
+    for _ in range(p - rank):
+        take(second, Kind.F, Kind.I, Kind.W)
+    for _ in range(m):
+        take(first, Kind.F, Kind.I, Kind.W)
+        take(second, Kind.F, Kind.I, Kind.W)
+    return tuple(order)

@@ -1,0 +1,32 @@
+"""The interlaced pipeline (nnScaler, OSDI 2024; compared with in arXiv 2411.05288): a synchronous vocabulary layer.
+
+All ranks compute the output layer of a microbatch together, T right after S, waiting for the barrier between them; from one
+such meeting to the next each does one F and one B.  The rank d places before the last runs F(i) floor(d/2) + 1 meetings ahead
+of i and B(i) d meetings behind, if ranks take F and B in alternating order; so 1.5 p microbatches are in flight on rank 0.
+"""
+
+from __future__ import annotations
+
+from schedules.ir import Kind, Pass
+from schedules.problem import Problem
+from schedules.vocab import End
+
+
+def interlaced(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
+    """The passes of the stages and of the output layer.  Raises ValueError unless each rank owns one stage."""
+    if problem.layout.num_chunks != 1:
+        raise ValueError(f"interlaced has one stage per rank, not {problem.layout.num_chunks}; use layout 'linear'")
+    return tuple(_rank_order(rank, problem) for rank in range(problem.layout.num_ranks))
+
+
+def _rank_order(rank: int, problem: Problem) -> tuple[Pass, ...]:
+    before_last = problem.layout.num_ranks - 1 - rank
+    forward_place, backward_place = (1, 2) if before_last % 2 else (2, 1)
+    placed: list[tuple[int, int, int, Pass]] = []
+    for i in range(problem.num_microbatches):
+        placed.append((i - 1 - before_last // 2, forward_place, 0, Pass(rank, Kind.F, i)))
+        backward = [kind for kind in problem.stage_kinds if kind is not Kind.F]
+        placed += [(i + before_last, backward_place, n, Pass(rank, kind, i)) for n, kind in enumerate(backward)]
+        if rank in problem.shard_ranks(End.OUTPUT):
+            placed += [(i, 0, n, Pass(rank, kind, i)) for n, kind in enumerate(problem.shard_kinds[End.OUTPUT])]
+    return tuple(item for *_, item in sorted(placed))
