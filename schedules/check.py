@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 
 from schedules.graph import require_acyclic
-from schedules.ir import Schedule
+from schedules.ir import Kind, Schedule
 from schedules.lower import Action, Op, Program
 from schedules.problem import Collective, Problem
 from schedules.simulate import predecessors
@@ -19,10 +19,20 @@ from schedules.vocab import End
 
 def check_schedule(schedule: Schedule, problem: Problem) -> None:
     """Raise ValueError naming the pass that is missing, repeated or misplaced; DeadlockError naming a circle."""
+    _check_passes(schedule, problem, tuple(Kind))
+    require_acyclic(predecessors(schedule, problem))
+
+
+def check_base(schedule: Schedule, problem: Problem) -> None:
+    """The same for a base order from elsewhere, before it is woven: stage passes only.  Circles are found by `weave`."""
+    _check_passes(schedule, problem, problem.stage_kinds)
+
+
+def _check_passes(schedule: Schedule, problem: Problem, kinds: tuple[Kind, ...]) -> None:
     if schedule.num_ranks != problem.layout.num_ranks:
         raise ValueError(f"schedule {schedule.name!r} has {schedule.num_ranks} ranks, the layout {problem.layout.num_ranks}")
     for rank, order in enumerate(schedule.ranks):
-        needed = set(problem.passes_of(rank))
+        needed = {item for item in problem.passes_of(rank) if item.kind in kinds}
         for item, count in Counter(order).items():
             if item not in needed:
                 raise ValueError(f"rank {rank} runs {item}, which is not among its passes")
@@ -31,7 +41,6 @@ def check_schedule(schedule: Schedule, problem: Problem) -> None:
         missing = needed.difference(order)
         if missing:
             raise ValueError(f"rank {rank} never runs {min(missing)} ({len(missing)} passes missing)")
-    require_acyclic(predecessors(schedule, problem))
 
 
 def check_program(program: Program, problem: Problem) -> None:
