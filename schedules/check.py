@@ -24,7 +24,7 @@ def check_schedule(schedule: Schedule, problem: Problem) -> None:
 
 
 def check_base(schedule: Schedule, problem: Problem) -> None:
-    """The same for a base order from elsewhere, before it is woven: stage passes only.  Circles are found by `weave`."""
+    """The same for a base order from elsewhere, before it is completed: stage passes only.  Completing it finds circles."""
     _check_passes(schedule, problem, problem.stage_kinds)
 
 

@@ -46,8 +46,8 @@ class Timeline:
 
     @property
     def makespan(self) -> float:
-        """Seconds from the start of the step to the end of its last pass."""
-        return max((span.end for spans in self.compute for span in spans), default=0.0)
+        """Seconds from the start of the step to the end of its last pass or communication."""
+        return max((span.end for spans in (*self.compute, self.comm) for span in spans), default=0.0)
 
     def busy(self, rank: int) -> float:
         """Seconds rank `rank` computes."""

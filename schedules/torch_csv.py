@@ -25,7 +25,7 @@ def to_csv(schedule: Schedule) -> str:
 
 
 def from_csv(text: str, name: str) -> Schedule:
-    """The base order that `text` holds; `weave(name, schedule.ranks, problem, cost)` adds the vocabulary passes.
+    """The base order that `text` holds; `generators.complete(name, schedule.ranks, problem, cost)` adds the vocabulary passes.
 
     The file does not say where stages live: `check_base(schedule, problem)` finds missing, repeated and misplaced passes.
     Empty cells are bubbles and skipped.  Where any backward is split, every B becomes I and W, one after the other: a problem
@@ -62,7 +62,7 @@ def _stage_pass(cell: str, place: str) -> Pass:
     except ValueError:
         raise ValueError(f"{place}: {cell!r} is not a pass; write <stage><F, B, I or W><microbatch>, e.g. 2F0") from None
     if item.kind.is_vocabulary:
-        raise ValueError(f"{place}: {cell!r} is a vocabulary pass, which torch does not have; leave it out, weave() adds it")
+        raise ValueError(f"{place}: {cell!r} is a vocabulary pass, which torch does not have; leave it out, complete() adds it")
     return item
 
 

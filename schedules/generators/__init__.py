@@ -25,8 +25,8 @@ from schedules.problem import Problem
 from schedules.simulate import in_flight_change, peak_in_flight
 
 # Nodes that may be placed, in all, in search of a better order: a second of time is about 100,000.
-_WEAVING, _REFINING = 100_000, 200_000
-_REFINED = 3  # of the woven orders, the best few are refined
+_WEAVING, _REFINING = 100_000, 120_000
+_REFINED = 2  # of the woven orders, the best few are refined
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +59,23 @@ def generate(name: str, problem: Problem, cost: CostModel) -> Schedule:
     """The schedule `name` for `problem`.  Raises ValueError for a name that is not in the table."""
     if name not in GENERATORS:
         raise ValueError(f"schedule {name!r} is not known; choose one of {', '.join(GENERATORS)}")
-    base = GENERATORS[name].base_order(problem)
+    return complete(name, GENERATORS[name].base_order(problem), problem, cost)
+
+
+def complete(name: str, base: BaseOrder, problem: Problem, cost: CostModel, *, keep_order: bool = False) -> Schedule:
+    """Any base order with the vocabulary passes of `problem`; with `keep_order` no pass but W changes places in it.
+
+    Raises DeadlockError if the base order cannot be executed.
+    """
     network = Network.of(problem, cost)
     nodes = network.size * network.num_microbatches
-    woven = weave(base, problem, network, PREFERENCES[: max(1, _WEAVING // nodes)])
-    if not problem.split_backward:
+    woven = weave(base, problem, network, PREFERENCES[: max(1, _WEAVING // nodes)])[:_REFINED]
+    if keep_order or not problem.split_backward:
         return network.schedule(name, woven[0])
     counted, caps = _in_flight(network, problem, base)
-    budget = max(2 * nodes, _REFINING) // len(woven[:_REFINED])
-    return network.schedule(
-        name, min((refine(counted, o, caps, budget) for o in woven[:_REFINED]), key=lambda r: r.quality).orders
-    )
+    budget = max(2 * nodes, _REFINING) // len(woven)
+    refined = [refine(counted, orders, caps, budget) for orders in woven]
+    return network.schedule(name, min(refined, key=lambda found: found.quality).orders)
 
 
 def _in_flight(network: Network, problem: Problem, base: BaseOrder) -> tuple[Network, list[float]]:

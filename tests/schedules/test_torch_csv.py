@@ -10,8 +10,7 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from schedules.check import check_base, check_schedule
 from schedules.cost import CostModel
-from schedules.generators import GENERATORS, generate
-from schedules.generators.weave import weave
+from schedules.generators import GENERATORS, complete, generate
 from schedules.graph import DeadlockError
 from schedules.ir import Kind, Pass, Schedule
 from schedules.layout import Layout
@@ -117,13 +116,13 @@ def test_an_order_of_another_problem_is_found_before_it_is_woven(text, message):
         check_base(from_csv(text, "x"), Problem(Layout("linear", 2), 1, VOCAB_ALGORITHMS["one_barrier"]))
 
 
-def test_an_order_that_blocks_is_found_by_weave():
+def test_an_order_that_blocks_is_found_when_completed():
     layout = Layout("linear", 2)
     problem = Problem(layout, 1, VOCAB_ALGORITHMS["one_barrier"])
     base = from_csv("0F0,0B0\n1B0,1F0\n", "x")
     check_base(base, problem)
-    with pytest.raises(DeadlockError, match="the base order of 'x' blocks"):
-        weave("x", base.ranks, problem, costs_of(layout))
+    with pytest.raises(DeadlockError, match="the base order blocks: 0B0, 1B0 wait"):
+        complete("x", base.ranks, problem, costs_of(layout))
 
 
 # With torch.  Its schedule classes ask their stages for numbers only, until the first step.
@@ -198,7 +197,7 @@ def require_runnable(base, layout, num_microbatches, split_backward):
     for algorithm in VOCAB_ALGORITHMS.values():
         problem = Problem(layout, num_microbatches, algorithm, split_backward)
         check_base(base, problem)
-        woven = weave(base.name, base.ranks, problem, costs_of(layout))
+        woven = complete(base.name, base.ranks, problem, costs_of(layout), keep_order=True)
         check_schedule(woven, problem)
         work = num_microbatches * layout.num_chunks * 3
         assert simulate(woven, problem, costs_of(layout)).makespan >= work
@@ -228,7 +227,7 @@ def test_interleaved_1f1b_of_torch_takes_the_work_plus_one_fill_and_drain_of_a_c
     text = dump("ScheduleInterleaved1F1B", layout, m, tmp_path / "order.csv", format="compute_only")
     problem = Problem(layout, m, VOCAB_ALGORITHMS["none"])
     costs = CostModel.uniform(layout.num_stages, p, F=1, B=2)
-    woven = weave("interleaved", from_csv(text, "interleaved").ranks, problem, costs)
+    woven = complete("interleaved", from_csv(text, "interleaved").ranks, problem, costs)
     assert simulate(woven, problem, costs).makespan == pytest.approx(3 * (m * chunks + p - 1))
 
 
