@@ -7,7 +7,7 @@ things at once, the critical path all of them, and the memory bound all but one 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from schedules.cost import CostModel
@@ -64,40 +64,33 @@ def one_machine(jobs: Iterable[tuple[float, float, float]], copies: int) -> floa
     return bound
 
 
-def _longest(network: Network) -> list[float]:
-    """For each node the longest time from a source to its start, with nothing else in the way."""
-    heads: dict[int, float] = {}
+def _longest(network: Network, sources: Collection[int] | None = None) -> list[float]:
+    """For each node the longest time from the start of a source to its own, with nothing else in the way; -inf without one.
 
-    def head(k: int) -> float:
-        if k not in heads:
-            heads[k] = max((head(j) + network.seconds[j] + travel for j, travel in network.inputs[k]), default=0.0)
-        return heads[k]
-
-    return [head(k) for k in range(network.size)]
-
-
-def least_life(network: Network, first: int, last: int) -> float:
-    """Seconds from the start of `first` to the end of `last`, at the least."""
-    longest: dict[int, float] = {}
-
-    def from_first(k: int) -> float:
-        if k == first:
-            return 0.0
-        if k not in longest:
-            longest[k] = max(
-                (from_first(j) + network.seconds[j] + travel for j, travel in network.inputs[k]), default=float("-inf")
-            )
-        return longest[k]
-
-    return from_first(last) + network.seconds[last]
+    Without `sources` these are the nodes that wait for nothing.
+    """
+    heads = [float("-inf")] * network.size
+    for k in range(network.size):
+        if not network.inputs[k] if sources is None else k in sources:
+            heads[k] = 0.0
+    missing = [len(before) for before in network.inputs]
+    ready = [k for k, count in enumerate(missing) if count == 0]
+    while ready:
+        k = ready.pop()
+        for later, travel in network.followers[k]:
+            heads[later] = max(heads[later], heads[k] + network.seconds[k] + travel)
+            missing[later] -= 1
+            if missing[later] == 0:
+                ready.append(later)
+    return heads
 
 
 def _memory_seconds(rank: int, problem: Problem, network: Network, cap: float, heads: list[float], tails: list[float]) -> float:
     """Little's law: what a rank keeps, over a step, is at most its cap times the time in which it can keep anything."""
     byte_seconds = 0.0
     first, last = float("inf"), float("inf")
-    for start, kept, end in lives(rank, problem, network):
-        byte_seconds += kept * least_life(network, start, end)
+    for start, kept, end in _lives(rank, problem, network):
+        byte_seconds += kept * (_longest(network, [start])[end] + network.seconds[end])
         first, last = min(first, heads[start]), min(last, tails[end])
     if byte_seconds == 0.0:
         return 0.0
@@ -106,19 +99,19 @@ def _memory_seconds(rank: int, problem: Problem, network: Network, cap: float, h
     return first + problem.num_microbatches * byte_seconds / cap + last
 
 
-def lives(rank: int, problem: Problem, network: Network) -> list[tuple[int, float, int]]:
+def _lives(rank: int, problem: Problem, network: Network) -> list[tuple[int, float, int]]:
     """What a rank keeps of one microbatch: (the pass that begins it, bytes, the pass whose end frees it)."""
     passes = {(node.stage, node.kind): k for k, node in enumerate(network.nodes) if isinstance(node, Pass)}
-    change: Callable[[int], float] = network.byte_change.__getitem__
+    change = network.byte_change
     found = []
     for stage in problem.layout.stages_of(rank):
         first = passes[stage, Kind.F]
-        if problem.split_backward:
+        if (stage, Kind.W) in passes:
             until_input, until_weights = passes[stage, Kind.I], passes[stage, Kind.W]
-            found.append((first, -change(until_weights), until_weights))
-            found.append((first, change(first) + change(until_weights), until_input))
+            found.append((first, -change[until_weights], until_weights))
+            found.append((first, change[first] + change[until_weights], until_input))
         elif (stage, Kind.B) in passes:
-            found.append((first, change(first), passes[stage, Kind.B]))
+            found.append((first, change[first], passes[stage, Kind.B]))
     if (rank, Kind.T) in passes:
-        found.append((passes[rank, Kind.S], change(passes[rank, Kind.S]), passes[rank, Kind.T]))
+        found.append((passes[rank, Kind.S], change[passes[rank, Kind.S]], passes[rank, Kind.T]))
     return found

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from schedules.bound import step_bound
 from schedules.cost import CostModel
 from schedules.graph import DeadlockError, describe_cycle
 from schedules.ir import Kind, Pass, Schedule
@@ -37,7 +38,8 @@ class Sweep:
 def simulate(schedule: Schedule, problem: Problem, cost: CostModel) -> Timeline:
     """The timeline of one step.  Raises DeadlockError, naming passes that wait for each other in a circle."""
     network = Network.of(problem, cost)
-    return timeline_of(sweep(network, network.orders(schedule)), network, problem)
+    timeline = _timeline_of(sweep(network, network.orders(schedule)), network, problem)
+    return replace(timeline, bound=step_bound(problem, cost).seconds)
 
 
 def predecessors(schedule: Schedule, problem: Problem) -> dict[Node, tuple[Node, ...]]:
@@ -119,7 +121,7 @@ def _circle(network: Network, orders: Orders, missing: list[int]) -> str:
     return describe_cycle(waiting, lambda number: str(network.node(number)))
 
 
-def timeline_of(swept: Sweep, network: Network, problem: Problem) -> Timeline:
+def _timeline_of(swept: Sweep, network: Network, problem: Problem) -> Timeline:
     """The spans of a sweep, and the peaks of every rank."""
     size, num_ranks = network.size, network.num_ranks
     compute: list[list[Span]] = [[] for _ in range(num_ranks)]

@@ -32,13 +32,15 @@ class Timeline:
 
     `compute[r]` are the passes of rank r in order; `comm` the communications, shown on the rank that waits for them.
     `peak_bytes[r]` is the peak of what the passes of rank r keep for later ones (activations and held shards), in bytes;
-    `peak_in_flight[r]` the peak number of (stage, microbatch) pairs whose backward has not finished.
+    `peak_in_flight[r]` the peak number of (stage, microbatch) pairs whose backward has not finished.  No schedule of the same
+    problem takes less than `bound` seconds (0: unknown).
     """
 
     compute: tuple[tuple[Span, ...], ...]
     comm: tuple[Span, ...]
     peak_bytes: tuple[float, ...]
     peak_in_flight: tuple[int, ...]
+    bound: float = 0.0
 
     @property
     def num_ranks(self) -> int:
@@ -61,3 +63,8 @@ class Timeline:
     def mean_bubble(self) -> float:
         """The mean of `bubble` over the ranks: 1 - total work / (ranks * makespan)."""
         return sum(map(self.bubble, range(self.num_ranks))) / self.num_ranks
+
+    @property
+    def gap(self) -> float | None:
+        """How much longer the step takes than the lower bound: 0.02 is 2 %; None where no bound is known."""
+        return self.makespan / self.bound - 1.0 if self.bound > 0 else None
