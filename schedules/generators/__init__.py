@@ -73,7 +73,7 @@ def complete(name: str, base: BaseOrder, problem: Problem, cost: CostModel, *, k
     if keep_order or not problem.split_backward:
         return network.schedule(name, woven[0])
     counted, caps = _in_flight(network, problem, base)
-    budget = max(2 * nodes, _REFINING) // len(woven)
+    budget = max(4 * nodes, _REFINING) // len(woven)
     refined = [refine(counted, orders, caps, budget) for orders in woven]
     return network.schedule(name, min(refined, key=lambda found: found.quality).orders)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
+from schedules.ir import Pass
 from schedules.network import EMBEDDINGS_AHEAD, Network, Orders
 from schedules.simulate import peak, sweep
 
@@ -88,6 +89,13 @@ class _Filler:
         self._free_at = [0.0] * network.num_lanes
         self._room = [cap * _LOOSE for cap in caps]
         self._placed = [0] * network.size
+        passes = [node for node in network.nodes if isinstance(node, Pass)]
+        self._of_stage = [not item.kind.is_vocabulary for item in passes]
+        self._shard_bytes = [0.0] * network.num_ranks  # what one shard keeps
+        for k, item in enumerate(passes):
+            if item.kind.is_vocabulary:
+                self._shard_bytes[network.lanes[k]] = max(self._shard_bytes[network.lanes[k]], network.byte_change[k])
+        self._shards_held = [0.0] * network.num_ranks  # in bytes
         self._wakes = [(0.0, rank) for rank in range(network.num_ranks)]
 
     def run(self) -> Orders | None:
@@ -110,6 +118,8 @@ class _Filler:
             filled[rank].append(number)
             k = number % network.size
             self._room[rank] -= network.byte_change[k]
+            if not self._of_stage[k]:
+                self._shards_held[rank] += network.byte_change[k]
             end = self._free_at[rank] = now + network.seconds[k]
             heapq.heappush(wakes, (end, rank))
             self._placed[k] += 1
@@ -126,7 +136,9 @@ class _Filler:
         queue, room = self._remaining[rank], self._room[rank]
         last = len(queue) - 1
         head = queue[last]
-        fits = change_of[head % size] <= max(0.0, room)
+        spared = max(0.0, self._shard_bytes[rank] - self._shards_held[rank])  # or the S that all wait for might never fit
+        needed = change_of[head % size] + (spared if self._of_stage[head % size] else 0.0)
+        fits = change_of[head % size] <= 0.0 or needed <= room
         if fits and not missing[head] and arrived_at[head] <= now:
             return last
         due = max(now, self._expected[head] if missing[head] else arrived_at[head]) if fits else float("inf")
@@ -138,11 +150,16 @@ class _Filler:
             if (
                 not missing[number]
                 and arrived_at[number] <= now
-                and (change <= 0.0 or change + most_kept <= room)
                 and now + seconds[k] * (1 - self._patience) <= due
                 and self._may_lead(k)
             ):
-                return place
+                if change <= 0.0:
+                    return place
+                if not fits:  # what is overtaken waits for bytes to be freed; a stage must not take them instead
+                    if change <= room and not self._of_stage[k]:
+                        return place
+                elif change + most_kept + (spared if self._of_stage[k] else 0.0) <= room:
+                    return place
             kept += change
             most_kept = max(most_kept, kept)
         return None
