@@ -87,11 +87,9 @@ def _longest(network: Network, sources: Collection[int] | None = None) -> list[f
 
 def _memory_seconds(rank: int, problem: Problem, network: Network, cap: float, heads: list[float], tails: list[float]) -> float:
     """Little's law: what a rank keeps, over a step, is at most its cap times the time in which it can keep anything."""
-    byte_seconds = 0.0
-    first, last = float("inf"), float("inf")
-    for start, kept, end in _lives(rank, problem, network):
-        byte_seconds += kept * (_longest(network, [start])[end] + network.seconds[end])
-        first, last = min(first, heads[start]), min(last, tails[end])
+    byte_seconds = _byte_seconds(rank, problem, network)
+    first = min((heads[start] for start, _, _ in lives(rank, problem, network)), default=0.0)
+    last = min((tails[end] for _, _, end in lives(rank, problem, network)), default=0.0)
     if byte_seconds == 0.0:
         return 0.0
     if cap <= 0:
@@ -99,7 +97,22 @@ def _memory_seconds(rank: int, problem: Problem, network: Network, cap: float, h
     return first + problem.num_microbatches * byte_seconds / cap + last
 
 
-def _lives(rank: int, problem: Problem, network: Network) -> list[tuple[int, float, int]]:
+def _byte_seconds(rank: int, problem: Problem, network: Network) -> float:
+    """What rank `rank` keeps of one microbatch times how long, at the least."""
+    return sum(
+        kept * (_longest(network, [start])[end] + network.seconds[end]) for start, kept, end in lives(rank, problem, network)
+    )
+
+
+def steady_bytes(rank: int, problem: Problem, network: Network) -> float:
+    """What rank `rank` keeps on average when a microbatch passes in every interval of the busiest rank's work."""
+    work = [0.0] * network.num_lanes
+    for lane, seconds in zip(network.lanes, network.seconds, strict=True):
+        work[lane] += seconds
+    return _byte_seconds(rank, problem, network) / max(work)
+
+
+def lives(rank: int, problem: Problem, network: Network) -> list[tuple[int, float, int]]:
     """What a rank keeps of one microbatch: (the pass that begins it, bytes, the pass whose end frees it)."""
     passes = {(node.stage, node.kind): k for k, node in enumerate(network.nodes) if isinstance(node, Pass)}
     change = network.byte_change

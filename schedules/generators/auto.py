@@ -1,0 +1,106 @@
+"""`schedule=auto`: the fastest order that fits into a cap on memory, over base schedules, placements and vocabulary algorithms.
+
+Every base schedule is a start: woven in several ways, then refined under the cap.  The starts that do best with a little
+effort get more.  The named schedules themselves take part, so the result is never slower than one of them within the cap.
+
+A building block solved for the costs (an exact solver over one interval) was not needed: at a cap of p microbatches the
+refined starts end within 1 % of the lower bound, for equal and unequal stages alike (benchmarks/frontier.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from schedules.bound import Bound, lives, steady_bytes, step_bound
+from schedules.cost import CostModel
+from schedules.generators import GENERATORS, generate
+from schedules.generators.refine import Refined, judge, refine
+from schedules.generators.weave import PREFERENCES, weave
+from schedules.ir import Schedule
+from schedules.network import Network, Orders
+from schedules.problem import Problem
+from schedules.simulate import peak
+
+_FIRST, _MORE = 60_000, 300_000  # nodes placed per start: in the first round, and in the second
+_SECOND_ROUND = 4  # starts
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A base schedule to start from, and the problem and cost it would have."""
+
+    name: str
+    problem: Problem
+    cost: CostModel
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """The best order found, the option it came from, and the bound on any order of that option's problem under the cap."""
+
+    option: Option
+    schedule: Schedule
+    bound: Bound
+
+
+class CapError(ValueError):
+    """No order was found within the cap.  All in bytes, of the rank that exceeds its cap most.
+
+    `reached` by the best order found, which a higher cap would accept; `alone` is what a single microbatch keeps, below
+    which nothing goes; `steady` what a steady state without a bubble keeps on average.
+    """
+
+    def __init__(self, rank: int, cap: float, reached: float, alone: float, steady: float) -> None:
+        super().__init__(
+            f"no schedule was found that keeps at most {cap:.4g} bytes on rank {rank}; the least reached is {reached:.4g}, "
+            f"one microbatch alone keeps {alone:.4g}, and a step without a bubble at least {steady:.4g} on average"
+        )
+        self.rank, self.cap, self.reached, self.alone, self.steady = rank, cap, reached, alone, steady
+
+
+def solve(options: Sequence[Option], caps: Sequence[float]) -> Solution:
+    """The fastest schedule found in which rank r keeps at most caps[r] bytes.
+
+    Raises CapError with the least that was reached, and what no schedule can go below.
+    """
+    first = [
+        (refined, option, network)
+        for option in options
+        for network in [Network.of(option.problem, option.cost)]
+        for refined in _starts(option, network, list(caps))
+    ]
+    second = sorted(first, key=lambda found: found[0].quality)[:_SECOND_ROUND]
+    tried = [
+        (refine(network, refined.orders, list(caps), max(2 * _nodes(network), _MORE)), option, network)
+        for refined, option, network in second
+    ]
+    best, option, network = min(tried, key=lambda found: found[0].quality)
+    if best.excess > 0:
+        raise _cap_error(best, option, network, caps)
+    bound = step_bound(option.problem, option.cost, tuple(caps))
+    return Solution(option, network.schedule(f"auto from {option.name}", best.orders), bound)
+
+
+def _starts(option: Option, network: Network, caps: list[float]) -> Iterator[Refined]:
+    """Orders of one option: as named, and refined under the caps from every weaving."""
+    named = network.orders(generate(option.name, option.problem, option.cost))
+    yield judge(network, named, caps)
+    if option.name == "interlaced":
+        return  # a comparison: its meetings are what it is
+    base = GENERATORS[option.name].base_order(option.problem)
+    count = max(1, _FIRST // _nodes(network))
+    woven: list[Orders] = weave(base, option.problem, network, PREFERENCES[:count])
+    for orders in [named, *woven]:
+        yield refine(network, orders, caps, max(2 * _nodes(network), _FIRST))
+
+
+def _nodes(network: Network) -> int:
+    return network.size * network.num_microbatches
+
+
+def _cap_error(best: Refined, option: Option, network: Network, caps: Sequence[float]) -> CapError:
+    peaks = [peak(network.byte_changes(order)) for order in best.orders]
+    rank = max(range(len(peaks)), key=lambda r: peaks[r] - caps[r])
+    alone = sum(kept for _, kept, _ in lives(rank, option.problem, network))
+    return CapError(rank, caps[rank], peaks[rank], alone, steady_bytes(rank, option.problem, network))
