@@ -12,7 +12,7 @@ from xml.sax.saxutils import escape
 from schedules.timeline import Span, Timeline
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
-_COLOURS = {
+COLOURS = {
     "F": "#56B4E9",
     "B": "#009E73",
     "I": "#66C2A4",
@@ -22,7 +22,7 @@ _COLOURS = {
     "E": "#CC79A7",
     "G": "#D55E00",
 }
-_MEANINGS = {
+MEANINGS = {
     "F": "forward",
     "B": "backward",
     "I": "input gradient",
@@ -32,30 +32,34 @@ _MEANINGS = {
     "E": "embedding",
     "G": "embedding gradient",
 }
-_STAGE_KINDS = "FBIW"  # the passes of a stage of layers; the others belong to a shard
+STAGE_KINDS = "FBIW"  # the passes of a stage of layers; the others belong to a shard
 _BARRIER = "#666666"
 _LATER_STAGE = "#333333"
 _BARRIER_HEIGHT, _BAND = 5, 3
 _WIDTH, _LEFT, _RIGHT, _TOP = 1200, 64, 68, 72
 
 
-def text_grid(timeline: Timeline, columns: int = 120) -> str:
+def text_grid(timeline: Timeline, columns: int = 120, seconds: float = math.inf) -> str:
     """One row per rank, time to scale, then a legend: a pass is its letter and microbatch, drawn on with `-`.
 
-    Blanks are bubbles.  Where the microbatch does not fit the letter stands alone; no line is longer than `columns`.
+    Blanks are bubbles.  Where the microbatch does not fit the letter stands alone; no line is longer than `columns`.  Only
+    the first `seconds` of the step are drawn; the legend tells of all of it.
     """
     width = columns - 4
-    scale = width / timeline.makespan if timeline.makespan > 0 else 0.0
+    shown = min(timeline.makespan, seconds)
+    scale = width / shown if shown > 0 else 0.0
     rows = []
     for rank, spans in enumerate(timeline.compute):
         cells = [" "] * width
         for span in spans:
+            if span.start > 0 and span.start >= shown:
+                break
             first = min(width - 1, round(span.start * scale))
             length = max(1, min(width, round(span.end * scale)) - first)
             label = f"{span.kind}{span.microbatch}"
             cells[first : first + length] = (label if len(label) <= length else span.kind).ljust(length, "-")
         rows.append((f"{rank:>3} " + "".join(cells)).rstrip())
-    legend = ", ".join(f"{kind} {meaning}" for kind, meaning in _present(timeline).items())
+    legend = ", ".join(f"{kind} {meaning}" for kind, meaning in present(timeline).items())
     for words in (_facts(timeline), legend):
         rows += textwrap.wrap(words, columns, initial_indent=" " * 4, subsequent_indent=" " * 4)
     return "\n".join(rows) + "\n"
@@ -120,8 +124,8 @@ def _lane(timeline: Timeline, rank: int, frame: _Frame) -> list[str]:
         f'<rect width="{timeline.makespan * frame.scale:.1f}" height="{frame.lane}" fill="url(#bubble)"/>',
     ]
     for span in spans:
-        parts.append(_box(span, frame, 0, frame.lane, _COLOURS[span.kind]))
-        if span.kind in _STAGE_KINDS and span.stage != stages[0]:
+        parts.append(_box(span, frame, 0, frame.lane, COLOURS[span.kind]))
+        if span.kind in STAGE_KINDS and span.stage != stages[0]:
             parts.append(_box(span, frame, frame.lane - _BAND, _BAND, _LATER_STAGE))
         if span.seconds * frame.scale > label_width:
             x = (span.start + span.end) / 2 * frame.scale
@@ -134,7 +138,7 @@ def _lane(timeline: Timeline, rank: int, frame: _Frame) -> list[str]:
 
 def _stages(spans: tuple[Span, ...]) -> list[int]:
     """The stages of layers on a rank, in model order."""
-    return sorted({span.stage for span in spans if span.kind in _STAGE_KINDS})
+    return sorted({span.stage for span in spans if span.kind in STAGE_KINDS})
 
 
 def _box(span: Span, frame: _Frame, y: int, height: int, colour: str) -> str:
@@ -144,18 +148,18 @@ def _box(span: Span, frame: _Frame, y: int, height: int, colour: str) -> str:
     below = f' y="{y}"' if y else ""
     return (
         f'<rect x="{span.start * frame.scale:.1f}"{below} width="{drawn:.1f}" height="{height}" fill="{colour}">'
-        f"<title>{span.name} {_duration(span.seconds)}</title></rect>"
+        f"<title>{span.name} {duration(span.seconds)}</title></rect>"
     )
 
 
-def _present(timeline: Timeline) -> dict[str, str]:
-    """The kinds that occur, with their meanings."""
+def present(timeline: Timeline) -> dict[str, str]:
+    """The kinds of passes that occur, with their meanings."""
     kinds = {span.kind for spans in timeline.compute for span in spans}
-    return {kind: meaning for kind, meaning in _MEANINGS.items() if kind in kinds}
+    return {kind: meaning for kind, meaning in MEANINGS.items() if kind in kinds}
 
 
 def _legend(timeline: Timeline) -> list[str]:
-    entries = [(_COLOURS[kind], f"{kind} {meaning}") for kind, meaning in _present(timeline).items()]
+    entries = [(COLOURS[kind], f"{kind} {meaning}") for kind, meaning in present(timeline).items()]
     if timeline.comm:
         entries.append((_BARRIER, "barriers"))
     if any(len(_stages(spans)) > 1 for spans in timeline.compute):
@@ -190,10 +194,11 @@ def _round_step(length: float) -> float:
 
 
 def _facts(timeline: Timeline) -> str:
-    return f"{_duration(timeline.makespan)}, mean bubble {timeline.mean_bubble:.1%}"
+    return f"{duration(timeline.makespan)}, mean bubble {timeline.mean_bubble:.1%}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """0.0123 -> 12.3 ms."""
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 or seconds == 0 else f"{seconds * 1e6:.3g} µs"

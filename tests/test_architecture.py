@@ -33,12 +33,15 @@ DOORS = {
     "omegaconf": {"vp_train.cli"},
     "tokenizers": {"vp_train.data.tokenizer", "vp_train.data.corpus"},
     "safetensors": {"vp_train.checkpoint.store"},
+    "matplotlib": {"vp_train.plot"},
     "deepspeed": set(),
 }
 WITHOUT_TORCH = (
     "schedules",
     "vp_train.config",
     "vp_train.plan",
+    "vp_train.simulation",
+    "vp_train.plot",
     "vp_train.exits",
     "vp_train.model.shape",
     "vp_train.data.documents",

@@ -53,7 +53,7 @@ def test_a_bad_override_is_named_with_the_way_out(override, message):
         (["vocab.shards=[1,2]"], 2, "give 2 sizes of at least 0 that add up to 32768"),
         (["vocab=none", "vocab.shards=[1,2]"], 2, "needs a sharded vocabulary"),
         (["vocab.algorithm=tree"], 2, "vocab.algorithm=tree is not known; choose one of none, naive"),
-        (["schedule.name=2f2b"], 2, "schedule.name=2f2b is not known; choose one of gpipe, 1f1b, zb_h1"),
+        (["schedule.name=2f2b"], 2, "schedule.name=2f2b is not known; choose one of gpipe, 1f1b"),
     ],
 )
 def test_values_that_do_not_fit_together_are_named(overrides, num_ranks, message):

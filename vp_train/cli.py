@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 from vp_train.config import ConfigError, RunConfig
@@ -17,7 +20,7 @@ _HELP = """\
 
 usage: {command} [group=choice ...] [key=value ...]
        {command} --print-config ...     show the resolved configuration and stop
-
+{options}
 Groups and their choices (each is a YAML file of configs/):
 {groups}
 
@@ -25,24 +28,54 @@ Values, with what this command line sets them to:
 {values}
 
 A list is written [1,2,3], nothing is null.  Examples:
+{examples}
+"""
+
+_TRAIN_EXAMPLES = """\
   vp-train                                       4 ranks on this machine, Python's standard library as text
   vp-train vocab=two_barrier model.vocab_size=65536 parallel.pp=2 run.name=two
   vp-train run.resume=true                       go on from the newest checkpoint of runs/default
-  torchrun --nproc-per-node 4 -m vp_train schedule=gpipe data=synthetic
-"""
+  torchrun --nproc-per-node 4 -m vp_train schedule=gpipe data=synthetic"""
+
+_SIMULATE_EXAMPLES = """\
+  vp-simulate schedule=v_half parallel.pp=8 num_microbatches=32 cost=a100_4b
+  vp-simulate --out shown schedule=zb_h1         also as pictures and as a trace for Perfetto
+  vp-simulate --compare 1f1b,zb_h1,v_half --vocab none,one_barrier --out compared parallel.pp=8 cost=a100_4b"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """A console entry.  `options` take a value: their name -> (what to write for it, what it does)."""
+
+    name: str
+    purpose: str
+    body: Callable[[RunConfig, Sequence[str], Mapping[str, str]], int]
+    examples: str = _TRAIN_EXAMPLES
+    options: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def train() -> None:
     """`vp-train` and `python -m vp_train`: a rank when torchrun started us, otherwise the launcher of all ranks."""
-    _main("vp-train", "trains a decoder with vocabulary and pipeline parallelism", _train)
+    _main(_Command("vp-train", "trains a decoder with vocabulary and pipeline parallelism", _train))
 
 
 def prepare() -> None:
     """`vp-prepare`: tokenize the data of a run, so that training starts at once."""
-    _main("vp-prepare", "tokenizes text and stores it for training", _prepare)
+    _main(_Command("vp-prepare", "tokenizes text and stores it for training", _prepare))
 
 
-def _train(config: RunConfig, overrides: Sequence[str]) -> int:
+def simulate() -> None:
+    """`vp-simulate`: what a step would take and keep, without running it."""
+    options = {
+        "--out": ("DIR", "write pictures, trace and figures there"),
+        "--compare": ("A,B,...", "one line for each of these schedules, or for all"),
+        "--vocab": ("A,B,...", "with --compare: with each of these algorithms, or with all"),
+    }
+    purpose = "simulates one step: time, bubble and memory of a schedule"
+    _main(_Command("vp-simulate", purpose, _simulate, _SIMULATE_EXAMPLES, options))
+
+
+def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from vp_train.train import run_rank
 
@@ -52,33 +85,51 @@ def _train(config: RunConfig, overrides: Sequence[str]) -> int:
     return launch(config, overrides)
 
 
-def _prepare(config: RunConfig, overrides: Sequence[str]) -> int:
+def _prepare(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
     from vp_train.data import describe, prepare
 
     print(describe(prepare(config.data, config.model.vocab_size, progress=True)))
     return EXIT_OK
 
 
-def _main(command: str, purpose: str, body: Callable[[RunConfig, Sequence[str]], int]) -> NoReturn:
+def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    from vp_train.simulation import compare, show
+
+    directory = Path(options["--out"]).expanduser() if "--out" in options else None
+    if "--vocab" in options and "--compare" not in options:
+        raise ConfigError(f"--vocab belongs to --compare; for one algorithm write vocab={options['--vocab'].split(',')[0]}")
+    try:
+        if "--compare" in options:
+            compare(config, options["--compare"], options.get("--vocab"), directory, config_text(config))
+        else:
+            show(config, directory, config_text(config))
+    except BrokenPipeError:  # a reader like `head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return EXIT_OK
+
+
+def _main(command: _Command) -> NoReturn:
     arguments = sys.argv[1:]
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        overrides = [word for word in arguments if word not in ("--help", "-h", "--print-config")]
-        config = load_config(overrides)
+        words = [word for word in arguments if word not in ("--help", "-h", "--print-config")]
+        overrides, options = _split(words, command.options)
+        config = load_config(overrides, tuple(command.options))
         if "--help" in arguments or "-h" in arguments:
-            print(_help(command, purpose, config))
+            print(_help(command, config))
             code = EXIT_OK
         elif "--print-config" in arguments:
             print(config_text(config), end="")
             code = EXIT_OK
         else:
-            code = body(config, overrides)
+            code = command.body(config, overrides, options)
     except ConfigError as error:
         if speaks:
-            print(f"{command}: {error}", file=sys.stderr, flush=True)
+            print(f"{command.name}: {error}", file=sys.stderr, flush=True)
         code = EXIT_CONFIG
     except OSError as error:
-        print(f"{command}: {error}", file=sys.stderr, flush=True)
+        print(f"{command.name}: {error}", file=sys.stderr, flush=True)
         code = EXIT_IO
     except KeyboardInterrupt:
         code = 130
@@ -90,7 +141,24 @@ def _main(command: str, purpose: str, body: Callable[[RunConfig, Sequence[str]],
     sys.exit(code)
 
 
-def load_config(overrides: Sequence[str]) -> RunConfig:
+def _split(words: Sequence[str], known: Mapping[str, tuple[str, str]]) -> tuple[list[str], dict[str, str]]:
+    """Overrides, and the values of known options, written `--out DIR` or `--out=DIR`."""
+    overrides: list[str] = []
+    options: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name not in known:
+            overrides.append(word)
+            continue
+        value = value if equals else next(rest, "")
+        if not value or value.startswith("-"):
+            raise ConfigError(f"{name} needs a value: {name} {known[name][0]}")
+        options[name] = value
+    return overrides, options
+
+
+def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> RunConfig:
     """Compose configs/ and `overrides`.  Raises ConfigError with the offending override and the way out."""
     from hydra import compose, initialize_config_module
     from hydra.core.config_store import ConfigStore
@@ -103,7 +171,8 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
     ConfigStore.instance().store(name="schema", node=schema)
     options = [word for word in overrides if word.startswith("-")]
     if options:
-        raise ConfigError(f"{options[0]} is not an option; there are --help and --print-config, all else is key=value")
+        known = ", ".join((*known_options, "--help"))
+        raise ConfigError(f"{options[0]} is not an option; there are {known} and --print-config, all else is key=value")
     edits = [word for word in overrides if word.startswith(("+", "~"))]
     if edits:
         raise ConfigError(f"{edits[0]}: settings cannot be added or removed; write key=value")
@@ -171,6 +240,9 @@ def _unknown_choice(error: BaseException) -> str:
 
 def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
     first = _first_line(error)
+    if first.startswith("Ambiguous value"):
+        word = first.split("'")[1]
+        return f"{word}: one value is needed; vp-simulate --compare compares several"
     if first.startswith("Could not override"):
         key = first.split("'")[1]
         close = difflib.get_close_matches(key, list(keys), n=3)
@@ -180,7 +252,7 @@ def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
     return first.replace("Error merging override ", "") + reason
 
 
-def _help(command: str, purpose: str, config: RunConfig) -> str:
+def _help(command: _Command, config: RunConfig) -> str:
     from importlib.resources import files
 
     root = files("vp_train.configs")
@@ -191,4 +263,12 @@ def _help(command: str, purpose: str, config: RunConfig) -> str:
     }
     values = "\n".join(f"  {line}" for line in config_text(config).splitlines())
     lines = "\n".join(f"  {group:<10} {', '.join(choices)}" for group, choices in groups.items())
-    return _HELP.format(command=command, purpose=purpose, groups=lines, values=values).rstrip()
+    options = "".join(f"       {f'{name} {value}':<20} {does}\n" for name, (value, does) in command.options.items())
+    return _HELP.format(
+        command=command.name,
+        purpose=command.purpose,
+        options=options,
+        groups=lines,
+        values=values,
+        examples=command.examples,
+    ).rstrip()

@@ -6,7 +6,7 @@ live in `plan`.  Every check raises ConfigError, which names the value and the w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 class ConfigError(ValueError):
@@ -174,17 +174,33 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CostConfig:
-    """Seconds the planner assumes; per pass they follow from FLOPs at `flops_per_second`."""
+    """Seconds the planner assumes; per pass they follow from FLOPs at `flops_per_second`.
+
+    What was measured replaces that estimate.  All measured figures are for one microbatch: F, B, I and W per layer; S and T of
+    a shard together, a fixed part and a part per row; E and G per shard.  `measured_layer_flops` says for which layers: the
+    forward FLOPs of one, so that the figures are refused for any other model, sequence length or micro-batch size.
+    """
 
     flops_per_second: float = 5e10
     hop_seconds: float = 2e-4
     collective_seconds: float = 5e-4
+    measured_layer_flops: float | None = None
+    layer_forward_seconds: float | None = None
+    layer_backward_seconds: float | None = None
+    layer_input_grad_seconds: float | None = None
+    layer_weight_grad_seconds: float | None = None
+    output_fixed_seconds: float = 0.0  # counts only with output_row_seconds
+    output_row_seconds: float | None = None
+    lookup_seconds: float | None = None
+    lookup_grad_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if not self.flops_per_second > 0:
             raise ConfigError(f"cost.flops_per_second={self.flops_per_second} is too small; it must be above 0")
-        for name in ("hop_seconds", "collective_seconds"):
-            _at_least(f"cost.{name}", getattr(self, name), 0)
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name.endswith("_seconds") and value is not None:
+                _at_least(f"cost.{item.name}", value, 0)
 
 
 @dataclass(frozen=True)

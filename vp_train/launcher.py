@@ -9,14 +9,12 @@ from collections.abc import Sequence
 
 from vp_train.config import RunConfig
 from vp_train.metrics.run_directory import refuse_used
-from vp_train.plan import make_plan
-
-_DEFAULT_RANKS = 4
+from vp_train.plan import DEFAULT_RANKS, make_plan
 
 
 def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     """Check the plan, prepare the data, then run the ranks; returns the exit code of the first rank that failed, or 0."""
-    num_ranks = config.parallel.pp or _DEFAULT_RANKS
+    num_ranks = config.parallel.pp or DEFAULT_RANKS
     make_plan(config, num_ranks)
     refuse_used(config.run)
     if config.data.name != "synthetic":

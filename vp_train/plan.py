@@ -22,14 +22,18 @@ from vp_train.config import ConfigError, ModelConfig, ParallelConfig, RunConfig
 from vp_train.model import shape
 from vp_train.vocab.shard import Shard, split_rows
 
+DEFAULT_RANKS = 4  # where neither a launcher nor parallel.pp says how many
 _ITEM_BYTES = {"float32": 4, "float64": 8}
-# GEMMs of one shard's rows by pass: Z, and with it dx for one_barrier; the rest is T's.
+# Of the three matrix products of a shard, those in S: Z, and with it dx for one_barrier; the rest are T's.
 _S_GEMMS = {"none": 2, "one_barrier": 2, "two_barrier": 1, "naive": 1}
 
 
 @dataclass(frozen=True, slots=True)
-class RunPlan:
-    """What every rank will do.  `layers[s]` are the global layers of stage s; `shards[end][r]` the rows of rank r."""
+class StepPlan:
+    """What one step computes, where and when.
+
+    `layers[s]` are the global layers of stage s; `shards[end][r]` the rows of rank r.
+    """
 
     layers: tuple[range, ...]
     shards: dict[End, tuple[Shard, ...]]
@@ -37,9 +41,6 @@ class RunPlan:
     cost: CostModel
     schedule: Schedule
     timeline: Timeline
-    program: Program
-    evaluation_problem: Problem
-    evaluation_program: Program
 
     @property
     def layers_of_ranks(self) -> tuple[tuple[range, ...], ...]:
@@ -52,8 +53,32 @@ class RunPlan:
         return self.problem.layout.num_ranks
 
 
+@dataclass(frozen=True, slots=True)
+class RunPlan(StepPlan):
+    """What every rank will do: a step, and the programs that run it and the evaluation."""
+
+    program: Program
+    evaluation_problem: Problem
+    evaluation_program: Program
+
+
 def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
     """Decide the whole run for `num_ranks` pipeline ranks.  Raises ConfigError, naming the value and the way out."""
+    step = plan_step(config, num_ranks)
+    problem, cost = step.problem, step.cost
+    program = lower(step.schedule, problem, cost)
+    check_program(program, problem)
+    num_evaluated = max(1, config.run.eval_microbatches)
+    evaluated = Problem(problem.layout, num_evaluated, evaluation(problem.algorithm), forward_only=True)
+    evaluation_program = lower(generate("gpipe", evaluated, cost), evaluated, cost)
+    check_program(evaluation_program, evaluated)
+    return RunPlan(
+        step.layers, step.shards, problem, cost, step.schedule, step.timeline, program, evaluated, evaluation_program
+    )
+
+
+def plan_step(config: RunConfig, num_ranks: int) -> StepPlan:
+    """Decide and simulate one step, without the programs that would run it.  Raises ConfigError like `make_plan`."""
     if config.parallel.pp not in (None, num_ranks):
         raise ConfigError(
             f"parallel.pp={config.parallel.pp}, but {num_ranks} ranks were started; "
@@ -72,14 +97,7 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
     cost = estimate_cost(config, layers, shards, algorithm)
     schedule = generate(config.schedule.name, problem, cost)
     check_schedule(schedule, problem)
-    program = lower(schedule, problem, cost)
-    check_program(program, problem)
-    num_evaluated = max(1, config.run.eval_microbatches)
-    evaluated = Problem(layout, num_evaluated, evaluation(algorithm), forward_only=True)
-    evaluation_program = lower(generate("gpipe", evaluated, cost), evaluated, cost)
-    check_program(evaluation_program, evaluated)
-    timeline = simulate(schedule, problem, cost)
-    return RunPlan(layers, shards, problem, cost, schedule, timeline, program, evaluated, evaluation_program)
+    return StepPlan(layers, shards, problem, cost, schedule, simulate(schedule, problem, cost))
 
 
 def split_layers(model: ModelConfig, parallel: ParallelConfig, num_stages: int) -> tuple[range, ...]:
@@ -141,33 +159,71 @@ def _shards(config: RunConfig, problem: Problem, end: End) -> tuple[Shard, ...]:
 def estimate_cost(
     config: RunConfig, layers: Sequence[range], shards: dict[End, tuple[Shard, ...]], algorithm: VocabAlgorithm
 ) -> CostModel:
-    """Seconds from FLOPs at cost.flops_per_second, bytes from shapes; E and G are lookups, a tenth of a barrier each."""
-    model, rate = config.model, config.cost.flops_per_second
-    tokens = config.micro_batch_size * model.seq_length
+    """Seconds as measured where `cost` gives them, else from FLOPs; bytes from shapes.
+
+    Raises ConfigError where the measured layers were not those of this model.
+    """
+    _check_measured(config)
+    model, size = config.model, config.micro_batch_size
     item_bytes = _ITEM_BYTES[config.run.dtype]
-    forward = [len(stage) * shape.layer_flops(model, tokens) / rate for stage in layers]
-    gemm = [2 * tokens * shard.num_rows * model.hidden_size / rate for shard in shards[End.OUTPUT]]
-    s_gemms = _S_GEMMS[algorithm.name]
-    lookup = (config.cost.collective_seconds / 10,) * len(gemm)
-    layer_bytes = shape.layer_activation_bytes(model, config.micro_batch_size, item_bytes)
-    stage_bytes = [float(len(stage) * layer_bytes) for stage in layers]
-    stage_bytes[-1] += shape.final_norm_activation_bytes(model, config.micro_batch_size, item_bytes)
+    rows = [shard.num_rows for shard in shards[End.OUTPUT]]
+    stage_bytes = [float(len(stage) * shape.layer_activation_bytes(model, size, item_bytes)) for stage in layers]
+    stage_bytes[-1] += shape.final_norm_activation_bytes(model, size, item_bytes)
     return CostModel(
-        {
-            Kind.F: tuple(forward),
-            Kind.B: tuple(2 * seconds for seconds in forward),
-            Kind.I: tuple(forward),
-            Kind.W: tuple(forward),
-            Kind.S: tuple(s_gemms * seconds for seconds in gemm),
-            Kind.T: tuple((3 - s_gemms) * seconds for seconds in gemm),
-            Kind.E: lookup,
-            Kind.G: lookup,
-        },
+        _stage_seconds(config, layers) | _shard_seconds(config, rows, _S_GEMMS[algorithm.name] / 3),
         config.cost.hop_seconds,
         {barrier.name: config.cost.collective_seconds for barrier in algorithm.barriers},
         tuple(stage_bytes),
-        tuple(float(item_bytes * tokens * (shard.num_rows + model.hidden_size)) for shard in shards[End.OUTPUT]),
-        tuple(
-            float(len(stage) * shape.layer_weight_grad_bytes(model, config.micro_batch_size, item_bytes)) for stage in layers
-        ),
+        tuple(float(item_bytes * size * model.seq_length * (count + model.hidden_size)) for count in rows),
+        tuple(float(len(stage) * shape.layer_weight_grad_bytes(model, size, item_bytes)) for stage in layers),
     )
+
+
+def _stage_seconds(config: RunConfig, layers: Sequence[range]) -> dict[Kind, tuple[float, ...]]:
+    """F, B, I and W of each stage; B takes twice F, and I and W half of B each, unless measured."""
+    cost = config.cost
+    forward = _layer_flops(config) / cost.flops_per_second
+    of_one_layer = {
+        Kind.F: _either(cost.layer_forward_seconds, forward),
+        Kind.B: _either(cost.layer_backward_seconds, 2 * forward),
+        Kind.I: _either(cost.layer_input_grad_seconds, forward),
+        Kind.W: _either(cost.layer_weight_grad_seconds, forward),
+    }
+    return {kind: tuple(len(stage) * seconds for stage in layers) for kind, seconds in of_one_layer.items()}
+
+
+def _shard_seconds(config: RunConfig, rows: Sequence[int], s_share: float) -> dict[Kind, tuple[float, ...]]:
+    """S, T, E and G of each shard; E and G are lookups, a tenth of a barrier each unless measured."""
+    cost, lookup = config.cost, config.cost.collective_seconds / 10
+    both = [_output_seconds(config, count) for count in rows]
+    return {
+        Kind.S: tuple(s_share * seconds for seconds in both),
+        Kind.T: tuple((1 - s_share) * seconds for seconds in both),
+        Kind.E: (_either(cost.lookup_seconds, lookup),) * len(rows),
+        Kind.G: (_either(cost.lookup_grad_seconds, lookup),) * len(rows),
+    }
+
+
+def _output_seconds(config: RunConfig, num_rows: int) -> float:
+    """S and T of one shard together: three matrix products."""
+    cost, model = config.cost, config.model
+    if cost.output_row_seconds is None:
+        return 6 * config.micro_batch_size * model.seq_length * num_rows * model.hidden_size / cost.flops_per_second
+    return cost.output_fixed_seconds + num_rows * cost.output_row_seconds if num_rows else 0.0
+
+
+def _either(measured: float | None, estimate: float) -> float:
+    return estimate if measured is None else measured
+
+
+def _layer_flops(config: RunConfig) -> int:
+    return shape.layer_flops(config.model, config.micro_batch_size * config.model.seq_length)
+
+
+def _check_measured(config: RunConfig) -> None:
+    measured, here = config.cost.measured_layer_flops, _layer_flops(config)
+    if measured is not None and not math.isclose(measured, here, rel_tol=0.01):
+        raise ConfigError(
+            f"cost.measured_layer_flops={measured:g}, but a layer of this model takes {here:g} FLOPs forward per microbatch: "
+            "these pass times are not for it; use a cost that is, or one that counts FLOPs, e.g. cost=a100"
+        )

@@ -69,6 +69,12 @@ def test_the_grid_is_to_scale_and_blanks_are_bubbles():
     ]
 
 
+def test_the_beginning_of_a_step_is_drawn_to_its_own_scale():
+    drawn = text_grid(two_ranks(), 44, seconds=0.004).splitlines()
+    assert drawn[:2] == ["  0 F0" + "-" * 18, "  1 " + " " * 20 + "F0" + "-" * 18]
+    assert drawn[2].strip().startswith("10 ms")  # the legend tells of all of it
+
+
 def test_a_microbatch_that_does_not_fit_is_left_out_rather_than_cut():
     drawn = text_grid(timeline([("0F7", 0.0, 0.2), ("0F12", 0.2, 0.4), ("0F123", 0.4, 1.0)]), columns=14)
     assert drawn.splitlines()[0] == "  0 F7F-F123--"

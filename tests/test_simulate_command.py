@@ -1,0 +1,289 @@
+"""vp-simulate: figures that are known, files that can be read, refusals in one line; and it starts without torch."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from schedules.generators import GENERATORS
+from schedules.ir import Kind, Schedule
+from vp_train import cli
+from vp_train.cli import load_config
+from vp_train.config import ConfigError
+from vp_train.model import shape
+from vp_train.plan import plan_step
+from vp_train.simulation import Outcome, Refusal, grid, simulate_each, simulate_step
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = json.loads((ROOT / "benchmarks" / "data" / "a100_8gpu_s2048.json").read_text())["rows"]
+AS_TYPED = ["schedule=v_half", "vocab=one_barrier", "parallel.pp=8", "num_microbatches=32", "cost=a100_4b"]
+# F = 1 s and B = 2 s per stage of one layer, everything else free: the closed forms of the textbooks.
+UNIT = [
+    "vocab=none",
+    "parallel.pp=4",
+    "model.num_layers=4",
+    "cost.hop_seconds=0",
+    "cost.collective_seconds=0",
+    "cost.layer_forward_seconds=1",
+    "cost.layer_backward_seconds=2",
+    "cost.output_row_seconds=0",
+]
+LAST_LANES = """\
+  2       F0-F1-      B0----F2-B1----F3-B2----F4-B3----F5-B4----F6-B5----F7-B6----   B7----
+  3          F0-B0----F1-B1----F2-B2----F3-B3----F4-B4----F5-B5----F6-B6----F7-B7----
+"""
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def vp_simulate(monkeypatch, capsys):
+    """Runs the command in this process: arguments -> (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vp-simulate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.simulate()
+        return left.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_is_installed():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts["vp-simulate"] == "vp_train.cli:simulate"
+
+
+def test_as_in_the_readme_without_torch():
+    code = "import atexit, sys, vp_train.cli; atexit.register(lambda: print('torch' in sys.modules)); vp_train.cli.simulate()"
+    done = subprocess.run([sys.executable, "-c", code, *AS_TYPED], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "False"
+    assert [line[:4] for line in lines if line[:4].strip().isdecimal()] == [f"{rank:>3} " for rank in range(8)] + [
+        f"{rank:>4}" for rank in range(8)
+    ]
+    outcome = simulate_step(load_config(AS_TYPED))
+    for words in (
+        "v_half with one_barrier, 8 ranks, 32 microbatches of 1 x 2,048 tokens",
+        f"makespan     {outcome.timeline.makespan:.2f} s",
+        f"mean bubble  {outcome.timeline.mean_bubble:.1%}",
+        "peak memory  ",
+        f"lower bound  {outcome.bound.seconds:.2f} s: {outcome.bound.reason}",
+        f"gap          {outcome.gap:.1%}",
+        "simulated in ",
+    ):
+        assert words in done.stdout
+
+
+def test_1f1b_takes_the_work_and_one_fill_and_drain(vp_simulate, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "103")  # of a grid, 99 are for the 33 seconds
+    code, out, _ = vp_simulate(*UNIT, "num_microbatches=8")
+    assert code == 0
+    assert "makespan     33.00 s" in out  # (m + p - 1)(F + B)
+    assert "mean bubble  27.3%" in out  # (p - 1) / (m + p - 1)
+    assert "at most 4 microbatches in flight" in out  # p
+    assert "gap          0.0% above the bound" in out
+    in_flight = [line.split()[-3] for line in out.splitlines() if line[:4].strip().isdecimal() and " s " in line]
+    assert in_flight == ["4", "3", "2", "1"]
+    assert LAST_LANES in out
+
+
+def test_settings_are_those_of_vp_train(vp_simulate):
+    code, out, _ = vp_simulate("--print-config", "cost=a100_4b", "model.vocab_size=64000")
+    assert code == 0
+    for words in ("hidden_size: 3072", "vocab_size: 64000", "layer_forward_seconds: 0.002835"):
+        assert words in out
+    code, out, _ = vp_simulate("--help")
+    assert code == 0
+    for words in ("--out DIR", "--compare A,B,...", "--vocab A,B,...", "a100_4b", "clip_grad_norm:", "vp-simulate --out"):
+        assert words in out
+
+
+def test_a_model_may_be_chosen_after_all():
+    assert load_config(["cost=a100", "model=small"]).model.hidden_size == 256
+    assert load_config(["cost=a100_4b", "model=small"]).model.hidden_size == 256  # the plan refuses it, see below
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compare", "1f1b,x"], "--compare: 'x' is not known; choose from gpipe, 1f1b"),
+        (["--compare=1f1b", "--vocab", "tree"], "--vocab: 'tree' is not known; choose from none, naive"),
+        (["--vocab", "none"], "--vocab belongs to --compare; for one algorithm write vocab=none"),
+        (["--out"], "--out needs a value: --out DIR"),
+        (["--out", "--compare", "1f1b"], "--out needs a value: --out DIR"),
+        (["--plot"], "--plot is not an option; there are --out, --compare, --vocab, --help and --print-config"),
+        (["vocab=none,naive"], "vocab=none,naive: one value is needed; vp-simulate --compare compares several"),
+        (["model.num_layers=7"], "model.num_layers=7 does not split over 4 stages; use model.num_layers=4 or 8"),
+        (["cost.layer_forward_seconds=-1"], "cost.layer_forward_seconds=-1.0 is too small; it must be at least 0"),
+        (["cost=a100_4b", "model=small"], "these pass times are not for it; use a cost that is, or one that counts FLOPs"),
+        (["cost=a100_4b", "micro_batch_size=2"], "cost.measured_layer_flops=5.154e+11, but a layer of this model takes 1.03"),
+    ],
+)
+def test_a_bad_value_is_one_line_and_exit_code_78(vp_simulate, arguments, message):
+    code, out, err = vp_simulate(*arguments)
+    assert code == 78
+    assert err.startswith("vp-simulate: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert "bubble" not in out
+
+
+def test_a_directory_that_cannot_be_made_is_known_before_the_work(vp_simulate, tmp_path):
+    (tmp_path / "file").touch()
+    code, out, err = vp_simulate("--out", tmp_path / "file")
+    assert code == 74
+    assert out == ""
+    assert len(err.splitlines()) == 1
+
+
+def test_out_writes_files_that_can_be_read(vp_simulate, tmp_path):
+    code, out, _ = vp_simulate("--out", tmp_path / "a" / "b", *UNIT)
+    assert code == 0
+    names = ("config.yaml", "schedule.txt", "schedule.svg", "schedule.png", "trace.json", "table.json")
+    assert f"written to {tmp_path / 'a' / 'b'}: {', '.join(names)}" in out
+    config, text, picture, image, trace, table = (tmp_path / "a" / "b" / name for name in names)
+    plan = plan_step(load_config(UNIT), 4)
+    assert "layer_backward_seconds: 2.0" in config.read_text()
+    assert Schedule.parse(text.read_text()) == plan.schedule
+    assert ElementTree.parse(picture).getroot().tag.endswith("svg")
+    assert image.read_bytes().startswith(PNG)
+    passes = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X" and event["tid"] == 0]
+    assert sorted(event["name"] for event in passes) == sorted(str(item) for _, item in plan.schedule.passes())
+    (row,) = json.loads(table.read_text())["rows"]
+    assert row["makespan_seconds"] == pytest.approx(33)
+    assert row["bubble"] == pytest.approx([3 / 11] * 4)
+    assert row["microbatches_in_flight"] == [4, 3, 2, 1]
+    assert row["bound_seconds"] == pytest.approx(33)
+    assert row["peak_bytes"] == list(plan.timeline.peak_bytes)
+
+
+def test_a_comparison_lists_what_is_not_possible_and_draws_the_rest(vp_simulate, tmp_path):
+    # 4 layers split over 4 stages, but not over the 8 of a V.
+    code, out, _ = vp_simulate("--compare", "1f1b,zb_h1,v_half", "--vocab", "none,one_barrier", "--out", tmp_path, *UNIT)
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    rows = [words[:2] for words in lines if words and words[0] in GENERATORS]
+    assert rows == [[name, vocab] for name in ("1f1b", "zb_h1", "v_half") for vocab in ("none", "one_barrier")]
+    assert ["1f1b", "none", "33.00", "s", "27.3%", "0.0%", "4"] in [words[:7] for words in lines]
+    assert out.count("not possible: model.num_layers=4 does not split over 8 stages; use model.num_layers=8") == 2
+    assert "4 of 6 simulated in " in out
+    table = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert ["reason" in row for row in table] == [False] * 4 + [True] * 2
+    assert (tmp_path / "comparison.png").read_bytes().startswith(PNG)
+
+
+def test_a_comparison_of_impossible_schedules_only_fails(vp_simulate, tmp_path):
+    code, out, err = vp_simulate("--compare", "v_half", "--out", tmp_path, *UNIT)
+    assert code == 78
+    assert "not possible: " in out
+    assert "none of these schedules is possible" in err
+
+
+def test_all_means_every_name():
+    found = list(simulate_each(load_config(["model=nano", "model.num_layers=8"]), tuple(GENERATORS), ("none", "one_barrier")))
+    assert [item.schedule for item in found] == [name for name in GENERATORS for _ in range(2)]
+    assert not [item for item in found if isinstance(item, Refusal)]
+    assert all(item.gap > -1e-9 for item in found if isinstance(item, Outcome))
+
+
+@pytest.mark.parametrize("options", [[], ["--compare", "1f1b"]])
+def test_without_matplotlib_only_the_png_is_missing(vp_simulate, monkeypatch, tmp_path, options):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = vp_simulate(*options, "--out", tmp_path, *UNIT)
+    assert code == 78
+    assert "27.3%" in out
+    assert "pip install 'vp_train[plot]'" in err
+    assert len(err.splitlines()) == 1
+    assert (tmp_path / "table.json").exists()
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_long_step_shows_its_beginning_and_many_ranks_none():
+    long = simulate_step(load_config([*UNIT, "num_microbatches=200"])).timeline
+    drawn = grid(long, 100).splitlines()
+    assert drawn[-1].startswith("(the first 24.00 s of 609.00 s")  # 96 columns, "F199" in each
+    assert max(map(len, drawn[:-1])) <= 100
+    many = simulate_step(load_config([*UNIT, "parallel.pp=40", "model.num_layers=40", "num_microbatches=1"])).timeline
+    assert grid(many, 100) == "(no grid: 40 ranks are too many for text; --out DIR draws them)\n"
+
+
+def test_measured_times_replace_the_estimate():
+    given = ["cost.output_fixed_seconds=0.5", "cost.output_row_seconds=0.001", "cost.lookup_seconds=0.25"]
+    cost = plan_step(load_config([*UNIT, *given, "model.vocab_size=1000"]), 4).cost
+    assert cost.pass_seconds[Kind.F] == (1.0,) * 4
+    assert cost.pass_seconds[Kind.B] == (2.0,) * 4
+    assert cost.pass_seconds[Kind.S] == pytest.approx((0, 0, 0, 1.0))  # two of three products of 1.5 s; no rows, no time
+    assert cost.pass_seconds[Kind.T] == pytest.approx((0, 0, 0, 0.5))
+    assert cost.pass_seconds[Kind.E] == (0.25,) * 4
+    assert cost.pass_seconds[Kind.G] == (0.0,) * 4  # not given: a tenth of a collective
+    assert cost.pass_seconds[Kind.W][0] == shape.layer_flops(load_config(UNIT).model, 256) / 5e10
+
+
+def published(method):
+    return [row for row in PUBLISHED if row["method"] == method]
+
+
+def median_seconds(rows, kind):
+    return statistics.median(us * 1e-6 for row in rows for us in row["pass_times_us"][kind])
+
+
+def test_a100_4b_is_what_was_published():
+    config, rows = load_config(["cost=a100_4b"]), published("vocab-2")
+    cost, model = config.cost, config.model
+    slope, intercept = statistics.linear_regression(
+        [row["vocab"] / row["pp"] for row in rows], [median_seconds([row], "TS") for row in rows]
+    )
+    share = 24 / (48 + 8 * model.seq_length / model.hidden_size)  # of W in B, by FLOPs
+    backward = median_seconds(rows, "B") / 4
+    assert {
+        "hop": cost.hop_seconds,
+        "F": cost.layer_forward_seconds,
+        "B": cost.layer_backward_seconds,
+        "I": cost.layer_input_grad_seconds,
+        "W": cost.layer_weight_grad_seconds,
+        "row": cost.output_row_seconds,
+        "fixed": cost.output_fixed_seconds,
+        "E": cost.lookup_seconds,
+        "G": cost.lookup_grad_seconds,
+    } == pytest.approx(
+        {
+            "hop": median_seconds(rows, "P2P"),
+            "F": median_seconds(rows, "F") / 4,
+            "B": backward,
+            "I": (1 - share) * backward,
+            "W": share * backward,
+            "row": slope,
+            "fixed": intercept,
+            "E": median_seconds(rows, "IF"),
+            "G": median_seconds(rows, "IB"),
+        },
+        rel=1e-3,
+    )
+
+
+def test_gpt_4b_has_the_published_flops():
+    model = load_config(["model=gpt_4b"]).model
+    layers = model.num_layers * shape.layer_flops(model, model.seq_length)
+    for row in PUBLISHED:
+        head = 2 * model.seq_length * model.hidden_size * row["vocab"]
+        assert 3e-12 * (layers + head) == pytest.approx(row["tflop_per_microbatch"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("method", "vocab"), [("vocab-1", "two_barrier"), ("vocab-2", "one_barrier")])
+def test_the_published_iteration_is_predicted_within_4_percent(method, vocab):
+    row = next(row for row in published(method) if row["vocab"] == 256_000)
+    outcome = simulate_step(load_config(["cost=a100_4b", f"vocab={vocab}", "parallel.pp=8", "num_microbatches=128"]))
+    assert 1e3 * outcome.timeline.makespan == pytest.approx(row["iteration_ms"], rel=0.04)
+
+
+def test_a_plan_for_one_model_refuses_measurements_of_another():
+    with pytest.raises(ConfigError, match="one that counts FLOPs"):
+        simulate_step(load_config(["cost=a100_4b", "model.seq_length=4096", "parallel.pp=8"]))

@@ -1,0 +1,253 @@
+"""What a step would take and keep, in words, numbers and pictures: the body of `vp-simulate`.  Runs without torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from schedules.bound import Bound, step_bound
+from schedules.generators import GENERATORS
+from schedules.ir import Kind
+from schedules.render import chrome_trace, duration, svg, text_grid
+from schedules.timeline import Timeline
+from schedules.vocab import VOCAB_ALGORITHMS, End
+from vp_train.config import ConfigError, RunConfig
+from vp_train.metrics.progress import human_bytes
+from vp_train.plan import DEFAULT_RANKS, StepPlan, plan_step
+from vp_train.plot import Mark, comparison_png, schedule_png
+
+_GRID_RANKS = 32
+
+
+def show(config: RunConfig, directory: Path | None, config_yaml: str) -> None:
+    """Simulate one step, print what is known of it, and with a directory draw it there.  Raises ConfigError."""
+    _make(directory)
+    print(f"{config.schedule.name} with {config.vocab.algorithm}, {headline(config)}\n", flush=True)
+    started = time.perf_counter()
+    outcome = simulate_step(config)
+    taken = time.perf_counter() - started
+    print(report(outcome, shutil.get_terminal_size((120, 24)).columns))
+    print(f"\nsimulated in {duration(taken)}", flush=True)
+    if directory is None:
+        return
+    timeline, title = outcome.timeline, f"{outcome.name}, simulated"
+    _write(directory, "config.yaml", config_yaml)
+    _write(directory, "schedule.txt", outcome.plan.schedule.text())
+    _write(directory, "schedule.svg", svg(timeline, title))
+    _write(directory, "trace.json", json.dumps(chrome_trace({outcome.name: timeline})))
+    _write_table(directory, [outcome])
+    schedule_png(timeline, title, directory / "schedule.png")
+    print(f"written to {directory}: config.yaml, schedule.txt, schedule.svg, schedule.png, trace.json, table.json", flush=True)
+
+
+def compare(config: RunConfig, schedules: str, vocabs: str | None, directory: Path | None, config_yaml: str) -> None:
+    """One line per schedule and algorithm, and with a directory one picture of all.
+
+    Schedules and algorithms are lists with commas, or `all`; without algorithms, that of `config`.  Raises ConfigError for a
+    name that is not known, or if none of them is possible.
+    """
+    names = _names("--compare", schedules, tuple(GENERATORS))
+    algorithms = _names("--vocab", vocabs or config.vocab.algorithm, tuple(VOCAB_ALGORITHMS))
+    _make(directory)
+    print(f"{headline(config)}\n\n{table_head()}", flush=True)
+    started = time.perf_counter()
+    items = []
+    for item in simulate_each(config, names, algorithms):
+        print(table_line(item), flush=True)
+        items.append(item)
+    outcomes = [item for item in items if isinstance(item, Outcome)]
+    print(f"\n{len(outcomes)} of {len(items)} simulated in {duration(time.perf_counter() - started)}", flush=True)
+    if directory is not None:
+        _write(directory, "config.yaml", config_yaml)
+        _write_table(directory, items)
+    if not outcomes:
+        raise ConfigError("none of these schedules is possible with these settings; the table says why")
+    if directory is not None:
+        marks = [Mark(item.schedule, item.vocab, item.timeline.mean_bubble, max(item.timeline.peak_bytes)) for item in outcomes]
+        comparison_png(marks, headline(config), directory / "comparison.png")
+        print(f"written to {directory}: config.yaml, table.json, comparison.png", flush=True)
+
+
+def _make(directory: Path | None) -> None:
+    """Before the work is done: whoever cannot write should not wait for it."""
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+
+
+def _names(option: str, words: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The names in a list with commas, each once."""
+    if words == "all":
+        return known
+    names = tuple(dict.fromkeys(words.split(",")))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{option}: {name!r} is not known; choose from {', '.join(known)}, or write {option} all")
+    return names
+
+
+def _write(directory: Path, name: str, text: str) -> None:
+    (directory / name).write_text(text)
+
+
+def _write_table(directory: Path, items: Sequence[Outcome | Refusal]) -> None:
+    _write(directory, "table.json", json.dumps({"rows": [record(item) for item in items]}, indent=1) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A schedule with a vocabulary algorithm, simulated.  Fractions 0 to 1, peaks over the ranks."""
+
+    schedule: str
+    vocab: str
+    plan: StepPlan
+    bound: Bound
+
+    @property
+    def name(self) -> str:
+        return f"{self.schedule} with {self.vocab}"
+
+    @property
+    def timeline(self) -> Timeline:
+        return self.plan.timeline
+
+    @property
+    def gap(self) -> float:
+        """How much longer the step takes than the lower bound; 0, not -1e-16, where it is reached."""
+        return round(self.timeline.gap or 0.0, 9) + 0.0
+
+    @property
+    def microbatches_in_flight(self) -> tuple[float, ...]:
+        """Per rank, at the peak: a microbatch counts in full when all stages of the rank hold it."""
+        chunks = self.plan.problem.layout.num_chunks
+        return tuple(count / chunks for count in self.timeline.peak_in_flight)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A schedule with a vocabulary algorithm that these settings do not allow."""
+
+    schedule: str
+    vocab: str
+    reason: str
+
+
+def simulate_step(config: RunConfig) -> Outcome:
+    """Plan and simulate one step.  Raises ConfigError, naming the value and the way out."""
+    plan = plan_step(config, config.parallel.pp or DEFAULT_RANKS)
+    return Outcome(config.schedule.name, config.vocab.algorithm, plan, step_bound(plan.problem, plan.cost))
+
+
+def simulate_each(config: RunConfig, schedules: Sequence[str], vocabs: Sequence[str]) -> Iterator[Outcome | Refusal]:
+    """Every schedule with every algorithm, all other settings as they are."""
+    for schedule in schedules:
+        for vocab in vocabs:
+            chosen = replace(
+                config,
+                schedule=replace(config.schedule, name=schedule),
+                vocab=replace(config.vocab, algorithm=vocab),
+            )
+            try:
+                yield simulate_step(chosen)
+            except ConfigError as error:
+                yield Refusal(schedule, vocab, str(error))
+
+
+def headline(config: RunConfig) -> str:
+    """What is simulated, without schedule and algorithm, in two lines."""
+    model = config.model
+    return (
+        f"{config.parallel.pp or DEFAULT_RANKS} ranks, {config.num_microbatches} microbatches of {config.micro_batch_size} x "
+        f"{model.seq_length:,} tokens\n{model.num_layers} layers of hidden size {model.hidden_size:,}, vocabulary "
+        f"{model.vocab_size:,}; activations in {config.run.dtype}"
+    )
+
+
+def report(outcome: Outcome, columns: int) -> str:
+    """The grid, a table of the ranks, and the figures of the step."""
+    timeline, bound = outcome.timeline, outcome.bound
+    worst = max(range(timeline.num_ranks), key=timeline.peak_bytes.__getitem__)
+    return "\n".join(
+        [
+            grid(timeline, columns),
+            *_rank_table(outcome),
+            "",
+            f"makespan     {duration(timeline.makespan)}",
+            f"mean bubble  {timeline.mean_bubble:.1%}",
+            f"peak memory  {human_bytes(timeline.peak_bytes[worst])} on rank {worst}, at most "
+            f"{max(outcome.microbatches_in_flight):g} microbatches in flight; activations only",
+            f"lower bound  {duration(bound.seconds)}: {bound.reason}",
+            f"gap          {outcome.gap:.1%} above the bound",
+        ]
+    )
+
+
+def grid(timeline: Timeline, columns: int) -> str:
+    """The text grid; of a step too long for readable passes only the beginning, of too many ranks none, said in one line."""
+    if timeline.num_ranks > _GRID_RANKS:
+        return f"(no grid: {timeline.num_ranks} ranks are too many for text; --out DIR draws them)\n"
+    seconds = _readable_seconds(timeline, columns)
+    if seconds >= timeline.makespan:
+        return text_grid(timeline, columns)
+    shown = f"(the first {duration(seconds)} of {duration(timeline.makespan)}; --out DIR draws the whole step)\n"
+    return text_grid(timeline, columns, seconds) + shown
+
+
+def _readable_seconds(timeline: Timeline, columns: int) -> float:
+    """Seconds that fit into a line if the letter and the number of an ordinary forward do."""
+    forwards = [span for spans in timeline.compute for span in spans if span.kind == Kind.F and span.seconds > 0]
+    if not forwards:
+        return timeline.makespan
+    label = 1 + len(str(max(span.microbatch for span in forwards)))
+    return (columns - 4) / label * statistics.median(span.seconds for span in forwards)
+
+
+def _rank_table(outcome: Outcome) -> list[str]:
+    timeline, plan = outcome.timeline, outcome.plan
+    lines = ["rank  layers    V rows     busy   bubble  in flight  peak memory"]
+    for rank, layers in enumerate(plan.layers_of_ranks):
+        lines.append(
+            f"{rank:>4}  {sum(map(len, layers)):>6}  {plan.shards[End.OUTPUT][rank].num_rows:>8,}  "
+            f"{duration(timeline.busy(rank)):>7}  {timeline.bubble(rank):>6.1%}  "
+            f"{outcome.microbatches_in_flight[rank]:>9g}  {human_bytes(timeline.peak_bytes[rank]):>11}"
+        )
+    return lines
+
+
+def table_head() -> str:
+    """The header of `table_line`."""
+    return f"{'schedule':<12} {'vocab':<12} {'makespan':>9} {'bubble':>7} {'gap':>7} {'in flight':>10} {'peak memory':>12}"
+
+
+def table_line(item: Outcome | Refusal) -> str:
+    """One line of the comparison; peaks of the worst rank, `in flight` in microbatches."""
+    start = f"{item.schedule:<12} {item.vocab:<12} "
+    if isinstance(item, Refusal):
+        return f"{start}not possible: {item.reason}"
+    return start + (
+        f"{duration(item.timeline.makespan):>9} {item.timeline.mean_bubble:>7.1%} {item.gap:>7.1%} "
+        f"{max(item.microbatches_in_flight):>10g} {human_bytes(max(item.timeline.peak_bytes)):>12}"
+    )
+
+
+def record(item: Outcome | Refusal) -> dict[str, Any]:
+    """One row of table.json; bubbles and gap as fractions, lists by rank."""
+    start = {"schedule": item.schedule, "vocab": item.vocab}
+    if isinstance(item, Refusal):
+        return start | {"reason": item.reason}
+    timeline = item.timeline
+    return start | {
+        "makespan_seconds": timeline.makespan,
+        "mean_bubble": timeline.mean_bubble,
+        "bubble": [timeline.bubble(rank) for rank in range(timeline.num_ranks)],
+        "peak_bytes": list(timeline.peak_bytes),
+        "microbatches_in_flight": list(item.microbatches_in_flight),
+        "bound_seconds": item.bound.seconds,
+        "bound_reason": item.bound.reason,
+        "gap": item.gap,
+    }
