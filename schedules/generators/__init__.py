@@ -16,17 +16,15 @@ from schedules.generators.interleaved import interleaved
 from schedules.generators.one_f_one_b import one_f_one_b
 from schedules.generators.refine import refine
 from schedules.generators.v_shape import v_half, v_min
-from schedules.generators.weave import PREFERENCES, BaseOrder, weave
+from schedules.generators.weave import PREFERENCES, STARTS, BaseOrder, weave
 from schedules.generators.zero_bubble import zb_h1, zb_v
 from schedules.ir import Kind, Pass, Schedule
 from schedules.layout import Layout
 from schedules.network import Network
 from schedules.problem import Problem
-from schedules.simulate import in_flight_change, peak_in_flight
+from schedules.simulate import in_flight_change, peak_in_flight, sweep
 
-# Nodes that may be placed, in all, in search of a better order: a second of time is about 100,000.
-_WEAVING, _REFINING = 100_000, 120_000
-_REFINED = 2  # of the woven orders, the best few are refined
+_EFFORT = 120_000  # nodes that may be placed in search of a better order, about a second; more where one try takes more
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +67,13 @@ def complete(name: str, base: BaseOrder, problem: Problem, cost: CostModel, *, k
     """
     network = Network.of(problem, cost)
     nodes = network.size * network.num_microbatches
-    woven = weave(base, problem, network, PREFERENCES[: max(1, _WEAVING // nodes)])[:_REFINED]
     if keep_order or not problem.split_backward:
-        return network.schedule(name, woven[0])
+        preferences = PREFERENCES[: max(1, _EFFORT // nodes)]
+        woven = [weave(base, problem, network, preference) for preference in preferences]
+        return network.schedule(name, min(woven, key=lambda orders: sweep(network, orders).makespan))
     counted, caps = _in_flight(network, problem, base)
-    budget = max(4 * nodes, _REFINING) // len(woven)
-    refined = [refine(counted, orders, caps, budget) for orders in woven]
+    starts = [weave(base, problem, network, preference) for preference in STARTS[:2]]
+    refined = [refine(counted, orders, caps, max(2 * nodes, _EFFORT // 2)) for orders in starts]
     return network.schedule(name, min(refined, key=lambda found: found.quality).orders)
 
 

@@ -16,9 +16,9 @@ from schedules.bound import Bound, lives, steady_bytes, step_bound
 from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
 from schedules.generators.refine import Refined, judge, refine
-from schedules.generators.weave import PREFERENCES, weave
+from schedules.generators.weave import STARTS, weave
 from schedules.ir import Schedule
-from schedules.network import Network, Orders
+from schedules.network import Network
 from schedules.problem import Problem
 from schedules.simulate import peak
 
@@ -89,9 +89,8 @@ def _starts(option: Option, network: Network, caps: list[float]) -> Iterator[Ref
     if option.name == "interlaced":
         return  # a comparison: its meetings are what it is
     base = GENERATORS[option.name].base_order(option.problem)
-    count = max(1, _FIRST // _nodes(network))
-    woven: list[Orders] = weave(base, option.problem, network, PREFERENCES[:count])
-    for orders in [named, *woven]:
+    woven = [weave(base, option.problem, network, preference) for preference in STARTS[: max(2, _FIRST // _nodes(network))]]
+    for orders in [named, *woven] if option.problem.split_backward else woven[:1]:
         yield refine(network, orders, caps, max(2 * _nodes(network), _FIRST))
 
 
