@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from schedules.bound import Bound, lives, steady_bytes, step_bound
 from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
-from schedules.generators.refine import Refined, judge, refine
+from schedules.generators.refine import Refined, judge, refine, search
 from schedules.generators.weave import STARTS, weave
 from schedules.ir import Schedule
 from schedules.network import Network
 from schedules.problem import Problem
 from schedules.simulate import peak
 
-_FIRST, _MORE = 60_000, 300_000  # nodes placed per start: in the first round, and in the second
-_SECOND_ROUND = 4  # starts
+_FIRST = 60_000  # nodes placed to refine each start
+_ROUNDS = ((3, 200_000), (1, 2_000_000))  # then: so many of the best, searched on with so many nodes each
+_ENOUGH = 5e-4  # a gap that ends the search
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +65,19 @@ def solve(options: Sequence[Option], caps: Sequence[float]) -> Solution:
 
     Raises CapError with the least that was reached, and what no schedule can go below.
     """
-    first = [
+    found = [
         (refined, option, network)
         for option in options
         for network in [Network.of(option.problem, option.cost)]
         for refined in _starts(option, network, list(caps))
     ]
-    second = sorted(first, key=lambda found: found[0].quality)[:_SECOND_ROUND]
-    tried = [
-        (refine(network, refined.orders, list(caps), max(2 * _nodes(network), _MORE)), option, network)
-        for refined, option, network in second
-    ]
-    best, option, network = min(tried, key=lambda found: found[0].quality)
+    for survivors, effort in _ROUNDS:
+        best_first = sorted(found, key=lambda start: start[0].quality)[:survivors]
+        found = []
+        for refined, option, network in best_first:
+            enough = step_bound(option.problem, option.cost).seconds * (1 + _ENOUGH)
+            found.append((search(network, refined, list(caps), effort, enough), option, network))
+    best, option, network = found[0]
     if best.excess > 0:
         raise _cap_error(best, option, network, caps)
     bound = step_bound(option.problem, option.cost, tuple(caps))

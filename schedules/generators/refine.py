@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from random import Random
 
 from schedules.ir import Pass
 from schedules.network import EMBEDDINGS_AHEAD, Network, Orders
 from schedules.simulate import peak, sweep
 
 _PATIENCE = (0.35, 0.0, 0.7, 1.0)  # the part of its own duration by which a filler may hold the next pass up
+_KICK_EFFORT = 20_000  # nodes placed after each kick
 _LOOSE = 1 + 1e-9  # sums of bytes in another order differ in the last digit
 
 
@@ -54,6 +56,26 @@ def refine(network: Network, orders: Orders, caps: list[float], budget: int) -> 
                 found = None if filled is None else judge(network, filled, caps)
                 if found is not None and found.quality < (best.excess, best.makespan * (1 - 1e-9)):
                     best, improved = found, True
+    return best
+
+
+def search(network: Network, start: Refined, caps: list[float], budget: int, enough: float) -> Refined:
+    """`start` improved by kicks: squeezed under a lower cap, which stirs the order, and refined again under the true one.
+
+    It ends when `budget` nodes were placed or a makespan of `enough` is reached.  The kicks are drawn from a fixed seed, so that
+    every rank finds the same.
+    """
+    backwards, nodes = network.reversed(), network.size * network.num_microbatches
+    best, random = start, Random(0)
+    for _ in range(budget // (2 * nodes + max(2 * nodes, _KICK_EFFORT))):
+        if best.excess == 0 and best.makespan <= enough:
+            break
+        squeeze, unequal = random.uniform(0.8, 1.0), random.random() < 0.25
+        squeezed = [cap * (random.uniform(0.85, 1.0) if unequal else squeeze) for cap in caps]
+        turns = (network, backwards) if random.random() < 0.5 else (backwards, network)
+        stirred = _both_ways(network, turns, best.orders, squeezed, random.choice(_PATIENCE[:3]))
+        if stirred is not None:
+            best = min(refine(network, stirred, caps, _KICK_EFFORT), best, key=lambda found: found.quality)
     return best
 
 
