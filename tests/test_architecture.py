@@ -14,13 +14,16 @@ OURS = ("schedules", "vp_train")
 
 # What a module may import of ours, the longest prefix of its name deciding; modules not listed may import anything of ours
 # but the top: nobody imports train or cli, except that cli starts train and launcher.
+PLANNING = ("schedules", "vp_train.config", "vp_train.model.shape", "vp_train.vocab.shard")
 ALLOWED = {
     "schedules": ("schedules",),
     "vp_train.config": (),
     "vp_train.exits": (),
     "vp_train.quiet": (),
     "vp_train.durable": (),
-    "vp_train.plan": ("schedules", "vp_train.config", "vp_train.model.shape", "vp_train.vocab.shard"),
+    "vp_train.estimate": PLANNING,
+    "vp_train.placement": (*PLANNING, "vp_train.estimate"),
+    "vp_train.plan": (*PLANNING, "vp_train.estimate", "vp_train.placement"),
     "vp_train.model": ("vp_train.config", "vp_train.model", "vp_train.quiet"),
     "vp_train.vocab": ("vp_train.vocab",),
     "vp_train.pipeline": ("schedules", "vp_train.vocab", "vp_train.pipeline"),
@@ -39,6 +42,8 @@ DOORS = {
 WITHOUT_TORCH = (
     "schedules",
     "vp_train.config",
+    "vp_train.estimate",
+    "vp_train.placement",
     "vp_train.plan",
     "vp_train.simulation",
     "vp_train.plot",

@@ -5,7 +5,8 @@ import pytest
 from schedules.vocab import End
 from tests.pipeline.test_equivalence import config_of
 from vp_train.config import ParallelConfig, VocabConfig
-from vp_train.plan import make_plan, redistribute, split_layers
+from vp_train.placement import redistribute, split_layers
+from vp_train.plan import make_plan
 
 
 @pytest.mark.parametrize(

@@ -81,18 +81,47 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The base schedule, by its name in `schedules.generators`."""
+    """The base schedule, by its name in `schedules.generators`, or `auto`: the fastest found under a cap on memory.
+
+    `num_chunks`: stages per rank, where the schedule leaves a choice.  The cap is on the activations and held shards of a rank:
+    in GiB, or in microbatches of 1/p of the model's activations; without either it is p microbatches, as for 1F1B.  `file`: a
+    schedule written before, ours or a CSV of torch.distributed.pipelining, in place of the named one.
+    """
 
     name: str = "1f1b"
+    num_chunks: int | None = None
+    cap_microbatches: float | None = None
+    cap_gib: float | None = None
+    file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_chunks is not None:
+            _at_least("schedule.num_chunks", self.num_chunks, 1)
+        for name in ("cap_microbatches", "cap_gib"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"schedule.{name}={value} is too small; it must be above 0")
+            if value is not None and self.name != "auto":
+                raise ConfigError(
+                    f"schedule.{name}={value} counts only with schedule=auto, not {self.name}; drop one of the two"
+                )
+        if self.cap_gib is not None and self.cap_microbatches is not None:
+            raise ConfigError(
+                f"schedule.cap_gib={self.cap_gib} and schedule.cap_microbatches={self.cap_microbatches}: set one of the two"
+            )
 
 
 @dataclass(frozen=True)
 class VocabConfig:
-    """How the input and output layers are split, and which code computes S and T."""
+    """How the input and output layers are split, and which code computes S and T.
+
+    `shards`: rows of each rank; None: as equal as possible, or with `balance` so that ranks with less other work take more.
+    """
 
     algorithm: str = "one_barrier"
     backend: str = "chunked"
-    shards: tuple[int, ...] | None = None  # rows of each rank; None: as equal as possible
+    shards: tuple[int, ...] | None = None
+    balance: bool = False
 
     def __post_init__(self) -> None:
         _choice("vocab.backend", self.backend, ("reference", "chunked"))
@@ -103,8 +132,9 @@ class VocabConfig:
 class ParallelConfig:
     """Degrees of parallelism, and where the layers go.
 
-    `pp` None: as many pipeline ranks as the launcher started.  `placement`: `even`, or `redistribute`, which takes layers
-    from the last stage to make room for the output layer.  `layers_per_stage` overrides both.
+    `pp` None: as many pipeline ranks as the launcher started.  `placement`: `even`; `balanced`, where the layers do not split
+    evenly; or `redistribute`, which takes layers from the last stage to make room for the output layer.  `layers_per_stage`
+    overrides all.
     """
 
     pp: int | None = None
@@ -112,7 +142,7 @@ class ParallelConfig:
     layers_per_stage: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _choice("parallel.placement", self.placement, ("even", "redistribute"))
+        _choice("parallel.placement", self.placement, ("even", "balanced", "redistribute"))
         if self.pp is not None:
             _at_least("parallel.pp", self.pp, 1)
         _freeze(self, "layers_per_stage")
@@ -193,6 +223,7 @@ class CostConfig:
     output_row_seconds: float | None = None
     lookup_seconds: float | None = None
     lookup_grad_seconds: float | None = None
+    rank_slowness: tuple[float, ...] | None = None  # how much longer each rank takes than all this says; None: 1 each
 
     def __post_init__(self) -> None:
         if not self.flops_per_second > 0:
@@ -201,6 +232,9 @@ class CostConfig:
             value = getattr(self, item.name)
             if item.name.endswith("_seconds") and value is not None:
                 _at_least(f"cost.{item.name}", value, 0)
+        _freeze(self, "rank_slowness")
+        if self.rank_slowness is not None and not min(self.rank_slowness, default=0.0) > 0:
+            raise ConfigError(f"cost.rank_slowness={list(self.rank_slowness)}: every value must be above 0")
 
 
 @dataclass(frozen=True)

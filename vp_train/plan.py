@@ -6,26 +6,29 @@ The plan is a pure function, so every rank computes the same one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from schedules.check import check_program, check_schedule
+from schedules.check import check_base, check_program, check_schedule
 from schedules.cost import CostModel
-from schedules.generators import GENERATORS, generate
-from schedules.ir import Kind, Schedule
+from schedules.generators import GENERATORS, complete, generate
+from schedules.generators.auto import CapError, Option, solve
+from schedules.generators.stored import recognise
+from schedules.ir import Schedule
+from schedules.layout import Layout
 from schedules.lower import Program, lower
 from schedules.problem import Problem
 from schedules.simulate import simulate
 from schedules.timeline import Timeline
+from schedules.torch_csv import from_csv
 from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, evaluation
-from vp_train.config import ConfigError, ModelConfig, ParallelConfig, RunConfig
-from vp_train.model import shape
-from vp_train.vocab.shard import Shard, split_rows
+from vp_train.config import ConfigError, RunConfig
+from vp_train.estimate import estimate_cost
+from vp_train.placement import split_layers, split_vocabulary
+from vp_train.vocab.shard import Shard
 
 DEFAULT_RANKS = 4  # where neither a launcher nor parallel.pp says how many
-_ITEM_BYTES = {"float32": 4, "float64": 8}
-# Of the three matrix products of a shard, those in S: Z, and with it dx for one_barrier; the rest are T's.
-_S_GEMMS = {"none": 2, "one_barrier": 2, "two_barrier": 1, "naive": 1}
+_SEARCHED = ("one_barrier", "two_barrier", "none")  # by vocab=auto; naive never wins
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,146 +87,117 @@ def plan_step(config: RunConfig, num_ranks: int) -> StepPlan:
             f"parallel.pp={config.parallel.pp}, but {num_ranks} ranks were started; "
             f"start {config.parallel.pp} (torchrun --nproc-per-node) or leave parallel.pp=null"
         )
-    algorithm = VOCAB_ALGORITHMS.get(config.vocab.algorithm)
-    if algorithm is None:
-        raise ConfigError(f"vocab.algorithm={config.vocab.algorithm} is not known; choose one of {', '.join(VOCAB_ALGORITHMS)}")
-    if config.schedule.name not in GENERATORS:
-        raise ConfigError(f"schedule.name={config.schedule.name} is not known; choose one of {', '.join(GENERATORS)}")
-    family = GENERATORS[config.schedule.name]
-    layout = family.layout_of(num_ranks)
-    layers = split_layers(config.model, config.parallel, layout.num_stages)
-    problem = Problem(layout, config.num_microbatches, algorithm, family.split_backward)
-    shards = {end: _shards(config, problem, end) for end in End}
-    cost = estimate_cost(config, layers, shards, algorithm)
-    schedule = generate(config.schedule.name, problem, cost)
-    check_schedule(schedule, problem)
-    return StepPlan(layers, shards, problem, cost, schedule, simulate(schedule, problem, cost))
+    name = config.schedule.name
+    if config.schedule.file is not None:
+        return _stored(config, num_ranks, Path(config.schedule.file))
+    if name == "auto":
+        return _solved(config, num_ranks)
+    if name not in GENERATORS:
+        raise ConfigError(f"schedule.name={name} is not known; choose one of {', '.join(GENERATORS)} or auto")
+    step = _draft(config, _layout(name, num_ranks, config), _algorithm(config.vocab.algorithm), GENERATORS[name].split_backward)
+    return step.with_schedule(generate(name, step.problem, step.cost))
 
 
-def split_layers(model: ModelConfig, parallel: ParallelConfig, num_stages: int) -> tuple[range, ...]:
-    """The global layers of each stage.  Raises ConfigError where they do not add up."""
-    if parallel.layers_per_stage is not None:
-        counts = parallel.layers_per_stage
-        if len(counts) != num_stages or sum(counts) != model.num_layers or min(counts) < 0:
-            raise ConfigError(
-                f"parallel.layers_per_stage={list(counts)} has {len(counts)} stages and {sum(counts)} layers; "
-                f"it needs {num_stages} counts of at least 0 that add up to model.num_layers={model.num_layers}"
-            )
-    elif parallel.placement == "redistribute":
-        counts = redistribute(model.num_layers, num_stages, shape.head_in_layers(model))
-    elif model.num_layers % num_stages:
-        lower_count = model.num_layers // num_stages * num_stages
-        choices = " or ".join(str(n) for n in (lower_count, lower_count + num_stages) if n)
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A step whose order of passes is still open."""
+
+    layers: tuple[range, ...]
+    shards: dict[End, tuple[Shard, ...]]
+    problem: Problem
+    cost: CostModel
+
+    def with_schedule(self, schedule: Schedule) -> StepPlan:
+        """Check and simulate it.  Raises ValueError for a schedule that is not one of this problem."""
+        check_schedule(schedule, self.problem)
+        timeline = simulate(schedule, self.problem, self.cost)
+        return StepPlan(self.layers, self.shards, self.problem, self.cost, schedule, timeline)
+
+
+def _draft(config: RunConfig, layout: Layout, algorithm: VocabAlgorithm, split_backward: bool) -> _Draft:
+    layers = split_layers(config.model, config.parallel, layout)
+    problem = Problem(layout, config.num_microbatches, algorithm, split_backward)
+    shards = {end: split_vocabulary(config, problem, end, layers) for end in End}
+    return _Draft(layers, shards, problem, estimate_cost(config, layout, layers, shards, algorithm))
+
+
+def _algorithm(name: str) -> VocabAlgorithm:
+    if name not in VOCAB_ALGORITHMS:
         raise ConfigError(
-            f"model.num_layers={model.num_layers} does not split over {num_stages} stages; "
-            f"use model.num_layers={choices}, or set parallel.layers_per_stage"
+            f"vocab.algorithm={name} is not known; choose one of {', '.join(VOCAB_ALGORITHMS)}, or auto with schedule=auto"
         )
-    else:
-        counts = (model.num_layers // num_stages,) * num_stages
-    starts = [sum(counts[:stage]) for stage in range(num_stages)]
-    return tuple(range(start, start + count) for start, count in zip(starts, counts, strict=True))
+    return VOCAB_ALGORITHMS[name]
 
 
-def redistribute(num_layers: int, num_stages: int, head_in_layers: float) -> tuple[int, ...]:
-    """Layers per stage that make the slowest stage fastest when the last one also computes the output layer.
-
-    The last stage keeps k layers, where k minimises max(ceil((L - k) / (p - 1)), k + head) (arXiv 2411.05288, "Redis").
-    """
-    if num_stages == 1:
-        return (num_layers,)
-
-    def slowest(k: int) -> float:
-        return max(math.ceil((num_layers - k) / (num_stages - 1)), k + head_in_layers)
-
-    last = min(range(num_layers // num_stages, -1, -1), key=slowest)  # of equal ones, the evenest
-    each, extra = divmod(num_layers - last, num_stages - 1)
-    return (*(each + (stage >= num_stages - 1 - extra) for stage in range(num_stages - 1)), last)
-
-
-def _shards(config: RunConfig, problem: Problem, end: End) -> tuple[Shard, ...]:
-    """One shard per rank, empty on ranks that own no rows of this end."""
-    vocab_size, num_ranks = config.model.vocab_size, problem.layout.num_ranks
-    sizes: Sequence[int] | None = config.vocab.shards
-    if not problem.algorithm.sharded:
-        if sizes is not None:
-            raise ConfigError(f"vocab.shards={list(sizes)} needs a sharded vocabulary, but vocab=none; drop one of the two")
-        sizes = [vocab_size if rank == problem.root(end) else 0 for rank in range(num_ranks)]
-    elif vocab_size < num_ranks:
-        raise ConfigError(f"model.vocab_size={vocab_size} is smaller than {num_ranks} ranks; use fewer ranks or vocab=none")
+def _layout(name: str, num_ranks: int, config: RunConfig) -> Layout:
     try:
-        return split_rows(vocab_size, num_ranks, sizes)
+        return GENERATORS[name].layout_of(num_ranks, config.schedule.num_chunks)
     except ValueError as error:
-        raise ConfigError(f"vocab.shards={list(sizes or [])}: {error}") from None
+        raise ConfigError(f"schedule.num_chunks={config.schedule.num_chunks} with schedule.name={name}: {error}") from None
 
 
-def estimate_cost(
-    config: RunConfig, layers: Sequence[range], shards: dict[End, tuple[Shard, ...]], algorithm: VocabAlgorithm
-) -> CostModel:
-    """Seconds as measured where `cost` gives them, else from FLOPs; bytes from shapes.
+def _stored(config: RunConfig, num_ranks: int, path: Path) -> StepPlan:
+    """The step of a schedule that was written before: our own text, or a CSV of torch, which has no vocabulary passes yet."""
+    if not path.is_file():
+        raise ConfigError(f"schedule.file={path} is not a file; vp-simulate --out DIR writes DIR/schedule.txt")
+    try:
+        text = path.read_text()
+        schedule = from_csv(text, path.stem) if path.suffix == ".csv" else Schedule.parse(text)
+        layout, split_backward = recognise(schedule)
+        if layout.num_ranks != num_ranks:
+            raise ValueError(f"it is for {layout.num_ranks} ranks, not {num_ranks}")
+        step = _draft(config, layout, _algorithm(config.vocab.algorithm), split_backward)
+        if path.suffix == ".csv":
+            check_base(schedule, step.problem)
+            schedule = complete(schedule.name, schedule.ranks, step.problem, step.cost, keep_order=True)
+        return step.with_schedule(schedule)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"schedule.file={path} does not fit this run: {error}") from None
 
-    Raises ConfigError where the measured layers were not those of this model.
-    """
-    _check_measured(config)
-    model, size = config.model, config.micro_batch_size
-    item_bytes = _ITEM_BYTES[config.run.dtype]
-    rows = [shard.num_rows for shard in shards[End.OUTPUT]]
-    stage_bytes = [float(len(stage) * shape.layer_activation_bytes(model, size, item_bytes)) for stage in layers]
-    stage_bytes[-1] += shape.final_norm_activation_bytes(model, size, item_bytes)
-    return CostModel(
-        _stage_seconds(config, layers) | _shard_seconds(config, rows, _S_GEMMS[algorithm.name] / 3),
-        config.cost.hop_seconds,
-        {barrier.name: config.cost.collective_seconds for barrier in algorithm.barriers},
-        tuple(stage_bytes),
-        tuple(float(item_bytes * size * model.seq_length * (count + model.hidden_size)) for count in rows),
-        tuple(float(len(stage) * shape.layer_weight_grad_bytes(model, size, item_bytes)) for stage in layers),
+
+def _solved(config: RunConfig, num_ranks: int) -> StepPlan:
+    """The best of all base schedules, placements and, with vocab=auto, algorithms, under the cap on memory."""
+    names = _SEARCHED if config.vocab.algorithm == "auto" else (config.vocab.algorithm,)
+    drafts: list[tuple[Option, _Draft]] = []
+    refusals: list[str] = []
+    for name, family in GENERATORS.items():
+        for algorithm in map(_algorithm, names):
+            try:
+                step = _draft(config, family.layout_of(num_ranks), algorithm, family.split_backward)
+            except ConfigError as error:
+                refusals.append(str(error))
+            else:
+                drafts.append((Option(name, step.problem, step.cost), step))
+    if not drafts:
+        raise ConfigError(refusals[0])
+    cap = _cap_bytes(config, drafts[0][1].cost, num_ranks)
+    try:
+        solution = solve([option for option, _ in drafts], [cap] * num_ranks)
+    except CapError as error:
+        raise ConfigError(_cap_message(error, cap, config.schedule.cap_gib is not None, drafts[0][1].cost, num_ranks)) from None
+    return next(step for option, step in drafts if option is solution.option).with_schedule(solution.schedule)
+
+
+def _microbatch_bytes(cost: CostModel, num_ranks: int) -> float:
+    """The activations of one microbatch, per rank: the unit of schedule.cap_microbatches."""
+    return sum(cost.stage_bytes) / num_ranks
+
+
+def _cap_bytes(config: RunConfig, cost: CostModel, num_ranks: int) -> float:
+    if config.schedule.cap_gib is not None:
+        return config.schedule.cap_gib * 2**30
+    count = num_ranks if config.schedule.cap_microbatches is None else config.schedule.cap_microbatches
+    return count * _microbatch_bytes(cost, num_ranks)
+
+
+def _cap_message(error: CapError, cap: float, in_gib: bool, cost: CostModel, num_ranks: int) -> str:
+    unit, word = (2**30, "GiB") if in_gib else (_microbatch_bytes(cost, num_ranks), "microbatches")
+    setting = "schedule.cap_gib" if in_gib else "schedule.cap_microbatches"
+    enough = math.ceil(error.reached / unit * 100) / 100
+    return (
+        f"{setting}={cap / unit:.4g} is too low: the best schedule found keeps {error.reached / unit:.4g} {word} on rank "
+        f"{error.rank}.  One microbatch alone keeps {error.alone / unit:.4g}; without a bubble the average would be "
+        f"{error.steady / unit:.4g}.  Set {setting} to {enough:.4g} or more, or use a smaller micro_batch_size"
     )
-
-
-def _stage_seconds(config: RunConfig, layers: Sequence[range]) -> dict[Kind, tuple[float, ...]]:
-    """F, B, I and W of each stage; B takes twice F, and I and W half of B each, unless measured."""
-    cost = config.cost
-    forward = _layer_flops(config) / cost.flops_per_second
-    of_one_layer = {
-        Kind.F: _either(cost.layer_forward_seconds, forward),
-        Kind.B: _either(cost.layer_backward_seconds, 2 * forward),
-        Kind.I: _either(cost.layer_input_grad_seconds, forward),
-        Kind.W: _either(cost.layer_weight_grad_seconds, forward),
-    }
-    return {kind: tuple(len(stage) * seconds for stage in layers) for kind, seconds in of_one_layer.items()}
-
-
-def _shard_seconds(config: RunConfig, rows: Sequence[int], s_share: float) -> dict[Kind, tuple[float, ...]]:
-    """S, T, E and G of each shard; E and G are lookups, a tenth of a barrier each unless measured."""
-    cost, lookup = config.cost, config.cost.collective_seconds / 10
-    both = [_output_seconds(config, count) for count in rows]
-    return {
-        Kind.S: tuple(s_share * seconds for seconds in both),
-        Kind.T: tuple((1 - s_share) * seconds for seconds in both),
-        Kind.E: (_either(cost.lookup_seconds, lookup),) * len(rows),
-        Kind.G: (_either(cost.lookup_grad_seconds, lookup),) * len(rows),
-    }
-
-
-def _output_seconds(config: RunConfig, num_rows: int) -> float:
-    """S and T of one shard together: three matrix products."""
-    cost, model = config.cost, config.model
-    if cost.output_row_seconds is None:
-        return 6 * config.micro_batch_size * model.seq_length * num_rows * model.hidden_size / cost.flops_per_second
-    return cost.output_fixed_seconds + num_rows * cost.output_row_seconds if num_rows else 0.0
-
-
-def _either(measured: float | None, estimate: float) -> float:
-    return estimate if measured is None else measured
-
-
-def _layer_flops(config: RunConfig) -> int:
-    return shape.layer_flops(config.model, config.micro_batch_size * config.model.seq_length)
-
-
-def _check_measured(config: RunConfig) -> None:
-    measured, here = config.cost.measured_layer_flops, _layer_flops(config)
-    if measured is not None and not math.isclose(measured, here, rel_tol=0.01):
-        raise ConfigError(
-            f"cost.measured_layer_flops={measured:g}, but a layer of this model takes {here:g} FLOPs forward per microbatch: "
-            "these pass times are not for it; use a cost that is, or one that counts FLOPs, e.g. cost=a100"
-        )

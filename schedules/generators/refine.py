@@ -62,8 +62,8 @@ def refine(network: Network, orders: Orders, caps: list[float], budget: int) -> 
 def search(network: Network, start: Refined, caps: list[float], budget: int, enough: float) -> Refined:
     """`start` improved by kicks: squeezed under a lower cap, which stirs the order, and refined again under the true one.
 
-    It ends when `budget` nodes were placed or a makespan of `enough` is reached.  The kicks are drawn from a fixed seed, so that
-    every rank finds the same.
+    It ends when `budget` nodes were placed or a makespan of `enough` is reached.  The kicks come from a fixed seed: every rank
+    finds the same.
     """
     backwards, nodes = network.reversed(), network.size * network.num_microbatches
     best, random = start, Random(0)

@@ -40,7 +40,7 @@ class Reporter:
         directory.write("config.yaml", config_yaml)
         directory.write_environment()
         directory.write("schedule.txt", plan.schedule.text())
-        title = f"{config.schedule.name}, vocabulary {config.vocab.algorithm}: as planned"
+        title = f"{plan.schedule.name}, vocabulary {plan.problem.algorithm.name}: as planned"
         directory.write("schedule.svg", svg(plan.timeline, title))
         counts = [sum(map(len, layers)) for layers in plan.layers_of_ranks]
         stages = "  ".join(f"rank {rank}: {count} layers" for rank, count in enumerate(counts))
@@ -49,7 +49,7 @@ class Reporter:
             f"model     {num_parameters(config.model) / 1e6:.1f} M parameters, vocabulary {config.model.vocab_size:,}"
             f" (ln V = {math.log(config.model.vocab_size):.2f}), {config.run.dtype} on {config.run.device}",
             f"pipeline  {stages}",
-            f"schedule  {config.schedule.name}, vocabulary {config.vocab.algorithm}, {config.num_microbatches} microbatches of"
+            f"schedule  {plan.schedule.name}, vocabulary {plan.problem.algorithm.name}, {config.num_microbatches} microbatches of"
             f" {config.micro_batch_size} x {config.model.seq_length} tokens; planned bubble {plan.timeline.mean_bubble:.1%},"
             f" activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
             f"run       {directory.path}, steps {self._first_step} to {config.run.steps}",
@@ -88,7 +88,7 @@ class Reporter:
         self._pending[1]["bubble_predicted"] = self._plan.timeline.mean_bubble
         trace = chrome_trace({"predicted": self._plan.timeline, "measured": measured})
         self._directory.write("trace/step.json", json.dumps(trace))
-        title = f"{self._config.schedule.name}, vocabulary {self._config.vocab.algorithm}: as measured"
+        title = f"{self._plan.schedule.name}, vocabulary {self._plan.problem.algorithm.name}: as measured"
         self._directory.write("trace/step.svg", svg(measured, title))
 
     def record(self) -> None:

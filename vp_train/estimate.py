@@ -1,0 +1,116 @@
+"""What the passes of a run will cost: seconds as measured where `cost` gives them, else from FLOPs; bytes from shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from schedules.cost import CostModel
+from schedules.ir import Kind
+from schedules.layout import Layout
+from schedules.vocab import End, VocabAlgorithm
+from vp_train.config import ConfigError, RunConfig
+from vp_train.model import shape
+from vp_train.vocab.shard import Shard
+
+_ITEM_BYTES = {"float32": 4, "float64": 8}
+# Of the three matrix products of a shard, those in S: Z, and with it dx for one_barrier; the rest are T's.
+_S_GEMMS = {"none": 2, "one_barrier": 2, "two_barrier": 1, "naive": 1}
+
+
+def estimate_cost(
+    config: RunConfig, layout: Layout, layers: Sequence[range], shards: dict[End, tuple[Shard, ...]], algorithm: VocabAlgorithm
+) -> CostModel:
+    """The costs of every pass.  Raises ConfigError where the measured layers were not those of this model."""
+    _check_measured(config)
+    slowness = rank_slowness(config, layout.num_ranks)
+    model, size = config.model, config.micro_batch_size
+    item_bytes = _ITEM_BYTES[config.run.dtype]
+    rows = [shard.num_rows for shard in shards[End.OUTPUT]]
+    stage_bytes = [float(len(stage) * shape.layer_activation_bytes(model, size, item_bytes)) for stage in layers]
+    stage_bytes[-1] += shape.final_norm_activation_bytes(model, size, item_bytes)
+    return CostModel(
+        {
+            kind: tuple(
+                value * slowness[index if kind.is_vocabulary else layout.rank_of(index)] for index, value in enumerate(values)
+            )
+            for kind, values in (_stage_seconds(config, layers) | _shard_seconds(config, rows, algorithm)).items()
+        },
+        config.cost.hop_seconds,
+        {barrier.name: config.cost.collective_seconds for barrier in algorithm.barriers},
+        tuple(stage_bytes),
+        tuple(float(item_bytes * size * model.seq_length * (count + model.hidden_size)) for count in rows),
+        tuple(float(len(stage) * shape.layer_weight_grad_bytes(model, size, item_bytes)) for stage in layers),
+    )
+
+
+def rank_slowness(config: RunConfig, num_ranks: int) -> tuple[float, ...]:
+    """How much longer each rank takes than the other figures say."""
+    told = config.cost.rank_slowness
+    if told is None:
+        return (1.0,) * num_ranks
+    if len(told) != num_ranks:
+        raise ConfigError(f"cost.rank_slowness={list(told)} has {len(told)} values; give one for each of the {num_ranks} ranks")
+    return told
+
+
+def layer_seconds(config: RunConfig) -> float:
+    """Forward and backward of one layer."""
+    (forward,), (backward,) = (_stage_seconds(config, [range(1)])[kind] for kind in (Kind.F, Kind.B))
+    return forward + backward
+
+
+def row_seconds(config: RunConfig) -> float:
+    """S and T of one row more."""
+    return _output_seconds(config, 2) - _output_seconds(config, 1)
+
+
+def _stage_seconds(config: RunConfig, layers: Sequence[range]) -> dict[Kind, tuple[float, ...]]:
+    """F, B, I and W of each stage; B takes twice F, and I and W half of B each, unless measured."""
+    cost = config.cost
+    forward = _layer_flops(config) / cost.flops_per_second
+    of_one_layer = {
+        Kind.F: _either(cost.layer_forward_seconds, forward),
+        Kind.B: _either(cost.layer_backward_seconds, 2 * forward),
+        Kind.I: _either(cost.layer_input_grad_seconds, forward),
+        Kind.W: _either(cost.layer_weight_grad_seconds, forward),
+    }
+    return {kind: tuple(len(stage) * seconds for stage in layers) for kind, seconds in of_one_layer.items()}
+
+
+def _shard_seconds(config: RunConfig, rows: Sequence[int], algorithm: VocabAlgorithm) -> dict[Kind, tuple[float, ...]]:
+    """S, T, E and G of each shard; E and G are lookups, a tenth of a barrier each unless measured."""
+    cost, lookup = config.cost, config.cost.collective_seconds / 10
+    s_share = _S_GEMMS[algorithm.name] / 3
+    both = [_output_seconds(config, count) for count in rows]
+    return {
+        Kind.S: tuple(s_share * seconds for seconds in both),
+        Kind.T: tuple((1 - s_share) * seconds for seconds in both),
+        Kind.E: (_either(cost.lookup_seconds, lookup),) * len(rows),
+        Kind.G: (_either(cost.lookup_grad_seconds, lookup),) * len(rows),
+    }
+
+
+def _output_seconds(config: RunConfig, num_rows: int) -> float:
+    """S and T of one shard together: three matrix products."""
+    cost, model = config.cost, config.model
+    if cost.output_row_seconds is None:
+        return 6 * config.micro_batch_size * model.seq_length * num_rows * model.hidden_size / cost.flops_per_second
+    return cost.output_fixed_seconds + num_rows * cost.output_row_seconds if num_rows else 0.0
+
+
+def _either(measured: float | None, estimate: float) -> float:
+    return estimate if measured is None else measured
+
+
+def _layer_flops(config: RunConfig) -> int:
+    return shape.layer_flops(config.model, config.micro_batch_size * config.model.seq_length)
+
+
+def _check_measured(config: RunConfig) -> None:
+    measured, here = config.cost.measured_layer_flops, _layer_flops(config)
+    if measured is not None and not math.isclose(measured, here, rel_tol=0.01):
+        raise ConfigError(
+            f"cost.measured_layer_flops={measured:g}, but a layer of this model takes {here:g} FLOPs forward per microbatch: "
+            "these pass times are not for it; use a cost that is, or one that counts FLOPs, e.g. cost=a100"
+        )
