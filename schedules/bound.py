@@ -113,7 +113,7 @@ def steady_bytes(rank: int, problem: Problem, network: Network) -> float:
 
 
 def lives(rank: int, problem: Problem, network: Network) -> list[tuple[int, float, int]]:
-    """What a rank keeps of one microbatch: (the pass that begins it, bytes, the pass whose end frees it)."""
+    """What a rank keeps of one microbatch: (the pass at whose start it begins, bytes, the pass at whose end it is freed)."""
     passes = {(node.stage, node.kind): k for k, node in enumerate(network.nodes) if isinstance(node, Pass)}
     change = network.byte_change
     found = []
@@ -121,8 +121,8 @@ def lives(rank: int, problem: Problem, network: Network) -> list[tuple[int, floa
         first = passes[stage, Kind.F]
         if (stage, Kind.W) in passes:
             until_input, until_weights = passes[stage, Kind.I], passes[stage, Kind.W]
-            found.append((first, -change[until_weights], until_weights))
-            found.append((first, change[first] + change[until_weights], until_input))
+            found.append((first, change[first], until_input))
+            found.append((until_weights, -change[until_weights], until_weights))
         elif (stage, Kind.B) in passes:
             found.append((first, change[first], passes[stage, Kind.B]))
     if (rank, Kind.T) in passes:

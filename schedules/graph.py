@@ -14,7 +14,7 @@ class DeadlockError(ValueError):
 
 def require_acyclic(predecessors: Mapping[Node, Iterable[Node]], name: Callable[[Node], str] = str) -> None:
     """Raise DeadlockError with one cycle of `predecessors`, if there is one."""
-    waiting = {node: set(before) for node, before in predecessors.items()}
+    waiting = {node: dict.fromkeys(before) for node, before in predecessors.items()}
     after: dict[Node, list[Node]] = {node: [] for node in waiting}
     for node, before in waiting.items():
         for earlier in before:
@@ -24,7 +24,7 @@ def require_acyclic(predecessors: Mapping[Node, Iterable[Node]], name: Callable[
         done = ready.pop()
         del waiting[done]
         for node in after[done]:
-            waiting[node].discard(done)
+            waiting[node].pop(done, None)
             if not waiting[node]:
                 ready.append(node)
     if waiting:

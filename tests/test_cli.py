@@ -17,7 +17,7 @@ from vp_train.plan import make_plan
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("vocab=tree", "vocab=tree is not known; choose one of naive, none, one_barrier, two_barrier"),
+        ("vocab=tree", "vocab=tree is not known; choose one of auto, naive, none, one_barrier, two_barrier"),
         ("model.vocabsize=3", "model.vocabsize is not a setting; did you mean model.vocab_size"),
         ("stepz=3", "stepz is not a setting"),
         ("model.vocab_size=abc", "model.vocab_size=abc: Value 'abc' of type 'str' could not be converted to Integer"),

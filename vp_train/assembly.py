@@ -113,6 +113,7 @@ def _build_stages(config: RunConfig, plan: RunPlan, mesh: Mesh, dtype: torch.dty
             device=device,
             group=mesh.alone,
             seed=config.run.seed,
+            recompute=config.parallel.recompute == "full",
         )
         for stage in plan.problem.layout.stages_of(mesh.rank)
     }

@@ -134,15 +134,17 @@ class ParallelConfig:
 
     `pp` None: as many pipeline ranks as the launcher started.  `placement`: `even`; `balanced`, where the layers do not split
     evenly; or `redistribute`, which takes layers from the last stage to make room for the output layer.  `layers_per_stage`
-    overrides all.
+    overrides all.  `recompute`: `full` keeps only the input of each layer and runs its forward again in the backward.
     """
 
     pp: int | None = None
     placement: str = "even"
     layers_per_stage: tuple[int, ...] | None = None
+    recompute: str = "none"
 
     def __post_init__(self) -> None:
         _choice("parallel.placement", self.placement, ("even", "balanced", "redistribute"))
+        _choice("parallel.recompute", self.recompute, ("none", "full"))
         if self.pp is not None:
             _at_least("parallel.pp", self.pp, 1)
         _freeze(self, "layers_per_stage")

@@ -27,7 +27,8 @@ def estimate_cost(
     model, size = config.model, config.micro_batch_size
     item_bytes = _ITEM_BYTES[config.run.dtype]
     rows = [shard.num_rows for shard in shards[End.OUTPUT]]
-    stage_bytes = [float(len(stage) * shape.layer_activation_bytes(model, size, item_bytes)) for stage in layers]
+    layer_bytes = shape.layer_input_bytes if config.parallel.recompute == "full" else shape.layer_activation_bytes
+    stage_bytes = [float(len(stage) * layer_bytes(model, size, item_bytes)) for stage in layers]
     stage_bytes[-1] += shape.final_norm_activation_bytes(model, size, item_bytes)
     return CostModel(
         {
@@ -66,13 +67,14 @@ def row_seconds(config: RunConfig) -> float:
 
 
 def _stage_seconds(config: RunConfig, layers: Sequence[range]) -> dict[Kind, tuple[float, ...]]:
-    """F, B, I and W of each stage; B takes twice F, and I and W half of B each, unless measured."""
+    """F, B, I and W of each stage; B takes twice F, and I and W half of B each, unless measured.  B and I recompute."""
     cost = config.cost
     forward = _layer_flops(config) / cost.flops_per_second
+    again = _either(cost.layer_forward_seconds, forward) if config.parallel.recompute == "full" else 0.0
     of_one_layer = {
         Kind.F: _either(cost.layer_forward_seconds, forward),
-        Kind.B: _either(cost.layer_backward_seconds, 2 * forward),
-        Kind.I: _either(cost.layer_input_grad_seconds, forward),
+        Kind.B: _either(cost.layer_backward_seconds, 2 * forward) + again,
+        Kind.I: _either(cost.layer_input_grad_seconds, forward) + again,
         Kind.W: _either(cost.layer_weight_grad_seconds, forward),
     }
     return {kind: tuple(len(stage) * seconds for stage in layers) for kind, seconds in of_one_layer.items()}

@@ -72,7 +72,7 @@ def complete(name: str, base: BaseOrder, problem: Problem, cost: CostModel, *, k
         woven = [weave(base, problem, network, preference) for preference in preferences]
         return network.schedule(name, min(woven, key=lambda orders: sweep(network, orders).makespan))
     counted, caps = _in_flight(network, problem, base)
-    starts = [weave(base, problem, network, preference) for preference in STARTS[:2]]
+    starts = [weave(base, problem, network, preference) for preference in STARTS[: 2 if nodes < _EFFORT // 3 else 1]]
     refined = [refine(counted, orders, caps, max(2 * nodes, _EFFORT // 2)) for orders in starts]
     return network.schedule(name, min(refined, key=lambda found: found.quality).orders)
 

@@ -17,7 +17,7 @@ from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
 from schedules.generators.refine import Refined, judge, refine, search
 from schedules.generators.weave import STARTS, weave
-from schedules.ir import Schedule
+from schedules.ir import Kind, Pass, Schedule
 from schedules.network import Network
 from schedules.problem import Problem
 from schedules.simulate import peak
@@ -103,5 +103,6 @@ def _nodes(network: Network) -> int:
 def _cap_error(best: Refined, option: Option, network: Network, caps: Sequence[float]) -> CapError:
     peaks = [peak(network.byte_changes(order)) for order in best.orders]
     rank = max(range(len(peaks)), key=lambda r: peaks[r] - caps[r])
-    alone = sum(kept for _, kept, _ in lives(rank, option.problem, network))
+    begins = {k for k, node in enumerate(network.nodes) if isinstance(node, Pass) and node.kind in (Kind.F, Kind.S)}
+    alone = sum(kept for start, kept, _ in lives(rank, option.problem, network) if start in begins)
     return CapError(rank, caps[rank], peaks[rank], alone, steady_bytes(rank, option.problem, network))

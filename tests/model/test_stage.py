@@ -22,8 +22,8 @@ def group():
     dist.destroy_process_group()
 
 
-def stage(group, layers, final_norm=False, dtype=torch.float64, model=MODEL, seed=3):
-    return Stage(model, layers, final_norm=final_norm, dtype=dtype, device=CPU, group=group, seed=seed)
+def stage(group, layers, final_norm=False, dtype=torch.float64, model=MODEL, seed=3, **options):
+    return Stage(model, layers, final_norm=final_norm, dtype=dtype, device=CPU, group=group, seed=seed, **options)
 
 
 def plain_layer(x, weights, model):
@@ -134,3 +134,32 @@ def test_activation_bytes_are_what_autograd_keeps(group, model, batch, dtype):
     predicted += shape.final_norm_activation_bytes(model, batch, dtype.itemsize)
     assert sum(kept.values()) == pytest.approx(predicted, rel=0.05)
     assert y.dtype == dtype
+
+
+@pytest.mark.parametrize(("recompute", "forwards"), [(False, 1), (True, 2)])
+def test_a_split_backward_runs_each_forward_again_once_and_only_when_told(group, recompute, forwards):
+    ours, plain = stage(group, range(2), recompute=recompute), stage(group, range(2))
+    x = torch.randn(20, 2, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    dy = torch.randn(20, 2, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    calls = dict.fromkeys(ours.layers, 0)
+
+    def count(name):
+        def hook(*_):
+            calls[name] += 1
+
+        return hook
+
+    for name, layer in ours.layers.items():
+        layer.layer.register_forward_pre_hook(count(name))
+    inputs = []
+    for module in (ours, plain):
+        given = x.clone().requires_grad_()
+        inputs.append(given)
+        y = module(given)
+        with module.weight_grads.deferring(0):
+            torch.autograd.backward(y, dy)
+        module.weight_grads.drain(0)
+    assert calls == dict.fromkeys(ours.layers, forwards)
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    for mine, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, other.grad)

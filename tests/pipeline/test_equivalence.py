@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from schedules.generators import GENERATORS
+from schedules.vocab import End
 from tests.pipeline.truth import random_batch, train_whole
 from vp_train.assembly import build_rank
 from vp_train.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings, ScheduleConfig, VocabConfig
@@ -60,13 +62,24 @@ def largest_difference(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12)).item()
 
 
+_meshes = {}
+
+
+def mesh_for(problem):
+    """Groups are made once for all problems that need the same ones: each has threads as long as its process lives."""
+    key = problem.layout.num_ranks, *(problem.shard_ranks(end) for end in End)
+    if key not in _meshes:
+        _meshes[key] = build_mesh(problem)
+    return _meshes[key]
+
+
 def compare(rank, world_size, configs):
     """Train each config sharded and whole; (config, what, difference) of the worst loss, gradient and parameter of each."""
     torch.manual_seed(0)
     worst = []
     for config in configs:
         plan = make_plan(config, world_size)
-        mesh = build_mesh(plan.problem)
+        mesh = mesh_for(plan.problem)
         model = build_rank(config, plan, mesh)
         dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
         truth = train_whole(config, NUM_STEPS, dtype)
@@ -117,24 +130,24 @@ def test_equals_one_process_in_float64(ranks, p, m, vocab_size):
     assert_equivalent(ranks, p, configs, 1e-9)
 
 
-@pytest.mark.parametrize(("p", "m"), [(2, 1), (3, 5), (4, 2)])
-def test_gpipe_and_few_microbatches_equal_one_process(ranks, p, m):
+@pytest.mark.parametrize("p", [2, 3, 4])
+@pytest.mark.parametrize("name", sorted(GENERATORS))
+def test_every_schedule_equals_one_process(ranks, name, p):
+    stages = GENERATORS[name].layout_of(p).num_stages
     configs = [
-        config_of(p, m, 101, schedule=schedule, vocab=VocabConfig(algorithm))
-        for schedule in ("gpipe", "1f1b")
+        config_of(p, m, 101, schedule=name, vocab=VocabConfig(algorithm), tied=tied, num_stages=stages)
+        for m in (1, 2, 8)
         for algorithm in ("none", "one_barrier", "two_barrier")
+        for tied in (False, True)
     ]
     assert_equivalent(ranks, p, configs, 1e-9)
 
 
-@pytest.mark.parametrize(("p", "m"), [(2, 1), (2, 8), (3, 2), (3, 8), (4, 8), (4, 2)])
-def test_split_backward_and_v_shapes_equal_one_process(ranks, p, m):
-    configs = [
-        config_of(p, m, 101, schedule=schedule, vocab=VocabConfig(algorithm), tied=tied, num_stages=stages * p)
-        for schedule, stages in (("zb_h1", 1), ("v_half", 2), ("v_min", 2))
-        for algorithm, tied in (("none", True), ("one_barrier", False), ("two_barrier", True))
-    ]
-    assert_equivalent(ranks, p, configs, 1e-9)
+def test_a_solved_schedule_and_recomputation_equal_one_process(ranks):
+    config = config_of(3, 4, 101, num_stages=6)
+    solved = replace(config, schedule=ScheduleConfig("auto", cap_microbatches=4.5))
+    recomputed = replace(config_of(3, 4, 101, schedule="v_half", num_stages=6), parallel=ParallelConfig(recompute="full"))
+    assert_equivalent(ranks, 3, [solved, recomputed], 1e-9)
 
 
 def test_unequal_shards_and_stages_equal_one_process(ranks):
@@ -153,7 +166,7 @@ def test_float32_stays_within_1e_4(ranks):
 
 def evaluate(rank, world_size, config):
     plan = make_plan(config, world_size)
-    model = build_rank(config, plan, build_mesh(plan.problem))
+    model = build_rank(config, plan, mesh_for(plan.problem))
     batch = random_batch(config, 0)
     trained = model.train_step(*batch)
     before = [p.grad.clone() for p in model.parameters.values() if p.grad is not None]

@@ -49,8 +49,8 @@ class Reporter:
             f"model     {num_parameters(config.model) / 1e6:.1f} M parameters, vocabulary {config.model.vocab_size:,}"
             f" (ln V = {math.log(config.model.vocab_size):.2f}), {config.run.dtype} on {config.run.device}",
             f"pipeline  {stages}",
-            f"schedule  {plan.schedule.name}, vocabulary {plan.problem.algorithm.name}, {config.num_microbatches} microbatches of"
-            f" {config.micro_batch_size} x {config.model.seq_length} tokens; planned bubble {plan.timeline.mean_bubble:.1%},"
+            f"schedule  {plan.schedule.name}, vocabulary {plan.problem.algorithm.name}, {config.num_microbatches} microbatches"
+            f" of {config.micro_batch_size} x {config.model.seq_length} tokens; planned bubble {plan.timeline.mean_bubble:.1%},"
             f" activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
             f"run       {directory.path}, steps {self._first_step} to {config.run.steps}",
         ]

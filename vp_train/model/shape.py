@@ -45,6 +45,11 @@ def layer_activation_bytes(model: ModelConfig, micro_batch_size: int, item_bytes
     return item_bytes * (micro_batch_size * model.seq_length * per_token + angles)
 
 
+def layer_input_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
+    """Bytes of the input of one layer for one microbatch: all that is kept of a layer that is computed again."""
+    return item_bytes * micro_batch_size * model.seq_length * model.hidden_size
+
+
 def layer_weight_grad_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
     """Bytes one layer keeps from I to W for one microbatch: input and output gradient of its four linear layers."""
     h, f, kv = model.hidden_size, model.ffn_hidden_size, kv_size(model)

@@ -7,6 +7,7 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vp_train.config import ModelConfig
 from vp_train.model.linear import WeightGradStore
@@ -18,7 +19,8 @@ _ROWS_PER_BLOCK = 1024
 class Stage(nn.Module):
     """The layers `layers` (global numbers, perhaps none) and, on the last stage, the final norm.
 
-    Parameters are named by global layer, `layers.7...`, and initialised from (seed, global layer) alone.
+    Parameters are named by global layer, `layers.7...`, and initialised from (seed, global layer) alone.  With `recompute` a
+    layer keeps its input, and its backward (I, if that is split) runs its forward once more.
     """
 
     def __init__(
@@ -31,8 +33,10 @@ class Stage(nn.Module):
         device: torch.device,
         group: dist.ProcessGroup,
         seed: int,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self._recompute = recompute
         self.weight_grads = WeightGradStore()
         self.layers = nn.ModuleDict(
             {str(index): DecoderLayer(model, dtype, device, group, self.weight_grads) for index in layers}
@@ -46,7 +50,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, h] -> [s, b, h]."""
         for layer in self.layers.values():
-            x = layer(x, self.angles)
+            x = checkpoint(layer, x, self.angles, use_reentrant=False) if self._recompute else layer(x, self.angles)
         return x if self.final_norm is None else self.final_norm(x)
 
 
