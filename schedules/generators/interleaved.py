@@ -1,7 +1,8 @@
 """Interleaved 1F1B (arXiv 2104.04473): several stages per rank, in a loop, make fill and drain shorter.
 
 Microbatches go through a rank in groups of p: a group's forwards of the first chunk, then of the second, and so on; backwards
-the same with the last chunk first.  After a warm-up, forwards and backwards alternate.  A last group may be smaller.
+the same with the last chunk first.  After a warm-up, forwards and backwards alternate.  Where p does not divide m the order
+is that of full groups without the passes of the microbatches that do not exist: leaving passes out cannot make an order block.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def interleaved(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
 def _rank_order(rank: int, problem: Problem) -> tuple[Pass, ...]:
     layout, m = problem.layout, problem.num_microbatches
     stages = layout.stages_of(rank)
-    groups = [range(start, min(m, start + layout.num_ranks)) for start in range(0, m, layout.num_ranks)]
+    groups = [range(start, start + layout.num_ranks) for start in range(0, m, layout.num_ranks)]
     forwards = [Pass(stage, Kind.F, i) for group in groups for stage in stages for i in group]
     backwards = [
         [Pass(stage, kind, i) for kind in problem.stage_kinds if kind is not Kind.F]
@@ -37,4 +38,4 @@ def _rank_order(rank: int, problem: Problem) -> tuple[Pass, ...]:
     for done, backward in enumerate(backwards, start=warmup):
         order += backward
         order += forwards[done : done + 1]
-    return tuple(order)
+    return tuple(item for item in order if item.microbatch < m)
