@@ -1,5 +1,7 @@
 """A message that must be waited for is sent beside the passes."""
 
+import gc
+import threading
 import time
 
 import pytest
@@ -62,3 +64,18 @@ def fail_aside(rank, world_size):
 
 def test_an_error_beside_the_passes_is_raised_where_the_result_is_waited_for(ranks):
     assert ranks(2).run(fail_aside) == [True, True]
+
+
+def threads_left_by_comms(rank, world_size):
+    """Threads before, with and right after a Comms that has issued something beside the passes."""
+    before = set(threading.enumerate())
+    comms = comms_of(world_size)
+    comms.collective_aside(End.OUTPUT, Transfer.ALL_SUM, lambda: torch.ones(2), 0, delivers=True).wait()
+    during = set(threading.enumerate()) - before
+    del comms
+    gc.collect()
+    return len(during), len(set(threading.enumerate()) - before)
+
+
+def test_the_thread_has_ended_when_its_comms_are_gone(ranks):
+    assert ranks(2).run(threads_left_by_comms) == [(1, 0), (1, 0)]

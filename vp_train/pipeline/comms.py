@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, current_thread
 from typing import Protocol
 
 import torch
@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from schedules.vocab import End, Transfer
+
+_STOP_SECONDS = 5.0  # of patience with a thread whose message never comes
 
 
 class Pending(Protocol):
@@ -63,6 +65,9 @@ class _Queued:
         return self.issued.done() and self.issued.result().is_completed()
 
 
+_Task = tuple[Future[_Issued], Callable[[], _Issued]]
+
+
 class _Aside:
     """A thread that issues one communication after the other, each as soon as its message is there.
 
@@ -70,9 +75,10 @@ class _Aside:
     """
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[Future[_Issued], Callable[[], _Issued]] | None] = SimpleQueue()
-        Thread(target=_serve, args=(self._queue,), daemon=True).start()
-        weakref.finalize(self, self._queue.put, None)
+        self._queue: SimpleQueue[_Task | None] = SimpleQueue()
+        thread = Thread(target=_serve, args=(self._queue,), daemon=True)
+        thread.start()
+        weakref.finalize(self, _stop, self._queue, thread)
 
     def issue(self, action: Callable[[], _Issued]) -> _Queued:
         issued: Future[_Issued] = Future()
@@ -80,13 +86,27 @@ class _Aside:
         return _Queued(issued)
 
 
-def _serve(queue: SimpleQueue[tuple[Future[_Issued], Callable[[], _Issued]] | None]) -> None:
-    while (entry := queue.get()) is not None:
-        issued, action = entry
-        try:
-            issued.set_result(action())
-        except BaseException as error:  # for whoever waits
-            issued.set_exception(error)
+def _serve(queue: SimpleQueue[_Task | None]) -> None:
+    while True:
+        task = queue.get()
+        if task is None:
+            return
+        _settle(*task)
+        del task  # tensors must not live until the next one comes
+
+
+def _settle(issued: Future[_Issued], action: Callable[[], _Issued]) -> None:
+    try:
+        issued.set_result(action())
+    except BaseException as error:  # for whoever waits
+        issued.set_exception(error)
+
+
+def _stop(queue: SimpleQueue[_Task | None], thread: Thread) -> None:
+    """Runs at exit too: a thread that lets go of communications while the interpreter shuts down aborts the process."""
+    queue.put(None)
+    if thread is not current_thread():
+        thread.join(_STOP_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
