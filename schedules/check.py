@@ -82,7 +82,7 @@ def _needs(op: Op, rank: int, problem: Problem) -> list[Op]:
     before = []
     for earlier in problem.inputs_of(op.item):
         if isinstance(earlier, Collective):
-            before.append(Op(Action.WAIT, earlier))
+            before.append(Op(Action.WAIT if op.action is Action.RUN else Action.START, earlier))
         elif problem.rank_of(earlier) == rank:
             before.append(Op(Action.RUN, earlier))
         elif op.action is Action.RUN:

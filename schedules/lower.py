@@ -3,6 +3,9 @@
 Every operation gets a place in one global order that rises along all dependencies (the simulated time at which its inputs
 are there), and every rank executes its operations in that order.  So all ranks issue the collectives of a communicator in
 the same order, and nothing can wait in a circle even if each communication blocks until its partner arrives.
+
+A collective that continues another (its message needs what that one delivers) is started without waiting for it: the runtime
+sees to it beside the passes.  If the rank waited, the pass that the simulation shows meanwhile would start late.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ class Action(StrEnum):
     SEND = "send"  # issue the send of a pass's output to `peer`
     RECV = "recv"  # issue the receive of a pass's output from `peer`
     ARRIVE = "arrive"  # wait for that receive
-    START = "start"  # issue a collective
+    START = "start"  # issue a collective; one that continues another is issued as soon as that has ended
     WAIT = "wait"  # wait for it
 
 
@@ -75,8 +78,6 @@ def lower(schedule: Schedule, problem: Problem, cost: CostModel) -> Program:
             programs[node.receiver].append(Op(Action.RECV, node.item, node.sender))
         elif isinstance(node, Collective):
             for rank in problem.shard_ranks(problem.algorithm.barrier(node.barrier).end):
-                if any(isinstance(earlier, Collective) for earlier in problem.inputs_of(node)):
-                    wait_for_inputs(node, rank)
                 programs[rank].append(Op(Action.START, node))
         else:
             rank = problem.rank_of(node)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from threading import Lock
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
@@ -21,6 +23,24 @@ class Buffers(Generic[Value]):
     def take(self, name: str, where: int | str, microbatch: int) -> Value:
         return self._held.pop((name, where, microbatch))
 
+    def look(self, name: str, where: int | str, microbatch: int) -> Value:
+        """What `take` will give."""
+        return self._held[name, where, microbatch]
+
     def assert_empty(self) -> None:
         """Everything produced in the step was used in it."""
         assert not self._held, f"left over after the step: {sorted(map(str, self._held))}"
+
+
+class Once:
+    """An action that two threads need done: the first to call does it, the other waits until it is done."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action: Callable[[], None] | None = action
+        self._lock = Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            if self._action is not None:
+                self._action()
+                self._action = None

@@ -1,13 +1,20 @@
 """Asynchronous communication: hops between neighbouring stages, and the collectives of the vocabulary layers.
 
 Every direction of hops and each end of the model has its own process group, so that one can never delay another's order (on
-CUDA each group has a stream of its own).  Everything is issued from one thread, in program order.
+CUDA each group has a stream of its own).  Everything is issued in program order.  Once a message had to be waited for, the
+collectives of that end are issued by a thread beside the passes; everything else by the thread that runs them.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread, current_thread
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,20 +22,91 @@ from torch import Tensor
 
 from schedules.vocab import End, Transfer
 
+_STOP_SECONDS = 5.0  # of patience with a thread whose message never comes
+
+
+class Pending(Protocol):
+    """A communication under way."""
+
+    def wait(self) -> Tensor:
+        """The delivered tensor.  On CUDA the current stream waits, not the host."""
+        ...
+
+    def is_completed(self) -> bool: ...
+
 
 @dataclass(frozen=True, slots=True)
-class Pending:
-    """A communication under way, with the tensor it delivers and everything it must keep alive."""
+class _Issued:
+    """With the tensor it delivers and everything it must keep alive."""
 
     work: dist.Work | None
     result: Tensor
     source: Tensor | None = None
 
     def wait(self) -> Tensor:
-        """The delivered tensor.  On CUDA the current stream waits, not the host."""
         if self.work is not None:
             self.work.wait()
         return self.result
+
+    def is_completed(self) -> bool:
+        return self.work is None or self.work.is_completed()
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    """One that the thread of an `_Aside` issues."""
+
+    issued: Future[_Issued]
+
+    def wait(self) -> Tensor:
+        return self.issued.result().wait()
+
+    def is_completed(self) -> bool:
+        return self.issued.done() and self.issued.result().is_completed()
+
+
+_Task = tuple[Future[_Issued], Callable[[], _Issued]]
+
+
+class _Aside:
+    """A thread that issues one communication after the other, each as soon as its message is there.
+
+    A daemon, unlike those of concurrent.futures: a rank that failed must be able to exit while a message never comes.
+    """
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[_Task | None] = SimpleQueue()
+        thread = Thread(target=_serve, args=(self._queue,), daemon=True)
+        thread.start()
+        weakref.finalize(self, _stop, self._queue, thread)
+
+    def issue(self, action: Callable[[], _Issued]) -> _Queued:
+        issued: Future[_Issued] = Future()
+        self._queue.put((issued, action))
+        return _Queued(issued)
+
+
+def _serve(queue: SimpleQueue[_Task | None]) -> None:
+    while True:
+        task = queue.get()
+        if task is None:
+            return
+        _settle(*task)
+        del task  # tensors must not live until the next one comes
+
+
+def _settle(issued: Future[_Issued], action: Callable[[], _Issued]) -> None:
+    try:
+        issued.set_result(action())
+    except BaseException as error:  # for whoever waits
+        issued.set_exception(error)
+
+
+def _stop(queue: SimpleQueue[_Task | None], thread: Thread) -> None:
+    """Runs at exit too: a thread that lets go of communications while the interpreter shuts down aborts the process."""
+    queue.put(None)
+    if thread is not current_thread():
+        thread.join(_STOP_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +128,17 @@ class Comms:
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
         self._sent: deque[Pending] = deque()
+        self._asides: dict[End, _Aside] = {}
 
     def send(self, tensor: Tensor, peer: int, *, upstream: bool) -> None:
         """Issue the send of `tensor` to pipeline rank `peer`; `upstream` for gradients."""
         group = self._groups.backward if upstream else self._groups.forward
-        self._keep(Pending(dist.isend(tensor, self._groups.ranks[peer], group=group), tensor))
+        self._keep(_Issued(dist.isend(tensor, self._groups.ranks[peer], group=group), tensor))
 
     def receive(self, buffer: Tensor, peer: int, *, upstream: bool) -> Pending:
         """Issue the receive into `buffer` from pipeline rank `peer`."""
         group = self._groups.backward if upstream else self._groups.forward
-        return Pending(dist.irecv(buffer, self._groups.ranks[peer], group=group), buffer)
+        return _Issued(dist.irecv(buffer, self._groups.ranks[peer], group=group), buffer)
 
     def collective(self, end: End, transfer: Transfer, tensor: Tensor, root: int, *, delivers: bool) -> Pending:
         """Issue a collective of the ranks of `end`; `root` is a pipeline rank.
@@ -67,31 +146,51 @@ class Comms:
         The result is `tensor` itself, reduced or received in place, or [num_ranks, *tensor.shape] for ALL_GATHER.  With
         `delivers` false nobody on this rank waits for it: it is kept alive until it is done.
         """
+        return self._collective(end, transfer, lambda: tensor, root, delivers=delivers)
+
+    def collective_aside(
+        self, end: End, transfer: Transfer, message: Callable[[], Tensor], root: int, *, delivers: bool
+    ) -> Pending:
+        """The same with a `message` that may have to be waited for.  It is called in another thread, on CPUs.
+
+        On CUDA waiting does not block the host, and all communicators must be issued from one thread.
+        """
         group = self._groups.ends[end]
+        if group is not None and end not in self._asides and dist.get_backend(group) == "gloo":
+            self._asides[end] = _Aside()
+        return self._collective(end, transfer, message, root, delivers=delivers)
+
+    def _collective(self, end: End, transfer: Transfer, message: Callable[[], Tensor], root: int, *, delivers: bool) -> Pending:
+        group, aside = self._groups.ends[end], self._asides.get(end)
         if group is None:
-            return Pending(None, tensor[None] if transfer is Transfer.ALL_GATHER else tensor)
-        pending = self._issue(group, transfer, tensor, self._groups.ranks[root])
+            tensor = message()
+            return _Issued(None, tensor[None] if transfer is Transfer.ALL_GATHER else tensor)
+
+        def issue() -> _Issued:
+            return self._issue(group, transfer, message(), self._groups.ranks[root])
+
+        pending = issue() if aside is None else aside.issue(issue)
         if not delivers:
             self._keep(pending)
         return pending
 
-    def _issue(self, group: dist.ProcessGroup, transfer: Transfer, tensor: Tensor, root: int) -> Pending:
+    def _issue(self, group: dist.ProcessGroup, transfer: Transfer, tensor: Tensor, root: int) -> _Issued:
         match transfer:
             case Transfer.BROADCAST:
-                return Pending(dist.broadcast(tensor, root, group=group, async_op=True), tensor)
+                return _Issued(dist.broadcast(tensor, root, group=group, async_op=True), tensor)
             case Transfer.REDUCE:
-                return Pending(dist.reduce(tensor, root, group=group, async_op=True), tensor)
+                return _Issued(dist.reduce(tensor, root, group=group, async_op=True), tensor)
             case Transfer.ALL_MAX:
-                return Pending(dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group, async_op=True), tensor)
+                return _Issued(dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group, async_op=True), tensor)
             case Transfer.ALL_SUM:
-                return Pending(dist.all_reduce(tensor, group=group, async_op=True), tensor)
+                return _Issued(dist.all_reduce(tensor, group=group, async_op=True), tensor)
             case Transfer.ALL_GATHER:
                 result = torch.empty((group.size(), *tensor.shape), dtype=tensor.dtype, device=tensor.device)
-                return Pending(dist.all_gather(list(result), tensor, group=group, async_op=True), result, tensor)
+                return _Issued(dist.all_gather(list(result), tensor, group=group, async_op=True), result, tensor)
 
     def _keep(self, pending: Pending) -> None:
         self._sent.append(pending)
-        while self._sent and self._sent[0].work is not None and self._sent[0].work.is_completed():
+        while self._sent and self._sent[0].is_completed():
             self._sent.popleft().wait()
 
     def drain(self) -> None:

@@ -6,9 +6,10 @@ Shapes: b sequences of s tokens in a microbatch, T = s * b tokens, H hidden, R t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,7 +19,7 @@ from schedules.ir import Kind, Pass
 from schedules.lower import Action, Op
 from schedules.problem import Collective, Problem
 from schedules.vocab import Barrier
-from vp_train.pipeline.buffers import Buffers
+from vp_train.pipeline.buffers import Buffers, Once
 from vp_train.pipeline.comms import Comms, Pending
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.output import IGNORE_INDEX, OutputLayer
@@ -75,7 +76,8 @@ class Executor:
     def __init__(self, ops: tuple[Op, ...], problem: Problem, rank: int, part: Part, comms: Comms) -> None:
         self._ops, self._problem, self._rank, self._part, self._comms = ops, problem, rank, part, comms
         self._tensors: Buffers[Tensor] = Buffers()
-        self._pending: Buffers[Pending] = Buffers()
+        self._arriving: Buffers[Pending] = Buffers()
+        self._barriers: Buffers[Once] = Buffers()
         self._saved: Buffers[tuple[Tensor, Tensor]] = Buffers()
         self._actions = {
             Action.RUN: self._run,
@@ -112,7 +114,7 @@ class Executor:
         for op in self._ops:
             self._actions[op.action](op)
         self._comms.drain()
-        for buffers in (self._tensors, self._pending, self._saved):
+        for buffers in (self._tensors, self._arriving, self._barriers, self._saved):
             buffers.assert_empty()
         for stage in self._part.stages.values():
             stage.weight_grads.assert_empty()
@@ -199,25 +201,38 @@ class Executor:
         assert op.peer is not None
         name, stage = _product(op.item)
         pending = self._comms.receive(self._empty(*self._shape), op.peer, upstream=name == "dy")
-        self._pending.put(name, stage, op.item.microbatch, pending)
+        self._arriving.put(name, stage, op.item.microbatch, pending)
 
     def _arrive(self, op: Op) -> None:
         assert isinstance(op.item, Pass)
         name, stage = _product(op.item)
-        received = self._pending.take(name, stage, op.item.microbatch).wait()
+        received = self._arriving.take(name, stage, op.item.microbatch).wait()
         self._tensors.put(name, stage, op.item.microbatch, received)
 
     # Barriers
 
     def _start(self, op: Op) -> None:
         assert isinstance(op.item, Collective)
-        barrier = self._problem.algorithm.barrier(op.item.barrier)
+        barrier, i = self._problem.algorithm.barrier(op.item.barrier), op.item.microbatch
         root = self._problem.root(barrier.end)
-        message = self._message(barrier, op.item.microbatch, is_root=root == self._rank)
         delivers = self._rank in self._problem.receivers(op.item)
-        pending = self._comms.collective(barrier.end, barrier.transfer, message, root, delivers=delivers)
+        if isinstance(barrier.after, Kind):
+            message = self._message(barrier, i, is_root=root == self._rank)
+            pending = self._comms.collective(barrier.end, barrier.transfer, message, root, delivers=delivers)
+        else:
+            continued = self._continued(barrier, self._barriers.look("barrier", barrier.after, i), i)
+            pending = self._comms.collective_aside(barrier.end, barrier.transfer, continued, root, delivers=delivers)
         if delivers:
-            self._pending.put("barrier", barrier.name, op.item.microbatch, pending)
+            self._barriers.put("barrier", barrier.name, i, Once(partial(self._hear, barrier, i, pending)))
+
+    def _continued(self, barrier: Barrier, earlier: Once, microbatch: int) -> Callable[[], Tensor]:
+        """The message of a barrier that continues `earlier`, for which it waits.  It may be called beside the passes."""
+
+        def message() -> Tensor:
+            earlier()
+            return self._output.message(barrier.name, microbatch)
+
+        return message
 
     def _message(self, barrier: Barrier, microbatch: int, *, is_root: bool) -> Tensor:
         """This rank's contribution: [T, H] at the ends of the layers, what the output layer says in between."""
@@ -236,20 +251,23 @@ class Executor:
 
     def _wait(self, op: Op) -> None:
         assert isinstance(op.item, Collective)
-        i = op.item.microbatch
-        received = self._pending.take("barrier", op.item.barrier, i).wait()
-        match op.item.barrier:
+        self._barriers.take("barrier", op.item.barrier, op.item.microbatch)()
+
+    def _hear(self, barrier: Barrier, microbatch: int, pending: Pending) -> None:
+        """Wait for what `barrier` delivers and hand it on."""
+        received = pending.wait()
+        match barrier.name:
             case "CE":
-                self._tensors.put("x", 0, i, received.view(self._shape))
+                self._tensors.put("x", 0, microbatch, received.view(self._shape))
             case "C0":
-                self._tensors.put("x", "C0", i, received)
+                self._tensors.put("x", "C0", microbatch, received)
             case "CG":
-                self._tensors.put("dy", "CG", i, received)
+                self._tensors.put("dy", "CG", microbatch, received)
             case name:
-                self._output.absorb(name, i, received)
-                if Kind.B in self._problem.algorithm.barrier(name).before:
-                    dx = self._output.input_grad(i, self._grad_loss[i])
-                    self._tensors.put("dy", self._problem.last_stage, i, dx.view(self._shape))
+                self._output.absorb(name, microbatch, received)
+                if Kind.B in barrier.before:
+                    dx = self._output.input_grad(microbatch, self._grad_loss[microbatch])
+                    self._tensors.put("dy", self._problem.last_stage, microbatch, dx.view(self._shape))
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._part.dtype, device=self._part.device)

@@ -1,0 +1,484 @@
+"""The real executor on real processes with real communication, every pass replaced by a sleep: measured against simulated.
+
+    python benchmarks/rehearsal.py [--ranks 8] [--microbatches 16] [--layer-ms 80] [--steps 3] [--json FILE]
+
+What a step takes beyond its simulation is then waiting that the runtime adds.  The stages and vocabulary layers below have the
+interface of the real ones; they sleep as long as the cost model says and hand on tensors of the real shapes, which gloo moves.
+Hops and barriers are timed first, in the same processes and groups, and the simulator is told.
+
+Costs as in `family.py`: a rank has two layers with F = I = W = `layer-ms` each (B = 2), the output layer costs `head` layers.
+T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+
+from schedules.check import check_program, check_schedule
+from schedules.cost import CostModel
+from schedules.generators import GENERATORS, generate
+from schedules.ir import Kind, Pass
+from schedules.lower import Op, lower
+from schedules.problem import Collective, Problem
+from schedules.simulate import simulate
+from schedules.timeline import Timeline
+from schedules.vocab import VOCAB_ALGORITHMS, Barrier, End, Transfer
+from vp_train.mesh import build_mesh
+from vp_train.pipeline.comms import Comms
+from vp_train.pipeline.executor import Executor, Part
+from vp_train.pipeline.recorder import Recorder
+
+CASES = ("1f1b/none", "1f1b/two_barrier", "1f1b", "zb_h1", "zb_v", "v_half")
+S_SHARE = {"none": 2 / 3, "naive": 1 / 3, "two_barrier": 1 / 3, "one_barrier": 2 / 3}  # of the three products
+ROUNDS = 15  # of each communication that is timed
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A schedule with a vocabulary algorithm."""
+
+    schedule: str
+    vocab: str
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """`1f1b/none`; a schedule alone has `one_barrier`."""
+        schedule, _, vocab = text.partition("/")
+        case = cls(schedule, vocab or "one_barrier")
+        if case.schedule not in GENERATORS or case.vocab not in VOCAB_ALGORITHMS:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not <schedule>[/<vocab>] with a schedule of {', '.join(GENERATORS)} "
+                f"and a vocab of {', '.join(VOCAB_ALGORITHMS)}"
+            )
+        return case
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all cases share."""
+
+    microbatches: int
+    layer_seconds: float
+    head_in_layers: float
+    embedding_seconds: float
+    tokens: int
+    hidden: int
+    dtype: torch.dtype
+    steps: int
+
+    def problem(self, case: Case, num_ranks: int) -> Problem:
+        family = GENERATORS[case.schedule]
+        return Problem(
+            family.layout_of(num_ranks), self.microbatches, VOCAB_ALGORITHMS[case.vocab], split_backward=family.split_backward
+        )
+
+    def cost(self, problem: Problem, hop_seconds: float, barrier_seconds: dict[str, float]) -> CostModel:
+        layout, algorithm = problem.layout, problem.algorithm
+        stage = 2 * self.layer_seconds / layout.num_chunks
+        output = 3 * self.head_in_layers * self.layer_seconds / (layout.num_ranks if algorithm.sharded else 1)
+        share = S_SHARE[algorithm.name]
+        per_stage = {Kind.F: stage, Kind.B: 2 * stage, Kind.I: stage, Kind.W: stage}
+        per_shard = {
+            Kind.S: share * output,
+            Kind.T: (1 - share) * output,
+            Kind.E: self.embedding_seconds,
+            Kind.G: self.embedding_seconds,
+        }
+        seconds = {kind: (value,) * layout.num_stages for kind, value in per_stage.items()}
+        seconds |= {kind: (value,) * layout.num_ranks for kind, value in per_shard.items()}
+        return CostModel(seconds, hop_seconds, barrier_seconds)
+
+    def message(self, barrier: Barrier) -> Tensor:
+        """A tensor of the shape and dtype of what a rank says at `barrier`."""
+        match barrier.transfer:
+            case Transfer.ALL_GATHER:
+                return torch.ones(3, self.tokens)
+            case Transfer.ALL_MAX:
+                return torch.ones(self.tokens)
+            case Transfer.ALL_SUM:
+                return torch.ones(2, self.tokens)
+            case _:
+                return torch.ones(self.tokens, self.hidden, dtype=self.dtype)
+
+
+# What sleeps
+
+
+@dataclass(frozen=True, slots=True)
+class Sleeper:
+    """Makes a pass last as long as `cost` says; `overshoot` is by how much time.sleep is usually late."""
+
+    cost: CostModel
+    overshoot: float
+
+    @contextmanager
+    def lasting(self, kind: Kind, stage: int) -> Iterator[None]:
+        """What is done inside counts: making a tensor is part of the pass."""
+        end = time.perf_counter() + self.cost.seconds(Pass(stage, kind, 0))
+        yield
+        time.sleep(max(0.0, end - time.perf_counter() - self.overshoot))
+
+
+class _Layers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stage: SleepingStage) -> Tensor:
+        ctx.stage = stage
+        return stage.pass_on(Kind.F, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dy,) = grads
+        return ctx.stage.pass_on(ctx.stage.backward_kind, dy), None
+
+
+@dataclass(slots=True)
+class SleepingStage:
+    """A pipeline stage: [s, b, H] -> [s, b, H].  It is its own store of weight gradients."""
+
+    stage: int
+    backward_kind: Kind
+    sleeper: Sleeper
+    waiting: set[int] = field(default_factory=set)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _Layers.apply(x, self)  # type: ignore[no-untyped-call,no-any-return]
+
+    def pass_on(self, kind: Kind, received: Tensor) -> Tensor:
+        with self.sleeper.lasting(kind, self.stage):
+            return torch.full_like(received, 1e-3)
+
+    @property
+    def weight_grads(self) -> SleepingStage:
+        return self
+
+    @contextmanager
+    def deferring(self, microbatch: int) -> Iterator[None]:
+        yield
+        self.waiting.add(microbatch)
+
+    def drain(self, microbatch: int) -> None:
+        self.waiting.remove(microbatch)
+        with self.sleeper.lasting(Kind.W, self.stage):
+            pass
+
+    def assert_empty(self) -> None:
+        assert not self.waiting
+
+
+@dataclass(frozen=True, slots=True)
+class SleepingInput:
+    rank: int
+    setup: Setup
+    sleeper: Sleeper
+
+    def e(self, tokens: Tensor) -> Tensor:
+        with self.sleeper.lasting(Kind.E, self.rank):
+            return torch.full((self.setup.tokens, self.setup.hidden), 1e-3, dtype=self.setup.dtype)
+
+    def g(self, tokens: Tensor, dy: Tensor) -> None:
+        with self.sleeper.lasting(Kind.G, self.rank):
+            pass
+
+
+@dataclass(frozen=True, slots=True)
+class SleepingOutput:
+    rank: int
+    problem: Problem
+    setup: Setup
+    sleeper: Sleeper
+    received: dict[int, Tensor] = field(default_factory=dict)  # the latest, by microbatch
+
+    def s(self, microbatch: int, x: Tensor, targets: Tensor, *, keep: bool = True) -> None:
+        with self.sleeper.lasting(Kind.S, self.rank):
+            pass
+
+    def message(self, barrier: str, microbatch: int) -> Tensor:
+        return self.setup.message(self.problem.algorithm.barrier(barrier))
+
+    def absorb(self, barrier: str, microbatch: int, received: Tensor) -> None:
+        self.received[microbatch] = received
+
+    def t(self, microbatch: int, grad_loss: Tensor) -> None:
+        with self.sleeper.lasting(Kind.T, self.rank):
+            pass
+
+    def input_grad(self, microbatch: int, grad_loss: Tensor) -> Tensor:
+        return self.received[microbatch]
+
+    def token_loss(self, microbatch: int) -> Tensor:
+        return torch.zeros(self.setup.tokens)
+
+    def release(self, microbatch: int) -> None:
+        self.received.pop(microbatch, None)
+
+    def assert_empty(self) -> None:
+        assert not self.received
+
+
+def sleeping_part(problem: Problem, rank: int, setup: Setup, sleeper: Sleeper) -> Part:
+    """What `assembly.build_rank` makes of layers, made of sleeps."""
+    stages = {stage: SleepingStage(stage, problem.backward, sleeper) for stage in problem.layout.stages_of(rank)}
+    inputs = SleepingInput(rank, setup, sleeper) if rank in problem.shard_ranks(End.INPUT) else None
+    outputs = SleepingOutput(rank, problem, setup, sleeper) if rank in problem.shard_ranks(End.OUTPUT) else None
+    return Part(stages, inputs, outputs, setup.dtype, torch.device("cpu"), setup.hidden)  # type: ignore[arg-type]
+
+
+# What is measured
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One case.  `seconds_of_steps` are all measured steps, of which `measured_seconds` is the median.
+
+    `passes_longer_pct`: by how much the sleeps of the median step overran.  `cpu_pct`: of all cores, used by the ranks.
+    """
+
+    schedule: str
+    vocab: str
+    simulated_seconds: float
+    measured_seconds: float
+    error_pct: float
+    simulated_bubble_pct: float
+    measured_bubble_pct: float
+    passes_longer_pct: float
+    cpu_pct: float
+    seconds_of_steps: tuple[float, ...]
+    hop_seconds: float
+    barrier_seconds: dict[str, float]
+
+    def cells(self) -> str:
+        return (
+            f"| `{self.schedule}` | `{self.vocab}` | {self.simulated_seconds:.3f} | {self.measured_seconds:.3f} "
+            f"| {self.error_pct:+.1f} % | {self.simulated_bubble_pct:.1f} % | {self.measured_bubble_pct:.1f} % |"
+        )
+
+
+HEADER = "| schedule | vocab | simulated s | measured s | error | simulated bubble | measured bubble |\n" + "|---" * 7 + "|"
+
+
+def common_start() -> float:
+    """A moment soon after now that all ranks wait for; perf_counter is the same clock in all processes of a machine."""
+    dist.barrier()
+    moment = torch.tensor([time.perf_counter() + 0.02], dtype=torch.float64)
+    dist.broadcast(moment, 0)
+    time.sleep(max(0.0, float(moment) - time.perf_counter()))
+    return float(moment)
+
+
+def over_ranks(value: float, how: Any) -> float:
+    total = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(total, how)
+    return float(total)
+
+
+def latest(value: float) -> float:
+    return over_ranks(value, dist.ReduceOp.MAX)
+
+
+def sleep_overshoot() -> float:
+    """By how much time.sleep is late, the median of this rank."""
+    late = []
+    for _ in range(20):
+        before = time.perf_counter()
+        time.sleep(0.01)
+        late.append(time.perf_counter() - before - 0.01)
+    return statistics.median(late)
+
+
+def time_hop(rank: int, comms: Comms, setup: Setup) -> float:
+    """Half a round trip of [T, H] between the first two ranks; the median on all ranks."""
+    seconds = []
+    for _ in range(ROUNDS):
+        start = common_start()
+        if rank < 2:
+            tensor = torch.ones(setup.tokens, setup.hidden, dtype=setup.dtype)
+            pending = comms.receive(torch.empty_like(tensor), 1 - rank, upstream=rank == 0)
+            if rank == 1:
+                pending.wait()
+            comms.send(tensor, 1 - rank, upstream=rank == 1)
+            if rank == 0:
+                pending.wait()
+        seconds.append(latest(time.perf_counter() - start) / 2)
+        comms.drain()
+    return statistics.median(seconds)
+
+
+def time_barrier(rank: int, barrier: Barrier, problem: Problem, comms: Comms, setup: Setup) -> float:
+    """From a common start until the last receiver has it; the median on all ranks."""
+    receives = rank in problem.receivers(Collective(barrier.name, 0))
+    member = rank in problem.shard_ranks(barrier.end)
+    seconds = []
+    for _ in range(ROUNDS):
+        start = common_start()
+        if member:
+            root = problem.root(barrier.end)
+            pending = comms.collective(barrier.end, barrier.transfer, setup.message(barrier), root, delivers=receives)
+            if receives:
+                pending.wait()
+        seconds.append(latest(time.perf_counter() - start if receives else 0.0))
+        comms.drain()
+    return statistics.median(seconds)
+
+
+def time_comms(rank: int, problem: Problem, comms: Comms, setup: Setup) -> tuple[float, dict[str, float]]:
+    """Seconds of a hop, and of every barrier."""
+    barriers = {
+        barrier.name: time_barrier(rank, barrier, problem, comms, setup)
+        for barrier in problem.algorithm.barriers
+        if len(problem.shard_ranks(barrier.end)) > 1
+    }
+    return time_hop(rank, comms, setup), barriers
+
+
+def decide(rank: int, case: Case, problem: Problem, cost: CostModel) -> tuple[tuple[Op, ...], Timeline]:
+    """This rank's program and the prediction; made on rank 0, for the cores are few."""
+    decided: list[Any] = [None]
+    if rank == 0:
+        schedule = generate(case.schedule, problem, cost)
+        check_schedule(schedule, problem)
+        program = lower(schedule, problem, cost)
+        check_program(program, problem)
+        decided = [(program, simulate(schedule, problem, cost))]
+    dist.broadcast_object_list(decided, 0)
+    program, timeline = decided[0]
+    return program.ranks[rank], timeline
+
+
+def rehearse_one(rank: int, num_ranks: int, case: Case, setup: Setup) -> Row:
+    """One case; every rank returns the same row."""
+    problem = setup.problem(case, num_ranks)
+    comms = Comms(build_mesh(problem).pipeline)
+    hop_seconds, barrier_seconds = time_comms(rank, problem, comms, setup)
+    cost = setup.cost(problem, hop_seconds, barrier_seconds)
+    ops, timeline = decide(rank, case, problem, cost)
+    executor = Executor(ops, problem, rank, sleeping_part(problem, rank, setup, Sleeper(cost, sleep_overshoot())), comms)
+    batch = torch.zeros(setup.microbatches, 1, setup.tokens, dtype=torch.int64)
+    steps: list[tuple[float, float]] = []  # seconds of the step, mean seconds in passes per rank
+    cpu, wall = 0.0, 0.0
+    for step in range(1 + setup.steps):
+        recorder = Recorder(rank, time.perf_counter, lambda: 0, [])
+        recorder.started_at = start = common_start()
+        before = time.process_time()
+        executor.step(batch, batch, recorder)
+        seconds = latest(time.perf_counter() - start)
+        busy = over_ranks(sum(span.seconds for span in recorder.spans), dist.ReduceOp.SUM) / num_ranks
+        if step > 0:  # the first one is warm-up
+            steps.append((seconds, busy))
+            cpu, wall = cpu + time.process_time() - before, wall + seconds
+    measured, busy = sorted(steps)[len(steps) // 2]
+    asked = sum(timeline.busy(r) for r in range(num_ranks)) / num_ranks
+    return Row(
+        case.schedule,
+        case.vocab,
+        timeline.makespan,
+        measured,
+        100 * (measured / timeline.makespan - 1),
+        100 * timeline.mean_bubble,
+        100 * (1 - busy / measured),
+        100 * (busy / asked - 1),
+        100 * over_ranks(cpu, dist.ReduceOp.SUM) / wall / (os.cpu_count() or 1),
+        tuple(seconds for seconds, _ in steps),
+        hop_seconds,
+        barrier_seconds,
+    )
+
+
+def rehearse(
+    rank: int, num_ranks: int, cases: list[Case], setup: Setup, report: Callable[[Row], None] | None = None
+) -> list[Row]:
+    """All cases on the default process group; rank 0 reports each as soon as it is measured."""
+    rows = []
+    for case in cases:
+        rows.append(rehearse_one(rank, num_ranks, case, setup))
+        if rank == 0 and report is not None:
+            report(rows[-1])
+    return rows
+
+
+# Processes
+
+
+def _serve(rank: int, num_ranks: int, port: int, cases: list[Case], setup: Setup, rows: Any) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=120)
+    store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
+    rehearse(rank, num_ranks, cases, setup, rows.put)
+
+
+def run(num_ranks: int, cases: list[Case], setup: Setup, timeout: float) -> list[Row]:
+    """Start the ranks and print the table as it grows.  A rank that fails ends the run with its traceback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ["OMP_NUM_THREADS"] = "1"  # the ranks inherit it
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    context = multiprocessing.spawn(_serve, (num_ranks, port, cases, setup, queue), nprocs=num_ranks, join=False, daemon=True)
+    deadline, rows, done = time.monotonic() + timeout, [], False
+    print(HEADER, flush=True)
+    while not done:
+        done = context.join(timeout=0.5)
+        while not queue.empty():
+            rows.append(queue.get())
+            print(rows[-1].cells(), flush=True)
+        if time.monotonic() > deadline:
+            raise SystemExit(f"no end within {timeout:.0f} s ({len(rows)} of {len(cases)} cases); give more with --timeout")
+    return rows
+
+
+def main() -> None:
+    from provenance import provenance
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schedules", type=Case.parse, nargs="+", default=list(map(Case.parse, CASES)), metavar="NAME[/VOCAB]")
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--microbatches", type=int, default=16)
+    parser.add_argument("--layer-ms", type=float, default=80.0, help="F of one layer; long, because the cores also communicate")
+    parser.add_argument("--head", type=float, default=2.4, help="cost of the output layer in transformer layers")
+    parser.add_argument("--embedding-ms", type=float, default=4.0, help="E and G of one rank")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of each case, after one to warm up")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds for the whole run")
+    parser.add_argument("--json", type=Path, help="write everything measured as JSON")
+    arguments = parser.parse_args()
+    if arguments.ranks < 2:
+        parser.error(f"--ranks {arguments.ranks}: a pipeline needs at least 2 to communicate")
+    setup = Setup(
+        arguments.microbatches,
+        arguments.layer_ms / 1e3,
+        arguments.head,
+        arguments.embedding_ms / 1e3,
+        arguments.tokens,
+        arguments.hidden,
+        getattr(torch, arguments.dtype),
+        arguments.steps,
+    )
+    load = os.getloadavg()[0]
+    rows = run(arguments.ranks, arguments.schedules, setup, arguments.timeout)
+    print(f"largest error {max((row.error_pct for row in rows), key=abs):+.1f} %")
+    if arguments.json:
+        described = asdict(setup) | {"dtype": arguments.dtype, "ranks": arguments.ranks, "load_average_before": load}
+        result = provenance() | {"setup": described, "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
