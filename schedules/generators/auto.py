@@ -4,7 +4,7 @@ Every base schedule is a start: woven in several ways, then refined under the ca
 effort get more.  The named schedules themselves take part, so the result is never slower than one of them within the cap.
 
 A building block solved for the costs (an exact solver over one interval) was not needed: at a cap of p microbatches the
-refined starts end within 1 % of the lower bound, for equal and unequal stages alike (benchmarks/frontier.py).
+refined starts end within 1 % of the lower bound, for equal and unequal ranks alike (benchmarks/family.py).
 """
 
 from __future__ import annotations
