@@ -62,9 +62,10 @@ class Timeline:
     @property
     def mean_bubble(self) -> float:
         """The mean of `bubble` over the ranks: 1 - total work / (ranks * makespan)."""
-        return sum(map(self.bubble, range(self.num_ranks))) / self.num_ranks
+        available = self.num_ranks * self.makespan
+        return 1.0 - sum(map(self.busy, range(self.num_ranks))) / available if available > 0 else 0.0
 
     @property
     def gap(self) -> float | None:
         """How much longer the step takes than the lower bound: 0.02 is 2 %; None where no bound is known."""
-        return self.makespan / self.bound - 1.0 if self.bound > 0 else None
+        return round(self.makespan / self.bound - 1.0, 9) + 0.0 if self.bound > 0 else None  # 0, not -1e-16, on the bound

@@ -95,6 +95,18 @@ def test_1f1b_takes_the_work_and_one_fill_and_drain(vp_simulate, monkeypatch):
     assert LAST_LANES in out
 
 
+def test_rows_that_would_balance_the_work_are_proposed_and_do(vp_simulate):
+    uneven = ["vocab=one_barrier", "parallel.pp=4", "model.num_layers=7", "parallel.placement=balanced"]
+    code, out, _ = vp_simulate(*uneven)
+    assert code == 0
+    assert "vocab.balance=true would take 5.8% off the work of the busiest rank, with 7,296, 7,296, 7,296, 10,880 rows" in out
+    even, balanced = (simulate_step(load_config([*uneven, f"vocab.balance={words}"])).timeline for words in ("false", "true"))
+    busiest = [max(map(timeline.busy, range(4))) for timeline in (even, balanced)]
+    assert busiest[1] / busiest[0] == pytest.approx(1 - 0.058, abs=5e-4)
+    assert "vocab.balance" not in vp_simulate(*uneven, "vocab.balance=true")[1]
+    assert "vocab.balance" not in vp_simulate("vocab=one_barrier", "parallel.pp=4")[1]
+
+
 def test_settings_are_those_of_vp_train(vp_simulate):
     code, out, _ = vp_simulate("--print-config", "cost=a100_4b", "model.vocab_size=64000")
     assert code == 0

@@ -24,8 +24,8 @@ from schedules.torch_csv import from_csv
 from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, evaluation
 from vp_train.config import ConfigError, RunConfig
 from vp_train.estimate import estimate_cost
-from vp_train.placement import split_layers, split_vocabulary
-from vp_train.vocab.shard import Shard
+from vp_train.placement import balanced_rows, split_layers, split_vocabulary
+from vp_train.vocab.shard import Shard, split_rows
 
 DEFAULT_RANKS = 4  # where neither a launcher nor parallel.pp says how many
 _SEARCHED = ("one_barrier", "two_barrier", "none")  # by vocab=auto; naive never wins
@@ -96,6 +96,29 @@ def plan_step(config: RunConfig, num_ranks: int) -> StepPlan:
         raise ConfigError(f"schedule.name={name} is not known; choose one of {', '.join(GENERATORS)} or auto")
     step = _draft(config, _layout(name, num_ranks, config), _algorithm(config.vocab.algorithm), GENERATORS[name].split_backward)
     return step.with_schedule(generate(name, step.problem, step.cost))
+
+
+def row_advice(config: RunConfig, step: StepPlan) -> str | None:
+    """The rows per rank that would balance the work of `step`, in words; None where that would gain less than 1 %."""
+    problem = step.problem
+    if not problem.algorithm.sharded or config.vocab.balance or config.vocab.shards is not None:
+        return None
+    rows = balanced_rows(config, problem.layout, step.layers)
+    shards = {end: split_rows(config.model.vocab_size, step.num_ranks, rows) for end in End}
+    cost = estimate_cost(config, problem.layout, step.layers, shards, problem.algorithm)
+    now, then = _busiest_seconds(problem, step.cost), _busiest_seconds(problem, cost)
+    if then > 0.99 * now:
+        return None
+    return (
+        f"vocab.balance=true would take {1 - then / now:.1%} off the work of the busiest rank, "
+        f"with {', '.join(f'{count:,}' for count in rows)} rows"
+    )
+
+
+def _busiest_seconds(problem: Problem, cost: CostModel) -> float:
+    """The work of one microbatch on the rank that has most."""
+    ranks = range(problem.layout.num_ranks)
+    return max(sum(cost.seconds(item) for item in problem.passes_of(rank, 0)) for rank in ranks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from schedules.render import COLOURS, STAGE_KINDS, duration, present
+from schedules.render import COLOURS, STAGE_KINDS, facts, present
 from schedules.timeline import Span, Timeline
 from vp_train.config import ConfigError
 
@@ -62,7 +62,7 @@ def schedule_png(timeline: Timeline, title: str, path: Path) -> None:
     ranks = range(timeline.num_ranks) if timeline.num_ranks <= 16 else range(0, timeline.num_ranks, timeline.num_ranks // 8)
     axes.set_yticks(ranks, [f"rank {rank}" for rank in ranks])
     axes.set_xlabel(unit)
-    axes.set_title(f"{title}: {duration(timeline.makespan)}, mean bubble {timeline.mean_bubble:.1%}", loc="left", fontsize=11)
+    axes.set_title(f"{title}: {facts(timeline)}", loc="left", fontsize=11)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)

@@ -19,7 +19,7 @@ from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End
 from vp_train.config import ConfigError, RunConfig
 from vp_train.metrics.progress import human_bytes
-from vp_train.plan import DEFAULT_RANKS, StepPlan, plan_step
+from vp_train.plan import DEFAULT_RANKS, StepPlan, plan_step, row_advice
 from vp_train.plot import Mark, comparison_png, schedule_png
 
 _GRID_RANKS = 32
@@ -33,6 +33,8 @@ def show(config: RunConfig, directory: Path | None, config_yaml: str) -> None:
     outcome = simulate_step(config)
     taken = time.perf_counter() - started
     print(report(outcome, shutil.get_terminal_size((120, 24)).columns))
+    if advice := row_advice(config, outcome.plan):
+        print(f"\n{advice}")
     print(f"\nsimulated in {duration(taken)}", flush=True)
     if directory is None:
         return
@@ -118,8 +120,8 @@ class Outcome:
 
     @property
     def gap(self) -> float:
-        """How much longer the step takes than the lower bound; 0, not -1e-16, where it is reached."""
-        return round(self.timeline.gap or 0.0, 9) + 0.0
+        """How much longer the step takes than the lower bound; 0 for a step of no work."""
+        return self.timeline.gap or 0.0
 
     @property
     def microbatches_in_flight(self) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from schedules.render import chrome_trace, svg
+from schedules.render import chrome_trace, facts, svg
 from schedules.timeline import Timeline
 from schedules.vocab import End
 from vp_train.config import RunConfig
@@ -19,7 +19,7 @@ from vp_train.metrics.progress import Progress, StepReport, human_bytes
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.metrics.summary import rank_table, summarize
 from vp_train.model.shape import num_parameters
-from vp_train.plan import RunPlan
+from vp_train.plan import RunPlan, row_advice
 
 
 class Reporter:
@@ -50,8 +50,9 @@ class Reporter:
             f" (ln V = {math.log(config.model.vocab_size):.2f}), {config.run.dtype} on {config.run.device}",
             f"pipeline  {stages}",
             f"schedule  {plan.schedule.name}, vocabulary {plan.problem.algorithm.name}, {config.num_microbatches} microbatches"
-            f" of {config.micro_batch_size} x {config.model.seq_length} tokens; planned bubble {plan.timeline.mean_bubble:.1%},"
-            f" activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
+            f" of {config.micro_batch_size} x {config.model.seq_length} tokens",
+            f"planned   {facts(plan.timeline)}; activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
+            *([f"advice    {advice}"] if (advice := row_advice(config, plan)) else []),
             f"run       {directory.path}, steps {self._first_step} to {config.run.steps}",
         ]
         for line in lines:
@@ -84,8 +85,10 @@ class Reporter:
         """The measured step: kept for the final table and written for Perfetto beside the predicted one."""
         self._measured, self._parameters = measured, parameters
         assert self._pending is not None
-        self._pending[1]["bubble_measured"] = measured.mean_bubble
-        self._pending[1]["bubble_predicted"] = self._plan.timeline.mean_bubble
+        planned = self._plan.timeline
+        self._pending[1].update(bubble_measured=measured.mean_bubble, bubble_predicted=planned.mean_bubble)
+        if planned.gap is not None:
+            self._pending[1].update(gap_measured=measured.makespan / planned.bound - 1.0, gap_predicted=planned.gap)
         trace = chrome_trace({"predicted": self._plan.timeline, "measured": measured})
         self._directory.write("trace/step.json", json.dumps(trace))
         title = f"{self._plan.schedule.name}, vocabulary {self._plan.problem.algorithm.name}: as measured"
