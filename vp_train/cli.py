@@ -98,14 +98,10 @@ def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str,
     directory = Path(options["--out"]).expanduser() if "--out" in options else None
     if "--vocab" in options and "--compare" not in options:
         raise ConfigError(f"--vocab belongs to --compare; for one algorithm write vocab={options['--vocab'].split(',')[0]}")
-    try:
-        if "--compare" in options:
-            compare(config, options["--compare"], options.get("--vocab"), directory, config_text(config))
-        else:
-            show(config, directory, config_text(config))
-    except BrokenPipeError:  # a reader like `head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    if "--compare" in options:
+        compare(config, options["--compare"], options.get("--vocab"), directory, config_text(config))
+    else:
+        show(config, directory, config_text(config))
     return EXIT_OK
 
 
@@ -124,10 +120,14 @@ def _main(command: _Command) -> NoReturn:
             code = EXIT_OK
         else:
             code = command.body(config, overrides, options)
+        sys.stdout.flush()
     except ConfigError as error:
         if speaks:
             print(f"{command.name}: {error}", file=sys.stderr, flush=True)
         code = EXIT_CONFIG
+    except BrokenPipeError:  # a reader like `head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except OSError as error:
         print(f"{command.name}: {error}", file=sys.stderr, flush=True)
         code = EXIT_IO
