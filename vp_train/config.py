@@ -110,6 +110,11 @@ class ScheduleConfig:
                 f"schedule.cap_gib={self.cap_gib} and schedule.cap_microbatches={self.cap_microbatches}: set one of the two"
             )
 
+    @property
+    def is_solved(self) -> bool:
+        """True where the schedule is still to be searched for."""
+        return self.name == "auto" and self.file is None
+
 
 @dataclass(frozen=True)
 class VocabConfig:

@@ -9,15 +9,17 @@ from collections.abc import Sequence
 
 from vp_train.config import RunConfig
 from vp_train.metrics.run_directory import refuse_used, run_path
-from vp_train.plan import DEFAULT_RANKS, make_plan
+from vp_train.plan import DEFAULT_RANKS, SEARCHING, make_plan
 
 
 def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     """Check the plan, prepare the data, then run the ranks; returns the exit code of the first rank that failed, or 0."""
     num_ranks = config.parallel.pp or DEFAULT_RANKS
-    plan = make_plan(config, num_ranks)
     refuse_used(config.run)
-    if config.schedule.name == "auto":  # found once, for all ranks
+    if config.schedule.is_solved:
+        print(SEARCHING, flush=True)
+    plan = make_plan(config, num_ranks)
+    if config.schedule.is_solved:  # once, for all ranks
         solved = run_path(config.run) / "schedule.txt"
         solved.parent.mkdir(parents=True, exist_ok=True)
         solved.write_text(plan.schedule.text())

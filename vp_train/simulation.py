@@ -19,7 +19,7 @@ from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End
 from vp_train.config import ConfigError, RunConfig
 from vp_train.metrics.progress import human_bytes
-from vp_train.plan import DEFAULT_RANKS, StepPlan, plan_step, row_advice
+from vp_train.plan import DEFAULT_RANKS, SEARCHING, StepPlan, plan_step, row_advice
 from vp_train.plot import Mark, comparison_png, schedule_png
 
 _GRID_RANKS = 32
@@ -29,6 +29,8 @@ def show(config: RunConfig, directory: Path | None, config_yaml: str) -> None:
     """Simulate one step, print what is known of it, and with a directory draw it there.  Raises ConfigError."""
     _make(directory)
     print(f"{config.schedule.name} with {config.vocab.algorithm}, {headline(config)}\n", flush=True)
+    if config.schedule.is_solved:
+        print(SEARCHING, flush=True)
     started = time.perf_counter()
     outcome = simulate_step(config)
     taken = time.perf_counter() - started
