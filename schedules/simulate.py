@@ -35,11 +35,14 @@ class Sweep:
     makespan: float
 
 
-def simulate(schedule: Schedule, problem: Problem, cost: CostModel) -> Timeline:
-    """The timeline of one step.  Raises DeadlockError, naming passes that wait for each other in a circle."""
+def simulate(schedule: Schedule, problem: Problem, cost: CostModel, caps: tuple[float, ...] = ()) -> Timeline:
+    """The timeline of one step, with the bound on all orders or, if given, those in which rank r keeps at most caps[r] bytes.
+
+    Raises DeadlockError, naming passes that wait for each other in a circle.
+    """
     network = Network.of(problem, cost)
     timeline = _timeline_of(sweep(network, network.orders(schedule)), network, problem)
-    return replace(timeline, bound=step_bound(problem, cost).seconds)
+    return replace(timeline, bound=step_bound(problem, cost, caps).seconds)
 
 
 def predecessors(schedule: Schedule, problem: Problem) -> dict[Node, tuple[Node, ...]]:

@@ -36,7 +36,8 @@ _SEARCHED = ("one_barrier", "two_barrier", "none")  # by vocab=auto; naive never
 class StepPlan:
     """What one step computes, where and when.
 
-    `layers[s]` are the global layers of stage s; `shards[end][r]` the rows of rank r.
+    `layers[s]` are the global layers of stage s; `shards[end][r]` the rows of rank r.  `caps[r]` are the bytes that rank r may
+    keep, where the schedule was found under a cap; its timeline then has the bound for them.
     """
 
     layers: tuple[range, ...]
@@ -45,6 +46,7 @@ class StepPlan:
     cost: CostModel
     schedule: Schedule
     timeline: Timeline
+    caps: tuple[float, ...]
 
     @property
     def layers_of_ranks(self) -> tuple[tuple[range, ...], ...]:
@@ -77,7 +79,16 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
     evaluation_program = lower(generate("gpipe", evaluated, cost), evaluated, cost)
     check_program(evaluation_program, evaluated)
     return RunPlan(
-        step.layers, step.shards, problem, cost, step.schedule, step.timeline, program, evaluated, evaluation_program
+        step.layers,
+        step.shards,
+        problem,
+        cost,
+        step.schedule,
+        step.timeline,
+        step.caps,
+        program,
+        evaluated,
+        evaluation_program,
     )
 
 
@@ -131,11 +142,11 @@ class _Draft:
     problem: Problem
     cost: CostModel
 
-    def with_schedule(self, schedule: Schedule) -> StepPlan:
+    def with_schedule(self, schedule: Schedule, caps: tuple[float, ...] = ()) -> StepPlan:
         """Check and simulate it.  Raises ValueError for a schedule that is not one of this problem."""
         check_schedule(schedule, self.problem)
-        timeline = simulate(schedule, self.problem, self.cost)
-        return StepPlan(self.layers, self.shards, self.problem, self.cost, schedule, timeline)
+        timeline = simulate(schedule, self.problem, self.cost, caps)
+        return StepPlan(self.layers, self.shards, self.problem, self.cost, schedule, timeline, caps)
 
 
 def _draft(config: RunConfig, layout: Layout, algorithm: VocabAlgorithm, split_backward: bool) -> _Draft:
@@ -197,11 +208,12 @@ def _solved(config: RunConfig, num_ranks: int) -> StepPlan:
     if not drafts:
         raise ConfigError(refusals[0])
     cap = _cap_bytes(config, drafts[0][1].cost, num_ranks)
+    caps = (cap,) * num_ranks
     try:
-        solution = solve([option for option, _ in drafts], [cap] * num_ranks)
+        solution = solve([option for option, _ in drafts], caps)
     except CapError as error:
         raise ConfigError(_cap_message(error, cap, config.schedule.cap_gib is not None, drafts[0][1].cost, num_ranks)) from None
-    return next(step for option, step in drafts if option is solution.option).with_schedule(solution.schedule)
+    return next(step for option, step in drafts if option is solution.option).with_schedule(solution.schedule, caps)
 
 
 def _microbatch_bytes(cost: CostModel, num_ranks: int) -> float:

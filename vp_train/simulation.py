@@ -144,7 +144,7 @@ class Refusal:
 def simulate_step(config: RunConfig) -> Outcome:
     """Plan and simulate one step.  Raises ConfigError, naming the value and the way out."""
     plan = plan_step(config, config.parallel.pp or DEFAULT_RANKS)
-    return Outcome(config.schedule.name, config.vocab.algorithm, plan, step_bound(plan.problem, plan.cost))
+    return Outcome(config.schedule.name, config.vocab.algorithm, plan, step_bound(plan.problem, plan.cost, plan.caps))
 
 
 def simulate_each(config: RunConfig, schedules: Sequence[str], vocabs: Sequence[str]) -> Iterator[Outcome | Refusal]:
