@@ -24,7 +24,6 @@ from schedules.simulate import peak
 
 _FIRST = 60_000  # nodes placed to refine each start
 _ROUNDS = ((3, 200_000), (1, 2_000_000))  # then: so many of the best, searched on with so many nodes each
-_HALVINGS = 8  # of the interval in which the least possible cap lies, when the cap is not
 _ENOUGH = 5e-4  # a gap that ends the search
 
 
@@ -44,9 +43,6 @@ class Solution:
     option: Option
     schedule: Schedule
     bound: Bound
-
-
-_Found = tuple[Refined, Option, Network]
 
 
 class CapError(ValueError):
@@ -69,10 +65,10 @@ def solve(options: Sequence[Option], caps: Sequence[float]) -> Solution:
 
     Raises CapError with the least that was reached, and what no schedule can go below.
     """
-    networks = [Network.of(option.problem, option.cost) for option in options]
     found = [
         (refined, option, network)
-        for option, network in zip(options, networks, strict=True)
+        for option in options
+        for network in [Network.of(option.problem, option.cost)]
         for refined in _starts(option, network, list(caps))
     ]
     for survivors, effort in _ROUNDS:
@@ -83,7 +79,6 @@ def solve(options: Sequence[Option], caps: Sequence[float]) -> Solution:
             found.append((search(network, refined, list(caps), effort, enough), option, network))
     best, option, network = found[0]
     if best.excess > 0:
-        best, option, network = _least(options, networks, found[0], caps)
         raise _cap_error(best, option, network, caps)
     bound = step_bound(option.problem, option.cost, tuple(caps))
     return Solution(option, network.schedule(f"auto from {option.name}", best.orders), bound)
@@ -99,33 +94,6 @@ def _starts(option: Option, network: Network, caps: list[float]) -> Iterator[Ref
     woven = [weave(base, option.problem, network, preference) for preference in STARTS[: max(2, _FIRST // _nodes(network))]]
     for orders in [named, *woven] if option.problem.split_backward else woven[:1]:
         yield refine(network, orders, caps, max(2 * _nodes(network), _FIRST))
-
-
-def _least(options: Sequence[Option], networks: Sequence[Network], best: _Found, caps: Sequence[float]) -> _Found:
-    """The order that gets by with the least multiple of `caps`; `best` does not fit them."""
-    named = [
-        network.orders(generate(option.name, option.problem, option.cost))
-        for option, network in zip(options, networks, strict=True)
-    ]
-    low, high = 1.0, _multiple(best, caps)
-    for _ in range(_HALVINGS):
-        middle = (low * high) ** 0.5
-        tried = (
-            (refine(network, orders, [cap * middle for cap in caps], 2 * _nodes(network)), option, network)
-            for option, network, orders in zip(options, networks, named, strict=True)
-        )
-        fitting = next((found for found in tried if found[0].excess == 0), None)
-        if fitting is None:
-            low = middle
-        else:
-            best, high = fitting, _multiple(fitting, caps)
-    return best
-
-
-def _multiple(found: _Found, caps: Sequence[float]) -> float:
-    """The factor by which `caps` would have to be larger."""
-    best, _, network = found
-    return max(peak(network.byte_changes(order)) / cap for order, cap in zip(best.orders, caps, strict=True))
 
 
 def _nodes(network: Network) -> int:
