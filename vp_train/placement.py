@@ -90,12 +90,14 @@ def split_vocabulary(config: RunConfig, problem: Problem, end: End, layers: Sequ
 
 def balanced_rows(config: RunConfig, layout: Layout, layers: Sequence[range]) -> list[int]:
     """Rows of each rank such that layers and rows together take every rank equally long, as far as rows can do that."""
-    slowness = rank_slowness(config, layout.num_ranks)
+    slowness, each = rank_slowness(config, layout.num_ranks), row_seconds(config)
+    if each == 0:  # rows that take no time cannot balance anything
+        return [shard.num_rows for shard in split_rows(config.model.vocab_size, layout.num_ranks)]
     busy = [
         slow * layer_seconds(config) * sum(len(layers[stage]) for stage in layout.stages_of(rank))
         for rank, slow in enumerate(slowness)
     ]
-    return fill_with_rows(config.model.vocab_size, busy, [slow * row_seconds(config) for slow in slowness])
+    return fill_with_rows(config.model.vocab_size, busy, [slow * each for slow in slowness])
 
 
 def fill_with_rows(num_rows: int, busy: Sequence[float], row_seconds: Sequence[float]) -> list[int]:

@@ -10,7 +10,7 @@ refined starts end within 1 % of the lower bound, for equal and unequal ranks al
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from schedules.bound import Bound, lives, steady_bytes, step_bound
 from schedules.cost import CostModel
@@ -18,7 +18,7 @@ from schedules.generators import GENERATORS, generate
 from schedules.generators.refine import Refined, judge, refine, search
 from schedules.generators.weave import STARTS, weave
 from schedules.ir import Kind, Pass, Schedule
-from schedules.network import Network
+from schedules.network import Network, Orders
 from schedules.problem import Problem
 from schedules.simulate import peak
 
@@ -90,10 +90,17 @@ def _starts(option: Option, network: Network, caps: list[float]) -> Iterator[Ref
     yield judge(network, named, caps)
     if option.name == "interlaced":
         return  # a comparison: its meetings are what it is
+    yield judge(network, _one_by_one(option, network), caps)
     base = GENERATORS[option.name].base_order(option.problem)
     woven = [weave(base, option.problem, network, preference) for preference in STARTS[: max(2, _FIRST // _nodes(network))]]
     for orders in [named, *woven] if option.problem.split_backward else woven[:1]:
         yield refine(network, orders, caps, max(2 * _nodes(network), _FIRST))
+
+
+def _one_by_one(option: Option, network: Network) -> Orders:
+    """Each microbatch after the one before has left: slow, but no order keeps less."""
+    alone = network.orders(generate(option.name, replace(option.problem, num_microbatches=1), option.cost))
+    return [[i * network.size + k for i in range(network.num_microbatches) for k in order] for order in alone]
 
 
 def _nodes(network: Network) -> int:

@@ -1,0 +1,174 @@
+"""The solver of schedule=auto: within its caps, never slower than a named schedule that is, and close to the bound."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from schedules.bound import step_bound
+from schedules.check import check_program, check_schedule
+from schedules.cost import CostModel
+from schedules.generators import GENERATORS, auto, generate
+from schedules.generators.auto import CapError, Option, solve
+from schedules.ir import Kind
+from schedules.lower import lower
+from schedules.problem import Problem
+from schedules.simulate import simulate
+from schedules.vocab import VOCAB_ALGORITHMS
+
+CLOSE = 1 + 1e-9
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Little effort: these laws hold at any."""
+    monkeypatch.setattr(auto, "_FIRST", 3_000)
+    monkeypatch.setattr(auto, "_ROUNDS", ((2, 15_000), (1, 30_000)))
+
+
+def options_of(p, m, algorithms=("one_barrier",), *, spread=0.0, slowness=None, names=tuple(GENERATORS), seed=0):
+    """F = I = W = 1 and a microbatch of 1 byte per rank, in stages and shards that differ by up to `spread`.
+
+    Each base schedule cuts the same model, so its stages differ in their own way.
+    """
+    slow = slowness or (1.0,) * p
+    found = []
+    for name in names:
+        random = Random(f"{seed} {name}")
+        layout = GENERATORS[name].layout_of(p)
+        stages = [random.uniform(1 - spread, 1 + spread) / layout.num_chunks for _ in range(layout.num_stages)]
+        shards = [random.uniform(1 - spread, 1 + spread) for _ in range(p)]
+        times = [slow[layout.rank_of(stage)] * seconds for stage, seconds in enumerate(stages)]
+        for algorithm in map(VOCAB_ALGORITHMS.__getitem__, algorithms):
+            rows = shards if algorithm.sharded else [0.0] * (p - 1) + [float(p)]
+            if layout.name == "v" and not algorithm.sharded:
+                rows.reverse()
+            seconds = {kind: tuple(times) for kind in (Kind.F, Kind.I, Kind.W)} | {Kind.B: tuple(2 * value for value in times)}
+            for kind, each in {Kind.S: 0.3, Kind.T: 0.15, Kind.E: 0.01, Kind.G: 0.01}.items():
+                seconds[kind] = tuple(each * factor * value for factor, value in zip(slow, rows, strict=True))
+            barriers = {barrier.name: 0.05 for barrier in algorithm.barriers}
+            kept, held = tuple(stages), tuple(0.2 * value for value in rows)
+            cost = CostModel(seconds, 0.02, barriers, kept, held, tuple(value / 2 for value in stages))
+            found.append(Option(name, Problem(layout, m, algorithm, GENERATORS[name].split_backward), cost))
+    return found
+
+
+def timeline_of(solution):
+    return simulate(solution.schedule, solution.option.problem, solution.option.cost)
+
+
+@pytest.mark.parametrize(
+    ("p", "m", "spread", "algorithms"),
+    [
+        (1, 3, 0.0, ("one_barrier",)),
+        (2, 9, 0.3, ("one_barrier", "none")),
+        (3, 6, 0.2, ("two_barrier",)),
+        (3, 4, 0.0, ("none",)),
+        (4, 8, 0.1, ("one_barrier",)),
+        (4, 16, 0.3, ("one_barrier",)),
+    ],
+)
+@pytest.mark.parametrize("cap_of", ["1f1b", "v_half"])
+def test_never_slower_than_a_named_schedule_within_the_caps(quick, p, m, spread, algorithms, cap_of):
+    options = options_of(p, m, algorithms, spread=spread)
+    named = [simulate(generate(o.name, o.problem, o.cost), o.problem, o.cost) for o in options]
+    caps = next(n.peak_bytes for n, option in zip(named, options, strict=True) if option.name == cap_of)
+    fitting = [n.makespan for n in named if all(kept <= cap for kept, cap in zip(n.peak_bytes, caps, strict=True))]
+    solution = solve(options, caps)
+    problem, cost = solution.option.problem, solution.option.cost
+    check_schedule(solution.schedule, problem)
+    check_program(lower(solution.schedule, problem, cost), problem)
+    timeline = timeline_of(solution)
+    assert all(kept <= cap * CLOSE for kept, cap in zip(timeline.peak_bytes, caps, strict=True))
+    assert timeline.makespan <= min(fitting) * CLOSE
+
+
+@pytest.mark.parametrize("tight", range(3))
+def test_every_rank_has_a_cap_of_its_own(quick, tight):
+    options = options_of(3, 9)
+    free, low = timeline_of(solve(options, (3.0,) * 3)).peak_bytes, 2.0
+    kept = timeline_of(solve(options, [low if rank == tight else 3.0 for rank in range(3)])).peak_bytes
+    assert min(free) > low
+    assert kept[tight] <= low * CLOSE
+    assert max(kept) > low
+
+
+@pytest.mark.parametrize(("p", "m", "spread", "seed"), [(2, 4, 0.0, 0), (3, 5, 0.3, 1), (4, 8, 0.3, 2)])
+def test_the_makespan_is_above_the_bound_and_memory_only_raises_it(quick, p, m, spread, seed):
+    options = options_of(p, m, spread=spread, seed=seed)
+    for each in (p, 0.7 * p):
+        solution = solve(options, (each,) * p)
+        assert timeline_of(solution).makespan >= solution.bound.seconds / CLOSE
+        assert solution.bound.seconds >= step_bound(solution.option.problem, solution.option.cost).seconds / CLOSE
+
+
+@pytest.mark.parametrize(
+    ("p", "m", "caps", "spread"),
+    [(2, 8, (1.1, 1.1), 0.0), (2, 4, (9.0, 0.7), 0.3), (3, 7, (0.2, 0.3, 0.1), 0.3), (4, 8, (1.0,) * 4, 0.1)],
+)
+@pytest.mark.parametrize("algorithm", ["none", "one_barrier"])
+def test_a_cap_that_nobody_can_meet_is_refused_and_what_is_reached_is_enough(quick, p, m, caps, spread, algorithm):
+    options = options_of(p, m, (algorithm,), spread=spread)
+    with pytest.raises(CapError) as caught:
+        solve(options, caps)
+    error = caught.value
+    assert error.cap == caps[error.rank] < error.reached
+    assert error.alone <= error.reached * CLOSE
+    assert all(f"{value:.4g}" in str(error) for value in (error.cap, error.reached, error.alone, error.steady))
+    more = error.reached - error.cap
+    kept = timeline_of(solve(options, [cap + more for cap in caps])).peak_bytes
+    assert all(value <= (cap + more) * CLOSE for value, cap in zip(kept, caps, strict=True))
+
+
+@pytest.mark.parametrize(("p", "spread"), [(2, 0.0), (2, 0.3), (3, 0.2), (4, 0.0)])
+def test_what_one_microbatch_keeps_is_enough_and_nothing_below_it(quick, p, spread):
+    (option,) = options_of(p, 5, spread=spread, names=("v_half",))
+    single = replace(option.problem, num_microbatches=1)
+    alone = simulate(generate("v_half", single, option.cost), single, option.cost).peak_bytes
+    assert timeline_of(solve([option], alone)).peak_bytes == pytest.approx(alone)
+    for rank in range(p):
+        with pytest.raises(CapError) as caught:
+            solve([option], [kept * (0.99 if r == rank else 1) for r, kept in enumerate(alone)])
+        assert (caught.value.rank, caught.value.reached) == (rank, pytest.approx(alone[rank]))
+
+
+REPORT = """
+from schedules.generators import auto
+from tests.schedules.test_auto import options_of
+auto._FIRST, auto._ROUNDS = 3_000, ((2, 15_000), (1, 30_000))
+print(auto.solve(options_of(3, 5, ("one_barrier", "none"), spread=0.2), (2.5, 2.5, 3.0)).schedule.text())
+"""
+
+
+def test_every_process_finds_the_same(quick):
+    here = solve(options_of(3, 5, ("one_barrier", "none"), spread=0.2), (2.5, 2.5, 3.0)).schedule.text()
+    for seed in "12":
+        done = subprocess.run(
+            [sys.executable, "-c", REPORT],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            check=True,
+        )
+        assert done.stdout.strip() == here.strip()
+
+
+def test_a_cap_of_p_microbatches_is_enough_for_a_gap_below_one_percent():
+    solution = solve(options_of(4, 32, names=("1f1b", "v_half")), (4.0,) * 4)
+    assert timeline_of(solution).makespan < 1.008 * solution.bound.seconds
+
+
+@pytest.mark.parametrize("slow", range(4))
+def test_a_slow_rank_leaves_the_gap_small(quick, slow):
+    slowness = [1.25 if rank == slow else 1.0 for rank in range(4)]
+    solution = solve(options_of(4, 32, slowness=slowness, names=("zb_h1", "v_half")), (4.0,) * 4)
+    timeline = timeline_of(solution)
+    assert solution.bound.reason == f"the work of rank {slow}"
+    assert timeline.makespan < 1.01 * solution.bound.seconds
+    assert all(kept <= 4.0 * CLOSE for kept in timeline.peak_bytes)
