@@ -27,6 +27,7 @@ def estimate_cost(
     model, size = config.model, config.micro_batch_size
     item_bytes = _ITEM_BYTES[config.run.dtype]
     rows = [shard.num_rows for shard in shards[End.OUTPUT]]
+    exchanged = algorithm.sharded and layout.num_ranks > 1  # a rank that owns the whole layer has nobody to wait for
     layer_bytes = shape.layer_input_bytes if config.parallel.recompute == "full" else shape.layer_activation_bytes
     stage_bytes = [float(len(stage) * layer_bytes(model, size, item_bytes)) for stage in layers]
     stage_bytes[-1] += shape.final_norm_activation_bytes(model, size, item_bytes)
@@ -38,7 +39,7 @@ def estimate_cost(
             for kind, values in (_stage_seconds(config, layers) | _shard_seconds(config, rows, algorithm)).items()
         },
         config.cost.hop_seconds,
-        {barrier.name: config.cost.collective_seconds for barrier in algorithm.barriers},
+        {barrier.name: config.cost.collective_seconds if exchanged else 0.0 for barrier in algorithm.barriers},
         tuple(stage_bytes),
         tuple(float(item_bytes * size * model.seq_length * (count + model.hidden_size)) for count in rows),
         tuple(float(len(stage) * shape.layer_weight_grad_bytes(model, size, item_bytes)) for stage in layers),
