@@ -235,5 +235,5 @@ def _cap_message(error: CapError, cap: float, in_gib: bool, cost: CostModel, num
     return (
         f"{setting}={cap / unit:.4g} is too low: the best schedule found keeps {error.reached / unit:.4g} {word} on rank "
         f"{error.rank}.  One microbatch alone keeps {error.alone / unit:.4g}; without a bubble the average would be "
-        f"{error.steady / unit:.4g}.  Set {setting} to {enough:.4g} or more, or use a smaller micro_batch_size"
+        f"{error.steady / unit:.4g}.  Set {setting} to {enough} or more, or use a smaller micro_batch_size"
     )
