@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import settings
 
+from schedules.generators import auto
 from tests.ranks import Ranks
 
 settings.register_profile("ci", derandomize=True)  # CI must not fail by chance; elsewhere every run tries new examples
@@ -28,3 +29,10 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     yield get
     for pool in pools.values():
         pool.stop()
+
+
+@pytest.fixture
+def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """schedule=auto with little effort, for laws that hold at any."""
+    monkeypatch.setattr(auto, "_FIRST", 3_000)
+    monkeypatch.setattr(auto, "_ROUNDS", ((2, 15_000), (1, 30_000)))

@@ -13,7 +13,7 @@ import pytest
 from schedules.bound import step_bound
 from schedules.check import check_program, check_schedule
 from schedules.cost import CostModel
-from schedules.generators import GENERATORS, auto, generate
+from schedules.generators import GENERATORS, generate
 from schedules.generators.auto import CapError, Option, solve
 from schedules.ir import Kind
 from schedules.lower import lower
@@ -22,13 +22,6 @@ from schedules.simulate import simulate
 from schedules.vocab import VOCAB_ALGORITHMS
 
 CLOSE = 1 + 1e-9
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Little effort: these laws hold at any."""
-    monkeypatch.setattr(auto, "_FIRST", 3_000)
-    monkeypatch.setattr(auto, "_ROUNDS", ((2, 15_000), (1, 30_000)))
 
 
 def options_of(p, m, algorithms=("one_barrier",), *, spread=0.0, slowness=None, names=tuple(GENERATORS), seed=0):
@@ -74,7 +67,7 @@ def timeline_of(solution):
     ],
 )
 @pytest.mark.parametrize("cap_of", ["1f1b", "v_half"])
-def test_never_slower_than_a_named_schedule_within_the_caps(quick, p, m, spread, algorithms, cap_of):
+def test_never_slower_than_a_named_schedule_within_the_caps(quick_search, p, m, spread, algorithms, cap_of):
     options = options_of(p, m, algorithms, spread=spread)
     named = [simulate(generate(o.name, o.problem, o.cost), o.problem, o.cost) for o in options]
     caps = next(n.peak_bytes for n, option in zip(named, options, strict=True) if option.name == cap_of)
@@ -89,7 +82,7 @@ def test_never_slower_than_a_named_schedule_within_the_caps(quick, p, m, spread,
 
 
 @pytest.mark.parametrize("tight", range(3))
-def test_every_rank_has_a_cap_of_its_own(quick, tight):
+def test_every_rank_has_a_cap_of_its_own(quick_search, tight):
     options = options_of(3, 9)
     free, low = timeline_of(solve(options, (3.0,) * 3)).peak_bytes, 2.0
     kept = timeline_of(solve(options, [low if rank == tight else 3.0 for rank in range(3)])).peak_bytes
@@ -99,7 +92,7 @@ def test_every_rank_has_a_cap_of_its_own(quick, tight):
 
 
 @pytest.mark.parametrize(("p", "m", "spread", "seed"), [(2, 4, 0.0, 0), (3, 5, 0.3, 1), (4, 8, 0.3, 2)])
-def test_the_makespan_is_above_the_bound_and_memory_only_raises_it(quick, p, m, spread, seed):
+def test_the_makespan_is_above_the_bound_and_memory_only_raises_it(quick_search, p, m, spread, seed):
     options = options_of(p, m, spread=spread, seed=seed)
     for each in (p, 0.7 * p):
         solution = solve(options, (each,) * p)
@@ -112,7 +105,7 @@ def test_the_makespan_is_above_the_bound_and_memory_only_raises_it(quick, p, m, 
     [(2, 8, (1.1, 1.1), 0.0), (2, 4, (9.0, 0.7), 0.3), (3, 7, (0.2, 0.3, 0.1), 0.3), (4, 8, (1.0,) * 4, 0.1)],
 )
 @pytest.mark.parametrize("algorithm", ["none", "one_barrier"])
-def test_a_cap_that_nobody_can_meet_is_refused_and_what_is_reached_is_enough(quick, p, m, caps, spread, algorithm):
+def test_a_cap_that_nobody_can_meet_is_refused_and_what_is_reached_is_enough(quick_search, p, m, caps, spread, algorithm):
     options = options_of(p, m, (algorithm,), spread=spread)
     with pytest.raises(CapError) as caught:
         solve(options, caps)
@@ -126,7 +119,7 @@ def test_a_cap_that_nobody_can_meet_is_refused_and_what_is_reached_is_enough(qui
 
 
 @pytest.mark.parametrize(("p", "spread"), [(2, 0.0), (2, 0.3), (3, 0.2), (4, 0.0)])
-def test_what_one_microbatch_keeps_is_enough_and_nothing_below_it(quick, p, spread):
+def test_what_one_microbatch_keeps_is_enough_and_nothing_below_it(quick_search, p, spread):
     (option,) = options_of(p, 5, spread=spread, names=("v_half",))
     single = replace(option.problem, num_microbatches=1)
     alone = simulate(generate("v_half", single, option.cost), single, option.cost).peak_bytes
@@ -145,7 +138,7 @@ print(auto.solve(options_of(3, 5, ("one_barrier", "none"), spread=0.2), (2.5, 2.
 """
 
 
-def test_every_process_finds_the_same(quick):
+def test_every_process_finds_the_same(quick_search):
     here = solve(options_of(3, 5, ("one_barrier", "none"), spread=0.2), (2.5, 2.5, 3.0)).schedule.text()
     for seed in "12":
         done = subprocess.run(
@@ -165,7 +158,7 @@ def test_a_cap_of_p_microbatches_is_enough_for_a_gap_below_one_percent():
 
 
 @pytest.mark.parametrize("slow", range(4))
-def test_a_slow_rank_leaves_the_gap_small(quick, slow):
+def test_a_slow_rank_leaves_the_gap_small(quick_search, slow):
     slowness = [1.25 if rank == slow else 1.0 for rank in range(4)]
     solution = solve(options_of(4, 32, slowness=slowness, names=("zb_h1", "v_half")), (4.0,) * 4)
     timeline = timeline_of(solution)
