@@ -23,7 +23,8 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
         solved = run_path(config.run) / "schedule.txt"
         solved.parent.mkdir(parents=True, exist_ok=True)
         solved.write_text(plan.schedule.text())
-        overrides = [*overrides, f"schedule.file={solved}", f"vocab.algorithm={plan.problem.algorithm.name}"]
+        quoted = str(solved).replace("'", "\\'")  # a path may hold what means something in an override: = , ( [
+        overrides = [*overrides, f"schedule.file='{quoted}'", f"vocab.algorithm={plan.problem.algorithm.name}"]
     if config.data.name != "synthetic":
         from vp_train.data import prepare
 
