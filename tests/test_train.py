@@ -14,8 +14,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from schedules.ir import Schedule
 from vp_train.assembly import build_rank
-from vp_train.config import ConfigError, DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings
+from vp_train.cli import load_config
+from vp_train.config import (
+    ConfigError,
+    CostConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    RunSettings,
+    ScheduleConfig,
+    VocabConfig,
+)
 from vp_train.data import open_source
 from vp_train.mesh import build_mesh
 from vp_train.metrics.reporter import Reporter
@@ -102,6 +115,68 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(ranks, tmp_path
     for ours, theirs in zip(metrics_of(part), metrics_of(whole), strict=True):
         for key in ("step", "loss", "grad_norm", "learning_rate", "validation_loss"):
             assert ours.get(key) == theirs.get(key), key
+
+
+TINY = [
+    "model=nano",
+    "model.hidden_size=32",
+    "model.seq_length=16",
+    "model.vocab_size=1001",
+    "data=synthetic",
+    "parallel.pp=2",
+    "num_microbatches=3",
+    "cost.collective_seconds=1e-6",
+    "cost.hop_seconds=1e-6",
+    "run.steps=4",
+    "run.trace_step=3",
+    "run.eval_every=2",
+    "run.eval_microbatches=2",
+]
+
+
+def test_a_searched_schedule_is_what_runs_and_can_be_run_again(ranks, tmp_path):
+    root = f"run.root='{tmp_path}/a=b, c'"
+    words = [*TINY, root, "schedule=auto", "vocab=auto", "run.name=searched"]
+    done = subprocess.run([sys.executable, "-m", "vp_train", *words], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    directory = tmp_path / "a=b, c" / "searched"
+    written = Schedule.parse((directory / "schedule.txt").read_text())
+    assert written.name.startswith("auto from ")
+    assert f"schedule  {written.name}, vocabulary one_barrier, 3 microbatches" in done.stdout
+    events = json.loads((directory / "trace" / "step.json").read_text())["traceEvents"]
+    lanes = {event["args"]["name"]: event["pid"] for event in events if event["name"] == "process_name"}
+    passes = sorted((event for event in events if event["ph"] == "X" and event["tid"] == 0), key=lambda event: event["ts"])
+    for rank, order in enumerate(written.ranks):
+        measured = [event["name"] for event in passes if event["pid"] == lanes[f"measured rank {rank}"]]
+        assert measured == list(map(str, order))
+
+    stored = f"schedule.file='{directory}/schedule.txt'"
+    again = load_config([*TINY, root, stored, "vocab=one_barrier", "run.name=again"])
+    ranks(2).run(train, again)
+    assert (directory.parent / "again" / "schedule.txt").read_text() == written.text()
+    searched = load_config([*TINY, root, "run.name=searched"])
+    for ours, theirs in zip(metrics_of(again), metrics_of(searched), strict=True):
+        for key in ("step", "loss", "grad_norm", "validation_loss"):
+            assert ours.get(key) == theirs.get(key), key
+
+
+def test_ranks_that_search_for_themselves_train_and_evaluate_as_any_schedule_does(ranks, tmp_path):
+    plain = replace(config_of(tmp_path, "plain"), vocab=VocabConfig("none"), num_microbatches=3)
+    searched = replace(
+        plain,
+        run=replace(plain.run, name="searched"),
+        schedule=ScheduleConfig("auto", cap_microbatches=4.0),
+        vocab=VocabConfig("auto"),
+        cost=CostConfig(collective_seconds=1e-6, hop_seconds=1e-6),
+    )
+    ranks(2).run(train, plain)
+    ranks(2).run(train, searched)
+    text = (tmp_path / "searched" / "schedule.txt").read_text()
+    assert text.startswith("# auto from ")
+    assert {"0S0", "1S0"} <= set(text.split()), "a sharded algorithm, other than the plain run's"
+    for ours, theirs in zip(metrics_of(searched), metrics_of(plain), strict=True):
+        for key in ("loss", "validation_loss") if ours["step"] in (4, 8) else ("loss",):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
 
 
 def release_locks(rank, num_ranks):
