@@ -84,8 +84,9 @@ class ScheduleConfig:
     """The base schedule, by its name in `schedules.generators`, or `auto`: the fastest found under a cap on memory.
 
     `num_chunks`: stages per rank, where the schedule leaves a choice.  The cap is on the activations and held shards of a rank:
-    in GiB, or in microbatches of 1/p of the model's activations; without either it is p microbatches, as for 1F1B.  `file`: a
-    schedule written before, ours or a CSV of torch.distributed.pipelining, in place of the named one.
+    in GiB, or in microbatches of 1/p of the model's activations; without either it is p microbatches, as for 1F1B, or what a
+    single one needs.  `file`: a schedule written before, ours or a CSV of torch.distributed.pipelining, in place of the named
+    one; then nothing else here counts.
     """
 
     name: str = "1f1b"
@@ -120,7 +121,8 @@ class ScheduleConfig:
 class VocabConfig:
     """How the input and output layers are split, and which code computes S and T.
 
-    `shards`: rows of each rank; None: as equal as possible, or with `balance` so that ranks with less other work take more.
+    `algorithm` may be `auto` with schedule=auto.  `shards`: rows of each rank; None: as equal as possible, or with `balance` so
+    that ranks with less other work take more.
     """
 
     algorithm: str = "one_barrier"
@@ -130,6 +132,8 @@ class VocabConfig:
 
     def __post_init__(self) -> None:
         _choice("vocab.backend", self.backend, ("reference", "chunked"))
+        if self.balance and self.shards is not None:
+            raise ConfigError(f"vocab.balance=true and vocab.shards={list(self.shards)}: set one of the two")
         _freeze(self, "shards")
 
 

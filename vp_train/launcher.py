@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from vp_train.config import RunConfig
-from vp_train.metrics.run_directory import refuse_used, run_path
+from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
 from vp_train.plan import DEFAULT_RANKS, SEARCHING, make_plan
 
 
@@ -16,6 +16,7 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     """Check the plan, prepare the data, then run the ranks; returns the exit code of the first rank that failed, or 0."""
     num_ranks = config.parallel.pp or DEFAULT_RANKS
     refuse_used(config.run)
+    refuse_running(config.run)
     if config.schedule.is_solved:
         print(SEARCHING, flush=True)
     plan = make_plan(config, num_ranks)

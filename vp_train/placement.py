@@ -42,16 +42,9 @@ def split_layers(model: ModelConfig, parallel: ParallelConfig, layout: Layout) -
 
 
 def balance(num_layers: int, layout: Layout) -> tuple[int, ...]:
-    """Layers per stage that differ by at most one, those left over on the ranks that have fewest."""
+    """Layers per stage that differ by at most one; of those left over, the first p go to p ranks in every layout."""
     each, extra = divmod(num_layers, layout.num_stages)
-    counts = [each] * layout.num_stages
-    loads = [each * layout.num_chunks] * layout.num_ranks
-    for _ in range(extra):
-        open_stages = [stage for stage, count in enumerate(counts) if count == each]
-        chosen = min(open_stages, key=lambda stage: (loads[layout.rank_of(stage)], stage))
-        counts[chosen] += 1
-        loads[layout.rank_of(chosen)] += 1
-    return tuple(counts)
+    return tuple(each + (stage < extra) for stage in range(layout.num_stages))
 
 
 def redistribute(num_layers: int, num_stages: int, head_in_layers: float) -> tuple[int, ...]:

@@ -200,20 +200,29 @@ def _solved(config: RunConfig, num_ranks: int) -> StepPlan:
     for name, family in GENERATORS.items():
         for algorithm in map(_algorithm, names):
             try:
-                step = _draft(config, family.layout_of(num_ranks), algorithm, family.split_backward)
+                step = _draft(config, _searched_layout(name, num_ranks, config), algorithm, family.split_backward)
             except ConfigError as error:
                 refusals.append(str(error))
             else:
                 drafts.append((Option(name, step.problem, step.cost), step))
     if not drafts:
         raise ConfigError(refusals[0])
-    cap = _cap_bytes(config, drafts[0][1].cost, num_ranks)
-    caps = (cap,) * num_ranks
+    options, cost, told = [option for option, _ in drafts], drafts[0][1].cost, config.schedule
+    caps = (_cap_bytes(config, cost, num_ranks),) * num_ranks
     try:
-        solution = solve([option for option, _ in drafts], caps)
+        solution = solve(options, caps)
     except CapError as error:
-        raise ConfigError(_cap_message(error, cap, config.schedule.cap_gib is not None, drafts[0][1].cost, num_ranks)) from None
+        if told.cap_gib is not None or told.cap_microbatches is not None:
+            raise ConfigError(_cap_message(error, caps[0], told.cap_gib is not None, cost, num_ranks)) from None
+        caps = (error.reached,) * num_ranks
+        solution = solve(options, caps)
     return next(step for option, step in drafts if option is solution.option).with_schedule(solution.schedule, caps)
+
+
+def _searched_layout(name: str, num_ranks: int, config: RunConfig) -> Layout:
+    """schedule.num_chunks counts where a schedule leaves a choice."""
+    family = GENERATORS[name]
+    return family.layout_of(num_ranks, config.schedule.num_chunks if family.layout == "loop" else None)
 
 
 def _microbatch_bytes(cost: CostModel, num_ranks: int) -> float:

@@ -28,7 +28,7 @@ _GRID_RANKS = 32
 def show(config: RunConfig, directory: Path | None, config_yaml: str) -> None:
     """Simulate one step, print what is known of it, and with a directory draw it there.  Raises ConfigError."""
     _make(directory)
-    print(f"{config.schedule.name} with {config.vocab.algorithm}, {headline(config)}\n", flush=True)
+    print(f"{config.schedule.file or config.schedule.name} with {config.vocab.algorithm}, {headline(config)}\n", flush=True)
     if config.schedule.is_solved:
         print(SEARCHING, flush=True)
     started = time.perf_counter()
@@ -181,6 +181,7 @@ def report(outcome: Outcome, columns: int) -> str:
             grid(timeline, columns),
             *_rank_table(outcome),
             "",
+            f"schedule     {outcome.plan.schedule.name}, vocabulary {outcome.plan.problem.algorithm.name}",
             f"makespan     {duration(timeline.makespan)}",
             f"mean bubble  {timeline.mean_bubble:.1%}",
             f"peak memory  {human_bytes(timeline.peak_bytes[worst])} on rank {worst}, at most "

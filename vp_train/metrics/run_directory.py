@@ -29,6 +29,12 @@ def refuse_used(settings: RunSettings) -> None:
         raise ConfigError(f"{path} already holds a run; continue it with run.resume=true, or choose another run.name")
 
 
+def refuse_running(settings: RunSettings) -> None:
+    """Raises ConfigError if another process uses the directory now."""
+    if run_path(settings).exists():
+        _acquire(run_path(settings)).close()
+
+
 class RunDirectory:
     """Opens `root/name` and holds its lock as long as the process lives; only rank 0 has one."""
 
@@ -36,7 +42,10 @@ class RunDirectory:
         """Raises ConfigError if another process uses the directory, or if it holds a run that is not to be resumed."""
         self.path = run_path(settings)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._acquire()
+        self._lock = _acquire(self.path)
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()}\n")
+        self._lock.flush()
         refuse_used(settings)
         self.trace.mkdir(exist_ok=True)
 
@@ -56,20 +65,6 @@ class RunDirectory:
     def trace(self) -> Path:
         return self.path / "trace"
 
-    def _acquire(self) -> IO[str]:
-        file = (self.path / "LOCK").open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ConfigError(
-                f"{self.path} is in use by process {file.read().strip()}; wait for it or choose another run.name"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        return file
-
     def write(self, name: str, text: str) -> None:
         """Write one text file of the run."""
         path = self.path / name
@@ -88,6 +83,19 @@ class RunDirectory:
             "commit": _commit(),
         }
         self.write("env.json", json.dumps(environment, indent=1) + "\n")
+
+
+def _acquire(path: Path) -> IO[str]:
+    """The lock of the directory, held while the file is open."""
+    file = (path / "LOCK").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ConfigError(
+            f"{path} is in use by process {file.read().strip()}; wait for it or choose another run.name"
+        ) from None
+    return file
 
 
 def _version(package: str) -> str | None:
