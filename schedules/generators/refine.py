@@ -13,6 +13,7 @@ import heapq
 from dataclasses import dataclass
 from random import Random
 
+from schedules.generators.clock import Clock
 from schedules.ir import Pass
 from schedules.network import EMBEDDINGS_AHEAD, Network, Orders
 from schedules.simulate import peak, sweep
@@ -106,9 +107,7 @@ class _Filler:
         self._expected = sweep(network, orders).start
         self._remaining = [order[::-1] for order in orders]  # the next pass is the last of the list
         self._reach = 4 * network.num_ranks + 20  # passes behind the next one that are looked at
-        self._missing = [len(before) for before in network.inputs] * network.num_microbatches
-        self._arrived_at = [0.0] * len(self._missing)
-        self._free_at = [0.0] * network.num_lanes
+        self._clock = Clock(network)
         self._room = [cap * _LOOSE for cap in caps]
         self._placed = [0] * network.size
         passes = [node for node in network.nodes if isinstance(node, Pass)]
@@ -118,23 +117,23 @@ class _Filler:
             if item.kind.is_vocabulary:
                 self._shard_bytes[network.lanes[k]] = max(self._shard_bytes[network.lanes[k]], network.byte_change[k])
         self._shards_held = [0.0] * network.num_ranks  # in bytes
-        self._wakes = [(0.0, rank) for rank in range(network.num_ranks)]
 
     def run(self) -> Orders | None:
         """The new orders; None where the caps leave no pass to take."""
-        network, remaining, wakes = self._network, self._remaining, self._wakes
+        network, remaining, clock = self._network, self._remaining, self._clock
+        wakes = [(0.0, rank) for rank in range(network.num_ranks)]
         filled: Orders = [[] for _ in remaining]
         leaders = set(network.leaders.values())
         while wakes:
             now, rank = heapq.heappop(wakes)
             queue = remaining[rank]
-            if now < self._free_at[rank] or not queue:
+            if now < clock.free_at[rank] or not queue:
                 continue
             place = self._choose(rank, now)
             if place is None:
                 head = queue[-1]
-                if not self._missing[head] and self._arrived_at[head] > now:
-                    heapq.heappush(wakes, (self._arrived_at[head], rank))
+                if not clock.missing[head] and clock.arrived_at[head] > now:
+                    heapq.heappush(wakes, (clock.arrived_at[head], rank))
                 continue
             number = queue.pop(place)
             filled[rank].append(number)
@@ -142,18 +141,20 @@ class _Filler:
             self._room[rank] -= network.byte_change[k]
             if not self._of_stage[k]:
                 self._shards_held[rank] += network.byte_change[k]
-            end = self._free_at[rank] = now + network.seconds[k]
-            heapq.heappush(wakes, (end, rank))
+            readied = clock.run(number, now)
+            heapq.heappush(wakes, (clock.free_at[rank], rank))
+            for ready in readied:
+                lane = network.lanes[ready % network.size]
+                heapq.heappush(wakes, (max(clock.arrived_at[ready], clock.free_at[lane]), lane))
             self._placed[k] += 1
             if k in leaders:
                 for other in range(network.num_ranks):
-                    heapq.heappush(wakes, (max(now, self._free_at[other]), other))
-            self._finish(number - k, k, end)
+                    heapq.heappush(wakes, (max(now, clock.free_at[other]), other))
         return None if any(remaining) else filled
 
     def _choose(self, rank: int, now: float) -> int | None:
         """The place in the rank's queue of the pass to run now; None to wait."""
-        missing, arrived_at, size = self._missing, self._arrived_at, self._network.size
+        missing, arrived_at, size = self._clock.missing, self._clock.arrived_at, self._network.size
         change_of, seconds = self._network.byte_change, self._network.seconds
         queue, room = self._remaining[rank], self._room[rank]
         last = len(queue) - 1
@@ -189,18 +190,3 @@ class _Filler:
     def _may_lead(self, k: int) -> bool:
         leader = self._network.leaders.get(k)
         return leader is None or self._placed[k] < self._placed[leader] + EMBEDDINGS_AHEAD
-
-    def _finish(self, base: int, k: int, end: float) -> None:
-        network = self._network
-        for step, travel in network.followers[k]:
-            later = base + step
-            self._arrived_at[later] = max(self._arrived_at[later], end + travel)
-            self._missing[later] -= 1
-            if self._missing[later]:
-                continue
-            lane = network.lanes[step]
-            if step >= network.num_passes:
-                done = self._free_at[lane] = max(self._arrived_at[later], self._free_at[lane]) + network.seconds[step]
-                self._finish(base, step, done)
-            else:
-                heapq.heappush(self._wakes, (max(self._arrived_at[later], self._free_at[lane]), lane))

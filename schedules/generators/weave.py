@@ -16,6 +16,7 @@ import heapq
 from collections import deque
 from dataclasses import dataclass
 
+from schedules.generators.clock import Clock
 from schedules.graph import DeadlockError
 from schedules.ir import Kind, Pass
 from schedules.network import EMBEDDINGS_AHEAD, Network, Orders
@@ -79,24 +80,23 @@ class _Weaver:
         self._most_in_flight = [peak_in_flight(order, problem) for order in base]
         self._in_flight = [0] * len(base)
         self._orders: Orders = [[] for _ in base]
-        self._free_at = [0.0] * network.num_lanes
         self._held = [{Kind.T: 0, Kind.G: 0} for _ in base]
         self._first_forward = keys[0, Kind.F]
         self._embedded = 0  # forwards of stage 0 already placed
-        self._arrived_at = [0.0] * (count * size)  # the latest input so far
-        self._missing = [len(before) for before in network.inputs] * count
+        self._clock = Clock(network)
 
     def run(self) -> Orders:
         """Place every pass; DeadlockError if the base order blocks."""
+        free_at = self._clock.free_at
         wakes = [(0.0, rank) for rank in range(len(self._orders))]
         while wakes:
             now, rank = heapq.heappop(wakes)
-            if now < self._free_at[rank]:
+            if now < free_at[rank]:
                 continue  # outdated: the rank has taken a pass since
             kind, later = self._choose(rank, now)
             if kind is not None:
                 for touched in self._place(rank, kind, now):
-                    heapq.heappush(wakes, (max(now, self._free_at[touched]), touched))
+                    heapq.heappush(wakes, (max(now, free_at[touched]), touched))
             elif later is not None and later > now:
                 heapq.heappush(wakes, (later, rank))
         waiting = [str(self._network.node(queue[0])) for queue in self._base if queue]
@@ -106,7 +106,7 @@ class _Weaver:
 
     def _choose(self, rank: int, now: float) -> tuple[Kind | None, float | None]:
         """The kind to run on a free rank, or the time at which to look again (None: when another rank makes progress)."""
-        preference, missing, arrived_at = self._preference, self._missing, self._arrived_at
+        preference, missing, arrived_at = self._preference, self._clock.missing, self._clock.arrived_at
         queue, movable = self._base[rank], self._movable[rank]
         times = {kind: arrived_at[queue[0]] for kind, queue in movable.items() if queue and not missing[queue[0]]}
         self._withhold(rank, times, movable)
@@ -151,7 +151,6 @@ class _Weaver:
         number = self._movable[rank].get(kind, self._base[rank]).popleft()
         self._orders[rank].append(number)
         k = number % self._network.size
-        end = self._free_at[rank] = now + self._network.seconds[k]
         touched = {rank}
         kind = self._kinds[k]
         self._in_flight[rank] += (kind is Kind.F) - (kind is self._problem.stage_kinds[-1])
@@ -162,23 +161,8 @@ class _Weaver:
         elif k == self._first_forward:
             self._embedded += 1
             touched.update(range(len(self._orders)))
-        self._finish(number - k, k, end, touched)
+        for ready in self._clock.run(number, now):
+            lane = self._network.lanes[ready % self._network.size]
+            touched.add(lane)
+            self._held[lane][Kind.G] += self._kinds[ready % self._network.size] is Kind.G
         return touched
-
-    def _finish(self, base: int, k: int, end: float, touched: set[int]) -> None:
-        network = self._network
-        for step, travel in network.followers[k]:
-            later = base + step
-            self._arrived_at[later] = max(self._arrived_at[later], end + travel)
-            self._missing[later] -= 1
-            if self._missing[later]:
-                continue
-            lane = network.lanes[step]
-            if step >= network.num_passes:
-                start = max(self._arrived_at[later], self._free_at[lane])
-                self._free_at[lane] = start + network.seconds[step]
-                self._finish(base, step, self._free_at[lane], touched)
-            else:
-                touched.add(lane)
-                if self._kinds[step] is Kind.G:
-                    self._held[lane][Kind.G] += 1
