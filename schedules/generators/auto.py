@@ -1,10 +1,13 @@
 """`schedule=auto`: the fastest order that fits into a cap on memory, over base schedules, placements and vocabulary algorithms.
 
-Every base schedule is a start: woven in several ways, then refined under the cap.  The starts that do best with a little
-effort get more.  The named schedules themselves take part, so the result is never slower than one of them within the cap.
+Every base schedule is a start: woven in several ways, then refined under the cap.  So are V-shaped blocks that come close to
+the cap, which other steps and turns than those of V-Min and V-Half give; they count as V-Min.  The starts that do best with a
+little effort get more.  The named schedules themselves take part, so the result is never slower than one of them within the
+cap.
 
-A building block solved for the costs (an exact solver over one interval) was not needed: at a cap of p microbatches the
-refined starts end within 1 % of the lower bound, for equal and unequal ranks alike (benchmarks/family.py).
+No building block is solved for the costs: at a cap of p microbatches the refined starts end within 1 % of the lower bound,
+for equal and unequal ranks alike (benchmarks/family.py).  Below half of that an exact solver over one interval can still be
+ahead (CHANGELOG.md).
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from dataclasses import dataclass, replace
 from schedules.bound import Bound, lives, steady_bytes, step_bound
 from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
-from schedules.generators.refine import Refined, judge, refine, search
+from schedules.generators.refine import LOOSE, Refined, judge, refine, search
+from schedules.generators.v_shape import Block, blocks
 from schedules.generators.weave import STARTS, weave
 from schedules.ir import Kind, Pass, Schedule
 from schedules.network import Network, Orders
@@ -25,6 +29,7 @@ from schedules.simulate import peak
 _FIRST = 60_000  # nodes placed to refine each start
 _ROUNDS = ((3, 200_000), (1, 2_000_000))  # then: so many of the best, searched on with so many nodes each
 _ENOUGH = 5e-4  # a gap that ends the search
+_BLOCKS, _BLOCKS_PER_LEVEL = 6, 3  # V-shaped blocks to start from; and of those with equally many stages in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,10 @@ def _starts(option: Option, network: Network, caps: list[float]) -> Iterator[Ref
     yield judge(network, _one_by_one(option, network), caps)
     base = GENERATORS[option.name].base_order(option.problem)
     woven = [weave(base, option.problem, network, preference) for preference in STARTS[: max(2, _FIRST // _nodes(network))]]
+    if option.name == "v_min":
+        for block in _blocks(option.problem, network, caps):
+            order = block.order(option.problem)
+            woven += [weave(order, option.problem, network, preference) for preference in STARTS[:2]]
     for orders in [named, *woven] if option.problem.split_backward else woven[:1]:
         yield refine(network, orders, caps, max(2 * _nodes(network), _FIRST))
 
@@ -101,6 +110,30 @@ def _one_by_one(option: Option, network: Network) -> Orders:
     """Each microbatch after the one before has left: slow, but no order keeps less."""
     alone = network.orders(generate(option.name, replace(option.problem, num_microbatches=1), option.cost))
     return [[i * network.size + k for i in range(network.num_microbatches) for k in order] for order in alone]
+
+
+def _blocks(problem: Problem, network: Network, caps: list[float]) -> list[Block]:
+    """Blocks that fit under the caps with a shard held: first those with most in flight, of these the shortest."""
+    layout = problem.layout
+    keeps = {(node.stage, node.kind): network.byte_change[k] for k, node in enumerate(network.nodes) if isinstance(node, Pass)}
+    room = [cap - keeps.get((rank, Kind.S), 0.0) for rank, cap in enumerate(caps)]
+    chunks = [[keeps[stage, Kind.F] for stage in layout.stages_of(rank)] for rank in range(layout.num_ranks)]
+    levels: dict[int, list[tuple[int, Block]]] = {}
+    for block in blocks(problem):
+        peaks = block.in_flight(layout.num_ranks)
+        if all(
+            first * kept[0] + second * kept[1] <= free * LOOSE
+            for pair, kept, free in zip(peaks, chunks, room, strict=True)
+            for first, second in pair
+        ):
+            level = max(sum(counts) for pair in peaks for counts in pair)
+            levels.setdefault(level, []).append((block.length(layout.num_ranks), block))
+    shortest = [
+        block
+        for level in sorted(levels, reverse=True)
+        for _, block in sorted(levels[level], key=lambda found: found[0])[:_BLOCKS_PER_LEVEL]
+    ]
+    return shortest[: min(_BLOCKS, max(2, _FIRST // _nodes(network)))]
 
 
 def _nodes(network: Network) -> int:

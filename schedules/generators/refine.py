@@ -20,7 +20,7 @@ from schedules.simulate import peak, sweep
 
 _PATIENCE = (0.35, 0.0, 0.7, 1.0)  # the part of its own duration by which a filler may hold the next pass up
 _KICK_EFFORT = 20_000  # nodes placed after each kick
-_LOOSE = 1 + 1e-9  # sums of bytes in another order differ in the last digit
+LOOSE = 1 + 1e-9  # sums of bytes in another order differ in the last digit
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def search(network: Network, start: Refined, caps: list[float], budget: int, eno
 
 def judge(network: Network, orders: Orders, caps: list[float]) -> Refined:
     """How good `orders` are."""
-    over = [peak(network.byte_changes(order)) - cap * _LOOSE for order, cap in zip(orders, caps, strict=True)]
+    over = [peak(network.byte_changes(order)) - cap * LOOSE for order, cap in zip(orders, caps, strict=True)]
     return Refined(orders, sweep(network, orders).makespan, max(0.0, *over))
 
 
@@ -108,7 +108,7 @@ class _Filler:
         self._remaining = [order[::-1] for order in orders]  # the next pass is the last of the list
         self._reach = 4 * network.num_ranks + 20  # passes behind the next one that are looked at
         self._clock = Clock(network)
-        self._room = [cap * _LOOSE for cap in caps]
+        self._room = [cap * LOOSE for cap in caps]
         self._placed = [0] * network.size
         passes = [node for node in network.nodes if isinstance(node, Pass)]
         self._of_stage = [not item.kind.is_vocabulary for item in passes]

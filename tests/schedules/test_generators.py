@@ -1,6 +1,7 @@
 """The laws of the schedules: closed forms first, then what must hold for all of them."""
 
-from itertools import pairwise
+from dataclasses import replace
+from itertools import islice, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from schedules.bound import step_bound
 from schedules.check import check_program, check_schedule
 from schedules.cost import CostModel
-from schedules.generators import GENERATORS, generate
+from schedules.generators import GENERATORS, auto, generate
+from schedules.generators.v_shape import blocks
 from schedules.ir import Kind
 from schedules.layout import Layout
 from schedules.lower import Action, lower
@@ -206,3 +208,28 @@ def test_v_half_with_a_vocabulary_beats_the_published_bubble_at_the_same_memory(
     timeline = split_case("v_half", 8, 64, "one_barrier", passes)
     assert max(timeline.peak_in_flight) == 12
     assert timeline.mean_bubble < 0.06
+
+
+@pytest.mark.parametrize("algorithm", ["none", "one_barrier", "two_barrier"])
+@pytest.mark.parametrize("p", [2, 3, 4, 8])
+def test_a_v_shaped_block_keeps_what_its_lives_say(p, algorithm):
+    case = Problem(Layout("v", p, 2), 8 * p, VOCAB_ALGORITHMS[algorithm], split_backward=True)
+    for block in islice(blocks(case), 0, None, 5):
+        said = [max(map(sum, peaks)) for peaks in block.in_flight(p)]
+        assert said == [peak_in_flight(order, case) for order in block.order(case)]
+
+
+def test_other_blocks_than_v_min_help_auto_under_a_low_cap(monkeypatch):
+    """p=4, m=32, 2.65 microbatches, without the longer search."""
+    layout, passes = Layout("v", 4, 2), {"S": 1.2, "T": 0.6, "barrier": 0.3, "hop": 0.05}
+    case = Problem(layout, 32, VOCAB_ALGORITHMS["one_barrier"], split_backward=True)
+    uniform = CostModel.uniform(8, 4, F=1, I=1, W=1, **passes)
+    costs = replace(uniform, stage_bytes=(0.5,) * 8, shard_bytes=(0.15,) * 4)
+    monkeypatch.setattr(auto, "_ROUNDS", ((1, 0),))
+    bubbles = []
+    for count in (auto._BLOCKS, 0):
+        monkeypatch.setattr(auto, "_BLOCKS", count)
+        timeline = simulate(auto.solve([auto.Option("v_min", case, costs)], [2.65] * 4).schedule, case, costs)
+        assert max(timeline.peak_bytes) <= 2.65 * (1 + 1e-9)
+        bubbles.append(timeline.mean_bubble)
+    assert bubbles[0] < bubbles[1] - 0.02
