@@ -99,9 +99,10 @@ def row(name: str, choice: Option, head: float, timeline: Timeline, started: flo
 
 
 def caps_of(num_ranks: int) -> dict[str, float]:
-    """The memory of V-Half with one barrier; a microbatch per rank; that and two held shards."""
+    """The memory of V-Min and of V-Half with one barrier; a microbatch per rank; that and two held shards."""
     return {
-        "p/2 + 2.15": (num_ranks + 2) // 2 + 1 + HELD_SHARD,
+        "as `v_min`": (num_ranks + 2) // 3 + 1 + HELD_SHARD,
+        "as `v_half`": (num_ranks + 2) // 2 + 1 + HELD_SHARD,
         "p": float(num_ranks),
         "p + 0.3": num_ranks + 2 * HELD_SHARD,
     }

@@ -6,8 +6,7 @@ little effort get more.  The named schedules themselves take part, so the result
 cap.
 
 No building block is solved for the costs: at a cap of p microbatches the refined starts end within 1 % of the lower bound,
-for equal and unequal ranks alike (benchmarks/family.py).  Below half of that an exact solver over one interval can still be
-ahead (CHANGELOG.md).
+for equal and unequal ranks alike (benchmarks/family.py).
 """
 
 from __future__ import annotations
