@@ -26,7 +26,7 @@ from schedules.problem import Problem
 from schedules.simulate import peak
 
 _FIRST = 60_000  # nodes placed to refine each start
-_ROUNDS = ((3, 200_000), (1, 2_000_000))  # then: so many of the best, searched on with so many nodes each
+_ROUNDS = ((5, 200_000), (1, 1_500_000))  # then: so many of the best, searched on with so many nodes each
 _ENOUGH = 5e-4  # a gap that ends the search
 _BLOCKS, _BLOCKS_PER_LEVEL = 6, 3  # V-shaped blocks to start from; and of those with equally many stages in flight
 
