@@ -159,6 +159,15 @@ def test_unequal_shards_and_stages_equal_one_process(ranks):
     assert_equivalent(ranks, 3, configs, 1e-9)
 
 
+def test_ranks_without_rows_equal_one_process(ranks):
+    """T takes no time there, and may come before the barrier that continues C1."""
+    configs = [
+        config_of(4, 3, 101, vocab=VocabConfig(algorithm, shards=(0, 101, 0, 0)))
+        for algorithm in ("naive", "one_barrier", "two_barrier")
+    ]
+    assert_equivalent(ranks, 4, configs, 1e-9)
+
+
 def test_float32_stays_within_1e_4(ranks):
     configs = [config_of(2, 4, 100, vocab=VocabConfig(algorithm), dtype="float32") for algorithm in ALGORITHMS]
     assert_equivalent(ranks, 2, configs, 1e-4)

@@ -23,9 +23,9 @@ class Buffers(Generic[Value]):
     def take(self, name: str, where: int | str, microbatch: int) -> Value:
         return self._held.pop((name, where, microbatch))
 
-    def look(self, name: str, where: int | str, microbatch: int) -> Value:
-        """What `take` will give."""
-        return self._held[name, where, microbatch]
+    def look(self, name: str, where: int | str, microbatch: int) -> Value | None:
+        """What `take` will give; None where it was taken."""
+        return self._held.get((name, where, microbatch))
 
     def assert_empty(self) -> None:
         """Everything produced in the step was used in it."""

@@ -225,11 +225,15 @@ class Executor:
         if delivers:
             self._barriers.put("barrier", barrier.name, i, Once(partial(self._hear, barrier, i, pending)))
 
-    def _continued(self, barrier: Barrier, earlier: Once, microbatch: int) -> Callable[[], Tensor]:
-        """The message of a barrier that continues `earlier`, for which it waits.  It may be called beside the passes."""
+    def _continued(self, barrier: Barrier, earlier: Once | None, microbatch: int) -> Callable[[], Tensor]:
+        """The message of a barrier that continues `earlier`, for which it waits unless a pass has.
+
+        It may be called beside the passes.
+        """
 
         def message() -> Tensor:
-            earlier()
+            if earlier is not None:
+                earlier()
             return self._output.message(barrier.name, microbatch)
 
         return message
