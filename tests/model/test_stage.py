@@ -1,5 +1,8 @@
 """Megatron's layer is the decoder layer it should be, and how the layers are split changes nothing."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -163,3 +166,19 @@ def test_a_split_backward_runs_each_forward_again_once_and_only_when_told(group,
     assert torch.equal(inputs[0].grad, inputs[1].grad)
     for mine, other in zip(ours.parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine.grad, other.grad)
+
+
+def test_w_lets_go_of_what_i_left_for_it(group):
+    module = stage(group, range(2))
+    for microbatch in range(2):
+        x = torch.randn(20, 2, 48, dtype=torch.float64, requires_grad=True)
+        y = module(x)
+        with module.weight_grads.deferring(microbatch):
+            torch.autograd.backward(y, torch.ones_like(y))
+        kept = [weakref.ref(tensor) for product in module.weight_grads._waiting[microbatch] for tensor in product[1:]]
+        assert module.weight_grads.held_bytes > 0
+        module.weight_grads.drain(microbatch)
+        del x, y
+        gc.collect()
+        assert not any(tensor() is not None for tensor in kept)
+        assert not any(parameter.grad.requires_grad for parameter in module.parameters())

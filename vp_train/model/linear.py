@@ -59,6 +59,7 @@ class WeightGradStore:
         assert not self._waiting, f"weight gradients of microbatches {sorted(self._waiting)} were not computed"
 
 
+@torch.no_grad()  # W runs outside of a backward: a graph from the gradient would keep x and dy of every microbatch
 def _accumulate(weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
     if weight.grad is None:
         weight.grad = dy.T @ x
