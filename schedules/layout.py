@@ -23,7 +23,7 @@ class Layout:
         fixed = {"linear": 1, "v": 2}.get(self.name)
         if fixed is not None and self.num_chunks != fixed:
             raise ValueError(
-                f"layout {self.name!r} has {fixed} chunk(s) per rank, not {self.num_chunks}; only 'loop' (interleaved) has others"
+                f"layout {self.name!r} has {fixed} chunk(s) per rank, not {self.num_chunks}; interleaved has others"
             )
 
     @property
