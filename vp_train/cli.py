@@ -79,7 +79,7 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from vp_train.train import run_rank
 
-        return run_rank(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), config_text(config))
+        run_rank(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), config_text(config))
     from vp_train.launcher import launch
 
     return launch(config, overrides)

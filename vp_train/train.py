@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -40,8 +41,8 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient was not finite; the parameters are those of the step before."""
 
 
-def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> int:
-    """Train as rank `rank`; returns the exit code.  Raises ConfigError before any process group exists."""
+def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> NoReturn:
+    """Train as rank `rank`, and leave the process.  Raises ConfigError before any process group exists."""
     _die_with_parent()
     plan = make_plan(config, num_ranks)
     source = open_source(config)
@@ -60,15 +61,15 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
     except ConfigError:
         raise
     except NonFiniteError as error:
-        return _fail(rank, f"vp-train: {error}" if rank == 0 else "", EXIT_CONFIG)
+        _leave(EXIT_CONFIG, f"vp-train: {error}" if rank == 0 else "")
     except CheckpointError as error:
-        return _fail(rank, f"vp-train: {error}" if rank == 0 else "", EXIT_IO)
+        _leave(EXIT_IO, f"vp-train: {error}" if rank == 0 else "")
     except Exception as error:
         if _lost_a_peer(error):
-            return _fail(rank, f"rank {rank}: stopped at step {step}, another rank went away", EXIT_INTERNAL)
-        return _fail(rank, f"rank {rank} failed at step {step}\n{traceback.format_exc()}", EXIT_INTERNAL)
+            _leave(EXIT_INTERNAL, f"rank {rank}: stopped at step {step}, another rank went away")
+        _leave(EXIT_INTERNAL, f"rank {rank} failed at step {step}\n{traceback.format_exc()}")
     dist.destroy_process_group()
-    return EXIT_OK
+    _leave(EXIT_OK)
 
 
 def _die_with_parent() -> None:
@@ -95,8 +96,8 @@ def _lost_a_peer(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def _fail(rank: int, message: str, code: int) -> int:
-    """Say why and leave at once: destructors of process groups would wait for peers."""
+def _leave(code: int, message: str = "") -> NoReturn:
+    """Say why and leave at once: destructors of process groups would wait for peers, or abort beside their own threads."""
     if message:
         sys.stderr.write(f"{message}\n")  # one write: lines of several ranks must not mix
     sys.stderr.flush()
