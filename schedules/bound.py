@@ -109,7 +109,7 @@ def steady_bytes(rank: int, problem: Problem, network: Network) -> float:
     work = [0.0] * network.num_lanes
     for lane, seconds in zip(network.lanes, network.seconds, strict=True):
         work[lane] += seconds
-    return _byte_seconds(rank, problem, network) / max(work)
+    return _byte_seconds(rank, problem, network) / max(work) if any(work) else 0.0
 
 
 def lives(rank: int, problem: Problem, network: Network) -> list[tuple[int, float, int]]:

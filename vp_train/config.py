@@ -6,6 +6,7 @@ live in `plan`.  Every check raises ConfigError, which names the value and the w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 
 
@@ -84,9 +85,9 @@ class ScheduleConfig:
     """The base schedule, by its name in `schedules.generators`, or `auto`: the fastest found under a cap on memory.
 
     `num_chunks`: stages per rank, where the schedule leaves a choice.  The cap is on the activations and held shards of a rank:
-    in GiB, or in microbatches of 1/p of the model's activations; without either it is p microbatches, as for 1F1B, or what a
-    single one needs.  `file`: a schedule written before, ours or a CSV of torch.distributed.pipelining, in place of the named
-    one; then nothing else here counts.
+    in GiB, or in microbatches of 1/p of the model's activations; without either it is p + 1 microbatches and two held shards,
+    about what 1F1B with one_barrier keeps, or what a single microbatch needs.  `file`: a schedule written before, ours or a CSV
+    of torch.distributed.pipelining, in place of the named one; then nothing else here counts.
     """
 
     name: str = "1f1b"
@@ -237,15 +238,16 @@ class CostConfig:
     rank_slowness: tuple[float, ...] | None = None  # how much longer each rank takes than all this says; None: 1 each
 
     def __post_init__(self) -> None:
-        if not self.flops_per_second > 0:
-            raise ConfigError(f"cost.flops_per_second={self.flops_per_second} is too small; it must be above 0")
         for item in fields(self):
             value = getattr(self, item.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"cost.{item.name}={value} is not a finite number")
             if item.name.endswith("_seconds") and value is not None:
                 _at_least(f"cost.{item.name}", value, 0)
+        _at_least("cost.flops_per_second", self.flops_per_second, 1)
         _freeze(self, "rank_slowness")
-        if self.rank_slowness is not None and not min(self.rank_slowness, default=0.0) > 0:
-            raise ConfigError(f"cost.rank_slowness={list(self.rank_slowness)}: every value must be above 0")
+        if self.rank_slowness is not None and not all(0 < value < math.inf for value in self.rank_slowness or (0,)):
+            raise ConfigError(f"cost.rank_slowness={list(self.rank_slowness)}: every value must be above 0 and finite")
 
 
 @dataclass(frozen=True)

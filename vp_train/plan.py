@@ -119,7 +119,7 @@ def row_advice(config: RunConfig, step: StepPlan) -> str | None:
     shards = {end: split_rows(config.model.vocab_size, step.num_ranks, rows) for end in End}
     cost = estimate_cost(config, problem.layout, step.layers, shards, problem.algorithm)
     now, then = _busiest_seconds(problem, step.cost), _busiest_seconds(problem, cost)
-    if then > 0.99 * now:
+    if then >= 0.99 * now:
         return None
     return (
         f"vocab.balance=true would take {1 - then / now:.1%} off the work of the busiest rank, "
@@ -176,13 +176,13 @@ def _stored(config: RunConfig, num_ranks: int, path: Path) -> StepPlan:
     if not path.is_file():
         raise ConfigError(f"schedule.file={path} is not a file; vp-simulate --out DIR writes DIR/schedule.txt")
     try:
-        text = path.read_text()
-        schedule = from_csv(text, path.stem) if path.suffix == ".csv" else Schedule.parse(text)
+        text, is_csv = path.read_text(encoding="utf-8-sig"), path.suffix.lower() == ".csv"  # spreadsheets write a mark first
+        schedule = from_csv(text, path.stem) if is_csv else Schedule.parse(text.rstrip())
         layout, split_backward = recognise(schedule)
         if layout.num_ranks != num_ranks:
-            raise ValueError(f"it is for {layout.num_ranks} ranks, not {num_ranks}")
+            raise ValueError(f"it is for {layout.num_ranks} ranks, not {num_ranks}; use parallel.pp={layout.num_ranks}")
         step = _draft(config, layout, _algorithm(config.vocab.algorithm), split_backward)
-        if path.suffix == ".csv":
+        if is_csv:
             check_base(schedule, step.problem)
             schedule = complete(schedule.name, schedule.ranks, step.problem, step.cost, keep_order=True)
         return step.with_schedule(schedule)
@@ -233,8 +233,9 @@ def _microbatch_bytes(cost: CostModel, num_ranks: int) -> float:
 def _cap_bytes(config: RunConfig, cost: CostModel, num_ranks: int) -> float:
     if config.schedule.cap_gib is not None:
         return config.schedule.cap_gib * 2**30
-    count = num_ranks if config.schedule.cap_microbatches is None else config.schedule.cap_microbatches
-    return count * _microbatch_bytes(cost, num_ranks)
+    if config.schedule.cap_microbatches is not None:
+        return config.schedule.cap_microbatches * _microbatch_bytes(cost, num_ranks)
+    return (num_ranks + 1) * _microbatch_bytes(cost, num_ranks) + 2 * max(cost.shard_bytes)
 
 
 def _cap_message(error: CapError, cap: float, in_gib: bool, cost: CostModel, num_ranks: int) -> str:

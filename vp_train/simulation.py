@@ -56,6 +56,10 @@ def compare(config: RunConfig, schedules: str, vocabs: str | None, directory: Pa
     Schedules and algorithms are lists with commas, or `all`; without algorithms, that of `config`.  Raises ConfigError for a
     name that is not known, or if none of them is possible.
     """
+    if config.schedule.file is not None:
+        raise ConfigError(
+            f"--compare simulates named schedules, schedule.file={config.schedule.file} only itself; drop one of the two"
+        )
     names = _names("--compare", schedules, tuple(GENERATORS))
     algorithms = _names("--vocab", vocabs or config.vocab.algorithm, tuple(VOCAB_ALGORITHMS))
     _make(directory)
@@ -81,7 +85,10 @@ def compare(config: RunConfig, schedules: str, vocabs: str | None, directory: Pa
 def _make(directory: Path | None) -> None:
     """Before the work is done: whoever cannot write should not wait for it."""
     if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise FileExistsError(f"--out {directory} is a file; name a directory") from None
 
 
 def _names(option: str, words: str, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -144,16 +151,17 @@ class Refusal:
 def simulate_step(config: RunConfig) -> Outcome:
     """Plan and simulate one step.  Raises ConfigError, naming the value and the way out."""
     plan = plan_step(config, config.parallel.pp or DEFAULT_RANKS)
-    return Outcome(config.schedule.name, config.vocab.algorithm, plan, step_bound(plan.problem, plan.cost, plan.caps))
+    bound = step_bound(plan.problem, plan.cost, plan.caps)
+    return Outcome(plan.schedule.name, plan.problem.algorithm.name, plan, bound)
 
 
 def simulate_each(config: RunConfig, schedules: Sequence[str], vocabs: Sequence[str]) -> Iterator[Outcome | Refusal]:
-    """Every schedule with every algorithm, all other settings as they are."""
+    """Every named schedule with every algorithm, all other settings as they are; a cap is `auto`'s alone."""
     for schedule in schedules:
         for vocab in vocabs:
             chosen = replace(
                 config,
-                schedule=replace(config.schedule, name=schedule),
+                schedule=replace(config.schedule, name=schedule, cap_gib=None, cap_microbatches=None),
                 vocab=replace(config.vocab, algorithm=vocab),
             )
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -64,6 +65,8 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
         _leave(EXIT_CONFIG, f"vp-train: {error}" if rank == 0 else "")
     except CheckpointError as error:
         _leave(EXIT_IO, f"vp-train: {error}" if rank == 0 else "")
+    except BrokenPipeError:
+        _leave(128 + signal.SIGPIPE, f"vp-train: nobody reads the output any more, stopped at step {step}")
     except Exception as error:
         if _lost_a_peer(error):
             _leave(EXIT_INTERNAL, f"rank {rank}: stopped at step {step}, another rank went away")
@@ -101,7 +104,8 @@ def _leave(code: int, message: str = "") -> NoReturn:
     if message:
         sys.stderr.write(f"{message}\n")  # one write: lines of several ranks must not mix
     sys.stderr.flush()
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
     os._exit(code)
 
 

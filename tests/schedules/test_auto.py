@@ -13,8 +13,9 @@ import pytest
 from schedules.bound import step_bound
 from schedules.check import check_program, check_schedule
 from schedules.cost import CostModel
-from schedules.generators import GENERATORS, generate
+from schedules.generators import GENERATORS, auto, generate
 from schedules.generators.auto import CapError, Option, solve
+from schedules.generators.refine import judge
 from schedules.ir import Kind
 from schedules.lower import lower
 from schedules.problem import Problem
@@ -165,3 +166,19 @@ def test_a_slow_rank_leaves_the_gap_small(quick_search, slow):
     assert solution.bound.reason == f"the work of rank {slow}"
     assert timeline.makespan < 1.01 * solution.bound.seconds
     assert all(kept <= 4.0 * CLOSE for kept in timeline.peak_bytes)
+
+
+def test_the_named_schedules_take_part_as_they_are(monkeypatch):
+    """Whatever refinement makes of the starts."""
+
+    def ruin(network, orders, caps, budget):
+        one_by_one = [sorted(order, key=lambda number: number // network.size) for order in orders]
+        return judge(network, one_by_one, caps)
+
+    monkeypatch.setattr(auto, "refine", ruin)
+    monkeypatch.setattr(auto, "_ROUNDS", ((1, 0),))
+    options = options_of(4, 8, names=("1f1b", "zb_h1"))
+    named = [simulate(generate(o.name, o.problem, o.cost), o.problem, o.cost).makespan for o in options]
+    solution = solve(options, [100.0] * 4)
+    found = simulate(solution.schedule, solution.option.problem, solution.option.cost).makespan
+    assert found <= min(named) * CLOSE

@@ -1,5 +1,7 @@
 """The checker accepts what is right (see test_generators) and names what is wrong."""
 
+from dataclasses import replace
+
 import pytest
 
 from schedules.check import check_program, check_schedule
@@ -8,6 +10,7 @@ from schedules.graph import DeadlockError
 from schedules.ir import Pass, Schedule
 from schedules.lower import Program, lower
 from schedules.simulate import simulate
+from schedules.vocab import evaluation
 from tests.schedules.cases import cost, problem
 
 
@@ -103,3 +106,34 @@ def test_a_receive_issued_too_late_deadlocks_under_rendezvous():
 
     with pytest.raises(DeadlockError, match=r"the transfer of 0F1 waits for|waits for the transfer of 0F1"):
         check_program(edited(program, 1, receive_late), case)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda ops: ops.append(ops[0]), "rank 1 does .* twice"),
+        (lambda ops: ops.pop(index_of(ops, "1T3")), "does not run its passes once each; first difference: 1T3"),
+        (lambda ops: ops.insert(0, ops.pop(index_of(ops, "send:1F0@2"))), "does send:1F0@2 before 1F0"),
+        (lambda ops: ops.insert(0, ops.pop(index_of(ops, "arrive:0F0@0"))), "does arrive:0F0@0 before recv:0F0@0"),
+    ],
+)
+def test_every_rule_of_a_rank_is_checked(case, program, edit, message):
+    with pytest.raises(ValueError, match=message):
+        check_program(edited(program, 1, edit), case)
+
+
+def test_a_collective_that_no_rank_starts_is_missed():
+    """C1 of an evaluation: no pass waits for it."""
+    case = problem(2, 2, "one_barrier")
+    case = replace(case, algorithm=evaluation(case.algorithm), forward_only=True)
+    program = lower(generate("gpipe", case, cost(2)), case, cost(2))
+    check_program(program, case)
+    for rank in range(2):
+        program = edited(program, rank, lambda ops: [ops.remove(op) for op in list(ops) if str(op).endswith(":C1.1")])
+    with pytest.raises(ValueError, match=r"does not start every output collective: 3 of 4"):
+        check_program(program, case)
+
+
+def test_a_schedule_for_other_ranks_is_refused(case, schedule):
+    with pytest.raises(ValueError, match="has 2 ranks, the layout 3"):
+        check_schedule(Schedule("short", schedule.ranks[:2]), case)
