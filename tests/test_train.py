@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -306,3 +307,13 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
 def children_of(pid):
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def test_a_reader_that_goes_away_ends_the_run_with_a_word(tmp_path):
+    overrides = ["model=nano", "data=synthetic", "parallel.pp=2", "run.steps=50", "run.log_every=1", f"run.root={tmp_path}"]
+    command = [sys.executable, "-m", "vp_train", *overrides]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=90) == 128 + signal.SIGPIPE
+        assert "vp-train: nobody reads the output any more" in process.stderr.read()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from vp_train.config import RunConfig
+from vp_train.exits import EXIT_INTERNAL
 from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
 from vp_train.plan import DEFAULT_RANKS, SEARCHING, make_plan
 
@@ -49,7 +50,9 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     try:
         elastic_launch(agent, sys.executable)("-u", "-m", "vp_train", *overrides)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # Ranks that only lost a peer have EXIT_INTERNAL; another code knows more.
+        reasons = [item for item in error.failures.items() if item[1].exitcode > 0 and item[1].exitcode != EXIT_INTERNAL]
+        rank, failure = reasons[0] if reasons else error.get_first_failure()
         code = int(failure.exitcode)
         if code < 0:
             print(f"vp-train: rank {rank} was killed by signal {-code}; the other ranks were stopped", file=sys.stderr)

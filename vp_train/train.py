@@ -65,7 +65,7 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
         _leave(EXIT_CONFIG, f"vp-train: {error}" if rank == 0 else "")
     except CheckpointError as error:
         _leave(EXIT_IO, f"vp-train: {error}" if rank == 0 else "")
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # rich raises the second when it meets the first
         _leave(128 + signal.SIGPIPE, f"vp-train: nobody reads the output any more, stopped at step {step}")
     except Exception as error:
         if _lost_a_peer(error):

@@ -1,0 +1,51 @@
+"""The lower bounds in closed form."""
+
+import pytest
+
+from schedules.bound import one_machine, steady_bytes, step_bound
+from schedules.cost import CostModel
+from schedules.network import Network
+from tests.schedules.cases import cost, problem
+
+
+@pytest.mark.parametrize(
+    ("jobs", "copies", "seconds"),
+    [
+        ([(2, 3, 1)], 4, 2 + 4 * 3 + 1),
+        ([(0, 1, 5), (0, 1, 0)], 1, 6),  # the longer tail first
+        ([(0, 1, 5), (0, 1, 5)], 3, 6 + 5),
+        ([(0, 4, 0), (1, 1, 9)], 1, 1 + 1 + 9),  # the late job interrupts the early one
+        ([(0, 1, 0), (10, 1, 0)], 1, 11),  # idle in between
+        ([], 5, 0),
+    ],
+)
+def test_one_machine(jobs, copies, seconds):
+    assert one_machine(jobs, copies) == seconds
+
+
+@pytest.mark.parametrize(("p", "m"), [(1, 1), (2, 3), (4, 8), (8, 64)])
+def test_a_balanced_pipeline_takes_its_work_and_one_fill_and_drain(p, m):
+    assert step_bound(problem(p, m), cost(p)).seconds == 3 * m + 3 * (p - 1)
+
+
+@pytest.mark.parametrize(("p", "m"), [(2, 3), (4, 8)])
+def test_memory_for_one_microbatch_means_one_after_the_other(p, m):
+    """Stage 0 keeps a microbatch for F + B of all stages; what the cap leaves no room for must wait (Little's law)."""
+    costs = CostModel.uniform(p, p, F=1.0, B=2.0)
+    costs = CostModel(costs.pass_seconds, stage_bytes=(1.0,) * p)
+    bound = step_bound(problem(p, m), costs, (1.0,) * p)
+    assert bound.seconds == m * 3 * p
+    assert bound.reason == "the memory of rank 0"
+    assert step_bound(problem(p, m), costs, (float(p),) * p).seconds == 3 * m + 3 * (p - 1)
+
+
+def test_a_steady_state_keeps_the_life_of_a_microbatch_over_its_interval():
+    costs = CostModel(CostModel.uniform(4, 4, F=1.0, B=2.0).pass_seconds, stage_bytes=(1.0,) * 4)
+    case = problem(4, 8)
+    assert [steady_bytes(rank, case, Network.of(case, costs)) for rank in range(4)] == [4.0, 3.0, 2.0, 1.0]
+
+
+def test_no_work_at_all_has_no_steady_state():
+    case = problem(2, 2)
+    nothing = CostModel.uniform(2, 2, F=0.0, B=0.0)
+    assert steady_bytes(0, case, Network.of(case, nothing)) == 0.0
