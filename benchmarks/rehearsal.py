@@ -104,9 +104,19 @@ class Setup:
         seconds |= {kind: (value,) * layout.num_ranks for kind, value in per_shard.items()}
         return CostModel(seconds, hop_seconds, barrier_seconds)
 
-    def message(self, barrier: Barrier) -> Tensor:
+    def counts(self, problem: Problem) -> list[int]:
+        """Tokens that each shard of the input owns: equally many."""
+        num_shards = len(problem.shard_ranks(End.INPUT))
+        return [(self.tokens * (i + 1)) // num_shards - self.tokens * i // num_shards for i in range(num_shards)]
+
+    def message(self, barrier: Barrier, problem: Problem, rank: int) -> Tensor:
         """A tensor of the shape and dtype of what a rank says at `barrier`."""
         match barrier.transfer:
+            case Transfer.GATHER:
+                own = self.counts(problem)[problem.shard_ranks(End.INPUT).index(rank)]
+                return torch.ones(own, self.hidden, dtype=self.dtype)
+            case Transfer.SCATTER:
+                return torch.ones(self.tokens if rank == problem.root(End.INPUT) else 0, self.hidden, dtype=self.dtype)
             case Transfer.ALL_GATHER:
                 return torch.ones(3, self.tokens)
             case Transfer.ALL_MAX:
@@ -184,14 +194,27 @@ class SleepingStage:
 @dataclass(frozen=True, slots=True)
 class SleepingInput:
     rank: int
+    problem: Problem
     setup: Setup
     sleeper: Sleeper
 
-    def e(self, tokens: Tensor) -> Tensor:
-        with self.sleeper.lasting(Kind.E, self.rank):
-            return torch.full((self.setup.tokens, self.setup.hidden), 1e-3, dtype=self.setup.dtype)
+    def begin(self, tokens: Tensor) -> None:
+        pass
 
-    def g(self, tokens: Tensor, dy: Tensor) -> None:
+    def counts(self, microbatch: int) -> list[int]:
+        return self.setup.counts(self.problem)
+
+    def e(self, microbatch: int) -> Tensor:
+        with self.sleeper.lasting(Kind.E, self.rank):
+            return self.setup.message(self.problem.algorithm.barrier("CE"), self.problem, self.rank)
+
+    def in_order(self, microbatch: int, gathered: Tensor) -> Tensor:
+        return gathered
+
+    def by_shard(self, microbatch: int, dy: Tensor) -> Tensor:
+        return dy
+
+    def g(self, microbatch: int, dy: Tensor) -> None:
         with self.sleeper.lasting(Kind.G, self.rank):
             pass
 
@@ -204,37 +227,35 @@ class SleepingOutput:
     sleeper: Sleeper
     received: dict[int, Tensor] = field(default_factory=dict)  # the latest, by microbatch
 
-    def s(self, microbatch: int, x: Tensor, targets: Tensor, *, keep: bool = True) -> None:
+    def begin(self, targets: Tensor, weights: Tensor) -> None:
+        pass
+
+    def s(self, microbatch: int, x: Tensor, *, keep: bool = True) -> None:
         with self.sleeper.lasting(Kind.S, self.rank):
             pass
 
     def message(self, barrier: str, microbatch: int) -> Tensor:
-        return self.setup.message(self.problem.algorithm.barrier(barrier))
+        return self.setup.message(self.problem.algorithm.barrier(barrier), self.problem, self.rank)
 
     def absorb(self, barrier: str, microbatch: int, received: Tensor) -> None:
         self.received[microbatch] = received
 
-    def t(self, microbatch: int, grad_loss: Tensor) -> None:
+    def t(self, microbatch: int) -> None:
         with self.sleeper.lasting(Kind.T, self.rank):
             pass
 
-    def input_grad(self, microbatch: int, grad_loss: Tensor) -> Tensor:
+    def input_grad(self, microbatch: int) -> Tensor:
         return self.received[microbatch]
 
-    def token_loss(self, microbatch: int) -> Tensor:
-        return torch.zeros(self.setup.tokens)
-
-    def release(self, microbatch: int) -> None:
-        self.received.pop(microbatch, None)
-
-    def assert_empty(self) -> None:
-        assert not self.received
+    def finish(self) -> Tensor:
+        self.received.clear()
+        return torch.zeros(self.setup.microbatches, self.setup.tokens)
 
 
 def sleeping_part(problem: Problem, rank: int, setup: Setup, sleeper: Sleeper) -> Part:
     """What `assembly.build_rank` makes of layers, made of sleeps."""
     stages = {stage: SleepingStage(stage, problem.backward, sleeper) for stage in problem.layout.stages_of(rank)}
-    inputs = SleepingInput(rank, setup, sleeper) if rank in problem.shard_ranks(End.INPUT) else None
+    inputs = SleepingInput(rank, problem, setup, sleeper) if rank in problem.shard_ranks(End.INPUT) else None
     outputs = SleepingOutput(rank, problem, setup, sleeper) if rank in problem.shard_ranks(End.OUTPUT) else None
     return Part(stages, inputs, outputs, setup.dtype, torch.device("cpu"), setup.hidden)  # type: ignore[arg-type]
 
@@ -328,7 +349,9 @@ def time_barrier(rank: int, barrier: Barrier, problem: Problem, comms: Comms, se
         start = common_start()
         if member:
             root = problem.root(barrier.end)
-            pending = comms.collective(barrier.end, barrier.transfer, setup.message(barrier), root, delivers=receives)
+            message = setup.message(barrier, problem, rank)
+            counts = setup.counts(problem) if barrier.end is End.INPUT else ()
+            pending = comms.collective(barrier.end, barrier.transfer, message, root, delivers=receives, counts=counts)
             if receives:
                 pending.wait()
         seconds.append(latest(time.perf_counter() - start if receives else 0.0))
@@ -363,7 +386,7 @@ def decide(rank: int, case: Case, problem: Problem, cost: CostModel) -> tuple[tu
 def rehearse_one(rank: int, num_ranks: int, case: Case, setup: Setup) -> Row:
     """One case; every rank returns the same row."""
     problem = setup.problem(case, num_ranks)
-    comms = Comms(build_mesh(problem).pipeline)
+    comms = Comms(build_mesh(problem).pipeline, torch.device("cpu"))
     hop_seconds, barrier_seconds = time_comms(rank, problem, comms, setup)
     cost = setup.cost(problem, hop_seconds, barrier_seconds)
     ops, timeline = decide(rank, case, problem, cost)

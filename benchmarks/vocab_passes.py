@@ -1,98 +1,292 @@
-"""Time of S and T on one shard against their floor, three matrix products of the same sizes timed in the same run.
+"""Time, memory and accuracy of the vocabulary passes of one shard: S and T against their floor, E and G, and peers.
 
-OMP_NUM_THREADS=1 python benchmarks/vocab_passes.py [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/vocab_passes.py [--device cuda] [--peers] [--json FILE] [--plot FILE]
+        [--tokens T ...] [--hidden H ...] [--vocab V ...] [--ranks P ...] [--dtypes ...] [--backends ...] [--algorithms ...]
+
+The floor of S and T: three matrix products of their sizes, into memory that is there.  Everything of a case is timed in turns,
+in one process; a ratio is the median over rounds.  A shard has V / P rows.  `extra_mib`: peak memory beyond weight, gradient
+and inputs.  Errors are relative to float64, by the largest value.  Peers compute a whole layer of V / P rows by autograd.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peers_vocab import PEERS, Published, installed
 from provenance import provenance
+from torch import Tensor
 
+from vp_train.vocab.input import InputLayer
 from vp_train.vocab.output import OutputLayer
+from vp_train.vocab.reference import cross_entropy
 from vp_train.vocab.shard import Shard
 
-SHAPES = ((512, 512, 16_384), (256, 256, 32_768))  # tokens, hidden, rows
-ROUNDS, REPEATS = 5, 3
+ROUNDS, SLOW_SECONDS = 7, 5.0
+ACCURATE_ELEMENTS = 1 << 25  # float64 needs T x R of them several times
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """The fastest of a few repeats."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One shard: T tokens, H hidden, R = V / P rows."""
+
+    device: str
+    dtype: torch.dtype
+    tokens: int
+    hidden: int
+    rows: int
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [T, H], weight [R, H], targets [T] and dL/dloss [T]."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.tokens, self.hidden, generator=generator)
+        weight = torch.randn(self.rows, self.hidden, generator=generator) * self.hidden**-0.5
+        targets = torch.randint(0, self.rows, (self.tokens,), generator=generator)
+        scale = torch.full((self.tokens,), 1 / self.tokens)
+        return x.to(self.device, self.dtype), weight.to(self.device, self.dtype), targets.to(self.device), scale.to(self.device)
 
 
-def passes(layer: OutputLayer, algorithm: str, x: torch.Tensor, targets: torch.Tensor, grad_loss: torch.Tensor) -> None:
-    """One microbatch of a vocabulary that is a single shard: every barrier delivers its own message."""
-    layer.s(0, x, targets)
-    layer.absorb("C1", 0, layer.message("C1", 0)[None])
-    if algorithm == "one_barrier":
-        layer.absorb("C1b", 0, layer.message("C1b", 0))
-    layer.t(0, grad_loss)
-    if algorithm == "two_barrier":
-        layer.absorb("C2", 0, layer.message("C2", 0))
-    layer.input_grad(0, grad_loss)
-    layer.release(0)
+class Ours:
+    """S and T as the trainer calls them, on a vocabulary of one shard: every barrier delivers the rank's own message."""
+
+    def __init__(self, case: Case, backend: str, algorithm: str) -> None:
+        name, _, fraction = backend.partition(":")
+        self.algorithm = algorithm
+        self.x, self.weight, targets, scale = case.inputs()
+        self.targets, self.scale = targets[None], scale[None]
+        wide = torch.float64 if case.dtype is torch.float64 else torch.float32
+        self.grad = torch.zeros_like(self.weight, dtype=wide)
+        self.layer = OutputLayer(
+            self.weight,
+            self.grad,
+            Shard(0, case.rows),
+            case.rows,
+            algorithm,
+            name,
+            recompute_fraction=float(fraction or 1),
+        )
+        self.held_bytes = 0
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """Token losses and dx."""
+        layer = self.layer
+        layer.begin(self.targets, self.scale)
+        layer.s(0, self.x)
+        self.held_bytes = layer.held_bytes
+        layer.absorb("C1", 0, layer.message("C1", 0)[None])
+        if self.algorithm == "one_barrier":
+            layer.absorb("C1b", 0, layer.message("C1b", 0))
+        layer.t(0)
+        if self.algorithm == "two_barrier":
+            layer.absorb("C2", 0, layer.message("C2", 0))
+        dx = layer.input_grad(0)
+        return layer.finish()[0], dx
 
 
-def measure(dtype: torch.dtype, shape: tuple[int, int, int], algorithm: str) -> dict[str, Any]:
-    """Median ratio over alternating rounds."""
-    tokens, hidden, rows = shape
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
-    weight = (torch.randn(rows, hidden, generator=generator) * 0.05).to(dtype)
-    targets = torch.randint(0, rows, (tokens,), generator=generator)
-    grad_loss = torch.full((tokens,), 1 / tokens).to(dtype)
-    layer = OutputLayer(weight, torch.zeros(rows, hidden), Shard(0, rows), algorithm, "chunked")
-    logits, product = torch.empty(tokens, rows, dtype=dtype), torch.empty(rows, hidden, dtype=dtype)
+class Floor:
+    """Z = x W^T, E W and E^T x."""
 
-    def floor() -> None:
-        torch.mm(x, weight.T, out=logits)
-        torch.mm(logits, weight)
-        torch.mm(logits.T, x, out=product)
+    def __init__(self, case: Case) -> None:
+        self.x, self.weight, _, _ = case.inputs()
+        self.logits = torch.empty(case.tokens, case.rows, dtype=case.dtype, device=case.device)
+        self.dx, self.dw = torch.empty_like(self.x), torch.empty_like(self.weight)
 
-    def ours() -> None:
-        passes(layer, algorithm, x, targets, grad_loss)
+    def __call__(self) -> None:
+        torch.mm(self.x, self.weight.T, out=self.logits)
+        torch.mm(self.logits, self.weight, out=self.dx)
+        torch.mm(self.logits.T, self.x, out=self.dw)
 
-    ours()
-    floor()
-    pairs = [(seconds(ours), seconds(floor)) for _ in range(ROUNDS)]
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "tokens": tokens,
-        "hidden": hidden,
-        "rows": rows,
-        "algorithm": algorithm,
-        "milliseconds": 1e3 * statistics.median(mine for mine, _ in pairs),
-        "floor_milliseconds": 1e3 * statistics.median(other for _, other in pairs),
-        "ratio": statistics.median(mine / other for mine, other in pairs),
+
+class Lookups:
+    """E and G of a shard among P."""
+
+    def __init__(self, case: Case, ranks: int) -> None:
+        _, self.weight, _, _ = case.inputs()
+        self.grad = torch.zeros_like(self.weight, dtype=torch.float32)
+        shards = [Shard(rank * case.rows, (rank + 1) * case.rows) for rank in range(ranks)]
+        self.layer = InputLayer(self.weight, self.grad, shards, 0)
+        tokens = torch.randint(0, case.rows * ranks, (1, case.tokens), generator=torch.Generator().manual_seed(0))
+        self.layer.begin(tokens.to(case.device))
+        self.dy = self.layer.e(0)
+
+    def e(self) -> None:
+        self.layer.e(0)
+
+    def g(self) -> None:
+        self.layer.g(0, self.dy)
+
+
+# Measuring
+
+
+def timed(work: Callable[[], object], device: str) -> float:
+    """Seconds of one call."""
+    synchronise(device)
+    start = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_turns(works: dict[str, Callable[[], object]], device: str) -> dict[str, list[float]]:
+    """Seconds of every piece of work, by rounds; two calls before do not count.  What is slow takes part in the first only."""
+    slow = {name for name, work in works.items() if timed(work, device) > SLOW_SECONDS and timed(work, device) > SLOW_SECONDS}
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for name in works.keys() - slow:
+        works[name]()
+    for index in range(ROUNDS):
+        for name, work in works.items():
+            if index == 0 or name not in slow:
+                seconds[name].append(timed(work, device))
+    return seconds
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[list[float]]:
+    """Appends by how many MiB the memory in use grew at its peak."""
+    grown: list[float] = []
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the C library kept for itself would hide growth
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield grown
+        grown.append((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident_kib("VmRSS")
+    yield grown
+    grown.append((resident_kib("VmHWM") - before) / 2**10)
+
+
+def resident_kib(name: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0])
+
+
+def errors(case: Case, losses: Tensor, dx: Tensor, grad: Tensor, truth: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+    """Largest errors, relative to the largest value; of the mean loss where a peer gives no other."""
+    loss = truth[0] if losses.shape == truth[0].shape else truth[0].mean(0, keepdim=True)
+    pairs = zip(("loss", "dx", "dw"), (losses, dx, grad), (loss, *truth[1:]), strict=True)
+    return {f"{name}_error": ((ours.double() - true).abs().max() / true.abs().max()).item() for name, ours, true in pairs}
+
+
+def measure(case: Case, ranks: int, backends: list[str], algorithms: list[str], *, peers: bool) -> Iterator[dict[str, Any]]:
+    """A row for every backend with every algorithm, for E and G, and for the peers."""
+    ours = {f"{backend}/{algorithm}": (backend, algorithm) for backend in backends for algorithm in algorithms}
+    works: dict[str, Any] = {"floor": Floor(case)} | {name: Ours(case, *pair) for name, pair in ours.items()}
+    lookups = Lookups(case, ranks)
+    works |= {"E": lookups.e, "G": lookups.g}
+    missing = {}
+    for name, make in (PEERS | {"published": Published}).items() if peers else ():
+        try:
+            works[name] = make(*case.inputs())
+            works[name]()  # it may fail only here
+        except Exception as error:  # whatever a peer lacks here is a result too
+            works.pop(name, None)
+            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    seconds = in_turns(works, case.device)
+    truth = None
+    if case.tokens * case.rows <= ACCURATE_ELEMENTS:
+        x, weight, targets, scale = case.inputs()
+        truth = cross_entropy(x.double(), weight.double(), targets, scale.double())
+    shape = {
+        "device": case.device,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "tokens": case.tokens,
+        "hidden": case.hidden,
+        "vocab": case.rows * ranks,
+        "ranks": ranks,
+        "rows": case.rows,
     }
+    flops = 6 * case.tokens * case.hidden * case.rows
+    for name, times in seconds.items():
+        row = shape | {"what": name, "milliseconds": 1e3 * statistics.median(times)}
+        if name not in ("E", "G"):
+            row["ratio"] = statistics.median(mine / base for mine, base in zip(times, seconds["floor"], strict=False))
+            row["tflops"] = flops / statistics.median(times) / 1e12
+        if name not in ("E", "G", "floor"):
+            del works[name]
+            work = Ours(case, *ours[name]) if name in ours else (PEERS | {"published": Published})[name](*case.inputs())
+            with peak_memory(case.device) as grown:
+                losses, dx = work()
+            row["extra_mib"] = grown[0]
+            if truth is not None:
+                row |= errors(case, losses, dx, work.grad, truth)
+            if isinstance(work, Ours):
+                row["held_bytes"] = work.held_bytes
+        yield row
+    for name, why in missing.items():
+        yield shape | {"what": name, "missing": why}
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Ratio to the floor and extra memory of everything measured."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if "ratio" in row and row["what"] != "floor"]
+    names = list(dict.fromkeys(row["what"] for row in rows))
+    cases = list(dict.fromkeys((row["dtype"], row["tokens"], row["hidden"], row["rows"]) for row in rows))
+    figure = Figure(figsize=(6 + 1.6 * len(cases), 7), layout="constrained")
+    for axes, key, label in zip(
+        figure.subplots(2, 1), ("ratio", "extra_mib"), ("time / floor", "extra memory, MiB"), strict=True
+    ):
+        for offset, name in enumerate(names):
+            values = {(r["dtype"], r["tokens"], r["hidden"], r["rows"]): r[key] for r in rows if r["what"] == name}
+            places = [index + 0.8 * offset / len(names) for index, case in enumerate(cases) if case in values]
+            axes.bar(places, [values[case] for case in cases if case in values], 0.8 / len(names), align="edge", label=name)
+        axes.set_xticks([index + 0.4 for index in range(len(cases))], [f"{d}\nT={t} H={h}\nR={r:,}" for d, t, h, r in cases])
+        axes.set_ylabel(label)
+        axes.set_yscale("log")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the table as JSON")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[512])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[262_144])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4], help="shards that the vocabulary is split into")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--backends", nargs="+", default=["chunked", "recompute", "recompute:0.5"])
+    parser.add_argument("--algorithms", nargs="+", default=["one_barrier", "two_barrier"])
+    parser.add_argument("--peers", action="store_true", help="other implementations too, those that are installed")
+    parser.add_argument("--json", type=Path, help="write the rows as JSON")
+    parser.add_argument("--plot", type=Path, help="draw the rows")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)
     rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for shape in SHAPES:
-            for algorithm in ("one_barrier", "two_barrier"):
-                rows.append(measure(dtype, shape, algorithm))
-                print(json.dumps(rows[-1]), flush=True)
+    for sizes in itertools.product(arguments.dtypes, arguments.tokens, arguments.hidden, arguments.vocab, arguments.ranks):
+        dtype, tokens, hidden, vocab, ranks = sizes
+        case = Case(arguments.device, getattr(torch, dtype), tokens, hidden, vocab // ranks)
+        for row in measure(case, ranks, arguments.backends, arguments.algorithms, peers=arguments.peers):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(provenance() | {"rows": rows}, indent=1) + "\n")
+        peers = {"peers": installed()} if arguments.peers else {}
+        arguments.json.write_text(json.dumps(provenance() | peers | {"rows": rows}, indent=1) + "\n")
+    if arguments.plot:
+        draw(rows, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -136,4 +136,5 @@ class Problem:
     def receivers(self, node: Collective) -> tuple[int, ...]:
         """The ranks on which the result of the collective arrives."""
         barrier = self.algorithm.barrier(node.barrier)
-        return (self.root(barrier.end),) if barrier.transfer is Transfer.REDUCE else self.shard_ranks(barrier.end)
+        to_root = barrier.transfer in (Transfer.REDUCE, Transfer.GATHER)
+        return (self.root(barrier.end),) if to_root else self.shard_ranks(barrier.end)

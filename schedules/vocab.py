@@ -18,6 +18,8 @@ class Transfer(StrEnum):
 
     BROADCAST = "broadcast"  # from the rank of the root stage
     REDUCE = "reduce"  # sum, to the rank of the root stage
+    GATHER = "gather"  # to the rank of the root stage, each shard its own tokens
+    SCATTER = "scatter"  # the other way round
     ALL_MAX = "all_max"
     ALL_SUM = "all_sum"
     ALL_GATHER = "all_gather"
@@ -66,9 +68,9 @@ class VocabAlgorithm:
         raise KeyError(f"{self.name} has no barrier {name!r}")
 
 
-_EMBED = Barrier("CE", End.INPUT, Transfer.REDUCE, Kind.E, (Kind.F,))
+_EMBED = Barrier("CE", End.INPUT, Transfer.GATHER, Kind.E, (Kind.F,))
 _SHARE_X = Barrier("C0", End.OUTPUT, Transfer.BROADCAST, Kind.F, (Kind.S,))
-_EMBED_GRAD = Barrier("CG", End.INPUT, Transfer.BROADCAST, Kind.B, (Kind.G,))
+_EMBED_GRAD = Barrier("CG", End.INPUT, Transfer.SCATTER, Kind.B, (Kind.G,))
 _STATS = Transfer.ALL_GATHER
 
 # C1 gathers the softmax statistics; C1b, which continues it, sums dL/dx (one_barrier) or the exponentials (naive).

@@ -150,7 +150,6 @@ def test_without_shards_there_is_nothing_to_balance():
 @pytest.mark.parametrize(
     ("vocab", "vocab_size", "message"),
     [
-        (VocabConfig(balance=True), 3, "model.vocab_size=3 is smaller than 4 ranks; use fewer ranks or vocab=none"),
         (VocabConfig(shards=(1, 2, 3)), 6, r"vocab.shards=\[1, 2, 3\]: 3 shards with 6 rows; give 4 sizes .* add up to 6"),
         (VocabConfig(shards=(7, -1, 0, 0)), 6, "give 4 sizes of at least 0"),
         (VocabConfig("none", shards=(6, 0, 0, 0)), 6, "needs a sharded vocabulary, but vocab=none; drop one"),

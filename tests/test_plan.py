@@ -61,6 +61,15 @@ def test_vocabulary_passes_balance_the_predicted_work():
     assert max(busy) == pytest.approx(min(busy))
 
 
+def test_recomputing_logits_holds_fewer_bytes_and_takes_a_fourth_product():
+    shards = {"chunked": VocabConfig(), "half": VocabConfig(backend="recompute", recompute_fraction=0.5)}
+    kept, half = (plan_step(config_of(2, 4, 100, vocab=vocab, backend=vocab.backend), 2).cost for vocab in shards.values())
+    x_bytes = 2 * 6 * 16 * 8  # b s H float64
+    assert [2 * (value - x_bytes) for value in half.shard_bytes] == [value - x_bytes for value in kept.shard_bytes]
+    both = [sum(cost.pass_seconds[kind][0] for kind in (Kind.S, Kind.T)) for cost in (kept, half)]
+    assert both[1] == pytest.approx(both[0] * 3.5 / 3)
+
+
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 def test_seven_layers_run_on_four_ranks_with_every_schedule(name):
     config = config_of(4, 6, 400, schedule=name, num_stages=7)

@@ -17,6 +17,7 @@ from vp_train.pipeline.comms import Comms
 from vp_train.pipeline.executor import BLIND, Executor, Observer, Part
 from vp_train.plan import RunPlan
 from vp_train.vocab.input import InputLayer
+from vp_train.vocab.loss import LossOptions
 from vp_train.vocab.output import OutputLayer
 from vp_train.vocab.shard import Shard
 
@@ -40,9 +41,11 @@ class RankModel:
     copied: frozenset[str]
     _tied: tuple[nn.Parameter, dist.ProcessGroup] | None
 
-    def train_step(self, tokens: Tensor, labels: Tensor, observer: Observer = BLIND) -> Tensor | None:
+    def train_step(
+        self, tokens: Tensor, labels: Tensor, observer: Observer = BLIND, *, mask: Tensor | None = None
+    ) -> Tensor | None:
         """`Executor.step` of the training program; leaves complete gradients."""
-        loss = self.trainer.step(tokens, labels, observer)
+        loss = self.trainer.step(tokens, labels, observer, mask=mask)
         if self._tied is not None:
             parameter, group = self._tied
             dist.all_reduce(parameter.grad, group=group)
@@ -79,20 +82,39 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
     matrices = _build_matrices(config, plan, rank, dtype, device)
     parameters = dict(_named_parameters(stages)) | dict(matrices.values())
     rows = {name: plan.shards[end][rank] for end, (name, _) in matrices.items()}
+    options = LossOptions(config.loss.label_smoothing, config.loss.z_loss, config.model.logit_softcap)
 
     def output_layer(algorithm: str) -> OutputLayer | None:
         if End.OUTPUT not in matrices:
             return None
         weight = matrices[End.OUTPUT][1]
-        return OutputLayer(weight, _grad(weight), plan.shards[End.OUTPUT][rank], algorithm, config.vocab.backend)
+        return OutputLayer(
+            weight,
+            _grad(weight),
+            plan.shards[End.OUTPUT][rank],
+            config.model.vocab_size,
+            algorithm,
+            config.vocab.backend,
+            options.measured if algorithm == "evaluate" else options,
+            config.vocab.recompute_fraction,
+        )
 
     input_layer = None
     if End.INPUT in matrices:
         weight = matrices[End.INPUT][1]
-        input_layer = InputLayer(weight, _grad(weight), plan.shards[End.INPUT][rank])
-    training = Part(stages, input_layer, output_layer(problem.algorithm.name), dtype, device, config.model.hidden_size)
-    evaluating = replace(training, output_layer=output_layer("evaluate"))
-    comms = Comms(mesh.pipeline)
+        input_layer = InputLayer(weight, _grad(weight), plan.shards[End.INPUT], rank)
+    training = Part(
+        stages,
+        input_layer,
+        output_layer(problem.algorithm.name),
+        dtype,
+        device,
+        config.model.hidden_size,
+        config.loss.normalisation,
+    )
+    evaluating = replace(training, output_layer=output_layer("evaluate"), normalisation="token")
+    through_host = config.run.device == "cuda" and config.run.comm_backend == "gloo"
+    comms = Comms(mesh.pipeline, device, through_host=through_host)
     trainer = Executor(plan.program.ranks[rank], problem, rank, training, comms)
     evaluator = Executor(plan.evaluation_program.ranks[rank], plan.evaluation_problem, rank, evaluating, comms)
     copied, tied = frozenset[str](), None

@@ -51,6 +51,7 @@ class ModelConfig:
     rope_base: float = 10_000.0
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
+    logit_softcap: float | None = None  # c: logits become c tanh(logits / c)
 
     def __post_init__(self) -> None:
         for name in (
@@ -78,6 +79,8 @@ class ModelConfig:
                 f"model.num_heads={self.num_heads} does not split over model.num_query_groups={self.num_query_groups}; "
                 f"use a divisor of {self.num_heads}"
             )
+        if self.logit_softcap is not None and not self.logit_softcap > 0:
+            raise ConfigError(f"model.logit_softcap={self.logit_softcap} is too small; it must be above 0, or null for none")
 
 
 @dataclass(frozen=True)
@@ -123,16 +126,25 @@ class VocabConfig:
     """How the input and output layers are split, and which code computes S and T.
 
     `algorithm` may be `auto` with schedule=auto.  `shards`: rows of each rank; None: as equal as possible, or with `balance` so
-    that ranks with less other work take more.
+    that ranks with less other work take more.  Backends: `chunked` holds the exponentials from S to T; `recompute` holds none
+    for `recompute_fraction` of the rows and pays with a fourth matrix product for these; `reference` is the oracle.
     """
 
     algorithm: str = "one_barrier"
     backend: str = "chunked"
     shards: tuple[int, ...] | None = None
     balance: bool = False
+    recompute_fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        _choice("vocab.backend", self.backend, ("reference", "chunked"))
+        _choice("vocab.backend", self.backend, ("chunked", "recompute", "reference"))
+        if not 0 <= self.recompute_fraction <= 1:
+            raise ConfigError(f"vocab.recompute_fraction={self.recompute_fraction} is out of range; it must lie in [0, 1]")
+        if self.recompute_fraction != 1 and self.backend != "recompute":
+            raise ConfigError(
+                f"vocab.recompute_fraction={self.recompute_fraction} counts only with vocab.backend=recompute, "
+                f"not {self.backend}; drop one of the two"
+            )
         if self.balance and self.shards is not None:
             raise ConfigError(f"vocab.balance=true and vocab.shards={list(self.shards)}: set one of the two")
         _freeze(self, "shards")
@@ -158,6 +170,24 @@ class ParallelConfig:
         if self.pp is not None:
             _at_least("parallel.pp", self.pp, 1)
         _freeze(self, "layers_per_stage")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised; see `vocab.loss`.
+
+    `z_loss`: the weight of lse^2 of every token.  `normalisation`: `token`, the mean over all tokens, or `sequence`, the mean
+    over sequences of the mean of each.  Validation measures the plain negative log-likelihood, the mean over all tokens.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    normalisation: str = "token"
+
+    def __post_init__(self) -> None:
+        _fraction("loss.label_smoothing", self.label_smoothing)
+        _at_least("loss.z_loss", self.z_loss, 0)
+        _choice("loss.normalisation", self.normalisation, ("token", "sequence"))
 
 
 @dataclass(frozen=True)
@@ -260,6 +290,8 @@ class RunSettings:
     seed: int = 1
     dtype: str = "float32"
     device: str = "cpu"
+    comm_backend: str = "nccl"  # on cuda; gloo, through host memory, lets several ranks share a GPU
+    deterministic: bool = False  # only algorithms that give the same bits every time; slower on cuda
     log_every: int = 10
     eval_every: int = 30
     eval_microbatches: int = 16
@@ -273,6 +305,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         _choice("run.dtype", self.dtype, ("float32", "float64"))
         _choice("run.device", self.device, ("cpu", "cuda"))
+        _choice("run.comm_backend", self.comm_backend, ("nccl", "gloo"))
         _choice("run.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         for name in ("steps", "log_every", "keep_checkpoints", "timeout_seconds"):
             _at_least(f"run.{name}", getattr(self, name), 1)
@@ -292,6 +325,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     vocab: VocabConfig = field(default_factory=VocabConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     cost: CostConfig = field(default_factory=CostConfig)
@@ -301,4 +335,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _at_least("num_microbatches", self.num_microbatches, 1)
+        if self.loss.label_smoothing and self.model.logit_softcap is not None:
+            raise ConfigError(
+                f"loss.label_smoothing={self.loss.label_smoothing} and model.logit_softcap={self.model.logit_softcap} do not "
+                "go together: the sum of capped logits would cost a pass over all of them; set one of the two"
+            )
         _at_least("micro_batch_size", self.micro_batch_size, 1)

@@ -41,7 +41,7 @@ def estimate_cost(
         config.cost.hop_seconds,
         {barrier.name: config.cost.collective_seconds if exchanged else 0.0 for barrier in algorithm.barriers},
         tuple(stage_bytes),
-        tuple(float(item_bytes * size * model.seq_length * (count + model.hidden_size)) for count in rows),
+        tuple(item_bytes * size * model.seq_length * (_held_part(config) * count + model.hidden_size) for count in rows),
         tuple(float(len(stage) * shape.layer_weight_grad_bytes(model, size, item_bytes)) for stage in layers),
     )
 
@@ -82,13 +82,14 @@ def _stage_seconds(config: RunConfig, layers: Sequence[range]) -> dict[Kind, tup
 
 
 def _shard_seconds(config: RunConfig, rows: Sequence[int], algorithm: VocabAlgorithm) -> dict[Kind, tuple[float, ...]]:
-    """S, T, E and G of each shard; E and G are lookups, a tenth of a barrier each unless measured."""
+    """S, T, E and G of each shard; E and G are lookups, a tenth of a barrier each unless measured.  T may form Z again."""
     cost, lookup = config.cost, config.cost.collective_seconds / 10
     s_share = _S_GEMMS[algorithm.name] / 3
+    again = config.vocab.recompute_fraction / 3 if config.vocab.backend == "recompute" else 0.0
     both = [_output_seconds(config, count) for count in rows]
     return {
         Kind.S: tuple(s_share * seconds for seconds in both),
-        Kind.T: tuple((1 - s_share) * seconds for seconds in both),
+        Kind.T: tuple((1 - s_share + again) * seconds for seconds in both),
         Kind.E: (_either(cost.lookup_seconds, lookup),) * len(rows),
         Kind.G: (_either(cost.lookup_grad_seconds, lookup),) * len(rows),
     }
@@ -100,6 +101,17 @@ def _output_seconds(config: RunConfig, num_rows: int) -> float:
     if cost.output_row_seconds is None:
         return 6 * config.micro_batch_size * model.seq_length * num_rows * model.hidden_size / cost.flops_per_second
     return cost.output_fixed_seconds + num_rows * cost.output_row_seconds if num_rows else 0.0
+
+
+def _held_part(config: RunConfig) -> float:
+    """Values held from S for T per token and row."""
+    match config.vocab.backend:
+        case "recompute":
+            return 1 - config.vocab.recompute_fraction
+        case "reference":
+            return 2.0
+        case _:
+            return 1.0
 
 
 def _either(measured: float | None, estimate: float) -> float:

@@ -71,8 +71,6 @@ def split_vocabulary(config: RunConfig, problem: Problem, end: End, layers: Sequ
         if sizes is not None:
             raise ConfigError(f"vocab.shards={list(sizes)} needs a sharded vocabulary, but vocab=none; drop one of the two")
         sizes = [vocab_size if rank == problem.root(end) else 0 for rank in range(num_ranks)]
-    elif vocab_size < num_ranks:
-        raise ConfigError(f"model.vocab_size={vocab_size} is smaller than {num_ranks} ranks; use fewer ranks or vocab=none")
     elif sizes is None and config.vocab.balance:
         sizes = balanced_rows(config, problem.layout, layers)
     try:

@@ -83,12 +83,23 @@ def _die_with_parent() -> None:
 
 def _connect(config: RunConfig, plan: RunPlan) -> Mesh:
     """Every group speaks gloo for what ranks agree on and, on CUDA, NCCL for what the executor moves."""
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     backend = "gloo"
     if config.run.device == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "cpu:gloo,cuda:nccl"
+        local_rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if config.run.comm_backend == "nccl":
+            backend = "cpu:gloo,cuda:nccl"
+            if local_rank >= num_devices:
+                raise ConfigError(
+                    f"more ranks than the {num_devices} GPUs of this node, which NCCL refuses; start fewer ranks here, or let "
+                    "them share GPUs with run.comm_backend=gloo"
+                )
+        torch.cuda.set_device(local_rank % num_devices)
     dist.init_process_group(backend, timeout=timedelta(seconds=config.run.timeout_seconds))
     return build_mesh(plan.problem)
 

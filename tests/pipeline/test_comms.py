@@ -14,10 +14,11 @@ from vp_train.pipeline.comms import Comms, Groups
 PASS_SECONDS, MESSAGE_SECONDS = 1.0, 0.2
 
 
-def comms_of(world_size):
+def comms_of(world_size, *, through_host=False):
     everyone = list(range(world_size))
     forward, backward, output = (dist.new_group(everyone) for _ in range(3))
-    return Comms(Groups(tuple(everyone), forward, backward, {End.INPUT: None, End.OUTPUT: output}))
+    groups = Groups(tuple(everyone), forward, backward, {End.INPUT: None, End.OUTPUT: output})
+    return Comms(groups, torch.device("cpu"), through_host=through_host)
 
 
 def sum_while_rank_1_computes(rank, world_size):
@@ -79,3 +80,28 @@ def threads_left_by_comms(rank, world_size):
 
 def test_the_thread_has_ended_when_its_comms_are_gone(ranks):
     assert ranks(2).run(threads_left_by_comms) == [(1, 0), (1, 0)]
+
+
+COUNTS = (2, 0, 3)
+
+
+def gather_and_scatter(rank, world_size, through_host):
+    """What arrives of the tokens that each rank owns, and what comes back; rank 1 is the root."""
+    comms = comms_of(world_size, through_host=through_host)
+    own = torch.full((COUNTS[rank], 2), float(rank))
+    gathered = comms.collective(End.OUTPUT, Transfer.GATHER, own, 1, delivers=rank == 1, counts=COUNTS).wait()
+    message = gathered * 10 if rank == 1 else own[:0]
+    scattered = comms.collective(End.OUTPUT, Transfer.SCATTER, message, 1, delivers=True, counts=COUNTS).wait()
+    hop = comms.receive(torch.empty(1), (rank - 1) % world_size, upstream=False)
+    comms.send(torch.tensor([float(rank)]), (rank + 1) % world_size, upstream=False)
+    received = hop.wait().item()
+    comms.drain()
+    return gathered.tolist(), scattered.tolist(), received
+
+
+@pytest.mark.parametrize("through_host", [False, True])
+def test_rows_are_gathered_in_rank_order_and_scattered_to_their_owners(ranks, through_host):
+    results = ranks(3).run(gather_and_scatter, through_host)
+    assert [gathered for gathered, _, _ in results] == [[], [[0.0, 0.0]] * 2 + [[2.0, 2.0]] * 3, []]
+    assert [scattered for _, scattered, _ in results] == [[[0.0, 0.0]] * 2, [], [[20.0, 20.0]] * 3]
+    assert [received for *_, received in results] == [2.0, 0.0, 1.0]

@@ -9,9 +9,18 @@ import torch
 
 from schedules.generators import GENERATORS
 from schedules.vocab import End
-from tests.pipeline.truth import random_batch, train_whole
+from tests.pipeline.truth import Whole, random_batch, random_mask, train_whole
 from vp_train.assembly import build_rank
-from vp_train.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings, ScheduleConfig, VocabConfig
+from vp_train.config import (
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    RunSettings,
+    ScheduleConfig,
+    VocabConfig,
+)
 from vp_train.mesh import build_mesh
 from vp_train.optim.adamw import build_adamw, clip, gather_health, learning_rate
 from vp_train.plan import make_plan
@@ -31,6 +40,8 @@ def config_of(
     layers=None,
     backend="chunked",
     num_stages=None,
+    softcap=None,
+    loss=None,
 ):
     model = ModelConfig(
         num_layers=(num_stages or p) if layers is None else sum(layers),
@@ -42,12 +53,14 @@ def config_of(
         seq_length=6,
         tied_embeddings=tied,
         init_std=0.3,
+        logit_softcap=softcap,
     )
     return RunConfig(
         model=model,
         schedule=ScheduleConfig(schedule),
         vocab=replace(vocab or VocabConfig(), backend=backend),
         parallel=ParallelConfig(pp=p, layers_per_stage=layers),
+        loss=loss or LossConfig(),
         optim=OptimConfig(lr=1e-2, warmup_steps=1, clip_grad_norm=0.5),
         run=RunSettings(dtype=dtype),
         num_microbatches=m,
@@ -73,7 +86,7 @@ def mesh_for(problem):
     return _meshes[key]
 
 
-def compare(rank, world_size, configs):
+def compare(rank, world_size, configs, masked=False):
     """Train each config sharded and whole; (config, what, difference) of the worst loss, gradient and parameter of each."""
     torch.manual_seed(0)
     worst = []
@@ -82,14 +95,15 @@ def compare(rank, world_size, configs):
         mesh = mesh_for(plan.problem)
         model = build_rank(config, plan, mesh)
         dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
-        truth = train_whole(config, NUM_STEPS, dtype)
+        truth = train_whole(config, NUM_STEPS, dtype, masked=masked)
         parameters = list(model.parameters.values())
         optimizer = build_adamw(parameters, config.optim)
         root = plan.problem.layout.rank_of(plan.problem.last_stage)
         differences = {"loss": 0.0, "gradient": 0.0, "parameter": 0.0}
         for step, (loss, gradients, updated) in enumerate(truth, start=1):
             model.zero_grad()
-            ours = model.train_step(*random_batch(config, step))
+            mask = random_mask(config, step) if masked else None
+            ours = model.train_step(*random_batch(config, step), mask=mask)
             health = gather_health(ours, model.counted, root, mesh.world)
             differences["loss"] = max(differences["loss"], abs(health.loss - loss))
             for name, parameter in model.parameters.items():
@@ -110,8 +124,8 @@ def part_of(tensor, name, rows):
     return tensor[rows[name].start : rows[name].stop] if name in rows else tensor
 
 
-def assert_equivalent(ranks, p, configs, tolerance):
-    for results in ranks(p).run(compare, configs, timeout=100):
+def assert_equivalent(ranks, p, configs, tolerance, *, masked=False):
+    for results in ranks(p).run(compare, configs, masked, timeout=100):
         for config, differences in zip(configs, results, strict=True):
             assert max(differences.values()) < tolerance, (config.vocab, config.schedule, config.model, differences)
 
@@ -154,7 +168,7 @@ def test_unequal_shards_and_stages_equal_one_process(ranks):
     configs = [
         config_of(3, 4, 101, vocab=VocabConfig(algorithm, shards=(0, 90, 11)), layers=(2, 2, 0), backend=backend)
         for algorithm in ("naive", "one_barrier", "two_barrier")
-        for backend in ("reference", "chunked")
+        for backend in ("reference", "chunked", "recompute")
     ]
     assert_equivalent(ranks, 3, configs, 1e-9)
 
@@ -165,6 +179,25 @@ def test_ranks_without_rows_equal_one_process(ranks):
         config_of(4, 3, 101, vocab=VocabConfig(algorithm, shards=(0, 101, 0, 0)))
         for algorithm in ("naive", "one_barrier", "two_barrier")
     ]
+    assert_equivalent(ranks, 4, configs, 1e-9)
+
+
+LOSSES = [
+    {"loss": LossConfig(label_smoothing=0.1, z_loss=0.01)},
+    {"loss": LossConfig(z_loss=0.01, normalisation="sequence"), "softcap": 3.0},
+    {"loss": LossConfig(label_smoothing=0.1, normalisation="sequence"), "tied": True},
+]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_options_and_masks_equal_one_process(ranks, masked):
+    configs = [config_of(3, 4, 101, vocab=VocabConfig(algorithm), **options) for algorithm in ALGORITHMS for options in LOSSES]
+    assert_equivalent(ranks, 3, configs, 1e-9, masked=masked)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_smaller_than_the_ranks_equals_one_process(ranks, tied):
+    configs = [config_of(4, 3, size, vocab=VocabConfig(algorithm), tied=tied) for algorithm in ALGORITHMS for size in (2, 3)]
     assert_equivalent(ranks, 4, configs, 1e-9)
 
 
@@ -192,3 +225,20 @@ def test_evaluation_gives_the_training_loss_and_touches_no_gradient(ranks, algor
         assert (trained is None) == (evaluated is None)
         assert trained is None or trained == pytest.approx(evaluated, rel=1e-12)
         assert unchanged
+
+
+def logprobs(rank, world_size, config):
+    plan = make_plan(config, world_size)
+    mesh = mesh_for(plan.problem)
+    tokens, labels = random_batch(config, 0)
+    ours = build_rank(config, plan, mesh).evaluator.logprobs(tokens, labels)
+    with torch.no_grad():
+        all_of_them = torch.log_softmax(Whole(config, torch.float64).logits(tokens.flatten(0, 1)), -1).view(*tokens.shape, -1)
+    theirs = all_of_them.gather(-1, labels.clamp_min(0)[..., None])[..., 0].masked_fill(labels == -100, 0.0)
+    return None if ours is None else largest_difference(ours, theirs)
+
+
+def test_logprobs_are_those_of_one_process_whatever_the_loss(ranks):
+    config = config_of(3, 5, 101, loss=LossConfig(z_loss=0.1, normalisation="sequence"), softcap=2.0)
+    config = replace(config, run=replace(config.run, eval_microbatches=5))
+    assert all(difference < 1e-12 for difference in ranks(3).run(logprobs, config))

@@ -26,19 +26,43 @@ class Whole(nn.Module):
         self.matrices = nn.ParameterDict()
         for name in ("embedding",) if model.tied_embeddings else ("embedding", "output"):
             self.matrices[name] = nn.Parameter(init_rows(name, 0, model.vocab_size, model, config.run.seed, dtype, cpu))
+        self.config = config
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss over the labelled tokens of all microbatches; tokens, labels [m, b, s]."""
-        tokens, labels = tokens.flatten(0, 1), labels.flatten(0, 1)
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[sequences, s, V] for tokens [sequences, s]."""
         x = self.stage(self.matrices["embedding"][tokens].transpose(0, 1)).transpose(0, 1)
         logits = x @ self.matrices["output" if "output" in self.matrices else "embedding"].T
-        total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-        return total / (labels != -100).sum().clamp_min(1)
+        softcap = self.config.model.logit_softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss over all microbatches; tokens, labels, mask [m, b, s]."""
+        tokens, labels = tokens.flatten(0, 1), labels.flatten(0, 1)
+        options, logits = self.config.loss, self.logits(tokens)
+        counted = (labels != -100).to(logits.dtype)
+        losses = nn.functional.cross_entropy(
+            logits.transpose(1, 2), labels, reduction="none", label_smoothing=options.label_smoothing
+        )
+        losses = losses + options.z_loss * logits.logsumexp(-1) ** 2 * counted
+        if mask is not None:
+            counted = counted * mask.flatten(0, 1)
+        if options.normalisation == "token":
+            return (losses * counted).sum() / (counted.sum() if counted.any() else 1)
+        means = [(row * weight).sum() / weight.sum() for row, weight in zip(losses, counted, strict=True) if weight.any()]
+        return torch.stack(means).mean() if means else 0 * losses.sum()
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.stage.named_parameters()
         for name, parameter in self.matrices.items():
             yield f"{name}.weight", parameter
+
+
+def random_mask(config: RunConfig, step: int) -> Tensor:
+    """[m, b, s] in [0, 1), with sequences of zeros."""
+    generator = torch.Generator().manual_seed(2000 + step)
+    shape = (config.num_microbatches, config.micro_batch_size, config.model.seq_length)
+    mask = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return mask * (torch.rand(shape[:2], generator=generator) < 0.8)[..., None]
 
 
 def random_batch(config: RunConfig, step: int) -> tuple[Tensor, Tensor]:
@@ -52,7 +76,7 @@ def random_batch(config: RunConfig, step: int) -> tuple[Tensor, Tensor]:
 
 
 def train_whole(
-    config: RunConfig, num_steps: int, dtype: torch.dtype
+    config: RunConfig, num_steps: int, dtype: torch.dtype, *, masked: bool = False
 ) -> list[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
     """Per step: the loss, all gradients, and all parameters after the update."""
     whole = Whole(config, dtype)
@@ -60,7 +84,7 @@ def train_whole(
     optimizer = build_adamw(parameters.values(), config.optim)
     results = []
     for step in range(1, num_steps + 1):
-        loss = whole(*random_batch(config, step))
+        loss = whole(*random_batch(config, step), random_mask(config, step) if masked else None)
         optimizer.zero_grad()
         loss.backward()
         gradients = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}

@@ -2,25 +2,47 @@
 
 import torch
 
+from tests.vocab.ranks import make_layer
 from vp_train.vocab.input import InputLayer
-from vp_train.vocab.output import OutputLayer
 from vp_train.vocab.reference import cross_entropy
 from vp_train.vocab.shard import Shard, split_rows
 
 
-def test_the_sum_over_shards_is_the_embedding_and_its_gradient():
+def test_the_rows_of_all_shards_in_order_are_the_embedding_and_its_gradient_goes_back_the_same_way():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(101, 8, generator=generator, dtype=torch.float64)
-    tokens = torch.randint(0, 101, (50,), generator=generator)
-    dy = torch.randn(50, 8, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(0, 101, (3, 50), generator=generator)
+    dy = torch.randn(3, 50, 8, generator=generator, dtype=torch.float64)
     grad = torch.zeros_like(weight)
-    layers = [InputLayer(weight[s.start : s.stop], grad[s.start : s.stop], s) for s in split_rows(101, 4, [0, 60, 1, 40])]
-    assert torch.equal(sum(layer.e(tokens) for layer in layers), weight[tokens])
+    shards = split_rows(101, 4, [0, 60, 1, 40])
+    layers = [InputLayer(weight[s.start : s.stop], grad[s.start : s.stop], shards, i) for i, s in enumerate(shards)]
     for layer in layers:
-        layer.g(tokens, dy)
+        layer.begin(tokens)
+    for i in range(3):
+        rows = [layer.e(i) for layer in layers]
+        assert [len(found) for found in rows] == layers[0].counts(i)
+        assert sum(layers[0].counts(i)) == 50
+        assert torch.equal(layers[0].in_order(i, torch.cat(rows)), weight[tokens[i]])
+        for layer, part in zip(layers, layers[0].by_shard(i, dy[i]).split(layers[0].counts(i)), strict=True):
+            layer.g(i, part)
     leaf = weight.clone().requires_grad_()
     leaf[tokens].backward(dy)
     assert torch.allclose(grad, leaf.grad, rtol=1e-13)
+
+
+def test_the_same_token_many_times_gives_the_same_bits_every_time():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 3, (1, 4096), generator=generator)
+    dy = torch.randn(4096, 16, generator=generator)
+    results = []
+    for _ in range(3):
+        grad = torch.zeros(3, 16)
+        layer = InputLayer(torch.zeros(3, 16), grad, (Shard(0, 3),), 0)
+        layer.begin(tokens)
+        layer.g(0, dy)
+        results.append(grad)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_tied_layers_share_weight_and_gradient():
@@ -30,11 +52,13 @@ def test_tied_layers_share_weight_and_gradient():
     tokens, targets = torch.randint(0, 64, (2, 5), generator=generator)
     ones = torch.ones(5, dtype=torch.float64)
     grad = torch.zeros_like(weight)
-    embedding = InputLayer(weight, grad, Shard(0, 64))
-    output = OutputLayer(weight, grad, Shard(0, 64), "one_barrier", "chunked")
-    embedding.g(tokens, dy)
-    output.s(0, x, targets)
+    embedding = InputLayer(weight, grad, (Shard(0, 64),), 0)
+    output = make_layer(weight, grad, Shard(0, 64), "one_barrier", "chunked")
+    embedding.begin(tokens[None])
+    embedding.g(0, dy)
+    output.begin(targets[None], ones[None])
+    output.s(0, x)
     output.absorb("C1", 0, output.message("C1", 0)[None])
-    output.t(0, ones)
+    output.t(0)
     expected = cross_entropy(x, weight, targets, ones)[2].index_add_(0, tokens, dy)
     assert torch.allclose(grad, expected, rtol=1e-12)

@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.vocab.ranks import largest_kept, run_output
-from vp_train.vocab import output
-from vp_train.vocab.output import IGNORE_INDEX, OutputLayer
+from tests.vocab.ranks import largest_kept, make_layer, run_output
+from vp_train.vocab import backends, rows
+from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
 from vp_train.vocab.reference import cross_entropy
 from vp_train.vocab.shard import Shard, split_rows
 
 ALGORITHMS = ["naive", "two_barrier", "one_barrier"]
-BACKENDS = ["reference", "chunked"]
+BACKENDS = ["reference", "chunked", "recompute", "recompute:0.4"]
 T, H = 11, 8
 
 
@@ -29,6 +29,16 @@ def inputs(vocab_size, dtype=torch.float64, seed=0, scale=1.0):
     return x.to(dtype), weight.to(dtype), targets, grad_loss.to(dtype)
 
 
+OPTIONS = [
+    LossOptions(),
+    LossOptions(label_smoothing=0.1),
+    LossOptions(z_loss=0.01),
+    LossOptions(label_smoothing=0.2, z_loss=0.05),
+    LossOptions(softcap=3.0),
+    LossOptions(softcap=3.0, z_loss=0.01),
+]
+
+
 def assert_equal(sharded, truth, tolerance):
     for name, ours, theirs in zip(("loss", "dx", "dW"), sharded, truth, strict=False):
         scale = theirs.abs().max().clamp_min(1e-3)  # with one row, dW is zero but for rounding
@@ -38,7 +48,7 @@ def assert_equal(sharded, truth, tolerance):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 3 rows, so that small vocabularies have several."""
-    monkeypatch.setitem(output._CHUNK_ELEMENTS, "cpu", 3 * T)
+    monkeypatch.setitem(backends._CHUNK_BYTES, "cpu", 3 * T * 8)
 
 
 SHARDS = [
@@ -57,35 +67,49 @@ def test_shards_equal_the_whole_in_float64(vocab_size, sizes, algorithm, backend
     assert_equal(run_output(*case, sizes=sizes, algorithm=algorithm, backend=backend), cross_entropy(*case), 1e-12)
 
 
+@pytest.mark.parametrize("options", OPTIONS[1:])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("algorithm", ["none", *ALGORITHMS])
 @pytest.mark.usefixtures("small_chunks")
-def test_low_precision_stays_near_float64(algorithm, backend, dtype, tolerance):
+def test_every_loss_option_is_exact(algorithm, backend, options):
+    case = inputs(101)
+    truth = cross_entropy(*case, options)
+    for sizes in ([101], [0, 60, 1, 40]):
+        assert_equal(run_output(*case, sizes=sizes, algorithm=algorithm, backend=backend, options=options), truth, 1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("backend", ["reference", "chunked", "recompute:0.4"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+@pytest.mark.usefixtures("small_chunks")
+def test_low_precision_stays_near_float64(algorithm, backend, dtype, tolerance, options):
     case = inputs(101, dtype)
-    truth = cross_entropy(case[0].double(), case[1].double(), case[2], case[3].double())
-    sharded = run_output(*case, sizes=[50, 51], algorithm=algorithm, backend=backend, grad_dtype=torch.float32)
+    truth = cross_entropy(case[0].double(), case[1].double(), case[2], case[3].double(), options)
+    sharded = run_output(*case, sizes=[50, 51], algorithm=algorithm, backend=backend, grad_dtype=torch.float32, options=options)
     assert_equal([tensor.double() for tensor in sharded[:3]], truth, tolerance)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_microbatch_of_ignored_tokens_has_no_loss_and_no_gradient(algorithm, backend):
+def test_a_microbatch_of_ignored_tokens_has_no_loss_and_no_gradient(algorithm, backend, options):
     x, weight, targets, grad_loss = inputs(64)
     targets.fill_(IGNORE_INDEX)
     case = (x, weight, targets, torch.zeros_like(grad_loss))
-    for tensor in run_output(*case, sizes=[40, 24], algorithm=algorithm, backend=backend)[:3]:
+    for tensor in run_output(*case, sizes=[40, 24], algorithm=algorithm, backend=backend, options=options)[:3]:
         assert torch.equal(tensor, torch.zeros_like(tensor))
 
 
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.usefixtures("small_chunks")
-def test_huge_logits_do_not_overflow(algorithm, backend):
+def test_huge_logits_do_not_overflow(algorithm, backend, options):
     case = inputs(100, scale=300.0)
-    sharded = run_output(*case, sizes=[34, 34, 32], algorithm=algorithm, backend=backend)
+    sharded = run_output(*case, sizes=[34, 34, 32], algorithm=algorithm, backend=backend, options=options)
     assert all(tensor.isfinite().all() for tensor in sharded[:3])
-    assert_equal(sharded, cross_entropy(*case), 1e-12)
+    assert_equal(sharded, cross_entropy(*case, options), 1e-12)
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(any), st.sampled_from(ALGORITHMS), st.integers(0, 99))
@@ -103,47 +127,70 @@ def test_t_may_run_before_or_after_dx_is_exchanged(backend):
     assert all(torch.equal(a, b) for a, b in zip(early[:3], late[:3], strict=True))
 
 
-def test_chunked_holds_the_exponentials_in_the_compute_dtype_and_x():
-    x, weight, targets, grad_loss = inputs(64, torch.bfloat16)
-    held = run_output(
-        x, weight, targets, grad_loss, sizes=[40, 24], algorithm="one_barrier", backend="chunked", grad_dtype=torch.float32
-    )[3]
-    assert held == [T * rows * 2 + T * 4 + T * H * 2 for rows in (40, 24)]
+@pytest.mark.parametrize(("backend", "kept"), [("chunked", 1.0), ("recompute", 0.0), ("recompute:0.75", 0.25)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_held_is_the_exponentials_kept_in_the_compute_dtype_x_and_a_few_values_per_token(backend, kept, dtype):
+    held = run_output(*inputs(64, dtype), sizes=[40, 24], algorithm="one_barrier", backend=backend, grad_dtype=torch.float32)[3]
+    size = dtype.itemsize
+    for rows_here, value in zip((40, 24), held, strict=True):
+        assert 0 <= value - (T * rows_here * kept * size + T * H * size) <= 2 * 4 * T
 
 
+def test_memory_held_in_one_step_is_used_again_in_the_next():
+    x, weight, targets, grad_loss = inputs(64)
+    layer = make_layer(weight, torch.zeros_like(weight), Shard(0, 64), "one_barrier", "chunked")
+    places = []
+    for _ in range(2):
+        layer.begin(targets.expand(2, T), grad_loss.expand(2, T))
+        for microbatch in range(2):
+            layer.s(microbatch, x)
+            layer.absorb("C1", microbatch, layer.message("C1", microbatch)[None])
+        places.append({layer._microbatches[microbatch].held.exponentials.data_ptr() for microbatch in range(2)})
+        for microbatch in range(2):
+            layer.t(microbatch)
+        layer.finish()
+    assert places[0] == places[1]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("small_chunks")
-def test_evaluation_gives_the_same_loss_and_holds_nothing(backend):
+def test_evaluation_measures_the_likelihood_and_holds_nothing(backend, options):
     x, weight, targets, grad_loss = inputs(100)
-    shards = split_rows(100, 3)
-    layers = [OutputLayer(weight[s.start : s.stop], torch.zeros(s.num_rows, H), s, "evaluate", backend) for s in shards]
+    layers = [make_layer(weight, torch.zeros(100, H), s, "evaluate", backend, options.measured) for s in split_rows(100, 3)]
     for layer in layers:
-        layer.s(0, x, targets, keep=False)
+        layer.begin(targets[None], grad_loss[None])
+        layer.s(0, x, keep=False)
         assert layer.held_bytes == 0
         assert largest_kept(layer._microbatches[0]) <= T
     gathered = torch.stack([layer.message("C1", 0) for layer in layers])
+    truth = cross_entropy(x, weight, targets, grad_loss, LossOptions(softcap=options.softcap))[0]
     for layer in layers:
         layer.absorb("C1", 0, gathered)
-        assert torch.allclose(layer.token_loss(0), cross_entropy(x, weight, targets, grad_loss)[0], rtol=1e-12)
+        assert torch.allclose(layer.finish()[0], truth, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("small_chunks")
 def test_evaluation_keeps_no_chunk_while_it_walks_the_rows():
-    x, weight, _, _ = inputs(100)
-    none = torch.empty(0, dtype=torch.long)
-    held = output.Chunked().softmax(weight, x, none, none, input_term=False, keep=False)[1]
+    x, weight, targets, _ = inputs(100)
+    (owned,) = Shard(0, 100).owned(targets[None])
+    held = backends.Chunked(weight, weight, None, 0.0).s(x, owned, input_term=False, keep=False)[1]
     assert largest_kept(held) <= T
 
 
-def test_gradients_accumulate_over_microbatches():
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradients_accumulate_over_microbatches_and_steps(options):
     x, weight, targets, grad_loss = inputs(64)
     grad = torch.zeros_like(weight)
-    layer = OutputLayer(weight, grad, Shard(0, 64), "one_barrier", "chunked")
-    for microbatch in range(2):
-        layer.s(microbatch, x, targets)
-        layer.absorb("C1", microbatch, layer.message("C1", microbatch)[None])
-        layer.t(microbatch, grad_loss)
-    assert torch.allclose(grad, 2 * cross_entropy(x, weight, targets, grad_loss)[2], rtol=1e-12)
+    layer = make_layer(weight, grad, Shard(0, 64), "one_barrier", "chunked", options)
+    for count in (2, 3):
+        layer.begin(targets.expand(count, T), grad_loss.expand(count, T))
+        for microbatch in range(count):
+            layer.s(microbatch, x)
+            layer.absorb("C1", microbatch, layer.message("C1", microbatch)[None])
+            layer.t(microbatch)
+        assert layer.finish().shape == (count, T)
+    assert torch.allclose(grad, 5 * cross_entropy(x, weight, targets, grad_loss, options)[2], rtol=1e-11, atol=1e-14)
 
 
 def test_a_uniform_layer_has_loss_ln_v():
@@ -152,3 +199,31 @@ def test_a_uniform_layer_has_loss_ln_v():
         x, torch.zeros_like(weight), targets, grad_loss, sizes=[500, 500], algorithm="one_barrier", backend="chunked"
     )[0]
     assert loss[0].item() == pytest.approx(math.log(1000))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"label_smoothing": 1.0}, r"label smoothing of 1\.0 is out of range"),
+        ({"z_loss": -1.0}, r"z-loss of -1\.0 is out of range"),
+        ({"softcap": 0.0}, r"softcap of 0\.0 is out of range"),
+        (
+            {"softcap": 30.0, "label_smoothing": 0.1},
+            r"label smoothing of 0\.1 with a logit softcap of 30\.0 .*turn one of the two off",
+        ),
+    ],
+)
+def test_impossible_options_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        LossOptions(**values)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fused_row_pass_equals_the_unfused(dtype, softcap):
+    logits = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)).mul_(4).to(dtype)
+    least = torch.linspace(-20, 20, 7)
+    fused, unfused = torch.empty_like(logits), torch.empty_like(logits)
+    ours, theirs = rows.exponentiate(logits, least, fused, softcap), rows.unfused(logits, least, unfused, softcap)
+    for mine, other in zip((*ours, fused.float()), (*theirs, unfused.float()), strict=True):
+        assert torch.allclose(mine, other, rtol=4e-3 if mine is fused else 1e-5, atol=1e-6)

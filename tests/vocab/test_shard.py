@@ -23,11 +23,11 @@ def test_sizes_that_do_not_add_up_are_refused_with_the_numbers(sizes):
 
 
 def test_each_token_is_owned_once():
-    ids = torch.randint(0, 101, (500,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 101, (3, 500), generator=torch.Generator().manual_seed(0))
     shards = split_rows(101, 4, [0, 60, 1, 40])
     found = torch.full_like(ids, -1)
     for shard in shards:
-        positions, rows = shard.owned(ids)
-        assert (found[positions] == -1).all()
-        found[positions] = rows + shard.start
+        for microbatch, owned in enumerate(shard.owned(ids)):
+            assert (found[microbatch, owned.positions] == -1).all()
+            found[microbatch, owned.positions] = owned.rows + shard.start
     assert torch.equal(found, ids)

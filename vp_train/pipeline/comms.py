@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -63,6 +63,20 @@ class _Queued:
 
     def is_completed(self) -> bool:
         return self.issued.done() and self.issued.result().is_completed()
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """One whose result is still to go to the device."""
+
+    pending: Pending
+    device: torch.device
+
+    def wait(self) -> Tensor:
+        return self.pending.wait().to(self.device)
+
+    def is_completed(self) -> bool:
+        return self.pending.is_completed()
 
 
 _Task = tuple[Future[_Issued], Callable[[], _Issued]]
@@ -123,30 +137,38 @@ class Groups:
 
 
 class Comms:
-    """What the executor calls to communicate; nothing blocks but `Pending.wait` and `drain`."""
+    """What the executor calls to communicate; nothing blocks but `Pending.wait` and `drain`.
 
-    def __init__(self, groups: Groups) -> None:
-        self._groups = groups
+    With `through_host` every message is copied to the host and every result to `device`: gloo cannot send what is on a GPU.
+    """
+
+    def __init__(self, groups: Groups, device: torch.device, *, through_host: bool = False) -> None:
+        self._groups, self._device, self._through_host = groups, device, through_host
         self._sent: deque[Pending] = deque()
         self._asides: dict[End, _Aside] = {}
 
     def send(self, tensor: Tensor, peer: int, *, upstream: bool) -> None:
         """Issue the send of `tensor` to pipeline rank `peer`; `upstream` for gradients."""
-        group = self._groups.backward if upstream else self._groups.forward
+        group, tensor = self._groups.backward if upstream else self._groups.forward, self._outbound(tensor)
         self._keep(_Issued(dist.isend(tensor, self._groups.ranks[peer], group=group), tensor))
 
     def receive(self, buffer: Tensor, peer: int, *, upstream: bool) -> Pending:
         """Issue the receive into `buffer` from pipeline rank `peer`."""
         group = self._groups.backward if upstream else self._groups.forward
-        return _Issued(dist.irecv(buffer, self._groups.ranks[peer], group=group), buffer)
+        if self._through_host:
+            buffer = torch.empty_like(buffer, device="cpu")
+        return self._inbound(_Issued(dist.irecv(buffer, self._groups.ranks[peer], group=group), buffer))
 
-    def collective(self, end: End, transfer: Transfer, tensor: Tensor, root: int, *, delivers: bool) -> Pending:
+    def collective(
+        self, end: End, transfer: Transfer, tensor: Tensor, root: int, *, delivers: bool, counts: Sequence[int] = ()
+    ) -> Pending:
         """Issue a collective of the ranks of `end`; `root` is a pipeline rank.
 
-        The result is `tensor` itself, reduced or received in place, or [num_ranks, *tensor.shape] for ALL_GATHER.  With
-        `delivers` false nobody on this rank waits for it: it is kept alive until it is done.
+        The result is `tensor` itself, reduced or received in place; [num_ranks, *tensor.shape] for ALL_GATHER; for GATHER and
+        SCATTER, which need the `counts` of rows of each rank, the root has the rows of all ranks, one rank's after the
+        other's.  With `delivers` false nobody on this rank waits for it: it is kept alive until it is done.
         """
-        return self._collective(end, transfer, lambda: tensor, root, delivers=delivers)
+        return self._collective(end, transfer, lambda: tensor, root, delivers=delivers, counts=counts)
 
     def collective_aside(
         self, end: End, transfer: Transfer, message: Callable[[], Tensor], root: int, *, delivers: bool
@@ -160,21 +182,36 @@ class Comms:
             self._asides[end] = _Aside()
         return self._collective(end, transfer, message, root, delivers=delivers)
 
-    def _collective(self, end: End, transfer: Transfer, message: Callable[[], Tensor], root: int, *, delivers: bool) -> Pending:
+    def _collective(
+        self,
+        end: End,
+        transfer: Transfer,
+        message: Callable[[], Tensor],
+        root: int,
+        *,
+        delivers: bool,
+        counts: Sequence[int] = (),
+    ) -> Pending:
         group, aside = self._groups.ends[end], self._asides.get(end)
         if group is None:
             tensor = message()
             return _Issued(None, tensor[None] if transfer is Transfer.ALL_GATHER else tensor)
 
         def issue() -> _Issued:
-            return self._issue(group, transfer, message(), self._groups.ranks[root])
+            return self._issue(group, transfer, self._outbound(message()), self._groups.ranks[root], counts)
 
         pending = issue() if aside is None else aside.issue(issue)
         if not delivers:
             self._keep(pending)
-        return pending
+        return self._inbound(pending)
 
-    def _issue(self, group: dist.ProcessGroup, transfer: Transfer, tensor: Tensor, root: int) -> _Issued:
+    def _outbound(self, tensor: Tensor) -> Tensor:
+        return tensor.cpu() if self._through_host else tensor
+
+    def _inbound(self, pending: Pending) -> Pending:
+        return _Staged(pending, self._device) if self._through_host else pending
+
+    def _issue(self, group: dist.ProcessGroup, transfer: Transfer, tensor: Tensor, root: int, counts: Sequence[int]) -> _Issued:
         match transfer:
             case Transfer.BROADCAST:
                 return _Issued(dist.broadcast(tensor, root, group=group, async_op=True), tensor)
@@ -187,6 +224,15 @@ class Comms:
             case Transfer.ALL_GATHER:
                 result = torch.empty((group.size(), *tensor.shape), dtype=tensor.dtype, device=tensor.device)
                 return _Issued(dist.all_gather(list(result), tensor, group=group, async_op=True), result, tensor)
+            case Transfer.GATHER | Transfer.SCATTER:
+                at_root, nothing = dist.get_rank() == root, [0] * group.size()
+                to_root = list(nothing)
+                to_root[dist.get_group_rank(group, root)] = counts[group.rank()]
+                from_root = list(counts) if at_root else nothing
+                sent, received = (to_root, from_root) if transfer is Transfer.GATHER else (from_root, to_root)
+                result = tensor.new_empty((sum(received), *tensor.shape[1:]))
+                work = dist.all_to_all_single(result, tensor, received, sent, group=group, async_op=True)
+                return _Issued(work, result, tensor)
 
     def _keep(self, pending: Pending) -> None:
         self._sent.append(pending)

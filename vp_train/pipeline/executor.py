@@ -18,11 +18,13 @@ from torch import Tensor
 from schedules.ir import Kind, Pass
 from schedules.lower import Action, Op
 from schedules.problem import Collective, Problem
-from schedules.vocab import Barrier
+from schedules.vocab import Barrier, End
 from vp_train.pipeline.buffers import Buffers, Once
 from vp_train.pipeline.comms import Comms, Pending
+from vp_train.vocab.backends import statistics_dtype
 from vp_train.vocab.input import InputLayer
-from vp_train.vocab.output import IGNORE_INDEX, OutputLayer
+from vp_train.vocab.loss import token_weights
+from vp_train.vocab.output import OutputLayer
 
 
 class WeightGrads(Protocol):
@@ -65,6 +67,7 @@ class Part:
     dtype: torch.dtype
     device: torch.device
     hidden_size: int
+    normalisation: str = "token"  # of the loss; see loss.token_weights
 
 
 class Executor:
@@ -98,19 +101,36 @@ class Executor:
             Kind.G: self._embedding_grad,
         }
 
-    def step(self, tokens: Tensor, labels: Tensor, observer: Observer = BLIND) -> Tensor | None:
-        """Run the program once; returns the mean loss over the labelled tokens, fp64 [], on ranks that hold output rows.
+    def step(self, tokens: Tensor, labels: Tensor, observer: Observer = BLIND, *, mask: Tensor | None = None) -> Tensor | None:
+        """Run the program once; returns the loss of the batch, fp64 [], on ranks that hold output rows.
 
-        The mean is over all microbatches; a batch without a labelled token has loss 0.
+        The loss is normalised over all microbatches, `mask` [m, b, s] scaling that of each token; a batch without a labelled
+        token has loss 0.
         """
+        weights = token_weights(labels, mask, self._part.normalisation, statistics_dtype(self._part.dtype), None)
+        losses = self._run_program(tokens, labels, weights, observer)
+        return None if losses is None else (losses.double() * weights).sum()
+
+    def logprobs(self, tokens: Tensor, labels: Tensor) -> Tensor | None:
+        """The log-probability of every label [m, b, s], 0 where it is IGNORE_INDEX, on ranks that hold output rows.
+
+        For an evaluation program, whose losses are the negative log-likelihoods.
+        """
+        assert self._problem.forward_only
+        losses = self._run_program(tokens, labels, torch.zeros(labels.shape, device=labels.device), BLIND)
+        return None if losses is None else -losses
+
+    def _run_program(self, tokens: Tensor, labels: Tensor, weights: Tensor, observer: Observer) -> Tensor | None:
+        """The losses of all tokens [m, b, s], each of which counts `weights` [m, b, s]."""
         m, b, s = tokens.shape
         self._observer = observer
         self._shape = (s, b, self._part.hidden_size)
-        self._tokens = tokens.transpose(1, 2).reshape(m, s * b)  # the order of [s, b, H] flattened
-        self._labels = labels.transpose(1, 2).reshape(m, s * b)
-        labelled = self._labels != IGNORE_INDEX
-        self._num_labelled = int(labelled.sum().clamp_min(1))
-        self._grad_loss = labelled.to(self._part.dtype) / self._num_labelled
+        self._num_tokens = s * b
+        output = self._part.output_layer
+        if self._part.input_layer is not None:
+            self._part.input_layer.begin(_flat(tokens))
+        if output is not None:
+            output.begin(_flat(labels), _flat(weights))
         for op in self._ops:
             self._actions[op.action](op)
         self._comms.drain()
@@ -118,18 +138,7 @@ class Executor:
             buffers.assert_empty()
         for stage in self._part.stages.values():
             stage.weight_grads.assert_empty()
-        return self._mean_loss(m)
-
-    def _mean_loss(self, num_microbatches: int) -> Tensor | None:
-        output = self._part.output_layer
-        if output is None:
-            return None
-        total = torch.zeros((), dtype=torch.float64, device=self._part.device)
-        for i in range(num_microbatches):
-            total += output.token_loss(i).sum(dtype=torch.float64)
-            output.release(i)
-        output.assert_empty()
-        return total / self._num_labelled
+        return None if output is None else output.finish().view(m, s, b).transpose(1, 2)
 
     # Passes
 
@@ -165,17 +174,16 @@ class Executor:
 
     def _softmax(self, item: Pass) -> None:
         x = self._tensors.take("x", "C0", item.microbatch)
-        self._output.s(item.microbatch, x, self._labels[item.microbatch], keep=not self._problem.forward_only)
+        self._output.s(item.microbatch, x, keep=not self._problem.forward_only)
 
     def _weight_grad(self, item: Pass) -> None:
-        self._output.t(item.microbatch, self._grad_loss[item.microbatch])
+        self._output.t(item.microbatch)
 
     def _embed(self, item: Pass) -> None:
-        self._tensors.put("x", "CE", item.microbatch, self._input.e(self._tokens[item.microbatch]))
+        self._tensors.put("x", "CE", item.microbatch, self._input.e(item.microbatch))
 
     def _embedding_grad(self, item: Pass) -> None:
-        dy = self._tensors.take("dy", "CG", item.microbatch)
-        self._input.g(self._tokens[item.microbatch], dy)
+        self._input.g(item.microbatch, self._tensors.take("dy", "CG", item.microbatch))
 
     @property
     def _output(self) -> OutputLayer:
@@ -218,7 +226,8 @@ class Executor:
         delivers = self._rank in self._problem.receivers(op.item)
         if isinstance(barrier.after, Kind):
             message = self._message(barrier, i, is_root=root == self._rank)
-            pending = self._comms.collective(barrier.end, barrier.transfer, message, root, delivers=delivers)
+            counts = self._input.counts(i) if barrier.end is End.INPUT else ()
+            pending = self._comms.collective(barrier.end, barrier.transfer, message, root, delivers=delivers, counts=counts)
         else:
             continued = self._continued(barrier, self._barriers.look("barrier", barrier.after, i), i)
             pending = self._comms.collective_aside(barrier.end, barrier.transfer, continued, root, delivers=delivers)
@@ -239,17 +248,18 @@ class Executor:
         return message
 
     def _message(self, barrier: Barrier, microbatch: int, *, is_root: bool) -> Tensor:
-        """This rank's contribution: [T, H] at the ends of the layers, what the output layer says in between."""
-        num_tokens = self._tokens.shape[1]
+        """This rank's contribution: tokens [.., H] at the ends of the layers, what the output layer says in between."""
         match barrier.name:
             case "CE":
                 return self._tensors.take("x", "CE", microbatch)
             case "C0" | "CG" if not is_root:
-                return self._empty(num_tokens, self._part.hidden_size)
+                return self._empty(self._num_tokens if barrier.name == "C0" else 0, self._part.hidden_size)
             case "C0":
-                return self._tensors.take("x", self._problem.last_stage + 1, microbatch).reshape(num_tokens, -1).contiguous()
+                x = self._tensors.take("x", self._problem.last_stage + 1, microbatch)
+                return x.reshape(self._num_tokens, -1).contiguous()
             case "CG":
-                return self._tensors.take("dy", -1, microbatch).reshape(num_tokens, -1).contiguous()
+                dy = self._tensors.take("dy", -1, microbatch)
+                return self._input.by_shard(microbatch, dy.reshape(self._num_tokens, -1))
             case _:
                 return self._output.message(barrier.name, microbatch)
 
@@ -262,7 +272,7 @@ class Executor:
         received = pending.wait()
         match barrier.name:
             case "CE":
-                self._tensors.put("x", 0, microbatch, received.view(self._shape))
+                self._tensors.put("x", 0, microbatch, self._input.in_order(microbatch, received).view(self._shape))
             case "C0":
                 self._tensors.put("x", "C0", microbatch, received)
             case "CG":
@@ -270,7 +280,7 @@ class Executor:
             case name:
                 self._output.absorb(name, microbatch, received)
                 if Kind.B in barrier.before:
-                    dx = self._output.input_grad(microbatch, self._grad_loss[microbatch])
+                    dx = self._output.input_grad(microbatch)
                     self._tensors.put("dy", self._problem.last_stage, microbatch, dx.view(self._shape))
 
     def _empty(self, *shape: int) -> Tensor:
@@ -280,3 +290,8 @@ class Executor:
 def _product(item: Pass) -> tuple[str, int]:
     """Where the output of a stage pass goes: the input of the next stage, or the output gradient of the previous one."""
     return ("x", item.stage + 1) if item.kind is Kind.F else ("dy", item.stage - 1)
+
+
+def _flat(values: Tensor) -> Tensor:
+    """[m, b, s] -> [m, T] in the order of [s, b, H] flattened."""
+    return values.transpose(1, 2).reshape(len(values), -1)

@@ -1,30 +1,58 @@
 """The input embedding of one shard: pass E looks tokens up, pass G adds their gradient.
 
-T tokens, H hidden, R this rank's rows.  Communication between the two and the pipeline is the executor's.
+T tokens, H hidden, R this rank's rows.  A shard looks up only the K tokens it owns.  The root gets the rows of all shards one
+shard after the other, T together, and puts them in order; gradients go back the same way.  Communication is the executor's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from vp_train.vocab.shard import Shard
 
 
 class InputLayer:
-    """Rows `shard` of the embedding: `weight` [R, H] and its main gradient `grad` [R, H], accumulated in place."""
+    """Rows `shards[index]` of the embedding: `weight` [R, H] and its main gradient `grad` [R, H], accumulated in place."""
 
-    def __init__(self, weight: Tensor, grad: Tensor, shard: Shard) -> None:
+    def __init__(self, weight: Tensor, grad: Tensor, shards: Sequence[Shard], index: int) -> None:
         assert weight.shape == grad.shape
-        assert weight.shape[0] == shard.num_rows
-        self._weight, self._grad, self._shard = weight.detach(), grad, shard
+        assert weight.shape[0] == shards[index].num_rows
+        self._weight, self._grad, self._shard = weight.detach(), grad, shards[index]
+        self._stops = torch.tensor([shard.stop for shard in shards], device=weight.device)
 
-    def e(self, tokens: Tensor) -> Tensor:
-        """Embeddings [T, H] of `tokens` [T], zero where another shard owns the token: the sum over shards is the embedding."""
-        positions, rows = self._shard.owned(tokens)
-        embedded = self._weight.new_zeros(tokens.shape[0], self._weight.shape[1])
-        return embedded.index_copy_(0, positions, self._weight[rows])
+    def begin(self, tokens: Tensor) -> None:
+        """A step over `tokens` [m, T]."""
+        owners = torch.bucketize(tokens, self._stops, right=True)
+        m, n = len(tokens), len(self._stops)
+        shifted = owners + n * torch.arange(m, device=tokens.device)[:, None]
+        self._owned = self._shard.owned(tokens)
+        self._order = owners.argsort(dim=1, stable=True)
+        self._counts = torch.bincount(shifted.flatten(), minlength=m * n).view(m, n).tolist()
 
-    def g(self, tokens: Tensor, dy: Tensor) -> None:
-        """Add the gradient `dy` [T, H] of the embeddings to the rows owned here; the cost is the tokens, not R."""
-        positions, rows = self._shard.owned(tokens)
-        self._grad.index_add_(0, rows, dy[positions].to(self._grad.dtype))
+    def counts(self, microbatch: int) -> list[int]:
+        """How many tokens each shard owns."""
+        counts: list[int] = self._counts[microbatch]
+        return counts
+
+    @torch.no_grad()
+    def e(self, microbatch: int) -> Tensor:
+        """Embeddings [K, H] of the tokens owned here, in their order."""
+        return self._weight[self._owned[microbatch].rows]
+
+    @torch.no_grad()
+    def in_order(self, microbatch: int, gathered: Tensor) -> Tensor:
+        """The embeddings [T, H] from those of all shards, one shard after the other."""
+        return torch.empty_like(gathered).index_copy_(0, self._order[microbatch], gathered)
+
+    @torch.no_grad()
+    def by_shard(self, microbatch: int, dy: Tensor) -> Tensor:
+        """The gradient [T, H] of the embeddings, one shard's tokens after the other's."""
+        return dy[self._order[microbatch]]
+
+    @torch.no_grad()
+    def g(self, microbatch: int, dy: Tensor) -> None:
+        """Add the gradient [K, H] of the tokens owned here to their rows; the cost is the tokens, not R."""
+        self._grad.index_add_(0, self._owned[microbatch].rows, dy.to(self._grad.dtype))

@@ -10,56 +10,25 @@ T tokens, H hidden, R this rank's rows; x [T, H] is the output of the final norm
 
 (arXiv 2411.05288, Algorithms 1 and 2, with the softmax left unnormalised: T needs no pass over [T, R] of its own.)
 A shard without rows has m' = -inf and s' = 0, which is safe as long as some shard has rows.
+
+The options of `loss.LossOptions` add no pass over [T, R] either.  z-loss: the softmax part of both gradients is scaled by
+1 + 2 l lse.  Smoothing: z_y becomes (1 - a) z_y + (a / V) x . sum W, and W[y] likewise; its term of dW is the same for every
+row, and is added once a step.  Softcap: E carries dz / d(x W^T), and so does the target's term.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vp_train.vocab.shard import Shard
+from vp_train.vocab.backends import Softmax, make_backend, statistics_dtype
+from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
+from vp_train.vocab.shard import Owned, Shard
 
-IGNORE_INDEX = -100
-
-# Z is made in chunks of rows with this many elements: large enough for the GEMM, small enough to stay in cache on a CPU.
-_CHUNK_ELEMENTS = {"cpu": 2 << 20, "cuda": 64 << 20}
-
-
-@dataclass(frozen=True, slots=True)
-class Softmax:
-    """A shard's part of the softmax: `maximum`, `total`, `target_logit` [T] in the statistics dtype.
-
-    `input_term`: E W [T, H] relative to `maximum`, if it was asked for.
-    """
-
-    maximum: Tensor
-    total: Tensor
-    target_logit: Tensor
-    input_term: Tensor | None
-
-
-class Backend(Protocol):
-    """Computes S and T; every algorithm works with every backend."""
-
-    def softmax(
-        self, weight: Tensor, x: Tensor, positions: Tensor, rows: Tensor, *, input_term: bool, keep: bool
-    ) -> tuple[Softmax, object]:
-        """The softmax of a shard, and what to hold for T (with `keep`).  `positions`, `rows` [K]: the owned targets."""
-        ...
-
-    def input_term(self, weight: Tensor, held: object) -> Tensor:
-        """E W [T, H], relative to the maximum."""
-        ...
-
-    def weight_grad(self, grad: Tensor, held: object, x: Tensor, lse: Tensor, grad_loss: Tensor) -> None:
-        """grad [R, H] += (v E)^T (g x)."""
-        ...
-
-    def held_bytes(self, held: object) -> int: ...
+_PLAIN = LossOptions()
 
 
 @dataclass(slots=True)
@@ -67,11 +36,12 @@ class _Microbatch:
     """The state of one microbatch between its passes and barriers."""
 
     x: Tensor | None
-    positions: Tensor
-    rows: Tensor
-    ignored: Tensor
+    owned: Owned
+    ignored: Tensor  # [T]
+    grad_loss: Tensor  # [T]
     softmax: Softmax
     held: object | None  # for T
+    target_scale: Tensor  # [K], of the terms of the targets in both gradients
     maximum: Tensor | None = None  # over all shards; naive learns it before lse
     lse: Tensor | None = None
     loss: Tensor | None = None
@@ -79,151 +49,185 @@ class _Microbatch:
 
 
 class OutputLayer:
-    """Rows `shard` of the output layer: `weight` [R, H] and its main gradient `grad` [R, H], accumulated in place.
+    """Rows `shard` of `vocab_size`: `weight` [R, H] and its main gradient `grad` [R, H], accumulated in place.
 
-    Per microbatch: s, then message and absorb for each barrier of the algorithm, t at any time after C1 (naive: C1b), and on
-    the root input_grad once dx has arrived.  `release` forgets a microbatch after its loss was read.
+    A step: begin; per microbatch s, then message and absorb for each barrier of the algorithm, t at any time after C1 (naive:
+    C1b), and on the root input_grad once dx has arrived; finish, after which `grad` is complete.
     """
 
-    def __init__(self, weight: Tensor, grad: Tensor, shard: Shard, algorithm: str, backend: str) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        shard: Shard,
+        vocab_size: int,
+        algorithm: str,
+        backend: str,
+        options: LossOptions = _PLAIN,
+        recompute_fraction: float = 1.0,
+    ) -> None:
         assert weight.shape == grad.shape
         assert weight.shape[0] == shard.num_rows
         self._weight, self._grad, self._shard = weight.detach(), grad, shard
-        self._rules, self._backend = ALGORITHMS[algorithm], BACKENDS[backend]
+        self._rules, self._options = ALGORITHMS[algorithm], options
+        self._backend = make_backend(backend, self._weight, grad, options.softcap, recompute_fraction)
+        self._smoothing = options.label_smoothing / vocab_size  # the weight of every row but the target's
         self._microbatches: dict[int, _Microbatch] = {}
 
     @torch.no_grad()
-    def s(self, microbatch: int, x: Tensor, targets: Tensor, *, keep: bool = True) -> None:
-        """Pass S for x [T, H] and targets [T]; with `keep` false (evaluation) nothing is held for T."""
-        positions, rows = self._shard.owned(targets)
-        softmax, held = self._backend.softmax(
-            self._weight, x, positions, rows, input_term=keep and self._rules.input_term_in_s, keep=keep
-        )
+    def begin(self, targets: Tensor, weights: Tensor) -> None:
+        """A step over `targets` [m, T] (IGNORE_INDEX: no loss), whose losses count `weights` [m, T] = dL/d(token loss)."""
+        assert not self._microbatches
+        precise = statistics_dtype(self._weight.dtype)
+        self._owned, self._ignored = self._shard.owned(targets), targets == IGNORE_INDEX
+        self._grad_loss = weights.to(precise)
+        if self._smoothing:
+            self._row_sum = self._weight.sum(0, dtype=precise)
+            self._smoothed = torch.zeros_like(self._row_sum)  # sum over tokens of g x
+
+    @torch.no_grad()
+    def s(self, microbatch: int, x: Tensor, *, keep: bool = True) -> None:
+        """Pass S for x [T, H]; with `keep` false (evaluation) nothing is held for T."""
+        owned, softcap = self._owned[microbatch], self._options.softcap
+        softmax, held = self._backend.s(x, owned, input_term=keep and self._rules.input_term_in_s, keep=keep)
+        at_targets = softmax.target_logit[owned.positions]
+        target_scale = torch.full_like(at_targets, 1 - self._options.label_smoothing)
+        if softcap is not None:
+            target_scale = 1 - (at_targets / softcap) ** 2
+        if self._smoothing:
+            shared = self._smoothing * (x.to(self._row_sum.dtype) @ self._row_sum)
+            mixed = torch.add(shared, softmax.target_logit, alpha=1 - self._options.label_smoothing)
+            softmax = replace(softmax, target_logit=mixed)
         self._microbatches[microbatch] = _Microbatch(
-            x if keep else None, positions, rows, targets == IGNORE_INDEX, softmax, held if keep else None
+            x if keep else None,
+            owned,
+            self._ignored[microbatch],
+            self._grad_loss[microbatch],
+            softmax,
+            held if keep else None,
+            target_scale,
         )
 
     @torch.no_grad()
     def message(self, barrier: str, microbatch: int) -> Tensor:
         """What this rank contributes to `barrier`."""
-        return self._rules.messages[barrier](self._weight, self._microbatches[microbatch])
+        return self._rules.messages[barrier](self, self._microbatches[microbatch])
 
     @torch.no_grad()
     def absorb(self, barrier: str, microbatch: int, received: Tensor) -> None:
         """What `barrier` delivered: gathered [n, ...] or reduced."""
-        self._rules.absorbers[barrier](self._microbatches[microbatch], received)
+        self._rules.absorbers[barrier](self, self._microbatches[microbatch], received)
 
     @torch.no_grad()
-    def t(self, microbatch: int, grad_loss: Tensor) -> None:
-        """Pass T: add the gradient of this shard's rows; `grad_loss` [T] is g, 0 where a token has no loss."""
+    def t(self, microbatch: int) -> None:
+        """Pass T: add the gradient of this shard's rows."""
         state = self._microbatches[microbatch]
-        held = state.held
+        held, x, lse, positions = state.held, state.x, state.lse, state.owned.positions
         assert held is not None
-        assert state.lse is not None
-        assert state.x is not None
-        if not self._rules.input_term_in_s:
-            product = self._backend.input_term(self._weight, held)
-            state.dx = (_input_term(product, self._weight, state) * grad_loss[:, None]).to(state.x.dtype)
-        self._backend.weight_grad(self._grad, held, state.x, state.lse, grad_loss)
-        at_targets = state.x[state.positions] * grad_loss[state.positions, None]
-        self._grad.index_add_(0, state.rows, at_targets.to(self._grad.dtype), alpha=-1)
+        assert lse is not None
+        assert x is not None
+        in_t = not self._rules.input_term_in_s
+        scale = state.grad_loss * self._softmax_scale(lse)
+        product = self._backend.t(held, x, lse, scale, input_term=in_t)
+        if product is not None:
+            state.dx = (self._input_term(product, state) * state.grad_loss[:, None]).to(x.dtype)
+        at_targets = x[positions] * (state.grad_loss[positions] * state.target_scale)[:, None]
+        self._grad.index_add_(0, state.owned.rows, at_targets.to(self._grad.dtype), alpha=-1)
+        if self._smoothing:
+            self._smoothed += x.to(self._smoothed.dtype).T @ state.grad_loss
         state.held = state.x = None
 
     @torch.no_grad()
-    def input_grad(self, microbatch: int, grad_loss: Tensor) -> Tensor:
+    def input_grad(self, microbatch: int) -> Tensor:
         """dL/dx [T, H] from the sum that the last barrier delivered to the root."""
         state = self._microbatches[microbatch]
         assert state.dx is not None
         dx, state.dx = state.dx, None
-        return dx * grad_loss[:, None].to(dx.dtype) if self._rules.input_term_in_s else dx
+        return (dx * state.grad_loss[:, None]).to(dx.dtype) if self._rules.input_term_in_s else dx
 
-    def token_loss(self, microbatch: int) -> Tensor:
-        """The loss of every token [T] in the statistics dtype, 0 where the target is IGNORE_INDEX."""
-        loss = self._microbatches[microbatch].loss
-        assert loss is not None
-        return loss
-
-    def release(self, microbatch: int) -> None:
-        """Forget the microbatch."""
-        del self._microbatches[microbatch]
+    @torch.no_grad()
+    def finish(self) -> Tensor:
+        """The loss of every token [m, T] in the statistics dtype, 0 where the target is IGNORE_INDEX; forgets the step."""
+        states = [self._microbatches.pop(microbatch) for microbatch in range(len(self._owned))]
+        assert not self._microbatches
+        assert all(state.held is None for state in states)
+        if self._smoothing:
+            self._grad.sub_(self._smoothed.to(self._grad.dtype), alpha=self._smoothing)
+        return torch.stack([_known(state.loss) for state in states])
 
     @property
     def held_bytes(self) -> int:
-        """Bytes held for T by all microbatches: the backend's, and x."""
+        """Bytes held for T by all microbatches: the backend's, x and lse."""
         total = 0
         for state in self._microbatches.values():
             if state.held is not None and state.x is not None:
-                total += self._backend.held_bytes(state.held) + state.x.nbytes
+                total += self._backend.held_bytes(state.held) + state.x.nbytes + state.softmax.maximum.nbytes
         return total
 
-    def assert_empty(self) -> None:
-        """Every microbatch was released."""
-        assert not self._microbatches, f"microbatches {sorted(self._microbatches)} were not released"
+    def _softmax_scale(self, lse: Tensor) -> Tensor:
+        """dloss / dlse [T]."""
+        return 1 + 2 * self._options.z_loss * lse
+
+    def _input_term(self, product: Tensor, state: _Microbatch) -> Tensor:
+        """This shard's term of dx before g [T, H], from its part P W of the softmax's."""
+        owned = state.owned
+        scaled = product * self._softmax_scale(_known(state.lse))[:, None]
+        at_targets = self._weight[owned.rows].to(scaled.dtype) * state.target_scale[:, None]
+        scaled.index_add_(0, owned.positions, at_targets, alpha=-1)
+        return scaled.sub_(self._row_sum, alpha=self._smoothing) if self._smoothing else scaled
+
+    # What the algorithms say and hear.  A message may be reduced in place, so none aliases state that is used later.
+
+    def _statistics(self, state: _Microbatch) -> Tensor:
+        """[3, T]: maximum, total, target logit."""
+        return torch.stack([state.softmax.maximum, state.softmax.total, state.softmax.target_logit])
+
+    def _absorb_statistics(self, state: _Microbatch, gathered: Tensor) -> None:
+        """gathered [n, 3, T], combined in rank order, so that all ranks get the same bits."""
+        maxima, totals, logits = gathered.unbind(1)
+        state.maximum = maxima.amax(0)
+        total = (totals * torch.exp(maxima - state.maximum)).sum(0)
+        self._set_loss(state, total, logits.sum(0))
+
+    def _set_loss(self, state: _Microbatch, total: Tensor, target_logit: Tensor) -> None:
+        lse = _known(state.maximum) + total.log()
+        loss = lse - target_logit
+        if self._options.z_loss:
+            loss += self._options.z_loss * lse**2
+        state.lse, state.loss = lse, loss.masked_fill_(state.ignored, 0.0)
+
+    def _maximum(self, state: _Microbatch) -> Tensor:
+        return state.softmax.maximum.clone()
+
+    def _absorb_maximum(self, state: _Microbatch, received: Tensor) -> None:
+        state.maximum = received
+
+    def _sums(self, state: _Microbatch) -> Tensor:
+        """[2, T]: total relative to the maximum of all shards, target logit."""
+        scale = torch.exp(state.softmax.maximum - _known(state.maximum))
+        return torch.stack([state.softmax.total * scale, state.softmax.target_logit])
+
+    def _absorb_sums(self, state: _Microbatch, received: Tensor) -> None:
+        self._set_loss(state, received[0], received[1])
+
+    def _input_term_of_s(self, state: _Microbatch) -> Tensor:
+        product = _known(state.softmax.input_term)
+        state.softmax = replace(state.softmax, input_term=None)  # [T, H], not to be kept until the end of the step
+        product = product * torch.exp(state.softmax.maximum - _known(state.lse))[:, None]
+        return self._input_term(product, state).to(self._weight.dtype)
+
+    def _input_term_of_t(self, state: _Microbatch) -> Tensor:
+        dx, state.dx = _known(state.dx), None
+        return dx
+
+    def _absorb_dx(self, state: _Microbatch, received: Tensor) -> None:
+        state.dx = received
 
 
-# What the algorithms say and hear.  A message may be reduced in place, so none aliases state that is used later.
-
-
-def _statistics(weight: Tensor, state: _Microbatch) -> Tensor:
-    """[3, T]: maximum, total, target logit."""
-    return torch.stack([state.softmax.maximum, state.softmax.total, state.softmax.target_logit])
-
-
-def _absorb_statistics(state: _Microbatch, gathered: Tensor) -> None:
-    """gathered [n, 3, T], combined in rank order, so that all ranks get the same bits."""
-    maxima, totals, logits = gathered.unbind(1)
-    state.maximum = maxima.amax(0)
-    total = (totals * torch.exp(maxima - state.maximum)).sum(0)
-    _set_loss(state, total, logits.sum(0))
-
-
-def _set_loss(state: _Microbatch, total: Tensor, target_logit: Tensor) -> None:
-    assert state.maximum is not None
-    state.lse = state.maximum + total.log()
-    state.loss = (state.lse - target_logit).masked_fill_(state.ignored, 0.0)
-
-
-def _maximum(weight: Tensor, state: _Microbatch) -> Tensor:
-    return state.softmax.maximum.clone()
-
-
-def _absorb_maximum(state: _Microbatch, received: Tensor) -> None:
-    state.maximum = received
-
-
-def _sums(weight: Tensor, state: _Microbatch) -> Tensor:
-    """[2, T]: total relative to the maximum of all shards, target logit."""
-    assert state.maximum is not None
-    scale = torch.exp(state.softmax.maximum - state.maximum)
-    return torch.stack([state.softmax.total * scale, state.softmax.target_logit])
-
-
-def _absorb_sums(state: _Microbatch, received: Tensor) -> None:
-    _set_loss(state, received[0], received[1])
-
-
-def _input_term(product: Tensor, weight: Tensor, state: _Microbatch) -> Tensor:
-    """This shard's term of dx before g [T, H]: v (E W) - W[y]."""
-    assert state.lse is not None
-    scaled = product * torch.exp(state.softmax.maximum - state.lse)[:, None].to(product.dtype)
-    return scaled.index_add_(0, state.positions, weight[state.rows].to(scaled.dtype), alpha=-1)
-
-
-def _input_term_of_s(weight: Tensor, state: _Microbatch) -> Tensor:
-    product = state.softmax.input_term
-    assert product is not None
-    state.softmax = replace(state.softmax, input_term=None)  # [T, H], not to be kept until the end of the step
-    return _input_term(product, weight, state).to(weight.dtype)
-
-
-def _input_grad_of_t(weight: Tensor, state: _Microbatch) -> Tensor:
-    assert state.dx is not None
-    dx, state.dx = state.dx, None
-    return dx
-
-
-def _absorb_dx(state: _Microbatch, received: Tensor) -> None:
-    state.dx = received
+def _known(value: Tensor | None) -> Tensor:
+    """What an earlier barrier or pass has set."""
+    assert value is not None
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,14 +235,14 @@ class _Rules:
     """One algorithm: whether S forms E W (else T does), and what is said and heard at each barrier."""
 
     input_term_in_s: bool
-    messages: Mapping[str, Callable[[Tensor, _Microbatch], Tensor]]
-    absorbers: Mapping[str, Callable[[_Microbatch, Tensor], None]]
+    messages: Mapping[str, Callable[[OutputLayer, _Microbatch], Tensor]]
+    absorbers: Mapping[str, Callable[[OutputLayer, _Microbatch, Tensor], None]]
 
 
 _ONE_BARRIER = _Rules(
     True,
-    {"C1": _statistics, "C1b": _input_term_of_s},
-    {"C1": _absorb_statistics, "C1b": _absorb_dx},
+    {"C1": OutputLayer._statistics, "C1b": OutputLayer._input_term_of_s},
+    {"C1": OutputLayer._absorb_statistics, "C1b": OutputLayer._absorb_dx},
 )
 
 ALGORITHMS: dict[str, _Rules] = {
@@ -246,142 +250,13 @@ ALGORITHMS: dict[str, _Rules] = {
     "one_barrier": _ONE_BARRIER,
     "two_barrier": _Rules(
         False,
-        {"C1": _statistics, "C2": _input_grad_of_t},
-        {"C1": _absorb_statistics, "C2": _absorb_dx},
+        {"C1": OutputLayer._statistics, "C2": OutputLayer._input_term_of_t},
+        {"C1": OutputLayer._absorb_statistics, "C2": OutputLayer._absorb_dx},
     ),
     "naive": _Rules(
         False,
-        {"C1": _maximum, "C1b": _sums, "C2": _input_grad_of_t},
-        {"C1": _absorb_maximum, "C1b": _absorb_sums, "C2": _absorb_dx},
+        {"C1": OutputLayer._maximum, "C1b": OutputLayer._sums, "C2": OutputLayer._input_term_of_t},
+        {"C1": OutputLayer._absorb_maximum, "C1b": OutputLayer._absorb_sums, "C2": OutputLayer._absorb_dx},
     ),
-    "evaluate": _Rules(False, {"C1": _statistics}, {"C1": _absorb_statistics}),
+    "evaluate": _Rules(False, {"C1": OutputLayer._statistics}, {"C1": OutputLayer._absorb_statistics}),
 }
-
-
-def statistics_dtype(compute: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, fp32 for everything else."""
-    return torch.float64 if compute is torch.float64 else torch.float32
-
-
-@dataclass(slots=True)
-class _Chunks:
-    """E in chunks of rows: `exponentials[c]` [T, chunk] relative to `maxima[c]` [T], the maximum of chunks 0 to c."""
-
-    maximum: Tensor
-    exponentials: list[Tensor] = field(default_factory=list)
-    maxima: list[Tensor] = field(default_factory=list)
-
-
-class Chunked:
-    """Walks the rows in chunks with a running maximum, so that [T, R] exists once, as E, in the compute dtype."""
-
-    def softmax(
-        self, weight: Tensor, x: Tensor, positions: Tensor, rows: Tensor, *, input_term: bool, keep: bool
-    ) -> tuple[Softmax, object]:
-        precise = statistics_dtype(weight.dtype)
-        num_tokens = x.shape[0]
-        maximum = x.new_full((num_tokens,), -torch.inf, dtype=precise)
-        total = x.new_zeros(num_tokens, dtype=precise)
-        target_logit = x.new_zeros(num_tokens, dtype=precise)
-        product = x.new_zeros(x.shape, dtype=precise) if input_term else None
-        held = _Chunks(maximum)
-        start = 0
-        for part in torch.split(weight, self._chunk_rows(weight, num_tokens)):
-            if part.shape[0] == 0:
-                continue  # an empty shard splits into one empty chunk
-            logits = (x @ part.T).to(precise)
-            here = (rows >= start) & (rows < start + part.shape[0])
-            target_logit[positions[here]] = logits[positions[here], rows[here] - start]
-            new_maximum = torch.maximum(maximum, logits.amax(-1))
-            rescale = torch.exp(maximum - new_maximum)
-            exponential = logits.sub_(new_maximum[:, None]).exp_()
-            total = torch.addcmul(exponential.sum(-1), total, rescale)
-            exponential = exponential.to(weight.dtype)
-            if product is not None:
-                product.mul_(rescale[:, None])
-                _add_matmul(product, exponential, part)
-            maximum = new_maximum
-            start += part.shape[0]
-            if keep:
-                held.exponentials.append(exponential)
-                held.maxima.append(maximum)
-        held.maximum = maximum
-        return Softmax(maximum, total, target_logit, product), held
-
-    def input_term(self, weight: Tensor, held: object) -> Tensor:
-        assert isinstance(held, _Chunks)
-        product = weight.new_zeros(held.maximum.shape[0], weight.shape[1], dtype=held.maximum.dtype)
-        start = 0
-        for exponential, maximum, previous in zip(held.exponentials, held.maxima, [None, *held.maxima], strict=False):
-            if previous is not None:
-                product.mul_(torch.exp(previous - maximum)[:, None])
-            _add_matmul(product, exponential, weight[start : start + exponential.shape[1]])
-            start += exponential.shape[1]
-        return product
-
-    def weight_grad(self, grad: Tensor, held: object, x: Tensor, lse: Tensor, grad_loss: Tensor) -> None:
-        assert isinstance(held, _Chunks)
-        start = 0
-        for exponential, maximum in zip(held.exponentials, held.maxima, strict=True):
-            scale = torch.exp(maximum - lse) * grad_loss
-            _add_matmul(grad[start : start + exponential.shape[1]], exponential.T, x * scale[:, None].to(x.dtype))
-            start += exponential.shape[1]
-
-    def held_bytes(self, held: object) -> int:
-        assert isinstance(held, _Chunks)
-        return sum(tensor.nbytes for tensor in (*held.exponentials, *held.maxima))
-
-    def _chunk_rows(self, weight: Tensor, num_tokens: int) -> int:
-        return max(1, _CHUNK_ELEMENTS[weight.device.type] // max(1, num_tokens))
-
-
-@dataclass(frozen=True, slots=True)
-class _Probabilities:
-    probabilities: Tensor  # [T, R], the local softmax
-    maximum: Tensor
-    total: Tensor
-
-
-class Reference:
-    """Everything materialised, step by step as the algorithms are written: the oracle, and a plain reading of the paper."""
-
-    def softmax(
-        self, weight: Tensor, x: Tensor, positions: Tensor, rows: Tensor, *, input_term: bool, keep: bool
-    ) -> tuple[Softmax, object]:
-        precise = statistics_dtype(weight.dtype)
-        logits = (x @ weight.T).to(precise)
-        if weight.shape[0]:
-            maximum = logits.amax(-1)
-            total = (logits - maximum[:, None]).exp().sum(-1)
-        else:
-            maximum, total = x.new_full(x.shape[:1], -torch.inf, dtype=precise), x.new_zeros(x.shape[:1], dtype=precise)
-        target_logit = x.new_zeros(x.shape[:1], dtype=precise)
-        target_logit[positions] = logits[positions, rows]
-        held = _Probabilities(torch.softmax(logits, -1), maximum, total)
-        product = self.input_term(weight, held) if input_term else None
-        return Softmax(maximum, total, target_logit, product), held
-
-    def input_term(self, weight: Tensor, held: object) -> Tensor:
-        assert isinstance(held, _Probabilities)
-        return held.probabilities @ weight.to(held.probabilities.dtype) * held.total[:, None]
-
-    def weight_grad(self, grad: Tensor, held: object, x: Tensor, lse: Tensor, grad_loss: Tensor) -> None:
-        assert isinstance(held, _Probabilities)
-        alpha = held.total * torch.exp(held.maximum - lse)
-        dlogits = held.probabilities * (alpha * grad_loss)[:, None]
-        grad.add_((dlogits.T @ x.to(dlogits.dtype)).to(grad.dtype))
-
-    def held_bytes(self, held: object) -> int:
-        assert isinstance(held, _Probabilities)
-        return held.probabilities.nbytes + held.maximum.nbytes + held.total.nbytes
-
-
-def _add_matmul(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    """accumulator += a @ b, in place where the dtypes allow it."""
-    if accumulator.dtype == a.dtype:
-        accumulator.addmm_(a, b)
-    else:
-        accumulator.add_(a @ b)
-
-
-BACKENDS: dict[str, Backend] = {"reference": Reference(), "chunked": Chunked()}

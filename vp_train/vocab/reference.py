@@ -5,15 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
 
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, grad_loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+_PLAIN = LossOptions()
+
+
+def cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, grad_loss: Tensor, options: LossOptions = _PLAIN
+) -> tuple[Tensor, Tensor, Tensor]:
     """Token losses [T], dL/dx [T, H] and dL/dweight [V, H] for x [T, H], weight [V, H], targets [T] (-100: no loss).
 
     `grad_loss` [T] is dL/d(token loss).
     """
     with torch.enable_grad():
         x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-        losses = torch.nn.functional.cross_entropy(x @ weight.T, targets, reduction="none")
+        logits = x @ weight.T
+        if options.softcap is not None:
+            logits = options.softcap * torch.tanh(logits / options.softcap)
+        losses = torch.nn.functional.cross_entropy(
+            logits, targets, reduction="none", ignore_index=IGNORE_INDEX, label_smoothing=options.label_smoothing
+        )
+        losses = losses + options.z_loss * (logits.logsumexp(-1) ** 2).masked_fill(targets == IGNORE_INDEX, 0.0)
         torch.autograd.backward(losses, grad_loss)
     assert x.grad is not None
     assert weight.grad is not None

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Owned:
+    """The ids of one microbatch that fall into a shard: `positions` [K] among its T tokens, and local `rows` [K], int64."""
+
+    positions: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """Rows [start, stop) of the vocabulary."""
 
@@ -22,10 +30,13 @@ class Shard:
     def num_rows(self) -> int:
         return self.stop - self.start
 
-    def owned(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Where `ids` [T] fall into this shard, and which rows they are: (positions [K], local rows [K]), both int64."""
-        positions = ((ids >= self.start) & (ids < self.stop)).nonzero().squeeze(-1)
-        return positions, ids[positions] - self.start
+    def owned(self, ids: Tensor) -> list[Owned]:
+        """For each microbatch of `ids` [m, T], which fall into this shard.  Waits for the device once, not m times."""
+        inside = (ids >= self.start) & (ids < self.stop)
+        positions = inside.nonzero()[:, 1]
+        rows = ids[inside] - self.start
+        counts = inside.sum(1).tolist()
+        return [Owned(*both) for both in zip(positions.split_with_sizes(counts), rows.split_with_sizes(counts), strict=True)]
 
 
 def split_rows(vocab_size: int, num_shards: int, sizes: Sequence[int] | None = None) -> tuple[Shard, ...]:

@@ -1,0 +1,65 @@
+"""What is minimised: options of the token loss, and how token losses become one number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, slots=True)
+class LossOptions:
+    """The loss of a token with logits z over V rows, target y and lse = log sum exp z:
+
+        lse - (1 - a) z_y - (a / V) sum z + l lse^2        a = label_smoothing, l = z_loss
+
+    With `softcap` c every logit is c tanh(z / c) first.  Raises ValueError for values out of range, and for smoothing with a
+    softcap: the sum of capped logits is not a product with the sum of the rows, and would cost a pass over [T, R].
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label smoothing of {self.label_smoothing} is out of range; it must lie in [0, 1)")
+        if not self.z_loss >= 0:
+            raise ValueError(f"a z-loss of {self.z_loss} is out of range; it must be at least 0")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"a logit softcap of {self.softcap} is out of range; it must be above 0, or none")
+        if self.softcap is not None and self.label_smoothing:
+            raise ValueError(
+                f"label smoothing of {self.label_smoothing} with a logit softcap of {self.softcap} is not supported; "
+                "turn one of the two off"
+            )
+
+    @property
+    def measured(self) -> LossOptions:
+        """What evaluation measures: the same model's negative log-likelihood."""
+        return replace(self, label_smoothing=0.0, z_loss=0.0)
+
+
+def token_weights(
+    labels: Tensor, mask: Tensor | None, normalisation: str, dtype: torch.dtype, group: dist.ProcessGroup | None
+) -> Tensor:
+    """What each token's loss counts for [m, b, s]: the weighted sum over all ranks of `group` is the loss of the batch.
+
+    `labels` [m, b, s], IGNORE_INDEX where there is no loss; `mask` [m, b, s] scales the loss of each token.  `normalisation`:
+    `token`, the mean over all tokens by their mask; `sequence`, the mean over sequences of the mean of each; a sequence
+    without a loss counts for neither.  `group` joins the data-parallel ranks.  A batch without any loss has weights of 0.
+    """
+    weights = (labels != IGNORE_INDEX).to(dtype)
+    if mask is not None:
+        weights = weights * mask.to(dtype)
+    if normalisation == "sequence":
+        each = weights.sum(-1, keepdim=True)
+        weights = torch.where(each > 0, weights / each, 0.0)
+    total = weights.sum(dtype=torch.float64)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return torch.where(total > 0, weights / total, 0.0).to(dtype)
