@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.vocab.ranks import largest_kept, make_layer, run_output
-from vp_train.vocab import backends, rows
+from vp_train.vocab import backends, products, rows
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
 from vp_train.vocab.reference import cross_entropy
 from vp_train.vocab.shard import Shard, split_rows
@@ -47,8 +47,9 @@ def assert_equal(sharded, truth, tolerance):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of 3 rows, so that small vocabularies have several."""
+    """Chunks of 3 rows in float64 and 12 in bfloat16, with transposed blocks of 5, so that small vocabularies have several."""
     monkeypatch.setitem(backends._CHUNK_BYTES, "cpu", 3 * T * 8)
+    monkeypatch.setattr(products, "_BLOCK_BYTES", 5 * H * 2)
 
 
 SHARDS = [

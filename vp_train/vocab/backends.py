@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vp_train.vocab.rows import add, exponentiate
+from vp_train.vocab.products import Products, statistics_dtype
+from vp_train.vocab.rows import accumulate, exponentiate, scaled
 from vp_train.vocab.shard import Owned
 
 # The logits of a chunk of rows: large enough for the matrix products, on a CPU small enough to stay in cache.
@@ -50,11 +51,6 @@ class Backend(Protocol):
     def held_bytes(self, held: object) -> int: ...
 
 
-def statistics_dtype(compute: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, fp32 for everything else."""
-    return torch.float64 if compute is torch.float64 else torch.float32
-
-
 def make_backend(name: str, weight: Tensor, grad: Tensor, softcap: float | None, recompute_fraction: float) -> Backend:
     """By its name; `recompute_fraction`: the part of the rows for which `recompute` forms the logits again in T."""
     match name:
@@ -89,7 +85,7 @@ class Chunked:
         self._weight, self._grad, self._softcap = weight, grad, softcap
         self._first_kept = round(recompute * len(weight))
         self._free: list[Tensor] = []  # on a CPU fresh memory costs as much as filling it
-        self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._products = Products()
 
     def s(self, x: Tensor, owned: Owned, *, input_term: bool, keep: bool) -> tuple[Softmax, object]:
         precise = statistics_dtype(x.dtype)
@@ -97,20 +93,21 @@ class Chunked:
         maximum = x.new_full((num_tokens,), -torch.inf, dtype=precise)
         total = x.new_zeros(num_tokens, dtype=precise)
         target_logit = x.new_zeros(num_tokens, dtype=precise)
+        target_row = torch.full_like(total, -1, dtype=torch.int64).index_copy_(0, owned.positions, owned.rows)
         product = x.new_zeros(x.shape, dtype=precise) if input_term else None
         held = _Chunks(self._take(x, num_tokens * (len(self._weight) - self._first_kept) if keep else 0))
         for start, stop, place in self._chunks(num_tokens):
             rows = self._weight[start:stop]
             keeps = keep and place is not None
             exponential = self._block(held.exponentials if keeps else None, place, x, stop - start)
-            logits = self._logits(x, rows, exponential)
-            _pick(target_logit, logits, owned, start)
+            logits = self._products.logits(x, rows, exponential)
+            _pick(target_logit, logits, target_row - start)
             previous = maximum
-            maximum, part = exponentiate(logits, previous, exponential, self._softcap)
+            maximum, part = self._exponentiate(logits, previous, exponential)
             rescale = torch.exp(previous - maximum)
             total = torch.addcmul(part, total, rescale)
             if product is not None:
-                self._add_matmul(product.mul_(rescale[:, None]), exponential, rows)
+                self._products.add_matmul(product, exponential, rows, rescale)
             if keeps:
                 held.maxima.append(maximum)
         return Softmax(maximum, total, _cap(target_logit, self._softcap), product), held
@@ -122,16 +119,15 @@ class Chunked:
         for start, stop, place in self._chunks(x.shape[0]):
             exponential = self._block(held.exponentials, place, x, stop - start)
             if place is None:
-                maximum, _ = exponentiate(
-                    self._logits(x, self._weight[start:stop], exponential), lse, exponential, self._softcap
-                )
+                logits = self._products.logits(x, self._weight[start:stop], exponential)
+                maximum, _ = self._exponentiate(logits, lse, exponential)
             else:
                 maximum = next(maxima)
             relative = torch.exp(maximum - lse)
-            scaled = torch.mul(x, (relative * scale)[:, None], out=self._reused("x", x.numel(), x.dtype, x).view_as(x))
-            self._add_matmul(self._grad[start:stop], exponential.T, scaled)
+            right = scaled(x, relative * scale, self._products.scratch("x", x.shape, x.dtype, x.device))
+            self._products.add_transposed_matmul(self._grad[start:stop], exponential, right)
             if product is not None:
-                product.addcmul_(self._matmul(exponential, self._weight[start:stop]).to(product.dtype), relative[:, None])
+                accumulate(product, self._products.matmul(exponential, self._weight[start:stop]), scale=relative)
         if x.device.type == "cpu":
             self._free.append(held.exponentials)
         return product
@@ -140,52 +136,28 @@ class Chunked:
         assert isinstance(held, _Chunks)
         return held.exponentials.nbytes + sum(maximum.nbytes for maximum in held.maxima)
 
+    def _exponentiate(self, logits: Tensor, least: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        return exponentiate(logits, least, out, self._softcap, usual=out.shape[1] == self._chunk_rows(len(out)))
+
+    def _chunk_rows(self, num_tokens: int) -> int:
+        weight = self._weight
+        logits_dtype = weight.dtype if weight.device.type == "cpu" else statistics_dtype(weight.dtype)
+        return max(1, _CHUNK_BYTES[weight.device.type] // (logits_dtype.itemsize * max(1, num_tokens)))
+
     def _chunks(self, num_tokens: int) -> Iterator[tuple[int, int, int | None]]:
         """Rows from, rows to, and where E of the chunk is kept; None if it is not."""
-        weight, first_kept = self._weight, self._first_kept
-        logits_dtype = weight.dtype if weight.device.type == "cpu" else statistics_dtype(weight.dtype)
-        size = max(1, _CHUNK_BYTES[weight.device.type] // (logits_dtype.itemsize * max(1, num_tokens)))
+        first_kept, size = self._first_kept, self._chunk_rows(num_tokens)
         for start in range(0, first_kept, size):
             yield start, min(start + size, first_kept), None
-        for start in range(first_kept, len(weight), size):
-            yield start, min(start + size, len(weight)), num_tokens * (start - first_kept)
-
-    # Matrix products and the memory they write to
-
-    def _logits(self, x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
-        """x rows^T [T, C], in the statistics dtype on CUDA; it may be `out`, where E is to go."""
-        if x.is_cuda and x.dtype is not statistics_dtype(x.dtype):
-            logits = self._reused("scratch", out.numel(), torch.float32, x).view(out.shape)
-            return torch.mm(x, rows.T, out_dtype=torch.float32, out=logits)
-        fits = out.dtype is statistics_dtype(out.dtype)
-        return torch.mm(x, rows.T, out=out if fits else self._reused("scratch", out.numel(), out.dtype, x).view(out.shape))
-
-    def _matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b, valid until the next."""
-        return torch.mm(a, b, out=self._reused("scratch", a.shape[0] * b.shape[1], a.dtype, a).view(a.shape[0], -1))
-
-    def _add_matmul(self, accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-        """accumulator += a @ b in place; on CUDA the product is never rounded to the dtype of a and b."""
-        if accumulator.dtype is a.dtype:
-            accumulator.addmm_(a, b)
-        elif a.is_cuda:
-            torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
-        else:
-            add(accumulator, self._matmul(a, b))
+        for start in range(first_kept, len(self._weight), size):
+            yield start, min(start + size, len(self._weight)), num_tokens * (start - first_kept)
 
     def _block(self, kept: Tensor | None, place: int | None, x: Tensor, num_columns: int) -> Tensor:
         """Memory for E of a chunk [T, C]: where it is kept, or scratch."""
         numel = x.shape[0] * num_columns
         if kept is None or place is None:
-            return self._reused("E", numel, x.dtype, x).view(-1, num_columns)
+            return self._products.scratch("E", (len(x), num_columns), x.dtype, x.device)
         return kept[place : place + numel].view(-1, num_columns)
-
-    def _reused(self, name: str, numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-        """Scratch memory, the same at every call."""
-        memory = self._scratch.get((name, dtype))
-        if memory is None or memory.numel() < numel:
-            memory = self._scratch[name, dtype] = torch.empty(numel, dtype=dtype, device=like.device)
-        return memory[:numel]
 
     def _take(self, x: Tensor, numel: int) -> Tensor:
         """Memory to hold E in, given back by T."""
@@ -231,12 +203,11 @@ class Reference:
         return held.capped.nbytes + held.slope.nbytes
 
 
-def _pick(target_logit: Tensor, logits: Tensor, owned: Owned, start: int) -> None:
-    """Write the logits of the targets that fall into a chunk of rows from `start`, without asking the device which do."""
-    columns = owned.rows - start
-    inside = (columns >= 0) & (columns < logits.shape[1])
-    found = logits[owned.positions, columns.clamp(0, logits.shape[1] - 1)].to(target_logit.dtype)
-    target_logit[owned.positions] = torch.where(inside, found, target_logit[owned.positions])
+def _pick(target_logit: Tensor, logits: Tensor, column: Tensor) -> None:
+    """Take over the logits [T, C] of the targets that fall into a chunk, `column` [T], without asking the device which do."""
+    num_columns = logits.shape[1]
+    found = logits.gather(1, column.clamp(0, num_columns - 1)[:, None])[:, 0].to(target_logit.dtype)
+    torch.where((column >= 0) & (column < num_columns), found, target_logit, out=target_logit)
 
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor:

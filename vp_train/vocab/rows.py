@@ -17,19 +17,23 @@ import torch
 from torch import Tensor
 
 
-def exponentiate(logits: Tensor, least: Tensor, out: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+def exponentiate(
+    logits: Tensor, least: Tensor, out: Tensor, softcap: float | None, *, usual: bool = False
+) -> tuple[Tensor, Tensor]:
     """Write E = exp(z - maximum) of `logits` [T, C] into `out` [T, C] and return (maximum, sum of E), both [T].
 
     The maximum is at least `least` [T], in whose dtype everything is computed.  With `softcap` c, z = c tanh(logits / c), and
     E is written multiplied by dz / dlogits = 1 - (z / c)^2, which the sum leaves out.  `logits` is spoilt; in the dtype of
-    `least`, where nothing is fused on a CPU, it may be `out`.
+    `least`, where nothing is fused on a CPU, it may be `out`.  `usual`: of a size that comes again and again, for which code
+    may be compiled.
     """
     if logits.is_cuda and logits.dtype is torch.float32 and _has_triton():
         from vp_train.vocab.triton_rows import exponentiate_rows  # Triton needs a GPU to be of use
 
         return exponentiate_rows(logits, least, out, softcap)
-    if logits.device.type == "cpu" and out.dtype in (torch.bfloat16, torch.float16) and _has_compiler():
-        maximum, total = _compiled(_functional)(logits, least, out, softcap)
+    if logits.device.type == "cpu" and out.dtype in (torch.bfloat16, torch.float16) and has_compiler():
+        fused = _compiled_exactly(_functional) if usual else _compiled(_functional)
+        maximum, total = fused(logits, least, out, softcap)
         return maximum, total
     return unfused(logits, least, out, softcap)
 
@@ -68,16 +72,39 @@ def _functional(logits: Tensor, least: Tensor, out: Tensor, softcap: float | Non
     return maximum, total
 
 
-def add(accumulator: Tensor, addend: Tensor) -> None:
-    """accumulator += addend of another dtype, which torch would first cast as a whole."""
-    if accumulator.device.type == "cpu" and accumulator.dtype is not addend.dtype and _has_compiler():
-        _compiled(_add)(accumulator, addend)
-    else:
-        accumulator.add_(addend)
+def accumulate(accumulator: Tensor, addend: Tensor, keep: Tensor | None = None, scale: Tensor | None = None) -> None:
+    """accumulator [N, H] = accumulator keep + addend scale, for `addend` of another dtype and `keep` and `scale` [N], None: 1.
+
+    Fused on a CPU, where torch would first cast `addend` as a whole.
+    """
+    mixed = accumulator.device.type == "cpu" and accumulator.dtype is not addend.dtype
+    (_compiled(_accumulate) if mixed and has_compiler() else _accumulate)(accumulator, addend, keep, scale)
 
 
-def _add(accumulator: Tensor, addend: Tensor) -> None:
-    accumulator.add_(addend)
+def _accumulate(accumulator: Tensor, addend: Tensor, keep: Tensor | None, scale: Tensor | None) -> None:
+    if keep is not None:
+        accumulator.mul_(keep[:, None])
+    accumulator.add_(addend if scale is None else addend * scale[:, None])
+
+
+def scaled(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """x scale [N, H] in the dtype of x, in `out`, for `scale` [N] of another dtype: fused like `accumulate`."""
+    mixed = x.device.type == "cpu" and x.dtype is not scale.dtype
+    (_compiled(_scale) if mixed and has_compiler() else _scale)(x, scale, out)
+    return out
+
+
+def _scale(x: Tensor, scale: Tensor, out: Tensor) -> None:
+    torch.mul(x, scale[:, None], out=out)
+
+
+def accumulate_transposed(accumulator: Tensor, addend: Tensor) -> None:
+    """accumulator [N, H] += addend^T for `addend` [H, N] of another dtype on a CPU; needs a compiler."""
+    _compiled_exactly(_add_transposed)(accumulator, addend)
+
+
+def _add_transposed(accumulator: Tensor, addend: Tensor) -> None:
+    accumulator.add_(addend.T)
 
 
 @cache
@@ -86,7 +113,13 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @cache
-def _has_compiler() -> bool:
+def _compiled_exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Again for every shape, of which there must be few."""
+    return torch.compile(function, dynamic=False)
+
+
+@cache
+def has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
