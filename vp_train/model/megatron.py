@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vp_train.config import ModelConfig
-from vp_train.model.linear import StoredLinear, WeightGradStore
+from vp_train.model.linear import ColumnLinear, RowLinear, WeightGradStore
 from vp_train.quiet import quiet_megatron
 
 
@@ -41,7 +41,8 @@ def rotary_table(seq_length: int, head_size: int, base: float, device: torch.dev
 class DecoderLayer(nn.Module):
     """One pre-norm decoder layer: RMSNorm, grouped-query attention with RoPE, RMSNorm, SwiGLU; no biases, no dropout.
 
-    `group` is the tensor-parallel process group, of size 1; `store` takes the weight gradients.  Weights are uninitialised.
+    `group` joins the tensor-parallel ranks, each of which has a part of the heads and of the feed-forward width; `store` takes
+    the weight gradients.  Weights are uninitialised.
     """
 
     def __init__(
@@ -86,15 +87,17 @@ def _build(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        tensor_model_parallel_size=group.size(),
         use_cpu_initialization=on_cpu,
         perform_initialization=False,
     )
     groups = ProcessGroupCollection()
-    groups.tp = groups.pp = groups.cp = group
+    groups.tp = groups.pp = groups.cp = group  # layers use tp alone; the others must exist
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     attention.core_attention = CoreAttention
-    attention.linear_qkv = partial(StoredLinear, store=store)
-    attention.linear_proj = mlp.linear_fc1 = mlp.linear_fc2 = ModuleSpec(module=StoredLinear, params={"store": store})
+    attention.linear_qkv = partial(ColumnLinear, store=store)
+    attention.linear_proj = mlp.linear_fc2 = ModuleSpec(module=RowLinear, params={"store": store})
+    mlp.linear_fc1 = ModuleSpec(module=ColumnLinear, params={"store": store, "parts": 2})  # gate and up
     layer: nn.Module = build_module(spec, config=config, layer_number=1, pg_collection=groups)
     return layer.to(device=device, dtype=dtype)
