@@ -64,6 +64,7 @@ def _build(
 ) -> nn.Module:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
@@ -97,7 +98,8 @@ def _build(
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     attention.core_attention = CoreAttention
     attention.linear_qkv = partial(ColumnLinear, store=store)
-    attention.linear_proj = mlp.linear_fc2 = ModuleSpec(module=RowLinear, params={"store": store})
+    row = {"store": store, "reduce": reduce_from_tensor_model_parallel_region}
+    attention.linear_proj = mlp.linear_fc2 = ModuleSpec(module=RowLinear, params=row)
     mlp.linear_fc1 = ModuleSpec(module=ColumnLinear, params={"store": store, "parts": 2})  # gate and up
     layer: nn.Module = build_module(spec, config=config, layer_number=1, pg_collection=groups)
     return layer.to(device=device, dtype=dtype)
