@@ -15,6 +15,7 @@ from vp_train.config import OptimConfig, RunConfig
 from vp_train.mesh import Mesh
 from vp_train.model.stage import Stage, init_rows
 from vp_train.optim.gradients import Gradients
+from vp_train.optim.loss_scale import LossScale
 from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
 from vp_train.pipeline.comms import Comms
 from vp_train.pipeline.executor import BLIND, Executor, Observer, Part
@@ -45,6 +46,7 @@ class RankModel:
     copied: frozenset[str]
     gradients: Gradients
     optimizer: Optimizer
+    loss_scale: LossScale
     answers: bool  # for the loss of its replica
     _tied: tuple[Tensor, dist.ProcessGroup] | None
 
@@ -55,10 +57,9 @@ class RankModel:
         observer: Observer = BLIND,
         *,
         mask: Tensor | None = None,
-        loss_scale: float = 1.0,
     ) -> Tensor | None:
-        """`Executor.step` of the training program; `optimizer.reduce` then completes the gradients."""
-        loss = self.trainer.step(tokens, labels, observer, mask=mask, loss_scale=loss_scale)
+        """`Executor.step` of the training program; `optimizer.reduce` then completes the gradients, times `loss_scale`."""
+        loss = self.trainer.step(tokens, labels, observer, mask=mask, loss_scale=self.loss_scale.value)
         if self._tied is not None:
             gradient, group = self._tied
             dist.all_reduce(gradient, group=group)
@@ -146,6 +147,7 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
         frozenset(copied),
         gradients,
         optimizer,
+        LossScale.of(config.run.dtype),
         problem.root(End.OUTPUT) == rank and mesh.tensor_rank == 0,
         None if tied_name is None or mesh.end_ranks is None else (gradients[tied_name], mesh.end_ranks),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import resource
 import signal
@@ -151,7 +152,7 @@ class Run:
         else:
             loss, traced = self.model.train_step(batch.tokens, batch.labels), None
         self.model.optimizer.reduce()
-        norm = self.model.optimizer.squared_norm()
+        norm = self.model.optimizer.squared_norm() / self.model.loss_scale.value**2
         health = gather_health(self._own(loss), norm, self.mesh.world, peak_resident_bytes())
         rate = self._update(step, health)
         seconds = time.perf_counter() - started
@@ -175,17 +176,24 @@ class Run:
 
     def _update(self, step: int, health: StepHealth) -> float:
         """Clip and apply the gradients, unless a value is not finite; returns the learning rate."""
-        rate = learning_rate(self.config.optim, step, self.config.run.steps)
+        rate, loss_scale = learning_rate(self.config.optim, step, self.config.run.steps), self.model.loss_scale
         if health.culprits:
             self._handle_nonfinite(step, health)
             return rate
         self._memory.skipped_in_a_row = 0
-        self.model.optimizer.step(rate, clip_scale(health.grad_norm, self.config.optim.clip_grad_norm))
+        clipping = clip_scale(health.grad_norm, self.config.optim.clip_grad_norm)
+        self.model.optimizer.step(rate, clipping / loss_scale.value)
+        loss_scale.passed()
         return rate
 
     def _handle_nonfinite(self, step: int, health: StepHealth) -> None:
         """Every rank sees the same health, so all skip or all stop."""
         where = ", ".join(f"{what} on rank {rank}" for rank, what in health.culprits)
+        if math.isfinite(health.loss) and self.model.loss_scale.failed():
+            if self.mesh.rank == 0:
+                scale = self.model.loss_scale.value
+                print(f"step {step} skipped: gradients overflow float16; the loss scale is {scale:g} now", file=sys.stderr)
+            return
         self._memory.skipped_in_a_row += 1
         if self.config.run.on_nonfinite == "stop":
             raise NonFiniteError(
@@ -225,7 +233,7 @@ class Run:
         chosen = [latest(self._checkpoints) if self.mesh.rank == 0 else None]
         dist.broadcast_object_list(chosen, 0, group=self.mesh.world)
         path = chosen[0]
-        return 0 if path is None else restore_run(path, self.config, self.model)
+        return 0 if path is None else restore_run(path, self.config, self.model, self.mesh)
 
     def _traced(self, batch: Batch) -> tuple[torch.Tensor | None, Recorder]:
         """A training step with every pass timed, from a common start."""

@@ -23,17 +23,23 @@ def save_run(directory: Path, step: int, config: RunConfig, model: RankModel, me
     tensors, pieces = model.optimizer.state(), {}
     if mesh.data_rank == 0:
         pieces = {key: piece for key, piece in _pieces(model, tensors).items() if key.rpartition(":")[2] not in model.copied}
-    state = {"step": step, "updates": model.optimizer.updates, "config": _fixed(config)}
+    state = {
+        "step": step,
+        "updates": model.optimizer.updates,
+        "loss_scale": [model.loss_scale.value, model.loss_scale.finite_steps],
+        "config": _fixed(config, mesh.degrees.dp),
+    }
     return store.save(directory, step, pieces, state, mesh.world, config.run.keep_checkpoints)
 
 
-def restore_run(path: Path, config: RunConfig, model: RankModel) -> int:
+def restore_run(path: Path, config: RunConfig, model: RankModel, mesh: Mesh) -> int:
     """Load `path` into model and optimizer; returns its step.  Collective.  Raises ConfigError where the run is another one."""
-    _require_same(store.read_manifest(path)["state"]["config"], _fixed(config), path)
+    _require_same(store.read_manifest(path)["state"]["config"], _fixed(config, mesh.degrees.dp), path)
     tensors = model.optimizer.state()
     state = store.load(path, _pieces(model, tensors))
     model.optimizer.restore(tensors)
     model.optimizer.updates = int(state["updates"])
+    model.loss_scale.value, model.loss_scale.finite_steps = state["loss_scale"]
     return int(state["step"])
 
 
@@ -46,12 +52,12 @@ def _pieces(model: RankModel, tensors: State) -> dict[str, Piece]:
     }
 
 
-def _fixed(config: RunConfig) -> dict[str, Any]:
+def _fixed(config: RunConfig, num_replicas: int) -> dict[str, Any]:
     values = {section: asdict(getattr(config, section)) for section in _FIXED}
     values["data"] = {key: value for key, value in values["data"].items() if key not in _FREE_DATA}
     values["run"] = {"dtype": config.run.dtype}
-    batch = config.num_microbatches * config.micro_batch_size
-    return values | {"batch": {"num_microbatches * micro_batch_size": batch}}
+    batch = num_replicas * config.num_microbatches * config.micro_batch_size
+    return values | {"batch": {"dp * num_microbatches * micro_batch_size": batch}}
 
 
 def _require_same(saved: dict[str, Any], ours: dict[str, Any], path: Path) -> None:

@@ -14,12 +14,29 @@ from schedules.timeline import Timeline
 from schedules.vocab import End
 from vp_train.config import RunConfig
 from vp_train.data import Source
+from vp_train.degrees import Degrees
 from vp_train.metrics.log import MetricsLog
 from vp_train.metrics.progress import Progress, StepReport, human_bytes
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.metrics.summary import rank_table, summarize
 from vp_train.model.shape import num_parameters
 from vp_train.plan import RunPlan, row_advice
+
+
+def _mesh(degrees: Degrees) -> str:
+    ranks = degrees.pp * degrees.tp
+    replicas = f" (the first replica is ranks 0-{ranks - 1})" if degrees.dp > 1 else ""
+    return f"{degrees.num_ranks} ranks = {degrees}{replicas}"
+
+
+def _stages(plan: RunPlan) -> str:
+    """Which layers live where, in the first replica."""
+    tp, lines = plan.degrees.tp, []
+    for rank, stages in enumerate(plan.layers_of_ranks):
+        name = f"rank {rank}" if tp == 1 else f"ranks {rank * tp}-{rank * tp + tp - 1}"
+        layers = [f"{stage[0]}-{stage[-1]}" if len(stage) > 1 else f"{stage[0]}" for stage in stages if stage]
+        lines.append(f"{name}: layers {', '.join(layers) or 'none'}")
+    return "  ".join(lines)
 
 
 class Reporter:
@@ -42,13 +59,12 @@ class Reporter:
         directory.write("schedule.txt", plan.schedule.text())
         title = f"{plan.schedule.name}, vocabulary {plan.problem.algorithm.name}: as planned"
         directory.write("schedule.svg", svg(plan.timeline, title))
-        counts = [sum(map(len, layers)) for layers in plan.layers_of_ranks]
-        stages = "  ".join(f"rank {rank}: {count} layers" for rank, count in enumerate(counts))
         lines = [
             f"data      {source.description}",
             f"model     {num_parameters(config.model) / 1e6:.1f} M parameters, vocabulary {config.model.vocab_size:,}"
             f" (ln V = {math.log(config.model.vocab_size):.2f}), {config.run.dtype} on {config.run.device}",
-            f"pipeline  {stages}",
+            f"mesh      {_mesh(plan.degrees)}, optim.name={config.optim.name}",
+            f"pipeline  {_stages(plan)}",
             f"schedule  {plan.schedule.name}, vocabulary {plan.problem.algorithm.name}, {config.num_microbatches} microbatches"
             f" of {config.micro_batch_size} x {config.model.seq_length} tokens",
             f"planned   {facts(plan.timeline)}; activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
