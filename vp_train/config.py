@@ -38,18 +38,48 @@ def _freeze(section: object, name: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
+    """A decoder.  Flags say what the families differ in: GPT, Llama, Qwen and Gemma are settings of them; see configs/model.
+
+    `head_size` None: hidden_size / num_heads.  `zero_centred_norm`: weights w of an RMSNorm count as 1 + w.
+    `activation`: `swiglu`, `geglu` (gated, tanh approximation) or `gelu` (not gated, tanh approximation).
+    `linear_bias` is a bias of every linear layer of the layers, `qkv_bias` of the first alone; `qk_norm` an RMSNorm over each
+    head of queries and keys; `post_norms` another norm after attention and after the MLP, before the residual is added.
+    `attention_softcap` c: scores become c tanh(scores / c); they are q k / sqrt(attention_divisor), None: of head_size.
+    `sliding_window`: layers see so many tokens, themselves included, except every `full_attention_every`-th one (None: all
+    layers are local), and local layers have a RoPE base of their own, if given.  `positions`: `rope`, or `learned`, a table of
+    seq_length rows that stage 0 adds.  `embedding_scale`: embeddings count sqrt(hidden_size) times.
+    """
 
     num_layers: int = 8
     hidden_size: int = 256
     num_heads: int = 8
     num_query_groups: int = 4
+    head_size: int | None = None
     ffn_hidden_size: int = 768
     vocab_size: int = 32_768
     seq_length: int = 256
     tied_embeddings: bool = False
-    rope_base: float = 10_000.0
+    embedding_scale: bool = False
+    normalisation: str = "rmsnorm"
+    zero_centred_norm: bool = False
     norm_epsilon: float = 1e-5
+    post_norms: bool = False
+    activation: str = "swiglu"
+    linear_bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    attention_divisor: float | None = None
+    attention_softcap: float | None = None
+    sliding_window: int | None = None
+    full_attention_every: int | None = None
+    positions: str = "rope"
+    rope_base: float = 10_000.0
+    rope_local_base: float | None = None
+    rope_scaling: str = "none"  # linear: angles / rope_factor; llama3: low frequencies only, arXiv 2407.21783
+    rope_factor: float = 1.0
+    rope_low_frequency: float = 1.0  # with llama3: turns within rope_original_length below which the whole factor counts,
+    rope_high_frequency: float = 4.0  # and above which none does
+    rope_original_length: int = 8192
     init_std: float = 0.02
     logit_softcap: float | None = None  # c: logits become c tanh(logits / c)
 
@@ -59,28 +89,82 @@ class ModelConfig:
             "hidden_size",
             "num_heads",
             "num_query_groups",
+            "head_size",
             "ffn_hidden_size",
             "vocab_size",
             "seq_length",
+            "sliding_window",
+            "full_attention_every",
+            "rope_factor",
+            "rope_original_length",
         ):
-            _at_least(f"model.{name}", getattr(self, name), 1)
-        if self.hidden_size % self.num_heads:
+            value = getattr(self, name)
+            if value is not None:
+                _at_least(f"model.{name}", value, 1)
+        _choice("model.normalisation", self.normalisation, ("rmsnorm", "layernorm"))
+        _choice("model.activation", self.activation, ("swiglu", "geglu", "gelu"))
+        _choice("model.positions", self.positions, ("rope", "learned"))
+        _choice("model.rope_scaling", self.rope_scaling, ("none", "linear", "llama3"))
+        self._check_heads()
+        for name in ("logit_softcap", "attention_softcap", "attention_divisor", "rope_base", "rope_local_base"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"model.{name}={value} is too small; it must be above 0, or null for none")
+        self._check_pairs()
+
+    def _check_heads(self) -> None:
+        if self.head_size is None and self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"model.hidden_size={self.hidden_size} does not split over model.num_heads={self.num_heads}; "
-                f"use a multiple of {self.num_heads}"
+                f"use a multiple of {self.num_heads}, or set model.head_size"
             )
-        if self.hidden_size // self.num_heads % 2:
-            raise ConfigError(
-                f"model.hidden_size / model.num_heads = {self.hidden_size // self.num_heads} is odd; "
-                "rotary embeddings need an even head size"
-            )
+        size = self.head_size or self.hidden_size // self.num_heads
+        if self.positions == "rope" and size % 2:
+            name = "model.hidden_size / model.num_heads" if self.head_size is None else "model.head_size"
+            raise ConfigError(f"{name} = {size} is odd; rotary embeddings need an even head size")
         if self.num_heads % self.num_query_groups:
             raise ConfigError(
                 f"model.num_heads={self.num_heads} does not split over model.num_query_groups={self.num_query_groups}; "
                 f"use a divisor of {self.num_heads}"
             )
-        if self.logit_softcap is not None and not self.logit_softcap > 0:
-            raise ConfigError(f"model.logit_softcap={self.logit_softcap} is too small; it must be above 0, or null for none")
+
+    def _check_pairs(self) -> None:
+        """Settings that count only with another one."""
+        if self.zero_centred_norm and self.normalisation != "rmsnorm":
+            raise ConfigError(
+                f"model.zero_centred_norm=true counts only with model.normalisation=rmsnorm, not {self.normalisation}; "
+                "drop one of the two"
+            )
+        if self.qk_norm and self.normalisation != "rmsnorm":
+            raise ConfigError(
+                f"model.qk_norm=true counts only with model.normalisation=rmsnorm, not {self.normalisation}; "
+                "drop one of the two"
+            )
+        for name in ("full_attention_every", "rope_local_base"):
+            if getattr(self, name) is not None and self.sliding_window is None:
+                raise ConfigError(
+                    f"model.{name}={getattr(self, name)} counts only with model.sliding_window; set it, or drop this"
+                )
+        for name, unused in (("rope_local_base", None), ("rope_scaling", "none")):
+            if getattr(self, name) != unused and self.positions != "rope":
+                raise ConfigError(
+                    f"model.{name}={getattr(self, name)} counts only with model.positions=rope, not {self.positions}; "
+                    "drop one of the two"
+                )
+        if self.rope_factor != 1 and self.rope_scaling == "none":
+            raise ConfigError(
+                f"model.rope_factor={self.rope_factor} counts only with model.rope_scaling=linear or llama3; set one of them"
+            )
+        if self.rope_scaling == "llama3" and not 0 < self.rope_low_frequency < self.rope_high_frequency:
+            raise ConfigError(
+                f"model.rope_low_frequency={self.rope_low_frequency} and model.rope_high_frequency={self.rope_high_frequency}: "
+                "the first must be above 0 and below the second"
+            )
+
+    def is_local(self, layer: int) -> bool:
+        """Whether this layer, counted from 0 over the whole model, sees only `sliding_window` tokens."""
+        every = self.full_attention_every
+        return self.sliding_window is not None and (every is None or (layer + 1) % every != 0)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ def estimate_cost(
     exchanged = algorithm.sharded and layout.num_ranks > 1  # a rank that owns the whole layer has nobody to wait for
     layer_bytes = shape.layer_input_bytes if config.parallel.recompute == "full" else shape.layer_activation_bytes
     stage_bytes = [float(len(stage) * layer_bytes(model, size, item_bytes)) for stage in layers]
+    stage_bytes[0] += shape.embedding_activation_bytes(model, size, item_bytes)
     stage_bytes[-1] += shape.final_norm_activation_bytes(model, size, item_bytes)
     return CostModel(
         {

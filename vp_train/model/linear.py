@@ -85,14 +85,30 @@ class _LinearFunction(torch.autograd.Function):
 
 
 class StoredLinear(nn.Module):
-    """A linear layer without bias, called as megatron-core calls its own: returns (y, None)."""
+    """A linear layer, called as megatron-core calls its own: returns (y, bias), the bias None where y has it already.
 
-    def __init__(self, input_size: int, output_size: int, *, config: Any, store: WeightGradStore, **_: object) -> None:
+    The gradient of the bias is a sum, so it does not wait.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: Any,
+        store: WeightGradStore,
+        bias: bool = False,
+        skip_bias_add: bool = False,
+        **_: object,
+    ) -> None:
         super().__init__()
-        self._store = store
+        self._store, self._skip_bias_add = store, skip_bias_add
         self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        self.bias = nn.Parameter(torch.empty(output_size, dtype=config.params_dtype)) if bias else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, in] -> [s, b, out]."""
         y: Tensor = _LinearFunction.apply(x, self.weight, self._store)  # type: ignore[no-untyped-call]
-        return y, None
+        if self.bias is None or self._skip_bias_add:
+            return y, self.bias
+        return y + self.bias, None
