@@ -10,51 +10,53 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from schedules.vocab import End
-from vp_train.config import RunConfig
+from vp_train.config import OptimConfig, RunConfig
 from vp_train.mesh import Mesh
 from vp_train.model.stage import Stage, init_rows
+from vp_train.optim.gradients import Gradients
+from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
 from vp_train.pipeline.comms import Comms
 from vp_train.pipeline.executor import BLIND, Executor, Observer, Part
 from vp_train.plan import RunPlan
+from vp_train.split import Split
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
 from vp_train.vocab.output import OutputLayer
 from vp_train.vocab.shard import Shard
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
 class RankModel:
     """One rank's share of the model.
 
-    `rows[name]` are vocabulary rows, `embedding.weight` and `output.weight` (one entry when tied); all other parameters are
-    whole.  Names are global.  Together the ranks hold each value once; the exception is `copied`, a tied matrix that an
-    unsharded vocabulary keeps on the last stage too, where it counts for nothing but its update.
+    Names are global; `splits` says which part of a parameter this rank holds, if that is not all of it.  The ranks of a
+    replica hold each value once, but for `copied`: what the first of several tensor-parallel ranks has too, and a tied matrix
+    that an unsharded vocabulary keeps on the last stage too.  Copies count for nothing but their update.
     """
 
     parameters: dict[str, nn.Parameter]
-    rows: dict[str, Shard]
-    vocab_size: int
+    splits: dict[str, Split]
     trainer: Executor
     evaluator: Executor
     stages: dict[int, Stage]
     output_layer: OutputLayer | None
     copied: frozenset[str]
-    _tied: tuple[nn.Parameter, dist.ProcessGroup] | None
+    gradients: Gradients
+    optimizer: Optimizer
+    answers: bool  # for the loss of its replica
+    _tied: tuple[Tensor, dist.ProcessGroup] | None
 
     def train_step(
         self, tokens: Tensor, labels: Tensor, observer: Observer = BLIND, *, mask: Tensor | None = None
     ) -> Tensor | None:
-        """`Executor.step` of the training program; leaves complete gradients."""
+        """`Executor.step` of the training program; leaves the complete gradients of this replica's batch."""
         loss = self.trainer.step(tokens, labels, observer, mask=mask)
         if self._tied is not None:
-            parameter, group = self._tied
-            dist.all_reduce(parameter.grad, group=group)
+            gradient, group = self._tied
+            dist.all_reduce(gradient, group=group)
         return loss
-
-    @property
-    def counted(self) -> list[nn.Parameter]:
-        """The parameters that this rank answers for: all but copies."""
-        return [parameter for name, parameter in self.parameters.items() if name not in self.copied]
 
     @property
     def held_bytes(self) -> int:
@@ -62,36 +64,43 @@ class RankModel:
         output = 0 if self.output_layer is None else self.output_layer.held_bytes
         return output + sum(stage.weight_grads.held_bytes for stage in self.stages.values())
 
-    def zero_grad(self) -> None:
-        """Clear all gradients in place: the vocabulary layers accumulate into these very tensors."""
-        for parameter in self.parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.counted)
+        """Without copies."""
+        return sum(parameter.numel() for name, parameter in self.parameters.items() if name not in self.copied)
 
 
 def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
-    """The model of rank `mesh.rank` with its initial values."""
-    rank, problem = mesh.rank, plan.problem
-    dtype = {"float32": torch.float32, "float64": torch.float64}[config.run.dtype]
+    """The model of this rank with its initial values."""
+    rank, problem = mesh.pipeline_rank, plan.problem
+    dtype = DTYPES[config.run.dtype]
     device = torch.device(config.run.device)
     stages = _build_stages(config, plan, mesh, dtype, device)
-    matrices = _build_matrices(config, plan, rank, dtype, device)
+    shards = {end: _Shards.of(plan, mesh, end) for end in End if rank in problem.shard_ranks(end)}
+    matrices = _build_matrices(config, shards, dtype, device)
     parameters = dict(_named_parameters(stages)) | dict(matrices.values())
-    rows = {name: plan.shards[end][rank] for end, (name, _) in matrices.items()}
+    splits = {name: split for stage in stages.values() for name, split in stage.splits.items()}
+    rows = {
+        name: Split(0, config.model.vocab_size, ((shards[end].own.start, shards[end].own.stop),))
+        for end, (name, _) in matrices.items()
+    }
+    copied = parameters.keys() - splits.keys() - rows.keys() if mesh.tensor_rank else set[str]()
+    tied_name = None
+    if config.model.tied_embeddings and mesh.end_ranks is not None and matrices:
+        ((tied_name, _),) = matrices.values()
+        copied |= set() if End.INPUT in matrices else {tied_name}
+    gradients = Gradients(parameters)
+    optimizer = _build_optimizer(config.optim, parameters, gradients, frozenset(copied), mesh.data)  # may move parameters
     options = LossOptions(config.loss.label_smoothing, config.loss.z_loss, config.model.logit_softcap)
 
     def output_layer(algorithm: str) -> OutputLayer | None:
         if End.OUTPUT not in matrices:
             return None
-        weight = matrices[End.OUTPUT][1]
+        name, weight = matrices[End.OUTPUT]
         return OutputLayer(
             weight,
-            _grad(weight),
-            plan.shards[End.OUTPUT][rank],
+            gradients[name],
+            shards[End.OUTPUT].own,
             config.model.vocab_size,
             algorithm,
             config.vocab.backend,
@@ -101,8 +110,8 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
 
     input_layer = None
     if End.INPUT in matrices:
-        weight = matrices[End.INPUT][1]
-        input_layer = InputLayer(weight, _grad(weight), plan.shards[End.INPUT], rank)
+        name, weight = matrices[End.INPUT]
+        input_layer = InputLayer(weight, gradients[name], shards[End.INPUT].all, shards[End.INPUT].index)
     training = Part(
         stages,
         input_layer,
@@ -111,18 +120,60 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
         device,
         config.model.hidden_size,
         config.loss.normalisation,
+        leads=mesh.tensor_rank == 0,
+        data=mesh.data if mesh.degrees.dp > 1 else None,
     )
     evaluating = replace(training, output_layer=output_layer("evaluate"), normalisation="token")
     through_host = config.run.device == "cuda" and config.run.comm_backend == "gloo"
     comms = Comms(mesh.pipeline, device, through_host=through_host)
     trainer = Executor(plan.program.ranks[rank], problem, rank, training, comms)
     evaluator = Executor(plan.evaluation_program.ranks[rank], plan.evaluation_problem, rank, evaluating, comms)
-    copied, tied = frozenset[str](), None
-    if config.model.tied_embeddings and mesh.end_ranks is not None and matrices:
-        ((name, weight),) = matrices.values()
-        tied = (weight, mesh.end_ranks)
-        copied = frozenset() if End.INPUT in matrices else frozenset({name})
-    return RankModel(parameters, rows, config.model.vocab_size, trainer, evaluator, stages, training.output_layer, copied, tied)
+    return RankModel(
+        parameters,
+        splits | rows,
+        trainer,
+        evaluator,
+        stages,
+        training.output_layer,
+        frozenset(copied),
+        gradients,
+        optimizer,
+        problem.root(End.OUTPUT) == rank and mesh.tensor_rank == 0,
+        None if tied_name is None or mesh.end_ranks is None else (gradients[tied_name], mesh.end_ranks),
+    )
+
+
+def _build_optimizer(
+    optim: OptimConfig,
+    parameters: dict[str, nn.Parameter],
+    gradients: Gradients,
+    copied: frozenset[str],
+    data: dist.ProcessGroup,
+) -> Optimizer:
+    if optim.name == "adamw":
+        return ReplicatedAdamW(parameters, gradients, copied, optim, data)
+    from vp_train.optim.zero import ZeroAdamW  # the import takes seconds
+
+    return ZeroAdamW(parameters, gradients, copied, optim, data)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shards:
+    """The shards of one end in the order of the ranks that own them, pipeline ranks first, and the `index` of this rank's."""
+
+    all: tuple[Shard, ...]
+    index: int
+
+    @classmethod
+    def of(cls, plan: RunPlan, mesh: Mesh, end: End) -> _Shards:
+        """Each pipeline rank's rows, split over its tensor-parallel ranks."""
+        members, tp = plan.problem.shard_ranks(end), mesh.degrees.tp
+        every = tuple(part for member in members for part in plan.shards[end][member].split(tp))
+        return cls(every, members.index(mesh.pipeline_rank) * tp + mesh.tensor_rank)
+
+    @property
+    def own(self) -> Shard:
+        return self.all[self.index]
 
 
 def _build_stages(config: RunConfig, plan: RunPlan, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> dict[int, Stage]:
@@ -134,37 +185,27 @@ def _build_stages(config: RunConfig, plan: RunPlan, mesh: Mesh, dtype: torch.dty
             first=stage == 0,
             dtype=dtype,
             device=device,
-            group=mesh.alone,
+            group=mesh.tensor,
             seed=config.run.seed,
             recompute=config.parallel.recompute == "full",
         )
-        for stage in plan.problem.layout.stages_of(mesh.rank)
+        for stage in plan.problem.layout.stages_of(mesh.pipeline_rank)
     }
 
 
 def _build_matrices(
-    config: RunConfig, plan: RunPlan, rank: int, dtype: torch.dtype, device: torch.device
+    config: RunConfig, shards: dict[End, _Shards], dtype: torch.dtype, device: torch.device
 ) -> dict[End, tuple[str, nn.Parameter]]:
     """This rank's rows at each end where it has some: name and matrix, the same one twice when tied on one rank."""
     matrices: dict[End, tuple[str, nn.Parameter]] = {}
-    for end in End:
-        if rank not in plan.problem.shard_ranks(end):
-            continue
+    for end, here in shards.items():
         if config.model.tied_embeddings and End.INPUT in matrices:
             matrices[end] = matrices[End.INPUT]
             continue
         name = "embedding" if end is End.INPUT or config.model.tied_embeddings else "output"
-        shard = plan.shards[end][rank]
-        weight = nn.Parameter(init_rows(name, shard.start, shard.stop, config.model, config.run.seed, dtype, device))
-        weight.grad = torch.zeros_like(weight)
-        matrices[end] = (f"{name}.weight", weight)
+        rows = init_rows(name, here.own.start, here.own.stop, config.model, config.run.seed, dtype, device)
+        matrices[end] = (f"{name}.weight", nn.Parameter(rows))
     return matrices
-
-
-def _grad(weight: nn.Parameter) -> Tensor:
-    """The gradient the vocabulary layers accumulate into, which exists from the start."""
-    assert weight.grad is not None
-    return weight.grad
 
 
 def _named_parameters(stages: dict[int, Stage]) -> Iterator[tuple[str, nn.Parameter]]:

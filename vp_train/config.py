@@ -238,12 +238,16 @@ class VocabConfig:
 class ParallelConfig:
     """Degrees of parallelism, and where the layers go.
 
-    `pp` None: as many pipeline ranks as the launcher started.  `placement`: `even`; `balanced`, where the layers do not split
+    A run has dp x pp x tp ranks: `dp` replicas of the model, each a pipeline of `pp` ranks, each of which is `tp` ranks that
+    split its matrices.  One of `pp` and `dp` may be None: what the launcher started leaves for it (of both: `dp` is 1).
+    Every replica has num_microbatches of its own.  `placement`: `even`; `balanced`, where the layers do not split
     evenly; or `redistribute`, which takes layers from the last stage to make room for the output layer.  `layers_per_stage`
     overrides all.  `recompute`: `full` keeps only the input of each layer and runs its forward again in the backward.
     """
 
     pp: int | None = None
+    dp: int | None = None
+    tp: int = 1
     placement: str = "even"
     layers_per_stage: tuple[int, ...] | None = None
     recompute: str = "none"
@@ -251,8 +255,9 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         _choice("parallel.placement", self.placement, ("even", "balanced", "redistribute"))
         _choice("parallel.recompute", self.recompute, ("none", "full"))
-        if self.pp is not None:
-            _at_least("parallel.pp", self.pp, 1)
+        for name in ("pp", "dp", "tp"):
+            if getattr(self, name) is not None:
+                _at_least(f"parallel.{name}", getattr(self, name), 1)
         _freeze(self, "layers_per_stage")
 
 
@@ -278,9 +283,12 @@ class LossConfig:
 class OptimConfig:
     """AdamW, a learning-rate schedule with warm-up, global gradient clipping.
 
+    `name`: `adamw`, with the whole state in every replica, or `zero1`, with a part of it in each; `offload` keeps that part in
+    host memory and updates it there.
     `schedule`: `cosine` from lr to min_lr; `wsd` holds lr and decays linearly over the last decay_fraction of the run.
     """
 
+    name: str = "adamw"
     lr: float = 2e-3
     min_lr: float = 2e-4
     schedule: str = "cosine"
@@ -291,9 +299,13 @@ class OptimConfig:
     beta2: float = 0.95
     epsilon: float = 1e-8
     clip_grad_norm: float = 1.0  # 0 turns clipping off
+    offload: bool = False
 
     def __post_init__(self) -> None:
+        _choice("optim.name", self.name, ("adamw", "zero1"))
         _choice("optim.schedule", self.schedule, ("cosine", "wsd"))
+        if self.offload and self.name != "zero1":
+            raise ConfigError(f"optim.offload=true counts only with optim.name=zero1, not {self.name}; change one of the two")
         for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "clip_grad_norm"):
             _at_least(f"optim.{name}", getattr(self, name), 0)
         for name in ("beta1", "beta2", "decay_fraction"):
@@ -387,7 +399,7 @@ class RunSettings:
     timeout_seconds: float = 300.0
 
     def __post_init__(self) -> None:
-        _choice("run.dtype", self.dtype, ("float32", "float64"))
+        _choice("run.dtype", self.dtype, ("bfloat16", "float16", "float32", "float64"))
         _choice("run.device", self.device, ("cpu", "cuda"))
         _choice("run.comm_backend", self.comm_backend, ("nccl", "gloo"))
         _choice("run.on_nonfinite", self.on_nonfinite, ("stop", "skip"))

@@ -13,7 +13,7 @@ from vp_train.config import ConfigError, RunConfig
 from vp_train.model import shape
 from vp_train.vocab.shard import Shard
 
-_ITEM_BYTES = {"float32": 4, "float64": 8}
+_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 # Of the three matrix products of a shard, those in S: Z, and with it dx for one_barrier; the rest are T's.
 _S_GEMMS = {"none": 2, "one_barrier": 2, "two_barrier": 1, "naive": 1}
 

@@ -8,14 +8,15 @@ import sys
 from collections.abc import Sequence
 
 from vp_train.config import RunConfig
+from vp_train.degrees import wanted_ranks
 from vp_train.exits import EXIT_INTERNAL
 from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
-from vp_train.plan import DEFAULT_RANKS, SEARCHING, make_plan
+from vp_train.plan import SEARCHING, make_plan
 
 
 def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     """Check the plan, prepare the data, then run the ranks; returns the exit code of the first rank that failed, or 0."""
-    num_ranks = config.parallel.pp or DEFAULT_RANKS
+    num_ranks = wanted_ranks(config.parallel)
     refuse_used(config.run)
     refuse_running(config.run)
     if config.schedule.is_solved:

@@ -1,4 +1,4 @@
-"""The process groups of a run, made once at its start and passed to whoever communicates."""
+"""The process groups of a run, made once at its start and passed to whoever communicates: one for each purpose."""
 
 from __future__ import annotations
 
@@ -8,35 +8,85 @@ import torch.distributed as dist
 
 from schedules.problem import Problem
 from schedules.vocab import End
+from vp_train.degrees import Degrees
 from vp_train.pipeline.comms import Groups
 
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """The ranks of one pipeline.
+    """This rank's place among dp x pp x tp ranks, and the groups it belongs to.
 
-    `world` carries what all ranks agree on; `alone` is this rank's group of one, for layers; `end_ranks` joins the ranks of
-    the first and last stage where both hold the same tied matrix, which only an unsharded vocabulary needs.
+    `world` carries what all ranks agree on; `tensor` joins the ranks that split the same layers, `data` those that hold the
+    same values in every replica; `end_ranks` joins the ranks of the first and last stage where both hold the same rows of a
+    tied matrix, which only an unsharded vocabulary needs.
     """
 
+    degrees: Degrees
     rank: int
     world: dist.ProcessGroup
-    alone: dist.ProcessGroup
+    tensor: dist.ProcessGroup
+    data: dist.ProcessGroup
     end_ranks: dist.ProcessGroup | None
     pipeline: Groups
 
+    @property
+    def data_rank(self) -> int:
+        """The replica."""
+        return self.degrees.place(self.rank)[0]
 
-def build_mesh(problem: Problem) -> Mesh:
-    """Make the groups; collective over the default group, whose size is the number of pipeline ranks."""
-    ranks = tuple(range(problem.layout.num_ranks))
-    assert dist.get_world_size() == len(ranks)
-    singles = [dist.new_group([rank]) for rank in ranks]
-    ends: dict[End, dist.ProcessGroup | None] = {}
-    for end in End:
-        members = problem.shard_ranks(end)
-        ends[end] = dist.new_group(list(members)) if len(members) > 1 else None
-    roots = sorted({problem.root(end) for end in End})
-    end_ranks = dist.new_group(roots) if len(roots) > 1 and not problem.algorithm.sharded else None
-    groups = Groups(ranks, dist.new_group(list(ranks)), dist.new_group(list(ranks)), ends)
+    @property
+    def pipeline_rank(self) -> int:
+        return self.degrees.place(self.rank)[1]
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.degrees.place(self.rank)[2]
+
+
+def build_mesh(degrees: Degrees, problem: Problem) -> Mesh:
+    """Make the groups; collective over the default group, whose ranks are those of `degrees`."""
+    assert dist.get_world_size() == degrees.num_ranks
     assert dist.group.WORLD is not None
-    return Mesh(dist.get_rank(), dist.group.WORLD, singles[dist.get_rank()], end_ranks, groups)
+    rank = dist.get_rank()
+    here = degrees.place(rank)
+    pipeline_ranks = tuple(range(degrees.pp))
+    lanes = [[degrees.rank(replica, p, t) for p in pipeline_ranks] for replica in range(degrees.dp) for t in range(degrees.tp)]
+    tensors = [
+        [degrees.rank(replica, p, t) for t in range(degrees.tp)] for replica in range(degrees.dp) for p in pipeline_ranks
+    ]
+    copies = [[degrees.rank(d, p, t) for d in range(degrees.dp)] for p in pipeline_ranks for t in range(degrees.tp)]
+    roots = sorted({problem.root(end) for end in End})
+    tied = []
+    if len(roots) > 1 and not problem.algorithm.sharded:
+        tied = [[degrees.rank(d, p, t) for p in roots] for d in range(degrees.dp) for t in range(degrees.tp)]
+    ends = {}
+    for end in End:
+        members = [
+            [degrees.rank(d, p, t) for p in problem.shard_ranks(end) for t in range(degrees.tp)] for d in range(degrees.dp)
+        ]
+        ends[end] = _own(members, rank) if len(members[0]) > 1 else None
+    tensor, data = _own(tensors, rank), _own(copies, rank)
+    assert tensor is not None
+    assert data is not None
+    forward, backward = _own(lanes, rank), _own(lanes, rank)
+    assert forward is not None
+    assert backward is not None
+    groups = Groups(
+        tuple(degrees.rank(here[0], p, here[2]) for p in pipeline_ranks),
+        tuple(degrees.rank(here[0], p, 0) for p in pipeline_ranks),
+        forward,
+        backward,
+        ends,
+        tensor if degrees.tp > 1 else None,
+    )
+    return Mesh(degrees, rank, dist.group.WORLD, tensor, data, _own(tied, rank), groups)
+
+
+def _own(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+    """Make all `groups`, as every rank must; that of `rank`, or None if it is in none."""
+    own = None
+    for members in groups:
+        group = dist.new_group(members)
+        if rank in members:
+            own = group
+    return own

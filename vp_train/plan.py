@@ -23,23 +23,25 @@ from schedules.timeline import Timeline
 from schedules.torch_csv import from_csv
 from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, evaluation
 from vp_train.config import ConfigError, RunConfig
+from vp_train.degrees import Degrees, check_tensor_split, split_ranks
 from vp_train.estimate import estimate_cost
 from vp_train.placement import balanced_rows, split_layers, split_vocabulary
 from vp_train.vocab.shard import Shard, split_rows
 
-DEFAULT_RANKS = 4  # where neither a launcher nor parallel.pp says how many
 SEARCHING = "schedule=auto: searching for the fastest schedule, half a minute for 8 ranks and 64 microbatches"
 _SEARCHED = ("one_barrier", "two_barrier", "none")  # by vocab=auto; naive never wins
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step computes, where and when.
+    """What one step computes, where and when, in every one of `degrees.dp` replicas.
 
-    `layers[s]` are the global layers of stage s; `shards[end][r]` the rows of rank r.  `caps[r]` are the bytes that rank r may
+    Ranks are pipeline ranks here, each of `degrees.tp` ranks of the run.  `layers[s]` are the global layers of stage s;
+    `shards[end][r]` the rows of rank r.  `caps[r]` are the bytes that rank r may
     keep, where the schedule was found under a cap; its timeline then has the bound for them.
     """
 
+    degrees: Degrees
     layers: tuple[range, ...]
     shards: dict[End, tuple[Shard, ...]]
     problem: Problem
@@ -69,7 +71,7 @@ class RunPlan(StepPlan):
 
 
 def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
-    """Decide the whole run for `num_ranks` pipeline ranks.  Raises ConfigError, naming the value and the way out."""
+    """Decide the whole run for `num_ranks` ranks.  Raises ConfigError, naming the value and the way out."""
     step = plan_step(config, num_ranks)
     problem, cost = step.problem, step.cost
     program = lower(step.schedule, problem, cost)
@@ -79,6 +81,7 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
     evaluation_program = lower(generate("gpipe", evaluated, cost), evaluated, cost)
     check_program(evaluation_program, evaluated)
     return RunPlan(
+        step.degrees,
         step.layers,
         step.shards,
         problem,
@@ -94,19 +97,17 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
 
 def plan_step(config: RunConfig, num_ranks: int) -> StepPlan:
     """Decide and simulate one step, without the programs that would run it.  Raises ConfigError like `make_plan`."""
-    if config.parallel.pp not in (None, num_ranks):
-        raise ConfigError(
-            f"parallel.pp={config.parallel.pp}, but {num_ranks} ranks were started; "
-            f"start {config.parallel.pp} (torchrun --nproc-per-node) or leave parallel.pp=null"
-        )
+    degrees = split_ranks(config.parallel, num_ranks)
+    check_tensor_split(config.model, degrees.tp)
     name = config.schedule.name
     if config.schedule.is_solved:
-        return _solved(config, num_ranks)
+        return _solved(config, degrees)
     if config.schedule.file is not None:
-        return _stored(config, num_ranks, Path(config.schedule.file))
+        return _stored(config, degrees, Path(config.schedule.file))
     if name not in GENERATORS:
         raise ConfigError(f"schedule.name={name} is not known; choose one of {', '.join(GENERATORS)} or auto")
-    step = _draft(config, _layout(name, num_ranks, config), _algorithm(config.vocab.algorithm), GENERATORS[name].split_backward)
+    layout = _layout(name, degrees.pp, config)
+    step = _draft(config, degrees, layout, _algorithm(config.vocab.algorithm), GENERATORS[name].split_backward)
     return step.with_schedule(generate(name, step.problem, step.cost))
 
 
@@ -137,6 +138,7 @@ def _busiest_seconds(problem: Problem, cost: CostModel) -> float:
 class _Draft:
     """A step whose order of passes is still open."""
 
+    degrees: Degrees
     layers: tuple[range, ...]
     shards: dict[End, tuple[Shard, ...]]
     problem: Problem
@@ -146,14 +148,14 @@ class _Draft:
         """Check and simulate it.  Raises ValueError for a schedule that is not one of this problem."""
         check_schedule(schedule, self.problem)
         timeline = simulate(schedule, self.problem, self.cost, caps)
-        return StepPlan(self.layers, self.shards, self.problem, self.cost, schedule, timeline, caps)
+        return StepPlan(self.degrees, self.layers, self.shards, self.problem, self.cost, schedule, timeline, caps)
 
 
-def _draft(config: RunConfig, layout: Layout, algorithm: VocabAlgorithm, split_backward: bool) -> _Draft:
+def _draft(config: RunConfig, degrees: Degrees, layout: Layout, algorithm: VocabAlgorithm, split_backward: bool) -> _Draft:
     layers = split_layers(config.model, config.parallel, layout)
     problem = Problem(layout, config.num_microbatches, algorithm, split_backward)
     shards = {end: split_vocabulary(config, problem, end, layers) for end in End}
-    return _Draft(layers, shards, problem, estimate_cost(config, layout, layers, shards, algorithm))
+    return _Draft(degrees, layers, shards, problem, estimate_cost(config, layout, layers, shards, algorithm))
 
 
 def _algorithm(name: str) -> VocabAlgorithm:
@@ -171,7 +173,7 @@ def _layout(name: str, num_ranks: int, config: RunConfig) -> Layout:
         raise ConfigError(f"schedule.num_chunks={config.schedule.num_chunks} with schedule.name={name}: {error}") from None
 
 
-def _stored(config: RunConfig, num_ranks: int, path: Path) -> StepPlan:
+def _stored(config: RunConfig, degrees: Degrees, path: Path) -> StepPlan:
     """The step of a schedule that was written before: our own text, or a CSV of torch, which has no vocabulary passes yet."""
     if not path.is_file():
         raise ConfigError(f"schedule.file={path} is not a file; vp-simulate --out DIR writes DIR/schedule.txt")
@@ -179,9 +181,9 @@ def _stored(config: RunConfig, num_ranks: int, path: Path) -> StepPlan:
         text, is_csv = path.read_text(encoding="utf-8-sig"), path.suffix.lower() == ".csv"  # spreadsheets write a mark first
         schedule = from_csv(text, path.stem) if is_csv else Schedule.parse(text.rstrip())
         layout, split_backward = recognise(schedule)
-        if layout.num_ranks != num_ranks:
-            raise ValueError(f"it is for {layout.num_ranks} ranks, not {num_ranks}; use parallel.pp={layout.num_ranks}")
-        step = _draft(config, layout, _algorithm(config.vocab.algorithm), split_backward)
+        if layout.num_ranks != degrees.pp:
+            raise ValueError(f"it is for {layout.num_ranks} ranks, not {degrees.pp}; use parallel.pp={layout.num_ranks}")
+        step = _draft(config, degrees, layout, _algorithm(config.vocab.algorithm), split_backward)
         if is_csv:
             check_base(schedule, step.problem)
             schedule = complete(schedule.name, schedule.ranks, step.problem, step.cost, keep_order=True)
@@ -192,15 +194,17 @@ def _stored(config: RunConfig, num_ranks: int, path: Path) -> StepPlan:
         raise ConfigError(f"schedule.file={path} does not fit this run: {error}") from None
 
 
-def _solved(config: RunConfig, num_ranks: int) -> StepPlan:
+def _solved(config: RunConfig, degrees: Degrees) -> StepPlan:
     """The best of all base schedules, placements and, with vocab=auto, algorithms, under the cap on memory."""
+    num_ranks = degrees.pp
     names = _SEARCHED if config.vocab.algorithm == "auto" else (config.vocab.algorithm,)
     drafts: list[tuple[Option, _Draft]] = []
     refusals: list[str] = []
     for name, family in GENERATORS.items():
         for algorithm in map(_algorithm, names):
             try:
-                step = _draft(config, _searched_layout(name, num_ranks, config), algorithm, family.split_backward)
+                layout = _searched_layout(name, num_ranks, config)
+                step = _draft(config, degrees, layout, algorithm, family.split_backward)
             except ConfigError as error:
                 refusals.append(str(error))
             else:

@@ -18,8 +18,9 @@ from schedules.render import chrome_trace, duration, svg, text_grid
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End
 from vp_train.config import ConfigError, RunConfig
+from vp_train.degrees import wanted_ranks
 from vp_train.metrics.progress import human_bytes
-from vp_train.plan import DEFAULT_RANKS, SEARCHING, StepPlan, plan_step, row_advice
+from vp_train.plan import SEARCHING, StepPlan, plan_step, row_advice
 from vp_train.plot import Mark, comparison_png, schedule_png
 
 _GRID_RANKS = 32
@@ -150,7 +151,7 @@ class Refusal:
 
 def simulate_step(config: RunConfig) -> Outcome:
     """Plan and simulate one step.  Raises ConfigError, naming the value and the way out."""
-    plan = plan_step(config, config.parallel.pp or DEFAULT_RANKS)
+    plan = plan_step(config, wanted_ranks(config.parallel))
     bound = step_bound(plan.problem, plan.cost, plan.caps)
     return Outcome(plan.schedule.name, plan.problem.algorithm.name, plan, bound)
 
@@ -174,7 +175,7 @@ def headline(config: RunConfig) -> str:
     """What is simulated, without schedule and algorithm, in two lines."""
     model = config.model
     return (
-        f"{config.parallel.pp or DEFAULT_RANKS} ranks, {config.num_microbatches} microbatches of {config.micro_batch_size} x "
+        f"{wanted_ranks(config.parallel)} ranks, {config.num_microbatches} microbatches of {config.micro_batch_size} x "
         f"{model.seq_length:,} tokens\n{model.num_layers} layers of hidden size {model.hidden_size:,}, vocabulary "
         f"{model.vocab_size:,}; activations in {config.run.dtype}"
     )

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from schedules.timeline import Span, Timeline
-from schedules.vocab import End
 from vp_train.assembly import RankModel, build_rank
 from vp_train.checkpoint.store import CheckpointError, latest
 from vp_train.checkpoint.training import restore_run, save_run
@@ -30,7 +29,7 @@ from vp_train.mesh import Mesh, build_mesh
 from vp_train.metrics.progress import StepReport
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory, run_path
-from vp_train.optim.adamw import StepHealth, build_adamw, clip, gather_health, learning_rate
+from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning_rate
 from vp_train.pipeline.recorder import Recorder
 from vp_train.plan import RunPlan, make_plan
 
@@ -101,7 +100,7 @@ def _connect(config: RunConfig, plan: RunPlan) -> Mesh:
                 )
         torch.cuda.set_device(local_rank % num_devices)
     dist.init_process_group(backend, timeout=timedelta(seconds=config.run.timeout_seconds))
-    return build_mesh(plan.problem)
+    return build_mesh(plan.degrees, plan.problem)
 
 
 def _lost_a_peer(error: Exception) -> bool:
@@ -133,9 +132,6 @@ class Run:
 
     def __init__(self, config: RunConfig, plan: RunPlan, mesh: Mesh, source: Source, model: RankModel) -> None:
         self.config, self.plan, self.mesh, self.source, self.model = config, plan, mesh, source, model
-        self.root = plan.problem.root(End.OUTPUT)  # the rank whose loss counts
-        self._parameters = list(model.parameters.values())
-        self._optimizer = build_adamw(self._parameters, config.optim)
         self._checkpoints = run_path(config.run) / "checkpoints"
         self._memory = _Memory()
         self.first_step = 1 + (self._resume() if config.run.resume else 0)
@@ -149,12 +145,14 @@ class Run:
         """One optimizer step, and the validation, trace and checkpoint that fall on it."""
         started = time.perf_counter()
         batch = self._on_device(self.source.train_batch(step))
-        self.model.zero_grad()
+        self.model.gradients.zero()
         if step == self._traced_step:
             loss, traced = self._traced(batch)
         else:
             loss, traced = self.model.train_step(batch.tokens, batch.labels), None
-        health = gather_health(loss, self.model.counted, self.root, self.mesh.world, peak_resident_bytes())
+        self.model.optimizer.reduce()
+        norm = self.model.optimizer.squared_norm()
+        health = gather_health(self._own(loss), norm, self.mesh.world, peak_resident_bytes())
         rate = self._update(step, health)
         seconds = time.perf_counter() - started
         if reporter is not None:
@@ -182,10 +180,7 @@ class Run:
             self._handle_nonfinite(step, health)
             return rate
         self._memory.skipped_in_a_row = 0
-        clip(self._parameters, health.grad_norm, self.config.optim.clip_grad_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
+        self.model.optimizer.step(rate, clip_scale(health.grad_norm, self.config.optim.clip_grad_norm))
         return rate
 
     def _handle_nonfinite(self, step: int, health: StepHealth) -> None:
@@ -205,7 +200,11 @@ class Run:
     def _validate(self) -> float:
         batch = self._on_device(self.source.validation_batch())
         loss = self.model.evaluator.step(batch.tokens, batch.labels)
-        return gather_health(loss, [], self.root, self.mesh.world).loss
+        return gather_health(self._own(loss), None, self.mesh.world).loss
+
+    def _own(self, loss: torch.Tensor | None) -> torch.Tensor | None:
+        """The loss of the replica, on the one rank of it that says it."""
+        return loss if self.model.answers else None
 
     def _on_device(self, batch: Batch) -> Batch:
         device = self.config.run.device
@@ -214,7 +213,7 @@ class Run:
     def _save(self, step: int, reporter: Reporter | None) -> None:
         """A checkpoint that cannot be written is a warning, except at the end of the run."""
         try:
-            save_run(self._checkpoints, step, self.config, self.model, self._optimizer, self.mesh.world)
+            save_run(self._checkpoints, step, self.config, self.model, self.mesh)
         except CheckpointError as error:
             if step == self.config.run.steps:
                 raise
@@ -226,11 +225,12 @@ class Run:
         chosen = [latest(self._checkpoints) if self.mesh.rank == 0 else None]
         dist.broadcast_object_list(chosen, 0, group=self.mesh.world)
         path = chosen[0]
-        return 0 if path is None else restore_run(path, self.config, self.model, self._optimizer)
+        return 0 if path is None else restore_run(path, self.config, self.model)
 
     def _traced(self, batch: Batch) -> tuple[torch.Tensor | None, Recorder]:
         """A training step with every pass timed, from a common start."""
-        recorder = Recorder(self.mesh.rank, self._clock(), lambda: self.model.held_bytes, self._parameters)
+        parameters = list(self.model.parameters.values())
+        recorder = Recorder(self.mesh.pipeline_rank, self._clock(), lambda: self.model.held_bytes, parameters)
         dist.barrier(self.mesh.world)
         recorder.started_at = recorder.clock()
         return self.model.train_step(batch.tokens, batch.labels, recorder), recorder
@@ -247,19 +247,24 @@ class Run:
 
     def _report_trace(self, recorder: Recorder, reporter: Reporter | None) -> None:
         mine = (recorder.spans, recorder.peak_bytes, self.model.num_parameters)
-        everyone: list[tuple[list[Span], int, int]] = [mine] * self.plan.num_ranks
+        everyone: list[tuple[list[Span], int, int]] = [mine] * self.mesh.degrees.num_ranks
         dist.all_gather_object(everyone, mine, group=self.mesh.world)
         if reporter is not None:
-            spans, peaks, parameters = zip(*everyone, strict=True)
+            first = [everyone[self.mesh.degrees.rank(0, p, 0)] for p in range(self.plan.num_ranks)]  # others do the same
+            spans, peaks, parameters = zip(*first, strict=True)
             timeline = Timeline(tuple(map(tuple, spans)), (), tuple(map(float, peaks)), self.plan.timeline.peak_in_flight)
             reporter.trace(timeline, parameters)
 
     def finish(self, reporter: Reporter | None) -> None:
         """The last word: the table of all ranks."""
-        everyone = [0.0] * self.plan.num_ranks
+        everyone = [0.0] * self.mesh.degrees.num_ranks
         dist.all_gather_object(everyone, peak_resident_bytes(), group=self.mesh.world)
         if reporter is not None:
-            reporter.finish(everyone)
+            worst = [0.0] * self.plan.num_ranks
+            for rank, peak in enumerate(everyone):
+                pipeline_rank = self.mesh.degrees.place(rank)[1]
+                worst[pipeline_rank] = max(worst[pipeline_rank], peak)
+            reporter.finish(worst)
 
 
 def peak_resident_bytes() -> float:

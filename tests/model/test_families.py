@@ -59,13 +59,11 @@ def tiny(name, **changes):
     )
 
 
-def config_of(model, **options):
+def config_of(model, *, layers=(2, 1), schedule="1f1b", recompute="none", pp=2, tp=1):
     return RunConfig(
         model=model,
-        parallel=ParallelConfig(
-            pp=2, layers_per_stage=options.pop("layers", (2, 1)), recompute=options.pop("recompute", "none")
-        ),
-        schedule=ScheduleConfig(options.pop("schedule", "1f1b")),
+        parallel=ParallelConfig(pp=pp, tp=tp, layers_per_stage=layers, recompute=recompute),
+        schedule=ScheduleConfig(schedule),
         optim=OptimConfig(lr=1e-2, warmup_steps=1, clip_grad_norm=0.5),
         run=RunSettings(dtype="float64"),
         num_microbatches=2,
@@ -85,6 +83,12 @@ def test_split_backward_recomputation_and_an_empty_first_stage_change_nothing(ra
         model = replace(tiny(name), vocab_size=101)
         configs.append(config_of(model, schedule="zb_h1", layers=(0, 3)))
         configs.append(config_of(model, schedule="v_half", layers=(1, 1, 0, 1), recompute="full"))
+    assert_equivalent(ranks, 2, configs, 1e-9)
+
+
+def test_tensor_parallel_ranks_split_biases_and_share_the_norms_of_heads(ranks):
+    names = ("gpt2", "qwen2_5_7b", "qwen3_8b", "gemma2_9b", "gemma3_12b")
+    configs = [config_of(replace(tiny(name), vocab_size=101), layers=None, pp=1, tp=2, schedule="zb_h1") for name in names]
     assert_equivalent(ranks, 2, configs, 1e-9)
 
 

@@ -22,7 +22,7 @@ from vp_train.config import (
     VocabConfig,
 )
 from vp_train.mesh import build_mesh
-from vp_train.optim.adamw import build_adamw, clip, gather_health, learning_rate
+from vp_train.optim.adamw import clip_scale, gather_health, learning_rate
 from vp_train.plan import make_plan
 
 NUM_STEPS = 3
@@ -42,12 +42,15 @@ def config_of(
     num_stages=None,
     softcap=None,
     loss=None,
+    dp=None,
+    tp=1,
+    optimizer="adamw",
 ):
     model = ModelConfig(
         num_layers=(num_stages or p) if layers is None else sum(layers),
         hidden_size=16,
-        num_heads=2,
-        num_query_groups=1,
+        num_heads=2 * tp,
+        num_query_groups=tp,
         ffn_hidden_size=24,
         vocab_size=vocab_size,
         seq_length=6,
@@ -59,9 +62,9 @@ def config_of(
         model=model,
         schedule=ScheduleConfig(schedule),
         vocab=replace(vocab or VocabConfig(), backend=backend),
-        parallel=ParallelConfig(pp=p, layers_per_stage=layers),
+        parallel=ParallelConfig(pp=p, dp=dp, tp=tp, layers_per_stage=layers),
         loss=loss or LossConfig(),
-        optim=OptimConfig(lr=1e-2, warmup_steps=1, clip_grad_norm=0.5),
+        optim=OptimConfig(optimizer, lr=1e-2, warmup_steps=1, clip_grad_norm=0.5),
         run=RunSettings(dtype=dtype),
         num_microbatches=m,
         micro_batch_size=2,
@@ -78,11 +81,11 @@ def largest_difference(ours, theirs):
 _meshes = {}
 
 
-def mesh_for(problem):
+def mesh_for(plan):
     """Groups are made once for all problems that need the same ones: each has threads as long as its process lives."""
-    key = problem.layout.num_ranks, *(problem.shard_ranks(end) for end in End)
+    key = plan.degrees, *(plan.problem.shard_ranks(end) for end in End)
     if key not in _meshes:
-        _meshes[key] = build_mesh(problem)
+        _meshes[key] = build_mesh(plan.degrees, plan.problem)
     return _meshes[key]
 
 
@@ -92,36 +95,35 @@ def compare(rank, world_size, configs, masked=False):
     worst = []
     for config in configs:
         plan = make_plan(config, world_size)
-        mesh = mesh_for(plan.problem)
+        mesh, m = mesh_for(plan), config.num_microbatches
         model = build_rank(config, plan, mesh)
         dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
-        truth = train_whole(config, NUM_STEPS, dtype, masked=masked)
-        parameters = list(model.parameters.values())
-        optimizer = build_adamw(parameters, config.optim)
-        root = plan.problem.layout.rank_of(plan.problem.last_stage)
+        everything = replace(config, num_microbatches=plan.degrees.dp * m)
+        mine = slice(mesh.data_rank * m, (mesh.data_rank + 1) * m)
+        truth = train_whole(everything, NUM_STEPS, dtype, masked=masked)
         differences = {"loss": 0.0, "gradient": 0.0, "parameter": 0.0}
         for step, (loss, gradients, updated) in enumerate(truth, start=1):
-            model.zero_grad()
-            mask = random_mask(config, step) if masked else None
-            ours = model.train_step(*random_batch(config, step), mask=mask)
-            health = gather_health(ours, model.counted, root, mesh.world)
+            model.gradients.zero()
+            mask = random_mask(everything, step)[mine] if masked else None
+            ours = model.train_step(*(values[mine] for values in random_batch(everything, step)), mask=mask)
+            model.optimizer.reduce()
+            health = gather_health(ours if model.answers else None, model.optimizer.squared_norm(), mesh.world)
             differences["loss"] = max(differences["loss"], abs(health.loss - loss))
             for name, parameter in model.parameters.items():
-                difference = largest_difference(parameter.grad, part_of(gradients[name], name, model.rows))
-                differences["gradient"] = max(differences["gradient"], difference)
-            clip(parameters, health.grad_norm, config.optim.clip_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optim, step, NUM_STEPS)
-            optimizer.step()
+                if parameter.grad is not None:  # zero1 takes them away
+                    difference = largest_difference(parameter.grad, part_of(gradients[name], name, model.splits))
+                    differences["gradient"] = max(differences["gradient"], difference)
+            rate = learning_rate(config.optim, step, NUM_STEPS)
+            model.optimizer.step(rate, clip_scale(health.grad_norm, config.optim.clip_grad_norm))
             for name, parameter in model.parameters.items():
-                difference = largest_difference(parameter.detach(), part_of(updated[name], name, model.rows))
+                difference = largest_difference(parameter.detach(), part_of(updated[name], name, model.splits))
                 differences["parameter"] = max(differences["parameter"], difference)
         worst.append(differences)
     return worst
 
 
-def part_of(tensor, name, rows):
-    return tensor[rows[name].start : rows[name].stop] if name in rows else tensor
+def part_of(tensor, name, splits):
+    return splits[name].part(tensor) if name in splits else tensor
 
 
 def assert_equivalent(ranks, p, configs, tolerance, *, masked=False):
@@ -201,6 +203,19 @@ def test_a_vocabulary_smaller_than_the_ranks_equals_one_process(ranks, tied):
     assert_equivalent(ranks, 4, configs, 1e-9)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "zero1"])
+@pytest.mark.parametrize(("dp", "p", "tp"), [(1, 2, 2), (2, 2, 1), (2, 2, 2), (1, 3, 1), (4, 1, 1)])
+def test_data_tensor_and_pipeline_parallel_equal_one_process(ranks, dp, p, tp, optimizer):
+    configs = [
+        config_of(p, 3, 101, schedule=schedule, vocab=VocabConfig(algorithm), num_stages=2 * p, tied=tied, **more)
+        for schedule in ("1f1b", "v_half")
+        for algorithm in ("none", "one_barrier")
+        for tied in (False, True)
+        for more in ({"dp": dp, "tp": tp, "optimizer": optimizer},)
+    ]
+    assert_equivalent(ranks, dp * p * tp, configs, 1e-9)
+
+
 def test_float32_stays_within_1e_4(ranks):
     configs = [config_of(2, 4, 100, vocab=VocabConfig(algorithm), dtype="float32") for algorithm in ALGORITHMS]
     assert_equivalent(ranks, 2, configs, 1e-4)
@@ -208,7 +223,7 @@ def test_float32_stays_within_1e_4(ranks):
 
 def evaluate(rank, world_size, config):
     plan = make_plan(config, world_size)
-    model = build_rank(config, plan, mesh_for(plan.problem))
+    model = build_rank(config, plan, mesh_for(plan))
     batch = random_batch(config, 0)
     trained = model.train_step(*batch)
     before = [p.grad.clone() for p in model.parameters.values() if p.grad is not None]
@@ -229,7 +244,7 @@ def test_evaluation_gives_the_training_loss_and_touches_no_gradient(ranks, algor
 
 def logprobs(rank, world_size, config):
     plan = make_plan(config, world_size)
-    mesh = mesh_for(plan.problem)
+    mesh = mesh_for(plan)
     tokens, labels = random_batch(config, 0)
     ours = build_rank(config, plan, mesh).evaluator.logprobs(tokens, labels)
     with torch.no_grad():

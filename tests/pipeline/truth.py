@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vp_train.config import RunConfig
 from vp_train.model.stage import Stage, init_rows
-from vp_train.optim.adamw import build_adamw, clip, learning_rate
+from vp_train.optim.adamw import build_adamw, clip_scale, learning_rate
 
 
 class Whole(nn.Module):
@@ -96,7 +96,9 @@ def train_whole(
         loss.backward()
         gradients = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
         norm = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm().item()
-        clip(list(parameters.values()), norm, config.optim.clip_grad_norm)
+        for parameter in parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(clip_scale(norm, config.optim.clip_grad_norm))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, step, num_steps)
         optimizer.step()

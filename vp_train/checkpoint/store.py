@@ -26,9 +26,10 @@ from torch import Tensor
 
 from vp_train.config import ConfigError
 from vp_train.durable import sync
+from vp_train.split import Split
 
 _MANIFEST = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 class CheckpointError(OSError):
@@ -37,16 +38,14 @@ class CheckpointError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor of this rank: a whole one, or rows [start, start + len(tensor)) of a global one with `num_rows` rows."""
+    """A tensor of this rank: a whole one, or the part of a global one that `split` says."""
 
     tensor: Tensor
-    start: int | None = None
-    num_rows: int | None = None
+    split: Split | None = None
 
     @property
     def global_shape(self) -> list[int]:
-        shape = list(self.tensor.shape)
-        return shape if self.num_rows is None else [self.num_rows, *shape[1:]]
+        return list(self.tensor.shape if self.split is None else self.split.whole_shape(self.tensor.shape))
 
     @property
     def dtype(self) -> str:
@@ -109,7 +108,8 @@ def _write_pieces(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "blake2b").hexdigest()
     tensors = {
-        name: {"dtype": piece.dtype, "shape": piece.global_shape, "start": piece.start or 0, "rows": len(piece.tensor)}
+        name: {"dtype": piece.dtype, "shape": piece.global_shape}
+        | ({} if piece.split is None else {"dim": piece.split.dim, "ranges": piece.split.ranges})
         for name, piece in pieces.items()
     }
     return {"bytes": path.stat().st_size, "blake2b": digest, "tensors": tensors}
@@ -175,13 +175,12 @@ def latest(directory: Path) -> Path | None:
 def load(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
     """Fill the tensors of `pieces` in place from the verified checkpoint `path`; returns its state.
 
-    Only the rows asked for are read, whatever ranks wrote them.  Raises ConfigError, naming the tensor and both values, if
-    one is missing or has another shape or dtype.
+    Only what is asked for is read, whatever ranks wrote it.  Raises ConfigError, naming the tensor and both values, if one
+    is missing or has another shape or dtype.
     """
     manifest = read_manifest(path)
     for name, piece in pieces.items():
-        start = piece.start or 0
-        filled = torch.zeros(len(piece.tensor) if piece.tensor.dim() else 1, dtype=torch.bool)
+        missing = piece.tensor.numel()
         for file, content in manifest["files"].items():
             entry = content["tensors"].get(name)
             if entry is None:
@@ -191,14 +190,37 @@ def load(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
                     f"{name} is {entry['dtype']} {entry['shape']} in {path}, but {piece.dtype} {piece.global_shape} "
                     "in this run; resume with the model and run.dtype it was saved with"
                 )
-            low = max(start, entry["start"])
-            high = min(start + len(filled), entry["start"] + entry["rows"])
-            if low < high:
-                with safe_open(path / file, "pt") as opened:
-                    rows = opened.get_slice(name)[low - entry["start"] : high - entry["start"]]
-                with torch.no_grad():
-                    piece.tensor[low - start : high - start] = rows
-                filled[low - start : high - start] = True
-        if not filled.all():
+            with safe_open(path / file, "pt") as opened:
+                missing -= _copy(opened.get_slice(name), _split(entry), piece)
+        if missing:
             raise ConfigError(f"{path} does not hold all of {name}; resume with the model it was saved from")
     return dict(manifest["state"])
+
+
+def _split(entry: Mapping[str, Any]) -> Split | None:
+    if "ranges" not in entry:
+        return None
+    return Split(entry["dim"], entry["shape"][entry["dim"]], tuple((start, stop) for start, stop in entry["ranges"]))
+
+
+@torch.no_grad()
+def _copy(stored: Any, held: Split | None, piece: Piece) -> int:
+    """Copy what a file has of `piece`, of which it holds the part `held`; the number of values."""
+    if not piece.tensor.dim():
+        piece.tensor.copy_(stored[...])
+        return 1
+    dim = next((split.dim for split in (piece.split, held) if split is not None), 0)
+    everything = ((0, piece.global_shape[dim]),)
+    copied = target = 0
+    for start, stop in everything if piece.split is None else piece.split.ranges:
+        source = 0
+        for first, last in everything if held is None else held.ranges:
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                place = (slice(None),) * dim + (slice(source + low - first, source + high - first),)
+                into = piece.tensor.narrow(dim, target + low - start, high - low)
+                into.copy_(stored[place])
+                copied += into.numel()
+            source += last - first
+        target += stop - start
+    return copied

@@ -10,7 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from vp_train.split import Split
+from vp_train.vocab.rows import accumulate
 
 _Product = tuple[nn.Parameter, Tensor, Tensor]
 
@@ -61,34 +65,62 @@ class WeightGradStore:
 
 @torch.no_grad()  # W runs outside of a backward: a graph from the gradient would keep x and dy of every microbatch
 def _accumulate(weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
-    if weight.grad is None:
+    gradient = weight.grad
+    if gradient is None:
         weight.grad = dy.T @ x
+    elif gradient.dtype is dy.dtype:
+        gradient.addmm_(dy.T, x)
+    elif gradient.is_cuda:  # the product is never rounded to the dtype of x and dy
+        torch.addmm(gradient, dy.T, x, out_dtype=gradient.dtype, out=gradient)
     else:
-        weight.grad.addmm_(dy.T, x)
+        accumulate(gradient, dy.T @ x)
 
 
 class _LinearFunction(torch.autograd.Function):
-    """y = x W^T, with dW handed to the store instead of autograd."""
+    """y = x W^T, with dW handed to the store instead of autograd; dx is summed over `group` while dW is computed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, store: WeightGradStore) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, store: WeightGradStore, group: dist.ProcessGroup | None) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.store = weight, store
+        ctx.weight, ctx.store, ctx.group = weight, store, group
         return x @ weight.T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (dy,) = grads
         (x,) = ctx.saved_tensors
+        dx = dy @ ctx.weight
+        summed = None if ctx.group is None else dist.all_reduce(dx, group=ctx.group, async_op=True)
         ctx.store.put(ctx.weight, x.flatten(0, -2), dy.flatten(0, -2))
-        return dy @ ctx.weight, None, None
+        if summed is not None:
+            summed.wait()
+        return dx, None, None, None
 
 
-class StoredLinear(nn.Module):
+class _StoredLinear(nn.Module):
     """A linear layer, called as megatron-core calls its own: returns (y, bias), the bias None where y has it already.
 
-    The gradient of the bias is a sum, so it does not wait.
+    The gradient of the bias is a sum, so it does not wait.  `split` is that of `weight` over the tensor-parallel ranks.
     """
+
+    split: Split | None
+
+    def __init__(
+        self, input_size: int, output_size: int, config: Any, store: WeightGradStore, bias: bool, skip_bias_add: bool
+    ) -> None:
+        super().__init__()
+        self._store, self._skip_bias_add = store, skip_bias_add
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        self.bias = nn.Parameter(torch.empty(output_size, dtype=config.params_dtype)) if bias else None
+
+    def _with_bias(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.bias is None or self._skip_bias_add:
+            return y, self.bias
+        return y + self.bias, None
+
+
+class ColumnLinear(_StoredLinear):
+    """Each of the ranks of `tp_group` computes a part of the output, of each of `parts` equal parts of it."""
 
     def __init__(
         self,
@@ -97,18 +129,56 @@ class StoredLinear(nn.Module):
         *,
         config: Any,
         store: WeightGradStore,
+        tp_group: dist.ProcessGroup,
+        parts: int = 1,
         bias: bool = False,
         skip_bias_add: bool = False,
         **_: object,
     ) -> None:
-        super().__init__()
-        self._store, self._skip_bias_add = store, skip_bias_add
-        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
-        self.bias = nn.Parameter(torch.empty(output_size, dtype=config.params_dtype)) if bias else None
+        super().__init__(input_size, output_size // tp_group.size(), config, store, bias, skip_bias_add)
+        self._group = tp_group if tp_group.size() > 1 else None
+        self.split = None if self._group is None else Split.even(0, output_size, tp_group.rank(), tp_group.size(), parts)
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """Of its parameters, where they are split."""
+        return {} if self.split is None else {name: self.split for name, _ in self.named_parameters()}
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[s, b, in] -> [s, b, out]."""
-        y: Tensor = _LinearFunction.apply(x, self.weight, self._store)  # type: ignore[no-untyped-call]
-        if self.bias is None or self._skip_bias_add:
-            return y, self.bias
-        return y + self.bias, None
+        """[s, b, in] -> [s, b, out / n]."""
+        y: Tensor = _LinearFunction.apply(x, self.weight, self._store, self._group)  # type: ignore[no-untyped-call]
+        return self._with_bias(y)
+
+
+class RowLinear(_StoredLinear):
+    """Each of the ranks of `tp_group` has a part of the input, and the whole bias; their outputs are summed."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: Any,
+        store: WeightGradStore,
+        tp_group: dist.ProcessGroup,
+        bias: bool = False,
+        skip_bias_add: bool = False,
+        **_: object,
+    ) -> None:
+        super().__init__(input_size // tp_group.size(), output_size, config, store, bias, skip_bias_add)
+        self._group = tp_group if tp_group.size() > 1 else None
+        self.split = None if self._group is None else Split.even(1, input_size, tp_group.rank(), tp_group.size())
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """Of its parameters, where they are split."""
+        return {} if self.split is None else {"weight": self.split}
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[s, b, in / n] -> [s, b, out]."""
+        y: Tensor = _LinearFunction.apply(x, self.weight, self._store, None)  # type: ignore[no-untyped-call]
+        if self._group is not None:
+            from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+
+            y = reduce_from_tensor_model_parallel_region(y, self._group)
+        return self._with_bias(y)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vp_train.config import ModelConfig
 from vp_train.model.attention import Rule, block_attention
-from vp_train.model.linear import StoredLinear, WeightGradStore
+from vp_train.model.linear import ColumnLinear, RowLinear, WeightGradStore
 from vp_train.model.norm import PostNormAdd, ZeroCentredRMSNorm, build_norm
 from vp_train.model.shape import head_size, is_gated
 from vp_train.quiet import quiet_megatron
@@ -84,7 +84,8 @@ def _scaled(frequencies: Tensor, model: ModelConfig) -> Tensor:
 class DecoderLayer(nn.Module):
     """Decoder layer `index` of the whole model: norm, attention, norm, MLP, without dropout.
 
-    `group` is the tensor-parallel process group, of size 1; `store` takes the weight gradients.  Weights are uninitialised.
+    `group` joins the tensor-parallel ranks, each of which has a part of the heads and of the feed-forward width; `store` takes
+    the weight gradients.  Weights are uninitialised.
     """
 
     def __init__(
@@ -145,17 +146,20 @@ def _build(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        tensor_model_parallel_size=group.size(),
         use_cpu_initialization=on_cpu,
         perform_initialization=False,
     )
     groups = ProcessGroupCollection()
-    groups.tp = groups.pp = groups.cp = group
+    groups.tp = groups.pp = groups.cp = group  # layers use tp alone; the others must exist
     spec = get_gpt_layer_local_spec(normalization=normalisation, qk_layernorm=model.qk_norm)
     parts, attention, mlp = spec.submodules, spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     window = model.sliding_window if model.is_local(index) else None
     attention.core_attention = partial(CoreAttention, softcap=model.attention_softcap, window=window)
-    attention.linear_qkv = partial(StoredLinear, store=store)
-    attention.linear_proj = mlp.linear_fc1 = mlp.linear_fc2 = ModuleSpec(module=StoredLinear, params={"store": store})
+    attention.linear_qkv = partial(ColumnLinear, store=store)
+    attention.linear_proj = mlp.linear_fc2 = ModuleSpec(module=RowLinear, params={"store": store})
+    columns = 2 if is_gated(model) else 1  # gate and up
+    mlp.linear_fc1 = ModuleSpec(module=ColumnLinear, params={"store": store, "parts": columns})
     if model.zero_centred_norm:
         parts.input_layernorm = parts.pre_mlp_layernorm = ZeroCentredRMSNorm
         if model.qk_norm:
@@ -165,4 +169,15 @@ def _build(
             ModuleSpec(module=PostNormAdd, params={"norm": build_norm(model, dtype, device)}) for _ in range(2)
         )
     layer: nn.Module = build_module(spec, config=config, layer_number=1, pg_collection=groups)
-    return layer.to(device=device, dtype=dtype)
+    layer = layer.to(device=device, dtype=dtype)
+    if model.qk_norm and group.size() > 1:
+        for name in ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"):
+            layer.get_parameter(name).register_hook(partial(_summed, group=group))  # type: ignore[no-untyped-call]
+    return layer
+
+
+def _summed(gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Norms over heads are the same on all ranks, which see a part of the heads each."""
+    whole = gradient.clone()
+    dist.all_reduce(whole, group=group)
+    return whole

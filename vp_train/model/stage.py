@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vp_train.config import ModelConfig
-from vp_train.model.linear import WeightGradStore
+from vp_train.model.linear import ColumnLinear, RowLinear, WeightGradStore
 from vp_train.model.megatron import DecoderLayer, rotary_table
 from vp_train.model.norm import build_norm
 
@@ -21,8 +21,9 @@ class Stage(nn.Module):
     """The layers `layers` (global numbers, perhaps none) and, on the last stage, the final norm.
 
     The first stage scales the embeddings and adds the learned positions, where the model has them.  Parameters are named by
-    global layer, `layers.7...`, and initialised from (seed, global layer) alone.  With `recompute` a layer keeps its input,
-    and its backward (I, if that is split) runs its forward once more.
+    global layer, `layers.7...`, and initialised from (seed, global layer) alone; `splits` has those that are split over the
+    ranks of `group`.  With `recompute` a layer keeps its input, and its backward (I, if that is split) runs its forward once
+    more.
     """
 
     scale: Tensor | None
@@ -48,8 +49,14 @@ class Stage(nn.Module):
         self.layers = nn.ModuleDict(
             {str(index): DecoderLayer(model, index, dtype, device, group, self.weight_grads) for index in layers}
         )
+        self.splits = {
+            f"{name}.{parameter}": split
+            for name, module in self.named_modules()
+            if isinstance(module, ColumnLinear | RowLinear)
+            for parameter, split in module.splits.items()
+        }
         for index, layer in self.layers.items():
-            _initialise(layer, model, _generator(seed, f"layer {index}"))
+            self._initialise(f"layers.{index}.", layer, model, _generator(seed, f"layer {index}"))
         self.final_norm = build_norm(model, dtype, device) if final_norm else None
         scale = positions = angles = local_angles = None
         if first and model.embedding_scale:
@@ -76,6 +83,19 @@ class Stage(nn.Module):
             x = checkpoint(layer, x, angles, use_reentrant=False) if self._recompute else layer(x, angles)
         return x if self.final_norm is None else self.final_norm(x)
 
+    @torch.no_grad()
+    def _initialise(self, prefix: str, layer: nn.Module, model: ModelConfig, generator: torch.Generator) -> None:
+        """Normal with init_std, smaller by sqrt(2 L) where a matrix writes to the residual stream; norms are the identity."""
+        for name, parameter in layer.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(0.0 if model.zero_centred_norm or name.endswith("bias") else 1.0)
+                continue
+            writes = "linear_proj" in name or "linear_fc2" in name
+            std = model.init_std / math.sqrt(2 * model.num_layers) if writes else model.init_std
+            split = self.splits.get(prefix + name)
+            whole = torch.randn(parameter.shape if split is None else split.whole_shape(parameter.shape), generator=generator)
+            parameter.copy_((whole if split is None else split.part(whole)) * std)
+
 
 def init_rows(
     name: str, start: int, stop: int, model: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device
@@ -99,15 +119,3 @@ def _generator(seed: int, what: str) -> torch.Generator:
     for byte in what.encode():
         mixed = (mixed * 1_000_003 + byte) % (1 << 63)
     return torch.Generator().manual_seed(mixed)
-
-
-@torch.no_grad()
-def _initialise(layer: nn.Module, model: ModelConfig, generator: torch.Generator) -> None:
-    """Normal with init_std, smaller by sqrt(2 L) where a matrix writes to the residual stream; norms are the identity."""
-    for name, parameter in layer.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(0.0 if model.zero_centred_norm or name.endswith("bias") else 1.0)
-            continue
-        writes = "linear_proj" in name or "linear_fc2" in name
-        std = model.init_std / math.sqrt(2 * model.num_layers) if writes else model.init_std
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -57,18 +57,15 @@ class StepHealth:
 
 
 def gather_health(
-    loss: Tensor | None, parameters: Sequence[nn.Parameter], root: int, group: dist.ProcessGroup, peak_bytes: float = 0.0
+    loss: Tensor | None, squared_norm: Tensor | None, group: dist.ProcessGroup, peak_bytes: float = 0.0
 ) -> StepHealth:
     """Exchange loss, squared gradient norm and memory: one small all-gather, summed in rank order, so ranks agree bit for bit.
 
-    `loss` is this rank's, or None; that of rank `root` counts.  Each parameter must be counted by one rank only.
+    `loss` and `squared_norm` are this rank's terms, or None; fp64 [].
     """
-    squared = torch.zeros((), dtype=torch.float64)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            squared += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64).cpu() ** 2
-    shown = torch.zeros_like(squared) if loss is None else loss.double().cpu()
-    mine = torch.stack([shown, squared, torch.tensor(peak_bytes, dtype=torch.float64)])
+    nothing = torch.zeros((), dtype=torch.float64)
+    terms = [nothing if term is None else term.double().cpu() for term in (loss, squared_norm)]
+    mine = torch.stack([*terms, torch.tensor(peak_bytes, dtype=torch.float64)])
     everyone = torch.empty(group.size(), 3, dtype=torch.float64)
     dist.all_gather(list(everyone), mine, group=group)
     culprits = []
@@ -77,13 +74,10 @@ def gather_health(
             culprits.append((rank, "loss"))
         elif not math.isfinite(rank_squared):
             culprits.append((rank, "gradient"))
-    total = everyone[:, 1].sum().sqrt().item()
-    return StepHealth(everyone[root, 0].item(), total, tuple(culprits), everyone[:, 2].max().item())
+    loss_of_all, squared, _ = everyone.sum(0).tolist()
+    return StepHealth(loss_of_all, math.sqrt(squared), tuple(culprits), everyone[:, 2].max().item())
 
 
-def clip(parameters: Sequence[nn.Parameter], grad_norm: float, limit: float) -> None:
-    """Scale all gradients by limit / grad_norm where the norm over all ranks exceeds `limit`; 0 turns clipping off."""
-    if 0 < limit < grad_norm:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(limit / grad_norm)
+def clip_scale(grad_norm: float, limit: float) -> float:
+    """By what to multiply the gradients so that their norm does not exceed `limit`; 0 turns clipping off."""
+    return limit / grad_norm if 0 < limit < grad_norm else 1.0

@@ -66,6 +66,26 @@ class _Queued:
 
 
 @dataclass(frozen=True, slots=True)
+class _PassedOn:
+    """One that only rank `source` gets: from it the result goes on to the others of `group`, all `num_rows` rows of it."""
+
+    pending: Pending
+    source: int
+    group: dist.ProcessGroup
+    num_rows: int | None  # None: as many as there are here
+
+    def wait(self) -> Tensor:
+        result = self.pending.wait()
+        if self.num_rows is not None and len(result) != self.num_rows:
+            result = result.new_empty((self.num_rows, *result.shape[1:]))
+        dist.broadcast(result, self.source, group=self.group)
+        return result
+
+    def is_completed(self) -> bool:
+        return self.pending.is_completed()
+
+
+@dataclass(frozen=True, slots=True)
 class _Staged:
     """One whose result is still to go to the device."""
 
@@ -127,13 +147,16 @@ def _stop(queue: SimpleQueue[_Task | None], thread: Thread) -> None:
 class Groups:
     """The process groups of one pipeline.  `ends[end]` is None where a single rank owns the whole layer: nothing to exchange.
 
-    `ranks[i]` is the global rank of pipeline rank i.
+    Pipeline rank i is `ranks[i]` for hops.  For collectives it is all tensor-parallel ranks, which join the groups of both
+    ends; as a root it is the first of them, `leaders[i]`.  `tensor` joins this rank's, None if it is the only one.
     """
 
     ranks: tuple[int, ...]
+    leaders: tuple[int, ...]
     forward: dist.ProcessGroup
     backward: dist.ProcessGroup
     ends: dict[End, dist.ProcessGroup | None]
+    tensor: dist.ProcessGroup | None = None
 
 
 class Comms:
@@ -197,12 +220,16 @@ class Comms:
             tensor = message()
             return _Issued(None, tensor[None] if transfer is Transfer.ALL_GATHER else tensor)
 
-        def issue() -> _Issued:
-            return self._issue(group, transfer, self._outbound(message()), self._groups.ranks[root], counts)
+        leader = self._groups.leaders[root]
 
-        pending = issue() if aside is None else aside.issue(issue)
+        def issue() -> _Issued:
+            return self._issue(group, transfer, self._outbound(message()), leader, counts)
+
+        pending: Pending = issue() if aside is None else aside.issue(issue)
         if not delivers:
             self._keep(pending)
+        elif self._groups.tensor is not None and transfer in (Transfer.REDUCE, Transfer.GATHER):
+            pending = _PassedOn(pending, leader, self._groups.tensor, sum(counts) if transfer is Transfer.GATHER else None)
         return self._inbound(pending)
 
     def _outbound(self, tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from schedules.ir import Kind, Pass
@@ -68,6 +69,8 @@ class Part:
     device: torch.device
     hidden_size: int
     normalisation: str = "token"  # of the loss; see loss.token_weights
+    leads: bool = True  # first of the tensor-parallel ranks: all of them have what it sends
+    data: dist.ProcessGroup | None = None  # the same part in all replicas
 
 
 class Executor:
@@ -102,12 +105,13 @@ class Executor:
         }
 
     def step(self, tokens: Tensor, labels: Tensor, observer: Observer = BLIND, *, mask: Tensor | None = None) -> Tensor | None:
-        """Run the program once; returns the loss of the batch, fp64 [], on ranks that hold output rows.
+        """Run the program once; returns this replica's term of the loss, fp64 [], on ranks that hold output rows.
 
-        The loss is normalised over all microbatches, `mask` [m, b, s] scaling that of each token; a batch without a labelled
-        token has loss 0.
+        The loss is normalised over all microbatches of all replicas, `mask` [m, b, s] scaling that of each token; a batch
+        without a labelled token has loss 0.
         """
-        weights = token_weights(labels, mask, self._part.normalisation, statistics_dtype(self._part.dtype), None)
+        precise = statistics_dtype(self._part.dtype)
+        weights = token_weights(labels, mask, self._part.normalisation, precise, self._part.data)
         losses = self._run_program(tokens, labels, weights, observer)
         return None if losses is None else (losses.double() * weights).sum()
 
@@ -225,7 +229,7 @@ class Executor:
         root = self._problem.root(barrier.end)
         delivers = self._rank in self._problem.receivers(op.item)
         if isinstance(barrier.after, Kind):
-            message = self._message(barrier, i, is_root=root == self._rank)
+            message = self._message(barrier, i, at_root=root == self._rank)
             counts = self._input.counts(i) if barrier.end is End.INPUT else ()
             pending = self._comms.collective(barrier.end, barrier.transfer, message, root, delivers=delivers, counts=counts)
         else:
@@ -247,18 +251,20 @@ class Executor:
 
         return message
 
-    def _message(self, barrier: Barrier, microbatch: int, *, is_root: bool) -> Tensor:
+    def _message(self, barrier: Barrier, microbatch: int, *, at_root: bool) -> Tensor:
         """This rank's contribution: tokens [.., H] at the ends of the layers, what the output layer says in between."""
         match barrier.name:
             case "CE":
                 return self._tensors.take("x", "CE", microbatch)
-            case "C0" | "CG" if not is_root:
-                return self._empty(self._num_tokens if barrier.name == "C0" else 0, self._part.hidden_size)
             case "C0":
-                x = self._tensors.take("x", self._problem.last_stage + 1, microbatch)
+                x = self._tensors.take("x", self._problem.last_stage + 1, microbatch) if at_root else None
+                if x is None or not self._part.leads:
+                    return self._empty(self._num_tokens, self._part.hidden_size)
                 return x.reshape(self._num_tokens, -1).contiguous()
             case "CG":
-                dy = self._tensors.take("dy", -1, microbatch)
+                dy = self._tensors.take("dy", -1, microbatch) if at_root else None
+                if dy is None or not self._part.leads:
+                    return self._empty(0, self._part.hidden_size)
                 return self._input.by_shard(microbatch, dy.reshape(self._num_tokens, -1))
             case _:
                 return self._output.message(barrier.name, microbatch)

@@ -30,6 +30,10 @@ class Shard:
     def num_rows(self) -> int:
         return self.stop - self.start
 
+    def split(self, num_parts: int) -> tuple[Shard, ...]:
+        """Consecutive parts, as equal as `split_rows` makes them."""
+        return tuple(Shard(self.start + part.start, self.start + part.stop) for part in split_rows(self.num_rows, num_parts))
+
     def owned(self, ids: Tensor) -> list[Owned]:
         """For each microbatch of `ids` [m, T], which fall into this shard.  Waits for the device once, not m times."""
         inside = (ids >= self.start) & (ids < self.stop)

@@ -1,0 +1,178 @@
+"""ZeRO-1: every replica keeps and updates a part of the optimizer's state (arXiv 1910.02054).  The only importer of deepspeed.
+
+DeepSpeed sums, shards, steps and gathers.  It has no part in the backward: the executor leaves complete gradients, in fp32
+for parameters of less precision.  Norms and clipping are ours, for they need the ranks of all pipelines and float64.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vp_train.config import OptimConfig
+from vp_train.optim.adamw import MOMENTS, build_adamw
+from vp_train.optim.gradients import Gradients
+from vp_train.optim.optimizer import State, squared_norm
+
+_BUCKET_ELEMENTS = 1 << 26  # summed and gathered at a time
+
+
+class ZeroAdamW:
+    """AdamW whose moments and fp32 parameters are split over `data`, in host memory with optim.offload.
+
+    It moves the parameters: take no views of them before.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        gradients: Gradients,
+        copied: frozenset[str],
+        optim: OptimConfig,
+        data: dist.ProcessGroup,
+    ) -> None:
+        self._gradients, self._data = gradients, data
+        self._names = {parameter: name for name, parameter in parameters.items()}
+        groups: list[dict[str, Any]] = []
+        self._group_counts: list[bool] = []
+        for counts in (True, False):  # a group counts as a whole for the norm, or not at all
+            owned = [p for name, p in parameters.items() if p.numel() and (name not in copied) is counts]
+            for group in build_adamw(owned, optim).param_groups:
+                if group["params"]:
+                    groups.append({"params": group["params"], "weight_decay": group["weight_decay"]})
+                    self._group_counts.append(counts)
+        self._zero = _deepspeed(groups, self._names, gradients.dtype, optim, data) if groups else None
+
+    @property
+    def updates(self) -> int:
+        return next((int(values["step"].item()) for values in self._adamw_states()), 0)
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for values in self._adamw_states():
+            values["step"].fill_(count)
+
+    def reduce(self) -> None:
+        if self._zero is None:
+            return
+        for parameter, name in self._names.items():
+            if self._zero.use_grad_accum_attribute:
+                parameter.grad_accum = self._gradients[name]  # type: ignore[attr-defined]
+        self._zero.reduce_gradients()
+
+    def squared_norm(self) -> Tensor:
+        groups = [list(self._shard(index)) for index, counts in enumerate(self._group_counts) if counts]
+        return squared_norm([gradient for group in groups for gradient in group])
+
+    @torch.no_grad()
+    def step(self, rate: float, scale: float) -> None:
+        if self._zero is None:
+            return
+        for index, group in enumerate(self._zero.optimizer.param_groups):
+            group["lr"] = rate
+            for gradient in self._shard(index):
+                gradient.mul_(scale)
+        self._zero.step()
+
+    def _shard(self, group: int) -> Iterator[Tensor]:
+        """The gradients of this replica's part."""
+        assert self._zero is not None
+        yield from self._zero.averaged_gradients[group]
+
+    def _adamw_states(self) -> Iterator[dict[str, Tensor]]:
+        if self._zero is not None:
+            for partition in self._zero.single_partition_of_fp32_groups:
+                yield self._zero.optimizer.state[partition]
+
+    # Whole state of a replica, from and to the parts
+
+    @torch.no_grad()
+    def state(self) -> State:
+        whole: State = {kind: {} for kind in ("parameter", *MOMENTS)}
+        for group, partition, values in self._partitions():
+            for kind, part in {"parameter": partition, **{moment: values[moment] for moment in MOMENTS}}.items():
+                parts = [torch.empty_like(part) for _ in range(self._data.size())]
+                dist.all_gather(parts, part.detach().contiguous(), group=self._data)
+                flat, start = torch.cat(parts), 0
+                for parameter in group:
+                    whole[kind][self._names[parameter]] = flat[start : start + parameter.numel()].view(parameter.shape)
+                    start += parameter.numel()
+        for parameter, name in self._names.items():
+            if not parameter.numel():
+                for kind in whole:
+                    whole[kind][name] = torch.empty_like(parameter, dtype=self._gradients.dtype)
+        return whole
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        for group, partition, values in self._partitions():
+            for kind, part in {"parameter": partition, **{moment: values[moment] for moment in MOMENTS}}.items():
+                flat = torch.cat([state[kind][self._names[parameter]].flatten().to(part) for parameter in group])
+                own = flat[self._data.rank() * part.numel() : (self._data.rank() + 1) * part.numel()]
+                part[: own.numel()] = own  # what is left is padding
+            for parameter in group:
+                parameter.copy_(state["parameter"][self._names[parameter]])
+
+    def _partitions(self) -> Iterator[tuple[list[nn.Parameter], Tensor, dict[str, Tensor]]]:
+        """Of each group: its parameters in order, this replica's part of them, and the state of that."""
+        if self._zero is not None:
+            for group, partition in zip(self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups, strict=True):
+                yield group, partition, self._zero.optimizer.state[partition]
+
+
+def _deepspeed(
+    groups: list[dict[str, Any]],
+    names: Mapping[nn.Parameter, str],
+    precise: torch.dtype,
+    optim: OptimConfig,
+    data: dist.ProcessGroup,
+) -> Any:
+    """DeepSpeed's optimizer, which replaces the storage of the parameters by one flat tensor per group."""
+    import deepspeed
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, OffloadDeviceEnum
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils.timer import NoopTimer
+
+    class Zero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
+        def _configure_master_weights(self, **_: object) -> torch.dtype:
+            return precise
+
+        def create_gradient_handling_hooks(self) -> None:
+            """None: the executor owns the backward."""
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else its first use on a CPU compiles C++ for minutes
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+    offload = None
+    if optim.offload:
+        offload = DeepSpeedZeroOffloadOptimizerConfig(device=OffloadDeviceEnum.cpu, pin_memory=torch.cuda.is_available())
+    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=True)
+    zero = Zero(
+        adamw,
+        param_names=dict(names),
+        timers=NoopTimer(),
+        optimizer_params={},
+        verbose=False,
+        contiguous_gradients=False,
+        reduce_bucket_size=_BUCKET_ELEMENTS,
+        allgather_bucket_size=_BUCKET_ELEMENTS,
+        dp_process_group=data,
+        offload_optimizer_config=offload,
+        gradient_accumulation_dtype=precise,
+        communication_data_type=precise,
+        gradient_average=False,
+        partition_grads=False,
+        check_grad_overflow=False,
+        compute_grad_norm=offload is not None,
+    )
+    for partition in zero.single_partition_of_fp32_groups:
+        adamw.state[partition] = {
+            "step": torch.zeros((), dtype=torch.float32, device=partition.device),
+            **{moment: torch.zeros_like(partition) for moment in MOMENTS},
+        }
+    return zero
