@@ -347,11 +347,18 @@ class CostConfig:
     What was measured replaces that estimate.  All measured figures are for one microbatch: F, B, I and W per layer; S and T of
     a shard together, a fixed part and a part per row; E and G per shard.  `measured_layer_flops` says for which layers: the
     forward FLOPs of one, so that the figures are refused for any other model, sequence length or micro-batch size.
+
+    A message takes its fixed seconds and, where a bandwidth is told, its bytes through that: hops between stages, collectives of
+    the vocabulary, and sums over the tensor-parallel ranks, of which every layer has two forward and two backward.
     """
 
     flops_per_second: float = 5e10
     hop_seconds: float = 2e-4
+    hop_bytes_per_second: float | None = None
     collective_seconds: float = 5e-4
+    collective_bytes_per_second: float | None = None
+    tensor_seconds: float = 0.0
+    tensor_bytes_per_second: float | None = None
     measured_layer_flops: float | None = None
     layer_forward_seconds: float | None = None
     layer_backward_seconds: float | None = None
@@ -368,12 +375,57 @@ class CostConfig:
             value = getattr(self, item.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"cost.{item.name}={value} is not a finite number")
-            if item.name.endswith("_seconds") and value is not None:
+            if item.name.endswith("_per_second") and value is not None:
+                _at_least(f"cost.{item.name}", value, 1)
+            elif item.name.endswith("_seconds") and value is not None:
                 _at_least(f"cost.{item.name}", value, 0)
-        _at_least("cost.flops_per_second", self.flops_per_second, 1)
         _freeze(self, "rank_slowness")
         if self.rank_slowness is not None and not all(0 < value < math.inf for value in self.rank_slowness or (0,)):
             raise ConfigError(f"cost.rank_slowness={list(self.rank_slowness)}: every value must be above 0 and finite")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """The machines a run is planned for; only `vp-plan` reads it.
+
+    `memory_gib`: what one rank may allocate on its GPU.  `*_flops_per_second`: the peak of a GPU by dtype, of which layers and
+    vocabulary passes reach `efficiency`, unless `cost` has measured times.  `memory_bytes_per_second`: of a GPU's own memory.
+    Links are those of one GPU, in one direction: `node_*` to the others of its node, `network_*` to other nodes.
+    `overlap`: how much of the sum of the gradients over the replicas hides behind passes.
+    """
+
+    num_nodes: int = 1
+    gpus_per_node: int = 4
+    memory_gib: float = 4.0
+    bfloat16_flops_per_second: float = 1e11
+    float16_flops_per_second: float = 1e11
+    float32_flops_per_second: float = 1e11
+    float64_flops_per_second: float = 5e10
+    efficiency: float = 0.5
+    memory_bytes_per_second: float = 1e10
+    node_seconds: float = 2e-4
+    node_bytes_per_second: float = 1e9
+    network_seconds: float = 1e-3
+    network_bytes_per_second: float = 1e8
+    overlap: float = 0.0
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not math.isfinite(value):
+                raise ConfigError(f"cluster.{item.name}={value} is not a finite number")
+            is_fraction = item.name in ("efficiency", "overlap")
+            least = 1 if item.name.endswith("_per_second") or isinstance(value, int) else 0
+            _at_least(f"cluster.{item.name}", value, least)
+            if is_fraction and value > 1:
+                raise ConfigError(f"cluster.{item.name}={value} is out of range; it is a fraction, at most 1")
+        for name in ("memory_gib", "efficiency"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"cluster.{name}={getattr(self, name)} is too small; it must be above 0")
+
+    @property
+    def num_gpus(self) -> int:
+        return self.num_nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True)
@@ -425,6 +477,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     cost: CostConfig = field(default_factory=CostConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     run: RunSettings = field(default_factory=RunSettings)
     num_microbatches: int = 8
     micro_batch_size: int = 1

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vp_train.config import ModelConfig
+
+
+def tensor_share(model: ModelConfig, tp: int) -> ModelConfig:
+    """The model whose layers are what one of `tp` ranks has of each: a part of the heads and of the feed-forward width.
+
+    Inputs, outputs and norms of a layer are whole on every rank.
+    """
+    return replace(
+        model,
+        num_heads=model.num_heads // tp,
+        num_query_groups=model.num_query_groups // tp,
+        head_size=head_size(model),
+        ffn_hidden_size=model.ffn_hidden_size // tp,
+    )
 
 
 def head_size(model: ModelConfig) -> int:
@@ -44,8 +60,18 @@ def layer_parameters(model: ModelConfig) -> int:
 def num_parameters(model: ModelConfig) -> int:
     """All weights; a tied embedding counts once."""
     vocabulary = model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
-    positions = model.seq_length * model.hidden_size if model.positions == "learned" else 0
-    return model.num_layers * layer_parameters(model) + _norm_parameters(model) + positions + vocabulary
+    layers = model.num_layers * layer_parameters(model)
+    return layers + final_norm_parameters(model) + position_parameters(model) + vocabulary
+
+
+def final_norm_parameters(model: ModelConfig) -> int:
+    """Weights of the norm after the last layer."""
+    return _norm_parameters(model)
+
+
+def position_parameters(model: ModelConfig) -> int:
+    """Weights that stage 0 has besides its layers and rows of the embedding."""
+    return model.seq_length * model.hidden_size if model.positions == "learned" else 0
 
 
 def _norm_parameters(model: ModelConfig) -> int:
