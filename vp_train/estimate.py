@@ -28,10 +28,14 @@ def estimate_cost(
     item_bytes = ITEM_BYTES[config.run.dtype]
     rows = [math.ceil(shard.num_rows / tp) for shard in shards[End.OUTPUT]]
     num_shards = tp * (layout.num_ranks if algorithm.sharded else 1)
-    layer_bytes = shape.layer_input_bytes if config.parallel.recompute == "full" else shape.layer_activation_bytes
-    stage_bytes = [float(len(stage) * layer_bytes(model, size, item_bytes)) for stage in layers]
+    on_cuda = config.run.device == "cuda"
+    if config.parallel.recompute == "full":
+        layer_bytes = shape.layer_input_bytes(model, size, item_bytes)
+    else:
+        layer_bytes = shape.layer_activation_bytes(model, size, item_bytes, fused_norms=on_cuda)
+    stage_bytes = [float(len(stage) * layer_bytes) for stage in layers]
     stage_bytes[0] += shape.embedding_activation_bytes(model, size, item_bytes)
-    stage_bytes[-1] += shape.final_norm_activation_bytes(model, size, item_bytes)
+    stage_bytes[-1] += shape.final_norm_activation_bytes(model, size, item_bytes, fused_norms=on_cuda)
     return CostModel(
         {
             kind: tuple(

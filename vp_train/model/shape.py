@@ -94,18 +94,17 @@ def head_in_layers(model: ModelConfig) -> float:
     return 2 * model.vocab_size * model.hidden_size / layer_flops(model, 1)
 
 
-def layer_activation_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
-    """Bytes one layer keeps from its forward to its backward, for one microbatch.
+def layer_activation_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int, *, fused_norms: bool = False) -> int:
+    """Bytes one layer keeps from its forward to its backward, for one microbatch.  torch fuses an RMSNorm on CUDA.
 
     Per token: the norms; the input of the qkv projection; q and k before their attention and the whole qkv, for v is a view of
     it; the output and the log-sums of attention; the input of the MLP; and what its activation keeps: all it is given and its
     output, and with a gate also the two factors.
     """
     h, f, q, kv, n = model.hidden_size, model.ffn_hidden_size, query_size(model), kv_size(model), model.num_heads
-    per_token = 2 * (_norm_values(model, h) + h) + (q + 2 * kv) + q
+    norm_bytes = (4 if model.post_norms else 2) * _norm_bytes(model, item_bytes, fused=fused_norms)
+    per_token = 2 * h + (q + 2 * kv) + q
     per_token += (5 if is_gated(model) else 2) * f
-    if model.post_norms:
-        per_token += 2 * _norm_values(model, h)
     if model.positions == "rope" or model.qk_norm:
         per_token += q + kv  # otherwise q and k are views of qkv as well
     if model.qk_norm:
@@ -115,12 +114,18 @@ def layer_activation_bytes(model: ModelConfig, micro_batch_size: int, item_bytes
     if model.attention_softcap is None:
         per_token += n
     angles = 4 * model.seq_length * head_size(model) if model.positions == "rope" else 0
-    return item_bytes * (micro_batch_size * model.seq_length * per_token + angles)
+    return micro_batch_size * model.seq_length * (item_bytes * per_token + norm_bytes) + item_bytes * angles
 
 
-def _norm_values(model: ModelConfig, size: int) -> int:
-    """What a norm keeps of a token of `size` values besides its output: RMSNorm its input, that normalised, and a scale."""
-    return size + 2 if model.normalisation == "layernorm" else 2 * size + 1
+def _norm_bytes(model: ModelConfig, item_bytes: int, *, fused: bool) -> int:
+    """What a norm keeps of a token besides its output: its input and statistics; an RMSNorm that is not fused works in fp32.
+
+    It keeps its input, that normalised, and a scale.
+    """
+    precise = max(4, item_bytes)
+    if model.normalisation == "layernorm":
+        return item_bytes * model.hidden_size + 2 * precise
+    return item_bytes * model.hidden_size + precise if fused else precise * (2 * model.hidden_size + 1)
 
 
 def layer_input_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
@@ -142,6 +147,8 @@ def layer_weight_grad_bytes(model: ModelConfig, micro_batch_size: int, item_byte
     return item_bytes * micro_batch_size * model.seq_length * (inputs + gradients)
 
 
-def final_norm_activation_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
+def final_norm_activation_bytes(
+    model: ModelConfig, micro_batch_size: int, item_bytes: int, *, fused_norms: bool = False
+) -> int:
     """Bytes the final norm keeps for one microbatch."""
-    return item_bytes * micro_batch_size * model.seq_length * _norm_values(model, model.hidden_size)
+    return micro_batch_size * model.seq_length * _norm_bytes(model, item_bytes, fused=fused_norms)

@@ -27,14 +27,14 @@ class StateBytes:
 
     @classmethod
     def of(cls, config: RunConfig) -> StateBytes:
-        """Below fp32: gradients, a copy of the weights and two moments in fp32.  ZeRO-1 copies the weights in any precision.
+        """Below fp32: gradients, a copy of the weights and two moments in fp32.
 
-        It also keeps its part of the summed gradients.
+        DeepSpeed's ZeRO-1 copies the weights in any precision, and keeps its part of the gradients twice.
         """
         item = ITEM_BYTES[config.run.dtype]
         precise = max(4, item)
         if config.optim.name == "zero1":
-            return cls(item, precise, 0 if config.optim.offload else 4 * precise)
+            return cls(item, precise, 0 if config.optim.offload else 5 * precise)
         return cls(item, precise, 2 * precise + (precise if item < precise else 0))
 
 
@@ -182,10 +182,11 @@ def _working_bytes(config: RunConfig, item: Pass) -> float:
             # The MLP is differentiated first, when everything before it is still there: the gradients of its activation's
             # input and output, which W keeps in part, less what the last product has used up.
             wide = (3 if shape.is_gated(model) else 2) - (item.kind is Kind.B)
-            again = shape.layer_activation_bytes(model, config.micro_batch_size, item_bytes)
-            return values * (wide * model.ffn_hidden_size + 2 * model.hidden_size) + (
-                again if config.parallel.recompute == "full" else 0
-            )
+            again = 0
+            if config.parallel.recompute == "full":
+                fused = config.run.device == "cuda"
+                again = shape.layer_activation_bytes(model, config.micro_batch_size, item_bytes, fused_norms=fused)
+            return float(values * (wide * model.ffn_hidden_size + 2 * model.hidden_size) + again)
         case Kind.S | Kind.T:
             return 2.0 * message_bytes(config) * max(4, item_bytes) / item_bytes
         case _:
