@@ -43,9 +43,15 @@ _SIMULATE_EXAMPLES = """\
   vp-simulate --compare 1f1b,zb_h1,v_half --vocab none,one_barrier --out compared parallel.pp=8 cost=a100_4b"""
 
 
+_PLAN_EXAMPLES = """\
+  vp-plan model=gpt_4b cluster=a100_80g_node num_microbatches=128
+  vp-plan model=llama3_8b cluster=h100_80g_node cluster.num_nodes=4 parallel.tp=2 parallel.pp=4 num_microbatches=32
+  vp-plan --search --top 10 model=gpt_21b cluster=a100_80g_node cluster.num_nodes=2 num_microbatches=256"""
+
+
 @dataclass(frozen=True, slots=True)
 class _Command:
-    """A console entry.  `options` take a value: their name -> (what to write for it, what it does)."""
+    """A console entry.  `options`: their name -> (what to write for their value, empty if they have none; what they do)."""
 
     name: str
     purpose: str
@@ -73,6 +79,17 @@ def simulate() -> None:
     }
     purpose = "simulates one step: time, bubble and memory of a schedule"
     _main(_Command("vp-simulate", purpose, _simulate, _SIMULATE_EXAMPLES, options))
+
+
+def plan() -> None:
+    """`vp-plan`: bytes, seconds and MFU of a run on a cluster, before anything starts."""
+    options = {
+        "--search": ("", "rank every way to run the batch on the cluster, fastest first"),
+        "--top": ("K", "with --search: show so many (5)"),
+        "--seconds": ("N", "with --search: simulate for so long at most (60)"),
+        "--json": ("FILE", "write the report there"),
+    }
+    _main(_Command("vp-plan", "predicts memory, time and MFU of a run on a cluster", _plan, _PLAN_EXAMPLES, options))
 
 
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
@@ -103,6 +120,28 @@ def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str,
     else:
         show(config, directory, config_text(config))
     return EXIT_OK
+
+
+def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    from vp_train.planner.show import show_plan, show_search
+
+    path = Path(options["--json"]).expanduser() if "--json" in options else None
+    if "--search" not in options:
+        for name in ("--top", "--seconds"):
+            if name in options:
+                raise ConfigError(f"{name} belongs to --search")
+        fits = show_plan(config, path)
+    else:
+        top, seconds = _number(options, "--top", 5), _number(options, "--seconds", 60)
+        fits = show_search(config, top, seconds, path)
+    return EXIT_OK if fits else EXIT_CONFIG
+
+
+def _number(options: Mapping[str, str], name: str, default: int) -> int:
+    word = options.get(name, str(default))
+    if not word.isdecimal() or int(word) < 1:
+        raise ConfigError(f"{name} {word} is not a whole number of at least 1")
+    return int(word)
 
 
 def _main(command: _Command) -> NoReturn:
@@ -142,7 +181,7 @@ def _main(command: _Command) -> NoReturn:
 
 
 def _split(words: Sequence[str], known: Mapping[str, tuple[str, str]]) -> tuple[list[str], dict[str, str]]:
-    """Overrides, and the values of known options, written `--out DIR` or `--out=DIR`."""
+    """Overrides, and the values of known options, written `--out DIR` or `--out=DIR`; "" of those without one."""
     overrides: list[str] = []
     options: dict[str, str] = {}
     rest = iter(words)
@@ -150,6 +189,9 @@ def _split(words: Sequence[str], known: Mapping[str, tuple[str, str]]) -> tuple[
         name, equals, value = word.partition("=")
         if name not in known:
             overrides.append(word)
+            continue
+        if not known[name][0]:
+            options[name] = ""
             continue
         value = value if equals else next(rest, "")
         if not value or value.startswith("-"):
