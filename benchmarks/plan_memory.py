@@ -149,9 +149,7 @@ def measure(rank: int, num_ranks: int, port: int, case: str, config: RunConfig, 
     with live:
         step()
     memory = rank_memory(config, plan, mesh.pipeline_rank)
-    row = Row(
-        case, rank, memory.state, memory.activations, memory.vocabulary, memory.working, memory.total, live.peak, before
-    )
+    row = Row(case, rank, memory.state, memory.activations, memory.vocabulary, memory.working, memory.total, live.peak, before)
     Path(path, str(rank)).write_text(json.dumps(asdict(row)))
     dist.barrier()
     os._exit(0)

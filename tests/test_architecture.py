@@ -45,6 +45,7 @@ WITHOUT_TORCH = (
     "vp_train.estimate",
     "vp_train.placement",
     "vp_train.plan",
+    "vp_train.planner",
     "vp_train.simulation",
     "vp_train.plot",
     "vp_train.exits",

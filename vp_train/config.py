@@ -348,8 +348,8 @@ class CostConfig:
     a shard together, a fixed part and a part per row; E and G per shard.  `measured_layer_flops` says for which layers: the
     forward FLOPs of one, so that the figures are refused for any other model, sequence length or micro-batch size.
 
-    A message takes its fixed seconds and, where a bandwidth is told, its bytes through that: hops between stages, collectives of
-    the vocabulary, and sums over the tensor-parallel ranks, of which every layer has two forward and two backward.
+    A message takes its fixed seconds and, where a bandwidth is told, its bytes through that: hops between stages,
+    collectives of the vocabulary, and sums over the tensor-parallel ranks, of which a layer has two forward and two backward.
     """
 
     flops_per_second: float = 5e10

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from schedules.ir import Kind, Pass
 from schedules.vocab import End
-from vp_train.config import ModelConfig, RunConfig
+from vp_train.config import RunConfig
 from vp_train.estimate import ITEM_BYTES, held_part, message_bytes
 from vp_train.model import shape
 from vp_train.plan import StepPlan
@@ -111,8 +111,10 @@ def step_peak(config: RunConfig, step: StepPlan, rank: int) -> tuple[float, floa
         change, left = cost.byte_change(item), 0.0
         if on_cpu:
             left = _unsent_bytes(item, step, rank, message)
-        elif _goes_to_another_rank(item, step):
-            change += message if item.kind is Kind.F else -message if item.kind in (Kind.B, Kind.I) else 0.0
+        elif not item.kind.is_vocabulary and _is_hop(
+            item.stage, item.stage + 1, step
+        ):  # the executor keeps the output of a stage until its backward
+            change += {Kind.F: message, Kind.B: -message, Kind.I: -message}.get(item.kind, 0.0)
         in_held = item.kind in (Kind.S, Kind.T)
         if in_held and on_cpu and exponentials:
             change -= math.copysign(exponentials, change)
@@ -131,23 +133,17 @@ def _most_held(order: tuple[Pass, ...]) -> int:
     return most
 
 
-def _goes_to_another_rank(item: Pass, step: StepPlan) -> bool:
-    """Whether the result of a stage pass is a hop."""
+def _is_hop(stage: int, other: int, step: StepPlan) -> bool:
+    """Whether tensors between these two stages go from one rank to another."""
     layout = step.problem.layout
-    match item.kind:
-        case Kind.F:
-            after = item.stage + 1
-        case Kind.B | Kind.I:
-            after = item.stage - 1
-        case _:
-            return False
-    return 0 <= after < layout.num_stages and layout.rank_of(after) != layout.rank_of(item.stage)
+    return 0 <= other < layout.num_stages and layout.rank_of(other) != layout.rank_of(stage)
 
 
 def _unsent_bytes(item: Pass, step: StepPlan, rank: int, message: float) -> float:
     """What stays until the end of a step because gloo does not tell when a message was sent: hops, and what others reduce."""
     problem = step.problem
-    if _goes_to_another_rank(item, step):
+    neighbour = {Kind.F: item.stage + 1, Kind.B: item.stage - 1, Kind.I: item.stage - 1}.get(item.kind)
+    if neighbour is not None and _is_hop(item.stage, neighbour, step):
         return message
     if item.kind is Kind.E and problem.algorithm.sharded and rank != problem.root(End.INPUT):
         return message * step.shards[End.INPUT][rank].num_rows / step.shards[End.INPUT][-1].stop

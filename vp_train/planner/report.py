@@ -174,9 +174,7 @@ class PlanReport:
             "binds": self.binds,
             "fits": self.fits,
             "limit_bytes": self.limit,
-            "ranks": [
-                asdict(rank) | {"total_bytes": rank.memory.total, "busy_seconds": rank.busy} for rank in self.ranks
-            ],
+            "ranks": [asdict(rank) | {"total_bytes": rank.memory.total, "busy_seconds": rank.busy} for rank in self.ranks],
         }
 
 

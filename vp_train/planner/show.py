@@ -99,7 +99,7 @@ def plan_lines(report: PlanReport) -> list[str]:
         "",
         f"memory    {human_bytes(worst.total)} of {gib:g} GiB on rank {report.worst}, {room}",
         f"step      {duration(step)}: {report.num_tokens / step:,.0f} tokens/s, MFU {report.mfu:.1%} of "
-        f"{report.flops / 1e12:,.4g} TFLOP",
+        f"{_amount(report.flops)}FLOP",
         f"          rank {report.busiest}: {shares}",
         f"schedule  mean bubble {report.bubble:.1%}, {report.gap:.1%} above the lower bound, {report.bound_reason}",
         f"binds     {report.binds}",
@@ -112,10 +112,18 @@ def plan_lines(report: PlanReport) -> list[str]:
 def _model_words(config: RunConfig) -> str:
     model = config.model
     return (
-        f"{shape.num_parameters(model) / 1e9:.3g} billion parameters, {model.num_layers} layers of hidden size "
+        f"{shape.num_parameters(model) / 1e6:,.0f} M parameters, {model.num_layers} layers of hidden size "
         f"{model.hidden_size:,}, vocabulary {model.vocab_size:,}; {config.num_microbatches} microbatches of "
         f"{config.micro_batch_size} x {model.seq_length:,} tokens"
     )
+
+
+def _amount(count: float) -> str:
+    """23_100_000 -> `23.1 M`, to be followed by a unit."""
+    for power, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if count >= 10**power:
+            return f"{count / 10**power:.3g} {letter}"
+    return f"{count:,.0f} "
 
 
 def _cluster_words(config: RunConfig) -> str:
@@ -164,10 +172,10 @@ def search_lines(config: RunConfig, result: Result) -> list[str]:
     counted = f"{result.num_choices:,} choices, {result.num_simulated} simulated, {len(result.refused):,} refused"
     lines = []
     if result.best:
-        lines += [*_best_table(result.best), "", f"vp-train {result.best[0].choice.overrides()}"]
+        lines += [*_best_table(result.best), "", f"the first: {result.best[0].choice.overrides()}"]
         lines += [f"binds: {result.best[0].report.binds}", ""]
     if result.open_choices:
-        lines.append(f"{counted}; out of time: {result.open_choices:,} that might be faster are left, --seconds gives them more")
+        lines.append(f"{counted}; out of time: {result.open_choices:,} that might be faster are left; raise --seconds")
     else:
         lines.append(f"{counted}; none of the others can be faster")
     lines += _refusal_lines(result.refused)
