@@ -8,9 +8,9 @@ and links; no pass time of any run is used.  `shipped` is the same with nothing 
 cluster=a100_80g_node, which comes from the time of a published layer.
 
 Memory is counted as the published implementation holds it, not ours: 16 bytes per parameter (fp16 weights and gradients, fp32
-master copy and moments), 34 s b h bytes of activations per layer, and from S to T the fp32 softmax of a shard.  How many of each
-are held is our simulation.  An undivided output layer is a part of F and B there, so that of one microbatch is held: fp16
-logits, their fp32 copy and an fp32 softmax.  Nothing is calibrated.
+master copy and moments), 34 s b h bytes of activations per layer, and from S to T the fp32 softmax of a shard.  How many of
+them are held is our simulation.  An undivided output layer is a part of F and B there, so that of one microbatch is held:
+fp16 logits, their fp32 copy and an fp32 softmax.  Nothing is calibrated.
 """
 
 from __future__ import annotations

@@ -65,13 +65,21 @@ def test_json_has_every_rank(vp_plan, tmp_path):
     assert record["tokens_per_second"] == pytest.approx(8 * 64 / record["step_seconds"])
 
 
-def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would_help(vp_plan):
-    code, out, _ = vp_plan(*NANO, "cluster.memory_gib=0.004", "vocab=none", "parallel.dp=2", "parallel.pp=2")
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [
+        (["parallel.pp=4", "vocab=none", "model.vocab_size=65536"], "vocab=one_barrier: about"),
+        (["parallel.dp=2", "parallel.pp=2", "run.dtype=bfloat16"], "optim.name=zero1: about"),
+        (["parallel.pp=4", "micro_batch_size=8"], "micro_batch_size=1 num_microbatches=64: about"),
+        (["parallel.pp=4", "num_microbatches=2", "model.seq_length=512"], "parallel.recompute=full: about"),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would_help(vp_plan, overrides, remedy):
+    code, out, _ = vp_plan(*NANO, "cluster.memory_gib=0.004", *overrides)
     assert code == EXIT_CONFIG
-    assert "GiB TOO MUCH" in out
+    assert "MiB TOO MUCH" in out
     helps = [line for line in out.splitlines() if line.startswith("would help")]
-    assert any("vocab=one_barrier: about" in line for line in helps)
-    assert any("optim.name=zero1: about" in line for line in helps)
+    assert any(remedy in line for line in helps)
     assert "more GPUs per replica" in helps[-1]
 
 
@@ -93,7 +101,7 @@ def test_search_where_nothing_fits(vp_plan):
     code, out, _ = vp_plan("--search", *NANO, "cluster.memory_gib=0.001")
     assert code == EXIT_CONFIG
     assert "NOTHING FITS.  Closest: parallel.dp=" in out
-    assert "more than 0.001" in out
+    assert "more than 0.001 GiB" in out
     assert "would help" in out
 
 
@@ -109,7 +117,7 @@ def test_search_where_nothing_fits(vp_plan):
     ],
 )
 def test_refusals_in_one_line(vp_plan, arguments, message):
-    code, out, err = vp_plan(*arguments)
+    code, _, err = vp_plan(*arguments)
     assert code == EXIT_CONFIG
     assert message in err
     assert len(err.splitlines()) == 1

@@ -82,7 +82,7 @@ def test_nothing_fits_and_by_how_much():
     assert result.num_simulated == result.open_choices == 0
     reasons = [each.reason for each in result.refused if each.excess is not None]
     assert reasons
-    assert all("more than 0.002" in reason and "needs at least" in reason for reason in reasons)
+    assert all("more than 0.002 GiB" in reason and "needs at least" in reason for reason in reasons)
     assert any("model.num_query_groups=2 does not split over parallel.tp=4" in each.reason for each in result.refused)
 
 
@@ -95,4 +95,4 @@ def test_out_of_time_is_said():
 
 def test_a_batch_that_no_split_divides():
     with pytest.raises(ConfigError, match=r"no split of 5 GPUs has whole microbatches.*use another batch"):
-        searched(config_of("cluster.gpus_per_node=5", "model.num_layers=3", "num_microbatches=3"))
+        searched(config_of("cluster.num_nodes=5", "cluster.gpus_per_node=1", "model.num_layers=3", "num_microbatches=3"))

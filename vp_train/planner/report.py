@@ -11,6 +11,7 @@ from schedules.vocab import End
 from vp_train.config import ConfigError, RunConfig
 from vp_train.degrees import Degrees, split_ranks
 from vp_train.estimate import message_bytes, sum_seconds
+from vp_train.metrics.progress import human_bytes
 from vp_train.model import shape
 from vp_train.plan import StepPlan, plan_step
 from vp_train.planner.cluster import gradient_seconds, links_of, on_cluster, peak_flops
@@ -138,8 +139,8 @@ class PlanReport:
     def memory_words(self) -> str:
         """What the worst rank needs, and how far that is from the limit."""
         memory, cap = self.ranks[self.worst].memory, self.config.cluster.memory_gib
-        how = f"{self.excess / _GIB:.1f} more than" if not self.fits else f"{-self.excess / _GIB:.1f} less than"
-        return f"needs {memory.total / _GIB:.1f} GiB on rank {self.worst}, {how} {cap:g}"
+        how = "less" if self.fits else "more"
+        return f"needs {human_bytes(memory.total)} on rank {self.worst}, {human_bytes(abs(self.excess))} {how} than {cap:g} GiB"
 
     def _advice(self, part: str) -> str:
         links = links_of(self.config.cluster, self.degrees)

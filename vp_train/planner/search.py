@@ -16,6 +16,7 @@ from schedules.ir import Schedule
 from schedules.timeline import Timeline
 from vp_train.config import ConfigError, RunConfig
 from vp_train.degrees import Degrees
+from vp_train.metrics.progress import human_bytes
 from vp_train.plan import Draft, StepPlan, draft_step
 from vp_train.planner.cluster import gradient_seconds, on_cluster
 from vp_train.planner.memory import rank_memory
@@ -196,8 +197,8 @@ def _weigh(config: RunConfig, choice: Choice, bounds: dict[tuple[object, ...], f
     total = memories[worst].total
     if total > limit:
         reason = (
-            f"needs at least {total / _GIB:.1f} GiB on rank {worst}, {(total - limit) / _GIB:.1f} more than "
-            f"{config.cluster.memory_gib:g}"
+            f"needs at least {human_bytes(total)} on rank {worst}, {human_bytes(total - limit)} more than "
+            f"{config.cluster.memory_gib:g} GiB"
         )
         return Refusal(choice, reason, bound, total - limit)
     return _Candidate(choice, chosen, draft, bound)
@@ -215,8 +216,11 @@ def least_step(schedule: str, draft: Draft) -> StepPlan:
     return StepPlan(draft.degrees, draft.layers, draft.shards, problem, cost, order, Timeline((), (), (), ()), ())
 
 
-def least_choice(config: RunConfig) -> tuple[Degrees, StepPlan]:
-    """The degrees of `config` on its cluster and its `least_step`; of schedules that are searched or stored, that of 1f1b."""
+def about_bytes(config: RunConfig) -> float:
+    """About what the worst rank of `config` needs: its `least_step` and one held shard.
+
+    Schedules that are searched for or stored count as 1f1b.  Raises ConfigError.
+    """
     named = config.schedule.name if config.schedule.name in GENERATORS and config.schedule.file is None else "1f1b"
     vocab = config.vocab.algorithm if config.vocab.algorithm != "auto" else "one_barrier"
     told = replace(
@@ -225,7 +229,8 @@ def least_choice(config: RunConfig) -> tuple[Degrees, StepPlan]:
         vocab=replace(config.vocab, algorithm=vocab),
     )
     draft = draft_step(told, config.cluster.num_gpus)
-    return draft.degrees, least_step(named, draft)
+    least = least_step(named, draft)
+    return max(rank_memory(told, least, rank).total + draft.cost.shard_bytes[rank] for rank in range(least.num_ranks))
 
 
 def _simulated(candidate: _Candidate) -> PlanReport:

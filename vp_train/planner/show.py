@@ -18,12 +18,12 @@ from rich.table import Table
 
 from schedules.render import duration
 from vp_train.config import ConfigError, RunConfig
+from vp_train.degrees import split_ranks
 from vp_train.metrics.progress import human_bytes
 from vp_train.model import shape
 from vp_train.plan import SEARCHING
-from vp_train.planner.memory import rank_memory
 from vp_train.planner.report import PlanReport, make_report
-from vp_train.planner.search import Found, Refusal, Result, least_choice, search
+from vp_train.planner.search import Found, Refusal, Result, about_bytes, search
 
 _SHOWN_RANKS = 16
 _SHOWN_REFUSALS = 3
@@ -87,8 +87,7 @@ def plan_lines(report: PlanReport) -> list[str]:
     config, parts = report.config, report.parts
     step, worst = report.step_seconds, report.ranks[report.worst].memory
     shares = ", ".join(f"{name} {seconds / step:.1%}" for name, seconds in parts.items() if seconds >= 0.0005 * step)
-    gib = config.cluster.memory_gib
-    room = f"{-report.excess / _GIB:.1f} GiB to spare" if report.fits else f"{report.excess / _GIB:.1f} GiB TOO MUCH"
+    room = f"{human_bytes(abs(report.excess))} {'to spare' if report.fits else 'TOO MUCH'}"
     lines = [
         f"{report.schedule} with {report.vocab}, {report.degrees}, recomputation {config.parallel.recompute}, "
         f"optimizer {config.optim.name}",
@@ -97,7 +96,7 @@ def plan_lines(report: PlanReport) -> list[str]:
         "",
         *_rank_table(report),
         "",
-        f"memory    {human_bytes(worst.total)} of {gib:g} GiB on rank {report.worst}, {room}",
+        f"memory    {human_bytes(worst.total)} of {config.cluster.memory_gib:g} GiB on rank {report.worst}, {room}",
         f"step      {duration(step)}: {report.num_tokens / step:,.0f} tokens/s, MFU {report.mfu:.1%} of "
         f"{_amount(report.flops)}FLOP",
         f"          rank {report.busiest}: {shares}",
@@ -105,14 +104,14 @@ def plan_lines(report: PlanReport) -> list[str]:
         f"binds     {report.binds}",
     ]
     if not report.fits:
-        lines += ["", *(f"would help: {words}" for words in remedies(config, report))]
+        lines += ["", *(f"would help: {words}" for words in remedies(config))]
     return lines
 
 
 def _model_words(config: RunConfig) -> str:
     model = config.model
     return (
-        f"{shape.num_parameters(model) / 1e6:,.0f} M parameters, {model.num_layers} layers of hidden size "
+        f"{shape.num_parameters(model) / 1e6:,.1f} M parameters, {model.num_layers} layers of hidden size "
         f"{model.hidden_size:,}, vocabulary {model.vocab_size:,}; {config.num_microbatches} microbatches of "
         f"{config.micro_batch_size} x {model.seq_length:,} tokens"
     )
@@ -151,7 +150,7 @@ def _rank_table(report: PlanReport) -> list[str]:
             str(index),
             str(rank.num_layers),
             f"{rank.num_rows:,}",
-            f"{memory.parameters / 1e6:,.0f}M",
+            f"{memory.parameters / 1e6:,.{0 if memory.parameters >= 1e7 else 2}f}M",
             *(f"{size / unit:.2f}" for size in (*parts, memory.total)),
             duration(rank.busy),
         )
@@ -230,15 +229,14 @@ def _misses(config: RunConfig, refused: Sequence[Refusal]) -> list[str]:
     leanest = min(too_large, key=lambda each: each.excess or 0.0)
     chosen = leanest.choice.applied(config)
     lines = ["", f"NOTHING FITS.  Closest: {leanest.choice.overrides()}", f"  {leanest.reason}"]
-    return lines + [f"would help: {words}" for words in remedies(chosen, None)]
+    return lines + [f"would help: {words}" for words in remedies(chosen)]
 
 
-def remedies(config: RunConfig, report: PlanReport | None) -> list[str]:
-    """What would take bytes off the worst rank of `config`, largest first, each tried by itself."""
-    degrees, least = least_choice(config)
-    before = max(rank_memory(config, least, rank).total for rank in range(degrees.pp))
+def remedies(config: RunConfig) -> list[str]:
+    """What would take bytes off the worst rank of `config`, each tried by itself, the largest first."""
+    before, replicas = about_bytes(config), split_ranks(config.parallel, config.cluster.num_gpus).dp
     tried: list[tuple[str, RunConfig]] = []
-    if config.optim.name != "zero1" and degrees.dp > 1:
+    if config.optim.name != "zero1" and replicas > 1:
         tried.append(("optim.name=zero1", replace(config, optim=replace(config.optim, name="zero1"))))
     if not config.optim.offload:
         offloaded = replace(config, optim=replace(config.optim, name="zero1", offload=True))
@@ -254,14 +252,13 @@ def remedies(config: RunConfig, report: PlanReport | None) -> list[str]:
     found = []
     for words, changed in tried:
         try:
-            _, step = least_choice(changed)
+            after = about_bytes(changed)
         except ConfigError:
             continue
-        after = max(rank_memory(changed, step, rank).total for rank in range(degrees.pp))
         if before - after > 0.01 * before:
             found.append((before - after, f"{words}: about {human_bytes(before - after)} less"))
     ordered = [words for _, words in sorted(found, reverse=True)]
-    more = " or a smaller parallel.dp" if degrees.dp > 1 else ""
+    more = " or a smaller parallel.dp" if replicas > 1 else ""
     return [*ordered, f"more GPUs per replica: cluster.num_nodes above {config.cluster.num_nodes}{more}"]
 
 
