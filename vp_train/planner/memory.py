@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from schedules.ir import Kind, Pass
 from schedules.vocab import End
@@ -66,18 +66,24 @@ class RankMemory:
 
 def rank_memory(config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None = None) -> RankMemory:
     """The memory of every tensor-parallel rank of pipeline rank `rank`; where these differ by a row, of the larger."""
+    activations, vocabulary, working = step_peak(config, step, rank)
+    kept = rank_state(config, step, rank, state)
+    return replace(kept, activations=activations, vocabulary=vocabulary, working=working)
+
+
+def rank_state(config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None = None) -> RankMemory:
+    """The memory of a rank between two steps."""
     of_each = StateBytes.of(config) if state is None else state
     parameters = rank_parameters(config, step, rank)
     parts = step.degrees.dp if config.optim.name == "zero1" else 1
-    activations, vocabulary, working = step_peak(config, step, rank)
     return RankMemory(
         parameters,
         parameters * of_each.weights,
         parameters * of_each.gradients,
         parameters * of_each.optimizer / parts,
-        activations,
-        vocabulary,
-        working,
+        activations=0.0,
+        vocabulary=0.0,
+        working=0.0,
     )
 
 
@@ -85,7 +91,7 @@ def rank_parameters(config: RunConfig, step: StepPlan, rank: int) -> int:
     """Values that a rank holds, copies of tied matrices included."""
     problem, tp = step.problem, step.degrees.tp
     model = shape.tensor_share(config.model, tp)
-    count = sum(map(len, step.layers_of_ranks[rank])) * shape.layer_parameters(model)
+    count = sum(len(step.layers[stage]) for stage in problem.layout.stages_of(rank)) * shape.layer_parameters(model)
     if problem.root(End.OUTPUT) == rank:
         count += shape.final_norm_parameters(model)
     if problem.root(End.INPUT) == rank:

@@ -203,7 +203,7 @@ def report_of(config: RunConfig, step: StepPlan, state: StateBytes | None = None
         ranks,
         model_flops(config) * degrees.dp,
         timeline.makespan,
-        max(gradient_seconds(config, degrees, each.memory.parameters) for each in ranks),
+        gradient_seconds(config, degrees, max(each.memory.parameters for each in ranks)),
         max(optimizer_seconds(config, each.memory) for each in ranks),
         timeline.mean_bubble,
         bound.seconds,

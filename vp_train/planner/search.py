@@ -1,7 +1,7 @@
 """The fastest ways to run a model on a cluster: every split of its GPUs, best first, simulated as far as needed.
 
 A lower bound on the step of every choice is cheap, and no schedule beats it: choices are simulated in the order of their
-bounds until none that is left could be among the best.  What cannot fit into memory is refused before it is simulated.
+bounds until none that is left could be among the best.  What cannot fit into memory is refused instead of being simulated.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from schedules.bound import step_bound
+from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
 from schedules.ir import Schedule
 from schedules.timeline import Timeline
@@ -19,7 +20,7 @@ from vp_train.degrees import Degrees
 from vp_train.metrics.progress import human_bytes
 from vp_train.plan import Draft, StepPlan, draft_step
 from vp_train.planner.cluster import gradient_seconds, on_cluster
-from vp_train.planner.memory import rank_memory
+from vp_train.planner.memory import rank_memory, rank_state
 from vp_train.planner.report import PlanReport, optimizer_seconds, report_of
 
 # gpipe takes as long as 1f1b and more memory; interlaced and naive are for comparison.
@@ -28,6 +29,7 @@ VOCABS = ("one_barrier", "two_barrier", "none")
 RECOMPUTE = ("none", "full")
 _MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 _GIB = 2**30
+_PIPELINES_FULL = 3  # microbatches per rank after which no schedule but gpipe has more in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,10 @@ def search(config: RunConfig, top: int, in_time: Callable[[], bool], progress: C
     simulated = 0
     while queue and (len(best) < top or queue[0][0] < best[-1].report.step_seconds) and in_time():
         _, _, candidate = heapq.heappop(queue)
+        if (refusal := _too_large(candidate)) is not None:
+            refused.append(refusal)
+            progress(_progress(simulated, len(queue), best))
+            continue
         report = _simulated(candidate)
         simulated += 1
         if report.fits:
@@ -188,20 +194,29 @@ def _weigh(config: RunConfig, choice: Choice, bounds: dict[tuple[object, ...], f
     key = (choice.degrees, choice.micro_batch_size, choice.vocab, choice.recompute, layout, draft.problem.split_backward)
     if key not in bounds:
         bounds[key] = step_bound(draft.problem, draft.cost).seconds
-    least = least_step(choice.schedule, draft)
-    memories = [rank_memory(chosen, least, rank) for rank in range(layout.num_ranks)]
-    after = max(gradient_seconds(chosen, choice.degrees, memory.parameters) for memory in memories)
-    after += max(optimizer_seconds(chosen, memory) for memory in memories)
-    bound, limit = bounds[key] + after, config.cluster.memory_gib * _GIB
-    worst = max(range(len(memories)), key=lambda rank: memories[rank].total)
-    total = memories[worst].total
-    if total > limit:
-        reason = (
-            f"needs at least {human_bytes(total)} on rank {worst}, {human_bytes(total - limit)} more than "
-            f"{config.cluster.memory_gib:g} GiB"
-        )
-        return Refusal(choice, reason, bound, total - limit)
-    return _Candidate(choice, chosen, draft, bound)
+    blank = _unordered(draft, Schedule(choice.schedule, ()), draft.cost)
+    states = [rank_state(chosen, blank, rank) for rank in range(layout.num_ranks)]
+    after = gradient_seconds(chosen, choice.degrees, max(state.parameters for state in states))
+    after += max(optimizer_seconds(chosen, state) for state in states)
+    return _Candidate(choice, chosen, draft, bounds[key] + after)
+
+
+def _too_large(candidate: _Candidate) -> Refusal | None:
+    """Its refusal, if no order of its passes fits into memory."""
+    config, least = candidate.config, least_step(candidate.choice.schedule, candidate.draft)
+    limit = config.cluster.memory_gib * _GIB
+    needs = [rank_state(config, least, rank).state for rank in range(least.num_ranks)]
+    if max(needs) <= limit:
+        needs = [rank_memory(config, least, rank).total for rank in range(least.num_ranks)]
+    worst = max(range(len(needs)), key=needs.__getitem__)
+    excess = needs[worst] - limit
+    if excess <= 0:
+        return None
+    reason = (
+        f"needs at least {human_bytes(needs[worst])} on rank {worst}, {human_bytes(excess)} more than "
+        f"{config.cluster.memory_gib:g} GiB"
+    )
+    return Refusal(candidate.choice, reason, candidate.bound, excess)
 
 
 def least_step(schedule: str, draft: Draft) -> StepPlan:
@@ -211,9 +226,17 @@ def least_step(schedule: str, draft: Draft) -> StepPlan:
     needs is left out, for W may come at once.
     """
     problem = draft.problem
-    order = Schedule(schedule, GENERATORS[schedule].base_order(problem))
+    few = replace(problem, num_microbatches=min(problem.num_microbatches, _PIPELINES_FULL * problem.layout.num_ranks))
+    if schedule == "gpipe":
+        few = problem
+    order = Schedule(schedule, GENERATORS[schedule].base_order(few))
     cost = replace(draft.cost, weight_bytes=(0.0,) * problem.layout.num_stages) if problem.split_backward else draft.cost
-    return StepPlan(draft.degrees, draft.layers, draft.shards, problem, cost, order, Timeline((), (), (), ()), ())
+    return _unordered(draft, order, cost)
+
+
+def _unordered(draft: Draft, schedule: Schedule, cost: CostModel) -> StepPlan:
+    """A step that was not simulated."""
+    return StepPlan(draft.degrees, draft.layers, draft.shards, draft.problem, cost, schedule, Timeline((), (), (), ()), ())
 
 
 def about_bytes(config: RunConfig) -> float:

@@ -178,8 +178,8 @@ def search_lines(config: RunConfig, result: Result) -> list[str]:
     else:
         lines.append(f"{counted}; none of the others can be faster")
     lines += _refusal_lines(result.refused)
-    if not result.best and not result.open_choices:
-        lines += _misses(config, result.refused)
+    if not result.best:
+        lines += _misses(config, result)
     return lines
 
 
@@ -221,15 +221,15 @@ def _refusal_lines(refused: Sequence[Refusal]) -> list[str]:
     return lines
 
 
-def _misses(config: RunConfig, refused: Sequence[Refusal]) -> list[str]:
+def _misses(config: RunConfig, result: Result) -> list[str]:
     """How far the leanest choice is from fitting, and what would help it."""
-    too_large = [each for each in refused if each.excess is not None]
+    too_large = [each for each in result.refused if each.excess is not None]
     if not too_large:
-        return ["", "nothing can be run; the reasons are above"]
+        return [] if result.open_choices else ["", "nothing can be run; the reasons are above"]
     leanest = min(too_large, key=lambda each: each.excess or 0.0)
-    chosen = leanest.choice.applied(config)
-    lines = ["", f"NOTHING FITS.  Closest: {leanest.choice.overrides()}", f"  {leanest.reason}"]
-    return lines + [f"would help: {words}" for words in remedies(chosen)]
+    what = "NOTHING TRIED SO FAR FITS" if result.open_choices else "NOTHING FITS"
+    lines = ["", f"{what}.  Closest: {leanest.choice.overrides()}", f"  {leanest.reason}"]
+    return lines + [f"would help: {words}" for words in remedies(leanest.choice.applied(config))]
 
 
 def remedies(config: RunConfig) -> list[str]:
