@@ -104,7 +104,9 @@ def _common(model: ModelConfig) -> Settings:
 def _differences(model: ModelConfig, other: ModelConfig) -> list[str]:
     """Settings in which two models compute differently, with the values of the first."""
     ours, theirs = (asdict(_canonical(one)) for one in (model, other))
-    return [f"model.{name}={getattr(model, name)}" for name, value in ours.items() if value != theirs[name]]
+    names = [name for name, value in ours.items() if value != theirs[name]]
+    told = [name for name in names if getattr(model, name) is not None]  # the others follow from these
+    return [f"model.{name}={getattr(model, name)}" for name in told or names]
 
 
 def _canonical(model: ModelConfig) -> ModelConfig:
