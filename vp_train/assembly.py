@@ -18,13 +18,12 @@ from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
 from vp_train.pipeline.comms import Comms
 from vp_train.pipeline.executor import BLIND, Executor, Observer, Part
 from vp_train.plan import RunPlan
+from vp_train.precision import DTYPES
 from vp_train.split import Split
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
 from vp_train.vocab.output import OutputLayer
 from vp_train.vocab.shard import Shard
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from vp_train.vocab.products import statistics_dtype
+from vp_train.precision import statistics_dtype
 
 _ALIGNMENT = 64  # elements, so that every gradient begins where vectors and cache lines do
 

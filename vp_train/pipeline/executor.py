@@ -22,10 +22,10 @@ from schedules.problem import Collective, Problem
 from schedules.vocab import Barrier, End
 from vp_train.pipeline.buffers import Buffers, Once
 from vp_train.pipeline.comms import Comms, Pending
+from vp_train.precision import statistics_dtype
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import token_weights
 from vp_train.vocab.output import OutputLayer
-from vp_train.vocab.products import statistics_dtype
 
 
 class WeightGrads(Protocol):

@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vp_train.precision import statistics_dtype
 from vp_train.vocab.backends import Softmax, make_backend
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
-from vp_train.vocab.products import statistics_dtype
 from vp_train.vocab.shard import Owned, Shard
 
 _PLAIN = LossOptions()
