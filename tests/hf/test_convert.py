@@ -16,8 +16,8 @@ from tests.pipeline.test_equivalence import mesh_for
 from vp_train.assembly import build_rank
 from vp_train.checkpoint import store
 from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
-from vp_train.checkpoint.training import load_weights
-from vp_train.config import ConfigError, ModelConfig, ParallelConfig, RunConfig, RunSettings, VocabConfig
+from vp_train.checkpoint.training import load_weights, save_run
+from vp_train.config import ConfigError, ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings, VocabConfig
 from vp_train.hf.convert import export_checkpoint, import_checkpoint
 from vp_train.plan import make_plan
 
@@ -45,12 +45,13 @@ def tokens_and_labels():
     return ids[:, :-1], ids[:, 1:]
 
 
-def config_of(model, **parallel):
+def config_of(model, *, dtype="float32", optimizer="adamw", **parallel):
     return RunConfig(
         model=replace(model, seq_length=LENGTH),
         vocab=VocabConfig("one_barrier"),
         parallel=ParallelConfig(placement="balanced", **parallel),
-        run=RunSettings(eval_microbatches=SEQUENCES // 2, seed=77),
+        optim=OptimConfig(name=optimizer),
+        run=RunSettings(eval_microbatches=SEQUENCES // 2, seed=77, dtype=dtype),
         num_microbatches=SEQUENCES // 2,
         micro_batch_size=2,
     )
@@ -109,6 +110,28 @@ def test_there_and_back_is_exact_in_the_same_dtype(name, dtype, tmp_path):
     assert all(tensor.dtype is dtype and torch.equal(tensor, before[key]) for key, tensor in after.items())
     assert [path.name for path in (tmp_path / "back").glob("*.safetensors")] == ["model.safetensors"]
     assert not list(tmp_path.glob(".writing*"))
+
+
+def save_again(rank, num_ranks, config, path, directory):
+    plan = make_plan(config, num_ranks)
+    mesh = mesh_for(plan)
+    model = build_rank(config, plan, mesh)
+    load_weights(path, config, model)
+    save_run(directory, 1, config, model, mesh)
+
+
+@pytest.mark.parametrize(
+    "options", [{"pp": 2}, {"pp": 1, "tp": 2}, {"pp": 2, "dtype": "bfloat16"}, {"pp": 1, "dp": 2, "optimizer": "zero1"}]
+)
+@pytest.mark.parametrize("name", ["llama with biases", "gemma3"])
+def test_what_ranks_have_split_is_exported_whole(made, ranks, name, options, tmp_path):
+    """And in the precision it is trained in, which is more than that of its forward."""
+    theirs, _, imported = made(name)
+    ranks(2).run(save_again, config_of(imported.model, **options), imported.checkpoint, tmp_path / "checkpoints")
+    export_checkpoint(tmp_path, tmp_path / "back")
+    back, before = weights_in(tmp_path / "back"), theirs.state_dict()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in back.items())
+    assert sum(tensor.numel() for tensor in back.values()) == theirs.num_parameters()
 
 
 def test_an_export_may_have_another_dtype(made, tmp_path):

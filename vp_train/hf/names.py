@@ -71,9 +71,9 @@ def _layer(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
     def linear(
         name: str, parts: Sequence[str], rows: Sequence[int], width: int, bias: bool, groups: int = 1
     ) -> Iterator[Entry]:
-        for kind, columns in (("weight", (width,)), ("bias", ())) if bias else (("weight", (width,)),):
+        for kind in ("weight", "bias") if bias else ("weight",):
             sources = tuple(f"{theirs}{part}.{kind}" for part in parts)
-            yield Entry(f"{ours}{name}.{kind}", sources, tuple(rows), columns, groups)
+            yield Entry(f"{ours}{name}.{kind}", sources, tuple(rows), (width,) if kind == "weight" else (), groups)
 
     def norm(name: str, source: str, size: int = h) -> Entry:
         return Entry(f"{ours}{name}.weight", (f"{theirs}{source}.weight",), (size,))
