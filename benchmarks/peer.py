@@ -47,20 +47,18 @@ def ours(config: Any) -> Any:
     """A function of the step that trains one step and returns the loss on the last rank."""
     from vp_train.assembly import build_rank
     from vp_train.mesh import build_mesh
-    from vp_train.optim.adamw import build_adamw, clip, gather_health
+    from vp_train.optim.adamw import clip_scale, gather_health
     from vp_train.plan import make_plan
 
     plan = make_plan(config, RANKS)
-    mesh = build_mesh(plan.problem)
+    mesh = build_mesh(plan.degrees, plan.problem)
     model = build_rank(config, plan, mesh)
-    parameters = list(model.parameters.values())
-    optimizer = build_adamw(parameters, config.optim)
 
     def step(tokens: Any, labels: Any) -> float:
-        model.zero_grad()
-        health = gather_health(model.train_step(tokens, labels), model.counted, RANKS - 1, mesh.world)
-        clip(parameters, health.grad_norm, config.optim.clip_grad_norm)
-        optimizer.step()
+        model.gradients.zero()
+        loss = model.train_step(tokens, labels)
+        health = gather_health(loss if model.answers else None, model.optimizer.squared_norm(), mesh.world)
+        model.optimizer.step(config.optim.lr, clip_scale(health.grad_norm, config.optim.clip_grad_norm))
         return float(health.loss)
 
     return step
@@ -74,7 +72,8 @@ def peer(config: Any, rank: int) -> Any:
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
     from vp_train.model.stage import Stage, init_rows
-    from vp_train.optim.adamw import build_adamw, clip, gather_health
+    from vp_train.optim.adamw import build_adamw, clip_scale, gather_health
+    from vp_train.optim.optimizer import squared_norm
 
     model, cpu = config.model, torch.device("cpu")
     alone = [dist.new_group([r]) for r in range(RANKS)][rank]
@@ -124,8 +123,9 @@ def peer(config: Any, rank: int) -> Any:
         else:
             schedule.step(target=labels.flatten(0, 1), losses=losses, return_outputs=False)
         mean = torch.stack(losses).mean().detach() if losses else None
-        health = gather_health(mean, parameters, RANKS - 1, dist.group.WORLD)
-        clip(parameters, health.grad_norm, config.optim.clip_grad_norm)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        health = gather_health(mean, squared_norm(gradients), dist.group.WORLD)
+        torch._foreach_mul_(gradients, clip_scale(health.grad_norm, config.optim.clip_grad_norm))
         optimizer.step()
         return float(health.loss)
 

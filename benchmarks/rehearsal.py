@@ -39,6 +39,7 @@ from schedules.problem import Collective, Problem
 from schedules.simulate import simulate
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, Barrier, End, Transfer
+from vp_train.degrees import Degrees
 from vp_train.mesh import build_mesh
 from vp_train.pipeline.comms import Comms
 from vp_train.pipeline.executor import Executor, Part
@@ -386,7 +387,7 @@ def decide(rank: int, case: Case, problem: Problem, cost: CostModel) -> tuple[tu
 def rehearse_one(rank: int, num_ranks: int, case: Case, setup: Setup) -> Row:
     """One case; every rank returns the same row."""
     problem = setup.problem(case, num_ranks)
-    comms = Comms(build_mesh(problem).pipeline, torch.device("cpu"))
+    comms = Comms(build_mesh(Degrees(1, num_ranks, 1), problem).pipeline, torch.device("cpu"))
     hop_seconds, barrier_seconds = time_comms(rank, problem, comms, setup)
     cost = setup.cost(problem, hop_seconds, barrier_seconds)
     ops, timeline = decide(rank, case, problem, cost)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 
 from schedules.graph import require_acyclic
-from schedules.ir import Kind, Schedule
+from schedules.ir import Kind, Pass, Schedule
 from schedules.lower import Action, Op, Program
 from schedules.problem import Collective, Problem
 from schedules.simulate import predecessors
@@ -79,6 +79,10 @@ def _needs(op: Op, rank: int, problem: Problem) -> list[Op]:
             return [Op(Action.START, op.item)]
         case Action.RECV:
             return []
+        case Action.READY:
+            assert isinstance(op.item, Pass)
+            same = (item for item in problem.passes_of(rank) if (item.kind, item.stage) == (op.item.kind, op.item.stage))
+            return [Op(Action.RUN, item) for item in same]
     before = []
     for earlier in problem.inputs_of(op.item):
         if isinstance(earlier, Collective):
@@ -136,8 +140,8 @@ def _check_rendezvous(program: Program) -> None:
     for ops in program.ranks:
         previous: str | None = None
         for op in ops:
-            if op.action in (Action.ARRIVE, Action.WAIT):
-                continue  # nothing left to wait for once issuing has blocked
+            if op.action in (Action.ARRIVE, Action.WAIT, Action.READY):
+                continue  # nothing left to wait for once issuing has blocked; replicas, all alike, are not in each other's way
             node = str(op.item) if op.action in (Action.RUN, Action.START) else f"the transfer of {op.item}"
             before = graph.setdefault(node, [])
             if previous is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from schedules.cost import CostModel
-from schedules.ir import Pass, Schedule
+from schedules.ir import Kind, Pass, Schedule
 from schedules.network import Network
 from schedules.problem import Collective, Node, Problem
 from schedules.simulate import sweep
@@ -29,6 +29,7 @@ class Action(StrEnum):
     ARRIVE = "arrive"  # wait for that receive
     START = "start"  # issue a collective; one that continues another is issued as soon as that has ended
     WAIT = "wait"  # wait for it
+    READY = "ready"  # a gradient is complete: this pass was the last that adds to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,11 @@ class Program:
         return "\n".join(" ".join(map(str, ops)) for ops in self.ranks) + "\n"
 
 
-def lower(schedule: Schedule, problem: Problem, cost: CostModel) -> Program:
-    """The program of `schedule`.  Costs choose where communication is issued, never whether the program is correct."""
+def lower(schedule: Schedule, problem: Problem, cost: CostModel, *, tied: bool = False) -> Program:
+    """The program of `schedule`.  Costs choose where communication is issued, never whether the program is correct.
+
+    `tied`: the vocabulary layers of a rank have one gradient, which T and G add to.
+    """
     programs: list[list[Op]] = [[] for _ in range(problem.layout.num_ranks)]
     awaited: list[set[Node]] = [set() for _ in programs]
 
@@ -87,7 +91,31 @@ def lower(schedule: Schedule, problem: Problem, cost: CostModel) -> Program:
         for rank in problem.receivers(node):
             if node not in awaited[rank]:  # no pass needs it (the loss of an evaluation): the end of the step does
                 programs[rank].append(Op(Action.WAIT, node))
-    return Program(tuple(map(tuple, programs)))
+    return Program(tuple(tuple(_with_ready(ops, problem, tied=tied)) for ops in programs))
+
+
+def _with_ready(ops: list[Op], problem: Problem, *, tied: bool) -> list[Op]:
+    """Say of every gradient of a rank when it is complete."""
+    last: dict[tuple[Kind, int], int] = {}
+    for index, op in enumerate(ops):
+        if op.action is Action.RUN and isinstance(op.item, Pass):
+            owner = gradient_of(op.item, problem, tied=tied)
+            if owner is not None:
+                last[owner] = index
+    complete = set(last.values())
+    marked = []
+    for index, op in enumerate(ops):
+        marked.append(op)
+        if index in complete:
+            marked.append(Op(Action.READY, op.item))
+    return marked
+
+
+def gradient_of(item: Pass, problem: Problem, *, tied: bool) -> tuple[Kind, int] | None:
+    """Which gradient a pass adds to; None for passes that add to none."""
+    if item.kind not in (Kind.W if problem.split_backward else Kind.B, Kind.T, Kind.G):
+        return None
+    return (Kind.G if tied and item.kind is Kind.T else item.kind), item.stage
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,20 +14,24 @@ OURS = ("schedules", "vp_train")
 
 # What a module may import of ours, the longest prefix of its name deciding; modules not listed may import anything of ours
 # but the top: nobody imports train or cli, except that cli starts train and launcher.
-PLANNING = ("schedules", "vp_train.config", "vp_train.model.shape", "vp_train.vocab.shard")
+PLANNING = ("schedules", "vp_train.config", "vp_train.degrees", "vp_train.model.shape", "vp_train.vocab.shard")
 ALLOWED = {
     "schedules": ("schedules",),
     "vp_train.config": (),
     "vp_train.exits": (),
     "vp_train.quiet": (),
     "vp_train.durable": (),
+    "vp_train.split": (),
+    "vp_train.precision": (),
+    "vp_train.degrees": ("vp_train.config",),
     "vp_train.estimate": PLANNING,
     "vp_train.placement": (*PLANNING, "vp_train.estimate"),
     "vp_train.plan": (*PLANNING, "vp_train.estimate", "vp_train.placement"),
-    "vp_train.model": ("vp_train.config", "vp_train.model", "vp_train.quiet"),
-    "vp_train.vocab": ("vp_train.vocab",),
-    "vp_train.pipeline": ("schedules", "vp_train.vocab", "vp_train.pipeline"),
-    "vp_train.optim": ("vp_train.config",),
+    "vp_train.model": ("vp_train.config", "vp_train.model", "vp_train.precision", "vp_train.quiet", "vp_train.split"),
+    "vp_train.vocab": ("vp_train.precision", "vp_train.vocab"),
+    "vp_train.pipeline": ("schedules", "vp_train.precision", "vp_train.vocab", "vp_train.pipeline"),
+    "vp_train.optim": ("vp_train.config", "vp_train.optim", "vp_train.precision"),
+    "vp_train.hf": ("vp_train.config", "vp_train.checkpoint", "vp_train.model.shape", "vp_train.hf", "vp_train.durable"),
     "vp_train.data": ("vp_train.config", "vp_train.data", "vp_train.durable", "vp_train.quiet"),
 }
 DOORS = {
@@ -35,13 +39,15 @@ DOORS = {
     "hydra": {"vp_train.cli"},
     "omegaconf": {"vp_train.cli"},
     "tokenizers": {"vp_train.data.tokenizer", "vp_train.data.corpus"},
-    "safetensors": {"vp_train.checkpoint.store"},
+    "safetensors": {"vp_train.checkpoint.store", "vp_train.checkpoint.stream"},
+    "transformers": set(),
     "matplotlib": {"vp_train.plot"},
-    "deepspeed": set(),
+    "deepspeed": {"vp_train.optim.zero"},
 }
 WITHOUT_TORCH = (
     "schedules",
     "vp_train.config",
+    "vp_train.degrees",
     "vp_train.estimate",
     "vp_train.placement",
     "vp_train.plan",

@@ -48,7 +48,7 @@ def test_a_bad_override_is_named_with_the_way_out(override, message):
     [
         (["model.num_layers=7"], 4, "model.num_layers=7 does not split over 4 stages; use model.num_layers=4 or 8"),
         (["parallel.layers_per_stage=[4,4]"], 4, "it needs 4 counts of at least 0 that add up to model.num_layers=8"),
-        (["parallel.pp=3"], 4, "parallel.pp=3, but 4 ranks were started"),
+        (["parallel.pp=3"], 4, "parallel.pp=3 needs a multiple of 3 ranks, but 4 were started"),
         (["loss.label_smoothing=0.1", "model.logit_softcap=30"], 4, "model.logit_softcap=30.0 do not go together"),
         (["vocab.recompute_fraction=0.5"], 4, "counts only with vocab.backend=recompute, not chunked; drop one of the two"),
         (["vocab.shards=[1,2]"], 2, "give 2 sizes of at least 0 that add up to 32768"),

@@ -174,7 +174,7 @@ def test_the_algorithm_that_suits_the_costs_is_found(quick_search):
     ("config", "message"),
     [
         (config_of(3, 2, 400, vocab=VocabConfig("auto")), "vocab.algorithm=auto is not known; .*, or auto with schedule=auto"),
-        (replace(solved(), parallel=ParallelConfig(pp=4)), "parallel.pp=4, but 3 ranks were started"),
+        (replace(solved(), parallel=ParallelConfig(pp=4)), "parallel.pp=4 needs a multiple of 4 ranks, but 3 were started"),
         (replace(solved(), cost=CostConfig(rank_slowness=(1, 1))), "has 2 values; give one for each of the 3 ranks"),
         (replace(solved(), model=replace(solved().model, num_layers=7)), "model.num_layers=7 does not split over 3 stages"),
     ],

@@ -69,7 +69,7 @@ def train(rank, num_ranks, config, stop_after=None):
     """What `run_rank` does, in a process group that exists already."""
     plan = make_plan(config, num_ranks)
     directory = RunDirectory(config.run) if rank == 0 else None
-    mesh = build_mesh(plan.problem)
+    mesh = build_mesh(plan.degrees, plan.problem)
     source = open_source(config)
     run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
     reporter = None
@@ -219,7 +219,7 @@ def refused(rank, num_ranks, config):
 def parameters_after(rank, num_ranks, config, poison):
     """Parameters before and after one step in which rank 1's gradients are poisoned, and what happened."""
     plan = make_plan(config, num_ranks)
-    mesh = build_mesh(plan.problem)
+    mesh = build_mesh(plan.degrees, plan.problem)
     model = build_rank(config, plan, mesh)
     run = Run(config, plan, mesh, open_source(config), model)
     before = [parameter.detach().clone() for parameter in model.parameters.values()]

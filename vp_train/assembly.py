@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from schedules.ir import Kind
 from schedules.vocab import End
 from vp_train.config import OptimConfig, RunConfig
 from vp_train.mesh import Mesh
@@ -18,13 +19,12 @@ from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
 from vp_train.pipeline.comms import Comms
 from vp_train.pipeline.executor import BLIND, Executor, Observer, Part
 from vp_train.plan import RunPlan
+from vp_train.precision import DTYPES
 from vp_train.split import Split
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
 from vp_train.vocab.output import OutputLayer
 from vp_train.vocab.shard import Shard
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,16 @@ class RankModel:
     _tied: tuple[Tensor, dist.ProcessGroup] | None
 
     def train_step(
-        self, tokens: Tensor, labels: Tensor, observer: Observer = BLIND, *, mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        observer: Observer = BLIND,
+        *,
+        mask: Tensor | None = None,
+        loss_scale: float = 1.0,
     ) -> Tensor | None:
-        """`Executor.step` of the training program; leaves the complete gradients of this replica's batch."""
-        loss = self.trainer.step(tokens, labels, observer, mask=mask)
+        """`Executor.step` of the training program; `optimizer.reduce` then completes the gradients."""
+        loss = self.trainer.step(tokens, labels, observer, mask=mask, loss_scale=loss_scale)
         if self._tied is not None:
             gradient, group = self._tied
             dist.all_reduce(gradient, group=group)
@@ -122,7 +128,9 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
         config.loss.normalisation,
         leads=mesh.tensor_rank == 0,
         data=mesh.data if mesh.degrees.dp > 1 else None,
+        ready=lambda item: optimizer.ready(names_of.get((item.kind, item.stage), ())),
     )
+    names_of = _names_of_gradients(stages, {end: name for end, (name, _) in matrices.items() if name != tied_name}, rank)
     evaluating = replace(training, output_layer=output_layer("evaluate"), normalisation="token")
     through_host = config.run.device == "cuda" and config.run.comm_backend == "gloo"
     comms = Comms(mesh.pipeline, device, through_host=through_host)
@@ -206,6 +214,19 @@ def _build_matrices(
         rows = init_rows(name, here.own.start, here.own.stop, config.model, config.run.seed, dtype, device)
         matrices[end] = (f"{name}.weight", nn.Parameter(rows))
     return matrices
+
+
+def _names_of_gradients(
+    stages: dict[int, Stage], matrices: dict[End, str], rank: int
+) -> dict[tuple[Kind, int], tuple[str, ...]]:
+    """The parameters whose gradient is complete after the last pass of a kind and stage."""
+    names = {
+        (kind, number): tuple(name for name, _ in stage.named_parameters())
+        for number, stage in stages.items()
+        for kind in (Kind.B, Kind.W)
+    }
+    kinds = {End.INPUT: Kind.G, End.OUTPUT: Kind.T}
+    return names | {(kinds[end], rank): (name,) for end, name in matrices.items()}
 
 
 def _named_parameters(stages: dict[int, Stage]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import signal
@@ -92,6 +93,16 @@ def plan() -> None:
     _main(_Command("vp-plan", "predicts memory, time and MFU of a run on a cluster", _plan, _PLAN_EXAMPLES, options))
 
 
+def import_model() -> None:
+    """`vp-import`: a model in the format of Hugging Face becomes a checkpoint to start from."""
+    _guarded("vp-import", lambda: _import(sys.argv[1:]))
+
+
+def export_model() -> None:
+    """`vp-export`: a checkpoint becomes a model in the format of Hugging Face."""
+    _guarded("vp-export", lambda: _export(sys.argv[1:]))
+
+
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from vp_train.train import run_rank
@@ -144,31 +155,85 @@ def _number(options: Mapping[str, str], name: str, default: int) -> int:
     return int(word)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every command here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _import(arguments: Sequence[str]) -> int:
+    parser = _Parser("vp-import", description="makes a checkpoint to start from of a model in the format of Hugging Face")
+    parser.add_argument("source", metavar="SRC", type=_path, help="directory with config.json and safetensors files")
+    parser.add_argument("target", metavar="DST", type=_path, help="directory to make")
+    told = parser.parse_args(arguments)
+    from vp_train.hf.convert import import_checkpoint
+
+    imported = import_checkpoint(told.source, told.target)
+    tokenizer = "" if imported.tokenizer is None else f" data.tokenizer={imported.tokenizer}"
+    print(
+        f"{imported.num_parameters:,} parameters in {imported.checkpoint}\n"
+        f"vp-train model={imported.model_file} run.init_from={told.target}{tokenizer} ..."
+    )
+    return EXIT_OK
+
+
+def _export(arguments: Sequence[str]) -> int:
+    parser = _Parser("vp-export", description="makes a model in the format of Hugging Face of a checkpoint")
+    parser.add_argument("source", metavar="SRC", type=_path, help="directory of a run, of vp-import, or of one checkpoint")
+    parser.add_argument("target", metavar="DST", type=_path, help="directory to make")
+    parser.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), help="of the weights; as stored")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest file, unless one tensor is (5)")
+    parser.add_argument("--tokenizer", type=_path, metavar="DIR", help="where its files are; with the data of the run")
+    told = parser.parse_args(arguments)
+    if not told.max_shard_gb > 0:
+        raise ConfigError(f"--max-shard-gb={told.max_shard_gb} is too small; it must be above 0")
+    from vp_train.hf.convert import export_checkpoint
+
+    shard_bytes = int(told.max_shard_gb * 1e9)
+    written = export_checkpoint(told.source, told.target, dtype=told.dtype, shard_bytes=shard_bytes, tokenizer=told.tokenizer)
+    print(f"{told.target}: {', '.join(written)}")
+    if "tokenizer.json" not in written and "tokenizer.model" not in written:
+        print("without a tokenizer; --tokenizer DIR copies one")
+    return EXIT_OK
+
+
+def _path(word: str) -> Path:
+    return Path(word).expanduser()
+
+
 def _main(command: _Command) -> NoReturn:
-    arguments = sys.argv[1:]
+    _guarded(command.name, lambda: _configured(command, sys.argv[1:]))
+
+
+def _configured(command: _Command, arguments: Sequence[str]) -> int:
+    words = [word for word in arguments if word not in ("--help", "-h", "--print-config")]
+    overrides, options = _split(words, command.options)
+    config = load_config(overrides, tuple(command.options))
+    if "--help" in arguments or "-h" in arguments:
+        print(_help(command, config))
+        return EXIT_OK
+    if "--print-config" in arguments:
+        print(config_text(config), end="")
+        return EXIT_OK
+    return command.body(config, overrides, options)
+
+
+def _guarded(name: str, body: Callable[[], int]) -> NoReturn:
+    """Run a command and leave with its exit code; errors of the user and of the system are one line."""
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        words = [word for word in arguments if word not in ("--help", "-h", "--print-config")]
-        overrides, options = _split(words, command.options)
-        config = load_config(overrides, tuple(command.options))
-        if "--help" in arguments or "-h" in arguments:
-            print(_help(command, config))
-            code = EXIT_OK
-        elif "--print-config" in arguments:
-            print(config_text(config), end="")
-            code = EXIT_OK
-        else:
-            code = command.body(config, overrides, options)
+        code = body()
         sys.stdout.flush()
     except ConfigError as error:
         if speaks:
-            print(f"{command.name}: {error}", file=sys.stderr, flush=True)
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
         code = EXIT_CONFIG
     except BrokenPipeError:  # a reader like `head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except OSError as error:
-        print(f"{command.name}: {error}", file=sys.stderr, flush=True)
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
         code = EXIT_IO
     except KeyboardInterrupt:
         code = 130
@@ -215,6 +280,7 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
     if options:
         known = ", ".join((*known_options, "--help"))
         raise ConfigError(f"{options[0]} is not an option; there are {known} and --print-config, all else is key=value")
+    overrides = [word for given in overrides for word in _of_model_file(given)]
     edits = [word for word in overrides if word.startswith(("+", "~"))]
     if edits:
         raise ConfigError(f"{edits[0]}: settings cannot be added or removed; write key=value")
@@ -234,6 +300,25 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
         raise ConfigError(_first_line(error)) from None
     assert isinstance(config, RunConfig)
     return config
+
+
+def _of_model_file(word: str) -> list[str]:
+    """`model=FILE.yaml`, which vp-import writes, as the settings in the file; anything else as it is."""
+    group, _, value = word.partition("=")
+    path = Path(value).expanduser()
+    if group != "model" or path.suffix != ".yaml":
+        return [word]
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        settings = OmegaConf.load(path)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"model={value} cannot be read: {_first_line(error)}") from None
+    if not isinstance(settings, DictConfig):
+        raise ConfigError(f"model={value} does not hold settings of a model, one `key: value` per line")
+    return [f"model.{key!s}={'null' if setting is None else setting}" for key, setting in settings.items()]
 
 
 def config_text(config: RunConfig) -> str:

@@ -446,6 +446,7 @@ class RunSettings:
     checkpoint_every: int = 45  # the last step is always saved; 0 turns checkpoints off
     keep_checkpoints: int = 2
     resume: bool = False  # continue from the newest checkpoint of this run directory
+    init_from: str | None = None  # weights of another run, or of vp-import, to start from; a resumed run has its own
     trace_step: int = 5  # the step whose passes are timed and written as a trace; 0 turns it off
     on_nonfinite: str = "stop"
     timeout_seconds: float = 300.0

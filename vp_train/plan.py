@@ -74,7 +74,7 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
     """Decide the whole run for `num_ranks` ranks.  Raises ConfigError, naming the value and the way out."""
     step = plan_step(config, num_ranks)
     problem, cost = step.problem, step.cost
-    program = lower(step.schedule, problem, cost)
+    program = lower(step.schedule, problem, cost, tied=config.model.tied_embeddings)
     check_program(program, problem)
     num_evaluated = max(1, config.run.eval_microbatches)
     evaluated = Problem(problem.layout, num_evaluated, evaluation(problem.algorithm), forward_only=True)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from vp_train.checkpoint.store import CheckpointError, Piece, latest, load, read_manifest, save
 from vp_train.config import ConfigError
+from vp_train.split import Split
 
 ROWS = 23
 
@@ -35,7 +36,7 @@ def truth():
 def pieces_of(rank, num_ranks, seed, fill):
     matrix, wholes = truth()
     start, stop = split(num_ranks, seed)[rank]
-    pieces = {"matrix": Piece(matrix[start:stop].clone(), start, ROWS)}
+    pieces = {"matrix": Piece(matrix[start:stop].clone(), Split(0, ROWS, ((start, stop),)))}
     pieces |= {f"whole.{i}": Piece(whole.clone()) for i, whole in enumerate(wholes) if i % num_ranks == rank}
     if not fill:
         for piece in pieces.values():
@@ -133,8 +134,8 @@ def mismatch(rank, num_ranks, directory, pieces):
 @pytest.mark.parametrize(
     ("name", "piece", "message"),
     [
-        ("matrix", Piece(torch.zeros(4, 4), 0, ROWS + 1), "resume with the model"),
-        ("matrix", Piece(torch.zeros(4, 4, dtype=torch.float64), 0, ROWS), "is float32"),
+        ("matrix", Piece(torch.zeros(4, 4), Split(0, ROWS + 1, ((0, 4),))), "resume with the model"),
+        ("matrix", Piece(torch.zeros(4, 4, dtype=torch.float64), Split(0, ROWS, ((0, 4),))), "is float32"),
         ("whole.0", Piece(torch.zeros(3, 2)), "[3, 1]"),
         ("unknown", Piece(torch.zeros(3)), "does not hold all of unknown"),
     ],

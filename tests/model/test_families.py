@@ -59,10 +59,10 @@ def tiny(name, **changes):
     )
 
 
-def config_of(model, *, layers=(2, 1), schedule="1f1b", recompute="none", pp=2, tp=1):
+def config_of(model, *, layers=(2, 1), schedule="1f1b", recompute="none", pp=2, tp=1, dp=1):
     return RunConfig(
         model=model,
-        parallel=ParallelConfig(pp=pp, tp=tp, layers_per_stage=layers, recompute=recompute),
+        parallel=ParallelConfig(dp=dp, pp=pp, tp=tp, layers_per_stage=layers, recompute=recompute),
         schedule=ScheduleConfig(schedule),
         optim=OptimConfig(lr=1e-2, warmup_steps=1, clip_grad_norm=0.5),
         run=RunSettings(dtype="float64"),
@@ -88,8 +88,13 @@ def test_split_backward_recomputation_and_an_empty_first_stage_change_nothing(ra
 
 def test_tensor_parallel_ranks_split_biases_and_share_the_norms_of_heads(ranks):
     names = ("gpt2", "qwen2_5_7b", "qwen3_8b", "gemma2_9b", "gemma3_12b")
-    configs = [config_of(replace(tiny(name), vocab_size=101), layers=None, pp=1, tp=2, schedule="zb_h1") for name in names]
-    assert_equivalent(ranks, 2, configs, 1e-9)
+    smaller = [replace(tiny(name), vocab_size=101) for name in names]
+    assert_equivalent(ranks, 2, [config_of(model, layers=None, pp=1, tp=2, schedule="zb_h1") for model in smaller], 1e-9)
+
+
+def test_replicas_sum_biases_and_positions_too(ranks):
+    model = replace(tiny("gpt2"), vocab_size=101)
+    assert_equivalent(ranks, 2, [config_of(model, layers=None, pp=1, dp=2, schedule=name) for name in ("1f1b", "zb_h1")], 1e-9)
 
 
 @pytest.mark.parametrize(

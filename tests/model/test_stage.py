@@ -18,6 +18,7 @@ MODEL = ModelConfig(
     num_layers=4, hidden_size=48, num_heads=6, num_query_groups=2, ffn_hidden_size=80, vocab_size=100, seq_length=20
 )
 CPU = torch.device("cpu")
+DTYPES = (torch.float64, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,20 @@ def test_layers_equal_their_formulas_in_float64(group, name, block, monkeypatch)
     assert torch.allclose(ours_x.grad, plain_x.grad, rtol=1e-10, atol=1e-10)
     for key, parameter in ours.named_parameters():
         assert torch.allclose(parameter.grad, weights[key].grad, rtol=1e-10, atol=1e-10), key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16_stays_near_float64(group, name):
+    model = replace(MODEL, **FAMILIES[name])
+    exact, rounded = (stage(group, range(3), first=True, final_norm=True, model=model, dtype=d) for d in DTYPES)
+    x, dy = torch.randn(2, 20, 2, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    inputs = [x.to(d).requires_grad_() for d in DTYPES]
+    outputs = [part(given) for part, given in zip((exact, rounded), inputs, strict=True)]
+    for y in outputs:
+        y.backward(dy.to(y.dtype))
+    assert outputs[1].dtype is inputs[1].grad.dtype is torch.bfloat16
+    for mine, other in (outputs, [given.grad for given in inputs]):
+        assert (mine - other).norm() / mine.norm() < 0.02
 
 
 def test_the_first_stage_scales_embeddings_and_adds_positions(group):

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from vp_train.config import OptimConfig
-from vp_train.optim.adamw import build_adamw, clip, gather_health, learning_rate
+from vp_train.optim.adamw import build_adamw, clip_scale, gather_health, learning_rate
+from vp_train.optim.optimizer import squared_norm
 
 
 def test_cosine_warms_up_and_ends_at_the_minimum():
@@ -45,12 +46,10 @@ def test_only_matrices_decay_and_a_fresh_state_is_complete():
 
 
 def health_of(rank, num_ranks, gradient, loss):
-    parameter = nn.Parameter(torch.zeros(4))
-    parameter.grad = torch.full((4,), gradient[rank])
+    values = torch.full((4,), gradient[rank])
     mine = None if loss[rank] is None else torch.tensor(loss[rank])
-    health = gather_health(mine, [parameter], num_ranks - 1, dist.group.WORLD, peak_bytes=100.0 * (rank + 1))
-    clip([parameter], health.grad_norm, 1.0)
-    return health, parameter.grad.norm().item()
+    health = gather_health(mine, squared_norm([values]), dist.group.WORLD, peak_bytes=100.0 * (rank + 1))
+    return health, values.norm().item() * clip_scale(health.grad_norm, 1.0)
 
 
 def test_all_ranks_know_the_same_and_clip_to_the_same_norm(ranks):

@@ -17,7 +17,7 @@ PASS_SECONDS, MESSAGE_SECONDS = 1.0, 0.2
 def comms_of(world_size, *, through_host=False):
     everyone = list(range(world_size))
     forward, backward, output = (dist.new_group(everyone) for _ in range(3))
-    groups = Groups(tuple(everyone), forward, backward, {End.INPUT: None, End.OUTPUT: output})
+    groups = Groups(tuple(everyone), tuple(everyone), forward, backward, {End.INPUT: None, End.OUTPUT: output})
     return Comms(groups, torch.device("cpu"), through_host=through_host)
 
 

@@ -16,7 +16,7 @@ from vp_train.plan import make_plan
 def gradients_on(rank, num_ranks, config, device):
     config = replace(config, run=replace(config.run, device=device, comm_backend="gloo"))
     plan = make_plan(config, num_ranks)
-    model = build_rank(config, plan, build_mesh(plan.problem))
+    model = build_rank(config, plan, build_mesh(plan.degrees, plan.problem))
     loss = model.train_step(*(tensor.to(device) for tensor in random_batch(config, 1)))
     return None if loss is None else loss.item(), {name: parameter.grad.cpu() for name, parameter in model.parameters.items()}
 

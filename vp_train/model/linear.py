@@ -5,7 +5,7 @@ In the place of megatron-core's parallel linear layers, so that splitting the ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vp_train.precision import accumulate
 from vp_train.split import Split
-from vp_train.vocab.rows import accumulate
 
 _Product = tuple[nn.Parameter, Tensor, Tensor]
 
@@ -151,7 +151,7 @@ class ColumnLinear(_StoredLinear):
 
 
 class RowLinear(_StoredLinear):
-    """Each of the ranks of `tp_group` has a part of the input, and the whole bias; their outputs are summed."""
+    """Each of the ranks of `tp_group` has a part of the input, and the whole bias; `reduce` sums their outputs."""
 
     def __init__(
         self,
@@ -161,11 +161,13 @@ class RowLinear(_StoredLinear):
         config: Any,
         store: WeightGradStore,
         tp_group: dist.ProcessGroup,
+        reduce: Callable[[Tensor, dist.ProcessGroup], Tensor],
         bias: bool = False,
         skip_bias_add: bool = False,
         **_: object,
     ) -> None:
         super().__init__(input_size // tp_group.size(), output_size, config, store, bias, skip_bias_add)
+        self._reduce = reduce
         self._group = tp_group if tp_group.size() > 1 else None
         self.split = None if self._group is None else Split.even(1, input_size, tp_group.rank(), tp_group.size())
 
@@ -178,7 +180,5 @@ class RowLinear(_StoredLinear):
         """[s, b, in / n] -> [s, b, out]."""
         y: Tensor = _LinearFunction.apply(x, self.weight, self._store, None)  # type: ignore[no-untyped-call]
         if self._group is not None:
-            from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
-
-            y = reduce_from_tensor_model_parallel_region(y, self._group)
+            y = self._reduce(y, self._group)
         return self._with_bias(y)

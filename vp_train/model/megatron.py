@@ -118,6 +118,7 @@ def _build(
 ) -> nn.Module:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
@@ -157,7 +158,8 @@ def _build(
     window = model.sliding_window if model.is_local(index) else None
     attention.core_attention = partial(CoreAttention, softcap=model.attention_softcap, window=window)
     attention.linear_qkv = partial(ColumnLinear, store=store)
-    attention.linear_proj = mlp.linear_fc2 = ModuleSpec(module=RowLinear, params={"store": store})
+    row = {"store": store, "reduce": reduce_from_tensor_model_parallel_region}
+    attention.linear_proj = mlp.linear_fc2 = ModuleSpec(module=RowLinear, params=row)
     columns = 2 if is_gated(model) else 1  # gate and up
     mlp.linear_fc1 = ModuleSpec(module=ColumnLinear, params={"store": store, "parts": columns})
     if model.zero_centred_norm:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from vp_train.vocab.products import statistics_dtype
+from vp_train.precision import statistics_dtype
 
 _ALIGNMENT = 64  # elements, so that every gradient begins where vectors and cache lines do
 
@@ -25,14 +25,24 @@ class Gradients:
         sizes = {name: -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT for name, parameter in parameters.items()}
         self.flat = torch.zeros(sum(sizes.values()), dtype=self.dtype, device=first.device)
         self._views: dict[str, Tensor] = {}
-        for (name, parameter), padded in zip(parameters.items(), self.flat.split_with_sizes(list(sizes.values())), strict=True):
-            self._views[name] = padded[: parameter.numel()].view(parameter.shape)
+        self._bounds: dict[str, tuple[int, int]] = {}
+        start = 0
+        for name, parameter in parameters.items():
+            self._bounds[name] = start, start + sizes[name]
+            self._views[name] = self.flat[start : start + parameter.numel()].view(parameter.shape)
+            start += sizes[name]
             if parameter.dtype is not self.dtype:
                 parameter.grad_dtype = self.dtype  # autograd casts what it adds
             parameter.grad = self._views[name]
 
     def __getitem__(self, name: str) -> Tensor:
         return self._views[name]
+
+    def span(self, names: Sequence[str]) -> Tensor:
+        """The gradients of `names`, neighbours in the order of the parameters, in one piece."""
+        start, stop = self._bounds[names[0]][0], self._bounds[names[-1]][1]
+        assert stop - start == sum(self._bounds[name][1] - self._bounds[name][0] for name in names)
+        return self.flat[start:stop]
 
     def zero(self) -> None:
         """Clear all gradients in place: the vocabulary layers accumulate into these very tensors."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -21,8 +21,12 @@ class Optimizer(Protocol):
 
     updates: int  # applied so far
 
+    def ready(self, names: Sequence[str]) -> None:
+        """Start to sum the gradients of `names`, which are complete, over the replicas.  Collective, in the same order."""
+        ...
+
     def reduce(self) -> None:
-        """Sum the gradients over the replicas.  Collective."""
+        """Sum those not summed yet and wait for all.  Collective."""
         ...
 
     def squared_norm(self) -> Tensor:
@@ -60,6 +64,7 @@ class ReplicatedAdamW:
         }
         self._counted = [] if data.rank() else [name for name in parameters if name not in copied]
         self._adamw = build_adamw(self._masters.values(), optim)
+        self._sums: dict[tuple[str, ...], dist.Work] = {}
 
     @property
     def updates(self) -> int:
@@ -70,9 +75,18 @@ class ReplicatedAdamW:
         for values in self._adamw.state.values():
             values["step"].fill_(count)
 
+    def ready(self, names: Sequence[str]) -> None:
+        if self._data.size() > 1 and names:
+            self._sums[tuple(names)] = dist.all_reduce(self._gradients.span(names), group=self._data, async_op=True)
+
     def reduce(self) -> None:
-        if self._data.size() > 1:
-            dist.all_reduce(self._gradients.flat, group=self._data)
+        started = {name for names in self._sums for name in names}
+        for name in self._parameters:
+            if name not in started:
+                self.ready([name])
+        for pending in self._sums.values():
+            pending.wait()
+        self._sums.clear()
 
     def squared_norm(self) -> Tensor:
         return squared_norm([self._gradients[name] for name in self._counted])

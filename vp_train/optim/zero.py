@@ -7,7 +7,7 @@ for parameters of less precision.  Norms and clipping are ours, for they need th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ class ZeroAdamW:
                 if group["params"]:
                     groups.append({"params": group["params"], "weight_decay": group["weight_decay"]})
                     self._group_counts.append(counts)
+        self._group_of = {self._names[p]: (p, index) for index, group in enumerate(groups) for p in group["params"]}
+        self._started: set[str] = set()
         self._zero = _deepspeed(groups, self._names, gradients.dtype, optim, data) if groups else None
 
     @property
@@ -57,13 +59,22 @@ class ZeroAdamW:
         for values in self._adamw_states():
             values["step"].fill_(count)
 
-    def reduce(self) -> None:
+    def ready(self, names: Sequence[str]) -> None:
         if self._zero is None:
             return
-        for parameter, name in self._names.items():
-            if self._zero.use_grad_accum_attribute:
-                parameter.grad_accum = self._gradients[name]  # type: ignore[attr-defined]
-        self._zero.reduce_gradients()
+        for name in names:
+            if name not in self._started and name in self._group_of:
+                parameter, group = self._group_of[name]
+                if self._zero.use_grad_accum_attribute:
+                    parameter.grad_accum = self._gradients[name]
+                self._zero.reduce_ready_partitions_and_remove_grads(parameter, group)
+                self._started.add(name)
+
+    def reduce(self) -> None:
+        self.ready(list(self._group_of))
+        if self._zero is not None:
+            self._zero.overlapping_partition_gradients_reduce_epilogue()
+        self._started.clear()
 
     def squared_norm(self) -> Tensor:
         groups = [list(self._shard(index)) for index, counts in enumerate(self._group_counts) if counts]
@@ -167,6 +178,7 @@ def _deepspeed(
         communication_data_type=precise,
         gradient_average=False,
         partition_grads=False,
+        overlap_comm=False,
         check_grad_overflow=False,
         compute_grad_norm=offload is not None,
     )

@@ -22,10 +22,10 @@ from schedules.problem import Collective, Problem
 from schedules.vocab import Barrier, End
 from vp_train.pipeline.buffers import Buffers, Once
 from vp_train.pipeline.comms import Comms, Pending
+from vp_train.precision import statistics_dtype
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import token_weights
 from vp_train.vocab.output import OutputLayer
-from vp_train.vocab.products import statistics_dtype
 
 
 class WeightGrads(Protocol):
@@ -71,6 +71,7 @@ class Part:
     normalisation: str = "token"  # of the loss; see loss.token_weights
     leads: bool = True  # first of the tensor-parallel ranks: all of them have what it sends
     data: dist.ProcessGroup | None = None  # the same part in all replicas
+    ready: Callable[[Pass], None] | None = None  # called when the gradient that a pass adds to is complete
 
 
 class Executor:
@@ -92,6 +93,7 @@ class Executor:
             Action.ARRIVE: self._arrive,
             Action.START: self._start,
             Action.WAIT: self._wait,
+            Action.READY: self._ready,
         }
         self._passes = {
             Kind.F: self._forward,
@@ -104,15 +106,23 @@ class Executor:
             Kind.G: self._embedding_grad,
         }
 
-    def step(self, tokens: Tensor, labels: Tensor, observer: Observer = BLIND, *, mask: Tensor | None = None) -> Tensor | None:
+    def step(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        observer: Observer = BLIND,
+        *,
+        mask: Tensor | None = None,
+        loss_scale: float = 1.0,
+    ) -> Tensor | None:
         """Run the program once; returns this replica's term of the loss, fp64 [], on ranks that hold output rows.
 
         The loss is normalised over all microbatches of all replicas, `mask` [m, b, s] scaling that of each token; a batch
-        without a labelled token has loss 0.
+        without a labelled token has loss 0.  Gradients are those of the loss times `loss_scale`.
         """
         precise = statistics_dtype(self._part.dtype)
         weights = token_weights(labels, mask, self._part.normalisation, precise, self._part.data)
-        losses = self._run_program(tokens, labels, weights, observer)
+        losses = self._run_program(tokens, labels, weights * loss_scale, observer)
         return None if losses is None else (losses.double() * weights).sum()
 
     def logprobs(self, tokens: Tensor, labels: Tensor) -> Tensor | None:
@@ -272,6 +282,11 @@ class Executor:
     def _wait(self, op: Op) -> None:
         assert isinstance(op.item, Collective)
         self._barriers.take("barrier", op.item.barrier, op.item.microbatch)()
+
+    def _ready(self, op: Op) -> None:
+        assert isinstance(op.item, Pass)
+        if self._part.ready is not None:
+            self._part.ready(op.item)
 
     def _hear(self, barrier: Barrier, microbatch: int, pending: Pending) -> None:
         """Wait for what `barrier` delivers and hand it on."""

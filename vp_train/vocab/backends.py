@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vp_train.vocab.products import Products, statistics_dtype
-from vp_train.vocab.rows import accumulate, exponentiate, scaled
+from vp_train.precision import accumulate, scaled, statistics_dtype
+from vp_train.vocab.products import Products
+from vp_train.vocab.rows import exponentiate
 from vp_train.vocab.shard import Owned
 
 # The logits of a chunk of rows: large enough for the matrix products, on a CPU small enough to stay in cache.

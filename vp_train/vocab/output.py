@@ -13,7 +13,7 @@ A shard without rows has m' = -inf and s' = 0, which is safe as long as some sha
 
 The options of `loss.LossOptions` add no pass over [T, R] either.  z-loss: the softmax part of both gradients is scaled by
 1 + 2 l lse.  Smoothing: z_y becomes (1 - a) z_y + (a / V) x . sum W, and W[y] likewise; its term of dW is the same for every
-row, and is added once a step.  Softcap: E carries dz / d(x W^T), and so does the target's term.
+row, and is added once a step, by the last T.  Softcap: E carries dz / d(x W^T), and so does the target's term.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vp_train.precision import statistics_dtype
 from vp_train.vocab.backends import Softmax, make_backend
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
-from vp_train.vocab.products import statistics_dtype
 from vp_train.vocab.shard import Owned, Shard
 
 _PLAIN = LossOptions()
@@ -53,7 +53,7 @@ class OutputLayer:
     """Rows `shard` of `vocab_size`: `weight` [R, H] and its main gradient `grad` [R, H], accumulated in place.
 
     A step: begin; per microbatch s, then message and absorb for each barrier of the algorithm, t at any time after C1 (naive:
-    C1b), and on the root input_grad once dx has arrived; finish, after which `grad` is complete.
+    C1b), and on the root input_grad once dx has arrived; finish.  `grad` is complete after the last t.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class OutputLayer:
         precise = statistics_dtype(self._weight.dtype)
         self._owned, self._ignored = self._shard.owned(targets), targets == IGNORE_INDEX
         self._grad_loss = weights.to(precise)
+        self._left = len(targets)  # T to come
         if self._smoothing:
             self._row_sum = self._weight.sum(0, dtype=precise)
             self._smoothed = torch.zeros_like(self._row_sum)  # sum over tokens of g x
@@ -137,6 +138,9 @@ class OutputLayer:
         if self._smoothing:
             self._smoothed += x.to(self._smoothed.dtype).T @ state.grad_loss
         state.held = state.x = None
+        self._left -= 1
+        if self._smoothing and not self._left:
+            self._grad.sub_(self._smoothed.to(self._grad.dtype), alpha=self._smoothing)
 
     @torch.no_grad()
     def input_grad(self, microbatch: int) -> Tensor:
@@ -152,8 +156,6 @@ class OutputLayer:
         states = [self._microbatches.pop(microbatch) for microbatch in range(len(self._owned))]
         assert not self._microbatches
         assert all(state.held is None for state in states)
-        if self._smoothing:
-            self._grad.sub_(self._smoothed.to(self._grad.dtype), alpha=self._smoothing)
         return torch.stack([_known(state.loss) for state in states])
 
     @property

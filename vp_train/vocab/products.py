@@ -5,15 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vp_train.vocab.rows import accumulate, accumulate_transposed, has_compiler
+from vp_train.precision import accumulate, accumulate_transposed, has_compiler, statistics_dtype
 
 _BLOCK_BYTES = 3 << 20  # of a transposed product
 _GAP = 32  # values between its rows: a power of two from one to the next would meet in the same lines of the cache
-
-
-def statistics_dtype(compute: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, fp32 for everything else."""
-    return torch.float64 if compute is torch.float64 else torch.float32
 
 
 class Products:

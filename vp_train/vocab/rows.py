@@ -1,4 +1,4 @@
-"""The work between matrix products: maximum, exponential, sum and cast of every row of logits, and sums of mixed precision.
+"""The work between matrix products: maximum, exponential, sum and cast of every row of logits.
 
 On CUDA a Triton kernel where Triton is installed; on a CPU in low precision one fused by torch.compile where there is a C++
 compiler; otherwise torch operations, which make several passes.  All take the same arguments.
@@ -7,14 +7,12 @@ compiler; otherwise torch operations, which make several passes.  All take the s
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
-from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from vp_train.precision import compiled, compiled_exactly, has_compiler
 
 
 def exponentiate(
@@ -32,7 +30,7 @@ def exponentiate(
 
         return exponentiate_rows(logits, least, out, softcap)
     if logits.device.type == "cpu" and out.dtype in (torch.bfloat16, torch.float16) and has_compiler():
-        fused = _compiled_exactly(_functional) if usual else _compiled(_functional)
+        fused = compiled_exactly(_functional) if usual else compiled(_functional)
         maximum, total = fused(logits, least, out, softcap)
         return maximum, total
     return unfused(logits, least, out, softcap)
@@ -70,57 +68,6 @@ def _functional(logits: Tensor, least: Tensor, out: Tensor, softcap: float | Non
         exponential = exponential * (1 - ratio * ratio)
     out.copy_(exponential)
     return maximum, total
-
-
-def accumulate(accumulator: Tensor, addend: Tensor, keep: Tensor | None = None, scale: Tensor | None = None) -> None:
-    """accumulator [N, H] = accumulator keep + addend scale, for `addend` of another dtype and `keep` and `scale` [N], None: 1.
-
-    Fused on a CPU, where torch would first cast `addend` as a whole.
-    """
-    mixed = accumulator.device.type == "cpu" and accumulator.dtype is not addend.dtype
-    (_compiled(_accumulate) if mixed and has_compiler() else _accumulate)(accumulator, addend, keep, scale)
-
-
-def _accumulate(accumulator: Tensor, addend: Tensor, keep: Tensor | None, scale: Tensor | None) -> None:
-    if keep is not None:
-        accumulator.mul_(keep[:, None])
-    accumulator.add_(addend if scale is None else addend * scale[:, None])
-
-
-def scaled(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """x scale [N, H] in the dtype of x, in `out`, for `scale` [N] of another dtype: fused like `accumulate`."""
-    mixed = x.device.type == "cpu" and x.dtype is not scale.dtype
-    (_compiled(_scale) if mixed and has_compiler() else _scale)(x, scale, out)
-    return out
-
-
-def _scale(x: Tensor, scale: Tensor, out: Tensor) -> None:
-    torch.mul(x, scale[:, None], out=out)
-
-
-def accumulate_transposed(accumulator: Tensor, addend: Tensor) -> None:
-    """accumulator [N, H] += addend^T for `addend` [H, N] of another dtype on a CPU; needs a compiler."""
-    _compiled_exactly(_add_transposed)(accumulator, addend)
-
-
-def _add_transposed(accumulator: Tensor, addend: Tensor) -> None:
-    accumulator.add_(addend.T)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
-
-
-@cache
-def _compiled_exactly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Again for every shape, of which there must be few."""
-    return torch.compile(function, dynamic=False)
-
-
-@cache
-def has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
 @cache

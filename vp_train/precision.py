@@ -1,0 +1,70 @@
+"""Which precision goes with which, and sums of several, fused by torch.compile on a CPU where there is a C++ compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+def statistics_dtype(compute: torch.dtype) -> torch.dtype:
+    """Of sums, gradients and what the optimizer keeps: fp64 for fp64, fp32 for everything else."""
+    return torch.float64 if compute is torch.float64 else torch.float32
+
+
+def accumulate(accumulator: Tensor, addend: Tensor, keep: Tensor | None = None, scale: Tensor | None = None) -> None:
+    """accumulator [N, H] = accumulator keep + addend scale, for `addend` of another dtype and `keep` and `scale` [N], None: 1.
+
+    Fused on a CPU, where torch would first cast `addend` as a whole.
+    """
+    mixed = accumulator.device.type == "cpu" and accumulator.dtype is not addend.dtype
+    (compiled(_accumulate) if mixed and has_compiler() else _accumulate)(accumulator, addend, keep, scale)
+
+
+def _accumulate(accumulator: Tensor, addend: Tensor, keep: Tensor | None, scale: Tensor | None) -> None:
+    if keep is not None:
+        accumulator.mul_(keep[:, None])
+    accumulator.add_(addend if scale is None else addend * scale[:, None])
+
+
+def scaled(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """x scale [N, H] in the dtype of x, in `out`, for `scale` [N] of another dtype: fused like `accumulate`."""
+    mixed = x.device.type == "cpu" and x.dtype is not scale.dtype
+    (compiled(_scale) if mixed and has_compiler() else _scale)(x, scale, out)
+    return out
+
+
+def _scale(x: Tensor, scale: Tensor, out: Tensor) -> None:
+    torch.mul(x, scale[:, None], out=out)
+
+
+def accumulate_transposed(accumulator: Tensor, addend: Tensor) -> None:
+    """accumulator [N, H] += addend^T for `addend` [H, N] of another dtype on a CPU; needs a compiler."""
+    compiled_exactly(_add_transposed)(accumulator, addend)
+
+
+def _add_transposed(accumulator: Tensor, addend: Tensor) -> None:
+    accumulator.add_(addend.T)
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+@cache
+def compiled_exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Again for every shape, of which there must be few."""
+    return torch.compile(function, dynamic=False)
+
+
+@cache
+def has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
