@@ -36,7 +36,6 @@ from vp_train.degrees import wanted_ranks
 from vp_train.mesh import build_mesh
 from vp_train.plan import make_plan
 from vp_train.planner.memory import rank_memory
-from vp_train.vocab import rows as row_passes
 
 COMMON = ["model.num_layers=8", "num_microbatches=8"]
 CASES = {
@@ -103,24 +102,25 @@ class LiveStorages(TorchDispatchMode):
         return result
 
 
-def _unwatched(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _unwatched(compiler: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled code would be taken apart into single operations if it were watched, and allocate what it never does."""
 
-    def make(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
+    def compile_function(*arguments: Any, **options: Any) -> Callable[..., Any]:
+        compiled = compiler(*arguments, **options)
+
+        def run(*tensors: Any) -> Any:
             with _disable_current_modes():
-                return compiled(function)(*arguments)
+                return compiled(*tensors)
 
         return run
 
-    return make
+    return compile_function
 
 
 def measure(rank: int, num_ranks: int, port: int, case: str, config: RunConfig, path: str) -> None:
     """A process: build the rank, run two steps, write its row."""
     torch.set_num_threads(1)
-    for name in ("_compiled", "_compiled_exactly"):
-        setattr(row_passes, name, _unwatched(getattr(row_passes, name)))
+    torch.compile = _unwatched(torch.compile)
     store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
     plan = make_plan(config, num_ranks)
