@@ -176,7 +176,7 @@ def search_lines(config: RunConfig, result: Result) -> list[str]:
     if result.open_choices:
         lines.append(f"{counted}; out of time: {result.open_choices:,} that might be faster are left; raise --seconds")
     else:
-        lines.append(f"{counted}; none of the others can be faster")
+        lines.append(f"{counted}; none of the others can be faster" if result.best else counted)
     lines += _refusal_lines(result.refused)
     if not result.best:
         lines += _misses(config, result)
