@@ -31,6 +31,7 @@ ALLOWED = {
     "vp_train.vocab": ("vp_train.precision", "vp_train.vocab"),
     "vp_train.pipeline": ("schedules", "vp_train.precision", "vp_train.vocab", "vp_train.pipeline"),
     "vp_train.optim": ("vp_train.config", "vp_train.optim", "vp_train.precision"),
+    "vp_train.hf": ("vp_train.config", "vp_train.checkpoint", "vp_train.model.shape", "vp_train.hf", "vp_train.durable"),
     "vp_train.data": ("vp_train.config", "vp_train.data", "vp_train.durable", "vp_train.quiet"),
 }
 DOORS = {
@@ -38,7 +39,8 @@ DOORS = {
     "hydra": {"vp_train.cli"},
     "omegaconf": {"vp_train.cli"},
     "tokenizers": {"vp_train.data.tokenizer", "vp_train.data.corpus"},
-    "safetensors": {"vp_train.checkpoint.store"},
+    "safetensors": {"vp_train.checkpoint.store", "vp_train.checkpoint.stream"},
+    "transformers": set(),
     "matplotlib": {"vp_train.plot"},
     "deepspeed": {"vp_train.optim.zero"},
 }
@@ -49,6 +51,7 @@ WITHOUT_TORCH = (
     "vp_train.estimate",
     "vp_train.placement",
     "vp_train.plan",
+    "vp_train.planner",
     "vp_train.simulation",
     "vp_train.plot",
     "vp_train.exits",

@@ -192,6 +192,7 @@ def _build_stages(config: RunConfig, plan: RunPlan, mesh: Mesh, dtype: torch.dty
             config.model,
             plan.layers[stage],
             final_norm=stage == plan.problem.last_stage,
+            first=stage == 0,
             dtype=dtype,
             device=device,
             group=mesh.tensor,

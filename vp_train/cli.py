@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import signal
@@ -43,9 +44,15 @@ _SIMULATE_EXAMPLES = """\
   vp-simulate --compare 1f1b,zb_h1,v_half --vocab none,one_barrier --out compared parallel.pp=8 cost=a100_4b"""
 
 
+_PLAN_EXAMPLES = """\
+  vp-plan model=gpt_4b cluster=a100_80g_node num_microbatches=128
+  vp-plan model=llama3_8b cluster=h100_80g_node cluster.num_nodes=4 parallel.tp=2 parallel.pp=4 num_microbatches=32
+  vp-plan --search --top 10 model=gpt_21b cluster=a100_80g_node cluster.num_nodes=2 num_microbatches=256"""
+
+
 @dataclass(frozen=True, slots=True)
 class _Command:
-    """A console entry.  `options` take a value: their name -> (what to write for it, what it does)."""
+    """A console entry.  `options`: their name -> (what to write for their value, empty if they have none; what they do)."""
 
     name: str
     purpose: str
@@ -73,6 +80,27 @@ def simulate() -> None:
     }
     purpose = "simulates one step: time, bubble and memory of a schedule"
     _main(_Command("vp-simulate", purpose, _simulate, _SIMULATE_EXAMPLES, options))
+
+
+def plan() -> None:
+    """`vp-plan`: bytes, seconds and MFU of a run on a cluster, before anything starts."""
+    options = {
+        "--search": ("", "rank every way to run the batch on the cluster, fastest first"),
+        "--top": ("K", "with --search: show so many (5)"),
+        "--seconds": ("N", "with --search: simulate for so long at most (60)"),
+        "--json": ("FILE", "write the report there"),
+    }
+    _main(_Command("vp-plan", "predicts memory, time and MFU of a run on a cluster", _plan, _PLAN_EXAMPLES, options))
+
+
+def import_model() -> None:
+    """`vp-import`: a model in the format of Hugging Face becomes a checkpoint to start from."""
+    _guarded("vp-import", lambda: _import(sys.argv[1:]))
+
+
+def export_model() -> None:
+    """`vp-export`: a checkpoint becomes a model in the format of Hugging Face."""
+    _guarded("vp-export", lambda: _export(sys.argv[1:]))
 
 
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
@@ -105,31 +133,107 @@ def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str,
     return EXIT_OK
 
 
+def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    from vp_train.planner.show import show_plan, show_search
+
+    path = Path(options["--json"]).expanduser() if "--json" in options else None
+    if "--search" not in options:
+        for name in ("--top", "--seconds"):
+            if name in options:
+                raise ConfigError(f"{name} belongs to --search")
+        fits = show_plan(config, path)
+    else:
+        top, seconds = _number(options, "--top", 5), _number(options, "--seconds", 60)
+        fits = show_search(config, top, seconds, path)
+    return EXIT_OK if fits else EXIT_CONFIG
+
+
+def _number(options: Mapping[str, str], name: str, default: int) -> int:
+    word = options.get(name, str(default))
+    if not word.isdecimal() or int(word) < 1:
+        raise ConfigError(f"{name} {word} is not a whole number of at least 1")
+    return int(word)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every command here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _import(arguments: Sequence[str]) -> int:
+    parser = _Parser("vp-import", description="makes a checkpoint to start from of a model in the format of Hugging Face")
+    parser.add_argument("source", metavar="SRC", type=_path, help="directory with config.json and safetensors files")
+    parser.add_argument("target", metavar="DST", type=_path, help="directory to make")
+    told = parser.parse_args(arguments)
+    from vp_train.hf.convert import import_checkpoint
+
+    imported = import_checkpoint(told.source, told.target)
+    tokenizer = "" if imported.tokenizer is None else f" data.tokenizer={imported.tokenizer}"
+    print(
+        f"{imported.num_parameters:,} parameters in {imported.checkpoint}\n"
+        f"vp-train model={imported.model_file} run.init_from={told.target}{tokenizer} ..."
+    )
+    return EXIT_OK
+
+
+def _export(arguments: Sequence[str]) -> int:
+    parser = _Parser("vp-export", description="makes a model in the format of Hugging Face of a checkpoint")
+    parser.add_argument("source", metavar="SRC", type=_path, help="directory of a run, of vp-import, or of one checkpoint")
+    parser.add_argument("target", metavar="DST", type=_path, help="directory to make")
+    parser.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), help="of the weights; as stored")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest file, unless one tensor is (5)")
+    parser.add_argument("--tokenizer", type=_path, metavar="DIR", help="where its files are; with the data of the run")
+    told = parser.parse_args(arguments)
+    if not told.max_shard_gb > 0:
+        raise ConfigError(f"--max-shard-gb={told.max_shard_gb} is too small; it must be above 0")
+    from vp_train.hf.convert import export_checkpoint
+
+    shard_bytes = int(told.max_shard_gb * 1e9)
+    written = export_checkpoint(told.source, told.target, dtype=told.dtype, shard_bytes=shard_bytes, tokenizer=told.tokenizer)
+    print(f"{told.target}: {', '.join(written)}")
+    if "tokenizer.json" not in written and "tokenizer.model" not in written:
+        print("without a tokenizer; --tokenizer DIR copies one")
+    return EXIT_OK
+
+
+def _path(word: str) -> Path:
+    return Path(word).expanduser()
+
+
 def _main(command: _Command) -> NoReturn:
-    arguments = sys.argv[1:]
+    _guarded(command.name, lambda: _configured(command, sys.argv[1:]))
+
+
+def _configured(command: _Command, arguments: Sequence[str]) -> int:
+    words = [word for word in arguments if word not in ("--help", "-h", "--print-config")]
+    overrides, options = _split(words, command.options)
+    config = load_config(overrides, tuple(command.options))
+    if "--help" in arguments or "-h" in arguments:
+        print(_help(command, config))
+        return EXIT_OK
+    if "--print-config" in arguments:
+        print(config_text(config), end="")
+        return EXIT_OK
+    return command.body(config, overrides, options)
+
+
+def _guarded(name: str, body: Callable[[], int]) -> NoReturn:
+    """Run a command and leave with its exit code; errors of the user and of the system are one line."""
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        words = [word for word in arguments if word not in ("--help", "-h", "--print-config")]
-        overrides, options = _split(words, command.options)
-        config = load_config(overrides, tuple(command.options))
-        if "--help" in arguments or "-h" in arguments:
-            print(_help(command, config))
-            code = EXIT_OK
-        elif "--print-config" in arguments:
-            print(config_text(config), end="")
-            code = EXIT_OK
-        else:
-            code = command.body(config, overrides, options)
+        code = body()
         sys.stdout.flush()
     except ConfigError as error:
         if speaks:
-            print(f"{command.name}: {error}", file=sys.stderr, flush=True)
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
         code = EXIT_CONFIG
     except BrokenPipeError:  # a reader like `head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except OSError as error:
-        print(f"{command.name}: {error}", file=sys.stderr, flush=True)
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
         code = EXIT_IO
     except KeyboardInterrupt:
         code = 130
@@ -142,7 +246,7 @@ def _main(command: _Command) -> NoReturn:
 
 
 def _split(words: Sequence[str], known: Mapping[str, tuple[str, str]]) -> tuple[list[str], dict[str, str]]:
-    """Overrides, and the values of known options, written `--out DIR` or `--out=DIR`."""
+    """Overrides, and the values of known options, written `--out DIR` or `--out=DIR`; "" of those without one."""
     overrides: list[str] = []
     options: dict[str, str] = {}
     rest = iter(words)
@@ -150,6 +254,9 @@ def _split(words: Sequence[str], known: Mapping[str, tuple[str, str]]) -> tuple[
         name, equals, value = word.partition("=")
         if name not in known:
             overrides.append(word)
+            continue
+        if not known[name][0]:
+            options[name] = ""
             continue
         value = value if equals else next(rest, "")
         if not value or value.startswith("-"):
@@ -173,6 +280,7 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
     if options:
         known = ", ".join((*known_options, "--help"))
         raise ConfigError(f"{options[0]} is not an option; there are {known} and --print-config, all else is key=value")
+    overrides = [word for given in overrides for word in _of_model_file(given)]
     edits = [word for word in overrides if word.startswith(("+", "~"))]
     if edits:
         raise ConfigError(f"{edits[0]}: settings cannot be added or removed; write key=value")
@@ -192,6 +300,25 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
         raise ConfigError(_first_line(error)) from None
     assert isinstance(config, RunConfig)
     return config
+
+
+def _of_model_file(word: str) -> list[str]:
+    """`model=FILE.yaml`, which vp-import writes, as the settings in the file; anything else as it is."""
+    group, _, value = word.partition("=")
+    path = Path(value).expanduser()
+    if group != "model" or path.suffix != ".yaml":
+        return [word]
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        settings = OmegaConf.load(path)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"model={value} cannot be read: {_first_line(error)}") from None
+    if not isinstance(settings, DictConfig):
+        raise ConfigError(f"model={value} does not hold settings of a model, one `key: value` per line")
+    return [f"model.{key!s}={'null' if setting is None else setting}" for key, setting in settings.items()]
 
 
 def config_text(config: RunConfig) -> str:

@@ -38,18 +38,48 @@ def _freeze(section: object, name: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
+    """A decoder.  Flags say what the families differ in: GPT, Llama, Qwen and Gemma are settings of them; see configs/model.
+
+    `head_size` None: hidden_size / num_heads.  `zero_centred_norm`: weights w of an RMSNorm count as 1 + w.
+    `activation`: `swiglu`, `geglu` (gated, tanh approximation) or `gelu` (not gated, tanh approximation).
+    `linear_bias` is a bias of every linear layer of the layers, `qkv_bias` of the first alone; `qk_norm` an RMSNorm over each
+    head of queries and keys; `post_norms` another norm after attention and after the MLP, before the residual is added.
+    `attention_softcap` c: scores become c tanh(scores / c); they are q k / sqrt(attention_divisor), None: of head_size.
+    `sliding_window`: layers see so many tokens, themselves included, except every `full_attention_every`-th one (None: all
+    layers are local), and local layers have a RoPE base of their own, if given.  `positions`: `rope`, or `learned`, a table of
+    seq_length rows that stage 0 adds.  `embedding_scale`: embeddings count sqrt(hidden_size) times.
+    """
 
     num_layers: int = 8
     hidden_size: int = 256
     num_heads: int = 8
     num_query_groups: int = 4
+    head_size: int | None = None
     ffn_hidden_size: int = 768
     vocab_size: int = 32_768
     seq_length: int = 256
     tied_embeddings: bool = False
-    rope_base: float = 10_000.0
+    embedding_scale: bool = False
+    normalisation: str = "rmsnorm"
+    zero_centred_norm: bool = False
     norm_epsilon: float = 1e-5
+    post_norms: bool = False
+    activation: str = "swiglu"
+    linear_bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    attention_divisor: float | None = None
+    attention_softcap: float | None = None
+    sliding_window: int | None = None
+    full_attention_every: int | None = None
+    positions: str = "rope"
+    rope_base: float = 10_000.0
+    rope_local_base: float | None = None
+    rope_scaling: str = "none"  # linear: angles / rope_factor; llama3: low frequencies only, arXiv 2407.21783
+    rope_factor: float = 1.0
+    rope_low_frequency: float = 1.0  # with llama3: turns within rope_original_length below which the whole factor counts,
+    rope_high_frequency: float = 4.0  # and above which none does
+    rope_original_length: int = 8192
     init_std: float = 0.02
     logit_softcap: float | None = None  # c: logits become c tanh(logits / c)
 
@@ -59,28 +89,82 @@ class ModelConfig:
             "hidden_size",
             "num_heads",
             "num_query_groups",
+            "head_size",
             "ffn_hidden_size",
             "vocab_size",
             "seq_length",
+            "sliding_window",
+            "full_attention_every",
+            "rope_factor",
+            "rope_original_length",
         ):
-            _at_least(f"model.{name}", getattr(self, name), 1)
-        if self.hidden_size % self.num_heads:
+            value = getattr(self, name)
+            if value is not None:
+                _at_least(f"model.{name}", value, 1)
+        _choice("model.normalisation", self.normalisation, ("rmsnorm", "layernorm"))
+        _choice("model.activation", self.activation, ("swiglu", "geglu", "gelu"))
+        _choice("model.positions", self.positions, ("rope", "learned"))
+        _choice("model.rope_scaling", self.rope_scaling, ("none", "linear", "llama3"))
+        self._check_heads()
+        for name in ("logit_softcap", "attention_softcap", "attention_divisor", "rope_base", "rope_local_base"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"model.{name}={value} is too small; it must be above 0, or null for none")
+        self._check_pairs()
+
+    def _check_heads(self) -> None:
+        if self.head_size is None and self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"model.hidden_size={self.hidden_size} does not split over model.num_heads={self.num_heads}; "
-                f"use a multiple of {self.num_heads}"
+                f"use a multiple of {self.num_heads}, or set model.head_size"
             )
-        if self.hidden_size // self.num_heads % 2:
-            raise ConfigError(
-                f"model.hidden_size / model.num_heads = {self.hidden_size // self.num_heads} is odd; "
-                "rotary embeddings need an even head size"
-            )
+        size = self.head_size or self.hidden_size // self.num_heads
+        if self.positions == "rope" and size % 2:
+            name = "model.hidden_size / model.num_heads" if self.head_size is None else "model.head_size"
+            raise ConfigError(f"{name} = {size} is odd; rotary embeddings need an even head size")
         if self.num_heads % self.num_query_groups:
             raise ConfigError(
                 f"model.num_heads={self.num_heads} does not split over model.num_query_groups={self.num_query_groups}; "
                 f"use a divisor of {self.num_heads}"
             )
-        if self.logit_softcap is not None and not self.logit_softcap > 0:
-            raise ConfigError(f"model.logit_softcap={self.logit_softcap} is too small; it must be above 0, or null for none")
+
+    def _check_pairs(self) -> None:
+        """Settings that count only with another one."""
+        if self.zero_centred_norm and self.normalisation != "rmsnorm":
+            raise ConfigError(
+                f"model.zero_centred_norm=true counts only with model.normalisation=rmsnorm, not {self.normalisation}; "
+                "drop one of the two"
+            )
+        if self.qk_norm and self.normalisation != "rmsnorm":
+            raise ConfigError(
+                f"model.qk_norm=true counts only with model.normalisation=rmsnorm, not {self.normalisation}; "
+                "drop one of the two"
+            )
+        for name in ("full_attention_every", "rope_local_base"):
+            if getattr(self, name) is not None and self.sliding_window is None:
+                raise ConfigError(
+                    f"model.{name}={getattr(self, name)} counts only with model.sliding_window; set it, or drop this"
+                )
+        for name, unused in (("rope_local_base", None), ("rope_scaling", "none")):
+            if getattr(self, name) != unused and self.positions != "rope":
+                raise ConfigError(
+                    f"model.{name}={getattr(self, name)} counts only with model.positions=rope, not {self.positions}; "
+                    "drop one of the two"
+                )
+        if self.rope_factor != 1 and self.rope_scaling == "none":
+            raise ConfigError(
+                f"model.rope_factor={self.rope_factor} counts only with model.rope_scaling=linear or llama3; set one of them"
+            )
+        if self.rope_scaling == "llama3" and not 0 < self.rope_low_frequency < self.rope_high_frequency:
+            raise ConfigError(
+                f"model.rope_low_frequency={self.rope_low_frequency} and model.rope_high_frequency={self.rope_high_frequency}: "
+                "the first must be above 0 and below the second"
+            )
+
+    def is_local(self, layer: int) -> bool:
+        """Whether this layer, counted from 0 over the whole model, sees only `sliding_window` tokens."""
+        every = self.full_attention_every
+        return self.sliding_window is not None and (every is None or (layer + 1) % every != 0)
 
 
 @dataclass(frozen=True)
@@ -263,11 +347,18 @@ class CostConfig:
     What was measured replaces that estimate.  All measured figures are for one microbatch: F, B, I and W per layer; S and T of
     a shard together, a fixed part and a part per row; E and G per shard.  `measured_layer_flops` says for which layers: the
     forward FLOPs of one, so that the figures are refused for any other model, sequence length or micro-batch size.
+
+    A message takes its fixed seconds and, where a bandwidth is told, its bytes through that: hops between stages,
+    collectives of the vocabulary, and sums over the tensor-parallel ranks, of which a layer has two forward and two backward.
     """
 
     flops_per_second: float = 5e10
     hop_seconds: float = 2e-4
+    hop_bytes_per_second: float | None = None
     collective_seconds: float = 5e-4
+    collective_bytes_per_second: float | None = None
+    tensor_seconds: float = 0.0
+    tensor_bytes_per_second: float | None = None
     measured_layer_flops: float | None = None
     layer_forward_seconds: float | None = None
     layer_backward_seconds: float | None = None
@@ -284,12 +375,57 @@ class CostConfig:
             value = getattr(self, item.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"cost.{item.name}={value} is not a finite number")
-            if item.name.endswith("_seconds") and value is not None:
+            if item.name.endswith("_per_second") and value is not None:
+                _at_least(f"cost.{item.name}", value, 1)
+            elif item.name.endswith("_seconds") and value is not None:
                 _at_least(f"cost.{item.name}", value, 0)
-        _at_least("cost.flops_per_second", self.flops_per_second, 1)
         _freeze(self, "rank_slowness")
         if self.rank_slowness is not None and not all(0 < value < math.inf for value in self.rank_slowness or (0,)):
             raise ConfigError(f"cost.rank_slowness={list(self.rank_slowness)}: every value must be above 0 and finite")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """The machines a run is planned for; only `vp-plan` reads it.
+
+    `memory_gib`: what one rank may allocate on its GPU.  `*_flops_per_second`: the peak of a GPU by dtype, of which layers and
+    vocabulary passes reach `efficiency`, unless `cost` has measured times.  `memory_bytes_per_second`: of a GPU's own memory.
+    Links are those of one GPU, in one direction: `node_*` to the others of its node, `network_*` to other nodes.
+    `overlap`: how much of the sum of the gradients over the replicas hides behind passes.
+    """
+
+    num_nodes: int = 1
+    gpus_per_node: int = 4
+    memory_gib: float = 4.0
+    bfloat16_flops_per_second: float = 1e11
+    float16_flops_per_second: float = 1e11
+    float32_flops_per_second: float = 1e11
+    float64_flops_per_second: float = 5e10
+    efficiency: float = 0.5
+    memory_bytes_per_second: float = 1e10
+    node_seconds: float = 2e-4
+    node_bytes_per_second: float = 1e9
+    network_seconds: float = 1e-3
+    network_bytes_per_second: float = 1e8
+    overlap: float = 0.0
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not math.isfinite(value):
+                raise ConfigError(f"cluster.{item.name}={value} is not a finite number")
+            is_fraction = item.name in ("efficiency", "overlap")
+            least = 1 if item.name.endswith("_per_second") or isinstance(value, int) else 0
+            _at_least(f"cluster.{item.name}", value, least)
+            if is_fraction and value > 1:
+                raise ConfigError(f"cluster.{item.name}={value} is out of range; it is a fraction, at most 1")
+        for name in ("memory_gib", "efficiency"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"cluster.{name}={getattr(self, name)} is too small; it must be above 0")
+
+    @property
+    def num_gpus(self) -> int:
+        return self.num_nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True)
@@ -310,6 +446,7 @@ class RunSettings:
     checkpoint_every: int = 45  # the last step is always saved; 0 turns checkpoints off
     keep_checkpoints: int = 2
     resume: bool = False  # continue from the newest checkpoint of this run directory
+    init_from: str | None = None  # weights of another run, or of vp-import, to start from; a resumed run has its own
     trace_step: int = 5  # the step whose passes are timed and written as a trace; 0 turns it off
     on_nonfinite: str = "stop"
     timeout_seconds: float = 300.0
@@ -341,6 +478,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     cost: CostConfig = field(default_factory=CostConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     run: RunSettings = field(default_factory=RunSettings)
     num_microbatches: int = 8
     micro_batch_size: int = 1

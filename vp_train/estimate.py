@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from schedules.cost import CostModel
 from schedules.ir import Kind
 from schedules.layout import Layout
-from schedules.vocab import End, VocabAlgorithm
+from schedules.vocab import End, Transfer, VocabAlgorithm
 from vp_train.config import ConfigError, RunConfig
 from vp_train.model import shape
 from vp_train.vocab.shard import Shard
 
-_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 # Of the three matrix products of a shard, those in S: Z, and with it dx for one_barrier; the rest are T's.
 _S_GEMMS = {"none": 2, "one_barrier": 2, "two_barrier": 1, "naive": 1}
 
@@ -24,13 +24,18 @@ def estimate_cost(
     """The costs of every pass.  Raises ConfigError where the measured layers were not those of this model."""
     _check_measured(config)
     slowness = rank_slowness(config, layout.num_ranks)
-    model, size = config.model, config.micro_batch_size
-    item_bytes = _ITEM_BYTES[config.run.dtype]
-    rows = [shard.num_rows for shard in shards[End.OUTPUT]]
-    exchanged = algorithm.sharded and layout.num_ranks > 1  # a rank that owns the whole layer has nobody to wait for
-    layer_bytes = shape.layer_input_bytes if config.parallel.recompute == "full" else shape.layer_activation_bytes
-    stage_bytes = [float(len(stage) * layer_bytes(model, size, item_bytes)) for stage in layers]
-    stage_bytes[-1] += shape.final_norm_activation_bytes(model, size, item_bytes)
+    model, size, tp = shape.tensor_share(config.model, config.parallel.tp), config.micro_batch_size, config.parallel.tp
+    item_bytes = ITEM_BYTES[config.run.dtype]
+    rows = [math.ceil(shard.num_rows / tp) for shard in shards[End.OUTPUT]]
+    num_shards = tp * (layout.num_ranks if algorithm.sharded else 1)
+    on_cuda = config.run.device == "cuda"
+    if config.parallel.recompute == "full":
+        layer_bytes = shape.layer_input_bytes(model, size, item_bytes)
+    else:
+        layer_bytes = shape.layer_activation_bytes(model, size, item_bytes, fused_norms=on_cuda)
+    stage_bytes = [float(len(stage) * layer_bytes) for stage in layers]
+    stage_bytes[0] += shape.embedding_activation_bytes(model, size, item_bytes)
+    stage_bytes[-1] += shape.final_norm_activation_bytes(model, size, item_bytes, fused_norms=on_cuda)
     return CostModel(
         {
             kind: tuple(
@@ -38,12 +43,44 @@ def estimate_cost(
             )
             for kind, values in (_stage_seconds(config, layers) | _shard_seconds(config, rows, algorithm)).items()
         },
-        config.cost.hop_seconds,
-        {barrier.name: config.cost.collective_seconds if exchanged else 0.0 for barrier in algorithm.barriers},
+        link_seconds(config.cost.hop_seconds, config.cost.hop_bytes_per_second, message_bytes(config)),
+        {barrier.name: _barrier_seconds(config, barrier.transfer, num_shards) for barrier in algorithm.barriers},
         tuple(stage_bytes),
-        tuple(item_bytes * size * model.seq_length * (_held_part(config) * count + model.hidden_size) for count in rows),
+        tuple(item_bytes * size * model.seq_length * (held_part(config) * count + model.hidden_size) for count in rows),
         tuple(float(len(stage) * shape.layer_weight_grad_bytes(model, size, item_bytes)) for stage in layers),
     )
+
+
+def message_bytes(config: RunConfig) -> int:
+    """[T, H] in the compute dtype: what a hop, C0 or a sum over the tensor-parallel ranks moves."""
+    return ITEM_BYTES[config.run.dtype] * config.micro_batch_size * config.model.seq_length * config.model.hidden_size
+
+
+def link_seconds(fixed: float, bytes_per_second: float | None, num_bytes: float) -> float:
+    """One message over one link."""
+    return fixed + (0.0 if bytes_per_second is None else num_bytes / bytes_per_second)
+
+
+def sum_seconds(fixed: float, bytes_per_second: float | None, num_bytes: float, num_ranks: int) -> float:
+    """A sum that all ranks get, in a ring: every rank sends 2 (n - 1) / n of it; twice as long as scattering or gathering."""
+    return 0.0 if num_ranks == 1 else link_seconds(fixed, bytes_per_second, 2 * (num_ranks - 1) / num_ranks * num_bytes)
+
+
+def _barrier_seconds(config: RunConfig, transfer: Transfer, num_shards: int) -> float:
+    """One collective of `num_shards` shards; 0 where one rank owns the whole layer, for it has nobody to wait for."""
+    if num_shards == 1:
+        return 0.0
+    precise = max(4, ITEM_BYTES[config.run.dtype]) * config.micro_batch_size * config.model.seq_length
+    match transfer:
+        case Transfer.BROADCAST | Transfer.REDUCE:
+            num_bytes: float = message_bytes(config)
+        case Transfer.GATHER | Transfer.SCATTER:
+            num_bytes = message_bytes(config) * (num_shards - 1) / num_shards
+        case Transfer.ALL_GATHER:
+            num_bytes = 3 * precise * (num_shards - 1)
+        case Transfer.ALL_MAX | Transfer.ALL_SUM:
+            num_bytes = 2 * 2 * precise
+    return link_seconds(config.cost.collective_seconds, config.cost.collective_bytes_per_second, num_bytes)
 
 
 def rank_slowness(config: RunConfig, num_ranks: int) -> tuple[float, ...]:
@@ -63,20 +100,22 @@ def layer_seconds(config: RunConfig) -> float:
 
 
 def row_seconds(config: RunConfig) -> float:
-    """S and T of one row more."""
-    return _output_seconds(config, 2) - _output_seconds(config, 1)
+    """S and T of one row more on a pipeline rank, whose tensor-parallel ranks share its rows."""
+    return (_output_seconds(config, 2) - _output_seconds(config, 1)) / config.parallel.tp
 
 
 def _stage_seconds(config: RunConfig, layers: Sequence[range]) -> dict[Kind, tuple[float, ...]]:
     """F, B, I and W of each stage; B takes twice F, and I and W half of B each, unless measured.  B and I recompute."""
-    cost = config.cost
+    cost, tp = config.cost, config.parallel.tp
     forward = _layer_flops(config) / cost.flops_per_second
-    again = _either(cost.layer_forward_seconds, forward) if config.parallel.recompute == "full" else 0.0
+    summed = 2 * sum_seconds(cost.tensor_seconds, cost.tensor_bytes_per_second, message_bytes(config), tp)
+    one_forward = _either(cost.layer_forward_seconds, forward) / tp + summed
+    again = summed + (one_forward if config.parallel.recompute == "full" else 0.0)
     of_one_layer = {
-        Kind.F: _either(cost.layer_forward_seconds, forward),
-        Kind.B: _either(cost.layer_backward_seconds, 2 * forward) + again,
-        Kind.I: _either(cost.layer_input_grad_seconds, forward) + again,
-        Kind.W: _either(cost.layer_weight_grad_seconds, forward),
+        Kind.F: one_forward,
+        Kind.B: _either(cost.layer_backward_seconds, 2 * forward) / tp + again,
+        Kind.I: _either(cost.layer_input_grad_seconds, forward) / tp + again,
+        Kind.W: _either(cost.layer_weight_grad_seconds, forward) / tp,
     }
     return {kind: tuple(len(stage) * seconds for stage in layers) for kind, seconds in of_one_layer.items()}
 
@@ -96,14 +135,14 @@ def _shard_seconds(config: RunConfig, rows: Sequence[int], algorithm: VocabAlgor
 
 
 def _output_seconds(config: RunConfig, num_rows: int) -> float:
-    """S and T of one shard together: three matrix products."""
+    """S and T of one rank together: three matrix products."""
     cost, model = config.cost, config.model
     if cost.output_row_seconds is None:
         return 6 * config.micro_batch_size * model.seq_length * num_rows * model.hidden_size / cost.flops_per_second
     return cost.output_fixed_seconds + num_rows * cost.output_row_seconds if num_rows else 0.0
 
 
-def _held_part(config: RunConfig) -> float:
+def held_part(config: RunConfig) -> float:
     """Values held from S for T per token and row."""
     match config.vocab.backend:
         case "recompute":

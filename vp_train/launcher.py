@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from vp_train.config import RunConfig
+from vp_train.config import ConfigError, RunConfig
 from vp_train.degrees import wanted_ranks
 from vp_train.exits import EXIT_INTERNAL
 from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
@@ -21,6 +22,8 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     refuse_running(config.run)
     if config.schedule.is_solved:
         print(SEARCHING, flush=True)
+    if config.run.init_from is not None and not Path(config.run.init_from).expanduser().is_dir():
+        raise ConfigError(f"run.init_from={config.run.init_from} is not a directory; give that of a run or of vp-import")
     plan = make_plan(config, num_ranks)
     if config.schedule.is_solved:  # once, for all ranks
         solved = run_path(config.run) / "schedule.txt"

@@ -97,18 +97,27 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
 
 def plan_step(config: RunConfig, num_ranks: int) -> StepPlan:
     """Decide and simulate one step, without the programs that would run it.  Raises ConfigError like `make_plan`."""
-    degrees = split_ranks(config.parallel, num_ranks)
-    check_tensor_split(config.model, degrees.tp)
-    name = config.schedule.name
     if config.schedule.is_solved:
-        return _solved(config, degrees)
+        return _solved(config, _degrees(config, num_ranks))
     if config.schedule.file is not None:
-        return _stored(config, degrees, Path(config.schedule.file))
+        return _stored(config, _degrees(config, num_ranks), Path(config.schedule.file))
+    step = draft_step(config, num_ranks)
+    return step.with_schedule(generate(config.schedule.name, step.problem, step.cost))
+
+
+def draft_step(config: RunConfig, num_ranks: int) -> Draft:
+    """One step of a named schedule before its passes are ordered.  Raises ConfigError like `make_plan`."""
+    degrees, name = _degrees(config, num_ranks), config.schedule.name
     if name not in GENERATORS:
         raise ConfigError(f"schedule.name={name} is not known; choose one of {', '.join(GENERATORS)} or auto")
     layout = _layout(name, degrees.pp, config)
-    step = _draft(config, degrees, layout, _algorithm(config.vocab.algorithm), GENERATORS[name].split_backward)
-    return step.with_schedule(generate(name, step.problem, step.cost))
+    return _draft(config, degrees, layout, _algorithm(config.vocab.algorithm), GENERATORS[name].split_backward)
+
+
+def _degrees(config: RunConfig, num_ranks: int) -> Degrees:
+    degrees = split_ranks(config.parallel, num_ranks)
+    check_tensor_split(config.model, degrees.tp)
+    return degrees
 
 
 def row_advice(config: RunConfig, step: StepPlan) -> str | None:
@@ -135,7 +144,7 @@ def _busiest_seconds(problem: Problem, cost: CostModel) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class _Draft:
+class Draft:
     """A step whose order of passes is still open."""
 
     degrees: Degrees
@@ -151,11 +160,11 @@ class _Draft:
         return StepPlan(self.degrees, self.layers, self.shards, self.problem, self.cost, schedule, timeline, caps)
 
 
-def _draft(config: RunConfig, degrees: Degrees, layout: Layout, algorithm: VocabAlgorithm, split_backward: bool) -> _Draft:
+def _draft(config: RunConfig, degrees: Degrees, layout: Layout, algorithm: VocabAlgorithm, split_backward: bool) -> Draft:
     layers = split_layers(config.model, config.parallel, layout)
     problem = Problem(layout, config.num_microbatches, algorithm, split_backward)
     shards = {end: split_vocabulary(config, problem, end, layers) for end in End}
-    return _Draft(degrees, layers, shards, problem, estimate_cost(config, layout, layers, shards, algorithm))
+    return Draft(degrees, layers, shards, problem, estimate_cost(config, layout, layers, shards, algorithm))
 
 
 def _algorithm(name: str) -> VocabAlgorithm:
@@ -198,7 +207,7 @@ def _solved(config: RunConfig, degrees: Degrees) -> StepPlan:
     """The best of all base schedules, placements and, with vocab=auto, algorithms, under the cap on memory."""
     num_ranks = degrees.pp
     names = _SEARCHED if config.vocab.algorithm == "auto" else (config.vocab.algorithm,)
-    drafts: list[tuple[Option, _Draft]] = []
+    drafts: list[tuple[Option, Draft]] = []
     refusals: list[str] = []
     for name, family in GENERATORS.items():
         for algorithm in map(_algorithm, names):

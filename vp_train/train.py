@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -21,8 +22,8 @@ import torch.distributed as dist
 
 from schedules.timeline import Span, Timeline
 from vp_train.assembly import RankModel, build_rank
-from vp_train.checkpoint.store import CheckpointError, latest
-from vp_train.checkpoint.training import restore_run, save_run
+from vp_train.checkpoint.store import CheckpointError, find, latest
+from vp_train.checkpoint.training import load_weights, restore_run, save_run
 from vp_train.config import ConfigError, RunConfig
 from vp_train.data import Batch, Source, open_source
 from vp_train.exits import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK
@@ -136,6 +137,8 @@ class Run:
         self._checkpoints = run_path(config.run) / "checkpoints"
         self._memory = _Memory()
         self.first_step = 1 + (self._resume() if config.run.resume else 0)
+        if config.run.init_from is not None and self.first_step == 1:
+            self._initialise(config.run.init_from)
         self._traced_step = max(config.run.trace_step, self.first_step) if config.run.trace_step else 0
 
     def steps(self) -> range:
@@ -234,6 +237,14 @@ class Run:
         dist.broadcast_object_list(chosen, 0, group=self.mesh.world)
         path = chosen[0]
         return 0 if path is None else restore_run(path, self.config, self.model, self.mesh)
+
+    def _initialise(self, source: str) -> None:
+        """Take over the weights of another run.  Rank 0 chooses the checkpoint for all."""
+        chosen = [find(Path(source).expanduser()) if self.mesh.rank == 0 else None]
+        dist.broadcast_object_list(chosen, 0, group=self.mesh.world)
+        path = chosen[0]
+        assert path is not None
+        load_weights(path, self.config, self.model)
 
     def _traced(self, batch: Batch) -> tuple[torch.Tensor | None, Recorder]:
         """A training step with every pass timed, from a common start."""

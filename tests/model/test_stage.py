@@ -1,7 +1,9 @@
 """Megatron's layer is the decoder layer it should be, and how the layers are split changes nothing."""
 
 import gc
+import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +11,14 @@ import torch.distributed as dist
 from torch import nn
 
 from vp_train.config import ModelConfig
-from vp_train.model import shape
+from vp_train.model import attention, shape
 from vp_train.model.stage import Stage, init_rows
 
 MODEL = ModelConfig(
     num_layers=4, hidden_size=48, num_heads=6, num_query_groups=2, ffn_hidden_size=80, vocab_size=100, seq_length=20
 )
 CPU = torch.device("cpu")
+DTYPES = (torch.float64, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -29,48 +32,174 @@ def stage(group, layers, final_norm=False, dtype=torch.float64, model=MODEL, see
     return Stage(model, layers, final_norm=final_norm, dtype=dtype, device=CPU, group=group, seed=seed, **options)
 
 
-def plain_layer(x, weights, model):
-    """A decoder layer written from its formulas; x [s, b, h]."""
-    s, b, h = x.shape
-    n, g, d = model.num_heads, model.num_query_groups, h // model.num_heads
+def plain_norm(x, weights, name, model):
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    if model.normalisation == "layernorm":
+        x = x - x.mean(-1, keepdim=True)
+    x = x * (x.pow(2).mean(-1, keepdim=True) + model.norm_epsilon).rsqrt() * (weight + model.zero_centred_norm)
+    return x if bias is None else x + bias
 
-    def norm(x, weight):
-        return x * (x.pow(2).mean(-1, keepdim=True) + model.norm_epsilon).rsqrt() * weight
+
+def plain_linear(x, weights, name):
+    y = x @ weights[f"{name}.weight"].T
+    return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
+
+
+def plain_frequencies(model, local, dtype):
+    """Of each pair of a head, in radians per token."""
+    d = shape.head_size(model)
+    if local and model.rope_local_base is not None:
+        return model.rope_local_base ** (-torch.arange(0, d, 2, dtype=dtype) / d)
+    frequencies = model.rope_base ** (-torch.arange(0, d, 2, dtype=dtype) / d)
+    scaled = []
+    for frequency in frequencies.tolist():
+        turns = model.rope_original_length * frequency / (2 * math.pi)
+        low, high = model.rope_low_frequency, model.rope_high_frequency
+        if model.rope_scaling == "none" or (model.rope_scaling == "llama3" and turns > high):
+            scaled.append(frequency)
+        elif model.rope_scaling == "linear" or turns < low:
+            scaled.append(frequency / model.rope_factor)
+        else:
+            smooth = (turns - low) / (high - low)
+            scaled.append((1 - smooth) * frequency / model.rope_factor + smooth * frequency)
+    return torch.tensor(scaled, dtype=dtype)
+
+
+def plain_layer(x, weights, model, local):
+    """A decoder layer written from its formulas; x [s, b, h]."""
+    s, b, _ = x.shape
+    n, g, d = model.num_heads, model.num_query_groups, shape.head_size(model)
 
     def rope(x):
-        frequency = model.rope_base ** (-torch.arange(0, d, 2, dtype=x.dtype) / d)
-        angle = torch.outer(torch.arange(s, dtype=x.dtype), frequency)[:, None, None]
+        if model.positions != "rope":
+            return x
+        angle = torch.outer(torch.arange(s, dtype=x.dtype), plain_frequencies(model, local, x.dtype))[:, None, None]
         a, c = x[..., : d // 2], x[..., d // 2 :]
         return torch.cat([a * angle.cos() - c * angle.sin(), c * angle.cos() + a * angle.sin()], -1)
 
-    qkv = (norm(x, weights["input_layernorm.weight"]) @ weights["self_attention.linear_qkv.weight"].T).view(s, b, g, -1)
-    q, k, v = qkv.split([n // g * d, d, d], -1)
-    q, k = rope(q.reshape(s, b, n, d)), rope(k)
+    qkv = plain_linear(plain_norm(x, weights, "input_layernorm", model), weights, "self_attention.linear_qkv")
+    q, k, v = qkv.view(s, b, g, -1).split([n // g * d, d, d], -1)
+    q = q.reshape(s, b, n, d)
+    if model.qk_norm:
+        q = plain_norm(q, weights, "self_attention.q_layernorm", model)
+        k = plain_norm(k, weights, "self_attention.k_layernorm", model)
+    q, k = rope(q), rope(k)
     k, v = k.repeat_interleave(n // g, 2), v.repeat_interleave(n // g, 2)
-    scores = torch.einsum("sbnd,tbnd->bnst", q, k) / d**0.5
-    scores = scores.masked_fill(torch.ones(s, s).triu(1).bool(), -torch.inf).softmax(-1)
-    x = x + torch.einsum("bnst,tbnd->sbnd", scores, v).reshape(s, b, h) @ weights["self_attention.linear_proj.weight"].T
-    gate, up = (norm(x, weights["pre_mlp_layernorm.weight"]) @ weights["mlp.linear_fc1.weight"].T).chunk(2, -1)
-    return x + (nn.functional.silu(gate) * up) @ weights["mlp.linear_fc2.weight"].T
+    scores = torch.einsum("sbnd,tbnd->bnst", q, k) / (model.attention_divisor or d) ** 0.5
+    if model.attention_softcap:
+        scores = model.attention_softcap * torch.tanh(scores / model.attention_softcap)
+    distance = torch.arange(s)[:, None] - torch.arange(s)
+    hidden = (distance < 0) | (distance >= model.sliding_window) if local else distance < 0
+    context = torch.einsum("bnst,tbnd->sbnd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).reshape(s, b, n * d)
+    y = plain_linear(context, weights, "self_attention.linear_proj")
+    x = x + (plain_norm(y, weights, "self_attn_bda.norm", model) if model.post_norms else y)
+    y = plain_linear(plain_norm(x, weights, "pre_mlp_layernorm", model), weights, "mlp.linear_fc1")
+    if model.activation == "gelu":
+        y = nn.functional.gelu(y, approximate="tanh")
+    else:
+        gate, up = y.chunk(2, -1)
+        y = (nn.functional.silu(gate) if model.activation == "swiglu" else nn.functional.gelu(gate, approximate="tanh")) * up
+    y = plain_linear(y, weights, "mlp.linear_fc2")
+    return x + (plain_norm(y, weights, "mlp_bda.norm", model) if model.post_norms else y)
 
 
-def test_a_layer_equals_its_formulas_in_float64(group):
-    ours = stage(group, range(1))
+FAMILIES = {
+    "plain": {},
+    "gpt": {
+        "normalisation": "layernorm",
+        "activation": "gelu",
+        "linear_bias": True,
+        "positions": "learned",
+        "num_query_groups": 6,
+    },
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True, "head_size": 10},
+    "one query group": {"qk_norm": True, "num_query_groups": 1, "head_size": 12},
+    "every group its head": {"qk_norm": True, "num_query_groups": 6},
+    "llama3": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_length": 16, "rope_base": 50.0},
+    "gemma": {"zero_centred_norm": True, "activation": "geglu", "head_size": 4, "embedding_scale": True},
+    "gemma2": {
+        "zero_centred_norm": True,
+        "activation": "geglu",
+        "post_norms": True,
+        "attention_softcap": 0.5,
+        "attention_divisor": 3.0,
+        "sliding_window": 7,
+        "full_attention_every": 2,
+    },
+    "gemma3": {
+        "zero_centred_norm": True,
+        "activation": "geglu",
+        "post_norms": True,
+        "qk_norm": True,
+        "sliding_window": 7,
+        "full_attention_every": 3,
+        "rope_local_base": 100.0,
+        "rope_scaling": "linear",
+        "rope_factor": 8.0,
+    },
+    "all layers local": {"sliding_window": 1, "linear_bias": True},
+    "a window longer than the text": {"sliding_window": 20, "normalisation": "layernorm"},
+}
+
+
+def with_random_vectors(part, seed=5):
+    """Norms and biases start at 0 and 1, where mistakes would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in part.parameters():
+            if parameter.dim() == 1:
+                parameter += torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) / 4
+    return part
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("block", [6, 256])
+def test_layers_equal_their_formulas_in_float64(group, name, block, monkeypatch):
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    model = replace(MODEL, init_std=0.3, **FAMILIES[name])
+    ours = with_random_vectors(stage(group, range(3), model=model))
     x = torch.randn(20, 2, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weights = {
-        name.removeprefix("layers.0.layer."): parameter.detach().clone().requires_grad_()
-        for name, parameter in ours.named_parameters()
-    }
+    weights = {key: parameter.detach().clone().requires_grad_() for key, parameter in ours.named_parameters()}
     ours_x, plain_x = x.clone().requires_grad_(), x.clone().requires_grad_()
-    ours_y, plain_y = ours(ours_x), plain_layer(plain_x, weights, MODEL)
-    assert torch.allclose(ours_y, plain_y, rtol=0, atol=1e-12)
+    ours_y, plain_y = ours(ours_x), plain_x
+    for layer in range(3):
+        prefix = f"layers.{layer}.layer."
+        local = model.sliding_window is not None and (model.full_attention_every or 4) != layer + 1
+        of_layer = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        plain_y = plain_layer(plain_y, of_layer, model, local)
+    assert torch.allclose(ours_y, plain_y, rtol=1e-12, atol=1e-12)
     dy = torch.randn_like(x)
-    ours_y.backward(dy)
+    with ours.weight_grads.deferring(0):
+        ours_y.backward(dy)
+    ours.weight_grads.drain(0)
     plain_y.backward(dy)
-    assert torch.allclose(ours_x.grad, plain_x.grad, rtol=0, atol=1e-12)
-    for name, parameter in ours.named_parameters():
-        expected = weights[name.removeprefix("layers.0.layer.")].grad
-        assert torch.allclose(parameter.grad, expected, rtol=0, atol=1e-11), name
+    assert torch.allclose(ours_x.grad, plain_x.grad, rtol=1e-10, atol=1e-10)
+    for key, parameter in ours.named_parameters():
+        assert torch.allclose(parameter.grad, weights[key].grad, rtol=1e-10, atol=1e-10), key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16_stays_near_float64(group, name):
+    model = replace(MODEL, **FAMILIES[name])
+    exact, rounded = (stage(group, range(3), first=True, final_norm=True, model=model, dtype=d) for d in DTYPES)
+    x, dy = torch.randn(2, 20, 2, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    inputs = [x.to(d).requires_grad_() for d in DTYPES]
+    outputs = [part(given) for part, given in zip((exact, rounded), inputs, strict=True)]
+    for y in outputs:
+        y.backward(dy.to(y.dtype))
+    assert outputs[1].dtype is inputs[1].grad.dtype is torch.bfloat16
+    for mine, other in (outputs, [given.grad for given in inputs]):
+        assert (mine - other).norm() / mine.norm() < 0.02
+
+
+def test_the_first_stage_scales_embeddings_and_adds_positions(group):
+    model = replace(MODEL, embedding_scale=True, positions="learned")
+    first, other = stage(group, range(0), first=True, model=model), stage(group, range(0), model=model)
+    x = torch.randn(20, 2, 48, dtype=torch.float64)
+    assert torch.equal(first(x), x * torch.tensor(48**0.5, dtype=torch.float64) + first.positions[:, None])
+    assert other.positions is None
+    assert other(x) is x
 
 
 def test_splitting_into_stages_gives_the_same_bits(group):
@@ -104,9 +233,30 @@ def test_shards_of_the_vocabulary_draw_the_values_of_the_whole():
     assert not torch.equal(rows(0, 9), init_rows("output", 0, 9, model, 7, torch.float32, CPU))
 
 
-def test_parameter_counts(group):
-    part = stage(group, range(2), final_norm=True)
-    assert sum(p.numel() for p in part.parameters()) == 2 * shape.layer_parameters(MODEL) + MODEL.hidden_size
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parameter_counts(group, name):
+    model = replace(MODEL, tied_embeddings=name == "gemma", **FAMILIES[name])
+    part = stage(group, range(4), first=True, final_norm=True, model=model)
+    matrices = model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
+    assert sum(p.numel() for p in part.parameters()) + matrices == shape.num_parameters(model)
+    assert sum(p.numel() for p in part.layers["0"].parameters()) == shape.layer_parameters(model)
+
+
+def kept_bytes(part, batch, model, dtype):
+    """What autograd saves in a forward, without the weights; and the output, which keeps it all alive."""
+    weights = {p.untyped_storage().data_ptr() for p in part.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(model.seq_length, batch, model.hidden_size, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = part(x)
+        return sum(kept.values()), y
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -121,22 +271,38 @@ def test_parameter_counts(group):
 )
 def test_activation_bytes_are_what_autograd_keeps(group, model, batch, dtype):
     part = stage(group, range(3), final_norm=True, dtype=dtype, model=model)
-    weights = {p.untyped_storage().data_ptr() for p in part.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    x = torch.randn(model.seq_length, batch, model.hidden_size, dtype=dtype, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = part(x)  # keeps the graph, and so the storages, alive while they are counted
     predicted = 3 * shape.layer_activation_bytes(model, batch, dtype.itemsize)
     predicted += shape.final_norm_activation_bytes(model, batch, dtype.itemsize)
-    assert sum(kept.values()) == pytest.approx(predicted, rel=0.05)
+    measured, y = kept_bytes(part, batch, model, dtype)
+    assert measured == pytest.approx(predicted, rel=0.05)
     assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_activation_bytes_of_every_flag_are_what_autograd_keeps(group, name, batch):
+    model = replace(MODEL, seq_length=64, **FAMILIES[name])
+    part = stage(group, range(3), final_norm=True, model=model)
+    predicted = 3 * shape.layer_activation_bytes(model, batch, 8) + shape.final_norm_activation_bytes(model, batch, 8)
+    measured, _ = kept_bytes(part, batch, model, torch.float64)
+    assert measured == pytest.approx(predicted, rel=0.03)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bytes_held_for_w_are_those_predicted(group, name):
+    model = replace(MODEL, **FAMILIES[name])
+    part = stage(group, range(2), model=model)
+    y = part(torch.randn(20, 3, 48, dtype=torch.float64, requires_grad=True))
+    with part.weight_grads.deferring(0):
+        torch.autograd.backward(y, torch.ones_like(y))
+    assert part.weight_grads.held_bytes == pytest.approx(2 * shape.layer_weight_grad_bytes(model, 3, 8), rel=0.01)
+
+
+def test_a_window_costs_its_own_size():
+    model = replace(MODEL, seq_length=4096, sliding_window=128, full_attention_every=4)
+    full, local = (shape.layer_flops(replace(model, sliding_window=w, full_attention_every=None), 4096) for w in (None, 128))
+    assert shape.layer_flops(model, 4096) == (full + 3 * local) // 4
+    assert full - local == 4 * 4096 * 48 * (4096 - 128)
 
 
 @pytest.mark.parametrize(("recompute", "forwards"), [(False, 1), (True, 2)])

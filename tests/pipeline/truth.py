@@ -21,7 +21,14 @@ class Whole(nn.Module):
         model, cpu = config.model, torch.device("cpu")
         (alone,) = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank() :][:1]
         self.stage = Stage(
-            model, range(model.num_layers), final_norm=True, dtype=dtype, device=cpu, group=alone, seed=config.run.seed
+            model,
+            range(model.num_layers),
+            first=True,
+            final_norm=True,
+            dtype=dtype,
+            device=cpu,
+            group=alone,
+            seed=config.run.seed,
         )
         self.matrices = nn.ParameterDict()
         for name in ("embedding",) if model.tied_embeddings else ("embedding", "output"):

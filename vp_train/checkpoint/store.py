@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vp_train.checkpoint.stream import Described, write_tensors
 from vp_train.config import ConfigError
 from vp_train.durable import sync
 from vp_train.split import Split
@@ -49,7 +50,11 @@ class Piece:
 
     @property
     def dtype(self) -> str:
-        return str(self.tensor.dtype).removeprefix("torch.")
+        return _name(self.tensor.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def save(
@@ -75,6 +80,20 @@ def save(
         if error is None:
             _retain(directory, keep)
     _agree(error if rank == 0 else None, group)
+    return final
+
+
+def save_stream(
+    directory: Path, step: int, described: Sequence[Described], tensors: Iterable[Tensor], state: Mapping[str, Any]
+) -> Path:
+    """Write checkpoint `step` under `directory` by one process, which holds one of the tensors at a time."""
+    final, temporary = directory / f"step-{step:08d}", directory / f".writing-step-{step:08d}"
+    path = temporary / "rank-00000.safetensors"
+    _make_empty(temporary)
+    write_tensors(path, described, tensors)
+    held = {one.name: {"dtype": _name(one.dtype), "shape": list(one.shape)} for one in described}
+    content = {"bytes": path.stat().st_size, "blake2b": _digest(path), "tensors": held}
+    _commit({"format": _FORMAT, "step": step, "state": dict(state), "files": {path.name: content}}, temporary, final)
     return final
 
 
@@ -106,13 +125,17 @@ def _write_pieces(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
     save_file({name: piece.tensor.detach().contiguous() for name, piece in pieces.items()}, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "blake2b").hexdigest()
     tensors = {
         name: {"dtype": piece.dtype, "shape": piece.global_shape}
         | ({} if piece.split is None else {"dim": piece.split.dim, "ranges": piece.split.ranges})
         for name, piece in pieces.items()
     }
-    return {"bytes": path.stat().st_size, "blake2b": digest, "tensors": tensors}
+    return {"bytes": path.stat().st_size, "blake2b": _digest(path), "tensors": tensors}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def _commit(manifest: dict[str, Any], temporary: Path, final: Path) -> None:
@@ -150,9 +173,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path / _MANIFEST} does not match its hash")
         manifest: dict[str, Any] = json.loads(body)
         for name, expected in manifest["files"].items():
-            with (path / name).open("rb") as file:
-                if hashlib.file_digest(file, "blake2b").hexdigest() != expected["blake2b"]:
-                    raise ValueError(f"{path / name} does not match its hash")
+            if _digest(path / name) != expected["blake2b"]:
+                raise ValueError(f"{path / name} does not match its hash")
     except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is incomplete: {error}") from None
     if manifest["format"] != _FORMAT:
@@ -172,29 +194,45 @@ def latest(directory: Path) -> Path | None:
     return None
 
 
-def load(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
+def find(path: Path) -> Path:
+    """The checkpoint at `path`, or the newest of the run or directory there.  Raises ConfigError if there is none."""
+    if (path / _MANIFEST).exists():
+        return path
+    newest = latest(path / "checkpoints") or latest(path)
+    if newest is None:
+        raise ConfigError(f"{path} holds no checkpoint; give the directory of a run, of vp-import, or of one checkpoint")
+    return newest
+
+
+def load(path: Path, pieces: Mapping[str, Piece], *, cast: bool = False) -> dict[str, Any]:
     """Fill the tensors of `pieces` in place from the verified checkpoint `path`; returns its state.
 
     Only what is asked for is read, whatever ranks wrote it.  Raises ConfigError, naming the tensor and both values, if one
-    is missing or has another shape or dtype.
+    is missing or has another shape or, unless it may be `cast`, dtype.
     """
     manifest = read_manifest(path)
+    fill(path, manifest, pieces, cast=cast)
+    return dict(manifest["state"])
+
+
+def fill(path: Path, manifest: Mapping[str, Any], pieces: Mapping[str, Piece], *, cast: bool) -> None:
+    """`load`, from a checkpoint that was verified when its manifest was read."""
+    verb = "start" if cast else "resume"
     for name, piece in pieces.items():
         missing = piece.tensor.numel()
         for file, content in manifest["files"].items():
             entry = content["tensors"].get(name)
             if entry is None:
                 continue
-            if entry["shape"] != piece.global_shape or entry["dtype"] != piece.dtype:
+            if entry["shape"] != piece.global_shape or not (cast or entry["dtype"] == piece.dtype):
                 raise ConfigError(
                     f"{name} is {entry['dtype']} {entry['shape']} in {path}, but {piece.dtype} {piece.global_shape} "
-                    "in this run; resume with the model and run.dtype it was saved with"
+                    f"in this run; {verb} with the model{'' if cast else ' and run.dtype'} it was saved with"
                 )
             with safe_open(path / file, "pt") as opened:
                 missing -= _copy(opened.get_slice(name), _split(entry), piece)
         if missing:
-            raise ConfigError(f"{path} does not hold all of {name}; resume with the model it was saved from")
-    return dict(manifest["state"])
+            raise ConfigError(f"{path} does not hold all of {name}; {verb} with the model it was saved from")
 
 
 def _split(entry: Mapping[str, Any]) -> Split | None:

@@ -11,6 +11,7 @@ from vp_train.checkpoint import store
 from vp_train.checkpoint.store import Piece
 from vp_train.config import ConfigError, RunConfig
 from vp_train.mesh import Mesh
+from vp_train.optim.adamw import MOMENTS
 from vp_train.optim.optimizer import State
 
 # What may not differ between a checkpoint and the run that continues it; layouts, schedules and lengths may.
@@ -43,6 +44,29 @@ def restore_run(path: Path, config: RunConfig, model: RankModel, mesh: Mesh) -> 
     return int(state["step"])
 
 
+# What a run may change of the model whose weights it starts from; all else means something else by the same tensors.
+_FREE_MODEL = (
+    *("seq_length", "init_std", "norm_epsilon", "sliding_window", "full_attention_every", "logit_softcap"),
+    *("rope_base", "rope_local_base", "rope_scaling", "rope_factor"),
+    *("rope_low_frequency", "rope_high_frequency", "rope_original_length"),
+)
+
+
+def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
+    """Take the parameters of checkpoint `path`, of any layout and precision, and nothing else.  Collective.
+
+    Raises ConfigError where they are those of another model, naming the tensor or the setting, and both values.
+    """
+    tensors = model.optimizer.state()
+    state = store.load(path, _pieces(model, {"parameter": tensors["parameter"]}), cast=True)
+    ours = {key: value for key, value in asdict(config.model).items() if key not in _FREE_MODEL}
+    _require_same(state["config"], {"model": ours}, path)
+    for moment in MOMENTS:
+        for tensor in tensors[moment].values():
+            tensor.zero_()
+    model.optimizer.restore(tensors)
+
+
 def _pieces(model: RankModel, tensors: State) -> dict[str, Piece]:
     """`parameter:NAME`, `exp_avg:NAME`, `exp_avg_sq:NAME` for every parameter of this rank, in the optimizer's precision."""
     return {
@@ -65,6 +89,4 @@ def _require_same(saved: dict[str, Any], ours: dict[str, Any], path: Path) -> No
         for key, value in values.items():
             before = saved.get(section, {}).get(key)
             if before != value:
-                raise ConfigError(
-                    f"{path} was saved with {section}.{key}={before}, this run has {value}; resume with the same value"
-                )
+                raise ConfigError(f"{path} was saved with {section}.{key}={before}, this run has {value}; use the same value")

@@ -98,14 +98,25 @@ class _LinearFunction(torch.autograd.Function):
 
 
 class _StoredLinear(nn.Module):
-    """A linear layer without bias, called as megatron-core calls its own: returns (y, None)."""
+    """A linear layer, called as megatron-core calls its own: returns (y, bias), the bias None where y has it already.
 
-    split: Split | None  # of `weight`, over the tensor-parallel ranks
+    The gradient of the bias is a sum, so it does not wait.  `split` is that of `weight` over the tensor-parallel ranks.
+    """
 
-    def __init__(self, input_size: int, output_size: int, config: Any, store: WeightGradStore) -> None:
+    split: Split | None
+
+    def __init__(
+        self, input_size: int, output_size: int, config: Any, store: WeightGradStore, bias: bool, skip_bias_add: bool
+    ) -> None:
         super().__init__()
-        self._store = store
+        self._store, self._skip_bias_add = store, skip_bias_add
         self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        self.bias = nn.Parameter(torch.empty(output_size, dtype=config.params_dtype)) if bias else None
+
+    def _with_bias(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.bias is None or self._skip_bias_add:
+            return y, self.bias
+        return y + self.bias, None
 
 
 class ColumnLinear(_StoredLinear):
@@ -120,20 +131,27 @@ class ColumnLinear(_StoredLinear):
         store: WeightGradStore,
         tp_group: dist.ProcessGroup,
         parts: int = 1,
+        bias: bool = False,
+        skip_bias_add: bool = False,
         **_: object,
     ) -> None:
-        super().__init__(input_size, output_size // tp_group.size(), config, store)
+        super().__init__(input_size, output_size // tp_group.size(), config, store, bias, skip_bias_add)
         self._group = tp_group if tp_group.size() > 1 else None
         self.split = None if self._group is None else Split.even(0, output_size, tp_group.rank(), tp_group.size(), parts)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    @property
+    def splits(self) -> dict[str, Split]:
+        """Of its parameters, where they are split."""
+        return {} if self.split is None else {name: self.split for name, _ in self.named_parameters()}
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, in] -> [s, b, out / n]."""
         y: Tensor = _LinearFunction.apply(x, self.weight, self._store, self._group)  # type: ignore[no-untyped-call]
-        return y, None
+        return self._with_bias(y)
 
 
 class RowLinear(_StoredLinear):
-    """Each of the ranks of `tp_group` has a part of the input; `reduce` sums their outputs."""
+    """Each of the ranks of `tp_group` has a part of the input, and the whole bias; `reduce` sums their outputs."""
 
     def __init__(
         self,
@@ -144,16 +162,23 @@ class RowLinear(_StoredLinear):
         store: WeightGradStore,
         tp_group: dist.ProcessGroup,
         reduce: Callable[[Tensor, dist.ProcessGroup], Tensor],
+        bias: bool = False,
+        skip_bias_add: bool = False,
         **_: object,
     ) -> None:
-        super().__init__(input_size // tp_group.size(), output_size, config, store)
+        super().__init__(input_size // tp_group.size(), output_size, config, store, bias, skip_bias_add)
         self._reduce = reduce
         self._group = tp_group if tp_group.size() > 1 else None
         self.split = None if self._group is None else Split.even(1, input_size, tp_group.rank(), tp_group.size())
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    @property
+    def splits(self) -> dict[str, Split]:
+        """Of its parameters, where they are split."""
+        return {} if self.split is None else {"weight": self.split}
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, in / n] -> [s, b, out]."""
         y: Tensor = _LinearFunction.apply(x, self.weight, self._store, None)  # type: ignore[no-untyped-call]
         if self._group is not None:
             y = self._reduce(y, self._group)
-        return y, None
+        return self._with_bias(y)

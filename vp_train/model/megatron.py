@@ -5,6 +5,7 @@ The only importer of `megatron.core` layers.  The import takes seconds, so it ha
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -13,54 +14,107 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vp_train.config import ModelConfig
+from vp_train.model.attention import Rule, block_attention
 from vp_train.model.linear import ColumnLinear, RowLinear, WeightGradStore
+from vp_train.model.norm import PostNormAdd, ZeroCentredRMSNorm, build_norm
+from vp_train.model.shape import head_size, is_gated
 from vp_train.quiet import quiet_megatron
 
 
 class CoreAttention(nn.Module):
-    """Causal attention by torch's scaled_dot_product_attention, in the place of megatron's, which allocates on CUDA."""
+    """Causal attention in the place of megatron's, which allocates on CUDA: torch's kernels, or blocks where these do not do.
 
-    def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **_: object) -> None:
+    `window`: how many tokens a query sees; None: all before it.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        *,
+        softmax_scale: float | None = None,
+        softcap: float | None,
+        window: int | None,
+        **_: object,
+    ) -> None:
         super().__init__()
+        self._scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        self._softcap, self._window = softcap, window
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]."""
+        window = None if self._window is None or self._window >= len(query) else self._window
+        if self._softcap is not None or window is not None:
+            return block_attention(query, key, value, Rule(self._scale, self._softcap, window))
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         grouped = query.shape[2] != key.shape[2]
-        context = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        context = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale, enable_gqa=grouped)
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
-def rotary_table(seq_length: int, head_size: int, base: float, device: torch.device) -> Tensor:
-    """The angles [s, 1, 1, head_size] of rotary embeddings (arXiv 2104.09864), in float64: megatron casts their sines."""
-    frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
-    angles = torch.outer(torch.arange(seq_length, dtype=torch.float64, device=device), frequencies)
+def rotary_table(model: ModelConfig, *, local: bool, device: torch.device) -> Tensor:
+    """The angles [s, 1, 1, head_size] of rotary embeddings (arXiv 2104.09864), in float64: megatron casts their sines.
+
+    Local layers have their own base, if there is one, and then no scaling.
+    """
+    size = head_size(model)
+    own = local and model.rope_local_base is not None
+    base = model.rope_local_base if own and model.rope_local_base is not None else model.rope_base
+    frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float64, device=device) / size)
+    if not own:
+        frequencies = _scaled(frequencies, model)
+    angles = torch.outer(torch.arange(model.seq_length, dtype=torch.float64, device=device), frequencies)
     return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
 
+def _scaled(frequencies: Tensor, model: ModelConfig) -> Tensor:
+    """Frequencies of a longer context: all divided by the factor, or with llama3 only those that turn slowly."""
+    if model.rope_scaling == "none":
+        return frequencies
+    slower = frequencies / model.rope_factor
+    if model.rope_scaling == "linear":
+        return slower
+    turns = frequencies * model.rope_original_length / (2 * math.pi)
+    kept = ((turns - model.rope_low_frequency) / (model.rope_high_frequency - model.rope_low_frequency)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * slower
+
+
 class DecoderLayer(nn.Module):
-    """One pre-norm decoder layer: RMSNorm, grouped-query attention with RoPE, RMSNorm, SwiGLU; no biases, no dropout.
+    """Decoder layer `index` of the whole model: norm, attention, norm, MLP, without dropout.
 
     `group` joins the tensor-parallel ranks, each of which has a part of the heads and of the feed-forward width; `store` takes
     the weight gradients.  Weights are uninitialised.
     """
 
     def __init__(
-        self, model: ModelConfig, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup, store: WeightGradStore
+        self,
+        model: ModelConfig,
+        index: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        store: WeightGradStore,
     ) -> None:
         super().__init__()
         with quiet_megatron():
-            self.layer = _build(model, dtype, device, group, store)
+            self.layer = _build(model, index, dtype, device, group, store)
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        """[s, b, h] -> [s, b, h]."""
+    def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
+        """[s, b, h] -> [s, b, h]; `angles` as `rotary_table` gives them, None without rotary embeddings."""
         hidden: Tensor
         hidden, _ = self.layer(x, attention_mask=None, rotary_pos_emb=angles)
         return hidden
 
 
 def _build(
-    model: ModelConfig, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup, store: WeightGradStore
+    model: ModelConfig,
+    index: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: dist.ProcessGroup,
+    store: WeightGradStore,
 ) -> nn.Module:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -69,17 +123,22 @@ def _build(
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
     on_cpu = device.type == "cpu"
+    normalisation = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.normalisation]
     config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
         num_query_groups=model.num_query_groups,
+        kv_channels=head_size(model),
+        softmax_scale=None if model.attention_divisor is None else model.attention_divisor**-0.5,
         ffn_hidden_size=model.ffn_hidden_size,
-        normalization="RMSNorm",
+        normalization=normalisation,
         layernorm_epsilon=model.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=nn.functional.silu,
-        add_bias_linear=False,
+        qk_layernorm=model.qk_norm,
+        gated_linear_unit=is_gated(model),
+        activation_func=nn.functional.silu if model.activation == "swiglu" else partial(nn.functional.gelu, approximate="tanh"),
+        add_bias_linear=model.linear_bias,
+        add_qkv_bias=model.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -94,12 +153,33 @@ def _build(
     )
     groups = ProcessGroupCollection()
     groups.tp = groups.pp = groups.cp = group  # layers use tp alone; the others must exist
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
-    attention.core_attention = CoreAttention
+    spec = get_gpt_layer_local_spec(normalization=normalisation, qk_layernorm=model.qk_norm)
+    parts, attention, mlp = spec.submodules, spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    window = model.sliding_window if model.is_local(index) else None
+    attention.core_attention = partial(CoreAttention, softcap=model.attention_softcap, window=window)
     attention.linear_qkv = partial(ColumnLinear, store=store)
     row = {"store": store, "reduce": reduce_from_tensor_model_parallel_region}
     attention.linear_proj = mlp.linear_fc2 = ModuleSpec(module=RowLinear, params=row)
-    mlp.linear_fc1 = ModuleSpec(module=ColumnLinear, params={"store": store, "parts": 2})  # gate and up
+    columns = 2 if is_gated(model) else 1  # gate and up
+    mlp.linear_fc1 = ModuleSpec(module=ColumnLinear, params={"store": store, "parts": columns})
+    if model.zero_centred_norm:
+        parts.input_layernorm = parts.pre_mlp_layernorm = ZeroCentredRMSNorm
+        if model.qk_norm:
+            attention.q_layernorm = attention.k_layernorm = ZeroCentredRMSNorm
+    if model.post_norms:
+        parts.self_attn_bda, parts.mlp_bda = (
+            ModuleSpec(module=PostNormAdd, params={"norm": build_norm(model, dtype, device)}) for _ in range(2)
+        )
     layer: nn.Module = build_module(spec, config=config, layer_number=1, pg_collection=groups)
-    return layer.to(device=device, dtype=dtype)
+    layer = layer.to(device=device, dtype=dtype)
+    if model.qk_norm and group.size() > 1:
+        for name in ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"):
+            layer.get_parameter(name).register_hook(partial(_summed, group=group))  # type: ignore[no-untyped-call]
+    return layer
+
+
+def _summed(gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Norms over heads are the same on all ranks, which see a part of the heads each."""
+    whole = gradient.clone()
+    dist.all_reduce(whole, group=group)
+    return whole

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from vp_train.config import ModelConfig
 from vp_train.model.linear import ColumnLinear, RowLinear, WeightGradStore
 from vp_train.model.megatron import DecoderLayer, rotary_table
+from vp_train.model.norm import build_norm
 
 _ROWS_PER_BLOCK = 1024
 
@@ -19,10 +20,14 @@ _ROWS_PER_BLOCK = 1024
 class Stage(nn.Module):
     """The layers `layers` (global numbers, perhaps none) and, on the last stage, the final norm.
 
-    Parameters are named by global layer, `layers.7...`, and initialised from (seed, global layer) alone; `splits` has those
-    that are split over the ranks of `group`.  With `recompute` a
-    layer keeps its input, and its backward (I, if that is split) runs its forward once more.
+    The first stage scales the embeddings and adds the learned positions, where the model has them.  Parameters are named by
+    global layer, `layers.7...`, and initialised from (seed, global layer) alone; `splits` has those that are split over the
+    ranks of `group`.  With `recompute` a layer keeps its input, and its backward (I, if that is split) runs its forward once
+    more.
     """
+
+    scale: Tensor | None
+    positions: nn.Parameter | None
 
     def __init__(
         self,
@@ -30,6 +35,7 @@ class Stage(nn.Module):
         layers: range,
         *,
         final_norm: bool,
+        first: bool = False,
         dtype: torch.dtype,
         device: torch.device,
         group: dist.ProcessGroup,
@@ -39,32 +45,50 @@ class Stage(nn.Module):
         super().__init__()
         self._recompute = recompute
         self.weight_grads = WeightGradStore()
+        self._local = {str(index) for index in layers if model.is_local(index)}
         self.layers = nn.ModuleDict(
-            {str(index): DecoderLayer(model, dtype, device, group, self.weight_grads) for index in layers}
+            {str(index): DecoderLayer(model, index, dtype, device, group, self.weight_grads) for index in layers}
         )
         self.splits = {
-            f"{name}.weight": module.split
+            f"{name}.{parameter}": split
             for name, module in self.named_modules()
-            if isinstance(module, ColumnLinear | RowLinear) and module.split is not None
+            if isinstance(module, ColumnLinear | RowLinear)
+            for parameter, split in module.splits.items()
         }
         for index, layer in self.layers.items():
             self._initialise(f"layers.{index}.", layer, model, _generator(seed, f"layer {index}"))
-        self.final_norm = nn.RMSNorm(model.hidden_size, model.norm_epsilon, dtype=dtype, device=device) if final_norm else None
-        angles = rotary_table(model.seq_length, model.hidden_size // model.num_heads, model.rope_base, device)
+        self.final_norm = build_norm(model, dtype, device) if final_norm else None
+        scale = positions = angles = local_angles = None
+        if first and model.embedding_scale:
+            scale = torch.tensor(model.hidden_size**0.5, dtype=dtype, device=device)  # rounded, as the published models do
+        if first and model.positions == "learned":
+            values = torch.randn(model.seq_length, model.hidden_size, generator=_generator(seed, "positions"))
+            positions = nn.Parameter((values * model.init_std).to(dtype=dtype, device=device))
+        if model.positions == "rope":
+            angles = rotary_table(model, local=False, device=device)
+            local_angles = angles if model.rope_local_base is None else rotary_table(model, local=True, device=device)
+        self.register_parameter("positions", positions)
+        self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("angles", angles, persistent=False)
+        self.register_buffer("local_angles", local_angles, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, h] -> [s, b, h]."""
-        for layer in self.layers.values():
-            x = checkpoint(layer, x, self.angles, use_reentrant=False) if self._recompute else layer(x, self.angles)
+        if self.scale is not None:
+            x = x * self.scale
+        if self.positions is not None:
+            x = x + self.positions[: len(x), None]
+        for name, layer in self.layers.items():
+            angles = self.local_angles if name in self._local else self.angles
+            x = checkpoint(layer, x, angles, use_reentrant=False) if self._recompute else layer(x, angles)
         return x if self.final_norm is None else self.final_norm(x)
 
     @torch.no_grad()
     def _initialise(self, prefix: str, layer: nn.Module, model: ModelConfig, generator: torch.Generator) -> None:
-        """Normal with init_std, smaller by sqrt(2 L) where a matrix writes to the residual stream; norms are ones."""
+        """Normal with init_std, smaller by sqrt(2 L) where a matrix writes to the residual stream; norms are the identity."""
         for name, parameter in layer.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if model.zero_centred_norm or name.endswith("bias") else 1.0)
                 continue
             writes = "linear_proj" in name or "linear_fc2" in name
             std = model.init_std / math.sqrt(2 * model.num_layers) if writes else model.init_std

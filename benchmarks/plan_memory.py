@@ -1,0 +1,194 @@
+"""Predicted bytes of every rank against what torch allocates in a real step on CPUs, for a handful of small models.
+
+    python benchmarks/plan_memory.py [--cases NAME ...] [--json FILE]
+
+The second of two steps is watched: every storage that torch makes while it runs is counted from its first operation until it is
+freed, together with all that is there before.  What libraries allocate for themselves is not torch's and does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import socket
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from provenance import provenance
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from vp_train.assembly import build_rank
+from vp_train.cli import load_config
+from vp_train.config import RunConfig
+from vp_train.degrees import wanted_ranks
+from vp_train.mesh import build_mesh
+from vp_train.plan import make_plan
+from vp_train.planner.memory import rank_memory
+
+COMMON = ["model.num_layers=8", "num_microbatches=8"]
+CASES = {
+    "1f1b": [],
+    "1f1b, none": ["vocab=none"],
+    "1f1b, two_barrier, V 131,072": ["vocab=two_barrier", "model.vocab_size=131072"],
+    "1f1b, recompute backend": ["vocab.backend=recompute"],
+    "1f1b, recompute": ["parallel.recompute=full"],
+    "1f1b, tied, float64, V 8,192": ["model.tied_embeddings=true", "run.dtype=float64", "model.vocab_size=8192"],
+    "gpipe, 2 x 256 tokens": ["schedule=gpipe", "micro_batch_size=2"],
+    "zb_h1": ["schedule=zb_h1"],
+    "v_half": ["schedule=v_half"],
+    "v_min, m = 16": ["schedule=v_min", "num_microbatches=16"],
+    "interleaved": ["schedule=interleaved", "parallel.pp=2"],
+    "1f1b, pp=2 x tp=2": ["parallel.pp=2", "parallel.tp=2"],
+    "1f1b, dp=2 x pp=2, zero1": ["parallel.pp=2", "parallel.dp=2", "optim.name=zero1"],
+    "1f1b, bfloat16": ["run.dtype=bfloat16"],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One rank of a case, in bytes."""
+
+    case: str
+    rank: int
+    state: float
+    activations: float
+    vocabulary: float
+    working: float
+    predicted: float
+    measured: int
+    measured_state: int
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+class LiveStorages(TorchDispatchMode):
+    """Bytes of the storages that are alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._sizes: dict[int, int] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) not in self._sizes and storage.nbytes():
+            self._sizes[id(storage)] = storage.nbytes()
+            self._now += storage.nbytes()
+            weakref.finalize(storage, self._drop, id(storage))
+            self.peak = max(self.peak, self._now)
+
+    def _drop(self, key: int) -> None:
+        self._now -= self._sizes.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return result
+
+
+def _unwatched(compiler: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled code would be taken apart into single operations if it were watched, and allocate what it never does."""
+
+    def compile_function(*arguments: Any, **options: Any) -> Callable[..., Any]:
+        compiled = compiler(*arguments, **options)
+
+        def run(*tensors: Any) -> Any:
+            with _disable_current_modes():
+                return compiled(*tensors)
+
+        return run
+
+    return compile_function
+
+
+def measure(rank: int, num_ranks: int, port: int, case: str, config: RunConfig, path: str) -> None:
+    """A process: build the rank, run two steps, write its row."""
+    torch.set_num_threads(1)
+    torch.compile = _unwatched(torch.compile)
+    store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    plan = make_plan(config, num_ranks)
+    mesh = build_mesh(plan.degrees, plan.problem)
+    model = build_rank(config, plan, mesh)
+    generator = torch.Generator().manual_seed(1)
+    shape = (config.num_microbatches, config.micro_batch_size, config.model.seq_length)
+    tokens, labels = (torch.randint(0, config.model.vocab_size, shape, generator=generator) for _ in range(2))
+
+    def step() -> None:
+        model.gradients.zero()
+        model.train_step(tokens, labels)
+        model.optimizer.reduce()
+        model.optimizer.squared_norm()
+        model.optimizer.step(1e-3, 0.5)
+
+    step()
+    gc.collect()
+    live = LiveStorages()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # looking at all objects wakes deprecated ones
+        for item in gc.get_objects():
+            if isinstance(item, Tensor) and type(item) in (Tensor, torch.nn.Parameter):
+                live.add(item)
+    before = live.peak
+    with live:
+        step()
+    memory = rank_memory(config, plan, mesh.pipeline_rank)
+    row = Row(case, rank, memory.state, memory.activations, memory.vocabulary, memory.working, memory.total, live.peak, before)
+    Path(path, str(rank)).write_text(json.dumps(asdict(row)))
+    dist.barrier()
+    os._exit(0)
+
+
+def measured(case: str, overrides: list[str], directory: Path) -> list[Row]:
+    """Run one case."""
+    config = load_config([*COMMON, *overrides])
+    num_ranks = wanted_ranks(config.parallel)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(measure, (num_ranks, port, case, config, str(directory)), nprocs=num_ranks)
+    return [Row(**json.loads((directory / str(rank)).read_text())) for rank in range(num_ranks)]
+
+
+def main() -> None:
+    import tempfile
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
+    parser.add_argument("--json", type=Path, help="also write the table as JSON")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    print("| case | rank | state | activations | held shards | working | predicted | measured | error |\n" + "|---" * 9 + "|")
+    for case in arguments.cases:
+        with tempfile.TemporaryDirectory() as directory:
+            found = measured(case, CASES[case], Path(directory))
+        rows += found
+        for row in found:
+            parts = (row.state, row.activations, row.vocabulary, row.working, row.predicted, row.measured)
+            sizes = " | ".join(f"{size / 2**20:.1f}" for size in parts)
+            print(f"| {case} | {row.rank} | {sizes} | {row.error:+.1%} |", flush=True)
+    errors = [abs(row.error) for row in rows]
+    print(f"MiB; {len(rows)} ranks, largest error {max(errors):.1%}, mean {sum(errors) / len(errors):.1%}")
+    if arguments.json:
+        result = provenance() | {"rows": [asdict(row) | {"error": row.error} for row in rows]}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

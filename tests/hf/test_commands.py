@@ -1,0 +1,64 @@
+"""vp-import, vp-export and model=FILE.yaml: bad input is one line that names it, exit code 78."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from vp_train.cli import export_model, import_model, load_config
+from vp_train.config import ConfigError, ModelConfig
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        (import_model, ["nowhere", "out"], "vp-import: nowhere/config.json is not there; give the directory of a model"),
+        (import_model, ["nowhere"], "vp-import: the following arguments are required: DST; see vp-import --help"),
+        (export_model, ["nowhere", "out"], "vp-export: nowhere holds no checkpoint; give the directory of a run"),
+        (export_model, ["a", "b", "--dtype", "int8"], "vp-export: argument --dtype: invalid choice: 'int8'"),
+        (export_model, ["a", "b", "--max-shard-gb", "0"], "vp-export: --max-shard-gb=0.0 is too small; it must be above 0"),
+    ],
+)
+def test_bad_words_are_one_line(command, words, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["command", *words])
+    with pytest.raises(SystemExit) as left:
+        command()
+    assert left.value.code == 78
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(message)
+    assert len(said.splitlines()) == 1
+
+
+def test_help_is_not_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vp-export", "--help"])
+    with pytest.raises(SystemExit) as left:
+        export_model()
+    assert left.value.code == 0
+    assert "--max-shard-gb" in capsys.readouterr().out
+
+
+def test_a_model_file_sets_what_it_holds_and_words_after_it_win(tmp_path):
+    (tmp_path / "model.yaml").write_text("norm_epsilon: 1e-06\nhidden_size: 64\nsliding_window: null\nqk_norm: true\n")
+    read = load_config([f"model={tmp_path}/model.yaml", "model.hidden_size=128"]).model
+    assert read == ModelConfig(hidden_size=128, norm_epsilon=1e-6, qk_norm=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read: "),
+        ("- 1\n", "does not hold settings of a model"),
+        ("a: [\n", "cannot be read: "),
+        ("hidden: 3\n", "model.hidden is not a setting; did you mean"),
+        ("num_layers: 0\n", "model.num_layers=0 is too small"),
+    ],
+)
+def test_a_bad_model_file_is_named(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "model.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config([f"model={tmp_path}/model.yaml"])
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,315 @@
+"""transformers is the judge: the same logits and the same loss on either side of an import and an export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.hf import models
+from tests.pipeline.test_equivalence import mesh_for
+from vp_train.assembly import build_rank
+from vp_train.checkpoint import store
+from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
+from vp_train.checkpoint.training import load_weights, save_run
+from vp_train.config import ConfigError, ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings, VocabConfig
+from vp_train.hf.convert import export_checkpoint, import_checkpoint
+from vp_train.plan import make_plan
+
+SEQUENCES, LENGTH = 4, 40
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """made(name): a model of transformers, saved, and imported, once for all tests that do not change it."""
+    done = {}
+
+    def get(name):
+        if name not in done:
+            root = tmp_path_factory.mktemp("model")
+            model = models.make(name)
+            model.save_pretrained(root / "theirs")
+            done[name] = model, root / "theirs", import_checkpoint(root / "theirs", root / "ours")
+        return done[name]
+
+    return get
+
+
+def tokens_and_labels():
+    ids = torch.randint(0, 111, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def config_of(model, *, dtype="float32", optimizer="adamw", **parallel):
+    return RunConfig(
+        model=replace(model, seq_length=LENGTH),
+        vocab=VocabConfig("one_barrier"),
+        parallel=ParallelConfig(placement="balanced", **parallel),
+        optim=OptimConfig(name=optimizer),
+        run=RunSettings(eval_microbatches=SEQUENCES // 2, seed=77, dtype=dtype),
+        num_microbatches=SEQUENCES // 2,
+        micro_batch_size=2,
+    )
+
+
+def evaluate(rank, num_ranks, config, path):
+    """Loss and log-likelihoods of a model that starts from `path`."""
+    plan = make_plan(config, num_ranks)
+    model = build_rank(config, plan, mesh_for(plan))
+    load_weights(path, config, model)
+    tokens, labels = (values.view(-1, 2, LENGTH) for values in tokens_and_labels())
+    loss, each = model.evaluator.step(tokens, labels), model.evaluator.logprobs(tokens, labels)
+    return (None, None) if loss is None or each is None else (loss.item(), each.flatten(0, 1))
+
+
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_our_evaluation_of_an_imported_model_is_that_of_transformers(made, ranks, name):
+    theirs, _, imported = made(name)
+    tokens, labels = tokens_and_labels()
+    with torch.no_grad():
+        expected = torch.log_softmax(theirs(tokens).logits, -1).gather(-1, labels[..., None])[..., 0]
+    splits = [{"pp": 2}] if imported.model.num_query_groups % 2 else [{"pp": 2}, {"pp": 1, "tp": 2}]
+    for parallel in splits:
+        answers = ranks(2).run(evaluate, config_of(imported.model, **parallel), imported.checkpoint)
+        loss, each = next(answer for answer in answers if answer[0] is not None)
+        assert loss == pytest.approx(-expected.mean().item(), abs=1e-4)
+        assert (each - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_transformers_finds_the_same_logits_in_an_exported_model(made, name, tmp_path):
+    theirs, _, imported = made(name)
+    export_checkpoint(imported.checkpoint, tmp_path / "back", shard_bytes=30_000)
+    back = models.load(str(tmp_path / "back"))
+    assert type(back) is type(theirs)
+    tokens, _ = tokens_and_labels()
+    with torch.no_grad():
+        assert (back(tokens).logits - theirs(tokens).logits).abs().max() < 1e-4
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"):
+        assert getattr(back.config, key) == getattr(theirs.config, key)
+
+
+def weights_in(directory):
+    return {name: read_tensor(path, name) for path in directory.glob("*.safetensors") for name in describe_tensors(path)}
+
+
+@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_there_and_back_is_exact_in_the_same_dtype(name, dtype, tmp_path):
+    models.make(name, dtype).save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "back")
+    before, after = weights_in(tmp_path / "theirs"), weights_in(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(tensor.dtype is dtype and torch.equal(tensor, before[key]) for key, tensor in after.items())
+    assert [path.name for path in (tmp_path / "back").glob("*.safetensors")] == ["model.safetensors"]
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def save_again(rank, num_ranks, config, path, directory):
+    plan = make_plan(config, num_ranks)
+    mesh = mesh_for(plan)
+    model = build_rank(config, plan, mesh)
+    load_weights(path, config, model)
+    save_run(directory, 1, config, model, mesh)
+
+
+@pytest.mark.parametrize(
+    "options", [{"pp": 2}, {"pp": 1, "tp": 2}, {"pp": 2, "dtype": "bfloat16"}, {"pp": 1, "dp": 2, "optimizer": "zero1"}]
+)
+@pytest.mark.parametrize("name", ["llama with biases", "gemma3"])
+def test_what_ranks_have_split_is_exported_whole(made, ranks, name, options, tmp_path):
+    """And in the precision it is trained in, which is more than that of its forward."""
+    theirs, _, imported = made(name)
+    ranks(2).run(save_again, config_of(imported.model, **options), imported.checkpoint, tmp_path / "checkpoints")
+    export_checkpoint(tmp_path, tmp_path / "back")
+    back, before = weights_in(tmp_path / "back"), theirs.state_dict()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in back.items())
+    assert sum(tensor.numel() for tensor in back.values()) == theirs.num_parameters()
+
+
+def test_an_export_may_have_another_dtype(made, tmp_path):
+    theirs, _, imported = made("qwen3")
+    export_checkpoint(imported.checkpoint, tmp_path / "half", dtype="bfloat16")
+    half, whole = weights_in(tmp_path / "half"), theirs.state_dict()
+    assert all(torch.equal(tensor, whole[name].bfloat16()) for name, tensor in half.items())
+    assert json.loads((tmp_path / "half/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_tokenizer_files_go_along(made, tmp_path):
+    _, theirs, _ = made("llama")
+    shutil.copytree(theirs, tmp_path / "theirs")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "theirs" / name).write_text(f'"{name}"')
+    imported = import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    assert imported.tokenizer == tmp_path / "ours/tokenizer.json"
+    shutil.copytree(imported.checkpoint, tmp_path / "run/checkpoints/step-00000000")
+    for source, told in ((tmp_path / "ours", None), (imported.checkpoint, None), (tmp_path / "run", tmp_path / "theirs")):
+        written = export_checkpoint(source, tmp_path / "back", tokenizer=told)
+        assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} < set(written)
+        assert (tmp_path / "back/tokenizer.json").read_text() == '"tokenizer.json"'
+        shutil.rmtree(tmp_path / "back")
+    with pytest.raises(ConfigError, match="no tokenizer files there"):
+        export_checkpoint(imported.checkpoint, tmp_path / "back", tokenizer=tmp_path / "run")
+
+
+def test_commands_import_train_and_export(made, tmp_path):
+    """From one directory of Hugging Face to another, by the commands as they are printed."""
+    _, theirs, _ = made("gemma2")
+
+    def command(name, *words):
+        code = f"from vp_train.cli import {name}; {name}()"
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, text=True, capture_output=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    printed = command("import_model", str(theirs), "imported")
+    model_word, init_word = next(line for line in printed.splitlines() if line.startswith("vp-train ")).split()[1:3]
+    settings = ("parallel.pp=2", "parallel.placement=balanced", "model.seq_length=32", "run.steps=1", "run.eval_every=0")
+    command("train", model_word, init_word, "data=synthetic", "optim.warmup_steps=0", "optim.lr=0", "optim.min_lr=0", *settings)
+    command("export_model", "runs/default", "exported")
+    before, after = weights_in(theirs), weights_in(tmp_path / "exported")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)  # a step of learning rate 0 changes nothing
+
+
+def refused(call, *arguments, **options):
+    with pytest.raises(ConfigError) as caught:
+        call(*arguments, **options)
+    return str(caught.value)
+
+
+def test_what_is_not_read_is_refused_by_name(made, tmp_path):
+    _, theirs, _ = made("llama")
+
+    def variant(name, **changes):
+        shutil.copytree(theirs, tmp_path / name)
+        config = json.loads((theirs / "config.json").read_text()) | changes
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        return refused(import_checkpoint, tmp_path / name, tmp_path / "ours")
+
+    assert "model_type='mixtral' ['MixtralForCausalLM'] is not known; vp-import reads llama, qwen2" in variant(
+        "architecture", model_type="mixtral", architectures=["MixtralForCausalLM"]
+    )
+    assert "rope_type=yarn is not supported" in variant("yarn", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
+    assert "the activation relu is not supported for llama" in variant("relu", hidden_act="relu")
+    assert "quantization_config={'bits': 4} is not supported" in variant("bits", quantization_config={"bits": 4})
+    assert "attention_bias=True with mlp_bias=False is not supported" in variant("bias", attention_bias=True)
+    assert variant("wide", intermediate_size=50).startswith("model.layers.0.mlp.gate_proj.weight is [48, 32] in ")
+    assert "but [50, 32] by its config.json" in variant("wide2", intermediate_size=50)
+    assert "model.layers.3.input_layernorm.weight and 8 more, which this architecture" in variant("few", num_hidden_layers=3)
+    assert "has no model.layers.4.input_layernorm.weight and 8 more" in variant("many", num_hidden_layers=5)
+    assert "config.json has no hidden_size" in variant("without", hidden_size=None)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_missing_tensors_broken_files_and_pickles_are_refused(made, tmp_path):
+    _, theirs, _ = made("llama")
+    weights = weights_in(theirs)
+
+    def directory(name):
+        (tmp_path / name).mkdir()
+        shutil.copy(theirs / "config.json", tmp_path / name)
+        return tmp_path / name
+
+    lacking = directory("lacking")
+    left = {name: tensor for name, tensor in weights.items() if name != "model.layers.2.self_attn.k_proj.weight"}
+    described = [Described(name, tuple(tensor.shape), tensor.dtype) for name, tensor in left.items()]
+    write_tensors(lacking / "model.safetensors", described, left.values())
+    message = refused(import_checkpoint, lacking, tmp_path / "ours")
+    assert "has no model.layers.2.self_attn.k_proj.weight, which its config.json asks for" in message
+
+    pickled = directory("pickled")
+    torch.save(weights, pickled / "pytorch_model.bin")
+    assert "in pytorch_model.bin, a pickle" in refused(import_checkpoint, pickled, tmp_path / "ours")
+
+    cut = directory("cut")
+    (cut / "model.safetensors").write_bytes((theirs / "model.safetensors").read_bytes()[:-7])
+    assert "is not a whole safetensors file" in refused(import_checkpoint, cut, tmp_path / "ours")
+
+    half = directory("half")
+    index = {"weight_map": dict.fromkeys(weights, "model-00002-of-00002.safetensors")}
+    (half / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names model-00002-of-00002.safetensors, which" in refused(import_checkpoint, half, tmp_path / "ours")
+
+    assert "has neither model.safetensors nor" in refused(import_checkpoint, directory("empty"), tmp_path / "ours")
+    assert "config.json is not there" in refused(import_checkpoint, tmp_path / "nowhere", tmp_path / "ours")
+    assert "is not empty" in refused(import_checkpoint, theirs, half)
+
+
+def test_models_that_no_architecture_has_are_not_exported(tmp_path):
+    model = ModelConfig(num_layers=1, hidden_size=8, num_heads=2, num_query_groups=2, activation="gelu", positions="learned")
+    store.save_stream(tmp_path, 1, [], [], {"config": {"model": {**vars(model)}}})
+    message = refused(export_checkpoint, tmp_path, tmp_path / "back")
+    assert message.startswith("no Hugging Face architecture here is this model; the nearest, ")
+    assert "model.activation=gelu" in message
+    assert "model.positions=learned" in message
+    assert "holds no checkpoint" in refused(export_checkpoint, tmp_path / "nowhere", tmp_path / "back")
+
+
+def load_into(rank, num_ranks, config, path):
+    plan = make_plan(config, num_ranks)
+    try:
+        load_weights(path, config, build_rank(config, plan, mesh_for(plan)))
+    except ConfigError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_weights_of_another_model_are_refused_with_both_values(made, ranks):
+    _, _, imported = made("llama")
+
+    def answer(**changes):
+        config = config_of(replace(imported.model, **changes), pp=1)
+        return ranks(1).run(load_into, config, imported.checkpoint)[0]
+
+    assert answer(rope_base=5e5) == "loaded"
+    wider = answer(ffn_hidden_size=50)
+    assert "mlp.linear_fc1.weight is float32 [96, 32] in " in wider
+    assert "but float32 [100, 32] in this run" in wider
+    assert "was saved with model.activation=swiglu, this run has geglu" in answer(activation="geglu")
+    assert "does not hold all of parameter:layers.4.layer." in answer(num_layers=5)
+
+
+_MEASURED = """
+import sys
+from pathlib import Path
+from vp_train.hf.convert import export_checkpoint, import_checkpoint
+root = Path(sys.argv[1])
+def resident(what):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
+def both(name):
+    import_checkpoint(root / name, root / f"{name}-ours")
+    export_checkpoint(root / f"{name}-ours", root / f"{name}-back", shard_bytes=40_000_000)
+both("small")
+Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
+before = resident("VmRSS")
+both("large")
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is reset by /proc")
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    from vp_train.hf.families import config_of as hugging_face
+    from vp_train.hf.names import entries
+
+    sizes = []
+    for name, num_layers in (("small", 1), ("large", 40)):
+        model = ModelConfig(num_layers=num_layers, hidden_size=256, num_heads=4, ffn_hidden_size=1024, vocab_size=4096)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(hugging_face(model)))
+        shapes = {key: shape for entry in entries(model) for key, shape in entry.their_shapes.items()}
+        described = [Described(key, shape, torch.float32) for key, shape in shapes.items()]
+        write_tensors(tmp_path / name / "model.safetensors", described, (torch.ones(shape) for shape in shapes.values()))
+        sizes.append(sum(one.num_bytes for one in described))
+    largest = 4096 * 256 * 4
+    done = subprocess.run([sys.executable, "-c", _MEASURED, tmp_path], text=True, capture_output=True, timeout=100, check=True)
+    assert sizes[1] > 35 * largest
+    assert int(done.stdout) < 5 * largest

@@ -1,0 +1,103 @@
+"""Which links a split of the ranks uses, and what messages then cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from schedules.ir import Kind
+from vp_train.cli import load_config
+from vp_train.config import ClusterConfig, ConfigError
+from vp_train.degrees import Degrees
+from vp_train.plan import plan_step
+from vp_train.planner.cluster import gradient_seconds, links_of, on_cluster
+
+TWO_NODES = ClusterConfig(num_nodes=2, gpus_per_node=8)
+INSIDE, BETWEEN = "inside a node", "between nodes"
+
+
+@pytest.mark.parametrize(
+    ("degrees", "tensor", "pipeline", "data"),
+    [
+        (Degrees(dp=1, pp=16, tp=1), INSIDE, BETWEEN, INSIDE),
+        (Degrees(dp=2, pp=8, tp=1), INSIDE, INSIDE, BETWEEN),
+        (Degrees(dp=2, pp=1, tp=8), INSIDE, INSIDE, BETWEEN),
+        (Degrees(dp=16, pp=1, tp=1), INSIDE, INSIDE, BETWEEN),
+        (Degrees(dp=1, pp=1, tp=16), BETWEEN, BETWEEN, INSIDE),
+        (Degrees(dp=4, pp=2, tp=2), INSIDE, INSIDE, BETWEEN),
+        (Degrees(dp=1, pp=2, tp=8), INSIDE, BETWEEN, INSIDE),
+    ],
+)
+def test_neighbours_share_a_node(degrees, tensor, pipeline, data):
+    links = links_of(TWO_NODES, degrees)
+    assert (links.tensor.where, links.pipeline.where, links.data.where) == (tensor, pipeline, data)
+
+
+def costed(*overrides, **degrees):
+    config = load_config(["model=nano", "num_microbatches=4", "vocab=one_barrier", *overrides])
+    split = Degrees(**{"dp": 1, "pp": 2, "tp": 1} | degrees)
+    told = on_cluster(replace(config, parallel=replace(config.parallel, tp=split.tp)), split)
+    return told, plan_step(told, split.num_ranks)
+
+
+def test_messages_take_their_bytes_through_the_link():
+    cluster = ["cluster.node_seconds=0.001", "cluster.node_bytes_per_second=1000000"]
+    _, step = costed(*cluster)
+    message = 4 * 64 * 64  # fp32, 64 tokens of 64 values
+    assert step.cost.hop_seconds == pytest.approx(0.001 + message / 1e6)
+    assert step.cost.barrier_seconds == pytest.approx(
+        {
+            "CE": 0.001 + message / 2 / 1e6,
+            "C0": 0.001 + message / 1e6,
+            "C1": 0.001 + 3 * 4 * 64 / 1e6,
+            "C1b": 0.001 + message / 1e6,
+            "CG": 0.001 + message / 2 / 1e6,
+        }
+    )
+
+
+def test_tensor_parallel_ranks_share_the_work_and_add_two_sums_each_way():
+    cluster = ["cluster.node_seconds=0.001", "cluster.node_bytes_per_second=1000000"]
+    _, one = costed(*cluster)
+    _, two = costed(*cluster, tp=2)
+    one_sum = 0.001 + 4 * 64 * 64 / 1e6
+    for kind, sums in ((Kind.F, 2), (Kind.B, 2), (Kind.W, 0)):
+        for before, after in zip(one.cost.pass_seconds[kind], two.cost.pass_seconds[kind], strict=True):
+            assert after == pytest.approx(before / 2 + 2 * sums * one_sum)  # two layers in each stage
+    for kind in (Kind.S, Kind.T):
+        assert two.cost.pass_seconds[kind] == pytest.approx([seconds / 2 for seconds in one.cost.pass_seconds[kind]])
+    assert all(after < before for before, after in zip(one.cost.stage_bytes, two.cost.stage_bytes, strict=True))
+    assert two.cost.barrier_seconds["C1"] > one.cost.barrier_seconds["C1"]
+
+
+def test_measured_pass_times_stay():
+    config = load_config(["cost=a100_4b", "cluster=a100_80g_node", "run.dtype=float16"])
+    told = on_cluster(config, Degrees(1, 8, 1))
+    assert told.cost.layer_forward_seconds == config.cost.layer_forward_seconds
+    assert told.cost.hop_bytes_per_second == config.cluster.node_bytes_per_second
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_per_value"), [("adamw", 2 * 4), ("zero1", 4 + 2)])
+def test_the_gradient_sum_moves_each_value_as_often_as_a_ring_does(optimizer, bytes_per_value):
+    config = load_config(["run.dtype=bfloat16", f"optim.name={optimizer}", "cluster.node_seconds=0"])
+    found = gradient_seconds(config, Degrees(4, 1, 1), 10**9)
+    assert found == pytest.approx(3 / 4 * bytes_per_value * 1e9 / config.cluster.node_bytes_per_second)
+    hidden = replace(config, cluster=replace(config.cluster, overlap=1.0))
+    assert gradient_seconds(hidden, Degrees(4, 1, 1), 10**9) == pytest.approx(0 if optimizer == "adamw" else found / 3)
+    assert gradient_seconds(config, Degrees(1, 4, 1), 10**9) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gpus_per_node": 0}, "cluster.gpus_per_node=0 is too small"),
+        ({"efficiency": 1.5}, "cluster.efficiency=1.5 is out of range"),
+        ({"memory_gib": 0.0}, "cluster.memory_gib=0.0 is too small"),
+        ({"overlap": -0.1}, "cluster.overlap=-0.1 is too small"),
+        ({"node_bytes_per_second": float("nan")}, "cluster.node_bytes_per_second=nan is not a finite number"),
+    ],
+)
+def test_a_cluster_that_cannot_be(values, message):
+    with pytest.raises(ConfigError, match=message):
+        ClusterConfig(**values)

@@ -1,0 +1,98 @@
+"""The search finds what simulating everything finds, and says why the rest is not possible."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from vp_train.cli import load_config
+from vp_train.config import ConfigError
+from vp_train.planner.report import make_report
+from vp_train.planner.search import choices, search
+
+SMALL = ["model=nano", "cluster.gpus_per_node=4", "num_microbatches=8"]
+GIB = 2**30
+
+
+def config_of(*overrides):
+    return load_config([*SMALL, *overrides])
+
+
+def searched(config, top=1, in_time=lambda: True):
+    return search(config, top, in_time, lambda words: None)
+
+
+@pytest.fixture(scope="module")
+def everything():
+    """Every choice of a small space, simulated: (choice, report)."""
+    config = config_of()
+    found = []
+    for choice in choices(config):
+        try:
+            found.append((choice, make_report(choice.applied(config))))
+        except ConfigError:
+            continue
+    return found
+
+
+def total(report):
+    return report.ranks[report.worst].memory.total
+
+
+@pytest.mark.parametrize("part", [1.0, 0.5, 0.1], ids=lambda part: f"{part:.0%} fit")
+@pytest.mark.parametrize("top", [1, 4])
+def test_the_best_is_the_best_of_all(everything, part, top):
+    sizes = sorted(total(report) for _, report in everything)
+    limit = sizes[int(part * (len(sizes) - 1))] / GIB * (1 + 1e-9)
+    result = searched(config_of(f"cluster.memory_gib={limit!r}"), top)
+    fitting = [report for _, report in everything if total(report) <= limit * GIB]
+    assert len(everything) > 100
+    expected = sorted(report.step_seconds for report in fitting)[:top]
+    assert [found.report.step_seconds for found in result.best] == pytest.approx(expected, rel=1e-3)
+    assert result.open_choices == 0
+    assert result.num_simulated < len(everything)
+
+
+def test_refused_for_memory_is_what_does_not_fit(everything):
+    sizes = sorted(total(report) for _, report in everything)
+    limit = sizes[len(sizes) // 3] / GIB * (1 + 1e-9)
+    refused = {each.choice for each in searched(config_of(f"cluster.memory_gib={limit!r}")).refused if each.excess is not None}
+    assert refused
+    assert refused <= {choice for choice, report in everything if total(report) > limit * GIB}
+
+
+def test_every_choice_uses_all_gpus_for_the_whole_batch():
+    config = config_of("cluster.num_nodes=2", "micro_batch_size=2", "parallel.dp=2")
+    found = list(choices(config))
+    assert len(set(found)) == len(found)
+    for choice in found:
+        assert choice.degrees.num_ranks == 8
+        assert choice.degrees.tp <= 4
+        assert choice.degrees.dp * choice.num_microbatches * choice.micro_batch_size == 32
+    degrees = {choice.degrees for choice in found}
+    assert {(each.dp, each.pp, each.tp) for each in degrees} == {
+        (dp, pp, tp) for dp, pp, tp in itertools.product((1, 2, 4, 8), repeat=3) if dp * pp * tp == 8 and tp <= 4 and pp <= 4
+    }
+
+
+def test_nothing_fits_and_by_how_much():
+    result = searched(config_of("cluster.memory_gib=0.002"))
+    assert not result.best
+    assert result.num_simulated == result.open_choices == 0
+    reasons = [each.reason for each in result.refused if each.excess is not None]
+    assert reasons
+    assert all("more than 0.002 GiB" in reason and "needs at least" in reason for reason in reasons)
+    assert any("model.num_query_groups=2 does not split over parallel.tp=4" in each.reason for each in result.refused)
+
+
+def test_out_of_time_is_said():
+    left = iter([True, False])
+    result = searched(config_of(), 3, lambda: next(left))
+    assert result.num_simulated == len(result.best) == 1
+    assert result.open_choices > 0
+
+
+def test_a_batch_that_no_split_divides():
+    with pytest.raises(ConfigError, match=r"no split of 5 GPUs has whole microbatches.*use another batch"):
+        searched(config_of("cluster.num_nodes=5", "cluster.gpus_per_node=1", "model.num_layers=3", "num_microbatches=3"))

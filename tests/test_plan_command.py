@@ -1,0 +1,123 @@
+"""vp-plan: a report that fits a screen, JSON, a search, refusals with numbers; and it starts without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from vp_train import cli
+from vp_train.cli import load_config
+from vp_train.exits import EXIT_CONFIG, EXIT_OK
+from vp_train.planner.report import make_report
+
+ROOT = Path(__file__).parent.parent
+AS_TYPED = ["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=32"]
+NANO = ["model=nano", "num_microbatches=8"]
+
+
+@pytest.fixture
+def vp_plan(monkeypatch, capsys):
+    """Runs the command in this process: arguments -> (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vp-plan", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.plan()
+        return left.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_is_installed():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts["vp-plan"] == "vp_train.cli:plan"
+
+
+def test_as_in_the_readme_without_torch():
+    code = "import atexit, sys, vp_train.cli; atexit.register(lambda: print('torch' in sys.modules)); vp_train.cli.plan()"
+    done = subprocess.run([sys.executable, "-c", code, *AS_TYPED], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == EXIT_OK, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines.pop() == "False"
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 120
+    found = make_report(load_config(AS_TYPED))
+    assert "8 GPUs on one node, 75 GiB and 312 TFLOP/s in bfloat16 each, 58% of it reached" in done.stdout
+    assert f"MFU {found.mfu:.1%}" in done.stdout
+    assert lines[-1] == f"binds     {found.binds}"
+
+
+def test_json_has_every_rank(vp_plan, tmp_path):
+    code, out, _ = vp_plan(*NANO, "--json", tmp_path / "new" / "plan.json")
+    record = json.loads((tmp_path / "new" / "plan.json").read_text())
+    assert code == EXIT_OK
+    assert "written to" in out
+    assert len(record["ranks"]) == 4
+    for rank in record["ranks"]:
+        memory = rank["memory"]
+        parts = ("weights", "gradients", "optimizer", "activations", "vocabulary", "working")
+        assert rank["total_bytes"] == pytest.approx(sum(memory[name] for name in parts))
+    assert record["tokens_per_second"] == pytest.approx(8 * 64 / record["step_seconds"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [
+        (["parallel.pp=4", "vocab=none", "model.vocab_size=65536"], "vocab=one_barrier: about"),
+        (["parallel.dp=2", "parallel.pp=2", "run.dtype=bfloat16"], "optim.name=zero1: about"),
+        (["parallel.pp=4", "micro_batch_size=8"], "micro_batch_size=1 num_microbatches=64: about"),
+        (["parallel.pp=4", "num_microbatches=2", "model.seq_length=512"], "parallel.recompute=full: about"),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would_help(vp_plan, overrides, remedy):
+    code, out, _ = vp_plan(*NANO, "cluster.memory_gib=0.004", *overrides)
+    assert code == EXIT_CONFIG
+    assert "MiB TOO MUCH" in out
+    helps = [line for line in out.splitlines() if line.startswith("would help")]
+    assert any(remedy in line for line in helps)
+    assert "more GPUs per replica" in helps[-1]
+
+
+def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
+    code, out, _ = vp_plan("--search", "--top", 3, *NANO, "--json", tmp_path / "found.json")
+    record = json.loads((tmp_path / "found.json").read_text())
+    assert code == EXIT_OK
+    assert len(record["best"]) == 3
+    steps = [each["step_seconds"] for each in record["best"]]
+    assert steps == pytest.approx(sorted(steps), rel=1e-3)
+    assert "none of the others can be faster" in out
+    assert "does not split over parallel.tp=4" in out
+    first = record["best"][0]
+    again = make_report(load_config([*NANO, *first["overrides"].split(), "parallel.placement=balanced"]))
+    assert again.step_seconds == pytest.approx(first["step_seconds"])
+
+
+def test_search_where_nothing_fits(vp_plan):
+    code, out, _ = vp_plan("--search", *NANO, "cluster.memory_gib=0.001")
+    assert code == EXIT_CONFIG
+    assert "NOTHING FITS.  Closest: parallel.dp=" in out
+    assert "more than 0.001 GiB" in out
+    assert "would help" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top", "3"], "--top belongs to --search"),
+        (["--search", "--top", "x"], "--top x is not a whole number of at least 1"),
+        (["--search", "--seconds", "0"], "--seconds 0 is not a whole number"),
+        (["cluster=moon"], "cluster=moon is not known; choose one of a100_80g_node, h100_80g_node, laptop"),
+        (["parallel.pp=3"], "the cluster has 4 GPUs: parallel.pp=3 needs"),
+        (["cluster=a100_80g_node", "cost=a100_4b", "model.seq_length=4096"], "these pass times are not for it"),
+    ],
+)
+def test_refusals_in_one_line(vp_plan, arguments, message):
+    code, _, err = vp_plan(*arguments)
+    assert code == EXIT_CONFIG
+    assert message in err
+    assert len(err.splitlines()) == 1

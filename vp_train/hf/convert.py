@@ -1,0 +1,263 @@
+"""Checkpoints of Hugging Face to ours and back, one tensor at a time: the whole model is never in memory.
+
+Ours is an ordinary checkpoint of step 0 with parameters alone; beside it lie the model as YAML, and config.json and the
+tokenizer as they came.  Pickled weights are not read: a pickle runs what it holds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vp_train.checkpoint import store
+from vp_train.checkpoint.store import Piece
+from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
+from vp_train.config import ConfigError, ModelConfig
+from vp_train.durable import sync
+from vp_train.hf.families import config_of, model_of
+from vp_train.hf.names import Entry, entries
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+# Of the config.json that lies beside the tokenizer, what says nothing about the layers.
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+_IGNORED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that some files hold
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What an import wrote."""
+
+    model: ModelConfig
+    num_parameters: int
+    checkpoint: Path
+    model_file: Path
+    tokenizer: Path | None
+
+
+def import_checkpoint(source: Path, target: Path) -> Imported:
+    """Write the model in directory `source` as a checkpoint under `target`.
+
+    Raises ConfigError for an architecture, a feature or a file that is not read here, and for tensors that are missing, left
+    over, or of another shape.  `target` is complete or absent.
+    """
+    if not (source / "config.json").is_file():
+        raise ConfigError(f"{source / 'config.json'} is not there; give the directory of a model in the format of Hugging Face")
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError(f"{target} is not empty; give a directory that is, or is still to be made")
+    model = model_of(_read_json(source / "config.json"))
+    everything = list(entries(model))
+    files = _files(source)
+    described = _described(source, files, everything, model)
+    ours = [Described(f"parameter:{entry.ours}", entry.shape, described[entry.theirs[0]].dtype) for entry in everything]
+    tensors = (entry.join([read_tensor(files[name], name) for name in entry.theirs]) for entry in everything)
+    state = {"step": 0, "updates": 0, "config": {"model": asdict(model)}}
+    with _complete(target) as directory:
+        (directory / "model.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in asdict(model).items()))
+        copied = _copy(source, directory, ("config.json", *_TOKENIZER))
+        checkpoint = target / store.save_stream(directory, 0, ours, tensors, state).name
+    tokenizer = target / "tokenizer.json" if "tokenizer.json" in copied else None
+    return Imported(model, sum(one.num_values for one in ours), checkpoint, target / "model.yaml", tokenizer)
+
+
+def export_checkpoint(
+    source: Path, target: Path, *, dtype: str | None = None, shard_bytes: int = 5 * 10**9, tokenizer: Path | None = None
+) -> list[str]:
+    """Write the newest checkpoint at `source` as a model in the format of Hugging Face; returns the names of its files.
+
+    `dtype` None: as stored.  `tokenizer`: where its files, and the ids of special tokens, are taken from; None: from beside
+    the checkpoint, or the data.tokenizer of its run.  `target` is complete or absent.  Raises ConfigError for a model that no
+    architecture has, and a checkpoint that does not hold it.
+    """
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError(f"{target} is not empty; give a directory that is, or is still to be made")
+    path = store.find(source)
+    try:
+        manifest = store.read_manifest(path)
+    except ValueError as error:
+        raise ConfigError(f"{error}; give another checkpoint") from None
+    model = _saved_model(manifest, path)
+    config = config_of(model)
+    held = {name: entry for content in manifest["files"].values() for name, entry in content["tensors"].items()}
+    everything = list(entries(model))
+    for entry in everything:
+        _check_held(held.get(f"parameter:{entry.ours}"), entry, path)
+    kinds = {entry.ours: DTYPES[dtype or held[f"parameter:{entry.ours}"]["dtype"]] for entry in everything}
+    theirs = [Described(name, shape, kinds[entry.ours]) for entry in everything for name, shape in entry.their_shapes.items()]
+    extras = _extras(tokenizer, source, path, manifest)
+    if extras is not None and (extras / "config.json").is_file():
+        told = _read_json(extras / "config.json")
+        config |= {key: told[key] for key in _KEPT if key in told and told.get("model_type") == config["model_type"]}
+    config["torch_dtype"] = str(next(iter(kinds.values()))).removeprefix("torch.")
+    with _complete(target) as directory:
+        _write_shards(directory, theirs, shard_bytes, _exported(path, manifest, everything, kinds, held))
+        if extras is not None:
+            _copy(extras, directory, _TOKENIZER)
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return sorted(file.name for file in target.iterdir())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return value
+
+
+def _files(source: Path) -> dict[str, Path]:
+    """The file of each tensor.  Raises ConfigError where there are none, or only pickled ones."""
+    if (source / _INDEX).is_file():
+        files = {name: source / file for name, file in _read_json(source / _INDEX).get("weight_map", {}).items()}
+        absent = sorted({path.name for path in files.values() if not path.is_file()})
+        if absent:
+            raise ConfigError(f"{source / _INDEX} names {', '.join(absent)}, which {source} does not have")
+        return files
+    if (source / _SINGLE).is_file():
+        return dict.fromkeys(_describe(source / _SINGLE), source / _SINGLE)
+    pickles = sorted(path.name for pattern in _PICKLES for path in source.glob(pattern))
+    if pickles:
+        raise ConfigError(
+            f"{source} has its weights in {pickles[0]}, a pickle, which runs what it holds when it is read; "
+            "have them saved as safetensors (save_pretrained does) where they are trusted"
+        )
+    raise ConfigError(f"{source} has neither {_SINGLE} nor {_INDEX}")
+
+
+def _describe(path: Path) -> Mapping[str, Described]:
+    try:
+        return describe_tensors(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _described(
+    source: Path, files: Mapping[str, Path], everything: Sequence[Entry], model: ModelConfig
+) -> dict[str, Described]:
+    """All tensors of the files, checked to be those of `everything`."""
+    found = {name: one for path in sorted(set(files.values())) for name, one in _describe(path).items()}
+    wanted = {name: shape for entry in everything for name, shape in entry.their_shapes.items()}
+    missing = [name for name in wanted if name not in files or name not in found]
+    if missing:
+        raise ConfigError(f"{source} has no {missing[0]}{_and_more(missing)}, which its config.json asks for")
+    for name, shape in wanted.items():
+        if found[name].shape != shape:
+            raise ConfigError(f"{name} is {list(found[name].shape)} in {source}, but {list(shape)} by its config.json")
+    spare = {"lm_head.weight"} if model.tied_embeddings else set()
+    left = [name for name in found if name not in wanted and name not in spare and not name.endswith(_IGNORED)]
+    if left:
+        raise ConfigError(f"{source} has {left[0]}{_and_more(left)}, which this architecture does not have here")
+    for entry in everything:
+        kinds = {str(found[name].dtype).removeprefix("torch.") for name in entry.theirs}
+        if len(kinds) > 1:
+            raise ConfigError(f"{', '.join(entry.theirs)} are {', '.join(sorted(kinds))} in {source}; they must have one dtype")
+    return found
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _saved_model(manifest: Mapping[str, Any], path: Path) -> ModelConfig:
+    settings = manifest["state"]["config"]["model"]
+    try:
+        return ModelConfig(**settings)
+    except TypeError as error:
+        raise ConfigError(f"{path} was written by another version: {error}") from None
+
+
+def _check_held(held: Mapping[str, Any] | None, entry: Entry, path: Path) -> None:
+    if held is None:
+        raise ConfigError(f"{path} has no {entry.ours}, which its model asks for")
+    if held["shape"] != list(entry.shape):
+        raise ConfigError(f"{entry.ours} is {held['shape']} in {path}, but {list(entry.shape)} by its model")
+
+
+def _exported(
+    path: Path,
+    manifest: Mapping[str, Any],
+    everything: Sequence[Entry],
+    kinds: Mapping[str, torch.dtype],
+    held: Mapping[str, Any],
+) -> Iterator[Tensor]:
+    for entry in everything:
+        name = f"parameter:{entry.ours}"
+        whole = torch.empty(entry.shape, dtype=DTYPES[held[name]["dtype"]])
+        store.fill(path, manifest, {name: Piece(whole)}, cast=False)
+        for part in entry.split(whole):
+            yield part.to(kinds[entry.ours])
+
+
+def _write_shards(directory: Path, described: Sequence[Described], shard_bytes: int, tensors: Iterator[Tensor]) -> None:
+    """Files of at most `shard_bytes`, but one tensor at least, and their index if there are several."""
+    shards: list[list[Described]] = [[]]
+    for one in described:
+        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + one.num_bytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(one)
+    names = [f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [_SINGLE]
+    for name, shard in zip(names, shards, strict=True):
+        write_tensors(directory / name, shard, islice(tensors, len(shard)))
+    assert next(tensors, None) is None
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(one.num_bytes for one in described)},
+            "weight_map": {one.name: name for name, shard in zip(names, shards, strict=True) for one in shard},
+        }
+        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _extras(told: Path | None, source: Path, path: Path, manifest: Mapping[str, Any]) -> Path | None:
+    """The directory with the tokenizer: as told, beside the checkpoint, or where that of the run's data came from."""
+    if told is not None:
+        directory = told.parent if told.is_file() else told
+        if not any((directory / name).is_file() for name in _TOKENIZER):
+            raise ConfigError(
+                f"--tokenizer {told}: no tokenizer files there; give the directory of a model, or its tokenizer.json"
+            )
+        return directory
+    of_data = manifest["state"]["config"].get("data", {}).get("tokenizer")
+    candidates = [source, path.parent, *([Path(of_data).expanduser().parent] if of_data else [])]
+    signs = ("tokenizer.json", "config.json")
+    return next((directory for directory in candidates if any((directory / name).is_file() for name in signs)), None)
+
+
+def _copy(source: Path, target: Path, names: Sequence[str]) -> list[str]:
+    there = [name for name in names if (source / name).is_file()]
+    for name in there:
+        shutil.copyfile(source / name, target / name)
+    return there
+
+
+@contextmanager
+def _complete(target: Path) -> Iterator[Path]:
+    """A directory that becomes `target` when all is written, and is gone if anything fails."""
+    writing = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    try:
+        yield writing
+        for file in (*writing.iterdir(), writing):
+            sync(file)
+        writing.replace(target)  # which is absent or empty
+        sync(target.parent)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)

@@ -1,0 +1,351 @@
+"""config.json of Hugging Face <-> ModelConfig, for the architectures that compute what ours does.
+
+A family says what its configuration means in ours, and how to write one that means the same; where that does not lead back
+to the same model, the family does not have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from vp_train.config import ConfigError, ModelConfig
+from vp_train.model.shape import head_size
+
+_LONGEST = 4096  # model.seq_length of an import, where the architecture reaches further; a run sets its own
+_GELU = ("gelu_pytorch_tanh", "gelu")  # the second in early Gemma files, which mean the first
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture.  `defaults` count where config.json is silent; `read` and `write` do what not all families share."""
+
+    architecture: str
+    defaults: Settings
+    read: Callable[[Mapping[str, Any]], Settings]
+    write: Callable[[ModelConfig], Settings]
+
+
+def model_of(config: Mapping[str, Any]) -> ModelConfig:
+    """What a config.json describes.  Raises ConfigError naming the feature that is not built here."""
+    family = FAMILIES.get(config.get("model_type", ""))
+    if family is None:
+        raise ConfigError(
+            f"model_type={config.get('model_type')!r} {config.get('architectures', '')} is not known; "
+            f"vp-import reads {', '.join(FAMILIES)}"
+        )
+    _refuse(config, "quantization_config", None, "import the model that is not quantised")
+    _refuse(config, "partial_rotary_factor", 1.0, "only whole heads are rotated here")
+    _refuse(config, "use_bidirectional_attention", False, "attention is causal here")
+    given = {key: value for key, value in config.items() if value is not None or key.endswith("softcapping")}
+    try:
+        return _read(family, family.defaults | given)
+    except KeyError as error:
+        raise ConfigError(f"config.json has no {error.args[0]}") from None
+
+
+def _read(family: Family, config: Mapping[str, Any]) -> ModelConfig:
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    size = config.get("head_dim")
+    settings: Settings = {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "num_heads": heads,
+        "num_query_groups": groups,
+        "head_size": None if size is None or size * heads == config["hidden_size"] else size,
+        "ffn_hidden_size": config["intermediate_size"],
+        "vocab_size": config["vocab_size"],
+        "seq_length": min(config["max_position_embeddings"], _LONGEST),
+        "tied_embeddings": config["tie_word_embeddings"],
+        "norm_epsilon": config["rms_norm_eps"],
+        "init_std": config["initializer_range"],
+    }
+    return ModelConfig(**settings | family.read(config))
+
+
+def config_of(model: ModelConfig) -> Settings:
+    """A config.json for this model.  Raises ConfigError naming what no architecture here has."""
+    nearest: tuple[str, list[str]] | None = None
+    for name, family in FAMILIES.items():
+        config = {"architectures": [family.architecture], "model_type": name} | _common(model) | family.write(model)
+        missing = _differences(model, model_of(config))
+        if not missing:
+            return config
+        if nearest is None or len(missing) < len(nearest[1]):
+            nearest = name, missing
+    assert nearest is not None
+    raise ConfigError(
+        f"no Hugging Face architecture here is this model; the nearest, {nearest[0]}, does not have {', '.join(nearest[1])}"
+    )
+
+
+def _common(model: ModelConfig) -> Settings:
+    return {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": head_size(model),
+        "hidden_size": model.hidden_size,
+        "initializer_range": model.init_std,
+        "intermediate_size": model.ffn_hidden_size,
+        "max_position_embeddings": model.seq_length,
+        "num_attention_heads": model.num_heads,
+        "num_hidden_layers": model.num_layers,
+        "num_key_value_heads": model.num_query_groups,
+        "rms_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": model.tied_embeddings,
+        "use_cache": True,
+        "vocab_size": model.vocab_size,
+    }
+
+
+def _differences(model: ModelConfig, other: ModelConfig) -> list[str]:
+    """Settings in which two models compute differently, with the values of the first."""
+    ours, theirs = (asdict(_canonical(one)) for one in (model, other))
+    names = [name for name, value in ours.items() if value != theirs[name]]
+    told = [name for name in names if getattr(model, name) is not None]  # the others follow from these
+    return [f"model.{name}={getattr(model, name)}" for name in told or names]
+
+
+def _canonical(model: ModelConfig) -> ModelConfig:
+    """The same computation, with every setting written out, and those that count for nothing at one value."""
+    plain = ModelConfig()
+    local = [model.is_local(layer) for layer in range(model.num_layers)]
+    same = {name: getattr(plain, name) for name in ("seq_length", "init_std")}
+    if model.linear_bias:
+        same |= {"qkv_bias": False}
+    if model.rope_scaling == "none":
+        same |= {"rope_factor": 1.0}
+    if model.rope_scaling != "llama3":
+        same |= {name: getattr(plain, name) for name in ("rope_low_frequency", "rope_high_frequency", "rope_original_length")}
+    if not any(local):
+        same |= {"sliding_window": None, "full_attention_every": None, "rope_local_base": None}
+    else:
+        base = model.rope_base if model.rope_scaling == "none" and model.positions == "rope" else None
+        same |= {"full_attention_every": _every(local), "rope_local_base": model.rope_local_base or base}
+    size = head_size(model)
+    divisor = float(size) if model.attention_divisor is None else model.attention_divisor
+    return replace(model, head_size=size, attention_divisor=divisor, **same)
+
+
+def _every(local: list[bool]) -> int | None:
+    """full_attention_every of layers that are local or not.  Raises ConfigError where they follow another pattern."""
+    every = local.index(False) + 1 if False in local else None
+    if local != [every is None or (layer + 1) % every != 0 for layer in range(len(local))]:
+        raise ConfigError(
+            "layer_types are not supported: one full_attention must follow the same number of sliding_attention each time"
+        )
+    return every
+
+
+def _refuse(config: Mapping[str, Any], name: str, only: object, reason: str) -> None:
+    if config.get(name) not in (None, only):
+        raise ConfigError(f"{name}={config[name]} is not supported: {reason}")
+
+
+def _activation(config: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    given = config.get("hidden_activation") or config["hidden_act"]
+    if given not in known:
+        raise ConfigError(f"the activation {given} is not supported for {config['model_type']}, which has {known[0]}")
+
+
+def _rope(config: Mapping[str, Any], layers: str | None = None) -> Settings:
+    """RoPE of all layers, or of those of one type: in the form of transformers 5, or that before it."""
+    values = config.get("rope_parameters")
+    if values is None:
+        values = {"rope_theta": config["rope_theta"]} | (config.get("rope_scaling") or {})
+    elif layers is not None:
+        values = {"rope_theta": config["rope_theta"]} | (values.get(layers) or {})
+    kind = values.get("rope_type", values.get("type", "default"))
+    _refuse(values, "partial_rotary_factor", 1.0, "only whole heads are rotated here")
+    settings = {"rope_base": float(values["rope_theta"])}
+    match kind:
+        case "default":
+            return settings
+        case "linear":
+            return settings | {"rope_scaling": "linear", "rope_factor": float(values["factor"])}
+        case "llama3":
+            return settings | {
+                "rope_scaling": "llama3",
+                "rope_factor": float(values["factor"]),
+                "rope_low_frequency": float(values["low_freq_factor"]),
+                "rope_high_frequency": float(values["high_freq_factor"]),
+                "rope_original_length": values["original_max_position_embeddings"],
+            }
+        case _:
+            raise ConfigError(f"rope_type={kind} is not supported; default, linear and llama3 are")
+
+
+def _rope_written(model: ModelConfig) -> Settings:
+    """The form that every version of transformers reads."""
+    scaling: Settings | None = None
+    if model.rope_scaling == "linear":
+        scaling = {"rope_type": "linear", "factor": model.rope_factor}
+    elif model.rope_scaling == "llama3":
+        scaling = {
+            "rope_type": "llama3",
+            "factor": model.rope_factor,
+            "low_freq_factor": model.rope_low_frequency,
+            "high_freq_factor": model.rope_high_frequency,
+            "original_max_position_embeddings": model.rope_original_length,
+        }
+    return {"rope_theta": model.rope_base, "rope_scaling": scaling}
+
+
+def _windows(config: Mapping[str, Any], pattern: int) -> Settings:
+    """Local layers as Gemma 2 and 3 have them; `pattern`: which layer is full where no types are given."""
+    types = config.get("layer_types")
+    if types is None:
+        full = [(layer + 1) % pattern == 0 for layer in range(config["num_hidden_layers"])]
+        types = ["full_attention" if one else "sliding_attention" for one in full]
+    unknown = set(types) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ConfigError(f"layer_types {sorted(unknown)} are not supported; full_attention and sliding_attention are")
+    local = [kind == "sliding_attention" for kind in types]
+    if not any(local):
+        return {}
+    return {"sliding_window": config["sliding_window"], "full_attention_every": _every(local)}
+
+
+def _layer_types(model: ModelConfig) -> list[str]:
+    return ["sliding_attention" if model.is_local(layer) else "full_attention" for layer in range(model.num_layers)]
+
+
+def _read_llama(config: Mapping[str, Any]) -> Settings:
+    _activation(config, ("silu",))
+    if config["attention_bias"] != config["mlp_bias"]:
+        raise ConfigError(
+            f"attention_bias={config['attention_bias']} with mlp_bias={config['mlp_bias']} is not supported; both or none are"
+        )
+    return {"linear_bias": config["attention_bias"]} | _rope(config)
+
+
+def _write_llama(model: ModelConfig) -> Settings:
+    bias = model.linear_bias
+    return {"hidden_act": "silu", "attention_bias": bias, "mlp_bias": bias} | _rope_written(model)
+
+
+def _read_qwen(config: Mapping[str, Any]) -> Settings:
+    _activation(config, ("silu",))
+    _refuse(config, "attention_bias", False, "of Qwen 2 and 3, the first alone has biases, of q, k and v")
+    full = config["num_hidden_layers"] if "layer_types" in config else config["max_window_layers"]
+    types = config.get("layer_types") or ()
+    if config["use_sliding_window"] and (full < config["num_hidden_layers"] or "sliding_attention" in types):
+        raise ConfigError(
+            f"use_sliding_window=true with max_window_layers={config['max_window_layers']} is not supported: "
+            "the last layers alone would be local"
+        )
+    return _rope(config)
+
+
+def _write_qwen(model: ModelConfig) -> Settings:
+    return {"hidden_act": "silu", "use_sliding_window": False, "max_window_layers": model.num_layers} | _rope_written(model)
+
+
+_GEMMA = {"activation": "geglu", "zero_centred_norm": True, "embedding_scale": True}
+
+
+def _read_gemma(config: Mapping[str, Any], layers: str | None = None) -> Settings:
+    _activation(config, _GELU)
+    _refuse(config, "attention_bias", False, "Gemma has none")
+    return _GEMMA | _rope(config, layers)
+
+
+def _write_gemma(model: ModelConfig) -> Settings:
+    return {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"} | _rope_written(model)
+
+
+def _read_gemma2(config: Mapping[str, Any]) -> Settings:
+    return _read_gemma(config) | _sandwich(config) | _windows(config, 2)
+
+
+def _write_gemma2(model: ModelConfig) -> Settings:
+    return _write_gemma(model) | _sandwich_written(model)
+
+
+def _read_gemma3(config: Mapping[str, Any]) -> Settings:
+    local = {"rope_parameters": config.get("rope_parameters"), "rope_theta": config["rope_local_base_freq"]}
+    of_local = _rope(local, "sliding_attention")
+    if "rope_scaling" in of_local:
+        raise ConfigError(f"rope_type={of_local['rope_scaling']} of sliding_attention is not supported; default is")
+    windows = _windows(config, config["sliding_window_pattern"])
+    own = {"rope_local_base": of_local["rope_base"]} if windows else {}
+    return _read_gemma(config, "full_attention") | _sandwich(config) | windows | own | {"qk_norm": True}
+
+
+def _write_gemma3(model: ModelConfig) -> Settings:
+    local = _canonical(model).rope_local_base
+    own = {} if local is None else {"rope_local_base_freq": local}
+    return _write_gemma2(model) | own | {"sliding_window_pattern": model.full_attention_every or model.num_layers + 1}
+
+
+def _sandwich(config: Mapping[str, Any]) -> Settings:
+    return {
+        "post_norms": True,
+        "attention_divisor": float(config["query_pre_attn_scalar"]),
+        "attention_softcap": config.get("attn_logit_softcapping"),
+        "logit_softcap": config.get("final_logit_softcapping"),
+    }
+
+
+def _sandwich_written(model: ModelConfig) -> Settings:
+    divisor = float(head_size(model)) if model.attention_divisor is None else model.attention_divisor
+    return {
+        "query_pre_attn_scalar": int(divisor),
+        "attn_logit_softcapping": model.attention_softcap,
+        "final_logit_softcapping": model.logit_softcap,
+        "sliding_window": model.sliding_window or model.seq_length,
+        "layer_types": _layer_types(model),
+    }
+
+
+_DEFAULTS: Settings = {
+    "max_position_embeddings": 8192,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "attention_bias": False,
+}
+_QWEN_DEFAULTS = _DEFAULTS | {"tie_word_embeddings": False, "use_sliding_window": False, "max_window_layers": 28}
+_GEMMA_DEFAULTS = _DEFAULTS | {"tie_word_embeddings": True, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh"}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "LlamaForCausalLM", _DEFAULTS | {"tie_word_embeddings": False, "mlp_bias": False}, _read_llama, _write_llama
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN_DEFAULTS, lambda config: _read_qwen(config) | {"qkv_bias": True}, _write_qwen),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        _QWEN_DEFAULTS | {"head_dim": 128},
+        lambda config: _read_qwen(config) | {"qk_norm": True},
+        _write_qwen,
+    ),
+    "gemma": Family("GemmaForCausalLM", _GEMMA_DEFAULTS, _read_gemma, _write_gemma),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        _GEMMA_DEFAULTS
+        | {
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        _read_gemma2,
+        _write_gemma2,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        _GEMMA_DEFAULTS
+        | {
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 256,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window_pattern": 6,
+        },
+        _read_gemma3,
+        _write_gemma3,
+    ),
+}
