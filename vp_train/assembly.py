@@ -42,10 +42,16 @@ class RankModel:
     _tied: tuple[nn.Parameter, dist.ProcessGroup] | None
 
     def train_step(
-        self, tokens: Tensor, labels: Tensor, observer: Observer = BLIND, *, mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        observer: Observer = BLIND,
+        *,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor | None:
         """`Executor.step` of the training program; leaves complete gradients."""
-        loss = self.trainer.step(tokens, labels, observer, mask=mask)
+        loss = self.trainer.step(tokens, labels, observer, mask=mask, segments=segments)
         if self._tied is not None:
             parameter, group = self._tied
             dist.all_reduce(parameter.grad, group=group)

@@ -153,7 +153,7 @@ class Run:
         if step == self._traced_step:
             loss, traced = self._traced(batch)
         else:
-            loss, traced = self.model.train_step(batch.tokens, batch.labels), None
+            loss, traced = self.model.train_step(batch.tokens, batch.labels, segments=batch.segments), None
         health = gather_health(loss, self.model.counted, self.root, self.mesh.world, peak_resident_bytes())
         rate = self._update(step, health)
         seconds = time.perf_counter() - started
@@ -204,12 +204,12 @@ class Run:
 
     def _validate(self) -> float:
         batch = self._on_device(self.source.validation_batch())
-        loss = self.model.evaluator.step(batch.tokens, batch.labels)
+        loss = self.model.evaluator.step(batch.tokens, batch.labels, segments=batch.segments)
         return gather_health(loss, [], self.root, self.mesh.world).loss
 
     def _on_device(self, batch: Batch) -> Batch:
         device = self.config.run.device
-        return Batch(batch.tokens.to(device), batch.labels.to(device))
+        return Batch(batch.tokens.to(device), batch.labels.to(device), batch.segments)  # stages read segments as numbers
 
     def _save(self, step: int, reporter: Reporter | None) -> None:
         """A checkpoint that cannot be written is a warning, except at the end of the run."""
@@ -233,7 +233,7 @@ class Run:
         recorder = Recorder(self.mesh.rank, self._clock(), lambda: self.model.held_bytes, self._parameters)
         dist.barrier(self.mesh.world)
         recorder.started_at = recorder.clock()
-        return self.model.train_step(batch.tokens, batch.labels, recorder), recorder
+        return self.model.train_step(batch.tokens, batch.labels, recorder, segments=batch.segments), recorder
 
     def _clock(self) -> Callable[[], float]:
         if self.config.run.device == "cpu":

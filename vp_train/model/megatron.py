@@ -18,17 +18,35 @@ from vp_train.quiet import quiet_megatron
 
 
 class CoreAttention(nn.Module):
-    """Causal attention by torch's scaled_dot_product_attention, in the place of megatron's, which allocates on CUDA."""
+    """Causal attention by torch's scaled_dot_product_attention, in the place of megatron's, which allocates on CUDA.
+
+    Documents packed into a sequence are attended to one by one rather than under a mask: the s^2 entries of a mask are kept for
+    the backward, the kernels compute what it hides too, and flash attention on CUDA does not take one.
+    """
 
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **_: object) -> None:
         super().__init__()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: tuple[int, ...] | None, *_: object, **__: object
+    ) -> Tensor:
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]; `documents` as `document_lengths`."""
+        if documents is None:
+            return self._attend(query, key, value)
+        s, b = query.shape[:2]
+        pieces = zip(*(torch.split(_in_order(tensor), list(documents)) for tensor in (query, key, value)), strict=True)
+        return torch.cat([self._attend(q, k, v) for q, k, v in pieces]).view(b, s, -1).transpose(0, 1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         grouped = query.shape[2] != key.shape[2]
         context = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """[s, b, ...] -> [b * s, 1, ...], sequence after sequence."""
+    return tensor.transpose(0, 1).flatten(0, 1).unsqueeze(1)
 
 
 def rotary_table(seq_length: int, head_size: int, base: float, device: torch.device) -> Tensor:
@@ -51,10 +69,13 @@ class DecoderLayer(nn.Module):
         with quiet_megatron():
             self.layer = _build(model, dtype, device, group, store)
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        """[s, b, h] -> [s, b, h]."""
+    def forward(self, x: Tensor, angles: Tensor, documents: tuple[int, ...] | None = None) -> Tensor:
+        """[s, b, h] -> [s, b, h]; `documents` as `stage.document_lengths`.
+
+        Angles go on counting from one document to the next: scores depend on differences alone.
+        """
         hidden: Tensor
-        hidden, _ = self.layer(x, attention_mask=None, rotary_pos_emb=angles)
+        hidden, _ = self.layer(x, attention_mask=documents, rotary_pos_emb=angles)  # megatron only hands the mask on
         return hidden
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -47,11 +48,26 @@ class Stage(nn.Module):
         angles = rotary_table(model.seq_length, model.hidden_size // model.num_heads, model.rope_base, device)
         self.register_buffer("angles", angles, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[s, b, h] -> [s, b, h]."""
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        """[s, b, h] -> [s, b, h], s at most model.seq_length; attention stays within `segments` [b, s], if given."""
+        documents = None if segments is None else document_lengths(segments)
+        given = (self.get_buffer("angles")[: len(x)], documents)
         for layer in self.layers.values():
-            x = checkpoint(layer, x, self.angles, use_reentrant=False) if self._recompute else layer(x, self.angles)
+            x = checkpoint(layer, x, *given, use_reentrant=False) if self._recompute else layer(x, *given)
         return x if self.final_norm is None else self.final_norm(x)
+
+
+def document_lengths(segments: Tensor) -> tuple[int, ...] | None:
+    """The numbers of tokens of the documents in `segments` [b, s], sequence after sequence; None if each has only one.
+
+    A document is a run of equal segments.  Reads values: on CUDA it would wait for the device.
+    """
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = begins.flatten().nonzero().flatten().tolist()
+    if len(starts) == len(segments):
+        return None
+    return tuple(stop - start for start, stop in pairwise([*starts, segments.numel()]))
 
 
 def init_rows(
