@@ -242,10 +242,9 @@ def _unknown_choice(error: BaseException) -> str:
 def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
     first = _first_line(error)
     reason = f": {_first_line(error.__cause__)}" if error.__cause__ is not None else ""
-    if "BlendEntry" in reason:  # hydra calls an unknown key of a list's item an unknown setting
-        return (
-            f"data.blend{reason.replace('BlendEntry', 'a corpus')}; write data.blend=[{{path:DIR,weight:3}},{{name:pystdlib}}]"
-        )
+    if first.startswith(("Could not override 'data.blend'", "Error merging override data.blend=")):
+        reason = reason.replace("'BlendEntry'", "an entry").replace("BlendEntry", "an entry")
+        return f"data.blend{reason}; write data.blend=[{{path:DIR,weight:3}},{{name:pystdlib,weight:1}}]"
     if first.startswith("Ambiguous value"):
         word = first.split("'")[1]
         return f"{word}: one value is needed; vp-simulate --compare compares several"

@@ -29,13 +29,11 @@ def text_config(tmp_path: Path, **changes: object) -> DataConfig:
     )
 
 
-def run_config(
-    data: DataConfig, steps: int = 4, seq_length: int = 8, eval_every: int = 1, num_microbatches: int = 4
-) -> RunConfig:
+def run_config(data: DataConfig, steps: int = 4, seq_length: int = 8, eval_every: int = 1) -> RunConfig:
     return RunConfig(
         model=ModelConfig(vocab_size=VOCAB_SIZE, seq_length=seq_length),
         data=data,
         run=RunSettings(steps=steps, eval_microbatches=3, eval_every=eval_every),
-        num_microbatches=num_microbatches,
+        num_microbatches=4,
         micro_batch_size=2,
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 from vp_train.config import ModelConfig
 from vp_train.model import shape
-from vp_train.model.stage import Stage, init_rows
+from vp_train.model.stage import Stage, document_lengths, init_rows
 
 MODEL = ModelConfig(
     num_layers=4, hidden_size=48, num_heads=6, num_query_groups=2, ffn_hidden_size=80, vocab_size=100, seq_length=20
@@ -29,8 +29,8 @@ def stage(group, layers, final_norm=False, dtype=torch.float64, model=MODEL, see
     return Stage(model, layers, final_norm=final_norm, dtype=dtype, device=CPU, group=group, seed=seed, **options)
 
 
-def plain_layer(x, weights, model):
-    """A decoder layer written from its formulas; x [s, b, h]."""
+def plain_layer(x, weights, model, segments=None):
+    """A decoder layer written from its formulas; x [s, b, h], segments [b, s] that do not see each other."""
     s, b, h = x.shape
     n, g, d = model.num_heads, model.num_query_groups, h // model.num_heads
 
@@ -48,13 +48,20 @@ def plain_layer(x, weights, model):
     q, k = rope(q.reshape(s, b, n, d)), rope(k)
     k, v = k.repeat_interleave(n // g, 2), v.repeat_interleave(n // g, 2)
     scores = torch.einsum("sbnd,tbnd->bnst", q, k) / d**0.5
-    scores = scores.masked_fill(torch.ones(s, s).triu(1).bool(), -torch.inf).softmax(-1)
+    hidden = torch.ones(s, s).triu(1).bool()
+    if segments is not None:
+        hidden = hidden | (segments[:, None, :, None] != segments[:, None, None, :])
+    scores = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     x = x + torch.einsum("bnst,tbnd->sbnd", scores, v).reshape(s, b, h) @ weights["self_attention.linear_proj.weight"].T
     gate, up = (norm(x, weights["pre_mlp_layernorm.weight"]) @ weights["mlp.linear_fc1.weight"].T).chunk(2, -1)
     return x + (nn.functional.silu(gate) * up) @ weights["mlp.linear_fc2.weight"].T
 
 
-def test_a_layer_equals_its_formulas_in_float64(group):
+SEGMENTS = torch.tensor([[0] * 7 + [1] * 13, [0] + [1] * 18 + [2]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS, torch.zeros_like(SEGMENTS)], ids=["none", "packed", "one each"])
+def test_a_layer_equals_its_formulas_in_float64(group, segments):
     ours = stage(group, range(1))
     x = torch.randn(20, 2, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights = {
@@ -62,7 +69,7 @@ def test_a_layer_equals_its_formulas_in_float64(group):
         for name, parameter in ours.named_parameters()
     }
     ours_x, plain_x = x.clone().requires_grad_(), x.clone().requires_grad_()
-    ours_y, plain_y = ours(ours_x), plain_layer(plain_x, weights, MODEL)
+    ours_y, plain_y = ours(ours_x, segments), plain_layer(plain_x, weights, MODEL, segments)
     assert torch.allclose(ours_y, plain_y, rtol=0, atol=1e-12)
     dy = torch.randn_like(x)
     ours_y.backward(dy)
@@ -109,6 +116,23 @@ def test_parameter_counts(group):
     assert sum(p.numel() for p in part.parameters()) == 2 * shape.layer_parameters(MODEL) + MODEL.hidden_size
 
 
+def kept_bytes(part, x, segments=None):
+    """Storage that autograd keeps for the backward of `part`, weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in part.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = part(x, segments)  # keeps the graph, and so the storages, alive while they are counted
+    assert y.dtype == x.dtype
+    return sum(kept.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("model", "batch"),
@@ -121,22 +145,28 @@ def test_parameter_counts(group):
 )
 def test_activation_bytes_are_what_autograd_keeps(group, model, batch, dtype):
     part = stage(group, range(3), final_norm=True, dtype=dtype, model=model)
-    weights = {p.untyped_storage().data_ptr() for p in part.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     x = torch.randn(model.seq_length, batch, model.hidden_size, dtype=dtype, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = part(x)  # keeps the graph, and so the storages, alive while they are counted
     predicted = 3 * shape.layer_activation_bytes(model, batch, dtype.itemsize)
     predicted += shape.final_norm_activation_bytes(model, batch, dtype.itemsize)
-    assert sum(kept.values()) == pytest.approx(predicted, rel=0.05)
-    assert y.dtype == dtype
+    assert kept_bytes(part, x) == pytest.approx(predicted, rel=0.05)
+
+
+def test_documents_are_runs_of_equal_segments():
+    assert document_lengths(SEGMENTS) == (7, 13, 1, 18, 1)
+    assert document_lengths(torch.tensor([[3, 3, 0], [0, 0, 3]])) == (2, 1, 2, 1)
+    assert document_lengths(torch.tensor([[0, 0], [0, 0], [1, 1]])) is None
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packed_documents_keep_no_mask(group, batch):
+    """What is kept beside an unpacked stage's is one value per token, layer and hidden unit: the documents joined again."""
+    model = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, num_query_groups=1, ffn_hidden_size=64, seq_length=512)
+    part = stage(group, range(2), dtype=torch.float32, model=model)
+    segments = (torch.arange(512) // 100).int().expand(batch, -1)
+    kept = kept_bytes(part, torch.randn(512, batch, 32, requires_grad=True), segments)
+    joined, mask = 2 * 512 * batch * 32 * 4, 512 * 512 * batch * 4
+    assert kept <= 2 * shape.layer_activation_bytes(model, batch, 4) + joined
+    assert joined < mask / 4, "or this test would not notice a mask"
 
 
 @pytest.mark.parametrize(("recompute", "forwards"), [(False, 1), (True, 2)])

@@ -9,7 +9,7 @@ import torch
 
 from schedules.generators import GENERATORS
 from schedules.vocab import End
-from tests.pipeline.truth import Whole, random_batch, random_mask, train_whole
+from tests.pipeline.truth import Whole, random_batch, random_mask, random_segments, train_whole
 from vp_train.assembly import build_rank
 from vp_train.config import (
     LossConfig,
@@ -86,7 +86,7 @@ def mesh_for(problem):
     return _meshes[key]
 
 
-def compare(rank, world_size, configs, masked=False):
+def compare(rank, world_size, configs, masked=False, packed=False):
     """Train each config sharded and whole; (config, what, difference) of the worst loss, gradient and parameter of each."""
     torch.manual_seed(0)
     worst = []
@@ -95,7 +95,7 @@ def compare(rank, world_size, configs, masked=False):
         mesh = mesh_for(plan.problem)
         model = build_rank(config, plan, mesh)
         dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
-        truth = train_whole(config, NUM_STEPS, dtype, masked=masked)
+        truth = train_whole(config, NUM_STEPS, dtype, masked=masked, packed=packed)
         parameters = list(model.parameters.values())
         optimizer = build_adamw(parameters, config.optim)
         root = plan.problem.layout.rank_of(plan.problem.last_stage)
@@ -103,7 +103,8 @@ def compare(rank, world_size, configs, masked=False):
         for step, (loss, gradients, updated) in enumerate(truth, start=1):
             model.zero_grad()
             mask = random_mask(config, step) if masked else None
-            ours = model.train_step(*random_batch(config, step), mask=mask)
+            segments = random_segments(config, step) if packed else None
+            ours = model.train_step(*random_batch(config, step), mask=mask, segments=segments)
             health = gather_health(ours, model.counted, root, mesh.world)
             differences["loss"] = max(differences["loss"], abs(health.loss - loss))
             for name, parameter in model.parameters.items():
@@ -124,8 +125,8 @@ def part_of(tensor, name, rows):
     return tensor[rows[name].start : rows[name].stop] if name in rows else tensor
 
 
-def assert_equivalent(ranks, p, configs, tolerance, *, masked=False):
-    for results in ranks(p).run(compare, configs, masked, timeout=100):
+def assert_equivalent(ranks, p, configs, tolerance, *, masked=False, packed=False):
+    for results in ranks(p).run(compare, configs, masked, packed, timeout=100):
         for config, differences in zip(configs, results, strict=True):
             assert max(differences.values()) < tolerance, (config.vocab, config.schedule, config.model, differences)
 
@@ -193,6 +194,17 @@ LOSSES = [
 def test_loss_options_and_masks_equal_one_process(ranks, masked):
     configs = [config_of(3, 4, 101, vocab=VocabConfig(algorithm), **options) for algorithm in ALGORITHMS for options in LOSSES]
     assert_equivalent(ranks, 3, configs, 1e-9, masked=masked)
+
+
+def test_packed_documents_equal_documents_that_run_alone(ranks):
+    """In one process each document starts at position 0 and is attended to by itself; masks and recomputation included."""
+    plain = [
+        config_of(2, 4, 101, schedule=name, num_stages=stages) for name, stages in (("1f1b", 2), ("zb_h1", 2), ("v_half", 4))
+    ]
+    recomputed = [replace(config, parallel=replace(config.parallel, recompute="full")) for config in plain]
+    undivided = config_of(2, 3, 101, vocab=VocabConfig("none"), loss=LossConfig(normalisation="sequence"))
+    assert_equivalent(ranks, 2, [*plain, *recomputed, undivided], 1e-9, packed=True)
+    assert_equivalent(ranks, 2, [plain[1], recomputed[1]], 1e-9, masked=True, packed=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])
