@@ -167,7 +167,7 @@ class SleepingStage:
     sleeper: Sleeper
     waiting: set[int] = field(default_factory=set)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
         return _Layers.apply(x, self)  # type: ignore[no-untyped-call,no-any-return]
 
     def pass_on(self, kind: Kind, received: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from vp_train.plan import make_plan
         ("--steps", "--steps is not an option"),
         ("model.hidden_size=100", "model.hidden_size=100 does not split over model.num_heads=8; use a multiple of 8"),
         ("model.num_query_groups=3", "does not split over model.num_query_groups=3; use a divisor of 8"),
-        ("data.name=web", "data.name='web' is not known; choose one of pystdlib, text, synthetic"),
+        ("data.name=web", "data.name='web' is not known; choose one of pystdlib, text, blend, synthetic"),
         ("data=text", "data.name=text needs data.path"),
         ("optim.beta1=1.5", "optim.beta1=1.5 is out of range"),
         ("optim.lr=nan", "optim.lr=nan is too small"),

@@ -16,9 +16,12 @@ import torch
 import torch.distributed as dist
 
 from schedules.ir import Schedule
+from tests.data.cases import write_letters
+from tests.meshes import mesh_for
 from vp_train.assembly import build_rank
 from vp_train.cli import load_config
 from vp_train.config import (
+    BlendEntry,
     ConfigError,
     CostConfig,
     DataConfig,
@@ -31,7 +34,6 @@ from vp_train.config import (
     VocabConfig,
 )
 from vp_train.data import open_source
-from vp_train.mesh import build_mesh
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.plan import make_plan
@@ -69,7 +71,7 @@ def train(rank, num_ranks, config, stop_after=None):
     """What `run_rank` does, in a process group that exists already."""
     plan = make_plan(config, num_ranks)
     directory = RunDirectory(config.run) if rank == 0 else None
-    mesh = build_mesh(plan.degrees, plan.problem)
+    mesh = mesh_for(plan)
     source = open_source(config)
     run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
     reporter = None
@@ -106,8 +108,20 @@ def test_a_run_learns_and_leaves_everything_in_its_directory(ranks, tmp_path):
     assert [path.name for path in sorted((directory / "checkpoints").iterdir())] == ["step-00000036", "step-00000040"]
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(ranks, tmp_path):
+def packed_blend(tmp_path):
+    """Two corpora of documents that are shorter than a sequence."""
+    write_letters(tmp_path / "one", [200] * 10)
+    write_letters(tmp_path / "two", [50] * 20)
+    entries = (BlendEntry(path=str(tmp_path / "one"), weight=0.7), BlendEntry(path=str(tmp_path / "two"), weight=0.3))
+    return DataConfig("blend", blend=entries, packing="documents", cache_dir=str(tmp_path / "cache"), validation_fraction=0.2)
+
+
+@pytest.mark.parametrize("data", ["synthetic", "packed blend"])
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(ranks, tmp_path, data):
     whole, part = config_of(tmp_path, "whole"), config_of(tmp_path, "part")
+    if data == "packed blend":
+        given = {"data": packed_blend(tmp_path), "model": replace(whole.model, vocab_size=300)}
+        whole, part = replace(whole, **given), replace(part, **given)
     ranks(2).run(train, whole)
     ranks(2).run(train, part, 6)  # its last checkpoint is of step 4
     resumed = replace(part, run=replace(part.run, resume=True))
@@ -219,7 +233,7 @@ def refused(rank, num_ranks, config):
 def parameters_after(rank, num_ranks, config, poison):
     """Parameters before and after one step in which rank 1's gradients are poisoned, and what happened."""
     plan = make_plan(config, num_ranks)
-    mesh = build_mesh(plan.degrees, plan.problem)
+    mesh = mesh_for(plan)
     model = build_rank(config, plan, mesh)
     run = Run(config, plan, mesh, open_source(config), model)
     before = [parameter.detach().clone() for parameter in model.parameters.values()]

@@ -57,9 +57,11 @@ class RankModel:
         observer: Observer = BLIND,
         *,
         mask: Tensor | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor | None:
         """`Executor.step` of the training program; `optimizer.reduce` then completes the gradients, times `loss_scale`."""
-        loss = self.trainer.step(tokens, labels, observer, mask=mask, loss_scale=self.loss_scale.value)
+        scale = self.loss_scale.value
+        loss = self.trainer.step(tokens, labels, observer, mask=mask, segments=segments, loss_scale=scale)
         if self._tied is not None:
             gradient, group = self._tied
             dist.all_reduce(gradient, group=group)
@@ -197,7 +199,7 @@ def _build_stages(config: RunConfig, plan: RunPlan, mesh: Mesh, dtype: torch.dty
             device=device,
             group=mesh.tensor,
             seed=config.run.seed,
-            recompute=config.parallel.recompute == "full",
+            recompute=config.parallel.recompute_of(stage),
         )
         for stage in plan.problem.layout.stages_of(mesh.pipeline_rank)
     }

@@ -114,9 +114,10 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
 
 
 def _prepare(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
-    from vp_train.data import describe, prepare
+    from vp_train.data import describe, prepare_all
 
-    print(describe(prepare(config.data, config.model.vocab_size, progress=True)))
+    corpora = prepare_all(config.data, config.model.vocab_size, progress=True)
+    print("\n".join(map(describe, corpora)) or f"data={config.data.name}: nothing to prepare")
     return EXIT_OK
 
 
@@ -367,6 +368,10 @@ def _unknown_choice(error: BaseException) -> str:
 
 def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
     first = _first_line(error)
+    reason = f": {_first_line(error.__cause__)}" if error.__cause__ is not None else ""
+    if first.startswith(("Could not override 'data.blend'", "Error merging override data.blend=")):
+        reason = reason.replace("'BlendEntry'", "an entry").replace("BlendEntry", "an entry")
+        return f"data.blend{reason}; write data.blend=[{{path:DIR,weight:3}},{{name:pystdlib,weight:1}}]"
     if first.startswith("Ambiguous value"):
         word = first.split("'")[1]
         return f"{word}: one value is needed; vp-simulate --compare compares several"
@@ -375,7 +380,6 @@ def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
         close = difflib.get_close_matches(key, list(keys), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see vp-train --help for all keys"
         return f"{key} is not a setting; {hint}"
-    reason = f": {_first_line(error.__cause__)}" if error.__cause__ is not None else ""
     return first.replace("Error merging override ", "") + reason
 
 

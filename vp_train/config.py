@@ -7,7 +7,9 @@ live in `plan`.  Every check raises ConfigError, which names the value and the w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 
 
 class ConfigError(ValueError):
@@ -234,6 +236,9 @@ class VocabConfig:
         _freeze(self, "shards")
 
 
+RECOMPUTE = ("none", "selective", "full")
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Degrees of parallelism, and where the layers go.
@@ -242,7 +247,8 @@ class ParallelConfig:
     split its matrices.  One of `pp` and `dp` may be None: what the launcher started leaves for it (of both: `dp` is 1).
     Every replica has num_microbatches of its own.  `placement`: `even`; `balanced`, where the layers do not split
     evenly; or `redistribute`, which takes layers from the last stage to make room for the output layer.  `layers_per_stage`
-    overrides all.  `recompute`: `full` keeps only the input of each layer and runs its forward again in the backward.
+    overrides all.  `recompute`: what runs again in the backward rather than being kept: `none`, the attention of every layer
+    from its input on (`selective`), or the layer (`full`); `recompute_per_stage` says it for each stage.
     """
 
     pp: int | None = None
@@ -251,14 +257,26 @@ class ParallelConfig:
     placement: str = "even"
     layers_per_stage: tuple[int, ...] | None = None
     recompute: str = "none"
+    recompute_per_stage: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _choice("parallel.placement", self.placement, ("even", "balanced", "redistribute"))
-        _choice("parallel.recompute", self.recompute, ("none", "full"))
+        _freeze(self, "recompute_per_stage")
+        for name, values in {"recompute": [self.recompute], "recompute_per_stage": self.recompute_per_stage or ()}.items():
+            for value in values:
+                _choice(f"parallel.{name}", value, RECOMPUTE)
         for name in ("pp", "dp", "tp"):
             if getattr(self, name) is not None:
                 _at_least(f"parallel.{name}", getattr(self, name), 1)
         _freeze(self, "layers_per_stage")
+
+    @property
+    def recompute_words(self) -> str:
+        return self.recompute if self.recompute_per_stage is None else ", ".join(self.recompute_per_stage)
+
+    def recompute_of(self, stage: int) -> str:
+        """What runs again in the backward of `stage`."""
+        return self.recompute if self.recompute_per_stage is None else self.recompute_per_stage[stage]
 
 
 @dataclass(frozen=True)
@@ -315,16 +333,61 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class BlendEntry:
+    """A corpus of a blend: `name` and `path` as in DataConfig, and how many samples it gives, relative to the others."""
+
+    name: str = "text"
+    path: str | None = None
+    weight: float = 1.0
+    jsonl_field: str | None = None  # None: data.jsonl_field
+
+    def __post_init__(self) -> None:
+        _choice("data.blend: name", self.name, ("text", "pystdlib"))
+        if self.name == "text" and self.path is None:
+            raise ConfigError("data.blend: every corpus needs a path, or name: pystdlib")
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(
+                f"data.blend: weight={self.weight} of {self.path or self.name}; weights must be above 0 and finite, "
+                "leave the corpus out if it is to give nothing"
+            )
+
+
+_LONGEST_PATTERN = 100_000  # samples after which the turns of a blend's corpora repeat
+
+
+def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
+    """The smallest whole numbers in the ratio of `weights`, each taken as the decimal number that it prints as.
+
+    Raises ConfigError where their sum is too large for a pattern of turns.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    denominator = math.lcm(*(weight.denominator for weight in exact))
+    whole = [int(weight * denominator) for weight in exact]
+    whole = [weight // math.gcd(*whole) for weight in whole]
+    if sum(whole) > _LONGEST_PATTERN:
+        rounded = ", ".join(str(max(round(weight / sum(whole), 3), 0.001)) for weight in whole)
+        raise ConfigError(
+            f"data.blend: weights {', '.join(map(str, weights))} repeat only after {sum(whole):,} samples, at most "
+            f"{_LONGEST_PATTERN:,} are kept; round them, for example to {rounded}"
+        )
+    return tuple(whole)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from.
 
-    `pystdlib`: the running Python's standard library.  `text`: the text or .jsonl files under `path`.  `synthetic`: a source
-    of known entropy, any vocabulary.  `tokenizer`: a Hugging Face tokenizer.json; None trains one of model.vocab_size tokens.
-    `end_token`: what that tokenizer calls the end of a document; None tries the usual names.
+    `pystdlib`: the running Python's standard library.  `text`: the text or .jsonl files under `path`, or a corpus that
+    vp-prepare has stored there.  `blend`: several of these, listed under `blend`.  `synthetic`: a source of known entropy, any
+    vocabulary.  `tokenizer`: a Hugging Face tokenizer.json; None trains one of model.vocab_size tokens.  `end_token`: what that
+    tokenizer calls the end of a document; None tries the usual names.  `packing`: with `documents` no token sees another
+    document of its sample, and none predicts the next one's first token.
     """
 
     name: str = "pystdlib"
     path: str | None = None
+    blend: tuple[BlendEntry, ...] | None = None
+    packing: str = "none"
     tokenizer: str | None = None
     end_token: str | None = None
     jsonl_field: str = "text"
@@ -333,11 +396,21 @@ class DataConfig:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        _choice("data.name", self.name, ("pystdlib", "text", "synthetic"))
+        _choice("data.name", self.name, ("pystdlib", "text", "blend", "synthetic"))
+        _choice("data.packing", self.packing, ("none", "documents"))
         _fraction("data.validation_fraction", self.validation_fraction)
         _at_least("data.seed", self.seed, 0)
+        _freeze(self, "blend")
         if self.name == "text" and self.path is None:
             raise ConfigError("data.name=text needs data.path: a directory of text or .jsonl files, or one such file")
+        if self.name == "blend" and not self.blend:
+            raise ConfigError("data.name=blend needs data.blend: [{path: DIR, weight: 3}, {name: pystdlib, weight: 1}]")
+        if self.name != "blend" and self.blend:
+            raise ConfigError(f"data.blend counts only with data=blend, not data.name={self.name}; drop one of the two")
+        if self.name == "synthetic" and self.packing != "none":
+            raise ConfigError(f"data.packing={self.packing} needs documents, which data.name=synthetic has none of; drop it")
+        if self.blend:
+            whole_weights([entry.weight for entry in self.blend])
 
 
 @dataclass(frozen=True)

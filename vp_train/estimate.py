@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from schedules.cost import CostModel
 from schedules.ir import Kind
@@ -29,11 +30,10 @@ def estimate_cost(
     rows = [math.ceil(shard.num_rows / tp) for shard in shards[End.OUTPUT]]
     num_shards = tp * (layout.num_ranks if algorithm.sharded else 1)
     on_cuda = config.run.device == "cuda"
-    if config.parallel.recompute == "full":
-        layer_bytes = shape.layer_input_bytes(model, size, item_bytes)
-    else:
-        layer_bytes = shape.layer_activation_bytes(model, size, item_bytes, fused_norms=on_cuda)
-    stage_bytes = [float(len(stage) * layer_bytes) for stage in layers]
+    stage_bytes = [
+        float(len(stage) * shape.layer_activation_bytes(model, size, item_bytes, fused_norms=on_cuda, recompute=recompute))
+        for recompute, stage in _with_recompute(config, layers)
+    ]
     stage_bytes[0] += shape.embedding_activation_bytes(model, size, item_bytes)
     stage_bytes[-1] += shape.final_norm_activation_bytes(model, size, item_bytes, fused_norms=on_cuda)
     return CostModel(
@@ -95,7 +95,9 @@ def rank_slowness(config: RunConfig, num_ranks: int) -> tuple[float, ...]:
 
 def layer_seconds(config: RunConfig) -> float:
     """Forward and backward of one layer."""
-    (forward,), (backward,) = (_stage_seconds(config, [range(1)])[kind] for kind in (Kind.F, Kind.B))
+    parallel = replace(config.parallel, recompute_per_stage=None)
+    seconds = _stage_seconds(replace(config, parallel=parallel), [range(1)])
+    (forward,), (backward,) = (seconds[kind] for kind in (Kind.F, Kind.B))
     return forward + backward
 
 
@@ -110,14 +112,25 @@ def _stage_seconds(config: RunConfig, layers: Sequence[range]) -> dict[Kind, tup
     forward = _layer_flops(config) / cost.flops_per_second
     summed = 2 * sum_seconds(cost.tensor_seconds, cost.tensor_bytes_per_second, message_bytes(config), tp)
     one_forward = _either(cost.layer_forward_seconds, forward) / tp + summed
-    again = summed + (one_forward if config.parallel.recompute == "full" else 0.0)
     of_one_layer = {
         Kind.F: one_forward,
-        Kind.B: _either(cost.layer_backward_seconds, 2 * forward) / tp + again,
-        Kind.I: _either(cost.layer_input_grad_seconds, forward) / tp + again,
+        Kind.B: _either(cost.layer_backward_seconds, 2 * forward) / tp + summed,
+        Kind.I: _either(cost.layer_input_grad_seconds, forward) / tp + summed,
         Kind.W: _either(cost.layer_weight_grad_seconds, forward) / tp,
     }
-    return {kind: tuple(len(stage) * seconds for stage in layers) for kind, seconds in of_one_layer.items()}
+    again = [shape.recomputed_part(config.model, recompute) * one_forward for recompute, _ in _with_recompute(config, layers)]
+    return {
+        kind: tuple(
+            len(stage) * (seconds + (more if kind in (Kind.B, Kind.I) else 0.0))
+            for stage, more in zip(layers, again, strict=True)
+        )
+        for kind, seconds in of_one_layer.items()
+    }
+
+
+def _with_recompute(config: RunConfig, layers: Sequence[range]) -> list[tuple[str, range]]:
+    """What runs again in the backward of each stage, and its layers."""
+    return [(config.parallel.recompute_of(stage), held) for stage, held in enumerate(layers)]
 
 
 def _shard_seconds(config: RunConfig, rows: Sequence[int], algorithm: VocabAlgorithm) -> dict[Kind, tuple[float, ...]]:

@@ -31,10 +31,9 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
         solved.write_text(plan.schedule.text())
         quoted = str(solved).replace("'", "\\'")  # a path may hold what means something in an override: = , ( [
         overrides = [*overrides, f"schedule.file='{quoted}'", f"vocab.algorithm={plan.problem.algorithm.name}"]
-    if config.data.name != "synthetic":
-        from vp_train.data import prepare
+    from vp_train.data import prepare_all
 
-        prepare(config.data, config.model.vocab_size, progress=True)
+    prepare_all(config.data, config.model.vocab_size, progress=True)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

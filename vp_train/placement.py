@@ -17,6 +17,11 @@ from vp_train.vocab.shard import Shard, split_rows
 def split_layers(model: ModelConfig, parallel: ParallelConfig, layout: Layout) -> tuple[range, ...]:
     """The global layers of each stage.  Raises ConfigError where they do not add up."""
     num_stages = layout.num_stages
+    if parallel.recompute_per_stage is not None and len(parallel.recompute_per_stage) != num_stages:
+        raise ConfigError(
+            f"parallel.recompute_per_stage has {len(parallel.recompute_per_stage)} values, but there are {num_stages} stages; "
+            f"give {num_stages}, or one for all as parallel.recompute"
+        )
     if parallel.layers_per_stage is not None:
         counts = parallel.layers_per_stage
         if len(counts) != num_stages or sum(counts) != model.num_layers or min(counts) < 0:

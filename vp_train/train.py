@@ -148,12 +148,12 @@ class Run:
     def train_step(self, step: int, reporter: Reporter | None) -> None:
         """One optimizer step, and the validation, trace and checkpoint that fall on it."""
         started = time.perf_counter()
-        batch = self._on_device(self.source.train_batch(step))
+        batch = self._on_device(self.source.train_batch(step, self.mesh.data_rank, self.mesh.degrees.dp))
         self.model.gradients.zero()
         if step == self._traced_step:
             loss, traced = self._traced(batch)
         else:
-            loss, traced = self.model.train_step(batch.tokens, batch.labels), None
+            loss, traced = self.model.train_step(batch.tokens, batch.labels, segments=batch.segments), None
         self.model.optimizer.reduce()
         norm = self.model.optimizer.squared_norm() / self.model.loss_scale.value**2
         health = gather_health(self._own(loss), norm, self.mesh.world, peak_resident_bytes())
@@ -210,7 +210,7 @@ class Run:
 
     def _validate(self) -> float:
         batch = self._on_device(self.source.validation_batch())
-        loss = self.model.evaluator.step(batch.tokens, batch.labels)
+        loss = self.model.evaluator.step(batch.tokens, batch.labels, segments=batch.segments)
         return gather_health(self._own(loss), None, self.mesh.world).loss
 
     def _own(self, loss: torch.Tensor | None) -> torch.Tensor | None:
@@ -219,7 +219,7 @@ class Run:
 
     def _on_device(self, batch: Batch) -> Batch:
         device = self.config.run.device
-        return Batch(batch.tokens.to(device), batch.labels.to(device))
+        return Batch(batch.tokens.to(device), batch.labels.to(device), batch.segments)  # stages read segments as numbers
 
     def _save(self, step: int, reporter: Reporter | None) -> None:
         """A checkpoint that cannot be written is a warning, except at the end of the run."""
@@ -252,7 +252,7 @@ class Run:
         recorder = Recorder(self.mesh.pipeline_rank, self._clock(), lambda: self.model.held_bytes, parameters)
         dist.barrier(self.mesh.world)
         recorder.started_at = recorder.clock()
-        return self.model.train_step(batch.tokens, batch.labels, recorder), recorder
+        return self.model.train_step(batch.tokens, batch.labels, recorder, segments=batch.segments), recorder
 
     def _clock(self) -> Callable[[], float]:
         if self.config.run.device == "cpu":

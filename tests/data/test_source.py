@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from tests.data.cases import VOCAB_SIZE, run_config, text_config, write_letters
 from vp_train.config import ConfigError, DataConfig, RunConfig
 from vp_train.data import open_source, prepare
-from vp_train.data.indexed import split_documents
+from vp_train.data.indexed import Windows, split_documents
 
 SYNTHETIC = run_config(DataConfig(name="synthetic"))
 
@@ -69,6 +70,79 @@ def test_one_pass_holds_every_training_token_once(letters: RunConfig) -> None:
     there = Counter(np.concatenate([documents[number] for number in training.documents]).tolist())
     assert seen <= there
     assert (there - seen).total() <= per_step
+
+
+@pytest.mark.parametrize("purpose", ["train", "validation"])
+def test_replicas_share_what_a_single_one_would_get(config: RunConfig, purpose: str) -> None:
+    def rows(dp: int) -> list[list[int]]:
+        source = open_source(replace(config, num_microbatches=12 // dp, run=replace(config.run, eval_microbatches=12 // dp)))
+        if purpose == "train":
+            batches = [source.train_batch(3, rank, dp) for rank in range(dp)]
+        else:
+            batches = [source.validation_batch(rank, dp) for rank in range(dp)]
+        return [row for batch in batches for row in batch.tokens.flatten(0, 1).tolist()]
+
+    assert len(rows(1)) == 24
+    for dp in (2, 3, 4, 6, 12):
+        assert rows(dp) == rows(1)
+
+
+def test_a_longer_run_begins_with_the_same_batches(letters: RunConfig) -> None:
+    short, long = open_source(run_config(letters.data, steps=4)), open_source(run_config(letters.data, steps=400))
+    for step in range(1, 30):  # several epochs, and beyond the end of the short run
+        assert torch.equal(short.train_batch(step).tokens, long.train_batch(step).tokens)
+
+
+def test_later_epochs_have_the_same_samples_in_another_order(letters: RunConfig) -> None:
+    source = open_source(letters)
+    corpus = prepare(letters.data, VOCAB_SIZE, progress=False)
+    training, _ = split_documents(corpus.prefix, letters.data.validation_fraction, letters.data.seed)
+    num_samples = (training.num_tokens - 1) // 8
+    num_steps = 3 * num_samples // 8 + 1
+    rows = [tuple(row) for step in range(1, num_steps + 1) for row in source.train_batch(step).tokens.view(-1, 8).tolist()]
+    epochs = [rows[start : start + num_samples] for start in range(0, 3 * num_samples, num_samples)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_windows_are_slices_of_the_documents_one_after_another(tmp_path: Path) -> None:
+    write_letters(tmp_path / "text", [1, 3, 40, 1, 1, 1, 17, 2, 90, 5])
+    corpus = prepare(text_config(tmp_path), VOCAB_SIZE, progress=False)
+    training, _ = split_documents(corpus.prefix, 0.1, 1)
+    tokens = np.fromfile(f"{corpus.prefix}.bin", dtype=np.uint16)
+    documents = np.split(tokens, np.flatnonzero(tokens == corpus.manifest.end_token) + 1)
+    text = np.concatenate([documents[number] for number in training.documents])
+    document_of = np.concatenate([np.full(len(documents[number]), number) for number in training.documents])
+    for seq_length in (1, 2, 5, 8, len(text) - 1):
+        windows = Windows.of(corpus.prefix, training, seq_length)
+        assert len(windows) == (len(text) - 1) // seq_length
+        for index in range(len(windows)):
+            here = slice(index * seq_length, (index + 1) * seq_length + 1)
+            sample, within = windows.read(index)
+            assert sample.tolist() == text[here].tolist()
+            _, expected = np.unique(document_of[here], return_inverse=True)
+            assert within.tolist() == expected.tolist()
+
+
+def test_packed_documents_have_segments_and_no_label_from_the_next_one(letters: RunConfig) -> None:
+    packed = open_source(replace(letters, data=replace(letters.data, packing="documents")))
+    plain = open_source(letters)
+    end = prepare(letters.data, VOCAB_SIZE, progress=False).manifest.end_token
+    ends = 0
+    for step in range(1, 10):
+        ours, theirs = packed.train_batch(step), plain.train_batch(step)
+        assert theirs.segments is None
+        assert ours.segments is not None
+        assert ours.segments.dtype == torch.int32
+        assert torch.equal(ours.tokens, theirs.tokens)
+        last = ours.tokens == end
+        assert torch.equal(ours.labels, theirs.labels.masked_fill(last, -100))
+        assert torch.equal(ours.segments, last.cumsum(-1) - last.int())
+        ends += int(last.sum())
+    assert ends > 5
+    validation = packed.validation_batch()
+    assert validation.segments is not None
+    assert torch.equal(validation.labels == -100, validation.tokens == end)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.hf import models
-from tests.pipeline.test_equivalence import mesh_for
+from tests.meshes import mesh_for
 from vp_train.assembly import build_rank
 from vp_train.checkpoint import store
 from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors

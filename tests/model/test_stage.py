@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from vp_train.config import ModelConfig
 from vp_train.model import attention, shape
-from vp_train.model.stage import Stage, init_rows
+from vp_train.model.stage import Stage, document_lengths, init_rows
 
 MODEL = ModelConfig(
     num_layers=4, hidden_size=48, num_heads=6, num_query_groups=2, ffn_hidden_size=80, vocab_size=100, seq_length=20
@@ -65,8 +66,8 @@ def plain_frequencies(model, local, dtype):
     return torch.tensor(scaled, dtype=dtype)
 
 
-def plain_layer(x, weights, model, local):
-    """A decoder layer written from its formulas; x [s, b, h]."""
+def plain_layer(x, weights, model, local, segments):
+    """A decoder layer written from its formulas; x [s, b, h], segments [b, s] that do not see each other."""
     s, b, _ = x.shape
     n, g, d = model.num_heads, model.num_query_groups, shape.head_size(model)
 
@@ -90,6 +91,8 @@ def plain_layer(x, weights, model, local):
         scores = model.attention_softcap * torch.tanh(scores / model.attention_softcap)
     distance = torch.arange(s)[:, None] - torch.arange(s)
     hidden = (distance < 0) | (distance >= model.sliding_window) if local else distance < 0
+    if segments is not None:
+        hidden = hidden | (segments[:, None, :, None] != segments[:, None, None, :])
     context = torch.einsum("bnst,tbnd->sbnd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).reshape(s, b, n * d)
     y = plain_linear(context, weights, "self_attention.linear_proj")
     x = x + (plain_norm(y, weights, "self_attn_bda.norm", model) if model.post_norms else y)
@@ -153,21 +156,24 @@ def with_random_vectors(part, seed=5):
     return part
 
 
+SEGMENTS = torch.tensor([[0] * 7 + [1] * 13, [0] + [1] * 18 + [2]], dtype=torch.int32)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("block", [6, 256])
-def test_layers_equal_their_formulas_in_float64(group, name, block, monkeypatch):
+@pytest.mark.parametrize(("block", "segments"), [(6, None), (256, None), (6, SEGMENTS), (256, torch.zeros_like(SEGMENTS))])
+def test_layers_equal_their_formulas_in_float64(group, name, block, segments, monkeypatch):
     monkeypatch.setattr(attention, "_BLOCK", block)
     model = replace(MODEL, init_std=0.3, **FAMILIES[name])
     ours = with_random_vectors(stage(group, range(3), model=model))
     x = torch.randn(20, 2, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights = {key: parameter.detach().clone().requires_grad_() for key, parameter in ours.named_parameters()}
     ours_x, plain_x = x.clone().requires_grad_(), x.clone().requires_grad_()
-    ours_y, plain_y = ours(ours_x), plain_x
+    ours_y, plain_y = ours(ours_x, segments), plain_x
     for layer in range(3):
         prefix = f"layers.{layer}.layer."
         local = model.sliding_window is not None and (model.full_attention_every or 4) != layer + 1
         of_layer = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-        plain_y = plain_layer(plain_y, of_layer, model, local)
+        plain_y = plain_layer(plain_y, of_layer, model, local, segments)
     assert torch.allclose(ours_y, plain_y, rtol=1e-12, atol=1e-12)
     dy = torch.randn_like(x)
     with ours.weight_grads.deferring(0):
@@ -200,6 +206,14 @@ def test_the_first_stage_scales_embeddings_and_adds_positions(group):
     assert torch.equal(first(x), x * torch.tensor(48**0.5, dtype=torch.float64) + first.positions[:, None])
     assert other.positions is None
     assert other(x) is x
+
+
+def test_positions_start_again_with_every_document(group):
+    model = replace(MODEL, positions="learned")
+    part = stage(group, range(0), first=True, model=model)
+    positions = part(torch.zeros(20, 2, 48, dtype=torch.float64), SEGMENTS)
+    assert torch.equal(positions[:, 0], part.positions[[*range(7), *range(13)]])
+    assert torch.equal(positions[:, 1], part.positions[[0, *range(18), 0]])
 
 
 def test_splitting_into_stages_gives_the_same_bits(group):
@@ -242,7 +256,7 @@ def test_parameter_counts(group, name):
     assert sum(p.numel() for p in part.layers["0"].parameters()) == shape.layer_parameters(model)
 
 
-def kept_bytes(part, batch, model, dtype):
+def kept_bytes(part, batch, model, dtype, segments=None):
     """What autograd saves in a forward, without the weights; and the output, which keeps it all alive."""
     weights = {p.untyped_storage().data_ptr() for p in part.parameters()}
     kept = {}
@@ -255,7 +269,7 @@ def kept_bytes(part, batch, model, dtype):
 
     x = torch.randn(model.seq_length, batch, model.hidden_size, dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = part(x)
+        y = part(x, segments)
         return sum(kept.values()), y
 
 
@@ -278,12 +292,31 @@ def test_activation_bytes_are_what_autograd_keeps(group, model, batch, dtype):
     assert y.dtype == dtype
 
 
+def test_documents_are_runs_of_equal_segments():
+    assert document_lengths(SEGMENTS) == (7, 13, 1, 18, 1)
+    assert document_lengths(torch.tensor([[3, 3, 0], [0, 0, 3]])) == (2, 1, 2, 1)
+    assert document_lengths(torch.tensor([[0, 0], [0, 0], [1, 1]])) is None
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packed_documents_keep_no_mask(group, batch):
+    """What is kept beside an unpacked stage's is one value per token, layer and hidden unit: the documents joined again."""
+    model = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, num_query_groups=1, ffn_hidden_size=64, seq_length=512)
+    part = stage(group, range(2), dtype=torch.float32, model=model)
+    segments = (torch.arange(512) // 100).int().expand(batch, -1)
+    kept, _y = kept_bytes(part, batch, model, torch.float32, segments)
+    joined, mask = 2 * 512 * batch * 32 * 4, 512 * 512 * batch * 4
+    assert kept <= 2 * shape.layer_activation_bytes(model, batch, 4) + joined
+    assert joined < mask / 4, "or this test would not notice a mask"
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_activation_bytes_of_every_flag_are_what_autograd_keeps(group, name, batch):
+@pytest.mark.parametrize(("batch", "recompute"), [(1, "none"), (3, "none"), (1, "selective"), (1, "full")])
+def test_activation_bytes_of_every_flag_are_what_autograd_keeps(group, name, batch, recompute):
     model = replace(MODEL, seq_length=64, **FAMILIES[name])
-    part = stage(group, range(3), final_norm=True, model=model)
-    predicted = 3 * shape.layer_activation_bytes(model, batch, 8) + shape.final_norm_activation_bytes(model, batch, 8)
+    part = stage(group, range(3), final_norm=True, model=model, recompute=recompute)
+    predicted = 3 * shape.layer_activation_bytes(model, batch, 8, recompute=recompute)
+    predicted += shape.final_norm_activation_bytes(model, batch, 8)
     measured, _ = kept_bytes(part, batch, model, torch.float64)
     assert measured == pytest.approx(predicted, rel=0.03)
 
@@ -305,21 +338,17 @@ def test_a_window_costs_its_own_size():
     assert full - local == 4 * 4096 * 48 * (4096 - 128)
 
 
-@pytest.mark.parametrize(("recompute", "forwards"), [(False, 1), (True, 2)])
-def test_a_split_backward_runs_each_forward_again_once_and_only_when_told(group, recompute, forwards):
-    ours, plain = stage(group, range(2), recompute=recompute), stage(group, range(2))
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("recompute", "forwards"), [("none", (1, 1)), ("selective", (2, 1)), ("full", (2, 2))])
+def test_a_split_backward_runs_again_what_it_is_told_and_only_once(group, name, recompute, forwards):
+    model = replace(MODEL, **FAMILIES[name])
+    ours, plain = stage(group, range(2), model=model, recompute=recompute), stage(group, range(2), model=model)
     x = torch.randn(20, 2, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     dy = torch.randn(20, 2, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    calls = dict.fromkeys(ours.layers, 0)
-
-    def count(name):
-        def hook(*_):
-            calls[name] += 1
-
-        return hook
-
-    for name, layer in ours.layers.items():
-        layer.layer.register_forward_pre_hook(count(name))
+    calls = Counter()
+    for layer in ours.layers.values():
+        for part in ("self_attention.core_attention", "mlp.linear_fc1"):
+            layer.layer.get_submodule(part).register_forward_pre_hook(lambda *_, part=part: calls.update([part]))
     inputs = []
     for module in (ours, plain):
         given = x.clone().requires_grad_()
@@ -328,7 +357,7 @@ def test_a_split_backward_runs_each_forward_again_once_and_only_when_told(group,
         with module.weight_grads.deferring(0):
             torch.autograd.backward(y, dy)
         module.weight_grads.drain(0)
-    assert calls == dict.fromkeys(ours.layers, forwards)
+    assert tuple(calls.values()) == tuple(2 * count for count in forwards)
     assert torch.equal(inputs[0].grad, inputs[1].grad)
     for mine, other in zip(ours.parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine.grad, other.grad)

@@ -5,18 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.meshes import mesh_for
 from tests.pipeline.test_equivalence import config_of
 from tests.pipeline.truth import random_batch
 from vp_train.assembly import build_rank
 from vp_train.config import VocabConfig
-from vp_train.mesh import build_mesh
 from vp_train.plan import make_plan
 
 
 def gradients_on(rank, num_ranks, config, device):
     config = replace(config, run=replace(config.run, device=device, comm_backend="gloo"))
     plan = make_plan(config, num_ranks)
-    model = build_rank(config, plan, build_mesh(plan.degrees, plan.problem))
+    model = build_rank(config, plan, mesh_for(plan))
     loss = model.train_step(*(tensor.to(device) for tensor in random_batch(config, 1)))
     return None if loss is None else loss.item(), {name: parameter.grad.cpu() for name, parameter in model.parameters.items()}
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from schedules.generators import GENERATORS
-from schedules.vocab import End
-from tests.pipeline.truth import Whole, random_batch, random_mask, train_whole
+from tests.meshes import mesh_for
+from tests.pipeline.truth import Whole, random_batch, random_mask, random_segments, train_whole
 from vp_train.assembly import build_rank
 from vp_train.config import (
     LossConfig,
@@ -21,7 +21,6 @@ from vp_train.config import (
     ScheduleConfig,
     VocabConfig,
 )
-from vp_train.mesh import build_mesh
 from vp_train.optim.adamw import clip_scale, gather_health, learning_rate
 from vp_train.plan import make_plan
 
@@ -78,18 +77,19 @@ def largest_difference(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12)).item()
 
 
-_meshes = {}
+def as_one_process(config, dp):
+    """The same training by one process: of all configurations that differ in layout and schedule alone, the same."""
+    return RunConfig(
+        model=config.model,
+        loss=config.loss,
+        optim=replace(config.optim, name="adamw"),
+        run=config.run,
+        num_microbatches=dp * config.num_microbatches,
+        micro_batch_size=config.micro_batch_size,
+    )
 
 
-def mesh_for(plan):
-    """Groups are made once for all problems that need the same ones: each has threads as long as its process lives."""
-    key = plan.degrees, *(plan.problem.shard_ranks(end) for end in End)
-    if key not in _meshes:
-        _meshes[key] = build_mesh(plan.degrees, plan.problem)
-    return _meshes[key]
-
-
-def compare(rank, world_size, configs, masked=False):
+def compare(rank, world_size, configs, masked=False, packed=False):
     """Train each config sharded and whole; (config, what, difference) of the worst loss, gradient and parameter of each."""
     torch.manual_seed(0)
     worst = []
@@ -98,14 +98,16 @@ def compare(rank, world_size, configs, masked=False):
         mesh, m = mesh_for(plan), config.num_microbatches
         model = build_rank(config, plan, mesh)
         dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
-        everything = replace(config, num_microbatches=plan.degrees.dp * m)
+        everything = as_one_process(config, plan.degrees.dp)
         mine = slice(mesh.data_rank * m, (mesh.data_rank + 1) * m)
-        truth = train_whole(everything, NUM_STEPS, dtype, masked=masked)
+        truth = train_whole(everything, NUM_STEPS, dtype, masked=masked, packed=packed)
         differences = {"loss": 0.0, "gradient": 0.0, "parameter": 0.0}
         for step, (loss, gradients, updated) in enumerate(truth, start=1):
             model.gradients.zero()
             mask = random_mask(everything, step)[mine] if masked else None
-            ours = model.train_step(*(values[mine] for values in random_batch(everything, step)), mask=mask)
+            segments = random_segments(everything, step)[mine] if packed else None
+            tokens, labels = (values[mine] for values in random_batch(everything, step))
+            ours = model.train_step(tokens, labels, mask=mask, segments=segments)
             model.optimizer.reduce()
             health = gather_health(ours if model.answers else None, model.optimizer.squared_norm(), mesh.world)
             differences["loss"] = max(differences["loss"], abs(health.loss - loss))
@@ -126,8 +128,8 @@ def part_of(tensor, name, splits):
     return splits[name].part(tensor) if name in splits else tensor
 
 
-def assert_equivalent(ranks, p, configs, tolerance, *, masked=False):
-    for results in ranks(p).run(compare, configs, masked, timeout=100):
+def assert_equivalent(ranks, p, configs, tolerance, *, masked=False, packed=False):
+    for results in ranks(p).run(compare, configs, masked, packed, timeout=100):
         for config, differences in zip(configs, results, strict=True):
             assert max(differences.values()) < tolerance, (config.vocab, config.schedule, config.model, differences)
 
@@ -195,6 +197,17 @@ LOSSES = [
 def test_loss_options_and_masks_equal_one_process(ranks, masked):
     configs = [config_of(3, 4, 101, vocab=VocabConfig(algorithm), **options) for algorithm in ALGORITHMS for options in LOSSES]
     assert_equivalent(ranks, 3, configs, 1e-9, masked=masked)
+
+
+def test_packed_documents_equal_documents_that_run_alone(ranks):
+    """In one process each document starts at position 0 and is attended to by itself; masks and recomputation included."""
+    plain = [
+        config_of(2, 4, 101, schedule=name, num_stages=stages) for name, stages in (("1f1b", 2), ("zb_h1", 2), ("v_half", 4))
+    ]
+    recomputed = [replace(config, parallel=replace(config.parallel, recompute="full")) for config in plain]
+    undivided = config_of(2, 3, 101, vocab=VocabConfig("none"), loss=LossConfig(normalisation="sequence"))
+    assert_equivalent(ranks, 2, [*plain, *recomputed, undivided], 1e-9, packed=True)
+    assert_equivalent(ranks, 2, [plain[1], recomputed[1]], 1e-9, masked=True, packed=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])

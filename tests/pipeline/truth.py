@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.meshes import alone
 from vp_train.config import RunConfig
 from vp_train.model.stage import Stage, init_rows
 from vp_train.optim.adamw import build_adamw, clip_scale, learning_rate
@@ -19,7 +20,6 @@ class Whole(nn.Module):
     def __init__(self, config: RunConfig, dtype: torch.dtype) -> None:
         super().__init__()
         model, cpu = config.model, torch.device("cpu")
-        (alone,) = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank() :][:1]
         self.stage = Stage(
             model,
             range(model.num_layers),
@@ -27,7 +27,7 @@ class Whole(nn.Module):
             final_norm=True,
             dtype=dtype,
             device=cpu,
-            group=alone,
+            group=alone(),
             seed=config.run.seed,
         )
         self.matrices = nn.ParameterDict()
@@ -35,17 +35,24 @@ class Whole(nn.Module):
             self.matrices[name] = nn.Parameter(init_rows(name, 0, model.vocab_size, model, config.run.seed, dtype, cpu))
         self.config = config
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """[sequences, s, V] for tokens [sequences, s]."""
+    def logits(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
+        """[sequences, s, V] for tokens [sequences, s]; each of `segments` [sequences, s] runs alone, as if from position 0."""
+        if segments is not None:
+            return torch.stack([self._apart(*row) for row in zip(tokens, segments, strict=True)])
         x = self.stage(self.matrices["embedding"][tokens].transpose(0, 1)).transpose(0, 1)
         logits = x @ self.matrices["output" if "output" in self.matrices else "embedding"].T
         softcap = self.config.model.logit_softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-    def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The loss over all microbatches; tokens, labels, mask [m, b, s]."""
+    def _apart(self, tokens: Tensor, segments: Tensor) -> Tensor:
+        """[s, V] for one sequence."""
+        documents = tokens.split(segments.unique_consecutive(return_counts=True)[1].tolist())
+        return torch.cat([self.logits(document[None])[0] for document in documents])
+
+    def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """The loss over all microbatches; tokens, labels, mask, segments [m, b, s]."""
         tokens, labels = tokens.flatten(0, 1), labels.flatten(0, 1)
-        options, logits = self.config.loss, self.logits(tokens)
+        options, logits = self.config.loss, self.logits(tokens, None if segments is None else segments.flatten(0, 1))
         counted = (labels != -100).to(logits.dtype)
         losses = nn.functional.cross_entropy(
             logits.transpose(1, 2), labels, reduction="none", label_smoothing=options.label_smoothing
@@ -72,6 +79,14 @@ def random_mask(config: RunConfig, step: int) -> Tensor:
     return mask * (torch.rand(shape[:2], generator=generator) < 0.8)[..., None]
 
 
+def random_segments(config: RunConfig, step: int) -> Tensor:
+    """[m, b, s] int32: documents of one token and more; a few sequences are a single one."""
+    generator = torch.Generator().manual_seed(3000 + step)
+    shape = (config.num_microbatches, config.micro_batch_size, config.model.seq_length)
+    ends = torch.rand(shape, generator=generator) < torch.rand(shape[:2], generator=generator)[..., None] - 0.2
+    return ends.cumsum(-1).int()
+
+
 def random_batch(config: RunConfig, step: int) -> tuple[Tensor, Tensor]:
     """tokens, labels [m, b, s], with a few labels ignored."""
     generator = torch.Generator().manual_seed(1000 + step)
@@ -82,8 +97,9 @@ def random_batch(config: RunConfig, step: int) -> tuple[Tensor, Tensor]:
     return tokens, labels
 
 
+@cache  # many layouts and schedules have the same truth
 def train_whole(
-    config: RunConfig, num_steps: int, dtype: torch.dtype, *, masked: bool = False
+    config: RunConfig, num_steps: int, dtype: torch.dtype, *, masked: bool = False, packed: bool = False
 ) -> list[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
     """Per step: the loss, all gradients, and all parameters after the update."""
     whole = Whole(config, dtype)
@@ -91,7 +107,8 @@ def train_whole(
     optimizer = build_adamw(parameters.values(), config.optim)
     results = []
     for step in range(1, num_steps + 1):
-        loss = whole(*random_batch(config, step), random_mask(config, step) if masked else None)
+        mask = random_mask(config, step) if masked else None
+        loss = whole(*random_batch(config, step), mask, random_segments(config, step) if packed else None)
         optimizer.zero_grad()
         loss.backward()
         gradients = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}

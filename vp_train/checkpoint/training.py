@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def _pieces(model: RankModel, tensors: State) -> dict[str, Piece]:
 
 
 def _fixed(config: RunConfig, num_replicas: int) -> dict[str, Any]:
-    values = {section: asdict(getattr(config, section)) for section in _FIXED}
+    """What must stay the same, as JSON gives it back: with lists for tuples."""
+    values: dict[str, Any] = json.loads(json.dumps({section: asdict(getattr(config, section)) for section in _FIXED}))
     values["data"] = {key: value for key, value in values["data"].items() if key not in _FREE_DATA}
     values["run"] = {"dtype": config.run.dtype}
     batch = num_replicas * config.num_microbatches * config.micro_batch_size

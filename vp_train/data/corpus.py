@@ -9,10 +9,10 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -82,11 +82,71 @@ def _exclusive(cache_dir: Path) -> Iterator[None]:
         yield
 
 
+def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Corpus, ...]:
+    """`prepare` for every corpus of a blend, all with one tokenizer; or for the only corpus, if any.
+
+    The tokenizer is data.tokenizer, or that of the first corpus which is prepared already, or one trained on all of them.
+    """
+    if config.name == "synthetic":
+        return ()
+    if config.blend is None:
+        return (prepare(config, vocab_size, progress),)
+    parts = [
+        replace(config, name=entry.name, path=entry.path, jsonl_field=entry.jsonl_field or config.jsonl_field, blend=None)
+        for entry in config.blend
+    ]
+    if config.tokenizer is None:
+        stored = [path / "tokenizer.json" for path in map(_stored, parts) if path is not None]
+        tokenizer = stored[0] if stored else _shared_tokenizer(parts, vocab_size, progress)
+        parts = [replace(part, tokenizer=str(tokenizer)) for part in parts]
+    corpora = []
+    for number, part in enumerate(parts):
+        with _told_apart(number):
+            corpora.append(prepare(part, vocab_size, progress))
+    first = corpora[0]
+    for number, corpus in enumerate(corpora):
+        same = corpus.manifest.end_token == first.manifest.end_token
+        if not same or corpus.tokenizer.read_bytes() != first.tokenizer.read_bytes():
+            raise ConfigError(
+                f"data.blend[{number}] ({corpus.path}) has another tokenizer than data.blend[0] ({first.path}); give the "
+                "text of one of them instead, or prepare both with the same data.tokenizer"
+            )
+    return tuple(corpora)
+
+
+@contextmanager
+def _told_apart(number: int) -> Iterator[None]:
+    """Errors say which corpus of the blend they are about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"data.blend[{number}]: {error}") from None
+
+
+def _stored(config: DataConfig) -> Path | None:
+    """data.path, where that is a corpus prepared before."""
+    path = None if config.path is None else Path(config.path).expanduser()
+    return path if path is not None and (path / "manifest.json").exists() and (path / "tokens.idx").exists() else None
+
+
 def prepare(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
     """Find the corpus in the cache or build it there; tokens are checked against `vocab_size` unless they have been.
 
     Raises ConfigError for data a user must change: nothing to read, a broken file, a token out of range.
     """
+    path = _stored(config)
+    corpus = _found_or_built(config, vocab_size, progress) if path is None else Corpus(path, _read_manifest(path), fresh=False)
+    if corpus.manifest.vocab_size != vocab_size:
+        raise ConfigError(
+            f"{corpus.path} was prepared for model.vocab_size={corpus.manifest.vocab_size}, this run has {vocab_size}; "
+            "use the same, or give the text instead"
+        )
+    if (corpus.path / "tokens.bin").stat().st_mtime_ns != corpus.manifest.checked_ns:
+        check_tokens(corpus.prefix, vocab_size)
+    return corpus
+
+
+def _found_or_built(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
     files = find_files(config)
     settings = [_FORMAT, config.name, vocab_size, config.tokenizer is not None, config.end_token, config.jsonl_field]
     cache_dir = Path(config.cache_dir).expanduser()
@@ -96,10 +156,28 @@ def prepare(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
         fresh = not (path / "manifest.json").exists()
         if fresh:
             _build(path, key, config, files, vocab_size, progress)
-    corpus = Corpus(path, _read_manifest(path), fresh)
-    if (path / "tokens.bin").stat().st_mtime_ns != corpus.manifest.checked_ns:
-        check_tokens(corpus.prefix, vocab_size)
-    return corpus
+    return Corpus(path, _read_manifest(path), fresh)
+
+
+def _shared_tokenizer(parts: list[DataConfig], vocab_size: int, progress: bool) -> Path:
+    """The tokenizer.json trained on the text of all `parts`, each giving the same share at most."""
+    found = []
+    for number, part in enumerate(parts):
+        with _told_apart(number):
+            found.append(find_files(part))
+    cache_dir = Path(parts[0].cache_dir).expanduser()
+    with _exclusive(cache_dir):
+        keys = [_content_key(cache_dir, part, files, [part.jsonl_field]) for part, files in zip(parts, found, strict=True)]
+        key = hashlib.blake2b(json.dumps([_FORMAT, vocab_size, keys]).encode(), digest_size=8).hexdigest()
+        path = cache_dir / f"tokenizer-{key}.json"
+        if not path.exists():
+            _say_training(progress, vocab_size, [file for files in found for file in files])
+            limit = _TRAINING_CHARACTERS // len(parts)
+            texts = (_training_texts(files, part, limit) for part, files in zip(parts, found, strict=True))
+            written = path.with_suffix(".new")
+            train_tokenizer(chain.from_iterable(texts), vocab_size).save(str(written))
+            written.replace(path)
+    return path
 
 
 def _content_key(cache_dir: Path, config: DataConfig, files: tuple[Path, ...], settings: list[object]) -> str:
@@ -128,11 +206,11 @@ def _read_manifest(path: Path) -> Manifest:
         manifest = Manifest(**json.loads((path / "manifest.json").read_text()))
         sizes = {name: (path / name).stat().st_size for name in manifest.file_bytes}
     except (OSError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged ({error}); delete the directory, it will be built again") from None
+        raise ConfigError(f"{path} is damaged ({error}); delete the directory, and prepare it again") from None
     for name, expected in manifest.file_bytes.items():
         if sizes[name] != expected:
             raise ConfigError(
-                f"{path / name} has {sizes[name]} bytes instead of {expected}; delete {path}, it will be built again"
+                f"{path / name} has {sizes[name]} bytes instead of {expected}; delete {path}, and prepare it again"
             )
     return manifest
 
@@ -147,9 +225,8 @@ def _build(path: Path, key: str, config: DataConfig, files: tuple[Path, ...], vo
         if config.tokenizer:
             tokenizer = load_tokenizer(Path(config.tokenizer), vocab_size)
         else:
-            megabytes = sum(file.stat().st_size for file in files) / 1e6
-            _say(progress, f"training a tokenizer of {vocab_size:,} tokens on {megabytes:.1f} MB")
-            tokenizer = train_tokenizer(_training_texts(files, config), vocab_size)
+            _say_training(progress, vocab_size, files)
+            tokenizer = train_tokenizer(_training_texts(files, config, _TRAINING_CHARACTERS), vocab_size)
         end = end_token_id(tokenizer, config.end_token)
         tokenizer.save(str(temporary / "tokenizer.json"))
         documents = _encoded(tokenizer, read_documents(files, config.jsonl_field, warn=True), end)
@@ -191,12 +268,12 @@ def _encoded(tokenizer: Tokenizer, documents: Iterator[Document], end: int) -> I
                 yield [*encoding.ids, end]
 
 
-def _training_texts(files: tuple[Path, ...], config: DataConfig) -> Iterator[str]:
+def _training_texts(files: tuple[Path, ...], config: DataConfig, limit: int) -> Iterator[str]:
     seen = 0
     for document in read_documents(files, config.jsonl_field):
         yield document.text
         seen += len(document.text)
-        if seen > _TRAINING_CHARACTERS:
+        if seen > limit:
             return
 
 
@@ -215,6 +292,11 @@ def _with_progress(documents: Iterator[list[int]], progress: bool) -> Iterator[l
         for document in documents:
             yield document
             bar.advance(task)
+
+
+def _say_training(speak: bool, vocab_size: int, files: Sequence[Path]) -> None:
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
+    _say(speak, f"training a tokenizer of {vocab_size:,} tokens on {megabytes:.1f} MB")
 
 
 def _say(speak: bool, line: str) -> None:

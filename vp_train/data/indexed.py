@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,6 @@ import numpy as np
 
 from vp_train.config import ConfigError
 from vp_train.quiet import quiet_megatron
-
-
-@dataclass(frozen=True, slots=True)
-class EndOnly:
-    """What GPTDataset wants of a tokenizer; a pad id of -1 occurs in no text, so nothing is padding."""
-
-    eod: int
-    vocab_size: int
-    pad: int = -1
-
-    @property
-    def unique_identifiers(self) -> dict[str, int]:
-        return {"eod": self.eod}
 
 
 def write_dataset(prefix: Path, documents: Iterable[list[int]], vocab_size: int) -> tuple[int, int]:
@@ -55,7 +43,7 @@ def check_tokens(prefix: Path, vocab_size: int) -> None:
             offset = start + int(np.argmax((block >= vocab_size) | (block < 0)))
             raise ConfigError(
                 f"{prefix}.bin: token {int(tokens[offset])} at offset {offset} is outside [0, {vocab_size}); "
-                f"delete {prefix.parent}, it will be built again"
+                f"delete {prefix.parent}, and prepare it again"
             )
 
 
@@ -85,32 +73,40 @@ def split_documents(prefix: Path, validation_fraction: float, seed: int) -> tupl
     return Share(training, int(lengths[training].sum())), Share(validation, int(lengths[validation].sum()))
 
 
-def build_samples(
-    prefix: Path, share: Share, num_samples: int, seq_length: int, seed: int, tokens: EndOnly, *, training: bool
-) -> Any:
-    """A GPTDataset of at least `num_samples` shuffled samples of seq_length + 1 tokens; documents repeat when they run out.
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Samples of seq_length + 1 tokens from documents that stand one after another; sample i begins at token i * seq_length.
 
-    `share` must hold the tokens of one sample.
+    So neighbours share a token, and each token is a label once, but for the first one and less than seq_length at the end.
+    Which tokens make a sample depends on nothing else: the order of samples is `order.SampleOrder`'s.  `ends[i]` is where
+    document i ends.
     """
-    assert share.num_tokens > seq_length
-    with quiet_megatron():
-        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-        from megatron.core.datasets.utils import Split
 
-        config = GPTDatasetConfig(
-            random_seed=seed,
-            sequence_length=seq_length,
-            split="1,0,0",
-            # In memory: a cached index knows nothing of the documents chosen here, and only global rank 0 would write it.
-            path_to_cache="",
-            tokenizer=tokens,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-        )
-        split = Split.train if training else Split.valid
-        return GPTDataset(_open_dataset(prefix), str(prefix), share.documents, num_samples, split, config)
+    dataset: Any
+    documents: np.ndarray
+    ends: np.ndarray
+    seq_length: int
+
+    @classmethod
+    def of(cls, prefix: Path, share: Share, seq_length: int) -> Windows:
+        dataset = _open_dataset(prefix)
+        lengths = np.asarray(dataset.sequence_lengths)[share.documents]
+        return cls(dataset, share.documents, np.cumsum(lengths, dtype=np.int64), seq_length)
+
+    def __len__(self) -> int:
+        return (int(self.ends[-1]) - 1) // self.seq_length
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of sample `index`, int64 [seq_length + 1], and which of the sample's documents each is of, int32."""
+        start = index * self.seq_length
+        stop = start + self.seq_length + 1
+        first, last = int(np.searchsorted(self.ends, start, "right")), int(np.searchsorted(self.ends, stop, "left"))
+        pieces = []
+        for number, (low, high) in enumerate(pairwise([start, *self.ends[first:last].tolist(), stop]), start=first):
+            begin = int(self.ends[number - 1]) if number else 0
+            pieces.append(self.dataset.get(int(self.documents[number]), low - begin, high - low))
+        lengths = [len(piece) for piece in pieces]
+        return np.concatenate(pieces).astype(np.int64), np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
 
 
 def _open_dataset(prefix: Path) -> Any:

@@ -3,52 +3,72 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vp_train.config import ConfigError, RunConfig
-from vp_train.data.corpus import Corpus, describe, prepare
-from vp_train.data.indexed import EndOnly, Share, build_samples, split_documents
+from vp_train.config import ConfigError, RunConfig, whole_weights
+from vp_train.data.corpus import Corpus, describe, prepare_all
+from vp_train.data.indexed import Share, Windows, split_documents
+from vp_train.data.order import SampleOrder, Turns, own_positions
 from vp_train.data.synthetic import SyntheticText
+
+_NO_LOSS = -100  # the label that the output layer ignores
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`tokens` and `labels` [m, b, s] int64: m microbatches of b sequences; a label of -100 has no loss."""
+    """`tokens` and `labels` [m, b, s] int64: m microbatches of b sequences; a label of -100 has no loss.
+
+    `segments` [m, b, s] int32, with data.packing=documents: tokens of the same sequence see each other if they are of the same
+    segment, all of whose tokens stand together.
+    """
 
     tokens: Tensor
     labels: Tensor
+    segments: Tensor | None = None
 
 
 class Source(Protocol):
-    """Where a run's batches come from."""
+    """Where a run's batches come from.
+
+    Replica `dp_rank` of `dp_size` gets its own microbatches: all replicas together get what a single one would with dp_size
+    times as many.
+    """
 
     description: str
     entropy: float | None  # the lowest loss any model can reach, in nats, where it is known
 
-    def train_batch(self, step: int) -> Batch:
-        """The batch of `step`, counted from 1."""
+    def train_batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
+        """The num_microbatches microbatches of `step`, counted from 1."""
         ...
 
-    def validation_batch(self) -> Batch:
-        """The same batch of run.eval_microbatches microbatches every time."""
+    def validation_batch(self, dp_rank: int = 0, dp_size: int = 1) -> Batch:
+        """The same run.eval_microbatches microbatches every time."""
         ...
 
 
 def open_source(config: RunConfig) -> Source:
-    """The source a run asks for; prepares its corpus if need be.  Raises ConfigError for data a user must change."""
+    """The source a run asks for; prepares its corpora if need be.  Raises ConfigError for data a user must change."""
     if config.data.name == "synthetic":
         return _Synthetic(config)
-    return _Text(config, prepare(config.data, config.model.vocab_size, progress=False))
+    return _Text(config, prepare_all(config.data, config.model.vocab_size, progress=False))
 
 
-def _batch(samples: list[np.ndarray], config: RunConfig) -> Batch:
-    """Stack samples of seq_length + 1 tokens."""
-    stacked = torch.from_numpy(np.stack(samples)).view(-1, config.micro_batch_size, config.model.seq_length + 1)
-    return Batch(stacked[..., :-1].contiguous(), stacked[..., 1:].contiguous())
+def _positions(config: RunConfig, step: int, dp_rank: int, dp_size: int) -> range:
+    """The positions in the order of training samples of a replica's batch."""
+    return own_positions(step, config.num_microbatches * config.micro_batch_size, dp_rank, dp_size)
+
+
+def _validation_positions(config: RunConfig, dp_rank: int, dp_size: int) -> range:
+    return own_positions(1, max(1, config.run.eval_microbatches) * config.micro_batch_size, dp_rank, dp_size)
+
+
+def _batch(samples: list[np.ndarray], config: RunConfig) -> Tensor:
+    """Stack samples of seq_length + 1 values to [m, b, s + 1]."""
+    return torch.from_numpy(np.stack(samples)).view(-1, config.micro_batch_size, config.model.seq_length + 1)
 
 
 class _Synthetic:
@@ -59,55 +79,70 @@ class _Synthetic:
         self.entropy: float | None = entropy
         self.description = f"synthetic text over {config.model.vocab_size:,} tokens, entropy {entropy:.4f} nats"
 
-    def _samples(self, stream: int, start: int, count: int) -> Batch:
+    def _samples(self, stream: int, positions: range) -> Batch:
         length = self._config.model.seq_length + 1
-        return _batch([self._text.sample(stream, start + i, length) for i in range(count)], self._config)
+        tokens = _batch([self._text.sample(stream, position, length) for position in positions], self._config)
+        return Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous())
 
-    def train_batch(self, step: int) -> Batch:
-        count = self._config.num_microbatches * self._config.micro_batch_size
-        return self._samples(0, (step - 1) * count, count)
+    def train_batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
+        return self._samples(0, _positions(self._config, step, dp_rank, dp_size))
 
-    def validation_batch(self) -> Batch:
-        return self._samples(1, 0, max(1, self._config.run.eval_microbatches) * self._config.micro_batch_size)
+    def validation_batch(self, dp_rank: int = 0, dp_size: int = 1) -> Batch:
+        return self._samples(1, _validation_positions(self._config, dp_rank, dp_size))
+
+
+class _Samples:
+    """The training samples, or those for validation, of all corpora in their order."""
+
+    def __init__(self, config: RunConfig, windows: list[Windows], turns: Turns, purpose: str) -> None:
+        self._config, self._windows = config, windows
+        self._order = SampleOrder(tuple(map(len, windows)), turns, config.data.seed, purpose)
+
+    def batch(self, positions: range) -> Batch:
+        places = map(self._order.__getitem__, positions)
+        tokens, documents = zip(*(self._windows[corpus].read(sample) for corpus, sample in places), strict=True)
+        stacked = _batch(list(tokens), self._config)
+        inputs, labels = stacked[..., :-1].contiguous(), stacked[..., 1:].contiguous()
+        if self._config.data.packing == "none":
+            return Batch(inputs, labels)
+        segments = _batch(list(documents), self._config)
+        labels[segments[..., 1:] != segments[..., :-1]] = _NO_LOSS
+        return Batch(inputs, labels, segments[..., :-1].contiguous())
 
 
 class _Text:
     entropy: float | None = None
 
-    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
-        self._config, self._corpus = config, corpus
-        self._train_size = config.num_microbatches * config.micro_batch_size
-        self._validation_size = max(1, config.run.eval_microbatches) * config.micro_batch_size
-        self.description = describe(corpus).splitlines()[0]
-        training, validation = split_documents(corpus.prefix, config.data.validation_fraction, config.data.seed)
-        self._train = self._samples(training, self._train_size * config.run.steps, training=True)
+    def __init__(self, config: RunConfig, corpora: tuple[Corpus, ...]) -> None:
+        self._config = config
+        turns = Turns.of(whole_weights([entry.weight for entry in config.data.blend or ()] or [1.0]))
+        lines = [describe(corpus).splitlines()[0] for corpus in corpora]
+        if len(lines) > 1:
+            lines = [f"{w / sum(turns.weights):.1%} {line}" for w, line in zip(turns.weights, lines, strict=True)]
+        self.description = "; ".join(lines)
+        split = [split_documents(corpus.prefix, config.data.validation_fraction, config.data.seed) for corpus in corpora]
+        training = [self._windows(corpus, share, "training") for corpus, (share, _) in zip(corpora, split, strict=True)]
+        self._train = _Samples(config, training, turns, "training")
         self._validation = None
         if config.run.eval_every:
-            self._validation = self._samples(validation, self._validation_size, training=False)
+            held_out = [self._windows(corpus, share, "validation") for corpus, (_, share) in zip(corpora, split, strict=True)]
+            self._validation = _Samples(config, held_out, turns, "validation")
 
-    def _samples(self, share: Share, count: int, *, training: bool) -> Any:
-        manifest, seq_length, data = self._corpus.manifest, self._config.model.seq_length, self._config.data
+    def _windows(self, corpus: Corpus, share: Share, purpose: str) -> Windows:
+        seq_length = self._config.model.seq_length
         if share.num_tokens <= seq_length:
-            what = "training" if training else "validation"
+            fraction = self._config.data.validation_fraction
             raise ConfigError(
-                f"{what} gets {len(share.documents)} of {manifest.num_documents} documents with {share.num_tokens:,} tokens, "
-                f"too short for one sample of {seq_length + 1:,}; give more documents (they are not split), lower "
-                f"model.seq_length, or change data.validation_fraction={data.validation_fraction} "
+                f"{corpus.path}: {purpose} gets {len(share.documents)} of {corpus.manifest.num_documents} documents with "
+                f"{share.num_tokens:,} tokens, too short for one sample of {seq_length + 1:,}; give more documents (they are "
+                f"not split), lower model.seq_length, or change data.validation_fraction={fraction} "
                 "(0 with run.eval_every=0 trains on everything)"
             )
-        tokens = EndOnly(manifest.end_token, manifest.vocab_size)
-        return build_samples(self._corpus.prefix, share, count, seq_length, data.seed, tokens, training=training)
+        return Windows.of(corpus.prefix, share, seq_length)
 
-    def _read(self, dataset: Any, start: int, count: int) -> Batch:
-        records = [dataset[start + i] for i in range(count)]
-        shape = (-1, self._config.micro_batch_size, self._config.model.seq_length)
-        tokens, labels = (torch.stack([record[name] for record in records]).view(shape) for name in ("tokens", "labels"))
-        return Batch(tokens, labels)
+    def train_batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
+        return self._train.batch(_positions(self._config, step, dp_rank, dp_size))
 
-    def train_batch(self, step: int) -> Batch:
-        assert 1 <= step <= self._config.run.steps, step
-        return self._read(self._train, (step - 1) * self._train_size, self._train_size)
-
-    def validation_batch(self) -> Batch:
+    def validation_batch(self, dp_rank: int = 0, dp_size: int = 1) -> Batch:
         assert self._validation is not None
-        return self._read(self._validation, 0, self._validation_size)
+        return self._validation.batch(_validation_positions(self._config, dp_rank, dp_size))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vp_train.config import ModelConfig
 from vp_train.model.attention import Rule, block_attention
@@ -24,7 +25,9 @@ from vp_train.quiet import quiet_megatron
 class CoreAttention(nn.Module):
     """Causal attention in the place of megatron's, which allocates on CUDA: torch's kernels, or blocks where these do not do.
 
-    `window`: how many tokens a query sees; None: all before it.
+    `window`: how many tokens a query sees; None: all before it.  Documents packed into a sequence are attended to one by one
+    rather than under a mask: the s^2 entries of a mask are kept for the backward, the kernels compute what it hides too, and
+    flash attention on CUDA does not take one.
     """
 
     def __init__(
@@ -43,8 +46,17 @@ class CoreAttention(nn.Module):
         self._scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         self._softcap, self._window = softcap, window
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: tuple[int, ...] | None, *_: object, **__: object
+    ) -> Tensor:
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]; `documents` as `document_lengths`."""
+        if documents is None:
+            return self._attend(query, key, value)
+        s, b = query.shape[:2]
+        pieces = zip(*(torch.split(_in_order(tensor), list(documents)) for tensor in (query, key, value)), strict=True)
+        return torch.cat([self._attend(q, k, v) for q, k, v in pieces]).view(b, s, -1).transpose(0, 1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         window = None if self._window is None or self._window >= len(query) else self._window
         if self._softcap is not None or window is not None:
             return block_attention(query, key, value, Rule(self._scale, self._softcap, window))
@@ -52,6 +64,11 @@ class CoreAttention(nn.Module):
         grouped = query.shape[2] != key.shape[2]
         context = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale, enable_gqa=grouped)
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """[s, b, ...] -> [b * s, 1, ...], sequence after sequence."""
+    return tensor.transpose(0, 1).flatten(0, 1).unsqueeze(1)
 
 
 def rotary_table(model: ModelConfig, *, local: bool, device: torch.device) -> Tensor:
@@ -85,7 +102,7 @@ class DecoderLayer(nn.Module):
     """Decoder layer `index` of the whole model: norm, attention, norm, MLP, without dropout.
 
     `group` joins the tensor-parallel ranks, each of which has a part of the heads and of the feed-forward width; `store` takes
-    the weight gradients.  Weights are uninitialised.
+    the weight gradients; `recompute` as in ParallelConfig.  Weights are uninitialised.
     """
 
     def __init__(
@@ -96,15 +113,24 @@ class DecoderLayer(nn.Module):
         device: torch.device,
         group: dist.ProcessGroup,
         store: WeightGradStore,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         with quiet_megatron():
             self.layer = _build(model, index, dtype, device, group, store)
+        if recompute != "none":
+            part = self.layer if recompute == "full" else self.layer.get_submodule("self_attention")
+            run = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
+            part.forward = run
 
-    def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
-        """[s, b, h] -> [s, b, h]; `angles` as `rotary_table` gives them, None without rotary embeddings."""
+    def forward(self, x: Tensor, angles: Tensor | None, documents: tuple[int, ...] | None = None) -> Tensor:
+        """[s, b, h] -> [s, b, h]; `angles` as `rotary_table` gives them, None without rotary embeddings; `documents` as
+        `stage.document_lengths`.
+
+        Angles go on counting from one document to the next: scores depend on differences alone.
+        """
         hidden: Tensor
-        hidden, _ = self.layer(x, attention_mask=None, rotary_pos_emb=angles)
+        hidden, _ = self.layer(x, attention_mask=documents, rotary_pos_emb=angles)  # megatron only hands the mask on
         return hidden
 
 

@@ -89,22 +89,44 @@ def layer_flops(model: ModelConfig, num_tokens: int) -> int:
     return 2 * layer_matrix_parameters(model) * num_tokens + attention
 
 
+def recomputed_part(model: ModelConfig, recompute: str) -> float:
+    """FLOPs that a backward runs again over those of a forward; attention runs as far as its output projection."""
+    if recompute == "selective":
+        projections = 2 * layer_matrix_parameters(model)
+        attention = layer_flops(model, 1) - projections
+        return (2 * model.hidden_size * (query_size(model) + 2 * kv_size(model)) + attention) / (projections + attention)
+    return {"none": 0.0, "full": 1.0}[recompute]
+
+
 def head_in_layers(model: ModelConfig) -> float:
     """FLOPs of the output layer over those of one transformer layer; 6V / (72h + 12s) for a GPT layer with ffn = 4h."""
     return 2 * model.vocab_size * model.hidden_size / layer_flops(model, 1)
 
 
-def layer_activation_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int, *, fused_norms: bool = False) -> int:
+def layer_activation_bytes(
+    model: ModelConfig, micro_batch_size: int, item_bytes: int, *, fused_norms: bool = False, recompute: str = "none"
+) -> int:
     """Bytes one layer keeps from its forward to its backward, for one microbatch.  torch fuses an RMSNorm on CUDA.
 
-    Per token: the norms; the input of the qkv projection; q and k before their attention and the whole qkv, for v is a view of
-    it; the output and the log-sums of attention; the input of the MLP; and what its activation keeps: all it is given and its
-    output, and with a gate also the two factors.
+    Per token: the norms; the inputs of attention and of the MLP; what attention keeps besides, unless it runs again; and what
+    the activation of the MLP keeps: all it is given and its output, and with a gate also the two factors.  A layer that runs
+    again as a whole keeps its input alone.
     """
-    h, f, q, kv, n = model.hidden_size, model.ffn_hidden_size, query_size(model), kv_size(model), model.num_heads
+    if recompute == "full":
+        return _input_bytes(model, micro_batch_size, item_bytes)
     norm_bytes = (4 if model.post_norms else 2) * _norm_bytes(model, item_bytes, fused=fused_norms)
-    per_token = 2 * h + (q + 2 * kv) + q
-    per_token += (5 if is_gated(model) else 2) * f
+    per_token = 2 * model.hidden_size + (5 if is_gated(model) else 2) * model.ffn_hidden_size
+    attention = _attention_bytes(model, micro_batch_size, item_bytes) if recompute == "none" else 0
+    return micro_batch_size * model.seq_length * (item_bytes * per_token + norm_bytes) + attention
+
+
+def _attention_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
+    """What attention keeps of a microbatch besides its input.
+
+    The whole qkv, for v is a view of it; q and k before the products; output and log-sums.
+    """
+    q, kv, n = query_size(model), kv_size(model), model.num_heads
+    per_token = (q + 2 * kv) + q
     if model.positions == "rope" or model.qk_norm:
         per_token += q + kv  # otherwise q and k are views of qkv as well
     if model.qk_norm:
@@ -114,7 +136,7 @@ def layer_activation_bytes(model: ModelConfig, micro_batch_size: int, item_bytes
     if model.attention_softcap is None:
         per_token += n
     angles = 4 * model.seq_length * head_size(model) if model.positions == "rope" else 0
-    return micro_batch_size * model.seq_length * (item_bytes * per_token + norm_bytes) + item_bytes * angles
+    return item_bytes * (micro_batch_size * model.seq_length * per_token + angles)
 
 
 def _norm_bytes(model: ModelConfig, item_bytes: int, *, fused: bool) -> int:
@@ -128,15 +150,15 @@ def _norm_bytes(model: ModelConfig, item_bytes: int, *, fused: bool) -> int:
     return item_bytes * model.hidden_size + precise if fused else precise * (2 * model.hidden_size + 1)
 
 
-def layer_input_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
-    """Bytes of the input of one layer for one microbatch: all that is kept of a layer that is computed again."""
+def _input_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
+    """[T, H], the input of a layer."""
     return item_bytes * micro_batch_size * model.seq_length * model.hidden_size
 
 
 def embedding_activation_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
     """Bytes the first stage keeps for one microbatch besides its layers': its input, where that is not the first layer's."""
     changed = model.embedding_scale or model.positions == "learned"
-    return layer_input_bytes(model, micro_batch_size, item_bytes) if changed else 0
+    return _input_bytes(model, micro_batch_size, item_bytes) if changed else 0
 
 
 def layer_weight_grad_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:

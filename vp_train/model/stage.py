@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vp_train.config import ModelConfig
 from vp_train.model.linear import ColumnLinear, RowLinear, WeightGradStore
@@ -22,12 +22,13 @@ class Stage(nn.Module):
 
     The first stage scales the embeddings and adds the learned positions, where the model has them.  Parameters are named by
     global layer, `layers.7...`, and initialised from (seed, global layer) alone; `splits` has those that are split over the
-    ranks of `group`.  With `recompute` a layer keeps its input, and its backward (I, if that is split) runs its forward once
-    more.
+    ranks of `group`.  `recompute` as in ParallelConfig; what is not kept runs again in I if the backward is split.
     """
 
     scale: Tensor | None
     positions: nn.Parameter | None
+    angles: Tensor | None
+    local_angles: Tensor | None
 
     def __init__(
         self,
@@ -40,14 +41,13 @@ class Stage(nn.Module):
         device: torch.device,
         group: dist.ProcessGroup,
         seed: int,
-        recompute: bool = False,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
-        self._recompute = recompute
         self.weight_grads = WeightGradStore()
         self._local = {str(index) for index in layers if model.is_local(index)}
         self.layers = nn.ModuleDict(
-            {str(index): DecoderLayer(model, index, dtype, device, group, self.weight_grads) for index in layers}
+            {str(index): DecoderLayer(model, index, dtype, device, group, self.weight_grads, recompute) for index in layers}
         )
         self.splits = {
             f"{name}.{parameter}": split
@@ -72,15 +72,16 @@ class Stage(nn.Module):
         self.register_buffer("angles", angles, persistent=False)
         self.register_buffer("local_angles", local_angles, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[s, b, h] -> [s, b, h]."""
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        """[s, b, h] -> [s, b, h], s at most model.seq_length; attention stays within `segments` [b, s], if given."""
+        documents = None if segments is None else document_lengths(segments)
         if self.scale is not None:
             x = x * self.scale
         if self.positions is not None:
-            x = x + self.positions[: len(x), None]
+            x = x + _by_token(self.positions, x.shape[:2], documents)
         for name, layer in self.layers.items():
             angles = self.local_angles if name in self._local else self.angles
-            x = checkpoint(layer, x, angles, use_reentrant=False) if self._recompute else layer(x, angles)
+            x = layer(x, None if angles is None else angles[: len(x)], documents)
         return x if self.final_norm is None else self.final_norm(x)
 
     @torch.no_grad()
@@ -95,6 +96,27 @@ class Stage(nn.Module):
             split = self.splits.get(prefix + name)
             whole = torch.randn(parameter.shape if split is None else split.whole_shape(parameter.shape), generator=generator)
             parameter.copy_((whole if split is None else split.part(whole)) * std)
+
+
+def _by_token(positions: Tensor, shape: tuple[int, ...], documents: tuple[int, ...] | None) -> Tensor:
+    """The rows of `positions` for tokens of `shape` [s, b], counted from the start of each document: [s, b or 1, h]."""
+    s, b = shape
+    if documents is None:
+        return positions[:s, None]
+    return torch.cat([positions[:length] for length in documents]).view(b, s, -1).transpose(0, 1)
+
+
+def document_lengths(segments: Tensor) -> tuple[int, ...] | None:
+    """The numbers of tokens of the documents in `segments` [b, s], sequence after sequence; None if each has only one.
+
+    A document is a run of equal segments.  Reads values: on CUDA it would wait for the device.
+    """
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = begins.flatten().nonzero().flatten().tolist()
+    if len(starts) == len(segments):
+        return None
+    return tuple(stop - start for start, stop in pairwise([*starts, segments.numel()]))
 
 
 def init_rows(

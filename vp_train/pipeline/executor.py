@@ -37,11 +37,11 @@ class WeightGrads(Protocol):
 
 
 class StageModule(Protocol):
-    """A pipeline stage: [s, b, H] -> [s, b, H]."""
+    """A pipeline stage: [s, b, H] -> [s, b, H]; attention stays within `segments` [b, s], if given."""
 
     @property
     def weight_grads(self) -> WeightGrads: ...
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, segments: Tensor | None) -> Tensor: ...
 
 
 class Observer(Protocol):
@@ -113,31 +113,35 @@ class Executor:
         observer: Observer = BLIND,
         *,
         mask: Tensor | None = None,
+        segments: Tensor | None = None,
         loss_scale: float = 1.0,
     ) -> Tensor | None:
         """Run the program once; returns this replica's term of the loss, fp64 [], on ranks that hold output rows.
 
         The loss is normalised over all microbatches of all replicas, `mask` [m, b, s] scaling that of each token; a batch
-        without a labelled token has loss 0.  Gradients are those of the loss times `loss_scale`.
+        without a labelled token has loss 0.  Tokens of different `segments` [m, b, s] do not see each other; they are best on
+        the CPU.  Gradients are those of the loss times `loss_scale`.
         """
         precise = statistics_dtype(self._part.dtype)
         weights = token_weights(labels, mask, self._part.normalisation, precise, self._part.data)
-        losses = self._run_program(tokens, labels, weights * loss_scale, observer)
+        losses = self._run_program(tokens, labels, weights * loss_scale, observer, segments)
         return None if losses is None else (losses.double() * weights).sum()
 
-    def logprobs(self, tokens: Tensor, labels: Tensor) -> Tensor | None:
+    def logprobs(self, tokens: Tensor, labels: Tensor, segments: Tensor | None = None) -> Tensor | None:
         """The log-probability of every label [m, b, s], 0 where it is IGNORE_INDEX, on ranks that hold output rows.
 
         For an evaluation program, whose losses are the negative log-likelihoods.
         """
         assert self._problem.forward_only
-        losses = self._run_program(tokens, labels, torch.zeros(labels.shape, device=labels.device), BLIND)
+        losses = self._run_program(tokens, labels, torch.zeros(labels.shape, device=labels.device), BLIND, segments)
         return None if losses is None else -losses
 
-    def _run_program(self, tokens: Tensor, labels: Tensor, weights: Tensor, observer: Observer) -> Tensor | None:
+    def _run_program(
+        self, tokens: Tensor, labels: Tensor, weights: Tensor, observer: Observer, segments: Tensor | None
+    ) -> Tensor | None:
         """The losses of all tokens [m, b, s], each of which counts `weights` [m, b, s]."""
         m, b, s = tokens.shape
-        self._observer = observer
+        self._observer, self._segments = observer, segments
         self._shape = (s, b, self._part.hidden_size)
         self._num_tokens = s * b
         output = self._part.output_layer
@@ -163,13 +167,14 @@ class Executor:
 
     def _forward(self, item: Pass) -> None:
         x = self._tensors.take("x", item.stage, item.microbatch)
+        segments = None if self._segments is None else self._segments[item.microbatch]
         if self._problem.forward_only:
             with torch.no_grad():
-                y = self._part.stages[item.stage](x)
+                y = self._part.stages[item.stage](x, segments)
         else:
             x.requires_grad_()
             with torch.enable_grad():
-                y = self._part.stages[item.stage](x)
+                y = self._part.stages[item.stage](x, segments)
             self._saved.put("xy", item.stage, item.microbatch, (x, y))
         self._tensors.put("x", item.stage + 1, item.microbatch, y.detach())
 

@@ -184,10 +184,12 @@ def _working_bytes(config: RunConfig, item: Pass) -> float:
             # The MLP is differentiated first, when everything before it is still there: the gradients of its activation's
             # input and output, which W keeps in part, less what the last product has used up.
             wide = (3 if shape.is_gated(model) else 2) - (item.kind is Kind.B)
-            again = 0
-            if config.parallel.recompute == "full":
-                fused = config.run.device == "cuda"
-                again = shape.layer_activation_bytes(model, config.micro_batch_size, item_bytes, fused_norms=fused)
+            fused, recompute = config.run.device == "cuda", config.parallel.recompute_of(item.stage)
+            formed, kept = (
+                shape.layer_activation_bytes(model, config.micro_batch_size, item_bytes, fused_norms=fused, recompute=which)
+                for which in ("none", recompute)
+            )
+            again = formed if recompute == "full" else formed - kept  # a whole layer runs from a copy of its input
             return float(values * (wide * model.ffn_hidden_size + 2 * model.hidden_size) + again)
         case Kind.S | Kind.T:
             return 2.0 * message_bytes(config) * max(4, item_bytes) / item_bytes

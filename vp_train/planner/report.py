@@ -163,7 +163,7 @@ class PlanReport:
             "num_microbatches": config.num_microbatches,
             "schedule": self.schedule,
             "vocab": self.vocab,
-            "recompute": config.parallel.recompute,
+            "recompute": config.parallel.recompute_words,
             "step_seconds": self.step_seconds,
             "tokens_per_second": self.num_tokens / self.step_seconds,
             "flops": self.flops,
@@ -216,13 +216,15 @@ def _rank_report(config: RunConfig, step: StepPlan, rank: int, state: StateBytes
     vocabulary = sum(span.seconds for span in spans if Kind(span.kind).is_vocabulary)
     num_layers, cost = sum(map(len, step.layers_of_ranks[rank])), config.cost
     one_sum = sum_seconds(cost.tensor_seconds, cost.tensor_bytes_per_second, message_bytes(config), step.degrees.tp)
-    sums = (6 if config.parallel.recompute == "full" else 4) * num_layers * config.num_microbatches
+    sums = 4.0 * num_layers
+    for stage, layers in zip(step.problem.layout.stages_of(rank), step.layers_of_ranks[rank], strict=True):
+        sums += 2 * shape.recomputed_part(config.model, config.parallel.recompute_of(stage)) * len(layers)
     return RankReport(
         num_layers,
         step.shards[End.OUTPUT][rank].num_rows,
         rank_memory(config, step, rank, state),
         step.timeline.busy(rank) - vocabulary,
-        sums * one_sum,
+        sums * config.num_microbatches * one_sum,
         vocabulary,
     )
 

@@ -15,7 +15,7 @@ from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
 from schedules.ir import Schedule
 from schedules.timeline import Timeline
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.degrees import Degrees
 from vp_train.metrics.progress import human_bytes
 from vp_train.plan import Draft, StepPlan, draft_step
@@ -26,7 +26,6 @@ from vp_train.planner.report import PlanReport, optimizer_seconds, report_of
 # gpipe takes as long as 1f1b and more memory; interlaced and naive are for comparison.
 SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_v", "v_half", "v_min")
 VOCABS = ("one_barrier", "two_barrier", "none")
-RECOMPUTE = ("none", "full")
 _MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 _GIB = 2**30
 _PIPELINES_FULL = 3  # microbatches per rank after which no schedule but gpipe has more in flight
@@ -56,6 +55,7 @@ class Choice:
                 dp=degrees.dp,
                 tp=degrees.tp,
                 recompute=self.recompute,
+                recompute_per_stage=None,
                 placement="balanced" if parallel.placement == "even" else parallel.placement,
             ),
             micro_batch_size=self.micro_batch_size,

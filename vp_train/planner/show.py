@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from schedules.render import duration
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.degrees import split_ranks
 from vp_train.metrics.progress import human_bytes
 from vp_train.model import shape
@@ -89,7 +89,7 @@ def plan_lines(report: PlanReport) -> list[str]:
     shares = ", ".join(f"{name} {seconds / step:.1%}" for name, seconds in parts.items() if seconds >= 0.0005 * step)
     room = f"{human_bytes(abs(report.excess))} {'to spare' if report.fits else 'TOO MUCH'}"
     lines = [
-        f"{report.schedule} with {report.vocab}, {report.degrees}, recomputation {config.parallel.recompute}, "
+        f"{report.schedule} with {report.vocab}, {report.degrees}, recomputation {config.parallel.recompute_words}, "
         f"optimizer {config.optim.name}",
         _model_words(config),
         _cluster_words(config),
@@ -241,8 +241,9 @@ def remedies(config: RunConfig) -> list[str]:
     if not config.optim.offload:
         offloaded = replace(config, optim=replace(config.optim, name="zero1", offload=True))
         tried.append(("optim.name=zero1 optim.offload=true, the optimizer in host memory", offloaded))
-    if config.parallel.recompute == "none":
-        tried.append(("parallel.recompute=full", replace(config, parallel=replace(config.parallel, recompute="full"))))
+    for value in RECOMPUTE[1:]:
+        parallel = replace(config.parallel, recompute=value, recompute_per_stage=None)
+        tried.append((f"parallel.recompute={value}", replace(config, parallel=parallel)))
     if config.micro_batch_size > 1:
         size = config.micro_batch_size
         halved = replace(config, micro_batch_size=1, num_microbatches=config.num_microbatches * size)

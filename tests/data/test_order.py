@@ -1,0 +1,133 @@
+"""Laws of the sample order: exactly once per epoch under any history, blends that keep to their weights at every prefix."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+from math import ceil, floor
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vp_train.config import BlendEntry, ConfigError, DataConfig, whole_weights
+from vp_train.data.order import Permutation, SampleOrder, Turns, own_positions
+
+
+@pytest.mark.parametrize("size", [*range(1, 40), 99, 100, 101, 2**12, 10_007])
+def test_permutation_is_a_bijection(size: int) -> None:
+    for key in (b"one", b"two"):
+        permutation = Permutation(size, key)
+        assert sorted(map(permutation, range(size))) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 10])
+def test_permutations_of_many_keys_are_uniform(size: int) -> None:
+    """Every index goes everywhere equally often, and so does every pair: chi-square below its 99.99 % point, about."""
+    num_keys = 3000
+    permutations = [Permutation(size, f"key {number}".encode()) for number in range(num_keys)]
+    for indices in ([0], [size - 1], [0, 1], [size // 2, 0]):
+        counts = Counter(tuple(permutation(index) for index in indices) for permutation in permutations)
+        cells = size if len(indices) == 1 else size * (size - 1)
+        expected = num_keys / cells
+        chi_square = sum(count**2 for count in counts.values()) / expected - num_keys
+        freedom = cells - 1
+        assert chi_square < freedom + 4 * (2 * freedom) ** 0.5 + 8, indices
+
+
+def test_permutation_of_a_large_range_needs_no_memory_and_scatters() -> None:
+    permutation = Permutation(10**12, b"large")
+    images = list(map(permutation, range(1000)))
+    assert len(set(images)) == 1000
+    for quarter in range(4):
+        assert 180 < sum(image * 4 // 10**12 == quarter for image in images) < 320
+
+
+weights_lists = st.lists(st.integers(1, 60), min_size=1, max_size=6)
+
+
+@given(weights_lists)
+@settings(max_examples=100, deadline=None)
+def test_each_prefix_has_each_share_rounded_down_or_up(weights: list[int]) -> None:
+    turns, counts = Turns.of(weights), [0] * len(weights)
+    for position in range(2 * sum(weights) + 3):
+        corpus, before = turns[position]
+        assert before == counts[corpus]
+        counts[corpus] += 1
+        for weight, count in zip(weights, counts, strict=True):
+            exact = Fraction(weight * (position + 1), sum(weights))
+            assert floor(exact) <= count <= ceil(exact)
+
+
+def test_weights_are_taken_as_the_decimals_they_are() -> None:
+    assert whole_weights([1.0]) == (1,)
+    assert whole_weights([0.7, 0.2, 0.1]) == (7, 2, 1)
+    assert whole_weights([30, 1.5]) == (20, 1)
+    assert whole_weights([1e-3, 1]) == (1, 1000)
+    with pytest.raises(ConfigError, match=r"repeat only after 8,888,888 samples.*for example to 0\.139, 0\.861"):
+        whole_weights([1234567, 7654321])
+    with pytest.raises(ConfigError, match=r"for example to 1\.0, 0\.001"):
+        whole_weights([1, 1e-7])
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_weights_that_are_not_positive_are_refused(weight: float) -> None:
+    with pytest.raises(ConfigError, match=r"data\.blend: weight=.* of somewhere; weights must be above 0 and finite"):
+        BlendEntry(path="somewhere", weight=weight)
+
+
+def test_settings_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"needs data\.blend: \[\{path: DIR"):
+        DataConfig(name="blend")
+    with pytest.raises(ConfigError, match=r"data\.blend counts only with data=blend, not data\.name=pystdlib"):
+        DataConfig(blend=(BlendEntry(path="somewhere"),))
+    with pytest.raises(ConfigError, match=r"every corpus needs a path, or name: pystdlib"):
+        BlendEntry()
+    with pytest.raises(ConfigError, match=r"data\.blend: name='synthetic' is not known"):
+        BlendEntry(name="synthetic")
+    with pytest.raises(ConfigError, match=r"data\.packing=documents needs documents"):
+        DataConfig(name="synthetic", packing="documents")
+
+
+# A run that is stopped and restarted with other replicas: (dp, steps it ran on, of which the last ones were not saved)
+pieces = st.tuples(st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(1, 6), st.integers(0, 3))
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=4),
+    weights=st.lists(st.integers(1, 9), min_size=4, max_size=4),
+    history=st.lists(pieces, min_size=1, max_size=12),
+)
+@settings(max_examples=200, deadline=None)
+def test_every_sample_comes_once_per_epoch_under_any_history(
+    seed: int, sizes: list[int], weights: list[int], history: list[tuple[int, int, int]]
+) -> None:
+    global_batch = 12
+    turns = Turns.of(whole_weights(weights[: len(sizes)]))
+    taken: list[list[tuple[int, int]]] = []  # what each step that counts was trained on
+    for dp, num_steps, num_lost in history:
+        order = SampleOrder(tuple(sizes), turns, seed, "training")  # a new process: nothing is remembered but the step
+        for step in range(len(taken) + 1, len(taken) + num_steps + 1):
+            own = [own_positions(step, global_batch // dp, rank, dp) for rank in range(dp)]
+            taken.append([order[position] for positions in own for position in positions])
+        del taken[len(taken) - min(num_lost, num_steps) :]
+    uninterrupted = SampleOrder(tuple(sizes), turns, seed, "training")
+    flat = [place for batch in taken for place in batch]
+    assert flat == [uninterrupted[position] for position in range(len(flat))]
+    for corpus, size in enumerate(sizes):
+        samples = [sample for number, sample in flat if number == corpus]
+        for start in range(0, len(samples), size):
+            epoch = samples[start : start + size]
+            assert len(set(epoch)) == len(epoch)
+            assert len(epoch) < size or sorted(epoch) == list(range(size))
+
+
+def test_epochs_corpora_seeds_and_purposes_have_orders_of_their_own() -> None:
+    def drawn(seed: int, purpose: str, corpus: int, epoch: int) -> list[int]:
+        order = SampleOrder((100, 100), Turns.of([1, 1]), seed, purpose)
+        places = [order[position] for position in range(200 * epoch, 200 * (epoch + 1))]
+        return [sample for number, sample in places if number == corpus]
+
+    orders = [drawn(*key) for key in ((1, "a", 0, 0), (1, "a", 0, 1), (1, "a", 1, 0), (2, "a", 0, 0), (1, "b", 0, 0))]
+    assert len({tuple(order) for order in orders}) == len(orders)
