@@ -11,19 +11,21 @@ from schedules.vocab import End
 from vp_train.mesh import Mesh, build_mesh
 from vp_train.plan import RunPlan
 
+_KEPT = 2
 _latest: dict[object, Mesh] = {}
 
 
 def mesh_for(plan: RunPlan) -> Mesh:
-    """Collective.  That of the call before, if it has the same groups; else that one's groups are gone."""
+    """Collective.  A mesh of the last few calls, if one has the same groups; those of older calls are gone."""
     key = plan.degrees, *(plan.problem.shard_ranks(end) for end in End)
-    if key not in _latest:
-        for mesh in _latest.values():
-            _destroy(mesh)
-        _latest.clear()
-        gc.collect()  # of models in cycles, which hold groups too
-        _latest[key] = build_mesh(plan.degrees, plan.problem)
-    return _latest[key]
+    mesh = _latest.pop(key, None)
+    if mesh is None:
+        for old in list(_latest)[: 1 - _KEPT]:
+            _destroy(_latest.pop(old))
+            gc.collect()  # of models in cycles, which hold groups too
+        mesh = build_mesh(plan.degrees, plan.problem)
+    _latest[key] = mesh
+    return mesh
 
 
 def _destroy(mesh: Mesh) -> None:

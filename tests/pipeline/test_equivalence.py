@@ -89,12 +89,11 @@ def as_one_process(config, dp):
     )
 
 
-def compare(rank, world_size, configs, masked=False, packed=False):
-    """Train each config sharded and whole; (config, what, difference) of the worst loss, gradient and parameter of each."""
+def compare(rank, world_size, cases, masked=False, packed=False):
+    """Train each config, as planned, sharded and whole; (config, what, difference) of the worst loss, gradient and parameter of each."""
     torch.manual_seed(0)
     worst = []
-    for config in configs:
-        plan = make_plan(config, world_size)
+    for config, plan in cases:
         mesh, m = mesh_for(plan), config.num_microbatches
         model = build_rank(config, plan, mesh)
         dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
@@ -129,7 +128,8 @@ def part_of(tensor, name, splits):
 
 
 def assert_equivalent(ranks, p, configs, tolerance, *, masked=False, packed=False):
-    for results in ranks(p).run(compare, configs, masked, packed, timeout=100):
+    cases = [(config, make_plan(config, p)) for config in configs]
+    for results in ranks(p).run(compare, cases, masked, packed, timeout=100):
         for config, differences in zip(configs, results, strict=True):
             assert max(differences.values()) < tolerance, (config.vocab, config.schedule, config.model, differences)
 
