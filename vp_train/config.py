@@ -522,14 +522,15 @@ class RunSettings:
     init_from: str | None = None  # weights of another run, or of vp-import, to start from; a resumed run has its own
     trace_step: int = 5  # the step whose passes are timed and written as a trace; 0 turns it off
     on_nonfinite: str = "stop"
-    timeout_seconds: float = 300.0
+    timeout_seconds: float = 300.0  # for a message within a step: a rank that hangs ends the run
+    world_timeout_seconds: float = 1800.0  # for what all ranks agree on, at the start and around steps and checkpoints
 
     def __post_init__(self) -> None:
         _choice("run.dtype", self.dtype, ("bfloat16", "float16", "float32", "float64"))
         _choice("run.device", self.device, ("cpu", "cuda"))
         _choice("run.comm_backend", self.comm_backend, ("nccl", "gloo"))
         _choice("run.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
-        for name in ("steps", "log_every", "keep_checkpoints", "timeout_seconds"):
+        for name in ("steps", "log_every", "keep_checkpoints", "timeout_seconds", "world_timeout_seconds"):
             _at_least(f"run.{name}", getattr(self, name), 1)
         for name in ("eval_every", "eval_microbatches", "checkpoint_every", "trace_step"):
             _at_least(f"run.{name}", getattr(self, name), 0)

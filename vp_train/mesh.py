@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -43,8 +44,11 @@ class Mesh:
         return self.degrees.place(self.rank)[2]
 
 
-def build_mesh(degrees: Degrees, problem: Problem) -> Mesh:
-    """Make the groups; collective over the default group, whose ranks are those of `degrees`."""
+def build_mesh(degrees: Degrees, problem: Problem, timeout: timedelta | None = None) -> Mesh:
+    """Make the groups; collective over the default group, whose ranks are those of `degrees`.
+
+    `timeout` is for all groups but `world`, which is the default group; None: torch's default.
+    """
     assert dist.get_world_size() == degrees.num_ranks
     assert dist.group.WORLD is not None
     rank = dist.get_rank()
@@ -64,11 +68,11 @@ def build_mesh(degrees: Degrees, problem: Problem) -> Mesh:
         members = [
             [degrees.rank(d, p, t) for p in problem.shard_ranks(end) for t in range(degrees.tp)] for d in range(degrees.dp)
         ]
-        ends[end] = _own(members, rank) if len(members[0]) > 1 else None
-    tensor, data = _own(tensors, rank), _own(copies, rank)
+        ends[end] = _own(members, rank, timeout) if len(members[0]) > 1 else None
+    tensor, data = _own(tensors, rank, timeout), _own(copies, rank, timeout)
     assert tensor is not None
     assert data is not None
-    forward, backward = _own(lanes, rank), _own(lanes, rank)
+    forward, backward = _own(lanes, rank, timeout), _own(lanes, rank, timeout)
     assert forward is not None
     assert backward is not None
     groups = Groups(
@@ -79,14 +83,14 @@ def build_mesh(degrees: Degrees, problem: Problem) -> Mesh:
         ends,
         tensor if degrees.tp > 1 else None,
     )
-    return Mesh(degrees, rank, dist.group.WORLD, tensor, data, _own(tied, rank), groups)
+    return Mesh(degrees, rank, dist.group.WORLD, tensor, data, _own(tied, rank, timeout), groups)
 
 
-def _own(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+def _own(groups: list[list[int]], rank: int, timeout: timedelta | None) -> dist.ProcessGroup | None:
     """Make all `groups`, as every rank must; that of `rank`, or None if it is in none."""
     own = None
     for members in groups:
-        group = dist.new_group(members)
+        group = dist.new_group(members, timeout)
         if rank in members:
             own = group
     return own

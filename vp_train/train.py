@@ -101,8 +101,8 @@ def _connect(config: RunConfig, plan: RunPlan) -> Mesh:
                     "them share GPUs with run.comm_backend=gloo"
                 )
         torch.cuda.set_device(local_rank % num_devices)
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.run.timeout_seconds))
-    return build_mesh(plan.degrees, plan.problem)
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.run.world_timeout_seconds))
+    return build_mesh(plan.degrees, plan.problem, timedelta(seconds=config.run.timeout_seconds))
 
 
 def _lost_a_peer(error: Exception) -> bool:
