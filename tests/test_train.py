@@ -34,6 +34,7 @@ from vp_train.config import (
     VocabConfig,
 )
 from vp_train.data import open_source
+from vp_train.degrees import wanted_ranks
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.plan import make_plan
@@ -200,16 +201,39 @@ def release_locks(rank, num_ranks):
     gc.collect()
 
 
-def test_another_layout_and_schedule_go_on_from_the_same_checkpoint(ranks, tmp_path):
-    whole, part = config_of(tmp_path, "whole"), config_of(tmp_path, "part")
+UNEQUAL = {"pp": 3, "vocab": VocabConfig("two_barrier", shards=(11, 0, 90))}
+TENSOR = {"dp": 2, "tp": 2, "pp": 1, "optimizer": "zero1"}
+REPLICAS = {"dp": 2, "pp": 2, "optimizer": "zero1"}
+OFFLOADED = {"dp": 4, "pp": 1, "optimizer": "zero1", "offload": True}
+
+
+def laid_out(config, *, pp, dp=1, tp=1, optimizer="adamw", offload=False, vocab=None):
+    """The same training by other ranks."""
+    return replace(
+        config,
+        parallel=ParallelConfig(pp=pp, dp=dp, tp=tp),
+        optim=replace(config.optim, name=optimizer, offload=offload),
+        vocab=vocab or config.vocab,
+        num_microbatches=config.num_microbatches // dp,
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [({"pp": 2}, UNEQUAL), (REPLICAS, {"pp": 2}), (TENSOR, REPLICAS), (REPLICAS, OFFLOADED)]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_layout_and_schedule_go_on_from_the_same_checkpoint(ranks, tmp_path, before, after, dtype):
+    whole, part = (config_of(tmp_path, name, dtype=dtype) for name in ("whole", "part"))
+    whole, part = (replace(config, model=replace(config.model, num_query_groups=2)) for config in (whole, part))
     ranks(2).run(train, whole)
-    ranks(2).run(train, part, 4)
-    ranks(2).run(release_locks)
-    resumed = config_of(tmp_path, "part", p=3, resume=True)
-    resumed = replace(resumed, vocab=replace(resumed.vocab, algorithm="two_barrier", shards=(11, 0, 90)))
-    ranks(3).run(train, resumed)
+    first, then = laid_out(part, **before), laid_out(replace(part, run=replace(part.run, resume=True)), **after)
+    for config, stop_after in ((first, 4), (then, None)):
+        num_ranks = wanted_ranks(config.parallel)
+        ranks(num_ranks).run(train, config, stop_after)
+        ranks(num_ranks).run(release_locks)
+    assert len(metrics_of(part)) == 8
     for ours, theirs in zip(metrics_of(part), metrics_of(whole), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5 if dtype == "float32" else 1e-3)
 
 
 def test_a_checkpoint_of_another_model_is_refused(ranks, tmp_path):
@@ -268,6 +292,53 @@ def test_skipping_ends_when_nothing_is_finite_any_more(ranks, tmp_path):
     config = replace(config, model=replace(config.model, init_std=1e30))
     for said in ranks(2).run(train, config):
         assert "10 steps in a row" in said
+
+
+def scales_of(rank, num_ranks, config):
+    """Loss scales after every step, from one far too large, and the steps at which parameters changed."""
+    plan = make_plan(config, num_ranks)
+    mesh = mesh_for(plan)
+    run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
+    run.model.loss_scale.value = 2.0**30
+    scales, changed = [], []
+    for step in run.steps():
+        before = run.model.optimizer.updates
+        run.train_step(step, None)
+        scales.append(run.model.loss_scale.value)
+        changed.append(run.model.optimizer.updates > before)
+    return scales, changed
+
+
+def test_steps_that_overflow_float16_are_skipped_until_the_loss_scale_is_right(ranks, tmp_path):
+    config = config_of(tmp_path, steps=20, dtype="float16", checkpoint_every=0, eval_every=0, trace_step=0)
+    for scales, changed in ranks(2).run(scales_of, config):
+        assert not any(changed[:3])
+        assert all(changed[-5:])
+        assert scales == [2.0 ** (30 - changed[:step].count(False)) for step in range(1, 21)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_learn_as_float32_does(ranks, tmp_path, dtype):
+    runs = [config_of(tmp_path, name, dtype=name, checkpoint_every=0, eval_every=0) for name in ("float32", dtype)]
+    for config in runs:
+        ranks(2).run(train, config)
+    for exact, rounded in zip(*map(metrics_of, runs), strict=True):
+        assert rounded["loss"] == pytest.approx(exact["loss"], rel=1e-3)
+        assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=2e-2)
+
+
+def test_bfloat16_converges_to_the_entropy_of_its_data(ranks, tmp_path):
+    config = config_of(tmp_path, steps=100, dtype="bfloat16", checkpoint_every=0, eval_every=100, eval_microbatches=64)
+    config = replace(
+        config,
+        model=ModelConfig(
+            num_layers=2, hidden_size=64, num_heads=2, num_query_groups=2, ffn_hidden_size=64, vocab_size=40, seq_length=64
+        ),
+        optim=OptimConfig(lr=1e-2, warmup_steps=10, weight_decay=0.0),
+        micro_batch_size=8,
+    )
+    ranks(2).run(train, config, timeout=100)
+    assert abs(metrics_of(config)[-1]["validation_loss"] - open_source(config).entropy) < 0.05
 
 
 FAILING = """

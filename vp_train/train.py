@@ -195,7 +195,7 @@ class Run:
         if math.isfinite(health.loss) and self.model.loss_scale.failed():
             if self.mesh.rank == 0:
                 scale = self.model.loss_scale.value
-                print(f"step {step} skipped: gradients overflow float16; the loss scale is {scale:g} now", file=sys.stderr)
+                print(f"step {step} skipped: gradients overflow float16; the loss scale is {scale:,.0f} now", file=sys.stderr)
             return
         self._memory.skipped_in_a_row += 1
         if self.config.run.on_nonfinite == "stop":

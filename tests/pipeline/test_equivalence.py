@@ -82,7 +82,7 @@ def as_one_process(config, dp):
     return RunConfig(
         model=config.model,
         loss=config.loss,
-        optim=replace(config.optim, name="adamw"),
+        optim=replace(config.optim, name="adamw", offload=False),
         run=config.run,
         num_microbatches=dp * config.num_microbatches,
         micro_batch_size=config.micro_batch_size,
@@ -90,7 +90,7 @@ def as_one_process(config, dp):
 
 
 def compare(rank, world_size, cases, masked=False, packed=False):
-    """Train each config, as planned, sharded and whole; (config, what, difference) of the worst loss, gradient and parameter of each."""
+    """Train each config, as planned, sharded and whole; the largest differences of loss, gradients and parameters of each."""
     torch.manual_seed(0)
     worst = []
     for config, plan in cases:
@@ -164,8 +164,12 @@ def test_every_schedule_equals_one_process(ranks, name, p):
 def test_a_solved_schedule_and_recomputation_equal_one_process(ranks):
     config = config_of(3, 4, 101, num_stages=6)
     solved = replace(config, schedule=ScheduleConfig("auto", cap_microbatches=4.5))
-    recomputed = replace(config_of(3, 4, 101, schedule="v_half", num_stages=6), parallel=ParallelConfig(recompute="full"))
-    assert_equivalent(ranks, 3, [solved, recomputed], 1e-9)
+    mixed = ("full", "none", "selective", "full", "selective", "none")
+    recomputed = [
+        replace(config_of(3, 4, 101, schedule="v_half", num_stages=6), parallel=ParallelConfig(**options))
+        for options in ({"recompute": "full"}, {"recompute": "selective"}, {"recompute_per_stage": mixed})
+    ]
+    assert_equivalent(ranks, 3, [solved, *recomputed], 1e-9)
 
 
 def test_unequal_shards_and_stages_equal_one_process(ranks):
@@ -227,6 +231,13 @@ def test_data_tensor_and_pipeline_parallel_equal_one_process(ranks, dp, p, tp, o
         for more in ({"dp": dp, "tp": tp, "optimizer": optimizer},)
     ]
     assert_equivalent(ranks, dp * p * tp, configs, 1e-9)
+
+
+@pytest.mark.parametrize(("dp", "p"), [(2, 1), (2, 2)])
+def test_an_optimizer_in_host_memory_equals_one_process(ranks, dp, p):
+    config = config_of(p, 3, 101, num_stages=2, dp=dp, optimizer="zero1")
+    config = replace(config, optim=replace(config.optim, offload=True))
+    assert_equivalent(ranks, dp * p, [config], 1e-9)
 
 
 def test_float32_stays_within_1e_4(ranks):

@@ -7,6 +7,8 @@ for parameters of less precision.  Norms and clipping are ours, for they need th
 from __future__ import annotations
 
 import logging
+import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from vp_train.optim.gradients import Gradients
 from vp_train.optim.optimizer import State, squared_norm
 
 _BUCKET_ELEMENTS = 1 << 26  # summed and gathered at a time
+_OFFLOAD_ELEMENTS = 1 << 24  # summed at a time with optim.offload, in a buffer of that size
 
 
 class ZeroAdamW:
@@ -62,11 +65,16 @@ class ZeroAdamW:
     def ready(self, names: Sequence[str]) -> None:
         if self._zero is None:
             return
+        if self._zero.cpu_offload:
+            self._zero.setup_buckets()
         for name in names:
             if name not in self._started and name in self._group_of:
                 parameter, group = self._group_of[name]
+                gradient = self._gradients[name].detach()  # DeepSpeed may give this tensor other memory, but not that one
                 if self._zero.use_grad_accum_attribute:
-                    parameter.grad_accum = self._gradients[name]
+                    parameter.grad_accum = gradient
+                else:
+                    parameter.grad = gradient
                 self._zero.reduce_ready_partitions_and_remove_grads(parameter, group)
                 self._started.add(name)
 
@@ -93,7 +101,10 @@ class ZeroAdamW:
     def _shard(self, group: int) -> Iterator[Tensor]:
         """The gradients of this replica's part."""
         assert self._zero is not None
-        yield from self._zero.averaged_gradients[group]
+        if self._zero.cpu_offload:
+            yield self._zero.single_partition_of_fp32_groups[group].grad
+        else:
+            yield from self._zero.averaged_gradients[group]
 
     def _adamw_states(self) -> Iterator[dict[str, Tensor]]:
         if self._zero is not None:
@@ -144,6 +155,9 @@ def _deepspeed(
     data: dist.ProcessGroup,
 ) -> Any:
     """DeepSpeed's optimizer, which replaces the storage of the parameters by one flat tensor per group."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says that it found none
+    warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     import deepspeed
     from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, OffloadDeviceEnum
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -170,7 +184,7 @@ def _deepspeed(
         optimizer_params={},
         verbose=False,
         contiguous_gradients=False,
-        reduce_bucket_size=_BUCKET_ELEMENTS,
+        reduce_bucket_size=_BUCKET_ELEMENTS if offload is None else _OFFLOAD_ELEMENTS,
         allgather_bucket_size=_BUCKET_ELEMENTS,
         dp_process_group=data,
         offload_optimizer_config=offload,
