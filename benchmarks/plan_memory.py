@@ -9,25 +9,17 @@ freed, together with all that is there before.  What libraries allocate for them
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import socket
-import warnings
-import weakref
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from provenance import provenance
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from vp_train.assembly import build_rank
 from vp_train.cli import load_config
@@ -36,6 +28,7 @@ from vp_train.degrees import wanted_ranks
 from vp_train.mesh import build_mesh
 from vp_train.plan import make_plan
 from vp_train.planner.memory import rank_memory
+from vp_train.profile.live import LiveStorages, leave_compiled_code_alone
 
 COMMON = ["model.num_layers=8", "num_microbatches=8"]
 CASES = {
@@ -75,52 +68,10 @@ class Row:
         return self.predicted / self.measured - 1
 
 
-class LiveStorages(TorchDispatchMode):
-    """Bytes of the storages that are alive, and the most there were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self._now = 0
-        self._sizes: dict[int, int] = {}
-
-    def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if id(storage) not in self._sizes and storage.nbytes():
-            self._sizes[id(storage)] = storage.nbytes()
-            self._now += storage.nbytes()
-            weakref.finalize(storage, self._drop, id(storage))
-            self.peak = max(self.peak, self._now)
-
-    def _drop(self, key: int) -> None:
-        self._now -= self._sizes.pop(key)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.add(leaf)
-        return result
-
-
-def _unwatched(compiler: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled code would be taken apart into single operations if it were watched, and allocate what it never does."""
-
-    def compile_function(*arguments: Any, **options: Any) -> Callable[..., Any]:
-        compiled = compiler(*arguments, **options)
-
-        def run(*tensors: Any) -> Any:
-            with _disable_current_modes():
-                return compiled(*tensors)
-
-        return run
-
-    return compile_function
-
-
 def measure(rank: int, num_ranks: int, port: int, case: str, config: RunConfig, path: str) -> None:
     """A process: build the rank, run two steps, write its row."""
     torch.set_num_threads(1)
-    torch.compile = _unwatched(torch.compile)
+    leave_compiled_code_alone()
     store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
     plan = make_plan(config, num_ranks)
@@ -138,13 +89,8 @@ def measure(rank: int, num_ranks: int, port: int, case: str, config: RunConfig, 
         model.optimizer.step(1e-3, 0.5)
 
     step()
-    gc.collect()
     live = LiveStorages()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # looking at all objects wakes deprecated ones
-        for item in gc.get_objects():
-            if isinstance(item, Tensor) and type(item) in (Tensor, torch.nn.Parameter):
-                live.add(item)
+    live.add_existing()
     before = live.peak
     with live:
         step()

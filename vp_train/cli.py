@@ -49,6 +49,11 @@ _PLAN_EXAMPLES = """\
   vp-plan model=llama3_8b cluster=h100_80g_node cluster.num_nodes=4 parallel.tp=2 parallel.pp=4 num_microbatches=32
   vp-plan --search --top 10 model=gpt_21b cluster=a100_80g_node cluster.num_nodes=2 num_microbatches=256"""
 
+_PROFILE_EXAMPLES = """\
+  vp-profile cluster=laptop parallel.pp=4 num_microbatches=8
+  vp-profile model=gpt_4b cluster=h100_80g_node num_microbatches=32 --ranks 0,3,7 --cost h100.yaml
+  vp-plan model=gpt_4b cluster=h100_80g_node num_microbatches=128 cost=h100.yaml"""
+
 
 @dataclass(frozen=True, slots=True)
 class _Command:
@@ -93,6 +98,18 @@ def plan() -> None:
     _main(_Command("vp-plan", "predicts memory, time and MFU of a run on a cluster", _plan, _PLAN_EXAMPLES, options))
 
 
+def profile() -> None:
+    """`vp-profile`: passes and bytes of single ranks, measured here, and what they predict for the whole job."""
+    options = {
+        "--ranks": ("0,3,...", "pipeline ranks to measure; all"),
+        "--steps": ("N", "steps of each (3)"),
+        "--cost": ("FILE", "write the costs there, for cost=FILE"),
+        "--json": ("FILE", "write everything there"),
+    }
+    purpose = "measures ranks of a job one by one on this machine"
+    _main(_Command("vp-profile", purpose, _profile, _PROFILE_EXAMPLES, options))
+
+
 def import_model() -> None:
     """`vp-import`: a model in the format of Hugging Face becomes a checkpoint to start from."""
     _guarded("vp-import", lambda: _import(sys.argv[1:]))
@@ -118,6 +135,17 @@ def _prepare(config: RunConfig, overrides: Sequence[str], options: Mapping[str, 
 
     corpora = prepare_all(config.data, config.model.vocab_size, progress=True)
     print("\n".join(map(describe, corpora)) or f"data={config.data.name}: nothing to prepare")
+    return EXIT_OK
+
+
+def _profile(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    from vp_train.profile.show import show_profile
+
+    told = options.get("--steps", "3")
+    if not told.isdecimal() or not int(told):
+        raise ConfigError(f"--steps={told} is not a number of steps; write for example --steps 3")
+    cost, record = (Path(options[name]).expanduser() if name in options else None for name in ("--cost", "--json"))
+    show_profile(config, options.get("--ranks"), int(told), cost, record)
     return EXIT_OK
 
 
@@ -281,7 +309,7 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
     if options:
         known = ", ".join((*known_options, "--help"))
         raise ConfigError(f"{options[0]} is not an option; there are {known} and --print-config, all else is key=value")
-    overrides = [word for given in overrides for word in _of_model_file(given)]
+    overrides = [word for given in overrides for word in _of_file(given)]
     edits = [word for word in overrides if word.startswith(("+", "~"))]
     if edits:
         raise ConfigError(f"{edits[0]}: settings cannot be added or removed; write key=value")
@@ -303,11 +331,11 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
     return config
 
 
-def _of_model_file(word: str) -> list[str]:
-    """`model=FILE.yaml`, which vp-import writes, as the settings in the file; anything else as it is."""
+def _of_file(word: str) -> list[str]:
+    """`model=FILE.yaml`, which vp-import writes, or `cost=`, which vp-profile does, as its settings; all else as it is."""
     group, _, value = word.partition("=")
     path = Path(value).expanduser()
-    if group != "model" or path.suffix != ".yaml":
+    if group not in ("model", "cost") or path.suffix != ".yaml":
         return [word]
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -316,10 +344,10 @@ def _of_model_file(word: str) -> list[str]:
     try:
         settings = OmegaConf.load(path)
     except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"model={value} cannot be read: {_first_line(error)}") from None
+        raise ConfigError(f"{word} cannot be read: {_first_line(error)}") from None
     if not isinstance(settings, DictConfig):
-        raise ConfigError(f"model={value} does not hold settings of a model, one `key: value` per line")
-    return [f"model.{key!s}={'null' if setting is None else setting}" for key, setting in settings.items()]
+        raise ConfigError(f"{word} does not hold settings of a {group}, one `key: value` per line")
+    return [f"{group}.{key!s}={'null' if setting is None else setting}" for key, setting in settings.items()]
 
 
 def config_text(config: RunConfig) -> str:

@@ -1,0 +1,126 @@
+"""vp-profile: ranks measured alone are those of the job, and their costs predict it."""
+
+import json
+import sys
+
+import pytest
+
+from schedules.ir import Kind
+from vp_train import cli
+from vp_train.cli import load_config
+from vp_train.estimate import estimate_cost
+from vp_train.exits import EXIT_CONFIG, EXIT_OK
+from vp_train.plan import plan_step
+from vp_train.profile.costs import RankProfile, measured_cost, with_cost
+
+NANO = ["model=nano", "model.num_layers=8", "num_microbatches=4", "cost.collective_seconds=0", "cost.hop_seconds=0"]
+
+
+@pytest.fixture
+def vp_profile(monkeypatch, capsys):
+    """Runs the command in this process: arguments -> (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vp-profile", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.profile()
+        return left.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.pp=4"],
+        ["parallel.pp=4", "schedule=v_half"],
+        ["parallel.pp=2", "parallel.tp=2", "schedule=zb_h1", "parallel.recompute=selective"],
+        ["parallel.pp=4", "parallel.recompute_per_stage=[full,none,selective,full]", "parallel.layers_per_stage=[1,2,3,2]"],
+        ["parallel.pp=4", "vocab=none"],
+        ["parallel.pp=4", "vocab.shards=[4096,0,0,0]"],
+    ],
+)
+def test_costs_of_what_passes_are_told_to_take_are_these(overrides):
+    """A job whose cost is known, measured without error, gives that cost back."""
+    known = {
+        "measured_layer_flops": 0.0,
+        "layer_forward_seconds": 0.5,
+        "layer_backward_seconds": 1.25,
+        "layer_input_grad_seconds": 0.75,
+        "layer_weight_grad_seconds": 0.5,
+        "output_fixed_seconds": 0.0,
+        "output_row_seconds": 0.01,
+        "lookup_seconds": 0.125,
+        "lookup_grad_seconds": 0.25,
+    }
+    config = load_config([*NANO, *overrides])
+    known["measured_layer_flops"] = measured_cost(config, plan_step(config, 4), ())["measured_layer_flops"]
+    config = with_cost(config, known)
+    step = plan_step(config, 4)
+    cost = estimate_cost(config, step.problem.layout, step.layers, step.shards, step.problem.algorithm)
+    profiles = []
+    for rank in range(step.num_ranks):
+        passes = {(item.kind, item.stage): cost.seconds(item) for item in step.schedule.ranks[rank] if item.microbatch == 0}
+        profiles.append(RankProfile(rank, passes, 1.0, 1.0, 1, 1))
+    found = measured_cost(config, step, profiles)
+    split = any(kind is Kind.W for profile in profiles for kind, _ in profile.passes)
+    if split:
+        known["layer_backward_seconds"] = 1.25
+    else:
+        known["layer_input_grad_seconds"] = known["layer_weight_grad_seconds"] = 1.25 / 2
+    lookups = {kind for profile in profiles for kind, _ in profile.passes} >= {Kind.E, Kind.G}
+    for name, value in known.items():
+        if lookups or not name.startswith("lookup"):
+            assert found[name] == pytest.approx(value, rel=1e-9), name
+
+
+def test_rows_of_several_counts_tell_what_does_not_depend_on_them():
+    config = load_config([*NANO, "parallel.pp=4", "vocab.shards=[1024,512,0,2560]"])
+    step = plan_step(config, 4)
+    profiles = [
+        RankProfile(
+            rank, {(Kind.S, rank): 0.5 + 0.002 * rows, (Kind.T, rank): 0.5 + 0.001 * rows} if rows else {}, 1.0, 1.0, 1, 1
+        )
+        for rank, rows in enumerate((1024, 512, 0, 2560))
+    ]
+    found = measured_cost(config, step, profiles)
+    assert found["output_fixed_seconds"] == pytest.approx(1.0)
+    assert found["output_row_seconds"] == pytest.approx(0.003)
+
+
+def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path):
+    told = [*NANO, "parallel.pp=2", "parallel.dp=2", "schedule=zb_h1"]
+    code, out, err = vp_profile(
+        *told, "--ranks", "1", "--steps", "1", "--cost", tmp_path / "c.yaml", "--json", tmp_path / "p.json"
+    )
+    assert code == EXIT_OK, err
+    assert "predicted for all 4 ranks: a step of" in out
+    record = json.loads((tmp_path / "p.json").read_text())
+    (rank,) = record["ranks"]
+    assert {"F1", "I1", "W1", "S1", "T1", "E1", "G1"} == set(rank["passes"])
+    assert all(0 < seconds < rank["program_seconds"] for seconds in rank["passes"].values())
+    assert rank["predicted_peak_bytes"] == pytest.approx(rank["peak_bytes"], rel=0.1)
+    cost = load_config([*told, f"cost={tmp_path / 'c.yaml'}"]).cost
+    assert cost.layer_weight_grad_seconds == pytest.approx(record["cost"]["layer_weight_grad_seconds"], rel=1e-4)
+    with pytest.raises(ValueError, match="these pass times are not for it"):
+        plan_step(load_config([*told, f"cost={tmp_path / 'c.yaml'}", "micro_batch_size=2"]), 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "0,4"], "--ranks=0,4: the pipeline has ranks 0 to 3"),
+        (["--ranks", "all"], "--ranks=all is not a list of ranks; write for example --ranks 0,3"),
+        (["--steps", "0"], "--steps=0 is not a number of steps"),
+        (["--cost"], "--cost needs a value: --cost FILE"),
+        (["parallel.pp=3"], "the cluster has 4 GPUs: parallel.pp=3"),
+        (["run.device=cuda"], "run.device=cuda, but torch finds no GPU here"),
+        (["cost=missing.yaml"], "cost=missing.yaml cannot be read"),
+    ],
+)
+def test_refusals_name_the_value_and_the_way_out(vp_profile, arguments, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = vp_profile(*NANO, *arguments)
+    assert code == EXIT_CONFIG
+    assert message in err
+    assert len(err.splitlines()) == 1

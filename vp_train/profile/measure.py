@@ -1,0 +1,160 @@
+"""Single ranks of a job on one device: real passes, and communication that does nothing (torch's fake process group)."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from schedules.ir import Kind
+from vp_train.assembly import RankModel, build_rank
+from vp_train.config import ConfigError, RunConfig
+from vp_train.mesh import build_mesh
+from vp_train.pipeline.recorder import Recorder
+from vp_train.plan import make_plan
+from vp_train.profile.costs import RankProfile
+from vp_train.profile.live import LiveStorages, leave_compiled_code_alone
+
+
+def measure_ranks(config: RunConfig, num_ranks: int, pipeline_ranks: list[int], num_steps: int) -> Iterator[RankProfile]:
+    """Run `num_steps` steps of each rank, and one before that does not count, one rank after the other in its own process.
+
+    They are of the first replica and the first of their tensor-parallel ranks.  Raises ConfigError where one does not fit.
+    """
+    context = multiprocessing.get_context("spawn")
+    for pipeline_rank in pipeline_ranks:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, config, num_ranks, pipeline_rank, num_steps), daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            status, value = ours.recv()
+        except EOFError:
+            status, value = "failed", "its process died; the system may have run out of memory"
+        process.join()
+        if status == "full":
+            raise ConfigError(f"rank {pipeline_rank} does not fit on this device: {value}; vp-plan tells what would help")
+        if status == "failed":
+            raise RuntimeError(f"rank {pipeline_rank}: {value}")
+        yield value
+
+
+def _serve(pipe: Connection, config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: int) -> None:
+    try:
+        pipe.send(("done", _measure(config, num_ranks, pipeline_rank, num_steps)))
+    except torch.OutOfMemoryError as error:
+        pipe.send(("full", str(error).partition("\n")[0]))
+    except BaseException:
+        pipe.send(("failed", traceback.format_exc()))
+    os._exit(0)
+
+
+def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: int) -> RankProfile:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    on_cuda = config.run.device == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(0)
+    else:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.set_flush_denormal(True)  # what was never received may be anything
+        leave_compiled_code_alone()
+    plan = make_plan(config, num_ranks)
+    rank = plan.degrees.rank(0, pipeline_rank, 0)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
+    dist.all_to_all_single = _exchange_nothing  # type: ignore[assignment]  # a fake group refuses to receive from nobody
+    model = build_rank(config, plan, build_mesh(plan.degrees, plan.problem))
+    shape = (config.num_microbatches, config.micro_batch_size, config.model.seq_length)
+    generator = torch.Generator().manual_seed(1)
+    batch = torch.randint(0, config.model.vocab_size, (2, *shape), generator=generator).to(config.run.device)
+    steps = _Steps(model, batch, on_cuda, pipeline_rank)
+    steps.run()  # compiles, and allocates what stays
+    passes: dict[tuple[Kind, int], list[float]] = {}
+    programs, optimizers = [], []
+    for _ in range(num_steps):
+        program, optimizer = steps.run()
+        programs.append(program)
+        optimizers.append(optimizer)
+        for key, seconds in steps.timed().items():
+            passes.setdefault(key, []).extend(seconds)
+    state, peak = steps.bytes_on_cuda() if on_cuda else steps.bytes_on_cpu()
+    medians = {key: median(seconds) for key, seconds in passes.items()}
+    return RankProfile(pipeline_rank, medians, median(programs), median(optimizers), state, peak)
+
+
+def _exchange_nothing(*_: object, group: dist.ProcessGroup, async_op: bool) -> Any:
+    return dist.barrier(group=group, async_op=async_op)
+
+
+class _Steps:
+    """Training steps of one rank."""
+
+    def __init__(self, model: RankModel, batch: torch.Tensor, on_cuda: bool, pipeline_rank: int) -> None:
+        self._model, self._on_cuda, self._rank = model, on_cuda, pipeline_rank
+        self._tokens, self._labels = batch
+
+    def run(self) -> tuple[float, float]:
+        """Seconds of the passes, and of the optimizer."""
+        self._model.gradients.zero()
+        start = self._clock()
+        self._model.train_step(self._tokens, self._labels)
+        between = self._clock()
+        self._update()
+        return between - start, self._clock() - between
+
+    def timed(self) -> dict[tuple[Kind, int], list[float]]:
+        """Seconds of every pass of a step, whose timing makes it slower."""
+        recorder = Recorder(self._rank, self._clock, lambda: 0, [])
+        self._model.gradients.zero()
+        self._model.train_step(self._tokens, self._labels, recorder)
+        self._update()
+        found: dict[tuple[Kind, int], list[float]] = {}
+        for span in recorder.spans:
+            found.setdefault((Kind(span.kind), span.stage), []).append(span.end - span.start)
+        return found
+
+    def bytes_on_cuda(self) -> tuple[int, int]:
+        """Allocated between steps, and at most."""
+        state = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.run()
+        return state, torch.cuda.max_memory_allocated()
+
+    def bytes_on_cpu(self) -> tuple[int, int]:
+        live = LiveStorages()
+        live.add_existing()
+        state = live.peak
+        with live:
+            self.run()
+        return state, live.peak
+
+    def _update(self) -> None:
+        """Gradients are of garbage, so nothing is applied: the rate is 0."""
+        self._model.optimizer.reduce()
+        self._model.optimizer.squared_norm()
+        self._model.optimizer.step(0.0, 0.0)
+
+    def _clock(self) -> float:
+        if self._on_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def device_words(config: RunConfig) -> dict[str, Any]:
+    """What it is measured on.  Raises ConfigError where that is not there."""
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
+    name = (
+        torch.cuda.get_device_name(0)
+        if config.run.device == "cuda"
+        else f"CPU, {os.environ.get('OMP_NUM_THREADS', '1')} thread"
+    )
+    return {"device": name, "torch": torch.__version__, "dtype": config.run.dtype}
