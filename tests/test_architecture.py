@@ -30,7 +30,7 @@ ALLOWED = {
     "vp_train.model": ("vp_train.config", "vp_train.model", "vp_train.precision", "vp_train.quiet", "vp_train.split"),
     "vp_train.vocab": ("vp_train.precision", "vp_train.vocab"),
     "vp_train.pipeline": ("schedules", "vp_train.precision", "vp_train.vocab", "vp_train.pipeline"),
-    "vp_train.optim": ("vp_train.config", "vp_train.optim", "vp_train.precision"),
+    "vp_train.optim": ("vp_train.config", "vp_train.optim", "vp_train.precision", "vp_train.quiet"),
     "vp_train.hf": ("vp_train.config", "vp_train.checkpoint", "vp_train.model.shape", "vp_train.hf", "vp_train.durable"),
     "vp_train.data": ("vp_train.config", "vp_train.data", "vp_train.durable", "vp_train.quiet"),
 }

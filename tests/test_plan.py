@@ -12,6 +12,7 @@ from schedules.torch_csv import to_csv
 from schedules.vocab import VOCAB_ALGORITHMS, End
 from tests.pipeline.test_equivalence import config_of
 from vp_train.config import ConfigError, CostConfig, ParallelConfig, ScheduleConfig, VocabConfig
+from vp_train.estimate import layer_bytes
 from vp_train.placement import redistribute, split_layers
 from vp_train.plan import make_plan, plan_step
 
@@ -297,3 +298,45 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     for path in (tmp_path / "nowhere.txt", tmp_path):
         with pytest.raises(ConfigError, match=rf"schedule.file={path} is not a file; vp-simulate --out DIR writes"):
             plan_step(from_file(config_of(2, 1, 100), path), 2)
+
+
+@pytest.mark.parametrize(
+    ("tp", "seq_length", "device", "message"),
+    [
+        (1, 6, "cuda", "parallel.sequence_parallel=true has nothing to split over with parallel.tp=1"),
+        (2, 7, "cuda", "model.seq_length=7 does not split over parallel.tp=2; use a divisor of 7"),
+        (2, 6, "cpu", "parallel.sequence_parallel=true needs run.device=cuda, not cpu"),
+    ],
+)
+def test_sequences_that_cannot_be_split_are_refused(tp, seq_length, device, message):
+    config = config_of(2, 4, 100, tp=tp)
+    config = replace(
+        config,
+        model=replace(config.model, seq_length=seq_length),
+        parallel=replace(config.parallel, sequence_parallel=True),
+        run=replace(config.run, device=device),
+    )
+    with pytest.raises(ConfigError, match=message):
+        plan_step(config, 2 * tp)
+
+
+def test_splitting_sequences_takes_norms_and_inputs_of_layers_off_every_rank():
+    config = config_of(2, 4, 100, tp=2)
+    config = replace(config, run=replace(config.run, device="cuda"))
+    whole, split = (replace(config, parallel=replace(config.parallel, sequence_parallel=value)) for value in (False, True))
+    before, after = (layer_bytes(each, "none") for each in (whole, split))
+    tokens, hidden = 2 * 6, 16
+    assert before - after == tokens * (8 * 2 * hidden + 2 * (8 * hidden + 8)) // 2
+
+
+def test_what_runs_again_is_told_for_every_stage():
+    config = config_of(3, 4, 100)
+    one = replace(config, parallel=replace(config.parallel, recompute_per_stage=("full", "none", "selective")))
+    kept, plain = plan_step(one, 3).cost, plan_step(config, 3).cost
+    assert kept.stage_bytes[0] < kept.stage_bytes[2] < plain.stage_bytes[2]
+    assert kept.stage_bytes[1] == plain.stage_bytes[1]
+    assert kept.pass_seconds[Kind.B][0] == plain.pass_seconds[Kind.B][0] + plain.pass_seconds[Kind.F][0]
+    assert plain.pass_seconds[Kind.B][2] < kept.pass_seconds[Kind.B][2] < kept.pass_seconds[Kind.B][0]
+    short = replace(config, parallel=replace(config.parallel, recompute_per_stage=("full", "none")))
+    with pytest.raises(ConfigError, match="recompute_per_stage has 2 values, but there are 3 stages"):
+        plan_step(short, 3)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from schedules.ir import Kind
+from schedules.ir import Kind, Pass
 from schedules.vocab import End
 from vp_train.config import OptimConfig, RunConfig
 from vp_train.mesh import Mesh
@@ -121,6 +121,13 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
     if End.INPUT in matrices:
         name, weight = matrices[End.INPUT]
         input_layer = InputLayer(weight, gradients[name], shards[End.INPUT].all, shards[End.INPUT].index)
+    partial_names = frozenset(name for stage in stages.values() for name in stage.partial)
+
+    def ready(item: Pass) -> None:
+        names = names_of.get((item.kind, item.stage), ())
+        _sum_in_place([gradients[name] for name in names if name in partial_names], mesh.tensor)
+        optimizer.ready(names)
+
     training = Part(
         stages,
         input_layer,
@@ -131,7 +138,7 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
         config.loss.normalisation,
         leads=mesh.tensor_rank == 0,
         data=mesh.data if mesh.degrees.dp > 1 else None,
-        ready=lambda item: optimizer.ready(names_of.get((item.kind, item.stage), ())),
+        ready=ready,
     )
     names_of = _names_of_gradients(stages, {end: name for end, (name, _) in matrices.items() if name != tied_name}, rank)
     evaluating = replace(training, output_layer=output_layer("evaluate"), normalisation="token")
@@ -153,6 +160,16 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
         problem.root(End.OUTPUT) == rank and mesh.tensor_rank == 0,
         None if tied_name is None or mesh.end_ranks is None else (gradients[tied_name], mesh.end_ranks),
     )
+
+
+def _sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum small tensors over `group` in one message."""
+    if not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    for tensor, total in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
 
 
 def _build_optimizer(
@@ -200,6 +217,7 @@ def _build_stages(config: RunConfig, plan: RunPlan, mesh: Mesh, dtype: torch.dty
             group=mesh.tensor,
             seed=config.run.seed,
             recompute=config.parallel.recompute_of(stage),
+            split_sequences=config.parallel.sequence_parallel,
         )
         for stage in plan.problem.layout.stages_of(mesh.pipeline_rank)
     }

@@ -249,6 +249,7 @@ class ParallelConfig:
     evenly; or `redistribute`, which takes layers from the last stage to make room for the output layer.  `layers_per_stage`
     overrides all.  `recompute`: what runs again in the backward rather than being kept: `none`, the attention of every layer
     from its input on (`selective`), or the layer (`full`); `recompute_per_stage` says it for each stage.
+    `sequence_parallel`: norms and residuals are split over the tensor-parallel ranks as well, by tokens.
     """
 
     pp: int | None = None
@@ -258,6 +259,7 @@ class ParallelConfig:
     layers_per_stage: tuple[int, ...] | None = None
     recompute: str = "none"
     recompute_per_stage: tuple[str, ...] | None = None
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
         _choice("parallel.placement", self.placement, ("even", "balanced", "redistribute"))

@@ -58,9 +58,11 @@ def split_ranks(parallel: ParallelConfig, num_ranks: int) -> Degrees:
     return Degrees(told["parallel.dp"] or rest, told["parallel.pp"] or rest, parallel.tp)
 
 
-def check_tensor_split(model: ModelConfig, tp: int) -> None:
-    """Raise ConfigError where heads or the feed-forward width do not split over `tp` ranks."""
-    for name in ("num_heads", "num_query_groups", "ffn_hidden_size"):
+def check_tensor_split(model: ModelConfig, tp: int, *, sequences: bool = False) -> None:
+    """Raise ConfigError where heads, the feed-forward width or, if they are to be split, sequences do not over `tp` ranks."""
+    if sequences and tp == 1:
+        raise ConfigError("parallel.sequence_parallel=true has nothing to split over with parallel.tp=1; drop it, or raise tp")
+    for name in ("num_heads", "num_query_groups", "ffn_hidden_size", *(("seq_length",) if sequences else ())):
         value = getattr(model, name)
         if value % tp:
             raise ConfigError(f"model.{name}={value} does not split over parallel.tp={tp}; use a divisor of {value}")

@@ -30,12 +30,12 @@ def estimate_cost(
     rows = [math.ceil(shard.num_rows / tp) for shard in shards[End.OUTPUT]]
     num_shards = tp * (layout.num_ranks if algorithm.sharded else 1)
     on_cuda = config.run.device == "cuda"
-    stage_bytes = [
-        float(len(stage) * shape.layer_activation_bytes(model, size, item_bytes, fused_norms=on_cuda, recompute=recompute))
-        for recompute, stage in _with_recompute(config, layers)
-    ]
+    sequence_ranks = tp if config.parallel.sequence_parallel else 1
+    stage_bytes = [float(len(stage) * layer_bytes(config, recompute)) for recompute, stage in _with_recompute(config, layers)]
+    if sequence_ranks > 1:  # a stage has its whole input besides
+        stage_bytes = [kept + message_bytes(config) for kept in stage_bytes]
     stage_bytes[0] += shape.embedding_activation_bytes(model, size, item_bytes)
-    stage_bytes[-1] += shape.final_norm_activation_bytes(model, size, item_bytes, fused_norms=on_cuda)
+    stage_bytes[-1] += shape.final_norm_activation_bytes(model, size, item_bytes, fused_norms=on_cuda) / sequence_ranks
     return CostModel(
         {
             kind: tuple(
@@ -48,6 +48,19 @@ def estimate_cost(
         tuple(stage_bytes),
         tuple(item_bytes * size * model.seq_length * (held_part(config) * count + model.hidden_size) for count in rows),
         tuple(float(len(stage) * shape.layer_weight_grad_bytes(model, size, item_bytes)) for stage in layers),
+    )
+
+
+def layer_bytes(config: RunConfig, recompute: str) -> int:
+    """What one layer keeps of a microbatch on each of its tensor-parallel ranks."""
+    tp = config.parallel.tp
+    return shape.layer_activation_bytes(
+        shape.tensor_share(config.model, tp),
+        config.micro_batch_size,
+        ITEM_BYTES[config.run.dtype],
+        fused_norms=config.run.device == "cuda",
+        recompute=recompute,
+        sequence_ranks=tp if config.parallel.sequence_parallel else 1,
     )
 
 
@@ -111,11 +124,12 @@ def _stage_seconds(config: RunConfig, layers: Sequence[range]) -> dict[Kind, tup
     cost, tp = config.cost, config.parallel.tp
     forward = _layer_flops(config) / cost.flops_per_second
     summed = 2 * sum_seconds(cost.tensor_seconds, cost.tensor_bytes_per_second, message_bytes(config), tp)
+    gathered = summed / 2 if config.parallel.sequence_parallel else 0.0  # inputs of two layers once more, half a sum each
     one_forward = _either(cost.layer_forward_seconds, forward) / tp + summed
     of_one_layer = {
         Kind.F: one_forward,
-        Kind.B: _either(cost.layer_backward_seconds, 2 * forward) / tp + summed,
-        Kind.I: _either(cost.layer_input_grad_seconds, forward) / tp + summed,
+        Kind.B: _either(cost.layer_backward_seconds, 2 * forward) / tp + summed + gathered,
+        Kind.I: _either(cost.layer_input_grad_seconds, forward) / tp + summed + gathered,
         Kind.W: _either(cost.layer_weight_grad_seconds, forward) / tp,
     }
     again = [shape.recomputed_part(config.model, recompute) * one_forward for recompute, _ in _with_recompute(config, layers)]

@@ -29,6 +29,7 @@ from vp_train.placement import balanced_rows, split_layers, split_vocabulary
 from vp_train.vocab.shard import Shard, split_rows
 
 SEARCHING = "schedule=auto: searching for the fastest schedule, half a minute for 8 ranks and 64 microbatches"
+SEQUENCE_DEVICES = ("cuda",)
 _SEARCHED = ("one_barrier", "two_barrier", "none")  # by vocab=auto; naive never wins
 
 
@@ -116,7 +117,12 @@ def draft_step(config: RunConfig, num_ranks: int) -> Draft:
 
 def _degrees(config: RunConfig, num_ranks: int) -> Degrees:
     degrees = split_ranks(config.parallel, num_ranks)
-    check_tensor_split(config.model, degrees.tp)
+    check_tensor_split(config.model, degrees.tp, sequences=config.parallel.sequence_parallel)
+    if config.parallel.sequence_parallel and config.run.device not in SEQUENCE_DEVICES:
+        raise ConfigError(
+            f"parallel.sequence_parallel=true needs run.device=cuda, not {config.run.device}: megatron-core exchanges parts of "
+            "sequences on GPUs only; drop it"
+        )
     return degrees
 
 

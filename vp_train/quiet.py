@@ -1,4 +1,4 @@
-"""Megatron-core warns at import that optional CUDA packages are absent; nobody here can act on that."""
+"""Notices of libraries about what nobody here can act on: absent CUDA packages, names that torch has changed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def quiet_deprecations() -> None:
+    """For this process: megatron-core and DeepSpeed call collectives of torch by their former names."""
+    warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
 
 
 @contextmanager

@@ -281,3 +281,34 @@ def test_logprobs_are_those_of_one_process_whatever_the_loss(ranks):
     config = config_of(3, 5, 101, loss=LossConfig(z_loss=0.1, normalisation="sequence"), softcap=2.0)
     config = replace(config, run=replace(config.run, eval_microbatches=5))
     assert all(difference < 1e-12 for difference in ranks(3).run(logprobs, config))
+
+
+def compare_split_sequences(rank, world_size, cases):
+    """`compare`, with megatron's exchange of sequence parts on CPUs: it allocates on the current CUDA device."""
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    return compare(rank, world_size, cases)
+
+
+@pytest.mark.parametrize(("dp", "p", "tp"), [(1, 1, 2), (1, 2, 2), (2, 1, 2)])
+def test_split_sequences_equal_one_process(ranks, monkeypatch, dp, p, tp):
+    monkeypatch.setattr("vp_train.plan.SEQUENCE_DEVICES", ("cpu",))
+    base = config_of(p, 3, 101, num_stages=2 * p, dp=dp, tp=tp)
+    families = [
+        {},
+        {"qk_norm": True, "post_norms": True, "logit_softcap": 3.0, "embedding_scale": True},
+        {"normalisation": "layernorm", "activation": "gelu", "linear_bias": True, "positions": "learned"},
+    ]
+    configs = [
+        replace(
+            base,
+            model=replace(base.model, **family),
+            schedule=ScheduleConfig(schedule),
+            parallel=replace(base.parallel, sequence_parallel=True, recompute=recompute),
+        )
+        for family in families
+        for schedule, recompute in (("1f1b", "none"), ("zb_v", "selective"), ("v_half", "full"))
+    ]
+    cases = [(config, make_plan(config, dp * p * tp)) for config in configs]
+    for results in ranks(dp * p * tp).run(compare_split_sequences, cases, timeout=100):
+        for config, differences in zip(configs, results, strict=True):
+            assert max(differences.values()) < 1e-9, (config.model, config.schedule, differences)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,25 +77,49 @@ def _accumulate(weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
         accumulate(gradient, dy.T @ x)
 
 
+@dataclass(frozen=True, slots=True)
+class SequenceSplit:
+    """Sequence parallelism (arXiv 2205.05198): between linear layers each of n tensor-parallel ranks has a part of the tokens.
+
+    `gather` makes [s, b, h] of the parts [s / n, b, h]; `scatter` sums [s, b, h] over the ranks and gives each its part.
+    """
+
+    gather: Callable[[Tensor], Tensor]
+    scatter: Callable[[Tensor], Tensor]
+
+
 class _LinearFunction(torch.autograd.Function):
-    """y = x W^T, with dW handed to the store instead of autograd; dx is summed over `group` while dW is computed."""
+    """y = x W^T, with dW handed to the store instead of autograd; dx is summed over `group` while dW is computed.
+
+    With `sequence` x and dx are parts of sequences, and y and dy whole; x is gathered again for dW.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, store: WeightGradStore, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: nn.Parameter,
+        store: WeightGradStore,
+        group: dist.ProcessGroup | None,
+        sequence: SequenceSplit | None,
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.store, ctx.group = weight, store, group
-        return x @ weight.T
+        ctx.weight, ctx.store, ctx.group, ctx.sequence = weight, store, group, sequence
+        return (x if sequence is None else sequence.gather(x)) @ weight.T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (dy,) = grads
         (x,) = ctx.saved_tensors
-        dx = dy @ ctx.weight
-        summed = None if ctx.group is None else dist.all_reduce(dx, group=ctx.group, async_op=True)
+        dx, summed = dy @ ctx.weight, None
+        if ctx.sequence is not None:
+            dx, x = ctx.sequence.scatter(dx), ctx.sequence.gather(x)
+        elif ctx.group is not None:
+            summed = dist.all_reduce(dx, group=ctx.group, async_op=True)
         ctx.store.put(ctx.weight, x.flatten(0, -2), dy.flatten(0, -2))
         if summed is not None:
             summed.wait()
-        return dx, None, None, None
+        return dx, None, None, None, None
 
 
 class _StoredLinear(nn.Module):
@@ -130,12 +155,14 @@ class ColumnLinear(_StoredLinear):
         config: Any,
         store: WeightGradStore,
         tp_group: dist.ProcessGroup,
+        sequence: SequenceSplit | None = None,
         parts: int = 1,
         bias: bool = False,
         skip_bias_add: bool = False,
         **_: object,
     ) -> None:
         super().__init__(input_size, output_size // tp_group.size(), config, store, bias, skip_bias_add)
+        self._sequence = sequence
         self._group = tp_group if tp_group.size() > 1 else None
         self.split = None if self._group is None else Split.even(0, output_size, tp_group.rank(), tp_group.size(), parts)
 
@@ -145,13 +172,16 @@ class ColumnLinear(_StoredLinear):
         return {} if self.split is None else {name: self.split for name, _ in self.named_parameters()}
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[s, b, in] -> [s, b, out / n]."""
-        y: Tensor = _LinearFunction.apply(x, self.weight, self._store, self._group)  # type: ignore[no-untyped-call]
+        """[s, b, in], or [s / n, b, in] of sequences that are split, -> [s, b, out / n]."""
+        y: Tensor = _LinearFunction.apply(x, self.weight, self._store, self._group, self._sequence)  # type: ignore[no-untyped-call]
         return self._with_bias(y)
 
 
 class RowLinear(_StoredLinear):
-    """Each of the ranks of `tp_group` has a part of the input, and the whole bias; `reduce` sums their outputs."""
+    """Each of the ranks of `tp_group` has a part of the input, and the whole bias; `reduce` sums their outputs.
+
+    Where sequences are split it also gives each rank its part of the sum.
+    """
 
     def __init__(
         self,
@@ -177,8 +207,8 @@ class RowLinear(_StoredLinear):
         return {} if self.split is None else {"weight": self.split}
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[s, b, in / n] -> [s, b, out]."""
-        y: Tensor = _LinearFunction.apply(x, self.weight, self._store, None)  # type: ignore[no-untyped-call]
+        """[s, b, in / n] -> [s, b, out], or [s / n, b, out]."""
+        y: Tensor = _LinearFunction.apply(x, self.weight, self._store, None, None)  # type: ignore[no-untyped-call]
         if self._group is not None:
             y = self._reduce(y, self._group)
         return self._with_bias(y)

@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from vp_train.config import ModelConfig
 from vp_train.model.attention import Rule, block_attention
-from vp_train.model.linear import ColumnLinear, RowLinear, WeightGradStore
+from vp_train.model.linear import ColumnLinear, RowLinear, SequenceSplit, WeightGradStore
 from vp_train.model.norm import PostNormAdd, ZeroCentredRMSNorm, build_norm
 from vp_train.model.shape import head_size, is_gated
-from vp_train.quiet import quiet_megatron
+from vp_train.quiet import quiet_deprecations, quiet_megatron
 
 
 class CoreAttention(nn.Module):
@@ -102,7 +102,8 @@ class DecoderLayer(nn.Module):
     """Decoder layer `index` of the whole model: norm, attention, norm, MLP, without dropout.
 
     `group` joins the tensor-parallel ranks, each of which has a part of the heads and of the feed-forward width; `store` takes
-    the weight gradients; `recompute` as in ParallelConfig.  Weights are uninitialised.
+    the weight gradients; `recompute` as in ParallelConfig.  With `split_sequences` x is this rank's part of every sequence.
+    Weights are uninitialised.
     """
 
     def __init__(
@@ -114,10 +115,13 @@ class DecoderLayer(nn.Module):
         group: dist.ProcessGroup,
         store: WeightGradStore,
         recompute: str = "none",
+        *,
+        split_sequences: bool = False,
     ) -> None:
         super().__init__()
         with quiet_megatron():
-            self.layer = _build(model, index, dtype, device, group, store)
+            self.layer = _build(model, index, dtype, device, group, store, split_sequences)
+        quiet_deprecations()
         if recompute != "none":
             part = self.layer if recompute == "full" else self.layer.get_submodule("self_attention")
             run = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
@@ -141,10 +145,11 @@ def _build(
     device: torch.device,
     group: dist.ProcessGroup,
     store: WeightGradStore,
+    split_sequences: bool,
 ) -> nn.Module:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
@@ -183,11 +188,17 @@ def _build(
     parts, attention, mlp = spec.submodules, spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     window = model.sliding_window if model.is_local(index) else None
     attention.core_attention = partial(CoreAttention, softcap=model.attention_softcap, window=window)
-    attention.linear_qkv = partial(ColumnLinear, store=store)
-    row = {"store": store, "reduce": reduce_from_tensor_model_parallel_region}
+    sequence, reduce = None, mappings.reduce_from_tensor_model_parallel_region
+    if split_sequences:
+        gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+        sequence = SequenceSplit(partial(gather, group=group), partial(scatter, group=group))
+        reduce = _scatter_sum
+    column: dict[str, Any] = {"store": store, "sequence": sequence}
+    row = {"store": store, "reduce": reduce}
+    attention.linear_qkv = partial(ColumnLinear, **column)
     attention.linear_proj = mlp.linear_fc2 = ModuleSpec(module=RowLinear, params=row)
     columns = 2 if is_gated(model) else 1  # gate and up
-    mlp.linear_fc1 = ModuleSpec(module=ColumnLinear, params={"store": store, "parts": columns})
+    mlp.linear_fc1 = ModuleSpec(module=ColumnLinear, params=column | {"parts": columns})
     if model.zero_centred_norm:
         parts.input_layernorm = parts.pre_mlp_layernorm = ZeroCentredRMSNorm
         if model.qk_norm:
@@ -197,15 +208,27 @@ def _build(
             ModuleSpec(module=PostNormAdd, params={"norm": build_norm(model, dtype, device)}) for _ in range(2)
         )
     layer: nn.Module = build_module(spec, config=config, layer_number=1, pg_collection=groups)
-    layer = layer.to(device=device, dtype=dtype)
-    if model.qk_norm and group.size() > 1:
-        for name in ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"):
-            layer.get_parameter(name).register_hook(partial(_summed, group=group))  # type: ignore[no-untyped-call]
-    return layer
+    return layer.to(device=device, dtype=dtype)
 
 
-def _summed(gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Norms over heads are the same on all ranks, which see a part of the heads each."""
-    whole = gradient.clone()
-    dist.all_reduce(whole, group=group)
+def _scatter_sum(y: Tensor, group: dist.ProcessGroup) -> Tensor:
+    from megatron.core.tensor_parallel import mappings
+
+    part: Tensor = mappings.reduce_scatter_to_sequence_parallel_region(y, group=group)
+    return part
+
+
+def split_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[s, b, h], the same on all ranks of `group`, -> this rank's part [s / n, b, h]."""
+    from megatron.core.tensor_parallel import mappings
+
+    part: Tensor = mappings.scatter_to_sequence_parallel_region(x, group=group)
+    return part
+
+
+def join_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The inverse of `split_sequence`; what follows is done by every rank alike."""
+    from megatron.core.tensor_parallel import mappings
+
+    whole: Tensor = mappings.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=group)
     return whole

@@ -104,18 +104,24 @@ def head_in_layers(model: ModelConfig) -> float:
 
 
 def layer_activation_bytes(
-    model: ModelConfig, micro_batch_size: int, item_bytes: int, *, fused_norms: bool = False, recompute: str = "none"
+    model: ModelConfig,
+    micro_batch_size: int,
+    item_bytes: int,
+    *,
+    fused_norms: bool = False,
+    recompute: str = "none",
+    sequence_ranks: int = 1,
 ) -> int:
     """Bytes one layer keeps from its forward to its backward, for one microbatch.  torch fuses an RMSNorm on CUDA.
 
     Per token: the norms; the inputs of attention and of the MLP; what attention keeps besides, unless it runs again; and what
     the activation of the MLP keeps: all it is given and its output, and with a gate also the two factors.  A layer that runs
-    again as a whole keeps its input alone.
+    again as a whole keeps its input alone.  Norms and these inputs may be split over `sequence_ranks`.
     """
     if recompute == "full":
-        return _input_bytes(model, micro_batch_size, item_bytes)
-    norm_bytes = (4 if model.post_norms else 2) * _norm_bytes(model, item_bytes, fused=fused_norms)
-    per_token = 2 * model.hidden_size + (5 if is_gated(model) else 2) * model.ffn_hidden_size
+        return _input_bytes(model, micro_batch_size, item_bytes) // sequence_ranks
+    norm_bytes = (4 if model.post_norms else 2) * _norm_bytes(model, item_bytes, fused=fused_norms) // sequence_ranks
+    per_token = 2 * model.hidden_size // sequence_ranks + (5 if is_gated(model) else 2) * model.ffn_hidden_size
     attention = _attention_bytes(model, micro_batch_size, item_bytes) if recompute == "none" else 0
     return micro_batch_size * model.seq_length * (item_bytes * per_token + norm_bytes) + attention
 

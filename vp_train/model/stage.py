@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vp_train.config import ModelConfig
 from vp_train.model.linear import ColumnLinear, RowLinear, WeightGradStore
-from vp_train.model.megatron import DecoderLayer, rotary_table
+from vp_train.model.megatron import DecoderLayer, join_sequence, rotary_table, split_sequence
 from vp_train.model.norm import build_norm
 
 _ROWS_PER_BLOCK = 1024
@@ -21,8 +21,10 @@ class Stage(nn.Module):
     """The layers `layers` (global numbers, perhaps none) and, on the last stage, the final norm.
 
     The first stage scales the embeddings and adds the learned positions, where the model has them.  Parameters are named by
-    global layer, `layers.7...`, and initialised from (seed, global layer) alone; `splits` has those that are split over the
-    ranks of `group`.  `recompute` as in ParallelConfig; what is not kept runs again in I if the backward is split.
+    global layer, `layers.7...`, and initialised from (seed, global layer) alone.  `splits` has those that are split over the
+    ranks of `group`; `partial` those whose gradient each of these ranks has a part of: norms of heads and, with
+    `split_sequences`, all that sees a part of the tokens.  `recompute` as in ParallelConfig; what is not kept runs again in I
+    if the backward is split.
     """
 
     scale: Tensor | None
@@ -42,12 +44,19 @@ class Stage(nn.Module):
         group: dist.ProcessGroup,
         seed: int,
         recompute: str = "none",
+        split_sequences: bool = False,
     ) -> None:
         super().__init__()
+        self._sequence_group = group if split_sequences else None
         self.weight_grads = WeightGradStore()
         self._local = {str(index) for index in layers if model.is_local(index)}
         self.layers = nn.ModuleDict(
-            {str(index): DecoderLayer(model, index, dtype, device, group, self.weight_grads, recompute) for index in layers}
+            {
+                str(index): DecoderLayer(
+                    model, index, dtype, device, group, self.weight_grads, recompute, split_sequences=split_sequences
+                )
+                for index in layers
+            }
         )
         self.splits = {
             f"{name}.{parameter}": split
@@ -71,6 +80,12 @@ class Stage(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("angles", angles, persistent=False)
         self.register_buffer("local_angles", local_angles, persistent=False)
+        split_over = () if group.size() == 1 else ("",) if split_sequences else ("q_layernorm", "k_layernorm")
+        self.partial = frozenset(
+            name
+            for name, _ in self.named_parameters()
+            if name not in self.splits and name != "positions" and any(part in name for part in split_over)
+        )
 
     def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h], s at most model.seq_length; attention stays within `segments` [b, s], if given."""
@@ -79,10 +94,15 @@ class Stage(nn.Module):
             x = x * self.scale
         if self.positions is not None:
             x = x + _by_token(self.positions, x.shape[:2], documents)
+        num_tokens = len(x)
+        if self._sequence_group is not None:
+            x = split_sequence(x, self._sequence_group)
         for name, layer in self.layers.items():
             angles = self.local_angles if name in self._local else self.angles
-            x = layer(x, None if angles is None else angles[: len(x)], documents)
-        return x if self.final_norm is None else self.final_norm(x)
+            x = layer(x, None if angles is None else angles[:num_tokens], documents)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return x if self._sequence_group is None else join_sequence(x, self._sequence_group)
 
     @torch.no_grad()
     def _initialise(self, prefix: str, layer: nn.Module, model: ModelConfig, generator: torch.Generator) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from vp_train.config import OptimConfig
 from vp_train.optim.adamw import MOMENTS, build_adamw
 from vp_train.optim.gradients import Gradients
 from vp_train.optim.optimizer import State, squared_norm
+from vp_train.quiet import quiet_deprecations
 
 _BUCKET_ELEMENTS = 1 << 26  # summed and gathered at a time
 _OFFLOAD_ELEMENTS = 1 << 24  # summed at a time with optim.offload, in a buffer of that size
@@ -157,7 +157,7 @@ def _deepspeed(
     """DeepSpeed's optimizer, which replaces the storage of the parameters by one flat tensor per group."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says that it found none
-    warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
+    quiet_deprecations()
     import deepspeed
     from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, OffloadDeviceEnum
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer

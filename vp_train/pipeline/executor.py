@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from schedules.ir import Kind, Pass
 from schedules.lower import Action, Op
@@ -85,7 +86,7 @@ class Executor:
         self._tensors: Buffers[Tensor] = Buffers()
         self._arriving: Buffers[Pending] = Buffers()
         self._barriers: Buffers[Once] = Buffers()
-        self._saved: Buffers[tuple[Tensor, Tensor]] = Buffers()
+        self._saved: Buffers[tuple[Tensor, GradientEdge]] = Buffers()
         self._actions = {
             Action.RUN: self._run,
             Action.SEND: self._send,
@@ -175,7 +176,8 @@ class Executor:
             x.requires_grad_()
             with torch.enable_grad():
                 y = self._part.stages[item.stage](x, segments)
-            self._saved.put("xy", item.stage, item.microbatch, (x, y))
+            # What y was computed from is enough for its backward, without y.
+            self._saved.put("xy", item.stage, item.microbatch, (x, get_gradient_edge(y)))
         self._tensors.put("x", item.stage + 1, item.microbatch, y.detach())
 
     def _backward(self, item: Pass) -> None:

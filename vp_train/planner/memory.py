@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from schedules.ir import Kind, Pass
 from schedules.vocab import End
 from vp_train.config import RunConfig
-from vp_train.estimate import ITEM_BYTES, held_part, message_bytes
+from vp_train.estimate import ITEM_BYTES, held_part, layer_bytes, message_bytes
 from vp_train.model import shape
 from vp_train.plan import StepPlan
 
@@ -114,13 +114,8 @@ def step_peak(config: RunConfig, step: StepPlan, rank: int) -> tuple[float, floa
     activations, held, working = 0.0, pool, always
     peak = (activations, held, working)
     for item in order:
-        change, left = cost.byte_change(item), 0.0
-        if on_cpu:
-            left = _unsent_bytes(item, step, rank, message)
-        elif not item.kind.is_vocabulary and _is_hop(
-            item.stage, item.stage + 1, step
-        ):  # the executor keeps the output of a stage until its backward
-            change += {Kind.F: message, Kind.B: -message, Kind.I: -message}.get(item.kind, 0.0)
+        change = cost.byte_change(item)
+        left = _unsent_bytes(item, step, rank, message) if on_cpu else 0.0
         in_held = item.kind in (Kind.S, Kind.T)
         if in_held and on_cpu and exponentials:
             change -= math.copysign(exponentials, change)
@@ -184,11 +179,8 @@ def _working_bytes(config: RunConfig, item: Pass) -> float:
             # The MLP is differentiated first, when everything before it is still there: the gradients of its activation's
             # input and output, which W keeps in part, less what the last product has used up.
             wide = (3 if shape.is_gated(model) else 2) - (item.kind is Kind.B)
-            fused, recompute = config.run.device == "cuda", config.parallel.recompute_of(item.stage)
-            formed, kept = (
-                shape.layer_activation_bytes(model, config.micro_batch_size, item_bytes, fused_norms=fused, recompute=which)
-                for which in ("none", recompute)
-            )
+            recompute = config.parallel.recompute_of(item.stage)
+            formed, kept = layer_bytes(config, "none"), layer_bytes(config, recompute)
             again = formed if recompute == "full" else formed - kept  # a whole layer runs from a copy of its input
             return float(values * (wide * model.ffn_hidden_size + 2 * model.hidden_size) + again)
         case Kind.S | Kind.T:

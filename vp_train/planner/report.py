@@ -216,7 +216,7 @@ def _rank_report(config: RunConfig, step: StepPlan, rank: int, state: StateBytes
     vocabulary = sum(span.seconds for span in spans if Kind(span.kind).is_vocabulary)
     num_layers, cost = sum(map(len, step.layers_of_ranks[rank])), config.cost
     one_sum = sum_seconds(cost.tensor_seconds, cost.tensor_bytes_per_second, message_bytes(config), step.degrees.tp)
-    sums = 4.0 * num_layers
+    sums = (5.0 if config.parallel.sequence_parallel else 4.0) * num_layers
     for stage, layers in zip(step.problem.layout.stages_of(rank), step.layers_of_ranks[rank], strict=True):
         sums += 2 * shape.recomputed_part(config.model, config.parallel.recompute_of(stage)) * len(layers)
     return RankReport(
