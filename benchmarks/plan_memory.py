@@ -37,6 +37,7 @@ CASES = {
     "1f1b, two_barrier, V 131,072": ["vocab=two_barrier", "model.vocab_size=131072"],
     "1f1b, recompute backend": ["vocab.backend=recompute"],
     "1f1b, recompute": ["parallel.recompute=full"],
+    "1f1b, selective": ["parallel.recompute=selective"],
     "1f1b, tied, float64, V 8,192": ["model.tied_embeddings=true", "run.dtype=float64", "model.vocab_size=8192"],
     "gpipe, 2 x 256 tokens": ["schedule=gpipe", "micro_batch_size=2"],
     "zb_h1": ["schedule=zb_h1"],

@@ -91,7 +91,7 @@ class OutputLayer:
     def s(self, microbatch: int, x: Tensor, *, keep: bool = True) -> None:
         """Pass S for x [T, H]; with `keep` false (evaluation) nothing is held for T."""
         owned, softcap = self._owned[microbatch], self._options.softcap
-        softmax, held = self._backend.s(x, owned, input_term=keep and self._rules.input_term_in_s, keep=keep)
+        softmax, held = self._backend.s(x, owned, input_term=self._rules.input_term_in_s, keep=keep)
         at_targets = softmax.target_logit[owned.positions]
         target_scale = torch.full_like(at_targets, 1 - self._options.label_smoothing)
         if softcap is not None:
