@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One pipeline over all GPUs of one or several nodes.  On every node:
+# A run over all GPUs of one or several nodes.  On every node:
 #   HEAD=node0 NODES=2 NODE=0 GPUS=8 launch/torchrun.sh model=small run.device=cuda run.name=first
 set -euo pipefail
 : "${HEAD:=127.0.0.1}" "${PORT:=29500}" "${NODES:=1}" "${NODE:=0}" "${GPUS:=4}"

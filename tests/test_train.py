@@ -342,32 +342,47 @@ def test_bfloat16_converges_to_the_entropy_of_its_data(ranks, tmp_path):
     assert abs(metrics_of(config)[-1]["validation_loss"] - open_source(config).entropy) < 0.05
 
 
-FAILING = """
-import os, sys
+MISBEHAVING = """
+import os, sys, time
 from vp_train.train import Run
 from vp_train.cli import train
 inner = Run.train_step
 def failing(self, step, reporter):
     if step == 2 and self.mesh.rank == 1:
-        raise RuntimeError("deliberate failure")
+        {deed}
     inner(self, step, reporter)
 Run.train_step = failing
 train()
 """
 
 
-def test_a_rank_that_raises_ends_the_job_with_its_traceback(tmp_path):
-    script = tmp_path / "failing.py"
-    script.write_text(FAILING)
-    overrides = ["model=nano", "data=synthetic", f"run.root={tmp_path}/runs", "run.steps=100", "run.timeout_seconds=60"]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *overrides],
+def misbehave(tmp_path, deed, patience, *, timeout):
+    """A run of two ranks, of which the second does `deed` in step 2."""
+    script = tmp_path / "misbehaving.py"
+    script.write_text(MISBEHAVING.replace("{deed}", deed))
+    overrides = ["model=nano", "data=synthetic", f"run.root={tmp_path}/runs", "run.steps=100", "run.trace_step=0"]
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *(str(script), *overrides, f"run.timeout_seconds={patience}"),
+        ],
         capture_output=True,
         text=True,
-        timeout=50,  # well below run.timeout_seconds: nobody waits for the dead
+        timeout=timeout,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
     )
+
+
+def test_a_rank_that_hangs_ends_the_job_when_its_time_is_up(tmp_path):
+    done = misbehave(tmp_path, "time.sleep(1000)", 3, timeout=50)
+    assert done.returncode != 0
+    assert "rank 0: stopped at step 2, another rank has not answered for 3 s (run.timeout_seconds)" in done.stderr
+    assert "Traceback" not in done.stderr.partition("rank 0: stopped")[0]
+
+
+def test_a_rank_that_raises_ends_the_job_with_its_traceback(tmp_path):
+    done = misbehave(tmp_path, 'raise RuntimeError("deliberate failure")', 60, timeout=50)  # nobody waits for the dead
     assert done.returncode != 0
     assert "rank 1 failed at step 2" in done.stderr
     assert "RuntimeError: deliberate failure" in done.stderr

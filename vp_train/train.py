@@ -71,6 +71,9 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
     except Exception as error:
         if _lost_a_peer(error):
             _leave(EXIT_INTERNAL, f"rank {rank}: stopped at step {step}, another rank went away")
+        if "Timed out waiting" in str(error):  # gloo
+            words = f"another rank has not answered for {config.run.timeout_seconds:g} s (run.timeout_seconds); it may hang"
+            _leave(EXIT_INTERNAL, f"rank {rank}: stopped at step {step}, {words}")
         _leave(EXIT_INTERNAL, f"rank {rank} failed at step {step}\n{traceback.format_exc()}")
     dist.destroy_process_group()
     _leave(EXIT_OK)
