@@ -48,6 +48,7 @@ def measure_ranks(config: RunConfig, num_ranks: int, pipeline_ranks: list[int], 
 
 
 def _serve(pipe: Connection, config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: int) -> None:
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # workers of the compiler would leave semaphores behind
     try:
         pipe.send(("done", _measure(config, num_ranks, pipeline_rank, num_steps)))
     except torch.OutOfMemoryError as error:
