@@ -65,8 +65,8 @@ class ZeroAdamW:
     def ready(self, names: Sequence[str]) -> None:
         if self._zero is None:
             return
-        if self._zero.cpu_offload:
-            self._zero.setup_buckets()
+        if not self._started:
+            self._begin()
         for name in names:
             if name not in self._started and name in self._group_of:
                 parameter, group = self._group_of[name]
@@ -77,6 +77,16 @@ class ZeroAdamW:
                     parameter.grad = gradient
                 self._zero.reduce_ready_partitions_and_remove_grads(parameter, group)
                 self._started.add(name)
+
+    def _begin(self) -> None:
+        """Forget the step before: `DeepSpeedZeroOptimizer.step` does, but a step that is skipped never gets there."""
+        zero: Any = self._zero
+        for group in range(len(zero.bit16_groups)):
+            zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
+        zero.micro_step_id = -1
+        if zero.cpu_offload:
+            zero.reset_cpu_buffers()
+            zero.setup_buckets()
 
     def reduce(self) -> None:
         self.ready(list(self._group_of))
