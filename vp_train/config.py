@@ -541,6 +541,10 @@ class RunSettings:
                 f"run.name={self.name!r} is not a directory name; use letters, digits and dashes, and run.root for the parent"
             )
 
+    def eval_microbatches_of(self, dp_size: int) -> int:
+        """How many microbatches of an evaluation each of `dp_size` replicas runs: all run as many, at least one."""
+        return max(1, -(-self.eval_microbatches // dp_size))
+
 
 @dataclass(frozen=True)
 class RunConfig:

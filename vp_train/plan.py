@@ -77,7 +77,7 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
     problem, cost = step.problem, step.cost
     program = lower(step.schedule, problem, cost, tied=config.model.tied_embeddings)
     check_program(program, problem)
-    num_evaluated = max(1, config.run.eval_microbatches)
+    num_evaluated = config.run.eval_microbatches_of(step.degrees.dp)
     evaluated = Problem(problem.layout, num_evaluated, evaluation(problem.algorithm), forward_only=True)
     evaluation_program = lower(generate("gpipe", evaluated, cost), evaluated, cost)
     check_program(evaluation_program, evaluated)

@@ -163,9 +163,8 @@ class Run:
         rate = self._update(step, health)
         seconds = time.perf_counter() - started
         if reporter is not None:
-            reporter.step(
-                StepReport(step, health.loss, health.grad_norm, rate, batch.tokens.numel() / seconds, health.peak_bytes)
-            )
+            speed = self.mesh.degrees.dp * batch.tokens.numel() / seconds
+            reporter.step(StepReport(step, health.loss, health.grad_norm, rate, speed, health.peak_bytes))
         if traced is not None:
             self._report_trace(traced, reporter)
         if self._falls_on(step, self.config.run.eval_every):
@@ -212,7 +211,7 @@ class Run:
             print(f"step {step} skipped: non-finite {where}", file=sys.stderr, flush=True)
 
     def _validate(self) -> float:
-        batch = self._on_device(self.source.validation_batch())
+        batch = self._on_device(self.source.validation_batch(self.mesh.data_rank, self.mesh.degrees.dp))
         loss = self.model.evaluator.step(batch.tokens, batch.labels, segments=batch.segments)
         return gather_health(self._own(loss), None, self.mesh.world).loss
 

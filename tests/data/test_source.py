@@ -75,7 +75,7 @@ def test_one_pass_holds_every_training_token_once(letters: RunConfig) -> None:
 @pytest.mark.parametrize("purpose", ["train", "validation"])
 def test_replicas_share_what_a_single_one_would_get(config: RunConfig, purpose: str) -> None:
     def rows(dp: int) -> list[list[int]]:
-        source = open_source(replace(config, num_microbatches=12 // dp, run=replace(config.run, eval_microbatches=12 // dp)))
+        source = open_source(replace(config, num_microbatches=12 // dp, run=replace(config.run, eval_microbatches=12)))
         if purpose == "train":
             batches = [source.train_batch(3, rank, dp) for rank in range(dp)]
         else:
@@ -85,6 +85,19 @@ def test_replicas_share_what_a_single_one_would_get(config: RunConfig, purpose: 
     assert len(rows(1)) == 24
     for dp in (2, 3, 4, 6, 12):
         assert rows(dp) == rows(1)
+
+
+def test_validation_counts_no_sample_twice_where_replicas_get_unequal_shares(config: RunConfig) -> None:
+    def counted(num_microbatches: int, dp: int) -> list[list[int]]:
+        source = open_source(replace(config, run=replace(config.run, eval_microbatches=num_microbatches)))
+        batches = [source.validation_batch(rank, dp) for rank in range(dp)]
+        assert {len(batch.tokens) for batch in batches} == {max(1, -(-num_microbatches // dp))}
+        labels = [row for batch in batches for row in batch.labels.flatten(0, 1).tolist()]
+        return [row for row in labels if set(row) != {-100}]
+
+    for num_microbatches, dp in ((3, 2), (5, 3), (1, 4), (0, 2)):
+        assert counted(num_microbatches, dp) == counted(num_microbatches, 1)
+        assert len(counted(num_microbatches, 1)) == 2 * max(1, num_microbatches)
 
 
 def test_a_longer_run_begins_with_the_same_batches(letters: RunConfig) -> None:

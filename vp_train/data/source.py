@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -46,7 +48,7 @@ class Source(Protocol):
         ...
 
     def validation_batch(self, dp_rank: int = 0, dp_size: int = 1) -> Batch:
-        """The same run.eval_microbatches microbatches every time."""
+        """The same microbatches every time, run.eval_microbatches over all replicas; those that fill up have no loss."""
         ...
 
 
@@ -62,8 +64,12 @@ def _positions(config: RunConfig, step: int, dp_rank: int, dp_size: int) -> rang
     return own_positions(step, config.num_microbatches * config.micro_batch_size, dp_rank, dp_size)
 
 
-def _validation_positions(config: RunConfig, dp_rank: int, dp_size: int) -> range:
-    return own_positions(1, max(1, config.run.eval_microbatches) * config.micro_batch_size, dp_rank, dp_size)
+def _share(samples: Callable[[range], Batch], config: RunConfig, dp_rank: int, dp_size: int) -> Batch:
+    """A replica's share of the samples for validation."""
+    num_own = config.run.eval_microbatches_of(dp_size)
+    batch = samples(own_positions(1, num_own * config.micro_batch_size, dp_rank, dp_size))
+    batch.labels[max(0, max(1, config.run.eval_microbatches) - dp_rank * num_own) :] = _NO_LOSS
+    return batch
 
 
 def _batch(samples: list[np.ndarray], config: RunConfig) -> Tensor:
@@ -88,7 +94,7 @@ class _Synthetic:
         return self._samples(0, _positions(self._config, step, dp_rank, dp_size))
 
     def validation_batch(self, dp_rank: int = 0, dp_size: int = 1) -> Batch:
-        return self._samples(1, _validation_positions(self._config, dp_rank, dp_size))
+        return _share(partial(self._samples, 1), self._config, dp_rank, dp_size)
 
 
 class _Samples:
@@ -145,4 +151,4 @@ class _Text:
 
     def validation_batch(self, dp_rank: int = 0, dp_size: int = 1) -> Batch:
         assert self._validation is not None
-        return self._validation.batch(_validation_positions(self._config, dp_rank, dp_size))
+        return _share(self._validation.batch, self._config, dp_rank, dp_size)
