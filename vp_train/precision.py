@@ -13,6 +13,8 @@ from torch import Tensor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
+_SUMMED_ROWS = 256  # at a time
+
 
 def statistics_dtype(compute: torch.dtype) -> torch.dtype:
     """Of sums, gradients and what the optimizer keeps: fp64 for fp64, fp32 for everything else."""
@@ -34,6 +36,11 @@ def _accumulate(accumulator: Tensor, addend: Tensor, keep: Tensor | None, scale:
     accumulator.add_(addend if scale is None else addend * scale[:, None])
 
 
+def column_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the rows of `matrix` [R, H] in `dtype`, by blocks: torch would first cast all of it."""
+    return torch.stack([block.sum(0, dtype=dtype) for block in torch.split(matrix, _SUMMED_ROWS)]).sum(0)
+
+
 def scaled(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     """x scale [N, H] in the dtype of x, in `out`, for `scale` [N] of another dtype: fused like `accumulate`."""
     mixed = x.device.type == "cpu" and x.dtype is not scale.dtype
@@ -45,13 +52,13 @@ def _scale(x: Tensor, scale: Tensor, out: Tensor) -> None:
     torch.mul(x, scale[:, None], out=out)
 
 
-def accumulate_transposed(accumulator: Tensor, addend: Tensor) -> None:
-    """accumulator [N, H] += addend^T for `addend` [H, N] of another dtype on a CPU; needs a compiler."""
-    compiled_exactly(_add_transposed)(accumulator, addend)
+def accumulate_transposed(accumulator: Tensor, addend: Tensor, scale: Tensor | None = None) -> None:
+    """accumulator [N, H] += addend^T scale for `addend` [H, N] of another dtype on a CPU and `scale` []; needs a compiler."""
+    compiled_exactly(_add_transposed)(accumulator, addend, scale)
 
 
-def _add_transposed(accumulator: Tensor, addend: Tensor) -> None:
-    accumulator.add_(addend.T)
+def _add_transposed(accumulator: Tensor, addend: Tensor, scale: Tensor | None) -> None:
+    accumulator.add_(addend.T if scale is None else addend.T * scale)
 
 
 @cache

@@ -1,5 +1,6 @@
 """The sharded embedding equals the whole one; its gradient touches only the rows of the tokens."""
 
+import pytest
 import torch
 
 from tests.vocab.ranks import make_layer
@@ -43,6 +44,13 @@ def test_the_same_token_many_times_gives_the_same_bits_every_time():
         results.append(grad)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_a_token_outside_the_vocabulary_is_refused():
+    layer = InputLayer(torch.zeros(40, 8), torch.zeros(40, 8), split_rows(64, 2, [40, 24]), 0)
+    for token in (64, -1):
+        with pytest.raises(IndexError, match=rf"token {token} is not in the vocabulary, whose ids are 0 to 63"):
+            layer.begin(torch.tensor([[3, 63, token], [1, 2, 4]]))
 
 
 def test_tied_layers_share_weight_and_gradient():

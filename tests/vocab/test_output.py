@@ -137,22 +137,6 @@ def test_what_is_held_is_the_exponentials_kept_in_the_compute_dtype_x_and_a_few_
         assert 0 <= value - (T * rows_here * kept * size + T * H * size) <= 2 * 4 * T
 
 
-def test_memory_held_in_one_step_is_used_again_in_the_next():
-    x, weight, targets, grad_loss = inputs(64)
-    layer = make_layer(weight, torch.zeros_like(weight), Shard(0, 64), "one_barrier", "chunked")
-    places = []
-    for _ in range(2):
-        layer.begin(targets.expand(2, T), grad_loss.expand(2, T))
-        for microbatch in range(2):
-            layer.s(microbatch, x)
-            layer.absorb("C1", microbatch, layer.message("C1", microbatch)[None])
-        places.append({layer._microbatches[microbatch].held.exponentials.data_ptr() for microbatch in range(2)})
-        for microbatch in range(2):
-            layer.t(microbatch)
-        layer.finish()
-    assert places[0] == places[1]
-
-
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("small_chunks")
@@ -176,7 +160,40 @@ def test_evaluation_keeps_no_chunk_while_it_walks_the_rows():
     x, weight, targets, _ = inputs(100)
     (owned,) = Shard(0, 100).owned(targets[None])
     held = backends.Chunked(weight, weight, None, 0.0).s(x, owned, input_term=False, keep=False)[1]
-    assert largest_kept(held) <= T
+    assert held.exponentials.numel() == 0
+    assert held.maxima == []
+
+
+@pytest.mark.parametrize("backend", ["chunked", "recompute", "recompute:0.4"])
+def test_small_probabilities_keep_their_gradient_in_float16(backend):
+    """With 200,000 rows and losses that count 1e-3, x is multiplied with values far below the smallest of float16."""
+    x, weight, targets, _ = inputs(200_000, torch.float16)
+    weight, small = weight * 0.02, torch.full((T,), 1e-3)
+    truth = cross_entropy(x.double(), weight.double(), targets, small.double())[2]
+    found = run_output(
+        x, weight, targets, small, sizes=[200_000], algorithm="one_barrier", backend=backend, grad_dtype=torch.float32
+    )
+    others = torch.ones(len(weight), dtype=torch.bool).index_fill_(0, targets.clamp_min(0), value=False)
+    assert ((found[2].double() - truth)[others].norm() / truth[others].norm()).item() < 1e-3
+
+
+def test_a_label_outside_the_vocabulary_is_refused():
+    x, weight, targets, grad_loss = inputs(64)
+    for label in (64, -1, 99):
+        targets[5] = label
+        with pytest.raises(IndexError, match=rf"label {label} is not in the vocabulary, whose ids are 0 to 63"):
+            run_output(x, weight, targets, grad_loss, sizes=[40, 24], algorithm="one_barrier", backend="chunked")
+
+
+def test_an_ignored_token_has_no_gradient_whatever_its_weight():
+    x, weight, targets, grad_loss = inputs(64)
+    heavy = grad_loss.clone()
+    heavy[3] = 7.0
+    options = {"sizes": [40, 24], "algorithm": "one_barrier", "backend": "chunked"}
+    pairs = zip(
+        run_output(x, weight, targets, heavy, **options), run_output(x, weight, targets, grad_loss, **options), strict=True
+    )
+    assert all(torch.equal(ours, theirs) for ours, theirs in list(pairs)[:3])
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -207,7 +224,9 @@ def test_a_uniform_layer_has_loss_ln_v():
     [
         ({"label_smoothing": 1.0}, r"label smoothing of 1\.0 is out of range"),
         ({"z_loss": -1.0}, r"z-loss of -1\.0 is out of range"),
+        ({"z_loss": math.inf}, r"z-loss of inf is out of range"),
         ({"softcap": 0.0}, r"softcap of 0\.0 is out of range"),
+        ({"softcap": math.inf}, r"softcap of inf is out of range"),
         (
             {"softcap": 30.0, "label_smoothing": 0.1},
             r"label smoothing of 0\.1 with a logit softcap of 30\.0 .*turn one of the two off",
@@ -226,5 +245,6 @@ def test_the_fused_row_pass_equals_the_unfused(dtype, softcap):
     least = torch.linspace(-20, 20, 7)
     fused, unfused = torch.empty_like(logits), torch.empty_like(logits)
     ours, theirs = rows.exponentiate(logits, least, fused, softcap), rows.unfused(logits, least, unfused, softcap)
-    for mine, other in zip((*ours, fused.float()), (*theirs, unfused.float()), strict=True):
-        assert torch.allclose(mine, other, rtol=4e-3 if mine is fused else 1e-5, atol=1e-6)
+    assert torch.allclose(fused.float(), unfused.float(), rtol=8e-3, atol=1e-6)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, other, rtol=1e-5, atol=1e-6)

@@ -5,6 +5,7 @@ T tokens, H hidden, R rows of the shard; z = x W^T [T, R], or c tanh(x W^T / c) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,6 +20,7 @@ from vp_train.vocab.shard import Owned
 
 # The logits of a chunk of rows: large enough for the matrix products, on a CPU small enough to stay in cache.
 _CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}
+_LARGEST = 2.0**15  # what float16 holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,17 +118,18 @@ class Chunked:
     def t(self, held: object, x: Tensor, lse: Tensor, scale: Tensor, *, input_term: bool) -> Tensor | None:
         assert isinstance(held, _Chunks)
         product = x.new_zeros(x.shape, dtype=lse.dtype) if input_term else None
-        maxima = iter(held.maxima)
+        maxima, none = iter(held.maxima), torch.full_like(lse, -torch.inf)
+        scale, undo = _lifted(x, scale) if x.dtype is torch.float16 else (scale, 1.0)
         for start, stop, place in self._chunks(x.shape[0]):
             exponential = self._block(held.exponentials, place, x, stop - start)
             if place is None:
                 logits = self._products.logits(x, self._weight[start:stop], exponential)
-                maximum, _ = self._exponentiate(logits, lse, exponential)
+                maximum, _ = self._exponentiate(logits, none, exponential)
             else:
                 maximum = next(maxima)
             relative = torch.exp(maximum - lse)
             right = scaled(x, relative * scale, self._products.scratch("x", x.shape, x.dtype, x.device))
-            self._products.add_transposed_matmul(self._grad[start:stop], exponential, right)
+            self._products.add_transposed_matmul(self._grad[start:stop], exponential, right, undo)
             if product is not None:
                 accumulate(product, self._products.matmul(exponential, self._weight[start:stop]), scale=relative)
         if x.device.type == "cpu":
@@ -209,6 +212,16 @@ def _pick(target_logit: Tensor, logits: Tensor, column: Tensor) -> None:
     num_columns = logits.shape[1]
     found = logits.gather(1, column.clamp(0, num_columns - 1)[:, None])[:, 0].to(target_logit.dtype)
     torch.where((column >= 0) & (column < num_columns), found, target_logit, out=target_logit)
+
+
+def _lifted(x: Tensor, scale: Tensor) -> tuple[Tensor, float]:
+    """`scale` [T] times a power of two, and its inverse: x scale, which float16 would lose, becomes as large as its sum may be.
+
+    Waits for the device.
+    """
+    largest = len(x) * float((x.abs().amax(-1) * scale.abs()).max()) if len(x) else 0.0
+    exponent = math.floor(math.log2(_LARGEST / largest)) if 0 < largest < math.inf else 0
+    return scale * 2.0 ** min(exponent, 64), 2.0 ** -min(exponent, 64)
 
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vp_train.vocab.shard import Shard
+from vp_train.vocab.shard import Shard, require_within
 
 
 class InputLayer:
@@ -21,10 +21,12 @@ class InputLayer:
         assert weight.shape == grad.shape
         assert weight.shape[0] == shards[index].num_rows
         self._weight, self._grad, self._shard = weight.detach(), grad, shards[index]
+        self._vocab_size = shards[-1].stop
         self._stops = torch.tensor([shard.stop for shard in shards], device=weight.device)
 
     def begin(self, tokens: Tensor) -> None:
-        """A step over `tokens` [m, T]."""
+        """A step over `tokens` [m, T].  Raises IndexError for a token that the vocabulary does not have."""
+        require_within(tokens, self._vocab_size, "token")
         owners = torch.bucketize(tokens, self._stops, right=True)
         m, n = len(tokens), len(self._stops)
         shifted = owners + n * torch.arange(m, device=tokens.device)[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,10 +29,10 @@ class LossOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label smoothing of {self.label_smoothing} is out of range; it must lie in [0, 1)")
-        if not self.z_loss >= 0:
-            raise ValueError(f"a z-loss of {self.z_loss} is out of range; it must be at least 0")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"a logit softcap of {self.softcap} is out of range; it must be above 0, or none")
+        if not 0 <= self.z_loss < math.inf:
+            raise ValueError(f"a z-loss of {self.z_loss} is out of range; it must be at least 0 and finite")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"a logit softcap of {self.softcap} is out of range; it must be above 0 and finite, or none")
         if self.softcap is not None and self.label_smoothing:
             raise ValueError(
                 f"label smoothing of {self.label_smoothing} with a logit softcap of {self.softcap} is not supported; "

@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vp_train.precision import statistics_dtype
+from vp_train.precision import column_sums, statistics_dtype
 from vp_train.vocab.backends import Softmax, make_backend
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
-from vp_train.vocab.shard import Owned, Shard
+from vp_train.vocab.shard import Owned, Shard, require_within
 
 _PLAIN = LossOptions()
 
@@ -72,19 +72,25 @@ class OutputLayer:
         self._weight, self._grad, self._shard = weight.detach(), grad, shard
         self._rules, self._options = ALGORITHMS[algorithm], options
         self._backend = make_backend(backend, self._weight, grad, options.softcap, recompute_fraction)
+        self._vocab_size = vocab_size
         self._smoothing = options.label_smoothing / vocab_size  # the weight of every row but the target's
         self._microbatches: dict[int, _Microbatch] = {}
 
     @torch.no_grad()
     def begin(self, targets: Tensor, weights: Tensor) -> None:
-        """A step over `targets` [m, T] (IGNORE_INDEX: no loss), whose losses count `weights` [m, T] = dL/d(token loss)."""
+        """A step over `targets` [m, T] (IGNORE_INDEX: no loss), whose losses count `weights` [m, T] = dL/d(token loss).
+
+        Raises IndexError for a target that the vocabulary does not have.
+        """
         assert not self._microbatches
         precise = statistics_dtype(self._weight.dtype)
-        self._owned, self._ignored = self._shard.owned(targets), targets == IGNORE_INDEX
-        self._grad_loss = weights.to(precise)
+        self._ignored = targets == IGNORE_INDEX
+        require_within(targets.masked_fill(self._ignored, 0), self._vocab_size, "label")
+        self._owned = self._shard.owned(targets)
+        self._grad_loss = weights.to(precise).masked_fill(self._ignored, 0.0)
         self._left = len(targets)  # T to come
         if self._smoothing:
-            self._row_sum = self._weight.sum(0, dtype=precise)
+            self._row_sum = column_sums(self._weight, precise)
             self._smoothed = torch.zeros_like(self._row_sum)  # sum over tokens of g x
 
     @torch.no_grad()

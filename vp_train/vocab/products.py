@@ -28,20 +28,21 @@ class Products:
         """a @ b."""
         return torch.mm(a, b, out=self.scratch("product", (len(a), b.shape[1]), a.dtype, a.device))
 
-    def add_matmul(self, accumulator: Tensor, a: Tensor, b: Tensor, keep: Tensor | None = None) -> None:
-        """accumulator [N, H] = accumulator keep + a @ b in place, for `keep` [N]; on CUDA the product is never rounded."""
+    def add_matmul(self, accumulator: Tensor, a: Tensor, b: Tensor, keep: Tensor | None = None, scale: float = 1.0) -> None:
+        """accumulator [N, H] = accumulator keep + a @ b scale in place, `keep` [N]; on CUDA the product is never rounded."""
         if accumulator.dtype is not a.dtype and not a.is_cuda:
-            accumulate(accumulator, self.matmul(a, b), keep)
+            factor = None if scale == 1.0 else torch.full((len(a),), scale)
+            accumulate(accumulator, self.matmul(a, b), keep, factor)
             return
         if keep is not None:
             accumulator.mul_(keep[:, None])
         if accumulator.dtype is a.dtype:
-            accumulator.addmm_(a, b)
+            accumulator.addmm_(a, b, alpha=scale)
         else:
-            torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
+            torch.addmm(accumulator, a, b, alpha=scale, out_dtype=accumulator.dtype, out=accumulator)
 
-    def add_transposed_matmul(self, accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-        """accumulator [C, H] += a^T @ b in place, for a [T, C] and b [T, H].
+    def add_transposed_matmul(self, accumulator: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+        """accumulator [C, H] += a^T @ b scale in place, for a [T, C] and b [T, H]; a `scale` only for b in low precision.
 
         In low precision on a CPU as (b^T a)^T, block by block: a product that transposes its larger operand takes half as long
         again, which costs more than the sum of a transposed block.
@@ -49,14 +50,14 @@ class Products:
         rest = 0
         if a.device.type == "cpu" and accumulator.dtype is not a.dtype and has_compiler():
             size, hidden = max(1, _BLOCK_BYTES // (b.itemsize * b.shape[1])), b.shape[1]
-            left = b.T.contiguous()
+            left, factor = b.T.contiguous(), None if scale == 1.0 else torch.tensor(scale)
             block = self.scratch("product", (hidden, size + _GAP), a.dtype, a.device)[:, :size]
             while rest + size <= len(accumulator):
                 torch.mm(left, a[:, rest : rest + size], out=block)
-                accumulate_transposed(accumulator[rest : rest + size], block)
+                accumulate_transposed(accumulator[rest : rest + size], block, factor)
                 rest += size
         if rest < len(accumulator):
-            self.add_matmul(accumulator[rest:], a[:, rest:].T, b)
+            self.add_matmul(accumulator[rest:], a[:, rest:].T, b, scale=scale)
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory of some content."""

@@ -57,11 +57,12 @@ def unfused(logits: Tensor, least: Tensor, out: Tensor, softcap: float | None) -
 def _functional(logits: Tensor, least: Tensor, out: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
     """`unfused` without an intermediate written in place: what the compiler makes two loops over a row in cache of."""
     z = logits.to(least.dtype)
-    ratio = None
+    maximum, ratio = z.amax(-1), None
     if softcap is not None:
+        maximum = softcap * torch.tanh(maximum / softcap)  # tanh grows with its argument
         ratio = torch.tanh(z / softcap)
         z = ratio * softcap
-    maximum = torch.maximum(least, z.amax(-1))
+    maximum = torch.maximum(least, maximum)
     exponential = torch.exp(z - maximum[:, None])
     total = exponential.sum(-1)
     if ratio is not None:

@@ -43,6 +43,13 @@ class Shard:
         return [Owned(*both) for both in zip(positions.split_with_sizes(counts), rows.split_with_sizes(counts), strict=True)]
 
 
+def require_within(ids: Tensor, vocab_size: int, what: str) -> None:
+    """Raises IndexError if one of `ids` lies outside [0, vocab_size); waits for the device."""
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(outside):
+        raise IndexError(f"{what} {int(outside[0])} is not in the vocabulary, whose ids are 0 to {vocab_size - 1}")
+
+
 def split_rows(vocab_size: int, num_shards: int, sizes: Sequence[int] | None = None) -> tuple[Shard, ...]:
     """Consecutive shards of the given sizes, or of ceil(V / n) rows each until they run out, as torch.chunk does.
 
