@@ -29,14 +29,14 @@ class Published:
         x, weight, tokens = self._x, self._weight, torch.arange(len(self._x), device=self._x.device)
         logits = (x @ weight.T).float()
         maximum = logits.amax(-1)
-        exponential = (logits - maximum[:, None]).exp()
-        total = exponential.sum(-1)
-        softmax = exponential / total[:, None]  # held from S to T
         target_logit = logits[tokens, self._targets]
+        exponential = logits.sub_(maximum[:, None]).exp_()
+        total = exponential.sum(-1)
+        softmax = exponential.div_(total[:, None])  # held from S to T
         a, b = softmax.to(x.dtype) @ weight, weight[self._targets]
         dx = (a - b) * self._scale[:, None].to(x.dtype)
         softmax[tokens, self._targets] -= 1
-        self.grad += (softmax * self._scale[:, None]).to(x.dtype).T @ x
+        self.grad += softmax.mul_(self._scale[:, None]).to(x.dtype).T @ x
         return total.log() + maximum - target_logit, dx
 
 

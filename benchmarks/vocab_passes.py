@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/vocab_passes.py [--device cuda] [--peers] [--json FILE] [--plot FILE]
         [--tokens T ...] [--hidden H ...] [--vocab V ...] [--ranks P ...] [--dtypes ...] [--backends ...] [--algorithms ...]
+        [--label-smoothing A] [--z-loss L] [--softcap C]
 
 The floor of S and T: three matrix products of their sizes, into memory that is there.  Everything of a case is timed in turns,
-in one process; a ratio is the median over rounds.  A shard has V / P rows.  `extra_mib`: peak memory beyond weight, gradient
-and inputs.  Errors are relative to float64, by the largest value.  Peers compute a whole layer of V / P rows by autograd.
+in one process; a ratio is the median over rounds.  A shard has V / P rows, rounded up.  `extra_mib`: peak memory beyond weight,
+gradient and inputs.  Errors are relative to float64, by the largest value.  Peers compute a layer of V / P rows by autograd.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,11 @@ from peers_vocab import PEERS, Published, installed
 from provenance import provenance
 from torch import Tensor
 
+from schedules.vocab import VOCAB_ALGORITHMS, End, Transfer
+from vp_train.precision import DTYPES
+from vp_train.vocab.backends import BACKENDS
 from vp_train.vocab.input import InputLayer
+from vp_train.vocab.loss import LossOptions
 from vp_train.vocab.output import OutputLayer
 from vp_train.vocab.reference import cross_entropy
 from vp_train.vocab.shard import Shard
@@ -60,9 +65,10 @@ class Case:
 class Ours:
     """S and T as the trainer calls them, on a vocabulary of one shard: every barrier delivers the rank's own message."""
 
-    def __init__(self, case: Case, backend: str, algorithm: str) -> None:
+    def __init__(self, case: Case, backend: str, algorithm: str, options: LossOptions) -> None:
         name, _, fraction = backend.partition(":")
-        self.algorithm = algorithm
+        barriers = VOCAB_ALGORITHMS[algorithm].barriers
+        self.barriers = [barrier for barrier in barriers if barrier.end is End.OUTPUT and barrier.name != "C0"]
         self.x, self.weight, targets, scale = case.inputs()
         self.targets, self.scale = targets[None], scale[None]
         wide = torch.float64 if case.dtype is torch.float64 else torch.float32
@@ -74,7 +80,8 @@ class Ours:
             case.rows,
             algorithm,
             name,
-            recompute_fraction=float(fraction or 1),
+            options,
+            float(fraction or 1),
         )
         self.held_bytes = 0
 
@@ -84,12 +91,15 @@ class Ours:
         layer.begin(self.targets, self.scale)
         layer.s(0, self.x)
         self.held_bytes = layer.held_bytes
-        layer.absorb("C1", 0, layer.message("C1", 0)[None])
-        if self.algorithm == "one_barrier":
-            layer.absorb("C1b", 0, layer.message("C1b", 0))
-        layer.t(0)
-        if self.algorithm == "two_barrier":
-            layer.absorb("C2", 0, layer.message("C2", 0))
+        t_done = False
+        for barrier in self.barriers:
+            if barrier.name == "C2":
+                layer.t(0)
+                t_done = True
+            message = layer.message(barrier.name, 0)
+            layer.absorb(barrier.name, 0, message[None] if barrier.transfer is Transfer.ALL_GATHER else message)
+        if not t_done:
+            layer.t(0)
         dx = layer.input_grad(0)
         return layer.finish()[0], dx
 
@@ -188,9 +198,11 @@ def errors(case: Case, losses: Tensor, dx: Tensor, grad: Tensor, truth: tuple[Te
     return {f"{name}_error": ((ours.double() - true).abs().max() / true.abs().max()).item() for name, ours, true in pairs}
 
 
-def measure(case: Case, ranks: int, backends: list[str], algorithms: list[str], *, peers: bool) -> Iterator[dict[str, Any]]:
+def measure(
+    case: Case, ranks: int, backends: list[str], algorithms: list[str], options: LossOptions, *, peers: bool
+) -> Iterator[dict[str, Any]]:
     """A row for every backend with every algorithm, for E and G, and for the peers."""
-    ours = {f"{backend}/{algorithm}": (backend, algorithm) for backend in backends for algorithm in algorithms}
+    ours = {f"{backend}/{algorithm}": (backend, algorithm, options) for backend in backends for algorithm in algorithms}
     works: dict[str, Any] = {"floor": Floor(case)} | {name: Ours(case, *pair) for name, pair in ours.items()}
     lookups = Lookups(case, ranks)
     works |= {"E": lookups.e, "G": lookups.g}
@@ -206,7 +218,7 @@ def measure(case: Case, ranks: int, backends: list[str], algorithms: list[str], 
     truth = None
     if case.tokens * case.rows <= ACCURATE_ELEMENTS:
         x, weight, targets, scale = case.inputs()
-        truth = cross_entropy(x.double(), weight.double(), targets, scale.double())
+        truth = cross_entropy(x.double(), weight.double(), targets, scale.double(), options)
     shape = {
         "device": case.device,
         "dtype": str(case.dtype).removeprefix("torch."),
@@ -215,6 +227,7 @@ def measure(case: Case, ranks: int, backends: list[str], algorithms: list[str], 
         "vocab": case.rows * ranks,
         "ranks": ranks,
         "rows": case.rows,
+        "options": asdict(options),
     }
     flops = 6 * case.tokens * case.hidden * case.rows
     for name, times in seconds.items():
@@ -259,27 +272,52 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def backend(text: str) -> str:
+    """A backend's name, `recompute` with a fraction after a colon if need be."""
+    name, _, fraction = text.partition(":")
+    if name not in BACKENDS or not 0 <= float(fraction or 1) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; choose of {', '.join(BACKENDS)}, recompute:FRACTION")
+    return text
+
+
+def count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; give at least 1")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512])
-    parser.add_argument("--hidden", type=int, nargs="+", default=[512])
-    parser.add_argument("--vocab", type=int, nargs="+", default=[262_144])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[4], help="shards that the vocabulary is split into")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--backends", nargs="+", default=["chunked", "recompute", "recompute:0.5"])
-    parser.add_argument("--algorithms", nargs="+", default=["one_barrier", "two_barrier"])
+    parser.add_argument("--tokens", type=count, nargs="+", default=[512])
+    parser.add_argument("--hidden", type=count, nargs="+", default=[512])
+    parser.add_argument("--vocab", type=count, nargs="+", default=[262_144])
+    parser.add_argument("--ranks", type=count, nargs="+", default=[4], help="shards that the vocabulary is split into")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    parser.add_argument("--backends", type=backend, nargs="+", default=["chunked", "recompute", "recompute:0.5"])
+    parser.add_argument(
+        "--algorithms", nargs="+", choices=("naive", "two_barrier", "one_barrier"), default=["one_barrier", "two_barrier"]
+    )
+    parser.add_argument("--label-smoothing", type=float, default=0.0)
+    parser.add_argument("--z-loss", type=float, default=0.0)
+    parser.add_argument("--softcap", type=float)
     parser.add_argument("--peers", action="store_true", help="other implementations too, those that are installed")
     parser.add_argument("--json", type=Path, help="write the rows as JSON")
     parser.add_argument("--plot", type=Path, help="draw the rows")
     arguments = parser.parse_args()
+    try:
+        options = LossOptions(arguments.label_smoothing, arguments.z_loss, arguments.softcap)
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.peers and options != LossOptions():
+        parser.error("--peers compares the plain loss; leave out --label-smoothing, --z-loss and --softcap")
     if arguments.device == "cpu":
         torch.set_num_threads(1)
     rows = []
     for sizes in itertools.product(arguments.dtypes, arguments.tokens, arguments.hidden, arguments.vocab, arguments.ranks):
         dtype, tokens, hidden, vocab, ranks = sizes
-        case = Case(arguments.device, getattr(torch, dtype), tokens, hidden, vocab // ranks)
-        for row in measure(case, ranks, arguments.backends, arguments.algorithms, peers=arguments.peers):
+        case = Case(arguments.device, DTYPES[dtype], tokens, hidden, -(-vocab // ranks))
+        for row in measure(case, ranks, arguments.backends, arguments.algorithms, options, peers=arguments.peers):
             rows.append(row)
             print(json.dumps(row), flush=True)
     if arguments.json:

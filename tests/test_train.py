@@ -38,7 +38,7 @@ from vp_train.degrees import wanted_ranks
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.plan import make_plan
-from vp_train.train import NonFiniteError, Run
+from vp_train.train import NonFiniteError, Run, _connect
 
 
 def config_of(root, name="run", steps=8, p=2, **run):
@@ -258,6 +258,19 @@ def refused(rank, num_ranks, config):
     except ConfigError as error:
         return str(error)
     return "accepted"
+
+
+def test_a_deterministic_run_asks_torch_for_it(monkeypatch, tmp_path):
+    config = config_of(tmp_path, deterministic=True)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr("vp_train.train.build_mesh", lambda *_: None)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    try:
+        _connect(config, make_plan(config, 2))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def parameters_after(rank, num_ranks, config, poison):

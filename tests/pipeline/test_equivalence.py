@@ -266,6 +266,16 @@ def test_evaluation_gives_the_training_loss_and_touches_no_gradient(ranks, algor
         assert unchanged
 
 
+def rows_recomputed(rank, world_size, config):
+    plan = make_plan(config, world_size)
+    return build_rank(config, plan, mesh_for(plan)).output_layer._backend._first_kept
+
+
+def test_every_rank_recomputes_its_fraction_of_the_rows(ranks):
+    config = config_of(2, 1, 100, vocab=VocabConfig(backend="recompute", recompute_fraction=0.3), backend="recompute")
+    assert ranks(2).run(rows_recomputed, config) == [15, 15]
+
+
 def logprobs(rank, world_size, config):
     plan = make_plan(config, world_size)
     mesh = mesh_for(plan)
