@@ -207,11 +207,14 @@ REPLICAS = {"dp": 2, "pp": 2, "optimizer": "zero1"}
 OFFLOADED = {"dp": 4, "pp": 1, "optimizer": "zero1", "offload": True}
 
 
-def laid_out(config, *, pp, dp=1, tp=1, optimizer="adamw", offload=False, vocab=None):
+EMPTY_ENDS = {"pp": 4, "layers": (0, 3, 3, 0), "vocab": VocabConfig("one_barrier", shards=(0, 50, 51, 0)), "optimizer": "zero1"}
+
+
+def laid_out(config, *, pp, dp=1, tp=1, optimizer="adamw", offload=False, vocab=None, layers=None):
     """The same training by other ranks."""
     return replace(
         config,
-        parallel=ParallelConfig(pp=pp, dp=dp, tp=tp),
+        parallel=ParallelConfig(pp=pp, dp=dp, tp=tp, layers_per_stage=layers),
         optim=replace(config.optim, name=optimizer, offload=offload),
         vocab=vocab or config.vocab,
         num_microbatches=config.num_microbatches // dp,
@@ -225,6 +228,7 @@ def laid_out(config, *, pp, dp=1, tp=1, optimizer="adamw", offload=False, vocab=
         (REPLICAS, {"pp": 2}, "bfloat16"),
         (TENSOR, REPLICAS, "bfloat16"),
         (REPLICAS, OFFLOADED, "float32"),
+        (EMPTY_ENDS, {"pp": 2}, "float32"),
     ],
 )
 def test_another_layout_and_schedule_go_on_from_the_same_checkpoint(ranks, tmp_path, before, after, dtype):

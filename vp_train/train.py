@@ -234,19 +234,13 @@ class Run:
                 reporter.say(f"step {step}: {error}; going on, the checkpoints before it are untouched")
 
     def _resume(self) -> int:
-        """Load the newest undamaged checkpoint; returns its step, 0 if there is none.  Rank 0 chooses for all."""
-        chosen = [latest(self._checkpoints) if self.mesh.rank == 0 else None]
-        dist.broadcast_object_list(chosen, 0, group=self.mesh.world)
-        path = chosen[0]
+        """Load the newest undamaged checkpoint; returns its step, 0 if there is none."""
+        path = latest(self._checkpoints, self.mesh.world)
         return 0 if path is None else restore_run(path, self.config, self.model, self.mesh)
 
     def _initialise(self, source: str) -> None:
-        """Take over the weights of another run.  Rank 0 chooses the checkpoint for all."""
-        chosen = [find(Path(source).expanduser()) if self.mesh.rank == 0 else None]
-        dist.broadcast_object_list(chosen, 0, group=self.mesh.world)
-        path = chosen[0]
-        assert path is not None
-        load_weights(path, self.config, self.model)
+        """Take over the weights of another run."""
+        load_weights(find(Path(source).expanduser(), self.mesh.world), self.config, self.model)
 
     def _traced(self, batch: Batch) -> tuple[torch.Tensor | None, Recorder]:
         """A training step with every pass timed, from a common start."""

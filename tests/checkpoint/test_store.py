@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vp_train.checkpoint.store import CheckpointError, Piece, latest, load, read_manifest, save
+from vp_train.checkpoint import store
+from vp_train.checkpoint.store import CheckpointError, Piece, find, latest, load, read_manifest, save
 from vp_train.config import ConfigError
 from vp_train.split import Split
 
@@ -49,11 +50,11 @@ def save_one(rank, num_ranks, directory, step=1, seed=0, keep=9):
 
 
 def load_one(rank, num_ranks, directory, seed):
-    path = latest(Path(directory))
-    pieces = pieces_of(rank, num_ranks, seed, fill=False)
-    state = load(path, pieces)
+    path = latest(Path(directory), dist.group.WORLD)
+    manifest, pieces = read_manifest(path), pieces_of(rank, num_ranks, seed, fill=False)
+    load(path, manifest, pieces)
     expected = pieces_of(rank, num_ranks, seed, fill=True)
-    return state, all(torch.equal(pieces[name].tensor, expected[name].tensor) for name in expected)
+    return manifest["state"], all(torch.equal(pieces[name].tensor, expected[name].tensor) for name in expected)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2), (4, 4)])
@@ -70,6 +71,17 @@ def test_only_the_newest_stay(ranks, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
     ranks(1).run(save_one, str(tmp_path), 10, 0, 2)  # the same step again replaces it
     assert latest(tmp_path).name == "step-00000010"
+
+
+def test_damaged_checkpoints_of_later_steps_push_no_new_one_out(ranks, tmp_path):
+    for step in (4, 5):
+        ranks(1).run(save_one, str(tmp_path), step)
+    for damaged in tmp_path.iterdir():
+        (damaged / "rank-00000.safetensors").write_bytes(b"")
+    for step in (1, 2, 3):
+        ranks(1).run(save_one, str(tmp_path), step, 0, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004", "step-00000005"]
+    assert latest(tmp_path).name == "step-00000003"
 
 
 def fail_to_save(rank, num_ranks, directory):
@@ -120,12 +132,36 @@ def test_a_manifest_that_is_valid_but_foreign_is_refused(tmp_path):
     (tmp_path / "step-00000001" / "manifest.json").write_text(json.dumps(["not", "a", "manifest"]))
     with pytest.raises(ValueError, match="incomplete"):
         read_manifest(tmp_path / "step-00000001")
-    assert latest(tmp_path) is None
+    with pytest.raises(ConfigError, match=r"every checkpoint in .* is damaged; restore one, or move them away to begin"):
+        latest(tmp_path)
+    assert latest(tmp_path / "elsewhere") is None
+
+
+def choose_counting(rank, num_ranks, directory):
+    """The checkpoint chosen, and which files this rank hashed."""
+    hashed, digest = [], store._digest
+    store._digest = lambda path: (hashed.append(f"{path.parent.name}/{path.name}"), digest(path))[1]
+    try:
+        return latest(Path(directory), dist.group.WORLD), hashed
+    finally:
+        store._digest = digest
+
+
+def test_ranks_share_the_hashing_and_choose_alike(ranks, tmp_path):
+    for step in (1, 2):
+        ranks(3).run(save_one, str(tmp_path), step)
+    damaged = tmp_path / "step-00000002" / "rank-00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    chosen, hashed = zip(*ranks(3).run(choose_counting, str(tmp_path)), strict=True)
+    assert set(chosen) == {tmp_path / "step-00000001"}
+    files = [f"step-0000000{step}/rank-0000{rank}.safetensors" for step in (1, 2) for rank in range(3)]
+    assert sorted(name for names in hashed for name in names) == files
 
 
 def mismatch(rank, num_ranks, directory, pieces):
     try:
-        load(latest(Path(directory)), pieces)
+        path = latest(Path(directory))
+        load(path, read_manifest(path), pieces)
     except ConfigError as error:
         return str(error)
     return "loaded"
@@ -171,8 +207,8 @@ def test_a_kill_at_any_moment_leaves_only_complete_checkpoints(tmp_path):
         found = sorted(directory.glob("step-*"))
         assert found
         for path in found:
-            step = read_manifest(path)["step"]
-            target = torch.zeros(50_000)
-            load(path, {"x": Piece(target)})
+            manifest, target = read_manifest(find(path)), torch.zeros(50_000)
+            load(path, manifest, {"x": Piece(target)})
+            step = manifest["step"]
             assert torch.equal(target, torch.full((50_000,), float(step)))
         assert read_manifest(latest(directory))["step"] >= last  # nothing committed is lost

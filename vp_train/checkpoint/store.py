@@ -53,6 +53,10 @@ class Piece:
         return _name(self.tensor.dtype)
 
 
+def _name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -62,10 +66,11 @@ def save(
 ) -> Path:
     """Write checkpoint `step` under `directory`; collective over `group`.  Each global tensor must be covered exactly once.
 
-    `state` must be JSON.  The newest `keep` checkpoints stay.  Raises CheckpointError on all ranks if any could not write.
+    `state` must be JSON.  It and the `keep` - 1 checkpoints before it stay.  Raises CheckpointError on all ranks if any could
+    not write.
     """
     rank = dist.get_rank(group)
-    final, temporary = directory / f"step-{step:08d}", directory / f".writing-step-{step:08d}"
+    final, temporary = directory / _name_of(step), directory / f".writing-{_name_of(step)}"
     error = None
     if rank == 0:
         error = _attempt(lambda: _make_empty(temporary))
@@ -78,7 +83,7 @@ def save(
         manifest = {"format": _FORMAT, "step": step, "state": dict(state), "files": dict(everyone)}
         error = _attempt(lambda: _commit(manifest, temporary, final))
         if error is None:
-            _retain(directory, keep)
+            _retain(directory, step, keep)
     _agree(error if rank == 0 else None, group)
     return final
 
@@ -87,7 +92,7 @@ def save_stream(
     directory: Path, step: int, described: Sequence[Described], tensors: Iterable[Tensor], state: Mapping[str, Any]
 ) -> Path:
     """Write checkpoint `step` under `directory` by one process, which holds one of the tensors at a time."""
-    final, temporary = directory / f"step-{step:08d}", directory / f".writing-step-{step:08d}"
+    final, temporary = directory / _name_of(step), directory / f".writing-{_name_of(step)}"
     path = temporary / "rank-00000.safetensors"
     _make_empty(temporary)
     write_tensors(path, described, tensors)
@@ -108,8 +113,7 @@ def _attempt(work: Any) -> str | None:
 
 def _agree(mine: Any, group: dist.ProcessGroup) -> list[Any]:
     """What every rank has to say; CheckpointError on all ranks if one of them says an error (a string)."""
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
+    everyone = _said(mine, group)
     for rank, said in enumerate(everyone):
         if isinstance(said, str):
             raise CheckpointError(f"rank {rank} could not write the checkpoint: {said}")
@@ -151,8 +155,10 @@ def _commit(manifest: dict[str, Any], temporary: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def _retain(directory: Path, keep: int) -> None:
-    for old in sorted(directory.glob("step-*"))[:-keep]:
+def _retain(directory: Path, step: int, keep: int) -> None:
+    """Checkpoints of later steps were passed over as damaged when the run began: they neither count nor go."""
+    paths = sorted(directory.glob("step-*"))
+    for old in [path for path in paths if path.name <= _name_of(step)][:-keep]:
         _remove(old)
 
 
@@ -165,58 +171,91 @@ def _remove(path: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of checkpoint `path`, checked with every file it names.  Raises ValueError saying what is damaged."""
+    """The manifest of checkpoint `path`.  Raises ValueError if it is damaged; what it names has not been looked at."""
     try:
         wrapped = json.loads((path / _MANIFEST).read_text())
         body = wrapped["manifest"]
         if hashlib.blake2b(body.encode()).hexdigest() != wrapped["blake2b"]:
             raise ValueError(f"{path / _MANIFEST} does not match its hash")
         manifest: dict[str, Any] = json.loads(body)
-        for name, expected in manifest["files"].items():
-            if _digest(path / name) != expected["blake2b"]:
-                raise ValueError(f"{path / name} does not match its hash")
+        if manifest["format"] != _FORMAT:
+            raise ValueError(f"{path} has format {manifest['format']}, this version reads {_FORMAT}")
     except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is incomplete: {error}") from None
-    if manifest["format"] != _FORMAT:
-        raise ValueError(f"{path} has format {manifest['format']}, this version reads {_FORMAT}")
     return manifest
 
 
-def latest(directory: Path) -> Path | None:
-    """The newest undamaged checkpoint; damaged ones are named on stderr and passed over."""
-    for path in sorted(directory.glob("step-*"), reverse=True):
-        try:
-            read_manifest(path)
-        except ValueError as error:
-            print(f"checkpoint passed over: {error}", file=sys.stderr, flush=True)
-        else:
-            return path
+def _damage(path: Path, group: dist.ProcessGroup | None) -> str | None:
+    """What is wrong with checkpoint `path`.  The ranks of `group` check a part of its files each."""
+    everyone = _said(_damaged_part(path, *_place(group)), group)
+    return next((said for said in everyone if said is not None), None)
+
+
+def _damaged_part(path: Path, rank: int, num_ranks: int) -> str | None:
+    """What is wrong with every `num_ranks`-th file, from the one numbered `rank` on."""
+    try:
+        for name, expected in list(read_manifest(path)["files"].items())[rank::num_ranks]:
+            if _digest(path / name) != expected["blake2b"]:
+                return f"{path / name} does not match its hash"
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return f"{path} is incomplete: {error}"
     return None
 
 
-def find(path: Path) -> Path:
-    """The checkpoint at `path`, or the newest of the run or directory there.  Raises ConfigError if there is none."""
-    if (path / _MANIFEST).exists():
+def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def _said(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """What every rank has to say."""
+    if group is None:
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def latest(directory: Path, group: dist.ProcessGroup | None = None) -> Path | None:
+    """The newest undamaged checkpoint, None if there is none; damaged ones are named on stderr and passed over.
+
+    Collective over `group`.  Raises ConfigError where there are checkpoints and all are damaged.
+    """
+    paths: list[Path] = _said(sorted(directory.glob("step-*"), reverse=True), group)[0]
+    for path in paths:
+        damage = _damage(path, group)
+        if damage is None:
+            return path
+        if _place(group)[0] == 0:
+            print(f"checkpoint passed over: {damage}", file=sys.stderr, flush=True)
+    if paths:
+        raise ConfigError(f"every checkpoint in {directory} is damaged; restore one, or move them away to begin without")
+    return None
+
+
+def find(path: Path, group: dist.ProcessGroup | None = None) -> Path:
+    """The checkpoint at `path`, or the newest of the run or directory there; collective over `group`.
+
+    Raises ConfigError if there is none that is undamaged.
+    """
+    if _said((path / _MANIFEST).exists(), group)[0]:
+        damage = _damage(path, group)
+        if damage is not None:
+            raise ConfigError(damage)
         return path
-    newest = latest(path / "checkpoints") or latest(path)
+    newest = latest(path / "checkpoints", group) or latest(path, group)
     if newest is None:
         raise ConfigError(f"{path} holds no checkpoint; give the directory of a run, of vp-import, or of one checkpoint")
     return newest
 
 
-def load(path: Path, pieces: Mapping[str, Piece], *, cast: bool = False) -> dict[str, Any]:
-    """Fill the tensors of `pieces` in place from the verified checkpoint `path`; returns its state.
+def load(path: Path, manifest: Mapping[str, Any], pieces: Mapping[str, Piece], *, cast: bool = False) -> None:
+    """Fill the tensors of `pieces` in place from checkpoint `path`, which `latest` or `find` has verified.
 
     Only what is asked for is read, whatever ranks wrote it.  Raises ConfigError, naming the tensor and both values, if one
     is missing or has another shape or, unless it may be `cast`, dtype.
     """
-    manifest = read_manifest(path)
-    fill(path, manifest, pieces, cast=cast)
-    return dict(manifest["state"])
-
-
-def fill(path: Path, manifest: Mapping[str, Any], pieces: Mapping[str, Piece], *, cast: bool) -> None:
-    """`load`, from a checkpoint that was verified when its manifest was read."""
     verb = "start" if cast else "resume"
     for name, piece in pieces.items():
         missing = piece.tensor.numel()

@@ -7,13 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vp_train.assembly import RankModel
 from vp_train.checkpoint import store
 from vp_train.checkpoint.store import Piece
 from vp_train.config import ConfigError, RunConfig
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import MOMENTS
-from vp_train.optim.optimizer import State
 
 # What may not differ between a checkpoint and the run that continues it; layouts, schedules and lengths may.
 _FIXED = ("model", "data")
@@ -24,7 +26,12 @@ def save_run(directory: Path, step: int, config: RunConfig, model: RankModel, me
     """Write step `step`; collective.  Raises CheckpointError on all ranks."""
     tensors, pieces = model.optimizer.state(), {}
     if mesh.data_rank == 0:
-        pieces = {key: piece for key, piece in _pieces(model, tensors).items() if key.rpartition(":")[2] not in model.copied}
+        pieces = {
+            _key(kind, name): Piece(tensor, model.splits.get(name))
+            for kind, by_name in tensors.items()
+            for name, tensor in by_name.items()
+            if name not in model.copied
+        }
     state = {
         "step": step,
         "updates": model.optimizer.updates,
@@ -36,10 +43,10 @@ def save_run(directory: Path, step: int, config: RunConfig, model: RankModel, me
 
 def restore_run(path: Path, config: RunConfig, model: RankModel, mesh: Mesh) -> int:
     """Load `path` into model and optimizer; returns its step.  Collective.  Raises ConfigError where the run is another one."""
-    _require_same(store.read_manifest(path)["state"]["config"], _fixed(config, mesh.degrees.dp), path)
-    tensors = model.optimizer.state()
-    state = store.load(path, _pieces(model, tensors))
-    model.optimizer.restore(tensors)
+    manifest = store.read_manifest(path)
+    state = manifest["state"]
+    _require_same(state["config"], _fixed(config, mesh.degrees.dp), path)
+    model.optimizer.restore(lambda kind, name: _read(path, manifest, model, kind, name, cast=False))
     model.optimizer.updates = int(state["updates"])
     model.loss_scale.value, model.loss_scale.finite_steps = state["loss_scale"]
     return int(state["step"])
@@ -58,23 +65,28 @@ def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
 
     Raises ConfigError where they are those of another model, naming the tensor or the setting, and both values.
     """
-    tensors = model.optimizer.state()
-    state = store.load(path, _pieces(model, {"parameter": tensors["parameter"]}), cast=True)
+    manifest = store.read_manifest(path)
     ours = {key: value for key, value in asdict(config.model).items() if key not in _FREE_MODEL}
-    _require_same(state["config"], {"model": ours}, path)
-    for moment in MOMENTS:
-        for tensor in tensors[moment].values():
-            tensor.zero_()
-    model.optimizer.restore(tensors)
+    _require_same(manifest["state"]["config"], {"model": ours}, path)
+
+    def read(kind: str, name: str) -> Tensor:
+        if kind in MOMENTS:
+            return torch.zeros(model.parameters[name].shape, dtype=model.gradients.dtype)
+        return _read(path, manifest, model, kind, name, cast=True)
+
+    model.optimizer.restore(read)
 
 
-def _pieces(model: RankModel, tensors: State) -> dict[str, Piece]:
-    """`parameter:NAME`, `exp_avg:NAME`, `exp_avg_sq:NAME` for every parameter of this rank, in the optimizer's precision."""
-    return {
-        f"{kind}:{name}": Piece(tensor, model.splits.get(name))
-        for kind, by_name in tensors.items()
-        for name, tensor in by_name.items()
-    }
+def _key(kind: str, name: str) -> str:
+    """`parameter:NAME`, `exp_avg:NAME` or `exp_avg_sq:NAME`."""
+    return f"{kind}:{name}"
+
+
+def _read(path: Path, manifest: dict[str, Any], model: RankModel, kind: str, name: str, *, cast: bool) -> Tensor:
+    """What this rank has of a parameter or a moment of it, in the optimizer's precision."""
+    tensor = torch.empty(model.parameters[name].shape, dtype=model.gradients.dtype)
+    store.load(path, manifest, {_key(kind, name): Piece(tensor, model.splits.get(name))}, cast=cast)
+    return tensor
 
 
 def _fixed(config: RunConfig, num_replicas: int) -> dict[str, Any]:

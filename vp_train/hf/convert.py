@@ -86,10 +86,7 @@ def export_checkpoint(
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target} is not empty; give a directory that is, or is still to be made")
     path = store.find(source)
-    try:
-        manifest = store.read_manifest(path)
-    except ValueError as error:
-        raise ConfigError(f"{error}; give another checkpoint") from None
+    manifest = store.read_manifest(path)
     model = _saved_model(manifest, path)
     config = config_of(model)
     held = {name: entry for content in manifest["files"].values() for name, entry in content["tensors"].items()}
@@ -199,7 +196,7 @@ def _exported(
     for entry in everything:
         name = f"parameter:{entry.ours}"
         whole = torch.empty(entry.shape, dtype=DTYPES[held[name]["dtype"]])
-        store.fill(path, manifest, {name: Piece(whole)}, cast=False)
+        store.load(path, manifest, {name: Piece(whole)})
         for part in entry.split(whole):
             yield part.to(kinds[entry.ours])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -38,11 +38,11 @@ class Optimizer(Protocol):
         ...
 
     def state(self) -> State:
-        """In the precision it is kept in, complete on the first replica at least.  Collective."""
+        """In the precision it is kept in, of the first replica; others may give nothing.  Collective."""
         ...
 
-    def restore(self, state: State) -> None:
-        """Take over a state complete on every replica, perhaps the very tensors of `state`."""
+    def restore(self, read: Callable[[str, str], Tensor]) -> None:
+        """Take over what `read(kind, name)` returns for what this replica keeps, one tensor at a time."""
         ...
 
 
@@ -109,10 +109,10 @@ class ReplicatedAdamW:
         return {"parameter": {name: master.detach() for name, master in self._masters.items()}} | moments
 
     @torch.no_grad()
-    def restore(self, state: State) -> None:
+    def restore(self, read: Callable[[str, str], Tensor]) -> None:
         for kind, tensors in self.state().items():
             for name, tensor in tensors.items():
-                tensor.copy_(state[kind][name])
+                tensor.copy_(read(kind, name))
         self._round()
 
     @torch.no_grad()

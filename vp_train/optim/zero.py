@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,15 +51,17 @@ class ZeroAdamW:
                     self._group_counts.append(counts)
         self._group_of = {self._names[p]: (p, index) for index, group in enumerate(groups) for p in group["params"]}
         self._started: set[str] = set()
+        self._updates = 0
         self._zero = _deepspeed(groups, self._names, gradients.dtype, optim, data) if groups else None
 
     @property
     def updates(self) -> int:
-        return next((int(values["step"].item()) for values in self._adamw_states()), 0)
+        return self._updates
 
     @updates.setter
     def updates(self, count: int) -> None:
-        for values in self._adamw_states():
+        self._updates = count
+        for _, _, values in self._partitions():
             values["step"].fill_(count)
 
     def ready(self, names: Sequence[str]) -> None:
@@ -100,6 +102,7 @@ class ZeroAdamW:
 
     @torch.no_grad()
     def step(self, rate: float, scale: float) -> None:
+        self._updates += 1
         if self._zero is None:
             return
         for index, group in enumerate(self._zero.optimizer.param_groups):
@@ -116,45 +119,60 @@ class ZeroAdamW:
         else:
             yield from self._zero.averaged_gradients[group]
 
-    def _adamw_states(self) -> Iterator[dict[str, Tensor]]:
-        if self._zero is not None:
-            for partition in self._zero.single_partition_of_fp32_groups:
-                yield self._zero.optimizer.state[partition]
-
     # Whole state of a replica, from and to the parts
 
     @torch.no_grad()
     def state(self) -> State:
+        """In host memory; nothing on any but the first replica, which receives the parts one by one."""
         whole: State = {kind: {} for kind in ("parameter", *MOMENTS)}
         for group, partition, values in self._partitions():
-            for kind, part in {"parameter": partition, **{moment: values[moment] for moment in MOMENTS}}.items():
-                parts = [torch.empty_like(part) for _ in range(self._data.size())]
-                dist.all_gather(parts, part.detach().contiguous(), group=self._data)
-                flat, start = torch.cat(parts), 0
+            for kind, part in _by_kind(partition, values).items():
+                flat, start = self._joined(part), 0
+                if flat is None:
+                    continue
                 for parameter in group:
                     whole[kind][self._names[parameter]] = flat[start : start + parameter.numel()].view(parameter.shape)
                     start += parameter.numel()
         for parameter, name in self._names.items():
             if not parameter.numel():
                 for kind in whole:
-                    whole[kind][name] = torch.empty_like(parameter, dtype=self._gradients.dtype)
+                    whole[kind][name] = torch.empty(parameter.shape, dtype=self._gradients.dtype)
         return whole
 
+    def _joined(self, part: Tensor) -> Tensor | None:
+        """The parts of all replicas, one after the other."""
+        if self._data.rank():
+            dist.send(part.contiguous(), group=self._data, group_dst=0)
+            return None
+        size, flat = part.numel(), torch.empty(part.numel() * self._data.size(), dtype=part.dtype)
+        flat[:size] = part
+        received = torch.empty_like(part)
+        for replica in range(1, self._data.size()):
+            dist.recv(received, group=self._data, group_src=replica)
+            flat[replica * size : (replica + 1) * size] = received
+        return flat
+
     @torch.no_grad()
-    def restore(self, state: State) -> None:
+    def restore(self, read: Callable[[str, str], Tensor]) -> None:
         for group, partition, values in self._partitions():
-            for kind, part in {"parameter": partition, **{moment: values[moment] for moment in MOMENTS}}.items():
-                flat = torch.cat([state[kind][self._names[parameter]].flatten().to(part) for parameter in group])
-                own = flat[self._data.rank() * part.numel() : (self._data.rank() + 1) * part.numel()]
-                part[: own.numel()] = own  # what is left is padding
+            first, start = self._data.rank() * partition.numel(), 0
             for parameter in group:
-                parameter.copy_(state["parameter"][self._names[parameter]])
+                name, stop = self._names[parameter], start + parameter.numel()
+                low, high = max(start, first), min(stop, first + partition.numel())
+                parameter.copy_(read("parameter", name))
+                for kind, part in _by_kind(partition, values).items() if low < high else ():
+                    part[low - first : high - first] = read(kind, name).flatten()[low - start : high - start]
+                start = stop
 
     def _partitions(self) -> Iterator[tuple[list[nn.Parameter], Tensor, dict[str, Tensor]]]:
         """Of each group: its parameters in order, this replica's part of them, and the state of that."""
         if self._zero is not None:
             for group, partition in zip(self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups, strict=True):
                 yield group, partition, self._zero.optimizer.state[partition]
+
+
+def _by_kind(partition: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"parameter": partition.detach()} | {moment: values[moment] for moment in MOMENTS}
 
 
 def _deepspeed(
