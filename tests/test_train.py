@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from schedules.ir import Schedule
-from tests.data.cases import write_letters
+from tests.data.cases import text_config, write_letters
 from tests.meshes import mesh_for
 from vp_train.assembly import build_rank
+from vp_train.checkpoint.training import _require_same_text
 from vp_train.cli import load_config
 from vp_train.config import (
     BlendEntry,
@@ -244,6 +245,24 @@ def test_another_layout_and_schedule_go_on_from_the_same_checkpoint(ranks, tmp_p
     for ours, theirs in zip(metrics_of(part), metrics_of(whole), strict=True):
         for key in ("loss", "validation_loss") if ours["step"] in (4, 8) else ("loss",):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5 if dtype == "float32" else 1e-3)
+
+
+def test_a_run_goes_on_with_the_same_text_elsewhere_and_with_no_other(ranks, tmp_path):
+    config = config_of(tmp_path, eval_every=0, trace_step=0)
+    write_letters(tmp_path / "text", [200] * 10)
+    config = replace(config, data=text_config(tmp_path), model=replace(config.model, vocab_size=300))
+    ranks(2).run(train, config, 4)
+    ranks(2).run(release_locks)
+    (tmp_path / "text").rename(tmp_path / "moved")
+    moved = replace(config, data=replace(config.data, path=f"{tmp_path}/moved/"), run=replace(config.run, resume=True))
+    assert ranks(2).run(train, moved, 5) == [5, 5]
+    ranks(2).run(release_locks)
+    (tmp_path / "moved" / "more.txt").write_text("another document")
+    for message in ranks(2).run(refused, moved):
+        assert "the text or its tokenizer is not what" in message
+        assert "run.init_from=" in message
+    with pytest.raises(ConfigError, match=r"the text or tokenizer of data.blend\[1\] is not what there was trained on"):
+        _require_same_text(["a", "b"], ["a", "c"], "there")
 
 
 def test_a_checkpoint_of_another_model_is_refused(ranks, tmp_path):

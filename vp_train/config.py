@@ -411,8 +411,12 @@ class DataConfig:
             raise ConfigError(f"data.blend counts only with data=blend, not data.name={self.name}; drop one of the two")
         if self.name == "synthetic" and self.packing != "none":
             raise ConfigError(f"data.packing={self.packing} needs documents, which data.name=synthetic has none of; drop it")
-        if self.blend:
-            whole_weights([entry.weight for entry in self.blend])
+        _ = self.weights  # refused here if at all
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Of the corpora of a blend, or of the only one.  Raises ConfigError like `whole_weights`."""
+        return whole_weights([entry.weight for entry in self.blend or ()] or [1.0])
 
 
 @dataclass(frozen=True)

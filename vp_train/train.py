@@ -226,7 +226,7 @@ class Run:
     def _save(self, step: int, reporter: Reporter | None) -> None:
         """A checkpoint that cannot be written is a warning, except at the end of the run."""
         try:
-            save_run(self._checkpoints, step, self.config, self.model, self.mesh)
+            save_run(self._checkpoints, step, self.config, self.model, self.mesh, self.source.contents)
         except CheckpointError as error:
             if step == self.config.run.steps:
                 raise
@@ -236,7 +236,7 @@ class Run:
     def _resume(self) -> int:
         """Load the newest undamaged checkpoint; returns its step, 0 if there is none."""
         path = latest(self._checkpoints, self.mesh.world)
-        return 0 if path is None else restore_run(path, self.config, self.model, self.mesh)
+        return 0 if path is None else restore_run(path, self.config, self.model, self.mesh, self.source.contents)
 
     def _initialise(self, source: str) -> None:
         """Take over the weights of another run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,12 @@ from vp_train.config import ConfigError, RunConfig
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import MOMENTS
 
-# What may not differ between a checkpoint and the run that continues it; layouts, schedules and lengths may.
-_FIXED = ("model", "data")
-_FREE_DATA = ("cache_dir",)
+# Where the text is may differ between a checkpoint and the run that continues it; what it is, `Source.contents` says.
+_FREE_DATA = ("name", "path", "blend", "tokenizer", "end_token", "jsonl_field", "cache_dir")
 
 
-def save_run(directory: Path, step: int, config: RunConfig, model: RankModel, mesh: Mesh) -> Path:
-    """Write step `step`; collective.  Raises CheckpointError on all ranks."""
+def save_run(directory: Path, step: int, config: RunConfig, model: RankModel, mesh: Mesh, contents: Sequence[str]) -> Path:
+    """Write step `step` of a run on the corpora `contents`; collective.  Raises CheckpointError on all ranks."""
     tensors, pieces = model.optimizer.state(), {}
     if mesh.data_rank == 0:
         pieces = {
@@ -36,16 +36,20 @@ def save_run(directory: Path, step: int, config: RunConfig, model: RankModel, me
         "step": step,
         "updates": model.optimizer.updates,
         "loss_scale": [model.loss_scale.value, model.loss_scale.finite_steps],
-        "config": _fixed(config, mesh.degrees.dp),
+        "config": _settings(config, mesh.degrees.dp),
+        "contents": list(contents),
     }
     return store.save(directory, step, pieces, state, mesh.world, config.run.keep_checkpoints)
 
 
-def restore_run(path: Path, config: RunConfig, model: RankModel, mesh: Mesh) -> int:
+def restore_run(path: Path, config: RunConfig, model: RankModel, mesh: Mesh, contents: Sequence[str]) -> int:
     """Load `path` into model and optimizer; returns its step.  Collective.  Raises ConfigError where the run is another one."""
     manifest = store.read_manifest(path)
     state = manifest["state"]
-    _require_same(state["config"], _fixed(config, mesh.degrees.dp), path)
+    ours = _settings(config, mesh.degrees.dp)
+    ours["data"] = {key: value for key, value in ours["data"].items() if key not in _FREE_DATA}
+    _require_same(state["config"], ours, path)
+    _require_same_text(state["contents"], contents, path)
     model.optimizer.restore(lambda kind, name: _read(path, manifest, model, kind, name, cast=False))
     model.optimizer.updates = int(state["updates"])
     model.loss_scale.value, model.loss_scale.finite_steps = state["loss_scale"]
@@ -63,7 +67,7 @@ _FREE_MODEL = (
 def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
     """Take the parameters of checkpoint `path`, of any layout and precision, and nothing else.  Collective.
 
-    Raises ConfigError where they are those of another model, naming the tensor or the setting, and both values.
+    Raises ConfigError where they are those of another model, naming the setting, or the tensor, and both values.
     """
     manifest = store.read_manifest(path)
     ours = {key: value for key, value in asdict(config.model).items() if key not in _FREE_MODEL}
@@ -89,13 +93,27 @@ def _read(path: Path, manifest: dict[str, Any], model: RankModel, kind: str, nam
     return tensor
 
 
-def _fixed(config: RunConfig, num_replicas: int) -> dict[str, Any]:
-    """What must stay the same, as JSON gives it back: with lists for tuples."""
-    values: dict[str, Any] = json.loads(json.dumps({section: asdict(getattr(config, section)) for section in _FIXED}))
-    values["data"] = {key: value for key, value in values["data"].items() if key not in _FREE_DATA}
+def _settings(config: RunConfig, num_replicas: int) -> dict[str, Any]:
+    """What makes a run this one, as JSON gives it back: with lists for tuples.  Layouts, schedules and lengths do not."""
+    values: dict[str, Any] = json.loads(json.dumps({"model": asdict(config.model), "data": asdict(config.data)}))
+    values["data"]["synthetic"] = config.data.name == "synthetic"
+    values["data"]["weights"] = list(config.data.weights)
     values["run"] = {"dtype": config.run.dtype}
     batch = num_replicas * config.num_microbatches * config.micro_batch_size
     return values | {"batch": {"dp * num_microbatches * micro_batch_size": batch}}
+
+
+def _require_same_text(saved: Sequence[str], ours: Sequence[str], path: Path) -> None:
+    if list(saved) == list(ours):
+        return
+    which = "the text or its tokenizer is"
+    if len(saved) == len(ours) > 1:
+        changed = [f"data.blend[{number}]" for number, pair in enumerate(zip(saved, ours, strict=True)) if len(set(pair)) > 1]
+        which = f"the text or tokenizer of {', '.join(changed)} is"
+    raise ConfigError(
+        f"{which} not what {path} was trained on; bring that back, or go on from its weights as another run: "
+        f"run.init_from={path} run.name=NAME"
+    )
 
 
 def _require_same(saved: dict[str, Any], ours: dict[str, Any], path: Path) -> None:

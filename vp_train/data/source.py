@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vp_train.config import ConfigError, RunConfig, whole_weights
+from vp_train.config import ConfigError, RunConfig
 from vp_train.data.corpus import Corpus, describe, prepare_all
 from vp_train.data.indexed import Share, Windows, split_documents
 from vp_train.data.order import SampleOrder, Turns, own_positions
@@ -42,6 +42,7 @@ class Source(Protocol):
 
     description: str
     entropy: float | None  # the lowest loss any model can reach, in nats, where it is known
+    contents: tuple[str, ...]  # hashes of text, tokenizer and settings of each corpus
 
     def train_batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
         """The num_microbatches microbatches of `step`, counted from 1."""
@@ -83,6 +84,7 @@ class _Synthetic:
         self._text = SyntheticText(config.model.vocab_size, config.data.seed)
         entropy = self._text.entropy()
         self.entropy: float | None = entropy
+        self.contents: tuple[str, ...] = ()
         self.description = f"synthetic text over {config.model.vocab_size:,} tokens, entropy {entropy:.4f} nats"
 
     def _samples(self, stream: int, positions: range) -> Batch:
@@ -121,7 +123,8 @@ class _Text:
 
     def __init__(self, config: RunConfig, corpora: tuple[Corpus, ...]) -> None:
         self._config = config
-        turns = Turns.of(whole_weights([entry.weight for entry in config.data.blend or ()] or [1.0]))
+        self.contents = tuple(corpus.manifest.content_hash for corpus in corpora)
+        turns = Turns.of(config.data.weights)
         lines = [describe(corpus).splitlines()[0] for corpus in corpora]
         if len(lines) > 1:
             lines = [f"{w / sum(turns.weights):.1%} {line}" for w, line in zip(turns.weights, lines, strict=True)]
