@@ -52,6 +52,19 @@ def test_a_second_prepare_finds_the_first_and_changed_text_does_not(tmp_path, te
     assert prepare(data, VOCAB, progress=False).path != first.path
 
 
+def test_a_stored_corpus_takes_no_other_tokenizer_or_end(tmp_path, text):
+    corpus = prepare(config(tmp_path, text), VOCAB, progress=False)
+    stored = config(tmp_path, corpus.path)
+    same = replace(stored, tokenizer=str(corpus.tokenizer), end_token="<|endoftext|>")
+    assert prepare(same, VOCAB, progress=False).path == corpus.path
+    other = tmp_path / "other.json"
+    train_tokenizer(["quite another text"], VOCAB).save(str(other))
+    with pytest.raises(ConfigError, match=r"was prepared with another tokenizer than data.tokenizer=.*other.json; drop that"):
+        prepare(replace(stored, tokenizer=str(other)), VOCAB, progress=False)
+    with pytest.raises(ConfigError, match=r"end with '<\|endoftext\|>', not with data.end_token=a; drop that"):
+        prepare(replace(stored, end_token="a"), VOCAB, progress=False)
+
+
 def test_an_interrupted_build_is_not_mistaken_for_a_corpus(tmp_path, text):
     data = config(tmp_path, text)
     corpus = prepare(data, VOCAB, progress=False)

@@ -98,7 +98,7 @@ def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Co
     if config.tokenizer is None:
         stored = [path / "tokenizer.json" for path in map(_stored, parts) if path is not None]
         tokenizer = stored[0] if stored else _shared_tokenizer(parts, vocab_size, progress)
-        parts = [replace(part, tokenizer=str(tokenizer)) for part in parts]
+        parts = [part if _stored(part) else replace(part, tokenizer=str(tokenizer)) for part in parts]
     corpora = []
     for number, part in enumerate(parts):
         with _told_apart(number):
@@ -135,7 +135,7 @@ def prepare(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
     Raises ConfigError for data a user must change: nothing to read, a broken file, a token out of range.
     """
     path = _stored(config)
-    corpus = _found_or_built(config, vocab_size, progress) if path is None else Corpus(path, _read_manifest(path), fresh=False)
+    corpus = _found_or_built(config, vocab_size, progress) if path is None else _opened(path, config)
     if corpus.manifest.vocab_size != vocab_size:
         raise ConfigError(
             f"{corpus.path} was prepared for model.vocab_size={corpus.manifest.vocab_size}, this run has {vocab_size}; "
@@ -143,6 +143,25 @@ def prepare(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
         )
     if (corpus.path / "tokens.bin").stat().st_mtime_ns != corpus.manifest.checked_ns:
         check_tokens(corpus.prefix, vocab_size)
+    return corpus
+
+
+def _opened(path: Path, config: DataConfig) -> Corpus:
+    """A stored corpus; its tokens are made already, so settings that would make others are refused."""
+    corpus = Corpus(path, _read_manifest(path), fresh=False)
+    if config.tokenizer is None and config.end_token is None:
+        return corpus
+    tokenizer = load_tokenizer(corpus.tokenizer, corpus.manifest.vocab_size)
+    wanted = Path(config.tokenizer or corpus.tokenizer)
+    if load_tokenizer(wanted, corpus.manifest.vocab_size).to_str() != tokenizer.to_str():
+        raise ConfigError(
+            f"{path} was prepared with another tokenizer than data.tokenizer={wanted}; drop that, or give the text instead"
+        )
+    if config.end_token is not None and end_token_id(tokenizer, config.end_token) != corpus.manifest.end_token:
+        raise ConfigError(
+            f"documents of {path} end with {tokenizer.id_to_token(corpus.manifest.end_token)!r}, not with "
+            f"data.end_token={config.end_token}; drop that, or give the text instead"
+        )
     return corpus
 
 
