@@ -32,7 +32,7 @@ from vp_train.metrics.progress import StepReport
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory, run_path
 from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning_rate
-from vp_train.pipeline.recorder import Recorder
+from vp_train.pipeline.recorder import Recorder, when_computed
 from vp_train.plan import RunPlan, make_plan
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -159,7 +159,7 @@ class Run:
             loss, traced = self.model.train_step(batch.tokens, batch.labels, segments=batch.segments), None
         self.model.optimizer.reduce()
         norm = self.model.optimizer.squared_norm() / self.model.loss_scale.value**2
-        health = gather_health(self._own(loss), norm, self.mesh.world, peak_resident_bytes())
+        health = gather_health(self._own(loss), norm, self.mesh.world, self._peak_bytes())
         rate = self._update(step, health)
         seconds = time.perf_counter() - started
         if reporter is not None:
@@ -251,14 +251,13 @@ class Run:
         return self.model.train_step(batch.tokens, batch.labels, recorder, segments=batch.segments), recorder
 
     def _clock(self) -> Callable[[], float]:
-        if self.config.run.device == "cpu":
-            return time.perf_counter
+        return time.perf_counter if self.config.run.device == "cpu" else when_computed
 
-        def synchronised() -> float:
-            torch.cuda.synchronize()
-            return time.perf_counter()
-
-        return synchronised
+    def _peak_bytes(self) -> float:
+        """The most memory so far: on a GPU what torch allocated there, else what was resident in the host's."""
+        if self.config.run.device == "cuda":
+            return float(torch.cuda.max_memory_allocated())
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
     def _report_trace(self, recorder: Recorder, reporter: Reporter | None) -> None:
         mine = (recorder.spans, recorder.peak_bytes, self.model.num_parameters)
@@ -273,15 +272,10 @@ class Run:
     def finish(self, reporter: Reporter | None) -> None:
         """The last word: the table of all ranks."""
         everyone = [0.0] * self.mesh.degrees.num_ranks
-        dist.all_gather_object(everyone, peak_resident_bytes(), group=self.mesh.world)
+        dist.all_gather_object(everyone, self._peak_bytes(), group=self.mesh.world)
         if reporter is not None:
             worst = [0.0] * self.plan.num_ranks
             for rank, peak in enumerate(everyone):
                 pipeline_rank = self.mesh.degrees.place(rank)[1]
                 worst[pipeline_rank] = max(worst[pipeline_rank], peak)
             reporter.finish(worst)
-
-
-def peak_resident_bytes() -> float:
-    """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -19,7 +19,7 @@ class StepReport:
     grad_norm: float
     learning_rate: float
     tokens_per_second: float
-    peak_bytes: float  # resident memory of the worst rank
+    peak_bytes: float  # memory of the worst rank
 
 
 class Progress:

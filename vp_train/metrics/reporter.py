@@ -86,7 +86,7 @@ class Reporter:
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
             "tokens_per_second": report.tokens_per_second,
-            "peak_resident_bytes": report.peak_bytes,
+            "peak_bytes": report.peak_bytes,
         }
         self._pending = (report, values)
 
@@ -117,13 +117,13 @@ class Reporter:
         self._log.record(report.step, values)
         self._pending = None
 
-    def finish(self, resident_bytes: Sequence[float]) -> None:
+    def finish(self, peak_bytes: Sequence[float]) -> None:
         """The table of all ranks, where a step was traced."""
         self._progress.close()
         if self._measured is not None:
             rows = [shard.num_rows for shard in self._plan.shards[End.OUTPUT]]
             table = summarize(
-                self._plan.timeline, self._measured, self._plan.layers_of_ranks, rows, self._parameters, resident_bytes
+                self._plan.timeline, self._measured, self._plan.layers_of_ranks, rows, self._parameters, peak_bytes
             )
             self._console.print(rank_table(table, "What was planned and what was measured (one traced step)"))
         self._console.print(f"everything is in {self._directory.path}", highlight=False, soft_wrap=True, markup=False)

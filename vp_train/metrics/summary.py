@@ -25,7 +25,7 @@ class RankSummary:
     measured_bubble: float
     predicted_bytes: float
     measured_bytes: float
-    resident_bytes: float
+    peak_bytes: float
 
 
 def summarize(
@@ -34,7 +34,7 @@ def summarize(
     layers: Sequence[Sequence[range]],
     rows: Sequence[int],
     parameters: Sequence[int],
-    resident: Sequence[float],
+    peaks: Sequence[float],
 ) -> list[RankSummary]:
     """One row per rank; `layers[r]` are those of its stages."""
     return [
@@ -48,7 +48,7 @@ def summarize(
             measured.bubble(rank),
             predicted.peak_bytes[rank],
             measured.peak_bytes[rank],
-            resident[rank],
+            peaks[rank],
         )
         for rank in range(measured.num_ranks)
     ]
@@ -80,7 +80,7 @@ def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
         "bubble\nmeasured",
         "peak act.\nplanned",
         "peak act.\nmeasured",
-        "resident",
+        "peak\nmemory",
     ):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
@@ -94,6 +94,6 @@ def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
             f"{row.measured_bubble:.1%}",
             human_bytes(row.predicted_bytes),
             human_bytes(row.measured_bytes),
-            human_bytes(row.resident_bytes),
+            human_bytes(row.peak_bytes),
         )
     return table

@@ -53,7 +53,7 @@ class StepHealth:
     loss: float
     grad_norm: float
     culprits: tuple[tuple[int, str], ...]  # (rank, "loss" or "gradient")
-    peak_bytes: float  # resident memory of the worst rank
+    peak_bytes: float  # memory of the worst rank
 
 
 def gather_health(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,11 +14,17 @@ from schedules.ir import Kind, Pass
 from schedules.timeline import Span
 
 
+def when_computed() -> float:
+    """The seconds at which this rank's passes on a GPU have been computed.  Waits for them, not for messages under way."""
+    torch.cuda.current_stream().synchronize()
+    return time.perf_counter()
+
+
 @dataclass
 class Recorder:
     """An observer of one step of one rank.
 
-    `clock` returns seconds, on CUDA after a device synchronisation: a recorded step is slower than the others.
+    `clock` returns seconds, on CUDA `when_computed`: a recorded step is slower than the others.
     `held_bytes` is what the output layer holds from S for T.  Storage of `parameters` is not activation memory.
     """
 

@@ -18,7 +18,7 @@ from schedules.ir import Kind
 from vp_train.assembly import RankModel, build_rank
 from vp_train.config import ConfigError, RunConfig
 from vp_train.mesh import build_mesh
-from vp_train.pipeline.recorder import Recorder
+from vp_train.pipeline.recorder import Recorder, when_computed
 from vp_train.plan import make_plan
 from vp_train.profile.costs import RankProfile
 from vp_train.profile.live import LiveStorages, leave_compiled_code_alone
@@ -101,6 +101,7 @@ class _Steps:
     def __init__(self, model: RankModel, batch: torch.Tensor, on_cuda: bool, pipeline_rank: int) -> None:
         self._model, self._on_cuda, self._rank = model, on_cuda, pipeline_rank
         self._tokens, self._labels = batch
+        self._clock = when_computed if on_cuda else time.perf_counter
 
     def run(self) -> tuple[float, float]:
         """Seconds of the passes, and of the optimizer."""
@@ -142,11 +143,6 @@ class _Steps:
         self._model.optimizer.reduce()
         self._model.optimizer.squared_norm()
         self._model.optimizer.step(0.0, 0.0)
-
-    def _clock(self) -> float:
-        if self._on_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def device_words(config: RunConfig) -> dict[str, Any]:
