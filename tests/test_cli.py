@@ -32,7 +32,9 @@ from vp_train.plan import make_plan
         ("data.name=web", "data.name='web' is not known; choose one of pystdlib, text, blend, synthetic"),
         ("data=text", "data.name=text needs data.path"),
         ("optim.beta1=1.5", "optim.beta1=1.5 is out of range"),
-        ("optim.lr=nan", "optim.lr=nan is too small"),
+        ("optim.lr=nan", "optim.lr=nan is not a finite number"),
+        ("loss.z_loss=inf", "loss.z_loss=inf is not a finite number"),
+        ("model.logit_softcap=inf", "model.logit_softcap=inf is not a finite number"),
         ("run.name=a/b", "run.name='a/b' is not a directory name"),
     ],
 )

@@ -26,6 +26,14 @@ def _at_least(name: str, value: float, least: float) -> None:
         raise ConfigError(f"{name}={value} is too small; it must be at least {least}")
 
 
+def _finite(prefix: str, section: object) -> None:
+    """No field of `section` is infinite or not a number."""
+    for item in fields(section):  # type: ignore[arg-type]
+        value = getattr(section, item.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{prefix}{item.name}={value} is not a finite number")
+
+
 def _fraction(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ConfigError(f"{name}={value} is out of range; it must lie in [0, 1)")
@@ -86,6 +94,7 @@ class ModelConfig:
     logit_softcap: float | None = None  # c: logits become c tanh(logits / c)
 
     def __post_init__(self) -> None:
+        _finite("model.", self)
         for name in (
             "num_layers",
             "hidden_size",
@@ -186,6 +195,7 @@ class ScheduleConfig:
     file: str | None = None
 
     def __post_init__(self) -> None:
+        _finite("schedule.", self)
         if self.num_chunks is not None:
             _at_least("schedule.num_chunks", self.num_chunks, 1)
         for name in ("cap_microbatches", "cap_gib"):
@@ -223,6 +233,7 @@ class VocabConfig:
     recompute_fraction: float = 1.0
 
     def __post_init__(self) -> None:
+        _finite("vocab.", self)
         _choice("vocab.backend", self.backend, ("chunked", "recompute", "reference"))
         if not 0 <= self.recompute_fraction <= 1:
             raise ConfigError(f"vocab.recompute_fraction={self.recompute_fraction} is out of range; it must lie in [0, 1]")
@@ -294,6 +305,7 @@ class LossConfig:
     normalisation: str = "token"
 
     def __post_init__(self) -> None:
+        _finite("loss.", self)
         _fraction("loss.label_smoothing", self.label_smoothing)
         _at_least("loss.z_loss", self.z_loss, 0)
         _choice("loss.normalisation", self.normalisation, ("token", "sequence"))
@@ -322,6 +334,7 @@ class OptimConfig:
     offload: bool = False
 
     def __post_init__(self) -> None:
+        _finite("optim.", self)
         _choice("optim.name", self.name, ("adamw", "zero1"))
         _choice("optim.schedule", self.schedule, ("cosine", "wsd"))
         if self.offload and self.name != "zero1":
@@ -398,6 +411,7 @@ class DataConfig:
     seed: int = 1234
 
     def __post_init__(self) -> None:
+        _finite("data.", self)
         _choice("data.name", self.name, ("pystdlib", "text", "blend", "synthetic"))
         _choice("data.packing", self.packing, ("none", "documents"))
         _fraction("data.validation_fraction", self.validation_fraction)
@@ -450,10 +464,9 @@ class CostConfig:
     rank_slowness: tuple[float, ...] | None = None  # how much longer each rank takes than all this says; None: 1 each
 
     def __post_init__(self) -> None:
+        _finite("cost.", self)
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"cost.{item.name}={value} is not a finite number")
             if item.name.endswith("_per_second") and value is not None:
                 _at_least(f"cost.{item.name}", value, 1)
             elif item.name.endswith("_seconds") and value is not None:
@@ -489,10 +502,9 @@ class ClusterConfig:
     overlap: float = 0.0
 
     def __post_init__(self) -> None:
+        _finite("cluster.", self)
         for item in fields(self):
             value = getattr(self, item.name)
-            if not math.isfinite(value):
-                raise ConfigError(f"cluster.{item.name}={value} is not a finite number")
             is_fraction = item.name in ("efficiency", "overlap")
             least = 1 if item.name.endswith("_per_second") or isinstance(value, int) else 0
             _at_least(f"cluster.{item.name}", value, least)
@@ -532,6 +544,7 @@ class RunSettings:
     world_timeout_seconds: float = 1800.0  # for what all ranks agree on, at the start and around steps and checkpoints
 
     def __post_init__(self) -> None:
+        _finite("run.", self)
         _choice("run.dtype", self.dtype, ("bfloat16", "float16", "float32", "float64"))
         _choice("run.device", self.device, ("cpu", "cuda"))
         _choice("run.comm_backend", self.comm_backend, ("nccl", "gloo"))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 _SUMMED_ROWS = 256  # at a time
+_COMPILED_SHAPES = 64  # of one function; torch runs any more uncompiled, without a word
 
 
 def statistics_dtype(compute: torch.dtype) -> torch.dtype:
@@ -63,15 +67,26 @@ def _add_transposed(accumulator: Tensor, addend: Tensor, scale: Tensor | None) -
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+    """For any shapes, of which a size of 1 alone is compiled again."""
+    return _compile(function, dynamic=True)
 
 
 @cache
 def compiled_exactly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Again for every shape, of which there must be few."""
-    return torch.compile(function, dynamic=False)
+    """Again for every shape, which takes seconds: there must be few."""
+    return _compile(function, dynamic=False)
+
+
+def _compile(function: Callable[..., Any], *, dynamic: bool) -> Callable[..., Any]:
+    import torch._dynamo  # which the first compilation would import
+
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _COMPILED_SHAPES)
+    return torch.compile(function, dynamic=dynamic)
 
 
 @cache
 def has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    """Whether torch.compile would find what it needs on a CPU: the compiler and Python's headers."""
+    compiler = shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+    return compiler is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()

@@ -134,7 +134,8 @@ def test_what_is_held_is_the_exponentials_kept_in_the_compute_dtype_x_and_a_few_
     held = run_output(*inputs(64, dtype), sizes=[40, 24], algorithm="one_barrier", backend=backend, grad_dtype=torch.float32)[3]
     size = dtype.itemsize
     for rows_here, value in zip((40, 24), held, strict=True):
-        assert 0 <= value - (T * rows_here * kept * size + T * H * size) <= 2 * 4 * T
+        per_token = 8 if kept else 4  # fp32: the sum, and the maximum of the only chunk
+        assert value == T * rows_here * kept * size + T * H * size + per_token * T
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -175,6 +176,35 @@ def test_small_probabilities_keep_their_gradient_in_float16(backend):
     )
     others = torch.ones(len(weight), dtype=torch.bool).index_fill_(0, targets.clamp_min(0), value=False)
     assert ((found[2].double() - truth)[others].norm() / truth[others].norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize("backend", ["chunked", "recompute"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_rows_with_a_mean_of_one_do_not_overflow_float16(algorithm, backend):
+    """E W of all rows would be a sum of 100,000 ones, and the largest of float16 is 65,504."""
+    x, weight, targets, grad_loss = inputs(100_000, torch.float16)
+    weight = 0.02 * weight
+    weight[:, 0] += 1
+    truth = cross_entropy(x.double(), weight.double(), targets, grad_loss.double())
+    found = run_output(
+        x, weight, targets, grad_loss, sizes=[100_000], algorithm=algorithm, backend=backend, grad_dtype=torch.float32
+    )
+    assert_equal([tensor.double() for tensor in found[:3]], truth, 1e-2)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_terms_of_the_targets_and_of_smoothing_are_not_rounded(dtype, options):
+    """A layer of zeros has equal probabilities, so that nothing else in dW is."""
+    x, weight, targets, grad_loss = inputs(101, dtype)
+    weight, grad_loss = torch.zeros_like(weight), grad_loss.float()
+    truth = cross_entropy(x.double(), weight.double(), targets, grad_loss.double(), options)[2]
+    case = (x, weight, targets, grad_loss)
+    found = run_output(
+        *case, sizes=[60, 41], algorithm="one_barrier", backend="chunked", grad_dtype=torch.float32, options=options
+    )[2]
+    rows = targets[targets != IGNORE_INDEX].unique()
+    assert_equal([found[rows].double()] * 3, [truth[rows]] * 3, 1e-4)
 
 
 def test_a_label_outside_the_vocabulary_is_refused():

@@ -87,6 +87,7 @@ class Chunked:
     def __init__(self, weight: Tensor, grad: Tensor, softcap: float | None, recompute: float) -> None:
         self._weight, self._grad, self._softcap = weight, grad, softcap
         self._first_kept = round(recompute * len(weight))
+        self._usual: torch.Size | None = None  # of the chunks of the first S
         self._free: list[Tensor] = []  # on a CPU fresh memory costs as much as filling it
         self._products = Products()
 
@@ -141,12 +142,14 @@ class Chunked:
         return held.exponentials.nbytes + sum(maximum.nbytes for maximum in held.maxima)
 
     def _exponentiate(self, logits: Tensor, least: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        return exponentiate(logits, least, out, self._softcap, usual=out.shape[1] == self._chunk_rows(len(out)))
+        self._usual = self._usual or out.shape
+        return exponentiate(logits, least, out, self._softcap, usual=out.shape == self._usual)
 
     def _chunk_rows(self, num_tokens: int) -> int:
         weight = self._weight
         logits_dtype = weight.dtype if weight.device.type == "cpu" else statistics_dtype(weight.dtype)
-        return max(1, _CHUNK_BYTES[weight.device.type] // (logits_dtype.itemsize * max(1, num_tokens)))
+        most = int(_LARGEST) if weight.dtype is torch.float16 else len(weight)  # E W is a sum of so many rows
+        return max(1, min(most, _CHUNK_BYTES[weight.device.type] // (logits_dtype.itemsize * max(1, num_tokens))))
 
     def _chunks(self, num_tokens: int) -> Iterator[tuple[int, int, int | None]]:
         """Rows from, rows to, and where E of the chunk is kept; None if it is not."""

@@ -25,8 +25,11 @@ class Products:
         return torch.mm(x, rows.T, out=out if fits else self.scratch("product", out.shape, out.dtype, x.device))
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b."""
-        return torch.mm(a, b, out=self.scratch("product", (len(a), b.shape[1]), a.dtype, a.device))
+        """a @ b, in the statistics dtype on CUDA."""
+        shape = (len(a), b.shape[1])
+        if a.is_cuda and a.dtype is not statistics_dtype(a.dtype):
+            return torch.mm(a, b, out_dtype=torch.float32, out=self.scratch("product", shape, torch.float32, a.device))
+        return torch.mm(a, b, out=self.scratch("product", shape, a.dtype, a.device))
 
     def add_matmul(self, accumulator: Tensor, a: Tensor, b: Tensor, keep: Tensor | None = None, scale: float = 1.0) -> None:
         """accumulator [N, H] = accumulator keep + a @ b scale in place, `keep` [N]; on CUDA the product is never rounded."""
