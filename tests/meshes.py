@@ -30,7 +30,7 @@ def mesh_for(plan: RunPlan) -> Mesh:
 
 def _destroy(mesh: Mesh) -> None:
     pipeline = mesh.pipeline
-    groups = [mesh.tensor, mesh.data, mesh.end_ranks, pipeline.forward, pipeline.backward, *pipeline.ends.values()]
+    groups = [mesh.steps, mesh.tensor, mesh.data, mesh.end_ranks, pipeline.forward, pipeline.backward, *pipeline.ends.values()]
     for group in groups:
         if group is not None:
             dist.destroy_process_group(group)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,10 +37,13 @@ from vp_train.config import (
     ScheduleConfig,
     VocabConfig,
 )
-from vp_train.data import open_source
+from vp_train.data import Batch, open_source
 from vp_train.degrees import wanted_ranks
+from vp_train.mesh import build_mesh
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
+from vp_train.optim.adamw import StepHealth
+from vp_train.optim.loss_scale import LossScale
 from vp_train.plan import make_plan
 from vp_train.train import NonFiniteError, Run, _connect
 
@@ -296,6 +302,89 @@ def test_a_deterministic_run_asks_torch_for_it(monkeypatch, tmp_path):
         torch.use_deterministic_algorithms(False)
 
 
+def test_the_group_of_all_ranks_waits_for_the_world_s_time_and_every_other_for_a_step_s(ranks, tmp_path, monkeypatch):
+    config = config_of(tmp_path, timeout_seconds=7, world_timeout_seconds=70)
+    made = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: made.append(timeout.total_seconds()))
+    monkeypatch.setattr("vp_train.train.build_mesh", lambda degrees, problem, timeout: made.append(timeout.total_seconds()))
+    _connect(config, make_plan(config, 2))
+    assert made == [70, 7]
+    for seconds in ranks(4).run(timeouts_of, laid_out(config, pp=2, dp=2)):
+        assert seconds == {"steps": 7, "tensor": 7, "data": 7, "forward": 7, "backward": 7, "input": 7, "output": 7}
+
+
+def timeouts_of(rank, num_ranks, config):
+    plan = make_plan(config, num_ranks)
+    mesh = build_mesh(plan.degrees, plan.problem, timedelta(seconds=config.run.timeout_seconds))
+    groups = {name: getattr(mesh, name) for name in ("steps", "tensor", "data")}
+    groups |= {name: getattr(mesh.pipeline, name) for name in ("forward", "backward")}
+    groups |= {end.value: group for end, group in mesh.pipeline.ends.items()}
+    found = {name: group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for name, group in groups.items()}
+    for group in groups.values():
+        dist.destroy_process_group(group)
+    return found
+
+
+def test_more_ranks_than_gpus_are_refused_on_all_of_them_before_they_meet(tmp_path, monkeypatch):
+    config = config_of(tmp_path, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for local_rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(ConfigError, match=r"2 ranks on a node whose GPUs are 1, .* run.comm_backend=gloo"):
+            _connect(config, make_plan(config, 2))
+
+
+def test_a_loss_that_is_no_number_stops_a_float16_run_whatever_its_scale():
+    scale = LossScale.of("float16")
+    run = SimpleNamespace(
+        model=SimpleNamespace(loss_scale=scale),
+        _memory=SimpleNamespace(skipped_in_a_row=0),
+        config=RunConfig(),
+        mesh=SimpleNamespace(rank=0),
+    )
+    Run._handle_nonfinite(run, 3, StepHealth(1.0, math.inf, ((1, "gradient"),), 0.0))
+    assert scale.value == 2.0**15, "an overflow"
+    with pytest.raises(NonFiniteError, match="step 3: non-finite loss on rank 1"):
+        Run._handle_nonfinite(run, 3, StepHealth(math.nan, math.inf, ((1, "loss"),), 0.0))
+    assert scale.value == 2.0**15
+
+
+def test_a_resumed_float16_run_has_its_loss_scale_again(ranks, tmp_path):
+    config = config_of(tmp_path, dtype="float16", eval_every=0, trace_step=0)
+    assert ranks(2).run(loss_scale_of, config, 2.0**11) == [2.0**11] * 2
+    ranks(2).run(release_locks)
+    assert ranks(2).run(loss_scale_of, replace(config, run=replace(config.run, resume=True)), None) == [2.0**11] * 2
+
+
+def loss_scale_of(rank, num_ranks, config, first):
+    """After a step that begins with `first`, None: with what was saved."""
+    plan = make_plan(config, num_ranks)
+    mesh = mesh_for(plan)
+    run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
+    if first is not None:
+        run.model.loss_scale.value = first
+        run.train_step(4, None)  # which is saved
+    return run.model.loss_scale.value
+
+
+def test_validation_keeps_to_documents_as_training_does(monkeypatch):
+    monkeypatch.setattr("vp_train.train.gather_health", lambda loss, *_: StepHealth(loss, 0.0, (), 0.0))
+    segments = torch.tensor([[[0, 1]]])
+    batch = Batch(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), segments)
+    seen = []
+    run = SimpleNamespace(
+        source=SimpleNamespace(validation_batch=lambda *_: batch),
+        mesh=SimpleNamespace(data_rank=0, degrees=SimpleNamespace(dp=1), steps=None),
+        model=SimpleNamespace(evaluator=SimpleNamespace(step=lambda *_, segments: seen.append(segments) or 1.5)),
+        _on_device=lambda given: given,
+        _own=lambda loss: loss,
+    )
+    assert Run._validate(run) == 1.5
+    assert seen == [segments]
+
+
 def parameters_after(rank, num_ranks, config, poison):
     """Parameters before and after one step in which rank 1's gradients are poisoned, and what happened."""
     plan = make_plan(config, num_ranks)
@@ -423,9 +512,9 @@ def misbehave(tmp_path, deed, patience, *, timeout):
 
 
 def test_a_rank_that_hangs_ends_the_job_when_its_time_is_up(tmp_path):
-    done = misbehave(tmp_path, "time.sleep(1000)", 3, timeout=50)
+    done = misbehave(tmp_path, "time.sleep(1000)", 5, timeout=80)
     assert done.returncode != 0
-    assert "rank 0: stopped at step 2, another rank has not answered for 3 s (run.timeout_seconds)" in done.stderr
+    assert "rank 0: stopped at step 2, another rank has not answered for 5 s (run.timeout_seconds)" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr.partition("rank 0: stopped")[0]
 
 
@@ -437,14 +526,24 @@ def test_a_rank_that_raises_ends_the_job_with_its_traceback(tmp_path):
     assert done.stderr.count("deliberate failure") <= 2  # the raise line and the message: one traceback
 
 
-def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
+def test_a_file_that_cannot_be_written_ends_the_job_with_a_line(tmp_path):
+    deed = 'raise OSError(28, "No space left on device", "metrics.jsonl")'
+    done = misbehave(tmp_path, deed, 60, timeout=50)
+    assert done.returncode != 0
+    assert "vp-train: [Errno 28] No space left on device: 'metrics.jsonl', at step 2; once that is mended" in done.stderr
+    assert "Traceback" not in done.stderr.partition("vp-train: [Errno 28]")[0]
+
+
+@pytest.mark.parametrize("when", ["they train", "they start"])
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path, when):
     overrides = ["model=nano", "data=synthetic", f"run.root={tmp_path}/runs", "run.steps=10000", "parallel.pp=2"]
     launcher = subprocess.Popen([sys.executable, "-m", "vp_train", *overrides], stdout=subprocess.PIPE, text=True)
-    for line in launcher.stdout:
-        if line.startswith("step"):
-            break
-    ranks = children_of(launcher.pid)
-    assert len(ranks) == 2
+    if when == "they train":
+        for line in launcher.stdout:
+            if line.startswith("step"):
+                break
+    while len(ranks := children_of(launcher.pid)) < 2:
+        time.sleep(0.01)
     launcher.kill()
     launcher.wait()
     deadline = time.monotonic() + 5

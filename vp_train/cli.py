@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from vp_train.config import ConfigError, RunConfig
 from vp_train.exits import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK
+from vp_train.orphans import die_with_launcher
 
 _HELP = """\
 {command}: {purpose}
@@ -68,6 +69,8 @@ class _Command:
 
 def train() -> None:
     """`vp-train` and `python -m vp_train`: a rank when torchrun started us, otherwise the launcher of all ranks."""
+    if _is_rank():
+        die_with_launcher()
     _main(_Command("vp-train", "trains a decoder with vocabulary and pipeline parallelism", _train))
 
 
@@ -120,8 +123,12 @@ def export_model() -> None:
     _guarded("vp-export", lambda: _export(sys.argv[1:]))
 
 
+def _is_rank() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if _is_rank():
         from vp_train.train import run_rank
 
         run_rank(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), config_text(config))

@@ -282,6 +282,11 @@ class ParallelConfig:
             if getattr(self, name) is not None:
                 _at_least(f"parallel.{name}", getattr(self, name), 1)
         _freeze(self, "layers_per_stage")
+        if self.recompute != "none" and self.recompute_per_stage is not None:
+            raise ConfigError(
+                f"parallel.recompute={self.recompute} and parallel.recompute_per_stage={list(self.recompute_per_stage)}: "
+                "set one of the two"
+            )
 
     @property
     def recompute_words(self) -> str:
@@ -367,6 +372,10 @@ class BlendEntry:
             )
 
 
+def _count(number: int) -> str:
+    return f"{number:,}" if number < 10**15 else "more than 10^15"
+
+
 _LONGEST_PATTERN = 100_000  # samples after which the turns of a blend's corpora repeat
 
 
@@ -382,7 +391,7 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     if sum(whole) > _LONGEST_PATTERN:
         rounded = ", ".join(str(max(round(weight / sum(whole), 3), 0.001)) for weight in whole)
         raise ConfigError(
-            f"data.blend: weights {', '.join(map(str, weights))} repeat only after {sum(whole):,} samples, at most "
+            f"data.blend: weights {', '.join(map(str, weights))} repeat only after {_count(sum(whole))} samples, at most "
             f"{_LONGEST_PATTERN:,} are kept; round them, for example to {rounded}"
         )
     return tuple(whole)
@@ -519,6 +528,9 @@ class ClusterConfig:
         return self.num_nodes * self.gpus_per_node
 
 
+_LONGEST_SECONDS = 10_000_000  # to wait for a rank
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """One run: how long, where its files go, what happens when something goes wrong."""
@@ -551,6 +563,9 @@ class RunSettings:
         _choice("run.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         for name in ("steps", "log_every", "keep_checkpoints", "timeout_seconds", "world_timeout_seconds"):
             _at_least(f"run.{name}", getattr(self, name), 1)
+        for name in ("timeout_seconds", "world_timeout_seconds"):
+            if getattr(self, name) > _LONGEST_SECONDS:
+                raise ConfigError(f"run.{name}={getattr(self, name)} is too large; it must be at most {_LONGEST_SECONDS:,}")
         for name in ("eval_every", "eval_microbatches", "checkpoint_every", "trace_step"):
             _at_least(f"run.{name}", getattr(self, name), 0)
         if not self.name or "/" in self.name or self.name.startswith("."):

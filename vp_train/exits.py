@@ -3,4 +3,5 @@
 EXIT_OK = 0
 EXIT_INTERNAL = 70  # a bug, or a peer that died
 EXIT_IO = 74  # disk full, directory not writable
+EXIT_HANG = 124  # a rank did not answer in time
 EXIT_CONFIG = 78  # something the user must change, a diverging run included; starting again cannot help

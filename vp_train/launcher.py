@@ -12,6 +12,7 @@ from vp_train.config import ConfigError, RunConfig
 from vp_train.degrees import wanted_ranks
 from vp_train.exits import EXIT_INTERNAL
 from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
+from vp_train.orphans import announce_launcher
 from vp_train.plan import SEARCHING, make_plan
 
 
@@ -38,6 +39,7 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    announce_launcher()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks and we say what happened
     agent = LaunchConfig(

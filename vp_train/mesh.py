@@ -17,14 +17,16 @@ from vp_train.pipeline.comms import Groups
 class Mesh:
     """This rank's place among dp x pp x tp ranks, and the groups it belongs to.
 
-    `world` carries what all ranks agree on; `tensor` joins the ranks that split the same layers, `data` those that hold the
-    same values in every replica; `end_ranks` joins the ranks of the first and last stage where both hold the same rows of a
-    tied matrix, which only an unsharded vocabulary needs.
+    `world` carries what all ranks agree on around steps and checkpoints, `steps` what they tell each other in every step.
+    `tensor` joins the ranks that split the same layers, `data` those that hold the same values in every replica; `end_ranks`
+    joins the ranks of the first and last stage where both hold the same rows of a tied matrix, which only an unsharded
+    vocabulary needs.
     """
 
     degrees: Degrees
     rank: int
     world: dist.ProcessGroup
+    steps: dist.ProcessGroup
     tensor: dist.ProcessGroup
     data: dist.ProcessGroup
     end_ranks: dist.ProcessGroup | None
@@ -69,6 +71,8 @@ def build_mesh(degrees: Degrees, problem: Problem, timeout: timedelta | None = N
             [degrees.rank(d, p, t) for p in problem.shard_ranks(end) for t in range(degrees.tp)] for d in range(degrees.dp)
         ]
         ends[end] = _own(members, rank, timeout) if len(members[0]) > 1 else None
+    everyone = _own([list(range(degrees.num_ranks))], rank, timeout)
+    assert everyone is not None
     tensor, data = _own(tensors, rank, timeout), _own(copies, rank, timeout)
     assert tensor is not None
     assert data is not None
@@ -83,7 +87,7 @@ def build_mesh(degrees: Degrees, problem: Problem, timeout: timedelta | None = N
         ends,
         tensor if degrees.tp > 1 else None,
     )
-    return Mesh(degrees, rank, dist.group.WORLD, tensor, data, _own(tied, rank, timeout), groups)
+    return Mesh(degrees, rank, dist.group.WORLD, everyone, tensor, data, _own(tied, rank, timeout), groups)
 
 
 def _own(groups: list[list[int]], rank: int, timeout: timedelta | None) -> dist.ProcessGroup | None:

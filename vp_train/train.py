@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -26,7 +26,7 @@ from vp_train.checkpoint.store import CheckpointError, find, latest
 from vp_train.checkpoint.training import load_weights, restore_run, save_run
 from vp_train.config import ConfigError, RunConfig
 from vp_train.data import Batch, Source, open_source
-from vp_train.exits import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK
+from vp_train.exits import EXIT_CONFIG, EXIT_HANG, EXIT_INTERNAL, EXIT_IO, EXIT_OK
 from vp_train.mesh import Mesh, build_mesh
 from vp_train.metrics.progress import StepReport
 from vp_train.metrics.reporter import Reporter
@@ -35,7 +35,6 @@ from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning
 from vp_train.pipeline.recorder import Recorder, when_computed
 from vp_train.plan import RunPlan, make_plan
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MAX_SKIPS = 10  # non-finite steps in a row that run.on_nonfinite=skip tolerates
 
 
@@ -45,7 +44,6 @@ class NonFiniteError(RuntimeError):
 
 def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> NoReturn:
     """Train as rank `rank`, and leave the process.  Raises ConfigError before any process group exists."""
-    _die_with_parent()
     plan = make_plan(config, num_ranks)
     source = open_source(config)
     directory = RunDirectory(config.run) if rank == 0 else None
@@ -68,21 +66,19 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
         _leave(EXIT_IO, f"vp-train: {error}" if rank == 0 else "")
     except (BrokenPipeError, SystemExit):  # rich raises the second when it meets the first
         _leave(128 + signal.SIGPIPE, f"vp-train: nobody reads the output any more, stopped at step {step}")
+    except OSError as error:
+        words = f"{error}, at step {step}; once that is mended, run.resume=true goes on from the newest checkpoint"
+        _leave(EXIT_IO, f"vp-train: {words}")
     except Exception as error:
         if _lost_a_peer(error):
             _leave(EXIT_INTERNAL, f"rank {rank}: stopped at step {step}, another rank went away")
-        if "Timed out waiting" in str(error):  # gloo
-            words = f"another rank has not answered for {config.run.timeout_seconds:g} s (run.timeout_seconds); it may hang"
-            _leave(EXIT_INTERNAL, f"rank {rank}: stopped at step {step}, {words}")
+        if (waited := _waited_seconds(error)) is not None:
+            setting = "timeout_seconds" if waited == config.run.timeout_seconds else "world_timeout_seconds"
+            words = f"another rank has not answered for {waited:g} s (run.{setting}); it may hang"
+            _leave(EXIT_HANG, f"rank {rank}: stopped at step {step}, {words}")
         _leave(EXIT_INTERNAL, f"rank {rank} failed at step {step}\n{traceback.format_exc()}")
     dist.destroy_process_group()
     _leave(EXIT_OK)
-
-
-def _die_with_parent() -> None:
-    """A launcher that is killed cannot stop its ranks; on Linux the kernel does it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _connect(config: RunConfig, plan: RunPlan) -> Mesh:
@@ -95,13 +91,16 @@ def _connect(config: RunConfig, plan: RunPlan) -> Mesh:
     if config.run.device == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
-        local_rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        local_rank, num_local = (
+            int(os.environ.get(name, least)) for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+        )
+        num_devices = torch.cuda.device_count()
         if config.run.comm_backend == "nccl":
             backend = "cpu:gloo,cuda:nccl"
-            if local_rank >= num_devices:
+            if num_local > num_devices:
                 raise ConfigError(
-                    f"more ranks than the {num_devices} GPUs of this node, which NCCL refuses; start fewer ranks here, or let "
-                    "them share GPUs with run.comm_backend=gloo"
+                    f"{num_local} ranks on a node whose GPUs are {num_devices}, and NCCL wants one for each; start fewer ranks "
+                    "here, or let them share GPUs with run.comm_backend=gloo"
                 )
         torch.cuda.set_device(local_rank % num_devices)
     dist.init_process_group(backend, timeout=timedelta(seconds=config.run.world_timeout_seconds))
@@ -112,6 +111,12 @@ def _lost_a_peer(error: Exception) -> bool:
     """gloo and the store report a dead peer in these words; the peer itself has the reason."""
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def _waited_seconds(error: Exception) -> float | None:
+    """For how long a peer was waited for in vain, as gloo says it."""
+    found = re.search(r"Timed out waiting (\d+)ms", str(error))
+    return None if found is None else int(found[1]) / 1000
 
 
 def _leave(code: int, message: str = "") -> NoReturn:
@@ -159,7 +164,7 @@ class Run:
             loss, traced = self.model.train_step(batch.tokens, batch.labels, segments=batch.segments), None
         self.model.optimizer.reduce()
         norm = self.model.optimizer.squared_norm() / self.model.loss_scale.value**2
-        health = gather_health(self._own(loss), norm, self.mesh.world, self._peak_bytes())
+        health = gather_health(self._own(loss), norm, self.mesh.steps, self._peak_bytes())
         rate = self._update(step, health)
         seconds = time.perf_counter() - started
         if reporter is not None:
@@ -213,7 +218,7 @@ class Run:
     def _validate(self) -> float:
         batch = self._on_device(self.source.validation_batch(self.mesh.data_rank, self.mesh.degrees.dp))
         loss = self.model.evaluator.step(batch.tokens, batch.labels, segments=batch.segments)
-        return gather_health(self._own(loss), None, self.mesh.world).loss
+        return gather_health(self._own(loss), None, self.mesh.steps).loss
 
     def _own(self, loss: torch.Tensor | None) -> torch.Tensor | None:
         """The loss of the replica, on the one rank of it that says it."""
@@ -246,7 +251,7 @@ class Run:
         """A training step with every pass timed, from a common start."""
         parameters = list(self.model.parameters.values())
         recorder = Recorder(self.mesh.pipeline_rank, self._clock(), lambda: self.model.held_bytes, parameters)
-        dist.barrier(self.mesh.world)
+        dist.barrier(self.mesh.steps)
         recorder.started_at = recorder.clock()
         return self.model.train_step(batch.tokens, batch.labels, recorder, segments=batch.segments), recorder
 

@@ -100,6 +100,27 @@ def test_what_one_rank_cannot_write_fails_on_all_and_spares_the_rest(ranks, tmp_
     assert latest(tmp_path).name == "step-00000001"
 
 
+def test_nothing_unfinished_is_left(ranks, tmp_path):
+    """Of a save that failed on the second rank at once, of one that a process was killed in by the next that succeeds."""
+    for message in ranks(2).run(fail_to_save_on_the_second, str(tmp_path)):
+        assert "rank 1 could not write the checkpoint" in message
+    assert list(tmp_path.iterdir()) == []
+    for name in (".writing-step-00000007", ".removing-step-00000001"):
+        (tmp_path / name).mkdir()
+    ranks(2).run(save_one, str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def fail_to_save_on_the_second(rank, num_ranks, directory):
+    inner = store.save_file
+    if rank == 1:
+        store.save_file = lambda *_: (_ for _ in ()).throw(OSError("no space"))
+    try:
+        return fail_to_save(rank, num_ranks, directory)
+    finally:
+        store.save_file = inner
+
+
 def test_every_mutation_is_noticed_and_the_previous_checkpoint_used(ranks, tmp_path, capsys):
     ranks(2).run(save_one, str(tmp_path), 1)
     ranks(2).run(save_one, str(tmp_path), 2)

@@ -172,6 +172,52 @@ def test_a_solved_schedule_and_recomputation_equal_one_process(ranks):
     assert_equivalent(ranks, 3, [solved, *recomputed], 1e-9)
 
 
+def attention_forwards(rank, world_size, config):
+    """Forwards of the attention of each of this rank's stages in a step."""
+    plan = make_plan(config, world_size)
+    model = build_rank(config, plan, mesh_for(plan))
+    counts = dict.fromkeys(model.stages, 0)
+
+    def counting(stage):
+        def count(*_):
+            counts[stage] += 1
+
+        return count
+
+    for number, stage in model.stages.items():
+        for layer in stage.layers.values():
+            layer.layer.self_attention.core_attention.register_forward_hook(counting(number))
+    model.train_step(*random_batch(config, 1))
+    return counts
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "v_half"])
+def test_each_stage_recomputes_what_it_is_told(ranks, schedule):
+    config = config_of(2, 3, 101, schedule=schedule, num_stages=4)
+    told = ("full", "none", "none", "selective")
+    config = replace(config, parallel=replace(config.parallel, recompute_per_stage=told))
+    found = {stage: count for counts in ranks(2).run(attention_forwards, config) for stage, count in counts.items()}
+    assert found == {stage: 3 if recompute == "none" else 6 for stage, recompute in enumerate(told)}
+
+
+def summed_early(rank, world_size, config):
+    """The parameters whose sums over the replicas have begun when the step of the executor ends."""
+    plan = make_plan(config, world_size)
+    model = build_rank(config, plan, mesh_for(plan))
+    begun, ready = set(), model.optimizer.ready
+    model.optimizer.ready = lambda names: (begun.update(names), ready(names))
+    model.train_step(*random_batch(config, 1))
+    missing = model.parameters.keys() - begun
+    model.optimizer.reduce()
+    return missing
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "zero1"])
+def test_gradients_are_summed_over_the_replicas_while_others_compute(ranks, optimizer):
+    config = config_of(2, 3, 101, dp=2, schedule="zb_h1", optimizer=optimizer)
+    assert ranks(4).run(summed_early, config) == [set()] * 4
+
+
 def test_unequal_shards_and_stages_equal_one_process(ranks):
     configs = [
         config_of(3, 4, 101, vocab=VocabConfig(algorithm, shards=(0, 90, 11)), layers=(2, 2, 0), backend=backend)

@@ -71,20 +71,24 @@ def save(
     """
     rank = dist.get_rank(group)
     final, temporary = directory / _name_of(step), directory / f".writing-{_name_of(step)}"
-    error = None
-    if rank == 0:
-        error = _attempt(lambda: _make_empty(temporary))
-    _agree(error, group)
-    name = f"rank-{rank:05d}.safetensors"
-    description: dict[str, Any] = {}
-    error = _attempt(lambda: description.update(_write_pieces(temporary / name, pieces)))
-    everyone = _agree((name, description) if error is None else error, group)
-    if rank == 0:
-        manifest = {"format": _FORMAT, "step": step, "state": dict(state), "files": dict(everyone)}
-        error = _attempt(lambda: _commit(manifest, temporary, final))
-        if error is None:
-            _retain(directory, step, keep)
-    _agree(error if rank == 0 else None, group)
+    try:
+        error = _attempt(lambda: _make_empty(temporary)) if rank == 0 else None
+        _agree(error, group)
+        name = f"rank-{rank:05d}.safetensors"
+        description: dict[str, Any] = {}
+        error = _attempt(lambda: description.update(_write_pieces(temporary / name, pieces)))
+        everyone = _agree((name, description) if error is None else error, group)
+        error = None
+        if rank == 0:
+            manifest = {"format": _FORMAT, "step": step, "state": dict(state), "files": dict(everyone)}
+            error = _attempt(lambda: _commit(manifest, temporary, final))
+            if error is None:
+                _retain(directory, step, keep)
+        _agree(error, group)
+    except CheckpointError:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
+        raise
     return final
 
 
@@ -156,7 +160,12 @@ def _commit(manifest: dict[str, Any], temporary: Path, final: Path) -> None:
 
 
 def _retain(directory: Path, step: int, keep: int) -> None:
-    """Checkpoints of later steps were passed over as damaged when the run began: they neither count nor go."""
+    """Checkpoints of later steps were passed over as damaged when the run began: they neither count nor go.
+
+    What a killed process left unfinished goes.
+    """
+    for stray in (*directory.glob(".writing-*"), *directory.glob(".removing-*")):
+        shutil.rmtree(stray, ignore_errors=True)
     paths = sorted(directory.glob("step-*"))
     for old in [path for path in paths if path.name <= _name_of(step)][:-keep]:
         _remove(old)

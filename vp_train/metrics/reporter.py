@@ -25,7 +25,8 @@ from vp_train.plan import RunPlan, row_advice
 
 def _mesh(degrees: Degrees) -> str:
     ranks = degrees.pp * degrees.tp
-    replicas = f" (the first replica is ranks 0-{ranks - 1})" if degrees.dp > 1 else ""
+    first = "rank 0" if ranks == 1 else f"ranks 0-{ranks - 1}"
+    replicas = f" (the first replica is {first})" if degrees.dp > 1 else ""
     return f"{degrees.num_ranks} ranks = {degrees}{replicas}"
 
 

@@ -129,11 +129,14 @@ class Executor:
         return None if losses is None else (losses.double() * weights).sum()
 
     def logprobs(self, tokens: Tensor, labels: Tensor, segments: Tensor | None = None) -> Tensor | None:
-        """The log-probability of every label [m, b, s], 0 where it is IGNORE_INDEX, on ranks that hold output rows.
+        """The log-probability of every label [m, b, s], 0 where it is IGNORE_INDEX, on ranks that hold output rows; fp32, or
+        fp64 where that is computed in.
 
-        For an evaluation program, whose losses are the negative log-likelihoods.
+        Collective over the replica.  No [T, V] exists anywhere.  Raises ValueError unless the program is one of evaluation,
+        whose losses are the negative log-likelihoods, for m microbatches.
         """
-        assert self._problem.forward_only
+        if not self._problem.forward_only:
+            raise ValueError("this executor trains; log-probabilities are what RankModel.evaluator has")
         losses = self._run_program(tokens, labels, torch.zeros(labels.shape, device=labels.device), BLIND, segments)
         return None if losses is None else -losses
 
@@ -142,6 +145,12 @@ class Executor:
     ) -> Tensor | None:
         """The losses of all tokens [m, b, s], each of which counts `weights` [m, b, s]."""
         m, b, s = tokens.shape
+        if m != self._problem.num_microbatches:
+            setting = "run.eval_microbatches" if self._problem.forward_only else "num_microbatches"
+            raise ValueError(
+                f"{m} microbatches for a program of {self._problem.num_microbatches}; give as many, or plan the run with "
+                f"{setting}={m} for each replica"
+            )
         self._observer, self._segments = observer, segments
         self._shape = (s, b, self._part.hidden_size)
         self._num_tokens = s * b
