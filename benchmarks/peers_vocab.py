@@ -86,6 +86,7 @@ def _cut(*inputs: Tensor) -> _ByAutograd:
 
 
 PEERS: dict[str, Callable[..., Any]] = {
+    "published": Published,
     "torch cross_entropy": _eager,
     "torch linear_cross_entropy": _torch_chunked,
     "liger-kernel": _liger,

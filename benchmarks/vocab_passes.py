@@ -5,8 +5,9 @@
         [--label-smoothing A] [--z-loss L] [--softcap C]
 
 The floor of S and T: three matrix products of their sizes, into memory that is there.  Everything of a case is timed in turns,
-in one process; a ratio is the median over rounds.  A shard has V / P rows, rounded up.  `extra_mib`: peak memory beyond weight,
-gradient and inputs.  Errors are relative to float64, by the largest value.  Peers compute a layer of V / P rows by autograd.
+in one process; a ratio is the median over rounds, `s_milliseconds` and `t_milliseconds` are the passes alone.  A shard has
+V / P rows, rounded up.  `extra_mib`: peak memory beyond weight, gradient and inputs.  Errors are relative to float64, by the
+largest value.  Peers compute a layer of V / P rows by autograd.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers_vocab import PEERS, Published, installed
+from peers_vocab import PEERS, installed
 from provenance import provenance
 from torch import Tensor
 
 from schedules.vocab import VOCAB_ALGORITHMS, End, Transfer
-from vp_train.precision import DTYPES
+from vp_train.precision import DTYPES, statistics_dtype
 from vp_train.vocab.backends import BACKENDS
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
@@ -71,8 +72,7 @@ class Ours:
         self.barriers = [barrier for barrier in barriers if barrier.end is End.OUTPUT and barrier.name != "C0"]
         self.x, self.weight, targets, scale = case.inputs()
         self.targets, self.scale = targets[None], scale[None]
-        wide = torch.float64 if case.dtype is torch.float64 else torch.float32
-        self.grad = torch.zeros_like(self.weight, dtype=wide)
+        self.grad = torch.zeros_like(self.weight, dtype=statistics_dtype(case.dtype))
         self.layer = OutputLayer(
             self.weight,
             self.grad,
@@ -83,25 +83,29 @@ class Ours:
             options,
             float(fraction or 1),
         )
-        self.held_bytes = 0
+        self.device, self.held_bytes = case.device, 0
+        self.seconds: dict[str, list[float]] = {"s": [], "t": []}
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Token losses and dx."""
         layer = self.layer
         layer.begin(self.targets, self.scale)
-        layer.s(0, self.x)
+        self.seconds["s"].append(timed(lambda: layer.s(0, self.x), self.device))
         self.held_bytes = layer.held_bytes
         t_done = False
         for barrier in self.barriers:
             if barrier.name == "C2":
-                layer.t(0)
+                self._t()
                 t_done = True
             message = layer.message(barrier.name, 0)
             layer.absorb(barrier.name, 0, message[None] if barrier.transfer is Transfer.ALL_GATHER else message)
         if not t_done:
-            layer.t(0)
+            self._t()
         dx = layer.input_grad(0)
         return layer.finish()[0], dx
+
+    def _t(self) -> None:
+        self.seconds["t"].append(timed(lambda: self.layer.t(0), self.device))
 
 
 class Floor:
@@ -123,7 +127,7 @@ class Lookups:
 
     def __init__(self, case: Case, ranks: int) -> None:
         _, self.weight, _, _ = case.inputs()
-        self.grad = torch.zeros_like(self.weight, dtype=torch.float32)
+        self.grad = torch.zeros_like(self.weight, dtype=statistics_dtype(case.dtype))
         shards = [Shard(rank * case.rows, (rank + 1) * case.rows) for rank in range(ranks)]
         self.layer = InputLayer(self.weight, self.grad, shards, 0)
         tokens = torch.randint(0, case.rows * ranks, (1, case.tokens), generator=torch.Generator().manual_seed(0))
@@ -207,7 +211,7 @@ def measure(
     lookups = Lookups(case, ranks)
     works |= {"E": lookups.e, "G": lookups.g}
     missing = {}
-    for name, make in (PEERS | {"published": Published}).items() if peers else ():
+    for name, make in PEERS.items() if peers else ():
         try:
             works[name] = make(*case.inputs())
             works[name]()  # it may fail only here
@@ -235,9 +239,11 @@ def measure(
         if name not in ("E", "G"):
             row["ratio"] = statistics.median(mine / base for mine, base in zip(times, seconds["floor"], strict=False))
             row["tflops"] = flops / statistics.median(times) / 1e12
+        if isinstance(works[name], Ours):
+            row |= {f"{part}_milliseconds": 1e3 * statistics.median(each) for part, each in works[name].seconds.items()}
         if name not in ("E", "G", "floor"):
             del works[name]
-            work = Ours(case, *ours[name]) if name in ours else (PEERS | {"published": Published})[name](*case.inputs())
+            work = Ours(case, *ours[name]) if name in ours else PEERS[name](*case.inputs())
             with peak_memory(case.device) as grown:
                 losses, dx = work()
             row["extra_mib"] = grown[0]
@@ -274,10 +280,22 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def backend(text: str) -> str:
     """A backend's name, `recompute` with a fraction after a colon if need be."""
-    name, _, fraction = text.partition(":")
-    if name not in BACKENDS or not 0 <= float(fraction or 1) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; choose of {', '.join(BACKENDS)}, recompute:FRACTION")
+    name, colon, fraction = text.partition(":")
+    try:
+        known = name in BACKENDS and (not colon or (name == "recompute" and 0 <= float(fraction) <= 1))
+    except ValueError:
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(f"{text!r}; choose of {', '.join(BACKENDS)} and recompute:FRACTION, 0 to 1")
     return text
+
+
+def new_file(text: str) -> Path:
+    """A path whose directory is there: nothing is measured for an hour that cannot be written."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}; {path.parent} is not a directory")
+    return path
 
 
 def count(text: str) -> int:
@@ -289,10 +307,10 @@ def count(text: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--tokens", type=count, nargs="+", default=[512])
-    parser.add_argument("--hidden", type=count, nargs="+", default=[512])
-    parser.add_argument("--vocab", type=count, nargs="+", default=[262_144])
-    parser.add_argument("--ranks", type=count, nargs="+", default=[4], help="shards that the vocabulary is split into")
+    parser.add_argument("--tokens", type=count, nargs="+", default=[512], help="T, of a microbatch (512)")
+    parser.add_argument("--hidden", type=count, nargs="+", default=[512], help="H (512)")
+    parser.add_argument("--vocab", type=count, nargs="+", default=[262_144], help="V, of all shards (262144)")
+    parser.add_argument("--ranks", type=count, nargs="+", default=[4], help="P, shards that V is split into (4)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     parser.add_argument("--backends", type=backend, nargs="+", default=["chunked", "recompute", "recompute:0.5"])
     parser.add_argument(
@@ -302,8 +320,8 @@ def main() -> None:
     parser.add_argument("--z-loss", type=float, default=0.0)
     parser.add_argument("--softcap", type=float)
     parser.add_argument("--peers", action="store_true", help="other implementations too, those that are installed")
-    parser.add_argument("--json", type=Path, help="write the rows as JSON")
-    parser.add_argument("--plot", type=Path, help="draw the rows")
+    parser.add_argument("--json", type=new_file, help="write the rows as JSON")
+    parser.add_argument("--plot", type=new_file, help="draw the rows")
     arguments = parser.parse_args()
     try:
         options = LossOptions(arguments.label_smoothing, arguments.z_loss, arguments.softcap)
@@ -311,6 +329,8 @@ def main() -> None:
         parser.error(str(error))
     if arguments.peers and options != LossOptions():
         parser.error("--peers compares the plain loss; leave out --label-smoothing, --z-loss and --softcap")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; use --device cpu")
     if arguments.device == "cpu":
         torch.set_num_threads(1)
     rows = []

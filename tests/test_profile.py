@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from schedules.ir import Kind
 from vp_train import cli
@@ -124,3 +125,12 @@ def test_refusals_name_the_value_and_the_way_out(vp_profile, arguments, message,
     assert code == EXIT_CONFIG
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_rank_of_eight_allocates_what_is_predicted(vp_profile, tmp_path):
+    told = ["model=small", "parallel.pp=8", "num_microbatches=16", "run.device=cuda", "run.dtype=bfloat16"]
+    code, _, err = vp_profile(*told, "cluster.gpus_per_node=8", "--ranks", "0,7", "--json", tmp_path / "p.json")
+    assert code == EXIT_OK, err
+    for rank in json.loads((tmp_path / "p.json").read_text())["ranks"]:
+        assert rank["predicted_peak_bytes"] == pytest.approx(rank["peak_bytes"], rel=0.05)

@@ -1,5 +1,9 @@
 """The same program on a GPU gives the same numbers."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +16,8 @@ from vp_train.assembly import build_rank
 from vp_train.config import VocabConfig
 from vp_train.plan import make_plan
 
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 
 def gradients_on(rank, num_ranks, config, device):
     config = replace(config, run=replace(config.run, device=device, comm_backend="gloo"))
@@ -21,7 +27,7 @@ def gradients_on(rank, num_ranks, config, device):
     return None if loss is None else loss.item(), {name: parameter.grad.cpu() for name, parameter in model.parameters.items()}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_gpu
 @pytest.mark.parametrize("p", [1, 4])
 @pytest.mark.parametrize("schedule", ["1f1b", "v_half"])
 @pytest.mark.parametrize("algorithm", ["none", "naive", "two_barrier", "one_barrier"])
@@ -33,3 +39,25 @@ def test_ranks_that_share_a_gpu_equal_the_cpu_in_float64(ranks, p, schedule, alg
         assert gpu_loss is None or gpu_loss == pytest.approx(cpu_loss, rel=1e-9)
         for name, expected in cpu.items():
             assert torch.allclose(gpu[name], expected, rtol=1e-9, atol=1e-12), name
+
+
+@on_gpu
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "more", [[], ["schedule=v_half", "parallel.recompute=selective"], ["optim.name=zero1", "parallel.dp=2"]]
+)
+def test_the_trainer_on_a_gpu_loses_as_on_the_cpu_in_bfloat16(tmp_path, more):
+    """Four ranks that share one GPU, or more: the whole of vp-train, from the command line to its checkpoint."""
+    told = ["model=nano", "model.num_layers=8", "data=synthetic", "run.dtype=bfloat16", "run.steps=10", f"run.root={tmp_path}"]
+    degrees = ["parallel.pp=2"] if "parallel.dp=2" in more else ["parallel.pp=4"]
+    losses = {}
+    for device in ("cpu", "cuda"):
+        words = [*told, *degrees, *more, f"run.device={device}", "run.comm_backend=gloo", f"run.name={device}"]
+        command, environment = [sys.executable, "-m", "vp_train", *words], os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / device / "metrics.jsonl").read_text().splitlines()
+        losses[device] = [json.loads(line)["loss"] for line in lines]
+        assert (tmp_path / device / "checkpoints" / "step-00000010").is_dir()
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-2)
+    assert losses["cuda"][-1] < losses["cuda"][0]

@@ -8,10 +8,12 @@ import sys
 import pytest
 import torch
 
-from tests.vocab.ranks import run_output
+from tests.vocab.ranks import make_layer, run_output
 from tests.vocab.test_output import ALGORITHMS, OPTIONS, assert_equal, inputs
 from vp_train.vocab import backends, rows
+from vp_train.vocab.input import InputLayer
 from vp_train.vocab.reference import cross_entropy
+from vp_train.vocab.shard import Shard, split_rows
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -41,7 +43,7 @@ def test_the_triton_kernel_is_right_in_the_interpreter():
 
 @on_gpu
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_triton_kernel_equals_torch(dtype, softcap):
     logits = torch.randn(64, 20_001, device="cuda") * 4
     least = torch.linspace(-20, 20, 64, device="cuda")
@@ -67,3 +69,49 @@ def test_shards_on_a_gpu_equal_the_whole(monkeypatch, algorithm, backend, dtype,
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     sharded = run_output(*case, sizes=[0, 60, 41], algorithm=algorithm, backend=backend, grad_dtype=wide, options=options)
     assert_equal([tensor.double() for tensor in sharded[:3]], truth, tolerance)
+
+
+@on_gpu
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_what_is_held_on_a_gpu_is_a_matrix_of_sixteen_bits_or_x_alone(algorithm):
+    t, h, r = 64, 32, 5000
+    x = torch.randn(t, h, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(r, h, device="cuda", dtype=torch.bfloat16)
+    targets = torch.arange(t, device="cuda")
+    held = {}
+    for backend in ("chunked", "recompute"):
+        layer = make_layer(weight, torch.zeros_like(weight, dtype=torch.float32), Shard(0, r), algorithm, backend)
+        layer.begin(targets[None], torch.ones(1, t, device="cuda"))
+        layer.s(0, x)
+        held[backend] = layer.held_bytes
+    assert held["recompute"] <= t * (2 * h + 16)
+    assert held["chunked"] - held["recompute"] == t * r * 2 + 4 * t  # the maximum of its only chunk
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_embeddings_on_a_gpu_are_those_of_the_cpu_and_their_gradient_is_the_same_every_time(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(101, 8, generator=generator).to(dtype)
+    tokens = torch.randint(0, 101, (2, 4096), generator=generator)
+    dy = torch.randn(4096, 8, generator=generator).to(dtype)
+    wide, shards = torch.float64 if dtype is torch.float64 else torch.float32, split_rows(101, 2)
+
+    def rows_and_gradient(device):
+        weights, grad = weight.to(device), torch.zeros(101, 8, dtype=wide, device=device)
+        layers = [InputLayer(weights[s.start : s.stop], grad[s.start : s.stop], shards, i) for i, s in enumerate(shards)]
+        for layer in layers:
+            layer.begin(tokens.to(device))
+        rows = [layer.e(1) for layer in layers]
+        for layer, part in zip(layers, layers[0].by_shard(1, dy.to(device)).split(layers[0].counts(1)), strict=True):
+            layer.g(1, part)
+        return layers[0].in_order(1, torch.cat(rows)).cpu(), grad.cpu()
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        on_cpu, *on_gpu_twice = rows_and_gradient("cpu"), rows_and_gradient("cuda"), rows_and_gradient("cuda")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(on_gpu_twice[0][1], on_gpu_twice[1][1])
+    assert torch.equal(on_gpu_twice[0][0], on_cpu[0])
+    assert torch.allclose(on_gpu_twice[0][1], on_cpu[1], rtol=1e-12 if dtype is torch.float64 else 1e-4, atol=1e-5)

@@ -31,6 +31,15 @@ def test_the_rows_of_all_shards_in_order_are_the_embedding_and_its_gradient_goes
     assert torch.allclose(grad, leaf.grad, rtol=1e-13)
 
 
+def test_a_gradient_of_less_precision_is_added_in_fp32():
+    tokens, dy = torch.tensor([[2, 2, 2]]), torch.tensor([[1.0], [2.0**-9], [2.0**-9]], dtype=torch.bfloat16)
+    grad = torch.zeros(3, 1)
+    layer = InputLayer(torch.zeros(3, 1, dtype=torch.bfloat16), grad, (Shard(0, 3),), 0)
+    layer.begin(tokens)
+    layer.g(0, dy)
+    assert grad.flatten().tolist() == [0.0, 0.0, 1 + 2.0**-8]
+
+
 def test_the_same_token_many_times_gives_the_same_bits_every_time():
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 3, (1, 4096), generator=generator)

@@ -43,7 +43,7 @@ class _Microbatch:
     softmax: Softmax
     held: object | None  # for T
     target_scale: Tensor  # [K], of the terms of the targets in both gradients
-    maximum: Tensor | None = None  # over all shards; naive learns it before lse
+    maximum: Tensor | None = None  # over all shards, until lse is known
     lse: Tensor | None = None
     loss: Tensor | None = None
     dx: Tensor | None = None  # to be sent, then the sum received
@@ -166,11 +166,11 @@ class OutputLayer:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes held for T by all microbatches: the backend's, x and lse."""
+        """Bytes held for T by all microbatches: the backend's, x, and four values of each token, lse and what it comes from."""
         total = 0
         for state in self._microbatches.values():
             if state.held is not None and state.x is not None:
-                total += self._backend.held_bytes(state.held) + state.x.nbytes + state.softmax.maximum.nbytes
+                total += self._backend.held_bytes(state.held) + state.x.nbytes + 4 * state.softmax.maximum.nbytes
         return total
 
     def _softmax_scale(self, lse: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class OutputLayer:
         loss = lse - target_logit
         if self._options.z_loss:
             loss += self._options.z_loss * lse**2
-        state.lse, state.loss = lse, loss.masked_fill_(state.ignored, 0.0)
+        state.lse, state.loss, state.maximum = lse, loss.masked_fill_(state.ignored, 0.0), None
 
     def _maximum(self, state: _Microbatch) -> Tensor:
         return state.softmax.maximum.clone()
