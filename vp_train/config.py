@@ -86,6 +86,10 @@ class ModelConfig:
     logit_softcap: float | None = None  # c: logits become c tanh(logits / c)
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"model.{item.name}={value} is not a finite number")
         for name in (
             "num_layers",
             "hidden_size",
@@ -112,6 +116,9 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"model.{name}={value} is too small; it must be above 0, or null for none")
+        if not self.norm_epsilon > 0:
+            raise ConfigError(f"model.norm_epsilon={self.norm_epsilon} is too small; it must be above 0, for example 1e-05")
+        _at_least("model.init_std", self.init_std, 0)
         self._check_pairs()
 
     def _check_heads(self) -> None:

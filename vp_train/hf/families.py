@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vp_train.config import ConfigError, ModelConfig
+from vp_train.hf.values import check
 from vp_train.model.shape import head_size
 
 _LONGEST = 4096  # model.seq_length of an import, where the architecture reaches further; a run sets its own
@@ -30,8 +31,9 @@ class Family:
 
 
 def model_of(config: Mapping[str, Any]) -> ModelConfig:
-    """What a config.json describes.  Raises ConfigError naming the feature that is not built here."""
-    family = FAMILIES.get(config.get("model_type", ""))
+    """What a config.json describes.  Raises ConfigError naming the value that is wrong, or a feature that is not built here."""
+    check(config)
+    family = FAMILIES.get(config.get("model_type") or "")
     if family is None:
         raise ConfigError(
             f"model_type={config.get('model_type')!r} {config.get('architectures', '')} is not known; "
@@ -48,7 +50,7 @@ def model_of(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _read(family: Family, config: Mapping[str, Any]) -> ModelConfig:
-    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
     size = config.get("head_dim")
     settings: Settings = {
         "num_layers": config["num_hidden_layers"],
@@ -60,8 +62,8 @@ def _read(family: Family, config: Mapping[str, Any]) -> ModelConfig:
         "vocab_size": config["vocab_size"],
         "seq_length": min(config["max_position_embeddings"], _LONGEST),
         "tied_embeddings": config["tie_word_embeddings"],
-        "norm_epsilon": config["rms_norm_eps"],
-        "init_std": config["initializer_range"],
+        "norm_epsilon": float(config["rms_norm_eps"]),
+        "init_std": float(config["initializer_range"]),
     }
     return ModelConfig(**settings | family.read(config))
 
@@ -197,8 +199,12 @@ def _rope_written(model: ModelConfig) -> Settings:
 def _windows(config: Mapping[str, Any], pattern: int) -> Settings:
     """Local layers as Gemma 2 and 3 have them; `pattern`: which layer is full where no types are given."""
     types = config.get("layer_types")
+        if pattern < 1:
+            raise ConfigError(f"sliding_window_pattern={pattern} is too small; every so many layers one is full, at least 1")
     if types is None:
         full = [(layer + 1) % pattern == 0 for layer in range(config["num_hidden_layers"])]
+    if len(types) != config["num_hidden_layers"]:
+        raise ConfigError(f"layer_types has {len(types)} entries for num_hidden_layers={config['num_hidden_layers']}; one each")
         types = ["full_attention" if one else "sliding_attention" for one in full]
     unknown = set(types) - {"full_attention", "sliding_attention"}
     if unknown:
