@@ -217,6 +217,7 @@ def test_what_the_nearest_family_lacks_is_named(changes, message):
             {"hidden_activation": "gelu"},
             "activation gelu is not supported for gemma2, which has gelu_pytorch_tanh",
         ),
+        ("gemma2_9b", {"hidden_activation": None, "hidden_act": "gelu"}, "activation gelu is not supported for gemma2"),
         ("gemma3_1b", {"hidden_activation": "gelu"}, "activation gelu is not supported for gemma3_text"),
         ("gemma_7b", {"hidden_activation": "gelu"}, "activation gelu is not supported for gemma, which"),
         ("llama3_8b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type=dynamic is not supported"),
