@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +56,9 @@ _PROFILE_EXAMPLES = """\
   vp-profile cluster=laptop parallel.pp=4 num_microbatches=8
   vp-profile model=gpt_4b cluster=h100_80g_node num_microbatches=32 --ranks 0,3,7 --cost h100.yaml
   vp-plan model=gpt_4b cluster=h100_80g_node num_microbatches=128 cost=h100.yaml"""
+
+
+_SILENT_SECONDS = 10.0  # between two lines of progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +210,7 @@ def _import(arguments: Sequence[str]) -> int:
     told = parser.parse_args(arguments)
     from vp_train.hf.convert import import_checkpoint
 
-    imported = import_checkpoint(told.source, told.target)
+    imported = import_checkpoint(told.source, told.target, progress=_NowAndThen())
     tokenizer = "" if imported.tokenizer is None else f" data.tokenizer={imported.tokenizer}"
     print(
         f"{imported.num_parameters:,} parameters in {imported.checkpoint}\n"
@@ -222,16 +227,64 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest file, unless one tensor is (5)")
     parser.add_argument("--tokenizer", type=_path, metavar="DIR", help="where its files are; with the data of the run")
     told = parser.parse_args(arguments)
-    if not told.max_shard_gb > 0:
-        raise ConfigError(f"--max-shard-gb={told.max_shard_gb} is too small; it must be above 0")
+    shard_bytes = told.max_shard_gb * 1e9
+    if not 1 <= shard_bytes < math.inf:
+        raise ConfigError(f"--max-shard-gb={told.max_shard_gb} must be above 0 and finite, for example 5")
     from vp_train.hf.convert import export_checkpoint
 
-    shard_bytes = int(told.max_shard_gb * 1e9)
-    written = export_checkpoint(told.source, told.target, dtype=told.dtype, shard_bytes=shard_bytes, tokenizer=told.tokenizer)
-    print(f"{told.target}: {', '.join(written)}")
-    if "tokenizer.json" not in written and "tokenizer.model" not in written:
+    exported = export_checkpoint(
+        told.source,
+        told.target,
+        dtype=told.dtype,
+        shard_bytes=int(shard_bytes),
+        tokenizer=told.tokenizer,
+        origins=_origins(told.source),
+        progress=_NowAndThen(),
+    )
+    print(f"{told.target}: {', '.join(exported.files)}")
+    if exported.reach_from is None:
+        print(f"max_position_embeddings={exported.reach} is model.seq_length; where it reaches further, change config.json")
+    if "tokenizer.json" not in exported.files and "tokenizer.model" not in exported.files:
         print("without a tokenizer; --tokenizer DIR copies one")
     return EXIT_OK
+
+
+def _origins(source: Path) -> list[Path]:
+    """What the run of `source` started from by its run.init_from, what that did if it was a run, and so on."""
+    found: list[Path] = []
+    origin = _started_from(source)
+    while origin is not None and origin not in found:
+        found.append(origin)
+        origin = _started_from(origin)
+    return found
+
+
+def _started_from(source: Path) -> Path | None:
+    """run.init_from of the run in directory `source`, or whose checkpoint that is; None where nothing tells."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    place = source.resolve()
+    run = next((one.parent for one in (place, place.parent) if one.name == "checkpoints"), place)
+    try:
+        told = OmegaConf.select(OmegaConf.create((run / "config.yaml").read_text()), "run.init_from")
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return None
+    return _path(told) if isinstance(told, str) else None
+
+
+class _NowAndThen:
+    """Says a line on stderr every ten seconds, and none of what is done before."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + _SILENT_SECONDS
+
+    def __call__(self, words: str) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _SILENT_SECONDS
+            print(words, file=sys.stderr, flush=True)
 
 
 def _path(word: str) -> Path:

@@ -121,6 +121,9 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"model.{name}={value} is too small; it must be above 0, or null for none")
+        if not self.norm_epsilon > 0:
+            raise ConfigError(f"model.norm_epsilon={self.norm_epsilon} is too small; it must be above 0, for example 1e-05")
+        _at_least("model.init_std", self.init_std, 0)
         self._check_pairs()
 
     def _check_heads(self) -> None:

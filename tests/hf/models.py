@@ -66,10 +66,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
-def make(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def make(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
     """A model with random weights; norms and biases are random too."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager")
+    config = type(CONFIGS[name])(**CONFIGS[name].to_dict() | changes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from vp_train import cli
 from vp_train.cli import export_model, import_model, load_config
 from vp_train.config import ConfigError, ModelConfig
 
@@ -17,7 +18,10 @@ from vp_train.config import ConfigError, ModelConfig
         (import_model, ["nowhere"], "vp-import: the following arguments are required: DST; see vp-import --help"),
         (export_model, ["nowhere", "out"], "vp-export: nowhere holds no checkpoint; give the directory of a run"),
         (export_model, ["a", "b", "--dtype", "int8"], "vp-export: argument --dtype: invalid choice: 'int8'"),
-        (export_model, ["a", "b", "--max-shard-gb", "0"], "vp-export: --max-shard-gb=0.0 is too small; it must be above 0"),
+        (export_model, ["a", "b", "--max-shard-gb", "0"], "vp-export: --max-shard-gb=0.0 must be above 0 and finite"),
+        (export_model, ["a", "b", "--max-shard-gb", "inf"], "vp-export: --max-shard-gb=inf must be above 0 and finite"),
+        (export_model, ["a", "b", "--max-shard-gb", "nan"], "vp-export: --max-shard-gb=nan must be above 0 and finite"),
+        (export_model, ["a", "."], "vp-export: . cannot be replaced as a whole; give a directory within it, for example model"),
     ],
 )
 def test_bad_words_are_one_line(command, words, message, monkeypatch, capsys, tmp_path):
@@ -29,6 +33,15 @@ def test_bad_words_are_one_line(command, words, message, monkeypatch, capsys, tm
     said = capsys.readouterr().err.strip()
     assert said.startswith(message)
     assert len(said.splitlines()) == 1
+
+
+def test_progress_is_a_line_every_ten_seconds_and_none_for_what_is_quick(monkeypatch, capsys):
+    now = 100.0
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
+    say = cli._NowAndThen()
+    for now in (101.0, 109.0, 110.5, 119.0, 121.0):
+        say(f"at {now:g}")
+    assert capsys.readouterr().err == "at 110.5\nat 121\n"
 
 
 def test_help_is_not_an_error(monkeypatch, capsys):

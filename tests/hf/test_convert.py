@@ -6,7 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +18,14 @@ from vp_train.assembly import build_rank
 from vp_train.checkpoint import store
 from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
 from vp_train.checkpoint.training import load_weights, save_run
+from vp_train.cli import export_model
 from vp_train.config import ConfigError, ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings, VocabConfig
+from vp_train.hf import convert
 from vp_train.hf.convert import export_checkpoint, import_checkpoint
 from vp_train.plan import make_plan
 
 SEQUENCES, LENGTH = 4, 40
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +94,7 @@ def test_transformers_finds_the_same_logits_in_an_exported_model(made, name, tmp
     tokens, _ = tokens_and_labels()
     with torch.no_grad():
         assert (back(tokens).logits - theirs(tokens).logits).abs().max() < 1e-4
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"):
+    for key in KEPT:
         assert getattr(back.config, key) == getattr(theirs.config, key)
 
 
@@ -151,12 +155,74 @@ def test_tokenizer_files_go_along(made, tmp_path):
     assert imported.tokenizer == tmp_path / "ours/tokenizer.json"
     shutil.copytree(imported.checkpoint, tmp_path / "run/checkpoints/step-00000000")
     for source, told in ((tmp_path / "ours", None), (imported.checkpoint, None), (tmp_path / "run", tmp_path / "theirs")):
-        written = export_checkpoint(source, tmp_path / "back", tokenizer=told)
+        written = export_checkpoint(source, tmp_path / "back", tokenizer=told).files
         assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} < set(written)
         assert (tmp_path / "back/tokenizer.json").read_text() == '"tokenizer.json"'
         shutil.rmtree(tmp_path / "back")
     with pytest.raises(ConfigError, match="no tokenizer files there"):
         export_checkpoint(imported.checkpoint, tmp_path / "back", tokenizer=tmp_path / "run")
+
+
+def write_run(directory, imported, *, tokenizer=None, init_from=None, seq_length=LENGTH):
+    """A run that has the weights of an import, as they were trained with `seq_length`."""
+    path = next(imported.checkpoint.glob("*.safetensors"))
+    described = describe_tensors(path)
+    model = asdict(replace(imported.model, seq_length=seq_length))
+    state = {"config": {"model": model, "data": {"tokenizer": tokenizer and str(tokenizer)}}}
+    tensors = (read_tensor(path, name) for name in described)
+    (directory / "checkpoints").mkdir(parents=True)
+    store.save_stream(directory / "checkpoints", 1, list(described.values()), tensors, state)
+    (directory / "config.yaml").write_text(f"run:\n  init_from: {init_from or 'null'}\n")
+    return directory
+
+
+def exported_config(monkeypatch, capsys, source, target):
+    """config.json of an export by the command, and what the command said."""
+    monkeypatch.setattr(sys, "argv", ["vp-export", str(source), str(target)])
+    with pytest.raises(SystemExit) as left:
+        export_model()
+    assert left.value.code == 0
+    return json.loads((target / "config.json").read_text()), capsys.readouterr().out
+
+
+def test_an_export_knows_what_the_import_knew_however_many_runs_ago(made, tmp_path, monkeypatch, capsys):
+    _, _, imported = made("llama")
+    shutil.copytree(imported.checkpoint.parent, tmp_path / "imported")
+    (tmp_path / "imported/tokenizer.json").write_text('"of the import"')
+    first = write_run(tmp_path / "first", imported, init_from=tmp_path / "imported" / imported.checkpoint.name)
+    second = write_run(tmp_path / "second", imported, init_from=first)
+    for source in (first, second, second / "checkpoints", second / "checkpoints/step-00000001"):
+        config, said = exported_config(monkeypatch, capsys, source, tmp_path / "back")
+        assert [config.get(key) for key in KEPT] == [3, 5, 7, 64]
+        assert "max_position_embeddings" not in said
+        assert (tmp_path / "back/tokenizer.json").read_text() == '"of the import"'
+        shutil.rmtree(tmp_path / "back")
+    (first / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": null, "bos_token_id": null}')
+    assert exported_config(monkeypatch, capsys, second, tmp_path / "back")[0] == config  # which says nothing
+    shutil.rmtree(tmp_path / "back")
+    longer = write_run(tmp_path / "longer", imported, init_from=first, seq_length=128)
+    assert exported_config(monkeypatch, capsys, longer, tmp_path / "long")[0]["max_position_embeddings"] == 128
+    shutil.rmtree(tmp_path / "imported")
+    config, said = exported_config(monkeypatch, capsys, second, tmp_path / "back")
+    assert [config.get(key) for key in KEPT] == [None, None, None, LENGTH]
+    assert f"max_position_embeddings={LENGTH} is model.seq_length; where it reaches further, change config.json" in said
+
+
+def test_runs_that_started_from_each_other_end_the_search(made, tmp_path, monkeypatch, capsys):
+    _, _, imported = made("llama")
+    for name, other in (("one", "two"), ("two", "one")):
+        write_run(tmp_path / name, imported, init_from=tmp_path / other)
+    assert exported_config(monkeypatch, capsys, tmp_path / "one", tmp_path / "back")[0]["max_position_embeddings"] == LENGTH
+
+
+def test_a_tokenizer_tells_its_ids_but_not_how_far_the_model_reaches(made, tmp_path, monkeypatch, capsys):
+    _, theirs, imported = made("llama")
+    shutil.copytree(theirs, tmp_path / "other")
+    (tmp_path / "other/tokenizer.json").write_text("{}")
+    run = write_run(tmp_path / "run", imported, tokenizer=tmp_path / "other/tokenizer.json")
+    config, said = exported_config(monkeypatch, capsys, run, tmp_path / "back")
+    assert [config.get(key) for key in KEPT] == [3, 5, 7, LENGTH]
+    assert "max_position_embeddings=40 is model.seq_length" in said
 
 
 def test_commands_import_train_and_export(made, tmp_path):
@@ -173,7 +239,10 @@ def test_commands_import_train_and_export(made, tmp_path):
     model_word, init_word = next(line for line in printed.splitlines() if line.startswith("vp-train ")).split()[1:3]
     settings = ("parallel.pp=2", "parallel.placement=balanced", "model.seq_length=32", "run.steps=1", "run.eval_every=0")
     command("train", model_word, init_word, "data=synthetic", "optim.warmup_steps=0", "optim.lr=0", "optim.min_lr=0", *settings)
-    command("export_model", "runs/default", "exported")
+    said = command("export_model", "runs/default", "exported")
+    assert "max_position_embeddings" not in said
+    config = json.loads((tmp_path / "exported/config.json").read_text())  # what the run did not know, its import did
+    assert [config[key] for key in KEPT] == [3, 5, 7, 64]
     before, after = weights_in(theirs), weights_in(tmp_path / "exported")
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)  # a step of learning rate 0 changes nothing
@@ -206,6 +275,11 @@ def test_what_is_not_read_is_refused_by_name(made, tmp_path):
     assert "model.layers.3.input_layernorm.weight and 8 more, which this architecture" in variant("few", num_hidden_layers=3)
     assert "has no model.layers.4.input_layernorm.weight and 8 more" in variant("many", num_hidden_layers=5)
     assert "config.json has no hidden_size" in variant("without", hidden_size=None)
+    assert variant("kind", hidden_size="32").startswith(f'{tmp_path}/kind/config.json: hidden_size="32" must be')
+    (tmp_path / "kind/config.json").write_text("{")
+    assert refused(import_checkpoint, tmp_path / "kind", tmp_path / "ours").startswith(
+        f"{tmp_path}/kind/config.json is not JSON"
+    )
     assert not (tmp_path / "ours").exists()
 
 
@@ -241,6 +315,119 @@ def test_missing_tensors_broken_files_and_pickles_are_refused(made, tmp_path):
     assert "has neither model.safetensors nor" in refused(import_checkpoint, directory("empty"), tmp_path / "ours")
     assert "config.json is not there" in refused(import_checkpoint, tmp_path / "nowhere", tmp_path / "ours")
     assert "is not empty" in refused(import_checkpoint, theirs, half)
+
+
+def write_model(directory, theirs, weights, index=None):
+    """`theirs` with other weights in one file, or in those that `index` names."""
+    directory.mkdir()
+    shutil.copy(theirs / "config.json", directory)
+    described = [Described(name, tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()]
+    write_tensors(directory / "model.safetensors", described, weights.values())
+    if index is not None:
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        (["a"], 'weight_map=["a"] must be an object'),
+        (None, "weight_map=null must be an object"),
+        ({"a": 5}, "a is in 5; it must be the name of a file beside the index"),
+        ({"a": "../theirs/model.safetensors"}, 'a is in "../theirs/model.safetensors"; it must be the name of a file beside'),
+        ({"a": "/etc/passwd"}, 'a is in "/etc/passwd"; it must be the name of a file beside the index'),
+        ({"a": ".."}, 'a is in ".."; it must be the name of a file beside the index'),
+        ({"a": ""}, 'a is in ""; it must be the name of a file beside the index'),
+    ],
+)
+def test_an_index_names_files_beside_it(made, tmp_path, weight_map, message):
+    _, theirs, _ = made("llama")
+    source = write_model(tmp_path / "source", theirs, {}, {"weight_map": weight_map})
+    assert message in refused(import_checkpoint, source, tmp_path / "ours")
+
+
+def test_a_tensor_must_be_in_the_file_that_the_index_says(made, tmp_path):
+    _, theirs, _ = made("llama")
+    weights = weights_in(theirs)
+    index = {"weight_map": dict.fromkeys(weights, "model.safetensors") | {"model.norm.weight": "other.safetensors"}}
+    source = write_model(tmp_path / "source", theirs, weights, index)
+    write_tensors(source / "other.safetensors", [Described("spare.attn.bias", (1,), torch.float32)], [torch.ones(1)])
+    assert "has no model.norm.weight, which its config.json asks for" in refused(import_checkpoint, source, tmp_path / "ours")
+
+
+def test_queries_keys_and_values_of_two_dtypes_are_refused(made, tmp_path):
+    _, theirs, _ = made("llama")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    weights = weights_in(theirs)
+    source = write_model(tmp_path / "source", theirs, weights | {name: weights[name].bfloat16()})
+    message = refused(import_checkpoint, source, tmp_path / "ours")
+    assert f"{name}, model.layers.1.self_attn.v_proj.weight are bfloat16, float32 in {source}; they must have one" in message
+
+
+def test_copies_and_buffers_that_some_files_hold_are_passed_over(made, tmp_path):
+    _, theirs, imported = made("qwen2")
+    weights, buffers = weights_in(theirs), {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    assert imported.model.tied_embeddings
+    buffers["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    again = import_checkpoint(write_model(tmp_path / "source", theirs, weights | buffers), tmp_path / "ours")
+    assert again.num_parameters == imported.num_parameters
+    source = write_model(tmp_path / "more", theirs, weights | {"model.extra.weight": torch.ones(1)})
+    assert "has model.extra.weight, which this architecture does not have" in refused(import_checkpoint, source, tmp_path / "x")
+
+
+def test_what_fails_midway_leaves_nothing_and_says_where_and_what_it_needs(made, tmp_path, monkeypatch):
+    _, theirs, imported = made("llama")
+
+    def full(*arguments):
+        assert list(tmp_path.glob(".writing-*")) == [tmp_path / ".writing-new"]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert, "read_tensor", full)
+    monkeypatch.setattr(convert, "write_tensors", full)
+    for call, source in ((import_checkpoint, theirs), (export_checkpoint, imported.checkpoint)):
+        with pytest.raises(
+            OSError, match=rf"^{tmp_path}/new could not be written: No space left on device; .* room for 0.0 GB"
+        ):
+            call(source, tmp_path / "new")
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_target_that_cannot_be_replaced_is_refused_before_anything_is_read(made, tmp_path, monkeypatch):
+    _, theirs, imported = made("llama")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "round").symlink_to("round")
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    for call, source in ((import_checkpoint, theirs), (export_checkpoint, imported.checkpoint)):
+        assert ". cannot be replaced as a whole; give a directory within it" in refused(call, source, Path())
+        assert "link cannot be replaced as a whole" in refused(call, source, tmp_path / "link")  # it is where we are
+        assert "file is not a directory" in refused(call, source, tmp_path / "file")
+        assert "is a link to" in refused(call, source, tmp_path / "dangling")
+        assert "is a link to" in refused(call, source, tmp_path / "round")
+        with monkeypatch.context() as patched:
+            patched.chdir(tmp_path)
+            patched.setattr(Path, "is_mount", lambda path: path.name == "empty")
+            assert "cannot be replaced as a whole" in refused(call, source, tmp_path / "empty")
+    assert not list((tmp_path / "empty").iterdir())
+    monkeypatch.chdir(tmp_path)
+    assert import_checkpoint(theirs, tmp_path / "link").checkpoint.is_dir()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "empty/model.yaml").is_file()
+    assert not list(tmp_path.glob(".writing-*"))
+
+
+def test_progress_counts_to_all_that_is_written(made, tmp_path):
+    _, theirs, imported = made("llama")
+    for call, source in ((import_checkpoint, theirs), (export_checkpoint, imported.checkpoint)):
+        said = []
+        call(source, tmp_path / call.__name__, progress=said.append)
+        assert len(said) > 20
+        assert said[-1] == "0.0 of 0.0 GB written"
+    said = []
+    assert list(convert._counted([torch.ones(10**8, dtype=torch.int8).expand(5, -1)] * 2, 10**9, said.append))
+    assert said == ["0.5 of 1.0 GB written", "1.0 of 1.0 GB written"]
 
 
 def test_models_that_no_architecture_has_are_not_exported(tmp_path):

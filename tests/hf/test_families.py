@@ -60,6 +60,21 @@ PUBLISHED = {
         "use_sliding_window": False,
         "vocab_size": 152064,
     },
+    "gemma_7b": _GEMMA
+    | {
+        "model_type": "gemma",
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": None,
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "max_position_embeddings": 8192,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 16,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "vocab_size": 256000,
+    },
     "gemma2_9b": _GEMMA
     | {
         "model_type": "gemma2",
@@ -106,6 +121,18 @@ FAMILIES = {
     "small": "llama",
     "small_qwen": "qwen3",
     "small_gemma": "gemma3_text",
+}
+
+
+GEMMA_3 = {
+    "activation": "geglu",
+    "zero_centred_norm": True,
+    "embedding_scale": True,
+    "tied_embeddings": True,
+    "post_norms": True,
+    "qk_norm": True,
+    "sliding_window": 16,
+    "full_attention_every": 2,
 }
 
 
@@ -159,6 +186,10 @@ def test_what_transformers_writes_and_what_we_write_mean_the_same(name):
         ({"qk_norm": True, "qkv_bias": True}, "the nearest, qwen2, does not have model.qk_norm=True"),
         ({"sliding_window": 64}, "the nearest, llama, does not have model.sliding_window=64"),
         ({"rope_scaling": "llama3", "rope_factor": 2.0, "logit_softcap": 5.0}, "llama, does not have model.logit_softcap=5.0"),
+        (
+            GEMMA_3 | {"rope_local_base": 1e3, "attention_softcap": 5.0},
+            "gemma3_text, does not have model.attention_softcap=5.0",
+        ),
     ],
 )
 def test_what_the_nearest_family_lacks_is_named(changes, message):
@@ -175,9 +206,81 @@ def test_what_the_nearest_family_lacks_is_named(changes, message):
         ("gemma2_9b", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
         ("qwen2_5_7b", {"use_sliding_window": True, "max_window_layers": 20}, "use_sliding_window=true .* is not supported"),
         ("llama3_8b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        (
+            "llama3_8b",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+            "partial_rotary_factor=0.25 is not supported",
+        ),
+        ("gemma3_1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported: transformers never"),
+        (
+            "gemma2_9b",
+            {"hidden_activation": "gelu"},
+            "activation gelu is not supported for gemma2, which has gelu_pytorch_tanh",
+        ),
+        ("gemma2_9b", {"hidden_activation": None, "hidden_act": "gelu"}, "activation gelu is not supported for gemma2"),
+        ("gemma3_1b", {"hidden_activation": "gelu"}, "activation gelu is not supported for gemma3_text"),
+        ("gemma_7b", {"hidden_activation": "gelu"}, "activation gelu is not supported for gemma, which"),
         ("llama3_8b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type=dynamic is not supported"),
     ],
 )
 def test_features_that_are_not_built_are_named(base, changes, message):
     with pytest.raises(ConfigError, match=message):
         model_of(PUBLISHED[base] | changes)
+
+
+def test_transformers_never_caps_the_scores_of_gemma_3():
+    """The reason for refusing to: should this fail one day, Gemma 3 may have a cap here too."""
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        plain, capped = (models.make("gemma3", attn_logit_softcapping=cap)(ids).logits for cap in (None, 0.1))
+    assert torch.equal(plain, capped)
+
+
+def test_gelu_of_an_early_gemma_is_its_approximation():
+    assert model_of(PUBLISHED["gemma_7b"] | {"hidden_act": "gelu"}) == model_of(PUBLISHED["gemma_7b"])
+
+
+def test_an_import_is_as_long_as_its_architecture_reaches_but_not_too_long_to_train():
+    assert model_of(PUBLISHED["qwen2_5_7b"]).seq_length == 4096
+    assert model_of(PUBLISHED["qwen2_5_7b"] | {"max_position_embeddings": 2048}).seq_length == 2048
+
+
+def test_local_layers_without_a_base_have_that_of_all():
+    model = ModelConfig(**GEMMA_3, rope_base=5e5)
+    config = config_of(model)
+    assert (config["rope_theta"], config["rope_local_base_freq"]) == (5e5, 5e5)
+    assert model_of(config) == replace(model, rope_local_base=5e5, attention_divisor=32.0)
+    scaled = replace(model, rope_scaling="linear", rope_factor=2.0)  # that of local layers too, which Gemma 3 does not scale
+    with pytest.raises(ConfigError, match="no Hugging Face architecture here is this model"):
+        config_of(scaled)
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "value", "message"),
+    [
+        ("llama3_8b", "hidden_size", "32", 'hidden_size="32" must be a whole number, like 4096'),
+        ("llama3_8b", "num_hidden_layers", 2.0, "num_hidden_layers=2.0 must be a whole number"),
+        ("llama3_8b", "vocab_size", True, "vocab_size=true must be a whole number"),
+        ("llama3_8b", "num_key_value_heads", 0, "model.num_query_groups=0 is too small"),
+        ("llama3_8b", "model_type", ["llama"], 'model_type=["llama"] must be a text'),
+        ("llama3_8b", "hidden_act", 3, "hidden_act=3 must be a text"),
+        ("llama3_8b", "rope_theta", "abc", 'rope_theta="abc" must be a finite number, like 0.5'),
+        ("llama3_8b", "rope_theta", float("inf"), "rope_theta=Infinity must be a finite number"),
+        ("llama3_8b", "rope_theta", 10**400, "rope_theta=1000"),
+        ("llama3_8b", "rms_norm_eps", "x", 'rms_norm_eps="x" must be a finite number'),
+        ("llama3_8b", "rms_norm_eps", float("nan"), "rms_norm_eps=NaN must be a finite number"),
+        ("llama3_8b", "rms_norm_eps", -1.0, "model.norm_epsilon=-1.0 is too small"),
+        ("llama3_8b", "rope_parameters", 5, "rope_parameters=5 must be an object"),
+        ("llama3_8b", "rope_parameters", {"rope_theta": "1"}, 'rope_parameters: rope_theta="1" must be a finite number'),
+        ("llama3_8b", "tie_word_embeddings", "false", 'tie_word_embeddings="false" must be true or false'),
+        ("gemma3_1b", "rope_parameters", {"full_attention": 1}, "rope_parameters: full_attention=1 must be an object"),
+        ("gemma3_1b", "layer_types", [None] * 26, "layer_types=[null, null, null"),
+        ("gemma3_1b", "layer_types", ["full_attention"], "layer_types has 1 entries for num_hidden_layers=26"),
+        ("gemma3_1b", "sliding_window_pattern", 0, "sliding_window_pattern=0 is too small"),
+    ],
+)
+def test_a_value_of_another_kind_is_named_with_what_it_must_be(base, name, value, message):
+    with pytest.raises(ConfigError) as caught:
+        model_of(PUBLISHED[base] | {name: value})
+    assert str(caught.value).startswith(message)
+    assert len(str(caught.value)) < 200

@@ -106,6 +106,11 @@ def test_replicas_sum_biases_and_positions_too(ranks):
         ({"rope_scaling": "yarn"}, "model.rope_scaling='yarn' is not known; choose one of none, linear, llama3"),
         ({"head_size": 7}, "model.head_size = 7 is odd; rotary embeddings need an even head size"),
         ({"sliding_window": 0}, "model.sliding_window=0 is too small; it must be at least 1"),
+        ({"norm_epsilon": -1.0}, "model.norm_epsilon=-1.0 is too small; it must be above 0"),
+        ({"norm_epsilon": 0.0}, "model.norm_epsilon=0.0 is too small; it must be above 0"),
+        ({"init_std": -0.02}, "model.init_std=-0.02 is too small; it must be at least 0"),
+        ({"rope_base": float("inf")}, "model.rope_base=inf is not a finite number"),
+        ({"norm_epsilon": float("nan")}, "model.norm_epsilon=nan is not a finite number"),
         ({"attention_softcap": 0.0}, "model.attention_softcap=0.0 is too small; it must be above 0"),
         (
             {"zero_centred_norm": True, "normalisation": "layernorm"},

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vp_train.config import ConfigError, ModelConfig
+from vp_train.hf.values import check
 from vp_train.model.shape import head_size
 
 _LONGEST = 4096  # model.seq_length of an import, where the architecture reaches further; a run sets its own
-_GELU = ("gelu_pytorch_tanh", "gelu")  # the second in early Gemma files, which mean the first
 
 Settings = dict[str, Any]
 
@@ -30,8 +30,9 @@ class Family:
 
 
 def model_of(config: Mapping[str, Any]) -> ModelConfig:
-    """What a config.json describes.  Raises ConfigError naming the feature that is not built here."""
-    family = FAMILIES.get(config.get("model_type", ""))
+    """What a config.json describes.  Raises ConfigError naming the value that is wrong, or a feature that is not built here."""
+    check(config)
+    family = FAMILIES.get(config.get("model_type") or "")
     if family is None:
         raise ConfigError(
             f"model_type={config.get('model_type')!r} {config.get('architectures', '')} is not known; "
@@ -48,7 +49,7 @@ def model_of(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _read(family: Family, config: Mapping[str, Any]) -> ModelConfig:
-    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
     size = config.get("head_dim")
     settings: Settings = {
         "num_layers": config["num_hidden_layers"],
@@ -60,8 +61,8 @@ def _read(family: Family, config: Mapping[str, Any]) -> ModelConfig:
         "vocab_size": config["vocab_size"],
         "seq_length": min(config["max_position_embeddings"], _LONGEST),
         "tied_embeddings": config["tie_word_embeddings"],
-        "norm_epsilon": config["rms_norm_eps"],
-        "init_std": config["initializer_range"],
+        "norm_epsilon": float(config["rms_norm_eps"]),
+        "init_std": float(config["initializer_range"]),
     }
     return ModelConfig(**settings | family.read(config))
 
@@ -198,8 +199,12 @@ def _windows(config: Mapping[str, Any], pattern: int) -> Settings:
     """Local layers as Gemma 2 and 3 have them; `pattern`: which layer is full where no types are given."""
     types = config.get("layer_types")
     if types is None:
+        if pattern < 1:
+            raise ConfigError(f"sliding_window_pattern={pattern} is too small; every so many layers one is full, at least 1")
         full = [(layer + 1) % pattern == 0 for layer in range(config["num_hidden_layers"])]
         types = ["full_attention" if one else "sliding_attention" for one in full]
+    if len(types) != config["num_hidden_layers"]:
+        raise ConfigError(f"layer_types has {len(types)} entries for num_hidden_layers={config['num_hidden_layers']}; one each")
     unknown = set(types) - {"full_attention", "sliding_attention"}
     if unknown:
         raise ConfigError(f"layer_types {sorted(unknown)} are not supported; full_attention and sliding_attention are")
@@ -248,7 +253,9 @@ _GEMMA = {"activation": "geglu", "zero_centred_norm": True, "embedding_scale": T
 
 
 def _read_gemma(config: Mapping[str, Any], layers: str | None = None) -> Settings:
-    _activation(config, _GELU)
+    # Early files of the first Gemma say "gelu" and mean the tanh approximation; elsewhere it is the exact one.
+    early = config["model_type"] == "gemma" and not config.get("hidden_activation")
+    _activation(config, ("gelu_pytorch_tanh", "gelu") if early else ("gelu_pytorch_tanh",))
     _refuse(config, "attention_bias", False, "Gemma has none")
     return _GEMMA | _rope(config, layers)
 
@@ -258,14 +265,16 @@ def _write_gemma(model: ModelConfig) -> Settings:
 
 
 def _read_gemma2(config: Mapping[str, Any]) -> Settings:
-    return _read_gemma(config) | _sandwich(config) | _windows(config, 2)
+    softcap = {"attention_softcap": config.get("attn_logit_softcapping")}
+    return _read_gemma(config) | _sandwich(config) | softcap | _windows(config, 2)
 
 
 def _write_gemma2(model: ModelConfig) -> Settings:
-    return _write_gemma(model) | _sandwich_written(model)
+    return _write_gemma(model) | _sandwich_written(model) | {"attn_logit_softcapping": model.attention_softcap}
 
 
 def _read_gemma3(config: Mapping[str, Any]) -> Settings:
+    _refuse(config, "attn_logit_softcapping", None, "transformers never applies it in Gemma 3; null says the same")
     local = {"rope_parameters": config.get("rope_parameters"), "rope_theta": config["rope_local_base_freq"]}
     of_local = _rope(local, "sliding_attention")
     if "rope_scaling" in of_local:
@@ -278,14 +287,18 @@ def _read_gemma3(config: Mapping[str, Any]) -> Settings:
 def _write_gemma3(model: ModelConfig) -> Settings:
     local = _canonical(model).rope_local_base
     own = {} if local is None else {"rope_local_base_freq": local}
-    return _write_gemma2(model) | own | {"sliding_window_pattern": model.full_attention_every or model.num_layers + 1}
+    return (
+        _write_gemma(model)
+        | _sandwich_written(model)
+        | own
+        | {"sliding_window_pattern": model.full_attention_every or model.num_layers + 1}
+    )
 
 
 def _sandwich(config: Mapping[str, Any]) -> Settings:
     return {
         "post_norms": True,
         "attention_divisor": float(config["query_pre_attn_scalar"]),
-        "attention_softcap": config.get("attn_logit_softcapping"),
         "logit_softcap": config.get("final_logit_softcapping"),
     }
 
@@ -294,7 +307,6 @@ def _sandwich_written(model: ModelConfig) -> Settings:
     divisor = float(head_size(model)) if model.attention_divisor is None else model.attention_divisor
     return {
         "query_pre_attn_scalar": int(divisor),
-        "attn_logit_softcapping": model.attention_softcap,
         "final_logit_softcapping": model.logit_softcap,
         "sliding_window": model.sliding_window or model.seq_length,
         "layer_types": _layer_types(model),
