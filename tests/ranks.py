@@ -13,6 +13,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
 import torch.multiprocessing as multiprocessing
 
 
@@ -21,8 +22,6 @@ class RankFailed(AssertionError):
 
 
 def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: str) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -88,7 +87,9 @@ class Ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        # Imports take a rank seconds, which a fork has done; but nothing of CUDA outlives a fork.
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        context.set_forkserver_preload(["tests.preloaded"])
         self._directory = tempfile.mkdtemp()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()

@@ -1,0 +1,13 @@
+"""What ranks of tests import, once for all of them: their processes are forked from one that has it; see `tests.ranks`."""
+
+import os
+from importlib import import_module
+
+from vp_train.quiet import quiet_deprecations, quiet_megatron
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+quiet_deprecations()
+with quiet_megatron():
+    import_module("megatron.core.models.gpt.gpt_layer_specs")
+for _heavy in ("deepspeed.runtime.zero.stage_1_and_2", "torch._dynamo", "torch.utils.tensorboard", "vp_train.train"):
+    import_module(_heavy)
