@@ -92,8 +92,28 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     assert steps == pytest.approx(sorted(steps), rel=1e-3)
     assert "none of the others can be faster" in out
     assert "does not split over parallel.tp=4" in out
-    first = record["best"][0]
-    again = make_report(load_config([*NANO, *first["overrides"].split(), "parallel.placement=balanced"]))
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["model.num_layers=6"],  # does not split over 4 stages
+        ["schedule.file=other.txt", "vocab.algorithm=naive", "schedule.name=gpipe"],
+        ["schedule=auto", "vocab=auto", "schedule.cap_gib=1"],
+        ["schedule=auto", "schedule.cap_microbatches=3", "parallel.placement=redistribute"],
+        ["parallel.recompute_per_stage=[full,full,none,none]"],
+    ],
+    ids=lambda typed: typed[0],
+)
+def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(vp_plan, tmp_path, typed):
+    """Memory is so small that no winner does without a pipeline."""
+    typed = [*NANO, "cluster.memory_gib=0.012", *typed]
+    code, out, _ = vp_plan("--search", "--top", 2, *typed, "--json", tmp_path / "found.json")
+    assert code == EXIT_OK, out
+    first = json.loads((tmp_path / "found.json").read_text())["best"][0]
+    pasted = next(line for line in out.splitlines() if line.startswith("the first: ")).removeprefix("the first: ").split()
+    again = make_report(load_config([*typed, *pasted]))
+    assert first["pp"] > 1
     assert again.step_seconds == pytest.approx(first["step_seconds"])
 
 

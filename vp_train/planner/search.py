@@ -28,6 +28,8 @@ SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_v", "v_half", "v_min")
 VOCABS = ("one_barrier", "two_barrier", "none")
 _MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 _GIB = 2**30
+# What a choice changes besides saying its own.
+_UNDONE = {"parallel": ("placement", "recompute_per_stage"), "schedule": ("file", "cap_gib", "cap_microbatches")}
 _PIPELINES_FULL = 3  # microbatches per rank after which no schedule but gpipe has more in flight
 
 
@@ -62,12 +64,17 @@ class Choice:
             num_microbatches=self.num_microbatches,
         )
 
-    def overrides(self) -> str:
-        """What to write on a command line."""
-        degrees = self.degrees
+    def overrides(self, config: RunConfig) -> str:
+        """What to write on a command line behind the words of `config`: also what undoes those that do not go with it."""
+        degrees, chosen = self.degrees, self.applied(config)
         words = [f"parallel.dp={degrees.dp} parallel.pp={degrees.pp} parallel.tp={degrees.tp}"]
-        words.append(f"schedule={self.schedule} vocab={self.vocab} parallel.recompute={self.recompute}")
+        words.append(f"schedule.name={self.schedule} vocab.algorithm={self.vocab} parallel.recompute={self.recompute}")
         words.append(f"micro_batch_size={self.micro_batch_size} num_microbatches={self.num_microbatches}")
+        for section, names in _UNDONE.items():
+            for name in names:
+                value = getattr(getattr(chosen, section), name)
+                if value != getattr(getattr(config, section), name):
+                    words.append(f"{section}.{name}={'null' if value is None else value}")
         return " ".join(words)
 
 

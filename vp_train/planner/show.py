@@ -48,8 +48,8 @@ def show_search(config: RunConfig, top: int, seconds: float, path: Path | None) 
     with _Progress() as progress:
         result = search(config, top, lambda: time.monotonic() < until, progress)
     print("\n".join(search_lines(config, result)), flush=True)
-    found = [{"overrides": each.choice.overrides()} | each.report.record() for each in result.best]
-    refused = [{"overrides": each.choice.overrides(), "reason": each.reason} for each in result.refused]
+    found = [{"overrides": each.choice.overrides(config)} | each.report.record() for each in result.best]
+    refused = [{"overrides": each.choice.overrides(config), "reason": each.reason} for each in result.refused]
     _write(path, {"best": found, "refused": refused, "simulated": result.num_simulated, "open": result.open_choices})
     return bool(result.best)
 
@@ -171,13 +171,13 @@ def search_lines(config: RunConfig, result: Result) -> list[str]:
     counted = f"{result.num_choices:,} choices, {result.num_simulated} simulated, {len(result.refused):,} refused"
     lines = []
     if result.best:
-        lines += [*_best_table(result.best), "", f"the first: {result.best[0].choice.overrides()}"]
+        lines += [*_best_table(result.best), "", f"the first: {result.best[0].choice.overrides(config)}"]
         lines += [f"binds: {result.best[0].report.binds}", ""]
     if result.open_choices:
         lines.append(f"{counted}; out of time: {result.open_choices:,} that might be faster are left; raise --seconds")
     else:
         lines.append(f"{counted}; none of the others can be faster" if result.best else counted)
-    lines += _refusal_lines(result.refused)
+    lines += _refusal_lines(config, result.refused)
     if not result.best:
         lines += _misses(config, result)
     return lines
@@ -209,13 +209,13 @@ def _best_table(best: Sequence[Found]) -> list[str]:
     return _rendered(table)
 
 
-def _refusal_lines(refused: Sequence[Refusal]) -> list[str]:
+def _refusal_lines(config: RunConfig, refused: Sequence[Refusal]) -> list[str]:
     """The fastest ones that need too much memory, and the other reasons with their counts."""
     too_large = [each for each in refused if each.excess is not None]
     lines = []
     if too_large:
         lines.append(f"{len(too_large):,} need too much memory; the fastest of them:")
-        lines += [f"  {each.choice.overrides()}: {each.reason}" for each in too_large[:_SHOWN_REFUSALS]]
+        lines += [f"  {each.choice.overrides(config)}: {each.reason}" for each in too_large[:_SHOWN_REFUSALS]]
     others = Counter(each.reason for each in refused if each.excess is None)
     lines += [f"{count:,} refused: {reason}" for reason, count in others.most_common(_SHOWN_REFUSALS)]
     return lines
@@ -228,7 +228,7 @@ def _misses(config: RunConfig, result: Result) -> list[str]:
         return [] if result.open_choices else ["", "nothing can be run; the reasons are above"]
     leanest = min(too_large, key=lambda each: each.excess or 0.0)
     what = "NOTHING TRIED SO FAR FITS" if result.open_choices else "NOTHING FITS"
-    lines = ["", f"{what}.  Closest: {leanest.choice.overrides()}", f"  {leanest.reason}"]
+    lines = ["", f"{what}.  Closest: {leanest.choice.overrides(config)}", f"  {leanest.reason}"]
     return lines + [f"would help: {words}" for words in remedies(leanest.choice.applied(config))]
 
 
