@@ -2,16 +2,16 @@
 
     python benchmarks/plan_published.py [--json FILE]
 
-MFU: what passes reach is `efficiency` of cluster=a100_80g_node, so these are the figures of vp-plan.  It was fitted to one of these
-runs, vocab-2 with V = 128,000, and what a fit gives now is printed beside it; the other 19 then follow from layers, vocabulary,
-schedule and links.  No pass time of any run is used.  MFU is of 320 TFLOP/s here, as published; vp-plan counts 312.
+MFU: what passes reach is `efficiency` of cluster=a100_80g_node, so these are the figures of vp-plan.  It was fitted to one of
+these runs, vocab-2 with V = 128,000, and what a fit gives now is printed beside it; the other 19 then follow from layers,
+vocabulary, schedule and links.  No pass time of any run is used.  MFU is of 320 TFLOP/s, as published; vp-plan counts 312.
 
 Memory is predicted twice, with nothing fitted:
 `vp-plan`: what this trainer would keep, in float16.
 `as theirs`: as the published implementation holds it: 16 bytes per parameter (fp16 weights and gradients, fp32 master copy and
-moments), 34 s b h bytes of activations per layer, and from S to T the fp32 softmax of a shard.  How many of them are held is our
-simulation.  An undivided output layer is a part of F and B there, so that of one microbatch is held: fp16 logits, their fp32
-copy and an fp32 softmax.
+moments), 34 s b h bytes of activations per layer, and from S to T the fp32 softmax of a shard.  How many of them are held is
+our simulation.  An undivided output layer is a part of F and B there, so that of one microbatch is held: fp16 logits, their
+fp32 copy and an fp32 softmax.
 """
 
 from __future__ import annotations

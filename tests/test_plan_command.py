@@ -52,6 +52,15 @@ def test_as_in_the_readme_without_torch():
     assert lines[-1] == f"binds     {found.binds}"
 
 
+def test_measured_pass_times_are_told_from_assumed_ones(vp_plan, tmp_path):
+    file = tmp_path / "cost.yaml"
+    file.write_text('layer_forward_seconds: 0.001\nmeasured_on: "a box, it\'s mine"\n')
+    _, out, _ = vp_plan(*NANO, f"cost={file}")
+    assert "in float32 each, pass times as measured on a box, it's mine\n" in out
+    _, out, _ = vp_plan(*NANO)
+    assert "in float32 each, 50% of it reached\n" in out
+
+
 def test_json_has_every_rank(vp_plan, tmp_path):
     code, out, _ = vp_plan(*NANO, "--json", tmp_path / "new" / "plan.json")
     record = json.loads((tmp_path / "new" / "plan.json").read_text())

@@ -347,7 +347,14 @@ def _of_file(word: str) -> list[str]:
         raise ConfigError(f"{word} cannot be read: {_first_line(error)}") from None
     if not isinstance(settings, DictConfig):
         raise ConfigError(f"{word} does not hold settings of a {group}, one `key: value` per line")
-    return [f"{group}.{key!s}={'null' if setting is None else setting}" for key, setting in settings.items()]
+    return [f"{group}.{key!s}={_word(setting)}" for key, setting in settings.items()]
+
+
+def _word(setting: object) -> str:
+    """A value of a file as hydra reads it behind `key=`."""
+    if isinstance(setting, str):
+        return "'" + setting.replace("'", r"\'") + "'"
+    return "null" if setting is None else str(setting)
 
 
 def config_text(config: RunConfig) -> str:

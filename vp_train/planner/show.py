@@ -130,9 +130,12 @@ def _cluster_words(config: RunConfig) -> str:
     name = {"cuda": "GPUs", "cpu": "CPU ranks"}[config.run.device]
     peak = getattr(cluster, f"{config.run.dtype}_flops_per_second") / 1e12
     nodes = "one node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
+    reached = f"{cluster.efficiency:.0%} of it reached"
+    if config.cost.is_measured:
+        reached = f"pass times as measured on {config.cost.measured_on or 'a device that cost does not name'}"
     return (
         f"{cluster.num_gpus} {name} on {nodes}, {cluster.memory_gib:g} GiB and {peak:,.3g} TFLOP/s in {config.run.dtype} each, "
-        f"{cluster.efficiency:.0%} of it reached"
+        f"{reached}"
     )
 
 
