@@ -12,7 +12,7 @@ import pytest
 
 from vp_train import cli
 from vp_train.cli import load_config
-from vp_train.exits import EXIT_CONFIG, EXIT_OK
+from vp_train.exits import EXIT_CONFIG, EXIT_OK, EXIT_TIME
 from vp_train.planner.report import make_report
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +132,14 @@ def test_search_where_nothing_fits(vp_plan):
     assert "NOTHING FITS.  Closest: parallel.dp=" in out
     assert "more than 0.001 GiB" in out
     assert "would help" in out
+
+
+def test_no_result_in_time_is_not_a_mistake_of_the_user(vp_plan, monkeypatch):
+    monkeypatch.setattr("vp_train.planner.show.time.monotonic", iter(range(0, 10**6, 100)).__next__)
+    code, out, _ = vp_plan("--search", "--seconds", 1, *NANO, "cluster.memory_gib=0.001")
+    assert code == EXIT_TIME != EXIT_CONFIG
+    assert "NOTHING TRIED SO FAR FITS.  Closest: parallel.dp=" in out
+    assert "raise --seconds" in out
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ def estimate_cost(
     num_shards = tp * (layout.num_ranks if algorithm.sharded else 1)
     on_cuda = config.run.device == "cuda"
     sequence_ranks = tp if config.parallel.sequence_parallel else 1
-    stage_bytes = [float(len(stage) * layer_bytes(config, recompute)) for recompute, stage in _with_recompute(config, layers)]
+    stages = _with_recompute(config, layers)
+    bytes_of_layer = {recompute: layer_bytes(config, recompute) for recompute in {recompute for recompute, _ in stages}}
+    stage_bytes = [float(len(stage) * bytes_of_layer[recompute]) for recompute, stage in stages]
     if sequence_ranks > 1:  # a stage has its whole input besides
         stage_bytes = [kept + message_bytes(config) for kept in stage_bytes]
     stage_bytes[0] += shape.embedding_activation_bytes(model, size, item_bytes)

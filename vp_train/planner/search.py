@@ -1,12 +1,14 @@
 """The fastest ways to run a model on a cluster: every split of its GPUs, best first, simulated as far as needed.
 
-A lower bound on the step of every choice is cheap, and no schedule beats it: choices are simulated in the order of their
-bounds until none that is left could be among the best.  What cannot fit into memory is refused instead of being simulated.
+A lower bound on the step of every choice is cheap, and no schedule beats it: all are weighed by theirs, then simulated in its
+order until none that is left could be among the best.  What cannot fit into memory is refused instead of being simulated.
+Where the time is over before all are weighed, those that are come from everywhere, and one of them is simulated all the same.
 """
 
 from __future__ import annotations
 
 import heapq
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -96,7 +98,10 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`best`, fastest first.  `open_choices`: those the time did not suffice for that might be faster than the last of them."""
+    """`best`, fastest first.  `open_choices`: those the time did not suffice for that might be faster than the last of them.
+
+    They include those that were not even weighed.
+    """
 
     best: tuple[Found, ...]
     refused: tuple[Refusal, ...]
@@ -139,7 +144,10 @@ class _Candidate:
 
 
 def search(config: RunConfig, top: int, in_time: Callable[[], bool], progress: Callable[[str], None]) -> Result:
-    """The `top` fastest choices that fit, as far as `in_time` allows.  Raises ConfigError where there is no choice at all."""
+    """The `top` fastest choices that fit, as far as `in_time` allows.
+
+    Where it never does, one is weighed, and simulated unless it cannot fit.  Raises ConfigError where there is no choice.
+    """
     every = list(choices(config))
     if not every:
         raise ConfigError(
@@ -150,18 +158,21 @@ def search(config: RunConfig, top: int, in_time: Callable[[], bool], progress: C
     queue: list[tuple[float, int, _Candidate]] = []
     refused: list[Refusal] = []
     bounds: dict[tuple[object, ...], float] = {}
-    for number, choice in enumerate(every):
+    weighing = list(enumerate(every))
+    random.Random(1).shuffle(weighing)
+    while weighing and (not queue or in_time()):
+        number, choice = weighing.pop()
         candidate = _weigh(config, choice, bounds)
         if isinstance(candidate, Refusal):
             refused.append(candidate)
         else:
             queue.append((candidate.bound, number, candidate))
-        if number % 50 == 49:
-            progress(f"{number + 1:,} of {len(every):,} choices weighed")
+        if len(weighing) % 50 == 0:
+            progress(f"{len(every) - len(weighing):,} of {len(every):,} choices weighed")
     heapq.heapify(queue)
     best: list[Found] = []
     simulated = 0
-    while queue and (len(best) < top or queue[0][0] < best[-1].report.step_seconds) and in_time():
+    while queue and (len(best) < top or queue[0][0] < best[-1].report.step_seconds) and (not simulated or in_time()):
         _, _, candidate = heapq.heappop(queue)
         if (refusal := _too_large(candidate)) is not None:
             refused.append(refusal)
@@ -175,7 +186,7 @@ def search(config: RunConfig, top: int, in_time: Callable[[], bool], progress: C
             refused.append(Refusal(candidate.choice, report.memory_words, candidate.bound, report.excess))
         progress(_progress(simulated, len(queue), best))
     last = best[-1].report.step_seconds if len(best) == top else float("inf")
-    still_open = sum(bound < last for bound, _, _ in queue)
+    still_open = len(weighing) + sum(bound < last for bound, _, _ in queue)
     return Result(tuple(best), tuple(sorted(refused, key=lambda each: each.bound)), len(every), simulated, still_open)
 
 

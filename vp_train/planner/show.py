@@ -41,8 +41,8 @@ def show_plan(config: RunConfig, path: Path | None) -> bool:
     return report.fits
 
 
-def show_search(config: RunConfig, top: int, seconds: float, path: Path | None) -> bool:
-    """Search for the fastest plans, print them and write them to `path`; whether any fits.  Raises ConfigError."""
+def show_search(config: RunConfig, top: int, seconds: float, path: Path | None) -> Result:
+    """Search for the fastest plans, print them and write them to `path`.  Raises ConfigError."""
     print(f"{_model_words(config)}\n{_cluster_words(config)}\n", flush=True)
     until = time.monotonic() + seconds
     with _Progress() as progress:
@@ -51,7 +51,7 @@ def show_search(config: RunConfig, top: int, seconds: float, path: Path | None) 
     found = [{"overrides": each.choice.overrides(config)} | each.report.record() for each in result.best]
     refused = [{"overrides": each.choice.overrides(config), "reason": each.reason} for each in result.refused]
     _write(path, {"best": found, "refused": refused, "simulated": result.num_simulated, "open": result.open_choices})
-    return bool(result.best)
+    return result
 
 
 class _Progress:
