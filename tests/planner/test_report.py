@@ -52,6 +52,26 @@ def test_replicas_do_the_same_in_the_same_time_and_sum_gradients():
     assert (one.gradients, two.gradients) == (0, pytest.approx(4 * parameters / 1e6))
 
 
+def test_the_optimizer_reads_gradients_writes_weights_and_does_both_to_its_state():
+    """Of the rank that has most."""
+    told = ["cluster.memory_bytes_per_second=1e6", "vocab=none", "model.vocab_size=8192", "parallel.layers_per_stage=[1,1,1,1]"]
+    found = report(*told, "run.dtype=bfloat16")
+    counts = [rank.memory.parameters for rank in found.ranks]
+    assert min(counts) < max(counts)
+    assert found.optimizer == pytest.approx(max(counts) * (4 + 2 * 12 + 2) / 1e6)
+
+
+def test_an_optimizer_in_host_memory_takes_its_link_and_the_memory_there():
+    """gradients down and weights up; the host reads and writes 3 values in fp32, reads the gradients and writes the weights."""
+    links = ["cluster.host_bytes_per_second=1e7", "cluster.host_memory_bytes_per_second=1e8"]
+    told = ["run.dtype=bfloat16", "optim.name=zero1", "parallel.pp=2", "parallel.dp=2", *links]
+    there, here = report(*told, "optim.offload=true"), report(*told)
+    part = max(rank.memory.parameters for rank in there.ranks) / 2
+    assert there.optimizer == pytest.approx(part * ((4 + 2) / 1e7 + (4 + 2 * 12 + 2) / 1e8))
+    assert there.step_seconds > here.step_seconds
+    assert there.ranks[0].memory.total < here.ranks[0].memory.total
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -204,7 +204,7 @@ def report_of(config: RunConfig, step: StepPlan, state: StateBytes | None = None
         model_flops(config) * degrees.dp,
         timeline.makespan,
         gradient_seconds(config, degrees, max(each.memory.parameters for each in ranks)),
-        max(optimizer_seconds(config, each.memory) for each in ranks),
+        max(optimizer_seconds(config, degrees, each.memory) for each in ranks),
         timeline.mean_bubble,
         bound.seconds,
         bound.reason,
@@ -237,6 +237,15 @@ def model_flops(config: RunConfig) -> float:
     return 3.0 * (layers + 2 * model.vocab_size * model.hidden_size * num_tokens)
 
 
-def optimizer_seconds(config: RunConfig, memory: RankMemory) -> float:
-    """AdamW reads the gradients, reads and writes its state, and writes the weights."""
-    return (memory.gradients + 2 * memory.optimizer + memory.weights) / config.cluster.memory_bytes_per_second
+def optimizer_seconds(config: RunConfig, degrees: Degrees, memory: RankMemory) -> float:
+    """AdamW reads the gradients, reads and writes its state, and writes the weights.
+
+    With optim.offload the host does, for a part of the parameters in each replica: their gradients go down before, a copy of
+    the weights and two moments are there, and the weights come up after.
+    """
+    cluster = config.cluster
+    if not config.optim.offload:
+        return (memory.gradients + 2 * memory.optimizer + memory.weights) / cluster.memory_bytes_per_second
+    gradients, weights = memory.gradients / degrees.dp, memory.weights / degrees.dp
+    moved = (gradients + weights) / cluster.host_bytes_per_second
+    return moved + (gradients + 2 * 3 * gradients + weights) / cluster.host_memory_bytes_per_second

@@ -215,7 +215,7 @@ def _weigh(config: RunConfig, choice: Choice, bounds: dict[tuple[object, ...], f
     blank = _unordered(draft, Schedule(choice.schedule, ()), draft.cost)
     states = [rank_state(chosen, blank, rank) for rank in range(layout.num_ranks)]
     after = gradient_seconds(chosen, choice.degrees, max(state.parameters for state in states))
-    after += max(optimizer_seconds(chosen, state) for state in states)
+    after += max(optimizer_seconds(chosen, choice.degrees, state) for state in states)
     return _Candidate(choice, chosen, draft, bounds[key] + after)
 
 
