@@ -485,8 +485,8 @@ class ClusterConfig:
     `memory_gib`: what one rank may allocate on its GPU.  `*_flops_per_second`: the peak of a GPU by dtype, of which layers and
     vocabulary passes reach `efficiency`, unless `cost` has measured times.  `memory_bytes_per_second`: of a GPU's own memory.
     Links are those of one GPU, in one direction: `node_*` to the others of its node, `network_*` to other nodes.
-    `host_bytes_per_second`: of the link of a GPU to its host, and `host_memory_bytes_per_second` its share of the host's memory;
-    both count with optim.offload.
+    With optim.offload also `host_bytes_per_second`, of the link of a GPU to its host, and `host_memory_bytes_per_second`, its
+    share of the memory there.
     `overlap`: how much of the sum of the gradients over the replicas hides behind passes.
     """
 

@@ -11,7 +11,7 @@ from vp_train.cli import load_config
 from vp_train.config import ClusterConfig, ConfigError
 from vp_train.degrees import Degrees
 from vp_train.plan import plan_step
-from vp_train.planner.cluster import gradient_seconds, links_of, on_cluster
+from vp_train.planner.cluster import Link, gradient_seconds, links_of, on_cluster
 
 TWO_NODES = ClusterConfig(num_nodes=2, gpus_per_node=8)
 INSIDE, BETWEEN = "inside a node", "between nodes"
@@ -32,6 +32,13 @@ INSIDE, BETWEEN = "inside a node", "between nodes"
 def test_neighbours_share_a_node(degrees, tensor, pipeline, data):
     links = links_of(TWO_NODES, degrees)
     assert (links.tensor.where, links.pipeline.where, links.data.where) == (tensor, pipeline, data)
+
+
+def test_a_collective_passes_its_fixed_time_along_a_tree():
+    link = Link(INSIDE, 0.5, 1e9)
+    assert [link.of_group(count) for count in (1, 2, 3, 4, 5, 8, 9)] == [0, 0.5, 1, 1, 1.5, 1.5, 2]
+    told, _ = costed("cluster.node_seconds=0.5", "cluster.gpus_per_node=8", pp=4, tp=2)
+    assert (told.cost.collective_seconds, told.cost.tensor_seconds, told.cost.hop_seconds) == (1.5, 0.5, 0.5)
 
 
 def costed(*overrides, **degrees):
@@ -69,6 +76,18 @@ def test_tensor_parallel_ranks_share_the_work_and_add_two_sums_each_way():
         assert two.cost.pass_seconds[kind] == pytest.approx([seconds / 2 for seconds in one.cost.pass_seconds[kind]])
     assert all(after < before for before, after in zip(one.cost.stage_bytes, two.cost.stage_bytes, strict=True))
     assert two.cost.barrier_seconds["C1"] > one.cost.barrier_seconds["C1"]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_split_sequences_are_gathered_once_more_in_the_backward(schedule):
+    """Inputs of two linear layers per layer, each half a sum; not in W, which has them."""
+    told = ["run.device=cuda", "cluster.node_seconds=0.001", "cluster.node_bytes_per_second=1000000", f"schedule={schedule}"]
+    _, whole = costed(*told, tp=2)
+    _, split = costed(*told, "parallel.sequence_parallel=true", tp=2)
+    one_sum = 0.001 + 4 * 64 * 64 / 1e6
+    for kind, sums in ((Kind.F, 0), (Kind.B, 1), (Kind.I, 1), (Kind.W, 0)):
+        for before, after in zip(whole.cost.pass_seconds[kind], split.cost.pass_seconds[kind], strict=True):
+            assert after - before == pytest.approx(2 * sums * one_sum)  # two layers in each stage
 
 
 def test_measured_pass_times_stay():

@@ -72,6 +72,18 @@ def test_an_optimizer_in_host_memory_takes_its_link_and_the_memory_there():
     assert there.ranks[0].memory.total < here.ranks[0].memory.total
 
 
+@pytest.mark.parametrize("split", ["", "parallel.sequence_parallel=true"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_layers_without_their_sums_are_half_of_those_of_one_rank(split, recompute):
+    told = ["cluster.gpus_per_node=4", "parallel.dp=1", "run.device=cuda", f"parallel.recompute={recompute}"]
+    link = ["cluster.node_seconds=0.01", "cluster.node_bytes_per_second=1e6"]
+    two = report(*told, *link, "parallel.pp=2", "parallel.tp=2", *filter(None, [split]))
+    one = report(*told, *link, "cluster.gpus_per_node=2", "parallel.pp=2")
+    for alone, shared in zip(one.ranks, two.ranks, strict=True):
+        assert alone.tensor == 0 < shared.tensor
+        assert shared.layers - shared.tensor == pytest.approx(alone.layers / 2)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
