@@ -134,6 +134,14 @@ def test_search_where_nothing_fits(vp_plan):
     assert "would help" in out
 
 
+def test_a_search_without_any_split_names_the_numbers(vp_plan):
+    code, out, _ = vp_plan("--search", *NANO, "cluster.gpus_per_node=7")
+    assert code == EXIT_CONFIG
+    words = out.splitlines()[-1]
+    assert "dp x pp x tp must be 7, where dp divides the 8 sequences of the batch, pp is at most model.num_layers=4" in words
+    assert "tp divides model.num_heads=4, model.num_query_groups=2" in words
+
+
 def test_no_result_in_time_is_not_a_mistake_of_the_user(vp_plan, monkeypatch):
     monkeypatch.setattr("vp_train.planner.show.time.monotonic", iter(range(0, 10**6, 100)).__next__)
     code, out, _ = vp_plan("--search", "--seconds", 1, *NANO, "cluster.memory_gib=0.001")

@@ -11,7 +11,8 @@ from vp_train.cli import load_config
 from vp_train.config import ClusterConfig, ConfigError
 from vp_train.degrees import Degrees
 from vp_train.plan import plan_step
-from vp_train.planner.cluster import Link, gradient_seconds, links_of, on_cluster
+from vp_train.planner.cluster import Link, gradient_seconds, links_of, on_cluster, tied_seconds
+from vp_train.planner.report import make_report
 
 TWO_NODES = ClusterConfig(num_nodes=2, gpus_per_node=8)
 INSIDE, BETWEEN = "inside a node", "between nodes"
@@ -105,6 +106,25 @@ def test_the_gradient_sum_moves_each_value_as_often_as_a_ring_does(optimizer, by
     hidden = replace(config, cluster=replace(config.cluster, overlap=1.0))
     assert gradient_seconds(hidden, Degrees(4, 1, 1), 10**9) == pytest.approx(0 if optimizer == "adamw" else found / 3)
     assert gradient_seconds(config, Degrees(1, 4, 1), 10**9) == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "summed"),
+    [
+        (["vocab=none"], True),
+        (["vocab=none", "schedule=v_half"], False),  # both ends are on rank 0
+        (["vocab=one_barrier"], False),
+        (["vocab=none", "model.tied_embeddings=false"], False),
+    ],
+    ids=["two ranks", "one rank", "sharded", "untied"],
+)
+def test_a_tied_matrix_at_both_ends_has_its_gradient_summed_over_them(overrides, summed):
+    told = ["model.tied_embeddings=true", "model.num_layers=4", "run.dtype=bfloat16", "cluster.node_seconds=0.5", *overrides]
+    config, step = costed("cluster.node_bytes_per_second=1e6", *told, tp=2)
+    expected = 0.5 + 4 * 4096 * 64 / 2 / 1e6 if summed else 0
+    assert tied_seconds(config, step.degrees, step.problem) == pytest.approx(expected)
+    found = make_report(replace(config, cluster=replace(config.cluster, gpus_per_node=4)))
+    assert found.gradients == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def _scratch_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
 
 
 def _update_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
-    """What summing and updating use: of ZeRO-1 a bucket of gradients, and its part of them, which below fp32 is a copy of its own.
+    """What summing and updating use: with ZeRO-1 a bucket of gradients, and its part of them in a copy.
 
     In fp32 the two are not there at the same time.
     """

@@ -14,7 +14,7 @@ from vp_train.estimate import message_bytes, sum_seconds
 from vp_train.metrics.progress import human_bytes
 from vp_train.model import shape
 from vp_train.plan import StepPlan, plan_step
-from vp_train.planner.cluster import gradient_seconds, links_of, on_cluster, peak_flops
+from vp_train.planner.cluster import gradient_seconds, links_of, on_cluster, peak_flops, tied_seconds
 from vp_train.planner.memory import RankMemory, StateBytes, rank_memory
 
 _GIB = 2**30
@@ -203,7 +203,8 @@ def report_of(config: RunConfig, step: StepPlan, state: StateBytes | None = None
         ranks,
         model_flops(config) * degrees.dp,
         timeline.makespan,
-        gradient_seconds(config, degrees, max(each.memory.parameters for each in ranks)),
+        gradient_seconds(config, degrees, max(each.memory.parameters for each in ranks))
+        + tied_seconds(config, degrees, step.problem),
         max(optimizer_seconds(config, degrees, each.memory) for each in ranks),
         timeline.mean_bubble,
         bound.seconds,

@@ -21,7 +21,7 @@ from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.degrees import Degrees
 from vp_train.metrics.progress import human_bytes
 from vp_train.plan import Draft, StepPlan, draft_step
-from vp_train.planner.cluster import gradient_seconds, on_cluster
+from vp_train.planner.cluster import gradient_seconds, on_cluster, tied_seconds
 from vp_train.planner.memory import rank_memory, rank_state
 from vp_train.planner.report import PlanReport, optimizer_seconds, report_of
 
@@ -215,6 +215,7 @@ def _weigh(config: RunConfig, choice: Choice, bounds: dict[tuple[object, ...], f
     blank = _unordered(draft, Schedule(choice.schedule, ()), draft.cost)
     states = [rank_state(chosen, blank, rank) for rank in range(layout.num_ranks)]
     after = gradient_seconds(chosen, choice.degrees, max(state.parameters for state in states))
+    after += tied_seconds(chosen, choice.degrees, draft.problem)
     after += max(optimizer_seconds(chosen, choice.degrees, state) for state in states)
     return _Candidate(choice, chosen, draft, bounds[key] + after)
 

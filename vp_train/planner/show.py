@@ -228,11 +228,21 @@ def _misses(config: RunConfig, result: Result) -> list[str]:
     """How far the leanest choice is from fitting, and what would help it."""
     too_large = [each for each in result.refused if each.excess is not None]
     if not too_large:
-        return [] if result.open_choices else ["", "nothing can be run; the reasons are above"]
+        return [] if result.open_choices else ["", _numbers_words(config)]
     leanest = min(too_large, key=lambda each: each.excess or 0.0)
     what = "NOTHING TRIED SO FAR FITS" if result.open_choices else "NOTHING FITS"
     lines = ["", f"{what}.  Closest: {leanest.choice.overrides(config)}", f"  {leanest.reason}"]
     return lines + [f"would help: {words}" for words in remedies(leanest.choice.applied(config))]
+
+
+def _numbers_words(config: RunConfig) -> str:
+    model, batch = config.model, config.num_microbatches * config.micro_batch_size * (config.parallel.dp or 1)
+    return (
+        f"nothing can be run: dp x pp x tp must be {config.cluster.num_gpus}, where dp divides the {batch:,} sequences of the "
+        f"batch, pp is at most model.num_layers={model.num_layers}, and tp divides model.num_heads={model.num_heads}, "
+        f"model.num_query_groups={model.num_query_groups}, model.ffn_hidden_size={model.ffn_hidden_size} and "
+        f"cluster.gpus_per_node={config.cluster.gpus_per_node}; change one of these, or the reason above"
+    )
 
 
 def remedies(config: RunConfig) -> list[str]:
