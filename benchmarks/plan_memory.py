@@ -31,6 +31,7 @@ from vp_train.planner.memory import rank_memory
 from vp_train.profile.live import LiveStorages, leave_compiled_code_alone
 
 COMMON = ["model.num_layers=8", "num_microbatches=8"]
+ZERO1 = ["parallel.pp=2", "parallel.dp=2", "optim.name=zero1"]
 CASES = {
     "1f1b": [],
     "1f1b, none": ["vocab=none"],
@@ -45,8 +46,11 @@ CASES = {
     "v_min, m = 16": ["schedule=v_min", "num_microbatches=16"],
     "interleaved": ["schedule=interleaved", "parallel.pp=2"],
     "1f1b, pp=2 x tp=2": ["parallel.pp=2", "parallel.tp=2"],
-    "1f1b, dp=2 x pp=2, zero1": ["parallel.pp=2", "parallel.dp=2", "optim.name=zero1"],
+    "1f1b, dp=2 x pp=2, zero1": ZERO1,
     "1f1b, bfloat16": ["run.dtype=bfloat16"],
+    "dp=2 x pp=2, zero1, bfloat16, m = 1": [*ZERO1, "run.dtype=bfloat16", "num_microbatches=1"],
+    "small_qwen, dp=2 x pp=2, zero1, bfloat16": ["model=small_qwen", *ZERO1, "run.dtype=bfloat16"],
+    "small_gemma, bfloat16": ["model=small_gemma", "run.dtype=bfloat16"],
 }
 
 

@@ -103,8 +103,13 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
     assert rank["predicted_peak_bytes"] == pytest.approx(rank["peak_bytes"], rel=0.1)
     cost = load_config([*told, f"cost={tmp_path / 'c.yaml'}"]).cost
     assert cost.layer_weight_grad_seconds == pytest.approx(record["cost"]["layer_weight_grad_seconds"], rel=1e-4)
-    with pytest.raises(ValueError, match="these pass times are not for it"):
-        plan_step(load_config([*told, f"cost={tmp_path / 'c.yaml'}", "micro_batch_size=2"]), 4)
+    for other, reason in (
+        (["micro_batch_size=2"], "cost.measured_layer_flops="),
+        (["run.dtype=bfloat16"], "cost.measured_dtype=float32, but run.dtype=bfloat16"),
+        (["cluster=a100_80g_node", "run.dtype=float32"], "cost.measured_device=cpu, but run.device=cuda"),
+    ):
+        with pytest.raises(ValueError, match=f"{reason}.*these pass times are not for it; use a cost that is"):
+            plan_step(load_config([*told, f"cost={tmp_path / 'c.yaml'}", *other]), 4)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vp_train.config import ConfigError, RunConfig
-from vp_train.exits import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK
+from vp_train.exits import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK, EXIT_TIME
 from vp_train.orphans import die_with_launcher
 
 _HELP = """\
@@ -100,7 +100,7 @@ def plan() -> None:
     options = {
         "--search": ("", "rank every way to run the batch on the cluster, fastest first"),
         "--top": ("K", "with --search: show so many (5)"),
-        "--seconds": ("N", "with --search: simulate for so long at most (60)"),
+        "--seconds": ("N", "with --search: weigh and simulate for so long, then one more at most (60)"),
         "--json": ("FILE", "write the report there"),
     }
     _main(_Command("vp-plan", "predicts memory, time and MFU of a run on a cluster", _plan, _PLAN_EXAMPLES, options))
@@ -182,11 +182,12 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         for name in ("--top", "--seconds"):
             if name in options:
                 raise ConfigError(f"{name} belongs to --search")
-        fits = show_plan(config, path)
-    else:
-        top, seconds = _number(options, "--top", 5), _number(options, "--seconds", 60)
-        fits = show_search(config, top, seconds, path)
-    return EXIT_OK if fits else EXIT_CONFIG
+        return EXIT_OK if show_plan(config, path) else EXIT_CONFIG
+    top, seconds = _number(options, "--top", 5), _number(options, "--seconds", 60)
+    result = show_search(config, top, seconds, path)
+    if result.best:
+        return EXIT_OK
+    return EXIT_TIME if result.open_choices else EXIT_CONFIG
 
 
 def _number(options: Mapping[str, str], name: str, default: int) -> int:
@@ -407,7 +408,14 @@ def _of_file(word: str) -> list[str]:
         raise ConfigError(f"{word} cannot be read: {_first_line(error)}") from None
     if not isinstance(settings, DictConfig):
         raise ConfigError(f"{word} does not hold settings of a {group}, one `key: value` per line")
-    return [f"{group}.{key!s}={'null' if setting is None else setting}" for key, setting in settings.items()]
+    return [f"{group}.{key!s}={_word(setting)}" for key, setting in settings.items()]
+
+
+def _word(setting: object) -> str:
+    """A value of a file as hydra reads it behind `key=`."""
+    if isinstance(setting, str):
+        return "'" + setting.replace("'", r"\'") + "'"
+    return "null" if setting is None else str(setting)
 
 
 def config_text(config: RunConfig) -> str:

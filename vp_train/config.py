@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+_DEVICES = ("cpu", "cuda")
+
 
 class ConfigError(ValueError):
     """A value the user can change.  The command line prints its message, without a traceback, and exits 78."""
@@ -450,8 +453,9 @@ class CostConfig:
     """Seconds the planner assumes; per pass they follow from FLOPs at `flops_per_second`.
 
     What was measured replaces that estimate.  All measured figures are for one microbatch: F, B, I and W per layer; S and T of
-    a shard together, a fixed part and a part per row; E and G per shard.  `measured_layer_flops` says for which layers: the
-    forward FLOPs of one, so that the figures are refused for any other model, sequence length or micro-batch size.
+    a shard together, a fixed part and a part per row; E and G per shard.  `measured_*` say of what, and are compared with the
+    run where they are not None: the forward FLOPs of one layer, so that the figures are refused for any other model, sequence
+    length or micro-batch size, run.dtype and run.device.  `measured_on` is what vp-plan calls the device.
 
     A message takes its fixed seconds and, where a bandwidth is told, its bytes through that: hops between stages,
     collectives of the vocabulary, and sums over the tensor-parallel ranks, of which a layer has two forward and two backward.
@@ -465,6 +469,9 @@ class CostConfig:
     tensor_seconds: float = 0.0
     tensor_bytes_per_second: float | None = None
     measured_layer_flops: float | None = None
+    measured_dtype: str | None = None
+    measured_device: str | None = None
+    measured_on: str | None = None
     layer_forward_seconds: float | None = None
     layer_backward_seconds: float | None = None
     layer_input_grad_seconds: float | None = None
@@ -483,18 +490,28 @@ class CostConfig:
                 _at_least(f"cost.{item.name}", value, 1)
             elif item.name.endswith("_seconds") and value is not None:
                 _at_least(f"cost.{item.name}", value, 0)
+        for name, choices in (("measured_dtype", _DTYPES), ("measured_device", _DEVICES)):
+            if getattr(self, name) is not None:
+                _choice(f"cost.{name}", getattr(self, name), choices)
         _freeze(self, "rank_slowness")
         if self.rank_slowness is not None and not all(0 < value < math.inf for value in self.rank_slowness or (0,)):
             raise ConfigError(f"cost.rank_slowness={list(self.rank_slowness)}: every value must be above 0 and finite")
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether passes of layers or of the output layer take what was measured."""
+        return self.layer_forward_seconds is not None or self.output_row_seconds is not None
+
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """The machines a run is planned for; only `vp-plan` reads it.
+    """The machines a run is planned for; `vp-plan` and `vp-profile` read it.
 
     `memory_gib`: what one rank may allocate on its GPU.  `*_flops_per_second`: the peak of a GPU by dtype, of which layers and
     vocabulary passes reach `efficiency`, unless `cost` has measured times.  `memory_bytes_per_second`: of a GPU's own memory.
     Links are those of one GPU, in one direction: `node_*` to the others of its node, `network_*` to other nodes.
+    With optim.offload also `host_bytes_per_second`, of the link of a GPU to its host, and `host_memory_bytes_per_second`, its
+    share of the memory there.
     `overlap`: how much of the sum of the gradients over the replicas hides behind passes.
     """
 
@@ -511,6 +528,8 @@ class ClusterConfig:
     node_bytes_per_second: float = 1e9
     network_seconds: float = 1e-3
     network_bytes_per_second: float = 1e8
+    host_bytes_per_second: float = 1e10
+    host_memory_bytes_per_second: float = 1e10
     overlap: float = 0.0
 
     def __post_init__(self) -> None:
@@ -560,8 +579,8 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         _finite("run.", self)
-        _choice("run.dtype", self.dtype, ("bfloat16", "float16", "float32", "float64"))
-        _choice("run.device", self.device, ("cpu", "cuda"))
+        _choice("run.dtype", self.dtype, _DTYPES)
+        _choice("run.device", self.device, _DEVICES)
         _choice("run.comm_backend", self.comm_backend, ("nccl", "gloo"))
         _choice("run.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         for name in ("steps", "log_every", "keep_checkpoints", "timeout_seconds", "world_timeout_seconds"):

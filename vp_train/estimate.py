@@ -18,6 +18,8 @@ ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 # Of the three matrix products of a shard, those in S: Z, and with it dx for one_barrier; the rest are T's.
 _S_GEMMS = {"none": 2, "one_barrier": 2, "two_barrier": 1, "naive": 1}
 
+_OTHERS = "these pass times are not for it; use a cost that is, or one that counts FLOPs, e.g. cost=a100"
+
 
 def estimate_cost(
     config: RunConfig, layout: Layout, layers: Sequence[range], shards: dict[End, tuple[Shard, ...]], algorithm: VocabAlgorithm
@@ -31,7 +33,9 @@ def estimate_cost(
     num_shards = tp * (layout.num_ranks if algorithm.sharded else 1)
     on_cuda = config.run.device == "cuda"
     sequence_ranks = tp if config.parallel.sequence_parallel else 1
-    stage_bytes = [float(len(stage) * layer_bytes(config, recompute)) for recompute, stage in _with_recompute(config, layers)]
+    stages = _with_recompute(config, layers)
+    bytes_of_layer = {recompute: layer_bytes(config, recompute) for recompute in {recompute for recompute, _ in stages}}
+    stage_bytes = [float(len(stage) * bytes_of_layer[recompute]) for recompute, stage in stages]
     if sequence_ranks > 1:  # a stage has its whole input besides
         stage_bytes = [kept + message_bytes(config) for kept in stage_bytes]
     stage_bytes[0] += shape.embedding_activation_bytes(model, size, item_bytes)
@@ -189,9 +193,13 @@ def _layer_flops(config: RunConfig) -> int:
 
 
 def _check_measured(config: RunConfig) -> None:
-    measured, here = config.cost.measured_layer_flops, _layer_flops(config)
-    if measured is not None and not math.isclose(measured, here, rel_tol=0.01):
+    cost, run, flops = config.cost, config.run, _layer_flops(config)
+    measured = cost.measured_layer_flops
+    if measured is not None and not math.isclose(measured, flops, rel_tol=0.01):
         raise ConfigError(
-            f"cost.measured_layer_flops={measured:g}, but a layer of this model takes {here:g} FLOPs forward per microbatch: "
-            "these pass times are not for it; use a cost that is, or one that counts FLOPs, e.g. cost=a100"
+            f"cost.measured_layer_flops={measured:g}, but a layer of this model takes {flops:g} FLOPs forward per microbatch: "
+            f"{_OTHERS}"
         )
+    for name, told, here in (("dtype", cost.measured_dtype, run.dtype), ("device", cost.measured_device, run.device)):
+        if told not in (None, here):
+            raise ConfigError(f"cost.measured_{name}={told}, but run.{name}={here}: {_OTHERS}")

@@ -11,7 +11,8 @@ from vp_train.cli import load_config
 from vp_train.config import ClusterConfig, ConfigError
 from vp_train.degrees import Degrees
 from vp_train.plan import plan_step
-from vp_train.planner.cluster import gradient_seconds, links_of, on_cluster
+from vp_train.planner.cluster import Link, gradient_seconds, links_of, on_cluster, tied_seconds
+from vp_train.planner.report import make_report
 
 TWO_NODES = ClusterConfig(num_nodes=2, gpus_per_node=8)
 INSIDE, BETWEEN = "inside a node", "between nodes"
@@ -32,6 +33,13 @@ INSIDE, BETWEEN = "inside a node", "between nodes"
 def test_neighbours_share_a_node(degrees, tensor, pipeline, data):
     links = links_of(TWO_NODES, degrees)
     assert (links.tensor.where, links.pipeline.where, links.data.where) == (tensor, pipeline, data)
+
+
+def test_a_collective_passes_its_fixed_time_along_a_tree():
+    link = Link(INSIDE, 0.5, 1e9)
+    assert [link.of_group(count) for count in (1, 2, 3, 4, 5, 8, 9)] == [0, 0.5, 1, 1, 1.5, 1.5, 2]
+    told, _ = costed("cluster.node_seconds=0.5", "cluster.gpus_per_node=8", pp=4, tp=2)
+    assert (told.cost.collective_seconds, told.cost.tensor_seconds, told.cost.hop_seconds) == (1.5, 0.5, 0.5)
 
 
 def costed(*overrides, **degrees):
@@ -71,6 +79,18 @@ def test_tensor_parallel_ranks_share_the_work_and_add_two_sums_each_way():
     assert two.cost.barrier_seconds["C1"] > one.cost.barrier_seconds["C1"]
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_split_sequences_are_gathered_once_more_in_the_backward(schedule):
+    """Inputs of two linear layers per layer, each half a sum; not in W, which has them."""
+    told = ["run.device=cuda", "cluster.node_seconds=0.001", "cluster.node_bytes_per_second=1000000", f"schedule={schedule}"]
+    _, whole = costed(*told, tp=2)
+    _, split = costed(*told, "parallel.sequence_parallel=true", tp=2)
+    one_sum = 0.001 + 4 * 64 * 64 / 1e6
+    for kind, sums in ((Kind.F, 0), (Kind.B, 1), (Kind.I, 1), (Kind.W, 0)):
+        for before, after in zip(whole.cost.pass_seconds[kind], split.cost.pass_seconds[kind], strict=True):
+            assert after - before == pytest.approx(2 * sums * one_sum)  # two layers in each stage
+
+
 def test_measured_pass_times_stay():
     config = load_config(["cost=a100_4b", "cluster=a100_80g_node", "run.dtype=float16"])
     told = on_cluster(config, Degrees(1, 8, 1))
@@ -86,6 +106,25 @@ def test_the_gradient_sum_moves_each_value_as_often_as_a_ring_does(optimizer, by
     hidden = replace(config, cluster=replace(config.cluster, overlap=1.0))
     assert gradient_seconds(hidden, Degrees(4, 1, 1), 10**9) == pytest.approx(0 if optimizer == "adamw" else found / 3)
     assert gradient_seconds(config, Degrees(1, 4, 1), 10**9) == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "summed"),
+    [
+        (["vocab=none"], True),
+        (["vocab=none", "schedule=v_half"], False),  # both ends are on rank 0
+        (["vocab=one_barrier"], False),
+        (["vocab=none", "model.tied_embeddings=false"], False),
+    ],
+    ids=["two ranks", "one rank", "sharded", "untied"],
+)
+def test_a_tied_matrix_at_both_ends_has_its_gradient_summed_over_them(overrides, summed):
+    told = ["model.tied_embeddings=true", "model.num_layers=4", "run.dtype=bfloat16", "cluster.node_seconds=0.5", *overrides]
+    config, step = costed("cluster.node_bytes_per_second=1e6", *told, tp=2)
+    expected = 0.5 + 4 * 4096 * 64 / 2 / 1e6 if summed else 0
+    assert tied_seconds(config, step.degrees, step.problem) == pytest.approx(expected)
+    found = make_report(replace(config, cluster=replace(config.cluster, gpus_per_node=4)))
+    assert found.gradients == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

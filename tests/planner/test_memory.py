@@ -51,7 +51,7 @@ def test_tensor_parallel_ranks_share_matrices_and_rows_and_copy_norms():
         ("float32", "adamw", 2, (4, 4, 8)),
         ("bfloat16", "adamw", 2, (2, 4, 12)),
         ("float16", "adamw", 1, (2, 4, 12)),
-        ("bfloat16", "zero1", 4, (2, 4, 20 / 4)),
+        ("bfloat16", "zero1", 4, (2, 4, 12 / 4)),
     ],
 )
 def test_bytes_per_parameter(dtype, optimizer, dp, expected):
@@ -61,6 +61,16 @@ def test_bytes_per_parameter(dtype, optimizer, dp, expected):
     assert found == tuple(memory.parameters * each for each in expected)
     offloaded = replace(config, optim=OptimConfig("zero1", offload=True))
     assert StateBytes.of(offloaded).optimizer == 0
+
+
+@pytest.mark.parametrize(("dtype", "bytes_used"), [("bfloat16", 4 + 4 / 4), ("float32", 4)])
+def test_a_step_of_zero1_peaks_in_its_sums_where_passes_keep_little(dtype, bytes_used):
+    """A bucket of all gradients, for they are few, and below fp32 a copy of this replica's part."""
+    told = ["optim.name=zero1", "parallel.dp=4", "model.seq_length=4", "num_microbatches=1", f"run.dtype={dtype}"]
+    config, step = planned(*told, num_ranks=8)
+    memory = rank_memory(config, step, 1)
+    assert memory.activations == 0
+    assert memory.working == pytest.approx(bytes_used * memory.parameters, rel=0.05)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])
@@ -86,8 +96,9 @@ def test_what_a_gpu_keeps_does_not_grow_with_microbatches(num_microbatches):
     [
         ["model=small", "parallel.pp=2", "model.num_layers=4", "num_microbatches=6"],
         ["model=small", "parallel.pp=2", "model.num_layers=4", "schedule=v_half", "vocab=two_barrier", "micro_batch_size=2"],
+        ["model=small_qwen", "parallel.pp=2", "model.num_layers=4", "parallel.dp=2", "optim.name=zero1", "run.dtype=bfloat16"],
     ],
-    ids=["1f1b", "v_half"],
+    ids=["1f1b", "v_half", "norms of q and k, bfloat16, zero1"],
 )
 def test_predicted_bytes_are_what_torch_allocates(overrides, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)

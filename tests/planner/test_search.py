@@ -86,11 +86,32 @@ def test_nothing_fits_and_by_how_much():
     assert any("model.num_query_groups=2 does not split over parallel.tp=4" in each.reason for each in result.refused)
 
 
-def test_out_of_time_is_said():
-    left = iter([True, False])
-    result = searched(config_of(), 3, lambda: next(left))
+class Clock:
+    """In time for so many questions."""
+
+    def __init__(self, count):
+        self.left = count
+
+    def __call__(self):
+        self.left -= 1
+        return self.left >= 0
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.8], ids=lambda part: f"{part:.0%} weighed")
+def test_weighing_counts_into_the_time_and_one_is_simulated_all_the_same(part):
+    config = config_of()
+    every = list(choices(config))
+    result = searched(config, 3, Clock(int(part * len(every))))
+    assert result.num_choices == len(every)
     assert result.num_simulated == len(result.best) == 1
-    assert result.open_choices > 0
+    assert result.open_choices + result.num_simulated + len(result.refused) == len(every)
+    assert (len(result.refused) > 0) == (part > 0)
+
+
+def test_a_search_that_was_in_time_finds_the_same_whatever_it_weighs_first(monkeypatch):
+    told = [found.choice for found in searched(config_of(), 5).best]
+    monkeypatch.setattr("vp_train.planner.search.random.Random.shuffle", lambda self, values: None)
+    assert [found.choice for found in searched(config_of(), 5).best] == told
 
 
 def test_a_batch_that_no_split_divides():

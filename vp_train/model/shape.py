@@ -122,20 +122,23 @@ def layer_activation_bytes(
         return _input_bytes(model, micro_batch_size, item_bytes) // sequence_ranks
     norm_bytes = (4 if model.post_norms else 2) * _norm_bytes(model, item_bytes, fused=fused_norms) // sequence_ranks
     per_token = 2 * model.hidden_size // sequence_ranks + (5 if is_gated(model) else 2) * model.ffn_hidden_size
-    attention = _attention_bytes(model, micro_batch_size, item_bytes) if recompute == "none" else 0
+    attention = _attention_bytes(model, micro_batch_size, item_bytes, fused_norms) if recompute == "none" else 0
     return micro_batch_size * model.seq_length * (item_bytes * per_token + norm_bytes) + attention
 
 
-def _attention_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
+def _attention_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int, fused_norms: bool) -> int:
     """What attention keeps of a microbatch besides its input.
 
-    The whole qkv, for v is a view of it; q and k before the products; output and log-sums.
+    The whole qkv, for v is a view of it; q and k before the products; output and log-sums.  Norms of q and k keep these
+    normalised, and where they work in fp32 on less also as they came.
     """
     q, kv, n = query_size(model), kv_size(model), model.num_heads
     per_token = (q + 2 * kv) + q
     if model.positions == "rope" or model.qk_norm:
         per_token += q + kv  # otherwise q and k are views of qkv as well
-    if model.qk_norm:
+    if model.qk_norm and item_bytes < 4 and not fused_norms:
+        per_token += 4 // item_bytes * (2 * (q + kv) + (n + model.num_query_groups))
+    elif model.qk_norm:
         per_token += (q + kv) + (n + model.num_query_groups)
         if 1 < model.num_query_groups < n:
             per_token += q  # heads of several groups do not lie together in qkv

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from schedules.problem import Problem
+from schedules.vocab import End
 from vp_train.config import ClusterConfig, RunConfig
 from vp_train.degrees import Degrees
 from vp_train.estimate import ITEM_BYTES, message_bytes, sum_seconds
@@ -77,6 +79,16 @@ def on_cluster(config: RunConfig, degrees: Degrees) -> RunConfig:
     )
     parallel = replace(config.parallel, pp=degrees.pp, dp=degrees.dp)
     return replace(config, cost=told, parallel=parallel)
+
+
+def tied_seconds(config: RunConfig, degrees: Degrees, problem: Problem) -> float:
+    """What summing the gradient of a tied matrix takes, where both ends have one, on two ranks."""
+    split = problem.algorithm.sharded or problem.root(End.INPUT) == problem.root(End.OUTPUT)
+    if split or not config.model.tied_embeddings:
+        return 0.0
+    link, item = links_of(config.cluster, degrees).pipeline, ITEM_BYTES[config.run.dtype]
+    num_bytes = max(4, item) * config.model.vocab_size * config.model.hidden_size / degrees.tp
+    return sum_seconds(link.seconds, link.bytes_per_second, num_bytes, 2)
 
 
 def gradient_seconds(config: RunConfig, degrees: Degrees, num_parameters: int) -> float:

@@ -14,6 +14,7 @@ from vp_train.plan import StepPlan
 
 _MESSAGES = 4  # [T, H] received before they are needed, or on their way, at any time
 _CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}  # of logits, as in vocab.backends
+_BUCKET_VALUES = {False: 1 << 26, True: 1 << 24}  # summed at a time, by optim.offload, as in optim.zero
 _TOKEN_BYTES = 8 * 6 + 4 * 8  # per token of a step: ids, owners and their order; losses and statistics
 
 
@@ -29,12 +30,12 @@ class StateBytes:
     def of(cls, config: RunConfig) -> StateBytes:
         """Below fp32: gradients, a copy of the weights and two moments in fp32.
 
-        DeepSpeed's ZeRO-1 copies the weights in any precision, and keeps its part of the gradients twice.
+        DeepSpeed's ZeRO-1 copies the weights in any precision.
         """
         item = ITEM_BYTES[config.run.dtype]
         precise = max(4, item)
         if config.optim.name == "zero1":
-            return cls(item, precise, 0 if config.optim.offload else 5 * precise)
+            return cls(item, precise, 0 if config.optim.offload else 3 * precise)
         return cls(item, precise, 2 * precise + (precise if item < precise else 0))
 
 
@@ -103,26 +104,27 @@ def rank_parameters(config: RunConfig, step: StepPlan, rank: int) -> int:
 def step_peak(config: RunConfig, step: StepPlan, rank: int) -> tuple[float, float, float]:
     """Activations, held shards and working bytes of `rank` when their sum is highest.
 
-    What a pass adds is there before it ends, what it uses up until then.
+    What a pass adds is there before it ends, what it uses up until then.  After the passes the optimizer uses some.
     """
     order, cost, message = step.schedule.ranks[rank], step.cost, float(message_bytes(config))
     on_cpu = config.run.device == "cpu"
-    always = _MESSAGES * message + _scratch_bytes(config, step, rank)
-    always += _TOKEN_BYTES * config.num_microbatches * config.micro_batch_size * config.model.seq_length
+    kept = _scratch_bytes(config, step, rank)
+    kept += _TOKEN_BYTES * config.num_microbatches * config.micro_batch_size * config.model.seq_length
+    always = kept + _MESSAGES * message
     exponentials = max(0.0, cost.shard_bytes[rank] - message)  # the rest is x
     pool = exponentials * _most_held(order) if on_cpu else 0.0  # given back to the layer, not to the system
     activations, held, working = 0.0, pool, always
-    peak = (activations, held, working)
+    peak = max((activations, held, working), (0.0, pool, kept + _update_bytes(config, step, rank)), key=sum)
     for item in order:
         change = cost.byte_change(item)
         left = _unsent_bytes(item, step, rank, message) if on_cpu else 0.0
         in_held = item.kind in (Kind.S, Kind.T)
         if in_held and on_cpu and exponentials:
             change -= math.copysign(exponentials, change)
-        kept, shards = (0.0, change) if in_held else (change, 0.0)
-        during = (activations + max(0.0, kept), held + max(0.0, shards), working + left + _working_bytes(config, item))
+        layers, shards = (0.0, change) if in_held else (change, 0.0)
+        during = (activations + max(0.0, layers), held + max(0.0, shards), working + left + _working_bytes(config, item))
         peak = max(peak, during, key=sum)
-        activations, held, working = activations + kept, held + shards, working + left
+        activations, held, working = activations + layers, held + shards, working + left
     return peak
 
 
@@ -165,6 +167,20 @@ def _scratch_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
     logits = min(float(_CHUNK_BYTES[config.run.device]), float(precise * tokens * rows))
     separate = item < precise or held_part(config) < 1
     return 2.0 * precise * tokens * config.model.hidden_size + (logits if separate else 0.0)
+
+
+def _update_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
+    """What summing and updating use: with ZeRO-1 a bucket of gradients, and its part of them in a copy.
+
+    In fp32 the two are not there at the same time.
+    """
+    if config.optim.name != "zero1":
+        return 0.0
+    item, parameters = ITEM_BYTES[config.run.dtype], rank_parameters(config, step, rank)
+    precise = max(4, item)
+    bucket = float(precise * min(parameters, _BUCKET_VALUES[config.optim.offload]))
+    part = 0.0 if config.optim.offload else precise * parameters / step.degrees.dp
+    return bucket + part if item < precise else max(bucket, part)
 
 
 def _working_bytes(config: RunConfig, item: Pass) -> float:

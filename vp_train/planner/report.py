@@ -14,7 +14,7 @@ from vp_train.estimate import message_bytes, sum_seconds
 from vp_train.metrics.progress import human_bytes
 from vp_train.model import shape
 from vp_train.plan import StepPlan, plan_step
-from vp_train.planner.cluster import gradient_seconds, links_of, on_cluster, peak_flops
+from vp_train.planner.cluster import gradient_seconds, links_of, on_cluster, peak_flops, tied_seconds
 from vp_train.planner.memory import RankMemory, StateBytes, rank_memory
 
 _GIB = 2**30
@@ -203,8 +203,9 @@ def report_of(config: RunConfig, step: StepPlan, state: StateBytes | None = None
         ranks,
         model_flops(config) * degrees.dp,
         timeline.makespan,
-        gradient_seconds(config, degrees, max(each.memory.parameters for each in ranks)),
-        max(optimizer_seconds(config, each.memory) for each in ranks),
+        gradient_seconds(config, degrees, max(each.memory.parameters for each in ranks))
+        + tied_seconds(config, degrees, step.problem),
+        max(optimizer_seconds(config, degrees, each.memory) for each in ranks),
         timeline.mean_bubble,
         bound.seconds,
         bound.reason,
@@ -237,6 +238,15 @@ def model_flops(config: RunConfig) -> float:
     return 3.0 * (layers + 2 * model.vocab_size * model.hidden_size * num_tokens)
 
 
-def optimizer_seconds(config: RunConfig, memory: RankMemory) -> float:
-    """AdamW reads the gradients, reads and writes its state, and writes the weights."""
-    return (memory.gradients + 2 * memory.optimizer + memory.weights) / config.cluster.memory_bytes_per_second
+def optimizer_seconds(config: RunConfig, degrees: Degrees, memory: RankMemory) -> float:
+    """AdamW reads the gradients, reads and writes its state, and writes the weights.
+
+    With optim.offload the host does, for a part of the parameters in each replica: their gradients go down before, a copy of
+    the weights and two moments are there, and the weights come up after.
+    """
+    cluster = config.cluster
+    if not config.optim.offload:
+        return (memory.gradients + 2 * memory.optimizer + memory.weights) / cluster.memory_bytes_per_second
+    gradients, weights = memory.gradients / degrees.dp, memory.weights / degrees.dp
+    moved = (gradients + weights) / cluster.host_bytes_per_second
+    return moved + (gradients + 2 * 3 * gradients + weights) / cluster.host_memory_bytes_per_second

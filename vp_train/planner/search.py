@@ -1,12 +1,14 @@
 """The fastest ways to run a model on a cluster: every split of its GPUs, best first, simulated as far as needed.
 
-A lower bound on the step of every choice is cheap, and no schedule beats it: choices are simulated in the order of their
-bounds until none that is left could be among the best.  What cannot fit into memory is refused instead of being simulated.
+A lower bound on the step of every choice is cheap, and no schedule beats it: all are weighed by theirs, then simulated in its
+order until none that is left could be among the best.  What cannot fit into memory is refused instead of being simulated.
+Where the time is over before all are weighed, those that are come from everywhere, and one of them is simulated all the same.
 """
 
 from __future__ import annotations
 
 import heapq
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -19,7 +21,7 @@ from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.degrees import Degrees
 from vp_train.metrics.progress import human_bytes
 from vp_train.plan import Draft, StepPlan, draft_step
-from vp_train.planner.cluster import gradient_seconds, on_cluster
+from vp_train.planner.cluster import gradient_seconds, on_cluster, tied_seconds
 from vp_train.planner.memory import rank_memory, rank_state
 from vp_train.planner.report import PlanReport, optimizer_seconds, report_of
 
@@ -28,6 +30,8 @@ SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_v", "v_half", "v_min")
 VOCABS = ("one_barrier", "two_barrier", "none")
 _MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 _GIB = 2**30
+# What a choice changes besides saying its own.
+_UNDONE = {"parallel": ("placement", "recompute_per_stage"), "schedule": ("file", "cap_gib", "cap_microbatches")}
 _PIPELINES_FULL = 3  # microbatches per rank after which no schedule but gpipe has more in flight
 
 
@@ -62,12 +66,17 @@ class Choice:
             num_microbatches=self.num_microbatches,
         )
 
-    def overrides(self) -> str:
-        """What to write on a command line."""
-        degrees = self.degrees
+    def overrides(self, config: RunConfig) -> str:
+        """What to write on a command line behind the words of `config`: also what undoes those that do not go with it."""
+        degrees, chosen = self.degrees, self.applied(config)
         words = [f"parallel.dp={degrees.dp} parallel.pp={degrees.pp} parallel.tp={degrees.tp}"]
-        words.append(f"schedule={self.schedule} vocab={self.vocab} parallel.recompute={self.recompute}")
+        words.append(f"schedule.name={self.schedule} vocab.algorithm={self.vocab} parallel.recompute={self.recompute}")
         words.append(f"micro_batch_size={self.micro_batch_size} num_microbatches={self.num_microbatches}")
+        for section, names in _UNDONE.items():
+            for name in names:
+                value = getattr(getattr(chosen, section), name)
+                if value != getattr(getattr(config, section), name):
+                    words.append(f"{section}.{name}={'null' if value is None else value}")
         return " ".join(words)
 
 
@@ -89,7 +98,10 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`best`, fastest first.  `open_choices`: those the time did not suffice for that might be faster than the last of them."""
+    """`best`, fastest first.  `open_choices`: those the time did not suffice for that might be faster than the last of them.
+
+    They include those that were not even weighed.
+    """
 
     best: tuple[Found, ...]
     refused: tuple[Refusal, ...]
@@ -132,7 +144,10 @@ class _Candidate:
 
 
 def search(config: RunConfig, top: int, in_time: Callable[[], bool], progress: Callable[[str], None]) -> Result:
-    """The `top` fastest choices that fit, as far as `in_time` allows.  Raises ConfigError where there is no choice at all."""
+    """The `top` fastest choices that fit, as far as `in_time` allows.
+
+    Where it never does, one is weighed, and simulated unless it cannot fit.  Raises ConfigError where there is no choice.
+    """
     every = list(choices(config))
     if not every:
         raise ConfigError(
@@ -143,18 +158,21 @@ def search(config: RunConfig, top: int, in_time: Callable[[], bool], progress: C
     queue: list[tuple[float, int, _Candidate]] = []
     refused: list[Refusal] = []
     bounds: dict[tuple[object, ...], float] = {}
-    for number, choice in enumerate(every):
+    weighing = list(enumerate(every))
+    random.Random(1).shuffle(weighing)
+    while weighing and (not queue or in_time()):
+        number, choice = weighing.pop()
         candidate = _weigh(config, choice, bounds)
         if isinstance(candidate, Refusal):
             refused.append(candidate)
         else:
             queue.append((candidate.bound, number, candidate))
-        if number % 50 == 49:
-            progress(f"{number + 1:,} of {len(every):,} choices weighed")
+        if len(weighing) % 50 == 0:
+            progress(f"{len(every) - len(weighing):,} of {len(every):,} choices weighed")
     heapq.heapify(queue)
     best: list[Found] = []
     simulated = 0
-    while queue and (len(best) < top or queue[0][0] < best[-1].report.step_seconds) and in_time():
+    while queue and (len(best) < top or queue[0][0] < best[-1].report.step_seconds) and (not simulated or in_time()):
         _, _, candidate = heapq.heappop(queue)
         if (refusal := _too_large(candidate)) is not None:
             refused.append(refusal)
@@ -168,7 +186,7 @@ def search(config: RunConfig, top: int, in_time: Callable[[], bool], progress: C
             refused.append(Refusal(candidate.choice, report.memory_words, candidate.bound, report.excess))
         progress(_progress(simulated, len(queue), best))
     last = best[-1].report.step_seconds if len(best) == top else float("inf")
-    still_open = sum(bound < last for bound, _, _ in queue)
+    still_open = len(weighing) + sum(bound < last for bound, _, _ in queue)
     return Result(tuple(best), tuple(sorted(refused, key=lambda each: each.bound)), len(every), simulated, still_open)
 
 
@@ -197,7 +215,8 @@ def _weigh(config: RunConfig, choice: Choice, bounds: dict[tuple[object, ...], f
     blank = _unordered(draft, Schedule(choice.schedule, ()), draft.cost)
     states = [rank_state(chosen, blank, rank) for rank in range(layout.num_ranks)]
     after = gradient_seconds(chosen, choice.degrees, max(state.parameters for state in states))
-    after += max(optimizer_seconds(chosen, state) for state in states)
+    after += tied_seconds(chosen, choice.degrees, draft.problem)
+    after += max(optimizer_seconds(chosen, choice.degrees, state) for state in states)
     return _Candidate(choice, chosen, draft, bounds[key] + after)
 
 

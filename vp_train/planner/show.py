@@ -41,17 +41,17 @@ def show_plan(config: RunConfig, path: Path | None) -> bool:
     return report.fits
 
 
-def show_search(config: RunConfig, top: int, seconds: float, path: Path | None) -> bool:
-    """Search for the fastest plans, print them and write them to `path`; whether any fits.  Raises ConfigError."""
+def show_search(config: RunConfig, top: int, seconds: float, path: Path | None) -> Result:
+    """Search for the fastest plans, print them and write them to `path`.  Raises ConfigError."""
     print(f"{_model_words(config)}\n{_cluster_words(config)}\n", flush=True)
     until = time.monotonic() + seconds
     with _Progress() as progress:
         result = search(config, top, lambda: time.monotonic() < until, progress)
     print("\n".join(search_lines(config, result)), flush=True)
-    found = [{"overrides": each.choice.overrides()} | each.report.record() for each in result.best]
-    refused = [{"overrides": each.choice.overrides(), "reason": each.reason} for each in result.refused]
+    found = [{"overrides": each.choice.overrides(config)} | each.report.record() for each in result.best]
+    refused = [{"overrides": each.choice.overrides(config), "reason": each.reason} for each in result.refused]
     _write(path, {"best": found, "refused": refused, "simulated": result.num_simulated, "open": result.open_choices})
-    return bool(result.best)
+    return result
 
 
 class _Progress:
@@ -130,9 +130,12 @@ def _cluster_words(config: RunConfig) -> str:
     name = {"cuda": "GPUs", "cpu": "CPU ranks"}[config.run.device]
     peak = getattr(cluster, f"{config.run.dtype}_flops_per_second") / 1e12
     nodes = "one node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
+    reached = f"{cluster.efficiency:.0%} of it reached"
+    if config.cost.is_measured:
+        reached = f"pass times as measured on {config.cost.measured_on or 'a device that cost does not name'}"
     return (
         f"{cluster.num_gpus} {name} on {nodes}, {cluster.memory_gib:g} GiB and {peak:,.3g} TFLOP/s in {config.run.dtype} each, "
-        f"{cluster.efficiency:.0%} of it reached"
+        f"{reached}"
     )
 
 
@@ -171,13 +174,13 @@ def search_lines(config: RunConfig, result: Result) -> list[str]:
     counted = f"{result.num_choices:,} choices, {result.num_simulated} simulated, {len(result.refused):,} refused"
     lines = []
     if result.best:
-        lines += [*_best_table(result.best), "", f"the first: {result.best[0].choice.overrides()}"]
+        lines += [*_best_table(result.best), "", f"the first: {result.best[0].choice.overrides(config)}"]
         lines += [f"binds: {result.best[0].report.binds}", ""]
     if result.open_choices:
         lines.append(f"{counted}; out of time: {result.open_choices:,} that might be faster are left; raise --seconds")
     else:
         lines.append(f"{counted}; none of the others can be faster" if result.best else counted)
-    lines += _refusal_lines(result.refused)
+    lines += _refusal_lines(config, result.refused)
     if not result.best:
         lines += _misses(config, result)
     return lines
@@ -209,13 +212,13 @@ def _best_table(best: Sequence[Found]) -> list[str]:
     return _rendered(table)
 
 
-def _refusal_lines(refused: Sequence[Refusal]) -> list[str]:
+def _refusal_lines(config: RunConfig, refused: Sequence[Refusal]) -> list[str]:
     """The fastest ones that need too much memory, and the other reasons with their counts."""
     too_large = [each for each in refused if each.excess is not None]
     lines = []
     if too_large:
         lines.append(f"{len(too_large):,} need too much memory; the fastest of them:")
-        lines += [f"  {each.choice.overrides()}: {each.reason}" for each in too_large[:_SHOWN_REFUSALS]]
+        lines += [f"  {each.choice.overrides(config)}: {each.reason}" for each in too_large[:_SHOWN_REFUSALS]]
     others = Counter(each.reason for each in refused if each.excess is None)
     lines += [f"{count:,} refused: {reason}" for reason, count in others.most_common(_SHOWN_REFUSALS)]
     return lines
@@ -225,11 +228,21 @@ def _misses(config: RunConfig, result: Result) -> list[str]:
     """How far the leanest choice is from fitting, and what would help it."""
     too_large = [each for each in result.refused if each.excess is not None]
     if not too_large:
-        return [] if result.open_choices else ["", "nothing can be run; the reasons are above"]
+        return [] if result.open_choices else ["", _numbers_words(config)]
     leanest = min(too_large, key=lambda each: each.excess or 0.0)
     what = "NOTHING TRIED SO FAR FITS" if result.open_choices else "NOTHING FITS"
-    lines = ["", f"{what}.  Closest: {leanest.choice.overrides()}", f"  {leanest.reason}"]
+    lines = ["", f"{what}.  Closest: {leanest.choice.overrides(config)}", f"  {leanest.reason}"]
     return lines + [f"would help: {words}" for words in remedies(leanest.choice.applied(config))]
+
+
+def _numbers_words(config: RunConfig) -> str:
+    model, batch = config.model, config.num_microbatches * config.micro_batch_size * (config.parallel.dp or 1)
+    return (
+        f"nothing can be run: dp x pp x tp must be {config.cluster.num_gpus}, where dp divides the {batch:,} sequences of the "
+        f"batch, pp is at most model.num_layers={model.num_layers}, and tp divides model.num_heads={model.num_heads}, "
+        f"model.num_query_groups={model.num_query_groups}, model.ffn_hidden_size={model.ffn_hidden_size} and "
+        f"cluster.gpus_per_node={config.cluster.gpus_per_node}; change one of these, or the reason above"
+    )
 
 
 def remedies(config: RunConfig) -> list[str]:

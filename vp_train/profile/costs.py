@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -33,7 +33,7 @@ class RankProfile:
         return sum(seconds for (measured, _), seconds in self.passes.items() if measured is kind)
 
 
-def measured_cost(config: RunConfig, step: StepPlan, profiles: Sequence[RankProfile]) -> dict[str, float]:
+def measured_cost(config: RunConfig, step: StepPlan, profiles: Sequence[RankProfile]) -> dict[str, float | str]:
     """The settings of `cost` that `profiles` give: seconds of a layer, of the output layer by rows, and of lookups.
 
     What a stage computes again is not among the seconds of its backward, and without a split backward I and W count as halves
@@ -41,7 +41,7 @@ def measured_cost(config: RunConfig, step: StepPlan, profiles: Sequence[RankProf
     """
     tp = step.degrees.tp
     model, size = config.model, config.micro_batch_size
-    cost = {"measured_layer_flops": float(shape.layer_flops(model, size * model.seq_length))}
+    cost: dict[str, float] = {}
     forward = _per_layer(step, profiles, Kind.F)
     if forward:
         cost["layer_forward_seconds"] = tp * median(forward.values())
@@ -67,10 +67,12 @@ def measured_cost(config: RunConfig, step: StepPlan, profiles: Sequence[RankProf
         seconds = [profile.of(kind) for profile in profiles if profile.of(kind)]
         if seconds:
             cost[name] = median(seconds)
-    return cost
+    flops = float(shape.layer_flops(model, size * model.seq_length))
+    of = {"measured_dtype": config.run.dtype, "measured_device": config.run.device}
+    return {"measured_layer_flops": flops, **of, **cost}
 
 
-def with_cost(config: RunConfig, cost: dict[str, float]) -> RunConfig:
+def with_cost(config: RunConfig, cost: Mapping[str, float | str]) -> RunConfig:
     """`config` whose passes cost what was measured."""
     return replace(config, cost=CostConfig(**cost))  # type: ignore[arg-type]  # rank_slowness is none of them
 

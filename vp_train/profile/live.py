@@ -35,6 +35,8 @@ class LiveStorages(TorchDispatchMode):
                     self._add(item)
 
     def _add(self, tensor: Tensor) -> None:
+        if tensor.is_meta:  # a size and no memory
+            return
         storage = tensor.untyped_storage()
         if id(storage) not in self._sizes and storage.nbytes():
             self._sizes[id(storage)] = storage.nbytes()

@@ -42,7 +42,7 @@ def show_profile(config: RunConfig, ranks: str | None, num_steps: int, cost_file
         profiles.append(profile)
         seconds = ", ".join(f"{kind} {duration(profile.of(kind))}" for kind in _SHOWN if profile.of(kind))
         print(f"rank {profile.rank}: {seconds}", flush=True)
-    cost = measured_cost(config, step, profiles)
+    cost = measured_cost(config, step, profiles) | {"measured_on": words["device"]}
     report = make_report(with_cost(config, cost))
     _print(config, step, profiles, report)
     if cost_file is not None:
@@ -99,12 +99,12 @@ def _record(config: RunConfig, step: StepPlan, profile: RankProfile) -> dict[str
     return asdict(profile) | {"passes": passes, "predicted_peak_bytes": rank_memory(config, step, profile.rank).total}
 
 
-def _write_cost(path: Path, config: RunConfig, words: Mapping[str, Any], cost: Mapping[str, float]) -> None:
+def _write_cost(path: Path, config: RunConfig, words: Mapping[str, Any], cost: Mapping[str, float | str]) -> None:
     model = config.model
     lines = [
-        f"# Measured by vp-profile on {words['device']}, torch {words['torch']}, {words['dtype']}",
+        f"# Measured by vp-profile on {words['device']}, torch {words['torch']}",
         f"# {config.micro_batch_size} x {model.seq_length} tokens, hidden size {model.hidden_size}, V = {model.vocab_size}",
-        *(f"{name}: {value:.6g}" for name, value in cost.items()),
+        *(f"{name}: {json.dumps(value) if isinstance(value, str) else format(value, '.6g')}" for name, value in cost.items()),
     ]
     _write(path, "\n".join(lines) + "\n")
     print(f"costs written to {path}; vp-plan and vp-simulate take them as cost={path}")
