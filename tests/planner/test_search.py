@@ -11,7 +11,7 @@ from vp_train.config import ConfigError
 from vp_train.planner.report import make_report
 from vp_train.planner.search import choices, search
 
-SMALL = ["model=nano", "cluster.gpus_per_node=4", "num_microbatches=8"]
+SMALL = ["model=nano", "cluster.gpus_per_node=4", "num_microbatches=4"]
 GIB = 2**30
 
 
@@ -63,7 +63,7 @@ def test_refused_for_memory_is_what_does_not_fit(everything):
 
 
 def test_every_choice_uses_all_gpus_for_the_whole_batch():
-    config = config_of("cluster.num_nodes=2", "micro_batch_size=2", "parallel.dp=2")
+    config = config_of("cluster.num_nodes=2", "num_microbatches=8", "micro_batch_size=2", "parallel.dp=2")
     found = list(choices(config))
     assert len(set(found)) == len(found)
     for choice in found:
