@@ -67,7 +67,7 @@ class Ranks:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
                     status, value = pipe.recv()  # type: ignore[union-attr]
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     status, value = "failed", "the process died"
                 if status == "failed":
                     self.stop()

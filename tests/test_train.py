@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from vp_train.config import (
 )
 from vp_train.data import Batch, open_source
 from vp_train.degrees import wanted_ranks
+from vp_train.exits import EXIT_HANG, EXIT_IO
 from vp_train.mesh import build_mesh
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
@@ -515,6 +517,7 @@ def test_a_rank_that_hangs_ends_the_job_when_its_time_is_up(tmp_path):
     done = misbehave(tmp_path, "time.sleep(1000)", 15, timeout=100)
     assert done.returncode != 0
     assert "rank 0: stopped at step 2, another rank has not answered for 15 s (run.timeout_seconds)" in done.stderr, done.stderr
+    assert re.search(rf"exitcode +: {EXIT_HANG} ", done.stderr)  # as torchrun reports it
     assert "Traceback" not in done.stderr.partition("rank 0: stopped")[0]
 
 
@@ -532,6 +535,7 @@ def test_a_file_that_cannot_be_written_ends_the_job_with_a_line(tmp_path):
     assert done.returncode != 0
     assert "vp-train: [Errno 28] No space left on device: 'metrics.jsonl', at step 2; once that is mended" in done.stderr
     assert "Traceback" not in done.stderr.partition("vp-train: [Errno 28]")[0]
+    assert re.search(rf"exitcode +: {EXIT_IO} ", done.stderr)
 
 
 @pytest.mark.parametrize("when", ["they train", "they start"])

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -128,11 +128,21 @@ def export_model() -> None:
     _guarded("vp-export", lambda: _export(sys.argv[1:]))
 
 
+def _with_origin(config: RunConfig) -> RunConfig:
+    """run.init_from from the root, and a resumed run's as it was told first: vp-export follows what config.yaml says."""
+    run, origin = config.run, None if config.run.init_from is None else _path(config.run.init_from)
+    if run.resume and origin is None:
+        origin = _started_from(Path(run.root).expanduser() / run.name)
+        origin = origin if origin is not None and origin.is_dir() else None
+    return replace(config, run=replace(run, init_from=None if origin is None else str(origin.absolute())))
+
+
 def _is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    config = _with_origin(config)
     if _is_rank():
         from vp_train.train import run_rank
 

@@ -12,7 +12,7 @@ from vp_train.config import ConfigError, RunConfig
 from vp_train.degrees import wanted_ranks
 from vp_train.exits import EXIT_INTERNAL
 from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
-from vp_train.orphans import announce_launcher
+from vp_train.orphans import launching
 from vp_train.plan import SEARCHING, make_plan
 
 
@@ -39,7 +39,6 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    announce_launcher()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks and we say what happened
     agent = LaunchConfig(
@@ -53,7 +52,8 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(agent, sys.executable)("-u", "-m", "vp_train", *overrides)
+        with launching():
+            elastic_launch(agent, sys.executable)("-u", "-m", "vp_train", *overrides)
     except ChildFailedError as error:
         # Ranks that only lost a peer have EXIT_INTERNAL; another code knows more.
         reasons = [item for item in error.failures.items() if item[1].exitcode > 0 and item[1].exitcode != EXIT_INTERNAL]

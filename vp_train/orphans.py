@@ -6,14 +6,21 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _LAUNCHER = "VP_TRAIN_LAUNCHER"  # its process id, for its ranks
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def announce_launcher() -> None:
-    """For the ranks this process is going to start."""
+@contextmanager
+def launching() -> Iterator[None]:
+    """Ranks started inside know this process as their launcher."""
     os.environ[_LAUNCHER] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[_LAUNCHER]
 
 
 def die_with_launcher() -> None:
@@ -21,5 +28,7 @@ def die_with_launcher() -> None:
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.environ.get(_LAUNCHER, str(os.getppid())) != str(os.getppid()):
+    launcher = os.environ.get(_LAUNCHER, str(os.getppid()))
+    if launcher != str(os.getppid()):
+        sys.stderr.write(f"vp-train: the launcher, process {launcher} by ${_LAUNCHER}, is gone; so is this rank\n")
         os._exit(128 + signal.SIGKILL)

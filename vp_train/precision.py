@@ -17,7 +17,7 @@ from torch import Tensor
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 _SUMMED_ROWS = 256  # at a time
-_COMPILED_SHAPES = 64  # of one function; torch runs any more uncompiled, without a word
+_COMPILED_SHAPES = 64  # of one function; torch runs any more uncompiled
 
 
 def statistics_dtype(compute: torch.dtype) -> torch.dtype:

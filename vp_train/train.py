@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import re
@@ -35,6 +36,7 @@ from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning
 from vp_train.pipeline.recorder import Recorder, when_computed
 from vp_train.plan import RunPlan, make_plan
 
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _MAX_SKIPS = 10  # non-finite steps in a row that run.on_nonfinite=skip tolerates
 
 
@@ -66,14 +68,15 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
         _leave(EXIT_IO, f"vp-train: {error}" if rank == 0 else "")
     except (BrokenPipeError, SystemExit):  # rich raises the second when it meets the first
         _leave(128 + signal.SIGPIPE, f"vp-train: nobody reads the output any more, stopped at step {step}")
-    except OSError as error:
-        words = f"{error}, at step {step}; once that is mended, run.resume=true goes on from the newest checkpoint"
-        _leave(EXIT_IO, f"vp-train: {words}")
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            words = f"{error}, at step {step}; once that is mended, run.resume=true goes on from the newest checkpoint there is"
+            _leave(EXIT_IO, f"vp-train: {words}")
         if _lost_a_peer(error):
             _leave(EXIT_INTERNAL, f"rank {rank}: stopped at step {step}, another rank went away")
         if (waited := _waited_seconds(error)) is not None:
-            setting = "timeout_seconds" if waited == config.run.timeout_seconds else "world_timeout_seconds"
+            is_of_step = math.isclose(waited, config.run.timeout_seconds, abs_tol=0.01)
+            setting = "timeout_seconds" if is_of_step else "world_timeout_seconds"
             words = f"another rank has not answered for {waited:g} s (run.{setting}); it may hang"
             _leave(EXIT_HANG, f"rank {rank}: stopped at step {step}, {words}")
         _leave(EXIT_INTERNAL, f"rank {rank} failed at step {step}\n{traceback.format_exc()}")
@@ -91,9 +94,7 @@ def _connect(config: RunConfig, plan: RunPlan) -> Mesh:
     if config.run.device == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
-        local_rank, num_local = (
-            int(os.environ.get(name, least)) for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-        )
+        local_rank, num_local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         num_devices = torch.cuda.device_count()
         if config.run.comm_backend == "nccl":
             backend = "cpu:gloo,cuda:nccl"

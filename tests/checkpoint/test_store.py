@@ -111,6 +111,22 @@ def test_nothing_unfinished_is_left(ranks, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+def save_without_removing(rank, num_ranks, directory):
+    inner = store._remove
+    store._remove = lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied", str(path)))
+    try:
+        for step in (1, 2):
+            save_one(rank, num_ranks, directory, step, 0, 1)
+    finally:
+        store._remove = inner
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(ranks, tmp_path):
+    ranks(2).run(save_without_removing, str(tmp_path))
+    assert latest(tmp_path).name == "step-00000002"
+    assert (tmp_path / "step-00000001").is_dir()
+
+
 def fail_to_save_on_the_second(rank, num_ranks, directory):
     inner = store.save_file
     if rank == 1:

@@ -223,6 +223,9 @@ def test_a_tokenizer_tells_its_ids_but_not_how_far_the_model_reaches(made, tmp_p
     config, said = exported_config(monkeypatch, capsys, run, tmp_path / "back")
     assert [config.get(key) for key in KEPT] == [3, 5, 7, LENGTH]
     assert "max_position_embeddings=40 is model.seq_length" in said
+    export_checkpoint(run, tmp_path / "told", tokenizer=tmp_path / "other")
+    config = json.loads((tmp_path / "told/config.json").read_text())
+    assert [config.get(key) for key in KEPT] == [3, 5, 7, LENGTH]
 
 
 def test_commands_import_train_and_export(made, tmp_path):
@@ -385,9 +388,7 @@ def test_what_fails_midway_leaves_nothing_and_says_where_and_what_it_needs(made,
     monkeypatch.setattr(convert, "read_tensor", full)
     monkeypatch.setattr(convert, "write_tensors", full)
     for call, source in ((import_checkpoint, theirs), (export_checkpoint, imported.checkpoint)):
-        with pytest.raises(
-            OSError, match=rf"^{tmp_path}/new could not be written: No space left on device; .* room for 0.0 GB"
-        ):
+        with pytest.raises(OSError, match=rf"^{tmp_path}/new was not made: No space left on device; .* room for 0.0 GB"):
             call(source, tmp_path / "new")
         assert not list(tmp_path.iterdir())
 

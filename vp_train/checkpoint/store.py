@@ -82,8 +82,8 @@ def save(
         if rank == 0:
             manifest = {"format": _FORMAT, "step": step, "state": dict(state), "files": dict(everyone)}
             error = _attempt(lambda: _commit(manifest, temporary, final))
-            if error is None:
-                _retain(directory, step, keep)
+            if error is None and (left := _attempt(lambda: _retain(directory, step, keep))) is not None:
+                print(f"{final} is complete, but what is older could not be removed: {left}", file=sys.stderr, flush=True)
         _agree(error, group)
     except CheckpointError:
         if rank == 0:

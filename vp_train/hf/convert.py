@@ -125,10 +125,10 @@ def export_checkpoint(
     told = [] if tokenizer is None else [_directory_of(tokenizer)]
     of_data = manifest["state"]["config"].get("data", {}).get("tokenizer")
     beside = [*told, source, path.parent]
-    before = [directory for origin in origins for directory in (origin, origin.parent)]  # of an import, or its checkpoint
+    before = [origin.parent if origin.name.startswith("step-") else origin for origin in origins]  # not a checkpoint of it
     everywhere = [*beside, *([] if of_data is None else [Path(of_data).expanduser().parent]), *before]
     # How far a model reaches is of its weights, not of its tokenizer, which may be that of another one.
-    reach = _config_in([*beside, *before], config["model_type"], "max_position_embeddings")
+    reach = _config_in([source, path.parent, *before], config["model_type"], "max_position_embeddings")
     if reach is not None:
         config["max_position_embeddings"] = max(model.seq_length, _read_json(reach)["max_position_embeddings"])
     special = _config_in(everywhere, config["model_type"], *_SPECIAL)
@@ -343,8 +343,8 @@ def _complete(target: Path, num_bytes: int) -> Iterator[Path]:
     except OSError as error:
         at = f" ({error.filename})" if error.filename else ""
         raise OSError(
-            f"{target} could not be written: {error.strerror or error}{at}; give a directory where there is room for "
-            f"{num_bytes / 1e9:.1f} GB and you may write; nothing was left behind"
+            f"{target} was not made: {error.strerror or error}{at}; it needs a directory where you may write, and room for "
+            f"{num_bytes / 1e9:.1f} GB"
         ) from None
     finally:
         shutil.rmtree(writing, ignore_errors=True)

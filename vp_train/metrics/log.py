@@ -18,13 +18,19 @@ class MetricsLog:
         continues = jsonl.exists()
         if continues:
             _drop_after(jsonl, last_step)
-        self._file = jsonl.open("a", buffering=1)
+        self._path, self._file = jsonl, jsonl.open("a", buffering=1)
         self._writer = SummaryWriter(str(tensorboard), purge_step=last_step + 1 if continues else None)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """One line {"step": ..., **values}; non-finite numbers become null, so that every line is JSON."""
+        """One line {"step": ..., **values}; non-finite numbers become null, so that every line is JSON.
+
+        Raises OSError with the name of the file, which a failed write does not have of itself.
+        """
         line = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, **line}) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
 

@@ -148,8 +148,10 @@ class Chunked:
     def _chunk_rows(self, num_tokens: int) -> int:
         weight = self._weight
         logits_dtype = weight.dtype if weight.device.type == "cpu" else statistics_dtype(weight.dtype)
-        most = int(_LARGEST) if weight.dtype is torch.float16 else len(weight)  # E W is a sum of so many rows
-        return max(1, min(most, _CHUNK_BYTES[weight.device.type] // (logits_dtype.itemsize * max(1, num_tokens))))
+        rows = _CHUNK_BYTES[weight.device.type] // (logits_dtype.itemsize * max(1, num_tokens))
+        if logits_dtype is torch.float16:
+            rows = min(rows, int(_LARGEST))  # E W is a sum of so many rows, formed in float16
+        return max(1, rows)
 
     def _chunks(self, num_tokens: int) -> Iterator[tuple[int, int, int | None]]:
         """Rows from, rows to, and where E of the chunk is kept; None if it is not."""
