@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from vp_train.durable import naming
+
 
 class MetricsLog:
     """Appends one record per step.  After a resume, records of later steps are dropped: each step appears once."""
@@ -22,15 +24,10 @@ class MetricsLog:
         self._writer = SummaryWriter(str(tensorboard), purge_step=last_step + 1 if continues else None)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """One line {"step": ..., **values}; non-finite numbers become null, so that every line is JSON.
-
-        Raises OSError with the name of the file, which a failed write does not have of itself.
-        """
+        """One line {"step": ..., **values}; non-finite numbers become null, so that every line is JSON."""
         line = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        try:
+        with naming(self._path):
             self._file.write(json.dumps({"step": step, **line}) + "\n")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
 

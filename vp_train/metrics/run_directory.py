@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from vp_train.config import ConfigError, RunSettings
+from vp_train.durable import naming
 
 
 def run_path(settings: RunSettings) -> Path:
@@ -69,7 +70,8 @@ class RunDirectory:
         """Write one text file of the run."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        with naming(path):
+            path.write_text(text)
 
     def write_environment(self) -> None:
         """env.json: versions, machine, commit and command line."""
