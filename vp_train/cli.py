@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from vp_train.config import ConfigError, RunConfig
 from vp_train.exits import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK, EXIT_TIME
+from vp_train.metrics.run_directory import run_path
 from vp_train.orphans import die_with_launcher
 
 _HELP = """\
@@ -132,7 +133,7 @@ def _with_origin(config: RunConfig) -> RunConfig:
     """run.init_from from the root, and a resumed run's as it was told first: vp-export follows what config.yaml says."""
     run, origin = config.run, None if config.run.init_from is None else _path(config.run.init_from)
     if run.resume and origin is None:
-        origin = _started_from(Path(run.root).expanduser() / run.name)
+        origin = _started_from(run_path(run))
         origin = origin if origin is not None and origin.is_dir() else None
     return replace(config, run=replace(run, init_from=None if origin is None else str(origin.absolute())))
 

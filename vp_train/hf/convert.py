@@ -124,11 +124,11 @@ def export_checkpoint(
     theirs = [Described(name, shape, kinds[entry.ours]) for entry in everything for name, shape in entry.their_shapes.items()]
     told = [] if tokenizer is None else [_directory_of(tokenizer)]
     of_data = manifest["state"]["config"].get("data", {}).get("tokenizer")
-    beside = [*told, source, path.parent]
+    beside = [source, path.parent]
     before = [origin.parent if origin.name.startswith("step-") else origin for origin in origins]  # not a checkpoint of it
-    everywhere = [*beside, *([] if of_data is None else [Path(of_data).expanduser().parent]), *before]
+    everywhere = [*told, *beside, *([] if of_data is None else [Path(of_data).expanduser().parent]), *before]
     # How far a model reaches is of its weights, not of its tokenizer, which may be that of another one.
-    reach = _config_in([source, path.parent, *before], config["model_type"], "max_position_embeddings")
+    reach = _config_in([*beside, *before], config["model_type"], "max_position_embeddings")
     if reach is not None:
         config["max_position_embeddings"] = max(model.seq_length, _read_json(reach)["max_position_embeddings"])
     special = _config_in(everywhere, config["model_type"], *_SPECIAL)
