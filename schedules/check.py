@@ -11,7 +11,7 @@ from collections import Counter
 
 from schedules.graph import require_acyclic
 from schedules.ir import Kind, Pass, Schedule
-from schedules.lower import Action, Op, Program
+from schedules.lower import Action, Op, Program, exchange_of, gradient_of
 from schedules.problem import Collective, Problem
 from schedules.simulate import predecessors
 from schedules.vocab import End
@@ -45,53 +45,90 @@ def _check_passes(schedule: Schedule, problem: Problem, kinds: tuple[Kind, ...])
 
 def check_program(program: Program, problem: Problem) -> None:
     """Raise ValueError or DeadlockError naming what is wrong with `program`."""
+    if (program.num_microbatches, program.forward_only) != (
+        problem.num_microbatches,
+        problem.forward_only,
+    ):
+        raise ValueError(
+            f"the program is of {program.num_microbatches} microbatches, forward_only="
+            f"{program.forward_only}; the problem of {problem.num_microbatches}, "
+            f"forward_only={problem.forward_only}"
+        )
     for rank, ops in enumerate(program.ranks):
         _check_rank(rank, ops, problem)
+        _check_gradients(rank, ops, problem, tied=program.tied)
     _check_pairs(program)
     _check_collective_order(program, problem)
     _check_rendezvous(program)
 
 
+_Key = tuple[Action, Pass | Collective, int | None]
+
+
 def _check_rank(rank: int, ops: tuple[Op, ...], problem: Problem) -> None:
     needed = set(problem.passes_of(rank))
-    done: set[Op] = set()
+    done: set[_Key] = set()
+    read: set[tuple[Kind, int]] = set()
     for op in ops:
-        if op in done:
+        key = (op.action, op.item, op.peer)
+        if key in done:
             raise ValueError(f"rank {rank} does {op} twice")
         for before in _needs(op, rank, problem):
             if before not in done:
-                raise ValueError(f"rank {rank} does {op} before {before}")
-        done.add(op)
+                raise ValueError(f"rank {rank} does {op} before {Op(*before)}")
+        if op.action is Action.START and op.exchange != exchange_of(op.item, rank, problem):
+            raise ValueError(f"rank {rank} does {op} with the exchange {op.exchange}")
+        if isinstance(op.item, Pass) and op.item.kind in (Kind.F, Kind.E, Kind.S):
+            weights = op.item.kind, op.item.stage
+            if op.action is Action.NEED:
+                read.add(weights)
+            elif op.action is Action.RUN and weights not in read:
+                raise ValueError(f"rank {rank} does {op} before it needs the weights of that pass")
+        done.add(key)
     ran = {op.item for op in ops if op.action is Action.RUN}
     if ran != needed:
         odd = sorted(map(str, ran.symmetric_difference(needed)))
         raise ValueError(f"rank {rank} does not run its passes once each; first difference: {odd[0]}")
 
 
-def _needs(op: Op, rank: int, problem: Problem) -> list[Op]:
-    """The operations of the same rank that must come before `op`."""
+def _needs(op: Op, rank: int, problem: Problem) -> list[_Key]:
+    """Return the operations of the same rank that must come before `op`."""
     match op.action:
         case Action.SEND:
-            return [Op(Action.RUN, op.item)]
+            return [(Action.RUN, op.item, None)]
         case Action.ARRIVE:
-            return [Op(Action.RECV, op.item, op.peer)]
+            return [(Action.RECV, op.item, op.peer)]
         case Action.WAIT:
-            return [Op(Action.START, op.item)]
-        case Action.RECV:
+            return [(Action.START, op.item, None)]
+        case Action.RECV | Action.NEED:
             return []
-        case Action.READY:
-            assert isinstance(op.item, Pass)
-            same = (item for item in problem.passes_of(rank) if (item.kind, item.stage) == (op.item.kind, op.item.stage))
-            return [Op(Action.RUN, item) for item in same]
-    before = []
+    before: list[_Key] = []
     for earlier in problem.inputs_of(op.item):
         if isinstance(earlier, Collective):
-            before.append(Op(Action.WAIT if op.action is Action.RUN else Action.START, earlier))
+            waits = Action.WAIT if op.action is Action.RUN else Action.START
+            before.append((waits, earlier, None))
         elif problem.rank_of(earlier) == rank:
-            before.append(Op(Action.RUN, earlier))
+            before.append((Action.RUN, earlier, None))
         elif op.action is Action.RUN:
-            before.append(Op(Action.ARRIVE, earlier, problem.rank_of(earlier)))
+            before.append((Action.ARRIVE, earlier, problem.rank_of(earlier)))
     return before
+
+
+def _check_gradients(rank: int, ops: tuple[Op, ...], problem: Problem, *, tied: bool) -> None:
+    """Check that exactly the last pass which adds to a gradient completes it."""
+    last: dict[tuple[Kind, int], Op] = {}
+    for op in ops:
+        if op.action is Action.RUN and isinstance(op.item, Pass):
+            owner = gradient_of(op.item, problem, tied=tied)
+            if owner is not None:
+                if owner in last and last[owner].completes:
+                    raise ValueError(f"rank {rank} does {op} after {last[owner]}, which completes")
+                last[owner] = op
+            elif op.completes:
+                raise ValueError(f"rank {rank} completes no gradient with {op}")
+    for op in last.values():
+        if not op.completes:
+            raise ValueError(f"rank {rank} never completes the gradient that {op} is the last for")
 
 
 def _check_pairs(program: Program) -> None:
@@ -140,8 +177,8 @@ def _check_rendezvous(program: Program) -> None:
     for ops in program.ranks:
         previous: str | None = None
         for op in ops:
-            if op.action in (Action.ARRIVE, Action.WAIT, Action.READY):
-                continue  # nothing left to wait for once issuing has blocked; replicas, all alike, are not in each other's way
+            if op.action in (Action.ARRIVE, Action.WAIT, Action.NEED):
+                continue  # nothing is left to wait for once issuing has blocked
             node = str(op.item) if op.action in (Action.RUN, Action.START) else f"the transfer of {op.item}"
             before = graph.setdefault(node, [])
             if previous is not None:

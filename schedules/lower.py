@@ -1,11 +1,13 @@
 """Schedule -> Program: the passes of every rank with its communication woven in.
 
-Every operation gets a place in one global order that rises along all dependencies (the simulated time at which its inputs
-are there), and every rank executes its operations in that order.  So all ranks issue the collectives of a communicator in
-the same order, and nothing can wait in a circle even if each communication blocks until its partner arrives.
+Every operation gets a place in one global order that rises along all dependencies (the simulated
+time at which its inputs are there), and every rank executes its operations in that order.  So all
+ranks issue the collectives of a communicator in the same order, and nothing can wait in a circle
+even if each communication blocks until its partner arrives.
 
-A collective that continues another (its message needs what that one delivers) is started without waiting for it: the runtime
-sees to it beside the passes.  If the rank waited, the pass that the simulation shows meanwhile would start late.
+A collective that continues another (its message needs what that one delivers) is started without
+waiting for it: the runtime sees to it beside the passes.  If the rank waited, the pass that the
+simulation shows meanwhile would start late.
 """
 
 from __future__ import annotations
@@ -18,54 +20,96 @@ from schedules.ir import Kind, Pass, Schedule
 from schedules.network import Network
 from schedules.problem import Collective, Node, Problem
 from schedules.simulate import sweep
+from schedules.vocab import End, Payload, Transfer
+
+_READS_WEIGHTS = (Kind.F, Kind.E, Kind.S)  # the first pass of each stage and matrix in a step
 
 
 class Action(StrEnum):
-    """What a rank does with an operation.  All communication is asynchronous: issued by one operation, awaited by another."""
+    """What a rank does with an operation.
+
+    All communication is asynchronous: issued by one operation, awaited by another.
+    """
 
     RUN = "run"  # compute a pass
     SEND = "send"  # issue the send of a pass's output to `peer`
     RECV = "recv"  # issue the receive of a pass's output from `peer`
     ARRIVE = "arrive"  # wait for that receive
-    START = "start"  # issue a collective; one that continues another is issued as soon as that has ended
+    START = "start"  # issue a collective; one that continues another once that has ended
     WAIT = "wait"  # wait for it
-    READY = "ready"  # a gradient is complete: this pass was the last that adds to it
+    NEED = "need"  # wait for the weights that a pass is the first to read
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One rank's part in a collective.
+
+    `root` is the pipeline rank of the first or last stage.  `contributes`: this rank has something
+    to send.  `delivers`: the result arrives on this rank.  `stage`: the stage whose input, output
+    or gradient is carried at the root.  `continues`: the collective whose result the message needs.
+    """
+
+    end: End
+    transfer: Transfer
+    payload: Payload
+    root: int
+    stage: int
+    contributes: bool
+    delivers: bool
+    continues: Collective | None
 
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One operation of one rank: on a pass, or on a barrier of one microbatch."""
+    """One operation of one rank: on a pass, or on a barrier of one microbatch.
+
+    `peer`: the other rank of a hop.  `exchange`: only of START.  `completes`: a pass that is the
+    last to add to its gradient.
+    """
 
     action: Action
     item: Pass | Collective
     peer: int | None = None
+    exchange: Exchange | None = None
+    completes: bool = False
 
     def __str__(self) -> str:
         if self.action is Action.RUN:
-            return str(self.item)
+            return f"{self.item}!" if self.completes else str(self.item)
         return f"{self.action}:{self.item}" + ("" if self.peer is None else f"@{self.peer}")
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What each rank executes, in order."""
+    """What each rank executes, in order.
+
+    `tied`: the vocabulary layers of a rank have one gradient, which T and G add to.
+    """
 
     ranks: tuple[tuple[Op, ...], ...]
+    num_microbatches: int
+    forward_only: bool = False
+    tied: bool = False
 
     def text(self) -> str:
-        """One line per rank."""
+        """Return one line per rank."""
         return "\n".join(" ".join(map(str, ops)) for ops in self.ranks) + "\n"
 
 
 def lower(schedule: Schedule, problem: Problem, cost: CostModel, *, tied: bool = False) -> Program:
-    """The program of `schedule`.  Costs choose where communication is issued, never whether the program is correct.
+    """Return the program of `schedule`.
 
-    `tied`: the vocabulary layers of a rank have one gradient, which T and G add to.
+    Costs choose where communication is issued, never whether the program is correct.
     """
     programs: list[list[Op]] = [[] for _ in range(problem.layout.num_ranks)]
     awaited: list[set[Node]] = [set() for _ in programs]
+    needed: list[set[tuple[Kind, int]]] = [set() for _ in programs]
+    last = _last_additions(schedule, problem, tied=tied)
 
-    def wait_for_inputs(node: Node, rank: int) -> None:
+    def wait_for_inputs(node: Pass, rank: int) -> None:
+        if node.kind in _READS_WEIGHTS and (node.kind, node.stage) not in needed[rank]:
+            needed[rank].add((node.kind, node.stage))
+            programs[rank].append(Op(Action.NEED, node))
         for earlier in problem.inputs_of(node):
             if earlier in awaited[rank]:
                 continue
@@ -82,40 +126,52 @@ def lower(schedule: Schedule, problem: Problem, cost: CostModel, *, tied: bool =
             programs[node.receiver].append(Op(Action.RECV, node.item, node.sender))
         elif isinstance(node, Collective):
             for rank in problem.shard_ranks(problem.algorithm.barrier(node.barrier).end):
-                programs[rank].append(Op(Action.START, node))
+                exchange = exchange_of(node, rank, problem)
+                programs[rank].append(Op(Action.START, node, exchange=exchange))
         else:
             rank = problem.rank_of(node)
             wait_for_inputs(node, rank)
-            programs[rank].append(Op(Action.RUN, node))
+            programs[rank].append(Op(Action.RUN, node, completes=node in last))
     for node in problem.collectives():
         for rank in problem.receivers(node):
-            if node not in awaited[rank]:  # no pass needs it (the loss of an evaluation): the end of the step does
+            if node not in awaited[rank]:  # no pass needs it: the loss of an evaluation
                 programs[rank].append(Op(Action.WAIT, node))
-    return Program(tuple(tuple(_with_ready(ops, problem, tied=tied)) for ops in programs))
+    ranks = tuple(map(tuple, programs))
+    return Program(ranks, problem.num_microbatches, problem.forward_only, tied)
 
 
-def _with_ready(ops: list[Op], problem: Problem, *, tied: bool) -> list[Op]:
-    """Say of every gradient of a rank when it is complete."""
-    last: dict[tuple[Kind, int], int] = {}
-    for index, op in enumerate(ops):
-        if op.action is Action.RUN and isinstance(op.item, Pass):
-            owner = gradient_of(op.item, problem, tied=tied)
-            if owner is not None:
-                last[owner] = index
-    complete = set(last.values())
-    marked = []
-    for index, op in enumerate(ops):
-        marked.append(op)
-        if index in complete:
-            marked.append(Op(Action.READY, op.item))
-    return marked
+def exchange_of(node: Collective, rank: int, problem: Problem) -> Exchange:
+    """Return what `rank` does in the collective `node`."""
+    barrier = problem.algorithm.barrier(node.barrier)
+    root = problem.root(barrier.end)
+    continues = barrier.continues
+    return Exchange(
+        barrier.end,
+        barrier.transfer,
+        barrier.payload,
+        root,
+        0 if barrier.end is End.INPUT else problem.last_stage,
+        contributes=rank == root or not barrier.from_root,
+        delivers=rank in problem.receivers(node),
+        continues=None if continues is None else Collective(continues, node.microbatch),
+    )
 
 
 def gradient_of(item: Pass, problem: Problem, *, tied: bool) -> tuple[Kind, int] | None:
-    """Which gradient a pass adds to; None for passes that add to none."""
+    """Return which gradient a pass adds to; None for a pass that adds to none."""
     if item.kind not in (Kind.W if problem.split_backward else Kind.B, Kind.T, Kind.G):
         return None
     return (Kind.G if tied and item.kind is Kind.T else item.kind), item.stage
+
+
+def _last_additions(schedule: Schedule, problem: Problem, *, tied: bool) -> frozenset[Pass]:
+    """Return the passes after which a gradient is complete."""
+    last: dict[tuple[Kind, int], Pass] = {}
+    for _, item in schedule.passes():
+        owner = gradient_of(item, problem, tied=tied)
+        if owner is not None:
+            last[owner] = item
+    return frozenset(last.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +182,9 @@ class _Hop:
 
 
 def _issue_order(schedule: Schedule, problem: Problem, cost: CostModel) -> list[Pass | Collective | _Hop]:
-    """All nodes in issue order: a communication as soon as its inputs are there, a pass at its end.
+    """Return all nodes in issue order: a communication once its inputs are there, a pass at its end.
 
-    The sweep meets nodes in an order that rises along dependencies, so its index breaks ties of time.
+    The sweep meets nodes in an order that rises along dependencies, so its index breaks ties.
     """
     network = Network.of(problem, cost)
     swept = sweep(network, network.orders(schedule))

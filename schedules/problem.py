@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from schedules.ir import Kind, Pass
 from schedules.layout import Layout
-from schedules.vocab import End, Transfer, VocabAlgorithm
+from schedules.vocab import End, VocabAlgorithm
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -121,13 +121,16 @@ class Problem:
 
     def _inputs_of_collective(self, node: Collective) -> tuple[Node, ...]:
         barrier, i = self.algorithm.barrier(node.barrier), node.microbatch
-        if not isinstance(barrier.after, Kind):
-            return (Collective(barrier.after, i),)
-        if barrier.after is Kind.F:
-            return (Pass(self.last_stage, Kind.F, i),)
-        if barrier.after is Kind.B:
-            return (Pass(0, self.backward, i),)
-        return tuple(Pass(rank, barrier.after, i) for rank in self.shard_ranks(barrier.end))
+        if barrier.continues is not None:
+            return (Collective(barrier.continues, i),)
+        match barrier.after:
+            case Kind.F:
+                return (Pass(self.last_stage, Kind.F, i),)
+            case Kind.B:
+                return (Pass(0, self.backward, i),)
+            case kind:
+                assert kind is not None
+                return tuple(Pass(rank, kind, i) for rank in self.shard_ranks(barrier.end))
 
     def is_hop(self, earlier: Node, later: Node) -> bool:
         """True when `later` needs a tensor of `earlier` that another rank holds: one point-to-point transfer."""
@@ -136,5 +139,4 @@ class Problem:
     def receivers(self, node: Collective) -> tuple[int, ...]:
         """The ranks on which the result of the collective arrives."""
         barrier = self.algorithm.barrier(node.barrier)
-        to_root = barrier.transfer in (Transfer.REDUCE, Transfer.GATHER)
-        return (self.root(barrier.end),) if to_root else self.shard_ranks(barrier.end)
+        return (self.root(barrier.end),) if barrier.to_root else self.shard_ranks(barrier.end)

@@ -1,8 +1,9 @@
 """Vocabulary algorithms as data: which passes they have, which barriers, and who waits for whom.
 
-A barrier is one collective per microbatch.  The algorithms are those of arXiv 2411.05288; the names of its figures in
-brackets: `two_barrier` (Algorithm 1, Vocab-1), `one_barrier` (Algorithm 2, Vocab-2).  `none` is the ordinary pipeline: the
-same passes, with the whole vocabulary as one shard on the rank of the last (output) and first (input) stage.
+A barrier is one collective per microbatch.  The algorithms are those of arXiv 2411.05288, with the
+names of its figures in brackets: `two_barrier` (Algorithm 1, Vocab-1), `one_barrier` (Algorithm 2,
+Vocab-2).  `none` is the ordinary pipeline: the same passes, with the whole vocabulary as one shard
+on the rank of the last (output) and first (input) stage.
 """
 
 from __future__ import annotations
@@ -32,33 +33,66 @@ class End(StrEnum):
     OUTPUT = "output"  # root: the rank of the last stage
 
 
+class Payload(StrEnum):
+    """What a barrier carries.  T tokens, H hidden, K tokens that one shard owns, n shards."""
+
+    EMBEDDINGS = "embeddings"  # [K, H] of each shard: together the input of the first stage
+    ACTIVATIONS = "activations"  # [T, H], the output of the last stage
+    STATISTICS = "statistics"  # [3, T]: a shard's maximum, total and target logit
+    MAXIMUM = "maximum"  # [T]
+    SUMS = "sums"  # [2, T]: total and target logit relative to the maximum of all shards
+    INPUT_GRADIENT = "input_gradient"  # [T, H], a shard's term of dL/dx of the output layer
+    EMBEDDING_GRADIENT = "embedding_gradient"  # [T, H], of which each shard gets [K, H]
+
+
 @dataclass(frozen=True, slots=True)
 class Barrier:
     """One collective per microbatch.
 
-    `after`: the pass it waits for (S, T or E on every shard, F of the last stage, the backward of the first), or the name of
-    the barrier it continues.  `before`: the passes that wait for it (F of the first stage, the backward of the last).
+    It waits for the pass `after` (S, T or E on every shard, F of the last stage, the backward of the
+    first), or it continues another: its message needs what the barrier `continues` delivers.
+    Exactly one of the two is given.  `before`: the passes that wait for it (F of the first stage,
+    the backward of the last).
     """
 
     name: str
     end: End
     transfer: Transfer
-    after: Kind | str
+    payload: Payload
     before: tuple[Kind, ...]
+    after: Kind | None = None
+    continues: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.after is None) == (self.continues is None):
+            raise ValueError(f"barrier {self.name} is after {self.after} and continues {self.continues}; give one")
+
+    @property
+    def from_root(self) -> bool:
+        """True where the rank of the root stage alone has something to send."""
+        return self.transfer in (Transfer.BROADCAST, Transfer.SCATTER)
+
+    @property
+    def to_root(self) -> bool:
+        """True where the result arrives on the rank of the root stage alone."""
+        return self.transfer in (Transfer.REDUCE, Transfer.GATHER)
 
 
 @dataclass(frozen=True, slots=True)
 class VocabAlgorithm:
     """The passes of the output layer and all barriers, input side included.
 
-    `sharded` is false when one rank holds a whole layer.  `extra_in_flight`: microbatches that the barriers between the
-    last forward and the first backward add to a 1F1B warm-up (arXiv 2411.05288, section 5).
+    `sharded` is false when one rank holds a whole layer.  `extra_in_flight`: microbatches that the
+    barriers between the last forward and the first backward add to a 1F1B warm-up (arXiv
+    2411.05288, section 5).  `input_gradient`: the pass that forms a shard's term of dL/dx, S or T;
+    None if nothing does.
     """
 
     name: str
     sharded: bool
     extra_in_flight: int
     barriers: tuple[Barrier, ...]
+    input_gradient: Kind | None
 
     def barrier(self, name: str) -> Barrier:
         """The barrier called `name`; KeyError if this algorithm has none."""
@@ -68,55 +102,39 @@ class VocabAlgorithm:
         raise KeyError(f"{self.name} has no barrier {name!r}")
 
 
-_EMBED = Barrier("CE", End.INPUT, Transfer.GATHER, Kind.E, (Kind.F,))
-_SHARE_X = Barrier("C0", End.OUTPUT, Transfer.BROADCAST, Kind.F, (Kind.S,))
-_EMBED_GRAD = Barrier("CG", End.INPUT, Transfer.SCATTER, Kind.B, (Kind.G,))
-_STATS = Transfer.ALL_GATHER
+_EMBED = Barrier("CE", End.INPUT, Transfer.GATHER, Payload.EMBEDDINGS, (Kind.F,), after=Kind.E)
+_EMBED_GRAD = Barrier("CG", End.INPUT, Transfer.SCATTER, Payload.EMBEDDING_GRADIENT, (Kind.G,), after=Kind.B)
+_SHARE_X = Barrier("C0", End.OUTPUT, Transfer.BROADCAST, Payload.ACTIVATIONS, (Kind.S,), after=Kind.F)
 
-# C1 gathers the softmax statistics; C1b, which continues it, sums dL/dx (one_barrier) or the exponentials (naive).
-_ONE_BARRIER = (
-    _EMBED,
-    _SHARE_X,
-    Barrier("C1", End.OUTPUT, _STATS, Kind.S, (Kind.T,)),
-    Barrier("C1b", End.OUTPUT, Transfer.REDUCE, "C1", (Kind.B,)),
-    _EMBED_GRAD,
-)
+
+def _statistics(*before: Kind) -> Barrier:
+    return Barrier("C1", End.OUTPUT, Transfer.ALL_GATHER, Payload.STATISTICS, before, after=Kind.S)
+
+
+_SUM_AFTER_T = Barrier("C2", End.OUTPUT, Transfer.REDUCE, Payload.INPUT_GRADIENT, (Kind.B,), after=Kind.T)
+_SUM_AFTER_STATISTICS = Barrier("C1b", End.OUTPUT, Transfer.REDUCE, Payload.INPUT_GRADIENT, (Kind.B,), continues="C1")
+_NAIVE_MAXIMUM = Barrier("C1", End.OUTPUT, Transfer.ALL_MAX, Payload.MAXIMUM, (), after=Kind.S)
+_NAIVE_SUMS = Barrier("C1b", End.OUTPUT, Transfer.ALL_SUM, Payload.SUMS, (Kind.T,), continues="C1")
+
+_ONE_BARRIER = (_EMBED, _SHARE_X, _statistics(Kind.T), _SUM_AFTER_STATISTICS, _EMBED_GRAD)
+_TWO_BARRIER = (_EMBED, _SHARE_X, _statistics(Kind.T), _SUM_AFTER_T, _EMBED_GRAD)
+_NAIVE = (_EMBED, _SHARE_X, _NAIVE_MAXIMUM, _NAIVE_SUMS, _SUM_AFTER_T, _EMBED_GRAD)
 
 VOCAB_ALGORITHMS: dict[str, VocabAlgorithm] = {
     algorithm.name: algorithm
     for algorithm in (
-        VocabAlgorithm("none", False, 0, _ONE_BARRIER),
-        VocabAlgorithm(
-            "naive",
-            True,
-            2,
-            (
-                _EMBED,
-                _SHARE_X,
-                Barrier("C1", End.OUTPUT, Transfer.ALL_MAX, Kind.S, ()),
-                Barrier("C1b", End.OUTPUT, Transfer.ALL_SUM, "C1", (Kind.T,)),
-                Barrier("C2", End.OUTPUT, Transfer.REDUCE, Kind.T, (Kind.B,)),
-                _EMBED_GRAD,
-            ),
-        ),
-        VocabAlgorithm(
-            "two_barrier",
-            True,
-            2,
-            (
-                _EMBED,
-                _SHARE_X,
-                Barrier("C1", End.OUTPUT, _STATS, Kind.S, (Kind.T,)),
-                Barrier("C2", End.OUTPUT, Transfer.REDUCE, Kind.T, (Kind.B,)),
-                _EMBED_GRAD,
-            ),
-        ),
-        VocabAlgorithm("one_barrier", True, 1, _ONE_BARRIER),
+        VocabAlgorithm("none", False, 0, _ONE_BARRIER, Kind.S),
+        VocabAlgorithm("naive", True, 2, _NAIVE, Kind.T),
+        VocabAlgorithm("two_barrier", True, 2, _TWO_BARRIER, Kind.T),
+        VocabAlgorithm("one_barrier", True, 1, _ONE_BARRIER, Kind.S),
     )
 }
 
 
 def evaluation(algorithm: VocabAlgorithm) -> VocabAlgorithm:
-    """The forward-only part of any algorithm: embed, share x, gather the statistics from which every rank knows the loss."""
-    statistics = Barrier("C1", End.OUTPUT, _STATS, Kind.S, ())
-    return VocabAlgorithm("evaluate", algorithm.sharded, 0, (_EMBED, _SHARE_X, statistics))
+    """Return the forward-only part of any algorithm.
+
+    It embeds, shares x, and gathers the statistics from which every rank knows the loss.
+    """
+    barriers = (_EMBED, _SHARE_X, _statistics())
+    return VocabAlgorithm("evaluate", algorithm.sharded, 0, barriers, None)

@@ -8,7 +8,7 @@ from schedules.check import check_program, check_schedule
 from schedules.generators import generate
 from schedules.graph import DeadlockError
 from schedules.ir import Pass, Schedule
-from schedules.lower import Program, lower
+from schedules.lower import lower
 from schedules.simulate import simulate
 from schedules.vocab import evaluation
 from tests.schedules.cases import cost, problem
@@ -32,7 +32,7 @@ def program(case, schedule):
 def edited(program, rank, edit):
     ops = list(program.ranks[rank])
     edit(ops)
-    return Program((*program.ranks[:rank], tuple(ops), *program.ranks[rank + 1 :]))
+    return replace(program, ranks=(*program.ranks[:rank], tuple(ops), *program.ranks[rank + 1 :]))
 
 
 def swapped(schedule, rank, first, second):
@@ -108,14 +108,35 @@ def test_a_receive_issued_too_late_deadlocks_under_rendezvous():
         check_program(edited(program, 1, receive_late), case)
 
 
+def complete(text, completes=True):
+    def edit(ops):
+        at = index_of(ops, text)
+        ops[at] = replace(ops[at], completes=completes)
+
+    return edit
+
+
+def wrong_exchange(ops):
+    at = index_of(ops, "start:C0.1")
+    ops[at] = replace(ops[at], exchange=replace(ops[at].exchange, root=0))
+
+
+def test_a_program_of_other_microbatches_is_refused(case, program):
+    with pytest.raises(ValueError, match="of 3 microbatches.* of 4"):
+        check_program(replace(program, num_microbatches=3), case)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (lambda ops: ops.append(ops[0]), "rank 1 does .* twice"),
         (lambda ops: ops.pop(index_of(ops, "1F3")), "rank 1 does send:1F3@2 before 1F3"),
-        (lambda ops: ops.pop(index_of(ops, "1G3")), "rank 1 does ready:1G3 before 1G3"),
-        (lambda ops: [ops.remove(op) for op in list(ops) if str(op) in ("1G3", "ready:1G3")], "first difference: 1G3"),
-        (lambda ops: ops.insert(index_of(ops, "1T3"), ops.pop(index_of(ops, "ready:1T3"))), "does ready:1T3 before 1T3"),
+        (lambda ops: ops.pop(index_of(ops, "1G3!")), "first difference: 1G3"),
+        (lambda ops: ops.pop(index_of(ops, "need:1S0")), "does 1S0 before it needs the weights"),
+        (complete("1T2"), "does 1T3! after 1T2!, which completes"),
+        (complete("1T3!", False), "never completes the gradient that 1T3 is the last for"),
+        (complete("1F3"), "completes no gradient with 1F3!"),
+        (wrong_exchange, r"does start:C0\.1 with the exchange"),
         (lambda ops: ops.insert(0, ops.pop(index_of(ops, "send:1F0@2"))), "does send:1F0@2 before 1F0"),
         (lambda ops: ops.insert(0, ops.pop(index_of(ops, "arrive:0F0@0"))), "does arrive:0F0@0 before recv:0F0@0"),
     ],
