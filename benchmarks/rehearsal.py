@@ -18,9 +18,9 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,16 @@ from schedules.check import check_program, check_schedule
 from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
 from schedules.ir import Kind, Pass
-from schedules.lower import Op, lower
+from schedules.lower import Program, exchange_of, lower
 from schedules.problem import Collective, Problem
 from schedules.simulate import simulate
 from schedules.timeline import Timeline
-from schedules.vocab import VOCAB_ALGORITHMS, Barrier, End, Transfer
+from schedules.vocab import VOCAB_ALGORITHMS, Barrier, End, Payload
 from vp_train.degrees import Degrees
 from vp_train.mesh import build_mesh
-from vp_train.pipeline.comms import Comms
-from vp_train.pipeline.executor import Executor, Part
-from vp_train.pipeline.recorder import Recorder
+from vp_train.pipeline.comms import Comms, Pending, ProcessGroups
+from vp_train.pipeline.executor import Executor, RankModules
+from vp_train.pipeline.recorder import HostTimer, Recorder
 
 CASES = ("1f1b/none", "1f1b/two_barrier", "1f1b", "zb_h1", "zb_v", "v_half")
 S_SHARE = {"none": 2 / 3, "naive": 1 / 3, "two_barrier": 1 / 3, "one_barrier": 2 / 3}  # of the three products
@@ -110,21 +110,24 @@ class Setup:
         num_shards = len(problem.shard_ranks(End.INPUT))
         return [(self.tokens * (i + 1)) // num_shards - self.tokens * i // num_shards for i in range(num_shards)]
 
-    def message(self, barrier: Barrier, problem: Problem, rank: int) -> Tensor:
-        """A tensor of the shape and dtype of what a rank says at `barrier`."""
-        match barrier.transfer:
-            case Transfer.GATHER:
+    def message(self, payload: Payload, problem: Problem, rank: int) -> Tensor:
+        """Return a tensor of the shape and dtype of what a rank says of `payload`."""
+        match payload:
+            case Payload.EMBEDDINGS:
                 own = self.counts(problem)[problem.shard_ranks(End.INPUT).index(rank)]
                 return torch.ones(own, self.hidden, dtype=self.dtype)
-            case Transfer.SCATTER:
-                return torch.ones(self.tokens if rank == problem.root(End.INPUT) else 0, self.hidden, dtype=self.dtype)
-            case Transfer.ALL_GATHER:
+            case Payload.EMBEDDING_GRADIENT:
+                at_root = rank == problem.root(End.INPUT)
+                return torch.ones(self.tokens if at_root else 0, self.hidden, dtype=self.dtype)
+            case Payload.STATISTICS:
                 return torch.ones(3, self.tokens)
-            case Transfer.ALL_MAX:
+            case Payload.MAXIMUM:
                 return torch.ones(self.tokens)
-            case Transfer.ALL_SUM:
+            case Payload.SUMS:
                 return torch.ones(2, self.tokens)
-            case _:
+            case Payload.INPUT_GRADIENT:
+                return torch.ones(self.tokens, self.hidden)
+            case Payload.ACTIVATIONS:
                 return torch.ones(self.tokens, self.hidden, dtype=self.dtype)
 
 
@@ -178,6 +181,13 @@ class SleepingStage:
     def weight_grads(self) -> SleepingStage:
         return self
 
+    @property
+    def held_bytes(self) -> int:
+        return 0
+
+    def completing(self, done: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
+        return nullcontext()
+
     @contextmanager
     def deferring(self, microbatch: int) -> Iterator[None]:
         yield
@@ -199,15 +209,15 @@ class SleepingInput:
     setup: Setup
     sleeper: Sleeper
 
-    def begin(self, tokens: Tensor) -> None:
-        pass
+    def begin(self, tokens: Tensor) -> SleepingInput:
+        return self
 
     def counts(self, microbatch: int) -> list[int]:
         return self.setup.counts(self.problem)
 
     def e(self, microbatch: int) -> Tensor:
         with self.sleeper.lasting(Kind.E, self.rank):
-            return self.setup.message(self.problem.algorithm.barrier("CE"), self.problem, self.rank)
+            return self.setup.message(Payload.EMBEDDINGS, self.problem, self.rank)
 
     def in_order(self, microbatch: int, gathered: Tensor) -> Tensor:
         return gathered
@@ -228,17 +238,21 @@ class SleepingOutput:
     sleeper: Sleeper
     received: dict[int, Tensor] = field(default_factory=dict)  # the latest, by microbatch
 
-    def begin(self, targets: Tensor, weights: Tensor) -> None:
-        pass
+    @property
+    def held_bytes(self) -> int:
+        return 0
+
+    def begin(self, targets: Tensor, weights: Tensor) -> SleepingOutput:
+        return self
 
     def s(self, microbatch: int, x: Tensor, *, keep: bool = True) -> None:
         with self.sleeper.lasting(Kind.S, self.rank):
             pass
 
-    def message(self, barrier: str, microbatch: int) -> Tensor:
-        return self.setup.message(self.problem.algorithm.barrier(barrier), self.problem, self.rank)
+    def message(self, payload: Payload, microbatch: int) -> Tensor:
+        return self.setup.message(payload, self.problem, self.rank)
 
-    def absorb(self, barrier: str, microbatch: int, received: Tensor) -> None:
+    def absorb(self, payload: Payload, microbatch: int, received: Tensor) -> None:
         self.received[microbatch] = received
 
     def t(self, microbatch: int) -> None:
@@ -246,19 +260,19 @@ class SleepingOutput:
             pass
 
     def input_grad(self, microbatch: int) -> Tensor:
-        return self.received[microbatch]
+        return self.received[microbatch].to(self.setup.dtype)
 
     def finish(self) -> Tensor:
         self.received.clear()
         return torch.zeros(self.setup.microbatches, self.setup.tokens)
 
 
-def sleeping_part(problem: Problem, rank: int, setup: Setup, sleeper: Sleeper) -> Part:
+def sleeping_modules(problem: Problem, rank: int, setup: Setup, sleeper: Sleeper) -> RankModules:
     """What `assembly.build_rank` makes of layers, made of sleeps."""
     stages = {stage: SleepingStage(stage, problem.backward, sleeper) for stage in problem.layout.stages_of(rank)}
     inputs = SleepingInput(rank, problem, setup, sleeper) if rank in problem.shard_ranks(End.INPUT) else None
     outputs = SleepingOutput(rank, problem, setup, sleeper) if rank in problem.shard_ranks(End.OUTPUT) else None
-    return Part(stages, inputs, outputs, setup.dtype, torch.device("cpu"), setup.hidden)  # type: ignore[arg-type]
+    return RankModules(stages, inputs, outputs, setup.dtype, torch.device("cpu"), setup.hidden)  # type: ignore[arg-type]
 
 
 # What is measured
@@ -330,10 +344,11 @@ def time_hop(rank: int, comms: Comms, setup: Setup) -> float:
         start = common_start()
         if rank < 2:
             tensor = torch.ones(setup.tokens, setup.hidden, dtype=setup.dtype)
-            pending = comms.receive(torch.empty_like(tensor), 1 - rank, upstream=rank == 0)
+            into = torch.empty_like(tensor)
+            pending = comms.receive(into, 1 - rank, upstream=rank == 0, watch=unwatched)
             if rank == 1:
                 pending.wait()
-            comms.send(tensor, 1 - rank, upstream=rank == 1)
+            comms.send(tensor, 1 - rank, upstream=rank == 1, watch=unwatched)
             if rank == 0:
                 pending.wait()
         seconds.append(latest(time.perf_counter() - start) / 2)
@@ -343,21 +358,26 @@ def time_hop(rank: int, comms: Comms, setup: Setup) -> float:
 
 def time_barrier(rank: int, barrier: Barrier, problem: Problem, comms: Comms, setup: Setup) -> float:
     """From a common start until the last receiver has it; the median on all ranks."""
-    receives = rank in problem.receivers(Collective(barrier.name, 0))
+    node = Collective(barrier.name, 0)
+    receives = rank in problem.receivers(node)
     member = rank in problem.shard_ranks(barrier.end)
+    exchange = replace(exchange_of(node, rank, problem), continues=None)
     seconds = []
     for _ in range(ROUNDS):
         start = common_start()
         if member:
-            root = problem.root(barrier.end)
-            message = setup.message(barrier, problem, rank)
+            message = setup.message(barrier.payload, problem, rank)
             counts = setup.counts(problem) if barrier.end is End.INPUT else ()
-            pending = comms.collective(barrier.end, barrier.transfer, message, root, delivers=receives, counts=counts)
-            if receives:
-                pending.wait()
+            delivery = comms.start(exchange, lambda message=message: message, lambda _: None, counts, None, unwatched)
+            if delivery is not None:
+                delivery()
         seconds.append(latest(time.perf_counter() - start if receives else 0.0))
         comms.drain()
     return statistics.median(seconds)
+
+
+def unwatched(pending: Pending) -> Pending:
+    return pending
 
 
 def time_comms(rank: int, problem: Problem, comms: Comms, setup: Setup) -> tuple[float, dict[str, float]]:
@@ -370,8 +390,8 @@ def time_comms(rank: int, problem: Problem, comms: Comms, setup: Setup) -> tuple
     return time_hop(rank, comms, setup), barriers
 
 
-def decide(rank: int, case: Case, problem: Problem, cost: CostModel) -> tuple[tuple[Op, ...], Timeline]:
-    """This rank's program and the prediction; made on rank 0, for the cores are few."""
+def decide(rank: int, case: Case, problem: Problem, cost: CostModel) -> tuple[Program, Timeline]:
+    """Return the program and the prediction, made on rank 0, for the cores are few."""
     decided: list[Any] = [None]
     if rank == 0:
         schedule = generate(case.schedule, problem, cost)
@@ -381,23 +401,34 @@ def decide(rank: int, case: Case, problem: Problem, cost: CostModel) -> tuple[tu
         decided = [(program, simulate(schedule, problem, cost))]
     dist.broadcast_object_list(decided, 0)
     program, timeline = decided[0]
-    return program.ranks[rank], timeline
+    return program, timeline
+
+
+class PassRecorder(Recorder):
+    """Times the passes only: threads that time communication would use the few cores."""
+
+    def watch(self, name: str, pending: Pending) -> Pending:
+        return pending
 
 
 def rehearse_one(rank: int, num_ranks: int, case: Case, setup: Setup) -> Row:
     """One case; every rank returns the same row."""
     problem = setup.problem(case, num_ranks)
-    comms = Comms(build_mesh(Degrees(1, num_ranks, 1), problem).pipeline, torch.device("cpu"))
+    groups = build_mesh(Degrees(1, num_ranks, 1), problem).pipeline
+    comms = Comms(ProcessGroups(groups, torch.device("cpu")))
     hop_seconds, barrier_seconds = time_comms(rank, problem, comms, setup)
     cost = setup.cost(problem, hop_seconds, barrier_seconds)
-    ops, timeline = decide(rank, case, problem, cost)
-    executor = Executor(ops, problem, rank, sleeping_part(problem, rank, setup, Sleeper(cost, sleep_overshoot())), comms)
+    program, timeline = decide(rank, case, problem, cost)
+    modules = sleeping_modules(problem, rank, setup, Sleeper(cost, sleep_overshoot()))
+    executor = Executor(program, rank, modules, comms)
     batch = torch.zeros(setup.microbatches, 1, setup.tokens, dtype=torch.int64)
     steps: list[tuple[float, float]] = []  # seconds of the step, mean seconds in passes per rank
     cpu, wall = 0.0, 0.0
     for step in range(1 + setup.steps):
-        recorder = Recorder(rank, time.perf_counter, lambda: 0, [])
-        recorder.started_at = start = common_start()
+        timer = HostTimer()
+        recorder = PassRecorder(rank, timer, [])
+        start = common_start()
+        timer.start(start)
         before = time.process_time()
         executor.step(batch, batch, recorder)
         seconds = latest(time.perf_counter() - start)

@@ -30,6 +30,7 @@ from peers_vocab import PEERS, installed
 from provenance import provenance
 from torch import Tensor
 
+from schedules.ir import Kind
 from schedules.vocab import VOCAB_ALGORITHMS, End, Transfer
 from vp_train.precision import DTYPES, statistics_dtype
 from vp_train.vocab.backends import BACKENDS
@@ -78,7 +79,7 @@ class Ours:
             self.grad,
             Shard(0, case.rows),
             case.rows,
-            algorithm,
+            VOCAB_ALGORITHMS[algorithm].input_gradient,
             name,
             options,
             float(fraction or 1),
@@ -88,21 +89,21 @@ class Ours:
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Token losses and dx."""
-        layer = self.layer
-        layer.begin(self.targets, self.scale)
-        self._pass("s", lambda: layer.s(0, self.x))
-        self.held_bytes = layer.held_bytes
+        step = self.layer.begin(self.targets, self.scale)
+        self._pass("s", lambda: step.s(0, self.x))
+        self.held_bytes = step.held_bytes
         t_done = False
         for barrier in self.barriers:
-            if barrier.name == "C2":
-                self._pass("t", lambda: layer.t(0))
+            if barrier.after is Kind.T:
+                self._pass("t", lambda: step.t(0))
                 t_done = True
-            message = layer.message(barrier.name, 0)
-            layer.absorb(barrier.name, 0, message[None] if barrier.transfer is Transfer.ALL_GATHER else message)
+            message = step.message(barrier.payload, 0)
+            gathers = barrier.transfer is Transfer.ALL_GATHER
+            step.absorb(barrier.payload, 0, message[None] if gathers else message)
         if not t_done:
-            self._pass("t", lambda: layer.t(0))
-        dx = layer.input_grad(0)
-        return layer.finish()[0], dx
+            self._pass("t", lambda: step.t(0))
+        dx = step.input_grad(0)
+        return step.finish()[0], dx
 
     def _pass(self, name: str, work: Callable[[], None]) -> None:
         if self.apart is None:
@@ -134,14 +135,14 @@ class Lookups:
         shards = [Shard(rank * case.rows, (rank + 1) * case.rows) for rank in range(ranks)]
         self.layer = InputLayer(self.weight, self.grad, shards, 0)
         tokens = torch.randint(0, case.rows * ranks, (1, case.tokens), generator=torch.Generator().manual_seed(0))
-        self.layer.begin(tokens.to(case.device))
-        self.dy = self.layer.e(0)
+        self.step = self.layer.begin(tokens)
+        self.dy = self.step.e(0)
 
     def e(self) -> None:
-        self.layer.e(0)
+        self.step.e(0)
 
     def g(self) -> None:
-        self.layer.g(0, self.dy)
+        self.step.g(0, self.dy)
 
 
 # Measuring

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,15 +10,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from schedules.ir import Kind, Pass
-from schedules.vocab import End
+from schedules.vocab import End, VocabAlgorithm
 from vp_train.config import OptimConfig, RunConfig
 from vp_train.mesh import Mesh
 from vp_train.model.stage import Stage, init_rows
 from vp_train.optim.gradients import Gradients
 from vp_train.optim.loss_scale import LossScale
 from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
-from vp_train.pipeline.comms import Comms
-from vp_train.pipeline.executor import BLIND, Executor, Observer, Part
+from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
+from vp_train.pipeline.executor import BLIND, Executor, Observer, RankModules
 from vp_train.plan import RunPlan
 from vp_train.precision import DTYPES
 from vp_train.split import Split
@@ -48,7 +48,8 @@ class RankModel:
     optimizer: Optimizer
     loss_scale: LossScale
     answers: bool  # for the loss of its replica
-    _tied: tuple[Tensor, dist.ProcessGroup] | None
+    _comms: Comms
+    _copied_at_both_ends: Tensor | None  # the gradient of a tied matrix
 
     def train_step(
         self,
@@ -62,16 +63,9 @@ class RankModel:
         """`Executor.step` of the training program; `optimizer.reduce` then completes the gradients, times `loss_scale`."""
         scale = self.loss_scale.value
         loss = self.trainer.step(tokens, labels, observer, mask=mask, segments=segments, loss_scale=scale)
-        if self._tied is not None:
-            gradient, group = self._tied
-            dist.all_reduce(gradient, group=group)
+        if self._copied_at_both_ends is not None:
+            self._comms.sum_over_ends(self._copied_at_both_ends)
         return loss
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes held from S for T and from I for W."""
-        output = 0 if self.output_layer is None else self.output_layer.held_bytes
-        return output + sum(stage.weight_grads.held_bytes for stage in self.stages.values())
 
     @property
     def num_parameters(self) -> int:
@@ -79,8 +73,11 @@ class RankModel:
         return sum(parameter.numel() for name, parameter in self.parameters.items() if name not in self.copied)
 
 
-def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
-    """The model of this rank with its initial values."""
+def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transport | None = None) -> RankModel:
+    """Build the model of this rank with its initial values.
+
+    `transport` connects it with the other ranks of its pipeline; None: the process groups of `mesh`.
+    """
     rank, problem = mesh.pipeline_rank, plan.problem
     dtype = DTYPES[config.run.dtype]
     device = torch.device(config.run.device)
@@ -95,14 +92,15 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
     }
     copied = parameters.keys() - splits.keys() - rows.keys() if mesh.tensor_rank else set[str]()
     tied_name = None
-    if config.model.tied_embeddings and mesh.end_ranks is not None and matrices:
+    two_ends = not problem.algorithm.sharded and len({problem.root(end) for end in End}) > 1
+    if config.model.tied_embeddings and two_ends and matrices:
         ((tied_name, _),) = matrices.values()
         copied |= set() if End.INPUT in matrices else {tied_name}
     gradients = Gradients(parameters)
     optimizer = _build_optimizer(config.optim, parameters, gradients, frozenset(copied), mesh.data)  # may move parameters
     options = LossOptions(config.loss.label_smoothing, config.loss.z_loss, config.model.logit_softcap)
 
-    def output_layer(algorithm: str) -> OutputLayer | None:
+    def output_layer(algorithm: VocabAlgorithm, options: LossOptions) -> OutputLayer | None:
         if End.OUTPUT not in matrices:
             return None
         name, weight = matrices[End.OUTPUT]
@@ -111,10 +109,11 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
             gradients[name],
             shards[End.OUTPUT].own,
             config.model.vocab_size,
-            algorithm,
+            algorithm.input_gradient,
             config.vocab.backend,
-            options.measured if algorithm == "evaluate" else options,
+            options,
             config.vocab.recompute_fraction,
+            sum_dtype=dtype if config.vocab.sum_dtype == "compute" else None,
         )
 
     input_layer = None
@@ -123,29 +122,30 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
         input_layer = InputLayer(weight, gradients[name], shards[End.INPUT].all, shards[End.INPUT].index)
     partial_names = frozenset(name for stage in stages.values() for name in stage.partial)
 
-    def ready(item: Pass) -> None:
-        names = names_of.get((item.kind, item.stage), ())
-        _sum_in_place([gradients[name] for name in names if name in partial_names], mesh.tensor)
-        optimizer.ready(names)
-
-    training = Part(
+    names_of = _names_of_gradients(stages, {end: name for end, (name, _) in matrices.items() if name != tied_name}, rank)
+    training = RankModules(
         stages,
         input_layer,
-        output_layer(problem.algorithm.name),
+        output_layer(problem.algorithm, options),
         dtype,
         device,
         config.model.hidden_size,
         config.loss.normalisation,
         leads=mesh.tensor_rank == 0,
         data=mesh.data if mesh.degrees.dp > 1 else None,
-        ready=ready,
+        parameters=_Parameters(gradients, optimizer, names_of, partial_names, mesh.tensor),
     )
-    names_of = _names_of_gradients(stages, {end: name for end, (name, _) in matrices.items() if name != tied_name}, rank)
-    evaluating = replace(training, output_layer=output_layer("evaluate"), normalisation="token")
-    through_host = config.run.device == "cuda" and config.run.comm_backend == "gloo"
-    comms = Comms(mesh.pipeline, device, through_host=through_host)
-    trainer = Executor(plan.program.ranks[rank], problem, rank, training, comms)
-    evaluator = Executor(plan.evaluation_program.ranks[rank], plan.evaluation_problem, rank, evaluating, comms)
+    evaluating = replace(
+        training,
+        output_layer=output_layer(plan.evaluation_problem.algorithm, options.measured),
+        normalisation="token",
+    )
+    if transport is None:
+        through_host = config.run.device == "cuda" and config.run.comm_backend == "gloo"
+        transport = ProcessGroups(mesh.pipeline, device, through_host=through_host)
+    comms = Comms(transport)
+    trainer = Executor(plan.program, rank, training, comms)
+    evaluator = Executor(plan.evaluation_program, rank, evaluating, comms)
     return RankModel(
         parameters,
         splits | rows,
@@ -158,8 +158,31 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
         optimizer,
         LossScale.of(config.run.dtype),
         problem.root(End.OUTPUT) == rank and mesh.tensor_rank == 0,
-        None if tied_name is None or mesh.end_ranks is None else (gradients[tied_name], mesh.end_ranks),
+        comms,
+        None if tied_name is None else gradients[tied_name],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameters:
+    """Tells the optimizer which gradients are complete.  `partial_names` have a part on each rank of `tensor`."""
+
+    gradients: Gradients
+    optimizer: Optimizer
+    names_of: dict[tuple[Kind, int], tuple[str, ...]]
+    partial_names: frozenset[str]
+    tensor: dist.ProcessGroup
+
+    def need(self, item: Pass) -> None:
+        pass
+
+    def announce(self, names: Sequence[str]) -> None:
+        pass
+
+    def complete(self, item: Pass) -> None:
+        names = self.names_of.get((item.kind, item.stage), ())
+        _sum_in_place([self.gradients[name] for name in names if name in self.partial_names], self.tensor)
+        self.optimizer.ready(names)
 
 
 def _sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:

@@ -230,6 +230,8 @@ class VocabConfig:
     `algorithm` may be `auto` with schedule=auto.  `shards`: rows of each rank; None: as equal as possible, or with `balance` so
     that ranks with less other work take more.  Backends: `chunked` holds the exponentials from S to T; `recompute` holds none
     for `recompute_fraction` of the rows and pays with a fourth matrix product for these; `reference` is the oracle.
+    `sum_dtype`: what the shards' terms of dL/dx are summed in.  `float32` (float64 in a run of float64) is as accurate at any
+    number of shards as one process; `compute` is run.dtype, which halves the bytes in bfloat16, and each term is rounded.
     """
 
     algorithm: str = "one_barrier"
@@ -237,10 +239,12 @@ class VocabConfig:
     shards: tuple[int, ...] | None = None
     balance: bool = False
     recompute_fraction: float = 1.0
+    sum_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         _finite("vocab.", self)
         _choice("vocab.backend", self.backend, ("chunked", "recompute", "reference"))
+        _choice("vocab.sum_dtype", self.sum_dtype, ("float32", "compute"))
         if not 0 <= self.recompute_fraction <= 1:
             raise ConfigError(f"vocab.recompute_fraction={self.recompute_fraction} is out of range; it must lie in [0, 1]")
         if self.recompute_fraction != 1 and self.backend != "recompute":

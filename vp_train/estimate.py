@@ -9,7 +9,7 @@ from dataclasses import replace
 from schedules.cost import CostModel
 from schedules.ir import Kind
 from schedules.layout import Layout
-from schedules.vocab import End, Transfer, VocabAlgorithm
+from schedules.vocab import Barrier, End, Payload, VocabAlgorithm
 from vp_train.config import ConfigError, RunConfig
 from vp_train.model import shape
 from vp_train.vocab.shard import Shard
@@ -48,7 +48,7 @@ def estimate_cost(
             for kind, values in (_stage_seconds(config, layers) | _shard_seconds(config, rows, algorithm)).items()
         },
         link_seconds(config.cost.hop_seconds, config.cost.hop_bytes_per_second, message_bytes(config)),
-        {barrier.name: _barrier_seconds(config, barrier.transfer, num_shards) for barrier in algorithm.barriers},
+        {barrier.name: _barrier_seconds(config, barrier, num_shards) for barrier in algorithm.barriers},
         tuple(stage_bytes),
         tuple(item_bytes * size * model.seq_length * (held_part(config) * count + model.hidden_size) for count in rows),
         tuple(float(len(stage) * shape.layer_weight_grad_bytes(model, size, item_bytes)) for stage in layers),
@@ -83,21 +83,35 @@ def sum_seconds(fixed: float, bytes_per_second: float | None, num_bytes: float, 
     return 0.0 if num_ranks == 1 else link_seconds(fixed, bytes_per_second, 2 * (num_ranks - 1) / num_ranks * num_bytes)
 
 
-def _barrier_seconds(config: RunConfig, transfer: Transfer, num_shards: int) -> float:
-    """One collective of `num_shards` shards; 0 where one rank owns the whole layer, for it has nobody to wait for."""
+def input_gradient_bytes(config: RunConfig) -> int:
+    """Return the bytes of a shard's term of dL/dx of the output layer, [T, H] in vocab.sum_dtype."""
+    item = ITEM_BYTES[config.run.dtype]
+    summed = item if config.vocab.sum_dtype == "compute" else max(4, item)
+    return message_bytes(config) // item * summed
+
+
+def _barrier_seconds(config: RunConfig, barrier: Barrier, num_shards: int) -> float:
+    """Return the seconds of one collective of `num_shards` shards.
+
+    It is 0 where one rank owns the whole layer, for it has nobody to wait for.
+    """
     if num_shards == 1:
         return 0.0
-    precise = max(4, ITEM_BYTES[config.run.dtype]) * config.micro_batch_size * config.model.seq_length
-    match transfer:
-        case Transfer.BROADCAST | Transfer.REDUCE:
+    tokens = config.micro_batch_size * config.model.seq_length
+    precise = max(4, ITEM_BYTES[config.run.dtype]) * tokens
+    match barrier.payload:
+        case Payload.ACTIVATIONS:
             num_bytes: float = message_bytes(config)
-        case Transfer.GATHER | Transfer.SCATTER:
+        case Payload.INPUT_GRADIENT:
+            num_bytes = input_gradient_bytes(config)
+        case Payload.EMBEDDINGS | Payload.EMBEDDING_GRADIENT:
             num_bytes = message_bytes(config) * (num_shards - 1) / num_shards
-        case Transfer.ALL_GATHER:
+        case Payload.STATISTICS:
             num_bytes = 3 * precise * (num_shards - 1)
-        case Transfer.ALL_MAX | Transfer.ALL_SUM:
+        case Payload.MAXIMUM | Payload.SUMS:
             num_bytes = 2 * 2 * precise
-    return link_seconds(config.cost.collective_seconds, config.cost.collective_bytes_per_second, num_bytes)
+    cost = config.cost
+    return link_seconds(cost.collective_seconds, cost.collective_bytes_per_second, num_bytes)
 
 
 def rank_slowness(config: RunConfig, num_ranks: int) -> tuple[float, ...]:

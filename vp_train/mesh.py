@@ -10,7 +10,7 @@ import torch.distributed as dist
 from schedules.problem import Problem
 from schedules.vocab import End
 from vp_train.degrees import Degrees
-from vp_train.pipeline.comms import Groups
+from vp_train.pipeline.groups import Groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +18,7 @@ class Mesh:
     """This rank's place among dp x pp x tp ranks, and the groups it belongs to.
 
     `world` carries what all ranks agree on around steps and checkpoints, `steps` what they tell each other in every step.
-    `tensor` joins the ranks that split the same layers, `data` those that hold the same values in every replica; `end_ranks`
-    joins the ranks of the first and last stage where both hold the same rows of a tied matrix, which only an unsharded
-    vocabulary needs.
+    `tensor` joins the ranks that split the same layers, `data` those that hold the same values in every replica.
     """
 
     degrees: Degrees
@@ -29,7 +27,6 @@ class Mesh:
     steps: dist.ProcessGroup
     tensor: dist.ProcessGroup
     data: dist.ProcessGroup
-    end_ranks: dist.ProcessGroup | None
     pipeline: Groups
 
     @property
@@ -86,8 +83,9 @@ def build_mesh(degrees: Degrees, problem: Problem, timeout: timedelta | None = N
         backward,
         ends,
         tensor if degrees.tp > 1 else None,
+        _own(tied, rank, timeout),
     )
-    return Mesh(degrees, rank, dist.group.WORLD, everyone, tensor, data, _own(tied, rank, timeout), groups)
+    return Mesh(degrees, rank, dist.group.WORLD, everyone, tensor, data, groups)
 
 
 def _own(groups: list[list[int]], rank: int, timeout: timedelta | None) -> dist.ProcessGroup | None:

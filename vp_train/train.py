@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +32,7 @@ from vp_train.metrics.progress import StepReport
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory, run_path
 from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning_rate
-from vp_train.pipeline.recorder import Recorder, when_computed
+from vp_train.pipeline.recorder import Recorder, joined_communications, timer_of
 from vp_train.plan import RunPlan, make_plan
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -157,7 +156,7 @@ class Run:
     def train_step(self, step: int, reporter: Reporter | None) -> None:
         """One optimizer step, and the validation, trace and checkpoint that fall on it."""
         started = time.perf_counter()
-        batch = self._on_device(self.source.train_batch(step, self.mesh.data_rank, self.mesh.degrees.dp))
+        batch = self.source.train_batch(step, self.mesh.data_rank, self.mesh.degrees.dp)
         self.model.gradients.zero()
         if step == self._traced_step:
             loss, traced = self._traced(batch)
@@ -217,17 +216,13 @@ class Run:
             print(f"step {step} skipped: non-finite {where}", file=sys.stderr, flush=True)
 
     def _validate(self) -> float:
-        batch = self._on_device(self.source.validation_batch(self.mesh.data_rank, self.mesh.degrees.dp))
+        batch = self.source.validation_batch(self.mesh.data_rank, self.mesh.degrees.dp)
         loss = self.model.evaluator.step(batch.tokens, batch.labels, segments=batch.segments)
         return gather_health(self._own(loss), None, self.mesh.steps).loss
 
     def _own(self, loss: torch.Tensor | None) -> torch.Tensor | None:
         """The loss of the replica, on the one rank of it that says it."""
         return loss if self.model.answers else None
-
-    def _on_device(self, batch: Batch) -> Batch:
-        device = self.config.run.device
-        return Batch(batch.tokens.to(device), batch.labels.to(device), batch.segments)  # stages read segments as numbers
 
     def _save(self, step: int, reporter: Reporter | None) -> None:
         """A checkpoint that cannot be written is a warning, except at the end of the run."""
@@ -249,15 +244,13 @@ class Run:
         load_weights(find(Path(source).expanduser(), self.mesh.world), self.config, self.model)
 
     def _traced(self, batch: Batch) -> tuple[torch.Tensor | None, Recorder]:
-        """A training step with every pass timed, from a common start."""
-        parameters = list(self.model.parameters.values())
-        recorder = Recorder(self.mesh.pipeline_rank, self._clock(), lambda: self.model.held_bytes, parameters)
+        """Run a training step with every pass and communication timed, from a common start."""
+        timer = timer_of(torch.device(self.config.run.device))
+        recorder = Recorder(self.mesh.pipeline_rank, timer, list(self.model.parameters.values()))
         dist.barrier(self.mesh.steps)
-        recorder.started_at = recorder.clock()
-        return self.model.train_step(batch.tokens, batch.labels, recorder, segments=batch.segments), recorder
-
-    def _clock(self) -> Callable[[], float]:
-        return time.perf_counter if self.config.run.device == "cpu" else when_computed
+        timer.start()
+        loss = self.model.train_step(batch.tokens, batch.labels, recorder, segments=batch.segments)
+        return loss, recorder
 
     def _peak_bytes(self) -> float:
         """The most memory so far: on a GPU what torch allocated there, else what was resident in the host's."""
@@ -266,13 +259,24 @@ class Run:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
     def _report_trace(self, recorder: Recorder, reporter: Reporter | None) -> None:
-        mine = (recorder.spans, recorder.peak_bytes, self.model.num_parameters)
-        everyone: list[tuple[list[Span], int, int]] = [mine] * self.mesh.degrees.num_ranks
+        mine = (
+            recorder.spans,
+            recorder.communications,
+            recorder.peak_bytes,
+            self.model.num_parameters,
+        )
+        everyone: list[tuple[list[Span], list[Span], int, int]]
+        everyone = [mine] * self.mesh.degrees.num_ranks
         dist.all_gather_object(everyone, mine, group=self.mesh.world)
         if reporter is not None:
             first = [everyone[self.mesh.degrees.rank(0, p, 0)] for p in range(self.plan.num_ranks)]  # others do the same
-            spans, peaks, parameters = zip(*first, strict=True)
-            timeline = Timeline(tuple(map(tuple, spans)), (), tuple(map(float, peaks)), self.plan.timeline.peak_in_flight)
+            spans, communications, peaks, parameters = zip(*first, strict=True)
+            timeline = Timeline(
+                tuple(map(tuple, spans)),
+                joined_communications(list(communications)),
+                tuple(map(float, peaks)),
+                self.plan.timeline.peak_in_flight,
+            )
             reporter.trace(timeline, parameters)
 
     def finish(self, reporter: Reporter | None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from schedules.generators import GENERATORS
+from tests.local import run_locally
 from tests.meshes import mesh_for
 from tests.pipeline.truth import Whole, random_batch, random_mask, random_segments, train_whole
 from vp_train.assembly import build_rank
@@ -91,36 +93,54 @@ def as_one_process(config, dp):
 
 def compare(rank, world_size, cases, masked=False, packed=False):
     """Train each config, as planned, sharded and whole; the largest differences of loss, gradients and parameters of each."""
-    torch.manual_seed(0)
     worst = []
     for config, plan in cases:
-        mesh, m = mesh_for(plan), config.num_microbatches
+        mesh = mesh_for(plan)
         model = build_rank(config, plan, mesh)
-        dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
-        everything = as_one_process(config, plan.degrees.dp)
-        mine = slice(mesh.data_rank * m, (mesh.data_rank + 1) * m)
-        truth = train_whole(everything, NUM_STEPS, dtype, masked=masked, packed=packed)
-        differences = {"loss": 0.0, "gradient": 0.0, "parameter": 0.0}
-        for step, (loss, gradients, updated) in enumerate(truth, start=1):
-            model.gradients.zero()
-            mask = random_mask(everything, step)[mine] if masked else None
-            segments = random_segments(everything, step)[mine] if packed else None
-            tokens, labels = (values[mine] for values in random_batch(everything, step))
-            ours = model.train_step(tokens, labels, mask=mask, segments=segments)
-            model.optimizer.reduce()
-            health = gather_health(ours if model.answers else None, model.optimizer.squared_norm(), mesh.world)
-            differences["loss"] = max(differences["loss"], abs(health.loss - loss))
-            for name, parameter in model.parameters.items():
-                if parameter.grad is not None:  # zero1 takes them away
-                    difference = largest_difference(parameter.grad, part_of(gradients[name], name, model.splits))
-                    differences["gradient"] = max(differences["gradient"], difference)
-            rate = learning_rate(config.optim, step, NUM_STEPS)
-            model.optimizer.step(rate, clip_scale(health.grad_norm, config.optim.clip_grad_norm))
-            for name, parameter in model.parameters.items():
-                difference = largest_difference(parameter.detach(), part_of(updated[name], name, model.splits))
-                differences["parameter"] = max(differences["parameter"], difference)
-        worst.append(differences)
+
+        def health_of(loss, norm, mesh=mesh):
+            return gather_health(loss, norm, mesh.world)
+
+        worst.append(differences_of(config, plan, model, mesh.data_rank, health_of, masked=masked, packed=packed))
     return worst
+
+
+def compare_locally(config, plan, masked=False, packed=False, **board):
+    """The same with all ranks in this process; a list of each rank's differences."""
+
+    def work(rank, model, together):
+        return differences_of(config, plan, model, 0, partial(together.health, rank), masked=masked, packed=packed)
+
+    return run_locally(config, plan, work, **board)
+
+
+def differences_of(config, plan, model, data_rank, health_of, *, masked, packed):
+    """The largest differences of loss, gradients and parameters over NUM_STEPS steps of `model`, the model of one rank."""
+    m = config.num_microbatches
+    dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
+    everything = as_one_process(config, plan.degrees.dp)
+    mine = slice(data_rank * m, (data_rank + 1) * m)
+    truth = train_whole(everything, NUM_STEPS, dtype, masked=masked, packed=packed)
+    differences = {"loss": 0.0, "gradient": 0.0, "parameter": 0.0}
+    for step, (loss, gradients, updated) in enumerate(truth, start=1):
+        model.gradients.zero()
+        mask = random_mask(everything, step)[mine] if masked else None
+        segments = random_segments(everything, step)[mine] if packed else None
+        tokens, labels = (values[mine] for values in random_batch(everything, step))
+        ours = model.train_step(tokens, labels, mask=mask, segments=segments)
+        model.optimizer.reduce()
+        health = health_of(ours if model.answers else None, model.optimizer.squared_norm())
+        differences["loss"] = max(differences["loss"], abs(health.loss - loss))
+        for name, parameter in model.parameters.items():
+            if parameter.grad is not None:  # zero1 takes them away
+                difference = largest_difference(parameter.grad, part_of(gradients[name], name, model.splits))
+                differences["gradient"] = max(differences["gradient"], difference)
+        rate = learning_rate(config.optim, step, NUM_STEPS)
+        model.optimizer.step(rate, clip_scale(health.grad_norm, config.optim.clip_grad_norm))
+        for name, parameter in model.parameters.items():
+            difference = largest_difference(parameter.detach(), part_of(updated[name], name, model.splits))
+            differences["parameter"] = max(differences["parameter"], difference)
+    return differences
 
 
 def part_of(tensor, name, splits):
@@ -128,10 +148,22 @@ def part_of(tensor, name, splits):
 
 
 def assert_equivalent(ranks, p, configs, tolerance, *, masked=False, packed=False):
+    """Over gloo, between processes."""
     cases = [(config, make_plan(config, p)) for config in configs]
     for results in ranks(p).run(compare, cases, masked, packed, timeout=100):
-        for config, differences in zip(configs, results, strict=True):
-            assert max(differences.values()) < tolerance, (config.vocab, config.schedule, config.model, differences)
+        assert_small(configs, results, tolerance)
+
+
+def assert_equivalent_locally(p, configs, tolerance, *, masked=False, packed=False):
+    """With all ranks in this process."""
+    for config in configs:
+        for differences in compare_locally(config, make_plan(config, p), masked, packed):
+            assert_small([config], [differences], tolerance)
+
+
+def assert_small(configs, results, tolerance):
+    for config, differences in zip(configs, results, strict=True):
+        assert max(differences.values()) < tolerance, (config.vocab, config.schedule, config.model, differences)
 
 
 SIZES = [(1, 1, 64), (2, 4, 100), (3, 2, 101), (4, 8, 1000)]
@@ -150,7 +182,7 @@ def test_equals_one_process_in_float64(ranks, p, m, vocab_size):
 
 @pytest.mark.parametrize("p", [2, 3, 4])
 @pytest.mark.parametrize("name", sorted(GENERATORS))
-def test_every_schedule_equals_one_process(ranks, name, p):
+def test_every_schedule_equals_one_process(name, p):
     stages = GENERATORS[name].layout_of(p).num_stages
     configs = [
         config_of(p, m, 101, schedule=name, vocab=VocabConfig(algorithm), tied=tied, num_stages=stages)
@@ -158,10 +190,10 @@ def test_every_schedule_equals_one_process(ranks, name, p):
         for algorithm in ("none", "one_barrier", "two_barrier")
         for tied in (False, True)
     ]
-    assert_equivalent(ranks, p, configs, 1e-9)
+    assert_equivalent_locally(p, configs, 1e-9)
 
 
-def test_a_solved_schedule_and_recomputation_equal_one_process(ranks):
+def test_a_solved_schedule_and_recomputation_equal_one_process():
     config = config_of(3, 4, 101, num_stages=6)
     solved = replace(config, schedule=ScheduleConfig("auto", cap_microbatches=4.5))
     mixed = ("full", "none", "selective", "full", "selective", "none")
@@ -169,7 +201,7 @@ def test_a_solved_schedule_and_recomputation_equal_one_process(ranks):
         replace(config_of(3, 4, 101, schedule="v_half", num_stages=6), parallel=ParallelConfig(**options))
         for options in ({"recompute": "full"}, {"recompute": "selective"}, {"recompute_per_stage": mixed})
     ]
-    assert_equivalent(ranks, 3, [solved, *recomputed], 1e-9)
+    assert_equivalent_locally(3, [solved, *recomputed], 1e-9)
 
 
 def attention_forwards(rank, world_size, config):
@@ -218,22 +250,22 @@ def test_gradients_are_summed_over_the_replicas_while_others_compute(ranks, opti
     assert ranks(4).run(summed_early, config) == [set()] * 4
 
 
-def test_unequal_shards_and_stages_equal_one_process(ranks):
+def test_unequal_shards_and_stages_equal_one_process():
     configs = [
         config_of(3, 4, 101, vocab=VocabConfig(algorithm, shards=(0, 90, 11)), layers=(2, 2, 0), backend=backend)
         for algorithm in ("naive", "one_barrier", "two_barrier")
         for backend in ("reference", "chunked", "recompute")
     ]
-    assert_equivalent(ranks, 3, configs, 1e-9)
+    assert_equivalent_locally(3, configs, 1e-9)
 
 
-def test_ranks_without_rows_equal_one_process(ranks):
+def test_ranks_without_rows_equal_one_process():
     """T takes no time there, and may come before the barrier that continues C1."""
     configs = [
         config_of(4, 3, 101, vocab=VocabConfig(algorithm, shards=(0, 101, 0, 0)))
         for algorithm in ("naive", "one_barrier", "two_barrier")
     ]
-    assert_equivalent(ranks, 4, configs, 1e-9)
+    assert_equivalent_locally(4, configs, 1e-9)
 
 
 LOSSES = [
@@ -244,26 +276,26 @@ LOSSES = [
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_loss_options_and_masks_equal_one_process(ranks, masked):
+def test_loss_options_and_masks_equal_one_process(masked):
     configs = [config_of(3, 4, 101, vocab=VocabConfig(algorithm), **options) for algorithm in ALGORITHMS for options in LOSSES]
-    assert_equivalent(ranks, 3, configs, 1e-9, masked=masked)
+    assert_equivalent_locally(3, configs, 1e-9, masked=masked)
 
 
-def test_packed_documents_equal_documents_that_run_alone(ranks):
+def test_packed_documents_equal_documents_that_run_alone():
     """In one process each document starts at position 0 and is attended to by itself; masks and recomputation included."""
     plain = [
         config_of(2, 4, 101, schedule=name, num_stages=stages) for name, stages in (("1f1b", 2), ("zb_h1", 2), ("v_half", 4))
     ]
     recomputed = [replace(config, parallel=replace(config.parallel, recompute="full")) for config in plain]
     undivided = config_of(2, 3, 101, vocab=VocabConfig("none"), loss=LossConfig(normalisation="sequence"))
-    assert_equivalent(ranks, 2, [*plain, *recomputed, undivided], 1e-9, packed=True)
-    assert_equivalent(ranks, 2, [plain[1], recomputed[1]], 1e-9, masked=True, packed=True)
+    assert_equivalent_locally(2, [*plain, *recomputed, undivided], 1e-9, packed=True)
+    assert_equivalent_locally(2, [plain[1], recomputed[1]], 1e-9, masked=True, packed=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_vocabulary_smaller_than_the_ranks_equals_one_process(ranks, tied):
+def test_a_vocabulary_smaller_than_the_ranks_equals_one_process(tied):
     configs = [config_of(4, 3, size, vocab=VocabConfig(algorithm), tied=tied) for algorithm in ALGORITHMS for size in (2, 3)]
-    assert_equivalent(ranks, 4, configs, 1e-9)
+    assert_equivalent_locally(4, configs, 1e-9)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "zero1"])
@@ -286,9 +318,9 @@ def test_an_optimizer_in_host_memory_equals_one_process(ranks, dp, p):
     assert_equivalent(ranks, dp * p, [config], 1e-9)
 
 
-def test_float32_stays_within_1e_4(ranks):
+def test_float32_stays_within_1e_4():
     configs = [config_of(2, 4, 100, vocab=VocabConfig(algorithm), dtype="float32") for algorithm in ALGORITHMS]
-    assert_equivalent(ranks, 2, configs, 1e-4)
+    assert_equivalent_locally(2, configs, 1e-4)
 
 
 def evaluate(rank, world_size, config):

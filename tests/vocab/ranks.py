@@ -7,7 +7,8 @@ from dataclasses import fields, is_dataclass
 import torch
 from torch import Tensor
 
-from schedules.vocab import VOCAB_ALGORITHMS, End, Transfer
+from schedules.ir import Kind
+from schedules.vocab import VOCAB_ALGORITHMS, End, Payload, Transfer
 from vp_train.vocab.loss import LossOptions
 from vp_train.vocab.output import OutputLayer
 from vp_train.vocab.shard import split_rows
@@ -26,45 +27,50 @@ def exchange(transfer: Transfer, messages: list[Tensor]) -> Tensor:
             return stacked.sum(0)
 
 
-def make_layer(weight, grad, shard, algorithm, backend, options=PLAIN):
+def make_layer(weight, grad, shard, algorithm, backend, options=PLAIN, sum_dtype=None):
     """`backend`: a name, `recompute` with a fraction after a colon."""
     name, _, fraction = backend.partition(":")
     rows = slice(shard.start, shard.stop)
-    return OutputLayer(weight[rows], grad[rows], shard, len(weight), algorithm, name, options, float(fraction or 1))
+    pass_of_dx = None if algorithm == "evaluate" else VOCAB_ALGORITHMS[algorithm].input_gradient
+    fraction = float(fraction or 1)
+    return OutputLayer(weight[rows], grad[rows], shard, len(weight), pass_of_dx, name, options, fraction, sum_dtype=sum_dtype)
 
 
-def run_output(x, weight, targets, grad_loss, *, sizes, algorithm, backend, grad_dtype=None, t_early=False, options=PLAIN):
+def run_output(
+    x, weight, targets, grad_loss, *, sizes, algorithm, backend, grad_dtype=None, t_early=False, options=PLAIN, sum_dtype=None
+):
     """(token losses, dx, dW [V, H], held bytes of each shard after S) of the sharded layer; rank 0 is the root.
 
     `t_early`: one_barrier runs T before dx is exchanged rather than after.
     """
     grads = torch.zeros_like(weight, dtype=grad_dtype)
     layers = [
-        make_layer(weight, grads, shard, algorithm, backend, options) for shard in split_rows(len(weight), len(sizes), sizes)
+        make_layer(weight, grads, shard, algorithm, backend, options, sum_dtype)
+        for shard in split_rows(len(weight), len(sizes), sizes)
     ]
-    for layer in layers:
-        layer.begin(targets[None], grad_loss[None])
-        layer.s(0, x)
-    held = [layer.held_bytes for layer in layers]
+    steps = [layer.begin(targets[None], grad_loss[None]) for layer in layers]
+    for step in steps:
+        step.s(0, x)
+    held = [step.held_bytes for step in steps]
     for barrier in VOCAB_ALGORITHMS[algorithm].barriers:
-        if barrier.end is End.INPUT or barrier.name == "C0":
+        if barrier.end is End.INPUT or barrier.payload is Payload.ACTIVATIONS:
             continue
-        if barrier.name == "C2" or (barrier.name == "C1b" and t_early):
-            for layer in layers:
-                layer.t(0)
-        messages = [layer.message(barrier.name, 0) for layer in layers]
+        if barrier.after is Kind.T or (barrier.payload is Payload.INPUT_GRADIENT and t_early):
+            for step in steps:
+                step.t(0)
+        messages = [step.message(barrier.payload, 0) for step in steps]
         received = exchange(barrier.transfer, messages)
         for message in messages:
             message.fill_(torch.nan)  # a collective may use its input as scratch space
-        for layer in layers if barrier.transfer is not Transfer.REDUCE else layers[:1]:
-            layer.absorb(barrier.name, 0, received.clone())
-    dx = layers[0].input_grad(0)
+        for step in steps if barrier.transfer is not Transfer.REDUCE else steps[:1]:
+            step.absorb(barrier.payload, 0, received.clone())
+    dx = steps[0].input_grad(0)
     if algorithm in ("none", "one_barrier") and not t_early:
-        for layer in layers:
-            layer.t(0)
-    for layer in layers:
-        assert largest_kept(layer._microbatches[0]) <= x.shape[0]  # per-token vectors only
-    losses = [layer.finish()[0] for layer in layers]
+        for step in steps:
+            step.t(0)
+    for step in steps:
+        assert largest_kept(step._microbatches[0]) <= x.shape[0]  # per-token vectors only
+    losses = [step.finish()[0] for step in steps]
     assert all(torch.equal(losses[0], other) for other in losses)
     return losses[0], dx, grads, held
 

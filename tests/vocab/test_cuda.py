@@ -81,9 +81,9 @@ def test_what_is_held_on_a_gpu_is_a_matrix_of_sixteen_bits_or_x_alone(algorithm)
     held = {}
     for backend in ("chunked", "recompute"):
         layer = make_layer(weight, torch.zeros_like(weight, dtype=torch.float32), Shard(0, r), algorithm, backend)
-        layer.begin(targets[None], torch.ones(1, t, device="cuda"))
-        layer.s(0, x)
-        held[backend] = layer.held_bytes
+        step = layer.begin(targets[None], torch.ones(1, t, device="cuda"))
+        step.s(0, x)
+        held[backend] = step.held_bytes
     assert held["recompute"] <= t * (2 * h + 16)
     assert held["chunked"] - held["recompute"] == t * r * 2 + 4 * t  # the maximum of its only chunk
 
@@ -100,12 +100,12 @@ def test_embeddings_on_a_gpu_are_those_of_the_cpu_and_their_gradient_is_the_same
     def rows_and_gradient(device):
         weights, grad = weight.to(device), torch.zeros(101, 8, dtype=wide, device=device)
         layers = [InputLayer(weights[s.start : s.stop], grad[s.start : s.stop], shards, i) for i, s in enumerate(shards)]
-        for layer in layers:
-            layer.begin(tokens.to(device))
-        rows = [layer.e(1) for layer in layers]
-        for layer, part in zip(layers, layers[0].by_shard(1, dy.to(device)).split(layers[0].counts(1)), strict=True):
-            layer.g(1, part)
-        return layers[0].in_order(1, torch.cat(rows)).cpu(), grad.cpu()
+        steps = [layer.begin(tokens.to(device)) for layer in layers]
+        rows = [step.e(1) for step in steps]
+        parts = steps[0].by_shard(1, dy.to(device)).split(steps[0].counts(1))
+        for step, part in zip(steps, parts, strict=True):
+            step.g(1, part)
+        return steps[0].in_order(1, torch.cat(rows)).cpu(), grad.cpu()
 
     torch.use_deterministic_algorithms(True)
     try:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from schedules.vocab import Payload
 from tests.vocab.ranks import make_layer
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.reference import cross_entropy
@@ -17,8 +18,7 @@ def test_the_rows_of_all_shards_in_order_are_the_embedding_and_its_gradient_goes
     grad = torch.zeros_like(weight)
     shards = split_rows(101, 4, [0, 60, 1, 40])
     layers = [InputLayer(weight[s.start : s.stop], grad[s.start : s.stop], shards, i) for i, s in enumerate(shards)]
-    for layer in layers:
-        layer.begin(tokens)
+    layers = [layer.begin(tokens) for layer in layers]
     for i in range(3):
         rows = [layer.e(i) for layer in layers]
         assert [len(found) for found in rows] == layers[0].counts(i)
@@ -35,8 +35,7 @@ def test_a_gradient_of_less_precision_is_added_in_fp32():
     tokens, dy = torch.tensor([[2, 2, 2]]), torch.tensor([[1.0], [2.0**-9], [2.0**-9]], dtype=torch.bfloat16)
     grad = torch.zeros(3, 1)
     layer = InputLayer(torch.zeros(3, 1, dtype=torch.bfloat16), grad, (Shard(0, 3),), 0)
-    layer.begin(tokens)
-    layer.g(0, dy)
+    layer.begin(tokens).g(0, dy)
     assert grad.flatten().tolist() == [0.0, 0.0, 1 + 2.0**-8]
 
 
@@ -48,8 +47,7 @@ def test_the_same_token_many_times_gives_the_same_bits_every_time():
     for _ in range(3):
         grad = torch.zeros(3, 16)
         layer = InputLayer(torch.zeros(3, 16), grad, (Shard(0, 3),), 0)
-        layer.begin(tokens)
-        layer.g(0, dy)
+        layer.begin(tokens).g(0, dy)
         results.append(grad)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -71,11 +69,10 @@ def test_tied_layers_share_weight_and_gradient():
     grad = torch.zeros_like(weight)
     embedding = InputLayer(weight, grad, (Shard(0, 64),), 0)
     output = make_layer(weight, grad, Shard(0, 64), "one_barrier", "chunked")
-    embedding.begin(tokens[None])
-    embedding.g(0, dy)
-    output.begin(targets[None], ones[None])
-    output.s(0, x)
-    output.absorb("C1", 0, output.message("C1", 0)[None])
-    output.t(0)
+    embedding.begin(tokens[None]).g(0, dy)
+    step = output.begin(targets[None], ones[None])
+    step.s(0, x)
+    step.absorb(Payload.STATISTICS, 0, step.message(Payload.STATISTICS, 0)[None])
+    step.t(0)
     expected = cross_entropy(x, weight, targets, ones)[2].index_add_(0, tokens, dy)
     assert torch.allclose(grad, expected, rtol=1e-12)

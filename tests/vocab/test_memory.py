@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from schedules.vocab import Payload
 from tests.vocab.ranks import PLAIN, make_layer
 from vp_train.precision import column_sums
 from vp_train.profile.live import LiveStorages
@@ -35,63 +36,63 @@ def layer_of(algorithm, backend, options=PLAIN):
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(R, H, generator=generator), torch.randn(T, H, generator=generator)
     layer = make_layer(weight, torch.zeros_like(weight), Shard(0, R), algorithm, backend, options)
-    layer.begin(torch.randint(0, R, (1, T), generator=generator), torch.ones(1, T))
-    return layer, x
+    targets = torch.randint(0, R, (1, T), generator=generator)
+    return layer, layer.begin(targets, torch.ones(1, T)), x
 
 
-def to_lse(layer):
-    layer.absorb("C1", 0, layer.message("C1", 0)[None])
+def to_lse(step):
+    step.absorb(Payload.STATISTICS, 0, step.message(Payload.STATISTICS, 0)[None])
 
 
 def test_s_grows_by_what_it_holds_and_t_by_a_chunk():
     for options in (PLAIN, LossOptions(label_smoothing=0.1, z_loss=0.1)):
-        layer, x = layer_of("one_barrier", "chunked", options)
-        assert T * R * 4 <= growth(lambda layer=layer, x=x: layer.s(0, x)) <= T * R * 4 + SMALL
-        to_lse(layer)
-        assert growth(lambda layer=layer: layer.t(0)) <= SMALL
+        _, step, x = layer_of("one_barrier", "chunked", options)
+        assert T * R * 4 <= growth(lambda step=step, x=x: step.s(0, x)) <= T * R * 4 + SMALL
+        to_lse(step)
+        assert growth(lambda step=step: step.t(0)) <= SMALL
 
 
 def test_what_t_gives_back_the_next_s_takes():
-    layer, x = layer_of("one_barrier", "chunked")
+    layer, step, x = layer_of("one_barrier", "chunked")
     for _ in range(2):
-        first = growth(lambda: layer.s(0, x))
-        to_lse(layer)
-        layer.t(0)
-        layer.finish()
-        layer.begin(torch.zeros(1, T, dtype=torch.int64), torch.ones(1, T))
+        first = growth(lambda step=step: step.s(0, x))
+        to_lse(step)
+        step.t(0)
+        step.finish()
+        step = layer.begin(torch.zeros(1, T, dtype=torch.int64), torch.ones(1, T))
     assert first <= SMALL
 
 
 def test_memory_of_another_size_is_not_kept():
-    layer, x = layer_of("one_barrier", "chunked")
+    layer, step, x = layer_of("one_barrier", "chunked")
     for size in (T, T // 2, T // 4):
-        layer.s(0, x[:size])
-        to_lse(layer)
-        layer.t(0)
-        layer.finish()
-        layer.begin(torch.zeros(1, size // 2, dtype=torch.int64), torch.ones(1, size // 2))
-    assert [memory.numel() for memory in layer._backend._free] == [T // 4 * R]
+        step.s(0, x[:size])
+        to_lse(step)
+        step.t(0)
+        step.finish()
+        step = layer.begin(torch.zeros(1, size // 2, dtype=torch.int64), torch.ones(1, size // 2))
+    assert [memory.numel() for memory in layer.backend._free] == [T // 4 * R]
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_recompute_never_has_all_logits(softcap):
-    layer, x = layer_of("two_barrier", "recompute", LossOptions(softcap=softcap))
-    assert growth(lambda: layer.s(0, x)) <= SMALL
-    to_lse(layer)
-    assert growth(lambda: layer.t(0)) <= SMALL
+    _, step, x = layer_of("two_barrier", "recompute", LossOptions(softcap=softcap))
+    assert growth(lambda: step.s(0, x)) <= SMALL
+    to_lse(step)
+    assert growth(lambda: step.t(0)) <= SMALL
 
 
 @pytest.mark.parametrize("backend", ["chunked", "recompute"])
 def test_evaluation_never_has_all_logits(backend):
-    layer, x = layer_of("evaluate", backend)
-    assert growth(lambda: layer.s(0, x, keep=False)) <= SMALL
+    _, step, x = layer_of("evaluate", backend)
+    assert growth(lambda: step.s(0, x, keep=False)) <= SMALL
 
 
 def test_g_costs_the_tokens():
     weight = torch.zeros(R, H)
     layer = InputLayer(weight, torch.zeros_like(weight), (Shard(0, R),), 0)
-    layer.begin(torch.arange(T)[None])
-    assert growth(lambda: layer.g(0, torch.ones(T, H))) <= 2 * T * H * 4
+    step = layer.begin(torch.arange(T)[None])
+    assert growth(lambda: step.g(0, torch.ones(T, H))) <= 2 * T * H * 4
 
 
 def test_sums_of_rows_are_exact():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from schedules.vocab import Payload
 from tests.vocab.ranks import largest_kept, make_layer, run_output
 from vp_train.vocab import backends, products, rows
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
@@ -144,22 +145,22 @@ def test_what_is_held_is_the_exponentials_kept_in_the_compute_dtype_x_and_a_few_
 def test_evaluation_measures_the_likelihood_and_holds_nothing(backend, options):
     x, weight, targets, grad_loss = inputs(100)
     layers = [make_layer(weight, torch.zeros(100, H), s, "evaluate", backend, options.measured) for s in split_rows(100, 3)]
-    for layer in layers:
-        layer.begin(targets[None], grad_loss[None])
-        layer.s(0, x, keep=False)
-        assert layer.held_bytes == 0
-        assert largest_kept(layer._microbatches[0]) <= T
-    gathered = torch.stack([layer.message("C1", 0) for layer in layers])
+    steps = [layer.begin(targets[None], grad_loss[None]) for layer in layers]
+    for step in steps:
+        step.s(0, x, keep=False)
+        assert step.held_bytes == 0
+        assert largest_kept(step._microbatches[0]) <= T
+    gathered = torch.stack([step.message(Payload.STATISTICS, 0) for step in steps])
     truth = cross_entropy(x, weight, targets, grad_loss, LossOptions(softcap=options.softcap))[0]
-    for layer in layers:
-        layer.absorb("C1", 0, gathered)
-        assert torch.allclose(layer.finish()[0], truth, rtol=1e-12)
+    for step in steps:
+        step.absorb(Payload.STATISTICS, 0, gathered)
+        assert torch.allclose(step.finish()[0], truth, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("small_chunks")
 def test_evaluation_keeps_no_chunk_while_it_walks_the_rows():
     x, weight, targets, _ = inputs(100)
-    (owned,) = Shard(0, 100).owned(targets[None])
+    (owned,) = Shard(0, 100).owned(targets[None], x.device)
     held = backends.Chunked(weight, weight, None, 0.0).s(x, owned, input_term=False, keep=False)[1]
     assert held.exponentials.numel() == 0
     assert held.maxima == []
@@ -232,12 +233,13 @@ def test_gradients_accumulate_over_microbatches_and_steps(options):
     grad = torch.zeros_like(weight)
     layer = make_layer(weight, grad, Shard(0, 64), "one_barrier", "chunked", options)
     for count in (2, 3):
-        layer.begin(targets.expand(count, T), grad_loss.expand(count, T))
+        step = layer.begin(targets.expand(count, T), grad_loss.expand(count, T))
         for microbatch in range(count):
-            layer.s(microbatch, x)
-            layer.absorb("C1", microbatch, layer.message("C1", microbatch)[None])
-            layer.t(microbatch)
-        assert layer.finish().shape == (count, T)
+            step.s(microbatch, x)
+            gathered = step.message(Payload.STATISTICS, microbatch)[None]
+            step.absorb(Payload.STATISTICS, microbatch, gathered)
+            step.t(microbatch)
+        assert step.finish().shape == (count, T)
     assert torch.allclose(grad, 5 * cross_entropy(x, weight, targets, grad_loss, options)[2], rtol=1e-11, atol=1e-14)
 
 

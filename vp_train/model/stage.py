@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
@@ -103,6 +105,9 @@ class Stage(nn.Module):
         if self.final_norm is not None:
             x = self.final_norm(x)
         return x if self._sequence_group is None else join_sequence(x, self._sequence_group)
+
+    def completing(self, done: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @torch.no_grad()
     def _initialise(self, prefix: str, layer: nn.Module, model: ModelConfig, generator: torch.Generator) -> None:

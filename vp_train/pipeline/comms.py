@@ -1,43 +1,168 @@
-"""Asynchronous communication: hops between neighbouring stages, and the collectives of the vocabulary layers.
+"""Asynchronous communication: hops between stages, and the collectives of the vocabulary layers.
 
-Every direction of hops and each end of the model has its own process group, so that one can never delay another's order (on
-CUDA each group has a stream of its own).  Everything is issued in program order.  Once a message had to be waited for, the
-collectives of that end are issued by a thread beside the passes; everything else by the thread that runs them.
+`Comms` is what the executor calls.  It keeps what nobody waits for and hands over what is delivered.
+How messages travel is a `Transport`: `ProcessGroups` here, over torch.distributed, or
+`local.LocalTransport` between ranks of one process.
+
+Everything is issued in program order.  A collective that continues another is issued beside the
+passes: by a thread where waiting blocks the host (gloo), on a side stream on CUDA.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from queue import SimpleQueue
-from threading import Thread, current_thread
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from schedules.lower import Exchange
 from schedules.vocab import End, Transfer
+from vp_train.pipeline.aside import Aside
+from vp_train.pipeline.buffers import Once
+from vp_train.pipeline.groups import Groups
+from vp_train.streams import Mark, Streams, lend, streams_of
 
-_STOP_SECONDS = 5.0  # of patience with a thread whose message never comes
+Watch = Callable[["Pending"], "Pending"]
 
 
 class Pending(Protocol):
-    """A communication under way."""
+    """A communication under way.  It holds everything that it reads and writes."""
 
     def wait(self) -> Tensor:
-        """The delivered tensor.  On CUDA the current stream waits, not the host."""
+        """Return the delivered tensor.  On CUDA the current stream waits, not the host."""
         ...
 
     def is_completed(self) -> bool: ...
 
 
+class Delivery:
+    """A collective whose result is handed over once, by the first who asks for it.
+
+    Later callers wait until that is done, as a thread does on the host and a stream on a device.
+    """
+
+    def __init__(self, pending: Pending, hand_over: Callable[[Tensor], None], streams: Streams) -> None:
+        self._pending, self._hand_over, self._streams = pending, hand_over, streams
+        self._mark: Mark = None
+        self._once = Once(self._deliver)
+
+    def __call__(self) -> None:
+        self._once()
+        self._streams.follow(self._mark)
+
+    def _deliver(self) -> None:
+        self._hand_over(self._pending.wait())
+        self._mark = self._streams.mark()
+
+
+class Transport(Protocol):
+    """Moves tensors between the ranks of one pipeline.  Nothing blocks but `Pending.wait`.
+
+    `watch` may replace what was issued by something that also takes its time.
+    """
+
+    streams: Streams
+
+    def send(self, tensor: Tensor, peer: int, *, upstream: bool, watch: Watch) -> Pending:
+        """Issue the send of `tensor` to pipeline rank `peer`; `upstream` for gradients."""
+        ...
+
+    def receive(self, buffer: Tensor, peer: int, *, upstream: bool, watch: Watch) -> Pending:
+        """Issue the receive into `buffer` from pipeline rank `peer`."""
+        ...
+
+    def collective(
+        self,
+        exchange: Exchange,
+        message: Callable[[], Tensor],
+        counts: Sequence[int],
+        *,
+        beside: bool,
+        watch: Watch,
+    ) -> Pending:
+        """Issue a collective; `beside` where `message` has to wait for another one.
+
+        The result is what `message` returned, reduced or received in place; [n, *message.shape] for
+        ALL_GATHER over n shards; for GATHER and SCATTER, which need the `counts` of rows of each
+        shard, the root has the rows of all, one shard's after the other's.
+        """
+        ...
+
+    def sum_over_ends(self, tensor: Tensor) -> None:
+        """Sum `tensor` in place over the ranks of the first and last stage, and wait."""
+        ...
+
+
+class Comms:
+    """What the executor calls to communicate; nothing blocks but what it says it waits for."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._kept: deque[Pending] = deque()
+
+    def send(self, tensor: Tensor, peer: int, *, upstream: bool, watch: Watch) -> None:
+        """Send `tensor` to pipeline rank `peer`; `upstream` for gradients."""
+        self._keep(self._transport.send(tensor, peer, upstream=upstream, watch=watch))
+
+    def receive(self, buffer: Tensor, peer: int, *, upstream: bool, watch: Watch) -> Pending:
+        """Receive into `buffer` from pipeline rank `peer`."""
+        return self._transport.receive(buffer, peer, upstream=upstream, watch=watch)
+
+    def start(
+        self,
+        exchange: Exchange,
+        message: Callable[[], Tensor],
+        hand_over: Callable[[Tensor], None],
+        counts: Sequence[int],
+        earlier: Delivery | None,
+        watch: Watch,
+    ) -> Delivery | None:
+        """Start a collective; return its delivery, None where its result does not arrive.
+
+        `message` forms what this rank contributes.  Of a collective that continues another it is
+        called beside the passes, once `earlier` has been delivered; None if it has been already.
+        """
+        if exchange.continues is None:
+            formed = message()
+            pending = self._transport.collective(exchange, lambda: formed, counts, beside=False, watch=watch)
+        else:
+            ready = self._transport.streams.mark() if earlier is None else None
+
+            def continued() -> Tensor:
+                if earlier is None:
+                    self._transport.streams.follow(ready)
+                else:
+                    earlier()
+                return message()
+
+            pending = self._transport.collective(exchange, continued, counts, beside=True, watch=watch)
+        if exchange.delivers:
+            return Delivery(pending, hand_over, self._transport.streams)
+        self._keep(pending)
+        return None
+
+    def sum_over_ends(self, tensor: Tensor) -> None:
+        """Sum `tensor` in place over the ranks of the first and last stage, and wait."""
+        self._transport.sum_over_ends(tensor)
+
+    def _keep(self, pending: Pending) -> None:
+        self._kept.append(pending)
+        while self._kept and self._kept[0].is_completed():
+            self._kept.popleft().wait()
+
+    def drain(self) -> None:
+        """Wait for everything nobody else waits for."""
+        while self._kept:
+            self._kept.popleft().wait()
+
+
 @dataclass(frozen=True, slots=True)
-class _Issued:
-    """With the tensor it delivers and everything it must keep alive."""
+class Issued:
+    """A communication with the tensor it delivers and everything it must keep alive."""
 
     work: dist.Work | None
     result: Tensor
@@ -46,33 +171,23 @@ class _Issued:
     def wait(self) -> Tensor:
         if self.work is not None:
             self.work.wait()
-        return self.result
+        return lend(self.result)
 
     def is_completed(self) -> bool:
         return self.work is None or self.work.is_completed()
 
 
 @dataclass(frozen=True, slots=True)
-class _Queued:
-    """One that the thread of an `_Aside` issues."""
-
-    issued: Future[_Issued]
-
-    def wait(self) -> Tensor:
-        return self.issued.result().wait()
-
-    def is_completed(self) -> bool:
-        return self.issued.done() and self.issued.result().is_completed()
-
-
-@dataclass(frozen=True, slots=True)
 class _PassedOn:
-    """One that only rank `source` gets: from it the result goes on to the others of `group`, all `num_rows` rows of it."""
+    """A result that only rank `source` gets, and passes on to the others of `group`.
+
+    `num_rows` of it arrive at `source`; None: as many as everywhere.
+    """
 
     pending: Pending
     source: int
     group: dist.ProcessGroup
-    num_rows: int | None  # None: as many as there are here
+    num_rows: int | None
 
     def wait(self) -> Tensor:
         result = self.pending.wait()
@@ -86,8 +201,25 @@ class _PassedOn:
 
 
 @dataclass(frozen=True, slots=True)
+class _Joined:
+    """A hop of which each tensor-parallel rank has received its part, gathered into `whole`."""
+
+    pending: Pending
+    group: dist.ProcessGroup
+    whole: Tensor
+
+    def wait(self) -> Tensor:
+        part = self.pending.wait()
+        dist.all_gather_into_tensor(self.whole.view(-1), part, group=self.group)
+        return self.whole
+
+    def is_completed(self) -> bool:
+        return self.pending.is_completed()
+
+
+@dataclass(frozen=True, slots=True)
 class _Staged:
-    """One whose result is still to go to the device."""
+    """A result in host memory that is still to go to the device."""
 
     pending: Pending
     device: torch.device
@@ -99,138 +231,100 @@ class _Staged:
         return self.pending.is_completed()
 
 
-_Task = tuple[Future[_Issued], Callable[[], _Issued]]
+class ProcessGroups:
+    """Messages over the process groups of a pipeline.
 
-
-class _Aside:
-    """A thread that issues one communication after the other, each as soon as its message is there.
-
-    A daemon, unlike those of concurrent.futures: a rank that failed must be able to exit while a message never comes.
+    With `through_host` every message is copied to the host and every result to `device`: gloo cannot
+    send what is on a GPU.  With `whole_hops` every tensor-parallel rank sends all it has; else they
+    have the same, each sends its part, and the receivers gather the parts.
     """
 
-    def __init__(self) -> None:
-        self._queue: SimpleQueue[_Task | None] = SimpleQueue()
-        thread = Thread(target=_serve, args=(self._queue,), daemon=True)
-        thread.start()
-        weakref.finalize(self, _stop, self._queue, thread)
-
-    def issue(self, action: Callable[[], _Issued]) -> _Queued:
-        issued: Future[_Issued] = Future()
-        self._queue.put((issued, action))
-        return _Queued(issued)
-
-
-def _serve(queue: SimpleQueue[_Task | None]) -> None:
-    while True:
-        task = queue.get()
-        if task is None:
-            return
-        _settle(*task)
-        del task  # tensors must not live until the next one comes
-
-
-def _settle(issued: Future[_Issued], action: Callable[[], _Issued]) -> None:
-    try:
-        issued.set_result(action())
-    except BaseException as error:  # for whoever waits
-        issued.set_exception(error)
-
-
-def _stop(queue: SimpleQueue[_Task | None], thread: Thread) -> None:
-    """Runs at exit too: a thread that lets go of communications while the interpreter shuts down aborts the process."""
-    queue.put(None)
-    if thread is not current_thread():
-        thread.join(_STOP_SECONDS)
-
-
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """The process groups of one pipeline.  `ends[end]` is None where a single rank owns the whole layer: nothing to exchange.
-
-    Pipeline rank i is `ranks[i]` for hops.  For collectives it is all tensor-parallel ranks, which join the groups of both
-    ends; as a root it is the first of them, `leaders[i]`.  `tensor` joins this rank's, None if it is the only one.
-    """
-
-    ranks: tuple[int, ...]
-    leaders: tuple[int, ...]
-    forward: dist.ProcessGroup
-    backward: dist.ProcessGroup
-    ends: dict[End, dist.ProcessGroup | None]
-    tensor: dist.ProcessGroup | None = None
-
-
-class Comms:
-    """What the executor calls to communicate; nothing blocks but `Pending.wait` and `drain`.
-
-    With `through_host` every message is copied to the host and every result to `device`: gloo cannot send what is on a GPU.
-    """
-
-    def __init__(self, groups: Groups, device: torch.device, *, through_host: bool = False) -> None:
+    def __init__(
+        self,
+        groups: Groups,
+        device: torch.device,
+        *,
+        through_host: bool = False,
+        whole_hops: bool = False,
+    ) -> None:
         self._groups, self._device, self._through_host = groups, device, through_host
-        self._sent: deque[Pending] = deque()
-        self._asides: dict[End, _Aside] = {}
+        self._tensor = groups.tensor
+        self._hop_parts = 1 if whole_hops or self._tensor is None else self._tensor.size()
+        self._asides: dict[End, Aside] = {}
+        self.streams = streams_of(torch.device("cpu") if through_host else device)
 
-    def send(self, tensor: Tensor, peer: int, *, upstream: bool) -> None:
-        """Issue the send of `tensor` to pipeline rank `peer`; `upstream` for gradients."""
-        group, tensor = self._groups.backward if upstream else self._groups.forward, self._outbound(tensor)
-        self._keep(_Issued(dist.isend(tensor, self._groups.ranks[peer], group=group), tensor))
+    def send(self, tensor: Tensor, peer: int, *, upstream: bool, watch: Watch) -> Pending:
+        part = self._part(tensor) if self._splits(tensor) else tensor
+        part = self._outbound(part)
+        group = self._groups.hop(peer, upstream=upstream)
+        return watch(Issued(dist.isend(part, self._groups.ranks[peer], group=group), part))
 
-    def receive(self, buffer: Tensor, peer: int, *, upstream: bool) -> Pending:
-        """Issue the receive into `buffer` from pipeline rank `peer`."""
-        group = self._groups.backward if upstream else self._groups.forward
+    def receive(self, buffer: Tensor, peer: int, *, upstream: bool, watch: Watch) -> Pending:
+        parted = self._splits(buffer)
+        into = self._part(buffer).clone() if parted else buffer
         if self._through_host:
-            buffer = torch.empty_like(buffer, device="cpu")
-        return self._inbound(_Issued(dist.irecv(buffer, self._groups.ranks[peer], group=group), buffer))
+            into = torch.empty_like(into, device="cpu")
+        group = self._groups.hop(peer, upstream=upstream)
+        work = dist.irecv(into, self._groups.ranks[peer], group=group)
+        pending = self._inbound(watch(Issued(work, into)))
+        if parted:
+            assert self._tensor is not None
+            return _Joined(pending, self._tensor, buffer)
+        return pending
+
+    def _splits(self, tensor: Tensor) -> bool:
+        return self._hop_parts > 1 and tensor.numel() % self._hop_parts == 0
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        assert self._tensor is not None
+        return tensor.view(self._hop_parts, -1)[self._tensor.rank()]
 
     def collective(
-        self, end: End, transfer: Transfer, tensor: Tensor, root: int, *, delivers: bool, counts: Sequence[int] = ()
-    ) -> Pending:
-        """Issue a collective of the ranks of `end`; `root` is a pipeline rank.
-
-        The result is `tensor` itself, reduced or received in place; [num_ranks, *tensor.shape] for ALL_GATHER; for GATHER and
-        SCATTER, which need the `counts` of rows of each rank, the root has the rows of all ranks, one rank's after the
-        other's.  With `delivers` false nobody on this rank waits for it: it is kept alive until it is done.
-        """
-        return self._collective(end, transfer, lambda: tensor, root, delivers=delivers, counts=counts)
-
-    def collective_aside(
-        self, end: End, transfer: Transfer, message: Callable[[], Tensor], root: int, *, delivers: bool
-    ) -> Pending:
-        """The same with a `message` that may have to be waited for.  It is called in another thread, on CPUs.
-
-        On CUDA waiting does not block the host, and all communicators must be issued from one thread.
-        """
-        group = self._groups.ends[end]
-        if group is not None and end not in self._asides and dist.get_backend(group) == "gloo":
-            self._asides[end] = _Aside()
-        return self._collective(end, transfer, message, root, delivers=delivers)
-
-    def _collective(
         self,
-        end: End,
-        transfer: Transfer,
+        exchange: Exchange,
         message: Callable[[], Tensor],
-        root: int,
+        counts: Sequence[int],
         *,
-        delivers: bool,
-        counts: Sequence[int] = (),
+        beside: bool,
+        watch: Watch,
     ) -> Pending:
-        group, aside = self._groups.ends[end], self._asides.get(end)
-        if group is None:
+        end, transfer = exchange.end, exchange.transfer
+        group = self._groups.ends[end]
+        if group is None:  # one rank owns the whole layer
             tensor = message()
-            return _Issued(None, tensor[None] if transfer is Transfer.ALL_GATHER else tensor)
+            return Issued(None, tensor[None] if transfer is Transfer.ALL_GATHER else tensor)
+        leader = self._groups.leaders[exchange.root]
 
-        leader = self._groups.leaders[root]
+        def issue() -> Pending:
+            return watch(_issue(group, transfer, self._outbound(message()), leader, counts))
 
-        def issue() -> _Issued:
-            return self._issue(group, transfer, self._outbound(message()), leader, counts)
-
-        pending: Pending = issue() if aside is None else aside.issue(issue)
-        if not delivers:
-            self._keep(pending)
-        elif self._groups.tensor is not None and transfer in (Transfer.REDUCE, Transfer.GATHER):
-            pending = _PassedOn(pending, leader, self._groups.tensor, sum(counts) if transfer is Transfer.GATHER else None)
+        pending = self._issue(end, issue, beside=beside)
+        if exchange.delivers and self._tensor is not None:
+            if transfer is Transfer.REDUCE:
+                pending = _PassedOn(pending, leader, self._tensor, None)
+            elif transfer is Transfer.GATHER:
+                pending = _PassedOn(pending, leader, self._tensor, sum(counts))
         return self._inbound(pending)
+
+    def _issue(self, end: End, issue: Callable[[], Pending], *, beside: bool) -> Pending:
+        """Issue a collective of `end` in program order, without stopping the passes.
+
+        On CUDA `Pending.wait` blocks a stream, so a side stream does the waiting.  Otherwise a thread
+        does; from its first collective on it issues all of this end, which must keep their order.
+        """
+        if self._device.type == "cuda" and not self._through_host:
+            if not beside:
+                return issue()
+            with self.streams.beside(end):
+                return issue()
+        if beside and end not in self._asides:
+            self._asides[end] = Aside()
+        aside = self._asides.get(end)
+        return issue() if aside is None else aside.issue(issue)
+
+    def sum_over_ends(self, tensor: Tensor) -> None:
+        if self._groups.end_ranks is not None:
+            dist.all_reduce(tensor, group=self._groups.end_ranks)
 
     def _outbound(self, tensor: Tensor) -> Tensor:
         return tensor.cpu() if self._through_host else tensor
@@ -238,35 +332,31 @@ class Comms:
     def _inbound(self, pending: Pending) -> Pending:
         return _Staged(pending, self._device) if self._through_host else pending
 
-    def _issue(self, group: dist.ProcessGroup, transfer: Transfer, tensor: Tensor, root: int, counts: Sequence[int]) -> _Issued:
-        match transfer:
-            case Transfer.BROADCAST:
-                return _Issued(dist.broadcast(tensor, root, group=group, async_op=True), tensor)
-            case Transfer.REDUCE:
-                return _Issued(dist.reduce(tensor, root, group=group, async_op=True), tensor)
-            case Transfer.ALL_MAX:
-                return _Issued(dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group, async_op=True), tensor)
-            case Transfer.ALL_SUM:
-                return _Issued(dist.all_reduce(tensor, group=group, async_op=True), tensor)
-            case Transfer.ALL_GATHER:
-                result = torch.empty((group.size(), *tensor.shape), dtype=tensor.dtype, device=tensor.device)
-                return _Issued(dist.all_gather(list(result), tensor, group=group, async_op=True), result, tensor)
-            case Transfer.GATHER | Transfer.SCATTER:
-                at_root, nothing = dist.get_rank() == root, [0] * group.size()
-                to_root = list(nothing)
-                to_root[dist.get_group_rank(group, root)] = counts[group.rank()]
-                from_root = list(counts) if at_root else nothing
-                sent, received = (to_root, from_root) if transfer is Transfer.GATHER else (from_root, to_root)
-                result = tensor.new_empty((sum(received), *tensor.shape[1:]))
-                work = dist.all_to_all_single(result, tensor, received, sent, group=group, async_op=True)
-                return _Issued(work, result, tensor)
 
-    def _keep(self, pending: Pending) -> None:
-        self._sent.append(pending)
-        while self._sent and self._sent[0].is_completed():
-            self._sent.popleft().wait()
-
-    def drain(self) -> None:
-        """Wait for everything nobody else waits for."""
-        while self._sent:
-            self._sent.popleft().wait()
+def _issue(group: dist.ProcessGroup, transfer: Transfer, tensor: Tensor, root: int, counts: Sequence[int]) -> Issued:
+    """Issue a collective of `group`; `root` is a rank of the default group."""
+    match transfer:
+        case Transfer.BROADCAST:
+            return Issued(dist.broadcast(tensor, root, group=group, async_op=True), tensor)
+        case Transfer.REDUCE:
+            return Issued(dist.reduce(tensor, root, group=group, async_op=True), tensor)
+        case Transfer.ALL_MAX:
+            maximum = dist.ReduceOp.MAX
+            return Issued(dist.all_reduce(tensor, maximum, group=group, async_op=True), tensor)
+        case Transfer.ALL_SUM:
+            return Issued(dist.all_reduce(tensor, group=group, async_op=True), tensor)
+        case Transfer.ALL_GATHER:
+            result = tensor.new_empty((group.size(), *tensor.shape))
+            flat = result.view(-1, *tensor.shape[1:])
+            work = dist.all_gather_into_tensor(flat, tensor, group=group, async_op=True)
+            return Issued(work, result, tensor)
+        case Transfer.GATHER | Transfer.SCATTER:
+            at_root, nothing = dist.get_rank() == root, [0] * group.size()
+            to_root = list(nothing)
+            to_root[dist.get_group_rank(group, root)] = counts[group.rank()]
+            from_root = list(counts) if at_root else nothing
+            gathers = transfer is Transfer.GATHER
+            sent, received = (to_root, from_root) if gathers else (from_root, to_root)
+            result = tensor.new_empty((sum(received), *tensor.shape[1:]))
+            work = dist.all_to_all_single(result, tensor, received, sent, group=group, async_op=True)
+            return Issued(work, result, tensor)

@@ -1,12 +1,13 @@
-"""The executor: a table of handlers and a loop.  The program decides everything; see `schedules.lower`.
+"""The executor: tables of handlers and a loop.  The program decides everything; see `schedules.lower`.
 
-Shapes: b sequences of s tokens in a microbatch, T = s * b tokens, H hidden, R this rank's vocabulary rows.  Activations are
-[s, b, H] between layers and [T, H] in the vocabulary passes, which are views of each other.
+Shapes: b sequences of s tokens in a microbatch, T = s * b tokens, H hidden, R this rank's vocabulary
+rows.  Activations are [s, b, H] between layers and [T, H] in the vocabulary passes, which are views
+of each other.  With sequence parallelism hops and stages have [s / n, b, H] on each of n ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,20 +19,22 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from schedules.ir import Kind, Pass
-from schedules.lower import Action, Op
-from schedules.problem import Collective, Problem
-from schedules.vocab import Barrier, End
-from vp_train.pipeline.buffers import Buffers, Once
-from vp_train.pipeline.comms import Comms, Pending
+from schedules.lower import Action, Exchange, Op, Program
+from schedules.problem import Collective
+from schedules.vocab import End, Payload
+from vp_train.pipeline.buffers import Buffers
+from vp_train.pipeline.comms import Comms, Delivery, Pending
 from vp_train.precision import statistics_dtype
-from vp_train.vocab.input import InputLayer
+from vp_train.vocab.input import InputLayer, InputStep
 from vp_train.vocab.loss import token_weights
-from vp_train.vocab.output import OutputLayer
+from vp_train.vocab.output import OutputLayer, OutputStep
 
 
 class WeightGrads(Protocol):
     """The weight gradients of a stage that pass I leaves for pass W; see `model.linear`."""
 
+    @property
+    def held_bytes(self) -> int: ...
     def deferring(self, microbatch: int) -> AbstractContextManager[None]: ...
     def drain(self, microbatch: int) -> None: ...
     def assert_empty(self) -> None: ...
@@ -43,25 +46,72 @@ class StageModule(Protocol):
     @property
     def weight_grads(self) -> WeightGrads: ...
     def __call__(self, x: Tensor, segments: Tensor | None) -> Tensor: ...
+    def completing(self, done: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
+        """Call `done` with the names of each layer whose gradients a pass inside completes."""
+        ...
 
 
 class Observer(Protocol):
-    """Watches passes run; `recorder.Recorder` measures them."""
+    """Watches a step; `recorder.Recorder` measures it."""
 
-    def observe(self, item: Pass) -> AbstractContextManager[None]: ...
+    def observe(self, item: Pass, held_bytes: Callable[[], int]) -> AbstractContextManager[None]:
+        """Return a context for a pass.  `held_bytes` tells what is kept from S for T and I for W."""
+        ...
+
+    def watch(self, name: str, pending: Pending) -> Pending:
+        """Return `pending`, the communication `name`, perhaps timed."""
+        ...
 
 
 class _Blind:
-    def observe(self, item: Pass) -> AbstractContextManager[None]:
+    def observe(self, item: Pass, held_bytes: Callable[[], int]) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def watch(self, name: str, pending: Pending) -> Pending:
+        return pending
 
 
 BLIND: Observer = _Blind()
 
 
+class Parameters(Protocol):
+    """What the executor tells of the weights of a rank, for those who update them."""
+
+    def need(self, item: Pass) -> None:
+        """Wait until the weights that `item` reads are there."""
+        ...
+
+    def announce(self, names: Sequence[str]) -> None:
+        """Say that the gradients of `names` are complete; the pass that adds to them still runs."""
+        ...
+
+    def complete(self, item: Pass) -> None:
+        """Say that the gradients that `item` adds to are complete, announced or not."""
+        ...
+
+
+class _Untold:
+    def need(self, item: Pass) -> None:
+        pass
+
+    def announce(self, names: Sequence[str]) -> None:
+        pass
+
+    def complete(self, item: Pass) -> None:
+        pass
+
+
+UNTOLD: Parameters = _Untold()
+
+
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What one pipeline rank owns: stages by their global number, and its shards of the vocabulary layers, if any."""
+class RankModules:
+    """What one pipeline rank owns: its stages by their global number, and its vocabulary rows, if any.
+
+    `normalisation` of the loss: see loss.token_weights.  `leads`: the first of the tensor-parallel
+    ranks; all of them have what it sends.  `data` joins the same modules of all replicas.
+    `sequence_parts`: over how many ranks the sequences of hops are split.
+    """
 
     stages: Mapping[int, StageModule]
     input_layer: InputLayer | None
@@ -69,43 +119,22 @@ class Part:
     dtype: torch.dtype
     device: torch.device
     hidden_size: int
-    normalisation: str = "token"  # of the loss; see loss.token_weights
-    leads: bool = True  # first of the tensor-parallel ranks: all of them have what it sends
-    data: dist.ProcessGroup | None = None  # the same part in all replicas
-    ready: Callable[[Pass], None] | None = None  # called when the gradient that a pass adds to is complete
+    normalisation: str = "token"
+    leads: bool = True
+    data: dist.ProcessGroup | None = None
+    parameters: Parameters = UNTOLD
+    sequence_parts: int = 1
 
 
 class Executor:
-    """Runs one rank's operations over batches of tokens and labels, each [m, b, s] int64 (labels IGNORE_INDEX: no loss).
+    """Runs one rank's operations over batches of tokens and labels, each [m, b, s] int64.
 
+    Labels of IGNORE_INDEX have no loss.  Batches are best on the CPU: the layers move what they need.
     Gradients accumulate in the `grad` of the stages' parameters and of the vocabulary layers.
     """
 
-    def __init__(self, ops: tuple[Op, ...], problem: Problem, rank: int, part: Part, comms: Comms) -> None:
-        self._ops, self._problem, self._rank, self._part, self._comms = ops, problem, rank, part, comms
-        self._tensors: Buffers[Tensor] = Buffers()
-        self._arriving: Buffers[Pending] = Buffers()
-        self._barriers: Buffers[Once] = Buffers()
-        self._saved: Buffers[tuple[Tensor, GradientEdge]] = Buffers()
-        self._actions = {
-            Action.RUN: self._run,
-            Action.SEND: self._send,
-            Action.RECV: self._receive,
-            Action.ARRIVE: self._arrive,
-            Action.START: self._start,
-            Action.WAIT: self._wait,
-            Action.READY: self._ready,
-        }
-        self._passes = {
-            Kind.F: self._forward,
-            Kind.B: self._backward,
-            Kind.I: self._input_backward,
-            Kind.W: self._weight_backward,
-            Kind.S: self._softmax,
-            Kind.T: self._weight_grad,
-            Kind.E: self._embed,
-            Kind.G: self._embedding_grad,
-        }
+    def __init__(self, program: Program, rank: int, modules: RankModules, comms: Comms) -> None:
+        self._program, self._rank, self._modules, self._comms = program, rank, modules, comms
 
     def step(
         self,
@@ -117,76 +146,168 @@ class Executor:
         segments: Tensor | None = None,
         loss_scale: float = 1.0,
     ) -> Tensor | None:
-        """Run the program once; returns this replica's term of the loss, fp64 [], on ranks that hold output rows.
+        """Run the program once; return this replica's term of the loss, fp64 [], where output rows are.
 
-        The loss is normalised over all microbatches of all replicas, `mask` [m, b, s] scaling that of each token; a batch
-        without a labelled token has loss 0.  Tokens of different `segments` [m, b, s] do not see each other; they are best on
-        the CPU.  Gradients are those of the loss times `loss_scale`.
+        The loss is normalised over all microbatches of all replicas, `mask` [m, b, s] scaling that of
+        each token; a batch without a labelled token has loss 0.  Tokens of different `segments`
+        [m, b, s] do not see each other; they are best on the CPU.  Gradients are those of the loss
+        times `loss_scale`.
         """
-        precise = statistics_dtype(self._part.dtype)
-        weights = token_weights(labels, mask, self._part.normalisation, precise, self._part.data)
-        losses = self._run_program(tokens, labels, weights * loss_scale, observer, segments)
+        modules = self._modules
+        precise = statistics_dtype(modules.dtype)
+        weights = token_weights(labels, mask, modules.normalisation, precise, modules.data, modules.device)
+        losses = self._run(tokens, labels, weights * loss_scale, observer, segments)
         return None if losses is None else (losses.double() * weights).sum()
 
     def logprobs(self, tokens: Tensor, labels: Tensor, segments: Tensor | None = None) -> Tensor | None:
-        """The log-probability of every label [m, b, s], 0 where it is IGNORE_INDEX, on ranks that hold output rows; fp32, or
-        fp64 where that is computed in.
+        """Return the log-probability of every label [m, b, s] on ranks that hold output rows.
 
-        Collective over the replica.  No [T, V] exists anywhere.  Raises ValueError unless the program is one of evaluation,
-        whose losses are the negative log-likelihoods, for m microbatches.
+        It is 0 where the label is IGNORE_INDEX; fp32, or fp64 where that is computed in.  Collective
+        over the replica.  No [T, V] exists anywhere.  Raises ValueError unless the program is one of
+        evaluation, whose losses are the negative log-likelihoods, for m microbatches.
         """
-        if not self._problem.forward_only:
+        if not self._program.forward_only:
             raise ValueError("this executor trains; log-probabilities are what RankModel.evaluator has")
-        losses = self._run_program(tokens, labels, torch.zeros(labels.shape, device=labels.device), BLIND, segments)
+        nothing = torch.zeros(labels.shape, device=labels.device)
+        losses = self._run(tokens, labels, nothing, BLIND, segments)
         return None if losses is None else -losses
 
-    def _run_program(
-        self, tokens: Tensor, labels: Tensor, weights: Tensor, observer: Observer, segments: Tensor | None
+    def _run(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        observer: Observer,
+        segments: Tensor | None,
     ) -> Tensor | None:
-        """The losses of all tokens [m, b, s], each of which counts `weights` [m, b, s]."""
+        """Return the losses of all tokens [m, b, s], each of which counts `weights` [m, b, s]."""
         m, b, s = tokens.shape
-        if m != self._problem.num_microbatches:
-            setting = "run.eval_microbatches" if self._problem.forward_only else "num_microbatches"
+        program, modules = self._program, self._modules
+        if m != program.num_microbatches:
+            setting = "run.eval_microbatches" if program.forward_only else "num_microbatches"
             raise ValueError(
-                f"{m} microbatches for a program of {self._problem.num_microbatches}; give as many, or plan the run with "
-                f"{setting}={m} for each replica"
+                f"{m} microbatches for a program of {program.num_microbatches}; give as many, or "
+                f"plan the run with {setting}={m} for each replica"
             )
-        self._observer, self._segments = observer, segments
-        self._shape = (s, b, self._part.hidden_size)
-        self._num_tokens = s * b
-        output = self._part.output_layer
-        if self._part.input_layer is not None:
-            self._part.input_layer.begin(_flat(tokens))
-        if output is not None:
-            output.begin(_flat(labels), _flat(weights))
-        for op in self._ops:
-            self._actions[op.action](op)
+        inputs, outputs = modules.input_layer, modules.output_layer
+        step = _Step(
+            modules,
+            self._comms,
+            observer,
+            None if inputs is None else inputs.begin(_flat(tokens)),
+            None if outputs is None else outputs.begin(_flat(labels), _flat(weights)),
+            segments,
+            (s // modules.sequence_parts, b, modules.hidden_size),
+            trains=not program.forward_only,
+        )
+        for op in program.ranks[self._rank]:
+            step.run[op.action](op)
+        losses = step.finish()
+        return None if losses is None else losses.view(m, s, b).transpose(1, 2)
+
+
+class _Step:
+    """One run of a program: its state, and what each operation does with it."""
+
+    def __init__(
+        self,
+        modules: RankModules,
+        comms: Comms,
+        observer: Observer,
+        inputs: InputStep | None,
+        outputs: OutputStep | None,
+        segments: Tensor | None,
+        shape: tuple[int, int, int],
+        *,
+        trains: bool,
+    ) -> None:
+        self._modules, self._comms, self._observer = modules, comms, observer
+        self._inputs, self._outputs = inputs, outputs
+        self._segments, self._shape, self._trains = segments, shape, trains
+        self._tensors: Buffers[Tensor] = Buffers()
+        self._arriving: Buffers[Pending] = Buffers()
+        self._delivering: Buffers[Delivery] = Buffers()
+        self._saved: Buffers[tuple[Tensor, GradientEdge]] = Buffers()
+        self.run: dict[Action, Callable[[Op], None]] = {
+            Action.RUN: self._pass,
+            Action.SEND: self._send,
+            Action.RECV: self._receive,
+            Action.ARRIVE: self._arrive,
+            Action.START: self._start,
+            Action.WAIT: self._wait,
+            Action.NEED: self._need,
+        }
+        self._passes: dict[Kind, Callable[[Pass], None]] = {
+            Kind.F: self._forward,
+            Kind.B: self._backward,
+            Kind.I: self._input_backward,
+            Kind.W: self._weight_backward,
+            Kind.S: self._softmax,
+            Kind.T: self._weight_grad,
+            Kind.E: self._embed,
+            Kind.G: self._embedding_grad,
+        }
+        self._messages: dict[Payload, Callable[[Exchange, int], Tensor]] = {
+            Payload.EMBEDDINGS: self._say_embeddings,
+            Payload.ACTIVATIONS: self._say_activations,
+            Payload.EMBEDDING_GRADIENT: self._say_embedding_gradient,
+            Payload.STATISTICS: self._say_output,
+            Payload.MAXIMUM: self._say_output,
+            Payload.SUMS: self._say_output,
+            Payload.INPUT_GRADIENT: self._say_output,
+        }
+        self._deliveries: dict[Payload, Callable[[Exchange, int, Tensor], None]] = {
+            Payload.EMBEDDINGS: self._take_embeddings,
+            Payload.ACTIVATIONS: self._take_activations,
+            Payload.EMBEDDING_GRADIENT: self._take_embedding_gradient,
+            Payload.STATISTICS: self._take_output,
+            Payload.MAXIMUM: self._take_output,
+            Payload.SUMS: self._take_output,
+            Payload.INPUT_GRADIENT: self._take_input_gradient,
+        }
+
+    def finish(self) -> Tensor | None:
+        """Wait for what is still under way; return the losses [m, T] where output rows are."""
         self._comms.drain()
-        for buffers in (self._tensors, self._arriving, self._barriers, self._saved):
+        for buffers in (self._tensors, self._arriving, self._delivering, self._saved):
             buffers.assert_empty()
-        for stage in self._part.stages.values():
+        for stage in self._modules.stages.values():
             stage.weight_grads.assert_empty()
-        return None if output is None else output.finish().view(m, s, b).transpose(1, 2)
+        return None if self._outputs is None else self._outputs.finish()
 
     # Passes
 
-    def _run(self, op: Op) -> None:
+    def _pass(self, op: Op) -> None:
+        item = op.item
+        assert isinstance(item, Pass)
+        stages, parameters = self._modules.stages, self._modules.parameters
+        layered = op.completes and not item.kind.is_vocabulary
+        told = stages[item.stage].completing(parameters.announce) if layered else nullcontext()
+        with self._observer.observe(item, self._held_bytes), told:
+            self._passes[item.kind](item)
+        if op.completes:
+            parameters.complete(item)
+
+    def _held_bytes(self) -> int:
+        output = 0 if self._outputs is None else self._outputs.held_bytes
+        return output + sum(s.weight_grads.held_bytes for s in self._modules.stages.values())
+
+    def _need(self, op: Op) -> None:
         assert isinstance(op.item, Pass)
-        with self._observer.observe(op.item):
-            self._passes[op.item.kind](op.item)
+        self._modules.parameters.need(op.item)
 
     def _forward(self, item: Pass) -> None:
         x = self._tensors.take("x", item.stage, item.microbatch)
         segments = None if self._segments is None else self._segments[item.microbatch]
-        if self._problem.forward_only:
-            with torch.no_grad():
-                y = self._part.stages[item.stage](x, segments)
-        else:
+        if self._trains:
             x.requires_grad_()
             with torch.enable_grad():
-                y = self._part.stages[item.stage](x, segments)
+                y = self._modules.stages[item.stage](x, segments)
             # What y was computed from is enough for its backward, without y.
             self._saved.put("xy", item.stage, item.microbatch, (x, get_gradient_edge(y)))
+        else:
+            with torch.no_grad():
+                y = self._modules.stages[item.stage](x, segments)
         self._tensors.put("x", item.stage + 1, item.microbatch, y.detach())
 
     def _backward(self, item: Pass) -> None:
@@ -196,15 +317,15 @@ class Executor:
         self._tensors.put("dy", item.stage - 1, item.microbatch, x.grad)
 
     def _input_backward(self, item: Pass) -> None:
-        with self._part.stages[item.stage].weight_grads.deferring(item.microbatch):
+        with self._modules.stages[item.stage].weight_grads.deferring(item.microbatch):
             self._backward(item)
 
     def _weight_backward(self, item: Pass) -> None:
-        self._part.stages[item.stage].weight_grads.drain(item.microbatch)
+        self._modules.stages[item.stage].weight_grads.drain(item.microbatch)
 
     def _softmax(self, item: Pass) -> None:
         x = self._tensors.take("x", "C0", item.microbatch)
-        self._output.s(item.microbatch, x, keep=not self._problem.forward_only)
+        self._output.s(item.microbatch, x, keep=self._trains)
 
     def _weight_grad(self, item: Pass) -> None:
         self._output.t(item.microbatch)
@@ -216,14 +337,14 @@ class Executor:
         self._input.g(item.microbatch, self._tensors.take("dy", "CG", item.microbatch))
 
     @property
-    def _output(self) -> OutputLayer:
-        assert self._part.output_layer is not None
-        return self._part.output_layer
+    def _output(self) -> OutputStep:
+        assert self._outputs is not None
+        return self._outputs
 
     @property
-    def _input(self) -> InputLayer:
-        assert self._part.input_layer is not None
-        return self._part.input_layer
+    def _input(self) -> InputStep:
+        assert self._inputs is not None
+        return self._inputs
 
     # Hops
 
@@ -231,14 +352,15 @@ class Executor:
         assert isinstance(op.item, Pass)
         assert op.peer is not None
         name, stage = _product(op.item)
-        tensor = self._tensors.take(name, stage, op.item.microbatch)
-        self._comms.send(tensor.contiguous(), op.peer, upstream=name == "dy")
+        tensor = self._tensors.take(name, stage, op.item.microbatch).contiguous()
+        self._comms.send(tensor, op.peer, upstream=name == "dy", watch=self._watch(op))
 
     def _receive(self, op: Op) -> None:
         assert isinstance(op.item, Pass)
         assert op.peer is not None
         name, stage = _product(op.item)
-        pending = self._comms.receive(self._empty(*self._shape), op.peer, upstream=name == "dy")
+        buffer = self._empty(*self._shape)
+        pending = self._comms.receive(buffer, op.peer, upstream=name == "dy", watch=self._watch(op))
         self._arriving.put(name, stage, op.item.microbatch, pending)
 
     def _arrive(self, op: Op) -> None:
@@ -247,85 +369,91 @@ class Executor:
         received = self._arriving.take(name, stage, op.item.microbatch).wait()
         self._tensors.put(name, stage, op.item.microbatch, received)
 
+    def _watch(self, op: Op) -> Callable[[Pending], Pending]:
+        return partial(self._observer.watch, str(op.item))
+
     # Barriers
 
     def _start(self, op: Op) -> None:
-        assert isinstance(op.item, Collective)
-        barrier, i = self._problem.algorithm.barrier(op.item.barrier), op.item.microbatch
-        root = self._problem.root(barrier.end)
-        delivers = self._rank in self._problem.receivers(op.item)
-        if isinstance(barrier.after, Kind):
-            message = self._message(barrier, i, at_root=root == self._rank)
-            counts = self._input.counts(i) if barrier.end is End.INPUT else ()
-            pending = self._comms.collective(barrier.end, barrier.transfer, message, root, delivers=delivers, counts=counts)
-        else:
-            continued = self._continued(barrier, self._barriers.look("barrier", barrier.after, i), i)
-            pending = self._comms.collective_aside(barrier.end, barrier.transfer, continued, root, delivers=delivers)
-        if delivers:
-            self._barriers.put("barrier", barrier.name, i, Once(partial(self._hear, barrier, i, pending)))
-
-    def _continued(self, barrier: Barrier, earlier: Once | None, microbatch: int) -> Callable[[], Tensor]:
-        """The message of a barrier that continues `earlier`, for which it waits unless a pass has.
-
-        It may be called beside the passes.
-        """
-
-        def message() -> Tensor:
-            if earlier is not None:
-                earlier()
-            return self._output.message(barrier.name, microbatch)
-
-        return message
-
-    def _message(self, barrier: Barrier, microbatch: int, *, at_root: bool) -> Tensor:
-        """This rank's contribution: tokens [.., H] at the ends of the layers, what the output layer says in between."""
-        match barrier.name:
-            case "CE":
-                return self._tensors.take("x", "CE", microbatch)
-            case "C0":
-                x = self._tensors.take("x", self._problem.last_stage + 1, microbatch) if at_root else None
-                if x is None or not self._part.leads:
-                    return self._empty(self._num_tokens, self._part.hidden_size)
-                return x.reshape(self._num_tokens, -1).contiguous()
-            case "CG":
-                dy = self._tensors.take("dy", -1, microbatch) if at_root else None
-                if dy is None or not self._part.leads:
-                    return self._empty(0, self._part.hidden_size)
-                return self._input.by_shard(microbatch, dy.reshape(self._num_tokens, -1))
-            case _:
-                return self._output.message(barrier.name, microbatch)
+        exchange, node = op.exchange, op.item
+        assert exchange is not None
+        assert isinstance(node, Collective)
+        payload, i = exchange.payload, node.microbatch
+        before = exchange.continues
+        delivery = self._comms.start(
+            exchange,
+            partial(self._messages[payload], exchange, i),
+            partial(self._deliveries[payload], exchange, i),
+            self._input.counts(i) if exchange.end is End.INPUT else (),
+            None if before is None else self._delivering.look("barrier", before.barrier, i),
+            self._watch(op),
+        )
+        if delivery is not None:
+            self._delivering.put("barrier", node.barrier, i, delivery)
 
     def _wait(self, op: Op) -> None:
         assert isinstance(op.item, Collective)
-        self._barriers.take("barrier", op.item.barrier, op.item.microbatch)()
+        self._delivering.take("barrier", op.item.barrier, op.item.microbatch)()
 
-    def _ready(self, op: Op) -> None:
-        assert isinstance(op.item, Pass)
-        if self._part.ready is not None:
-            self._part.ready(op.item)
+    # What is said at each payload.  The ranks that have nothing to send still take part.
 
-    def _hear(self, barrier: Barrier, microbatch: int, pending: Pending) -> None:
-        """Wait for what `barrier` delivers and hand it on."""
-        received = pending.wait()
-        match barrier.name:
-            case "CE":
-                self._tensors.put("x", 0, microbatch, self._input.in_order(microbatch, received).view(self._shape))
-            case "C0":
-                self._tensors.put("x", "C0", microbatch, received)
-            case "CG":
-                self._tensors.put("dy", "CG", microbatch, received)
-            case name:
-                self._output.absorb(name, microbatch, received)
-                if Kind.B in barrier.before:
-                    dx = self._output.input_grad(microbatch)
-                    self._tensors.put("dy", self._problem.last_stage, microbatch, dx.view(self._shape))
+    def _say_embeddings(self, exchange: Exchange, i: int) -> Tensor:
+        return self._tensors.take("x", "CE", i)
+
+    def _say_activations(self, exchange: Exchange, i: int) -> Tensor:
+        x = self._tensors.take("x", exchange.stage + 1, i) if exchange.contributes else None
+        if x is None or not self._modules.leads:
+            return self._empty(self._num_tokens, self._modules.hidden_size)
+        return x.reshape(self._num_tokens, -1).contiguous()
+
+    def _say_embedding_gradient(self, exchange: Exchange, i: int) -> Tensor:
+        dy = self._tensors.take("dy", exchange.stage - 1, i) if exchange.contributes else None
+        if dy is None or not self._modules.leads:
+            return self._empty(0, self._modules.hidden_size)
+        return self._input.by_shard(i, dy.reshape(self._num_tokens, -1))
+
+    def _say_output(self, exchange: Exchange, i: int) -> Tensor:
+        return self._output.message(exchange.payload, i)
+
+    # What is done with what each payload delivers
+
+    def _take_embeddings(self, exchange: Exchange, i: int, received: Tensor) -> None:
+        x = self._input.in_order(i, received).view(self._whole_shape)
+        self._tensors.put("x", exchange.stage, i, x)
+
+    def _take_activations(self, exchange: Exchange, i: int, received: Tensor) -> None:
+        self._tensors.put("x", "C0", i, received)
+
+    def _take_embedding_gradient(self, exchange: Exchange, i: int, received: Tensor) -> None:
+        self._tensors.put("dy", "CG", i, received)
+
+    def _take_output(self, exchange: Exchange, i: int, received: Tensor) -> None:
+        self._output.absorb(exchange.payload, i, received)
+
+    def _take_input_gradient(self, exchange: Exchange, i: int, received: Tensor) -> None:
+        self._output.absorb(exchange.payload, i, received)
+        dx = self._output.input_grad(i).view(self._whole_shape)
+        self._tensors.put("dy", exchange.stage, i, dx)
+
+    @property
+    def _whole_shape(self) -> tuple[int, int, int]:
+        s, b, hidden = self._shape
+        return s * self._modules.sequence_parts, b, hidden
+
+    @property
+    def _num_tokens(self) -> int:
+        s, b, _ = self._whole_shape
+        return s * b
 
     def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self._part.dtype, device=self._part.device)
+        return torch.empty(shape, dtype=self._modules.dtype, device=self._modules.device)
 
 
 def _product(item: Pass) -> tuple[str, int]:
-    """Where the output of a stage pass goes: the input of the next stage, or the output gradient of the previous one."""
+    """Return where the output of a stage pass goes.
+
+    It is the input of the next stage, or the output gradient of the previous one.
+    """
     return ("x", item.stage + 1) if item.kind is Kind.F else ("dy", item.stage - 1)
 
 

@@ -1,49 +1,151 @@
-"""Measures a step: when each pass ran, and the bytes it left behind for later passes."""
+"""Measures a step: when each pass and each communication ran, and the bytes kept for later passes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Thread
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from schedules.ir import Kind, Pass
 from schedules.timeline import Span
+from vp_train.pipeline.comms import Pending
 
 
-def when_computed() -> float:
-    """The seconds at which this rank's passes on a GPU have been computed.  Waits for them, not for messages under way."""
-    torch.cuda.current_stream().synchronize()
-    return time.perf_counter()
+class Timer(Protocol):
+    """Takes the time on a device without stopping it."""
+
+    def mark(self) -> Any:
+        """Return the moment that the work issued so far is done."""
+        ...
+
+    def seconds(self, mark: Any) -> float:
+        """Return the seconds of `mark` since `start`.  On a GPU it waits until then."""
+        ...
+
+    def start(self) -> None:
+        """Begin to count."""
+        ...
+
+    def watch(self, pending: Pending, done: Callable[[Any], None]) -> Pending:
+        """Return `pending`; call `done` with the moment at which it has ended."""
+        ...
+
+
+class HostTimer:
+    """The clock of the host: on a CPU work is done when a call returns."""
+
+    def __init__(self) -> None:
+        self._origin = 0.0
+
+    def start(self, at: float | None = None) -> None:
+        """Begin to count, now or `at` a moment of time.perf_counter."""
+        self._origin = time.perf_counter() if at is None else at
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, mark: float) -> float:
+        return mark - self._origin
+
+    def watch(self, pending: Pending, done: Callable[[float], None]) -> Pending:
+        return _WaitedFor(pending, lambda: done(self.mark()))
+
+
+class CudaTimer:
+    """Events on the streams of a GPU: what is timed runs as it does untimed."""
+
+    def __init__(self) -> None:
+        self._origin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._probe = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def start(self) -> None:
+        self._origin.record()
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def seconds(self, mark: Any) -> float:
+        mark.synchronize()
+        return float(self._origin.elapsed_time(mark)) / 1e3
+
+    def watch(self, pending: Pending, done: Callable[[Any], None]) -> Pending:
+        with torch.cuda.stream(self._probe):  # waits beside the passes
+            pending.wait()
+            done(self.mark())
+        return pending
+
+
+class _WaitedFor:
+    """A communication that a thread waits for, so that its end is seen when it comes."""
+
+    def __init__(self, pending: Pending, done: Callable[[], None]) -> None:
+        self._result: Future[Tensor] = Future()
+
+        def wait() -> None:
+            try:
+                result = pending.wait()
+                done()
+                self._result.set_result(result)
+            except BaseException as error:  # for whoever waits
+                self._result.set_exception(error)
+
+        Thread(target=wait, daemon=True).start()
+
+    def wait(self) -> Tensor:
+        return self._result.result()
+
+    def is_completed(self) -> bool:
+        return self._result.done()
+
+
+def timer_of(device: torch.device) -> HostTimer | CudaTimer:
+    """Return the timer of `device`."""
+    return CudaTimer() if device.type == "cuda" else HostTimer()
+
+
+@dataclass(slots=True)
+class _Timed:
+    """A pass or communication of microbatch `microbatch`, with the marks of its begin and end."""
+
+    name: str
+    kind: str
+    stage: int
+    microbatch: int
+    begin: Any
+    end: Any = None
 
 
 @dataclass
 class Recorder:
-    """An observer of one step of one rank.
-
-    `clock` returns seconds, on CUDA `when_computed`: a recorded step is slower than the others.
-    `held_bytes` is what the output layer holds from S for T.  Storage of `parameters` is not activation memory.
-    """
+    """An observer of one step of one rank.  Storage of `parameters` is not activation memory."""
 
     rank: int
-    clock: Callable[[], float]
-    held_bytes: Callable[[], int]
+    timer: Timer
     parameters: list[nn.Parameter]
-    started_at: float = 0.0
-    spans: list[Span] = field(default_factory=list)
     peak_bytes: int = 0
+    _passes: list[_Timed] = field(default_factory=list)
+    _communications: list[_Timed] = field(default_factory=list)
     _saved: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
 
     @contextmanager
-    def observe(self, item: Pass) -> Iterator[None]:
-        """Time `item`; count what autograd saves in F, until the B of the same stage and microbatch has run."""
-        start = self.clock() - self.started_at
+    def observe(self, item: Pass, held_bytes: Callable[[], int]) -> Iterator[None]:
+        """Time `item`.
+
+        Count what autograd saves in F, until the B of the same stage and microbatch has run.
+        """
+        timed = _Timed(str(item), item.kind.value, item.stage, item.microbatch, self.timer.mark())
         if item.kind is Kind.F:
             storages: dict[int, int] = {}
 
@@ -58,8 +160,61 @@ class Recorder:
             self._saved[item.stage, item.microbatch] = sum(storages.values())
         else:
             yield
-        end = self.clock() - self.started_at
-        self.spans.append(Span(self.rank, str(item), item.kind.value, item.stage, item.microbatch, start, end))
-        if item.kind in (Kind.B, Kind.I):  # what I leaves for W is among held_bytes
+        timed.end = self.timer.mark()
+        self._passes.append(timed)
+        if item.kind in (Kind.B, Kind.I):  # what I leaves for W is among the held bytes
             self._saved.pop((item.stage, item.microbatch), None)
-        self.peak_bytes = max(self.peak_bytes, sum(self._saved.values()) + self.held_bytes())
+        self.peak_bytes = max(self.peak_bytes, sum(self._saved.values()) + held_bytes())
+
+    def watch(self, name: str, pending: Pending) -> Pending:
+        """Time the communication `name`: a pass whose result hops, or a barrier as `C0.3`."""
+        barrier, _, microbatch = name.partition(".")
+        kind, number = (barrier, int(microbatch)) if microbatch else ("hop", -1)
+        timed = _Timed(name, kind, -1, number, self.timer.mark())
+        self._communications.append(timed)
+
+        def done(mark: Any) -> None:
+            timed.end = mark
+
+        return self.timer.watch(pending, done)
+
+    @property
+    def spans(self) -> list[Span]:
+        """Return the passes in order, in seconds since the timer started."""
+        return list(map(self._span, self._passes))
+
+    @property
+    def communications(self) -> list[Span]:
+        """Return the hops and barriers of this rank, from their issue to their end."""
+        return [self._span(timed) for timed in self._communications if timed.end is not None]
+
+    def _span(self, timed: _Timed) -> Span:
+        begin, end = self.timer.seconds(timed.begin), self.timer.seconds(timed.end)
+        return Span(self.rank, timed.name, timed.kind, timed.stage, timed.microbatch, begin, end)
+
+
+def joined_communications(of_ranks: list[list[Span]]) -> tuple[Span, ...]:
+    """Return each communication once, from the spans of all ranks of a pipeline.
+
+    It begins when the last rank has issued it, and ends, on the rank that is shown, when it has
+    ended there: the rank that waits longest.
+    """
+    begins: dict[str, float] = {}
+    last: dict[str, Span] = {}
+    for span in (span for spans in of_ranks for span in spans):
+        begins[span.name] = max(span.start, begins.get(span.name, span.start))
+        if span.name not in last or span.end > last[span.name].end:
+            last[span.name] = span
+    joined = [
+        Span(
+            span.rank,
+            span.name,
+            span.kind,
+            span.stage,
+            span.microbatch,
+            min(begins[name], span.end),
+            span.end,
+        )
+        for name, span in last.items()
+    ]
+    return tuple(sorted(joined, key=lambda span: span.start))

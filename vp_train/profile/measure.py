@@ -18,7 +18,7 @@ from schedules.ir import Kind
 from vp_train.assembly import RankModel, build_rank
 from vp_train.config import ConfigError, RunConfig
 from vp_train.mesh import build_mesh
-from vp_train.pipeline.recorder import Recorder, when_computed
+from vp_train.pipeline.recorder import Recorder, timer_of
 from vp_train.plan import make_plan
 from vp_train.profile.costs import RankProfile
 from vp_train.profile.live import LiveStorages, leave_compiled_code_alone
@@ -95,13 +95,19 @@ def _exchange_nothing(*_: object, group: dist.ProcessGroup, async_op: bool) -> A
     return dist.barrier(group=group, async_op=async_op)
 
 
+def _when_computed() -> float:
+    """Return the seconds at which the passes of this rank have been computed; wait for them."""
+    torch.cuda.current_stream().synchronize()
+    return time.perf_counter()
+
+
 class _Steps:
     """Training steps of one rank."""
 
     def __init__(self, model: RankModel, batch: torch.Tensor, on_cuda: bool, pipeline_rank: int) -> None:
         self._model, self._on_cuda, self._rank = model, on_cuda, pipeline_rank
         self._tokens, self._labels = batch
-        self._clock = when_computed if on_cuda else time.perf_counter
+        self._clock = _when_computed if on_cuda else time.perf_counter
 
     def run(self) -> tuple[float, float]:
         """Seconds of the passes, and of the optimizer."""
@@ -113,8 +119,10 @@ class _Steps:
         return between - start, self._clock() - between
 
     def timed(self) -> dict[tuple[Kind, int], list[float]]:
-        """Seconds of every pass of a step, whose timing makes it slower."""
-        recorder = Recorder(self._rank, self._clock, lambda: 0, [])
+        """Return the seconds of every pass of a step."""
+        timer = timer_of(torch.device("cuda" if self._on_cuda else "cpu"))
+        recorder = Recorder(self._rank, timer, [])
+        timer.start()
         self._model.gradients.zero()
         self._model.train_step(self._tokens, self._labels, recorder)
         self._update()

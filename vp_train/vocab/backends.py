@@ -5,7 +5,6 @@ T tokens, H hidden, R rows of the shard; z = x W^T [T, R], or c tanh(x W^T / c) 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -120,7 +119,7 @@ class Chunked:
         assert isinstance(held, _Chunks)
         product = x.new_zeros(x.shape, dtype=lse.dtype) if input_term else None
         maxima, none = iter(held.maxima), torch.full_like(lse, -torch.inf)
-        scale, undo = _lifted(x, scale) if x.dtype is torch.float16 else (scale, 1.0)
+        scale, undo = _lifted(x, scale) if x.dtype is torch.float16 else (scale, None)
         for start, stop, place in self._chunks(x.shape[0]):
             exponential = self._block(held.exponentials, place, x, stop - start)
             if place is None:
@@ -219,14 +218,17 @@ def _pick(target_logit: Tensor, logits: Tensor, column: Tensor) -> None:
     torch.where((column >= 0) & (column < num_columns), found, target_logit, out=target_logit)
 
 
-def _lifted(x: Tensor, scale: Tensor) -> tuple[Tensor, float]:
-    """`scale` [T] times a power of two, and its inverse: x scale, which float16 would lose, becomes as large as its sum may be.
+def _lifted(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return `scale` [T] times a power of two, and the inverse of that power [].
 
-    Waits for the device.
+    x scale, which float16 would lose, becomes as large as the sum over its T rows may be.
     """
-    largest = len(x) * float((x.abs().amax(-1) * scale.abs()).max()) if len(x) else 0.0
-    exponent = math.floor(math.log2(_LARGEST / largest)) if 0 < largest < math.inf else 0
-    return scale * 2.0 ** min(exponent, 64), 2.0 ** -min(exponent, 64)
+    if not len(x):
+        return scale, None
+    largest = len(x) * (x.abs().amax(-1) * scale.abs()).max()
+    exponent = torch.log2(_LARGEST / largest).floor().clamp_max(64)
+    exponent = torch.where((largest > 0) & largest.isfinite(), exponent, 0.0)
+    return scale * torch.exp2(exponent), torch.exp2(-exponent)
 
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor:

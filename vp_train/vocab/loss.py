@@ -46,13 +46,20 @@ class LossOptions:
 
 
 def token_weights(
-    labels: Tensor, mask: Tensor | None, normalisation: str, dtype: torch.dtype, group: dist.ProcessGroup | None
+    labels: Tensor,
+    mask: Tensor | None,
+    normalisation: str,
+    dtype: torch.dtype,
+    group: dist.ProcessGroup | None,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """What each token's loss counts for [m, b, s]: the weighted sum over all ranks of `group` is the loss of the batch.
+    """Return what each token's loss counts, [m, b, s] on `device`, by default that of `labels`.
 
-    `labels` [m, b, s], IGNORE_INDEX where there is no loss; `mask` [m, b, s] scales the loss of each token.  `normalisation`:
-    `token`, the mean over all tokens by their mask; `sequence`, the mean over sequences of the mean of each; a sequence
-    without a loss counts for neither.  `group` joins the data-parallel ranks.  A batch without any loss has weights of 0.
+    The weighted sum over all ranks of `group` is the loss of the batch.  `labels` [m, b, s], with
+    IGNORE_INDEX where there is no loss; `mask` [m, b, s] scales the loss of each token.
+    `normalisation`: `token`, the mean over all tokens by their mask; `sequence`, the mean over
+    sequences of the mean of each; a sequence without a loss counts for neither.  `group` joins the
+    data-parallel ranks.  A batch without any loss has weights of 0.  Nothing waits for the device.
     """
     weights = (labels != IGNORE_INDEX).to(dtype)
     if mask is not None:
@@ -61,6 +68,8 @@ def token_weights(
         each = weights.sum(-1, keepdim=True)
         weights = torch.where(each > 0, weights / each, 0.0)
     total = weights.sum(dtype=torch.float64)
+    if device is not None:
+        weights, total = (value.to(device, non_blocking=True) for value in (weights, total))
     if group is not None:
         dist.all_reduce(total, group=group)
     return torch.where(total > 0, weights / total, 0.0).to(dtype)

@@ -5,7 +5,8 @@ T tokens, H hidden, R this rank's rows; x [T, H] is the output of the final norm
     S    Z = x W^T,  m' = max Z,  E = exp(Z - m'),  s' = sum E
     C1   lse = M + log sum_ranks s' exp(m' - M),  M = max_ranks m';  loss = lse - z_y
     v = exp(m' - lse):  v E is this shard's part of the softmax of the whole vocabulary
-    dx = sum_ranks (v (E W) - W[y])      at C1b for one_barrier (E W formed in S), at C2 for the others (formed in T)
+    dx = sum_ranks (v (E W) - W[y])      at C1b for one_barrier (E W formed in S), at C2 for the
+         others (formed in T); summed in fp32, so that its error does not grow with the shards
     T    dW += E^T (v g x) - scatter(g x at the target rows)          g = dL/dloss [T]
 
 (arXiv 2411.05288, Algorithms 1 and 2, with the softmax left unnormalised: T needs no pass over [T, R] of its own.)
@@ -24,7 +25,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from schedules.ir import Kind
+from schedules.vocab import Payload
 from vp_train.precision import column_sums, statistics_dtype
+from vp_train.streams import lend
 from vp_train.vocab.backends import Softmax, make_backend
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
 from vp_train.vocab.shard import Owned, Shard, require_within
@@ -52,8 +56,8 @@ class _Microbatch:
 class OutputLayer:
     """Rows `shard` of `vocab_size`: `weight` [R, H] and its main gradient `grad` [R, H], accumulated in place.
 
-    A step: begin; per microbatch s, then message and absorb for each barrier of the algorithm, t at any time after C1 (naive:
-    C1b), and on the root input_grad once dx has arrived; finish.  `grad` is complete after the last t.
+    `input_gradient` is the pass that forms this shard's term of dL/dx, S or T; None in evaluation.
+    The shards' terms are summed in `sum_dtype`, by default the statistics dtype.
     """
 
     def __init__(
@@ -62,42 +66,60 @@ class OutputLayer:
         grad: Tensor,
         shard: Shard,
         vocab_size: int,
-        algorithm: str,
+        input_gradient: Kind | None,
         backend: str,
         options: LossOptions = _PLAIN,
         recompute_fraction: float = 1.0,
+        *,
+        sum_dtype: torch.dtype | None = None,
     ) -> None:
         assert weight.shape == grad.shape
         assert weight.shape[0] == shard.num_rows
-        self._weight, self._grad, self._shard = weight.detach(), grad, shard
-        self._rules, self._options = ALGORITHMS[algorithm], options
-        self._backend = make_backend(backend, self._weight, grad, options.softcap, recompute_fraction)
-        self._vocab_size = vocab_size
-        self._smoothing = options.label_smoothing / vocab_size  # the weight of every row but the target's
-        self._microbatches: dict[int, _Microbatch] = {}
+        self.weight, self.grad, self.shard = weight.detach(), grad, shard
+        self.vocab_size, self.options, self.input_gradient = vocab_size, options, input_gradient
+        self.sum_dtype = sum_dtype or statistics_dtype(weight.dtype)
+        self.backend = make_backend(backend, self.weight, grad, options.softcap, recompute_fraction)
+
+    def begin(self, targets: Tensor, weights: Tensor) -> OutputStep:
+        """Begin a step over `targets` [m, T], whose losses count `weights` [m, T] = dL/d(token loss).
+
+        Targets of IGNORE_INDEX have no loss.  Both are best on the CPU: else this waits for the
+        device.  Raises IndexError for a target that the vocabulary does not have.
+        """
+        return OutputStep(self, targets, weights)
+
+
+class OutputStep:
+    """One step of an output layer.
+
+    Per microbatch: s, then message and absorb for each barrier of the algorithm, t at any time once
+    lse is known, and on the root input_grad once dx has arrived; finish at the end.  The gradient is
+    complete after the last t.
+    """
 
     @torch.no_grad()
-    def begin(self, targets: Tensor, weights: Tensor) -> None:
-        """A step over `targets` [m, T] (IGNORE_INDEX: no loss), whose losses count `weights` [m, T] = dL/d(token loss).
-
-        Raises IndexError for a target that the vocabulary does not have.
-        """
-        assert not self._microbatches
-        precise = statistics_dtype(self._weight.dtype)
-        self._ignored = targets == IGNORE_INDEX
-        require_within(targets.masked_fill(self._ignored, 0), self._vocab_size, "label")
-        self._owned = self._shard.owned(targets)
-        self._grad_loss = weights.to(precise).masked_fill(self._ignored, 0.0)
+    def __init__(self, layer: OutputLayer, targets: Tensor, weights: Tensor) -> None:
+        self._layer, self._options = layer, layer.options
+        self._smoothing = layer.options.label_smoothing / layer.vocab_size  # of every other row
+        self._microbatches: dict[int, _Microbatch] = {}
+        device, precise = layer.weight.device, statistics_dtype(layer.weight.dtype)
+        ignored = targets == IGNORE_INDEX
+        require_within(targets.masked_fill(ignored, 0), layer.vocab_size, "label")
+        self._owned = layer.shard.owned(targets, device)
+        self._ignored = ignored.to(device, non_blocking=True)
+        on_device = weights.to(device, precise, non_blocking=True)
+        self._grad_loss = on_device.masked_fill(self._ignored, 0.0)
         self._left = len(targets)  # T to come
         if self._smoothing:
-            self._row_sum = column_sums(self._weight, precise)
+            self._row_sum = column_sums(layer.weight, precise)
             self._smoothed = torch.zeros_like(self._row_sum)  # sum over tokens of g x
 
     @torch.no_grad()
     def s(self, microbatch: int, x: Tensor, *, keep: bool = True) -> None:
         """Pass S for x [T, H]; with `keep` false (evaluation) nothing is held for T."""
         owned, softcap = self._owned[microbatch], self._options.softcap
-        softmax, held = self._backend.s(x, owned, input_term=self._rules.input_term_in_s, keep=keep)
+        in_s = self._layer.input_gradient is Kind.S
+        softmax, held = self._layer.backend.s(x, owned, input_term=in_s, keep=keep)
         at_targets = softmax.target_logit[owned.positions]
         target_scale = torch.full_like(at_targets, 1 - self._options.label_smoothing)
         if softcap is not None:
@@ -117,14 +139,14 @@ class OutputLayer:
         )
 
     @torch.no_grad()
-    def message(self, barrier: str, microbatch: int) -> Tensor:
-        """What this rank contributes to `barrier`."""
-        return self._rules.messages[barrier](self, self._microbatches[microbatch])
+    def message(self, payload: Payload, microbatch: int) -> Tensor:
+        """Return what this rank contributes to the barrier that carries `payload`."""
+        return _MESSAGES[payload](self, self._microbatches[microbatch])
 
     @torch.no_grad()
-    def absorb(self, barrier: str, microbatch: int, received: Tensor) -> None:
-        """What `barrier` delivered: gathered [n, ...] or reduced."""
-        self._rules.absorbers[barrier](self, self._microbatches[microbatch], received)
+    def absorb(self, payload: Payload, microbatch: int, received: Tensor) -> None:
+        """Take what a barrier delivered: gathered [n, ...] or reduced."""
+        _ABSORBERS[payload](self, self._microbatches[microbatch], received)
 
     @torch.no_grad()
     def t(self, microbatch: int) -> None:
@@ -134,27 +156,29 @@ class OutputLayer:
         assert held is not None
         assert lse is not None
         assert x is not None
-        in_t = not self._rules.input_term_in_s
+        in_t = self._layer.input_gradient is Kind.T
         scale = state.grad_loss * self._softmax_scale(lse)
-        product = self._backend.t(held, x, lse, scale, input_term=in_t)
+        product = self._layer.backend.t(held, x, lse, scale, input_term=in_t)
         if product is not None:
-            state.dx = (self._input_term(product, state) * state.grad_loss[:, None]).to(x.dtype)
+            dx = self._input_term(product, state) * state.grad_loss[:, None]
+            state.dx = dx.to(self._layer.sum_dtype)
         at_targets = x[positions] * (state.grad_loss[positions] * state.target_scale)[:, None]
-        self._grad.index_add_(0, state.owned.rows, at_targets.to(self._grad.dtype), alpha=-1)
+        self._layer.grad.index_add_(0, state.owned.rows, at_targets.to(self._layer.grad.dtype), alpha=-1)
         if self._smoothing:
             self._smoothed += x.to(self._smoothed.dtype).T @ state.grad_loss
         state.held = state.x = None
         self._left -= 1
         if self._smoothing and not self._left:
-            self._grad.sub_(self._smoothed.to(self._grad.dtype), alpha=self._smoothing)
+            self._layer.grad.sub_(self._smoothed.to(self._layer.grad.dtype), alpha=self._smoothing)
 
     @torch.no_grad()
     def input_grad(self, microbatch: int) -> Tensor:
-        """dL/dx [T, H] from the sum that the last barrier delivered to the root."""
+        """Return dL/dx [T, H] from the sum that the last barrier delivered to the root."""
         state = self._microbatches[microbatch]
-        assert state.dx is not None
-        dx, state.dx = state.dx, None
-        return (dx * state.grad_loss[:, None]).to(dx.dtype) if self._rules.input_term_in_s else dx
+        dx, state.dx = _known(state.dx), None
+        if self._layer.input_gradient is Kind.S:
+            dx = dx * state.grad_loss[:, None]
+        return dx.to(self._layer.weight.dtype)
 
     @torch.no_grad()
     def finish(self) -> Tensor:
@@ -170,7 +194,7 @@ class OutputLayer:
         total = 0
         for state in self._microbatches.values():
             if state.held is not None and state.x is not None:
-                total += self._backend.held_bytes(state.held) + state.x.nbytes + 4 * state.softmax.maximum.nbytes
+                total += self._layer.backend.held_bytes(state.held) + state.x.nbytes + 4 * state.softmax.maximum.nbytes
         return total
 
     def _softmax_scale(self, lse: Tensor) -> Tensor:
@@ -181,7 +205,7 @@ class OutputLayer:
         """This shard's term of dx before g [T, H], from its part P W of the softmax's."""
         owned = state.owned
         scaled = product * self._softmax_scale(_known(state.lse))[:, None]
-        at_targets = self._weight[owned.rows].to(scaled.dtype) * state.target_scale[:, None]
+        at_targets = self._layer.weight[owned.rows].to(scaled.dtype) * state.target_scale[:, None]
         scaled.index_add_(0, owned.positions, at_targets, alpha=-1)
         return scaled.sub_(self._row_sum, alpha=self._smoothing) if self._smoothing else scaled
 
@@ -220,12 +244,14 @@ class OutputLayer:
         self._set_loss(state, received[0], received[1])
 
     def _input_term_of_s(self, state: _Microbatch) -> Tensor:
-        product = _known(state.softmax.input_term)
-        state.softmax = replace(state.softmax, input_term=None)  # [T, H], not to be kept until the end of the step
+        product = lend(_known(state.softmax.input_term))
+        state.softmax = replace(state.softmax, input_term=None)  # [T, H], not kept until the end
         product = product * torch.exp(state.softmax.maximum - _known(state.lse))[:, None]
-        return self._input_term(product, state).to(self._weight.dtype)
+        return self._input_term(product, state).to(self._layer.sum_dtype)
 
-    def _input_term_of_t(self, state: _Microbatch) -> Tensor:
+    def _dx(self, state: _Microbatch) -> Tensor:
+        if self._layer.input_gradient is Kind.S:
+            return self._input_term_of_s(state)
         dx, state.dx = _known(state.dx), None
         return dx
 
@@ -239,33 +265,16 @@ def _known(value: Tensor | None) -> Tensor:
     return value
 
 
-@dataclass(frozen=True, slots=True)
-class _Rules:
-    """One algorithm: whether S forms E W (else T does), and what is said and heard at each barrier."""
-
-    input_term_in_s: bool
-    messages: Mapping[str, Callable[[OutputLayer, _Microbatch], Tensor]]
-    absorbers: Mapping[str, Callable[[OutputLayer, _Microbatch, Tensor], None]]
-
-
-_ONE_BARRIER = _Rules(
-    True,
-    {"C1": OutputLayer._statistics, "C1b": OutputLayer._input_term_of_s},
-    {"C1": OutputLayer._absorb_statistics, "C1b": OutputLayer._absorb_dx},
-)
-
-ALGORITHMS: dict[str, _Rules] = {
-    "none": _ONE_BARRIER,
-    "one_barrier": _ONE_BARRIER,
-    "two_barrier": _Rules(
-        False,
-        {"C1": OutputLayer._statistics, "C2": OutputLayer._input_term_of_t},
-        {"C1": OutputLayer._absorb_statistics, "C2": OutputLayer._absorb_dx},
-    ),
-    "naive": _Rules(
-        False,
-        {"C1": OutputLayer._maximum, "C1b": OutputLayer._sums, "C2": OutputLayer._input_term_of_t},
-        {"C1": OutputLayer._absorb_maximum, "C1b": OutputLayer._absorb_sums, "C2": OutputLayer._absorb_dx},
-    ),
-    "evaluate": _Rules(False, {"C1": OutputLayer._statistics}, {"C1": OutputLayer._absorb_statistics}),
+# What is said and heard of each payload, whatever the algorithm.
+_MESSAGES: Mapping[Payload, Callable[[OutputStep, _Microbatch], Tensor]] = {
+    Payload.STATISTICS: OutputStep._statistics,
+    Payload.MAXIMUM: OutputStep._maximum,
+    Payload.SUMS: OutputStep._sums,
+    Payload.INPUT_GRADIENT: OutputStep._dx,
+}
+_ABSORBERS: Mapping[Payload, Callable[[OutputStep, _Microbatch, Tensor], None]] = {
+    Payload.STATISTICS: OutputStep._absorb_statistics,
+    Payload.MAXIMUM: OutputStep._absorb_maximum,
+    Payload.SUMS: OutputStep._absorb_sums,
+    Payload.INPUT_GRADIENT: OutputStep._absorb_dx,
 }

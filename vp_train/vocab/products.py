@@ -31,33 +31,46 @@ class Products:
             return torch.mm(a, b, out_dtype=torch.float32, out=self.scratch("product", shape, torch.float32, a.device))
         return torch.mm(a, b, out=self.scratch("product", shape, a.dtype, a.device))
 
-    def add_matmul(self, accumulator: Tensor, a: Tensor, b: Tensor, keep: Tensor | None = None, scale: float = 1.0) -> None:
-        """accumulator [N, H] = accumulator keep + a @ b scale in place, `keep` [N]; on CUDA the product is never rounded."""
+    def add_matmul(
+        self,
+        accumulator: Tensor,
+        a: Tensor,
+        b: Tensor,
+        keep: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        """accumulator [N, H] = accumulator keep + a @ b scale in place, `keep` [N] and `scale` [].
+
+        On CUDA the product is never rounded.  A `scale` is only for a and b in low precision.
+        """
         if accumulator.dtype is not a.dtype and not a.is_cuda:
-            factor = None if scale == 1.0 else torch.full((len(a),), scale)
+            factor = None if scale is None else scale.expand(len(a))
             accumulate(accumulator, self.matmul(a, b), keep, factor)
             return
         if keep is not None:
             accumulator.mul_(keep[:, None])
-        if accumulator.dtype is a.dtype:
-            accumulator.addmm_(a, b, alpha=scale)
+        if scale is not None:
+            accumulator.addcmul_(self.matmul(a, b), scale)
+        elif accumulator.dtype is a.dtype:
+            accumulator.addmm_(a, b)
         else:
-            torch.addmm(accumulator, a, b, alpha=scale, out_dtype=accumulator.dtype, out=accumulator)
+            torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
 
-    def add_transposed_matmul(self, accumulator: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-        """accumulator [C, H] += a^T @ b scale in place, for a [T, C] and b [T, H]; a `scale` only for b in low precision.
+    def add_transposed_matmul(self, accumulator: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None) -> None:
+        """accumulator [C, H] += a^T @ b scale in place, for a [T, C], b [T, H] and `scale` [].
 
-        In low precision on a CPU as (b^T a)^T, block by block: a product that transposes its larger operand takes half as long
-        again, which costs more than the sum of a transposed block.
+        A `scale` is only for b in low precision.  In low precision on a CPU it is (b^T a)^T, block
+        by block: a product that transposes its larger operand takes half as long again, which costs
+        more than the sum of a transposed block.
         """
         rest = 0
         if a.device.type == "cpu" and accumulator.dtype is not a.dtype and has_compiler():
             size, hidden = max(1, _BLOCK_BYTES // (b.itemsize * b.shape[1])), b.shape[1]
-            left, factor = b.T.contiguous(), None if scale == 1.0 else torch.tensor(scale)
+            left = b.T.contiguous()
             block = self.scratch("product", (hidden, size + _GAP), a.dtype, a.device)[:, :size]
             while rest + size <= len(accumulator):
                 torch.mm(left, a[:, rest : rest + size], out=block)
-                accumulate_transposed(accumulator[rest : rest + size], block, factor)
+                accumulate_transposed(accumulator[rest : rest + size], block, scale)
                 rest += size
         if rest < len(accumulator):
             self.add_matmul(accumulator[rest:], a[:, rest:].T, b, scale=scale)

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -34,13 +35,17 @@ class Shard:
         """Consecutive parts, as equal as `split_rows` makes them."""
         return tuple(Shard(self.start + part.start, self.start + part.stop) for part in split_rows(self.num_rows, num_parts))
 
-    def owned(self, ids: Tensor) -> list[Owned]:
-        """For each microbatch of `ids` [m, T], which fall into this shard.  Waits for the device once, not m times."""
+    def owned(self, ids: Tensor, device: torch.device) -> list[Owned]:
+        """Return which ids of each microbatch of `ids` [m, T] fall into this shard, on `device`.
+
+        Waits for nothing where `ids` are on the CPU.
+        """
         inside = (ids >= self.start) & (ids < self.stop)
-        positions = inside.nonzero()[:, 1]
-        rows = ids[inside] - self.start
         counts = inside.sum(1).tolist()
-        return [Owned(*both) for both in zip(positions.split_with_sizes(counts), rows.split_with_sizes(counts), strict=True)]
+        positions = inside.nonzero()[:, 1].to(device, non_blocking=True)
+        rows = (ids[inside] - self.start).to(device, non_blocking=True)
+        pairs = zip(positions.split_with_sizes(counts), rows.split_with_sizes(counts), strict=True)
+        return [Owned(*pair) for pair in pairs]
 
 
 def require_within(ids: Tensor, vocab_size: int, what: str) -> None:

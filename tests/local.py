@@ -1,0 +1,87 @@
+"""All ranks of a pipeline in the process of the tests: see `vp_train.pipeline.local`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from threading import Barrier
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vp_train.assembly import RankModel, build_rank
+from vp_train.config import RunConfig
+from vp_train.degrees import Degrees
+from vp_train.mesh import Mesh
+from vp_train.optim.adamw import StepHealth, gather_health
+from vp_train.pipeline.groups import Groups
+from vp_train.pipeline.local import Switchboard, run_ranks
+from vp_train.plan import RunPlan
+
+
+@cache
+def world_of_one() -> dist.ProcessGroup:
+    """Return the default group of this process, which is alone in it."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def local_mesh(plan: RunPlan, rank: int) -> Mesh:
+    """Return the mesh of a rank whose process groups have nobody else in them."""
+    alone = world_of_one()
+    assert plan.degrees == Degrees(1, plan.num_ranks, 1)
+    groups = Groups((), (), alone, alone, {})
+    return Mesh(plan.degrees, rank, alone, alone, alone, alone, groups)
+
+
+class Together:
+    """What the ranks of one process tell each other between steps."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._values: list[Any] = [None] * num_ranks
+        self._barrier = Barrier(num_ranks, timeout=60)
+
+    def gather(self, rank: int, value: Any) -> list[Any]:
+        """Return the values of all ranks, in their order."""
+        self._values[rank] = value
+        self._barrier.wait()
+        values = list(self._values)
+        self._barrier.wait()
+        return values
+
+    def health(self, rank: int, loss: Any, squared_norm: Any) -> StepHealth:
+        """Return what `gather_health` makes of the terms of all ranks."""
+        pairs = self.gather(rank, (loss, squared_norm))
+        nothing = torch.zeros((), dtype=torch.float64)
+        losses = [nothing if term is None else term.double() for term, _ in pairs]
+        norms = [nothing if term is None else term for _, term in pairs]
+        return gather_health(torch.stack(losses).sum(), torch.stack(norms).sum(), world_of_one())
+
+    def abort(self) -> None:
+        """Wake the ranks that wait for one that has failed."""
+        self._barrier.abort()
+
+
+def run_locally(
+    config: RunConfig,
+    plan: RunPlan,
+    work: Callable[[int, RankModel, Together], Any],
+    **board: Any,
+) -> list[Any]:
+    """Return work(rank, model, together) of every rank of `plan`."""
+    together = Together(plan.num_ranks)
+    world_of_one()
+    switchboard = Switchboard(plan.problem, torch.device(config.run.device), **board)
+
+    def run(rank: int) -> Any:
+        try:
+            model = build_rank(config, plan, local_mesh(plan, rank), switchboard.transport(rank))
+            return work(rank, model, together)
+        except BaseException:
+            together.abort()
+            raise
+
+    return run_ranks(switchboard, run)

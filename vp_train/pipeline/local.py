@@ -1,0 +1,368 @@
+"""All ranks of a pipeline as threads of one process: messages are copies and sums between events.
+
+It is a `Transport` like that over process groups, for one GPU or none.  On a GPU every rank has a
+stream for its passes and one for each communicator, so order, stalls and the lifetimes of tensors are
+those of many GPUs.  On a CPU it needs no processes.  Delays on request, seeded, change who is early.
+
+A communicator is an end of the vocabulary, or a pair of ranks and a direction.  Its messages go in
+the order of their issue.  The host of a rank waits for the messages of others; its device waits for
+their events.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from threading import Condition, Lock, Thread
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from schedules.lower import Exchange
+from schedules.problem import Problem
+from schedules.vocab import End, Transfer
+from vp_train.pipeline.comms import Issued, Pending, Watch
+from vp_train.streams import Mark, Streams, lend, streams_of
+
+Result = TypeVar("Result")
+_Key = tuple[object, ...]
+
+
+class RankLost(RuntimeError):
+    """Another rank of this process has failed or does not answer."""
+
+
+@dataclass(slots=True)
+class _Call:
+    """One communication: what its ranks have sent, and how many have still to read it."""
+
+    readers: int
+    messages: dict[int, tuple[Tensor, Mark]] = field(default_factory=dict)
+    counts: Sequence[int] = ()
+
+
+class Switchboard:
+    """Connects the ranks of one process.
+
+    `delay_seconds`: up to how long a rank waits before it issues a message, drawn with `seed`.
+    `timeout_seconds`: how long a rank waits for another before RankLost is raised.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        device: torch.device,
+        *,
+        delay_seconds: float = 0.0,
+        seed: int = 0,
+        timeout_seconds: float = 60.0,
+    ) -> None:
+        self.num_ranks = problem.layout.num_ranks
+        self.members = {end: problem.shard_ranks(end) for end in End}
+        self.end_ranks = tuple(sorted({problem.root(end) for end in End}))
+        self.device, self.delay_seconds, self.seed = device, delay_seconds, seed
+        self._timeout = timeout_seconds
+        self._changed = Condition()
+        self._calls: dict[_Key, _Call] = {}
+        self._failed: int | None = None
+
+    def transport(self, rank: int) -> LocalTransport:
+        """Return what `rank` communicates with."""
+        return LocalTransport(self, rank)
+
+    def put(
+        self,
+        key: _Key,
+        rank: int,
+        message: Tensor,
+        mark: Mark,
+        *,
+        readers: int,
+        counts: Sequence[int] = (),
+    ) -> None:
+        """Leave the message of `rank` for the call `key`, which `readers` ranks will read."""
+        with self._changed:
+            call = self._calls.setdefault(key, _Call(readers))
+            assert rank not in call.messages, f"rank {rank} sends {key} twice"
+            call.messages[rank], call.counts = (message, mark), counts or call.counts
+            self._changed.notify_all()
+
+    def messages(self, key: _Key, senders: Sequence[int]) -> _Call:
+        """Return the call `key` once all `senders` have left their messages."""
+
+        def complete() -> bool:
+            return key in self._calls and self._calls[key].messages.keys() >= set(senders)
+
+        with self._changed:
+            self._wait_for(complete, key)
+            return self._calls[key]
+
+    def read(self, key: _Key) -> None:
+        """Say that one rank has read the messages; after the last one they are gone."""
+        with self._changed:
+            self._calls[key].readers -= 1
+            if not self._calls[key].readers:
+                del self._calls[key]
+                self._changed.notify_all()
+
+    def is_read(self, key: _Key) -> bool:
+        """Return whether a call that had messages was read by all."""
+        with self._changed:
+            return key not in self._calls
+
+    def wait_until_read(self, key: _Key) -> None:
+        """Wait for that."""
+        with self._changed:
+            self._wait_for(lambda: key not in self._calls, key)
+
+    def fail(self, rank: int) -> None:
+        """Wake all ranks that wait for `rank`, which has failed."""
+        with self._changed:
+            self._failed = rank if self._failed is None else self._failed
+            self._changed.notify_all()
+
+    def _wait_for(self, ready: Callable[[], bool], key: _Key) -> None:
+        ended = self._changed.wait_for(lambda: ready() or self._failed is not None, self._timeout)
+        if ready():
+            return
+        if ended:
+            raise RankLost(f"rank {self._failed} has failed; {key} never comes")
+        raise RankLost(f"{key} has not come for {self._timeout:g} s")
+
+
+class _Channel:
+    """One communicator on one rank: what it has to do, in the order of its issue."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._queue: deque[_Arriving] = deque()
+        self._lock = Lock()  # a traced step waits in threads of its own
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            yield
+
+    def add(self, arriving: _Arriving) -> None:
+        self._queue.append(arriving)
+
+    def complete(self, wanted: _Arriving) -> None:
+        """Do what was issued up to `wanted`."""
+        with self._lock:
+            while wanted.done is None:
+                self._queue.popleft().perform()
+
+
+class _Arriving:
+    """What this rank has still to read of a call."""
+
+    def __init__(self, channel: _Channel, streams: Streams, perform: Callable[[], Tensor], after: Mark) -> None:
+        self._channel, self._streams, self._perform, self._after = channel, streams, perform, after
+        self.done: tuple[Tensor, Mark] | None = None
+
+    def perform(self) -> None:
+        with self._channel.current():
+            self._streams.follow(self._after)  # a communicator waits for its caller, as NCCL's do
+            result = self._perform()
+            self.done = result, self._streams.mark()
+
+    def wait(self) -> Tensor:
+        self._channel.complete(self)
+        assert self.done is not None
+        result, mark = self.done
+        self._streams.follow(mark)
+        return lend(result)
+
+    def is_completed(self) -> bool:
+        return self.done is not None and _reached(self.done[1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A message that others have still to read."""
+
+    board: Switchboard
+    key: _Key
+    message: Tensor
+
+    def wait(self) -> Tensor:
+        self.board.wait_until_read(self.key)
+        return self.message
+
+    def is_completed(self) -> bool:
+        return self.board.is_read(self.key)
+
+
+def _reached(mark: Mark) -> bool:
+    return mark is None or bool(mark.query())
+
+
+class LocalTransport:
+    """What one rank of a `Switchboard` communicates with."""
+
+    def __init__(self, board: Switchboard, rank: int) -> None:
+        self._board, self._rank = board, rank
+        self.streams = streams_of(board.device)
+        self._channels: dict[_Key, _Channel] = {}
+        self._calls: dict[_Key, int] = defaultdict(int)
+        self._random = random.Random(board.seed * 1_000 + rank)
+        self._spinning = board.device.type == "cuda"
+
+    def send(self, tensor: Tensor, peer: int, *, upstream: bool, watch: Watch) -> Pending:
+        key = self._next("hop", self._rank, peer, upstream)
+        self._put(key, tensor, readers=1)
+        return watch(_Sent(self._board, key, tensor))
+
+    def receive(self, buffer: Tensor, peer: int, *, upstream: bool, watch: Watch) -> Pending:
+        key = self._next("hop", peer, self._rank, upstream)
+
+        def read(call: _Call, messages: list[Tensor]) -> Tensor:
+            return buffer.copy_(messages[0])
+
+        return watch(self._arriving(key, (peer,), read))
+
+    def collective(
+        self,
+        exchange: Exchange,
+        message: Callable[[], Tensor],
+        counts: Sequence[int],
+        *,
+        beside: bool,
+        watch: Watch,
+    ) -> Pending:
+        end, members = exchange.end, self._board.members[exchange.end]
+        with self.streams.beside(end) if beside else nullcontext():
+            own = message()
+            if len(members) == 1:
+                gathers = exchange.transfer is Transfer.ALL_GATHER
+                return Issued(None, own[None] if gathers else own)
+            key = self._next(end)
+            to_root = exchange.transfer in (Transfer.REDUCE, Transfer.GATHER)
+            self._put(key, own, readers=1 if to_root else len(members), counts=counts)
+            if not exchange.delivers:
+                return watch(_Sent(self._board, key, own))
+            place = members.index(self._rank)
+            root = members.index(exchange.root)
+
+            def read(call: _Call, messages: list[Tensor]) -> Tensor:
+                return _result(exchange.transfer, messages, place, root, call.counts)
+
+            return watch(self._arriving(key, members, read))
+
+    def sum_over_ends(self, tensor: Tensor) -> None:
+        ends = self._board.end_ranks
+        if len(ends) == 1 or self._rank not in ends:
+            return
+        key = self._next("ends")
+        self._put(key, tensor.clone(), readers=len(ends))
+
+        def read(call: _Call, messages: list[Tensor]) -> Tensor:
+            return torch.stack(messages).sum(0)
+
+        tensor.copy_(self._arriving(key, ends, read).wait())
+
+    def _next(self, *channel: object) -> _Key:
+        number = self._calls[channel]
+        self._calls[channel] += 1
+        return (*channel, number)
+
+    def _put(self, key: _Key, message: Tensor, *, readers: int, counts: Sequence[int] = ()) -> None:
+        delay = self._random.random() * self._board.delay_seconds
+        if delay and self._spinning:
+            torch.cuda._sleep(int(delay * 1e9))  # type: ignore[no-untyped-call]  # cycles, 1 to 2 per ns
+        elif delay:
+            time.sleep(delay)
+        mark = self.streams.mark()
+        self._board.put(key, self._rank, message, mark, readers=readers, counts=counts)
+
+    def _arriving(self, key: _Key, senders: Sequence[int], read: Callable[[_Call, list[Tensor]], Tensor]) -> _Arriving:
+        channel = self._channel(key[:-1])
+
+        def perform() -> Tensor:
+            call = self._board.messages(key, senders)
+            messages = []
+            for sender in senders:
+                message, mark = call.messages[sender]
+                self.streams.follow(mark)
+                messages.append(lend(message))
+            result = read(call, messages)
+            self._board.read(key)
+            return result
+
+        arriving = _Arriving(channel, self.streams, perform, self.streams.mark())
+        channel.add(arriving)
+        return arriving
+
+    def _channel(self, name: _Key) -> _Channel:
+        if name not in self._channels:
+            self._channels[name] = _Channel(_stream_on(self._board.device) if self._spinning else None)
+        return self._channels[name]
+
+
+def _result(transfer: Transfer, messages: list[Tensor], place: int, root: int, counts: Sequence[int]) -> Tensor:
+    """Return what member `place` gets of the messages of all members, in their order."""
+    match transfer:
+        case Transfer.BROADCAST:
+            return messages[root].clone()
+        case Transfer.REDUCE | Transfer.ALL_SUM:
+            return torch.stack(messages).sum(0)
+        case Transfer.ALL_MAX:
+            return torch.stack(messages).amax(0)
+        case Transfer.ALL_GATHER:
+            return torch.stack(messages)
+        case Transfer.GATHER:
+            assert [len(message) for message in messages] == list(counts)
+            return torch.cat(messages)
+        case Transfer.SCATTER:
+            return messages[root].split_with_sizes(list(counts))[place].clone()
+
+
+def run_ranks(board: Switchboard, work: Callable[[int], Result]) -> list[Result]:
+    """Return work(rank) of every rank, each run in a thread of its own.
+
+    Raises the first error of a rank; the others end when they wait for it.
+    """
+    results: dict[int, Result] = {}
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            with _own_stream(board.device):
+                results[rank] = work(rank)
+        except BaseException as error:
+            if not isinstance(error, RankLost):
+                errors.insert(0, error)
+            errors.append(error)
+            board.fail(rank)
+
+    threads = [Thread(target=run, args=(rank,), daemon=True) for rank in range(board.num_ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [results[rank] for rank in range(board.num_ranks)]
+
+
+def _stream_on(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """Give the passes of a rank a stream of their own."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_device(device)
+    stream = _stream_on(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+        stream.synchronize()
