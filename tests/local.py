@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from threading import Barrier
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from tests.meshes import alone
 from vp_train.assembly import RankModel, build_rank
 from vp_train.config import RunConfig
 from vp_train.degrees import Degrees
@@ -20,21 +19,12 @@ from vp_train.pipeline.local import Switchboard, run_ranks
 from vp_train.plan import RunPlan
 
 
-@cache
-def world_of_one() -> dist.ProcessGroup:
-    """Return the default group of this process, which is alone in it."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    assert dist.group.WORLD is not None
-    return dist.group.WORLD
-
-
 def local_mesh(plan: RunPlan, rank: int) -> Mesh:
     """Return the mesh of a rank whose process groups have nobody else in them."""
-    alone = world_of_one()
+    group = alone()
     assert plan.degrees == Degrees(1, plan.num_ranks, 1)
-    groups = Groups((), (), alone, alone, {})
-    return Mesh(plan.degrees, rank, alone, alone, alone, alone, groups)
+    groups = Groups((), (), group, group, {})
+    return Mesh(plan.degrees, rank, group, group, group, group, groups)
 
 
 class Together:
@@ -58,7 +48,7 @@ class Together:
         nothing = torch.zeros((), dtype=torch.float64)
         losses = [nothing if term is None else term.double() for term, _ in pairs]
         norms = [nothing if term is None else term for _, term in pairs]
-        return gather_health(torch.stack(losses).sum(), torch.stack(norms).sum(), world_of_one())
+        return gather_health(torch.stack(losses).sum(), torch.stack(norms).sum(), alone())
 
     def abort(self) -> None:
         """Wake the ranks that wait for one that has failed."""
@@ -73,7 +63,7 @@ def run_locally(
 ) -> list[Any]:
     """Return work(rank, model, together) of every rank of `plan`."""
     together = Together(plan.num_ranks)
-    world_of_one()
+    alone()
     switchboard = Switchboard(plan.problem, torch.device(config.run.device), **board)
 
     def run(rank: int) -> Any:

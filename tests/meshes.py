@@ -30,7 +30,15 @@ def mesh_for(plan: RunPlan) -> Mesh:
 
 def _destroy(mesh: Mesh) -> None:
     pipeline = mesh.pipeline
-    groups = [mesh.steps, mesh.tensor, mesh.data, mesh.end_ranks, pipeline.forward, pipeline.backward, *pipeline.ends.values()]
+    groups = [
+        mesh.steps,
+        mesh.tensor,
+        mesh.data,
+        pipeline.end_ranks,
+        pipeline.forward,
+        pipeline.backward,
+        *pipeline.ends.values(),
+    ]
     for group in groups:
         if group is not None:
             dist.destroy_process_group(group)
@@ -38,5 +46,10 @@ def _destroy(mesh: Mesh) -> None:
 
 @cache
 def alone() -> dist.ProcessGroup:
-    """Collective: the group of this rank only."""
+    """Collective: the group of this rank only.  A process of no job becomes one of a single rank."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if dist.get_world_size() == 1:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
     return [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]

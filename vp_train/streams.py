@@ -15,7 +15,7 @@ The rule: a tensor must outlive its last use on every stream.  Two things see to
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -35,8 +35,8 @@ class Streams(Protocol):
         """Let the current stream wait for `mark`."""
         ...
 
-    def beside(self, name: object, *, after: Mark = None) -> Any:
-        """Return a context in which the side stream `name` is current; it waits for `after`."""
+    def beside(self, name: object) -> AbstractContextManager[None]:
+        """Return a context in which the side stream `name` is current."""
         ...
 
 
@@ -50,7 +50,7 @@ class HostOrder:
         pass
 
     @contextmanager
-    def beside(self, name: object, *, after: Mark = None) -> Iterator[None]:
+    def beside(self, name: object) -> Iterator[None]:
         yield
 
 
@@ -71,12 +71,11 @@ class CudaStreams:
             torch.cuda.current_stream(self._device).wait_event(mark)
 
     @contextmanager
-    def beside(self, name: object, *, after: Mark = None) -> Iterator[None]:
+    def beside(self, name: object) -> Iterator[None]:
         side = self._sides.get(name)
         if side is None:
             side = self._sides[name] = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(side):
-            self.follow(after)
             yield
 
 

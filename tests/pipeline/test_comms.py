@@ -3,13 +3,17 @@
 import gc
 import threading
 import time
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from schedules.vocab import End, Transfer
-from vp_train.pipeline.comms import Comms, Groups
+from schedules.lower import Exchange
+from schedules.problem import Collective
+from schedules.vocab import End, Payload, Transfer
+from vp_train.pipeline.comms import Comms, Issued, ProcessGroups
+from vp_train.pipeline.groups import Groups
 
 PASS_SECONDS, MESSAGE_SECONDS = 1.0, 0.2
 
@@ -18,7 +22,24 @@ def comms_of(world_size, *, through_host=False):
     everyone = list(range(world_size))
     forward, backward, output = (dist.new_group(everyone) for _ in range(3))
     groups = Groups(tuple(everyone), tuple(everyone), forward, backward, {End.INPUT: None, End.OUTPUT: output})
-    return Comms(groups, torch.device("cpu"), through_host=through_host)
+    return Comms(ProcessGroups(groups, torch.device("cpu"), through_host=through_host))
+
+
+def exchange(transfer, *, root=0, delivers=True, continues=None):
+    return Exchange(End.OUTPUT, transfer, Payload.SUMS, root, 0, contributes=True, delivers=delivers, continues=continues)
+
+
+def unwatched(pending):
+    return pending
+
+
+def started(comms, one, message, counts=(), earlier=None):
+    """The delivery of a collective, and the list in which it puts what it delivers."""
+    received = []
+    return comms.start(one, message, received.append, counts, earlier, unwatched), received
+
+
+CONTINUED = Collective("C1", 0)
 
 
 def sum_while_rank_1_computes(rank, world_size):
@@ -31,23 +52,24 @@ def sum_while_rank_1_computes(rank, world_size):
 
     dist.barrier()
     start = time.monotonic()
-    pending = comms.collective_aside(End.OUTPUT, Transfer.REDUCE, message, 0, delivers=rank == 0)
-    following = comms.collective(End.OUTPUT, Transfer.BROADCAST, torch.full((2,), 7.0 - rank), 0, delivers=True)
+    summed = exchange(Transfer.REDUCE, delivers=rank == 0, continues=CONTINUED)
+    pending, total = started(comms, summed, message)
+    following, received = started(comms, exchange(Transfer.BROADCAST), lambda: torch.full((2,), 7.0 - rank))
     if rank == 1:
         time.sleep(PASS_SECONDS)
         seconds = 0.0
     else:
-        pending.wait()
+        pending()
         seconds = time.monotonic() - start
-    received = following.wait().tolist()
+    following()
     comms.drain()
-    return seconds, pending.wait().tolist(), received
+    return seconds, [value.tolist() for value in total], received[0].tolist()
 
 
 def test_a_pass_does_not_delay_what_others_wait_for(ranks):
     (seconds, total, first), (*_, second) = ranks(2).run(sum_while_rank_1_computes)
     assert MESSAGE_SECONDS <= seconds < PASS_SECONDS
-    assert total == [3.0, 3.0]
+    assert total == [[3.0, 3.0]]
     assert first == second == [7.0, 7.0]  # issued after the sum on both ranks, though its message was there first
 
 
@@ -57,9 +79,9 @@ def fail_aside(rank, world_size):
     def message():
         raise ZeroDivisionError(f"no message on rank {rank}")
 
-    pending = comms.collective_aside(End.OUTPUT, Transfer.REDUCE, message, 0, delivers=True)
+    pending, _ = started(comms, exchange(Transfer.REDUCE, continues=CONTINUED), message)
     with pytest.raises(ZeroDivisionError, match=f"no message on rank {rank}"):
-        pending.wait()
+        pending()
     return True
 
 
@@ -71,9 +93,10 @@ def threads_left_by_comms(rank, world_size):
     """Threads before, with and right after a Comms that has issued something beside the passes."""
     before = set(threading.enumerate())
     comms = comms_of(world_size)
-    comms.collective_aside(End.OUTPUT, Transfer.ALL_SUM, lambda: torch.ones(2), 0, delivers=True).wait()
+    pending, _ = started(comms, exchange(Transfer.ALL_SUM, continues=CONTINUED), lambda: torch.ones(2))
+    pending()
     during = set(threading.enumerate()) - before
-    del comms
+    del comms, pending
     gc.collect()
     return len(during), len(set(threading.enumerate()) - before)
 
@@ -89,14 +112,17 @@ def gather_and_scatter(rank, world_size, through_host):
     """What arrives of the tokens that each rank owns, and what comes back; rank 1 is the root."""
     comms = comms_of(world_size, through_host=through_host)
     own = torch.full((COUNTS[rank], 2), float(rank))
-    gathered = comms.collective(End.OUTPUT, Transfer.GATHER, own, 1, delivers=rank == 1, counts=COUNTS).wait()
-    message = gathered * 10 if rank == 1 else own[:0]
-    scattered = comms.collective(End.OUTPUT, Transfer.SCATTER, message, 1, delivers=True, counts=COUNTS).wait()
-    hop = comms.receive(torch.empty(1), (rank - 1) % world_size, upstream=False)
-    comms.send(torch.tensor([float(rank)]), (rank + 1) % world_size, upstream=False)
+    gathering, gathered = started(comms, exchange(Transfer.GATHER, root=1, delivers=rank == 1), lambda: own, COUNTS)
+    if gathering is not None:
+        gathering()
+    message = gathered[0] * 10 if rank == 1 else own[:0]
+    scattering, scattered = started(comms, exchange(Transfer.SCATTER, root=1), lambda: message, COUNTS)
+    scattering()
+    hop = comms.receive(torch.empty(1), (rank - 1) % world_size, upstream=False, watch=unwatched)
+    comms.send(torch.tensor([float(rank)]), (rank + 1) % world_size, upstream=False, watch=unwatched)
     received = hop.wait().item()
     comms.drain()
-    return gathered.tolist(), scattered.tolist(), received
+    return gathered[0].tolist() if gathered else [], scattered[0].tolist(), received
 
 
 @pytest.mark.parametrize("through_host", [False, True])
@@ -105,3 +131,90 @@ def test_rows_are_gathered_in_rank_order_and_scattered_to_their_owners(ranks, th
     assert [gathered for gathered, _, _ in results] == [[], [[0.0, 0.0]] * 2 + [[2.0, 2.0]] * 3, []]
     assert [scattered for _, scattered, _ in results] == [[[0.0, 0.0]] * 2, [], [[20.0, 20.0]] * 3]
     assert [received for *_, received in results] == [2.0, 0.0, 1.0]
+
+
+class Recorded:
+    """Streams that write down what happens on which, in the order of the host."""
+
+    def __init__(self):
+        self.log, self._current, self._marks = [], "passes", 0
+
+    def mark(self):
+        self._marks += 1
+        self.log.append((self._current, f"mark {self._marks}"))
+        return self._marks
+
+    def follow(self, mark):
+        if mark is not None:
+            self.log.append((self._current, f"wait {mark}"))
+
+    @contextmanager
+    def beside(self, name):
+        outside, self._current = self._current, f"side of {name}"
+        yield
+        self._current = outside
+
+    def note(self, what):
+        self.log.append((self._current, what))
+
+
+class Alone:
+    """A transport of one rank that issues continued collectives beside the passes, as on CUDA."""
+
+    def __init__(self, streams):
+        self.streams = streams
+
+    def collective(self, one, message, counts, *, beside, watch):
+        with self.streams.beside(one.end) if beside else nullcontext():
+            tensor = message()
+            self.streams.note(f"issue {one.transfer}")
+            return Waiting(self.streams, tensor, one.transfer)
+
+
+class Waiting(Issued):
+    def __init__(self, streams, tensor, transfer):
+        super().__init__(None, tensor)
+        object.__setattr__(self, "note", lambda: streams.note(f"wait for {transfer}"))
+
+    def wait(self):
+        self.note()
+        return self.result
+
+
+def test_the_stream_of_the_passes_never_waits_for_what_a_barrier_continues():
+    """C1, then C1b which continues it, a pass, and T, which needs C1: only T's wait stops the passes, for an event."""
+    streams = Recorded()
+    comms = Comms(Alone(streams))
+    first, _ = started(comms, exchange(Transfer.ALL_GATHER), lambda: torch.ones(2))
+
+    def message():
+        streams.note("form the message")
+        return torch.ones(2)
+
+    second, _ = started(comms, exchange(Transfer.REDUCE, continues=CONTINUED), message, earlier=first)
+    streams.note("a pass")
+    first()
+    streams.note("T")
+    second()
+    assert streams.log == [
+        ("passes", "issue all_gather"),
+        ("side of output", "wait for all_gather"),
+        ("side of output", "mark 1"),
+        ("side of output", "form the message"),
+        ("side of output", "issue reduce"),
+        ("passes", "a pass"),
+        ("passes", "wait 1"),
+        ("passes", "T"),
+        ("passes", "wait for reduce"),
+        ("passes", "mark 2"),
+    ]
+
+
+def test_a_continued_barrier_follows_the_passes_where_these_have_waited_already():
+    streams = Recorded()
+    comms = Comms(Alone(streams))
+    first, _ = started(comms, exchange(Transfer.ALL_GATHER), lambda: torch.ones(2))
+    first()
+    streams.log.clear()
+    started(comms, exchange(Transfer.REDUCE, continues=CONTINUED), lambda: torch.ones(2))
+    assert streams.log == [("passes", "mark 2"), ("side of output", "wait 2"), ("side of output", "issue reduce")]

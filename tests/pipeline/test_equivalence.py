@@ -107,6 +107,8 @@ def compare(rank, world_size, cases, masked=False, packed=False):
 
 def compare_locally(config, plan, masked=False, packed=False, **board):
     """The same with all ranks in this process; a list of each rank's differences."""
+    dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
+    train_whole(as_one_process(config, 1), NUM_STEPS, dtype, masked=masked, packed=packed)  # once for all ranks
 
     def work(rank, model, together):
         return differences_of(config, plan, model, 0, partial(together.health, rank), masked=masked, packed=packed)

@@ -27,7 +27,7 @@ def test_each_token_is_owned_once():
     shards = split_rows(101, 4, [0, 60, 1, 40])
     found = torch.full_like(ids, -1)
     for shard in shards:
-        for microbatch, owned in enumerate(shard.owned(ids)):
+        for microbatch, owned in enumerate(shard.owned(ids, ids.device)):
             assert (found[microbatch, owned.positions] == -1).all()
             found[microbatch, owned.positions] = owned.rows + shard.start
     assert torch.equal(found, ids)

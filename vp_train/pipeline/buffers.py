@@ -39,8 +39,11 @@ class Once:
         self._action: Callable[[], None] | None = action
         self._lock = Lock()
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
+        """Return whether this call did it."""
         with self._lock:
+            first = self._action is not None
             if self._action is not None:
                 self._action()
                 self._action = None
+            return first

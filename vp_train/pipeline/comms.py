@@ -51,8 +51,8 @@ class Delivery:
         self._once = Once(self._deliver)
 
     def __call__(self) -> None:
-        self._once()
-        self._streams.follow(self._mark)
+        if not self._once():
+            self._streams.follow(self._mark)
 
     def _deliver(self) -> None:
         self._hand_over(self._pending.wait())

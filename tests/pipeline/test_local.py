@@ -1,0 +1,125 @@
+"""Ranks in one process: any timing gives the same bits, and one that fails ends all."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from schedules.generators import GENERATORS
+from schedules.lower import Exchange
+from schedules.vocab import End, Payload, Transfer
+from tests.local import run_locally
+from tests.pipeline.test_equivalence import config_of
+from tests.pipeline.truth import random_batch
+from tests.schedules.cases import problem
+from vp_train.config import VocabConfig
+from vp_train.pipeline.local import RankLost, Switchboard, run_ranks
+from vp_train.plan import make_plan
+
+NUM_SEEDS, DELAY_SECONDS = 200, 4e-4
+CPU = torch.device("cpu")
+
+
+def gradients_of(config, plan, batch, **board):
+    """Loss and gradients of one step, of all ranks."""
+
+    def work(rank, model, together):
+        loss = model.train_step(*batch)
+        found = {name: parameter.grad.clone() for name, parameter in model.parameters.items()}
+        return found if loss is None else found | {"loss": loss}
+
+    merged = {}
+    for rank, found in enumerate(run_locally(config, plan, work, **board)):
+        merged |= {f"{rank} {name}": tensor for name, tensor in found.items()}
+    return merged
+
+
+CASES = [(name, algorithm) for name in ("1f1b", "zb_h1", "v_half") for algorithm in ("one_barrier", "two_barrier")]
+
+
+@pytest.mark.parametrize(("name", "algorithm"), CASES)
+def test_delays_change_no_bit(name, algorithm):
+    """A case of every seed; all cases together see 200 of them."""
+    stages = GENERATORS[name].layout_of(3).num_stages
+    config = config_of(3, 4, 101, schedule=name, vocab=VocabConfig(algorithm), num_stages=stages, tied=True)
+    plan, batch = make_plan(config, 3), random_batch(config, 1)
+    expected = gradients_of(config, plan, batch)
+    for seed in range(CASES.index((name, algorithm)), NUM_SEEDS, len(CASES)):
+        found = gradients_of(config, plan, batch, delay_seconds=DELAY_SECONDS, seed=seed)
+        assert found.keys() == expected.keys()
+        different = [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])]
+        assert not different, f"seed {seed}"
+
+
+def test_messages_are_copies():
+    """What a sender does with a message after it was read changes nothing on the other side."""
+    board = Switchboard(problem(2, 1, "none"), CPU)
+
+    def work(rank):
+        transport = board.transport(rank)
+        if rank == 0:
+            message = torch.ones(3)
+            transport.send(message, 1, upstream=False, watch=lambda pending: pending).wait()
+            message.fill_(7)
+            return None
+        received = transport.receive(torch.empty(3), 0, upstream=False, watch=lambda pending: pending).wait()
+        time.sleep(0.05)
+        return received.tolist()
+
+    assert run_ranks(board, work) == [None, [1.0, 1.0, 1.0]]
+
+
+COUNTS = (2, 0, 3)
+
+
+@pytest.mark.parametrize("transfer", Transfer)
+def test_every_collective_delivers_what_its_name_says(transfer):
+    board = Switchboard(problem(3, 1, "one_barrier"), CPU, delay_seconds=0.01)
+    to_root = transfer in (Transfer.REDUCE, Transfer.GATHER)
+
+    def work(rank):
+        exchange = Exchange(
+            End.OUTPUT, transfer, Payload.SUMS, 1, 0, contributes=True, delivers=rank == 1 or not to_root, continues=None
+        )
+        rows = {Transfer.GATHER: COUNTS[rank], Transfer.SCATTER: 5 if rank == 1 else 0}.get(transfer, 2)
+        own = torch.arange(rows) + 10.0 * rank
+        counts = COUNTS if transfer in (Transfer.GATHER, Transfer.SCATTER) else ()
+        pending = board.transport(rank).collective(exchange, lambda: own, counts, beside=False, watch=lambda pending: pending)
+        return pending.wait().tolist() if exchange.delivers else None
+
+    gathered = [[0.0, 1.0], [10.0, 11.0], [20.0, 21.0]]
+    expected = {
+        Transfer.BROADCAST: [[10.0, 11.0]] * 3,
+        Transfer.REDUCE: [None, [30.0, 33.0], None],
+        Transfer.GATHER: [None, [0.0, 1.0, 20.0, 21.0, 22.0], None],
+        Transfer.SCATTER: [[10.0, 11.0], [], [12.0, 13.0, 14.0]],
+        Transfer.ALL_MAX: [[20.0, 21.0]] * 3,
+        Transfer.ALL_SUM: [[30.0, 33.0]] * 3,
+        Transfer.ALL_GATHER: [gathered] * 3,
+    }
+    assert run_ranks(board, work) == expected[transfer]
+
+
+def test_a_rank_that_fails_ends_the_others_with_its_own_error():
+    config = config_of(3, 2, 101)
+    config = replace(config, parallel=replace(config.parallel, pp=3))
+
+    def work(rank, model, together):
+        if rank == 1:
+            raise ZeroDivisionError("rank 1 is broken")
+        model.train_step(*random_batch(config, 1))
+
+    with pytest.raises(ZeroDivisionError, match="rank 1 is broken"):
+        run_locally(config, make_plan(config, 3), work)
+
+
+def test_a_rank_that_never_answers_is_named():
+    board = Switchboard(problem(2, 1, "none"), CPU, timeout_seconds=0.1)
+
+    def work(rank):
+        if rank == 0:
+            board.transport(0).receive(torch.empty(1), 1, upstream=True, watch=lambda pending: pending).wait()
+
+    with pytest.raises(RankLost, match=r"\('hop', 1, 0, True, 0\) has not come for 0.1 s"):
+        run_ranks(board, work)
