@@ -133,6 +133,7 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transpor
         config.loss.normalisation,
         leads=mesh.tensor_rank == 0,
         data=mesh.data if mesh.degrees.dp > 1 else None,
+        sequence_parts=mesh.degrees.tp if config.parallel.sequence_parallel else 1,
         parameters=_Parameters(gradients, optimizer, names_of, partial_names, mesh.tensor),
     )
     evaluating = replace(
@@ -142,7 +143,9 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transpor
     )
     if transport is None:
         through_host = config.run.device == "cuda" and config.run.comm_backend == "gloo"
-        transport = ProcessGroups(mesh.pipeline, device, through_host=through_host)
+        transport = ProcessGroups(
+            mesh.pipeline, device, through_host=through_host, whole_hops=config.parallel.sequence_parallel
+        )
     comms = Comms(transport)
     trainer = Executor(plan.program, rank, training, comms)
     evaluator = Executor(plan.evaluation_program, rank, evaluating, comms)

@@ -36,8 +36,8 @@ def estimate_cost(
     stages = _with_recompute(config, layers)
     bytes_of_layer = {recompute: layer_bytes(config, recompute) for recompute in {recompute for recompute, _ in stages}}
     stage_bytes = [float(len(stage) * bytes_of_layer[recompute]) for recompute, stage in stages]
-    if sequence_ranks > 1:  # a stage has its whole input besides
-        stage_bytes = [kept + message_bytes(config) for kept in stage_bytes]
+    if sequence_ranks > 1:  # the first stage keeps its whole input too
+        stage_bytes[0] += message_bytes(config)
     stage_bytes[0] += shape.embedding_activation_bytes(model, size, item_bytes)
     stage_bytes[-1] += shape.final_norm_activation_bytes(model, size, item_bytes, fused_norms=on_cuda) / sequence_ranks
     return CostModel(
@@ -47,7 +47,7 @@ def estimate_cost(
             )
             for kind, values in (_stage_seconds(config, layers) | _shard_seconds(config, rows, algorithm)).items()
         },
-        link_seconds(config.cost.hop_seconds, config.cost.hop_bytes_per_second, message_bytes(config)),
+        _hop_seconds(config),
         {barrier.name: _barrier_seconds(config, barrier, num_shards) for barrier in algorithm.barriers},
         tuple(stage_bytes),
         tuple(item_bytes * size * model.seq_length * (held_part(config) * count + model.hidden_size) for count in rows),
@@ -81,6 +81,18 @@ def link_seconds(fixed: float, bytes_per_second: float | None, num_bytes: float)
 def sum_seconds(fixed: float, bytes_per_second: float | None, num_bytes: float, num_ranks: int) -> float:
     """A sum that all ranks get, in a ring: every rank sends 2 (n - 1) / n of it; twice as long as scattering or gathering."""
     return 0.0 if num_ranks == 1 else link_seconds(fixed, bytes_per_second, 2 * (num_ranks - 1) / num_ranks * num_bytes)
+
+
+def _hop_seconds(config: RunConfig) -> float:
+    """Return the seconds of one hop: each of the tensor-parallel ranks sends its part.
+
+    Unless stages work on parts of sequences, the receivers then gather them.
+    """
+    cost, tp, message = config.cost, config.parallel.tp, message_bytes(config)
+    sent = link_seconds(cost.hop_seconds, cost.hop_bytes_per_second, message / tp)
+    if config.parallel.sequence_parallel:
+        return sent
+    return sent + sum_seconds(cost.tensor_seconds, cost.tensor_bytes_per_second, message, tp) / 2
 
 
 def input_gradient_bytes(config: RunConfig) -> int:

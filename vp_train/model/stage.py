@@ -49,7 +49,10 @@ class Stage(nn.Module):
         split_sequences: bool = False,
     ) -> None:
         super().__init__()
-        self._sequence_group = group if split_sequences else None
+        # Between stages each rank has its part of the sequences, the vocabulary layers see them whole.
+        self._splits_input = group if split_sequences and first else None
+        self._joins_output = group if split_sequences and final_norm else None
+        self._sequence_parts = group.size() if split_sequences else 1
         self.weight_grads = WeightGradStore()
         self._local = {str(index) for index in layers if model.is_local(index)}
         self.layers = nn.ModuleDict(
@@ -90,21 +93,24 @@ class Stage(nn.Module):
         )
 
     def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
-        """[s, b, h] -> [s, b, h], s at most model.seq_length; attention stays within `segments` [b, s], if given."""
+        """[s, b, h] -> [s, b, h], s at most model.seq_length; attention stays within `segments` [b, s], if given.
+
+        With `split_sequences` over n ranks, [s / n, b, h] but for the first stage's input and the last stage's output.
+        """
         documents = None if segments is None else document_lengths(segments)
         if self.scale is not None:
             x = x * self.scale
         if self.positions is not None:
             x = x + _by_token(self.positions, x.shape[:2], documents)
-        num_tokens = len(x)
-        if self._sequence_group is not None:
-            x = split_sequence(x, self._sequence_group)
+        if self._splits_input is not None:
+            x = split_sequence(x, self._splits_input)
+        num_tokens = len(x) * self._sequence_parts
         for name, layer in self.layers.items():
             angles = self.local_angles if name in self._local else self.angles
             x = layer(x, None if angles is None else angles[:num_tokens], documents)
         if self.final_norm is not None:
             x = self.final_norm(x)
-        return x if self._sequence_group is None else join_sequence(x, self._sequence_group)
+        return x if self._joins_output is None else join_sequence(x, self._joins_output)
 
     def completing(self, done: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
         return nullcontext()
