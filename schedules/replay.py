@@ -8,8 +8,9 @@ replay is one walk over these activities, and an operation in the wrong place sh
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import chain
 
 from schedules.cost import CostModel
 from schedules.graph import DeadlockError
@@ -19,6 +20,14 @@ from schedules.problem import Collective
 from schedules.simulate import peak
 from schedules.timeline import Span, Timeline
 from schedules.vocab import End
+
+
+class Hops(StrEnum):
+    """Which transfers between two ranks run one after the other, in the order of their issue."""
+
+    FREE = "free"  # none
+    DIRECTED = "directed"  # those from one rank to the other
+    PAIRED = "paired"  # the activations of both directions; and so the gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +43,19 @@ class Runtime:
     Without it an operation is issued when the passes before it have ended.
     `continues_beside_passes`: a collective that continues another starts when that one has ended,
     whatever the passes do.  Without it START waits for that one in the stream of the passes.
-    `hops_in_order`: what one rank sends to another travels in the order of issue, one hop at a time.
+    `hops`: which transfers between ranks share a stream.
     """
 
     name: str
     issues_ahead: bool
     continues_beside_passes: bool
-    hops_in_order: bool
+    hops: Hops
 
 
 # CUDA: a compute stream, a stream per communicator, a side stream per end for its messages.
-CUDA = Runtime("cuda", issues_ahead=True, continues_beside_passes=True, hops_in_order=True)
+CUDA = Runtime("cuda", issues_ahead=True, continues_beside_passes=True, hops=Hops.PAIRED)
 # gloo: the host runs the passes; a thread per end issues that end's collectives.
-GLOO = Runtime("gloo", issues_ahead=False, continues_beside_passes=True, hops_in_order=False)
+GLOO = Runtime("gloo", issues_ahead=False, continues_beside_passes=True, hops=Hops.FREE)
 RUNTIMES = {runtime.name: runtime for runtime in (CUDA, GLOO)}
 
 
@@ -64,7 +73,7 @@ class Replay:
 
 @dataclass(frozen=True, slots=True)
 class LateStart:
-    """A pass before which a rank waits `seconds` longer than simulated, for the operation `cause`."""
+    """A pass before which a rank waits `seconds` longer than simulated, at the operation `cause`."""
 
     rank: int
     name: str
@@ -82,7 +91,8 @@ def replay(program: Program, cost: CostModel, runtime: Runtime) -> Replay:
     """
     walk = _Walk.over(program, cost, runtime)
     walk.run()
-    return Replay(_timeline_of(walk, program, cost), tuple(map(walk.causes, range(len(program.ranks)))))
+    causes = tuple(map(walk.causes, range(len(program.ranks))))
+    return Replay(_timeline_of(walk, program, cost), causes)
 
 
 def late_starts(replayed: Replay, simulated: Timeline) -> list[LateStart]:
@@ -93,9 +103,8 @@ def late_starts(replayed: Replay, simulated: Timeline) -> list[LateStart]:
     """
     noise = 1e-9 * simulated.makespan
     found = []
-    for rank, (spans, expected) in enumerate(
-        zip(replayed.timeline.compute, simulated.compute, strict=True)
-    ):
+    timelines = zip(replayed.timeline.compute, simulated.compute, strict=True)
+    for rank, (spans, expected) in enumerate(timelines):
         if [span.name for span in spans] != [span.name for span in expected]:
             raise ValueError(f"the passes of rank {rank} differ in replay and simulation")
         before = planned = 0.0
@@ -108,7 +117,7 @@ def late_starts(replayed: Replay, simulated: Timeline) -> list[LateStart]:
 
 
 _Hop = tuple[Pass, int, int]  # what, from, to
-_Communicator = End | tuple[int, int]
+_Communicator = End | tuple[int, int, bool]
 
 
 @dataclass(slots=True)
@@ -116,29 +125,42 @@ class _Walk:
     """Activities: passes, communications, and the moments at which passes wait for these.
 
     `seconds`, `missing`, `followers` and `start` are indexed by the activity.  `missing` counts the
-    activities that have not ended yet, and the ranks that have not issued it.  `placed[r]` are
-    rank r's operations with the activity of each, `communications` what they exchange.
+    activities that have not ended yet, and the ranks that have not issued it.  `passes[r]` is the
+    stream of rank r's passes, each operation with its activity; `issued[r]` are the operations that
+    issue a communication, with that; `communications` what all ranks exchange.
     """
 
-    placed: list[list[tuple[Op, int]]]
+    cost: CostModel
+    runtime: Runtime
     seconds: list[float] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)
     followers: list[list[int]] = field(default_factory=list)
     start: list[float] = field(default_factory=list)
+    passes: list[list[tuple[Op, int]]] = field(default_factory=list)
+    issued: list[list[tuple[Op, int]]] = field(default_factory=list)
     communications: dict[Collective | _Hop, int] = field(default_factory=dict)
 
     @classmethod
     def over(cls, program: Program, cost: CostModel, runtime: Runtime) -> _Walk:
-        """Lay out the activities of `program`."""
-        walk = cls([[] for _ in program.ranks])
-        walk._announce(program, cost)
+        """Lay out the activities of `program`.
+
+        A collective needs every rank that ever starts one of its end.
+        """
+        walk = cls(cost, runtime)
+        members: dict[End, set[int]] = {end: set() for end in End}
+        ends: dict[Collective, End] = {}
         for rank, ops in enumerate(program.ranks):
-            walk._place(rank, ops, cost, runtime)
+            for end, items in walk._place(rank, ops).items():
+                members[end].add(rank)
+                ends |= dict.fromkeys(items, end)
+        for item, activity in walk.communications.items():
+            if isinstance(item, Collective):
+                walk.missing[activity] += len(members[ends[item]]) if item in ends else 1
         return walk
 
-    def _add(self, seconds: float, missing: int = 0) -> int:
+    def _add(self, seconds: float) -> int:
         self.seconds.append(seconds)
-        self.missing.append(missing)
+        self.missing.append(0)
         self.followers.append([])
         return len(self.seconds) - 1
 
@@ -147,36 +169,50 @@ class _Walk:
             self.followers[earlier].append(later)
             self.missing[later] += 1
 
-    def _announce(self, program: Program, cost: CostModel) -> None:
-        """Add all communications: a collective needs every rank that ever starts one of its end."""
-        members: dict[End, set[int]] = {end: set() for end in End}
-        ends: dict[Collective, End] = {}
-        for rank, ops in enumerate(program.ranks):
-            for op in ops:
-                item = op.item
-                if isinstance(item, Pass):
-                    if op.action in (Action.SEND, Action.RECV, Action.ARRIVE):
-                        hop = _hop_of(op, item, rank)
-                        if hop not in self.communications:
-                            self.communications[hop] = self._add(cost.hop_seconds, 2)
-                elif op.exchange is not None:
-                    ends[item] = op.exchange.end
-                    members[op.exchange.end].add(rank)
-        for item, end in ends.items():
-            self.communications[item] = self._add(cost.barrier(item.barrier), len(members[end]))
+    def _hop(self, op: Op, rank: int) -> tuple[int, _Communicator | None]:
+        """Return the activity of a transfer, and the communicator if it has to wait for that."""
+        item, peer = op.item, op.peer
+        assert isinstance(item, Pass)
+        assert peer is not None
+        hop = (item, rank, peer) if op.action is Action.SEND else (item, peer, rank)
+        activity = self.communications.get(hop)
+        if activity is None:
+            activity = self.communications[hop] = self._add(self.cost.hop_seconds)
+            self.missing[activity] = 2
+        match self.runtime.hops:
+            case Hops.FREE:
+                return activity, None
+            case Hops.DIRECTED:
+                return activity, (hop[1], hop[2], True)
+            case Hops.PAIRED:
+                return activity, (min(rank, peer), max(rank, peer), item.kind is Kind.F)
 
-    def _place(self, rank: int, ops: tuple[Op, ...], cost: CostModel, runtime: Runtime) -> None:
-        """Put the operations of one rank in order; `passes` and `last` are the ends of its streams."""
-        passes = -1
+    def _collective(self, item: Collective) -> int:
+        activity = self.communications.get(item)
+        if activity is None:
+            activity = self.communications[item] = self._add(self.cost.barrier(item.barrier))
+        return activity
+
+    def _place(self, rank: int, ops: tuple[Op, ...]) -> dict[End, list[Collective]]:
+        """Put the operations of one rank in order, and return the collectives that it starts.
+
+        `now` and `last` are the ends of the rank's streams so far.
+        """
+        now = -1
         last: dict[_Communicator, int] = {}
+        started: dict[End, list[Collective]] = {}
+        passes: list[tuple[Op, int]] = []
+        issued: list[tuple[Op, int]] = []
+        self.passes.append(passes)
+        self.issued.append(issued)
 
-        def wait_for(op: Op, communication: int) -> None:
-            nonlocal passes
-            activity = self._add(0.0)
-            self._follow(passes, activity)
-            self._follow(communication, activity)
-            self.placed[rank].append((op, activity))
-            passes = activity
+        def run(op: Op, seconds: float, after: int = -1) -> None:
+            nonlocal now
+            activity = self._add(seconds)
+            self._follow(now, activity)
+            self._follow(after, activity)
+            passes.append((op, activity))
+            now = activity
 
         def issue(op: Op, activity: int, communicator: _Communicator | None, after: int) -> None:
             self.missing[activity] -= 1
@@ -184,47 +220,34 @@ class _Walk:
             if communicator is not None:
                 self._follow(last.get(communicator, -1), activity)
                 last[communicator] = activity
-            self.placed[rank].append((op, activity))
+            issued.append((op, activity))
 
         for op in ops:
-            item, exchange = op.item, op.exchange
-            match op.action:
-                case Action.RUN:
-                    assert isinstance(item, Pass)
-                    activity = self._add(cost.seconds(item))
-                    self._follow(passes, activity)
-                    self.placed[rank].append((op, activity))
-                    passes = activity
-                case Action.SEND | Action.RECV:
-                    assert isinstance(item, Pass)
-                    hop = _hop_of(op, item, rank)
-                    channel = hop[1:] if runtime.hops_in_order else None
-                    issue(op, self.communications[hop], channel, passes)
-                case Action.ARRIVE:
-                    assert isinstance(item, Pass)
-                    wait_for(op, self.communications[_hop_of(op, item, rank)])
-                case Action.WAIT:
-                    assert isinstance(item, Collective)
-                    wait_for(op, self._collective(item))
-                case Action.START:
-                    assert isinstance(item, Collective)
-                    assert exchange is not None
-                    activity, after = self.communications[item], passes
-                    if exchange.continues is not None:
-                        earlier = self._collective(exchange.continues)
-                        if not runtime.continues_beside_passes:
-                            wait_for(op, earlier)
-                            after = passes
-                        else:
-                            self._follow(earlier, activity)
-                            after = -1 if runtime.issues_ahead else passes
-                    issue(op, activity, exchange.end, after)
-
-    def _collective(self, item: Collective) -> int:
-        """Return the activity of a collective; of one that no rank starts, an endless one."""
-        if item not in self.communications:
-            self.communications[item] = self._add(0.0, 1)
-        return self.communications[item]
+            item, action = op.item, op.action
+            if isinstance(item, Collective):
+                if action is Action.WAIT:
+                    run(op, 0.0, self._collective(item))
+                    continue
+                exchange, after = op.exchange, now
+                assert exchange is not None
+                started.setdefault(exchange.end, []).append(item)
+                activity = self._collective(item)
+                if exchange.continues is not None:
+                    earlier = self._collective(exchange.continues)
+                    if self.runtime.continues_beside_passes:
+                        self._follow(earlier, activity)
+                        after = -1 if self.runtime.issues_ahead else now
+                    else:
+                        run(op, 0.0, earlier)
+                        after = now
+                issue(op, activity, exchange.end, after)
+            elif action is Action.RUN:
+                run(op, self.cost.seconds(item))
+            elif action is Action.ARRIVE:
+                run(op, 0.0, self._hop(op, rank)[0])
+            elif action is not Action.NEED:
+                issue(op, *self._hop(op, rank), now)
+        return started
 
     def run(self) -> None:
         """Find the start of every activity."""
@@ -245,13 +268,18 @@ class _Walk:
         if done < len(seconds):
             raise DeadlockError(self._stuck())
 
+    def span(self, rank: int, item: Pass | Collective, activity: int) -> Span:
+        """Return the interval of a pass or a collective, shown on `rank`."""
+        start = self.start[activity]
+        kind, stage = (item.kind.value, item.stage) if isinstance(item, Pass) else (item.barrier, -1)
+        return Span(rank, str(item), kind, stage, item.microbatch, start, start + self.seconds[activity])
+
     def _stuck(self) -> str:
         """Say where each rank stands: where its passes stop, or else what it issued in vain."""
         words = []
-        for rank, placed in enumerate(self.placed):
-            waiting = [op for op, activity in placed if self.missing[activity] != 0]
-            stops = (op for op in waiting if op.action not in (Action.SEND, Action.RECV, Action.START))
-            if (op := next(stops, waiting[0] if waiting else None)) is not None:
+        for rank, ops in enumerate(zip(self.passes, self.issued, strict=True)):
+            waiting = (op for op, activity in chain(*ops) if self.missing[activity] != 0)
+            if (op := next(waiting, None)) is not None:
                 words.append(f"rank {rank} stands at {op}")
         return "deadlock: " + ", ".join(words)
 
@@ -259,43 +287,31 @@ class _Walk:
         """Return the operation that each pass of `rank` waited for last."""
         found: list[Op | None] = []
         now, cause = 0.0, None
-        for op, activity in self.placed[rank]:
+        for op, activity in self.passes[rank]:
             start = self.start[activity]
             if op.action is Action.RUN:
                 found.append(cause)
                 now, cause = start + self.seconds[activity], None
-            elif start > now and op.action in (Action.ARRIVE, Action.WAIT):
+            elif start > now:
                 now, cause = start, op
         return tuple(found)
 
 
-def _hop_of(op: Op, item: Pass, rank: int) -> _Hop:
-    assert op.peer is not None
-    return (item, rank, op.peer) if op.action is Action.SEND else (item, op.peer, rank)
-
-
 def _timeline_of(walk: _Walk, program: Program, cost: CostModel) -> Timeline:
     """Return the spans of a walk, and the peaks of every rank."""
-    kinds = Counter(op.item.kind for ops in program.ranks for op in ops if isinstance(op.item, Pass))
-    frees = next((kind for kind in (Kind.W, Kind.B) if kind in kinds), Kind.F)
-    compute, peak_bytes, peak_in_flight = [], [], []
+    split = any(op.item.kind is Kind.W for ops in program.ranks for op in ops if isinstance(op.item, Pass))
+    frees = Kind.F if program.forward_only else Kind.W if split else Kind.B
+    compute: list[tuple[Span, ...]] = []
     comm: dict[Collective, Span] = {}
-    for rank, placed in enumerate(walk.placed):
-        spans, changes, flying = [], [], []
-        for op, activity in placed:
-            start, item = walk.start[activity], op.item
-            end = start + walk.seconds[activity]
-            if isinstance(item, Collective):
-                if op.exchange is not None and item not in comm:
-                    root, name = op.exchange.root, item.barrier
-                    comm[item] = Span(root, str(item), name, -1, item.microbatch, start, end)
-            elif op.action is Action.RUN:
-                kind, stage, microbatch = item.kind, item.stage, item.microbatch
-                spans.append(Span(rank, str(item), kind.value, stage, microbatch, start, end))
-                changes.append(0.0 if program.forward_only else cost.byte_change(item))
-                flying.append((kind is Kind.F) - (kind is frees))
-        compute.append(tuple(spans))
-        peak_bytes.append(peak(changes))
-        peak_in_flight.append(int(peak(flying)))
+    peak_bytes, peak_in_flight = [], []
+    for rank, (passes, issued) in enumerate(zip(walk.passes, walk.issued, strict=True)):
+        runs = [(op.item, activity) for op, activity in passes if op.action is Action.RUN]
+        items = [item for item, _ in runs if isinstance(item, Pass)]
+        compute.append(tuple(walk.span(rank, item, activity) for item, activity in runs))
+        peak_bytes.append(0.0 if program.forward_only else peak(map(cost.byte_change, items)))
+        peak_in_flight.append(int(peak((item.kind is Kind.F) - (item.kind is frees) for item in items)))
+        for op, activity in issued:
+            if isinstance(op.item, Collective) and op.exchange is not None and op.item not in comm:
+                comm[op.item] = walk.span(op.exchange.root, op.item, activity)
     ordered = sorted(comm.values(), key=lambda span: span.start)
     return Timeline(tuple(compute), tuple(ordered), tuple(peak_bytes), tuple(peak_in_flight))
