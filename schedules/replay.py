@@ -165,9 +165,8 @@ class _Walk:
         return len(self.seconds) - 1
 
     def _follow(self, earlier: int, later: int) -> None:
-        if earlier >= 0:
-            self.followers[earlier].append(later)
-            self.missing[later] += 1
+        self.followers[earlier].append(later)
+        self.missing[later] += 1
 
     def _hop(self, op: Op, rank: int) -> tuple[int, _Communicator | None]:
         """Return the activity of a transfer, and the communicator if it has to wait for that."""
@@ -209,16 +208,20 @@ class _Walk:
         def run(op: Op, seconds: float, after: int = -1) -> None:
             nonlocal now
             activity = self._add(seconds)
-            self._follow(now, activity)
-            self._follow(after, activity)
+            if now >= 0:
+                self._follow(now, activity)
+            if after >= 0:
+                self._follow(after, activity)
             passes.append((op, activity))
             now = activity
 
         def issue(op: Op, activity: int, communicator: _Communicator | None, after: int) -> None:
             self.missing[activity] -= 1
-            self._follow(after, activity)
+            if after >= 0:
+                self._follow(after, activity)
             if communicator is not None:
-                self._follow(last.get(communicator, -1), activity)
+                if communicator in last:
+                    self._follow(last[communicator], activity)
                 last[communicator] = activity
             issued.append((op, activity))
 
@@ -271,8 +274,10 @@ class _Walk:
     def span(self, rank: int, item: Pass | Collective, activity: int) -> Span:
         """Return the interval of a pass or a collective, shown on `rank`."""
         start = self.start[activity]
-        kind, stage = (item.kind.value, item.stage) if isinstance(item, Pass) else (item.barrier, -1)
-        return Span(rank, str(item), kind, stage, item.microbatch, start, start + self.seconds[activity])
+        end = start + self.seconds[activity]
+        if isinstance(item, Pass):
+            return Span(rank, str(item), item.kind.value, item.stage, item.microbatch, start, end)
+        return Span(rank, str(item), item.barrier, -1, item.microbatch, start, end)
 
     def _stuck(self) -> str:
         """Say where each rank stands: where its passes stop, or else what it issued in vain."""
@@ -299,8 +304,9 @@ class _Walk:
 
 def _timeline_of(walk: _Walk, program: Program, cost: CostModel) -> Timeline:
     """Return the spans of a walk, and the peaks of every rank."""
-    split = any(op.item.kind is Kind.W for ops in program.ranks for op in ops if isinstance(op.item, Pass))
-    frees = Kind.F if program.forward_only else Kind.W if split else Kind.B
+    frees = Kind.F if program.forward_only else Kind.B
+    if any(isinstance(op.item, Pass) and op.item.kind is Kind.W for op in program.ranks[0]):
+        frees = Kind.W
     compute: list[tuple[Span, ...]] = []
     comm: dict[Collective, Span] = {}
     peak_bytes, peak_in_flight = [], []
@@ -309,7 +315,8 @@ def _timeline_of(walk: _Walk, program: Program, cost: CostModel) -> Timeline:
         items = [item for item, _ in runs if isinstance(item, Pass)]
         compute.append(tuple(walk.span(rank, item, activity) for item, activity in runs))
         peak_bytes.append(0.0 if program.forward_only else peak(map(cost.byte_change, items)))
-        peak_in_flight.append(int(peak((item.kind is Kind.F) - (item.kind is frees) for item in items)))
+        flying = [(item.kind is Kind.F) - (item.kind is frees) for item in items]
+        peak_in_flight.append(int(peak(flying)))
         for op, activity in issued:
             if isinstance(op.item, Collective) and op.exchange is not None and op.item not in comm:
                 comm[op.item] = walk.span(op.exchange.root, op.item, activity)
