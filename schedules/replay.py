@@ -73,7 +73,7 @@ class Replay:
 
 @dataclass(frozen=True, slots=True)
 class LateStart:
-    """A pass before which a rank waits `seconds` longer than simulated, at the operation `cause`."""
+    """A pass before which a rank waits at the operation `cause`, `seconds` longer than simulated."""
 
     rank: int
     name: str

@@ -122,7 +122,7 @@ def wrong_exchange(ops):
 
 
 def test_a_program_of_other_microbatches_is_refused(case, program):
-    with pytest.raises(ValueError, match="of 3 microbatches.* of 4"):
+    with pytest.raises(ValueError, match=r"of 3 microbatches.* of 4"):
         check_program(replace(program, num_microbatches=3), case)
 
 
