@@ -125,9 +125,9 @@ class _Walk:
     """Activities: passes, communications, and the moments at which passes wait for these.
 
     `seconds`, `missing`, `followers` and `start` are indexed by the activity.  `missing` counts the
-    activities that have not ended yet, and the ranks that have not issued it.  `passes[r]` is the
-    stream of rank r's passes, each operation with its activity; `issued[r]` are the operations that
-    issue a communication, with that; `communications` what all ranks exchange.
+    ranks that have not issued it and, in a run, what it follows that has not ended.  `passes[r]` is
+    the stream of rank r's passes, each operation with its activity; `issued[r]` are the operations
+    that issue a communication, with that; `communications` what all ranks exchange.
     """
 
     cost: CostModel
@@ -164,12 +164,7 @@ class _Walk:
         self.followers.append([])
         return len(self.seconds) - 1
 
-    def _follow(self, earlier: int, later: int) -> None:
-        self.followers[earlier].append(later)
-        self.missing[later] += 1
-
-    def _hop(self, op: Op, rank: int) -> tuple[int, _Communicator | None]:
-        """Return the activity of a transfer, and the communicator if it has to wait for that."""
+    def _transfer(self, op: Op, rank: int) -> int:
         item, peer = op.item, op.peer
         assert isinstance(item, Pass)
         assert peer is not None
@@ -178,13 +173,20 @@ class _Walk:
         if activity is None:
             activity = self.communications[hop] = self._add(self.cost.hop_seconds)
             self.missing[activity] = 2
+        return activity
+
+    def _channel(self, op: Op, rank: int) -> _Communicator | None:
+        """Return the communicator in which a transfer waits for those issued before it."""
+        item, peer = op.item, op.peer
+        assert isinstance(item, Pass)
+        assert peer is not None
         match self.runtime.hops:
             case Hops.FREE:
-                return activity, None
+                return None
             case Hops.DIRECTED:
-                return activity, (hop[1], hop[2], True)
+                return (rank, peer, True) if op.action is Action.SEND else (peer, rank, True)
             case Hops.PAIRED:
-                return activity, (min(rank, peer), max(rank, peer), item.kind is Kind.F)
+                return (min(rank, peer), max(rank, peer), item.kind is Kind.F)
 
     def _collective(self, item: Collective) -> int:
         activity = self.communications.get(item)
@@ -200,6 +202,7 @@ class _Walk:
         now = -1
         last: dict[_Communicator, int] = {}
         started: dict[End, list[Collective]] = {}
+        followers = self.followers
         passes: list[tuple[Op, int]] = []
         issued: list[tuple[Op, int]] = []
         self.passes.append(passes)
@@ -209,19 +212,19 @@ class _Walk:
             nonlocal now
             activity = self._add(seconds)
             if now >= 0:
-                self._follow(now, activity)
+                followers[now].append(activity)
             if after >= 0:
-                self._follow(after, activity)
+                followers[after].append(activity)
             passes.append((op, activity))
             now = activity
 
         def issue(op: Op, activity: int, communicator: _Communicator | None, after: int) -> None:
             self.missing[activity] -= 1
             if after >= 0:
-                self._follow(after, activity)
+                followers[after].append(activity)
             if communicator is not None:
                 if communicator in last:
-                    self._follow(last[communicator], activity)
+                    followers[last[communicator]].append(activity)
                 last[communicator] = activity
             issued.append((op, activity))
 
@@ -238,7 +241,7 @@ class _Walk:
                 if exchange.continues is not None:
                     earlier = self._collective(exchange.continues)
                     if self.runtime.continues_beside_passes:
-                        self._follow(earlier, activity)
+                        followers[earlier].append(activity)
                         after = -1 if self.runtime.issues_ahead else now
                     else:
                         run(op, 0.0, earlier)
@@ -247,15 +250,17 @@ class _Walk:
             elif action is Action.RUN:
                 run(op, self.cost.seconds(item))
             elif action is Action.ARRIVE:
-                run(op, 0.0, self._hop(op, rank)[0])
+                run(op, 0.0, self._transfer(op, rank))
             elif action is not Action.NEED:
-                issue(op, *self._hop(op, rank), now)
+                issue(op, self._transfer(op, rank), self._channel(op, rank), now)
         return started
 
     def run(self) -> None:
         """Find the start of every activity."""
         seconds, missing, followers = self.seconds, self.missing, self.followers
         start = self.start = [0.0] * len(seconds)
+        for later in chain.from_iterable(followers):
+            missing[later] += 1
         ready = [activity for activity, count in enumerate(missing) if count == 0]
         done = 0
         while ready:
@@ -276,7 +281,8 @@ class _Walk:
         start = self.start[activity]
         end = start + self.seconds[activity]
         if isinstance(item, Pass):
-            return Span(rank, str(item), item.kind.value, item.stage, item.microbatch, start, end)
+            stage, kind, microbatch = item.stage, item.kind.value, item.microbatch
+            return Span(rank, f"{stage}{kind}{microbatch}", kind, stage, microbatch, start, end)
         return Span(rank, str(item), item.barrier, -1, item.microbatch, start, end)
 
     def _stuck(self) -> str:
