@@ -76,7 +76,7 @@ def _check_rank(rank: int, ops: tuple[Op, ...], problem: Problem) -> None:
         for before in _needs(op, rank, problem):
             if before not in done:
                 raise ValueError(f"rank {rank} does {op} before {Op(*before)}")
-        if isinstance(op.item, Collective) and op.action is Action.START and op.exchange != exchange_of(op.item, rank, problem):
+        if op.action is Action.START and isinstance(op.item, Collective) and op.exchange != exchange_of(op.item, rank, problem):
             raise ValueError(f"rank {rank} does {op} with the exchange {op.exchange}")
         if isinstance(op.item, Pass) and op.item.kind in (Kind.F, Kind.E, Kind.S):
             weights = op.item.kind, op.item.stage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 
 from schedules.generators import GENERATORS
 from schedules.ir import Kind, Schedule
+from schedules.lower import lower
+from schedules.replay import RUNTIMES, Hops, Runtime, replay
 from vp_train import cli
 from vp_train.cli import load_config
 from vp_train.config import ConfigError
@@ -114,7 +117,15 @@ def test_settings_are_those_of_vp_train(vp_simulate):
         assert words in out
     code, out, _ = vp_simulate("--help")
     assert code == 0
-    for words in ("--out DIR", "--compare A,B,...", "--vocab A,B,...", "a100_4b", "clip_grad_norm:", "vp-simulate --out"):
+    for words in (
+        "--out DIR",
+        "--compare A,B,...",
+        "--vocab A,B,...",
+        "--runtime NAME",
+        "a100_4b",
+        "clip_grad_norm:",
+        "vp-simulate --out",
+    ):
         assert words in out
 
 
@@ -129,9 +140,11 @@ def test_a_model_may_be_chosen_after_all():
         (["--compare", "1f1b,x"], "--compare: 'x' is not known; choose from gpipe, 1f1b"),
         (["--compare=1f1b", "--vocab", "tree"], "--vocab: 'tree' is not known; choose from none, naive"),
         (["--vocab", "none"], "--vocab belongs to --compare; for one algorithm write vocab=none"),
+        (["--runtime", "mpi"], "--runtime: 'mpi' is not known; choose from cuda, gloo"),
+        (["--runtime"], "--runtime needs a value: --runtime NAME"),
         (["--out"], "--out needs a value: --out DIR"),
         (["--out", "--compare", "1f1b"], "--out needs a value: --out DIR"),
-        (["--plot"], "--plot is not an option; there are --out, --compare, --vocab, --help and --print-config"),
+        (["--plot"], "--plot is not an option; there are --out, --compare, --vocab, --runtime, --help and --print-config"),
         (["vocab=none,naive"], "vocab=none,naive: one value is needed; vp-simulate --compare compares several"),
         (["model.num_layers=7"], "model.num_layers=7 does not split over 4 stages; use model.num_layers=4 or 8"),
         (["cost.layer_forward_seconds=-1"], "cost.layer_forward_seconds=-1.0 is too small; it must be at least 0"),
@@ -179,6 +192,60 @@ def test_out_writes_files_that_can_be_read(vp_simulate, tmp_path):
     assert row["microbatches_in_flight"] == [4, 3, 2, 1]
     assert row["bound_seconds"] == pytest.approx(33)
     assert row["peak_bytes"] == list(plan.timeline.peak_bytes)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_runtime_is_replayed_and_shown(vp_simulate, tmp_path, runtime):
+    code, out, _ = vp_simulate("--runtime", runtime, "--out", tmp_path, *UNIT)
+    assert code == 0
+    assert f"on {runtime:<9} 33.00 s, 0.00% longer than simulated" in out
+    assert "waiting" not in out
+    assert "table.json, replay.svg" in out
+    assert ElementTree.parse(tmp_path / "replay.svg").getroot().tag.endswith("svg")
+    assert f"1f1b with none, replayed on {runtime}" in (tmp_path / "replay.svg").read_text()
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    processes = [event["args"]["name"] for event in events if event["name"] == "process_name"]
+    titles = ("1f1b with none", f"1f1b with none, replayed on {runtime}")
+    assert processes == [f"{title} rank {rank}" for title in titles for rank in range(4)]
+    (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert row["replay"] == {"runtime": runtime, "makespan_seconds": pytest.approx(33), "longer": 0}
+
+
+def test_waits_that_no_simulation_shows_are_listed_worst_first(vp_simulate):
+    """Hops both ways between the ranks of a V, each as long as a quarter of a forward."""
+    costs = [*UNIT, "model.num_layers=8", "cost.hop_seconds=0.25"]
+    words = [*costs, "schedule=v_min", "vocab=two_barrier"]
+    code, out, _ = vp_simulate("--runtime", "cuda", *words)
+    assert code == 0
+    found = re.findall(r"([\d.]+) (m?s) more waiting of rank (\d) before (\d\w+\d+), at (\w+:\S+)", out)
+    assert len(found) == 5
+    seconds = [float(value) * (1e-3 if unit == "ms" else 1) for value, unit, *_ in found]
+    assert seconds == sorted(seconds, reverse=True)
+    assert "more waiting" not in vp_simulate("--runtime", "gloo", *words)[1]
+
+
+def test_a_comparison_replays_every_schedule(vp_simulate, tmp_path):
+    code, out, _ = vp_simulate("--compare", "1f1b,v_half", "--runtime", "gloo", "--out", tmp_path, *UNIT)
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert ["on", "gloo"] in [words[-2:] for words in lines]
+    assert [words[-1] for words in lines if words[:1] == ["1f1b"]] == ["+0.00%"]
+    table = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert ["replay" in row for row in table] == [True, False]
+
+
+@pytest.mark.parametrize(("schedule", "percent"), [("1f1b", 15.8), ("zb_h1", 9.0), ("v_half", 8.4)])
+def test_the_published_costs_replay_as_simulated_but_not_without_a_side_stream(schedule, percent):
+    inline = Runtime("inline", issues_ahead=True, continues_beside_passes=False, hops=Hops.PAIRED)
+    words = [f"schedule={schedule}", "vocab=one_barrier", "cost=a100_4b", "parallel.pp=8", "num_microbatches=32"]
+    plan = plan_step(load_config(words), 8)
+    program = lower(plan.schedule, plan.problem, plan.cost)
+
+    def longer(runtime):
+        return 100 * (replay(program, plan.cost, runtime).timeline.makespan / plan.timeline.makespan - 1)
+
+    assert all(0 <= longer(runtime) + 1e-9 <= 0.05 for runtime in RUNTIMES.values())
+    assert longer(inline) == pytest.approx(percent, abs=0.1)
 
 
 def test_a_comparison_lists_what_is_not_possible_and_draws_the_rest(vp_simulate, tmp_path):

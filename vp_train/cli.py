@@ -45,6 +45,7 @@ _TRAIN_EXAMPLES = """\
 _SIMULATE_EXAMPLES = """\
   vp-simulate schedule=v_half parallel.pp=8 num_microbatches=32 cost=a100_4b
   vp-simulate --out shown schedule=zb_h1         also as pictures and as a trace for Perfetto
+  vp-simulate --runtime cuda schedule=zb_v       also as CUDA's streams would execute it
   vp-simulate --compare 1f1b,zb_h1,v_half --vocab none,one_barrier --out compared parallel.pp=8 cost=a100_4b"""
 
 
@@ -91,6 +92,7 @@ def simulate() -> None:
         "--out": ("DIR", "write pictures, trace and figures there"),
         "--compare": ("A,B,...", "one line for each of these schedules, or for all"),
         "--vocab": ("A,B,...", "with --compare: with each of these algorithms, or with all"),
+        "--runtime": ("NAME", "also replay the program as cuda or gloo executes it"),
     }
     purpose = "simulates one step: time, bubble and memory of a schedule"
     _main(_Command("vp-simulate", purpose, _simulate, _SIMULATE_EXAMPLES, options))
@@ -173,15 +175,17 @@ def _profile(config: RunConfig, overrides: Sequence[str], options: Mapping[str, 
 
 
 def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
-    from vp_train.simulation import compare, show
+    from vp_train.simulation import compare, runtime_called, show
 
     directory = Path(options["--out"]).expanduser() if "--out" in options else None
     if "--vocab" in options and "--compare" not in options:
         raise ConfigError(f"--vocab belongs to --compare; for one algorithm write vocab={options['--vocab'].split(',')[0]}")
+    runtime = runtime_called(options["--runtime"]) if "--runtime" in options else None
     if "--compare" in options:
-        compare(config, options["--compare"], options.get("--vocab"), directory, config_text(config))
+        names, algorithms = options["--compare"], options.get("--vocab")
+        compare(config, names, algorithms, directory, config_text(config), runtime)
     else:
-        show(config, directory, config_text(config))
+        show(config, directory, config_text(config), runtime)
     return EXIT_OK
 
 

@@ -14,7 +14,9 @@ from typing import Any
 from schedules.bound import Bound, step_bound
 from schedules.generators import GENERATORS
 from schedules.ir import Kind
+from schedules.lower import lower
 from schedules.render import chrome_trace, duration, svg, text_grid
+from schedules.replay import RUNTIMES, Replay, Runtime, late_starts, replay
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End
 from vp_train.config import ConfigError, RunConfig
@@ -24,16 +26,20 @@ from vp_train.plan import SEARCHING, StepPlan, plan_step, row_advice
 from vp_train.plot import Mark, comparison_png, schedule_png
 
 _GRID_RANKS = 32
+_LATE_STARTS = 5  # the worst, in words
 
 
-def show(config: RunConfig, directory: Path | None, config_yaml: str) -> None:
-    """Simulate one step, print what is known of it, and with a directory draw it there.  Raises ConfigError."""
+def show(config: RunConfig, directory: Path | None, config_yaml: str, runtime: Runtime | None = None) -> None:
+    """Simulate one step, print what is known of it, and with a directory draw it there.
+
+    With a runtime its program is replayed too.  Raises ConfigError.
+    """
     _make(directory)
     print(f"{config.schedule.file or config.schedule.name} with {config.vocab.algorithm}, {headline(config)}\n", flush=True)
     if config.schedule.is_solved:
         print(SEARCHING, flush=True)
     started = time.perf_counter()
-    outcome = simulate_step(config)
+    outcome = simulate_step(config, runtime)
     taken = time.perf_counter() - started
     print(report(outcome, shutil.get_terminal_size((120, 24)).columns))
     if advice := row_advice(config, outcome.plan):
@@ -45,13 +51,26 @@ def show(config: RunConfig, directory: Path | None, config_yaml: str) -> None:
     _write(directory, "config.yaml", config_yaml)
     _write(directory, "schedule.txt", outcome.plan.schedule.text())
     _write(directory, "schedule.svg", svg(timeline, title))
-    _write(directory, "trace.json", json.dumps(chrome_trace({outcome.name: timeline})))
+    timelines = {outcome.name: timeline}
+    names = ["config.yaml", "schedule.txt", "schedule.svg", "schedule.png", "trace.json", "table.json"]
+    if outcome.replayed is not None:
+        timelines[outcome.replayed.title] = outcome.replayed.timeline
+        _write(directory, "replay.svg", svg(outcome.replayed.timeline, outcome.replayed.title))
+        names.append("replay.svg")
+    _write(directory, "trace.json", json.dumps(chrome_trace(timelines)))
     _write_table(directory, [outcome])
     schedule_png(timeline, title, directory / "schedule.png")
-    print(f"written to {directory}: config.yaml, schedule.txt, schedule.svg, schedule.png, trace.json, table.json", flush=True)
+    print(f"written to {directory}: {', '.join(names)}", flush=True)
 
 
-def compare(config: RunConfig, schedules: str, vocabs: str | None, directory: Path | None, config_yaml: str) -> None:
+def compare(
+    config: RunConfig,
+    schedules: str,
+    vocabs: str | None,
+    directory: Path | None,
+    config_yaml: str,
+    runtime: Runtime | None = None,
+) -> None:
     """One line per schedule and algorithm, and with a directory one picture of all.
 
     Schedules and algorithms are lists with commas, or `all`; without algorithms, that of `config`.  Raises ConfigError for a
@@ -64,10 +83,10 @@ def compare(config: RunConfig, schedules: str, vocabs: str | None, directory: Pa
     names = _names("--compare", schedules, tuple(GENERATORS))
     algorithms = _names("--vocab", vocabs or config.vocab.algorithm, tuple(VOCAB_ALGORITHMS))
     _make(directory)
-    print(f"{headline(config)}\n\n{table_head()}", flush=True)
+    print(f"{headline(config)}\n\n{table_head(runtime)}", flush=True)
     started = time.perf_counter()
     items = []
-    for item in simulate_each(config, names, algorithms):
+    for item in simulate_each(config, names, algorithms, runtime):
         print(table_line(item), flush=True)
         items.append(item)
     outcomes = [item for item in items if isinstance(item, Outcome)]
@@ -92,6 +111,13 @@ def _make(directory: Path | None) -> None:
             raise FileExistsError(f"--out {directory} is a file; name a directory") from None
 
 
+def runtime_called(name: str) -> Runtime:
+    """Return the runtime called `name`.  Raises ConfigError if there is none."""
+    if name not in RUNTIMES:
+        raise ConfigError(f"--runtime: {name!r} is not known; choose from {', '.join(RUNTIMES)}")
+    return RUNTIMES[name]
+
+
 def _names(option: str, words: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """The names in a list with commas, each once."""
     if words == "all":
@@ -112,6 +138,20 @@ def _write_table(directory: Path, items: Sequence[Outcome | Refusal]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Replayed:
+    """A simulated step as a runtime executes it; `longer` is a fraction of the simulated time."""
+
+    title: str
+    runtime: Runtime
+    replay: Replay
+    longer: float
+
+    @property
+    def timeline(self) -> Timeline:
+        return self.replay.timeline
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """A schedule with a vocabulary algorithm, simulated.  Fractions 0 to 1, peaks over the ranks."""
 
@@ -119,6 +159,7 @@ class Outcome:
     vocab: str
     plan: StepPlan
     bound: Bound
+    replayed: Replayed | None = None
 
     @property
     def name(self) -> str:
@@ -149,14 +190,28 @@ class Refusal:
     reason: str
 
 
-def simulate_step(config: RunConfig) -> Outcome:
-    """Plan and simulate one step.  Raises ConfigError, naming the value and the way out."""
+def simulate_step(config: RunConfig, runtime: Runtime | None = None) -> Outcome:
+    """Plan and simulate one step, and replay its program with a runtime.
+
+    Raises ConfigError, naming the value and the way out.
+    """
     plan = plan_step(config, wanted_ranks(config.parallel))
     bound = step_bound(plan.problem, plan.cost, plan.caps)
-    return Outcome(plan.schedule.name, plan.problem.algorithm.name, plan, bound)
+    outcome = Outcome(plan.schedule.name, plan.problem.algorithm.name, plan, bound)
+    return outcome if runtime is None else replace(outcome, replayed=_replayed(outcome, runtime))
 
 
-def simulate_each(config: RunConfig, schedules: Sequence[str], vocabs: Sequence[str]) -> Iterator[Outcome | Refusal]:
+def _replayed(outcome: Outcome, runtime: Runtime) -> Replayed:
+    plan, simulated = outcome.plan, outcome.timeline
+    result = replay(lower(plan.schedule, plan.problem, plan.cost), plan.cost, runtime)
+    result = replace(result, timeline=replace(result.timeline, bound=simulated.bound))
+    longer = result.timeline.makespan / simulated.makespan - 1 if simulated.makespan > 0 else 0.0
+    return Replayed(f"{outcome.name}, replayed on {runtime.name}", runtime, result, round(longer, 9) + 0.0)
+
+
+def simulate_each(
+    config: RunConfig, schedules: Sequence[str], vocabs: Sequence[str], runtime: Runtime | None = None
+) -> Iterator[Outcome | Refusal]:
     """Every named schedule with every algorithm, all other settings as they are; a cap is `auto`'s alone."""
     for schedule in schedules:
         for vocab in vocabs:
@@ -166,7 +221,7 @@ def simulate_each(config: RunConfig, schedules: Sequence[str], vocabs: Sequence[
                 vocab=replace(config.vocab, algorithm=vocab),
             )
             try:
-                yield simulate_step(chosen)
+                yield simulate_step(chosen, runtime)
             except ConfigError as error:
                 yield Refusal(schedule, vocab, str(error))
 
@@ -197,8 +252,23 @@ def report(outcome: Outcome, columns: int) -> str:
             f"{max(outcome.microbatches_in_flight):g} microbatches in flight; activations only",
             f"lower bound  {duration(bound.seconds)}: {bound.reason}",
             f"gap          {outcome.gap:.1%} above the bound",
+            *_replay_lines(outcome),
         ]
     )
+
+
+def _replay_lines(outcome: Outcome) -> list[str]:
+    """Return the time of the replay, and the waits that no simulation shows, worst first."""
+    replayed = outcome.replayed
+    if replayed is None:
+        return []
+    lines = [f"{duration(replayed.timeline.makespan)}, {replayed.longer:.2%} longer than simulated"]
+    late = late_starts(replayed.replay, outcome.timeline)
+    lines += [f"{duration(entry.seconds)} more waiting of {entry}" for entry in late[:_LATE_STARTS]]
+    if len(late) > _LATE_STARTS:
+        lines.append(f"({len(late) - _LATE_STARTS} more such waits, none longer)")
+    heads = [f"on {replayed.runtime.name}", *[""] * (len(lines) - 1)]
+    return [f"{head:<12} {line}" for head, line in zip(heads, lines, strict=True)]
 
 
 def grid(timeline: Timeline, columns: int) -> str:
@@ -233,19 +303,25 @@ def _rank_table(outcome: Outcome) -> list[str]:
     return lines
 
 
-def table_head() -> str:
-    """The header of `table_line`."""
-    return f"{'schedule':<12} {'vocab':<12} {'makespan':>9} {'bubble':>7} {'gap':>7} {'in flight':>10} {'peak memory':>12}"
+def table_head(runtime: Runtime | None = None) -> str:
+    """Return the header of `table_line`."""
+    replayed = "" if runtime is None else f" {f'on {runtime.name}':>9}"
+    figures = f"{'makespan':>9} {'bubble':>7} {'gap':>7} {'in flight':>10} {'peak memory':>12}"
+    return f"{'schedule':<12} {'vocab':<12} {figures}{replayed}"
 
 
 def table_line(item: Outcome | Refusal) -> str:
-    """One line of the comparison; peaks of the worst rank, `in flight` in microbatches."""
+    """Return one line of the comparison: peaks of the worst rank, `in flight` in microbatches.
+
+    After a replay its time comes last, as the fraction by which it is longer.
+    """
     start = f"{item.schedule:<12} {item.vocab:<12} "
     if isinstance(item, Refusal):
         return f"{start}not possible: {item.reason}"
+    replayed = "" if item.replayed is None else f" {item.replayed.longer:>+9.2%}"
     return start + (
         f"{duration(item.timeline.makespan):>9} {item.timeline.mean_bubble:>7.1%} {item.gap:>7.1%} "
-        f"{max(item.microbatches_in_flight):>10g} {human_bytes(max(item.timeline.peak_bytes)):>12}"
+        f"{max(item.microbatches_in_flight):>10g} {human_bytes(max(item.timeline.peak_bytes)):>12}{replayed}"
     )
 
 
@@ -254,14 +330,24 @@ def record(item: Outcome | Refusal) -> dict[str, Any]:
     start = {"schedule": item.schedule, "vocab": item.vocab}
     if isinstance(item, Refusal):
         return start | {"reason": item.reason}
-    timeline = item.timeline
-    return start | {
-        "makespan_seconds": timeline.makespan,
-        "mean_bubble": timeline.mean_bubble,
-        "bubble": [timeline.bubble(rank) for rank in range(timeline.num_ranks)],
-        "peak_bytes": list(timeline.peak_bytes),
-        "microbatches_in_flight": list(item.microbatches_in_flight),
-        "bound_seconds": item.bound.seconds,
-        "bound_reason": item.bound.reason,
-        "gap": item.gap,
-    }
+    timeline, replayed = item.timeline, {}
+    if item.replayed is not None:
+        replayed["replay"] = {
+            "runtime": item.replayed.runtime.name,
+            "makespan_seconds": item.replayed.timeline.makespan,
+            "longer": item.replayed.longer,
+        }
+    return (
+        start
+        | replayed
+        | {
+            "makespan_seconds": timeline.makespan,
+            "mean_bubble": timeline.mean_bubble,
+            "bubble": [timeline.bubble(rank) for rank in range(timeline.num_ranks)],
+            "peak_bytes": list(timeline.peak_bytes),
+            "microbatches_in_flight": list(item.microbatches_in_flight),
+            "bound_seconds": item.bound.seconds,
+            "bound_reason": item.bound.reason,
+            "gap": item.gap,
+        }
+    )

@@ -1,0 +1,330 @@
+"""Program + CostModel + Runtime -> Timeline: how long a lowered program takes where it is executed.
+
+The simulation knows passes and barriers.  A runtime knows operations that are issued in order, and
+streams or threads that wait for each other.  Everything such a program does starts as soon as
+certain other things have ended: what stands before it in its stream, and what it waits for.  So a
+replay is one walk over these activities, and an operation in the wrong place shows as time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import chain
+
+from schedules.cost import CostModel
+from schedules.graph import DeadlockError
+from schedules.ir import Kind, Pass
+from schedules.lower import Action, Op, Program
+from schedules.problem import Collective
+from schedules.simulate import peak
+from schedules.timeline import Span, Timeline
+from schedules.vocab import End
+
+
+class Hops(StrEnum):
+    """Which transfers between two ranks run one after the other, in the order of their issue."""
+
+    FREE = "free"  # none
+    DIRECTED = "directed"  # those from one rank to the other
+    PAIRED = "paired"  # the activations of both directions; and so the gradients
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """How operations that are issued in the order of a program are executed.
+
+    On every rank the passes run one after the other.  WAIT and ARRIVE stop them until their
+    communication has ended.  A communication starts when all its ranks have issued it, and no
+    rank's message is ready before the passes that stand before its issue.  The collectives of one
+    end of the vocabulary run in the order of their issue.
+
+    `issues_ahead`: the host issues the whole program at once, and streams wait in its place.
+    Without it an operation is issued when the passes before it have ended.
+    `continues_beside_passes`: a collective that continues another starts when that one has ended,
+    whatever the passes do.  Without it START waits for that one in the stream of the passes.
+    `hops`: which transfers between ranks share a stream.
+    """
+
+    name: str
+    issues_ahead: bool
+    continues_beside_passes: bool
+    hops: Hops
+
+
+# CUDA: a compute stream, a stream per communicator, a side stream per end for its messages.
+CUDA = Runtime("cuda", issues_ahead=True, continues_beside_passes=True, hops=Hops.PAIRED)
+# gloo: the host runs the passes; a thread per end issues that end's collectives.
+GLOO = Runtime("gloo", issues_ahead=False, continues_beside_passes=True, hops=Hops.FREE)
+RUNTIMES = {runtime.name: runtime for runtime in (CUDA, GLOO)}
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A replayed program.
+
+    `causes[r][k]` is the operation that pass k of rank r waited for last; None if it followed the
+    pass before it at once.
+    """
+
+    timeline: Timeline
+    causes: tuple[tuple[Op | None, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LateStart:
+    """A pass before which a rank waits at the operation `cause`, `seconds` longer than simulated."""
+
+    rank: int
+    name: str
+    seconds: float
+    cause: Op
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} before {self.name}, at {self.cause}"
+
+
+def replay(program: Program, cost: CostModel, runtime: Runtime) -> Replay:
+    """Return what `runtime` makes of `program`; the bound of the timeline is not known.
+
+    Raises DeadlockError, naming the operation at which each rank stands, if none can go on.
+    """
+    walk = _Walk.over(program, cost, runtime)
+    walk.run()
+    causes = tuple(map(walk.causes, range(len(program.ranks))))
+    return Replay(_timeline_of(walk, program, cost), causes)
+
+
+def late_starts(replayed: Replay, simulated: Timeline) -> list[LateStart]:
+    """Return where ranks wait longer in the replay than in the simulation of it, worst first.
+
+    A wait is the time between two passes of a rank.  So a delay counts where a rank stands still,
+    not in everything that comes after it.  Raises ValueError for timelines of different passes.
+    """
+    noise = 1e-9 * simulated.makespan
+    found = []
+    timelines = zip(replayed.timeline.compute, simulated.compute, strict=True)
+    for rank, (spans, expected) in enumerate(timelines):
+        if [span.name for span in spans] != [span.name for span in expected]:
+            raise ValueError(f"the passes of rank {rank} differ in replay and simulation")
+        before = planned = 0.0
+        for span, plan, cause in zip(spans, expected, replayed.causes[rank], strict=True):
+            seconds = (span.start - before) - (plan.start - planned)
+            if seconds > noise and cause is not None:
+                found.append(LateStart(rank, span.name, seconds, cause))
+            before, planned = span.end, plan.end
+    return sorted(found, key=lambda late: -late.seconds)
+
+
+_Hop = tuple[Pass, int, int]  # what, from, to
+_Communicator = End | tuple[int, int, bool]
+
+
+@dataclass(slots=True)
+class _Walk:
+    """Activities: passes, communications, and the moments at which passes wait for these.
+
+    `seconds`, `missing`, `followers` and `start` are indexed by the activity.  `missing` counts the
+    ranks that have not issued it and, in a run, what it follows that has not ended.  `passes[r]` is
+    the stream of rank r's passes, each operation with its activity; `issued[r]` are the operations
+    that issue a communication, with that; `communications` what all ranks exchange.
+    """
+
+    cost: CostModel
+    runtime: Runtime
+    seconds: list[float] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    followers: list[list[int]] = field(default_factory=list)
+    start: list[float] = field(default_factory=list)
+    passes: list[list[tuple[Op, int]]] = field(default_factory=list)
+    issued: list[list[tuple[Op, int]]] = field(default_factory=list)
+    communications: dict[Collective | _Hop, int] = field(default_factory=dict)
+
+    @classmethod
+    def over(cls, program: Program, cost: CostModel, runtime: Runtime) -> _Walk:
+        """Lay out the activities of `program`.
+
+        A collective needs every rank that ever starts one of its end.
+        """
+        walk = cls(cost, runtime)
+        members: dict[End, set[int]] = {end: set() for end in End}
+        ends: dict[Collective, End] = {}
+        for rank, ops in enumerate(program.ranks):
+            for end, items in walk._place(rank, ops).items():
+                members[end].add(rank)
+                ends |= dict.fromkeys(items, end)
+        for item, activity in walk.communications.items():
+            if isinstance(item, Collective):
+                walk.missing[activity] += len(members[ends[item]]) if item in ends else 1
+        return walk
+
+    def _add(self, seconds: float) -> int:
+        self.seconds.append(seconds)
+        self.missing.append(0)
+        self.followers.append([])
+        return len(self.seconds) - 1
+
+    def _transfer(self, op: Op, rank: int) -> int:
+        item, peer = op.item, op.peer
+        assert isinstance(item, Pass)
+        assert peer is not None
+        hop = (item, rank, peer) if op.action is Action.SEND else (item, peer, rank)
+        activity = self.communications.get(hop)
+        if activity is None:
+            activity = self.communications[hop] = self._add(self.cost.hop_seconds)
+            self.missing[activity] = 2
+        return activity
+
+    def _channel(self, op: Op, rank: int) -> _Communicator | None:
+        """Return the communicator in which a transfer waits for those issued before it."""
+        item, peer = op.item, op.peer
+        assert isinstance(item, Pass)
+        assert peer is not None
+        match self.runtime.hops:
+            case Hops.FREE:
+                return None
+            case Hops.DIRECTED:
+                return (rank, peer, True) if op.action is Action.SEND else (peer, rank, True)
+            case Hops.PAIRED:
+                return (min(rank, peer), max(rank, peer), item.kind is Kind.F)
+
+    def _collective(self, item: Collective) -> int:
+        activity = self.communications.get(item)
+        if activity is None:
+            activity = self.communications[item] = self._add(self.cost.barrier(item.barrier))
+        return activity
+
+    def _place(self, rank: int, ops: tuple[Op, ...]) -> dict[End, list[Collective]]:
+        """Put the operations of one rank in order, and return the collectives that it starts.
+
+        `now` and `last` are the ends of the rank's streams so far.
+        """
+        now = -1
+        last: dict[_Communicator, int] = {}
+        started: dict[End, list[Collective]] = {}
+        followers = self.followers
+        passes: list[tuple[Op, int]] = []
+        issued: list[tuple[Op, int]] = []
+        self.passes.append(passes)
+        self.issued.append(issued)
+
+        def run(op: Op, seconds: float, after: int = -1) -> None:
+            nonlocal now
+            activity = self._add(seconds)
+            if now >= 0:
+                followers[now].append(activity)
+            if after >= 0:
+                followers[after].append(activity)
+            passes.append((op, activity))
+            now = activity
+
+        def issue(op: Op, activity: int, communicator: _Communicator | None, after: int) -> None:
+            self.missing[activity] -= 1
+            if after >= 0:
+                followers[after].append(activity)
+            if communicator is not None:
+                if communicator in last:
+                    followers[last[communicator]].append(activity)
+                last[communicator] = activity
+            issued.append((op, activity))
+
+        for op in ops:
+            item, action = op.item, op.action
+            if isinstance(item, Collective):
+                if action is Action.WAIT:
+                    run(op, 0.0, self._collective(item))
+                    continue
+                exchange, after = op.exchange, now
+                assert exchange is not None
+                started.setdefault(exchange.end, []).append(item)
+                activity = self._collective(item)
+                if exchange.continues is not None:
+                    earlier = self._collective(exchange.continues)
+                    if self.runtime.continues_beside_passes:
+                        followers[earlier].append(activity)
+                        after = -1 if self.runtime.issues_ahead else now
+                    else:
+                        run(op, 0.0, earlier)
+                        after = now
+                issue(op, activity, exchange.end, after)
+            elif action is Action.RUN:
+                run(op, self.cost.seconds(item))
+            elif action is Action.ARRIVE:
+                run(op, 0.0, self._transfer(op, rank))
+            elif action is not Action.NEED:
+                issue(op, self._transfer(op, rank), self._channel(op, rank), now)
+        return started
+
+    def run(self) -> None:
+        """Find the start of every activity."""
+        seconds, missing, followers = self.seconds, self.missing, self.followers
+        start = self.start = [0.0] * len(seconds)
+        for later in chain.from_iterable(followers):
+            missing[later] += 1
+        ready = [activity for activity, count in enumerate(missing) if count == 0]
+        done = 0
+        while ready:
+            activity = ready.pop()
+            done += 1
+            end = start[activity] + seconds[activity]
+            for later in followers[activity]:
+                if end > start[later]:
+                    start[later] = end
+                missing[later] -= 1
+                if missing[later] == 0:
+                    ready.append(later)
+        if done < len(seconds):
+            raise DeadlockError(self._stuck())
+
+    def span(self, rank: int, item: Pass | Collective, activity: int) -> Span:
+        """Return the interval of a pass or a collective, shown on `rank`."""
+        start = self.start[activity]
+        end = start + self.seconds[activity]
+        if isinstance(item, Pass):
+            stage, kind, microbatch = item.stage, item.kind.value, item.microbatch
+            return Span(rank, f"{stage}{kind}{microbatch}", kind, stage, microbatch, start, end)
+        return Span(rank, str(item), item.barrier, -1, item.microbatch, start, end)
+
+    def _stuck(self) -> str:
+        """Say where each rank stands: where its passes stop, or else what it issued in vain."""
+        words = []
+        for rank, ops in enumerate(zip(self.passes, self.issued, strict=True)):
+            waiting = (op for op, activity in chain(*ops) if self.missing[activity] != 0)
+            if (op := next(waiting, None)) is not None:
+                words.append(f"rank {rank} stands at {op}")
+        return "deadlock: " + ", ".join(words)
+
+    def causes(self, rank: int) -> tuple[Op | None, ...]:
+        """Return the operation that each pass of `rank` waited for last."""
+        found: list[Op | None] = []
+        now, cause = 0.0, None
+        for op, activity in self.passes[rank]:
+            start = self.start[activity]
+            if op.action is Action.RUN:
+                found.append(cause)
+                now, cause = start + self.seconds[activity], None
+            elif start > now:
+                now, cause = start, op
+        return tuple(found)
+
+
+def _timeline_of(walk: _Walk, program: Program, cost: CostModel) -> Timeline:
+    """Return the spans of a walk, and the peaks of every rank."""
+    frees = Kind.F if program.forward_only else Kind.B
+    if any(isinstance(op.item, Pass) and op.item.kind is Kind.W for op in program.ranks[0]):
+        frees = Kind.W
+    compute: list[tuple[Span, ...]] = []
+    comm: dict[Collective, Span] = {}
+    peak_bytes, peak_in_flight = [], []
+    for rank, (passes, issued) in enumerate(zip(walk.passes, walk.issued, strict=True)):
+        runs = [(op.item, activity) for op, activity in passes if op.action is Action.RUN]
+        items = [item for item, _ in runs if isinstance(item, Pass)]
+        compute.append(tuple(walk.span(rank, item, activity) for item, activity in runs))
+        peak_bytes.append(0.0 if program.forward_only else peak(map(cost.byte_change, items)))
+        flying = [(item.kind is Kind.F) - (item.kind is frees) for item in items]
+        peak_in_flight.append(int(peak(flying)))
+        for op, activity in issued:
+            if isinstance(op.item, Collective) and op.exchange is not None and op.item not in comm:
+                comm[op.item] = walk.span(op.exchange.root, op.item, activity)
+    ordered = sorted(comm.values(), key=lambda span: span.start)
+    return Timeline(tuple(compute), tuple(ordered), tuple(peak_bytes), tuple(peak_in_flight))
