@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -308,22 +307,22 @@ def test_the_group_of_all_ranks_waits_for_the_world_s_time_and_every_other_for_a
     config = config_of(tmp_path, timeout_seconds=7, world_timeout_seconds=70)
     made = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: made.append(timeout.total_seconds()))
-    monkeypatch.setattr("vp_train.train.build_mesh", lambda degrees, problem, timeout: made.append(timeout.total_seconds()))
+    monkeypatch.setattr("vp_train.train.build_mesh", lambda degrees, problem, settings: made.append(settings))
     _connect(config, make_plan(config, 2))
-    assert made == [70, 7]
+    assert made == [70, config.run]
     for seconds in ranks(4).run(timeouts_of, laid_out(config, pp=2, dp=2)):
-        assert seconds == {"steps": 7, "tensor": 7, "data": 7, "forward": 7, "backward": 7, "input": 7, "output": 7}
+        assert seconds == {"world": 70} | dict.fromkeys(("steps", "tensor", "data", "down", "up", "input", "output"), 7)
 
 
 def timeouts_of(rank, num_ranks, config):
     plan = make_plan(config, num_ranks)
-    mesh = build_mesh(plan.degrees, plan.problem, timedelta(seconds=config.run.timeout_seconds))
-    groups = {name: getattr(mesh, name) for name in ("steps", "tensor", "data")}
-    groups |= {name: getattr(mesh.pipeline, name) for name in ("forward", "backward")}
+    mesh = build_mesh(plan.degrees, plan.problem, config.run)
+    peer = 1 - mesh.pipeline_rank
+    groups = {"world": mesh.world.row, "steps": mesh.steps.row, "tensor": mesh.tensor, "data": mesh.data}
+    groups |= {"down": mesh.pipeline.hop(peer, upstream=False), "up": mesh.pipeline.hop(peer, upstream=True)}
     groups |= {end.value: group for end, group in mesh.pipeline.ends.items()}
     found = {name: group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for name, group in groups.items()}
-    for group in groups.values():
-        dist.destroy_process_group(group)
+    mesh.destroy()
     return found
 
 

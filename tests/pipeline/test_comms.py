@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from schedules.vocab import End, Transfer
-from vp_train.pipeline.comms import Comms, Groups
+from vp_train.pipeline.comms import Comms
+from vp_train.pipeline.groups import Groups
 
 PASS_SECONDS, MESSAGE_SECONDS = 1.0, 0.2
 
@@ -17,7 +18,8 @@ PASS_SECONDS, MESSAGE_SECONDS = 1.0, 0.2
 def comms_of(world_size, *, through_host=False):
     everyone = list(range(world_size))
     forward, backward, output = (dist.new_group(everyone) for _ in range(3))
-    groups = Groups(tuple(everyone), tuple(everyone), forward, backward, {End.INPUT: None, End.OUTPUT: output})
+    hops = {(peer, upstream): backward if upstream else forward for peer in everyone for upstream in (False, True)}
+    groups = Groups(tuple(everyone), tuple(everyone), hops, {End.INPUT: None, End.OUTPUT: output})
     return Comms(groups, torch.device("cpu"), through_host=through_host)
 
 

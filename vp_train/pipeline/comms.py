@@ -1,8 +1,9 @@
 """Asynchronous communication: hops between neighbouring stages, and the collectives of the vocabulary layers.
 
 Every direction of hops and each end of the model has its own process group, so that one can never delay another's order (on
-CUDA each group has a stream of its own).  Everything is issued in program order.  Once a message had to be waited for, the
-collectives of that end are issued by a thread beside the passes; everything else by the thread that runs them.
+CUDA each group has a stream of its own, and each pair that hops has two groups).  Everything is issued in program order.
+Once a message had to be waited for, the collectives of that end are issued by a thread beside the passes; everything else by
+the thread that runs them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from schedules.vocab import End, Transfer
+from vp_train.pipeline.groups import Groups
 
 _STOP_SECONDS = 5.0  # of patience with a thread whose message never comes
 
@@ -143,22 +145,6 @@ def _stop(queue: SimpleQueue[_Task | None], thread: Thread) -> None:
         thread.join(_STOP_SECONDS)
 
 
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """The process groups of one pipeline.  `ends[end]` is None where a single rank owns the whole layer: nothing to exchange.
-
-    Pipeline rank i is `ranks[i]` for hops.  For collectives it is all tensor-parallel ranks, which join the groups of both
-    ends; as a root it is the first of them, `leaders[i]`.  `tensor` joins this rank's, None if it is the only one.
-    """
-
-    ranks: tuple[int, ...]
-    leaders: tuple[int, ...]
-    forward: dist.ProcessGroup
-    backward: dist.ProcessGroup
-    ends: dict[End, dist.ProcessGroup | None]
-    tensor: dist.ProcessGroup | None = None
-
-
 class Comms:
     """What the executor calls to communicate; nothing blocks but `Pending.wait` and `drain`.
 
@@ -172,12 +158,12 @@ class Comms:
 
     def send(self, tensor: Tensor, peer: int, *, upstream: bool) -> None:
         """Issue the send of `tensor` to pipeline rank `peer`; `upstream` for gradients."""
-        group, tensor = self._groups.backward if upstream else self._groups.forward, self._outbound(tensor)
+        group, tensor = self._groups.hop(peer, upstream=upstream), self._outbound(tensor)
         self._keep(_Issued(dist.isend(tensor, self._groups.ranks[peer], group=group), tensor))
 
     def receive(self, buffer: Tensor, peer: int, *, upstream: bool) -> Pending:
         """Issue the receive into `buffer` from pipeline rank `peer`."""
-        group = self._groups.backward if upstream else self._groups.forward
+        group = self._groups.hop(peer, upstream=upstream)
         if self._through_host:
             buffer = torch.empty_like(buffer, device="cpu")
         return self._inbound(_Issued(dist.irecv(buffer, self._groups.ranks[peer], group=group), buffer))

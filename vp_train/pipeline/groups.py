@@ -1,0 +1,36 @@
+"""The process groups over which one pipeline communicates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from schedules.vocab import End
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The process groups of one pipeline.
+
+    Pipeline rank i is `ranks[i]` for hops.  For collectives it is all tensor-parallel ranks, which
+    join the groups of both ends; as a root it is the first of them, `leaders[i]`.
+    `hops` holds the group of each neighbour and direction, see `hop`.
+    `ends[end]` is None where a single rank owns the whole layer: there is nothing to exchange.
+    `tensor` joins the ranks of this pipeline rank, None if it is the only one.
+    """
+
+    ranks: tuple[int, ...]
+    leaders: tuple[int, ...]
+    hops: Mapping[tuple[int, bool], dist.ProcessGroup]
+    ends: Mapping[End, dist.ProcessGroup | None]
+    tensor: dist.ProcessGroup | None = None
+
+    def hop(self, peer: int, *, upstream: bool) -> dist.ProcessGroup:
+        """Return the group for hops to or from pipeline rank `peer`.
+
+        `upstream` for gradients, else for activations.  Raises KeyError where the plan has no hop
+        between this rank and `peer`.
+        """
+        return self.hops[peer, upstream]
