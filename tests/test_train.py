@@ -21,6 +21,7 @@ import torch.distributed as dist
 from schedules.ir import Schedule
 from tests.data.cases import text_config, write_letters
 from tests.meshes import mesh_for
+from vp_train import flight_recorder
 from vp_train.assembly import build_rank
 from vp_train.checkpoint.training import _require_same_text
 from vp_train.cli import load_config
@@ -39,7 +40,7 @@ from vp_train.config import (
 )
 from vp_train.data import Batch, open_source
 from vp_train.degrees import wanted_ranks
-from vp_train.exits import EXIT_HANG, EXIT_IO
+from vp_train.exits import EXIT_HANG, EXIT_INTERNAL, EXIT_IO
 from vp_train.mesh import build_mesh
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
@@ -481,9 +482,15 @@ def test_bfloat16_converges_to_the_entropy_of_its_data(ranks, tmp_path):
 
 
 MISBEHAVING = """
-import os, sys, time
+import os, sys, threading, time
+from pathlib import Path
+import vp_train.train
 from vp_train.train import Run
 from vp_train.cli import train
+def watch(groups, failed):
+    Run.nccl_failed = staticmethod(failed)
+    return threading.Event()
+vp_train.train.watch = watch
 inner = Run.train_step
 def failing(self, step, reporter):
     if step == 2 and self.mesh.rank == 1:
@@ -518,6 +525,22 @@ def test_a_rank_that_hangs_ends_the_job_when_its_time_is_up(tmp_path):
     assert "rank 0: stopped at step 2, another rank has not answered for 15 s (run.timeout_seconds)" in done.stderr, done.stderr
     assert re.search(rf"exitcode +: {EXIT_HANG} ", done.stderr)  # as torchrun reports it
     assert "Traceback" not in done.stderr.partition("rank 0: stopped")[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        ("TIMEOUT", EXIT_HANG, "another rank has not answered for 60 s (run.timeout_seconds); it may hang"),
+        ("REMOTE_ERROR", EXIT_INTERNAL, "another rank went away"),
+    ],
+)
+def test_an_error_of_nccl_ends_the_job_with_a_line_that_names_the_record(tmp_path, error, code, words):
+    record = flight_recorder.file_of({}, tmp_path / "runs" / "default", 1)
+    write = f"Path('{record.parent}').mkdir(); Path('{record}').write_text('last words')"
+    done = misbehave(tmp_path, f"{write}; Run.nccl_failed('{error}')", 60, timeout=50)
+    assert f"rank 1: stopped at step 2, {words}; its last communications: {record}\n" in done.stderr, done.stderr
+    assert re.search(rf"rank +: 1 .*\n +exitcode +: {code} ", done.stderr)
+    assert "Traceback" not in done.stderr.partition("rank 1: stopped")[0]
 
 
 def test_a_rank_that_raises_ends_the_job_with_its_traceback(tmp_path):

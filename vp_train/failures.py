@@ -78,20 +78,23 @@ def explain_deaths(
     `codes` are those of failed ranks, the first to die first; -n for signal n.  `record_of` returns
     the flight recorder's file of a rank if NCCL's watchdog had it written before an abort.
     Causes come before consequences: a rank that has an exit code of its own, a killed one, one that
-    waited in vain, and last those that only lost a peer.  The words are empty where the rank has
-    spoken itself.
+    waited in vain, those that only lost a peer, and last those that torch stopped for another's
+    sake.  The words are empty where the rank has spoken itself.
     """
     own = [code for code in codes.values() if code > 0 and code != EXIT_INTERNAL]
     if own:
         return PeerFailure(own[0], "")
-    aborted = [rank for rank, code in codes.items() if code == -signal.SIGABRT]
-    killed = [rank for rank, code in codes.items() if code < 0 and rank not in aborted]
+    signals = {rank: signal.Signals(-code) for rank, code in codes.items() if code < 0}
+    aborted = [rank for rank, number in signals.items() if number == signal.SIGABRT]
+    stopped = [rank for rank, number in signals.items() if number == signal.SIGTERM]  # by torch
+    killed = [rank for rank in signals if rank not in aborted and rank not in stopped]
     for rank in () if killed else aborted:
         if (record := record_of(rank)) is not None:
             waited = silent_peer(settings.timeout_seconds, settings)
             words = f"rank {rank} was aborted by NCCL's watchdog: {waited.words}"
             return PeerFailure(waited.code, f"{words}; its last communications: {record}")
-    for rank in (*killed, *aborted):
-        words = f"rank {rank} was killed by signal {-codes[rank]}; the other ranks were stopped"
-        return PeerFailure(128 - codes[rank], words)
+    lost_a_peer = EXIT_INTERNAL in codes.values()
+    for rank in (*killed, *aborted, *(() if lost_a_peer else stopped)):
+        words = f"rank {rank} was killed by signal {signals[rank]:d}; the other ranks were stopped"
+        return PeerFailure(128 + signals[rank], words)
     return PeerFailure(EXIT_INTERNAL, "")
