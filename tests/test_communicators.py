@@ -11,7 +11,11 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from schedules.cost import CostModel
+from schedules.generators import GENERATORS, generate
+from schedules.ir import Kind
 from schedules.layout import Layout
+from schedules.lower import Action, lower
 from schedules.problem import Problem
 from schedules.vocab import VOCAB_ALGORITHMS, End
 from vp_train import mesh as mesh_module
@@ -99,6 +103,25 @@ def test_v_layouts_hop_both_ways_and_loops_wrap_around():
     assert hop_flows(problem_of(3, "loop", 2), upstream=False) == {(0, 1), (1, 2), (2, 0)}
     assert hop_flows(problem_of(3, "loop", 2), upstream=True) == {(1, 0), (2, 1), (0, 2)}
     assert hop_flows(problem_of(1, "loop", 2), upstream=True) == set()
+
+
+@pytest.mark.parametrize("name", sorted(GENERATORS))
+@pytest.mark.parametrize("p", [2, 3])
+def test_both_ranks_of_a_pair_issue_its_messages_in_the_same_order(name, p):
+    """NCCL executes them one after the other, and V layouts and loops of two hop both ways."""
+    family = GENERATORS[name]
+    problem = Problem(family.layout_of(p), 6, VOCAB_ALGORITHMS["one_barrier"], family.split_backward)
+    seconds = {"F": 1.0, "B": 2.0, "I": 1.1, "W": 0.9, "S": 0.57, "T": 0.31, "E": 0.05, "G": 0.03}
+    cost = CostModel.uniform(problem.layout.num_stages, p, hop=0.07, barrier=0.13, **seconds)
+    issued = {}
+    for rank, ops in enumerate(lower(generate(name, problem, cost), problem, cost).ranks):
+        for op in ops:
+            if op.action in (Action.SEND, Action.RECV):
+                upstream, sender = op.item.kind is not Kind.F, rank if op.action is Action.SEND else op.peer
+                issued.setdefault((rank, op.peer, upstream), []).append((op.item, sender))
+    assert len(issued) == 2 * len({tuple(sorted(flow)) for flow in hop_flows(problem, upstream=False)}) * 2
+    for (rank, peer, upstream), messages in issued.items():
+        assert messages == issued[peer, rank, upstream]
 
 
 @pytest.mark.parametrize("nccl", [False, True])
