@@ -38,6 +38,7 @@ WAITED = [
         1800,
         "world_timeout",
     ),
+    ("[../third_party/gloo/gloo/transport/tcp/pair.cc:525] Application timeout caused pair closure", 300, "timeout"),
     ("Timed out after 1800 seconds waiting for clients. 3/4 clients joined.", 1800, "world_timeout"),
     (
         "[PG ID 4 PG GUID 45 Rank 1] Process group watchdog thread terminated with exception: [Rank 1] Watchdog caught "

@@ -329,6 +329,7 @@ def timeouts_of(rank, num_ranks, config):
 
 def test_more_ranks_than_gpus_are_refused_on_all_of_them_before_they_meet(tmp_path, monkeypatch):
     config = config_of(tmp_path, device="cuda")
+    monkeypatch.setattr("vp_train.train.set_environment", lambda *_: None)  # tests to come start processes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

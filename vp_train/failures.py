@@ -34,6 +34,8 @@ _WAITED = (
     (re.compile(r"Timed out after (\d+) seconds waiting for clients"), 1),
     (re.compile(r"Watchdog caught collective operation timeout: .*Timeout\(ms\)=(\d+)"), 1000),
 )
+# gloo closes a connection whose timeout is over: all else that waits on it hears of this alone.
+_CLOSED_BY_TIMEOUT = "Application timeout caused pair closure"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ def peer_failure(error: BaseException, settings: RunSettings) -> PeerFailure | N
     for pattern, per_second in _WAITED:
         if found := pattern.search(text):
             return silent_peer(int(found[1]) / per_second, settings)
+    if _CLOSED_BY_TIMEOUT in text:
+        return silent_peer(settings.timeout_seconds, settings)
     return None
 
 
