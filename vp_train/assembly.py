@@ -95,7 +95,7 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
     }
     copied = parameters.keys() - splits.keys() - rows.keys() if mesh.tensor_rank else set[str]()
     tied_name = None
-    if config.model.tied_embeddings and mesh.end_ranks is not None and matrices:
+    if config.model.tied_embeddings and mesh.pipeline.end_ranks is not None and matrices:
         ((tied_name, _),) = matrices.values()
         copied |= set() if End.INPUT in matrices else {tied_name}
     gradients = Gradients(parameters)
@@ -158,7 +158,7 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
         optimizer,
         LossScale.of(config.run.dtype),
         problem.root(End.OUTPUT) == rank and mesh.tensor_rank == 0,
-        None if tied_name is None or mesh.end_ranks is None else (gradients[tied_name], mesh.end_ranks),
+        None if tied_name is None or mesh.pipeline.end_ranks is None else (gradients[tied_name], mesh.pipeline.end_ranks),
     )
 
 

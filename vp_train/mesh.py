@@ -43,8 +43,6 @@ class Mesh:
     each other in every step; both are for messages on the host.
     `tensor` joins the ranks that split the same layers, `data` those that hold the same values in
     every replica.  A rank with nobody to share with has a group of its own for both.
-    `end_ranks` joins the ranks of the first and last stage where both hold the same rows of a tied
-    matrix, which only an unsharded vocabulary needs.
     `made` holds every group of this rank once, in the order in which all ranks made them.
     """
 
@@ -54,7 +52,6 @@ class Mesh:
     steps: ControlGroup
     tensor: dist.ProcessGroup
     data: dist.ProcessGroup
-    end_ranks: dist.ProcessGroup | None
     pipeline: Groups
     made: tuple[dist.ProcessGroup, ...]
 
@@ -105,11 +102,10 @@ def build_mesh(degrees: Degrees, problem: Problem, settings: RunSettings | None 
     groups = {spec.purpose: group for spec, group in made}
     tensor = groups[Purpose.TENSOR if degrees.tp > 1 else Purpose.ALONE]
     data = groups[Purpose.DATA if degrees.dp > 1 else Purpose.ALONE]
-    pipeline = _pipeline(degrees, rank, made, tensor if degrees.tp > 1 else None)
+    pipeline = _pipeline(degrees, rank, made)
     steps = _control(Purpose.STEPS, Purpose.STEPS_LEADERS, made, degrees.num_ranks, width)
-    end_ranks = groups.get(Purpose.TIED)
     every = tuple(group for _, group in made)
-    return Mesh(degrees, rank, world, steps, tensor, data, end_ranks, pipeline, every)
+    return Mesh(degrees, rank, world, steps, tensor, data, pipeline, every)
 
 
 def _make(
@@ -167,7 +163,7 @@ def _control(row: Purpose, leaders: Purpose, made: _Made, num_ranks: int, width:
     return ControlGroup(dist.get_rank(), num_ranks, width, groups[row], groups.get(leaders))
 
 
-def _pipeline(degrees: Degrees, rank: int, made: _Made, tensor: dist.ProcessGroup | None) -> Groups:
+def _pipeline(degrees: Degrees, rank: int, made: _Made) -> Groups:
     replica, here, k = degrees.place(rank)
     hops: dict[tuple[int, bool], dist.ProcessGroup] = {}
     ends: dict[End, dist.ProcessGroup | None] = dict.fromkeys(End)
@@ -179,11 +175,13 @@ def _pipeline(degrees: Degrees, rank: int, made: _Made, tensor: dist.ProcessGrou
         for end, purpose in END_PURPOSES.items():
             if spec.purpose is purpose:
                 ends[end] = group
+    groups = {spec.purpose: group for spec, group in made}
     pipeline_ranks = range(degrees.pp)
     return Groups(
         tuple(degrees.rank(replica, j, k) for j in pipeline_ranks),
         tuple(degrees.rank(replica, j, 0) for j in pipeline_ranks),
         hops,
         ends,
-        tensor,
+        groups.get(Purpose.TENSOR),
+        groups.get(Purpose.TIED),
     )

@@ -19,6 +19,8 @@ class Groups:
     `hops` holds the group of each neighbour and direction, see `hop`.
     `ends[end]` is None where a single rank owns the whole layer: there is nothing to exchange.
     `tensor` joins the ranks of this pipeline rank, None if it is the only one.
+    `end_ranks` joins the ranks of the first and last stage where both hold the same rows of a tied
+    matrix, which only an unsharded vocabulary needs.
     """
 
     ranks: tuple[int, ...]
@@ -26,6 +28,7 @@ class Groups:
     hops: Mapping[tuple[int, bool], dist.ProcessGroup]
     ends: Mapping[End, dist.ProcessGroup | None]
     tensor: dist.ProcessGroup | None = None
+    end_ranks: dist.ProcessGroup | None = None
 
     def hop(self, peer: int, *, upstream: bool) -> dist.ProcessGroup:
         """Return the group for hops to or from pipeline rank `peer`.
