@@ -71,6 +71,7 @@ def peer(config: Any, rank: int) -> Any:
     from torch import nn
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
+    from vp_train.control import ControlGroup
     from vp_train.model.stage import Stage, init_rows
     from vp_train.optim.adamw import build_adamw, clip_scale, gather_health
     from vp_train.optim.optimizer import squared_norm
@@ -124,7 +125,7 @@ def peer(config: Any, rank: int) -> Any:
             schedule.step(target=labels.flatten(0, 1), losses=losses, return_outputs=False)
         mean = torch.stack(losses).mean().detach() if losses else None
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        health = gather_health(mean, squared_norm(gradients), dist.group.WORLD)
+        health = gather_health(mean, squared_norm(gradients), ControlGroup.flat(dist.group.WORLD))
         torch._foreach_mul_(gradients, clip_scale(health.grad_norm, config.optim.clip_grad_norm))
         optimizer.step()
         return float(health.loss)

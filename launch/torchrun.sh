@@ -4,6 +4,8 @@
 set -euo pipefail
 : "${HEAD:=127.0.0.1}" "${PORT:=29500}" "${NODES:=1}" "${NODE:=0}" "${GPUS:=4}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# A socket per connection, and files.  Where a node has several networks, set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME.
+ulimit -S -n "$(ulimit -H -n)" || true
 # Without an activated environment, that of `make`.
 torchrun=$(command -v torchrun || echo "$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/torchrun")
 exec "$torchrun" --nnodes "$NODES" --node-rank "$NODE" --nproc-per-node "$GPUS" \

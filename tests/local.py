@@ -11,6 +11,7 @@ import torch
 from tests.meshes import alone
 from vp_train.assembly import RankModel, build_rank
 from vp_train.config import RunConfig
+from vp_train.control import ControlGroup
 from vp_train.degrees import Degrees
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import StepHealth, gather_health
@@ -23,8 +24,9 @@ def local_mesh(plan: RunPlan, rank: int) -> Mesh:
     """Return the mesh of a rank whose process groups have nobody else in them."""
     group = alone()
     assert plan.degrees == Degrees(1, plan.num_ranks, 1)
-    groups = Groups((), (), group, group, {})
-    return Mesh(plan.degrees, rank, group, group, group, group, groups)
+    groups = Groups((), (), {}, {})
+    control = ControlGroup.flat(group)
+    return Mesh(plan.degrees, rank, control, control, group, group, groups, ())
 
 
 class Together:
@@ -48,7 +50,7 @@ class Together:
         nothing = torch.zeros((), dtype=torch.float64)
         losses = [nothing if term is None else term.double() for term, _ in pairs]
         norms = [nothing if term is None else term for _, term in pairs]
-        return gather_health(torch.stack(losses).sum(), torch.stack(norms).sum(), alone())
+        return gather_health(torch.stack(losses).sum(), torch.stack(norms).sum(), ControlGroup.flat(alone()))
 
     def abort(self) -> None:
         """Wake the ranks that wait for one that has failed."""

@@ -21,27 +21,11 @@ def mesh_for(plan: RunPlan) -> Mesh:
     mesh = _latest.pop(key, None)
     if mesh is None:
         for old in list(_latest)[: 1 - _KEPT]:
-            _destroy(_latest.pop(old))
+            _latest.pop(old).destroy()
             gc.collect()  # of models in cycles, which hold groups too
         mesh = build_mesh(plan.degrees, plan.problem)
     _latest[key] = mesh
     return mesh
-
-
-def _destroy(mesh: Mesh) -> None:
-    pipeline = mesh.pipeline
-    groups = [
-        mesh.steps,
-        mesh.tensor,
-        mesh.data,
-        pipeline.end_ranks,
-        pipeline.forward,
-        pipeline.backward,
-        *pipeline.ends.values(),
-    ]
-    for group in groups:
-        if group is not None:
-            dist.destroy_process_group(group)
 
 
 @cache

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from schedules.ir import Schedule
 from tests.data.cases import text_config, write_letters
 from tests.meshes import mesh_for
+from vp_train import flight_recorder
 from vp_train.assembly import build_rank
 from vp_train.checkpoint.training import _require_same_text
 from vp_train.cli import load_config
@@ -40,7 +40,7 @@ from vp_train.config import (
 )
 from vp_train.data import Batch, open_source
 from vp_train.degrees import wanted_ranks
-from vp_train.exits import EXIT_HANG, EXIT_IO
+from vp_train.exits import EXIT_HANG, EXIT_INTERNAL, EXIT_IO
 from vp_train.mesh import build_mesh
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
@@ -308,27 +308,28 @@ def test_the_group_of_all_ranks_waits_for_the_world_s_time_and_every_other_for_a
     config = config_of(tmp_path, timeout_seconds=7, world_timeout_seconds=70)
     made = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: made.append(timeout.total_seconds()))
-    monkeypatch.setattr("vp_train.train.build_mesh", lambda degrees, problem, timeout: made.append(timeout.total_seconds()))
+    monkeypatch.setattr("vp_train.train.build_mesh", lambda degrees, problem, settings: made.append(settings))
     _connect(config, make_plan(config, 2))
-    assert made == [70, 7]
+    assert made == [70, config.run]
     for seconds in ranks(4).run(timeouts_of, laid_out(config, pp=2, dp=2)):
-        assert seconds == {"steps": 7, "tensor": 7, "data": 7, "forward": 7, "backward": 7, "input": 7, "output": 7}
+        assert seconds == {"world": 70} | dict.fromkeys(("steps", "tensor", "data", "down", "up", "input", "output"), 7)
 
 
 def timeouts_of(rank, num_ranks, config):
     plan = make_plan(config, num_ranks)
-    mesh = build_mesh(plan.degrees, plan.problem, timedelta(seconds=config.run.timeout_seconds))
-    groups = {name: getattr(mesh, name) for name in ("steps", "tensor", "data")}
-    groups |= {name: getattr(mesh.pipeline, name) for name in ("forward", "backward")}
+    mesh = build_mesh(plan.degrees, plan.problem, config.run)
+    peer = 1 - mesh.pipeline_rank
+    groups = {"world": mesh.world.row, "steps": mesh.steps.row, "tensor": mesh.tensor, "data": mesh.data}
+    groups |= {"down": mesh.pipeline.hop(peer, upstream=False), "up": mesh.pipeline.hop(peer, upstream=True)}
     groups |= {end.value: group for end, group in mesh.pipeline.ends.items()}
     found = {name: group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for name, group in groups.items()}
-    for group in groups.values():
-        dist.destroy_process_group(group)
+    mesh.destroy()
     return found
 
 
 def test_more_ranks_than_gpus_are_refused_on_all_of_them_before_they_meet(tmp_path, monkeypatch):
     config = config_of(tmp_path, device="cuda")
+    monkeypatch.setattr("vp_train.train.set_environment", lambda *_: None)  # tests to come start processes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -482,9 +483,15 @@ def test_bfloat16_converges_to_the_entropy_of_its_data(ranks, tmp_path):
 
 
 MISBEHAVING = """
-import os, sys, time
+import os, sys, threading, time
+from pathlib import Path
+import vp_train.train
 from vp_train.train import Run
 from vp_train.cli import train
+def watch(groups, failed):
+    Run.nccl_failed = staticmethod(failed)
+    return threading.Event()
+vp_train.train.watch = watch
 inner = Run.train_step
 def failing(self, step, reporter):
     if step == 2 and self.mesh.rank == 1:
@@ -519,6 +526,22 @@ def test_a_rank_that_hangs_ends_the_job_when_its_time_is_up(tmp_path):
     assert "rank 0: stopped at step 2, another rank has not answered for 15 s (run.timeout_seconds)" in done.stderr, done.stderr
     assert re.search(rf"exitcode +: {EXIT_HANG} ", done.stderr)  # as torchrun reports it
     assert "Traceback" not in done.stderr.partition("rank 0: stopped")[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        ("TIMEOUT", EXIT_HANG, "another rank has not answered for 60 s (run.timeout_seconds); it may hang"),
+        ("REMOTE_ERROR", EXIT_INTERNAL, "another rank went away"),
+    ],
+)
+def test_an_error_of_nccl_ends_the_job_with_a_line_that_names_the_record(tmp_path, error, code, words):
+    record = flight_recorder.file_of({}, tmp_path / "runs" / "default", 1)
+    write = f"Path('{record.parent}').mkdir(); Path('{record}').write_text('last words')"
+    done = misbehave(tmp_path, f"{write}; Run.nccl_failed('{error}')", 60, timeout=50)
+    assert f"rank 1: stopped at step 2, {words}; its last communications: {record}\n" in done.stderr, done.stderr
+    assert re.search(rf"rank +: 1 .*\n +exitcode +: {code} ", done.stderr)
+    assert "Traceback" not in done.stderr.partition("rank 1: stopped")[0]
 
 
 def test_a_rank_that_raises_ends_the_job_with_its_traceback(tmp_path):

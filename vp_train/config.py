@@ -568,6 +568,9 @@ class RunSettings:
     dtype: str = "float32"
     device: str = "cpu"
     comm_backend: str = "nccl"  # on cuda; gloo, through host memory, lets several ranks share a GPU
+    comm_priority: bool = True  # nccl: communication runs on streams of high priority
+    collective_ctas: int = 4  # nccl: most thread blocks of a collective of the vocabulary layers; 0: NCCL's choice
+    hop_channels: int = 4  # nccl: most channels of a hop, unless NCCL_MAX_P2P_NCHANNELS is set; 0: NCCL's choice
     deterministic: bool = False  # only algorithms that give the same bits every time; slower on cuda
     log_every: int = 10
     eval_every: int = 30
@@ -592,7 +595,7 @@ class RunSettings:
         for name in ("timeout_seconds", "world_timeout_seconds"):
             if getattr(self, name) > _LONGEST_SECONDS:
                 raise ConfigError(f"run.{name}={getattr(self, name)} is too large; it must be at most {_LONGEST_SECONDS:,}")
-        for name in ("eval_every", "eval_microbatches", "checkpoint_every", "trace_step"):
+        for name in ("eval_every", "eval_microbatches", "checkpoint_every", "trace_step", "collective_ctas", "hop_channels"):
             _at_least(f"run.{name}", getattr(self, name), 0)
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from vp_train import flight_recorder
 from vp_train.config import ConfigError, RunConfig
 from vp_train.degrees import wanted_ranks
-from vp_train.exits import EXIT_INTERNAL
+from vp_train.failures import explain_deaths
 from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
 from vp_train.orphans import launching
 from vp_train.plan import SEARCHING, make_plan
@@ -51,18 +53,21 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
         max_restarts=0,
         monitor_interval=0.1,
     )
+    started = time.time()
+
+    def record_of(rank: int) -> Path | None:
+        record = flight_recorder.file_of(os.environ, run_path(config.run), rank)
+        return record if flight_recorder.is_fresh(record, started) else None
+
     try:
         with launching():
             elastic_launch(agent, sys.executable)("-u", "-m", "vp_train", *overrides)
     except ChildFailedError as error:
-        # Ranks that only lost a peer have EXIT_INTERNAL; another code knows more.
-        reasons = [item for item in error.failures.items() if item[1].exitcode > 0 and item[1].exitcode != EXIT_INTERNAL]
-        rank, failure = reasons[0] if reasons else error.get_first_failure()
-        code = int(failure.exitcode)
-        if code < 0:
-            print(f"vp-train: rank {rank} was killed by signal {-code}; the other ranks were stopped", file=sys.stderr)
-            return 128 - code
-        return code
+        deaths = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
+        failure = explain_deaths({rank: int(death.exitcode) for rank, death in deaths}, config.run, record_of)
+        if failure.words:
+            print(f"vp-train: {failure.words}", file=sys.stderr)
+        return failure.code
     except SignalException as error:
         print(f"vp-train: stopped by {error.sigval.name}; run.resume=true goes on from the newest checkpoint", file=sys.stderr)
         return 128 + error.sigval.value

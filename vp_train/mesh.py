@@ -1,33 +1,59 @@
-"""The process groups of a run, made once at its start and passed to whoever communicates: one for each purpose."""
+"""The process groups of a run, made once at its start and passed to whoever communicates.
+
+`communicators.plan_groups` says which there are; here they come to life.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from schedules.problem import Problem
 from schedules.vocab import End
+from vp_train.communicators import (
+    CONTROL_PURPOSES,
+    END_PURPOSES,
+    GLOO,
+    HOP_PURPOSES,
+    NCCL,
+    WORLD_PURPOSES,
+    GroupSpec,
+    Purpose,
+    plan_groups,
+)
+from vp_train.config import RunSettings
+from vp_train.control import ControlGroup, row_width
 from vp_train.degrees import Degrees
+from vp_train.nccl import communicator_options
 from vp_train.pipeline.groups import Groups
+
+_Made = Sequence[tuple[GroupSpec, dist.ProcessGroup]]
 
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
     """This rank's place among dp x pp x tp ranks, and the groups it belongs to.
 
-    `world` carries what all ranks agree on around steps and checkpoints, `steps` what they tell each other in every step.
-    `tensor` joins the ranks that split the same layers, `data` those that hold the same values in every replica.
+    `world` carries what all ranks agree on around steps and checkpoints, `steps` what they tell
+    each other in every step; both are for messages on the host.
+    `tensor` joins the ranks that split the same layers, `data` those that hold the same values in
+    every replica.  A rank with nobody to share with has a group of its own for both.
+    `made` holds every group of this rank once, in the order in which all ranks made them.
     """
 
     degrees: Degrees
     rank: int
-    world: dist.ProcessGroup
-    steps: dist.ProcessGroup
+    world: ControlGroup
+    steps: ControlGroup
     tensor: dist.ProcessGroup
     data: dist.ProcessGroup
     pipeline: Groups
+    made: tuple[dist.ProcessGroup, ...]
 
     @property
     def data_rank(self) -> int:
@@ -42,57 +68,120 @@ class Mesh:
     def tensor_rank(self) -> int:
         return self.degrees.place(self.rank)[2]
 
+    def destroy(self) -> None:
+        """Destroy the groups; all ranks must, but nobody waits."""
+        for group in self.made:
+            dist.destroy_process_group(group)
 
-def build_mesh(degrees: Degrees, problem: Problem, timeout: timedelta | None = None) -> Mesh:
-    """Make the groups; collective over the default group, whose ranks are those of `degrees`.
 
-    `timeout` is for all groups but `world`, which is the default group; None: torch's default.
+def build_mesh(degrees: Degrees, problem: Problem, settings: RunSettings | None = None) -> Mesh:
+    """Make all groups and connect them; collective over the default group.
+
+    The ranks of the default group are those of `degrees`.  Its backend decides: with `nccl` the
+    groups that move tensors use NCCL on the current device, else all use that of the default group.
+    Connecting takes at most `settings.world_timeout_seconds`.  Afterwards a message may take
+    `settings.timeout_seconds`, in `world` the former.
     """
     assert dist.get_world_size() == degrees.num_ranks
-    assert dist.group.WORLD is not None
-    rank = dist.get_rank()
-    here = degrees.place(rank)
-    pipeline_ranks = tuple(range(degrees.pp))
-    lanes = [[degrees.rank(replica, p, t) for p in pipeline_ranks] for replica in range(degrees.dp) for t in range(degrees.tp)]
-    tensors = [
-        [degrees.rank(replica, p, t) for t in range(degrees.tp)] for replica in range(degrees.dp) for p in pipeline_ranks
-    ]
-    copies = [[degrees.rank(d, p, t) for d in range(degrees.dp)] for p in pipeline_ranks for t in range(degrees.tp)]
-    roots = sorted({problem.root(end) for end in End})
-    tied = []
-    if len(roots) > 1 and not problem.algorithm.sharded:
-        tied = [[degrees.rank(d, p, t) for p in roots] for d in range(degrees.dp) for t in range(degrees.tp)]
-    ends = {}
-    for end in End:
-        members = [
-            [degrees.rank(d, p, t) for p in problem.shard_ranks(end) for t in range(degrees.tp)] for d in range(degrees.dp)
-        ]
-        ends[end] = _own(members, rank, timeout) if len(members[0]) > 1 else None
-    everyone = _own([list(range(degrees.num_ranks))], rank, timeout)
-    assert everyone is not None
-    tensor, data = _own(tensors, rank, timeout), _own(copies, rank, timeout)
-    assert tensor is not None
-    assert data is not None
-    forward, backward = _own(lanes, rank, timeout), _own(lanes, rank, timeout)
-    assert forward is not None
-    assert backward is not None
-    groups = Groups(
-        tuple(degrees.rank(here[0], p, here[2]) for p in pipeline_ranks),
-        tuple(degrees.rank(here[0], p, 0) for p in pipeline_ranks),
-        forward,
-        backward,
+    settings = settings or RunSettings()
+    rank, backend, width = dist.get_rank(), dist.get_backend(), row_width(degrees.num_ranks)
+    specs = plan_groups(degrees, problem, nccl=backend == NCCL, row_width=width)
+    in_world = [spec for spec in specs if spec.purpose in WORLD_PURPOSES]
+    others = [spec for spec in specs if spec.purpose not in WORLD_PURPOSES]
+    made = _make(in_world, rank, settings, backend)
+    world = _control(Purpose.WORLD, Purpose.WORLD_LEADERS, made, degrees.num_ranks, width)
+    if backend in (GLOO, NCCL):
+        world.barrier()  # slow starters: below, gloo waits for no longer than a step's timeout
+    made += _make(others, rank, settings, backend)
+    if backend == NCCL:
+        _warm_up(made, rank)
+        world.barrier()
+        for spec, group in made:
+            if spec.purpose not in CONTROL_PURPOSES:
+                _set_pg_timeout(timedelta(seconds=settings.timeout_seconds), group)
+    groups = {spec.purpose: group for spec, group in made}
+    tensor = groups[Purpose.TENSOR if degrees.tp > 1 else Purpose.ALONE]
+    data = groups[Purpose.DATA if degrees.dp > 1 else Purpose.ALONE]
+    pipeline = _pipeline(degrees, rank, made)
+    steps = _control(Purpose.STEPS, Purpose.STEPS_LEADERS, made, degrees.num_ranks, width)
+    every = tuple(group for _, group in made)
+    return Mesh(degrees, rank, world, steps, tensor, data, pipeline, every)
+
+
+def _make(
+    specs: Sequence[GroupSpec], rank: int, settings: RunSettings, backend: str
+) -> list[tuple[GroupSpec, dist.ProcessGroup]]:
+    """Make the groups, and return those of `rank`.
+
+    Every rank calls `new_group` for every group, in the same order, which is how torch numbers
+    them.  Without TORCH_DIST_INIT_BARRIER a rank that is no member returns at once.  The variant
+    with `use_local_synchronization` is no choice: there a group's name depends on how many groups
+    its rank has made before, which differs between a middle rank and the ends of a pipeline.
+    """
+    made = []
+    for spec in specs:
+        on_nccl = NCCL in spec.backend
+        in_world = spec.purpose in WORLD_PURPOSES
+        long = in_world or on_nccl  # NCCL connects at the first message, under its timeout
+        seconds = settings.world_timeout_seconds if long else settings.timeout_seconds
+        few_ctas = spec.purpose in END_PURPOSES.values()
+        is_member = rank in spec.members
+        group = dist.new_group(
+            list(spec.members),
+            timedelta(seconds=seconds),
+            spec.backend if backend in (GLOO, NCCL) else backend,
+            communicator_options(settings, few_ctas=few_ctas) if on_nccl and is_member else None,
+            group_desc=str(spec.purpose),
+        )
+        if is_member:
+            made.append((spec, group))
+    return made
+
+
+def _warm_up(made: _Made, rank: int) -> None:
+    """Send one element through each communicator, so that NCCL connects here and not in a step.
+
+    A pair hops as it will in a step: for `isend` and `irecv` NCCL has other communicators than for
+    collectives.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    for spec, group in made:
+        element = torch.zeros(1, device=device)
+        for sender in spec.senders:
+            (receiver,) = (member for member in spec.members if member != sender)
+            if rank == sender:
+                dist.send(element, receiver, group=group)
+            else:
+                dist.recv(element, sender, group=group)
+        if NCCL in spec.backend and not spec.senders:
+            dist.all_reduce(element, group=group)
+    torch.cuda.synchronize(device)
+
+
+def _control(row: Purpose, leaders: Purpose, made: _Made, num_ranks: int, width: int) -> ControlGroup:
+    groups = {spec.purpose: group for spec, group in made}
+    return ControlGroup(dist.get_rank(), num_ranks, width, groups[row], groups.get(leaders))
+
+
+def _pipeline(degrees: Degrees, rank: int, made: _Made) -> Groups:
+    replica, here, k = degrees.place(rank)
+    hops: dict[tuple[int, bool], dist.ProcessGroup] = {}
+    ends: dict[End, dist.ProcessGroup | None] = dict.fromkeys(End)
+    for spec, group in made:
+        for member in spec.members if spec.purpose in HOP_PURPOSES else ():
+            peer = degrees.place(member)[1]
+            if peer != here:
+                hops[peer, spec.purpose is Purpose.UPSTREAM] = group
+        for end, purpose in END_PURPOSES.items():
+            if spec.purpose is purpose:
+                ends[end] = group
+    groups = {spec.purpose: group for spec, group in made}
+    pipeline_ranks = range(degrees.pp)
+    return Groups(
+        tuple(degrees.rank(replica, j, k) for j in pipeline_ranks),
+        tuple(degrees.rank(replica, j, 0) for j in pipeline_ranks),
+        hops,
         ends,
-        tensor if degrees.tp > 1 else None,
-        _own(tied, rank, timeout),
+        groups.get(Purpose.TENSOR),
+        groups.get(Purpose.TIED),
     )
-    return Mesh(degrees, rank, dist.group.WORLD, everyone, tensor, data, groups)
-
-
-def _own(groups: list[list[int]], rank: int, timeout: timedelta | None) -> dist.ProcessGroup | None:
-    """Make all `groups`, as every rank must; that of `rank`, or None if it is in none."""
-    own = None
-    for members in groups:
-        group = dist.new_group(members, timeout)
-        if rank in members:
-            own = group
-    return own

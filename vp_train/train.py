@@ -6,31 +6,33 @@ import contextlib
 import errno
 import math
 import os
-import re
 import resource
 import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from schedules.timeline import Span, Timeline
+from vp_train import flight_recorder
 from vp_train.assembly import RankModel, build_rank
 from vp_train.checkpoint.store import CheckpointError, find, latest
 from vp_train.checkpoint.training import load_weights, restore_run, save_run
 from vp_train.config import ConfigError, RunConfig
 from vp_train.data import Batch, Source, open_source
-from vp_train.exits import EXIT_CONFIG, EXIT_HANG, EXIT_INTERNAL, EXIT_IO, EXIT_OK
+from vp_train.exits import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK
+from vp_train.failures import LOST_PEER, peer_failure, silent_peer
 from vp_train.mesh import Mesh, build_mesh
 from vp_train.metrics.progress import StepReport
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory, run_path
+from vp_train.nccl import set_environment, watch
 from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning_rate
 from vp_train.pipeline.recorder import Recorder, joined_communications, timer_of
 from vp_train.plan import RunPlan, make_plan
@@ -48,9 +50,18 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
     plan = make_plan(config, num_ranks)
     source = open_source(config)
     directory = RunDirectory(config.run) if rank == 0 else None
-    step = 0
+    step, started = 0, time.time()
+
+    def leave_with_nccl(error: str) -> None:
+        """Leave before torch's watchdog aborts the process."""
+        failure = silent_peer(config.run.timeout_seconds, config.run) if error == "TIMEOUT" else LOST_PEER
+        record = flight_recorder.file_of(os.environ, run_path(config.run), rank)
+        last = f"; its last communications: {record}" if flight_recorder.wait_for(record, started) else ""
+        _leave(failure.code, f"rank {rank}: stopped at step {step}, {failure.words}{last}")
+
     try:
         mesh = _connect(config, plan)
+        watched = watch(mesh.made, leave_with_nccl)
         run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
         reporter = None
         if directory is not None:
@@ -71,52 +82,39 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             words = f"{error}, at step {step}; once that is mended, run.resume=true goes on from the newest checkpoint there is"
             _leave(EXIT_IO, f"vp-train: {words}")
-        if _lost_a_peer(error):
-            _leave(EXIT_INTERNAL, f"rank {rank}: stopped at step {step}, another rank went away")
-        if (waited := _waited_seconds(error)) is not None:
-            is_of_step = math.isclose(waited, config.run.timeout_seconds, abs_tol=0.01)
-            setting = "timeout_seconds" if is_of_step else "world_timeout_seconds"
-            words = f"another rank has not answered for {waited:g} s (run.{setting}); it may hang"
-            _leave(EXIT_HANG, f"rank {rank}: stopped at step {step}, {words}")
+        if (failure := peer_failure(error, config.run)) is not None:
+            _leave(failure.code, f"rank {rank}: stopped at step {step}, {failure.words}")
         _leave(EXIT_INTERNAL, f"rank {rank} failed at step {step}\n{traceback.format_exc()}")
+    watched.set()
     dist.destroy_process_group()
     _leave(EXIT_OK)
 
 
 def _connect(config: RunConfig, plan: RunPlan) -> Mesh:
-    """Every group speaks gloo for what ranks agree on and, on CUDA, NCCL for what the executor moves."""
+    """Ranks agree over gloo; on CUDA the executor's tensors move over NCCL."""
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     backend = "gloo"
     if config.run.device == "cuda":
+        set_environment(os.environ, config.run, run_path(config.run))
         if not torch.cuda.is_available():
             raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
         local_rank, num_local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         num_devices = torch.cuda.device_count()
         if config.run.comm_backend == "nccl":
-            backend = "cpu:gloo,cuda:nccl"
+            backend = "nccl"
             if num_local > num_devices:
                 raise ConfigError(
                     f"{num_local} ranks on a node whose GPUs are {num_devices}, and NCCL wants one for each; start fewer ranks "
                     "here, or let them share GPUs with run.comm_backend=gloo"
                 )
         torch.cuda.set_device(local_rank % num_devices)
+    if backend == "nccl":  # on every node: where its ranks are to leave their flight recorders
+        flight_recorder.file_of(os.environ, run_path(config.run), 0).parent.mkdir(parents=True, exist_ok=True)
     dist.init_process_group(backend, timeout=timedelta(seconds=config.run.world_timeout_seconds))
-    return build_mesh(plan.degrees, plan.problem, timedelta(seconds=config.run.timeout_seconds))
-
-
-def _lost_a_peer(error: Exception) -> bool:
-    """gloo and the store report a dead peer in these words; the peer itself has the reason."""
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def _waited_seconds(error: Exception) -> float | None:
-    """For how long a peer was waited for in vain, as gloo says it."""
-    found = re.search(r"Timed out waiting (\d+)ms", str(error))
-    return None if found is None else int(found[1]) / 1000
+    return build_mesh(plan.degrees, plan.problem, config.run)
 
 
 def _leave(code: int, message: str = "") -> NoReturn:
@@ -127,6 +125,11 @@ def _leave(code: int, message: str = "") -> NoReturn:
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
     os._exit(code)
+
+
+def _spans(values: list[list[Any]]) -> list[Span]:
+    """Return spans from their fields, as JSON gives them back."""
+    return [Span(*fields) for fields in values]
 
 
 @dataclass(slots=True)
@@ -247,7 +250,7 @@ class Run:
         """Run a training step with every pass and communication timed, from a common start."""
         timer = timer_of(torch.device(self.config.run.device))
         recorder = Recorder(self.mesh.pipeline_rank, timer, list(self.model.parameters.values()))
-        dist.barrier(self.mesh.steps)
+        self.mesh.steps.barrier()
         timer.start()
         loss = self.model.train_step(batch.tokens, batch.labels, recorder, segments=batch.segments)
         return loss, recorder
@@ -259,21 +262,15 @@ class Run:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
     def _report_trace(self, recorder: Recorder, reporter: Reporter | None) -> None:
-        mine = (
-            recorder.spans,
-            recorder.communications,
-            recorder.peak_bytes,
-            self.model.num_parameters,
-        )
-        everyone: list[tuple[list[Span], list[Span], int, int]]
-        everyone = [mine] * self.mesh.degrees.num_ranks
-        dist.all_gather_object(everyone, mine, group=self.mesh.world)
+        passes, messages = ([astuple(span) for span in spans] for spans in (recorder.spans, recorder.communications))
+        mine = (passes, messages, recorder.peak_bytes, self.model.num_parameters)
+        everyone = self.mesh.world.all_gather_json(mine)
         if reporter is not None:
             first = [everyone[self.mesh.degrees.rank(0, p, 0)] for p in range(self.plan.num_ranks)]  # others do the same
             spans, communications, peaks, parameters = zip(*first, strict=True)
             timeline = Timeline(
-                tuple(map(tuple, spans)),
-                joined_communications(list(communications)),
+                tuple(tuple(_spans(values)) for values in spans),
+                joined_communications([_spans(values) for values in communications]),
                 tuple(map(float, peaks)),
                 self.plan.timeline.peak_in_flight,
             )
@@ -281,8 +278,7 @@ class Run:
 
     def finish(self, reporter: Reporter | None) -> None:
         """The last word: the table of all ranks."""
-        everyone = [0.0] * self.mesh.degrees.num_ranks
-        dist.all_gather_object(everyone, self._peak_bytes(), group=self.mesh.world)
+        everyone = self.mesh.world.all_gather_json(self._peak_bytes())
         if reporter is not None:
             worst = [0.0] * self.plan.num_ranks
             for rank, peak in enumerate(everyone):

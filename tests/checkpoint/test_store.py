@@ -18,6 +18,7 @@ import torch.distributed as dist
 from vp_train.checkpoint import store
 from vp_train.checkpoint.store import CheckpointError, Piece, find, latest, load, read_manifest, save
 from vp_train.config import ConfigError
+from vp_train.control import ControlGroup
 from vp_train.split import Split
 
 ROWS = 23
@@ -46,11 +47,12 @@ def pieces_of(rank, num_ranks, seed, fill):
 
 
 def save_one(rank, num_ranks, directory, step=1, seed=0, keep=9):
-    save(Path(directory), step, pieces_of(rank, num_ranks, seed, fill=True), {"step": step}, dist.group.WORLD, keep)
+    pieces = pieces_of(rank, num_ranks, seed, fill=True)
+    save(Path(directory), step, pieces, {"step": step}, ControlGroup.flat(dist.group.WORLD), keep)
 
 
 def load_one(rank, num_ranks, directory, seed):
-    path = latest(Path(directory), dist.group.WORLD)
+    path = latest(Path(directory), ControlGroup.flat(dist.group.WORLD))
     manifest, pieces = read_manifest(path), pieces_of(rank, num_ranks, seed, fill=False)
     load(path, manifest, pieces)
     expected = pieces_of(rank, num_ranks, seed, fill=True)
@@ -179,7 +181,7 @@ def choose_counting(rank, num_ranks, directory):
     hashed, digest = [], store._digest
     store._digest = lambda path: (hashed.append(f"{path.parent.name}/{path.name}"), digest(path))[1]
     try:
-        return latest(Path(directory), dist.group.WORLD), hashed
+        return latest(Path(directory), ControlGroup.flat(dist.group.WORLD)), hashed
     finally:
         store._digest = digest
 
@@ -224,9 +226,11 @@ SAVER = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
 from vp_train.checkpoint.store import Piece, save
+from vp_train.control import ControlGroup
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+world = ControlGroup.flat(dist.group.WORLD)
 for step in range(1, 10_000):
-    save(Path(sys.argv[1]), step, {"x": Piece(torch.full((50_000,), float(step)))}, {"step": step}, dist.group.WORLD, 2)
+    save(Path(sys.argv[1]), step, {"x": Piece(torch.full((50_000,), float(step)))}, {"step": step}, world, 2)
     print(step, flush=True)
 """
 

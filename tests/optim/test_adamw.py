@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from vp_train.config import OptimConfig
+from vp_train.control import ControlGroup
 from vp_train.optim.adamw import build_adamw, clip_scale, gather_health, learning_rate
 from vp_train.optim.optimizer import squared_norm
 
@@ -48,7 +49,8 @@ def test_only_matrices_decay_and_a_fresh_state_is_complete():
 def health_of(rank, num_ranks, gradient, loss):
     values = torch.full((4,), gradient[rank])
     mine = None if loss[rank] is None else torch.tensor(loss[rank])
-    health = gather_health(mine, squared_norm([values]), dist.group.WORLD, peak_bytes=100.0 * (rank + 1))
+    everyone = ControlGroup.flat(dist.group.WORLD)
+    health = gather_health(mine, squared_norm([values]), everyone, peak_bytes=100.0 * (rank + 1))
     return health, values.norm().item() * clip_scale(health.grad_norm, 1.0)
 
 

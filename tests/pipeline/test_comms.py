@@ -21,7 +21,8 @@ PASS_SECONDS, MESSAGE_SECONDS = 1.0, 0.2
 def comms_of(world_size, *, through_host=False):
     everyone = list(range(world_size))
     forward, backward, output = (dist.new_group(everyone) for _ in range(3))
-    groups = Groups(tuple(everyone), tuple(everyone), forward, backward, {End.INPUT: None, End.OUTPUT: output})
+    hops = {(peer, upstream): backward if upstream else forward for peer in everyone for upstream in (False, True)}
+    groups = Groups(tuple(everyone), tuple(everyone), hops, {End.INPUT: None, End.OUTPUT: output})
     return Comms(ProcessGroups(groups, torch.device("cpu"), through_host=through_host))
 
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vp_train.checkpoint.stream import Described, write_tensors
 from vp_train.config import ConfigError
+from vp_train.control import ControlGroup
 from vp_train.durable import sync
 from vp_train.split import Split
 
@@ -62,14 +62,14 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def save(
-    directory: Path, step: int, pieces: Mapping[str, Piece], state: Mapping[str, Any], group: dist.ProcessGroup, keep: int
+    directory: Path, step: int, pieces: Mapping[str, Piece], state: Mapping[str, Any], group: ControlGroup, keep: int
 ) -> Path:
     """Write checkpoint `step` under `directory`; collective over `group`.  Each global tensor must be covered exactly once.
 
     `state` must be JSON.  It and the `keep` - 1 checkpoints before it stay.  Raises CheckpointError on all ranks if any could
     not write.
     """
-    rank = dist.get_rank(group)
+    rank = group.rank
     final, temporary = directory / _name_of(step), directory / f".writing-{_name_of(step)}"
     try:
         error = _attempt(lambda: _make_empty(temporary)) if rank == 0 else None
@@ -115,7 +115,7 @@ def _attempt(work: Any) -> str | None:
     return None
 
 
-def _agree(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+def _agree(mine: Any, group: ControlGroup) -> list[Any]:
     """What every rank has to say; CheckpointError on all ranks if one of them says an error (a string)."""
     everyone = _said(mine, group)
     for rank, said in enumerate(everyone):
@@ -194,7 +194,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _damage(path: Path, group: dist.ProcessGroup | None) -> str | None:
+def _damage(path: Path, group: ControlGroup | None) -> str | None:
     """What is wrong with checkpoint `path`.  The ranks of `group` check a part of its files each."""
     everyone = _said(_damaged_part(path, *_place(group)), group)
     return next((said for said in everyone if said is not None), None)
@@ -213,37 +213,33 @@ def _damaged_part(path: Path, rank: int, num_ranks: int) -> str | None:
     return None
 
 
-def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+def _place(group: ControlGroup | None) -> tuple[int, int]:
+    return (0, 1) if group is None else (group.rank, group.size)
 
 
-def _said(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """What every rank has to say."""
-    if group is None:
-        return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
+def _said(mine: Any, group: ControlGroup | None) -> list[Any]:
+    """What every rank has to say, which must be JSON."""
+    return [mine] if group is None else group.all_gather_json(mine)
 
 
-def latest(directory: Path, group: dist.ProcessGroup | None = None) -> Path | None:
+def latest(directory: Path, group: ControlGroup | None = None) -> Path | None:
     """The newest undamaged checkpoint, None if there is none; damaged ones are named on stderr and passed over.
 
     Collective over `group`.  Raises ConfigError where there are checkpoints and all are damaged.
     """
-    paths: list[Path] = _said(sorted(directory.glob("step-*"), reverse=True), group)[0]
-    for path in paths:
+    names: list[str] = _said(sorted((path.name for path in directory.glob("step-*")), reverse=True), group)[0]
+    for path in (directory / name for name in names):
         damage = _damage(path, group)
         if damage is None:
             return path
         if _place(group)[0] == 0:
             print(f"checkpoint passed over: {damage}", file=sys.stderr, flush=True)
-    if paths:
+    if names:
         raise ConfigError(f"every checkpoint in {directory} is damaged; restore one, or move them away to begin without")
     return None
 
 
-def find(path: Path, group: dist.ProcessGroup | None = None) -> Path:
+def find(path: Path, group: ControlGroup | None = None) -> Path:
     """The checkpoint at `path`, or the newest of the run or directory there; collective over `group`.
 
     Raises ConfigError if there is none that is undamaged.

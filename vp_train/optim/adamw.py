@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from vp_train.config import OptimConfig
+from vp_train.control import ControlGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -56,9 +56,7 @@ class StepHealth:
     peak_bytes: float  # memory of the worst rank
 
 
-def gather_health(
-    loss: Tensor | None, squared_norm: Tensor | None, group: dist.ProcessGroup, peak_bytes: float = 0.0
-) -> StepHealth:
+def gather_health(loss: Tensor | None, squared_norm: Tensor | None, group: ControlGroup, peak_bytes: float = 0.0) -> StepHealth:
     """Exchange loss, squared gradient norm and memory: one small all-gather, summed in rank order, so ranks agree bit for bit.
 
     `loss` and `squared_norm` are this rank's terms, or None; fp64 [].
@@ -66,8 +64,7 @@ def gather_health(
     nothing = torch.zeros((), dtype=torch.float64)
     terms = [nothing if term is None else term.double().cpu() for term in (loss, squared_norm)]
     mine = torch.stack([*terms, torch.tensor(peak_bytes, dtype=torch.float64)])
-    everyone = torch.empty(group.size(), 3, dtype=torch.float64)
-    dist.all_gather(list(everyone), mine, group=group)
+    everyone = group.all_gather(mine)
     culprits = []
     for rank, (rank_loss, rank_squared, _) in enumerate(everyone.tolist()):
         if not math.isfinite(rank_loss):

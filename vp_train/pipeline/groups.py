@@ -1,7 +1,8 @@
-"""The process groups of one pipeline, as its communication uses them."""
+"""The process groups over which one pipeline communicates."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -13,21 +14,26 @@ from schedules.vocab import End
 class Groups:
     """The process groups of one pipeline.
 
-    `ends[end]` is None where a single rank owns the whole layer: nothing to exchange.  Pipeline rank
-    i is `ranks[i]` for hops.  For collectives it is all tensor-parallel ranks, which join the groups
-    of both ends; as a root it is the first of them, `leaders[i]`.  `tensor` joins this rank's, None
-    if it is the only one.  `end_ranks` joins the ranks of the first and last stage where both hold
-    the same rows of a tied matrix, which only an unsharded vocabulary needs.
+    Pipeline rank i is `ranks[i]` for hops.  For collectives it is all tensor-parallel ranks, which
+    join the groups of both ends; as a root it is the first of them, `leaders[i]`.
+    `hops` holds the group of each neighbour and direction, see `hop`.
+    `ends[end]` is None where a single rank owns the whole layer: there is nothing to exchange.
+    `tensor` joins the ranks of this pipeline rank, None if it is the only one.
+    `end_ranks` joins the ranks of the first and last stage where both hold the same rows of a tied
+    matrix, which only an unsharded vocabulary needs.
     """
 
     ranks: tuple[int, ...]
     leaders: tuple[int, ...]
-    forward: dist.ProcessGroup
-    backward: dist.ProcessGroup
-    ends: dict[End, dist.ProcessGroup | None]
+    hops: Mapping[tuple[int, bool], dist.ProcessGroup]
+    ends: Mapping[End, dist.ProcessGroup | None]
     tensor: dist.ProcessGroup | None = None
     end_ranks: dist.ProcessGroup | None = None
 
     def hop(self, peer: int, *, upstream: bool) -> dist.ProcessGroup:
-        """Return the group for hops to or from pipeline rank `peer`; `upstream` for gradients."""
-        return self.backward if upstream else self.forward
+        """Return the group for hops to or from pipeline rank `peer`.
+
+        `upstream` for gradients, else for activations.  Raises KeyError where the plan has no hop
+        between this rank and `peer`.
+        """
+        return self.hops[peer, upstream]

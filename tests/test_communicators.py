@@ -1,0 +1,252 @@
+"""The list of process groups is small, complete and free of deadlock, at 512 ranks too."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from schedules.cost import CostModel
+from schedules.generators import GENERATORS, generate
+from schedules.ir import Kind
+from schedules.layout import Layout
+from schedules.lower import Action, lower
+from schedules.problem import Problem
+from schedules.vocab import VOCAB_ALGORITHMS, End
+from vp_train import mesh as mesh_module
+from vp_train.communicators import (
+    END_PURPOSES,
+    HOP_PURPOSES,
+    NCCL,
+    Purpose,
+    gloo_sockets,
+    hop_flows,
+    plan_groups,
+)
+from vp_train.config import RunSettings
+from vp_train.control import row_width
+from vp_train.degrees import Degrees
+from vp_train.mesh import build_mesh
+from vp_train.nccl import communicator_options
+
+MOST_SOCKETS = 256
+LAYOUTS = [("linear", 1), ("loop", 2), ("loop", 3), ("v", 2)]
+DEGREES = [(1, 1, 1), (1, 4, 1), (2, 2, 2), (1, 3, 2), (3, 1, 1), (2, 5, 1), (8, 8, 8), (1, 37, 1)]
+
+
+def problem_of(num_ranks, layout="linear", chunks=1, algorithm="one_barrier"):
+    return Problem(Layout(layout, num_ranks, chunks), 2, VOCAB_ALGORITHMS[algorithm])
+
+
+def planned(degrees, problem, *, nccl):
+    return plan_groups(degrees, problem, nccl=nccl, row_width=row_width(degrees.num_ranks))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("algorithm", ["none", "one_barrier"])
+def test_at_512_ranks_nobody_has_more_than_99_sockets(layout, algorithm):
+    degrees = Degrees(8, 8, 8)
+    specs = planned(degrees, problem_of(8, *layout, algorithm), nccl=True)
+    assert max(gloo_sockets(specs, rank) for rank in range(512)) == 2 * (31 + 15) + 7
+
+
+@pytest.mark.parametrize("degrees", [(8, 8, 8), (16, 8, 4), (1, 64, 8), (64, 1, 8), (512, 1, 1), (4, 16, 64)])
+def test_sockets_leave_room_for_other_files(degrees):
+    """With dp = 512 the replicas alone need 511: a fault of that layout, but below the limit."""
+    degrees = Degrees(*degrees)
+    specs = planned(degrees, problem_of(degrees.pp), nccl=True)
+    most = max(gloo_sockets(specs, rank) for rank in range(degrees.num_ranks))
+    assert most - (degrees.dp - 1) <= MOST_SOCKETS
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("degrees", [(8, 2, 2), (8, 8, 8), (64, 8, 8), (16, 64, 4)])
+def test_no_rank_is_in_more_than_twelve_groups_whatever_the_size_of_the_world(layout, degrees):
+    degrees = Degrees(*degrees)
+    specs = planned(degrees, problem_of(degrees.pp, *layout), nccl=True)
+    assert max(Counter(rank for spec in specs for rank in spec.members).values()) <= 12
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("degrees", DEGREES)
+def test_every_hop_has_a_pair_of_its_own_on_nccl(layout, degrees):
+    degrees = Degrees(*degrees)
+    problem = problem_of(degrees.pp, *layout)
+    hops = [spec for spec in planned(degrees, problem, nccl=True) if spec.purpose in HOP_PURPOSES]
+    assert all(spec.backend == NCCL and len(spec.members) == 2 for spec in hops)
+    assert len({(spec.purpose, spec.members) for spec in hops}) == len(hops)
+    found = {
+        (spec.purpose, sender, receiver)
+        for spec in hops
+        for sender in spec.senders
+        for receiver in spec.members
+        if receiver != sender
+    }
+    wanted = set()
+    for stage in range(problem.last_stage):
+        a, b = problem.layout.rank_of(stage), problem.layout.rank_of(stage + 1)
+        for replica in range(degrees.dp):
+            for k in range(degrees.tp):
+                if a != b:
+                    here, there = degrees.rank(replica, a, k), degrees.rank(replica, b, k)
+                    wanted |= {(Purpose.DOWNSTREAM, here, there), (Purpose.UPSTREAM, there, here)}
+    assert found == wanted
+
+
+def test_v_layouts_hop_both_ways_and_loops_wrap_around():
+    assert hop_flows(problem_of(3, "v", 2), upstream=False) == {(0, 1), (1, 2), (2, 1), (1, 0)}
+    assert hop_flows(problem_of(3, "loop", 2), upstream=False) == {(0, 1), (1, 2), (2, 0)}
+    assert hop_flows(problem_of(3, "loop", 2), upstream=True) == {(1, 0), (2, 1), (0, 2)}
+    assert hop_flows(problem_of(1, "loop", 2), upstream=True) == set()
+
+
+@pytest.mark.parametrize("name", sorted(GENERATORS))
+@pytest.mark.parametrize("p", [2, 3])
+def test_both_ranks_of_a_pair_issue_its_messages_in_the_same_order(name, p):
+    """NCCL executes them one after the other, and V layouts and loops of two hop both ways."""
+    family = GENERATORS[name]
+    problem = Problem(family.layout_of(p), 6, VOCAB_ALGORITHMS["one_barrier"], family.split_backward)
+    seconds = {"F": 1.0, "B": 2.0, "I": 1.1, "W": 0.9, "S": 0.57, "T": 0.31, "E": 0.05, "G": 0.03}
+    cost = CostModel.uniform(problem.layout.num_stages, p, hop=0.07, barrier=0.13, **seconds)
+    issued = {}
+    for rank, ops in enumerate(lower(generate(name, problem, cost), problem, cost).ranks):
+        for op in ops:
+            if op.action in (Action.SEND, Action.RECV):
+                upstream, sender = op.item.kind is not Kind.F, rank if op.action is Action.SEND else op.peer
+                issued.setdefault((rank, op.peer, upstream), []).append((op.item, sender))
+    assert len(issued) == 2 * len({tuple(sorted(flow)) for flow in hop_flows(problem, upstream=False)}) * 2
+    for (rank, peer, upstream), messages in issued.items():
+        assert messages == issued[peer, rank, upstream]
+
+
+@pytest.mark.parametrize("nccl", [False, True])
+@pytest.mark.parametrize("degrees", DEGREES)
+def test_nobody_waits_in_a_circle_and_no_group_is_made_in_vain(degrees, nccl):
+    """Each rank makes its groups one after the other; a group is complete when all have come."""
+    degrees = Degrees(*degrees)
+    specs = planned(degrees, problem_of(degrees.pp), nccl=nccl)
+    rounds = dict.fromkeys(range(degrees.num_ranks), 0)
+    for spec in specs:
+        assert len(spec.members) > 1 or spec.purpose in (Purpose.ALONE, Purpose.WORLD, Purpose.STEPS)
+        assert list(spec.members) == sorted(set(spec.members))
+        when = 1 + max(rounds[rank] for rank in spec.members)
+        rounds |= dict.fromkeys(spec.members, when)
+    in_groups = Counter(rank for spec in specs for rank in spec.members)
+    assert max(rounds.values()) <= 2 * max(in_groups.values()), "a chain of waits along the pipeline"
+
+
+def test_what_a_size_of_one_does_not_need_is_not_made():
+    alone = {spec.purpose for spec in planned(Degrees(1, 1, 1), problem_of(1), nccl=True)}
+    assert alone == {Purpose.WORLD, Purpose.STEPS, Purpose.ALONE}
+    whole = {spec.purpose for spec in planned(Degrees(2, 2, 2), problem_of(2), nccl=True)}
+    assert Purpose.ALONE not in whole
+
+
+class Recorded:
+    """Stands for torch's group factory, and for a process group."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, members, timeout, backend, options, group_desc):
+        self.calls.append((group_desc, tuple(members), backend, timeout.total_seconds(), options))
+        return SimpleNamespace(desc=group_desc, members=members)
+
+
+@pytest.fixture
+def fake_nccl(monkeypatch):
+    """A torch with NCCL that records instead of communicating; call it with rank and degrees."""
+    steps = []
+
+    class Options:
+        def __init__(self, is_high_priority_stream=False):
+            self.is_high_priority_stream = is_high_priority_stream
+            self.config = SimpleNamespace(max_ctas=32)
+
+    def start(rank, degrees):
+        factory = Recorded()
+        monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
+        monkeypatch.setattr(dist, "new_group", factory)
+        for name, value in {"get_rank": rank, "get_world_size": degrees.num_ranks, "get_backend": NCCL}.items():
+            monkeypatch.setattr(dist, name, lambda value=value: value)
+        for name in ("send", "recv"):
+            monkeypatch.setattr(dist, name, lambda _, peer, group, name=name: steps.append((name, peer, group)))
+        monkeypatch.setattr(dist, "all_reduce", lambda _, group: steps.append(("all_reduce", None, group)))
+        monkeypatch.setattr(mesh_module.ControlGroup, "barrier", lambda self: steps.append(("barrier", None, self)))
+        monkeypatch.setattr(mesh_module, "_set_pg_timeout", lambda timeout, group: steps.append((timeout, None, group)))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _: steps.append(("synchronize", None, None)))
+        monkeypatch.setattr(torch, "zeros", lambda *_, device: device)
+        return factory, steps
+
+    return start
+
+
+@pytest.mark.parametrize("rank", [0, 9, 31])
+def test_the_mesh_is_that_list_warmed_up_under_the_start_s_timeout(fake_nccl, rank):
+    degrees, settings = Degrees(2, 8, 2), RunSettings(timeout_seconds=7, world_timeout_seconds=70)
+    factory, steps = fake_nccl(rank, degrees)
+    problem = problem_of(8, "v", 2)
+    mesh = build_mesh(degrees, problem, settings)
+    specs = planned(degrees, problem, nccl=True)
+    assert [call[:3] for call in factory.calls] == [(spec.purpose, spec.members, spec.backend) for spec in specs]
+    own = [spec for spec in specs if rank in spec.members]
+    assert len(mesh.made) == len(own)
+    for purpose, members, backend, seconds, options in factory.calls:
+        assert seconds == (7 if purpose == Purpose.STEPS else 70)
+        assert (options is not None) == (NCCL in backend and rank in members)
+        if options is not None:
+            assert options.is_high_priority_stream
+            assert options.config.max_ctas == (4 if purpose in END_PURPOSES.values() else 32)
+    on_nccl = [(spec, group) for spec, group in zip(own, mesh.made, strict=True) if NCCL in spec.backend]
+    barrier, *warmed, synchronized, barrier_after = [step for step in steps if isinstance(step[0], str)]
+    assert (barrier[0], synchronized[0], barrier_after[0]) == ("barrier", "synchronize", "barrier")
+    expected = []
+    for spec, group in on_nccl:
+        expected += [("send" if rank == sender else "recv", group) for sender in spec.senders] or [("all_reduce", group)]
+    assert [(name, group) for name, _, group in warmed] == expected
+    assert [(when, group) for when, _, group in steps if isinstance(when, timedelta)] == [
+        (timedelta(seconds=7), group) for _, group in on_nccl
+    ]
+    assert steps.index(barrier_after) < min(i for i, step in enumerate(steps) if isinstance(step[0], timedelta))
+    here = mesh.pipeline_rank
+    for upstream in (False, True):
+        for peer in {here - 1, here + 1} & set(range(8)):
+            group = mesh.pipeline.hop(peer, upstream=upstream)
+            assert group.desc == (Purpose.UPSTREAM if upstream else Purpose.DOWNSTREAM)
+            assert set(group.members) == {rank, mesh.pipeline.ranks[peer]}
+        with pytest.raises(KeyError):
+            mesh.pipeline.hop(here + 2, upstream=upstream)
+    assert {end: group.desc for end, group in mesh.pipeline.ends.items()} == END_PURPOSES
+
+
+def test_settings_of_zero_leave_nccl_its_choice(fake_nccl):
+    fake_nccl(0, Degrees(1, 1, 1))
+    options = communicator_options(RunSettings(collective_ctas=0, comm_priority=False), few_ctas=True)
+    assert options.config.max_ctas == 32
+    assert not options.is_high_priority_stream
+
+
+def test_a_torch_without_nccl_has_no_options():
+    if not hasattr(dist, "ProcessGroupNCCL"):
+        assert communicator_options(RunSettings(), few_ctas=True) is None
+
+
+def test_512_ranks_make_their_groups_without_a_store_and_in_seconds(monkeypatch):
+    """torch itself makes them, over a store that knows nobody: no barrier is waited for."""
+    monkeypatch.setattr(dist.distributed_c10d, "_store_based_barrier", lambda *_: pytest.fail("a barrier of all ranks"))
+    degrees = Degrees(8, 8, 8)
+    dist.init_process_group("fake", store=FakeStore(), rank=77, world_size=512)
+    try:
+        mesh = build_mesh(degrees, problem_of(8))
+        assert (mesh.data.size(), mesh.tensor.size(), mesh.world.row.size()) == (8, 8, 32)
+        assert mesh.world.leaders is None
+        assert mesh.pipeline.ends[End.OUTPUT].size() == 64
+        mesh.destroy()
+    finally:
+        dist.destroy_process_group()

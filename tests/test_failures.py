@@ -1,0 +1,198 @@
+"""What torch says of another rank, and how ranks die, give the exit code and one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from vp_train import flight_recorder
+from vp_train.config import RunSettings
+from vp_train.exits import EXIT_CONFIG, EXIT_HANG, EXIT_INTERNAL
+from vp_train.failures import explain_deaths, peer_failure
+from vp_train.nccl import set_environment, watch
+
+SETTINGS = RunSettings(timeout_seconds=300, world_timeout_seconds=1800)
+LOST = [
+    "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4097",
+    "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+    "NCCL communicator was aborted on rank 3.",
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3699, remote process exited or there was "
+    "a network error, NCCL version 2.27.5\nncclRemoteError: A call failed possibly due to a network error or a remote "
+    "process exiting prematurely.\nLast error:\nsocketProgress: Connection closed by remote peer node7<52134>",
+    "[3] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key '0', but "
+    "store->get('0') got error: Connection reset by peer",
+]
+WAITED = [
+    ("[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 300000ms for recv", 300, "timeout"),
+    (
+        "[3] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key '0', but "
+        "store->get('0') got error: wait timeout after 1800000ms, keys: /default_pg/0//cuda//0",
+        1800,
+        "world_timeout",
+    ),
+    ("[../third_party/gloo/gloo/transport/tcp/pair.cc:525] Application timeout caused pair closure", 300, "timeout"),
+    ("Timed out after 1800 seconds waiting for clients. 3/4 clients joined.", 1800, "world_timeout"),
+    (
+        "[PG ID 4 PG GUID 45 Rank 1] Process group watchdog thread terminated with exception: [Rank 1] Watchdog caught "
+        "collective operation timeout: WorkNCCL(SeqNum=2, OpType=SEND, NumelIn=8, NumelOut=8, Timeout(ms)=300000) ran for "
+        "300001 milliseconds before timing out.",
+        300,
+        "timeout",
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, dist.DistBackendError])
+@pytest.mark.parametrize("words", LOST)
+def test_a_lost_peer_is_an_internal_end(words, kind):
+    failure = peer_failure(kind(words), SETTINGS)
+    assert (failure.code, failure.words) == (EXIT_INTERNAL, "another rank went away")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, dist.DistStoreError])
+@pytest.mark.parametrize(("words", "seconds", "setting"), WAITED)
+def test_a_silent_peer_is_a_hang_of_so_many_seconds(words, seconds, setting, kind):
+    failure = peer_failure(kind(words), SETTINGS)
+    assert failure.code == EXIT_HANG
+    assert failure.words == f"another rank has not answered for {seconds} s (run.{setting}_seconds); it may hang"
+
+
+@pytest.mark.parametrize("error", [ValueError(LOST[0]), RuntimeError("CUDA error: an illegal memory access was encountered")])
+def test_other_errors_say_nothing_of_peers(error):
+    assert peer_failure(error, SETTINGS) is None
+
+
+ABRT, KILL, TERM = -signal.SIGABRT, -signal.SIGKILL, -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("codes", "recorded", "code", "words"),
+    [
+        ({2: EXIT_INTERNAL, 0: EXIT_CONFIG}, (), EXIT_CONFIG, ""),
+        ({2: EXIT_INTERNAL, 0: EXIT_INTERNAL}, (), EXIT_INTERNAL, ""),
+        ({2: EXIT_INTERNAL, 1: KILL}, (), 128 + 9, "rank 1 was killed by signal 9; the other ranks were stopped"),
+        ({0: ABRT, 1: KILL}, (0,), 128 + 9, "rank 1 was killed by signal 9; the other ranks were stopped"),
+        ({0: ABRT, 1: EXIT_HANG}, (0,), EXIT_HANG, ""),
+        ({0: TERM, 1: KILL}, (), 128 + 9, "rank 1 was killed by signal 9; the other ranks were stopped"),
+        ({0: TERM, 1: EXIT_INTERNAL}, (), EXIT_INTERNAL, ""),
+        ({0: TERM}, (), 128 + 15, "rank 0 was killed by signal 15; the other ranks were stopped"),
+        ({0: ABRT}, (), 128 + 6, "rank 0 was killed by signal 6; the other ranks were stopped"),
+        (
+            {2: EXIT_INTERNAL, 0: ABRT, 1: ABRT},
+            (1,),
+            EXIT_HANG,
+            "rank 1 was aborted by NCCL's watchdog: another rank has not answered for 300 s (run.timeout_seconds); it may "
+            "hang; its last communications: logs/1",
+        ),
+    ],
+)
+def test_a_job_ends_with_the_cause_and_not_with_what_followed(codes, recorded, code, words):
+    failure = explain_deaths(codes, SETTINGS, lambda rank: Path(f"logs/{rank}") if rank in recorded else None)
+    assert (failure.code, failure.words) == (code, words)
+
+
+LAUNCHER = """
+import sys
+from types import SimpleNamespace
+from vp_train import launcher
+from vp_train.cli import load_config
+launcher.sys = SimpleNamespace(executable=sys.argv[1], stderr=sys.stderr)
+raise SystemExit(launcher.launch(load_config(sys.argv[2:]), sys.argv[2:]))
+"""
+RANK = """#!/bin/sh
+if [ "$RANK" = 1 ]; then
+    {deed}
+    kill -ABRT $$
+fi
+sleep 60
+"""
+
+
+def launch_ranks_that(deed, tmp_path):
+    """The launcher, with shell scripts in place of ranks; rank 1 does `deed` and aborts."""
+    rank = tmp_path / "rank.sh"
+    rank.write_text(RANK.replace("{deed}", deed))
+    rank.chmod(0o755)
+    overrides = [
+        "model=nano",
+        "data=synthetic",
+        "parallel.pp=2",
+        f"run.root={tmp_path}",
+        "run.name=run",
+        "run.timeout_seconds=9",
+    ]
+    command = [sys.executable, "-c", LAUNCHER, str(rank), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_rank_that_nccl_aborts_is_a_hang_whose_record_is_named(tmp_path):
+    record = flight_recorder.file_of({}, tmp_path / "run", 1)
+    done = launch_ranks_that(f"mkdir -p {record.parent}; echo pickle > {record}", tmp_path)
+    assert done.returncode == EXIT_HANG, done.stderr
+    assert done.stderr == (
+        "vp-train: rank 1 was aborted by NCCL's watchdog: another rank has not answered for 9 s (run.timeout_seconds); "
+        f"it may hang; its last communications: {record}\n"
+    )
+
+
+def test_any_other_abort_is_a_signal_whatever_an_earlier_run_has_left(tmp_path):
+    record = flight_recorder.file_of({}, tmp_path / "run", 1)
+    record.parent.mkdir(parents=True)
+    record.write_text("pickle")
+    os.utime(record, (1e9, 1e9))
+    done = launch_ranks_that("true", tmp_path)
+    assert done.returncode == 128 + signal.SIGABRT
+    assert done.stderr == "vp-train: rank 1 was killed by signal 6; the other ranks were stopped\n"
+
+
+class Backend:
+    """The NCCL side of a group, which fails after some looks at it."""
+
+    def __init__(self, error, looks):
+        self.error, self.looks = error, looks
+
+    def get_error(self):
+        self.looks -= 1
+        return SimpleNamespace(name="SUCCESS" if self.looks >= 0 else self.error)
+
+
+@pytest.mark.parametrize("error", ["TIMEOUT", "COMM_ERROR"])
+def test_an_error_of_nccl_is_noticed_once(monkeypatch, error):
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: group.config)
+    groups = [
+        SimpleNamespace(config="cpu:gloo,cuda:gloo"),
+        SimpleNamespace(config="cuda:nccl", _get_backend=lambda _: Backend(error, 10**9)),
+        SimpleNamespace(config="cpu:gloo,cuda:nccl", _get_backend=lambda _: Backend(error, 2)),
+    ]
+    said, noticed = [], threading.Event()
+    watch(groups, lambda error: (said.append(error), noticed.set()))
+    assert noticed.wait(10)
+    assert said == [error]
+
+
+def test_the_environment_is_set_where_the_user_has_not(tmp_path):
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "TORCH_NCCL_TRACE_BUFFER_SIZE": "5"}
+    set_environment(environment, RunSettings(hop_channels=2), tmp_path)
+    assert environment == {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "5",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "NCCL_MAX_P2P_NCHANNELS": "2",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1000",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/logs/flight-recorder-rank-",
+    }
+    assert flight_recorder.file_of(environment, Path("elsewhere"), 3) == tmp_path / "logs" / "flight-recorder-rank-3"
+    assert flight_recorder.file_of({}, tmp_path, 3) == tmp_path / "logs" / "flight-recorder-rank-3"
+    environment = {}
+    set_environment(environment, RunSettings(hop_channels=0), tmp_path)
+    assert "NCCL_MAX_P2P_NCHANNELS" not in environment
+    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"

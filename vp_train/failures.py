@@ -1,0 +1,104 @@
+"""What torch says when a rank is lost, silent or dead -> exit code and sentence.
+
+The words are those of gloo, of torch's store and of NCCL; `tests/test_failures.py` has samples.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vp_train.config import RunSettings
+from vp_train.exits import EXIT_HANG, EXIT_INTERNAL
+
+# A peer went away.  It has the reason itself.
+_LOST = (
+    "Connection closed by peer",  # gloo
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "Connection was likely closed",  # the store
+    "NCCL communicator was aborted",
+    "Communicator was aborted",
+    "ncclRemoteError",
+    "remote process exited or there was a network error",
+)
+# A peer did not answer in this time.
+_WAITED = (
+    (re.compile(r"Timed out waiting (\d+)ms"), 1000),  # gloo
+    (re.compile(r"wait timeout after (\d+)ms"), 1000),  # the store
+    (re.compile(r"Timed out after (\d+) seconds waiting for clients"), 1),
+    (re.compile(r"Watchdog caught collective operation timeout: .*Timeout\(ms\)=(\d+)"), 1000),
+)
+# gloo closes a connection whose timeout is over: all else that waits on it hears of this alone.
+_CLOSED_BY_TIMEOUT = "Application timeout caused pair closure"
+
+
+@dataclass(frozen=True, slots=True)
+class PeerFailure:
+    """What another rank did, in words, and the exit code of a rank that noticed."""
+
+    code: int
+    words: str
+
+
+LOST_PEER = PeerFailure(EXIT_INTERNAL, "another rank went away")
+
+
+def peer_failure(error: BaseException, settings: RunSettings) -> PeerFailure | None:
+    """Return what `error` says of another rank, None if it says nothing."""
+    if not isinstance(error, RuntimeError):
+        return None
+    text = str(error)
+    if any(words in text for words in _LOST):
+        return LOST_PEER
+    for pattern, per_second in _WAITED:
+        if found := pattern.search(text):
+            return silent_peer(int(found[1]) / per_second, settings)
+    if _CLOSED_BY_TIMEOUT in text:
+        return silent_peer(settings.timeout_seconds, settings)
+    return None
+
+
+def silent_peer(seconds: float, settings: RunSettings) -> PeerFailure:
+    """Return the failure of a peer that has not answered for `seconds`, with the setting."""
+    is_of_step = math.isclose(seconds, settings.timeout_seconds, abs_tol=0.01)
+    setting = "timeout_seconds" if is_of_step else "world_timeout_seconds"
+    words = f"another rank has not answered for {seconds:g} s (run.{setting}); it may hang"
+    return PeerFailure(EXIT_HANG, words)
+
+
+def explain_deaths(
+    codes: Mapping[int, int],
+    settings: RunSettings,
+    record_of: Callable[[int], Path | None],
+) -> PeerFailure:
+    """Return the exit code of a job and what there is to say, from the exit codes of its ranks.
+
+    `codes` are those of failed ranks, the first to die first; -n for signal n.  `record_of` returns
+    the flight recorder's file of a rank if NCCL's watchdog had it written before an abort.
+    Causes come before consequences: a rank that has an exit code of its own, a killed one, one that
+    waited in vain, those that only lost a peer, and last those that torch stopped for another's
+    sake.  The words are empty where the rank has spoken itself.
+    """
+    own = [code for code in codes.values() if code > 0 and code != EXIT_INTERNAL]
+    if own:
+        return PeerFailure(own[0], "")
+    signals = {rank: signal.Signals(-code) for rank, code in codes.items() if code < 0}
+    aborted = [rank for rank, number in signals.items() if number == signal.SIGABRT]
+    stopped = [rank for rank, number in signals.items() if number == signal.SIGTERM]  # by torch
+    killed = [rank for rank in signals if rank not in aborted and rank not in stopped]
+    for rank in () if killed else aborted:
+        if (record := record_of(rank)) is not None:
+            waited = silent_peer(settings.timeout_seconds, settings)
+            words = f"rank {rank} was aborted by NCCL's watchdog: {waited.words}"
+            return PeerFailure(waited.code, f"{words}; its last communications: {record}")
+    lost_a_peer = EXIT_INTERNAL in codes.values()
+    for rank in (*killed, *aborted, *(() if lost_a_peer else stopped)):
+        words = f"rank {rank} was killed by signal {signals[rank]:d}; the other ranks were stopped"
+        return PeerFailure(128 + signals[rank], words)
+    return PeerFailure(EXIT_INTERNAL, "")
