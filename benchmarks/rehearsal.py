@@ -345,10 +345,10 @@ def time_hop(rank: int, comms: Comms, setup: Setup) -> float:
         if rank < 2:
             tensor = torch.ones(setup.tokens, setup.hidden, dtype=setup.dtype)
             into = torch.empty_like(tensor)
-            pending = comms.receive(into, 1 - rank, upstream=rank == 0, watch=unwatched)
+            pending = comms.receive(into, 1 - rank, watch=unwatched)
             if rank == 1:
                 pending.wait()
-            comms.send(tensor, 1 - rank, upstream=rank == 1, watch=unwatched)
+            comms.send(tensor, 1 - rank, watch=unwatched)
             if rank == 0:
                 pending.wait()
         seconds.append(latest(time.perf_counter() - start) / 2)

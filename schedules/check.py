@@ -132,15 +132,24 @@ def _check_gradients(rank: int, ops: tuple[Op, ...], problem: Problem, *, tied: 
 
 
 def _check_pairs(program: Program) -> None:
-    sends, receives = set(), set()
+    """Check that sends match receives, in one order from each rank to each other."""
+    sends: dict[tuple[int, int], list[Pass]] = {}
+    receives: dict[tuple[int, int], list[Pass]] = {}
     for rank, ops in enumerate(program.ranks):
         for op in ops:
+            if op.peer is None or not isinstance(op.item, Pass):
+                continue
             if op.action is Action.SEND:
-                sends.add((op.item, rank, op.peer))
+                sends.setdefault((rank, op.peer), []).append(op.item)
             elif op.action is Action.RECV:
-                receives.add((op.item, op.peer, rank))
-    for item, sender, receiver in sorted(sends ^ receives):
-        raise ValueError(f"the transfer of {item} from rank {sender} to rank {receiver} has only one side")
+                receives.setdefault((op.peer, rank), []).append(op.item)
+    for sender, receiver in sorted(sends.keys() | receives.keys()):
+        sent, received = (of.get((sender, receiver), []) for of in (sends, receives))
+        for item in sorted(set(sent) ^ set(received)):
+            raise ValueError(f"the transfer of {item} from rank {sender} to rank {receiver} has only one side")
+        for ours, theirs in zip(sent, received, strict=True):
+            if ours != theirs:
+                raise ValueError(f"rank {sender} sends {ours} to rank {receiver}, which receives {theirs} in its place")
 
 
 def _check_collective_order(program: Program, problem: Problem) -> None:

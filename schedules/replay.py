@@ -53,7 +53,7 @@ class Runtime:
 
 
 # CUDA: a compute stream, a stream per communicator, a side stream per end for its messages.
-CUDA = Runtime("cuda", issues_ahead=True, continues_beside_passes=True, hops=Hops.PAIRED)
+CUDA = Runtime("cuda", issues_ahead=True, continues_beside_passes=True, hops=Hops.DIRECTED)
 # gloo: the host runs the passes; a thread per end issues that end's collectives.
 GLOO = Runtime("gloo", issues_ahead=False, continues_beside_passes=True, hops=Hops.FREE)
 RUNTIMES = {runtime.name: runtime for runtime in (CUDA, GLOO)}

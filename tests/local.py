@@ -24,7 +24,7 @@ def local_mesh(plan: RunPlan, rank: int) -> Mesh:
     """Return the mesh of a rank whose process groups have nobody else in them."""
     group = alone()
     assert plan.degrees == Degrees(1, plan.num_ranks, 1)
-    groups = Groups((), (), {}, {})
+    groups = Groups((), (), {}, {}, {})
     control = ControlGroup.flat(group)
     return Mesh(plan.degrees, rank, control, control, group, group, groups, ())
 

@@ -13,7 +13,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
-from schedules.ir import Kind
 from schedules.layout import Layout
 from schedules.lower import Action, lower
 from schedules.problem import Problem
@@ -21,7 +20,6 @@ from schedules.vocab import VOCAB_ALGORITHMS, End
 from vp_train import mesh as mesh_module
 from vp_train.communicators import (
     END_PURPOSES,
-    HOP_PURPOSES,
     NCCL,
     Purpose,
     gloo_sockets,
@@ -77,16 +75,10 @@ def test_no_rank_is_in_more_than_twelve_groups_whatever_the_size_of_the_world(la
 def test_every_hop_has_a_pair_of_its_own_on_nccl(layout, degrees):
     degrees = Degrees(*degrees)
     problem = problem_of(degrees.pp, *layout)
-    hops = [spec for spec in planned(degrees, problem, nccl=True) if spec.purpose in HOP_PURPOSES]
+    hops = [spec for spec in planned(degrees, problem, nccl=True) if spec.purpose is Purpose.HOPS]
     assert all(spec.backend == NCCL and len(spec.members) == 2 for spec in hops)
-    assert len({(spec.purpose, spec.members) for spec in hops}) == len(hops)
-    found = {
-        (spec.purpose, sender, receiver)
-        for spec in hops
-        for sender in spec.senders
-        for receiver in spec.members
-        if receiver != sender
-    }
+    found = {(spec.sender, receiver) for spec in hops for receiver in spec.members if receiver != spec.sender}
+    assert len(found) == len(hops)
     wanted = set()
     for stage in range(problem.last_stage):
         a, b = problem.layout.rank_of(stage), problem.layout.rank_of(stage + 1)
@@ -94,21 +86,20 @@ def test_every_hop_has_a_pair_of_its_own_on_nccl(layout, degrees):
             for k in range(degrees.tp):
                 if a != b:
                     here, there = degrees.rank(replica, a, k), degrees.rank(replica, b, k)
-                    wanted |= {(Purpose.DOWNSTREAM, here, there), (Purpose.UPSTREAM, there, here)}
+                    wanted |= {(here, there), (there, here)}
     assert found == wanted
 
 
 def test_v_layouts_hop_both_ways_and_loops_wrap_around():
-    assert hop_flows(problem_of(3, "v", 2), upstream=False) == {(0, 1), (1, 2), (2, 1), (1, 0)}
-    assert hop_flows(problem_of(3, "loop", 2), upstream=False) == {(0, 1), (1, 2), (2, 0)}
-    assert hop_flows(problem_of(3, "loop", 2), upstream=True) == {(1, 0), (2, 1), (0, 2)}
-    assert hop_flows(problem_of(1, "loop", 2), upstream=True) == set()
+    assert hop_flows(problem_of(3, "v", 2)) == {(0, 1), (1, 2), (2, 1), (1, 0)}
+    assert hop_flows(problem_of(3, "loop", 2)) == {(0, 1), (1, 2), (2, 0), (1, 0), (2, 1), (0, 2)}
+    assert hop_flows(problem_of(1, "loop", 2)) == set()
 
 
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 @pytest.mark.parametrize("p", [2, 3])
 def test_both_ranks_of_a_pair_issue_its_messages_in_the_same_order(name, p):
-    """NCCL executes them one after the other, and V layouts and loops of two hop both ways."""
+    """NCCL executes what shares a communicator one after the other."""
     family = GENERATORS[name]
     problem = Problem(family.layout_of(p), 6, VOCAB_ALGORITHMS["one_barrier"], family.split_backward)
     seconds = {"F": 1.0, "B": 2.0, "I": 1.1, "W": 0.9, "S": 0.57, "T": 0.31, "E": 0.05, "G": 0.03}
@@ -117,11 +108,11 @@ def test_both_ranks_of_a_pair_issue_its_messages_in_the_same_order(name, p):
     for rank, ops in enumerate(lower(generate(name, problem, cost), problem, cost).ranks):
         for op in ops:
             if op.action in (Action.SEND, Action.RECV):
-                upstream, sender = op.item.kind is not Kind.F, rank if op.action is Action.SEND else op.peer
-                issued.setdefault((rank, op.peer, upstream), []).append((op.item, sender))
-    assert len(issued) == 2 * len({tuple(sorted(flow)) for flow in hop_flows(problem, upstream=False)}) * 2
-    for (rank, peer, upstream), messages in issued.items():
-        assert messages == issued[peer, rank, upstream]
+                issued.setdefault((rank, op.peer, op.action), []).append(op.item)
+    assert len(issued) == 2 * len(hop_flows(problem))
+    for (rank, peer, action), messages in issued.items():
+        other = Action.RECV if action is Action.SEND else Action.SEND
+        assert messages == issued[peer, rank, other]
 
 
 @pytest.mark.parametrize("nccl", [False, True])
@@ -208,20 +199,22 @@ def test_the_mesh_is_that_list_warmed_up_under_the_start_s_timeout(fake_nccl, ra
     assert (barrier[0], synchronized[0], barrier_after[0]) == ("barrier", "synchronize", "barrier")
     expected = []
     for spec, group in on_nccl:
-        expected += [("send" if rank == sender else "recv", group) for sender in spec.senders] or [("all_reduce", group)]
+        hop = "send" if rank == spec.sender else "recv"
+        expected.append(("all_reduce" if spec.sender is None else hop, group))
     assert [(name, group) for name, _, group in warmed] == expected
     assert [(when, group) for when, _, group in steps if isinstance(when, timedelta)] == [
         (timedelta(seconds=7), group) for _, group in on_nccl
     ]
     assert steps.index(barrier_after) < min(i for i, step in enumerate(steps) if isinstance(step[0], timedelta))
     here = mesh.pipeline_rank
-    for upstream in (False, True):
-        for peer in {here - 1, here + 1} & set(range(8)):
-            group = mesh.pipeline.hop(peer, upstream=upstream)
-            assert group.desc == (Purpose.UPSTREAM if upstream else Purpose.DOWNSTREAM)
+    neighbours = {here - 1, here + 1} & set(range(8))
+    senders = {id(group): spec.sender for spec, group in zip(own, mesh.made, strict=True)}
+    for sends, groups in ((True, mesh.pipeline.sends), (False, mesh.pipeline.receives)):
+        assert groups.keys() == neighbours
+        for peer, group in groups.items():
+            assert group.desc == Purpose.HOPS
             assert set(group.members) == {rank, mesh.pipeline.ranks[peer]}
-        with pytest.raises(KeyError):
-            mesh.pipeline.hop(here + 2, upstream=upstream)
+            assert senders[id(group)] == (rank if sends else mesh.pipeline.ranks[peer])
     assert {end: group.desc for end, group in mesh.pipeline.ends.items()} == END_PURPOSES
 
 

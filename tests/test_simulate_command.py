@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -211,8 +212,9 @@ def test_a_runtime_is_replayed_and_shown(vp_simulate, tmp_path, runtime):
     assert row["replay"] == {"runtime": runtime, "makespan_seconds": pytest.approx(33), "longer": 0}
 
 
-def test_waits_that_no_simulation_shows_are_listed_worst_first(vp_simulate):
-    """Hops both ways between the ranks of a V, each as long as a quarter of a forward."""
+def test_waits_that_no_simulation_shows_are_listed_worst_first(vp_simulate, monkeypatch):
+    """Hops both ways between the ranks of a V in one stream, each as long as a quarter of a forward."""
+    monkeypatch.setitem(RUNTIMES, "cuda", replace(RUNTIMES["cuda"], hops=Hops.PAIRED))
     costs = [*UNIT, "model.num_layers=8", "cost.hop_seconds=0.25"]
     words = [*costs, "schedule=v_min", "vocab=two_barrier"]
     code, out, _ = vp_simulate("--runtime", "cuda", *words)

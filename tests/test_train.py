@@ -320,7 +320,7 @@ def timeouts_of(rank, num_ranks, config):
     mesh = build_mesh(plan.degrees, plan.problem, config.run)
     peer = 1 - mesh.pipeline_rank
     groups = {"world": mesh.world.row, "steps": mesh.steps.row, "tensor": mesh.tensor, "data": mesh.data}
-    groups |= {"down": mesh.pipeline.hop(peer, upstream=False), "up": mesh.pipeline.hop(peer, upstream=True)}
+    groups |= {"down": mesh.pipeline.sends[peer], "up": mesh.pipeline.receives[peer]}
     groups |= {end.value: group for end, group in mesh.pipeline.ends.items()}
     found = {name: group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for name, group in groups.items()}
     mesh.destroy()

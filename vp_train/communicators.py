@@ -32,13 +32,11 @@ class Purpose(StrEnum):
     TIED = "tied"  # the first and last stage, with copies of one matrix
     INPUT = "input"
     OUTPUT = "output"
-    DOWNSTREAM = "downstream"  # hops of activations
-    UPSTREAM = "upstream"  # hops of gradients
+    HOPS = "hops"  # activations and gradients between the ranks of stages
 
 
 WORLD_PURPOSES = (Purpose.WORLD, Purpose.WORLD_LEADERS)
 CONTROL_PURPOSES = (*WORLD_PURPOSES, Purpose.STEPS, Purpose.STEPS_LEADERS)
-HOP_PURPOSES = (Purpose.DOWNSTREAM, Purpose.UPSTREAM)
 END_PURPOSES = {End.INPUT: Purpose.INPUT, End.OUTPUT: Purpose.OUTPUT}
 
 
@@ -46,21 +44,22 @@ END_PURPOSES = {End.INPUT: Purpose.INPUT, End.OUTPUT: Purpose.OUTPUT}
 class GroupSpec:
     """One process group: its global ranks in rising order and the backend that joins them.
 
-    `senders`, of a pair that hops: which of the two send in this group.
+    `sender`, of a pair that hops over NCCL: which of the two sends in this group.
     """
 
     purpose: Purpose
     members: tuple[int, ...]
     backend: str
-    senders: tuple[int, ...] = ()
+    sender: int | None = None
 
 
 def plan_groups(degrees: Degrees, problem: Problem, *, nccl: bool, row_width: int) -> tuple[GroupSpec, ...]:
     """Return all groups of a run, in the order in which every rank makes them.
 
     `row_width`: how many ranks a row of control messages has.  Without `nccl` all groups use gloo,
-    and the hops of a direction share one group.  With it each neighbour pair has a communicator of
-    its own per direction, and host tensors travel only in control groups and among replicas.
+    and the hops of a pipeline share one group.  With it each sender and receiver have a communicator
+    of their own, for NCCL runs what shares one in order, and what goes the other way must not wait;
+    host tensors travel only in control groups and among replicas.
     """
     device, mixed = (NCCL, BOTH) if nccl else (GLOO, GLOO)
     d, p, t = range(degrees.dp), range(degrees.pp), range(degrees.tp)
@@ -109,36 +108,35 @@ def _control_groups(num_ranks: int, width: int) -> Iterator[GroupSpec]:
 
 
 def _lanes(degrees: Degrees) -> Iterator[GroupSpec]:
-    """Yield all ranks of a pipeline, once per direction."""
-    for purpose in HOP_PURPOSES:
-        for replica in range(degrees.dp):
-            for k in range(degrees.tp):
-                members = tuple(degrees.rank(replica, j, k) for j in range(degrees.pp))
-                yield GroupSpec(purpose, members, GLOO)
+    """Yield all ranks of each pipeline."""
+    for replica in range(degrees.dp):
+        for k in range(degrees.tp):
+            members = tuple(degrees.rank(replica, j, k) for j in range(degrees.pp))
+            yield GroupSpec(Purpose.HOPS, members, GLOO)
 
 
 def _hop_groups(degrees: Degrees, problem: Problem) -> Iterator[GroupSpec]:
-    """Yield a pair of ranks per neighbours and direction.
+    """Yield a pair of ranks per sender and receiver.
 
     Pairs come in classes without a common rank, so that their communicators start side by side.
     """
-    for purpose in HOP_PURPOSES:
-        flows = hop_flows(problem, upstream=purpose is Purpose.UPSTREAM)
-        pairs = {(min(flow), max(flow)) for flow in flows}
-        for low, high in sorted(pairs, key=lambda pair: (pair[1] - pair[0], pair[0] % 2, pair)):
-            for replica in range(degrees.dp):
-                for k in range(degrees.tp):
-                    place = {j: degrees.rank(replica, j, k) for j in (low, high)}
-                    senders = tuple(place[j] for j in (low, high) if (j, low + high - j) in flows)
-                    yield GroupSpec(purpose, (place[low], place[high]), NCCL, senders)
+    flows = sorted(
+        hop_flows(problem),
+        key=lambda flow: (abs(flow[1] - flow[0]), min(flow) % 2, flow[0] > flow[1], flow),
+    )
+    for sender, receiver in flows:
+        for replica in range(degrees.dp):
+            for k in range(degrees.tp):
+                ends = [degrees.rank(replica, j, k) for j in (sender, receiver)]
+                yield GroupSpec(Purpose.HOPS, (min(ends), max(ends)), NCCL, ends[0])
 
 
-def hop_flows(problem: Problem, *, upstream: bool) -> set[tuple[int, int]]:
-    """Return which pipeline rank sends to which: activations, or gradients if `upstream`."""
+def hop_flows(problem: Problem) -> set[tuple[int, int]]:
+    """Return which pipeline rank sends to which."""
     flows = set()
     for stage in range(problem.last_stage):
         earlier, later = Pass(stage, Kind.F, 0), Pass(stage + 1, Kind.F, 0)
         if problem.is_hop(earlier, later):
-            sender, receiver = problem.rank_of(earlier), problem.rank_of(later)
-            flows.add((receiver, sender) if upstream else (sender, receiver))
+            flow = problem.rank_of(earlier), problem.rank_of(later)
+            flows |= {flow, flow[::-1]} if not problem.forward_only else {flow}
     return flows

@@ -19,7 +19,6 @@ from vp_train.communicators import (
     CONTROL_PURPOSES,
     END_PURPOSES,
     GLOO,
-    HOP_PURPOSES,
     NCCL,
     WORLD_PURPOSES,
     GroupSpec,
@@ -147,13 +146,13 @@ def _warm_up(made: _Made, rank: int) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     for spec, group in made:
         element = torch.zeros(1, device=device)
-        for sender in spec.senders:
-            (receiver,) = (member for member in spec.members if member != sender)
-            if rank == sender:
+        if spec.sender is not None:
+            (receiver,) = set(spec.members) - {spec.sender}
+            if rank == spec.sender:
                 dist.send(element, receiver, group=group)
             else:
-                dist.recv(element, sender, group=group)
-        if NCCL in spec.backend and not spec.senders:
+                dist.recv(element, spec.sender, group=group)
+        elif NCCL in spec.backend:
             dist.all_reduce(element, group=group)
     torch.cuda.synchronize(device)
 
@@ -165,13 +164,16 @@ def _control(row: Purpose, leaders: Purpose, made: _Made, num_ranks: int, width:
 
 def _pipeline(degrees: Degrees, rank: int, made: _Made) -> Groups:
     replica, here, k = degrees.place(rank)
-    hops: dict[tuple[int, bool], dist.ProcessGroup] = {}
+    sends: dict[int, dist.ProcessGroup] = {}
+    receives: dict[int, dist.ProcessGroup] = {}
     ends: dict[End, dist.ProcessGroup | None] = dict.fromkeys(End)
     for spec, group in made:
-        for member in spec.members if spec.purpose in HOP_PURPOSES else ():
+        for member in spec.members if spec.purpose is Purpose.HOPS else ():
             peer = degrees.place(member)[1]
-            if peer != here:
-                hops[peer, spec.purpose is Purpose.UPSTREAM] = group
+            if peer != here and spec.sender != member:
+                sends[peer] = group
+            if peer != here and spec.sender in (member, None):
+                receives[peer] = group
         for end, purpose in END_PURPOSES.items():
             if spec.purpose is purpose:
                 ends[end] = group
@@ -180,7 +182,8 @@ def _pipeline(degrees: Degrees, rank: int, made: _Made) -> Groups:
     return Groups(
         tuple(degrees.rank(replica, j, k) for j in pipeline_ranks),
         tuple(degrees.rank(replica, j, 0) for j in pipeline_ranks),
-        hops,
+        sends,
+        receives,
         ends,
         groups.get(Purpose.TENSOR),
         groups.get(Purpose.TIED),

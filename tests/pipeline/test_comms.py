@@ -20,9 +20,10 @@ PASS_SECONDS, MESSAGE_SECONDS = 1.0, 0.2
 
 def comms_of(world_size, *, through_host=False):
     everyone = list(range(world_size))
-    forward, backward, output = (dist.new_group(everyone) for _ in range(3))
-    hops = {(peer, upstream): backward if upstream else forward for peer in everyone for upstream in (False, True)}
-    groups = Groups(tuple(everyone), tuple(everyone), hops, {End.INPUT: None, End.OUTPUT: output})
+    hops, output = (dist.new_group(everyone) for _ in range(2))
+    of_peers = dict.fromkeys(everyone, hops)
+    ends = {End.INPUT: None, End.OUTPUT: output}
+    groups = Groups(tuple(everyone), tuple(everyone), of_peers, of_peers, ends)
     return Comms(ProcessGroups(groups, torch.device("cpu"), through_host=through_host))
 
 
@@ -119,8 +120,8 @@ def gather_and_scatter(rank, world_size, through_host):
     message = gathered[0] * 10 if rank == 1 else own[:0]
     scattering, scattered = started(comms, exchange(Transfer.SCATTER, root=1), lambda: message, COUNTS)
     scattering()
-    hop = comms.receive(torch.empty(1), (rank - 1) % world_size, upstream=False, watch=unwatched)
-    comms.send(torch.tensor([float(rank)]), (rank + 1) % world_size, upstream=False, watch=unwatched)
+    hop = comms.receive(torch.empty(1), (rank - 1) % world_size, watch=unwatched)
+    comms.send(torch.tensor([float(rank)]), (rank + 1) % world_size, watch=unwatched)
     received = hop.wait().item()
     comms.drain()
     return gathered[0].tolist() if gathered else [], scattered[0].tolist(), received

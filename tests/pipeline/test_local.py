@@ -60,10 +60,10 @@ def test_messages_are_copies():
         transport = board.transport(rank)
         if rank == 0:
             message = torch.ones(3)
-            transport.send(message, 1, upstream=False, watch=lambda pending: pending).wait()
+            transport.send(message, 1, watch=lambda pending: pending).wait()
             message.fill_(7)
             return None
-        received = transport.receive(torch.empty(3), 0, upstream=False, watch=lambda pending: pending).wait()
+        received = transport.receive(torch.empty(3), 0, watch=lambda pending: pending).wait()
         time.sleep(0.05)
         return received.tolist()
 
@@ -119,7 +119,7 @@ def test_a_rank_that_never_answers_is_named():
 
     def work(rank):
         if rank == 0:
-            board.transport(0).receive(torch.empty(1), 1, upstream=True, watch=lambda pending: pending).wait()
+            board.transport(0).receive(torch.empty(1), 1, watch=lambda pending: pending).wait()
 
-    with pytest.raises(RankLost, match=r"\('hop', 1, 0, True, 0\) has not come for 0.1 s"):
+    with pytest.raises(RankLost, match=r"\('hop', 1, 0, 0\) has not come for 0.1 s"):
         run_ranks(board, work)

@@ -89,6 +89,11 @@ def test_a_receive_without_its_send_is_named(case, program):
         check_program(edited(program, 0, lambda ops: ops.pop(index_of(ops, "send:0F3@1"))), case)
 
 
+def test_transfers_between_two_ranks_have_one_order(case, program):
+    with pytest.raises(ValueError, match=r"rank 0 sends 0F0 to rank 1, which receives 0F1 in its place"):
+        check_program(edited(program, 1, lambda ops: ops.insert(0, ops.pop(index_of(ops, "recv:0F1@0")))), case)
+
+
 def test_an_input_must_be_waited_for(case, program):
     with pytest.raises(ValueError, match=r"does 1S1 before wait:C0\.1"):
         check_program(edited(program, 1, lambda ops: ops.pop(index_of(ops, "wait:C0.1"))), case)

@@ -67,11 +67,11 @@ class Transport(Protocol):
 
     streams: Streams
 
-    def send(self, tensor: Tensor, peer: int, *, upstream: bool, watch: Watch) -> Pending:
-        """Issue the send of `tensor` to pipeline rank `peer`; `upstream` for gradients."""
+    def send(self, tensor: Tensor, peer: int, *, watch: Watch) -> Pending:
+        """Issue the send of `tensor` to pipeline rank `peer`."""
         ...
 
-    def receive(self, buffer: Tensor, peer: int, *, upstream: bool, watch: Watch) -> Pending:
+    def receive(self, buffer: Tensor, peer: int, *, watch: Watch) -> Pending:
         """Issue the receive into `buffer` from pipeline rank `peer`."""
         ...
 
@@ -104,13 +104,13 @@ class Comms:
         self._transport = transport
         self._kept: deque[Pending] = deque()
 
-    def send(self, tensor: Tensor, peer: int, *, upstream: bool, watch: Watch) -> None:
-        """Send `tensor` to pipeline rank `peer`; `upstream` for gradients."""
-        self._keep(self._transport.send(tensor, peer, upstream=upstream, watch=watch))
+    def send(self, tensor: Tensor, peer: int, *, watch: Watch) -> None:
+        """Send `tensor` to pipeline rank `peer`."""
+        self._keep(self._transport.send(tensor, peer, watch=watch))
 
-    def receive(self, buffer: Tensor, peer: int, *, upstream: bool, watch: Watch) -> Pending:
+    def receive(self, buffer: Tensor, peer: int, *, watch: Watch) -> Pending:
         """Receive into `buffer` from pipeline rank `peer`."""
-        return self._transport.receive(buffer, peer, upstream=upstream, watch=watch)
+        return self._transport.receive(buffer, peer, watch=watch)
 
     def start(
         self,
@@ -253,18 +253,18 @@ class ProcessGroups:
         self._asides: dict[End, Aside] = {}
         self.streams = streams_of(torch.device("cpu") if through_host else device)
 
-    def send(self, tensor: Tensor, peer: int, *, upstream: bool, watch: Watch) -> Pending:
+    def send(self, tensor: Tensor, peer: int, *, watch: Watch) -> Pending:
         part = self._part(tensor) if self._splits(tensor) else tensor
         part = self._outbound(part)
-        group = self._groups.hop(peer, upstream=upstream)
+        group = self._groups.sends[peer]
         return watch(Issued(dist.isend(part, self._groups.ranks[peer], group=group), part))
 
-    def receive(self, buffer: Tensor, peer: int, *, upstream: bool, watch: Watch) -> Pending:
+    def receive(self, buffer: Tensor, peer: int, *, watch: Watch) -> Pending:
         parted = self._splits(buffer)
         into = self._part(buffer).clone() if parted else buffer
         if self._through_host:
             into = torch.empty_like(into, device="cpu")
-        group = self._groups.hop(peer, upstream=upstream)
+        group = self._groups.receives[peer]
         work = dist.irecv(into, self._groups.ranks[peer], group=group)
         pending = self._inbound(watch(Issued(work, into)))
         if parted:

@@ -353,14 +353,14 @@ class _Step:
         assert op.peer is not None
         name, stage = _product(op.item)
         tensor = self._tensors.take(name, stage, op.item.microbatch).contiguous()
-        self._comms.send(tensor, op.peer, upstream=name == "dy", watch=self._watch(op))
+        self._comms.send(tensor, op.peer, watch=self._watch(op))
 
     def _receive(self, op: Op) -> None:
         assert isinstance(op.item, Pass)
         assert op.peer is not None
         name, stage = _product(op.item)
         buffer = self._empty(*self._shape)
-        pending = self._comms.receive(buffer, op.peer, upstream=name == "dy", watch=self._watch(op))
+        pending = self._comms.receive(buffer, op.peer, watch=self._watch(op))
         self._arriving.put(name, stage, op.item.microbatch, pending)
 
     def _arrive(self, op: Op) -> None:

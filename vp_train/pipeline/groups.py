@@ -16,7 +16,8 @@ class Groups:
 
     Pipeline rank i is `ranks[i]` for hops.  For collectives it is all tensor-parallel ranks, which
     join the groups of both ends; as a root it is the first of them, `leaders[i]`.
-    `hops` holds the group of each neighbour and direction, see `hop`.
+    `sends[i]` is the group in which this rank sends to pipeline rank i, `receives[i]` that in which
+    it receives from it.
     `ends[end]` is None where a single rank owns the whole layer: there is nothing to exchange.
     `tensor` joins the ranks of this pipeline rank, None if it is the only one.
     `end_ranks` joins the ranks of the first and last stage where both hold the same rows of a tied
@@ -25,15 +26,8 @@ class Groups:
 
     ranks: tuple[int, ...]
     leaders: tuple[int, ...]
-    hops: Mapping[tuple[int, bool], dist.ProcessGroup]
+    sends: Mapping[int, dist.ProcessGroup]
+    receives: Mapping[int, dist.ProcessGroup]
     ends: Mapping[End, dist.ProcessGroup | None]
     tensor: dist.ProcessGroup | None = None
     end_ranks: dist.ProcessGroup | None = None
-
-    def hop(self, peer: int, *, upstream: bool) -> dist.ProcessGroup:
-        """Return the group for hops to or from pipeline rank `peer`.
-
-        `upstream` for gradients, else for activations.  Raises KeyError where the plan has no hop
-        between this rank and `peer`.
-        """
-        return self.hops[peer, upstream]

@@ -4,7 +4,7 @@ It is a `Transport` like that over process groups, for one GPU or none.  On a GP
 stream for its passes and one for each communicator, so order, stalls and the lifetimes of tensors are
 those of many GPUs.  On a CPU it needs no processes.  Delays on request, seeded, change who is early.
 
-A communicator is an end of the vocabulary, or a pair of ranks and a direction.  Its messages go in
+A communicator is an end of the vocabulary, or a sender and a receiver.  Its messages go in
 the order of their issue.  The host of a rank waits for the messages of others; its device waits for
 their events.
 """
@@ -213,13 +213,13 @@ class LocalTransport:
         self._random = random.Random(board.seed * 1_000 + rank)
         self._spinning = board.device.type == "cuda"
 
-    def send(self, tensor: Tensor, peer: int, *, upstream: bool, watch: Watch) -> Pending:
-        key = self._next("hop", self._rank, peer, upstream)
+    def send(self, tensor: Tensor, peer: int, *, watch: Watch) -> Pending:
+        key = self._next("hop", self._rank, peer)
         self._put(key, tensor, readers=1)
         return watch(_Sent(self._board, key, tensor))
 
-    def receive(self, buffer: Tensor, peer: int, *, upstream: bool, watch: Watch) -> Pending:
-        key = self._next("hop", peer, self._rank, upstream)
+    def receive(self, buffer: Tensor, peer: int, *, watch: Watch) -> Pending:
+        key = self._next("hop", peer, self._rank)
 
         def read(call: _Call, messages: list[Tensor]) -> Tensor:
             return buffer.copy_(messages[0])
