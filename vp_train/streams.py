@@ -84,6 +84,13 @@ def streams_of(device: torch.device) -> Streams:
     return CudaStreams(device) if device.type == "cuda" else HostOrder()
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return `tensor` on `device`, without waiting for what runs there if it comes from the host."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()  # from other memory the copy would wait
+    return tensor.to(device, non_blocking=True)
+
+
 def lend(tensor: Tensor) -> Tensor:
     """Say that the current stream uses `tensor`; return it."""
     if tensor.is_cuda:

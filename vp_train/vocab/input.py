@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vp_train.streams import to_device
 from vp_train.vocab.shard import Shard, require_within
 
 
@@ -42,7 +43,7 @@ class InputStep:
         m, n = len(tokens), len(stops)
         shifted = owners + n * torch.arange(m, device=tokens.device)[:, None]
         self._owned = layer.shard.owned(tokens, device)
-        self._order = owners.argsort(dim=1, stable=True).to(device, non_blocking=True)
+        self._order = to_device(owners.argsort(dim=1, stable=True), device)
         self._counts = torch.bincount(shifted.flatten(), minlength=m * n).view(m, n).tolist()
 
     def counts(self, microbatch: int) -> list[int]:

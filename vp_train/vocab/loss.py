@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vp_train.streams import to_device
+
 IGNORE_INDEX = -100
 
 
@@ -69,7 +71,7 @@ def token_weights(
         weights = torch.where(each > 0, weights / each, 0.0)
     total = weights.sum(dtype=torch.float64)
     if device is not None:
-        weights, total = (value.to(device, non_blocking=True) for value in (weights, total))
+        weights, total = to_device(weights, device), to_device(total, device)
     if group is not None:
         dist.all_reduce(total, group=group)
     return torch.where(total > 0, weights / total, 0.0).to(dtype)

@@ -28,7 +28,7 @@ from torch import Tensor
 from schedules.ir import Kind
 from schedules.vocab import Payload
 from vp_train.precision import column_sums, statistics_dtype
-from vp_train.streams import lend
+from vp_train.streams import lend, to_device
 from vp_train.vocab.backends import Softmax, make_backend
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
 from vp_train.vocab.shard import Owned, Shard, require_within
@@ -106,9 +106,8 @@ class OutputStep:
         ignored = targets == IGNORE_INDEX
         require_within(targets.masked_fill(ignored, 0), layer.vocab_size, "label")
         self._owned = layer.shard.owned(targets, device)
-        self._ignored = ignored.to(device, non_blocking=True)
-        on_device = weights.to(device, precise, non_blocking=True)
-        self._grad_loss = on_device.masked_fill(self._ignored, 0.0)
+        self._ignored = to_device(ignored, device)
+        self._grad_loss = to_device(weights.to(precise), device).masked_fill(self._ignored, 0.0)
         self._left = len(targets)  # T to come
         if self._smoothing:
             self._row_sum = column_sums(layer.weight, precise)

@@ -40,10 +40,12 @@ class Shard:
 
         Waits for nothing where `ids` are on the CPU.
         """
+        from vp_train.streams import to_device  # torch, without which plans are made
+
         inside = (ids >= self.start) & (ids < self.stop)
         counts = inside.sum(1).tolist()
-        positions = inside.nonzero()[:, 1].to(device, non_blocking=True)
-        rows = (ids[inside] - self.start).to(device, non_blocking=True)
+        positions = to_device(inside.nonzero()[:, 1], device)
+        rows = to_device(ids[inside] - self.start, device)
         pairs = zip(positions.split_with_sizes(counts), rows.split_with_sizes(counts), strict=True)
         return [Owned(*pair) for pair in pairs]
 
