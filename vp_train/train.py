@@ -26,6 +26,7 @@ from vp_train.checkpoint.store import CheckpointError, find, latest
 from vp_train.checkpoint.training import load_weights, restore_run, save_run
 from vp_train.config import ConfigError, RunConfig
 from vp_train.data import Batch, Source, open_source
+from vp_train.data.ahead import Ahead
 from vp_train.exits import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK
 from vp_train.failures import LOST_PEER, peer_failure, silent_peer
 from vp_train.mesh import Mesh, build_mesh
@@ -147,6 +148,7 @@ class Run:
         self.config, self.plan, self.mesh, self.source, self.model = config, plan, mesh, source, model
         self._checkpoints = run_path(config.run) / "checkpoints"
         self._memory = _Memory()
+        self._batches = Ahead(lambda step: source.train_batch(step, mesh.data_rank, mesh.degrees.dp), config.run.steps)
         self.first_step = 1 + (self._resume() if config.run.resume else 0)
         if config.run.init_from is not None and self.first_step == 1:
             self._initialise(config.run.init_from)
@@ -159,7 +161,7 @@ class Run:
     def train_step(self, step: int, reporter: Reporter | None) -> None:
         """One optimizer step, and the validation, trace and checkpoint that fall on it."""
         started = time.perf_counter()
-        batch = self.source.train_batch(step, self.mesh.data_rank, self.mesh.degrees.dp)
+        batch = self._batches.take(step)
         self.model.gradients.zero()
         if step == self._traced_step:
             loss, traced = self._traced(batch)

@@ -1,0 +1,31 @@
+"""The batch of the next step, made while a step runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from vp_train.data.source import Batch
+
+
+class Ahead:
+    """Makes the batches of consecutive steps, each while the step before it runs, up to `last`.
+
+    `make` returns the batch of a step; an error of it is raised by the `take` of that step.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], last: int) -> None:
+        self._make, self._last = make, last
+        self._thread = ThreadPoolExecutor(1, "next batch")
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def take(self, step: int) -> Batch:
+        """Return the batch of `step`, and begin that of the next."""
+        if self._next is not None and self._next[0] == step:
+            batch = self._next[1].result()
+        else:
+            batch = self._make(step)
+        self._next = None
+        if step < self._last:
+            self._next = step + 1, self._thread.submit(self._make, step + 1)
+        return batch
