@@ -115,6 +115,10 @@ def test_a_run_learns_and_leaves_everything_in_its_directory(ranks, tmp_path):
         assert (directory / name).exists(), name
     events = json.loads((directory / "trace" / "step.json").read_text())["traceEvents"]
     assert {"0E0", "1F0", "0S3", "1T3", "0G3"} <= {event["name"] for event in events}
+    lanes = {event["pid"] for event in events if event["name"] == "process_name" and "measured" in event["args"]["name"]}
+    communications = {event["name"] for event in events if event["pid"] in lanes and event.get("tid") == 1}
+    barriers = {f"{name}.{i}" for name in ("CE", "C0", "C1", "C1b", "CG") for i in range(4)}
+    assert communications - {"thread_name"} == barriers | {f"{stage}{i}" for stage in ("0F", "1B") for i in range(4)}
     assert [path.name for path in sorted((directory / "checkpoints").iterdir())] == ["step-00000036", "step-00000040"]
 
 

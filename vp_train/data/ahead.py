@@ -21,10 +21,8 @@ class Ahead:
 
     def take(self, step: int) -> Batch:
         """Return the batch of `step`, and begin that of the next."""
-        if self._next is not None and self._next[0] == step:
-            batch = self._next[1].result()
-        else:
-            batch = self._make(step)
+        made, future = self._next or (None, None)
+        batch = future.result() if future is not None and made == step else self._make(step)
         self._next = None
         if step < self._last:
             self._next = step + 1, self._thread.submit(self._make, step + 1)
