@@ -6,7 +6,7 @@ Shapes: b sequences of s tokens in a microbatch, T = s * b tokens, H hidden, R t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +42,7 @@ class StageModule(Protocol):
 
     @property
     def weight_grads(self) -> WeightGrads: ...
+    def completing(self, done: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]: ...
     def __call__(self, x: Tensor, segments: Tensor | None) -> Tensor: ...
 
 
@@ -73,6 +74,8 @@ class Part:
     leads: bool = True  # first of the tensor-parallel ranks: all of them have what it sends
     data: dist.ProcessGroup | None = None  # the same part in all replicas
     ready: Callable[[Pass], None] | None = None  # called when the gradient that a pass adds to is complete
+    ready_names: Callable[[Sequence[str]], None] | None = None  # called with parameters of a stage before that, in the pass
+    need: Callable[[Pass], None] | None = None  # called before a pass reads parameters
 
 
 class Executor:
@@ -83,6 +86,7 @@ class Executor:
 
     def __init__(self, ops: tuple[Op, ...], problem: Problem, rank: int, part: Part, comms: Comms) -> None:
         self._ops, self._problem, self._rank, self._part, self._comms = ops, problem, rank, part, comms
+        self._last = {op.item for op in ops if op.action is Action.READY}
         self._tensors: Buffers[Tensor] = Buffers()
         self._arriving: Buffers[Pending] = Buffers()
         self._barriers: Buffers[Once] = Buffers()
@@ -172,8 +176,15 @@ class Executor:
 
     def _run(self, op: Op) -> None:
         assert isinstance(op.item, Pass)
-        with self._observer.observe(op.item):
+        if self._part.need is not None:
+            self._part.need(op.item)
+        with self._observer.observe(op.item), self._completing(op.item):
             self._passes[op.item.kind](op.item)
+
+    def _completing(self, item: Pass) -> AbstractContextManager[None]:
+        if item not in self._last or item.kind not in (Kind.B, Kind.W) or self._part.ready_names is None:
+            return nullcontext()
+        return self._part.stages[item.stage].completing(self._part.ready_names)
 
     def _forward(self, item: Pass) -> None:
         x = self._tensors.take("x", item.stage, item.microbatch)
