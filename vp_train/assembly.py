@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,13 +14,16 @@ from schedules.vocab import End
 from vp_train.config import OptimConfig, RunConfig
 from vp_train.mesh import Mesh
 from vp_train.model.stage import Stage, init_rows
+from vp_train.optim.buckets import Runs, bucket_elements, lay_out
 from vp_train.optim.gradients import Gradients
 from vp_train.optim.loss_scale import LossScale
 from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
+from vp_train.optim.replicas import Replicas
+from vp_train.optim.zero import ZeroAdamW
 from vp_train.pipeline.comms import Comms
 from vp_train.pipeline.executor import BLIND, Executor, Observer, Part
 from vp_train.plan import RunPlan
-from vp_train.precision import DTYPES
+from vp_train.precision import DTYPES, statistics_dtype
 from vp_train.split import Split
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
@@ -48,6 +51,7 @@ class RankModel:
     optimizer: Optimizer
     loss_scale: LossScale
     answers: bool  # for the loss of its replica
+    _completions: _Completions
     _tied: tuple[Tensor, dist.ProcessGroup] | None
 
     def train_step(
@@ -60,6 +64,7 @@ class RankModel:
         segments: Tensor | None = None,
     ) -> Tensor | None:
         """`Executor.step` of the training program; `optimizer.reduce` then completes the gradients, times `loss_scale`."""
+        self._completions.begin()
         scale = self.loss_scale.value
         loss = self.trainer.step(tokens, labels, observer, mask=mask, segments=segments, loss_scale=scale)
         if self._tied is not None:
@@ -98,8 +103,16 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
     if config.model.tied_embeddings and mesh.end_ranks is not None and matrices:
         ((tied_name, _),) = matrices.values()
         copied |= set() if End.INPUT in matrices else {tied_name}
-    gradients = Gradients(parameters)
-    optimizer = _build_optimizer(config.optim, parameters, gradients, frozenset(copied), mesh.data)  # may move parameters
+    through_host = config.run.device == "cuda" and config.run.comm_backend == "gloo"
+    layout = lay_out(
+        parameters,
+        _runs(stages, matrices),
+        max_elements=bucket_elements(config.optim, statistics_dtype(dtype).itemsize),
+        num_parts=mesh.degrees.dp,
+        copied=frozenset(copied),
+    )
+    gradients = Gradients(parameters, layout)
+    optimizer = _build_optimizer(config.optim, parameters, gradients, Replicas(mesh.data, through_host))  # may move parameters
     options = LossOptions(config.loss.label_smoothing, config.loss.z_loss, config.model.logit_softcap)
 
     def output_layer(algorithm: str) -> OutputLayer | None:
@@ -121,12 +134,14 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
     if End.INPUT in matrices:
         name, weight = matrices[End.INPUT]
         input_layer = InputLayer(weight, gradients[name], shards[End.INPUT].all, shards[End.INPUT].index)
-    partial_names = frozenset(name for stage in stages.values() for name in stage.partial)
-
-    def ready(item: Pass) -> None:
-        names = names_of.get((item.kind, item.stage), ())
-        _sum_in_place([gradients[name] for name in names if name in partial_names], mesh.tensor)
-        optimizer.ready(names)
+    names_of = _names_of_passes(stages, {end: name for end, (name, _) in matrices.items()}, rank)
+    completions = _Completions(
+        {of: tuple(name for name in names if name != tied_name) for of, names in names_of.items()},
+        frozenset(name for stage in stages.values() for name in stage.partial),
+        gradients,
+        optimizer,
+        mesh.tensor,
+    )
 
     training = Part(
         stages,
@@ -138,11 +153,11 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
         config.loss.normalisation,
         leads=mesh.tensor_rank == 0,
         data=mesh.data if mesh.degrees.dp > 1 else None,
-        ready=ready,
+        ready=completions.ready,
+        ready_names=completions.ready_names,
+        need=lambda item: optimizer.need(names_of.get((item.kind, item.stage), ())),
     )
-    names_of = _names_of_gradients(stages, {end: name for end, (name, _) in matrices.items() if name != tied_name}, rank)
     evaluating = replace(training, output_layer=output_layer("evaluate"), normalisation="token")
-    through_host = config.run.device == "cuda" and config.run.comm_backend == "gloo"
     comms = Comms(mesh.pipeline, device, through_host=through_host)
     trainer = Executor(plan.program.ranks[rank], problem, rank, training, comms)
     evaluator = Executor(plan.evaluation_program.ranks[rank], plan.evaluation_problem, rank, evaluating, comms)
@@ -158,6 +173,7 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RankModel:
         optimizer,
         LossScale.of(config.run.dtype),
         problem.root(End.OUTPUT) == rank and mesh.tensor_rank == 0,
+        completions,
         None if tied_name is None or mesh.end_ranks is None else (gradients[tied_name], mesh.end_ranks),
     )
 
@@ -172,18 +188,61 @@ def _sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
         tensor.copy_(total.view_as(tensor))
 
 
+class _Completions:
+    """Hands gradients to the optimizer as they complete, each once a step.
+
+    `partial` ones, of which every tensor-parallel rank has a part, are summed over `tensor` before.
+    """
+
+    def __init__(
+        self,
+        names_of: Mapping[tuple[Kind, int], tuple[str, ...]],
+        partial: frozenset[str],
+        gradients: Gradients,
+        optimizer: Optimizer,
+        tensor: dist.ProcessGroup,
+    ) -> None:
+        self._names_of, self._partial, self._gradients = names_of, partial, gradients
+        self._optimizer, self._tensor = optimizer, tensor
+        self._done: set[str] = set()
+
+    def begin(self) -> None:
+        """Begin a step."""
+        self._done.clear()
+
+    def ready_names(self, names: Sequence[str]) -> None:
+        """The gradients of `names` are complete."""
+        new = [name for name in names if name not in self._done]
+        self._done.update(new)
+        _sum_in_place([self._gradients[name] for name in new if name in self._partial], self._tensor)
+        self._optimizer.ready(new)
+
+    def ready(self, item: Pass) -> None:
+        """Everything that `item`, which has ended, adds to is complete."""
+        self.ready_names(self._names_of.get((item.kind, item.stage), ()))
+
+
+def _runs(stages: dict[int, Stage], matrices: dict[End, tuple[str, nn.Parameter]]) -> Runs:
+    """For `lay_out`, in the order in which passes need the parameters."""
+    runs: list[Sequence[Sequence[str]]] = [stages[number].units for number in sorted(stages)]
+    names = {end: name for end, (name, _) in matrices.items()}
+    if End.INPUT in names:
+        runs.insert(0, [[names[End.INPUT]]])
+    if End.OUTPUT in names and names[End.OUTPUT] != names.get(End.INPUT):
+        runs.append([[names[End.OUTPUT]]])
+    return runs
+
+
 def _build_optimizer(
-    optim: OptimConfig,
-    parameters: dict[str, nn.Parameter],
-    gradients: Gradients,
-    copied: frozenset[str],
-    data: dist.ProcessGroup,
+    optim: OptimConfig, parameters: dict[str, nn.Parameter], gradients: Gradients, replicas: Replicas
 ) -> Optimizer:
     if optim.name == "adamw":
-        return ReplicatedAdamW(parameters, gradients, copied, optim, data)
-    from vp_train.optim.zero import ZeroAdamW  # the import takes seconds
+        return ReplicatedAdamW(parameters, gradients, optim, replicas)
+    if not optim.offload:
+        return ZeroAdamW(parameters, gradients, optim, replicas)
+    from vp_train.optim.offload import OffloadedAdamW  # the import takes seconds
 
-    return ZeroAdamW(parameters, gradients, copied, optim, data)
+    return OffloadedAdamW(parameters, gradients, optim, replicas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,17 +297,15 @@ def _build_matrices(
     return matrices
 
 
-def _names_of_gradients(
-    stages: dict[int, Stage], matrices: dict[End, str], rank: int
-) -> dict[tuple[Kind, int], tuple[str, ...]]:
-    """The parameters whose gradient is complete after the last pass of a kind and stage."""
-    names = {
+def _names_of_passes(stages: dict[int, Stage], matrices: dict[End, str], rank: int) -> dict[tuple[Kind, int], tuple[str, ...]]:
+    """The parameters that passes of a kind and stage read, or whose gradients they add to."""
+    of_stages = {
         (kind, number): tuple(name for name, _ in stage.named_parameters())
         for number, stage in stages.items()
-        for kind in (Kind.B, Kind.W)
+        for kind in (Kind.F, Kind.B, Kind.I, Kind.W)
     }
-    kinds = {End.INPUT: Kind.G, End.OUTPUT: Kind.T}
-    return names | {(kinds[end], rank): (name,) for end, name in matrices.items()}
+    kinds = {End.INPUT: (Kind.E, Kind.G), End.OUTPUT: (Kind.S, Kind.T)}
+    return of_stages | {(kind, rank): (name,) for end, name in matrices.items() for kind in kinds[end]}
 
 
 def _named_parameters(stages: dict[int, Stage]) -> Iterator[tuple[str, nn.Parameter]]:

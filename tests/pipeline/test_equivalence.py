@@ -116,6 +116,7 @@ def compare(rank, world_size, cases, masked=False, packed=False):
                     differences["gradient"] = max(differences["gradient"], difference)
             rate = learning_rate(config.optim, step, NUM_STEPS)
             model.optimizer.step(rate, clip_scale(health.grad_norm, config.optim.clip_grad_norm))
+            model.optimizer.settle()
             for name, parameter in model.parameters.items():
                 difference = largest_difference(parameter.detach(), part_of(updated[name], name, model.splits))
                 differences["parameter"] = max(differences["parameter"], difference)

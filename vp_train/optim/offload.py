@@ -1,7 +1,9 @@
-"""ZeRO-1: every replica keeps and updates a part of the optimizer's state (arXiv 1910.02054).  The only importer of deepspeed.
+"""ZeRO-1 with its state in host memory (arXiv 2101.06840).  The only importer of deepspeed.
 
-DeepSpeed sums, shards, steps and gathers.  It has no part in the backward: the executor leaves complete gradients, in fp32
-for parameters of less precision.  Norms and clipping are ours, for they need the ranks of all pipelines and float64.
+DeepSpeed sums, shards, steps and gathers, one after the other: it sums whole buckets, so 8 + 2 bytes per parameter
+travel in bfloat16, and nothing of it hides behind passes.  It has no part in the backward: the executor leaves
+complete gradients, in fp32 for parameters of less precision.  Norms and clipping are ours, for they need the ranks
+of all pipelines and float64.
 """
 
 from __future__ import annotations
@@ -17,34 +19,36 @@ from torch import Tensor, nn
 
 from vp_train.config import OptimConfig
 from vp_train.optim.adamw import MOMENTS, build_adamw
+from vp_train.optim.buckets import bucket_elements
 from vp_train.optim.gradients import Gradients
 from vp_train.optim.optimizer import State, squared_norm
+from vp_train.optim.replicas import Replicas
+from vp_train.optim.zero import joined
 from vp_train.quiet import quiet_deprecations
 
-_BUCKET_ELEMENTS = 1 << 26  # summed and gathered at a time
-_OFFLOAD_ELEMENTS = 1 << 24  # summed at a time with optim.offload, in a buffer of that size
 
-
-class ZeroAdamW:
-    """AdamW whose moments and fp32 parameters are split over `data`, in host memory with optim.offload.
+class OffloadedAdamW:
+    """AdamW whose moments and fp32 parameters are split over the replicas, in host memory if optim.offload.
 
     It moves the parameters: take no views of them before.
     """
 
     def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        gradients: Gradients,
-        copied: frozenset[str],
-        optim: OptimConfig,
-        data: dist.ProcessGroup,
+        self, parameters: Mapping[str, nn.Parameter], gradients: Gradients, optim: OptimConfig, replicas: Replicas
     ) -> None:
-        self._gradients, self._data = gradients, data
+        self._gradients, self._replicas = gradients, replicas
+        counted = {
+            name
+            for bucket in gradients.layout.buckets
+            for span in bucket.spans
+            for name in bucket.names
+            if span.counts and span.start <= gradients.layout.bounds[name][0] < span.stop
+        }
         self._names = {parameter: name for name, parameter in parameters.items()}
         groups: list[dict[str, Any]] = []
         self._group_counts: list[bool] = []
         for counts in (True, False):  # a group counts as a whole for the norm, or not at all
-            owned = [p for name, p in parameters.items() if p.numel() and (name not in copied) is counts]
+            owned = [p for name, p in parameters.items() if p.numel() and (name in counted) is counts]
             for group in build_adamw(owned, optim).param_groups:
                 if group["params"]:
                     groups.append({"params": group["params"], "weight_decay": group["weight_decay"]})
@@ -52,7 +56,7 @@ class ZeroAdamW:
         self._group_of = {self._names[p]: (p, index) for index, group in enumerate(groups) for p in group["params"]}
         self._started: set[str] = set()
         self._updates = 0
-        self._zero = _deepspeed(groups, self._names, gradients.dtype, optim, data) if groups else None
+        self._zero = _deepspeed(groups, self._names, gradients.dtype, optim, replicas.group) if groups else None
 
     @property
     def updates(self) -> int:
@@ -98,7 +102,7 @@ class ZeroAdamW:
 
     def squared_norm(self) -> Tensor:
         groups = [list(self._shard(index)) for index, counts in enumerate(self._group_counts) if counts]
-        return squared_norm([gradient for group in groups for gradient in group])
+        return squared_norm([gradient for group in groups for gradient in group], self._gradients.flat.device)
 
     @torch.no_grad()
     def step(self, rate: float, scale: float) -> None:
@@ -110,6 +114,12 @@ class ZeroAdamW:
             for gradient in self._shard(index):
                 gradient.mul_(scale)
         self._zero.step()
+
+    def need(self, names: Sequence[str]) -> None:
+        """Nothing: DeepSpeed's step waits for its gathers."""
+
+    def settle(self) -> None:
+        pass
 
     def _shard(self, group: int) -> Iterator[Tensor]:
         """The gradients of this replica's part."""
@@ -127,7 +137,7 @@ class ZeroAdamW:
         whole: State = {kind: {} for kind in ("parameter", *MOMENTS)}
         for group, partition, values in self._partitions():
             for kind, part in _by_kind(partition, values).items():
-                flat, start = self._joined(part), 0
+                flat, start = joined(part, self._replicas), 0
                 if flat is None:
                     continue
                 for parameter in group:
@@ -139,23 +149,10 @@ class ZeroAdamW:
                     whole[kind][name] = torch.empty(parameter.shape, dtype=self._gradients.dtype)
         return whole
 
-    def _joined(self, part: Tensor) -> Tensor | None:
-        """The parts of all replicas, one after the other."""
-        if self._data.rank():
-            dist.send(part.contiguous(), group=self._data, group_dst=0)
-            return None
-        size, flat = part.numel(), torch.empty(part.numel() * self._data.size(), dtype=part.dtype)
-        flat[:size] = part
-        received = torch.empty_like(part)
-        for replica in range(1, self._data.size()):
-            dist.recv(received, group=self._data, group_src=replica)
-            flat[replica * size : (replica + 1) * size] = received
-        return flat
-
     @torch.no_grad()
     def restore(self, read: Callable[[str, str], Tensor]) -> None:
         for group, partition, values in self._partitions():
-            first, start = self._data.rank() * partition.numel(), 0
+            first, start = self._replicas.rank * partition.numel(), 0
             for parameter in group:
                 name, stop = self._names[parameter], start + parameter.numel()
                 low, high = max(start, first), min(stop, first + partition.numel())
@@ -212,8 +209,8 @@ def _deepspeed(
         optimizer_params={},
         verbose=False,
         contiguous_gradients=False,
-        reduce_bucket_size=_BUCKET_ELEMENTS if offload is None else _OFFLOAD_ELEMENTS,
-        allgather_bucket_size=_BUCKET_ELEMENTS,
+        reduce_bucket_size=bucket_elements(optim, precise.itemsize),
+        allgather_bucket_size=bucket_elements(optim, precise.itemsize),
         dp_process_group=data,
         offload_optimizer_config=offload,
         gradient_accumulation_dtype=precise,

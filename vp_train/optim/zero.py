@@ -1,0 +1,202 @@
+"""ZeRO-1: every replica keeps and updates a part of the optimizer's state (arXiv 1910.02054).
+
+Parameters and gradients are flat and have the same buckets.  Gradients are summed to the replica whose part they
+are, AdamW updates that part, and the new parameters are gathered in the dtype they are computed with.  In bfloat16
+4 + 2 bytes per parameter travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vp_train.config import OptimConfig
+from vp_train.optim.adamw import MOMENTS, fresh_state, stateless_adamw
+from vp_train.optim.buckets import Bucket, Countdown
+from vp_train.optim.gradients import Gradients
+from vp_train.optim.optimizer import State, squared_norm
+from vp_train.optim.replicas import Pending, Replicas
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """This replica's part of a bucket: elements [start, stop) of all."""
+
+    bucket: Bucket
+    start: int
+    stop: int
+    kept: dict[str, Tensor]  # "parameter", "exp_avg", "exp_avg_sq": [stop - start] in the dtype of gradients
+    counted: tuple[Tensor, ...]  # the gradients that count for the norm
+    adamw: torch.optim.AdamW
+
+
+class ZeroAdamW:
+    """AdamW whose moments, and fp32 copies of parameters of less precision, are split over the replicas.
+
+    It moves the parameters: take no views of them before.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], gradients: Gradients, optim: OptimConfig, replicas: Replicas
+    ) -> None:
+        self._parameters, self._gradients, self._replicas = dict(parameters), gradients, replicas
+        self._flat = _flatten(self._parameters, gradients)
+        self._shards = [self._shard(bucket, optim) for bucket in gradients.layout.buckets if bucket.start < bucket.stop]
+        self._shard_of = {name: index for index, shard in enumerate(self._shards) for name in shard.bucket.names}
+        self._countdown = Countdown(gradients.layout, self._sum)
+        self._sums: list[Pending] = []
+        self._gathers: dict[int, Pending] = {}  # by the index of the shard
+        self._updates = 0
+
+    def _shard(self, bucket: Bucket, optim: OptimConfig) -> _Shard:
+        start, stop = bucket.part(self._replicas.rank, self._replicas.size)
+        kept = {"parameter": self._flat[start:stop].to(self._gradients.dtype)}  # itself, where it is precise
+        kept |= {moment: torch.zeros_like(kept["parameter"]) for moment in MOMENTS}
+        decaying: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        counted = []
+        state: dict[Tensor, dict[str, Tensor]] = {}
+        for span in filter(None, (span.within(start, stop) for span in bucket.spans)):
+            here = slice(span.start - start, span.stop - start)
+            piece = nn.Parameter(kept["parameter"][here])
+            piece.grad = self._gradients.flat[span.start : span.stop]
+            state[piece] = fresh_state({moment: kept[moment][here] for moment in MOMENTS})
+            (decaying if span.decays else others).append(piece)
+            if span.counts:
+                counted.append(piece.grad)
+        adamw = stateless_adamw(decaying, others, optim)
+        adamw.state.update(state)
+        return _Shard(bucket, start, stop, kept, tuple(counted), adamw)
+
+    @property
+    def updates(self) -> int:
+        return self._updates
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self._updates = count
+        for shard in self._shards:
+            for values in shard.adamw.state.values():
+                values["step"].fill_(count)
+
+    def ready(self, names: Sequence[str]) -> None:
+        self._countdown.ready(names)
+
+    def _sum(self, bucket: Bucket) -> None:
+        if self._replicas.size > 1 and bucket.start < bucket.stop:
+            self._sums.append(self._replicas.scatter_sum(self._gradients.of(bucket)))
+
+    def reduce(self) -> None:
+        """Sum those not summed yet and wait for all; no parameter has its whole gradient then.  Collective."""
+        self._countdown.finish()
+        for pending in self._sums:
+            pending.wait()
+        self._sums.clear()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def squared_norm(self) -> Tensor:
+        return squared_norm([part for shard in self._shards for part in shard.counted], self._flat.device)
+
+    @torch.no_grad()
+    def step(self, rate: float, scale: float) -> None:
+        self.settle()
+        self._updates += 1
+        for index, shard in enumerate(self._shards):
+            if scale != 1:
+                self._gradients.flat[shard.start : shard.stop].mul_(scale)
+            for group in shard.adamw.param_groups:
+                group["lr"] = rate
+            shard.adamw.step()
+            self._round(shard)
+            if self._replicas.size > 1:
+                whole = self._flat[shard.bucket.start : shard.bucket.stop]
+                self._gathers[index] = self._replicas.gather(whole)
+
+    def _round(self, shard: _Shard) -> None:
+        if self._flat.dtype is not self._gradients.dtype:
+            self._flat[shard.start : shard.stop].copy_(shard.kept["parameter"])
+
+    def need(self, names: Sequence[str]) -> None:
+        if not self._gathers:
+            return
+        for name in names:
+            pending = self._gathers.pop(self._shard_of.get(name, -1), None)
+            if pending is not None:
+                pending.wait()
+
+    def settle(self) -> None:
+        while self._gathers:
+            self._gathers.pop(next(iter(self._gathers))).wait()
+
+    # Whole state of a replica, from and to the parts
+
+    @torch.no_grad()
+    def state(self) -> State:
+        """In host memory; nothing on any but the first replica, which receives the parts one by one."""
+        self.settle()
+        whole: State = {kind: {} for kind in ("parameter", *MOMENTS)}
+        for shard in self._shards:
+            for kind, part in shard.kept.items():
+                flat = joined(part, self._replicas)
+                if flat is not None:
+                    for name, start, stop in self._bounds(shard):
+                        values = flat[start - shard.bucket.start : stop - shard.bucket.start]
+                        whole[kind][name] = values.view(self._parameters[name].shape)
+        for name, parameter in self._parameters.items():
+            if name not in self._shard_of and not self._replicas.rank:
+                for kind in whole:
+                    whole[kind][name] = torch.empty(parameter.shape, dtype=self._gradients.dtype)
+        return whole
+
+    def _bounds(self, shard: _Shard) -> Iterator[tuple[str, int, int]]:
+        for name in shard.bucket.names:
+            yield name, *self._gradients.layout.bounds[name]
+
+    @torch.no_grad()
+    def restore(self, read: Callable[[str, str], Tensor]) -> None:
+        self.settle()
+        for name, parameter in self._parameters.items():
+            if name not in self._shard_of:
+                parameter.copy_(read("parameter", name))
+        for shard in self._shards:
+            for name, start, stop in self._bounds(shard):
+                low, high = max(start, shard.start), min(stop, shard.stop)
+                for kind, part in shard.kept.items():
+                    if kind != "parameter" and low >= high:
+                        continue
+                    values = read(kind, name)
+                    if kind == "parameter":
+                        self._parameters[name].copy_(values)
+                    if low < high:
+                        part[low - shard.start : high - shard.start] = values.flatten()[low - start : high - start]
+
+
+def _flatten(parameters: dict[str, nn.Parameter], gradients: Gradients) -> Tensor:
+    """Give all parameters places in one new tensor, in the layout of the gradients."""
+    first = next(iter(parameters.values()), torch.empty(0))
+    flat = torch.zeros(gradients.layout.num_elements, dtype=first.dtype, device=first.device)
+    for name, parameter in parameters.items():
+        start, stop = gradients.layout.bounds[name]
+        place = flat[start:stop].view(parameter.shape)
+        place.copy_(parameter.detach())
+        parameter.data = place
+    return flat
+
+
+def joined(part: Tensor, replicas: Replicas) -> Tensor | None:
+    """The parts of all replicas, one after the other, in the memory of the host; None on all but the first.  Collective."""
+    host = part.detach().cpu().contiguous()
+    if replicas.rank:
+        dist.send(host, group=replicas.group, group_dst=0)
+        return None
+    size = host.numel()
+    flat = torch.empty(size * replicas.size, dtype=host.dtype)
+    flat[:size] = host
+    for replica in range(1, replicas.size):
+        dist.recv(flat[replica * size : (replica + 1) * size], group=replicas.group, group_src=replica)
+    return flat
