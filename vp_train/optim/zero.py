@@ -165,15 +165,19 @@ class ZeroAdamW:
                 parameter.copy_(read("parameter", name))
         for shard in self._shards:
             for name, start, stop in self._bounds(shard):
-                low, high = max(start, shard.start), min(stop, shard.stop)
-                for kind, part in shard.kept.items():
-                    if kind != "parameter" and low >= high:
-                        continue
-                    values = read(kind, name)
-                    if kind == "parameter":
-                        self._parameters[name].copy_(values)
-                    if low < high:
-                        part[low - shard.start : high - shard.start] = values.flatten()[low - start : high - start]
+                for kind in shard.kept:
+                    self._take(shard, kind, name, start, stop, read)
+
+    def _take(self, shard: _Shard, kind: str, name: str, start: int, stop: int, read: Callable[[str, str], Tensor]) -> None:
+        """Take over one tensor, which lies in [start, stop)."""
+        low, high = max(start, shard.start), min(stop, shard.stop)
+        if low >= high and kind != "parameter":
+            return
+        values = read(kind, name)
+        if kind == "parameter":
+            self._parameters[name].copy_(values)
+        if low < high:
+            shard.kept[kind][low - shard.start : high - shard.start] = values.flatten()[low - start : high - start]
 
 
 def _flatten(parameters: dict[str, nn.Parameter], gradients: Gradients) -> Tensor:
