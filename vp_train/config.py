@@ -516,7 +516,7 @@ class ClusterConfig:
     Links are those of one GPU, in one direction: `node_*` to the others of its node, `network_*` to other nodes.
     With optim.offload also `host_bytes_per_second`, of the link of a GPU to its host, and `host_memory_bytes_per_second`, its
     share of the memory there.
-    `overlap`: how much of the sum of the gradients over the replicas hides behind passes.
+    `overlap`: how much of summing gradients over the replicas, and of gathering parameters, hides behind passes.
     """
 
     num_nodes: int = 1

@@ -14,6 +14,8 @@ from vp_train.optim.buckets import Bucket, Countdown
 from vp_train.optim.gradients import Gradients
 from vp_train.optim.replicas import Pending, Replicas
 
+_NORM_ELEMENTS = 1 << 16  # at a time on a CPU, where torch first copies them to float64
+
 State = dict[str, dict[str, Tensor]]  # "parameter", "exp_avg", "exp_avg_sq" of every parameter, by name
 
 
@@ -151,4 +153,6 @@ def squared_norm(gradients: list[Tensor], device: torch.device | None = None) ->
     """fp64 [], on the device of the gradients; of none: 0 on `device`."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
+    if gradients[0].device.type == "cpu":
+        gradients = [piece for gradient in gradients for piece in torch.split(gradient.flatten(), _NORM_ELEMENTS)]
     return torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()
