@@ -166,14 +166,16 @@ def _scratch_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
 
 
 def _update_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
-    """What summing and updating use: with optim.offload a bucket of gradients, which DeepSpeed sums in a copy.
+    """What summing and updating use.
 
-    All else is summed, updated and gathered in place, but for what gloo copies for itself.
+    With optim.offload a bucket of gradients, which DeepSpeed sums in a copy.  ZeRO-1 sums, updates and gathers in place,
+    but on a CPU gloo scatters sums from copies of its own, and all may be under way.
     """
-    if not config.optim.offload:
-        return 0.0
-    precise = max(4, ITEM_BYTES[config.run.dtype])
-    return float(min(precise * rank_parameters(config, step, rank), config.optim.bucket_mib << 20))
+    gradients = max(4, ITEM_BYTES[config.run.dtype]) * rank_parameters(config, step, rank)
+    if config.optim.offload:
+        return float(min(gradients, config.optim.bucket_mib << 20))
+    copied = config.optim.name == "zero1" and config.run.device == "cpu" and step.degrees.dp > 1
+    return float(gradients) if copied else 0.0
 
 
 def _working_bytes(config: RunConfig, item: Pass) -> float:
