@@ -6,11 +6,10 @@ Every collective of torch.distributed is counted in the process that calls it, w
 rank of a ring of dp ranks sends: 2 (dp - 1) / dp of what is summed for all, (dp - 1) / dp of what is
 scattered or gathered.  `limit` is what that comes to with many replicas.  gloo may move more.
 
-Could DeepSpeed have stayed for ZeRO-1 in device memory?  Its optimizer sums whole gradients, so in
-bfloat16 it moves 8 + 2 bytes per parameter (the rows `zero1, offload`, measured; without offload it
-calls the same collectives), one bucket after the other: the next pass waits.  Our own buckets move
-4 + 2 bytes, beside the passes.  It stays for `optim.offload=true` alone, whose link to the host is
-slower than the replicas' anyway.
+Could DeepSpeed have stayed for ZeRO-1 in device memory?  It sums whole gradients, so in bfloat16 it
+moves 8 + 2 bytes per parameter, one bucket after the other: the next pass waits.  The rows `zero1,
+offload` are measured with it; without offload it has the same collectives.  Our own buckets move
+4 + 2 bytes beside the passes, so DeepSpeed stays for `optim.offload=true` alone.
 """
 
 from __future__ import annotations

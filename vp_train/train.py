@@ -277,6 +277,7 @@ class Run:
 
     def finish(self, reporter: Reporter | None) -> None:
         """The last word: the table of all ranks."""
+        self.model.optimizer.settle()  # nobody leaves while others gather
         everyone = [0.0] * self.mesh.degrees.num_ranks
         dist.all_gather_object(everyone, self._peak_bytes(), group=self.mesh.world)
         if reporter is not None:

@@ -28,7 +28,7 @@ from vp_train.quiet import quiet_deprecations
 
 
 class OffloadedAdamW:
-    """AdamW whose moments and fp32 parameters are split over the replicas, in host memory if optim.offload.
+    """AdamW whose moments and fp32 parameters are split over the replicas, in host memory.
 
     It moves the parameters: take no views of them before.
     """
@@ -90,9 +90,8 @@ class OffloadedAdamW:
         for group in range(len(zero.bit16_groups)):
             zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
         zero.micro_step_id = -1
-        if zero.cpu_offload:
-            zero.reset_cpu_buffers()
-            zero.setup_buckets()
+        zero.reset_cpu_buffers()
+        zero.setup_buckets()
 
     def reduce(self) -> None:
         self.ready(list(self._group_of))
@@ -101,8 +100,7 @@ class OffloadedAdamW:
         self._started.clear()
 
     def squared_norm(self) -> Tensor:
-        groups = [list(self._shard(index)) for index, counts in enumerate(self._group_counts) if counts]
-        return squared_norm([gradient for group in groups for gradient in group], self._gradients.flat.device)
+        return squared_norm([self._shard(index) for index, counts in enumerate(self._group_counts) if counts])
 
     @torch.no_grad()
     def step(self, rate: float, scale: float) -> None:
@@ -111,8 +109,7 @@ class OffloadedAdamW:
             return
         for index, group in enumerate(self._zero.optimizer.param_groups):
             group["lr"] = rate
-            for gradient in self._shard(index):
-                gradient.mul_(scale)
+            self._shard(index).mul_(scale)
         self._zero.step()
 
     def need(self, names: Sequence[str]) -> None:
@@ -121,13 +118,11 @@ class OffloadedAdamW:
     def settle(self) -> None:
         pass
 
-    def _shard(self, group: int) -> Iterator[Tensor]:
-        """The gradients of this replica's part."""
+    def _shard(self, group: int) -> Tensor:
+        """The gradients of this replica's part, in host memory."""
         assert self._zero is not None
-        if self._zero.cpu_offload:
-            yield self._zero.single_partition_of_fp32_groups[group].grad
-        else:
-            yield from self._zero.averaged_gradients[group]
+        gradient: Tensor = self._zero.single_partition_of_fp32_groups[group].grad
+        return gradient
 
     # Whole state of a replica, from and to the parts
 
@@ -198,9 +193,7 @@ def _deepspeed(
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else its first use on a CPU compiles C++ for minutes
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
-    offload = None
-    if optim.offload:
-        offload = DeepSpeedZeroOffloadOptimizerConfig(device=OffloadDeviceEnum.cpu, pin_memory=torch.cuda.is_available())
+    offload = DeepSpeedZeroOffloadOptimizerConfig(device=OffloadDeviceEnum.cpu, pin_memory=torch.cuda.is_available())
     adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=True)
     zero = Zero(
         adamw,
@@ -219,7 +212,7 @@ def _deepspeed(
         partition_grads=False,
         overlap_comm=False,
         check_grad_overflow=False,
-        compute_grad_norm=offload is not None,
+        compute_grad_norm=True,
     )
     for partition in zero.single_partition_of_fp32_groups:
         adamw.state[partition] = {
