@@ -48,7 +48,7 @@ DOORS = {
     "safetensors": {"vp_train.checkpoint.store", "vp_train.checkpoint.stream"},
     "transformers": set(),
     "matplotlib": {"vp_train.plot"},
-    "deepspeed": {"vp_train.optim.zero"},
+    "deepspeed": {"vp_train.optim.offload"},
 }
 WITHOUT_TORCH = (
     "schedules",

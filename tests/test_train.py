@@ -408,6 +408,7 @@ def parameters_after(rank, num_ranks, config, poison):
     except NonFiniteError as error:
         said = str(error)
     dist.barrier()
+    model.optimizer.settle()
     same = all(torch.equal(a, b) for a, b in zip(before, model.parameters.values(), strict=True))
     return said, same
 
@@ -444,6 +445,7 @@ def scales_of(rank, num_ranks, config):
         run.train_step(step, None)
         scales.append(run.model.loss_scale.value)
         changed.append(run.model.optimizer.updates > before)
+        run.model.optimizer.settle()
         norms.append(sum(parameter.detach().double().square().sum().item() for parameter in run.model.parameters.values()))
     return scales, changed, norms
 

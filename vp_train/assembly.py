@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,13 +14,16 @@ from schedules.vocab import End, VocabAlgorithm
 from vp_train.config import OptimConfig, RunConfig
 from vp_train.mesh import Mesh
 from vp_train.model.stage import Stage, init_rows
+from vp_train.optim.buckets import Runs, bucket_elements, lay_out
 from vp_train.optim.gradients import Gradients
 from vp_train.optim.loss_scale import LossScale
 from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
+from vp_train.optim.replicas import Replicas
+from vp_train.optim.zero import ZeroAdamW
 from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
 from vp_train.pipeline.executor import BLIND, Executor, Observer, RankModules
 from vp_train.plan import RunPlan
-from vp_train.precision import DTYPES
+from vp_train.precision import DTYPES, statistics_dtype
 from vp_train.split import Split
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
@@ -48,6 +51,7 @@ class RankModel:
     optimizer: Optimizer
     loss_scale: LossScale
     answers: bool  # for the loss of its replica
+    _completions: _Completions
     _comms: Comms
     _copied_at_both_ends: Tensor | None  # the gradient of a tied matrix
 
@@ -61,6 +65,7 @@ class RankModel:
         segments: Tensor | None = None,
     ) -> Tensor | None:
         """`Executor.step` of the training program; `optimizer.reduce` then completes the gradients, times `loss_scale`."""
+        self._completions.begin()
         scale = self.loss_scale.value
         loss = self.trainer.step(tokens, labels, observer, mask=mask, segments=segments, loss_scale=scale)
         if self._copied_at_both_ends is not None:
@@ -96,8 +101,16 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transpor
     if config.model.tied_embeddings and two_ends and matrices:
         ((tied_name, _),) = matrices.values()
         copied |= set() if End.INPUT in matrices else {tied_name}
-    gradients = Gradients(parameters)
-    optimizer = _build_optimizer(config.optim, parameters, gradients, frozenset(copied), mesh.data)  # may move parameters
+    through_host = config.run.device == "cuda" and config.run.comm_backend == "gloo"
+    layout = lay_out(
+        parameters,
+        _runs(stages, matrices),
+        max_elements=bucket_elements(config.optim, statistics_dtype(dtype).itemsize),
+        num_parts=mesh.degrees.dp,
+        copied=frozenset(copied),
+    )
+    gradients = Gradients(parameters, layout)
+    optimizer = _build_optimizer(config.optim, parameters, gradients, Replicas(mesh.data, through_host))  # may move parameters
     options = LossOptions(config.loss.label_smoothing, config.loss.z_loss, config.model.logit_softcap)
 
     def output_layer(algorithm: VocabAlgorithm, options: LossOptions) -> OutputLayer | None:
@@ -120,9 +133,15 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transpor
     if End.INPUT in matrices:
         name, weight = matrices[End.INPUT]
         input_layer = InputLayer(weight, gradients[name], shards[End.INPUT].all, shards[End.INPUT].index)
-    partial_names = frozenset(name for stage in stages.values() for name in stage.partial)
-
-    names_of = _names_of_gradients(stages, {end: name for end, (name, _) in matrices.items() if name != tied_name}, rank)
+    names_of = _names_of_passes(stages, {end: name for end, (name, _) in matrices.items()}, rank)
+    completions = _Completions(
+        names_of,
+        frozenset(() if tied_name is None else (tied_name,)),
+        frozenset(name for stage in stages.values() for name in stage.partial),
+        gradients,
+        optimizer,
+        mesh.tensor,
+    )
     training = RankModules(
         stages,
         input_layer,
@@ -133,8 +152,8 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transpor
         config.loss.normalisation,
         leads=mesh.tensor_rank == 0,
         data=mesh.data if mesh.degrees.dp > 1 else None,
+        parameters=completions,
         sequence_parts=mesh.degrees.tp if config.parallel.sequence_parallel else 1,
-        parameters=_Parameters(gradients, optimizer, names_of, partial_names, mesh.tensor),
     )
     evaluating = replace(
         training,
@@ -142,7 +161,6 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transpor
         normalisation="token",
     )
     if transport is None:
-        through_host = config.run.device == "cuda" and config.run.comm_backend == "gloo"
         transport = ProcessGroups(
             mesh.pipeline, device, through_host=through_host, whole_hops=config.parallel.sequence_parallel
         )
@@ -161,31 +179,10 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transpor
         optimizer,
         LossScale.of(config.run.dtype),
         problem.root(End.OUTPUT) == rank and mesh.tensor_rank == 0,
+        completions,
         comms,
         None if tied_name is None else gradients[tied_name],
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Parameters:
-    """Tells the optimizer which gradients are complete.  `partial_names` have a part on each rank of `tensor`."""
-
-    gradients: Gradients
-    optimizer: Optimizer
-    names_of: dict[tuple[Kind, int], tuple[str, ...]]
-    partial_names: frozenset[str]
-    tensor: dist.ProcessGroup
-
-    def need(self, item: Pass) -> None:
-        pass
-
-    def announce(self, names: Sequence[str]) -> None:
-        pass
-
-    def complete(self, item: Pass) -> None:
-        names = self.names_of.get((item.kind, item.stage), ())
-        _sum_in_place([self.gradients[name] for name in names if name in self.partial_names], self.tensor)
-        self.optimizer.ready(names)
 
 
 def _sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
@@ -198,18 +195,65 @@ def _sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
         tensor.copy_(total.view_as(tensor))
 
 
+class _Completions:
+    """Waits for parameters before they are read, and hands gradients to the optimizer, each once a step.
+
+    `names_of` the passes of a kind and stage: the parameters that they read, or whose gradients they
+    add to.  `later` are complete only after the step.  `partial` ones, of which every tensor-parallel
+    rank has a part, are summed over `tensor` before.
+    """
+
+    def __init__(
+        self,
+        names_of: Mapping[tuple[Kind, int], tuple[str, ...]],
+        later: frozenset[str],
+        partial: frozenset[str],
+        gradients: Gradients,
+        optimizer: Optimizer,
+        tensor: dist.ProcessGroup,
+    ) -> None:
+        self._names_of, self._partial, self._gradients = names_of, partial, gradients
+        self._optimizer, self._tensor, self._later = optimizer, tensor, later
+        self._done: set[str] = set()
+
+    def begin(self) -> None:
+        """Begin a step."""
+        self._done = set(self._later)
+
+    def need(self, item: Pass) -> None:
+        self._optimizer.need(self._names_of.get((item.kind, item.stage), ()))
+
+    def announce(self, names: Sequence[str]) -> None:
+        new = [name for name in names if name not in self._done]
+        self._done.update(new)
+        _sum_in_place([self._gradients[name] for name in new if name in self._partial], self._tensor)
+        self._optimizer.ready(new)
+
+    def complete(self, item: Pass) -> None:
+        self.announce(self._names_of.get((item.kind, item.stage), ()))
+
+
+def _runs(stages: dict[int, Stage], matrices: dict[End, tuple[str, nn.Parameter]]) -> Runs:
+    """For `lay_out`, in the order in which passes need the parameters."""
+    runs: list[Sequence[Sequence[str]]] = [stages[number].units for number in sorted(stages)]
+    names = {end: name for end, (name, _) in matrices.items()}
+    if End.INPUT in names:
+        runs.insert(0, [[names[End.INPUT]]])
+    if End.OUTPUT in names and names[End.OUTPUT] != names.get(End.INPUT):
+        runs.append([[names[End.OUTPUT]]])
+    return runs
+
+
 def _build_optimizer(
-    optim: OptimConfig,
-    parameters: dict[str, nn.Parameter],
-    gradients: Gradients,
-    copied: frozenset[str],
-    data: dist.ProcessGroup,
+    optim: OptimConfig, parameters: dict[str, nn.Parameter], gradients: Gradients, replicas: Replicas
 ) -> Optimizer:
     if optim.name == "adamw":
-        return ReplicatedAdamW(parameters, gradients, copied, optim, data)
-    from vp_train.optim.zero import ZeroAdamW  # the import takes seconds
+        return ReplicatedAdamW(parameters, gradients, optim, replicas)
+    if not optim.offload:
+        return ZeroAdamW(parameters, gradients, optim, replicas)
+    from vp_train.optim.offload import OffloadedAdamW  # the import takes seconds
 
-    return ZeroAdamW(parameters, gradients, copied, optim, data)
+    return OffloadedAdamW(parameters, gradients, optim, replicas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,17 +308,15 @@ def _build_matrices(
     return matrices
 
 
-def _names_of_gradients(
-    stages: dict[int, Stage], matrices: dict[End, str], rank: int
-) -> dict[tuple[Kind, int], tuple[str, ...]]:
-    """The parameters whose gradient is complete after the last pass of a kind and stage."""
-    names = {
+def _names_of_passes(stages: dict[int, Stage], matrices: dict[End, str], rank: int) -> dict[tuple[Kind, int], tuple[str, ...]]:
+    """The parameters that passes of a kind and stage read, or whose gradients they add to."""
+    of_stages = {
         (kind, number): tuple(name for name, _ in stage.named_parameters())
         for number, stage in stages.items()
-        for kind in (Kind.B, Kind.W)
+        for kind in (Kind.F, Kind.B, Kind.I, Kind.W)
     }
-    kinds = {End.INPUT: Kind.G, End.OUTPUT: Kind.T}
-    return names | {(kinds[end], rank): (name,) for end, name in matrices.items()}
+    kinds = {End.INPUT: (Kind.E, Kind.G), End.OUTPUT: (Kind.S, Kind.T)}
+    return of_stages | {(kind, rank): (name,) for end, name in matrices.items() for kind in kinds[end]}
 
 
 def _named_parameters(stages: dict[int, Stage]) -> Iterator[tuple[str, nn.Parameter]]:

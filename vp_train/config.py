@@ -332,6 +332,8 @@ class OptimConfig:
 
     `name`: `adamw`, with the whole state in every replica, or `zero1`, with a part of it in each; `offload` keeps that part in
     host memory and updates it there.
+    `bucket_mib`: MiB of gradients that are summed over the replicas at a time, as soon as they are complete; a layer or a
+    matrix that is larger is summed in one piece.  More makes better use of a link, less leaves less to sum after the last pass.
     `schedule`: `cosine` from lr to min_lr; `wsd` holds lr and decays linearly over the last decay_fraction of the run.
     """
 
@@ -347,9 +349,11 @@ class OptimConfig:
     epsilon: float = 1e-8
     clip_grad_norm: float = 1.0  # 0 turns clipping off
     offload: bool = False
+    bucket_mib: int = 64
 
     def __post_init__(self) -> None:
         _finite("optim.", self)
+        _at_least("optim.bucket_mib", self.bucket_mib, 1)
         _choice("optim.name", self.name, ("adamw", "zero1"))
         _choice("optim.schedule", self.schedule, ("cosine", "wsd"))
         if self.offload and self.name != "zero1":
@@ -516,7 +520,7 @@ class ClusterConfig:
     Links are those of one GPU, in one direction: `node_*` to the others of its node, `network_*` to other nodes.
     With optim.offload also `host_bytes_per_second`, of the link of a GPU to its host, and `host_memory_bytes_per_second`, its
     share of the memory there.
-    `overlap`: how much of the sum of the gradients over the replicas hides behind passes.
+    `overlap`: how much of summing gradients over the replicas, and of gathering parameters, hides behind passes.
     """
 
     num_nodes: int = 1

@@ -280,6 +280,7 @@ class Run:
 
     def finish(self, reporter: Reporter | None) -> None:
         """The last word: the table of all ranks."""
+        self.model.optimizer.settle()  # nobody leaves while others gather
         everyone = self.mesh.world.all_gather_json(self._peak_bytes())
         if reporter is not None:
             worst = [0.0] * self.plan.num_ranks

@@ -1,20 +1,33 @@
 """ZeRO-1 gives its whole state to one replica, and takes it back part by part."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.optim.setup import RUNS, SHAPES
 from tests.vocab.test_memory import growth
 from vp_train.config import OptimConfig
 from vp_train.optim.adamw import MOMENTS
+from vp_train.optim.buckets import lay_out
 from vp_train.optim.gradients import Gradients
+from vp_train.optim.replicas import Replicas
+from vp_train.optim.zero import ZeroAdamW
 
-SHAPES = {"a.weight": (64, 32), "b.weight": (64, 33), "b.bias": (33,), "none": (0, 4), "c.weight": (32, 64)}
+
+def optimizer_of(parameters, offload):
+    replicas = Replicas(dist.group.WORLD)
+    layout = lay_out(parameters, RUNS, max_elements=3000, num_parts=replicas.size)
+    optim = OptimConfig("zero1", offload=offload)
+    if not offload:
+        return ZeroAdamW(parameters, Gradients(parameters, layout), optim, replicas)
+    from vp_train.optim.offload import OffloadedAdamW
+
+    return OffloadedAdamW(parameters, Gradients(parameters, layout), optim, replicas)
 
 
-def there_and_back(rank, num_ranks):
-    """The values given and those found again, and by how many bytes giving and taking grew."""
-    from vp_train.optim.zero import ZeroAdamW
+def there_and_back(rank, num_ranks, offload):
+    """Whether what was given is found again, and by how many bytes giving and taking grew."""
 
     generator = torch.Generator().manual_seed(0)
     given = {
@@ -22,7 +35,7 @@ def there_and_back(rank, num_ranks):
         for kind in ("parameter", *MOMENTS)
     }
     parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
-    zero = ZeroAdamW(parameters, Gradients(parameters), frozenset(), OptimConfig("zero1"), dist.group.WORLD)
+    zero = optimizer_of(parameters, offload)
     taking = growth(lambda: zero.restore(lambda kind, name: given[kind][name].clone()))
     found = []
     giving = growth(lambda: found.append(zero.state()))
@@ -32,9 +45,10 @@ def there_and_back(rank, num_ranks):
     return same, taking, giving
 
 
-def test_only_the_first_replica_has_it_all_and_none_takes_more_than_a_tensor_at_a_time(ranks):
+@pytest.mark.parametrize("offload", [False, True])
+def test_only_the_first_replica_has_it_all_and_none_takes_more_than_a_tensor_at_a_time(ranks, offload):
     whole = 4 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
-    for rank, (same, taking, giving) in enumerate(ranks(3).run(there_and_back)):
+    for rank, (same, taking, giving) in enumerate(ranks(3).run(there_and_back, offload)):
         assert same
         assert taking < whole / 2
         assert giving < (4 * whole if rank == 0 else whole / 2)

@@ -139,6 +139,7 @@ def differences_of(config, plan, model, data_rank, health_of, *, masked, packed)
                 differences["gradient"] = max(differences["gradient"], difference)
         rate = learning_rate(config.optim, step, NUM_STEPS)
         model.optimizer.step(rate, clip_scale(health.grad_norm, config.optim.clip_grad_norm))
+        model.optimizer.settle()
         for name, parameter in model.parameters.items():
             difference = largest_difference(parameter.detach(), part_of(updated[name], name, model.splits))
             differences["parameter"] = max(differences["parameter"], difference)

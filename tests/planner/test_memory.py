@@ -63,14 +63,25 @@ def test_bytes_per_parameter(dtype, optimizer, dp, expected):
     assert StateBytes.of(offloaded).optimizer == 0
 
 
-@pytest.mark.parametrize(("dtype", "bytes_used"), [("bfloat16", 4 + 4 / 4), ("float32", 4)])
-def test_a_step_of_zero1_peaks_in_its_sums_where_passes_keep_little(dtype, bytes_used):
-    """A bucket of all gradients, for they are few, and below fp32 a copy of this replica's part."""
-    told = ["optim.name=zero1", "parallel.dp=4", "model.seq_length=4", "num_microbatches=1", f"run.dtype={dtype}"]
-    config, step = planned(*told, num_ranks=8)
-    memory = rank_memory(config, step, 1)
+FEW_ACTIVATIONS = ["parallel.dp=4", "model.seq_length=4", "num_microbatches=1"]
+
+
+@pytest.mark.parametrize(("device", "bytes_used"), [("cuda", 0), ("cpu", 4)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_zero1_sums_and_gathers_in_place_unless_gloo_copies_the_gradients(dtype, device, bytes_used):
+    told = [*FEW_ACTIVATIONS, f"run.dtype={dtype}", f"run.device={device}"]
+    replicated = rank_memory(*planned("optim.name=adamw", *told, num_ranks=8), 1)
+    memory = rank_memory(*planned("optim.name=zero1", *told, num_ranks=8), 1)
+    assert memory.working == pytest.approx(max(bytes_used * memory.parameters, replicated.working), rel=0.05)
+
+
+@pytest.mark.parametrize("bucket_mib", [1, 64])
+def test_a_step_of_an_offloaded_optimizer_peaks_with_a_bucket_where_passes_keep_little(bucket_mib):
+    told = [*FEW_ACTIVATIONS, "optim.name=zero1", "optim.offload=true", "run.dtype=bfloat16", "model.hidden_size=256"]
+    memory = rank_memory(*planned(*told, f"optim.bucket_mib={bucket_mib}", num_ranks=8), 1)
     assert memory.activations == 0
-    assert memory.working == pytest.approx(bytes_used * memory.parameters, rel=0.05)
+    assert 2**20 < 4 * memory.parameters < 64 * 2**20
+    assert memory.working == pytest.approx(min(4 * memory.parameters, bucket_mib * 2**20), rel=0.05)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])

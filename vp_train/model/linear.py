@@ -26,6 +26,16 @@ class WeightGradStore:
     def __init__(self) -> None:
         self._waiting: dict[int, list[_Product]] = {}
         self._current: list[_Product] | None = None
+        self._computed: Callable[[nn.Parameter], None] | None = None
+
+    @contextmanager
+    def watching(self, computed: Callable[[nn.Parameter], None]) -> Iterator[None]:
+        """A drain inside calls `computed` with the weight of every product, when that is added to its gradient."""
+        self._computed = computed
+        try:
+            yield
+        finally:
+            self._computed = None
 
     @contextmanager
     def deferring(self, microbatch: int) -> Iterator[None]:
@@ -44,9 +54,11 @@ class WeightGradStore:
             self._current.append((weight, x, dy))
 
     def drain(self, microbatch: int) -> None:
-        """Compute what waits for `microbatch`."""
+        """Compute what waits for `microbatch`, in the order of its backward."""
         for weight, x, dy in self._waiting.pop(microbatch):
             _accumulate(weight, x, dy)
+            if self._computed is not None:
+                self._computed(weight)
 
     @property
     def held_bytes(self) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vp_train.config import ModelConfig
+from vp_train.model.completion import Completion
 from vp_train.model.linear import ColumnLinear, RowLinear, WeightGradStore
 from vp_train.model.megatron import DecoderLayer, join_sequence, rotary_table, split_sequence
 from vp_train.model.norm import build_norm
@@ -26,7 +28,7 @@ class Stage(nn.Module):
     global layer, `layers.7...`, and initialised from (seed, global layer) alone.  `splits` has those that are split over the
     ranks of `group`; `partial` those whose gradient each of these ranks has a part of: norms of heads and, with
     `split_sequences`, all that sees a part of the tokens.  `recompute` as in ParallelConfig; what is not kept runs again in I
-    if the backward is split.
+    if the backward is split.  `units`: the parameters whose gradients complete together, in the order in which they do.
     """
 
     scale: Tensor | None
@@ -85,6 +87,12 @@ class Stage(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("angles", angles, persistent=False)
         self.register_buffer("local_angles", local_angles, persistent=False)
+        self.units = self._in_order_of_completion()
+        owners = {name: unit for unit, names in enumerate(self.units) for name in names}
+        self._unit_of = {parameter: owners[name] for name, parameter in self.named_parameters()}
+        linear = [module.weight for module in self.modules() if isinstance(module, ColumnLinear | RowLinear)]
+        self._products = [sum(self._unit_of[weight] == unit for weight in linear) for unit in range(len(self.units))]
+        self._completion: Completion | None = None
         split_over = () if group.size() == 1 else ("",) if split_sequences else ("q_layernorm", "k_layernorm")
         self.partial = frozenset(
             name
@@ -105,15 +113,56 @@ class Stage(nn.Module):
         if self._splits_input is not None:
             x = split_sequence(x, self._splits_input)
         num_tokens = len(x) * self._sequence_parts
-        for name, layer in self.layers.items():
+        for number, (name, layer) in enumerate(self.layers.items()):
+            if number and x.requires_grad:
+                x.register_hook(partial(self._complete_up_to, len(self.layers) - 1 - number))  # type: ignore[no-untyped-call]
             angles = self.local_angles if name in self._local else self.angles
             x = layer(x, None if angles is None else angles[:num_tokens], documents)
         if self.final_norm is not None:
             x = self.final_norm(x)
         return x if self._joins_output is None else join_sequence(x, self._joins_output)
 
-    def completing(self, done: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
-        return nullcontext()
+    def _in_order_of_completion(self) -> tuple[tuple[str, ...], ...]:
+        """The names of each layer, the last first; what comes after it or before the first one goes with these."""
+        of_layers = [[f"layers.{index}.{name}" for name, _ in layer.named_parameters()] for index, layer in self.layers.items()]
+        units = of_layers[::-1] or [[]]
+        for name, _ in self.named_parameters():
+            if not name.startswith("layers."):
+                units[-1 if name == "positions" else 0].append(name)
+        return tuple(tuple(unit) for unit in units if unit)
+
+    @contextmanager
+    def completing(self, done: Callable[[Sequence[str]], None]) -> Iterator[None]:
+        """Within it a backward, or a drain of `weight_grads`, is the last of the step: it calls `done` with the parameters
+        of each of `units` as soon as their gradients are complete.
+
+        What completes in the last moment is announced at the end.
+        """
+        completion = self._completion = Completion(self.units, done)
+        left = list(self._products)
+
+        def computed(weight: nn.Parameter) -> None:
+            unit = self._unit_of[weight]
+            left[unit] -= 1
+            if not left[unit]:
+                completion.up_to(unit)
+
+        try:
+            with self.weight_grads.watching(computed):
+                yield
+        finally:
+            self._completion = None
+        completion.finish()
+
+    def _complete_up_to(self, unit: int, _: Tensor) -> None:
+        """The hook of the activation between two layers.
+
+        Autograd calls it before it goes on to the layer below.  The gradients of the layer above are complete by
+        then: its backward ran, and autograd accumulates parameters before anything else that it could do.  At the
+        input of a stage, where it accumulates too, that would not be certain.
+        """
+        if self._completion is not None:
+            self._completion.up_to(unit)
 
     @torch.no_grad()
     def _initialise(self, prefix: str, layer: nn.Module, model: ModelConfig, generator: torch.Generator) -> None:

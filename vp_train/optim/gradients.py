@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from vp_train.optim.buckets import Bucket, FlatLayout
 from vp_train.precision import statistics_dtype
-
-_ALIGNMENT = 64  # elements, so that every gradient begins where vectors and cache lines do
 
 
 class Gradients:
@@ -18,19 +17,16 @@ class Gradients:
     All parameters have the same dtype and device.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], layout: FlatLayout) -> None:
+        self.layout = layout
         self._parameters = dict(parameters)
         first = next(iter(parameters.values()), torch.empty(0))
         self.dtype = statistics_dtype(first.dtype)
-        sizes = {name: -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT for name, parameter in parameters.items()}
-        self.flat = torch.zeros(sum(sizes.values()), dtype=self.dtype, device=first.device)
+        self.flat = torch.zeros(layout.num_elements, dtype=self.dtype, device=first.device)
         self._views: dict[str, Tensor] = {}
-        self._bounds: dict[str, tuple[int, int]] = {}
-        start = 0
         for name, parameter in parameters.items():
-            self._bounds[name] = start, start + sizes[name]
-            self._views[name] = self.flat[start : start + parameter.numel()].view(parameter.shape)
-            start += sizes[name]
+            start, stop = layout.bounds[name]
+            self._views[name] = self.flat[start:stop].view(parameter.shape)
             if parameter.dtype is not self.dtype:
                 parameter.grad_dtype = self.dtype  # autograd casts what it adds
             parameter.grad = self._views[name]
@@ -38,11 +34,9 @@ class Gradients:
     def __getitem__(self, name: str) -> Tensor:
         return self._views[name]
 
-    def span(self, names: Sequence[str]) -> Tensor:
-        """The gradients of `names`, neighbours in the order of the parameters, in one piece."""
-        start, stop = self._bounds[names[0]][0], self._bounds[names[-1]][1]
-        assert stop - start == sum(self._bounds[name][1] - self._bounds[name][0] for name in names)
-        return self.flat[start:stop]
+    def of(self, bucket: Bucket) -> Tensor:
+        """The gradients of a bucket and its padding, which is 0, in one piece."""
+        return self.flat[bucket.start : bucket.stop]
 
     def zero(self) -> None:
         """Clear all gradients in place: the vocabulary layers accumulate into these very tensors."""

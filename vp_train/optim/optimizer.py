@@ -6,23 +6,33 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from vp_train.config import OptimConfig
 from vp_train.optim.adamw import MOMENTS, build_adamw
+from vp_train.optim.buckets import Bucket, Countdown
 from vp_train.optim.gradients import Gradients
+from vp_train.optim.replicas import Pending, Replicas
+
+_NORM_ELEMENTS = 1 << 16  # at a time on a CPU, where torch first copies them to float64
 
 State = dict[str, dict[str, Tensor]]  # "parameter", "exp_avg", "exp_avg_sq" of every parameter, by name
 
 
 class Optimizer(Protocol):
-    """Turns the gradients of all replicas into new parameters; they are the same in every replica."""
+    """Turns the gradients of all replicas into new parameters; they are the same in every replica.
+
+    A step: `ready` as gradients complete, then `reduce`, `squared_norm`, and `step` unless the step is
+    skipped.  New parameters may still be on their way when `step` returns; `need` and `settle` wait.
+    """
 
     updates: int  # applied so far
 
     def ready(self, names: Sequence[str]) -> None:
-        """Start to sum the gradients of `names`, which are complete, over the replicas.  Collective, in the same order."""
+        """Take note that the gradients of `names` are complete; a bucket that is complete is summed beside what follows.
+
+        Each name at most once a step, in the same order in all replicas.  Collective.
+        """
         ...
 
     def reduce(self) -> None:
@@ -30,15 +40,26 @@ class Optimizer(Protocol):
         ...
 
     def squared_norm(self) -> Tensor:
-        """fp64 []: this rank's term of the squared norm of all gradients, each of which counts on one rank."""
+        """Return this rank's term of the squared norm of all gradients, each of which counts on one rank: fp64 [].
+
+        On the device of the gradients, without waiting for it.
+        """
         ...
 
     def step(self, rate: float, scale: float) -> None:
         """Update with learning rate `rate` and the gradients times `scale`, which uses them up."""
         ...
 
+    def need(self, names: Sequence[str]) -> None:
+        """Wait until the parameters `names` are those of the last update; cheap where they are."""
+        ...
+
+    def settle(self) -> None:
+        """Wait for all parameters, as whoever reads them outside of passes must."""
+        ...
+
     def state(self) -> State:
-        """In the precision it is kept in, of the first replica; others may give nothing.  Collective."""
+        """Return all of it in the precision it is kept in, on the first replica; others may give nothing.  Collective."""
         ...
 
     def restore(self, read: Callable[[str, str], Tensor]) -> None:
@@ -47,49 +68,48 @@ class Optimizer(Protocol):
 
 
 class ReplicatedAdamW:
-    """AdamW on every replica alike, with fp32 copies of parameters of less precision.  `data` joins the replicas."""
+    """AdamW on every replica alike, with fp32 copies of parameters of less precision."""
 
     def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        gradients: Gradients,
-        copied: frozenset[str],
-        optim: OptimConfig,
-        data: dist.ProcessGroup,
+        self, parameters: Mapping[str, nn.Parameter], gradients: Gradients, optim: OptimConfig, replicas: Replicas
     ) -> None:
-        self._parameters, self._gradients, self._data = dict(parameters), gradients, data
+        self._parameters, self._gradients, self._replicas = dict(parameters), gradients, replicas
         self._masters = {
             name: parameter if parameter.dtype is gradients.dtype else nn.Parameter(parameter.detach().to(gradients.dtype))
             for name, parameter in parameters.items()
         }
-        self._counted = [] if data.rank() else [name for name in parameters if name not in copied]
+        spans = [span for bucket in gradients.layout.buckets for span in bucket.spans]
+        self._counted = [] if replicas.rank else [gradients.flat[span.start : span.stop] for span in spans if span.counts]
         self._adamw = build_adamw(self._masters.values(), optim)
-        self._sums: dict[tuple[str, ...], dist.Work] = {}
+        self._countdown = Countdown(gradients.layout, self._sum)
+        self._sums: list[Pending] = []
+        self._updates = 0
 
     @property
     def updates(self) -> int:
-        return next((int(values["step"].item()) for values in self._adamw.state.values()), 0)
+        return self._updates
 
     @updates.setter
     def updates(self, count: int) -> None:
+        self._updates = count
         for values in self._adamw.state.values():
             values["step"].fill_(count)
 
     def ready(self, names: Sequence[str]) -> None:
-        if self._data.size() > 1 and names:
-            self._sums[tuple(names)] = dist.all_reduce(self._gradients.span(names), group=self._data, async_op=True)
+        self._countdown.ready(names)
+
+    def _sum(self, bucket: Bucket) -> None:
+        if self._replicas.size > 1 and bucket.start < bucket.stop:
+            self._sums.append(self._replicas.sum(self._gradients.of(bucket)))
 
     def reduce(self) -> None:
-        started = {name for names in self._sums for name in names}
-        for name in self._parameters:
-            if name not in started:
-                self.ready([name])
-        for pending in self._sums.values():
+        self._countdown.finish()
+        for pending in self._sums:
             pending.wait()
         self._sums.clear()
 
     def squared_norm(self) -> Tensor:
-        return squared_norm([self._gradients[name] for name in self._counted])
+        return squared_norm(self._counted, self._gradients.flat.device)
 
     @torch.no_grad()
     def step(self, rate: float, scale: float) -> None:
@@ -100,7 +120,14 @@ class ReplicatedAdamW:
         for group in self._adamw.param_groups:
             group["lr"] = rate
         self._adamw.step()
+        self._updates += 1
         self._round()
+
+    def need(self, names: Sequence[str]) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
 
     def state(self) -> State:
         moments = {
@@ -117,12 +144,15 @@ class ReplicatedAdamW:
 
     @torch.no_grad()
     def _round(self) -> None:
-        for name, parameter in self._parameters.items():
-            if parameter is not self._masters[name]:
-                parameter.copy_(self._masters[name])
+        rounded = [name for name, parameter in self._parameters.items() if parameter is not self._masters[name]]
+        if rounded:
+            torch._foreach_copy_([self._parameters[name] for name in rounded], [self._masters[name] for name in rounded])
 
 
-def squared_norm(gradients: list[Tensor]) -> Tensor:
-    """fp64 [], on the host."""
-    norms = torch._foreach_norm(gradients, 2, torch.float64) if gradients else []
-    return torch.stack([norm.cpu() ** 2 for norm in norms]).sum() if norms else torch.zeros((), dtype=torch.float64)
+def squared_norm(gradients: list[Tensor], device: torch.device | None = None) -> Tensor:
+    """fp64 [], on the device of the gradients; of none: 0 on `device`."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    if gradients[0].device.type == "cpu":
+        gradients = [piece for gradient in gradients for piece in torch.split(gradient.flatten(), _NORM_ELEMENTS)]
+    return torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()

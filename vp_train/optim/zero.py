@@ -1,58 +1,76 @@
-"""ZeRO-1: every replica keeps and updates a part of the optimizer's state (arXiv 1910.02054).  The only importer of deepspeed.
+"""ZeRO-1: every replica keeps and updates a part of the optimizer's state (arXiv 1910.02054).
 
-DeepSpeed sums, shards, steps and gathers.  It has no part in the backward: the executor leaves complete gradients, in fp32
-for parameters of less precision.  Norms and clipping are ours, for they need the ranks of all pipelines and float64.
+Parameters and gradients are flat and have the same buckets.  Gradients are summed to the replica whose part they
+are, AdamW updates that part, and the new parameters are gathered in the dtype they are computed with.  In bfloat16
+4 + 2 bytes per parameter travel.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from vp_train.config import OptimConfig
-from vp_train.optim.adamw import MOMENTS, build_adamw
+from vp_train.optim.adamw import MOMENTS, fresh_state, stateless_adamw
+from vp_train.optim.buckets import Bucket, Countdown
 from vp_train.optim.gradients import Gradients
 from vp_train.optim.optimizer import State, squared_norm
-from vp_train.quiet import quiet_deprecations
+from vp_train.optim.replicas import Pending, Replicas
 
-_BUCKET_ELEMENTS = 1 << 26  # summed and gathered at a time
-_OFFLOAD_ELEMENTS = 1 << 24  # summed at a time with optim.offload, in a buffer of that size
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """This replica's part of a bucket: elements [start, stop) of all."""
+
+    bucket: Bucket
+    start: int
+    stop: int
+    kept: dict[str, Tensor]  # "parameter", "exp_avg", "exp_avg_sq": [stop - start] in the dtype of gradients
+    counted: tuple[Tensor, ...]  # the gradients that count for the norm
+    adamw: torch.optim.AdamW
 
 
 class ZeroAdamW:
-    """AdamW whose moments and fp32 parameters are split over `data`, in host memory with optim.offload.
+    """AdamW whose moments, and fp32 copies of parameters of less precision, are split over the replicas.
 
     It moves the parameters: take no views of them before.
     """
 
     def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        gradients: Gradients,
-        copied: frozenset[str],
-        optim: OptimConfig,
-        data: dist.ProcessGroup,
+        self, parameters: Mapping[str, nn.Parameter], gradients: Gradients, optim: OptimConfig, replicas: Replicas
     ) -> None:
-        self._gradients, self._data = gradients, data
-        self._names = {parameter: name for name, parameter in parameters.items()}
-        groups: list[dict[str, Any]] = []
-        self._group_counts: list[bool] = []
-        for counts in (True, False):  # a group counts as a whole for the norm, or not at all
-            owned = [p for name, p in parameters.items() if p.numel() and (name not in copied) is counts]
-            for group in build_adamw(owned, optim).param_groups:
-                if group["params"]:
-                    groups.append({"params": group["params"], "weight_decay": group["weight_decay"]})
-                    self._group_counts.append(counts)
-        self._group_of = {self._names[p]: (p, index) for index, group in enumerate(groups) for p in group["params"]}
-        self._started: set[str] = set()
+        self._parameters, self._gradients, self._replicas = dict(parameters), gradients, replicas
+        self._flat = _flatten(self._parameters, gradients)
+        self._shards = [self._shard(bucket, optim) for bucket in gradients.layout.buckets if bucket.start < bucket.stop]
+        self._shard_of = {name: index for index, shard in enumerate(self._shards) for name in shard.bucket.names}
+        self._countdown = Countdown(gradients.layout, self._sum)
+        self._sums: list[Pending] = []
+        self._gathers: dict[int, Pending] = {}  # by the index of the shard
         self._updates = 0
-        self._zero = _deepspeed(groups, self._names, gradients.dtype, optim, data) if groups else None
+
+    def _shard(self, bucket: Bucket, optim: OptimConfig) -> _Shard:
+        start, stop = bucket.part(self._replicas.rank, self._replicas.size)
+        kept = {"parameter": self._flat[start:stop].to(self._gradients.dtype)}  # itself, where it is precise
+        kept |= {moment: torch.zeros_like(kept["parameter"]) for moment in MOMENTS}
+        decaying: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        counted = []
+        state: dict[Tensor, dict[str, Tensor]] = {}
+        for span in filter(None, (span.within(start, stop) for span in bucket.spans)):
+            here = slice(span.start - start, span.stop - start)
+            piece = nn.Parameter(kept["parameter"][here])
+            piece.grad = self._gradients.flat[span.start : span.stop]
+            state[piece] = fresh_state({moment: kept[moment][here] for moment in MOMENTS})
+            (decaying if span.decays else others).append(piece)
+            if span.counts:
+                counted.append(piece.grad)
+        adamw = stateless_adamw(decaying, others, optim)
+        adamw.state.update(state)
+        return _Shard(bucket, start, stop, kept, tuple(counted), adamw)
 
     @property
     def updates(self) -> int:
@@ -61,172 +79,128 @@ class ZeroAdamW:
     @updates.setter
     def updates(self, count: int) -> None:
         self._updates = count
-        for _, _, values in self._partitions():
-            values["step"].fill_(count)
+        for shard in self._shards:
+            for values in shard.adamw.state.values():
+                values["step"].fill_(count)
 
     def ready(self, names: Sequence[str]) -> None:
-        if self._zero is None:
-            return
-        if not self._started:
-            self._begin()
-        for name in names:
-            if name not in self._started and name in self._group_of:
-                parameter, group = self._group_of[name]
-                gradient = self._gradients[name].detach()  # DeepSpeed may give this tensor other memory, but not that one
-                if self._zero.use_grad_accum_attribute:
-                    parameter.grad_accum = gradient
-                else:
-                    parameter.grad = gradient
-                self._zero.reduce_ready_partitions_and_remove_grads(parameter, group)
-                self._started.add(name)
+        self._countdown.ready(names)
 
-    def _begin(self) -> None:
-        """Forget the step before: `DeepSpeedZeroOptimizer.step` does, but a step that is skipped never gets there."""
-        zero: Any = self._zero
-        for group in range(len(zero.bit16_groups)):
-            zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
-        zero.micro_step_id = -1
-        if zero.cpu_offload:
-            zero.reset_cpu_buffers()
-            zero.setup_buckets()
+    def _sum(self, bucket: Bucket) -> None:
+        if self._replicas.size > 1 and bucket.start < bucket.stop:
+            self._sums.append(self._replicas.scatter_sum(self._gradients.of(bucket)))
 
     def reduce(self) -> None:
-        self.ready(list(self._group_of))
-        if self._zero is not None:
-            self._zero.overlapping_partition_gradients_reduce_epilogue()
-        self._started.clear()
+        """Sum those not summed yet and wait for all; no parameter has its whole gradient then.  Collective."""
+        self._countdown.finish()
+        for pending in self._sums:
+            pending.wait()
+        self._sums.clear()
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def squared_norm(self) -> Tensor:
-        groups = [list(self._shard(index)) for index, counts in enumerate(self._group_counts) if counts]
-        return squared_norm([gradient for group in groups for gradient in group])
+        return squared_norm([part for shard in self._shards for part in shard.counted], self._flat.device)
 
     @torch.no_grad()
     def step(self, rate: float, scale: float) -> None:
+        self.settle()
         self._updates += 1
-        if self._zero is None:
-            return
-        for index, group in enumerate(self._zero.optimizer.param_groups):
-            group["lr"] = rate
-            for gradient in self._shard(index):
-                gradient.mul_(scale)
-        self._zero.step()
+        for index, shard in enumerate(self._shards):
+            if scale != 1:
+                self._gradients.flat[shard.start : shard.stop].mul_(scale)
+            for group in shard.adamw.param_groups:
+                group["lr"] = rate
+            shard.adamw.step()
+            self._round(shard)
+            if self._replicas.size > 1:
+                whole = self._flat[shard.bucket.start : shard.bucket.stop]
+                self._gathers[index] = self._replicas.gather(whole)
 
-    def _shard(self, group: int) -> Iterator[Tensor]:
-        """The gradients of this replica's part."""
-        assert self._zero is not None
-        if self._zero.cpu_offload:
-            yield self._zero.single_partition_of_fp32_groups[group].grad
-        else:
-            yield from self._zero.averaged_gradients[group]
+    def _round(self, shard: _Shard) -> None:
+        if self._flat.dtype is not self._gradients.dtype:
+            self._flat[shard.start : shard.stop].copy_(shard.kept["parameter"])
+
+    def need(self, names: Sequence[str]) -> None:
+        if not self._gathers:
+            return
+        for name in names:
+            pending = self._gathers.pop(self._shard_of.get(name, -1), None)
+            if pending is not None:
+                pending.wait()
+
+    def settle(self) -> None:
+        while self._gathers:
+            self._gathers.pop(next(iter(self._gathers))).wait()
 
     # Whole state of a replica, from and to the parts
 
     @torch.no_grad()
     def state(self) -> State:
         """In host memory; nothing on any but the first replica, which receives the parts one by one."""
+        self.settle()
         whole: State = {kind: {} for kind in ("parameter", *MOMENTS)}
-        for group, partition, values in self._partitions():
-            for kind, part in _by_kind(partition, values).items():
-                flat, start = self._joined(part), 0
-                if flat is None:
-                    continue
-                for parameter in group:
-                    whole[kind][self._names[parameter]] = flat[start : start + parameter.numel()].view(parameter.shape)
-                    start += parameter.numel()
-        for parameter, name in self._names.items():
-            if not parameter.numel():
+        for shard in self._shards:
+            for kind, part in shard.kept.items():
+                flat = joined(part, self._replicas)
+                if flat is not None:
+                    for name, start, stop in self._bounds(shard):
+                        values = flat[start - shard.bucket.start : stop - shard.bucket.start]
+                        whole[kind][name] = values.view(self._parameters[name].shape)
+        for name, parameter in self._parameters.items():
+            if name not in self._shard_of and not self._replicas.rank:
                 for kind in whole:
                     whole[kind][name] = torch.empty(parameter.shape, dtype=self._gradients.dtype)
         return whole
 
-    def _joined(self, part: Tensor) -> Tensor | None:
-        """The parts of all replicas, one after the other."""
-        if self._data.rank():
-            dist.send(part.contiguous(), group=self._data, group_dst=0)
-            return None
-        size, flat = part.numel(), torch.empty(part.numel() * self._data.size(), dtype=part.dtype)
-        flat[:size] = part
-        received = torch.empty_like(part)
-        for replica in range(1, self._data.size()):
-            dist.recv(received, group=self._data, group_src=replica)
-            flat[replica * size : (replica + 1) * size] = received
-        return flat
+    def _bounds(self, shard: _Shard) -> Iterator[tuple[str, int, int]]:
+        for name in shard.bucket.names:
+            yield name, *self._gradients.layout.bounds[name]
 
     @torch.no_grad()
     def restore(self, read: Callable[[str, str], Tensor]) -> None:
-        for group, partition, values in self._partitions():
-            first, start = self._data.rank() * partition.numel(), 0
-            for parameter in group:
-                name, stop = self._names[parameter], start + parameter.numel()
-                low, high = max(start, first), min(stop, first + partition.numel())
+        self.settle()
+        for name, parameter in self._parameters.items():
+            if name not in self._shard_of:
                 parameter.copy_(read("parameter", name))
-                for kind, part in _by_kind(partition, values).items() if low < high else ():
-                    part[low - first : high - first] = read(kind, name).flatten()[low - start : high - start]
-                start = stop
+        for shard in self._shards:
+            for name, start, stop in self._bounds(shard):
+                for kind in shard.kept:
+                    self._take(shard, kind, name, start, stop, read)
 
-    def _partitions(self) -> Iterator[tuple[list[nn.Parameter], Tensor, dict[str, Tensor]]]:
-        """Of each group: its parameters in order, this replica's part of them, and the state of that."""
-        if self._zero is not None:
-            for group, partition in zip(self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups, strict=True):
-                yield group, partition, self._zero.optimizer.state[partition]
+    def _take(self, shard: _Shard, kind: str, name: str, start: int, stop: int, read: Callable[[str, str], Tensor]) -> None:
+        """Take over one tensor, which lies in [start, stop)."""
+        low, high = max(start, shard.start), min(stop, shard.stop)
+        if low >= high and kind != "parameter":
+            return
+        values = read(kind, name)
+        if kind == "parameter":
+            self._parameters[name].copy_(values)
+        if low < high:
+            shard.kept[kind][low - shard.start : high - shard.start] = values.flatten()[low - start : high - start]
 
 
-def _by_kind(partition: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"parameter": partition.detach()} | {moment: values[moment] for moment in MOMENTS}
+def _flatten(parameters: dict[str, nn.Parameter], gradients: Gradients) -> Tensor:
+    """Give all parameters places in one new tensor, in the layout of the gradients."""
+    first = next(iter(parameters.values()), torch.empty(0))
+    flat = torch.zeros(gradients.layout.num_elements, dtype=first.dtype, device=first.device)
+    for name, parameter in parameters.items():
+        start, stop = gradients.layout.bounds[name]
+        place = flat[start:stop].view(parameter.shape)
+        place.copy_(parameter.detach())
+        parameter.data = place
+    return flat
 
 
-def _deepspeed(
-    groups: list[dict[str, Any]],
-    names: Mapping[nn.Parameter, str],
-    precise: torch.dtype,
-    optim: OptimConfig,
-    data: dist.ProcessGroup,
-) -> Any:
-    """DeepSpeed's optimizer, which replaces the storage of the parameters by one flat tensor per group."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says that it found none
-    quiet_deprecations()
-    import deepspeed
-    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, OffloadDeviceEnum
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-    from deepspeed.utils.timer import NoopTimer
-
-    class Zero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-        def _configure_master_weights(self, **_: object) -> torch.dtype:
-            return precise
-
-        def create_gradient_handling_hooks(self) -> None:
-            """None: the executor owns the backward."""
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else its first use on a CPU compiles C++ for minutes
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
-    offload = None
-    if optim.offload:
-        offload = DeepSpeedZeroOffloadOptimizerConfig(device=OffloadDeviceEnum.cpu, pin_memory=torch.cuda.is_available())
-    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=True)
-    zero = Zero(
-        adamw,
-        param_names=dict(names),
-        timers=NoopTimer(),
-        optimizer_params={},
-        verbose=False,
-        contiguous_gradients=False,
-        reduce_bucket_size=_BUCKET_ELEMENTS if offload is None else _OFFLOAD_ELEMENTS,
-        allgather_bucket_size=_BUCKET_ELEMENTS,
-        dp_process_group=data,
-        offload_optimizer_config=offload,
-        gradient_accumulation_dtype=precise,
-        communication_data_type=precise,
-        gradient_average=False,
-        partition_grads=False,
-        overlap_comm=False,
-        check_grad_overflow=False,
-        compute_grad_norm=offload is not None,
-    )
-    for partition in zero.single_partition_of_fp32_groups:
-        adamw.state[partition] = {
-            "step": torch.zeros((), dtype=torch.float32, device=partition.device),
-            **{moment: torch.zeros_like(partition) for moment in MOMENTS},
-        }
-    return zero
+def joined(part: Tensor, replicas: Replicas) -> Tensor | None:
+    """The parts of all replicas, one after the other, in the memory of the host; None on all but the first.  Collective."""
+    host = part.detach().cpu().contiguous()
+    if replicas.rank:
+        dist.send(host, group=replicas.group, group_dst=0)
+        return None
+    size = host.numel()
+    flat = torch.empty(size * replicas.size, dtype=host.dtype)
+    flat[:size] = host
+    for replica in range(1, replicas.size):
+        dist.recv(flat[replica * size : (replica + 1) * size], group=replicas.group, group_src=replica)
+    return flat

@@ -92,7 +92,10 @@ def tied_seconds(config: RunConfig, degrees: Degrees, problem: Problem) -> float
 
 
 def gradient_seconds(config: RunConfig, degrees: Degrees, num_parameters: int) -> float:
-    """What summing the gradients of one rank over the replicas adds to a step, and with ZeRO-1 gathering its parameters."""
+    """What summing the gradients of one rank over the replicas adds to a step, and with ZeRO-1 gathering its parameters.
+
+    Both run beside passes, but for those of optim.offload: DeepSpeed sums as `adamw` does, and waits for everything.
+    """
     item = ITEM_BYTES[config.run.dtype]
     link = links_of(config.cluster, degrees).data
 
@@ -100,7 +103,9 @@ def gradient_seconds(config: RunConfig, degrees: Degrees, num_parameters: int) -
         return sum_seconds(link.of_group(degrees.dp), link.bytes_per_second, num_bytes, degrees.dp)
 
     gradients = whole_sum(max(4, item) * num_parameters)
-    gathered = 0.0
-    if config.optim.name == "zero1":  # each half of a sum: scattered, then gathered
-        gradients, gathered = gradients / 2, whole_sum(item * num_parameters) / 2
-    return gradients * (1 - config.cluster.overlap) + gathered
+    if config.optim.name == "adamw":
+        return gradients * (1 - config.cluster.overlap)
+    gathered = whole_sum(item * num_parameters) / 2  # half a sum, and so is scattering one
+    if config.optim.offload:
+        return gradients + gathered
+    return (gradients / 2 + gathered) * (1 - config.cluster.overlap)

@@ -14,13 +14,13 @@ from vp_train.plan import StepPlan
 
 _MESSAGES = 4  # [T, H] received before they are needed, or on their way, at any time
 _CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}  # of logits, as in vocab.backends
-_BUCKET_VALUES = {False: 1 << 26, True: 1 << 24}  # summed at a time, by optim.offload, as in optim.zero
 _TOKEN_BYTES = 8 * 6 + 4 * 8  # per token of a step: ids, owners and their order; losses and statistics
 
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """Bytes per parameter.  `optimizer` is kept once per replica, or with ZeRO-1 once in all."""
+    """Bytes per parameter.  `optimizer` is kept once per replica, or with ZeRO-1 once in all, of which the replicas have equal
+    parts of every bucket."""
 
     weights: int
     gradients: int
@@ -28,15 +28,11 @@ class StateBytes:
 
     @classmethod
     def of(cls, config: RunConfig) -> StateBytes:
-        """Below fp32: gradients, a copy of the weights and two moments in fp32.
-
-        DeepSpeed's ZeRO-1 copies the weights in any precision.
-        """
+        """Below fp32: gradients, a copy of the weights and two moments in fp32."""
         item = ITEM_BYTES[config.run.dtype]
         precise = max(4, item)
-        if config.optim.name == "zero1":
-            return cls(item, precise, 0 if config.optim.offload else 3 * precise)
-        return cls(item, precise, 2 * precise + (precise if item < precise else 0))
+        kept = 2 * precise + (precise if item < precise else 0)
+        return cls(item, precise, 0 if config.optim.offload else kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,17 +166,16 @@ def _scratch_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
 
 
 def _update_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
-    """What summing and updating use: with ZeRO-1 a bucket of gradients, and its part of them in a copy.
+    """What summing and updating use.
 
-    In fp32 the two are not there at the same time.
+    With optim.offload a bucket of gradients, which DeepSpeed sums in a copy.  ZeRO-1 sums, updates and gathers in place,
+    but on a CPU gloo scatters sums from copies of its own, and all may be under way.
     """
-    if config.optim.name != "zero1":
-        return 0.0
-    item, parameters = ITEM_BYTES[config.run.dtype], rank_parameters(config, step, rank)
-    precise = max(4, item)
-    bucket = float(precise * min(parameters, _BUCKET_VALUES[config.optim.offload]))
-    part = 0.0 if config.optim.offload else precise * parameters / step.degrees.dp
-    return bucket + part if item < precise else max(bucket, part)
+    gradients = max(4, ITEM_BYTES[config.run.dtype]) * rank_parameters(config, step, rank)
+    if config.optim.offload:
+        return float(min(gradients, config.optim.bucket_mib << 20))
+    copied = config.optim.name == "zero1" and config.run.device == "cpu" and step.degrees.dp > 1
+    return float(gradients) if copied else 0.0
 
 
 def _working_bytes(config: RunConfig, item: Pass) -> float:

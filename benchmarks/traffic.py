@@ -1,0 +1,163 @@
+"""Bytes that each optimizer sends over the replicas in a step, per parameter.
+
+    python benchmarks/traffic.py --json benchmarks/results/traffic_cpu.json
+
+Every collective of torch.distributed is counted in the process that calls it, with the bytes that a
+rank of a ring of dp ranks sends: 2 (dp - 1) / dp of what is summed for all, (dp - 1) / dp of what is
+scattered or gathered.  `limit` is what that comes to with many replicas.  gloo may move more.
+
+Could DeepSpeed have stayed for ZeRO-1 in device memory?  It sums whole gradients, so in bfloat16 it
+moves 8 + 2 bytes per parameter, one bucket after the other: the next pass waits.  The rows `zero1,
+offload` are measured with it; ZeRO-1 without offload, as it was at commit 5ea462e, measured the same
+10.0.  Our own buckets move 4 + 2 bytes beside the passes, so DeepSpeed stays for `optim.offload=true` alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, multiprocessing
+
+from vp_train.assembly import build_rank
+from vp_train.cli import load_config
+from vp_train.config import RunConfig
+from vp_train.mesh import build_mesh
+from vp_train.plan import make_plan
+
+COMMON = ["model=nano", "parallel.pp=1", "vocab=none", "run.dtype=bfloat16"]
+OPTIMIZERS = {
+    "adamw": ["optim.name=adamw"],
+    "zero1": ["optim.name=zero1"],
+    "zero1, offload": ["optim.name=zero1", "optim.offload=true"],
+}
+# Of each collective: the argument whose bytes count, and how often a ring sends them, but for the factor (n - 1) / n.
+COUNTED = {
+    "all_reduce": (0, 2),
+    "reduce": (0, 1),
+    "broadcast": (0, 1),
+    "reduce_scatter_tensor": (1, 1),
+    "reduce_scatter_single": (1, 1),
+    "all_gather_into_tensor": (0, 1),
+    "all_gather_single": (0, 1),
+}
+UNKNOWN = ("all_gather", "reduce_scatter", "all_to_all", "all_to_all_single", "send", "isend", "batch_isend_irecv")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a rank sends in a step; `sent` and `limit` are bytes per parameter."""
+
+    optimizer: str
+    dp: int
+    parameters: int
+    sent: float
+    limit: float
+    calls: dict[str, int]
+
+
+class Traffic:
+    """Counts the collectives of one process from its making on."""
+
+    def __init__(self) -> None:
+        self.limit = 0
+        self.calls: dict[str, int] = {}
+        self._inside = False
+        for name, (position, times) in COUNTED.items():
+            if hasattr(dist, name):  # some are of newer versions of torch only
+                setattr(dist, name, self._counting(name, getattr(dist, name), position, times))
+        for name in UNKNOWN:
+            setattr(dist, name, self._refusing(name, getattr(dist, name)))
+
+    def _counting(self, name: str, collective: Callable[..., Any], position: int, times: int) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self._inside:  # one that another is made of
+                return collective(*arguments, **options)
+            keyword = {0: ("tensor", "output_tensor"), 1: ("input", "input_tensor")}[position]
+            found = [options[key] for key in keyword if key in options]
+            values: Tensor = arguments[position] if len(arguments) > position else found[0]
+            self.limit += times * values.nbytes
+            self.calls[name] = self.calls.get(name, 0) + 1
+            self._inside = True
+            try:
+                return collective(*arguments, **options)
+            finally:
+                self._inside = False
+
+        return call
+
+    def _refusing(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            assert self._inside, f"{name} is not counted"
+            return collective(*arguments, **options)
+
+        return call
+
+
+def measure(rank: int, num_ranks: int, port: int, optimizer: str, config: RunConfig, path: str) -> None:
+    """A process: count the second of two steps of an optimizer, without passes; the first rank writes the row."""
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    plan = make_plan(config, num_ranks)
+    mesh = build_mesh(plan.degrees, plan.problem)
+    traffic = Traffic()  # before DeepSpeed takes the collectives that it will call
+    model = build_rank(config, plan, mesh)
+    for _ in range(2):
+        traffic.limit, traffic.calls = 0, {}
+        model.gradients.zero()
+        model.gradients.flat.fill_(1e-3 * (rank + 1))
+        model.optimizer.ready(list(model.parameters))
+        model.optimizer.reduce()
+        model.optimizer.squared_norm()
+        model.optimizer.step(1e-3, 1.0)
+        model.optimizer.settle()
+    if rank == 0:
+        limit = traffic.limit / model.num_parameters
+        sent = limit * (num_ranks - 1) / num_ranks
+        row = Row(optimizer, num_ranks, model.num_parameters, sent, limit, traffic.calls)
+        Path(path).write_text(json.dumps(asdict(row)))
+    dist.barrier()
+    os._exit(0)
+
+
+def measured(optimizer: str, dp: int) -> Row:
+    """Start `dp` replicas and count."""
+    config = load_config([*COMMON, *OPTIMIZERS[optimizer]])
+    config = replace(config, parallel=replace(config.parallel, dp=dp))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "row")
+        multiprocessing.spawn(measure, (dp, port, optimizer, config, str(path)), nprocs=dp)
+        return Row(**json.loads(path.read_text()))
+
+
+def main() -> None:
+    from provenance import provenance
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="NAME")
+    parser.add_argument("--dp", type=int, nargs="+", default=[2, 4], help="numbers of replicas")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    arguments = parser.parse_args()
+    rows = [measured(optimizer, dp) for optimizer in arguments.optimizers for dp in arguments.dp]
+    text = json.dumps(provenance() | {"dtype": "bfloat16", "rows": [asdict(row) for row in rows]}, indent=1)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""A layer is announced when its gradients are complete, and while the backward of the layers below goes on."""
+
+import pytest
+import torch
+
+from tests.model.test_stage import FAMILIES, MODEL, group, stage  # noqa: F401 - a fixture
+from vp_train.config import ModelConfig
+
+CASES = [
+    *((name, "none") for name in ("plain", *sorted(set(FAMILIES) - {"plain"}))),
+    ("plain", "selective"),
+    ("plain", "full"),
+]
+
+
+def announced(module, microbatches, how):
+    """What is announced in the last of several backwards, with the gradients of then, and all at the end."""
+    forwards = []
+    for x in microbatches:  # long before
+        x.requires_grad_()
+        forwards.append((x, module(x)))
+    seen = []
+    for microbatch, (_, y) in enumerate(forwards):
+        last = microbatch == len(forwards) - 1
+
+        def note(names):
+            grads = {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+            seen.append((tuple(names), grads))
+
+        if how == "B" and last:
+            with module.completing(note):
+                y.sum().backward()
+        elif how == "B":
+            y.sum().backward()
+        else:
+            with module.weight_grads.deferring(microbatch):
+                y.sum().backward()
+    if how == "W":
+        for microbatch in range(len(forwards) - 1):
+            module.weight_grads.drain(microbatch)
+        with module.completing(note):
+            module.weight_grads.drain(len(forwards) - 1)
+    return seen, {name: p.grad for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("how", ["B", "W"])
+@pytest.mark.parametrize(("family", "recompute"), CASES)
+def test_a_layer_is_announced_once_complete_and_before_those_below_it(group, family, recompute, how):  # noqa: F811
+    model = ModelConfig(**{**{name: getattr(MODEL, name) for name in MODEL.__dataclass_fields__}, **FAMILIES[family]})
+    module = stage(group, range(3), final_norm=True, model=model, recompute=recompute, first=True)
+    generator = torch.Generator().manual_seed(1)
+    microbatches = [torch.randn(20, 2, 48, dtype=torch.float64, generator=generator) for _ in range(2)]
+    seen, final = announced(module, microbatches, how)
+    assert [names for names, _ in seen] == list(module.units)
+    assert sorted(name for names, _ in seen for name in names) == sorted(final)
+    for index, (names, then) in enumerate(seen):
+        assert all(torch.equal(then[name], final[name]) for name in names), "complete"
+        below = [name for unit in module.units[index + 1 :] for name in unit if "linear_fc1.weight" in name]
+        assert not any(then[name] is not None and torch.equal(then[name], final[name]) for name in below), "early"
+
+
+def test_who_listens_is_looked_up_when_a_gradient_is_complete(group):  # noqa: F811
+    module = stage(group, range(2))
+    x = torch.randn(20, 2, 48, dtype=torch.float64).requires_grad_()
+    seen = []
+    with module.completing(lambda names: seen.append("forward")):
+        y = module(x)
+    seen.clear()
+    y.sum().backward()
+    assert seen == []
+    with torch.no_grad():
+        module(x)
+
+
+def test_a_backward_that_fails_announces_nothing_more(group):  # noqa: F811
+    module, seen = stage(group, range(2)), []
+    with pytest.raises(RuntimeError, match="on purpose"), module.completing(seen.append):
+        raise RuntimeError("on purpose")
+    assert seen == []
+
+
+@pytest.mark.parametrize("final_norm", [False, True])
+def test_a_stage_without_layers_announces_what_it_has(group, final_norm):  # noqa: F811
+    module, seen = stage(group, range(0), final_norm=final_norm), []
+    x = torch.randn(20, 2, 48, dtype=torch.float64).requires_grad_()
+    with module.completing(seen.append):
+        module(x).sum().backward()
+    assert seen == ([("final_norm.weight",)] if final_norm else [])

@@ -1,0 +1,95 @@
+"""Buckets hold every parameter once, and start to be summed when the last of their parameters is ready."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from vp_train.optim.buckets import Countdown, lay_out
+
+SIZES = st.lists(st.lists(st.lists(st.integers(0, 300), max_size=3), max_size=4), max_size=3)
+
+
+def model_of(sizes):
+    """Parameters of given numbers of elements, every other one a matrix, and their names run by run, unit by unit."""
+    parameters, runs = {}, []
+    for run in sizes:
+        runs.append([])
+        for unit in run:
+            runs[-1].append([])
+            for size in unit:
+                name = f"p{len(parameters)}"
+                parameters[name] = nn.Parameter(torch.ones((size, 1) if len(parameters) % 2 else size))
+                runs[-1][-1].append(name)
+    return parameters, runs
+
+
+@given(SIZES, st.integers(1, 700), st.integers(1, 5), st.sets(st.integers(0, 30)))
+def test_every_parameter_has_its_place_in_one_bucket_of_equal_parts(sizes, max_elements, num_parts, copied):
+    parameters, runs = model_of(sizes)
+    copied = frozenset(f"p{index}" for index in copied)
+    layout = lay_out(parameters, runs, max_elements=max_elements, num_parts=num_parts, copied=copied)
+    owners = torch.zeros(layout.num_elements, dtype=torch.int64)
+    end = 0
+    for bucket in layout.buckets:
+        assert bucket.start == end
+        end = bucket.stop
+        assert (bucket.stop - bucket.start) % num_parts == 0
+        assert [bucket.part(index, num_parts)[0] for index in range(num_parts)][1:] == [
+            bucket.part(index, num_parts)[1] for index in range(num_parts - 1)
+        ]
+        assert bucket.part(num_parts - 1, num_parts)[1] == bucket.stop
+        units = [unit for run in runs for unit in run if set(unit) & set(bucket.names)]
+        assert sorted(bucket.names) == sorted(name for unit in units for name in unit), "units stay together"
+        assert len({index for index, run in enumerate(runs) for unit in run if unit in units}) == 1, "of one run"
+        assert len(units) == 1 or sum(parameters[name].numel() for name in bucket.names) <= max_elements
+        for name in bucket.names:
+            start, stop = layout.bounds[name]
+            assert bucket.start <= start <= stop <= bucket.stop
+            assert stop - start == parameters[name].numel()
+            owners[start:stop] += 1
+            for span in bucket.spans:
+                if start < stop and span.within(start, stop) is not None:
+                    assert span.start <= start < stop <= span.stop
+                    assert (span.decays, span.counts) == (parameters[name].dim() > 1, name not in copied)
+        covered = sum(span.stop - span.start for span in bucket.spans)
+        assert covered >= sum(parameters[name].numel() for name in bucket.names)
+    assert end == layout.num_elements
+    assert (owners <= 1).all()
+    assert owners.sum() == sum(parameter.numel() for parameter in parameters.values())
+    assert layout.bounds.keys() == parameters.keys()
+
+
+def countdown_of(sizes, max_elements):
+    parameters, runs = model_of(sizes)
+    layout = lay_out(parameters, runs, max_elements=max_elements)
+    started = []
+    return layout, started, Countdown(layout, lambda bucket: started.append(bucket.names))
+
+
+def test_a_bucket_starts_with_its_last_name_and_never_twice():
+    layout, started, countdown = countdown_of([[[10], [20], [30]]], 30)
+    assert [bucket.names for bucket in layout.buckets] == [("p0", "p1"), ("p2",)]
+    for _ in range(2):
+        countdown.ready(["p1"])
+        assert started == []
+        countdown.ready(["p2", "p0"])
+        assert started == [("p2",), ("p0", "p1")]
+        countdown.finish()
+        assert len(started) == 2
+        started.clear()
+
+
+def test_what_was_never_ready_starts_at_the_end():
+    _, started, countdown = countdown_of([[[10], [20]], [[30]]], 30)
+    countdown.ready(["p1"])
+    countdown.finish()
+    assert started == [("p0", "p1"), ("p2",)]
+
+
+def test_a_name_is_ready_once_a_step():
+    _, _, countdown = countdown_of([[[10, 20]]], 30)
+    countdown.ready(["p0"])
+    with pytest.raises(KeyError, match="p0"):
+        countdown.ready(["p0"])

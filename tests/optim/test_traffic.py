@@ -1,0 +1,19 @@
+"""In bfloat16 ZeRO-1 moves at most 6 bytes per parameter, but for padding, and AdamW in every replica 8."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize(("optimizer", "limit"), [("adamw", 8), ("zero1", 6)])
+def test_bytes_per_parameter_and_step(monkeypatch, optimizer, limit):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    sys.modules.pop("traffic", None)
+    import traffic
+
+    row = traffic.measured(optimizer, 2)
+    assert limit <= row.limit < limit + 0.01
+    assert row.sent == pytest.approx(row.limit / 2)

@@ -1,0 +1,98 @@
+"""While passes run, gradients go to the other replicas layer by layer, and no parameter is read before it has come."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.meshes import mesh_for
+from tests.pipeline.test_equivalence import config_of
+from tests.pipeline.truth import random_batch
+from vp_train.assembly import build_rank
+from vp_train.config import OptimConfig, VocabConfig
+from vp_train.optim.adamw import gather_health
+from vp_train.optim.replicas import Replicas
+from vp_train.plan import make_plan
+
+
+def announced(rank, world_size, config):
+    """The names handed to the optimizer in each call of a step, and the units of each stage."""
+    plan = make_plan(config, world_size)
+    model = build_rank(config, plan, mesh_for(plan))
+    calls, ready = [], model.optimizer.ready
+    model.optimizer.ready = lambda names: (calls.append(tuple(names)), ready(names))
+    for step in (1, 2):
+        calls.clear()
+        model.gradients.zero()
+        model.train_step(*random_batch(config, step))
+        model.optimizer.reduce()
+    return [names for names in calls if names], [stage.units for stage in model.stages.values()], set(model.parameters)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])
+def test_layers_are_announced_one_by_one_the_last_first(ranks, schedule):
+    config = config_of(2, 3, 101, dp=2, schedule=schedule, num_stages=4 if schedule == "v_half" else 2, layers=(2, 3))
+    if schedule == "v_half":
+        config = replace(config, parallel=replace(config.parallel, layers_per_stage=(2, 1, 1, 2)))
+        config = replace(config, model=replace(config.model, num_layers=6))
+    results = ranks(4).run(announced, config)
+    for calls, stages, parameters in results:
+        for units in stages:
+            assert [names for names in calls if names in units] == list(units)
+        assert sorted(name for names in calls for name in names) == sorted(parameters), "each once"
+    for other in (0, 1):
+        assert results[other][0] == results[other + 2][0], "in the same order in all replicas"
+
+
+class _Late:
+    """A gather whose values are no numbers until somebody waits."""
+
+    def __init__(self, pending, values):
+        pending.wait()
+        self._values, self._gathered = values, values.clone()
+        values.fill_(torch.nan)
+
+    def wait(self):
+        self._values.copy_(self._gathered)
+
+
+def losses(rank, world_size, config, late):
+    """Losses of three steps and of an evaluation after each, and the checkpoint's parameters."""
+    plan = make_plan(config, world_size)
+    mesh = mesh_for(plan)
+    model = build_rank(config, plan, mesh)
+    gather, found = Replicas.gather, []
+    if late:
+        Replicas.gather = lambda self, values: _Late(gather(self, values), values)
+    try:
+        for step in (1, 2, 3):
+            model.gradients.zero()
+            loss = model.train_step(*random_batch(config, step))
+            model.optimizer.reduce()
+            health = gather_health(loss if model.answers else None, model.optimizer.squared_norm(), mesh.world)
+            model.optimizer.step(0.01, 1.0)
+            loss = model.evaluator.step(*random_batch(config, 4)) if step > 1 else None
+            evaluated = gather_health(loss if model.answers else None, None, mesh.world)
+            found += [health.loss, health.grad_norm, evaluated.loss]
+        state = model.optimizer.state()
+        model.optimizer.settle()
+    finally:
+        Replicas.gather = gather
+    kept = {name: value.clone() for name, value in state["parameter"].items()}
+    return found, kept, {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
+
+
+@pytest.mark.parametrize(("algorithm", "tied"), [("none", True), ("one_barrier", False), ("two_barrier", True)])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_v"])
+def test_no_pass_reads_a_parameter_before_it_was_gathered(ranks, schedule, algorithm, tied):
+    config = config_of(
+        2, 3, 101, dp=2, schedule=schedule, vocab=VocabConfig(algorithm), tied=tied, num_stages=4, optimizer="zero1"
+    )
+    config = replace(config, run=replace(config.run, eval_microbatches=6))
+    config = replace(config, optim=OptimConfig("zero1", bucket_mib=1))
+    for late, prompt in zip(ranks(4).run(losses, config, True), ranks(4).run(losses, config, False), strict=True):
+        assert late[0] == prompt[0]
+        for ours, theirs in zip(late[1:], prompt[1:], strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert all(value == value for value in late[0])

@@ -1,0 +1,22 @@
+"""Tells who listens that the gradients of a layer are complete, while the backward of others goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+
+class Completion:
+    """The units of a stage whose gradients complete one after the other, each announced to `done` once."""
+
+    def __init__(self, units: Sequence[Sequence[str]], done: Callable[[Sequence[str]], None]) -> None:
+        self._units, self._done, self._next = units, done, 0
+
+    def up_to(self, unit: int) -> None:
+        """Units up to number `unit` are complete."""
+        while self._next <= unit:
+            self._next += 1
+            self._done(self._units[self._next - 1])
+
+    def finish(self) -> None:
+        """All are."""
+        self.up_to(len(self._units) - 1)

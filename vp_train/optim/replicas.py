@@ -1,0 +1,82 @@
+"""Sums and gathers over the replicas of one rank, asynchronous and in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Pending(Protocol):
+    """A communication on its way."""
+
+    def wait(self) -> object:
+        """Return when the result is there for what is computed next."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """The ranks of `group`, which hold the same values.
+
+    With `through_host` values on CUDA go through host memory, for a group that speaks gloo alone.
+    Host tensors need gloo in any group.
+    """
+
+    group: dist.ProcessGroup
+    through_host: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    @property
+    def size(self) -> int:
+        return self.group.size()
+
+    def sum(self, values: Tensor) -> Pending:
+        """Sum `values` over the replicas; all get all of it."""
+        return self._issue(values, lambda whole: dist.all_reduce(whole, group=self.group, async_op=True))
+
+    def scatter_sum(self, values: Tensor) -> Pending:
+        """Sum `values` over the replicas; each gets its part, and what is elsewhere is void."""
+        return self._issue(values, lambda whole: _scatter()(self._own(whole), whole, group=self.group, async_op=True))
+
+    def gather(self, values: Tensor) -> Pending:
+        """Take each part of `values` from the replica whose it is."""
+        return self._issue(values, lambda whole: _gather()(whole, self._own(whole), group=self.group, async_op=True))
+
+    def _own(self, values: Tensor) -> Tensor:
+        return values.view(self.size, -1)[self.rank]
+
+    def _issue(self, values: Tensor, issue: Callable[[Tensor], Any]) -> Pending:
+        if not self.through_host:
+            work: Pending = issue(values)
+            return work
+        host = values.cpu()
+        return _Staged(issue(host), host, values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """One whose result is still to go to the device."""
+
+    work: Pending
+    host: Tensor
+    values: Tensor
+
+    def wait(self) -> None:
+        self.work.wait()
+        self.values.copy_(self.host)
+
+
+def _scatter() -> Callable[..., Any]:
+    """Torch's collective, by its name since 2.13 or the one before."""
+    return getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _gather() -> Callable[..., Any]:
+    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
