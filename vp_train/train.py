@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from schedules.timeline import Span, Timeline
-from vp_train.assembly import RankModel, build_rank
+from vp_train.assembly import RankModel, build_rank, rank_device
 from vp_train.checkpoint.store import CheckpointError, find, latest
 from vp_train.checkpoint.training import load_weights, restore_run, save_run
 from vp_train.config import ConfigError, RunConfig
@@ -226,7 +226,7 @@ class Run:
         return loss if self.model.answers else None
 
     def _on_device(self, batch: Batch) -> Batch:
-        device = self.config.run.device
+        device = rank_device(self.config)
         return Batch(batch.tokens.to(device), batch.labels.to(device), batch.segments)  # stages read segments as numbers
 
     def _save(self, step: int, reporter: Reporter | None) -> None:
