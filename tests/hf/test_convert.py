@@ -143,6 +143,7 @@ def test_an_export_may_have_another_dtype(made, tmp_path):
     export_checkpoint(imported.checkpoint, tmp_path / "half", dtype="bfloat16")
     half, whole = weights_in(tmp_path / "half"), theirs.state_dict()
     assert all(torch.equal(tensor, whole[name].bfloat16()) for name, tensor in half.items())
+    assert sum(tensor.numel() for tensor in half.values()) == theirs.num_parameters()
     assert json.loads((tmp_path / "half/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
