@@ -82,6 +82,7 @@ def test_our_evaluation_of_an_imported_model_is_that_of_transformers(made, ranks
         answers = ranks(2).run(evaluate, config_of(imported.model, **parallel), imported.checkpoint)
         loss, each = next(answer for answer in answers if answer[0] is not None)
         assert loss == pytest.approx(-expected.mean().item(), abs=1e-4)
+        assert each.shape == expected.shape
         assert (each - expected).abs().max() < 1e-4
 
 

@@ -120,7 +120,9 @@ def test_predicted_bytes_are_what_torch_allocates(overrides, monkeypatch, tmp_pa
     sys.modules.pop("plan_memory", None)
     import plan_memory
 
-    for row in plan_memory.measured("case", overrides, tmp_path):
+    rows = list(plan_memory.measured("case", overrides, tmp_path))
+    assert rows
+    for row in rows:
         assert row.measured > row.measured_state > 0
         assert abs(row.error) < 0.05
         kept = row.activations + row.vocabulary + row.working
