@@ -165,19 +165,21 @@ def load(rank, num_ranks, config, path):
     return copies(model), model.optimizer.updates, nothing
 
 
-def test_weights_alone_start_another_run_of_any_layout_and_precision(ranks, tmp_path):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_weights_alone_start_another_run_of_any_layout_and_precision(ranks, tmp_path, dtype):
     config = config_of(2, 3, 101, dtype="float32")
     saved = ranks(2).run(save_after_two, config, str(tmp_path))
     before = {key: tensor for key, tensor in joined(held for _, held, _ in saved).items() if key[0] == "parameter"}
     longer = ModelConfig(**{**{f: getattr(config.model, f) for f in config.model.__dataclass_fields__}, "seq_length": 9})
-    other = replace(config_of(1, 2, 101, dtype="bfloat16", num_stages=2), model=longer)
+    other = replace(config_of(1, 2, 101, dtype=dtype, num_stages=2), model=longer)
     ((held, updates, nothing),) = ranks(1).run(load, other, saved[0][0])
     assert updates == 0
     assert nothing
     after = {key: tensor for key, (tensor, _) in held.items() if key[0] == "parameter"}
     assert after.keys() == before.keys()
     for key, tensor in before.items():
-        assert torch.equal(after[key], tensor), key
+        assert after[key].dtype is (torch.float64 if dtype == "float64" else torch.float32)
+        assert torch.equal(after[key], tensor.to(after[key].dtype)), key
     (said,) = ranks(1).run(load, other_run(config_of(1, 3, 101, num_stages=2), ffn_hidden_size=32), saved[0][0])
     assert "was saved with model.ffn_hidden_size=24, this run has 32; use the same value" in said
 
