@@ -24,7 +24,9 @@ def test_a_checkpoint_alone_is_a_run(tmp_path):
     (RunDirectory(settings).checkpoints / "step-00000001").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"run\.resume=true, or choose another run\.name"):
         RunDirectory(settings)
-    assert RunDirectory(replace(settings, resume=True)).checkpoints.exists()
+    resumed = RunDirectory(replace(settings, resume=True))
+    assert resumed.checkpoints.exists()
+    assert resumed.trace.is_dir()
 
 
 def test_the_lock_names_its_process_and_two_names_do_not_meet(tmp_path):
