@@ -40,10 +40,9 @@ def test_the_table_of_a_usual_run_fits_80_columns_uncut():
 
 
 def test_a_terminal_that_is_too_narrow_cuts_rows_and_never_wraps_them():
-    heights = []
-    for width in (80, 40):
+    heights = set()
+    for width in (80, 60, 40):
         out = io.StringIO()
         Console(file=out, width=width).print(rank_table(rows(), "ranks"))
-        heights.append([line.split()[0] for line in out.getvalue().splitlines() if line.split()[:1] in (["0"], ["1"])])
-        assert out.getvalue().rstrip().splitlines()[-1].split()[0] == "1"
-    assert heights == [["0", "1"], ["0", "1"]]
+        heights.add(len(out.getvalue().splitlines()))
+    assert len(heights) == 1
