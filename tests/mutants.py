@@ -204,12 +204,17 @@ def _likely_first(tests: tuple[str, ...], path: str) -> tuple[str, ...]:
     return (*(test for test in named if (ROOT / test).exists()), *tests)
 
 
-def drawn(package: str, count: int, seed: int) -> list[Mutant]:
-    """`count` mutants of a package, the same ones for a seed as long as its files stay the same."""
+def drawn(package: str, count: int, seed: int, begin: tuple[str, ...] = ("",)) -> list[Mutant]:
+    """`count` mutants of a package, the same ones for a seed as long as its files stay the same.
+
+    Only of files whose path begins with one of `begin`.
+    """
     root = PACKAGES[package][-1][0]
     found = []
-    for path in sorted((ROOT / root).rglob("*.py")):
-        found += list(mutants_of(package, str(path.relative_to(ROOT)), path.read_text()))
+    for file in sorted((ROOT / root).rglob("*.py")):
+        path = str(file.relative_to(ROOT))
+        if path.startswith(begin):
+            found += list(mutants_of(package, path, file.read_text()))
     return random.Random(f"{seed} {package}").sample(found, min(count, len(found)))
 
 
@@ -307,6 +312,7 @@ def rate(outcomes: list[Outcome]) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Do the tests fail when the code is wrong?")
     parser.add_argument("--packages", default="schedules,data,checkpoint,optim,metrics", help=f"of {', '.join(PACKAGES)}")
+    parser.add_argument("--files", default="", help="only those whose path begins with one of these, separated by commas")
     parser.add_argument("--count", type=int, default=10, help="mutants of each package")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--factor", type=float, default=3.0, help="of the time of the tests without a mutant")
@@ -319,7 +325,7 @@ def main() -> None:
             parser.error(f"--packages={name} is not known; choose of {', '.join(PACKAGES)}")
     outcomes: list[Outcome] = []
     for name in names:
-        mutants = drawn(name, options.count, options.seed)
+        mutants = drawn(name, options.count, options.seed, tuple(options.files.split(",")))
         if options.list:
             print(*mutants, sep="\n")
             continue
@@ -328,7 +334,12 @@ def main() -> None:
             note = " (equivalent)" if outcome.equivalent else ""
             print(f"{outcome.status + note:8s} {outcome.seconds:6.1f} s  {outcome.mutant}", flush=True)
         if options.json is not None:
-            told = {"seed": options.seed, "count": options.count, "outcomes": list(map(asdict, outcomes))}
+            told = {
+                "seed": options.seed,
+                "count": options.count,
+                "files": options.files,
+                "outcomes": list(map(asdict, outcomes)),
+            }
             options.json.write_text(json.dumps(told, indent=1) + "\n")
     if options.list:
         return

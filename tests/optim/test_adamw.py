@@ -43,7 +43,7 @@ def rates_of(optim, num_steps):
     return [first, *(learning_rate(optim, step, num_steps) for step in range(1, num_steps + 1))]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from(["cosine", "wsd"]),
     st.floats(1e-6, 10.0),
