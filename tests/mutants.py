@@ -93,6 +93,7 @@ class Mutant:
     stop: int
     before: str
     after: str
+    code: str  # the line that it begins in
 
     def applied(self, text: str) -> str:
         return text[: self.start] + self.after + text[self.stop :]
@@ -102,8 +103,8 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """The change without its line, which moves."""
-        return f"{self.path}  {_one_line(self.before)}  ->  {_one_line(self.after)}"
+        """The change and where it is, without the number of its line, which moves."""
+        return f"{self.path}  {self.code}  |  {_one_line(self.before)}  ->  {_one_line(self.after)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,8 @@ def _one_line(text: str) -> str:
 
 def mutants_of(package: str, path: str, text: str) -> Iterator[Mutant]:
     """Every mutant of a file.  Annotations, decorators, assertions, and words for people stay as they are."""
-    starts = [0]
-    for line in text.splitlines(keepends=True):
+    starts, lines = [0], text.splitlines(keepends=True)
+    for line in lines:
         starts.append(starts[-1] + len(line.encode()))
     encoded = text.encode()
 
@@ -135,7 +136,7 @@ def mutants_of(package: str, path: str, text: str) -> Iterator[Mutant]:
         before, after = text[start:stop], ast.unparse(changed)
         if isinstance(node, ast.expr):
             after = f"({after})"
-        yield Mutant(package, path, node.lineno, start, stop, before, after)
+        yield Mutant(package, path, node.lineno, start, stop, before, after, lines[node.lineno - 1].strip())
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[ast.expr | ast.stmt, ast.AST]]:

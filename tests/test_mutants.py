@@ -90,7 +90,7 @@ def test_what_tests_notice_is_killed_and_what_they_pass_survives(tmp_path, monke
     )
     (tmp_path / "toy/test_code.py").write_text(loop)
     known = tmp_path / "known.txt"
-    known.write_text("# nobody calls it\ntoy/code.py  1  ->  (2)\n")
+    known.write_text("# nobody calls it\ntoy/code.py  return a - 1  |  1  ->  (2)\n")
     for name, value in {"ROOT": tmp_path, "EQUIVALENT": known, "COPIED": ("toy",)}.items():
         monkeypatch.setattr(mutants, name, value)
     monkeypatch.setattr(mutants, "PACKAGES", {"toy": (("toy", ("toy/test_code.py",)),)})
@@ -98,7 +98,7 @@ def test_what_tests_notice_is_killed_and_what_they_pass_survives(tmp_path, monke
     text = (tmp_path / "toy/code.py").read_text()
     by_change = {(m.before, m.after): m for m in mutants_of("toy", "toy/code.py", text)}
     chosen = [by_change["a + b", "(a - b)"], by_change["a - 1", "(a + 1)"], by_change["1", "(2)"]]
-    broken = Mutant("toy", "toy/code.py", 1, 0, 3, "def", "dif")
+    broken = Mutant("toy", "toy/code.py", 1, 0, 3, "def", "dif", "def add(a, b):")
     outcomes = list(judge([*chosen, broken], 1.0))
     assert [outcome.status for outcome in outcomes] == ["TIMEOUT", "SURVIVED", "SURVIVED", "KILLED"]
     assert [outcome.equivalent for outcome in outcomes] == [False, False, True, False]
@@ -110,7 +110,7 @@ def test_what_tests_notice_is_killed_and_what_they_pass_survives(tmp_path, monke
 
 
 def test_the_rate_of_nothing_is_nothing():
-    mutant = Mutant("toy", "toy.py", 1, 0, 1, "1", "(2)")
+    mutant = Mutant("toy", "toy.py", 1, 0, 1, "1", "(2)", "1")
     assert rate([]) == (0, 0)
     assert rate([Outcome(mutant, "SURVIVED", True, 1.0)]) == (0, 0)
     assert rate([Outcome(mutant, "KILLED", False, 1.0), Outcome(mutant, "SURVIVED", False, 1.0)]) == (1, 2)

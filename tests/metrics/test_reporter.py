@@ -117,6 +117,16 @@ def test_a_step_has_one_record_with_what_fell_on_it(started, capsys):
         reporter.record()  # a second record of a step
 
 
+def test_a_run_that_goes_on_keeps_the_records_before_its_first_step(started, tmp_path):
+    (tmp_path / "default").mkdir()
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    (tmp_path / "default" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    _, _, directory, reporter = started("run.resume=true", first_step=3)
+    reporter.step(report(3))
+    reporter.record()
+    assert [(record["step"], record["loss"]) for record in records(directory)] == [(1, 1.0), (2, 1.0), (3, 2.0 / 3)]
+
+
 def test_a_traced_step_lies_beside_the_planned_one(started):
     _, plan, directory, reporter = started()
     reporter.step(report(1))

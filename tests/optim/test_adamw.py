@@ -20,6 +20,7 @@ def test_cosine_warms_up_and_ends_at_the_minimum():
     rates = [learning_rate(optim, step, 110) for step in range(1, 111)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == 1.0
+    assert rates[34] == pytest.approx(0.1 + 0.9 * (2 + math.sqrt(2)) / 4)  # a quarter of the way: cos(pi / 4)
     assert rates[59] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
     assert all(later <= earlier for earlier, later in pairwise(rates[9:]))
@@ -114,6 +115,13 @@ def test_only_matrices_decay_and_a_fresh_state_is_complete():
     optimizer.step()
     assert torch.equal(vector, torch.ones(2))
     assert torch.allclose(matrix, torch.full((2, 2), 0.95))
+
+
+@pytest.mark.parametrize(
+    ("norm", "limit", "expected"), [(4.0, 1.0, 0.25), (1.0, 1.0, 1.0), (0.5, 1.0, 1.0), (0.0, 1.0, 1.0), (9.0, 0.0, 1.0)]
+)
+def test_only_gradients_above_the_limit_are_scaled_and_a_limit_of_zero_is_none(norm, limit, expected):
+    assert clip_scale(norm, limit) == expected
 
 
 def health_of(rank, num_ranks, gradient, loss):
