@@ -8,7 +8,7 @@ ARGS ?=
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test lint clean
+.PHONY: train test lint mutants clean
 
 train: $(VENV)/installed
 	$(BIN)/vp-train parallel.pp=$(RANKS) run.name=$(NAME) $(ARGS)
@@ -20,6 +20,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Do the tests fail when the code is wrong?  make mutants ARGS="--packages schedules --count 20 --seed 2"
+mutants: $(VENV)/installed
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

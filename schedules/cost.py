@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from schedules.ir import Kind, Pass
@@ -10,7 +10,7 @@ from schedules.ir import Kind, Pass
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Seconds of each pass, hop and barrier; bytes that passes keep.
+    """Seconds of each pass, hop and barrier; bytes that passes keep.  Raises ValueError for one below 0 or not a number.
 
     `pass_seconds[kind]` has one entry per stage for F, B, I, W and one per rank for S, T, E, G.  `stage_bytes[s]` stay from
     F of stage s to its B, `shard_bytes[r]` from S of rank r to its T.  With a split backward, `weight_bytes[s]` stay from I to
@@ -26,8 +26,13 @@ class CostModel:
 
     def __post_init__(self) -> None:
         for kind, values in self.pass_seconds.items():
-            if any(value < 0 for value in values):
-                raise ValueError(f"a {kind} pass cannot take {min(values)} s; costs are at least 0")
+            _refuse_negative(f"a {kind} pass cannot take", values, " s")
+        _refuse_negative("a hop cannot take", (self.hop_seconds,), " s")
+        for name, seconds in self.barrier_seconds.items():
+            _refuse_negative(f"barrier {name} cannot take", (seconds,), " s")
+        _refuse_negative("a stage cannot keep", self.stage_bytes, " bytes")
+        _refuse_negative("a shard cannot keep", self.shard_bytes, " bytes")
+        _refuse_negative("W cannot need", self.weight_bytes, " bytes")
 
     def seconds(self, item: Pass) -> float:
         """Duration of `item`; 0 for a kind without an entry.  Raises ValueError if the stage has no cost."""
@@ -71,3 +76,10 @@ class CostModel:
         }
         barriers = dict.fromkeys(("CE", "C0", "C1", "C1b", "C2", "CG"), barrier)
         return cls(per, hop, barriers, (1.0,) * num_stages, (0.0,) * num_ranks)
+
+
+def _refuse_negative(words: str, values: Sequence[float], unit: str) -> None:
+    """Raise ValueError for the first value that is below 0 or not a number."""
+    for value in values:
+        if not value >= 0:
+            raise ValueError(f"{words} {value}{unit}; costs are at least 0")

@@ -11,7 +11,9 @@ from hypothesis import settings
 from schedules.generators import auto
 from tests.ranks import Ranks
 
-settings.register_profile("ci", derandomize=True)  # CI must not fail by chance; elsewhere every run tries new examples
+settings.register_profile(
+    "ci", derandomize=True, deadline=None
+)  # CI must not fail by chance; elsewhere every run tries new examples
 if os.environ.get("CI"):
     settings.load_profile("ci")
 

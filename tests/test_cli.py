@@ -33,6 +33,7 @@ from vp_train.plan import make_plan
         ("data=text", "data.name=text needs data.path"),
         ("optim.beta1=1.5", "optim.beta1=1.5 is out of range"),
         ("run.timeout_seconds=1e18", "run.timeout_seconds=1e+18 is too large; it must be at most 10,000,000"),
+        ("optim.min_lr=3e-3", "optim.min_lr=0.003 is above optim.lr=0.002"),
         ("optim.lr=nan", "optim.lr=nan is not a finite number"),
         ("loss.z_loss=inf", "loss.z_loss=inf is not a finite number"),
         ("model.logit_softcap=inf", "model.logit_softcap=inf is not a finite number"),

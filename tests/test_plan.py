@@ -124,6 +124,16 @@ def test_a_searched_plan_keeps_its_cap_and_is_never_slower_than_a_named_one_that
         assert max(named.peak_bytes) > most or plan.timeline.makespan <= named.makespan * (1 + 1e-9)
 
 
+def test_without_a_cap_a_search_never_refuses(quick_search, monkeypatch):
+    """What is planned with is then what the best order keeps, however little the default would allow."""
+    monkeypatch.setattr("vp_train.plan._cap_bytes", lambda *_: 1.0)
+    plan = plan_step(solved(), 3)
+    assert max(plan.timeline.peak_bytes) == pytest.approx(plan.caps[0])
+    assert len(set(plan.caps)) == 1
+    with pytest.raises(ConfigError, match="is too low"):
+        plan_step(solved(cap_microbatches=2.0), 3)
+
+
 def test_a_cap_in_gib_is_the_same_cap(quick_search):
     plan = plan_step(solved(cap_microbatches=2.25), 3)
     gib = 2.25 * microbatch_bytes(plan) / 2**30

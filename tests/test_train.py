@@ -468,6 +468,7 @@ def test_sixteen_bits_learn_as_float32_does(ranks, tmp_path, dtype):
     runs = [config_of(tmp_path, name, dtype=name, checkpoint_every=0, eval_every=0) for name in ("float32", dtype)]
     for config in runs:
         ranks(2).run(train, config)
+    assert len(metrics_of(runs[0])) == 8
     for exact, rounded in zip(*map(metrics_of, runs), strict=True):
         assert rounded["loss"] == pytest.approx(exact["loss"], rel=5e-3)
         if exact["step"] <= 3:  # later, small gradients have taken other signs, and AdamW other ways

@@ -78,6 +78,16 @@ class RankModel:
         return sum(parameter.numel() for name, parameter in self.parameters.items() if name not in self.copied)
 
 
+def rank_device(config: RunConfig) -> torch.device:
+    """Return the device of this rank, on CUDA with the index that `torch.cuda.set_device` has set.
+
+    Without an index it would be the current device of whichever thread asks, and that is GPU 0 in every new thread.
+    """
+    if config.run.device == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(config.run.device)
+
+
 def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transport | None = None) -> RankModel:
     """Build the model of this rank with its initial values.
 
@@ -85,7 +95,7 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transpor
     """
     rank, problem = mesh.pipeline_rank, plan.problem
     dtype = DTYPES[config.run.dtype]
-    device = torch.device(config.run.device)
+    device = rank_device(config)
     stages = _build_stages(config, plan, mesh, dtype, device)
     shards = {end: _Shards.of(plan, mesh, end) for end in End if rank in problem.shard_ranks(end)}
     matrices = _build_matrices(config, shards, dtype, device)

@@ -335,11 +335,12 @@ class OptimConfig:
     `bucket_mib`: MiB of gradients that are summed over the replicas at a time, as soon as they are complete; a layer or a
     matrix that is larger is summed in one piece.  More makes better use of a link, less leaves less to sum after the last pass.
     `schedule`: `cosine` from lr to min_lr; `wsd` holds lr and decays linearly over the last decay_fraction of the run.
+    `min_lr` None: lr / 10.
     """
 
     name: str = "adamw"
     lr: float = 2e-3
-    min_lr: float = 2e-4
+    min_lr: float | None = None
     schedule: str = "cosine"
     warmup_steps: int = 10
     decay_fraction: float = 0.2
@@ -358,12 +359,24 @@ class OptimConfig:
         _choice("optim.schedule", self.schedule, ("cosine", "wsd"))
         if self.offload and self.name != "zero1":
             raise ConfigError(f"optim.offload=true counts only with optim.name=zero1, not {self.name}; change one of the two")
-        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "clip_grad_norm"):
+        for name in ("lr", "warmup_steps", "weight_decay", "clip_grad_norm"):
             _at_least(f"optim.{name}", getattr(self, name), 0)
+        if self.min_lr is not None:
+            _at_least("optim.min_lr", self.min_lr, 0)
+            if self.min_lr > self.lr:
+                raise ConfigError(
+                    f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}, which decays to it; lower it, or leave it out "
+                    "for a tenth of optim.lr"
+                )
         for name in ("beta1", "beta2", "decay_fraction"):
             _fraction(f"optim.{name}", getattr(self, name))
         if not self.epsilon > 0:
             raise ConfigError(f"optim.epsilon={self.epsilon} is too small; it must be above 0")
+
+    @property
+    def final_lr(self) -> float:
+        """The learning rate that the decay ends at: min_lr, or a tenth of lr."""
+        return self.lr / 10 if self.min_lr is None else self.min_lr
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from schedules.timeline import Span, Timeline
 from vp_train import flight_recorder
-from vp_train.assembly import RankModel, build_rank
+from vp_train.assembly import RankModel, build_rank, rank_device
 from vp_train.checkpoint.store import CheckpointError, find, latest
 from vp_train.checkpoint.training import load_weights, restore_run, save_run
 from vp_train.config import ConfigError, RunConfig
@@ -250,7 +250,7 @@ class Run:
 
     def _traced(self, batch: Batch) -> tuple[torch.Tensor | None, Recorder]:
         """Run a training step with every pass and communication timed, from a common start."""
-        timer = timer_of(torch.device(self.config.run.device))
+        timer = timer_of(rank_device(self.config))
         recorder = Recorder(self.mesh.pipeline_rank, timer, list(self.model.parameters.values()))
         self.mesh.steps.barrier()
         timer.start()

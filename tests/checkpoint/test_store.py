@@ -67,6 +67,37 @@ def test_any_ranks_read_what_any_ranks_wrote_bit_for_bit(ranks, tmp_path, before
         assert equal
 
 
+def ranges_of(num_ranks, rank, chunks):
+    """`chunks` pieces of the columns of a [2, ROWS, 3] tensor, every num_ranks-th one: several ranges for each rank."""
+    cuts = [ROWS * chunk // chunks for chunk in range(chunks + 1)]
+    return tuple((cuts[chunk], cuts[chunk + 1]) for chunk in range(rank, chunks, num_ranks))
+
+
+def whole_of_ranges():
+    return torch.arange(2.0 * ROWS * 3).view(2, ROWS, 3)
+
+
+def save_ranges(rank, num_ranks, directory, chunks):
+    split = Split(1, ROWS, ranges_of(num_ranks, rank, chunks))
+    pieces = {"x": Piece(split.part(whole_of_ranges()).clone(), split)}
+    save(Path(directory), 1, pieces, {}, dist.group.WORLD, 1)
+
+
+def load_ranges(rank, num_ranks, directory, chunks):
+    split = Split(1, ROWS, ranges_of(num_ranks, rank, chunks)) if chunks else None
+    expected = whole_of_ranges() if split is None else split.part(whole_of_ranges())
+    found = torch.full_like(expected, torch.nan)
+    path = Path(directory) / "step-00000001"
+    load(path, read_manifest(path), {"x": Piece(found, split)})
+    return torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("before", "after"), [((1, 1), (2, 5)), ((2, 5), (1, 0)), ((2, 6), (3, 7)), ((3, 9), (2, 4))])
+def test_parts_of_several_ranges_are_read_by_parts_of_others(ranks, tmp_path, before, after):
+    ranks(before[0]).run(save_ranges, str(tmp_path), before[1])
+    assert ranks(after[0]).run(load_ranges, str(tmp_path), after[1]) == [True] * after[0]
+
+
 def test_only_the_newest_stay(ranks, tmp_path):
     for step in (1, 2, 3, 10):
         ranks(1).run(save_one, str(tmp_path), step, 0, 2)

@@ -58,6 +58,33 @@ def test_batch_depends_on_the_step_alone(config: RunConfig) -> None:
     assert len({tuple(batch.tokens.flatten().tolist()) for batch in (*batches, validation)}) == 5
 
 
+def share_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("packing", ["none", "documents"])
+def test_labels_without_loss_leave_the_tokens_alone_where_a_batch_is_a_single_sequence(
+    letters: RunConfig, config: RunConfig, packing: str
+) -> None:
+    """A slice of one sequence is contiguous as it is: `contiguous` returns a view of what both are cut from."""
+    if config is SYNTHETIC and packing == "documents":
+        pytest.skip("synthetic text has no documents")
+    config = replace(config, num_microbatches=1, micro_batch_size=1, data=replace(config.data, packing=packing))
+    source = open_source(replace(config, run=replace(config.run, eval_microbatches=1)))
+    batches = [source.train_batch(step) for step in range(1, 40)]
+    batches += [source.validation_batch(rank, 2) for rank in range(2)]  # the second replica's one only fills up
+    assert (batches[-1].labels == -100).all()
+    if packing == "documents":
+        assert any((batch.labels == -100).any() for batch in batches[:-2])
+    for batch in batches:
+        assert batch.tokens.is_contiguous()
+        assert batch.labels.is_contiguous()
+        assert not share_memory(batch.tokens, batch.labels)
+        assert int(batch.tokens.min()) >= 0
+        counted = batch.labels[..., :-1] != -100
+        assert torch.equal(batch.tokens[..., 1:][counted], batch.labels[..., :-1][counted])
+
+
 def test_one_pass_holds_every_training_token_once(letters: RunConfig) -> None:
     corpus = prepare(letters.data, VOCAB_SIZE, progress=False)
     training, _ = split_documents(corpus.prefix, letters.data.validation_fraction, letters.data.seed)
@@ -188,6 +215,18 @@ def test_validation_takes_its_fraction_and_never_the_largest_document(tmp_path: 
         assert 0.05 < validation.num_tokens / corpus.manifest.num_tokens <= 0.1
     assert len(split_documents(corpus.prefix, 0.0, 1)[1].documents) == 0
     assert len(split_documents(corpus.prefix, 0.001, 1)[1].documents) == 1
+
+
+@pytest.mark.parametrize("num_tokens", [1, 30, 91])
+def test_a_corpus_of_seq_length_tokens_is_refused_and_one_more_is_a_sample(tmp_path: Path, num_tokens: int) -> None:
+    write_letters(tmp_path / "text", [num_tokens])
+    data = text_config(tmp_path, validation_fraction=0.0)
+    there = prepare(data, VOCAB_SIZE, progress=False).manifest.num_tokens
+    with pytest.raises(ConfigError, match=rf"{there:,} tokens, too short for one sample of {there + 1:,}"):
+        open_source(run_config(data, seq_length=there, eval_every=0))
+    batch = open_source(run_config(data, seq_length=there - 1, eval_every=0)).train_batch(1)
+    assert batch.tokens.shape == (4, 2, there - 1)
+    assert torch.equal(batch.tokens, batch.tokens[:1, :1].expand_as(batch.tokens))  # the only sample there is
 
 
 def test_data_too_short_for_one_sample_is_an_error(letters: RunConfig) -> None:

@@ -82,6 +82,7 @@ def test_our_evaluation_of_an_imported_model_is_that_of_transformers(made, ranks
         answers = ranks(2).run(evaluate, config_of(imported.model, **parallel), imported.checkpoint)
         loss, each = next(answer for answer in answers if answer[0] is not None)
         assert loss == pytest.approx(-expected.mean().item(), abs=1e-4)
+        assert each.shape == expected.shape
         assert (each - expected).abs().max() < 1e-4
 
 
@@ -143,6 +144,7 @@ def test_an_export_may_have_another_dtype(made, tmp_path):
     export_checkpoint(imported.checkpoint, tmp_path / "half", dtype="bfloat16")
     half, whole = weights_in(tmp_path / "half"), theirs.state_dict()
     assert all(torch.equal(tensor, whole[name].bfloat16()) for name, tensor in half.items())
+    assert sum(tensor.numel() for tensor in half.values()) == theirs.num_parameters()
     assert json.loads((tmp_path / "half/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 

@@ -37,3 +37,12 @@ def test_the_table_of_a_usual_run_fits_80_columns_uncut():
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     assert "0 0-1 16,384 17.66 M 40.0% 0.0% 60.0% 1.0 MiB 3.0 MiB 405.5 MiB" in lines
     assert "1 2,5-6 16,384 2.50 B 100.0% 25.0% 0.0% 2.0 MiB 3.5 MiB 61.00 GiB" in lines
+
+
+def test_a_terminal_that_is_too_narrow_cuts_rows_and_never_wraps_them():
+    heights = set()
+    for width in (80, 60, 40):
+        out = io.StringIO()
+        Console(file=out, width=width).print(rank_table(rows(), "ranks"))
+        heights.add(len(out.getvalue().splitlines()))
+    assert len(heights) == 1

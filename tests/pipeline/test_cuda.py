@@ -34,9 +34,11 @@ def gradients_on(rank, num_ranks, config, device):
 def test_ranks_that_share_a_gpu_equal_the_cpu_in_float64(ranks, p, schedule, algorithm):
     config = config_of(p, 4, 101, schedule=schedule, vocab=VocabConfig(algorithm), num_stages=2 * p)
     on_cpu, on_gpu = (ranks(p).run(gradients_on, config, device) for device in ("cpu", "cuda"))
+    assert any(cpu_loss is not None for cpu_loss, _ in on_cpu)
     for (cpu_loss, cpu), (gpu_loss, gpu) in zip(on_cpu, on_gpu, strict=True):
         assert (gpu_loss is None) == (cpu_loss is None)
         assert gpu_loss is None or gpu_loss == pytest.approx(cpu_loss, rel=1e-9)
+        assert gpu.keys() == cpu.keys()
         for name, expected in cpu.items():
             assert torch.allclose(gpu[name], expected, rtol=1e-9, atol=1e-12), name
 

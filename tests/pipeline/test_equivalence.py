@@ -11,6 +11,7 @@ import torch
 from schedules.generators import GENERATORS
 from tests.local import run_locally
 from tests.meshes import mesh_for
+from tests.pipeline.compare import Comparison, assert_all_close, largest_difference
 from tests.pipeline.truth import Whole, random_batch, random_mask, random_segments, train_whole
 from vp_train.assembly import build_rank
 from vp_train.config import (
@@ -72,13 +73,6 @@ def config_of(
     )
 
 
-def largest_difference(ours, theirs):
-    """Relative to the largest entry of the tensor."""
-    if theirs.numel() == 0:
-        return 0.0
-    return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12)).item()
-
-
 def as_one_process(config, dp):
     """The same training by one process: of all configurations that differ in layout and schedule alone, the same."""
     return RunConfig(
@@ -92,8 +86,8 @@ def as_one_process(config, dp):
 
 
 def compare(rank, world_size, cases, masked=False, packed=False):
-    """Train each config, as planned, sharded and whole; the largest differences of loss, gradients and parameters of each."""
-    worst = []
+    """Train each config, as planned, sharded and whole; a comparison of loss, gradients and parameters of each."""
+    comparisons = []
     for config, plan in cases:
         mesh = mesh_for(plan)
         model = build_rank(config, plan, mesh)
@@ -101,29 +95,31 @@ def compare(rank, world_size, cases, masked=False, packed=False):
         def health_of(loss, norm, mesh=mesh):
             return gather_health(loss, norm, mesh.world)
 
-        worst.append(differences_of(config, plan, model, mesh.data_rank, health_of, masked=masked, packed=packed))
-    return worst
+        comparisons.append(comparison_of(config, plan, model, mesh.data_rank, health_of, masked=masked, packed=packed))
+    return comparisons
 
 
 def compare_locally(config, plan, masked=False, packed=False, **board):
-    """The same with all ranks in this process; a list of each rank's differences."""
+    """The same with all ranks in this process; each rank's comparison."""
     dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
     train_whole(as_one_process(config, 1), NUM_STEPS, dtype, masked=masked, packed=packed)  # once for all ranks
 
     def work(rank, model, together):
-        return differences_of(config, plan, model, 0, partial(together.health, rank), masked=masked, packed=packed)
+        return comparison_of(config, plan, model, 0, partial(together.health, rank), masked=masked, packed=packed)
 
     return run_locally(config, plan, work, **board)
 
 
-def differences_of(config, plan, model, data_rank, health_of, *, masked, packed):
-    """The largest differences of loss, gradients and parameters over NUM_STEPS steps of `model`, the model of one rank."""
+def comparison_of(config, plan, model, data_rank, health_of, *, masked, packed):
+    """Compare NUM_STEPS steps of `model`, the model of one rank, with those of one process."""
     m = config.num_microbatches
     dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
     everything = as_one_process(config, plan.degrees.dp)
     mine = slice(data_rank * m, (data_rank + 1) * m)
     truth = train_whole(everything, NUM_STEPS, dtype, masked=masked, packed=packed)
-    differences = {"loss": 0.0, "gradient": 0.0, "parameter": 0.0}
+    keeps_gradients = config.optim.name != "zero1"  # which takes them away
+    of_each = ("gradient", "parameter") if keeps_gradients else ("parameter",)
+    compared = Comparison(frozenset({"loss", *(f"{what} {name}" for what in of_each for name in truth[0][2])}))
     for step, (loss, gradients, updated) in enumerate(truth, start=1):
         model.gradients.zero()
         mask = random_mask(everything, step)[mine] if masked else None
@@ -132,18 +128,18 @@ def differences_of(config, plan, model, data_rank, health_of, *, masked, packed)
         ours = model.train_step(tokens, labels, mask=mask, segments=segments)
         model.optimizer.reduce()
         health = health_of(ours if model.answers else None, model.optimizer.squared_norm())
-        differences["loss"] = max(differences["loss"], abs(health.loss - loss))
+        assert health.culprits == (), (step, health)
+        compared.add("loss", health.loss, loss)
         for name, parameter in model.parameters.items():
-            if parameter.grad is not None:  # zero1 takes them away
-                difference = largest_difference(parameter.grad, part_of(gradients[name], name, model.splits))
-                differences["gradient"] = max(differences["gradient"], difference)
+            assert keeps_gradients == (parameter.grad is not None), name
+            if keeps_gradients:
+                compared.add(f"gradient {name}", parameter.grad, part_of(gradients[name], name, model.splits))
         rate = learning_rate(config.optim, step, NUM_STEPS)
         model.optimizer.step(rate, clip_scale(health.grad_norm, config.optim.clip_grad_norm))
         model.optimizer.settle()
         for name, parameter in model.parameters.items():
-            difference = largest_difference(parameter.detach(), part_of(updated[name], name, model.splits))
-            differences["parameter"] = max(differences["parameter"], difference)
-    return differences
+            compared.add(f"parameter {name}", parameter.detach(), part_of(updated[name], name, model.splits))
+    return compared
 
 
 def part_of(tensor, name, splits):
@@ -153,20 +149,16 @@ def part_of(tensor, name, splits):
 def assert_equivalent(ranks, p, configs, tolerance, *, masked=False, packed=False):
     """Over gloo, between processes."""
     cases = [(config, make_plan(config, p)) for config in configs]
-    for results in ranks(p).run(compare, cases, masked, packed, timeout=100):
-        assert_small(configs, results, tolerance)
+    results = ranks(p).run(compare, cases, masked, packed, timeout=100)
+    for config, *comparisons in zip(configs, *results, strict=True):
+        assert_all_close(comparisons, tolerance, config.vocab, config.schedule, config.model)
 
 
 def assert_equivalent_locally(p, configs, tolerance, *, masked=False, packed=False):
     """With all ranks in this process."""
     for config in configs:
-        for differences in compare_locally(config, make_plan(config, p), masked, packed):
-            assert_small([config], [differences], tolerance)
-
-
-def assert_small(configs, results, tolerance):
-    for config, differences in zip(configs, results, strict=True):
-        assert max(differences.values()) < tolerance, (config.vocab, config.schedule, config.model, differences)
+        comparisons = compare_locally(config, make_plan(config, p), masked, packed)
+        assert_all_close(comparisons, tolerance, config.vocab, config.schedule, config.model)
 
 
 SIZES = [(1, 1, 64), (2, 4, 100), (3, 2, 101), (4, 8, 1000)]
@@ -341,7 +333,9 @@ def evaluate(rank, world_size, config):
 def test_evaluation_gives_the_training_loss_and_touches_no_gradient(ranks, algorithm):
     config = config_of(3, 5, 101, vocab=VocabConfig(algorithm))
     config = replace(config, run=replace(config.run, eval_microbatches=5))
-    for trained, evaluated, unchanged in ranks(3).run(evaluate, config):
+    results = ranks(3).run(evaluate, config)
+    assert any(trained is not None for trained, *_ in results)
+    for trained, evaluated, unchanged in results:
         assert (trained is None) == (evaluated is None)
         assert trained is None or trained == pytest.approx(evaluated, rel=1e-12)
         assert unchanged
@@ -371,7 +365,8 @@ def logprobs(rank, world_size, config):
 def test_logprobs_are_those_of_one_process_whatever_the_loss(ranks):
     config = config_of(3, 5, 101, loss=LossConfig(z_loss=0.1, normalisation="sequence"), softcap=2.0)
     config = replace(config, run=replace(config.run, eval_microbatches=5))
-    assert all(difference < 1e-12 for difference in ranks(3).run(logprobs, config))
+    differences = ranks(3).run(logprobs, config)
+    assert all(difference < 1e-12 for difference in differences), differences
 
 
 def compare_split_sequences(rank, world_size, cases):
@@ -400,6 +395,6 @@ def test_split_sequences_equal_one_process(ranks, monkeypatch, dp, p, tp):
         for schedule, recompute in (("1f1b", "none"), ("zb_v", "selective"), ("v_half", "full"))
     ]
     cases = [(config, make_plan(config, dp * p * tp)) for config in configs]
-    for results in ranks(dp * p * tp).run(compare_split_sequences, cases, timeout=100):
-        for config, differences in zip(configs, results, strict=True):
-            assert max(differences.values()) < 1e-9, (config.model, config.schedule, differences)
+    results = ranks(dp * p * tp).run(compare_split_sequences, cases, timeout=100)
+    for config, *comparisons in zip(configs, *results, strict=True):
+        assert_all_close(comparisons, 1e-9, config.model, config.schedule)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from schedules.ir import Kind
 from vp_train.cli import load_config
 from vp_train.config import OptimConfig
 from vp_train.model import shape
 from vp_train.plan import plan_step
-from vp_train.planner.memory import StateBytes, rank_memory, rank_parameters, step_peak
+from vp_train.planner.memory import StateBytes, _most_held, rank_memory, rank_parameters, step_peak
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NANO = ["model=nano", "parallel.pp=2", "num_microbatches=4"]
@@ -33,6 +34,20 @@ def test_the_ranks_together_have_every_parameter_once(schedule, vocab, tied):
         copies = config.model.vocab_size * config.model.hidden_size
     found = sum(rank_parameters(config, step, rank) for rank in range(2))
     assert found == shape.num_parameters(config.model) + copies
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])
+@pytest.mark.parametrize("vocab", ["none", "one_barrier", "two_barrier"])
+def test_the_most_shards_held_are_the_peak_of_s_minus_t(schedule, vocab):
+    """Counted here over every prefix of the order, of ranks without a shard too."""
+    _, step = planned(f"schedule={schedule}", f"vocab={vocab}", "num_microbatches=6")
+    most = []
+    for order in step.schedule.ranks:
+        prefixes = [[item.kind for item in order[:length]] for length in range(len(order) + 1)]
+        most.append(max(prefix.count(Kind.S) - prefix.count(Kind.T) for prefix in prefixes))
+        assert _most_held(order) == most[-1]
+    assert max(most) >= 1
+    assert (min(most) == 0) == (vocab == "none")
 
 
 def test_tensor_parallel_ranks_share_matrices_and_rows_and_copy_norms():
@@ -116,7 +131,9 @@ def test_predicted_bytes_are_what_torch_allocates(overrides, monkeypatch, tmp_pa
     sys.modules.pop("plan_memory", None)
     import plan_memory
 
-    for row in plan_memory.measured("case", overrides, tmp_path):
+    rows = list(plan_memory.measured("case", overrides, tmp_path))
+    assert rows
+    for row in rows:
         assert row.measured > row.measured_state > 0
         assert abs(row.error) < 0.05
         kept = row.activations + row.vocabulary + row.working

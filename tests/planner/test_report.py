@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -120,11 +121,15 @@ def plan_published(monkeypatch):
 def test_the_published_runs_are_what_the_shipped_cluster_predicts(plan_published):
     """Both memories: as this trainer holds things, and as theirs does."""
     efficiency = plan_published.shipped_efficiency()
-    for run in json.loads(plan_published.DATA.read_text())["rows"]:
-        if run["method"] in ("vocab-1", "vocab-2") and run["vocab"] in (32_000, 256_000):
-            row = plan_published.predicted(run, efficiency)
-            assert max(abs(row.plan_error), abs(row.memory_error), abs(row.mfu_error)) < 0.05, row
-            assert sum(row.plan_parts.values()) == pytest.approx(row.plan_gib)
+    methods, sizes = ("vocab-1", "vocab-2"), (32_000, 256_000)
+    published = json.loads(plan_published.DATA.read_text())["rows"]
+    runs = [run for run in published if run["method"] in methods and run["vocab"] in sizes]
+    assert {(run["method"], run["vocab"]) for run in runs} == set(itertools.product(methods, sizes))
+    for run in runs:
+        row = plan_published.predicted(run, efficiency)
+        for error in (row.plan_error, row.memory_error, row.mfu_error):
+            assert abs(error) < 0.05, row
+        assert sum(row.plan_parts.values()) == pytest.approx(row.plan_gib)
 
 
 def test_the_shipped_efficiency_is_the_fitted_one(plan_published):

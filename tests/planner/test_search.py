@@ -117,3 +117,32 @@ def test_a_search_that_was_in_time_finds_the_same_whatever_it_weighs_first(monke
 def test_a_batch_that_no_split_divides():
     with pytest.raises(ConfigError, match=r"no split of 5 GPUs has whole microbatches.*use another batch"):
         searched(config_of("cluster.num_nodes=5", "cluster.gpus_per_node=1", "model.num_layers=3", "num_microbatches=3"))
+
+
+def test_every_simulated_choice_is_found_displaced_or_refused(everything):
+    """Where all may be found nothing is displaced; where few may be, what is displaced is slower than all that is found."""
+    sizes = sorted(total(report) for _, report in everything)
+    limit = sizes[len(sizes) // 2] / GIB * (1 + 1e-9)
+    config = config_of(f"cluster.memory_gib={limit!r}")
+    every = list(choices(config))
+    result = searched(config, len(every))
+    found, refused = {each.choice for each in result.best}, {each.choice for each in result.refused}
+    assert len(found) == len(result.best)
+    assert len(refused) == len(result.refused)
+    assert not found & refused
+    assert found | refused == set(every)
+    assert found == {choice for choice, report in everything if total(report) <= limit * GIB}
+    seconds = [float(f"{each.report.step_seconds:.4g}") for each in result.best]
+    assert seconds == sorted(seconds)
+    simulated_in_vain = sum(each.excess is not None and "needs at least" not in each.reason for each in result.refused)
+    assert result.num_simulated == len(found) + simulated_in_vain
+    few = searched(config, 3)
+    assert [each.choice for each in few.best] == [each.choice for each in result.best[:3]]
+    slower = {each.choice for each in result.best[3:]}
+    assert few.num_simulated <= 3 + len(slower) + simulated_in_vain
+
+
+def test_nothing_is_refused_for_memory_where_there_is_enough():
+    result = searched(config_of("cluster.memory_gib=1e6"), 2)
+    assert len(result.best) == 2
+    assert not [each for each in result.refused if each.excess is not None]

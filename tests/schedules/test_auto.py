@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -80,6 +81,16 @@ def test_never_slower_than_a_named_schedule_within_the_caps(quick_search, p, m, 
     timeline = timeline_of(solution)
     assert all(kept <= cap * CLOSE for kept, cap in zip(timeline.peak_bytes, caps, strict=True))
     assert timeline.makespan <= min(fitting) * CLOSE
+
+
+@pytest.mark.parametrize(("p", "m", "spread"), [(1, 1, 0.0), (2, 3, 0.5), (3, 4, 0.2)])
+def test_without_caps_a_search_never_refuses(quick_search, p, m, spread):
+    options = options_of(p, m, ("one_barrier", "none"), spread=spread)
+    free = timeline_of(solve(options, [math.inf] * p)).makespan
+    assert free <= min(simulate(generate(o.name, o.problem, o.cost), o.problem, o.cost).makespan for o in options) * CLOSE
+    nothing = [replace(o, cost=CostModel(o.cost.pass_seconds, o.cost.hop_seconds, o.cost.barrier_seconds)) for o in options]
+    timeline = timeline_of(solve(nothing, [0.0] * p))  # passes that keep nothing need no memory
+    assert timeline.peak_bytes == (0.0,) * p
 
 
 @pytest.mark.parametrize("tight", range(3))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from schedules.bound import one_machine, steady_bytes, step_bound
+from schedules.bound import Bound, one_machine, steady_bytes, step_bound
 from schedules.cost import CostModel
 from schedules.network import Network
 from tests.schedules.cases import cost, problem
@@ -49,3 +49,13 @@ def test_no_work_at_all_has_no_steady_state():
     case = problem(2, 2)
     nothing = CostModel.uniform(2, 2, F=0.0, B=0.0)
     assert steady_bytes(0, case, Network.of(case, nothing)) == 0.0
+
+
+@pytest.mark.parametrize(("p", "m", "cap"), [(3, 4, 1.0), (3, 4, 0.5), (4, 4, 1.5)])
+def test_memory_allows_what_its_cap_lasts_for_between_the_way_in_and_the_way_out(p, m, cap):
+    """Rank 1 keeps a byte from its F to its B, which takes F + B of it and of all ranks behind; rank 0 is before and after."""
+    seconds = 1.0 + m * 3.0 * (p - 1) / cap + 2.0
+    caps = tuple(cap if rank == 1 else 1000.0 for rank in range(p))
+    assert step_bound(problem(p, m), cost(p), caps) == Bound(seconds, "the memory of rank 1")
+    assert step_bound(problem(p, m), cost(p), (*caps[:1], 0.0, *caps[2:])).seconds == float("inf")
+    assert step_bound(problem(p, m), cost(p), (1000.0,) * p) == step_bound(problem(p, m), cost(p))

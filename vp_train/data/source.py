@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -69,13 +69,23 @@ def _share(samples: Callable[[range], Batch], config: RunConfig, dp_rank: int, d
     """A replica's share of the samples for validation."""
     num_own = config.run.eval_microbatches_of(dp_size)
     batch = samples(own_positions(1, num_own * config.micro_batch_size, dp_rank, dp_size))
-    batch.labels[max(0, max(1, config.run.eval_microbatches) - dp_rank * num_own) :] = _NO_LOSS
-    return batch
+    counted = max(0, max(1, config.run.eval_microbatches) - dp_rank * num_own)
+    fills_up = torch.arange(num_own) >= counted
+    return replace(batch, labels=batch.labels.masked_fill(fills_up[:, None, None], _NO_LOSS))
 
 
 def _batch(samples: list[np.ndarray], config: RunConfig) -> Tensor:
     """Stack samples of seq_length + 1 values to [m, b, s + 1]."""
     return torch.from_numpy(np.stack(samples)).view(-1, config.micro_batch_size, config.model.seq_length + 1)
+
+
+def _tokens_and_labels(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Split samples [m, b, s + 1] into tokens and the tokens that follow them, [m, b, s] each.
+
+    They share no memory, with each other or with `samples`: `contiguous` would return a view where m = b = 1.
+    """
+    tokens, labels = samples[..., :-1], samples[..., 1:]
+    return tokens.clone(memory_format=torch.contiguous_format), labels.clone(memory_format=torch.contiguous_format)
 
 
 class _Synthetic:
@@ -89,8 +99,8 @@ class _Synthetic:
 
     def _samples(self, stream: int, positions: range) -> Batch:
         length = self._config.model.seq_length + 1
-        tokens = _batch([self._text.sample(stream, position, length) for position in positions], self._config)
-        return Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous())
+        samples = [self._text.sample(stream, position, length) for position in positions]
+        return Batch(*_tokens_and_labels(_batch(samples, self._config)))
 
     def train_batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
         return self._samples(0, _positions(self._config, step, dp_rank, dp_size))
@@ -109,12 +119,11 @@ class _Samples:
     def batch(self, positions: range) -> Batch:
         places = map(self._order.__getitem__, positions)
         tokens, documents = zip(*(self._windows[corpus].read(sample) for corpus, sample in places), strict=True)
-        stacked = _batch(list(tokens), self._config)
-        inputs, labels = stacked[..., :-1].contiguous(), stacked[..., 1:].contiguous()
+        inputs, labels = _tokens_and_labels(_batch(list(tokens), self._config))
         if self._config.data.packing == "none":
             return Batch(inputs, labels)
         segments = _batch(list(documents), self._config)
-        labels[segments[..., 1:] != segments[..., :-1]] = _NO_LOSS
+        labels = labels.masked_fill(segments[..., 1:] != segments[..., :-1], _NO_LOSS)
         return Batch(inputs, labels, segments[..., :-1].contiguous())
 
 

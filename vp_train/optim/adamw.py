@@ -16,15 +16,23 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
-    """The learning rate of `step`, from 1: linear warm-up from 0, then `cosine` or `wsd` down to min_lr at num_steps."""
+    """Return the learning rate of `step`, counted from 1, in a run of `num_steps`.
+
+    It rises linearly from 0 to lr over warmup_steps, and falls to final_lr at the last step: `cosine` from the end of the
+    warm-up on, `wsd` linearly over the last decay_fraction of the run.  A decay that would begin within the warm-up begins
+    at its end instead.  A run no longer than its warm-up only rises.
+    """
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
-    if optim.schedule == "cosine":
-        done = (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps)
-        return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    decay_steps = max(1, round(optim.decay_fraction * num_steps))
-    left = max(0, num_steps - step) / decay_steps
-    return optim.min_lr + (optim.lr - optim.min_lr) * min(1.0, left)
+    begin = optim.warmup_steps  # the last step at lr
+    if optim.schedule == "wsd":
+        decay_steps = max(1, round(optim.decay_fraction * num_steps)) if optim.decay_fraction else 0
+        begin = max(begin, num_steps - decay_steps)
+    if step <= begin:
+        return optim.lr
+    done = min(1.0, (step - begin) / max(1, num_steps - begin))
+    left = 0.5 * (1 + math.cos(math.pi * done)) if optim.schedule == "cosine" else 1 - done
+    return optim.final_lr + (optim.lr - optim.final_lr) * left
 
 
 def build_adamw(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:

@@ -1,4 +1,4 @@
-"""Single ranks of a job on one device: real passes, and communication that does nothing (torch's fake process group)."""
+"""Single ranks of a job on one device: real passes, and messages of noise (torch's fake process group)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from schedules.ir import Kind
-from vp_train.assembly import RankModel, build_rank
+from vp_train.assembly import RankModel, build_rank, rank_device
 from vp_train.config import ConfigError, RunConfig
 from vp_train.mesh import build_mesh
 from vp_train.pipeline.recorder import Recorder, timer_of
@@ -66,16 +66,15 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
         torch.cuda.set_device(0)
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        torch.set_flush_denormal(True)  # what was never received may be anything
         leave_compiled_code_alone()
     plan = make_plan(config, num_ranks)
     rank = plan.degrees.rank(0, pipeline_rank, 0)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
-    dist.all_to_all_single = _exchange_nothing  # type: ignore[assignment]  # a fake group refuses to receive from nobody
     model = build_rank(config, plan, build_mesh(plan.degrees, plan.problem))
+    receive_noise(torch.Generator(rank_device(config)).manual_seed(1))
     shape = (config.num_microbatches, config.micro_batch_size, config.model.seq_length)
     generator = torch.Generator().manual_seed(1)
-    batch = torch.randint(0, config.model.vocab_size, (2, *shape), generator=generator).to(config.run.device)
+    batch = torch.randint(0, config.model.vocab_size, (2, *shape), generator=generator).to(rank_device(config))
     steps = _Steps(model, batch, on_cuda, pipeline_rank)
     steps.run()  # compiles, and allocates what stays
     passes: dict[tuple[Kind, int], list[float]] = {}
@@ -91,8 +90,28 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
     return RankProfile(pipeline_rank, medians, median(programs), median(optimizers), state, peak)
 
 
-def _exchange_nothing(*_: object, group: dist.ProcessGroup, async_op: bool) -> Any:
-    return dist.barrier(group=group, async_op=async_op)
+def receive_noise(generator: torch.Generator) -> None:
+    """Let hops, broadcasts and all-to-alls of this process deliver normal noise of unit scale, drawn by `generator`.
+
+    A fake group would leave what the memory held before, of which NaN, infinity and denormals are slow, or refuse to receive
+    from nobody.  `generator` is of the device of the messages.
+    """
+    receive, broadcast = dist.irecv, dist.broadcast
+
+    def irecv(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        tensor.normal_(generator=generator)
+        return receive(tensor, *arguments, **options)
+
+    def broadcast_noise(tensor: torch.Tensor, src: int, *arguments: Any, **options: Any) -> Any:
+        if dist.get_rank() != src:
+            tensor.normal_(generator=generator)
+        return broadcast(tensor, src, *arguments, **options)
+
+    def exchange(output: torch.Tensor, *_: object, group: dist.ProcessGroup, async_op: bool) -> Any:
+        output.normal_(generator=generator)
+        return dist.barrier(group=group, async_op=async_op)
+
+    dist.irecv, dist.broadcast, dist.all_to_all_single = irecv, broadcast_noise, exchange  # type: ignore[assignment]
 
 
 def _when_computed() -> float:
@@ -147,7 +166,7 @@ class _Steps:
         return state, live.peak
 
     def _update(self) -> None:
-        """Gradients are of garbage, so nothing is applied: the rate is 0."""
+        """Gradients are of noise, so nothing is applied: the rate is 0."""
         self._model.optimizer.reduce()
         self._model.optimizer.squared_norm()
         self._model.optimizer.step(0.0, 0.0)

@@ -1,0 +1,203 @@
+"""A run goes on from its checkpoint as if it had never stopped, in any layout, and refuses that of another run in words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.meshes import mesh_for
+from tests.pipeline.test_equivalence import config_of
+from tests.pipeline.truth import random_batch
+from vp_train.assembly import build_rank
+from vp_train.checkpoint import store
+from vp_train.checkpoint.training import load_weights, restore_run, save_run
+from vp_train.config import ConfigError, ModelConfig, VocabConfig
+from vp_train.plan import make_plan
+
+CONTENTS = ("abc", "def")
+
+
+def built(config, num_ranks):
+    plan = make_plan(config, num_ranks)
+    mesh = mesh_for(plan)
+    return build_rank(config, plan, mesh), mesh
+
+
+def updated(model, config, steps, replica=0):
+    for step in steps:
+        model.gradients.zero()
+        model.train_step(*random_batch(config, step + 100 * replica))
+        model.optimizer.reduce()
+        model.optimizer.step(0.01 * step, 1.0)
+
+
+def copies(model):
+    """What a rank holds, by kind and name: whole tensors where it has them, and where its part lies else."""
+    return {
+        (kind, name): (tensor.clone(), model.splits.get(name))
+        for kind, tensors in model.optimizer.state().items()
+        for name, tensor in tensors.items()
+        if name not in model.copied
+    }
+
+
+def save_after_two(rank, num_ranks, config, directory):
+    model, mesh = built(config, num_ranks)
+    updated(model, config, (1, 2))
+    model.loss_scale.value, model.loss_scale.finite_steps = 4.0, 7
+    path = save_run(Path(directory), 2, config, model, mesh, CONTENTS)
+    held = copies(model)
+    updated(model, config, (3,))
+    return str(path), held, {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
+
+
+def restore(rank, num_ranks, config, path):
+    model, mesh = built(config, num_ranks)
+    step = restore_run(Path(path), config, model, mesh, CONTENTS)
+    told = step, model.optimizer.updates, model.loss_scale.value, model.loss_scale.finite_steps
+    held = copies(model)
+    updated(model, config, (3,))
+    return told, held, {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
+
+
+def joined(results):
+    """Every tensor whole, from the parts that the ranks hold."""
+    whole = {}
+    for held in results:
+        for key, (tensor, split) in held.items():
+            if split is None:
+                whole[key] = tensor
+                continue
+            target = whole.setdefault(key, torch.full(split.whole_shape(tensor.shape), torch.nan, dtype=tensor.dtype))
+            split.part(torch.arange(target.shape[split.dim]))  # its ranges lie within the whole
+            start = 0
+            for first, last in split.ranges:
+                target.narrow(split.dim, first, last - first).copy_(tensor.narrow(split.dim, start, last - first))
+                start += last - first
+    return whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_restored_run_holds_and_computes_what_the_saved_one_did(ranks, tmp_path, dtype):
+    config = config_of(2, 3, 101, dtype=dtype)
+    saved = ranks(2).run(save_after_two, config, str(tmp_path))
+    found = ranks(2).run(restore, config, saved[0][0])
+    for (_, before, after), (told, held, later) in zip(saved, found, strict=True):
+        assert told == (2, 2, 4.0, 7)
+        assert held.keys() == before.keys()
+        assert {kind for kind, _ in held} == {"parameter", "exp_avg", "exp_avg_sq"}
+        for key, (tensor, _) in before.items():
+            assert held[key][0].dtype is tensor.dtype is torch.float32
+            assert torch.equal(held[key][0], tensor), key
+        assert later.keys() == after.keys()
+        for name, tensor in after.items():
+            assert torch.equal(later[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("p", "options"),
+    [
+        (1, {"num_stages": 4}),
+        (2, {"num_stages": 4, "schedule": "v_half"}),
+        (3, {"layers": (2, 0, 2), "vocab": VocabConfig(shards=(0, 90, 11))}),
+    ],
+)
+def test_other_ranks_restore_the_same_values(ranks, tmp_path, p, options):
+    config = config_of(2, 3, 101, num_stages=4, dtype="float32")
+    saved = ranks(2).run(save_after_two, config, str(tmp_path))
+    other = config_of(p, 3, 101, dtype="float32", **options)
+    found = ranks(p).run(restore, other, saved[0][0])
+    before, after = joined(held for _, held, _ in saved), joined(held for _, held, _ in found)
+    assert after.keys() == before.keys()
+    for key, tensor in before.items():
+        assert torch.equal(after[key], tensor), key
+
+
+def refusal(rank, num_ranks, config, path, contents):
+    model, mesh = built(config, num_ranks)
+    try:
+        restore_run(Path(path), config, model, mesh, contents)
+    except ConfigError as error:
+        return str(error)
+    return "restored"
+
+
+def other_run(config, **changes):
+    return replace(config, model=replace(config.model, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changed", "contents", "message"),
+    [
+        (lambda c: other_run(c, norm_epsilon=1e-3), CONTENTS, "was saved with model.norm_epsilon=1e-05, this run has 0.001"),
+        (
+            lambda c: replace(c, micro_batch_size=1),
+            CONTENTS,
+            "batch.dp * num_microbatches * micro_batch_size=6, this run has 3",
+        ),
+        (lambda c: replace(c, run=replace(c.run, dtype="float64")), CONTENTS, "run.dtype=float32, this run has float64"),
+        (lambda c: replace(c, data=replace(c.data, seed=5)), CONTENTS, "data.seed=1234, this run has 5"),
+        (lambda c: c, ("abc", "xyz"), "the text or tokenizer of data.blend[1] is not what"),
+        (lambda c: c, ("abc",), "the text or its tokenizer is not what"),
+        (lambda c: replace(c, data=replace(c.data, cache_dir="elsewhere")), CONTENTS, "restored"),
+        (lambda c: replace(c, optim=replace(c.optim, lr=1e-3)), CONTENTS, "restored"),
+    ],
+)
+def test_the_checkpoint_of_another_run_is_refused_by_the_setting(ranks, tmp_path, changed, contents, message):
+    config = config_of(1, 3, 101, dtype="float32")
+    ((path, *_),) = ranks(1).run(save_after_two, config, str(tmp_path))
+    (said,) = ranks(1).run(refusal, changed(config), path, contents)
+    assert message in said
+    assert message == "restored" or path in said
+
+
+def load(rank, num_ranks, config, path):
+    model, _ = built(config, num_ranks)
+    try:
+        load_weights(Path(path), config, model)
+    except ConfigError as error:
+        return str(error)
+    state = model.optimizer.state()
+    nothing = all(not tensor.any() for moment in ("exp_avg", "exp_avg_sq") for tensor in state[moment].values())
+    return copies(model), model.optimizer.updates, nothing
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_weights_alone_start_another_run_of_any_layout_and_precision(ranks, tmp_path, dtype):
+    config = config_of(2, 3, 101, dtype="float32")
+    saved = ranks(2).run(save_after_two, config, str(tmp_path))
+    before = {key: tensor for key, tensor in joined(held for _, held, _ in saved).items() if key[0] == "parameter"}
+    longer = ModelConfig(**{**{f: getattr(config.model, f) for f in config.model.__dataclass_fields__}, "seq_length": 9})
+    other = replace(config_of(1, 2, 101, dtype=dtype, num_stages=2), model=longer)
+    ((held, updates, nothing),) = ranks(1).run(load, other, saved[0][0])
+    assert updates == 0
+    assert nothing
+    after = {key: tensor for key, (tensor, _) in held.items() if key[0] == "parameter"}
+    assert after.keys() == before.keys()
+    for key, tensor in before.items():
+        assert after[key].dtype is (torch.float64 if dtype == "float64" else torch.float32)
+        assert torch.equal(after[key], tensor.to(after[key].dtype)), key
+    (said,) = ranks(1).run(load, other_run(config_of(1, 3, 101, num_stages=2), ffn_hidden_size=32), saved[0][0])
+    assert "was saved with model.ffn_hidden_size=24, this run has 32; use the same value" in said
+
+
+def numbers(rank, num_ranks, directory, value):
+    import torch.distributed as dist
+
+    pieces = {"number": store.Piece(torch.tensor(value)), "row": store.Piece(torch.full((2,), value))}
+    path = store.save(Path(directory), 1, pieces, {}, dist.group.WORLD, 1)
+    read = {"number": store.Piece(torch.tensor(torch.nan)), "row": store.Piece(torch.full((2,), torch.nan))}
+    manifest = store.read_manifest(path)
+    assert manifest["files"]["rank-00000.safetensors"]["tensors"]["number"]["shape"] == []
+    store.load(path, manifest, read)
+    return read["number"].tensor, read["row"].tensor
+
+
+def test_a_tensor_without_dimensions_comes_back(ranks, tmp_path):
+    ((number, row),) = ranks(1).run(numbers, str(tmp_path), 3.25)
+    assert number.shape == ()
+    assert number.item() == 3.25
+    assert row.tolist() == [3.25, 3.25]

@@ -1,0 +1,175 @@
+"""What rank 0 says and writes: the run before it starts, a record of every step, the trace beside the plan, the table."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from vp_train.cli import load_config
+from vp_train.metrics.progress import StepReport
+from vp_train.metrics.reporter import Reporter
+from vp_train.metrics.run_directory import RunDirectory
+from vp_train.plan import make_plan
+
+SOURCE = SimpleNamespace(description="ten documents")
+
+
+def report(step):
+    return StepReport(step, 2.0 / step, 1.0, 1e-3, 10.0, 2.0**30)
+
+
+def stretched(timeline, factor):
+    """The same passes, `factor` times as long."""
+    rows = [[replace(s, start=factor * s.start, end=factor * s.end) for s in row] for row in timeline.compute]
+    return replace(timeline, compute=tuple(map(tuple, rows)), comm=(), bound=0.0)
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A run on `num_ranks` ranks that is about to take its first step: (config, plan, directory, reporter)."""
+
+    def start(*overrides, num_ranks=2, first_step=1):
+        told = ["model=nano", "model.num_layers=4", "num_microbatches=4", f"run.root={tmp_path}", "run.steps=4", *overrides]
+        config = load_config(told)
+        plan, directory = make_plan(config, num_ranks), RunDirectory(config.run)
+        reporter = Reporter(config, plan, directory, first_step)
+        reporter.start("model: nano\n", SOURCE)
+        return config, plan, directory, reporter
+
+    return start
+
+
+def records(directory):
+    return [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+
+
+def line_of(words, name):
+    (line,) = [line for line in words.splitlines() if line.split()[:1] == [name]]
+    return " ".join(line.split()[1:])
+
+
+def test_before_the_first_step_everything_known_is_said_and_written(started, capsys):
+    config, plan, directory, _ = started(first_step=3)
+    written = {path.name for path in directory.path.iterdir()}
+    assert written >= {"config.yaml", "env.json", "schedule.txt", "schedule.svg", "tensorboard", "trace", "LOCK"}
+    assert (directory.path / "config.yaml").read_text() == "model: nano\n"
+    assert (directory.path / "schedule.txt").read_text() == plan.schedule.text()
+    assert "1f1b, vocabulary one_barrier: as planned" in (directory.path / "schedule.svg").read_text()
+    words = capsys.readouterr().out
+    assert line_of(words, "data") == "ten documents"
+    assert line_of(words, "mesh").startswith("2 ranks = ")
+    assert line_of(words, "mesh").endswith("optim.name=adamw")
+    assert line_of(words, "pipeline") == "rank 0: layers 0-1 rank 1: layers 2-3"
+    assert f"4 microbatches of 1 x {config.model.seq_length} tokens" in line_of(words, "schedule")
+    assert f"(ln V = {math.log(config.model.vocab_size):.2f}), float32 on cpu" in line_of(words, "model")
+    assert "advice" not in words
+    assert line_of(words, "run") == f"{directory.path}, steps 3 to 4"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_ranks", "mesh", "pipeline"),
+    [
+        (["parallel.dp=2"], 4, "(the first replica is ranks 0-1)", "rank 0: layers 0-1 rank 1: layers 2-3"),
+        (["parallel.dp=2", "parallel.pp=1"], 2, "(the first replica is rank 0)", "rank 0: layers 0-3"),
+        (["parallel.tp=2"], 4, None, "ranks 0-1: layers 0-1 ranks 2-3: layers 2-3"),
+        (["schedule=v_half"], 2, None, "rank 0: layers 0, 3 rank 1: layers 1, 2"),
+        (["parallel.layers_per_stage=[4,0]"], 2, None, "rank 0: layers 0-3 rank 1: layers none"),
+    ],
+)
+def test_ranks_are_told_what_lives_where(started, capsys, overrides, num_ranks, mesh, pipeline):
+    started(*overrides, num_ranks=num_ranks)
+    words = capsys.readouterr().out
+    assert line_of(words, "mesh").startswith(f"{num_ranks} ranks = ")
+    assert ("first replica" in words) == (mesh is not None)
+    assert mesh is None or mesh in line_of(words, "mesh")
+    assert line_of(words, "pipeline") == pipeline
+
+
+def test_a_step_has_one_record_with_what_fell_on_it(started, capsys):
+    config, plan, directory, reporter = started()
+    reporter.step(report(1))
+    assert records(directory) == []  # its validation may come yet
+    reporter.validation(1, 1.25)
+    reporter.record()
+    reporter.step(report(2))
+    reporter.trace(stretched(plan.timeline, 3.0), (11, 12))
+    reporter.record()
+    first, second = records(directory)
+    steps = {"grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 10.0, "peak_bytes": 2.0**30}
+    assert first == {"step": 1, "loss": 2.0, **steps, "validation_loss": 1.25}
+    assert second == {
+        "step": 2,
+        "loss": 1.0,
+        **steps,
+        "bubble_measured": pytest.approx(stretched(plan.timeline, 3.0).mean_bubble),
+        "bubble_predicted": pytest.approx(plan.timeline.mean_bubble),
+        "gap_measured": pytest.approx(stretched(plan.timeline, 3.0).makespan / plan.timeline.bound - 1),
+        "gap_predicted": pytest.approx(plan.timeline.gap),
+    }
+    assert second["gap_measured"] > 1.5
+    uniform = math.log(config.model.vocab_size)
+    assert f"step 1  validation loss 1.2500  (a uniform guess has ln V = {uniform:.4f})" in capsys.readouterr().out
+    with pytest.raises(AssertionError):
+        reporter.record()  # a second record of a step
+
+
+def test_a_run_that_goes_on_keeps_the_records_before_its_first_step(started, tmp_path):
+    (tmp_path / "default").mkdir()
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    (tmp_path / "default" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    _, _, directory, reporter = started("run.resume=true", first_step=3)
+    reporter.step(report(3))
+    reporter.record()
+    assert [(record["step"], record["loss"]) for record in records(directory)] == [(1, 1.0), (2, 1.0), (3, 2.0 / 3)]
+
+
+def test_a_traced_step_lies_beside_the_planned_one(started):
+    _, plan, directory, reporter = started()
+    reporter.step(report(1))
+    reporter.trace(stretched(plan.timeline, 2.0), (11, 12))
+    events = json.loads((directory.trace / "step.json").read_text())
+    events = events["traceEvents"] if isinstance(events, dict) else events
+    names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert len(names) == 2 * plan.num_ranks
+    assert "1f1b, vocabulary one_barrier: as measured" in (directory.trace / "step.svg").read_text()
+
+
+def test_a_step_without_a_bound_has_no_gap(started):
+    _, plan, directory, reporter = started()
+    reporter._plan = replace(plan, timeline=replace(plan.timeline, bound=0.0))
+    reporter.step(report(1))
+    reporter.trace(stretched(plan.timeline, 2.0), (11, 12))
+    reporter.record()
+    assert not [name for name in records(directory)[0] if name.startswith("gap")]
+
+
+def test_at_the_end_the_table_has_every_rank_where_a_step_was_traced(started, capsys):
+    _, plan, directory, reporter = started()
+    reporter.step(report(1))
+    reporter.trace(stretched(plan.timeline, 2.0), (11_000_000, 12_000_000))
+    reporter.record()
+    capsys.readouterr()
+    reporter.finish([2.0**20, 3.0 * 2**20])
+    words = capsys.readouterr().out
+    rows = [line.split() for line in words.splitlines() if line.split()[:1] in (["0"], ["1"])]
+    assert [(row[1], row[3], row[4], row[-2], row[-1]) for row in rows] == [
+        ("0-1", "11.00", "M", "1.0", "MiB"),
+        ("2-3", "12.00", "M", "3.0", "MiB"),
+    ]
+    assert words.splitlines()[-1] == f"everything is in {directory.path}"
+
+
+def test_without_a_traced_step_there_is_no_table(started, capsys):
+    _, _, directory, reporter = started()
+    reporter.step(report(1))
+    reporter.say("a word")
+    reporter.record()
+    reporter.finish([1.0, 1.0])
+    words = capsys.readouterr().out
+    assert "a word" in words.splitlines()
+    assert "one traced step" not in words
+    assert words.splitlines()[-1] == f"everything is in {directory.path}"

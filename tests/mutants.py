@@ -1,0 +1,359 @@
+"""Mutants: do the tests of a package fail when its code is wrong?
+
+    python -m tests.mutants --packages schedules,data --count 20 --seed 1 --json mutants.json
+
+Each mutant is one small change of one file: a comparison shifted, a constant off by one, an operator swapped, a `not` or a
+statement dropped.  It is made in a scratch copy of the tree, where only the tests of its package run.  A mutant that they pass
+has survived: a law is missing, or the change means the same (then `mutants_equivalent.txt` says why, and it does not count).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import hypothesis.strategies  # noqa: F401 - imported once, before the forks
+import pytest
+import safetensors.torch  # noqa: F401
+import tokenizers  # noqa: F401
+import torch.distributed  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[1]
+EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
+COPIED = ("schedules", "vp_train", "configs", "tests", "benchmarks", "launch", "pyproject.toml", "README.md", "Makefile")
+
+# The sources of a package, and the tests that are to notice: those of the first row with a path that a file begins with.
+# The last row of a package has all of its files.
+_SCHEDULES = ("tests/schedules", "--ignore=tests/schedules/test_auto.py")
+_WORDS = tuple(f"schedules/{name}.py" for name in ("bound", "cost", "graph", "ir", "layout", "render", "timeline", "torch_csv"))
+PACKAGES: dict[str, tuple[tuple[str | tuple[str, ...], tuple[str, ...]], ...]] = {
+    "schedules": (
+        (_WORDS, (*_SCHEDULES, "--ignore=tests/schedules/test_generators.py")),
+        ("schedules/generators/auto.py", ("tests/schedules/test_auto.py",)),
+        ("schedules/generators/refine.py", ("tests/schedules/test_generators.py", "tests/schedules/test_auto.py")),
+        ("schedules", _SCHEDULES),
+    ),
+    "data": (("vp_train/data", ("tests/data",)),),
+    "checkpoint": (("vp_train/checkpoint", ("tests/checkpoint",)),),
+    "optim": (("vp_train/optim", ("tests/optim",)),),
+    "metrics": (("vp_train/metrics", ("tests/metrics",)),),
+    "vocab": (("vp_train/vocab", ("tests/vocab",)),),
+    "model": (("vp_train/model", ("tests/model",)),),
+    "pipeline": (("vp_train/pipeline", ("tests/pipeline",)),),
+    "planner": (("vp_train/planner", ("tests/planner", "tests/test_plan_command.py")),),
+    "hf": (("vp_train/hf", ("tests/hf",)),),
+}
+
+_COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+_OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.Pow: ast.Mult,
+}
+_CALLS = {"min": "max", "max": "min", "any": "all", "all": "any"}
+_SILENT = ("warnings", "print")  # words for people
+SPARE_SECONDS = 30.0  # that a mutant has, besides a multiple of what its tests need without it
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A change of `path`: characters [start, stop) of its text become `after`."""
+
+    package: str
+    path: str
+    line: int
+    start: int
+    stop: int
+    before: str
+    after: str
+    code: str  # the line that it begins in
+
+    def applied(self, text: str) -> str:
+        return text[: self.start] + self.after + text[self.stop :]
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}  {_one_line(self.before)}  ->  {_one_line(self.after)}"
+
+    @property
+    def key(self) -> str:
+        """The change and where it is, without the number of its line, which moves."""
+        return f"{self.path}  {self.code}  |  {_one_line(self.before)}  ->  {_one_line(self.after)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    mutant: Mutant
+    status: str  # KILLED, TIMEOUT or SURVIVED
+    equivalent: bool
+    seconds: float
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def mutants_of(package: str, path: str, text: str) -> Iterator[Mutant]:
+    """Every mutant of a file.  Annotations, decorators, assertions, and words for people stay as they are."""
+    starts, lines = [0], text.splitlines(keepends=True)
+    for line in lines:
+        starts.append(starts[-1] + len(line.encode()))
+    encoded = text.encode()
+
+    def place(line: int, column: int) -> int:
+        return len(encoded[: starts[line - 1] + column].decode())
+
+    for node, changed in _changes(ast.parse(text)):
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        start, stop = place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset)
+        before, after = text[start:stop], ast.unparse(changed)
+        if isinstance(node, ast.expr):
+            after = f"({after})"
+        yield Mutant(package, path, node.lineno, start, stop, before, after, lines[node.lineno - 1].strip())
+
+
+def _changes(node: ast.AST) -> Iterator[tuple[ast.expr | ast.stmt, ast.AST]]:
+    """Each node below `node` that can be changed, with what it becomes."""
+    if isinstance(node, ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom):
+        return
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return  # a docstring
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _name(node.value.func) in _SILENT:
+        return
+    if isinstance(node, ast.expr | ast.stmt):
+        for changed in _changes_of(node):
+            yield node, changed
+    if isinstance(node, ast.Raise):
+        return  # its words
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list", "bases", "type_params"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from _changes(child)
+
+
+def _name(node: ast.expr) -> str:
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str | bytes))
+
+
+def _changes_of(node: ast.expr | ast.stmt) -> Iterator[ast.AST]:
+    match node:
+        case ast.Compare(left, [operator, *others], comparators) if type(operator) in _COMPARISONS:
+            yield ast.Compare(left, [_COMPARISONS[type(operator)](), *others], comparators)
+        case ast.Constant(bool(value)):
+            yield ast.Constant(not value)
+        case ast.Constant(int(value)):
+            yield ast.Constant(value + 1)
+            if value > 0:
+                yield ast.Constant(value - 1)
+        case ast.BinOp(left, operator, right) if type(operator) in _OPERATORS and not (_is_text(left) or _is_text(right)):
+            yield ast.BinOp(left, _OPERATORS[type(operator)](), right)
+        case ast.UnaryOp(ast.Not(), operand):
+            yield operand
+        case ast.UnaryOp(ast.USub(), operand) if not isinstance(operand, ast.Constant):
+            yield operand
+        case ast.BoolOp(operator, values):
+            yield ast.BoolOp(ast.Or() if isinstance(operator, ast.And) else ast.And(), values)
+        case ast.Call(ast.Name(name), arguments, keywords) if name in _CALLS:
+            yield ast.Call(ast.Name(_CALLS[name]), arguments, keywords)
+        case ast.IfExp(_, body, otherwise):
+            yield body
+            yield otherwise
+        case ast.Expr(ast.Call()) | ast.AugAssign() | ast.Raise() | ast.Continue() | ast.Break():
+            yield ast.Pass()
+
+
+def tests_of(mutant: Mutant) -> tuple[str, ...]:
+    """The tests that are to notice."""
+    return next(tests for prefix, tests in PACKAGES[mutant.package] if mutant.path.startswith(prefix))
+
+
+def _likely_first(tests: tuple[str, ...], path: str) -> tuple[str, ...]:
+    """`tests` with those named after the file in front."""
+    named = [f"{test}/test_{Path(path).stem}.py" for test in tests]
+    return (*(test for test in named if (ROOT / test).exists()), *tests)
+
+
+def drawn(package: str, count: int, seed: int, begin: tuple[str, ...] = ("",)) -> list[Mutant]:
+    """`count` mutants of a package, the same ones for a seed as long as its files stay the same.
+
+    Only of files whose path begins with one of `begin`.
+    """
+    root = PACKAGES[package][-1][0]
+    assert isinstance(root, str)
+    found = []
+    for file in sorted((ROOT / root).rglob("*.py")):
+        path = str(file.relative_to(ROOT))
+        if path.startswith(begin):
+            found += list(mutants_of(package, path, file.read_text()))
+    return random.Random(f"{seed} {package}").sample(found, min(count, len(found)))
+
+
+def _run(scratch: Path, tests: tuple[str, ...], limit: float) -> tuple[int | None, float]:
+    """The exit status of pytest, None where it took longer than `limit` seconds; and how long it took.
+
+    It runs in a fork of this process, which has imported what takes long and is not the project's.
+    """
+    start = time.monotonic()
+    child = os.fork()
+    if not child:
+        status = 3
+        try:
+            os.setsid()
+            status = _tested(scratch, tests)
+        finally:
+            os._exit(status)
+    done, status = 0, 0
+    while not done and time.monotonic() - start < limit:
+        done, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0 if done else 0.02)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # with the ranks of its tests
+    if not done:
+        os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) if done else None, time.monotonic() - start
+
+
+def _tested(scratch: Path, tests: tuple[str, ...]) -> int:
+    """Run pytest on the tree at `scratch`, without a word; its exit status."""
+    os.environ |= {
+        "CI": "1",  # hypothesis tries the same examples every time
+        "PYTHONPATH": str(scratch),
+        "PYTHONDONTWRITEBYTECODE": "1",  # two mutants of one second and size would share their code
+        "OMP_NUM_THREADS": "1",
+    }
+    sys.dont_write_bytecode = True
+    os.chdir(scratch)
+    own = {path.stem for path in ROOT.iterdir()} | {path.name for path in scratch.iterdir()}
+    for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+        del sys.modules[name]
+    sys.path[:] = [str(scratch), *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nowhere, stream)
+    return int(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]))
+
+
+def _known() -> frozenset[str]:
+    """The keys of the mutants that are known to mean the same."""
+    lines = EQUIVALENT.read_text().splitlines() if EQUIVALENT.exists() else []
+    return frozenset(line for line in lines if line and not line.startswith("#"))
+
+
+def judge(mutants: list[Mutant], factor: float) -> Iterator[Outcome]:
+    """Run every mutant.  Raises SystemExit where the tests do not pass without one.
+
+    A mutant has `factor` times as long as its tests need without it, and SPARE_SECONDS more.
+    """
+    known = _known()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
+        scratch = Path(directory)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, scratch / name, ignore=shutil.ignore_patterns("__pycache__"))
+            elif source.exists():
+                shutil.copy2(source, scratch / name)
+        limits: dict[tuple[str, ...], float] = {}
+        for mutant in mutants:
+            tests, target = tests_of(mutant), scratch / mutant.path
+            if tests not in limits:
+                status, seconds = _run(scratch, tests, 3600)
+                if status != 0:
+                    raise SystemExit(f"mutants: {' '.join(tests)} end with {status} without a mutant; mend them first")
+                limits[tests] = SPARE_SECONDS + factor * seconds
+            text = target.read_text()
+            target.write_text(mutant.applied(text))
+            try:
+                status, seconds = _run(scratch, _likely_first(tests, mutant.path), limits[tests])
+            finally:
+                target.write_text(text)
+            if status == 5:
+                raise SystemExit(f"mutants: {' '.join(tests)} have no test")
+            verdict = {None: "TIMEOUT", 0: "SURVIVED"}.get(status, "KILLED")
+            yield Outcome(mutant, verdict, verdict == "SURVIVED" and mutant.key in known, seconds)
+
+
+def rate(outcomes: list[Outcome]) -> tuple[int, int]:
+    """How many were noticed, of how many that count."""
+    counted = [outcome for outcome in outcomes if not outcome.equivalent]
+    return sum(outcome.status != "SURVIVED" for outcome in counted), len(counted)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Do the tests fail when the code is wrong?")
+    parser.add_argument("--packages", default="schedules,data,checkpoint,optim,metrics", help=f"of {', '.join(PACKAGES)}")
+    parser.add_argument("--files", default="", help="only those whose path begins with one of these, separated by commas")
+    parser.add_argument("--count", type=int, default=10, help="mutants of each package")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--factor", type=float, default=3.0, help="of the time of the tests without a mutant")
+    parser.add_argument("--json", type=Path, help="write every outcome here")
+    parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
+    options = parser.parse_args()
+    names = options.packages.split(",")
+    for name in names:
+        if name not in PACKAGES:
+            parser.error(f"--packages={name} is not known; choose of {', '.join(PACKAGES)}")
+    outcomes: list[Outcome] = []
+    for name in names:
+        mutants = drawn(name, options.count, options.seed, tuple(options.files.split(",")))
+        if options.list:
+            print(*mutants, sep="\n")
+            continue
+        for outcome in judge(mutants, options.factor):
+            outcomes.append(outcome)
+            note = " (equivalent)" if outcome.equivalent else ""
+            print(f"{outcome.status + note:8s} {outcome.seconds:6.1f} s  {outcome.mutant}", flush=True)
+        if options.json is not None:
+            told = {
+                "seed": options.seed,
+                "count": options.count,
+                "files": options.files,
+                "outcomes": list(map(asdict, outcomes)),
+            }
+            options.json.write_text(json.dumps(told, indent=1) + "\n")
+    if options.list:
+        return
+    for name in [*names, "all"]:
+        own = [outcome for outcome in outcomes if name in (outcome.mutant.package, "all")]
+        killed, counted = rate(own)
+        share = f"{killed / counted:.0%}" if counted else "none"
+        print(f"{name}: {killed} of {counted} killed, {share}; {sum(o.equivalent for o in own)} equivalent")
+
+
+if __name__ == "__main__":
+    main()

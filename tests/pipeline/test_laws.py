@@ -1,0 +1,190 @@
+"""Laws of what the executor stands on: messages that nobody awaits, actions done once, and the recorder of a step."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from schedules.ir import Pass
+from schedules.vocab import Transfer
+from tests.local import run_locally
+from tests.pipeline.test_comms import comms_of, exchange, started, unwatched
+from tests.pipeline.test_equivalence import config_of
+from tests.pipeline.truth import random_batch
+from vp_train.pipeline.buffers import Buffers, Once
+from vp_train.pipeline.recorder import Recorder
+from vp_train.plan import make_plan
+
+LATE_SECONDS = 0.4
+
+
+def drain_what_nobody_awaits(rank, world_size, what):
+    """Seconds until rank 0 has drained, whether its message lived until then, and its value; rank 1 is late."""
+    comms = comms_of(world_size)
+    message = torch.full((4,), rank + 1.0)
+    alive = weakref.ref(message.untyped_storage())
+    dist.barrier()
+    start = time.monotonic()
+    if rank == 1:
+        time.sleep(LATE_SECONDS)
+    if what == "collective":
+        assert started(comms, exchange(Transfer.ALL_SUM, delivers=False), lambda message=message: message)[0] is None
+    elif rank == 0:
+        comms.send(message, 1, watch=unwatched)
+    else:
+        return comms.receive(torch.empty(4), 0, watch=unwatched).wait().tolist()
+    data = message.data_ptr()
+    del message
+    gc.collect()
+    scribble = [torch.full((4,), -7.0) for _ in range(1000)]  # would take over memory that was let go of too early
+    reused = any(other.data_ptr() == data for other in scribble)
+    lived = alive() is not None
+    comms.drain()
+    return time.monotonic() - start, lived and not reused
+
+
+@pytest.mark.parametrize("what", ["collective", "hop"])
+def test_a_message_that_nobody_awaits_lives_until_drain_has_waited_for_it(ranks, what):
+    first, second = ranks(2).run(drain_what_nobody_awaits, what)
+    seconds, alive = first
+    assert seconds >= LATE_SECONDS
+    assert alive
+    if what != "collective":
+        assert second == [1.0] * 4
+
+
+def sum_that_nobody_awaits(rank, world_size):
+    """The sums in place, after drain; rank 1 joins each of them late."""
+    comms = comms_of(world_size)
+    messages = [torch.full((4,), rank + 1.0 + count) for count in range(3)]
+    dist.barrier()
+    for message in messages:
+        if rank == 1:
+            time.sleep(LATE_SECONDS / 2)
+        started(comms, exchange(Transfer.ALL_SUM, delivers=False), lambda message=message: message)
+    comms.drain()
+    return [message.tolist() for message in messages]
+
+
+def test_what_drain_has_waited_for_is_complete(ranks):
+    assert ranks(2).run(sum_that_nobody_awaits) == [[[3.0 + 2 * count] * 4 for count in range(3)]] * 2
+
+
+def test_an_action_is_done_once_however_often_it_is_called():
+    done = []
+    once = Once(lambda: done.append(1))
+    assert done == []
+    for first in (True, False, False):
+        assert once() is first
+        assert done == [1]
+
+
+def test_an_action_is_done_once_by_two_threads_and_both_return_after_it():
+    for _ in range(20):
+        done, seen, together = [], [], threading.Barrier(3)
+
+        def act(done=done):
+            time.sleep(0.002)
+            done.append(1)
+
+        once = Once(act)
+
+        def call(once=once, done=done, seen=seen, together=together):
+            together.wait()
+            once()
+            seen.append(len(done))
+
+        threads = [threading.Thread(target=call) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(5)
+        assert done == [1]
+        assert seen == [1, 1, 1]
+
+
+def test_a_value_is_put_once_and_taken_once_and_what_is_left_is_named():
+    buffers: Buffers[str] = Buffers()
+    buffers.put("x", 1, 0, "first")
+    buffers.put("x", 1, 1, "second")
+    with pytest.raises(AssertionError, match=r"\('x', 1, 0\) is put twice"):
+        buffers.put("x", 1, 0, "third")
+    assert buffers.look("x", 1, 0) == buffers.take("x", 1, 0) == "first"
+    assert buffers.look("x", 1, 0) is None
+    with pytest.raises(KeyError):
+        buffers.take("x", 1, 0)
+    with pytest.raises(AssertionError, match=r"left over after the step: .*'x', 1, 1"):
+        buffers.assert_empty()
+    buffers.take("x", 1, 1)
+    buffers.assert_empty()
+
+
+class Ticking:
+    """A timer that says another second whenever it is asked."""
+
+    def __init__(self):
+        self._marks, self._origin = itertools.count(1000.0), 0.0
+
+    def start(self):
+        self._origin = self.mark()
+
+    def mark(self):
+        return next(self._marks)
+
+    def seconds(self, mark):
+        return mark - self._origin
+
+    def watch(self, pending, done):
+        return pending
+
+
+def test_spans_start_at_the_moment_from_which_they_count():
+    timer = Ticking()
+    recorder = Recorder(3, timer, [])
+    timer.start()
+    for token in ("0F0", "0S0"):
+        with recorder.observe(Pass.parse(token), lambda: 0):
+            timer.mark()
+    assert [(span.rank, span.name, span.start, span.end) for span in recorder.spans] == [
+        (3, "0F0", 1.0, 3.0),
+        (3, "0S0", 4.0, 6.0),
+    ]
+
+
+def recorded(config):
+    """Of each rank: the peak of a recorded step, and its spans in ticks of a clock that only passes ask."""
+
+    def work(rank, model, together):
+        timer = Ticking()
+        recorder = PassRecorder(rank, timer, list(model.parameters.values()))
+        timer.start()
+        model.train_step(*random_batch(config, 1), recorder)
+        return recorder.peak_bytes, [(span.start, span.end) for span in recorder.spans]
+
+    return run_locally(config, make_plan(config, 2), work)
+
+
+class PassRecorder(Recorder):
+    def watch(self, name, pending):
+        return pending
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])
+def test_a_full_pipeline_keeps_no_more_with_more_microbatches(schedule):
+    peaks = []
+    for m in (1, 6, 12, 24):
+        results = recorded(config_of(2, m, 101, schedule=schedule, num_stages=4))
+        peaks.append([peak for peak, _ in results])
+        for _, spans in results:
+            assert spans == [(2.0 * count + 1, 2.0 * count + 2) for count in range(len(spans))]
+    few, *full = peaks
+    assert full[0] == full[1] == full[2]
+    for alone, many in zip(few, full[0], strict=True):
+        assert 0 < alone < many
