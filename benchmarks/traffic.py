@@ -8,8 +8,9 @@ scattered or gathered.  `limit` is what that comes to with many replicas.  gloo 
 
 Could DeepSpeed have stayed for ZeRO-1 in device memory?  It sums whole gradients, so in bfloat16 it
 moves 8 + 2 bytes per parameter, one bucket after the other: the next pass waits.  The rows `zero1,
-offload` are measured with it; ZeRO-1 without offload, as it was at commit 5ea462e, measured the same
-10.0.  Our own buckets move 4 + 2 bytes beside the passes, so DeepSpeed stays for `optim.offload=true` alone.
+offload` are measured with it.  ZeRO-1 without offload, as it was at commit 5ea462e, measured the
+same 10.0.  Our own buckets move 4 + 2 bytes beside the passes, so DeepSpeed stays for
+`optim.offload=true` alone.
 """
 
 from __future__ import annotations
