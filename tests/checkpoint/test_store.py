@@ -160,6 +160,22 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(ranks, tmp_path):
     assert (tmp_path / "step-00000001").is_dir()
 
 
+def fail_to_commit(rank, num_ranks, directory):
+    inner = store._commit
+    store._commit = lambda *_: (_ for _ in ()).throw(OSError("no space"))
+    try:
+        return fail_to_save(rank, num_ranks, directory)
+    finally:
+        store._commit = inner
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_checkpoint_that_cannot_be_completed_fails_on_all_ranks_and_leaves_nothing(ranks, tmp_path, num_ranks):
+    said = ranks(num_ranks).run(fail_to_commit, str(tmp_path))
+    assert said == ["rank 0 could not write the checkpoint: OSError: no space"] * num_ranks
+    assert list(tmp_path.iterdir()) == []
+
+
 def fail_to_save_on_the_second(rank, num_ranks, directory):
     inner = store.save_file
     if rank == 1:

@@ -85,6 +85,14 @@ def test_labels_without_loss_leave_the_tokens_alone_where_a_batch_is_a_single_se
         assert torch.equal(batch.tokens[..., 1:][counted], batch.labels[..., :-1][counted])
 
 
+def test_validation_has_samples_of_its_own(config: RunConfig) -> None:
+    source = open_source(config)
+    rows = {tuple(row) for step in range(1, 5) for row in source.train_batch(step).tokens.flatten(0, 1).tolist()}
+    validation = {tuple(row) for row in source.validation_batch().tokens.flatten(0, 1).tolist()}
+    assert len(validation) > 1
+    assert not rows & validation
+
+
 def test_one_pass_holds_every_training_token_once(letters: RunConfig) -> None:
     corpus = prepare(letters.data, VOCAB_SIZE, progress=False)
     training, _ = split_documents(corpus.prefix, letters.data.validation_fraction, letters.data.seed)
