@@ -162,7 +162,7 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transpor
         config.loss.normalisation,
         leads=mesh.tensor_rank == 0,
         data=mesh.data if mesh.degrees.dp > 1 else None,
-        parameters=completions,
+        updates=completions,
         sequence_parts=mesh.degrees.tp if config.parallel.sequence_parallel else 1,
     )
     evaluating = replace(

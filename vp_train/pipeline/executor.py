@@ -74,7 +74,7 @@ class _Blind:
 BLIND: Observer = _Blind()
 
 
-class Parameters(Protocol):
+class WeightUpdates(Protocol):
     """What the executor tells of the weights of a rank, for those who update them."""
 
     def need(self, item: Pass) -> None:
@@ -90,7 +90,7 @@ class Parameters(Protocol):
         ...
 
 
-class _Untold:
+class _NoUpdates:
     def need(self, item: Pass) -> None:
         pass
 
@@ -101,7 +101,7 @@ class _Untold:
         pass
 
 
-UNTOLD: Parameters = _Untold()
+NO_UPDATES: WeightUpdates = _NoUpdates()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class RankModules:
     normalisation: str = "token"
     leads: bool = True
     data: dist.ProcessGroup | None = None
-    parameters: Parameters = UNTOLD
+    updates: WeightUpdates = NO_UPDATES
     sequence_parts: int = 1
 
 
@@ -248,22 +248,22 @@ class _Step:
             Kind.G: self._embedding_grad,
         }
         self._messages: dict[Payload, Callable[[Exchange, int], Tensor]] = {
-            Payload.EMBEDDINGS: self._say_embeddings,
-            Payload.ACTIVATIONS: self._say_activations,
-            Payload.EMBEDDING_GRADIENT: self._say_embedding_gradient,
-            Payload.STATISTICS: self._say_output,
-            Payload.MAXIMUM: self._say_output,
-            Payload.SUMS: self._say_output,
-            Payload.INPUT_GRADIENT: self._say_output,
+            Payload.EMBEDDINGS: self._form_embeddings,
+            Payload.ACTIVATIONS: self._form_activations,
+            Payload.EMBEDDING_GRADIENT: self._form_embedding_gradient,
+            Payload.STATISTICS: self._form_output,
+            Payload.MAXIMUM: self._form_output,
+            Payload.SUMS: self._form_output,
+            Payload.INPUT_GRADIENT: self._form_output,
         }
         self._deliveries: dict[Payload, Callable[[Exchange, int, Tensor], None]] = {
-            Payload.EMBEDDINGS: self._take_embeddings,
-            Payload.ACTIVATIONS: self._take_activations,
-            Payload.EMBEDDING_GRADIENT: self._take_embedding_gradient,
-            Payload.STATISTICS: self._take_output,
-            Payload.MAXIMUM: self._take_output,
-            Payload.SUMS: self._take_output,
-            Payload.INPUT_GRADIENT: self._take_input_gradient,
+            Payload.EMBEDDINGS: self._deliver_embeddings,
+            Payload.ACTIVATIONS: self._deliver_activations,
+            Payload.EMBEDDING_GRADIENT: self._deliver_embedding_gradient,
+            Payload.STATISTICS: self._deliver_output,
+            Payload.MAXIMUM: self._deliver_output,
+            Payload.SUMS: self._deliver_output,
+            Payload.INPUT_GRADIENT: self._deliver_input_gradient,
         }
 
     def finish(self) -> Tensor | None:
@@ -280,13 +280,13 @@ class _Step:
     def _pass(self, op: Op) -> None:
         item = op.item
         assert isinstance(item, Pass)
-        stages, parameters = self._modules.stages, self._modules.parameters
+        stages, updates = self._modules.stages, self._modules.updates
         layered = op.completes and not item.kind.is_vocabulary
-        told = stages[item.stage].completing(parameters.announce) if layered else nullcontext()
+        told = stages[item.stage].completing(updates.announce) if layered else nullcontext()
         with self._observer.observe(item, self._held_bytes), told:
             self._passes[item.kind](item)
         if op.completes:
-            parameters.complete(item)
+            updates.complete(item)
 
     def _held_bytes(self) -> int:
         output = 0 if self._outputs is None else self._outputs.held_bytes
@@ -294,7 +294,7 @@ class _Step:
 
     def _need(self, op: Op) -> None:
         assert isinstance(op.item, Pass)
-        self._modules.parameters.need(op.item)
+        self._modules.updates.need(op.item)
 
     def _forward(self, item: Pass) -> None:
         x = self._tensors.take("x", item.stage, item.microbatch)
@@ -395,42 +395,42 @@ class _Step:
         assert isinstance(op.item, Collective)
         self._delivering.take("barrier", op.item.barrier, op.item.microbatch)()
 
-    # What is said at each payload.  The ranks that have nothing to send still take part.
+    # The message of each payload.  Ranks that have nothing to send still take part.
 
-    def _say_embeddings(self, exchange: Exchange, i: int) -> Tensor:
+    def _form_embeddings(self, exchange: Exchange, i: int) -> Tensor:
         return self._tensors.take("x", "CE", i)
 
-    def _say_activations(self, exchange: Exchange, i: int) -> Tensor:
+    def _form_activations(self, exchange: Exchange, i: int) -> Tensor:
         x = self._tensors.take("x", exchange.stage + 1, i) if exchange.contributes else None
         if x is None or not self._modules.leads:
             return self._empty(self._num_tokens, self._modules.hidden_size)
         return x.reshape(self._num_tokens, -1).contiguous()
 
-    def _say_embedding_gradient(self, exchange: Exchange, i: int) -> Tensor:
+    def _form_embedding_gradient(self, exchange: Exchange, i: int) -> Tensor:
         dy = self._tensors.take("dy", exchange.stage - 1, i) if exchange.contributes else None
         if dy is None or not self._modules.leads:
             return self._empty(0, self._modules.hidden_size)
         return self._input.by_shard(i, dy.reshape(self._num_tokens, -1))
 
-    def _say_output(self, exchange: Exchange, i: int) -> Tensor:
+    def _form_output(self, exchange: Exchange, i: int) -> Tensor:
         return self._output.message(exchange.payload, i)
 
-    # What is done with what each payload delivers
+    # What is done with a result
 
-    def _take_embeddings(self, exchange: Exchange, i: int, received: Tensor) -> None:
+    def _deliver_embeddings(self, exchange: Exchange, i: int, received: Tensor) -> None:
         x = self._input.in_order(i, received).view(self._whole_shape)
         self._tensors.put("x", exchange.stage, i, x)
 
-    def _take_activations(self, exchange: Exchange, i: int, received: Tensor) -> None:
+    def _deliver_activations(self, exchange: Exchange, i: int, received: Tensor) -> None:
         self._tensors.put("x", "C0", i, received)
 
-    def _take_embedding_gradient(self, exchange: Exchange, i: int, received: Tensor) -> None:
+    def _deliver_embedding_gradient(self, exchange: Exchange, i: int, received: Tensor) -> None:
         self._tensors.put("dy", "CG", i, received)
 
-    def _take_output(self, exchange: Exchange, i: int, received: Tensor) -> None:
+    def _deliver_output(self, exchange: Exchange, i: int, received: Tensor) -> None:
         self._output.absorb(exchange.payload, i, received)
 
-    def _take_input_gradient(self, exchange: Exchange, i: int, received: Tensor) -> None:
+    def _deliver_input_gradient(self, exchange: Exchange, i: int, received: Tensor) -> None:
         self._output.absorb(exchange.payload, i, received)
         dx = self._output.input_grad(i).view(self._whole_shape)
         self._tensors.put("dy", exchange.stage, i, dx)

@@ -1,0 +1,234 @@
+"""How much of the sum of gradients over the replicas hides behind the passes.
+
+    python benchmarks/replicas.py [--ranks 4] [--replicas 2] [--layers 8] [--mib 4] [--json FILE]
+
+The real executor, buckets and optimizers on real processes over gloo, with passes that sleep as in
+`rehearsal.py`.  A stage has `layers` layers with `mib` MiB of gradients each.  Steps of three kinds
+take turns: none sums, late sums everything after the last pass, early sums each layer as soon as its
+last backward is done.  Hidden is (late - early) / (late - none).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from rehearsal import Case, Setup, Sleeper, SleepingStage, common_start, decide, latest, sleep_overshoot, sleeping_modules
+from torch import Tensor, nn
+
+from schedules.ir import Kind, Pass
+from vp_train.config import OptimConfig
+from vp_train.degrees import Degrees
+from vp_train.mesh import build_mesh
+from vp_train.optim.buckets import lay_out
+from vp_train.optim.gradients import Gradients
+from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
+from vp_train.optim.replicas import Replicas
+from vp_train.optim.zero import ZeroAdamW
+from vp_train.pipeline.comms import Comms, ProcessGroups
+from vp_train.pipeline.executor import NO_UPDATES, Executor, RankModules, WeightUpdates
+
+MODES = ("none", "late", "early")
+OPTIMIZERS = {"adamw": ReplicatedAdamW, "zero1": ZeroAdamW}
+
+
+@dataclass(slots=True)
+class LayeredStage(SleepingStage):
+    """A sleeping stage that says when each of its `units` is complete, the last layer first."""
+
+    units: tuple[tuple[str, ...], ...] = ()
+    done: Callable[[Sequence[str]], None] | None = None
+
+    @contextmanager
+    def completing(self, done: Callable[[Sequence[str]], None]) -> Iterator[None]:
+        self.done = done
+        yield
+        self.done = None
+
+    def pass_on(self, kind: Kind, received: Tensor) -> Tensor:
+        if kind is Kind.B and self.done is not None:
+            self._by_layers(kind)
+            return torch.full_like(received, 1e-3)
+        return SleepingStage.pass_on(self, kind, received)
+
+    def drain(self, microbatch: int) -> None:
+        if self.done is None:
+            SleepingStage.drain(self, microbatch)
+        else:
+            self.waiting.remove(microbatch)
+            self._by_layers(Kind.W)
+
+    def _by_layers(self, kind: Kind) -> None:
+        start = time.perf_counter()
+        seconds = self.sleeper.cost.seconds(Pass(self.stage, kind, 0))
+        for number, names in enumerate(self.units, start=1):
+            end = start + seconds * number / len(self.units)
+            time.sleep(max(0.0, end - time.perf_counter() - self.sleeper.overshoot))
+            if self.done is not None:
+                self.done(names)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Hands completed layers to the optimizer, each once a step."""
+
+    optimizer: Optimizer
+    seen: set[str] = field(default_factory=set)
+
+    def need(self, item: Pass) -> None:
+        pass
+
+    def announce(self, names: Sequence[str]) -> None:
+        new = [name for name in names if name not in self.seen]
+        self.seen.update(new)
+        self.optimizer.ready(new)
+
+    def complete(self, item: Pass) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One schedule with one optimizer: medians of the steps of each kind, in seconds."""
+
+    schedule: str
+    vocab: str
+    optimizer: str
+    seconds: dict[str, float]
+    hidden_pct: float
+    seconds_of_steps: dict[str, list[float]]
+
+    def cells(self) -> str:
+        none, late, early = (self.seconds[mode] for mode in MODES)
+        return (
+            f"| `{self.schedule}` | `{self.vocab}` | `{self.optimizer}` | {none:.3f} | {late:.3f} | {early:.3f} "
+            f"| {self.hidden_pct:.0f} % |"
+        )
+
+
+HEADER = "| schedule | vocab | optimizer | none s | late s | early s | hidden |\n" + "|---" * 7 + "|"
+
+
+def measure(rank: int, degrees: Degrees, case: Case, optimizer_name: str, setup: Setup, layers: int, mib: float) -> Row:
+    """Measure one case; every rank returns the same row."""
+    _, here, _ = degrees.place(rank)
+    problem = setup.problem(case, degrees.pp)
+    mesh = build_mesh(degrees, problem)
+    cost = setup.cost(problem, 0.0, {})
+    program, _ = decide(rank, case, problem, cost)
+    sleeper = Sleeper(cost, sleep_overshoot())
+    plain = sleeping_modules(problem, here, setup, sleeper)
+    units = {stage: tuple((f"{stage}.{k}",) for k in range(layers)) for stage in plain.stages}
+    dtype = torch.float32 if optimizer_name == "adamw" else torch.bfloat16
+    parameters = {
+        name: nn.Parameter(torch.zeros(int(mib * 2**18), dtype=dtype))
+        for of_stage in units.values()
+        for unit in of_stage
+        for name in unit
+    }
+    layout = lay_out(parameters, list(units.values()), max_elements=1, num_parts=degrees.dp)
+    gradients = Gradients(parameters, layout)
+    optimizer = OPTIMIZERS[optimizer_name](parameters, gradients, OptimConfig(optimizer_name), Replicas(mesh.data))
+    stages = {stage: LayeredStage(stage, problem.backward, sleeper, units=units[stage]) for stage in plain.stages}
+    comms = Comms(ProcessGroups(mesh.pipeline, torch.device("cpu")))
+    batch = torch.zeros(setup.microbatches, 1, setup.tokens, dtype=torch.int64)
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for step in range(1 + setup.steps):
+        for mode in MODES:
+            updates: WeightUpdates = Told(optimizer) if mode == "early" else NO_UPDATES
+            modules = RankModules(
+                stages,
+                plain.input_layer,
+                plain.output_layer,
+                setup.dtype,
+                torch.device("cpu"),
+                setup.hidden,
+                updates=updates,
+            )
+            executor = Executor(program, here, modules, comms)
+            start = common_start()
+            executor.step(batch, batch)
+            if mode != "none":
+                optimizer.reduce()
+            taken = latest(time.perf_counter() - start)
+            if step:  # the first one is warm-up
+                seconds[mode].append(taken)
+    medians = {mode: statistics.median(values) for mode, values in seconds.items()}
+    hidden = (medians["late"] - medians["early"]) / (medians["late"] - medians["none"])
+    mesh.destroy()
+    return Row(case.schedule, case.vocab, optimizer_name, medians, 100 * hidden, seconds)
+
+
+def _serve(rank: int, port: int, degrees: Degrees, cases: list[Case], setup: Setup, told: Any, rows: Any) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=120)
+    size = degrees.num_ranks
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    for case in cases:
+        for name in told.optimizers:
+            row = measure(rank, degrees, case, name, setup, told.layers, told.mib)
+            if rank == 0:
+                rows.put(row)
+
+
+def run(degrees: Degrees, cases: list[Case], setup: Setup, told: Any) -> list[Row]:
+    """Start the ranks and print the table as it grows."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ["OMP_NUM_THREADS"] = "1"  # the ranks inherit it
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    arguments = (port, degrees, cases, setup, told, queue)
+    context = multiprocessing.spawn(_serve, arguments, nprocs=degrees.num_ranks, join=False, daemon=True)
+    rows, ended = [], False
+    print(HEADER, flush=True)
+    while not ended:
+        ended = context.join(timeout=0.5)
+        while not queue.empty():
+            rows.append(queue.get())
+            print(rows[-1].cells(), flush=True)
+    return rows
+
+
+def main() -> None:
+    from provenance import provenance
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [Case.parse(name) for name in ("1f1b", "zb_h1", "v_half")]
+    parser.add_argument("--schedules", type=Case.parse, nargs="+", default=default, metavar="NAME[/VOCAB]")
+    parser.add_argument("--optimizers", nargs="+", choices=sorted(OPTIMIZERS), default=sorted(OPTIMIZERS))
+    parser.add_argument("--ranks", type=int, default=4, help="of each pipeline")
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=8, help="of each stage")
+    parser.add_argument("--mib", type=float, default=4.0, help="fp32 gradients of each layer")
+    parser.add_argument("--layer-ms", type=float, default=60.0, help="half of a rank's forward of one microbatch")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of each kind, after one to warm up")
+    parser.add_argument("--json", type=Path, help="write everything measured as JSON")
+    told = parser.parse_args()
+    if told.replicas < 2:
+        parser.error(f"--replicas {told.replicas}: with one replica there is nothing to sum; give 2 or more")
+    setup = Setup(told.microbatches, told.layer_ms / 1e3, 2.4, 4e-3, 64, 64, torch.float32, told.steps)
+    rows = run(Degrees(told.replicas, told.ranks, 1), told.schedules, setup, told)
+    if told.json:
+        described = {name: getattr(told, name) for name in ("ranks", "replicas", "microbatches", "layers", "mib", "layer_ms")}
+        result = provenance() | {"setup": described, "rows": [asdict(row) for row in rows]}
+        told.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
