@@ -11,7 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_UNITS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # what the speed of matrix products hangs on
+_UNITS = (
+    "amx_bf16",
+    "avx512_bf16",
+    "avx512f",
+    "avx2",
+)  # what the speed of matrix products hangs on
 _PACKAGES = ("torch", "megatron-core", "numpy")
 _GPU_PACKAGES = ("triton", "deepspeed", "transformers")  # with a GPU also these
 
@@ -57,7 +62,15 @@ def provenance() -> dict[str, Any]:
         "processor": processor(),
         **({"accelerator": gpu} if gpu else {}),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"),
+        "commit": _output(
+            "git",
+            "-C",
+            str(Path(__file__).parent),
+            "describe",
+            "--always",
+            "--dirty=+",
+            "--exclude=*",
+        ),
     }
 
 

@@ -1,4 +1,4 @@
-"""A kernel that occupies thread blocks and does nothing, as one of NCCL does that waits for a peer."""
+"""A kernel that occupies thread blocks and does nothing, as NCCL's do that wait for a peer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ _WARPS = 16  # those of a block of NCCL
 @triton.jit
 def _now():
     return tl.inline_asm_elementwise(
-        "mov.u64 $0, %globaltimer;", constraints="=l", args=[], dtype=tl.int64, is_pure=False, pack=1
+        "mov.u64 $0, %globaltimer;",
+        constraints="=l",
+        args=[],
+        dtype=tl.int64,
+        is_pure=False,
+        pack=1,
     )
 
 
