@@ -259,7 +259,7 @@ def main() -> int:
     passed = check(
         tasks(arguments.steps, device),
         results,
-        arguments.seconds,
+        seconds,
         jobs=jobs,
         environment=environment,
     )

@@ -15,12 +15,16 @@ MAX_BYTES=64000000
 PYTHON=${PYTHON:-.venv/bin/python}
 mkdir -p "$1"
 DIR=$(cd "$1" && pwd)
+if ls "$DIR"/*.whl > /dev/null 2>&1; then
+    echo "$DIR has wheels already; give an empty directory, for two versions stop the installation" >&2
+    exit 64
+fi
 
 # Nothing of these is compiled, but only their sources are published.
 SOURCES="antlr4-python3-runtime deepspeed"
 # vp_train, megatron-core and deepspeed at run time
 WHEELS="megatron-core hydra-core omegaconf PyYAML rich markdown-it-py mdurl Pygments
-    einops hjson msgpack ninja psutil py-cpuinfo pydantic pydantic_core annotated-types typing-inspection
+    einops hjson msgpack ninja psutil py-cpuinfo pydantic pydantic_core annotated-types typing-inspection typing_extensions
     tensorboard absl-py Markdown protobuf Werkzeug MarkupSafe"
 # the tests
 WHEELS="$WHEELS pytest pytest-timeout pytest-xdist execnet pluggy iniconfig hypothesis sortedcontainers"
