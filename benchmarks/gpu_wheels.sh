@@ -38,8 +38,9 @@ pinned() {
 }
 
 for name in $SOURCES; do
+    requirement=$(pinned "$name")
     DS_BUILD_OPS=0 "$PYTHON" -m pip wheel --quiet --no-deps --no-build-isolation \
-        --wheel-dir "$DIR" "$(pinned "$name")"
+        --wheel-dir "$DIR" "$requirement"
 done
 requirements=$PEERS
 for name in $WHEELS; do requirements="$requirements $(pinned "$name")"; done
