@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_UNITS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # what the speed of matrix products hangs on
+_UNITS = (
+    "amx_bf16",
+    "avx512_bf16",
+    "avx512f",
+    "avx2",
+)  # what the speed of matrix products hangs on
+_PACKAGES = ("torch", "megatron-core", "numpy")
+_GPU_PACKAGES = ("triton", "deepspeed", "transformers")  # with a GPU also these
 
 
 def processor() -> str:
@@ -22,19 +30,60 @@ def processor() -> str:
     return ", ".join([values.get("model name", ""), *units]).strip(", ")
 
 
+def accelerator() -> dict[str, str]:
+    """Return the card's name and memory, and the versions of driver, CUDA, cuDNN and NCCL.
+
+    Empty without a GPU.  It makes no CUDA context in this process where nvidia-smi answers.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    found = dict.fromkeys(("card", "memory", "driver"), "")
+    asked = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    if asked:
+        found = dict(zip(found, map(str.strip, asked.splitlines()[0].split(",")), strict=False))
+    found["card"] = found["card"] or torch.cuda.get_device_name(0)
+    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else ()
+    return found | {
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "nccl": ".".join(map(str, nccl)),
+    }
+
+
 def provenance() -> dict[str, Any]:
     """Command, hardware, versions and commit of the running benchmark."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    gpu = accelerator()
+    packages = (*_PACKAGES, *_GPU_PACKAGES) if gpu else _PACKAGES
     return {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "processor": processor(),
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("torch", "megatron-core", "numpy")},
-        "commit": commit.stdout.strip(),
+        **({"accelerator": gpu} if gpu else {}),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "commit": _output(
+            "git",
+            "-C",
+            str(Path(__file__).parent),
+            "describe",
+            "--always",
+            "--dirty=+",
+            "--exclude=*",
+        ),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _output(program: str, *arguments: str) -> str:
+    """What a program prints, empty where it is missing or fails."""
+    if shutil.which(program) is None:
+        return ""
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""

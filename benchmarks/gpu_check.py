@@ -1,0 +1,271 @@
+"""Twelve checks of CUDA and NCCL on one GPU, in at most eight minutes, the most valuable first.
+
+    python benchmarks/gpu_check.py [--steps 1,3,6] [--out DIR] [--seconds 480]
+
+Each step runs in a process of its own with its own time limit, so that one that raises, aborts or
+hangs does not stop the rest.  After every step `DIR/gpu_check_CARD.json` (DIR: benchmarks/results)
+has its result: what was expected, what was measured, and figures.  The exit code is 1 if a step
+failed.  Without a GPU the same code runs on tiny sizes on the CPU, two steps at a time, and what
+only a GPU can show is not judged.
+
+On a machine without a network, with torch 2.11, triton 3.6 and transformers for Python 3.12:
+
+    benchmarks/gpu_wheels.sh wheels        # where there is a network
+    pip install --no-index --no-deps --target site wheels/*.whl
+    PYTHONPATH=site python benchmarks/gpu_check.py
+
+vp_train itself need not be installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from gpu_steps import STEPS
+from provenance import provenance
+
+ROOT = Path(__file__).parent.parent
+_TAIL_LINES = 30
+_LEAST_SECONDS = 5.0  # a step is not begun with less
+_CPU_PATIENCE = 10  # limits count so many times on a CPU, which others may keep busy
+
+# What a checkout lacks that is not installed: pyproject.toml maps vp_train.configs to configs/.
+_SITECUSTOMIZE = """
+import sys
+sys.path.insert(0, {root!r})
+import vp_train
+vp_train.__path__.append({overlay!r})
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A step as a process: `command` writes its checks into the file that is its last argument."""
+
+    number: int
+    name: str
+    limit_seconds: float
+    command: tuple[str, ...]
+
+
+def tasks(numbers: Iterable[int], device: str) -> list[Task]:
+    """Return the steps of these numbers, on `device`."""
+    script = str(Path(__file__).with_name("gpu_steps.py"))
+    patience = 1 if device == "cuda" else _CPU_PATIENCE
+    return [
+        Task(
+            number,
+            STEPS[number].name,
+            STEPS[number].limit_seconds * patience,
+            (sys.executable, script, str(number), device),
+        )
+        for number in numbers
+    ]
+
+
+def run_task(task: Task, scratch: Path, seconds: float, environment: dict[str, str]) -> dict[str, Any]:
+    """Run one step for at most `seconds`, and return its record; it never raises for the step."""
+    record: dict[str, Any] = {"step": task.number, "name": task.name, "checks": [], "figures": {}}
+    limit = min(seconds, task.limit_seconds)
+    if limit < _LEAST_SECONDS:
+        return record | {"status": "no time left", "seconds": 0.0}
+    folder = scratch / f"step_{task.number}"
+    folder.mkdir()
+    result, output = folder / "result.json", folder / "output.txt"
+    began = time.perf_counter()
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [*task.command, str(result)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            code: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+    record["seconds"] = round(time.perf_counter() - began, 1)
+    if result.is_file():
+        record |= json.loads(result.read_text())
+    record["status"] = _status(code, record["checks"], limit)
+    if record["status"] != "passed":
+        lines = output.read_text(errors="replace").splitlines()
+        record["output"] = lines[-_TAIL_LINES:]
+    return record
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of the step's own session, such as ranks that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _status(code: int | None, checks: Sequence[dict[str, Any]], limit: float) -> str:
+    if code is None:
+        return f"not done in {limit:.0f} s"
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    if code:
+        return "raised" if code == 1 else f"exit code {code}"
+    if not checks or any(check["passed"] is False for check in checks):
+        return "failed"
+    return "passed"
+
+
+class Results:
+    """The file of all results, rewritten after every step."""
+
+    def __init__(self, path: Path, heading: dict[str, Any]) -> None:
+        self._path, self._heading, self._lock = path, heading, Lock()
+        self.records: dict[int, dict[str, Any]] = {}
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Write the results so far, and this one; by rename, so that the file is always whole."""
+        with self._lock:
+            self.records[record["step"]] = record
+            steps = [self.records[number] for number in sorted(self.records)]
+            written = self._path.with_suffix(".tmp")
+            written.write_text(json.dumps(self._heading | {"steps": steps}, indent=1) + "\n")
+            written.replace(self._path)
+            print(
+                f"step {record['step']:2} {record['name']}: {record['status']}, {record['seconds']} s",
+                flush=True,
+            )
+
+
+def check(
+    todo: Sequence[Task],
+    results: Results,
+    seconds: float,
+    *,
+    jobs: int = 1,
+    environment: dict[str, str] | None = None,
+) -> bool:
+    """Run the steps in order, `jobs` at a time and within `seconds`; return whether all passed."""
+    deadline = time.perf_counter() + seconds
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = dict(os.environ if environment is None else environment)
+        environment |= _import_path(Path(scratch), environment)
+
+        def run(task: Task) -> None:
+            results.add(run_task(task, Path(scratch), deadline - time.perf_counter(), environment))
+
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(run, todo))
+    return all(record["status"] == "passed" for record in results.records.values())
+
+
+def _import_path(scratch: Path, environment: dict[str, str]) -> dict[str, str]:
+    """Return the PYTHONPATH with which vp_train and its tests are found, installed or not."""
+    paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    spec = importlib.util.find_spec("vp_train")
+    if spec is None or importlib.util.find_spec("vp_train.configs") is None:
+        overlay = scratch / "overlay"
+        overlay.mkdir()
+        (overlay / "configs").symlink_to(ROOT / "configs")
+        (overlay / "sitecustomize.py").write_text(_SITECUSTOMIZE.format(root=str(ROOT), overlay=str(overlay)))
+        paths.insert(0, str(overlay))
+    return {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def summary(records: Iterable[dict[str, Any]]) -> str:
+    """Return a table: of every check what was expected, what was measured, and the verdict."""
+    rows = [("step", "check", "expected", "measured", "")]
+    for record in records:
+        title = f"{record['step']} {record['name']}"
+        rows.append(
+            (
+                title,
+                record["status"],
+                "",
+                f"{record['seconds']} s",
+                "" if record["status"] == "passed" else "FAILED",
+            )
+        )
+        for item in record["checks"]:
+            verdict = {True: "passed", False: "FAILED", None: "not judged"}[item["passed"]]
+            rows.append(("", item["what"], item["expected"], item["measured"], verdict))
+        rows += [("", line, "", "", "") for line in record.get("output", [])[-3:]]
+    widths = [min(60, max(len(row[column]) for row in rows)) for column in range(4)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        chosen = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of steps; write for example 1,3,6") from None
+    unknown = [number for number in chosen if number not in STEPS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"step {unknown[0]} is not known; there are 1 to {max(STEPS)}")
+    return sorted(set(chosen))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=_numbers, default=list(STEPS), help="for example 1,3,6 (all)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the result")
+    parser.add_argument("--seconds", type=float, help="for all steps together (480 on a GPU)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="the GPU if there is one")
+    arguments = parser.parse_args()
+    heading = provenance()
+    card = heading.get("accelerator", {}).get("card", "")
+    device = arguments.device or ("cuda" if card else "cpu")
+    if device == "cuda" and not card:
+        parser.error("--device cuda: torch finds no GPU here; leave it out")
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+        "GLOO_SOCKET_IFNAME": "lo",
+        **os.environ,
+    }
+    where = card if device == "cuda" else "cpu"
+    if device == "cpu":
+        print(
+            "no GPU: the steps run on tiny sizes on the CPU, and what only a GPU shows is not judged",
+            flush=True,
+        )
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "_", where.lower()).strip("_")
+    path = arguments.out / f"gpu_check_{name}.json"
+    results = Results(path, heading | {"device": where})
+    jobs, seconds = (1, 480.0) if device == "cuda" else (2, 480.0 * _CPU_PATIENCE)
+    seconds = arguments.seconds or seconds
+    passed = check(
+        tasks(arguments.steps, device),
+        results,
+        seconds,
+        jobs=jobs,
+        environment=environment,
+    )
+    print(f"\n{summary(results.records[number] for number in sorted(results.records))}\n\nwritten to {path}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1127 @@
+"""The steps of `gpu_check.py`, each run as `python gpu_steps.py NUMBER cuda|cpu RESULT`.
+
+A step takes a `Where` and a `Report`.  What it imports of vp_train it imports itself, so that a
+broken part fails its own step only.  On the CPU sizes are tiny, and checks that only a GPU can
+pass are not judged.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The device of a step, and a folder of its own."""
+
+    device: torch.device
+    folder: Path
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return bfloat16; on the CPU float32, which needs no compiler."""
+        return torch.bfloat16 if self.on_gpu else torch.float32
+
+    def synchronise(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return normal values, made on the device."""
+        return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
+
+
+class Report:
+    """What a step finds.  The file is rewritten at once, so that it outlives a crash."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.checks: list[dict[str, Any]] = []
+        self.figures: dict[str, Any] = {}
+
+    def check(self, what: str, expected: str, measured: str, passed: bool, *, judged: bool = True) -> None:
+        """Add a check; `judged` False: it counts for nothing here."""
+        verdict = bool(passed) if judged else None
+        self.checks.append({"what": what, "expected": expected, "measured": measured, "passed": verdict})
+        self._write()
+
+    def note(self, **figures: Any) -> None:
+        """Add figures that nothing is expected of."""
+        self.figures |= figures
+        self._write()
+
+    def _write(self) -> None:
+        self._path.write_text(json.dumps({"checks": self.checks, "figures": self.figures}, indent=1))
+
+
+# What several steps need
+
+
+def milliseconds(where: Where, work: Callable[[], object], calls: int = 5, rounds: int = 7) -> float:
+    """Return the median time of one call on the device: events around `calls` of them."""
+    for _ in range(2):
+        work()
+    times = []
+    for _ in range(rounds if where.on_gpu else 2):
+        begin = _mark(where)
+        for _ in range(calls):
+            work()
+        times.append(_elapsed(where, begin, _mark(where)) / calls)
+    return median(times)
+
+
+def _mark(where: Where) -> Any:
+    if not where.on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _elapsed(where: Where, begin: Any, end: Any) -> float:
+    """Return the milliseconds between two marks, once the second has been reached."""
+    if not where.on_gpu:
+        return 1e3 * (end - begin)
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def sleep_cycles(milliseconds: float) -> int:
+    """Return how many cycles torch.cuda._sleep needs for so long, as measured here."""
+    cycles = 20_000_000
+    torch.cuda._sleep(cycles)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    end.synchronize()
+    return int(cycles * milliseconds / begin.elapsed_time(end))
+
+
+def model_words(name: str, where: Where) -> list[str]:
+    """Return the overrides for a model; on the CPU for one of its shape that is tiny."""
+    words = [f"model={name}"]
+    if not where.on_gpu:
+        sizes = {
+            "num_layers": 8,
+            "hidden_size": 64,
+            "num_heads": 4,
+            "ffn_hidden_size": 128,
+            "vocab_size": 4096,
+        }
+        groups = 4 if name.startswith("gpt") else 2
+        sizes |= {"num_query_groups": groups, "seq_length": 64}
+        words += [f"model.{key}={value}" for key, value in sizes.items()]
+    return words
+
+
+def lone_group() -> dist.ProcessGroup:
+    """Return a gloo group of this process alone."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def one_layer(name: str, where: Where) -> tuple[Any, Any]:
+    """Return a stage with the first layer of a model, with fp32 gradients, and its ModelConfig."""
+    from vp_train.cli import load_config
+    from vp_train.model.stage import Stage
+
+    model = load_config(model_words(name, where)).model
+    stage = Stage(
+        model,
+        range(1),
+        final_norm=False,
+        dtype=where.dtype,
+        device=where.device,
+        group=lone_group(),
+        seed=1,
+    )
+    for parameter in stage.parameters():
+        main_gradient(parameter)
+    return stage, model
+
+
+def main_gradient(parameter: nn.Parameter) -> None:
+    """Give a parameter an fp32 gradient of zeros, as a run does."""
+    if parameter.dtype is not torch.float32:
+        parameter.grad_dtype = torch.float32
+    parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+
+
+def command(where: Where, *words: str, seconds: float) -> str:
+    """Run a Python command in this step's folder; return its output, raise with it if it fails."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=where.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} left with {done.returncode}:\n{done.stdout[-3000:]}")
+    return done.stdout
+
+
+# 1
+
+
+_NEEDED = (
+    "megatron.core",
+    "deepspeed",
+    "hydra",
+    "omegaconf",
+    "tokenizers",
+    "safetensors",
+    "rich",
+    "tensorboard",
+    "pytest",
+)
+_WELCOME = ("triton", "transformers", "liger_kernel", "cut_cross_entropy", "xdist")
+
+
+def imports(where: Where, report: Report) -> None:
+    """Import everything, and ask which attention torch takes."""
+    from torch.nn.attention import SDPBackend
+
+    if not where.on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    seconds, missing = {}, {}
+    for name in (*_NEEDED, "vp_train.train", *_WELCOME):
+        begin = time.perf_counter()
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever a package does when it is imported
+            missing[name] = f"{type(error).__name__}: {error}"
+        seconds[name] = round(time.perf_counter() - begin, 2)
+    report.note(import_seconds=seconds, missing=missing)
+    lacking = [name for name in (*_NEEDED, "vp_train.train") if name in missing]
+    report.check("imports", "all", f"without {', '.join(lacking)}" if lacking else "all", not lacking)
+    taken = {}
+    for name, (tokens, heads, groups) in {
+        "gpt_4b": (2048, 24, 24),
+        "llama3_8b": (8192, 32, 8),
+    }.items():
+        tokens = tokens if where.on_gpu else 64
+        q, k, v = (where.randn(1, count, tokens, 128) for count in (heads, groups, groups))
+        choice = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=heads != groups)
+        taken[name] = SDPBackend(choice).name
+    fused = all("FLASH" in name or "CUDNN" in name for name in taken.values())
+    report.check("attention backend", "flash or cuDNN", ", ".join(taken.values()), fused, judged=where.on_gpu)
+
+
+# 2
+
+
+def collectives(where: Where, report: Report) -> None:
+    """Use every collective of the executor and the optimizers on a communicator of one rank."""
+    from schedules.vocab import Transfer
+    from vp_train.cli import load_config
+    from vp_train.mesh import build_mesh
+    from vp_train.pipeline.comms import _issue
+    from vp_train.plan import make_plan
+
+    backend = "nccl" if where.on_gpu else "gloo"
+    if where.on_gpu:
+        torch.cuda.set_device(0)
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)  # a free port
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    options = None
+    if where.on_gpu:
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options.config.max_ctas = 4
+    group = dist.new_group([0], backend=backend, pg_options=options)
+    report.check("new_group with options", "a group", type(group).__name__, group.size() == 1)
+    wrong, done = [], 0
+
+    def expect(what: str, found: Tensor, wanted: Tensor) -> None:
+        nonlocal done
+        done += 1
+        if found.shape != wanted.shape or not torch.equal(found, wanted):
+            wrong.append(what)
+
+    side = torch.cuda.Stream(priority=-1) if where.on_gpu else None
+    for dtype, transfer in itertools.product((torch.bfloat16, torch.float16, torch.float32, torch.float64), Transfer):
+        rows = transfer in (Transfer.GATHER, Transfer.SCATTER)
+        for count in (5, 0) if rows else (5,):
+            message = torch.arange(3.0 * count).view(count, 3).to(where.device, dtype)
+            expected = message[None] if transfer is Transfer.ALL_GATHER else message
+            what = f"{transfer} of {count} rows of {dtype}"
+            try:
+                with torch.cuda.stream(side):  # does nothing without a stream
+                    if side is not None:
+                        side.wait_stream(torch.cuda.default_stream())
+                    found = _issue(group, transfer, message.clone(), 0, (count,)).wait()
+                where.synchronise()
+                expect(what, found, expected)
+            except Exception as error:
+                wrong.append(f"{what}: {error}")
+    for dtype in (torch.bfloat16, torch.float32):
+        part, whole = (
+            torch.arange(6.0).to(where.device, dtype),
+            torch.empty(6, device=where.device, dtype=dtype),
+        )
+        dist.all_gather_into_tensor(whole, part, group=group, async_op=True).wait()
+        expect(f"all_gather_into_tensor of {dtype}", whole, part)
+        dist.reduce_scatter_tensor(whole, part, group=group, async_op=True).wait()
+        expect(f"reduce_scatter_tensor of {dtype}", whole, part)
+    counted = torch.tensor([3], device=where.device)
+    dist.all_reduce(counted, dist.ReduceOp.MAX, group=group)
+    expect("all_reduce of int64", counted, torch.tensor([3], device=where.device))
+    report.check("collectives", "all deliver", f"{done} done, wrong: {'; '.join(wrong) or 'none'}", not wrong)
+    plan = make_plan(load_config(["model=nano", "parallel.pp=1"]), 1)
+    mesh = build_mesh(plan.degrees, plan.problem)
+    report.check("mesh of one rank", "rank 0", f"rank {mesh.rank}", mesh.rank == 0)
+    begin = time.perf_counter()
+    dist.destroy_process_group()
+    seconds = time.perf_counter() - begin
+    report.check("destroy", "under 10 s", f"{seconds:.2f} s", seconds < 10)
+
+
+# 3
+
+
+_SLEEP_MILLISECONDS = 50.0
+
+
+def stall(where: Where, report: Report) -> None:
+    """Let C1 sleep: the next F must not wait for it.  Then any delays must not change a bit."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    lateness = _lateness(where, report)
+    report.check(
+        "F after a C1 that sleeps 50 ms",
+        "under 1 ms late",
+        ", ".join(f"{late:.3f} ms" for late in lateness),
+        max(lateness) < 1,
+        judged=where.on_gpu,
+    )
+    seeds, cases, different = (4, 6, []) if where.on_gpu else (1, 1, [])
+    for name, algorithm in _cases()[:cases]:
+        different += _different_bits(where, name, algorithm, seeds)
+    measured = f"{cases} cases x {seeds} seeds, different: {', '.join(different) or 'none'}"
+    report.check("gradients under random delays", "the same bits", measured, not different)
+
+
+def _lateness(where: Where, report: Report) -> list[float]:
+    """Return how long after S the next F began on each of two ranks, in ms, C1b under way."""
+    from schedules.lower import Exchange
+    from schedules.problem import Collective
+    from schedules.vocab import End, Payload, Transfer
+    from tests.schedules.cases import problem
+    from vp_train.pipeline.comms import Comms
+    from vp_train.pipeline.local import LocalTransport, Switchboard, run_ranks
+
+    cycles = sleep_cycles(_SLEEP_MILLISECONDS) if where.on_gpu else 0
+
+    class Slow(LocalTransport):
+        """A transport whose collectives sleep before they read."""
+
+        def _arriving(self, key: Any, senders: Any, read: Any) -> Any:
+            def slowly(call: Any, messages: Any) -> Tensor:
+                if where.on_gpu:
+                    torch.cuda._sleep(cycles)
+                else:
+                    time.sleep(0.005)
+                return read(call, messages)
+
+            return super()._arriving(key, senders, slowly)
+
+    board = Switchboard(problem(2, 1, "one_barrier"), where.device)
+    size = 4096 if where.on_gpu else 64
+    shape = (1024, 1024) if where.on_gpu else (8, 8)
+    first = (End.OUTPUT, Transfer.ALL_GATHER, Payload.STATISTICS, 1, 1)
+    second = (End.OUTPUT, Transfer.REDUCE, Payload.INPUT_GRADIENT, 1, 1)
+
+    together = threading.Barrier(2, timeout=30)
+
+    def step(rank: int, comms: Any, matrix: Tensor) -> dict[str, float]:
+        gathered: list[Tensor] = []
+        reduced: list[Tensor] = []
+        where.synchronise()
+        together.wait()
+        host = time.perf_counter()
+        if where.on_gpu:
+            torch.cuda._sleep(cycles // 2)  # S is long: meanwhile the hosts issue all that follows
+        torch.mm(matrix, matrix)
+        s_end = _mark(where)
+        c1 = comms.start(
+            Exchange(*first, contributes=True, delivers=True, continues=None),
+            lambda: torch.full(shape, rank + 1.0, device=where.device),
+            gathered.append,
+            (),
+            None,
+            lambda pending: pending,
+        )
+        c1b = comms.start(
+            Exchange(*second, contributes=True, delivers=rank == 1, continues=Collective("C1", 0)),
+            lambda: gathered[0].sum(0),
+            reduced.append,
+            (),
+            c1,
+            lambda pending: pending,
+        )
+        f_begin = _mark(where)
+        torch.mm(matrix, matrix)  # F
+        issued = 1e3 * (time.perf_counter() - host)
+        c1()
+        c1_end = _mark(where)
+        if c1b is not None:
+            c1b()
+        comms.drain()
+        each = torch.tensor([1.0, 2.0], device=where.device)[:, None, None]
+        right = torch.equal(gathered[0], each.expand(2, *shape))
+        right = right and all(torch.equal(value, torch.full_like(value, 6.0)) for value in reduced)
+        late, slept = _elapsed(where, s_end, f_begin), _elapsed(where, s_end, c1_end)
+        return {"late": late, "c1": slept, "host": issued, "right": float(right)}
+
+    def work(rank: int) -> dict[str, float]:
+        comms, matrix = Comms(Slow(board, rank)), where.randn(size, size)
+        step(rank, comms, matrix)  # loads kernels
+        return step(rank, comms, matrix)
+
+    found = run_ranks(board, work)
+    report.note(
+        c1_milliseconds=[each["c1"] for each in found],
+        host_milliseconds=[each["host"] for each in found],
+    )
+    slept = min(each["c1"] for each in found)
+    report.check("C1 slept", "at least 40 ms", f"{slept:.1f} ms", slept >= 40, judged=where.on_gpu)
+    right = all(each["right"] for each in found)
+    report.check("C1 and C1b deliver", "the sums", "the sums" if right else "others", right)
+    return [each["late"] for each in found]
+
+
+def _cases() -> list[tuple[str, str]]:
+    return list(itertools.product(("1f1b", "zb_h1", "v_half"), ("one_barrier", "two_barrier")))
+
+
+def _different_bits(where: Where, name: str, algorithm: str, seeds: int) -> list[str]:
+    """Return what the delays of some seeds change in the gradients of a step of three ranks."""
+    from dataclasses import replace
+
+    from schedules.generators import GENERATORS
+    from tests.pipeline.test_equivalence import config_of
+    from tests.pipeline.test_local import DELAY_SECONDS, gradients_of
+    from tests.pipeline.truth import random_batch
+    from vp_train.config import VocabConfig
+    from vp_train.plan import make_plan
+
+    torch.use_deterministic_algorithms(True)  # sums of embedding gradients
+    stages = GENERATORS[name].layout_of(3).num_stages
+    config = config_of(3, 4, 101, schedule=name, vocab=VocabConfig(algorithm), num_stages=stages, tied=True)
+    config = replace(config, run=replace(config.run, device=where.device.type))
+    plan, batch = make_plan(config, 3), random_batch(config, 1)
+    try:
+        expected = gradients_of(config, plan, batch)
+        found = []
+        for seed in range(seeds):
+            delayed = gradients_of(config, plan, batch, delay_seconds=DELAY_SECONDS, seed=seed)
+            names = expected.keys() | delayed.keys()
+            same = {key for key in names if key in delayed and torch.equal(delayed[key], expected[key])}
+            found += [f"{name} {algorithm} seed {seed} {key}" for key in sorted(names - same)[:3]]
+        finite = all(bool(tensor.isfinite().all()) for tensor in expected.values())
+        return found if finite else [*found, f"{name} {algorithm}: not finite"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# 4
+
+
+def accumulation(where: Where, report: Report) -> None:
+    """Add products to fp32 gradients in place: the weight gradients of a layer."""
+    from vp_train.model.linear import _accumulate
+
+    shapes = ((2048, 3072, 12288), (8192, 4096, 14336), (8192, 4096, 4096))
+    for tokens, inner, outer in shapes if where.on_gpu else ((64, 32, 48),):
+        x, dy = where.randn(tokens, inner), where.randn(tokens, outer)
+        weight = nn.Parameter(where.randn(outer, inner))
+        main_gradient(weight)
+        gradient, plain = weight.grad, torch.empty_like(weight, requires_grad=False)
+        assert gradient is not None
+        for _ in range(2):
+            _accumulate(weight, x, dy)
+        exact = 2 * (dy.float().T @ x.float())
+        error = ((gradient - exact).abs().max() / exact.abs().max()).item()
+        name = f"{outer} x {tokens} x {inner}"
+        report.check(f"{name}: error", "under 1e-3", f"{error:.1e}", error < 1e-3 and weight.grad is gradient)
+        del exact
+        grown = 0
+        if where.on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            _accumulate(weight, x, dy)
+            torch.cuda.synchronize()
+            grown = torch.cuda.max_memory_allocated() - before
+        report.check(f"{name}: memory", "does not grow", f"{grown} bytes", grown == 0, judged=where.on_gpu)
+        ours = milliseconds(where, lambda x=x, dy=dy, weight=weight: _accumulate(weight, x, dy))
+        theirs = milliseconds(where, lambda x=x, dy=dy, out=plain: torch.mm(dy.T, x, out=out.detach()))
+        rate = 2e-9 * tokens * inner * outer / theirs
+        measured = f"{theirs / ours:.1%} of {rate:.0f} TFLOP/s"
+        report.check(f"{name}: rate", "at least 75 %", measured, theirs / ours >= 0.75, judged=where.on_gpu)
+
+
+# 5
+
+
+def cuda_tests(where: Where, report: Report) -> None:
+    """Run the tests that need a GPU; those of the whole trainer are a step of their own."""
+    files = ["tests/vocab/test_cuda.py", *(["tests/pipeline/test_cuda.py"] if where.on_gpu else [])]
+    result = where.folder / "junit.xml"
+    words = [
+        "-m",
+        "pytest",
+        *files,
+        "-k",
+        "not trainer",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={result}",
+    ]
+    if where.on_gpu and importlib.util.find_spec("xdist") is not None:
+        words += ["-n", "4"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, check=False)
+    counts: Counter[str] = Counter()
+    failures, cases = [], []
+    if result.is_file():
+        cases = list(ElementTree.parse(result).getroot().iter("testcase"))
+    for case in cases:
+        outcome = next(
+            (kind for kind in ("failure", "error", "skipped") if case.find(kind) is not None),
+            "passed",
+        )
+        counts[outcome] += 1
+        if outcome in ("failure", "error"):
+            failures.append(f"{case.get('classname')}::{case.get('name')}")
+    report.note(counts=dict(counts), failures=failures)
+    measured = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "no test"
+    right = done.returncode == 0 and bool(cases) and not failures
+    report.check("the CUDA tests", "none fails", measured, right)
+    report.check(
+        "they run",
+        "none is skipped",
+        f"{counts['skipped']} skipped",
+        not counts["skipped"],
+        judged=where.on_gpu,
+    )
+
+
+# 6
+
+
+def vocabulary(where: Where, report: Report) -> None:
+    """Time S and T for several sizes of chunks, against three products and other libraries."""
+    import vocab_passes
+    from peers_vocab import PEERS, installed
+
+    from vp_train.vocab import backends
+    from vp_train.vocab.loss import LossOptions
+
+    class Case(vocab_passes.Case):
+        """Inputs made on the device: the host would take longer than everything else."""
+
+        def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            torch.manual_seed(0)
+            weight = where.randn(self.rows, self.hidden) * self.hidden**-0.5
+            targets = torch.randint(0, self.rows, (self.tokens,), device=where.device)
+            scale = torch.full((self.tokens,), 1 / self.tokens, device=where.device, dtype=where.dtype)
+            return where.randn(self.tokens, self.hidden), weight, targets, scale
+
+    class AccumulatingFloor(vocab_passes.Floor):
+        """The three products, of which dW is added to fp32."""
+
+        def __init__(self, case: Case) -> None:
+            super().__init__(case)
+            self.dw = torch.zeros_like(self.weight, dtype=torch.float32)
+
+        def __call__(self) -> None:
+            torch.mm(self.x, self.weight.T, out=self.logits)
+            torch.mm(self.logits, self.weight, out=self.dx)
+            if where.on_gpu:
+                torch.addmm(self.dw, self.logits.T, self.x, out_dtype=torch.float32, out=self.dw)
+            else:
+                self.dw.addmm_(self.logits.T, self.x)
+
+    def with_chunk(size: int, work: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            backends._CHUNK_BYTES[where.device.type] = size
+            return work()
+
+        return run
+
+    report.note(peers=installed())
+    sizes = [size << 20 for size in (32, 64, 128, 256)] if where.on_gpu else [4096, 16384]
+    shapes = ((2048, 3072, 32000), (8192, 4096, 16032), (4096, 4096, 16384)) if where.on_gpu else ((32, 16, 256),)
+    rows: list[dict[str, Any]] = []
+    for tokens, hidden, num_rows in shapes:
+        case = Case(where.device.type, where.dtype, tokens, hidden, num_rows)
+        works: dict[str, Callable[[], object]] = {
+            "floor": AccumulatingFloor(case),
+            "floor without sum": vocab_passes.Floor(case),
+        }
+        ours, missing = {}, {}
+        for size in sizes:
+            ours[size] = vocab_passes.Ours(case, "chunked", "one_barrier", LossOptions())
+            works[f"chunks of {size} bytes"] = with_chunk(size, ours[size])
+        for name in [name for name in PEERS if name != "published"]:
+            try:
+                peer = PEERS[name](*case.inputs())
+                peer()  # it may fail only here
+                works[name] = peer
+            except Exception as error:  # whatever a peer lacks here is a result too
+                missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        times = {name: milliseconds(where, work, 2, 5) for name, work in works.items()}
+        for size, layer in ours.items():
+            layer.apart = {}
+            for _ in range(3):
+                with_chunk(size, layer)()
+            apart = {name: 1e3 * median(seconds) for name, seconds in layer.apart.items()}
+            rows.append({"tokens": tokens, "hidden": hidden, "rows": num_rows, "chunk_bytes": size} | apart)
+            report.note(passes=rows)
+        shape = f"T {tokens} H {hidden} R {num_rows}"
+        report.note(**{f"{shape} milliseconds": times, f"{shape} missing": missing})
+        best = min(sizes, key=lambda size: times[f"chunks of {size} bytes"])
+        ratio = times[f"chunks of {best} bytes"] / times["floor"]
+        rate = 6e-9 * tokens * hidden * num_rows / times["floor"]
+        measured = f"{ratio:.2f} with chunks of {best >> 20} MiB, floor at {rate:.0f} TFLOP/s"
+        report.check(
+            f"{shape}: S and T / floor",
+            "at most 1.35",
+            measured,
+            ratio <= 1.35,
+            judged=where.on_gpu,
+        )
+        others = {name: time for name, time in times.items() if name in PEERS}
+        fastest = min(others, key=others.__getitem__, default=None)
+        if fastest is not None:
+            against = times[f"chunks of {best} bytes"] / others[fastest]
+            measured = f"{against:.2f} of {fastest}"
+            report.check(
+                f"{shape}: S and T / fastest peer",
+                "at most 1",
+                measured,
+                against <= 1,
+                judged=where.on_gpu,
+            )
+        del works, ours
+        if where.on_gpu:
+            torch.cuda.empty_cache()
+
+
+# 7
+
+
+_LAYER_MILLISECONDS = {
+    "gpt_4b": (1.0, 2.1),
+    "llama3_8b": (7.4, 15.9),
+}  # F and B, estimated for an H100
+_TOLERANCE = 1.25
+
+
+def layers(where: Where, report: Report) -> None:
+    """Time one layer forward and backward, on the GPU and on the host, and list its kernels."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for name, expected in _LAYER_MILLISECONDS.items():
+        stage, model = one_layer(name, where)
+        x = where.randn(model.seq_length, 1, model.hidden_size).requires_grad_()
+        dy = where.randn(model.seq_length, 1, model.hidden_size)
+        found: dict[str, list[float]] = {"F": [], "B": [], "F host": [], "B host": []}
+        for turn in range(8 if where.on_gpu else 2):
+            where.synchronise()
+            marks, clock = [_mark(where)], [time.perf_counter()]
+            y = stage(x, None)
+            marks.append(_mark(where))
+            clock.append(time.perf_counter())
+            y.backward(dy)
+            marks.append(_mark(where))
+            clock.append(time.perf_counter())
+            if turn < 2 and where.on_gpu:
+                continue
+            for index, letter in enumerate("FB"):
+                found[letter].append(_elapsed(where, *marks[index : index + 2]))
+                found[f"{letter} host"].append(1e3 * (clock[index + 1] - clock[index]))
+        times = {key: median(values) for key, values in found.items()}
+        for letter, most in zip("FB", expected, strict=True):
+            measured, limit = times[letter], most * _TOLERANCE
+            report.check(
+                f"{name}: {letter}",
+                f"about {most} ms",
+                f"{measured:.2f} ms",
+                measured <= limit,
+                judged=where.on_gpu,
+            )
+        host, device = (sum(times[letter + kind] for letter in "FB") for kind in (" host", ""))
+        report.check(
+            f"{name}: host ahead",
+            "less than the GPU's time",
+            f"{host:.2f} of {device:.2f} ms",
+            host < device,
+            judged=where.on_gpu,
+        )
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where.on_gpu else [])]
+        try:
+            with profile(activities=activities) as profiler:
+                stage(x, None).backward(dy)
+                where.synchronise()
+        except Exception as error:  # the counters may be forbidden
+            report.note(**{f"{name} milliseconds": times, f"{name} kernels": str(error)})
+            continue
+        kind = "device" if where.on_gpu else "cpu"
+        events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, f"self_{kind}_time_total"))
+        top = [
+            {
+                "name": event.key[:100],
+                "calls": event.count,
+                "microseconds": getattr(event, f"self_{kind}_time_total"),
+            }
+            for event in events[:15]
+        ]
+        report.note(**{f"{name} milliseconds": times, f"{name} kernels": top})
+
+
+# 8
+
+
+class _Between:
+    """An observer that knows whether its rank is between its first and its last pass."""
+
+    def __init__(self, num_passes: int) -> None:
+        self._left, self._begun = num_passes, False
+
+    @property
+    def inside(self) -> bool:
+        return self._begun and self._left > 0
+
+    @contextmanager
+    def observe(self, item: object, held_bytes: object) -> Iterator[None]:
+        self._begun = True
+        yield
+        self._left -= 1
+
+    def watch(self, name: str, pending: Any) -> Any:
+        return pending
+
+
+def synchronisations(where: Where, report: Report) -> None:
+    """Let torch warn of all that waits for the device in a step of two ranks of this process."""
+    observers: dict[int, _Between] = {}
+    found: list[dict[str, Any]] = []
+
+    def record(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
+        if "synchroniz" in str(message):
+            observer = observers.get(threading.get_ident())
+            frames = [frame for frame in traceback.extract_stack() if "vp_train" in frame.filename]
+            stack = [f"{frame.filename.removeprefix(str(ROOT))}:{frame.lineno}" for frame in frames]
+            at = f"{filename.removeprefix(str(ROOT))}:{lineno}"
+            inside = observer is not None and observer.inside
+            found.append({"inside": inside, "at": at, "stack": stack[-4:]})
+
+    def listen() -> None:
+        """Begin to hear; threads of ranks may have changed the filters while they built models."""
+        warnings.simplefilter("always")
+        warnings.showwarning = record
+        if where.on_gpu:
+            torch.cuda.set_sync_debug_mode("warn")
+
+    with warnings.catch_warnings():
+        for schedule in ("1f1b", "zb_h1"):
+            found.clear()
+            _watched_step(where, schedule, observers, listen)
+            heard = len(found)
+            if where.on_gpu:
+                torch.ones(1, device=where.device).item()
+                torch.cuda.set_sync_debug_mode("default")
+            heard = len(found) - heard
+            report.check(
+                f"{schedule}: .item() is heard",
+                "1 or more",
+                str(heard),
+                heard > 0,
+                judged=where.on_gpu,
+            )
+            inside = [item for item in found if item["inside"]]
+            outside = [item for item in found if not item["inside"]]
+            report.note(**{f"{schedule} outside": outside[:20], f"{schedule} inside": inside[:20]})
+            places = ", ".join(sorted({item["at"] for item in inside})) or "none"
+            report.check(f"{schedule}: synchronisations between passes", "none", places, not inside)
+
+
+def _watched_step(where: Where, schedule: str, observers: dict[int, _Between], listen: Callable[[], None]) -> None:
+    """Run a step that does not count, then `listen`, and another.
+
+    `observers` gets the observer of each rank, by its thread.
+    """
+    from schedules.lower import Action
+    from tests.local import run_locally
+    from vp_train.cli import load_config
+    from vp_train.plan import make_plan
+
+    dtype = str(where.dtype).removeprefix("torch.")
+    words = [
+        f"schedule={schedule}",
+        "parallel.pp=2",
+        f"run.device={where.device.type}",
+        f"run.dtype={dtype}",
+    ]
+    config = load_config(["model=nano", "num_microbatches=4", *words])
+    plan = make_plan(config, 2)
+    shape = (2, 4, config.micro_batch_size, config.model.seq_length)
+    tokens, labels = torch.randint(0, config.model.vocab_size, shape)
+
+    def work(rank: int, model: Any, together: Any) -> None:
+        num_passes = sum(op.action is Action.RUN for op in plan.program.ranks[rank])
+        for turn in range(2):  # the first allocates and compiles
+            where.synchronise()
+            model.gradients.zero()
+            observer = observers[threading.get_ident()] = _Between(num_passes)
+            if turn and rank == 0:
+                listen()
+            together.gather(rank, None)
+            model.train_step(tokens, labels, observer)
+            together.gather(rank, None)
+
+    run_locally(config, plan, work)
+
+
+# 9
+
+
+def spinning(where: Where, report: Report) -> None:
+    """Multiply beside kernels that occupy thread blocks, as NCCL's do while they wait."""
+    size, calls = (4096, 20) if where.on_gpu else (64, 2)
+    a, b = where.randn(size, size), where.randn(size, size)
+    how = _spinner(where)
+    times: dict[int, float] = {}
+    for blocks in (0, 4, 8, 16, 32):
+        rounds = []
+        for _ in range(4):
+            where.synchronise()
+            spun = how(blocks)
+            time.sleep(0.002)  # they are there when the products begin
+            begin = _mark(where)
+            for _ in range(calls):
+                torch.mm(a, b)
+            rounds.append(_elapsed(where, begin, _mark(where)) / calls)
+            where.synchronise()
+            del spun
+        times[blocks] = min(rounds[1:])
+    report.note(milliseconds=times, blocks_by=how.__name__)
+    slower = {blocks: time / times[0] - 1 for blocks, time in times.items() if blocks}
+    for blocks, most in ((4, 0.15), (32, 0.60)):
+        measured = f"{slower[blocks]:+.1%}"
+        report.check(
+            f"GEMM beside {blocks} blocks",
+            f"at most {most:.0%} slower",
+            measured,
+            slower[blocks] <= most,
+            judged=where.on_gpu,
+        )
+
+
+def _spinner(where: Where) -> Callable[[int], object]:
+    """Return what occupies some thread blocks for 20 ms beside the current stream."""
+    if not where.on_gpu:
+
+        def nothing(blocks: int) -> None:
+            pass
+
+        return nothing
+    cycles = sleep_cycles(20)
+    streams = [torch.cuda.Stream(priority=-1) for _ in range(32)]
+
+    def sleeping_streams(blocks: int) -> None:
+        for stream in streams[:blocks]:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(cycles)
+
+    def triton_kernel(blocks: int) -> object:
+        from spin import spin
+
+        if not blocks:
+            return None
+        with torch.cuda.stream(streams[0]):
+            return spin(blocks, 0.02)
+
+    try:
+        triton_kernel(1)
+        torch.cuda.synchronize()
+    except Exception:  # no Triton, or one that does not compile here
+        traceback.print_exc()
+        return sleeping_streams
+    return triton_kernel
+
+
+# 10
+
+
+def packed(where: Where, report: Report) -> None:
+    """Pack sixteen documents of sixteen lengths: what new lengths cost the host, and known ones."""
+    stage, model = one_layer("llama3_8b", where)
+    length, count = model.seq_length, 16
+
+    def segments(seed: int) -> Tensor:
+        """[1, s], of documents that all have other lengths."""
+        generator = torch.Generator().manual_seed(seed)
+        cuts = (torch.randperm(length - 1, generator=generator)[: count - 1] + 1).sort().values
+        begins = torch.zeros(length, dtype=torch.int64)
+        begins[cuts] = 1
+        return begins.cumsum(0)[None]
+
+    x = where.randn(length, 1, model.hidden_size).requires_grad_()
+    dy = where.randn(length, 1, model.hidden_size)
+
+    def visit(segments: Tensor | None) -> tuple[float, float]:
+        """Return the host's and the whole time of F and B, in ms."""
+        where.synchronise()
+        begin = time.perf_counter()
+        stage(x, segments).backward(dy)
+        host = time.perf_counter() - begin
+        where.synchronise()
+        return 1e3 * host, 1e3 * (time.perf_counter() - begin)
+
+    for _ in range(2):
+        visit(None)
+    whole = visit(None)
+    first, second, others, again = (visit(segments(seed)) for seed in (1, 1, 2, 2))
+    report.note(unpacked=whole, first=first, second=second, others=others, others_again=again)
+    each = max(first[0] - second[0], others[0] - again[0], 0) / count
+    report.check(
+        "a new length, on the host",
+        "at most 70 ms (cuDNN's plan)",
+        f"{each:.2f} ms",
+        each <= 70,
+        judged=where.on_gpu,
+    )
+    known = max(second[0], again[0]) / count
+    report.check(
+        "a known length, on the host",
+        "at most 1 ms",
+        f"{known:.2f} ms",
+        known <= 1,
+        judged=where.on_gpu,
+    )
+
+
+# 11
+
+
+def profiled(where: Where, report: Report) -> None:
+    """Measure stages of two jobs with vp-profile; compare memory and step with vp-plan."""
+    from vp_train.cli import load_config
+    from vp_train.planner.report import make_report
+
+    jobs: tuple[tuple[str, str, list[str]], ...] = (
+        ("gpt_4b", "0,7", ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=16"]),
+        ("llama3_8b", "4,7", ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=8"]),
+    )
+    if not where.on_gpu:
+        jobs = (("gpt_4b", "0", ["parallel.pp=2", "num_microbatches=2", "cluster.gpus_per_node=2"]),)
+    for name, ranks, more in jobs:
+        words, file = [*model_words(name, where), *more], where.folder / f"{name}.json"
+        start = "from vp_train.cli import profile; profile()"
+        command(
+            where,
+            "-c",
+            start,
+            *words,
+            "--ranks",
+            ranks,
+            "--steps",
+            "1",
+            "--json",
+            str(file),
+            seconds=100,
+        )
+        found = json.loads(file.read_text())
+        report.note(**{name: found})
+        for rank in found["ranks"]:
+            error = rank["predicted_peak_bytes"] / rank["peak_bytes"] - 1
+            measured = f"{rank['peak_bytes'] / 2**30:.2f} GiB, predicted {error:+.1%}"
+            report.check(
+                f"{name} rank {rank['rank']}: memory",
+                "predicted within 5 %",
+                measured,
+                abs(error) <= 0.05,
+                judged=where.on_gpu,
+            )
+        planned, measured_step = (
+            make_report(load_config(words)).step_seconds,
+            found["predicted"]["step_seconds"],
+        )
+        error = planned / measured_step - 1
+        measured = f"{1e3 * measured_step:.0f} ms, planned {error:+.1%}"
+        report.check(
+            f"{name}: step of the job, from measured passes",
+            "planned within 15 %",
+            measured,
+            abs(error) <= 0.15,
+            judged=where.on_gpu,
+        )
+
+
+# 12
+
+
+def training(where: Where, report: Report) -> None:
+    """Train with ranks that share the GPU over gloo, against the CPU; trace, save and resume."""
+    steps, dtype = 10 if where.on_gpu else 4, str(where.dtype).removeprefix("torch.")
+    words = [
+        "model=nano",
+        "model.num_layers=8",
+        "data=synthetic",
+        f"run.dtype={dtype}",
+        f"run.steps={steps}",
+    ]
+    words += ["run.trace_step=3", f"run.checkpoint_every={steps // 2}", "run.eval_every=0"]
+    words += [f"run.root={where.folder}", "run.comm_backend=gloo"]
+    zero = [*words, "optim.name=zero1", "parallel.pp=2", f"run.device={where.device.type}"]
+    runs = {"zero1": zero}
+    if where.on_gpu:
+        four = [*words, "parallel.pp=4"]
+        runs |= {
+            "zero1": [*zero, "parallel.dp=2"],
+            "pipeline": [*four, "run.device=cuda"],
+            "cpu": [*four, "run.device=cpu"],
+            "nccl": [*words, "parallel.pp=1", "run.device=cuda", "run.comm_backend=nccl"],
+        }
+    failed = _train(where, runs)
+    report.check("runs", "all end well", ", ".join(failed) or f"{len(runs)} ended well", not failed)
+    losses = {name: _losses(where, name) for name in runs}
+    report.note(losses=losses)
+    for name, found in losses.items():
+        right = len(found) == steps and all(map(math.isfinite, found)) and found[-1] < found[0]
+        expected, measured = "fall", f"{found[0]:.3f} to {found[-1]:.3f}" if found else "none"
+        if name in ("pipeline", "nccl"):  # two replicas have another batch
+            worst = _largest_difference(found, losses["cpu"])
+            right = right and worst <= 1e-2
+            expected, measured = "fall, within 1 % of the CPU's", f"{measured}, off by {worst:.1e}"
+        report.check(f"{name}: losses", expected, measured, right)
+    _check_trace(where.folder / "pipeline" if where.on_gpu else where.folder / "zero1", report)
+    last = where.folder / "zero1" / "checkpoints" / f"step-{steps:08}"
+    shutil.rmtree(last)
+    failed = _train(where, {"zero1": [*runs["zero1"], "run.resume=true", "run.trace_step=0"]})
+    worst = _largest_difference(_losses(where, "zero1"), losses["zero1"])
+    right = not failed and worst <= (1e-2 if where.on_gpu else 0) and last.is_dir()
+    measured = ", ".join(failed) or f"largest difference {worst:.1e}"
+    report.check("zero1 resumed half-way", "the same losses", measured, right)
+
+
+def _largest_difference(found: Sequence[float], expected: Sequence[float]) -> float:
+    """Return the largest relative difference, infinite if a value is missing or not finite."""
+    if not expected or len(found) != len(expected) or not all(map(math.isfinite, [*found, *expected])):
+        return math.inf
+    return max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+
+
+def _train(where: Where, runs: dict[str, list[str]]) -> list[str]:
+    """Run vp-train with these settings, all at once; return what failed."""
+    processes = {}
+    for name, words in runs.items():
+        output = (where.folder / f"{name}.txt").open("w")
+        command = [sys.executable, "-m", "vp_train", *words, f"run.name={name}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        processes[name] = subprocess.Popen(command, cwd=where.folder, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    failed = []
+    for name, process in processes.items():
+        if process.wait():
+            failed.append(f"{name}: exit code {process.returncode}")
+            print(f"{name}:\n{(where.folder / f'{name}.txt').read_text()[-3000:]}")
+    return failed
+
+
+def _losses(where: Where, name: str) -> list[float]:
+    file = where.folder / name / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    values = [json.loads(line)["loss"] for line in lines]
+    return [math.nan if value is None else value for value in values]
+
+
+def _check_trace(run: Path, report: Report) -> None:
+    """Check that the traced step of a run has passes, hops and barriers, as measured."""
+    file = run / "trace" / "step.json"
+    events = json.loads(file.read_text())["traceEvents"] if file.is_file() else []
+    measured = {event["pid"] for event in events if event["ph"] == "M" and event["args"]["name"].startswith("measured")}
+    spans = [event for event in events if event["ph"] == "X" and event["pid"] in measured]
+    kinds = Counter(event["cat"] for event in spans)
+    passes, hops = sum(kinds[letter] for letter in "FBIWSTEG"), kinds["hop"]
+    barriers = sum(count for kind, count in kinds.items() if kind.startswith("C"))
+    sane = all(event["ts"] >= 0 and 0 <= event["dur"] < 60e6 for event in spans)
+    found = f"{passes} passes, {hops} hops, {barriers} barriers"
+    report.check("trace", "passes, hops and barriers", found, bool(passes and hops and barriers and sane))
+
+
+# All
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step, and the most seconds it may take."""
+
+    name: str
+    run: Callable[[Where, Report], None]
+    limit_seconds: float
+
+
+STEPS: dict[int, Step] = {
+    1: Step("imports and attention", imports, 60),
+    2: Step("collectives of one rank", collectives, 60),
+    3: Step("stalls and delays", stall, 80),
+    4: Step("accumulated products", accumulation, 40),
+    5: Step("the CUDA tests", cuda_tests, 150),
+    6: Step("S and T", vocabulary, 90),
+    7: Step("one layer", layers, 60),
+    8: Step("synchronisations", synchronisations, 60),
+    9: Step("spinning kernels", spinning, 40),
+    10: Step("packed lengths", packed, 60),
+    11: Step("profile against plan", profiled, 150),
+    12: Step("training", training, 150),
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    number, device, result = arguments
+    sys.path.insert(0, str(ROOT))  # for the tests, which are no package that is installed
+    torch.manual_seed(0)
+    if device == "cpu":
+        torch.set_num_threads(1)
+    path = Path(result)
+    STEPS[int(number)].run(Where(torch.device(device), path.parent), Report(path))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

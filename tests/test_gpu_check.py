@@ -1,0 +1,96 @@
+"""The GPU check runs without a GPU, and no step that fails stops the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))  # its scripts import each other by their bare names
+
+import gpu_check  # noqa: E402
+from gpu_steps import STEPS  # noqa: E402
+
+WELL = """
+import json, sys
+checks = [{"what": "it", "expected": "1", "measured": "1", "passed": passed} for passed in (True, None)]
+open(sys.argv[1], "w").write(json.dumps({"checks": checks, "figures": {"a": 1}}))
+"""
+BADLY = {
+    "raises": ("raise ZeroDivisionError('here')", "raised"),
+    "aborts": ("import os; os.abort()", "ended by SIGABRT"),
+    "hangs": ("import time; time.sleep(60)", "not done in 5 s"),
+    "leaves": ("import os; os._exit(3)", "exit code 3"),
+    "checks nothing": ("pass", "failed"),
+    "measures something else": (WELL.replace("True, None", "True, False"), "failed"),
+}
+
+
+def task(number, name, code, seconds=30.0):
+    return gpu_check.Task(number, name, seconds, (sys.executable, "-c", code))
+
+
+def results_in(path):
+    return gpu_check.Results(path / "gpu_check_cpu.json", {"commit": "0"})
+
+
+@pytest.mark.timeout(120)
+def test_no_step_stops_the_others(tmp_path):
+    results, todo = results_in(tmp_path), []
+    for name, (code, _) in BADLY.items():
+        todo.append(task(len(todo) + 1, name, code, 5.0 if name == "hangs" else 30.0))
+        todo.append(task(len(todo) + 1, "after it", WELL))
+    assert not gpu_check.check(todo, results, 100.0, jobs=2)
+    written = json.loads((tmp_path / "gpu_check_cpu.json").read_text())
+    assert written["commit"] == "0"
+    assert [step["step"] for step in written["steps"]] == [each.number for each in todo]
+    statuses = {step["name"]: step["status"] for step in written["steps"]}
+    assert statuses == {name: status for name, (_, status) in BADLY.items()} | {"after it": "passed"}
+    assert any("ZeroDivisionError: here" in line for line in written["steps"][0]["output"])
+    table = gpu_check.summary(written["steps"])
+    assert table.count("FAILED") == len(BADLY) + 1  # one of them is a check
+
+
+def test_every_result_is_written_at_once_and_what_has_no_time_left_is_not_run(tmp_path):
+    results = results_in(tmp_path)
+    later = "import json, sys; assert len(json.load(open({!r}))['steps']) == 1".format(str(tmp_path / "gpu_check_cpu.json"))
+    todo = [task(1, "first", WELL), task(2, "second", later + WELL)]
+    assert gpu_check.check(todo, results, 60.0)
+    assert not gpu_check.check([task(3, "third", WELL)], results, 1.0)
+    assert results.records[3]["status"] == "no time left"
+
+
+def test_what_a_step_found_before_it_died_is_kept(tmp_path):
+    results = results_in(tmp_path)
+    assert not gpu_check.check([task(1, "half", WELL + "raise SystemExit(9)")], results, 60.0)
+    record = results.records[1]
+    assert (record["status"], len(record["checks"]), record["figures"]) == ("exit code 9", 2, {"a": 1})
+
+
+@pytest.mark.timeout(900)
+def test_steps_run_on_the_cpu(tmp_path):
+    """All steps in CI; elsewhere those that take little: together they are a minute of two cores."""
+    chosen = sorted(STEPS) if os.environ.get("CI") else [2, 4, 8, 9]
+    script = str(ROOT / "benchmarks" / "gpu_check.py")
+    command = [sys.executable, script, "--device", "cpu", "--out", str(tmp_path), "--steps", ",".join(map(str, chosen))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=890, check=False)
+    written = json.loads((tmp_path / "gpu_check_cpu.json").read_text())
+    assert {step["step"]: step["status"] for step in written["steps"]} == dict.fromkeys(chosen, "passed"), done.stdout
+    assert done.returncode == 0
+    assert written["device"] == "cpu"
+    assert {"torch", "python"} <= written["versions"].keys()
+    for step in written["steps"]:
+        assert any(check["passed"] for check in step["checks"]) or step["step"] in (6, 7, 9, 10, 11), step["name"]
+        assert all(check["measured"] for check in step["checks"])
+
+
+def test_unknown_steps_are_refused():
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--steps", "1,13"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "step 13 is not known; there are 1 to 12" in done.stderr
