@@ -250,6 +250,7 @@ def collectives(where: Where, report: Report) -> None:
     """Use every collective of the executor and the optimizers on a communicator of one rank."""
     from schedules.vocab import Transfer
     from vp_train.cli import load_config
+    from vp_train.collectives import all_gather_single, reduce_scatter_single
     from vp_train.mesh import build_mesh
     from vp_train.pipeline.comms import _issue
     from vp_train.plan import make_plan
@@ -294,10 +295,10 @@ def collectives(where: Where, report: Report) -> None:
             torch.arange(6.0).to(where.device, dtype),
             torch.empty(6, device=where.device, dtype=dtype),
         )
-        dist.all_gather_into_tensor(whole, part, group=group, async_op=True).wait()
-        expect(f"all_gather_into_tensor of {dtype}", whole, part)
-        dist.reduce_scatter_tensor(whole, part, group=group, async_op=True).wait()
-        expect(f"reduce_scatter_tensor of {dtype}", whole, part)
+        all_gather_single(whole, part, group, async_op=True).wait()
+        expect(f"all_gather_single of {dtype}", whole, part)
+        reduce_scatter_single(whole, part, group, async_op=True).wait()
+        expect(f"reduce_scatter_single of {dtype}", whole, part)
     counted = torch.tensor([3], device=where.device)
     dist.all_reduce(counted, dist.ReduceOp.MAX, group=group)
     expect("all_reduce of int64", counted, torch.tensor([3], device=where.device))

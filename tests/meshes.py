@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from schedules.vocab import End
 from vp_train.mesh import Mesh, build_mesh
@@ -26,6 +29,19 @@ def mesh_for(plan: RunPlan) -> Mesh:
         mesh = build_mesh(plan.degrees, plan.problem)
     _latest[key] = mesh
     return mesh
+
+
+@contextmanager
+def fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """Let this process be rank `rank` of torch's fake default group, in which nobody answers."""
+    if dist.is_initialized():  # by a test with all ranks in this process
+        dist.destroy_process_group()
+        alone.cache_clear()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @cache

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
@@ -17,6 +16,7 @@ from schedules.layout import Layout
 from schedules.lower import Action, lower
 from schedules.problem import Problem
 from schedules.vocab import VOCAB_ALGORITHMS, End
+from tests.meshes import fake_world
 from vp_train import mesh as mesh_module
 from vp_train.communicators import (
     END_PURPOSES,
@@ -234,12 +234,9 @@ def test_512_ranks_make_their_groups_without_a_store_and_in_seconds(monkeypatch)
     """torch itself makes them, over a store that knows nobody: no barrier is waited for."""
     monkeypatch.setattr(dist.distributed_c10d, "_store_based_barrier", lambda *_: pytest.fail("a barrier of all ranks"))
     degrees = Degrees(8, 8, 8)
-    dist.init_process_group("fake", store=FakeStore(), rank=77, world_size=512)
-    try:
+    with fake_world(77, 512):
         mesh = build_mesh(degrees, problem_of(8))
         assert (mesh.data.size(), mesh.tensor.size(), mesh.world.row.size()) == (8, 8, 32)
         assert mesh.world.leaders is None
         assert mesh.pipeline.ends[End.OUTPUT].size() == 64
         mesh.destroy()
-    finally:
-        dist.destroy_process_group()

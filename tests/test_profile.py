@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from schedules.ir import Kind
+from tests.meshes import fake_world
 from vp_train import cli
 from vp_train.cli import load_config
+from vp_train.collectives import all_gather_single
 from vp_train.estimate import estimate_cost
 from vp_train.exits import EXIT_CONFIG, EXIT_OK
 from vp_train.plan import plan_step
@@ -138,30 +139,29 @@ def test_refusals_name_the_value_and_the_way_out(vp_profile, arguments, message,
 
 def receive(rank, seed):
     """A hop, a broadcast from rank 0, and an all-to-all, of seeded noise into memory full of NaN."""
-    received = [torch.full((64, 64), math.nan) for _ in range(3)]
+    received = [torch.full((64, 64), math.nan) for _ in range(4)]
     with pytest.MonkeyPatch.context() as restored:
-        for name in ("irecv", "broadcast", "all_to_all_single"):
+        for name in {"irecv", "broadcast", "all_to_all_single", "all_gather_single", "all_gather_into_tensor"} & set(dir(dist)):
             restored.setattr(dist, name, getattr(dist, name))
         receive_noise(torch.Generator().manual_seed(seed))
         dist.irecv(received[0], 1 - rank)
         dist.broadcast(received[1], 0, async_op=True)
         dist.all_to_all_single(received[2], torch.empty(0, 64), [32, 32], [0, 0], group=dist.group.WORLD, async_op=True)
+        all_gather_single(received[3], torch.arange(32.0 * 64).view(32, 64), dist.group.WORLD, async_op=True)
     return received
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_nobody_sends_is_seeded_noise_of_unit_scale(rank):
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
-    try:
-        hop, broadcast, exchanged = receive(rank, seed=3)
+    with fake_world(rank, 2):
+        hop, broadcast, exchanged, gathered = receive(rank, seed=3)
         again = receive(rank, seed=3)
-    finally:
-        dist.destroy_process_group()
     for tensor in [hop, exchanged, *([broadcast] if rank else [])]:
         assert tensor.isfinite().all()
         assert abs(tensor.mean()) < 0.1
         assert 0.9 < tensor.std() < 1.1
     assert broadcast.isnan().all() == (rank == 0)  # what the root sends stays what it is
+    assert torch.equal(gathered, torch.arange(32.0 * 64).view(32, 64).repeat(2, 1))
     assert not torch.equal(hop, exchanged)
     assert torch.equal(again[0], hop)
 

@@ -240,6 +240,7 @@ def laid_out(config, *, pp, dp=1, tp=1, optimizer="adamw", offload=False, vocab=
         ({"pp": 2}, UNEQUAL, "float32"),
         (REPLICAS, {"pp": 2}, "bfloat16"),
         (TENSOR, REPLICAS, "bfloat16"),
+        (TENSOR, REPLICAS, "float32"),
         (REPLICAS, OFFLOADED, "float32"),
         (EMPTY_ENDS, {"pp": 2}, "float32"),
     ],
@@ -256,7 +257,8 @@ def test_another_layout_and_schedule_go_on_from_the_same_checkpoint(ranks, tmp_p
     assert len(metrics_of(part)) == 8
     for ours, theirs in zip(metrics_of(part), metrics_of(whole), strict=True):
         for key in ("loss", "validation_loss") if ours["step"] in (4, 8) else ("loss",):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-5 if dtype == "float32" else 1e-3)
+            # bfloat16 rounds the sums of other layouts differently, and each of eight steps builds on the one before
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5 if dtype == "float32" else 2e-3)
 
 
 def test_a_run_goes_on_with_the_same_text_elsewhere_and_with_no_other(ranks, tmp_path):

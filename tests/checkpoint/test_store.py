@@ -80,7 +80,7 @@ def whole_of_ranges():
 def save_ranges(rank, num_ranks, directory, chunks):
     split = Split(1, ROWS, ranges_of(num_ranks, rank, chunks))
     pieces = {"x": Piece(split.part(whole_of_ranges()).clone(), split)}
-    save(Path(directory), 1, pieces, {}, dist.group.WORLD, 1)
+    save(Path(directory), 1, pieces, {}, ControlGroup.flat(dist.group.WORLD), 1)
 
 
 def load_ranges(rank, num_ranks, directory, chunks):

@@ -15,6 +15,7 @@ from vp_train.assembly import build_rank
 from vp_train.checkpoint import store
 from vp_train.checkpoint.training import load_weights, restore_run, save_run
 from vp_train.config import ConfigError, ModelConfig, VocabConfig
+from vp_train.control import ControlGroup
 from vp_train.plan import make_plan
 
 CONTENTS = ("abc", "def")
@@ -188,7 +189,7 @@ def numbers(rank, num_ranks, directory, value):
     import torch.distributed as dist
 
     pieces = {"number": store.Piece(torch.tensor(value)), "row": store.Piece(torch.full((2,), value))}
-    path = store.save(Path(directory), 1, pieces, {}, dist.group.WORLD, 1)
+    path = store.save(Path(directory), 1, pieces, {}, ControlGroup.flat(dist.group.WORLD), 1)
     read = {"number": store.Piece(torch.tensor(torch.nan)), "row": store.Piece(torch.full((2,), torch.nan))}
     manifest = store.read_manifest(path)
     assert manifest["files"]["rank-00000.safetensors"]["tensors"]["number"]["shape"] == []

@@ -343,7 +343,7 @@ def test_evaluation_gives_the_training_loss_and_touches_no_gradient(ranks, algor
 
 def rows_recomputed(rank, world_size, config):
     plan = make_plan(config, world_size)
-    return build_rank(config, plan, mesh_for(plan)).output_layer._backend._first_kept
+    return build_rank(config, plan, mesh_for(plan)).output_layer.backend._first_kept
 
 
 def test_every_rank_recomputes_its_fraction_of_the_rows(ranks):

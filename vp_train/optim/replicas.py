@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from vp_train.collectives import all_gather_single, reduce_scatter_single
+
 
 class Pending(Protocol):
     """A communication on its way."""
@@ -43,11 +45,11 @@ class Replicas:
 
     def scatter_sum(self, values: Tensor) -> Pending:
         """Sum `values` over the replicas; each gets its part, and what is elsewhere is void."""
-        return self._issue(values, lambda whole: _scatter()(self._own(whole), whole, group=self.group, async_op=True))
+        return self._issue(values, lambda whole: reduce_scatter_single(self._own(whole), whole, self.group, async_op=True))
 
     def gather(self, values: Tensor) -> Pending:
         """Take each part of `values` from the replica whose it is."""
-        return self._issue(values, lambda whole: _gather()(whole, self._own(whole), group=self.group, async_op=True))
+        return self._issue(values, lambda whole: all_gather_single(whole, self._own(whole), self.group, async_op=True))
 
     def _own(self, values: Tensor) -> Tensor:
         return values.view(self.size, -1)[self.rank]
@@ -71,12 +73,3 @@ class _Staged:
     def wait(self) -> None:
         self.work.wait()
         self.values.copy_(self.host)
-
-
-def _scatter() -> Callable[..., Any]:
-    """Torch's collective, by its name since 2.13 or the one before."""
-    return getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-def _gather() -> Callable[..., Any]:
-    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

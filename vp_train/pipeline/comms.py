@@ -21,6 +21,7 @@ from torch import Tensor
 
 from schedules.lower import Exchange
 from schedules.vocab import End, Transfer
+from vp_train.collectives import all_gather_single
 from vp_train.pipeline.aside import Aside
 from vp_train.pipeline.buffers import Once
 from vp_train.pipeline.groups import Groups
@@ -210,7 +211,7 @@ class _Joined:
 
     def wait(self) -> Tensor:
         part = self.pending.wait()
-        dist.all_gather_into_tensor(self.whole.view(-1), part, group=self.group)
+        all_gather_single(self.whole.view(-1), part, self.group)
         return self.whole
 
     def is_completed(self) -> bool:
@@ -348,7 +349,7 @@ def _issue(group: dist.ProcessGroup, transfer: Transfer, tensor: Tensor, root: i
         case Transfer.ALL_GATHER:
             result = tensor.new_empty((group.size(), *tensor.shape))
             flat = result.view(-1, *tensor.shape[1:])
-            work = dist.all_gather_into_tensor(flat, tensor, group=group, async_op=True)
+            work = all_gather_single(flat, tensor, group, async_op=True)
             return Issued(work, result, tensor)
         case Transfer.GATHER | Transfer.SCATTER:
             at_root, nothing = dist.get_rank() == root, [0] * group.size()

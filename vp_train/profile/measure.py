@@ -91,12 +91,15 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
 
 
 def receive_noise(generator: torch.Generator) -> None:
-    """Let hops, broadcasts and all-to-alls of this process deliver normal noise of unit scale, drawn by `generator`.
+    """Let hops, broadcasts and all-to-alls of this process deliver noise, drawn by `generator`.
 
-    A fake group would leave what the memory held before, of which NaN, infinity and denormals are slow, or refuse to receive
-    from nobody.  `generator` is of the device of the messages.
+    It is normal and of unit scale; what is gathered from others is what this rank has sent itself.
+    A fake group would leave what the memory held before, of which NaN, infinity and denormals are
+    slow, or refuse to receive from nobody.  `generator` is of the device of the messages.
     """
     receive, broadcast = dist.irecv, dist.broadcast
+    gather_name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather = getattr(dist, gather_name)
 
     def irecv(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         tensor.normal_(generator=generator)
@@ -111,7 +114,12 @@ def receive_noise(generator: torch.Generator) -> None:
         output.normal_(generator=generator)
         return dist.barrier(group=group, async_op=async_op)
 
+    def gather_own(output: torch.Tensor, tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        output.view(-1, *tensor.shape).copy_(tensor)
+        return gather(output, tensor, *arguments, **options)
+
     dist.irecv, dist.broadcast, dist.all_to_all_single = irecv, broadcast_noise, exchange  # type: ignore[assignment]
+    setattr(dist, gather_name, gather_own)
 
 
 def _when_computed() -> float:
