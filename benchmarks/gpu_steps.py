@@ -814,6 +814,7 @@ def _watched_step(where: Where, schedule: str, observers: dict[int, _Between], l
                 listen()
             together.gather(rank, None)
             model.train_step(tokens, labels, observer)
+            model.optimizer.reduce()
             together.gather(rank, None)
 
     run_locally(config, plan, work)
