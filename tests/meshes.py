@@ -31,6 +31,13 @@ def mesh_for(plan: RunPlan) -> Mesh:
     return mesh
 
 
+def forget(rank: int, world_size: int) -> None:
+    """Destroy all meshes of this process; collective."""
+    while _latest:
+        _latest.pop(next(iter(_latest))).destroy()
+    gc.collect()
+
+
 @contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[None]:
     """Let this process be rank `rank` of torch's fake default group, in which nobody answers."""

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
+from tests.meshes import forget
+
 
 class RankFailed(AssertionError):
     """A rank raised, died or hung; the message holds its traceback or stack."""
@@ -46,6 +48,7 @@ class Ranks:
         self.world_size = world_size
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        self._rests = True
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 60) -> list[Any]:
         """function(rank, world_size, *arguments) on every rank; their results in rank order.
@@ -55,6 +58,7 @@ class Ranks:
         """
         if not self._processes:
             self._start()
+        self._rests = False
         for pipe in self._pipes:
             pipe.send((function, arguments))
         results: dict[int, Any] = {}
@@ -74,6 +78,12 @@ class Ranks:
                     raise RankFailed(f"rank {rank} of {self.world_size}:\n{value}")
                 results[rank] = value
         return [results[rank] for rank in range(self.world_size)]
+
+    def rest(self) -> None:
+        """Destroy what groups tests have left: those of a process that does nothing keep a processor busy."""
+        if self._processes and not self._rests:
+            self.run(forget)
+            self._rests = True
 
     def stop(self) -> None:
         """Kill the processes; the next run starts new ones."""

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.data.cases import VOCAB_SIZE, run_config, text_config, write_letters
+from tests.meshes import fake_world
 from vp_train.config import ConfigError, DataConfig, RunConfig
 from vp_train.data import open_source, prepare
 from vp_train.data.indexed import Windows, split_documents
@@ -34,9 +33,8 @@ def config(request: pytest.FixtureRequest, letters: RunConfig) -> RunConfig:
 
 @pytest.fixture
 def rank_one_of_two() -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
-    yield
-    dist.destroy_process_group()
+    with fake_world(1, 2):
+        yield
 
 
 def test_batches_have_their_shape_and_labels_are_the_next_tokens(config: RunConfig) -> None:

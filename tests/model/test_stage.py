@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from tests.meshes import alone
 from vp_train.config import ModelConfig
 from vp_train.model import attention, shape
 from vp_train.model.stage import Stage, document_lengths, init_rows
@@ -22,11 +22,9 @@ CPU = torch.device("cpu")
 DTYPES = (torch.float64, torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+    return alone()
 
 
 def stage(group, layers, final_norm=False, dtype=torch.float64, model=MODEL, seed=3, **options):

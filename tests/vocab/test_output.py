@@ -281,3 +281,26 @@ def test_the_fused_row_pass_equals_the_unfused(dtype, softcap):
     assert torch.allclose(fused.float(), unfused.float(), rtol=8e-3, atol=1e-6)
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.allclose(mine, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["one_barrier", "two_barrier"])
+def test_the_error_of_dx_in_bfloat16_does_not_grow_with_the_shards(algorithm):
+    """It is that of torch's cross entropy at any number of shards; terms that are rounded before they are summed add to it."""
+    x, weight, targets, grad_loss = inputs(4096, torch.bfloat16)
+    weight, targets, grad_loss = 0.1 * weight, targets.clamp_min(0), torch.full((T,), 1 / T)
+    truth = cross_entropy(x.double(), weight.double(), targets, grad_loss.double())[1]
+
+    def error(dx):
+        return ((dx.double() - truth).norm() / truth.norm()).item()
+
+    leaf = x.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(leaf @ weight.T, targets).backward()
+    wide = {"algorithm": algorithm, "backend": "chunked", "grad_dtype": torch.float32}
+    for num_shards in (1, 2, 8, 64):
+        sizes = [4096 // num_shards] * num_shards
+        precise, rounded = (
+            error(run_output(x, weight, targets, grad_loss, sizes=sizes, sum_dtype=dtype, **wide)[1])
+            for dtype in (None, torch.bfloat16)
+        )
+        assert precise <= 1.02 * error(leaf.grad)
+        assert num_shards == 1 or rounded > 1.1 * precise

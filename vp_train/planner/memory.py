@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from schedules.ir import Kind, Pass
 from schedules.vocab import End
 from vp_train.config import RunConfig
-from vp_train.estimate import ITEM_BYTES, held_part, layer_bytes, message_bytes
+from vp_train.estimate import ITEM_BYTES, held_part, input_gradient_bytes, layer_bytes, message_bytes
 from vp_train.model import shape
 from vp_train.plan import StepPlan
 
@@ -113,7 +113,7 @@ def step_peak(config: RunConfig, step: StepPlan, rank: int) -> tuple[float, floa
     peak = max((activations, held, working), (0.0, pool, kept + _update_bytes(config, step, rank)), key=sum)
     for item in order:
         change = cost.byte_change(item)
-        left = _unsent_bytes(item, step, rank, message) if on_cpu else 0.0
+        left = _unsent_bytes(config, item, step, rank) if on_cpu else 0.0
         in_held = item.kind in (Kind.S, Kind.T)
         if in_held and on_cpu and exponentials:
             change -= math.copysign(exponentials, change)
@@ -138,16 +138,16 @@ def _is_hop(stage: int, other: int, step: StepPlan) -> bool:
     return 0 <= other < layout.num_stages and layout.rank_of(other) != layout.rank_of(stage)
 
 
-def _unsent_bytes(item: Pass, step: StepPlan, rank: int, message: float) -> float:
+def _unsent_bytes(config: RunConfig, item: Pass, step: StepPlan, rank: int) -> float:
     """What stays until the end of a step because gloo does not tell when a message was sent: hops, and what others reduce."""
-    problem = step.problem
+    problem, message = step.problem, float(message_bytes(config))
     neighbour = {Kind.F: item.stage + 1, Kind.B: item.stage - 1, Kind.I: item.stage - 1}.get(item.kind)
     if neighbour is not None and _is_hop(item.stage, neighbour, step):
         return message
     if item.kind is Kind.E and problem.algorithm.sharded and rank != problem.root(End.INPUT):
         return message * step.shards[End.INPUT][rank].num_rows / step.shards[End.INPUT][-1].stop
     if item.kind is Kind.S and problem.algorithm.sharded and rank != problem.root(End.OUTPUT):
-        return message
+        return float(input_gradient_bytes(config))
     return 0.0
 
 

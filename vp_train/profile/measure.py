@@ -29,7 +29,9 @@ def measure_ranks(config: RunConfig, num_ranks: int, pipeline_ranks: list[int], 
 
     They are of the first replica and the first of their tensor-parallel ranks.  Raises ConfigError where one does not fit.
     """
-    context = multiprocessing.get_context("spawn")
+    # Imports take seconds, which a fork has done; but nothing of CUDA outlives a fork.
+    context: Any = multiprocessing.get_context("spawn" if config.run.device == "cuda" else "forkserver")
+    context.set_forkserver_preload([__name__])
     for pipeline_rank in pipeline_ranks:
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, config, num_ranks, pipeline_rank, num_steps), daemon=True)
