@@ -252,7 +252,7 @@ def collectives(where: Where, report: Report) -> None:
     from vp_train.cli import load_config
     from vp_train.collectives import all_gather_single, reduce_scatter_single
     from vp_train.mesh import build_mesh
-    from vp_train.pipeline.comms import _issue
+    from vp_train.pipeline.comms import _start_collective
     from vp_train.plan import make_plan
 
     backend = "nccl" if where.on_gpu else "gloo"
@@ -285,7 +285,7 @@ def collectives(where: Where, report: Report) -> None:
                 with torch.cuda.stream(side):  # does nothing without a stream
                     if side is not None:
                         side.wait_stream(torch.cuda.default_stream())
-                    found = _issue(group, transfer, message.clone(), 0, (count,)).wait()
+                    found = _start_collective(group, transfer, message.clone(), 0, (count,)).wait()
                 where.synchronise()
                 expect(what, found, expected)
             except Exception as error:

@@ -41,7 +41,8 @@ from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, Barrier, End, Payload
 from vp_train.degrees import Degrees
 from vp_train.mesh import build_mesh
-from vp_train.pipeline.comms import Comms, Pending, ProcessGroups
+from vp_train.pipeline.aside import Pending
+from vp_train.pipeline.comms import Comms, ProcessGroups
 from vp_train.pipeline.executor import Executor, RankModules
 from vp_train.pipeline.recorder import HostTimer, Recorder
 

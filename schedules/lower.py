@@ -44,9 +44,10 @@ class Action(StrEnum):
 class Exchange:
     """One rank's part in a collective.
 
-    `root` is the pipeline rank of the first or last stage.  `contributes`: this rank has something
-    to send.  `delivers`: the result arrives on this rank.  `stage`: the stage whose input, output
-    or gradient is carried at the root.  `continues`: the collective whose result the message needs.
+    `root` is the pipeline rank of the first or last stage.  `counted`: how many rows each shard sends
+    or gets hangs on the batch.  `contributes`: this rank has something to send.  `delivers`: the
+    result arrives on this rank.  `stage`: the stage whose input, output or gradient is carried at the
+    root.  `continues`: the collective whose result the message needs.
     """
 
     end: End
@@ -54,6 +55,7 @@ class Exchange:
     payload: Payload
     root: int
     stage: int
+    counted: bool
     contributes: bool
     delivers: bool
     continues: Collective | None
@@ -151,6 +153,7 @@ def exchange_of(node: Collective, rank: int, problem: Problem) -> Exchange:
         barrier.payload,
         root,
         0 if barrier.end is End.INPUT else problem.last_stage,
+        counted=barrier.transfer in (Transfer.GATHER, Transfer.SCATTER),
         contributes=rank == root or not barrier.from_root,
         delivers=rank in problem.receivers(node),
         continues=None if continues is None else Collective(continues, node.microbatch),

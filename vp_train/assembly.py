@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -64,7 +65,10 @@ class RankModel:
         mask: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor | None:
-        """`Executor.step` of the training program; `optimizer.reduce` then completes the gradients, times `loss_scale`."""
+        """Run `Executor.step` of the training program; `optimizer.reduce` then completes the gradients, times `loss_scale`.
+
+        A step that raises leaves sums and messages behind: nothing more can be done with this model.
+        """
         self._completions.begin()
         scale = self.loss_scale.value
         loss = self.trainer.step(tokens, labels, observer, mask=mask, segments=segments, loss_scale=scale)
@@ -161,7 +165,7 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transpor
         config.model.hidden_size,
         config.loss.normalisation,
         leads=mesh.tensor_rank == 0,
-        data=mesh.data if mesh.degrees.dp > 1 else None,
+        over_replicas=partial(_over_replicas, mesh) if mesh.degrees.dp > 1 else None,
         updates=completions,
         sequence_parts=mesh.degrees.tp if config.parallel.sequence_parallel else 1,
     )
@@ -193,6 +197,17 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transpor
         comms,
         None if tied_name is None else gradients[tied_name],
     )
+
+
+def _over_replicas(mesh: Mesh, total: Tensor) -> Tensor:
+    """Sum a number, fp64 [] on the host, over all replicas of this rank, in their order.
+
+    It goes over the control group: in the group of the replicas it would wait for parameters that
+    are still gathered.
+    """
+    _, here, k = mesh.degrees.place(mesh.rank)
+    everyone = mesh.steps.all_gather(total)
+    return everyone[[mesh.degrees.rank(replica, here, k) for replica in range(mesh.degrees.dp)]].sum()
 
 
 def _sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:

@@ -50,7 +50,8 @@ class ControlGroup:
 
         `tensor` lies in host memory and has the same shape and dtype on every rank.
         """
-        row = tensor.new_empty((self.row.size(), *tensor.shape))
+        row = tensor.new_zeros((self.row.size(), *tensor.shape))
+        row[self.row.rank()] = tensor  # all that there is in a process that only pretends to have others
         dist.all_gather(list(row), tensor, group=self.row)
         if self.width >= self.size:
             return row

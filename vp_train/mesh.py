@@ -123,7 +123,7 @@ def _make(
         in_world = spec.purpose in WORLD_PURPOSES
         long = in_world or on_nccl  # NCCL connects at the first message, under its timeout
         seconds = settings.world_timeout_seconds if long else settings.timeout_seconds
-        few_ctas = spec.purpose in END_PURPOSES.values()
+        few_ctas = spec.purpose in (*END_PURPOSES.values(), Purpose.DATA)  # beside the passes
         is_member = rank in spec.members
         group = dist.new_group(
             list(spec.members),

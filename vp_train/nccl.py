@@ -81,5 +81,6 @@ def _poll(backends: list[Any], failed: Callable[[str], None], stopped: Event) ->
         for backend in backends:
             error = backend.get_error().name
             if error != "SUCCESS":
-                failed(error)
+                if not stopped.is_set():  # an error of the end is none of the run
+                    failed(error)
                 return

@@ -3,11 +3,13 @@
 The passes of a rank run on one stream, the current one of its thread.  What must not delay them runs
 on a side stream, and a stream that needs a result of another waits for an event, never the host.
 
-The rule: a tensor must outlive its last use on every stream.  Two things see to it.
+The rule: a tensor must outlive its last use on every stream.  Three things see to it.
 
 1. Whoever uses a tensor on a stream that may not have allocated it calls `lend`.  The allocator then
    gives the memory away only when that stream has passed the moment at which the tensor was dropped.
-2. What a communication reads and writes is held by its `Pending` until the stream of the passes has
+2. What a step keeps to its end needs no `lend`: the step ends when the passes have waited for all
+   communications, and a side stream allocates again only after a pass of the next step.
+3. What a communication reads and writes is held by its `Pending` until the stream of the passes has
    waited for it, or the host has seen that it is complete: torch holds these tensors only until the
    first stream waits, which may be a side stream.
 """

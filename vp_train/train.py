@@ -226,7 +226,7 @@ class Run:
         return gather_health(self._own(loss), None, self.mesh.steps).loss
 
     def _own(self, loss: torch.Tensor | None) -> torch.Tensor | None:
-        """The loss of the replica, on the one rank of it that says it."""
+        """Return the loss on the rank that reports it, else None."""
         return loss if self.model.answers else None
 
     def _save(self, step: int, reporter: Reporter | None) -> None:
@@ -250,7 +250,7 @@ class Run:
 
     def _traced(self, batch: Batch) -> tuple[torch.Tensor | None, Recorder]:
         """Run a training step with every pass and communication timed, from a common start."""
-        timer = timer_of(rank_device(self.config))
+        timer = timer_of(rank_device(self.config), host_waits=self.config.run.comm_backend == "gloo")
         recorder = Recorder(self.mesh.pipeline_rank, timer, list(self.model.parameters.values()))
         self.mesh.steps.barrier()
         timer.start()

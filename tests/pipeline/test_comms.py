@@ -28,7 +28,9 @@ def comms_of(world_size, *, through_host=False):
 
 
 def exchange(transfer, *, root=0, delivers=True, continues=None):
-    return Exchange(End.OUTPUT, transfer, Payload.SUMS, root, 0, contributes=True, delivers=delivers, continues=continues)
+    return Exchange(
+        End.OUTPUT, transfer, Payload.SUMS, root, 0, counted=False, contributes=True, delivers=delivers, continues=continues
+    )
 
 
 def unwatched(pending):

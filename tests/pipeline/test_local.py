@@ -80,7 +80,15 @@ def test_every_collective_delivers_what_its_name_says(transfer):
 
     def work(rank):
         exchange = Exchange(
-            End.OUTPUT, transfer, Payload.SUMS, 1, 0, contributes=True, delivers=rank == 1 or not to_root, continues=None
+            End.OUTPUT,
+            transfer,
+            Payload.SUMS,
+            1,
+            0,
+            counted=False,
+            contributes=True,
+            delivers=rank == 1 or not to_root,
+            continues=None,
         )
         rows = {Transfer.GATHER: COUNTS[rank], Transfer.SCATTER: 5 if rank == 1 else 0}.get(transfer, 2)
         own = torch.arange(rows) + 10.0 * rank

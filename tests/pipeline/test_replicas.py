@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.meshes import mesh_for
 from tests.pipeline.test_equivalence import config_of
@@ -96,3 +97,35 @@ def test_no_pass_reads_a_parameter_before_it_was_gathered(ranks, schedule, algor
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert all(value == value for value in late[0])
+
+
+def joins_the_replicas_before_the_first_pass(rank, world_size, config):
+    """The collectives of the group of replicas that a step begins with, before anything has asked for parameters."""
+    plan = make_plan(config, world_size)
+    mesh = mesh_for(plan)
+    model = build_rank(config, plan, mesh)
+    calls, needed = [], []
+    need = model.optimizer.need
+    model.optimizer.need = lambda names: (needed.append(names), need(names))
+    restored = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "broadcast", "reduce", "barrier")}
+    for name, collective in restored.items():
+
+        def noted(*arguments, name=name, collective=collective, group=None, **options):
+            if group is mesh.data and not needed:
+                calls.append(name)
+            return collective(*arguments, group=group, **options)
+
+        setattr(dist, name, noted)
+    try:
+        model.train_step(*random_batch(config, 1))
+    finally:
+        for name, collective in restored.items():
+            setattr(dist, name, collective)
+    model.optimizer.reduce()
+    return calls, len(needed) > 0
+
+
+def test_a_step_does_not_queue_behind_parameters_that_are_still_gathered(ranks):
+    """Everything in one group of replicas runs in the order of its issue."""
+    config = config_of(2, 3, 101, dp=2, optimizer="zero1")
+    assert ranks(4).run(joins_the_replicas_before_the_first_pass, config) == [([], True)] * 4

@@ -12,11 +12,11 @@ class Completion:
         self._units, self._done, self._next = units, done, 0
 
     def up_to(self, unit: int) -> None:
-        """Units up to number `unit` are complete."""
+        """Announce the units up to number `unit`, which are complete."""
         while self._next <= unit:
             self._next += 1
             self._done(self._units[self._next - 1])
 
     def finish(self) -> None:
-        """All are."""
+        """Announce the rest."""
         self.up_to(len(self._units) - 1)

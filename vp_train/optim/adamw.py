@@ -95,5 +95,5 @@ def gather_health(loss: Tensor | None, squared_norm: Tensor | None, group: Contr
 
 
 def clip_scale(grad_norm: float, limit: float) -> float:
-    """By what to multiply the gradients so that their norm does not exceed `limit`; 0 turns clipping off."""
+    """Return the factor that limits the gradient norm to `limit`; a `limit` of 0 turns clipping off."""
     return limit / grad_norm if 0 < limit < grad_norm else 1.0

@@ -64,7 +64,7 @@ class Replicas:
 
 @dataclass(frozen=True, slots=True)
 class _Staged:
-    """One whose result is still to go to the device."""
+    """A communication whose result is still to be copied to the device."""
 
     work: Pending
     host: Tensor

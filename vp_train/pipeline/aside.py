@@ -19,10 +19,13 @@ from torch import Tensor
 _STOP_SECONDS = 5.0  # of patience with a thread whose message never comes
 
 
-class Communication(Protocol):
-    """A communication under way."""
+class Pending(Protocol):
+    """A communication under way.  It holds everything that it reads and writes."""
 
-    def wait(self) -> Tensor: ...
+    def wait(self) -> Tensor:
+        """Return the delivered tensor.  On CUDA the current stream waits, not the host."""
+        ...
+
     def is_completed(self) -> bool: ...
 
 
@@ -30,7 +33,7 @@ class Communication(Protocol):
 class _Queued:
     """A communication that the thread has issued or will issue."""
 
-    issued: Future[Communication]
+    issued: Future[Pending]
 
     def wait(self) -> Tensor:
         return self.issued.result().wait()
@@ -39,7 +42,7 @@ class _Queued:
         return self.issued.done() and self.issued.result().is_completed()
 
 
-_Task = tuple[Future[Communication], Callable[[], Communication]]
+_Task = tuple[Future[Pending], Callable[[], Pending]]
 
 
 class Aside:
@@ -55,9 +58,9 @@ class Aside:
         thread.start()
         weakref.finalize(self, _stop, self._queue, thread)
 
-    def issue(self, action: Callable[[], Communication]) -> Communication:
+    def issue(self, action: Callable[[], Pending]) -> Pending:
         """Queue `action`, which issues a communication.  Its error is raised by `wait`."""
-        issued: Future[Communication] = Future()
+        issued: Future[Pending] = Future()
         self._queue.put((issued, action))
         return _Queued(issued)
 
@@ -71,7 +74,7 @@ def _serve(queue: SimpleQueue[_Task | None]) -> None:
         del task  # tensors must not live until the next one comes
 
 
-def _settle(issued: Future[Communication], action: Callable[[], Communication]) -> None:
+def _settle(issued: Future[Pending], action: Callable[[], Pending]) -> None:
     try:
         issued.set_result(action())
     except BaseException as error:  # for whoever waits

@@ -22,22 +22,12 @@ from torch import Tensor
 from schedules.lower import Exchange
 from schedules.vocab import End, Transfer
 from vp_train.collectives import all_gather_single
-from vp_train.pipeline.aside import Aside
+from vp_train.pipeline.aside import Aside, Pending
 from vp_train.pipeline.buffers import Once
 from vp_train.pipeline.groups import Groups
 from vp_train.streams import Mark, Streams, lend, streams_of
 
-Watch = Callable[["Pending"], "Pending"]
-
-
-class Pending(Protocol):
-    """A communication under way.  It holds everything that it reads and writes."""
-
-    def wait(self) -> Tensor:
-        """Return the delivered tensor.  On CUDA the current stream waits, not the host."""
-        ...
-
-    def is_completed(self) -> bool: ...
+Watch = Callable[[Pending], Pending]
 
 
 class Delivery:
@@ -262,7 +252,7 @@ class ProcessGroups:
 
     def receive(self, buffer: Tensor, peer: int, *, watch: Watch) -> Pending:
         parted = self._splits(buffer)
-        into = self._part(buffer).clone() if parted else buffer
+        into = torch.empty_like(self._part(buffer)) if parted else buffer
         if self._through_host:
             into = torch.empty_like(into, device="cpu")
         group = self._groups.receives[peer]
@@ -297,17 +287,17 @@ class ProcessGroups:
         leader = self._groups.leaders[exchange.root]
 
         def issue() -> Pending:
-            return watch(_issue(group, transfer, self._outbound(message()), leader, counts))
+            return watch(_start_collective(group, transfer, self._outbound(message()), leader, counts))
 
-        pending = self._issue(end, issue, beside=beside)
+        pending = self._in_order(end, issue, beside=beside)
         if exchange.delivers and self._tensor is not None:
             if transfer is Transfer.REDUCE:
                 pending = _PassedOn(pending, leader, self._tensor, None)
             elif transfer is Transfer.GATHER:
                 pending = _PassedOn(pending, leader, self._tensor, sum(counts))
-        return self._inbound(pending)
+        return self._inbound(pending) if exchange.delivers else pending
 
-    def _issue(self, end: End, issue: Callable[[], Pending], *, beside: bool) -> Pending:
+    def _in_order(self, end: End, issue: Callable[[], Pending], *, beside: bool) -> Pending:
         """Issue a collective of `end` in program order, without stopping the passes.
 
         On CUDA `Pending.wait` blocks a stream, so a side stream does the waiting.  Otherwise a thread
@@ -334,7 +324,7 @@ class ProcessGroups:
         return _Staged(pending, self._device) if self._through_host else pending
 
 
-def _issue(group: dist.ProcessGroup, transfer: Transfer, tensor: Tensor, root: int, counts: Sequence[int]) -> Issued:
+def _start_collective(group: dist.ProcessGroup, transfer: Transfer, tensor: Tensor, root: int, counts: Sequence[int]) -> Issued:
     """Issue a collective of `group`; `root` is a rank of the default group."""
     match transfer:
         case Transfer.BROADCAST:

@@ -14,16 +14,16 @@ from functools import partial
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from schedules.ir import Kind, Pass
 from schedules.lower import Action, Exchange, Op, Program
 from schedules.problem import Collective
-from schedules.vocab import End, Payload
+from schedules.vocab import Payload
+from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.buffers import Buffers
-from vp_train.pipeline.comms import Comms, Delivery, Pending
+from vp_train.pipeline.comms import Comms, Delivery
 from vp_train.precision import statistics_dtype
 from vp_train.vocab.input import InputLayer, InputStep
 from vp_train.vocab.loss import token_weights
@@ -109,7 +109,7 @@ class RankModules:
     """What one pipeline rank owns: its stages by their global number, and its vocabulary rows, if any.
 
     `normalisation` of the loss: see loss.token_weights.  `leads`: the first of the tensor-parallel
-    ranks; all of them have what it sends.  `data` joins the same modules of all replicas.
+    ranks; all of them have what it sends.  `over_replicas` sums a number, fp64 [], over all replicas.
     `sequence_parts`: over how many ranks the sequences of hops are split.
     """
 
@@ -121,7 +121,7 @@ class RankModules:
     hidden_size: int
     normalisation: str = "token"
     leads: bool = True
-    data: dist.ProcessGroup | None = None
+    over_replicas: Callable[[Tensor], Tensor] | None = None
     updates: WeightUpdates = NO_UPDATES
     sequence_parts: int = 1
 
@@ -155,7 +155,7 @@ class Executor:
         """
         modules = self._modules
         precise = statistics_dtype(modules.dtype)
-        weights = token_weights(labels, mask, modules.normalisation, precise, modules.data, modules.device)
+        weights = token_weights(labels, mask, modules.normalisation, precise, modules.over_replicas, modules.device)
         losses = self._run(tokens, labels, weights * loss_scale, observer, segments)
         return None if losses is None else (losses.double() * weights).sum()
 
@@ -282,8 +282,8 @@ class _Step:
         assert isinstance(item, Pass)
         stages, updates = self._modules.stages, self._modules.updates
         layered = op.completes and not item.kind.is_vocabulary
-        told = stages[item.stage].completing(updates.announce) if layered else nullcontext()
-        with self._observer.observe(item, self._held_bytes), told:
+        layers = stages[item.stage].completing(updates.announce) if layered else nullcontext()
+        with self._observer.observe(item, self._held_bytes), layers:
             self._passes[item.kind](item)
         if op.completes:
             updates.complete(item)
@@ -324,17 +324,17 @@ class _Step:
         self._modules.stages[item.stage].weight_grads.drain(item.microbatch)
 
     def _softmax(self, item: Pass) -> None:
-        x = self._tensors.take("x", "C0", item.microbatch)
+        x = self._tensors.take("x", Payload.ACTIVATIONS, item.microbatch)
         self._output.s(item.microbatch, x, keep=self._trains)
 
     def _weight_grad(self, item: Pass) -> None:
         self._output.t(item.microbatch)
 
     def _embed(self, item: Pass) -> None:
-        self._tensors.put("x", "CE", item.microbatch, self._input.e(item.microbatch))
+        self._tensors.put("x", Payload.EMBEDDINGS, item.microbatch, self._input.e(item.microbatch))
 
     def _embedding_grad(self, item: Pass) -> None:
-        self._input.g(item.microbatch, self._tensors.take("dy", "CG", item.microbatch))
+        self._input.g(item.microbatch, self._tensors.take("dy", Payload.EMBEDDING_GRADIENT, item.microbatch))
 
     @property
     def _output(self) -> OutputStep:
@@ -384,7 +384,7 @@ class _Step:
             exchange,
             partial(self._messages[payload], exchange, i),
             partial(self._deliveries[payload], exchange, i),
-            self._input.counts(i) if exchange.end is End.INPUT else (),
+            self._input.counts(i) if exchange.counted else (),
             None if before is None else self._delivering.look("barrier", before.barrier, i),
             self._watch(op),
         )
@@ -398,7 +398,7 @@ class _Step:
     # The message of each payload.  Ranks that have nothing to send still take part.
 
     def _form_embeddings(self, exchange: Exchange, i: int) -> Tensor:
-        return self._tensors.take("x", "CE", i)
+        return self._tensors.take("x", exchange.payload, i)
 
     def _form_activations(self, exchange: Exchange, i: int) -> Tensor:
         x = self._tensors.take("x", exchange.stage + 1, i) if exchange.contributes else None
@@ -422,10 +422,10 @@ class _Step:
         self._tensors.put("x", exchange.stage, i, x)
 
     def _deliver_activations(self, exchange: Exchange, i: int, received: Tensor) -> None:
-        self._tensors.put("x", "C0", i, received)
+        self._tensors.put("x", exchange.payload, i, received)
 
     def _deliver_embedding_gradient(self, exchange: Exchange, i: int, received: Tensor) -> None:
-        self._tensors.put("dy", "CG", i, received)
+        self._tensors.put("dy", exchange.payload, i, received)
 
     def _deliver_output(self, exchange: Exchange, i: int, received: Tensor) -> None:
         self._output.absorb(exchange.payload, i, received)

@@ -26,7 +26,8 @@ from torch import Tensor
 from schedules.lower import Exchange
 from schedules.problem import Problem
 from schedules.vocab import End, Transfer
-from vp_train.pipeline.comms import Issued, Pending, Watch
+from vp_train.pipeline.aside import Pending
+from vp_train.pipeline.comms import Issued, Watch
 from vp_train.streams import Mark, Streams, lend, streams_of
 
 Result = TypeVar("Result")
@@ -111,12 +112,12 @@ class Switchboard:
                 self._changed.notify_all()
 
     def is_read(self, key: _Key) -> bool:
-        """Return whether a call that had messages was read by all."""
+        """Return whether all have read a call that had messages."""
         with self._changed:
             return key not in self._calls
 
     def wait_until_read(self, key: _Key) -> None:
-        """Wait for that."""
+        """Wait until all have read the call `key`."""
         with self._changed:
             self._wait_for(lambda: key not in self._calls, key)
 
@@ -236,11 +237,11 @@ class LocalTransport:
         watch: Watch,
     ) -> Pending:
         end, members = exchange.end, self._board.members[exchange.end]
+        if len(members) == 1:  # nothing to exchange, and nothing to wait for beside the passes
+            own = message()
+            return Issued(None, own[None] if exchange.transfer is Transfer.ALL_GATHER else own)
         with self.streams.beside(end) if beside else nullcontext():
             own = message()
-            if len(members) == 1:
-                gathers = exchange.transfer is Transfer.ALL_GATHER
-                return Issued(None, own[None] if gathers else own)
             key = self._next(end)
             to_root = exchange.transfer in (Transfer.REDUCE, Transfer.GATHER)
             self._put(key, own, readers=1 if to_root else len(members), counts=counts)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from schedules.ir import Kind, Pass
 from schedules.timeline import Span
-from vp_train.pipeline.comms import Pending
+from vp_train.pipeline.aside import Pending
 
 
 class Timer(Protocol):
@@ -59,18 +59,21 @@ class HostTimer:
 
 
 class CudaTimer:
-    """Events on the streams of a GPU: what is timed runs as it does untimed."""
+    """Events on the streams of a GPU: what is timed runs as it does untimed.
 
-    def __init__(self) -> None:
-        self._origin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self._probe = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    With `host_waits`, as over gloo, to wait for a communication stops the host, so none is timed.
+    """
+
+    def __init__(self, device: torch.device, *, host_waits: bool = False) -> None:
+        self._device, self._host_waits = device, host_waits
+        self._origin = self.mark()
 
     def start(self) -> None:
-        self._origin.record()
+        self._origin = self.mark()
 
     def mark(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds(self, mark: Any) -> float:
@@ -78,9 +81,11 @@ class CudaTimer:
         return float(self._origin.elapsed_time(mark)) / 1e3
 
     def watch(self, pending: Pending, done: Callable[[Any], None]) -> Pending:
-        with torch.cuda.stream(self._probe):  # waits beside the passes
-            pending.wait()
-            done(self.mark())
+        if not self._host_waits:
+            probe = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(probe):  # waits beside the passes and other communications
+                pending.wait()
+                done(self.mark())
         return pending
 
 
@@ -107,9 +112,9 @@ class _WaitedFor:
         return self._result.done()
 
 
-def timer_of(device: torch.device) -> HostTimer | CudaTimer:
-    """Return the timer of `device`."""
-    return CudaTimer() if device.type == "cuda" else HostTimer()
+def timer_of(device: torch.device, *, host_waits: bool = False) -> HostTimer | CudaTimer:
+    """Return the timer of `device`; for `host_waits` see CudaTimer."""
+    return CudaTimer(device, host_waits=host_waits) if device.type == "cuda" else HostTimer()
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,6 +19,7 @@ from schedules.ir import Kind
 from vp_train.assembly import RankModel, build_rank, rank_device
 from vp_train.config import ConfigError, RunConfig
 from vp_train.mesh import build_mesh
+from vp_train.nccl import set_environment
 from vp_train.pipeline.recorder import Recorder, timer_of
 from vp_train.plan import make_plan
 from vp_train.profile.costs import RankProfile
@@ -65,6 +67,7 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
 
     on_cuda = config.run.device == "cuda"
     if on_cuda:
+        set_environment(os.environ, config.run, Path())  # as the run that is predicted
         torch.cuda.set_device(0)
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -76,7 +79,7 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
     receive_noise(torch.Generator(rank_device(config)).manual_seed(1))
     shape = (config.num_microbatches, config.micro_batch_size, config.model.seq_length)
     generator = torch.Generator().manual_seed(1)
-    batch = torch.randint(0, config.model.vocab_size, (2, *shape), generator=generator).to(rank_device(config))
+    batch = torch.randint(0, config.model.vocab_size, (2, *shape), generator=generator)
     steps = _Steps(model, batch, on_cuda, pipeline_rank)
     steps.run()  # compiles, and allocates what stays
     passes: dict[tuple[Kind, int], list[float]] = {}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vp_train.streams import to_device
@@ -52,16 +52,17 @@ def token_weights(
     mask: Tensor | None,
     normalisation: str,
     dtype: torch.dtype,
-    group: dist.ProcessGroup | None,
+    over_replicas: Callable[[Tensor], Tensor] | None,
     device: torch.device | None = None,
 ) -> Tensor:
     """Return what each token's loss counts, [m, b, s] on `device`, by default that of `labels`.
 
-    The weighted sum over all ranks of `group` is the loss of the batch.  `labels` [m, b, s], with
+    The weighted sum over all replicas is the loss of the batch.  `labels` [m, b, s], with
     IGNORE_INDEX where there is no loss; `mask` [m, b, s] scales the loss of each token.
     `normalisation`: `token`, the mean over all tokens by their mask; `sequence`, the mean over
-    sequences of the mean of each; a sequence without a loss counts for neither.  `group` joins the
-    data-parallel ranks.  A batch without any loss has weights of 0.  Nothing waits for the device.
+    sequences of the mean of each; a sequence without a loss counts for neither.  `over_replicas`
+    sums a number, fp64 [], over the data-parallel ranks; it must not queue behind what they gather.
+    A batch without any loss has weights of 0.  With labels on the host nothing waits for the device.
     """
     weights = (labels != IGNORE_INDEX).to(dtype)
     if mask is not None:
@@ -70,8 +71,7 @@ def token_weights(
         each = weights.sum(-1, keepdim=True)
         weights = torch.where(each > 0, weights / each, 0.0)
     total = weights.sum(dtype=torch.float64)
-    if device is not None:
-        weights, total = to_device(weights, device), to_device(total, device)
-    if group is not None:
-        dist.all_reduce(total, group=group)
-    return torch.where(total > 0, weights / total, 0.0).to(dtype)
+    if over_replicas is not None:
+        total = over_replicas(total.cpu()).to(labels.device)
+    weights = torch.where(total > 0, weights / total, 0.0).to(dtype)
+    return weights if device is None else to_device(weights, device)
