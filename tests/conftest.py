@@ -18,10 +18,21 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
+POOLS: dict[int, Ranks] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks_rest() -> Iterator[None]:
+    """Let the ranks that a module has used rest while others run."""
+    yield
+    for pool in POOLS.values():
+        pool.rest()
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
     """`ranks(n)`: n living gloo processes, shared by all tests of the session."""
-    pools: dict[int, Ranks] = {}
+    pools = POOLS
 
     def get(world_size: int) -> Ranks:
         if world_size not in pools:
@@ -41,25 +52,3 @@ def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """schedule=auto with little effort, for laws that hold at any."""
     monkeypatch.setattr(auto, "_FIRST", 3_000)
     monkeypatch.setattr(auto, "_ROUNDS", ((2, 15_000), (1, 30_000)))
-
-
-# Files that take longest, to begin first: workers share the tests by files, and the last one must not be a long one.
-LONGEST = (
-    "tests/test_train.py",
-    "tests/pipeline/test_equivalence.py",
-    "tests/planner/test_memory.py",
-    "tests/schedules/test_auto.py",
-    "tests/hf/test_convert.py",
-    "tests/schedules/test_replay.py",
-    "tests/pipeline/test_local.py",
-    "tests/schedules/test_generators.py",
-    "tests/planner/test_search.py",
-    "tests/test_gpu_check.py",
-    "tests/test_mutants.py",
-)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the longest files first."""
-    places = {str(config.rootpath / name): place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(str(item.path), len(LONGEST)))
