@@ -379,7 +379,7 @@ def _lateness(where: Where, report: Report) -> list[float]:
         torch.mm(matrix, matrix)
         s_end = _mark(where)
         c1 = comms.start(
-            Exchange(*first, contributes=True, delivers=True, continues=None),
+            Exchange(*first, counted=False, contributes=True, delivers=True, continues=None),
             lambda: torch.full(shape, rank + 1.0, device=where.device),
             gathered.append,
             (),
@@ -387,7 +387,7 @@ def _lateness(where: Where, report: Report) -> list[float]:
             lambda pending: pending,
         )
         c1b = comms.start(
-            Exchange(*second, contributes=True, delivers=rank == 1, continues=Collective("C1", 0)),
+            Exchange(*second, counted=False, contributes=True, delivers=rank == 1, continues=Collective("C1", 0)),
             lambda: gathered[0].sum(0),
             reduced.append,
             (),
@@ -426,7 +426,7 @@ def _lateness(where: Where, report: Report) -> list[float]:
 
 
 def _cases() -> list[tuple[str, str]]:
-    return list(itertools.product(("1f1b", "zb_h1", "v_half"), ("one_barrier", "two_barrier")))
+    return list(itertools.product(("1f1b", "zb_h1", "v_half"), ("one_barrier", "two_barrier", "none", "naive")))
 
 
 def _different_bits(where: Where, name: str, algorithm: str, seeds: int) -> list[str]:

@@ -35,7 +35,8 @@ def gradients_of(config, plan, batch, **board):
     return merged
 
 
-CASES = [(name, algorithm) for name in ("1f1b", "zb_h1", "v_half") for algorithm in ("one_barrier", "two_barrier")]
+ALGORITHMS = ("one_barrier", "two_barrier", "none", "naive")
+CASES = [(name, algorithm) for name in ("1f1b", "zb_h1", "v_half") for algorithm in ALGORITHMS]
 
 
 @pytest.mark.parametrize(("name", "algorithm"), CASES)
