@@ -144,3 +144,27 @@ def test_a_tied_matrix_at_both_ends_has_its_gradient_summed_over_them(overrides,
 def test_a_cluster_that_cannot_be(values, message):
     with pytest.raises(ConfigError, match=message):
         ClusterConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "told", "times"), [("bfloat16", "float32", 2), ("bfloat16", "compute", 1), ("float32", "float32", 1)]
+)
+def test_the_sum_of_dx_moves_the_bytes_of_its_dtype(dtype, told, times):
+    words = [
+        "cluster.node_seconds=0.0",
+        "cluster.node_bytes_per_second=1000000",
+        f"run.dtype={dtype}",
+        f"vocab.sum_dtype={told}",
+    ]
+    _, step = costed(*words)
+    assert step.cost.barrier_seconds["C1b"] == pytest.approx(times * step.cost.barrier_seconds["C0"])
+
+
+def test_tensor_parallel_ranks_share_the_bytes_of_a_hop_and_gather_them():
+    cluster = ["cluster.node_seconds=0.001", "cluster.node_bytes_per_second=1000000"]
+    message = 4 * 64 * 64
+    _, step = costed(*cluster, tp=2)
+    gathered = (0.001 + 2 * message / 2 / 1e6) / 2
+    assert step.cost.hop_seconds == pytest.approx(0.001 + message / 2 / 1e6 + gathered)
+    _, split = costed(*cluster, "parallel.sequence_parallel=true", "run.device=cuda", tp=2)
+    assert split.cost.hop_seconds == pytest.approx(0.001 + message / 2 / 1e6)
