@@ -11,7 +11,7 @@ from collections import Counter
 
 from schedules.graph import require_acyclic
 from schedules.ir import Kind, Pass, Schedule
-from schedules.lower import Action, Op, Program, exchange_of, gradient_of
+from schedules.lower import READS_WEIGHTS, Action, Op, Program, exchange_of, gradient_of
 from schedules.problem import Collective, Problem
 from schedules.simulate import predecessors
 from schedules.vocab import End
@@ -78,7 +78,7 @@ def _check_rank(rank: int, ops: tuple[Op, ...], problem: Problem) -> None:
                 raise ValueError(f"rank {rank} does {op} before {Op(*before)}")
         if op.action is Action.START and isinstance(op.item, Collective) and op.exchange != exchange_of(op.item, rank, problem):
             raise ValueError(f"rank {rank} does {op} with the exchange {op.exchange}")
-        if isinstance(op.item, Pass) and op.item.kind in (Kind.F, Kind.E, Kind.S):
+        if isinstance(op.item, Pass) and op.item.kind in READS_WEIGHTS:
             weights = op.item.kind, op.item.stage
             if op.action is Action.NEED:
                 read.add(weights)

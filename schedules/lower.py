@@ -22,7 +22,7 @@ from schedules.problem import Collective, Node, Problem
 from schedules.simulate import sweep
 from schedules.vocab import End, Payload, Transfer
 
-_READS_WEIGHTS = (Kind.F, Kind.E, Kind.S)  # the first pass of each stage and matrix in a step
+READS_WEIGHTS = (Kind.F, Kind.E, Kind.S)  # the first pass of each stage and matrix in a step
 
 
 class Action(StrEnum):
@@ -109,7 +109,7 @@ def lower(schedule: Schedule, problem: Problem, cost: CostModel, *, tied: bool =
     last = _last_additions(schedule, problem, tied=tied)
 
     def wait_for_inputs(node: Pass, rank: int) -> None:
-        if node.kind in _READS_WEIGHTS and (node.kind, node.stage) not in needed[rank]:
+        if node.kind in READS_WEIGHTS and (node.kind, node.stage) not in needed[rank]:
             needed[rank].add((node.kind, node.stage))
             programs[rank].append(Op(Action.NEED, node))
         for earlier in problem.inputs_of(node):
@@ -154,7 +154,7 @@ def exchange_of(node: Collective, rank: int, problem: Problem) -> Exchange:
         root,
         0 if barrier.end is End.INPUT else problem.last_stage,
         counted=barrier.transfer in (Transfer.GATHER, Transfer.SCATTER),
-        contributes=rank == root or not barrier.from_root,
+        contributes=rank == root or not barrier.transfer.from_root,
         delivers=rank in problem.receivers(node),
         continues=None if continues is None else Collective(continues, node.microbatch),
     )

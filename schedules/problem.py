@@ -139,4 +139,4 @@ class Problem:
     def receivers(self, node: Collective) -> tuple[int, ...]:
         """The ranks on which the result of the collective arrives."""
         barrier = self.algorithm.barrier(node.barrier)
-        return (self.root(barrier.end),) if barrier.to_root else self.shard_ranks(barrier.end)
+        return (self.root(barrier.end),) if barrier.transfer.to_root else self.shard_ranks(barrier.end)

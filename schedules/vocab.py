@@ -25,6 +25,16 @@ class Transfer(StrEnum):
     ALL_SUM = "all_sum"
     ALL_GATHER = "all_gather"
 
+    @property
+    def from_root(self) -> bool:
+        """True where the rank of the root stage alone has something to send."""
+        return self in (Transfer.BROADCAST, Transfer.SCATTER)
+
+    @property
+    def to_root(self) -> bool:
+        """True where the result arrives on the rank of the root stage alone."""
+        return self in (Transfer.REDUCE, Transfer.GATHER)
+
 
 class End(StrEnum):
     """The side of the model a barrier belongs to; each side has its own communicator, and so its own order."""
@@ -66,16 +76,6 @@ class Barrier:
     def __post_init__(self) -> None:
         if (self.after is None) == (self.continues is None):
             raise ValueError(f"barrier {self.name} is after {self.after} and continues {self.continues}; give one")
-
-    @property
-    def from_root(self) -> bool:
-        """True where the rank of the root stage alone has something to send."""
-        return self.transfer in (Transfer.BROADCAST, Transfer.SCATTER)
-
-    @property
-    def to_root(self) -> bool:
-        """True where the result arrives on the rank of the root stage alone."""
-        return self.transfer in (Transfer.REDUCE, Transfer.GATHER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,8 @@ from hypothesis import settings
 from schedules.generators import auto
 from tests.ranks import Ranks
 
-settings.register_profile(
-    "ci", derandomize=True, deadline=None
-)  # CI must not fail by chance; elsewhere every run tries new examples
+# CI must not fail by chance; elsewhere every run tries new examples.
+settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
@@ -32,18 +31,17 @@ def ranks_rest() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
     """`ranks(n)`: n living gloo processes, shared by all tests of the session."""
-    pools = POOLS
 
     def get(world_size: int) -> Ranks:
-        if world_size not in pools:
-            pools[world_size] = Ranks(world_size)
-        for size, pool in pools.items():
+        if world_size not in POOLS:
+            POOLS[world_size] = Ranks(world_size)
+        for size, pool in POOLS.items():
             if size != world_size:
                 pool.rest()
-        return pools[world_size]
+        return POOLS[world_size]
 
     yield get
-    for pool in pools.values():
+    for pool in POOLS.values():
         pool.stop()
 
 

@@ -168,8 +168,8 @@ class Alone:
     def __init__(self, streams):
         self.streams = streams
 
-    def collective(self, one, message, counts, *, beside, watch):
-        with self.streams.beside(one.end) if beside else nullcontext():
+    def collective(self, one, message, counts, *, watch):
+        with nullcontext() if one.continues is None else self.streams.beside(one.end):
             tensor = message()
             self.streams.note(f"issue {one.transfer}")
             return Waiting(self.streams, tensor, one.transfer)

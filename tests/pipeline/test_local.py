@@ -94,7 +94,7 @@ def test_every_collective_delivers_what_its_name_says(transfer):
         rows = {Transfer.GATHER: COUNTS[rank], Transfer.SCATTER: 5 if rank == 1 else 0}.get(transfer, 2)
         own = torch.arange(rows) + 10.0 * rank
         counts = COUNTS if transfer in (Transfer.GATHER, Transfer.SCATTER) else ()
-        pending = board.transport(rank).collective(exchange, lambda: own, counts, beside=False, watch=lambda pending: pending)
+        pending = board.transport(rank).collective(exchange, lambda: own, counts, watch=lambda pending: pending)
         return pending.wait().tolist() if exchange.delivers else None
 
     gathered = [[0.0, 1.0], [10.0, 11.0], [20.0, 21.0]]

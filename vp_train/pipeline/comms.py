@@ -72,10 +72,9 @@ class Transport(Protocol):
         message: Callable[[], Tensor],
         counts: Sequence[int],
         *,
-        beside: bool,
         watch: Watch,
     ) -> Pending:
-        """Issue a collective; `beside` where `message` has to wait for another one.
+        """Issue a collective, beside the passes where it continues another: `message` waits for that.
 
         The result is what `message` returned, reduced or received in place; [n, *message.shape] for
         ALL_GATHER over n shards; for GATHER and SCATTER, which need the `counts` of rows of each
@@ -119,7 +118,7 @@ class Comms:
         """
         if exchange.continues is None:
             formed = message()
-            pending = self._transport.collective(exchange, lambda: formed, counts, beside=False, watch=watch)
+            pending = self._transport.collective(exchange, lambda: formed, counts, watch=watch)
         else:
             ready = self._transport.streams.mark() if earlier is None else None
 
@@ -130,7 +129,7 @@ class Comms:
                     earlier()
                 return message()
 
-            pending = self._transport.collective(exchange, continued, counts, beside=True, watch=watch)
+            pending = self._transport.collective(exchange, continued, counts, watch=watch)
         if exchange.delivers:
             return Delivery(pending, hand_over, self._transport.streams)
         self._keep(pending)
@@ -276,7 +275,6 @@ class ProcessGroups:
         message: Callable[[], Tensor],
         counts: Sequence[int],
         *,
-        beside: bool,
         watch: Watch,
     ) -> Pending:
         end, transfer = exchange.end, exchange.transfer
@@ -289,7 +287,7 @@ class ProcessGroups:
         def issue() -> Pending:
             return watch(_start_collective(group, transfer, self._outbound(message()), leader, counts))
 
-        pending = self._in_order(end, issue, beside=beside)
+        pending = self._in_order(end, issue, beside=exchange.continues is not None)
         if exchange.delivers and self._tensor is not None:
             if transfer is Transfer.REDUCE:
                 pending = _PassedOn(pending, leader, self._tensor, None)

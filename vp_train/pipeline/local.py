@@ -233,18 +233,17 @@ class LocalTransport:
         message: Callable[[], Tensor],
         counts: Sequence[int],
         *,
-        beside: bool,
         watch: Watch,
     ) -> Pending:
         end, members = exchange.end, self._board.members[exchange.end]
         if len(members) == 1:  # nothing to exchange, and nothing to wait for beside the passes
             own = message()
             return Issued(None, own[None] if exchange.transfer is Transfer.ALL_GATHER else own)
-        with self.streams.beside(end) if beside else nullcontext():
+        with nullcontext() if exchange.continues is None else self.streams.beside(end):
             own = message()
             key = self._next(end)
-            to_root = exchange.transfer in (Transfer.REDUCE, Transfer.GATHER)
-            self._put(key, own, readers=1 if to_root else len(members), counts=counts)
+            readers = 1 if exchange.transfer.to_root else len(members)
+            self._put(key, own, readers=readers, counts=counts)
             if not exchange.delivers:
                 return watch(_Sent(self._board, key, own))
             place = members.index(self._rank)
