@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -470,32 +471,43 @@ def rehearse(
 # Processes
 
 
-def _serve(rank: int, num_ranks: int, port: int, cases: list[Case], setup: Setup, rows: Any) -> None:
+Report = Callable[[Any], None]
+
+
+def _serve(rank: int, num_ranks: int, port: int, work: Callable[[int, Report], object], rows: Any) -> None:
     torch.set_num_threads(1)
     timeout = timedelta(seconds=120)
     store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
-    rehearse(rank, num_ranks, cases, setup, rows.put)
+    work(rank, rows.put)
 
 
-def run(num_ranks: int, cases: list[Case], setup: Setup, timeout: float) -> list[Row]:
-    """Start the ranks and print the table as it grows.  A rank that fails ends the run with its traceback."""
+def run(num_ranks: int, work: Callable[[int, Report], object], header: str, timeout: float) -> list[Any]:
+    """Start the ranks and print the table of what `work(rank, report)` reports, as it grows.
+
+    A rank that fails ends the run with its traceback.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ["OMP_NUM_THREADS"] = "1"  # the ranks inherit it
     queue = multiprocessing.get_context("spawn").SimpleQueue()
-    context = multiprocessing.spawn(_serve, (num_ranks, port, cases, setup, queue), nprocs=num_ranks, join=False, daemon=True)
+    context = multiprocessing.spawn(_serve, (num_ranks, port, work, queue), nprocs=num_ranks, join=False, daemon=True)
     deadline, rows, done = time.monotonic() + timeout, [], False
-    print(HEADER, flush=True)
+    print(header, flush=True)
     while not done:
         done = context.join(timeout=0.5)
         while not queue.empty():
             rows.append(queue.get())
             print(rows[-1].cells(), flush=True)
         if time.monotonic() > deadline:
-            raise SystemExit(f"no end within {timeout:.0f} s ({len(rows)} of {len(cases)} cases); give more with --timeout")
+            raise SystemExit(f"no end within {timeout:.0f} s, {len(rows)} cases done; give more with --timeout")
     return rows
+
+
+def rehearse_rank(num_ranks: int, cases: list[Case], setup: Setup, rank: int, report: Report) -> None:
+    """Rehearse all cases as `rank`."""
+    rehearse(rank, num_ranks, cases, setup, report)
 
 
 def main() -> None:
@@ -528,7 +540,8 @@ def main() -> None:
         arguments.steps,
     )
     load = os.getloadavg()[0]
-    rows = run(arguments.ranks, arguments.schedules, setup, arguments.timeout)
+    work = partial(rehearse_rank, arguments.ranks, arguments.schedules, setup)
+    rows = run(arguments.ranks, work, HEADER, arguments.timeout)
     print(f"largest error {max((row.error_pct for row in rows), key=abs):+.1f} %")
     if arguments.json:
         described = asdict(setup) | {"dtype": arguments.dtype, "ranks": arguments.ranks, "load_average_before": load}

@@ -12,21 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
-from rehearsal import Case, Setup, Sleeper, SleepingStage, common_start, decide, latest, sleep_overshoot, sleeping_modules
+from rehearsal import Case, Setup, Sleeper, SleepingStage, common_start, decide, latest, run, sleep_overshoot, sleeping_modules
 from torch import Tensor, nn
 
 from schedules.ir import Kind, Pass
@@ -172,36 +168,13 @@ def measure(rank: int, degrees: Degrees, case: Case, optimizer_name: str, setup:
     return Row(case.schedule, case.vocab, optimizer_name, medians, 100 * hidden, seconds)
 
 
-def _serve(rank: int, port: int, degrees: Degrees, cases: list[Case], setup: Setup, told: Any, rows: Any) -> None:
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=120)
-    size = degrees.num_ranks
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=timeout)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
-    for case in cases:
+def measure_rank(degrees: Degrees, setup: Setup, told: Any, rank: int, report: Callable[[Row], None]) -> None:
+    """Measure all cases as `rank`."""
+    for case in told.schedules:
         for name in told.optimizers:
             row = measure(rank, degrees, case, name, setup, told.layers, told.mib)
             if rank == 0:
-                rows.put(row)
-
-
-def run(degrees: Degrees, cases: list[Case], setup: Setup, told: Any) -> list[Row]:
-    """Start the ranks and print the table as it grows."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ["OMP_NUM_THREADS"] = "1"  # the ranks inherit it
-    queue = multiprocessing.get_context("spawn").SimpleQueue()
-    arguments = (port, degrees, cases, setup, told, queue)
-    context = multiprocessing.spawn(_serve, arguments, nprocs=degrees.num_ranks, join=False, daemon=True)
-    rows, ended = [], False
-    print(HEADER, flush=True)
-    while not ended:
-        ended = context.join(timeout=0.5)
-        while not queue.empty():
-            rows.append(queue.get())
-            print(rows[-1].cells(), flush=True)
-    return rows
+                report(row)
 
 
 def main() -> None:
@@ -218,12 +191,14 @@ def main() -> None:
     parser.add_argument("--mib", type=float, default=4.0, help="fp32 gradients of each layer")
     parser.add_argument("--layer-ms", type=float, default=60.0, help="half of a rank's forward of one microbatch")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each kind, after one to warm up")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds for the whole run")
     parser.add_argument("--json", type=Path, help="write everything measured as JSON")
     told = parser.parse_args()
     if told.replicas < 2:
         parser.error(f"--replicas {told.replicas}: with one replica there is nothing to sum; give 2 or more")
     setup = Setup(told.microbatches, told.layer_ms / 1e3, 2.4, 4e-3, 64, 64, torch.float32, told.steps)
-    rows = run(Degrees(told.replicas, told.ranks, 1), told.schedules, setup, told)
+    degrees = Degrees(told.replicas, told.ranks, 1)
+    rows = run(degrees.num_ranks, partial(measure_rank, degrees, setup, told), HEADER, told.timeout)
     if told.json:
         described = {name: getattr(told, name) for name in ("ranks", "replicas", "microbatches", "layers", "mib", "layer_ms")}
         result = provenance() | {"setup": described, "rows": [asdict(row) for row in rows]}
