@@ -1,9 +1,10 @@
-"""Twelve checks of CUDA and NCCL on one GPU, in at most eight minutes, the most valuable first.
+"""Twelve checks of CUDA and NCCL on one GPU, in at most eight minutes.
 
     python benchmarks/gpu_check.py [--steps 1,3,6] [--out DIR] [--seconds 480]
 
 Each step runs in a process of its own with its own time limit, so that one that raises, aborts or
-hangs does not stop the rest.  After every step `DIR/gpu_check_CARD.json` (DIR: benchmarks/results)
+hangs does not stop the rest: first those that time nothing, three at a time, then the others one by
+one.  After every step `DIR/gpu_check_CARD.json` (DIR: benchmarks/results)
 has its result: what was expected, what was measured, and figures.  The exit code is 1 if a step
 failed.  Without a GPU the same code runs on tiny sizes on the CPU, two steps at a time, and what
 only a GPU can show is not judged.
@@ -41,7 +42,7 @@ from gpu_steps import STEPS
 from provenance import provenance
 
 ROOT = Path(__file__).parent.parent
-_TAIL_LINES = 30
+_TAIL_LINES = 60
 _LEAST_SECONDS = 5.0  # a step is not begun with less
 _CPU_PATIENCE = 10  # limits count so many times on a CPU, which others may keep busy
 
@@ -56,12 +57,16 @@ vp_train.__path__.append({overlay!r})
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A step as a process: `command` writes its checks into the file that is its last argument."""
+    """A step as a process: `command` writes its checks into the file that is its last argument.
+
+    What is `timed` runs alone.
+    """
 
     number: int
     name: str
     limit_seconds: float
     command: tuple[str, ...]
+    timed: bool = False
 
 
 def tasks(numbers: Iterable[int], device: str) -> list[Task]:
@@ -74,6 +79,7 @@ def tasks(numbers: Iterable[int], device: str) -> list[Task]:
             STEPS[number].name,
             STEPS[number].limit_seconds * patience,
             (sys.executable, script, str(number), device),
+            STEPS[number].timed and device == "cuda",
         )
         for number in numbers
     ]
@@ -163,7 +169,10 @@ def check(
     jobs: int = 1,
     environment: dict[str, str] | None = None,
 ) -> bool:
-    """Run the steps in order, `jobs` at a time and within `seconds`; return whether all passed."""
+    """Run the steps within `seconds`; return whether all passed.
+
+    In order, `jobs` at a time, and after them one by one what is timed.
+    """
     deadline = time.perf_counter() + seconds
     with tempfile.TemporaryDirectory() as scratch:
         environment = dict(os.environ if environment is None else environment)
@@ -173,7 +182,10 @@ def check(
             results.add(run_task(task, Path(scratch), deadline - time.perf_counter(), environment))
 
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(run, todo))
+            list(pool.map(run, [task for task in todo if not task.timed]))
+        for task in todo:
+            if task.timed:
+                run(task)
     return all(record["status"] == "passed" for record in results.records.values())
 
 
@@ -254,7 +266,7 @@ def main() -> int:
     name = re.sub(r"[^a-z0-9]+", "_", where.lower()).strip("_")
     path = arguments.out / f"gpu_check_{name}.json"
     results = Results(path, heading | {"device": where})
-    jobs, seconds = (1, 480.0) if device == "cuda" else (2, 480.0 * _CPU_PATIENCE)
+    jobs, seconds = (3, 480.0) if device == "cuda" else (2, 480.0 * _CPU_PATIENCE)
     seconds = arguments.seconds or seconds
     passed = check(
         tasks(arguments.steps, device),

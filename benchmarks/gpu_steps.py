@@ -196,6 +196,22 @@ def command(where: Where, *words: str, seconds: float) -> str:
     return done.stdout
 
 
+def top_kernels(where: Where, work: Callable[[], object], count: int = 15) -> list[dict[str, Any]] | str:
+    """Return what took longest on the device in one call of `work`; why not, where counters are forbidden."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where.on_gpu else [])]
+    try:
+        with profile(activities=activities) as profiler:
+            work()
+            where.synchronise()
+    except Exception as error:
+        return str(error)
+    spent = f"self_{'device' if where.on_gpu else 'cpu'}_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, spent))
+    return [{"name": event.key[:100], "calls": event.count, "microseconds": getattr(event, spent)} for event in events[:count]]
+
+
 # 1
 
 
@@ -253,6 +269,7 @@ def collectives(where: Where, report: Report) -> None:
     from vp_train.collectives import all_gather_single, reduce_scatter_single
     from vp_train.mesh import build_mesh
     from vp_train.pipeline.comms import _start_collective
+    from vp_train.pipeline.recorder import timer_of
     from vp_train.plan import make_plan
 
     backend = "nccl" if where.on_gpu else "gloo"
@@ -299,6 +316,14 @@ def collectives(where: Where, report: Report) -> None:
         expect(f"all_gather_single of {dtype}", whole, part)
         reduce_scatter_single(whole, part, group, async_op=True).wait()
         expect(f"reduce_scatter_single of {dtype}", whole, part)
+    timer, ends = timer_of(where.device), []
+    timer.start()
+    message = torch.ones(1 << 20, device=where.device)
+    pending = timer.watch(_start_collective(group, Transfer.ALL_SUM, message, 0, ()), ends.append)
+    pending.wait()
+    where.synchronise()
+    spent = timer.seconds(ends[0])
+    report.check("a timed collective", "0 to 1 s", f"{1e3 * spent:.3f} ms", 0 < spent < 1)
     counted = torch.tensor([3], device=where.device)
     dist.all_reduce(counted, dist.ReduceOp.MAX, group=group)
     expect("all_reduce of int64", counted, torch.tensor([3], device=where.device))
@@ -473,6 +498,7 @@ def accumulation(where: Where, report: Report) -> None:
         main_gradient(weight)
         gradient, plain = weight.grad, torch.empty_like(weight, requires_grad=False)
         assert gradient is not None
+        source = torch.empty_like(gradient)
         for _ in range(2):
             _accumulate(weight, x, dy)
         exact = 2 * (dy.float().T @ x.float())
@@ -491,9 +517,15 @@ def accumulation(where: Where, report: Report) -> None:
         report.check(f"{name}: memory", "does not grow", f"{grown} bytes", grown == 0, judged=where.on_gpu)
         ours = milliseconds(where, lambda x=x, dy=dy, weight=weight: _accumulate(weight, x, dy))
         theirs = milliseconds(where, lambda x=x, dy=dy, out=plain: torch.mm(dy.T, x, out=out.detach()))
+        copied = milliseconds(where, lambda gradient=gradient, source=source: gradient.copy_(source))
         rate = 2e-9 * tokens * inner * outer / theirs
-        measured = f"{theirs / ours:.1%} of {rate:.0f} TFLOP/s"
-        report.check(f"{name}: rate", "at least 75 %", measured, theirs / ours >= 0.75, judged=where.on_gpu)
+        report.check(
+            f"{name}: time",
+            "at most that of a product of bf16 and a copy of the gradient",
+            f"{ours:.3f} of {theirs:.3f} + {copied:.3f} ms; {rate:.0f} TFLOP/s",
+            ours <= theirs + copied,
+            judged=where.on_gpu,
+        )
 
 
 # 5
@@ -501,7 +533,9 @@ def accumulation(where: Where, report: Report) -> None:
 
 def cuda_tests(where: Where, report: Report) -> None:
     """Run the tests that need a GPU; those of the whole trainer are a step of their own."""
-    files = ["tests/vocab/test_cuda.py", *(["tests/pipeline/test_cuda.py"] if where.on_gpu else [])]
+    files = ["tests/vocab/test_cuda.py", "tests/model/test_attention.py"]
+    if where.on_gpu:
+        files.append("tests/pipeline/test_cuda.py")
     result = where.folder / "junit.xml"
     words = [
         "-m",
@@ -585,7 +619,7 @@ def vocabulary(where: Where, report: Report) -> None:
         return run
 
     report.note(peers=installed())
-    sizes = [size << 20 for size in (32, 64, 128, 256)] if where.on_gpu else [4096, 16384]
+    sizes = [size << 20 for size in (64, 128, 256, 512, 1024)] if where.on_gpu else [4096, 16384]
     shapes = ((2048, 3072, 32000), (8192, 4096, 16032), (4096, 4096, 16384)) if where.on_gpu else ((32, 16, 256),)
     rows: list[dict[str, Any]] = []
     for tokens, hidden, num_rows in shapes:
@@ -616,6 +650,7 @@ def vocabulary(where: Where, report: Report) -> None:
         shape = f"T {tokens} H {hidden} R {num_rows}"
         report.note(**{f"{shape} milliseconds": times, f"{shape} missing": missing})
         best = min(sizes, key=lambda size: times[f"chunks of {size} bytes"])
+        report.note(**{f"{shape} kernels": top_kernels(where, works[f"chunks of {best} bytes"], 20)})
         ratio = times[f"chunks of {best} bytes"] / times["floor"]
         rate = 6e-9 * tokens * hidden * num_rows / times["floor"]
         measured = f"{ratio:.2f} with chunks of {best >> 20} MiB, floor at {rate:.0f} TFLOP/s"
@@ -655,8 +690,6 @@ _TOLERANCE = 1.25
 
 def layers(where: Where, report: Report) -> None:
     """Time one layer forward and backward, on the GPU and on the host, and list its kernels."""
-    from torch.profiler import ProfilerActivity, profile
-
     for name, expected in _LAYER_MILLISECONDS.items():
         stage, model = one_layer(name, where)
         x = where.randn(model.seq_length, 1, model.hidden_size).requires_grad_()
@@ -694,25 +727,9 @@ def layers(where: Where, report: Report) -> None:
             host < device,
             judged=where.on_gpu,
         )
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where.on_gpu else [])]
-        try:
-            with profile(activities=activities) as profiler:
-                stage(x, None).backward(dy)
-                where.synchronise()
-        except Exception as error:  # the counters may be forbidden
-            report.note(**{f"{name} milliseconds": times, f"{name} kernels": str(error)})
-            continue
-        kind = "device" if where.on_gpu else "cpu"
-        events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, f"self_{kind}_time_total"))
-        top = [
-            {
-                "name": event.key[:100],
-                "calls": event.count,
-                "microseconds": getattr(event, f"self_{kind}_time_total"),
-            }
-            for event in events[:15]
-        ]
-        report.note(**{f"{name} milliseconds": times, f"{name} kernels": top})
+        report.note(**{f"{name} milliseconds": times})
+        kernels = top_kernels(where, lambda stage=stage, x=x, dy=dy: stage(x, None).backward(dy))
+        report.note(**{f"{name} kernels": kernels})
 
 
 # 8
@@ -780,6 +797,7 @@ def synchronisations(where: Where, report: Report) -> None:
             report.note(**{f"{schedule} outside": outside[:20], f"{schedule} inside": inside[:20]})
             places = ", ".join(sorted({item["at"] for item in inside})) or "none"
             report.check(f"{schedule}: synchronisations between passes", "none", places, not inside)
+    _timed_step(where, report)
 
 
 def _watched_step(where: Where, schedule: str, observers: dict[int, _Between], listen: Callable[[], None]) -> None:
@@ -789,20 +807,8 @@ def _watched_step(where: Where, schedule: str, observers: dict[int, _Between], l
     """
     from schedules.lower import Action
     from tests.local import run_locally
-    from vp_train.cli import load_config
-    from vp_train.plan import make_plan
 
-    dtype = str(where.dtype).removeprefix("torch.")
-    words = [
-        f"schedule={schedule}",
-        "parallel.pp=2",
-        f"run.device={where.device.type}",
-        f"run.dtype={dtype}",
-    ]
-    config = load_config(["model=nano", "num_microbatches=4", *words])
-    plan = make_plan(config, 2)
-    shape = (2, 4, config.micro_batch_size, config.model.seq_length)
-    tokens, labels = torch.randint(0, config.model.vocab_size, shape)
+    config, plan, (tokens, labels) = _nano(where, schedule)
 
     def work(rank: int, model: Any, together: Any) -> None:
         num_passes = sum(op.action is Action.RUN for op in plan.program.ranks[rank])
@@ -820,6 +826,62 @@ def _watched_step(where: Where, schedule: str, observers: dict[int, _Between], l
     run_locally(config, plan, work)
 
 
+def _nano(where: Where, schedule: str) -> tuple[Any, Any, Tensor]:
+    """Return the configuration and plan of two ranks, and their tokens and labels [2, m, b, s]."""
+    from vp_train.cli import load_config
+    from vp_train.plan import make_plan
+
+    dtype = str(where.dtype).removeprefix("torch.")
+    words = [
+        f"schedule={schedule}",
+        "parallel.pp=2",
+        f"run.device={where.device.type}",
+        f"run.dtype={dtype}",
+    ]
+    config = load_config(["model=nano", "num_microbatches=4", *words])
+    shape = (2, 4, config.micro_batch_size, config.model.seq_length)
+    return config, make_plan(config, 2), torch.randint(0, config.model.vocab_size, shape)
+
+
+def _timed_step(where: Where, report: Report) -> None:
+    """Time the passes of a step of two ranks of this process, and hops and barriers.
+
+    On a GPU the host of a rank waits for the messages of others, so only passes are timed there.
+    """
+    from schedules.lower import Action
+    from tests.local import run_locally
+    from vp_train.pipeline.recorder import Recorder, timer_of
+
+    config, plan, (tokens, labels) = _nano(where, "zb_h1")
+
+    def work(rank: int, model: Any, together: Any) -> tuple[int, Any, Any]:
+        num_passes = sum(op.action is Action.RUN for op in plan.program.ranks[rank])
+        timer = timer_of(where.device, host_waits=where.on_gpu)
+        recorder = Recorder(rank, timer, list(model.parameters.values()))
+        for observer in (_Between(num_passes), recorder):
+            model.gradients.zero()
+            where.synchronise()
+            together.gather(rank, None)
+            recorder.timer.start()
+            model.train_step(tokens, labels, observer)
+            model.optimizer.reduce()
+            together.gather(rank, None)
+        where.synchronise()
+        return num_passes, recorder.spans, recorder.communications
+
+    wrong, found = [], []
+    for rank, (num_passes, spans, communications) in enumerate(run_locally(config, plan, work)):
+        kinds = Counter("hop" if span.kind == "hop" else "barrier" for span in communications)
+        found.append(f"{len(spans)} passes, {kinds['hop']} hops, {kinds['barrier']} barriers")
+        overlaps = [b.name for a, b in itertools.pairwise(spans) if b.start < a.end - 1e-5]
+        backwards = [span.name for span in (*spans, *communications) if span.end < span.start or span.start < 0]
+        communicates = bool(kinds["hop"] and kinds["barrier"])
+        if len(spans) != num_passes or communicates == where.on_gpu or overlaps or backwards:
+            wrong.append(f"rank {rank}: {overlaps[:3]} overlap, {backwards[:3]} run backwards")
+    measured = "; ".join([*found, *wrong])
+    report.check("a timed step", "passes one after the other", measured, not wrong)
+
+
 # 9
 
 
@@ -829,7 +891,7 @@ def spinning(where: Where, report: Report) -> None:
     a, b = where.randn(size, size), where.randn(size, size)
     how = _spinner(where)
     times: dict[int, float] = {}
-    for blocks in (0, 4, 8, 16, 32):
+    for blocks in (0, 1, 2, 4, 8, 16, 32):
         rounds = []
         for _ in range(4):
             where.synchronise()
@@ -844,7 +906,7 @@ def spinning(where: Where, report: Report) -> None:
         times[blocks] = min(rounds[1:])
     report.note(milliseconds=times, blocks_by=how.__name__)
     slower = {blocks: time / times[0] - 1 for blocks, time in times.items() if blocks}
-    for blocks, most in ((4, 0.15), (32, 0.60)):
+    for blocks, most in ((4, 0.60), (32, 0.80)):
         measured = f"{slower[blocks]:+.1%}"
         report.check(
             f"GEMM beside {blocks} blocks",
@@ -924,9 +986,9 @@ def packed(where: Where, report: Report) -> None:
     each = max(first[0] - second[0], others[0] - again[0], 0) / count
     report.check(
         "a new length, on the host",
-        "at most 70 ms (cuDNN's plan)",
+        "at most 1 ms (cuDNN would make a plan)",
         f"{each:.2f} ms",
-        each <= 70,
+        each <= 1,
         judged=where.on_gpu,
     )
     known = max(second[0], again[0]) / count
@@ -1033,7 +1095,7 @@ def training(where: Where, report: Report) -> None:
             right = right and worst <= 1e-2
             expected, measured = "fall, within 1 % of the CPU's", f"{measured}, off by {worst:.1e}"
         report.check(f"{name}: losses", expected, measured, right)
-    _check_trace(where.folder / "pipeline" if where.on_gpu else where.folder / "zero1", report)
+    _check_trace(where.folder / ("pipeline" if where.on_gpu else "zero1"), report, where)
     last = where.folder / "zero1" / "checkpoints" / f"step-{steps:08}"
     shutil.rmtree(last)
     failed = _train(where, {"zero1": [*runs["zero1"], "run.resume=true", "run.trace_step=0"]})
@@ -1073,8 +1135,11 @@ def _losses(where: Where, name: str) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
-def _check_trace(run: Path, report: Report) -> None:
-    """Check that the traced step of a run has passes, hops and barriers, as measured."""
+def _check_trace(run: Path, report: Report, where: Where) -> None:
+    """Check that the traced step of a run has passes, hops and barriers, as measured.
+
+    Over gloo those of a GPU are not timed: to wait for one stops the host.
+    """
     file = run / "trace" / "step.json"
     events = json.loads(file.read_text())["traceEvents"] if file.is_file() else []
     measured = {event["pid"] for event in events if event["ph"] == "M" and event["args"]["name"].startswith("measured")}
@@ -1084,7 +1149,9 @@ def _check_trace(run: Path, report: Report) -> None:
     barriers = sum(count for kind, count in kinds.items() if kind.startswith("C"))
     sane = all(event["ts"] >= 0 and 0 <= event["dur"] < 60e6 for event in spans)
     found = f"{passes} passes, {hops} hops, {barriers} barriers"
-    report.check("trace", "passes, hops and barriers", found, bool(passes and hops and barriers and sane))
+    right = bool(passes) and sane and bool(hops and barriers) != where.on_gpu
+    expected = "passes alone" if where.on_gpu else "passes, hops and barriers"
+    report.check("trace", expected, found, right)
 
 
 # All
@@ -1092,26 +1159,27 @@ def _check_trace(run: Path, report: Report) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step, and the most seconds it may take."""
+    """A step, and the most seconds it may take.  What is `timed` has the GPU for itself."""
 
     name: str
     run: Callable[[Where, Report], None]
     limit_seconds: float
+    timed: bool = False
 
 
 STEPS: dict[int, Step] = {
-    1: Step("imports and attention", imports, 60),
+    1: Step("imports and attention", imports, 100),
     2: Step("collectives of one rank", collectives, 60),
-    3: Step("stalls and delays", stall, 80),
-    4: Step("accumulated products", accumulation, 40),
-    5: Step("the CUDA tests", cuda_tests, 150),
-    6: Step("S and T", vocabulary, 90),
-    7: Step("one layer", layers, 60),
+    3: Step("stalls and delays", stall, 80, timed=True),
+    4: Step("accumulated products", accumulation, 40, timed=True),
+    5: Step("the CUDA tests", cuda_tests, 170),
+    6: Step("S and T", vocabulary, 90, timed=True),
+    7: Step("one layer", layers, 60, timed=True),
     8: Step("synchronisations", synchronisations, 60),
-    9: Step("spinning kernels", spinning, 40),
-    10: Step("packed lengths", packed, 60),
-    11: Step("profile against plan", profiled, 150),
-    12: Step("training", training, 150),
+    9: Step("spinning kernels", spinning, 40, timed=True),
+    10: Step("packed lengths", packed, 60, timed=True),
+    11: Step("profile against plan", profiled, 150, timed=True),
+    12: Step("training", training, 170),
 }
 
 

@@ -72,7 +72,7 @@ class Ours:
         barriers = VOCAB_ALGORITHMS[algorithm].barriers
         self.barriers = [barrier for barrier in barriers if barrier.end is End.OUTPUT and barrier.name != "C0"]
         self.x, self.weight, targets, scale = case.inputs()
-        self.targets, self.scale = targets[None], scale[None]
+        self.targets, self.scale = targets[None].cpu(), scale[None].cpu()  # where a run has them
         self.grad = torch.zeros_like(self.weight, dtype=statistics_dtype(case.dtype))
         self.layer = OutputLayer(
             self.weight,

@@ -26,6 +26,7 @@ from vp_train.pipeline.executor import BLIND, Executor, Observer, RankModules
 from vp_train.plan import RunPlan
 from vp_train.precision import DTYPES, statistics_dtype
 from vp_train.split import Split
+from vp_train.streams import with_index
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
 from vp_train.vocab.output import OutputLayer
@@ -83,13 +84,8 @@ class RankModel:
 
 
 def rank_device(config: RunConfig) -> torch.device:
-    """Return the device of this rank, on CUDA with the index that `torch.cuda.set_device` has set.
-
-    Without an index it would be the current device of whichever thread asks, and that is GPU 0 in every new thread.
-    """
-    if config.run.device == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(config.run.device)
+    """Return the device of this rank, on CUDA with the index that `torch.cuda.set_device` has set."""
+    return with_index(torch.device(config.run.device))
 
 
 def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transport | None = None) -> RankModel:

@@ -86,6 +86,16 @@ def streams_of(device: torch.device) -> Streams:
     return CudaStreams(device) if device.type == "cuda" else HostOrder()
 
 
+def with_index(device: torch.device) -> torch.device:
+    """Return `device`; CUDA without an index becomes the current GPU, as `torch.cuda.set_device` has set it.
+
+    Without an index it would be the current GPU of whichever thread asks, and that is GPU 0 in every new thread.
+    """
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return `tensor` on `device`, without waiting for what runs there if it comes from the host."""
     if device.type == "cuda" and not tensor.is_cuda:

@@ -98,6 +98,8 @@ def _connect(config: RunConfig, plan: RunPlan) -> Mesh:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     backend = "gloo"
+    if config.run.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch.compile would take memory of a GPU that is there
     if config.run.device == "cuda":
         set_environment(os.environ, config.run, run_path(config.run))
         if not torch.cuda.is_available():

@@ -11,6 +11,7 @@ import torch
 
 from tests.meshes import mesh_for
 from tests.pipeline.test_equivalence import config_of
+from tests.pipeline.test_local import gradients_of
 from tests.pipeline.truth import random_batch
 from vp_train.assembly import build_rank
 from vp_train.config import VocabConfig
@@ -19,21 +20,37 @@ from vp_train.plan import make_plan
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def gradients_on(rank, num_ranks, config, device):
-    config = replace(config, run=replace(config.run, device=device, comm_backend="gloo"))
-    plan = make_plan(config, num_ranks)
-    model = build_rank(config, plan, mesh_for(plan))
-    loss = model.train_step(*(tensor.to(device) for tensor in random_batch(config, 1)))
-    return None if loss is None else loss.item(), {name: parameter.grad.cpu() for name, parameter in model.parameters.items()}
+def on_device(config, device):
+    return replace(config, run=replace(config.run, device=device, comm_backend="gloo"))
 
 
 @on_gpu
 @pytest.mark.parametrize("p", [1, 4])
-@pytest.mark.parametrize("schedule", ["1f1b", "v_half"])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb_h1", "zb_v", "v_half"])
 @pytest.mark.parametrize("algorithm", ["none", "naive", "two_barrier", "one_barrier"])
-def test_ranks_that_share_a_gpu_equal_the_cpu_in_float64(ranks, p, schedule, algorithm):
+def test_ranks_on_streams_of_a_gpu_equal_the_cpu_in_float64(p, schedule, algorithm):
     config = config_of(p, 4, 101, schedule=schedule, vocab=VocabConfig(algorithm), num_stages=2 * p)
-    on_cpu, on_gpu = (ranks(p).run(gradients_on, config, device) for device in ("cpu", "cuda"))
+    plan, batch = make_plan(config, p), random_batch(config, 1)
+    cpu, gpu = (gradients_of(on_device(config, device), plan, batch) for device in ("cpu", "cuda"))
+    assert gpu.keys() == cpu.keys()
+    for name, expected in cpu.items():
+        assert torch.allclose(gpu[name].cpu(), expected, rtol=1e-9, atol=1e-12), name
+
+
+def gradients_on(rank, num_ranks, config, device):
+    config = on_device(config, device)
+    plan = make_plan(config, num_ranks)
+    model = build_rank(config, plan, mesh_for(plan))
+    loss = model.train_step(*random_batch(config, 1))
+    return None if loss is None else loss.item(), {name: parameter.grad.cpu() for name, parameter in model.parameters.items()}
+
+
+@on_gpu
+@pytest.mark.parametrize(("schedule", "algorithm"), [("1f1b", "one_barrier"), ("v_half", "two_barrier")])
+def test_processes_that_share_a_gpu_equal_the_cpu_in_float64(ranks, schedule, algorithm):
+    """Over gloo, through the memory of the host."""
+    config = config_of(4, 4, 101, schedule=schedule, vocab=VocabConfig(algorithm), num_stages=8)
+    on_cpu, on_gpu = (ranks(4).run(gradients_on, config, device) for device in ("cpu", "cuda"))
     assert any(cpu_loss is not None for cpu_loss, _ in on_cpu)
     for (cpu_loss, cpu), (gpu_loss, gpu) in zip(on_cpu, on_gpu, strict=True):
         assert (gpu_loss is None) == (cpu_loss is None)

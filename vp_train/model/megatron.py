@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vp_train.config import ModelConfig
-from vp_train.model.attention import Rule, block_attention
+from vp_train.model.attention import Documents, Rule, attend_documents, block_attention
 from vp_train.model.linear import ColumnLinear, RowLinear, SequenceSplit, WeightGradStore
 from vp_train.model.norm import PostNormAdd, ZeroCentredRMSNorm, build_norm
 from vp_train.model.shape import head_size, is_gated
@@ -47,14 +47,20 @@ class CoreAttention(nn.Module):
         self._softcap, self._window = softcap, window
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, documents: tuple[int, ...] | None, *_: object, **__: object
+        self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, *_: object, **__: object
     ) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]; `documents` as `document_lengths`."""
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d], in each of `documents`, if given."""
         if documents is None:
             return self._attend(query, key, value)
         s, b = query.shape[:2]
-        pieces = zip(*(torch.split(_in_order(tensor), list(documents)) for tensor in (query, key, value)), strict=True)
-        return torch.cat([self._attend(q, k, v) for q, k, v in pieces]).view(b, s, -1).transpose(0, 1)
+        q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+        context = None
+        if self._softcap is None:
+            context = attend_documents(q, k, v, documents, self._scale, self._window)
+        if context is None:
+            pieces = zip(*(torch.split(tensor[:, None], list(documents.lengths)) for tensor in (q, k, v)), strict=True)
+            context = torch.cat([self._attend(*piece) for piece in pieces])
+        return context.view(b, s, -1).transpose(0, 1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         window = None if self._window is None or self._window >= len(query) else self._window
@@ -64,11 +70,6 @@ class CoreAttention(nn.Module):
         grouped = query.shape[2] != key.shape[2]
         context = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale, enable_gqa=grouped)
         return context.permute(2, 0, 1, 3).flatten(2)
-
-
-def _in_order(tensor: Tensor) -> Tensor:
-    """[s, b, ...] -> [b * s, 1, ...], sequence after sequence."""
-    return tensor.transpose(0, 1).flatten(0, 1).unsqueeze(1)
 
 
 def rotary_table(model: ModelConfig, *, local: bool, device: torch.device) -> Tensor:
@@ -127,9 +128,8 @@ class DecoderLayer(nn.Module):
             run = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
             part.forward = run
 
-    def forward(self, x: Tensor, angles: Tensor | None, documents: tuple[int, ...] | None = None) -> Tensor:
-        """[s, b, h] -> [s, b, h]; `angles` as `rotary_table` gives them, None without rotary embeddings; `documents` as
-        `stage.document_lengths`.
+    def forward(self, x: Tensor, angles: Tensor | None, documents: Documents | None = None) -> Tensor:
+        """[s, b, h] -> [s, b, h]; `angles` as `rotary_table` gives them, None without rotary embeddings.
 
         Angles go on counting from one document to the next: scores depend on differences alone.
         """

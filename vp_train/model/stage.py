@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vp_train.config import ModelConfig
+from vp_train.model.attention import Documents
 from vp_train.model.completion import Completion
 from vp_train.model.linear import ColumnLinear, RowLinear, WeightGradStore
 from vp_train.model.megatron import DecoderLayer, join_sequence, rotary_table, split_sequence
@@ -105,11 +106,12 @@ class Stage(nn.Module):
 
         With `split_sequences` over n ranks, [s / n, b, h] but for the first stage's input and the last stage's output.
         """
-        documents = None if segments is None else document_lengths(segments)
+        lengths = None if segments is None else document_lengths(segments)
+        documents = None if lengths is None else Documents.on(x.device, lengths)
         if self.scale is not None:
             x = x * self.scale
         if self.positions is not None:
-            x = x + _by_token(self.positions, x.shape[:2], documents)
+            x = x + _by_token(self.positions, x.shape[:2], lengths)
         if self._splits_input is not None:
             x = split_sequence(x, self._splits_input)
         num_tokens = len(x) * self._sequence_parts
@@ -178,12 +180,12 @@ class Stage(nn.Module):
             parameter.copy_((whole if split is None else split.part(whole)) * std)
 
 
-def _by_token(positions: Tensor, shape: tuple[int, ...], documents: tuple[int, ...] | None) -> Tensor:
+def _by_token(positions: Tensor, shape: tuple[int, ...], lengths: tuple[int, ...] | None) -> Tensor:
     """The rows of `positions` for tokens of `shape` [s, b], counted from the start of each document: [s, b or 1, h]."""
     s, b = shape
-    if documents is None:
+    if lengths is None:
         return positions[:s, None]
-    return torch.cat([positions[:length] for length in documents]).view(b, s, -1).transpose(0, 1)
+    return torch.cat([positions[:length] for length in lengths]).view(b, s, -1).transpose(0, 1)
 
 
 def document_lengths(segments: Tensor) -> tuple[int, ...] | None:

@@ -28,7 +28,7 @@ from schedules.problem import Problem
 from schedules.vocab import End, Transfer
 from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.comms import Issued, Watch
-from vp_train.streams import Mark, Streams, lend, streams_of
+from vp_train.streams import Mark, Streams, lend, streams_of, with_index
 
 Result = TypeVar("Result")
 _Key = tuple[object, ...]
@@ -66,7 +66,7 @@ class Switchboard:
         self.num_ranks = problem.layout.num_ranks
         self.members = {end: problem.shard_ranks(end) for end in End}
         self.end_ranks = tuple(sorted({problem.root(end) for end in End}))
-        self.device, self.delay_seconds, self.seed = device, delay_seconds, seed
+        self.device, self.delay_seconds, self.seed = with_index(device), delay_seconds, seed
         self._timeout = timeout_seconds
         self._changed = Condition()
         self._calls: dict[_Key, _Call] = {}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vp_train.precision import accumulate, scaled, statistics_dtype
 from vp_train.vocab.products import Products
-from vp_train.vocab.rows import exponentiate
+from vp_train.vocab.rows import Statistics, fold
 from vp_train.vocab.shard import Owned
 
 # The logits of a chunk of rows: large enough for the matrix products, on a CPU small enough to stay in cache.
@@ -91,47 +91,50 @@ class Chunked:
         self._products = Products()
 
     def s(self, x: Tensor, owned: Owned, *, input_term: bool, keep: bool) -> tuple[Softmax, object]:
-        precise = statistics_dtype(x.dtype)
         num_tokens = x.shape[0]
-        maximum = x.new_full((num_tokens,), -torch.inf, dtype=precise)
-        total = x.new_zeros(num_tokens, dtype=precise)
-        target_logit = x.new_zeros(num_tokens, dtype=precise)
-        target_row = torch.full_like(total, -1, dtype=torch.int64).index_copy_(0, owned.positions, owned.rows)
-        product = x.new_zeros(x.shape, dtype=precise) if input_term else None
+        statistics = Statistics.none(x, statistics_dtype(x.dtype))
+        product: Tensor | None = None
         held = _Chunks(self._take(x, num_tokens * (len(self._weight) - self._first_kept) if keep else 0))
         for start, stop, place in self._chunks(num_tokens):
             rows = self._weight[start:stop]
             keeps = keep and place is not None
             exponential = self._block(held.exponentials if keeps else None, place, x, stop - start)
             logits = self._products.logits(x, rows, exponential)
-            _pick(target_logit, logits, target_row - start)
-            previous = maximum
-            maximum, part = self._exponentiate(logits, previous, exponential)
-            rescale = torch.exp(previous - maximum)
-            total = torch.addcmul(part, total, rescale)
-            if product is not None:
-                self._products.add_matmul(product, exponential, rows, rescale)
+            column = owned.row_of_token - start if start else owned.row_of_token
+            statistics, rescale = self._fold(logits, statistics, column, exponential)
+            if input_term:
+                product = self._products.sum_with(product, exponential, rows, rescale)
             if keeps:
-                held.maxima.append(maximum)
-        return Softmax(maximum, total, _cap(target_logit, self._softcap), product), held
+                held.maxima.append(statistics.maximum)
+        if input_term and product is None:  # no rows
+            product = torch.zeros_like(x, dtype=statistics.total.dtype)
+        target = _cap(statistics.target, self._softcap)
+        return Softmax(statistics.maximum, statistics.total, target, product), held
 
     def t(self, held: object, x: Tensor, lse: Tensor, scale: Tensor, *, input_term: bool) -> Tensor | None:
         assert isinstance(held, _Chunks)
-        product = x.new_zeros(x.shape, dtype=lse.dtype) if input_term else None
-        maxima, none = iter(held.maxima), torch.full_like(lse, -torch.inf)
+        product: Tensor | None = None
+        maxima, none = iter(held.maxima), Statistics.none(x, lse.dtype)
+        no_column = torch.full_like(lse, -1, dtype=torch.int64)
         scale, undo = _lifted(x, scale) if x.dtype is torch.float16 else (scale, None)
         for start, stop, place in self._chunks(x.shape[0]):
             exponential = self._block(held.exponentials, place, x, stop - start)
             if place is None:
                 logits = self._products.logits(x, self._weight[start:stop], exponential)
-                maximum, _ = self._exponentiate(logits, none, exponential)
+                maximum = self._fold(logits, none, no_column, exponential)[0].maximum
             else:
                 maximum = next(maxima)
             relative = torch.exp(maximum - lse)
             right = scaled(x, relative * scale, self._products.scratch("x", x.shape, x.dtype, x.device))
             self._products.add_transposed_matmul(self._grad[start:stop], exponential, right, undo)
-            if product is not None:
-                accumulate(product, self._products.matmul(exponential, self._weight[start:stop]), scale=relative)
+            if input_term:
+                part = self._products.matmul(exponential, self._weight[start:stop])
+                if product is None:
+                    product = torch.mul(part, relative[:, None])
+                else:
+                    accumulate(product, part, scale=relative)
+        if input_term and product is None:  # no rows
+            product = torch.zeros_like(x, dtype=lse.dtype)
         if x.device.type == "cpu":
             self._free.append(held.exponentials)
         return product
@@ -140,9 +143,9 @@ class Chunked:
         assert isinstance(held, _Chunks)
         return held.exponentials.nbytes + sum(maximum.nbytes for maximum in held.maxima)
 
-    def _exponentiate(self, logits: Tensor, least: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    def _fold(self, logits: Tensor, before: Statistics, column: Tensor, out: Tensor) -> tuple[Statistics, Tensor]:
         self._usual = self._usual or out.shape
-        return exponentiate(logits, least, out, self._softcap, usual=out.shape == self._usual)
+        return fold(logits, before, column, out, self._softcap, usual=out.shape == self._usual)
 
     def _chunk_rows(self, num_tokens: int) -> int:
         weight = self._weight
@@ -209,13 +212,6 @@ class Reference:
     def held_bytes(self, held: object) -> int:
         assert isinstance(held, _Logits)
         return held.capped.nbytes + held.slope.nbytes
-
-
-def _pick(target_logit: Tensor, logits: Tensor, column: Tensor) -> None:
-    """Take over the logits [T, C] of the targets that fall into a chunk, `column` [T], without asking the device which do."""
-    num_columns = logits.shape[1]
-    found = logits.gather(1, column.clamp(0, num_columns - 1)[:, None])[:, 0].to(target_logit.dtype)
-    torch.where((column >= 0) & (column < num_columns), found, target_logit, out=target_logit)
 
 
 def _lifted(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:

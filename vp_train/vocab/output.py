@@ -31,6 +31,7 @@ from vp_train.precision import column_sums, statistics_dtype
 from vp_train.streams import lend, to_device
 from vp_train.vocab.backends import Softmax, make_backend
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
+from vp_train.vocab.rows import input_term
 from vp_train.vocab.shard import Owned, Shard, require_within
 
 _PLAIN = LossOptions()
@@ -46,7 +47,7 @@ class _Microbatch:
     grad_loss: Tensor  # [T]
     softmax: Softmax
     held: object | None  # for T
-    target_scale: Tensor  # [K], of the terms of the targets in both gradients
+    target_scale: Tensor | float  # [T], of the terms of the targets in both gradients
     maximum: Tensor | None = None  # over all shards, until lse is known
     lse: Tensor | None = None
     loss: Tensor | None = None
@@ -119,10 +120,9 @@ class OutputStep:
         owned, softcap = self._owned[microbatch], self._options.softcap
         in_s = self._layer.input_gradient is Kind.S
         softmax, held = self._layer.backend.s(x, owned, input_term=in_s, keep=keep)
-        at_targets = softmax.target_logit[owned.positions]
-        target_scale = torch.full_like(at_targets, 1 - self._options.label_smoothing)
+        target_scale: Tensor | float = 1 - self._options.label_smoothing
         if softcap is not None:
-            target_scale = 1 - (at_targets / softcap) ** 2
+            target_scale = 1 - (softmax.target_logit / softcap) ** 2
         if self._smoothing:
             shared = self._smoothing * (x.to(self._row_sum.dtype) @ self._row_sum)
             mixed = torch.add(shared, softmax.target_logit, alpha=1 - self._options.label_smoothing)
@@ -159,9 +159,8 @@ class OutputStep:
         scale = state.grad_loss * self._softmax_scale(lse)
         product = self._layer.backend.t(held, x, lse, scale, input_term=in_t)
         if product is not None:
-            dx = self._input_term(product, state) * state.grad_loss[:, None]
-            state.dx = dx.to(self._layer.sum_dtype)
-        at_targets = x[positions] * (state.grad_loss[positions] * state.target_scale)[:, None]
+            state.dx = self._input_term(product, state, self._softmax_scale(lse), state.grad_loss)
+        at_targets = x[positions] * (state.grad_loss * state.target_scale)[positions, None]
         self._layer.grad.index_add_(0, state.owned.rows, at_targets.to(self._layer.grad.dtype), alpha=-1)
         if self._smoothing:
             self._smoothed += x.to(self._smoothed.dtype).T @ state.grad_loss
@@ -176,7 +175,8 @@ class OutputStep:
         state = self._microbatches[microbatch]
         dx, state.dx = _known(state.dx), None
         if self._layer.input_gradient is Kind.S:
-            dx = dx * state.grad_loss[:, None]
+            out = torch.empty_like(dx, dtype=self._layer.weight.dtype)
+            return torch.mul(dx, state.grad_loss[:, None], out=out)
         return dx.to(self._layer.weight.dtype)
 
     @torch.no_grad()
@@ -200,13 +200,12 @@ class OutputStep:
         """dloss / dlse [T]."""
         return 1 + 2 * self._options.z_loss * lse
 
-    def _input_term(self, product: Tensor, state: _Microbatch) -> Tensor:
-        """This shard's term of dx before g [T, H], from its part P W of the softmax's."""
-        owned = state.owned
-        scaled = product * self._softmax_scale(_known(state.lse))[:, None]
-        at_targets = self._layer.weight[owned.rows].to(scaled.dtype) * state.target_scale[:, None]
-        scaled.index_add_(0, owned.positions, at_targets, alpha=-1)
-        return scaled.sub_(self._row_sum, alpha=self._smoothing) if self._smoothing else scaled
+    def _input_term(self, product: Tensor, state: _Microbatch, factor: Tensor, gain: Tensor | None = None) -> Tensor:
+        """This shard's term of dx [T, H], of which product factor is the softmax's part; times `gain`."""
+        shared = self._smoothing * self._row_sum if self._smoothing else None
+        weight, scale = self._layer.weight, state.target_scale
+        term = input_term(product, factor, weight, state.owned, scale, shared=shared, gain=gain)
+        return term.to(self._layer.sum_dtype)
 
     # What the algorithms say and hear.  A message may be reduced in place, so none aliases state that is used later.
 
@@ -245,8 +244,9 @@ class OutputStep:
     def _input_term_of_s(self, state: _Microbatch) -> Tensor:
         product = lend(_known(state.softmax.input_term))
         state.softmax = replace(state.softmax, input_term=None)  # [T, H], not kept until the end
-        product = product * torch.exp(state.softmax.maximum - _known(state.lse))[:, None]
-        return self._input_term(product, state).to(self._layer.sum_dtype)
+        lse = _known(state.lse)
+        factor = torch.exp(state.softmax.maximum - lse) * self._softmax_scale(lse)
+        return self._input_term(product, state, factor)
 
     def _dx(self, state: _Microbatch) -> Tensor:
         if self._layer.input_gradient is Kind.S:

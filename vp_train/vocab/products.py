@@ -31,6 +31,16 @@ class Products:
             return torch.mm(a, b, out_dtype=torch.float32, out=self.scratch("product", shape, torch.float32, a.device))
         return torch.mm(a, b, out=self.scratch("product", shape, a.dtype, a.device))
 
+    def sum_with(self, before: Tensor | None, a: Tensor, b: Tensor, keep: Tensor) -> Tensor:
+        """before keep + a @ b [N, H] in the statistics dtype, for `keep` [N], in the memory of `before` [N, H]; None: 0."""
+        if before is not None:
+            self.add_matmul(before, a, b, keep)
+            return before
+        precise = statistics_dtype(a.dtype)
+        if a.dtype is precise:
+            return torch.mm(a, b)
+        return torch.mm(a, b, out_dtype=precise) if a.is_cuda else self.matmul(a, b).to(precise)
+
     def add_matmul(
         self,
         accumulator: Tensor,

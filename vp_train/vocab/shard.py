@@ -14,10 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """The ids of one microbatch that fall into a shard: `positions` [K] among its T tokens, and local `rows` [K], int64."""
+    """The ids of one microbatch that fall into a shard: `positions` [K] among its T tokens, and local `rows` [K], int64.
+
+    `row_of_token` [T], int64: the same rows by token, -1 for a token whose id falls into another shard.
+    """
 
     positions: Tensor
     rows: Tensor
+    row_of_token: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +50,9 @@ class Shard:
         counts = inside.sum(1).tolist()
         positions = to_device(inside.nonzero()[:, 1], device)
         rows = to_device(ids[inside] - self.start, device)
-        pairs = zip(positions.split_with_sizes(counts), rows.split_with_sizes(counts), strict=True)
-        return [Owned(*pair) for pair in pairs]
+        row_of_token = to_device((ids - self.start).masked_fill_(~inside, -1), device)
+        parts = zip(positions.split_with_sizes(counts), rows.split_with_sizes(counts), row_of_token, strict=True)
+        return [Owned(*part) for part in parts]
 
 
 def require_within(ids: Tensor, vocab_size: int, what: str) -> None:

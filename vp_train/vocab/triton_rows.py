@@ -1,4 +1,4 @@
-"""`rows.exponentiate` for CUDA.  The only importer of triton."""
+"""The operations of `rows` for CUDA, one kernel each.  The only importer of triton."""
 
 from __future__ import annotations
 
@@ -7,39 +7,95 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096  # elements of a row that a program works on at a time
-_WARPS = 8
+from vp_train.vocab.rows import Statistics
+
+_WHOLE = 32_768  # a row of so many columns fits into the registers of one program
+_BLOCK = 4_096  # else so many at a time
+_PER_THREAD = 32  # columns
+_HIDDEN_BLOCK = 1_024  # of a row of hidden values
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _exponentiate(logits, least, out, maxima, totals, num_columns, softcap, capped: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One program per row: a loop for the maximum, one for the rest, which finds the row in the cache."""
+def _fold(  # type: ignore[no-untyped-def]
+    logits,
+    out,
+    target_columns,
+    maxima_before,
+    totals_before,
+    targets_before,
+    maxima,
+    totals,
+    targets,
+    rescales,
+    num_columns,
+    softcap,
+    capped: tl.constexpr,
+    whole: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One program per row.  `whole`: the row is one block, which stays in registers.
+
+    Otherwise a loop for the maximum, and one for the rest, which finds the row in the cache.
+    """
     row = tl.program_id(0)
     start = row.to(tl.int64) * num_columns
+    column = tl.load(target_columns + row)
+    known = tl.load(targets_before + row)
+    among = (column >= 0) & (column < num_columns)
+    target = tl.load(logits + start + column, mask=among, other=0.0)
+    tl.store(targets + row, tl.where(among, target, known))
+    before = tl.load(maxima_before + row)
     columns = tl.arange(0, block)
-    running = tl.full([block], float("-inf"), tl.float32)
-    for first in range(0, num_columns, block):
-        inside = first + columns < num_columns
-        running = tl.maximum(running, tl.load(logits + start + first + columns, mask=inside, other=float("-inf")))
-    maximum = tl.max(running, 0)
-    if capped:
-        maximum = softcap * _tanh(maximum / softcap)  # tanh grows with its argument
-    maximum = tl.maximum(maximum, tl.load(least + row))
-    total = tl.zeros([block], tl.float32)
-    for first in range(0, num_columns, block):
-        inside = first + columns < num_columns
-        z = tl.load(logits + start + first + columns, mask=inside, other=float("-inf"))
-        if capped:
-            ratio = _tanh(z / softcap)
-            exponential = tl.where(inside, tl.exp(softcap * ratio - maximum), 0.0)
-            total += exponential
-            exponential *= 1 - ratio * ratio
-        else:
-            exponential = tl.exp(z - maximum)
-            total += exponential
-        tl.store(out + start + first + columns, exponential.to(out.dtype.element_ty), mask=inside)
+    if whole:
+        inside = columns < num_columns
+        z = tl.load(logits + start + columns, mask=inside, other=float("-inf"))
+        maximum = _maximum(tl.max(z, 0), before, softcap, capped)
+        exponential, written = _exponentials(z, maximum, softcap, inside, capped)
+        tl.store(out + start + columns, written.to(out.dtype.element_ty), mask=inside)
+        total = tl.sum(exponential, 0)
+    else:
+        running = tl.full([block], float("-inf"), tl.float32)
+        first = 0
+        while first < num_columns:  # Triton 3.6's interpreter takes no range that ends at an argument
+            inside = first + columns < num_columns
+            z = tl.load(logits + start + first + columns, mask=inside, other=float("-inf"))
+            running = tl.maximum(running, z)
+            first += block
+        maximum = _maximum(tl.max(running, 0), before, softcap, capped)
+        sums = tl.zeros([block], tl.float32)
+        first = 0
+        while first < num_columns:
+            inside = first + columns < num_columns
+            z = tl.load(logits + start + first + columns, mask=inside, other=float("-inf"))
+            exponential, written = _exponentials(z, maximum, softcap, inside, capped)
+            sums += exponential
+            tl.store(out + start + first + columns, written.to(out.dtype.element_ty), mask=inside)
+            first += block
+        total = tl.sum(sums, 0)
+    rescale = tl.exp(before - maximum)
     tl.store(maxima + row, maximum)
-    tl.store(totals + row, tl.sum(total, 0))
+    tl.store(totals + row, total + tl.load(totals_before + row) * rescale)
+    tl.store(rescales + row, rescale)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _maximum(largest, before, softcap, capped: tl.constexpr):  # type: ignore[no-untyped-def]
+    if capped:
+        largest = softcap * _tanh(largest / softcap)  # tanh grows with its argument
+    return tl.maximum(largest, before)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _exponentials(z, maximum, softcap, inside, capped: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What the total sums, and what is written."""
+    if capped:
+        ratio = _tanh(z / softcap)
+        exponential = tl.where(inside, tl.exp(softcap * ratio - maximum), 0.0)
+        written = exponential * (1 - ratio * ratio)
+    else:
+        exponential = tl.exp(z - maximum)
+        written = exponential
+    return exponential, written
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -47,16 +103,104 @@ def _tanh(value):  # type: ignore[no-untyped-def]
     return 2 * tl.sigmoid(2 * value) - 1
 
 
-def exponentiate_rows(logits: Tensor, least: Tensor, out: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """For fp32 `logits` and `least`, contiguous rows."""
+def fold(
+    logits: Tensor, before: Statistics, target_column: Tensor, out: Tensor, softcap: float | None
+) -> tuple[Statistics, Tensor]:
+    """`rows.fold` for fp32 logits and statistics, contiguous rows."""
     assert logits.dtype is torch.float32
     assert logits.is_contiguous()
     assert out.is_contiguous()
     num_rows, num_columns = logits.shape
-    maxima, totals = torch.empty_like(least), torch.empty_like(least)
+    after = Statistics(*(torch.empty_like(before.maximum) for _ in range(3)))
+    rescale = torch.empty_like(before.maximum)
     if num_rows:
-        block = min(_BLOCK, triton.next_power_of_2(num_columns))
-        _exponentiate[(num_rows,)](
-            logits, least, out, maxima, totals, num_columns, softcap or 1.0, softcap is not None, block, num_warps=_WARPS
+        whole = num_columns <= _WHOLE
+        block = max(16, triton.next_power_of_2(num_columns)) if whole else _BLOCK
+        warps = min(32, max(4, block // (32 * _PER_THREAD))) if whole else 8
+        _fold[(num_rows,)](
+            logits,
+            out,
+            target_column,
+            before.maximum,
+            before.total,
+            before.target,
+            after.maximum,
+            after.total,
+            after.target,
+            rescale,
+            num_columns,
+            softcap or 1.0,
+            softcap is not None,
+            whole,
+            block,
+            num_warps=warps,
         )
-    return maxima, totals
+    return after, rescale
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _input_term(  # type: ignore[no-untyped-def]
+    product,
+    factors,
+    weight,
+    row_of_token,
+    target_scales,
+    shared,
+    gains,
+    hidden,
+    target_scale,
+    has_scales: tl.constexpr,
+    has_shared: tl.constexpr,
+    has_gain: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One program per token and block of hidden values."""
+    token = tl.program_id(0)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    inside = columns < hidden
+    place = product + token.to(tl.int64) * hidden + columns
+    value = tl.load(place, mask=inside) * tl.load(factors + token)
+    row = tl.load(row_of_token + token)
+    if row >= 0:
+        scale = tl.load(target_scales + token) if has_scales else target_scale
+        value -= scale * tl.load(weight + row * hidden + columns, mask=inside).to(tl.float32)
+    if has_shared:
+        value -= tl.load(shared + columns, mask=inside)
+    if has_gain:
+        value *= tl.load(gains + token)
+    tl.store(place, value, mask=inside)
+
+
+def input_term(
+    product: Tensor,
+    factor: Tensor,
+    weight: Tensor,
+    row_of_token: Tensor,
+    target_scale: Tensor | float,
+    shared: Tensor | None,
+    gain: Tensor | None,
+) -> Tensor:
+    """`rows.input_term` in fp32, contiguous."""
+    assert product.dtype is torch.float32
+    assert product.is_contiguous()
+    assert weight.is_contiguous()
+    num_tokens, hidden = product.shape
+    scales = target_scale if isinstance(target_scale, Tensor) else None
+    if num_tokens:
+        block = min(_HIDDEN_BLOCK, triton.next_power_of_2(hidden))
+        _input_term[(num_tokens, triton.cdiv(hidden, block))](
+            product,
+            factor,
+            weight,
+            row_of_token,
+            factor if scales is None else scales,
+            factor if shared is None else shared,
+            factor if gain is None else gain,
+            hidden,
+            1.0 if isinstance(target_scale, Tensor) else target_scale,
+            scales is not None,
+            shared is not None,
+            gain is not None,
+            block,
+        )
+    return product
