@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -86,13 +87,19 @@ class Report:
 
 # What several steps need
 
+_AHEAD_CYCLES = 10_000_000  # 5 to 6 ms
+
 
 def milliseconds(where: Where, work: Callable[[], object], calls: int = 5, rounds: int = 7) -> float:
-    """Return the median time of one call on the device: events around `calls` of them."""
+    """Return the median time of one call on the device: events around `calls` of them.
+
+    The device sleeps before them, so that the host is ahead, as in a run.
+    """
     for _ in range(2):
         work()
     times = []
     for _ in range(rounds if where.on_gpu else 2):
+        _get_ahead(where)
         begin = _mark(where)
         for _ in range(calls):
             work()
@@ -114,6 +121,12 @@ def _elapsed(where: Where, begin: Any, end: Any) -> float:
         return 1e3 * (end - begin)
     end.synchronize()
     return float(begin.elapsed_time(end))
+
+
+def _get_ahead(where: Where) -> None:
+    """Keep the device busy for some milliseconds, in which the host issues what follows."""
+    if where.on_gpu:
+        torch.cuda._sleep(_AHEAD_CYCLES)
 
 
 def sleep_cycles(milliseconds: float) -> int:
@@ -697,6 +710,7 @@ def layers(where: Where, report: Report) -> None:
         found: dict[str, list[float]] = {"F": [], "B": [], "F host": [], "B host": []}
         for turn in range(8 if where.on_gpu else 2):
             where.synchronise()
+            _get_ahead(where)
             marks, clock = [_mark(where)], [time.perf_counter()]
             y = stage(x, None)
             marks.append(_mark(where))
@@ -888,25 +902,16 @@ def _timed_step(where: Where, report: Report) -> None:
 def spinning(where: Where, report: Report) -> None:
     """Multiply beside kernels that occupy thread blocks, as NCCL's do while they wait."""
     size, calls = (4096, 20) if where.on_gpu else (64, 2)
-    a, b = where.randn(size, size), where.randn(size, size)
     how = _spinner(where)
-    times: dict[int, float] = {}
-    for blocks in (0, 1, 2, 4, 8, 16, 32):
-        rounds = []
-        for _ in range(4):
-            where.synchronise()
-            spun = how(blocks)
-            time.sleep(0.002)  # they are there when the products begin
-            begin = _mark(where)
-            for _ in range(calls):
-                torch.mm(a, b)
-            rounds.append(_elapsed(where, begin, _mark(where)) / calls)
-            where.synchronise()
-            del spun
-        times[blocks] = min(rounds[1:])
+    times: dict[str, dict[int, float]] = {}
+    for rows in (size, 4 * size):
+        a, b = where.randn(rows, size), where.randn(size, size)
+        name = f"{rows} x {size} x {size}"
+        times[name] = {blocks: _beside(where, how, blocks, a, b, calls) for blocks in (0, 1, 2, 4, 8, 16, 32)}
     report.note(milliseconds=times, blocks_by=how.__name__)
-    slower = {blocks: time / times[0] - 1 for blocks, time in times.items() if blocks}
-    for blocks, most in ((4, 0.60), (32, 0.80)):
+    small = next(iter(times.values()))
+    slower = {blocks: time / small[0] - 1 for blocks, time in small.items() if blocks}
+    for blocks, most in ((2, 0.40), (4, 0.60), (32, 0.80)):
         measured = f"{slower[blocks]:+.1%}"
         report.check(
             f"GEMM beside {blocks} blocks",
@@ -915,6 +920,22 @@ def spinning(where: Where, report: Report) -> None:
             slower[blocks] <= most,
             judged=where.on_gpu,
         )
+
+
+def _beside(where: Where, how: Callable[[int], object], blocks: int, a: Tensor, b: Tensor, calls: int) -> float:
+    """Return the milliseconds of a product beside so many blocks, the best of three."""
+    rounds = []
+    for _ in range(4):
+        where.synchronise()
+        spun = how(blocks)
+        time.sleep(0.002)  # they are there when the products begin
+        begin = _mark(where)
+        for _ in range(calls):
+            torch.mm(a, b)
+        rounds.append(_elapsed(where, begin, _mark(where)) / calls)
+        where.synchronise()
+        del spun
+    return min(rounds[1:])
 
 
 def _spinner(where: Where) -> Callable[[int], object]:
@@ -955,6 +976,7 @@ def _spinner(where: Where) -> Callable[[int], object]:
 
 def packed(where: Where, report: Report) -> None:
     """Pack sixteen documents of sixteen lengths: what new lengths cost the host, and known ones."""
+    _attentions(where, report)
     stage, model = one_layer("llama3_8b", where)
     length, count = model.seq_length, 16
 
@@ -978,8 +1000,8 @@ def packed(where: Where, report: Report) -> None:
         where.synchronise()
         return 1e3 * host, 1e3 * (time.perf_counter() - begin)
 
-    for _ in range(2):
-        visit(None)
+    for unknown in (None, segments(0), None):  # loads kernels
+        visit(unknown)
     whole = visit(None)
     first, second, others, again = (visit(segments(seed)) for seed in (1, 1, 2, 2))
     report.note(unpacked=whole, first=first, second=second, others=others, others_again=again)
@@ -999,6 +1021,39 @@ def packed(where: Where, report: Report) -> None:
         known <= 1,
         judged=where.on_gpu,
     )
+
+
+def _attentions(where: Where, report: Report) -> None:
+    """Time F and B of attention by torch's choice, as one document, as 16, and in windows of 512."""
+    from vp_train.model.attention import Documents, Rule, attend_documents, block_attention
+
+    times = {}
+    for tokens, heads, groups in ((2048, 24, 24), (8192, 32, 8)) if where.on_gpu else ((64, 4, 2),):
+        q, k, v = (where.randn(tokens, count, 128).requires_grad_() for count in (heads, groups, groups))
+        dy = where.randn(tokens, heads * 128)
+        windowed = Rule(128**-0.5, None, tokens // 4)
+
+        def whole(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+            inputs = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+            y = nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+            return y[0].transpose(0, 1).flatten(1)
+
+        def blocks(q: Tensor = q, k: Tensor = k, v: Tensor = v, rule: Rule = windowed) -> Tensor:
+            return block_attention(q[:, None], k[:, None], v[:, None], rule)[:, 0]
+
+        works: dict[str, Callable[[], Tensor | None]] = {"whole": whole, "windows by blocks": blocks}
+        for name, count, window in (
+            ("one document", 1, None),
+            ("16 documents", 16, None),
+            ("windows by documents", 1, windowed.window),
+        ):
+            documents = Documents.on(where.device, (tokens // count,) * count)
+            works[name] = partial(attend_documents, q, k, v, documents, windowed.scale, window)
+        for name, work in works.items():
+            y = work()
+            if y is not None:  # there is no such kernel on a CPU
+                times[f"T {tokens}: {name}"] = milliseconds(where, lambda work=work, dy=dy: work().backward(dy), 3, 5)
+    report.note(attention_milliseconds=times)
 
 
 # 11

@@ -193,7 +193,9 @@ def test_the_mesh_is_that_list_warmed_up_under_the_start_s_timeout(fake_nccl, ra
         assert (options is not None) == (NCCL in backend and rank in members)
         if options is not None:
             assert options.is_high_priority_stream
-            assert options.config.max_ctas == (4 if purpose in (*END_PURPOSES.values(), Purpose.DATA) else 32)
+            assert options.config.max_ctas == (
+                RunSettings().collective_ctas if purpose in (*END_PURPOSES.values(), Purpose.DATA) else 32
+            )
     on_nccl = [(spec, group) for spec, group in zip(own, mesh.made, strict=True) if NCCL in spec.backend]
     barrier, *warmed, synchronized, barrier_after = [step for step in steps if isinstance(step[0], str)]
     assert (barrier[0], synchronized[0], barrier_after[0]) == ("barrier", "synchronize", "barrier")
@@ -220,14 +222,15 @@ def test_the_mesh_is_that_list_warmed_up_under_the_start_s_timeout(fake_nccl, ra
 
 def test_settings_of_zero_leave_nccl_its_choice(fake_nccl):
     fake_nccl(0, Degrees(1, 1, 1))
-    options = communicator_options(RunSettings(collective_ctas=0, comm_priority=False), few_ctas=True)
+    options = communicator_options(RunSettings(collective_ctas=0, comm_priority=False), timedelta(seconds=3), few_ctas=True)
+    assert options._timeout == timedelta(seconds=3)
     assert options.config.max_ctas == 32
     assert not options.is_high_priority_stream
 
 
 def test_a_torch_without_nccl_has_no_options(monkeypatch):
     monkeypatch.delattr(dist, "ProcessGroupNCCL", raising=False)
-    assert communicator_options(RunSettings(), few_ctas=True) is None
+    assert communicator_options(RunSettings(), timedelta(seconds=3), few_ctas=True) is None
 
 
 def test_512_ranks_make_their_groups_without_a_store_and_in_seconds(monkeypatch):

@@ -586,8 +586,8 @@ class RunSettings:
     device: str = "cpu"
     comm_backend: str = "nccl"  # on cuda; gloo, through host memory, lets several ranks share a GPU
     comm_priority: bool = True  # nccl: communication runs on streams of high priority
-    collective_ctas: int = 4  # nccl: most thread blocks of a collective of the vocabulary layers; 0: NCCL's choice
-    hop_channels: int = 4  # nccl: most channels of a hop, unless NCCL_MAX_P2P_NCHANNELS is set; 0: NCCL's choice
+    collective_ctas: int = 2  # nccl: most thread blocks of a collective of the vocabulary layers; 0: NCCL's choice
+    hop_channels: int = 2  # nccl: most channels of a hop, unless NCCL_MAX_P2P_NCHANNELS is set; 0: NCCL's choice
     deterministic: bool = False  # only algorithms that give the same bits every time; slower on cuda
     log_every: int = 10
     eval_every: int = 30

@@ -125,11 +125,12 @@ def _make(
         seconds = settings.world_timeout_seconds if long else settings.timeout_seconds
         few_ctas = spec.purpose in (*END_PURPOSES.values(), Purpose.DATA)  # beside the passes
         is_member = rank in spec.members
+        timeout = timedelta(seconds=seconds)
         group = dist.new_group(
             list(spec.members),
-            timedelta(seconds=seconds),
+            timeout,
             spec.backend if backend in (GLOO, NCCL) else backend,
-            communicator_options(settings, few_ctas=few_ctas) if on_nccl and is_member else None,
+            communicator_options(settings, timeout, few_ctas=few_ctas) if on_nccl and is_member else None,
             group_desc=str(spec.purpose),
         )
         if is_member:

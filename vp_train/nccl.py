@@ -6,6 +6,7 @@ Everything here is inert where torch has no NCCL.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping
+from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -40,15 +41,17 @@ def set_environment(environment: MutableMapping[str, str], settings: RunSettings
         environment.setdefault("TORCH_FR_DUMP_TEMP_FILE", prefix(directory))
 
 
-def communicator_options(settings: RunSettings, *, few_ctas: bool) -> Any:
+def communicator_options(settings: RunSettings, timeout: timedelta, *, few_ctas: bool) -> Any:
     """Return a new ProcessGroupNCCL.Options, None where torch has no NCCL.
 
+    `timeout`: what `new_group` is given too; torch warns where it differs.
     `few_ctas`: at most `settings.collective_ctas` thread blocks, for what runs beside the passes.
     """
     kind = getattr(dist, "ProcessGroupNCCL", None)
     if kind is None:
         return None
     options = kind.Options(is_high_priority_stream=settings.comm_priority)
+    options._timeout = timeout
     if few_ctas and settings.collective_ctas and hasattr(options.config, "max_ctas"):
         options.config.max_ctas = settings.collective_ctas
     return options

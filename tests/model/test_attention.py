@@ -43,7 +43,8 @@ def test_packed_documents_on_a_gpu_are_attended_to_one_by_one(groups, window):
     expected.backward(dy.double())
     pairs = [(context, expected), *((mine.grad, true.grad) for mine, true in zip(ours, exact, strict=True))]
     for mine, true in pairs:
-        assert torch.allclose(mine.cpu().double(), true, rtol=2e-2, atol=2e-2 * true.abs().max().item())
+        largest = max(true.abs().max().item(), 1.0)  # a window of one token has no gradient of q and k
+        assert torch.allclose(mine.cpu().double(), true, rtol=2e-2, atol=2e-2 * largest)
 
 
 def test_documents_on_a_cpu_are_not_one_kernel():

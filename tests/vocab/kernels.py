@@ -65,3 +65,24 @@ def compare_input_term(shape, device):
                 scales = of_targets if isinstance(of_targets, float) else of_targets.double()
                 expected = rows.input_term(product.double(), factor.double(), weight.double(), true, scales, **wide)
                 assert torch.allclose(ours.cpu().double(), expected, rtol=1e-5, atol=1e-5), (shape, dtype)
+
+
+def compare_targets(shape, device):
+    """What is scaled by tokens, and what the rows of their targets lose: several tokens have the same target."""
+    from vp_train.vocab import triton_rows
+
+    generator = torch.Generator().manual_seed(2)
+    num_tokens, hidden = shape
+    for dtype in _DTYPES:
+        x = torch.randn(shape, generator=generator).to(dtype)
+        factor, grad = torch.randn(num_tokens, generator=generator), torch.randn(3, hidden, generator=generator)
+        ids = torch.randint(0, 6, (1, num_tokens), generator=generator)
+        (owned,) = Shard(2, 5).owned(ids, torch.device("cpu"))
+        out = triton_rows.scale(x.to(device), factor.to(device), torch.empty(shape, dtype=dtype, device=device))
+        exact = x.double() * factor.double()[:, None]
+        assert torch.allclose(out.cpu().double(), exact, rtol=1e-6 if dtype is torch.float32 else 8e-3), (shape, dtype)
+        ours, true = grad.clone().to(device), grad.double()
+        places = (owned.positions.to(device), owned.rows.to(device))
+        triton_rows.subtract_targets(ours, x.to(device), *places, factor.to(device))
+        rows.subtract_targets(true, x.double(), owned, factor.double())
+        assert torch.allclose(ours.cpu().double(), true, rtol=1e-5, atol=1e-5), (shape, dtype)

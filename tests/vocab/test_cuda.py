@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.vocab.kernels import SHAPES, compare_fold, compare_input_term
+from tests.vocab.kernels import SHAPES, compare_fold, compare_input_term, compare_targets
 from tests.vocab.ranks import make_layer, run_output
 from tests.vocab.test_output import ALGORITHMS, OPTIONS, assert_equal, inputs
 from vp_train.vocab import backends
@@ -22,10 +22,11 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 INTERPRETED = """
 import torch
-from tests.vocab.kernels import SHAPES, compare_fold, compare_input_term
+from tests.vocab.kernels import SHAPES, compare_fold, compare_input_term, compare_targets
 for shape in SHAPES:
     compare_fold(shape, torch.device("cpu"))
     compare_input_term(shape, torch.device("cpu"))
+    compare_targets(shape, torch.device("cpu"))
 """
 
 
@@ -40,6 +41,7 @@ def test_the_triton_kernels_are_right_in_the_interpreter():
 def test_the_triton_kernels_equal_torch(shape):
     compare_fold(shape, torch.device("cuda"))
     compare_input_term(shape, torch.device("cuda"))
+    compare_targets(shape, torch.device("cuda"))
 
 
 @on_gpu

@@ -25,9 +25,10 @@ from vp_train.quiet import quiet_deprecations, quiet_megatron
 class CoreAttention(nn.Module):
     """Causal attention in the place of megatron's, which allocates on CUDA: torch's kernels, or blocks where these do not do.
 
-    `window`: how many tokens a query sees; None: all before it.  Documents packed into a sequence are attended to one by one
-    rather than under a mask: the s^2 entries of a mask are kept for the backward, the kernels compute what it hides too, and
-    flash attention on CUDA does not take one.
+    `window`: how many tokens a query sees; None: all before it.  Documents packed into a sequence are
+    never attended to under a mask: its s^2 entries are kept for the backward, the kernels compute what
+    it hides too, and flash attention on CUDA does not take one.  On CUDA one kernel takes them all,
+    elsewhere they come one by one.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class CoreAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, *_: object, **__: object
     ) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d], in each of `documents`, if given."""
+        s, b = query.shape[:2]
+        if documents is None and query.is_cuda and self._window is not None and self._window < s:
+            documents = Documents.on(query.device, (s,) * b)  # for one kernel
         if documents is None:
             return self._attend(query, key, value)
-        s, b = query.shape[:2]
         q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
         context = None
         if self._softcap is None:

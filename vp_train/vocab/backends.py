@@ -12,9 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vp_train.precision import accumulate, scaled, statistics_dtype
+from vp_train.precision import accumulate, statistics_dtype
 from vp_train.vocab.products import Products
 from vp_train.vocab.rows import Statistics, fold
+from vp_train.vocab.rows import scale as scale_rows
 from vp_train.vocab.shard import Owned
 
 # The logits of a chunk of rows: large enough for the matrix products, on a CPU small enough to stay in cache.
@@ -125,7 +126,7 @@ class Chunked:
             else:
                 maximum = next(maxima)
             relative = torch.exp(maximum - lse)
-            right = scaled(x, relative * scale, self._products.scratch("x", x.shape, x.dtype, x.device))
+            right = scale_rows(x, relative * scale, self._products.scratch("x", x.shape, x.dtype, x.device))
             self._products.add_transposed_matmul(self._grad[start:stop], exponential, right, undo)
             if input_term:
                 part = self._products.matmul(exponential, self._weight[start:stop])

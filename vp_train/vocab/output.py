@@ -31,7 +31,7 @@ from vp_train.precision import column_sums, statistics_dtype
 from vp_train.streams import lend, to_device
 from vp_train.vocab.backends import Softmax, make_backend
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
-from vp_train.vocab.rows import input_term
+from vp_train.vocab.rows import input_term, scale, subtract_targets
 from vp_train.vocab.shard import Owned, Shard, require_within
 
 _PLAIN = LossOptions()
@@ -151,7 +151,7 @@ class OutputStep:
     def t(self, microbatch: int) -> None:
         """Pass T: add the gradient of this shard's rows."""
         state = self._microbatches[microbatch]
-        held, x, lse, positions = state.held, state.x, state.lse, state.owned.positions
+        held, x, lse = state.held, state.x, state.lse
         assert held is not None
         assert lse is not None
         assert x is not None
@@ -160,8 +160,7 @@ class OutputStep:
         product = self._layer.backend.t(held, x, lse, scale, input_term=in_t)
         if product is not None:
             state.dx = self._input_term(product, state, self._softmax_scale(lse), state.grad_loss)
-        at_targets = x[positions] * (state.grad_loss * state.target_scale)[positions, None]
-        self._layer.grad.index_add_(0, state.owned.rows, at_targets.to(self._layer.grad.dtype), alpha=-1)
+        subtract_targets(self._layer.grad, x, state.owned, state.grad_loss * state.target_scale)
         if self._smoothing:
             self._smoothed += x.to(self._smoothed.dtype).T @ state.grad_loss
         state.held = state.x = None
@@ -175,8 +174,7 @@ class OutputStep:
         state = self._microbatches[microbatch]
         dx, state.dx = _known(state.dx), None
         if self._layer.input_gradient is Kind.S:
-            out = torch.empty_like(dx, dtype=self._layer.weight.dtype)
-            return torch.mul(dx, state.grad_loss[:, None], out=out)
+            return scale(dx, state.grad_loss, torch.empty_like(dx, dtype=self._layer.weight.dtype))
         return dx.to(self._layer.weight.dtype)
 
     @torch.no_grad()

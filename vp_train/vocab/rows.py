@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from vp_train.precision import compiled, compiled_exactly, has_compiler
+from vp_train.precision import compiled, compiled_exactly, has_compiler, scaled
 from vp_train.vocab.shard import Owned
 
 
@@ -149,6 +149,30 @@ def input_term(
     if shared is not None:
         product.sub_(shared)
     return product if gain is None else product.mul_(gain[:, None])
+
+
+def scale(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """Write x factor [T, H] into `out`, whatever its dtype, and return it; `factor` [T] in the statistics dtype."""
+    if x.is_cuda and factor.dtype is torch.float32 and has_triton():
+        from vp_train.vocab import triton_rows
+
+        return triton_rows.scale(x, factor, out)
+    return scaled(x, factor, out)
+
+
+def subtract_targets(grad: Tensor, x: Tensor, owned: Owned, factor: Tensor) -> None:
+    """grad [R, H] -= factor x at the row of each token's target, for the tokens of x [T, H] owned here.
+
+    `factor` [T] in the dtype of `grad`.  On CUDA the order of sums varies, unless torch is told to be
+    deterministic.
+    """
+    if grad.is_cuda and grad.dtype is torch.float32 and has_triton() and not torch.are_deterministic_algorithms_enabled():
+        from vp_train.vocab import triton_rows
+
+        triton_rows.subtract_targets(grad, x, owned.positions, owned.rows, factor)
+        return
+    at_targets = x[owned.positions] * factor[owned.positions, None]
+    grad.index_add_(0, owned.rows, at_targets.to(grad.dtype), alpha=-1)
 
 
 @cache

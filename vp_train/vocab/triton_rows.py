@@ -187,8 +187,8 @@ def input_term(
     num_tokens, hidden = product.shape
     scales = target_scale if isinstance(target_scale, Tensor) else None
     if num_tokens:
-        block = min(_HIDDEN_BLOCK, triton.next_power_of_2(hidden))
-        _input_term[(num_tokens, triton.cdiv(hidden, block))](
+        grid, block = _grid(num_tokens, hidden)
+        _input_term[grid](
             product,
             factor,
             weight,
@@ -204,3 +204,52 @@ def input_term(
             block,
         )
     return product
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _scale(x, factors, out, hidden, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program per token and block of hidden values."""
+    token = tl.program_id(0)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    inside = columns < hidden
+    place = token.to(tl.int64) * hidden + columns
+    value = tl.load(x + place, mask=inside).to(tl.float32) * tl.load(factors + token)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+
+def scale(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """`rows.scale` for an fp32 factor, contiguous."""
+    assert factor.dtype is torch.float32
+    assert x.is_contiguous()
+    assert out.is_contiguous()
+    if len(x):
+        grid, block = _grid(*x.shape)
+        _scale[grid](x, factor, out, x.shape[1], block)
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _subtract_targets(grad, x, positions, rows, factors, hidden, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program per token that is owned and block of hidden values."""
+    index = tl.program_id(0)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    inside = columns < hidden
+    token = tl.load(positions + index)
+    value = tl.load(x + token * hidden + columns, mask=inside, other=0.0).to(tl.float32) * tl.load(factors + token)
+    tl.atomic_add(grad + tl.load(rows + index) * hidden + columns, -value, mask=inside, sem="relaxed")
+
+
+def subtract_targets(grad: Tensor, x: Tensor, positions: Tensor, rows: Tensor, factor: Tensor) -> None:
+    """`rows.subtract_targets` for an fp32 gradient, contiguous."""
+    assert grad.dtype is torch.float32
+    assert grad.is_contiguous()
+    assert x.is_contiguous()
+    if len(positions):
+        grid, block = _grid(len(positions), x.shape[1])
+        _subtract_targets[grid](grad, x, positions, rows, factor, x.shape[1], block)
+
+
+def _grid(num_rows: int, hidden: int) -> tuple[tuple[int, int], int]:
+    """Return a program per row and block of its hidden values, and the size of a block."""
+    block = min(_HIDDEN_BLOCK, triton.next_power_of_2(hidden))
+    return (num_rows, triton.cdiv(hidden, block)), block
