@@ -182,8 +182,14 @@ def fake_nccl(monkeypatch):
 def test_the_mesh_is_that_list_warmed_up_under_the_start_s_timeout(fake_nccl, rank):
     degrees, settings = Degrees(2, 8, 2), RunSettings(timeout_seconds=7, world_timeout_seconds=70)
     factory, steps = fake_nccl(rank, degrees)
-    problem = problem_of(8, "v", 2)
-    mesh = build_mesh(degrees, problem, settings)
+    problem, watched = problem_of(8, "v", 2), []
+
+    def watching(groups):
+        assert {name for name, *_ in steps if isinstance(name, str)} <= {"barrier"}  # nothing was sent
+        watched.extend(groups)
+
+    mesh = build_mesh(degrees, problem, settings, watching=watching)
+    assert tuple(watched) == mesh.made
     specs = planned(degrees, problem, nccl=True)
     assert [call[:3] for call in factory.calls] == [(spec.purpose, spec.members, spec.backend) for spec in specs]
     own = [spec for spec in specs if rank in spec.members]

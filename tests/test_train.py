@@ -300,7 +300,7 @@ def refused(rank, num_ranks, config):
 def test_a_deterministic_run_asks_torch_for_it(monkeypatch, tmp_path):
     config = config_of(tmp_path, deterministic=True)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr("vp_train.train.build_mesh", lambda *_: None)
+    monkeypatch.setattr("vp_train.train.build_mesh", lambda *_, **__: None)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     try:
@@ -314,7 +314,7 @@ def test_the_group_of_all_ranks_waits_for_the_world_s_time_and_every_other_for_a
     config = config_of(tmp_path, timeout_seconds=7, world_timeout_seconds=70)
     made = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: made.append(timeout.total_seconds()))
-    monkeypatch.setattr("vp_train.train.build_mesh", lambda degrees, problem, settings: made.append(settings))
+    monkeypatch.setattr("vp_train.train.build_mesh", lambda degrees, problem, settings, **_: made.append(settings))
     _connect(config, make_plan(config, 2))
     assert made == [70, config.run]
     for seconds in ranks(4).run(timeouts_of, laid_out(config, pp=2, dp=2)):

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -73,8 +73,16 @@ class Mesh:
             dist.destroy_process_group(group)
 
 
-def build_mesh(degrees: Degrees, problem: Problem, settings: RunSettings | None = None) -> Mesh:
+def build_mesh(
+    degrees: Degrees,
+    problem: Problem,
+    settings: RunSettings | None = None,
+    *,
+    watching: Callable[[Sequence[dist.ProcessGroup]], None] | None = None,
+) -> Mesh:
     """Make all groups and connect them; collective over the default group.
+
+    `watching` gets the groups of this rank before NCCL connects them.
 
     The ranks of the default group are those of `degrees`.  Its backend decides: with `nccl` the
     groups that move tensors use NCCL on the current device, else all use that of the default group.
@@ -92,6 +100,8 @@ def build_mesh(degrees: Degrees, problem: Problem, settings: RunSettings | None 
     if backend in (GLOO, NCCL):
         world.barrier()  # slow starters: below, gloo waits for no longer than a step's timeout
     made += _make(others, rank, settings, backend)
+    if watching is not None:
+        watching([group for _, group in made])
     if backend == NCCL:
         _warm_up(made, rank)
         world.barrier()

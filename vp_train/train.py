@@ -11,9 +11,11 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from typing import Any, NoReturn
 
 import torch
@@ -48,21 +50,25 @@ class NonFiniteError(RuntimeError):
 
 def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> NoReturn:
     """Train as rank `rank`, and leave the process.  Raises ConfigError before any process group exists."""
+    if config.run.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch.compile would take memory of a GPU that is there
     plan = make_plan(config, num_ranks)
     source = open_source(config)
     directory = RunDirectory(config.run) if rank == 0 else None
     step, started = 0, time.time()
+    patience = config.run.world_timeout_seconds  # until all ranks have connected
+    watches: list[Event] = []
 
     def leave_with_nccl(error: str) -> None:
         """Leave before torch's watchdog aborts the process."""
-        failure = silent_peer(config.run.timeout_seconds, config.run) if error == "TIMEOUT" else LOST_PEER
+        failure = silent_peer(patience, config.run) if error == "TIMEOUT" else LOST_PEER
         record = flight_recorder.file_of(os.environ, run_path(config.run), rank)
         last = f"; its last communications: {record}" if flight_recorder.wait_for(record, started) else ""
         _leave(failure.code, f"rank {rank}: stopped at step {step}, {failure.words}{last}")
 
     try:
-        mesh = _connect(config, plan)
-        watched = watch(mesh.made, leave_with_nccl)
+        mesh = _connect(config, plan, lambda groups: watches.append(watch(groups, leave_with_nccl)))
+        patience = config.run.timeout_seconds
         run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
         reporter = None
         if directory is not None:
@@ -86,20 +92,19 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
         if (failure := peer_failure(error, config.run)) is not None:
             _leave(failure.code, f"rank {rank}: stopped at step {step}, {failure.words}")
         _leave(EXIT_INTERNAL, f"rank {rank} failed at step {step}\n{traceback.format_exc()}")
-    watched.set()
+    for watched in watches:
+        watched.set()
     dist.destroy_process_group()
     _leave(EXIT_OK)
 
 
-def _connect(config: RunConfig, plan: RunPlan) -> Mesh:
-    """Ranks agree over gloo; on CUDA the executor's tensors move over NCCL."""
+def _connect(config: RunConfig, plan: RunPlan, watching: Callable[[Sequence[dist.ProcessGroup]], None] | None = None) -> Mesh:
+    """Ranks agree over gloo; on CUDA the executor's tensors move over NCCL.  `watching` as in `build_mesh`."""
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     backend = "gloo"
-    if config.run.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch.compile would take memory of a GPU that is there
     if config.run.device == "cuda":
         set_environment(os.environ, config.run, run_path(config.run))
         if not torch.cuda.is_available():
@@ -117,7 +122,7 @@ def _connect(config: RunConfig, plan: RunPlan) -> Mesh:
     if backend == "nccl":  # on every node: where its ranks are to leave their flight recorders
         flight_recorder.file_of(os.environ, run_path(config.run), 0).parent.mkdir(parents=True, exist_ok=True)
     dist.init_process_group(backend, timeout=timedelta(seconds=config.run.world_timeout_seconds))
-    return build_mesh(plan.degrees, plan.problem, config.run)
+    return build_mesh(plan.degrees, plan.problem, config.run, watching=watching)
 
 
 def _leave(code: int, message: str = "") -> NoReturn:
