@@ -64,11 +64,14 @@ class Replay:
     """A replayed program.
 
     `causes[r][k]` is the operation that pass k of rank r waited for last; None if it followed the
-    pass before it at once.
+    pass before it at once.  `beside_waits[r]` is the part of the time of rank r's passes in which a
+    communication that it has issued waits for another rank: under NCCL such a one occupies thread
+    blocks, and products beside it take longer (docs/results.md).
     """
 
     timeline: Timeline
     causes: tuple[tuple[Op | None, ...], ...]
+    beside_waits: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +94,9 @@ def replay(program: Program, cost: CostModel, runtime: Runtime) -> Replay:
     """
     walk = _Walk.over(program, cost, runtime)
     walk.run()
-    causes = tuple(map(walk.causes, range(len(program.ranks))))
-    return Replay(_timeline_of(walk, program, cost), causes)
+    ranks = range(len(program.ranks))
+    causes, beside_waits = tuple(map(walk.causes, ranks)), tuple(map(walk.beside_waits, ranks))
+    return Replay(_timeline_of(walk, program, cost), causes, beside_waits)
 
 
 def late_starts(replayed: Replay, simulated: Timeline) -> list[LateStart]:
@@ -127,7 +131,8 @@ class _Walk:
     `seconds`, `missing`, `followers` and `start` are indexed by the activity.  `missing` counts the
     ranks that have not issued it and, in a run, what it follows that has not ended.  `passes[r]` is
     the stream of rank r's passes, each operation with its activity; `issued[r]` are the operations
-    that issue a communication, with that; `communications` what all ranks exchange.
+    that issue a communication, with that; `waits[r]` are these again, each with what it follows on
+    its own rank, and it waits for other ranks from then on; `communications` what all ranks exchange.
     """
 
     cost: CostModel
@@ -138,6 +143,7 @@ class _Walk:
     start: list[float] = field(default_factory=list)
     passes: list[list[tuple[Op, int]]] = field(default_factory=list)
     issued: list[list[tuple[Op, int]]] = field(default_factory=list)
+    waits: list[list[tuple[int, tuple[int, ...]]]] = field(default_factory=list)
     communications: dict[Collective | _Hop, int] = field(default_factory=dict)
 
     @classmethod
@@ -205,8 +211,10 @@ class _Walk:
         followers = self.followers
         passes: list[tuple[Op, int]] = []
         issued: list[tuple[Op, int]] = []
+        waits: list[tuple[int, tuple[int, ...]]] = []
         self.passes.append(passes)
         self.issued.append(issued)
+        self.waits.append(waits)
 
         def run(op: Op, seconds: float, after: int = -1) -> None:
             nonlocal now
@@ -218,15 +226,16 @@ class _Walk:
             passes.append((op, activity))
             now = activity
 
-        def issue(op: Op, activity: int, communicator: _Communicator | None, after: int) -> None:
+        def issue(op: Op, activity: int, communicator: _Communicator | None, *after: int) -> None:
             self.missing[activity] -= 1
-            if after >= 0:
-                followers[after].append(activity)
             if communicator is not None:
                 if communicator in last:
-                    followers[last[communicator]].append(activity)
+                    after = (*after, last[communicator])
                 last[communicator] = activity
+            for earlier in after:
+                followers[earlier].append(activity)
             issued.append((op, activity))
+            waits.append((activity, after))
 
         for op in ops:
             item, action = op.item, op.action
@@ -234,25 +243,25 @@ class _Walk:
                 if action is Action.WAIT:
                     run(op, 0.0, self._collective(item))
                     continue
-                exchange, after = op.exchange, now
+                exchange, after = op.exchange, [now] if now >= 0 else []
                 assert exchange is not None
                 started.setdefault(exchange.end, []).append(item)
                 activity = self._collective(item)
                 if exchange.continues is not None:
                     earlier = self._collective(exchange.continues)
                     if self.runtime.continues_beside_passes:
-                        followers[earlier].append(activity)
-                        after = -1 if self.runtime.issues_ahead else now
+                        after = [earlier] if self.runtime.issues_ahead else [*after, earlier]
                     else:
                         run(op, 0.0, earlier)
-                        after = now
-                issue(op, activity, exchange.end, after)
+                        after = [now]
+                issue(op, activity, exchange.end, *after)
             elif action is Action.RUN:
                 run(op, self.cost.seconds(item))
             elif action is Action.ARRIVE:
                 run(op, 0.0, self._transfer(op, rank))
             elif action is not Action.NEED:
-                issue(op, self._transfer(op, rank), self._channel(op, rank), now)
+                after = [now] if now >= 0 else []
+                issue(op, self._transfer(op, rank), self._channel(op, rank), *after)
         return started
 
     def run(self) -> None:
@@ -306,6 +315,39 @@ class _Walk:
             elif start > now:
                 now, cause = start, op
         return tuple(found)
+
+    def beside_waits(self, rank: int) -> float:
+        """Return the part of the time of the passes of `rank` beside which a communication waits."""
+        waits = []
+        for activity, after in self.waits[rank]:
+            issued = max((self.start[each] + self.seconds[each] for each in after), default=0.0)
+            waits.append((issued, self.start[activity]))
+        passes = [
+            (self.start[activity], self.start[activity] + self.seconds[activity])
+            for op, activity in self.passes[rank]
+            if op.action is Action.RUN
+        ]
+        busy = sum(stop - start for start, stop in passes)
+        return _shared_seconds(passes, waits) / busy if busy > 0 else 0.0
+
+
+def _shared_seconds(apart: list[tuple[float, float]], others: list[tuple[float, float]]) -> float:
+    """Return how much of the intervals `apart`, which do not overlap, lies within one of `others`."""
+    joined: list[tuple[float, float]] = []
+    for start, stop in sorted(others):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    shared, first = 0.0, 0
+    for start, stop in sorted(apart):
+        while first < len(joined) and joined[first][1] <= start:
+            first += 1
+        for begin, end in joined[first:]:
+            if begin >= stop:
+                break
+            shared += min(stop, end) - max(start, begin)
+    return shared
 
 
 def _timeline_of(walk: _Walk, program: Program, cost: CostModel) -> Timeline:

@@ -264,6 +264,10 @@ def _replay_lines(outcome: Outcome) -> list[str]:
         return []
     lines = [f"{duration(replayed.timeline.makespan)}, {replayed.longer:.2%} longer than simulated"]
     late = late_starts(replayed.replay, outcome.timeline)
+    if replayed.runtime.issues_ahead:
+        beside = replayed.replay.beside_waits
+        share = f"{sum(beside) / len(beside):.0%} of the passes' time, at most {max(beside):.0%} of a rank's"
+        lines.append(f"beside {share}, a communication waits for another rank and takes room on the GPU")
     lines += [f"{duration(entry.seconds)} more waiting of {entry}" for entry in late[:_LATE_STARTS]]
     if len(late) > _LATE_STARTS:
         lines.append(f"({len(late) - _LATE_STARTS} more such waits, none longer)")

@@ -5,7 +5,7 @@ order is good by luck.
 """
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -274,3 +274,34 @@ def test_late_starts_are_sorted_and_say_where_and_why():
     worst = found[0]
     assert str(worst) == f"rank {worst.rank} before {worst.name}, at {worst.cause}"
     assert worst.seconds > 0.1
+
+
+@pytest.mark.parametrize("algorithm", ["none", "one_barrier", "two_barrier"])
+@pytest.mark.parametrize("name", ["1f1b", "zb_h1", "v_half"])
+def test_beside_waits_is_the_time_in_which_a_pass_runs_and_a_communication_is_issued_in_vain(name, algorithm, quick):
+    """Look at many moments: what a rank has issued waits until all others that take part have issued it.
+
+    Messages take no time, so none waits for the one before it.
+    """
+    case = problem_of(name, algorithm, 3, 4)
+    costs = CostModel(costs_of(case).pass_seconds)
+    program = lower(generate(name, case, costs), case, costs)
+    result = replay(program, costs, CUDA)
+    ends = [{span.name: span.end for span in spans} for spans in result.timeline.compute]
+    issued: dict[object, dict[int, float]] = defaultdict(dict)
+    for rank, ops in enumerate(program.ranks):
+        now = 0.0
+        for op in ops:
+            if op.action is Action.RUN:
+                now = ends[rank][str(op.item)]
+            elif op.action is Action.START and op.exchange.continues is None:
+                issued[op.item][rank] = now
+            elif op.action in (Action.SEND, Action.RECV):
+                issued[op.item, *sorted((rank, op.peer))][rank] = now
+    moments = [(k + 0.5) / 5_000 * result.timeline.makespan for k in range(5_000)]
+    for rank, spans in enumerate(result.timeline.compute):
+        during = [t for t in moments if any(span.start <= t < span.end for span in spans)]
+        own = [(times[rank], max(times.values())) for times in issued.values() if rank in times]
+        beside = [t for t in during if any(begin <= t < end for begin, end in own)]
+        assert result.beside_waits[rank] == pytest.approx(len(beside) / len(during), abs=0.01)
+    assert max(result.beside_waits) > 0.02
