@@ -6,6 +6,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import NoReturn
 from vp_train.config import ConfigError, RunConfig
 from vp_train.exits import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK, EXIT_TIME
 from vp_train.metrics.run_directory import run_path
-from vp_train.orphans import die_with_launcher
+from vp_train.orphans import die_with_launcher, has_launcher
 
 _HELP = """\
 {command}: {purpose}
@@ -145,6 +146,9 @@ def _is_rank() -> bool:
 
 
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    words = _resume_words(config)
+    if words is not None and os.environ.get("RANK", "0") == "0" and not has_launcher():
+        print(words, flush=True)
     config = _with_origin(config)
     if _is_rank():
         from vp_train.train import run_rank
@@ -371,12 +375,12 @@ def _split(words: Sequence[str], known: Mapping[str, tuple[str, str]]) -> tuple[
 
 
 def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> RunConfig:
-    """Compose configs/ and `overrides`.  Raises ConfigError with the offending override and the way out."""
-    from hydra import compose, initialize_config_module
+    """Compose configs/ and `overrides`; with run.resume=true the settings of that run take the place of configs/.
+
+    Raises ConfigError with the offending override and the way out.
+    """
     from hydra.core.config_store import ConfigStore
-    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     schema = OmegaConf.structured(RunConfig)
     _thaw(schema)
@@ -385,13 +389,27 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
     if options:
         known = ", ".join((*known_options, "--help"))
         raise ConfigError(f"{options[0]} is not an option; there are {known} and --print-config, all else is key=value")
-    overrides = [word for given in overrides for word in _of_file(given)]
+    overrides = [_at_home(word) for given in overrides for word in _of_file(given)]
     edits = [word for word in overrides if word.startswith(("+", "~"))]
     if edits:
         raise ConfigError(f"{edits[0]}: settings cannot be added or removed; write key=value")
+    config = _composed("config", overrides, schema)
+    saved = run_path(config.run) / "config.yaml"
+    if config.run.resume and saved.is_file():
+        config = _resumed(saved, overrides, schema)
+    return config
+
+
+def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConfig:
+    """Compose the configuration called `primary` and `overrides`.  Raises ConfigError like `load_config`."""
+    from hydra import compose, initialize_config_module
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         with initialize_config_module("vp_train.configs", version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
+            composed = compose(primary, overrides=list(overrides))
         config = OmegaConf.to_object(composed)
     except OverrideParseException as error:
         raise ConfigError(f"{error.override!r} is not an override; write key=value, e.g. run.steps=100") from None
@@ -405,6 +423,101 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
         raise ConfigError(_first_line(error)) from None
     assert isinstance(config, RunConfig)
     return config
+
+
+# Settings that a resumed run does not take over: where it lies and what it came from follow from where it is found.
+_NOT_SAVED = ("run.name", "run.root", "run.resume", "run.init_from")
+
+
+def _resumed(path: Path, overrides: Sequence[str], schema: object) -> RunConfig:
+    """Return the settings that a run has saved in `path`, with `overrides` on top of them.
+
+    A group that `overrides` choose begins anew with that choice.  Raises ConfigError where the file is broken.
+    """
+    from importlib.resources import files
+
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    saved = _saved_settings(path)
+    chosen = {word.partition("=")[0] for word in overrides}
+    sections: dict[str, dict[str, object]] = {}
+    values: dict[str, object] = {}
+    for name in _keys(schema):
+        section, _, key = name.partition(".")
+        if name in saved and name not in _NOT_SAVED and section not in chosen:
+            (sections.setdefault(section, {}) if key else values)[key or section] = saved[name]
+    if sections.get("schedule", {}).get("file") == str(path.parent / "schedule.txt"):
+        del sections["schedule"]["file"]  # what schedule=auto found; other settings may lead to another one
+    defaults = OmegaConf.load(str(files("vp_train.configs").joinpath("config.yaml"))).defaults
+    again = [entry for entry in defaults if not isinstance(entry, str) and chosen.intersection(map(str, entry))]
+    store = ConfigStore.instance()
+    store.store(name="saved", node={**values, **sections})
+    store.store(name="resumed", node={"defaults": ["schema", "saved", *again, "_self_"]})
+    return _composed("resumed", overrides, schema)
+
+
+def _saved_settings(path: Path) -> dict[str, object]:
+    """Return every setting in the config.yaml of a run by its name.  Raises ConfigError where the file is broken."""
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        saved = OmegaConf.create(path.read_text())
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({_first_line(error)}); repair it, or delete it and give all settings of the run again"
+        ) from None
+    if not isinstance(saved, DictConfig):
+        raise ConfigError(f"{path} holds no settings; repair it, or delete it and give all settings of the run again")
+    return {name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for name, value in _leaves(saved)}
+
+
+def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the name and value of every setting; a list is one value."""
+    from omegaconf import DictConfig
+
+    assert isinstance(node, DictConfig)
+    for key in node:
+        value = node[key]
+        if isinstance(value, DictConfig):
+            yield from _leaves(value, f"{prefix}{key!s}.")
+        else:
+            yield f"{prefix}{key!s}", value
+
+
+def _resume_words(config: RunConfig) -> str | None:
+    """Say where the settings of a resumed run come from and what this command line changes; None for a new run."""
+    from omegaconf import OmegaConf
+
+    path = run_path(config.run) / "config.yaml"
+    if not config.run.resume or not path.is_file():
+        return None
+    before, now = _saved_settings(path), OmegaConf.structured(config)
+    changes = [
+        f"{name}={_plain(value)} (was {_plain(before[name])})"
+        for name, value in _leaves(now)
+        if name in before and name not in (*_NOT_SAVED, "schedule.file") and _plain(before[name]) != _plain(value)
+    ]
+    return f"settings of {path}" + (f", changed here: {', '.join(changes)}" if changes else "")
+
+
+def _plain(value: object) -> str:
+    """Return a value as it is written behind `key=`, but for quotes."""
+    return "null" if value is None else str(value)
+
+
+_QUOTED_OR_HOME = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?<=[=:,\[])\s*(~[^,\]}]*)""")
+
+
+def _at_home(word: str) -> str:
+    """Replace a `~` that begins a value outside quotes by the home directory: hydra's grammar has no `~`."""
+
+    def found(match: re.Match[str]) -> str:
+        return match[0] if match[1] is None else _word(os.path.expanduser(match[1]))
+
+    return _QUOTED_OR_HOME.sub(found, word)
 
 
 def _of_file(word: str) -> list[str]:
