@@ -18,6 +18,7 @@ PLANNING = ("schedules", "vp_train.config", "vp_train.degrees", "vp_train.model.
 ALLOWED = {
     "schedules": ("schedules",),
     "vp_train.config": (),
+    "vp_train.settings": ("vp_train.config",),
     "vp_train.exits": (),
     "vp_train.quiet": (),
     "vp_train.durable": (),
@@ -32,7 +33,14 @@ ALLOWED = {
     "vp_train.estimate": PLANNING,
     "vp_train.placement": (*PLANNING, "vp_train.estimate"),
     "vp_train.plan": (*PLANNING, "vp_train.estimate", "vp_train.placement"),
-    "vp_train.model": ("vp_train.config", "vp_train.model", "vp_train.precision", "vp_train.quiet", "vp_train.split"),
+    "vp_train.model": (
+        "vp_train.config",
+        "vp_train.model",
+        "vp_train.precision",
+        "vp_train.quiet",
+        "vp_train.split",
+        "vp_train.streams",
+    ),
     "vp_train.streams": (),
     "vp_train.collectives": (),
     "vp_train.vocab": ("schedules.ir", "schedules.vocab", "vp_train.precision", "vp_train.streams", "vp_train.vocab"),
@@ -57,8 +65,8 @@ ALLOWED = {
 }
 DOORS = {
     "megatron": {"vp_train.model.megatron", "vp_train.data.indexed"},
-    "hydra": {"vp_train.cli"},
-    "omegaconf": {"vp_train.cli"},
+    "hydra": {"vp_train.settings"},
+    "omegaconf": {"vp_train.settings"},
     "tokenizers": {"vp_train.data.tokenizer", "vp_train.data.corpus"},
     "safetensors": {"vp_train.checkpoint.store", "vp_train.checkpoint.stream"},
     "transformers": set(),

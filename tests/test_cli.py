@@ -92,8 +92,22 @@ def command(*arguments, **environment):
 def test_help_names_every_setting_and_the_commands():
     done, _ = command("--help")
     assert done.returncode == 0
-    for word in ("one_barrier", "vocab_size:", "clip_grad_norm:", "torchrun --nproc-per-node", "run.resume=true"):
+    for word in (
+        "one_barrier",
+        "model.vocab_size=32768",
+        "optim.clip_grad_norm=1.0",
+        "torchrun --nproc-per-node",
+        "run.resume=true",
+    ):
         assert word in done.stdout
+
+
+def test_help_of_a_group_says_what_its_settings_mean_and_take():
+    done, _ = command("--help", "optim", "optim.lr=1e-4")
+    assert done.returncode == 0
+    assert "optim.lr=0.0001\n    Learning rate after the warm-up.\n    (float; at least 0; default 0.002)" in done.stdout
+    assert "one of adamw, zero1" in done.stdout
+    assert "model." not in done.stdout
 
 
 def test_the_launcher_refuses_a_bad_plan_in_one_line_before_any_rank_starts():

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import os
-import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
@@ -20,17 +18,19 @@ from vp_train.config import ConfigError, RunConfig
 from vp_train.exits import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK, EXIT_TIME
 from vp_train.metrics.run_directory import run_path
 from vp_train.orphans import die_with_launcher, has_launcher
+from vp_train.settings import config_text, load_config, resume_words, section_help, sections, settings_help, started_from
 
 _HELP = """\
 {command}: {purpose}
 
 usage: {command} [group=choice ...] [key=value ...]
        {command} --print-config ...     show the resolved configuration and stop
+       {command} --help [GROUP]         this page, or one group of settings in full
 {options}
 Groups and their choices (each is a YAML file of configs/):
 {groups}
 
-Values, with what this command line sets them to:
+Settings, with what this command line sets them to (`{command} --help model`: one group in full):
 {values}
 
 A list is written [1,2,3], nothing is null.  Examples:
@@ -136,7 +136,7 @@ def _with_origin(config: RunConfig) -> RunConfig:
     """run.init_from from the root, and a resumed run's as it was told first: vp-export follows what config.yaml says."""
     run, origin = config.run, None if config.run.init_from is None else _path(config.run.init_from)
     if run.resume and origin is None:
-        origin = _started_from(run_path(run))
+        origin = started_from(run_path(run))
         origin = origin if origin is not None and origin.is_dir() else None
     return replace(config, run=replace(run, init_from=None if origin is None else str(origin.absolute())))
 
@@ -146,7 +146,7 @@ def _is_rank() -> bool:
 
 
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
-    words = _resume_words(config)
+    words = resume_words(config)
     if words is not None and os.environ.get("RANK", "0") == "0" and not has_launcher():
         print(words, flush=True)
     config = _with_origin(config)
@@ -272,26 +272,11 @@ def _export(arguments: Sequence[str]) -> int:
 def _origins(source: Path) -> list[Path]:
     """What the run of `source` started from by its run.init_from, what that did if it was a run, and so on."""
     found: list[Path] = []
-    origin = _started_from(source)
+    origin = started_from(source)
     while origin is not None and origin not in found:
         found.append(origin)
-        origin = _started_from(origin)
+        origin = started_from(origin)
     return found
-
-
-def _started_from(source: Path) -> Path | None:
-    """run.init_from of the run in directory `source`, or whose checkpoint that is; None where nothing tells."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    place = source.resolve()
-    run = next((one.parent for one in (place, place.parent) if one.name == "checkpoints"), place)
-    try:
-        told = OmegaConf.select(OmegaConf.create((run / "config.yaml").read_text()), "run.init_from")
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
-        return None
-    return _path(told) if isinstance(told, str) else None
 
 
 class _NowAndThen:
@@ -317,10 +302,13 @@ def _main(command: _Command) -> NoReturn:
 
 def _configured(command: _Command, arguments: Sequence[str]) -> int:
     words = [word for word in arguments if word not in ("--help", "-h", "--print-config")]
-    overrides, options = _split(words, command.options)
+    wants_help = "--help" in arguments or "-h" in arguments
+    chosen = [word for word in words if word in sections()] if wants_help else []
+    overrides, options = _split([word for word in words if word not in chosen], command.options)
     config = load_config(overrides, tuple(command.options))
-    if "--help" in arguments or "-h" in arguments:
-        print(_help(command, config))
+    if wants_help:
+        pages = [section_help(name, config) for name in chosen]
+        print("\n\n".join(pages) if pages else _help(command, config))
         return EXIT_OK
     if "--print-config" in arguments:
         print(config_text(config), end="")
@@ -374,239 +362,6 @@ def _split(words: Sequence[str], known: Mapping[str, tuple[str, str]]) -> tuple[
     return overrides, options
 
 
-def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> RunConfig:
-    """Compose configs/ and `overrides`; with run.resume=true the settings of that run take the place of configs/.
-
-    Raises ConfigError with the offending override and the way out.
-    """
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-
-    schema = OmegaConf.structured(RunConfig)
-    _thaw(schema)
-    ConfigStore.instance().store(name="schema", node=schema)
-    options = [word for word in overrides if word.startswith("-")]
-    if options:
-        known = ", ".join((*known_options, "--help"))
-        raise ConfigError(f"{options[0]} is not an option; there are {known} and --print-config, all else is key=value")
-    overrides = [_at_home(word) for given in overrides for word in _of_file(given)]
-    edits = [word for word in overrides if word.startswith(("+", "~"))]
-    if edits:
-        raise ConfigError(f"{edits[0]}: settings cannot be added or removed; write key=value")
-    config = _composed("config", overrides, schema)
-    saved = run_path(config.run) / "config.yaml"
-    if config.run.resume and saved.is_file():
-        config = _resumed(saved, overrides, schema)
-    return config
-
-
-def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConfig:
-    """Compose the configuration called `primary` and `overrides`.  Raises ConfigError like `load_config`."""
-    from hydra import compose, initialize_config_module
-    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        with initialize_config_module("vp_train.configs", version_base="1.3"):
-            composed = compose(primary, overrides=list(overrides))
-        config = OmegaConf.to_object(composed)
-    except OverrideParseException as error:
-        raise ConfigError(f"{error.override!r} is not an override; write key=value, e.g. run.steps=100") from None
-    except MissingConfigException as error:
-        raise ConfigError(_unknown_choice(error)) from None
-    except ConfigCompositionException as error:
-        raise ConfigError(_bad_override(error, _keys(schema))) from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from None
-    except HydraException as error:
-        raise ConfigError(_first_line(error)) from None
-    assert isinstance(config, RunConfig)
-    return config
-
-
-# Settings that a resumed run does not take over: where it lies and what it came from follow from where it is found.
-_NOT_SAVED = ("run.name", "run.root", "run.resume", "run.init_from")
-
-
-def _resumed(path: Path, overrides: Sequence[str], schema: object) -> RunConfig:
-    """Return the settings that a run has saved in `path`, with `overrides` on top of them.
-
-    A group that `overrides` choose begins anew with that choice.  Raises ConfigError where the file is broken.
-    """
-    from importlib.resources import files
-
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-
-    saved = _saved_settings(path)
-    chosen = {word.partition("=")[0] for word in overrides}
-    sections: dict[str, dict[str, object]] = {}
-    values: dict[str, object] = {}
-    for name in _keys(schema):
-        section, _, key = name.partition(".")
-        if name in saved and name not in _NOT_SAVED and section not in chosen:
-            (sections.setdefault(section, {}) if key else values)[key or section] = saved[name]
-    if sections.get("schedule", {}).get("file") == str(path.parent / "schedule.txt"):
-        del sections["schedule"]["file"]  # what schedule=auto found; other settings may lead to another one
-    defaults = OmegaConf.load(str(files("vp_train.configs").joinpath("config.yaml"))).defaults
-    again = [entry for entry in defaults if not isinstance(entry, str) and chosen.intersection(map(str, entry))]
-    store = ConfigStore.instance()
-    store.store(name="saved", node={**values, **sections})
-    store.store(name="resumed", node={"defaults": ["schema", "saved", *again, "_self_"]})
-    return _composed("resumed", overrides, schema)
-
-
-def _saved_settings(path: Path) -> dict[str, object]:
-    """Return every setting in the config.yaml of a run by its name.  Raises ConfigError where the file is broken."""
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        saved = OmegaConf.create(path.read_text())
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            f"{path} cannot be read ({_first_line(error)}); repair it, or delete it and give all settings of the run again"
-        ) from None
-    if not isinstance(saved, DictConfig):
-        raise ConfigError(f"{path} holds no settings; repair it, or delete it and give all settings of the run again")
-    return {name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for name, value in _leaves(saved)}
-
-
-def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the name and value of every setting; a list is one value."""
-    from omegaconf import DictConfig
-
-    assert isinstance(node, DictConfig)
-    for key in node:
-        value = node[key]
-        if isinstance(value, DictConfig):
-            yield from _leaves(value, f"{prefix}{key!s}.")
-        else:
-            yield f"{prefix}{key!s}", value
-
-
-def _resume_words(config: RunConfig) -> str | None:
-    """Say where the settings of a resumed run come from and what this command line changes; None for a new run."""
-    from omegaconf import OmegaConf
-
-    path = run_path(config.run) / "config.yaml"
-    if not config.run.resume or not path.is_file():
-        return None
-    before, now = _saved_settings(path), OmegaConf.structured(config)
-    changes = [
-        f"{name}={_plain(value)} (was {_plain(before[name])})"
-        for name, value in _leaves(now)
-        if name in before and name not in (*_NOT_SAVED, "schedule.file") and _plain(before[name]) != _plain(value)
-    ]
-    return f"settings of {path}" + (f", changed here: {', '.join(changes)}" if changes else "")
-
-
-def _plain(value: object) -> str:
-    """Return a value as it is written behind `key=`, but for quotes."""
-    return "null" if value is None else str(value)
-
-
-_QUOTED_OR_HOME = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?<=[=:,\[])\s*(~[^,\]}]*)""")
-
-
-def _at_home(word: str) -> str:
-    """Replace a `~` that begins a value outside quotes by the home directory: hydra's grammar has no `~`."""
-
-    def found(match: re.Match[str]) -> str:
-        return match[0] if match[1] is None else _word(os.path.expanduser(match[1]))
-
-    return _QUOTED_OR_HOME.sub(found, word)
-
-
-def _of_file(word: str) -> list[str]:
-    """`model=FILE.yaml`, which vp-import writes, or `cost=`, which vp-profile does, as its settings; all else as it is."""
-    group, _, value = word.partition("=")
-    path = Path(value).expanduser()
-    if group not in ("model", "cost") or path.suffix != ".yaml":
-        return [word]
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        settings = OmegaConf.load(path)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{word} cannot be read: {_first_line(error)}") from None
-    if not isinstance(settings, DictConfig):
-        raise ConfigError(f"{word} does not hold settings of a {group}, one `key: value` per line")
-    return [f"{group}.{key!s}={_word(setting)}" for key, setting in settings.items()]
-
-
-def _word(setting: object) -> str:
-    """A value of a file as hydra reads it behind `key=`."""
-    if isinstance(setting, str):
-        return "'" + setting.replace("'", r"\'") + "'"
-    return "null" if setting is None else str(setting)
-
-
-def config_text(config: RunConfig) -> str:
-    """The whole configuration as YAML."""
-    from omegaconf import OmegaConf
-
-    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
-
-
-def _thaw(node: object) -> None:
-    """A frozen dataclass makes read-only nodes, which nothing can be merged into."""
-    from omegaconf import DictConfig, OmegaConf
-
-    if isinstance(node, DictConfig):
-        OmegaConf.set_readonly(node, False)
-        for key in node:
-            _thaw(node._get_node(key))
-
-
-def _keys(node: object, prefix: str = "") -> Iterator[str]:
-    from omegaconf import DictConfig
-
-    assert isinstance(node, DictConfig)
-    for key in node:
-        child = node._get_node(key)
-        name = f"{prefix}{key!s}"
-        yield name
-        if isinstance(child, DictConfig):
-            yield from _keys(child, f"{name}.")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
-
-
-def _unknown_choice(error: BaseException) -> str:
-    """hydra lists the options one per line after 'Available options in'; we say it in one line."""
-    lines = str(error).splitlines()
-    missing = lines[0].partition("Could not find ")[2].strip("'") or lines[0]
-    options = [line.strip() for line in lines if line.startswith("\t") and "=" not in line]
-    group, _, choice = missing.rpartition("/")
-    if not group:
-        return f"{missing!r} is not a configuration file"
-    return f"{group}={choice} is not known; choose one of {', '.join(options)}"
-
-
-def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
-    first = _first_line(error)
-    reason = f": {_first_line(error.__cause__)}" if error.__cause__ is not None else ""
-    if first.startswith(("Could not override 'data.blend'", "Error merging override data.blend=")):
-        reason = reason.replace("'BlendEntry'", "an entry").replace("BlendEntry", "an entry")
-        return f"data.blend{reason}; write data.blend=[{{path:DIR,weight:3}},{{name:pystdlib,weight:1}}]"
-    if first.startswith("Ambiguous value"):
-        word = first.split("'")[1]
-        return f"{word}: one value is needed; vp-simulate --compare compares several"
-    if first.startswith("Could not override"):
-        key = first.split("'")[1]
-        close = difflib.get_close_matches(key, list(keys), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see vp-train --help for all keys"
-        return f"{key} is not a setting; {hint}"
-    return first.replace("Error merging override ", "") + reason
-
-
 def _help(command: _Command, config: RunConfig) -> str:
     from importlib.resources import files
 
@@ -616,7 +371,6 @@ def _help(command: _Command, config: RunConfig) -> str:
         for entry in sorted(root.iterdir(), key=lambda entry: entry.name)
         if entry.is_dir() and not entry.name.startswith("_")
     }
-    values = "\n".join(f"  {line}" for line in config_text(config).splitlines())
     lines = "\n".join(f"  {group:<10} {', '.join(choices)}" for group, choices in groups.items())
     options = "".join(f"       {f'{name} {value}':<20} {does}\n" for name, (value, does) in command.options.items())
     return _HELP.format(
@@ -624,6 +378,6 @@ def _help(command: _Command, config: RunConfig) -> str:
         purpose=command.purpose,
         options=options,
         groups=lines,
-        values=values,
+        values=settings_help(config),
         examples=command.examples,
     ).rstrip()

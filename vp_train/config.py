@@ -1,7 +1,9 @@
-"""The configuration tree: frozen dataclasses that check their own fields.
+"""The configuration tree: frozen dataclasses whose fields describe and check themselves.
 
-Everything here is what a user may set; derived values live in `RunPlan`.  Checks that need two sections, or the world size,
-live in `plan`.  Every check raises ConfigError, which names the value and the way out.
+Everything here is what a user may set; derived values live in `RunPlan`.  A field declares its type,
+default, bounds, unit and meaning once: the checks, `--help` and `docs/settings.md` follow from that.
+Checks of two fields stand in `__post_init__`.  Checks that need two sections, or the world size, live
+in `plan`.  Every check raises ConfigError, which names the value and the way out.
 """
 
 from __future__ import annotations
@@ -10,123 +12,183 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DEVICES = ("cpu", "cuda")
+_KEY = "setting"
+
+Value = TypeVar("Value")
 
 
 class ConfigError(ValueError):
     """A value the user can change.  The command line prints its message, without a traceback, and exits 78."""
 
 
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a field of the configuration means, and which values it takes.
+
+    A value is at least `least` or above `above`, and at most `most` or below `below`, where these are
+    set.  `choices`: the only values; empty: any.  Of a tuple all this holds for every element.
+    """
+
+    meaning: str
+    unit: str = ""
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    @property
+    def allowed(self) -> str:
+        """Return in words which values are allowed; empty where all of the type are."""
+        if self.choices:
+            return ", ".join(self.choices)
+        lowest, highest = self._lowest, self._highest
+        if lowest is None or highest is None:
+            return " and ".join(filter(None, [self._at_least, self._at_most]))
+        return f"{'[' if self.above is None else '('}{lowest:,}, {highest:,}{']' if self.below is None else ')'}"
+
+    def check(self, name: str, value: Any, default: Any) -> None:
+        """Raise ConfigError unless `value` is allowed; None is where it is the default."""
+        if isinstance(value, tuple):
+            for each in value:
+                self.check(name, each, default)
+            return
+        if value is None and default is None:
+            return
+        if self.choices and value not in self.choices:
+            raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(self.choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}={value} is not a finite number")
+        if not self._low_enough(value):
+            words = f"is too large; it must be {self._at_most}"
+            if self._highest is not None and self._highest <= 1:
+                words = f"is out of range; it must lie in {self.allowed}"
+            raise ConfigError(f"{name}={value} {words}")
+        if not self._high_enough(value):
+            way_out = ", or null for none" if default is None else ""
+            raise ConfigError(f"{name}={value} is too small; it must be {self._at_least}{way_out}")
+
+    @property
+    def _lowest(self) -> float | None:
+        return self.above if self.least is None else self.least
+
+    @property
+    def _highest(self) -> float | None:
+        return self.below if self.most is None else self.most
+
+    @property
+    def _at_least(self) -> str:
+        if self._lowest is None:
+            return ""
+        return f"{'at least' if self.above is None else 'above'} {self._lowest:,}"
+
+    @property
+    def _at_most(self) -> str:
+        if self._highest is None:
+            return ""
+        return f"{'at most' if self.below is None else 'below'} {self._highest:,}"
+
+    def _high_enough(self, value: Any) -> bool:
+        return (self.least is None or value >= self.least) and (self.above is None or value > self.above)
+
+    def _low_enough(self, value: Any) -> bool:
+        return (self.most is None or value <= self.most) and (self.below is None or value < self.below)
 
 
-def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ConfigError(f"{name}={value} is too small; it must be at least {least}")
+def setting(
+    default: Value,
+    meaning: str,
+    *,
+    unit: str = "",
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> Value:
+    """Return a dataclass field with this default that describes itself; see `Setting`."""
+    described = Setting(meaning, unit, choices, least, above, most, below)
+    return field(default=default, metadata={_KEY: described})
 
 
-def _finite(prefix: str, section: object) -> None:
-    """No field of `section` is infinite or not a number."""
+def setting_of(item: Any) -> Setting:
+    """Return what a field of a section says of itself."""
+    described = item.metadata[_KEY]
+    assert isinstance(described, Setting)
+    return described
+
+
+def _check(prefix: str, section: object) -> None:
+    """Check every field of `section`; a YAML list becomes the tuple its field promises."""
     for item in fields(section):  # type: ignore[arg-type]
         value = getattr(section, item.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{prefix}{item.name}={value} is not a finite number")
-
-
-def _fraction(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ConfigError(f"{name}={value} is out of range; it must lie in [0, 1)")
-
-
-def _freeze(section: object, name: str) -> None:
-    """A YAML list becomes the tuple its field promises."""
-    value = getattr(section, name)
-    if value is not None:
-        object.__setattr__(section, name, tuple(value))
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(section, item.name, value)
+        setting_of(item).check(f"{prefix}{item.name}", value, item.default)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder.  Flags say what the families differ in: GPT, Llama, Qwen and Gemma are settings of them; see configs/model.
+    """A decoder.  GPT, Llama, Qwen and Gemma are settings of these; see configs/model."""
 
-    `head_size` None: hidden_size / num_heads.  `zero_centred_norm`: weights w of an RMSNorm count as 1 + w.
-    `activation`: `swiglu`, `geglu` (gated, tanh approximation) or `gelu` (not gated, tanh approximation).
-    `linear_bias` is a bias of every linear layer of the layers, `qkv_bias` of the first alone; `qk_norm` an RMSNorm over each
-    head of queries and keys; `post_norms` another norm after attention and after the MLP, before the residual is added.
-    `attention_softcap` c: scores become c tanh(scores / c); they are q k / sqrt(attention_divisor), None: of head_size.
-    `sliding_window`: layers see so many tokens, themselves included, except every `full_attention_every`-th one (None: all
-    layers are local), and local layers have a RoPE base of their own, if given.  `positions`: `rope`, or `learned`, a table of
-    seq_length rows that stage 0 adds.  `embedding_scale`: embeddings count sqrt(hidden_size) times.
-    """
-
-    num_layers: int = 8
-    hidden_size: int = 256
-    num_heads: int = 8
-    num_query_groups: int = 4
-    head_size: int | None = None
-    ffn_hidden_size: int = 768
-    vocab_size: int = 32_768
-    seq_length: int = 256
-    tied_embeddings: bool = False
-    embedding_scale: bool = False
-    normalisation: str = "rmsnorm"
-    zero_centred_norm: bool = False
-    norm_epsilon: float = 1e-5
-    post_norms: bool = False
-    activation: str = "swiglu"
-    linear_bias: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    attention_divisor: float | None = None
-    attention_softcap: float | None = None
-    sliding_window: int | None = None
-    full_attention_every: int | None = None
-    positions: str = "rope"
-    rope_base: float = 10_000.0
-    rope_local_base: float | None = None
-    rope_scaling: str = "none"  # linear: angles / rope_factor; llama3: low frequencies only, arXiv 2407.21783
-    rope_factor: float = 1.0
-    rope_low_frequency: float = 1.0  # with llama3: turns within rope_original_length below which the whole factor counts,
-    rope_high_frequency: float = 4.0  # and above which none does
-    rope_original_length: int = 8192
-    init_std: float = 0.02
-    logit_softcap: float | None = None  # c: logits become c tanh(logits / c)
+    num_layers: int = setting(8, "Decoder layers.", least=1)
+    hidden_size: int = setting(256, "Width of the residual stream.", least=1)
+    num_heads: int = setting(8, "Attention heads.", least=1)
+    num_query_groups: int = setting(4, "Heads of keys and values; num_heads shares them.", least=1)
+    head_size: int | None = setting(None, "Width of a head; null: hidden_size / num_heads.", least=1)
+    ffn_hidden_size: int = setting(768, "Inner width of the MLP.", least=1)
+    vocab_size: int = setting(32_768, "Tokens of the vocabulary.", least=1)
+    seq_length: int = setting(256, "Tokens of a sequence.", least=1)
+    tied_embeddings: bool = setting(False, "Input and output layer share one matrix.")
+    embedding_scale: bool = setting(False, "Multiply embeddings by sqrt(hidden_size).")
+    normalisation: str = setting("rmsnorm", "Kind of all norms.", choices=("rmsnorm", "layernorm"))
+    zero_centred_norm: bool = setting(False, "Weights w of an RMSNorm count as 1 + w.")
+    norm_epsilon: float = setting(1e-5, "Added to the variance in a norm.", above=0)
+    post_norms: bool = setting(False, "Norms after attention and MLP too, before the residual is added.")
+    activation: str = setting(
+        "swiglu",
+        "Of the MLP: swiglu or geglu (gated; tanh approximation), or gelu (tanh approximation).",
+        choices=("swiglu", "geglu", "gelu"),
+    )
+    linear_bias: bool = setting(False, "Biases in all linear layers of the decoder.")
+    qkv_bias: bool = setting(False, "A bias in the linear layer of queries, keys and values.")
+    qk_norm: bool = setting(False, "An RMSNorm over each head of queries and keys.")
+    attention_divisor: float | None = setting(None, "Scores are q k / sqrt(attention_divisor); null: of head_size.", above=0)
+    attention_softcap: float | None = setting(None, "c: scores become c tanh(scores / c).", above=0)
+    sliding_window: int | None = setting(None, "Local layers see so many tokens, the own one included.", unit="tokens", least=1)
+    full_attention_every: int | None = setting(
+        None, "Every so many-th layer is not local; null: all are local.", unit="layers", least=1
+    )
+    positions: str = setting(
+        "rope",
+        "Rotary embeddings, or a learned table of seq_length rows that stage 0 adds.",
+        choices=("rope", "learned"),
+    )
+    rope_base: float = setting(10_000.0, "Base of the angles of rotary embeddings.", above=0)
+    rope_local_base: float | None = setting(None, "Their base in local layers; null: rope_base.", above=0)
+    rope_scaling: str = setting(
+        "none",
+        "linear divides all angles by rope_factor, llama3 those of low frequencies (arXiv 2407.21783).",
+        choices=("none", "linear", "llama3"),
+    )
+    rope_factor: float = setting(1.0, "Divisor of rope_scaling.", least=1)
+    rope_low_frequency: float = setting(
+        1.0, "llama3: fewer turns than this within rope_original_length count the whole factor."
+    )
+    rope_high_frequency: float = setting(4.0, "llama3: more turns than this count no factor.")
+    rope_original_length: int = setting(8192, "llama3: sequence length before scaling.", unit="tokens", least=1)
+    init_std: float = setting(0.02, "Standard deviation of initial weights.", least=0)
+    logit_softcap: float | None = setting(None, "c: logits become c tanh(logits / c).", above=0)
 
     def __post_init__(self) -> None:
-        _finite("model.", self)
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "num_heads",
-            "num_query_groups",
-            "head_size",
-            "ffn_hidden_size",
-            "vocab_size",
-            "seq_length",
-            "sliding_window",
-            "full_attention_every",
-            "rope_factor",
-            "rope_original_length",
-        ):
-            value = getattr(self, name)
-            if value is not None:
-                _at_least(f"model.{name}", value, 1)
-        _choice("model.normalisation", self.normalisation, ("rmsnorm", "layernorm"))
-        _choice("model.activation", self.activation, ("swiglu", "geglu", "gelu"))
-        _choice("model.positions", self.positions, ("rope", "learned"))
-        _choice("model.rope_scaling", self.rope_scaling, ("none", "linear", "llama3"))
+        _check("model.", self)
         self._check_heads()
-        for name in ("logit_softcap", "attention_softcap", "attention_divisor", "rope_base", "rope_local_base"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"model.{name}={value} is too small; it must be above 0, or null for none")
-        if not self.norm_epsilon > 0:
-            raise ConfigError(f"model.norm_epsilon={self.norm_epsilon} is too small; it must be above 0, for example 1e-05")
-        _at_least("model.init_std", self.init_std, 0)
         self._check_pairs()
 
     def _check_heads(self) -> None:
@@ -186,28 +248,27 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The base schedule, by its name in `schedules.generators`, or `auto`: the fastest found under a cap on memory.
+    """The base schedule.  The cap is on activations and held shards of a rank.
 
-    `num_chunks`: stages per rank, where the schedule leaves a choice.  The cap is on the activations and held shards of a rank:
-    in GiB, or in microbatches of 1/p of the model's activations; without either it is p + 1 microbatches and two held shards,
-    about what 1F1B with one_barrier keeps, or what a single microbatch needs.  `file`: a schedule written before, ours or a CSV
-    of torch.distributed.pipelining, in place of the named one; then nothing else here counts.
+    Without a cap `auto` keeps within p + 1 microbatches and two held shards, about what 1F1B with
+    one_barrier keeps, or within what a single microbatch needs.
     """
 
-    name: str = "1f1b"
-    num_chunks: int | None = None
-    cap_microbatches: float | None = None
-    cap_gib: float | None = None
-    file: str | None = None
+    name: str = setting("1f1b", "A schedule of schedules.generators, or auto: the fastest found under a cap.")
+    num_chunks: int | None = setting(None, "Stages of a rank, where the schedule leaves a choice.", least=1)
+    cap_microbatches: float | None = setting(
+        None, "auto: cap on memory, in microbatches of 1/p of the model's activations.", above=0
+    )
+    cap_gib: float | None = setting(None, "auto: cap on memory.", unit="GiB", above=0)
+    file: str | None = setting(
+        None,
+        "A schedule in a file, ours or a CSV of torch.distributed.pipelining; it replaces all of these.",
+    )
 
     def __post_init__(self) -> None:
-        _finite("schedule.", self)
-        if self.num_chunks is not None:
-            _at_least("schedule.num_chunks", self.num_chunks, 1)
+        _check("schedule.", self)
         for name in ("cap_microbatches", "cap_gib"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"schedule.{name}={value} is too small; it must be above 0")
             if value is not None and self.name != "auto":
                 raise ConfigError(
                     f"schedule.{name}={value} counts only with schedule=auto, not {self.name}; drop one of the two"
@@ -225,28 +286,27 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class VocabConfig:
-    """How the input and output layers are split, and which code computes S and T.
+    """How the input and output layers are split, and which code computes S and T."""
 
-    `algorithm` may be `auto` with schedule=auto.  `shards`: rows of each rank; None: as equal as possible, or with `balance` so
-    that ranks with less other work take more.  Backends: `chunked` holds the exponentials from S to T; `recompute` holds none
-    for `recompute_fraction` of the rows and pays with a fourth matrix product for these; `reference` is the oracle.
-    `sum_dtype`: what the shards' terms of dL/dx are summed in.  `float32` (float64 in a run of float64) is as accurate at any
-    number of shards as one process; `compute` is run.dtype, which halves the bytes in bfloat16, and each term is rounded.
-    """
-
-    algorithm: str = "one_barrier"
-    backend: str = "chunked"
-    shards: tuple[int, ...] | None = None
-    balance: bool = False
-    recompute_fraction: float = 1.0
-    sum_dtype: str = "float32"
+    algorithm: str = setting("one_barrier", "A vocabulary algorithm of schedules.vocab, or auto with schedule=auto.")
+    backend: str = setting(
+        "chunked",
+        "chunked holds exponentials from S to T; recompute forms them again; reference is the oracle.",
+        choices=("chunked", "recompute", "reference"),
+    )
+    shards: tuple[int, ...] | None = setting(None, "Vocabulary rows of each rank; null: as equal as possible.")
+    balance: bool = setting(False, "Ranks with less other work take more rows.")
+    recompute_fraction: float = setting(
+        1.0, "recompute: part of the rows that is formed again, by a fourth product.", least=0, most=1
+    )
+    sum_dtype: str = setting(
+        "float32",
+        "Shards' terms of dL/dx are summed in it; compute: in run.dtype, for half the bytes.",
+        choices=("float32", "compute"),
+    )
 
     def __post_init__(self) -> None:
-        _finite("vocab.", self)
-        _choice("vocab.backend", self.backend, ("chunked", "recompute", "reference"))
-        _choice("vocab.sum_dtype", self.sum_dtype, ("float32", "compute"))
-        if not 0 <= self.recompute_fraction <= 1:
-            raise ConfigError(f"vocab.recompute_fraction={self.recompute_fraction} is out of range; it must lie in [0, 1]")
+        _check("vocab.", self)
         if self.recompute_fraction != 1 and self.backend != "recompute":
             raise ConfigError(
                 f"vocab.recompute_fraction={self.recompute_fraction} counts only with vocab.backend=recompute, "
@@ -254,7 +314,6 @@ class VocabConfig:
             )
         if self.balance and self.shards is not None:
             raise ConfigError(f"vocab.balance=true and vocab.shards={list(self.shards)}: set one of the two")
-        _freeze(self, "shards")
 
 
 RECOMPUTE = ("none", "selective", "full")
@@ -264,34 +323,32 @@ RECOMPUTE = ("none", "selective", "full")
 class ParallelConfig:
     """Degrees of parallelism, and where the layers go.
 
-    A run has dp x pp x tp ranks: `dp` replicas of the model, each a pipeline of `pp` ranks, each of which is `tp` ranks that
-    split its matrices.  One of `pp` and `dp` may be None: what the launcher started leaves for it (of both: `dp` is 1).
-    Every replica has num_microbatches of its own.  `placement`: `even`; `balanced`, where the layers do not split
-    evenly; or `redistribute`, which takes layers from the last stage to make room for the output layer.  `layers_per_stage`
-    overrides all.  `recompute`: what runs again in the backward rather than being kept: `none`, the attention of every layer
-    from its input on (`selective`), or the layer (`full`); `recompute_per_stage` says it for each stage.
-    `sequence_parallel`: norms and residuals are split over the tensor-parallel ranks as well, by tokens.
+    A run has dp x pp x tp ranks: `dp` replicas of the model, each a pipeline of `pp` ranks, each of
+    which is `tp` ranks that split its matrices.  One of `pp` and `dp` may be null: it follows from the
+    number of ranks that were started; of both, `dp` is 1.
     """
 
-    pp: int | None = None
-    dp: int | None = None
-    tp: int = 1
-    placement: str = "even"
-    layers_per_stage: tuple[int, ...] | None = None
-    recompute: str = "none"
-    recompute_per_stage: tuple[str, ...] | None = None
-    sequence_parallel: bool = False
+    pp: int | None = setting(None, "Ranks of a pipeline; null: what was started leaves for it.", least=1)
+    dp: int | None = setting(
+        None, "Replicas, each with num_microbatches of its own; null: what was started leaves for it.", least=1
+    )
+    tp: int = setting(1, "Ranks that split each matrix.", least=1)
+    placement: str = setting(
+        "even",
+        "Layers of the stages: even; balanced, where they do not split evenly; redistribute, fewer on the last one.",
+        choices=("even", "balanced", "redistribute"),
+    )
+    layers_per_stage: tuple[int, ...] | None = setting(None, "Layers of each stage; overrides placement.")
+    recompute: str = setting(
+        "none",
+        "What runs again in the backward instead of being kept: the attention of each layer, or all of it.",
+        choices=RECOMPUTE,
+    )
+    recompute_per_stage: tuple[str, ...] | None = setting(None, "The same for each stage.", choices=RECOMPUTE)
+    sequence_parallel: bool = setting(False, "Norms and residuals are split over the tensor-parallel ranks too, by tokens.")
 
     def __post_init__(self) -> None:
-        _choice("parallel.placement", self.placement, ("even", "balanced", "redistribute"))
-        _freeze(self, "recompute_per_stage")
-        for name, values in {"recompute": [self.recompute], "recompute_per_stage": self.recompute_per_stage or ()}.items():
-            for value in values:
-                _choice(f"parallel.{name}", value, RECOMPUTE)
-        for name in ("pp", "dp", "tp"):
-            if getattr(self, name) is not None:
-                _at_least(f"parallel.{name}", getattr(self, name), 1)
-        _freeze(self, "layers_per_stage")
+        _check("parallel.", self)
         if self.recompute != "none" and self.recompute_per_stage is not None:
             raise ConfigError(
                 f"parallel.recompute={self.recompute} and parallel.recompute_per_stage={list(self.recompute_per_stage)}: "
@@ -311,67 +368,61 @@ class ParallelConfig:
 class LossConfig:
     """What is minimised; see `vocab.loss`.
 
-    `z_loss`: the weight of lse^2 of every token.  `normalisation`: `token`, the mean over all tokens, or `sequence`, the mean
-    over sequences of the mean of each.  Validation measures the plain negative log-likelihood, the mean over all tokens.
+    Validation measures the plain negative log-likelihood, the mean over all tokens.
     """
 
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    normalisation: str = "token"
+    label_smoothing: float = setting(0.0, "Part of the target that is spread over all tokens.", least=0, below=1)
+    z_loss: float = setting(0.0, "Weight of lse^2 of every token.", least=0)
+    normalisation: str = setting(
+        "token",
+        "Mean over all tokens, or over sequences of the mean of each.",
+        choices=("token", "sequence"),
+    )
 
     def __post_init__(self) -> None:
-        _finite("loss.", self)
-        _fraction("loss.label_smoothing", self.label_smoothing)
-        _at_least("loss.z_loss", self.z_loss, 0)
-        _choice("loss.normalisation", self.normalisation, ("token", "sequence"))
+        _check("loss.", self)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, a learning-rate schedule with warm-up, global gradient clipping.
+    """AdamW, a learning-rate schedule with warm-up, global gradient clipping."""
 
-    `name`: `adamw`, with the whole state in every replica, or `zero1`, with a part of it in each; `offload` keeps that part in
-    host memory and updates it there.
-    `bucket_mib`: MiB of gradients that are summed over the replicas at a time, as soon as they are complete; a layer or a
-    matrix that is larger is summed in one piece.  More makes better use of a link, less leaves less to sum after the last pass.
-    `schedule`: `cosine` from lr to min_lr; `wsd` holds lr and decays linearly over the last decay_fraction of the run.
-    `min_lr` None: lr / 10.
-    """
-
-    name: str = "adamw"
-    lr: float = 2e-3
-    min_lr: float | None = None
-    schedule: str = "cosine"
-    warmup_steps: int = 10
-    decay_fraction: float = 0.2
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    clip_grad_norm: float = 1.0  # 0 turns clipping off
-    offload: bool = False
-    bucket_mib: int = 64
+    name: str = setting(
+        "adamw",
+        "adamw keeps the whole state in every replica, zero1 a part of it in each.",
+        choices=("adamw", "zero1"),
+    )
+    lr: float = setting(2e-3, "Learning rate after the warm-up.", least=0)
+    min_lr: float | None = setting(None, "Learning rate that the decay ends at; null: a tenth of lr.", least=0)
+    schedule: str = setting(
+        "cosine",
+        "cosine from lr to min_lr; wsd holds lr and decays linearly over the end of the run.",
+        choices=("cosine", "wsd"),
+    )
+    warmup_steps: int = setting(10, "Steps in which the rate rises to lr.", unit="steps", least=0)
+    decay_fraction: float = setting(0.2, "wsd: part of the run in which the rate falls.", least=0, below=1)
+    weight_decay: float = setting(0.1, "Decoupled weight decay of matrices.", least=0)
+    beta1: float = setting(0.9, "Decay of the mean of gradients.", least=0, below=1)
+    beta2: float = setting(0.95, "Decay of the mean of their squares.", least=0, below=1)
+    epsilon: float = setting(1e-8, "Added to the root of the mean square.", above=0)
+    clip_grad_norm: float = setting(1.0, "Largest norm of all gradients; 0 turns clipping off.", least=0)
+    offload: bool = setting(False, "zero1: keep the state in host memory and update it there.")
+    bucket_mib: int = setting(
+        64,
+        "Gradients summed over the replicas at a time; a larger layer is summed in one piece.",
+        unit="MiB",
+        least=1,
+    )
 
     def __post_init__(self) -> None:
-        _finite("optim.", self)
-        _at_least("optim.bucket_mib", self.bucket_mib, 1)
-        _choice("optim.name", self.name, ("adamw", "zero1"))
-        _choice("optim.schedule", self.schedule, ("cosine", "wsd"))
+        _check("optim.", self)
         if self.offload and self.name != "zero1":
             raise ConfigError(f"optim.offload=true counts only with optim.name=zero1, not {self.name}; change one of the two")
-        for name in ("lr", "warmup_steps", "weight_decay", "clip_grad_norm"):
-            _at_least(f"optim.{name}", getattr(self, name), 0)
-        if self.min_lr is not None:
-            _at_least("optim.min_lr", self.min_lr, 0)
-            if self.min_lr > self.lr:
-                raise ConfigError(
-                    f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}, which decays to it; lower it, or leave it out "
-                    "for a tenth of optim.lr"
-                )
-        for name in ("beta1", "beta2", "decay_fraction"):
-            _fraction(f"optim.{name}", getattr(self, name))
-        if not self.epsilon > 0:
-            raise ConfigError(f"optim.epsilon={self.epsilon} is too small; it must be above 0")
+        if self.min_lr is not None and self.min_lr > self.lr:
+            raise ConfigError(
+                f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}, which decays to it; lower it, or leave it out "
+                "for a tenth of optim.lr"
+            )
 
     @property
     def final_lr(self) -> float:
@@ -381,22 +432,22 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class BlendEntry:
-    """A corpus of a blend: `name` and `path` as in DataConfig, and how many samples it gives, relative to the others."""
+    """A corpus of a blend."""
 
-    name: str = "text"
-    path: str | None = None
-    weight: float = 1.0
-    jsonl_field: str | None = None  # None: data.jsonl_field
+    name: str = setting("text", "As data.name.", choices=("text", "pystdlib"))
+    path: str | None = setting(None, "As data.path.")
+    weight: float = setting(1.0, "Samples that it gives, relative to the others.")
+    jsonl_field: str | None = setting(None, "As data.jsonl_field; null: that.")
 
     def __post_init__(self) -> None:
-        _choice("data.blend: name", self.name, ("text", "pystdlib"))
-        if self.name == "text" and self.path is None:
-            raise ConfigError("data.blend: every corpus needs a path, or name: pystdlib")
         if not 0 < self.weight < math.inf:
             raise ConfigError(
                 f"data.blend: weight={self.weight} of {self.path or self.name}; weights must be above 0 and finite, "
                 "leave the corpus out if it is to give nothing"
             )
+        _check("data.blend: ", self)
+        if self.name == "text" and self.path is None:
+            raise ConfigError("data.blend: every corpus needs a path, or name: pystdlib")
 
 
 def _count(number: int) -> str:
@@ -426,33 +477,29 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the tokens come from.
+    """Where the tokens come from."""
 
-    `pystdlib`: the running Python's standard library.  `text`: the text or .jsonl files under `path`, or a corpus that
-    vp-prepare has stored there.  `blend`: several of these, listed under `blend`.  `synthetic`: a source of known entropy, any
-    vocabulary.  `tokenizer`: a Hugging Face tokenizer.json; None trains one of model.vocab_size tokens.  `end_token`: what that
-    tokenizer calls the end of a document; None tries the usual names.  `packing`: with `documents` no token sees another
-    document of its sample, and none predicts the next one's first token.
-    """
-
-    name: str = "pystdlib"
-    path: str | None = None
-    blend: tuple[BlendEntry, ...] | None = None
-    packing: str = "none"
-    tokenizer: str | None = None
-    end_token: str | None = None
-    jsonl_field: str = "text"
-    cache_dir: str = "data-cache"
-    validation_fraction: float = 0.05
-    seed: int = 1234
+    name: str = setting(
+        "pystdlib",
+        "The running Python's standard library, text files, a blend of these, or a synthetic source of known entropy.",
+        choices=("pystdlib", "text", "blend", "synthetic"),
+    )
+    path: str | None = setting(None, "text: a directory of text or .jsonl files, one such file, or what vp-prepare stored.")
+    blend: tuple[BlendEntry, ...] | None = setting(None, "blend: its corpora and their weights.")
+    packing: str = setting(
+        "none",
+        "documents: no token sees another document of its sample, none predicts the next one's first.",
+        choices=("none", "documents"),
+    )
+    tokenizer: str | None = setting(None, "A Hugging Face tokenizer.json; null trains one of model.vocab_size tokens.")
+    end_token: str | None = setting(None, "What that tokenizer calls the end of a document; null tries the usual names.")
+    jsonl_field: str = setting("text", "Field of a .jsonl line that holds the text.")
+    cache_dir: str = setting("data-cache", "Directory for tokenizers and tokens.")
+    validation_fraction: float = setting(0.05, "Part of the samples that is kept for validation.", least=0, below=1)
+    seed: int = setting(1234, "Of the order of samples.", least=0)
 
     def __post_init__(self) -> None:
-        _finite("data.", self)
-        _choice("data.name", self.name, ("pystdlib", "text", "blend", "synthetic"))
-        _choice("data.packing", self.packing, ("none", "documents"))
-        _fraction("data.validation_fraction", self.validation_fraction)
-        _at_least("data.seed", self.seed, 0)
-        _freeze(self, "blend")
+        _check("data.", self)
         if self.name == "text" and self.path is None:
             raise ConfigError("data.name=text needs data.path: a directory of text or .jsonl files, or one such file")
         if self.name == "blend" and not self.blend:
@@ -473,50 +520,42 @@ class DataConfig:
 class CostConfig:
     """Seconds the planner assumes; per pass they follow from FLOPs at `flops_per_second`.
 
-    What was measured replaces that estimate.  All measured figures are for one microbatch: F, B, I and W per layer; S and T of
-    a shard together, a fixed part and a part per row; E and G per shard.  `measured_*` say of what, and are compared with the
-    run where they are not None: the forward FLOPs of one layer, so that the figures are refused for any other model, sequence
-    length or micro-batch size, run.dtype and run.device.  `measured_on` is what vp-plan calls the device.
-
-    A message takes its fixed seconds and, where a bandwidth is told, its bytes through that: hops between stages,
-    collectives of the vocabulary, and sums over the tensor-parallel ranks, of which a layer has two forward and two backward.
+    Measured times, which vp-profile writes, replace that estimate.  They are those of one microbatch.
+    `measured_*` say of what they are, and where they are not null they are compared with the run.  A
+    message takes its fixed seconds and, where a bandwidth is given, its bytes through that.
     """
 
-    flops_per_second: float = 5e10
-    hop_seconds: float = 2e-4
-    hop_bytes_per_second: float | None = None
-    collective_seconds: float = 5e-4
-    collective_bytes_per_second: float | None = None
-    tensor_seconds: float = 0.0
-    tensor_bytes_per_second: float | None = None
-    measured_layer_flops: float | None = None
-    measured_dtype: str | None = None
-    measured_device: str | None = None
-    measured_on: str | None = None
-    layer_forward_seconds: float | None = None
-    layer_backward_seconds: float | None = None
-    layer_input_grad_seconds: float | None = None
-    layer_weight_grad_seconds: float | None = None
-    output_fixed_seconds: float = 0.0  # counts only with output_row_seconds
-    output_row_seconds: float | None = None
-    lookup_seconds: float | None = None
-    lookup_grad_seconds: float | None = None
-    rank_slowness: tuple[float, ...] | None = None  # how much longer each rank takes than all this says; None: 1 each
+    flops_per_second: float = setting(5e10, "Rate of all passes.", unit="FLOP/s", least=1)
+    hop_seconds: float = setting(2e-4, "Fixed time of a message between stages.", unit="s", least=0)
+    hop_bytes_per_second: float | None = setting(None, "Its bandwidth.", unit="bytes/s", least=1)
+    collective_seconds: float = setting(5e-4, "Fixed time of a vocabulary collective.", unit="s", least=0)
+    collective_bytes_per_second: float | None = setting(None, "Its bandwidth.", unit="bytes/s", least=1)
+    tensor_seconds: float = setting(
+        0.0, "Fixed time of a sum over tensor-parallel ranks; a layer has 2 forward, 2 backward.", unit="s", least=0
+    )
+    tensor_bytes_per_second: float | None = setting(None, "Its bandwidth.", unit="bytes/s", least=1)
+    measured_layer_flops: float | None = setting(
+        None, "Forward FLOPs of the layer that was measured; others are refused.", unit="FLOP"
+    )
+    measured_dtype: str | None = setting(None, "Its run.dtype.", choices=_DTYPES)
+    measured_device: str | None = setting(None, "Its run.device.", choices=_DEVICES)
+    measured_on: str | None = setting(None, "What vp-plan calls the device.")
+    layer_forward_seconds: float | None = setting(None, "Measured F of a layer.", unit="s", least=0)
+    layer_backward_seconds: float | None = setting(None, "Measured B of a layer.", unit="s", least=0)
+    layer_input_grad_seconds: float | None = setting(None, "Measured I of a layer.", unit="s", least=0)
+    layer_weight_grad_seconds: float | None = setting(None, "Measured W of a layer.", unit="s", least=0)
+    output_fixed_seconds: float = setting(
+        0.0, "Fixed part of S and T of a shard; counts only with output_row_seconds.", unit="s", least=0
+    )
+    output_row_seconds: float | None = setting(None, "Their part per row.", unit="s", least=0)
+    lookup_seconds: float | None = setting(None, "Measured E of a shard.", unit="s", least=0)
+    lookup_grad_seconds: float | None = setting(None, "Measured G of a shard.", unit="s", least=0)
+    rank_slowness: tuple[float, ...] | None = setting(None, "How many times as long each rank takes; null: 1 each.", above=0)
 
     def __post_init__(self) -> None:
-        _finite("cost.", self)
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name.endswith("_per_second") and value is not None:
-                _at_least(f"cost.{item.name}", value, 1)
-            elif item.name.endswith("_seconds") and value is not None:
-                _at_least(f"cost.{item.name}", value, 0)
-        for name, choices in (("measured_dtype", _DTYPES), ("measured_device", _DEVICES)):
-            if getattr(self, name) is not None:
-                _choice(f"cost.{name}", getattr(self, name), choices)
-        _freeze(self, "rank_slowness")
-        if self.rank_slowness is not None and not all(0 < value < math.inf for value in self.rank_slowness or (0,)):
-            raise ConfigError(f"cost.rank_slowness={list(self.rank_slowness)}: every value must be above 0 and finite")
+        _check("cost.", self)
+        if self.rank_slowness == ():
+            raise ConfigError("cost.rank_slowness=[] has no value; give one for each rank, or null")
 
     @property
     def is_measured(self) -> bool:
@@ -528,43 +567,31 @@ class CostConfig:
 class ClusterConfig:
     """The machines a run is planned for; `vp-plan` and `vp-profile` read it.
 
-    `memory_gib`: what one rank may allocate on its GPU.  `*_flops_per_second`: the peak of a GPU by dtype, of which layers and
-    vocabulary passes reach `efficiency`, unless `cost` has measured times.  `memory_bytes_per_second`: of a GPU's own memory.
-    Links are those of one GPU, in one direction: `node_*` to the others of its node, `network_*` to other nodes.
-    With optim.offload also `host_bytes_per_second`, of the link of a GPU to its host, and `host_memory_bytes_per_second`, its
-    share of the memory there.
-    `overlap`: how much of summing gradients over the replicas, and of gathering parameters, hides behind passes.
+    Links are those of one GPU, in one direction: `node_*` to the others of its node, `network_*` to
+    other nodes.  `host_*` count with optim.offload.
     """
 
-    num_nodes: int = 1
-    gpus_per_node: int = 4
-    memory_gib: float = 4.0
-    bfloat16_flops_per_second: float = 1e11
-    float16_flops_per_second: float = 1e11
-    float32_flops_per_second: float = 1e11
-    float64_flops_per_second: float = 5e10
-    efficiency: float = 0.5
-    memory_bytes_per_second: float = 1e10
-    node_seconds: float = 2e-4
-    node_bytes_per_second: float = 1e9
-    network_seconds: float = 1e-3
-    network_bytes_per_second: float = 1e8
-    host_bytes_per_second: float = 1e10
-    host_memory_bytes_per_second: float = 1e10
-    overlap: float = 0.0
+    num_nodes: int = setting(1, "Nodes.", least=1)
+    gpus_per_node: int = setting(4, "GPUs of a node.", least=1)
+    memory_gib: float = setting(4.0, "Memory that a rank may allocate on its GPU.", unit="GiB", above=0)
+    bfloat16_flops_per_second: float = setting(1e11, "Peak of a GPU.", unit="FLOP/s", least=1)
+    float16_flops_per_second: float = setting(1e11, "Peak of a GPU.", unit="FLOP/s", least=1)
+    float32_flops_per_second: float = setting(1e11, "Peak of a GPU.", unit="FLOP/s", least=1)
+    float64_flops_per_second: float = setting(5e10, "Peak of a GPU.", unit="FLOP/s", least=1)
+    efficiency: float = setting(0.5, "Part of the peak that passes reach, unless cost has times.", above=0, most=1)
+    memory_bytes_per_second: float = setting(1e10, "Bandwidth of a GPU's memory.", unit="bytes/s", least=1)
+    node_seconds: float = setting(2e-4, "Fixed time of a message within a node.", unit="s", least=0)
+    node_bytes_per_second: float = setting(1e9, "Bandwidth within a node.", unit="bytes/s", least=1)
+    network_seconds: float = setting(1e-3, "Fixed time of a message between nodes.", unit="s", least=0)
+    network_bytes_per_second: float = setting(1e8, "Bandwidth between nodes.", unit="bytes/s", least=1)
+    host_bytes_per_second: float = setting(1e10, "Bandwidth of a GPU to its host.", unit="bytes/s", least=1)
+    host_memory_bytes_per_second: float = setting(
+        1e10, "A GPU's share of the bandwidth of host memory.", unit="bytes/s", least=1
+    )
+    overlap: float = setting(0.0, "Part of gradient sums and parameter gathers that hides behind passes.", least=0, most=1)
 
     def __post_init__(self) -> None:
-        _finite("cluster.", self)
-        for item in fields(self):
-            value = getattr(self, item.name)
-            is_fraction = item.name in ("efficiency", "overlap")
-            least = 1 if item.name.endswith("_per_second") or isinstance(value, int) else 0
-            _at_least(f"cluster.{item.name}", value, least)
-            if is_fraction and value > 1:
-                raise ConfigError(f"cluster.{item.name}={value} is out of range; it is a fraction, at most 1")
-        for name in ("memory_gib", "efficiency"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"cluster.{name}={getattr(self, name)} is too small; it must be above 0")
+        _check("cluster.", self)
 
     @property
     def num_gpus(self) -> int:
@@ -578,46 +605,64 @@ _LONGEST_SECONDS = 10_000_000  # to wait for a rank
 class RunSettings:
     """One run: how long, where its files go, what happens when something goes wrong."""
 
-    name: str = "default"
-    root: str = "runs"
-    steps: int = 90
-    seed: int = 1
-    dtype: str = "float32"
-    device: str = "cpu"
-    comm_backend: str = "nccl"  # on cuda; gloo, through host memory, lets several ranks share a GPU
-    comm_priority: bool = True  # nccl: communication runs on streams of high priority
-    collective_ctas: int = 2  # nccl: most thread blocks of a collective of the vocabulary layers; 0: NCCL's choice
-    hop_channels: int = 2  # nccl: most channels of a hop, unless NCCL_MAX_P2P_NCHANNELS is set; 0: NCCL's choice
-    deterministic: bool = False  # only algorithms that give the same bits every time; slower on cuda
-    log_every: int = 10
-    eval_every: int = 30
-    eval_microbatches: int = 16
-    checkpoint_every: int = 45  # the last step is always saved; 0 turns checkpoints off
-    keep_checkpoints: int = 2
-    resume: bool = False  # continue from the newest checkpoint of this run directory
-    init_from: str | None = None  # weights of another run, or of vp-import, to start from; a resumed run has its own
-    trace_step: int = 5  # the step whose passes are timed and written as a trace; 0 turns it off
-    on_nonfinite: str = "stop"
-    timeout_seconds: float = 300.0  # for a message within a step: a rank that hangs ends the run
-    world_timeout_seconds: float = 1800.0  # for what all ranks agree on, at the start and around steps and checkpoints
+    name: str = setting("default", "Directory of the run, in root.")
+    root: str = setting("runs", "Directory of all runs.")
+    steps: int = setting(90, "Optimizer steps.", unit="steps", least=1)
+    seed: int = setting(1, "Of the initial weights.")
+    dtype: str = setting("float32", "Of weights and activations; gradients and state are wider.", choices=_DTYPES)
+    device: str = setting("cpu", "Where the ranks compute.", choices=_DEVICES)
+    comm_backend: str = setting(
+        "nccl",
+        "On cuda; gloo, through host memory, lets several ranks share a GPU.",
+        choices=("nccl", "gloo"),
+    )
+    comm_priority: bool = setting(True, "nccl: communication runs on streams of high priority.")
+    collective_ctas: int = setting(2, "nccl: most thread blocks of a vocabulary collective; 0: NCCL's choice.", least=0)
+    hop_channels: int = setting(
+        2, "nccl: most channels of a hop unless NCCL_MAX_P2P_NCHANNELS is set; 0: NCCL's choice.", least=0
+    )
+    deterministic: bool = setting(False, "Only algorithms that give the same bits; slower on cuda.")
+    log_every: int = setting(10, "Steps between two lines of progress.", unit="steps", least=1)
+    eval_every: int = setting(30, "Steps between two validations; 0 turns them off.", unit="steps", least=0)
+    eval_microbatches: int = setting(16, "Microbatches of a validation.", least=0)
+    checkpoint_every: int = setting(
+        45, "Steps between two checkpoints; the last step has one too; 0 turns them off.", unit="steps", least=0
+    )
+    keep_checkpoints: int = setting(2, "Newest checkpoints that are kept.", least=1)
+    resume: bool = setting(False, "Go on from the newest checkpoint of this run.")
+    init_from: str | None = setting(
+        None, "Weights to start from: directory of a run or of vp-import; a resumed run has its own."
+    )
+    trace_step: int = setting(5, "Step whose passes are timed and written as a trace; 0 turns it off.", least=0)
+    on_nonfinite: str = setting(
+        "stop", "At a loss or gradient that is not finite: stop, or skip the step.", choices=("stop", "skip")
+    )
+    timeout_seconds: float = setting(
+        300.0,
+        "Longest wait for a message within a step; a rank that hangs ends the run.",
+        unit="s",
+        least=1,
+        most=_LONGEST_SECONDS,
+    )
+    world_timeout_seconds: float = setting(
+        1800.0,
+        "Longest wait of all ranks for each other: at the start, around steps and checkpoints.",
+        unit="s",
+        least=1,
+        most=_LONGEST_SECONDS,
+    )
 
     def __post_init__(self) -> None:
-        _finite("run.", self)
-        _choice("run.dtype", self.dtype, _DTYPES)
-        _choice("run.device", self.device, _DEVICES)
-        _choice("run.comm_backend", self.comm_backend, ("nccl", "gloo"))
-        _choice("run.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
-        for name in ("steps", "log_every", "keep_checkpoints", "timeout_seconds", "world_timeout_seconds"):
-            _at_least(f"run.{name}", getattr(self, name), 1)
-        for name in ("timeout_seconds", "world_timeout_seconds"):
-            if getattr(self, name) > _LONGEST_SECONDS:
-                raise ConfigError(f"run.{name}={getattr(self, name)} is too large; it must be at most {_LONGEST_SECONDS:,}")
-        for name in ("eval_every", "eval_microbatches", "checkpoint_every", "trace_step", "collective_ctas", "hop_channels"):
-            _at_least(f"run.{name}", getattr(self, name), 0)
+        _check("run.", self)
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(
                 f"run.name={self.name!r} is not a directory name; use letters, digits and dashes, and run.root for the parent"
             )
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the run's files."""
+        return Path(self.root).expanduser() / self.name
 
     def eval_microbatches_of(self, dp_size: int) -> int:
         """How many microbatches of an evaluation each of `dp_size` replicas runs: all run as many, at least one."""
@@ -638,14 +683,15 @@ class RunConfig:
     cost: CostConfig = field(default_factory=CostConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     run: RunSettings = field(default_factory=RunSettings)
-    num_microbatches: int = 8
-    micro_batch_size: int = 1
+    num_microbatches: int = setting(8, "Microbatches of a step, of each replica.", least=1)
+    micro_batch_size: int = setting(1, "Sequences of a microbatch.", least=1)
 
     def __post_init__(self) -> None:
-        _at_least("num_microbatches", self.num_microbatches, 1)
+        for item in fields(self):
+            if _KEY in item.metadata:
+                setting_of(item).check(item.name, getattr(self, item.name), item.default)
         if self.loss.label_smoothing and self.model.logit_softcap is not None:
             raise ConfigError(
                 f"loss.label_smoothing={self.loss.label_smoothing} and model.logit_softcap={self.model.logit_softcap} do not "
                 "go together: the sum of capped logits would cost a pass over all of them; set one of the two"
             )
-        _at_least("micro_batch_size", self.micro_batch_size, 1)

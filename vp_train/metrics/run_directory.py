@@ -17,8 +17,8 @@ from vp_train.durable import naming
 
 
 def run_path(settings: RunSettings) -> Path:
-    """Where the files of a run go."""
-    return Path(settings.root).expanduser() / settings.name
+    """Return where the files of a run go."""
+    return settings.directory
 
 
 def refuse_used(settings: RunSettings) -> None:

@@ -1,0 +1,88 @@
+"""A setting declares its default, bounds and meaning once; checks, help and documentation follow."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from vp_train.config import BlendEntry, ConfigError, RunConfig, Setting, setting_of
+from vp_train.settings import load_config, section_help, sections, settings_help, settings_page
+
+SECTIONS = sections() | {"blend": BlendEntry}
+ALL = [(name, item) for name, section in SECTIONS.items() for item in fields(section)]
+ALL += [("", item) for item in fields(RunConfig) if item.name not in SECTIONS]
+NEEDED = {"blend": {"path": "a"}}
+BOUNDED = [(name, item) for name, item in ALL if setting_of(item).allowed]
+
+
+def named(case):
+    return ".".join(filter(None, [case[0], case[1].name]))
+
+
+@pytest.mark.parametrize("case", ALL, ids=named)
+def test_a_setting_says_what_it_means_in_a_sentence(case):
+    meaning = setting_of(case[1]).meaning
+    assert meaning.endswith(".")
+    assert len(meaning) <= 140
+
+
+@pytest.mark.parametrize("case", BOUNDED, ids=named)
+def test_a_value_beyond_a_bound_is_refused_with_that_bound(case):
+    name, item = case
+    setting, default = setting_of(item), item.default
+    setting.check("x", default, default)
+    bad = [("maybe", setting.choices)] if setting.choices else []
+    bad += [(bound, setting.allowed) for bound in (setting.above, setting.below) if bound is not None]
+    bad += [(setting.least - 1, setting.allowed)] if setting.least is not None else []
+    bad += [(setting.most + 1, setting.allowed)] if setting.most is not None else []
+    assert bad
+    for value, _ in bad:
+        with pytest.raises(ConfigError, match=rf"^x={value!r}") as caught:
+            setting.check("x", value, default)
+        bounds = [f"{bound:,}" for bound in (setting.least, setting.above, setting.most, setting.below) if bound is not None]
+        assert any(words in str(caught.value) for words in (*setting.choices, *bounds))
+        built = SECTIONS[name](**NEEDED.get(name, {})) if name else RunConfig()
+        with pytest.raises(ConfigError):  # also in its section
+            replace(built, **{item.name: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_no_number_is_infinite(value):
+    with pytest.raises(ConfigError, match="finite number"):
+        Setting("Any.").check("x", value, 1.0)
+
+
+def test_bounds_hold_for_every_element_and_null_where_it_is_the_default():
+    setting = Setting("Some.", above=0)
+    setting.check("x", (1.0, 2.0), None)
+    setting.check("x", None, None)
+    for value in ((1.0, 0.0), (float("nan"),)):
+        with pytest.raises(ConfigError):
+            setting.check("x", value, None)
+    with pytest.raises((ConfigError, TypeError)):
+        setting.check("x", None, 1.0)
+
+
+def test_help_has_every_setting_with_its_value_and_meaning():
+    config = load_config(["model.num_layers=12"])
+    short = settings_help(config)
+    assert "model.num_layers=12 " in short
+    for name, item in ALL:
+        setting = setting_of(item)
+        if name == "blend":
+            continue
+        assert f"{named((name, item))}=" in short
+        assert setting.meaning in short
+        if name:
+            full = section_help(name, config)
+            assert f"\n{name}.{item.name}=" in full
+            assert setting.meaning in full
+            for words in (*setting.choices, setting.unit):
+                assert words in full
+
+
+def test_the_page_of_settings_is_the_one_that_is_generated():
+    page = Path(__file__).parents[1] / "docs" / "settings.md"
+    assert page.read_text() == settings_page(), "run: python -m vp_train.settings > docs/settings.md"

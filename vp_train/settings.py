@@ -1,0 +1,364 @@
+"""The door to hydra: overrides -> RunConfig, and the settings in words.
+
+python -m vp_train.settings > docs/settings.md
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any
+
+from vp_train.config import BlendEntry, ConfigError, RunConfig, Setting, setting_of
+
+
+def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> RunConfig:
+    """Compose configs/ and `overrides`; with run.resume=true the settings of that run take the place of configs/.
+
+    Raises ConfigError with the offending override and the way out.
+    """
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    schema = OmegaConf.structured(RunConfig)
+    _thaw(schema)
+    ConfigStore.instance().store(name="schema", node=schema)
+    options = [word for word in overrides if word.startswith("-")]
+    if options:
+        known = ", ".join((*known_options, "--help"))
+        raise ConfigError(f"{options[0]} is not an option; there are {known} and --print-config, all else is key=value")
+    overrides = [_at_home(word) for given in overrides for word in _of_file(given)]
+    edits = [word for word in overrides if word.startswith(("+", "~"))]
+    if edits:
+        raise ConfigError(f"{edits[0]}: settings cannot be added or removed; write key=value")
+    config = _composed("config", overrides, schema)
+    saved = config.run.directory / "config.yaml"
+    if config.run.resume and saved.is_file():
+        config = _resumed(saved, overrides, schema)
+    return config
+
+
+def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConfig:
+    """Compose the configuration called `primary` and `overrides`.  Raises ConfigError like `load_config`."""
+    from hydra import compose, initialize_config_module
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_module("vp_train.configs", version_base="1.3"):
+            composed = compose(primary, overrides=list(overrides))
+        config = OmegaConf.to_object(composed)
+    except OverrideParseException as error:
+        raise ConfigError(f"{error.override!r} is not an override; write key=value, e.g. run.steps=100") from None
+    except MissingConfigException as error:
+        raise ConfigError(_unknown_choice(error)) from None
+    except ConfigCompositionException as error:
+        raise ConfigError(_bad_override(error, _keys(schema))) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from None
+    except HydraException as error:
+        raise ConfigError(_first_line(error)) from None
+    assert isinstance(config, RunConfig)
+    return config
+
+
+# Settings that a resumed run does not take over: where it lies and what it came from follow from where it is found.
+_NOT_SAVED = ("run.name", "run.root", "run.resume", "run.init_from")
+
+
+def _resumed(path: Path, overrides: Sequence[str], schema: object) -> RunConfig:
+    """Return the settings that a run has saved in `path`, with `overrides` on top of them.
+
+    A group that `overrides` choose begins anew with that choice.  Raises ConfigError where the file is broken.
+    """
+    from importlib.resources import files
+
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    saved = _saved_settings(path)
+    chosen = {word.partition("=")[0] for word in overrides}
+    sections: dict[str, dict[str, object]] = {}
+    values: dict[str, object] = {}
+    for name in _keys(schema):
+        section, _, key = name.partition(".")
+        if name in saved and name not in _NOT_SAVED and section not in chosen:
+            (sections.setdefault(section, {}) if key else values)[key or section] = saved[name]
+    if sections.get("schedule", {}).get("file") == str(path.parent / "schedule.txt"):
+        del sections["schedule"]["file"]  # what schedule=auto found; other settings may lead to another one
+    defaults = OmegaConf.load(str(files("vp_train.configs").joinpath("config.yaml"))).defaults
+    again = [entry for entry in defaults if not isinstance(entry, str) and chosen.intersection(map(str, entry))]
+    store = ConfigStore.instance()
+    store.store(name="saved", node={**values, **sections})
+    store.store(name="resumed", node={"defaults": ["schema", "saved", *again, "_self_"]})
+    return _composed("resumed", overrides, schema)
+
+
+def _saved_settings(path: Path) -> dict[str, object]:
+    """Return every setting in the config.yaml of a run by its name.  Raises ConfigError where the file is broken."""
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        saved = OmegaConf.create(path.read_text())
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({_first_line(error)}); repair it, or delete it and give all settings of the run again"
+        ) from None
+    if not isinstance(saved, DictConfig):
+        raise ConfigError(f"{path} holds no settings; repair it, or delete it and give all settings of the run again")
+    return {name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for name, value in _leaves(saved)}
+
+
+def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the name and value of every setting; a list is one value."""
+    from omegaconf import DictConfig
+
+    assert isinstance(node, DictConfig)
+    for key in node:
+        value = node[key]
+        if isinstance(value, DictConfig):
+            yield from _leaves(value, f"{prefix}{key!s}.")
+        else:
+            yield f"{prefix}{key!s}", value
+
+
+def resume_words(config: RunConfig) -> str | None:
+    """Say where the settings of a resumed run come from and what this command line changes; None for a new run."""
+    from omegaconf import OmegaConf
+
+    path = config.run.directory / "config.yaml"
+    if not config.run.resume or not path.is_file():
+        return None
+    before, now = _saved_settings(path), OmegaConf.structured(config)
+    changes = [
+        f"{name}={_value(value)} (was {_value(before[name])})"
+        for name, value in _leaves(now)
+        if name in before and name not in (*_NOT_SAVED, "schedule.file") and _value(before[name]) != _value(value)
+    ]
+    return f"settings of {path}" + (f", changed here: {', '.join(changes)}" if changes else "")
+
+
+_QUOTED_OR_HOME = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?<=[=:,\[])\s*(~[^,\]}]*)""")
+
+
+def _at_home(word: str) -> str:
+    """Replace a `~` that begins a value outside quotes by the home directory: hydra's grammar has no `~`."""
+
+    def found(match: re.Match[str]) -> str:
+        return match[0] if match[1] is None else _word(os.path.expanduser(match[1]))
+
+    return _QUOTED_OR_HOME.sub(found, word)
+
+
+def _of_file(word: str) -> list[str]:
+    """`model=FILE.yaml`, which vp-import writes, or `cost=`, which vp-profile does, as its settings; all else as it is."""
+    group, _, value = word.partition("=")
+    path = Path(value).expanduser()
+    if group not in ("model", "cost") or path.suffix != ".yaml":
+        return [word]
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        settings = OmegaConf.load(path)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{word} cannot be read: {_first_line(error)}") from None
+    if not isinstance(settings, DictConfig):
+        raise ConfigError(f"{word} does not hold settings of a {group}, one `key: value` per line")
+    return [f"{group}.{key!s}={_word(setting)}" for key, setting in settings.items()]
+
+
+def _word(setting: object) -> str:
+    """A value of a file as hydra reads it behind `key=`."""
+    if isinstance(setting, str):
+        return "'" + setting.replace("'", r"\'") + "'"
+    return "null" if setting is None else str(setting)
+
+
+def config_text(config: RunConfig) -> str:
+    """The whole configuration as YAML."""
+    from omegaconf import OmegaConf
+
+    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _thaw(node: object) -> None:
+    """A frozen dataclass makes read-only nodes, which nothing can be merged into."""
+    from omegaconf import DictConfig, OmegaConf
+
+    if isinstance(node, DictConfig):
+        OmegaConf.set_readonly(node, False)
+        for key in node:
+            _thaw(node._get_node(key))
+
+
+def _keys(node: object, prefix: str = "") -> Iterator[str]:
+    from omegaconf import DictConfig
+
+    assert isinstance(node, DictConfig)
+    for key in node:
+        child = node._get_node(key)
+        name = f"{prefix}{key!s}"
+        yield name
+        if isinstance(child, DictConfig):
+            yield from _keys(child, f"{name}.")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _unknown_choice(error: BaseException) -> str:
+    """hydra lists the options one per line after 'Available options in'; we say it in one line."""
+    lines = str(error).splitlines()
+    missing = lines[0].partition("Could not find ")[2].strip("'") or lines[0]
+    options = [line.strip() for line in lines if line.startswith("\t") and "=" not in line]
+    group, _, choice = missing.rpartition("/")
+    if not group:
+        return f"{missing!r} is not a configuration file"
+    return f"{group}={choice} is not known; choose one of {', '.join(options)}"
+
+
+def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
+    first = _first_line(error)
+    reason = f": {_first_line(error.__cause__)}" if error.__cause__ is not None else ""
+    if first.startswith(("Could not override 'data.blend'", "Error merging override data.blend=")):
+        reason = reason.replace("'BlendEntry'", "an entry").replace("BlendEntry", "an entry")
+        return f"data.blend{reason}; write data.blend=[{{path:DIR,weight:3}},{{name:pystdlib,weight:1}}]"
+    if first.startswith("Ambiguous value"):
+        word = first.split("'")[1]
+        return f"{word}: one value is needed; vp-simulate --compare compares several"
+    if first.startswith("Could not override"):
+        key = first.split("'")[1]
+        close = difflib.get_close_matches(key, list(keys), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see vp-train --help for all keys"
+        return f"{key} is not a setting; {hint}"
+    return first.replace("Error merging override ", "") + reason
+
+
+def started_from(source: Path) -> Path | None:
+    """Return run.init_from of the run in directory `source`, or of the run whose checkpoint that is.
+
+    None where there is none, or nothing says it.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    place = source.resolve()
+    run = next((one.parent for one in (place, place.parent) if one.name == "checkpoints"), place)
+    try:
+        told = OmegaConf.select(OmegaConf.create((run / "config.yaml").read_text()), "run.init_from")
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return None
+    return Path(told).expanduser() if isinstance(told, str) else None
+
+
+# Settings in words
+
+
+def sections() -> dict[str, type]:
+    """Return the sections of the configuration and their classes."""
+    types = typing.get_type_hints(RunConfig)
+    return {item.name: types[item.name] for item in fields(RunConfig) if is_dataclass(types[item.name])}
+
+
+def settings_help(config: RunConfig) -> str:
+    """Return a line for every setting: its value in `config`, and its meaning."""
+    rows = []
+    for name in sections():
+        section = getattr(config, name)
+        rows += [(f"{name}.{item.name}", getattr(section, item.name), setting_of(item)) for item in fields(section)]
+    rows += [(item.name, getattr(config, item.name), setting_of(item)) for item in _own_fields()]
+    words = [(f"{name}={_value(value)}", setting) for name, value, setting in rows]
+    width = min(44, max(len(word) for word, _ in words))
+    return "\n".join(f"  {word:<{width}}  {_sentence(setting)}" for word, setting in words)
+
+
+def section_help(name: str, config: RunConfig) -> str:
+    """Return what one section is for, and type, default, bounds, unit and meaning of its settings."""
+    section = getattr(config, name)
+    lines = [f"{name}: {_paragraphs(type(section))}", ""]
+    types = typing.get_type_hints(type(section))
+    for item in fields(section):
+        setting = setting_of(item)
+        facts = [_values_words(types[item.name], setting), setting.unit, f"default {_value(item.default)}"]
+        lines.append(f"{name}.{item.name}={_value(getattr(section, item.name))}")
+        lines.append(f"    {setting.meaning}")
+        lines.append(f"    ({'; '.join(filter(None, facts))})")
+    return "\n".join(lines)
+
+
+def settings_page() -> str:
+    """Return docs/settings.md: every setting with its default, allowed values, unit and meaning."""
+    parts = [
+        "# Settings",
+        "Every value of a run. Write `section.name=value` behind any command; `vp-train --help SECTION`\n"
+        "shows a section too. This page is generated: `python -m vp_train.settings > docs/settings.md`.",
+    ]
+    for name, section in [*sections().items(), ("", RunConfig), ("an entry of data.blend", BlendEntry)]:
+        title = "top level" if section is RunConfig else name
+        own = _own_fields() if section is RunConfig else fields(section)
+        types = typing.get_type_hints(section)
+        rows = ["| setting | default | values | meaning |", "|---|---|---|---|"]
+        for item in own:
+            setting = setting_of(item)
+            values = "; ".join(filter(None, [_values_words(types[item.name], setting), setting.unit]))
+            rows.append(f"| `{item.name}` | `{_value(item.default)}` | {values} | {setting.meaning} |")
+        text = "" if section is RunConfig else f"{_paragraphs(section)}\n\n"
+        parts.append(f"## {title}\n\n{text}" + "\n".join(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _own_fields() -> list[Any]:
+    """Return the fields of RunConfig that are no sections."""
+    return [item for item in fields(RunConfig) if item.name not in sections()]
+
+
+def _sentence(setting: Setting) -> str:
+    return f"{setting.meaning} [{setting.unit}]" if setting.unit else setting.meaning
+
+
+def _paragraphs(section: type) -> str:
+    lines = (line.strip() for line in (section.__doc__ or "").strip().splitlines())
+    return "\n\n".join(" ".join(part.split("\n")) for part in "\n".join(lines).split("\n\n"))
+
+
+def _value(value: Any) -> str:
+    """Return a value as it is written on a command line."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_value, value))}]"
+    return f"{{{value}}}" if is_dataclass(value) else str(value)
+
+
+def _values_words(kind: Any, setting: Setting) -> str:
+    """Return which values a setting takes, in words."""
+    if not setting.choices:
+        return "; ".join(filter(None, [_type_words(kind), setting.allowed]))
+    return _type_words(kind).replace("text", f"one of {setting.allowed}")
+
+
+def _type_words(kind: Any) -> str:
+    """Return a type in words, as `int or null`."""
+    names = {int: "int", float: "float", bool: "true or false", str: "text", NoneType: "null"}
+    if isinstance(kind, UnionType):
+        return " or ".join(map(_type_words, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"list of {_type_words(typing.get_args(kind)[0])}"
+    return names.get(kind, "entries")
+
+
+if __name__ == "__main__":
+    print(settings_page(), end="")
