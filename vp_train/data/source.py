@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -43,6 +44,7 @@ class Source(Protocol):
     description: str
     entropy: float | None  # the lowest loss any model can reach, in nats, where it is known
     contents: tuple[str, ...]  # hashes of text, tokenizer and settings of each corpus
+    tokenizer: Path | None  # the tokenizer.json of the text; None where nothing was tokenized
 
     def train_batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
         """The num_microbatches microbatches of `step`, counted from 1."""
@@ -95,6 +97,7 @@ class _Synthetic:
         entropy = self._text.entropy()
         self.entropy: float | None = entropy
         self.contents: tuple[str, ...] = ()
+        self.tokenizer: Path | None = None
         self.description = f"synthetic text over {config.model.vocab_size:,} tokens, entropy {entropy:.4f} nats"
 
     def _samples(self, stream: int, positions: range) -> Batch:
@@ -133,6 +136,7 @@ class _Text:
     def __init__(self, config: RunConfig, corpora: tuple[Corpus, ...]) -> None:
         self._config = config
         self.contents = tuple(corpus.manifest.content_hash for corpus in corpora)
+        self.tokenizer: Path | None = corpora[0].tokenizer
         turns = Turns.of(config.data.weights)
         lines = [describe(corpus).splitlines()[0] for corpus in corpora]
         if len(lines) > 1:

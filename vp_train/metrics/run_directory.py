@@ -73,6 +73,10 @@ class RunDirectory:
         with naming(path):
             path.write_text(text)
 
+    def keep_tokenizer(self, path: Path) -> None:
+        """Keep a copy of the tokenizer.json that the text made, where vp-export looks for it."""
+        self.write("tokenizer.json", path.read_text())
+
     def write_environment(self) -> None:
         """env.json: versions, machine, commit and command line."""
         packages = ("vp_train", "torch", "megatron-core", "hydra-core", "tokenizers", "numpy")
