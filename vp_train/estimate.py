@@ -15,8 +15,6 @@ from vp_train.model import shape
 from vp_train.vocab.shard import Shard
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-# Of the three matrix products of a shard, those in S: Z, and with it dx for one_barrier; the rest are T's.
-_S_GEMMS = {"none": 2, "one_barrier": 2, "two_barrier": 1, "naive": 1}
 
 _OTHERS = "these pass times are not for it; use a cost that is, or one that counts FLOPs, e.g. cost=a100"
 
@@ -180,7 +178,7 @@ def _with_recompute(config: RunConfig, layers: Sequence[range]) -> list[tuple[st
 def _shard_seconds(config: RunConfig, rows: Sequence[int], algorithm: VocabAlgorithm) -> dict[Kind, tuple[float, ...]]:
     """S, T, E and G of each shard; E and G are lookups, a tenth of a barrier each unless measured.  T may form Z again."""
     cost, lookup = config.cost, config.cost.collective_seconds / 10
-    s_share = _S_GEMMS[algorithm.name] / 3
+    s_share = algorithm.products(Kind.S) / 3
     again = config.vocab.recompute_fraction / 3 if config.vocab.backend == "recompute" else 0.0
     both = [_output_seconds(config, count) for count in rows]
     return {

@@ -21,7 +21,7 @@ from schedules.problem import Problem
 from schedules.simulate import simulate
 from schedules.timeline import Timeline
 from schedules.torch_csv import from_csv
-from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, evaluation
+from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, evaluation, searched_algorithms
 from vp_train.config import ConfigError, RunConfig
 from vp_train.degrees import Degrees, check_tensor_split, split_ranks
 from vp_train.estimate import estimate_cost
@@ -30,7 +30,6 @@ from vp_train.vocab.shard import Shard, split_rows
 
 SEARCHING = "schedule=auto: searching for the fastest schedule, half a minute for 8 ranks and 64 microbatches"
 SEQUENCE_DEVICES = ("cuda",)
-_SEARCHED = ("one_barrier", "two_barrier", "none")  # by vocab=auto; naive never wins
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +211,7 @@ def _stored(config: RunConfig, degrees: Degrees, path: Path) -> StepPlan:
 def _solved(config: RunConfig, degrees: Degrees) -> StepPlan:
     """The best of all base schedules, placements and, with vocab=auto, algorithms, under the cap on memory."""
     num_ranks = degrees.pp
-    names = _SEARCHED if config.vocab.algorithm == "auto" else (config.vocab.algorithm,)
+    names = searched_algorithms() if config.vocab.algorithm == "auto" else (config.vocab.algorithm,)
     drafts: list[tuple[Option, Draft]] = []
     refusals: list[str] = []
     for name, family in GENERATORS.items():

@@ -17,6 +17,7 @@ from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
 from schedules.ir import Schedule
 from schedules.timeline import Timeline
+from schedules.vocab import searched_algorithms
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.degrees import Degrees
 from vp_train.metrics.progress import human_bytes
@@ -25,9 +26,8 @@ from vp_train.planner.cluster import gradient_seconds, on_cluster, tied_seconds
 from vp_train.planner.memory import rank_memory, rank_state
 from vp_train.planner.report import PlanReport, optimizer_seconds, report_of
 
-# gpipe takes as long as 1f1b and more memory; interlaced and naive are for comparison.
+# gpipe takes as long as 1f1b and more memory; interlaced is for comparison.
 SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_v", "v_half", "v_min")
-VOCABS = ("one_barrier", "two_barrier", "none")
 _MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 _GIB = 2**30
 # What a choice changes besides saying its own.
@@ -126,7 +126,7 @@ def choices(config: RunConfig) -> Iterator[Choice]:
                 if batch % (degrees.dp * size):
                     continue
                 for schedule in SCHEDULES if pp > 1 else ("1f1b",):
-                    for vocab in VOCABS if pp * tp > 1 else ("none",):
+                    for vocab in searched_algorithms() if pp * tp > 1 else ("none",):
                         for recompute in RECOMPUTE:
                             yield Choice(degrees, size, batch // degrees.dp // size, schedule, vocab, recompute)
 
@@ -264,7 +264,7 @@ def about_bytes(config: RunConfig) -> float:
     Schedules that are searched for or stored count as 1f1b.  Raises ConfigError.
     """
     named = config.schedule.name if config.schedule.name in GENERATORS and config.schedule.file is None else "1f1b"
-    vocab = config.vocab.algorithm if config.vocab.algorithm != "auto" else "one_barrier"
+    vocab = config.vocab.algorithm if config.vocab.algorithm != "auto" else searched_algorithms()[0]
     told = replace(
         config,
         schedule=replace(config.schedule, name=named, file=None, cap_gib=None, cap_microbatches=None),
