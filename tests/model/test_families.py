@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.pipeline.test_equivalence import assert_equivalent
+from tests.pipeline.equivalence import assert_equivalent
 from vp_train.cli import load_config
 from vp_train.config import ConfigError, ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings, ScheduleConfig
 from vp_train.model import shape

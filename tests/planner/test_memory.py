@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from schedules.ir import Kind
+from tests.ranks import in_processes
 from vp_train.cli import load_config
 from vp_train.config import OptimConfig
 from vp_train.model import shape
@@ -131,6 +132,7 @@ def test_predicted_bytes_are_what_torch_allocates(overrides, monkeypatch, tmp_pa
     sys.modules.pop("plan_memory", None)
     import plan_memory
 
+    monkeypatch.setattr(plan_memory.multiprocessing, "spawn", in_processes)
     rows = list(plan_memory.measured("case", overrides, tmp_path))
     assert rows
     for row in rows:
