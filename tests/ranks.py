@@ -49,6 +49,13 @@ def ready_context() -> Any:
     return context
 
 
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def in_processes(function: Callable[..., None], arguments: tuple[Any, ...], nprocs: int) -> None:
     """Run function(rank, *arguments) in processes of its own, as `torch.multiprocessing.spawn` does but started sooner."""
     context = ready_context()
@@ -115,9 +122,7 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         context = ready_context()
         self._directory = tempfile.mkdtemp()
         for rank in range(self.world_size):
