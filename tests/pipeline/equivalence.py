@@ -84,37 +84,52 @@ def as_one_process(config, dp):
 
 
 def compare(rank, world_size, cases, masked=False, packed=False):
-    """Train each config, as planned, sharded and whole; a comparison of loss, gradients and parameters of each."""
+    """Train each config, as planned; a comparison of loss, gradients and parameters with those of one process."""
     comparisons = []
-    for config, plan in cases:
+    for config, plan, truth in cases:
         mesh = mesh_for(plan)
         model = build_rank(config, plan, mesh)
 
         def health_of(loss, norm, mesh=mesh):
             return gather_health(loss, norm, mesh.world)
 
-        comparisons.append(comparison_of(config, plan, model, mesh.data_rank, health_of, masked=masked, packed=packed))
+        arguments = (config, plan, model, mesh.data_rank, as_tensors(truth), health_of)
+        comparisons.append(comparison_of(*arguments, masked=masked, packed=packed))
     return comparisons
 
 
 def compare_locally(config, plan, masked=False, packed=False, **board):
     """The same with all ranks in this process; each rank's comparison."""
-    dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
-    train_whole(as_one_process(config, 1), NUM_STEPS, dtype, masked=masked, packed=packed)  # once for all ranks
+    truth = truth_of(config, 1, masked=masked, packed=packed)
 
     def work(rank, model, together):
-        return comparison_of(config, plan, model, 0, partial(together.health, rank), masked=masked, packed=packed)
+        return comparison_of(config, plan, model, 0, truth, partial(together.health, rank), masked=masked, packed=packed)
 
     return run_locally(config, plan, work, **board)
 
 
-def comparison_of(config, plan, model, data_rank, health_of, *, masked, packed):
-    """Compare NUM_STEPS steps of `model`, the model of one rank, with those of one process."""
-    m = config.num_microbatches
+def truth_of(config, dp, *, masked=False, packed=False):
+    """NUM_STEPS steps of `dp` replicas of `config` by one process."""
     dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
+    return train_whole(as_one_process(config, dp), NUM_STEPS, dtype, masked=masked, packed=packed)
+
+
+def as_arrays(truth):
+    """Steps as arrays, which other processes get without sharing memory."""
+    return [(loss, *({name: tensor.numpy() for name, tensor in each.items()} for each in values)) for loss, *values in truth]
+
+
+def as_tensors(truth):
+    """Steps with tensors again."""
+    tensor = torch.from_numpy
+    return [(loss, *({name: tensor(array) for name, array in each.items()} for each in values)) for loss, *values in truth]
+
+
+def comparison_of(config, plan, model, data_rank, truth, health_of, *, masked, packed):
+    """Compare the steps of `model`, the model of one rank, with the `truth` of one process."""
+    m = config.num_microbatches
     everything = as_one_process(config, plan.degrees.dp)
     mine = slice(data_rank * m, (data_rank + 1) * m)
-    truth = train_whole(everything, NUM_STEPS, dtype, masked=masked, packed=packed)
     keeps_gradients = config.optim.name != "zero1"  # which takes them away
     of_each = ("gradient", "parameter") if keeps_gradients else ("parameter",)
     compared = Comparison(frozenset({"loss", *(f"{what} {name}" for what in of_each for name in truth[0][2])}))
@@ -144,10 +159,13 @@ def part_of(tensor, name, splits):
     return splits[name].part(tensor) if name in splits else tensor
 
 
-def assert_equivalent(ranks, p, configs, tolerance, *, masked=False, packed=False):
+def assert_equivalent(ranks, p, configs, tolerance, *, masked=False, packed=False, function=compare):
     """Over gloo, between processes."""
-    cases = [(config, make_plan(config, p)) for config in configs]
-    results = ranks(p).run(compare, cases, masked, packed, timeout=100)
+    cases = []
+    for config in configs:
+        plan = make_plan(config, p)
+        cases.append((config, plan, as_arrays(truth_of(config, plan.degrees.dp, masked=masked, packed=packed))))
+    results = ranks(p).run(function, cases, masked, packed, timeout=100)
     for config, *comparisons in zip(configs, *results, strict=True):
         assert_all_close(comparisons, tolerance, config.vocab, config.schedule, config.model)
 

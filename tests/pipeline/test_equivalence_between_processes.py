@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.meshes import mesh_for
-from tests.pipeline.compare import assert_all_close, largest_difference
+from tests.pipeline.compare import largest_difference
 from tests.pipeline.equivalence import ALGORITHMS, assert_equivalent, compare, config_of
 from tests.pipeline.truth import Whole, random_batch
 from vp_train.assembly import build_rank
@@ -146,10 +146,10 @@ def test_logprobs_are_those_of_one_process_whatever_the_loss(ranks):
     assert all(difference < 1e-12 for difference in differences), differences
 
 
-def compare_split_sequences(rank, world_size, cases):
+def compare_split_sequences(rank, world_size, *arguments):
     """`compare`, with megatron's exchange of sequence parts on CPUs: it allocates on the current CUDA device."""
     torch.cuda.current_device = lambda: torch.device("cpu")
-    return compare(rank, world_size, cases)
+    return compare(rank, world_size, *arguments)
 
 
 @pytest.mark.parametrize(("dp", "p", "tp"), [(1, 2, 2), (2, 1, 2)])
@@ -174,7 +174,4 @@ def test_split_sequences_equal_one_process(ranks, monkeypatch, dp, p, tp):
         for j, (schedule, recompute) in enumerate(schedules)
         if (i + j + dp) % 2
     ]
-    cases = [(config, make_plan(config, dp * p * tp)) for config in configs]
-    results = ranks(dp * p * tp).run(compare_split_sequences, cases, timeout=100)
-    for config, *comparisons in zip(configs, *results, strict=True):
-        assert_all_close(comparisons, 1e-9, config.model, config.schedule)
+    assert_equivalent(ranks, dp * p * tp, configs, 1e-9, function=compare_split_sequences)
