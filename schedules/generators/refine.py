@@ -145,7 +145,8 @@ class _Filler:
         network, remaining, clock = self._network, self._remaining, self._clock
         free_at, missing, arrived_at, run = clock.free_at, clock.missing, clock.arrived_at, clock.run
         size, lanes, change_of, of_stage = network.size, network.lanes, network.byte_change, self._of_stage
-        room, placed, shards_held, choose = self._room, self._placed, self._shards_held, self._choose
+        room, placed, overtaking = self._room, self._placed, self._overtaking
+        shards_held, shard_bytes = self._shards_held, self._shard_bytes
         push, pop, num_ranks = heapq.heappush, heapq.heappop, network.num_ranks
         wakes = [(0.0, rank) for rank in range(num_ranks)]
         filled: Orders = [[] for _ in remaining]
@@ -155,15 +156,21 @@ class _Filler:
             queue = remaining[rank]
             if now < free_at[rank] or not queue:
                 continue
-            place = choose(rank, now)
-            if place is None:
-                head = queue[-1]
-                if not missing[head] and arrived_at[head] > now:
-                    push(wakes, (arrived_at[head], rank))
-                continue
-            number = queue.pop(place)
+            head = queue[-1]
+            k = head % size
+            spared = max(0.0, shard_bytes[rank] - shards_held[rank])  # or the S that all wait for might never fit
+            fits = change_of[k] <= 0.0 or change_of[k] + (spared if of_stage[k] else 0.0) <= room[rank]
+            if fits and not missing[head] and arrived_at[head] <= now:
+                number = queue.pop()
+            else:
+                place = overtaking(rank, now, fits, spared)
+                if place is None:
+                    if not missing[head] and arrived_at[head] > now:
+                        push(wakes, (arrived_at[head], rank))
+                    continue
+                number = queue.pop(place)
+                k = number % size
             filled[rank].append(number)
-            k = number % size
             room[rank] -= change_of[k]
             if not of_stage[k]:
                 shards_held[rank] += change_of[k]
@@ -183,21 +190,18 @@ class _Filler:
                         push(wakes, (now, other))
         return None if any(remaining) else filled
 
-    def _choose(self, rank: int, now: float) -> int | None:
-        """The place in the rank's queue of the pass to run now; None to wait."""
-        network, clock = self._network, self._clock
-        missing, arrived_at = clock.missing, clock.arrived_at
-        change_of, of_stage = network.byte_change, self._of_stage
+    def _overtaking(self, rank: int, now: float, fits: bool, spared: float) -> int | None:
+        """The place in the rank's queue of a pass to run before the next one, which cannot run now; None to wait.
+
+        `fits`: the next one has the bytes it needs.  A pass of a stage leaves `spared` bytes for a shard.
+        """
+        clock, leaders = self._clock, self._network.leaders
+        missing, arrived_at, hurried = clock.missing, clock.arrived_at, self._hurried
+        change_of, of_stage = self._network.byte_change, self._of_stage
         queue, room, size = self._remaining[rank], self._room[rank], len(self._placed)
         last = len(queue) - 1
         head = queue[last]
-        change = change_of[head % size]
-        spared = max(0.0, self._shard_bytes[rank] - self._shards_held[rank])  # or the S that all wait for might never fit
-        fits = change <= 0.0 or change + (spared if of_stage[head % size] else 0.0) <= room
-        if fits and not missing[head] and arrived_at[head] <= now:
-            return last
         due = max(now, self._expected[head] if missing[head] else arrived_at[head]) if fits else float("inf")
-        hurried, leaders = self._hurried, network.leaders
         kept = most_kept = 0.0  # by the passes overtaken
         for place in range(last, max(-1, last - self._reach), -1):
             number = queue[place]

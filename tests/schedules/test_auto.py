@@ -147,7 +147,7 @@ from schedules import generators
 from schedules.generators import auto
 from tests.schedules.test_auto import options_of
 generators._EFFORT = 5_000
-auto._FIRST, auto._ROUNDS = 3_000, ((2, 15_000), (1, 30_000))
+auto._FIRST, auto._ROUNDS = 1_000, ((2, 15_000), (1, 30_000))
 print(auto.solve(options_of(3, 5, ("one_barrier", "none"), spread=0.2), (2.5, 2.5, 3.0)).schedule.text())
 """
 
