@@ -9,7 +9,7 @@ import pytest
 
 from tests.data.cases import text_config, write_letters
 from tests.meshes import mesh_for
-from tests.training import OFFLOADED, config_of, laid_out, metrics_of, release_locks, train
+from tests.training import OFFLOADED, config_of, laid_out, metrics_of, release_locks, train, uncompiled
 from vp_train.assembly import build_rank
 from vp_train.checkpoint.training import _require_same_text
 from vp_train.config import (
@@ -68,7 +68,7 @@ def whole_run(ranks, tmp_path_factory):
     @cache
     def of(dtype):
         config = split_over_two(config_of(tmp_path_factory.mktemp("whole"), dtype=dtype))
-        ranks(2).run(train, config)
+        ranks(2).run(uncompiled, train, config)
         return config
 
     return of
@@ -90,7 +90,7 @@ def test_another_layout_and_schedule_go_on_from_the_same_checkpoint(ranks, whole
     first, then = laid_out(part, **before), laid_out(replace(part, run=replace(part.run, resume=True)), **after)
     for config, stop_after in ((first, 4), (then, None)):
         num_ranks = wanted_ranks(config.parallel)
-        ranks(num_ranks).run(train, config, stop_after)
+        ranks(num_ranks).run(uncompiled, train, config, stop_after)
         ranks(num_ranks).run(release_locks)
     assert len(metrics_of(part)) == 8
     for ours, theirs in zip(metrics_of(part), metrics_of(whole), strict=True):

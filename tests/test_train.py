@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from schedules.ir import Schedule
 from tests.meshes import mesh_for
-from tests.training import OFFLOADED, config_of, laid_out, metrics_of, train
+from tests.training import OFFLOADED, config_of, laid_out, metrics_of, train, uncompiled
 from vp_train.assembly import build_rank
 from vp_train.cli import load_config
 from vp_train.config import (
@@ -256,7 +256,7 @@ def test_steps_that_overflow_float16_are_skipped_until_the_loss_scale_is_right(r
     config = config_of(tmp_path, steps=20, dtype="float16", checkpoint_every=0, eval_every=0, trace_step=0)
     norms = []
     for layout in ({"pp": 1, "dp": 2}, {"pp": 1, "dp": 2, "optimizer": "zero1"}, {**OFFLOADED, "dp": 2}):
-        for scales, changed, last in ranks(2).run(scales_of, laid_out(config, **layout)):
+        for scales, changed, last in ranks(2).run(uncompiled, scales_of, laid_out(config, **layout)):
             assert not any(changed[:3])
             assert all(changed[-5:])
             assert scales == [2.0 ** (30 - changed[:step].count(False)) for step in range(1, 21)]

@@ -7,6 +7,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from tests.meshes import mesh_for
 from vp_train.assembly import build_rank
 from vp_train.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings
@@ -14,6 +16,7 @@ from vp_train.data import open_source
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.plan import make_plan
+from vp_train.precision import has_compiler
 from vp_train.train import NonFiniteError, Run
 
 OFFLOADED = {"dp": 4, "pp": 1, "optimizer": "zero1", "offload": True}
@@ -66,6 +69,17 @@ def train(rank, num_ranks, config, stop_after=None):
     except NonFiniteError as error:
         return str(error)
     return run.first_step
+
+
+def uncompiled(rank, num_ranks, function, *arguments):
+    """function(rank, num_ranks, *arguments) without torch.compile, which takes seconds for every shape in 16 bits."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CXX", "no compiler")
+        has_compiler.cache_clear()
+        try:
+            return function(rank, num_ranks, *arguments)
+        finally:
+            has_compiler.cache_clear()
 
 
 def metrics_of(config):
