@@ -129,4 +129,5 @@ class Network:
 
     def byte_changes(self, order: list[int]) -> list[float]:
         """What each pass of `order` adds to the bytes kept on its rank."""
-        return [self.byte_change[number % self.size] for number in order]
+        change_of, size = self.byte_change, self.size
+        return [change_of[number % size] for number in order]

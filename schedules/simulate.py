@@ -71,6 +71,7 @@ def sweep(network: Network, orders: Orders) -> Sweep:
         absent = next(n for n in range(total) if n % size < network.num_passes and n not in run)
         raise ValueError(f"{network.node(absent)} is missing: no rank of the schedule runs it")
     seconds, followers, lanes, num_passes = network.seconds, network.followers, network.lanes, network.num_passes
+    push, pop = heapq.heappush, heapq.heappop
     ready, start = [0.0] * total, [0.0] * total
     free_at = [0.0] * network.num_lanes
     met: list[int] = []
@@ -78,13 +79,15 @@ def sweep(network: Network, orders: Orders) -> Sweep:
     heap: list[tuple[float, int, int]] = [(0.0, number, number) for number in range(total) if missing[number] == 0]
     pushed = total
     while heap:
-        now, _, number = heapq.heappop(heap)
+        now, _, number = pop(heap)
         k = number % size
         base = number - k
         met.append(number)
         if k >= num_passes:
             lane = lanes[k]
-            begin = max(now, free_at[lane])
+            begin = free_at[lane]
+            if now > begin:
+                begin = now
             end = free_at[lane] = begin + seconds[k]
         else:
             begin, end = now, now + seconds[k]
@@ -93,20 +96,20 @@ def sweep(network: Network, orders: Orders) -> Sweep:
                 if end > ready[later]:
                     ready[later] = end
                 missing[later] -= 1
-                if missing[later] == 0:
+                if not missing[later]:
                     pushed += 1
-                    heapq.heappush(heap, (ready[later], pushed, later))
+                    push(heap, (ready[later], pushed, later))
         start[number] = begin
         if end > makespan:
             makespan = end
         for step, travel in followers[k]:
-            later = base + step
-            if end + travel > ready[later]:
-                ready[later] = end + travel
+            later, arrival = base + step, end + travel
+            if arrival > ready[later]:
+                ready[later] = arrival
             missing[later] -= 1
-            if missing[later] == 0:
+            if not missing[later]:
                 pushed += 1
-                heapq.heappush(heap, (ready[later], pushed, later))
+                push(heap, (ready[later], pushed, later))
     if len(met) < total:
         raise DeadlockError(_circle(network, orders, missing))
     return Sweep(met, ready, start, makespan)

@@ -1,4 +1,4 @@
-"""Real gloo processes for tests: started once per world size, reused by many cases."""
+"""Real gloo processes for tests: started once per world size, reused by many cases; and processes of their own for some."""
 
 from __future__ import annotations
 
@@ -39,6 +39,34 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: str)
             pipe.send(("done", function(rank, world_size, *arguments)))
         except BaseException:
             pipe.send(("failed", traceback.format_exc()))
+
+
+def ready_context() -> Any:
+    """Return how to start processes that have imported what ranks need: in seconds, a fork has done it."""
+    # Nothing of CUDA outlives a fork.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    return context
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def in_processes(function: Callable[..., None], arguments: tuple[Any, ...], nprocs: int) -> None:
+    """Run function(rank, *arguments) in processes of its own, as `torch.multiprocessing.spawn` does but started sooner."""
+    context = ready_context()
+    processes = [context.Process(target=function, args=(rank, *arguments), daemon=True) for rank in range(nprocs)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    codes = [process.exitcode for process in processes]
+    if any(codes):
+        raise RankFailed(f"{function.__name__} left with {codes}")
 
 
 class Ranks:
@@ -94,12 +122,8 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        # Imports take a rank seconds, which a fork has done; but nothing of CUDA outlives a fork.
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-        context.set_forkserver_preload(["tests.preloaded"])
+        port = free_port()
+        context = ready_context()
         self._directory = tempfile.mkdtemp()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()

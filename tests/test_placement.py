@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from schedules.layout import Layout
 from schedules.vocab import End
-from tests.pipeline.test_equivalence import config_of
+from tests.pipeline.equivalence import config_of
 from vp_train.config import ConfigError, CostConfig, ParallelConfig, VocabConfig
 from vp_train.placement import balance, fill_with_rows, split_layers
 from vp_train.plan import plan_step

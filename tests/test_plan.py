@@ -10,7 +10,7 @@ from schedules.ir import Kind
 from schedules.layout import Layout
 from schedules.torch_csv import to_csv
 from schedules.vocab import VOCAB_ALGORITHMS, End
-from tests.pipeline.test_equivalence import config_of
+from tests.pipeline.equivalence import config_of
 from vp_train.config import ConfigError, CostConfig, ParallelConfig, ScheduleConfig, VocabConfig
 from vp_train.estimate import layer_bytes
 from vp_train.placement import redistribute, split_layers

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.meshes import mesh_for
-from tests.pipeline.test_equivalence import config_of
+from tests.pipeline.equivalence import config_of
 from tests.pipeline.truth import random_batch
 from vp_train.assembly import build_rank
 from vp_train.checkpoint import store

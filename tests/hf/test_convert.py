@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,12 +19,13 @@ from vp_train.assembly import build_rank
 from vp_train.checkpoint import store
 from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
 from vp_train.checkpoint.training import load_weights, save_run
-from vp_train.cli import export_model
+from vp_train.cli import export_model, import_model
 from vp_train.config import ConfigError, ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings, VocabConfig
 from vp_train.hf import convert
 from vp_train.hf.convert import export_checkpoint, import_checkpoint
 from vp_train.plan import make_plan
 
+ROOT = Path(__file__).parents[2]
 SEQUENCES, LENGTH = 4, 40
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 
@@ -230,21 +232,29 @@ def test_a_tokenizer_tells_its_ids_but_not_how_far_the_model_reaches(made, tmp_p
     assert [config.get(key) for key in KEPT] == [3, 5, 7, LENGTH]
 
 
-def test_commands_import_train_and_export(made, tmp_path):
+def test_commands_import_train_and_export(made, tmp_path, monkeypatch, capsys):
     """From one directory of Hugging Face to another, by the commands as they are printed."""
     _, theirs, _ = made("gemma2")
+    monkeypatch.chdir(tmp_path)
 
-    def command(name, *words):
-        code = f"from vp_train.cli import {name}; {name}()"
-        done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, text=True, capture_output=True, timeout=100)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def command(entry, *words):
+        monkeypatch.setattr(sys, "argv", [entry.__name__, *words])
+        with pytest.raises(SystemExit) as left:
+            entry()
+        said = capsys.readouterr()
+        assert left.value.code == 0, said.err
+        return said.out
 
-    printed = command("import_model", str(theirs), "imported")
+    printed = command(import_model, str(theirs), "imported")
     model_word, init_word = next(line for line in printed.splitlines() if line.startswith("vp-train ")).split()[1:3]
     settings = ("parallel.pp=2", "parallel.placement=balanced", "model.seq_length=32", "run.steps=1", "run.eval_every=0")
-    command("train", model_word, init_word, "data=synthetic", "optim.warmup_steps=0", "optim.lr=0", "optim.min_lr=0", *settings)
-    said = command("export_model", "runs/default", "exported")
+    words = (model_word, init_word, "data=synthetic", "optim.warmup_steps=0", "optim.lr=0", "optim.min_lr=0", *settings)
+    train = [sys.executable, "-m", "vp_train", *words]
+    done = subprocess.run(
+        train, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said = command(export_model, "runs/default", "exported")
     assert "max_position_embeddings" not in said
     config = json.loads((tmp_path / "exported/config.json").read_text())  # what the run did not know, its import did
     assert [config[key] for key in KEPT] == [3, 5, 7, 64]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.pipeline.test_equivalence import assert_equivalent
+from tests.pipeline.equivalence import assert_equivalent, assert_equivalent_locally
 from vp_train.cli import load_config
 from vp_train.config import ConfigError, ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings, ScheduleConfig
 from vp_train.model import shape
@@ -72,18 +72,18 @@ def config_of(model, *, layers=(2, 1), schedule="1f1b", recompute="none", pp=2, 
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_each_family_trains_with_its_real_vocabulary_as_one_process_does(ranks, name):
+def test_each_family_trains_with_its_real_vocabulary_as_one_process_does(name):
     assert tiny(name).vocab_size == preset(name).vocab_size > 50_000
-    assert_equivalent(ranks, 2, [config_of(tiny(name))], 1e-9)
+    assert_equivalent_locally(2, [config_of(tiny(name))], 1e-9)
 
 
-def test_split_backward_recomputation_and_an_empty_first_stage_change_nothing(ranks):
+def test_split_backward_recomputation_and_an_empty_first_stage_change_nothing():
     configs = []
     for name in ("gpt2", "qwen2_5_7b", "gemma2_9b", "gemma3_12b"):
         model = replace(tiny(name), vocab_size=101)
         configs.append(config_of(model, schedule="zb_h1", layers=(0, 3)))
         configs.append(config_of(model, schedule="v_half", layers=(1, 1, 0, 1), recompute="full"))
-    assert_equivalent(ranks, 2, configs, 1e-9)
+    assert_equivalent_locally(2, configs, 1e-9)
 
 
 def test_tensor_parallel_ranks_split_biases_and_share_the_norms_of_heads(ranks):

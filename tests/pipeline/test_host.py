@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from schedules.generators import GENERATORS
 from tests.local import run_locally
-from tests.pipeline.test_equivalence import ALGORITHMS, config_of
+from tests.pipeline.equivalence import ALGORITHMS, config_of
 from tests.pipeline.truth import random_batch, random_segments
 from vp_train.config import LossConfig, VocabConfig
 from vp_train.plan import make_plan

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from schedules.ir import Pass
 from schedules.vocab import Transfer
 from tests.local import run_locally
+from tests.pipeline.equivalence import config_of
 from tests.pipeline.test_comms import comms_of, exchange, started, unwatched
-from tests.pipeline.test_equivalence import config_of
 from tests.pipeline.truth import random_batch
 from vp_train.pipeline.buffers import Buffers, Once
 from vp_train.pipeline.recorder import Recorder

@@ -10,7 +10,7 @@ from schedules.generators import GENERATORS
 from schedules.lower import Exchange
 from schedules.vocab import End, Payload, Transfer
 from tests.local import run_locally
-from tests.pipeline.test_equivalence import config_of
+from tests.pipeline.equivalence import config_of
 from tests.pipeline.truth import random_batch
 from tests.schedules.cases import problem
 from vp_train.config import VocabConfig

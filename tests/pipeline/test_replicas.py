@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from tests.meshes import mesh_for
-from tests.pipeline.test_equivalence import config_of
+from tests.pipeline.equivalence import config_of
 from tests.pipeline.truth import random_batch
 from vp_train.assembly import build_rank
 from vp_train.config import OptimConfig, VocabConfig

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from schedules import generators
 from vp_train.cli import load_config
 from vp_train.config import ConfigError
 from vp_train.planner.report import make_report
@@ -21,6 +22,14 @@ def config_of(*overrides):
 
 def searched(config, top=1, in_time=lambda: True):
     return search(config, top, in_time, lambda words: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Schedules of little effort, for the search and for what it is compared with."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(generators, "_EFFORT", 5_000)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,153 @@
+"""A run that goes on from a checkpoint is the one that was not interrupted, in another layout too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from tests.data.cases import text_config, write_letters
+from tests.meshes import mesh_for
+from tests.training import OFFLOADED, config_of, laid_out, metrics_of, release_locks, train, uncompiled
+from vp_train.assembly import build_rank
+from vp_train.checkpoint.training import _require_same_text
+from vp_train.config import (
+    BlendEntry,
+    ConfigError,
+    DataConfig,
+    VocabConfig,
+)
+from vp_train.data import open_source
+from vp_train.degrees import wanted_ranks
+from vp_train.plan import make_plan
+from vp_train.train import Run
+
+
+def packed_blend(tmp_path):
+    """Two corpora of documents that are shorter than a sequence."""
+    write_letters(tmp_path / "one", [200] * 10)
+    write_letters(tmp_path / "two", [50] * 20)
+    entries = (BlendEntry(path=str(tmp_path / "one"), weight=0.7), BlendEntry(path=str(tmp_path / "two"), weight=0.3))
+    return DataConfig("blend", blend=entries, packing="documents", cache_dir=str(tmp_path / "cache"), validation_fraction=0.2)
+
+
+@pytest.mark.parametrize("data", ["synthetic", "packed blend"])
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(ranks, tmp_path, data):
+    whole, part = config_of(tmp_path, "whole"), config_of(tmp_path, "part")
+    if data == "packed blend":
+        given = {"data": packed_blend(tmp_path), "model": replace(whole.model, vocab_size=300)}
+        whole, part = replace(whole, **given), replace(part, **given)
+    ranks(2).run(train, whole)
+    ranks(2).run(train, part, 6)  # its last checkpoint is of step 4
+    resumed = replace(part, run=replace(part.run, resume=True))
+    ranks(2).run(release_locks)
+    assert ranks(2).run(train, resumed) == [5, 5]
+    for ours, theirs in zip(metrics_of(part), metrics_of(whole), strict=True):
+        for key in ("step", "loss", "grad_norm", "learning_rate", "validation_loss"):
+            assert ours.get(key) == theirs.get(key), key
+
+
+UNEQUAL = {"pp": 3, "vocab": VocabConfig("two_barrier", shards=(11, 0, 90))}
+TENSOR = {"dp": 2, "tp": 2, "pp": 1, "optimizer": "zero1"}
+REPLICAS = {"dp": 2, "pp": 2, "optimizer": "zero1"}
+
+
+EMPTY_ENDS = {"pp": 4, "layers": (0, 3, 3, 0), "vocab": VocabConfig("one_barrier", shards=(0, 50, 51, 0)), "optimizer": "zero1"}
+
+
+def split_over_two(config):
+    """With query groups for two tensor-parallel ranks."""
+    return replace(config, model=replace(config.model, num_query_groups=2))
+
+
+@pytest.fixture(scope="module")
+def whole_run(ranks, tmp_path_factory):
+    """whole_run(dtype): the configuration of a run by two ranks that nothing interrupts, once for all tests."""
+
+    @cache
+    def of(dtype):
+        config = split_over_two(config_of(tmp_path_factory.mktemp("whole"), dtype=dtype))
+        ranks(2).run(uncompiled, train, config)
+        return config
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "dtype"),
+    [
+        ({"pp": 2}, UNEQUAL, "float32"),
+        (REPLICAS, {"pp": 2}, "bfloat16"),
+        (TENSOR, REPLICAS, "bfloat16"),
+        (TENSOR, REPLICAS, "float32"),
+        (REPLICAS, OFFLOADED, "float32"),
+        (EMPTY_ENDS, {"pp": 2}, "float32"),
+    ],
+)
+def test_another_layout_and_schedule_go_on_from_the_same_checkpoint(ranks, whole_run, tmp_path, before, after, dtype):
+    whole, part = whole_run(dtype), split_over_two(config_of(tmp_path, "part", dtype=dtype))
+    first, then = laid_out(part, **before), laid_out(replace(part, run=replace(part.run, resume=True)), **after)
+    for config, stop_after in ((first, 4), (then, None)):
+        num_ranks = wanted_ranks(config.parallel)
+        ranks(num_ranks).run(uncompiled, train, config, stop_after)
+        ranks(num_ranks).run(release_locks)
+    assert len(metrics_of(part)) == 8
+    for ours, theirs in zip(metrics_of(part), metrics_of(whole), strict=True):
+        for key in ("loss", "validation_loss") if ours["step"] in (4, 8) else ("loss",):
+            # bfloat16 rounds the sums of other layouts differently, and each of eight steps builds on the one before
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5 if dtype == "float32" else 2e-3)
+
+
+def test_a_run_goes_on_with_the_same_text_elsewhere_and_with_no_other(ranks, tmp_path):
+    config = config_of(tmp_path, eval_every=0, trace_step=0)
+    write_letters(tmp_path / "text", [200] * 10)
+    config = replace(config, data=text_config(tmp_path), model=replace(config.model, vocab_size=300))
+    ranks(2).run(train, config, 4)
+    ranks(2).run(release_locks)
+    (tmp_path / "text").rename(tmp_path / "moved")
+    moved = replace(config, data=replace(config.data, path=f"{tmp_path}/moved/"), run=replace(config.run, resume=True))
+    assert ranks(2).run(train, moved, 5) == [5, 5]
+    ranks(2).run(release_locks)
+    (tmp_path / "moved" / "more.txt").write_text("another document")
+    for message in ranks(2).run(refused, moved):
+        assert "the text or its tokenizer is not what" in message
+        assert "run.init_from=" in message
+    with pytest.raises(ConfigError, match=r"the text or tokenizer of data.blend\[1\] is not what there was trained on"):
+        _require_same_text(["a", "b"], ["a", "c"], "there")
+
+
+def test_a_checkpoint_of_another_model_is_refused(ranks, tmp_path):
+    config = config_of(tmp_path)
+    ranks(2).run(train, config, 4)
+    ranks(2).run(release_locks)
+    other = config_of(tmp_path, resume=True)
+    other = replace(other, model=replace(other.model, num_query_groups=2))
+    for message in ranks(2).run(refused, other):
+        assert "saved with model.num_query_groups=1, this run has 2" in message
+
+
+def refused(rank, num_ranks, config):
+    try:
+        train(rank, num_ranks, config)
+    except ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_a_resumed_float16_run_has_its_loss_scale_again(ranks, tmp_path):
+    config = config_of(tmp_path, dtype="float16", eval_every=0, trace_step=0)
+    assert ranks(2).run(loss_scale_of, config, 2.0**11) == [2.0**11] * 2
+    ranks(2).run(release_locks)
+    assert ranks(2).run(loss_scale_of, replace(config, run=replace(config.run, resume=True)), None) == [2.0**11] * 2
+
+
+def loss_scale_of(rank, num_ranks, config, first):
+    """After a step that begins with `first`, None: with what was saved."""
+    plan = make_plan(config, num_ranks)
+    mesh = mesh_for(plan)
+    run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
+    if first is not None:
+        run.model.loss_scale.value = first
+        run.train_step(4, None)  # which is saved
+    return run.model.loss_scale.value
