@@ -168,8 +168,8 @@ def lone_group() -> dist.ProcessGroup:
 
 def one_layer(name: str, where: Where) -> tuple[Any, Any]:
     """Return a stage with the first layer of a model, with fp32 gradients, and its ModelConfig."""
-    from vp_train.cli import load_config
     from vp_train.model.stage import Stage
+    from vp_train.settings import load_config
 
     model = load_config(model_words(name, where)).model
     stage = Stage(
@@ -278,12 +278,12 @@ def imports(where: Where, report: Report) -> None:
 def collectives(where: Where, report: Report) -> None:
     """Use every collective of the executor and the optimizers on a communicator of one rank."""
     from schedules.vocab import Transfer
-    from vp_train.cli import load_config
-    from vp_train.collectives import all_gather_single, reduce_scatter_single
     from vp_train.mesh import build_mesh
     from vp_train.pipeline.comms import _start_collective
     from vp_train.pipeline.recorder import timer_of
-    from vp_train.plan import make_plan
+    from vp_train.planning.plan import make_plan
+    from vp_train.settings import load_config
+    from vp_train.tensors.collectives import all_gather_single, reduce_scatter_single
 
     backend = "nccl" if where.on_gpu else "gloo"
     if where.on_gpu:
@@ -476,7 +476,7 @@ def _different_bits(where: Where, name: str, algorithm: str, seeds: int) -> list
     from tests.pipeline.test_local import DELAY_SECONDS, gradients_of
     from tests.pipeline.truth import random_batch
     from vp_train.config import VocabConfig
-    from vp_train.plan import make_plan
+    from vp_train.planning.plan import make_plan
 
     torch.use_deterministic_algorithms(True)  # sums of embedding gradients
     stages = GENERATORS[name].layout_of(3).num_stages
@@ -842,8 +842,8 @@ def _watched_step(where: Where, schedule: str, observers: dict[int, _Between], l
 
 def _nano(where: Where, schedule: str) -> tuple[Any, Any, Tensor]:
     """Return the configuration and plan of two ranks, and their tokens and labels [2, m, b, s]."""
-    from vp_train.cli import load_config
-    from vp_train.plan import make_plan
+    from vp_train.planning.plan import make_plan
+    from vp_train.settings import load_config
 
     dtype = str(where.dtype).removeprefix("torch.")
     words = [
@@ -1061,8 +1061,8 @@ def _attentions(where: Where, report: Report) -> None:
 
 def profiled(where: Where, report: Report) -> None:
     """Measure stages of two jobs with vp-profile; compare memory and step with vp-plan."""
-    from vp_train.cli import load_config
-    from vp_train.planner.report import make_report
+    from vp_train.planning.report import make_report
+    from vp_train.settings import load_config
 
     jobs: tuple[tuple[str, str, list[str]], ...] = (
         ("gpt_4b", "0,7", ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=16"]),
@@ -1072,7 +1072,7 @@ def profiled(where: Where, report: Report) -> None:
         jobs = (("gpt_4b", "0", ["parallel.pp=2", "num_microbatches=2", "cluster.gpus_per_node=2"]),)
     for name, ranks, more in jobs:
         words, file = [*model_words(name, where), *more], where.folder / f"{name}.json"
-        start = "from vp_train.cli import profile; profile()"
+        start = "from vp_train.commands.profile import main; main()"
         command(
             where,
             "-c",

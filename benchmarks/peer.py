@@ -48,7 +48,7 @@ def ours(config: Any) -> Any:
     from vp_train.assembly import build_rank
     from vp_train.mesh import build_mesh
     from vp_train.optim.adamw import clip_scale, gather_health
-    from vp_train.plan import make_plan
+    from vp_train.planning.plan import make_plan
 
     plan = make_plan(config, RANKS)
     mesh = build_mesh(plan.degrees, plan.problem)
@@ -71,7 +71,7 @@ def peer(config: Any, rank: int) -> Any:
     from torch import nn
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-    from vp_train.control import ControlGroup
+    from vp_train.communication.control import ControlGroup
     from vp_train.model.stage import Stage, init_rows
     from vp_train.optim.adamw import build_adamw, clip_scale, gather_health
     from vp_train.optim.optimizer import squared_norm

@@ -22,13 +22,13 @@ import torch.multiprocessing as multiprocessing
 from provenance import provenance
 
 from vp_train.assembly import build_rank
-from vp_train.cli import load_config
 from vp_train.config import RunConfig
-from vp_train.degrees import wanted_ranks
 from vp_train.mesh import build_mesh
-from vp_train.plan import make_plan
-from vp_train.planner.memory import rank_memory
+from vp_train.planning.degrees import wanted_ranks
+from vp_train.planning.memory import rank_memory
+from vp_train.planning.plan import make_plan
 from vp_train.profile.live import LiveStorages, leave_compiled_code_alone
+from vp_train.settings import load_config
 
 COMMON = ["model.num_layers=8", "num_microbatches=8"]
 ZERO1 = ["parallel.pp=2", "parallel.dp=2", "optim.name=zero1"]

@@ -27,13 +27,13 @@ from published import DATA, METHODS
 
 from schedules.simulate import simulate
 from schedules.vocab import End
-from vp_train.cli import load_config
 from vp_train.config import RunConfig
-from vp_train.degrees import Degrees
-from vp_train.plan import StepPlan, plan_step
-from vp_train.planner.cluster import on_cluster
-from vp_train.planner.memory import StateBytes, rank_memory
-from vp_train.planner.report import PlanReport, report_of
+from vp_train.planning.cluster import on_cluster
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.memory import StateBytes, rank_memory
+from vp_train.planning.plan import StepPlan, plan_step
+from vp_train.planning.report import PlanReport, report_of
+from vp_train.settings import load_config
 
 PEAK = 3.2e14  # FLOPs per second that the published MFU counts with
 CALIBRATED = ("vocab-2", 128_000)

@@ -40,12 +40,12 @@ from schedules.problem import Collective, Problem
 from schedules.simulate import simulate
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, Barrier, End, Payload
-from vp_train.degrees import Degrees
 from vp_train.mesh import build_mesh
 from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.comms import Comms, ProcessGroups
 from vp_train.pipeline.executor import Executor, RankModules
 from vp_train.pipeline.recorder import HostTimer, Recorder
+from vp_train.planning.degrees import Degrees
 
 CASES = ("1f1b/none", "1f1b/two_barrier", "1f1b", "zb_h1", "zb_v", "v_half")
 S_SHARE = {"none": 2 / 3, "naive": 1 / 3, "two_barrier": 1 / 3, "one_barrier": 2 / 3}  # of the three products

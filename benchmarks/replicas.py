@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from schedules.ir import Kind, Pass
 from vp_train.config import OptimConfig
-from vp_train.degrees import Degrees
 from vp_train.mesh import build_mesh
 from vp_train.optim.buckets import lay_out
 from vp_train.optim.gradients import Gradients
@@ -36,6 +35,7 @@ from vp_train.optim.replicas import Replicas
 from vp_train.optim.zero import ZeroAdamW
 from vp_train.pipeline.comms import Comms, ProcessGroups
 from vp_train.pipeline.executor import NO_UPDATES, Executor, RankModules, WeightUpdates
+from vp_train.planning.degrees import Degrees
 
 MODES = ("none", "late", "early")
 OPTIMIZERS = {"adamw": ReplicatedAdamW, "zero1": ZeroAdamW}

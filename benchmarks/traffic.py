@@ -31,10 +31,10 @@ import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
 from vp_train.assembly import build_rank
-from vp_train.cli import load_config
 from vp_train.config import RunConfig
 from vp_train.mesh import build_mesh
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
+from vp_train.settings import load_config
 
 COMMON = ["model=nano", "parallel.pp=1", "vocab=none", "run.dtype=bfloat16"]
 OPTIMIZERS = {

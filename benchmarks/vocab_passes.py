@@ -32,7 +32,7 @@ from torch import Tensor
 
 from schedules.ir import Kind
 from schedules.vocab import VOCAB_ALGORITHMS, End, Transfer
-from vp_train.precision import DTYPES, statistics_dtype
+from vp_train.tensors.precision import DTYPES, statistics_dtype
 from vp_train.vocab.backends import BACKENDS
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions

@@ -10,14 +10,14 @@ import torch
 
 from tests.meshes import alone
 from vp_train.assembly import RankModel, build_rank
+from vp_train.communication.control import ControlGroup
 from vp_train.config import RunConfig
-from vp_train.control import ControlGroup
-from vp_train.degrees import Degrees
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import StepHealth, gather_health
 from vp_train.pipeline.groups import Groups
 from vp_train.pipeline.local import Switchboard, run_ranks
-from vp_train.plan import RunPlan
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.plan import RunPlan
 
 
 def local_mesh(plan: RunPlan, rank: int) -> Mesh:

@@ -52,7 +52,7 @@ PACKAGES: dict[str, tuple[tuple[str | tuple[str, ...], tuple[str, ...]], ...]] =
     "vocab": (("vp_train/vocab", ("tests/vocab",)),),
     "model": (("vp_train/model", ("tests/model",)),),
     "pipeline": (("vp_train/pipeline", ("tests/pipeline",)),),
-    "planner": (("vp_train/planner", ("tests/planner", "tests/test_plan_command.py")),),
+    "planner": (("vp_train/planning", ("tests/planning", "tests/test_plan_command.py")),),
     "hf": (("vp_train/hf", ("tests/hf",)),),
 }
 

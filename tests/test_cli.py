@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from vp_train.cli import _with_origin, load_config
+from vp_train.commands.train import with_origin
 from vp_train.config import ConfigError
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
+from vp_train.settings import load_config
 
 
 @pytest.mark.parametrize(
@@ -130,11 +131,11 @@ def test_a_rank_under_torchrun_says_it_once():
 def test_a_resumed_run_remembers_what_it_started_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "imported").mkdir()
-    first = _with_origin(load_config(["run.init_from=imported", "run.name=one"]))
+    first = with_origin(load_config(["run.init_from=imported", "run.name=one"]))
     assert first.run.init_from == str(tmp_path / "imported"), "wherever it is read from"
     (tmp_path / "runs/one").mkdir(parents=True)
     (tmp_path / "runs/one/config.yaml").write_text(f"run:\n  init_from: {first.run.init_from}\n")
-    assert _with_origin(load_config(["run.resume=true", "run.name=one"])).run.init_from == first.run.init_from
-    assert _with_origin(load_config(["run.name=one"])).run.init_from is None
+    assert with_origin(load_config(["run.resume=true", "run.name=one"])).run.init_from == first.run.init_from
+    assert with_origin(load_config(["run.name=one"])).run.init_from is None
     (tmp_path / "imported").rmdir()
-    assert _with_origin(load_config(["run.resume=true", "run.name=one"])).run.init_from is None, "nothing to follow any more"
+    assert with_origin(load_config(["run.resume=true", "run.name=one"])).run.init_from is None, "nothing to follow any more"

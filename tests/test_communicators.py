@@ -18,7 +18,7 @@ from schedules.problem import Problem
 from schedules.vocab import VOCAB_ALGORITHMS, End
 from tests.meshes import fake_world
 from vp_train import mesh as mesh_module
-from vp_train.communicators import (
+from vp_train.communication.communicators import (
     END_PURPOSES,
     NCCL,
     Purpose,
@@ -26,11 +26,11 @@ from vp_train.communicators import (
     hop_flows,
     plan_groups,
 )
+from vp_train.communication.control import row_width
+from vp_train.communication.nccl import communicator_options
 from vp_train.config import RunSettings
-from vp_train.control import row_width
-from vp_train.degrees import Degrees
 from vp_train.mesh import build_mesh
-from vp_train.nccl import communicator_options
+from vp_train.planning.degrees import Degrees
 
 MOST_SOCKETS = 256
 LAYOUTS = [("linear", 1), ("loop", 2), ("loop", 3), ("v", 2)]

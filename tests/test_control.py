@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vp_train.communicators import Purpose, _control_groups
-from vp_train.control import ControlGroup, row_width
+from vp_train.communication.communicators import Purpose, _control_groups
+from vp_train.communication.control import ControlGroup, row_width
 
 
 def exchange(rank, num_ranks, width):

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-import vp_train.cli
+import vp_train.commands.train
 import vp_train.train
 from tests.ranks import free_port, ready_context
-from vp_train import flight_recorder
-from vp_train.exits import EXIT_HANG, EXIT_INTERNAL, EXIT_IO
+from vp_train.communication import flight_recorder
+from vp_train.failures import EXIT_HANG, EXIT_INTERNAL, EXIT_IO
 from vp_train.train import Run
 
 
@@ -58,7 +58,7 @@ def misbehaving(rank, port, deed, overrides, directory):
 
     vp_train.train.watch, Run.train_step = watch, failing
     sys.argv = ["vp-train", *overrides]
-    vp_train.cli.train()
+    vp_train.commands.train.main()
 
 
 def misbehave(tmp_path, deed, patience):
@@ -107,7 +107,7 @@ def test_a_file_that_cannot_be_written_ends_a_rank_with_a_line(tmp_path):
 
 RAISING = """
 from vp_train.train import Run
-from vp_train.cli import train
+from vp_train.commands.train import main as train
 inner = Run.train_step
 def failing(self, step, reporter):
     if step == 2 and self.mesh.rank == 1:

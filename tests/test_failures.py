@@ -13,11 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from vp_train import flight_recorder
+from vp_train.communication import flight_recorder
+from vp_train.communication.nccl import set_environment, watch
 from vp_train.config import RunSettings
-from vp_train.exits import EXIT_CONFIG, EXIT_HANG, EXIT_INTERNAL
-from vp_train.failures import explain_deaths, peer_failure
-from vp_train.nccl import set_environment, watch
+from vp_train.failures import EXIT_CONFIG, EXIT_HANG, EXIT_INTERNAL, explain_deaths, peer_failure
 
 SETTINGS = RunSettings(timeout_seconds=300, world_timeout_seconds=1800)
 LOST = [
@@ -102,8 +101,8 @@ def test_a_job_ends_with_the_cause_and_not_with_what_followed(codes, recorded, c
 LAUNCHER = """
 import sys
 from types import SimpleNamespace
-from vp_train import launcher
-from vp_train.cli import load_config
+from vp_train.commands import launch as launcher
+from vp_train.settings import load_config
 launcher.sys = SimpleNamespace(executable=sys.argv[1], stderr=sys.stderr)
 raise SystemExit(launcher.launch(load_config(sys.argv[2:]), sys.argv[2:]))
 """

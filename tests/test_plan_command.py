@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from vp_train import cli
-from vp_train.cli import load_config
-from vp_train.exits import EXIT_CONFIG, EXIT_OK, EXIT_TIME
-from vp_train.planner.report import make_report
+from vp_train.commands.plan import main
+from vp_train.failures import EXIT_CONFIG, EXIT_OK, EXIT_TIME
+from vp_train.planning.report import make_report
+from vp_train.settings import load_config
 
 ROOT = Path(__file__).parent.parent
 AS_TYPED = ["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=32"]
@@ -27,7 +27,7 @@ def vp_plan(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["vp-plan", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            cli.plan()
+            main()
         return left.value.code, *capsys.readouterr()
 
     return run
@@ -35,11 +35,12 @@ def vp_plan(monkeypatch, capsys):
 
 def test_the_command_is_installed():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts["vp-plan"] == "vp_train.cli:plan"
+    assert scripts["vp-plan"] == "vp_train.commands.plan:main"
 
 
 def test_as_in_the_readme_without_torch():
-    code = "import atexit, sys, vp_train.cli; atexit.register(lambda: print('torch' in sys.modules)); vp_train.cli.plan()"
+    code = "import atexit, sys; from vp_train.commands.plan import main\n"
+    code += "atexit.register(lambda: print('torch' in sys.modules)); main()"
     done = subprocess.run([sys.executable, "-c", code, *AS_TYPED], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == EXIT_OK, done.stderr
     lines = done.stdout.splitlines()
@@ -143,7 +144,7 @@ def test_a_search_without_any_split_names_the_numbers(vp_plan):
 
 
 def test_no_result_in_time_is_not_a_mistake_of_the_user(vp_plan, monkeypatch):
-    monkeypatch.setattr("vp_train.planner.show.time.monotonic", iter(range(0, 10**6, 100)).__next__)
+    monkeypatch.setattr("vp_train.commands.plan.time.monotonic", iter(range(0, 10**6, 100)).__next__)
     code, out, _ = vp_plan("--search", "--seconds", 1, *NANO, "cluster.memory_gib=0.001")
     assert code == EXIT_TIME != EXIT_CONFIG
     assert "NOTHING TRIED SO FAR FITS.  Closest: parallel.dp=" in out

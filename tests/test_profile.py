@@ -10,14 +10,14 @@ import torch.distributed as dist
 
 from schedules.ir import Kind
 from tests.meshes import fake_world
-from vp_train import cli
-from vp_train.cli import load_config
-from vp_train.collectives import all_gather_single
-from vp_train.estimate import estimate_cost
-from vp_train.exits import EXIT_CONFIG, EXIT_OK
-from vp_train.plan import plan_step
+from vp_train.commands.profile import main
+from vp_train.failures import EXIT_CONFIG, EXIT_OK
+from vp_train.planning.estimate import estimate_cost
+from vp_train.planning.plan import plan_step
 from vp_train.profile.costs import RankProfile, measured_cost, with_cost
 from vp_train.profile.measure import receive_noise
+from vp_train.settings import load_config
+from vp_train.tensors.collectives import all_gather_single
 
 NANO = ["model=nano", "model.num_layers=8", "num_microbatches=4", "cost.collective_seconds=0", "cost.hop_seconds=0"]
 
@@ -29,7 +29,7 @@ def vp_profile(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["vp-profile", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            cli.profile()
+            main()
         return left.value.code, *capsys.readouterr()
 
     return run

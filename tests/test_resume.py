@@ -19,8 +19,8 @@ from vp_train.config import (
     VocabConfig,
 )
 from vp_train.data import open_source
-from vp_train.degrees import wanted_ranks
-from vp_train.plan import make_plan
+from vp_train.planning.degrees import wanted_ranks
+from vp_train.planning.plan import make_plan
 from vp_train.train import Run
 
 

@@ -18,12 +18,11 @@ from schedules.generators import GENERATORS
 from schedules.ir import Kind, Schedule
 from schedules.lower import lower
 from schedules.replay import RUNTIMES, Hops, Runtime, replay
-from vp_train import cli
-from vp_train.cli import load_config
+from vp_train.commands.simulate import Outcome, Refusal, grid, main, simulate_each, simulate_step
 from vp_train.config import ConfigError
 from vp_train.model import shape
-from vp_train.plan import plan_step
-from vp_train.simulation import Outcome, Refusal, grid, simulate_each, simulate_step
+from vp_train.planning.plan import plan_step
+from vp_train.settings import load_config
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = json.loads((ROOT / "benchmarks" / "data" / "a100_8gpu_s2048.json").read_text())["rows"]
@@ -53,7 +52,7 @@ def vp_simulate(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["vp-simulate", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            cli.simulate()
+            main()
         return left.value.code, *capsys.readouterr()
 
     return run
@@ -61,11 +60,12 @@ def vp_simulate(monkeypatch, capsys):
 
 def test_the_command_is_installed():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts["vp-simulate"] == "vp_train.cli:simulate"
+    assert scripts["vp-simulate"] == "vp_train.commands.simulate:main"
 
 
 def test_as_in_the_readme_without_torch():
-    code = "import atexit, sys, vp_train.cli; atexit.register(lambda: print('torch' in sys.modules)); vp_train.cli.simulate()"
+    code = "import atexit, sys; from vp_train.commands.simulate import main\n"
+    code += "atexit.register(lambda: print('torch' in sys.modules)); main()"
     done = subprocess.run([sys.executable, "-c", code, *AS_TYPED], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -124,7 +124,7 @@ def test_settings_are_those_of_vp_train(vp_simulate):
         "--vocab A,B,...",
         "--runtime NAME",
         "a100_4b",
-        "clip_grad_norm:",
+        "optim.clip_grad_norm=",
         "vp-simulate --out",
     ):
         assert words in out

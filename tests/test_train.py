@@ -17,7 +17,6 @@ from schedules.ir import Schedule
 from tests.meshes import mesh_for
 from tests.training import OFFLOADED, config_of, laid_out, metrics_of, train, uncompiled
 from vp_train.assembly import build_rank
-from vp_train.cli import load_config
 from vp_train.config import (
     ConfigError,
     CostConfig,
@@ -31,7 +30,8 @@ from vp_train.data import Batch, open_source
 from vp_train.mesh import build_mesh
 from vp_train.optim.adamw import StepHealth
 from vp_train.optim.loss_scale import LossScale
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
+from vp_train.settings import load_config
 from vp_train.train import NonFiniteError, Run, _connect
 
 

@@ -15,8 +15,8 @@ from vp_train.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig
 from vp_train.data import open_source
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
-from vp_train.plan import make_plan
-from vp_train.precision import has_compiler
+from vp_train.planning.plan import make_plan
+from vp_train.tensors.precision import has_compiler
 from vp_train.train import NonFiniteError, Run
 
 OFFLOADED = {"dp": 4, "pp": 1, "optimizer": "zero1", "offload": True}

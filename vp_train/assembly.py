@@ -23,10 +23,10 @@ from vp_train.optim.replicas import Replicas
 from vp_train.optim.zero import ZeroAdamW
 from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
 from vp_train.pipeline.executor import BLIND, Executor, Observer, RankModules
-from vp_train.plan import RunPlan
-from vp_train.precision import DTYPES, statistics_dtype
-from vp_train.split import Split
-from vp_train.streams import with_index
+from vp_train.planning.plan import RunPlan
+from vp_train.tensors.precision import DTYPES, statistics_dtype
+from vp_train.tensors.split import Split
+from vp_train.tensors.streams import with_index
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
 from vp_train.vocab.output import OutputLayer

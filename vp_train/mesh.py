@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from schedules.problem import Problem
 from schedules.vocab import End
-from vp_train.communicators import (
+from vp_train.communication.communicators import (
     CONTROL_PURPOSES,
     END_PURPOSES,
     GLOO,
@@ -25,11 +25,11 @@ from vp_train.communicators import (
     Purpose,
     plan_groups,
 )
+from vp_train.communication.control import ControlGroup, row_width
+from vp_train.communication.nccl import communicator_options
 from vp_train.config import RunSettings
-from vp_train.control import ControlGroup, row_width
-from vp_train.degrees import Degrees
-from vp_train.nccl import communicator_options
 from vp_train.pipeline.groups import Groups
+from vp_train.planning.degrees import Degrees
 
 _Made = Sequence[tuple[GroupSpec, dist.ProcessGroup]]
 

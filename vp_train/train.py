@@ -22,23 +22,22 @@ import torch
 import torch.distributed as dist
 
 from schedules.timeline import Span, Timeline
-from vp_train import flight_recorder
 from vp_train.assembly import RankModel, build_rank, rank_device
 from vp_train.checkpoint.store import CheckpointError, find, latest
 from vp_train.checkpoint.training import load_weights, restore_run, save_run
+from vp_train.communication import flight_recorder
+from vp_train.communication.nccl import set_environment, watch
 from vp_train.config import ConfigError, RunConfig
 from vp_train.data import Batch, Source, open_source
 from vp_train.data.ahead import Ahead
-from vp_train.exits import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK
-from vp_train.failures import LOST_PEER, peer_failure, silent_peer
+from vp_train.failures import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK, LOST_PEER, peer_failure, silent_peer
 from vp_train.mesh import Mesh, build_mesh
 from vp_train.metrics.progress import StepReport
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory, run_path
-from vp_train.nccl import set_environment, watch
 from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning_rate
 from vp_train.pipeline.recorder import Recorder, joined_communications, timer_of
-from vp_train.plan import RunPlan, make_plan
+from vp_train.planning.plan import RunPlan, make_plan
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _MAX_SKIPS = 10  # non-finite steps in a row that run.on_nonfinite=skip tolerates

@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from vp_train.checkpoint import store
 from vp_train.checkpoint.store import CheckpointError, Piece, find, latest, load, read_manifest, save
+from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError
-from vp_train.control import ControlGroup
-from vp_train.split import Split
+from vp_train.tensors.split import Split
 
 ROWS = 23
 
@@ -273,7 +273,7 @@ SAVER = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
 from vp_train.checkpoint.store import Piece, save
-from vp_train.control import ControlGroup
+from vp_train.communication.control import ControlGroup
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 world = ControlGroup.flat(dist.group.WORLD)
 for step in range(1, 10_000):

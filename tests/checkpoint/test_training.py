@@ -14,9 +14,9 @@ from tests.pipeline.truth import random_batch
 from vp_train.assembly import build_rank
 from vp_train.checkpoint import store
 from vp_train.checkpoint.training import load_weights, restore_run, save_run
+from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError, ModelConfig, VocabConfig
-from vp_train.control import ControlGroup
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
 CONTENTS = ("abc", "def")
 

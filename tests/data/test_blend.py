@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from tests.data.cases import VOCAB_SIZE, run_config, write_letters
-from vp_train.cli import load_config
 from vp_train.config import BlendEntry, ConfigError, DataConfig
 from vp_train.data import Corpus, open_source, prepare_all
 from vp_train.data.tokenizer import train_tokenizer
+from vp_train.settings import load_config
 
 WEIGHTS = (0.7, 0.2, 0.1)
 
@@ -137,7 +137,7 @@ def test_a_blend_is_an_override_away(blend: DataConfig) -> None:
 
 def test_vp_prepare_prepares_every_corpus_and_data_errors_end_with_78(blend: DataConfig) -> None:
     def run(command: str, *words: str) -> subprocess.CompletedProcess[str]:
-        code = f"from vp_train.cli import {command}; {command}()"
+        code = f"from vp_train.commands.{command} import main; main()"
         return subprocess.run(
             [sys.executable, "-c", code, *command_line(blend), *words], capture_output=True, text=True, timeout=60, check=False
         )

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from vp_train import cli
-from vp_train.cli import export_model, import_model, load_config
+from vp_train.commands import convert
+from vp_train.commands.convert import export_model, import_model
 from vp_train.config import ConfigError, ModelConfig
+from vp_train.settings import load_config
 
 
 @pytest.mark.parametrize(
@@ -37,8 +38,8 @@ def test_bad_words_are_one_line(command, words, message, monkeypatch, capsys, tm
 
 def test_progress_is_a_line_every_ten_seconds_and_none_for_what_is_quick(monkeypatch, capsys):
     now = 100.0
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
-    say = cli._NowAndThen()
+    monkeypatch.setattr(convert.time, "monotonic", lambda: now)
+    say = convert._NowAndThen()
     for now in (101.0, 109.0, 110.5, 119.0, 121.0):
         say(f"at {now:g}")
     assert capsys.readouterr().err == "at 110.5\nat 121\n"

@@ -19,11 +19,11 @@ from vp_train.assembly import build_rank
 from vp_train.checkpoint import store
 from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
 from vp_train.checkpoint.training import load_weights, save_run
-from vp_train.cli import export_model, import_model
+from vp_train.commands.convert import export_model, import_model
 from vp_train.config import ConfigError, ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings, VocabConfig
 from vp_train.hf import convert
 from vp_train.hf.convert import export_checkpoint, import_checkpoint
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 SEQUENCES, LENGTH = 4, 40

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.hf import models
-from vp_train.cli import load_config
 from vp_train.config import ConfigError, ModelConfig
 from vp_train.hf.families import config_of, model_of
 from vp_train.model import shape
+from vp_train.settings import load_config
 
 _GEMMA = {
     "attention_bias": False,

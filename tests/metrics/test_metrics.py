@@ -16,9 +16,10 @@ from rich.console import Console
 
 from vp_train.config import ConfigError, RunSettings
 from vp_train.metrics.log import MetricsLog
-from vp_train.metrics.progress import Progress, StepReport, human_bytes
+from vp_train.metrics.progress import Progress, StepReport
 from vp_train.metrics.run_directory import RunDirectory, refuse_used
 from vp_train.metrics.summary import RankSummary, rank_table
+from vp_train.units import human_bytes
 
 HOLDER = """
 import sys

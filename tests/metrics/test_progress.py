@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from vp_train.metrics.progress import Progress, StepReport, clock
+from vp_train.metrics.progress import Progress, StepReport
+from vp_train.units import clock
 
 REPORT = StepReport(1, 2.0, 1.0, 1e-3, 10.0, 1.0)
 

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from vp_train.cli import load_config
 from vp_train.metrics.progress import StepReport
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
+from vp_train.settings import load_config
 
 SOURCE = SimpleNamespace(description="ten documents")
 

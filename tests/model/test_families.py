@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from tests.pipeline.equivalence import assert_equivalent, assert_equivalent_locally
-from vp_train.cli import load_config
 from vp_train.config import ConfigError, ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings, ScheduleConfig
 from vp_train.model import shape
+from vp_train.settings import load_config
 
 PUBLISHED = {
     "gpt2": 124_439_808,

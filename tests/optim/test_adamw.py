@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError, OptimConfig
-from vp_train.control import ControlGroup
 from vp_train.optim.adamw import build_adamw, clip_scale, gather_health, learning_rate
 from vp_train.optim.optimizer import squared_norm
 

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.optim.setup import NAMES, SHAPES, accumulate, build, values
+from vp_train.communication.control import ControlGroup
 from vp_train.config import OptimConfig
-from vp_train.control import ControlGroup
 from vp_train.optim.adamw import MOMENTS, build_adamw, gather_health
 from vp_train.optim.optimizer import squared_norm
 

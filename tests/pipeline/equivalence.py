@@ -23,7 +23,7 @@ from vp_train.config import (
     VocabConfig,
 )
 from vp_train.optim.adamw import clip_scale, gather_health, learning_rate
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
 NUM_STEPS = 2  # of which the second begins with updated weights and moments
 

@@ -15,7 +15,7 @@ from tests.pipeline.test_local import gradients_of
 from tests.pipeline.truth import random_batch
 from vp_train.assembly import build_rank
 from vp_train.config import VocabConfig
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

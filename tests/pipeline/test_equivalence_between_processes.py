@@ -13,7 +13,7 @@ from tests.pipeline.equivalence import ALGORITHMS, assert_equivalent, compare, c
 from tests.pipeline.truth import Whole, random_batch
 from vp_train.assembly import build_rank
 from vp_train.config import LossConfig, ScheduleConfig, VocabConfig
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
 SIZES = [(1, 1, 64), (2, 4, 100), (3, 2, 101), (4, 8, 1000)]
 
@@ -155,7 +155,7 @@ def compare_split_sequences(rank, world_size, *arguments):
 @pytest.mark.parametrize(("dp", "p", "tp"), [(1, 2, 2), (2, 1, 2)])
 def test_split_sequences_equal_one_process(ranks, monkeypatch, dp, p, tp):
     """Every family with every schedule, in one of the two layouts."""
-    monkeypatch.setattr("vp_train.plan.SEQUENCE_DEVICES", ("cpu",))
+    monkeypatch.setattr("vp_train.planning.plan.SEQUENCE_DEVICES", ("cpu",))
     base = config_of(p, 3, 101, num_stages=2 * p, dp=dp, tp=tp)
     families = [
         {},

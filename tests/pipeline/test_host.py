@@ -13,7 +13,7 @@ from tests.local import run_locally
 from tests.pipeline.equivalence import ALGORITHMS, config_of
 from tests.pipeline.truth import random_batch, random_segments
 from vp_train.config import LossConfig, VocabConfig
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
 # On a GPU these wait: their result is a number for the host, or a shape that values decide.
 WAITING = (

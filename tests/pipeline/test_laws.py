@@ -20,7 +20,7 @@ from tests.pipeline.test_comms import comms_of, exchange, started, unwatched
 from tests.pipeline.truth import random_batch
 from vp_train.pipeline.buffers import Buffers, Once
 from vp_train.pipeline.recorder import Recorder
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
 LATE_SECONDS = 0.4
 

@@ -15,7 +15,7 @@ from tests.pipeline.truth import random_batch
 from tests.schedules.cases import problem
 from vp_train.config import VocabConfig
 from vp_train.pipeline.local import RankLost, Switchboard, run_ranks
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
 NUM_SEEDS, DELAY_SECONDS = 200, 4e-4
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from vp_train.assembly import build_rank
 from vp_train.config import OptimConfig, VocabConfig
 from vp_train.optim.adamw import gather_health
 from vp_train.optim.replicas import Replicas
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
 
 def announced(rank, world_size, config):

@@ -5,8 +5,8 @@ import torch
 
 from schedules.vocab import Payload
 from tests.vocab.ranks import PLAIN, make_layer
-from vp_train.precision import column_sums
 from vp_train.profile.live import LiveStorages
+from vp_train.tensors.precision import column_sums
 from vp_train.vocab import backends
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions

@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vp_train.checkpoint.stream import Described, write_tensors
+from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError
-from vp_train.control import ControlGroup
 from vp_train.durable import sync
-from vp_train.split import Split
+from vp_train.tensors.split import Split
 
 _MANIFEST = "manifest.json"
 _FORMAT = 2

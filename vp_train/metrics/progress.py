@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from vp_train.units import clock, human_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
@@ -58,18 +60,3 @@ class Progress:
             f"grad norm {report.grad_norm:.3f}  lr {report.learning_rate:.2e}  {report.tokens_per_second:,.0f} tokens/s  "
             f"{clock(left)} left  peak {human_bytes(report.peak_bytes)}"
         )
-
-
-def clock(seconds: float) -> str:
-    """75 -> 1:15, 3675 -> 1:01:15."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-def human_bytes(count: float) -> str:
-    """1536 -> 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

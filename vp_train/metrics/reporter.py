@@ -14,13 +14,14 @@ from schedules.timeline import Timeline
 from schedules.vocab import End
 from vp_train.config import RunConfig
 from vp_train.data import Source
-from vp_train.degrees import Degrees
 from vp_train.metrics.log import MetricsLog
-from vp_train.metrics.progress import Progress, StepReport, human_bytes
+from vp_train.metrics.progress import Progress, StepReport
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.metrics.summary import rank_table, summarize
 from vp_train.model.shape import num_parameters
-from vp_train.plan import RunPlan, row_advice
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.plan import RunPlan, row_advice
+from vp_train.units import human_bytes
 
 
 def _mesh(degrees: Degrees) -> str:

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from schedules.timeline import Timeline
-from vp_train.metrics.progress import human_bytes
+from vp_train.units import human_bytes
 
 
 @dataclass(frozen=True, slots=True)

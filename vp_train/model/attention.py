@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vp_train.streams import to_device
+from vp_train.tensors.streams import to_device
 
 _BLOCK = 256
 _MOST_HEAD_SIZE = 256  # of flash attention

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vp_train.precision import accumulate
-from vp_train.split import Split
+from vp_train.tensors.precision import accumulate
+from vp_train.tensors.split import Split
 
 _Product = tuple[nn.Parameter, Tensor, Tensor]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vp_train.communication.control import ControlGroup
 from vp_train.config import OptimConfig
-from vp_train.control import ControlGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

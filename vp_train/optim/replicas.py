@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from vp_train.collectives import all_gather_single, reduce_scatter_single
+from vp_train.tensors.collectives import all_gather_single, reduce_scatter_single
 
 
 class Pending(Protocol):

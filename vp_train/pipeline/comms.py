@@ -21,11 +21,11 @@ from torch import Tensor
 
 from schedules.lower import Exchange
 from schedules.vocab import End, Transfer
-from vp_train.collectives import all_gather_single
 from vp_train.pipeline.aside import Aside, Pending
 from vp_train.pipeline.buffers import Once
 from vp_train.pipeline.groups import Groups
-from vp_train.streams import Mark, Streams, lend, streams_of
+from vp_train.tensors.collectives import all_gather_single
+from vp_train.tensors.streams import Mark, Streams, lend, streams_of
 
 Watch = Callable[[Pending], Pending]
 

@@ -24,7 +24,7 @@ from schedules.vocab import Payload
 from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.buffers import Buffers
 from vp_train.pipeline.comms import Comms, Delivery
-from vp_train.precision import statistics_dtype
+from vp_train.tensors.precision import statistics_dtype
 from vp_train.vocab.input import InputLayer, InputStep
 from vp_train.vocab.loss import token_weights
 from vp_train.vocab.output import OutputLayer, OutputStep

@@ -28,7 +28,7 @@ from schedules.problem import Problem
 from schedules.vocab import End, Transfer
 from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.comms import Issued, Watch
-from vp_train.streams import Mark, Streams, lend, streams_of, with_index
+from vp_train.tensors.streams import Mark, Streams, lend, streams_of, with_index
 
 Result = TypeVar("Result")
 _Key = tuple[object, ...]

@@ -10,7 +10,7 @@ from schedules.ir import Kind
 from schedules.vocab import End
 from vp_train.config import CostConfig, RunConfig
 from vp_train.model import shape
-from vp_train.plan import StepPlan
+from vp_train.planning.plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True)

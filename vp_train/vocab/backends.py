@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vp_train.precision import accumulate, statistics_dtype
+from vp_train.tensors.precision import accumulate, statistics_dtype
 from vp_train.vocab.products import Products
 from vp_train.vocab.rows import Statistics, fold
 from vp_train.vocab.rows import scale as scale_rows

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vp_train.streams import to_device
+from vp_train.tensors.streams import to_device
 
 IGNORE_INDEX = -100
 

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from schedules.ir import Kind
 from schedules.vocab import Payload
-from vp_train.precision import column_sums, statistics_dtype
-from vp_train.streams import lend, to_device
+from vp_train.tensors.precision import column_sums, statistics_dtype
+from vp_train.tensors.streams import lend, to_device
 from vp_train.vocab.backends import Softmax, make_backend
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
 from vp_train.vocab.rows import input_term, scale, subtract_targets

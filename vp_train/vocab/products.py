@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vp_train.precision import accumulate, accumulate_transposed, has_compiler, statistics_dtype
+from vp_train.tensors.precision import accumulate, accumulate_transposed, has_compiler, statistics_dtype
 
 _BLOCK_BYTES = 3 << 20  # of a transposed product
 _GAP = 32  # values between its rows: a power of two from one to the next would meet in the same lines of the cache

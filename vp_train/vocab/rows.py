@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from vp_train.precision import compiled, compiled_exactly, has_compiler, scaled
+from vp_train.tensors.precision import compiled, compiled_exactly, has_compiler, scaled
 from vp_train.vocab.shard import Owned
 
 

@@ -44,7 +44,7 @@ class Shard:
 
         Waits for nothing where `ids` are on the CPU.
         """
-        from vp_train.streams import to_device  # torch, without which plans are made
+        from vp_train.tensors.streams import to_device  # torch, without which plans are made
 
         inside = (ids >= self.start) & (ids < self.stop)
         counts = inside.sum(1).tolist()

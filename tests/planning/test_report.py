@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from vp_train.cli import load_config
 from vp_train.config import ConfigError
 from vp_train.model import shape
-from vp_train.planner.report import make_report
+from vp_train.planning.report import make_report
+from vp_train.settings import load_config
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FREE_LINKS = [

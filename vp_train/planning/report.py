@@ -9,13 +9,13 @@ from schedules.bound import step_bound
 from schedules.ir import Kind
 from schedules.vocab import End
 from vp_train.config import ConfigError, RunConfig
-from vp_train.degrees import Degrees, split_ranks
-from vp_train.estimate import message_bytes, sum_seconds
-from vp_train.metrics.progress import human_bytes
 from vp_train.model import shape
-from vp_train.plan import StepPlan, plan_step
-from vp_train.planner.cluster import gradient_seconds, links_of, on_cluster, peak_flops, tied_seconds
-from vp_train.planner.memory import RankMemory, StateBytes, rank_memory
+from vp_train.planning.cluster import gradient_seconds, links_of, on_cluster, peak_flops, tied_seconds
+from vp_train.planning.degrees import Degrees, split_ranks
+from vp_train.planning.estimate import message_bytes, sum_seconds
+from vp_train.planning.memory import RankMemory, StateBytes, rank_memory
+from vp_train.planning.plan import StepPlan, plan_step
+from vp_train.units import human_bytes
 
 _GIB = 2**30
 

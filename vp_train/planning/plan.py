@@ -23,9 +23,9 @@ from schedules.timeline import Timeline
 from schedules.torch_csv import from_csv
 from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, evaluation, searched_algorithms
 from vp_train.config import ConfigError, RunConfig
-from vp_train.degrees import Degrees, check_tensor_split, split_ranks
-from vp_train.estimate import estimate_cost
-from vp_train.placement import balanced_rows, split_layers, split_vocabulary
+from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
+from vp_train.planning.estimate import estimate_cost
+from vp_train.planning.placement import balanced_rows, split_layers, split_vocabulary
 from vp_train.vocab.shard import Shard, split_rows
 
 SEARCHING = "schedule=auto: searching for the fastest schedule, half a minute for 8 ranks and 64 microbatches"

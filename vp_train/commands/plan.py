@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,58 @@ from rich.console import Console
 from rich.table import Table
 
 from schedules.render import duration
+from vp_train.commands.command import Command, run
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
-from vp_train.degrees import split_ranks
-from vp_train.metrics.progress import human_bytes
+from vp_train.failures import EXIT_CONFIG, EXIT_OK, EXIT_TIME
 from vp_train.model import shape
-from vp_train.plan import SEARCHING
-from vp_train.planner.report import PlanReport, make_report
-from vp_train.planner.search import Found, Refusal, Result, about_bytes, search
+from vp_train.planning.degrees import split_ranks
+from vp_train.planning.plan import SEARCHING
+from vp_train.planning.report import PlanReport, make_report
+from vp_train.planning.search import Found, Refusal, Result, about_bytes, search
+from vp_train.units import human_bytes
 
 _SHOWN_RANKS = 16
 _SHOWN_REFUSALS = 3
 _GIB = 2**30
 _PROGRESS_SECONDS = {True: 0.2, False: 10.0}  # between two progress lines, on a terminal and elsewhere
+
+
+_EXAMPLES = """\
+  vp-plan model=gpt_4b cluster=a100_80g_node num_microbatches=128
+  vp-plan model=llama3_8b cluster=h100_80g_node cluster.num_nodes=4 parallel.tp=2 parallel.pp=4 num_microbatches=32
+  vp-plan --search --top 10 model=gpt_21b cluster=a100_80g_node cluster.num_nodes=2 num_microbatches=256"""
+
+
+def main() -> None:
+    """`vp-plan`: bytes, seconds and MFU of a run on a cluster, before anything starts."""
+    options = {
+        "--search": ("", "rank every way to run the batch on the cluster, fastest first"),
+        "--top": ("K", "with --search: show so many (5)"),
+        "--seconds": ("N", "with --search: weigh and simulate for so long, then one more at most (60)"),
+        "--json": ("FILE", "write the report there"),
+    }
+    run(Command("vp-plan", "predicts memory, time and MFU of a run on a cluster", _plan, _EXAMPLES, options))
+
+
+def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    path = Path(options["--json"]).expanduser() if "--json" in options else None
+    if "--search" not in options:
+        for name in ("--top", "--seconds"):
+            if name in options:
+                raise ConfigError(f"{name} belongs to --search")
+        return EXIT_OK if show_plan(config, path) else EXIT_CONFIG
+    top, seconds = _number(options, "--top", 5), _number(options, "--seconds", 60)
+    result = show_search(config, top, seconds, path)
+    if result.best:
+        return EXIT_OK
+    return EXIT_TIME if result.open_choices else EXIT_CONFIG
+
+
+def _number(options: Mapping[str, str], name: str, default: int) -> int:
+    word = options.get(name, str(default))
+    if not word.isdecimal() or int(word) < 1:
+        raise ConfigError(f"{name} {word} is not a whole number of at least 1")
+    return int(word)
 
 
 def show_plan(config: RunConfig, path: Path | None) -> bool:

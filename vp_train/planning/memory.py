@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from schedules.ir import Kind, Pass
 from schedules.vocab import End
 from vp_train.config import RunConfig
-from vp_train.estimate import ITEM_BYTES, held_part, input_gradient_bytes, layer_bytes, message_bytes
 from vp_train.model import shape
-from vp_train.plan import StepPlan
+from vp_train.planning.estimate import ITEM_BYTES, held_part, input_gradient_bytes, layer_bytes, message_bytes
+from vp_train.planning.plan import StepPlan
 
 _MESSAGES = 4  # [T, H] received before they are needed, or on their way, at any time
 _CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}  # of logits, as in vocab.backends

@@ -19,12 +19,12 @@ from schedules.ir import Schedule
 from schedules.timeline import Timeline
 from schedules.vocab import searched_algorithms
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
-from vp_train.degrees import Degrees
-from vp_train.metrics.progress import human_bytes
-from vp_train.plan import Draft, StepPlan, draft_step
-from vp_train.planner.cluster import gradient_seconds, on_cluster, tied_seconds
-from vp_train.planner.memory import rank_memory, rank_state
-from vp_train.planner.report import PlanReport, optimizer_seconds, report_of
+from vp_train.planning.cluster import gradient_seconds, on_cluster, tied_seconds
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.memory import rank_memory, rank_state
+from vp_train.planning.plan import Draft, StepPlan, draft_step
+from vp_train.planning.report import PlanReport, optimizer_seconds, report_of
+from vp_train.units import human_bytes
 
 # gpipe takes as long as 1f1b and more memory; interlaced is for comparison.
 SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_v", "v_half", "v_min")

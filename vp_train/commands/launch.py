@@ -9,13 +9,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vp_train import flight_recorder
+from vp_train.commands.orphans import launching
+from vp_train.communication import flight_recorder
 from vp_train.config import ConfigError, RunConfig
-from vp_train.degrees import wanted_ranks
 from vp_train.failures import explain_deaths
 from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
-from vp_train.orphans import launching
-from vp_train.plan import SEARCHING, make_plan
+from vp_train.planning.degrees import wanted_ranks
+from vp_train.planning.plan import SEARCHING, make_plan
 
 
 def launch(config: RunConfig, overrides: Sequence[str]) -> int:

@@ -7,10 +7,10 @@ import itertools
 import pytest
 
 from schedules import generators
-from vp_train.cli import load_config
 from vp_train.config import ConfigError
-from vp_train.planner.report import make_report
-from vp_train.planner.search import choices, search
+from vp_train.planning.report import make_report
+from vp_train.planning.search import choices, search
+from vp_train.settings import load_config
 
 SMALL = ["model=nano", "cluster.gpus_per_node=4", "num_microbatches=4"]
 GIB = 2**30
@@ -119,7 +119,7 @@ def test_weighing_counts_into_the_time_and_one_is_simulated_all_the_same(part):
 
 def test_a_search_that_was_in_time_finds_the_same_whatever_it_weighs_first(monkeypatch):
     told = [found.choice for found in searched(config_of(), 5).best]
-    monkeypatch.setattr("vp_train.planner.search.random.Random.shuffle", lambda self, values: None)
+    monkeypatch.setattr("vp_train.planning.search.random.Random.shuffle", lambda self, values: None)
     assert [found.choice for found in searched(config_of(), 5).best] == told
 
 

@@ -13,8 +13,8 @@ from schedules.layout import Layout
 from schedules.vocab import End
 from tests.pipeline.equivalence import config_of
 from vp_train.config import ConfigError, CostConfig, ParallelConfig, VocabConfig
-from vp_train.placement import balance, fill_with_rows, split_layers
-from vp_train.plan import plan_step
+from vp_train.planning.placement import balance, fill_with_rows, split_layers
+from vp_train.planning.plan import plan_step
 
 layouts = st.builds(
     lambda name, num_ranks, chunks: Layout(name, num_ranks, {"linear": 1, "v": 2}.get(name, chunks)),

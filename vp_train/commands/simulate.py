@@ -6,7 +6,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,49 @@ from schedules.render import chrome_trace, duration, svg, text_grid
 from schedules.replay import RUNTIMES, Replay, Runtime, late_starts, replay
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End
+from vp_train.commands.command import Command, run
+from vp_train.commands.plot import Mark, comparison_png, schedule_png
 from vp_train.config import ConfigError, RunConfig
-from vp_train.degrees import wanted_ranks
-from vp_train.metrics.progress import human_bytes
-from vp_train.plan import SEARCHING, StepPlan, plan_step, row_advice
-from vp_train.plot import Mark, comparison_png, schedule_png
+from vp_train.failures import EXIT_OK
+from vp_train.planning.degrees import wanted_ranks
+from vp_train.planning.plan import SEARCHING, StepPlan, plan_step, row_advice
+from vp_train.settings import config_text
+from vp_train.units import human_bytes
 
 _GRID_RANKS = 32
 _LATE_STARTS = 5  # the worst, in words
+
+
+_EXAMPLES = """\
+  vp-simulate schedule=v_half parallel.pp=8 num_microbatches=32 cost=a100_4b
+  vp-simulate --out shown schedule=zb_h1         also as pictures and as a trace for Perfetto
+  vp-simulate --runtime cuda schedule=zb_v       also as CUDA's streams would execute it
+  vp-simulate --compare 1f1b,zb_h1,v_half --vocab none,one_barrier --out compared parallel.pp=8 cost=a100_4b"""
+
+
+def main() -> None:
+    """`vp-simulate`: what a step would take and keep, without running it."""
+    options = {
+        "--out": ("DIR", "write pictures, trace and figures there"),
+        "--compare": ("A,B,...", "one line for each of these schedules, or for all"),
+        "--vocab": ("A,B,...", "with --compare: with each of these algorithms, or with all"),
+        "--runtime": ("NAME", "also replay the program as cuda or gloo executes it"),
+    }
+    purpose = "simulates one step: time, bubble and memory of a schedule"
+    run(Command("vp-simulate", purpose, _simulate, _EXAMPLES, options))
+
+
+def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    directory = Path(options["--out"]).expanduser() if "--out" in options else None
+    if "--vocab" in options and "--compare" not in options:
+        raise ConfigError(f"--vocab belongs to --compare; for one algorithm write vocab={options['--vocab'].split(',')[0]}")
+    runtime = runtime_called(options["--runtime"]) if "--runtime" in options else None
+    if "--compare" in options:
+        names, algorithms = options["--compare"], options.get("--vocab")
+        compare(config, names, algorithms, directory, config_text(config), runtime)
+    else:
+        show(config, directory, config_text(config), runtime)
+    return EXIT_OK
 
 
 def show(config: RunConfig, directory: Path | None, config_yaml: str, runtime: Runtime | None = None) -> None:

@@ -14,7 +14,7 @@ from enum import StrEnum
 from schedules.ir import Kind, Pass
 from schedules.problem import Problem
 from schedules.vocab import End
-from vp_train.degrees import Degrees
+from vp_train.planning.degrees import Degrees
 
 GLOO, NCCL, BOTH = "gloo", "nccl", "cpu:gloo,cuda:nccl"
 
@@ -95,7 +95,7 @@ def gloo_sockets(specs: Sequence[GroupSpec], rank: int) -> int:
 
 
 def _control_groups(num_ranks: int, width: int) -> Iterator[GroupSpec]:
-    """Yield rows and leaders, see `vp_train.control`, once per timeout."""
+    """Yield rows and leaders, see `vp_train.communication.control`, once per timeout."""
     firsts = range(0, num_ranks, width)
     for purpose, leaders in (
         (Purpose.WORLD, Purpose.WORLD_LEADERS),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,43 @@ from rich.table import Table
 from schedules.ir import Kind
 from schedules.render import duration
 from schedules.vocab import End
+from vp_train.commands.command import Command, run
 from vp_train.config import ConfigError, RunConfig
-from vp_train.metrics.progress import human_bytes
-from vp_train.plan import StepPlan, plan_step
-from vp_train.planner.memory import rank_memory
-from vp_train.planner.report import PlanReport, make_report
+from vp_train.failures import EXIT_OK
+from vp_train.planning.memory import rank_memory
+from vp_train.planning.plan import StepPlan, plan_step
+from vp_train.planning.report import PlanReport, make_report
 from vp_train.profile.costs import RankProfile, measured_cost, with_cost
+from vp_train.units import human_bytes
 
 _SHOWN = (Kind.F, Kind.B, Kind.I, Kind.W, Kind.S, Kind.T, Kind.E, Kind.G)
+
+
+_EXAMPLES = """\
+  vp-profile cluster=laptop parallel.pp=4 num_microbatches=8
+  vp-profile model=gpt_4b cluster=h100_80g_node num_microbatches=32 --ranks 0,3,7 --cost h100.yaml
+  vp-plan model=gpt_4b cluster=h100_80g_node num_microbatches=128 cost=h100.yaml"""
+
+
+def main() -> None:
+    """`vp-profile`: passes and bytes of single ranks, measured here, and what they predict for the whole job."""
+    options = {
+        "--ranks": ("0,3,...", "pipeline ranks to measure; all"),
+        "--steps": ("N", "steps of each (3)"),
+        "--cost": ("FILE", "write the costs there, for cost=FILE"),
+        "--json": ("FILE", "write everything there"),
+    }
+    purpose = "measures ranks of a job one by one on this machine"
+    run(Command("vp-profile", purpose, _profile, _EXAMPLES, options))
+
+
+def _profile(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    told = options.get("--steps", "3")
+    if not told.isdecimal() or not int(told):
+        raise ConfigError(f"--steps={told} is not a number of steps; write for example --steps 3")
+    cost, record = (Path(options[name]).expanduser() if name in options else None for name in ("--cost", "--json"))
+    show_profile(config, options.get("--ranks"), int(told), cost, record)
+    return EXIT_OK
 
 
 def show_profile(config: RunConfig, ranks: str | None, num_steps: int, cost_file: Path | None, json_file: Path | None) -> None:

@@ -12,9 +12,9 @@ from schedules.torch_csv import to_csv
 from schedules.vocab import VOCAB_ALGORITHMS, End
 from tests.pipeline.equivalence import config_of
 from vp_train.config import ConfigError, CostConfig, ParallelConfig, ScheduleConfig, VocabConfig
-from vp_train.estimate import layer_bytes
-from vp_train.placement import redistribute, split_layers
-from vp_train.plan import make_plan, plan_step
+from vp_train.planning.estimate import layer_bytes
+from vp_train.planning.placement import redistribute, split_layers
+from vp_train.planning.plan import make_plan, plan_step
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_searched_plan_keeps_its_cap_and_is_never_slower_than_a_named_one_that
 
 def test_without_a_cap_a_search_never_refuses(quick_search, monkeypatch):
     """What is planned with is then what the best order keeps, however little the default would allow."""
-    monkeypatch.setattr("vp_train.plan._cap_bytes", lambda *_: 1.0)
+    monkeypatch.setattr("vp_train.planning.plan._cap_bytes", lambda *_: 1.0)
     plan = plan_step(solved(), 3)
     assert max(plan.timeline.peak_bytes) == pytest.approx(plan.caps[0])
     assert len(set(plan.caps)) == 1

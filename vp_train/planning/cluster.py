@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from schedules.problem import Problem
 from schedules.vocab import End
 from vp_train.config import ClusterConfig, RunConfig
-from vp_train.degrees import Degrees
-from vp_train.estimate import ITEM_BYTES, message_bytes, sum_seconds
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.estimate import ITEM_BYTES, message_bytes, sum_seconds
 
 
 @dataclass(frozen=True, slots=True)

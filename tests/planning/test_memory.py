@@ -10,11 +10,11 @@ import pytest
 
 from schedules.ir import Kind
 from tests.ranks import in_processes
-from vp_train.cli import load_config
 from vp_train.config import OptimConfig
 from vp_train.model import shape
-from vp_train.plan import plan_step
-from vp_train.planner.memory import StateBytes, _most_held, rank_memory, rank_parameters, step_peak
+from vp_train.planning.memory import StateBytes, _most_held, rank_memory, rank_parameters, step_peak
+from vp_train.planning.plan import plan_step
+from vp_train.settings import load_config
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NANO = ["model=nano", "parallel.pp=2", "num_microbatches=4"]

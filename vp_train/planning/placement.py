@@ -9,8 +9,8 @@ from schedules.layout import Layout
 from schedules.problem import Problem
 from schedules.vocab import End
 from vp_train.config import ConfigError, ModelConfig, ParallelConfig, RunConfig
-from vp_train.estimate import layer_seconds, rank_slowness, row_seconds
 from vp_train.model import shape
+from vp_train.planning.estimate import layer_seconds, rank_slowness, row_seconds
 from vp_train.vocab.shard import Shard, split_rows
 
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from schedules.ir import Kind
-from vp_train.cli import load_config
 from vp_train.config import ClusterConfig, ConfigError
-from vp_train.degrees import Degrees
-from vp_train.plan import plan_step
-from vp_train.planner.cluster import Link, gradient_seconds, links_of, on_cluster, tied_seconds
-from vp_train.planner.report import make_report
+from vp_train.planning.cluster import Link, gradient_seconds, links_of, on_cluster, tied_seconds
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.plan import plan_step
+from vp_train.planning.report import make_report
+from vp_train.settings import load_config
 
 TWO_NODES = ClusterConfig(num_nodes=2, gpus_per_node=8)
 INSIDE, BETWEEN = "inside a node", "between nodes"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vp_train.communication.flight_recorder import DUMP_SECONDS, prefix
 from vp_train.config import RunSettings
-from vp_train.flight_recorder import DUMP_SECONDS, prefix
 
 _POLL_SECONDS = 0.2
 
