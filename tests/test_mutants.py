@@ -94,12 +94,12 @@ def test_what_tests_notice_is_killed_and_what_they_pass_survives(tmp_path, monke
     for name, value in {"ROOT": tmp_path, "EQUIVALENT": known, "COPIED": ("toy",)}.items():
         monkeypatch.setattr(mutants, name, value)
     monkeypatch.setattr(mutants, "PACKAGES", {"toy": (("toy", ("toy/test_code.py",)),)})
-    monkeypatch.setattr(mutants, "SPARE_SECONDS", 2.0)
+    monkeypatch.setattr(mutants, "SPARE_SECONDS", 6.0)
     text = (tmp_path / "toy/code.py").read_text()
     by_change = {(m.before, m.after): m for m in mutants_of("toy", "toy/code.py", text)}
     chosen = [by_change["a + b", "(a - b)"], by_change["a - 1", "(a + 1)"], by_change["1", "(2)"]]
     broken = Mutant("toy", "toy/code.py", 1, 0, 3, "def", "dif", "def add(a, b):")
-    outcomes = list(judge([*chosen, broken], 1.0))
+    outcomes = list(judge([*chosen, broken], 3.0))
     assert [outcome.status for outcome in outcomes] == ["TIMEOUT", "SURVIVED", "SURVIVED", "KILLED"]
     assert [outcome.equivalent for outcome in outcomes] == [False, False, True, False]
     assert rate(outcomes) == (2, 3)
