@@ -75,7 +75,9 @@ class Barrier:
 
     def __post_init__(self) -> None:
         if (self.after is None) == (self.continues is None):
-            raise ValueError(f"barrier {self.name} is after {self.after} and continues {self.continues}; give one")
+            raise ValueError(
+                f"barrier {self.name} is after {self.after} and continues {self.continues}; give one"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +111,24 @@ class VocabAlgorithm:
 
 
 _EMBED = Barrier("CE", End.INPUT, Transfer.GATHER, Payload.EMBEDDINGS, (Kind.F,), after=Kind.E)
-_EMBED_GRAD = Barrier("CG", End.INPUT, Transfer.SCATTER, Payload.EMBEDDING_GRADIENT, (Kind.G,), after=Kind.B)
-_SHARE_X = Barrier("C0", End.OUTPUT, Transfer.BROADCAST, Payload.ACTIVATIONS, (Kind.S,), after=Kind.F)
+_EMBED_GRAD = Barrier(
+    "CG", End.INPUT, Transfer.SCATTER, Payload.EMBEDDING_GRADIENT, (Kind.G,), after=Kind.B
+)
+_SHARE_X = Barrier(
+    "C0", End.OUTPUT, Transfer.BROADCAST, Payload.ACTIVATIONS, (Kind.S,), after=Kind.F
+)
 
 
 def _statistics(*before: Kind) -> Barrier:
     return Barrier("C1", End.OUTPUT, Transfer.ALL_GATHER, Payload.STATISTICS, before, after=Kind.S)
 
 
-_SUM_AFTER_T = Barrier("C2", End.OUTPUT, Transfer.REDUCE, Payload.INPUT_GRADIENT, (Kind.B,), after=Kind.T)
-_SUM_AFTER_STATISTICS = Barrier("C1b", End.OUTPUT, Transfer.REDUCE, Payload.INPUT_GRADIENT, (Kind.B,), continues="C1")
+_SUM_AFTER_T = Barrier(
+    "C2", End.OUTPUT, Transfer.REDUCE, Payload.INPUT_GRADIENT, (Kind.B,), after=Kind.T
+)
+_SUM_AFTER_STATISTICS = Barrier(
+    "C1b", End.OUTPUT, Transfer.REDUCE, Payload.INPUT_GRADIENT, (Kind.B,), continues="C1"
+)
 _NAIVE_MAXIMUM = Barrier("C1", End.OUTPUT, Transfer.ALL_MAX, Payload.MAXIMUM, (), after=Kind.S)
 _NAIVE_SUMS = Barrier("C1b", End.OUTPUT, Transfer.ALL_SUM, Payload.SUMS, (Kind.T,), continues="C1")
 

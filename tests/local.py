@@ -50,7 +50,9 @@ class Together:
         nothing = torch.zeros((), dtype=torch.float64)
         losses = [nothing if term is None else term.double() for term, _ in pairs]
         norms = [nothing if term is None else term for _, term in pairs]
-        return gather_health(torch.stack(losses).sum(), torch.stack(norms).sum(), ControlGroup.flat(alone()))
+        return gather_health(
+            torch.stack(losses).sum(), torch.stack(norms).sum(), ControlGroup.flat(alone())
+        )
 
     def abort(self) -> None:
         """Wake the ranks that wait for one that has failed."""

@@ -28,8 +28,12 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: str)
 
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115 - as long as the process
-    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=timedelta(seconds=60))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    store = dist.TCPStore(
+        "127.0.0.1", port, world_size, is_master=rank == 0, timeout=timedelta(seconds=60)
+    )
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
     while True:
         task = pipe.recv()
         if task is None:
@@ -59,7 +63,10 @@ def free_port() -> int:
 def in_processes(function: Callable[..., None], arguments: tuple[Any, ...], nprocs: int) -> None:
     """Run function(rank, *arguments) in processes of its own, as `torch.multiprocessing.spawn` does but started sooner."""
     context = ready_context()
-    processes = [context.Process(target=function, args=(rank, *arguments), daemon=True) for rank in range(nprocs)]
+    processes = [
+        context.Process(target=function, args=(rank, *arguments), daemon=True)
+        for rank in range(nprocs)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -94,7 +101,9 @@ class Ranks:
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
             ready = wait(waiting, timeout)
             if not ready:
-                raise RankFailed(f"no answer within {timeout} s from ranks that stand at:\n{self._stacks_of_all()}")
+                raise RankFailed(
+                    f"no answer within {timeout} s from ranks that stand at:\n{self._stacks_of_all()}"
+                )
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
@@ -128,7 +137,9 @@ class Ranks:
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             stacks = os.path.join(self._directory, str(rank))
-            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs, stacks), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.world_size, port, theirs, stacks), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)

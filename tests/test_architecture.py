@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted(path for package in ("schedules", "vp_train") for path in (ROOT / package).rglob("*.py"))
+SOURCES = sorted(
+    path for package in ("schedules", "vp_train") for path in (ROOT / package).rglob("*.py")
+)
 OURS = ("schedules", "vp_train")
 
 # What a module may import of ours, the longest prefix of its name deciding; modules not listed may
@@ -23,7 +25,12 @@ ALLOWED = {
     "vp_train.durable": (),
     "vp_train.failures": ("vp_train.config",),
     "vp_train.tensors": (),
-    "vp_train.communication": ("schedules", "vp_train.config", "vp_train.planning.degrees", "vp_train.communication"),
+    "vp_train.communication": (
+        "schedules",
+        "vp_train.config",
+        "vp_train.planning.degrees",
+        "vp_train.communication",
+    ),
     "vp_train.planning": (
         "schedules",
         "vp_train.config",
@@ -42,7 +49,13 @@ ALLOWED = {
         "vp_train.quiet",
         "vp_train.tensors",
     ),
-    "vp_train.hf": ("vp_train.config", "vp_train.checkpoint", "vp_train.model.shape", "vp_train.hf", "vp_train.durable"),
+    "vp_train.hf": (
+        "vp_train.config",
+        "vp_train.checkpoint",
+        "vp_train.model.shape",
+        "vp_train.hf",
+        "vp_train.durable",
+    ),
     "vp_train.data": ("vp_train.config", "vp_train.data", "vp_train.durable", "vp_train.quiet"),
 }
 MOST_ROOT_MODULES = 10  # besides __init__ and __main__
@@ -118,7 +131,11 @@ def test_arrows_point_one_way(path):
         allowed = ALLOWED[max(rules, key=len)]
         assert {imported for imported in ours if not within(imported, allowed)} == set()
     if not within(module, ("vp_train.commands", "vp_train.__main__")):
-        assert not {imported for imported in ours if within(imported, ("vp_train.train", "vp_train.commands"))}
+        assert not {
+            imported
+            for imported in ours
+            if within(imported, ("vp_train.train", "vp_train.commands"))
+        }
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

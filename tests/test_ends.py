@@ -43,7 +43,10 @@ def misbehaving(rank, port, deed, overrides, directory):
     os.dup2(os.open(directory / f"stderr{rank}", os.O_WRONLY | os.O_CREAT), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ |= {name: str(value) for name, value in given.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {name: str(value) for name, value in given.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
     def watch(groups, failed):
         Run.nccl_failed = staticmethod(failed)
@@ -63,9 +66,18 @@ def misbehaving(rank, port, deed, overrides, directory):
 
 def misbehave(tmp_path, deed, patience):
     """Exit codes and words of two ranks, of which the second does `deed` in step 2, when the first of them has ended."""
-    overrides = ["model=nano", "data=synthetic", f"run.root={tmp_path}/runs", "run.steps=100", "run.trace_step=0"]
+    overrides = [
+        "model=nano",
+        "data=synthetic",
+        f"run.root={tmp_path}/runs",
+        "run.steps=100",
+        "run.trace_step=0",
+    ]
     arguments = (free_port(), deed, [*overrides, f"run.timeout_seconds={patience}"], tmp_path)
-    processes = [ready_context().Process(target=misbehaving, args=(rank, *arguments), daemon=True) for rank in range(2)]
+    processes = [
+        ready_context().Process(target=misbehaving, args=(rank, *arguments), daemon=True)
+        for rank in range(2)
+    ]
     for process in processes:
         process.start()
     assert wait([process.sentinel for process in processes], 60), "neither rank has ended"
@@ -79,18 +91,27 @@ def misbehave(tmp_path, deed, patience):
 def test_a_rank_that_hangs_ends_the_others_when_its_time_is_up(tmp_path):
     codes, (said, _) = misbehave(tmp_path, hang, 8)
     assert codes == [EXIT_HANG, None]
-    assert "rank 0: stopped at step 2, another rank has not answered for 8 s (run.timeout_seconds)" in said
+    assert (
+        "rank 0: stopped at step 2, another rank has not answered for 8 s (run.timeout_seconds)"
+        in said
+    )
     assert "Traceback" not in said.partition("rank 0: stopped")[0]
 
 
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        ("TIMEOUT", EXIT_HANG, "another rank has not answered for 60 s (run.timeout_seconds); it may hang"),
+        (
+            "TIMEOUT",
+            EXIT_HANG,
+            "another rank has not answered for 60 s (run.timeout_seconds); it may hang",
+        ),
         ("REMOTE_ERROR", EXIT_INTERNAL, "another rank went away"),
     ],
 )
-def test_an_error_of_nccl_ends_a_rank_with_a_line_that_names_the_record(tmp_path, error, code, words):
+def test_an_error_of_nccl_ends_a_rank_with_a_line_that_names_the_record(
+    tmp_path, error, code, words
+):
     record = flight_recorder.file_of({}, tmp_path / "runs" / "default", 1)
     codes, (_, said) = misbehave(tmp_path, partial(lose_nccl, error, record), 60)
     assert f"rank 1: stopped at step 2, {words}; its last communications: {record}\n" in said
@@ -100,7 +121,10 @@ def test_an_error_of_nccl_ends_a_rank_with_a_line_that_names_the_record(tmp_path
 
 def test_a_file_that_cannot_be_written_ends_a_rank_with_a_line(tmp_path):
     codes, (_, said) = misbehave(tmp_path, fill_the_disk, 60)
-    assert "vp-train: [Errno 28] No space left on device: 'metrics.jsonl', at step 2; once that is mended" in said
+    assert (
+        "vp-train: [Errno 28] No space left on device: 'metrics.jsonl', at step 2; once that is mended"
+        in said
+    )
     assert "Traceback" not in said.partition("vp-train: [Errno 28]")[0]
     assert codes[1] == EXIT_IO
 
@@ -120,22 +144,49 @@ train()
 
 def test_a_rank_that_raises_ends_the_job_of_torchrun_with_its_traceback(tmp_path):
     (tmp_path / "raising.py").write_text(RAISING)
-    overrides = ["model=nano", "data=synthetic", f"run.root={tmp_path}/runs", "run.steps=100", "run.trace_step=0"]
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    overrides = [
+        "model=nano",
+        "data=synthetic",
+        f"run.root={tmp_path}/runs",
+        "run.steps=100",
+        "run.trace_step=0",
+    ]
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    )
     command = [*torchrun, str(tmp_path / "raising.py"), *overrides, "run.timeout_seconds=60"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, env=environment, check=False)  # the dead end it
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=50, env=environment, check=False
+    )  # the dead end it
     assert done.returncode != 0
     assert "rank 1 failed at step 2" in done.stderr
     assert "RuntimeError: deliberate failure" in done.stderr
-    assert done.stderr.count("deliberate failure") <= 2  # the raise line and the message: one traceback
-    assert re.search(rf"rank +: 1 .*\n +exitcode +: {EXIT_INTERNAL} ", done.stderr)  # as torchrun reports it
+    assert (
+        done.stderr.count("deliberate failure") <= 2
+    )  # the raise line and the message: one traceback
+    assert re.search(
+        rf"rank +: 1 .*\n +exitcode +: {EXIT_INTERNAL} ", done.stderr
+    )  # as torchrun reports it
 
 
 @pytest.mark.parametrize("when", ["they train", "they start"])
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path, when):
-    overrides = ["model=nano", "data=synthetic", f"run.root={tmp_path}/runs", "run.steps=10000", "parallel.pp=2"]
-    launcher = subprocess.Popen([sys.executable, "-m", "vp_train", *overrides], stdout=subprocess.PIPE, text=True)
+    overrides = [
+        "model=nano",
+        "data=synthetic",
+        f"run.root={tmp_path}/runs",
+        "run.steps=10000",
+        "parallel.pp=2",
+    ]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "vp_train", *overrides], stdout=subprocess.PIPE, text=True
+    )
     if when == "they train":
         for line in launcher.stdout:
             if line.startswith("step"):
@@ -156,9 +207,18 @@ def children_of(pid):
 
 
 def test_a_reader_that_goes_away_ends_the_run_with_a_word(tmp_path):
-    overrides = ["model=nano", "data=synthetic", "parallel.pp=2", "run.steps=50", "run.log_every=1", f"run.root={tmp_path}"]
+    overrides = [
+        "model=nano",
+        "data=synthetic",
+        "parallel.pp=2",
+        "run.steps=50",
+        "run.log_every=1",
+        f"run.root={tmp_path}",
+    ]
     command = [sys.executable, "-m", "vp_train", *overrides]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         process.stdout.readline()
         process.stdout.close()
         assert process.wait(timeout=90) == 128 + signal.SIGPIPE

@@ -11,7 +11,15 @@ from schedules.generators import GENERATORS, Family
 from schedules.ir import Kind, Pass
 from schedules.lower import lower
 from schedules.simulate import simulate
-from schedules.vocab import VOCAB_ALGORITHMS, Barrier, End, Payload, Transfer, VocabAlgorithm, searched_algorithms
+from schedules.vocab import (
+    VOCAB_ALGORITHMS,
+    Barrier,
+    End,
+    Payload,
+    Transfer,
+    VocabAlgorithm,
+    searched_algorithms,
+)
 from tests.pipeline.compare import assert_all_close
 from tests.pipeline.equivalence import compare_locally, config_of
 from vp_train.config import VocabConfig
@@ -30,7 +38,9 @@ CHAINED = VocabAlgorithm(
         _NAIVE["C0"],
         _NAIVE["C1"],
         _NAIVE["C1b"],
-        Barrier("C1c", End.OUTPUT, Transfer.REDUCE, Payload.INPUT_GRADIENT, (Kind.B,), continues="C1b"),
+        Barrier(
+            "C1c", End.OUTPUT, Transfer.REDUCE, Payload.INPUT_GRADIENT, (Kind.B,), continues="C1b"
+        ),
         _NAIVE["CG"],
     ),
     Kind.S,
@@ -60,15 +70,24 @@ def registered(monkeypatch):
 
 @pytest.mark.parametrize(
     ("schedule", "algorithm"),
-    [("last_first", "one_barrier"), ("last_first", "chained"), ("1f1b", "chained"), ("zb_v", "chained")],
+    [
+        ("last_first", "one_barrier"),
+        ("last_first", "chained"),
+        ("1f1b", "chained"),
+        ("zb_v", "chained"),
+    ],
 )
-def test_it_is_planned_checked_simulated_lowered_and_trains_as_one_process(registered, schedule, algorithm):
+def test_it_is_planned_checked_simulated_lowered_and_trains_as_one_process(
+    registered, schedule, algorithm
+):
     config = config_of(3, 4, 101, schedule=schedule, vocab=VocabConfig(algorithm), num_stages=6)
     plan = make_plan(config, 3)
     check_schedule(plan.schedule, plan.problem)
     program = lower(plan.schedule, plan.problem, plan.cost)
     check_program(program, plan.problem)
-    assert simulate(plan.schedule, plan.problem, plan.cost).makespan == pytest.approx(plan.timeline.makespan)
+    assert simulate(plan.schedule, plan.problem, plan.cost).makespan == pytest.approx(
+        plan.timeline.makespan
+    )
     assert_all_close(compare_locally(config, plan), 1e-9, schedule, algorithm)
 
 
@@ -81,6 +100,14 @@ def test_it_is_in_the_report_of_a_cluster_and_in_the_search(registered):
 
 
 def test_an_algorithm_says_what_its_passes_multiply():
-    products = {name: (each.products(Kind.S), each.products(Kind.T)) for name, each in VOCAB_ALGORITHMS.items()}
-    assert products == {"none": (2, 1), "naive": (1, 2), "two_barrier": (1, 2), "one_barrier": (2, 1)}
+    products = {
+        name: (each.products(Kind.S), each.products(Kind.T))
+        for name, each in VOCAB_ALGORITHMS.items()
+    }
+    assert products == {
+        "none": (2, 1),
+        "naive": (1, 2),
+        "two_barrier": (1, 2),
+        "one_barrier": (2, 1),
+    }
     assert all(sum(pair) == 3 for pair in products.values())

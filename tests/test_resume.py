@@ -9,7 +9,15 @@ import pytest
 
 from tests.data.cases import text_config, write_letters
 from tests.meshes import mesh_for
-from tests.training import OFFLOADED, config_of, laid_out, metrics_of, release_locks, train, uncompiled
+from tests.training import (
+    OFFLOADED,
+    config_of,
+    laid_out,
+    metrics_of,
+    release_locks,
+    train,
+    uncompiled,
+)
 from vp_train.assembly import build_rank
 from vp_train.checkpoint.training import _require_same_text
 from vp_train.config import (
@@ -28,8 +36,17 @@ def packed_blend(tmp_path):
     """Two corpora of documents that are shorter than a sequence."""
     write_letters(tmp_path / "one", [200] * 10)
     write_letters(tmp_path / "two", [50] * 20)
-    entries = (BlendEntry(path=str(tmp_path / "one"), weight=0.7), BlendEntry(path=str(tmp_path / "two"), weight=0.3))
-    return DataConfig("blend", blend=entries, packing="documents", cache_dir=str(tmp_path / "cache"), validation_fraction=0.2)
+    entries = (
+        BlendEntry(path=str(tmp_path / "one"), weight=0.7),
+        BlendEntry(path=str(tmp_path / "two"), weight=0.3),
+    )
+    return DataConfig(
+        "blend",
+        blend=entries,
+        packing="documents",
+        cache_dir=str(tmp_path / "cache"),
+        validation_fraction=0.2,
+    )
 
 
 @pytest.mark.parametrize("data", ["synthetic", "packed blend"])
@@ -53,7 +70,12 @@ TENSOR = {"dp": 2, "tp": 2, "pp": 1, "optimizer": "zero1"}
 REPLICAS = {"dp": 2, "pp": 2, "optimizer": "zero1"}
 
 
-EMPTY_ENDS = {"pp": 4, "layers": (0, 3, 3, 0), "vocab": VocabConfig("one_barrier", shards=(0, 50, 51, 0)), "optimizer": "zero1"}
+EMPTY_ENDS = {
+    "pp": 4,
+    "layers": (0, 3, 3, 0),
+    "vocab": VocabConfig("one_barrier", shards=(0, 50, 51, 0)),
+    "optimizer": "zero1",
+}
 
 
 def split_over_two(config):
@@ -85,9 +107,14 @@ def whole_run(ranks, tmp_path_factory):
         (EMPTY_ENDS, {"pp": 2}, "float32"),
     ],
 )
-def test_another_layout_and_schedule_go_on_from_the_same_checkpoint(ranks, whole_run, tmp_path, before, after, dtype):
+def test_another_layout_and_schedule_go_on_from_the_same_checkpoint(
+    ranks, whole_run, tmp_path, before, after, dtype
+):
     whole, part = whole_run(dtype), split_over_two(config_of(tmp_path, "part", dtype=dtype))
-    first, then = laid_out(part, **before), laid_out(replace(part, run=replace(part.run, resume=True)), **after)
+    first, then = (
+        laid_out(part, **before),
+        laid_out(replace(part, run=replace(part.run, resume=True)), **after),
+    )
     for config, stop_after in ((first, 4), (then, None)):
         num_ranks = wanted_ranks(config.parallel)
         ranks(num_ranks).run(uncompiled, train, config, stop_after)
@@ -102,18 +129,27 @@ def test_another_layout_and_schedule_go_on_from_the_same_checkpoint(ranks, whole
 def test_a_run_goes_on_with_the_same_text_elsewhere_and_with_no_other(ranks, tmp_path):
     config = config_of(tmp_path, eval_every=0, trace_step=0)
     write_letters(tmp_path / "text", [200] * 10)
-    config = replace(config, data=text_config(tmp_path), model=replace(config.model, vocab_size=300))
+    config = replace(
+        config, data=text_config(tmp_path), model=replace(config.model, vocab_size=300)
+    )
     ranks(2).run(train, config, 4)
     ranks(2).run(release_locks)
     (tmp_path / "text").rename(tmp_path / "moved")
-    moved = replace(config, data=replace(config.data, path=f"{tmp_path}/moved/"), run=replace(config.run, resume=True))
+    moved = replace(
+        config,
+        data=replace(config.data, path=f"{tmp_path}/moved/"),
+        run=replace(config.run, resume=True),
+    )
     assert ranks(2).run(train, moved, 5) == [5, 5]
     ranks(2).run(release_locks)
     (tmp_path / "moved" / "more.txt").write_text("another document")
     for message in ranks(2).run(refused, moved):
         assert "the text or its tokenizer is not what" in message
         assert "run.init_from=" in message
-    with pytest.raises(ConfigError, match=r"the text or tokenizer of data.blend\[1\] is not what there was trained on"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the text or tokenizer of data.blend\[1\] is not what there was trained on",
+    ):
         _require_same_text(["a", "b"], ["a", "c"], "there")
 
 
@@ -139,7 +175,10 @@ def test_a_resumed_float16_run_has_its_loss_scale_again(ranks, tmp_path):
     config = config_of(tmp_path, dtype="float16", eval_every=0, trace_step=0)
     assert ranks(2).run(loss_scale_of, config, 2.0**11) == [2.0**11] * 2
     ranks(2).run(release_locks)
-    assert ranks(2).run(loss_scale_of, replace(config, run=replace(config.run, resume=True)), None) == [2.0**11] * 2
+    assert (
+        ranks(2).run(loss_scale_of, replace(config, run=replace(config.run, resume=True)), None)
+        == [2.0**11] * 2
+    )
 
 
 def loss_scale_of(rank, num_ranks, config, first):

@@ -40,17 +40,38 @@ def test_a_run_learns_and_leaves_everything_in_its_directory(ranks, tmp_path):
     ranks(2).run(train, config)
     records = metrics_of(config)
     assert [record["step"] for record in records] == list(range(1, 25))
-    assert records[23]["validation_loss"] < records[11]["validation_loss"] < records[0]["loss"] - 0.3
+    assert (
+        records[23]["validation_loss"] < records[11]["validation_loss"] < records[0]["loss"] - 0.3
+    )
     directory = tmp_path / "run"
-    for name in ("config.yaml", "env.json", "schedule.txt", "schedule.svg", "trace/step.json", "trace/step.svg", "tensorboard"):
+    for name in (
+        "config.yaml",
+        "env.json",
+        "schedule.txt",
+        "schedule.svg",
+        "trace/step.json",
+        "trace/step.svg",
+        "tensorboard",
+    ):
         assert (directory / name).exists(), name
     events = json.loads((directory / "trace" / "step.json").read_text())["traceEvents"]
     assert {"0E0", "1F0", "0S3", "1T3", "0G3"} <= {event["name"] for event in events}
-    lanes = {event["pid"] for event in events if event["name"] == "process_name" and "measured" in event["args"]["name"]}
-    communications = {event["name"] for event in events if event["pid"] in lanes and event.get("tid") == 1}
+    lanes = {
+        event["pid"]
+        for event in events
+        if event["name"] == "process_name" and "measured" in event["args"]["name"]
+    }
+    communications = {
+        event["name"] for event in events if event["pid"] in lanes and event.get("tid") == 1
+    }
     barriers = {f"{name}.{i}" for name in ("CE", "C0", "C1", "C1b", "CG") for i in range(4)}
-    assert communications - {"thread_name"} == barriers | {f"{stage}{i}" for stage in ("0F", "1B") for i in range(4)}
-    assert [path.name for path in sorted((directory / "checkpoints").iterdir())] == ["step-00000020", "step-00000024"]
+    assert communications - {"thread_name"} == barriers | {
+        f"{stage}{i}" for stage in ("0F", "1B") for i in range(4)
+    }
+    assert [path.name for path in sorted((directory / "checkpoints").iterdir())] == [
+        "step-00000020",
+        "step-00000024",
+    ]
 
 
 TINY = [
@@ -73,17 +94,30 @@ TINY = [
 def test_a_searched_schedule_is_what_runs_and_can_be_run_again(ranks, tmp_path):
     root = f"run.root='{tmp_path}/a=b, c'"
     words = [*TINY, root, "schedule=auto", "vocab=auto", "run.name=searched"]
-    done = subprocess.run([sys.executable, "-m", "vp_train", *words], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "vp_train", *words],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     directory = tmp_path / "a=b, c" / "searched"
     written = Schedule.parse((directory / "schedule.txt").read_text())
     assert written.name.startswith("auto from ")
     assert f"schedule  {written.name}, vocabulary one_barrier, 3 microbatches" in done.stdout
     events = json.loads((directory / "trace" / "step.json").read_text())["traceEvents"]
-    lanes = {event["args"]["name"]: event["pid"] for event in events if event["name"] == "process_name"}
-    passes = sorted((event for event in events if event["ph"] == "X" and event["tid"] == 0), key=lambda event: event["ts"])
+    lanes = {
+        event["args"]["name"]: event["pid"] for event in events if event["name"] == "process_name"
+    }
+    passes = sorted(
+        (event for event in events if event["ph"] == "X" and event["tid"] == 0),
+        key=lambda event: event["ts"],
+    )
     for rank, order in enumerate(written.ranks):
-        measured = [event["name"] for event in passes if event["pid"] == lanes[f"measured rank {rank}"]]
+        measured = [
+            event["name"] for event in passes if event["pid"] == lanes[f"measured rank {rank}"]
+        ]
         assert measured == list(map(str, order))
 
     stored = f"schedule.file='{directory}/schedule.txt'"
@@ -128,38 +162,58 @@ def test_a_deterministic_run_asks_torch_for_it(monkeypatch, tmp_path):
         torch.use_deterministic_algorithms(False)
 
 
-def test_the_group_of_all_ranks_waits_for_the_world_s_time_and_every_other_for_a_step_s(ranks, tmp_path, monkeypatch):
+def test_the_group_of_all_ranks_waits_for_the_world_s_time_and_every_other_for_a_step_s(
+    ranks, tmp_path, monkeypatch
+):
     config = config_of(tmp_path, timeout_seconds=7, world_timeout_seconds=70)
     made = []
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: made.append(timeout.total_seconds()))
-    monkeypatch.setattr("vp_train.train.build_mesh", lambda degrees, problem, settings, **_: made.append(settings))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, timeout: made.append(timeout.total_seconds())
+    )
+    monkeypatch.setattr(
+        "vp_train.train.build_mesh", lambda degrees, problem, settings, **_: made.append(settings)
+    )
     _connect(config, make_plan(config, 2))
     assert made == [70, config.run]
     for seconds in ranks(4).run(timeouts_of, laid_out(config, pp=2, dp=2)):
-        assert seconds == {"world": 70} | dict.fromkeys(("steps", "tensor", "data", "down", "up", "input", "output"), 7)
+        assert seconds == {"world": 70} | dict.fromkeys(
+            ("steps", "tensor", "data", "down", "up", "input", "output"), 7
+        )
 
 
 def timeouts_of(rank, num_ranks, config):
     plan = make_plan(config, num_ranks)
     mesh = build_mesh(plan.degrees, plan.problem, config.run)
     peer = 1 - mesh.pipeline_rank
-    groups = {"world": mesh.world.row, "steps": mesh.steps.row, "tensor": mesh.tensor, "data": mesh.data}
+    groups = {
+        "world": mesh.world.row,
+        "steps": mesh.steps.row,
+        "tensor": mesh.tensor,
+        "data": mesh.data,
+    }
     groups |= {"down": mesh.pipeline.sends[peer], "up": mesh.pipeline.receives[peer]}
     groups |= {end.value: group for end, group in mesh.pipeline.ends.items()}
-    found = {name: group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for name, group in groups.items()}
+    found = {
+        name: group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        for name, group in groups.items()
+    }
     mesh.destroy()
     return found
 
 
 def test_more_ranks_than_gpus_are_refused_on_all_of_them_before_they_meet(tmp_path, monkeypatch):
     config = config_of(tmp_path, device="cuda")
-    monkeypatch.setattr("vp_train.train.set_environment", lambda *_: None)  # tests to come start processes
+    monkeypatch.setattr(
+        "vp_train.train.set_environment", lambda *_: None
+    )  # tests to come start processes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for local_rank in "01":
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-        with pytest.raises(ConfigError, match=r"2 ranks on a node whose GPUs are 1, .* run.comm_backend=gloo"):
+        with pytest.raises(
+            ConfigError, match=r"2 ranks on a node whose GPUs are 1, .* run.comm_backend=gloo"
+        ):
             _connect(config, make_plan(config, 2))
 
 
@@ -179,14 +233,18 @@ def test_a_loss_that_is_no_number_stops_a_float16_run_whatever_its_scale():
 
 
 def test_validation_keeps_to_documents_as_training_does(monkeypatch):
-    monkeypatch.setattr("vp_train.train.gather_health", lambda loss, *_: StepHealth(loss, 0.0, (), 0.0))
+    monkeypatch.setattr(
+        "vp_train.train.gather_health", lambda loss, *_: StepHealth(loss, 0.0, (), 0.0)
+    )
     segments = torch.tensor([[[0, 1]]])
     batch = Batch(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), segments)
     seen = []
     run = SimpleNamespace(
         source=SimpleNamespace(validation_batch=lambda *_: batch),
         mesh=SimpleNamespace(data_rank=0, degrees=SimpleNamespace(dp=1), steps=None),
-        model=SimpleNamespace(evaluator=SimpleNamespace(step=lambda *_, segments: seen.append(segments) or 1.5)),
+        model=SimpleNamespace(
+            evaluator=SimpleNamespace(step=lambda *_, segments: seen.append(segments) or 1.5)
+        ),
         _on_device=lambda given: given,
         _own=lambda loss: loss,
     )
@@ -248,15 +306,28 @@ def scales_of(rank, num_ranks, config):
         scales.append(run.model.loss_scale.value)
         changed.append(run.model.optimizer.updates > before)
         run.model.optimizer.settle()
-        norms.append(sum(parameter.detach().double().square().sum().item() for parameter in run.model.parameters.values()))
+        norms.append(
+            sum(
+                parameter.detach().double().square().sum().item()
+                for parameter in run.model.parameters.values()
+            )
+        )
     return scales, changed, norms
 
 
 def test_steps_that_overflow_float16_are_skipped_until_the_loss_scale_is_right(ranks, tmp_path):
-    config = config_of(tmp_path, steps=20, dtype="float16", checkpoint_every=0, eval_every=0, trace_step=0)
+    config = config_of(
+        tmp_path, steps=20, dtype="float16", checkpoint_every=0, eval_every=0, trace_step=0
+    )
     norms = []
-    for layout in ({"pp": 1, "dp": 2}, {"pp": 1, "dp": 2, "optimizer": "zero1"}, {**OFFLOADED, "dp": 2}):
-        for scales, changed, last in ranks(2).run(uncompiled, scales_of, laid_out(config, **layout)):
+    for layout in (
+        {"pp": 1, "dp": 2},
+        {"pp": 1, "dp": 2, "optimizer": "zero1"},
+        {**OFFLOADED, "dp": 2},
+    ):
+        for scales, changed, last in ranks(2).run(
+            uncompiled, scales_of, laid_out(config, **layout)
+        ):
             assert not any(changed[:3])
             assert all(changed[-5:])
             assert scales == [2.0 ** (30 - changed[:step].count(False)) for step in range(1, 21)]
@@ -267,22 +338,40 @@ def test_steps_that_overflow_float16_are_skipped_until_the_loss_scale_is_right(r
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits_learn_as_float32_does(ranks, tmp_path, dtype):
-    runs = [config_of(tmp_path, name, dtype=name, checkpoint_every=0, eval_every=0) for name in ("float32", dtype)]
+    runs = [
+        config_of(tmp_path, name, dtype=name, checkpoint_every=0, eval_every=0)
+        for name in ("float32", dtype)
+    ]
     for config in runs:
         ranks(2).run(train, config)
     assert len(metrics_of(runs[0])) == 8
     for exact, rounded in zip(*map(metrics_of, runs), strict=True):
         assert rounded["loss"] == pytest.approx(exact["loss"], rel=5e-3)
-        if exact["step"] <= 3:  # later, small gradients have taken other signs, and AdamW other ways
+        if (
+            exact["step"] <= 3
+        ):  # later, small gradients have taken other signs, and AdamW other ways
             assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=2e-2)
 
 
 def test_bfloat16_converges_to_the_entropy_of_its_data(ranks, tmp_path):
-    config = config_of(tmp_path, steps=100, dtype="bfloat16", checkpoint_every=0, eval_every=100, eval_microbatches=64)
+    config = config_of(
+        tmp_path,
+        steps=100,
+        dtype="bfloat16",
+        checkpoint_every=0,
+        eval_every=100,
+        eval_microbatches=64,
+    )
     config = replace(
         config,
         model=ModelConfig(
-            num_layers=2, hidden_size=64, num_heads=2, num_query_groups=2, ffn_hidden_size=64, vocab_size=40, seq_length=64
+            num_layers=2,
+            hidden_size=64,
+            num_heads=2,
+            num_query_groups=2,
+            ffn_hidden_size=64,
+            vocab_size=40,
+            seq_length=64,
         ),
         optim=OptimConfig(lr=1e-2, warmup_steps=10, weight_decay=0.0),
         micro_batch_size=8,

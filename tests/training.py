@@ -11,7 +11,14 @@ import pytest
 
 from tests.meshes import mesh_for
 from vp_train.assembly import build_rank
-from vp_train.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings
+from vp_train.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    RunSettings,
+)
 from vp_train.data import open_source
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
@@ -25,7 +32,13 @@ OFFLOADED = {"dp": 4, "pp": 1, "optimizer": "zero1", "offload": True}
 def config_of(root, name="run", steps=8, p=2, **run):
     return RunConfig(
         model=ModelConfig(
-            num_layers=6, hidden_size=32, num_heads=2, num_query_groups=1, ffn_hidden_size=48, vocab_size=101, seq_length=16
+            num_layers=6,
+            hidden_size=32,
+            num_heads=2,
+            num_query_groups=1,
+            ffn_hidden_size=48,
+            vocab_size=101,
+            seq_length=16,
         ),
         parallel=ParallelConfig(pp=p),
         optim=OptimConfig(lr=1e-2, warmup_steps=2),

@@ -25,7 +25,7 @@ from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
 from vp_train.pipeline.executor import BLIND, Executor, Observer, RankModules
 from vp_train.planning.plan import RunPlan
 from vp_train.tensors.precision import DTYPES, statistics_dtype
-from vp_train.tensors.split import Split
+from vp_train.tensors.slices import TensorSlice
 from vp_train.tensors.streams import with_index
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
@@ -43,7 +43,7 @@ class RankModel:
     """
 
     parameters: dict[str, nn.Parameter]
-    splits: dict[str, Split]
+    splits: dict[str, TensorSlice]
     trainer: Executor
     evaluator: Executor
     stages: dict[int, Stage]
@@ -52,7 +52,7 @@ class RankModel:
     gradients: Gradients
     optimizer: Optimizer
     loss_scale: LossScale
-    answers: bool  # for the loss of its replica
+    reports_loss: bool  # for the loss of its replica
     _completions: _Completions
     _comms: Comms
     _copied_at_both_ends: Tensor | None  # the gradient of a tied matrix
@@ -72,7 +72,9 @@ class RankModel:
         """
         self._completions.begin()
         scale = self.loss_scale.value
-        loss = self.trainer.step(tokens, labels, observer, mask=mask, segments=segments, loss_scale=scale)
+        loss = self.trainer.step(
+            tokens, labels, observer, mask=mask, segments=segments, loss_scale=scale
+        )
         if self._copied_at_both_ends is not None:
             self._comms.sum_over_ends(self._copied_at_both_ends)
         return loss
@@ -80,7 +82,11 @@ class RankModel:
     @property
     def num_parameters(self) -> int:
         """Without copies."""
-        return sum(parameter.numel() for name, parameter in self.parameters.items() if name not in self.copied)
+        return sum(
+            parameter.numel()
+            for name, parameter in self.parameters.items()
+            if name not in self.copied
+        )
 
 
 def rank_device(config: RunConfig) -> torch.device:
@@ -88,7 +94,9 @@ def rank_device(config: RunConfig) -> torch.device:
     return with_index(torch.device(config.run.device))
 
 
-def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transport | None = None) -> RankModel:
+def build_rank(
+    config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transport | None = None
+) -> RankModel:
     """Build the model of this rank with its initial values.
 
     `transport` connects it with the other ranks of its pipeline; None: the process groups of `mesh`.
@@ -97,7 +105,9 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transpor
     weights = _build_weights(config, plan, mesh, device)
     gradients = _build_gradients(config, weights, mesh)
     replicas = Replicas(mesh.data, _through_host(config))
-    optimizer = _build_optimizer(config.optim, weights.parameters, gradients, replicas)  # may move parameters
+    optimizer = _build_optimizer(
+        config.optim, weights.parameters, gradients, replicas
+    )  # may move parameters
     completions = _completions_of(weights, gradients, optimizer, mesh)
     training, evaluating = _build_modules(config, plan, mesh, weights, gradients, completions)
     comms = Comms(transport or _process_groups(config, mesh, device))
@@ -112,7 +122,7 @@ def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transpor
         gradients=gradients,
         optimizer=optimizer,
         loss_scale=LossScale.of(config.run.dtype),
-        answers=plan.problem.root(End.OUTPUT) == rank and mesh.tensor_rank == 0,
+        reports_loss=plan.problem.root(End.OUTPUT) == rank and mesh.tensor_rank == 0,
         _completions=completions,
         _comms=comms,
         _copied_at_both_ends=None if weights.tied is None else gradients[weights.tied],
@@ -132,7 +142,7 @@ class _Weights:
     shards: dict[End, _Shards]
     matrices: dict[End, tuple[str, nn.Parameter]]
     parameters: dict[str, nn.Parameter]
-    splits: dict[str, Split]
+    splits: dict[str, TensorSlice]
     copied: frozenset[str]
     tied: str | None
 
@@ -150,7 +160,7 @@ def _build_weights(config: RunConfig, plan: RunPlan, mesh: Mesh, device: torch.d
     splits = {name: split for stage in stages.values() for name, split in stage.splits.items()}
     for end, (name, _) in matrices.items():
         own = shards[end].own
-        splits[name] = Split(0, config.model.vocab_size, ((own.start, own.stop),))
+        splits[name] = TensorSlice(0, config.model.vocab_size, ((own.start, own.stop),))
     copied = parameters.keys() - splits.keys() if mesh.tensor_rank else set[str]()
     tied = None
     two_ends = not problem.algorithm.sharded and len({problem.root(end) for end in End}) > 1
@@ -172,7 +182,9 @@ def _build_gradients(config: RunConfig, weights: _Weights, mesh: Mesh) -> Gradie
     return Gradients(weights.parameters, layout)
 
 
-def _completions_of(weights: _Weights, gradients: Gradients, optimizer: Optimizer, mesh: Mesh) -> _Completions:
+def _completions_of(
+    weights: _Weights, gradients: Gradients, optimizer: Optimizer, mesh: Mesh
+) -> _Completions:
     return _Completions(
         _names_of_passes(weights.stages, weights.matrix_names, mesh.pipeline_rank),
         later=frozenset(() if weights.tied is None else (weights.tied,)),
@@ -262,7 +274,9 @@ def _over_replicas(mesh: Mesh, total: Tensor) -> Tensor:
     """
     _, here, k = mesh.degrees.place(mesh.rank)
     everyone = mesh.steps.all_gather(total)
-    return everyone[[mesh.degrees.rank(replica, here, k) for replica in range(mesh.degrees.dp)]].sum()
+    return everyone[
+        [mesh.degrees.rank(replica, here, k) for replica in range(mesh.degrees.dp)]
+    ].sum()
 
 
 def _sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
@@ -271,7 +285,9 @@ def _sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat, group=group)
-    for tensor, total in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, total in zip(
+        tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True
+    ):
         tensor.copy_(total.view_as(tensor))
 
 
@@ -307,7 +323,9 @@ class _Completions:
     def announce(self, names: Sequence[str]) -> None:
         new = [name for name in names if name not in self._done]
         self._done.update(new)
-        _sum_in_place([self._gradients[name] for name in new if name in self._partial], self._tensor)
+        _sum_in_place(
+            [self._gradients[name] for name in new if name in self._partial], self._tensor
+        )
         self._optimizer.ready(new)
 
     def complete(self, item: Pass) -> None:
@@ -326,7 +344,10 @@ def _runs(weights: _Weights) -> Runs:
 
 
 def _build_optimizer(
-    optim: OptimConfig, parameters: dict[str, nn.Parameter], gradients: Gradients, replicas: Replicas
+    optim: OptimConfig,
+    parameters: dict[str, nn.Parameter],
+    gradients: Gradients,
+    replicas: Replicas,
 ) -> Optimizer:
     if optim.name == "adamw":
         return ReplicatedAdamW(parameters, gradients, optim, replicas)
@@ -356,7 +377,9 @@ class _Shards:
         return self.all[self.index]
 
 
-def _build_stages(config: RunConfig, plan: RunPlan, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> dict[int, Stage]:
+def _build_stages(
+    config: RunConfig, plan: RunPlan, mesh: Mesh, dtype: torch.dtype, device: torch.device
+) -> dict[int, Stage]:
     return {
         stage: Stage(
             config.model,
@@ -384,12 +407,16 @@ def _build_matrices(
             matrices[end] = matrices[End.INPUT]
             continue
         name = "embedding" if end is End.INPUT or config.model.tied_embeddings else "output"
-        rows = init_rows(name, here.own.start, here.own.stop, config.model, config.run.seed, dtype, device)
+        rows = init_rows(
+            name, here.own.start, here.own.stop, config.model, config.run.seed, dtype, device
+        )
         matrices[end] = (f"{name}.weight", nn.Parameter(rows))
     return matrices
 
 
-def _names_of_passes(stages: dict[int, Stage], matrices: dict[End, str], rank: int) -> dict[tuple[Kind, int], tuple[str, ...]]:
+def _names_of_passes(
+    stages: dict[int, Stage], matrices: dict[End, str], rank: int
+) -> dict[tuple[Kind, int], tuple[str, ...]]:
     """The parameters that passes of a kind and stage read, or whose gradients they add to."""
     of_stages = {
         (kind, number): tuple(name for name, _ in stage.named_parameters())
@@ -397,7 +424,9 @@ def _names_of_passes(stages: dict[int, Stage], matrices: dict[End, str], rank: i
         for kind in (Kind.F, Kind.B, Kind.I, Kind.W)
     }
     kinds = {End.INPUT: (Kind.E, Kind.G), End.OUTPUT: (Kind.S, Kind.T)}
-    return of_stages | {(kind, rank): (name,) for end, name in matrices.items() for kind in kinds[end]}
+    return of_stages | {
+        (kind, rank): (name,) for end, name in matrices.items() for kind in kinds[end]
+    }
 
 
 def _named_parameters(stages: dict[int, Stage]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -140,7 +140,9 @@ def _make(
             list(spec.members),
             timeout,
             spec.backend if backend in (GLOO, NCCL) else backend,
-            communicator_options(settings, timeout, few_ctas=few_ctas) if on_nccl and is_member else None,
+            communicator_options(settings, timeout, few_ctas=few_ctas)
+            if on_nccl and is_member
+            else None,
             group_desc=str(spec.purpose),
         )
         if is_member:
@@ -168,7 +170,9 @@ def _warm_up(made: _Made, rank: int) -> None:
     torch.cuda.synchronize(device)
 
 
-def _control(row: Purpose, leaders: Purpose, made: _Made, num_ranks: int, width: int) -> ControlGroup:
+def _control(
+    row: Purpose, leaders: Purpose, made: _Made, num_ranks: int, width: int
+) -> ControlGroup:
     groups = {spec.purpose: group for spec, group in made}
     return ControlGroup(dist.get_rank(), num_ranks, width, groups[row], groups.get(leaders))
 

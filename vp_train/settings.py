@@ -20,7 +20,12 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
     """Compose configs/ and `overrides`.  Raises ConfigError with the offending override and the way out."""
     from hydra import compose, initialize_config_module
     from hydra.core.config_store import ConfigStore
-    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+    from hydra.errors import (
+        ConfigCompositionException,
+        HydraException,
+        MissingConfigException,
+        OverrideParseException,
+    )
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -30,7 +35,9 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
     options = [word for word in overrides if word.startswith("-")]
     if options:
         known = ", ".join((*known_options, "--help"))
-        raise ConfigError(f"{options[0]} is not an option; there are {known} and --print-config, all else is key=value")
+        raise ConfigError(
+            f"{options[0]} is not an option; there are {known} and --print-config, all else is key=value"
+        )
     overrides = [word for given in overrides for word in _of_file(given)]
     edits = [word for word in overrides if word.startswith(("+", "~"))]
     if edits:
@@ -40,7 +47,9 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
             composed = compose("config", overrides=list(overrides))
         config = OmegaConf.to_object(composed)
     except OverrideParseException as error:
-        raise ConfigError(f"{error.override!r} is not an override; write key=value, e.g. run.steps=100") from None
+        raise ConfigError(
+            f"{error.override!r} is not an override; write key=value, e.g. run.steps=100"
+        ) from None
     except MissingConfigException as error:
         raise ConfigError(_unknown_choice(error)) from None
     except ConfigCompositionException as error:
@@ -135,7 +144,9 @@ def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
     if first.startswith("Could not override"):
         key = first.split("'")[1]
         close = difflib.get_close_matches(key, list(keys), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see vp-train --help for all keys"
+        hint = (
+            f"did you mean {' or '.join(close)}?" if close else "see vp-train --help for all keys"
+        )
         return f"{key} is not a setting; {hint}"
     return first.replace("Error merging override ", "") + reason
 
@@ -152,7 +163,9 @@ def started_from(source: Path) -> Path | None:
     place = source.resolve()
     run = next((one.parent for one in (place, place.parent) if one.name == "checkpoints"), place)
     try:
-        told = OmegaConf.select(OmegaConf.create((run / "config.yaml").read_text()), "run.init_from")
+        told = OmegaConf.select(
+            OmegaConf.create((run / "config.yaml").read_text()), "run.init_from"
+        )
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         return None
     return Path(told).expanduser() if isinstance(told, str) else None
@@ -164,7 +177,9 @@ def started_from(source: Path) -> Path | None:
 def sections() -> dict[str, type]:
     """Return the sections of the configuration and their classes."""
     types = typing.get_type_hints(RunConfig)
-    return {item.name: types[item.name] for item in fields(RunConfig) if is_dataclass(types[item.name])}
+    return {
+        item.name: types[item.name] for item in fields(RunConfig) if is_dataclass(types[item.name])
+    }
 
 
 def settings_help(config: RunConfig) -> str:
@@ -172,7 +187,10 @@ def settings_help(config: RunConfig) -> str:
     rows = []
     for name in sections():
         section = getattr(config, name)
-        rows += [(f"{name}.{item.name}", getattr(section, item.name), setting_of(item)) for item in fields(section)]
+        rows += [
+            (f"{name}.{item.name}", getattr(section, item.name), setting_of(item))
+            for item in fields(section)
+        ]
     rows += [(item.name, getattr(config, item.name), setting_of(item)) for item in _own_fields()]
     words = [(f"{name}={_value(value)}", setting) for name, value, setting in rows]
     width = min(44, max(len(word) for word, _ in words))
@@ -186,7 +204,11 @@ def section_help(name: str, config: RunConfig) -> str:
     types = typing.get_type_hints(type(section))
     for item in fields(section):
         setting = setting_of(item)
-        facts = [_values_words(types[item.name], setting), setting.unit, f"default {_value(item.default)}"]
+        facts = [
+            _values_words(types[item.name], setting),
+            setting.unit,
+            f"default {_value(item.default)}",
+        ]
         lines.append(f"{name}.{item.name}={_value(getattr(section, item.name))}")
         lines.append(f"    {setting.meaning}")
         lines.append(f"    ({'; '.join(filter(None, facts))})")
@@ -200,15 +222,23 @@ def settings_page() -> str:
         "Every value of a run. Write `section.name=value` behind any command; `vp-train --help SECTION`\n"
         "shows a section too. This page is generated: `python -m vp_train.settings > docs/settings.md`.",
     ]
-    for name, section in [*sections().items(), ("", RunConfig), ("an entry of data.blend", BlendEntry)]:
+    for name, section in [
+        *sections().items(),
+        ("", RunConfig),
+        ("an entry of data.blend", BlendEntry),
+    ]:
         title = "top level" if section is RunConfig else name
         own = _own_fields() if section is RunConfig else fields(section)
         types = typing.get_type_hints(section)
         rows = ["| setting | default | values | meaning |", "|---|---|---|---|"]
         for item in own:
             setting = setting_of(item)
-            values = "; ".join(filter(None, [_values_words(types[item.name], setting), setting.unit]))
-            rows.append(f"| `{item.name}` | `{_value(item.default)}` | {values} | {setting.meaning} |")
+            values = "; ".join(
+                filter(None, [_values_words(types[item.name], setting), setting.unit])
+            )
+            rows.append(
+                f"| `{item.name}` | `{_value(item.default)}` | {values} | {setting.meaning} |"
+            )
         text = "" if section is RunConfig else f"{_paragraphs(section)}\n\n"
         parts.append(f"## {title}\n\n{text}" + "\n".join(rows))
     return "\n\n".join(parts) + "\n"

@@ -6,7 +6,11 @@ from __future__ import annotations
 def clock(seconds: float) -> str:
     """Return seconds as a clock shows them: 75 -> 1:15, 3675 -> 1:01:15."""
     minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    return (
+        f"{minutes}:{rest:02d}"
+        if minutes < 60
+        else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    )
 
 
 def human_bytes(count: float) -> str:

@@ -40,5 +40,7 @@ class Clock:
                 ready.append(later)
                 continue
             lane = self._lanes[step]
-            done = self.free_at[lane] = max(arrived_at[later], self.free_at[lane]) + self._seconds[step]
+            done = self.free_at[lane] = (
+                max(arrived_at[later], self.free_at[lane]) + self._seconds[step]
+            )
             self._finish(base, step, done, ready)

@@ -18,7 +18,12 @@ from schedules.ir import Pass
 from schedules.network import EMBEDDINGS_AHEAD, Network, Orders
 from schedules.simulate import peak, sweep
 
-_PATIENCE = (0.35, 0.0, 0.7, 1.0)  # the part of its own duration by which a filler may hold the next pass up
+_PATIENCE = (
+    0.35,
+    0.0,
+    0.7,
+    1.0,
+)  # the part of its own duration by which a filler may hold the next pass up
 _KICK_EFFORT = 20_000  # nodes placed after each kick
 LOOSE = 1 + 1e-9  # sums of bytes in another order differ in the last digit
 
@@ -58,13 +63,19 @@ def refine(network: Network, orders: Orders, caps: list[float], budget: int) -> 
                     break
                 budget -= 2 * nodes
                 filled = _both_ways(network, turns, best.orders, caps, patience, known)
-                found = None if filled is None or filled is best.orders else judge(network, filled, caps)
+                found = (
+                    None
+                    if filled is None or filled is best.orders
+                    else judge(network, filled, caps)
+                )
                 if found is not None and found.quality < (best.excess, best.makespan * (1 - 1e-9)):
                     best, known, improved = found, {}, True
     return best
 
 
-def search(network: Network, start: Refined, caps: list[float], budget: int, enough: float) -> Refined:
+def search(
+    network: Network, start: Refined, caps: list[float], budget: int, enough: float
+) -> Refined:
     """`start` improved by kicks: squeezed under a lower cap, which stirs the order, and refined again under the true one.
 
     It ends when `budget` nodes were placed or a makespan of `enough` is reached.  The kicks come from a fixed seed: every rank
@@ -78,7 +89,9 @@ def search(network: Network, start: Refined, caps: list[float], budget: int, eno
         squeeze, unequal = random.uniform(0.8, 1.0), random.random() < 0.25
         squeezed = [cap * (random.uniform(0.85, 1.0) if unequal else squeeze) for cap in caps]
         turns = (network, backwards) if random.random() < 0.5 else (backwards, network)
-        stirred = _both_ways(network, turns, best.orders, squeezed, random.choice(_PATIENCE[:3]), known)
+        stirred = _both_ways(
+            network, turns, best.orders, squeezed, random.choice(_PATIENCE[:3]), known
+        )
         if stirred is None:
             continue
         found = refine(network, stirred, caps, _KICK_EFFORT)
@@ -89,12 +102,20 @@ def search(network: Network, start: Refined, caps: list[float], budget: int, eno
 
 def judge(network: Network, orders: Orders, caps: list[float]) -> Refined:
     """How good `orders` are."""
-    over = [peak(network.byte_changes(order)) - cap * LOOSE for order, cap in zip(orders, caps, strict=True)]
+    over = [
+        peak(network.byte_changes(order)) - cap * LOOSE
+        for order, cap in zip(orders, caps, strict=True)
+    ]
     return Refined(orders, sweep(network, orders).makespan, max(0.0, *over))
 
 
 def _both_ways(
-    network: Network, turns: tuple[Network, Network], given: Orders, caps: list[float], patience: float, known: _Starts
+    network: Network,
+    turns: tuple[Network, Network],
+    given: Orders,
+    caps: list[float],
+    patience: float,
+    known: _Starts,
 ) -> Orders | None:
     """`given` filled in the directions of `turns`: itself where nothing moves, None where the caps leave no pass to take.
 
@@ -123,7 +144,14 @@ def _both_ways(
 class _Filler:
     """One run of time over all ranks.  Planning spends most of its time in these two loops, so they read locals."""
 
-    def __init__(self, network: Network, orders: Orders, expected: list[float], caps: list[float], patience: float) -> None:
+    def __init__(
+        self,
+        network: Network,
+        orders: Orders,
+        expected: list[float],
+        caps: list[float],
+        patience: float,
+    ) -> None:
         """`expected`: when each node starts in `orders` as they are."""
         self._network, self._expected = network, expected
         self._remaining = [order[::-1] for order in orders]  # the next pass is the last of the list
@@ -135,16 +163,30 @@ class _Filler:
         self._shard_bytes = [0.0] * network.num_ranks  # what one shard keeps
         for k, item in enumerate(passes):
             if item.kind.is_vocabulary:
-                self._shard_bytes[network.lanes[k]] = max(self._shard_bytes[network.lanes[k]], network.byte_change[k])
+                self._shard_bytes[network.lanes[k]] = max(
+                    self._shard_bytes[network.lanes[k]], network.byte_change[k]
+                )
         self._shards_held = [0.0] * network.num_ranks  # in bytes
-        self._hurried = [seconds * (1 - patience) for seconds in network.seconds]  # of a filler, before the next pass is due
+        self._hurried = [
+            seconds * (1 - patience) for seconds in network.seconds
+        ]  # of a filler, before the next pass is due
         self._clock = Clock(network)
 
     def run(self) -> Orders | None:
         """The new orders; None where the caps leave no pass to take."""
         network, remaining, clock = self._network, self._remaining, self._clock
-        free_at, missing, arrived_at, run = clock.free_at, clock.missing, clock.arrived_at, clock.run
-        size, lanes, change_of, of_stage = network.size, network.lanes, network.byte_change, self._of_stage
+        free_at, missing, arrived_at, run = (
+            clock.free_at,
+            clock.missing,
+            clock.arrived_at,
+            clock.run,
+        )
+        size, lanes, change_of, of_stage = (
+            network.size,
+            network.lanes,
+            network.byte_change,
+            self._of_stage,
+        )
         room, placed, overtaking = self._room, self._placed, self._overtaking
         shards_held, shard_bytes = self._shards_held, self._shard_bytes
         push, pop, num_ranks = heapq.heappush, heapq.heappop, network.num_ranks
@@ -158,8 +200,12 @@ class _Filler:
                 continue
             head = queue[-1]
             k = head % size
-            spared = max(0.0, shard_bytes[rank] - shards_held[rank])  # or the S that all wait for might never fit
-            fits = change_of[k] <= 0.0 or change_of[k] + (spared if of_stage[k] else 0.0) <= room[rank]
+            spared = max(
+                0.0, shard_bytes[rank] - shards_held[rank]
+            )  # or the S that all wait for might never fit
+            fits = (
+                change_of[k] <= 0.0 or change_of[k] + (spared if of_stage[k] else 0.0) <= room[rank]
+            )
             if fits and not missing[head] and arrived_at[head] <= now:
                 number = queue.pop()
             else:
@@ -201,7 +247,11 @@ class _Filler:
         queue, room, size = self._remaining[rank], self._room[rank], len(self._placed)
         last = len(queue) - 1
         head = queue[last]
-        due = max(now, self._expected[head] if missing[head] else arrived_at[head]) if fits else float("inf")
+        due = (
+            max(now, self._expected[head] if missing[head] else arrived_at[head])
+            if fits
+            else float("inf")
+        )
         kept = most_kept = 0.0  # by the passes overtaken
         for place in range(last, max(-1, last - self._reach), -1):
             number = queue[place]

@@ -103,7 +103,16 @@ def compare_locally(config, plan, masked=False, packed=False, **board):
     truth = truth_of(config, 1, masked=masked, packed=packed)
 
     def work(rank, model, together):
-        return comparison_of(config, plan, model, 0, truth, partial(together.health, rank), masked=masked, packed=packed)
+        return comparison_of(
+            config,
+            plan,
+            model,
+            0,
+            truth,
+            partial(together.health, rank),
+            masked=masked,
+            packed=packed,
+        )
 
     return run_locally(config, plan, work, **board)
 
@@ -116,13 +125,19 @@ def truth_of(config, dp, *, masked=False, packed=False):
 
 def as_arrays(truth):
     """Steps as arrays, which other processes get without sharing memory."""
-    return [(loss, *({name: tensor.numpy() for name, tensor in each.items()} for each in values)) for loss, *values in truth]
+    return [
+        (loss, *({name: tensor.numpy() for name, tensor in each.items()} for each in values))
+        for loss, *values in truth
+    ]
 
 
 def as_tensors(truth):
     """Steps with tensors again."""
     tensor = torch.from_numpy
-    return [(loss, *({name: tensor(array) for name, array in each.items()} for each in values)) for loss, *values in truth]
+    return [
+        (loss, *({name: tensor(array) for name, array in each.items()} for each in values))
+        for loss, *values in truth
+    ]
 
 
 def comparison_of(config, plan, model, data_rank, truth, health_of, *, masked, packed):
@@ -132,7 +147,9 @@ def comparison_of(config, plan, model, data_rank, truth, health_of, *, masked, p
     mine = slice(data_rank * m, (data_rank + 1) * m)
     keeps_gradients = config.optim.name != "zero1"  # which takes them away
     of_each = ("gradient", "parameter") if keeps_gradients else ("parameter",)
-    compared = Comparison(frozenset({"loss", *(f"{what} {name}" for what in of_each for name in truth[0][2])}))
+    compared = Comparison(
+        frozenset({"loss", *(f"{what} {name}" for what in of_each for name in truth[0][2])})
+    )
     for step, (loss, gradients, updated) in enumerate(truth, start=1):
         model.gradients.zero()
         mask = random_mask(everything, step)[mine] if masked else None
@@ -140,18 +157,22 @@ def comparison_of(config, plan, model, data_rank, truth, health_of, *, masked, p
         tokens, labels = (values[mine] for values in random_batch(everything, step))
         ours = model.train_step(tokens, labels, mask=mask, segments=segments)
         model.optimizer.reduce()
-        health = health_of(ours if model.answers else None, model.optimizer.squared_norm())
+        health = health_of(ours if model.reports_loss else None, model.optimizer.squared_norm())
         assert health.culprits == (), (step, health)
         compared.add("loss", health.loss, loss)
         for name, parameter in model.parameters.items():
             assert keeps_gradients == (parameter.grad is not None), name
             if keeps_gradients:
-                compared.add(f"gradient {name}", parameter.grad, part_of(gradients[name], name, model.splits))
+                compared.add(
+                    f"gradient {name}", parameter.grad, part_of(gradients[name], name, model.splits)
+                )
         rate = learning_rate(config.optim, step, NUM_STEPS)
         model.optimizer.step(rate, clip_scale(health.grad_norm, config.optim.clip_grad_norm))
         model.optimizer.settle()
         for name, parameter in model.parameters.items():
-            compared.add(f"parameter {name}", parameter.detach(), part_of(updated[name], name, model.splits))
+            compared.add(
+                f"parameter {name}", parameter.detach(), part_of(updated[name], name, model.splits)
+            )
     return compared
 
 
@@ -159,12 +180,20 @@ def part_of(tensor, name, splits):
     return splits[name].part(tensor) if name in splits else tensor
 
 
-def assert_equivalent(ranks, p, configs, tolerance, *, masked=False, packed=False, function=compare):
+def assert_equivalent(
+    ranks, p, configs, tolerance, *, masked=False, packed=False, function=compare
+):
     """Over gloo, between processes."""
     cases = []
     for config in configs:
         plan = make_plan(config, p)
-        cases.append((config, plan, as_arrays(truth_of(config, plan.degrees.dp, masked=masked, packed=packed))))
+        cases.append(
+            (
+                config,
+                plan,
+                as_arrays(truth_of(config, plan.degrees.dp, masked=masked, packed=packed)),
+            )
+        )
     results = ranks(p).run(function, cases, masked, packed, timeout=100)
     for config, *comparisons in zip(configs, *results, strict=True):
         assert_all_close(comparisons, tolerance, config.vocab, config.schedule, config.model)

@@ -24,9 +24,21 @@ def test_every_schedule_equals_one_process(name, p):
     """Matrices are tied in every other case, and with one rank more in the others."""
     stages = GENERATORS[name].layout_of(p).num_stages
     algorithms = ("none", "one_barrier", "two_barrier")
-    cases = [(i, j, m, algorithm) for i, m in enumerate((1, 2, 8)) for j, algorithm in enumerate(algorithms)]
+    cases = [
+        (i, j, m, algorithm)
+        for i, m in enumerate((1, 2, 8))
+        for j, algorithm in enumerate(algorithms)
+    ]
     configs = [
-        config_of(p, m, 101, schedule=name, vocab=VocabConfig(algorithm), tied=(i + j + p) % 2 == 1, num_stages=stages)
+        config_of(
+            p,
+            m,
+            101,
+            schedule=name,
+            vocab=VocabConfig(algorithm),
+            tied=(i + j + p) % 2 == 1,
+            num_stages=stages,
+        )
         for i, j, m, algorithm in cases
     ]
     assert_equivalent_locally(p, configs, 1e-9)
@@ -37,15 +49,29 @@ def test_a_solved_schedule_and_recomputation_equal_one_process():
     solved = replace(config, schedule=ScheduleConfig("auto", cap_microbatches=4.5))
     mixed = ("full", "none", "selective", "full", "selective", "none")
     recomputed = [
-        replace(config_of(3, 4, 101, schedule="v_half", num_stages=6), parallel=ParallelConfig(**options))
-        for options in ({"recompute": "full"}, {"recompute": "selective"}, {"recompute_per_stage": mixed})
+        replace(
+            config_of(3, 4, 101, schedule="v_half", num_stages=6),
+            parallel=ParallelConfig(**options),
+        )
+        for options in (
+            {"recompute": "full"},
+            {"recompute": "selective"},
+            {"recompute_per_stage": mixed},
+        )
     ]
     assert_equivalent_locally(3, [solved, *recomputed], 1e-9)
 
 
 def test_unequal_shards_and_stages_equal_one_process():
     configs = [
-        config_of(3, 4, 101, vocab=VocabConfig(algorithm, shards=(0, 90, 11)), layers=(2, 2, 0), backend=backend)
+        config_of(
+            3,
+            4,
+            101,
+            vocab=VocabConfig(algorithm, shards=(0, 90, 11)),
+            layers=(2, 2, 0),
+            backend=backend,
+        )
         for algorithm in ("naive", "one_barrier", "two_barrier")
         for backend in ("reference", "chunked", "recompute")
     ]
@@ -70,27 +96,43 @@ LOSSES = [
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_loss_options_and_masks_equal_one_process(masked):
-    configs = [config_of(3, 4, 101, vocab=VocabConfig(algorithm), **options) for algorithm in ALGORITHMS for options in LOSSES]
+    configs = [
+        config_of(3, 4, 101, vocab=VocabConfig(algorithm), **options)
+        for algorithm in ALGORITHMS
+        for options in LOSSES
+    ]
     assert_equivalent_locally(3, configs, 1e-9, masked=masked)
 
 
 def test_packed_documents_equal_documents_that_run_alone():
     """In one process each document starts at position 0 and is attended to by itself; masks and recomputation included."""
     plain = [
-        config_of(2, 4, 101, schedule=name, num_stages=stages) for name, stages in (("1f1b", 2), ("zb_h1", 2), ("v_half", 4))
+        config_of(2, 4, 101, schedule=name, num_stages=stages)
+        for name, stages in (("1f1b", 2), ("zb_h1", 2), ("v_half", 4))
     ]
-    recomputed = [replace(config, parallel=replace(config.parallel, recompute="full")) for config in plain]
-    undivided = config_of(2, 3, 101, vocab=VocabConfig("none"), loss=LossConfig(normalisation="sequence"))
+    recomputed = [
+        replace(config, parallel=replace(config.parallel, recompute="full")) for config in plain
+    ]
+    undivided = config_of(
+        2, 3, 101, vocab=VocabConfig("none"), loss=LossConfig(normalisation="sequence")
+    )
     assert_equivalent_locally(2, [*plain, *recomputed, undivided], 1e-9, packed=True)
     assert_equivalent_locally(2, [plain[1], recomputed[1]], 1e-9, masked=True, packed=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_vocabulary_smaller_than_the_ranks_equals_one_process(tied):
-    configs = [config_of(4, 3, size, vocab=VocabConfig(algorithm), tied=tied) for algorithm in ALGORITHMS for size in (2, 3)]
+    configs = [
+        config_of(4, 3, size, vocab=VocabConfig(algorithm), tied=tied)
+        for algorithm in ALGORITHMS
+        for size in (2, 3)
+    ]
     assert_equivalent_locally(4, configs, 1e-9)
 
 
 def test_float32_stays_within_1e_4():
-    configs = [config_of(2, 4, 100, vocab=VocabConfig(algorithm), dtype="float32") for algorithm in ALGORITHMS]
+    configs = [
+        config_of(2, 4, 100, vocab=VocabConfig(algorithm), dtype="float32")
+        for algorithm in ALGORITHMS
+    ]
     assert_equivalent_locally(2, configs, 1e-4)

@@ -35,7 +35,15 @@ def test_data_tensor_and_pipeline_parallel_equal_one_process(ranks, dp, p, tp, o
     more = {"num_stages": 2 * p, "dp": dp, "tp": tp, "optimizer": optimizer}
     half = optimizer == "zero1"
     configs = [
-        config_of(p, 3, 101, schedule=schedule, vocab=VocabConfig(algorithm), tied=(i + j) % 2 == half, **more)
+        config_of(
+            p,
+            3,
+            101,
+            schedule=schedule,
+            vocab=VocabConfig(algorithm),
+            tied=(i + j) % 2 == half,
+            **more,
+        )
         for i, schedule in enumerate(("1f1b", "v_half"))
         for j, algorithm in enumerate(("none", "one_barrier"))
     ]
@@ -73,7 +81,11 @@ def test_each_stage_recomputes_what_it_is_told(ranks, schedule):
     config = config_of(2, 3, 101, schedule=schedule, num_stages=4)
     told = ("full", "none", "none", "selective")
     config = replace(config, parallel=replace(config.parallel, recompute_per_stage=told))
-    found = {stage: count for counts in ranks(2).run(attention_forwards, config) for stage, count in counts.items()}
+    found = {
+        stage: count
+        for counts in ranks(2).run(attention_forwards, config)
+        for stage, count in counts.items()
+    }
     assert found == {stage: 3 if recompute == "none" else 6 for stage, recompute in enumerate(told)}
 
 
@@ -102,8 +114,14 @@ def evaluate(rank, world_size, config):
     trained = model.train_step(*batch)
     before = [p.grad.clone() for p in model.parameters.values() if p.grad is not None]
     evaluated = model.evaluator.step(*batch)
-    unchanged = all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters.values(), strict=True))
-    return (None if trained is None else trained.item(), None if evaluated is None else evaluated.item(), unchanged)
+    unchanged = all(
+        torch.equal(a, p.grad) for a, p in zip(before, model.parameters.values(), strict=True)
+    )
+    return (
+        None if trained is None else trained.item(),
+        None if evaluated is None else evaluated.item(),
+        unchanged,
+    )
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -124,7 +142,13 @@ def rows_recomputed(rank, world_size, config):
 
 
 def test_every_rank_recomputes_its_fraction_of_the_rows(ranks):
-    config = config_of(2, 1, 100, vocab=VocabConfig(backend="recompute", recompute_fraction=0.3), backend="recompute")
+    config = config_of(
+        2,
+        1,
+        100,
+        vocab=VocabConfig(backend="recompute", recompute_fraction=0.3),
+        backend="recompute",
+    )
     assert ranks(2).run(rows_recomputed, config) == [15, 15]
 
 
@@ -134,13 +158,19 @@ def logprobs(rank, world_size, config):
     tokens, labels = random_batch(config, 0)
     ours = build_rank(config, plan, mesh).evaluator.logprobs(tokens, labels)
     with torch.no_grad():
-        all_of_them = torch.log_softmax(Whole(config, torch.float64).logits(tokens.flatten(0, 1)), -1).view(*tokens.shape, -1)
-    theirs = all_of_them.gather(-1, labels.clamp_min(0)[..., None])[..., 0].masked_fill(labels == -100, 0.0)
+        all_of_them = torch.log_softmax(
+            Whole(config, torch.float64).logits(tokens.flatten(0, 1)), -1
+        ).view(*tokens.shape, -1)
+    theirs = all_of_them.gather(-1, labels.clamp_min(0)[..., None])[..., 0].masked_fill(
+        labels == -100, 0.0
+    )
     return None if ours is None else largest_difference(ours, theirs)
 
 
 def test_logprobs_are_those_of_one_process_whatever_the_loss(ranks):
-    config = config_of(3, 5, 101, loss=LossConfig(z_loss=0.1, normalisation="sequence"), softcap=2.0)
+    config = config_of(
+        3, 5, 101, loss=LossConfig(z_loss=0.1, normalisation="sequence"), softcap=2.0
+    )
     config = replace(config, run=replace(config.run, eval_microbatches=5))
     differences = ranks(3).run(logprobs, config)
     assert all(difference < 1e-12 for difference in differences), differences
@@ -160,7 +190,12 @@ def test_split_sequences_equal_one_process(ranks, monkeypatch, dp, p, tp):
     families = [
         {},
         {"qk_norm": True, "post_norms": True, "logit_softcap": 3.0, "embedding_scale": True},
-        {"normalisation": "layernorm", "activation": "gelu", "linear_bias": True, "positions": "learned"},
+        {
+            "normalisation": "layernorm",
+            "activation": "gelu",
+            "linear_bias": True,
+            "positions": "learned",
+        },
     ]
     schedules = (("1f1b", "none"), ("zb_v", "selective"), ("v_half", "full"))
     configs = [

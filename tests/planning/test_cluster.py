@@ -39,7 +39,11 @@ def test_a_collective_passes_its_fixed_time_along_a_tree():
     link = Link(INSIDE, 0.5, 1e9)
     assert [link.of_group(count) for count in (1, 2, 3, 4, 5, 8, 9)] == [0, 0.5, 1, 1, 1.5, 1.5, 2]
     told, _ = costed("cluster.node_seconds=0.5", "cluster.gpus_per_node=8", pp=4, tp=2)
-    assert (told.cost.collective_seconds, told.cost.tensor_seconds, told.cost.hop_seconds) == (1.5, 0.5, 0.5)
+    assert (told.cost.collective_seconds, told.cost.tensor_seconds, told.cost.hop_seconds) == (
+        1.5,
+        0.5,
+        0.5,
+    )
 
 
 def costed(*overrides, **degrees):
@@ -71,23 +75,39 @@ def test_tensor_parallel_ranks_share_the_work_and_add_two_sums_each_way():
     _, two = costed(*cluster, tp=2)
     one_sum = 0.001 + 4 * 64 * 64 / 1e6
     for kind, sums in ((Kind.F, 2), (Kind.B, 2), (Kind.W, 0)):
-        for before, after in zip(one.cost.pass_seconds[kind], two.cost.pass_seconds[kind], strict=True):
-            assert after == pytest.approx(before / 2 + 2 * sums * one_sum)  # two layers in each stage
+        for before, after in zip(
+            one.cost.pass_seconds[kind], two.cost.pass_seconds[kind], strict=True
+        ):
+            assert after == pytest.approx(
+                before / 2 + 2 * sums * one_sum
+            )  # two layers in each stage
     for kind in (Kind.S, Kind.T):
-        assert two.cost.pass_seconds[kind] == pytest.approx([seconds / 2 for seconds in one.cost.pass_seconds[kind]])
-    assert all(after < before for before, after in zip(one.cost.stage_bytes, two.cost.stage_bytes, strict=True))
+        assert two.cost.pass_seconds[kind] == pytest.approx(
+            [seconds / 2 for seconds in one.cost.pass_seconds[kind]]
+        )
+    assert all(
+        after < before
+        for before, after in zip(one.cost.stage_bytes, two.cost.stage_bytes, strict=True)
+    )
     assert two.cost.barrier_seconds["C1"] > one.cost.barrier_seconds["C1"]
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
 def test_split_sequences_are_gathered_once_more_in_the_backward(schedule):
     """Inputs of two linear layers per layer, each half a sum; not in W, which has them."""
-    told = ["run.device=cuda", "cluster.node_seconds=0.001", "cluster.node_bytes_per_second=1000000", f"schedule={schedule}"]
+    told = [
+        "run.device=cuda",
+        "cluster.node_seconds=0.001",
+        "cluster.node_bytes_per_second=1000000",
+        f"schedule={schedule}",
+    ]
     _, whole = costed(*told, tp=2)
     _, split = costed(*told, "parallel.sequence_parallel=true", tp=2)
     one_sum = 0.001 + 4 * 64 * 64 / 1e6
     for kind, sums in ((Kind.F, 0), (Kind.B, 1), (Kind.I, 1), (Kind.W, 0)):
-        for before, after in zip(whole.cost.pass_seconds[kind], split.cost.pass_seconds[kind], strict=True):
+        for before, after in zip(
+            whole.cost.pass_seconds[kind], split.cost.pass_seconds[kind], strict=True
+        ):
             assert after - before == pytest.approx(2 * sums * one_sum)  # two layers in each stage
 
 
@@ -102,11 +122,20 @@ def test_measured_pass_times_stay():
     ("optimizer", "offload", "bytes_per_value"),
     [("adamw", "false", 2 * 4), ("zero1", "false", 4 + 2), ("zero1", "true", 2 * 4 + 2)],
 )
-def test_the_gradient_sum_moves_each_value_as_often_as_a_ring_does(optimizer, offload, bytes_per_value):
-    told = ["run.dtype=bfloat16", f"optim.name={optimizer}", f"optim.offload={offload}", "cluster.node_seconds=0"]
+def test_the_gradient_sum_moves_each_value_as_often_as_a_ring_does(
+    optimizer, offload, bytes_per_value
+):
+    told = [
+        "run.dtype=bfloat16",
+        f"optim.name={optimizer}",
+        f"optim.offload={offload}",
+        "cluster.node_seconds=0",
+    ]
     config = load_config(told)
     found = gradient_seconds(config, Degrees(4, 1, 1), 10**9)
-    assert found == pytest.approx(3 / 4 * bytes_per_value * 1e9 / config.cluster.node_bytes_per_second)
+    assert found == pytest.approx(
+        3 / 4 * bytes_per_value * 1e9 / config.cluster.node_bytes_per_second
+    )
     hidden = replace(config, cluster=replace(config.cluster, overlap=1.0))
     assert gradient_seconds(hidden, Degrees(4, 1, 1), 10**9) == (found if offload == "true" else 0)
     assert gradient_seconds(config, Degrees(1, 4, 1), 10**9) == 0
@@ -123,7 +152,13 @@ def test_the_gradient_sum_moves_each_value_as_often_as_a_ring_does(optimizer, of
     ids=["two ranks", "one rank", "sharded", "untied"],
 )
 def test_a_tied_matrix_at_both_ends_has_its_gradient_summed_over_them(overrides, summed):
-    told = ["model.tied_embeddings=true", "model.num_layers=4", "run.dtype=bfloat16", "cluster.node_seconds=0.5", *overrides]
+    told = [
+        "model.tied_embeddings=true",
+        "model.num_layers=4",
+        "run.dtype=bfloat16",
+        "cluster.node_seconds=0.5",
+        *overrides,
+    ]
     config, step = costed("cluster.node_bytes_per_second=1e6", *told, tp=2)
     expected = 0.5 + 4 * 4096 * 64 / 2 / 1e6 if summed else 0
     assert tied_seconds(config, step.degrees, step.problem) == pytest.approx(expected)
@@ -138,7 +173,10 @@ def test_a_tied_matrix_at_both_ends_has_its_gradient_summed_over_them(overrides,
         ({"efficiency": 1.5}, "cluster.efficiency=1.5 is out of range"),
         ({"memory_gib": 0.0}, "cluster.memory_gib=0.0 is too small"),
         ({"overlap": -0.1}, "cluster.overlap=-0.1 is too small"),
-        ({"node_bytes_per_second": float("nan")}, "cluster.node_bytes_per_second=nan is not a finite number"),
+        (
+            {"node_bytes_per_second": float("nan")},
+            "cluster.node_bytes_per_second=nan is not a finite number",
+        ),
     ],
 )
 def test_a_cluster_that_cannot_be(values, message):
@@ -147,7 +185,8 @@ def test_a_cluster_that_cannot_be(values, message):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "told", "times"), [("bfloat16", "float32", 2), ("bfloat16", "compute", 1), ("float32", "float32", 1)]
+    ("dtype", "told", "times"),
+    [("bfloat16", "float32", 2), ("bfloat16", "compute", 1), ("float32", "float32", 1)],
 )
 def test_the_sum_of_dx_moves_the_bytes_of_its_dtype(dtype, told, times):
     words = [
@@ -157,7 +196,9 @@ def test_the_sum_of_dx_moves_the_bytes_of_its_dtype(dtype, told, times):
         f"vocab.sum_dtype={told}",
     ]
     _, step = costed(*words)
-    assert step.cost.barrier_seconds["C1b"] == pytest.approx(times * step.cost.barrier_seconds["C0"])
+    assert step.cost.barrier_seconds["C1b"] == pytest.approx(
+        times * step.cost.barrier_seconds["C0"]
+    )
 
 
 def test_tensor_parallel_ranks_share_the_bytes_of_a_hop_and_gather_them():

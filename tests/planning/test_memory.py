@@ -29,7 +29,9 @@ def planned(*overrides, num_ranks=2):
 @pytest.mark.parametrize("vocab", ["none", "one_barrier"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_ranks_together_have_every_parameter_once(schedule, vocab, tied):
-    config, step = planned(f"schedule={schedule}", f"vocab={vocab}", f"model.tied_embeddings={tied}")
+    config, step = planned(
+        f"schedule={schedule}", f"vocab={vocab}", f"model.tied_embeddings={tied}"
+    )
     copies = 0
     if tied and vocab == "none" and schedule != "v_half":  # both ends are on different ranks
         copies = config.model.vocab_size * config.model.hidden_size
@@ -71,7 +73,9 @@ def test_tensor_parallel_ranks_share_matrices_and_rows_and_copy_norms():
     ],
 )
 def test_bytes_per_parameter(dtype, optimizer, dp, expected):
-    config, step = planned(f"run.dtype={dtype}", f"optim.name={optimizer}", f"parallel.dp={dp}", num_ranks=2 * dp)
+    config, step = planned(
+        f"run.dtype={dtype}", f"optim.name={optimizer}", f"parallel.dp={dp}", num_ranks=2 * dp
+    )
     memory = rank_memory(config, step, 1)
     found = (memory.weights, memory.gradients, memory.optimizer)
     assert found == tuple(memory.parameters * each for each in expected)
@@ -84,16 +88,26 @@ FEW_ACTIVATIONS = ["parallel.dp=4", "model.seq_length=4", "num_microbatches=1"]
 
 @pytest.mark.parametrize(("device", "bytes_used"), [("cuda", 0), ("cpu", 4)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_zero1_sums_and_gathers_in_place_unless_gloo_copies_the_gradients(dtype, device, bytes_used):
+def test_zero1_sums_and_gathers_in_place_unless_gloo_copies_the_gradients(
+    dtype, device, bytes_used
+):
     told = [*FEW_ACTIVATIONS, f"run.dtype={dtype}", f"run.device={device}"]
     replicated = rank_memory(*planned("optim.name=adamw", *told, num_ranks=8), 1)
     memory = rank_memory(*planned("optim.name=zero1", *told, num_ranks=8), 1)
-    assert memory.working == pytest.approx(max(bytes_used * memory.parameters, replicated.working), rel=0.05)
+    assert memory.working == pytest.approx(
+        max(bytes_used * memory.parameters, replicated.working), rel=0.05
+    )
 
 
 @pytest.mark.parametrize("bucket_mib", [1, 64])
 def test_a_step_of_an_offloaded_optimizer_peaks_with_a_bucket_where_passes_keep_little(bucket_mib):
-    told = [*FEW_ACTIVATIONS, "optim.name=zero1", "optim.offload=true", "run.dtype=bfloat16", "model.hidden_size=256"]
+    told = [
+        *FEW_ACTIVATIONS,
+        "optim.name=zero1",
+        "optim.offload=true",
+        "run.dtype=bfloat16",
+        "model.hidden_size=256",
+    ]
     memory = rank_memory(*planned(*told, f"optim.bucket_mib={bucket_mib}", num_ranks=8), 1)
     assert memory.activations == 0
     assert 2**20 < 4 * memory.parameters < 64 * 2**20
@@ -107,12 +121,18 @@ def test_activations_and_shards_are_those_of_the_simulation(schedule):
     for rank in range(2):
         activations, shards, _ = step_peak(config, step, rank)
         simulated = step.timeline.peak_bytes[rank]
-        assert simulated * 0.98 <= activations + shards <= simulated + step.timeline.peak_in_flight[rank] * outputs
+        assert (
+            simulated * 0.98
+            <= activations + shards
+            <= simulated + step.timeline.peak_in_flight[rank] * outputs
+        )
 
 
 @pytest.mark.parametrize("num_microbatches", [8, 32])
 def test_what_a_gpu_keeps_does_not_grow_with_microbatches(num_microbatches):
-    config, step = planned("run.device=cuda", "vocab=one_barrier", f"num_microbatches={num_microbatches}")
+    config, step = planned(
+        "run.device=cuda", "vocab=one_barrier", f"num_microbatches={num_microbatches}"
+    )
     base, base_step = planned("run.device=cuda", "vocab=one_barrier", "num_microbatches=6")
     for rank in range(2):
         assert step_peak(config, step, rank)[0] == step_peak(base, base_step, rank)[0]
@@ -122,8 +142,22 @@ def test_what_a_gpu_keeps_does_not_grow_with_microbatches(num_microbatches):
     "overrides",
     [
         ["model=small", "parallel.pp=2", "model.num_layers=4", "num_microbatches=4"],
-        ["model=small", "parallel.pp=2", "model.num_layers=4", "schedule=v_half", "vocab=two_barrier", "micro_batch_size=2"],
-        ["model=small_qwen", "parallel.pp=1", "model.num_layers=2", "parallel.dp=2", "optim.name=zero1", "run.dtype=bfloat16"],
+        [
+            "model=small",
+            "parallel.pp=2",
+            "model.num_layers=4",
+            "schedule=v_half",
+            "vocab=two_barrier",
+            "micro_batch_size=2",
+        ],
+        [
+            "model=small_qwen",
+            "parallel.pp=1",
+            "model.num_layers=2",
+            "parallel.dp=2",
+            "optim.name=zero1",
+            "run.dtype=bfloat16",
+        ],
     ],
     ids=["1f1b", "v_half", "norms of q and k, bfloat16, zero1"],
 )

@@ -17,7 +17,9 @@ from vp_train.planning.placement import balance, fill_with_rows, split_layers
 from vp_train.planning.plan import plan_step
 
 layouts = st.builds(
-    lambda name, num_ranks, chunks: Layout(name, num_ranks, {"linear": 1, "v": 2}.get(name, chunks)),
+    lambda name, num_ranks, chunks: Layout(
+        name, num_ranks, {"linear": 1, "v": 2}.get(name, chunks)
+    ),
     st.sampled_from(["linear", "loop", "v"]),
     st.integers(1, 8),
     st.integers(1, 4),
@@ -27,7 +29,9 @@ layouts = st.builds(
 @given(st.integers(1, 70), layouts)
 def test_balanced_stages_and_ranks_differ_by_at_most_one_layer(num_layers, layout):
     counts = balance(num_layers, layout)
-    loads = [sum(counts[stage] for stage in layout.stages_of(rank)) for rank in range(layout.num_ranks)]
+    loads = [
+        sum(counts[stage] for stage in layout.stages_of(rank)) for rank in range(layout.num_ranks)
+    ]
     assert len(counts) == layout.num_stages
     assert sum(counts) == num_layers
     assert max(counts) - min(counts) <= 1
@@ -47,7 +51,11 @@ def test_balanced_stages_and_ranks_differ_by_at_most_one_layer(num_layers, layou
 )
 def test_layers_left_over_go_to_the_ranks_that_have_fewest(num_layers, layout, expected):
     assert balance(num_layers, layout) == expected
-    parts = split_layers(config_of(1, 1, 64, layers=(num_layers,)).model, ParallelConfig(placement="balanced"), layout)
+    parts = split_layers(
+        config_of(1, 1, 64, layers=(num_layers,)).model,
+        ParallelConfig(placement="balanced"),
+        layout,
+    )
     assert tuple(map(len, parts)) == expected
     assert [layer for part in parts for layer in part] == list(range(num_layers))
 
@@ -55,7 +63,9 @@ def test_layers_left_over_go_to_the_ranks_that_have_fewest(num_layers, layout, e
 seconds = st.floats(1e-3, 10.0)
 
 
-@given(st.lists(st.tuples(st.floats(0.0, 1e3), seconds), min_size=1, max_size=8), st.integers(1, 400))
+@given(
+    st.lists(st.tuples(st.floats(0.0, 1e3), seconds), min_size=1, max_size=8), st.integers(1, 400)
+)
 def test_rows_fill_up_like_water(ranks, num_rows):
     busy, each = zip(*ranks, strict=True)
     rows = fill_with_rows(num_rows, busy, each)
@@ -67,7 +77,9 @@ def test_rows_fill_up_like_water(ranks, num_rows):
         best[rank] += each[rank]
     loads = [b + count * e for b, count, e in zip(busy, rows, each, strict=True)]
     assert max(loads) <= max(best) + max(each) * (1 + 1e-9)
-    for poor, rich in ((a, b) for a in range(len(rows)) for b in range(len(rows)) if rows[a] == 0 and rows[b] > 1):
+    for poor, rich in (
+        (a, b) for a in range(len(rows)) for b in range(len(rows)) if rows[a] == 0 and rows[b] > 1
+    ):
         assert busy[poor] >= loads[rich] - 2 * max(each)
 
 
@@ -97,7 +109,9 @@ def balanced(layers, *, vocab_size=4000, schedule="1f1b", **cost):
     """The step of 4 ranks with vocab.balance, and the same with an even split; E and G are free."""
     config = config_of(4, 6, vocab_size, layers=layers, schedule=schedule)
     config = replace(config, cost=CostConfig(collective_seconds=0, **cost))
-    return tuple(plan_step(replace(config, vocab=VocabConfig(balance=on)), 4) for on in (True, False))
+    return tuple(
+        plan_step(replace(config, vocab=VocabConfig(balance=on)), 4) for on in (True, False)
+    )
 
 
 def rows_of(plan, end=End.OUTPUT):
@@ -115,7 +129,9 @@ def test_balanced_rows_make_room_for_layers(layers):
     assert rows == rows_of(plan, End.INPUT)
     assert sum(rows) == 4000
     assert all(rows[a] > rows[b] for a in range(4) for b in range(4) if layers[a] < layers[b])
-    assert busiest(plan) == pytest.approx(sum(even.timeline.busy(rank) for rank in range(4)) / 4, rel=0.01)
+    assert busiest(plan) == pytest.approx(
+        sum(even.timeline.busy(rank) for rank in range(4)) / 4, rel=0.01
+    )
     assert busiest(plan) <= busiest(even) * (1 + 1e-9)
 
 
@@ -150,9 +166,17 @@ def test_without_shards_there_is_nothing_to_balance():
 @pytest.mark.parametrize(
     ("vocab", "vocab_size", "message"),
     [
-        (VocabConfig(shards=(1, 2, 3)), 6, r"vocab.shards=\[1, 2, 3\]: 3 shards with 6 rows; give 4 sizes .* add up to 6"),
+        (
+            VocabConfig(shards=(1, 2, 3)),
+            6,
+            r"vocab.shards=\[1, 2, 3\]: 3 shards with 6 rows; give 4 sizes .* add up to 6",
+        ),
         (VocabConfig(shards=(7, -1, 0, 0)), 6, "give 4 sizes of at least 0"),
-        (VocabConfig("none", shards=(6, 0, 0, 0)), 6, "needs a sharded vocabulary, but vocab=none; drop one"),
+        (
+            VocabConfig("none", shards=(6, 0, 0, 0)),
+            6,
+            "needs a sharded vocabulary, but vocab=none; drop one",
+        ),
     ],
 )
 def test_rows_that_do_not_add_up_are_named(vocab, vocab_size, message):
@@ -163,8 +187,13 @@ def test_rows_that_do_not_add_up_are_named(vocab, vocab_size, message):
 @pytest.mark.parametrize("values", [(1.0,), (1.0, 1.0, 1.0, 1.0, 2.0)])
 @pytest.mark.parametrize("balance_rows", [False, True])
 def test_a_slowness_for_every_rank_or_none(values, balance_rows):
-    config = replace(config_of(4, 2, 400, vocab=VocabConfig(balance=balance_rows)), cost=CostConfig(rank_slowness=values))
-    with pytest.raises(ConfigError, match=rf"has {len(values)} values; give one for each of the 4 ranks"):
+    config = replace(
+        config_of(4, 2, 400, vocab=VocabConfig(balance=balance_rows)),
+        cost=CostConfig(rank_slowness=values),
+    )
+    with pytest.raises(
+        ConfigError, match=rf"has {len(values)} values; give one for each of the 4 ranks"
+    ):
         plan_step(config, 4)
 
 

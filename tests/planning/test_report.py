@@ -33,12 +33,19 @@ def test_one_gpu_alone_reaches_the_efficiency():
     found = report("cluster.gpus_per_node=1", "vocab=none", "cluster.efficiency=0.37")
     assert found.mfu == pytest.approx(0.37)
     assert found.bubble == pytest.approx(0, abs=1e-9)
-    assert found.flops == pytest.approx(3 * 8 * 64 * (shape.layer_flops(found.config.model, 64) * 4 / 64 + 2 * 4096 * 64))
+    assert found.flops == pytest.approx(
+        3 * 8 * 64 * (shape.layer_flops(found.config.model, 64) * 4 / 64 + 2 * 4096 * 64)
+    )
 
 
 @pytest.mark.parametrize("num_microbatches", [4, 16])
 def test_1f1b_time_is_work_plus_one_fill_and_drain(num_microbatches):
-    found = report("vocab=none", "schedule=1f1b", f"num_microbatches={num_microbatches}", "cost.output_row_seconds=0")
+    found = report(
+        "vocab=none",
+        "schedule=1f1b",
+        f"num_microbatches={num_microbatches}",
+        "cost.output_row_seconds=0",
+    )
     one = found.ranks[0].busy / num_microbatches
     assert found.passes == pytest.approx((num_microbatches + 3) * one)
     assert sum(found.parts.values()) == pytest.approx(found.step_seconds)
@@ -55,7 +62,12 @@ def test_replicas_do_the_same_in_the_same_time_and_sum_gradients():
 
 def test_the_optimizer_reads_gradients_writes_weights_and_does_both_to_its_state():
     """Of the rank that has most."""
-    told = ["cluster.memory_bytes_per_second=1e6", "vocab=none", "model.vocab_size=8192", "parallel.layers_per_stage=[1,1,1,1]"]
+    told = [
+        "cluster.memory_bytes_per_second=1e6",
+        "vocab=none",
+        "model.vocab_size=8192",
+        "parallel.layers_per_stage=[1,1,1,1]",
+    ]
     found = report(*told, "run.dtype=bfloat16")
     counts = [rank.memory.parameters for rank in found.ranks]
     assert min(counts) < max(counts)
@@ -76,7 +88,12 @@ def test_an_optimizer_in_host_memory_takes_its_link_and_the_memory_there():
 @pytest.mark.parametrize("split", ["", "parallel.sequence_parallel=true"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_layers_without_their_sums_are_half_of_those_of_one_rank(split, recompute):
-    told = ["cluster.gpus_per_node=4", "parallel.dp=1", "run.device=cuda", f"parallel.recompute={recompute}"]
+    told = [
+        "cluster.gpus_per_node=4",
+        "parallel.dp=1",
+        "run.device=cuda",
+        f"parallel.recompute={recompute}",
+    ]
     link = ["cluster.node_seconds=0.01", "cluster.node_bytes_per_second=1e6"]
     two = report(*told, *link, "parallel.pp=2", "parallel.tp=2", *filter(None, [split]))
     one = report(*told, *link, "cluster.gpus_per_node=2", "parallel.pp=2")
@@ -88,12 +105,24 @@ def test_layers_without_their_sums_are_half_of_those_of_one_rank(split, recomput
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["cluster.memory_gib=0.001"], r"memory: needs \d.* MiB on rank \d, \d.* more than 0.001 GiB"),
+        (
+            ["cluster.memory_gib=0.001"],
+            r"memory: needs \d.* MiB on rank \d, \d.* more than 0.001 GiB",
+        ),
         (["vocab=none", "num_microbatches=64"], "its part of the vocabulary: rank 3 computes"),
-        (["parallel.layers_per_stage=[1,1,4,2]", "model.num_layers=8", "num_microbatches=64"], "its layers: rank 2 computes"),
+        (
+            ["parallel.layers_per_stage=[1,1,4,2]", "model.num_layers=8", "num_microbatches=64"],
+            "its layers: rank 2 computes",
+        ),
         (["num_microbatches=2"], "filling and draining the pipeline"),
-        (["parallel.tp=2", "parallel.pp=2", "cluster.node_seconds=0.01"], "communication, tensor-parallel sums"),
-        (["parallel.dp=2", "parallel.pp=2", "cluster.node_bytes_per_second=1e6"], "communication, gradient sum"),
+        (
+            ["parallel.tp=2", "parallel.pp=2", "cluster.node_seconds=0.01"],
+            "communication, tensor-parallel sums",
+        ),
+        (
+            ["parallel.dp=2", "parallel.pp=2", "cluster.node_bytes_per_second=1e6"],
+            "communication, gradient sum",
+        ),
         (["num_microbatches=256"], r"compute: rank \d is busy for \d+%"),
     ],
 )
@@ -104,7 +133,9 @@ def test_what_binds_is_said(overrides, words):
 
 
 def test_a_split_that_the_cluster_has_no_ranks_for():
-    with pytest.raises(ConfigError, match=r"the cluster has 4 GPUs: parallel.pp=3 needs a multiple of 3 ranks"):
+    with pytest.raises(
+        ConfigError, match=r"the cluster has 4 GPUs: parallel.pp=3 needs a multiple of 3 ranks"
+    ):
         report("parallel.pp=3")
 
 
@@ -133,7 +164,10 @@ def test_the_published_runs_are_what_the_shipped_cluster_predicts(plan_published
 
 
 def test_the_shipped_efficiency_is_the_fitted_one(plan_published):
-    runs = {(run["method"], run["vocab"]): run for run in json.loads(plan_published.DATA.read_text())["rows"]}
+    runs = {
+        (run["method"], run["vocab"]): run
+        for run in json.loads(plan_published.DATA.read_text())["rows"]
+    }
     fitted = plan_published.calibrate(runs[plan_published.CALIBRATED])
     assert plan_published.shipped_efficiency() == pytest.approx(fitted, rel=2e-3)
 
@@ -141,7 +175,14 @@ def test_the_shipped_efficiency_is_the_fitted_one(plan_published):
 def test_gpt_4b_is_the_published_layer(plan_published):
     model = load_config(["model=gpt_4b"]).model
     for run in json.loads(plan_published.DATA.read_text())["rows"]:
-        told = (run["layers"], run["hidden"], run["heads"], run["heads"], run["ffn_hidden"], run["seq"])
+        told = (
+            run["layers"],
+            run["hidden"],
+            run["heads"],
+            run["heads"],
+            run["ffn_hidden"],
+            run["seq"],
+        )
         assert told == (
             model.num_layers,
             model.hidden_size,
@@ -150,5 +191,9 @@ def test_gpt_4b_is_the_published_layer(plan_published):
             model.ffn_hidden_size,
             model.seq_length,
         )
-    assert (model.activation, model.normalisation, model.positions) == ("gelu", "layernorm", "learned")
+    assert (model.activation, model.normalisation, model.positions) == (
+        "gelu",
+        "layernorm",
+        "learned",
+    )
     assert model.linear_bias

@@ -66,13 +66,19 @@ def test_the_best_is_the_best_of_all(everything, part, top):
 def test_refused_for_memory_is_what_does_not_fit(everything):
     sizes = sorted(total(report) for _, report in everything)
     limit = sizes[len(sizes) // 3] / GIB * (1 + 1e-9)
-    refused = {each.choice for each in searched(config_of(f"cluster.memory_gib={limit!r}")).refused if each.excess is not None}
+    refused = {
+        each.choice
+        for each in searched(config_of(f"cluster.memory_gib={limit!r}")).refused
+        if each.excess is not None
+    }
     assert refused
     assert refused <= {choice for choice, report in everything if total(report) > limit * GIB}
 
 
 def test_every_choice_uses_all_gpus_for_the_whole_batch():
-    config = config_of("cluster.num_nodes=2", "num_microbatches=8", "micro_batch_size=2", "parallel.dp=2")
+    config = config_of(
+        "cluster.num_nodes=2", "num_microbatches=8", "micro_batch_size=2", "parallel.dp=2"
+    )
     found = list(choices(config))
     assert len(set(found)) == len(found)
     for choice in found:
@@ -81,7 +87,9 @@ def test_every_choice_uses_all_gpus_for_the_whole_batch():
         assert choice.degrees.dp * choice.num_microbatches * choice.micro_batch_size == 32
     degrees = {choice.degrees for choice in found}
     assert {(each.dp, each.pp, each.tp) for each in degrees} == {
-        (dp, pp, tp) for dp, pp, tp in itertools.product((1, 2, 4, 8), repeat=3) if dp * pp * tp == 8 and tp <= 4 and pp <= 4
+        (dp, pp, tp)
+        for dp, pp, tp in itertools.product((1, 2, 4, 8), repeat=3)
+        if dp * pp * tp == 8 and tp <= 4 and pp <= 4
     }
 
 
@@ -92,7 +100,10 @@ def test_nothing_fits_and_by_how_much():
     reasons = [each.reason for each in result.refused if each.excess is not None]
     assert reasons
     assert all("more than 0.002 GiB" in reason and "needs at least" in reason for reason in reasons)
-    assert any("model.num_query_groups=2 does not split over parallel.tp=4" in each.reason for each in result.refused)
+    assert any(
+        "model.num_query_groups=2 does not split over parallel.tp=4" in each.reason
+        for each in result.refused
+    )
 
 
 class Clock:
@@ -124,8 +135,17 @@ def test_a_search_that_was_in_time_finds_the_same_whatever_it_weighs_first(monke
 
 
 def test_a_batch_that_no_split_divides():
-    with pytest.raises(ConfigError, match=r"no split of 5 GPUs has whole microbatches.*use another batch"):
-        searched(config_of("cluster.num_nodes=5", "cluster.gpus_per_node=1", "model.num_layers=3", "num_microbatches=3"))
+    with pytest.raises(
+        ConfigError, match=r"no split of 5 GPUs has whole microbatches.*use another batch"
+    ):
+        searched(
+            config_of(
+                "cluster.num_nodes=5",
+                "cluster.gpus_per_node=1",
+                "model.num_layers=3",
+                "num_microbatches=3",
+            )
+        )
 
 
 def test_every_simulated_choice_is_found_displaced_or_refused(everything):
@@ -143,7 +163,9 @@ def test_every_simulated_choice_is_found_displaced_or_refused(everything):
     assert found == {choice for choice, report in everything if total(report) <= limit * GIB}
     seconds = [float(f"{each.report.step_seconds:.4g}") for each in result.best]
     assert seconds == sorted(seconds)
-    simulated_in_vain = sum(each.excess is not None and "needs at least" not in each.reason for each in result.refused)
+    simulated_in_vain = sum(
+        each.excess is not None and "needs at least" not in each.reason for each in result.refused
+    )
     assert result.num_simulated == len(found) + simulated_in_vain
     few = searched(config, 3)
     assert [each.choice for each in few.best] == [each.choice for each in result.best[:3]]

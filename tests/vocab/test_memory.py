@@ -97,5 +97,7 @@ def test_g_costs_the_tokens():
 
 def test_sums_of_rows_are_exact():
     matrix = torch.randn(R + 1, H, generator=torch.Generator().manual_seed(0)).add_(1).bfloat16()
-    assert torch.allclose(column_sums(matrix, torch.float32), matrix.double().sum(0).float(), rtol=1e-6)
+    assert torch.allclose(
+        column_sums(matrix, torch.float32), matrix.double().sum(0).float(), rtol=1e-6
+    )
     assert torch.equal(column_sums(matrix[:0], torch.float32), torch.zeros(H))

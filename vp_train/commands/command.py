@@ -96,7 +96,9 @@ def guarded(name: str, body: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
-def _split(words: Sequence[str], known: Mapping[str, tuple[str, str]]) -> tuple[list[str], dict[str, str]]:
+def _split(
+    words: Sequence[str], known: Mapping[str, tuple[str, str]]
+) -> tuple[list[str], dict[str, str]]:
     """Overrides, and the values of known options, written `--out DIR` or `--out=DIR`; "" of those without one."""
     overrides: list[str] = []
     options: dict[str, str] = {}
@@ -133,12 +135,19 @@ def _help(command: Command, config: RunConfig) -> str:
 
     root = files("vp_train.configs")
     groups = {
-        entry.name: sorted(file.name.removesuffix(".yaml") for file in entry.iterdir() if file.name.endswith(".yaml"))
+        entry.name: sorted(
+            file.name.removesuffix(".yaml")
+            for file in entry.iterdir()
+            if file.name.endswith(".yaml")
+        )
         for entry in sorted(root.iterdir(), key=lambda entry: entry.name)
         if entry.is_dir() and not entry.name.startswith("_")
     }
     lines = "\n".join(f"  {group:<10} {', '.join(choices)}" for group, choices in groups.items())
-    options = "".join(f"       {f'{name} {value}':<20} {does}\n" for name, (value, does) in command.options.items())
+    options = "".join(
+        f"       {f'{name} {value}':<20} {does}\n"
+        for name, (value, does) in command.options.items()
+    )
     return _HELP.format(
         command=command.name,
         purpose=command.purpose,

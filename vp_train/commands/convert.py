@@ -27,8 +27,16 @@ def export_model() -> None:
 
 
 def _import(arguments: Sequence[str]) -> int:
-    parser = Parser("vp-import", description="makes a checkpoint to start from of a model in the format of Hugging Face")
-    parser.add_argument("source", metavar="SRC", type=path_of, help="directory with config.json and safetensors files")
+    parser = Parser(
+        "vp-import",
+        description="makes a checkpoint to start from of a model in the format of Hugging Face",
+    )
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        type=path_of,
+        help="directory with config.json and safetensors files",
+    )
     parser.add_argument("target", metavar="DST", type=path_of, help="directory to make")
     told = parser.parse_args(arguments)
     from vp_train.hf.convert import import_checkpoint
@@ -43,16 +51,40 @@ def _import(arguments: Sequence[str]) -> int:
 
 
 def _export(arguments: Sequence[str]) -> int:
-    parser = Parser("vp-export", description="makes a model in the format of Hugging Face of a checkpoint")
-    parser.add_argument("source", metavar="SRC", type=path_of, help="directory of a run, of vp-import, or of one checkpoint")
+    parser = Parser(
+        "vp-export", description="makes a model in the format of Hugging Face of a checkpoint"
+    )
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        type=path_of,
+        help="directory of a run, of vp-import, or of one checkpoint",
+    )
     parser.add_argument("target", metavar="DST", type=path_of, help="directory to make")
-    parser.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), help="of the weights; as stored")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest file, unless one tensor is (5)")
-    parser.add_argument("--tokenizer", type=path_of, metavar="DIR", help="where its files are; with the data of the run")
+    parser.add_argument(
+        "--dtype",
+        choices=("float64", "float32", "float16", "bfloat16"),
+        help="of the weights; as stored",
+    )
+    parser.add_argument(
+        "--max-shard-gb",
+        type=float,
+        default=5.0,
+        metavar="GB",
+        help="largest file, unless one tensor is (5)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=path_of,
+        metavar="DIR",
+        help="where its files are; with the data of the run",
+    )
     told = parser.parse_args(arguments)
     shard_bytes = told.max_shard_gb * 1e9
     if not 1 <= shard_bytes < math.inf:
-        raise ConfigError(f"--max-shard-gb={told.max_shard_gb} must be above 0 and finite, for example 5")
+        raise ConfigError(
+            f"--max-shard-gb={told.max_shard_gb} must be above 0 and finite, for example 5"
+        )
     from vp_train.hf.convert import export_checkpoint
 
     exported = export_checkpoint(
@@ -66,7 +98,9 @@ def _export(arguments: Sequence[str]) -> int:
     )
     print(f"{told.target}: {', '.join(exported.files)}")
     if exported.reach_from is None:
-        print(f"max_position_embeddings={exported.reach} is model.seq_length; where it reaches further, change config.json")
+        print(
+            f"max_position_embeddings={exported.reach} is model.seq_length; where it reaches further, change config.json"
+        )
     if "tokenizer.json" not in exported.files and "tokenizer.model" not in exported.files:
         print("without a tokenizer; --tokenizer DIR copies one")
     return EXIT_OK

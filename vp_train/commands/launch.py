@@ -26,14 +26,22 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     if config.schedule.is_solved:
         print(SEARCHING, flush=True)
     if config.run.init_from is not None and not Path(config.run.init_from).expanduser().is_dir():
-        raise ConfigError(f"run.init_from={config.run.init_from} is not a directory; give that of a run or of vp-import")
+        raise ConfigError(
+            f"run.init_from={config.run.init_from} is not a directory; give that of a run or of vp-import"
+        )
     plan = make_plan(config, num_ranks)
     if config.schedule.is_solved:  # once, for all ranks
         solved = run_path(config.run) / "schedule.txt"
         solved.parent.mkdir(parents=True, exist_ok=True)
         solved.write_text(plan.schedule.text())
-        quoted = str(solved).replace("'", "\\'")  # a path may hold what means something in an override: = , ( [
-        overrides = [*overrides, f"schedule.file='{quoted}'", f"vocab.algorithm={plan.problem.algorithm.name}"]
+        quoted = str(solved).replace(
+            "'", "\\'"
+        )  # a path may hold what means something in an override: = , ( [
+        overrides = [
+            *overrides,
+            f"schedule.file='{quoted}'",
+            f"vocab.algorithm={plan.problem.algorithm.name}",
+        ]
     from vp_train.data import prepare_all
 
     prepare_all(config.data, config.model.vocab_size, progress=True)
@@ -42,7 +50,9 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks and we say what happened
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # the ranks and we say what happened
     agent = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -64,11 +74,16 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
             elastic_launch(agent, sys.executable)("-u", "-m", "vp_train", *overrides)
     except ChildFailedError as error:
         deaths = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
-        failure = explain_deaths({rank: int(death.exitcode) for rank, death in deaths}, config.run, record_of)
+        failure = explain_deaths(
+            {rank: int(death.exitcode) for rank, death in deaths}, config.run, record_of
+        )
         if failure.words:
             print(f"vp-train: {failure.words}", file=sys.stderr)
         return failure.code
     except SignalException as error:
-        print(f"vp-train: stopped by {error.sigval.name}; run.resume=true goes on from the newest checkpoint", file=sys.stderr)
+        print(
+            f"vp-train: stopped by {error.sigval.name}; run.resume=true goes on from the newest checkpoint",
+            file=sys.stderr,
+        )
         return 128 + error.sigval.value
     return 0

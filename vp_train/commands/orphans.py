@@ -30,5 +30,7 @@ def die_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     launcher = os.environ.get(_LAUNCHER, str(os.getppid()))
     if launcher != str(os.getppid()):
-        sys.stderr.write(f"vp-train: the launcher, process {launcher} by ${_LAUNCHER}, is gone; so is this rank\n")
+        sys.stderr.write(
+            f"vp-train: the launcher, process {launcher} by ${_LAUNCHER}, is gone; so is this rank\n"
+        )
         os._exit(128 + signal.SIGKILL)

@@ -30,7 +30,10 @@ from vp_train.units import human_bytes
 _SHOWN_RANKS = 16
 _SHOWN_REFUSALS = 3
 _GIB = 2**30
-_PROGRESS_SECONDS = {True: 0.2, False: 10.0}  # between two progress lines, on a terminal and elsewhere
+_PROGRESS_SECONDS = {
+    True: 0.2,
+    False: 10.0,
+}  # between two progress lines, on a terminal and elsewhere
 
 
 _EXAMPLES = """\
@@ -44,10 +47,21 @@ def main() -> None:
     options = {
         "--search": ("", "rank every way to run the batch on the cluster, fastest first"),
         "--top": ("K", "with --search: show so many (5)"),
-        "--seconds": ("N", "with --search: weigh and simulate for so long, then one more at most (60)"),
+        "--seconds": (
+            "N",
+            "with --search: weigh and simulate for so long, then one more at most (60)",
+        ),
         "--json": ("FILE", "write the report there"),
     }
-    run(Command("vp-plan", "predicts memory, time and MFU of a run on a cluster", _plan, _EXAMPLES, options))
+    run(
+        Command(
+            "vp-plan",
+            "predicts memory, time and MFU of a run on a cluster",
+            _plan,
+            _EXAMPLES,
+            options,
+        )
+    )
 
 
 def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
@@ -88,9 +102,22 @@ def show_search(config: RunConfig, top: int, seconds: float, path: Path | None) 
     with _Progress() as progress:
         result = search(config, top, lambda: time.monotonic() < until, progress)
     print("\n".join(search_lines(config, result)), flush=True)
-    found = [{"overrides": each.choice.overrides(config)} | each.report.record() for each in result.best]
-    refused = [{"overrides": each.choice.overrides(config), "reason": each.reason} for each in result.refused]
-    _write(path, {"best": found, "refused": refused, "simulated": result.num_simulated, "open": result.open_choices})
+    found = [
+        {"overrides": each.choice.overrides(config)} | each.report.record() for each in result.best
+    ]
+    refused = [
+        {"overrides": each.choice.overrides(config), "reason": each.reason}
+        for each in result.refused
+    ]
+    _write(
+        path,
+        {
+            "best": found,
+            "refused": refused,
+            "simulated": result.num_simulated,
+            "open": result.open_choices,
+        },
+    )
     return result
 
 
@@ -126,7 +153,11 @@ def plan_lines(report: PlanReport) -> list[str]:
     """The report of one plan; a screen of it for up to 16 ranks."""
     config, parts = report.config, report.parts
     step, worst = report.step_seconds, report.ranks[report.worst].memory
-    shares = ", ".join(f"{name} {seconds / step:.1%}" for name, seconds in parts.items() if seconds >= 0.0005 * step)
+    shares = ", ".join(
+        f"{name} {seconds / step:.1%}"
+        for name, seconds in parts.items()
+        if seconds >= 0.0005 * step
+    )
     room = f"{human_bytes(abs(report.excess))} {'to spare' if report.fits else 'TOO MUCH'}"
     lines = [
         f"{report.schedule} with {report.vocab}, {report.degrees}, recomputation {config.parallel.recompute_words}, "
@@ -182,13 +213,35 @@ def _cluster_words(config: RunConfig) -> str:
 def _rank_table(report: PlanReport) -> list[str]:
     """Bytes per rank in GiB, and the seconds it computes."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
-    heads = ("rank", "layers", "V rows", "params", "weights", "grads", "optim", "activ", "held S-T", "working", "total", "busy")
+    heads = (
+        "rank",
+        "layers",
+        "V rows",
+        "params",
+        "weights",
+        "grads",
+        "optim",
+        "activ",
+        "held S-T",
+        "working",
+        "total",
+        "busy",
+    )
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
-    unit, word = (_GIB, "GiB") if report.ranks[report.worst].memory.total >= _GIB else (2**20, "MiB")
+    unit, word = (
+        (_GIB, "GiB") if report.ranks[report.worst].memory.total >= _GIB else (2**20, "MiB")
+    )
     for index, rank in enumerate(report.ranks[:_SHOWN_RANKS]):
         memory = rank.memory
-        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.vocabulary, memory.working)
+        parts = (
+            memory.weights,
+            memory.gradients,
+            memory.optimizer,
+            memory.activations,
+            memory.vocabulary,
+            memory.working,
+        )
         table.add_row(
             str(index),
             str(rank.num_layers),
@@ -199,7 +252,11 @@ def _rank_table(report: PlanReport) -> list[str]:
         )
     left = len(report.ranks) - _SHOWN_RANKS
     more = [f"... and {left} more ranks; --json FILE has all"] if left > 0 else []
-    return [*_rendered(table), *more, f"sizes in {word}; every line stands for {report.degrees.dp * report.degrees.tp} rank(s)"]
+    return [
+        *_rendered(table),
+        *more,
+        f"sizes in {word}; every line stands for {report.degrees.dp * report.degrees.tp} rank(s)",
+    ]
 
 
 def _rendered(table: Table) -> list[str]:
@@ -214,10 +271,16 @@ def search_lines(config: RunConfig, result: Result) -> list[str]:
     counted = f"{result.num_choices:,} choices, {result.num_simulated} simulated, {len(result.refused):,} refused"
     lines = []
     if result.best:
-        lines += [*_best_table(result.best), "", f"the first: {result.best[0].choice.overrides(config)}"]
+        lines += [
+            *_best_table(result.best),
+            "",
+            f"the first: {result.best[0].choice.overrides(config)}",
+        ]
         lines += [f"binds: {result.best[0].report.binds}", ""]
     if result.open_choices:
-        lines.append(f"{counted}; out of time: {result.open_choices:,} that might be faster are left; raise --seconds")
+        lines.append(
+            f"{counted}; out of time: {result.open_choices:,} that might be faster are left; raise --seconds"
+        )
     else:
         lines.append(f"{counted}; none of the others can be faster" if result.best else counted)
     lines += _refusal_lines(config, result.refused)
@@ -232,7 +295,11 @@ def _best_table(best: Sequence[Found]) -> list[str]:
         *("", "dp", "pp", "tp", "microbatches", "schedule", "vocab", "recompute"),
         *("step", "tokens/s", "MFU", "bubble", "gap", "GiB"),
     ):
-        table.add_column(head, justify="left" if head in ("schedule", "vocab", "recompute") else "right", no_wrap=True)
+        table.add_column(
+            head,
+            justify="left" if head in ("schedule", "vocab", "recompute") else "right",
+            no_wrap=True,
+        )
     for place, (choice, report) in enumerate(((found.choice, found.report) for found in best), 1):
         degrees = choice.degrees
         table.add_row(
@@ -258,9 +325,14 @@ def _refusal_lines(config: RunConfig, refused: Sequence[Refusal]) -> list[str]:
     lines = []
     if too_large:
         lines.append(f"{len(too_large):,} need too much memory; the fastest of them:")
-        lines += [f"  {each.choice.overrides(config)}: {each.reason}" for each in too_large[:_SHOWN_REFUSALS]]
+        lines += [
+            f"  {each.choice.overrides(config)}: {each.reason}"
+            for each in too_large[:_SHOWN_REFUSALS]
+        ]
     others = Counter(each.reason for each in refused if each.excess is None)
-    lines += [f"{count:,} refused: {reason}" for reason, count in others.most_common(_SHOWN_REFUSALS)]
+    lines += [
+        f"{count:,} refused: {reason}" for reason, count in others.most_common(_SHOWN_REFUSALS)
+    ]
     return lines
 
 
@@ -276,7 +348,10 @@ def _misses(config: RunConfig, result: Result) -> list[str]:
 
 
 def _numbers_words(config: RunConfig) -> str:
-    model, batch = config.model, config.num_microbatches * config.micro_batch_size * (config.parallel.dp or 1)
+    model, batch = (
+        config.model,
+        config.num_microbatches * config.micro_batch_size * (config.parallel.dp or 1),
+    )
     return (
         f"nothing can be run: dp x pp x tp must be {config.cluster.num_gpus}, where dp divides the {batch:,} sequences of the "
         f"batch, pp is at most model.num_layers={model.num_layers}, and tp divides model.num_heads={model.num_heads}, "
@@ -290,19 +365,32 @@ def remedies(config: RunConfig) -> list[str]:
     before, replicas = about_bytes(config), split_ranks(config.parallel, config.cluster.num_gpus).dp
     tried: list[tuple[str, RunConfig]] = []
     if config.optim.name != "zero1" and replicas > 1:
-        tried.append(("optim.name=zero1", replace(config, optim=replace(config.optim, name="zero1"))))
+        tried.append(
+            ("optim.name=zero1", replace(config, optim=replace(config.optim, name="zero1")))
+        )
     if not config.optim.offload:
         offloaded = replace(config, optim=replace(config.optim, name="zero1", offload=True))
-        tried.append(("optim.name=zero1 optim.offload=true, the optimizer in host memory", offloaded))
+        tried.append(
+            ("optim.name=zero1 optim.offload=true, the optimizer in host memory", offloaded)
+        )
     for value in RECOMPUTE[1:]:
         parallel = replace(config.parallel, recompute=value, recompute_per_stage=None)
         tried.append((f"parallel.recompute={value}", replace(config, parallel=parallel)))
     if config.micro_batch_size > 1:
         size = config.micro_batch_size
-        halved = replace(config, micro_batch_size=1, num_microbatches=config.num_microbatches * size)
-        tried.append((f"micro_batch_size=1 num_microbatches={config.num_microbatches * size}", halved))
+        halved = replace(
+            config, micro_batch_size=1, num_microbatches=config.num_microbatches * size
+        )
+        tried.append(
+            (f"micro_batch_size=1 num_microbatches={config.num_microbatches * size}", halved)
+        )
     if config.vocab.algorithm == "none":
-        tried.append(("vocab=one_barrier", replace(config, vocab=replace(config.vocab, algorithm="one_barrier"))))
+        tried.append(
+            (
+                "vocab=one_barrier",
+                replace(config, vocab=replace(config.vocab, algorithm="one_barrier")),
+            )
+        )
     found = []
     for words, changed in tried:
         try:
@@ -313,7 +401,10 @@ def remedies(config: RunConfig) -> list[str]:
             found.append((before - after, f"{words}: about {human_bytes(before - after)} less"))
     ordered = [words for _, words in sorted(found, reverse=True)]
     more = " or a smaller parallel.dp" if replicas > 1 else ""
-    return [*ordered, f"more GPUs per replica: cluster.num_nodes above {config.cluster.num_nodes}{more}"]
+    return [
+        *ordered,
+        f"more GPUs per replica: cluster.num_nodes above {config.cluster.num_nodes}{more}",
+    ]
 
 
 def _write(path: Path | None, record: dict[str, Any]) -> None:

@@ -20,7 +20,20 @@ _MARKERS = "osD^vPX*"
 # Of Okabe and Ito's colours those that are dark enough for small marks on white.
 _INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 # Where a label may stand, in points from its mark; the first place that is free is taken.
-_PLACES = ((7, 4), (7, -11), (-7, 4), (-7, -11), (0, 9), (0, -16), (7, 14), (7, -21), (-7, 14), (-7, -21), (7, 24), (7, -31))
+_PLACES = (
+    (7, 4),
+    (7, -11),
+    (-7, 4),
+    (-7, -11),
+    (0, 9),
+    (0, -16),
+    (7, 14),
+    (7, -21),
+    (-7, 14),
+    (-7, -21),
+    (7, 24),
+    (7, -31),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +72,11 @@ def schedule_png(timeline: Timeline, title: str, path: Path) -> None:
         _draw_lane(axes, rank, spans, factor)
     axes.set_xlim(0, max(timeline.makespan * factor, 1e-9))
     axes.set_ylim(timeline.num_ranks - 0.5, -0.5)
-    ranks = range(timeline.num_ranks) if timeline.num_ranks <= 16 else range(0, timeline.num_ranks, timeline.num_ranks // 8)
+    ranks = (
+        range(timeline.num_ranks)
+        if timeline.num_ranks <= 16
+        else range(0, timeline.num_ranks, timeline.num_ranks // 8)
+    )
     axes.set_yticks(ranks, [f"rank {rank}" for rank in ranks])
     axes.set_xlabel(unit)
     axes.set_title(f"{title}: {facts(timeline)}", loc="left", fontsize=11)
@@ -74,10 +91,20 @@ def schedule_png(timeline: Timeline, title: str, path: Path) -> None:
 def _draw_lane(axes: Axes, rank: int, spans: Sequence[Span], factor: float) -> None:
     first = min((span.stage for span in spans if span.kind in STAGE_KINDS), default=0)
     for kind in {span.kind: None for span in spans}:
-        boxes = [(span.start * factor, span.seconds * factor) for span in spans if span.kind == kind]
-        edge = 0.3 if len(spans) < 150 else 0.0  # of fixed width: between short passes it would look like a bubble
-        axes.broken_barh(boxes, (rank - 0.42, 0.84), facecolors=COLOURS[kind], edgecolor="white", linewidth=edge)
-    later = [(span.start * factor, span.seconds * factor) for span in spans if span.kind in STAGE_KINDS and span.stage != first]
+        boxes = [
+            (span.start * factor, span.seconds * factor) for span in spans if span.kind == kind
+        ]
+        edge = (
+            0.3 if len(spans) < 150 else 0.0
+        )  # of fixed width: between short passes it would look like a bubble
+        axes.broken_barh(
+            boxes, (rank - 0.42, 0.84), facecolors=COLOURS[kind], edgecolor="white", linewidth=edge
+        )
+    later = [
+        (span.start * factor, span.seconds * factor)
+        for span in spans
+        if span.kind in STAGE_KINDS and span.stage != first
+    ]
     axes.broken_barh(later, (rank + 0.32, 0.1), facecolors="#333333", linewidth=0)
 
 
@@ -96,10 +123,17 @@ def _explain(figure: Figure, timeline: Timeline) -> None:
     from matplotlib.patches import Patch
 
     kinds = present(timeline)
-    patches = [Patch(facecolor=COLOURS[kind], label=f"{kind} {meaning}") for kind, meaning in kinds.items()]
-    if any(len({span.stage for span in spans if span.kind in STAGE_KINDS}) > 1 for spans in timeline.compute):
+    patches = [
+        Patch(facecolor=COLOURS[kind], label=f"{kind} {meaning}") for kind, meaning in kinds.items()
+    ]
+    if any(
+        len({span.stage for span in spans if span.kind in STAGE_KINDS}) > 1
+        for spans in timeline.compute
+    ):
         patches.append(Patch(facecolor="#333333", label="band: later stage"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=8)
+    figure.legend(
+        handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=8
+    )
 
 
 def comparison_png(marks: Sequence[Mark], title: str, path: Path) -> None:
@@ -109,7 +143,13 @@ def comparison_png(marks: Sequence[Mark], title: str, path: Path) -> None:
     inks = dict(zip(dict.fromkeys(mark.schedule for mark in marks), _INKS * 4, strict=False))
     shapes = dict(zip(dict.fromkeys(mark.vocab for mark in marks), _MARKERS * 4, strict=False))
     for mark in marks:
-        axes.plot(*mark.at, shapes[mark.vocab], color=inks[mark.schedule], markersize=7, markeredgecolor="white")
+        axes.plot(
+            *mark.at,
+            shapes[mark.vocab],
+            color=inks[mark.schedule],
+            markersize=7,
+            markeredgecolor="white",
+        )
     _spread(axes, "x", [mark.at[0] for mark in marks])
     _spread(axes, "y", [mark.at[1] for mark in marks])
     axes.set_xlabel("peak memory of the worst rank, activations, GiB")
@@ -148,7 +188,11 @@ def _label(figure: Figure, axes: Axes, marks: Sequence[Mark], inks: dict[str, st
         for place in _PLACES:
             written = _write(axes, mark, place, inks[mark.schedule])
             box = written.get_window_extent()
-            inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1) and axes.bbox.containsy(box.y0)
+            inside = (
+                axes.bbox.containsx(box.x0)
+                and axes.bbox.containsx(box.x1)
+                and axes.bbox.containsy(box.y0)
+            )
             if inside and not box.count_overlaps(taken):
                 break
             written.remove()
@@ -160,4 +204,6 @@ def _label(figure: Figure, axes: Axes, marks: Sequence[Mark], inks: dict[str, st
 def _write(axes: Axes, mark: Mark, place: tuple[int, int], ink: str) -> Annotation:
     side = "left" if place[0] > 0 else "right" if place[0] < 0 else "center"
     words = f"{mark.schedule}, {mark.vocab}"
-    return axes.annotate(words, mark.at, place, textcoords="offset points", ha=side, fontsize=7.5, color=ink)
+    return axes.annotate(
+        words, mark.at, place, textcoords="offset points", ha=side, fontsize=7.5, color=ink
+    )

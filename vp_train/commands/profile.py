@@ -48,12 +48,21 @@ def _profile(config: RunConfig, overrides: Sequence[str], options: Mapping[str, 
     told = options.get("--steps", "3")
     if not told.isdecimal() or not int(told):
         raise ConfigError(f"--steps={told} is not a number of steps; write for example --steps 3")
-    cost, record = (Path(options[name]).expanduser() if name in options else None for name in ("--cost", "--json"))
+    cost, record = (
+        Path(options[name]).expanduser() if name in options else None
+        for name in ("--cost", "--json")
+    )
     show_profile(config, options.get("--ranks"), int(told), cost, record)
     return EXIT_OK
 
 
-def show_profile(config: RunConfig, ranks: str | None, num_steps: int, cost_file: Path | None, json_file: Path | None) -> None:
+def show_profile(
+    config: RunConfig,
+    ranks: str | None,
+    num_steps: int,
+    cost_file: Path | None,
+    json_file: Path | None,
+) -> None:
     """Measure, print and write.  Raises ConfigError, naming the value and the way out."""
     make_report(config)  # refuses what cannot run
     num_ranks = config.cluster.num_gpus
@@ -69,7 +78,9 @@ def show_profile(config: RunConfig, ranks: str | None, num_steps: int, cost_file
     profiles = []
     for profile in measure_ranks(config, num_ranks, chosen, num_steps):
         profiles.append(profile)
-        seconds = ", ".join(f"{kind} {duration(profile.of(kind))}" for kind in _SHOWN if profile.of(kind))
+        seconds = ", ".join(
+            f"{kind} {duration(profile.of(kind))}" for kind in _SHOWN if profile.of(kind)
+        )
         print(f"rank {profile.rank}: {seconds}", flush=True)
     cost = measured_cost(config, step, profiles) | {"measured_on": words["device"]}
     report = make_report(with_cost(config, cost))
@@ -77,7 +88,10 @@ def show_profile(config: RunConfig, ranks: str | None, num_steps: int, cost_file
     if cost_file is not None:
         _write_cost(cost_file, config, words, cost)
     if json_file is not None:
-        record = words | {"ranks": [_record(config, step, profile) for profile in profiles], "cost": cost}
+        record = words | {
+            "ranks": [_record(config, step, profile) for profile in profiles],
+            "cost": cost,
+        }
         _write(json_file, json.dumps(record | {"predicted": report.record()}, indent=1) + "\n")
 
 
@@ -87,15 +101,30 @@ def _chosen(ranks: str | None, num_ranks: int) -> list[int]:
     try:
         chosen = sorted({int(word) for word in ranks.split(",")})
     except ValueError:
-        raise ConfigError(f"--ranks={ranks} is not a list of ranks; write for example --ranks 0,{num_ranks - 1}") from None
+        raise ConfigError(
+            f"--ranks={ranks} is not a list of ranks; write for example --ranks 0,{num_ranks - 1}"
+        ) from None
     if not set(chosen) <= set(range(num_ranks)):
         raise ConfigError(f"--ranks={ranks}: the pipeline has ranks 0 to {num_ranks - 1}")
     return chosen
 
 
-def _print(config: RunConfig, step: StepPlan, profiles: list[RankProfile], report: PlanReport) -> None:
+def _print(
+    config: RunConfig, step: StepPlan, profiles: list[RankProfile], report: PlanReport
+) -> None:
     table = Table(box=None, pad_edge=False, header_style="")
-    for head in ("rank", "layers", "V rows", "passes", "their sum", "optimizer", "state", "peak", "predicted", "error"):
+    for head in (
+        "rank",
+        "layers",
+        "V rows",
+        "passes",
+        "their sum",
+        "optimizer",
+        "state",
+        "peak",
+        "predicted",
+        "error",
+    ):
         table.add_column(head, justify="right", no_wrap=True)
     for profile in profiles:
         predicted = rank_memory(config, step, profile.rank).total
@@ -125,15 +154,23 @@ def _summed(config: RunConfig, profile: RankProfile) -> float:
 
 def _record(config: RunConfig, step: StepPlan, profile: RankProfile) -> dict[str, Any]:
     passes = {f"{kind}{stage}": seconds for (kind, stage), seconds in profile.passes.items()}
-    return asdict(profile) | {"passes": passes, "predicted_peak_bytes": rank_memory(config, step, profile.rank).total}
+    return asdict(profile) | {
+        "passes": passes,
+        "predicted_peak_bytes": rank_memory(config, step, profile.rank).total,
+    }
 
 
-def _write_cost(path: Path, config: RunConfig, words: Mapping[str, Any], cost: Mapping[str, float | str]) -> None:
+def _write_cost(
+    path: Path, config: RunConfig, words: Mapping[str, Any], cost: Mapping[str, float | str]
+) -> None:
     model = config.model
     lines = [
         f"# Measured by vp-profile on {words['device']}, torch {words['torch']}",
         f"# {config.micro_batch_size} x {model.seq_length} tokens, hidden size {model.hidden_size}, V = {model.vocab_size}",
-        *(f"{name}: {json.dumps(value) if isinstance(value, str) else format(value, '.6g')}" for name, value in cost.items()),
+        *(
+            f"{name}: {json.dumps(value) if isinstance(value, str) else format(value, '.6g')}"
+            for name, value in cost.items()
+        ),
     ]
     _write(path, "\n".join(lines) + "\n")
     print(f"costs written to {path}; vp-plan and vp-simulate take them as cost={path}")

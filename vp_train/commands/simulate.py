@@ -54,7 +54,9 @@ def main() -> None:
 def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
     directory = Path(options["--out"]).expanduser() if "--out" in options else None
     if "--vocab" in options and "--compare" not in options:
-        raise ConfigError(f"--vocab belongs to --compare; for one algorithm write vocab={options['--vocab'].split(',')[0]}")
+        raise ConfigError(
+            f"--vocab belongs to --compare; for one algorithm write vocab={options['--vocab'].split(',')[0]}"
+        )
     runtime = runtime_called(options["--runtime"]) if "--runtime" in options else None
     if "--compare" in options:
         names, algorithms = options["--compare"], options.get("--vocab")
@@ -64,13 +66,18 @@ def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str,
     return EXIT_OK
 
 
-def show(config: RunConfig, directory: Path | None, config_yaml: str, runtime: Runtime | None = None) -> None:
+def show(
+    config: RunConfig, directory: Path | None, config_yaml: str, runtime: Runtime | None = None
+) -> None:
     """Simulate one step, print what is known of it, and with a directory draw it there.
 
     With a runtime its program is replayed too.  Raises ConfigError.
     """
     _make(directory)
-    print(f"{config.schedule.file or config.schedule.name} with {config.vocab.algorithm}, {headline(config)}\n", flush=True)
+    print(
+        f"{config.schedule.file or config.schedule.name} with {config.vocab.algorithm}, {headline(config)}\n",
+        flush=True,
+    )
     if config.schedule.is_solved:
         print(SEARCHING, flush=True)
     started = time.perf_counter()
@@ -87,7 +94,14 @@ def show(config: RunConfig, directory: Path | None, config_yaml: str, runtime: R
     _write(directory, "schedule.txt", outcome.plan.schedule.text())
     _write(directory, "schedule.svg", svg(timeline, title))
     timelines = {outcome.name: timeline}
-    names = ["config.yaml", "schedule.txt", "schedule.svg", "schedule.png", "trace.json", "table.json"]
+    names = [
+        "config.yaml",
+        "schedule.txt",
+        "schedule.svg",
+        "schedule.png",
+        "trace.json",
+        "table.json",
+    ]
     if outcome.replayed is not None:
         timelines[outcome.replayed.title] = outcome.replayed.timeline
         _write(directory, "replay.svg", svg(outcome.replayed.timeline, outcome.replayed.title))
@@ -125,14 +139,24 @@ def compare(
         print(table_line(item), flush=True)
         items.append(item)
     outcomes = [item for item in items if isinstance(item, Outcome)]
-    print(f"\n{len(outcomes)} of {len(items)} simulated in {duration(time.perf_counter() - started)}", flush=True)
+    print(
+        f"\n{len(outcomes)} of {len(items)} simulated in {duration(time.perf_counter() - started)}",
+        flush=True,
+    )
     if directory is not None:
         _write(directory, "config.yaml", config_yaml)
         _write_table(directory, items)
     if not outcomes:
-        raise ConfigError("none of these schedules is possible with these settings; the table says why")
+        raise ConfigError(
+            "none of these schedules is possible with these settings; the table says why"
+        )
     if directory is not None:
-        marks = [Mark(item.schedule, item.vocab, item.timeline.mean_bubble, max(item.timeline.peak_bytes)) for item in outcomes]
+        marks = [
+            Mark(
+                item.schedule, item.vocab, item.timeline.mean_bubble, max(item.timeline.peak_bytes)
+            )
+            for item in outcomes
+        ]
         comparison_png(marks, headline(config), directory / "comparison.png")
         print(f"written to {directory}: config.yaml, table.json, comparison.png", flush=True)
 
@@ -160,7 +184,9 @@ def _names(option: str, words: str, known: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(words.split(",")))
     for name in names:
         if name not in known:
-            raise ConfigError(f"{option}: {name!r} is not known; choose from {', '.join(known)}, or write {option} all")
+            raise ConfigError(
+                f"{option}: {name!r} is not known; choose from {', '.join(known)}, or write {option} all"
+            )
     return names
 
 
@@ -169,7 +195,11 @@ def _write(directory: Path, name: str, text: str) -> None:
 
 
 def _write_table(directory: Path, items: Sequence[Outcome | Refusal]) -> None:
-    _write(directory, "table.json", json.dumps({"rows": [record(item) for item in items]}, indent=1) + "\n")
+    _write(
+        directory,
+        "table.json",
+        json.dumps({"rows": [record(item) for item in items]}, indent=1) + "\n",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,18 +271,25 @@ def _replayed(outcome: Outcome, runtime: Runtime) -> Replayed:
     result = replay(lower(plan.schedule, plan.problem, plan.cost), plan.cost, runtime)
     result = replace(result, timeline=replace(result.timeline, bound=simulated.bound))
     longer = result.timeline.makespan / simulated.makespan - 1 if simulated.makespan > 0 else 0.0
-    return Replayed(f"{outcome.name}, replayed on {runtime.name}", runtime, result, round(longer, 9) + 0.0)
+    return Replayed(
+        f"{outcome.name}, replayed on {runtime.name}", runtime, result, round(longer, 9) + 0.0
+    )
 
 
 def simulate_each(
-    config: RunConfig, schedules: Sequence[str], vocabs: Sequence[str], runtime: Runtime | None = None
+    config: RunConfig,
+    schedules: Sequence[str],
+    vocabs: Sequence[str],
+    runtime: Runtime | None = None,
 ) -> Iterator[Outcome | Refusal]:
     """Every named schedule with every algorithm, all other settings as they are; a cap is `auto`'s alone."""
     for schedule in schedules:
         for vocab in vocabs:
             chosen = replace(
                 config,
-                schedule=replace(config.schedule, name=schedule, cap_gib=None, cap_microbatches=None),
+                schedule=replace(
+                    config.schedule, name=schedule, cap_gib=None, cap_microbatches=None
+                ),
                 vocab=replace(config.vocab, algorithm=vocab),
             )
             try:
@@ -302,7 +339,9 @@ def _replay_lines(outcome: Outcome) -> list[str]:
     if replayed.runtime.issues_ahead:
         beside = replayed.replay.beside_waits
         share = f"{sum(beside) / len(beside):.0%} of the passes' time, at most {max(beside):.0%} of a rank's"
-        lines.append(f"beside {share}, a communication waits for another rank and takes room on the GPU")
+        lines.append(
+            f"beside {share}, a communication waits for another rank and takes room on the GPU"
+        )
     lines += [f"{duration(entry.seconds)} more waiting of {entry}" for entry in late[:_LATE_STARTS]]
     if len(late) > _LATE_STARTS:
         lines.append(f"({len(late) - _LATE_STARTS} more such waits, none longer)")
@@ -313,7 +352,9 @@ def _replay_lines(outcome: Outcome) -> list[str]:
 def grid(timeline: Timeline, columns: int) -> str:
     """The text grid; of a step too long for readable passes only the beginning, of too many ranks none, said in one line."""
     if timeline.num_ranks > _GRID_RANKS:
-        return f"(no grid: {timeline.num_ranks} ranks are too many for text; --out DIR draws them)\n"
+        return (
+            f"(no grid: {timeline.num_ranks} ranks are too many for text; --out DIR draws them)\n"
+        )
     seconds = _readable_seconds(timeline, columns)
     if seconds >= timeline.makespan:
         return text_grid(timeline, columns)
@@ -323,7 +364,12 @@ def grid(timeline: Timeline, columns: int) -> str:
 
 def _readable_seconds(timeline: Timeline, columns: int) -> float:
     """Seconds that fit into a line if the letter and the number of an ordinary forward do."""
-    forwards = [span for spans in timeline.compute for span in spans if span.kind == Kind.F and span.seconds > 0]
+    forwards = [
+        span
+        for spans in timeline.compute
+        for span in spans
+        if span.kind == Kind.F and span.seconds > 0
+    ]
     if not forwards:
         return timeline.makespan
     label = 1 + len(str(max(span.microbatch for span in forwards)))

@@ -32,7 +32,9 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
     if _is_rank():
         from vp_train.train import run_rank
 
-        run_rank(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), config_text(config))
+        run_rank(
+            config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), config_text(config)
+        )
     from vp_train.commands.launch import launch
 
     return launch(config, overrides)
@@ -40,11 +42,16 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
 
 def with_origin(config: RunConfig) -> RunConfig:
     """run.init_from from the root, and a resumed run's as it was told first: vp-export follows what config.yaml says."""
-    run, origin = config.run, None if config.run.init_from is None else path_of(config.run.init_from)
+    run, origin = (
+        config.run,
+        None if config.run.init_from is None else path_of(config.run.init_from),
+    )
     if run.resume and origin is None:
         origin = started_from(run_path(run))
         origin = origin if origin is not None and origin.is_dir() else None
-    return replace(config, run=replace(run, init_from=None if origin is None else str(origin.absolute())))
+    return replace(
+        config, run=replace(run, init_from=None if origin is None else str(origin.absolute()))
+    )
 
 
 def _is_rank() -> bool:

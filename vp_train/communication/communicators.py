@@ -53,7 +53,9 @@ class GroupSpec:
     sender: int | None = None
 
 
-def plan_groups(degrees: Degrees, problem: Problem, *, nccl: bool, row_width: int) -> tuple[GroupSpec, ...]:
+def plan_groups(
+    degrees: Degrees, problem: Problem, *, nccl: bool, row_width: int
+) -> tuple[GroupSpec, ...]:
     """Return all groups of a run, in the order in which every rank makes them.
 
     `row_width`: how many ranks a row of control messages has.  Without `nccl` all groups use gloo,
@@ -91,7 +93,9 @@ def gloo_sockets(specs: Sequence[GroupSpec], rank: int) -> int:
 
     The default group comes on top; it has none with NCCL, and joins all ranks with gloo.
     """
-    return sum(len(spec.members) - 1 for spec in specs if GLOO in spec.backend and rank in spec.members)
+    return sum(
+        len(spec.members) - 1 for spec in specs if GLOO in spec.backend and rank in spec.members
+    )
 
 
 def _control_groups(num_ranks: int, width: int) -> Iterator[GroupSpec]:

@@ -51,7 +51,9 @@ class ControlGroup:
         `tensor` lies in host memory and has the same shape and dtype on every rank.
         """
         row = tensor.new_zeros((self.row.size(), *tensor.shape))
-        row[self.row.rank()] = tensor  # all that there is in a process that only pretends to have others
+        row[self.row.rank()] = (
+            tensor  # all that there is in a process that only pretends to have others
+        )
         dist.all_gather(list(row), tensor, group=self.row)
         if self.width >= self.size:
             return row
@@ -74,7 +76,9 @@ class ControlGroup:
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(encoded)] = encoded
         texts = self.all_gather(padded).numpy()
-        return [json.loads(text[:length].tobytes()) for text, length in zip(texts, lengths, strict=True)]
+        return [
+            json.loads(text[:length].tobytes()) for text, length in zip(texts, lengths, strict=True)
+        ]
 
     def barrier(self) -> None:
         """Return when every rank has come here."""

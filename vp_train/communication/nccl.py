@@ -20,7 +20,9 @@ from vp_train.config import RunSettings
 _POLL_SECONDS = 0.2
 
 
-def set_environment(environment: MutableMapping[str, str], settings: RunSettings, directory: Path) -> None:
+def set_environment(
+    environment: MutableMapping[str, str], settings: RunSettings, directory: Path
+) -> None:
     """Set what CUDA, NCCL and torch read when they start, except where the user has set it.
 
     Call it before anything touches the GPU.

@@ -28,12 +28,19 @@ class Progress:
     """Shows steps up to `num_steps`; in a log file every `log_every` steps, and the first and the last."""
 
     def __init__(self, num_steps: int, first_step: int, log_every: int, console: Console) -> None:
-        self._num_steps, self._first_step, self._log_every, self._console = num_steps, first_step, log_every, console
+        self._num_steps, self._first_step, self._log_every, self._console = (
+            num_steps,
+            first_step,
+            log_every,
+            console,
+        )
         self._started = time.monotonic()
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
         if self._live is not None:
             self._live.start()
-            console.show_cursor(True)  # a rank may leave without `close`, and would leave the terminal without a cursor
+            console.show_cursor(
+                True
+            )  # a rank may leave without `close`, and would leave the terminal without a cursor
 
     def step(self, report: StepReport) -> None:
         """Show a finished step."""

@@ -69,7 +69,14 @@ def _human_count(count: float) -> str:
 
 def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
     """A table of about 80 columns, at most 110: a terminal cuts what is wider."""
-    table = Table(title=title, title_justify="left", header_style="", box=SIMPLE_HEAD, show_edge=False, padding=0)
+    table = Table(
+        title=title,
+        title_justify="left",
+        header_style="",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
+    )
     for name in (
         "rank",
         "layers",

@@ -43,14 +43,22 @@ def links_of(cluster: ClusterConfig, degrees: Degrees) -> Links:
     """Inside a node where no group of that purpose leaves it."""
     replicas, pipeline, tensor = range(degrees.dp), range(degrees.pp), range(degrees.tp)
     return Links(
-        _slowest(cluster, ([degrees.rank(d, p, t) for t in tensor] for d in replicas for p in pipeline)),
-        _slowest(cluster, ([degrees.rank(d, p, t) for p in pipeline for t in tensor] for d in replicas)),
-        _slowest(cluster, ([degrees.rank(d, p, t) for d in replicas] for p in pipeline for t in tensor)),
+        _slowest(
+            cluster, ([degrees.rank(d, p, t) for t in tensor] for d in replicas for p in pipeline)
+        ),
+        _slowest(
+            cluster, ([degrees.rank(d, p, t) for p in pipeline for t in tensor] for d in replicas)
+        ),
+        _slowest(
+            cluster, ([degrees.rank(d, p, t) for d in replicas] for p in pipeline for t in tensor)
+        ),
     )
 
 
 def _slowest(cluster: ClusterConfig, groups: Iterable[list[int]]) -> Link:
-    if any(group[0] // cluster.gpus_per_node != group[-1] // cluster.gpus_per_node for group in groups):
+    if any(
+        group[0] // cluster.gpus_per_node != group[-1] // cluster.gpus_per_node for group in groups
+    ):
         return Link("between nodes", cluster.network_seconds, cluster.network_bytes_per_second)
     return Link("inside a node", cluster.node_seconds, cluster.node_bytes_per_second)
 
@@ -64,7 +72,9 @@ def peak_flops(config: RunConfig) -> float:
 def on_cluster(config: RunConfig, degrees: Degrees) -> RunConfig:
     """`config` with the cost of passes and messages on its cluster.  Measured pass times stay."""
     cluster, cost, links = config.cluster, config.cost, links_of(config.cluster, degrees)
-    rows = 2 * message_bytes(config) / degrees.pp / degrees.tp / cluster.memory_bytes_per_second  # read and written
+    rows = (
+        2 * message_bytes(config) / degrees.pp / degrees.tp / cluster.memory_bytes_per_second
+    )  # read and written
     told = replace(
         cost,
         flops_per_second=peak_flops(config) * cluster.efficiency,
@@ -75,7 +85,9 @@ def on_cluster(config: RunConfig, degrees: Degrees) -> RunConfig:
         tensor_seconds=links.tensor.of_group(degrees.tp),
         tensor_bytes_per_second=links.tensor.bytes_per_second,
         lookup_seconds=rows if cost.lookup_seconds is None else cost.lookup_seconds,
-        lookup_grad_seconds=2 * rows if cost.lookup_grad_seconds is None else cost.lookup_grad_seconds,
+        lookup_grad_seconds=2 * rows
+        if cost.lookup_grad_seconds is None
+        else cost.lookup_grad_seconds,
     )
     parallel = replace(config.parallel, pp=degrees.pp, dp=degrees.dp)
     return replace(config, cost=told, parallel=parallel)

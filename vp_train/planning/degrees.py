@@ -47,7 +47,10 @@ def split_ranks(parallel: ParallelConfig, num_ranks: int) -> Degrees:
     known = 1
     for value in told.values():
         known *= value or 1
-    named = " x ".join(f"{name}={value}" for name, value in told.items() if value not in (None, 1)) or "parallel.pp=1"
+    named = (
+        " x ".join(f"{name}={value}" for name, value in told.items() if value not in (None, 1))
+        or "parallel.pp=1"
+    )
     is_open = None in told.values()
     if num_ranks % known or (not is_open and num_ranks != known):
         raise ConfigError(
@@ -61,8 +64,17 @@ def split_ranks(parallel: ParallelConfig, num_ranks: int) -> Degrees:
 def check_tensor_split(model: ModelConfig, tp: int, *, sequences: bool = False) -> None:
     """Raise ConfigError where heads, the feed-forward width or, if they are to be split, sequences do not over `tp` ranks."""
     if sequences and tp == 1:
-        raise ConfigError("parallel.sequence_parallel=true has nothing to split over with parallel.tp=1; drop it, or raise tp")
-    for name in ("num_heads", "num_query_groups", "ffn_hidden_size", *(("seq_length",) if sequences else ())):
+        raise ConfigError(
+            "parallel.sequence_parallel=true has nothing to split over with parallel.tp=1; drop it, or raise tp"
+        )
+    for name in (
+        "num_heads",
+        "num_query_groups",
+        "ffn_hidden_size",
+        *(("seq_length",) if sequences else ()),
+    ):
         value = getattr(model, name)
         if value % tp:
-            raise ConfigError(f"model.{name}={value} does not split over parallel.tp={tp}; use a divisor of {value}")
+            raise ConfigError(
+                f"model.{name}={value} does not split over parallel.tp={tp}; use a divisor of {value}"
+            )

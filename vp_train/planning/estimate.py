@@ -16,40 +16,68 @@ from vp_train.vocab.shard import Shard
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
-_OTHERS = "these pass times are not for it; use a cost that is, or one that counts FLOPs, e.g. cost=a100"
+_OTHERS = (
+    "these pass times are not for it; use a cost that is, or one that counts FLOPs, e.g. cost=a100"
+)
 
 
 def estimate_cost(
-    config: RunConfig, layout: Layout, layers: Sequence[range], shards: dict[End, tuple[Shard, ...]], algorithm: VocabAlgorithm
+    config: RunConfig,
+    layout: Layout,
+    layers: Sequence[range],
+    shards: dict[End, tuple[Shard, ...]],
+    algorithm: VocabAlgorithm,
 ) -> CostModel:
     """The costs of every pass.  Raises ConfigError where the measured layers were not those of this model."""
     _check_measured(config)
     slowness = rank_slowness(config, layout.num_ranks)
-    model, size, tp = shape.tensor_share(config.model, config.parallel.tp), config.micro_batch_size, config.parallel.tp
+    model, size, tp = (
+        shape.tensor_share(config.model, config.parallel.tp),
+        config.micro_batch_size,
+        config.parallel.tp,
+    )
     item_bytes = ITEM_BYTES[config.run.dtype]
     rows = [math.ceil(shard.num_rows / tp) for shard in shards[End.OUTPUT]]
     num_shards = tp * (layout.num_ranks if algorithm.sharded else 1)
     on_cuda = config.run.device == "cuda"
     sequence_ranks = tp if config.parallel.sequence_parallel else 1
     stages = _with_recompute(config, layers)
-    bytes_of_layer = {recompute: layer_bytes(config, recompute) for recompute in {recompute for recompute, _ in stages}}
+    bytes_of_layer = {
+        recompute: layer_bytes(config, recompute)
+        for recompute in {recompute for recompute, _ in stages}
+    }
     stage_bytes = [float(len(stage) * bytes_of_layer[recompute]) for recompute, stage in stages]
     if sequence_ranks > 1:  # the first stage keeps its whole input too
         stage_bytes[0] += message_bytes(config)
     stage_bytes[0] += shape.embedding_activation_bytes(model, size, item_bytes)
-    stage_bytes[-1] += shape.final_norm_activation_bytes(model, size, item_bytes, fused_norms=on_cuda) / sequence_ranks
+    stage_bytes[-1] += (
+        shape.final_norm_activation_bytes(model, size, item_bytes, fused_norms=on_cuda)
+        / sequence_ranks
+    )
     return CostModel(
         {
             kind: tuple(
-                value * slowness[index if kind.is_vocabulary else layout.rank_of(index)] for index, value in enumerate(values)
+                value * slowness[index if kind.is_vocabulary else layout.rank_of(index)]
+                for index, value in enumerate(values)
             )
-            for kind, values in (_stage_seconds(config, layers) | _shard_seconds(config, rows, algorithm)).items()
+            for kind, values in (
+                _stage_seconds(config, layers) | _shard_seconds(config, rows, algorithm)
+            ).items()
         },
         _hop_seconds(config),
-        {barrier.name: _barrier_seconds(config, barrier, num_shards) for barrier in algorithm.barriers},
+        {
+            barrier.name: _barrier_seconds(config, barrier, num_shards)
+            for barrier in algorithm.barriers
+        },
         tuple(stage_bytes),
-        tuple(item_bytes * size * model.seq_length * (held_part(config) * count + model.hidden_size) for count in rows),
-        tuple(float(len(stage) * shape.layer_weight_grad_bytes(model, size, item_bytes)) for stage in layers),
+        tuple(
+            item_bytes * size * model.seq_length * (held_part(config) * count + model.hidden_size)
+            for count in rows
+        ),
+        tuple(
+            float(len(stage) * shape.layer_weight_grad_bytes(model, size, item_bytes))
+            for stage in layers
+        ),
     )
 
 
@@ -68,7 +96,12 @@ def layer_bytes(config: RunConfig, recompute: str) -> int:
 
 def message_bytes(config: RunConfig) -> int:
     """[T, H] in the compute dtype: what a hop, C0 or a sum over the tensor-parallel ranks moves."""
-    return ITEM_BYTES[config.run.dtype] * config.micro_batch_size * config.model.seq_length * config.model.hidden_size
+    return (
+        ITEM_BYTES[config.run.dtype]
+        * config.micro_batch_size
+        * config.model.seq_length
+        * config.model.hidden_size
+    )
 
 
 def link_seconds(fixed: float, bytes_per_second: float | None, num_bytes: float) -> float:
@@ -76,9 +109,15 @@ def link_seconds(fixed: float, bytes_per_second: float | None, num_bytes: float)
     return fixed + (0.0 if bytes_per_second is None else num_bytes / bytes_per_second)
 
 
-def sum_seconds(fixed: float, bytes_per_second: float | None, num_bytes: float, num_ranks: int) -> float:
+def sum_seconds(
+    fixed: float, bytes_per_second: float | None, num_bytes: float, num_ranks: int
+) -> float:
     """A sum that all ranks get, in a ring: every rank sends 2 (n - 1) / n of it; twice as long as scattering or gathering."""
-    return 0.0 if num_ranks == 1 else link_seconds(fixed, bytes_per_second, 2 * (num_ranks - 1) / num_ranks * num_bytes)
+    return (
+        0.0
+        if num_ranks == 1
+        else link_seconds(fixed, bytes_per_second, 2 * (num_ranks - 1) / num_ranks * num_bytes)
+    )
 
 
 def _hop_seconds(config: RunConfig) -> float:
@@ -130,7 +169,9 @@ def rank_slowness(config: RunConfig, num_ranks: int) -> tuple[float, ...]:
     if told is None:
         return (1.0,) * num_ranks
     if len(told) != num_ranks:
-        raise ConfigError(f"cost.rank_slowness={list(told)} has {len(told)} values; give one for each of the {num_ranks} ranks")
+        raise ConfigError(
+            f"cost.rank_slowness={list(told)} has {len(told)} values; give one for each of the {num_ranks} ranks"
+        )
     return told
 
 
@@ -151,8 +192,12 @@ def _stage_seconds(config: RunConfig, layers: Sequence[range]) -> dict[Kind, tup
     """F, B, I and W of each stage; B takes twice F, and I and W half of B each, unless measured.  B and I recompute."""
     cost, tp = config.cost, config.parallel.tp
     forward = _layer_flops(config) / cost.flops_per_second
-    summed = 2 * sum_seconds(cost.tensor_seconds, cost.tensor_bytes_per_second, message_bytes(config), tp)
-    gathered = summed / 2 if config.parallel.sequence_parallel else 0.0  # inputs of two layers once more, half a sum each
+    summed = 2 * sum_seconds(
+        cost.tensor_seconds, cost.tensor_bytes_per_second, message_bytes(config), tp
+    )
+    gathered = (
+        summed / 2 if config.parallel.sequence_parallel else 0.0
+    )  # inputs of two layers once more, half a sum each
     one_forward = _either(cost.layer_forward_seconds, forward) / tp + summed
     of_one_layer = {
         Kind.F: one_forward,
@@ -160,7 +205,10 @@ def _stage_seconds(config: RunConfig, layers: Sequence[range]) -> dict[Kind, tup
         Kind.I: _either(cost.layer_input_grad_seconds, forward) / tp + summed + gathered,
         Kind.W: _either(cost.layer_weight_grad_seconds, forward) / tp,
     }
-    again = [shape.recomputed_part(config.model, recompute) * one_forward for recompute, _ in _with_recompute(config, layers)]
+    again = [
+        shape.recomputed_part(config.model, recompute) * one_forward
+        for recompute, _ in _with_recompute(config, layers)
+    ]
     return {
         kind: tuple(
             len(stage) * (seconds + (more if kind in (Kind.B, Kind.I) else 0.0))
@@ -175,7 +223,9 @@ def _with_recompute(config: RunConfig, layers: Sequence[range]) -> list[tuple[st
     return [(config.parallel.recompute_of(stage), held) for stage, held in enumerate(layers)]
 
 
-def _shard_seconds(config: RunConfig, rows: Sequence[int], algorithm: VocabAlgorithm) -> dict[Kind, tuple[float, ...]]:
+def _shard_seconds(
+    config: RunConfig, rows: Sequence[int], algorithm: VocabAlgorithm
+) -> dict[Kind, tuple[float, ...]]:
     """S, T, E and G of each shard; E and G are lookups, a tenth of a barrier each unless measured.  T may form Z again."""
     cost, lookup = config.cost, config.cost.collective_seconds / 10
     s_share = algorithm.products(Kind.S) / 3
@@ -193,7 +243,14 @@ def _output_seconds(config: RunConfig, num_rows: int) -> float:
     """S and T of one rank together: three matrix products."""
     cost, model = config.cost, config.model
     if cost.output_row_seconds is None:
-        return 6 * config.micro_batch_size * model.seq_length * num_rows * model.hidden_size / cost.flops_per_second
+        return (
+            6
+            * config.micro_batch_size
+            * model.seq_length
+            * num_rows
+            * model.hidden_size
+            / cost.flops_per_second
+        )
     return cost.output_fixed_seconds + num_rows * cost.output_row_seconds if num_rows else 0.0
 
 
@@ -224,6 +281,9 @@ def _check_measured(config: RunConfig) -> None:
             f"cost.measured_layer_flops={measured:g}, but a layer of this model takes {flops:g} FLOPs forward per microbatch: "
             f"{_OTHERS}"
         )
-    for name, told, here in (("dtype", cost.measured_dtype, run.dtype), ("device", cost.measured_device, run.device)):
+    for name, told, here in (
+        ("dtype", cost.measured_dtype, run.dtype),
+        ("device", cost.measured_device, run.device),
+    ):
         if told not in (None, here):
             raise ConfigError(f"cost.measured_{name}={told}, but run.{name}={here}: {_OTHERS}")

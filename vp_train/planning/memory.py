@@ -9,12 +9,20 @@ from schedules.ir import Kind, Pass
 from schedules.vocab import End
 from vp_train.config import RunConfig
 from vp_train.model import shape
-from vp_train.planning.estimate import ITEM_BYTES, held_part, input_gradient_bytes, layer_bytes, message_bytes
+from vp_train.planning.estimate import (
+    ITEM_BYTES,
+    held_part,
+    input_gradient_bytes,
+    layer_bytes,
+    message_bytes,
+)
 from vp_train.planning.plan import StepPlan
 
 _MESSAGES = 4  # [T, H] received before they are needed, or on their way, at any time
 _CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}  # of logits, as in vocab.backends
-_TOKEN_BYTES = 8 * 6 + 4 * 8  # per token of a step: ids, owners and their order; losses and statistics
+_TOKEN_BYTES = (
+    8 * 6 + 4 * 8
+)  # per token of a step: ids, owners and their order; losses and statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +69,18 @@ class RankMemory:
         return self.state + self.activations + self.vocabulary + self.working
 
 
-def rank_memory(config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None = None) -> RankMemory:
+def rank_memory(
+    config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None = None
+) -> RankMemory:
     """The memory of every tensor-parallel rank of pipeline rank `rank`; where these differ by a row, of the larger."""
     activations, vocabulary, working = step_peak(config, step, rank)
     kept = rank_state(config, step, rank, state)
     return replace(kept, activations=activations, vocabulary=vocabulary, working=working)
 
 
-def rank_state(config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None = None) -> RankMemory:
+def rank_state(
+    config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None = None
+) -> RankMemory:
     """The memory of a rank between two steps."""
     of_each = StateBytes.of(config) if state is None else state
     parameters = rank_parameters(config, step, rank)
@@ -88,13 +100,17 @@ def rank_parameters(config: RunConfig, step: StepPlan, rank: int) -> int:
     """Values that a rank holds, copies of tied matrices included."""
     problem, tp = step.problem, step.degrees.tp
     model = shape.tensor_share(config.model, tp)
-    count = sum(len(step.layers[stage]) for stage in problem.layout.stages_of(rank)) * shape.layer_parameters(model)
+    count = sum(
+        len(step.layers[stage]) for stage in problem.layout.stages_of(rank)
+    ) * shape.layer_parameters(model)
     if problem.root(End.OUTPUT) == rank:
         count += shape.final_norm_parameters(model)
     if problem.root(End.INPUT) == rank:
         count += shape.position_parameters(model)
     rows = {end: math.ceil(step.shards[end][rank].num_rows / tp) for end in End}
-    return count + model.hidden_size * (max(rows.values()) if model.tied_embeddings else sum(rows.values()))
+    return count + model.hidden_size * (
+        max(rows.values()) if model.tied_embeddings else sum(rows.values())
+    )
 
 
 def step_peak(config: RunConfig, step: StepPlan, rank: int) -> tuple[float, float, float]:
@@ -105,12 +121,18 @@ def step_peak(config: RunConfig, step: StepPlan, rank: int) -> tuple[float, floa
     order, cost, message = step.schedule.ranks[rank], step.cost, float(message_bytes(config))
     on_cpu = config.run.device == "cpu"
     kept = _scratch_bytes(config, step, rank)
-    kept += _TOKEN_BYTES * config.num_microbatches * config.micro_batch_size * config.model.seq_length
+    kept += (
+        _TOKEN_BYTES * config.num_microbatches * config.micro_batch_size * config.model.seq_length
+    )
     always = kept + _MESSAGES * message
     exponentials = max(0.0, cost.shard_bytes[rank] - message)  # the rest is x
-    pool = exponentials * _most_held(order) if on_cpu else 0.0  # given back to the layer, not to the system
+    pool = (
+        exponentials * _most_held(order) if on_cpu else 0.0
+    )  # given back to the layer, not to the system
     activations, held, working = 0.0, pool, always
-    peak = max((activations, held, working), (0.0, pool, kept + _update_bytes(config, step, rank)), key=sum)
+    peak = max(
+        (activations, held, working), (0.0, pool, kept + _update_bytes(config, step, rank)), key=sum
+    )
     for item in order:
         change = cost.byte_change(item)
         left = _unsent_bytes(config, item, step, rank) if on_cpu else 0.0
@@ -118,7 +140,11 @@ def step_peak(config: RunConfig, step: StepPlan, rank: int) -> tuple[float, floa
         if in_held and on_cpu and exponentials:
             change -= math.copysign(exponentials, change)
         layers, shards = (0.0, change) if in_held else (change, 0.0)
-        during = (activations + max(0.0, layers), held + max(0.0, shards), working + left + _working_bytes(config, item))
+        during = (
+            activations + max(0.0, layers),
+            held + max(0.0, shards),
+            working + left + _working_bytes(config, item),
+        )
         peak = max(peak, during, key=sum)
         activations, held, working = activations + layers, held + shards, working + left
     return peak
@@ -141,7 +167,9 @@ def _is_hop(stage: int, other: int, step: StepPlan) -> bool:
 def _unsent_bytes(config: RunConfig, item: Pass, step: StepPlan, rank: int) -> float:
     """What stays until the end of a step because gloo does not tell when a message was sent: hops, and what others reduce."""
     problem, message = step.problem, float(message_bytes(config))
-    neighbour = {Kind.F: item.stage + 1, Kind.B: item.stage - 1, Kind.I: item.stage - 1}.get(item.kind)
+    neighbour = {Kind.F: item.stage + 1, Kind.B: item.stage - 1, Kind.I: item.stage - 1}.get(
+        item.kind
+    )
     if neighbour is not None and _is_hop(item.stage, neighbour, step):
         return message
     if item.kind is Kind.E and problem.algorithm.sharded and rank != problem.root(End.INPUT):
@@ -192,7 +220,9 @@ def _working_bytes(config: RunConfig, item: Pass) -> float:
             wide = (3 if shape.is_gated(model) else 2) - (item.kind is Kind.B)
             recompute = config.parallel.recompute_of(item.stage)
             formed, kept = layer_bytes(config, "none"), layer_bytes(config, recompute)
-            again = formed if recompute == "full" else formed - kept  # a whole layer runs from a copy of its input
+            again = (
+                formed if recompute == "full" else formed - kept
+            )  # a whole layer runs from a copy of its input
             return float(values * (wide * model.ffn_hidden_size + 2 * model.hidden_size) + again)
         case Kind.S | Kind.T:
             return 2.0 * message_bytes(config) * max(4, item_bytes) / item_bytes

@@ -68,13 +68,17 @@ def redistribute(num_layers: int, num_stages: int, head_in_layers: float) -> tup
     return (*(each + (stage >= num_stages - 1 - extra) for stage in range(num_stages - 1)), last)
 
 
-def split_vocabulary(config: RunConfig, problem: Problem, end: End, layers: Sequence[range]) -> tuple[Shard, ...]:
+def split_vocabulary(
+    config: RunConfig, problem: Problem, end: End, layers: Sequence[range]
+) -> tuple[Shard, ...]:
     """One shard per rank, empty on ranks that own no rows of this end.  Raises ConfigError for sizes that do not add up."""
     vocab_size, num_ranks = config.model.vocab_size, problem.layout.num_ranks
     sizes: Sequence[int] | None = config.vocab.shards
     if not problem.algorithm.sharded:
         if sizes is not None:
-            raise ConfigError(f"vocab.shards={list(sizes)} needs a sharded vocabulary, but vocab=none; drop one of the two")
+            raise ConfigError(
+                f"vocab.shards={list(sizes)} needs a sharded vocabulary, but vocab=none; drop one of the two"
+            )
         sizes = [vocab_size if rank == problem.root(end) else 0 for rank in range(num_ranks)]
     elif sizes is None and config.vocab.balance:
         sizes = balanced_rows(config, problem.layout, layers)
@@ -112,7 +116,9 @@ def fill_with_rows(num_rows: int, busy: Sequence[float], row_seconds: Sequence[f
             level += poured / width
             break
         poured -= (above - level) * width
-    exact = [max(0.0, level - seconds) / each for seconds, each in zip(busy, row_seconds, strict=True)]
+    exact = [
+        max(0.0, level - seconds) / each for seconds, each in zip(busy, row_seconds, strict=True)
+    ]
     rows = [int(value) for value in exact]
     for rank in sorted(range(len(rows)), key=lambda r: rows[r] - exact[r])[: num_rows - sum(rows)]:
         rows[rank] += 1

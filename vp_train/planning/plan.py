@@ -54,7 +54,10 @@ class StepPlan:
     def layers_of_ranks(self) -> tuple[tuple[range, ...], ...]:
         """The layers of each rank's stages."""
         layout = self.problem.layout
-        return tuple(tuple(self.layers[stage] for stage in layout.stages_of(rank)) for rank in range(layout.num_ranks))
+        return tuple(
+            tuple(self.layers[stage] for stage in layout.stages_of(rank))
+            for rank in range(layout.num_ranks)
+        )
 
     @property
     def num_ranks(self) -> int:
@@ -77,7 +80,9 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
     program = lower(step.schedule, problem, cost, tied=config.model.tied_embeddings)
     check_program(program, problem)
     num_evaluated = config.run.eval_microbatches_of(step.degrees.dp)
-    evaluated = Problem(problem.layout, num_evaluated, evaluation(problem.algorithm), forward_only=True)
+    evaluated = Problem(
+        problem.layout, num_evaluated, evaluation(problem.algorithm), forward_only=True
+    )
     evaluation_program = lower(generate("gpipe", evaluated, cost), evaluated, cost)
     check_program(evaluation_program, evaluated)
     return RunPlan(
@@ -109,9 +114,13 @@ def draft_step(config: RunConfig, num_ranks: int) -> Draft:
     """One step of a named schedule before its passes are ordered.  Raises ConfigError like `make_plan`."""
     degrees, name = _degrees(config, num_ranks), config.schedule.name
     if name not in GENERATORS:
-        raise ConfigError(f"schedule.name={name} is not known; choose one of {', '.join(GENERATORS)} or auto")
+        raise ConfigError(
+            f"schedule.name={name} is not known; choose one of {', '.join(GENERATORS)} or auto"
+        )
     layout = _layout(name, degrees.pp, config)
-    return _draft(config, degrees, layout, _algorithm(config.vocab.algorithm), GENERATORS[name].split_backward)
+    return _draft(
+        config, degrees, layout, _algorithm(config.vocab.algorithm), GENERATORS[name].split_backward
+    )
 
 
 def _degrees(config: RunConfig, num_ranks: int) -> Degrees:
@@ -162,14 +171,31 @@ class Draft:
         """Check and simulate it.  Raises ValueError for a schedule that is not one of this problem."""
         check_schedule(schedule, self.problem)
         timeline = simulate(schedule, self.problem, self.cost, caps)
-        return StepPlan(self.degrees, self.layers, self.shards, self.problem, self.cost, schedule, timeline, caps)
+        return StepPlan(
+            self.degrees,
+            self.layers,
+            self.shards,
+            self.problem,
+            self.cost,
+            schedule,
+            timeline,
+            caps,
+        )
 
 
-def _draft(config: RunConfig, degrees: Degrees, layout: Layout, algorithm: VocabAlgorithm, split_backward: bool) -> Draft:
+def _draft(
+    config: RunConfig,
+    degrees: Degrees,
+    layout: Layout,
+    algorithm: VocabAlgorithm,
+    split_backward: bool,
+) -> Draft:
     layers = split_layers(config.model, config.parallel, layout)
     problem = Problem(layout, config.num_microbatches, algorithm, split_backward)
     shards = {end: split_vocabulary(config, problem, end, layers) for end in End}
-    return Draft(degrees, layers, shards, problem, estimate_cost(config, layout, layers, shards, algorithm))
+    return Draft(
+        degrees, layers, shards, problem, estimate_cost(config, layout, layers, shards, algorithm)
+    )
 
 
 def _algorithm(name: str) -> VocabAlgorithm:
@@ -184,23 +210,34 @@ def _layout(name: str, num_ranks: int, config: RunConfig) -> Layout:
     try:
         return GENERATORS[name].layout_of(num_ranks, config.schedule.num_chunks)
     except ValueError as error:
-        raise ConfigError(f"schedule.num_chunks={config.schedule.num_chunks} with schedule.name={name}: {error}") from None
+        raise ConfigError(
+            f"schedule.num_chunks={config.schedule.num_chunks} with schedule.name={name}: {error}"
+        ) from None
 
 
 def _stored(config: RunConfig, degrees: Degrees, path: Path) -> StepPlan:
     """The step of a schedule that was written before: our own text, or a CSV of torch, which has no vocabulary passes yet."""
     if not path.is_file():
-        raise ConfigError(f"schedule.file={path} is not a file; vp-simulate --out DIR writes DIR/schedule.txt")
+        raise ConfigError(
+            f"schedule.file={path} is not a file; vp-simulate --out DIR writes DIR/schedule.txt"
+        )
     try:
-        text, is_csv = path.read_text(encoding="utf-8-sig"), path.suffix.lower() == ".csv"  # spreadsheets write a mark first
+        text, is_csv = (
+            path.read_text(encoding="utf-8-sig"),
+            path.suffix.lower() == ".csv",
+        )  # spreadsheets write a mark first
         schedule = from_csv(text, path.stem) if is_csv else Schedule.parse(text.rstrip())
         layout, split_backward = recognise(schedule)
         if layout.num_ranks != degrees.pp:
-            raise ValueError(f"it is for {layout.num_ranks} ranks, not {degrees.pp}; use parallel.pp={layout.num_ranks}")
+            raise ValueError(
+                f"it is for {layout.num_ranks} ranks, not {degrees.pp}; use parallel.pp={layout.num_ranks}"
+            )
         step = _draft(config, degrees, layout, _algorithm(config.vocab.algorithm), split_backward)
         if is_csv:
             check_base(schedule, step.problem)
-            schedule = complete(schedule.name, schedule.ranks, step.problem, step.cost, keep_order=True)
+            schedule = complete(
+                schedule.name, schedule.ranks, step.problem, step.cost, keep_order=True
+            )
         return step.with_schedule(schedule)
     except ConfigError:
         raise
@@ -231,16 +268,22 @@ def _solved(config: RunConfig, degrees: Degrees) -> StepPlan:
         solution = solve(options, caps)
     except CapError as error:
         if told.cap_gib is not None or told.cap_microbatches is not None:
-            raise ConfigError(_cap_message(error, caps[0], told.cap_gib is not None, cost, num_ranks)) from None
+            raise ConfigError(
+                _cap_message(error, caps[0], told.cap_gib is not None, cost, num_ranks)
+            ) from None
         caps = (error.reached,) * num_ranks
         solution = solve(options, caps)
-    return next(step for option, step in drafts if option is solution.option).with_schedule(solution.schedule, caps)
+    return next(step for option, step in drafts if option is solution.option).with_schedule(
+        solution.schedule, caps
+    )
 
 
 def _searched_layout(name: str, num_ranks: int, config: RunConfig) -> Layout:
     """schedule.num_chunks counts where a schedule leaves a choice."""
     family = GENERATORS[name]
-    return family.layout_of(num_ranks, config.schedule.num_chunks if family.layout == "loop" else None)
+    return family.layout_of(
+        num_ranks, config.schedule.num_chunks if family.layout == "loop" else None
+    )
 
 
 def _microbatch_bytes(cost: CostModel, num_ranks: int) -> float:

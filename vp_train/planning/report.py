@@ -10,7 +10,13 @@ from schedules.ir import Kind
 from schedules.vocab import End
 from vp_train.config import ConfigError, RunConfig
 from vp_train.model import shape
-from vp_train.planning.cluster import gradient_seconds, links_of, on_cluster, peak_flops, tied_seconds
+from vp_train.planning.cluster import (
+    gradient_seconds,
+    links_of,
+    on_cluster,
+    peak_flops,
+    tied_seconds,
+)
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.estimate import message_bytes, sum_seconds
 from vp_train.planning.memory import RankMemory, StateBytes, rank_memory
@@ -93,7 +99,12 @@ class PlanReport:
     def num_tokens(self) -> int:
         """Of a step, in all replicas."""
         config = self.config
-        return config.num_microbatches * config.micro_batch_size * config.model.seq_length * self.degrees.dp
+        return (
+            config.num_microbatches
+            * config.micro_batch_size
+            * config.model.seq_length
+            * self.degrees.dp
+        )
 
     @property
     def mfu(self) -> float:
@@ -127,11 +138,17 @@ class PlanReport:
         mean = sum(each.busy for each in self.ranks) / len(self.ranks)
         if rank.busy > 1.1 * mean:
             share = sum(each.vocabulary for each in self.ranks) / len(self.ranks)
-            what = "its part of the vocabulary" if rank.vocabulary - share > (rank.busy - mean) / 2 else "its layers"
+            what = (
+                "its part of the vocabulary"
+                if rank.vocabulary - share > (rank.busy - mean) / 2
+                else "its layers"
+            )
             return f"{what}: rank {self.busiest} computes {rank.busy / mean:.2f} times as long as the average rank"
         for name in ("tensor-parallel sums", "gradient sum", "waiting"):
             if parts[name] > 0.2 * step:
-                words = {"waiting": "filling and draining the pipeline"}.get(name, f"communication, {name}")
+                words = {"waiting": "filling and draining the pipeline"}.get(
+                    name, f"communication, {name}"
+                )
                 return f"{words}: {parts[name] / step:.0%} of the step; {self._advice(name)}"
         return f"compute: rank {self.busiest} is busy for {rank.busy / step:.0%} of the step"
 
@@ -175,7 +192,10 @@ class PlanReport:
             "binds": self.binds,
             "fits": self.fits,
             "limit_bytes": self.limit,
-            "ranks": [asdict(rank) | {"total_bytes": rank.memory.total, "busy_seconds": rank.busy} for rank in self.ranks],
+            "ranks": [
+                asdict(rank) | {"total_bytes": rank.memory.total, "busy_seconds": rank.busy}
+                for rank in self.ranks
+            ],
         }
 
 
@@ -212,14 +232,24 @@ def report_of(config: RunConfig, step: StepPlan, state: StateBytes | None = None
     )
 
 
-def _rank_report(config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None) -> RankReport:
+def _rank_report(
+    config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None
+) -> RankReport:
     spans = step.timeline.compute[rank]
     vocabulary = sum(span.seconds for span in spans if Kind(span.kind).is_vocabulary)
     num_layers, cost = sum(map(len, step.layers_of_ranks[rank])), config.cost
-    one_sum = sum_seconds(cost.tensor_seconds, cost.tensor_bytes_per_second, message_bytes(config), step.degrees.tp)
+    one_sum = sum_seconds(
+        cost.tensor_seconds, cost.tensor_bytes_per_second, message_bytes(config), step.degrees.tp
+    )
     sums = (5.0 if config.parallel.sequence_parallel else 4.0) * num_layers
-    for stage, layers in zip(step.problem.layout.stages_of(rank), step.layers_of_ranks[rank], strict=True):
-        sums += 2 * shape.recomputed_part(config.model, config.parallel.recompute_of(stage)) * len(layers)
+    for stage, layers in zip(
+        step.problem.layout.stages_of(rank), step.layers_of_ranks[rank], strict=True
+    ):
+        sums += (
+            2
+            * shape.recomputed_part(config.model, config.parallel.recompute_of(stage))
+            * len(layers)
+        )
     return RankReport(
         num_layers,
         step.shards[End.OUTPUT][rank].num_rows,
@@ -246,7 +276,9 @@ def optimizer_seconds(config: RunConfig, degrees: Degrees, memory: RankMemory) -
     """
     cluster = config.cluster
     if not config.optim.offload:
-        return (memory.gradients + 2 * memory.optimizer + memory.weights) / cluster.memory_bytes_per_second
+        return (
+            memory.gradients + 2 * memory.optimizer + memory.weights
+        ) / cluster.memory_bytes_per_second
     gradients, weights = memory.gradients / degrees.dp, memory.weights / degrees.dp
     moved = (gradients + weights) / cluster.host_bytes_per_second
     return moved + (gradients + 2 * 3 * gradients + weights) / cluster.host_memory_bytes_per_second

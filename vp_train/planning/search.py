@@ -31,7 +31,10 @@ SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_v", "v_half", "v_min")
 _MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 _GIB = 2**30
 # What a choice changes besides saying its own.
-_UNDONE = {"parallel": ("placement", "recompute_per_stage"), "schedule": ("file", "cap_gib", "cap_microbatches")}
+_UNDONE = {
+    "parallel": ("placement", "recompute_per_stage"),
+    "schedule": ("file", "cap_gib", "cap_microbatches"),
+}
 _PIPELINES_FULL = 3  # microbatches per rank after which no schedule but gpipe has more in flight
 
 
@@ -51,7 +54,9 @@ class Choice:
         parallel, degrees = config.parallel, self.degrees
         return replace(
             config,
-            schedule=replace(config.schedule, name=self.schedule, file=None, cap_gib=None, cap_microbatches=None),
+            schedule=replace(
+                config.schedule, name=self.schedule, file=None, cap_gib=None, cap_microbatches=None
+            ),
             vocab=replace(config.vocab, algorithm=self.vocab),
             parallel=replace(
                 parallel,
@@ -70,8 +75,12 @@ class Choice:
         """What to write on a command line behind the words of `config`: also what undoes those that do not go with it."""
         degrees, chosen = self.degrees, self.applied(config)
         words = [f"parallel.dp={degrees.dp} parallel.pp={degrees.pp} parallel.tp={degrees.tp}"]
-        words.append(f"schedule.name={self.schedule} vocab.algorithm={self.vocab} parallel.recompute={self.recompute}")
-        words.append(f"micro_batch_size={self.micro_batch_size} num_microbatches={self.num_microbatches}")
+        words.append(
+            f"schedule.name={self.schedule} vocab.algorithm={self.vocab} parallel.recompute={self.recompute}"
+        )
+        words.append(
+            f"micro_batch_size={self.micro_batch_size} num_microbatches={self.num_microbatches}"
+        )
         for section, names in _UNDONE.items():
             for name in names:
                 value = getattr(getattr(chosen, section), name)
@@ -128,7 +137,14 @@ def choices(config: RunConfig) -> Iterator[Choice]:
                 for schedule in SCHEDULES if pp > 1 else ("1f1b",):
                     for vocab in searched_algorithms() if pp * tp > 1 else ("none",):
                         for recompute in RECOMPUTE:
-                            yield Choice(degrees, size, batch // degrees.dp // size, schedule, vocab, recompute)
+                            yield Choice(
+                                degrees,
+                                size,
+                                batch // degrees.dp // size,
+                                schedule,
+                                vocab,
+                                recompute,
+                            )
 
 
 def _divisors(count: int) -> list[int]:
@@ -143,7 +159,9 @@ class _Candidate:
     bound: float  # of the whole step
 
 
-def search(config: RunConfig, top: int, in_time: Callable[[], bool], progress: Callable[[str], None]) -> Result:
+def search(
+    config: RunConfig, top: int, in_time: Callable[[], bool], progress: Callable[[str], None]
+) -> Result:
     """The `top` fastest choices that fit, as far as `in_time` allows.
 
     Where it never does, one is weighed, and simulated unless it cannot fit.  Raises ConfigError where there is no choice.
@@ -172,7 +190,11 @@ def search(config: RunConfig, top: int, in_time: Callable[[], bool], progress: C
     heapq.heapify(queue)
     best: list[Found] = []
     simulated = 0
-    while queue and (len(best) < top or queue[0][0] < best[-1].report.step_seconds) and (not simulated or in_time()):
+    while (
+        queue
+        and (len(best) < top or queue[0][0] < best[-1].report.step_seconds)
+        and (not simulated or in_time())
+    ):
         _, _, candidate = heapq.heappop(queue)
         if (refusal := _too_large(candidate)) is not None:
             refused.append(refusal)
@@ -183,11 +205,19 @@ def search(config: RunConfig, top: int, in_time: Callable[[], bool], progress: C
         if report.fits:
             best = sorted([*best, Found(candidate.choice, report)], key=_order)[:top]
         else:
-            refused.append(Refusal(candidate.choice, report.memory_words, candidate.bound, report.excess))
+            refused.append(
+                Refusal(candidate.choice, report.memory_words, candidate.bound, report.excess)
+            )
         progress(_progress(simulated, len(queue), best))
     last = best[-1].report.step_seconds if len(best) == top else float("inf")
     still_open = len(weighing) + sum(bound < last for bound, _, _ in queue)
-    return Result(tuple(best), tuple(sorted(refused, key=lambda each: each.bound)), len(every), simulated, still_open)
+    return Result(
+        tuple(best),
+        tuple(sorted(refused, key=lambda each: each.bound)),
+        len(every),
+        simulated,
+        still_open,
+    )
 
 
 def _order(found: Found) -> tuple[float, float]:
@@ -201,7 +231,9 @@ def _progress(simulated: int, left: int, best: list[Found]) -> str:
     return f"{simulated} simulated, at most {left:,} more{shown}"
 
 
-def _weigh(config: RunConfig, choice: Choice, bounds: dict[tuple[object, ...], float]) -> _Candidate | Refusal:
+def _weigh(
+    config: RunConfig, choice: Choice, bounds: dict[tuple[object, ...], float]
+) -> _Candidate | Refusal:
     """Its lower bound, or why it cannot be run.  `bounds` remembers those of passes, which several schedules share."""
     chosen = on_cluster(choice.applied(config), choice.degrees)
     try:
@@ -209,7 +241,14 @@ def _weigh(config: RunConfig, choice: Choice, bounds: dict[tuple[object, ...], f
     except ConfigError as error:
         return Refusal(choice, str(error))
     layout = draft.problem.layout
-    key = (choice.degrees, choice.micro_batch_size, choice.vocab, choice.recompute, layout, draft.problem.split_backward)
+    key = (
+        choice.degrees,
+        choice.micro_batch_size,
+        choice.vocab,
+        choice.recompute,
+        layout,
+        draft.problem.split_backward,
+    )
     if key not in bounds:
         bounds[key] = step_bound(draft.problem, draft.cost).seconds
     blank = _unordered(draft, Schedule(choice.schedule, ()), draft.cost)
@@ -222,7 +261,7 @@ def _weigh(config: RunConfig, choice: Choice, bounds: dict[tuple[object, ...], f
 
 def _too_large(candidate: _Candidate) -> Refusal | None:
     """Its refusal, if no order of its passes fits into memory."""
-    config, least = candidate.config, least_step(candidate.choice.schedule, candidate.draft)
+    config, least = candidate.config, minimum_step(candidate.choice.schedule, candidate.draft)
     limit = config.cluster.memory_gib * _GIB
     needs = [rank_state(config, least, rank).state for rank in range(least.num_ranks)]
     if max(needs) <= limit:
@@ -238,41 +277,66 @@ def _too_large(candidate: _Candidate) -> Refusal | None:
     return Refusal(candidate.choice, reason, candidate.bound, excess)
 
 
-def least_step(schedule: str, draft: Draft) -> StepPlan:
+def minimum_step(schedule: str, draft: Draft) -> StepPlan:
     """The step without its vocabulary passes, for a lower bound on memory.
 
     Weaving them in keeps the order of the others, or with a split backward what is in flight, and can only add to it; what W
     needs is left out, for W may come at once.
     """
     problem = draft.problem
-    few = replace(problem, num_microbatches=min(problem.num_microbatches, _PIPELINES_FULL * problem.layout.num_ranks))
+    few = replace(
+        problem,
+        num_microbatches=min(problem.num_microbatches, _PIPELINES_FULL * problem.layout.num_ranks),
+    )
     if schedule == "gpipe":
         few = problem
     order = Schedule(schedule, GENERATORS[schedule].base_order(few))
-    cost = replace(draft.cost, weight_bytes=(0.0,) * problem.layout.num_stages) if problem.split_backward else draft.cost
+    cost = (
+        replace(draft.cost, weight_bytes=(0.0,) * problem.layout.num_stages)
+        if problem.split_backward
+        else draft.cost
+    )
     return _unordered(draft, order, cost)
 
 
 def _unordered(draft: Draft, schedule: Schedule, cost: CostModel) -> StepPlan:
     """A step that was not simulated."""
-    return StepPlan(draft.degrees, draft.layers, draft.shards, draft.problem, cost, schedule, Timeline((), (), (), ()), ())
+    return StepPlan(
+        draft.degrees,
+        draft.layers,
+        draft.shards,
+        draft.problem,
+        cost,
+        schedule,
+        Timeline((), (), (), ()),
+        (),
+    )
 
 
 def about_bytes(config: RunConfig) -> float:
-    """About what the worst rank of `config` needs: its `least_step` and one held shard.
+    """About what the worst rank of `config` needs: its `minimum_step` and one held shard.
 
     Schedules that are searched for or stored count as 1f1b.  Raises ConfigError.
     """
-    named = config.schedule.name if config.schedule.name in GENERATORS and config.schedule.file is None else "1f1b"
+    named = (
+        config.schedule.name
+        if config.schedule.name in GENERATORS and config.schedule.file is None
+        else "1f1b"
+    )
     vocab = config.vocab.algorithm if config.vocab.algorithm != "auto" else searched_algorithms()[0]
     told = replace(
         config,
-        schedule=replace(config.schedule, name=named, file=None, cap_gib=None, cap_microbatches=None),
+        schedule=replace(
+            config.schedule, name=named, file=None, cap_gib=None, cap_microbatches=None
+        ),
         vocab=replace(config.vocab, algorithm=vocab),
     )
     draft = draft_step(told, config.cluster.num_gpus)
-    least = least_step(named, draft)
-    return max(rank_memory(told, least, rank).total + draft.cost.shard_bytes[rank] for rank in range(least.num_ranks))
+    least = minimum_step(named, draft)
+    return max(
+        rank_memory(told, least, rank).total + draft.cost.shard_bytes[rank]
+        for rank in range(least.num_ranks)
+    )
 
 
 def _simulated(candidate: _Candidate) -> PlanReport:

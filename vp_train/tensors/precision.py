@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
 _SUMMED_ROWS = 256  # at a time
 _COMPILED_SHAPES = 64  # of one function; torch runs any more uncompiled
@@ -25,16 +30,22 @@ def statistics_dtype(compute: torch.dtype) -> torch.dtype:
     return torch.float64 if compute is torch.float64 else torch.float32
 
 
-def accumulate(accumulator: Tensor, addend: Tensor, keep: Tensor | None = None, scale: Tensor | None = None) -> None:
+def accumulate(
+    accumulator: Tensor, addend: Tensor, keep: Tensor | None = None, scale: Tensor | None = None
+) -> None:
     """accumulator [N, H] = accumulator keep + addend scale, for `addend` of another dtype and `keep` and `scale` [N], None: 1.
 
     Fused on a CPU, where torch would first cast `addend` as a whole.
     """
     mixed = accumulator.device.type == "cpu" and accumulator.dtype is not addend.dtype
-    (compiled(_accumulate) if mixed and has_compiler() else _accumulate)(accumulator, addend, keep, scale)
+    (compiled(_accumulate) if mixed and has_compiler() else _accumulate)(
+        accumulator, addend, keep, scale
+    )
 
 
-def _accumulate(accumulator: Tensor, addend: Tensor, keep: Tensor | None, scale: Tensor | None) -> None:
+def _accumulate(
+    accumulator: Tensor, addend: Tensor, keep: Tensor | None, scale: Tensor | None
+) -> None:
     if keep is not None:
         accumulator.mul_(keep[:, None])
     accumulator.add_(addend if scale is None else addend * scale[:, None])
@@ -42,7 +53,9 @@ def _accumulate(accumulator: Tensor, addend: Tensor, keep: Tensor | None, scale:
 
 def column_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over the rows of `matrix` [R, H] in `dtype`, by blocks: torch would first cast all of it."""
-    return torch.stack([block.sum(0, dtype=dtype) for block in torch.split(matrix, _SUMMED_ROWS)]).sum(0)
+    return torch.stack(
+        [block.sum(0, dtype=dtype) for block in torch.split(matrix, _SUMMED_ROWS)]
+    ).sum(0)
 
 
 def scaled(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:

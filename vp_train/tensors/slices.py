@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class TensorSlice:
     """Along `dim`, the `ranges` [start, stop) of the `size` entries of the whole tensor, one after the other."""
 
     dim: int
@@ -17,7 +17,7 @@ class Split:
     ranges: tuple[tuple[int, int], ...]
 
     @classmethod
-    def even(cls, dim: int, size: int, rank: int, num_ranks: int, parts: int = 1) -> Split:
+    def even(cls, dim: int, size: int, rank: int, num_ranks: int, parts: int = 1) -> TensorSlice:
         """The share of `rank` in each of `parts` equal parts."""
         part, each = size // parts, size // parts // num_ranks
         assert each * num_ranks * parts == size
