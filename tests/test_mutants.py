@@ -87,7 +87,8 @@ def test_what_tests_notice_is_killed_and_what_they_pass_survives(tmp_path, monke
     (tmp_path / "toy/code.py").write_text(
         "def add(a, b):\n    return a + b\n\n\ndef spare(a):\n    return a - 1\n"
     )
-    loop = "from toy.code import add\n\n\ndef test_add():\n    total = 0\n    while total != 4:\n        total = add(total, 2)\n"
+    loop = "from toy.code import add\n\n\ndef test_add():\n    total = 0\n"
+    loop += "    while total != 4:\n        total = add(total, 2)\n"
     (tmp_path / "toy/test_code.py").write_text(loop)
     known = tmp_path / "known.txt"
     known.write_text("# nobody calls it\ntoy/code.py  return a - 1  |  1  ->  (2)\n")

@@ -49,8 +49,11 @@ def announced(module, microbatches, how):
 @pytest.mark.parametrize("how", ["B", "W"])
 @pytest.mark.parametrize(("family", "recompute"), CASES)
 def test_a_layer_is_announced_once_complete_and_before_those_below_it(
-    group, family, recompute, how
-):  # noqa: F811
+    group,
+    family,
+    recompute,
+    how,  # noqa: F811
+):
     model = ModelConfig(
         **{
             **{name: getattr(MODEL, name) for name in MODEL.__dataclass_fields__},
