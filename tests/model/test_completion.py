@@ -49,10 +49,10 @@ def announced(module, microbatches, how):
 @pytest.mark.parametrize("how", ["B", "W"])
 @pytest.mark.parametrize(("family", "recompute"), CASES)
 def test_a_layer_is_announced_once_complete_and_before_those_below_it(
-    group,
+    group,  # noqa: F811
     family,
     recompute,
-    how,  # noqa: F811
+    how,
 ):
     model = ModelConfig(
         **{
