@@ -29,11 +29,18 @@ from schedules.simulate import simulate
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, VocabAlgorithm
 
-S_SHARE = {"none": 2 / 3, "naive": 1 / 3, "two_barrier": 1 / 3, "one_barrier": 2 / 3}  # of the three products
+S_SHARE = {
+    "none": 2 / 3,
+    "naive": 1 / 3,
+    "two_barrier": 1 / 3,
+    "one_barrier": 2 / 3,
+}  # of the three products
 HELD_SHARD = 0.15  # microbatches
 
 
-def cost_of(layout: Layout, rules: VocabAlgorithm, head: float, slowness: Sequence[float]) -> CostModel:
+def cost_of(
+    layout: Layout, rules: VocabAlgorithm, head: float, slowness: Sequence[float]
+) -> CostModel:
     """`slowness[r]` multiplies every pass of rank r."""
     each, num_ranks = 2 / layout.num_chunks, layout.num_ranks
     output = 3 * head / (num_ranks if rules.sharded else 1)
@@ -47,13 +54,17 @@ def cost_of(layout: Layout, rules: VocabAlgorithm, head: float, slowness: Sequen
         }
         | {kind: tuple(seconds * slow for slow in slowness) for kind, seconds in shard.items()},
         hop_seconds=0.05,
-        barrier_seconds=dict.fromkeys(("CE", "C0", "C1", "C1b", "C2", "CG"), 0.3 if rules.sharded else 0.0),
+        barrier_seconds=dict.fromkeys(
+            ("CE", "C0", "C1", "C1b", "C2", "CG"), 0.3 if rules.sharded else 0.0
+        ),
         stage_bytes=(1 / layout.num_chunks,) * layout.num_stages,
         shard_bytes=(HELD_SHARD if rules.sharded else 0.0,) * num_ranks,
     )
 
 
-def option(name: str, rules: VocabAlgorithm, num_microbatches: int, head: float, slowness: Sequence[float]) -> Option:
+def option(
+    name: str, rules: VocabAlgorithm, num_microbatches: int, head: float, slowness: Sequence[float]
+) -> Option:
     """A schedule with an algorithm as a problem with its cost."""
     family: Family = GENERATORS[name]
     layout = family.layout_of(len(slowness))
@@ -61,7 +72,9 @@ def option(name: str, rules: VocabAlgorithm, num_microbatches: int, head: float,
     return Option(name, problem, cost_of(layout, rules, head, slowness))
 
 
-def named(name: str, rules: VocabAlgorithm, num_microbatches: int, head: float, num_ranks: int) -> dict[str, Any]:
+def named(
+    name: str, rules: VocabAlgorithm, num_microbatches: int, head: float, num_ranks: int
+) -> dict[str, Any]:
     """A schedule as it is called."""
     choice = option(name, rules, num_microbatches, head, (1.0,) * num_ranks)
     started = time.perf_counter()
@@ -75,14 +88,22 @@ def automatic(
     """`auto` over all base schedules with one algorithm under a cap in microbatches; None if it cannot be met."""
     started = time.perf_counter()
     try:
-        found = solve([option(name, rules, num_microbatches, head, slowness) for name in GENERATORS], [cap] * len(slowness))
+        found = solve(
+            [option(name, rules, num_microbatches, head, slowness) for name in GENERATORS],
+            [cap] * len(slowness),
+        )
     except CapError:
         return None
     timeline = simulate(found.schedule, found.option.problem, found.option.cost)
-    return row("auto", found.option, head, timeline, started) | {"cap": cap, "found_as": found.schedule.name}
+    return row("auto", found.option, head, timeline, started) | {
+        "cap": cap,
+        "found_as": found.schedule.name,
+    }
 
 
-def row(name: str, choice: Option, head: float, timeline: Timeline, started: float) -> dict[str, Any]:
+def row(
+    name: str, choice: Option, head: float, timeline: Timeline, started: float
+) -> dict[str, Any]:
     """What the tables and the JSON file say of one order."""
     return {
         "schedule": name,
@@ -119,7 +140,13 @@ def cell(found: dict[str, Any] | None) -> str:
 def family_table(sizes: Sequence[tuple[int, int]], head: float) -> list[dict[str, Any]]:
     """Print and return every schedule with every algorithm; `sizes` are pairs of ranks and microbatches."""
     print(f"\nOutput layer worth {head:g} layers: bubble % / gap % / peak in microbatches\n")
-    print("| schedule | vocab | " + " | ".join(f"p={p}, m={m}" for p, m in sizes) + " |\n" + "|---" * (2 + len(sizes)) + "|")
+    print(
+        "| schedule | vocab | "
+        + " | ".join(f"p={p}, m={m}" for p, m in sizes)
+        + " |\n"
+        + "|---" * (2 + len(sizes))
+        + "|"
+    )
     rows = []
     for name in GENERATORS:
         for algorithm in ("none", "naive", "two_barrier", "one_barrier"):
@@ -127,19 +154,41 @@ def family_table(sizes: Sequence[tuple[int, int]], head: float) -> list[dict[str
             rows += line
             print(f"| `{name}` | `{algorithm}` | " + " | ".join(map(cell, line)) + " |", flush=True)
     for words in caps_of(4):
-        solved = [automatic(VOCAB_ALGORITHMS["one_barrier"], m, head, caps_of(p)[words], (1.0,) * p) for p, m in sizes]
+        solved = [
+            automatic(VOCAB_ALGORITHMS["one_barrier"], m, head, caps_of(p)[words], (1.0,) * p)
+            for p, m in sizes
+        ]
         rows += [found for found in solved if found is not None]
-        print(f"| `auto`, at most {words} | `one_barrier` | " + " | ".join(map(cell, solved)) + " |", flush=True)
+        print(
+            f"| `auto`, at most {words} | `one_barrier` | " + " | ".join(map(cell, solved)) + " |",
+            flush=True,
+        )
     return rows
 
 
 def unequal_table(sizes: Sequence[tuple[int, int]], head: float) -> list[dict[str, Any]]:
     """Print and return `auto` with `one_barrier` at a cap of p microbatches on ranks that differ."""
-    print(f"\n`auto`, `one_barrier`, at most p microbatches, output layer worth {head:g} layers: bubble % / gap % / peak\n")
-    print("| ranks | " + " | ".join(f"p={p}, m={m}" for p, m in sizes) + " |\n" + "|---" * (1 + len(sizes)) + "|")
+    print(
+        f"\n`auto`, `one_barrier`, at most p microbatches, output layer worth {head:g} layers: bubble % / gap % / peak\n"
+    )
+    print(
+        "| ranks | "
+        + " | ".join(f"p={p}, m={m}" for p, m in sizes)
+        + " |\n"
+        + "|---" * (1 + len(sizes))
+        + "|"
+    )
     rows: list[dict[str, Any]] = []
-    for words in ("all equal", "the middle one 25 % slow", "each 20 % off at most", "rising to 1.5 times the first"):
-        line = [automatic(VOCAB_ALGORITHMS["one_barrier"], m, head, float(p), slowness(words, p)) for p, m in sizes]
+    for words in (
+        "all equal",
+        "the middle one 25 % slow",
+        "each 20 % off at most",
+        "rising to 1.5 times the first",
+    ):
+        line = [
+            automatic(VOCAB_ALGORITHMS["one_barrier"], m, head, float(p), slowness(words, p))
+            for p, m in sizes
+        ]
         rows += [found | {"ranks_are": words} for found in line if found is not None]
         print(f"| {words} | " + " | ".join(map(cell, line)) + " |", flush=True)
     return rows
@@ -166,11 +215,21 @@ def sizes_of(ranks: Iterable[int], per_rank: Iterable[int]) -> list[tuple[int, i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--microbatches-per-rank", type=int, nargs="+", default=[2, 8])
-    parser.add_argument("--head", type=float, nargs="+", default=[2.4, 5.0], help="cost of the output layer in layers")
-    parser.add_argument("--unequal", action="store_true", help="auto on ranks that are not equally fast")
+    parser.add_argument(
+        "--head",
+        type=float,
+        nargs="+",
+        default=[2.4, 5.0],
+        help="cost of the output layer in layers",
+    )
+    parser.add_argument(
+        "--unequal", action="store_true", help="auto on ranks that are not equally fast"
+    )
     parser.add_argument("--json", type=Path, help="write the rows as JSON")
     arguments = parser.parse_args()
     table = unequal_table if arguments.unequal else family_table

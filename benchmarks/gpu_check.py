@@ -85,7 +85,9 @@ def tasks(numbers: Iterable[int], device: str) -> list[Task]:
     ]
 
 
-def run_task(task: Task, scratch: Path, seconds: float, environment: dict[str, str]) -> dict[str, Any]:
+def run_task(
+    task: Task, scratch: Path, seconds: float, environment: dict[str, str]
+) -> dict[str, Any]:
     """Run one step for at most `seconds`, and return its record; it never raises for the step."""
     record: dict[str, Any] = {"step": task.number, "name": task.name, "checks": [], "figures": {}}
     limit = min(seconds, task.limit_seconds)
@@ -197,7 +199,9 @@ def _import_path(scratch: Path, environment: dict[str, str]) -> dict[str, str]:
         overlay = scratch / "overlay"
         overlay.mkdir()
         (overlay / "configs").symlink_to(ROOT / "configs")
-        (overlay / "sitecustomize.py").write_text(_SITECUSTOMIZE.format(root=str(ROOT), overlay=str(overlay)))
+        (overlay / "sitecustomize.py").write_text(
+            _SITECUSTOMIZE.format(root=str(ROOT), overlay=str(overlay))
+        )
         paths.insert(0, str(overlay))
     return {"PYTHONPATH": os.pathsep.join(paths)}
 
@@ -222,7 +226,10 @@ def summary(records: Iterable[dict[str, Any]]) -> str:
         rows += [("", line, "", "", "") for line in record.get("output", [])[-3:]]
     widths = [min(60, max(len(row[column]) for row in rows)) for column in range(4)]
     return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows
+        "  ".join(
+            [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]
+        ).rstrip()
+        for row in rows
     )
 
 
@@ -230,17 +237,27 @@ def _numbers(text: str) -> list[int]:
     try:
         chosen = [int(word) for word in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of steps; write for example 1,3,6") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of steps; write for example 1,3,6"
+        ) from None
     unknown = [number for number in chosen if number not in STEPS]
     if unknown:
-        raise argparse.ArgumentTypeError(f"step {unknown[0]} is not known; there are 1 to {max(STEPS)}")
+        raise argparse.ArgumentTypeError(
+            f"step {unknown[0]} is not known; there are 1 to {max(STEPS)}"
+        )
     return sorted(set(chosen))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=_numbers, default=list(STEPS), help="for example 1,3,6 (all)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the result")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=_numbers, default=list(STEPS), help="for example 1,3,6 (all)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the result"
+    )
     parser.add_argument("--seconds", type=float, help="for all steps together (480 on a GPU)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="the GPU if there is one")
     arguments = parser.parse_args()
@@ -275,7 +292,9 @@ def main() -> int:
         jobs=jobs,
         environment=environment,
     )
-    print(f"\n{summary(results.records[number] for number in sorted(results.records))}\n\nwritten to {path}")
+    print(
+        f"\n{summary(results.records[number] for number in sorted(results.records))}\n\nwritten to {path}"
+    )
     return 0 if passed else 1
 
 

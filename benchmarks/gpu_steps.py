@@ -70,10 +70,14 @@ class Report:
         self.checks: list[dict[str, Any]] = []
         self.figures: dict[str, Any] = {}
 
-    def check(self, what: str, expected: str, measured: str, passed: bool, *, judged: bool = True) -> None:
+    def check(
+        self, what: str, expected: str, measured: str, passed: bool, *, judged: bool = True
+    ) -> None:
         """Add a check; `judged` False: it counts for nothing here."""
         verdict = bool(passed) if judged else None
-        self.checks.append({"what": what, "expected": expected, "measured": measured, "passed": verdict})
+        self.checks.append(
+            {"what": what, "expected": expected, "measured": measured, "passed": verdict}
+        )
         self._write()
 
     def note(self, **figures: Any) -> None:
@@ -82,7 +86,9 @@ class Report:
         self._write()
 
     def _write(self) -> None:
-        self._path.write_text(json.dumps({"checks": self.checks, "figures": self.figures}, indent=1))
+        self._path.write_text(
+            json.dumps({"checks": self.checks, "figures": self.figures}, indent=1)
+        )
 
 
 # What several steps need
@@ -90,7 +96,9 @@ class Report:
 _AHEAD_CYCLES = 10_000_000  # 5 to 6 ms
 
 
-def milliseconds(where: Where, work: Callable[[], object], calls: int = 5, rounds: int = 7) -> float:
+def milliseconds(
+    where: Where, work: Callable[[], object], calls: int = 5, rounds: int = 7
+) -> float:
     """Return the median time of one call on the device: events around `calls` of them.
 
     The device sleeps before them, so that the host is ahead, as in a run.
@@ -168,8 +176,8 @@ def lone_group() -> dist.ProcessGroup:
 
 def one_layer(name: str, where: Where) -> tuple[Any, Any]:
     """Return a stage with the first layer of a model, with fp32 gradients, and its ModelConfig."""
-    from vp_train.cli import load_config
     from vp_train.model.stage import Stage
+    from vp_train.settings import load_config
 
     model = load_config(model_words(name, where)).model
     stage = Stage(
@@ -209,7 +217,9 @@ def command(where: Where, *words: str, seconds: float) -> str:
     return done.stdout
 
 
-def top_kernels(where: Where, work: Callable[[], object], count: int = 15) -> list[dict[str, Any]] | str:
+def top_kernels(
+    where: Where, work: Callable[[], object], count: int = 15
+) -> list[dict[str, Any]] | str:
     """Return what took longest on the device in one call of `work`; why not, where counters are forbidden."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -222,7 +232,10 @@ def top_kernels(where: Where, work: Callable[[], object], count: int = 15) -> li
         return str(error)
     spent = f"self_{'device' if where.on_gpu else 'cpu'}_time_total"
     events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, spent))
-    return [{"name": event.key[:100], "calls": event.count, "microseconds": getattr(event, spent)} for event in events[:count]]
+    return [
+        {"name": event.key[:100], "calls": event.count, "microseconds": getattr(event, spent)}
+        for event in events[:count]
+    ]
 
 
 # 1
@@ -258,7 +271,9 @@ def imports(where: Where, report: Report) -> None:
         seconds[name] = round(time.perf_counter() - begin, 2)
     report.note(import_seconds=seconds, missing=missing)
     lacking = [name for name in (*_NEEDED, "vp_train.train") if name in missing]
-    report.check("imports", "all", f"without {', '.join(lacking)}" if lacking else "all", not lacking)
+    report.check(
+        "imports", "all", f"without {', '.join(lacking)}" if lacking else "all", not lacking
+    )
     taken = {}
     for name, (tokens, heads, groups) in {
         "gpt_4b": (2048, 24, 24),
@@ -269,7 +284,9 @@ def imports(where: Where, report: Report) -> None:
         choice = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=heads != groups)
         taken[name] = SDPBackend(choice).name
     fused = all("FLASH" in name or "CUDNN" in name for name in taken.values())
-    report.check("attention backend", "flash or cuDNN", ", ".join(taken.values()), fused, judged=where.on_gpu)
+    report.check(
+        "attention backend", "flash or cuDNN", ", ".join(taken.values()), fused, judged=where.on_gpu
+    )
 
 
 # 2
@@ -278,12 +295,12 @@ def imports(where: Where, report: Report) -> None:
 def collectives(where: Where, report: Report) -> None:
     """Use every collective of the executor and the optimizers on a communicator of one rank."""
     from schedules.vocab import Transfer
-    from vp_train.cli import load_config
-    from vp_train.collectives import all_gather_single, reduce_scatter_single
     from vp_train.mesh import build_mesh
     from vp_train.pipeline.comms import _start_collective
     from vp_train.pipeline.recorder import timer_of
-    from vp_train.plan import make_plan
+    from vp_train.planning.plan import make_plan
+    from vp_train.settings import load_config
+    from vp_train.tensors.collectives import all_gather_single, reduce_scatter_single
 
     backend = "nccl" if where.on_gpu else "gloo"
     if where.on_gpu:
@@ -305,7 +322,9 @@ def collectives(where: Where, report: Report) -> None:
             wrong.append(what)
 
     side = torch.cuda.Stream(priority=-1) if where.on_gpu else None
-    for dtype, transfer in itertools.product((torch.bfloat16, torch.float16, torch.float32, torch.float64), Transfer):
+    for dtype, transfer in itertools.product(
+        (torch.bfloat16, torch.float16, torch.float32, torch.float64), Transfer
+    ):
         rows = transfer in (Transfer.GATHER, Transfer.SCATTER)
         for count in (5, 0) if rows else (5,):
             message = torch.arange(3.0 * count).view(count, 3).to(where.device, dtype)
@@ -340,7 +359,9 @@ def collectives(where: Where, report: Report) -> None:
     counted = torch.tensor([3], device=where.device)
     dist.all_reduce(counted, dist.ReduceOp.MAX, group=group)
     expect("all_reduce of int64", counted, torch.tensor([3], device=where.device))
-    report.check("collectives", "all deliver", f"{done} done, wrong: {'; '.join(wrong) or 'none'}", not wrong)
+    report.check(
+        "collectives", "all deliver", f"{done} done, wrong: {'; '.join(wrong) or 'none'}", not wrong
+    )
     plan = make_plan(load_config(["model=nano", "parallel.pp=1"]), 1)
     mesh = build_mesh(plan.degrees, plan.problem)
     report.check("mesh of one rank", "rank 0", f"rank {mesh.rank}", mesh.rank == 0)
@@ -425,7 +446,13 @@ def _lateness(where: Where, report: Report) -> list[float]:
             lambda pending: pending,
         )
         c1b = comms.start(
-            Exchange(*second, counted=False, contributes=True, delivers=rank == 1, continues=Collective("C1", 0)),
+            Exchange(
+                *second,
+                counted=False,
+                contributes=True,
+                delivers=rank == 1,
+                continues=Collective("C1", 0),
+            ),
             lambda: gathered[0].sum(0),
             reduced.append,
             (),
@@ -464,7 +491,11 @@ def _lateness(where: Where, report: Report) -> list[float]:
 
 
 def _cases() -> list[tuple[str, str]]:
-    return list(itertools.product(("1f1b", "zb_h1", "v_half"), ("one_barrier", "two_barrier", "none", "naive")))
+    return list(
+        itertools.product(
+            ("1f1b", "zb_h1", "v_half"), ("one_barrier", "two_barrier", "none", "naive")
+        )
+    )
 
 
 def _different_bits(where: Where, name: str, algorithm: str, seeds: int) -> list[str]:
@@ -476,11 +507,13 @@ def _different_bits(where: Where, name: str, algorithm: str, seeds: int) -> list
     from tests.pipeline.test_local import DELAY_SECONDS, gradients_of
     from tests.pipeline.truth import random_batch
     from vp_train.config import VocabConfig
-    from vp_train.plan import make_plan
+    from vp_train.planning.plan import make_plan
 
     torch.use_deterministic_algorithms(True)  # sums of embedding gradients
     stages = GENERATORS[name].layout_of(3).num_stages
-    config = config_of(3, 4, 101, schedule=name, vocab=VocabConfig(algorithm), num_stages=stages, tied=True)
+    config = config_of(
+        3, 4, 101, schedule=name, vocab=VocabConfig(algorithm), num_stages=stages, tied=True
+    )
     config = replace(config, run=replace(config.run, device=where.device.type))
     plan, batch = make_plan(config, 3), random_batch(config, 1)
     try:
@@ -489,7 +522,9 @@ def _different_bits(where: Where, name: str, algorithm: str, seeds: int) -> list
         for seed in range(seeds):
             delayed = gradients_of(config, plan, batch, delay_seconds=DELAY_SECONDS, seed=seed)
             names = expected.keys() | delayed.keys()
-            same = {key for key in names if key in delayed and torch.equal(delayed[key], expected[key])}
+            same = {
+                key for key in names if key in delayed and torch.equal(delayed[key], expected[key])
+            }
             found += [f"{name} {algorithm} seed {seed} {key}" for key in sorted(names - same)[:3]]
         finite = all(bool(tensor.isfinite().all()) for tensor in expected.values())
         return found if finite else [*found, f"{name} {algorithm}: not finite"]
@@ -517,7 +552,9 @@ def accumulation(where: Where, report: Report) -> None:
         exact = 2 * (dy.float().T @ x.float())
         error = ((gradient - exact).abs().max() / exact.abs().max()).item()
         name = f"{outer} x {tokens} x {inner}"
-        report.check(f"{name}: error", "under 1e-3", f"{error:.1e}", error < 1e-3 and weight.grad is gradient)
+        report.check(
+            f"{name}: error", "under 1e-3", f"{error:.1e}", error < 1e-3 and weight.grad is gradient
+        )
         del exact
         grown = 0
         if where.on_gpu:
@@ -527,10 +564,16 @@ def accumulation(where: Where, report: Report) -> None:
             _accumulate(weight, x, dy)
             torch.cuda.synchronize()
             grown = torch.cuda.max_memory_allocated() - before
-        report.check(f"{name}: memory", "does not grow", f"{grown} bytes", grown == 0, judged=where.on_gpu)
+        report.check(
+            f"{name}: memory", "does not grow", f"{grown} bytes", grown == 0, judged=where.on_gpu
+        )
         ours = milliseconds(where, lambda x=x, dy=dy, weight=weight: _accumulate(weight, x, dy))
-        theirs = milliseconds(where, lambda x=x, dy=dy, out=plain: torch.mm(dy.T, x, out=out.detach()))
-        copied = milliseconds(where, lambda gradient=gradient, source=source: gradient.copy_(source))
+        theirs = milliseconds(
+            where, lambda x=x, dy=dy, out=plain: torch.mm(dy.T, x, out=out.detach())
+        )
+        copied = milliseconds(
+            where, lambda gradient=gradient, source=source: gradient.copy_(source)
+        )
         rate = 2e-9 * tokens * inner * outer / theirs
         report.check(
             f"{name}: time",
@@ -576,7 +619,9 @@ def cuda_tests(where: Where, report: Report) -> None:
         if outcome in ("failure", "error"):
             failures.append(f"{case.get('classname')}::{case.get('name')}")
     report.note(counts=dict(counts), failures=failures)
-    measured = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "no test"
+    measured = (
+        ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "no test"
+    )
     right = done.returncode == 0 and bool(cases) and not failures
     report.check("the CUDA tests", "none fails", measured, right)
     report.check(
@@ -606,7 +651,9 @@ def vocabulary(where: Where, report: Report) -> None:
             torch.manual_seed(0)
             weight = where.randn(self.rows, self.hidden) * self.hidden**-0.5
             targets = torch.randint(0, self.rows, (self.tokens,), device=where.device)
-            scale = torch.full((self.tokens,), 1 / self.tokens, device=where.device, dtype=where.dtype)
+            scale = torch.full(
+                (self.tokens,), 1 / self.tokens, device=where.device, dtype=where.dtype
+            )
             return where.randn(self.tokens, self.hidden), weight, targets, scale
 
     class AccumulatingFloor(vocab_passes.Floor):
@@ -633,7 +680,11 @@ def vocabulary(where: Where, report: Report) -> None:
 
     report.note(peers=installed())
     sizes = [size << 20 for size in (64, 128, 256, 512, 1024)] if where.on_gpu else [4096, 16384]
-    shapes = ((2048, 3072, 32000), (8192, 4096, 16032), (4096, 4096, 16384)) if where.on_gpu else ((32, 16, 256),)
+    shapes = (
+        ((2048, 3072, 32000), (8192, 4096, 16032), (4096, 4096, 16384))
+        if where.on_gpu
+        else ((32, 16, 256),)
+    )
     rows: list[dict[str, Any]] = []
     for tokens, hidden, num_rows in shapes:
         case = Case(where.device.type, where.dtype, tokens, hidden, num_rows)
@@ -651,19 +702,25 @@ def vocabulary(where: Where, report: Report) -> None:
                 peer()  # it may fail only here
                 works[name] = peer
             except Exception as error:  # whatever a peer lacks here is a result too
-                missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                missing[name] = (
+                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                )
         times = {name: milliseconds(where, work, 2, 5) for name, work in works.items()}
         for size, layer in ours.items():
             layer.apart = {}
             for _ in range(3):
                 with_chunk(size, layer)()
             apart = {name: 1e3 * median(seconds) for name, seconds in layer.apart.items()}
-            rows.append({"tokens": tokens, "hidden": hidden, "rows": num_rows, "chunk_bytes": size} | apart)
+            rows.append(
+                {"tokens": tokens, "hidden": hidden, "rows": num_rows, "chunk_bytes": size} | apart
+            )
             report.note(passes=rows)
         shape = f"T {tokens} H {hidden} R {num_rows}"
         report.note(**{f"{shape} milliseconds": times, f"{shape} missing": missing})
         best = min(sizes, key=lambda size: times[f"chunks of {size} bytes"])
-        report.note(**{f"{shape} kernels": top_kernels(where, works[f"chunks of {best} bytes"], 20)})
+        report.note(
+            **{f"{shape} kernels": top_kernels(where, works[f"chunks of {best} bytes"], 20)}
+        )
         ratio = times[f"chunks of {best} bytes"] / times["floor"]
         rate = 6e-9 * tokens * hidden * num_rows / times["floor"]
         measured = f"{ratio:.2f} with chunks of {best >> 20} MiB, floor at {rate:.0f} TFLOP/s"
@@ -814,7 +871,9 @@ def synchronisations(where: Where, report: Report) -> None:
     _timed_step(where, report)
 
 
-def _watched_step(where: Where, schedule: str, observers: dict[int, _Between], listen: Callable[[], None]) -> None:
+def _watched_step(
+    where: Where, schedule: str, observers: dict[int, _Between], listen: Callable[[], None]
+) -> None:
     """Run a step that does not count, then `listen`, and another.
 
     `observers` gets the observer of each rank, by its thread.
@@ -842,8 +901,8 @@ def _watched_step(where: Where, schedule: str, observers: dict[int, _Between], l
 
 def _nano(where: Where, schedule: str) -> tuple[Any, Any, Tensor]:
     """Return the configuration and plan of two ranks, and their tokens and labels [2, m, b, s]."""
-    from vp_train.cli import load_config
-    from vp_train.plan import make_plan
+    from vp_train.planning.plan import make_plan
+    from vp_train.settings import load_config
 
     dtype = str(where.dtype).removeprefix("torch.")
     words = [
@@ -888,7 +947,11 @@ def _timed_step(where: Where, report: Report) -> None:
         kinds = Counter("hop" if span.kind == "hop" else "barrier" for span in communications)
         found.append(f"{len(spans)} passes, {kinds['hop']} hops, {kinds['barrier']} barriers")
         overlaps = [b.name for a, b in itertools.pairwise(spans) if b.start < a.end - 1e-5]
-        backwards = [span.name for span in (*spans, *communications) if span.end < span.start or span.start < 0]
+        backwards = [
+            span.name
+            for span in (*spans, *communications)
+            if span.end < span.start or span.start < 0
+        ]
         communicates = bool(kinds["hop"] and kinds["barrier"])
         if len(spans) != num_passes or communicates == where.on_gpu or overlaps or backwards:
             wrong.append(f"rank {rank}: {overlaps[:3]} overlap, {backwards[:3]} run backwards")
@@ -907,7 +970,9 @@ def spinning(where: Where, report: Report) -> None:
     for rows in (size, 4 * size):
         a, b = where.randn(rows, size), where.randn(size, size)
         name = f"{rows} x {size} x {size}"
-        times[name] = {blocks: _beside(where, how, blocks, a, b, calls) for blocks in (0, 1, 2, 4, 8, 16, 32)}
+        times[name] = {
+            blocks: _beside(where, how, blocks, a, b, calls) for blocks in (0, 1, 2, 4, 8, 16, 32)
+        }
     report.note(milliseconds=times, blocks_by=how.__name__)
     small = next(iter(times.values()))
     slower = {blocks: time / small[0] - 1 for blocks, time in small.items() if blocks}
@@ -922,7 +987,9 @@ def spinning(where: Where, report: Report) -> None:
         )
 
 
-def _beside(where: Where, how: Callable[[int], object], blocks: int, a: Tensor, b: Tensor, calls: int) -> float:
+def _beside(
+    where: Where, how: Callable[[int], object], blocks: int, a: Tensor, b: Tensor, calls: int
+) -> float:
     """Return the milliseconds of a product beside so many blocks, the best of three."""
     rounds = []
     for _ in range(4):
@@ -1029,7 +1096,9 @@ def _attentions(where: Where, report: Report) -> None:
 
     times = {}
     for tokens, heads, groups in ((2048, 24, 24), (8192, 32, 8)) if where.on_gpu else ((64, 4, 2),):
-        q, k, v = (where.randn(tokens, count, 128).requires_grad_() for count in (heads, groups, groups))
+        q, k, v = (
+            where.randn(tokens, count, 128).requires_grad_() for count in (heads, groups, groups)
+        )
         dy = where.randn(tokens, heads * 128)
         windowed = Rule(128**-0.5, None, tokens // 4)
 
@@ -1041,7 +1110,10 @@ def _attentions(where: Where, report: Report) -> None:
         def blocks(q: Tensor = q, k: Tensor = k, v: Tensor = v, rule: Rule = windowed) -> Tensor:
             return block_attention(q[:, None], k[:, None], v[:, None], rule)[:, 0]
 
-        works: dict[str, Callable[[], Tensor | None]] = {"whole": whole, "windows by blocks": blocks}
+        works: dict[str, Callable[[], Tensor | None]] = {
+            "whole": whole,
+            "windows by blocks": blocks,
+        }
         for name, count, window in (
             ("one document", 1, None),
             ("16 documents", 16, None),
@@ -1052,7 +1124,9 @@ def _attentions(where: Where, report: Report) -> None:
         for name, work in works.items():
             y = work()
             if y is not None:  # there is no such kernel on a CPU
-                times[f"T {tokens}: {name}"] = milliseconds(where, lambda work=work, dy=dy: work().backward(dy), 3, 5)
+                times[f"T {tokens}: {name}"] = milliseconds(
+                    where, lambda work=work, dy=dy: work().backward(dy), 3, 5
+                )
     report.note(attention_milliseconds=times)
 
 
@@ -1061,18 +1135,20 @@ def _attentions(where: Where, report: Report) -> None:
 
 def profiled(where: Where, report: Report) -> None:
     """Measure stages of two jobs with vp-profile; compare memory and step with vp-plan."""
-    from vp_train.cli import load_config
-    from vp_train.planner.report import make_report
+    from vp_train.planning.report import make_report
+    from vp_train.settings import load_config
 
     jobs: tuple[tuple[str, str, list[str]], ...] = (
         ("gpt_4b", "0,7", ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=16"]),
         ("llama3_8b", "4,7", ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=8"]),
     )
     if not where.on_gpu:
-        jobs = (("gpt_4b", "0", ["parallel.pp=2", "num_microbatches=2", "cluster.gpus_per_node=2"]),)
+        jobs = (
+            ("gpt_4b", "0", ["parallel.pp=2", "num_microbatches=2", "cluster.gpus_per_node=2"]),
+        )
     for name, ranks, more in jobs:
         words, file = [*model_words(name, where), *more], where.folder / f"{name}.json"
-        start = "from vp_train.cli import profile; profile()"
+        start = "from vp_train.commands.profile import main; main()"
         command(
             where,
             "-c",
@@ -1162,7 +1238,11 @@ def training(where: Where, report: Report) -> None:
 
 def _largest_difference(found: Sequence[float], expected: Sequence[float]) -> float:
     """Return the largest relative difference, infinite if a value is missing or not finite."""
-    if not expected or len(found) != len(expected) or not all(map(math.isfinite, [*found, *expected])):
+    if (
+        not expected
+        or len(found) != len(expected)
+        or not all(map(math.isfinite, [*found, *expected]))
+    ):
         return math.inf
     return max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
 
@@ -1174,7 +1254,9 @@ def _train(where: Where, runs: dict[str, list[str]]) -> list[str]:
         output = (where.folder / f"{name}.txt").open("w")
         command = [sys.executable, "-m", "vp_train", *words, f"run.name={name}"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        processes[name] = subprocess.Popen(command, cwd=where.folder, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        processes[name] = subprocess.Popen(
+            command, cwd=where.folder, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
     failed = []
     for name, process in processes.items():
         if process.wait():
@@ -1197,7 +1279,11 @@ def _check_trace(run: Path, report: Report, where: Where) -> None:
     """
     file = run / "trace" / "step.json"
     events = json.loads(file.read_text())["traceEvents"] if file.is_file() else []
-    measured = {event["pid"] for event in events if event["ph"] == "M" and event["args"]["name"].startswith("measured")}
+    measured = {
+        event["pid"]
+        for event in events
+        if event["ph"] == "M" and event["args"]["name"].startswith("measured")
+    }
     spans = [event for event in events if event["ph"] == "X" and event["pid"] in measured]
     kinds = Counter(event["cat"] for event in spans)
     passes, hops = sum(kinds[letter] for letter in "FBIWSTEG"), kinds["hop"]

@@ -33,7 +33,12 @@ def config_of(vocab_size: int, algorithm: str) -> Any:
 
     return RunConfig(
         model=ModelConfig(
-            num_layers=8, hidden_size=256, num_heads=8, num_query_groups=4, seq_length=256, vocab_size=vocab_size
+            num_layers=8,
+            hidden_size=256,
+            num_heads=8,
+            num_query_groups=4,
+            seq_length=256,
+            vocab_size=vocab_size,
         ),
         vocab=VocabConfig(algorithm=algorithm),
         parallel=ParallelConfig(pp=RANKS),
@@ -48,7 +53,7 @@ def ours(config: Any) -> Any:
     from vp_train.assembly import build_rank
     from vp_train.mesh import build_mesh
     from vp_train.optim.adamw import clip_scale, gather_health
-    from vp_train.plan import make_plan
+    from vp_train.planning.plan import make_plan
 
     plan = make_plan(config, RANKS)
     mesh = build_mesh(plan.degrees, plan.problem)
@@ -57,8 +62,12 @@ def ours(config: Any) -> Any:
     def step(tokens: Any, labels: Any) -> float:
         model.gradients.zero()
         loss = model.train_step(tokens, labels)
-        health = gather_health(loss if model.answers else None, model.optimizer.squared_norm(), mesh.world)
-        model.optimizer.step(config.optim.lr, clip_scale(health.grad_norm, config.optim.clip_grad_norm))
+        health = gather_health(
+            loss if model.reports_loss else None, model.optimizer.squared_norm(), mesh.world
+        )
+        model.optimizer.step(
+            config.optim.lr, clip_scale(health.grad_norm, config.optim.clip_grad_norm)
+        )
         return float(health.loss)
 
     return step
@@ -71,7 +80,7 @@ def peer(config: Any, rank: int) -> Any:
     from torch import nn
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-    from vp_train.control import ControlGroup
+    from vp_train.communication.control import ControlGroup
     from vp_train.model.stage import Stage, init_rows
     from vp_train.optim.adamw import build_adamw, clip_scale, gather_health
     from vp_train.optim.optimizer import squared_norm
@@ -81,25 +90,41 @@ def peer(config: Any, rank: int) -> Any:
     half = model.num_layers // 2
 
     def matrix(name: str) -> nn.Parameter:
-        return nn.Parameter(init_rows(name, 0, model.vocab_size, model, config.run.seed, torch.float32, cpu))
+        return nn.Parameter(
+            init_rows(name, 0, model.vocab_size, model, config.run.seed, torch.float32, cpu)
+        )
 
     class First(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.embedding = matrix("embedding")
             self.stage = Stage(
-                model, range(half), final_norm=False, dtype=torch.float32, device=cpu, group=alone, seed=config.run.seed
+                model,
+                range(half),
+                final_norm=False,
+                dtype=torch.float32,
+                device=cpu,
+                group=alone,
+                seed=config.run.seed,
             )
 
         def forward(self, tokens: Any) -> Any:
-            return self.stage(nn.functional.embedding(tokens, self.embedding).transpose(0, 1)).transpose(0, 1)
+            return self.stage(
+                nn.functional.embedding(tokens, self.embedding).transpose(0, 1)
+            ).transpose(0, 1)
 
     class Last(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             layers = range(half, model.num_layers)
             self.stage = Stage(
-                model, layers, final_norm=True, dtype=torch.float32, device=cpu, group=alone, seed=config.run.seed
+                model,
+                layers,
+                final_norm=True,
+                dtype=torch.float32,
+                device=cpu,
+                group=alone,
+                seed=config.run.seed,
             )
             self.output = matrix("output")
 
@@ -139,7 +164,9 @@ def worker(system: str, vocab_size: int, steps: int, rank: int, port: int, out: 
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS
+    )
     config = config_of(vocab_size, "none" if system == "torch" else system)
     step = peer(config, rank) if system == "torch" else ours(config)
     generator = torch.Generator().manual_seed(0)
@@ -205,18 +232,24 @@ def compare(runs: list[dict[str, Any]], vocab_size: int) -> dict[str, Any]:
     """Medians per system and their ratios to the peer."""
 
     def median(system: str, figure: Any) -> float:
-        return statistics.median(figure(r) for r in runs if r["system"] == system and r["vocab"] == vocab_size)
+        return statistics.median(
+            figure(r) for r in runs if r["system"] == system and r["vocab"] == vocab_size
+        )
 
     table: dict[str, Any] = {"vocab": vocab_size}
     for system in SYSTEMS:
         table[system] = {
             "tokens_per_second": median(system, lambda r: r["tokens_per_second"]),
-            "busiest_rank_cpu_seconds_per_step": median(system, lambda r: max(r["cpu_seconds_per_step"])),
+            "busiest_rank_cpu_seconds_per_step": median(
+                system, lambda r: max(r["cpu_seconds_per_step"])
+            ),
             "largest_rank_peak_rss_mib": median(system, lambda r: max(r["peak_rss_mib"])),
         }
     for system in SYSTEMS[1:]:
         table[system]["ratio_to_torch"] = {
-            name: table[system][name] / table["torch"][name] for name in table["torch"] if name != "ratio_to_torch"
+            name: table[system][name] / table["torch"][name]
+            for name in table["torch"]
+            if name != "ratio_to_torch"
         }
     return table
 
@@ -226,7 +259,9 @@ def main() -> None:
         system, vocab_size, steps, rank, port, out = sys.argv[2:]
         worker(system, int(vocab_size), int(steps), int(rank), int(port), out)
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vocab", type=int, nargs="+", default=[32_768, 131_072])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
@@ -240,7 +275,9 @@ def main() -> None:
                 print(json.dumps(runs[-1]), flush=True)
         losses = [r["first_loss"] for r in runs if r["vocab"] == vocab_size]
         if max(losses) - min(losses) > 1e-3:
-            raise SystemExit(f"the systems disagree about the first loss at V={vocab_size}: {losses}")
+            raise SystemExit(
+                f"the systems disagree about the first loss at V={vocab_size}: {losses}"
+            )
     result = provenance() | {
         "comparison": [compare(runs, vocab_size) for vocab_size in arguments.vocab],
         "runs": runs,

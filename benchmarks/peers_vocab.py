@@ -62,7 +62,9 @@ class _ByAutograd:
 
 def _eager(*inputs: Tensor) -> _ByAutograd:
     """torch's cross entropy of materialised logits."""
-    return _ByAutograd(lambda x, weight, y: torch.nn.functional.cross_entropy((x @ weight.T).float(), y), *inputs)
+    return _ByAutograd(
+        lambda x, weight, y: torch.nn.functional.cross_entropy((x @ weight.T).float(), y), *inputs
+    )
 
 
 def _torch_chunked(*inputs: Tensor) -> _ByAutograd:
@@ -96,7 +98,11 @@ PEERS: dict[str, Callable[..., Any]] = {
 
 def installed() -> dict[str, str]:
     """Versions of the peers that are packages of their own."""
-    names = [package for package in ("liger-kernel", "cut-cross-entropy", "triton") if _distribution(package)]
+    names = [
+        package
+        for package in ("liger-kernel", "cut-cross-entropy", "triton")
+        if _distribution(package)
+    ]
     return {name: metadata.version(name) for name in names}
 
 

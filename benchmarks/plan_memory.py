@@ -22,13 +22,13 @@ import torch.multiprocessing as multiprocessing
 from provenance import provenance
 
 from vp_train.assembly import build_rank
-from vp_train.cli import load_config
 from vp_train.config import RunConfig
-from vp_train.degrees import wanted_ranks
 from vp_train.mesh import build_mesh
-from vp_train.plan import make_plan
-from vp_train.planner.memory import rank_memory
+from vp_train.planning.degrees import wanted_ranks
+from vp_train.planning.memory import rank_memory
+from vp_train.planning.plan import make_plan
 from vp_train.profile.live import LiveStorages, leave_compiled_code_alone
+from vp_train.settings import load_config
 
 COMMON = ["model.num_layers=8", "num_microbatches=8"]
 ZERO1 = ["parallel.pp=2", "parallel.dp=2", "optim.name=zero1"]
@@ -39,7 +39,11 @@ CASES = {
     "1f1b, recompute backend": ["vocab.backend=recompute"],
     "1f1b, recompute": ["parallel.recompute=full"],
     "1f1b, selective": ["parallel.recompute=selective"],
-    "1f1b, tied, float64, V 8,192": ["model.tied_embeddings=true", "run.dtype=float64", "model.vocab_size=8192"],
+    "1f1b, tied, float64, V 8,192": [
+        "model.tied_embeddings=true",
+        "run.dtype=float64",
+        "model.vocab_size=8192",
+    ],
     "gpipe, 2 x 256 tokens": ["schedule=gpipe", "micro_batch_size=2"],
     "zb_h1": ["schedule=zb_h1"],
     "v_half": ["schedule=v_half"],
@@ -77,14 +81,18 @@ def measure(rank: int, num_ranks: int, port: int, case: str, config: RunConfig, 
     """A process: build the rank, run two steps, write its row."""
     torch.set_num_threads(1)
     leave_compiled_code_alone()
-    store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timedelta(seconds=60))
+    store = dist.TCPStore(
+        "127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timedelta(seconds=60)
+    )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
     plan = make_plan(config, num_ranks)
     mesh = build_mesh(plan.degrees, plan.problem)
     model = build_rank(config, plan, mesh)
     generator = torch.Generator().manual_seed(1)
     shape = (config.num_microbatches, config.micro_batch_size, config.model.seq_length)
-    tokens, labels = (torch.randint(0, config.model.vocab_size, shape, generator=generator) for _ in range(2))
+    tokens, labels = (
+        torch.randint(0, config.model.vocab_size, shape, generator=generator) for _ in range(2)
+    )
 
     def step() -> None:
         model.gradients.zero()
@@ -100,7 +108,17 @@ def measure(rank: int, num_ranks: int, port: int, case: str, config: RunConfig, 
     with live:
         step()
     memory = rank_memory(config, plan, mesh.pipeline_rank)
-    row = Row(case, rank, memory.state, memory.activations, memory.vocabulary, memory.working, memory.total, live.peak, before)
+    row = Row(
+        case,
+        rank,
+        memory.state,
+        memory.activations,
+        memory.vocabulary,
+        memory.working,
+        memory.total,
+        live.peak,
+        before,
+    )
     Path(path, str(rank)).write_text(json.dumps(asdict(row)))
     dist.barrier()
     os._exit(0)
@@ -113,29 +131,46 @@ def measured(case: str, overrides: list[str], directory: Path) -> list[Row]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(measure, (num_ranks, port, case, config, str(directory)), nprocs=num_ranks)
+    multiprocessing.spawn(
+        measure, (num_ranks, port, case, config, str(directory)), nprocs=num_ranks
+    )
     return [Row(**json.loads((directory / str(rank)).read_text())) for rank in range(num_ranks)]
 
 
 def main() -> None:
     import tempfile
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
     arguments = parser.parse_args()
     rows: list[Row] = []
-    print("| case | rank | state | activations | held shards | working | predicted | measured | error |\n" + "|---" * 9 + "|")
+    print(
+        "| case | rank | state | activations | held shards | working | predicted | measured | error |\n"
+        + "|---" * 9
+        + "|"
+    )
     for case in arguments.cases:
         with tempfile.TemporaryDirectory() as directory:
             found = measured(case, CASES[case], Path(directory))
         rows += found
         for row in found:
-            parts = (row.state, row.activations, row.vocabulary, row.working, row.predicted, row.measured)
+            parts = (
+                row.state,
+                row.activations,
+                row.vocabulary,
+                row.working,
+                row.predicted,
+                row.measured,
+            )
             sizes = " | ".join(f"{size / 2**20:.1f}" for size in parts)
             print(f"| {case} | {row.rank} | {sizes} | {row.error:+.1%} |", flush=True)
     errors = [abs(row.error) for row in rows]
-    print(f"MiB; {len(rows)} ranks, largest error {max(errors):.1%}, mean {sum(errors) / len(errors):.1%}")
+    print(
+        f"MiB; {len(rows)} ranks, largest error {max(errors):.1%}, mean {sum(errors) / len(errors):.1%}"
+    )
     if arguments.json:
         result = provenance() | {"rows": [asdict(row) | {"error": row.error} for row in rows]}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

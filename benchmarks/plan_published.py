@@ -27,13 +27,13 @@ from published import DATA, METHODS
 
 from schedules.simulate import simulate
 from schedules.vocab import End
-from vp_train.cli import load_config
 from vp_train.config import RunConfig
-from vp_train.degrees import Degrees
-from vp_train.plan import StepPlan, plan_step
-from vp_train.planner.cluster import on_cluster
-from vp_train.planner.memory import StateBytes, rank_memory
-from vp_train.planner.report import PlanReport, report_of
+from vp_train.planning.cluster import on_cluster
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.memory import StateBytes, rank_memory
+from vp_train.planning.plan import StepPlan, plan_step
+from vp_train.planning.report import PlanReport, report_of
+from vp_train.settings import load_config
 
 PEAK = 3.2e14  # FLOPs per second that the published MFU counts with
 CALIBRATED = ("vocab-2", 128_000)
@@ -91,7 +91,11 @@ def config_of(row: dict[str, Any], efficiency: float) -> RunConfig:
         ]
     )
     shape = config.model
-    assert (shape.num_layers, shape.hidden_size, shape.seq_length) == (row["layers"], row["hidden"], row["seq"])
+    assert (shape.num_layers, shape.hidden_size, shape.seq_length) == (
+        row["layers"],
+        row["hidden"],
+        row["seq"],
+    )
     return config
 
 
@@ -108,7 +112,10 @@ def peak_gib(config: RunConfig, step: StepPlan) -> float:
     model = config.model
     tokens = config.micro_batch_size * model.seq_length
     activations = tuple(34.0 * tokens * model.hidden_size * len(stage) for stage in step.layers)
-    sharded, rows = step.problem.algorithm.sharded, [shard.num_rows for shard in step.shards[End.OUTPUT]]
+    sharded, rows = (
+        step.problem.algorithm.sharded,
+        [shard.num_rows for shard in step.shards[End.OUTPUT]],
+    )
     held = tuple(float(LOGIT_BYTES * tokens * count) if sharded else 0.0 for count in rows)
     cost = replace(step.cost, stage_bytes=activations, shard_bytes=held)
     peaks = []
@@ -152,13 +159,22 @@ def predicted(run: dict[str, Any], efficiency: float) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
     arguments = parser.parse_args()
     runs = json.loads(DATA.read_text())["rows"]
-    shipped, fitted = shipped_efficiency(), calibrate(next(run for run in runs if (run["method"], run["vocab"]) == CALIBRATED))
-    print(f"of cluster=a100_80g_node: {shipped * PEAK / 1e12:.1f} TFLOP/s; a fit gives {fitted * PEAK / 1e12:.1f}\n")
-    print("| method | vocab | GiB measured | vp-plan | error | as theirs | error | MFU % measured | vp-plan | error |")
+    shipped, fitted = (
+        shipped_efficiency(),
+        calibrate(next(run for run in runs if (run["method"], run["vocab"]) == CALIBRATED)),
+    )
+    print(
+        f"of cluster=a100_80g_node: {shipped * PEAK / 1e12:.1f} TFLOP/s; a fit gives {fitted * PEAK / 1e12:.1f}\n"
+    )
+    print(
+        "| method | vocab | GiB measured | vp-plan | error | as theirs | error | MFU % measured | vp-plan | error |"
+    )
     print("|---" * 10 + "|")
     rows = []
     for run in runs:
@@ -170,14 +186,19 @@ def main() -> None:
             f"{row.mfu_error:+.1%} |",
             flush=True,
         )
-    for name, some in (("vocab-1 and vocab-2", [r for r in rows if r.method.startswith("vocab")]), ("all", rows)):
+    for name, some in (
+        ("vocab-1 and vocab-2", [r for r in rows if r.method.startswith("vocab")]),
+        ("all", rows),
+    ):
         print(
             f"{name}: largest error of memory {max(abs(r.plan_error) for r in some):.1%}, as theirs "
             f"{max(abs(r.memory_error) for r in some):.1%}, of MFU {max(abs(r.mfu_error) for r in some):.1%}"
         )
     if arguments.json:
         table = [
-            asdict(r) | {"plan_error": r.plan_error, "memory_error": r.memory_error, "mfu_error": r.mfu_error} for r in rows
+            asdict(r)
+            | {"plan_error": r.plan_error, "memory_error": r.memory_error, "mfu_error": r.mfu_error}
+            for r in rows
         ]
         result = provenance() | {
             "calibrated_on": f"{CALIBRATED[0]}, V = {CALIBRATED[1]:,}",

@@ -24,7 +24,11 @@ _GPU_PACKAGES = ("triton", "deepspeed", "transformers")  # with a GPU also these
 def processor() -> str:
     """Its name, and which of the widest units it has; empty where the system does not say."""
     path = Path("/proc/cpuinfo")
-    fields = dict(line.partition(":")[::2] for line in path.read_text().splitlines()) if path.is_file() else {}
+    fields = (
+        dict(line.partition(":")[::2] for line in path.read_text().splitlines())
+        if path.is_file()
+        else {}
+    )
     values = {key.strip(): value.strip() for key, value in fields.items()}
     units = [unit for unit in _UNITS if unit in values.get("flags", "").split()]
     return ", ".join([values.get("model name", ""), *units]).strip(", ")
@@ -40,7 +44,9 @@ def accelerator() -> dict[str, str]:
     if not torch.cuda.is_available():
         return {}
     found = dict.fromkeys(("card", "memory", "driver"), "")
-    asked = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    asked = _output(
+        "nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"
+    )
     if asked:
         found = dict(zip(found, map(str.strip, asked.splitlines()[0].split(",")), strict=False))
     found["card"] = found["card"] or torch.cuda.get_device_name(0)
@@ -61,7 +67,8 @@ def provenance() -> dict[str, Any]:
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "processor": processor(),
         **({"accelerator": gpu} if gpu else {}),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in packages},
         "commit": _output(
             "git",
             "-C",
@@ -85,5 +92,7 @@ def _output(program: str, *arguments: str) -> str:
     """What a program prints, empty where it is missing or fails."""
     if shutil.which(program) is None:
         return ""
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        [program, *arguments], capture_output=True, text=True, timeout=30, check=False
+    )
     return done.stdout.strip() if done.returncode == 0 else ""

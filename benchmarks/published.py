@@ -51,7 +51,9 @@ def simulated(row: dict) -> Row:
     """Simulate one published run."""
     schedule, vocab = METHODS[row["method"]]
     algorithm = VOCAB_ALGORITHMS[vocab]
-    times = {kind: tuple(us * 1e-6 for us in values) for kind, values in row["pass_times_us"].items()}
+    times = {
+        kind: tuple(us * 1e-6 for us in values) for kind, values in row["pass_times_us"].items()
+    }
     share = S_SHARE[algorithm.name]
     cost = CostModel(
         {
@@ -67,15 +69,26 @@ def simulated(row: dict) -> Row:
     problem = Problem(Layout("linear", row["pp"]), row["microbatches"], algorithm)
     timeline = simulate(generate(schedule, problem, cost), problem, cost)
     measured, makespan = row["iteration_ms"], timeline.makespan * 1e3
-    return Row(row["method"], row["vocab"], measured, makespan, 100 * (makespan / measured - 1), 100 * timeline.mean_bubble)
+    return Row(
+        row["method"],
+        row["vocab"],
+        measured,
+        makespan,
+        100 * (makespan / measured - 1),
+        100 * timeline.mean_bubble,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
     arguments = parser.parse_args()
     rows = [simulated(row) for row in json.loads(DATA.read_text())["rows"]]
-    print(f"{'method':<10} {'vocab':>7} {'measured ms':>12} {'simulated ms':>13} {'error %':>8} {'bubble %':>9}")
+    print(
+        f"{'method':<10} {'vocab':>7} {'measured ms':>12} {'simulated ms':>13} {'error %':>8} {'bubble %':>9}"
+    )
     for row in rows:
         print(
             f"{row.method:<10} {row.vocab:>7} {row.measured_ms:>12.1f} {row.simulated_ms:>13.1f} "

@@ -40,15 +40,20 @@ from schedules.problem import Collective, Problem
 from schedules.simulate import simulate
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, Barrier, End, Payload
-from vp_train.degrees import Degrees
 from vp_train.mesh import build_mesh
 from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.comms import Comms, ProcessGroups
 from vp_train.pipeline.executor import Executor, RankModules
 from vp_train.pipeline.recorder import HostTimer, Recorder
+from vp_train.planning.degrees import Degrees
 
 CASES = ("1f1b/none", "1f1b/two_barrier", "1f1b", "zb_h1", "zb_v", "v_half")
-S_SHARE = {"none": 2 / 3, "naive": 1 / 3, "two_barrier": 1 / 3, "one_barrier": 2 / 3}  # of the three products
+S_SHARE = {
+    "none": 2 / 3,
+    "naive": 1 / 3,
+    "two_barrier": 1 / 3,
+    "one_barrier": 2 / 3,
+}  # of the three products
 ROUNDS = 15  # of each communication that is timed
 
 
@@ -88,13 +93,23 @@ class Setup:
     def problem(self, case: Case, num_ranks: int) -> Problem:
         family = GENERATORS[case.schedule]
         return Problem(
-            family.layout_of(num_ranks), self.microbatches, VOCAB_ALGORITHMS[case.vocab], split_backward=family.split_backward
+            family.layout_of(num_ranks),
+            self.microbatches,
+            VOCAB_ALGORITHMS[case.vocab],
+            split_backward=family.split_backward,
         )
 
-    def cost(self, problem: Problem, hop_seconds: float, barrier_seconds: dict[str, float]) -> CostModel:
+    def cost(
+        self, problem: Problem, hop_seconds: float, barrier_seconds: dict[str, float]
+    ) -> CostModel:
         layout, algorithm = problem.layout, problem.algorithm
         stage = 2 * self.layer_seconds / layout.num_chunks
-        output = 3 * self.head_in_layers * self.layer_seconds / (layout.num_ranks if algorithm.sharded else 1)
+        output = (
+            3
+            * self.head_in_layers
+            * self.layer_seconds
+            / (layout.num_ranks if algorithm.sharded else 1)
+        )
         share = S_SHARE[algorithm.name]
         per_stage = {Kind.F: stage, Kind.B: 2 * stage, Kind.I: stage, Kind.W: stage}
         per_shard = {
@@ -110,7 +125,10 @@ class Setup:
     def counts(self, problem: Problem) -> list[int]:
         """Tokens that each shard of the input owns: equally many."""
         num_shards = len(problem.shard_ranks(End.INPUT))
-        return [(self.tokens * (i + 1)) // num_shards - self.tokens * i // num_shards for i in range(num_shards)]
+        return [
+            (self.tokens * (i + 1)) // num_shards - self.tokens * i // num_shards
+            for i in range(num_shards)
+        ]
 
     def message(self, payload: Payload, problem: Problem, rank: int) -> Tensor:
         """Return a tensor of the shape and dtype of what a rank says of `payload`."""
@@ -271,9 +289,20 @@ class SleepingOutput:
 
 def sleeping_modules(problem: Problem, rank: int, setup: Setup, sleeper: Sleeper) -> RankModules:
     """What `assembly.build_rank` makes of layers, made of sleeps."""
-    stages = {stage: SleepingStage(stage, problem.backward, sleeper) for stage in problem.layout.stages_of(rank)}
-    inputs = SleepingInput(rank, problem, setup, sleeper) if rank in problem.shard_ranks(End.INPUT) else None
-    outputs = SleepingOutput(rank, problem, setup, sleeper) if rank in problem.shard_ranks(End.OUTPUT) else None
+    stages = {
+        stage: SleepingStage(stage, problem.backward, sleeper)
+        for stage in problem.layout.stages_of(rank)
+    }
+    inputs = (
+        SleepingInput(rank, problem, setup, sleeper)
+        if rank in problem.shard_ranks(End.INPUT)
+        else None
+    )
+    outputs = (
+        SleepingOutput(rank, problem, setup, sleeper)
+        if rank in problem.shard_ranks(End.OUTPUT)
+        else None
+    )
     return RankModules(stages, inputs, outputs, setup.dtype, torch.device("cpu"), setup.hidden)  # type: ignore[arg-type]
 
 
@@ -307,7 +336,11 @@ class Row:
         )
 
 
-HEADER = "| schedule | vocab | simulated s | measured s | error | simulated bubble | measured bubble |\n" + "|---" * 7 + "|"
+HEADER = (
+    "| schedule | vocab | simulated s | measured s | error | simulated bubble | measured bubble |\n"
+    + "|---" * 7
+    + "|"
+)
 
 
 def common_start() -> float:
@@ -358,7 +391,9 @@ def time_hop(rank: int, comms: Comms, setup: Setup) -> float:
     return statistics.median(seconds)
 
 
-def time_barrier(rank: int, barrier: Barrier, problem: Problem, comms: Comms, setup: Setup) -> float:
+def time_barrier(
+    rank: int, barrier: Barrier, problem: Problem, comms: Comms, setup: Setup
+) -> float:
     """From a common start until the last receiver has it; the median on all ranks."""
     node = Collective(barrier.name, 0)
     receives = rank in problem.receivers(node)
@@ -370,7 +405,9 @@ def time_barrier(rank: int, barrier: Barrier, problem: Problem, comms: Comms, se
         if member:
             message = setup.message(barrier.payload, problem, rank)
             counts = setup.counts(problem) if barrier.end is End.INPUT else ()
-            delivery = comms.start(exchange, lambda message=message: message, lambda _: None, counts, None, unwatched)
+            delivery = comms.start(
+                exchange, lambda message=message: message, lambda _: None, counts, None, unwatched
+            )
             if delivery is not None:
                 delivery()
         seconds.append(latest(time.perf_counter() - start if receives else 0.0))
@@ -382,7 +419,9 @@ def unwatched(pending: Pending) -> Pending:
     return pending
 
 
-def time_comms(rank: int, problem: Problem, comms: Comms, setup: Setup) -> tuple[float, dict[str, float]]:
+def time_comms(
+    rank: int, problem: Problem, comms: Comms, setup: Setup
+) -> tuple[float, dict[str, float]]:
     """Seconds of a hop, and of every barrier."""
     barriers = {
         barrier.name: time_barrier(rank, barrier, problem, comms, setup)
@@ -434,7 +473,9 @@ def rehearse_one(rank: int, num_ranks: int, case: Case, setup: Setup) -> Row:
         before = time.process_time()
         executor.step(batch, batch, recorder)
         seconds = latest(time.perf_counter() - start)
-        busy = over_ranks(sum(span.seconds for span in recorder.spans), dist.ReduceOp.SUM) / num_ranks
+        busy = (
+            over_ranks(sum(span.seconds for span in recorder.spans), dist.ReduceOp.SUM) / num_ranks
+        )
         if step > 0:  # the first one is warm-up
             steps.append((seconds, busy))
             cpu, wall = cpu + time.process_time() - before, wall + seconds
@@ -457,7 +498,11 @@ def rehearse_one(rank: int, num_ranks: int, case: Case, setup: Setup) -> Row:
 
 
 def rehearse(
-    rank: int, num_ranks: int, cases: list[Case], setup: Setup, report: Callable[[Row], None] | None = None
+    rank: int,
+    num_ranks: int,
+    cases: list[Case],
+    setup: Setup,
+    report: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """All cases on the default process group; rank 0 reports each as soon as it is measured."""
     rows = []
@@ -474,7 +519,9 @@ def rehearse(
 Report = Callable[[Any], None]
 
 
-def _serve(rank: int, num_ranks: int, port: int, work: Callable[[int, Report], object], rows: Any) -> None:
+def _serve(
+    rank: int, num_ranks: int, port: int, work: Callable[[int, Report], object], rows: Any
+) -> None:
     torch.set_num_threads(1)
     timeout = timedelta(seconds=120)
     store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timeout)
@@ -482,7 +529,9 @@ def _serve(rank: int, num_ranks: int, port: int, work: Callable[[int, Report], o
     work(rank, rows.put)
 
 
-def run(num_ranks: int, work: Callable[[int, Report], object], header: str, timeout: float) -> list[Any]:
+def run(
+    num_ranks: int, work: Callable[[int, Report], object], header: str, timeout: float
+) -> list[Any]:
     """Start the ranks and print the table of what `work(rank, report)` reports, as it grows.
 
     A rank that fails ends the run with its traceback.
@@ -492,7 +541,9 @@ def run(num_ranks: int, work: Callable[[int, Report], object], header: str, time
         port = probe.getsockname()[1]
     os.environ["OMP_NUM_THREADS"] = "1"  # the ranks inherit it
     queue = multiprocessing.get_context("spawn").SimpleQueue()
-    context = multiprocessing.spawn(_serve, (num_ranks, port, work, queue), nprocs=num_ranks, join=False, daemon=True)
+    context = multiprocessing.spawn(
+        _serve, (num_ranks, port, work, queue), nprocs=num_ranks, join=False, daemon=True
+    )
     deadline, rows, done = time.monotonic() + timeout, [], False
     print(header, flush=True)
     while not done:
@@ -501,11 +552,15 @@ def run(num_ranks: int, work: Callable[[int, Report], object], header: str, time
             rows.append(queue.get())
             print(rows[-1].cells(), flush=True)
         if time.monotonic() > deadline:
-            raise SystemExit(f"no end within {timeout:.0f} s, {len(rows)} cases done; give more with --timeout")
+            raise SystemExit(
+                f"no end within {timeout:.0f} s, {len(rows)} cases done; give more with --timeout"
+            )
     return rows
 
 
-def rehearse_rank(num_ranks: int, cases: list[Case], setup: Setup, rank: int, report: Report) -> None:
+def rehearse_rank(
+    num_ranks: int, cases: list[Case], setup: Setup, rank: int, report: Report
+) -> None:
     """Rehearse all cases as `rank`."""
     rehearse(rank, num_ranks, cases, setup, report)
 
@@ -513,17 +568,34 @@ def rehearse_rank(num_ranks: int, cases: list[Case], setup: Setup, rank: int, re
 def main() -> None:
     from provenance import provenance
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schedules", type=Case.parse, nargs="+", default=list(map(Case.parse, CASES)), metavar="NAME[/VOCAB]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--schedules",
+        type=Case.parse,
+        nargs="+",
+        default=list(map(Case.parse, CASES)),
+        metavar="NAME[/VOCAB]",
+    )
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--microbatches", type=int, default=16)
-    parser.add_argument("--layer-ms", type=float, default=80.0, help="F of one layer; long, because the cores also communicate")
-    parser.add_argument("--head", type=float, default=2.4, help="cost of the output layer in transformer layers")
+    parser.add_argument(
+        "--layer-ms",
+        type=float,
+        default=80.0,
+        help="F of one layer; long, because the cores also communicate",
+    )
+    parser.add_argument(
+        "--head", type=float, default=2.4, help="cost of the output layer in transformer layers"
+    )
     parser.add_argument("--embedding-ms", type=float, default=4.0, help="E and G of one rank")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of each case, after one to warm up")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="measured steps of each case, after one to warm up"
+    )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for the whole run")
     parser.add_argument("--json", type=Path, help="write everything measured as JSON")
     arguments = parser.parse_args()
@@ -544,7 +616,11 @@ def main() -> None:
     rows = run(arguments.ranks, work, HEADER, arguments.timeout)
     print(f"largest error {max((row.error_pct for row in rows), key=abs):+.1f} %")
     if arguments.json:
-        described = asdict(setup) | {"dtype": arguments.dtype, "ranks": arguments.ranks, "load_average_before": load}
+        described = asdict(setup) | {
+            "dtype": arguments.dtype,
+            "ranks": arguments.ranks,
+            "load_average_before": load,
+        }
         result = provenance() | {"setup": described, "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

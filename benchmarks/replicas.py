@@ -22,12 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rehearsal import Case, Setup, Sleeper, SleepingStage, common_start, decide, latest, run, sleep_overshoot, sleeping_modules
+from rehearsal import (
+    Case,
+    Setup,
+    Sleeper,
+    SleepingStage,
+    common_start,
+    decide,
+    latest,
+    run,
+    sleep_overshoot,
+    sleeping_modules,
+)
 from torch import Tensor, nn
 
 from schedules.ir import Kind, Pass
 from vp_train.config import OptimConfig
-from vp_train.degrees import Degrees
 from vp_train.mesh import build_mesh
 from vp_train.optim.buckets import lay_out
 from vp_train.optim.gradients import Gradients
@@ -36,6 +46,7 @@ from vp_train.optim.replicas import Replicas
 from vp_train.optim.zero import ZeroAdamW
 from vp_train.pipeline.comms import Comms, ProcessGroups
 from vp_train.pipeline.executor import NO_UPDATES, Executor, RankModules, WeightUpdates
+from vp_train.planning.degrees import Degrees
 
 MODES = ("none", "late", "early")
 OPTIMIZERS = {"adamw": ReplicatedAdamW, "zero1": ZeroAdamW}
@@ -115,10 +126,20 @@ class Row:
         )
 
 
-HEADER = "| schedule | vocab | optimizer | none s | late s | early s | hidden |\n" + "|---" * 7 + "|"
+HEADER = (
+    "| schedule | vocab | optimizer | none s | late s | early s | hidden |\n" + "|---" * 7 + "|"
+)
 
 
-def measure(rank: int, degrees: Degrees, case: Case, optimizer_name: str, setup: Setup, layers: int, mib: float) -> Row:
+def measure(
+    rank: int,
+    degrees: Degrees,
+    case: Case,
+    optimizer_name: str,
+    setup: Setup,
+    layers: int,
+    mib: float,
+) -> Row:
     """Measure one case; every rank returns the same row."""
     _, here, _ = degrees.place(rank)
     problem = setup.problem(case, degrees.pp)
@@ -137,8 +158,13 @@ def measure(rank: int, degrees: Degrees, case: Case, optimizer_name: str, setup:
     }
     layout = lay_out(parameters, list(units.values()), max_elements=1, num_parts=degrees.dp)
     gradients = Gradients(parameters, layout)
-    optimizer = OPTIMIZERS[optimizer_name](parameters, gradients, OptimConfig(optimizer_name), Replicas(mesh.data))
-    stages = {stage: LayeredStage(stage, problem.backward, sleeper, units=units[stage]) for stage in plain.stages}
+    optimizer = OPTIMIZERS[optimizer_name](
+        parameters, gradients, OptimConfig(optimizer_name), Replicas(mesh.data)
+    )
+    stages = {
+        stage: LayeredStage(stage, problem.backward, sleeper, units=units[stage])
+        for stage in plain.stages
+    }
     comms = Comms(ProcessGroups(mesh.pipeline, torch.device("cpu")))
     batch = torch.zeros(setup.microbatches, 1, setup.tokens, dtype=torch.int64)
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
@@ -168,7 +194,9 @@ def measure(rank: int, degrees: Degrees, case: Case, optimizer_name: str, setup:
     return Row(case.schedule, case.vocab, optimizer_name, medians, 100 * hidden, seconds)
 
 
-def measure_rank(degrees: Degrees, setup: Setup, told: Any, rank: int, report: Callable[[Row], None]) -> None:
+def measure_rank(
+    degrees: Degrees, setup: Setup, told: Any, rank: int, report: Callable[[Row], None]
+) -> None:
     """Measure all cases as `rank`."""
     for case in told.schedules:
         for name in told.optimizers:
@@ -180,27 +208,44 @@ def measure_rank(degrees: Degrees, setup: Setup, told: Any, rank: int, report: C
 def main() -> None:
     from provenance import provenance
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default = [Case.parse(name) for name in ("1f1b", "zb_h1", "v_half")]
-    parser.add_argument("--schedules", type=Case.parse, nargs="+", default=default, metavar="NAME[/VOCAB]")
-    parser.add_argument("--optimizers", nargs="+", choices=sorted(OPTIMIZERS), default=sorted(OPTIMIZERS))
+    parser.add_argument(
+        "--schedules", type=Case.parse, nargs="+", default=default, metavar="NAME[/VOCAB]"
+    )
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=sorted(OPTIMIZERS), default=sorted(OPTIMIZERS)
+    )
     parser.add_argument("--ranks", type=int, default=4, help="of each pipeline")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--layers", type=int, default=8, help="of each stage")
     parser.add_argument("--mib", type=float, default=4.0, help="fp32 gradients of each layer")
-    parser.add_argument("--layer-ms", type=float, default=60.0, help="half of a rank's forward of one microbatch")
-    parser.add_argument("--steps", type=int, default=5, help="measured steps of each kind, after one to warm up")
+    parser.add_argument(
+        "--layer-ms", type=float, default=60.0, help="half of a rank's forward of one microbatch"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=5, help="measured steps of each kind, after one to warm up"
+    )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for the whole run")
     parser.add_argument("--json", type=Path, help="write everything measured as JSON")
     told = parser.parse_args()
     if told.replicas < 2:
-        parser.error(f"--replicas {told.replicas}: with one replica there is nothing to sum; give 2 or more")
-    setup = Setup(told.microbatches, told.layer_ms / 1e3, 2.4, 4e-3, 64, 64, torch.float32, told.steps)
+        parser.error(
+            f"--replicas {told.replicas}: with one replica there is nothing to sum; give 2 or more"
+        )
+    setup = Setup(
+        told.microbatches, told.layer_ms / 1e3, 2.4, 4e-3, 64, 64, torch.float32, told.steps
+    )
     degrees = Degrees(told.replicas, told.ranks, 1)
     rows = run(degrees.num_ranks, partial(measure_rank, degrees, setup, told), HEADER, told.timeout)
     if told.json:
-        described = {name: getattr(told, name) for name in ("ranks", "replicas", "microbatches", "layers", "mib", "layer_ms")}
+        described = {
+            name: getattr(told, name)
+            for name in ("ranks", "replicas", "microbatches", "layers", "mib", "layer_ms")
+        }
         result = provenance() | {"setup": described, "rows": [asdict(row) for row in rows]}
         told.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -31,10 +31,10 @@ import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
 from vp_train.assembly import build_rank
-from vp_train.cli import load_config
 from vp_train.config import RunConfig
 from vp_train.mesh import build_mesh
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
+from vp_train.settings import load_config
 
 COMMON = ["model=nano", "parallel.pp=1", "vocab=none", "run.dtype=bfloat16"]
 OPTIMIZERS = {
@@ -52,7 +52,15 @@ COUNTED = {
     "all_gather_into_tensor": (0, 1),
     "all_gather_single": (0, 1),
 }
-UNKNOWN = ("all_gather", "reduce_scatter", "all_to_all", "all_to_all_single", "send", "isend", "batch_isend_irecv")
+UNKNOWN = (
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    "all_to_all_single",
+    "send",
+    "isend",
+    "batch_isend_irecv",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +88,9 @@ class Traffic:
         for name in UNKNOWN:
             setattr(dist, name, self._refusing(name, getattr(dist, name)))
 
-    def _counting(self, name: str, collective: Callable[..., Any], position: int, times: int) -> Callable[..., Any]:
+    def _counting(
+        self, name: str, collective: Callable[..., Any], position: int, times: int
+    ) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             if self._inside:  # one that another is made of
                 return collective(*arguments, **options)
@@ -105,10 +115,14 @@ class Traffic:
         return call
 
 
-def measure(rank: int, num_ranks: int, port: int, optimizer: str, config: RunConfig, path: str) -> None:
+def measure(
+    rank: int, num_ranks: int, port: int, optimizer: str, config: RunConfig, path: str
+) -> None:
     """A process: count the second of two steps of an optimizer, without passes; the first rank writes the row."""
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timedelta(seconds=120))
+    store = dist.TCPStore(
+        "127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timedelta(seconds=120)
+    )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
     plan = make_plan(config, num_ranks)
     mesh = build_mesh(plan.degrees, plan.problem)
@@ -148,13 +162,19 @@ def measured(optimizer: str, dp: int) -> Row:
 def main() -> None:
     from provenance import provenance
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="NAME")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="NAME"
+    )
     parser.add_argument("--dp", type=int, nargs="+", default=[2, 4], help="numbers of replicas")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()
     rows = [measured(optimizer, dp) for optimizer in arguments.optimizers for dp in arguments.dp]
-    text = json.dumps(provenance() | {"dtype": "bfloat16", "rows": [asdict(row) for row in rows]}, indent=1)
+    text = json.dumps(
+        provenance() | {"dtype": "bfloat16", "rows": [asdict(row) for row in rows]}, indent=1
+    )
     print(text)
     if arguments.json:
         arguments.json.write_text(text + "\n")

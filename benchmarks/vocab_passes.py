@@ -32,7 +32,7 @@ from torch import Tensor
 
 from schedules.ir import Kind
 from schedules.vocab import VOCAB_ALGORITHMS, End, Transfer
-from vp_train.precision import DTYPES, statistics_dtype
+from vp_train.tensors.precision import DTYPES, statistics_dtype
 from vp_train.vocab.backends import BACKENDS
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
@@ -61,7 +61,12 @@ class Case:
         weight = torch.randn(self.rows, self.hidden, generator=generator) * self.hidden**-0.5
         targets = torch.randint(0, self.rows, (self.tokens,), generator=generator)
         scale = torch.full((self.tokens,), 1 / self.tokens)
-        return x.to(self.device, self.dtype), weight.to(self.device, self.dtype), targets.to(self.device), scale.to(self.device)
+        return (
+            x.to(self.device, self.dtype),
+            weight.to(self.device, self.dtype),
+            targets.to(self.device),
+            scale.to(self.device),
+        )
 
 
 class Ours:
@@ -70,7 +75,9 @@ class Ours:
     def __init__(self, case: Case, backend: str, algorithm: str, options: LossOptions) -> None:
         name, _, fraction = backend.partition(":")
         barriers = VOCAB_ALGORITHMS[algorithm].barriers
-        self.barriers = [barrier for barrier in barriers if barrier.end is End.OUTPUT and barrier.name != "C0"]
+        self.barriers = [
+            barrier for barrier in barriers if barrier.end is End.OUTPUT and barrier.name != "C0"
+        ]
         self.x, self.weight, targets, scale = case.inputs()
         self.targets, self.scale = targets[None].cpu(), scale[None].cpu()  # where a run has them
         self.grad = torch.zeros_like(self.weight, dtype=statistics_dtype(case.dtype))
@@ -85,7 +92,9 @@ class Ours:
             float(fraction or 1),
         )
         self.device, self.held_bytes = case.device, 0
-        self.apart: dict[str, list[float]] | None = None  # seconds of the passes, when they are measured
+        self.apart: dict[str, list[float]] | None = (
+            None  # seconds of the passes, when they are measured
+        )
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Token losses and dx."""
@@ -134,7 +143,9 @@ class Lookups:
         self.grad = torch.zeros_like(self.weight, dtype=statistics_dtype(case.dtype))
         shards = [Shard(rank * case.rows, (rank + 1) * case.rows) for rank in range(ranks)]
         self.layer = InputLayer(self.weight, self.grad, shards, 0)
-        tokens = torch.randint(0, case.rows * ranks, (1, case.tokens), generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(
+            0, case.rows * ranks, (1, case.tokens), generator=torch.Generator().manual_seed(0)
+        )
         self.step = self.layer.begin(tokens)
         self.dy = self.step.e(0)
 
@@ -164,7 +175,11 @@ def synchronise(device: str) -> None:
 
 def in_turns(works: dict[str, Callable[[], object]], device: str) -> dict[str, list[float]]:
     """Seconds of every piece of work, by rounds; two calls before do not count.  What is slow takes part in the first only."""
-    slow = {name for name, work in works.items() if timed(work, device) > SLOW_SECONDS and timed(work, device) > SLOW_SECONDS}
+    slow = {
+        name
+        for name, work in works.items()
+        if timed(work, device) > SLOW_SECONDS and timed(work, device) > SLOW_SECONDS
+    }
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for name in works.keys() - slow:
         works[name]()
@@ -199,19 +214,36 @@ def resident_kib(name: str) -> int:
     return int(lines[name].split()[0])
 
 
-def errors(case: Case, losses: Tensor, dx: Tensor, grad: Tensor, truth: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+def errors(
+    case: Case, losses: Tensor, dx: Tensor, grad: Tensor, truth: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, float]:
     """Largest errors, relative to the largest value; of the mean loss where a peer gives no other."""
     loss = truth[0] if losses.shape == truth[0].shape else truth[0].mean(0, keepdim=True)
     pairs = zip(("loss", "dx", "dw"), (losses, dx, grad), (loss, *truth[1:]), strict=True)
-    return {f"{name}_error": ((ours.double() - true).abs().max() / true.abs().max()).item() for name, ours, true in pairs}
+    return {
+        f"{name}_error": ((ours.double() - true).abs().max() / true.abs().max()).item()
+        for name, ours, true in pairs
+    }
 
 
 def measure(
-    case: Case, ranks: int, backends: list[str], algorithms: list[str], options: LossOptions, *, peers: bool
+    case: Case,
+    ranks: int,
+    backends: list[str],
+    algorithms: list[str],
+    options: LossOptions,
+    *,
+    peers: bool,
 ) -> Iterator[dict[str, Any]]:
     """A row for every backend with every algorithm, for E and G, and for the peers."""
-    ours = {f"{backend}/{algorithm}": (backend, algorithm, options) for backend in backends for algorithm in algorithms}
-    works: dict[str, Any] = {"floor": Floor(case)} | {name: Ours(case, *pair) for name, pair in ours.items()}
+    ours = {
+        f"{backend}/{algorithm}": (backend, algorithm, options)
+        for backend in backends
+        for algorithm in algorithms
+    }
+    works: dict[str, Any] = {"floor": Floor(case)} | {
+        name: Ours(case, *pair) for name, pair in ours.items()
+    }
     lookups = Lookups(case, ranks)
     works |= {"E": lookups.e, "G": lookups.g}
     missing = {}
@@ -221,7 +253,9 @@ def measure(
             works[name]()  # it may fail only here
         except Exception as error:  # whatever a peer lacks here is a result too
             works.pop(name, None)
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            missing[name] = (
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
     seconds = in_turns(works, case.device)
     truth = None
     if case.tokens * case.rows <= ACCURATE_ELEMENTS:
@@ -241,13 +275,18 @@ def measure(
     for name, times in seconds.items():
         row = shape | {"what": name, "milliseconds": 1e3 * statistics.median(times)}
         if name not in ("E", "G"):
-            row["ratio"] = statistics.median(mine / base for mine, base in zip(times, seconds["floor"], strict=False))
+            row["ratio"] = statistics.median(
+                mine / base for mine, base in zip(times, seconds["floor"], strict=False)
+            )
             row["tflops"] = flops / statistics.median(times) / 1e12
         if isinstance(works[name], Ours):
             apart = works[name].apart = {}
             for _ in range(3):
                 works[name]()
-            row |= {f"{part}_milliseconds": 1e3 * statistics.median(each) for part, each in apart.items()}
+            row |= {
+                f"{part}_milliseconds": 1e3 * statistics.median(each)
+                for part, each in apart.items()
+            }
         if name not in ("E", "G", "floor"):
             del works[name]
             work = Ours(case, *ours[name]) if name in ours else PEERS[name](*case.inputs())
@@ -269,16 +308,38 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     rows = [row for row in rows if "ratio" in row and row["what"] != "floor"]
     names = list(dict.fromkeys(row["what"] for row in rows))
-    cases = list(dict.fromkeys((row["dtype"], row["tokens"], row["hidden"], row["rows"]) for row in rows))
+    cases = list(
+        dict.fromkeys((row["dtype"], row["tokens"], row["hidden"], row["rows"]) for row in rows)
+    )
     figure = Figure(figsize=(6 + 1.6 * len(cases), 7), layout="constrained")
     for axes, key, label in zip(
-        figure.subplots(2, 1), ("ratio", "extra_mib"), ("time / floor", "extra memory, MiB"), strict=True
+        figure.subplots(2, 1),
+        ("ratio", "extra_mib"),
+        ("time / floor", "extra memory, MiB"),
+        strict=True,
     ):
         for offset, name in enumerate(names):
-            values = {(r["dtype"], r["tokens"], r["hidden"], r["rows"]): r[key] for r in rows if r["what"] == name}
-            places = [index + 0.8 * offset / len(names) for index, case in enumerate(cases) if case in values]
-            axes.bar(places, [values[case] for case in cases if case in values], 0.8 / len(names), align="edge", label=name)
-        axes.set_xticks([index + 0.4 for index in range(len(cases))], [f"{d}\nT={t} H={h}\nR={r:,}" for d, t, h, r in cases])
+            values = {
+                (r["dtype"], r["tokens"], r["hidden"], r["rows"]): r[key]
+                for r in rows
+                if r["what"] == name
+            }
+            places = [
+                index + 0.8 * offset / len(names)
+                for index, case in enumerate(cases)
+                if case in values
+            ]
+            axes.bar(
+                places,
+                [values[case] for case in cases if case in values],
+                0.8 / len(names),
+                align="edge",
+                label=name,
+            )
+        axes.set_xticks(
+            [index + 0.4 for index in range(len(cases))],
+            [f"{d}\nT={t} H={h}\nR={r:,}" for d, t, h, r in cases],
+        )
         axes.set_ylabel(label)
         axes.set_yscale("log")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
@@ -289,11 +350,15 @@ def backend(text: str) -> str:
     """A backend's name, `recompute` with a fraction after a colon if need be."""
     name, colon, fraction = text.partition(":")
     try:
-        known = name in BACKENDS and (not colon or (name == "recompute" and 0 <= float(fraction) <= 1))
+        known = name in BACKENDS and (
+            not colon or (name == "recompute" and 0 <= float(fraction) <= 1)
+        )
     except ValueError:
         known = False
     if not known:
-        raise argparse.ArgumentTypeError(f"{text!r}; choose of {', '.join(BACKENDS)} and recompute:FRACTION, 0 to 1")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; choose of {', '.join(BACKENDS)} and recompute:FRACTION, 0 to 1"
+        )
     return text
 
 
@@ -312,21 +377,36 @@ def count(text: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--tokens", type=count, nargs="+", default=[512], help="T, of a microbatch (512)")
-    parser.add_argument("--hidden", type=count, nargs="+", default=[512], help="H (512)")
-    parser.add_argument("--vocab", type=count, nargs="+", default=[262_144], help="V, of all shards (262144)")
-    parser.add_argument("--ranks", type=count, nargs="+", default=[4], help="P, shards that V is split into (4)")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
-    parser.add_argument("--backends", type=backend, nargs="+", default=["chunked", "recompute", "recompute:0.5"])
     parser.add_argument(
-        "--algorithms", nargs="+", choices=("naive", "two_barrier", "one_barrier"), default=["one_barrier", "two_barrier"]
+        "--tokens", type=count, nargs="+", default=[512], help="T, of a microbatch (512)"
+    )
+    parser.add_argument("--hidden", type=count, nargs="+", default=[512], help="H (512)")
+    parser.add_argument(
+        "--vocab", type=count, nargs="+", default=[262_144], help="V, of all shards (262144)"
+    )
+    parser.add_argument(
+        "--ranks", type=count, nargs="+", default=[4], help="P, shards that V is split into (4)"
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--backends", type=backend, nargs="+", default=["chunked", "recompute", "recompute:0.5"]
+    )
+    parser.add_argument(
+        "--algorithms",
+        nargs="+",
+        choices=("naive", "two_barrier", "one_barrier"),
+        default=["one_barrier", "two_barrier"],
     )
     parser.add_argument("--label-smoothing", type=float, default=0.0)
     parser.add_argument("--z-loss", type=float, default=0.0)
     parser.add_argument("--softcap", type=float)
-    parser.add_argument("--peers", action="store_true", help="other implementations too, those that are installed")
+    parser.add_argument(
+        "--peers", action="store_true", help="other implementations too, those that are installed"
+    )
     parser.add_argument("--json", type=new_file, help="write the rows as JSON")
     parser.add_argument("--plot", type=new_file, help="draw the rows")
     arguments = parser.parse_args()
@@ -335,21 +415,29 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     if arguments.peers and options != LossOptions():
-        parser.error("--peers compares the plain loss; leave out --label-smoothing, --z-loss and --softcap")
+        parser.error(
+            "--peers compares the plain loss; leave out --label-smoothing, --z-loss and --softcap"
+        )
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; use --device cpu")
     if arguments.device == "cpu":
         torch.set_num_threads(1)
     rows = []
-    for sizes in itertools.product(arguments.dtypes, arguments.tokens, arguments.hidden, arguments.vocab, arguments.ranks):
+    for sizes in itertools.product(
+        arguments.dtypes, arguments.tokens, arguments.hidden, arguments.vocab, arguments.ranks
+    ):
         dtype, tokens, hidden, vocab, ranks = sizes
         case = Case(arguments.device, DTYPES[dtype], tokens, hidden, -(-vocab // ranks))
-        for row in measure(case, ranks, arguments.backends, arguments.algorithms, options, peers=arguments.peers):
+        for row in measure(
+            case, ranks, arguments.backends, arguments.algorithms, options, peers=arguments.peers
+        ):
             rows.append(row)
             print(json.dumps(row), flush=True)
     if arguments.json:
         peers = {"peers": installed()} if arguments.peers else {}
-        arguments.json.write_text(json.dumps(provenance() | peers | {"rows": rows}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps(provenance() | peers | {"rows": rows}, indent=1) + "\n"
+        )
     if arguments.plot:
         draw(rows, arguments.plot)
 

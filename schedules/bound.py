@@ -28,14 +28,30 @@ def step_bound(problem: Problem, cost: CostModel, caps: tuple[float, ...] = ()) 
     """The largest lower bound on a step; with `caps`, bytes per rank, also what that memory allows."""
     network = Network.of(problem, cost)
     heads, tails = _longest(network), _longest(network.reversed())
-    path = max(head + seconds + tail for head, seconds, tail in zip(heads, network.seconds, tails, strict=True))
+    path = max(
+        head + seconds + tail
+        for head, seconds, tail in zip(heads, network.seconds, tails, strict=True)
+    )
     bounds = [Bound(path, "the critical path of one microbatch")]
     for lane in range(network.num_lanes):
-        jobs = [(heads[k], network.seconds[k], tails[k]) for k, at in enumerate(network.lanes) if at == lane]
-        name = f"the work of rank {lane}" if lane < network.num_ranks else "a communicator's collectives"
+        jobs = [
+            (heads[k], network.seconds[k], tails[k])
+            for k, at in enumerate(network.lanes)
+            if at == lane
+        ]
+        name = (
+            f"the work of rank {lane}"
+            if lane < network.num_ranks
+            else "a communicator's collectives"
+        )
         bounds.append(Bound(one_machine(jobs, problem.num_microbatches), name))
     for rank, cap in enumerate(caps):
-        bounds.append(Bound(_memory_seconds(rank, problem, network, cap, heads, tails), f"the memory of rank {rank}"))
+        bounds.append(
+            Bound(
+                _memory_seconds(rank, problem, network, cap, heads, tails),
+                f"the memory of rank {rank}",
+            )
+        )
     return max(bounds, key=lambda bound: bound.seconds)
 
 
@@ -85,7 +101,14 @@ def _longest(network: Network, sources: Collection[int] | None = None) -> list[f
     return heads
 
 
-def _memory_seconds(rank: int, problem: Problem, network: Network, cap: float, heads: list[float], tails: list[float]) -> float:
+def _memory_seconds(
+    rank: int,
+    problem: Problem,
+    network: Network,
+    cap: float,
+    heads: list[float],
+    tails: list[float],
+) -> float:
     """Little's law: what a rank keeps, over a step, is at most its cap times the time in which it can keep anything."""
     byte_seconds = _byte_seconds(rank, problem, network)
     first = min((heads[start] for start, _, _ in lives(rank, problem, network)), default=0.0)
@@ -100,7 +123,8 @@ def _memory_seconds(rank: int, problem: Problem, network: Network, cap: float, h
 def _byte_seconds(rank: int, problem: Problem, network: Network) -> float:
     """What rank `rank` keeps of one microbatch times how long, at the least."""
     return sum(
-        kept * (_longest(network, [start])[end] + network.seconds[end]) for start, kept, end in lives(rank, problem, network)
+        kept * (_longest(network, [start])[end] + network.seconds[end])
+        for start, kept, end in lives(rank, problem, network)
     )
 
 
@@ -114,7 +138,9 @@ def steady_bytes(rank: int, problem: Problem, network: Network) -> float:
 
 def lives(rank: int, problem: Problem, network: Network) -> list[tuple[int, float, int]]:
     """What a rank keeps of one microbatch: (the pass at whose start it begins, bytes, the pass at whose end it is freed)."""
-    passes = {(node.stage, node.kind): k for k, node in enumerate(network.nodes) if isinstance(node, Pass)}
+    passes = {
+        (node.stage, node.kind): k for k, node in enumerate(network.nodes) if isinstance(node, Pass)
+    }
     change = network.byte_change
     found = []
     for stage in problem.layout.stages_of(rank):

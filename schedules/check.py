@@ -30,7 +30,9 @@ def check_base(schedule: Schedule, problem: Problem) -> None:
 
 def _check_passes(schedule: Schedule, problem: Problem, kinds: tuple[Kind, ...]) -> None:
     if schedule.num_ranks != problem.layout.num_ranks:
-        raise ValueError(f"schedule {schedule.name!r} has {schedule.num_ranks} ranks, the layout {problem.layout.num_ranks}")
+        raise ValueError(
+            f"schedule {schedule.name!r} has {schedule.num_ranks} ranks, the layout {problem.layout.num_ranks}"
+        )
     for rank, order in enumerate(schedule.ranks):
         needed = {item for item in problem.passes_of(rank) if item.kind in kinds}
         for item, count in Counter(order).items():
@@ -40,7 +42,9 @@ def _check_passes(schedule: Schedule, problem: Problem, kinds: tuple[Kind, ...])
                 raise ValueError(f"rank {rank} runs {item} {count} times; every pass runs once")
         missing = needed.difference(order)
         if missing:
-            raise ValueError(f"rank {rank} never runs {min(missing)} ({len(missing)} passes missing)")
+            raise ValueError(
+                f"rank {rank} never runs {min(missing)} ({len(missing)} passes missing)"
+            )
 
 
 def check_program(program: Program, problem: Problem) -> None:
@@ -76,7 +80,11 @@ def _check_rank(rank: int, ops: tuple[Op, ...], problem: Problem) -> None:
         for before in _needs(op, rank, problem):
             if before not in done:
                 raise ValueError(f"rank {rank} does {op} before {Op(*before)}")
-        if op.action is Action.START and isinstance(op.item, Collective) and op.exchange != exchange_of(op.item, rank, problem):
+        if (
+            op.action is Action.START
+            and isinstance(op.item, Collective)
+            and op.exchange != exchange_of(op.item, rank, problem)
+        ):
             raise ValueError(f"rank {rank} does {op} with the exchange {op.exchange}")
         if isinstance(op.item, Pass) and op.item.kind in READS_WEIGHTS:
             weights = op.item.kind, op.item.stage
@@ -88,7 +96,9 @@ def _check_rank(rank: int, ops: tuple[Op, ...], problem: Problem) -> None:
     ran = {op.item for op in ops if op.action is Action.RUN}
     if ran != needed:
         odd = sorted(map(str, ran.symmetric_difference(needed)))
-        raise ValueError(f"rank {rank} does not run its passes once each; first difference: {odd[0]}")
+        raise ValueError(
+            f"rank {rank} does not run its passes once each; first difference: {odd[0]}"
+        )
 
 
 def _needs(op: Op, rank: int, problem: Problem) -> list[_Key]:
@@ -146,10 +156,14 @@ def _check_pairs(program: Program) -> None:
     for sender, receiver in sorted(sends.keys() | receives.keys()):
         sent, received = (of.get((sender, receiver), []) for of in (sends, receives))
         for item in sorted(set(sent) ^ set(received)):
-            raise ValueError(f"the transfer of {item} from rank {sender} to rank {receiver} has only one side")
+            raise ValueError(
+                f"the transfer of {item} from rank {sender} to rank {receiver} has only one side"
+            )
         for ours, theirs in zip(sent, received, strict=True):
             if ours != theirs:
-                raise ValueError(f"rank {sender} sends {ours} to rank {receiver}, which receives {theirs} in its place")
+                raise ValueError(
+                    f"rank {sender} sends {ours} to rank {receiver}, which receives {theirs} in its place"
+                )
 
 
 def _check_collective_order(program: Program, problem: Problem) -> None:
@@ -157,12 +171,25 @@ def _check_collective_order(program: Program, problem: Problem) -> None:
         ranks = problem.shard_ranks(end)
         orders = {rank: _collectives(program.ranks[rank], end, problem) for rank in ranks}
         first = orders[ranks[0]]
-        expected = {node for node in problem.collectives() if problem.algorithm.barrier(node.barrier).end is end}
+        expected = {
+            node
+            for node in problem.collectives()
+            if problem.algorithm.barrier(node.barrier).end is end
+        }
         if set(first) != expected:
-            raise ValueError(f"rank {ranks[0]} does not start every {end} collective: {len(first)} of {len(expected)}")
+            raise ValueError(
+                f"rank {ranks[0]} does not start every {end} collective: {len(first)} of {len(expected)}"
+            )
         for rank, order in orders.items():
             if order != first:
-                at = next((i for i, pair in enumerate(zip(first, order, strict=False)) if pair[0] != pair[1]), len(order))
+                at = next(
+                    (
+                        i
+                        for i, pair in enumerate(zip(first, order, strict=False))
+                        if pair[0] != pair[1]
+                    ),
+                    len(order),
+                )
                 mine, other = [str(o[at]) if at < len(o) else "nothing" for o in (order, first)]
                 raise ValueError(
                     f"ranks order the {end} collectives differently: at place {at}, "
@@ -188,7 +215,11 @@ def _check_rendezvous(program: Program) -> None:
         for op in ops:
             if op.action in (Action.ARRIVE, Action.WAIT, Action.NEED):
                 continue  # nothing is left to wait for once issuing has blocked
-            node = str(op.item) if op.action in (Action.RUN, Action.START) else f"the transfer of {op.item}"
+            node = (
+                str(op.item)
+                if op.action in (Action.RUN, Action.START)
+                else f"the transfer of {op.item}"
+            )
             before = graph.setdefault(node, [])
             if previous is not None:
                 before.append(previous)

@@ -40,7 +40,9 @@ class CostModel:
         if values is None:
             return 0.0
         if item.stage >= len(values):
-            raise ValueError(f"no cost for {item}: {len(values)} value(s) of {item.kind}, one per stage or rank needed")
+            raise ValueError(
+                f"no cost for {item}: {len(values)} value(s) of {item.kind}, one per stage or rank needed"
+            )
         return values[item.stage]
 
     def barrier(self, name: str) -> float:
@@ -69,10 +71,19 @@ class CostModel:
                 return 0.0
 
     @classmethod
-    def uniform(cls, num_stages: int, num_ranks: int, *, hop: float = 0.0, barrier: float = 0.0, **seconds: float) -> CostModel:
+    def uniform(
+        cls,
+        num_stages: int,
+        num_ranks: int,
+        *,
+        hop: float = 0.0,
+        barrier: float = 0.0,
+        **seconds: float,
+    ) -> CostModel:
         """Equal stages and equal shards: `uniform(4, 4, F=1, B=2, S=0.5)`; a stage keeps 1 byte, a shard none."""
         per = {
-            Kind(kind): (value,) * (num_ranks if Kind(kind).is_vocabulary else num_stages) for kind, value in seconds.items()
+            Kind(kind): (value,) * (num_ranks if Kind(kind).is_vocabulary else num_stages)
+            for kind, value in seconds.items()
         }
         barriers = dict.fromkeys(("CE", "C0", "C1", "C1b", "C2", "CG"), barrier)
         return cls(per, hop, barriers, (1.0,) * num_stages, (0.0,) * num_ranks)

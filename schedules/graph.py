@@ -12,7 +12,9 @@ class DeadlockError(ValueError):
     """Passes wait for each other in a circle; the message names them."""
 
 
-def require_acyclic(predecessors: Mapping[Node, Iterable[Node]], name: Callable[[Node], str] = str) -> None:
+def require_acyclic(
+    predecessors: Mapping[Node, Iterable[Node]], name: Callable[[Node], str] = str
+) -> None:
     """Raise DeadlockError with one cycle of `predecessors`, if there is one."""
     waiting = {node: dict.fromkeys(before) for node, before in predecessors.items()}
     after: dict[Node, list[Node]] = {node: [] for node in waiting}
@@ -31,7 +33,9 @@ def require_acyclic(predecessors: Mapping[Node, Iterable[Node]], name: Callable[
         raise DeadlockError(describe_cycle(waiting, name))
 
 
-def describe_cycle(waiting: Mapping[Node, Iterable[Node]], name: Callable[[Node], str] = str) -> str:
+def describe_cycle(
+    waiting: Mapping[Node, Iterable[Node]], name: Callable[[Node], str] = str
+) -> str:
     """One cycle among nodes that all wait for another of them, as `A waits for B waits for A`."""
     path: list[Node] = []
     node = next(iter(waiting))

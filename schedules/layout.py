@@ -17,9 +17,13 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.name not in LAYOUTS:
-            raise ValueError(f"layout {self.name!r} is not known; choose one of {', '.join(LAYOUTS)}")
+            raise ValueError(
+                f"layout {self.name!r} is not known; choose one of {', '.join(LAYOUTS)}"
+            )
         if self.num_ranks < 1 or self.num_chunks < 1:
-            raise ValueError(f"{self.num_ranks} ranks with {self.num_chunks} chunks: both must be at least 1")
+            raise ValueError(
+                f"{self.num_ranks} ranks with {self.num_chunks} chunks: both must be at least 1"
+            )
         fixed = {"linear": 1, "v": 2}.get(self.name)
         if fixed is not None and self.num_chunks != fixed:
             raise ValueError(

@@ -184,7 +184,9 @@ class _Hop:
     receiver: int
 
 
-def _issue_order(schedule: Schedule, problem: Problem, cost: CostModel) -> list[Pass | Collective | _Hop]:
+def _issue_order(
+    schedule: Schedule, problem: Problem, cost: CostModel
+) -> list[Pass | Collective | _Hop]:
     """Return all nodes in issue order: a communication once its inputs are there, a pass at its end.
 
     The sweep meets nodes in an order that rises along dependencies, so its index breaks ties.
@@ -203,5 +205,7 @@ def _issue_order(schedule: Schedule, problem: Problem, cost: CostModel) -> list[
             continue
         end = swept.start[number] + network.seconds[k]
         keyed.append((end, index, 0, node))
-        keyed += [(end, index, 1, _Hop(node, network.lanes[k], receiver)) for receiver in receivers[k]]
+        keyed += [
+            (end, index, 1, _Hop(node, network.lanes[k], receiver)) for receiver in receivers[k]
+        ]
     return [node for *_, node in sorted(keyed, key=lambda entry: entry[:3])]

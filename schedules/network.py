@@ -60,7 +60,10 @@ class Network:
             for earlier, travel in before:
                 followers[earlier].append((k, travel))
         lanes = [problem.rank_of(item) for item in passes]
-        lanes += [num_ranks + communicators.index(problem.algorithm.barrier(node.barrier).end) for node in barriers]
+        lanes += [
+            num_ranks + communicators.index(problem.algorithm.barrier(node.barrier).end)
+            for node in barriers
+        ]
         no_bytes = [0.0] * len(nodes)
         first, back = numbers[Pass(0, Kind.F, 0)], numbers.get(Pass(0, problem.backward, 0))
         return cls(
@@ -72,9 +75,15 @@ class Network:
             (*map(cost.seconds, passes), *(cost.barrier(node.barrier) for node in barriers)),
             inputs,
             tuple(map(tuple, followers)),
-            tuple(no_bytes if problem.forward_only else (*map(cost.byte_change, passes), *no_bytes[len(passes) :])),
+            tuple(
+                no_bytes
+                if problem.forward_only
+                else (*map(cost.byte_change, passes), *no_bytes[len(passes) :])
+            ),
             {k: first for k, item in enumerate(passes) if item.kind is Kind.E},
-            {} if back is None else {k: back for k, item in enumerate(passes) if item.kind is Kind.G},
+            {}
+            if back is None
+            else {k: back for k, item in enumerate(passes) if item.kind is Kind.G},
         )
 
     @property
@@ -108,7 +117,11 @@ class Network:
 
     def orders(self, schedule: Schedule) -> Orders:
         """The ids of a schedule.  Raises ValueError for a pass that the problem does not have."""
-        keys = {(node.stage, node.kind): k for k, node in enumerate(self.nodes) if isinstance(node, Pass)}
+        keys = {
+            (node.stage, node.kind): k
+            for k, node in enumerate(self.nodes)
+            if isinstance(node, Pass)
+        }
         size, count = self.size, self.num_microbatches
         orders = []
         for rank, order in enumerate(schedule.ranks):
@@ -116,7 +129,9 @@ class Network:
             for item in order:
                 k = keys.get((item.stage, item.kind))
                 if k is None or not 0 <= item.microbatch < count:
-                    raise ValueError(f"rank {rank} of schedule {schedule.name!r} runs {item}, which is not among its passes")
+                    raise ValueError(
+                        f"rank {rank} of schedule {schedule.name!r} runs {item}, which is not among its passes"
+                    )
                 numbers.append(item.microbatch * size + k)
             orders.append(numbers)
         return orders
@@ -125,8 +140,11 @@ class Network:
         """The schedule of these ids."""
         kinds = [(node.stage, node.kind) for node in self.nodes if isinstance(node, Pass)]
         size = self.size
-        return Schedule(name, tuple(tuple(Pass(*kinds[n % size], n // size) for n in order) for order in orders))
+        return Schedule(
+            name, tuple(tuple(Pass(*kinds[n % size], n // size) for n in order) for order in orders)
+        )
 
     def byte_changes(self, order: list[int]) -> list[float]:
         """What each pass of `order` adds to the bytes kept on its rank."""
-        return [self.byte_change[number % self.size] for number in order]
+        change_of, size = self.byte_change, self.size
+        return [change_of[number % size] for number in order]

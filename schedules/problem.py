@@ -103,7 +103,9 @@ class Problem:
         stage, kind, i = node.stage, node.kind, node.microbatch
         match kind:
             case Kind.F:
-                return (Pass(stage - 1, Kind.F, i),) if stage > 0 else self._barriers_before(Kind.F, i)
+                return (
+                    (Pass(stage - 1, Kind.F, i),) if stage > 0 else self._barriers_before(Kind.F, i)
+                )
             case Kind.B | Kind.I:
                 own = Pass(stage, Kind.F, i)
                 if stage == self.last_stage:
@@ -117,7 +119,11 @@ class Problem:
                 return self._barriers_before(kind, i)
 
     def _barriers_before(self, kind: Kind, microbatch: int) -> tuple[Node, ...]:
-        return tuple(Collective(barrier.name, microbatch) for barrier in self.algorithm.barriers if kind in barrier.before)
+        return tuple(
+            Collective(barrier.name, microbatch)
+            for barrier in self.algorithm.barriers
+            if kind in barrier.before
+        )
 
     def _inputs_of_collective(self, node: Collective) -> tuple[Node, ...]:
         barrier, i = self.algorithm.barrier(node.barrier), node.microbatch
@@ -134,9 +140,15 @@ class Problem:
 
     def is_hop(self, earlier: Node, later: Node) -> bool:
         """True when `later` needs a tensor of `earlier` that another rank holds: one point-to-point transfer."""
-        return isinstance(earlier, Pass) and isinstance(later, Pass) and self.rank_of(earlier) != self.rank_of(later)
+        return (
+            isinstance(earlier, Pass)
+            and isinstance(later, Pass)
+            and self.rank_of(earlier) != self.rank_of(later)
+        )
 
     def receivers(self, node: Collective) -> tuple[int, ...]:
         """The ranks on which the result of the collective arrives."""
         barrier = self.algorithm.barrier(node.barrier)
-        return (self.root(barrier.end),) if barrier.transfer.to_root else self.shard_ranks(barrier.end)
+        return (
+            (self.root(barrier.end),) if barrier.transfer.to_root else self.shard_ranks(barrier.end)
+        )

@@ -59,7 +59,9 @@ def text_grid(timeline: Timeline, columns: int = 120, seconds: float = math.inf)
             first = min(width - 1, round(span.start * scale))
             length = max(1, min(width, round(span.end * scale)) - first)
             label = f"{span.kind}{span.microbatch}"
-            cells[first : first + length] = (label if len(label) <= length else span.kind).ljust(length, "-")
+            cells[first : first + length] = (label if len(label) <= length else span.kind).ljust(
+                length, "-"
+            )
         rows.append((f"{rank:>3} " + "".join(cells)).rstrip())
     legend = ", ".join(f"{kind} {meaning}" for kind, meaning in present(timeline).items())
     for words in (facts(timeline), legend):
@@ -79,7 +81,13 @@ class _Frame:
 
     @classmethod
     def of(cls, timeline: Timeline) -> _Frame:
-        lane, font = (26, 11) if timeline.num_ranks <= 8 else (18, 10) if timeline.num_ranks <= 16 else (13, 8)
+        lane, font = (
+            (26, 11)
+            if timeline.num_ranks <= 8
+            else (18, 10)
+            if timeline.num_ranks <= 16
+            else (13, 8)
+        )
         with_barriers = {span.rank for span in timeline.comm}
         tops, y = [], _TOP
         for rank in range(timeline.num_ranks):
@@ -118,7 +126,9 @@ def _lane(timeline: Timeline, rank: int, frame: _Frame) -> list[str]:
     spans = timeline.compute[rank]
     stages = _stages(spans)
     # One rule for a lane: numbers that stop at 9 because 10 is too wide would look like an event.
-    label_width = frame.font * 0.6 * len(str(max((span.microbatch for span in spans), default=0))) + 2
+    label_width = (
+        frame.font * 0.6 * len(str(max((span.microbatch for span in spans), default=0))) + 2
+    )
     middle = f"{frame.lane / 2 + frame.font * 0.36:.1f}"
     parts = [
         f'<g transform="translate({_LEFT},{frame.tops[rank]})" text-anchor="middle" font-size="{frame.font}">',
@@ -135,7 +145,11 @@ def _lane(timeline: Timeline, rank: int, frame: _Frame) -> list[str]:
     barriers = (span for span in timeline.comm if span.rank == rank)
     parts += [_box(span, frame, frame.lane + 2, _BARRIER_HEIGHT, _BARRIER) for span in barriers]
     x = _WIDTH - _LEFT - 12
-    return [*parts, f'<text x="{x}" y="{middle}" text-anchor="end">{timeline.bubble(rank):.1%}</text>', "</g>"]
+    return [
+        *parts,
+        f'<text x="{x}" y="{middle}" text-anchor="end">{timeline.bubble(rank):.1%}</text>',
+        "</g>",
+    ]
 
 
 def _stages(spans: tuple[Span, ...]) -> list[int]:
@@ -176,14 +190,18 @@ def _legend(timeline: Timeline) -> list[str]:
 
 def _axis(makespan: float, frame: _Frame) -> list[str]:
     """Grid lines and times at round values, in one unit."""
-    factor, unit = (1.0, "s") if makespan >= 10 else (1e3, "ms") if makespan >= 1e-3 else (1e6, "µs")
+    factor, unit = (
+        (1.0, "s") if makespan >= 10 else (1e3, "ms") if makespan >= 1e-3 else (1e6, "µs")
+    )
     step = _round_step(makespan * factor)
     parts = []
     for tick in range(int(makespan * factor / step + 1e-9) + 1):
         x = _LEFT + tick * step / factor * frame.scale
         parts.append(f'<path d="M{x:.1f} {_TOP - 4}V{frame.bottom + 4}" stroke="#DDD"/>')
         words = f"{tick * step:g} {unit}"
-        parts.append(f'<text x="{x:.1f}" y="{frame.bottom + 18}" text-anchor="middle" fill="#555">{words}</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{frame.bottom + 18}" text-anchor="middle" fill="#555">{words}</text>'
+        )
     return parts
 
 
@@ -192,7 +210,9 @@ def _round_step(length: float) -> float:
     if length <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(length / 10))
-    return next(factor * power for factor in (1, 2, 5, 10) if length / (factor * power) <= 10 + 1e-9)
+    return next(
+        factor * power for factor in (1, 2, 5, 10) if length / (factor * power) <= 10 + 1e-9
+    )
 
 
 def facts(timeline: Timeline) -> str:
@@ -205,7 +225,9 @@ def duration(seconds: float) -> str:
     """0.0123 -> 12.3 ms."""
     if seconds >= 1:
         return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 or seconds == 0 else f"{seconds * 1e6:.3g} µs"
+    return (
+        f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 or seconds == 0 else f"{seconds * 1e6:.3g} µs"
+    )
 
 
 def chrome_trace(timelines: Mapping[str, Timeline]) -> dict[str, Any]:
@@ -215,9 +237,24 @@ def chrome_trace(timelines: Mapping[str, Timeline]) -> dict[str, Any]:
     for name, timeline in timelines.items():
         for rank, spans in enumerate(timeline.compute):
             comm = [span for span in timeline.comm if span.rank == rank]
-            events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": f"{name} rank {rank}"}})
+            events.append(
+                {
+                    "ph": "M",
+                    "name": "process_name",
+                    "pid": process,
+                    "args": {"name": f"{name} rank {rank}"},
+                }
+            )
             for thread, (label, lane) in enumerate((("compute", spans), ("barriers", comm))):
-                events.append({"ph": "M", "name": "thread_name", "pid": process, "tid": thread, "args": {"name": label}})
+                events.append(
+                    {
+                        "ph": "M",
+                        "name": "thread_name",
+                        "pid": process,
+                        "tid": thread,
+                        "args": {"name": label},
+                    }
+                )
                 events += [_event(span, process, thread) for span in lane]
             process += 1
     return {"traceEvents": events, "displayTimeUnit": "ms"}
@@ -232,5 +269,7 @@ def _event(span: Span, process: int, thread: int) -> dict[str, Any]:
         "tid": thread,
         "ts": span.start * 1e6,
         "dur": span.seconds * 1e6,
-        "args": {"stage": span.stage, "microbatch": span.microbatch} if span.stage >= 0 else {"microbatch": span.microbatch},
+        "args": {"stage": span.stage, "microbatch": span.microbatch}
+        if span.stage >= 0
+        else {"microbatch": span.microbatch},
     }

@@ -35,7 +35,9 @@ class Sweep:
     makespan: float
 
 
-def simulate(schedule: Schedule, problem: Problem, cost: CostModel, caps: tuple[float, ...] = ()) -> Timeline:
+def simulate(
+    schedule: Schedule, problem: Problem, cost: CostModel, caps: tuple[float, ...] = ()
+) -> Timeline:
     """The timeline of one step, with the bound on all orders or, if given, those in which rank r keeps at most caps[r] bytes.
 
     Raises DeadlockError, naming passes that wait for each other in a circle.
@@ -47,7 +49,9 @@ def simulate(schedule: Schedule, problem: Problem, cost: CostModel, caps: tuple[
 
 def predecessors(schedule: Schedule, problem: Problem) -> dict[Node, tuple[Node, ...]]:
     """The union graph: for each node its inputs and, for a pass, the one before it on its rank."""
-    graph: dict[Node, tuple[Node, ...]] = {node: problem.inputs_of(node) for node in problem.collectives()}
+    graph: dict[Node, tuple[Node, ...]] = {
+        node: problem.inputs_of(node) for node in problem.collectives()
+    }
     for order in schedule.ranks:
         previous: tuple[Node, ...] = ()
         for item in order:
@@ -70,21 +74,31 @@ def sweep(network: Network, orders: Orders) -> Sweep:
         run = {number for order in orders for number in order}
         absent = next(n for n in range(total) if n % size < network.num_passes and n not in run)
         raise ValueError(f"{network.node(absent)} is missing: no rank of the schedule runs it")
-    seconds, followers, lanes, num_passes = network.seconds, network.followers, network.lanes, network.num_passes
+    seconds, followers, lanes, num_passes = (
+        network.seconds,
+        network.followers,
+        network.lanes,
+        network.num_passes,
+    )
+    push, pop = heapq.heappush, heapq.heappop
     ready, start = [0.0] * total, [0.0] * total
     free_at = [0.0] * network.num_lanes
     met: list[int] = []
     makespan = 0.0
-    heap: list[tuple[float, int, int]] = [(0.0, number, number) for number in range(total) if missing[number] == 0]
+    heap: list[tuple[float, int, int]] = [
+        (0.0, number, number) for number in range(total) if missing[number] == 0
+    ]
     pushed = total
     while heap:
-        now, _, number = heapq.heappop(heap)
+        now, _, number = pop(heap)
         k = number % size
         base = number - k
         met.append(number)
         if k >= num_passes:
             lane = lanes[k]
-            begin = max(now, free_at[lane])
+            begin = free_at[lane]
+            if now > begin:
+                begin = now
             end = free_at[lane] = begin + seconds[k]
         else:
             begin, end = now, now + seconds[k]
@@ -93,20 +107,20 @@ def sweep(network: Network, orders: Orders) -> Sweep:
                 if end > ready[later]:
                     ready[later] = end
                 missing[later] -= 1
-                if missing[later] == 0:
+                if not missing[later]:
                     pushed += 1
-                    heapq.heappush(heap, (ready[later], pushed, later))
+                    push(heap, (ready[later], pushed, later))
         start[number] = begin
         if end > makespan:
             makespan = end
         for step, travel in followers[k]:
-            later = base + step
-            if end + travel > ready[later]:
-                ready[later] = end + travel
+            later, arrival = base + step, end + travel
+            if arrival > ready[later]:
+                ready[later] = arrival
             missing[later] -= 1
-            if missing[later] == 0:
+            if not missing[later]:
                 pushed += 1
-                heapq.heappush(heap, (ready[later], pushed, later))
+                push(heap, (ready[later], pushed, later))
     if len(met) < total:
         raise DeadlockError(_circle(network, orders, missing))
     return Sweep(met, ready, start, makespan)
@@ -115,7 +129,10 @@ def sweep(network: Network, orders: Orders) -> Sweep:
 def _circle(network: Network, orders: Orders, missing: list[int]) -> str:
     stuck = {number for number, count in enumerate(missing) if count > 0}
     waiting = {
-        number: [number - number % network.size + k for k, _ in network.inputs[number % network.size]] for number in stuck
+        number: [
+            number - number % network.size + k for k, _ in network.inputs[number % network.size]
+        ]
+        for number in stuck
     }
     for order in orders:
         for earlier, later in pairwise(order):
@@ -137,11 +154,25 @@ def _timeline_of(swept: Sweep, network: Network, problem: Problem) -> Timeline:
         end = start + network.seconds[k]
         if isinstance(node, Pass):
             name = f"{node.stage}{node.kind.value}{microbatch}"
-            compute[lane].append(Span(lane, name, node.kind.value, node.stage, microbatch, start, end))
+            compute[lane].append(
+                Span(lane, name, node.kind.value, node.stage, microbatch, start, end)
+            )
             orders[lane].append(number)
         else:
-            comm.append(Span(roots[lane - num_ranks], f"{node.barrier}.{microbatch}", node.barrier, -1, microbatch, start, end))
-    flying = [in_flight_change(node, problem) if isinstance(node, Pass) else 0 for node in network.nodes]
+            comm.append(
+                Span(
+                    roots[lane - num_ranks],
+                    f"{node.barrier}.{microbatch}",
+                    node.barrier,
+                    -1,
+                    microbatch,
+                    start,
+                    end,
+                )
+            )
+    flying = [
+        in_flight_change(node, problem) if isinstance(node, Pass) else 0 for node in network.nodes
+    ]
     return Timeline(
         tuple(map(tuple, compute)),
         tuple(comm),

@@ -49,7 +49,9 @@ class Timeline:
     @property
     def makespan(self) -> float:
         """Seconds from the start of the step to the end of its last pass or communication."""
-        return max((span.end for spans in (*self.compute, self.comm) for span in spans), default=0.0)
+        return max(
+            (span.end for spans in (*self.compute, self.comm) for span in spans), default=0.0
+        )
 
     def busy(self, rank: int) -> float:
         """Seconds rank `rank` computes."""
@@ -63,9 +65,13 @@ class Timeline:
     def mean_bubble(self) -> float:
         """The mean of `bubble` over the ranks: 1 - total work / (ranks * makespan)."""
         available = self.num_ranks * self.makespan
-        return 1.0 - sum(map(self.busy, range(self.num_ranks))) / available if available > 0 else 0.0
+        return (
+            1.0 - sum(map(self.busy, range(self.num_ranks))) / available if available > 0 else 0.0
+        )
 
     @property
     def gap(self) -> float | None:
         """How much longer the step takes than the lower bound: 0.02 is 2 %; None where no bound is known."""
-        return round(self.makespan / self.bound - 1.0, 9) + 0.0 if self.bound > 0 else None  # 0, not -1e-16, on the bound
+        return (
+            round(self.makespan / self.bound - 1.0, 9) + 0.0 if self.bound > 0 else None
+        )  # 0, not -1e-16, on the bound

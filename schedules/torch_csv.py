@@ -20,7 +20,10 @@ def to_csv(schedule: Schedule) -> str:
 
     Vocabulary passes (S, T, E, G) are dropped, and so is the name: torch has neither.
     """
-    rows = (",".join(str(item) for item in order if not item.kind.is_vocabulary) for order in schedule.ranks)
+    rows = (
+        ",".join(str(item) for item in order if not item.kind.is_vocabulary)
+        for order in schedule.ranks
+    )
     return "".join(f"{row}\n" for row in rows)
 
 
@@ -36,7 +39,9 @@ def from_csv(text: str, name: str) -> Schedule:
     try:
         ranks = tuple(_order(row, rows.line_num) for row in rows)
     except csv.Error as error:
-        raise ValueError(f"line {rows.line_num} is not CSV ({error}); write cells like 2F0, separated by commas") from None
+        raise ValueError(
+            f"line {rows.line_num} is not CSV ({error}); write cells like 2F0, separated by commas"
+        ) from None
     if not ranks:
         raise ValueError("the CSV has no rows; write one per rank, e.g. 0F0,0B0")
     if any(item.kind in (Kind.I, Kind.W) for order in ranks for item in order):
@@ -46,27 +51,43 @@ def from_csv(text: str, name: str) -> Schedule:
 
 def _order(row: list[str], line: int) -> tuple[Pass, ...]:
     cells = ((column, cell.strip()) for column, cell in enumerate(row, start=1))
-    order = tuple(_stage_pass(cell, f"line {line}, column {column}") for column, cell in cells if cell)
+    order = tuple(
+        _stage_pass(cell, f"line {line}, column {column}") for column, cell in cells if cell
+    )
     if not order:
-        raise ValueError(f"line {line} has no passes, but every line is a rank; delete it or write the passes of the rank")
+        raise ValueError(
+            f"line {line} has no passes, but every line is a rank; delete it or write the passes of the rank"
+        )
     return order
 
 
 def _stage_pass(cell: str, place: str) -> Pass:
     if _COMMUNICATION.fullmatch(cell):
-        raise ValueError(f'{place}: {cell!r} is communication; dump the schedule with format="compute_only"')
+        raise ValueError(
+            f'{place}: {cell!r} is communication; dump the schedule with format="compute_only"'
+        )
     if cell.endswith("OVERLAP_F_B"):
-        raise ValueError(f"{place}: {cell!r} overlaps two passes; write a cell for each, in the order in which they shall run")
+        raise ValueError(
+            f"{place}: {cell!r} overlaps two passes; write a cell for each, in the order in which they shall run"
+        )
     try:
         item = Pass.parse(cell)
     except ValueError:
-        raise ValueError(f"{place}: {cell!r} is not a pass; write <stage><F, B, I or W><microbatch>, e.g. 2F0") from None
+        raise ValueError(
+            f"{place}: {cell!r} is not a pass; write <stage><F, B, I or W><microbatch>, e.g. 2F0"
+        ) from None
     if item.kind.is_vocabulary:
-        raise ValueError(f"{place}: {cell!r} is a vocabulary pass, which torch does not have; leave it out, complete() adds it")
+        raise ValueError(
+            f"{place}: {cell!r} is a vocabulary pass, which torch does not have; leave it out, complete() adds it"
+        )
     return item
 
 
 def _split(order: tuple[Pass, ...]) -> tuple[Pass, ...]:
     """`order` with I and W in the place of each B."""
     halves = {Kind.B: (Kind.I, Kind.W)}
-    return tuple(Pass(item.stage, kind, item.microbatch) for item in order for kind in halves.get(item.kind, (item.kind,)))
+    return tuple(
+        Pass(item.stage, kind, item.microbatch)
+        for item in order
+        for kind in halves.get(item.kind, (item.kind,))
+    )

@@ -75,7 +75,9 @@ class Barrier:
 
     def __post_init__(self) -> None:
         if (self.after is None) == (self.continues is None):
-            raise ValueError(f"barrier {self.name} is after {self.after} and continues {self.continues}; give one")
+            raise ValueError(
+                f"barrier {self.name} is after {self.after} and continues {self.continues}; give one"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class VocabAlgorithm:
     `sharded` is false when one rank holds a whole layer.  `extra_in_flight`: microbatches that the
     barriers between the last forward and the first backward add to a 1F1B warm-up (arXiv
     2411.05288, section 5).  `input_gradient`: the pass that forms a shard's term of dL/dx, S or T;
-    None if nothing does.
+    None if nothing does.  `searched`: whether vocab=auto and vp-plan --search try it.
     """
 
     name: str
@@ -93,6 +95,12 @@ class VocabAlgorithm:
     extra_in_flight: int
     barriers: tuple[Barrier, ...]
     input_gradient: Kind | None
+    searched: bool = False
+
+    def products(self, kind: Kind) -> int:
+        """Return how many matrix products over its rows a shard's S or T has: logits, E W and E^T x."""
+        assert kind in (Kind.S, Kind.T)
+        return 1 + (self.input_gradient is kind)
 
     def barrier(self, name: str) -> Barrier:
         """The barrier called `name`; KeyError if this algorithm has none."""
@@ -103,16 +111,24 @@ class VocabAlgorithm:
 
 
 _EMBED = Barrier("CE", End.INPUT, Transfer.GATHER, Payload.EMBEDDINGS, (Kind.F,), after=Kind.E)
-_EMBED_GRAD = Barrier("CG", End.INPUT, Transfer.SCATTER, Payload.EMBEDDING_GRADIENT, (Kind.G,), after=Kind.B)
-_SHARE_X = Barrier("C0", End.OUTPUT, Transfer.BROADCAST, Payload.ACTIVATIONS, (Kind.S,), after=Kind.F)
+_EMBED_GRAD = Barrier(
+    "CG", End.INPUT, Transfer.SCATTER, Payload.EMBEDDING_GRADIENT, (Kind.G,), after=Kind.B
+)
+_SHARE_X = Barrier(
+    "C0", End.OUTPUT, Transfer.BROADCAST, Payload.ACTIVATIONS, (Kind.S,), after=Kind.F
+)
 
 
 def _statistics(*before: Kind) -> Barrier:
     return Barrier("C1", End.OUTPUT, Transfer.ALL_GATHER, Payload.STATISTICS, before, after=Kind.S)
 
 
-_SUM_AFTER_T = Barrier("C2", End.OUTPUT, Transfer.REDUCE, Payload.INPUT_GRADIENT, (Kind.B,), after=Kind.T)
-_SUM_AFTER_STATISTICS = Barrier("C1b", End.OUTPUT, Transfer.REDUCE, Payload.INPUT_GRADIENT, (Kind.B,), continues="C1")
+_SUM_AFTER_T = Barrier(
+    "C2", End.OUTPUT, Transfer.REDUCE, Payload.INPUT_GRADIENT, (Kind.B,), after=Kind.T
+)
+_SUM_AFTER_STATISTICS = Barrier(
+    "C1b", End.OUTPUT, Transfer.REDUCE, Payload.INPUT_GRADIENT, (Kind.B,), continues="C1"
+)
 _NAIVE_MAXIMUM = Barrier("C1", End.OUTPUT, Transfer.ALL_MAX, Payload.MAXIMUM, (), after=Kind.S)
 _NAIVE_SUMS = Barrier("C1b", End.OUTPUT, Transfer.ALL_SUM, Payload.SUMS, (Kind.T,), continues="C1")
 
@@ -123,12 +139,17 @@ _NAIVE = (_EMBED, _SHARE_X, _NAIVE_MAXIMUM, _NAIVE_SUMS, _SUM_AFTER_T, _EMBED_GR
 VOCAB_ALGORITHMS: dict[str, VocabAlgorithm] = {
     algorithm.name: algorithm
     for algorithm in (
-        VocabAlgorithm("none", False, 0, _ONE_BARRIER, Kind.S),
-        VocabAlgorithm("naive", True, 2, _NAIVE, Kind.T),
-        VocabAlgorithm("two_barrier", True, 2, _TWO_BARRIER, Kind.T),
-        VocabAlgorithm("one_barrier", True, 1, _ONE_BARRIER, Kind.S),
+        VocabAlgorithm("none", False, 0, _ONE_BARRIER, Kind.S, searched=True),
+        VocabAlgorithm("naive", True, 2, _NAIVE, Kind.T),  # it never wins
+        VocabAlgorithm("two_barrier", True, 2, _TWO_BARRIER, Kind.T, searched=True),
+        VocabAlgorithm("one_barrier", True, 1, _ONE_BARRIER, Kind.S, searched=True),
     )
 }
+
+
+def searched_algorithms() -> tuple[str, ...]:
+    """Return the names of the algorithms that a search tries, the last registered first."""
+    return tuple(name for name in reversed(VOCAB_ALGORITHMS) if VOCAB_ALGORITHMS[name].searched)
 
 
 def evaluation(algorithm: VocabAlgorithm) -> VocabAlgorithm:

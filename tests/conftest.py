@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import settings
 
+from schedules import generators
 from schedules.generators import auto
 from tests.ranks import Ranks
 
@@ -47,6 +48,7 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
 
 @pytest.fixture
 def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """schedule=auto with little effort, for laws that hold at any."""
-    monkeypatch.setattr(auto, "_FIRST", 3_000)
+    """schedule=auto and the named schedules it starts from with little effort, for laws that hold at any."""
+    monkeypatch.setattr(generators, "_EFFORT", 5_000)
+    monkeypatch.setattr(auto, "_FIRST", 1_000)
     monkeypatch.setattr(auto, "_ROUNDS", ((2, 15_000), (1, 30_000)))

@@ -10,14 +10,14 @@ import torch
 
 from tests.meshes import alone
 from vp_train.assembly import RankModel, build_rank
+from vp_train.communication.control import ControlGroup
 from vp_train.config import RunConfig
-from vp_train.control import ControlGroup
-from vp_train.degrees import Degrees
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import StepHealth, gather_health
 from vp_train.pipeline.groups import Groups
 from vp_train.pipeline.local import Switchboard, run_ranks
-from vp_train.plan import RunPlan
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.plan import RunPlan
 
 
 def local_mesh(plan: RunPlan, rank: int) -> Mesh:
@@ -50,7 +50,9 @@ class Together:
         nothing = torch.zeros((), dtype=torch.float64)
         losses = [nothing if term is None else term.double() for term, _ in pairs]
         norms = [nothing if term is None else term for _, term in pairs]
-        return gather_health(torch.stack(losses).sum(), torch.stack(norms).sum(), ControlGroup.flat(alone()))
+        return gather_health(
+            torch.stack(losses).sum(), torch.stack(norms).sum(), ControlGroup.flat(alone())
+        )
 
     def abort(self) -> None:
         """Wake the ranks that wait for one that has failed."""

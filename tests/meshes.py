@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from schedules.vocab import End
 from vp_train.mesh import Mesh, build_mesh
-from vp_train.plan import RunPlan
+from vp_train.planning.plan import RunPlan
 
 _KEPT = 2
 _latest: dict[object, Mesh] = {}

@@ -32,17 +32,33 @@ import torch.distributed  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
-COPIED = ("schedules", "vp_train", "configs", "tests", "benchmarks", "launch", "pyproject.toml", "README.md", "Makefile")
+COPIED = (
+    "schedules",
+    "vp_train",
+    "configs",
+    "tests",
+    "benchmarks",
+    "launch",
+    "pyproject.toml",
+    "README.md",
+    "Makefile",
+)
 
 # The sources of a package, and the tests that are to notice: those of the first row with a path that a file begins with.
 # The last row of a package has all of its files.
 _SCHEDULES = ("tests/schedules", "--ignore=tests/schedules/test_auto.py")
-_WORDS = tuple(f"schedules/{name}.py" for name in ("bound", "cost", "graph", "ir", "layout", "render", "timeline", "torch_csv"))
+_WORDS = tuple(
+    f"schedules/{name}.py"
+    for name in ("bound", "cost", "graph", "ir", "layout", "render", "timeline", "torch_csv")
+)
 PACKAGES: dict[str, tuple[tuple[str | tuple[str, ...], tuple[str, ...]], ...]] = {
     "schedules": (
         (_WORDS, (*_SCHEDULES, "--ignore=tests/schedules/test_generators.py")),
         ("schedules/generators/auto.py", ("tests/schedules/test_auto.py",)),
-        ("schedules/generators/refine.py", ("tests/schedules/test_generators.py", "tests/schedules/test_auto.py")),
+        (
+            "schedules/generators/refine.py",
+            ("tests/schedules/test_generators.py", "tests/schedules/test_auto.py"),
+        ),
         ("schedules", _SCHEDULES),
     ),
     "data": (("vp_train/data", ("tests/data",)),),
@@ -52,7 +68,7 @@ PACKAGES: dict[str, tuple[tuple[str | tuple[str, ...], tuple[str, ...]], ...]] =
     "vocab": (("vp_train/vocab", ("tests/vocab",)),),
     "model": (("vp_train/model", ("tests/model",)),),
     "pipeline": (("vp_train/pipeline", ("tests/pipeline",)),),
-    "planner": (("vp_train/planner", ("tests/planner", "tests/test_plan_command.py")),),
+    "planner": (("vp_train/planning", ("tests/planning", "tests/test_plan_command.py")),),
     "hf": (("vp_train/hf", ("tests/hf",)),),
 }
 
@@ -132,11 +148,16 @@ def mutants_of(package: str, path: str, text: str) -> Iterator[Mutant]:
     for node, changed in _changes(ast.parse(text)):
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
-        start, stop = place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset)
+        start, stop = (
+            place(node.lineno, node.col_offset),
+            place(node.end_lineno, node.end_col_offset),
+        )
         before, after = text[start:stop], ast.unparse(changed)
         if isinstance(node, ast.expr):
             after = f"({after})"
-        yield Mutant(package, path, node.lineno, start, stop, before, after, lines[node.lineno - 1].strip())
+        yield Mutant(
+            package, path, node.lineno, start, stop, before, after, lines[node.lineno - 1].strip()
+        )
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[ast.expr | ast.stmt, ast.AST]]:
@@ -145,7 +166,11 @@ def _changes(node: ast.AST) -> Iterator[tuple[ast.expr | ast.stmt, ast.AST]]:
         return
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return  # a docstring
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _name(node.value.func) in _SILENT:
+    if (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Call)
+        and _name(node.value.func) in _SILENT
+    ):
         return
     if isinstance(node, ast.expr | ast.stmt):
         for changed in _changes_of(node):
@@ -167,7 +192,9 @@ def _name(node: ast.expr) -> str:
 
 
 def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str | bytes))
+    return isinstance(node, ast.JoinedStr) or (
+        isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
+    )
 
 
 def _changes_of(node: ast.expr | ast.stmt) -> Iterator[ast.AST]:
@@ -180,7 +207,9 @@ def _changes_of(node: ast.expr | ast.stmt) -> Iterator[ast.AST]:
             yield ast.Constant(value + 1)
             if value > 0:
                 yield ast.Constant(value - 1)
-        case ast.BinOp(left, operator, right) if type(operator) in _OPERATORS and not (_is_text(left) or _is_text(right)):
+        case ast.BinOp(left, operator, right) if type(operator) in _OPERATORS and not (
+            _is_text(left) or _is_text(right)
+        ):
             yield ast.BinOp(left, _OPERATORS[type(operator)](), right)
         case ast.UnaryOp(ast.Not(), operand):
             yield operand
@@ -199,7 +228,9 @@ def _changes_of(node: ast.expr | ast.stmt) -> Iterator[ast.AST]:
 
 def tests_of(mutant: Mutant) -> tuple[str, ...]:
     """The tests that are to notice."""
-    return next(tests for prefix, tests in PACKAGES[mutant.package] if mutant.path.startswith(prefix))
+    return next(
+        tests for prefix, tests in PACKAGES[mutant.package] if mutant.path.startswith(prefix)
+    )
 
 
 def _likely_first(tests: tuple[str, ...], path: str) -> tuple[str, ...]:
@@ -261,7 +292,10 @@ def _tested(scratch: Path, tests: tuple[str, ...]) -> int:
     own = {path.stem for path in ROOT.iterdir()} | {path.name for path in scratch.iterdir()}
     for name in [name for name in sys.modules if name.partition(".")[0] in own]:
         del sys.modules[name]
-    sys.path[:] = [str(scratch), *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
+    sys.path[:] = [
+        str(scratch),
+        *(path for path in sys.path if path and Path(path).resolve() != ROOT),
+    ]
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(nowhere, stream)
@@ -285,7 +319,9 @@ def judge(mutants: list[Mutant], factor: float) -> Iterator[Outcome]:
         for name in COPIED:
             source = ROOT / name
             if source.is_dir():
-                shutil.copytree(source, scratch / name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(
+                    source, scratch / name, ignore=shutil.ignore_patterns("__pycache__")
+                )
             elif source.exists():
                 shutil.copy2(source, scratch / name)
         limits: dict[tuple[str, ...], float] = {}
@@ -294,7 +330,9 @@ def judge(mutants: list[Mutant], factor: float) -> Iterator[Outcome]:
             if tests not in limits:
                 status, seconds = _run(scratch, tests, 3600)
                 if status != 0:
-                    raise SystemExit(f"mutants: {' '.join(tests)} end with {status} without a mutant; mend them first")
+                    raise SystemExit(
+                        f"mutants: {' '.join(tests)} end with {status} without a mutant; mend them first"
+                    )
                 limits[tests] = SPARE_SECONDS + factor * seconds
             text = target.read_text()
             target.write_text(mutant.applied(text))
@@ -315,12 +353,24 @@ def rate(outcomes: list[Outcome]) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Do the tests fail when the code is wrong?")
-    parser.add_argument("--packages", default="schedules,data,checkpoint,optim,metrics", help=f"of {', '.join(PACKAGES)}")
-    parser.add_argument("--files", default="", help="only those whose path begins with one of these, separated by commas")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants", description="Do the tests fail when the code is wrong?"
+    )
+    parser.add_argument(
+        "--packages",
+        default="schedules,data,checkpoint,optim,metrics",
+        help=f"of {', '.join(PACKAGES)}",
+    )
+    parser.add_argument(
+        "--files",
+        default="",
+        help="only those whose path begins with one of these, separated by commas",
+    )
     parser.add_argument("--count", type=int, default=10, help="mutants of each package")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--factor", type=float, default=3.0, help="of the time of the tests without a mutant")
+    parser.add_argument(
+        "--factor", type=float, default=3.0, help="of the time of the tests without a mutant"
+    )
     parser.add_argument("--json", type=Path, help="write every outcome here")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     options = parser.parse_args()
@@ -337,7 +387,9 @@ def main() -> None:
         for outcome in judge(mutants, options.factor):
             outcomes.append(outcome)
             note = " (equivalent)" if outcome.equivalent else ""
-            print(f"{outcome.status + note:8s} {outcome.seconds:6.1f} s  {outcome.mutant}", flush=True)
+            print(
+                f"{outcome.status + note:8s} {outcome.seconds:6.1f} s  {outcome.mutant}", flush=True
+            )
         if options.json is not None:
             told = {
                 "seed": options.seed,
@@ -352,7 +404,9 @@ def main() -> None:
         own = [outcome for outcome in outcomes if name in (outcome.mutant.package, "all")]
         killed, counted = rate(own)
         share = f"{killed / counted:.0%}" if counted else "none"
-        print(f"{name}: {killed} of {counted} killed, {share}; {sum(o.equivalent for o in own)} equivalent")
+        print(
+            f"{name}: {killed} of {counted} killed, {share}; {sum(o.equivalent for o in own)} equivalent"
+        )
 
 
 if __name__ == "__main__":

@@ -9,5 +9,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 quiet_deprecations()
 with quiet_megatron():
     import_module("megatron.core.models.gpt.gpt_layer_specs")
-for _heavy in ("deepspeed.runtime.zero.stage_1_and_2", "torch._dynamo", "torch.utils.tensorboard", "vp_train.train"):
+for _heavy in (
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "vp_train.train",
+):
     import_module(_heavy)

@@ -1,4 +1,4 @@
-"""Real gloo processes for tests: started once per world size, reused by many cases."""
+"""Real gloo processes for tests: started once per world size, reused by many cases; and processes of their own for some."""
 
 from __future__ import annotations
 
@@ -28,8 +28,12 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: str)
 
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115 - as long as the process
-    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=timedelta(seconds=60))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    store = dist.TCPStore(
+        "127.0.0.1", port, world_size, is_master=rank == 0, timeout=timedelta(seconds=60)
+    )
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
     while True:
         task = pipe.recv()
         if task is None:
@@ -39,6 +43,37 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: str)
             pipe.send(("done", function(rank, world_size, *arguments)))
         except BaseException:
             pipe.send(("failed", traceback.format_exc()))
+
+
+def ready_context() -> Any:
+    """Return how to start processes that have imported what ranks need: in seconds, a fork has done it."""
+    # Nothing of CUDA outlives a fork.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    return context
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def in_processes(function: Callable[..., None], arguments: tuple[Any, ...], nprocs: int) -> None:
+    """Run function(rank, *arguments) in processes of its own, as `torch.multiprocessing.spawn` does but started sooner."""
+    context = ready_context()
+    processes = [
+        context.Process(target=function, args=(rank, *arguments), daemon=True)
+        for rank in range(nprocs)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    codes = [process.exitcode for process in processes]
+    if any(codes):
+        raise RankFailed(f"{function.__name__} left with {codes}")
 
 
 class Ranks:
@@ -66,7 +101,9 @@ class Ranks:
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
             ready = wait(waiting, timeout)
             if not ready:
-                raise RankFailed(f"no answer within {timeout} s from ranks that stand at:\n{self._stacks_of_all()}")
+                raise RankFailed(
+                    f"no answer within {timeout} s from ranks that stand at:\n{self._stacks_of_all()}"
+                )
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
@@ -94,17 +131,15 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        # Imports take a rank seconds, which a fork has done; but nothing of CUDA outlives a fork.
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-        context.set_forkserver_preload(["tests.preloaded"])
+        port = free_port()
+        context = ready_context()
         self._directory = tempfile.mkdtemp()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             stacks = os.path.join(self._directory, str(rank))
-            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs, stacks), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.world_size, port, theirs, stacks), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)

@@ -9,60 +9,56 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted(path for package in ("schedules", "vp_train") for path in (ROOT / package).rglob("*.py"))
+SOURCES = sorted(
+    path for package in ("schedules", "vp_train") for path in (ROOT / package).rglob("*.py")
+)
 OURS = ("schedules", "vp_train")
 
-# What a module may import of ours, the longest prefix of its name deciding; modules not listed may import anything of ours
-# but the top: nobody imports train or cli, except that cli starts train and launcher.
-PLANNING = ("schedules", "vp_train.config", "vp_train.degrees", "vp_train.model.shape", "vp_train.vocab.shard")
+# What a module may import of ours, the longest prefix of its name deciding; modules not listed may
+# import anything of ours but the top: nobody imports train or a command, except that commands do.
 ALLOWED = {
     "schedules": ("schedules",),
     "vp_train.config": (),
     "vp_train.settings": ("vp_train.config",),
-    "vp_train.exits": (),
+    "vp_train.units": (),
     "vp_train.quiet": (),
     "vp_train.durable": (),
-    "vp_train.split": (),
-    "vp_train.precision": (),
-    "vp_train.degrees": ("vp_train.config",),
-    "vp_train.communicators": ("schedules", "vp_train.degrees"),
-    "vp_train.control": (),
-    "vp_train.failures": ("vp_train.config", "vp_train.exits"),
-    "vp_train.flight_recorder": (),
-    "vp_train.nccl": ("vp_train.config", "vp_train.flight_recorder"),
-    "vp_train.estimate": PLANNING,
-    "vp_train.placement": (*PLANNING, "vp_train.estimate"),
-    "vp_train.plan": (*PLANNING, "vp_train.estimate", "vp_train.placement"),
-    "vp_train.model": (
-        "vp_train.config",
-        "vp_train.model",
-        "vp_train.precision",
-        "vp_train.quiet",
-        "vp_train.split",
-        "vp_train.streams",
-    ),
-    "vp_train.streams": (),
-    "vp_train.collectives": (),
-    "vp_train.vocab": ("schedules.ir", "schedules.vocab", "vp_train.precision", "vp_train.streams", "vp_train.vocab"),
-    "vp_train.pipeline": (
+    "vp_train.failures": ("vp_train.config",),
+    "vp_train.tensors": (),
+    "vp_train.communication": (
         "schedules",
-        "vp_train.collectives",
-        "vp_train.precision",
-        "vp_train.streams",
-        "vp_train.vocab",
-        "vp_train.pipeline",
-    ),
-    "vp_train.optim": (
-        "vp_train.collectives",
         "vp_train.config",
-        "vp_train.control",
-        "vp_train.optim",
-        "vp_train.precision",
-        "vp_train.quiet",
+        "vp_train.planning.degrees",
+        "vp_train.communication",
     ),
-    "vp_train.hf": ("vp_train.config", "vp_train.checkpoint", "vp_train.model.shape", "vp_train.hf", "vp_train.durable"),
+    "vp_train.planning": (
+        "schedules",
+        "vp_train.config",
+        "vp_train.model.shape",
+        "vp_train.planning",
+        "vp_train.units",
+        "vp_train.vocab.shard",
+    ),
+    "vp_train.model": ("vp_train.config", "vp_train.model", "vp_train.quiet", "vp_train.tensors"),
+    "vp_train.vocab": ("schedules.ir", "schedules.vocab", "vp_train.tensors", "vp_train.vocab"),
+    "vp_train.pipeline": ("schedules", "vp_train.tensors", "vp_train.vocab", "vp_train.pipeline"),
+    "vp_train.optim": (
+        "vp_train.communication.control",
+        "vp_train.config",
+        "vp_train.optim",
+        "vp_train.quiet",
+        "vp_train.tensors",
+    ),
+    "vp_train.hf": (
+        "vp_train.config",
+        "vp_train.checkpoint",
+        "vp_train.model.shape",
+        "vp_train.hf",
+        "vp_train.durable",
+    ),
     "vp_train.data": ("vp_train.config", "vp_train.data", "vp_train.durable", "vp_train.quiet"),
 }
+MOST_ROOT_MODULES = 10  # besides __init__ and __main__
 DOORS = {
     "megatron": {"vp_train.model.megatron", "vp_train.data.indexed"},
     "hydra": {"vp_train.settings"},
@@ -70,23 +66,22 @@ DOORS = {
     "tokenizers": {"vp_train.data.tokenizer", "vp_train.data.corpus"},
     "safetensors": {"vp_train.checkpoint.store", "vp_train.checkpoint.stream"},
     "transformers": set(),
-    "matplotlib": {"vp_train.plot"},
+    "matplotlib": {"vp_train.commands.plot"},
     "deepspeed": {"vp_train.optim.offload"},
 }
 WITHOUT_TORCH = (
     "schedules",
     "vp_train.config",
-    "vp_train.communicators",
-    "vp_train.degrees",
-    "vp_train.estimate",
+    "vp_train.communication.communicators",
+    "vp_train.communication.flight_recorder",
+    "vp_train.commands.command",
+    "vp_train.commands.plan",
+    "vp_train.commands.plot",
+    "vp_train.commands.simulate",
     "vp_train.failures",
-    "vp_train.flight_recorder",
-    "vp_train.placement",
-    "vp_train.plan",
-    "vp_train.planner",
-    "vp_train.simulation",
-    "vp_train.plot",
-    "vp_train.exits",
+    "vp_train.planning",
+    "vp_train.settings",
+    "vp_train.units",
     "vp_train.model.shape",
     "vp_train.data.documents",
 )
@@ -135,8 +130,12 @@ def test_arrows_point_one_way(path):
     if rules:
         allowed = ALLOWED[max(rules, key=len)]
         assert {imported for imported in ours if not within(imported, allowed)} == set()
-    if module not in ("vp_train.cli", "vp_train.__main__"):
-        assert not {imported for imported in ours if within(imported, ("vp_train.train", "vp_train.cli", "vp_train.launcher"))}
+    if not within(module, ("vp_train.commands", "vp_train.__main__")):
+        assert not {
+            imported
+            for imported in ours
+            if within(imported, ("vp_train.train", "vp_train.commands"))
+        }
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
@@ -149,3 +148,8 @@ def test_heavy_dependencies_have_one_door(path):
         assert "torch" not in imported
     if within(module, ("schedules",)):
         assert imported - {"schedules", "numpy"} <= sys.stdlib_module_names
+
+
+def test_the_root_has_few_modules():
+    modules = {path.stem for path in (ROOT / "vp_train").glob("*.py")} - {"__init__", "__main__"}
+    assert len(modules) <= MOST_ROOT_MODULES, sorted(modules)

@@ -9,30 +9,52 @@ import time
 
 import pytest
 
-from vp_train.cli import _with_origin, load_config
+from vp_train.commands.train import with_origin
 from vp_train.config import ConfigError
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
+from vp_train.settings import load_config
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("vocab=tree", "vocab=tree is not known; choose one of auto, naive, none, one_barrier, two_barrier"),
+        (
+            "vocab=tree",
+            "vocab=tree is not known; choose one of auto, naive, none, one_barrier, two_barrier",
+        ),
         ("model.vocabsize=3", "model.vocabsize is not a setting; did you mean model.vocab_size"),
         ("stepz=3", "stepz is not a setting"),
-        ("model.vocab_size=abc", "model.vocab_size=abc: Value 'abc' of type 'str' could not be converted to Integer"),
+        (
+            "model.vocab_size=abc",
+            "model.vocab_size=abc: Value 'abc' of type 'str' could not be converted to Integer",
+        ),
         ("run.steps=0", "run.steps=0 is too small; it must be at least 1"),
         ("run.steps", "'run.steps' is not an override; write key=value"),
         ("a=[", "'a=[' is not an override"),
-        ("+model._target_=os.system", "+model._target_=os.system: settings cannot be added or removed"),
+        (
+            "+model._target_=os.system",
+            "+model._target_=os.system: settings cannot be added or removed",
+        ),
         ("model._target_=os.system", "model._target_ is not a setting"),
         ("--steps", "--steps is not an option"),
-        ("model.hidden_size=100", "model.hidden_size=100 does not split over model.num_heads=8; use a multiple of 8"),
-        ("model.num_query_groups=3", "does not split over model.num_query_groups=3; use a divisor of 8"),
-        ("data.name=web", "data.name='web' is not known; choose one of pystdlib, text, blend, synthetic"),
+        (
+            "model.hidden_size=100",
+            "model.hidden_size=100 does not split over model.num_heads=8; use a multiple of 8",
+        ),
+        (
+            "model.num_query_groups=3",
+            "does not split over model.num_query_groups=3; use a divisor of 8",
+        ),
+        (
+            "data.name=web",
+            "data.name='web' is not known; choose one of pystdlib, text, blend, synthetic",
+        ),
         ("data=text", "data.name=text needs data.path"),
         ("optim.beta1=1.5", "optim.beta1=1.5 is out of range"),
-        ("run.timeout_seconds=1e18", "run.timeout_seconds=1e+18 is too large; it must be at most 10,000,000"),
+        (
+            "run.timeout_seconds=1e18",
+            "run.timeout_seconds=1e+18 is too large; it must be at most 10,000,000",
+        ),
         ("optim.min_lr=3e-3", "optim.min_lr=0.003 is above optim.lr=0.002"),
         ("optim.lr=nan", "optim.lr=nan is not a finite number"),
         ("loss.z_loss=inf", "loss.z_loss=inf is not a finite number"),
@@ -50,15 +72,39 @@ def test_a_bad_override_is_named_with_the_way_out(override, message):
 @pytest.mark.parametrize(
     ("overrides", "num_ranks", "message"),
     [
-        (["model.num_layers=7"], 4, "model.num_layers=7 does not split over 4 stages; use model.num_layers=4 or 8"),
-        (["parallel.layers_per_stage=[4,4]"], 4, "it needs 4 counts of at least 0 that add up to model.num_layers=8"),
+        (
+            ["model.num_layers=7"],
+            4,
+            "model.num_layers=7 does not split over 4 stages; use model.num_layers=4 or 8",
+        ),
+        (
+            ["parallel.layers_per_stage=[4,4]"],
+            4,
+            "it needs 4 counts of at least 0 that add up to model.num_layers=8",
+        ),
         (["parallel.pp=3"], 4, "parallel.pp=3 needs a multiple of 3 ranks, but 4 were started"),
-        (["parallel.dp=2", "parallel.pp=2"], 8, "parallel.dp=2 x parallel.pp=2 needs 4 ranks, but 8 were started"),
-        (["loss.label_smoothing=0.1", "model.logit_softcap=30"], 4, "model.logit_softcap=30.0 do not go together"),
-        (["vocab.recompute_fraction=0.5"], 4, "counts only with vocab.backend=recompute, not chunked; drop one of the two"),
+        (
+            ["parallel.dp=2", "parallel.pp=2"],
+            8,
+            "parallel.dp=2 x parallel.pp=2 needs 4 ranks, but 8 were started",
+        ),
+        (
+            ["loss.label_smoothing=0.1", "model.logit_softcap=30"],
+            4,
+            "model.logit_softcap=30.0 do not go together",
+        ),
+        (
+            ["vocab.recompute_fraction=0.5"],
+            4,
+            "counts only with vocab.backend=recompute, not chunked; drop one of the two",
+        ),
         (["vocab.shards=[1,2]"], 2, "give 2 sizes of at least 0 that add up to 32768"),
         (["vocab=none", "vocab.shards=[1,2]"], 2, "needs a sharded vocabulary"),
-        (["vocab.algorithm=tree"], 2, "vocab.algorithm=tree is not known; choose one of none, naive"),
+        (
+            ["vocab.algorithm=tree"],
+            2,
+            "vocab.algorithm=tree is not known; choose one of none, naive",
+        ),
         (["schedule.name=2f2b"], 2, "schedule.name=2f2b is not known; choose one of gpipe, 1f1b"),
     ],
 )
@@ -69,7 +115,15 @@ def test_values_that_do_not_fit_together_are_named(overrides, num_ranks, message
 
 
 def test_lists_and_groups_reach_the_configuration():
-    config = load_config(["vocab=two_barrier", "optim=wsd", "model=nano", "parallel.layers_per_stage=[3,1]", "run.resume=true"])
+    config = load_config(
+        [
+            "vocab=two_barrier",
+            "optim=wsd",
+            "model=nano",
+            "parallel.layers_per_stage=[3,1]",
+            "run.resume=true",
+        ]
+    )
     assert config.vocab.algorithm == "two_barrier"
     assert config.optim.schedule == "wsd"
     assert config.parallel.layers_per_stage == (3, 1)
@@ -105,7 +159,10 @@ def test_help_names_every_setting_and_the_commands():
 def test_help_of_a_group_says_what_its_settings_mean_and_take():
     done, _ = command("--help", "optim", "optim.lr=1e-4")
     assert done.returncode == 0
-    assert "optim.lr=0.0001\n    Learning rate after the warm-up.\n    (float; at least 0; default 0.002)" in done.stdout
+    assert (
+        "optim.lr=0.0001\n    Learning rate after the warm-up.\n    (float; at least 0; default 0.002)"
+        in done.stdout
+    )
     assert "one of adamw, zero1" in done.stdout
     assert "model." not in done.stdout
 
@@ -130,11 +187,16 @@ def test_a_rank_under_torchrun_says_it_once():
 def test_a_resumed_run_remembers_what_it_started_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "imported").mkdir()
-    first = _with_origin(load_config(["run.init_from=imported", "run.name=one"]))
+    first = with_origin(load_config(["run.init_from=imported", "run.name=one"]))
     assert first.run.init_from == str(tmp_path / "imported"), "wherever it is read from"
     (tmp_path / "runs/one").mkdir(parents=True)
     (tmp_path / "runs/one/config.yaml").write_text(f"run:\n  init_from: {first.run.init_from}\n")
-    assert _with_origin(load_config(["run.resume=true", "run.name=one"])).run.init_from == first.run.init_from
-    assert _with_origin(load_config(["run.name=one"])).run.init_from is None
+    assert (
+        with_origin(load_config(["run.resume=true", "run.name=one"])).run.init_from
+        == first.run.init_from
+    )
+    assert with_origin(load_config(["run.name=one"])).run.init_from is None
     (tmp_path / "imported").rmdir()
-    assert _with_origin(load_config(["run.resume=true", "run.name=one"])).run.init_from is None, "nothing to follow any more"
+    assert with_origin(load_config(["run.resume=true", "run.name=one"])).run.init_from is None, (
+        "nothing to follow any more"
+    )

@@ -18,7 +18,7 @@ from schedules.problem import Problem
 from schedules.vocab import VOCAB_ALGORITHMS, End
 from tests.meshes import fake_world
 from vp_train import mesh as mesh_module
-from vp_train.communicators import (
+from vp_train.communication.communicators import (
     END_PURPOSES,
     NCCL,
     Purpose,
@@ -26,11 +26,11 @@ from vp_train.communicators import (
     hop_flows,
     plan_groups,
 )
+from vp_train.communication.control import row_width
+from vp_train.communication.nccl import communicator_options
 from vp_train.config import RunSettings
-from vp_train.control import row_width
-from vp_train.degrees import Degrees
 from vp_train.mesh import build_mesh
-from vp_train.nccl import communicator_options
+from vp_train.planning.degrees import Degrees
 
 MOST_SOCKETS = 256
 LAYOUTS = [("linear", 1), ("loop", 2), ("loop", 3), ("v", 2)]
@@ -53,7 +53,9 @@ def test_at_512_ranks_nobody_has_more_than_99_sockets(layout, algorithm):
     assert max(gloo_sockets(specs, rank) for rank in range(512)) == 2 * (31 + 15) + 7
 
 
-@pytest.mark.parametrize("degrees", [(8, 8, 8), (16, 8, 4), (1, 64, 8), (64, 1, 8), (512, 1, 1), (4, 16, 64)])
+@pytest.mark.parametrize(
+    "degrees", [(8, 8, 8), (16, 8, 4), (1, 64, 8), (64, 1, 8), (512, 1, 1), (4, 16, 64)]
+)
 def test_sockets_leave_room_for_other_files(degrees):
     """With dp = 512 the replicas alone need 511: a fault of that layout, but below the limit."""
     degrees = Degrees(*degrees)
@@ -77,7 +79,12 @@ def test_every_hop_has_a_pair_of_its_own_on_nccl(layout, degrees):
     problem = problem_of(degrees.pp, *layout)
     hops = [spec for spec in planned(degrees, problem, nccl=True) if spec.purpose is Purpose.HOPS]
     assert all(spec.backend == NCCL and len(spec.members) == 2 for spec in hops)
-    found = {(spec.sender, receiver) for spec in hops for receiver in spec.members if receiver != spec.sender}
+    found = {
+        (spec.sender, receiver)
+        for spec in hops
+        for receiver in spec.members
+        if receiver != spec.sender
+    }
     assert len(found) == len(hops)
     wanted = set()
     for stage in range(problem.last_stage):
@@ -101,7 +108,9 @@ def test_v_layouts_hop_both_ways_and_loops_wrap_around():
 def test_both_ranks_of_a_pair_issue_its_messages_in_the_same_order(name, p):
     """NCCL executes what shares a communicator one after the other."""
     family = GENERATORS[name]
-    problem = Problem(family.layout_of(p), 6, VOCAB_ALGORITHMS["one_barrier"], family.split_backward)
+    problem = Problem(
+        family.layout_of(p), 6, VOCAB_ALGORITHMS["one_barrier"], family.split_backward
+    )
     seconds = {"F": 1.0, "B": 2.0, "I": 1.1, "W": 0.9, "S": 0.57, "T": 0.31, "E": 0.05, "G": 0.03}
     cost = CostModel.uniform(problem.layout.num_stages, p, hop=0.07, barrier=0.13, **seconds)
     issued = {}
@@ -123,12 +132,18 @@ def test_nobody_waits_in_a_circle_and_no_group_is_made_in_vain(degrees, nccl):
     specs = planned(degrees, problem_of(degrees.pp), nccl=nccl)
     rounds = dict.fromkeys(range(degrees.num_ranks), 0)
     for spec in specs:
-        assert len(spec.members) > 1 or spec.purpose in (Purpose.ALONE, Purpose.WORLD, Purpose.STEPS)
+        assert len(spec.members) > 1 or spec.purpose in (
+            Purpose.ALONE,
+            Purpose.WORLD,
+            Purpose.STEPS,
+        )
         assert list(spec.members) == sorted(set(spec.members))
         when = 1 + max(rounds[rank] for rank in spec.members)
         rounds |= dict.fromkeys(spec.members, when)
     in_groups = Counter(rank for spec in specs for rank in spec.members)
-    assert max(rounds.values()) <= 2 * max(in_groups.values()), "a chain of waits along the pipeline"
+    assert max(rounds.values()) <= 2 * max(in_groups.values()), (
+        "a chain of waits along the pipeline"
+    )
 
 
 def test_what_a_size_of_one_does_not_need_is_not_made():
@@ -161,17 +176,35 @@ def fake_nccl(monkeypatch):
 
     def start(rank, degrees):
         factory = Recorded()
-        monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
+        monkeypatch.setattr(
+            dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False
+        )
         monkeypatch.setattr(dist, "new_group", factory)
-        for name, value in {"get_rank": rank, "get_world_size": degrees.num_ranks, "get_backend": NCCL}.items():
+        for name, value in {
+            "get_rank": rank,
+            "get_world_size": degrees.num_ranks,
+            "get_backend": NCCL,
+        }.items():
             monkeypatch.setattr(dist, name, lambda value=value: value)
         for name in ("send", "recv"):
-            monkeypatch.setattr(dist, name, lambda _, peer, group, name=name: steps.append((name, peer, group)))
-        monkeypatch.setattr(dist, "all_reduce", lambda _, group: steps.append(("all_reduce", None, group)))
-        monkeypatch.setattr(mesh_module.ControlGroup, "barrier", lambda self: steps.append(("barrier", None, self)))
-        monkeypatch.setattr(mesh_module, "_set_pg_timeout", lambda timeout, group: steps.append((timeout, None, group)))
+            monkeypatch.setattr(
+                dist, name, lambda _, peer, group, name=name: steps.append((name, peer, group))
+            )
+        monkeypatch.setattr(
+            dist, "all_reduce", lambda _, group: steps.append(("all_reduce", None, group))
+        )
+        monkeypatch.setattr(
+            mesh_module.ControlGroup, "barrier", lambda self: steps.append(("barrier", None, self))
+        )
+        monkeypatch.setattr(
+            mesh_module,
+            "_set_pg_timeout",
+            lambda timeout, group: steps.append((timeout, None, group)),
+        )
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda _: steps.append(("synchronize", None, None)))
+        monkeypatch.setattr(
+            torch.cuda, "synchronize", lambda _: steps.append(("synchronize", None, None))
+        )
         monkeypatch.setattr(torch, "zeros", lambda *_, device: device)
         return factory, steps
 
@@ -185,13 +218,17 @@ def test_the_mesh_is_that_list_warmed_up_under_the_start_s_timeout(fake_nccl, ra
     problem, watched = problem_of(8, "v", 2), []
 
     def watching(groups):
-        assert {name for name, *_ in steps if isinstance(name, str)} <= {"barrier"}  # nothing was sent
+        assert {name for name, *_ in steps if isinstance(name, str)} <= {
+            "barrier"
+        }  # nothing was sent
         watched.extend(groups)
 
     mesh = build_mesh(degrees, problem, settings, watching=watching)
     assert tuple(watched) == mesh.made
     specs = planned(degrees, problem, nccl=True)
-    assert [call[:3] for call in factory.calls] == [(spec.purpose, spec.members, spec.backend) for spec in specs]
+    assert [call[:3] for call in factory.calls] == [
+        (spec.purpose, spec.members, spec.backend) for spec in specs
+    ]
     own = [spec for spec in specs if rank in spec.members]
     assert len(mesh.made) == len(own)
     for purpose, members, backend, seconds, options in factory.calls:
@@ -200,10 +237,16 @@ def test_the_mesh_is_that_list_warmed_up_under_the_start_s_timeout(fake_nccl, ra
         if options is not None:
             assert options.is_high_priority_stream
             assert options.config.max_ctas == (
-                RunSettings().collective_ctas if purpose in (*END_PURPOSES.values(), Purpose.DATA) else 32
+                RunSettings().collective_ctas
+                if purpose in (*END_PURPOSES.values(), Purpose.DATA)
+                else 32
             )
-    on_nccl = [(spec, group) for spec, group in zip(own, mesh.made, strict=True) if NCCL in spec.backend]
-    barrier, *warmed, synchronized, barrier_after = [step for step in steps if isinstance(step[0], str)]
+    on_nccl = [
+        (spec, group) for spec, group in zip(own, mesh.made, strict=True) if NCCL in spec.backend
+    ]
+    barrier, *warmed, synchronized, barrier_after = [
+        step for step in steps if isinstance(step[0], str)
+    ]
     assert (barrier[0], synchronized[0], barrier_after[0]) == ("barrier", "synchronize", "barrier")
     expected = []
     for spec, group in on_nccl:
@@ -213,7 +256,9 @@ def test_the_mesh_is_that_list_warmed_up_under_the_start_s_timeout(fake_nccl, ra
     assert [(when, group) for when, _, group in steps if isinstance(when, timedelta)] == [
         (timedelta(seconds=7), group) for _, group in on_nccl
     ]
-    assert steps.index(barrier_after) < min(i for i, step in enumerate(steps) if isinstance(step[0], timedelta))
+    assert steps.index(barrier_after) < min(
+        i for i, step in enumerate(steps) if isinstance(step[0], timedelta)
+    )
     here = mesh.pipeline_rank
     neighbours = {here - 1, here + 1} & set(range(8))
     senders = {id(group): spec.sender for spec, group in zip(own, mesh.made, strict=True)}
@@ -228,7 +273,9 @@ def test_the_mesh_is_that_list_warmed_up_under_the_start_s_timeout(fake_nccl, ra
 
 def test_settings_of_zero_leave_nccl_its_choice(fake_nccl):
     fake_nccl(0, Degrees(1, 1, 1))
-    options = communicator_options(RunSettings(collective_ctas=0, comm_priority=False), timedelta(seconds=3), few_ctas=True)
+    options = communicator_options(
+        RunSettings(collective_ctas=0, comm_priority=False), timedelta(seconds=3), few_ctas=True
+    )
     assert options._timeout == timedelta(seconds=3)
     assert options.config.max_ctas == 32
     assert not options.is_high_priority_stream
@@ -241,7 +288,11 @@ def test_a_torch_without_nccl_has_no_options(monkeypatch):
 
 def test_512_ranks_make_their_groups_without_a_store_and_in_seconds(monkeypatch):
     """torch itself makes them, over a store that knows nobody: no barrier is waited for."""
-    monkeypatch.setattr(dist.distributed_c10d, "_store_based_barrier", lambda *_: pytest.fail("a barrier of all ranks"))
+    monkeypatch.setattr(
+        dist.distributed_c10d,
+        "_store_based_barrier",
+        lambda *_: pytest.fail("a barrier of all ranks"),
+    )
     degrees = Degrees(8, 8, 8)
     with fake_world(77, 512):
         mesh = build_mesh(degrees, problem_of(8))

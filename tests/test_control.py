@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vp_train.communicators import Purpose, _control_groups
-from vp_train.control import ControlGroup, row_width
+from vp_train.communication.communicators import Purpose, _control_groups
+from vp_train.communication.control import ControlGroup, row_width
 
 
 def exchange(rank, num_ranks, width):
@@ -19,9 +19,13 @@ def exchange(rank, num_ranks, width):
         group = dist.new_group(list(spec.members))
         if rank in spec.members:
             own[spec.purpose] = group
-    control = ControlGroup(rank, num_ranks, width, own[Purpose.WORLD], own.get(Purpose.WORLD_LEADERS))
+    control = ControlGroup(
+        rank, num_ranks, width, own[Purpose.WORLD], own.get(Purpose.WORLD_LEADERS)
+    )
     tensors = control.all_gather(torch.tensor([[rank, rank / 3]], dtype=torch.float64))
-    values = control.all_gather_json({"rank": rank, "text": "ä" * rank, "nothing": None, "inf": math.inf})
+    values = control.all_gather_json(
+        {"rank": rank, "text": "ä" * rank, "nothing": None, "inf": math.inf}
+    )
     control.barrier()
     for group in own.values():
         dist.destroy_process_group(group)
@@ -32,7 +36,10 @@ def exchange(rank, num_ranks, width):
 def test_every_rank_has_the_values_of_all_in_their_order(ranks, width):
     for tensors, values in ranks(4).run(exchange, width):
         assert tensors.tolist() == [[[rank, rank / 3]] for rank in range(4)]
-        assert values == [{"rank": rank, "text": "ä" * rank, "nothing": None, "inf": math.inf} for rank in range(4)]
+        assert values == [
+            {"rank": rank, "text": "ä" * rank, "nothing": None, "inf": math.inf}
+            for rank in range(4)
+        ]
 
 
 def test_rows_stay_small():

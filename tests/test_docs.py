@@ -16,16 +16,25 @@ from pathlib import Path
 
 import pytest
 
-from vp_train.degrees import wanted_ranks
-from vp_train.plan import draft_step
+from vp_train.planning.degrees import wanted_ranks
+from vp_train.planning.plan import draft_step
 from vp_train.settings import load_config
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 GENERATED = ("settings.md",)
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 WRITTEN = [page for page in PAGES if page.name not in GENERATED]
-COMMANDS = {entry.name: entry for entry in entry_points(group="console_scripts") if entry.value.startswith("vp_train.")}
+COMMANDS = {
+    entry.name: entry
+    for entry in entry_points(group="console_scripts")
+    if entry.value.startswith("vp_train.")
+}
 CONVERTERS = ("vp-import", "vp-export")
 PLAIN = ("source", "pip", "pre-commit")  # nothing of ours to parse
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -82,7 +91,11 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("page", WRITTEN, ids=name_of)
 def test_lines_of_pages_are_short(page):
     """Outside code blocks, tables and html, which cannot be broken."""
-    assert [line for line in prose(page).splitlines() if len(line) > 100 and not line.startswith(("|", "<"))] == []
+    assert [
+        line
+        for line in prose(page).splitlines()
+        if len(line) > 100 and not line.startswith(("|", "<"))
+    ] == []
 
 
 # Commands
@@ -107,7 +120,9 @@ class Command:
 def shell_lines(page: Path) -> list[str]:
     """The lines of the sh blocks of a page, continued ones joined."""
     blocks = [block for language, block in _FENCE.findall(page.read_text()) if language == "sh"]
-    return [line for block in blocks for line in block.replace("\\\n", "").splitlines() if line.strip()]
+    return [
+        line for block in blocks for line in block.replace("\\\n", "").splitlines() if line.strip()
+    ]
 
 
 def quoted(page: Path) -> Iterator[str]:
@@ -116,7 +131,11 @@ def quoted(page: Path) -> Iterator[str]:
         yield from re.findall(r"^\$ (.*)$", block, re.MULTILINE)
     for code in re.findall(r"`([^`]+)`", prose(page)):
         words = code.split()
-        if len(words) > 1 and words[0] in (*COMMANDS, "python", "pytest", "torchrun", "make") and not is_open(words):
+        if (
+            len(words) > 1
+            and words[0] in (*COMMANDS, "python", "pytest", "torchrun", "make")
+            and not is_open(words)
+        ):
             yield " ".join(words)
 
 
@@ -125,7 +144,9 @@ def is_open(words: list[str]) -> bool:
     return any("..." in word or word.isupper() for word in words)
 
 
-CURRENT = [page for page in WRITTEN if page.name != "CHANGELOG.md"]  # what a page of today says to type
+CURRENT = [
+    page for page in WRITTEN if page.name != "CHANGELOG.md"
+]  # what a page of today says to type
 TYPED = sorted({text for page in CURRENT for text in (*shell_lines(page), *quoted(page))})
 
 
@@ -157,14 +178,18 @@ def check_ours(words: tuple[str, ...], capsys, num_ranks: int | None = None) -> 
             enter()
     said = capsys.readouterr().err
     if name in CONVERTERS and not asks:
-        assert "--help" not in said, said  # its words are in order; what it is to convert is not here
+        assert "--help" not in said, (
+            said
+        )  # its words are in order; what it is to convert is not here
         return
     assert left.value.code == 0, said
     if not asks and "--search" not in arguments:
         check_overrides(arguments, num_ranks, on_cluster=name in ("vp-plan", "vp-profile"))
 
 
-def check_overrides(arguments: list[str], num_ranks: int | None, *, on_cluster: bool = False) -> None:
+def check_overrides(
+    arguments: list[str], num_ranks: int | None, *, on_cluster: bool = False
+) -> None:
     """Settings make a run of so many ranks, or of as many as they ask for."""
     config = load_config([word for word in arguments if re.match(r"[a-z][\w.]*=", word)])
     if not config.schedule.is_solved and config.schedule.file is None:
@@ -212,7 +237,9 @@ def test_every_command_parses(text, place, capsys):
             assert rest[rest.index("-m") + 1] == "vp_train"
             check_overrides(rest, option_of(command.words, "--nproc-per-node"))
     elif name == "launch/torchrun.sh":
-        num_ranks = int(command.environment.get("NODES", "1")) * int(command.environment.get("GPUS", "4"))
+        num_ranks = int(command.environment.get("NODES", "1")) * int(
+            command.environment.get("GPUS", "4")
+        )
         check_ours(("vp-train", *rest), capsys, num_ranks)
     elif name == "sbatch":
         assert rest[2] == "launch/slurm.sbatch"
@@ -227,7 +254,9 @@ def test_every_command_parses(text, place, capsys):
         assert name in PLAIN, f"{text}: nothing here knows how to check it"
 
 
-@pytest.mark.parametrize("page", [page for page in WRITTEN if "```python" in page.read_text()], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [page for page in WRITTEN if "```python" in page.read_text()], ids=name_of
+)
 def test_python_on_pages_compiles_and_finds_its_names(page):
     for language, block in _FENCE.findall(page.read_text()):
         if language == "python":
@@ -252,7 +281,9 @@ def test_readme_and_quickstart_run_as_typed(place):
     """
     for number in range(40):
         text = (ROOT / "vp_train/config.py").read_text()
-        (place / "home/corpus" / f"{number}.txt").write_text(text[number * 100 : number * 100 + 3000])
+        (place / "home/corpus" / f"{number}.txt").write_text(
+            text[number * 100 : number * 100 + 3000]
+        )
     (place / "bin").mkdir()
     (place / "bin/torchrun").write_text(_TORCHRUN)
     (place / "bin/torchrun").chmod(0o755)
@@ -261,7 +292,11 @@ def test_readme_and_quickstart_run_as_typed(place):
     (place / ".venv").symlink_to(sys.prefix)
     installed = str(Path(sys.executable).parent)
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))},
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))
+        },
         "PATH": f"{place / 'bin'}{os.pathsep}{installed}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(place / "home"),
         "OMP_NUM_THREADS": "1",
@@ -270,11 +305,20 @@ def test_readme_and_quickstart_run_as_typed(place):
     for line in lines:
         typed = re.sub(r"^make ", "make -n ", line)
         done = subprocess.run(
-            ["bash", "-c", typed], cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False
+            ["bash", "-c", typed],
+            cwd=place,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert "--nnodes 4 --node-rank 0 --nproc-per-node 8" in (place / "torchrun.said").read_text()
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(place / "data-cache")
-    assert {path.name for path in (place / "exported").iterdir()} >= {"config.json", "tokenizer.json"}
+    assert {path.name for path in (place / "exported").iterdir()} >= {
+        "config.json",
+        "tokenizer.json",
+    }
     assert (place / "runs/again/checkpoints").is_dir()

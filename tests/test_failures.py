@@ -13,11 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from vp_train import flight_recorder
+from vp_train.communication import flight_recorder
+from vp_train.communication.nccl import set_environment, watch
 from vp_train.config import RunSettings
-from vp_train.exits import EXIT_CONFIG, EXIT_HANG, EXIT_INTERNAL
-from vp_train.failures import explain_deaths, peer_failure
-from vp_train.nccl import set_environment, watch
+from vp_train.failures import EXIT_CONFIG, EXIT_HANG, EXIT_INTERNAL, explain_deaths, peer_failure
 
 SETTINGS = RunSettings(timeout_seconds=300, world_timeout_seconds=1800)
 LOST = [
@@ -31,15 +30,27 @@ LOST = [
     "store->get('0') got error: Connection reset by peer",
 ]
 WAITED = [
-    ("[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 300000ms for recv", 300, "timeout"),
+    (
+        "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 300000ms for recv",
+        300,
+        "timeout",
+    ),
     (
         "[3] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key '0', but "
         "store->get('0') got error: wait timeout after 1800000ms, keys: /default_pg/0//cuda//0",
         1800,
         "world_timeout",
     ),
-    ("[../third_party/gloo/gloo/transport/tcp/pair.cc:525] Application timeout caused pair closure", 300, "timeout"),
-    ("Timed out after 1800 seconds waiting for clients. 3/4 clients joined.", 1800, "world_timeout"),
+    (
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:525] Application timeout caused pair closure",
+        300,
+        "timeout",
+    ),
+    (
+        "Timed out after 1800 seconds waiting for clients. 3/4 clients joined.",
+        1800,
+        "world_timeout",
+    ),
     (
         "[PG ID 4 PG GUID 45 Rank 1] Process group watchdog thread terminated with exception: [Rank 1] Watchdog caught "
         "collective operation timeout: WorkNCCL(SeqNum=2, OpType=SEND, NumelIn=8, NumelOut=8, Timeout(ms)=300000) ran for "
@@ -62,10 +73,16 @@ def test_a_lost_peer_is_an_internal_end(words, kind):
 def test_a_silent_peer_is_a_hang_of_so_many_seconds(words, seconds, setting, kind):
     failure = peer_failure(kind(words), SETTINGS)
     assert failure.code == EXIT_HANG
-    assert failure.words == f"another rank has not answered for {seconds} s (run.{setting}_seconds); it may hang"
+    assert (
+        failure.words
+        == f"another rank has not answered for {seconds} s (run.{setting}_seconds); it may hang"
+    )
 
 
-@pytest.mark.parametrize("error", [ValueError(LOST[0]), RuntimeError("CUDA error: an illegal memory access was encountered")])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError(LOST[0]), RuntimeError("CUDA error: an illegal memory access was encountered")],
+)
 def test_other_errors_say_nothing_of_peers(error):
     assert peer_failure(error, SETTINGS) is None
 
@@ -78,10 +95,25 @@ ABRT, KILL, TERM = -signal.SIGABRT, -signal.SIGKILL, -signal.SIGTERM
     [
         ({2: EXIT_INTERNAL, 0: EXIT_CONFIG}, (), EXIT_CONFIG, ""),
         ({2: EXIT_INTERNAL, 0: EXIT_INTERNAL}, (), EXIT_INTERNAL, ""),
-        ({2: EXIT_INTERNAL, 1: KILL}, (), 128 + 9, "rank 1 was killed by signal 9; the other ranks were stopped"),
-        ({0: ABRT, 1: KILL}, (0,), 128 + 9, "rank 1 was killed by signal 9; the other ranks were stopped"),
+        (
+            {2: EXIT_INTERNAL, 1: KILL},
+            (),
+            128 + 9,
+            "rank 1 was killed by signal 9; the other ranks were stopped",
+        ),
+        (
+            {0: ABRT, 1: KILL},
+            (0,),
+            128 + 9,
+            "rank 1 was killed by signal 9; the other ranks were stopped",
+        ),
         ({0: ABRT, 1: EXIT_HANG}, (0,), EXIT_HANG, ""),
-        ({0: TERM, 1: KILL}, (), 128 + 9, "rank 1 was killed by signal 9; the other ranks were stopped"),
+        (
+            {0: TERM, 1: KILL},
+            (),
+            128 + 9,
+            "rank 1 was killed by signal 9; the other ranks were stopped",
+        ),
         ({0: TERM, 1: EXIT_INTERNAL}, (), EXIT_INTERNAL, ""),
         ({0: TERM}, (), 128 + 15, "rank 0 was killed by signal 15; the other ranks were stopped"),
         ({0: ABRT}, (), 128 + 6, "rank 0 was killed by signal 6; the other ranks were stopped"),
@@ -95,15 +127,17 @@ ABRT, KILL, TERM = -signal.SIGABRT, -signal.SIGKILL, -signal.SIGTERM
     ],
 )
 def test_a_job_ends_with_the_cause_and_not_with_what_followed(codes, recorded, code, words):
-    failure = explain_deaths(codes, SETTINGS, lambda rank: Path(f"logs/{rank}") if rank in recorded else None)
+    failure = explain_deaths(
+        codes, SETTINGS, lambda rank: Path(f"logs/{rank}") if rank in recorded else None
+    )
     assert (failure.code, failure.words) == (code, words)
 
 
 LAUNCHER = """
 import sys
 from types import SimpleNamespace
-from vp_train import launcher
-from vp_train.cli import load_config
+from vp_train.commands import launch as launcher
+from vp_train.settings import load_config
 launcher.sys = SimpleNamespace(executable=sys.argv[1], stderr=sys.stderr)
 raise SystemExit(launcher.launch(load_config(sys.argv[2:]), sys.argv[2:]))
 """
@@ -190,7 +224,10 @@ def test_the_environment_is_set_where_the_user_has_not(tmp_path):
         "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1000",
         "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/logs/flight-recorder-rank-",
     }
-    assert flight_recorder.file_of(environment, Path("elsewhere"), 3) == tmp_path / "logs" / "flight-recorder-rank-3"
+    assert (
+        flight_recorder.file_of(environment, Path("elsewhere"), 3)
+        == tmp_path / "logs" / "flight-recorder-rank-3"
+    )
     assert flight_recorder.file_of({}, tmp_path, 3) == tmp_path / "logs" / "flight-recorder-rank-3"
     environment = {}
     set_environment(environment, RunSettings(hop_channels=0), tmp_path)

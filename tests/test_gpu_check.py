@@ -50,7 +50,9 @@ def test_no_step_stops_the_others(tmp_path):
     assert written["commit"] == "0"
     assert [step["step"] for step in written["steps"]] == [each.number for each in todo]
     statuses = {step["name"]: step["status"] for step in written["steps"]}
-    assert statuses == {name: status for name, (_, status) in BADLY.items()} | {"after it": "passed"}
+    assert statuses == {name: status for name, (_, status) in BADLY.items()} | {
+        "after it": "passed"
+    }
     assert any("ZeroDivisionError: here" in line for line in written["steps"][0]["output"])
     table = gpu_check.summary(written["steps"])
     assert table.count("FAILED") == len(BADLY) + 1  # one of them is a check
@@ -58,7 +60,9 @@ def test_no_step_stops_the_others(tmp_path):
 
 def test_every_result_is_written_at_once_and_what_has_no_time_left_is_not_run(tmp_path):
     results = results_in(tmp_path)
-    later = "import json, sys; assert len(json.load(open({!r}))['steps']) == 1".format(str(tmp_path / "gpu_check_cpu.json"))
+    later = "import json, sys; assert len(json.load(open({!r}))['steps']) == 1".format(
+        str(tmp_path / "gpu_check_cpu.json")
+    )
     todo = [task(1, "first", WELL), task(2, "second", later + WELL)]
     assert gpu_check.check(todo, results, 60.0)
     assert not gpu_check.check([task(3, "third", WELL)], results, 1.0)
@@ -69,7 +73,11 @@ def test_what_a_step_found_before_it_died_is_kept(tmp_path):
     results = results_in(tmp_path)
     assert not gpu_check.check([task(1, "half", WELL + "raise SystemExit(9)")], results, 60.0)
     record = results.records[1]
-    assert (record["status"], len(record["checks"]), record["figures"]) == ("exit code 9", 2, {"a": 1})
+    assert (record["status"], len(record["checks"]), record["figures"]) == (
+        "exit code 9",
+        2,
+        {"a": 1},
+    )
 
 
 @pytest.mark.timeout(900)
@@ -77,15 +85,32 @@ def test_steps_run_on_the_cpu(tmp_path):
     """All steps in CI; elsewhere those that take little: together they are a minute of two cores."""
     chosen = sorted(STEPS) if os.environ.get("CI") else [2, 3, 4, 8]
     script = str(ROOT / "benchmarks" / "gpu_check.py")
-    command = [sys.executable, script, "--device", "cpu", "--out", str(tmp_path), "--steps", ",".join(map(str, chosen))]
+    command = [
+        sys.executable,
+        script,
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        "--steps",
+        ",".join(map(str, chosen)),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=890, check=False)
     written = json.loads((tmp_path / "gpu_check_cpu.json").read_text())
-    assert {step["step"]: step["status"] for step in written["steps"]} == dict.fromkeys(chosen, "passed"), done.stdout
+    assert {step["step"]: step["status"] for step in written["steps"]} == dict.fromkeys(
+        chosen, "passed"
+    ), done.stdout
     assert done.returncode == 0
     assert written["device"] == "cpu"
     assert {"torch", "python"} <= written["versions"].keys()
     for step in written["steps"]:
-        assert any(check["passed"] for check in step["checks"]) or step["step"] in (6, 7, 9, 10, 11), step["name"]
+        assert any(check["passed"] for check in step["checks"]) or step["step"] in (
+            6,
+            7,
+            9,
+            10,
+            11,
+        ), step["name"]
         assert all(check["measured"] for check in step["checks"])
 
 

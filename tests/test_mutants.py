@@ -84,28 +84,31 @@ def test_the_same_seed_draws_the_same_and_every_package_has_files_and_tests():
 
 def test_what_tests_notice_is_killed_and_what_they_pass_survives(tmp_path, monkeypatch):
     (tmp_path / "toy").mkdir()
-    (tmp_path / "toy/code.py").write_text("def add(a, b):\n    return a + b\n\n\ndef spare(a):\n    return a - 1\n")
-    loop = (
-        "from toy.code import add\n\n\ndef test_add():\n    total = 0\n    while total != 4:\n        total = add(total, 2)\n"
+    (tmp_path / "toy/code.py").write_text(
+        "def add(a, b):\n    return a + b\n\n\ndef spare(a):\n    return a - 1\n"
     )
+    loop = "from toy.code import add\n\n\ndef test_add():\n    total = 0\n"
+    loop += "    while total != 4:\n        total = add(total, 2)\n"
     (tmp_path / "toy/test_code.py").write_text(loop)
     known = tmp_path / "known.txt"
     known.write_text("# nobody calls it\ntoy/code.py  return a - 1  |  1  ->  (2)\n")
     for name, value in {"ROOT": tmp_path, "EQUIVALENT": known, "COPIED": ("toy",)}.items():
         monkeypatch.setattr(mutants, name, value)
     monkeypatch.setattr(mutants, "PACKAGES", {"toy": (("toy", ("toy/test_code.py",)),)})
-    monkeypatch.setattr(mutants, "SPARE_SECONDS", 2.0)
+    monkeypatch.setattr(mutants, "SPARE_SECONDS", 6.0)
     text = (tmp_path / "toy/code.py").read_text()
     by_change = {(m.before, m.after): m for m in mutants_of("toy", "toy/code.py", text)}
     chosen = [by_change["a + b", "(a - b)"], by_change["a - 1", "(a + 1)"], by_change["1", "(2)"]]
     broken = Mutant("toy", "toy/code.py", 1, 0, 3, "def", "dif", "def add(a, b):")
-    outcomes = list(judge([*chosen, broken], 1.0))
+    outcomes = list(judge([*chosen, broken], 3.0))
     assert [outcome.status for outcome in outcomes] == ["TIMEOUT", "SURVIVED", "SURVIVED", "KILLED"]
     assert [outcome.equivalent for outcome in outcomes] == [False, False, True, False]
     assert rate(outcomes) == (2, 3)
     assert (tmp_path / "toy/code.py").read_text() == text
     (tmp_path / "toy/test_code.py").write_text("def test_wrong():\n    assert False\n")
-    with pytest.raises(SystemExit, match=r"toy/test_code.py end with 1 without a mutant; mend them first"):
+    with pytest.raises(
+        SystemExit, match=r"toy/test_code.py end with 1 without a mutant; mend them first"
+    ):
         list(judge(chosen, 1.0))
 
 
@@ -113,4 +116,6 @@ def test_the_rate_of_nothing_is_nothing():
     mutant = Mutant("toy", "toy.py", 1, 0, 1, "1", "(2)", "1")
     assert rate([]) == (0, 0)
     assert rate([Outcome(mutant, "SURVIVED", True, 1.0)]) == (0, 0)
-    assert rate([Outcome(mutant, "KILLED", False, 1.0), Outcome(mutant, "SURVIVED", False, 1.0)]) == (1, 2)
+    assert rate(
+        [Outcome(mutant, "KILLED", False, 1.0), Outcome(mutant, "SURVIVED", False, 1.0)]
+    ) == (1, 2)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from vp_train import cli
-from vp_train.cli import load_config
-from vp_train.exits import EXIT_CONFIG, EXIT_OK, EXIT_TIME
-from vp_train.planner.report import make_report
+from vp_train.commands.plan import main
+from vp_train.failures import EXIT_CONFIG, EXIT_OK, EXIT_TIME
+from vp_train.planning.report import make_report
+from vp_train.settings import load_config
 
 ROOT = Path(__file__).parent.parent
 AS_TYPED = ["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=32"]
@@ -27,7 +27,7 @@ def vp_plan(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["vp-plan", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            cli.plan()
+            main()
         return left.value.code, *capsys.readouterr()
 
     return run
@@ -35,19 +35,29 @@ def vp_plan(monkeypatch, capsys):
 
 def test_the_command_is_installed():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts["vp-plan"] == "vp_train.cli:plan"
+    assert scripts["vp-plan"] == "vp_train.commands.plan:main"
 
 
 def test_as_in_the_readme_without_torch():
-    code = "import atexit, sys, vp_train.cli; atexit.register(lambda: print('torch' in sys.modules)); vp_train.cli.plan()"
-    done = subprocess.run([sys.executable, "-c", code, *AS_TYPED], capture_output=True, text=True, timeout=100, check=False)
+    code = "import atexit, sys; from vp_train.commands.plan import main\n"
+    code += "atexit.register(lambda: print('torch' in sys.modules)); main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *AS_TYPED],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert done.returncode == EXIT_OK, done.stderr
     lines = done.stdout.splitlines()
     assert lines.pop() == "False"
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 120
     found = make_report(load_config(AS_TYPED))
-    assert "8 GPUs on one node, 75 GiB and 312 TFLOP/s in bfloat16 each, 54% of it reached" in done.stdout
+    assert (
+        "8 GPUs on one node, 75 GiB and 312 TFLOP/s in bfloat16 each, 54% of it reached"
+        in done.stdout
+    )
     assert f"MFU {found.mfu:.1%}" in done.stdout
     assert lines[-1] == f"binds     {found.binds}"
 
@@ -80,7 +90,10 @@ def test_json_has_every_rank(vp_plan, tmp_path):
         (["parallel.pp=4", "vocab=none", "model.vocab_size=65536"], "vocab=one_barrier: about"),
         (["parallel.dp=2", "parallel.pp=2", "run.dtype=bfloat16"], "optim.name=zero1: about"),
         (["parallel.pp=4", "micro_batch_size=8"], "micro_batch_size=1 num_microbatches=64: about"),
-        (["parallel.pp=4", "num_microbatches=2", "model.seq_length=512"], "parallel.recompute=full: about"),
+        (
+            ["parallel.pp=4", "num_microbatches=2", "model.seq_length=512"],
+            "parallel.recompute=full: about",
+        ),
     ],
 )
 def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would_help(vp_plan, overrides, remedy):
@@ -120,7 +133,11 @@ def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(vp_plan, tmp_p
     code, out, _ = vp_plan("--search", "--top", 2, *typed, "--json", tmp_path / "found.json")
     assert code == EXIT_OK, out
     first = json.loads((tmp_path / "found.json").read_text())["best"][0]
-    pasted = next(line for line in out.splitlines() if line.startswith("the first: ")).removeprefix("the first: ").split()
+    pasted = (
+        next(line for line in out.splitlines() if line.startswith("the first: "))
+        .removeprefix("the first: ")
+        .split()
+    )
     again = make_report(load_config([*typed, *pasted]))
     assert first["pp"] > 1
     assert again.step_seconds == pytest.approx(first["step_seconds"])
@@ -138,12 +155,17 @@ def test_a_search_without_any_split_names_the_numbers(vp_plan):
     code, out, _ = vp_plan("--search", *NANO, "cluster.gpus_per_node=7")
     assert code == EXIT_CONFIG
     words = out.splitlines()[-1]
-    assert "dp x pp x tp must be 7, where dp divides the 8 sequences of the batch, pp is at most model.num_layers=4" in words
+    assert (
+        "dp x pp x tp must be 7, where dp divides the 8 sequences of the batch, pp is at most model.num_layers=4"
+        in words
+    )
     assert "tp divides model.num_heads=4, model.num_query_groups=2" in words
 
 
 def test_no_result_in_time_is_not_a_mistake_of_the_user(vp_plan, monkeypatch):
-    monkeypatch.setattr("vp_train.planner.show.time.monotonic", iter(range(0, 10**6, 100)).__next__)
+    monkeypatch.setattr(
+        "vp_train.commands.plan.time.monotonic", iter(range(0, 10**6, 100)).__next__
+    )
     code, out, _ = vp_plan("--search", "--seconds", 1, *NANO, "cluster.memory_gib=0.001")
     assert code == EXIT_TIME != EXIT_CONFIG
     assert "NOTHING TRIED SO FAR FITS.  Closest: parallel.dp=" in out
@@ -156,9 +178,15 @@ def test_no_result_in_time_is_not_a_mistake_of_the_user(vp_plan, monkeypatch):
         (["--top", "3"], "--top belongs to --search"),
         (["--search", "--top", "x"], "--top x is not a whole number of at least 1"),
         (["--search", "--seconds", "0"], "--seconds 0 is not a whole number"),
-        (["cluster=moon"], "cluster=moon is not known; choose one of a100_80g_node, h100_80g_node, laptop"),
+        (
+            ["cluster=moon"],
+            "cluster=moon is not known; choose one of a100_80g_node, h100_80g_node, laptop",
+        ),
         (["parallel.pp=3"], "the cluster has 4 GPUs: parallel.pp=3 needs"),
-        (["cluster=a100_80g_node", "cost=a100_4b", "model.seq_length=4096"], "these pass times are not for it"),
+        (
+            ["cluster=a100_80g_node", "cost=a100_4b", "model.seq_length=4096"],
+            "these pass times are not for it",
+        ),
     ],
 )
 def test_refusals_in_one_line(vp_plan, arguments, message):

@@ -10,16 +10,22 @@ import torch.distributed as dist
 
 from schedules.ir import Kind
 from tests.meshes import fake_world
-from vp_train import cli
-from vp_train.cli import load_config
-from vp_train.collectives import all_gather_single
-from vp_train.estimate import estimate_cost
-from vp_train.exits import EXIT_CONFIG, EXIT_OK
-from vp_train.plan import plan_step
+from vp_train.commands.profile import main
+from vp_train.failures import EXIT_CONFIG, EXIT_OK
+from vp_train.planning.estimate import estimate_cost
+from vp_train.planning.plan import plan_step
 from vp_train.profile.costs import RankProfile, measured_cost, with_cost
 from vp_train.profile.measure import receive_noise
+from vp_train.settings import load_config
+from vp_train.tensors.collectives import all_gather_single
 
-NANO = ["model=nano", "model.num_layers=8", "num_microbatches=4", "cost.collective_seconds=0", "cost.hop_seconds=0"]
+NANO = [
+    "model=nano",
+    "model.num_layers=8",
+    "num_microbatches=4",
+    "cost.collective_seconds=0",
+    "cost.hop_seconds=0",
+]
 
 
 @pytest.fixture
@@ -29,7 +35,7 @@ def vp_profile(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["vp-profile", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            cli.profile()
+            main()
         return left.value.code, *capsys.readouterr()
 
     return run
@@ -41,7 +47,11 @@ def vp_profile(monkeypatch, capsys):
         ["parallel.pp=4"],
         ["parallel.pp=4", "schedule=v_half"],
         ["parallel.pp=2", "parallel.tp=2", "schedule=zb_h1", "parallel.recompute=selective"],
-        ["parallel.pp=4", "parallel.recompute_per_stage=[full,none,selective,full]", "parallel.layers_per_stage=[1,2,3,2]"],
+        [
+            "parallel.pp=4",
+            "parallel.recompute_per_stage=[full,none,selective,full]",
+            "parallel.layers_per_stage=[1,2,3,2]",
+        ],
         ["parallel.pp=4", "vocab=none"],
         ["parallel.pp=4", "vocab.shards=[4096,0,0,0]"],
     ],
@@ -60,13 +70,21 @@ def test_costs_of_what_passes_are_told_to_take_are_these(overrides):
         "lookup_grad_seconds": 0.25,
     }
     config = load_config([*NANO, *overrides])
-    known["measured_layer_flops"] = measured_cost(config, plan_step(config, 4), ())["measured_layer_flops"]
+    known["measured_layer_flops"] = measured_cost(config, plan_step(config, 4), ())[
+        "measured_layer_flops"
+    ]
     config = with_cost(config, known)
     step = plan_step(config, 4)
-    cost = estimate_cost(config, step.problem.layout, step.layers, step.shards, step.problem.algorithm)
+    cost = estimate_cost(
+        config, step.problem.layout, step.layers, step.shards, step.problem.algorithm
+    )
     profiles = []
     for rank in range(step.num_ranks):
-        passes = {(item.kind, item.stage): cost.seconds(item) for item in step.schedule.ranks[rank] if item.microbatch == 0}
+        passes = {
+            (item.kind, item.stage): cost.seconds(item)
+            for item in step.schedule.ranks[rank]
+            if item.microbatch == 0
+        }
         profiles.append(RankProfile(rank, passes, 1.0, 1.0, 1, 1))
     found = measured_cost(config, step, profiles)
     split = any(kind is Kind.W for profile in profiles for kind, _ in profile.passes)
@@ -85,7 +103,14 @@ def test_rows_of_several_counts_tell_what_does_not_depend_on_them():
     step = plan_step(config, 4)
     profiles = [
         RankProfile(
-            rank, {(Kind.S, rank): 0.5 + 0.002 * rows, (Kind.T, rank): 0.5 + 0.001 * rows} if rows else {}, 1.0, 1.0, 1, 1
+            rank,
+            {(Kind.S, rank): 0.5 + 0.002 * rows, (Kind.T, rank): 0.5 + 0.001 * rows}
+            if rows
+            else {},
+            1.0,
+            1.0,
+            1,
+            1,
         )
         for rank, rows in enumerate((1024, 512, 0, 2560))
     ]
@@ -97,7 +122,15 @@ def test_rows_of_several_counts_tell_what_does_not_depend_on_them():
 def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path):
     told = [*NANO, "parallel.pp=2", "parallel.dp=2", "schedule=zb_h1"]
     code, out, err = vp_profile(
-        *told, "--ranks", "1", "--steps", "1", "--cost", tmp_path / "c.yaml", "--json", tmp_path / "p.json"
+        *told,
+        "--ranks",
+        "1",
+        "--steps",
+        "1",
+        "--cost",
+        tmp_path / "c.yaml",
+        "--json",
+        tmp_path / "p.json",
     )
     assert code == EXIT_OK, err
     assert "predicted for all 4 ranks: a step of" in out
@@ -107,13 +140,20 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
     assert all(0 < seconds < rank["program_seconds"] for seconds in rank["passes"].values())
     assert rank["predicted_peak_bytes"] == pytest.approx(rank["peak_bytes"], rel=0.1)
     cost = load_config([*told, f"cost={tmp_path / 'c.yaml'}"]).cost
-    assert cost.layer_weight_grad_seconds == pytest.approx(record["cost"]["layer_weight_grad_seconds"], rel=1e-4)
+    assert cost.layer_weight_grad_seconds == pytest.approx(
+        record["cost"]["layer_weight_grad_seconds"], rel=1e-4
+    )
     for other, reason in (
         (["micro_batch_size=2"], "cost.measured_layer_flops="),
         (["run.dtype=bfloat16"], "cost.measured_dtype=float32, but run.dtype=bfloat16"),
-        (["cluster=a100_80g_node", "run.dtype=float32"], "cost.measured_device=cpu, but run.device=cuda"),
+        (
+            ["cluster=a100_80g_node", "run.dtype=float32"],
+            "cost.measured_device=cpu, but run.device=cuda",
+        ),
     ):
-        with pytest.raises(ValueError, match=f"{reason}.*these pass times are not for it; use a cost that is"):
+        with pytest.raises(
+            ValueError, match=f"{reason}.*these pass times are not for it; use a cost that is"
+        ):
             plan_step(load_config([*told, f"cost={tmp_path / 'c.yaml'}", *other]), 4)
 
 
@@ -141,13 +181,23 @@ def receive(rank, seed):
     """A hop, a broadcast from rank 0, and an all-to-all, of seeded noise into memory full of NaN."""
     received = [torch.full((64, 64), math.nan) for _ in range(4)]
     with pytest.MonkeyPatch.context() as restored:
-        for name in {"irecv", "broadcast", "all_to_all_single", "all_gather_single", "all_gather_into_tensor"} & set(dir(dist)):
+        for name in {
+            "irecv",
+            "broadcast",
+            "all_to_all_single",
+            "all_gather_single",
+            "all_gather_into_tensor",
+        } & set(dir(dist)):
             restored.setattr(dist, name, getattr(dist, name))
         receive_noise(torch.Generator().manual_seed(seed))
         dist.irecv(received[0], 1 - rank)
         dist.broadcast(received[1], 0, async_op=True)
-        dist.all_to_all_single(received[2], torch.empty(0, 64), [32, 32], [0, 0], group=dist.group.WORLD, async_op=True)
-        all_gather_single(received[3], torch.arange(32.0 * 64).view(32, 64), dist.group.WORLD, async_op=True)
+        dist.all_to_all_single(
+            received[2], torch.empty(0, 64), [32, 32], [0, 0], group=dist.group.WORLD, async_op=True
+        )
+        all_gather_single(
+            received[3], torch.arange(32.0 * 64).view(32, 64), dist.group.WORLD, async_op=True
+        )
     return received
 
 
@@ -168,8 +218,16 @@ def test_what_nobody_sends_is_seeded_noise_of_unit_scale(rank):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_a_rank_of_eight_allocates_what_is_predicted(vp_profile, tmp_path):
-    told = ["model=small", "parallel.pp=8", "num_microbatches=16", "run.device=cuda", "run.dtype=bfloat16"]
-    code, _, err = vp_profile(*told, "cluster.gpus_per_node=8", "--ranks", "0,7", "--json", tmp_path / "p.json")
+    told = [
+        "model=small",
+        "parallel.pp=8",
+        "num_microbatches=16",
+        "run.device=cuda",
+        "run.dtype=bfloat16",
+    ]
+    code, _, err = vp_profile(
+        *told, "cluster.gpus_per_node=8", "--ranks", "0,7", "--json", tmp_path / "p.json"
+    )
     assert code == EXIT_OK, err
     for rank in json.loads((tmp_path / "p.json").read_text())["ranks"]:
         assert rank["predicted_peak_bytes"] == pytest.approx(rank["peak_bytes"], rel=0.05)

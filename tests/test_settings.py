@@ -34,14 +34,20 @@ def test_a_value_beyond_a_bound_is_refused_with_that_bound(case):
     setting, default = setting_of(item), item.default
     setting.check("x", default, default)
     bad = [("maybe", setting.choices)] if setting.choices else []
-    bad += [(bound, setting.allowed) for bound in (setting.above, setting.below) if bound is not None]
+    bad += [
+        (bound, setting.allowed) for bound in (setting.above, setting.below) if bound is not None
+    ]
     bad += [(setting.least - 1, setting.allowed)] if setting.least is not None else []
     bad += [(setting.most + 1, setting.allowed)] if setting.most is not None else []
     assert bad
     for value, _ in bad:
         with pytest.raises(ConfigError, match=rf"^x={value!r}") as caught:
             setting.check("x", value, default)
-        bounds = [f"{bound:,}" for bound in (setting.least, setting.above, setting.most, setting.below) if bound is not None]
+        bounds = [
+            f"{bound:,}"
+            for bound in (setting.least, setting.above, setting.most, setting.below)
+            if bound is not None
+        ]
         assert any(words in str(caught.value) for words in (*setting.choices, *bounds))
         built = SECTIONS[name](**NEEDED.get(name, {})) if name else RunConfig()
         with pytest.raises(ConfigError):  # also in its section
@@ -85,4 +91,6 @@ def test_help_has_every_setting_with_its_value_and_meaning():
 
 def test_the_page_of_settings_is_the_one_that_is_generated():
     page = Path(__file__).parents[1] / "docs" / "settings.md"
-    assert page.read_text() == settings_page(), "run: python -m vp_train.settings > docs/settings.md"
+    assert page.read_text() == settings_page(), (
+        "run: python -m vp_train.settings > docs/settings.md"
+    )

@@ -18,16 +18,21 @@ from schedules.generators import GENERATORS
 from schedules.ir import Kind, Schedule
 from schedules.lower import lower
 from schedules.replay import RUNTIMES, Hops, Runtime, replay
-from vp_train import cli
-from vp_train.cli import load_config
+from vp_train.commands.simulate import Outcome, Refusal, grid, main, simulate_each, simulate_step
 from vp_train.config import ConfigError
 from vp_train.model import shape
-from vp_train.plan import plan_step
-from vp_train.simulation import Outcome, Refusal, grid, simulate_each, simulate_step
+from vp_train.planning.plan import plan_step
+from vp_train.settings import load_config
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = json.loads((ROOT / "benchmarks" / "data" / "a100_8gpu_s2048.json").read_text())["rows"]
-AS_TYPED = ["schedule=v_half", "vocab=one_barrier", "parallel.pp=8", "num_microbatches=32", "cost=a100_4b"]
+AS_TYPED = [
+    "schedule=v_half",
+    "vocab=one_barrier",
+    "parallel.pp=8",
+    "num_microbatches=32",
+    "cost=a100_4b",
+]
 # F = 1 s and B = 2 s per stage of one layer, everything else free: the closed forms of the textbooks.
 UNIT = [
     "vocab=none",
@@ -53,7 +58,7 @@ def vp_simulate(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["vp-simulate", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            cli.simulate()
+            main()
         return left.value.code, *capsys.readouterr()
 
     return run
@@ -61,18 +66,25 @@ def vp_simulate(monkeypatch, capsys):
 
 def test_the_command_is_installed():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts["vp-simulate"] == "vp_train.cli:simulate"
+    assert scripts["vp-simulate"] == "vp_train.commands.simulate:main"
 
 
 def test_as_in_the_readme_without_torch():
-    code = "import atexit, sys, vp_train.cli; atexit.register(lambda: print('torch' in sys.modules)); vp_train.cli.simulate()"
-    done = subprocess.run([sys.executable, "-c", code, *AS_TYPED], capture_output=True, text=True, timeout=100, check=False)
+    code = "import atexit, sys; from vp_train.commands.simulate import main\n"
+    code += "atexit.register(lambda: print('torch' in sys.modules)); main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *AS_TYPED],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "False"
-    assert [line[:4] for line in lines if line[:4].strip().isdecimal()] == [f"{rank:>3} " for rank in range(8)] + [
-        f"{rank:>4}" for rank in range(8)
-    ]
+    assert [line[:4] for line in lines if line[:4].strip().isdecimal()] == [
+        f"{rank:>3} " for rank in range(8)
+    ] + [f"{rank:>4}" for rank in range(8)]
     outcome = simulate_step(load_config(AS_TYPED))
     for words in (
         "v_half with one_barrier, 8 ranks, 32 microbatches of 1 x 2,048 tokens",
@@ -94,17 +106,32 @@ def test_1f1b_takes_the_work_and_one_fill_and_drain(vp_simulate, monkeypatch):
     assert "mean bubble  27.3%" in out  # (p - 1) / (m + p - 1)
     assert "at most 4 microbatches in flight" in out  # p
     assert "gap          0.0% above the bound" in out
-    in_flight = [line.split()[-3] for line in out.splitlines() if line[:4].strip().isdecimal() and " s " in line]
+    in_flight = [
+        line.split()[-3]
+        for line in out.splitlines()
+        if line[:4].strip().isdecimal() and " s " in line
+    ]
     assert in_flight == ["4", "3", "2", "1"]
     assert LAST_LANES in out
 
 
 def test_rows_that_would_balance_the_work_are_proposed_and_do(vp_simulate):
-    uneven = ["vocab=one_barrier", "parallel.pp=4", "model.num_layers=7", "parallel.placement=balanced"]
+    uneven = [
+        "vocab=one_barrier",
+        "parallel.pp=4",
+        "model.num_layers=7",
+        "parallel.placement=balanced",
+    ]
     code, out, _ = vp_simulate(*uneven)
     assert code == 0
-    assert "vocab.balance=true would take 5.8% off the work of the busiest rank, with 7,296, 7,296, 7,296, 10,880 rows" in out
-    even, balanced = (simulate_step(load_config([*uneven, f"vocab.balance={words}"])).timeline for words in ("false", "true"))
+    assert (
+        "vocab.balance=true would take 5.8% off the work of the busiest rank, with 7,296, 7,296, 7,296, 10,880 rows"
+        in out
+    )
+    even, balanced = (
+        simulate_step(load_config([*uneven, f"vocab.balance={words}"])).timeline
+        for words in ("false", "true")
+    )
     busiest = [max(map(timeline.busy, range(4))) for timeline in (even, balanced)]
     assert busiest[1] / busiest[0] == pytest.approx(1 - 0.058, abs=5e-4)
     assert "vocab.balance" not in vp_simulate(*uneven, "vocab.balance=true")[1]
@@ -124,7 +151,7 @@ def test_settings_are_those_of_vp_train(vp_simulate):
         "--vocab A,B,...",
         "--runtime NAME",
         "a100_4b",
-        "clip_grad_norm:",
+        "optim.clip_grad_norm=",
         "vp-simulate --out",
     ):
         assert words in out
@@ -132,29 +159,58 @@ def test_settings_are_those_of_vp_train(vp_simulate):
 
 def test_a_model_may_be_chosen_after_all():
     assert load_config(["cost=a100", "model=small"]).model.hidden_size == 256
-    assert load_config(["cost=a100_4b", "model=small"]).model.hidden_size == 256  # the plan refuses it, see below
+    assert (
+        load_config(["cost=a100_4b", "model=small"]).model.hidden_size == 256
+    )  # the plan refuses it, see below
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--compare", "1f1b,x"], "--compare: 'x' is not known; choose from gpipe, 1f1b"),
-        (["--compare=1f1b", "--vocab", "tree"], "--vocab: 'tree' is not known; choose from none, naive"),
+        (
+            ["--compare=1f1b", "--vocab", "tree"],
+            "--vocab: 'tree' is not known; choose from none, naive",
+        ),
         (["--vocab", "none"], "--vocab belongs to --compare; for one algorithm write vocab=none"),
         (["--runtime", "mpi"], "--runtime: 'mpi' is not known; choose from cuda, gloo"),
         (["--runtime"], "--runtime needs a value: --runtime NAME"),
         (["--out"], "--out needs a value: --out DIR"),
         (["--out", "--compare", "1f1b"], "--out needs a value: --out DIR"),
-        (["--plot"], "--plot is not an option; there are --out, --compare, --vocab, --runtime, --help and --print-config"),
-        (["vocab=none,naive"], "vocab=none,naive: one value is needed; vp-simulate --compare compares several"),
-        (["model.num_layers=7"], "model.num_layers=7 does not split over 4 stages; use model.num_layers=4 or 8"),
-        (["cost.layer_forward_seconds=-1"], "cost.layer_forward_seconds=-1.0 is too small; it must be at least 0"),
+        (
+            ["--plot"],
+            "--plot is not an option; there are --out, --compare, --vocab, --runtime, --help and --print-config",
+        ),
+        (
+            ["vocab=none,naive"],
+            "vocab=none,naive: one value is needed; vp-simulate --compare compares several",
+        ),
+        (
+            ["model.num_layers=7"],
+            "model.num_layers=7 does not split over 4 stages; use model.num_layers=4 or 8",
+        ),
+        (
+            ["cost.layer_forward_seconds=-1"],
+            "cost.layer_forward_seconds=-1.0 is too small; it must be at least 0",
+        ),
         (["cost.hop_seconds=inf"], "cost.hop_seconds=inf is not a finite number"),
-        (["cost.rank_slowness=[1,1,1,inf]"], "every value must be above 0 and finite"),
-        (["cost.flops_per_second=0.5"], "cost.flops_per_second=0.5 is too small; it must be at least 1"),
-        (["schedule.file=a.txt", "--compare", "1f1b"], "--compare simulates named schedules, schedule.file=a.txt only itself"),
-        (["cost=a100_4b", "model=small"], "these pass times are not for it; use a cost that is, or one that counts FLOPs"),
-        (["cost=a100_4b", "micro_batch_size=2"], "cost.measured_layer_flops=5.154e+11, but a layer of this model takes 1.03"),
+        (["cost.rank_slowness=[1,1,1,inf]"], "cost.rank_slowness=inf is not a finite number"),
+        (
+            ["cost.flops_per_second=0.5"],
+            "cost.flops_per_second=0.5 is too small; it must be at least 1",
+        ),
+        (
+            ["schedule.file=a.txt", "--compare", "1f1b"],
+            "--compare simulates named schedules, schedule.file=a.txt only itself",
+        ),
+        (
+            ["cost=a100_4b", "model=small"],
+            "these pass times are not for it; use a cost that is, or one that counts FLOPs",
+        ),
+        (
+            ["cost=a100_4b", "micro_batch_size=2"],
+            "cost.measured_layer_flops=5.154e+11, but a layer of this model takes 1.03",
+        ),
     ],
 )
 def test_a_bad_value_is_one_line_and_exit_code_78(vp_simulate, arguments, message):
@@ -177,7 +233,14 @@ def test_a_directory_that_cannot_be_made_is_known_before_the_work(vp_simulate, t
 def test_out_writes_files_that_can_be_read(vp_simulate, tmp_path):
     code, out, _ = vp_simulate("--out", tmp_path / "a" / "b", *UNIT)
     assert code == 0
-    names = ("config.yaml", "schedule.txt", "schedule.svg", "schedule.png", "trace.json", "table.json")
+    names = (
+        "config.yaml",
+        "schedule.txt",
+        "schedule.svg",
+        "schedule.png",
+        "trace.json",
+        "table.json",
+    )
     assert f"written to {tmp_path / 'a' / 'b'}: {', '.join(names)}" in out
     config, text, picture, image, trace, table = (tmp_path / "a" / "b" / name for name in names)
     plan = plan_step(load_config(UNIT), 4)
@@ -185,8 +248,14 @@ def test_out_writes_files_that_can_be_read(vp_simulate, tmp_path):
     assert Schedule.parse(text.read_text()) == plan.schedule
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")
     assert image.read_bytes().startswith(PNG)
-    passes = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X" and event["tid"] == 0]
-    assert sorted(event["name"] for event in passes) == sorted(str(item) for _, item in plan.schedule.passes())
+    passes = [
+        event
+        for event in json.loads(trace.read_text())["traceEvents"]
+        if event["ph"] == "X" and event["tid"] == 0
+    ]
+    assert sorted(event["name"] for event in passes) == sorted(
+        str(item) for _, item in plan.schedule.passes()
+    )
     (row,) = json.loads(table.read_text())["rows"]
     assert row["makespan_seconds"] == pytest.approx(33)
     assert row["bubble"] == pytest.approx([3 / 11] * 4)
@@ -219,7 +288,9 @@ def test_waits_that_no_simulation_shows_are_listed_worst_first(vp_simulate, monk
     words = [*costs, "schedule=v_min", "vocab=two_barrier"]
     code, out, _ = vp_simulate("--runtime", "cuda", *words)
     assert code == 0
-    found = re.findall(r"([\d.]+) (m?s) more waiting of rank (\d) before (\d\w+\d+), at (\w+:\S+)", out)
+    found = re.findall(
+        r"([\d.]+) (m?s) more waiting of rank (\d) before (\d\w+\d+), at (\w+:\S+)", out
+    )
     assert len(found) == 5
     seconds = [float(value) * (1e-3 if unit == "ms" else 1) for value, unit, *_ in found]
     assert seconds == sorted(seconds, reverse=True)
@@ -227,7 +298,9 @@ def test_waits_that_no_simulation_shows_are_listed_worst_first(vp_simulate, monk
 
 
 def test_a_comparison_replays_every_schedule(vp_simulate, tmp_path):
-    code, out, _ = vp_simulate("--compare", "1f1b,v_half", "--runtime", "gloo", "--out", tmp_path, *UNIT)
+    code, out, _ = vp_simulate(
+        "--compare", "1f1b,v_half", "--runtime", "gloo", "--out", tmp_path, *UNIT
+    )
     assert code == 0
     lines = [line.split() for line in out.splitlines()]
     assert ["on", "gloo"] in [words[-2:] for words in lines]
@@ -239,12 +312,20 @@ def test_a_comparison_replays_every_schedule(vp_simulate, tmp_path):
 @pytest.mark.parametrize(("schedule", "percent"), [("1f1b", 15.8), ("zb_h1", 9.0), ("v_half", 8.4)])
 def test_the_published_costs_replay_as_simulated_but_not_without_a_side_stream(schedule, percent):
     inline = Runtime("inline", issues_ahead=True, continues_beside_passes=False, hops=Hops.PAIRED)
-    words = [f"schedule={schedule}", "vocab=one_barrier", "cost=a100_4b", "parallel.pp=8", "num_microbatches=32"]
+    words = [
+        f"schedule={schedule}",
+        "vocab=one_barrier",
+        "cost=a100_4b",
+        "parallel.pp=8",
+        "num_microbatches=32",
+    ]
     plan = plan_step(load_config(words), 8)
     program = lower(plan.schedule, plan.problem, plan.cost)
 
     def longer(runtime):
-        return 100 * (replay(program, plan.cost, runtime).timeline.makespan / plan.timeline.makespan - 1)
+        return 100 * (
+            replay(program, plan.cost, runtime).timeline.makespan / plan.timeline.makespan - 1
+        )
 
     assert all(0 <= longer(runtime) + 1e-9 <= 0.05 for runtime in RUNTIMES.values())
     assert longer(inline) == pytest.approx(percent, abs=0.1)
@@ -252,13 +333,22 @@ def test_the_published_costs_replay_as_simulated_but_not_without_a_side_stream(s
 
 def test_a_comparison_lists_what_is_not_possible_and_draws_the_rest(vp_simulate, tmp_path):
     # 4 layers split over 4 stages, but not over the 8 of a V.
-    code, out, _ = vp_simulate("--compare", "1f1b,zb_h1,v_half", "--vocab", "none,one_barrier", "--out", tmp_path, *UNIT)
+    code, out, _ = vp_simulate(
+        "--compare", "1f1b,zb_h1,v_half", "--vocab", "none,one_barrier", "--out", tmp_path, *UNIT
+    )
     assert code == 0
     lines = [line.split() for line in out.splitlines()]
     rows = [words[:2] for words in lines if words and words[0] in GENERATORS]
-    assert rows == [[name, vocab] for name in ("1f1b", "zb_h1", "v_half") for vocab in ("none", "one_barrier")]
+    assert rows == [
+        [name, vocab] for name in ("1f1b", "zb_h1", "v_half") for vocab in ("none", "one_barrier")
+    ]
     assert ["1f1b", "none", "33.00", "s", "27.3%", "0.0%", "4"] in [words[:7] for words in lines]
-    assert out.count("not possible: model.num_layers=4 does not split over 8 stages; use model.num_layers=8") == 2
+    assert (
+        out.count(
+            "not possible: model.num_layers=4 does not split over 8 stages; use model.num_layers=8"
+        )
+        == 2
+    )
     assert "4 of 6 simulated in " in out
     table = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert ["reason" in row for row in table] == [False] * 4 + [True] * 2
@@ -266,16 +356,23 @@ def test_a_comparison_lists_what_is_not_possible_and_draws_the_rest(vp_simulate,
 
 
 def test_a_schedule_from_a_file_is_called_what_it_is(vp_simulate, tmp_path):
-    assert vp_simulate("--out", tmp_path / "first", *UNIT, "schedule=zb_h1", "vocab=two_barrier")[0] == 0
+    assert (
+        vp_simulate("--out", tmp_path / "first", *UNIT, "schedule=zb_h1", "vocab=two_barrier")[0]
+        == 0
+    )
     file = f"schedule.file={tmp_path / 'first' / 'schedule.txt'}"
     assert vp_simulate("--out", tmp_path / "second", *UNIT, file, "vocab=two_barrier")[0] == 0
-    first, second = (json.loads((tmp_path / name / "table.json").read_text()) for name in ("first", "second"))
+    first, second = (
+        json.loads((tmp_path / name / "table.json").read_text()) for name in ("first", "second")
+    )
     assert first == second
     assert (second["rows"][0]["schedule"], second["rows"][0]["vocab"]) == ("zb_h1", "two_barrier")
 
 
 def test_a_cap_of_auto_does_not_stop_a_comparison(vp_simulate):
-    code, out, _ = vp_simulate("schedule=auto", "schedule.cap_gib=1", "--compare", "1f1b,gpipe", *UNIT)
+    code, out, _ = vp_simulate(
+        "schedule=auto", "schedule.cap_gib=1", "--compare", "1f1b,gpipe", *UNIT
+    )
     assert code == 0
     assert "2 of 2 simulated" in out
 
@@ -288,7 +385,13 @@ def test_a_comparison_of_impossible_schedules_only_fails(vp_simulate, tmp_path):
 
 
 def test_all_means_every_name():
-    found = list(simulate_each(load_config(["model=nano", "model.num_layers=8"]), tuple(GENERATORS), ("none", "one_barrier")))
+    found = list(
+        simulate_each(
+            load_config(["model=nano", "model.num_layers=8"]),
+            tuple(GENERATORS),
+            ("none", "one_barrier"),
+        )
+    )
     assert [item.schedule for item in found] == [name for name in GENERATORS for _ in range(2)]
     assert not [item for item in found if isinstance(item, Refusal)]
     assert all(item.gap > -1e-9 for item in found if isinstance(item, Outcome))
@@ -311,16 +414,24 @@ def test_a_long_step_shows_its_beginning_and_many_ranks_none():
     drawn = grid(long, 100).splitlines()
     assert drawn[-1].startswith("(the first 24.00 s of 609.00 s")  # 96 columns, "F199" in each
     assert max(map(len, drawn[:-1])) <= 100
-    many = simulate_step(load_config([*UNIT, "parallel.pp=40", "model.num_layers=40", "num_microbatches=1"])).timeline
+    many = simulate_step(
+        load_config([*UNIT, "parallel.pp=40", "model.num_layers=40", "num_microbatches=1"])
+    ).timeline
     assert grid(many, 100) == "(no grid: 40 ranks are too many for text; --out DIR draws them)\n"
 
 
 def test_measured_times_replace_the_estimate():
-    given = ["cost.output_fixed_seconds=0.5", "cost.output_row_seconds=0.001", "cost.lookup_seconds=0.25"]
+    given = [
+        "cost.output_fixed_seconds=0.5",
+        "cost.output_row_seconds=0.001",
+        "cost.lookup_seconds=0.25",
+    ]
     cost = plan_step(load_config([*UNIT, *given, "model.vocab_size=1000"]), 4).cost
     assert cost.pass_seconds[Kind.F] == (1.0,) * 4
     assert cost.pass_seconds[Kind.B] == (2.0,) * 4
-    assert cost.pass_seconds[Kind.S] == pytest.approx((0, 0, 0, 1.0))  # two of three products of 1.5 s; no rows, no time
+    assert cost.pass_seconds[Kind.S] == pytest.approx(
+        (0, 0, 0, 1.0)
+    )  # two of three products of 1.5 s; no rows, no time
     assert cost.pass_seconds[Kind.T] == pytest.approx((0, 0, 0, 0.5))
     assert cost.pass_seconds[Kind.E] == (0.25,) * 4
     assert cost.pass_seconds[Kind.G] == (0.0,) * 4  # not given: a tenth of a collective
@@ -377,10 +488,14 @@ def test_gpt_4b_has_the_published_flops():
         assert 3e-12 * (layers + head) == pytest.approx(row["tflop_per_microbatch"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("method", "vocab"), [("vocab-1", "two_barrier"), ("vocab-2", "one_barrier")])
+@pytest.mark.parametrize(
+    ("method", "vocab"), [("vocab-1", "two_barrier"), ("vocab-2", "one_barrier")]
+)
 def test_the_published_iteration_is_predicted_within_4_percent(method, vocab):
     row = next(row for row in published(method) if row["vocab"] == 256_000)
-    outcome = simulate_step(load_config(["cost=a100_4b", f"vocab={vocab}", "parallel.pp=8", "num_microbatches=128"]))
+    outcome = simulate_step(
+        load_config(["cost=a100_4b", f"vocab={vocab}", "parallel.pp=8", "num_microbatches=128"])
+    )
     assert 1e3 * outcome.timeline.makespan == pytest.approx(row["iteration_ms"], rel=0.04)
 
 

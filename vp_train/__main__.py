@@ -1,5 +1,5 @@
 """`python -m vp_train`: the same as `vp-train`; torchrun starts its ranks this way."""
 
-from vp_train.cli import train
+from vp_train.commands.train import main
 
-train()
+main()

@@ -23,10 +23,10 @@ from vp_train.optim.replicas import Replicas
 from vp_train.optim.zero import ZeroAdamW
 from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
 from vp_train.pipeline.executor import BLIND, Executor, Observer, RankModules
-from vp_train.plan import RunPlan
-from vp_train.precision import DTYPES, statistics_dtype
-from vp_train.split import Split
-from vp_train.streams import with_index
+from vp_train.planning.plan import RunPlan
+from vp_train.tensors.precision import DTYPES, statistics_dtype
+from vp_train.tensors.slices import TensorSlice
+from vp_train.tensors.streams import with_index
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
 from vp_train.vocab.output import OutputLayer
@@ -43,7 +43,7 @@ class RankModel:
     """
 
     parameters: dict[str, nn.Parameter]
-    splits: dict[str, Split]
+    splits: dict[str, TensorSlice]
     trainer: Executor
     evaluator: Executor
     stages: dict[int, Stage]
@@ -52,7 +52,7 @@ class RankModel:
     gradients: Gradients
     optimizer: Optimizer
     loss_scale: LossScale
-    answers: bool  # for the loss of its replica
+    reports_loss: bool  # for the loss of its replica
     _completions: _Completions
     _comms: Comms
     _copied_at_both_ends: Tensor | None  # the gradient of a tied matrix
@@ -72,7 +72,9 @@ class RankModel:
         """
         self._completions.begin()
         scale = self.loss_scale.value
-        loss = self.trainer.step(tokens, labels, observer, mask=mask, segments=segments, loss_scale=scale)
+        loss = self.trainer.step(
+            tokens, labels, observer, mask=mask, segments=segments, loss_scale=scale
+        )
         if self._copied_at_both_ends is not None:
             self._comms.sum_over_ends(self._copied_at_both_ends)
         return loss
@@ -80,7 +82,11 @@ class RankModel:
     @property
     def num_parameters(self) -> int:
         """Without copies."""
-        return sum(parameter.numel() for name, parameter in self.parameters.items() if name not in self.copied)
+        return sum(
+            parameter.numel()
+            for name, parameter in self.parameters.items()
+            if name not in self.copied
+        )
 
 
 def rank_device(config: RunConfig) -> torch.device:
@@ -88,110 +94,175 @@ def rank_device(config: RunConfig) -> torch.device:
     return with_index(torch.device(config.run.device))
 
 
-def build_rank(config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transport | None = None) -> RankModel:
+def build_rank(
+    config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transport | None = None
+) -> RankModel:
     """Build the model of this rank with its initial values.
 
     `transport` connects it with the other ranks of its pipeline; None: the process groups of `mesh`.
     """
-    rank, problem = mesh.pipeline_rank, plan.problem
-    dtype = DTYPES[config.run.dtype]
-    device = rank_device(config)
+    rank, device = mesh.pipeline_rank, rank_device(config)
+    weights = _build_weights(config, plan, mesh, device)
+    gradients = _build_gradients(config, weights, mesh)
+    replicas = Replicas(mesh.data, _through_host(config))
+    optimizer = _build_optimizer(
+        config.optim, weights.parameters, gradients, replicas
+    )  # may move parameters
+    completions = _completions_of(weights, gradients, optimizer, mesh)
+    training, evaluating = _build_modules(config, plan, mesh, weights, gradients, completions)
+    comms = Comms(transport or _process_groups(config, mesh, device))
+    return RankModel(
+        parameters=weights.parameters,
+        splits=weights.splits,
+        trainer=Executor(plan.program, rank, training, comms),
+        evaluator=Executor(plan.evaluation_program, rank, evaluating, comms),
+        stages=weights.stages,
+        output_layer=training.output_layer,
+        copied=weights.copied,
+        gradients=gradients,
+        optimizer=optimizer,
+        loss_scale=LossScale.of(config.run.dtype),
+        reports_loss=plan.problem.root(End.OUTPUT) == rank and mesh.tensor_rank == 0,
+        _completions=completions,
+        _comms=comms,
+        _copied_at_both_ends=None if weights.tied is None else gradients[weights.tied],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """What a rank holds: its stages, and its rows at each end of the vocabulary where it has some.
+
+    `matrices`: name and matrix of an end, the same ones twice when tied on one rank.  `splits` and
+    `copied` as in RankModel.  `tied`: the matrix that an unsharded vocabulary keeps at both ends, on
+    two ranks.
+    """
+
+    stages: dict[int, Stage]
+    shards: dict[End, _Shards]
+    matrices: dict[End, tuple[str, nn.Parameter]]
+    parameters: dict[str, nn.Parameter]
+    splits: dict[str, TensorSlice]
+    copied: frozenset[str]
+    tied: str | None
+
+    @property
+    def matrix_names(self) -> dict[End, str]:
+        return {end: name for end, (name, _) in self.matrices.items()}
+
+
+def _build_weights(config: RunConfig, plan: RunPlan, mesh: Mesh, device: torch.device) -> _Weights:
+    rank, problem, dtype = mesh.pipeline_rank, plan.problem, DTYPES[config.run.dtype]
     stages = _build_stages(config, plan, mesh, dtype, device)
     shards = {end: _Shards.of(plan, mesh, end) for end in End if rank in problem.shard_ranks(end)}
     matrices = _build_matrices(config, shards, dtype, device)
     parameters = dict(_named_parameters(stages)) | dict(matrices.values())
     splits = {name: split for stage in stages.values() for name, split in stage.splits.items()}
-    rows = {
-        name: Split(0, config.model.vocab_size, ((shards[end].own.start, shards[end].own.stop),))
-        for end, (name, _) in matrices.items()
-    }
-    copied = parameters.keys() - splits.keys() - rows.keys() if mesh.tensor_rank else set[str]()
-    tied_name = None
+    for end, (name, _) in matrices.items():
+        own = shards[end].own
+        splits[name] = TensorSlice(0, config.model.vocab_size, ((own.start, own.stop),))
+    copied = parameters.keys() - splits.keys() if mesh.tensor_rank else set[str]()
+    tied = None
     two_ends = not problem.algorithm.sharded and len({problem.root(end) for end in End}) > 1
     if config.model.tied_embeddings and two_ends and matrices:
-        ((tied_name, _),) = matrices.values()
-        copied |= set() if End.INPUT in matrices else {tied_name}
-    through_host = config.run.device == "cuda" and config.run.comm_backend == "gloo"
+        ((tied, _),) = matrices.values()
+        copied |= set() if End.INPUT in matrices else {tied}
+    return _Weights(stages, shards, matrices, parameters, splits, frozenset(copied), tied)
+
+
+def _build_gradients(config: RunConfig, weights: _Weights, mesh: Mesh) -> Gradients:
+    precise = statistics_dtype(DTYPES[config.run.dtype])
     layout = lay_out(
-        parameters,
-        _runs(stages, matrices),
-        max_elements=bucket_elements(config.optim, statistics_dtype(dtype).itemsize),
+        weights.parameters,
+        _runs(weights),
+        max_elements=bucket_elements(config.optim, precise.itemsize),
         num_parts=mesh.degrees.dp,
-        copied=frozenset(copied),
+        copied=weights.copied,
     )
-    gradients = Gradients(parameters, layout)
-    optimizer = _build_optimizer(config.optim, parameters, gradients, Replicas(mesh.data, through_host))  # may move parameters
-    options = LossOptions(config.loss.label_smoothing, config.loss.z_loss, config.model.logit_softcap)
+    return Gradients(weights.parameters, layout)
 
-    def output_layer(algorithm: VocabAlgorithm, options: LossOptions) -> OutputLayer | None:
-        if End.OUTPUT not in matrices:
-            return None
-        name, weight = matrices[End.OUTPUT]
-        return OutputLayer(
-            weight,
-            gradients[name],
-            shards[End.OUTPUT].own,
-            config.model.vocab_size,
-            algorithm.input_gradient,
-            config.vocab.backend,
-            options,
-            config.vocab.recompute_fraction,
-            sum_dtype=dtype if config.vocab.sum_dtype == "compute" else None,
-        )
 
-    input_layer = None
-    if End.INPUT in matrices:
-        name, weight = matrices[End.INPUT]
-        input_layer = InputLayer(weight, gradients[name], shards[End.INPUT].all, shards[End.INPUT].index)
-    names_of = _names_of_passes(stages, {end: name for end, (name, _) in matrices.items()}, rank)
-    completions = _Completions(
-        names_of,
-        frozenset(() if tied_name is None else (tied_name,)),
-        frozenset(name for stage in stages.values() for name in stage.partial),
-        gradients,
-        optimizer,
-        mesh.tensor,
+def _completions_of(
+    weights: _Weights, gradients: Gradients, optimizer: Optimizer, mesh: Mesh
+) -> _Completions:
+    return _Completions(
+        _names_of_passes(weights.stages, weights.matrix_names, mesh.pipeline_rank),
+        later=frozenset(() if weights.tied is None else (weights.tied,)),
+        partial=frozenset(name for stage in weights.stages.values() for name in stage.partial),
+        gradients=gradients,
+        optimizer=optimizer,
+        tensor=mesh.tensor,
     )
+
+
+def _build_modules(
+    config: RunConfig,
+    plan: RunPlan,
+    mesh: Mesh,
+    weights: _Weights,
+    gradients: Gradients,
+    updates: _Completions,
+) -> tuple[RankModules, RankModules]:
+    """Return what the executors of training and of evaluation call."""
+    input_layer, loss = None, config.loss
+    if End.INPUT in weights.matrices:
+        name, weight = weights.matrices[End.INPUT]
+        shards = weights.shards[End.INPUT]
+        input_layer = InputLayer(weight, gradients[name], shards.all, shards.index)
+    options = LossOptions(loss.label_smoothing, loss.z_loss, config.model.logit_softcap)
     training = RankModules(
-        stages,
+        weights.stages,
         input_layer,
-        output_layer(problem.algorithm, options),
-        dtype,
-        device,
+        _output_layer(config, weights, gradients, plan.problem.algorithm, options),
+        DTYPES[config.run.dtype],
+        rank_device(config),
         config.model.hidden_size,
-        config.loss.normalisation,
+        loss.normalisation,
         leads=mesh.tensor_rank == 0,
         over_replicas=partial(_over_replicas, mesh) if mesh.degrees.dp > 1 else None,
-        updates=completions,
+        updates=updates,
         sequence_parts=mesh.degrees.tp if config.parallel.sequence_parallel else 1,
     )
-    evaluating = replace(
-        training,
-        output_layer=output_layer(plan.evaluation_problem.algorithm, options.measured),
-        normalisation="token",
+    measured = plan.evaluation_problem.algorithm
+    output_layer = _output_layer(config, weights, gradients, measured, options.measured)
+    return training, replace(training, output_layer=output_layer, normalisation="token")
+
+
+def _output_layer(
+    config: RunConfig,
+    weights: _Weights,
+    gradients: Gradients,
+    algorithm: VocabAlgorithm,
+    options: LossOptions,
+) -> OutputLayer | None:
+    """Return the output layer of this rank, None if it has no rows there."""
+    if End.OUTPUT not in weights.matrices:
+        return None
+    name, weight = weights.matrices[End.OUTPUT]
+    return OutputLayer(
+        weight,
+        gradients[name],
+        weights.shards[End.OUTPUT].own,
+        config.model.vocab_size,
+        algorithm.input_gradient,
+        config.vocab.backend,
+        options,
+        config.vocab.recompute_fraction,
+        sum_dtype=DTYPES[config.run.dtype] if config.vocab.sum_dtype == "compute" else None,
     )
-    if transport is None:
-        transport = ProcessGroups(
-            mesh.pipeline, device, through_host=through_host, whole_hops=config.parallel.sequence_parallel
-        )
-    comms = Comms(transport)
-    trainer = Executor(plan.program, rank, training, comms)
-    evaluator = Executor(plan.evaluation_program, rank, evaluating, comms)
-    return RankModel(
-        parameters,
-        splits | rows,
-        trainer,
-        evaluator,
-        stages,
-        training.output_layer,
-        frozenset(copied),
-        gradients,
-        optimizer,
-        LossScale.of(config.run.dtype),
-        problem.root(End.OUTPUT) == rank and mesh.tensor_rank == 0,
-        completions,
-        comms,
-        None if tied_name is None else gradients[tied_name],
+
+
+def _through_host(config: RunConfig) -> bool:
+    """Return whether tensors on a GPU travel through host memory."""
+    return config.run.device == "cuda" and config.run.comm_backend == "gloo"
+
+
+def _process_groups(config: RunConfig, mesh: Mesh, device: torch.device) -> ProcessGroups:
+    return ProcessGroups(
+        mesh.pipeline,
+        device,
+        through_host=_through_host(config),
+        whole_hops=config.parallel.sequence_parallel,
     )
 
 
@@ -203,7 +274,9 @@ def _over_replicas(mesh: Mesh, total: Tensor) -> Tensor:
     """
     _, here, k = mesh.degrees.place(mesh.rank)
     everyone = mesh.steps.all_gather(total)
-    return everyone[[mesh.degrees.rank(replica, here, k) for replica in range(mesh.degrees.dp)]].sum()
+    return everyone[
+        [mesh.degrees.rank(replica, here, k) for replica in range(mesh.degrees.dp)]
+    ].sum()
 
 
 def _sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
@@ -212,7 +285,9 @@ def _sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat, group=group)
-    for tensor, total in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, total in zip(
+        tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True
+    ):
         tensor.copy_(total.view_as(tensor))
 
 
@@ -227,6 +302,7 @@ class _Completions:
     def __init__(
         self,
         names_of: Mapping[tuple[Kind, int], tuple[str, ...]],
+        *,
         later: frozenset[str],
         partial: frozenset[str],
         gradients: Gradients,
@@ -247,17 +323,19 @@ class _Completions:
     def announce(self, names: Sequence[str]) -> None:
         new = [name for name in names if name not in self._done]
         self._done.update(new)
-        _sum_in_place([self._gradients[name] for name in new if name in self._partial], self._tensor)
+        _sum_in_place(
+            [self._gradients[name] for name in new if name in self._partial], self._tensor
+        )
         self._optimizer.ready(new)
 
     def complete(self, item: Pass) -> None:
         self.announce(self._names_of.get((item.kind, item.stage), ()))
 
 
-def _runs(stages: dict[int, Stage], matrices: dict[End, tuple[str, nn.Parameter]]) -> Runs:
-    """For `lay_out`, in the order in which passes need the parameters."""
+def _runs(weights: _Weights) -> Runs:
+    """Return the units for `lay_out`, in the order in which passes need the parameters."""
+    stages, names = weights.stages, weights.matrix_names
     runs: list[Sequence[Sequence[str]]] = [stages[number].units for number in sorted(stages)]
-    names = {end: name for end, (name, _) in matrices.items()}
     if End.INPUT in names:
         runs.insert(0, [[names[End.INPUT]]])
     if End.OUTPUT in names and names[End.OUTPUT] != names.get(End.INPUT):
@@ -266,7 +344,10 @@ def _runs(stages: dict[int, Stage], matrices: dict[End, tuple[str, nn.Parameter]
 
 
 def _build_optimizer(
-    optim: OptimConfig, parameters: dict[str, nn.Parameter], gradients: Gradients, replicas: Replicas
+    optim: OptimConfig,
+    parameters: dict[str, nn.Parameter],
+    gradients: Gradients,
+    replicas: Replicas,
 ) -> Optimizer:
     if optim.name == "adamw":
         return ReplicatedAdamW(parameters, gradients, optim, replicas)
@@ -296,7 +377,9 @@ class _Shards:
         return self.all[self.index]
 
 
-def _build_stages(config: RunConfig, plan: RunPlan, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> dict[int, Stage]:
+def _build_stages(
+    config: RunConfig, plan: RunPlan, mesh: Mesh, dtype: torch.dtype, device: torch.device
+) -> dict[int, Stage]:
     return {
         stage: Stage(
             config.model,
@@ -324,12 +407,16 @@ def _build_matrices(
             matrices[end] = matrices[End.INPUT]
             continue
         name = "embedding" if end is End.INPUT or config.model.tied_embeddings else "output"
-        rows = init_rows(name, here.own.start, here.own.stop, config.model, config.run.seed, dtype, device)
+        rows = init_rows(
+            name, here.own.start, here.own.stop, config.model, config.run.seed, dtype, device
+        )
         matrices[end] = (f"{name}.weight", nn.Parameter(rows))
     return matrices
 
 
-def _names_of_passes(stages: dict[int, Stage], matrices: dict[End, str], rank: int) -> dict[tuple[Kind, int], tuple[str, ...]]:
+def _names_of_passes(
+    stages: dict[int, Stage], matrices: dict[End, str], rank: int
+) -> dict[tuple[Kind, int], tuple[str, ...]]:
     """The parameters that passes of a kind and stage read, or whose gradients they add to."""
     of_stages = {
         (kind, number): tuple(name for name, _ in stage.named_parameters())
@@ -337,7 +424,9 @@ def _names_of_passes(stages: dict[int, Stage], matrices: dict[End, str], rank: i
         for kind in (Kind.F, Kind.B, Kind.I, Kind.W)
     }
     kinds = {End.INPUT: (Kind.E, Kind.G), End.OUTPUT: (Kind.S, Kind.T)}
-    return of_stages | {(kind, rank): (name,) for end, name in matrices.items() for kind in kinds[end]}
+    return of_stages | {
+        (kind, rank): (name,) for end, name in matrices.items() for kind in kinds[end]
+    }
 
 
 def _named_parameters(stages: dict[int, Stage]) -> Iterator[tuple[str, nn.Parameter]]:

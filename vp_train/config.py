@@ -61,7 +61,9 @@ class Setting:
         if value is None and default is None:
             return
         if self.choices and value not in self.choices:
-            raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(self.choices)}")
+            raise ConfigError(
+                f"{name}={value!r} is not known; choose one of {', '.join(self.choices)}"
+            )
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name}={value} is not a finite number")
         if not self._low_enough(value):
@@ -94,10 +96,14 @@ class Setting:
         return f"{'at most' if self.below is None else 'below'} {self._highest:,}"
 
     def _high_enough(self, value: Any) -> bool:
-        return (self.least is None or value >= self.least) and (self.above is None or value > self.above)
+        return (self.least is None or value >= self.least) and (
+            self.above is None or value > self.above
+        )
 
     def _low_enough(self, value: Any) -> bool:
-        return (self.most is None or value <= self.most) and (self.below is None or value < self.below)
+        return (self.most is None or value <= self.most) and (
+            self.below is None or value < self.below
+        )
 
 
 def setting(
@@ -141,7 +147,9 @@ class ModelConfig:
     hidden_size: int = setting(256, "Width of the residual stream.", least=1)
     num_heads: int = setting(8, "Attention heads.", least=1)
     num_query_groups: int = setting(4, "Heads of keys and values; num_heads shares them.", least=1)
-    head_size: int | None = setting(None, "Width of a head; null: hidden_size / num_heads.", least=1)
+    head_size: int | None = setting(
+        None, "Width of a head; null: hidden_size / num_heads.", least=1
+    )
     ffn_hidden_size: int = setting(768, "Inner width of the MLP.", least=1)
     vocab_size: int = setting(32_768, "Tokens of the vocabulary.", least=1)
     seq_length: int = setting(256, "Tokens of a sequence.", least=1)
@@ -150,7 +158,9 @@ class ModelConfig:
     normalisation: str = setting("rmsnorm", "Kind of all norms.", choices=("rmsnorm", "layernorm"))
     zero_centred_norm: bool = setting(False, "Weights w of an RMSNorm count as 1 + w.")
     norm_epsilon: float = setting(1e-5, "Added to the variance in a norm.", above=0)
-    post_norms: bool = setting(False, "Norms after attention and MLP too, before the residual is added.")
+    post_norms: bool = setting(
+        False, "Norms after attention and MLP too, before the residual is added."
+    )
     activation: str = setting(
         "swiglu",
         "Of the MLP: swiglu or geglu (gated; tanh approximation), or gelu (tanh approximation).",
@@ -159,9 +169,13 @@ class ModelConfig:
     linear_bias: bool = setting(False, "Biases in all linear layers of the decoder.")
     qkv_bias: bool = setting(False, "A bias in the linear layer of queries, keys and values.")
     qk_norm: bool = setting(False, "An RMSNorm over each head of queries and keys.")
-    attention_divisor: float | None = setting(None, "Scores are q k / sqrt(attention_divisor); null: of head_size.", above=0)
+    attention_divisor: float | None = setting(
+        None, "Scores are q k / sqrt(attention_divisor); null: of head_size.", above=0
+    )
     attention_softcap: float | None = setting(None, "c: scores become c tanh(scores / c).", above=0)
-    sliding_window: int | None = setting(None, "Local layers see so many tokens, the own one included.", unit="tokens", least=1)
+    sliding_window: int | None = setting(
+        None, "Local layers see so many tokens, the own one included.", unit="tokens", least=1
+    )
     full_attention_every: int | None = setting(
         None, "Every so many-th layer is not local; null: all are local.", unit="layers", least=1
     )
@@ -171,7 +185,9 @@ class ModelConfig:
         choices=("rope", "learned"),
     )
     rope_base: float = setting(10_000.0, "Base of the angles of rotary embeddings.", above=0)
-    rope_local_base: float | None = setting(None, "Their base in local layers; null: rope_base.", above=0)
+    rope_local_base: float | None = setting(
+        None, "Their base in local layers; null: rope_base.", above=0
+    )
     rope_scaling: str = setting(
         "none",
         "linear divides all angles by rope_factor, llama3 those of low frequencies (arXiv 2407.21783).",
@@ -182,7 +198,9 @@ class ModelConfig:
         1.0, "llama3: fewer turns than this within rope_original_length count the whole factor."
     )
     rope_high_frequency: float = setting(4.0, "llama3: more turns than this count no factor.")
-    rope_original_length: int = setting(8192, "llama3: sequence length before scaling.", unit="tokens", least=1)
+    rope_original_length: int = setting(
+        8192, "llama3: sequence length before scaling.", unit="tokens", least=1
+    )
     init_std: float = setting(0.02, "Standard deviation of initial weights.", least=0)
     logit_softcap: float | None = setting(None, "c: logits become c tanh(logits / c).", above=0)
 
@@ -199,7 +217,11 @@ class ModelConfig:
             )
         size = self.head_size or self.hidden_size // self.num_heads
         if self.positions == "rope" and size % 2:
-            name = "model.hidden_size / model.num_heads" if self.head_size is None else "model.head_size"
+            name = (
+                "model.hidden_size / model.num_heads"
+                if self.head_size is None
+                else "model.head_size"
+            )
             raise ConfigError(f"{name} = {size} is odd; rotary embeddings need an even head size")
         if self.num_heads % self.num_query_groups:
             raise ConfigError(
@@ -234,7 +256,10 @@ class ModelConfig:
             raise ConfigError(
                 f"model.rope_factor={self.rope_factor} counts only with model.rope_scaling=linear or llama3; set one of them"
             )
-        if self.rope_scaling == "llama3" and not 0 < self.rope_low_frequency < self.rope_high_frequency:
+        if (
+            self.rope_scaling == "llama3"
+            and not 0 < self.rope_low_frequency < self.rope_high_frequency
+        ):
             raise ConfigError(
                 f"model.rope_low_frequency={self.rope_low_frequency} and model.rope_high_frequency={self.rope_high_frequency}: "
                 "the first must be above 0 and below the second"
@@ -254,8 +279,12 @@ class ScheduleConfig:
     one_barrier keeps, or within what a single microbatch needs.
     """
 
-    name: str = setting("1f1b", "A schedule of schedules.generators, or auto: the fastest found under a cap.")
-    num_chunks: int | None = setting(None, "Stages of a rank, where the schedule leaves a choice.", least=1)
+    name: str = setting(
+        "1f1b", "A schedule of schedules.generators, or auto: the fastest found under a cap."
+    )
+    num_chunks: int | None = setting(
+        None, "Stages of a rank, where the schedule leaves a choice.", least=1
+    )
     cap_microbatches: float | None = setting(
         None, "auto: cap on memory, in microbatches of 1/p of the model's activations.", above=0
     )
@@ -288,16 +317,23 @@ class ScheduleConfig:
 class VocabConfig:
     """How the input and output layers are split, and which code computes S and T."""
 
-    algorithm: str = setting("one_barrier", "A vocabulary algorithm of schedules.vocab, or auto with schedule=auto.")
+    algorithm: str = setting(
+        "one_barrier", "A vocabulary algorithm of schedules.vocab, or auto with schedule=auto."
+    )
     backend: str = setting(
         "chunked",
         "chunked holds exponentials from S to T; recompute forms them again; reference is the oracle.",
         choices=("chunked", "recompute", "reference"),
     )
-    shards: tuple[int, ...] | None = setting(None, "Vocabulary rows of each rank; null: as equal as possible.")
+    shards: tuple[int, ...] | None = setting(
+        None, "Vocabulary rows of each rank; null: as equal as possible."
+    )
     balance: bool = setting(False, "Ranks with less other work take more rows.")
     recompute_fraction: float = setting(
-        1.0, "recompute: part of the rows that is formed again, by a fourth product.", least=0, most=1
+        1.0,
+        "recompute: part of the rows that is formed again, by a fourth product.",
+        least=0,
+        most=1,
     )
     sum_dtype: str = setting(
         "float32",
@@ -313,7 +349,9 @@ class VocabConfig:
                 f"not {self.backend}; drop one of the two"
             )
         if self.balance and self.shards is not None:
-            raise ConfigError(f"vocab.balance=true and vocab.shards={list(self.shards)}: set one of the two")
+            raise ConfigError(
+                f"vocab.balance=true and vocab.shards={list(self.shards)}: set one of the two"
+            )
 
 
 RECOMPUTE = ("none", "selective", "full")
@@ -328,9 +366,13 @@ class ParallelConfig:
     number of ranks that were started; of both, `dp` is 1.
     """
 
-    pp: int | None = setting(None, "Ranks of a pipeline; null: what was started leaves for it.", least=1)
+    pp: int | None = setting(
+        None, "Ranks of a pipeline; null: what was started leaves for it.", least=1
+    )
     dp: int | None = setting(
-        None, "Replicas, each with num_microbatches of its own; null: what was started leaves for it.", least=1
+        None,
+        "Replicas, each with num_microbatches of its own; null: what was started leaves for it.",
+        least=1,
     )
     tp: int = setting(1, "Ranks that split each matrix.", least=1)
     placement: str = setting(
@@ -338,14 +380,20 @@ class ParallelConfig:
         "Layers of the stages: even; balanced, where they do not split evenly; redistribute, fewer on the last one.",
         choices=("even", "balanced", "redistribute"),
     )
-    layers_per_stage: tuple[int, ...] | None = setting(None, "Layers of each stage; overrides placement.")
+    layers_per_stage: tuple[int, ...] | None = setting(
+        None, "Layers of each stage; overrides placement."
+    )
     recompute: str = setting(
         "none",
         "What runs again in the backward instead of being kept: the attention of each layer, or all of it.",
         choices=RECOMPUTE,
     )
-    recompute_per_stage: tuple[str, ...] | None = setting(None, "The same for each stage.", choices=RECOMPUTE)
-    sequence_parallel: bool = setting(False, "Norms and residuals are split over the tensor-parallel ranks too, by tokens.")
+    recompute_per_stage: tuple[str, ...] | None = setting(
+        None, "The same for each stage.", choices=RECOMPUTE
+    )
+    sequence_parallel: bool = setting(
+        False, "Norms and residuals are split over the tensor-parallel ranks too, by tokens."
+    )
 
     def __post_init__(self) -> None:
         _check("parallel.", self)
@@ -357,11 +405,17 @@ class ParallelConfig:
 
     @property
     def recompute_words(self) -> str:
-        return self.recompute if self.recompute_per_stage is None else ", ".join(self.recompute_per_stage)
+        return (
+            self.recompute
+            if self.recompute_per_stage is None
+            else ", ".join(self.recompute_per_stage)
+        )
 
     def recompute_of(self, stage: int) -> str:
         """What runs again in the backward of `stage`."""
-        return self.recompute if self.recompute_per_stage is None else self.recompute_per_stage[stage]
+        return (
+            self.recompute if self.recompute_per_stage is None else self.recompute_per_stage[stage]
+        )
 
 
 @dataclass(frozen=True)
@@ -371,7 +425,9 @@ class LossConfig:
     Validation measures the plain negative log-likelihood, the mean over all tokens.
     """
 
-    label_smoothing: float = setting(0.0, "Part of the target that is spread over all tokens.", least=0, below=1)
+    label_smoothing: float = setting(
+        0.0, "Part of the target that is spread over all tokens.", least=0, below=1
+    )
     z_loss: float = setting(0.0, "Weight of lse^2 of every token.", least=0)
     normalisation: str = setting(
         "token",
@@ -393,19 +449,25 @@ class OptimConfig:
         choices=("adamw", "zero1"),
     )
     lr: float = setting(2e-3, "Learning rate after the warm-up.", least=0)
-    min_lr: float | None = setting(None, "Learning rate that the decay ends at; null: a tenth of lr.", least=0)
+    min_lr: float | None = setting(
+        None, "Learning rate that the decay ends at; null: a tenth of lr.", least=0
+    )
     schedule: str = setting(
         "cosine",
         "cosine from lr to min_lr; wsd holds lr and decays linearly over the end of the run.",
         choices=("cosine", "wsd"),
     )
     warmup_steps: int = setting(10, "Steps in which the rate rises to lr.", unit="steps", least=0)
-    decay_fraction: float = setting(0.2, "wsd: part of the run in which the rate falls.", least=0, below=1)
+    decay_fraction: float = setting(
+        0.2, "wsd: part of the run in which the rate falls.", least=0, below=1
+    )
     weight_decay: float = setting(0.1, "Decoupled weight decay of matrices.", least=0)
     beta1: float = setting(0.9, "Decay of the mean of gradients.", least=0, below=1)
     beta2: float = setting(0.95, "Decay of the mean of their squares.", least=0, below=1)
     epsilon: float = setting(1e-8, "Added to the root of the mean square.", above=0)
-    clip_grad_norm: float = setting(1.0, "Largest norm of all gradients; 0 turns clipping off.", least=0)
+    clip_grad_norm: float = setting(
+        1.0, "Largest norm of all gradients; 0 turns clipping off.", least=0
+    )
     offload: bool = setting(False, "zero1: keep the state in host memory and update it there.")
     bucket_mib: int = setting(
         64,
@@ -417,7 +479,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _check("optim.", self)
         if self.offload and self.name != "zero1":
-            raise ConfigError(f"optim.offload=true counts only with optim.name=zero1, not {self.name}; change one of the two")
+            raise ConfigError(
+                f"optim.offload=true counts only with optim.name=zero1, not {self.name}; change one of the two"
+            )
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ConfigError(
                 f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}, which decays to it; lower it, or leave it out "
@@ -484,30 +548,46 @@ class DataConfig:
         "The running Python's standard library, text files, a blend of these, or a synthetic source of known entropy.",
         choices=("pystdlib", "text", "blend", "synthetic"),
     )
-    path: str | None = setting(None, "text: a directory of text or .jsonl files, one such file, or what vp-prepare stored.")
+    path: str | None = setting(
+        None, "text: a directory of text or .jsonl files, one such file, or what vp-prepare stored."
+    )
     blend: tuple[BlendEntry, ...] | None = setting(None, "blend: its corpora and their weights.")
     packing: str = setting(
         "none",
         "documents: no token sees another document of its sample, none predicts the next one's first.",
         choices=("none", "documents"),
     )
-    tokenizer: str | None = setting(None, "A Hugging Face tokenizer.json; null trains one of model.vocab_size tokens.")
-    end_token: str | None = setting(None, "What that tokenizer calls the end of a document; null tries the usual names.")
+    tokenizer: str | None = setting(
+        None, "A Hugging Face tokenizer.json; null trains one of model.vocab_size tokens."
+    )
+    end_token: str | None = setting(
+        None, "What that tokenizer calls the end of a document; null tries the usual names."
+    )
     jsonl_field: str = setting("text", "Field of a .jsonl line that holds the text.")
     cache_dir: str = setting("data-cache", "Directory for tokenizers and tokens.")
-    validation_fraction: float = setting(0.05, "Part of the samples that is kept for validation.", least=0, below=1)
+    validation_fraction: float = setting(
+        0.05, "Part of the samples that is kept for validation.", least=0, below=1
+    )
     seed: int = setting(1234, "Of the order of samples.", least=0)
 
     def __post_init__(self) -> None:
         _check("data.", self)
         if self.name == "text" and self.path is None:
-            raise ConfigError("data.name=text needs data.path: a directory of text or .jsonl files, or one such file")
+            raise ConfigError(
+                "data.name=text needs data.path: a directory of text or .jsonl files, or one such file"
+            )
         if self.name == "blend" and not self.blend:
-            raise ConfigError("data.name=blend needs data.blend: [{path: DIR, weight: 3}, {name: pystdlib, weight: 1}]")
+            raise ConfigError(
+                "data.name=blend needs data.blend: [{path: DIR, weight: 3}, {name: pystdlib, weight: 1}]"
+            )
         if self.name != "blend" and self.blend:
-            raise ConfigError(f"data.blend counts only with data=blend, not data.name={self.name}; drop one of the two")
+            raise ConfigError(
+                f"data.blend counts only with data=blend, not data.name={self.name}; drop one of the two"
+            )
         if self.name == "synthetic" and self.packing != "none":
-            raise ConfigError(f"data.packing={self.packing} needs documents, which data.name=synthetic has none of; drop it")
+            raise ConfigError(
+                f"data.packing={self.packing} needs documents, which data.name=synthetic has none of; drop it"
+            )
         _ = self.weights  # refused here if at all
 
     @property
@@ -528,10 +608,17 @@ class CostConfig:
     flops_per_second: float = setting(5e10, "Rate of all passes.", unit="FLOP/s", least=1)
     hop_seconds: float = setting(2e-4, "Fixed time of a message between stages.", unit="s", least=0)
     hop_bytes_per_second: float | None = setting(None, "Its bandwidth.", unit="bytes/s", least=1)
-    collective_seconds: float = setting(5e-4, "Fixed time of a vocabulary collective.", unit="s", least=0)
-    collective_bytes_per_second: float | None = setting(None, "Its bandwidth.", unit="bytes/s", least=1)
+    collective_seconds: float = setting(
+        5e-4, "Fixed time of a vocabulary collective.", unit="s", least=0
+    )
+    collective_bytes_per_second: float | None = setting(
+        None, "Its bandwidth.", unit="bytes/s", least=1
+    )
     tensor_seconds: float = setting(
-        0.0, "Fixed time of a sum over tensor-parallel ranks; a layer has 2 forward, 2 backward.", unit="s", least=0
+        0.0,
+        "Fixed time of a sum over tensor-parallel ranks; a layer has 2 forward, 2 backward.",
+        unit="s",
+        least=0,
     )
     tensor_bytes_per_second: float | None = setting(None, "Its bandwidth.", unit="bytes/s", least=1)
     measured_layer_flops: float | None = setting(
@@ -541,16 +628,27 @@ class CostConfig:
     measured_device: str | None = setting(None, "Its run.device.", choices=_DEVICES)
     measured_on: str | None = setting(None, "What vp-plan calls the device.")
     layer_forward_seconds: float | None = setting(None, "Measured F of a layer.", unit="s", least=0)
-    layer_backward_seconds: float | None = setting(None, "Measured B of a layer.", unit="s", least=0)
-    layer_input_grad_seconds: float | None = setting(None, "Measured I of a layer.", unit="s", least=0)
-    layer_weight_grad_seconds: float | None = setting(None, "Measured W of a layer.", unit="s", least=0)
+    layer_backward_seconds: float | None = setting(
+        None, "Measured B of a layer.", unit="s", least=0
+    )
+    layer_input_grad_seconds: float | None = setting(
+        None, "Measured I of a layer.", unit="s", least=0
+    )
+    layer_weight_grad_seconds: float | None = setting(
+        None, "Measured W of a layer.", unit="s", least=0
+    )
     output_fixed_seconds: float = setting(
-        0.0, "Fixed part of S and T of a shard; counts only with output_row_seconds.", unit="s", least=0
+        0.0,
+        "Fixed part of S and T of a shard; counts only with output_row_seconds.",
+        unit="s",
+        least=0,
     )
     output_row_seconds: float | None = setting(None, "Their part per row.", unit="s", least=0)
     lookup_seconds: float | None = setting(None, "Measured E of a shard.", unit="s", least=0)
     lookup_grad_seconds: float | None = setting(None, "Measured G of a shard.", unit="s", least=0)
-    rank_slowness: tuple[float, ...] | None = setting(None, "How many times as long each rank takes; null: 1 each.", above=0)
+    rank_slowness: tuple[float, ...] | None = setting(
+        None, "How many times as long each rank takes; null: 1 each.", above=0
+    )
 
     def __post_init__(self) -> None:
         _check("cost.", self)
@@ -573,22 +671,39 @@ class ClusterConfig:
 
     num_nodes: int = setting(1, "Nodes.", least=1)
     gpus_per_node: int = setting(4, "GPUs of a node.", least=1)
-    memory_gib: float = setting(4.0, "Memory that a rank may allocate on its GPU.", unit="GiB", above=0)
+    memory_gib: float = setting(
+        4.0, "Memory that a rank may allocate on its GPU.", unit="GiB", above=0
+    )
     bfloat16_flops_per_second: float = setting(1e11, "Peak of a GPU.", unit="FLOP/s", least=1)
     float16_flops_per_second: float = setting(1e11, "Peak of a GPU.", unit="FLOP/s", least=1)
     float32_flops_per_second: float = setting(1e11, "Peak of a GPU.", unit="FLOP/s", least=1)
     float64_flops_per_second: float = setting(5e10, "Peak of a GPU.", unit="FLOP/s", least=1)
-    efficiency: float = setting(0.5, "Part of the peak that passes reach, unless cost has times.", above=0, most=1)
-    memory_bytes_per_second: float = setting(1e10, "Bandwidth of a GPU's memory.", unit="bytes/s", least=1)
+    efficiency: float = setting(
+        0.5, "Part of the peak that passes reach, unless cost has times.", above=0, most=1
+    )
+    memory_bytes_per_second: float = setting(
+        1e10, "Bandwidth of a GPU's memory.", unit="bytes/s", least=1
+    )
     node_seconds: float = setting(2e-4, "Fixed time of a message within a node.", unit="s", least=0)
     node_bytes_per_second: float = setting(1e9, "Bandwidth within a node.", unit="bytes/s", least=1)
-    network_seconds: float = setting(1e-3, "Fixed time of a message between nodes.", unit="s", least=0)
-    network_bytes_per_second: float = setting(1e8, "Bandwidth between nodes.", unit="bytes/s", least=1)
-    host_bytes_per_second: float = setting(1e10, "Bandwidth of a GPU to its host.", unit="bytes/s", least=1)
+    network_seconds: float = setting(
+        1e-3, "Fixed time of a message between nodes.", unit="s", least=0
+    )
+    network_bytes_per_second: float = setting(
+        1e8, "Bandwidth between nodes.", unit="bytes/s", least=1
+    )
+    host_bytes_per_second: float = setting(
+        1e10, "Bandwidth of a GPU to its host.", unit="bytes/s", least=1
+    )
     host_memory_bytes_per_second: float = setting(
         1e10, "A GPU's share of the bandwidth of host memory.", unit="bytes/s", least=1
     )
-    overlap: float = setting(0.0, "Part of gradient sums and parameter gathers that hides behind passes.", least=0, most=1)
+    overlap: float = setting(
+        0.0,
+        "Part of gradient sums and parameter gathers that hides behind passes.",
+        least=0,
+        most=1,
+    )
 
     def __post_init__(self) -> None:
         _check("cluster.", self)
@@ -609,7 +724,9 @@ class RunSettings:
     root: str = setting("runs", "Directory of all runs.")
     steps: int = setting(90, "Optimizer steps.", unit="steps", least=1)
     seed: int = setting(1, "Of the initial weights.")
-    dtype: str = setting("float32", "Of weights and activations; gradients and state are wider.", choices=_DTYPES)
+    dtype: str = setting(
+        "float32", "Of weights and activations; gradients and state are wider.", choices=_DTYPES
+    )
     device: str = setting("cpu", "Where the ranks compute.", choices=_DEVICES)
     comm_backend: str = setting(
         "nccl",
@@ -617,25 +734,39 @@ class RunSettings:
         choices=("nccl", "gloo"),
     )
     comm_priority: bool = setting(True, "nccl: communication runs on streams of high priority.")
-    collective_ctas: int = setting(2, "nccl: most thread blocks of a vocabulary collective; 0: NCCL's choice.", least=0)
+    collective_ctas: int = setting(
+        2, "nccl: most thread blocks of a vocabulary collective; 0: NCCL's choice.", least=0
+    )
     hop_channels: int = setting(
-        2, "nccl: most channels of a hop unless NCCL_MAX_P2P_NCHANNELS is set; 0: NCCL's choice.", least=0
+        2,
+        "nccl: most channels of a hop unless NCCL_MAX_P2P_NCHANNELS is set; 0: NCCL's choice.",
+        least=0,
     )
     deterministic: bool = setting(False, "Only algorithms that give the same bits; slower on cuda.")
     log_every: int = setting(10, "Steps between two lines of progress.", unit="steps", least=1)
-    eval_every: int = setting(30, "Steps between two validations; 0 turns them off.", unit="steps", least=0)
+    eval_every: int = setting(
+        30, "Steps between two validations; 0 turns them off.", unit="steps", least=0
+    )
     eval_microbatches: int = setting(16, "Microbatches of a validation.", least=0)
     checkpoint_every: int = setting(
-        45, "Steps between two checkpoints; the last step has one too; 0 turns them off.", unit="steps", least=0
+        45,
+        "Steps between two checkpoints; the last step has one too; 0 turns them off.",
+        unit="steps",
+        least=0,
     )
     keep_checkpoints: int = setting(2, "Newest checkpoints that are kept.", least=1)
     resume: bool = setting(False, "Go on from the newest checkpoint of this run.")
     init_from: str | None = setting(
-        None, "Weights to start from: directory of a run or of vp-import; a resumed run has its own."
+        None,
+        "Weights to start from: directory of a run or of vp-import; a resumed run has its own.",
     )
-    trace_step: int = setting(5, "Step whose passes are timed and written as a trace; 0 turns it off.", least=0)
+    trace_step: int = setting(
+        5, "Step whose passes are timed and written as a trace; 0 turns it off.", least=0
+    )
     on_nonfinite: str = setting(
-        "stop", "At a loss or gradient that is not finite: stop, or skip the step.", choices=("stop", "skip")
+        "stop",
+        "At a loss or gradient that is not finite: stop, or skip the step.",
+        choices=("stop", "skip"),
     )
     timeout_seconds: float = setting(
         300.0,

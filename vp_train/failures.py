@@ -1,4 +1,4 @@
-"""What torch says when a rank is lost, silent or dead -> exit code and sentence.
+"""How a run ends: exit codes, and what torch says of a lost, silent or dead rank -> code and sentence.
 
 The words are those of gloo, of torch's store and of NCCL; `tests/test_failures.py` has samples.
 """
@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vp_train.config import RunSettings
-from vp_train.exits import EXIT_HANG, EXIT_INTERNAL
+
+# Exit codes: whatever starts jobs decides by them whether to start a run again.
+EXIT_OK = 0
+EXIT_INTERNAL = 70  # a bug, or a peer that died
+EXIT_IO = 74  # disk full, directory not writable
+EXIT_TIME = 75  # a search ran out of time without a result; a longer one may have one
+EXIT_CONFIG = (
+    78  # something the user must change, a diverging run included; starting again cannot help
+)
+EXIT_HANG = 124  # a rank did not answer in time
 
 # A peer went away.  It has the reason itself.
 _LOST = (

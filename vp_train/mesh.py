@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from schedules.problem import Problem
 from schedules.vocab import End
-from vp_train.communicators import (
+from vp_train.communication.communicators import (
     CONTROL_PURPOSES,
     END_PURPOSES,
     GLOO,
@@ -25,11 +25,11 @@ from vp_train.communicators import (
     Purpose,
     plan_groups,
 )
+from vp_train.communication.control import ControlGroup, row_width
+from vp_train.communication.nccl import communicator_options
 from vp_train.config import RunSettings
-from vp_train.control import ControlGroup, row_width
-from vp_train.degrees import Degrees
-from vp_train.nccl import communicator_options
 from vp_train.pipeline.groups import Groups
+from vp_train.planning.degrees import Degrees
 
 _Made = Sequence[tuple[GroupSpec, dist.ProcessGroup]]
 
@@ -140,7 +140,9 @@ def _make(
             list(spec.members),
             timeout,
             spec.backend if backend in (GLOO, NCCL) else backend,
-            communicator_options(settings, timeout, few_ctas=few_ctas) if on_nccl and is_member else None,
+            communicator_options(settings, timeout, few_ctas=few_ctas)
+            if on_nccl and is_member
+            else None,
             group_desc=str(spec.purpose),
         )
         if is_member:
@@ -168,7 +170,9 @@ def _warm_up(made: _Made, rank: int) -> None:
     torch.cuda.synchronize(device)
 
 
-def _control(row: Purpose, leaders: Purpose, made: _Made, num_ranks: int, width: int) -> ControlGroup:
+def _control(
+    row: Purpose, leaders: Purpose, made: _Made, num_ranks: int, width: int
+) -> ControlGroup:
     groups = {spec.purpose: group for spec, group in made}
     return ControlGroup(dist.get_rank(), num_ranks, width, groups[row], groups.get(leaders))
 

@@ -32,7 +32,9 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
     options = [word for word in overrides if word.startswith("-")]
     if options:
         known = ", ".join((*known_options, "--help"))
-        raise ConfigError(f"{options[0]} is not an option; there are {known} and --print-config, all else is key=value")
+        raise ConfigError(
+            f"{options[0]} is not an option; there are {known} and --print-config, all else is key=value"
+        )
     overrides = [_at_home(word) for given in overrides for word in _of_file(given)]
     edits = [word for word in overrides if word.startswith(("+", "~"))]
     if edits:
@@ -47,7 +49,12 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
 def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConfig:
     """Compose the configuration called `primary` and `overrides`.  Raises ConfigError like `load_config`."""
     from hydra import compose, initialize_config_module
-    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+    from hydra.errors import (
+        ConfigCompositionException,
+        HydraException,
+        MissingConfigException,
+        OverrideParseException,
+    )
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -56,7 +63,9 @@ def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConf
             composed = compose(primary, overrides=list(overrides))
         config = OmegaConf.to_object(composed)
     except OverrideParseException as error:
-        raise ConfigError(f"{error.override!r} is not an override; write key=value, e.g. run.steps=100") from None
+        raise ConfigError(
+            f"{error.override!r} is not an override; write key=value, e.g. run.steps=100"
+        ) from None
     except MissingConfigException as error:
         raise ConfigError(_unknown_choice(error)) from None
     except ConfigCompositionException as error:
@@ -92,9 +101,15 @@ def _resumed(path: Path, overrides: Sequence[str], schema: object) -> RunConfig:
         if name in saved and name not in _NOT_SAVED and section not in chosen:
             (sections.setdefault(section, {}) if key else values)[key or section] = saved[name]
     if sections.get("schedule", {}).get("file") == str(path.parent / "schedule.txt"):
-        del sections["schedule"]["file"]  # what schedule=auto found; other settings may lead to another one
+        del sections["schedule"][
+            "file"
+        ]  # what schedule=auto found; other settings may lead to another one
     defaults = OmegaConf.load(str(files("vp_train.configs").joinpath("config.yaml"))).defaults
-    again = [entry for entry in defaults if not isinstance(entry, str) and chosen.intersection(map(str, entry))]
+    again = [
+        entry
+        for entry in defaults
+        if not isinstance(entry, str) and chosen.intersection(map(str, entry))
+    ]
     store = ConfigStore.instance()
     store.store(name="saved", node={**values, **sections})
     store.store(name="resumed", node={"defaults": ["schema", "saved", *again, "_self_"]})
@@ -114,8 +129,13 @@ def _saved_settings(path: Path) -> dict[str, object]:
             f"{path} cannot be read ({_first_line(error)}); repair it, or delete it and give all settings of the run again"
         ) from None
     if not isinstance(saved, DictConfig):
-        raise ConfigError(f"{path} holds no settings; repair it, or delete it and give all settings of the run again")
-    return {name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for name, value in _leaves(saved)}
+        raise ConfigError(
+            f"{path} holds no settings; repair it, or delete it and give all settings of the run again"
+        )
+    return {
+        name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        for name, value in _leaves(saved)
+    }
 
 
 def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -142,7 +162,9 @@ def resume_words(config: RunConfig) -> str | None:
     changes = [
         f"{name}={_value(value)} (was {_value(before[name])})"
         for name, value in _leaves(now)
-        if name in before and name not in (*_NOT_SAVED, "schedule.file") and _value(before[name]) != _value(value)
+        if name in before
+        and name not in (*_NOT_SAVED, "schedule.file")
+        and _value(before[name]) != _value(value)
     ]
     return f"settings of {path}" + (f", changed here: {', '.join(changes)}" if changes else "")
 
@@ -241,7 +263,9 @@ def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
     if first.startswith("Could not override"):
         key = first.split("'")[1]
         close = difflib.get_close_matches(key, list(keys), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see vp-train --help for all keys"
+        hint = (
+            f"did you mean {' or '.join(close)}?" if close else "see vp-train --help for all keys"
+        )
         return f"{key} is not a setting; {hint}"
     return first.replace("Error merging override ", "") + reason
 
@@ -258,7 +282,9 @@ def started_from(source: Path) -> Path | None:
     place = source.resolve()
     run = next((one.parent for one in (place, place.parent) if one.name == "checkpoints"), place)
     try:
-        told = OmegaConf.select(OmegaConf.create((run / "config.yaml").read_text()), "run.init_from")
+        told = OmegaConf.select(
+            OmegaConf.create((run / "config.yaml").read_text()), "run.init_from"
+        )
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         return None
     return Path(told).expanduser() if isinstance(told, str) else None
@@ -270,7 +296,9 @@ def started_from(source: Path) -> Path | None:
 def sections() -> dict[str, type]:
     """Return the sections of the configuration and their classes."""
     types = typing.get_type_hints(RunConfig)
-    return {item.name: types[item.name] for item in fields(RunConfig) if is_dataclass(types[item.name])}
+    return {
+        item.name: types[item.name] for item in fields(RunConfig) if is_dataclass(types[item.name])
+    }
 
 
 def settings_help(config: RunConfig) -> str:
@@ -278,7 +306,10 @@ def settings_help(config: RunConfig) -> str:
     rows = []
     for name in sections():
         section = getattr(config, name)
-        rows += [(f"{name}.{item.name}", getattr(section, item.name), setting_of(item)) for item in fields(section)]
+        rows += [
+            (f"{name}.{item.name}", getattr(section, item.name), setting_of(item))
+            for item in fields(section)
+        ]
     rows += [(item.name, getattr(config, item.name), setting_of(item)) for item in _own_fields()]
     words = [(f"{name}={_value(value)}", setting) for name, value, setting in rows]
     width = min(44, max(len(word) for word, _ in words))
@@ -292,7 +323,11 @@ def section_help(name: str, config: RunConfig) -> str:
     types = typing.get_type_hints(type(section))
     for item in fields(section):
         setting = setting_of(item)
-        facts = [_values_words(types[item.name], setting), setting.unit, f"default {_value(item.default)}"]
+        facts = [
+            _values_words(types[item.name], setting),
+            setting.unit,
+            f"default {_value(item.default)}",
+        ]
         lines.append(f"{name}.{item.name}={_value(getattr(section, item.name))}")
         lines.append(f"    {setting.meaning}")
         lines.append(f"    ({'; '.join(filter(None, facts))})")
@@ -306,15 +341,23 @@ def settings_page() -> str:
         "Every value of a run. Write `section.name=value` behind any command; `vp-train --help SECTION`\n"
         "shows a section too. This page is generated: `python -m vp_train.settings > docs/settings.md`.",
     ]
-    for name, section in [*sections().items(), ("", RunConfig), ("an entry of data.blend", BlendEntry)]:
+    for name, section in [
+        *sections().items(),
+        ("", RunConfig),
+        ("an entry of data.blend", BlendEntry),
+    ]:
         title = "top level" if section is RunConfig else name
         own = _own_fields() if section is RunConfig else fields(section)
         types = typing.get_type_hints(section)
         rows = ["| setting | default | values | meaning |", "|---|---|---|---|"]
         for item in own:
             setting = setting_of(item)
-            values = "; ".join(filter(None, [_values_words(types[item.name], setting), setting.unit]))
-            rows.append(f"| `{item.name}` | `{_value(item.default)}` | {values} | {setting.meaning} |")
+            values = "; ".join(
+                filter(None, [_values_words(types[item.name], setting), setting.unit])
+            )
+            rows.append(
+                f"| `{item.name}` | `{_value(item.default)}` | {values} | {setting.meaning} |"
+            )
         text = "" if section is RunConfig else f"{_paragraphs(section)}\n\n"
         parts.append(f"## {title}\n\n{text}" + "\n".join(rows))
     return "\n\n".join(parts) + "\n"

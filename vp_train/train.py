@@ -22,25 +22,40 @@ import torch
 import torch.distributed as dist
 
 from schedules.timeline import Span, Timeline
-from vp_train import flight_recorder
 from vp_train.assembly import RankModel, build_rank, rank_device
 from vp_train.checkpoint.store import CheckpointError, find, latest
 from vp_train.checkpoint.training import load_weights, restore_run, save_run
+from vp_train.communication import flight_recorder
+from vp_train.communication.nccl import set_environment, watch
 from vp_train.config import ConfigError, RunConfig
 from vp_train.data import Batch, Source, open_source
 from vp_train.data.ahead import Ahead
-from vp_train.exits import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK
-from vp_train.failures import LOST_PEER, peer_failure, silent_peer
+from vp_train.failures import (
+    EXIT_CONFIG,
+    EXIT_INTERNAL,
+    EXIT_IO,
+    EXIT_OK,
+    LOST_PEER,
+    peer_failure,
+    silent_peer,
+)
 from vp_train.mesh import Mesh, build_mesh
 from vp_train.metrics.progress import StepReport
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory, run_path
-from vp_train.nccl import set_environment, watch
 from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning_rate
 from vp_train.pipeline.recorder import Recorder, joined_communications, timer_of
-from vp_train.plan import RunPlan, make_plan
+from vp_train.planning.plan import RunPlan, make_plan
 
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+)
 _MAX_SKIPS = 10  # non-finite steps in a row that run.on_nonfinite=skip tolerates
 
 
@@ -51,7 +66,9 @@ class NonFiniteError(RuntimeError):
 def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> NoReturn:
     """Train as rank `rank`, and leave the process.  Raises ConfigError before any process group exists."""
     if config.run.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch.compile would take memory of a GPU that is there
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # torch.compile would take memory of a GPU that is there
+        )
     plan = make_plan(config, num_ranks)
     source = open_source(config)
     directory = RunDirectory(config.run) if rank == 0 else None
@@ -63,7 +80,11 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
         """Leave before torch's watchdog aborts the process."""
         failure = silent_peer(patience, config.run) if error == "TIMEOUT" else LOST_PEER
         record = flight_recorder.file_of(os.environ, run_path(config.run), rank)
-        last = f"; its last communications: {record}" if flight_recorder.wait_for(record, started) else ""
+        last = (
+            f"; its last communications: {record}"
+            if flight_recorder.wait_for(record, started)
+            else ""
+        )
         _leave(failure.code, f"rank {rank}: stopped at step {step}, {failure.words}{last}")
 
     try:
@@ -86,7 +107,10 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
     except CheckpointError as error:
         _leave(EXIT_IO, f"vp-train: {error}" if rank == 0 else "")
     except (BrokenPipeError, SystemExit):  # rich raises the second when it meets the first
-        _leave(128 + signal.SIGPIPE, f"vp-train: nobody reads the output any more, stopped at step {step}")
+        _leave(
+            128 + signal.SIGPIPE,
+            f"vp-train: nobody reads the output any more, stopped at step {step}",
+        )
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             words = f"{error}, at step {step}; once that is mended, run.resume=true goes on from the newest checkpoint there is"
@@ -100,10 +124,16 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
     _leave(EXIT_OK)
 
 
-def _connect(config: RunConfig, plan: RunPlan, watching: Callable[[Sequence[dist.ProcessGroup]], None] | None = None) -> Mesh:
+def _connect(
+    config: RunConfig,
+    plan: RunPlan,
+    watching: Callable[[Sequence[dist.ProcessGroup]], None] | None = None,
+) -> Mesh:
     """Ranks agree over gloo; on CUDA the executor's tensors move over NCCL.  `watching` as in `build_mesh`."""
     if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     backend = "gloo"
@@ -111,7 +141,10 @@ def _connect(config: RunConfig, plan: RunPlan, watching: Callable[[Sequence[dist
         set_environment(os.environ, config.run, run_path(config.run))
         if not torch.cuda.is_available():
             raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
-        local_rank, num_local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        local_rank, num_local = (
+            int(os.environ.get("LOCAL_RANK", "0")),
+            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        )
         num_devices = torch.cuda.device_count()
         if config.run.comm_backend == "nccl":
             backend = "nccl"
@@ -122,7 +155,9 @@ def _connect(config: RunConfig, plan: RunPlan, watching: Callable[[Sequence[dist
                 )
         torch.cuda.set_device(local_rank % num_devices)
     if backend == "nccl":  # on every node: where its ranks are to leave their flight recorders
-        flight_recorder.file_of(os.environ, run_path(config.run), 0).parent.mkdir(parents=True, exist_ok=True)
+        flight_recorder.file_of(os.environ, run_path(config.run), 0).parent.mkdir(
+            parents=True, exist_ok=True
+        )
     dist.init_process_group(backend, timeout=timedelta(seconds=config.run.world_timeout_seconds))
     return build_mesh(plan.degrees, plan.problem, config.run, watching=watching)
 
@@ -153,15 +188,27 @@ class _Memory:
 class Run:
     """Model, optimizer and data of one rank, and what happens in a step."""
 
-    def __init__(self, config: RunConfig, plan: RunPlan, mesh: Mesh, source: Source, model: RankModel) -> None:
-        self.config, self.plan, self.mesh, self.source, self.model = config, plan, mesh, source, model
+    def __init__(
+        self, config: RunConfig, plan: RunPlan, mesh: Mesh, source: Source, model: RankModel
+    ) -> None:
+        self.config, self.plan, self.mesh, self.source, self.model = (
+            config,
+            plan,
+            mesh,
+            source,
+            model,
+        )
         self._checkpoints = run_path(config.run) / "checkpoints"
         self._memory = _Memory()
-        self._batches = Ahead(lambda step: source.train_batch(step, mesh.data_rank, mesh.degrees.dp), config.run.steps)
+        self._batches = Ahead(
+            lambda step: source.train_batch(step, mesh.data_rank, mesh.degrees.dp), config.run.steps
+        )
         self.first_step = 1 + (self._resume() if config.run.resume else 0)
         if config.run.init_from is not None and self.first_step == 1:
             self._initialise(config.run.init_from)
-        self._traced_step = max(config.run.trace_step, self.first_step) if config.run.trace_step else 0
+        self._traced_step = (
+            max(config.run.trace_step, self.first_step) if config.run.trace_step else 0
+        )
 
     def steps(self) -> range:
         """The steps still to do."""
@@ -175,7 +222,10 @@ class Run:
         if step == self._traced_step:
             loss, traced = self._traced(batch)
         else:
-            loss, traced = self.model.train_step(batch.tokens, batch.labels, segments=batch.segments), None
+            loss, traced = (
+                self.model.train_step(batch.tokens, batch.labels, segments=batch.segments),
+                None,
+            )
         self.model.optimizer.reduce()
         norm = self.model.optimizer.squared_norm() / self.model.loss_scale.value**2
         health = gather_health(self._own(loss), norm, self.mesh.steps, self._peak_bytes())
@@ -183,7 +233,9 @@ class Run:
         seconds = time.perf_counter() - started
         if reporter is not None:
             speed = self.mesh.degrees.dp * batch.tokens.numel() / seconds
-            reporter.step(StepReport(step, health.loss, health.grad_norm, rate, speed, health.peak_bytes))
+            reporter.step(
+                StepReport(step, health.loss, health.grad_norm, rate, speed, health.peak_bytes)
+            )
         if traced is not None:
             self._report_trace(traced, reporter)
         if self._falls_on(step, self.config.run.eval_every):
@@ -200,7 +252,10 @@ class Run:
 
     def _update(self, step: int, health: StepHealth) -> float:
         """Clip and apply the gradients, unless a value is not finite; returns the learning rate."""
-        rate, loss_scale = learning_rate(self.config.optim, step, self.config.run.steps), self.model.loss_scale
+        rate, loss_scale = (
+            learning_rate(self.config.optim, step, self.config.run.steps),
+            self.model.loss_scale,
+        )
         if health.culprits:
             self._handle_nonfinite(step, health)
             return rate
@@ -216,7 +271,10 @@ class Run:
         if math.isfinite(health.loss) and self.model.loss_scale.failed():
             if self.mesh.rank == 0:
                 scale = self.model.loss_scale.value
-                print(f"step {step} skipped: gradients overflow float16; the loss scale is {scale:,.0f} now", file=sys.stderr)
+                print(
+                    f"step {step} skipped: gradients overflow float16; the loss scale is {scale:,.0f} now",
+                    file=sys.stderr,
+                )
             return
         self._memory.skipped_in_a_row += 1
         if self.config.run.on_nonfinite == "stop":
@@ -225,7 +283,9 @@ class Run:
                 "Lower optim.lr, or set run.on_nonfinite=skip to leave such steps out"
             )
         if self._memory.skipped_in_a_row >= _MAX_SKIPS:
-            raise NonFiniteError(f"step {step}: non-finite {where}, {_MAX_SKIPS} steps in a row; lower optim.lr")
+            raise NonFiniteError(
+                f"step {step}: non-finite {where}, {_MAX_SKIPS} steps in a row; lower optim.lr"
+            )
         if self.mesh.rank == 0:
             print(f"step {step} skipped: non-finite {where}", file=sys.stderr, flush=True)
 
@@ -236,22 +296,30 @@ class Run:
 
     def _own(self, loss: torch.Tensor | None) -> torch.Tensor | None:
         """Return the loss on the rank that reports it, else None."""
-        return loss if self.model.answers else None
+        return loss if self.model.reports_loss else None
 
     def _save(self, step: int, reporter: Reporter | None) -> None:
         """A checkpoint that cannot be written is a warning, except at the end of the run."""
         try:
-            save_run(self._checkpoints, step, self.config, self.model, self.mesh, self.source.contents)
+            save_run(
+                self._checkpoints, step, self.config, self.model, self.mesh, self.source.contents
+            )
         except CheckpointError as error:
             if step == self.config.run.steps:
                 raise
             if reporter is not None:
-                reporter.say(f"step {step}: {error}; going on, the checkpoints before it are untouched")
+                reporter.say(
+                    f"step {step}: {error}; going on, the checkpoints before it are untouched"
+                )
 
     def _resume(self) -> int:
         """Load the newest undamaged checkpoint; returns its step, 0 if there is none."""
         path = latest(self._checkpoints, self.mesh.world)
-        return 0 if path is None else restore_run(path, self.config, self.model, self.mesh, self.source.contents)
+        return (
+            0
+            if path is None
+            else restore_run(path, self.config, self.model, self.mesh, self.source.contents)
+        )
 
     def _initialise(self, source: str) -> None:
         """Take over the weights of another run."""
@@ -259,7 +327,9 @@ class Run:
 
     def _traced(self, batch: Batch) -> tuple[torch.Tensor | None, Recorder]:
         """Run a training step with every pass and communication timed, from a common start."""
-        timer = timer_of(rank_device(self.config), host_waits=self.config.run.comm_backend == "gloo")
+        timer = timer_of(
+            rank_device(self.config), host_waits=self.config.run.comm_backend == "gloo"
+        )
         recorder = Recorder(self.mesh.pipeline_rank, timer, list(self.model.parameters.values()))
         self.mesh.steps.barrier()
         timer.start()
@@ -273,11 +343,15 @@ class Run:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
     def _report_trace(self, recorder: Recorder, reporter: Reporter | None) -> None:
-        passes, messages = ([astuple(span) for span in spans] for spans in (recorder.spans, recorder.communications))
+        passes, messages = (
+            [astuple(span) for span in spans] for spans in (recorder.spans, recorder.communications)
+        )
         mine = (passes, messages, recorder.peak_bytes, self.model.num_parameters)
         everyone = self.mesh.world.all_gather_json(mine)
         if reporter is not None:
-            first = [everyone[self.mesh.degrees.rank(0, p, 0)] for p in range(self.plan.num_ranks)]  # others do the same
+            first = [
+                everyone[self.mesh.degrees.rank(0, p, 0)] for p in range(self.plan.num_ranks)
+            ]  # others do the same
             spans, communications, peaks, parameters = zip(*first, strict=True)
             timeline = Timeline(
                 tuple(tuple(_spans(values)) for values in spans),

@@ -60,7 +60,9 @@ def generate(name: str, problem: Problem, cost: CostModel) -> Schedule:
     return complete(name, GENERATORS[name].base_order(problem), problem, cost)
 
 
-def complete(name: str, base: BaseOrder, problem: Problem, cost: CostModel, *, keep_order: bool = False) -> Schedule:
+def complete(
+    name: str, base: BaseOrder, problem: Problem, cost: CostModel, *, keep_order: bool = False
+) -> Schedule:
     """Any base order with the vocabulary passes of `problem`; with `keep_order` no pass but W changes places in it.
 
     Raises DeadlockError if the base order cannot be executed.
@@ -70,9 +72,14 @@ def complete(name: str, base: BaseOrder, problem: Problem, cost: CostModel, *, k
     if keep_order or not problem.split_backward:
         preferences = PREFERENCES[: max(1, _EFFORT // nodes)]
         woven = [weave(base, problem, network, preference) for preference in preferences]
-        return network.schedule(name, min(woven, key=lambda orders: sweep(network, orders).makespan))
+        return network.schedule(
+            name, min(woven, key=lambda orders: sweep(network, orders).makespan)
+        )
     counted, caps = _in_flight(network, problem, base)
-    starts = [weave(base, problem, network, preference) for preference in STARTS[: 2 if nodes < _EFFORT // 3 else 1]]
+    starts = [
+        weave(base, problem, network, preference)
+        for preference in STARTS[: 2 if nodes < _EFFORT // 3 else 1]
+    ]
     refined = [refine(counted, orders, caps, max(2 * nodes, _EFFORT // 2)) for orders in starts]
     return network.schedule(name, min(refined, key=lambda found: found.quality).orders)
 

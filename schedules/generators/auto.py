@@ -26,9 +26,15 @@ from schedules.problem import Problem
 from schedules.simulate import peak
 
 _FIRST = 60_000  # nodes placed to refine each start
-_ROUNDS = ((5, 200_000), (1, 1_500_000))  # then: so many of the best, searched on with so many nodes each
+_ROUNDS = (
+    (5, 200_000),
+    (1, 1_500_000),
+)  # then: so many of the best, searched on with so many nodes each
 _ENOUGH = 5e-4  # a gap that ends the search
-_BLOCKS, _BLOCKS_PER_LEVEL = 6, 3  # V-shaped blocks to start from; and of those with equally many stages in flight
+_BLOCKS, _BLOCKS_PER_LEVEL = (
+    6,
+    3,
+)  # V-shaped blocks to start from; and of those with equally many stages in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,13 @@ class CapError(ValueError):
             f"no schedule was found that keeps at most {cap:.4g} bytes on rank {rank}; the least reached is {reached:.4g}, "
             f"one microbatch alone keeps {alone:.4g}, and a step without a bubble at least {steady:.4g} on average"
         )
-        self.rank, self.cap, self.reached, self.alone, self.steady = rank, cap, reached, alone, steady
+        self.rank, self.cap, self.reached, self.alone, self.steady = (
+            rank,
+            cap,
+            reached,
+            alone,
+            steady,
+        )
 
 
 def solve(options: Sequence[Option], caps: Sequence[float]) -> Solution:
@@ -96,27 +108,44 @@ def _starts(option: Option, network: Network, caps: list[float]) -> Iterator[Ref
         return  # a comparison: its meetings are what it is
     yield judge(network, _one_by_one(option, network), caps)
     base = GENERATORS[option.name].base_order(option.problem)
-    woven = [weave(base, option.problem, network, preference) for preference in STARTS[: max(2, _FIRST // _nodes(network))]]
+    woven = [
+        weave(base, option.problem, network, preference)
+        for preference in STARTS[: max(2, _FIRST // _nodes(network))]
+    ]
     if option.name == "v_min":
         for block in _blocks(option.problem, network, caps):
             order = block.order(option.problem)
-            woven += [weave(order, option.problem, network, preference) for preference in STARTS[:2]]
+            woven += [
+                weave(order, option.problem, network, preference) for preference in STARTS[:2]
+            ]
     for orders in [named, *woven] if option.problem.split_backward else woven[:1]:
         yield refine(network, orders, caps, max(2 * _nodes(network), _FIRST))
 
 
 def _one_by_one(option: Option, network: Network) -> Orders:
     """Each microbatch after the one before has left: slow, but no order keeps less."""
-    alone = network.orders(generate(option.name, replace(option.problem, num_microbatches=1), option.cost))
-    return [[i * network.size + k for i in range(network.num_microbatches) for k in order] for order in alone]
+    alone = network.orders(
+        generate(option.name, replace(option.problem, num_microbatches=1), option.cost)
+    )
+    return [
+        [i * network.size + k for i in range(network.num_microbatches) for k in order]
+        for order in alone
+    ]
 
 
 def _blocks(problem: Problem, network: Network, caps: list[float]) -> list[Block]:
     """Blocks that fit under the caps with a shard held: first those with most in flight, of these the shortest."""
     layout = problem.layout
-    keeps = {(node.stage, node.kind): network.byte_change[k] for k, node in enumerate(network.nodes) if isinstance(node, Pass)}
+    keeps = {
+        (node.stage, node.kind): network.byte_change[k]
+        for k, node in enumerate(network.nodes)
+        if isinstance(node, Pass)
+    }
     room = [cap - keeps.get((rank, Kind.S), 0.0) for rank, cap in enumerate(caps)]
-    chunks = [[keeps[stage, Kind.F] for stage in layout.stages_of(rank)] for rank in range(layout.num_ranks)]
+    chunks = [
+        [keeps[stage, Kind.F] for stage in layout.stages_of(rank)]
+        for rank in range(layout.num_ranks)
+    ]
     levels: dict[int, list[tuple[int, Block]]] = {}
     for block in blocks(problem):
         peaks = block.in_flight(layout.num_ranks)
@@ -142,6 +171,12 @@ def _nodes(network: Network) -> int:
 def _cap_error(best: Refined, option: Option, network: Network, caps: Sequence[float]) -> CapError:
     peaks = [peak(network.byte_changes(order)) for order in best.orders]
     rank = max(range(len(peaks)), key=lambda r: peaks[r] - caps[r])
-    begins = {k for k, node in enumerate(network.nodes) if isinstance(node, Pass) and node.kind in (Kind.F, Kind.S)}
+    begins = {
+        k
+        for k, node in enumerate(network.nodes)
+        if isinstance(node, Pass) and node.kind in (Kind.F, Kind.S)
+    }
     alone = sum(kept for start, kept, _ in lives(rank, option.problem, network) if start in begins)
-    return CapError(rank, caps[rank], peaks[rank], alone, steady_bytes(rank, option.problem, network))
+    return CapError(
+        rank, caps[rank], peaks[rank], alone, steady_bytes(rank, option.problem, network)
+    )

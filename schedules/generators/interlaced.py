@@ -15,7 +15,9 @@ from schedules.vocab import End
 def interlaced(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
     """The passes of the stages and of the output layer.  Raises ValueError unless each rank owns one stage."""
     if problem.layout.num_chunks != 1:
-        raise ValueError(f"interlaced has one stage per rank, not {problem.layout.num_chunks}; use layout 'linear'")
+        raise ValueError(
+            f"interlaced has one stage per rank, not {problem.layout.num_chunks}; use layout 'linear'"
+        )
     return tuple(_rank_order(rank, problem) for rank in range(problem.layout.num_ranks))
 
 
@@ -26,7 +28,13 @@ def _rank_order(rank: int, problem: Problem) -> tuple[Pass, ...]:
     for i in range(problem.num_microbatches):
         placed.append((i - 1 - before_last // 2, forward_place, 0, Pass(rank, Kind.F, i)))
         backward = [kind for kind in problem.stage_kinds if kind is not Kind.F]
-        placed += [(i + before_last, backward_place, n, Pass(rank, kind, i)) for n, kind in enumerate(backward)]
+        placed += [
+            (i + before_last, backward_place, n, Pass(rank, kind, i))
+            for n, kind in enumerate(backward)
+        ]
         if rank in problem.shard_ranks(End.OUTPUT):
-            placed += [(i, 0, n, Pass(rank, kind, i)) for n, kind in enumerate(problem.shard_kinds[End.OUTPUT])]
+            placed += [
+                (i, 0, n, Pass(rank, kind, i))
+                for n, kind in enumerate(problem.shard_kinds[End.OUTPUT])
+            ]
     return tuple(item for *_, item in sorted(placed))

@@ -13,7 +13,9 @@ from schedules.problem import Problem
 def one_f_one_b(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
     """The stage passes of every rank.  Raises ValueError unless each rank owns one stage."""
     if problem.layout.num_chunks != 1:
-        raise ValueError(f"1f1b has one stage per rank, not {problem.layout.num_chunks}; use layout 'linear'")
+        raise ValueError(
+            f"1f1b has one stage per rank, not {problem.layout.num_chunks}; use layout 'linear'"
+        )
     return tuple(_rank_order(rank, problem) for rank in range(problem.layout.num_ranks))
 
 

@@ -18,9 +18,17 @@ from schedules.ir import Pass
 from schedules.network import EMBEDDINGS_AHEAD, Network, Orders
 from schedules.simulate import peak, sweep
 
-_PATIENCE = (0.35, 0.0, 0.7, 1.0)  # the part of its own duration by which a filler may hold the next pass up
+_PATIENCE = (
+    0.35,
+    0.0,
+    0.7,
+    1.0,
+)  # the part of its own duration by which a filler may hold the next pass up
 _KICK_EFFORT = 20_000  # nodes placed after each kick
 LOOSE = 1 + 1e-9  # sums of bytes in another order differ in the last digit
+
+# When the nodes of given orders start, with time forwards (False) and reversed (True).
+_Starts = dict[bool, list[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +51,9 @@ def refine(network: Network, orders: Orders, caps: list[float], budget: int) -> 
     `caps[r]` bounds what rank r keeps, in the unit of `network.byte_change`.  Orders that exceed it are brought below where
     that is possible; the result never exceeds it by more than `orders` do.
     """
-    backwards = network.reversed()
+    backwards, nodes = network.reversed(), network.size * network.num_microbatches
     best = judge(network, orders, caps)
+    known: _Starts = {}
     improved = True
     while improved and budget > 0:
         improved = False
@@ -52,62 +61,101 @@ def refine(network: Network, orders: Orders, caps: list[float], budget: int) -> 
             for turns in ((network, backwards), (backwards, network)):
                 if budget <= 0:
                     break
-                budget -= 2 * network.size * network.num_microbatches
-                filled = _both_ways(network, turns, best.orders, caps, patience)
-                found = None if filled is None else judge(network, filled, caps)
+                budget -= 2 * nodes
+                filled = _both_ways(network, turns, best.orders, caps, patience, known)
+                found = (
+                    None
+                    if filled is None or filled is best.orders
+                    else judge(network, filled, caps)
+                )
                 if found is not None and found.quality < (best.excess, best.makespan * (1 - 1e-9)):
-                    best, improved = found, True
+                    best, known, improved = found, {}, True
     return best
 
 
-def search(network: Network, start: Refined, caps: list[float], budget: int, enough: float) -> Refined:
+def search(
+    network: Network, start: Refined, caps: list[float], budget: int, enough: float
+) -> Refined:
     """`start` improved by kicks: squeezed under a lower cap, which stirs the order, and refined again under the true one.
 
     It ends when `budget` nodes were placed or a makespan of `enough` is reached.  The kicks come from a fixed seed: every rank
     finds the same.
     """
     backwards, nodes = network.reversed(), network.size * network.num_microbatches
-    best, random = start, Random(0)
+    best, known, random = start, _Starts(), Random(0)
     for _ in range(budget // (2 * nodes + max(2 * nodes, _KICK_EFFORT))):
         if best.excess == 0 and best.makespan <= enough:
             break
         squeeze, unequal = random.uniform(0.8, 1.0), random.random() < 0.25
         squeezed = [cap * (random.uniform(0.85, 1.0) if unequal else squeeze) for cap in caps]
         turns = (network, backwards) if random.random() < 0.5 else (backwards, network)
-        stirred = _both_ways(network, turns, best.orders, squeezed, random.choice(_PATIENCE[:3]))
-        if stirred is not None:
-            best = min(refine(network, stirred, caps, _KICK_EFFORT), best, key=lambda found: found.quality)
+        stirred = _both_ways(
+            network, turns, best.orders, squeezed, random.choice(_PATIENCE[:3]), known
+        )
+        if stirred is None:
+            continue
+        found = refine(network, stirred, caps, _KICK_EFFORT)
+        if found.quality <= best.quality:
+            best, known = found, {}
     return best
 
 
 def judge(network: Network, orders: Orders, caps: list[float]) -> Refined:
     """How good `orders` are."""
-    over = [peak(network.byte_changes(order)) - cap * LOOSE for order, cap in zip(orders, caps, strict=True)]
+    over = [
+        peak(network.byte_changes(order)) - cap * LOOSE
+        for order, cap in zip(orders, caps, strict=True)
+    ]
     return Refined(orders, sweep(network, orders).makespan, max(0.0, *over))
 
 
 def _both_ways(
-    network: Network, turns: tuple[Network, Network], orders: Orders, caps: list[float], patience: float
+    network: Network,
+    turns: tuple[Network, Network],
+    given: Orders,
+    caps: list[float],
+    patience: float,
+    known: _Starts,
 ) -> Orders | None:
+    """`given` filled in the directions of `turns`: itself where nothing moves, None where the caps leave no pass to take.
+
+    `known` are the starts of `given`, as far as calls before this one needed them.
+    """
+    orders = given
     for direction in turns:
         backwards = direction is not network
         turned = [order[::-1] for order in orders] if backwards else orders
-        filled = _Filler(direction, turned, caps, patience).run()
+        starts = known.get(backwards) if orders is given else None
+        if starts is None:
+            starts = sweep(direction, turned).start
+            if orders is given:
+                known[backwards] = starts
+        filled = _Filler(direction, turned, starts, caps, patience).run()
         if filled is None:
             return None
+        if filled == turned:
+            continue
         orders = [order[::-1] for order in filled] if backwards else filled
+        if orders == given:
+            orders = given
     return orders
 
 
 class _Filler:
-    """One run of time over all ranks."""
+    """One run of time over all ranks.  Planning spends most of its time in these two loops, so they read locals."""
 
-    def __init__(self, network: Network, orders: Orders, caps: list[float], patience: float) -> None:
-        self._network, self._caps, self._patience = network, caps, patience
-        self._expected = sweep(network, orders).start
+    def __init__(
+        self,
+        network: Network,
+        orders: Orders,
+        expected: list[float],
+        caps: list[float],
+        patience: float,
+    ) -> None:
+        """`expected`: when each node starts in `orders` as they are."""
+        self._network, self._expected = network, expected
         self._remaining = [order[::-1] for order in orders]  # the next pass is the last of the list
         self._reach = 4 * network.num_ranks + 20  # passes behind the next one that are looked at
-        self._clock = Clock(network)
         self._room = [cap * LOOSE for cap in caps]
         self._placed = [0] * network.size
         passes = [node for node in network.nodes if isinstance(node, Pass)]
@@ -115,56 +163,95 @@ class _Filler:
         self._shard_bytes = [0.0] * network.num_ranks  # what one shard keeps
         for k, item in enumerate(passes):
             if item.kind.is_vocabulary:
-                self._shard_bytes[network.lanes[k]] = max(self._shard_bytes[network.lanes[k]], network.byte_change[k])
+                self._shard_bytes[network.lanes[k]] = max(
+                    self._shard_bytes[network.lanes[k]], network.byte_change[k]
+                )
         self._shards_held = [0.0] * network.num_ranks  # in bytes
+        self._hurried = [
+            seconds * (1 - patience) for seconds in network.seconds
+        ]  # of a filler, before the next pass is due
+        self._clock = Clock(network)
 
     def run(self) -> Orders | None:
         """The new orders; None where the caps leave no pass to take."""
         network, remaining, clock = self._network, self._remaining, self._clock
-        wakes = [(0.0, rank) for rank in range(network.num_ranks)]
+        free_at, missing, arrived_at, run = (
+            clock.free_at,
+            clock.missing,
+            clock.arrived_at,
+            clock.run,
+        )
+        size, lanes, change_of, of_stage = (
+            network.size,
+            network.lanes,
+            network.byte_change,
+            self._of_stage,
+        )
+        room, placed, overtaking = self._room, self._placed, self._overtaking
+        shards_held, shard_bytes = self._shards_held, self._shard_bytes
+        push, pop, num_ranks = heapq.heappush, heapq.heappop, network.num_ranks
+        wakes = [(0.0, rank) for rank in range(num_ranks)]
         filled: Orders = [[] for _ in remaining]
         leaders = set(network.leaders.values())
         while wakes:
-            now, rank = heapq.heappop(wakes)
+            now, rank = pop(wakes)
             queue = remaining[rank]
-            if now < clock.free_at[rank] or not queue:
+            if now < free_at[rank] or not queue:
                 continue
-            place = self._choose(rank, now)
-            if place is None:
-                head = queue[-1]
-                if not clock.missing[head] and clock.arrived_at[head] > now:
-                    heapq.heappush(wakes, (clock.arrived_at[head], rank))
-                continue
-            number = queue.pop(place)
+            head = queue[-1]
+            k = head % size
+            spared = max(
+                0.0, shard_bytes[rank] - shards_held[rank]
+            )  # or the S that all wait for might never fit
+            fits = (
+                change_of[k] <= 0.0 or change_of[k] + (spared if of_stage[k] else 0.0) <= room[rank]
+            )
+            if fits and not missing[head] and arrived_at[head] <= now:
+                number = queue.pop()
+            else:
+                place = overtaking(rank, now, fits, spared)
+                if place is None:
+                    if not missing[head] and arrived_at[head] > now:
+                        push(wakes, (arrived_at[head], rank))
+                    continue
+                number = queue.pop(place)
+                k = number % size
             filled[rank].append(number)
-            k = number % network.size
-            self._room[rank] -= network.byte_change[k]
-            if not self._of_stage[k]:
-                self._shards_held[rank] += network.byte_change[k]
-            readied = clock.run(number, now)
-            heapq.heappush(wakes, (clock.free_at[rank], rank))
+            room[rank] -= change_of[k]
+            if not of_stage[k]:
+                shards_held[rank] += change_of[k]
+            readied = run(number, now)
+            push(wakes, (free_at[rank], rank))
+            # A rank that is busy has a wake for the end of its pass already.
             for ready in readied:
-                lane = network.lanes[ready % network.size]
-                heapq.heappush(wakes, (max(clock.arrived_at[ready], clock.free_at[lane]), lane))
-            self._placed[k] += 1
+                lane = lanes[ready % size]
+                if arrived_at[ready] > free_at[lane]:
+                    push(wakes, (arrived_at[ready], lane))
+                elif free_at[lane] <= now:
+                    push(wakes, (free_at[lane], lane))
+            placed[k] += 1
             if k in leaders:
-                for other in range(network.num_ranks):
-                    heapq.heappush(wakes, (max(now, clock.free_at[other]), other))
+                for other in range(num_ranks):
+                    if free_at[other] <= now:
+                        push(wakes, (now, other))
         return None if any(remaining) else filled
 
-    def _choose(self, rank: int, now: float) -> int | None:
-        """The place in the rank's queue of the pass to run now; None to wait."""
-        missing, arrived_at, size = self._clock.missing, self._clock.arrived_at, self._network.size
-        change_of, seconds = self._network.byte_change, self._network.seconds
-        queue, room = self._remaining[rank], self._room[rank]
+    def _overtaking(self, rank: int, now: float, fits: bool, spared: float) -> int | None:
+        """The place in the rank's queue of a pass to run before the next one, which cannot run now; None to wait.
+
+        `fits`: the next one has the bytes it needs.  A pass of a stage leaves `spared` bytes for a shard.
+        """
+        clock, leaders = self._clock, self._network.leaders
+        missing, arrived_at, hurried = clock.missing, clock.arrived_at, self._hurried
+        change_of, of_stage = self._network.byte_change, self._of_stage
+        queue, room, size = self._remaining[rank], self._room[rank], len(self._placed)
         last = len(queue) - 1
         head = queue[last]
-        spared = max(0.0, self._shard_bytes[rank] - self._shards_held[rank])  # or the S that all wait for might never fit
-        needed = change_of[head % size] + (spared if self._of_stage[head % size] else 0.0)
-        fits = change_of[head % size] <= 0.0 or needed <= room
-        if fits and not missing[head] and arrived_at[head] <= now:
-            return last
-        due = max(now, self._expected[head] if missing[head] else arrived_at[head]) if fits else float("inf")
+        due = (
+            max(now, self._expected[head] if missing[head] else arrived_at[head])
+            if fits
+            else float("inf")
+        )
         kept = most_kept = 0.0  # by the passes overtaken
         for place in range(last, max(-1, last - self._reach), -1):
             number = queue[place]
@@ -173,20 +260,20 @@ class _Filler:
             if (
                 not missing[number]
                 and arrived_at[number] <= now
-                and now + seconds[k] * (1 - self._patience) <= due
-                and self._may_lead(k)
+                and now + hurried[k] <= due
+                and (k not in leaders or self._may_lead(k))
             ):
                 if change <= 0.0:
                     return place
                 if not fits:  # what is overtaken waits for bytes to be freed; a stage must not take them instead
-                    if change <= room and not self._of_stage[k]:
+                    if change <= room and not of_stage[k]:
                         return place
-                elif change + most_kept + (spared if self._of_stage[k] else 0.0) <= room:
+                elif change + most_kept + (spared if of_stage[k] else 0.0) <= room:
                     return place
             kept += change
-            most_kept = max(most_kept, kept)
+            if kept > most_kept:
+                most_kept = kept
         return None
 
     def _may_lead(self, k: int) -> bool:
-        leader = self._network.leaders.get(k)
-        return leader is None or self._placed[k] < self._placed[leader] + EMBEDDINGS_AHEAD
+        return self._placed[k] < self._placed[self._network.leaders[k]] + EMBEDDINGS_AHEAD

@@ -37,7 +37,10 @@ class Block:
         f1 = first * (p - 1) + self.turns[0]
         i1 = f1 + second * (p - 1) + self.turns[1]
         i0 = i1 + third * (p - 1) + self.turns[2]
-        return [(first * r, f1 + second * (p - 1 - r), i1 + third * r, i0 + fourth * (p - 1 - r)) for r in range(p)]
+        return [
+            (first * r, f1 + second * (p - 1 - r), i1 + third * r, i0 + fourth * (p - 1 - r))
+            for r in range(p)
+        ]
 
     def length(self, p: int) -> int:
         """From the first F to the last I on p ranks."""
@@ -57,7 +60,9 @@ class Block:
         """The blocks of all microbatches.  Raises ValueError unless laid out as a V with B split."""
         layout = problem.layout
         if layout.name != "v" or not problem.split_backward:
-            raise ValueError(f"a V-shaped schedule needs layout 'v' and a split backward, not layout {layout.name!r}")
+            raise ValueError(
+                f"a V-shaped schedule needs layout 'v' and a split backward, not layout {layout.name!r}"
+            )
         orders = []
         for rank, (f0, f1, i1, i0) in enumerate(self.starts(layout.num_ranks)):
             first, second = layout.stages_of(rank)
@@ -94,7 +99,9 @@ def blocks(problem: Problem) -> Iterator[Block]:
     """Every block with short steps and turns whose passes never meet on a rank."""
     p, barriers = problem.layout.num_ranks, problem.algorithm.extra_in_flight
     middle_turns = range(1 + barriers, 2 + _INTERVAL * max(1, barriers))
-    for *steps, down, middle, up in product(_STEPS, _STEPS, _STEPS, _STEPS, _TURNS, middle_turns, _TURNS):
+    for *steps, down, middle, up in product(
+        _STEPS, _STEPS, _STEPS, _STEPS, _TURNS, middle_turns, _TURNS
+    ):
         first, second, third, fourth = steps
         block = Block((first, second, third, fourth), (down, middle, up))
         if all(len({start % _INTERVAL for start in starts}) == 4 for starts in block.starts(p)):

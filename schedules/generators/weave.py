@@ -47,7 +47,12 @@ PREFERENCES = (
     Preference(_T_TOO, 3, 0.5),
     Preference(_S_FIRST, 2, 0.0),
 )
-STARTS = (Preference(_S_FIRST, 1, 1.0), Preference(_S_FIRST, 2, 0.0), Preference(_T_TOO, 2, 1.0), Preference(_S_FIRST, 2, 0.5))
+STARTS = (
+    Preference(_S_FIRST, 1, 1.0),
+    Preference(_S_FIRST, 2, 0.0),
+    Preference(_T_TOO, 2, 1.0),
+    Preference(_S_FIRST, 2, 0.5),
+)
 _FILLERS = (Kind.S, Kind.T, Kind.W, Kind.G, Kind.E)
 
 BaseOrder = tuple[tuple[Pass, ...], ...]
@@ -61,15 +66,24 @@ def weave(base: BaseOrder, problem: Problem, network: Network, preference: Prefe
 class _Weaver:
     """One run of time over all ranks.  Passes are placed in the order in which their ranks decide on them."""
 
-    def __init__(self, base: BaseOrder, problem: Problem, network: Network, preference: Preference) -> None:
+    def __init__(
+        self, base: BaseOrder, problem: Problem, network: Network, preference: Preference
+    ) -> None:
         self._problem, self._network, self._preference = problem, network, preference
         count, size = network.num_microbatches, network.size
         passes = [node for node in network.nodes if isinstance(node, Pass)]
         self._kinds = [node.kind for node in passes]
         keys = {(node.stage, node.kind): k for k, node in enumerate(passes)}
-        orders = [[(item.kind, item.microbatch * size + keys[item.stage, item.kind]) for item in order] for order in base]
-        self._base = [deque(number for kind, number in order if kind is not Kind.W) for order in orders]
-        self._movable: list[dict[Kind, deque[int]]] = [{} for _ in base]  # first in, first out: microbatches are alike
+        orders = [
+            [(item.kind, item.microbatch * size + keys[item.stage, item.kind]) for item in order]
+            for order in base
+        ]
+        self._base = [
+            deque(number for kind, number in order if kind is not Kind.W) for order in orders
+        ]
+        self._movable: list[dict[Kind, deque[int]]] = [
+            {} for _ in base
+        ]  # first in, first out: microbatches are alike
         for queues, order in zip(self._movable, orders, strict=True):
             if problem.split_backward:
                 queues[Kind.W] = deque(number for kind, number in order if kind is Kind.W)
@@ -101,14 +115,24 @@ class _Weaver:
                 heapq.heappush(wakes, (later, rank))
         waiting = [str(self._network.node(queue[0])) for queue in self._base if queue]
         if waiting:
-            raise DeadlockError(f"the base order blocks: {', '.join(waiting)} wait for passes behind them")
+            raise DeadlockError(
+                f"the base order blocks: {', '.join(waiting)} wait for passes behind them"
+            )
         return self._orders
 
     def _choose(self, rank: int, now: float) -> tuple[Kind | None, float | None]:
         """The kind to run on a free rank, or the time at which to look again (None: when another rank makes progress)."""
-        preference, missing, arrived_at = self._preference, self._clock.missing, self._clock.arrived_at
+        preference, missing, arrived_at = (
+            self._preference,
+            self._clock.missing,
+            self._clock.arrived_at,
+        )
         queue, movable = self._base[rank], self._movable[rank]
-        times = {kind: arrived_at[queue[0]] for kind, queue in movable.items() if queue and not missing[queue[0]]}
+        times = {
+            kind: arrived_at[queue[0]]
+            for kind, queue in movable.items()
+            if queue and not missing[queue[0]]
+        }
         self._withhold(rank, times, movable)
         head = queue[0] if queue else None
         held = self._held[rank]
@@ -139,11 +163,20 @@ class _Weaver:
         upcoming = [time for time in (base_at, *times.values()) if time is not None and time > now]
         return None, min(upcoming, default=None)
 
-    def _withhold(self, rank: int, times: dict[Kind, float], movable: dict[Kind, deque[int]]) -> None:
+    def _withhold(
+        self, rank: int, times: dict[Kind, float], movable: dict[Kind, deque[int]]
+    ) -> None:
         """E does not run far ahead, nor S while too many shards wait for their T."""
-        if Kind.E in times and movable[Kind.E][0] // self._network.size >= self._embedded + EMBEDDINGS_AHEAD:
+        if (
+            Kind.E in times
+            and movable[Kind.E][0] // self._network.size >= self._embedded + EMBEDDINGS_AHEAD
+        ):
             del times[Kind.E]
-        if Kind.S in times and not self._problem.forward_only and self._held[rank][Kind.T] >= self._preference.max_held:
+        if (
+            Kind.S in times
+            and not self._problem.forward_only
+            and self._held[rank][Kind.T] >= self._preference.max_held
+        ):
             del times[Kind.S]
 
     def _place(self, rank: int, kind: Kind, now: float) -> set[int]:

@@ -19,7 +19,9 @@ from schedules.problem import Problem
 def zb_h1(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
     """The stage passes of every rank.  Raises ValueError unless each rank owns one stage and B is split."""
     if problem.layout.num_chunks != 1 or not problem.split_backward:
-        raise ValueError("zb_h1 has one stage per rank and splits B into I and W; use layout 'linear' and split_backward")
+        raise ValueError(
+            "zb_h1 has one stage per rank and splits B into I and W; use layout 'linear' and split_backward"
+        )
     return tuple(_rank_order(rank, problem) for rank in range(problem.layout.num_ranks))
 
 
@@ -45,7 +47,9 @@ def _rank_order(rank: int, problem: Problem) -> tuple[Pass, ...]:
 def zb_v(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
     """The stage passes of every rank.  Raises ValueError unless laid out as a V with B split."""
     if problem.layout.name != "v" or not problem.split_backward:
-        raise ValueError(f"zb_v needs layout 'v' and a split backward, not layout {problem.layout.name!r}")
+        raise ValueError(
+            f"zb_v needs layout 'v' and a split backward, not layout {problem.layout.name!r}"
+        )
     return tuple(_v_order(rank, problem) for rank in range(problem.layout.num_ranks))
 
 

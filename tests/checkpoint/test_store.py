@@ -16,10 +16,18 @@ import torch
 import torch.distributed as dist
 
 from vp_train.checkpoint import store
-from vp_train.checkpoint.store import CheckpointError, Piece, find, latest, load, read_manifest, save
+from vp_train.checkpoint.store import (
+    CheckpointError,
+    CheckpointTensor,
+    find,
+    latest,
+    load,
+    read_manifest,
+    save,
+)
+from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError
-from vp_train.control import ControlGroup
-from vp_train.split import Split
+from vp_train.tensors.slices import TensorSlice
 
 ROWS = 23
 
@@ -32,14 +40,24 @@ def split(num_ranks, seed):
 
 def truth():
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(ROWS, 4, generator=generator), [torch.randn(3, i + 1, generator=generator) for i in range(6)]
+    return torch.randn(ROWS, 4, generator=generator), [
+        torch.randn(3, i + 1, generator=generator) for i in range(6)
+    ]
 
 
 def pieces_of(rank, num_ranks, seed, fill):
     matrix, wholes = truth()
     start, stop = split(num_ranks, seed)[rank]
-    pieces = {"matrix": Piece(matrix[start:stop].clone(), Split(0, ROWS, ((start, stop),)))}
-    pieces |= {f"whole.{i}": Piece(whole.clone()) for i, whole in enumerate(wholes) if i % num_ranks == rank}
+    pieces = {
+        "matrix": CheckpointTensor(
+            matrix[start:stop].clone(), TensorSlice(0, ROWS, ((start, stop),))
+        )
+    }
+    pieces |= {
+        f"whole.{i}": CheckpointTensor(whole.clone())
+        for i, whole in enumerate(wholes)
+        if i % num_ranks == rank
+    }
     if not fill:
         for piece in pieces.values():
             piece.tensor.zero_()
@@ -56,7 +74,9 @@ def load_one(rank, num_ranks, directory, seed):
     manifest, pieces = read_manifest(path), pieces_of(rank, num_ranks, seed, fill=False)
     load(path, manifest, pieces)
     expected = pieces_of(rank, num_ranks, seed, fill=True)
-    return manifest["state"], all(torch.equal(pieces[name].tensor, expected[name].tensor) for name in expected)
+    return manifest["state"], all(
+        torch.equal(pieces[name].tensor, expected[name].tensor) for name in expected
+    )
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2), (4, 4)])
@@ -78,21 +98,23 @@ def whole_of_ranges():
 
 
 def save_ranges(rank, num_ranks, directory, chunks):
-    split = Split(1, ROWS, ranges_of(num_ranks, rank, chunks))
-    pieces = {"x": Piece(split.part(whole_of_ranges()).clone(), split)}
+    split = TensorSlice(1, ROWS, ranges_of(num_ranks, rank, chunks))
+    pieces = {"x": CheckpointTensor(split.part(whole_of_ranges()).clone(), split)}
     save(Path(directory), 1, pieces, {}, ControlGroup.flat(dist.group.WORLD), 1)
 
 
 def load_ranges(rank, num_ranks, directory, chunks):
-    split = Split(1, ROWS, ranges_of(num_ranks, rank, chunks)) if chunks else None
+    split = TensorSlice(1, ROWS, ranges_of(num_ranks, rank, chunks)) if chunks else None
     expected = whole_of_ranges() if split is None else split.part(whole_of_ranges())
     found = torch.full_like(expected, torch.nan)
     path = Path(directory) / "step-00000001"
-    load(path, read_manifest(path), {"x": Piece(found, split)})
+    load(path, read_manifest(path), {"x": CheckpointTensor(found, split)})
     return torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("before", "after"), [((1, 1), (2, 5)), ((2, 5), (1, 0)), ((2, 6), (3, 7)), ((3, 9), (2, 4))])
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 1), (2, 5)), ((2, 5), (1, 0)), ((2, 6), (3, 7)), ((3, 9), (2, 4))]
+)
 def test_parts_of_several_ranges_are_read_by_parts_of_others(ranks, tmp_path, before, after):
     ranks(before[0]).run(save_ranges, str(tmp_path), before[1])
     assert ranks(after[0]).run(load_ranges, str(tmp_path), after[1]) == [True] * after[0]
@@ -113,7 +135,11 @@ def test_damaged_checkpoints_of_later_steps_push_no_new_one_out(ranks, tmp_path)
         (damaged / "rank-00000.safetensors").write_bytes(b"")
     for step in (1, 2, 3):
         ranks(1).run(save_one, str(tmp_path), step, 0, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004", "step-00000005"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000003",
+        "step-00000004",
+        "step-00000005",
+    ]
     assert latest(tmp_path).name == "step-00000003"
 
 
@@ -146,7 +172,9 @@ def test_nothing_unfinished_is_left(ranks, tmp_path):
 
 def save_without_removing(rank, num_ranks, directory):
     inner = store._remove
-    store._remove = lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied", str(path)))
+    store._remove = lambda path: (_ for _ in ()).throw(
+        PermissionError(13, "Permission denied", str(path))
+    )
     try:
         for step in (1, 2):
             save_one(rank, num_ranks, directory, step, 0, 1)
@@ -170,7 +198,9 @@ def fail_to_commit(rank, num_ranks, directory):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_checkpoint_that_cannot_be_completed_fails_on_all_ranks_and_leaves_nothing(ranks, tmp_path, num_ranks):
+def test_a_checkpoint_that_cannot_be_completed_fails_on_all_ranks_and_leaves_nothing(
+    ranks, tmp_path, num_ranks
+):
     said = ranks(num_ranks).run(fail_to_commit, str(tmp_path))
     assert said == ["rank 0 could not write the checkpoint: OSError: no space"] * num_ranks
     assert list(tmp_path.iterdir()) == []
@@ -218,7 +248,10 @@ def test_a_manifest_that_is_valid_but_foreign_is_refused(tmp_path):
     (tmp_path / "step-00000001" / "manifest.json").write_text(json.dumps(["not", "a", "manifest"]))
     with pytest.raises(ValueError, match="incomplete"):
         read_manifest(tmp_path / "step-00000001")
-    with pytest.raises(ConfigError, match=r"every checkpoint in .* is damaged; restore one, or move them away to begin"):
+    with pytest.raises(
+        ConfigError,
+        match=r"every checkpoint in .* is damaged; restore one, or move them away to begin",
+    ):
         latest(tmp_path)
     assert latest(tmp_path / "elsewhere") is None
 
@@ -240,7 +273,9 @@ def test_ranks_share_the_hashing_and_choose_alike(ranks, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     chosen, hashed = zip(*ranks(3).run(choose_counting, str(tmp_path)), strict=True)
     assert set(chosen) == {tmp_path / "step-00000001"}
-    files = [f"step-0000000{step}/rank-0000{rank}.safetensors" for step in (1, 2) for rank in range(3)]
+    files = [
+        f"step-0000000{step}/rank-0000{rank}.safetensors" for step in (1, 2) for rank in range(3)
+    ]
     assert sorted(name for names in hashed for name in names) == files
 
 
@@ -256,10 +291,20 @@ def mismatch(rank, num_ranks, directory, pieces):
 @pytest.mark.parametrize(
     ("name", "piece", "message"),
     [
-        ("matrix", Piece(torch.zeros(4, 4), Split(0, ROWS + 1, ((0, 4),))), "resume with the model"),
-        ("matrix", Piece(torch.zeros(4, 4, dtype=torch.float64), Split(0, ROWS, ((0, 4),))), "is float32"),
-        ("whole.0", Piece(torch.zeros(3, 2)), "[3, 1]"),
-        ("unknown", Piece(torch.zeros(3)), "does not hold all of unknown"),
+        (
+            "matrix",
+            CheckpointTensor(torch.zeros(4, 4), TensorSlice(0, ROWS + 1, ((0, 4),))),
+            "resume with the model",
+        ),
+        (
+            "matrix",
+            CheckpointTensor(
+                torch.zeros(4, 4, dtype=torch.float64), TensorSlice(0, ROWS, ((0, 4),))
+            ),
+            "is float32",
+        ),
+        ("whole.0", CheckpointTensor(torch.zeros(3, 2)), "[3, 1]"),
+        ("unknown", CheckpointTensor(torch.zeros(3)), "does not hold all of unknown"),
     ],
 )
 def test_other_tensors_are_refused_by_name(ranks, tmp_path, name, piece, message):
@@ -272,12 +317,12 @@ def test_other_tensors_are_refused_by_name(ranks, tmp_path, name, piece, message
 SAVER = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
-from vp_train.checkpoint.store import Piece, save
-from vp_train.control import ControlGroup
+from vp_train.checkpoint.store import CheckpointTensor, save
+from vp_train.communication.control import ControlGroup
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 world = ControlGroup.flat(dist.group.WORLD)
 for step in range(1, 10_000):
-    save(Path(sys.argv[1]), step, {"x": Piece(torch.full((50_000,), float(step)))}, {"step": step}, world, 2)
+    save(Path(sys.argv[1]), step, {"x": CheckpointTensor(torch.full((50_000,), float(step)))}, {"step": step}, world, 2)
     print(step, flush=True)
 """
 
@@ -286,7 +331,9 @@ def test_a_kill_at_any_moment_leaves_only_complete_checkpoints(tmp_path):
     chance = random.Random(0)
     for round_number in range(5):
         directory = tmp_path / str(round_number)
-        process = subprocess.Popen([sys.executable, "-c", SAVER, str(directory)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(directory)], stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout.readline().strip() == "1"
         time.sleep(chance.uniform(0.0, 0.08))
         os.kill(process.pid, signal.SIGKILL)
@@ -296,7 +343,7 @@ def test_a_kill_at_any_moment_leaves_only_complete_checkpoints(tmp_path):
         assert found
         for path in found:
             manifest, target = read_manifest(find(path)), torch.zeros(50_000)
-            load(path, manifest, {"x": Piece(target)})
+            load(path, manifest, {"x": CheckpointTensor(target)})
             step = manifest["step"]
             assert torch.equal(target, torch.full((50_000,), float(step)))
         assert read_manifest(latest(directory))["step"] >= last  # nothing committed is lost

@@ -21,7 +21,9 @@ def described(tensors):
 def test_what_is_written_is_what_the_library_and_we_read(tmp_path, dtype):
     generator = torch.Generator().manual_seed(0)
     shapes = {"matrix": (3, 5), "vector": (7,), "number": (), "nothing": (0, 4), "one": (1,)}
-    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    tensors = {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+    }
     path = tmp_path / "a.safetensors"
     write_tensors(path, described(tensors), iter(tensors.values()))
     found = load_file(path)
@@ -32,7 +34,9 @@ def test_what_is_written_is_what_the_library_and_we_read(tmp_path, dtype):
             assert read.dtype is dtype
             assert torch.equal(read, tensor)
     assert dict(describe_tensors(path)) == {one.name: one for one in described(tensors)}
-    assert [one.num_bytes for one in described(tensors)] == [count * dtype.itemsize for count in (15, 7, 1, 0, 1)]
+    assert [one.num_bytes for one in described(tensors)] == [
+        count * dtype.itemsize for count in (15, 7, 1, 0, 1)
+    ]
 
 
 def test_a_view_is_written_in_its_own_order(tmp_path):
@@ -46,7 +50,11 @@ def test_a_view_is_written_in_its_own_order(tmp_path):
 def test_data_begin_at_a_multiple_of_eight_bytes_whatever_the_names(tmp_path):
     beginnings = set()
     for length in range(1, 18):
-        write_tensors(tmp_path / "a", [Described("x" * length, (2,), torch.float64)], [torch.tensor([1.0, 2.0]).double()])
+        write_tensors(
+            tmp_path / "a",
+            [Described("x" * length, (2,), torch.float64)],
+            [torch.tensor([1.0, 2.0]).double()],
+        )
         content = (tmp_path / "a").read_bytes()
         begin = 8 + int.from_bytes(content[:8], "little")
         assert begin % 8 == 0
@@ -59,15 +67,20 @@ def test_data_begin_at_a_multiple_of_eight_bytes_whatever_the_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "code"), [(torch.int64, "I64"), (torch.int32, "I32"), (torch.uint8, "U8"), (torch.bool, "BOOL")]
+    ("dtype", "code"),
+    [(torch.int64, "I64"), (torch.int32, "I32"), (torch.uint8, "U8"), (torch.bool, "BOOL")],
 )
 def test_a_tensor_that_holds_no_floating_point_numbers_is_refused_by_name(tmp_path, dtype, code):
     save_file({"weight": torch.ones(2), "position_ids": torch.ones(3, dtype=dtype)}, tmp_path / "a")
-    with pytest.raises(ValueError, match=rf"position_ids in .*/a is {code}; F64, F32, F16, BF16 can be read"):
+    with pytest.raises(
+        ValueError, match=rf"position_ids in .*/a is {code}; F64, F32, F16, BF16 can be read"
+    ):
         describe_tensors(tmp_path / "a")
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: b"\xff" * 64])
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-1], lambda content: b"", lambda content: b"\xff" * 64]
+)
 def test_a_file_that_is_not_whole_is_named(tmp_path, damage):
     save_file({"weight": torch.ones(2)}, tmp_path / "a")
     (tmp_path / "a").write_bytes(damage((tmp_path / "a").read_bytes()))
@@ -77,7 +90,9 @@ def test_a_file_that_is_not_whole_is_named(tmp_path, damage):
         describe_tensors(tmp_path / "missing")
 
 
-@pytest.mark.parametrize("tensor", [torch.ones(3), torch.ones(2, dtype=torch.float64), torch.ones(2, 1)])
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(3), torch.ones(2, dtype=torch.float64), torch.ones(2, 1)]
+)
 def test_a_tensor_that_is_not_as_described_is_not_written(tmp_path, tensor):
     with pytest.raises(AssertionError, match="weight"):
         write_tensors(tmp_path / "a", [Described("weight", (2,), torch.float32)], [tensor])
@@ -86,4 +101,6 @@ def test_a_tensor_that_is_not_as_described_is_not_written(tmp_path, tensor):
 @pytest.mark.parametrize("count", [0, 2])
 def test_as_many_tensors_are_written_as_are_described(tmp_path, count):
     with pytest.raises(ValueError, match=r"zip\(\)"):
-        write_tensors(tmp_path / "a", [Described("weight", (2,), torch.float32)], [torch.ones(2)] * count)
+        write_tensors(
+            tmp_path / "a", [Described("weight", (2,), torch.float32)], [torch.ones(2)] * count
+        )

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from tests.meshes import mesh_for
-from tests.pipeline.test_equivalence import config_of
+from tests.pipeline.equivalence import config_of
 from tests.pipeline.truth import random_batch
 from vp_train.assembly import build_rank
 from vp_train.checkpoint import store
 from vp_train.checkpoint.training import load_weights, restore_run, save_run
+from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError, ModelConfig, VocabConfig
-from vp_train.control import ControlGroup
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
 CONTENTS = ("abc", "def")
 
@@ -52,7 +52,11 @@ def save_after_two(rank, num_ranks, config, directory):
     path = save_run(Path(directory), 2, config, model, mesh, CONTENTS)
     held = copies(model)
     updated(model, config, (3,))
-    return str(path), held, {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
+    return (
+        str(path),
+        held,
+        {name: parameter.detach().clone() for name, parameter in model.parameters.items()},
+    )
 
 
 def restore(rank, num_ranks, config, path):
@@ -61,7 +65,11 @@ def restore(rank, num_ranks, config, path):
     told = step, model.optimizer.updates, model.loss_scale.value, model.loss_scale.finite_steps
     held = copies(model)
     updated(model, config, (3,))
-    return told, held, {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
+    return (
+        told,
+        held,
+        {name: parameter.detach().clone() for name, parameter in model.parameters.items()},
+    )
 
 
 def joined(results):
@@ -72,11 +80,15 @@ def joined(results):
             if split is None:
                 whole[key] = tensor
                 continue
-            target = whole.setdefault(key, torch.full(split.whole_shape(tensor.shape), torch.nan, dtype=tensor.dtype))
+            target = whole.setdefault(
+                key, torch.full(split.whole_shape(tensor.shape), torch.nan, dtype=tensor.dtype)
+            )
             split.part(torch.arange(target.shape[split.dim]))  # its ranges lie within the whole
             start = 0
             for first, last in split.ranges:
-                target.narrow(split.dim, first, last - first).copy_(tensor.narrow(split.dim, start, last - first))
+                target.narrow(split.dim, first, last - first).copy_(
+                    tensor.narrow(split.dim, start, last - first)
+                )
                 start += last - first
     return whole
 
@@ -133,21 +145,35 @@ def other_run(config, **changes):
 @pytest.mark.parametrize(
     ("changed", "contents", "message"),
     [
-        (lambda c: other_run(c, norm_epsilon=1e-3), CONTENTS, "was saved with model.norm_epsilon=1e-05, this run has 0.001"),
+        (
+            lambda c: other_run(c, norm_epsilon=1e-3),
+            CONTENTS,
+            "was saved with model.norm_epsilon=1e-05, this run has 0.001",
+        ),
         (
             lambda c: replace(c, micro_batch_size=1),
             CONTENTS,
             "batch.dp * num_microbatches * micro_batch_size=6, this run has 3",
         ),
-        (lambda c: replace(c, run=replace(c.run, dtype="float64")), CONTENTS, "run.dtype=float32, this run has float64"),
-        (lambda c: replace(c, data=replace(c.data, seed=5)), CONTENTS, "data.seed=1234, this run has 5"),
+        (
+            lambda c: replace(c, run=replace(c.run, dtype="float64")),
+            CONTENTS,
+            "run.dtype=float32, this run has float64",
+        ),
+        (
+            lambda c: replace(c, data=replace(c.data, seed=5)),
+            CONTENTS,
+            "data.seed=1234, this run has 5",
+        ),
         (lambda c: c, ("abc", "xyz"), "the text or tokenizer of data.blend[1] is not what"),
         (lambda c: c, ("abc",), "the text or its tokenizer is not what"),
         (lambda c: replace(c, data=replace(c.data, cache_dir="elsewhere")), CONTENTS, "restored"),
         (lambda c: replace(c, optim=replace(c.optim, lr=1e-3)), CONTENTS, "restored"),
     ],
 )
-def test_the_checkpoint_of_another_run_is_refused_by_the_setting(ranks, tmp_path, changed, contents, message):
+def test_the_checkpoint_of_another_run_is_refused_by_the_setting(
+    ranks, tmp_path, changed, contents, message
+):
     config = config_of(1, 3, 101, dtype="float32")
     ((path, *_),) = ranks(1).run(save_after_two, config, str(tmp_path))
     (said,) = ranks(1).run(refusal, changed(config), path, contents)
@@ -162,7 +188,11 @@ def load(rank, num_ranks, config, path):
     except ConfigError as error:
         return str(error)
     state = model.optimizer.state()
-    nothing = all(not tensor.any() for moment in ("exp_avg", "exp_avg_sq") for tensor in state[moment].values())
+    nothing = all(
+        not tensor.any()
+        for moment in ("exp_avg", "exp_avg_sq")
+        for tensor in state[moment].values()
+    )
     return copies(model), model.optimizer.updates, nothing
 
 
@@ -170,8 +200,17 @@ def load(rank, num_ranks, config, path):
 def test_weights_alone_start_another_run_of_any_layout_and_precision(ranks, tmp_path, dtype):
     config = config_of(2, 3, 101, dtype="float32")
     saved = ranks(2).run(save_after_two, config, str(tmp_path))
-    before = {key: tensor for key, tensor in joined(held for _, held, _ in saved).items() if key[0] == "parameter"}
-    longer = ModelConfig(**{**{f: getattr(config.model, f) for f in config.model.__dataclass_fields__}, "seq_length": 9})
+    before = {
+        key: tensor
+        for key, tensor in joined(held for _, held, _ in saved).items()
+        if key[0] == "parameter"
+    }
+    longer = ModelConfig(
+        **{
+            **{f: getattr(config.model, f) for f in config.model.__dataclass_fields__},
+            "seq_length": 9,
+        }
+    )
     other = replace(config_of(1, 2, 101, dtype=dtype, num_stages=2), model=longer)
     ((held, updates, nothing),) = ranks(1).run(load, other, saved[0][0])
     assert updates == 0
@@ -181,16 +220,24 @@ def test_weights_alone_start_another_run_of_any_layout_and_precision(ranks, tmp_
     for key, tensor in before.items():
         assert after[key].dtype is (torch.float64 if dtype == "float64" else torch.float32)
         assert torch.equal(after[key], tensor.to(after[key].dtype)), key
-    (said,) = ranks(1).run(load, other_run(config_of(1, 3, 101, num_stages=2), ffn_hidden_size=32), saved[0][0])
+    (said,) = ranks(1).run(
+        load, other_run(config_of(1, 3, 101, num_stages=2), ffn_hidden_size=32), saved[0][0]
+    )
     assert "was saved with model.ffn_hidden_size=24, this run has 32; use the same value" in said
 
 
 def numbers(rank, num_ranks, directory, value):
     import torch.distributed as dist
 
-    pieces = {"number": store.Piece(torch.tensor(value)), "row": store.Piece(torch.full((2,), value))}
+    pieces = {
+        "number": store.CheckpointTensor(torch.tensor(value)),
+        "row": store.CheckpointTensor(torch.full((2,), value)),
+    }
     path = store.save(Path(directory), 1, pieces, {}, ControlGroup.flat(dist.group.WORLD), 1)
-    read = {"number": store.Piece(torch.tensor(torch.nan)), "row": store.Piece(torch.full((2,), torch.nan))}
+    read = {
+        "number": store.CheckpointTensor(torch.tensor(torch.nan)),
+        "row": store.CheckpointTensor(torch.full((2,), torch.nan)),
+    }
     manifest = store.read_manifest(path)
     assert manifest["files"]["rank-00000.safetensors"]["tensors"]["number"]["shape"] == []
     store.load(path, manifest, read)

@@ -29,7 +29,9 @@ def text_config(tmp_path: Path, **changes: object) -> DataConfig:
     )
 
 
-def run_config(data: DataConfig, steps: int = 4, seq_length: int = 8, eval_every: int = 1) -> RunConfig:
+def run_config(
+    data: DataConfig, steps: int = 4, seq_length: int = 8, eval_every: int = 1
+) -> RunConfig:
     return RunConfig(
         model=ModelConfig(vocab_size=VOCAB_SIZE, seq_length=seq_length),
         data=data,

@@ -15,7 +15,12 @@ def test_each_step_gets_its_batch_made_once_and_none_is_made_after_the_last():
         return f"batch {step}"
 
     ahead = Ahead(make, last=7)
-    assert [ahead.take(step) for step in (3, 4, 5, 7)] == ["batch 3", "batch 4", "batch 5", "batch 7"]
+    assert [ahead.take(step) for step in (3, 4, 5, 7)] == [
+        "batch 3",
+        "batch 4",
+        "batch 5",
+        "batch 7",
+    ]
     ahead._thread.shutdown()
     here = threading.current_thread().name
     found = [(step, name == here) for step, name in sorted(made)]

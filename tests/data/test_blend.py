@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from tests.data.cases import VOCAB_SIZE, run_config, write_letters
-from vp_train.cli import load_config
 from vp_train.config import BlendEntry, ConfigError, DataConfig
 from vp_train.data import Corpus, open_source, prepare_all
 from vp_train.data.tokenizer import train_tokenizer
+from vp_train.settings import load_config
 
 WEIGHTS = (0.7, 0.2, 0.1)
 
@@ -27,15 +27,23 @@ def blend(tmp_path: Path) -> DataConfig:
     """Three corpora in letters of their own: a and A in the first, b and B, c and C; the second is .jsonl."""
     coin = random.Random(0)
     for number, letter in enumerate("abc"):
-        texts = ["".join(coin.choice((letter, letter.upper())) for _ in range(90)) for _ in range(30)]
+        texts = [
+            "".join(coin.choice((letter, letter.upper())) for _ in range(90)) for _ in range(30)
+        ]
         (tmp_path / letter).mkdir()
         if letter == "b":
-            (tmp_path / letter / "all.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+            (tmp_path / letter / "all.jsonl").write_text(
+                "".join(json.dumps({"body": text}) + "\n" for text in texts)
+            )
         else:
             for index, text in enumerate(texts):
                 (tmp_path / letter / f"{number}{index:02}.txt").write_text(text)
     entries = tuple(
-        BlendEntry(path=str(tmp_path / letter), weight=weight, jsonl_field="body" if letter == "b" else None)
+        BlendEntry(
+            path=str(tmp_path / letter),
+            weight=weight,
+            jsonl_field="body" if letter == "b" else None,
+        )
         for letter, weight in zip("abc", WEIGHTS, strict=True)
     )
     return DataConfig(name="blend", blend=entries, cache_dir=str(tmp_path / "cache"))
@@ -51,12 +59,18 @@ def corpus_of(tokens: np.ndarray, corpora: tuple[Corpus, ...]) -> str:
 
 def test_samples_come_by_weight_at_every_prefix(blend: DataConfig) -> None:
     corpora, source = prepare_all(blend, VOCAB_SIZE, progress=False), open_source(run_config(blend))
-    drawn = [corpus_of(row, corpora) for step in range(1, 6) for row in source.train_batch(step).tokens.reshape(-1, 8).numpy()]
+    drawn = [
+        corpus_of(row, corpora)
+        for step in range(1, 6)
+        for row in source.train_batch(step).tokens.reshape(-1, 8).numpy()
+    ]
     for length in range(1, len(drawn) + 1):
         counts = Counter(drawn[:length])
         for letter, weight in zip("abc", WEIGHTS, strict=True):
             assert abs(counts[letter] - weight * length) < 1 + 1e-9
-    held_out = [corpus_of(row, corpora) for row in source.validation_batch().tokens.reshape(-1, 8).numpy()]
+    held_out = [
+        corpus_of(row, corpora) for row in source.validation_batch().tokens.reshape(-1, 8).numpy()
+    ]
     assert set(held_out) == set("ab")  # six samples
     assert source.description.startswith("70.0% text: 30 files, 30 documents")
     assert "; 20.0% text: 1 files, 30 documents" in source.description
@@ -67,7 +81,9 @@ def test_all_corpora_have_one_tokenizer_trained_on_all_of_them(blend: DataConfig
     assert len({corpus.tokenizer.read_bytes() for corpus in corpora}) == 1
     vocabulary = json.loads(corpora[0].tokenizer.read_text())["model"]["vocab"]
     for letter in "abc":
-        merged = [token for token in vocabulary if len(token) > 1 and set(token.lower()) == {letter}]
+        merged = [
+            token for token in vocabulary if len(token) > 1 and set(token.lower()) == {letter}
+        ]
         assert merged, "its text was seen in training"
     again = prepare_all(blend, VOCAB_SIZE, progress=False)
     assert [corpus.path for corpus in again] == [corpus.path for corpus in corpora]
@@ -78,11 +94,16 @@ def test_a_stored_corpus_can_be_part_and_gives_its_tokenizer(blend: DataConfig) 
     assert blend.blend is not None
     whole = prepare_all(blend, VOCAB_SIZE, progress=False)
     stored = replace(blend.blend[1], path=str(whole[1].path))
-    mixed = replace(blend, blend=(blend.blend[0], stored, blend.blend[2]), cache_dir=f"{blend.cache_dir}-other")
+    mixed = replace(
+        blend, blend=(blend.blend[0], stored, blend.blend[2]), cache_dir=f"{blend.cache_dir}-other"
+    )
     corpora = prepare_all(mixed, VOCAB_SIZE, progress=False)
     assert corpora[1].path == whole[1].path
     assert len({corpus.tokenizer.read_bytes() for corpus in (*corpora, *whole)}) == 1
-    same, other = open_source(run_config(blend)).train_batch(3), open_source(run_config(mixed)).train_batch(3)
+    same, other = (
+        open_source(run_config(blend)).train_batch(3),
+        open_source(run_config(mixed)).train_batch(3),
+    )
     assert same.tokens.equal(other.tokens)
 
 
@@ -91,55 +112,97 @@ def test_vocabularies_that_differ_are_refused(blend: DataConfig, tmp_path: Path)
     tokenizer = tmp_path / "tokenizer.json"
     train_tokenizer(["xyz" * 20], 262).save(str(tokenizer))
     other = replace(blend, blend=blend.blend[2:], tokenizer=str(tokenizer))
-    first, second = prepare_all(blend, VOCAB_SIZE, progress=False)[0], prepare_all(other, VOCAB_SIZE, progress=False)[0]
-    mixed = replace(blend, blend=(BlendEntry(path=str(first.path)), BlendEntry(path=str(second.path))))
-    with pytest.raises(ConfigError, match=rf"data\.blend\[1\] \({second.path}\) has another tokenizer than data\.blend\[0\]"):
+    first, second = (
+        prepare_all(blend, VOCAB_SIZE, progress=False)[0],
+        prepare_all(other, VOCAB_SIZE, progress=False)[0],
+    )
+    mixed = replace(
+        blend, blend=(BlendEntry(path=str(first.path)), BlendEntry(path=str(second.path)))
+    )
+    with pytest.raises(
+        ConfigError,
+        match=rf"data\.blend\[1\] \({second.path}\) has another tokenizer than data\.blend\[0\]",
+    ):
         prepare_all(mixed, VOCAB_SIZE, progress=False)
-    with pytest.raises(ConfigError, match=rf"data\.blend\[0\]: {first.path} was prepared for model\.vocab_size={VOCAB_SIZE}"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"data\.blend\[0\]: {first.path} was prepared for model\.vocab_size={VOCAB_SIZE}",
+    ):
         prepare_all(mixed, VOCAB_SIZE + 1, progress=False)
 
 
-def test_a_corpus_that_is_missing_empty_or_too_short_is_named(blend: DataConfig, tmp_path: Path) -> None:
+def test_a_corpus_that_is_missing_empty_or_too_short_is_named(
+    blend: DataConfig, tmp_path: Path
+) -> None:
     assert blend.blend is not None
     missing = replace(blend, blend=(*blend.blend[:2], BlendEntry(path=f"{tmp_path}/nowhere")))
-    with pytest.raises(ConfigError, match=r"data\.blend\[2\]: data\.path=.*nowhere does not exist; give"):
+    with pytest.raises(
+        ConfigError, match=r"data\.blend\[2\]: data\.path=.*nowhere does not exist; give"
+    ):
         open_source(run_config(missing))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("")
     empty = replace(blend, blend=(BlendEntry(path=f"{tmp_path}/empty"), *blend.blend))
-    with pytest.raises(ConfigError, match=r"data\.blend\[0\]: .*a\.txt and the 0 files after it hold no text"):
+    with pytest.raises(
+        ConfigError, match=r"data\.blend\[0\]: .*a\.txt and the 0 files after it hold no text"
+    ):
         open_source(run_config(empty))
     write_letters(tmp_path / "short", [5, 5])
     short = replace(blend, blend=(*blend.blend, BlendEntry(path=f"{tmp_path}/short")))
-    with pytest.raises(ConfigError, match=r"cache/text-\w+: training gets 1 of 2 documents .* too short for one sample of 65"):
+    with pytest.raises(
+        ConfigError,
+        match=r"cache/text-\w+: training gets 1 of 2 documents .* too short for one sample of 65",
+    ):
         open_source(run_config(short, seq_length=64))
 
 
 def command_line(blend: DataConfig) -> list[str]:
     entries = ",".join(
-        f"{{path:'{entry.path}',weight:{entry.weight}}}" for entry in blend.blend or () if "/b" not in entry.path
+        f"{{path:'{entry.path}',weight:{entry.weight}}}"
+        for entry in blend.blend or ()
+        if "/b" not in entry.path
     )
-    return ["data=blend", f"data.blend=[{entries}]", f"data.cache_dir='{blend.cache_dir}'", f"model.vocab_size={VOCAB_SIZE}"]
+    return [
+        "data=blend",
+        f"data.blend=[{entries}]",
+        f"data.cache_dir='{blend.cache_dir}'",
+        f"model.vocab_size={VOCAB_SIZE}",
+    ]
 
 
 def test_a_blend_is_an_override_away(blend: DataConfig) -> None:
     config = load_config(command_line(blend))
     assert config.data.blend is not None
     assert blend.blend is not None
-    assert config.data.blend == tuple(replace(entry, jsonl_field=None) for entry in (blend.blend[0], blend.blend[2]))
+    assert config.data.blend == tuple(
+        replace(entry, jsonl_field=None) for entry in (blend.blend[0], blend.blend[2])
+    )
     assert [entry.weight for entry in load_config(["data=blend"]).data.blend or ()] == [3, 1]
-    with pytest.raises(ConfigError, match=r"data\.blend: weight=0\.0 of /x; weights must be above 0"):
+    with pytest.raises(
+        ConfigError, match=r"data\.blend: weight=0\.0 of /x; weights must be above 0"
+    ):
         load_config(["data=blend", "data.blend=[{path:/x,weight:0}]"])
-    for value, word in (("{path:/x,wieght:1}", "wieght"), ("{path:/x,weight:much}", "much"), ("/x", "/x")):
-        with pytest.raises(ConfigError, match=rf"^data\.blend: .*{word}.*; write data\.blend=\[\{{path:DIR,weight:3"):
+    for value, word in (
+        ("{path:/x,wieght:1}", "wieght"),
+        ("{path:/x,weight:much}", "much"),
+        ("/x", "/x"),
+    ):
+        with pytest.raises(
+            ConfigError,
+            match=rf"^data\.blend: .*{word}.*; write data\.blend=\[\{{path:DIR,weight:3",
+        ):
             load_config(["data=blend", f"data.blend=[{value}]"])
 
 
 def test_vp_prepare_prepares_every_corpus_and_data_errors_end_with_78(blend: DataConfig) -> None:
     def run(command: str, *words: str) -> subprocess.CompletedProcess[str]:
-        code = f"from vp_train.cli import {command}; {command}()"
+        code = f"from vp_train.commands.{command} import main; main()"
         return subprocess.run(
-            [sys.executable, "-c", code, *command_line(blend), *words], capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-c", code, *command_line(blend), *words],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
 
     done = run("prepare")
@@ -147,5 +210,7 @@ def test_vp_prepare_prepares_every_corpus_and_data_errors_end_with_78(blend: Dat
     assert done.stdout.count("30 files, 30 documents") == 2
     failed = run("train", "data.blend=[{path:/nowhere,weight:1}]", f"run.root='{blend.cache_dir}'")
     assert failed.returncode == 78
-    assert failed.stderr.startswith("vp-train: data.blend[0]: data.path=/nowhere does not exist; give a directory of text")
+    assert failed.stderr.startswith(
+        "vp-train: data.blend[0]: data.path=/nowhere does not exist; give a directory of text"
+    )
     assert len(failed.stderr.splitlines()) == 1

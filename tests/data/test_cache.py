@@ -29,7 +29,9 @@ def read_back(built: Corpus) -> list[str]:
     tokens = np.fromfile(f"{built.prefix}.bin", dtype=np.uint16).astype(np.int64)
     ends = np.flatnonzero(tokens == built.manifest.end_token)
     tokenizer = Tokenizer.from_file(str(built.tokenizer))
-    return [tokenizer.decode(document[:-1].tolist()) for document in np.split(tokens, ends + 1)[:-1]]
+    return [
+        tokenizer.decode(document[:-1].tolist()) for document in np.split(tokens, ends + 1)[:-1]
+    ]
 
 
 def test_tokens_spell_the_documents(letters: Path) -> None:
@@ -44,7 +46,9 @@ def test_tokens_spell_the_documents(letters: Path) -> None:
 def test_text_that_spells_the_end_token_stays_text(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text(f"one {END_OF_TEXT} two")
-    assert read_back(prepare(text_config(tmp_path), VOCAB_SIZE, progress=False)) == [f"one {END_OF_TEXT} two"]
+    assert read_back(prepare(text_config(tmp_path), VOCAB_SIZE, progress=False)) == [
+        f"one {END_OF_TEXT} two"
+    ]
 
 
 def test_tokenizer_of_the_user_is_kept(letters: Path) -> None:
@@ -108,14 +112,24 @@ print(built.path.name, built.fresh)
 
 def test_killed_process_does_not_matter_and_two_at_once_build_once(letters: Path) -> None:
     command = [sys.executable, "-c", _PREPARE, str(letters / "text"), str(letters / "cache")]
-    killed = subprocess.run([*command, "die"], capture_output=True, text=True, timeout=60, check=False)
+    killed = subprocess.run(
+        [*command, "die"], capture_output=True, text=True, timeout=60, check=False
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not list((letters / "cache").glob("text-*"))
-    both = [subprocess.Popen([*command, "live"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            [*command, "live"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     outputs, errors = zip(*(process.communicate(timeout=60) for process in both), strict=True)
     assert sorted(output.split()[1] for output in outputs) == ["False", "True"], errors
     assert {path.name for path in (letters / "cache").glob("text-*")} == {outputs[0].split()[0]}
-    assert sorted("".join(errors).splitlines()) == ["tokenizing", "training a tokenizer of 300 tokens on 0.0 MB"]
+    assert sorted("".join(errors).splitlines()) == [
+        "tokenizing",
+        "training a tokenizer of 300 tokens on 0.0 MB",
+    ]
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx", "tokenizer.json"])
@@ -123,8 +137,12 @@ def test_corpus_with_a_damaged_file_is_refused(letters: Path, name: str) -> None
     built = prepare(text_config(letters), VOCAB_SIZE, progress=False)
     size = (built.path / name).stat().st_size
     os.truncate(built.path / name, size - 2)
-    with pytest.raises(ConfigError, match=rf"{name} has {size - 2} bytes instead of {size}; delete {built.path}, "):
+    with pytest.raises(
+        ConfigError, match=rf"{name} has {size - 2} bytes instead of {size}; delete {built.path}, "
+    ):
         prepare(text_config(letters), VOCAB_SIZE, progress=False)
     (built.path / name).unlink()
-    with pytest.raises(ConfigError, match=rf"{built.path} is damaged .*{name}.*delete the directory"):
+    with pytest.raises(
+        ConfigError, match=rf"{built.path} is damaged .*{name}.*delete the directory"
+    ):
         prepare(text_config(letters), VOCAB_SIZE, progress=False)

@@ -23,7 +23,9 @@ def text(tmp_path):
     directory = tmp_path / "text"
     directory.mkdir()
     for number in range(20):
-        (directory / f"{number:02}.txt").write_text(f"Document {number}: " + "one two three four five six seven " * 20)
+        (directory / f"{number:02}.txt").write_text(
+            f"Document {number}: " + "one two three four five six seven " * 20
+        )
     return directory
 
 
@@ -59,9 +61,14 @@ def test_a_stored_corpus_takes_no_other_tokenizer_or_end(tmp_path, text):
     assert prepare(same, VOCAB, progress=False).path == corpus.path
     other = tmp_path / "other.json"
     train_tokenizer(["quite another text"], VOCAB).save(str(other))
-    with pytest.raises(ConfigError, match=r"was prepared with another tokenizer than data.tokenizer=.*other.json; drop that"):
+    with pytest.raises(
+        ConfigError,
+        match=r"was prepared with another tokenizer than data.tokenizer=.*other.json; drop that",
+    ):
         prepare(replace(stored, tokenizer=str(other)), VOCAB, progress=False)
-    with pytest.raises(ConfigError, match=r"end with '<\|endoftext\|>', not with data.end_token=a; drop that"):
+    with pytest.raises(
+        ConfigError, match=r"end with '<\|endoftext\|>', not with data.end_token=a; drop that"
+    ):
         prepare(replace(stored, end_token="a"), VOCAB, progress=False)
 
 
@@ -90,10 +97,17 @@ def test_jsonl_and_a_given_tokenizer(tmp_path, text):
     (tmp_path / "all.jsonl").write_text("\n".join(lines) + "\n")
     tokenizer = train_tokenizer([path.read_text() for path in text.iterdir()], VOCAB)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    data = config(tmp_path, tmp_path / "all.jsonl", jsonl_field="body", tokenizer=str(tmp_path / "tokenizer.json"))
+    data = config(
+        tmp_path,
+        tmp_path / "all.jsonl",
+        jsonl_field="body",
+        tokenizer=str(tmp_path / "tokenizer.json"),
+    )
     corpus = prepare(data, VOCAB, progress=False)
     assert corpus.manifest.num_documents == 20
-    with pytest.raises(ConfigError, match=r"token ids up to \d+, but model.vocab_size=260; set it to"):
+    with pytest.raises(
+        ConfigError, match=r"token ids up to \d+, but model.vocab_size=260; set it to"
+    ):
         prepare(data, 260, progress=False)
     with pytest.raises(ConfigError, match=r"has no token <end>; set data.end_token"):
         prepare(replace(data, end_token="<end>"), VOCAB, progress=False)
@@ -101,7 +115,10 @@ def test_jsonl_and_a_given_tokenizer(tmp_path, text):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{broken", r"all.jsonl:2 is not JSON"), ('{"content": 3}', r"all.jsonl:2 has no text field 'text' \(found: content\)")],
+    [
+        ("{broken", r"all.jsonl:2 is not JSON"),
+        ('{"content": 3}', r"all.jsonl:2 has no text field 'text' \(found: content\)"),
+    ],
 )
 def test_a_broken_line_is_named(tmp_path, line, message):
     (tmp_path / "all.jsonl").write_text('{"text": "good"}\n' + line + "\n")
@@ -121,7 +138,11 @@ def test_missing_and_empty_inputs_are_named(tmp_path):
         prepare(config(tmp_path, tmp_path / "empty"), VOCAB, progress=False)
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"is not a tokenizer\.json"):
-        prepare(config(tmp_path, tmp_path / "empty", tokenizer=str(tmp_path / "broken.json")), VOCAB, progress=False)
+        prepare(
+            config(tmp_path, tmp_path / "empty", tokenizer=str(tmp_path / "broken.json")),
+            VOCAB,
+            progress=False,
+        )
     with pytest.raises(ConfigError, match="vocab_size=100 is too small"):
         prepare(config(tmp_path, tmp_path / "empty"), 100, progress=False)
 
@@ -138,7 +159,9 @@ def test_a_token_out_of_range_is_named_with_file_and_offset(tmp_path, text):
     tokens = np.memmap(f"{corpus.prefix}.bin", dtype=np.uint16, mode="r+")
     tokens[123] = VOCAB
     tokens.flush()
-    with pytest.raises(ConfigError, match=rf"tokens.bin: token {VOCAB} at offset 123 is outside \[0, {VOCAB}\)"):
+    with pytest.raises(
+        ConfigError, match=rf"tokens.bin: token {VOCAB} at offset 123 is outside \[0, {VOCAB}\)"
+    ):
         prepare(data, VOCAB, progress=False)
 
 

@@ -73,7 +73,9 @@ def test_jsonl_gives_one_document_per_line(tmp_path: Path) -> None:
         (b"7", r"lines\.jsonl:2 has no text field 'text' \(found: int\)"),
     ],
 )
-def test_bad_jsonl_line_is_an_error_that_names_it(tmp_path: Path, line: bytes, message: str) -> None:
+def test_bad_jsonl_line_is_an_error_that_names_it(
+    tmp_path: Path, line: bytes, message: str
+) -> None:
     file = tmp_path / "lines.jsonl"
     file.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     with pytest.raises(ConfigError, match=message):
@@ -86,7 +88,9 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
     assert texts(file) == ["a?b"]
 
 
-def test_file_that_is_not_utf8_is_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_that_is_not_utf8_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [tmp_path / name for name in ("bad.txt", "good.txt", "worse.txt")]
     for file, content in zip(files, (b"\xff\xfe", b"good", b"\x80"), strict=True):
         file.write_bytes(content)

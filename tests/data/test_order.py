@@ -27,7 +27,9 @@ def test_permutations_of_many_keys_are_uniform(size: int) -> None:
     num_keys = 3000
     permutations = [Permutation(size, f"key {number}".encode()) for number in range(num_keys)]
     for indices in ([0], [size - 1], [0, 1], [size // 2, 0]):
-        counts = Counter(tuple(permutation(index) for index in indices) for permutation in permutations)
+        counts = Counter(
+            tuple(permutation(index) for index in indices) for permutation in permutations
+        )
         cells = size if len(indices) == 1 else size * (size - 1)
         expected = num_keys / cells
         chi_square = sum(count**2 for count in counts.values()) / expected - num_keys
@@ -64,7 +66,9 @@ def test_weights_are_taken_as_the_decimals_they_are() -> None:
     assert whole_weights([0.7, 0.2, 0.1]) == (7, 2, 1)
     assert whole_weights([30, 1.5]) == (20, 1)
     assert whole_weights([1e-3, 1]) == (1, 1000)
-    with pytest.raises(ConfigError, match=r"repeat only after 8,888,888 samples.*for example to 0\.139, 0\.861"):
+    with pytest.raises(
+        ConfigError, match=r"repeat only after 8,888,888 samples.*for example to 0\.139, 0\.861"
+    ):
         whole_weights([1234567, 7654321])
     with pytest.raises(ConfigError, match=r"for example to 1\.0, 0\.001"):
         whole_weights([1, 1e-7])
@@ -72,14 +76,19 @@ def test_weights_are_taken_as_the_decimals_they_are() -> None:
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
 def test_weights_that_are_not_positive_are_refused(weight: float) -> None:
-    with pytest.raises(ConfigError, match=r"data\.blend: weight=.* of somewhere; weights must be above 0 and finite"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data\.blend: weight=.* of somewhere; weights must be above 0 and finite",
+    ):
         BlendEntry(path="somewhere", weight=weight)
 
 
 def test_settings_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"needs data\.blend: \[\{path: DIR"):
         DataConfig(name="blend")
-    with pytest.raises(ConfigError, match=r"data\.blend counts only with data=blend, not data\.name=pystdlib"):
+    with pytest.raises(
+        ConfigError, match=r"data\.blend counts only with data=blend, not data\.name=pystdlib"
+    ):
         DataConfig(blend=(BlendEntry(path="somewhere"),))
     with pytest.raises(ConfigError, match=r"every corpus needs a path, or name: pystdlib"):
         BlendEntry()
@@ -107,7 +116,9 @@ def test_every_sample_comes_once_per_epoch_under_any_history(
     turns = Turns.of(whole_weights(weights[: len(sizes)]))
     taken: list[list[tuple[int, int]]] = []  # what each step that counts was trained on
     for dp, num_steps, num_lost in history:
-        order = SampleOrder(tuple(sizes), turns, seed, "training")  # a new process: nothing is remembered but the step
+        order = SampleOrder(
+            tuple(sizes), turns, seed, "training"
+        )  # a new process: nothing is remembered but the step
         for step in range(len(taken) + 1, len(taken) + num_steps + 1):
             own = [own_positions(step, global_batch // dp, rank, dp) for rank in range(dp)]
             taken.append([order[position] for positions in own for position in positions])
@@ -129,5 +140,8 @@ def test_epochs_corpora_seeds_and_purposes_have_orders_of_their_own() -> None:
         places = [order[position] for position in range(200 * epoch, 200 * (epoch + 1))]
         return [sample for number, sample in places if number == corpus]
 
-    orders = [drawn(*key) for key in ((1, "a", 0, 0), (1, "a", 0, 1), (1, "a", 1, 0), (2, "a", 0, 0), (1, "b", 0, 0))]
+    orders = [
+        drawn(*key)
+        for key in ((1, "a", 0, 0), (1, "a", 0, 1), (1, "a", 1, 0), (2, "a", 0, 0), (1, "b", 0, 0))
+    ]
     assert len({tuple(order) for order in orders}) == len(orders)

@@ -67,10 +67,14 @@ def test_labels_without_loss_leave_the_tokens_alone_where_a_batch_is_a_single_se
     """A slice of one sequence is contiguous as it is: `contiguous` returns a view of what both are cut from."""
     if config is SYNTHETIC and packing == "documents":
         pytest.skip("synthetic text has no documents")
-    config = replace(config, num_microbatches=1, micro_batch_size=1, data=replace(config.data, packing=packing))
+    config = replace(
+        config, num_microbatches=1, micro_batch_size=1, data=replace(config.data, packing=packing)
+    )
     source = open_source(replace(config, run=replace(config.run, eval_microbatches=1)))
     batches = [source.train_batch(step) for step in range(1, 40)]
-    batches += [source.validation_batch(rank, 2) for rank in range(2)]  # the second replica's one only fills up
+    batches += [
+        source.validation_batch(rank, 2) for rank in range(2)
+    ]  # the second replica's one only fills up
     assert (batches[-1].labels == -100).all()
     if packing == "documents":
         assert any((batch.labels == -100).any() for batch in batches[:-2])
@@ -85,7 +89,11 @@ def test_labels_without_loss_leave_the_tokens_alone_where_a_batch_is_a_single_se
 
 def test_validation_has_samples_of_its_own(config: RunConfig) -> None:
     source = open_source(config)
-    rows = {tuple(row) for step in range(1, 5) for row in source.train_batch(step).tokens.flatten(0, 1).tolist()}
+    rows = {
+        tuple(row)
+        for step in range(1, 5)
+        for row in source.train_batch(step).tokens.flatten(0, 1).tolist()
+    }
     validation = {tuple(row) for row in source.validation_batch().tokens.flatten(0, 1).tolist()}
     assert len(validation) > 1
     assert not rows & validation
@@ -93,11 +101,17 @@ def test_validation_has_samples_of_its_own(config: RunConfig) -> None:
 
 def test_one_pass_holds_every_training_token_once(letters: RunConfig) -> None:
     corpus = prepare(letters.data, VOCAB_SIZE, progress=False)
-    training, _ = split_documents(corpus.prefix, letters.data.validation_fraction, letters.data.seed)
+    training, _ = split_documents(
+        corpus.prefix, letters.data.validation_fraction, letters.data.seed
+    )
     per_step = 4 * 2 * 8
     steps = (training.num_tokens - 1) // per_step
     source = open_source(run_config(letters.data, steps=steps))
-    seen = Counter(token for step in range(1, steps + 1) for token in source.train_batch(step).tokens.flatten().tolist())
+    seen = Counter(
+        token
+        for step in range(1, steps + 1)
+        for token in source.train_batch(step).tokens.flatten().tolist()
+    )
     tokens = np.fromfile(f"{corpus.prefix}.bin", dtype=np.uint16)
     documents = np.split(tokens, np.flatnonzero(tokens == corpus.manifest.end_token) + 1)
     there = Counter(np.concatenate([documents[number] for number in training.documents]).tolist())
@@ -108,7 +122,11 @@ def test_one_pass_holds_every_training_token_once(letters: RunConfig) -> None:
 @pytest.mark.parametrize("purpose", ["train", "validation"])
 def test_replicas_share_what_a_single_one_would_get(config: RunConfig, purpose: str) -> None:
     def rows(dp: int) -> list[list[int]]:
-        source = open_source(replace(config, num_microbatches=12 // dp, run=replace(config.run, eval_microbatches=12)))
+        source = open_source(
+            replace(
+                config, num_microbatches=12 // dp, run=replace(config.run, eval_microbatches=12)
+            )
+        )
         if purpose == "train":
             batches = [source.train_batch(3, rank, dp) for rank in range(dp)]
         else:
@@ -120,9 +138,13 @@ def test_replicas_share_what_a_single_one_would_get(config: RunConfig, purpose: 
         assert rows(dp) == rows(1)
 
 
-def test_validation_counts_no_sample_twice_where_replicas_get_unequal_shares(config: RunConfig) -> None:
+def test_validation_counts_no_sample_twice_where_replicas_get_unequal_shares(
+    config: RunConfig,
+) -> None:
     def counted(num_microbatches: int, dp: int) -> list[list[int]]:
-        source = open_source(replace(config, run=replace(config.run, eval_microbatches=num_microbatches)))
+        source = open_source(
+            replace(config, run=replace(config.run, eval_microbatches=num_microbatches))
+        )
         batches = [source.validation_batch(rank, dp) for rank in range(dp)]
         assert {len(batch.tokens) for batch in batches} == {max(1, -(-num_microbatches // dp))}
         labels = [row for batch in batches for row in batch.labels.flatten(0, 1).tolist()]
@@ -134,7 +156,10 @@ def test_validation_counts_no_sample_twice_where_replicas_get_unequal_shares(con
 
 
 def test_a_longer_run_begins_with_the_same_batches(letters: RunConfig) -> None:
-    short, long = open_source(run_config(letters.data, steps=4)), open_source(run_config(letters.data, steps=400))
+    short, long = (
+        open_source(run_config(letters.data, steps=4)),
+        open_source(run_config(letters.data, steps=400)),
+    )
     for step in range(1, 30):  # several epochs, and beyond the end of the short run
         assert torch.equal(short.train_batch(step).tokens, long.train_batch(step).tokens)
 
@@ -142,10 +167,16 @@ def test_a_longer_run_begins_with_the_same_batches(letters: RunConfig) -> None:
 def test_later_epochs_have_the_same_samples_in_another_order(letters: RunConfig) -> None:
     source = open_source(letters)
     corpus = prepare(letters.data, VOCAB_SIZE, progress=False)
-    training, _ = split_documents(corpus.prefix, letters.data.validation_fraction, letters.data.seed)
+    training, _ = split_documents(
+        corpus.prefix, letters.data.validation_fraction, letters.data.seed
+    )
     num_samples = (training.num_tokens - 1) // 8
     num_steps = 3 * num_samples // 8 + 1
-    rows = [tuple(row) for step in range(1, num_steps + 1) for row in source.train_batch(step).tokens.view(-1, 8).tolist()]
+    rows = [
+        tuple(row)
+        for step in range(1, num_steps + 1)
+        for row in source.train_batch(step).tokens.view(-1, 8).tolist()
+    ]
     epochs = [rows[start : start + num_samples] for start in range(0, 3 * num_samples, num_samples)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
     assert len({tuple(epoch) for epoch in epochs}) == 3
@@ -158,7 +189,9 @@ def test_windows_are_slices_of_the_documents_one_after_another(tmp_path: Path) -
     tokens = np.fromfile(f"{corpus.prefix}.bin", dtype=np.uint16)
     documents = np.split(tokens, np.flatnonzero(tokens == corpus.manifest.end_token) + 1)
     text = np.concatenate([documents[number] for number in training.documents])
-    document_of = np.concatenate([np.full(len(documents[number]), number) for number in training.documents])
+    document_of = np.concatenate(
+        [np.full(len(documents[number]), number) for number in training.documents]
+    )
     for seq_length in (1, 2, 5, 8, len(text) - 1):
         windows = Windows.of(corpus.prefix, training, seq_length)
         assert len(windows) == (len(text) - 1) // seq_length
@@ -197,14 +230,20 @@ def test_no_document_is_on_both_sides(letters: RunConfig, fraction: float) -> No
     data = text_config(Path(letters.data.cache_dir).parent, validation_fraction=fraction)
     steps = 60
     source = open_source(run_config(data, steps=steps))
-    training = {token for step in range(1, steps + 1) for token in source.train_batch(step).tokens.flatten().tolist()}
+    training = {
+        token
+        for step in range(1, steps + 1)
+        for token in source.train_batch(step).tokens.flatten().tolist()
+    }
     validation = set(source.validation_batch().tokens.flatten().tolist())
     end = prepare(data, VOCAB_SIZE, progress=False).manifest.end_token
     assert training & validation <= {end}
     assert len(validation) > 1
 
 
-def test_every_rank_draws_the_same_samples(letters: RunConfig, request: pytest.FixtureRequest) -> None:
+def test_every_rank_draws_the_same_samples(
+    letters: RunConfig, request: pytest.FixtureRequest
+) -> None:
     alone = open_source(letters).train_batch(2)
     request.getfixturevalue("rank_one_of_two")
     assert torch.equal(open_source(letters).train_batch(2).tokens, alone.tokens)
@@ -224,28 +263,43 @@ def test_validation_takes_its_fraction_and_never_the_largest_document(tmp_path: 
 
 
 @pytest.mark.parametrize("num_tokens", [1, 30, 91])
-def test_a_corpus_of_seq_length_tokens_is_refused_and_one_more_is_a_sample(tmp_path: Path, num_tokens: int) -> None:
+def test_a_corpus_of_seq_length_tokens_is_refused_and_one_more_is_a_sample(
+    tmp_path: Path, num_tokens: int
+) -> None:
     write_letters(tmp_path / "text", [num_tokens])
     data = text_config(tmp_path, validation_fraction=0.0)
     there = prepare(data, VOCAB_SIZE, progress=False).manifest.num_tokens
-    with pytest.raises(ConfigError, match=rf"{there:,} tokens, too short for one sample of {there + 1:,}"):
+    with pytest.raises(
+        ConfigError, match=rf"{there:,} tokens, too short for one sample of {there + 1:,}"
+    ):
         open_source(run_config(data, seq_length=there, eval_every=0))
     batch = open_source(run_config(data, seq_length=there - 1, eval_every=0)).train_batch(1)
     assert batch.tokens.shape == (4, 2, there - 1)
-    assert torch.equal(batch.tokens, batch.tokens[:1, :1].expand_as(batch.tokens))  # the only sample there is
+    assert torch.equal(
+        batch.tokens, batch.tokens[:1, :1].expand_as(batch.tokens)
+    )  # the only sample there is
 
 
 def test_data_too_short_for_one_sample_is_an_error(letters: RunConfig) -> None:
     num_tokens = prepare(letters.data, VOCAB_SIZE, progress=False).manifest.num_tokens
-    with pytest.raises(ConfigError, match=rf"training gets \d+ of 20 documents .* too short for one sample of {num_tokens:,}"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"training gets \d+ of 20 documents .* too short for one sample of {num_tokens:,}",
+    ):
         open_source(run_config(letters.data, seq_length=num_tokens - 1))
-    with pytest.raises(ConfigError, match=r"validation gets 4 of 20 documents .* change data.validation_fraction=0.2"):
+    with pytest.raises(
+        ConfigError,
+        match=r"validation gets 4 of 20 documents .* change data.validation_fraction=0.2",
+    ):
         open_source(run_config(letters.data, seq_length=num_tokens // 3))
 
 
 def test_single_document_can_be_trained_on_without_validation(tmp_path: Path) -> None:
     write_letters(tmp_path / "text", [1000])
-    with pytest.raises(ConfigError, match=r"validation gets 0 of 1 documents .*0 with run.eval_every=0 trains on everything"):
+    with pytest.raises(
+        ConfigError,
+        match=r"validation gets 0 of 1 documents .*0 with run.eval_every=0 trains on everything",
+    ):
         open_source(run_config(text_config(tmp_path)))
     source = open_source(run_config(text_config(tmp_path, validation_fraction=0.0), eval_every=0))
     assert source.train_batch(1).tokens.shape == (4, 2, 8)

@@ -35,7 +35,11 @@ def test_sample_depends_on_seed_stream_and_index_alone() -> None:
     sample = text.sample(0, 7, 64)
     assert sample.dtype == np.int64
     assert np.array_equal(sample, SyntheticText(1000, seed=1).sample(0, 7, 64))
-    for other in (text.sample(0, 8, 64), text.sample(1, 7, 64), SyntheticText(1000, seed=2).sample(0, 7, 64)):
+    for other in (
+        text.sample(0, 8, 64),
+        text.sample(1, 7, 64),
+        SyntheticText(1000, seed=2).sample(0, 7, 64),
+    ):
         assert not np.array_equal(sample, other)
 
 

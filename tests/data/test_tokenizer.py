@@ -34,7 +34,9 @@ def test_loaded_tokenizer_must_fit_the_model(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     train_tokenizer(TEXTS, 270).save(str(path))
     assert load_tokenizer(path, 270).get_vocab_size() == 270
-    with pytest.raises(ConfigError, match=r"ids up to 269, but model.vocab_size=269; set it to 270 or more"):
+    with pytest.raises(
+        ConfigError, match=r"ids up to 269, but model.vocab_size=269; set it to 270 or more"
+    ):
         load_tokenizer(path, 269)
 
 
@@ -58,7 +60,9 @@ def test_broken_tokenizer_file_is_named(tmp_path: Path, content: str) -> None:
 
 
 def test_end_of_document_has_a_token() -> None:
-    assert end_token_id(train_tokenizer(TEXTS, 270), None) == end_token_id(train_tokenizer(TEXTS, 270), END_OF_TEXT)
+    assert end_token_id(train_tokenizer(TEXTS, 270), None) == end_token_id(
+        train_tokenizer(TEXTS, 270), END_OF_TEXT
+    )
     without = Tokenizer(models.WordLevel({"a": 0, "stop": 1}, unk_token="a"))
     assert end_token_id(without, "stop") == 1
     with pytest.raises(ConfigError, match=r"no token <\|endoftext\|> or .*; set data.end_token"):

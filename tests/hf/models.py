@@ -47,7 +47,9 @@ _LONG = {
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_SMALL),
     "llama3.1": LlamaConfig(**_SMALL, rope_parameters=_LLAMA3, head_dim=12, rms_norm_eps=1e-5),
-    "llama with biases": LlamaConfig(**_SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama with biases": LlamaConfig(
+        **_SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
     "qwen2": Qwen2Config(**_SMALL, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**_SMALL, head_dim=12),
     "gemma": GemmaConfig(**_SMALL | {"num_key_value_heads": 1}, head_dim=16),
@@ -59,9 +61,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
     ),
-    "gemma3": Gemma3TextConfig(**_SMALL | {"num_hidden_layers": 7}, head_dim=12, query_pre_attn_scalar=9, sliding_window=7),
+    "gemma3": Gemma3TextConfig(
+        **_SMALL | {"num_hidden_layers": 7}, head_dim=12, query_pre_attn_scalar=9, sliding_window=7
+    ),
     "gemma3, long": Gemma3TextConfig(
-        **_SMALL, head_dim=8, sliding_window=5, rope_parameters=_LONG, layer_types=["sliding_attention", "full_attention"] * 2
+        **_SMALL,
+        head_dim=8,
+        sliding_window=5,
+        rope_parameters=_LONG,
+        layer_types=["sliding_attention", "full_attention"] * 2,
     ),
 }
 

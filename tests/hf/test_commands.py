@@ -6,22 +6,55 @@ import sys
 
 import pytest
 
-from vp_train import cli
-from vp_train.cli import export_model, import_model, load_config
+from vp_train.commands import convert
+from vp_train.commands.convert import export_model, import_model
 from vp_train.config import ConfigError, ModelConfig
+from vp_train.settings import load_config
 
 
 @pytest.mark.parametrize(
     ("command", "words", "message"),
     [
-        (import_model, ["nowhere", "out"], "vp-import: nowhere/config.json is not there; give the directory of a model"),
-        (import_model, ["nowhere"], "vp-import: the following arguments are required: DST; see vp-import --help"),
-        (export_model, ["nowhere", "out"], "vp-export: nowhere holds no checkpoint; give the directory of a run"),
-        (export_model, ["a", "b", "--dtype", "int8"], "vp-export: argument --dtype: invalid choice: 'int8'"),
-        (export_model, ["a", "b", "--max-shard-gb", "0"], "vp-export: --max-shard-gb=0.0 must be above 0 and finite"),
-        (export_model, ["a", "b", "--max-shard-gb", "inf"], "vp-export: --max-shard-gb=inf must be above 0 and finite"),
-        (export_model, ["a", "b", "--max-shard-gb", "nan"], "vp-export: --max-shard-gb=nan must be above 0 and finite"),
-        (export_model, ["a", "."], "vp-export: . cannot be replaced as a whole; give a directory within it, for example model"),
+        (
+            import_model,
+            ["nowhere", "out"],
+            "vp-import: nowhere/config.json is not there; give the directory of a model",
+        ),
+        (
+            import_model,
+            ["nowhere"],
+            "vp-import: the following arguments are required: DST; see vp-import --help",
+        ),
+        (
+            export_model,
+            ["nowhere", "out"],
+            "vp-export: nowhere holds no checkpoint; give the directory of a run",
+        ),
+        (
+            export_model,
+            ["a", "b", "--dtype", "int8"],
+            "vp-export: argument --dtype: invalid choice: 'int8'",
+        ),
+        (
+            export_model,
+            ["a", "b", "--max-shard-gb", "0"],
+            "vp-export: --max-shard-gb=0.0 must be above 0 and finite",
+        ),
+        (
+            export_model,
+            ["a", "b", "--max-shard-gb", "inf"],
+            "vp-export: --max-shard-gb=inf must be above 0 and finite",
+        ),
+        (
+            export_model,
+            ["a", "b", "--max-shard-gb", "nan"],
+            "vp-export: --max-shard-gb=nan must be above 0 and finite",
+        ),
+        (
+            export_model,
+            ["a", "."],
+            "vp-export: . cannot be replaced as a whole; give a directory within it, for example model",
+        ),
     ],
 )
 def test_bad_words_are_one_line(command, words, message, monkeypatch, capsys, tmp_path):
@@ -37,8 +70,8 @@ def test_bad_words_are_one_line(command, words, message, monkeypatch, capsys, tm
 
 def test_progress_is_a_line_every_ten_seconds_and_none_for_what_is_quick(monkeypatch, capsys):
     now = 100.0
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
-    say = cli._NowAndThen()
+    monkeypatch.setattr(convert.time, "monotonic", lambda: now)
+    say = convert._NowAndThen()
     for now in (101.0, 109.0, 110.5, 119.0, 121.0):
         say(f"at {now:g}")
     assert capsys.readouterr().err == "at 110.5\nat 121\n"
@@ -53,7 +86,9 @@ def test_help_is_not_an_error(monkeypatch, capsys):
 
 
 def test_a_model_file_sets_what_it_holds_and_words_after_it_win(tmp_path):
-    (tmp_path / "model.yaml").write_text("norm_epsilon: 1e-06\nhidden_size: 64\nsliding_window: null\nqk_norm: true\n")
+    (tmp_path / "model.yaml").write_text(
+        "norm_epsilon: 1e-06\nhidden_size: 64\nsliding_window: null\nqk_norm: true\n"
+    )
     read = load_config([f"model={tmp_path}/model.yaml", "model.hidden_size=128"]).model
     assert read == ModelConfig(hidden_size=128, norm_epsilon=1e-6, qk_norm=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,12 +19,21 @@ from vp_train.assembly import build_rank
 from vp_train.checkpoint import store
 from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
 from vp_train.checkpoint.training import load_weights, save_run
-from vp_train.cli import export_model
-from vp_train.config import ConfigError, ModelConfig, OptimConfig, ParallelConfig, RunConfig, RunSettings, VocabConfig
+from vp_train.commands.convert import export_model, import_model
+from vp_train.config import (
+    ConfigError,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    RunSettings,
+    VocabConfig,
+)
 from vp_train.hf import convert
 from vp_train.hf.convert import export_checkpoint, import_checkpoint
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
+ROOT = Path(__file__).parents[2]
 SEQUENCES, LENGTH = 4, 40
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 
@@ -76,7 +86,9 @@ def test_our_evaluation_of_an_imported_model_is_that_of_transformers(made, ranks
     theirs, _, imported = made(name)
     tokens, labels = tokens_and_labels()
     with torch.no_grad():
-        expected = torch.log_softmax(theirs(tokens).logits, -1).gather(-1, labels[..., None])[..., 0]
+        expected = torch.log_softmax(theirs(tokens).logits, -1).gather(-1, labels[..., None])[
+            ..., 0
+        ]
     splits = [{"pp": 2}] if imported.model.num_query_groups % 2 else [{"pp": 2}, {"pp": 1, "tp": 2}]
     for parallel in splits:
         answers = ranks(2).run(evaluate, config_of(imported.model, **parallel), imported.checkpoint)
@@ -100,7 +112,11 @@ def test_transformers_finds_the_same_logits_in_an_exported_model(made, name, tmp
 
 
 def weights_in(directory):
-    return {name: read_tensor(path, name) for path in directory.glob("*.safetensors") for name in describe_tensors(path)}
+    return {
+        name: read_tensor(path, name)
+        for path in directory.glob("*.safetensors")
+        for name in describe_tensors(path)
+    }
 
 
 @pytest.mark.parametrize("name", models.CONFIGS)
@@ -112,8 +128,12 @@ def test_there_and_back_is_exact_in_the_same_dtype(name, dtype, tmp_path):
     export_checkpoint(tmp_path / "ours", tmp_path / "back")
     before, after = weights_in(tmp_path / "theirs"), weights_in(tmp_path / "back")
     assert before.keys() == after.keys()
-    assert all(tensor.dtype is dtype and torch.equal(tensor, before[key]) for key, tensor in after.items())
-    assert [path.name for path in (tmp_path / "back").glob("*.safetensors")] == ["model.safetensors"]
+    assert all(
+        tensor.dtype is dtype and torch.equal(tensor, before[key]) for key, tensor in after.items()
+    )
+    assert [path.name for path in (tmp_path / "back").glob("*.safetensors")] == [
+        "model.safetensors"
+    ]
     assert not list(tmp_path.glob(".writing*"))
 
 
@@ -126,13 +146,24 @@ def save_again(rank, num_ranks, config, path, directory):
 
 
 @pytest.mark.parametrize(
-    "options", [{"pp": 2}, {"pp": 1, "tp": 2}, {"pp": 2, "dtype": "bfloat16"}, {"pp": 1, "dp": 2, "optimizer": "zero1"}]
+    "options",
+    [
+        {"pp": 2},
+        {"pp": 1, "tp": 2},
+        {"pp": 2, "dtype": "bfloat16"},
+        {"pp": 1, "dp": 2, "optimizer": "zero1"},
+    ],
 )
 @pytest.mark.parametrize("name", ["llama with biases", "gemma3"])
 def test_what_ranks_have_split_is_exported_whole(made, ranks, name, options, tmp_path):
     """And in the precision it is trained in, which is more than that of its forward."""
     theirs, _, imported = made(name)
-    ranks(2).run(save_again, config_of(imported.model, **options), imported.checkpoint, tmp_path / "checkpoints")
+    ranks(2).run(
+        save_again,
+        config_of(imported.model, **options),
+        imported.checkpoint,
+        tmp_path / "checkpoints",
+    )
     export_checkpoint(tmp_path, tmp_path / "back")
     back, before = weights_in(tmp_path / "back"), theirs.state_dict()
     assert all(torch.equal(tensor, before[key]) for key, tensor in back.items())
@@ -156,7 +187,11 @@ def test_tokenizer_files_go_along(made, tmp_path):
     imported = import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     assert imported.tokenizer == tmp_path / "ours/tokenizer.json"
     shutil.copytree(imported.checkpoint, tmp_path / "run/checkpoints/step-00000000")
-    for source, told in ((tmp_path / "ours", None), (imported.checkpoint, None), (tmp_path / "run", tmp_path / "theirs")):
+    for source, told in (
+        (tmp_path / "ours", None),
+        (imported.checkpoint, None),
+        (tmp_path / "run", tmp_path / "theirs"),
+    ):
         written = export_checkpoint(source, tmp_path / "back", tokenizer=told).files
         assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} < set(written)
         assert (tmp_path / "back/tokenizer.json").read_text() == '"tokenizer.json"'
@@ -187,11 +222,15 @@ def exported_config(monkeypatch, capsys, source, target):
     return json.loads((target / "config.json").read_text()), capsys.readouterr().out
 
 
-def test_an_export_knows_what_the_import_knew_however_many_runs_ago(made, tmp_path, monkeypatch, capsys):
+def test_an_export_knows_what_the_import_knew_however_many_runs_ago(
+    made, tmp_path, monkeypatch, capsys
+):
     _, _, imported = made("llama")
     shutil.copytree(imported.checkpoint.parent, tmp_path / "imported")
     (tmp_path / "imported/tokenizer.json").write_text('"of the import"')
-    first = write_run(tmp_path / "first", imported, init_from=tmp_path / "imported" / imported.checkpoint.name)
+    first = write_run(
+        tmp_path / "first", imported, init_from=tmp_path / "imported" / imported.checkpoint.name
+    )
     second = write_run(tmp_path / "second", imported, init_from=first)
     for source in (first, second, second / "checkpoints", second / "checkpoints/step-00000001"):
         config, said = exported_config(monkeypatch, capsys, source, tmp_path / "back")
@@ -199,25 +238,44 @@ def test_an_export_knows_what_the_import_knew_however_many_runs_ago(made, tmp_pa
         assert "max_position_embeddings" not in said
         assert (tmp_path / "back/tokenizer.json").read_text() == '"of the import"'
         shutil.rmtree(tmp_path / "back")
-    (first / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": null, "bos_token_id": null}')
-    assert exported_config(monkeypatch, capsys, second, tmp_path / "back")[0] == config  # which says nothing
+    (first / "config.json").write_text(
+        '{"model_type": "llama", "max_position_embeddings": null, "bos_token_id": null}'
+    )
+    assert (
+        exported_config(monkeypatch, capsys, second, tmp_path / "back")[0] == config
+    )  # which says nothing
     shutil.rmtree(tmp_path / "back")
     longer = write_run(tmp_path / "longer", imported, init_from=first, seq_length=128)
-    assert exported_config(monkeypatch, capsys, longer, tmp_path / "long")[0]["max_position_embeddings"] == 128
+    assert (
+        exported_config(monkeypatch, capsys, longer, tmp_path / "long")[0][
+            "max_position_embeddings"
+        ]
+        == 128
+    )
     shutil.rmtree(tmp_path / "imported")
     config, said = exported_config(monkeypatch, capsys, second, tmp_path / "back")
     assert [config.get(key) for key in KEPT] == [None, None, None, LENGTH]
-    assert f"max_position_embeddings={LENGTH} is model.seq_length; where it reaches further, change config.json" in said
+    assert (
+        f"max_position_embeddings={LENGTH} is model.seq_length; where it reaches further, change config.json"
+        in said
+    )
 
 
 def test_runs_that_started_from_each_other_end_the_search(made, tmp_path, monkeypatch, capsys):
     _, _, imported = made("llama")
     for name, other in (("one", "two"), ("two", "one")):
         write_run(tmp_path / name, imported, init_from=tmp_path / other)
-    assert exported_config(monkeypatch, capsys, tmp_path / "one", tmp_path / "back")[0]["max_position_embeddings"] == LENGTH
+    assert (
+        exported_config(monkeypatch, capsys, tmp_path / "one", tmp_path / "back")[0][
+            "max_position_embeddings"
+        ]
+        == LENGTH
+    )
 
 
-def test_a_tokenizer_tells_its_ids_but_not_how_far_the_model_reaches(made, tmp_path, monkeypatch, capsys):
+def test_a_tokenizer_tells_its_ids_but_not_how_far_the_model_reaches(
+    made, tmp_path, monkeypatch, capsys
+):
     _, theirs, imported = made("llama")
     shutil.copytree(theirs, tmp_path / "other")
     (tmp_path / "other/tokenizer.json").write_text("{}")
@@ -230,27 +288,60 @@ def test_a_tokenizer_tells_its_ids_but_not_how_far_the_model_reaches(made, tmp_p
     assert [config.get(key) for key in KEPT] == [3, 5, 7, LENGTH]
 
 
-def test_commands_import_train_and_export(made, tmp_path):
+def test_commands_import_train_and_export(made, tmp_path, monkeypatch, capsys):
     """From one directory of Hugging Face to another, by the commands as they are printed."""
     _, theirs, _ = made("gemma2")
+    monkeypatch.chdir(tmp_path)
 
-    def command(name, *words):
-        code = f"from vp_train.cli import {name}; {name}()"
-        done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, text=True, capture_output=True, timeout=100)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def command(entry, *words):
+        monkeypatch.setattr(sys, "argv", [entry.__name__, *words])
+        with pytest.raises(SystemExit) as left:
+            entry()
+        said = capsys.readouterr()
+        assert left.value.code == 0, said.err
+        return said.out
 
-    printed = command("import_model", str(theirs), "imported")
-    model_word, init_word = next(line for line in printed.splitlines() if line.startswith("vp-train ")).split()[1:3]
-    settings = ("parallel.pp=2", "parallel.placement=balanced", "model.seq_length=32", "run.steps=1", "run.eval_every=0")
-    command("train", model_word, init_word, "data=synthetic", "optim.warmup_steps=0", "optim.lr=0", "optim.min_lr=0", *settings)
-    said = command("export_model", "runs/default", "exported")
+    printed = command(import_model, str(theirs), "imported")
+    model_word, init_word = next(
+        line for line in printed.splitlines() if line.startswith("vp-train ")
+    ).split()[1:3]
+    settings = (
+        "parallel.pp=2",
+        "parallel.placement=balanced",
+        "model.seq_length=32",
+        "run.steps=1",
+        "run.eval_every=0",
+    )
+    words = (
+        model_word,
+        init_word,
+        "data=synthetic",
+        "optim.warmup_steps=0",
+        "optim.lr=0",
+        "optim.min_lr=0",
+        *settings,
+    )
+    train = [sys.executable, "-m", "vp_train", *words]
+    done = subprocess.run(
+        train,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = command(export_model, "runs/default", "exported")
     assert "max_position_embeddings" not in said
-    config = json.loads((tmp_path / "exported/config.json").read_text())  # what the run did not know, its import did
+    config = json.loads(
+        (tmp_path / "exported/config.json").read_text()
+    )  # what the run did not know, its import did
     assert [config[key] for key in KEPT] == [3, 5, 7, 64]
     before, after = weights_in(theirs), weights_in(tmp_path / "exported")
     assert before.keys() == after.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)  # a step of learning rate 0 changes nothing
+    assert all(
+        torch.equal(after[name], before[name]) for name in before
+    )  # a step of learning rate 0 changes nothing
 
 
 def refused(call, *arguments, **options):
@@ -268,19 +359,34 @@ def test_what_is_not_read_is_refused_by_name(made, tmp_path):
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         return refused(import_checkpoint, tmp_path / name, tmp_path / "ours")
 
-    assert "model_type='mixtral' ['MixtralForCausalLM'] is not known; vp-import reads llama, qwen2" in variant(
-        "architecture", model_type="mixtral", architectures=["MixtralForCausalLM"]
+    assert (
+        "model_type='mixtral' ['MixtralForCausalLM'] is not known; vp-import reads llama, qwen2"
+        in variant("architecture", model_type="mixtral", architectures=["MixtralForCausalLM"])
     )
-    assert "rope_type=yarn is not supported" in variant("yarn", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
+    assert "rope_type=yarn is not supported" in variant(
+        "yarn", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}
+    )
     assert "the activation relu is not supported for llama" in variant("relu", hidden_act="relu")
-    assert "quantization_config={'bits': 4} is not supported" in variant("bits", quantization_config={"bits": 4})
-    assert "attention_bias=True with mlp_bias=False is not supported" in variant("bias", attention_bias=True)
-    assert variant("wide", intermediate_size=50).startswith("model.layers.0.mlp.gate_proj.weight is [48, 32] in ")
+    assert "quantization_config={'bits': 4} is not supported" in variant(
+        "bits", quantization_config={"bits": 4}
+    )
+    assert "attention_bias=True with mlp_bias=False is not supported" in variant(
+        "bias", attention_bias=True
+    )
+    assert variant("wide", intermediate_size=50).startswith(
+        "model.layers.0.mlp.gate_proj.weight is [48, 32] in "
+    )
     assert "but [50, 32] by its config.json" in variant("wide2", intermediate_size=50)
-    assert "model.layers.3.input_layernorm.weight and 8 more, which this architecture" in variant("few", num_hidden_layers=3)
-    assert "has no model.layers.4.input_layernorm.weight and 8 more" in variant("many", num_hidden_layers=5)
+    assert "model.layers.3.input_layernorm.weight and 8 more, which this architecture" in variant(
+        "few", num_hidden_layers=3
+    )
+    assert "has no model.layers.4.input_layernorm.weight and 8 more" in variant(
+        "many", num_hidden_layers=5
+    )
     assert "config.json has no hidden_size" in variant("without", hidden_size=None)
-    assert variant("kind", hidden_size="32").startswith(f'{tmp_path}/kind/config.json: hidden_size="32" must be')
+    assert variant("kind", hidden_size="32").startswith(
+        f'{tmp_path}/kind/config.json: hidden_size="32" must be'
+    )
     (tmp_path / "kind/config.json").write_text("{")
     assert refused(import_checkpoint, tmp_path / "kind", tmp_path / "ours").startswith(
         f"{tmp_path}/kind/config.json is not JSON"
@@ -298,15 +404,25 @@ def test_missing_tensors_broken_files_and_pickles_are_refused(made, tmp_path):
         return tmp_path / name
 
     lacking = directory("lacking")
-    left = {name: tensor for name, tensor in weights.items() if name != "model.layers.2.self_attn.k_proj.weight"}
-    described = [Described(name, tuple(tensor.shape), tensor.dtype) for name, tensor in left.items()]
+    left = {
+        name: tensor
+        for name, tensor in weights.items()
+        if name != "model.layers.2.self_attn.k_proj.weight"
+    }
+    described = [
+        Described(name, tuple(tensor.shape), tensor.dtype) for name, tensor in left.items()
+    ]
     write_tensors(lacking / "model.safetensors", described, left.values())
     message = refused(import_checkpoint, lacking, tmp_path / "ours")
-    assert "has no model.layers.2.self_attn.k_proj.weight, which its config.json asks for" in message
+    assert (
+        "has no model.layers.2.self_attn.k_proj.weight, which its config.json asks for" in message
+    )
 
     pickled = directory("pickled")
     torch.save(weights, pickled / "pytorch_model.bin")
-    assert "in pytorch_model.bin, a pickle" in refused(import_checkpoint, pickled, tmp_path / "ours")
+    assert "in pytorch_model.bin, a pickle" in refused(
+        import_checkpoint, pickled, tmp_path / "ours"
+    )
 
     cut = directory("cut")
     (cut / "model.safetensors").write_bytes((theirs / "model.safetensors").read_bytes()[:-7])
@@ -315,10 +431,16 @@ def test_missing_tensors_broken_files_and_pickles_are_refused(made, tmp_path):
     half = directory("half")
     index = {"weight_map": dict.fromkeys(weights, "model-00002-of-00002.safetensors")}
     (half / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "names model-00002-of-00002.safetensors, which" in refused(import_checkpoint, half, tmp_path / "ours")
+    assert "names model-00002-of-00002.safetensors, which" in refused(
+        import_checkpoint, half, tmp_path / "ours"
+    )
 
-    assert "has neither model.safetensors nor" in refused(import_checkpoint, directory("empty"), tmp_path / "ours")
-    assert "config.json is not there" in refused(import_checkpoint, tmp_path / "nowhere", tmp_path / "ours")
+    assert "has neither model.safetensors nor" in refused(
+        import_checkpoint, directory("empty"), tmp_path / "ours"
+    )
+    assert "config.json is not there" in refused(
+        import_checkpoint, tmp_path / "nowhere", tmp_path / "ours"
+    )
     assert "is not empty" in refused(import_checkpoint, theirs, half)
 
 
@@ -326,7 +448,9 @@ def write_model(directory, theirs, weights, index=None):
     """`theirs` with other weights in one file, or in those that `index` names."""
     directory.mkdir()
     shutil.copy(theirs / "config.json", directory)
-    described = [Described(name, tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()]
+    described = [
+        Described(name, tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()
+    ]
     write_tensors(directory / "model.safetensors", described, weights.values())
     if index is not None:
         (directory / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -339,8 +463,14 @@ def write_model(directory, theirs, weights, index=None):
         (["a"], 'weight_map=["a"] must be an object'),
         (None, "weight_map=null must be an object"),
         ({"a": 5}, "a is in 5; it must be the name of a file beside the index"),
-        ({"a": "../theirs/model.safetensors"}, 'a is in "../theirs/model.safetensors"; it must be the name of a file beside'),
-        ({"a": "/etc/passwd"}, 'a is in "/etc/passwd"; it must be the name of a file beside the index'),
+        (
+            {"a": "../theirs/model.safetensors"},
+            'a is in "../theirs/model.safetensors"; it must be the name of a file beside',
+        ),
+        (
+            {"a": "/etc/passwd"},
+            'a is in "/etc/passwd"; it must be the name of a file beside the index',
+        ),
         ({"a": ".."}, 'a is in ".."; it must be the name of a file beside the index'),
         ({"a": ""}, 'a is in ""; it must be the name of a file beside the index'),
     ],
@@ -354,10 +484,19 @@ def test_an_index_names_files_beside_it(made, tmp_path, weight_map, message):
 def test_a_tensor_must_be_in_the_file_that_the_index_says(made, tmp_path):
     _, theirs, _ = made("llama")
     weights = weights_in(theirs)
-    index = {"weight_map": dict.fromkeys(weights, "model.safetensors") | {"model.norm.weight": "other.safetensors"}}
+    index = {
+        "weight_map": dict.fromkeys(weights, "model.safetensors")
+        | {"model.norm.weight": "other.safetensors"}
+    }
     source = write_model(tmp_path / "source", theirs, weights, index)
-    write_tensors(source / "other.safetensors", [Described("spare.attn.bias", (1,), torch.float32)], [torch.ones(1)])
-    assert "has no model.norm.weight, which its config.json asks for" in refused(import_checkpoint, source, tmp_path / "ours")
+    write_tensors(
+        source / "other.safetensors",
+        [Described("spare.attn.bias", (1,), torch.float32)],
+        [torch.ones(1)],
+    )
+    assert "has no model.norm.weight, which its config.json asks for" in refused(
+        import_checkpoint, source, tmp_path / "ours"
+    )
 
 
 def test_queries_keys_and_values_of_two_dtypes_are_refused(made, tmp_path):
@@ -366,21 +505,33 @@ def test_queries_keys_and_values_of_two_dtypes_are_refused(made, tmp_path):
     weights = weights_in(theirs)
     source = write_model(tmp_path / "source", theirs, weights | {name: weights[name].bfloat16()})
     message = refused(import_checkpoint, source, tmp_path / "ours")
-    assert f"{name}, model.layers.1.self_attn.v_proj.weight are bfloat16, float32 in {source}; they must have one" in message
+    assert (
+        f"{name}, model.layers.1.self_attn.v_proj.weight are bfloat16, float32 in {source}; they must have one"
+        in message
+    )
 
 
 def test_copies_and_buffers_that_some_files_hold_are_passed_over(made, tmp_path):
     _, theirs, imported = made("qwen2")
-    weights, buffers = weights_in(theirs), {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    weights, buffers = (
+        weights_in(theirs),
+        {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+    )
     assert imported.model.tied_embeddings
     buffers["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    again = import_checkpoint(write_model(tmp_path / "source", theirs, weights | buffers), tmp_path / "ours")
+    again = import_checkpoint(
+        write_model(tmp_path / "source", theirs, weights | buffers), tmp_path / "ours"
+    )
     assert again.num_parameters == imported.num_parameters
     source = write_model(tmp_path / "more", theirs, weights | {"model.extra.weight": torch.ones(1)})
-    assert "has model.extra.weight, which this architecture does not have" in refused(import_checkpoint, source, tmp_path / "x")
+    assert "has model.extra.weight, which this architecture does not have" in refused(
+        import_checkpoint, source, tmp_path / "x"
+    )
 
 
-def test_what_fails_midway_leaves_nothing_and_says_where_and_what_it_needs(made, tmp_path, monkeypatch):
+def test_what_fails_midway_leaves_nothing_and_says_where_and_what_it_needs(
+    made, tmp_path, monkeypatch
+):
     _, theirs, imported = made("llama")
 
     def full(*arguments):
@@ -390,12 +541,17 @@ def test_what_fails_midway_leaves_nothing_and_says_where_and_what_it_needs(made,
     monkeypatch.setattr(convert, "read_tensor", full)
     monkeypatch.setattr(convert, "write_tensors", full)
     for call, source in ((import_checkpoint, theirs), (export_checkpoint, imported.checkpoint)):
-        with pytest.raises(OSError, match=rf"^{tmp_path}/new was not made: No space left on device; .* room for 0.0 GB"):
+        with pytest.raises(
+            OSError,
+            match=rf"^{tmp_path}/new was not made: No space left on device; .* room for 0.0 GB",
+        ):
             call(source, tmp_path / "new")
         assert not list(tmp_path.iterdir())
 
 
-def test_a_target_that_cannot_be_replaced_is_refused_before_anything_is_read(made, tmp_path, monkeypatch):
+def test_a_target_that_cannot_be_replaced_is_refused_before_anything_is_read(
+    made, tmp_path, monkeypatch
+):
     _, theirs, imported = made("llama")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
@@ -404,8 +560,12 @@ def test_a_target_that_cannot_be_replaced_is_refused_before_anything_is_read(mad
     (tmp_path / "link").symlink_to("empty")
     monkeypatch.chdir(tmp_path / "empty")
     for call, source in ((import_checkpoint, theirs), (export_checkpoint, imported.checkpoint)):
-        assert ". cannot be replaced as a whole; give a directory within it" in refused(call, source, Path())
-        assert "link cannot be replaced as a whole" in refused(call, source, tmp_path / "link")  # it is where we are
+        assert ". cannot be replaced as a whole; give a directory within it" in refused(
+            call, source, Path()
+        )
+        assert "link cannot be replaced as a whole" in refused(
+            call, source, tmp_path / "link"
+        )  # it is where we are
         assert "file is not a directory" in refused(call, source, tmp_path / "file")
         assert "is a link to" in refused(call, source, tmp_path / "dangling")
         assert "is a link to" in refused(call, source, tmp_path / "round")
@@ -429,18 +589,31 @@ def test_progress_counts_to_all_that_is_written(made, tmp_path):
         assert len(said) > 20
         assert said[-1] == "0.0 of 0.0 GB written"
     said = []
-    assert list(convert._counted([torch.ones(10**8, dtype=torch.int8).expand(5, -1)] * 2, 10**9, said.append))
+    assert list(
+        convert._counted(
+            [torch.ones(10**8, dtype=torch.int8).expand(5, -1)] * 2, 10**9, said.append
+        )
+    )
     assert said == ["0.5 of 1.0 GB written", "1.0 of 1.0 GB written"]
 
 
 def test_models_that_no_architecture_has_are_not_exported(tmp_path):
-    model = ModelConfig(num_layers=1, hidden_size=8, num_heads=2, num_query_groups=2, activation="gelu", positions="learned")
+    model = ModelConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_heads=2,
+        num_query_groups=2,
+        activation="gelu",
+        positions="learned",
+    )
     store.save_stream(tmp_path, 1, [], [], {"config": {"model": {**vars(model)}}})
     message = refused(export_checkpoint, tmp_path, tmp_path / "back")
     assert message.startswith("no Hugging Face architecture here is this model; the nearest, ")
     assert "model.activation=gelu" in message
     assert "model.positions=learned" in message
-    assert "holds no checkpoint" in refused(export_checkpoint, tmp_path / "nowhere", tmp_path / "back")
+    assert "holds no checkpoint" in refused(
+        export_checkpoint, tmp_path / "nowhere", tmp_path / "back"
+    )
 
 
 def load_into(rank, num_ranks, config, path):
@@ -461,7 +634,9 @@ def test_weights_of_another_model_are_refused_with_both_values(made, ranks):
 
     assert answer(rope_base=5e5) == "loaded"
     assert "was saved with model.ffn_hidden_size=48, this run has 50" in answer(ffn_hidden_size=50)
-    assert "was saved with model.activation=swiglu, this run has geglu" in answer(activation="geglu")
+    assert "was saved with model.activation=swiglu, this run has geglu" in answer(
+        activation="geglu"
+    )
     assert "was saved with model.num_layers=4, this run has 5" in answer(num_layers=5)
 
 
@@ -490,14 +665,32 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
     sizes = []
     for name, num_layers in (("small", 1), ("large", 40)):
-        model = ModelConfig(num_layers=num_layers, hidden_size=256, num_heads=4, ffn_hidden_size=1024, vocab_size=4096)
+        model = ModelConfig(
+            num_layers=num_layers,
+            hidden_size=256,
+            num_heads=4,
+            ffn_hidden_size=1024,
+            vocab_size=4096,
+        )
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(hugging_face(model)))
-        shapes = {key: shape for entry in entries(model) for key, shape in entry.their_shapes.items()}
+        shapes = {
+            key: shape for entry in entries(model) for key, shape in entry.their_shapes.items()
+        }
         described = [Described(key, shape, torch.float32) for key, shape in shapes.items()]
-        write_tensors(tmp_path / name / "model.safetensors", described, (torch.ones(shape) for shape in shapes.values()))
+        write_tensors(
+            tmp_path / name / "model.safetensors",
+            described,
+            (torch.ones(shape) for shape in shapes.values()),
+        )
         sizes.append(sum(one.num_bytes for one in described))
     largest = 4096 * 256 * 4
-    done = subprocess.run([sys.executable, "-c", _MEASURED, tmp_path], text=True, capture_output=True, timeout=100, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURED, tmp_path],
+        text=True,
+        capture_output=True,
+        timeout=100,
+        check=True,
+    )
     assert sizes[1] > 35 * largest
     assert int(done.stdout) < 5 * largest

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.hf import models
-from vp_train.cli import load_config
 from vp_train.config import ConfigError, ModelConfig
 from vp_train.hf.families import config_of, model_of
 from vp_train.model import shape
+from vp_train.settings import load_config
 
 _GEMMA = {
     "attention_bias": False,
@@ -150,7 +150,12 @@ def test_published_files_are_the_presets(name):
 
 
 def test_llama_3_1_has_its_own_frequencies():
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     old = model_of(PUBLISHED["llama3_8b"] | {"rope_scaling": scaling | {"rope_type": "llama3"}})
     parameters = scaling | {"rope_type": "llama3", "rope_theta": 500000.0}
     assert model_of(PUBLISHED["llama3_8b"] | {"rope_parameters": parameters}) == old
@@ -178,14 +183,23 @@ def test_what_transformers_writes_and_what_we_write_mean_the_same(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_softcap": 3.0}, "the nearest, llama, does not have model.attention_softcap=3.0"),
+        (
+            {"attention_softcap": 3.0},
+            "the nearest, llama, does not have model.attention_softcap=3.0",
+        ),
         (
             {"normalisation": "layernorm", "linear_bias": True},
             "the nearest, llama, does not have model.normalisation=layernorm",
         ),
-        ({"qk_norm": True, "qkv_bias": True}, "the nearest, qwen2, does not have model.qk_norm=True"),
+        (
+            {"qk_norm": True, "qkv_bias": True},
+            "the nearest, qwen2, does not have model.qk_norm=True",
+        ),
         ({"sliding_window": 64}, "the nearest, llama, does not have model.sliding_window=64"),
-        ({"rope_scaling": "llama3", "rope_factor": 2.0, "logit_softcap": 5.0}, "llama, does not have model.logit_softcap=5.0"),
+        (
+            {"rope_scaling": "llama3", "rope_factor": 2.0, "logit_softcap": 5.0},
+            "llama, does not have model.logit_softcap=5.0",
+        ),
         (
             GEMMA_3 | {"rope_local_base": 1e3, "attention_softcap": 5.0},
             "gemma3_text, does not have model.attention_softcap=5.0",
@@ -201,26 +215,68 @@ def test_what_the_nearest_family_lacks_is_named(changes, message):
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
-        ("gemma3_1b", {"layer_types": ["full_attention", *["sliding_attention"] * 25]}, "layer_types are not supported"),
-        ("gemma2_9b", {"layer_types": ["chunked_attention"] * 42}, r"layer_types \['chunked_attention'\] are not supported"),
-        ("gemma2_9b", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
-        ("qwen2_5_7b", {"use_sliding_window": True, "max_window_layers": 20}, "use_sliding_window=true .* is not supported"),
+        (
+            "gemma3_1b",
+            {"layer_types": ["full_attention", *["sliding_attention"] * 25]},
+            "layer_types are not supported",
+        ),
+        (
+            "gemma2_9b",
+            {"layer_types": ["chunked_attention"] * 42},
+            r"layer_types \['chunked_attention'\] are not supported",
+        ),
+        (
+            "gemma2_9b",
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention=True is not supported",
+        ),
+        (
+            "qwen2_5_7b",
+            {"use_sliding_window": True, "max_window_layers": 20},
+            "use_sliding_window=true .* is not supported",
+        ),
         ("llama3_8b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         (
             "llama3_8b",
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.25,
+                }
+            },
             "partial_rotary_factor=0.25 is not supported",
         ),
-        ("gemma3_1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported: transformers never"),
+        (
+            "gemma3_1b",
+            {"attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping=50.0 is not supported: transformers never",
+        ),
         (
             "gemma2_9b",
             {"hidden_activation": "gelu"},
             "activation gelu is not supported for gemma2, which has gelu_pytorch_tanh",
         ),
-        ("gemma2_9b", {"hidden_activation": None, "hidden_act": "gelu"}, "activation gelu is not supported for gemma2"),
-        ("gemma3_1b", {"hidden_activation": "gelu"}, "activation gelu is not supported for gemma3_text"),
-        ("gemma_7b", {"hidden_activation": "gelu"}, "activation gelu is not supported for gemma, which"),
-        ("llama3_8b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type=dynamic is not supported"),
+        (
+            "gemma2_9b",
+            {"hidden_activation": None, "hidden_act": "gelu"},
+            "activation gelu is not supported for gemma2",
+        ),
+        (
+            "gemma3_1b",
+            {"hidden_activation": "gelu"},
+            "activation gelu is not supported for gemma3_text",
+        ),
+        (
+            "gemma_7b",
+            {"hidden_activation": "gelu"},
+            "activation gelu is not supported for gemma, which",
+        ),
+        (
+            "llama3_8b",
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_type=dynamic is not supported",
+        ),
     ],
 )
 def test_features_that_are_not_built_are_named(base, changes, message):
@@ -232,12 +288,16 @@ def test_transformers_never_caps_the_scores_of_gemma_3():
     """The reason for refusing to: should this fail one day, Gemma 3 may have a cap here too."""
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        plain, capped = (models.make("gemma3", attn_logit_softcapping=cap)(ids).logits for cap in (None, 0.1))
+        plain, capped = (
+            models.make("gemma3", attn_logit_softcapping=cap)(ids).logits for cap in (None, 0.1)
+        )
     assert torch.equal(plain, capped)
 
 
 def test_gelu_of_an_early_gemma_is_its_approximation():
-    assert model_of(PUBLISHED["gemma_7b"] | {"hidden_act": "gelu"}) == model_of(PUBLISHED["gemma_7b"])
+    assert model_of(PUBLISHED["gemma_7b"] | {"hidden_act": "gelu"}) == model_of(
+        PUBLISHED["gemma_7b"]
+    )
 
 
 def test_an_import_is_as_long_as_its_architecture_reaches_but_not_too_long_to_train():
@@ -250,7 +310,9 @@ def test_local_layers_without_a_base_have_that_of_all():
     config = config_of(model)
     assert (config["rope_theta"], config["rope_local_base_freq"]) == (5e5, 5e5)
     assert model_of(config) == replace(model, rope_local_base=5e5, attention_divisor=32.0)
-    scaled = replace(model, rope_scaling="linear", rope_factor=2.0)  # that of local layers too, which Gemma 3 does not scale
+    scaled = replace(
+        model, rope_scaling="linear", rope_factor=2.0
+    )  # that of local layers too, which Gemma 3 does not scale
     with pytest.raises(ConfigError, match="no Hugging Face architecture here is this model"):
         config_of(scaled)
 
@@ -271,11 +333,31 @@ def test_local_layers_without_a_base_have_that_of_all():
         ("llama3_8b", "rms_norm_eps", float("nan"), "rms_norm_eps=NaN must be a finite number"),
         ("llama3_8b", "rms_norm_eps", -1.0, "model.norm_epsilon=-1.0 is too small"),
         ("llama3_8b", "rope_parameters", 5, "rope_parameters=5 must be an object"),
-        ("llama3_8b", "rope_parameters", {"rope_theta": "1"}, 'rope_parameters: rope_theta="1" must be a finite number'),
-        ("llama3_8b", "tie_word_embeddings", "false", 'tie_word_embeddings="false" must be true or false'),
-        ("gemma3_1b", "rope_parameters", {"full_attention": 1}, "rope_parameters: full_attention=1 must be an object"),
+        (
+            "llama3_8b",
+            "rope_parameters",
+            {"rope_theta": "1"},
+            'rope_parameters: rope_theta="1" must be a finite number',
+        ),
+        (
+            "llama3_8b",
+            "tie_word_embeddings",
+            "false",
+            'tie_word_embeddings="false" must be true or false',
+        ),
+        (
+            "gemma3_1b",
+            "rope_parameters",
+            {"full_attention": 1},
+            "rope_parameters: full_attention=1 must be an object",
+        ),
         ("gemma3_1b", "layer_types", [None] * 26, "layer_types=[null, null, null"),
-        ("gemma3_1b", "layer_types", ["full_attention"], "layer_types has 1 entries for num_hidden_layers=26"),
+        (
+            "gemma3_1b",
+            "layer_types",
+            ["full_attention"],
+            "layer_types has 1 entries for num_hidden_layers=26",
+        ),
         ("gemma3_1b", "sliding_window_pattern", 0, "sliding_window_pattern=0 is too small"),
     ],
 )

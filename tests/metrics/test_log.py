@@ -52,5 +52,11 @@ def test_a_record_can_be_read_at_once_and_every_line_is_strict_json(tmp_path):
         raise AssertionError(f"{word} is not JSON")
 
     line = (tmp_path / "metrics.jsonl").read_text()  # before close: a kill now loses nothing
-    assert json.loads(line, parse_constant=refuse) == {"step": 1, "a": None, "b": None, "c": None, "d": 0.5}
+    assert json.loads(line, parse_constant=refuse) == {
+        "step": 1,
+        "a": None,
+        "b": None,
+        "c": None,
+        "d": 0.5,
+    }
     log.close()

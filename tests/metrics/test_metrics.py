@@ -16,9 +16,10 @@ from rich.console import Console
 
 from vp_train.config import ConfigError, RunSettings
 from vp_train.metrics.log import MetricsLog
-from vp_train.metrics.progress import Progress, StepReport, human_bytes
+from vp_train.metrics.progress import Progress, StepReport
 from vp_train.metrics.run_directory import RunDirectory, refuse_used
 from vp_train.metrics.summary import RankSummary, rank_table
+from vp_train.units import human_bytes
 
 HOLDER = """
 import sys
@@ -33,7 +34,10 @@ sys.stdin.read()
 def test_a_directory_in_use_is_refused_and_free_again_when_its_process_is_killed(tmp_path):
     settings = RunSettings(root=str(tmp_path))
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert holder.stdout.readline() == "holding\n"
     with pytest.raises(ConfigError, match=f"is in use by process {holder.pid}"):
@@ -47,7 +51,9 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     settings = RunSettings(root=str(tmp_path))
     directory = RunDirectory(settings)
     directory.metrics.write_text('{"step": 1}\n')
-    with pytest.raises(ConfigError, match=r"already holds a run; continue it with run\.resume=true"):
+    with pytest.raises(
+        ConfigError, match=r"already holds a run; continue it with run\.resume=true"
+    ):
         refuse_used(settings)
     refuse_used(replace(settings, resume=True))
     refuse_used(replace(settings, name="other"))
@@ -76,7 +82,11 @@ def test_each_step_has_one_record_after_a_resume_and_a_torn_line(tmp_path):
     log = MetricsLog(path, tmp_path / "tensorboard", 2)
     log.record(3, {"loss": 9.0})
     log.close()
-    assert [(record["step"], record["loss"]) for record in records(path)] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+    assert [(record["step"], record["loss"]) for record in records(path)] == [
+        (1, 0.5),
+        (2, 1.0),
+        (3, 9.0),
+    ]
     assert records(path)[0]["grad_norm"] is None
     assert list((tmp_path / "tensorboard").iterdir())
 
@@ -89,7 +99,14 @@ def test_a_log_file_gets_plain_lines_every_few_steps():
     progress.close()
     lines = out.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["3/25", "10/25", "20/25", "25/25"]
-    for part in ("loss 2.0000", "grad norm 1.000", "lr 1.00e-03", "12,346 tokens/s", "peak 2.50 GiB", "0:00 left"):
+    for part in (
+        "loss 2.0000",
+        "grad norm 1.000",
+        "lr 1.00e-03",
+        "12,346 tokens/s",
+        "peak 2.50 GiB",
+        "0:00 left",
+    ):
         assert part in lines[-1]
     assert "\r" not in out.getvalue()
     assert "\x1b" not in out.getvalue()
@@ -103,18 +120,33 @@ def test_a_terminal_gets_a_live_line():
     assert "\x1b[" in out.getvalue()
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (5 * 2**20, "5.0 MiB"), (3 * 2**40, "3072.00 GiB")])
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1536, "1.5 KiB"), (5 * 2**20, "5.0 MiB"), (3 * 2**40, "3072.00 GiB")],
+)
 def test_bytes_for_people(count, text):
     assert human_bytes(count) == text
 
 
 def test_the_table_fits_and_shows_prediction_beside_measurement():
     out = io.StringIO()
-    row = RankSummary(31, "120-127", 262_144, 21_000_000_000, 0.9, 0.1, 0.123, 80 * 2**30, 81 * 2**30, 99 * 2**30)
+    row = RankSummary(
+        31, "120-127", 262_144, 21_000_000_000, 0.9, 0.1, 0.123, 80 * 2**30, 81 * 2**30, 99 * 2**30
+    )
     Console(file=out, width=110).print(rank_table([row], "title"))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 110
     assert not any("…" in line for line in lines)
     (body,) = [line for line in lines if "120-127" in line]
-    for part in ("31", "262,144", "21.00 B", "90.0%", "10.0%", "12.3%", "80.00 GiB", "81.00 GiB", "99.00 GiB"):
+    for part in (
+        "31",
+        "262,144",
+        "21.00 B",
+        "90.0%",
+        "10.0%",
+        "12.3%",
+        "80.00 GiB",
+        "81.00 GiB",
+        "99.00 GiB",
+    ):
         assert part in body

@@ -8,13 +8,15 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from vp_train.metrics.progress import Progress, StepReport, clock
+from vp_train.metrics.progress import Progress, StepReport
+from vp_train.units import clock
 
 REPORT = StepReport(1, 2.0, 1.0, 1e-3, 10.0, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.9, "0:00"), (75, "1:15"), (3599, "59:59"), (3675, "1:01:15"), (360_000, "100:00:00")]
+    ("seconds", "text"),
+    [(0.9, "0:00"), (75, "1:15"), (3599, "59:59"), (3675, "1:01:15"), (360_000, "100:00:00")],
 )
 def test_the_time_left_reads_like_a_clock(seconds, text):
     assert clock(seconds) == text

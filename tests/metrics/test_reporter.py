@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from vp_train.cli import load_config
 from vp_train.metrics.progress import StepReport
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
+from vp_train.settings import load_config
 
 SOURCE = SimpleNamespace(description="ten documents")
 
@@ -24,7 +24,10 @@ def report(step):
 
 def stretched(timeline, factor):
     """The same passes, `factor` times as long."""
-    rows = [[replace(s, start=factor * s.start, end=factor * s.end) for s in row] for row in timeline.compute]
+    rows = [
+        [replace(s, start=factor * s.start, end=factor * s.end) for s in row]
+        for row in timeline.compute
+    ]
     return replace(timeline, compute=tuple(map(tuple, rows)), comm=(), bound=0.0)
 
 
@@ -33,7 +36,14 @@ def started(tmp_path):
     """A run on `num_ranks` ranks that is about to take its first step: (config, plan, directory, reporter)."""
 
     def start(*overrides, num_ranks=2, first_step=1):
-        told = ["model=nano", "model.num_layers=4", "num_microbatches=4", f"run.root={tmp_path}", "run.steps=4", *overrides]
+        told = [
+            "model=nano",
+            "model.num_layers=4",
+            "num_microbatches=4",
+            f"run.root={tmp_path}",
+            "run.steps=4",
+            *overrides,
+        ]
         config = load_config(told)
         plan, directory = make_plan(config, num_ranks), RunDirectory(config.run)
         reporter = Reporter(config, plan, directory, first_step)
@@ -55,17 +65,29 @@ def line_of(words, name):
 def test_before_the_first_step_everything_known_is_said_and_written(started, capsys):
     config, plan, directory, _ = started(first_step=3)
     written = {path.name for path in directory.path.iterdir()}
-    assert written >= {"config.yaml", "env.json", "schedule.txt", "schedule.svg", "tensorboard", "trace", "LOCK"}
+    assert written >= {
+        "config.yaml",
+        "env.json",
+        "schedule.txt",
+        "schedule.svg",
+        "tensorboard",
+        "trace",
+        "LOCK",
+    }
     assert (directory.path / "config.yaml").read_text() == "model: nano\n"
     assert (directory.path / "schedule.txt").read_text() == plan.schedule.text()
-    assert "1f1b, vocabulary one_barrier: as planned" in (directory.path / "schedule.svg").read_text()
+    assert (
+        "1f1b, vocabulary one_barrier: as planned" in (directory.path / "schedule.svg").read_text()
+    )
     words = capsys.readouterr().out
     assert line_of(words, "data") == "ten documents"
     assert line_of(words, "mesh").startswith("2 ranks = ")
     assert line_of(words, "mesh").endswith("optim.name=adamw")
     assert line_of(words, "pipeline") == "rank 0: layers 0-1 rank 1: layers 2-3"
     assert f"4 microbatches of 1 x {config.model.seq_length} tokens" in line_of(words, "schedule")
-    assert f"(ln V = {math.log(config.model.vocab_size):.2f}), float32 on cpu" in line_of(words, "model")
+    assert f"(ln V = {math.log(config.model.vocab_size):.2f}), float32 on cpu" in line_of(
+        words, "model"
+    )
     assert "advice" not in words
     assert line_of(words, "run") == f"{directory.path}, steps 3 to 4"
 
@@ -73,8 +95,18 @@ def test_before_the_first_step_everything_known_is_said_and_written(started, cap
 @pytest.mark.parametrize(
     ("overrides", "num_ranks", "mesh", "pipeline"),
     [
-        (["parallel.dp=2"], 4, "(the first replica is ranks 0-1)", "rank 0: layers 0-1 rank 1: layers 2-3"),
-        (["parallel.dp=2", "parallel.pp=1"], 2, "(the first replica is rank 0)", "rank 0: layers 0-3"),
+        (
+            ["parallel.dp=2"],
+            4,
+            "(the first replica is ranks 0-1)",
+            "rank 0: layers 0-1 rank 1: layers 2-3",
+        ),
+        (
+            ["parallel.dp=2", "parallel.pp=1"],
+            2,
+            "(the first replica is rank 0)",
+            "rank 0: layers 0-3",
+        ),
         (["parallel.tp=2"], 4, None, "ranks 0-1: layers 0-1 ranks 2-3: layers 2-3"),
         (["schedule=v_half"], 2, None, "rank 0: layers 0, 3 rank 1: layers 1, 2"),
         (["parallel.layers_per_stage=[4,0]"], 2, None, "rank 0: layers 0-3 rank 1: layers none"),
@@ -99,7 +131,12 @@ def test_a_step_has_one_record_with_what_fell_on_it(started, capsys):
     reporter.trace(stretched(plan.timeline, 3.0), (11, 12))
     reporter.record()
     first, second = records(directory)
-    steps = {"grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 10.0, "peak_bytes": 2.0**30}
+    steps = {
+        "grad_norm": 1.0,
+        "learning_rate": 1e-3,
+        "tokens_per_second": 10.0,
+        "peak_bytes": 2.0**30,
+    }
     assert first == {"step": 1, "loss": 2.0, **steps, "validation_loss": 1.25}
     assert second == {
         "step": 2,
@@ -107,12 +144,17 @@ def test_a_step_has_one_record_with_what_fell_on_it(started, capsys):
         **steps,
         "bubble_measured": pytest.approx(stretched(plan.timeline, 3.0).mean_bubble),
         "bubble_predicted": pytest.approx(plan.timeline.mean_bubble),
-        "gap_measured": pytest.approx(stretched(plan.timeline, 3.0).makespan / plan.timeline.bound - 1),
+        "gap_measured": pytest.approx(
+            stretched(plan.timeline, 3.0).makespan / plan.timeline.bound - 1
+        ),
         "gap_predicted": pytest.approx(plan.timeline.gap),
     }
     assert second["gap_measured"] > 1.5
     uniform = math.log(config.model.vocab_size)
-    assert f"step 1  validation loss 1.2500  (a uniform guess has ln V = {uniform:.4f})" in capsys.readouterr().out
+    assert (
+        f"step 1  validation loss 1.2500  (a uniform guess has ln V = {uniform:.4f})"
+        in capsys.readouterr().out
+    )
     with pytest.raises(AssertionError):
         reporter.record()  # a second record of a step
 
@@ -124,7 +166,11 @@ def test_a_run_that_goes_on_keeps_the_records_before_its_first_step(started, tmp
     _, _, directory, reporter = started("run.resume=true", first_step=3)
     reporter.step(report(3))
     reporter.record()
-    assert [(record["step"], record["loss"]) for record in records(directory)] == [(1, 1.0), (2, 1.0), (3, 2.0 / 3)]
+    assert [(record["step"], record["loss"]) for record in records(directory)] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 2.0 / 3),
+    ]
 
 
 def test_a_traced_step_lies_beside_the_planned_one(started):

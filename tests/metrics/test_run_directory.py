@@ -31,14 +31,22 @@ def test_a_checkpoint_alone_is_a_run(tmp_path):
 
 def test_a_run_makes_the_folders_above_its_own(tmp_path):
     settings = RunSettings(root=str(tmp_path / "runs" / "of mine"))
-    assert run_path(settings) == RunDirectory(settings).path == tmp_path / "runs" / "of mine" / "default"
+    assert (
+        run_path(settings)
+        == RunDirectory(settings).path
+        == tmp_path / "runs" / "of mine" / "default"
+    )
     assert run_path(settings).is_dir()
 
 
 def test_the_lock_names_its_process_and_two_names_do_not_meet(tmp_path):
     first = RunDirectory(RunSettings(root=str(tmp_path)))
     second = RunDirectory(RunSettings(root=str(tmp_path), name="other"))
-    assert (first.path / "LOCK").read_text() == (second.path / "LOCK").read_text() == f"{os.getpid()}\n"
+    assert (
+        (first.path / "LOCK").read_text()
+        == (second.path / "LOCK").read_text()
+        == f"{os.getpid()}\n"
+    )
     with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
         RunDirectory(RunSettings(root=str(tmp_path)))
 

@@ -11,14 +11,25 @@ from vp_train.metrics.summary import rank_table, summarize
 
 
 def timeline(busy, peaks):
-    rows = tuple((Span(rank, f"{rank}F0", "F", rank, 0, 0.0, seconds),) for rank, seconds in enumerate(busy))
+    rows = tuple(
+        (Span(rank, f"{rank}F0", "F", rank, 0, 0.0, seconds),) for rank, seconds in enumerate(busy)
+    )
     return Timeline(rows, (), peaks, (1,) * len(busy))
 
 
 def rows():
-    planned, measured = timeline((4.0, 3.0), (2.0**20, 2.0**21)), timeline((2.0, 5.0), (3.0 * 2**20, 3.5 * 2**20))
-    layers, vocabulary, parameters = [[range(2)], [range(2, 3), range(5, 7)]], [16_384, 16_384], [17_660_000, 2_500_000_000]
-    return summarize(planned, measured, layers, vocabulary, parameters, [405.5 * 2**20, 61.0 * 2**30])
+    planned, measured = (
+        timeline((4.0, 3.0), (2.0**20, 2.0**21)),
+        timeline((2.0, 5.0), (3.0 * 2**20, 3.5 * 2**20)),
+    )
+    layers, vocabulary, parameters = (
+        [[range(2)], [range(2, 3), range(5, 7)]],
+        [16_384, 16_384],
+        [17_660_000, 2_500_000_000],
+    )
+    return summarize(
+        planned, measured, layers, vocabulary, parameters, [405.5 * 2**20, 61.0 * 2**30]
+    )
 
 
 def test_a_row_sets_the_plan_beside_the_measurement_of_the_same_rank():

@@ -13,7 +13,9 @@ def test_scores_of_bfloat16_are_scaled_capped_and_normalised_in_float32(softcap)
     """Products are whole numbers that bfloat16 holds, and v is the identity: what comes out are the weights, rounded once."""
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randint(-3, 4, (16, 1, 1, 16), generator=generator).bfloat16() for _ in range(2))
-    weights = block_attention(q, k, torch.eye(16).bfloat16().view(16, 1, 1, 16), Rule(0.3, softcap, None))[:, 0]
+    weights = block_attention(
+        q, k, torch.eye(16).bfloat16().view(16, 1, 1, 16), Rule(0.3, softcap, None)
+    )[:, 0]
     scores = 0.3 * (q[:, 0, 0].double() @ k[:, 0, 0].double().T)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -41,9 +43,14 @@ def test_packed_documents_on_a_gpu_are_attended_to_one_by_one(groups, window):
     rule = Rule(0.2, None, window)
     expected = torch.cat([block_attention(*piece, rule)[:, 0] for piece in pieces])
     expected.backward(dy.double())
-    pairs = [(context, expected), *((mine.grad, true.grad) for mine, true in zip(ours, exact, strict=True))]
+    pairs = [
+        (context, expected),
+        *((mine.grad, true.grad) for mine, true in zip(ours, exact, strict=True)),
+    ]
     for mine, true in pairs:
-        largest = max(true.abs().max().item(), 1.0)  # a window of one token has no gradient of q and k
+        largest = max(
+            true.abs().max().item(), 1.0
+        )  # a window of one token has no gradient of q and k
         assert torch.allclose(mine.cpu().double(), true, rtol=2e-2, atol=2e-2 * largest)
 
 

@@ -24,7 +24,10 @@ def announced(module, microbatches, how):
         last = microbatch == len(forwards) - 1
 
         def note(names):
-            grads = {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+            grads = {
+                name: None if p.grad is None else p.grad.clone()
+                for name, p in module.named_parameters()
+            }
             seen.append((tuple(names), grads))
 
         if how == "B" and last:
@@ -45,18 +48,37 @@ def announced(module, microbatches, how):
 
 @pytest.mark.parametrize("how", ["B", "W"])
 @pytest.mark.parametrize(("family", "recompute"), CASES)
-def test_a_layer_is_announced_once_complete_and_before_those_below_it(group, family, recompute, how):  # noqa: F811
-    model = ModelConfig(**{**{name: getattr(MODEL, name) for name in MODEL.__dataclass_fields__}, **FAMILIES[family]})
+def test_a_layer_is_announced_once_complete_and_before_those_below_it(
+    group,  # noqa: F811
+    family,
+    recompute,
+    how,
+):
+    model = ModelConfig(
+        **{
+            **{name: getattr(MODEL, name) for name in MODEL.__dataclass_fields__},
+            **FAMILIES[family],
+        }
+    )
     module = stage(group, range(3), final_norm=True, model=model, recompute=recompute, first=True)
     generator = torch.Generator().manual_seed(1)
-    microbatches = [torch.randn(20, 2, 48, dtype=torch.float64, generator=generator) for _ in range(2)]
+    microbatches = [
+        torch.randn(20, 2, 48, dtype=torch.float64, generator=generator) for _ in range(2)
+    ]
     seen, final = announced(module, microbatches, how)
     assert [names for names, _ in seen] == list(module.units)
     assert sorted(name for names, _ in seen for name in names) == sorted(final)
     for index, (names, then) in enumerate(seen):
         assert all(torch.equal(then[name], final[name]) for name in names), "complete"
-        below = [name for unit in module.units[index + 1 :] for name in unit if "linear_fc1.weight" in name]
-        assert not any(then[name] is not None and torch.equal(then[name], final[name]) for name in below), "early"
+        below = [
+            name
+            for unit in module.units[index + 1 :]
+            for name in unit
+            if "linear_fc1.weight" in name
+        ]
+        assert not any(
+            then[name] is not None and torch.equal(then[name], final[name]) for name in below
+        ), "early"
 
 
 def test_who_listens_is_looked_up_when_a_gradient_is_complete(group):  # noqa: F811

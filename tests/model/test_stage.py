@@ -16,7 +16,13 @@ from vp_train.model import attention, shape
 from vp_train.model.stage import Stage, document_lengths, init_rows
 
 MODEL = ModelConfig(
-    num_layers=4, hidden_size=48, num_heads=6, num_query_groups=2, ffn_hidden_size=80, vocab_size=100, seq_length=20
+    num_layers=4,
+    hidden_size=48,
+    num_heads=6,
+    num_query_groups=2,
+    ffn_hidden_size=80,
+    vocab_size=100,
+    seq_length=20,
 )
 CPU = torch.device("cpu")
 DTYPES = (torch.float64, torch.bfloat16)
@@ -28,14 +34,27 @@ def group():
 
 
 def stage(group, layers, final_norm=False, dtype=torch.float64, model=MODEL, seed=3, **options):
-    return Stage(model, layers, final_norm=final_norm, dtype=dtype, device=CPU, group=group, seed=seed, **options)
+    return Stage(
+        model,
+        layers,
+        final_norm=final_norm,
+        dtype=dtype,
+        device=CPU,
+        group=group,
+        seed=seed,
+        **options,
+    )
 
 
 def plain_norm(x, weights, name, model):
     weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
     if model.normalisation == "layernorm":
         x = x - x.mean(-1, keepdim=True)
-    x = x * (x.pow(2).mean(-1, keepdim=True) + model.norm_epsilon).rsqrt() * (weight + model.zero_centred_norm)
+    x = (
+        x
+        * (x.pow(2).mean(-1, keepdim=True) + model.norm_epsilon).rsqrt()
+        * (weight + model.zero_centred_norm)
+    )
     return x if bias is None else x + bias
 
 
@@ -72,11 +91,15 @@ def plain_layer(x, weights, model, local, segments):
     def rope(x):
         if model.positions != "rope":
             return x
-        angle = torch.outer(torch.arange(s, dtype=x.dtype), plain_frequencies(model, local, x.dtype))[:, None, None]
+        angle = torch.outer(
+            torch.arange(s, dtype=x.dtype), plain_frequencies(model, local, x.dtype)
+        )[:, None, None]
         a, c = x[..., : d // 2], x[..., d // 2 :]
         return torch.cat([a * angle.cos() - c * angle.sin(), c * angle.cos() + a * angle.sin()], -1)
 
-    qkv = plain_linear(plain_norm(x, weights, "input_layernorm", model), weights, "self_attention.linear_qkv")
+    qkv = plain_linear(
+        plain_norm(x, weights, "input_layernorm", model), weights, "self_attention.linear_qkv"
+    )
     q, k, v = qkv.view(s, b, g, -1).split([n // g * d, d, d], -1)
     q = q.reshape(s, b, n, d)
     if model.qk_norm:
@@ -91,7 +114,9 @@ def plain_layer(x, weights, model, local, segments):
     hidden = (distance < 0) | (distance >= model.sliding_window) if local else distance < 0
     if segments is not None:
         hidden = hidden | (segments[:, None, :, None] != segments[:, None, None, :])
-    context = torch.einsum("bnst,tbnd->sbnd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).reshape(s, b, n * d)
+    context = torch.einsum(
+        "bnst,tbnd->sbnd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v
+    ).reshape(s, b, n * d)
     y = plain_linear(context, weights, "self_attention.linear_proj")
     x = x + (plain_norm(y, weights, "self_attn_bda.norm", model) if model.post_norms else y)
     y = plain_linear(plain_norm(x, weights, "pre_mlp_layernorm", model), weights, "mlp.linear_fc1")
@@ -99,7 +124,11 @@ def plain_layer(x, weights, model, local, segments):
         y = nn.functional.gelu(y, approximate="tanh")
     else:
         gate, up = y.chunk(2, -1)
-        y = (nn.functional.silu(gate) if model.activation == "swiglu" else nn.functional.gelu(gate, approximate="tanh")) * up
+        y = (
+            nn.functional.silu(gate)
+            if model.activation == "swiglu"
+            else nn.functional.gelu(gate, approximate="tanh")
+        ) * up
     y = plain_linear(y, weights, "mlp.linear_fc2")
     return x + (plain_norm(y, weights, "mlp_bda.norm", model) if model.post_norms else y)
 
@@ -117,8 +146,18 @@ FAMILIES = {
     "qwen3": {"qk_norm": True, "head_size": 10},
     "one query group": {"qk_norm": True, "num_query_groups": 1, "head_size": 12},
     "every group its head": {"qk_norm": True, "num_query_groups": 6},
-    "llama3": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_length": 16, "rope_base": 50.0},
-    "gemma": {"zero_centred_norm": True, "activation": "geglu", "head_size": 4, "embedding_scale": True},
+    "llama3": {
+        "rope_scaling": "llama3",
+        "rope_factor": 8.0,
+        "rope_original_length": 16,
+        "rope_base": 50.0,
+    },
+    "gemma": {
+        "zero_centred_norm": True,
+        "activation": "geglu",
+        "head_size": 4,
+        "embedding_scale": True,
+    },
     "gemma2": {
         "zero_centred_norm": True,
         "activation": "geglu",
@@ -150,7 +189,9 @@ def with_random_vectors(part, seed=5):
     with torch.no_grad():
         for parameter in part.parameters():
             if parameter.dim() == 1:
-                parameter += torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) / 4
+                parameter += (
+                    torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) / 4
+                )
     return part
 
 
@@ -158,19 +199,29 @@ SEGMENTS = torch.tensor([[0] * 7 + [1] * 13, [0] + [1] * 18 + [2]], dtype=torch.
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("block", "segments"), [(6, None), (256, None), (6, SEGMENTS), (256, torch.zeros_like(SEGMENTS))])
+@pytest.mark.parametrize(
+    ("block", "segments"),
+    [(6, None), (256, None), (6, SEGMENTS), (256, torch.zeros_like(SEGMENTS))],
+)
 def test_layers_equal_their_formulas_in_float64(group, name, block, segments, monkeypatch):
     monkeypatch.setattr(attention, "_BLOCK", block)
     model = replace(MODEL, init_std=0.3, **FAMILIES[name])
     ours = with_random_vectors(stage(group, range(3), model=model))
     x = torch.randn(20, 2, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weights = {key: parameter.detach().clone().requires_grad_() for key, parameter in ours.named_parameters()}
+    weights = {
+        key: parameter.detach().clone().requires_grad_()
+        for key, parameter in ours.named_parameters()
+    }
     ours_x, plain_x = x.clone().requires_grad_(), x.clone().requires_grad_()
     ours_y, plain_y = ours(ours_x, segments), plain_x
     for layer in range(3):
         prefix = f"layers.{layer}.layer."
         local = model.sliding_window is not None and (model.full_attention_every or 4) != layer + 1
-        of_layer = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        of_layer = {
+            key.removeprefix(prefix): value
+            for key, value in weights.items()
+            if key.startswith(prefix)
+        }
         plain_y = plain_layer(plain_y, of_layer, model, local, segments)
     assert torch.allclose(ours_y, plain_y, rtol=1e-12, atol=1e-12)
     dy = torch.randn_like(x)
@@ -186,7 +237,9 @@ def test_layers_equal_their_formulas_in_float64(group, name, block, segments, mo
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_stays_near_float64(group, name):
     model = replace(MODEL, **FAMILIES[name])
-    exact, rounded = (stage(group, range(3), first=True, final_norm=True, model=model, dtype=d) for d in DTYPES)
+    exact, rounded = (
+        stage(group, range(3), first=True, final_norm=True, model=model, dtype=d) for d in DTYPES
+    )
     x, dy = torch.randn(2, 20, 2, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
     inputs = [x.to(d).requires_grad_() for d in DTYPES]
     outputs = [part(given) for part, given in zip((exact, rounded), inputs, strict=True)]
@@ -199,9 +252,14 @@ def test_bfloat16_stays_near_float64(group, name):
 
 def test_the_first_stage_scales_embeddings_and_adds_positions(group):
     model = replace(MODEL, embedding_scale=True, positions="learned")
-    first, other = stage(group, range(0), first=True, model=model), stage(group, range(0), model=model)
+    first, other = (
+        stage(group, range(0), first=True, model=model),
+        stage(group, range(0), model=model),
+    )
     x = torch.randn(20, 2, 48, dtype=torch.float64)
-    assert torch.equal(first(x), x * torch.tensor(48**0.5, dtype=torch.float64) + first.positions[:, None])
+    assert torch.equal(
+        first(x), x * torch.tensor(48**0.5, dtype=torch.float64) + first.positions[:, None]
+    )
     assert other.positions is None
     assert other(x) is x
 
@@ -216,7 +274,11 @@ def test_positions_start_again_with_every_document(group):
 
 def test_splitting_into_stages_gives_the_same_bits(group):
     whole = stage(group, range(4), final_norm=True)
-    parts = [stage(group, range(1)), stage(group, range(1, 1)), stage(group, range(1, 4), final_norm=True)]
+    parts = [
+        stage(group, range(1)),
+        stage(group, range(1, 1)),
+        stage(group, range(1, 4), final_norm=True),
+    ]
     x = torch.randn(20, 2, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = x
     for part in parts:
@@ -240,7 +302,9 @@ def test_shards_of_the_vocabulary_draw_the_values_of_the_whole():
     def rows(start, stop):
         return init_rows("embedding", start, stop, model, 7, torch.float32, CPU)
 
-    assert torch.equal(torch.cat([rows(0, 1), rows(1, 1), rows(1, 2500), rows(2500, 5000)]), rows(0, 5000))
+    assert torch.equal(
+        torch.cat([rows(0, 1), rows(1, 1), rows(1, 2500), rows(2500, 5000)]), rows(0, 5000)
+    )
     assert not torch.equal(rows(0, 1024), rows(1024, 2048))
     assert not torch.equal(rows(0, 9), init_rows("output", 0, 9, model, 7, torch.float32, CPU))
 
@@ -277,8 +341,28 @@ def kept_bytes(part, batch, model, dtype, segments=None):
     [
         (MODEL, 1),
         (MODEL, 3),
-        (ModelConfig(num_layers=4, hidden_size=64, num_heads=4, num_query_groups=4, ffn_hidden_size=256, seq_length=128), 2),
-        (ModelConfig(num_layers=4, hidden_size=128, num_heads=8, num_query_groups=1, ffn_hidden_size=64, seq_length=64), 1),
+        (
+            ModelConfig(
+                num_layers=4,
+                hidden_size=64,
+                num_heads=4,
+                num_query_groups=4,
+                ffn_hidden_size=256,
+                seq_length=128,
+            ),
+            2,
+        ),
+        (
+            ModelConfig(
+                num_layers=4,
+                hidden_size=128,
+                num_heads=8,
+                num_query_groups=1,
+                ffn_hidden_size=64,
+                seq_length=64,
+            ),
+            1,
+        ),
     ],
 )
 def test_activation_bytes_are_what_autograd_keeps(group, model, batch, dtype):
@@ -299,7 +383,14 @@ def test_documents_are_runs_of_equal_segments():
 @pytest.mark.parametrize("batch", [1, 2])
 def test_packed_documents_keep_no_mask(group, batch):
     """What is kept beside an unpacked stage's is one value per token, layer and hidden unit: the documents joined again."""
-    model = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, num_query_groups=1, ffn_hidden_size=64, seq_length=512)
+    model = ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_heads=2,
+        num_query_groups=1,
+        ffn_hidden_size=64,
+        seq_length=512,
+    )
     part = stage(group, range(2), dtype=torch.float32, model=model)
     segments = (torch.arange(512) // 100).int().expand(batch, -1)
     kept, _y = kept_bytes(part, batch, model, torch.float32, segments)
@@ -309,7 +400,9 @@ def test_packed_documents_keep_no_mask(group, batch):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("batch", "recompute"), [(1, "none"), (3, "none"), (1, "selective"), (1, "full")])
+@pytest.mark.parametrize(
+    ("batch", "recompute"), [(1, "none"), (3, "none"), (1, "selective"), (1, "full")]
+)
 def test_activation_bytes_of_every_flag_are_what_autograd_keeps(group, name, batch, recompute):
     model = replace(MODEL, seq_length=64, **FAMILIES[name])
     part = stage(group, range(3), final_norm=True, model=model, recompute=recompute)
@@ -326,27 +419,41 @@ def test_bytes_held_for_w_are_those_predicted(group, name):
     y = part(torch.randn(20, 3, 48, dtype=torch.float64, requires_grad=True))
     with part.weight_grads.deferring(0):
         torch.autograd.backward(y, torch.ones_like(y))
-    assert part.weight_grads.held_bytes == pytest.approx(2 * shape.layer_weight_grad_bytes(model, 3, 8), rel=0.01)
+    assert part.weight_grads.held_bytes == pytest.approx(
+        2 * shape.layer_weight_grad_bytes(model, 3, 8), rel=0.01
+    )
 
 
 def test_a_window_costs_its_own_size():
     model = replace(MODEL, seq_length=4096, sliding_window=128, full_attention_every=4)
-    full, local = (shape.layer_flops(replace(model, sliding_window=w, full_attention_every=None), 4096) for w in (None, 128))
+    full, local = (
+        shape.layer_flops(replace(model, sliding_window=w, full_attention_every=None), 4096)
+        for w in (None, 128)
+    )
     assert shape.layer_flops(model, 4096) == (full + 3 * local) // 4
     assert full - local == 4 * 4096 * 48 * (4096 - 128)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("recompute", "forwards"), [("none", (1, 1)), ("selective", (2, 1)), ("full", (2, 2))])
-def test_a_split_backward_runs_again_what_it_is_told_and_only_once(group, name, recompute, forwards):
+@pytest.mark.parametrize(
+    ("recompute", "forwards"), [("none", (1, 1)), ("selective", (2, 1)), ("full", (2, 2))]
+)
+def test_a_split_backward_runs_again_what_it_is_told_and_only_once(
+    group, name, recompute, forwards
+):
     model = replace(MODEL, **FAMILIES[name])
-    ours, plain = stage(group, range(2), model=model, recompute=recompute), stage(group, range(2), model=model)
+    ours, plain = (
+        stage(group, range(2), model=model, recompute=recompute),
+        stage(group, range(2), model=model),
+    )
     x = torch.randn(20, 2, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     dy = torch.randn(20, 2, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     calls = Counter()
     for layer in ours.layers.values():
         for part in ("self_attention.core_attention", "mlp.linear_fc1"):
-            layer.layer.get_submodule(part).register_forward_pre_hook(lambda *_, part=part: calls.update([part]))
+            layer.layer.get_submodule(part).register_forward_pre_hook(
+                lambda *_, part=part: calls.update([part])
+            )
     inputs = []
     for module in (ours, plain):
         given = x.clone().requires_grad_()
@@ -368,7 +475,11 @@ def test_w_lets_go_of_what_i_left_for_it(group):
         y = module(x)
         with module.weight_grads.deferring(microbatch):
             torch.autograd.backward(y, torch.ones_like(y))
-        kept = [weakref.ref(tensor) for product in module.weight_grads._waiting[microbatch] for tensor in product[1:]]
+        kept = [
+            weakref.ref(tensor)
+            for product in module.weight_grads._waiting[microbatch]
+            for tensor in product[1:]
+        ]
         assert module.weight_grads.held_bytes > 0
         module.weight_grads.drain(microbatch)
         del x, y

@@ -28,18 +28,31 @@ NAMES = {"adamw": ReplicatedAdamW, "zero1": ZeroAdamW}
 def values(seed, dtype=torch.float64):
     """Random values for every parameter."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in SHAPES.items()}
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for name, shape in SHAPES.items()
+    }
 
 
-def build(name, *, dtype=torch.float64, max_elements=3000, copied=frozenset(), optim=None, num_parts=None):
+def build(
+    name, *, dtype=torch.float64, max_elements=3000, copied=frozenset(), optim=None, num_parts=None
+):
     """Parameters of seed 0, their gradients, and an optimizer over all ranks."""
     parameters = {key: nn.Parameter(value) for key, value in values(0, dtype).items()}
     replicas = Replicas(dist.group.WORLD)
     layout = lay_out(
-        parameters, RUNS, max_elements=max_elements, num_parts=num_parts or replicas.size, copied=frozenset(copied)
+        parameters,
+        RUNS,
+        max_elements=max_elements,
+        num_parts=num_parts or replicas.size,
+        copied=frozenset(copied),
     )
     gradients = Gradients(parameters, layout)
-    return parameters, gradients, NAMES[name](parameters, gradients, optim or OptimConfig(name), replicas)
+    return (
+        parameters,
+        gradients,
+        NAMES[name](parameters, gradients, optim or OptimConfig(name), replicas),
+    )
 
 
 def accumulate(gradients, seed, rank):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError, OptimConfig
-from vp_train.control import ControlGroup
 from vp_train.optim.adamw import build_adamw, clip_scale, gather_health, learning_rate
 from vp_train.optim.optimizer import squared_norm
 
@@ -21,7 +21,9 @@ def test_cosine_warms_up_and_ends_at_the_minimum():
     rates = [learning_rate(optim, step, 110) for step in range(1, 111)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == 1.0
-    assert rates[34] == pytest.approx(0.1 + 0.9 * (2 + math.sqrt(2)) / 4)  # a quarter of the way: cos(pi / 4)
+    assert rates[34] == pytest.approx(
+        0.1 + 0.9 * (2 + math.sqrt(2)) / 4
+    )  # a quarter of the way: cos(pi / 4)
     assert rates[59] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
     assert all(later <= earlier for earlier, later in pairwise(rates[9:]))
@@ -36,7 +38,9 @@ def test_wsd_holds_and_then_decays_linearly():
 
 def test_a_run_without_warm_up_starts_at_the_full_rate():
     for schedule in ("cosine", "wsd"):
-        assert learning_rate(OptimConfig(lr=1.0, schedule=schedule, warmup_steps=0), 1, 1000) == pytest.approx(1.0, rel=1e-3)
+        assert learning_rate(
+            OptimConfig(lr=1.0, schedule=schedule, warmup_steps=0), 1, 1000
+        ) == pytest.approx(1.0, rel=1e-3)
 
 
 def rates_of(optim, num_steps):
@@ -54,10 +58,14 @@ def rates_of(optim, num_steps):
     st.floats(0.0, 0.99),
     st.integers(1, 60),
 )
-def test_the_rate_rises_to_lr_once_and_falls_to_its_end_without_a_jump(schedule, lr, fraction, warmup, decay, num_steps):
+def test_the_rate_rises_to_lr_once_and_falls_to_its_end_without_a_jump(
+    schedule, lr, fraction, warmup, decay, num_steps
+):
     """Whatever the lengths of warm-up, decay and run: no rate is above lr, and none after the warm-up below the last."""
     min_lr = None if fraction is None else lr * fraction
-    optim = OptimConfig(lr=lr, min_lr=min_lr, schedule=schedule, warmup_steps=warmup, decay_fraction=decay)
+    optim = OptimConfig(
+        lr=lr, min_lr=min_lr, schedule=schedule, warmup_steps=warmup, decay_fraction=decay
+    )
     end = lr / 10 if min_lr is None else min_lr
     rates = rates_of(optim, num_steps)
     rising, falling = rates[: warmup + 1], rates[warmup:]
@@ -77,7 +85,10 @@ def test_the_rate_rises_to_lr_once_and_falls_to_its_end_without_a_jump(schedule,
         length = min(left, max(1, round(decay * num_steps)) if decay else 0)
         steepest = 1 / max(1, length)
         assert falling[: left - length + 1] == pytest.approx([lr] * (left - length + 1))
-    assert all(earlier - later <= (lr - end) * min(1.0, steepest) + close for earlier, later in pairwise(falling))
+    assert all(
+        earlier - later <= (lr - end) * min(1.0, steepest) + close
+        for earlier, later in pairwise(falling)
+    )
     if left and (schedule == "cosine" or decay):
         assert rates[-1] == pytest.approx(end)
 
@@ -89,13 +100,17 @@ def test_wsd_without_a_decay_keeps_the_rate_to_the_last_step():
 
 def test_wsd_decays_from_the_rate_that_the_warm_up_has_reached():
     optim = OptimConfig(lr=1.0, min_lr=0.0, schedule="wsd", warmup_steps=6, decay_fraction=0.8)
-    assert rates_of(optim, 10) == pytest.approx([*(step / 6 for step in range(7)), 0.75, 0.5, 0.25, 0.0])
+    assert rates_of(optim, 10) == pytest.approx(
+        [*(step / 6 for step in range(7)), 0.75, 0.5, 0.25, 0.0]
+    )
 
 
 @pytest.mark.parametrize("lr", [2e-3, 1e-4, 1e-6])
 def test_the_rate_ends_at_a_tenth_unless_told(lr):
     assert learning_rate(OptimConfig(lr=lr, warmup_steps=0), 90, 90) == pytest.approx(lr / 10)
-    assert learning_rate(OptimConfig(lr=lr, min_lr=lr / 2, warmup_steps=0), 90, 90) == pytest.approx(lr / 2)
+    assert learning_rate(
+        OptimConfig(lr=lr, min_lr=lr / 2, warmup_steps=0), 90, 90
+    ) == pytest.approx(lr / 2)
     assert learning_rate(OptimConfig(lr=lr, min_lr=lr, warmup_steps=0), 45, 90) == pytest.approx(lr)
 
 
@@ -119,9 +134,12 @@ def test_only_matrices_decay_and_a_fresh_state_is_complete():
 
 
 @pytest.mark.parametrize(
-    ("norm", "limit", "expected"), [(4.0, 1.0, 0.25), (1.0, 1.0, 1.0), (0.5, 1.0, 1.0), (0.0, 1.0, 1.0), (9.0, 0.0, 1.0)]
+    ("norm", "limit", "expected"),
+    [(4.0, 1.0, 0.25), (1.0, 1.0, 1.0), (0.5, 1.0, 1.0), (0.0, 1.0, 1.0), (9.0, 0.0, 1.0)],
 )
-def test_only_gradients_above_the_limit_are_scaled_and_a_limit_of_zero_is_none(norm, limit, expected):
+def test_only_gradients_above_the_limit_are_scaled_and_a_limit_of_zero_is_none(
+    norm, limit, expected
+):
     assert clip_scale(norm, limit) == expected
 
 

@@ -20,16 +20,22 @@ def model_of(sizes):
             runs[-1].append([])
             for size in unit:
                 name = f"p{len(parameters)}"
-                parameters[name] = nn.Parameter(torch.ones((size, 1) if len(parameters) % 2 else size))
+                parameters[name] = nn.Parameter(
+                    torch.ones((size, 1) if len(parameters) % 2 else size)
+                )
                 runs[-1][-1].append(name)
     return parameters, runs
 
 
 @given(SIZES, st.integers(1, 700), st.integers(1, 5), st.sets(st.integers(0, 30)))
-def test_every_parameter_has_its_place_in_one_bucket_of_equal_parts(sizes, max_elements, num_parts, copied):
+def test_every_parameter_has_its_place_in_one_bucket_of_equal_parts(
+    sizes, max_elements, num_parts, copied
+):
     parameters, runs = model_of(sizes)
     copied = frozenset(f"p{index}" for index in copied)
-    layout = lay_out(parameters, runs, max_elements=max_elements, num_parts=num_parts, copied=copied)
+    layout = lay_out(
+        parameters, runs, max_elements=max_elements, num_parts=num_parts, copied=copied
+    )
     owners = torch.zeros(layout.num_elements, dtype=torch.int64)
     end = 0
     for bucket in layout.buckets:
@@ -41,9 +47,16 @@ def test_every_parameter_has_its_place_in_one_bucket_of_equal_parts(sizes, max_e
         ]
         assert bucket.part(num_parts - 1, num_parts)[1] == bucket.stop
         units = [unit for run in runs for unit in run if set(unit) & set(bucket.names)]
-        assert sorted(bucket.names) == sorted(name for unit in units for name in unit), "units stay together"
-        assert len({index for index, run in enumerate(runs) for unit in run if unit in units}) == 1, "of one run"
-        assert len(units) == 1 or sum(parameters[name].numel() for name in bucket.names) <= max_elements
+        assert sorted(bucket.names) == sorted(name for unit in units for name in unit), (
+            "units stay together"
+        )
+        assert (
+            len({index for index, run in enumerate(runs) for unit in run if unit in units}) == 1
+        ), "of one run"
+        assert (
+            len(units) == 1
+            or sum(parameters[name].numel() for name in bucket.names) <= max_elements
+        )
         for name in bucket.names:
             start, stop = layout.bounds[name]
             assert bucket.start <= start <= stop <= bucket.stop
@@ -52,7 +65,10 @@ def test_every_parameter_has_its_place_in_one_bucket_of_equal_parts(sizes, max_e
             for span in bucket.spans:
                 if start < stop and span.within(start, stop) is not None:
                     assert span.start <= start < stop <= span.stop
-                    assert (span.decays, span.counts) == (parameters[name].dim() > 1, name not in copied)
+                    assert (span.decays, span.counts) == (
+                        parameters[name].dim() > 1,
+                        name not in copied,
+                    )
         covered = sum(span.stop - span.start for span in bucket.spans)
         assert covered >= sum(parameters[name].numel() for name in bucket.names)
     assert end == layout.num_elements

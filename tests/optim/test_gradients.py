@@ -14,12 +14,18 @@ SHAPES = {"a": (3, 5), "b": (64,), "c": (65,), "none": (0, 4), "number": (), "d"
 
 def parameters_of(dtype):
     generator = torch.Generator().manual_seed(0)
-    return {name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
+    return {
+        name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        for name, shape in SHAPES.items()
+    }
 
 
 def gradients_of(parameters, max_elements=1):
     """With a bucket for each parameter, or more in one."""
-    return Gradients(parameters, lay_out(parameters, [[[name] for name in parameters]], max_elements=max_elements))
+    return Gradients(
+        parameters,
+        lay_out(parameters, [[[name] for name in parameters]], max_elements=max_elements),
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +63,9 @@ def test_backward_adds_to_them_and_zero_clears_them_in_place(dtype):
     for count in (1, 2):
         sum(parameter.sum() for parameter in parameters.values()).backward()
         for name in SHAPES:
-            assert torch.equal(gradients[name], torch.full(SHAPES[name], float(count), dtype=gradients.dtype))
+            assert torch.equal(
+                gradients[name], torch.full(SHAPES[name], float(count), dtype=gradients.dtype)
+            )
     assert gradients.flat.sum() == 2 * sum(parameter.numel() for parameter in parameters.values())
     parameters["a"].grad = None  # as an optimizer may leave it
     gradients.zero()
@@ -72,7 +80,10 @@ def test_a_bucket_is_one_piece_of_the_same_memory():
     gradients = gradients_of(parameters, max_elements=80)
     pieces = [gradients.of(bucket) for bucket in gradients.layout.buckets]
     assert torch.equal(torch.cat(pieces), gradients.flat)
-    assert [bucket.names for bucket in gradients.layout.buckets] == [("a", "b"), ("c", "none", "number", "d")]
+    assert [bucket.names for bucket in gradients.layout.buckets] == [
+        ("a", "b"),
+        ("c", "none", "number", "d"),
+    ]
     gradients.flat.fill_(1)
     pieces[0].zero_()
     assert not gradients["a"].any()

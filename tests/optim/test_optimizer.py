@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.optim.setup import NAMES, SHAPES, accumulate, build, values
+from vp_train.communication.control import ControlGroup
 from vp_train.config import OptimConfig
-from vp_train.control import ControlGroup
 from vp_train.optim.adamw import MOMENTS, build_adamw, gather_health
 from vp_train.optim.optimizer import squared_norm
 
@@ -36,17 +36,24 @@ def updated(name, dtype, steps, scale=0.25, grouping=(), max_elements=3000, skip
 def expected(num_ranks, dtype, steps, scale=0.25, skipped=()):
     """The same by torch's AdamW in the precision of the state, in one process."""
     precise = torch.float64 if dtype is torch.float64 else torch.float32
-    masters = {key: torch.nn.Parameter(value.to(precise)) for key, value in values(0, dtype).items()}
+    masters = {
+        key: torch.nn.Parameter(value.to(precise)) for key, value in values(0, dtype).items()
+    }
     adamw = build_adamw(masters.values(), OptimConfig())
     for step in range(steps):
         if step in skipped:
             continue
         for key, master in masters.items():
-            master.grad = scale * sum(values(1 + step + 100 * rank, precise)[key] for rank in range(num_ranks))
+            master.grad = scale * sum(
+                values(1 + step + 100 * rank, precise)[key] for rank in range(num_ranks)
+            )
         for group in adamw.param_groups:
             group["lr"] = 0.01 * (step + 1)
         adamw.step()
-    moments = {kind: {key: adamw.state[master][kind] for key, master in masters.items()} for kind in MOMENTS}
+    moments = {
+        kind: {key: adamw.state[master][kind] for key, master in masters.items()}
+        for kind in MOMENTS
+    }
     return {"parameter": {key: master.detach() for key, master in masters.items()}} | moments
 
 
@@ -60,7 +67,9 @@ def differences(rank, num_ranks, name, dtype, **options):
         if key != "none"
     ]
     if rank == 0:
-        assert {kind: by_name.keys() for kind, by_name in state.items()} == {kind: SHAPES.keys() for kind in truth}
+        assert {kind: by_name.keys() for kind, by_name in state.items()} == {
+            kind: SHAPES.keys() for kind in truth
+        }
         found += [
             (state[kind][key].double() - truth[kind][key].double()).abs().max().item()
             for kind in truth
@@ -120,7 +129,9 @@ def reduced(rank, num_ranks, name):
         total[start:stop] = sum(values(1 + 100 * r)[key].flatten() for r in range(num_ranks))
     worst = 0.0
     for bucket in gradients.layout.buckets:
-        start, stop = (bucket.start, bucket.stop) if name == "adamw" else bucket.part(rank, num_ranks)
+        start, stop = (
+            (bucket.start, bucket.stop) if name == "adamw" else bucket.part(rank, num_ranks)
+        )
         if start < stop:
             worst = max(worst, (gradients.flat[start:stop] - total[start:stop]).abs().max().item())
     norm = optimizer.squared_norm()
@@ -132,7 +143,9 @@ def reduced(rank, num_ranks, name):
 def test_reduce_sums_what_was_announced_and_what_was_not(ranks, name):
     for worst, norm, truth in ranks(2).run(reduced, name):
         assert worst < 1e-12
-        assert norm == pytest.approx(truth, rel=1e-12), "every gradient counts once, padding adds nothing"
+        assert norm == pytest.approx(truth, rel=1e-12), (
+            "every gradient counts once, padding adds nothing"
+        )
 
 
 def norm_with_copies(rank, num_ranks, name):
@@ -147,7 +160,11 @@ def norm_with_copies(rank, num_ranks, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_copies_do_not_count_for_the_norm(ranks, name):
-    truth = sum(value.square().sum().item() for key, value in values(1).items() if key not in ("b.bias", "c.weight"))
+    truth = sum(
+        value.square().sum().item()
+        for key, value in values(1).items()
+        if key not in ("b.bias", "c.weight")
+    )
     assert ranks(2).run(norm_with_copies, name) == pytest.approx([truth] * 2, rel=1e-12)
 
 
@@ -180,7 +197,12 @@ def gone_on(rank, num_ranks, before, after):
     accumulate(gradients, 1, rank)
     optimizer.reduce()
     optimizer.step(0.1, 0.5)
-    state = [{kind: {key: value.clone() for key, value in named.items()} for kind, named in optimizer.state().items()}]
+    state = [
+        {
+            kind: {key: value.clone() for key, value in named.items()}
+            for kind, named in optimizer.state().items()
+        }
+    ]
     dist.broadcast_object_list(state, 0)
     second, others, other = build(after, dtype=torch.bfloat16, max_elements=10**6)
     other.restore(lambda kind, key: state[0][kind][key].clone())
@@ -273,7 +295,11 @@ def copies_to_the_host(rank, num_ranks):
     copies, inner = [], torch.Tensor.cpu
     torch.Tensor.cpu = lambda tensor: (copies.append(tensor.shape), inner(tensor))[1]
     try:
-        health = gather_health(torch.tensor(2.0), squared_norm([torch.full((4,), 3.0)]), ControlGroup.flat(dist.group.WORLD))
+        health = gather_health(
+            torch.tensor(2.0),
+            squared_norm([torch.full((4,), 3.0)]),
+            ControlGroup.flat(dist.group.WORLD),
+        )
     finally:
         torch.Tensor.cpu = inner
     return copies, health.loss, health.grad_norm

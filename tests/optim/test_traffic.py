@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import in_processes
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -14,6 +16,7 @@ def test_bytes_per_parameter_and_step(monkeypatch, optimizer, limit):
     sys.modules.pop("traffic", None)
     import traffic
 
+    monkeypatch.setattr(traffic.multiprocessing, "spawn", in_processes)
     row = traffic.measured(optimizer, 2)
     assert limit <= row.limit < limit + 0.01
     assert row.sent == pytest.approx(row.limit / 2)

@@ -41,12 +41,18 @@ def there_and_back(rank, num_ranks, offload):
     giving = growth(lambda: found.append(zero.state()))
     same = all(torch.equal(parameters[name], value) for name, value in given["parameter"].items())
     if rank == 0:
-        same = same and all(torch.equal(found[0][kind][name], value) for kind in given for name, value in given[kind].items())
+        same = same and all(
+            torch.equal(found[0][kind][name], value)
+            for kind in given
+            for name, value in given[kind].items()
+        )
     return same, taking, giving
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_only_the_first_replica_has_it_all_and_none_takes_more_than_a_tensor_at_a_time(ranks, offload):
+def test_only_the_first_replica_has_it_all_and_none_takes_more_than_a_tensor_at_a_time(
+    ranks, offload
+):
     whole = 4 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
     for rank, (same, taking, giving) in enumerate(ranks(3).run(there_and_back, offload)):
         assert same

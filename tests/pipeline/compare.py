@@ -47,7 +47,11 @@ def assert_all_close(ranks: Iterable[Comparison], tolerance: float, *case: objec
     compared: set[str] = set()
     expected: set[str] = set()
     for rank, comparison in enumerate(ranks):
-        wrong = {name: difference for name, difference in comparison.largest.items() if not difference < tolerance}
+        wrong = {
+            name: difference
+            for name, difference in comparison.largest.items()
+            if not difference < tolerance
+        }
         assert not wrong, (f"rank {rank}", wrong, *case)
         compared |= comparison.largest.keys()
         expected |= comparison.expected

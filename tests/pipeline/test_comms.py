@@ -29,7 +29,15 @@ def comms_of(world_size, *, through_host=False):
 
 def exchange(transfer, *, root=0, delivers=True, continues=None):
     return Exchange(
-        End.OUTPUT, transfer, Payload.SUMS, root, 0, counted=False, contributes=True, delivers=delivers, continues=continues
+        End.OUTPUT,
+        transfer,
+        Payload.SUMS,
+        root,
+        0,
+        counted=False,
+        contributes=True,
+        delivers=delivers,
+        continues=continues,
     )
 
 
@@ -58,7 +66,9 @@ def sum_while_rank_1_computes(rank, world_size):
     start = time.monotonic()
     summed = exchange(Transfer.REDUCE, delivers=rank == 0, continues=CONTINUED)
     pending, total = started(comms, summed, message)
-    following, received = started(comms, exchange(Transfer.BROADCAST), lambda: torch.full((2,), 7.0 - rank))
+    following, received = started(
+        comms, exchange(Transfer.BROADCAST), lambda: torch.full((2,), 7.0 - rank)
+    )
     if rank == 1:
         time.sleep(PASS_SECONDS)
         seconds = 0.0
@@ -74,7 +84,9 @@ def test_a_pass_does_not_delay_what_others_wait_for(ranks):
     (seconds, total, first), (*_, second) = ranks(2).run(sum_while_rank_1_computes)
     assert MESSAGE_SECONDS <= seconds < PASS_SECONDS
     assert total == [[3.0, 3.0]]
-    assert first == second == [7.0, 7.0]  # issued after the sum on both ranks, though its message was there first
+    assert (
+        first == second == [7.0, 7.0]
+    )  # issued after the sum on both ranks, though its message was there first
 
 
 def fail_aside(rank, world_size):
@@ -97,7 +109,9 @@ def threads_left_by_comms(rank, world_size):
     """Threads before, with and right after a Comms that has issued something beside the passes."""
     before = set(threading.enumerate())
     comms = comms_of(world_size)
-    pending, _ = started(comms, exchange(Transfer.ALL_SUM, continues=CONTINUED), lambda: torch.ones(2))
+    pending, _ = started(
+        comms, exchange(Transfer.ALL_SUM, continues=CONTINUED), lambda: torch.ones(2)
+    )
     pending()
     during = set(threading.enumerate()) - before
     del comms, pending
@@ -116,11 +130,15 @@ def gather_and_scatter(rank, world_size, through_host):
     """What arrives of the tokens that each rank owns, and what comes back; rank 1 is the root."""
     comms = comms_of(world_size, through_host=through_host)
     own = torch.full((COUNTS[rank], 2), float(rank))
-    gathering, gathered = started(comms, exchange(Transfer.GATHER, root=1, delivers=rank == 1), lambda: own, COUNTS)
+    gathering, gathered = started(
+        comms, exchange(Transfer.GATHER, root=1, delivers=rank == 1), lambda: own, COUNTS
+    )
     if gathering is not None:
         gathering()
     message = gathered[0] * 10 if rank == 1 else own[:0]
-    scattering, scattered = started(comms, exchange(Transfer.SCATTER, root=1), lambda: message, COUNTS)
+    scattering, scattered = started(
+        comms, exchange(Transfer.SCATTER, root=1), lambda: message, COUNTS
+    )
     scattering()
     hop = comms.receive(torch.empty(1), (rank - 1) % world_size, watch=unwatched)
     comms.send(torch.tensor([float(rank)]), (rank + 1) % world_size, watch=unwatched)
@@ -195,7 +213,9 @@ def test_the_stream_of_the_passes_never_waits_for_what_a_barrier_continues():
         streams.note("form the message")
         return torch.ones(2)
 
-    second, _ = started(comms, exchange(Transfer.REDUCE, continues=CONTINUED), message, earlier=first)
+    second, _ = started(
+        comms, exchange(Transfer.REDUCE, continues=CONTINUED), message, earlier=first
+    )
     streams.note("a pass")
     first()
     streams.note("T")
@@ -221,4 +241,8 @@ def test_a_continued_barrier_follows_the_passes_where_these_have_waited_already(
     first()
     streams.log.clear()
     started(comms, exchange(Transfer.REDUCE, continues=CONTINUED), lambda: torch.ones(2))
-    assert streams.log == [("passes", "mark 2"), ("side of output", "wait 2"), ("side of output", "issue reduce")]
+    assert streams.log == [
+        ("passes", "mark 2"),
+        ("side of output", "wait 2"),
+        ("side of output", "issue reduce"),
+    ]

@@ -15,7 +15,7 @@ from tests.pipeline.test_local import gradients_of
 from tests.pipeline.truth import random_batch
 from vp_train.assembly import build_rank
 from vp_train.config import VocabConfig
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -42,11 +42,15 @@ def gradients_on(rank, num_ranks, config, device):
     plan = make_plan(config, num_ranks)
     model = build_rank(config, plan, mesh_for(plan))
     loss = model.train_step(*random_batch(config, 1))
-    return None if loss is None else loss.item(), {name: parameter.grad.cpu() for name, parameter in model.parameters.items()}
+    return None if loss is None else loss.item(), {
+        name: parameter.grad.cpu() for name, parameter in model.parameters.items()
+    }
 
 
 @on_gpu
-@pytest.mark.parametrize(("schedule", "algorithm"), [("1f1b", "one_barrier"), ("v_half", "two_barrier")])
+@pytest.mark.parametrize(
+    ("schedule", "algorithm"), [("1f1b", "one_barrier"), ("v_half", "two_barrier")]
+)
 def test_processes_that_share_a_gpu_equal_the_cpu_in_float64(ranks, schedule, algorithm):
     """Over gloo, through the memory of the host."""
     config = config_of(4, 4, 101, schedule=schedule, vocab=VocabConfig(algorithm), num_stages=8)
@@ -63,17 +67,41 @@ def test_processes_that_share_a_gpu_equal_the_cpu_in_float64(ranks, schedule, al
 @on_gpu
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "more", [[], ["schedule=v_half", "parallel.recompute=selective"], ["optim.name=zero1", "parallel.dp=2"]]
+    "more",
+    [
+        [],
+        ["schedule=v_half", "parallel.recompute=selective"],
+        ["optim.name=zero1", "parallel.dp=2"],
+    ],
 )
 def test_the_trainer_on_a_gpu_loses_as_on_the_cpu_in_bfloat16(tmp_path, more):
     """Four ranks that share one GPU, or more: the whole of vp-train, from the command line to its checkpoint."""
-    told = ["model=nano", "model.num_layers=8", "data=synthetic", "run.dtype=bfloat16", "run.steps=10", f"run.root={tmp_path}"]
+    told = [
+        "model=nano",
+        "model.num_layers=8",
+        "data=synthetic",
+        "run.dtype=bfloat16",
+        "run.steps=10",
+        f"run.root={tmp_path}",
+    ]
     degrees = ["parallel.pp=2"] if "parallel.dp=2" in more else ["parallel.pp=4"]
     losses = {}
     for device in ("cpu", "cuda"):
-        words = [*told, *degrees, *more, f"run.device={device}", "run.comm_backend=gloo", f"run.name={device}"]
-        command, environment = [sys.executable, "-m", "vp_train", *words], os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment, check=False)
+        words = [
+            *told,
+            *degrees,
+            *more,
+            f"run.device={device}",
+            "run.comm_backend=gloo",
+            f"run.name={device}",
+        ]
+        command, environment = (
+            [sys.executable, "-m", "vp_train", *words],
+            os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=110, env=environment, check=False
+        )
         assert done.returncode == 0, done.stderr
         lines = (tmp_path / device / "metrics.jsonl").read_text().splitlines()
         losses[device] = [json.loads(line)["loss"] for line in lines]

@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 from schedules.generators import GENERATORS
 from tests.local import run_locally
-from tests.pipeline.test_equivalence import ALGORITHMS, config_of
+from tests.pipeline.equivalence import ALGORITHMS, config_of
 from tests.pipeline.truth import random_batch, random_segments
 from vp_train.config import LossConfig, VocabConfig
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
 # On a GPU these wait: their result is a number for the host, or a shape that values decide.
 WAITING = (
@@ -38,7 +38,8 @@ class Questions(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         by_mask = name in ("index", "index_put_", "index_put") and any(
-            isinstance(leaf, torch.Tensor) and leaf.dtype is torch.bool for leaf in tree_leaves(args[1])
+            isinstance(leaf, torch.Tensor) and leaf.dtype is torch.bool
+            for leaf in tree_leaves(args[1])
         )
         if by_mask or name.startswith(WAITING):
             self.asked.append(name)
@@ -112,7 +113,13 @@ def test_no_pass_and_no_barrier_asks_the_device(algorithm, dtype):
 @pytest.mark.parametrize("backend", ["chunked", "recompute", "reference"])
 def test_nor_does_a_split_backward_or_another_backend(name, backend):
     config = config_of(
-        2, 3, 101, schedule=name, backend=backend, softcap=3.0, num_stages=GENERATORS[name].layout_of(2).num_stages
+        2,
+        3,
+        101,
+        schedule=name,
+        backend=backend,
+        softcap=3.0,
+        num_stages=GENERATORS[name].layout_of(2).num_stages,
     )
     assert asked(config, 2) == [[], []]
 
@@ -120,7 +127,9 @@ def test_nor_does_a_split_backward_or_another_backend(name, backend):
 def test_nor_do_packed_documents_whose_segments_are_on_the_host():
     config = config_of(2, 3, 101)
     found = asked(config, 2, random_segments(config, 1))
-    assert found == [["nonzero", "tolist"] * 3] * 2  # of the segments of each microbatch, which lie in host memory
+    assert (
+        found == [["nonzero", "tolist"] * 3] * 2
+    )  # of the segments of each microbatch, which lie in host memory
 
 
 def test_the_watch_sees_what_waits():

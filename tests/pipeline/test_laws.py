@@ -15,12 +15,12 @@ import torch.distributed as dist
 from schedules.ir import Pass
 from schedules.vocab import Transfer
 from tests.local import run_locally
+from tests.pipeline.equivalence import config_of
 from tests.pipeline.test_comms import comms_of, exchange, started, unwatched
-from tests.pipeline.test_equivalence import config_of
 from tests.pipeline.truth import random_batch
 from vp_train.pipeline.buffers import Buffers, Once
 from vp_train.pipeline.recorder import Recorder
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
 LATE_SECONDS = 0.4
 
@@ -35,7 +35,12 @@ def drain_what_nobody_awaits(rank, world_size, what):
     if rank == 1:
         time.sleep(LATE_SECONDS)
     if what == "collective":
-        assert started(comms, exchange(Transfer.ALL_SUM, delivers=False), lambda message=message: message)[0] is None
+        assert (
+            started(
+                comms, exchange(Transfer.ALL_SUM, delivers=False), lambda message=message: message
+            )[0]
+            is None
+        )
     elif rank == 0:
         comms.send(message, 1, watch=unwatched)
     else:
@@ -43,7 +48,9 @@ def drain_what_nobody_awaits(rank, world_size, what):
     data = message.data_ptr()
     del message
     gc.collect()
-    scribble = [torch.full((4,), -7.0) for _ in range(1000)]  # would take over memory that was let go of too early
+    scribble = [
+        torch.full((4,), -7.0) for _ in range(1000)
+    ]  # would take over memory that was let go of too early
     reused = any(other.data_ptr() == data for other in scribble)
     lived = alive() is not None
     comms.drain()
@@ -74,7 +81,9 @@ def sum_that_nobody_awaits(rank, world_size):
 
 
 def test_what_drain_has_waited_for_is_complete(ranks):
-    assert ranks(2).run(sum_that_nobody_awaits) == [[[3.0 + 2 * count] * 4 for count in range(3)]] * 2
+    assert (
+        ranks(2).run(sum_that_nobody_awaits) == [[[3.0 + 2 * count] * 4 for count in range(3)]] * 2
+    )
 
 
 def test_an_action_is_done_once_however_often_it_is_called():

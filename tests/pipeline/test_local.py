@@ -10,12 +10,12 @@ from schedules.generators import GENERATORS
 from schedules.lower import Exchange
 from schedules.vocab import End, Payload, Transfer
 from tests.local import run_locally
-from tests.pipeline.test_equivalence import config_of
+from tests.pipeline.equivalence import config_of
 from tests.pipeline.truth import random_batch
 from tests.schedules.cases import problem
 from vp_train.config import VocabConfig
 from vp_train.pipeline.local import RankLost, Switchboard, run_ranks
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
 NUM_SEEDS, DELAY_SECONDS = 200, 4e-4
 CPU = torch.device("cpu")
@@ -43,13 +43,17 @@ CASES = [(name, algorithm) for name in ("1f1b", "zb_h1", "v_half") for algorithm
 def test_delays_change_no_bit(name, algorithm):
     """A case of every seed; all cases together see 200 of them."""
     stages = GENERATORS[name].layout_of(3).num_stages
-    config = config_of(3, 4, 101, schedule=name, vocab=VocabConfig(algorithm), num_stages=stages, tied=True)
+    config = config_of(
+        3, 4, 101, schedule=name, vocab=VocabConfig(algorithm), num_stages=stages, tied=True
+    )
     plan, batch = make_plan(config, 3), random_batch(config, 1)
     expected = gradients_of(config, plan, batch)
     for seed in range(CASES.index((name, algorithm)), NUM_SEEDS, len(CASES)):
         found = gradients_of(config, plan, batch, delay_seconds=DELAY_SECONDS, seed=seed)
         assert found.keys() == expected.keys()
-        different = [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])]
+        different = [
+            name for name, tensor in found.items() if not torch.equal(tensor, expected[name])
+        ]
         assert not different, f"seed {seed}"
 
 
@@ -91,10 +95,14 @@ def test_every_collective_delivers_what_its_name_says(transfer):
             delivers=rank == 1 or not to_root,
             continues=None,
         )
-        rows = {Transfer.GATHER: COUNTS[rank], Transfer.SCATTER: 5 if rank == 1 else 0}.get(transfer, 2)
+        rows = {Transfer.GATHER: COUNTS[rank], Transfer.SCATTER: 5 if rank == 1 else 0}.get(
+            transfer, 2
+        )
         own = torch.arange(rows) + 10.0 * rank
         counts = COUNTS if transfer in (Transfer.GATHER, Transfer.SCATTER) else ()
-        pending = board.transport(rank).collective(exchange, lambda: own, counts, watch=lambda pending: pending)
+        pending = board.transport(rank).collective(
+            exchange, lambda: own, counts, watch=lambda pending: pending
+        )
         return pending.wait().tolist() if exchange.delivers else None
 
     gathered = [[0.0, 1.0], [10.0, 11.0], [20.0, 21.0]]

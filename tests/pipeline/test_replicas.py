@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 
 from tests.meshes import mesh_for
-from tests.pipeline.test_equivalence import config_of
+from tests.pipeline.equivalence import config_of
 from tests.pipeline.truth import random_batch
 from vp_train.assembly import build_rank
 from vp_train.config import OptimConfig, VocabConfig
 from vp_train.optim.adamw import gather_health
 from vp_train.optim.replicas import Replicas
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 
 
 def announced(rank, world_size, config):
@@ -27,12 +27,24 @@ def announced(rank, world_size, config):
         model.gradients.zero()
         model.train_step(*random_batch(config, step))
         model.optimizer.reduce()
-    return [names for names in calls if names], [stage.units for stage in model.stages.values()], set(model.parameters)
+    return (
+        [names for names in calls if names],
+        [stage.units for stage in model.stages.values()],
+        set(model.parameters),
+    )
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])
 def test_layers_are_announced_one_by_one_the_last_first(ranks, schedule):
-    config = config_of(2, 3, 101, dp=2, schedule=schedule, num_stages=4 if schedule == "v_half" else 2, layers=(2, 3))
+    config = config_of(
+        2,
+        3,
+        101,
+        dp=2,
+        schedule=schedule,
+        num_stages=4 if schedule == "v_half" else 2,
+        layers=(2, 3),
+    )
     if schedule == "v_half":
         config = replace(config, parallel=replace(config.parallel, layers_per_stage=(2, 1, 1, 2)))
         config = replace(config, model=replace(config.model, num_layers=6))
@@ -70,28 +82,46 @@ def losses(rank, world_size, config, late):
             model.gradients.zero()
             loss = model.train_step(*random_batch(config, step))
             model.optimizer.reduce()
-            health = gather_health(loss if model.answers else None, model.optimizer.squared_norm(), mesh.world)
+            health = gather_health(
+                loss if model.reports_loss else None, model.optimizer.squared_norm(), mesh.world
+            )
             model.optimizer.step(0.01, 1.0)
             loss = model.evaluator.step(*random_batch(config, 4)) if step > 1 else None
-            evaluated = gather_health(loss if model.answers else None, None, mesh.world)
+            evaluated = gather_health(loss if model.reports_loss else None, None, mesh.world)
             found += [health.loss, health.grad_norm, evaluated.loss]
         state = model.optimizer.state()
         model.optimizer.settle()
     finally:
         Replicas.gather = gather
     kept = {name: value.clone() for name, value in state["parameter"].items()}
-    return found, kept, {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
+    return (
+        found,
+        kept,
+        {name: parameter.detach().clone() for name, parameter in model.parameters.items()},
+    )
 
 
-@pytest.mark.parametrize(("algorithm", "tied"), [("none", True), ("one_barrier", False), ("two_barrier", True)])
+@pytest.mark.parametrize(
+    ("algorithm", "tied"), [("none", True), ("one_barrier", False), ("two_barrier", True)]
+)
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_v"])
 def test_no_pass_reads_a_parameter_before_it_was_gathered(ranks, schedule, algorithm, tied):
     config = config_of(
-        2, 3, 101, dp=2, schedule=schedule, vocab=VocabConfig(algorithm), tied=tied, num_stages=4, optimizer="zero1"
+        2,
+        3,
+        101,
+        dp=2,
+        schedule=schedule,
+        vocab=VocabConfig(algorithm),
+        tied=tied,
+        num_stages=4,
+        optimizer="zero1",
     )
     config = replace(config, run=replace(config.run, eval_microbatches=6))
     config = replace(config, optim=OptimConfig("zero1", bucket_mib=1))
-    for late, prompt in zip(ranks(4).run(losses, config, True), ranks(4).run(losses, config, False), strict=True):
+    for late, prompt in zip(
+        ranks(4).run(losses, config, True), ranks(4).run(losses, config, False), strict=True
+    ):
         assert late[0] == prompt[0]
         for ours, theirs in zip(late[1:], prompt[1:], strict=True):
             assert ours.keys() == theirs.keys()
@@ -107,7 +137,10 @@ def joins_the_replicas_before_the_first_pass(rank, world_size, config):
     calls, needed = [], []
     need = model.optimizer.need
     model.optimizer.need = lambda names: (needed.append(names), need(names))
-    restored = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "broadcast", "reduce", "barrier")}
+    restored = {
+        name: getattr(dist, name)
+        for name in ("all_reduce", "all_gather", "broadcast", "reduce", "barrier")
+    }
     for name, collective in restored.items():
 
         def noted(*arguments, name=name, collective=collective, group=None, **options):

@@ -32,7 +32,9 @@ class Whole(nn.Module):
         )
         self.matrices = nn.ParameterDict()
         for name in ("embedding",) if model.tied_embeddings else ("embedding", "output"):
-            self.matrices[name] = nn.Parameter(init_rows(name, 0, model.vocab_size, model, config.run.seed, dtype, cpu))
+            self.matrices[name] = nn.Parameter(
+                init_rows(name, 0, model.vocab_size, model, config.run.seed, dtype, cpu)
+            )
         self.config = config
 
     def logits(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -49,20 +51,36 @@ class Whole(nn.Module):
         documents = tokens.split(segments.unique_consecutive(return_counts=True)[1].tolist())
         return torch.cat([self.logits(document[None])[0] for document in documents])
 
-    def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
         """The loss over all microbatches; tokens, labels, mask, segments [m, b, s]."""
         tokens, labels = tokens.flatten(0, 1), labels.flatten(0, 1)
-        options, logits = self.config.loss, self.logits(tokens, None if segments is None else segments.flatten(0, 1))
+        options, logits = (
+            self.config.loss,
+            self.logits(tokens, None if segments is None else segments.flatten(0, 1)),
+        )
         counted = (labels != -100).to(logits.dtype)
         losses = nn.functional.cross_entropy(
-            logits.transpose(1, 2), labels, reduction="none", label_smoothing=options.label_smoothing
+            logits.transpose(1, 2),
+            labels,
+            reduction="none",
+            label_smoothing=options.label_smoothing,
         )
         losses = losses + options.z_loss * logits.logsumexp(-1) ** 2 * counted
         if mask is not None:
             counted = counted * mask.flatten(0, 1)
         if options.normalisation == "token":
             return (losses * counted).sum() / (counted.sum() if counted.any() else 1)
-        means = [(row * weight).sum() / weight.sum() for row, weight in zip(losses, counted, strict=True) if weight.any()]
+        means = [
+            (row * weight).sum() / weight.sum()
+            for row, weight in zip(losses, counted, strict=True)
+            if weight.any()
+        ]
         return torch.stack(means).mean() if means else 0 * losses.sum()
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -83,7 +101,10 @@ def random_segments(config: RunConfig, step: int) -> Tensor:
     """[m, b, s] int32: documents of one token and more; a few sequences are a single one."""
     generator = torch.Generator().manual_seed(3000 + step)
     shape = (config.num_microbatches, config.micro_batch_size, config.model.seq_length)
-    ends = torch.rand(shape, generator=generator) < torch.rand(shape[:2], generator=generator)[..., None] - 0.2
+    ends = (
+        torch.rand(shape, generator=generator)
+        < torch.rand(shape[:2], generator=generator)[..., None] - 0.2
+    )
     return ends.cumsum(-1).int()
 
 
@@ -99,7 +120,12 @@ def random_batch(config: RunConfig, step: int) -> tuple[Tensor, Tensor]:
 
 @cache  # many layouts and schedules have the same truth
 def train_whole(
-    config: RunConfig, num_steps: int, dtype: torch.dtype, *, masked: bool = False, packed: bool = False
+    config: RunConfig,
+    num_steps: int,
+    dtype: torch.dtype,
+    *,
+    masked: bool = False,
+    packed: bool = False,
 ) -> list[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
     """Per step: the loss, all gradients, and all parameters after the update."""
     whole = Whole(config, dtype)
@@ -108,16 +134,26 @@ def train_whole(
     results = []
     for step in range(1, num_steps + 1):
         mask = random_mask(config, step) if masked else None
-        loss = whole(*random_batch(config, step), mask, random_segments(config, step) if packed else None)
+        loss = whole(
+            *random_batch(config, step), mask, random_segments(config, step) if packed else None
+        )
         optimizer.zero_grad()
         loss.backward()
-        gradients = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
-        norm = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm().item()
+        gradients = {
+            name: parameter.grad.clone()
+            for name, parameter in parameters.items()
+            if parameter.grad is not None
+        }
+        norm = (
+            torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm().item()
+        )
         for parameter in parameters.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(clip_scale(norm, config.optim.clip_grad_norm))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, step, num_steps)
         optimizer.step()
-        results.append((loss.item(), gradients, {name: p.detach().clone() for name, p in parameters.items()}))
+        results.append(
+            (loss.item(), gradients, {name: p.detach().clone() for name, p in parameters.items()})
+        )
     return results

@@ -42,7 +42,12 @@ def test_memory_for_one_microbatch_means_one_after_the_other(p, m):
 def test_a_steady_state_keeps_the_life_of_a_microbatch_over_its_interval():
     costs = CostModel(CostModel.uniform(4, 4, F=1.0, B=2.0).pass_seconds, stage_bytes=(1.0,) * 4)
     case = problem(4, 8)
-    assert [steady_bytes(rank, case, Network.of(case, costs)) for rank in range(4)] == [4.0, 3.0, 2.0, 1.0]
+    assert [steady_bytes(rank, case, Network.of(case, costs)) for rank in range(4)] == [
+        4.0,
+        3.0,
+        2.0,
+        1.0,
+    ]
 
 
 def test_no_work_at_all_has_no_steady_state():

@@ -39,7 +39,9 @@ def swapped(schedule, rank, first, second):
     order = list(schedule.ranks[rank])
     a, b = order.index(Pass.parse(first)), order.index(Pass.parse(second))
     order[a], order[b] = order[b], order[a]
-    return Schedule(schedule.name, (*schedule.ranks[:rank], tuple(order), *schedule.ranks[rank + 1 :]))
+    return Schedule(
+        schedule.name, (*schedule.ranks[:rank], tuple(order), *schedule.ranks[rank + 1 :])
+    )
 
 
 def test_a_circle_of_waiting_is_a_deadlock_that_names_the_passes(case, schedule):
@@ -51,7 +53,9 @@ def test_a_circle_of_waiting_is_a_deadlock_that_names_the_passes(case, schedule)
 
 
 def test_a_circle_over_several_ranks_is_found(case, schedule):
-    wrong = swapped(schedule, 0, "0S0", "0B0")  # rank 0 waits for a backward that waits for its own S
+    wrong = swapped(
+        schedule, 0, "0S0", "0B0"
+    )  # rank 0 waits for a backward that waits for its own S
     with pytest.raises(DeadlockError, match="0S0"):
         check_schedule(wrong, case)
 
@@ -68,7 +72,9 @@ def test_every_pass_runs_once_on_its_rank(case, schedule, edit, message):
     order = list(schedule.ranks[1])
     edit(order)
     with pytest.raises(ValueError, match=message):
-        check_schedule(Schedule("edited", (schedule.ranks[0], tuple(order), schedule.ranks[2])), case)
+        check_schedule(
+            Schedule("edited", (schedule.ranks[0], tuple(order), schedule.ranks[2])), case
+        )
 
 
 def index_of(ops, text):
@@ -80,7 +86,9 @@ def test_ranks_must_order_collectives_alike(case, program):
     def start_one_broadcast_first(ops):  # legal on this rank alone: it only receives
         ops.insert(0, ops.pop(index_of(ops, "start:C0.2")))
 
-    with pytest.raises(ValueError, match=r"differently: at place 0, rank 1 starts C0\.2, rank 0 C0\.0"):
+    with pytest.raises(
+        ValueError, match=r"differently: at place 0, rank 1 starts C0\.2, rank 0 C0\.0"
+    ):
         check_program(edited(program, 1, start_one_broadcast_first), case)
 
 
@@ -90,8 +98,13 @@ def test_a_receive_without_its_send_is_named(case, program):
 
 
 def test_transfers_between_two_ranks_have_one_order(case, program):
-    with pytest.raises(ValueError, match=r"rank 0 sends 0F0 to rank 1, which receives 0F1 in its place"):
-        check_program(edited(program, 1, lambda ops: ops.insert(0, ops.pop(index_of(ops, "recv:0F1@0")))), case)
+    with pytest.raises(
+        ValueError, match=r"rank 0 sends 0F0 to rank 1, which receives 0F1 in its place"
+    ):
+        check_program(
+            edited(program, 1, lambda ops: ops.insert(0, ops.pop(index_of(ops, "recv:0F1@0")))),
+            case,
+        )
 
 
 def test_an_input_must_be_waited_for(case, program):
@@ -109,7 +122,9 @@ def test_a_receive_issued_too_late_deadlocks_under_rendezvous():
         receive = ops.pop(index_of(ops, "recv:0F1@0"))
         ops.insert(index_of(ops, "arrive:0F1@0"), receive)
 
-    with pytest.raises(DeadlockError, match=r"the transfer of 0F1 waits for|waits for the transfer of 0F1"):
+    with pytest.raises(
+        DeadlockError, match=r"the transfer of 0F1 waits for|waits for the transfer of 0F1"
+    ):
         check_program(edited(program, 1, receive_late), case)
 
 
@@ -142,8 +157,14 @@ def test_a_program_of_other_microbatches_is_refused(case, program):
         (complete("1T3!", False), "never completes the gradient that 1T3 is the last for"),
         (complete("1F3"), "completes no gradient with 1F3!"),
         (wrong_exchange, r"does start:C0\.1 with the exchange"),
-        (lambda ops: ops.insert(0, ops.pop(index_of(ops, "send:1F0@2"))), "does send:1F0@2 before 1F0"),
-        (lambda ops: ops.insert(0, ops.pop(index_of(ops, "arrive:0F0@0"))), "does arrive:0F0@0 before recv:0F0@0"),
+        (
+            lambda ops: ops.insert(0, ops.pop(index_of(ops, "send:1F0@2"))),
+            "does send:1F0@2 before 1F0",
+        ),
+        (
+            lambda ops: ops.insert(0, ops.pop(index_of(ops, "arrive:0F0@0"))),
+            "does arrive:0F0@0 before recv:0F0@0",
+        ),
     ],
 )
 def test_every_rule_of_a_rank_is_checked(case, program, edit, message):
@@ -158,7 +179,11 @@ def test_a_collective_that_no_rank_starts_is_missed():
     program = lower(generate("gpipe", case, cost(2)), case, cost(2))
     check_program(program, case)
     for rank in range(2):
-        program = edited(program, rank, lambda ops: [ops.remove(op) for op in list(ops) if str(op).endswith(":C1.1")])
+        program = edited(
+            program,
+            rank,
+            lambda ops: [ops.remove(op) for op in list(ops) if str(op).endswith(":C1.1")],
+        )
     with pytest.raises(ValueError, match=r"does not start every output collective: 3 of 4"):
         check_program(program, case)
 

@@ -14,9 +14,15 @@ WRONG = [-1.0, -1e-12, math.nan, -math.inf]
 @pytest.mark.parametrize(
     ("of", "message"),
     [
-        (lambda value: {"pass_seconds": {Kind.F: (1.0, 1.0), Kind.B: (2.0, value)}}, "a B pass cannot take {} s"),
+        (
+            lambda value: {"pass_seconds": {Kind.F: (1.0, 1.0), Kind.B: (2.0, value)}},
+            "a B pass cannot take {} s",
+        ),
         (lambda value: {"hop_seconds": value}, "a hop cannot take {} s"),
-        (lambda value: {"barrier_seconds": {"C0": 1.0, "C1": value}}, "barrier C1 cannot take {} s"),
+        (
+            lambda value: {"barrier_seconds": {"C0": 1.0, "C1": value}},
+            "barrier C1 cannot take {} s",
+        ),
         (lambda value: {"stage_bytes": (1.0, value)}, "a stage cannot keep {} bytes"),
         (lambda value: {"shard_bytes": (value, 1.0)}, "a shard cannot keep {} bytes"),
         (lambda value: {"weight_bytes": (1.0, value)}, "W cannot need {} bytes"),
@@ -46,7 +52,9 @@ def test_bytes_that_the_passes_of_a_microbatch_keep_are_freed_by_them(weights):
     assert change[Kind.T] == [-0.5, -0.25]
     assert change[Kind.E] == change[Kind.G] == [0.0, 0.0]
     assert CostModel({}).byte_change(Pass(0, Kind.F, 0)) == 0.0
-    assert cost.byte_change(Pass(2, Kind.F, 0)) == cost.byte_change(Pass(2, Kind.S, 0)) == 0.0  # of no stage that is known
+    assert (
+        cost.byte_change(Pass(2, Kind.F, 0)) == cost.byte_change(Pass(2, Kind.S, 0)) == 0.0
+    )  # of no stage that is known
 
 
 def test_a_pass_takes_what_its_stage_or_rank_costs():
@@ -55,7 +63,9 @@ def test_a_pass_takes_what_its_stage_or_rank_costs():
     assert cost.seconds(Pass(0, Kind.S, 9)) == 3.0
     assert cost.seconds(Pass(1, Kind.T, 9)) == 0.0
     assert (cost.barrier("C0"), cost.barrier("C1")) == (4.0, 0.0)
-    with pytest.raises(ValueError, match=r"no cost for 1S9: 1 value\(s\) of S, one per stage or rank needed"):
+    with pytest.raises(
+        ValueError, match=r"no cost for 1S9: 1 value\(s\) of S, one per stage or rank needed"
+    ):
         cost.seconds(Pass(1, Kind.S, 9))
 
 

@@ -15,7 +15,9 @@ def test_text_round_trips(ranks):
     assert Schedule.parse(schedule.text()) == schedule
 
 
-@pytest.mark.parametrize("token", ["", "2F", "F0", "2f0", "2F0 ", "02F0", "2F00", "2X0", "-1F0", "2F0x"])
+@pytest.mark.parametrize(
+    "token", ["", "2F", "F0", "2f0", "2F0 ", "02F0", "2F00", "2X0", "-1F0", "2F0x"]
+)
 def test_malformed_tokens_are_refused_by_name(token):
     with pytest.raises(ValueError, match="is not a pass"):
         Pass.parse(token)

@@ -13,7 +13,13 @@ V_SHAPED = ("v_half", "v_min", "zb_v")
 
 
 def layouts(p):
-    return [Layout("linear", p), Layout("loop", p, 1), Layout("loop", p, 2), Layout("loop", p, 3), Layout("v", p, 2)]
+    return [
+        Layout("linear", p),
+        Layout("loop", p, 1),
+        Layout("loop", p, 2),
+        Layout("loop", p, 3),
+        Layout("v", p, 2),
+    ]
 
 
 @pytest.mark.parametrize("name", V_SHAPED)
@@ -21,7 +27,9 @@ def layouts(p):
 @pytest.mark.parametrize("split_backward", [False, True])
 def test_v_schedules_refuse_other_layouts_in_words(name, layout, split_backward):
     case = Problem(layout, 4, NONE, split_backward=split_backward)
-    with pytest.raises(ValueError, match=rf"needs layout 'v' and a split backward, not layout '{layout.name}'"):
+    with pytest.raises(
+        ValueError, match=rf"needs layout 'v' and a split backward, not layout '{layout.name}'"
+    ):
         GENERATORS[name].base_order(case)
 
 
@@ -45,8 +53,12 @@ def test_a_base_order_has_every_stage_pass_once_or_is_refused_in_words(name, p, 
             continue
         accepted += 1
         for rank, items in enumerate(order):
-            told = [item for item in items if not item.kind.is_vocabulary]  # interlaced places its own vocabulary passes
-            assert sorted(told) == sorted(item for item in case.passes_of(rank) if not item.kind.is_vocabulary)
+            told = [
+                item for item in items if not item.kind.is_vocabulary
+            ]  # interlaced places its own vocabulary passes
+            assert sorted(told) == sorted(
+                item for item in case.passes_of(rank) if not item.kind.is_vocabulary
+            )
     own = GENERATORS[name].split_backward
     assert accepted or own != split_backward
 
@@ -83,4 +95,9 @@ def test_a_layout_that_cannot_be_is_refused(arguments, message):
 def test_a_step_needs_a_microbatch():
     with pytest.raises(ValueError, match="0 microbatches; a step needs at least 1"):
         Problem(Layout("linear", 2), 0, NONE)
-    assert {item.kind for item in Problem(Layout("linear", 2), 1, NONE).passes_of(0)} == {Kind.F, Kind.B, Kind.E, Kind.G}
+    assert {item.kind for item in Problem(Layout("linear", 2), 1, NONE).passes_of(0)} == {
+        Kind.F,
+        Kind.B,
+        Kind.E,
+        Kind.G,
+    }

@@ -20,7 +20,12 @@ def timeline(*rows, comm=()):
     compute = []
     for rank, row in enumerate(rows):
         items = [(Pass.parse(name), start, end) for name, start, end in row]
-        compute.append(tuple(Span(rank, str(i), i.kind.value, i.stage, i.microbatch, start, end) for i, start, end in items))
+        compute.append(
+            tuple(
+                Span(rank, str(i), i.kind.value, i.stage, i.microbatch, start, end)
+                for i, start, end in items
+            )
+        )
     return Timeline(tuple(compute), tuple(comm), (0.0,) * len(rows), (0,) * len(rows))
 
 
@@ -38,21 +43,33 @@ def staircase(p, m):
     rows = []
     for rank in range(p):
         forward = [(f"{rank}F{i}", float(rank + i), float(rank + i + 1)) for i in range(m)]
-        back = [(f"{rank}B{i}", 2.0 * p + m - rank + i, 2.0 * p + m - rank + i + 1) for i in range(m)]
+        back = [
+            (f"{rank}B{i}", 2.0 * p + m - rank + i, 2.0 * p + m - rank + i + 1) for i in range(m)
+        ]
         rows.append(forward + back)
-    return timeline(*rows, comm=[Span(p - 1, f"C0.{i}", "C0", -1, i, p + i + 0.0, p + i + 0.5) for i in range(m)])
+    return timeline(
+        *rows,
+        comm=[Span(p - 1, f"C0.{i}", "C0", -1, i, p + i + 0.0, p + i + 0.5) for i in range(m)],
+    )
 
 
 def boxes(picture):
     """Hover text -> (x, y, width, height) of every box, in pixels of the whole picture."""
     found = {}
     for lane in ElementTree.fromstring(picture).iter(f"{SVG}g"):
-        left, top = map(float, lane.attrib["transform"].removeprefix("translate(").rstrip(")").split(","))
+        left, top = map(
+            float, lane.attrib["transform"].removeprefix("translate(").rstrip(")").split(",")
+        )
         for box in lane.iter(f"{SVG}rect"):
             name = box.find(f"{SVG}title")
             if name is not None:
                 x, y = float(box.attrib["x"]), float(box.attrib.get("y", 0))
-                found[name.text] = (left + x, top + y, float(box.attrib["width"]), float(box.attrib["height"]))
+                found[name.text] = (
+                    left + x,
+                    top + y,
+                    float(box.attrib["width"]),
+                    float(box.attrib["height"]),
+                )
     return found
 
 
@@ -76,7 +93,9 @@ def test_the_beginning_of_a_step_is_drawn_to_its_own_scale():
 
 
 def test_a_microbatch_that_does_not_fit_is_left_out_rather_than_cut():
-    drawn = text_grid(timeline([("0F7", 0.0, 0.2), ("0F12", 0.2, 0.4), ("0F123", 0.4, 1.0)]), columns=14)
+    drawn = text_grid(
+        timeline([("0F7", 0.0, 0.2), ("0F12", 0.2, 0.4), ("0F123", 0.4, 1.0)]), columns=14
+    )
     assert drawn.splitlines()[0] == "  0 F7F-F123--"
 
 
@@ -95,8 +114,12 @@ def test_the_picture_draws_time_to_scale():
     assert sorted(drawn) == ["0B0 3 ms", "0F0 2 ms", "1B0 2 ms", "1F0 2 ms", "C0.0 1 ms"]
     per_ms = (drawn["0B0 3 ms"][0] - drawn["0F0 2 ms"][0]) / 7
     assert drawn["1F0 2 ms"][0] - drawn["0F0 2 ms"][0] == pytest.approx(2 * per_ms, abs=0.2)
-    assert drawn["0B0 3 ms"][2] == pytest.approx(3 * per_ms, abs=1.0)  # less the gap to its neighbour
-    assert drawn["C0.0 1 ms"][1] >= drawn["1F0 2 ms"][1] + drawn["1F0 2 ms"][3]  # barriers lie under the passes of their rank
+    assert drawn["0B0 3 ms"][2] == pytest.approx(
+        3 * per_ms, abs=1.0
+    )  # less the gap to its neighbour
+    assert (
+        drawn["C0.0 1 ms"][1] >= drawn["1F0 2 ms"][1] + drawn["1F0 2 ms"][3]
+    )  # barriers lie under the passes of their rank
 
 
 @pytest.mark.parametrize(("p", "m"), [(1, 1), (3, 2), (16, 20), (32, 64)])
@@ -105,21 +128,32 @@ def test_the_picture_shows_every_span_inside_its_frame_and_no_lane_covers_anothe
     picture = svg(shown, "any size")
     frame = ElementTree.fromstring(picture).attrib
     drawn = boxes(picture)
-    assert {text.split()[0] for text in drawn} == {span.name for row in (*shown.compute, shown.comm) for span in row}
+    assert {text.split()[0] for text in drawn} == {
+        span.name for row in (*shown.compute, shown.comm) for span in row
+    }
     for x, y, width, height in drawn.values():
         assert x >= 0
         assert x + width <= float(frame["width"])
         assert y + height <= float(frame["height"])
-    lanes = [sorted(drawn[text][1] for text in drawn if text.split()[0] == f"{rank}F0")[0] for rank in range(p)]
+    lanes = [
+        sorted(drawn[text][1] for text in drawn if text.split()[0] == f"{rank}F0")[0]
+        for rank in range(p)
+    ]
     height = max(box[3] for box in drawn.values())
     assert all(later - earlier > height for earlier, later in pairwise(lanes))
 
 
 def test_the_picture_states_makespan_and_the_bubble_of_each_rank_and_escapes_its_title():
     said = words(svg(two_ranks(), "<1F1B & friends>"))
-    assert {"<1F1B & friends>", "10 ms, mean bubble 55.0%", "50.0%", "60.0%", "F forward", "B backward", "barriers"} <= set(
-        said
-    )
+    assert {
+        "<1F1B & friends>",
+        "10 ms, mean bubble 55.0%",
+        "50.0%",
+        "60.0%",
+        "F forward",
+        "B backward",
+        "barriers",
+    } <= set(said)
     assert "S output layer: softmax" not in said  # the legend names what occurs
 
 
@@ -131,11 +165,20 @@ def test_microbatch_numbers_are_written_only_where_all_of_a_lane_fit():
 
 @pytest.mark.parametrize(
     ("makespan", "first", "last"),
-    [(0.0005, "0 µs", "500 µs"), (0.010, "0 ms", "10 ms"), (0.47, "0 ms", "450 ms"), (30.0, "0 s", "30 s")],
+    [
+        (0.0005, "0 µs", "500 µs"),
+        (0.010, "0 ms", "10 ms"),
+        (0.47, "0 ms", "450 ms"),
+        (30.0, "0 s", "30 s"),
+    ],
 )
 def test_the_axis_has_round_values_in_one_unit(makespan, first, last):
     unit = last.split()[1]
-    ticks = [text for text in words(svg(timeline([("0F0", 0.0, makespan)]), "axis")) if text.endswith(f" {unit}")]
+    ticks = [
+        text
+        for text in words(svg(timeline([("0F0", 0.0, makespan)]), "axis"))
+        if text.endswith(f" {unit}")
+    ]
     assert (ticks[0], ticks[-1]) == (first, last)
     assert 5 <= len(ticks) <= 11
 
@@ -152,14 +195,27 @@ def test_an_empty_step_can_be_drawn():
     empty = timeline([], [])
     assert words(svg(empty, "nothing")).count("0.0%") == 2
     assert text_grid(empty).splitlines()[:2] == ["  0", "  1"]
-    assert [event["ph"] for event in chrome_trace({"nothing": empty})["traceEvents"]].count("X") == 0
+    assert [event["ph"] for event in chrome_trace({"nothing": empty})["traceEvents"]].count(
+        "X"
+    ) == 0
 
 
 def test_a_trace_has_one_process_per_timeline_and_rank_and_loses_nothing():
     predicted, measured = two_ranks(), timeline([("0F0", 0.0, 0.003)], [("1F0", 0.003, 0.004)])
-    trace = json.loads(json.dumps(chrome_trace({"predicted": predicted, "measured": measured}), allow_nan=False))
-    named = {event["pid"]: event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"}
-    assert named == {0: "predicted rank 0", 1: "predicted rank 1", 2: "measured rank 0", 3: "measured rank 1"}
+    trace = json.loads(
+        json.dumps(chrome_trace({"predicted": predicted, "measured": measured}), allow_nan=False)
+    )
+    named = {
+        event["pid"]: event["args"]["name"]
+        for event in trace["traceEvents"]
+        if event["name"] == "process_name"
+    }
+    assert named == {
+        0: "predicted rank 0",
+        1: "predicted rank 1",
+        2: "measured rank 0",
+        3: "measured rank 1",
+    }
     seen = {
         (named[event["pid"]], event["tid"], event["name"], round(event["ts"]), round(event["dur"]))
         for event in trace["traceEvents"]
@@ -177,6 +233,10 @@ def test_a_trace_has_one_process_per_timeline_and_rank_and_loses_nothing():
 
 
 def test_a_trace_event_carries_stage_and_microbatch_and_a_barrier_no_stage():
-    args = {event["name"]: event["args"] for event in chrome_trace({"a": two_ranks()})["traceEvents"] if event["ph"] == "X"}
+    args = {
+        event["name"]: event["args"]
+        for event in chrome_trace({"a": two_ranks()})["traceEvents"]
+        if event["ph"] == "X"
+    }
     assert args["1B0"] == {"stage": 1, "microbatch": 0}
     assert args["C0.0"] == {"microbatch": 0}

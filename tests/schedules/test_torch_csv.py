@@ -25,7 +25,9 @@ SIZES = [(p, m) for p in (1, 2, 3, 4) for m in (1, 2, 8)]
 def schedules_of(*kinds):
     passes = st.builds(Pass, st.integers(0, 99), st.sampled_from(kinds), st.integers(0, 999))
     orders = st.lists(passes, min_size=1, max_size=8).map(tuple)
-    return st.lists(orders, min_size=1, max_size=5).map(lambda ranks: Schedule("any name", tuple(ranks)))
+    return st.lists(orders, min_size=1, max_size=5).map(
+        lambda ranks: Schedule("any name", tuple(ranks))
+    )
 
 
 @given(schedules_of(Kind.F, Kind.B) | schedules_of(Kind.F, Kind.I, Kind.W))
@@ -49,11 +51,15 @@ def test_where_any_backward_is_split_all_are():
     )
 
 
-@pytest.mark.parametrize("action", ["SEND_F", "RECV_F", "SEND_B", "RECV_B", "UNSHARD", "RESHARD", "REDUCE_GRAD"])
+@pytest.mark.parametrize(
+    "action", ["SEND_F", "RECV_F", "SEND_B", "RECV_B", "UNSHARD", "RESHARD", "REDUCE_GRAD"]
+)
 @pytest.mark.parametrize("microbatch", ["", "0"])
 def test_communication_is_refused_with_its_place(action, microbatch):
     token = f"1{action}{microbatch}"
-    with pytest.raises(ValueError, match=f"line 2, column 3: '{token}' is communication; .*compute_only"):
+    with pytest.raises(
+        ValueError, match=f"line 2, column 3: '{token}' is communication; .*compute_only"
+    ):
         from_csv(f"0F0,0B0\n,1F0,{token},1B0\n", "x")
 
 
@@ -65,7 +71,10 @@ def test_every_action_of_torch_is_read_or_refused_by_name():
         if kind.value in set(Kind):
             assert from_csv(token, "x").ranks[0][0] == Pass.parse(token)
         else:
-            with pytest.raises(ValueError, match=f"line 1, column 1: {re.escape(repr(token))} (is communication|overlaps)"):
+            with pytest.raises(
+                ValueError,
+                match=f"line 1, column 1: {re.escape(repr(token))} (is communication|overlaps)",
+            ):
                 from_csv(token, "x")
 
 
@@ -81,13 +90,17 @@ def test_a_vocabulary_pass_is_refused_with_its_place(kind):
         from_csv(f"0F0,0{kind}0,0B0\n", "x")
 
 
-@pytest.mark.parametrize("token", ["0F", "F0", "0f0", "0F0x", "00F0", "-1F0", "0X0", "0F0 0B0", "None"])
+@pytest.mark.parametrize(
+    "token", ["0F", "F0", "0f0", "0F0x", "00F0", "-1F0", "0X0", "0F0 0B0", "None"]
+)
 def test_a_malformed_cell_is_refused_with_its_place(token):
     with pytest.raises(ValueError, match=f"line 2, column 3: '{token}' is not a pass; write"):
         from_csv(f"0F0,0B0\n1F0,,{token}\n", "x")
 
 
-@pytest.mark.parametrize("text", ["0F0,0B0\n\n1F0,1B0\n", "0F0,0B0\n,,\n", "0F0,0B0\n \n", '0F0,0B0\r\n""\r\n'])
+@pytest.mark.parametrize(
+    "text", ["0F0,0B0\n\n1F0,1B0\n", "0F0,0B0\n,,\n", "0F0,0B0\n \n", '0F0,0B0\r\n""\r\n']
+)
 def test_a_row_without_passes_is_refused_for_it_would_shift_the_ranks(text):
     with pytest.raises(ValueError, match="line 2 has no passes, but every line is a rank"):
         from_csv(text, "x")
@@ -113,7 +126,9 @@ def test_no_rows_and_open_quotes_are_refused():
 )
 def test_an_order_of_another_problem_is_found_before_it_is_woven(text, message):
     with pytest.raises(ValueError, match=message):
-        check_base(from_csv(text, "x"), Problem(Layout("linear", 2), 1, VOCAB_ALGORITHMS["one_barrier"]))
+        check_base(
+            from_csv(text, "x"), Problem(Layout("linear", 2), 1, VOCAB_ALGORITHMS["one_barrier"])
+        )
 
 
 def test_an_order_that_blocks_is_found_when_completed():
@@ -130,7 +145,12 @@ def test_an_order_that_blocks_is_found_when_completed():
 
 def stages_of(layout):
     """What stands for the stages of rank 0."""
-    numbers = {"num_stages": layout.num_stages, "group_size": layout.num_ranks, "group_rank": 0, "submod": None}
+    numbers = {
+        "num_stages": layout.num_stages,
+        "group_size": layout.num_ranks,
+        "group_rank": 0,
+        "submod": None,
+    }
     return [SimpleNamespace(**numbers) for _ in range(layout.num_chunks)]
 
 
@@ -144,12 +164,16 @@ def load_in_torch(text, layout, num_microbatches, path):
     path.write_text(text)
     runtime = torch_schedules._PipelineScheduleRuntime(stages_of(layout), num_microbatches)
     runtime._load_csv(str(path))
-    assert runtime.stage_index_to_group_rank == {stage: layout.rank_of(stage) for stage in range(layout.num_stages)}
+    assert runtime.stage_index_to_group_rank == {
+        stage: layout.rank_of(stage) for stage in range(layout.num_stages)
+    }
     return tuple(tuple(map(str, runtime.pipeline_order[rank])) for rank in range(layout.num_ranks))
 
 
 def tokens(ranks):
-    return tuple(tuple(str(item) for item in order if not item.kind.is_vocabulary) for order in ranks)
+    return tuple(
+        tuple(str(item) for item in order if not item.kind.is_vocabulary) for order in ranks
+    )
 
 
 @pytest.mark.parametrize(("p", "m"), SIZES)
@@ -202,7 +226,9 @@ def require_runnable(base, layout, num_microbatches, split_backward):
         work = num_microbatches * layout.num_chunks * 3
         assert simulate(woven, problem, costs_of(layout)).makespan >= work
         for mine, theirs in zip(tokens(woven.ranks), tokens(base.ranks), strict=True):
-            assert [token for token in mine if "W" not in token] == [token for token in theirs if "W" not in token]
+            assert [token for token in mine if "W" not in token] == [
+                token for token in theirs if "W" not in token
+            ]
 
 
 @pytest.mark.parametrize(("cls", "layout", "m", "split"), FROM_TORCH)
@@ -222,7 +248,9 @@ def test_dualpipe_v_runs_here_once_its_pairs_are_written_one_after_the_other(p, 
 
 
 @pytest.mark.parametrize(("p", "chunks", "m"), [(2, 2, 4), (2, 3, 8), (4, 2, 8)])
-def test_interleaved_1f1b_of_torch_takes_the_work_plus_one_fill_and_drain_of_a_chunk(p, chunks, m, tmp_path):
+def test_interleaved_1f1b_of_torch_takes_the_work_plus_one_fill_and_drain_of_a_chunk(
+    p, chunks, m, tmp_path
+):
     layout = Layout("loop", p, chunks)
     text = dump("ScheduleInterleaved1F1B", layout, m, tmp_path / "order.csv", format="compute_only")
     problem = Problem(layout, m, VOCAB_ALGORITHMS["none"])
@@ -234,5 +262,7 @@ def test_interleaved_1f1b_of_torch_takes_the_work_plus_one_fill_and_drain_of_a_c
 def test_a_file_with_the_communication_of_torch_is_refused(tmp_path):
     """It is what torch writes unless told otherwise."""
     text = dump("ScheduleInterleaved1F1B", Layout("loop", 2, 2), 2, tmp_path / "order.csv")
-    with pytest.raises(ValueError, match=r'line 1, column 1: .* is communication; dump .* format="compute_only"'):
+    with pytest.raises(
+        ValueError, match=r'line 1, column 1: .* is communication; dump .* format="compute_only"'
+    ):
         from_csv(text, "x")

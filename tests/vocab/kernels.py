@@ -9,7 +9,13 @@ import torch
 from vp_train.vocab import rows
 from vp_train.vocab.shard import Shard
 
-SHAPES = ((5, 33), (2, 5_000), (3, 1), (0, 7), (2, 32_769))  # the last one is more than a program holds
+SHAPES = (
+    (5, 33),
+    (2, 5_000),
+    (3, 1),
+    (0, 7),
+    (2, 32_769),
+)  # the last one is more than a program holds
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -26,7 +32,10 @@ def compare_fold(shape, device):
             columns = torch.randint(-1, 2 * num_columns + 1, (num_rows,), generator=generator)
             for chunk in range(2):
                 logits = torch.randn(shape, generator=generator) * 4
-                written, expected = torch.empty(shape, dtype=dtype, device=device), torch.empty(shape).double()
+                written, expected = (
+                    torch.empty(shape, dtype=dtype, device=device),
+                    torch.empty(shape).double(),
+                )
                 column = columns - chunk * num_columns
                 # float32 is written where it is read, as in a run
                 given = logits.clone().to(device)
@@ -34,9 +43,19 @@ def compare_fold(shape, device):
                 ours, rescale = triton_rows.fold(given, ours, column.to(device), out, softcap)
                 true, right = rows.fold(logits.double(), true, column, expected, softcap)
                 relative = 1e-5 if dtype is torch.float32 else 8e-3
-                assert torch.allclose(out.cpu().double(), expected, rtol=relative, atol=1e-6), (shape, softcap, dtype)
-                for mine, other in zip((*astuple(ours), rescale), (*astuple(true), right), strict=True):
-                    assert torch.allclose(mine.cpu().double(), other, rtol=1e-5, atol=1e-6), (shape, softcap, dtype)
+                assert torch.allclose(out.cpu().double(), expected, rtol=relative, atol=1e-6), (
+                    shape,
+                    softcap,
+                    dtype,
+                )
+                for mine, other in zip(
+                    (*astuple(ours), rescale), (*astuple(true), right), strict=True
+                ):
+                    assert torch.allclose(mine.cpu().double(), other, rtol=1e-5, atol=1e-6), (
+                        shape,
+                        softcap,
+                        dtype,
+                    )
 
 
 def compare_input_term(shape, device):
@@ -49,7 +68,10 @@ def compare_input_term(shape, device):
         weight = torch.randn(11, hidden, generator=generator).to(dtype)
         ids = torch.randint(0, 22, (1, num_tokens), generator=generator)
         factor, scale, gain = (torch.randn(num_tokens, generator=generator) for _ in range(3))
-        shared, product = torch.randn(hidden, generator=generator), torch.randn(shape, generator=generator)
+        shared, product = (
+            torch.randn(hidden, generator=generator),
+            torch.randn(shape, generator=generator),
+        )
         (true,) = Shard(5, 16).owned(ids, torch.device("cpu"))
         for of_targets in (0.9, scale):
             for more in ({}, {"shared": shared, "gain": gain}):
@@ -59,12 +81,20 @@ def compare_input_term(shape, device):
                     weight.to(device),
                     true.row_of_token.to(device),
                     of_targets if isinstance(of_targets, float) else of_targets.to(device),
-                    *(more[name].to(device) if name in more else None for name in ("shared", "gain")),
+                    *(
+                        more[name].to(device) if name in more else None
+                        for name in ("shared", "gain")
+                    ),
                 )
                 wide = {name: value.double() for name, value in more.items()}
                 scales = of_targets if isinstance(of_targets, float) else of_targets.double()
-                expected = rows.input_term(product.double(), factor.double(), weight.double(), true, scales, **wide)
-                assert torch.allclose(ours.cpu().double(), expected, rtol=1e-5, atol=1e-5), (shape, dtype)
+                expected = rows.input_term(
+                    product.double(), factor.double(), weight.double(), true, scales, **wide
+                )
+                assert torch.allclose(ours.cpu().double(), expected, rtol=1e-5, atol=1e-5), (
+                    shape,
+                    dtype,
+                )
 
 
 def compare_targets(shape, device):
@@ -75,12 +105,19 @@ def compare_targets(shape, device):
     num_tokens, hidden = shape
     for dtype in _DTYPES:
         x = torch.randn(shape, generator=generator).to(dtype)
-        factor, grad = torch.randn(num_tokens, generator=generator), torch.randn(3, hidden, generator=generator)
+        factor, grad = (
+            torch.randn(num_tokens, generator=generator),
+            torch.randn(3, hidden, generator=generator),
+        )
         ids = torch.randint(0, 6, (1, num_tokens), generator=generator)
         (owned,) = Shard(2, 5).owned(ids, torch.device("cpu"))
-        out = triton_rows.scale(x.to(device), factor.to(device), torch.empty(shape, dtype=dtype, device=device))
+        out = triton_rows.scale(
+            x.to(device), factor.to(device), torch.empty(shape, dtype=dtype, device=device)
+        )
         exact = x.double() * factor.double()[:, None]
-        assert torch.allclose(out.cpu().double(), exact, rtol=1e-6 if dtype is torch.float32 else 8e-3), (shape, dtype)
+        assert torch.allclose(
+            out.cpu().double(), exact, rtol=1e-6 if dtype is torch.float32 else 8e-3
+        ), (shape, dtype)
         ours, true = grad.clone().to(device), grad.double()
         places = (owned.positions.to(device), owned.rows.to(device))
         triton_rows.subtract_targets(ours, x.to(device), *places, factor.to(device))

@@ -33,11 +33,32 @@ def make_layer(weight, grad, shard, algorithm, backend, options=PLAIN, sum_dtype
     rows = slice(shard.start, shard.stop)
     pass_of_dx = None if algorithm == "evaluate" else VOCAB_ALGORITHMS[algorithm].input_gradient
     fraction = float(fraction or 1)
-    return OutputLayer(weight[rows], grad[rows], shard, len(weight), pass_of_dx, name, options, fraction, sum_dtype=sum_dtype)
+    return OutputLayer(
+        weight[rows],
+        grad[rows],
+        shard,
+        len(weight),
+        pass_of_dx,
+        name,
+        options,
+        fraction,
+        sum_dtype=sum_dtype,
+    )
 
 
 def run_output(
-    x, weight, targets, grad_loss, *, sizes, algorithm, backend, grad_dtype=None, t_early=False, options=PLAIN, sum_dtype=None
+    x,
+    weight,
+    targets,
+    grad_loss,
+    *,
+    sizes,
+    algorithm,
+    backend,
+    grad_dtype=None,
+    t_early=False,
+    options=PLAIN,
+    sum_dtype=None,
 ):
     """(token losses, dx, dW [V, H], held bytes of each shard after S) of the sharded layer; rank 0 is the root.
 

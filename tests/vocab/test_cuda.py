@@ -30,10 +30,14 @@ for shape in SHAPES:
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (pip install vp-train[triton])")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs Triton (pip install vp-train[triton])"
+)
 def test_the_triton_kernels_are_right_in_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env=environment, timeout=120, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-c", INTERPRETED], check=True, env=environment, timeout=120, cwd=ROOT
+    )
 
 
 @on_gpu
@@ -52,12 +56,21 @@ def test_the_triton_kernels_equal_torch(shape):
     ("dtype", "tolerance"),
     [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)],
 )
-def test_shards_on_a_gpu_equal_the_whole(monkeypatch, algorithm, backend, dtype, tolerance, options):
+def test_shards_on_a_gpu_equal_the_whole(
+    monkeypatch, algorithm, backend, dtype, tolerance, options
+):
     monkeypatch.setitem(backends._CHUNK_BYTES, "cuda", 30 * 11 * 4)
     case = [tensor.cuda() for tensor in inputs(101, dtype)]
     truth = cross_entropy(case[0].double(), case[1].double(), case[2], case[3].double(), options)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    sharded = run_output(*case, sizes=[0, 60, 41], algorithm=algorithm, backend=backend, grad_dtype=wide, options=options)
+    sharded = run_output(
+        *case,
+        sizes=[0, 60, 41],
+        algorithm=algorithm,
+        backend=backend,
+        grad_dtype=wide,
+        options=options,
+    )
     assert_equal([tensor.double() for tensor in sharded[:3]], truth, tolerance)
 
 
@@ -70,7 +83,9 @@ def test_what_is_held_on_a_gpu_is_a_matrix_of_sixteen_bits_or_x_alone(algorithm)
     targets = torch.arange(t, device="cuda")
     held = {}
     for backend in ("chunked", "recompute"):
-        layer = make_layer(weight, torch.zeros_like(weight, dtype=torch.float32), Shard(0, r), algorithm, backend)
+        layer = make_layer(
+            weight, torch.zeros_like(weight, dtype=torch.float32), Shard(0, r), algorithm, backend
+        )
         step = layer.begin(targets[None], torch.ones(1, t, device="cuda"))
         step.s(0, x)
         held[backend] = step.held_bytes
@@ -89,7 +104,10 @@ def test_embeddings_on_a_gpu_are_those_of_the_cpu_and_their_gradient_is_the_same
 
     def rows_and_gradient(device):
         weights, grad = weight.to(device), torch.zeros(101, 8, dtype=wide, device=device)
-        layers = [InputLayer(weights[s.start : s.stop], grad[s.start : s.stop], shards, i) for i, s in enumerate(shards)]
+        layers = [
+            InputLayer(weights[s.start : s.stop], grad[s.start : s.stop], shards, i)
+            for i, s in enumerate(shards)
+        ]
         steps = [layer.begin(tokens.to(device)) for layer in layers]
         rows = [step.e(1) for step in steps]
         parts = steps[0].by_shard(1, dy.to(device)).split(steps[0].counts(1))
@@ -99,9 +117,15 @@ def test_embeddings_on_a_gpu_are_those_of_the_cpu_and_their_gradient_is_the_same
 
     torch.use_deterministic_algorithms(True)
     try:
-        on_cpu, *on_gpu_twice = rows_and_gradient("cpu"), rows_and_gradient("cuda"), rows_and_gradient("cuda")
+        on_cpu, *on_gpu_twice = (
+            rows_and_gradient("cpu"),
+            rows_and_gradient("cuda"),
+            rows_and_gradient("cuda"),
+        )
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(on_gpu_twice[0][1], on_gpu_twice[1][1])
     assert torch.equal(on_gpu_twice[0][0], on_cpu[0])
-    assert torch.allclose(on_gpu_twice[0][1], on_cpu[1], rtol=1e-12 if dtype is torch.float64 else 1e-4, atol=1e-5)
+    assert torch.allclose(
+        on_gpu_twice[0][1], on_cpu[1], rtol=1e-12 if dtype is torch.float64 else 1e-4, atol=1e-5
+    )

@@ -17,14 +17,19 @@ def test_the_rows_of_all_shards_in_order_are_the_embedding_and_its_gradient_goes
     dy = torch.randn(3, 50, 8, generator=generator, dtype=torch.float64)
     grad = torch.zeros_like(weight)
     shards = split_rows(101, 4, [0, 60, 1, 40])
-    layers = [InputLayer(weight[s.start : s.stop], grad[s.start : s.stop], shards, i) for i, s in enumerate(shards)]
+    layers = [
+        InputLayer(weight[s.start : s.stop], grad[s.start : s.stop], shards, i)
+        for i, s in enumerate(shards)
+    ]
     layers = [layer.begin(tokens) for layer in layers]
     for i in range(3):
         rows = [layer.e(i) for layer in layers]
         assert [len(found) for found in rows] == layers[0].counts(i)
         assert sum(layers[0].counts(i)) == 50
         assert torch.equal(layers[0].in_order(i, torch.cat(rows)), weight[tokens[i]])
-        for layer, part in zip(layers, layers[0].by_shard(i, dy[i]).split(layers[0].counts(i)), strict=True):
+        for layer, part in zip(
+            layers, layers[0].by_shard(i, dy[i]).split(layers[0].counts(i)), strict=True
+        ):
             layer.g(i, part)
     leaf = weight.clone().requires_grad_()
     leaf[tokens].backward(dy)
@@ -32,7 +37,10 @@ def test_the_rows_of_all_shards_in_order_are_the_embedding_and_its_gradient_goes
 
 
 def test_a_gradient_of_less_precision_is_added_in_fp32():
-    tokens, dy = torch.tensor([[2, 2, 2]]), torch.tensor([[1.0], [2.0**-9], [2.0**-9]], dtype=torch.bfloat16)
+    tokens, dy = (
+        torch.tensor([[2, 2, 2]]),
+        torch.tensor([[1.0], [2.0**-9], [2.0**-9]], dtype=torch.bfloat16),
+    )
     grad = torch.zeros(3, 1)
     layer = InputLayer(torch.zeros(3, 1, dtype=torch.bfloat16), grad, (Shard(0, 3),), 0)
     layer.begin(tokens).g(0, dy)
@@ -56,7 +64,9 @@ def test_the_same_token_many_times_gives_the_same_bits_every_time():
 def test_a_token_outside_the_vocabulary_is_refused():
     layer = InputLayer(torch.zeros(40, 8), torch.zeros(40, 8), split_rows(64, 2, [40, 24]), 0)
     for token in (64, -1):
-        with pytest.raises(IndexError, match=rf"token {token} is not in the vocabulary, whose ids are 0 to 63"):
+        with pytest.raises(
+            IndexError, match=rf"token {token} is not in the vocabulary, whose ids are 0 to 63"
+        ):
             layer.begin(torch.tensor([[3, 63, token], [1, 2, 4]]))
 
 

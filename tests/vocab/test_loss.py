@@ -24,12 +24,16 @@ def over_replicas(total):
 
 def weights_of(rank, world_size, normalisation, masked):
     labels, mask = batch_of(rank)
-    return token_weights(labels, mask if masked else None, normalisation, torch.float64, over_replicas).tolist()
+    return token_weights(
+        labels, mask if masked else None, normalisation, torch.float64, over_replicas
+    ).tolist()
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("normalisation", ["token", "sequence"])
-def test_data_parallel_ranks_weigh_tokens_as_one_process_with_all_of_them(ranks, normalisation, masked):
+def test_data_parallel_ranks_weigh_tokens_as_one_process_with_all_of_them(
+    ranks, normalisation, masked
+):
     labels, masks = (torch.cat(parts) for parts in zip(*map(batch_of, range(2)), strict=True))
     counted = (labels != -100) * (masks if masked else torch.ones_like(masks))
     if normalisation == "sequence":
@@ -37,7 +41,12 @@ def test_data_parallel_ranks_weigh_tokens_as_one_process_with_all_of_them(ranks,
         counted = counted / sums.clamp_min(1e-30) / (sums > 0).sum()
     else:
         counted = counted / counted.sum()
-    ours = torch.cat([torch.tensor(part, dtype=torch.float64) for part in ranks(2).run(weights_of, normalisation, masked)])
+    ours = torch.cat(
+        [
+            torch.tensor(part, dtype=torch.float64)
+            for part in ranks(2).run(weights_of, normalisation, masked)
+        ]
+    )
     assert torch.allclose(ours, counted, rtol=1e-12)
     assert ours.sum().item() == pytest.approx(1.0)
 

@@ -5,8 +5,8 @@ import torch
 
 from schedules.vocab import Payload
 from tests.vocab.ranks import PLAIN, make_layer
-from vp_train.precision import column_sums
 from vp_train.profile.live import LiveStorages
+from vp_train.tensors.precision import column_sums
 from vp_train.vocab import backends
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
@@ -97,5 +97,7 @@ def test_g_costs_the_tokens():
 
 def test_sums_of_rows_are_exact():
     matrix = torch.randn(R + 1, H, generator=torch.Generator().manual_seed(0)).add_(1).bfloat16()
-    assert torch.allclose(column_sums(matrix, torch.float32), matrix.double().sum(0).float(), rtol=1e-6)
+    assert torch.allclose(
+        column_sums(matrix, torch.float32), matrix.double().sum(0).float(), rtol=1e-6
+    )
     assert torch.equal(column_sums(matrix[:0], torch.float32), torch.zeros(H))

@@ -55,7 +55,11 @@ def small_chunks(monkeypatch):
 
 
 SHARDS = [
-    *((v, [shard.num_rows for shard in split_rows(v, n)]) for v in (64, 100, 101, 1000) for n in (1, 2, 3, 4)),
+    *(
+        (v, [shard.num_rows for shard in split_rows(v, n)])
+        for v in (64, 100, 101, 1000)
+        for n in (1, 2, 3, 4)
+    ),
     (101, [0, 60, 1, 40]),
     (3, [1, 1, 1, 0]),
 ]
@@ -67,7 +71,11 @@ SHARDS = [
 @pytest.mark.usefixtures("small_chunks")
 def test_shards_equal_the_whole_in_float64(vocab_size, sizes, algorithm, backend):
     case = inputs(vocab_size)
-    assert_equal(run_output(*case, sizes=sizes, algorithm=algorithm, backend=backend), cross_entropy(*case), 1e-12)
+    assert_equal(
+        run_output(*case, sizes=sizes, algorithm=algorithm, backend=backend),
+        cross_entropy(*case),
+        1e-12,
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS[1:])
@@ -78,18 +86,31 @@ def test_every_loss_option_is_exact(algorithm, backend, options):
     case = inputs(101)
     truth = cross_entropy(*case, options)
     for sizes in ([101], [0, 60, 1, 40]):
-        assert_equal(run_output(*case, sizes=sizes, algorithm=algorithm, backend=backend, options=options), truth, 1e-12)
+        assert_equal(
+            run_output(*case, sizes=sizes, algorithm=algorithm, backend=backend, options=options),
+            truth,
+            1e-12,
+        )
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", ["reference", "chunked", "recompute:0.4"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
+)
 @pytest.mark.usefixtures("small_chunks")
 def test_low_precision_stays_near_float64(algorithm, backend, dtype, tolerance, options):
     case = inputs(101, dtype)
     truth = cross_entropy(case[0].double(), case[1].double(), case[2], case[3].double(), options)
-    sharded = run_output(*case, sizes=[50, 51], algorithm=algorithm, backend=backend, grad_dtype=torch.float32, options=options)
+    sharded = run_output(
+        *case,
+        sizes=[50, 51],
+        algorithm=algorithm,
+        backend=backend,
+        grad_dtype=torch.float32,
+        options=options,
+    )
     assert_equal([tensor.double() for tensor in sharded[:3]], truth, tolerance)
 
 
@@ -100,7 +121,9 @@ def test_a_microbatch_of_ignored_tokens_has_no_loss_and_no_gradient(algorithm, b
     x, weight, targets, grad_loss = inputs(64)
     targets.fill_(IGNORE_INDEX)
     case = (x, weight, targets, torch.zeros_like(grad_loss))
-    for tensor in run_output(*case, sizes=[40, 24], algorithm=algorithm, backend=backend, options=options)[:3]:
+    for tensor in run_output(
+        *case, sizes=[40, 24], algorithm=algorithm, backend=backend, options=options
+    )[:3]:
         assert torch.equal(tensor, torch.zeros_like(tensor))
 
 
@@ -110,33 +133,57 @@ def test_a_microbatch_of_ignored_tokens_has_no_loss_and_no_gradient(algorithm, b
 @pytest.mark.usefixtures("small_chunks")
 def test_huge_logits_do_not_overflow(algorithm, backend, options):
     case = inputs(100, scale=300.0)
-    sharded = run_output(*case, sizes=[34, 34, 32], algorithm=algorithm, backend=backend, options=options)
+    sharded = run_output(
+        *case, sizes=[34, 34, 32], algorithm=algorithm, backend=backend, options=options
+    )
     assert all(tensor.isfinite().all() for tensor in sharded[:3])
     assert_equal(sharded, cross_entropy(*case, options), 1e-12)
 
 
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(any), st.sampled_from(ALGORITHMS), st.integers(0, 99))
+@given(
+    st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(any),
+    st.sampled_from(ALGORITHMS),
+    st.integers(0, 99),
+)
 @settings(max_examples=25, deadline=None)
 def test_any_shard_sizes_are_right(sizes, algorithm, seed):
     case = inputs(sum(sizes), seed=seed)
-    assert_equal(run_output(*case, sizes=sizes, algorithm=algorithm, backend="chunked"), cross_entropy(*case), 1e-11)
+    assert_equal(
+        run_output(*case, sizes=sizes, algorithm=algorithm, backend="chunked"),
+        cross_entropy(*case),
+        1e-11,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_t_may_run_before_or_after_dx_is_exchanged(backend):
     case = inputs(100)
-    early = run_output(*case, sizes=[50, 50], algorithm="one_barrier", backend=backend, t_early=True)
+    early = run_output(
+        *case, sizes=[50, 50], algorithm="one_barrier", backend=backend, t_early=True
+    )
     late = run_output(*case, sizes=[50, 50], algorithm="one_barrier", backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(early[:3], late[:3], strict=True))
 
 
-@pytest.mark.parametrize(("backend", "kept"), [("chunked", 1.0), ("recompute", 0.0), ("recompute:0.75", 0.25)])
+@pytest.mark.parametrize(
+    ("backend", "kept"), [("chunked", 1.0), ("recompute", 0.0), ("recompute:0.75", 0.25)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_is_held_is_the_exponentials_kept_in_the_compute_dtype_x_and_a_few_values_per_token(backend, kept, dtype):
-    held = run_output(*inputs(64, dtype), sizes=[40, 24], algorithm="one_barrier", backend=backend, grad_dtype=torch.float32)[3]
+def test_what_is_held_is_the_exponentials_kept_in_the_compute_dtype_x_and_a_few_values_per_token(
+    backend, kept, dtype
+):
+    held = run_output(
+        *inputs(64, dtype),
+        sizes=[40, 24],
+        algorithm="one_barrier",
+        backend=backend,
+        grad_dtype=torch.float32,
+    )[3]
     size = dtype.itemsize
     for rows_here, value in zip((40, 24), held, strict=True):
-        per_token = 20 if kept else 16  # the maximum of the only chunk; lse, and what it comes from: in fp32
+        per_token = (
+            20 if kept else 16
+        )  # the maximum of the only chunk; lse, and what it comes from: in fp32
         assert value == T * rows_here * kept * size + T * H * size + per_token * T
 
 
@@ -145,7 +192,10 @@ def test_what_is_held_is_the_exponentials_kept_in_the_compute_dtype_x_and_a_few_
 @pytest.mark.usefixtures("small_chunks")
 def test_evaluation_measures_the_likelihood_and_holds_nothing(backend, options):
     x, weight, targets, grad_loss = inputs(100)
-    layers = [make_layer(weight, torch.zeros(100, H), s, "evaluate", backend, options.measured) for s in split_rows(100, 3)]
+    layers = [
+        make_layer(weight, torch.zeros(100, H), s, "evaluate", backend, options.measured)
+        for s in split_rows(100, 3)
+    ]
     steps = [layer.begin(targets[None], grad_loss[None]) for layer in layers]
     for step in steps:
         step.s(0, x, keep=False)
@@ -174,9 +224,18 @@ def test_small_probabilities_keep_their_gradient_in_float16(backend):
     weight, small = weight * 0.02, torch.full((T,), 1e-3)
     truth = cross_entropy(x.double(), weight.double(), targets, small.double())[2]
     found = run_output(
-        x, weight, targets, small, sizes=[200_000], algorithm="one_barrier", backend=backend, grad_dtype=torch.float32
+        x,
+        weight,
+        targets,
+        small,
+        sizes=[200_000],
+        algorithm="one_barrier",
+        backend=backend,
+        grad_dtype=torch.float32,
     )
-    others = torch.ones(len(weight), dtype=torch.bool).index_fill_(0, targets.clamp_min(0), value=False)
+    others = torch.ones(len(weight), dtype=torch.bool).index_fill_(
+        0, targets.clamp_min(0), value=False
+    )
     assert ((found[2].double() - truth)[others].norm() / truth[others].norm()).item() < 1e-3
 
 
@@ -189,7 +248,14 @@ def test_rows_with_a_mean_of_one_do_not_overflow_float16(algorithm, backend):
     weight[:, 0] += 1
     truth = cross_entropy(x.double(), weight.double(), targets, grad_loss.double())
     found = run_output(
-        x, weight, targets, grad_loss, sizes=[100_000], algorithm=algorithm, backend=backend, grad_dtype=torch.float32
+        x,
+        weight,
+        targets,
+        grad_loss,
+        sizes=[100_000],
+        algorithm=algorithm,
+        backend=backend,
+        grad_dtype=torch.float32,
     )
     assert_equal([tensor.double() for tensor in found[:3]], truth, 1e-2)
 
@@ -203,7 +269,12 @@ def test_the_terms_of_the_targets_and_of_smoothing_are_not_rounded(dtype, option
     truth = cross_entropy(x.double(), weight.double(), targets, grad_loss.double(), options)[2]
     case = (x, weight, targets, grad_loss)
     found = run_output(
-        *case, sizes=[60, 41], algorithm="one_barrier", backend="chunked", grad_dtype=torch.float32, options=options
+        *case,
+        sizes=[60, 41],
+        algorithm="one_barrier",
+        backend="chunked",
+        grad_dtype=torch.float32,
+        options=options,
     )[2]
     rows = targets[targets != IGNORE_INDEX].unique()
     assert_equal([found[rows].double()] * 3, [truth[rows]] * 3, 1e-4)
@@ -213,8 +284,18 @@ def test_a_label_outside_the_vocabulary_is_refused():
     x, weight, targets, grad_loss = inputs(64)
     for label in (64, -1, 99):
         targets[5] = label
-        with pytest.raises(IndexError, match=rf"label {label} is not in the vocabulary, whose ids are 0 to 63"):
-            run_output(x, weight, targets, grad_loss, sizes=[40, 24], algorithm="one_barrier", backend="chunked")
+        with pytest.raises(
+            IndexError, match=rf"label {label} is not in the vocabulary, whose ids are 0 to 63"
+        ):
+            run_output(
+                x,
+                weight,
+                targets,
+                grad_loss,
+                sizes=[40, 24],
+                algorithm="one_barrier",
+                backend="chunked",
+            )
 
 
 def test_an_ignored_token_has_no_gradient_whatever_its_weight():
@@ -223,7 +304,9 @@ def test_an_ignored_token_has_no_gradient_whatever_its_weight():
     heavy[3] = 7.0
     options = {"sizes": [40, 24], "algorithm": "one_barrier", "backend": "chunked"}
     pairs = zip(
-        run_output(x, weight, targets, heavy, **options), run_output(x, weight, targets, grad_loss, **options), strict=True
+        run_output(x, weight, targets, heavy, **options),
+        run_output(x, weight, targets, grad_loss, **options),
+        strict=True,
     )
     assert all(torch.equal(ours, theirs) for ours, theirs in list(pairs)[:3])
 
@@ -241,13 +324,21 @@ def test_gradients_accumulate_over_microbatches_and_steps(options):
             step.absorb(Payload.STATISTICS, microbatch, gathered)
             step.t(microbatch)
         assert step.finish().shape == (count, T)
-    assert torch.allclose(grad, 5 * cross_entropy(x, weight, targets, grad_loss, options)[2], rtol=1e-11, atol=1e-14)
+    assert torch.allclose(
+        grad, 5 * cross_entropy(x, weight, targets, grad_loss, options)[2], rtol=1e-11, atol=1e-14
+    )
 
 
 def test_a_uniform_layer_has_loss_ln_v():
     x, weight, targets, grad_loss = inputs(1000)
     loss = run_output(
-        x, torch.zeros_like(weight), targets, grad_loss, sizes=[500, 500], algorithm="one_barrier", backend="chunked"
+        x,
+        torch.zeros_like(weight),
+        targets,
+        grad_loss,
+        sizes=[500, 500],
+        algorithm="one_barrier",
+        backend="chunked",
     )[0]
     assert loss[0].item() == pytest.approx(math.log(1000))
 
@@ -277,7 +368,10 @@ def test_the_fused_row_pass_equals_the_unfused(dtype, softcap):
     logits = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)).mul_(4).to(dtype)
     least = torch.linspace(-20, 20, 7)
     fused, unfused = torch.empty_like(logits), torch.empty_like(logits)
-    ours, theirs = rows.exponentiate(logits, least, fused, softcap), rows.unfused(logits, least, unfused, softcap)
+    ours, theirs = (
+        rows.exponentiate(logits, least, fused, softcap),
+        rows.unfused(logits, least, unfused, softcap),
+    )
     assert torch.allclose(fused.float(), unfused.float(), rtol=8e-3, atol=1e-6)
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.allclose(mine, other, rtol=1e-5, atol=1e-6)
@@ -299,7 +393,9 @@ def test_the_error_of_dx_in_bfloat16_does_not_grow_with_the_shards(algorithm):
     for num_shards in (1, 2, 8, 64):
         sizes = [4096 // num_shards] * num_shards
         precise, rounded = (
-            error(run_output(x, weight, targets, grad_loss, sizes=sizes, sum_dtype=dtype, **wide)[1])
+            error(
+                run_output(x, weight, targets, grad_loss, sizes=sizes, sum_dtype=dtype, **wide)[1]
+            )
             for dtype in (None, torch.bfloat16)
         )
         assert precise <= 1.02 * error(leaf.grad)

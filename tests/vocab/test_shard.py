@@ -13,7 +13,9 @@ def test_default_shards_are_those_of_torch_chunk(vocab_size, num_shards):
     shards = split_rows(vocab_size, num_shards)
     expected = [len(chunk) for chunk in torch.arange(vocab_size).chunk(num_shards)]
     assert [shard.num_rows for shard in shards] == expected + [0] * (num_shards - len(expected))
-    assert [row for shard in shards for row in range(shard.start, shard.stop)] == list(range(vocab_size))
+    assert [row for shard in shards for row in range(shard.start, shard.stop)] == list(
+        range(vocab_size)
+    )
 
 
 @pytest.mark.parametrize("sizes", [[50, 51], [100], [101, -1], [33, 33, 34]])

@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vp_train.checkpoint.stream import Described, write_tensors
+from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError
-from vp_train.control import ControlGroup
 from vp_train.durable import sync
-from vp_train.split import Split
+from vp_train.tensors.slices import TensorSlice
 
 _MANIFEST = "manifest.json"
 _FORMAT = 2
@@ -38,15 +38,17 @@ class CheckpointError(OSError):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class CheckpointTensor:
     """A tensor of this rank: a whole one, or the part of a global one that `split` says."""
 
     tensor: Tensor
-    split: Split | None = None
+    split: TensorSlice | None = None
 
     @property
     def global_shape(self) -> list[int]:
-        return list(self.tensor.shape if self.split is None else self.split.whole_shape(self.tensor.shape))
+        return list(
+            self.tensor.shape if self.split is None else self.split.whole_shape(self.tensor.shape)
+        )
 
     @property
     def dtype(self) -> str:
@@ -62,7 +64,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def save(
-    directory: Path, step: int, pieces: Mapping[str, Piece], state: Mapping[str, Any], group: ControlGroup, keep: int
+    directory: Path,
+    step: int,
+    pieces: Mapping[str, CheckpointTensor],
+    state: Mapping[str, Any],
+    group: ControlGroup,
+    keep: int,
 ) -> Path:
     """Write checkpoint `step` under `directory`; collective over `group`.  Each global tensor must be covered exactly once.
 
@@ -80,10 +87,22 @@ def save(
         everyone = _agree((name, description) if error is None else error, group)
         error = None
         if rank == 0:
-            manifest = {"format": _FORMAT, "step": step, "state": dict(state), "files": dict(everyone)}
+            manifest = {
+                "format": _FORMAT,
+                "step": step,
+                "state": dict(state),
+                "files": dict(everyone),
+            }
             error = _attempt(lambda: _commit(manifest, temporary, final))
-            if error is None and (left := _attempt(lambda: _retain(directory, step, keep))) is not None:
-                print(f"{final} is complete, but what is older could not be removed: {left}", file=sys.stderr, flush=True)
+            if (
+                error is None
+                and (left := _attempt(lambda: _retain(directory, step, keep))) is not None
+            ):
+                print(
+                    f"{final} is complete, but what is older could not be removed: {left}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         _agree(error, group)
     except CheckpointError:
         if rank == 0:
@@ -93,7 +112,11 @@ def save(
 
 
 def save_stream(
-    directory: Path, step: int, described: Sequence[Described], tensors: Iterable[Tensor], state: Mapping[str, Any]
+    directory: Path,
+    step: int,
+    described: Sequence[Described],
+    tensors: Iterable[Tensor],
+    state: Mapping[str, Any],
 ) -> Path:
     """Write checkpoint `step` under `directory` by one process, which holds one of the tensors at a time."""
     final, temporary = directory / _name_of(step), directory / f".writing-{_name_of(step)}"
@@ -102,7 +125,11 @@ def save_stream(
     write_tensors(path, described, tensors)
     held = {one.name: {"dtype": _name(one.dtype), "shape": list(one.shape)} for one in described}
     content = {"bytes": path.stat().st_size, "blake2b": _digest(path), "tensors": held}
-    _commit({"format": _FORMAT, "step": step, "state": dict(state), "files": {path.name: content}}, temporary, final)
+    _commit(
+        {"format": _FORMAT, "step": step, "state": dict(state), "files": {path.name: content}},
+        temporary,
+        final,
+    )
     return final
 
 
@@ -129,7 +156,7 @@ def _make_empty(directory: Path) -> None:
     directory.mkdir(parents=True)
 
 
-def _write_pieces(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
+def _write_pieces(path: Path, pieces: Mapping[str, CheckpointTensor]) -> dict[str, Any]:
     save_file({name: piece.tensor.detach().contiguous() for name, piece in pieces.items()}, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -149,7 +176,9 @@ def _digest(path: Path) -> str:
 def _commit(manifest: dict[str, Any], temporary: Path, final: Path) -> None:
     body = json.dumps(manifest)
     with (temporary / _MANIFEST).open("w") as file:
-        file.write(json.dumps({"blake2b": hashlib.blake2b(body.encode()).hexdigest(), "manifest": body}))
+        file.write(
+            json.dumps({"blake2b": hashlib.blake2b(body.encode()).hexdigest(), "manifest": body})
+        )
         file.flush()
         os.fsync(file.fileno())
     sync(temporary)
@@ -188,7 +217,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path / _MANIFEST} does not match its hash")
         manifest: dict[str, Any] = json.loads(body)
         if manifest["format"] != _FORMAT:
-            raise ValueError(f"{path} has format {manifest['format']}, this version reads {_FORMAT}")
+            raise ValueError(
+                f"{path} has format {manifest['format']}, this version reads {_FORMAT}"
+            )
     except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is incomplete: {error}") from None
     return manifest
@@ -227,7 +258,9 @@ def latest(directory: Path, group: ControlGroup | None = None) -> Path | None:
 
     Collective over `group`.  Raises ConfigError where there are checkpoints and all are damaged.
     """
-    names: list[str] = _said(sorted((path.name for path in directory.glob("step-*")), reverse=True), group)[0]
+    names: list[str] = _said(
+        sorted((path.name for path in directory.glob("step-*")), reverse=True), group
+    )[0]
     for path in (directory / name for name in names):
         damage = _damage(path, group)
         if damage is None:
@@ -235,7 +268,9 @@ def latest(directory: Path, group: ControlGroup | None = None) -> Path | None:
         if _place(group)[0] == 0:
             print(f"checkpoint passed over: {damage}", file=sys.stderr, flush=True)
     if names:
-        raise ConfigError(f"every checkpoint in {directory} is damaged; restore one, or move them away to begin without")
+        raise ConfigError(
+            f"every checkpoint in {directory} is damaged; restore one, or move them away to begin without"
+        )
     return None
 
 
@@ -251,11 +286,19 @@ def find(path: Path, group: ControlGroup | None = None) -> Path:
         return path
     newest = latest(path / "checkpoints", group) or latest(path, group)
     if newest is None:
-        raise ConfigError(f"{path} holds no checkpoint; give the directory of a run, of vp-import, or of one checkpoint")
+        raise ConfigError(
+            f"{path} holds no checkpoint; give the directory of a run, of vp-import, or of one checkpoint"
+        )
     return newest
 
 
-def load(path: Path, manifest: Mapping[str, Any], pieces: Mapping[str, Piece], *, cast: bool = False) -> None:
+def load(
+    path: Path,
+    manifest: Mapping[str, Any],
+    pieces: Mapping[str, CheckpointTensor],
+    *,
+    cast: bool = False,
+) -> None:
     """Fill the tensors of `pieces` in place from checkpoint `path`, which `latest` or `find` has verified.
 
     Only what is asked for is read, whatever ranks wrote it.  Raises ConfigError, naming the tensor and both values, if one
@@ -276,17 +319,23 @@ def load(path: Path, manifest: Mapping[str, Any], pieces: Mapping[str, Piece], *
             with safe_open(path / file, "pt") as opened:
                 missing -= _copy(opened.get_slice(name), _split(entry), piece)
         if missing:
-            raise ConfigError(f"{path} does not hold all of {name}; {verb} with the model it was saved from")
+            raise ConfigError(
+                f"{path} does not hold all of {name}; {verb} with the model it was saved from"
+            )
 
 
-def _split(entry: Mapping[str, Any]) -> Split | None:
+def _split(entry: Mapping[str, Any]) -> TensorSlice | None:
     if "ranges" not in entry:
         return None
-    return Split(entry["dim"], entry["shape"][entry["dim"]], tuple((start, stop) for start, stop in entry["ranges"]))
+    return TensorSlice(
+        entry["dim"],
+        entry["shape"][entry["dim"]],
+        tuple((start, stop) for start, stop in entry["ranges"]),
+    )
 
 
 @torch.no_grad()
-def _copy(stored: Any, held: Split | None, piece: Piece) -> int:
+def _copy(stored: Any, held: TensorSlice | None, piece: CheckpointTensor) -> int:
     """Copy what a file has of `piece`, of which it holds the part `held`; the number of values."""
     if not piece.tensor.dim():
         piece.tensor.copy_(stored[...])

@@ -44,7 +44,11 @@ def write_tensors(path: Path, described: Sequence[Described], tensors: Iterable[
     stop = 0
     for one in described:
         start, stop = stop, stop + one.num_bytes
-        header[one.name] = {"dtype": _CODES[one.dtype], "shape": one.shape, "data_offsets": (start, stop)}
+        header[one.name] = {
+            "dtype": _CODES[one.dtype],
+            "shape": one.shape,
+            "data_offsets": (start, stop),
+        }
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     with path.open("wb") as file:
@@ -61,7 +65,9 @@ def describe_tensors(path: Path) -> Mapping[str, Described]:
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            kinds = {
+                name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+            }
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     for name, (_, code) in kinds.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vp_train.assembly import RankModel
 from vp_train.checkpoint import store
-from vp_train.checkpoint.store import Piece
+from vp_train.checkpoint.store import CheckpointTensor
 from vp_train.config import ConfigError, RunConfig
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import MOMENTS
@@ -22,12 +22,19 @@ from vp_train.optim.adamw import MOMENTS
 _FREE_DATA = ("name", "path", "blend", "tokenizer", "end_token", "jsonl_field", "cache_dir")
 
 
-def save_run(directory: Path, step: int, config: RunConfig, model: RankModel, mesh: Mesh, contents: Sequence[str]) -> Path:
+def save_run(
+    directory: Path,
+    step: int,
+    config: RunConfig,
+    model: RankModel,
+    mesh: Mesh,
+    contents: Sequence[str],
+) -> Path:
     """Write step `step` of a run on the corpora `contents`; collective.  Raises CheckpointError on all ranks."""
     tensors, pieces = model.optimizer.state(), {}
     if mesh.data_rank == 0:
         pieces = {
-            _key(kind, name): Piece(tensor, model.splits.get(name))
+            _key(kind, name): CheckpointTensor(tensor, model.splits.get(name))
             for kind, by_name in tensors.items()
             for name, tensor in by_name.items()
             if name not in model.copied
@@ -42,7 +49,9 @@ def save_run(directory: Path, step: int, config: RunConfig, model: RankModel, me
     return store.save(directory, step, pieces, state, mesh.world, config.run.keep_checkpoints)
 
 
-def restore_run(path: Path, config: RunConfig, model: RankModel, mesh: Mesh, contents: Sequence[str]) -> int:
+def restore_run(
+    path: Path, config: RunConfig, model: RankModel, mesh: Mesh, contents: Sequence[str]
+) -> int:
     """Load `path` into model and optimizer; returns its step.  Collective.  Raises ConfigError where the run is another one."""
     manifest = store.read_manifest(path)
     state = manifest["state"]
@@ -58,7 +67,14 @@ def restore_run(path: Path, config: RunConfig, model: RankModel, mesh: Mesh, con
 
 # What a run may change of the model whose weights it starts from; all else means something else by the same tensors.
 _FREE_MODEL = (
-    *("seq_length", "init_std", "norm_epsilon", "sliding_window", "full_attention_every", "logit_softcap"),
+    *(
+        "seq_length",
+        "init_std",
+        "norm_epsilon",
+        "sliding_window",
+        "full_attention_every",
+        "logit_softcap",
+    ),
     *("rope_base", "rope_local_base", "rope_scaling", "rope_factor"),
     *("rope_low_frequency", "rope_high_frequency", "rope_original_length"),
 )
@@ -86,16 +102,25 @@ def _key(kind: str, name: str) -> str:
     return f"{kind}:{name}"
 
 
-def _read(path: Path, manifest: dict[str, Any], model: RankModel, kind: str, name: str, *, cast: bool) -> Tensor:
+def _read(
+    path: Path, manifest: dict[str, Any], model: RankModel, kind: str, name: str, *, cast: bool
+) -> Tensor:
     """What this rank has of a parameter or a moment of it, in the optimizer's precision."""
     tensor = torch.empty(model.parameters[name].shape, dtype=model.gradients.dtype)
-    store.load(path, manifest, {_key(kind, name): Piece(tensor, model.splits.get(name))}, cast=cast)
+    store.load(
+        path,
+        manifest,
+        {_key(kind, name): CheckpointTensor(tensor, model.splits.get(name))},
+        cast=cast,
+    )
     return tensor
 
 
 def _settings(config: RunConfig, num_replicas: int) -> dict[str, Any]:
     """What makes a run this one, as JSON gives it back: with lists for tuples.  Layouts, schedules and lengths do not."""
-    values: dict[str, Any] = json.loads(json.dumps({"model": asdict(config.model), "data": asdict(config.data)}))
+    values: dict[str, Any] = json.loads(
+        json.dumps({"model": asdict(config.model), "data": asdict(config.data)})
+    )
     values["data"]["synthetic"] = config.data.name == "synthetic"
     values["data"]["weights"] = list(config.data.weights)
     values["run"] = {"dtype": config.run.dtype}
@@ -108,7 +133,11 @@ def _require_same_text(saved: Sequence[str], ours: Sequence[str], path: Path) ->
         return
     which = "the text or its tokenizer is"
     if len(saved) == len(ours) > 1:
-        changed = [f"data.blend[{number}]" for number, pair in enumerate(zip(saved, ours, strict=True)) if len(set(pair)) > 1]
+        changed = [
+            f"data.blend[{number}]"
+            for number, pair in enumerate(zip(saved, ours, strict=True))
+            if len(set(pair)) > 1
+        ]
         which = f"the text or tokenizer of {', '.join(changed)} is"
     raise ConfigError(
         f"{which} not what {path} was trained on; bring that back, or go on from its weights as another run: "
@@ -121,4 +150,6 @@ def _require_same(saved: dict[str, Any], ours: dict[str, Any], path: Path) -> No
         for key, value in values.items():
             before = saved.get(section, {}).get(key)
             if before != value:
-                raise ConfigError(f"{path} was saved with {section}.{key}={before}, this run has {value}; use the same value")
+                raise ConfigError(
+                    f"{path} was saved with {section}.{key}={before}, this run has {value}; use the same value"
+                )

@@ -92,13 +92,21 @@ def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Co
     if config.blend is None:
         return (prepare(config, vocab_size, progress),)
     parts = [
-        replace(config, name=entry.name, path=entry.path, jsonl_field=entry.jsonl_field or config.jsonl_field, blend=None)
+        replace(
+            config,
+            name=entry.name,
+            path=entry.path,
+            jsonl_field=entry.jsonl_field or config.jsonl_field,
+            blend=None,
+        )
         for entry in config.blend
     ]
     if config.tokenizer is None:
         stored = [path / "tokenizer.json" for path in map(_stored, parts) if path is not None]
         tokenizer = stored[0] if stored else _shared_tokenizer(parts, vocab_size, progress)
-        parts = [part if _stored(part) else replace(part, tokenizer=str(tokenizer)) for part in parts]
+        parts = [
+            part if _stored(part) else replace(part, tokenizer=str(tokenizer)) for part in parts
+        ]
     corpora = []
     for number, part in enumerate(parts):
         with _told_apart(number):
@@ -126,7 +134,11 @@ def _told_apart(number: int) -> Iterator[None]:
 def _stored(config: DataConfig) -> Path | None:
     """data.path, where that is a corpus prepared before."""
     path = None if config.path is None else Path(config.path).expanduser()
-    return path if path is not None and (path / "manifest.json").exists() and (path / "tokens.idx").exists() else None
+    return (
+        path
+        if path is not None and (path / "manifest.json").exists() and (path / "tokens.idx").exists()
+        else None
+    )
 
 
 def prepare(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
@@ -135,7 +147,9 @@ def prepare(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
     Raises ConfigError for data a user must change: nothing to read, a broken file, a token out of range.
     """
     path = _stored(config)
-    corpus = _found_or_built(config, vocab_size, progress) if path is None else _opened(path, config)
+    corpus = (
+        _found_or_built(config, vocab_size, progress) if path is None else _opened(path, config)
+    )
     if corpus.manifest.vocab_size != vocab_size:
         raise ConfigError(
             f"{corpus.path} was prepared for model.vocab_size={corpus.manifest.vocab_size}, this run has {vocab_size}; "
@@ -157,7 +171,10 @@ def _opened(path: Path, config: DataConfig) -> Corpus:
         raise ConfigError(
             f"{path} was prepared with another tokenizer than data.tokenizer={wanted}; drop that, or give the text instead"
         )
-    if config.end_token is not None and end_token_id(tokenizer, config.end_token) != corpus.manifest.end_token:
+    if (
+        config.end_token is not None
+        and end_token_id(tokenizer, config.end_token) != corpus.manifest.end_token
+    ):
         raise ConfigError(
             f"documents of {path} end with {tokenizer.id_to_token(corpus.manifest.end_token)!r}, not with "
             f"data.end_token={config.end_token}; drop that, or give the text instead"
@@ -167,7 +184,14 @@ def _opened(path: Path, config: DataConfig) -> Corpus:
 
 def _found_or_built(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
     files = find_files(config)
-    settings = [_FORMAT, config.name, vocab_size, config.tokenizer is not None, config.end_token, config.jsonl_field]
+    settings = [
+        _FORMAT,
+        config.name,
+        vocab_size,
+        config.tokenizer is not None,
+        config.end_token,
+        config.jsonl_field,
+    ]
     cache_dir = Path(config.cache_dir).expanduser()
     with _exclusive(cache_dir):
         key = _content_key(cache_dir, config, files, settings)
@@ -186,32 +210,53 @@ def _shared_tokenizer(parts: list[DataConfig], vocab_size: int, progress: bool) 
             found.append(find_files(part))
     cache_dir = Path(parts[0].cache_dir).expanduser()
     with _exclusive(cache_dir):
-        keys = [_content_key(cache_dir, part, files, [part.jsonl_field]) for part, files in zip(parts, found, strict=True)]
-        key = hashlib.blake2b(json.dumps([_FORMAT, vocab_size, keys]).encode(), digest_size=8).hexdigest()
+        keys = [
+            _content_key(cache_dir, part, files, [part.jsonl_field])
+            for part, files in zip(parts, found, strict=True)
+        ]
+        key = hashlib.blake2b(
+            json.dumps([_FORMAT, vocab_size, keys]).encode(), digest_size=8
+        ).hexdigest()
         path = cache_dir / f"tokenizer-{key}.json"
         if not path.exists():
             _say_training(progress, vocab_size, [file for files in found for file in files])
             limit = _TRAINING_CHARACTERS // len(parts)
-            texts = (_training_texts(files, part, limit) for part, files in zip(parts, found, strict=True))
+            texts = (
+                _training_texts(files, part, limit)
+                for part, files in zip(parts, found, strict=True)
+            )
             written = path.with_suffix(".new")
             train_tokenizer(chain.from_iterable(texts), vocab_size).save(str(written))
             written.replace(path)
     return path
 
 
-def _content_key(cache_dir: Path, config: DataConfig, files: tuple[Path, ...], settings: list[object]) -> str:
+def _content_key(
+    cache_dir: Path, config: DataConfig, files: tuple[Path, ...], settings: list[object]
+) -> str:
     """The hash of contents and settings; contents are read again only where a size or a time has changed."""
     tokenizer = [Path(config.tokenizer).resolve()] if config.tokenizer else []
     for path in tokenizer:
         if not path.is_file():
-            raise ConfigError(f"data.tokenizer={config.tokenizer} is not a file; give the path of a tokenizer.json")
-    stats = [(str(path), stat.st_size, stat.st_mtime_ns) for path in (*files, *tokenizer) for stat in (path.stat(),)]
-    fingerprint = hashlib.blake2b(json.dumps([settings, stats]).encode(), digest_size=12).hexdigest()
+            raise ConfigError(
+                f"data.tokenizer={config.tokenizer} is not a file; give the path of a tokenizer.json"
+            )
+    stats = [
+        (str(path), stat.st_size, stat.st_mtime_ns)
+        for path in (*files, *tokenizer)
+        for stat in (path.stat(),)
+    ]
+    fingerprint = hashlib.blake2b(
+        json.dumps([settings, stats]).encode(), digest_size=12
+    ).hexdigest()
     known = cache_dir / "fingerprints" / fingerprint
     if known.exists():
         return known.read_text()
     root = Path(os.path.commonpath([str(path.parent) for path in files]))
-    contents = [content_hash(files, root), *(content_hash([path], path.parent) for path in tokenizer)]
+    contents = [
+        content_hash(files, root),
+        *(content_hash([path], path.parent) for path in tokenizer),
+    ]
     key = hashlib.blake2b(json.dumps([settings, contents]).encode(), digest_size=8).hexdigest()
     known.parent.mkdir(exist_ok=True)
     written = known.with_suffix(".new")
@@ -225,7 +270,9 @@ def _read_manifest(path: Path) -> Manifest:
         manifest = Manifest(**json.loads((path / "manifest.json").read_text()))
         sizes = {name: (path / name).stat().st_size for name in manifest.file_bytes}
     except (OSError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged ({error}); delete the directory, and prepare it again") from None
+        raise ConfigError(
+            f"{path} is damaged ({error}); delete the directory, and prepare it again"
+        ) from None
     for name, expected in manifest.file_bytes.items():
         if sizes[name] != expected:
             raise ConfigError(
@@ -234,10 +281,19 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _build(path: Path, key: str, config: DataConfig, files: tuple[Path, ...], vocab_size: int, progress: bool) -> None:
+def _build(
+    path: Path,
+    key: str,
+    config: DataConfig,
+    files: tuple[Path, ...],
+    vocab_size: int,
+    progress: bool,
+) -> None:
     """Build in a temporary directory and rename: a kill leaves nothing that looks complete."""
     started = time.perf_counter()
-    temporary = path.parent / "building"  # one at a time under the lock; what is there already, a killed process left
+    temporary = (
+        path.parent / "building"
+    )  # one at a time under the lock; what is there already, a killed process left
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -245,13 +301,19 @@ def _build(path: Path, key: str, config: DataConfig, files: tuple[Path, ...], vo
             tokenizer = load_tokenizer(Path(config.tokenizer), vocab_size)
         else:
             _say_training(progress, vocab_size, files)
-            tokenizer = train_tokenizer(_training_texts(files, config, _TRAINING_CHARACTERS), vocab_size)
+            tokenizer = train_tokenizer(
+                _training_texts(files, config, _TRAINING_CHARACTERS), vocab_size
+            )
         end = end_token_id(tokenizer, config.end_token)
         tokenizer.save(str(temporary / "tokenizer.json"))
         documents = _encoded(tokenizer, read_documents(files, config.jsonl_field, warn=True), end)
-        num_documents, num_tokens = write_dataset(temporary / "tokens", _with_progress(documents, progress), vocab_size)
+        num_documents, num_tokens = write_dataset(
+            temporary / "tokens", _with_progress(documents, progress), vocab_size
+        )
         if num_documents == 0:
-            raise ConfigError(f"{files[0]} and the {len(files) - 1} files after it hold no text; set data.path to some that do")
+            raise ConfigError(
+                f"{files[0]} and the {len(files) - 1} files after it hold no text; set data.path to some that do"
+            )
         check_tokens(temporary / "tokens", vocab_size)
         manifest = Manifest(
             name=config.name,
@@ -282,7 +344,9 @@ def _encoded(tokenizer: Tokenizer, documents: Iterator[Document], end: int) -> I
     """The token ids of each document that has any, with `end` after them."""
     tokenizer.encode_special_tokens = True  # text that spells a special token stays text
     while batch := list(islice(documents, _BATCH)):
-        for encoding in tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False):
+        for encoding in tokenizer.encode_batch_fast(
+            [document.text for document in batch], add_special_tokens=False
+        ):
             if encoding.ids:
                 yield [*encoding.ids, end]
 
@@ -305,7 +369,13 @@ def _with_progress(documents: Iterator[list[int]], progress: bool) -> Iterator[l
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("tokenizing"), BarColumn(), MofNCompleteColumn(), TextColumn("documents"), TimeElapsedColumn())
+    columns = (
+        TextColumn("tokenizing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("documents"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("tokenizing", total=None)
         for document in documents:

@@ -32,16 +32,28 @@ def find_files(config: DataConfig) -> tuple[Path, ...]:
     if config.name == "pystdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-        files = [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
+        files = [
+            path
+            for path in root.rglob("*.py")
+            if not skipped.intersection(path.relative_to(root).parts)
+        ]
     else:
         assert config.path is not None
         root = Path(config.path).expanduser().resolve()
         if not root.exists():
-            raise ConfigError(f"data.path={config.path} does not exist; give a directory of text files, or one file")
-        files = [root] if root.is_file() else [path for path in root.rglob("*") if path.suffix.lower() in _TEXT_SUFFIXES]
+            raise ConfigError(
+                f"data.path={config.path} does not exist; give a directory of text files, or one file"
+            )
+        files = (
+            [root]
+            if root.is_file()
+            else [path for path in root.rglob("*") if path.suffix.lower() in _TEXT_SUFFIXES]
+        )
     files = sorted(path for path in files if path.is_file())
     if not files:
-        raise ConfigError(f"data.path={root} holds no text file; known endings are {' '.join(sorted(_TEXT_SUFFIXES))}")
+        raise ConfigError(
+            f"data.path={root} holds no text file; known endings are {' '.join(sorted(_TEXT_SUFFIXES))}"
+        )
     return tuple(files)
 
 
@@ -55,7 +67,9 @@ def content_hash(files: Sequence[Path], root: Path) -> str:
     return digest.hexdigest()
 
 
-def read_documents(files: Sequence[Path], jsonl_field: str, warn: bool = False) -> Iterator[Document]:
+def read_documents(
+    files: Sequence[Path], jsonl_field: str, warn: bool = False
+) -> Iterator[Document]:
     """Every document in order; files that are not UTF-8 are left out, with a line on stderr if `warn`.
 
     Raises ConfigError with file and line for a .jsonl line that is not UTF-8 JSON or lacks the field.
@@ -82,9 +96,17 @@ def _read_lines(path: Path, field: str) -> Iterator[Document]:
             try:
                 record = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{path}:{number} is not JSON in UTF-8 ({error}); repair or remove the line") from None
+                raise ConfigError(
+                    f"{path}:{number} is not JSON in UTF-8 ({error}); repair or remove the line"
+                ) from None
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                found = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-                raise ConfigError(f"{path}:{number} has no text field {field!r} (found: {found}); set data.jsonl_field")
+                found = (
+                    ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+                )
+                raise ConfigError(
+                    f"{path}:{number} has no text field {field!r} (found: {found}); set data.jsonl_field"
+                )
             # JSON can escape half of a surrogate pair, which no tokenizer accepts
-            yield Document(f"{path}:{number}", record[field].encode("utf-8", "replace").decode("utf-8"))
+            yield Document(
+                f"{path}:{number}", record[field].encode("utf-8", "replace").decode("utf-8")
+            )

@@ -70,7 +70,9 @@ def split_documents(prefix: Path, validation_fraction: float, seed: int) -> tupl
     if validation_fraction > 0:
         num_validation = min(max(num_validation, 1), len(lengths) - 1)
     validation, training = np.sort(order[:num_validation]), np.sort(order[num_validation:])
-    return Share(training, int(lengths[training].sum())), Share(validation, int(lengths[validation].sum()))
+    return Share(training, int(lengths[training].sum())), Share(
+        validation, int(lengths[validation].sum())
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +102,20 @@ class Windows:
         """The tokens of sample `index`, int64 [seq_length + 1], and which of the sample's documents each is of, int32."""
         start = index * self.seq_length
         stop = start + self.seq_length + 1
-        first, last = int(np.searchsorted(self.ends, start, "right")), int(np.searchsorted(self.ends, stop, "left"))
+        first, last = (
+            int(np.searchsorted(self.ends, start, "right")),
+            int(np.searchsorted(self.ends, stop, "left")),
+        )
         pieces = []
-        for number, (low, high) in enumerate(pairwise([start, *self.ends[first:last].tolist(), stop]), start=first):
+        for number, (low, high) in enumerate(
+            pairwise([start, *self.ends[first:last].tolist(), stop]), start=first
+        ):
             begin = int(self.ends[number - 1]) if number else 0
             pieces.append(self.dataset.get(int(self.documents[number]), low - begin, high - low))
         lengths = [len(piece) for piece in pieces]
-        return np.concatenate(pieces).astype(np.int64), np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
+        return np.concatenate(pieces).astype(np.int64), np.repeat(
+            np.arange(len(pieces), dtype=np.int32), lengths
+        )
 
 
 def _open_dataset(prefix: Path) -> Any:

@@ -68,7 +68,9 @@ class Turns:
         """
         period, counts = sum(weights), [0] * len(weights)
         whose, before = [], []
-        waiting = [(0, corpus) for corpus in range(len(weights))]  # by the first moment of the next turn
+        waiting = [
+            (0, corpus) for corpus in range(len(weights))
+        ]  # by the first moment of the next turn
         heapify(waiting)
         ready: list[tuple[int, int]] = []  # by deadline
         for turn in range(period):

@@ -67,7 +67,9 @@ def _positions(config: RunConfig, step: int, dp_rank: int, dp_size: int) -> rang
     return own_positions(step, config.num_microbatches * config.micro_batch_size, dp_rank, dp_size)
 
 
-def _share(samples: Callable[[range], Batch], config: RunConfig, dp_rank: int, dp_size: int) -> Batch:
+def _share(
+    samples: Callable[[range], Batch], config: RunConfig, dp_rank: int, dp_size: int
+) -> Batch:
     """A replica's share of the samples for validation."""
     num_own = config.run.eval_microbatches_of(dp_size)
     batch = samples(own_positions(1, num_own * config.micro_batch_size, dp_rank, dp_size))
@@ -78,16 +80,20 @@ def _share(samples: Callable[[range], Batch], config: RunConfig, dp_rank: int, d
 
 def _batch(samples: list[np.ndarray], config: RunConfig) -> Tensor:
     """Stack samples of seq_length + 1 values to [m, b, s + 1]."""
-    return torch.from_numpy(np.stack(samples)).view(-1, config.micro_batch_size, config.model.seq_length + 1)
+    return torch.from_numpy(np.stack(samples)).view(
+        -1, config.micro_batch_size, config.model.seq_length + 1
+    )
 
 
 def _tokens_and_labels(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Split samples [m, b, s + 1] into tokens and the tokens that follow them, [m, b, s] each.
+    """TensorSlice samples [m, b, s + 1] into tokens and the tokens that follow them, [m, b, s] each.
 
     They share no memory, with each other or with `samples`: `contiguous` would return a view where m = b = 1.
     """
     tokens, labels = samples[..., :-1], samples[..., 1:]
-    return tokens.clone(memory_format=torch.contiguous_format), labels.clone(memory_format=torch.contiguous_format)
+    return tokens.clone(memory_format=torch.contiguous_format), labels.clone(
+        memory_format=torch.contiguous_format
+    )
 
 
 class _Synthetic:
@@ -98,7 +104,9 @@ class _Synthetic:
         self.entropy: float | None = entropy
         self.contents: tuple[str, ...] = ()
         self.tokenizer: Path | None = None
-        self.description = f"synthetic text over {config.model.vocab_size:,} tokens, entropy {entropy:.4f} nats"
+        self.description = (
+            f"synthetic text over {config.model.vocab_size:,} tokens, entropy {entropy:.4f} nats"
+        )
 
     def _samples(self, stream: int, positions: range) -> Batch:
         length = self._config.model.seq_length + 1
@@ -115,13 +123,17 @@ class _Synthetic:
 class _Samples:
     """The training samples, or those for validation, of all corpora in their order."""
 
-    def __init__(self, config: RunConfig, windows: list[Windows], turns: Turns, purpose: str) -> None:
+    def __init__(
+        self, config: RunConfig, windows: list[Windows], turns: Turns, purpose: str
+    ) -> None:
         self._config, self._windows = config, windows
         self._order = SampleOrder(tuple(map(len, windows)), turns, config.data.seed, purpose)
 
     def batch(self, positions: range) -> Batch:
         places = map(self._order.__getitem__, positions)
-        tokens, documents = zip(*(self._windows[corpus].read(sample) for corpus, sample in places), strict=True)
+        tokens, documents = zip(
+            *(self._windows[corpus].read(sample) for corpus, sample in places), strict=True
+        )
         inputs, labels = _tokens_and_labels(_batch(list(tokens), self._config))
         if self._config.data.packing == "none":
             return Batch(inputs, labels)
@@ -140,14 +152,26 @@ class _Text:
         turns = Turns.of(config.data.weights)
         lines = [describe(corpus).splitlines()[0] for corpus in corpora]
         if len(lines) > 1:
-            lines = [f"{w / sum(turns.weights):.1%} {line}" for w, line in zip(turns.weights, lines, strict=True)]
+            lines = [
+                f"{w / sum(turns.weights):.1%} {line}"
+                for w, line in zip(turns.weights, lines, strict=True)
+            ]
         self.description = "; ".join(lines)
-        split = [split_documents(corpus.prefix, config.data.validation_fraction, config.data.seed) for corpus in corpora]
-        training = [self._windows(corpus, share, "training") for corpus, (share, _) in zip(corpora, split, strict=True)]
+        split = [
+            split_documents(corpus.prefix, config.data.validation_fraction, config.data.seed)
+            for corpus in corpora
+        ]
+        training = [
+            self._windows(corpus, share, "training")
+            for corpus, (share, _) in zip(corpora, split, strict=True)
+        ]
         self._train = _Samples(config, training, turns, "training")
         self._validation = None
         if config.run.eval_every:
-            held_out = [self._windows(corpus, share, "validation") for corpus, (_, share) in zip(corpora, split, strict=True)]
+            held_out = [
+                self._windows(corpus, share, "validation")
+                for corpus, (_, share) in zip(corpora, split, strict=True)
+            ]
             self._validation = _Samples(config, held_out, turns, "validation")
 
     def _windows(self, corpus: Corpus, share: Share, purpose: str) -> Windows:

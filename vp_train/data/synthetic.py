@@ -30,7 +30,9 @@ class SyntheticText:
         follows = random.random(length) < _FOLLOW
         follows[0] = False
         positions = np.arange(length)
-        start = np.maximum.accumulate(np.where(follows, 0, positions))  # where the chain of each token was drawn
+        start = np.maximum.accumulate(
+            np.where(follows, 0, positions)
+        )  # where the chain of each token was drawn
         links = positions - start
         # The first chain began long ago: stationary from the first token on, so that `entropy` is exact for any length.
         links[start == 0] += random.geometric(1 - _FOLLOW) - 1
@@ -53,5 +55,7 @@ class SyntheticText:
         mixed = (1 - q) * z
         total = -(mixed * np.log(mixed)).sum()
         at_successor = mixed[self._successor]
-        correction = at_successor * np.log(at_successor) - (q + at_successor) * np.log(q + at_successor)
+        correction = at_successor * np.log(at_successor) - (q + at_successor) * np.log(
+            q + at_successor
+        )
         return float(total + (stationary * correction).sum())

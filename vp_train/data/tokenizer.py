@@ -20,7 +20,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises ConfigError for a vocabulary too small to hold every byte.
     """
     if vocab_size < _SMALLEST:
-        raise ConfigError(f"model.vocab_size={vocab_size} is too small for a byte-level tokenizer; use at least {_SMALLEST}")
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} is too small for a byte-level tokenizer; use at least {_SMALLEST}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,4 +59,6 @@ def end_token_id(tokenizer: Tokenizer, name: str | None) -> int:
         found = tokenizer.token_to_id(candidate)
         if found is not None:
             return int(found)
-    raise ConfigError(f"the tokenizer has no token {' or '.join(names)}; set data.end_token to the one that ends a document")
+    raise ConfigError(
+        f"the tokenizer has no token {' or '.join(names)}; set data.end_token to the one that ends a document"
+    )

@@ -41,7 +41,11 @@ def model_of(config: Mapping[str, Any]) -> ModelConfig:
     _refuse(config, "quantization_config", None, "import the model that is not quantised")
     _refuse(config, "partial_rotary_factor", 1.0, "only whole heads are rotated here")
     _refuse(config, "use_bidirectional_attention", False, "attention is causal here")
-    given = {key: value for key, value in config.items() if value is not None or key.endswith("softcapping")}
+    given = {
+        key: value
+        for key, value in config.items()
+        if value is not None or key.endswith("softcapping")
+    }
     try:
         return _read(family, family.defaults | given)
     except KeyError as error:
@@ -49,7 +53,10 @@ def model_of(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _read(family: Family, config: Mapping[str, Any]) -> ModelConfig:
-    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
+    heads, groups = (
+        config["num_attention_heads"],
+        config.get("num_key_value_heads", config["num_attention_heads"]),
+    )
     size = config.get("head_dim")
     settings: Settings = {
         "num_layers": config["num_hidden_layers"],
@@ -71,7 +78,11 @@ def config_of(model: ModelConfig) -> Settings:
     """A config.json for this model.  Raises ConfigError naming what no architecture here has."""
     nearest: tuple[str, list[str]] | None = None
     for name, family in FAMILIES.items():
-        config = {"architectures": [family.architecture], "model_type": name} | _common(model) | family.write(model)
+        config = (
+            {"architectures": [family.architecture], "model_type": name}
+            | _common(model)
+            | family.write(model)
+        )
         missing = _differences(model, model_of(config))
         if not missing:
             return config
@@ -106,7 +117,9 @@ def _differences(model: ModelConfig, other: ModelConfig) -> list[str]:
     """Settings in which two models compute differently, with the values of the first."""
     ours, theirs = (asdict(_canonical(one)) for one in (model, other))
     names = [name for name, value in ours.items() if value != theirs[name]]
-    told = [name for name in names if getattr(model, name) is not None]  # the others follow from these
+    told = [
+        name for name in names if getattr(model, name) is not None
+    ]  # the others follow from these
     return [f"model.{name}={getattr(model, name)}" for name in told or names]
 
 
@@ -120,12 +133,20 @@ def _canonical(model: ModelConfig) -> ModelConfig:
     if model.rope_scaling == "none":
         same |= {"rope_factor": 1.0}
     if model.rope_scaling != "llama3":
-        same |= {name: getattr(plain, name) for name in ("rope_low_frequency", "rope_high_frequency", "rope_original_length")}
+        same |= {
+            name: getattr(plain, name)
+            for name in ("rope_low_frequency", "rope_high_frequency", "rope_original_length")
+        }
     if not any(local):
         same |= {"sliding_window": None, "full_attention_every": None, "rope_local_base": None}
     else:
-        base = model.rope_base if model.rope_scaling == "none" and model.positions == "rope" else None
-        same |= {"full_attention_every": _every(local), "rope_local_base": model.rope_local_base or base}
+        base = (
+            model.rope_base if model.rope_scaling == "none" and model.positions == "rope" else None
+        )
+        same |= {
+            "full_attention_every": _every(local),
+            "rope_local_base": model.rope_local_base or base,
+        }
     size = head_size(model)
     divisor = float(size) if model.attention_divisor is None else model.attention_divisor
     return replace(model, head_size=size, attention_divisor=divisor, **same)
@@ -149,7 +170,9 @@ def _refuse(config: Mapping[str, Any], name: str, only: object, reason: str) -> 
 def _activation(config: Mapping[str, Any], known: tuple[str, ...]) -> None:
     given = config.get("hidden_activation") or config["hidden_act"]
     if given not in known:
-        raise ConfigError(f"the activation {given} is not supported for {config['model_type']}, which has {known[0]}")
+        raise ConfigError(
+            f"the activation {given} is not supported for {config['model_type']}, which has {known[0]}"
+        )
 
 
 def _rope(config: Mapping[str, Any], layers: str | None = None) -> Settings:
@@ -200,14 +223,20 @@ def _windows(config: Mapping[str, Any], pattern: int) -> Settings:
     types = config.get("layer_types")
     if types is None:
         if pattern < 1:
-            raise ConfigError(f"sliding_window_pattern={pattern} is too small; every so many layers one is full, at least 1")
+            raise ConfigError(
+                f"sliding_window_pattern={pattern} is too small; every so many layers one is full, at least 1"
+            )
         full = [(layer + 1) % pattern == 0 for layer in range(config["num_hidden_layers"])]
         types = ["full_attention" if one else "sliding_attention" for one in full]
     if len(types) != config["num_hidden_layers"]:
-        raise ConfigError(f"layer_types has {len(types)} entries for num_hidden_layers={config['num_hidden_layers']}; one each")
+        raise ConfigError(
+            f"layer_types has {len(types)} entries for num_hidden_layers={config['num_hidden_layers']}; one each"
+        )
     unknown = set(types) - {"full_attention", "sliding_attention"}
     if unknown:
-        raise ConfigError(f"layer_types {sorted(unknown)} are not supported; full_attention and sliding_attention are")
+        raise ConfigError(
+            f"layer_types {sorted(unknown)} are not supported; full_attention and sliding_attention are"
+        )
     local = [kind == "sliding_attention" for kind in types]
     if not any(local):
         return {}
@@ -215,7 +244,10 @@ def _windows(config: Mapping[str, Any], pattern: int) -> Settings:
 
 
 def _layer_types(model: ModelConfig) -> list[str]:
-    return ["sliding_attention" if model.is_local(layer) else "full_attention" for layer in range(model.num_layers)]
+    return [
+        "sliding_attention" if model.is_local(layer) else "full_attention"
+        for layer in range(model.num_layers)
+    ]
 
 
 def _read_llama(config: Mapping[str, Any]) -> Settings:
@@ -234,10 +266,17 @@ def _write_llama(model: ModelConfig) -> Settings:
 
 def _read_qwen(config: Mapping[str, Any]) -> Settings:
     _activation(config, ("silu",))
-    _refuse(config, "attention_bias", False, "of Qwen 2 and 3, the first alone has biases, of q, k and v")
+    _refuse(
+        config,
+        "attention_bias",
+        False,
+        "of Qwen 2 and 3, the first alone has biases, of q, k and v",
+    )
     full = config["num_hidden_layers"] if "layer_types" in config else config["max_window_layers"]
     types = config.get("layer_types") or ()
-    if config["use_sliding_window"] and (full < config["num_hidden_layers"] or "sliding_attention" in types):
+    if config["use_sliding_window"] and (
+        full < config["num_hidden_layers"] or "sliding_attention" in types
+    ):
         raise ConfigError(
             f"use_sliding_window=true with max_window_layers={config['max_window_layers']} is not supported: "
             "the last layers alone would be local"
@@ -246,7 +285,11 @@ def _read_qwen(config: Mapping[str, Any]) -> Settings:
 
 
 def _write_qwen(model: ModelConfig) -> Settings:
-    return {"hidden_act": "silu", "use_sliding_window": False, "max_window_layers": model.num_layers} | _rope_written(model)
+    return {
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "max_window_layers": model.num_layers,
+    } | _rope_written(model)
 
 
 _GEMMA = {"activation": "geglu", "zero_centred_norm": True, "embedding_scale": True}
@@ -261,7 +304,10 @@ def _read_gemma(config: Mapping[str, Any], layers: str | None = None) -> Setting
 
 
 def _write_gemma(model: ModelConfig) -> Settings:
-    return {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"} | _rope_written(model)
+    return {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+    } | _rope_written(model)
 
 
 def _read_gemma2(config: Mapping[str, Any]) -> Settings:
@@ -270,18 +316,38 @@ def _read_gemma2(config: Mapping[str, Any]) -> Settings:
 
 
 def _write_gemma2(model: ModelConfig) -> Settings:
-    return _write_gemma(model) | _sandwich_written(model) | {"attn_logit_softcapping": model.attention_softcap}
+    return (
+        _write_gemma(model)
+        | _sandwich_written(model)
+        | {"attn_logit_softcapping": model.attention_softcap}
+    )
 
 
 def _read_gemma3(config: Mapping[str, Any]) -> Settings:
-    _refuse(config, "attn_logit_softcapping", None, "transformers never applies it in Gemma 3; null says the same")
-    local = {"rope_parameters": config.get("rope_parameters"), "rope_theta": config["rope_local_base_freq"]}
+    _refuse(
+        config,
+        "attn_logit_softcapping",
+        None,
+        "transformers never applies it in Gemma 3; null says the same",
+    )
+    local = {
+        "rope_parameters": config.get("rope_parameters"),
+        "rope_theta": config["rope_local_base_freq"],
+    }
     of_local = _rope(local, "sliding_attention")
     if "rope_scaling" in of_local:
-        raise ConfigError(f"rope_type={of_local['rope_scaling']} of sliding_attention is not supported; default is")
+        raise ConfigError(
+            f"rope_type={of_local['rope_scaling']} of sliding_attention is not supported; default is"
+        )
     windows = _windows(config, config["sliding_window_pattern"])
     own = {"rope_local_base": of_local["rope_base"]} if windows else {}
-    return _read_gemma(config, "full_attention") | _sandwich(config) | windows | own | {"qk_norm": True}
+    return (
+        _read_gemma(config, "full_attention")
+        | _sandwich(config)
+        | windows
+        | own
+        | {"qk_norm": True}
+    )
 
 
 def _write_gemma3(model: ModelConfig) -> Settings:
@@ -304,7 +370,9 @@ def _sandwich(config: Mapping[str, Any]) -> Settings:
 
 
 def _sandwich_written(model: ModelConfig) -> Settings:
-    divisor = float(head_size(model)) if model.attention_divisor is None else model.attention_divisor
+    divisor = (
+        float(head_size(model)) if model.attention_divisor is None else model.attention_divisor
+    )
     return {
         "query_pre_attn_scalar": int(divisor),
         "final_logit_softcapping": model.logit_softcap,
@@ -320,14 +388,30 @@ _DEFAULTS: Settings = {
     "rope_theta": 10_000.0,
     "attention_bias": False,
 }
-_QWEN_DEFAULTS = _DEFAULTS | {"tie_word_embeddings": False, "use_sliding_window": False, "max_window_layers": 28}
-_GEMMA_DEFAULTS = _DEFAULTS | {"tie_word_embeddings": True, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh"}
+_QWEN_DEFAULTS = _DEFAULTS | {
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+}
+_GEMMA_DEFAULTS = _DEFAULTS | {
+    "tie_word_embeddings": True,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
-        "LlamaForCausalLM", _DEFAULTS | {"tie_word_embeddings": False, "mlp_bias": False}, _read_llama, _write_llama
+        "LlamaForCausalLM",
+        _DEFAULTS | {"tie_word_embeddings": False, "mlp_bias": False},
+        _read_llama,
+        _write_llama,
     ),
-    "qwen2": Family("Qwen2ForCausalLM", _QWEN_DEFAULTS, lambda config: _read_qwen(config) | {"qkv_bias": True}, _write_qwen),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        _QWEN_DEFAULTS,
+        lambda config: _read_qwen(config) | {"qkv_bias": True},
+        _write_qwen,
+    ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         _QWEN_DEFAULTS | {"head_dim": 128},

@@ -34,7 +34,9 @@ class Entry:
 
     @property
     def their_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: (rows, *self.width) for name, rows in zip(self.theirs, self.rows, strict=True)}
+        return {
+            name: (rows, *self.width) for name, rows in zip(self.theirs, self.rows, strict=True)
+        }
 
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
         """Theirs, in order, to ours."""
@@ -69,22 +71,40 @@ def _layer(model: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
     q, kv = model.num_heads * d, model.num_query_groups * d
 
     def linear(
-        name: str, parts: Sequence[str], rows: Sequence[int], width: int, bias: bool, groups: int = 1
+        name: str,
+        parts: Sequence[str],
+        rows: Sequence[int],
+        width: int,
+        bias: bool,
+        groups: int = 1,
     ) -> Iterator[Entry]:
         for kind in ("weight", "bias") if bias else ("weight",):
             sources = tuple(f"{theirs}{part}.{kind}" for part in parts)
-            yield Entry(f"{ours}{name}.{kind}", sources, tuple(rows), (width,) if kind == "weight" else (), groups)
+            yield Entry(
+                f"{ours}{name}.{kind}",
+                sources,
+                tuple(rows),
+                (width,) if kind == "weight" else (),
+                groups,
+            )
 
     def norm(name: str, source: str, size: int = h) -> Entry:
         return Entry(f"{ours}{name}.weight", (f"{theirs}{source}.weight",), (size,))
 
     yield norm("input_layernorm", "input_layernorm")
-    parts, with_bias = [f"self_attn.{name}_proj" for name in "qkv"], model.qkv_bias or model.linear_bias
-    yield from linear("self_attention.linear_qkv", parts, (q, kv, kv), h, with_bias, model.num_query_groups)
+    parts, with_bias = (
+        [f"self_attn.{name}_proj" for name in "qkv"],
+        model.qkv_bias or model.linear_bias,
+    )
+    yield from linear(
+        "self_attention.linear_qkv", parts, (q, kv, kv), h, with_bias, model.num_query_groups
+    )
     if model.qk_norm:
         yield norm("self_attention.q_layernorm", "self_attn.q_norm", d)
         yield norm("self_attention.k_layernorm", "self_attn.k_norm", d)
-    yield from linear("self_attention.linear_proj", ["self_attn.o_proj"], (h,), q, model.linear_bias)
+    yield from linear(
+        "self_attention.linear_proj", ["self_attn.o_proj"], (h,), q, model.linear_bias
+    )
     if model.post_norms:
         yield norm("self_attn_bda.norm", "post_attention_layernorm")
         yield norm("pre_mlp_layernorm", "pre_feedforward_layernorm")

@@ -10,7 +10,11 @@ from typing import Any
 from vp_train.config import ConfigError
 
 _WHOLE, _NUMBER, _FLAG = "a whole number, like 4096", "a finite number, like 0.5", "true or false"
-_TEXT, _TEXTS, _OBJECT = 'a text, like "llama"', 'a list of texts, like ["full_attention"]', "an object, {...}"
+_TEXT, _TEXTS, _OBJECT = (
+    'a text, like "llama"',
+    'a list of texts, like ["full_attention"]',
+    "an object, {...}",
+)
 
 _IS: dict[str, Callable[[Any], bool]] = {
     _WHOLE: lambda value: type(value) is int,  # which true and 2.0 are not
@@ -21,17 +25,28 @@ _IS: dict[str, Callable[[Any], bool]] = {
     _OBJECT: lambda value: isinstance(value, dict),
 }
 _KINDS = {
-    **dict.fromkeys(("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "head_dim"), _WHOLE),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "max_position_embeddings"), _WHOLE),
+    **dict.fromkeys(
+        ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "head_dim"), _WHOLE
+    ),
+    **dict.fromkeys(
+        ("num_attention_heads", "num_key_value_heads", "max_position_embeddings"), _WHOLE
+    ),
     **dict.fromkeys(("sliding_window", "sliding_window_pattern", "max_window_layers"), _WHOLE),
     **dict.fromkeys(("rms_norm_eps", "initializer_range", "query_pre_attn_scalar"), _NUMBER),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), _NUMBER),
-    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), _FLAG),
+    **dict.fromkeys(
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), _FLAG
+    ),
     **dict.fromkeys(("model_type", "hidden_act", "hidden_activation"), _TEXT),
     "layer_types": _TEXTS,
     # RoPE: as a whole, by type of layer, and what is in it.
-    **dict.fromkeys(("rope_parameters", "rope_scaling", "full_attention", "sliding_attention"), _OBJECT),
-    **dict.fromkeys(("rope_theta", "rope_local_base_freq", "factor", "low_freq_factor", "high_freq_factor"), _NUMBER),
+    **dict.fromkeys(
+        ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention"), _OBJECT
+    ),
+    **dict.fromkeys(
+        ("rope_theta", "rope_local_base_freq", "factor", "low_freq_factor", "high_freq_factor"),
+        _NUMBER,
+    ),
     **dict.fromkeys(("rope_type", "type"), _TEXT),
     "original_max_position_embeddings": _WHOLE,
 }
@@ -44,6 +59,8 @@ def check(values: Mapping[str, Any], where: str = "") -> None:
         if kind is None or value is None:
             continue
         if not _IS[kind](value):
-            raise ConfigError(f"{where}{name}={json.dumps(value, default=repr)[:60]} must be {kind}")
+            raise ConfigError(
+                f"{where}{name}={json.dumps(value, default=repr)[:60]} must be {kind}"
+            )
         if kind is _OBJECT:
             check(value, f"{where}{name}: ")

@@ -21,7 +21,9 @@ class MetricsLog:
         if continues:
             _drop_after(jsonl, last_step)
         self._path, self._file = jsonl, jsonl.open("a", buffering=1)
-        self._writer = SummaryWriter(str(tensorboard), purge_step=last_step + 1 if continues else None)
+        self._writer = SummaryWriter(
+            str(tensorboard), purge_step=last_step + 1 if continues else None
+        )
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """One line {"step": ..., **values}; non-finite numbers become null, so that every line is JSON."""

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from vp_train.units import clock, human_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
@@ -26,12 +28,19 @@ class Progress:
     """Shows steps up to `num_steps`; in a log file every `log_every` steps, and the first and the last."""
 
     def __init__(self, num_steps: int, first_step: int, log_every: int, console: Console) -> None:
-        self._num_steps, self._first_step, self._log_every, self._console = num_steps, first_step, log_every, console
+        self._num_steps, self._first_step, self._log_every, self._console = (
+            num_steps,
+            first_step,
+            log_every,
+            console,
+        )
         self._started = time.monotonic()
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
         if self._live is not None:
             self._live.start()
-            console.show_cursor(True)  # a rank may leave without `close`, and would leave the terminal without a cursor
+            console.show_cursor(
+                True
+            )  # a rank may leave without `close`, and would leave the terminal without a cursor
 
     def step(self, report: StepReport) -> None:
         """Show a finished step."""
@@ -58,18 +67,3 @@ class Progress:
             f"grad norm {report.grad_norm:.3f}  lr {report.learning_rate:.2e}  {report.tokens_per_second:,.0f} tokens/s  "
             f"{clock(left)} left  peak {human_bytes(report.peak_bytes)}"
         )
-
-
-def clock(seconds: float) -> str:
-    """75 -> 1:15, 3675 -> 1:01:15."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-def human_bytes(count: float) -> str:
-    """1536 -> 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

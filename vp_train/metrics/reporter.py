@@ -14,13 +14,14 @@ from schedules.timeline import Timeline
 from schedules.vocab import End
 from vp_train.config import RunConfig
 from vp_train.data import Source
-from vp_train.degrees import Degrees
 from vp_train.metrics.log import MetricsLog
-from vp_train.metrics.progress import Progress, StepReport, human_bytes
+from vp_train.metrics.progress import Progress, StepReport
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.metrics.summary import rank_table, summarize
 from vp_train.model.shape import num_parameters
-from vp_train.plan import RunPlan, row_advice
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.plan import RunPlan, row_advice
+from vp_train.units import human_bytes
 
 
 def _mesh(degrees: Degrees) -> str:
@@ -35,7 +36,11 @@ def _stages(plan: RunPlan) -> str:
     tp, lines = plan.degrees.tp, []
     for rank, stages in enumerate(plan.layers_of_ranks):
         name = f"rank {rank}" if tp == 1 else f"ranks {rank * tp}-{rank * tp + tp - 1}"
-        layers = [f"{stage[0]}-{stage[-1]}" if len(stage) > 1 else f"{stage[0]}" for stage in stages if stage]
+        layers = [
+            f"{stage[0]}-{stage[-1]}" if len(stage) > 1 else f"{stage[0]}"
+            for stage in stages
+            if stage
+        ]
         lines.append(f"{name}: layers {', '.join(layers) or 'none'}")
     return "  ".join(lines)
 
@@ -43,7 +48,9 @@ def _stages(plan: RunPlan) -> str:
 class Reporter:
     """Console, metrics.jsonl, TensorBoard, schedule, trace and final table of one run."""
 
-    def __init__(self, config: RunConfig, plan: RunPlan, directory: RunDirectory, first_step: int) -> None:
+    def __init__(
+        self, config: RunConfig, plan: RunPlan, directory: RunDirectory, first_step: int
+    ) -> None:
         self._config, self._plan, self._directory = config, plan, directory
         self._console = Console(width=None if sys.stdout.isatty() else 110)
         self._log = MetricsLog(directory.metrics, directory.tensorboard, first_step - 1)
@@ -74,7 +81,9 @@ class Reporter:
         ]
         for line in lines:
             self._console.print(line, highlight=False, soft_wrap=True, markup=False)
-        self._progress = Progress(config.run.steps, self._first_step, config.run.log_every, self._console)
+        self._progress = Progress(
+            config.run.steps, self._first_step, config.run.log_every, self._console
+        )
 
     def say(self, line: str) -> None:
         self._progress.say(line)
@@ -96,16 +105,22 @@ class Reporter:
         assert self._pending is not None
         self._pending[1]["validation_loss"] = loss
         uniform = math.log(self._config.model.vocab_size)
-        self._progress.say(f"step {step}  validation loss {loss:.4f}  (a uniform guess has ln V = {uniform:.4f})")
+        self._progress.say(
+            f"step {step}  validation loss {loss:.4f}  (a uniform guess has ln V = {uniform:.4f})"
+        )
 
     def trace(self, measured: Timeline, parameters: Sequence[int]) -> None:
         """The measured step: kept for the final table and written for Perfetto beside the predicted one."""
         self._measured, self._parameters = measured, parameters
         assert self._pending is not None
         planned = self._plan.timeline
-        self._pending[1].update(bubble_measured=measured.mean_bubble, bubble_predicted=planned.mean_bubble)
+        self._pending[1].update(
+            bubble_measured=measured.mean_bubble, bubble_predicted=planned.mean_bubble
+        )
         if planned.gap is not None:
-            self._pending[1].update(gap_measured=measured.makespan / planned.bound - 1.0, gap_predicted=planned.gap)
+            self._pending[1].update(
+                gap_measured=measured.makespan / planned.bound - 1.0, gap_predicted=planned.gap
+            )
         trace = chrome_trace({"predicted": self._plan.timeline, "measured": measured})
         self._directory.write("trace/step.json", json.dumps(trace))
         title = f"{self._plan.schedule.name}, vocabulary {self._plan.problem.algorithm.name}: as measured"
@@ -124,8 +139,20 @@ class Reporter:
         if self._measured is not None:
             rows = [shard.num_rows for shard in self._plan.shards[End.OUTPUT]]
             table = summarize(
-                self._plan.timeline, self._measured, self._plan.layers_of_ranks, rows, self._parameters, peak_bytes
+                self._plan.timeline,
+                self._measured,
+                self._plan.layers_of_ranks,
+                rows,
+                self._parameters,
+                peak_bytes,
             )
-            self._console.print(rank_table(table, "What was planned and what was measured (one traced step)"))
-        self._console.print(f"everything is in {self._directory.path}", highlight=False, soft_wrap=True, markup=False)
+            self._console.print(
+                rank_table(table, "What was planned and what was measured (one traced step)")
+            )
+        self._console.print(
+            f"everything is in {self._directory.path}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
         self._log.close()

@@ -24,10 +24,16 @@ def run_path(settings: RunSettings) -> Path:
 def refuse_used(settings: RunSettings) -> None:
     """Raises ConfigError if the directory holds a run that is not to be resumed: nothing is overwritten."""
     path = run_path(settings)
-    metrics = path / "metrics.jsonl"  # empty when a run ended before its first step: nothing to lose
-    used = (metrics.exists() and metrics.stat().st_size > 0) or any((path / "checkpoints").glob("step-*"))
+    metrics = (
+        path / "metrics.jsonl"
+    )  # empty when a run ended before its first step: nothing to lose
+    used = (metrics.exists() and metrics.stat().st_size > 0) or any(
+        (path / "checkpoints").glob("step-*")
+    )
     if used and not settings.resume:
-        raise ConfigError(f"{path} already holds a run; continue it with run.resume=true, or choose another run.name")
+        raise ConfigError(
+            f"{path} already holds a run; continue it with run.resume=true, or choose another run.name"
+        )
 
 
 def refuse_running(settings: RunSettings) -> None:

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from schedules.timeline import Timeline
-from vp_train.metrics.progress import human_bytes
+from vp_train.units import human_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,14 @@ def _human_count(count: float) -> str:
 
 def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
     """A table of about 80 columns, at most 110: a terminal cuts what is wider."""
-    table = Table(title=title, title_justify="left", header_style="", box=SIMPLE_HEAD, show_edge=False, padding=0)
+    table = Table(
+        title=title,
+        title_justify="left",
+        header_style="",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
+    )
     for name in (
         "rank",
         "layers",

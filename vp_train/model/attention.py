@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vp_train.streams import to_device
+from vp_train.tensors.streams import to_device
 
 _BLOCK = 256
 _MOST_HEAD_SIZE = 256  # of flash attention
@@ -46,7 +46,9 @@ class Documents:
         return cls(lengths, to_device(bounds, device))
 
 
-def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None) -> Tensor | None:
+def attend_documents(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None
+) -> Tensor | None:
     """Attend within each document: q [T, heads, d], k and v [T, groups, d] -> [T, heads * d].
 
     `window` as in `Rule`.  None where torch has no kernel for it: on a CPU, in more than sixteen
@@ -54,11 +56,18 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scal
     """
     attend = _variable_length_attention()
     sixteen_bits = q.dtype in (torch.bfloat16, torch.float16)
-    if documents.bounds is None or attend is None or not sixteen_bits or q.shape[-1] > _MOST_HEAD_SIZE:
+    if (
+        documents.bounds is None
+        or attend is None
+        or not sixteen_bits
+        or q.shape[-1] > _MOST_HEAD_SIZE
+    ):
         return None
     longest, bounds = max(documents.lengths), documents.bounds
     left = -1 if window is None else window - 1
-    context: Tensor = attend(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0))
+    context: Tensor = attend(
+        q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0)
+    )
     return context.flatten(1)
 
 
@@ -87,21 +96,32 @@ class Rule:
         """Queries, and the keys that any of them sees."""
         for start in range(0, num_tokens, _BLOCK):
             stop = min(num_tokens, start + _BLOCK)
-            yield slice(start, stop), slice(0 if self.window is None else max(0, start - self.window + 1), stop)
+            yield (
+                slice(start, stop),
+                slice(0 if self.window is None else max(0, start - self.window + 1), stop),
+            )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, num_before: int) -> Tensor:
         """q [n, b, heads, d], k and v [t, b, groups, d] -> [n, b, heads * d]; `num_before` keys precede the first query."""
         (n, b, heads, d), (t, _, groups, _) = q.shape, k.shape
-        rows = q.view(n, b, groups, -1, d).permute(1, 2, 3, 0, 4).reshape(b, groups, -1, d)  # heads of a group share its keys
-        scores = (rows @ k.permute(1, 2, 3, 0)).to(torch.promote_types(q.dtype, torch.float32)) * self.scale
+        rows = (
+            q.view(n, b, groups, -1, d).permute(1, 2, 3, 0, 4).reshape(b, groups, -1, d)
+        )  # heads of a group share its keys
+        scores = (rows @ k.permute(1, 2, 3, 0)).to(
+            torch.promote_types(q.dtype, torch.float32)
+        ) * self.scale
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         hidden = self._hidden(n, t, num_before, q.device)
-        weights = scores.view(b, groups, -1, n, t).masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
+        weights = (
+            scores.view(b, groups, -1, n, t).masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
+        )
         context = weights.view(b, groups, -1, t) @ v.permute(1, 2, 0, 3)
         return context.view(b, groups, -1, n, d).permute(3, 0, 1, 2, 4).reshape(n, b, heads * d)
 
-    def _hidden(self, num_queries: int, num_keys: int, num_before: int, device: torch.device) -> Tensor:
+    def _hidden(
+        self, num_queries: int, num_keys: int, num_before: int, device: torch.device
+    ) -> Tensor:
         """[queries, keys]: which keys a query does not see."""
         queries = torch.arange(num_before, num_before + num_queries, device=device)[:, None]
         keys = torch.arange(num_keys, device=device)
@@ -120,7 +140,10 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.rule = rule
-        blocks = [rule.attend(q[here], k[seen], v[seen], here.start - seen.start) for here, seen in rule.blocks(len(q))]
+        blocks = [
+            rule.attend(q[here], k[seen], v[seen], here.start - seen.start)
+            for here, seen in rule.blocks(len(q))
+        ]
         return torch.cat(blocks)
 
     @staticmethod

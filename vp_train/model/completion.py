@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 class Completion:
     """The units of a stage whose gradients complete one after the other, each announced to `done` once."""
 
-    def __init__(self, units: Sequence[Sequence[str]], done: Callable[[Sequence[str]], None]) -> None:
+    def __init__(
+        self, units: Sequence[Sequence[str]], done: Callable[[Sequence[str]], None]
+    ) -> None:
         self._units, self._done, self._next = units, done, 0
 
     def up_to(self, unit: int) -> None:

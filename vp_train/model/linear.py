@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vp_train.precision import accumulate
-from vp_train.split import Split
+from vp_train.tensors.precision import accumulate
+from vp_train.tensors.slices import TensorSlice
 
 _Product = tuple[nn.Parameter, Tensor, Tensor]
 
@@ -73,7 +73,9 @@ class WeightGradStore:
 
     def assert_empty(self) -> None:
         """Every I was followed by its W."""
-        assert not self._waiting, f"weight gradients of microbatches {sorted(self._waiting)} were not computed"
+        assert not self._waiting, (
+            f"weight gradients of microbatches {sorted(self._waiting)} were not computed"
+        )
 
 
 @torch.no_grad()  # W runs outside of a backward: a graph from the gradient would keep x and dy of every microbatch
@@ -140,15 +142,23 @@ class _StoredLinear(nn.Module):
     The gradient of the bias is a sum, so it does not wait.  `split` is that of `weight` over the tensor-parallel ranks.
     """
 
-    split: Split | None
+    split: TensorSlice | None
 
     def __init__(
-        self, input_size: int, output_size: int, config: Any, store: WeightGradStore, bias: bool, skip_bias_add: bool
+        self,
+        input_size: int,
+        output_size: int,
+        config: Any,
+        store: WeightGradStore,
+        bias: bool,
+        skip_bias_add: bool,
     ) -> None:
         super().__init__()
         self._store, self._skip_bias_add = store, skip_bias_add
         self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
-        self.bias = nn.Parameter(torch.empty(output_size, dtype=config.params_dtype)) if bias else None
+        self.bias = (
+            nn.Parameter(torch.empty(output_size, dtype=config.params_dtype)) if bias else None
+        )
 
     def _with_bias(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.bias is None or self._skip_bias_add:
@@ -173,15 +183,23 @@ class ColumnLinear(_StoredLinear):
         skip_bias_add: bool = False,
         **_: object,
     ) -> None:
-        super().__init__(input_size, output_size // tp_group.size(), config, store, bias, skip_bias_add)
+        super().__init__(
+            input_size, output_size // tp_group.size(), config, store, bias, skip_bias_add
+        )
         self._sequence = sequence
         self._group = tp_group if tp_group.size() > 1 else None
-        self.split = None if self._group is None else Split.even(0, output_size, tp_group.rank(), tp_group.size(), parts)
+        self.split = (
+            None
+            if self._group is None
+            else TensorSlice.even(0, output_size, tp_group.rank(), tp_group.size(), parts)
+        )
 
     @property
-    def splits(self) -> dict[str, Split]:
+    def splits(self) -> dict[str, TensorSlice]:
         """Of its parameters, where they are split."""
-        return {} if self.split is None else {name: self.split for name, _ in self.named_parameters()}
+        return (
+            {} if self.split is None else {name: self.split for name, _ in self.named_parameters()}
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, in], or [s / n, b, in] of sequences that are split, -> [s, b, out / n]."""
@@ -208,13 +226,19 @@ class RowLinear(_StoredLinear):
         skip_bias_add: bool = False,
         **_: object,
     ) -> None:
-        super().__init__(input_size // tp_group.size(), output_size, config, store, bias, skip_bias_add)
+        super().__init__(
+            input_size // tp_group.size(), output_size, config, store, bias, skip_bias_add
+        )
         self._reduce = reduce
         self._group = tp_group if tp_group.size() > 1 else None
-        self.split = None if self._group is None else Split.even(1, input_size, tp_group.rank(), tp_group.size())
+        self.split = (
+            None
+            if self._group is None
+            else TensorSlice.even(1, input_size, tp_group.rank(), tp_group.size())
+        )
 
     @property
-    def splits(self) -> dict[str, Split]:
+    def splits(self) -> dict[str, TensorSlice]:
         """Of its parameters, where they are split."""
         return {} if self.split is None else {"weight": self.split}
 

@@ -48,7 +48,13 @@ class CoreAttention(nn.Module):
         self._softcap, self._window = softcap, window
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, *_: object, **__: object
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        documents: Documents | None,
+        *_: object,
+        **__: object,
     ) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d], in each of `documents`, if given."""
         s, b = query.shape[:2]
@@ -61,7 +67,10 @@ class CoreAttention(nn.Module):
         if self._softcap is None:
             context = attend_documents(q, k, v, documents, self._scale, self._window)
         if context is None:
-            pieces = zip(*(torch.split(tensor[:, None], list(documents.lengths)) for tensor in (q, k, v)), strict=True)
+            pieces = zip(
+                *(torch.split(tensor[:, None], list(documents.lengths)) for tensor in (q, k, v)),
+                strict=True,
+            )
             context = torch.cat([self._attend(*piece) for piece in pieces])
         return context.view(b, s, -1).transpose(0, 1)
 
@@ -71,7 +80,9 @@ class CoreAttention(nn.Module):
             return block_attention(query, key, value, Rule(self._scale, self._softcap, window))
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         grouped = query.shape[2] != key.shape[2]
-        context = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale, enable_gqa=grouped)
+        context = nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self._scale, enable_gqa=grouped
+        )
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -86,7 +97,9 @@ def rotary_table(model: ModelConfig, *, local: bool, device: torch.device) -> Te
     frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float64, device=device) / size)
     if not own:
         frequencies = _scaled(frequencies, model)
-    angles = torch.outer(torch.arange(model.seq_length, dtype=torch.float64, device=device), frequencies)
+    angles = torch.outer(
+        torch.arange(model.seq_length, dtype=torch.float64, device=device), frequencies
+    )
     return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
 
@@ -98,7 +111,9 @@ def _scaled(frequencies: Tensor, model: ModelConfig) -> Tensor:
     if model.rope_scaling == "linear":
         return slower
     turns = frequencies * model.rope_original_length / (2 * math.pi)
-    kept = ((turns - model.rope_low_frequency) / (model.rope_high_frequency - model.rope_low_frequency)).clamp(0, 1)
+    kept = (
+        (turns - model.rope_low_frequency) / (model.rope_high_frequency - model.rope_low_frequency)
+    ).clamp(0, 1)
     return kept * frequencies + (1 - kept) * slower
 
 
@@ -128,16 +143,22 @@ class DecoderLayer(nn.Module):
         quiet_deprecations()
         if recompute != "none":
             part = self.layer if recompute == "full" else self.layer.get_submodule("self_attention")
-            run = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
+            run = partial(
+                checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False
+            )  # nothing here is random
             part.forward = run
 
-    def forward(self, x: Tensor, angles: Tensor | None, documents: Documents | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: Tensor | None, documents: Documents | None = None
+    ) -> Tensor:
         """[s, b, h] -> [s, b, h]; `angles` as `rotary_table` gives them, None without rotary embeddings.
 
         Angles go on counting from one document to the next: scores depend on differences alone.
         """
         hidden: Tensor
-        hidden, _ = self.layer(x, attention_mask=documents, rotary_pos_emb=angles)  # megatron only hands the mask on
+        hidden, _ = self.layer(
+            x, attention_mask=documents, rotary_pos_emb=angles
+        )  # megatron only hands the mask on
         return hidden
 
 
@@ -170,7 +191,9 @@ def _build(
         layernorm_epsilon=model.norm_epsilon,
         qk_layernorm=model.qk_norm,
         gated_linear_unit=is_gated(model),
-        activation_func=nn.functional.silu if model.activation == "swiglu" else partial(nn.functional.gelu, approximate="tanh"),
+        activation_func=nn.functional.silu
+        if model.activation == "swiglu"
+        else partial(nn.functional.gelu, approximate="tanh"),
         add_bias_linear=model.linear_bias,
         add_qkv_bias=model.qkv_bias,
         hidden_dropout=0.0,
@@ -188,9 +211,15 @@ def _build(
     groups = ProcessGroupCollection()
     groups.tp = groups.pp = groups.cp = group  # layers use tp alone; the others must exist
     spec = get_gpt_layer_local_spec(normalization=normalisation, qk_layernorm=model.qk_norm)
-    parts, attention, mlp = spec.submodules, spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    parts, attention, mlp = (
+        spec.submodules,
+        spec.submodules.self_attention.submodules,
+        spec.submodules.mlp.submodules,
+    )
     window = model.sliding_window if model.is_local(index) else None
-    attention.core_attention = partial(CoreAttention, softcap=model.attention_softcap, window=window)
+    attention.core_attention = partial(
+        CoreAttention, softcap=model.attention_softcap, window=window
+    )
     sequence, reduce = None, mappings.reduce_from_tensor_model_parallel_region
     if split_sequences:
         gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
@@ -208,7 +237,8 @@ def _build(
             attention.q_layernorm = attention.k_layernorm = ZeroCentredRMSNorm
     if model.post_norms:
         parts.self_attn_bda, parts.mlp_bda = (
-            ModuleSpec(module=PostNormAdd, params={"norm": build_norm(model, dtype, device)}) for _ in range(2)
+            ModuleSpec(module=PostNormAdd, params={"norm": build_norm(model, dtype, device)})
+            for _ in range(2)
         )
     layer: nn.Module = build_module(spec, config=config, layer_number=1, pg_collection=groups)
     return layer.to(device=device, dtype=dtype)
@@ -233,5 +263,7 @@ def join_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The inverse of `split_sequence`; what follows is done by every rank alike."""
     from megatron.core.tensor_parallel import mappings
 
-    whole: Tensor = mappings.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=group)
+    whole: Tensor = mappings.gather_from_sequence_parallel_region(
+        x, tensor_parallel_output_grad=False, group=group
+    )
     return whole

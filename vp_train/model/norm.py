@@ -48,11 +48,15 @@ class PostNormAdd(nn.Module):
         super().__init__()
         self.norm = norm
 
-    def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+    def forward(
+        self, training: bool, fused: bool
+    ) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
         """What megatron-core calls with (x, bias), the residual, and a dropout probability."""
         return self._add
 
-    def _add(self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+    def _add(
+        self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float
+    ) -> Tensor:
         x, bias = x_with_bias
         normed: Tensor = self.norm(x if bias is None else x + bias)
         return residual + normed

@@ -44,7 +44,9 @@ def is_gated(model: ModelConfig) -> bool:
 def layer_matrix_parameters(model: ModelConfig) -> int:
     """Weights of the matrices of one layer: qkv and output projections, gate, up and down projections."""
     h, q = model.hidden_size, query_size(model)
-    return h * (2 * q + 2 * kv_size(model)) + (3 if is_gated(model) else 2) * h * model.ffn_hidden_size
+    return (
+        h * (2 * q + 2 * kv_size(model)) + (3 if is_gated(model) else 2) * h * model.ffn_hidden_size
+    )
 
 
 def layer_parameters(model: ModelConfig) -> int:
@@ -54,7 +56,12 @@ def layer_parameters(model: ModelConfig) -> int:
     if model.linear_bias:
         biases += 2 * h + (2 if is_gated(model) else 1) * model.ffn_hidden_size
     norms = (4 if model.post_norms else 2) * _norm_parameters(model)
-    return layer_matrix_parameters(model) + biases + norms + (2 * head_size(model) if model.qk_norm else 0)
+    return (
+        layer_matrix_parameters(model)
+        + biases
+        + norms
+        + (2 * head_size(model) if model.qk_norm else 0)
+    )
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -84,7 +91,9 @@ def layer_flops(model: ModelConfig, num_tokens: int) -> int:
     Where some layers see a window only, the mean over all layers.
     """
     window = min(model.sliding_window or model.seq_length, model.seq_length)
-    seen = sum(window if model.is_local(layer) else model.seq_length for layer in range(model.num_layers))
+    seen = sum(
+        window if model.is_local(layer) else model.seq_length for layer in range(model.num_layers)
+    )
     attention = 4 * num_tokens * query_size(model) * seen // model.num_layers
     return 2 * layer_matrix_parameters(model) * num_tokens + attention
 
@@ -94,7 +103,9 @@ def recomputed_part(model: ModelConfig, recompute: str) -> float:
     if recompute == "selective":
         projections = 2 * layer_matrix_parameters(model)
         attention = layer_flops(model, 1) - projections
-        return (2 * model.hidden_size * (query_size(model) + 2 * kv_size(model)) + attention) / (projections + attention)
+        return (2 * model.hidden_size * (query_size(model) + 2 * kv_size(model)) + attention) / (
+            projections + attention
+        )
     return {"none": 0.0, "full": 1.0}[recompute]
 
 
@@ -120,13 +131,26 @@ def layer_activation_bytes(
     """
     if recompute == "full":
         return _input_bytes(model, micro_batch_size, item_bytes) // sequence_ranks
-    norm_bytes = (4 if model.post_norms else 2) * _norm_bytes(model, item_bytes, fused=fused_norms) // sequence_ranks
-    per_token = 2 * model.hidden_size // sequence_ranks + (5 if is_gated(model) else 2) * model.ffn_hidden_size
-    attention = _attention_bytes(model, micro_batch_size, item_bytes, fused_norms) if recompute == "none" else 0
+    norm_bytes = (
+        (4 if model.post_norms else 2)
+        * _norm_bytes(model, item_bytes, fused=fused_norms)
+        // sequence_ranks
+    )
+    per_token = (
+        2 * model.hidden_size // sequence_ranks
+        + (5 if is_gated(model) else 2) * model.ffn_hidden_size
+    )
+    attention = (
+        _attention_bytes(model, micro_batch_size, item_bytes, fused_norms)
+        if recompute == "none"
+        else 0
+    )
     return micro_batch_size * model.seq_length * (item_bytes * per_token + norm_bytes) + attention
 
 
-def _attention_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int, fused_norms: bool) -> int:
+def _attention_bytes(
+    model: ModelConfig, micro_batch_size: int, item_bytes: int, fused_norms: bool
+) -> int:
     """What attention keeps of a microbatch besides its input.
 
     The whole qkv, for v is a view of it; q and k before the products; output and log-sums.  Norms of q and k keep these
@@ -156,7 +180,9 @@ def _norm_bytes(model: ModelConfig, item_bytes: int, *, fused: bool) -> int:
     precise = max(4, item_bytes)
     if model.normalisation == "layernorm":
         return item_bytes * model.hidden_size + 2 * precise
-    return item_bytes * model.hidden_size + precise if fused else precise * (2 * model.hidden_size + 1)
+    return (
+        item_bytes * model.hidden_size + precise if fused else precise * (2 * model.hidden_size + 1)
+    )
 
 
 def _input_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:

@@ -61,7 +61,14 @@ class Stage(nn.Module):
         self.layers = nn.ModuleDict(
             {
                 str(index): DecoderLayer(
-                    model, index, dtype, device, group, self.weight_grads, recompute, split_sequences=split_sequences
+                    model,
+                    index,
+                    dtype,
+                    device,
+                    group,
+                    self.weight_grads,
+                    recompute,
+                    split_sequences=split_sequences,
                 )
                 for index in layers
             }
@@ -77,13 +84,21 @@ class Stage(nn.Module):
         self.final_norm = build_norm(model, dtype, device) if final_norm else None
         scale = positions = angles = local_angles = None
         if first and model.embedding_scale:
-            scale = torch.tensor(model.hidden_size**0.5, dtype=dtype, device=device)  # rounded, as the published models do
+            scale = torch.tensor(
+                model.hidden_size**0.5, dtype=dtype, device=device
+            )  # rounded, as the published models do
         if first and model.positions == "learned":
-            values = torch.randn(model.seq_length, model.hidden_size, generator=_generator(seed, "positions"))
+            values = torch.randn(
+                model.seq_length, model.hidden_size, generator=_generator(seed, "positions")
+            )
             positions = nn.Parameter((values * model.init_std).to(dtype=dtype, device=device))
         if model.positions == "rope":
             angles = rotary_table(model, local=False, device=device)
-            local_angles = angles if model.rope_local_base is None else rotary_table(model, local=True, device=device)
+            local_angles = (
+                angles
+                if model.rope_local_base is None
+                else rotary_table(model, local=True, device=device)
+            )
         self.register_parameter("positions", positions)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("angles", angles, persistent=False)
@@ -91,14 +106,29 @@ class Stage(nn.Module):
         self.units = self._in_order_of_completion()
         owners = {name: unit for unit, names in enumerate(self.units) for name in names}
         self._unit_of = {parameter: owners[name] for name, parameter in self.named_parameters()}
-        linear = [module.weight for module in self.modules() if isinstance(module, ColumnLinear | RowLinear)]
-        self._products = [sum(self._unit_of[weight] == unit for weight in linear) for unit in range(len(self.units))]
+        linear = [
+            module.weight
+            for module in self.modules()
+            if isinstance(module, ColumnLinear | RowLinear)
+        ]
+        self._products = [
+            sum(self._unit_of[weight] == unit for weight in linear)
+            for unit in range(len(self.units))
+        ]
         self._completion: Completion | None = None
-        split_over = () if group.size() == 1 else ("",) if split_sequences else ("q_layernorm", "k_layernorm")
+        split_over = (
+            ()
+            if group.size() == 1
+            else ("",)
+            if split_sequences
+            else ("q_layernorm", "k_layernorm")
+        )
         self.partial = frozenset(
             name
             for name, _ in self.named_parameters()
-            if name not in self.splits and name != "positions" and any(part in name for part in split_over)
+            if name not in self.splits
+            and name != "positions"
+            and any(part in name for part in split_over)
         )
 
     def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -126,7 +156,10 @@ class Stage(nn.Module):
 
     def _in_order_of_completion(self) -> tuple[tuple[str, ...], ...]:
         """The names of each layer, the last first; what comes after it or before the first one goes with these."""
-        of_layers = [[f"layers.{index}.{name}" for name, _ in layer.named_parameters()] for index, layer in self.layers.items()]
+        of_layers = [
+            [f"layers.{index}.{name}" for name, _ in layer.named_parameters()]
+            for index, layer in self.layers.items()
+        ]
         units = of_layers[::-1] or [[]]
         for name, _ in self.named_parameters():
             if not name.startswith("layers."):
@@ -167,7 +200,9 @@ class Stage(nn.Module):
             self._completion.up_to(unit)
 
     @torch.no_grad()
-    def _initialise(self, prefix: str, layer: nn.Module, model: ModelConfig, generator: torch.Generator) -> None:
+    def _initialise(
+        self, prefix: str, layer: nn.Module, model: ModelConfig, generator: torch.Generator
+    ) -> None:
         """Normal with init_std, smaller by sqrt(2 L) where a matrix writes to the residual stream; norms are the identity."""
         for name, parameter in layer.named_parameters():
             if parameter.dim() == 1:
@@ -176,7 +211,10 @@ class Stage(nn.Module):
             writes = "linear_proj" in name or "linear_fc2" in name
             std = model.init_std / math.sqrt(2 * model.num_layers) if writes else model.init_std
             split = self.splits.get(prefix + name)
-            whole = torch.randn(parameter.shape if split is None else split.whole_shape(parameter.shape), generator=generator)
+            whole = torch.randn(
+                parameter.shape if split is None else split.whole_shape(parameter.shape),
+                generator=generator,
+            )
             parameter.copy_((whole if split is None else split.part(whole)) * std)
 
 
@@ -202,7 +240,13 @@ def document_lengths(segments: Tensor) -> tuple[int, ...] | None:
 
 
 def init_rows(
-    name: str, start: int, stop: int, model: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device
+    name: str,
+    start: int,
+    stop: int,
+    model: ModelConfig,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """Rows [start, stop) of the initial `embedding` or `output` matrix [stop - start, H].
 
@@ -211,7 +255,9 @@ def init_rows(
     rows = torch.empty(stop - start, model.hidden_size, dtype=dtype, device=device)
     for block in range(start // _ROWS_PER_BLOCK, math.ceil(stop / _ROWS_PER_BLOCK)):
         first = block * _ROWS_PER_BLOCK
-        values = torch.randn(_ROWS_PER_BLOCK, model.hidden_size, generator=_generator(seed, f"{name} {block}"))
+        values = torch.randn(
+            _ROWS_PER_BLOCK, model.hidden_size, generator=_generator(seed, f"{name} {block}")
+        )
         low, high = max(start, first), min(stop, first + _ROWS_PER_BLOCK)
         rows[low - start : high - start] = values[low - first : high - first] * model.init_std
     return rows

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vp_train.communication.control import ControlGroup
 from vp_train.config import OptimConfig
-from vp_train.control import ControlGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -46,14 +46,23 @@ def build_adamw(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch
         (matrices if parameter.dim() > 1 else vectors).append(parameter)
     adamw = stateless_adamw(matrices, vectors, optim)
     for parameter in (*matrices, *vectors):
-        adamw.state[parameter] = fresh_state({moment: torch.zeros_like(parameter) for moment in MOMENTS})
+        adamw.state[parameter] = fresh_state(
+            {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+        )
     return adamw
 
 
-def stateless_adamw(decaying: list[nn.Parameter], others: list[nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
+def stateless_adamw(
+    decaying: list[nn.Parameter], others: list[nn.Parameter], optim: OptimConfig
+) -> torch.optim.AdamW:
     """Return AdamW for whoever keeps its moments; see `fresh_state`."""
-    groups = [{"params": decaying, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=True)
+    groups = [
+        {"params": decaying, "weight_decay": optim.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=True
+    )
 
 
 def fresh_state(moments: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -72,16 +81,24 @@ class StepHealth:
     peak_bytes: float  # memory of the worst rank
 
 
-def gather_health(loss: Tensor | None, squared_norm: Tensor | None, group: ControlGroup, peak_bytes: float = 0.0) -> StepHealth:
+def gather_health(
+    loss: Tensor | None, squared_norm: Tensor | None, group: ControlGroup, peak_bytes: float = 0.0
+) -> StepHealth:
     """Exchange loss, squared gradient norm and memory: one small all-gather, summed in rank order, so ranks agree bit for bit.
 
     `loss` and `squared_norm` are this rank's terms, or None; [].  Where they are on a device, one copy of both
     brings them to the host: the only time that a step waits for the device.
     """
     terms = [term for term in (loss, squared_norm) if term is not None]
-    device = max((term.device for term in terms), key=lambda device: device.type != "cpu", default=torch.device("cpu"))
+    device = max(
+        (term.device for term in terms),
+        key=lambda device: device.type != "cpu",
+        default=torch.device("cpu"),
+    )
     nothing = torch.zeros((), dtype=torch.float64, device=device)
-    both = [nothing if term is None else term.to(device, torch.float64) for term in (loss, squared_norm)]
+    both = [
+        nothing if term is None else term.to(device, torch.float64) for term in (loss, squared_norm)
+    ]
     mine = torch.cat([torch.stack(both).cpu(), torch.tensor([peak_bytes], dtype=torch.float64)])
     everyone = group.all_gather(mine)
     culprits = []

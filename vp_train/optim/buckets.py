@@ -99,7 +99,9 @@ def lay_out(
     return FlatLayout(tuple(buckets), bounds, start)
 
 
-def _filled(run: Sequence[Sequence[str]], parameters: Mapping[str, nn.Parameter], limit: int) -> list[list[str]]:
+def _filled(
+    run: Sequence[Sequence[str]], parameters: Mapping[str, nn.Parameter], limit: int
+) -> list[list[str]]:
     """The names of each bucket of a run."""
     filled: list[list[str]] = []
     count = limit
@@ -122,7 +124,9 @@ class Countdown:
 
     def __init__(self, layout: FlatLayout, start: Callable[[Bucket], None]) -> None:
         self._start, self._buckets = start, layout.buckets
-        self._index_of = {name: index for index, bucket in enumerate(layout.buckets) for name in bucket.names}
+        self._index_of = {
+            name: index for index, bucket in enumerate(layout.buckets) for name in bucket.names
+        }
         self._begin()
 
     def _begin(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vp_train.optim.buckets import Bucket, FlatLayout
-from vp_train.precision import statistics_dtype
+from vp_train.tensors.precision import statistics_dtype
 
 
 class Gradients:

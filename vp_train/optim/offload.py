@@ -34,7 +34,11 @@ class OffloadedAdamW:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], gradients: Gradients, optim: OptimConfig, replicas: Replicas
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        gradients: Gradients,
+        optim: OptimConfig,
+        replicas: Replicas,
     ) -> None:
         self._gradients, self._replicas = gradients, replicas
         counted = {
@@ -48,15 +52,27 @@ class OffloadedAdamW:
         groups: list[dict[str, Any]] = []
         self._group_counts: list[bool] = []
         for counts in (True, False):  # a group counts as a whole for the norm, or not at all
-            owned = [p for name, p in parameters.items() if p.numel() and (name in counted) is counts]
+            owned = [
+                p for name, p in parameters.items() if p.numel() and (name in counted) is counts
+            ]
             for group in build_adamw(owned, optim).param_groups:
                 if group["params"]:
-                    groups.append({"params": group["params"], "weight_decay": group["weight_decay"]})
+                    groups.append(
+                        {"params": group["params"], "weight_decay": group["weight_decay"]}
+                    )
                     self._group_counts.append(counts)
-        self._group_of = {self._names[p]: (p, index) for index, group in enumerate(groups) for p in group["params"]}
+        self._group_of = {
+            self._names[p]: (p, index)
+            for index, group in enumerate(groups)
+            for p in group["params"]
+        }
         self._started: set[str] = set()
         self._updates = 0
-        self._zero = _deepspeed(groups, self._names, gradients.dtype, optim, replicas.group) if groups else None
+        self._zero = (
+            _deepspeed(groups, self._names, gradients.dtype, optim, replicas.group)
+            if groups
+            else None
+        )
 
     @property
     def updates(self) -> int:
@@ -76,7 +92,9 @@ class OffloadedAdamW:
         for name in names:
             if name not in self._started and name in self._group_of:
                 parameter, group = self._group_of[name]
-                gradient = self._gradients[name].detach()  # DeepSpeed may give this tensor other memory, but not that one
+                gradient = self._gradients[
+                    name
+                ].detach()  # DeepSpeed may give this tensor other memory, but not that one
                 if self._zero.use_grad_accum_attribute:
                     parameter.grad_accum = gradient
                 else:
@@ -100,7 +118,9 @@ class OffloadedAdamW:
         self._started.clear()
 
     def squared_norm(self) -> Tensor:
-        return squared_norm([self._shard(index) for index, counts in enumerate(self._group_counts) if counts])
+        return squared_norm(
+            [self._shard(index) for index, counts in enumerate(self._group_counts) if counts]
+        )
 
     @torch.no_grad()
     def step(self, rate: float, scale: float) -> None:
@@ -136,7 +156,9 @@ class OffloadedAdamW:
                 if flat is None:
                     continue
                 for parameter in group:
-                    whole[kind][self._names[parameter]] = flat[start : start + parameter.numel()].view(parameter.shape)
+                    whole[kind][self._names[parameter]] = flat[
+                        start : start + parameter.numel()
+                    ].view(parameter.shape)
                     start += parameter.numel()
         for parameter, name in self._names.items():
             if not parameter.numel():
@@ -153,13 +175,17 @@ class OffloadedAdamW:
                 low, high = max(start, first), min(stop, first + partition.numel())
                 parameter.copy_(read("parameter", name))
                 for kind, part in _by_kind(partition, values).items() if low < high else ():
-                    part[low - first : high - first] = read(kind, name).flatten()[low - start : high - start]
+                    part[low - first : high - first] = read(kind, name).flatten()[
+                        low - start : high - start
+                    ]
                 start = stop
 
     def _partitions(self) -> Iterator[tuple[list[nn.Parameter], Tensor, dict[str, Tensor]]]:
         """Of each group: its parameters in order, this replica's part of them, and the state of that."""
         if self._zero is not None:
-            for group, partition in zip(self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups, strict=True):
+            for group, partition in zip(
+                self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups, strict=True
+            ):
                 yield group, partition, self._zero.optimizer.state[partition]
 
 
@@ -179,7 +205,10 @@ def _deepspeed(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says that it found none
     quiet_deprecations()
     import deepspeed
-    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, OffloadDeviceEnum
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        OffloadDeviceEnum,
+    )
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils.timer import NoopTimer
 
@@ -191,10 +220,18 @@ def _deepspeed(
             """None: the executor owns the backward."""
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else its first use on a CPU compiles C++ for minutes
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
-    offload = DeepSpeedZeroOffloadOptimizerConfig(device=OffloadDeviceEnum.cpu, pin_memory=torch.cuda.is_available())
-    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=True)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+        False  # else its first use on a CPU compiles C++ for minutes
+    )
+    deepspeed.init_distributed(
+        dist_backend=dist.get_backend(), dist_init_required=False, verbose=False
+    )
+    offload = DeepSpeedZeroOffloadOptimizerConfig(
+        device=OffloadDeviceEnum.cpu, pin_memory=torch.cuda.is_available()
+    )
+    adamw = torch.optim.AdamW(
+        groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=True
+    )
     zero = Zero(
         adamw,
         param_names=dict(names),

@@ -16,7 +16,9 @@ from vp_train.optim.replicas import Pending, Replicas
 
 _NORM_ELEMENTS = 1 << 16  # at a time on a CPU, where torch first copies them to float64
 
-State = dict[str, dict[str, Tensor]]  # "parameter", "exp_avg", "exp_avg_sq" of every parameter, by name
+State = dict[
+    str, dict[str, Tensor]
+]  # "parameter", "exp_avg", "exp_avg_sq" of every parameter, by name
 
 
 class Optimizer(Protocol):
@@ -71,15 +73,25 @@ class ReplicatedAdamW:
     """AdamW on every replica alike, with fp32 copies of parameters of less precision."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], gradients: Gradients, optim: OptimConfig, replicas: Replicas
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        gradients: Gradients,
+        optim: OptimConfig,
+        replicas: Replicas,
     ) -> None:
         self._parameters, self._gradients, self._replicas = dict(parameters), gradients, replicas
         self._masters = {
-            name: parameter if parameter.dtype is gradients.dtype else nn.Parameter(parameter.detach().to(gradients.dtype))
+            name: parameter
+            if parameter.dtype is gradients.dtype
+            else nn.Parameter(parameter.detach().to(gradients.dtype))
             for name, parameter in parameters.items()
         }
         spans = [span for bucket in gradients.layout.buckets for span in bucket.spans]
-        self._counted = [] if replicas.rank else [gradients.flat[span.start : span.stop] for span in spans if span.counts]
+        self._counted = (
+            []
+            if replicas.rank
+            else [gradients.flat[span.start : span.stop] for span in spans if span.counts]
+        )
         self._adamw = build_adamw(self._masters.values(), optim)
         self._countdown = Countdown(gradients.layout, self._sum)
         self._sums: list[Pending] = []
@@ -131,9 +143,14 @@ class ReplicatedAdamW:
 
     def state(self) -> State:
         moments = {
-            moment: {name: self._adamw.state[master][moment] for name, master in self._masters.items()} for moment in MOMENTS
+            moment: {
+                name: self._adamw.state[master][moment] for name, master in self._masters.items()
+            }
+            for moment in MOMENTS
         }
-        return {"parameter": {name: master.detach() for name, master in self._masters.items()}} | moments
+        return {
+            "parameter": {name: master.detach() for name, master in self._masters.items()}
+        } | moments
 
     @torch.no_grad()
     def restore(self, read: Callable[[str, str], Tensor]) -> None:
@@ -144,9 +161,16 @@ class ReplicatedAdamW:
 
     @torch.no_grad()
     def _round(self) -> None:
-        rounded = [name for name, parameter in self._parameters.items() if parameter is not self._masters[name]]
+        rounded = [
+            name
+            for name, parameter in self._parameters.items()
+            if parameter is not self._masters[name]
+        ]
         if rounded:
-            torch._foreach_copy_([self._parameters[name] for name in rounded], [self._masters[name] for name in rounded])
+            torch._foreach_copy_(
+                [self._parameters[name] for name in rounded],
+                [self._masters[name] for name in rounded],
+            )
 
 
 def squared_norm(gradients: list[Tensor], device: torch.device | None = None) -> Tensor:
@@ -154,5 +178,9 @@ def squared_norm(gradients: list[Tensor], device: torch.device | None = None) ->
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     if gradients[0].device.type == "cpu":
-        gradients = [piece for gradient in gradients for piece in torch.split(gradient.flatten(), _NORM_ELEMENTS)]
+        gradients = [
+            piece
+            for gradient in gradients
+            for piece in torch.split(gradient.flatten(), _NORM_ELEMENTS)
+        ]
     return torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()

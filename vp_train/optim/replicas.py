@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from vp_train.collectives import all_gather_single, reduce_scatter_single
+from vp_train.tensors.collectives import all_gather_single, reduce_scatter_single
 
 
 class Pending(Protocol):
@@ -41,15 +41,23 @@ class Replicas:
 
     def sum(self, values: Tensor) -> Pending:
         """Sum `values` over the replicas; all get all of it."""
-        return self._issue(values, lambda whole: dist.all_reduce(whole, group=self.group, async_op=True))
+        return self._issue(
+            values, lambda whole: dist.all_reduce(whole, group=self.group, async_op=True)
+        )
 
     def scatter_sum(self, values: Tensor) -> Pending:
         """Sum `values` over the replicas; each gets its part, and what is elsewhere is void."""
-        return self._issue(values, lambda whole: reduce_scatter_single(self._own(whole), whole, self.group, async_op=True))
+        return self._issue(
+            values,
+            lambda whole: reduce_scatter_single(self._own(whole), whole, self.group, async_op=True),
+        )
 
     def gather(self, values: Tensor) -> Pending:
         """Take each part of `values` from the replica whose it is."""
-        return self._issue(values, lambda whole: all_gather_single(whole, self._own(whole), self.group, async_op=True))
+        return self._issue(
+            values,
+            lambda whole: all_gather_single(whole, self._own(whole), self.group, async_op=True),
+        )
 
     def _own(self, values: Tensor) -> Tensor:
         return values.view(self.size, -1)[self.rank]

@@ -29,7 +29,9 @@ class _Shard:
     bucket: Bucket
     start: int
     stop: int
-    kept: dict[str, Tensor]  # "parameter", "exp_avg", "exp_avg_sq": [stop - start] in the dtype of gradients
+    kept: dict[
+        str, Tensor
+    ]  # "parameter", "exp_avg", "exp_avg_sq": [stop - start] in the dtype of gradients
     counted: tuple[Tensor, ...]  # the gradients that count for the norm
     adamw: torch.optim.AdamW
 
@@ -41,12 +43,22 @@ class ZeroAdamW:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], gradients: Gradients, optim: OptimConfig, replicas: Replicas
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        gradients: Gradients,
+        optim: OptimConfig,
+        replicas: Replicas,
     ) -> None:
         self._parameters, self._gradients, self._replicas = dict(parameters), gradients, replicas
         self._flat = _flatten(self._parameters, gradients)
-        self._shards = [self._shard(bucket, optim) for bucket in gradients.layout.buckets if bucket.start < bucket.stop]
-        self._shard_of = {name: index for index, shard in enumerate(self._shards) for name in shard.bucket.names}
+        self._shards = [
+            self._shard(bucket, optim)
+            for bucket in gradients.layout.buckets
+            if bucket.start < bucket.stop
+        ]
+        self._shard_of = {
+            name: index for index, shard in enumerate(self._shards) for name in shard.bucket.names
+        }
         self._countdown = Countdown(gradients.layout, self._sum)
         self._sums: list[Pending] = []
         self._gathers: dict[int, Pending] = {}  # by the index of the shard
@@ -54,7 +66,9 @@ class ZeroAdamW:
 
     def _shard(self, bucket: Bucket, optim: OptimConfig) -> _Shard:
         start, stop = bucket.part(self._replicas.rank, self._replicas.size)
-        kept = {"parameter": self._flat[start:stop].to(self._gradients.dtype)}  # itself, where it is precise
+        kept = {
+            "parameter": self._flat[start:stop].to(self._gradients.dtype)
+        }  # itself, where it is precise
         kept |= {moment: torch.zeros_like(kept["parameter"]) for moment in MOMENTS}
         decaying: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
@@ -100,7 +114,9 @@ class ZeroAdamW:
             parameter.grad = None
 
     def squared_norm(self) -> Tensor:
-        return squared_norm([part for shard in self._shards for part in shard.counted], self._flat.device)
+        return squared_norm(
+            [part for shard in self._shards for part in shard.counted], self._flat.device
+        )
 
     @torch.no_grad()
     def step(self, rate: float, scale: float) -> None:
@@ -168,7 +184,15 @@ class ZeroAdamW:
                 for kind in shard.kept:
                     self._take(shard, kind, name, start, stop, read)
 
-    def _take(self, shard: _Shard, kind: str, name: str, start: int, stop: int, read: Callable[[str, str], Tensor]) -> None:
+    def _take(
+        self,
+        shard: _Shard,
+        kind: str,
+        name: str,
+        start: int,
+        stop: int,
+        read: Callable[[str, str], Tensor],
+    ) -> None:
         """Take over one tensor, which lies in [start, stop)."""
         low, high = max(start, shard.start), min(stop, shard.stop)
         if low >= high and kind != "parameter":
@@ -177,7 +201,9 @@ class ZeroAdamW:
         if kind == "parameter":
             self._parameters[name].copy_(values)
         if low < high:
-            shard.kept[kind][low - shard.start : high - shard.start] = values.flatten()[low - start : high - start]
+            shard.kept[kind][low - shard.start : high - shard.start] = values.flatten()[
+                low - start : high - start
+            ]
 
 
 def _flatten(parameters: dict[str, nn.Parameter], gradients: Gradients) -> Tensor:
@@ -202,5 +228,7 @@ def joined(part: Tensor, replicas: Replicas) -> Tensor | None:
     flat = torch.empty(size * replicas.size, dtype=host.dtype)
     flat[:size] = host
     for replica in range(1, replicas.size):
-        dist.recv(flat[replica * size : (replica + 1) * size], group=replicas.group, group_src=replica)
+        dist.recv(
+            flat[replica * size : (replica + 1) * size], group=replicas.group, group_src=replica
+        )
     return flat

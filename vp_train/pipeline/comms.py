@@ -21,11 +21,11 @@ from torch import Tensor
 
 from schedules.lower import Exchange
 from schedules.vocab import End, Transfer
-from vp_train.collectives import all_gather_single
 from vp_train.pipeline.aside import Aside, Pending
 from vp_train.pipeline.buffers import Once
 from vp_train.pipeline.groups import Groups
-from vp_train.streams import Mark, Streams, lend, streams_of
+from vp_train.tensors.collectives import all_gather_single
+from vp_train.tensors.streams import Mark, Streams, lend, streams_of
 
 Watch = Callable[[Pending], Pending]
 
@@ -36,7 +36,9 @@ class Delivery:
     Later callers wait until that is done, as a thread does on the host and a stream on a device.
     """
 
-    def __init__(self, pending: Pending, hand_over: Callable[[Tensor], None], streams: Streams) -> None:
+    def __init__(
+        self, pending: Pending, hand_over: Callable[[Tensor], None], streams: Streams
+    ) -> None:
         self._pending, self._hand_over, self._streams = pending, hand_over, streams
         self._mark: Mark = None
         self._once = Once(self._deliver)
@@ -285,7 +287,9 @@ class ProcessGroups:
         leader = self._groups.leaders[exchange.root]
 
         def issue() -> Pending:
-            return watch(_start_collective(group, transfer, self._outbound(message()), leader, counts))
+            return watch(
+                _start_collective(group, transfer, self._outbound(message()), leader, counts)
+            )
 
         pending = self._in_order(end, issue, beside=exchange.continues is not None)
         if exchange.delivers and self._tensor is not None:
@@ -322,7 +326,9 @@ class ProcessGroups:
         return _Staged(pending, self._device) if self._through_host else pending
 
 
-def _start_collective(group: dist.ProcessGroup, transfer: Transfer, tensor: Tensor, root: int, counts: Sequence[int]) -> Issued:
+def _start_collective(
+    group: dist.ProcessGroup, transfer: Transfer, tensor: Tensor, root: int, counts: Sequence[int]
+) -> Issued:
     """Issue a collective of `group`; `root` is a rank of the default group."""
     match transfer:
         case Transfer.BROADCAST:
@@ -347,5 +353,7 @@ def _start_collective(group: dist.ProcessGroup, transfer: Transfer, tensor: Tens
             gathers = transfer is Transfer.GATHER
             sent, received = (to_root, from_root) if gathers else (from_root, to_root)
             result = tensor.new_empty((sum(received), *tensor.shape[1:]))
-            work = dist.all_to_all_single(result, tensor, received, sent, group=group, async_op=True)
+            work = dist.all_to_all_single(
+                result, tensor, received, sent, group=group, async_op=True
+            )
             return Issued(work, result, tensor)

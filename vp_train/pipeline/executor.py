@@ -24,7 +24,7 @@ from schedules.vocab import Payload
 from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.buffers import Buffers
 from vp_train.pipeline.comms import Comms, Delivery
-from vp_train.precision import statistics_dtype
+from vp_train.tensors.precision import statistics_dtype
 from vp_train.vocab.input import InputLayer, InputStep
 from vp_train.vocab.loss import token_weights
 from vp_train.vocab.output import OutputLayer, OutputStep
@@ -155,11 +155,15 @@ class Executor:
         """
         modules = self._modules
         precise = statistics_dtype(modules.dtype)
-        weights = token_weights(labels, mask, modules.normalisation, precise, modules.over_replicas, modules.device)
+        weights = token_weights(
+            labels, mask, modules.normalisation, precise, modules.over_replicas, modules.device
+        )
         losses = self._run(tokens, labels, weights * loss_scale, observer, segments)
         return None if losses is None else (losses.double() * weights).sum()
 
-    def logprobs(self, tokens: Tensor, labels: Tensor, segments: Tensor | None = None) -> Tensor | None:
+    def logprobs(
+        self, tokens: Tensor, labels: Tensor, segments: Tensor | None = None
+    ) -> Tensor | None:
         """Return the log-probability of every label [m, b, s] on ranks that hold output rows.
 
         It is 0 where the label is IGNORE_INDEX; fp32, or fp64 where that is computed in.  Collective
@@ -167,7 +171,9 @@ class Executor:
         evaluation, whose losses are the negative log-likelihoods, for m microbatches.
         """
         if not self._program.forward_only:
-            raise ValueError("this executor trains; log-probabilities are what RankModel.evaluator has")
+            raise ValueError(
+                "this executor trains; log-probabilities are what RankModel.evaluator has"
+            )
         nothing = torch.zeros(labels.shape, device=labels.device)
         losses = self._run(tokens, labels, nothing, BLIND, segments)
         return None if losses is None else -losses
@@ -334,7 +340,9 @@ class _Step:
         self._tensors.put("x", Payload.EMBEDDINGS, item.microbatch, self._input.e(item.microbatch))
 
     def _embedding_grad(self, item: Pass) -> None:
-        self._input.g(item.microbatch, self._tensors.take("dy", Payload.EMBEDDING_GRADIENT, item.microbatch))
+        self._input.g(
+            item.microbatch, self._tensors.take("dy", Payload.EMBEDDING_GRADIENT, item.microbatch)
+        )
 
     @property
     def _output(self) -> OutputStep:

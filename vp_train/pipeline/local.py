@@ -28,7 +28,7 @@ from schedules.problem import Problem
 from schedules.vocab import End, Transfer
 from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.comms import Issued, Watch
-from vp_train.streams import Mark, Streams, lend, streams_of, with_index
+from vp_train.tensors.streams import Mark, Streams, lend, streams_of, with_index
 
 Result = TypeVar("Result")
 _Key = tuple[object, ...]
@@ -162,7 +162,9 @@ class _Channel:
 class _Arriving:
     """What this rank has still to read of a call."""
 
-    def __init__(self, channel: _Channel, streams: Streams, perform: Callable[[], Tensor], after: Mark) -> None:
+    def __init__(
+        self, channel: _Channel, streams: Streams, perform: Callable[[], Tensor], after: Mark
+    ) -> None:
         self._channel, self._streams, self._perform, self._after = channel, streams, perform, after
         self.done: tuple[Tensor, Mark] | None = None
 
@@ -280,7 +282,9 @@ class LocalTransport:
         mark = self.streams.mark()
         self._board.put(key, self._rank, message, mark, readers=readers, counts=counts)
 
-    def _arriving(self, key: _Key, senders: Sequence[int], read: Callable[[_Call, list[Tensor]], Tensor]) -> _Arriving:
+    def _arriving(
+        self, key: _Key, senders: Sequence[int], read: Callable[[_Call, list[Tensor]], Tensor]
+    ) -> _Arriving:
         channel = self._channel(key[:-1])
 
         def perform() -> Tensor:
@@ -300,11 +304,15 @@ class LocalTransport:
 
     def _channel(self, name: _Key) -> _Channel:
         if name not in self._channels:
-            self._channels[name] = _Channel(_stream_on(self._board.device) if self._spinning else None)
+            self._channels[name] = _Channel(
+                _stream_on(self._board.device) if self._spinning else None
+            )
         return self._channels[name]
 
 
-def _result(transfer: Transfer, messages: list[Tensor], place: int, root: int, counts: Sequence[int]) -> Tensor:
+def _result(
+    transfer: Transfer, messages: list[Tensor], place: int, root: int, counts: Sequence[int]
+) -> Tensor:
     """Return what member `place` gets of the messages of all members, in their order."""
     match transfer:
         case Transfer.BROADCAST:

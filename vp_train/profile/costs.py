@@ -10,7 +10,7 @@ from schedules.ir import Kind
 from schedules.vocab import End
 from vp_train.config import CostConfig, RunConfig
 from vp_train.model import shape
-from vp_train.plan import StepPlan
+from vp_train.planning.plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,9 @@ class RankProfile:
         return sum(seconds for (measured, _), seconds in self.passes.items() if measured is kind)
 
 
-def measured_cost(config: RunConfig, step: StepPlan, profiles: Sequence[RankProfile]) -> dict[str, float | str]:
+def measured_cost(
+    config: RunConfig, step: StepPlan, profiles: Sequence[RankProfile]
+) -> dict[str, float | str]:
     """The settings of `cost` that `profiles` give: seconds of a layer, of the output layer by rows, and of lookups.
 
     What a stage computes again is not among the seconds of its backward, and without a split backward I and W count as halves
@@ -48,19 +50,33 @@ def measured_cost(config: RunConfig, step: StepPlan, profiles: Sequence[RankProf
         for kind, name in ((Kind.B, "backward"), (Kind.I, "input_grad"), (Kind.W, "weight_grad")):
             found = _per_layer(step, profiles, kind)
             again = {
-                stage: shape.recomputed_part(model, config.parallel.recompute_of(stage)) * forward[stage]
+                stage: shape.recomputed_part(model, config.parallel.recompute_of(stage))
+                * forward[stage]
                 if kind is not Kind.W
                 else 0.0
                 for stage in found
             }
             if found:
-                cost[f"layer_{name}_seconds"] = tp * median(found[stage] - again[stage] for stage in found)
+                cost[f"layer_{name}_seconds"] = tp * median(
+                    found[stage] - again[stage] for stage in found
+                )
         if "layer_backward_seconds" in cost:
-            cost["layer_input_grad_seconds"] = cost["layer_weight_grad_seconds"] = cost["layer_backward_seconds"] / 2
+            cost["layer_input_grad_seconds"] = cost["layer_weight_grad_seconds"] = (
+                cost["layer_backward_seconds"] / 2
+            )
         else:
-            cost["layer_backward_seconds"] = cost["layer_input_grad_seconds"] + cost["layer_weight_grad_seconds"]
-    rows = {profile.rank: -(-step.shards[End.OUTPUT][profile.rank].num_rows // tp) for profile in profiles}
-    points = [(rows[profile.rank], profile.of(Kind.S) + profile.of(Kind.T)) for profile in profiles if rows[profile.rank]]
+            cost["layer_backward_seconds"] = (
+                cost["layer_input_grad_seconds"] + cost["layer_weight_grad_seconds"]
+            )
+    rows = {
+        profile.rank: -(-step.shards[End.OUTPUT][profile.rank].num_rows // tp)
+        for profile in profiles
+    }
+    points = [
+        (rows[profile.rank], profile.of(Kind.S) + profile.of(Kind.T))
+        for profile in profiles
+        if rows[profile.rank]
+    ]
     if points:
         cost["output_fixed_seconds"], cost["output_row_seconds"] = _line(points)
     for kind, name in ((Kind.E, "lookup_seconds"), (Kind.G, "lookup_grad_seconds")):

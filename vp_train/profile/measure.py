@@ -17,26 +17,32 @@ import torch.multiprocessing as multiprocessing
 
 from schedules.ir import Kind
 from vp_train.assembly import RankModel, build_rank, rank_device
+from vp_train.communication.nccl import set_environment
 from vp_train.config import ConfigError, RunConfig
 from vp_train.mesh import build_mesh
-from vp_train.nccl import set_environment
 from vp_train.pipeline.recorder import Recorder, timer_of
-from vp_train.plan import make_plan
+from vp_train.planning.plan import make_plan
 from vp_train.profile.costs import RankProfile
 from vp_train.profile.live import LiveStorages, leave_compiled_code_alone
 
 
-def measure_ranks(config: RunConfig, num_ranks: int, pipeline_ranks: list[int], num_steps: int) -> Iterator[RankProfile]:
+def measure_ranks(
+    config: RunConfig, num_ranks: int, pipeline_ranks: list[int], num_steps: int
+) -> Iterator[RankProfile]:
     """Run `num_steps` steps of each rank, and one before that does not count, one rank after the other in its own process.
 
     They are of the first replica and the first of their tensor-parallel ranks.  Raises ConfigError where one does not fit.
     """
     # Imports take seconds, which a fork has done; but nothing of CUDA outlives a fork.
-    context: Any = multiprocessing.get_context("spawn" if config.run.device == "cuda" else "forkserver")
+    context: Any = multiprocessing.get_context(
+        "spawn" if config.run.device == "cuda" else "forkserver"
+    )
     context.set_forkserver_preload([__name__])
     for pipeline_rank in pipeline_ranks:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, config, num_ranks, pipeline_rank, num_steps), daemon=True)
+        process = context.Process(
+            target=_serve, args=(theirs, config, num_ranks, pipeline_rank, num_steps), daemon=True
+        )
         process.start()
         theirs.close()
         try:
@@ -45,14 +51,20 @@ def measure_ranks(config: RunConfig, num_ranks: int, pipeline_ranks: list[int], 
             status, value = "failed", "its process died; the system may have run out of memory"
         process.join()
         if status == "full":
-            raise ConfigError(f"rank {pipeline_rank} does not fit on this device: {value}; vp-plan tells what would help")
+            raise ConfigError(
+                f"rank {pipeline_rank} does not fit on this device: {value}; vp-plan tells what would help"
+            )
         if status == "failed":
             raise RuntimeError(f"rank {pipeline_rank}: {value}")
         yield value
 
 
-def _serve(pipe: Connection, config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: int) -> None:
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # workers of the compiler would leave semaphores behind
+def _serve(
+    pipe: Connection, config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: int
+) -> None:
+    os.environ.setdefault(
+        "TORCHINDUCTOR_COMPILE_THREADS", "1"
+    )  # workers of the compiler would leave semaphores behind
     try:
         pipe.send(("done", _measure(config, num_ranks, pipeline_rank, num_steps)))
     except torch.OutOfMemoryError as error:
@@ -103,7 +115,9 @@ def receive_noise(generator: torch.Generator) -> None:
     slow, or refuse to receive from nobody.  `generator` is of the device of the messages.
     """
     receive, broadcast = dist.irecv, dist.broadcast
-    gather_name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather_name = (
+        "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    )
     gather = getattr(dist, gather_name)
 
     def irecv(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
@@ -119,7 +133,9 @@ def receive_noise(generator: torch.Generator) -> None:
         output.normal_(generator=generator)
         return dist.barrier(group=group, async_op=async_op)
 
-    def gather_own(output: torch.Tensor, tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+    def gather_own(
+        output: torch.Tensor, tensor: torch.Tensor, *arguments: Any, **options: Any
+    ) -> Any:
         output.view(-1, *tensor.shape).copy_(tensor)
         return gather(output, tensor, *arguments, **options)
 
@@ -136,7 +152,9 @@ def _when_computed() -> float:
 class _Steps:
     """Training steps of one rank."""
 
-    def __init__(self, model: RankModel, batch: torch.Tensor, on_cuda: bool, pipeline_rank: int) -> None:
+    def __init__(
+        self, model: RankModel, batch: torch.Tensor, on_cuda: bool, pipeline_rank: int
+    ) -> None:
         self._model, self._on_cuda, self._rank = model, on_cuda, pipeline_rank
         self._tokens, self._labels = batch
         self._clock = _when_computed if on_cuda else time.perf_counter

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vp_train.precision import accumulate, statistics_dtype
+from vp_train.tensors.precision import accumulate, statistics_dtype
 from vp_train.vocab.products import Products
 from vp_train.vocab.rows import Statistics, fold
 from vp_train.vocab.rows import scale as scale_rows
@@ -44,7 +44,9 @@ class Backend(Protocol):
         """The softmax of x [T, H], and with `keep` what to hold for T."""
         ...
 
-    def t(self, held: object, x: Tensor, lse: Tensor, scale: Tensor, *, input_term: bool) -> Tensor | None:
+    def t(
+        self, held: object, x: Tensor, lse: Tensor, scale: Tensor, *, input_term: bool
+    ) -> Tensor | None:
         """grad += (P scale)^T x for P = exp(z - lse) dz / d(x W^T), `lse` and `scale` [T]; returns P W [T, H] if asked for.
 
         `held` is used up.
@@ -54,7 +56,9 @@ class Backend(Protocol):
     def held_bytes(self, held: object) -> int: ...
 
 
-def make_backend(name: str, weight: Tensor, grad: Tensor, softcap: float | None, recompute_fraction: float) -> Backend:
+def make_backend(
+    name: str, weight: Tensor, grad: Tensor, softcap: float | None, recompute_fraction: float
+) -> Backend:
     """By its name; `recompute_fraction`: the part of the rows for which `recompute` forms the logits again in T."""
     match name:
         case "reference":
@@ -84,7 +88,9 @@ class Chunked:
     The first `recompute` of the rows keep nothing: T forms their logits again, for a fourth matrix product.
     """
 
-    def __init__(self, weight: Tensor, grad: Tensor, softcap: float | None, recompute: float) -> None:
+    def __init__(
+        self, weight: Tensor, grad: Tensor, softcap: float | None, recompute: float
+    ) -> None:
         self._weight, self._grad, self._softcap = weight, grad, softcap
         self._first_kept = round(recompute * len(weight))
         self._usual: torch.Size | None = None  # of the chunks of the first S
@@ -95,7 +101,9 @@ class Chunked:
         num_tokens = x.shape[0]
         statistics = Statistics.none(x, statistics_dtype(x.dtype))
         product: Tensor | None = None
-        held = _Chunks(self._take(x, num_tokens * (len(self._weight) - self._first_kept) if keep else 0))
+        held = _Chunks(
+            self._take(x, num_tokens * (len(self._weight) - self._first_kept) if keep else 0)
+        )
         for start, stop, place in self._chunks(num_tokens):
             rows = self._weight[start:stop]
             keeps = keep and place is not None
@@ -112,7 +120,9 @@ class Chunked:
         target = _cap(statistics.target, self._softcap)
         return Softmax(statistics.maximum, statistics.total, target, product), held
 
-    def t(self, held: object, x: Tensor, lse: Tensor, scale: Tensor, *, input_term: bool) -> Tensor | None:
+    def t(
+        self, held: object, x: Tensor, lse: Tensor, scale: Tensor, *, input_term: bool
+    ) -> Tensor | None:
         assert isinstance(held, _Chunks)
         product: Tensor | None = None
         maxima, none = iter(held.maxima), Statistics.none(x, lse.dtype)
@@ -126,7 +136,9 @@ class Chunked:
             else:
                 maximum = next(maxima)
             relative = torch.exp(maximum - lse)
-            right = scale_rows(x, relative * scale, self._products.scratch("x", x.shape, x.dtype, x.device))
+            right = scale_rows(
+                x, relative * scale, self._products.scratch("x", x.shape, x.dtype, x.device)
+            )
             self._products.add_transposed_matmul(self._grad[start:stop], exponential, right, undo)
             if input_term:
                 part = self._products.matmul(exponential, self._weight[start:stop])
@@ -144,13 +156,17 @@ class Chunked:
         assert isinstance(held, _Chunks)
         return held.exponentials.nbytes + sum(maximum.nbytes for maximum in held.maxima)
 
-    def _fold(self, logits: Tensor, before: Statistics, column: Tensor, out: Tensor) -> tuple[Statistics, Tensor]:
+    def _fold(
+        self, logits: Tensor, before: Statistics, column: Tensor, out: Tensor
+    ) -> tuple[Statistics, Tensor]:
         self._usual = self._usual or out.shape
         return fold(logits, before, column, out, self._softcap, usual=out.shape == self._usual)
 
     def _chunk_rows(self, num_tokens: int) -> int:
         weight = self._weight
-        logits_dtype = weight.dtype if weight.device.type == "cpu" else statistics_dtype(weight.dtype)
+        logits_dtype = (
+            weight.dtype if weight.device.type == "cpu" else statistics_dtype(weight.dtype)
+        )
         rows = _CHUNK_BYTES[weight.device.type] // (logits_dtype.itemsize * max(1, num_tokens))
         if logits_dtype is torch.float16:
             rows = min(rows, int(_LARGEST))  # E W is a sum of so many rows, formed in float16
@@ -204,10 +220,14 @@ class Reference:
         product = (exponential * held.slope) @ self._weight.to(precise) if input_term else None
         return Softmax(maximum, exponential.sum(-1), target_logit, product), held
 
-    def t(self, held: object, x: Tensor, lse: Tensor, scale: Tensor, *, input_term: bool) -> Tensor | None:
+    def t(
+        self, held: object, x: Tensor, lse: Tensor, scale: Tensor, *, input_term: bool
+    ) -> Tensor | None:
         assert isinstance(held, _Logits)
         probabilities = torch.exp(held.capped - lse[:, None]) * held.slope
-        self._grad.add_(((probabilities * scale[:, None]).T @ x.to(probabilities.dtype)).to(self._grad.dtype))
+        self._grad.add_(
+            ((probabilities * scale[:, None]).T @ x.to(probabilities.dtype)).to(self._grad.dtype)
+        )
         return probabilities @ self._weight.to(probabilities.dtype) if input_term else None
 
     def held_bytes(self, held: object) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vp_train.streams import to_device
+from vp_train.tensors.streams import to_device
 from vp_train.vocab.shard import Shard, require_within
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vp_train.streams import to_device
+from vp_train.tensors.streams import to_device
 
 IGNORE_INDEX = -100
 
@@ -30,11 +30,17 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label smoothing of {self.label_smoothing} is out of range; it must lie in [0, 1)")
+            raise ValueError(
+                f"label smoothing of {self.label_smoothing} is out of range; it must lie in [0, 1)"
+            )
         if not 0 <= self.z_loss < math.inf:
-            raise ValueError(f"a z-loss of {self.z_loss} is out of range; it must be at least 0 and finite")
+            raise ValueError(
+                f"a z-loss of {self.z_loss} is out of range; it must be at least 0 and finite"
+            )
         if self.softcap is not None and not 0 < self.softcap < math.inf:
-            raise ValueError(f"a logit softcap of {self.softcap} is out of range; it must be above 0 and finite, or none")
+            raise ValueError(
+                f"a logit softcap of {self.softcap} is out of range; it must be above 0 and finite, or none"
+            )
         if self.softcap is not None and self.label_smoothing:
             raise ValueError(
                 f"label smoothing of {self.label_smoothing} with a logit softcap of {self.softcap} is not supported; "

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from schedules.ir import Kind
 from schedules.vocab import Payload
-from vp_train.precision import column_sums, statistics_dtype
-from vp_train.streams import lend, to_device
+from vp_train.tensors.precision import column_sums, statistics_dtype
+from vp_train.tensors.streams import lend, to_device
 from vp_train.vocab.backends import Softmax, make_backend
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
 from vp_train.vocab.rows import input_term, scale, subtract_targets
@@ -191,14 +191,20 @@ class OutputStep:
         total = 0
         for state in self._microbatches.values():
             if state.held is not None and state.x is not None:
-                total += self._layer.backend.held_bytes(state.held) + state.x.nbytes + 4 * state.softmax.maximum.nbytes
+                total += (
+                    self._layer.backend.held_bytes(state.held)
+                    + state.x.nbytes
+                    + 4 * state.softmax.maximum.nbytes
+                )
         return total
 
     def _softmax_scale(self, lse: Tensor) -> Tensor:
         """dloss / dlse [T]."""
         return 1 + 2 * self._options.z_loss * lse
 
-    def _input_term(self, product: Tensor, state: _Microbatch, factor: Tensor, gain: Tensor | None = None) -> Tensor:
+    def _input_term(
+        self, product: Tensor, state: _Microbatch, factor: Tensor, gain: Tensor | None = None
+    ) -> Tensor:
         """This shard's term of dx [T, H], of which product factor is the softmax's part; times `gain`."""
         shared = self._smoothing * self._row_sum if self._smoothing else None
         weight, scale = self._layer.weight, state.target_scale

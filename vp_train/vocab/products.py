@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vp_train.precision import accumulate, accumulate_transposed, has_compiler, statistics_dtype
+from vp_train.tensors.precision import (
+    accumulate,
+    accumulate_transposed,
+    has_compiler,
+    statistics_dtype,
+)
 
 _BLOCK_BYTES = 3 << 20  # of a transposed product
 _GAP = 32  # values between its rows: a power of two from one to the next would meet in the same lines of the cache
@@ -20,15 +25,27 @@ class Products:
     def logits(self, x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
         """x rows^T [T, C], in the statistics dtype on CUDA; it may be `out` [T, C] of the dtype of x."""
         if x.is_cuda and x.dtype is not statistics_dtype(x.dtype):
-            return torch.mm(x, rows.T, out_dtype=torch.float32, out=self.scratch("product", out.shape, torch.float32, x.device))
+            return torch.mm(
+                x,
+                rows.T,
+                out_dtype=torch.float32,
+                out=self.scratch("product", out.shape, torch.float32, x.device),
+            )
         fits = out.dtype is statistics_dtype(out.dtype)
-        return torch.mm(x, rows.T, out=out if fits else self.scratch("product", out.shape, out.dtype, x.device))
+        return torch.mm(
+            x, rows.T, out=out if fits else self.scratch("product", out.shape, out.dtype, x.device)
+        )
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b, in the statistics dtype on CUDA."""
         shape = (len(a), b.shape[1])
         if a.is_cuda and a.dtype is not statistics_dtype(a.dtype):
-            return torch.mm(a, b, out_dtype=torch.float32, out=self.scratch("product", shape, torch.float32, a.device))
+            return torch.mm(
+                a,
+                b,
+                out_dtype=torch.float32,
+                out=self.scratch("product", shape, torch.float32, a.device),
+            )
         return torch.mm(a, b, out=self.scratch("product", shape, a.dtype, a.device))
 
     def sum_with(self, before: Tensor | None, a: Tensor, b: Tensor, keep: Tensor) -> Tensor:
@@ -66,7 +83,9 @@ class Products:
         else:
             torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
 
-    def add_transposed_matmul(self, accumulator: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None) -> None:
+    def add_transposed_matmul(
+        self, accumulator: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None
+    ) -> None:
         """accumulator [C, H] += a^T @ b scale in place, for a [T, C], b [T, H] and `scale` [].
 
         A `scale` is only for b in low precision.  In low precision on a CPU it is (b^T a)^T, block
@@ -85,7 +104,9 @@ class Products:
         if rest < len(accumulator):
             self.add_matmul(accumulator[rest:], a[:, rest:].T, b, scale=scale)
 
-    def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def scratch(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         """Memory of some content."""
         numel = 1
         for size in shape:

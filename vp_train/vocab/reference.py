@@ -23,9 +23,15 @@ def cross_entropy(
         if options.softcap is not None:
             logits = options.softcap * torch.tanh(logits / options.softcap)
         losses = torch.nn.functional.cross_entropy(
-            logits, targets, reduction="none", ignore_index=IGNORE_INDEX, label_smoothing=options.label_smoothing
+            logits,
+            targets,
+            reduction="none",
+            ignore_index=IGNORE_INDEX,
+            label_smoothing=options.label_smoothing,
         )
-        losses = losses + options.z_loss * (logits.logsumexp(-1) ** 2).masked_fill(targets == IGNORE_INDEX, 0.0)
+        losses = losses + options.z_loss * (logits.logsumexp(-1) ** 2).masked_fill(
+            targets == IGNORE_INDEX, 0.0
+        )
         torch.autograd.backward(losses, grad_loss)
     assert x.grad is not None
     assert weight.grad is not None

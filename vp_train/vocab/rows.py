@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from vp_train.precision import compiled, compiled_exactly, has_compiler, scaled
+from vp_train.tensors.precision import compiled, compiled_exactly, has_compiler, scaled
 from vp_train.vocab.shard import Owned
 
 
@@ -74,14 +74,20 @@ def exponentiate(
 
     The maximum is at least `least` [T], in whose dtype everything is computed.
     """
-    if logits.device.type == "cpu" and out.dtype in (torch.bfloat16, torch.float16) and has_compiler():
+    if (
+        logits.device.type == "cpu"
+        and out.dtype in (torch.bfloat16, torch.float16)
+        and has_compiler()
+    ):
         fused = compiled_exactly(_functional) if usual else compiled(_functional)
         maximum, total = fused(logits, least, out, softcap)
         return maximum, total
     return unfused(logits, least, out, softcap)
 
 
-def unfused(logits: Tensor, least: Tensor, out: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+def unfused(
+    logits: Tensor, least: Tensor, out: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     """`exponentiate` in torch operations."""
     z = logits.to(least.dtype)  # may be `logits` itself
     slope = None
@@ -99,7 +105,9 @@ def unfused(logits: Tensor, least: Tensor, out: Tensor, softcap: float | None) -
     return maximum, total
 
 
-def _functional(logits: Tensor, least: Tensor, out: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+def _functional(
+    logits: Tensor, least: Tensor, out: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     """`unfused` without an intermediate written in place: what the compiler makes two loops over a row in cache of."""
     z = logits.to(least.dtype)
     maximum, ratio = z.amax(-1), None
@@ -142,10 +150,16 @@ def input_term(
     if product.is_cuda and product.dtype is torch.float32 and has_triton():
         from vp_train.vocab import triton_rows
 
-        return triton_rows.input_term(product, factor, weight, owned.row_of_token, target_scale, shared, gain)
+        return triton_rows.input_term(
+            product, factor, weight, owned.row_of_token, target_scale, shared, gain
+        )
     product.mul_(factor[:, None])
-    of_targets = target_scale if isinstance(target_scale, float) else target_scale[owned.positions, None]
-    product.index_add_(0, owned.positions, weight[owned.rows].to(product.dtype) * of_targets, alpha=-1)
+    of_targets = (
+        target_scale if isinstance(target_scale, float) else target_scale[owned.positions, None]
+    )
+    product.index_add_(
+        0, owned.positions, weight[owned.rows].to(product.dtype) * of_targets, alpha=-1
+    )
     if shared is not None:
         product.sub_(shared)
     return product if gain is None else product.mul_(gain[:, None])
@@ -166,7 +180,12 @@ def subtract_targets(grad: Tensor, x: Tensor, owned: Owned, factor: Tensor) -> N
     `factor` [T] in the dtype of `grad`.  On CUDA the order of sums varies, unless torch is told to be
     deterministic.
     """
-    if grad.is_cuda and grad.dtype is torch.float32 and has_triton() and not torch.are_deterministic_algorithms_enabled():
+    if (
+        grad.is_cuda
+        and grad.dtype is torch.float32
+        and has_triton()
+        and not torch.are_deterministic_algorithms_enabled()
+    ):
         from vp_train.vocab import triton_rows
 
         triton_rows.subtract_targets(grad, x, owned.positions, owned.rows, factor)

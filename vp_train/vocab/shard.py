@@ -37,21 +37,29 @@ class Shard:
 
     def split(self, num_parts: int) -> tuple[Shard, ...]:
         """Consecutive parts, as equal as `split_rows` makes them."""
-        return tuple(Shard(self.start + part.start, self.start + part.stop) for part in split_rows(self.num_rows, num_parts))
+        return tuple(
+            Shard(self.start + part.start, self.start + part.stop)
+            for part in split_rows(self.num_rows, num_parts)
+        )
 
     def owned(self, ids: Tensor, device: torch.device) -> list[Owned]:
         """Return which ids of each microbatch of `ids` [m, T] fall into this shard, on `device`.
 
         Waits for nothing where `ids` are on the CPU.
         """
-        from vp_train.streams import to_device  # torch, without which plans are made
+        from vp_train.tensors.streams import to_device  # torch, without which plans are made
 
         inside = (ids >= self.start) & (ids < self.stop)
         counts = inside.sum(1).tolist()
         positions = to_device(inside.nonzero()[:, 1], device)
         rows = to_device(ids[inside] - self.start, device)
         row_of_token = to_device((ids - self.start).masked_fill_(~inside, -1), device)
-        parts = zip(positions.split_with_sizes(counts), rows.split_with_sizes(counts), row_of_token, strict=True)
+        parts = zip(
+            positions.split_with_sizes(counts),
+            rows.split_with_sizes(counts),
+            row_of_token,
+            strict=True,
+        )
         return [Owned(*part) for part in parts]
 
 
@@ -59,10 +67,14 @@ def require_within(ids: Tensor, vocab_size: int, what: str) -> None:
     """Raises IndexError if one of `ids` lies outside [0, vocab_size); waits for the device."""
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside):
-        raise IndexError(f"{what} {int(outside[0])} is not in the vocabulary, whose ids are 0 to {vocab_size - 1}")
+        raise IndexError(
+            f"{what} {int(outside[0])} is not in the vocabulary, whose ids are 0 to {vocab_size - 1}"
+        )
 
 
-def split_rows(vocab_size: int, num_shards: int, sizes: Sequence[int] | None = None) -> tuple[Shard, ...]:
+def split_rows(
+    vocab_size: int, num_shards: int, sizes: Sequence[int] | None = None
+) -> tuple[Shard, ...]:
     """Consecutive shards of the given sizes, or of ceil(V / n) rows each until they run out, as torch.chunk does.
 
     Raises ValueError unless `sizes` are `num_shards` counts of at least 0 that add up to `vocab_size`.

@@ -56,7 +56,9 @@ def _fold(  # type: ignore[no-untyped-def]
     else:
         running = tl.full([block], float("-inf"), tl.float32)
         first = 0
-        while first < num_columns:  # Triton 3.6's interpreter takes no range that ends at an argument
+        while (
+            first < num_columns
+        ):  # Triton 3.6's interpreter takes no range that ends at an argument
             inside = first + columns < num_columns
             z = tl.load(logits + start + first + columns, mask=inside, other=float("-inf"))
             running = tl.maximum(running, z)
@@ -235,11 +237,17 @@ def _subtract_targets(grad, x, positions, rows, factors, hidden, block: tl.const
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < hidden
     token = tl.load(positions + index)
-    value = tl.load(x + token * hidden + columns, mask=inside, other=0.0).to(tl.float32) * tl.load(factors + token)
-    tl.atomic_add(grad + tl.load(rows + index) * hidden + columns, -value, mask=inside, sem="relaxed")
+    value = tl.load(x + token * hidden + columns, mask=inside, other=0.0).to(tl.float32) * tl.load(
+        factors + token
+    )
+    tl.atomic_add(
+        grad + tl.load(rows + index) * hidden + columns, -value, mask=inside, sem="relaxed"
+    )
 
 
-def subtract_targets(grad: Tensor, x: Tensor, positions: Tensor, rows: Tensor, factor: Tensor) -> None:
+def subtract_targets(
+    grad: Tensor, x: Tensor, positions: Tensor, rows: Tensor, factor: Tensor
+) -> None:
     """`rows.subtract_targets` for an fp32 gradient, contiguous."""
     assert grad.dtype is torch.float32
     assert grad.is_contiguous()

@@ -1,0 +1,211 @@
+"""Which links a split of the ranks uses, and what messages then cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from schedules.ir import Kind
+from vp_train.config import ClusterConfig, ConfigError
+from vp_train.planning.cluster import Link, gradient_seconds, links_of, on_cluster, tied_seconds
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.plan import plan_step
+from vp_train.planning.report import make_report
+from vp_train.settings import load_config
+
+TWO_NODES = ClusterConfig(num_nodes=2, gpus_per_node=8)
+INSIDE, BETWEEN = "inside a node", "between nodes"
+
+
+@pytest.mark.parametrize(
+    ("degrees", "tensor", "pipeline", "data"),
+    [
+        (Degrees(dp=1, pp=16, tp=1), INSIDE, BETWEEN, INSIDE),
+        (Degrees(dp=2, pp=8, tp=1), INSIDE, INSIDE, BETWEEN),
+        (Degrees(dp=2, pp=1, tp=8), INSIDE, INSIDE, BETWEEN),
+        (Degrees(dp=16, pp=1, tp=1), INSIDE, INSIDE, BETWEEN),
+        (Degrees(dp=1, pp=1, tp=16), BETWEEN, BETWEEN, INSIDE),
+        (Degrees(dp=4, pp=2, tp=2), INSIDE, INSIDE, BETWEEN),
+        (Degrees(dp=1, pp=2, tp=8), INSIDE, BETWEEN, INSIDE),
+    ],
+)
+def test_neighbours_share_a_node(degrees, tensor, pipeline, data):
+    links = links_of(TWO_NODES, degrees)
+    assert (links.tensor.where, links.pipeline.where, links.data.where) == (tensor, pipeline, data)
+
+
+def test_a_collective_passes_its_fixed_time_along_a_tree():
+    link = Link(INSIDE, 0.5, 1e9)
+    assert [link.of_group(count) for count in (1, 2, 3, 4, 5, 8, 9)] == [0, 0.5, 1, 1, 1.5, 1.5, 2]
+    told, _ = costed("cluster.node_seconds=0.5", "cluster.gpus_per_node=8", pp=4, tp=2)
+    assert (told.cost.collective_seconds, told.cost.tensor_seconds, told.cost.hop_seconds) == (
+        1.5,
+        0.5,
+        0.5,
+    )
+
+
+def costed(*overrides, **degrees):
+    config = load_config(["model=nano", "num_microbatches=4", "vocab=one_barrier", *overrides])
+    split = Degrees(**{"dp": 1, "pp": 2, "tp": 1} | degrees)
+    told = on_cluster(replace(config, parallel=replace(config.parallel, tp=split.tp)), split)
+    return told, plan_step(told, split.num_ranks)
+
+
+def test_messages_take_their_bytes_through_the_link():
+    cluster = ["cluster.node_seconds=0.001", "cluster.node_bytes_per_second=1000000"]
+    _, step = costed(*cluster)
+    message = 4 * 64 * 64  # fp32, 64 tokens of 64 values
+    assert step.cost.hop_seconds == pytest.approx(0.001 + message / 1e6)
+    assert step.cost.barrier_seconds == pytest.approx(
+        {
+            "CE": 0.001 + message / 2 / 1e6,
+            "C0": 0.001 + message / 1e6,
+            "C1": 0.001 + 3 * 4 * 64 / 1e6,
+            "C1b": 0.001 + message / 1e6,
+            "CG": 0.001 + message / 2 / 1e6,
+        }
+    )
+
+
+def test_tensor_parallel_ranks_share_the_work_and_add_two_sums_each_way():
+    cluster = ["cluster.node_seconds=0.001", "cluster.node_bytes_per_second=1000000"]
+    _, one = costed(*cluster)
+    _, two = costed(*cluster, tp=2)
+    one_sum = 0.001 + 4 * 64 * 64 / 1e6
+    for kind, sums in ((Kind.F, 2), (Kind.B, 2), (Kind.W, 0)):
+        for before, after in zip(
+            one.cost.pass_seconds[kind], two.cost.pass_seconds[kind], strict=True
+        ):
+            assert after == pytest.approx(
+                before / 2 + 2 * sums * one_sum
+            )  # two layers in each stage
+    for kind in (Kind.S, Kind.T):
+        assert two.cost.pass_seconds[kind] == pytest.approx(
+            [seconds / 2 for seconds in one.cost.pass_seconds[kind]]
+        )
+    assert all(
+        after < before
+        for before, after in zip(one.cost.stage_bytes, two.cost.stage_bytes, strict=True)
+    )
+    assert two.cost.barrier_seconds["C1"] > one.cost.barrier_seconds["C1"]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_split_sequences_are_gathered_once_more_in_the_backward(schedule):
+    """Inputs of two linear layers per layer, each half a sum; not in W, which has them."""
+    told = [
+        "run.device=cuda",
+        "cluster.node_seconds=0.001",
+        "cluster.node_bytes_per_second=1000000",
+        f"schedule={schedule}",
+    ]
+    _, whole = costed(*told, tp=2)
+    _, split = costed(*told, "parallel.sequence_parallel=true", tp=2)
+    one_sum = 0.001 + 4 * 64 * 64 / 1e6
+    for kind, sums in ((Kind.F, 0), (Kind.B, 1), (Kind.I, 1), (Kind.W, 0)):
+        for before, after in zip(
+            whole.cost.pass_seconds[kind], split.cost.pass_seconds[kind], strict=True
+        ):
+            assert after - before == pytest.approx(2 * sums * one_sum)  # two layers in each stage
+
+
+def test_measured_pass_times_stay():
+    config = load_config(["cost=a100_4b", "cluster=a100_80g_node", "run.dtype=float16"])
+    told = on_cluster(config, Degrees(1, 8, 1))
+    assert told.cost.layer_forward_seconds == config.cost.layer_forward_seconds
+    assert told.cost.hop_bytes_per_second == config.cluster.node_bytes_per_second
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "offload", "bytes_per_value"),
+    [("adamw", "false", 2 * 4), ("zero1", "false", 4 + 2), ("zero1", "true", 2 * 4 + 2)],
+)
+def test_the_gradient_sum_moves_each_value_as_often_as_a_ring_does(
+    optimizer, offload, bytes_per_value
+):
+    told = [
+        "run.dtype=bfloat16",
+        f"optim.name={optimizer}",
+        f"optim.offload={offload}",
+        "cluster.node_seconds=0",
+    ]
+    config = load_config(told)
+    found = gradient_seconds(config, Degrees(4, 1, 1), 10**9)
+    assert found == pytest.approx(
+        3 / 4 * bytes_per_value * 1e9 / config.cluster.node_bytes_per_second
+    )
+    hidden = replace(config, cluster=replace(config.cluster, overlap=1.0))
+    assert gradient_seconds(hidden, Degrees(4, 1, 1), 10**9) == (found if offload == "true" else 0)
+    assert gradient_seconds(config, Degrees(1, 4, 1), 10**9) == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "summed"),
+    [
+        (["vocab=none"], True),
+        (["vocab=none", "schedule=v_half"], False),  # both ends are on rank 0
+        (["vocab=one_barrier"], False),
+        (["vocab=none", "model.tied_embeddings=false"], False),
+    ],
+    ids=["two ranks", "one rank", "sharded", "untied"],
+)
+def test_a_tied_matrix_at_both_ends_has_its_gradient_summed_over_them(overrides, summed):
+    told = [
+        "model.tied_embeddings=true",
+        "model.num_layers=4",
+        "run.dtype=bfloat16",
+        "cluster.node_seconds=0.5",
+        *overrides,
+    ]
+    config, step = costed("cluster.node_bytes_per_second=1e6", *told, tp=2)
+    expected = 0.5 + 4 * 4096 * 64 / 2 / 1e6 if summed else 0
+    assert tied_seconds(config, step.degrees, step.problem) == pytest.approx(expected)
+    found = make_report(replace(config, cluster=replace(config.cluster, gpus_per_node=4)))
+    assert found.gradients == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gpus_per_node": 0}, "cluster.gpus_per_node=0 is too small"),
+        ({"efficiency": 1.5}, "cluster.efficiency=1.5 is out of range"),
+        ({"memory_gib": 0.0}, "cluster.memory_gib=0.0 is too small"),
+        ({"overlap": -0.1}, "cluster.overlap=-0.1 is too small"),
+        (
+            {"node_bytes_per_second": float("nan")},
+            "cluster.node_bytes_per_second=nan is not a finite number",
+        ),
+    ],
+)
+def test_a_cluster_that_cannot_be(values, message):
+    with pytest.raises(ConfigError, match=message):
+        ClusterConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "told", "times"),
+    [("bfloat16", "float32", 2), ("bfloat16", "compute", 1), ("float32", "float32", 1)],
+)
+def test_the_sum_of_dx_moves_the_bytes_of_its_dtype(dtype, told, times):
+    words = [
+        "cluster.node_seconds=0.0",
+        "cluster.node_bytes_per_second=1000000",
+        f"run.dtype={dtype}",
+        f"vocab.sum_dtype={told}",
+    ]
+    _, step = costed(*words)
+    assert step.cost.barrier_seconds["C1b"] == pytest.approx(
+        times * step.cost.barrier_seconds["C0"]
+    )
+
+
+def test_tensor_parallel_ranks_share_the_bytes_of_a_hop_and_gather_them():
+    cluster = ["cluster.node_seconds=0.001", "cluster.node_bytes_per_second=1000000"]
+    message = 4 * 64 * 64
+    _, step = costed(*cluster, tp=2)
+    gathered = (0.001 + 2 * message / 2 / 1e6) / 2
+    assert step.cost.hop_seconds == pytest.approx(0.001 + message / 2 / 1e6 + gathered)
+    _, split = costed(*cluster, "parallel.sequence_parallel=true", "run.device=cuda", tp=2)
+    assert split.cost.hop_seconds == pytest.approx(0.001 + message / 2 / 1e6)

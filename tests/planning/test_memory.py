@@ -1,0 +1,176 @@
+"""Predicted bytes of every rank: they add up to the model, and are what torch allocates."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from schedules.ir import Kind
+from tests.ranks import in_processes
+from vp_train.config import OptimConfig
+from vp_train.model import shape
+from vp_train.planning.memory import StateBytes, _most_held, rank_memory, rank_parameters, step_peak
+from vp_train.planning.plan import plan_step
+from vp_train.settings import load_config
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+NANO = ["model=nano", "parallel.pp=2", "num_microbatches=4"]
+
+
+def planned(*overrides, num_ranks=2):
+    config = load_config([*NANO, *overrides])
+    return config, plan_step(config, num_ranks)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "v_half"])
+@pytest.mark.parametrize("vocab", ["none", "one_barrier"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_ranks_together_have_every_parameter_once(schedule, vocab, tied):
+    config, step = planned(
+        f"schedule={schedule}", f"vocab={vocab}", f"model.tied_embeddings={tied}"
+    )
+    copies = 0
+    if tied and vocab == "none" and schedule != "v_half":  # both ends are on different ranks
+        copies = config.model.vocab_size * config.model.hidden_size
+    found = sum(rank_parameters(config, step, rank) for rank in range(2))
+    assert found == shape.num_parameters(config.model) + copies
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])
+@pytest.mark.parametrize("vocab", ["none", "one_barrier", "two_barrier"])
+def test_the_most_shards_held_are_the_peak_of_s_minus_t(schedule, vocab):
+    """Counted here over every prefix of the order, of ranks without a shard too."""
+    _, step = planned(f"schedule={schedule}", f"vocab={vocab}", "num_microbatches=6")
+    most = []
+    for order in step.schedule.ranks:
+        prefixes = [[item.kind for item in order[:length]] for length in range(len(order) + 1)]
+        most.append(max(prefix.count(Kind.S) - prefix.count(Kind.T) for prefix in prefixes))
+        assert _most_held(order) == most[-1]
+    assert max(most) >= 1
+    assert (min(most) == 0) == (vocab == "none")
+
+
+def test_tensor_parallel_ranks_share_matrices_and_rows_and_copy_norms():
+    config, step = planned()
+    halved, half = planned("parallel.tp=2", num_ranks=4)
+    norms = 2 * 2 * config.model.hidden_size
+    for rank, last in ((0, 0), (1, config.model.hidden_size)):
+        whole = rank_parameters(config, step, rank) - norms - last
+        assert rank_parameters(halved, half, rank) - norms - last == whole / 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "optimizer", "dp", "expected"),
+    [
+        ("float64", "adamw", 1, (8, 8, 16)),
+        ("float32", "adamw", 2, (4, 4, 8)),
+        ("bfloat16", "adamw", 2, (2, 4, 12)),
+        ("float16", "adamw", 1, (2, 4, 12)),
+        ("bfloat16", "zero1", 4, (2, 4, 12 / 4)),
+    ],
+)
+def test_bytes_per_parameter(dtype, optimizer, dp, expected):
+    config, step = planned(
+        f"run.dtype={dtype}", f"optim.name={optimizer}", f"parallel.dp={dp}", num_ranks=2 * dp
+    )
+    memory = rank_memory(config, step, 1)
+    found = (memory.weights, memory.gradients, memory.optimizer)
+    assert found == tuple(memory.parameters * each for each in expected)
+    offloaded = replace(config, optim=OptimConfig("zero1", offload=True))
+    assert StateBytes.of(offloaded).optimizer == 0
+
+
+FEW_ACTIVATIONS = ["parallel.dp=4", "model.seq_length=4", "num_microbatches=1"]
+
+
+@pytest.mark.parametrize(("device", "bytes_used"), [("cuda", 0), ("cpu", 4)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_zero1_sums_and_gathers_in_place_unless_gloo_copies_the_gradients(
+    dtype, device, bytes_used
+):
+    told = [*FEW_ACTIVATIONS, f"run.dtype={dtype}", f"run.device={device}"]
+    replicated = rank_memory(*planned("optim.name=adamw", *told, num_ranks=8), 1)
+    memory = rank_memory(*planned("optim.name=zero1", *told, num_ranks=8), 1)
+    assert memory.working == pytest.approx(
+        max(bytes_used * memory.parameters, replicated.working), rel=0.05
+    )
+
+
+@pytest.mark.parametrize("bucket_mib", [1, 64])
+def test_a_step_of_an_offloaded_optimizer_peaks_with_a_bucket_where_passes_keep_little(bucket_mib):
+    told = [
+        *FEW_ACTIVATIONS,
+        "optim.name=zero1",
+        "optim.offload=true",
+        "run.dtype=bfloat16",
+        "model.hidden_size=256",
+    ]
+    memory = rank_memory(*planned(*told, f"optim.bucket_mib={bucket_mib}", num_ranks=8), 1)
+    assert memory.activations == 0
+    assert 2**20 < 4 * memory.parameters < 64 * 2**20
+    assert memory.working == pytest.approx(min(4 * memory.parameters, bucket_mib * 2**20), rel=0.05)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])
+def test_activations_and_shards_are_those_of_the_simulation(schedule):
+    config, step = planned(f"schedule={schedule}", "run.device=cuda", "num_microbatches=12")
+    outputs = 4 * 64 * 64  # of a stage, which the executor keeps
+    for rank in range(2):
+        activations, shards, _ = step_peak(config, step, rank)
+        simulated = step.timeline.peak_bytes[rank]
+        assert (
+            simulated * 0.98
+            <= activations + shards
+            <= simulated + step.timeline.peak_in_flight[rank] * outputs
+        )
+
+
+@pytest.mark.parametrize("num_microbatches", [8, 32])
+def test_what_a_gpu_keeps_does_not_grow_with_microbatches(num_microbatches):
+    config, step = planned(
+        "run.device=cuda", "vocab=one_barrier", f"num_microbatches={num_microbatches}"
+    )
+    base, base_step = planned("run.device=cuda", "vocab=one_barrier", "num_microbatches=6")
+    for rank in range(2):
+        assert step_peak(config, step, rank)[0] == step_peak(base, base_step, rank)[0]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=small", "parallel.pp=2", "model.num_layers=4", "num_microbatches=4"],
+        [
+            "model=small",
+            "parallel.pp=2",
+            "model.num_layers=4",
+            "schedule=v_half",
+            "vocab=two_barrier",
+            "micro_batch_size=2",
+        ],
+        [
+            "model=small_qwen",
+            "parallel.pp=1",
+            "model.num_layers=2",
+            "parallel.dp=2",
+            "optim.name=zero1",
+            "run.dtype=bfloat16",
+        ],
+    ],
+    ids=["1f1b", "v_half", "norms of q and k, bfloat16, zero1"],
+)
+def test_predicted_bytes_are_what_torch_allocates(overrides, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    sys.modules.pop("plan_memory", None)
+    import plan_memory
+
+    monkeypatch.setattr(plan_memory.multiprocessing, "spawn", in_processes)
+    rows = list(plan_memory.measured("case", overrides, tmp_path))
+    assert rows
+    for row in rows:
+        assert row.measured > row.measured_state > 0
+        assert abs(row.error) < 0.05
+        kept = row.activations + row.vocabulary + row.working
+        assert kept == pytest.approx(row.measured - row.state, rel=0.1)

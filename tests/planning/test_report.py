@@ -1,0 +1,199 @@
+"""Seconds, FLOPs and what binds, in cases whose answer is known; the published runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from vp_train.config import ConfigError
+from vp_train.model import shape
+from vp_train.planning.report import make_report
+from vp_train.settings import load_config
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+FREE_LINKS = [
+    "cluster.node_seconds=0",
+    "cluster.node_bytes_per_second=1e18",
+    "cluster.memory_bytes_per_second=1e18",
+    "cost.lookup_seconds=0",
+    "cost.lookup_grad_seconds=0",
+]
+
+
+def report(*overrides):
+    return make_report(load_config(["model=nano", *FREE_LINKS, *overrides]))
+
+
+def test_one_gpu_alone_reaches_the_efficiency():
+    found = report("cluster.gpus_per_node=1", "vocab=none", "cluster.efficiency=0.37")
+    assert found.mfu == pytest.approx(0.37)
+    assert found.bubble == pytest.approx(0, abs=1e-9)
+    assert found.flops == pytest.approx(
+        3 * 8 * 64 * (shape.layer_flops(found.config.model, 64) * 4 / 64 + 2 * 4096 * 64)
+    )
+
+
+@pytest.mark.parametrize("num_microbatches", [4, 16])
+def test_1f1b_time_is_work_plus_one_fill_and_drain(num_microbatches):
+    found = report(
+        "vocab=none",
+        "schedule=1f1b",
+        f"num_microbatches={num_microbatches}",
+        "cost.output_row_seconds=0",
+    )
+    one = found.ranks[0].busy / num_microbatches
+    assert found.passes == pytest.approx((num_microbatches + 3) * one)
+    assert sum(found.parts.values()) == pytest.approx(found.step_seconds)
+
+
+def test_replicas_do_the_same_in_the_same_time_and_sum_gradients():
+    one = report("cluster.gpus_per_node=2", "parallel.pp=2", "cluster.node_bytes_per_second=1e6")
+    two = report("cluster.gpus_per_node=4", "parallel.pp=2", "cluster.node_bytes_per_second=1e6")
+    assert two.degrees.dp == 2
+    assert (two.passes, two.flops) == (one.passes, 2 * one.flops)
+    parameters = max(rank.memory.parameters for rank in two.ranks)
+    assert (one.gradients, two.gradients) == (0, pytest.approx(4 * parameters / 1e6))
+
+
+def test_the_optimizer_reads_gradients_writes_weights_and_does_both_to_its_state():
+    """Of the rank that has most."""
+    told = [
+        "cluster.memory_bytes_per_second=1e6",
+        "vocab=none",
+        "model.vocab_size=8192",
+        "parallel.layers_per_stage=[1,1,1,1]",
+    ]
+    found = report(*told, "run.dtype=bfloat16")
+    counts = [rank.memory.parameters for rank in found.ranks]
+    assert min(counts) < max(counts)
+    assert found.optimizer == pytest.approx(max(counts) * (4 + 2 * 12 + 2) / 1e6)
+
+
+def test_an_optimizer_in_host_memory_takes_its_link_and_the_memory_there():
+    """gradients down and weights up; the host reads and writes 3 values in fp32, reads the gradients and writes the weights."""
+    links = ["cluster.host_bytes_per_second=1e7", "cluster.host_memory_bytes_per_second=1e8"]
+    told = ["run.dtype=bfloat16", "optim.name=zero1", "parallel.pp=2", "parallel.dp=2", *links]
+    there, here = report(*told, "optim.offload=true"), report(*told)
+    part = max(rank.memory.parameters for rank in there.ranks) / 2
+    assert there.optimizer == pytest.approx(part * ((4 + 2) / 1e7 + (4 + 2 * 12 + 2) / 1e8))
+    assert there.step_seconds > here.step_seconds
+    assert there.ranks[0].memory.total < here.ranks[0].memory.total
+
+
+@pytest.mark.parametrize("split", ["", "parallel.sequence_parallel=true"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_layers_without_their_sums_are_half_of_those_of_one_rank(split, recompute):
+    told = [
+        "cluster.gpus_per_node=4",
+        "parallel.dp=1",
+        "run.device=cuda",
+        f"parallel.recompute={recompute}",
+    ]
+    link = ["cluster.node_seconds=0.01", "cluster.node_bytes_per_second=1e6"]
+    two = report(*told, *link, "parallel.pp=2", "parallel.tp=2", *filter(None, [split]))
+    one = report(*told, *link, "cluster.gpus_per_node=2", "parallel.pp=2")
+    for alone, shared in zip(one.ranks, two.ranks, strict=True):
+        assert alone.tensor == 0 < shared.tensor
+        assert shared.layers - shared.tensor == pytest.approx(alone.layers / 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["cluster.memory_gib=0.001"],
+            r"memory: needs \d.* MiB on rank \d, \d.* more than 0.001 GiB",
+        ),
+        (["vocab=none", "num_microbatches=64"], "its part of the vocabulary: rank 3 computes"),
+        (
+            ["parallel.layers_per_stage=[1,1,4,2]", "model.num_layers=8", "num_microbatches=64"],
+            "its layers: rank 2 computes",
+        ),
+        (["num_microbatches=2"], "filling and draining the pipeline"),
+        (
+            ["parallel.tp=2", "parallel.pp=2", "cluster.node_seconds=0.01"],
+            "communication, tensor-parallel sums",
+        ),
+        (
+            ["parallel.dp=2", "parallel.pp=2", "cluster.node_bytes_per_second=1e6"],
+            "communication, gradient sum",
+        ),
+        (["num_microbatches=256"], r"compute: rank \d is busy for \d+%"),
+    ],
+)
+def test_what_binds_is_said(overrides, words):
+    found = report(*overrides)
+    assert re.match(words, found.binds), found.binds
+    assert found.fits == (not found.binds.startswith("memory"))
+
+
+def test_a_split_that_the_cluster_has_no_ranks_for():
+    with pytest.raises(
+        ConfigError, match=r"the cluster has 4 GPUs: parallel.pp=3 needs a multiple of 3 ranks"
+    ):
+        report("parallel.pp=3")
+
+
+@pytest.fixture
+def plan_published(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    for name in ("plan_published", "published", "provenance"):
+        sys.modules.pop(name, None)
+    import plan_published
+
+    return plan_published
+
+
+def test_the_published_runs_are_what_the_shipped_cluster_predicts(plan_published):
+    """Both memories: as this trainer holds things, and as theirs does."""
+    efficiency = plan_published.shipped_efficiency()
+    methods, sizes = ("vocab-1", "vocab-2"), (32_000, 256_000)
+    published = json.loads(plan_published.DATA.read_text())["rows"]
+    runs = [run for run in published if run["method"] in methods and run["vocab"] in sizes]
+    assert {(run["method"], run["vocab"]) for run in runs} == set(itertools.product(methods, sizes))
+    for run in runs:
+        row = plan_published.predicted(run, efficiency)
+        for error in (row.plan_error, row.memory_error, row.mfu_error):
+            assert abs(error) < 0.05, row
+        assert sum(row.plan_parts.values()) == pytest.approx(row.plan_gib)
+
+
+def test_the_shipped_efficiency_is_the_fitted_one(plan_published):
+    runs = {
+        (run["method"], run["vocab"]): run
+        for run in json.loads(plan_published.DATA.read_text())["rows"]
+    }
+    fitted = plan_published.calibrate(runs[plan_published.CALIBRATED])
+    assert plan_published.shipped_efficiency() == pytest.approx(fitted, rel=2e-3)
+
+
+def test_gpt_4b_is_the_published_layer(plan_published):
+    model = load_config(["model=gpt_4b"]).model
+    for run in json.loads(plan_published.DATA.read_text())["rows"]:
+        told = (
+            run["layers"],
+            run["hidden"],
+            run["heads"],
+            run["heads"],
+            run["ffn_hidden"],
+            run["seq"],
+        )
+        assert told == (
+            model.num_layers,
+            model.hidden_size,
+            model.num_heads,
+            model.num_query_groups,
+            model.ffn_hidden_size,
+            model.seq_length,
+        )
+    assert (model.activation, model.normalisation, model.positions) == (
+        "gelu",
+        "layernorm",
+        "learned",
+    )
+    assert model.linear_bias

@@ -1,0 +1,225 @@
+"""A run ends with a line and an exit code when a rank fails, and leaves no rank behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import pytest
+
+import vp_train.commands.train
+import vp_train.train
+from tests.ranks import free_port, ready_context
+from vp_train.communication import flight_recorder
+from vp_train.failures import EXIT_HANG, EXIT_INTERNAL, EXIT_IO
+from vp_train.train import Run
+
+
+# In step 2 of rank 1.
+def hang():
+    time.sleep(1000)
+
+
+def fill_the_disk():
+    raise OSError(28, "No space left on device", "metrics.jsonl")
+
+
+def lose_nccl(error, record):
+    record.parent.mkdir()
+    record.write_text("last words")
+    Run.nccl_failed(error)
+
+
+def misbehaving(rank, port, deed, overrides, directory):
+    """A rank as torchrun starts it; rank 1 does `deed` in step 2."""
+    os.dup2(os.open(directory / f"stderr{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {name: str(value) for name, value in given.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+    def watch(groups, failed):
+        Run.nccl_failed = staticmethod(failed)
+        return threading.Event()
+
+    inner = Run.train_step
+
+    def failing(self, step, reporter):
+        if step == 2 and self.mesh.rank == 1:
+            deed()
+        inner(self, step, reporter)
+
+    vp_train.train.watch, Run.train_step = watch, failing
+    sys.argv = ["vp-train", *overrides]
+    vp_train.commands.train.main()
+
+
+def misbehave(tmp_path, deed, patience):
+    """Exit codes and words of two ranks, of which the second does `deed` in step 2, when the first of them has ended."""
+    overrides = [
+        "model=nano",
+        "data=synthetic",
+        f"run.root={tmp_path}/runs",
+        "run.steps=100",
+        "run.trace_step=0",
+    ]
+    arguments = (free_port(), deed, [*overrides, f"run.timeout_seconds={patience}"], tmp_path)
+    processes = [
+        ready_context().Process(target=misbehaving, args=(rank, *arguments), daemon=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    assert wait([process.sentinel for process in processes], 60), "neither rank has ended"
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes, [(tmp_path / f"stderr{rank}").read_text() for rank in range(2)]
+
+
+def test_a_rank_that_hangs_ends_the_others_when_its_time_is_up(tmp_path):
+    codes, (said, _) = misbehave(tmp_path, hang, 8)
+    assert codes == [EXIT_HANG, None]
+    assert (
+        "rank 0: stopped at step 2, another rank has not answered for 8 s (run.timeout_seconds)"
+        in said
+    )
+    assert "Traceback" not in said.partition("rank 0: stopped")[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (
+            "TIMEOUT",
+            EXIT_HANG,
+            "another rank has not answered for 60 s (run.timeout_seconds); it may hang",
+        ),
+        ("REMOTE_ERROR", EXIT_INTERNAL, "another rank went away"),
+    ],
+)
+def test_an_error_of_nccl_ends_a_rank_with_a_line_that_names_the_record(
+    tmp_path, error, code, words
+):
+    record = flight_recorder.file_of({}, tmp_path / "runs" / "default", 1)
+    codes, (_, said) = misbehave(tmp_path, partial(lose_nccl, error, record), 60)
+    assert f"rank 1: stopped at step 2, {words}; its last communications: {record}\n" in said
+    assert codes[1] == code
+    assert "Traceback" not in said.partition("rank 1: stopped")[0]
+
+
+def test_a_file_that_cannot_be_written_ends_a_rank_with_a_line(tmp_path):
+    codes, (_, said) = misbehave(tmp_path, fill_the_disk, 60)
+    assert (
+        "vp-train: [Errno 28] No space left on device: 'metrics.jsonl', at step 2; once that is mended"
+        in said
+    )
+    assert "Traceback" not in said.partition("vp-train: [Errno 28]")[0]
+    assert codes[1] == EXIT_IO
+
+
+RAISING = """
+from vp_train.train import Run
+from vp_train.commands.train import main as train
+inner = Run.train_step
+def failing(self, step, reporter):
+    if step == 2 and self.mesh.rank == 1:
+        raise RuntimeError("deliberate failure")
+    inner(self, step, reporter)
+Run.train_step = failing
+train()
+"""
+
+
+def test_a_rank_that_raises_ends_the_job_of_torchrun_with_its_traceback(tmp_path):
+    (tmp_path / "raising.py").write_text(RAISING)
+    overrides = [
+        "model=nano",
+        "data=synthetic",
+        f"run.root={tmp_path}/runs",
+        "run.steps=100",
+        "run.trace_step=0",
+    ]
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    )
+    command = [*torchrun, str(tmp_path / "raising.py"), *overrides, "run.timeout_seconds=60"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=50, env=environment, check=False
+    )  # the dead end it
+    assert done.returncode != 0
+    assert "rank 1 failed at step 2" in done.stderr
+    assert "RuntimeError: deliberate failure" in done.stderr
+    assert (
+        done.stderr.count("deliberate failure") <= 2
+    )  # the raise line and the message: one traceback
+    assert re.search(
+        rf"rank +: 1 .*\n +exitcode +: {EXIT_INTERNAL} ", done.stderr
+    )  # as torchrun reports it
+
+
+@pytest.mark.parametrize("when", ["they train", "they start"])
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path, when):
+    overrides = [
+        "model=nano",
+        "data=synthetic",
+        f"run.root={tmp_path}/runs",
+        "run.steps=10000",
+        "parallel.pp=2",
+    ]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "vp_train", *overrides], stdout=subprocess.PIPE, text=True
+    )
+    if when == "they train":
+        for line in launcher.stdout:
+            if line.startswith("step"):
+                break
+    while len(ranks := children_of(launcher.pid)) < 2:
+        time.sleep(0.01)
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < deadline, "ranks live on"
+        time.sleep(0.05)
+
+
+def children_of(pid):
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def test_a_reader_that_goes_away_ends_the_run_with_a_word(tmp_path):
+    overrides = [
+        "model=nano",
+        "data=synthetic",
+        "parallel.pp=2",
+        "run.steps=50",
+        "run.log_every=1",
+        f"run.root={tmp_path}",
+    ]
+    command = [sys.executable, "-m", "vp_train", *overrides]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=90) == 128 + signal.SIGPIPE
+        assert "vp-train: nobody reads the output any more" in process.stderr.read()

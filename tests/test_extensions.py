@@ -1,0 +1,113 @@
+"""A new vocabulary algorithm and a new schedule are one entry of a table each, as CONTRIBUTING.md says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from schedules.check import check_program, check_schedule
+from schedules.generators import GENERATORS, Family
+from schedules.ir import Kind, Pass
+from schedules.lower import lower
+from schedules.simulate import simulate
+from schedules.vocab import (
+    VOCAB_ALGORITHMS,
+    Barrier,
+    End,
+    Payload,
+    Transfer,
+    VocabAlgorithm,
+    searched_algorithms,
+)
+from tests.pipeline.compare import assert_all_close
+from tests.pipeline.equivalence import compare_locally, config_of
+from vp_train.config import VocabConfig
+from vp_train.planning.plan import make_plan
+from vp_train.planning.report import make_report
+
+_NAIVE = {barrier.name: barrier for barrier in VOCAB_ALGORITHMS["naive"].barriers}
+
+# Sums after the maximum, as `naive`; dx in S, as `one_barrier`: one pass between S and B, three collectives.
+CHAINED = VocabAlgorithm(
+    "chained",
+    True,
+    1,
+    (
+        _NAIVE["CE"],
+        _NAIVE["C0"],
+        _NAIVE["C1"],
+        _NAIVE["C1b"],
+        Barrier(
+            "C1c", End.OUTPUT, Transfer.REDUCE, Payload.INPUT_GRADIENT, (Kind.B,), continues="C1b"
+        ),
+        _NAIVE["CG"],
+    ),
+    Kind.S,
+    searched=True,
+)
+
+
+def last_first(problem):
+    """GPipe whose backward begins with the microbatch that came last."""
+    return tuple(
+        tuple(
+            Pass(stage, kind, microbatch)
+            for kind in problem.stage_kinds
+            for stage in problem.layout.stages_of(rank)[:: 1 if kind is Kind.F else -1]
+            for microbatch in range(problem.num_microbatches)[:: 1 if kind is Kind.F else -1]
+        )
+        for rank in range(problem.layout.num_ranks)
+    )
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """The two entries, in the tables that CONTRIBUTING.md names."""
+    monkeypatch.setitem(VOCAB_ALGORITHMS, CHAINED.name, CHAINED)
+    monkeypatch.setitem(GENERATORS, "last_first", Family(last_first))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "algorithm"),
+    [
+        ("last_first", "one_barrier"),
+        ("last_first", "chained"),
+        ("1f1b", "chained"),
+        ("zb_v", "chained"),
+    ],
+)
+def test_it_is_planned_checked_simulated_lowered_and_trains_as_one_process(
+    registered, schedule, algorithm
+):
+    config = config_of(3, 4, 101, schedule=schedule, vocab=VocabConfig(algorithm), num_stages=6)
+    plan = make_plan(config, 3)
+    check_schedule(plan.schedule, plan.problem)
+    program = lower(plan.schedule, plan.problem, plan.cost)
+    check_program(program, plan.problem)
+    assert simulate(plan.schedule, plan.problem, plan.cost).makespan == pytest.approx(
+        plan.timeline.makespan
+    )
+    assert_all_close(compare_locally(config, plan), 1e-9, schedule, algorithm)
+
+
+def test_it_is_in_the_report_of_a_cluster_and_in_the_search(registered):
+    config = config_of(2, 4, 101, schedule="last_first", vocab=VocabConfig("chained"), num_stages=2)
+    config = replace(config, cluster=replace(config.cluster, gpus_per_node=2))
+    report = make_report(config)
+    assert report.step_seconds > 0
+    assert searched_algorithms()[0] == "chained"
+
+
+def test_an_algorithm_says_what_its_passes_multiply():
+    products = {
+        name: (each.products(Kind.S), each.products(Kind.T))
+        for name, each in VOCAB_ALGORITHMS.items()
+    }
+    assert products == {
+        "none": (2, 1),
+        "naive": (1, 2),
+        "two_barrier": (1, 2),
+        "one_barrier": (2, 1),
+    }
+    assert all(sum(pair) == 3 for pair in products.values())

@@ -1,0 +1,116 @@
+"""Small runs on ranks that live through many tests."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.meshes import mesh_for
+from vp_train.assembly import build_rank
+from vp_train.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    RunSettings,
+)
+from vp_train.data import open_source
+from vp_train.metrics.reporter import Reporter
+from vp_train.metrics.run_directory import RunDirectory
+from vp_train.planning.plan import make_plan
+from vp_train.tensors.precision import has_compiler
+from vp_train.train import NonFiniteError, Run
+
+OFFLOADED = {"dp": 4, "pp": 1, "optimizer": "zero1", "offload": True}
+
+
+def config_of(root, name="run", steps=8, p=2, **run):
+    return RunConfig(
+        model=ModelConfig(
+            num_layers=6,
+            hidden_size=32,
+            num_heads=2,
+            num_query_groups=1,
+            ffn_hidden_size=48,
+            vocab_size=101,
+            seq_length=16,
+        ),
+        parallel=ParallelConfig(pp=p),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        data=DataConfig(name="synthetic"),
+        run=RunSettings(
+            **(
+                {
+                    "name": name,
+                    "root": str(root),
+                    "steps": steps,
+                    "eval_every": 4,
+                    "eval_microbatches": 3,
+                    "checkpoint_every": 4,
+                    "trace_step": 3,
+                }
+                | run
+            )
+        ),
+        num_microbatches=4,
+        micro_batch_size=2,
+    )
+
+
+def train(rank, num_ranks, config, stop_after=None):
+    """What `run_rank` does, in a process group that exists already."""
+    plan = make_plan(config, num_ranks)
+    directory = RunDirectory(config.run) if rank == 0 else None
+    mesh = mesh_for(plan)
+    source = open_source(config)
+    run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
+    reporter = None
+    if directory is not None:
+        reporter = Reporter(config, plan, directory, run.first_step)
+        reporter.start("resolved: true\n", source)
+    try:
+        for step in run.steps():
+            run.train_step(step, reporter)
+            if step == stop_after:
+                return run.first_step
+        run.finish(reporter)
+    except NonFiniteError as error:
+        return str(error)
+    return run.first_step
+
+
+def uncompiled(rank, num_ranks, function, *arguments):
+    """function(rank, num_ranks, *arguments) without torch.compile, which takes seconds for every shape in 16 bits."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CXX", "no compiler")
+        has_compiler.cache_clear()
+        try:
+            return function(rank, num_ranks, *arguments)
+        finally:
+            has_compiler.cache_clear()
+
+
+def metrics_of(config):
+    lines = (Path(config.run.root) / config.run.name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def release_locks(rank, num_ranks):
+    """Let go of the directories of runs that ended early."""
+    gc.collect()
+
+
+def laid_out(config, *, pp, dp=1, tp=1, optimizer="adamw", offload=False, vocab=None, layers=None):
+    """The same training by other ranks."""
+    return replace(
+        config,
+        parallel=ParallelConfig(pp=pp, dp=dp, tp=tp, layers_per_stage=layers),
+        optim=replace(config.optim, name=optimizer, offload=offload),
+        vocab=vocab or config.vocab,
+        num_microbatches=config.num_microbatches // dp,
+    )

@@ -1,0 +1,158 @@
+"""What all commands share: overrides, options and help, and errors as exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from vp_train.config import ConfigError, RunConfig
+from vp_train.failures import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK
+from vp_train.settings import config_text, load_config, section_help, sections, settings_help
+
+_HELP = """\
+{command}: {purpose}
+
+usage: {command} [group=choice ...] [key=value ...]
+       {command} --print-config ...     show the resolved configuration and stop
+       {command} --help [GROUP]         this page, or one group of settings in full
+{options}
+Groups and their choices (each is a YAML file of configs/):
+{groups}
+
+Settings, with what this command line sets them to (`{command} --help model`: one group in full):
+{values}
+
+A list is written [1,2,3], nothing is null.  Examples:
+{examples}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A console entry.
+
+    `body` gets the configuration, the overrides as typed, and the options.  `options`: name -> what to
+    write for its value, empty if it has none, and what it does.
+    """
+
+    name: str
+    purpose: str
+    body: Callable[[RunConfig, Sequence[str], Mapping[str, str]], int]
+    examples: str
+    options: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def run(command: Command) -> NoReturn:
+    """Run a command with the arguments of this process, and leave with its exit code."""
+    guarded(command.name, lambda: _configured(command, sys.argv[1:]))
+
+
+def _configured(command: Command, arguments: Sequence[str]) -> int:
+    words = [word for word in arguments if word not in ("--help", "-h", "--print-config")]
+    wants_help = "--help" in arguments or "-h" in arguments
+    chosen = [word for word in words if word in sections()] if wants_help else []
+    overrides, options = _split([word for word in words if word not in chosen], command.options)
+    config = load_config(overrides, tuple(command.options))
+    if wants_help:
+        pages = [section_help(name, config) for name in chosen]
+        print("\n\n".join(pages) if pages else _help(command, config))
+        return EXIT_OK
+    if "--print-config" in arguments:
+        print(config_text(config), end="")
+        return EXIT_OK
+    return command.body(config, overrides, options)
+
+
+def guarded(name: str, body: Callable[[], int]) -> NoReturn:
+    """Run a command and leave with its exit code; errors of the user and of the system are one line."""
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        code = body()
+        sys.stdout.flush()
+    except ConfigError as error:
+        if speaks:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+        code = EXIT_CONFIG
+    except BrokenPipeError:  # a reader like `head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        code = EXIT_IO
+    except KeyboardInterrupt:
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_INTERNAL
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def _split(
+    words: Sequence[str], known: Mapping[str, tuple[str, str]]
+) -> tuple[list[str], dict[str, str]]:
+    """Overrides, and the values of known options, written `--out DIR` or `--out=DIR`; "" of those without one."""
+    overrides: list[str] = []
+    options: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name not in known:
+            overrides.append(word)
+            continue
+        if not known[name][0]:
+            options[name] = ""
+            continue
+        value = value if equals else next(rest, "")
+        if not value or value.startswith("-"):
+            raise ConfigError(f"{name} needs a value: {name} {known[name][0]}")
+        options[name] = value
+    return overrides, options
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every command here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def path_of(word: str) -> Path:
+    """Return a path as typed, ~ expanded."""
+    return Path(word).expanduser()
+
+
+def _help(command: Command, config: RunConfig) -> str:
+    from importlib.resources import files
+
+    root = files("vp_train.configs")
+    groups = {
+        entry.name: sorted(
+            file.name.removesuffix(".yaml")
+            for file in entry.iterdir()
+            if file.name.endswith(".yaml")
+        )
+        for entry in sorted(root.iterdir(), key=lambda entry: entry.name)
+        if entry.is_dir() and not entry.name.startswith("_")
+    }
+    lines = "\n".join(f"  {group:<10} {', '.join(choices)}" for group, choices in groups.items())
+    options = "".join(
+        f"       {f'{name} {value}':<20} {does}\n"
+        for name, (value, does) in command.options.items()
+    )
+    return _HELP.format(
+        command=command.name,
+        purpose=command.purpose,
+        options=options,
+        groups=lines,
+        values=settings_help(config),
+        examples=command.examples,
+    ).rstrip()

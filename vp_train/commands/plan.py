@@ -1,0 +1,414 @@
+"""A plan and a search on a terminal and as JSON: the body of `vp-plan`.  Runs without torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from schedules.render import duration
+from vp_train.commands.command import Command, run
+from vp_train.config import RECOMPUTE, ConfigError, RunConfig
+from vp_train.failures import EXIT_CONFIG, EXIT_OK, EXIT_TIME
+from vp_train.model import shape
+from vp_train.planning.degrees import split_ranks
+from vp_train.planning.plan import SEARCHING
+from vp_train.planning.report import PlanReport, make_report
+from vp_train.planning.search import Found, Refusal, Result, about_bytes, search
+from vp_train.units import human_bytes
+
+_SHOWN_RANKS = 16
+_SHOWN_REFUSALS = 3
+_GIB = 2**30
+_PROGRESS_SECONDS = {
+    True: 0.2,
+    False: 10.0,
+}  # between two progress lines, on a terminal and elsewhere
+
+
+_EXAMPLES = """\
+  vp-plan model=gpt_4b cluster=a100_80g_node num_microbatches=128
+  vp-plan model=llama3_8b cluster=h100_80g_node cluster.num_nodes=4 parallel.tp=2 parallel.pp=4 num_microbatches=32
+  vp-plan --search --top 10 model=gpt_21b cluster=a100_80g_node cluster.num_nodes=2 num_microbatches=256"""
+
+
+def main() -> None:
+    """`vp-plan`: bytes, seconds and MFU of a run on a cluster, before anything starts."""
+    options = {
+        "--search": ("", "rank every way to run the batch on the cluster, fastest first"),
+        "--top": ("K", "with --search: show so many (5)"),
+        "--seconds": (
+            "N",
+            "with --search: weigh and simulate for so long, then one more at most (60)",
+        ),
+        "--json": ("FILE", "write the report there"),
+    }
+    run(
+        Command(
+            "vp-plan",
+            "predicts memory, time and MFU of a run on a cluster",
+            _plan,
+            _EXAMPLES,
+            options,
+        )
+    )
+
+
+def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    path = Path(options["--json"]).expanduser() if "--json" in options else None
+    if "--search" not in options:
+        for name in ("--top", "--seconds"):
+            if name in options:
+                raise ConfigError(f"{name} belongs to --search")
+        return EXIT_OK if show_plan(config, path) else EXIT_CONFIG
+    top, seconds = _number(options, "--top", 5), _number(options, "--seconds", 60)
+    result = show_search(config, top, seconds, path)
+    if result.best:
+        return EXIT_OK
+    return EXIT_TIME if result.open_choices else EXIT_CONFIG
+
+
+def _number(options: Mapping[str, str], name: str, default: int) -> int:
+    word = options.get(name, str(default))
+    if not word.isdecimal() or int(word) < 1:
+        raise ConfigError(f"{name} {word} is not a whole number of at least 1")
+    return int(word)
+
+
+def show_plan(config: RunConfig, path: Path | None) -> bool:
+    """Plan `config`, print the report and write it to `path`; whether it fits.  Raises ConfigError."""
+    if config.schedule.is_solved:
+        print(SEARCHING, flush=True)
+    report = make_report(config)
+    print("\n".join(plan_lines(report)), flush=True)
+    _write(path, report.record())
+    return report.fits
+
+
+def show_search(config: RunConfig, top: int, seconds: float, path: Path | None) -> Result:
+    """Search for the fastest plans, print them and write them to `path`.  Raises ConfigError."""
+    print(f"{_model_words(config)}\n{_cluster_words(config)}\n", flush=True)
+    until = time.monotonic() + seconds
+    with _Progress() as progress:
+        result = search(config, top, lambda: time.monotonic() < until, progress)
+    print("\n".join(search_lines(config, result)), flush=True)
+    found = [
+        {"overrides": each.choice.overrides(config)} | each.report.record() for each in result.best
+    ]
+    refused = [
+        {"overrides": each.choice.overrides(config), "reason": each.reason}
+        for each in result.refused
+    ]
+    _write(
+        path,
+        {
+            "best": found,
+            "refused": refused,
+            "simulated": result.num_simulated,
+            "open": result.open_choices,
+        },
+    )
+    return result
+
+
+class _Progress:
+    """One line that replaces itself on a terminal, and comes now and then elsewhere; on stderr."""
+
+    def __init__(self) -> None:
+        self._live, self._next, self._width = sys.stderr.isatty(), 0.0, 0
+
+    def __enter__(self) -> Callable[[str], None]:
+        return self._say
+
+    def __exit__(self, *_: object) -> None:
+        if self._live and self._width:
+            print(f"\r{'':{self._width}}\r", end="", file=sys.stderr, flush=True)
+
+    def _say(self, words: str) -> None:
+        now = time.monotonic()
+        if not self._next:
+            self._next = now + _PROGRESS_SECONDS[self._live]
+        if now < self._next:
+            return
+        self._next = now + _PROGRESS_SECONDS[self._live]
+        if self._live:
+            words = words[: shutil.get_terminal_size().columns - 1]
+            print(f"\r{words:{self._width}}", end="", file=sys.stderr, flush=True)
+            self._width = len(words)
+        else:
+            print(words, file=sys.stderr, flush=True)
+
+
+def plan_lines(report: PlanReport) -> list[str]:
+    """The report of one plan; a screen of it for up to 16 ranks."""
+    config, parts = report.config, report.parts
+    step, worst = report.step_seconds, report.ranks[report.worst].memory
+    shares = ", ".join(
+        f"{name} {seconds / step:.1%}"
+        for name, seconds in parts.items()
+        if seconds >= 0.0005 * step
+    )
+    room = f"{human_bytes(abs(report.excess))} {'to spare' if report.fits else 'TOO MUCH'}"
+    lines = [
+        f"{report.schedule} with {report.vocab}, {report.degrees}, recomputation {config.parallel.recompute_words}, "
+        f"optimizer {config.optim.name}",
+        _model_words(config),
+        _cluster_words(config),
+        "",
+        *_rank_table(report),
+        "",
+        f"memory    {human_bytes(worst.total)} of {config.cluster.memory_gib:g} GiB on rank {report.worst}, {room}",
+        f"step      {duration(step)}: {report.num_tokens / step:,.0f} tokens/s, MFU {report.mfu:.1%} of "
+        f"{_amount(report.flops)}FLOP",
+        f"          rank {report.busiest}: {shares}",
+        f"schedule  mean bubble {report.bubble:.1%}, {report.gap:.1%} above the lower bound, {report.bound_reason}",
+        f"binds     {report.binds}",
+    ]
+    if not report.fits:
+        lines += ["", *(f"would help: {words}" for words in remedies(config))]
+    return lines
+
+
+def _model_words(config: RunConfig) -> str:
+    model = config.model
+    return (
+        f"{shape.num_parameters(model) / 1e6:,.1f} M parameters, {model.num_layers} layers of hidden size "
+        f"{model.hidden_size:,}, vocabulary {model.vocab_size:,}; {config.num_microbatches} microbatches of "
+        f"{config.micro_batch_size} x {model.seq_length:,} tokens"
+    )
+
+
+def _amount(count: float) -> str:
+    """23_100_000 -> `23.1 M`, to be followed by a unit."""
+    for power, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if count >= 10**power:
+            return f"{count / 10**power:.3g} {letter}"
+    return f"{count:,.0f} "
+
+
+def _cluster_words(config: RunConfig) -> str:
+    cluster = config.cluster
+    name = {"cuda": "GPUs", "cpu": "CPU ranks"}[config.run.device]
+    peak = getattr(cluster, f"{config.run.dtype}_flops_per_second") / 1e12
+    nodes = "one node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
+    reached = f"{cluster.efficiency:.0%} of it reached"
+    if config.cost.is_measured:
+        reached = f"pass times as measured on {config.cost.measured_on or 'a device that cost does not name'}"
+    return (
+        f"{cluster.num_gpus} {name} on {nodes}, {cluster.memory_gib:g} GiB and {peak:,.3g} TFLOP/s in {config.run.dtype} each, "
+        f"{reached}"
+    )
+
+
+def _rank_table(report: PlanReport) -> list[str]:
+    """Bytes per rank in GiB, and the seconds it computes."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    heads = (
+        "rank",
+        "layers",
+        "V rows",
+        "params",
+        "weights",
+        "grads",
+        "optim",
+        "activ",
+        "held S-T",
+        "working",
+        "total",
+        "busy",
+    )
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    unit, word = (
+        (_GIB, "GiB") if report.ranks[report.worst].memory.total >= _GIB else (2**20, "MiB")
+    )
+    for index, rank in enumerate(report.ranks[:_SHOWN_RANKS]):
+        memory = rank.memory
+        parts = (
+            memory.weights,
+            memory.gradients,
+            memory.optimizer,
+            memory.activations,
+            memory.vocabulary,
+            memory.working,
+        )
+        table.add_row(
+            str(index),
+            str(rank.num_layers),
+            f"{rank.num_rows:,}",
+            f"{memory.parameters / 1e6:,.{0 if memory.parameters >= 1e7 else 2}f}M",
+            *(f"{size / unit:.2f}" for size in (*parts, memory.total)),
+            duration(rank.busy),
+        )
+    left = len(report.ranks) - _SHOWN_RANKS
+    more = [f"... and {left} more ranks; --json FILE has all"] if left > 0 else []
+    return [
+        *_rendered(table),
+        *more,
+        f"sizes in {word}; every line stands for {report.degrees.dp * report.degrees.tp} rank(s)",
+    ]
+
+
+def _rendered(table: Table) -> list[str]:
+    console = Console(width=max(200, shutil.get_terminal_size().columns), color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return [line.rstrip() for line in capture.get().rstrip().splitlines()]
+
+
+def search_lines(config: RunConfig, result: Result) -> list[str]:
+    """The best plans, and why others are not among them."""
+    counted = f"{result.num_choices:,} choices, {result.num_simulated} simulated, {len(result.refused):,} refused"
+    lines = []
+    if result.best:
+        lines += [
+            *_best_table(result.best),
+            "",
+            f"the first: {result.best[0].choice.overrides(config)}",
+        ]
+        lines += [f"binds: {result.best[0].report.binds}", ""]
+    if result.open_choices:
+        lines.append(
+            f"{counted}; out of time: {result.open_choices:,} that might be faster are left; raise --seconds"
+        )
+    else:
+        lines.append(f"{counted}; none of the others can be faster" if result.best else counted)
+    lines += _refusal_lines(config, result.refused)
+    if not result.best:
+        lines += _misses(config, result)
+    return lines
+
+
+def _best_table(best: Sequence[Found]) -> list[str]:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    for head in (
+        *("", "dp", "pp", "tp", "microbatches", "schedule", "vocab", "recompute"),
+        *("step", "tokens/s", "MFU", "bubble", "gap", "GiB"),
+    ):
+        table.add_column(
+            head,
+            justify="left" if head in ("schedule", "vocab", "recompute") else "right",
+            no_wrap=True,
+        )
+    for place, (choice, report) in enumerate(((found.choice, found.report) for found in best), 1):
+        degrees = choice.degrees
+        table.add_row(
+            str(place),
+            *(str(degree) for degree in (degrees.dp, degrees.pp, degrees.tp)),
+            f"{choice.num_microbatches} x {choice.micro_batch_size}",
+            choice.schedule,
+            choice.vocab,
+            choice.recompute,
+            duration(report.step_seconds),
+            f"{report.num_tokens / report.step_seconds:,.0f}",
+            f"{report.mfu:.1%}",
+            f"{report.bubble:.1%}",
+            f"{report.gap:.1%}",
+            f"{report.ranks[report.worst].memory.total / _GIB:.1f}",
+        )
+    return _rendered(table)
+
+
+def _refusal_lines(config: RunConfig, refused: Sequence[Refusal]) -> list[str]:
+    """The fastest ones that need too much memory, and the other reasons with their counts."""
+    too_large = [each for each in refused if each.excess is not None]
+    lines = []
+    if too_large:
+        lines.append(f"{len(too_large):,} need too much memory; the fastest of them:")
+        lines += [
+            f"  {each.choice.overrides(config)}: {each.reason}"
+            for each in too_large[:_SHOWN_REFUSALS]
+        ]
+    others = Counter(each.reason for each in refused if each.excess is None)
+    lines += [
+        f"{count:,} refused: {reason}" for reason, count in others.most_common(_SHOWN_REFUSALS)
+    ]
+    return lines
+
+
+def _misses(config: RunConfig, result: Result) -> list[str]:
+    """How far the leanest choice is from fitting, and what would help it."""
+    too_large = [each for each in result.refused if each.excess is not None]
+    if not too_large:
+        return [] if result.open_choices else ["", _numbers_words(config)]
+    leanest = min(too_large, key=lambda each: each.excess or 0.0)
+    what = "NOTHING TRIED SO FAR FITS" if result.open_choices else "NOTHING FITS"
+    lines = ["", f"{what}.  Closest: {leanest.choice.overrides(config)}", f"  {leanest.reason}"]
+    return lines + [f"would help: {words}" for words in remedies(leanest.choice.applied(config))]
+
+
+def _numbers_words(config: RunConfig) -> str:
+    model, batch = (
+        config.model,
+        config.num_microbatches * config.micro_batch_size * (config.parallel.dp or 1),
+    )
+    return (
+        f"nothing can be run: dp x pp x tp must be {config.cluster.num_gpus}, where dp divides the {batch:,} sequences of the "
+        f"batch, pp is at most model.num_layers={model.num_layers}, and tp divides model.num_heads={model.num_heads}, "
+        f"model.num_query_groups={model.num_query_groups}, model.ffn_hidden_size={model.ffn_hidden_size} and "
+        f"cluster.gpus_per_node={config.cluster.gpus_per_node}; change one of these, or the reason above"
+    )
+
+
+def remedies(config: RunConfig) -> list[str]:
+    """What would take bytes off the worst rank of `config`, each tried by itself, the largest first."""
+    before, replicas = about_bytes(config), split_ranks(config.parallel, config.cluster.num_gpus).dp
+    tried: list[tuple[str, RunConfig]] = []
+    if config.optim.name != "zero1" and replicas > 1:
+        tried.append(
+            ("optim.name=zero1", replace(config, optim=replace(config.optim, name="zero1")))
+        )
+    if not config.optim.offload:
+        offloaded = replace(config, optim=replace(config.optim, name="zero1", offload=True))
+        tried.append(
+            ("optim.name=zero1 optim.offload=true, the optimizer in host memory", offloaded)
+        )
+    for value in RECOMPUTE[1:]:
+        parallel = replace(config.parallel, recompute=value, recompute_per_stage=None)
+        tried.append((f"parallel.recompute={value}", replace(config, parallel=parallel)))
+    if config.micro_batch_size > 1:
+        size = config.micro_batch_size
+        halved = replace(
+            config, micro_batch_size=1, num_microbatches=config.num_microbatches * size
+        )
+        tried.append(
+            (f"micro_batch_size=1 num_microbatches={config.num_microbatches * size}", halved)
+        )
+    if config.vocab.algorithm == "none":
+        tried.append(
+            (
+                "vocab=one_barrier",
+                replace(config, vocab=replace(config.vocab, algorithm="one_barrier")),
+            )
+        )
+    found = []
+    for words, changed in tried:
+        try:
+            after = about_bytes(changed)
+        except ConfigError:
+            continue
+        if before - after > 0.01 * before:
+            found.append((before - after, f"{words}: about {human_bytes(before - after)} less"))
+    ordered = [words for _, words in sorted(found, reverse=True)]
+    more = " or a smaller parallel.dp" if replicas > 1 else ""
+    return [
+        *ordered,
+        f"more GPUs per replica: cluster.num_nodes above {config.cluster.num_nodes}{more}",
+    ]
+
+
+def _write(path: Path | None, record: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"written to {path}", flush=True)

@@ -1,0 +1,26 @@
+"""`vp-prepare`: tokenize the data of a run, so that training starts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vp_train.commands.command import Command, run
+from vp_train.config import RunConfig
+from vp_train.failures import EXIT_OK
+
+_EXAMPLES = """\
+  vp-prepare data=text data.path=corpus          text or .jsonl files under corpus
+  vp-prepare data=text data.path=corpus data.tokenizer=tokenizer.json model.vocab_size=128256"""
+
+
+def main() -> None:
+    """Run the command."""
+    run(Command("vp-prepare", "tokenizes text and stores it for training", _prepare, _EXAMPLES))
+
+
+def _prepare(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    from vp_train.data import describe, prepare_all
+
+    corpora = prepare_all(config.data, config.model.vocab_size, progress=True)
+    print("\n".join(map(describe, corpora)) or f"data={config.data.name}: nothing to prepare")
+    return EXIT_OK

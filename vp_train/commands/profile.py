@@ -1,0 +1,181 @@
+"""`vp-profile`: what was measured, what it predicts for the whole job, and the costs as settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from schedules.ir import Kind
+from schedules.render import duration
+from schedules.vocab import End
+from vp_train.commands.command import Command, run
+from vp_train.config import ConfigError, RunConfig
+from vp_train.failures import EXIT_OK
+from vp_train.planning.memory import rank_memory
+from vp_train.planning.plan import StepPlan, plan_step
+from vp_train.planning.report import PlanReport, make_report
+from vp_train.profile.costs import RankProfile, measured_cost, with_cost
+from vp_train.units import human_bytes
+
+_SHOWN = (Kind.F, Kind.B, Kind.I, Kind.W, Kind.S, Kind.T, Kind.E, Kind.G)
+
+
+_EXAMPLES = """\
+  vp-profile cluster=laptop parallel.pp=4 num_microbatches=8
+  vp-profile model=gpt_4b cluster=h100_80g_node num_microbatches=32 --ranks 0,3,7 --cost h100.yaml
+  vp-plan model=gpt_4b cluster=h100_80g_node num_microbatches=128 cost=h100.yaml"""
+
+
+def main() -> None:
+    """`vp-profile`: passes and bytes of single ranks, measured here, and what they predict for the whole job."""
+    options = {
+        "--ranks": ("0,3,...", "pipeline ranks to measure; all"),
+        "--steps": ("N", "steps of each (3)"),
+        "--cost": ("FILE", "write the costs there, for cost=FILE"),
+        "--json": ("FILE", "write everything there"),
+    }
+    purpose = "measures ranks of a job one by one on this machine"
+    run(Command("vp-profile", purpose, _profile, _EXAMPLES, options))
+
+
+def _profile(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    told = options.get("--steps", "3")
+    if not told.isdecimal() or not int(told):
+        raise ConfigError(f"--steps={told} is not a number of steps; write for example --steps 3")
+    cost, record = (
+        Path(options[name]).expanduser() if name in options else None
+        for name in ("--cost", "--json")
+    )
+    show_profile(config, options.get("--ranks"), int(told), cost, record)
+    return EXIT_OK
+
+
+def show_profile(
+    config: RunConfig,
+    ranks: str | None,
+    num_steps: int,
+    cost_file: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Measure, print and write.  Raises ConfigError, naming the value and the way out."""
+    make_report(config)  # refuses what cannot run
+    num_ranks = config.cluster.num_gpus
+    step = plan_step(config, num_ranks)
+    chosen = _chosen(ranks, step.num_ranks)
+    from vp_train.profile.measure import device_words, measure_ranks
+
+    words = device_words(config)
+    print(
+        f"{words['device']}, {words['dtype']}: ranks {', '.join(map(str, chosen))} of {step.degrees}, one after the other",
+        flush=True,
+    )
+    profiles = []
+    for profile in measure_ranks(config, num_ranks, chosen, num_steps):
+        profiles.append(profile)
+        seconds = ", ".join(
+            f"{kind} {duration(profile.of(kind))}" for kind in _SHOWN if profile.of(kind)
+        )
+        print(f"rank {profile.rank}: {seconds}", flush=True)
+    cost = measured_cost(config, step, profiles) | {"measured_on": words["device"]}
+    report = make_report(with_cost(config, cost))
+    _print(config, step, profiles, report)
+    if cost_file is not None:
+        _write_cost(cost_file, config, words, cost)
+    if json_file is not None:
+        record = words | {
+            "ranks": [_record(config, step, profile) for profile in profiles],
+            "cost": cost,
+        }
+        _write(json_file, json.dumps(record | {"predicted": report.record()}, indent=1) + "\n")
+
+
+def _chosen(ranks: str | None, num_ranks: int) -> list[int]:
+    if ranks is None:
+        return list(range(num_ranks))
+    try:
+        chosen = sorted({int(word) for word in ranks.split(",")})
+    except ValueError:
+        raise ConfigError(
+            f"--ranks={ranks} is not a list of ranks; write for example --ranks 0,{num_ranks - 1}"
+        ) from None
+    if not set(chosen) <= set(range(num_ranks)):
+        raise ConfigError(f"--ranks={ranks}: the pipeline has ranks 0 to {num_ranks - 1}")
+    return chosen
+
+
+def _print(
+    config: RunConfig, step: StepPlan, profiles: list[RankProfile], report: PlanReport
+) -> None:
+    table = Table(box=None, pad_edge=False, header_style="")
+    for head in (
+        "rank",
+        "layers",
+        "V rows",
+        "passes",
+        "their sum",
+        "optimizer",
+        "state",
+        "peak",
+        "predicted",
+        "error",
+    ):
+        table.add_column(head, justify="right", no_wrap=True)
+    for profile in profiles:
+        predicted = rank_memory(config, step, profile.rank).total
+        table.add_row(
+            str(profile.rank),
+            str(sum(map(len, step.layers_of_ranks[profile.rank]))),
+            f"{step.shards[End.OUTPUT][profile.rank].num_rows:,}",
+            duration(profile.program_seconds),
+            duration(_summed(config, profile)),
+            duration(profile.optimizer_seconds),
+            human_bytes(profile.state_bytes),
+            human_bytes(profile.peak_bytes),
+            human_bytes(predicted),
+            f"{predicted / profile.peak_bytes - 1:+.1%}",
+        )
+    Console(width=110).print(table, highlight=False)
+    print(
+        f"predicted for all {report.degrees.num_ranks} ranks: a step of {duration(report.step_seconds)}, "
+        f"{report.num_tokens / report.step_seconds:,.0f} tokens/s, MFU {report.mfu:.1%}; mean bubble {report.bubble:.1%}"
+    )
+
+
+def _summed(config: RunConfig, profile: RankProfile) -> float:
+    """All passes of a step, by their medians."""
+    return config.num_microbatches * sum(profile.passes.values())
+
+
+def _record(config: RunConfig, step: StepPlan, profile: RankProfile) -> dict[str, Any]:
+    passes = {f"{kind}{stage}": seconds for (kind, stage), seconds in profile.passes.items()}
+    return asdict(profile) | {
+        "passes": passes,
+        "predicted_peak_bytes": rank_memory(config, step, profile.rank).total,
+    }
+
+
+def _write_cost(
+    path: Path, config: RunConfig, words: Mapping[str, Any], cost: Mapping[str, float | str]
+) -> None:
+    model = config.model
+    lines = [
+        f"# Measured by vp-profile on {words['device']}, torch {words['torch']}",
+        f"# {config.micro_batch_size} x {model.seq_length} tokens, hidden size {model.hidden_size}, V = {model.vocab_size}",
+        *(
+            f"{name}: {json.dumps(value) if isinstance(value, str) else format(value, '.6g')}"
+            for name, value in cost.items()
+        ),
+    ]
+    _write(path, "\n".join(lines) + "\n")
+    print(f"costs written to {path}; vp-plan and vp-simulate take them as cost={path}")
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)

@@ -1,0 +1,438 @@
+"""What a step would take and keep, in words, numbers and pictures: the body of `vp-simulate`.  Runs without torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from schedules.bound import Bound, step_bound
+from schedules.generators import GENERATORS
+from schedules.ir import Kind
+from schedules.lower import lower
+from schedules.render import chrome_trace, duration, svg, text_grid
+from schedules.replay import RUNTIMES, Replay, Runtime, late_starts, replay
+from schedules.timeline import Timeline
+from schedules.vocab import VOCAB_ALGORITHMS, End
+from vp_train.commands.command import Command, run
+from vp_train.commands.plot import Mark, comparison_png, schedule_png
+from vp_train.config import ConfigError, RunConfig
+from vp_train.failures import EXIT_OK
+from vp_train.planning.degrees import wanted_ranks
+from vp_train.planning.plan import SEARCHING, StepPlan, plan_step, row_advice
+from vp_train.settings import config_text
+from vp_train.units import human_bytes
+
+_GRID_RANKS = 32
+_LATE_STARTS = 5  # the worst, in words
+
+
+_EXAMPLES = """\
+  vp-simulate schedule=v_half parallel.pp=8 num_microbatches=32 cost=a100_4b
+  vp-simulate --out shown schedule=zb_h1         also as pictures and as a trace for Perfetto
+  vp-simulate --runtime cuda schedule=zb_v       also as CUDA's streams would execute it
+  vp-simulate --compare 1f1b,zb_h1,v_half --vocab none,one_barrier --out compared parallel.pp=8 cost=a100_4b"""
+
+
+def main() -> None:
+    """`vp-simulate`: what a step would take and keep, without running it."""
+    options = {
+        "--out": ("DIR", "write pictures, trace and figures there"),
+        "--compare": ("A,B,...", "one line for each of these schedules, or for all"),
+        "--vocab": ("A,B,...", "with --compare: with each of these algorithms, or with all"),
+        "--runtime": ("NAME", "also replay the program as cuda or gloo executes it"),
+    }
+    purpose = "simulates one step: time, bubble and memory of a schedule"
+    run(Command("vp-simulate", purpose, _simulate, _EXAMPLES, options))
+
+
+def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    directory = Path(options["--out"]).expanduser() if "--out" in options else None
+    if "--vocab" in options and "--compare" not in options:
+        raise ConfigError(
+            f"--vocab belongs to --compare; for one algorithm write vocab={options['--vocab'].split(',')[0]}"
+        )
+    runtime = runtime_called(options["--runtime"]) if "--runtime" in options else None
+    if "--compare" in options:
+        names, algorithms = options["--compare"], options.get("--vocab")
+        compare(config, names, algorithms, directory, config_text(config), runtime)
+    else:
+        show(config, directory, config_text(config), runtime)
+    return EXIT_OK
+
+
+def show(
+    config: RunConfig, directory: Path | None, config_yaml: str, runtime: Runtime | None = None
+) -> None:
+    """Simulate one step, print what is known of it, and with a directory draw it there.
+
+    With a runtime its program is replayed too.  Raises ConfigError.
+    """
+    _make(directory)
+    print(
+        f"{config.schedule.file or config.schedule.name} with {config.vocab.algorithm}, {headline(config)}\n",
+        flush=True,
+    )
+    if config.schedule.is_solved:
+        print(SEARCHING, flush=True)
+    started = time.perf_counter()
+    outcome = simulate_step(config, runtime)
+    taken = time.perf_counter() - started
+    print(report(outcome, shutil.get_terminal_size((120, 24)).columns))
+    if advice := row_advice(config, outcome.plan):
+        print(f"\n{advice}")
+    print(f"\nsimulated in {duration(taken)}", flush=True)
+    if directory is None:
+        return
+    timeline, title = outcome.timeline, f"{outcome.name}, simulated"
+    _write(directory, "config.yaml", config_yaml)
+    _write(directory, "schedule.txt", outcome.plan.schedule.text())
+    _write(directory, "schedule.svg", svg(timeline, title))
+    timelines = {outcome.name: timeline}
+    names = [
+        "config.yaml",
+        "schedule.txt",
+        "schedule.svg",
+        "schedule.png",
+        "trace.json",
+        "table.json",
+    ]
+    if outcome.replayed is not None:
+        timelines[outcome.replayed.title] = outcome.replayed.timeline
+        _write(directory, "replay.svg", svg(outcome.replayed.timeline, outcome.replayed.title))
+        names.append("replay.svg")
+    _write(directory, "trace.json", json.dumps(chrome_trace(timelines)))
+    _write_table(directory, [outcome])
+    schedule_png(timeline, title, directory / "schedule.png")
+    print(f"written to {directory}: {', '.join(names)}", flush=True)
+
+
+def compare(
+    config: RunConfig,
+    schedules: str,
+    vocabs: str | None,
+    directory: Path | None,
+    config_yaml: str,
+    runtime: Runtime | None = None,
+) -> None:
+    """One line per schedule and algorithm, and with a directory one picture of all.
+
+    Schedules and algorithms are lists with commas, or `all`; without algorithms, that of `config`.  Raises ConfigError for a
+    name that is not known, or if none of them is possible.
+    """
+    if config.schedule.file is not None:
+        raise ConfigError(
+            f"--compare simulates named schedules, schedule.file={config.schedule.file} only itself; drop one of the two"
+        )
+    names = _names("--compare", schedules, tuple(GENERATORS))
+    algorithms = _names("--vocab", vocabs or config.vocab.algorithm, tuple(VOCAB_ALGORITHMS))
+    _make(directory)
+    print(f"{headline(config)}\n\n{table_head(runtime)}", flush=True)
+    started = time.perf_counter()
+    items = []
+    for item in simulate_each(config, names, algorithms, runtime):
+        print(table_line(item), flush=True)
+        items.append(item)
+    outcomes = [item for item in items if isinstance(item, Outcome)]
+    print(
+        f"\n{len(outcomes)} of {len(items)} simulated in {duration(time.perf_counter() - started)}",
+        flush=True,
+    )
+    if directory is not None:
+        _write(directory, "config.yaml", config_yaml)
+        _write_table(directory, items)
+    if not outcomes:
+        raise ConfigError(
+            "none of these schedules is possible with these settings; the table says why"
+        )
+    if directory is not None:
+        marks = [
+            Mark(
+                item.schedule, item.vocab, item.timeline.mean_bubble, max(item.timeline.peak_bytes)
+            )
+            for item in outcomes
+        ]
+        comparison_png(marks, headline(config), directory / "comparison.png")
+        print(f"written to {directory}: config.yaml, table.json, comparison.png", flush=True)
+
+
+def _make(directory: Path | None) -> None:
+    """Before the work is done: whoever cannot write should not wait for it."""
+    if directory is not None:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise FileExistsError(f"--out {directory} is a file; name a directory") from None
+
+
+def runtime_called(name: str) -> Runtime:
+    """Return the runtime called `name`.  Raises ConfigError if there is none."""
+    if name not in RUNTIMES:
+        raise ConfigError(f"--runtime: {name!r} is not known; choose from {', '.join(RUNTIMES)}")
+    return RUNTIMES[name]
+
+
+def _names(option: str, words: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The names in a list with commas, each once."""
+    if words == "all":
+        return known
+    names = tuple(dict.fromkeys(words.split(",")))
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"{option}: {name!r} is not known; choose from {', '.join(known)}, or write {option} all"
+            )
+    return names
+
+
+def _write(directory: Path, name: str, text: str) -> None:
+    (directory / name).write_text(text)
+
+
+def _write_table(directory: Path, items: Sequence[Outcome | Refusal]) -> None:
+    _write(
+        directory,
+        "table.json",
+        json.dumps({"rows": [record(item) for item in items]}, indent=1) + "\n",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """A simulated step as a runtime executes it; `longer` is a fraction of the simulated time."""
+
+    title: str
+    runtime: Runtime
+    replay: Replay
+    longer: float
+
+    @property
+    def timeline(self) -> Timeline:
+        return self.replay.timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A schedule with a vocabulary algorithm, simulated.  Fractions 0 to 1, peaks over the ranks."""
+
+    schedule: str
+    vocab: str
+    plan: StepPlan
+    bound: Bound
+    replayed: Replayed | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.schedule} with {self.vocab}"
+
+    @property
+    def timeline(self) -> Timeline:
+        return self.plan.timeline
+
+    @property
+    def gap(self) -> float:
+        """How much longer the step takes than the lower bound; 0 for a step of no work."""
+        return self.timeline.gap or 0.0
+
+    @property
+    def microbatches_in_flight(self) -> tuple[float, ...]:
+        """Per rank, at the peak: a microbatch counts in full when all stages of the rank hold it."""
+        chunks = self.plan.problem.layout.num_chunks
+        return tuple(count / chunks for count in self.timeline.peak_in_flight)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A schedule with a vocabulary algorithm that these settings do not allow."""
+
+    schedule: str
+    vocab: str
+    reason: str
+
+
+def simulate_step(config: RunConfig, runtime: Runtime | None = None) -> Outcome:
+    """Plan and simulate one step, and replay its program with a runtime.
+
+    Raises ConfigError, naming the value and the way out.
+    """
+    plan = plan_step(config, wanted_ranks(config.parallel))
+    bound = step_bound(plan.problem, plan.cost, plan.caps)
+    outcome = Outcome(plan.schedule.name, plan.problem.algorithm.name, plan, bound)
+    return outcome if runtime is None else replace(outcome, replayed=_replayed(outcome, runtime))
+
+
+def _replayed(outcome: Outcome, runtime: Runtime) -> Replayed:
+    plan, simulated = outcome.plan, outcome.timeline
+    result = replay(lower(plan.schedule, plan.problem, plan.cost), plan.cost, runtime)
+    result = replace(result, timeline=replace(result.timeline, bound=simulated.bound))
+    longer = result.timeline.makespan / simulated.makespan - 1 if simulated.makespan > 0 else 0.0
+    return Replayed(
+        f"{outcome.name}, replayed on {runtime.name}", runtime, result, round(longer, 9) + 0.0
+    )
+
+
+def simulate_each(
+    config: RunConfig,
+    schedules: Sequence[str],
+    vocabs: Sequence[str],
+    runtime: Runtime | None = None,
+) -> Iterator[Outcome | Refusal]:
+    """Every named schedule with every algorithm, all other settings as they are; a cap is `auto`'s alone."""
+    for schedule in schedules:
+        for vocab in vocabs:
+            chosen = replace(
+                config,
+                schedule=replace(
+                    config.schedule, name=schedule, cap_gib=None, cap_microbatches=None
+                ),
+                vocab=replace(config.vocab, algorithm=vocab),
+            )
+            try:
+                yield simulate_step(chosen, runtime)
+            except ConfigError as error:
+                yield Refusal(schedule, vocab, str(error))
+
+
+def headline(config: RunConfig) -> str:
+    """What is simulated, without schedule and algorithm, in two lines."""
+    model = config.model
+    return (
+        f"{wanted_ranks(config.parallel)} ranks, {config.num_microbatches} microbatches of {config.micro_batch_size} x "
+        f"{model.seq_length:,} tokens\n{model.num_layers} layers of hidden size {model.hidden_size:,}, vocabulary "
+        f"{model.vocab_size:,}; activations in {config.run.dtype}"
+    )
+
+
+def report(outcome: Outcome, columns: int) -> str:
+    """The grid, a table of the ranks, and the figures of the step."""
+    timeline, bound = outcome.timeline, outcome.bound
+    worst = max(range(timeline.num_ranks), key=timeline.peak_bytes.__getitem__)
+    return "\n".join(
+        [
+            grid(timeline, columns),
+            *_rank_table(outcome),
+            "",
+            f"schedule     {outcome.plan.schedule.name}, vocabulary {outcome.plan.problem.algorithm.name}",
+            f"makespan     {duration(timeline.makespan)}",
+            f"mean bubble  {timeline.mean_bubble:.1%}",
+            f"peak memory  {human_bytes(timeline.peak_bytes[worst])} on rank {worst}, at most "
+            f"{max(outcome.microbatches_in_flight):g} microbatches in flight; activations only",
+            f"lower bound  {duration(bound.seconds)}: {bound.reason}",
+            f"gap          {outcome.gap:.1%} above the bound",
+            *_replay_lines(outcome),
+        ]
+    )
+
+
+def _replay_lines(outcome: Outcome) -> list[str]:
+    """Return the time of the replay, and the waits that no simulation shows, worst first."""
+    replayed = outcome.replayed
+    if replayed is None:
+        return []
+    lines = [f"{duration(replayed.timeline.makespan)}, {replayed.longer:.2%} longer than simulated"]
+    late = late_starts(replayed.replay, outcome.timeline)
+    if replayed.runtime.issues_ahead:
+        beside = replayed.replay.beside_waits
+        share = f"{sum(beside) / len(beside):.0%} of the passes' time, at most {max(beside):.0%} of a rank's"
+        lines.append(
+            f"beside {share}, a communication waits for another rank and takes room on the GPU"
+        )
+    lines += [f"{duration(entry.seconds)} more waiting of {entry}" for entry in late[:_LATE_STARTS]]
+    if len(late) > _LATE_STARTS:
+        lines.append(f"({len(late) - _LATE_STARTS} more such waits, none longer)")
+    heads = [f"on {replayed.runtime.name}", *[""] * (len(lines) - 1)]
+    return [f"{head:<12} {line}" for head, line in zip(heads, lines, strict=True)]
+
+
+def grid(timeline: Timeline, columns: int) -> str:
+    """The text grid; of a step too long for readable passes only the beginning, of too many ranks none, said in one line."""
+    if timeline.num_ranks > _GRID_RANKS:
+        return (
+            f"(no grid: {timeline.num_ranks} ranks are too many for text; --out DIR draws them)\n"
+        )
+    seconds = _readable_seconds(timeline, columns)
+    if seconds >= timeline.makespan:
+        return text_grid(timeline, columns)
+    shown = f"(the first {duration(seconds)} of {duration(timeline.makespan)}; --out DIR draws the whole step)\n"
+    return text_grid(timeline, columns, seconds) + shown
+
+
+def _readable_seconds(timeline: Timeline, columns: int) -> float:
+    """Seconds that fit into a line if the letter and the number of an ordinary forward do."""
+    forwards = [
+        span
+        for spans in timeline.compute
+        for span in spans
+        if span.kind == Kind.F and span.seconds > 0
+    ]
+    if not forwards:
+        return timeline.makespan
+    label = 1 + len(str(max(span.microbatch for span in forwards)))
+    return (columns - 4) / label * statistics.median(span.seconds for span in forwards)
+
+
+def _rank_table(outcome: Outcome) -> list[str]:
+    timeline, plan = outcome.timeline, outcome.plan
+    lines = ["rank  layers    V rows     busy   bubble  in flight  peak memory"]
+    for rank, layers in enumerate(plan.layers_of_ranks):
+        lines.append(
+            f"{rank:>4}  {sum(map(len, layers)):>6}  {plan.shards[End.OUTPUT][rank].num_rows:>8,}  "
+            f"{duration(timeline.busy(rank)):>7}  {timeline.bubble(rank):>6.1%}  "
+            f"{outcome.microbatches_in_flight[rank]:>9g}  {human_bytes(timeline.peak_bytes[rank]):>11}"
+        )
+    return lines
+
+
+def table_head(runtime: Runtime | None = None) -> str:
+    """Return the header of `table_line`."""
+    replayed = "" if runtime is None else f" {f'on {runtime.name}':>9}"
+    figures = f"{'makespan':>9} {'bubble':>7} {'gap':>7} {'in flight':>10} {'peak memory':>12}"
+    return f"{'schedule':<12} {'vocab':<12} {figures}{replayed}"
+
+
+def table_line(item: Outcome | Refusal) -> str:
+    """Return one line of the comparison: peaks of the worst rank, `in flight` in microbatches.
+
+    After a replay its time comes last, as the fraction by which it is longer.
+    """
+    start = f"{item.schedule:<12} {item.vocab:<12} "
+    if isinstance(item, Refusal):
+        return f"{start}not possible: {item.reason}"
+    replayed = "" if item.replayed is None else f" {item.replayed.longer:>+9.2%}"
+    return start + (
+        f"{duration(item.timeline.makespan):>9} {item.timeline.mean_bubble:>7.1%} {item.gap:>7.1%} "
+        f"{max(item.microbatches_in_flight):>10g} {human_bytes(max(item.timeline.peak_bytes)):>12}{replayed}"
+    )
+
+
+def record(item: Outcome | Refusal) -> dict[str, Any]:
+    """One row of table.json; bubbles and gap as fractions, lists by rank."""
+    start = {"schedule": item.schedule, "vocab": item.vocab}
+    if isinstance(item, Refusal):
+        return start | {"reason": item.reason}
+    timeline, replayed = item.timeline, {}
+    if item.replayed is not None:
+        replayed["replay"] = {
+            "runtime": item.replayed.runtime.name,
+            "makespan_seconds": item.replayed.timeline.makespan,
+            "longer": item.replayed.longer,
+        }
+    return (
+        start
+        | replayed
+        | {
+            "makespan_seconds": timeline.makespan,
+            "mean_bubble": timeline.mean_bubble,
+            "bubble": [timeline.bubble(rank) for rank in range(timeline.num_ranks)],
+            "peak_bytes": list(timeline.peak_bytes),
+            "microbatches_in_flight": list(item.microbatches_in_flight),
+            "bound_seconds": item.bound.seconds,
+            "bound_reason": item.bound.reason,
+            "gap": item.gap,
+        }
+    )

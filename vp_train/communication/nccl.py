@@ -1,0 +1,91 @@
+"""How a run sets up NCCL and CUDA: environment, options of a communicator, and a watch for errors.
+
+Everything here is inert where torch has no NCCL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, MutableMapping
+from datetime import timedelta
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vp_train.communication.flight_recorder import DUMP_SECONDS, prefix
+from vp_train.config import RunSettings
+
+_POLL_SECONDS = 0.2
+
+
+def set_environment(
+    environment: MutableMapping[str, str], settings: RunSettings, directory: Path
+) -> None:
+    """Set what CUDA, NCCL and torch read when they start, except where the user has set it.
+
+    Call it before anything touches the GPU.
+    """
+    # A stream per communicator and for the passes: over CUDA's 8 queues some would block others.
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # the older name, which wins
+        # The number of tokens that a rank owns varies from microbatch to microbatch.
+        environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if settings.hop_channels:
+        environment.setdefault("NCCL_MAX_P2P_NCHANNELS", str(settings.hop_channels))
+    environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    environment.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", f"{DUMP_SECONDS * 1000:.0f}")
+    # Where both are set torch takes the new names and warns of the old ones.
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in environment:
+        environment.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in environment:
+        environment.setdefault("TORCH_FR_DUMP_TEMP_FILE", prefix(directory))
+
+
+def communicator_options(settings: RunSettings, timeout: timedelta, *, few_ctas: bool) -> Any:
+    """Return a new ProcessGroupNCCL.Options, None where torch has no NCCL.
+
+    `timeout`: what `new_group` is given too; torch warns where it differs.
+    `few_ctas`: at most `settings.collective_ctas` thread blocks, for what runs beside the passes.
+    """
+    kind = getattr(dist, "ProcessGroupNCCL", None)
+    if kind is None:
+        return None
+    options = kind.Options(is_high_priority_stream=settings.comm_priority)
+    options._timeout = timeout
+    if few_ctas and settings.collective_ctas and hasattr(options.config, "max_ctas"):
+        options.config.max_ctas = settings.collective_ctas
+    return options
+
+
+def watch(groups: Iterable[dist.ProcessGroup], failed: Callable[[str], None]) -> Event:
+    """Call `failed` once when NCCL reports an error in one of `groups`, in a thread of its own.
+
+    It gets "TIMEOUT", "COMM_ERROR" or "REMOTE_ERROR".  torch's watchdog aborts the process a few
+    seconds later, with a stack trace and without an exit code that says why: leave before it does.
+    Set the returned event to end the watch.
+    """
+    backends = [backend for group in groups if (backend := _nccl_backend(group)) is not None]
+    stopped = Event()
+    if backends:
+        Thread(target=_poll, args=(backends, failed, stopped), daemon=True).start()
+    return stopped
+
+
+def _nccl_backend(group: dist.ProcessGroup) -> Any:
+    """Return the NCCL side of `group` if this torch tells its errors, else None."""
+    if "nccl" not in dist.get_backend_config(group):
+        return None
+    backend = group._get_backend(torch.device("cuda"))
+    return backend if hasattr(backend, "get_error") else None
+
+
+def _poll(backends: list[Any], failed: Callable[[str], None], stopped: Event) -> None:
+    while not stopped.wait(_POLL_SECONDS):
+        for backend in backends:
+            error = backend.get_error().name
+            if error != "SUCCESS":
+                if not stopped.is_set():  # an error of the end is none of the run
+                    failed(error)
+                return

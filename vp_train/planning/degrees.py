@@ -1,0 +1,80 @@
+"""How the ranks of a run divide into replicas, pipelines and tensor-parallel groups.  Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vp_train.config import ConfigError, ModelConfig, ParallelConfig
+
+_DEFAULT_PP = 4  # where nobody says how many
+
+
+@dataclass(frozen=True, slots=True)
+class Degrees:
+    """dp x pp x tp ranks.  The ranks that speak most often are neighbours: tp fastest, then pp, which share a vocabulary."""
+
+    dp: int
+    pp: int
+    tp: int
+
+    @property
+    def num_ranks(self) -> int:
+        return self.dp * self.pp * self.tp
+
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """Replica, pipeline rank and tensor-parallel rank of `rank`."""
+        replica, within = divmod(rank, self.pp * self.tp)
+        return replica, *divmod(within, self.tp)
+
+    def rank(self, replica: int, pipeline_rank: int, tensor_rank: int) -> int:
+        """The inverse of `place`."""
+        return (replica * self.pp + pipeline_rank) * self.tp + tensor_rank
+
+    def __str__(self) -> str:
+        return f"dp={self.dp} x pp={self.pp} x tp={self.tp}"
+
+
+def wanted_ranks(parallel: ParallelConfig) -> int:
+    """How many ranks to start where nobody has started them."""
+    return (parallel.dp or 1) * (parallel.pp or _DEFAULT_PP) * parallel.tp
+
+
+def split_ranks(parallel: ParallelConfig, num_ranks: int) -> Degrees:
+    """The degrees of a run of `num_ranks` ranks.  Raises ConfigError, with all the numbers, where they do not fit."""
+    told = {"parallel.dp": parallel.dp, "parallel.pp": parallel.pp, "parallel.tp": parallel.tp}
+    if parallel.dp is None and parallel.pp is None:
+        told["parallel.dp"] = 1
+    known = 1
+    for value in told.values():
+        known *= value or 1
+    named = (
+        " x ".join(f"{name}={value}" for name, value in told.items() if value not in (None, 1))
+        or "parallel.pp=1"
+    )
+    is_open = None in told.values()
+    if num_ranks % known or (not is_open and num_ranks != known):
+        raise ConfigError(
+            f"{named} needs {'a multiple of ' if is_open else ''}{known} ranks, but {num_ranks} were started; "
+            "start as many (torchrun --nproc-per-node), or change a degree"
+        )
+    rest = num_ranks // known
+    return Degrees(told["parallel.dp"] or rest, told["parallel.pp"] or rest, parallel.tp)
+
+
+def check_tensor_split(model: ModelConfig, tp: int, *, sequences: bool = False) -> None:
+    """Raise ConfigError where heads, the feed-forward width or, if they are to be split, sequences do not over `tp` ranks."""
+    if sequences and tp == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel=true has nothing to split over with parallel.tp=1; drop it, or raise tp"
+        )
+    for name in (
+        "num_heads",
+        "num_query_groups",
+        "ffn_hidden_size",
+        *(("seq_length",) if sequences else ()),
+    ):
+        value = getattr(model, name)
+        if value % tp:
+            raise ConfigError(
+                f"model.{name}={value} does not split over parallel.tp={tp}; use a divisor of {value}"
+            )

@@ -1,0 +1,230 @@
+"""Bytes of one rank: what it owns, and the peak of what a step keeps besides.  Pure arithmetic over the order of the passes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from schedules.ir import Kind, Pass
+from schedules.vocab import End
+from vp_train.config import RunConfig
+from vp_train.model import shape
+from vp_train.planning.estimate import (
+    ITEM_BYTES,
+    held_part,
+    input_gradient_bytes,
+    layer_bytes,
+    message_bytes,
+)
+from vp_train.planning.plan import StepPlan
+
+_MESSAGES = 4  # [T, H] received before they are needed, or on their way, at any time
+_CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}  # of logits, as in vocab.backends
+_TOKEN_BYTES = (
+    8 * 6 + 4 * 8
+)  # per token of a step: ids, owners and their order; losses and statistics
+
+
+@dataclass(frozen=True, slots=True)
+class StateBytes:
+    """Bytes per parameter.  `optimizer` is kept once per replica, or with ZeRO-1 once in all, of which the replicas have equal
+    parts of every bucket."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> StateBytes:
+        """Below fp32: gradients, a copy of the weights and two moments in fp32."""
+        item = ITEM_BYTES[config.run.dtype]
+        precise = max(4, item)
+        kept = 2 * precise + (precise if item < precise else 0)
+        return cls(item, precise, 0 if config.optim.offload else kept)
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes of one rank, at its peak in a step.
+
+    `activations`: from F to B, and from I to W; `vocabulary`: held from S to T; `working`: what passes need while they run,
+    and messages.  `weights`, `gradients` and `optimizer` have the vocabulary's rows too.
+    """
+
+    parameters: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    vocabulary: float
+    working: float
+
+    @property
+    def state(self) -> float:
+        """What is there between two steps."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        return self.state + self.activations + self.vocabulary + self.working
+
+
+def rank_memory(
+    config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None = None
+) -> RankMemory:
+    """The memory of every tensor-parallel rank of pipeline rank `rank`; where these differ by a row, of the larger."""
+    activations, vocabulary, working = step_peak(config, step, rank)
+    kept = rank_state(config, step, rank, state)
+    return replace(kept, activations=activations, vocabulary=vocabulary, working=working)
+
+
+def rank_state(
+    config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None = None
+) -> RankMemory:
+    """The memory of a rank between two steps."""
+    of_each = StateBytes.of(config) if state is None else state
+    parameters = rank_parameters(config, step, rank)
+    parts = step.degrees.dp if config.optim.name == "zero1" else 1
+    return RankMemory(
+        parameters,
+        parameters * of_each.weights,
+        parameters * of_each.gradients,
+        parameters * of_each.optimizer / parts,
+        activations=0.0,
+        vocabulary=0.0,
+        working=0.0,
+    )
+
+
+def rank_parameters(config: RunConfig, step: StepPlan, rank: int) -> int:
+    """Values that a rank holds, copies of tied matrices included."""
+    problem, tp = step.problem, step.degrees.tp
+    model = shape.tensor_share(config.model, tp)
+    count = sum(
+        len(step.layers[stage]) for stage in problem.layout.stages_of(rank)
+    ) * shape.layer_parameters(model)
+    if problem.root(End.OUTPUT) == rank:
+        count += shape.final_norm_parameters(model)
+    if problem.root(End.INPUT) == rank:
+        count += shape.position_parameters(model)
+    rows = {end: math.ceil(step.shards[end][rank].num_rows / tp) for end in End}
+    return count + model.hidden_size * (
+        max(rows.values()) if model.tied_embeddings else sum(rows.values())
+    )
+
+
+def step_peak(config: RunConfig, step: StepPlan, rank: int) -> tuple[float, float, float]:
+    """Activations, held shards and working bytes of `rank` when their sum is highest.
+
+    What a pass adds is there before it ends, what it uses up until then.  After the passes the optimizer uses some.
+    """
+    order, cost, message = step.schedule.ranks[rank], step.cost, float(message_bytes(config))
+    on_cpu = config.run.device == "cpu"
+    kept = _scratch_bytes(config, step, rank)
+    kept += (
+        _TOKEN_BYTES * config.num_microbatches * config.micro_batch_size * config.model.seq_length
+    )
+    always = kept + _MESSAGES * message
+    exponentials = max(0.0, cost.shard_bytes[rank] - message)  # the rest is x
+    pool = (
+        exponentials * _most_held(order) if on_cpu else 0.0
+    )  # given back to the layer, not to the system
+    activations, held, working = 0.0, pool, always
+    peak = max(
+        (activations, held, working), (0.0, pool, kept + _update_bytes(config, step, rank)), key=sum
+    )
+    for item in order:
+        change = cost.byte_change(item)
+        left = _unsent_bytes(config, item, step, rank) if on_cpu else 0.0
+        in_held = item.kind in (Kind.S, Kind.T)
+        if in_held and on_cpu and exponentials:
+            change -= math.copysign(exponentials, change)
+        layers, shards = (0.0, change) if in_held else (change, 0.0)
+        during = (
+            activations + max(0.0, layers),
+            held + max(0.0, shards),
+            working + left + _working_bytes(config, item),
+        )
+        peak = max(peak, during, key=sum)
+        activations, held, working = activations + layers, held + shards, working + left
+    return peak
+
+
+def _most_held(order: tuple[Pass, ...]) -> int:
+    held = most = 0
+    for item in order:
+        held += (item.kind is Kind.S) - (item.kind is Kind.T)
+        most = max(most, held)
+    return most
+
+
+def _is_hop(stage: int, other: int, step: StepPlan) -> bool:
+    """Whether tensors between these two stages go from one rank to another."""
+    layout = step.problem.layout
+    return 0 <= other < layout.num_stages and layout.rank_of(other) != layout.rank_of(stage)
+
+
+def _unsent_bytes(config: RunConfig, item: Pass, step: StepPlan, rank: int) -> float:
+    """What stays until the end of a step because gloo does not tell when a message was sent: hops, and what others reduce."""
+    problem, message = step.problem, float(message_bytes(config))
+    neighbour = {Kind.F: item.stage + 1, Kind.B: item.stage - 1, Kind.I: item.stage - 1}.get(
+        item.kind
+    )
+    if neighbour is not None and _is_hop(item.stage, neighbour, step):
+        return message
+    if item.kind is Kind.E and problem.algorithm.sharded and rank != problem.root(End.INPUT):
+        return message * step.shards[End.INPUT][rank].num_rows / step.shards[End.INPUT][-1].stop
+    if item.kind is Kind.S and problem.algorithm.sharded and rank != problem.root(End.OUTPUT):
+        return float(input_gradient_bytes(config))
+    return 0.0
+
+
+def _scratch_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
+    """Memory that S and T of a rank keep for themselves: x scaled and a product [T, H], and logits of a chunk of rows."""
+    rows = math.ceil(step.shards[End.OUTPUT][rank].num_rows / step.degrees.tp)
+    if not rows:
+        return 0.0
+    item, precise = ITEM_BYTES[config.run.dtype], max(4, ITEM_BYTES[config.run.dtype])
+    tokens = config.micro_batch_size * config.model.seq_length
+    if config.vocab.backend == "reference":
+        return 4.0 * precise * tokens * rows
+    logits = min(float(_CHUNK_BYTES[config.run.device]), float(precise * tokens * rows))
+    separate = item < precise or held_part(config) < 1
+    return 2.0 * precise * tokens * config.model.hidden_size + (logits if separate else 0.0)
+
+
+def _update_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
+    """What summing and updating use.
+
+    With optim.offload a bucket of gradients, which DeepSpeed sums in a copy.  ZeRO-1 sums, updates and gathers in place,
+    but on a CPU gloo scatters sums from copies of its own, and all may be under way.
+    """
+    gradients = max(4, ITEM_BYTES[config.run.dtype]) * rank_parameters(config, step, rank)
+    if config.optim.offload:
+        return float(min(gradients, config.optim.bucket_mib << 20))
+    copied = config.optim.name == "zero1" and config.run.device == "cpu" and step.degrees.dp > 1
+    return float(gradients) if copied else 0.0
+
+
+def _working_bytes(config: RunConfig, item: Pass) -> float:
+    """What a pass allocates besides what it leaves, less what it frees at the same time."""
+    model = shape.tensor_share(config.model, config.parallel.tp)
+    item_bytes = ITEM_BYTES[config.run.dtype]
+    values = item_bytes * config.micro_batch_size * model.seq_length
+    match item.kind:
+        case Kind.F:
+            return 2.0 * values * model.hidden_size
+        case Kind.B | Kind.I:
+            # The MLP is differentiated first, when everything before it is still there: the gradients of its activation's
+            # input and output, which W keeps in part, less what the last product has used up.
+            wide = (3 if shape.is_gated(model) else 2) - (item.kind is Kind.B)
+            recompute = config.parallel.recompute_of(item.stage)
+            formed, kept = layer_bytes(config, "none"), layer_bytes(config, recompute)
+            again = (
+                formed if recompute == "full" else formed - kept
+            )  # a whole layer runs from a copy of its input
+            return float(values * (wide * model.ffn_hidden_size + 2 * model.hidden_size) + again)
+        case Kind.S | Kind.T:
+            return 2.0 * message_bytes(config) * max(4, item_bytes) / item_bytes
+        case _:
+            return float(message_bytes(config))

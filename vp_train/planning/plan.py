@@ -1,0 +1,310 @@
+"""RunConfig + number of ranks -> RunPlan: everything decided before a process group, a tensor or a device exists.
+
+The plan is a pure function, so every rank computes the same one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from schedules.check import check_base, check_program, check_schedule
+from schedules.cost import CostModel
+from schedules.generators import GENERATORS, complete, generate
+from schedules.generators.auto import CapError, Option, solve
+from schedules.generators.stored import recognise
+from schedules.ir import Schedule
+from schedules.layout import Layout
+from schedules.lower import Program, lower
+from schedules.problem import Problem
+from schedules.simulate import simulate
+from schedules.timeline import Timeline
+from schedules.torch_csv import from_csv
+from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, evaluation, searched_algorithms
+from vp_train.config import ConfigError, RunConfig
+from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
+from vp_train.planning.estimate import estimate_cost
+from vp_train.planning.placement import balanced_rows, split_layers, split_vocabulary
+from vp_train.vocab.shard import Shard, split_rows
+
+SEARCHING = "schedule=auto: searching for the fastest schedule, half a minute for 8 ranks and 64 microbatches"
+SEQUENCE_DEVICES = ("cuda",)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step computes, where and when, in every one of `degrees.dp` replicas.
+
+    Ranks are pipeline ranks here, each of `degrees.tp` ranks of the run.  `layers[s]` are the global layers of stage s;
+    `shards[end][r]` the rows of rank r.  `caps[r]` are the bytes that rank r may
+    keep, where the schedule was found under a cap; its timeline then has the bound for them.
+    """
+
+    degrees: Degrees
+    layers: tuple[range, ...]
+    shards: dict[End, tuple[Shard, ...]]
+    problem: Problem
+    cost: CostModel
+    schedule: Schedule
+    timeline: Timeline
+    caps: tuple[float, ...]
+
+    @property
+    def layers_of_ranks(self) -> tuple[tuple[range, ...], ...]:
+        """The layers of each rank's stages."""
+        layout = self.problem.layout
+        return tuple(
+            tuple(self.layers[stage] for stage in layout.stages_of(rank))
+            for rank in range(layout.num_ranks)
+        )
+
+    @property
+    def num_ranks(self) -> int:
+        return self.problem.layout.num_ranks
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan(StepPlan):
+    """What every rank will do: a step, and the programs that run it and the evaluation."""
+
+    program: Program
+    evaluation_problem: Problem
+    evaluation_program: Program
+
+
+def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
+    """Decide the whole run for `num_ranks` ranks.  Raises ConfigError, naming the value and the way out."""
+    step = plan_step(config, num_ranks)
+    problem, cost = step.problem, step.cost
+    program = lower(step.schedule, problem, cost, tied=config.model.tied_embeddings)
+    check_program(program, problem)
+    num_evaluated = config.run.eval_microbatches_of(step.degrees.dp)
+    evaluated = Problem(
+        problem.layout, num_evaluated, evaluation(problem.algorithm), forward_only=True
+    )
+    evaluation_program = lower(generate("gpipe", evaluated, cost), evaluated, cost)
+    check_program(evaluation_program, evaluated)
+    return RunPlan(
+        step.degrees,
+        step.layers,
+        step.shards,
+        problem,
+        cost,
+        step.schedule,
+        step.timeline,
+        step.caps,
+        program,
+        evaluated,
+        evaluation_program,
+    )
+
+
+def plan_step(config: RunConfig, num_ranks: int) -> StepPlan:
+    """Decide and simulate one step, without the programs that would run it.  Raises ConfigError like `make_plan`."""
+    if config.schedule.is_solved:
+        return _solved(config, _degrees(config, num_ranks))
+    if config.schedule.file is not None:
+        return _stored(config, _degrees(config, num_ranks), Path(config.schedule.file))
+    step = draft_step(config, num_ranks)
+    return step.with_schedule(generate(config.schedule.name, step.problem, step.cost))
+
+
+def draft_step(config: RunConfig, num_ranks: int) -> Draft:
+    """One step of a named schedule before its passes are ordered.  Raises ConfigError like `make_plan`."""
+    degrees, name = _degrees(config, num_ranks), config.schedule.name
+    if name not in GENERATORS:
+        raise ConfigError(
+            f"schedule.name={name} is not known; choose one of {', '.join(GENERATORS)} or auto"
+        )
+    layout = _layout(name, degrees.pp, config)
+    return _draft(
+        config, degrees, layout, _algorithm(config.vocab.algorithm), GENERATORS[name].split_backward
+    )
+
+
+def _degrees(config: RunConfig, num_ranks: int) -> Degrees:
+    degrees = split_ranks(config.parallel, num_ranks)
+    check_tensor_split(config.model, degrees.tp, sequences=config.parallel.sequence_parallel)
+    if config.parallel.sequence_parallel and config.run.device not in SEQUENCE_DEVICES:
+        raise ConfigError(
+            f"parallel.sequence_parallel=true needs run.device=cuda, not {config.run.device}: megatron-core exchanges parts of "
+            "sequences on GPUs only; drop it"
+        )
+    return degrees
+
+
+def row_advice(config: RunConfig, step: StepPlan) -> str | None:
+    """The rows per rank that would balance the work of `step`, in words; None where that would gain less than 1 %."""
+    problem = step.problem
+    if not problem.algorithm.sharded or config.vocab.balance or config.vocab.shards is not None:
+        return None
+    rows = balanced_rows(config, problem.layout, step.layers)
+    shards = {end: split_rows(config.model.vocab_size, step.num_ranks, rows) for end in End}
+    cost = estimate_cost(config, problem.layout, step.layers, shards, problem.algorithm)
+    now, then = _busiest_seconds(problem, step.cost), _busiest_seconds(problem, cost)
+    if then >= 0.99 * now:
+        return None
+    return (
+        f"vocab.balance=true would take {1 - then / now:.1%} off the work of the busiest rank, "
+        f"with {', '.join(f'{count:,}' for count in rows)} rows"
+    )
+
+
+def _busiest_seconds(problem: Problem, cost: CostModel) -> float:
+    """The work of one microbatch on the rank that has most."""
+    ranks = range(problem.layout.num_ranks)
+    return max(sum(cost.seconds(item) for item in problem.passes_of(rank, 0)) for rank in ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A step whose order of passes is still open."""
+
+    degrees: Degrees
+    layers: tuple[range, ...]
+    shards: dict[End, tuple[Shard, ...]]
+    problem: Problem
+    cost: CostModel
+
+    def with_schedule(self, schedule: Schedule, caps: tuple[float, ...] = ()) -> StepPlan:
+        """Check and simulate it.  Raises ValueError for a schedule that is not one of this problem."""
+        check_schedule(schedule, self.problem)
+        timeline = simulate(schedule, self.problem, self.cost, caps)
+        return StepPlan(
+            self.degrees,
+            self.layers,
+            self.shards,
+            self.problem,
+            self.cost,
+            schedule,
+            timeline,
+            caps,
+        )
+
+
+def _draft(
+    config: RunConfig,
+    degrees: Degrees,
+    layout: Layout,
+    algorithm: VocabAlgorithm,
+    split_backward: bool,
+) -> Draft:
+    layers = split_layers(config.model, config.parallel, layout)
+    problem = Problem(layout, config.num_microbatches, algorithm, split_backward)
+    shards = {end: split_vocabulary(config, problem, end, layers) for end in End}
+    return Draft(
+        degrees, layers, shards, problem, estimate_cost(config, layout, layers, shards, algorithm)
+    )
+
+
+def _algorithm(name: str) -> VocabAlgorithm:
+    if name not in VOCAB_ALGORITHMS:
+        raise ConfigError(
+            f"vocab.algorithm={name} is not known; choose one of {', '.join(VOCAB_ALGORITHMS)}, or auto with schedule=auto"
+        )
+    return VOCAB_ALGORITHMS[name]
+
+
+def _layout(name: str, num_ranks: int, config: RunConfig) -> Layout:
+    try:
+        return GENERATORS[name].layout_of(num_ranks, config.schedule.num_chunks)
+    except ValueError as error:
+        raise ConfigError(
+            f"schedule.num_chunks={config.schedule.num_chunks} with schedule.name={name}: {error}"
+        ) from None
+
+
+def _stored(config: RunConfig, degrees: Degrees, path: Path) -> StepPlan:
+    """The step of a schedule that was written before: our own text, or a CSV of torch, which has no vocabulary passes yet."""
+    if not path.is_file():
+        raise ConfigError(
+            f"schedule.file={path} is not a file; vp-simulate --out DIR writes DIR/schedule.txt"
+        )
+    try:
+        text, is_csv = (
+            path.read_text(encoding="utf-8-sig"),
+            path.suffix.lower() == ".csv",
+        )  # spreadsheets write a mark first
+        schedule = from_csv(text, path.stem) if is_csv else Schedule.parse(text.rstrip())
+        layout, split_backward = recognise(schedule)
+        if layout.num_ranks != degrees.pp:
+            raise ValueError(
+                f"it is for {layout.num_ranks} ranks, not {degrees.pp}; use parallel.pp={layout.num_ranks}"
+            )
+        step = _draft(config, degrees, layout, _algorithm(config.vocab.algorithm), split_backward)
+        if is_csv:
+            check_base(schedule, step.problem)
+            schedule = complete(
+                schedule.name, schedule.ranks, step.problem, step.cost, keep_order=True
+            )
+        return step.with_schedule(schedule)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"schedule.file={path} does not fit this run: {error}") from None
+
+
+def _solved(config: RunConfig, degrees: Degrees) -> StepPlan:
+    """The best of all base schedules, placements and, with vocab=auto, algorithms, under the cap on memory."""
+    num_ranks = degrees.pp
+    names = searched_algorithms() if config.vocab.algorithm == "auto" else (config.vocab.algorithm,)
+    drafts: list[tuple[Option, Draft]] = []
+    refusals: list[str] = []
+    for name, family in GENERATORS.items():
+        for algorithm in map(_algorithm, names):
+            try:
+                layout = _searched_layout(name, num_ranks, config)
+                step = _draft(config, degrees, layout, algorithm, family.split_backward)
+            except ConfigError as error:
+                refusals.append(str(error))
+            else:
+                drafts.append((Option(name, step.problem, step.cost), step))
+    if not drafts:
+        raise ConfigError(refusals[0])
+    options, cost, told = [option for option, _ in drafts], drafts[0][1].cost, config.schedule
+    caps = (_cap_bytes(config, cost, num_ranks),) * num_ranks
+    try:
+        solution = solve(options, caps)
+    except CapError as error:
+        if told.cap_gib is not None or told.cap_microbatches is not None:
+            raise ConfigError(
+                _cap_message(error, caps[0], told.cap_gib is not None, cost, num_ranks)
+            ) from None
+        caps = (error.reached,) * num_ranks
+        solution = solve(options, caps)
+    return next(step for option, step in drafts if option is solution.option).with_schedule(
+        solution.schedule, caps
+    )
+
+
+def _searched_layout(name: str, num_ranks: int, config: RunConfig) -> Layout:
+    """schedule.num_chunks counts where a schedule leaves a choice."""
+    family = GENERATORS[name]
+    return family.layout_of(
+        num_ranks, config.schedule.num_chunks if family.layout == "loop" else None
+    )
+
+
+def _microbatch_bytes(cost: CostModel, num_ranks: int) -> float:
+    """The activations of one microbatch, per rank: the unit of schedule.cap_microbatches."""
+    return sum(cost.stage_bytes) / num_ranks
+
+
+def _cap_bytes(config: RunConfig, cost: CostModel, num_ranks: int) -> float:
+    if config.schedule.cap_gib is not None:
+        return config.schedule.cap_gib * 2**30
+    if config.schedule.cap_microbatches is not None:
+        return config.schedule.cap_microbatches * _microbatch_bytes(cost, num_ranks)
+    return (num_ranks + 1) * _microbatch_bytes(cost, num_ranks) + 2 * max(cost.shard_bytes)
+
+
+def _cap_message(error: CapError, cap: float, in_gib: bool, cost: CostModel, num_ranks: int) -> str:
+    unit, word = (2**30, "GiB") if in_gib else (_microbatch_bytes(cost, num_ranks), "microbatches")
+    setting = "schedule.cap_gib" if in_gib else "schedule.cap_microbatches"
+    enough = math.ceil(error.reached / unit * 100) / 100
+    return (
+        f"{setting}={cap / unit:.4g} is too low: the best schedule found keeps {error.reached / unit:.4g} {word} on rank "
+        f"{error.rank}.  One microbatch alone keeps {error.alone / unit:.4g}; without a bubble the average would be "
+        f"{error.steady / unit:.4g}.  Set {setting} to {enough} or more, or use a smaller micro_batch_size"
+    )

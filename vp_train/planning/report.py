@@ -1,0 +1,284 @@
+"""A run on a cluster before anything starts: bytes of every rank, seconds of a step, and what binds.  Pure."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from schedules.bound import step_bound
+from schedules.ir import Kind
+from schedules.vocab import End
+from vp_train.config import ConfigError, RunConfig
+from vp_train.model import shape
+from vp_train.planning.cluster import (
+    gradient_seconds,
+    links_of,
+    on_cluster,
+    peak_flops,
+    tied_seconds,
+)
+from vp_train.planning.degrees import Degrees, split_ranks
+from vp_train.planning.estimate import message_bytes, sum_seconds
+from vp_train.planning.memory import RankMemory, StateBytes, rank_memory
+from vp_train.planning.plan import StepPlan, plan_step
+from vp_train.units import human_bytes
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """One pipeline rank; its tensor-parallel ranks and its copies in other replicas do the same.
+
+    Seconds of a step, all microbatches together: `layers` with `tensor`, the sums over the tensor-parallel ranks, and
+    `vocabulary`, S, T, E and G.
+    """
+
+    num_layers: int
+    num_rows: int
+    memory: RankMemory
+    layers: float
+    tensor: float
+    vocabulary: float
+
+    @property
+    def busy(self) -> float:
+        return self.layers + self.vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What one run would take and keep.
+
+    `flops`: those of the model in a step of all replicas, forward and backward, nothing computed twice; the output layer
+    counts 2 V H per token and the embedding none.  `passes`: seconds of the simulated schedule; `gradients` and `optimizer`
+    come after it.
+    """
+
+    config: RunConfig
+    degrees: Degrees
+    schedule: str
+    vocab: str
+    ranks: tuple[RankReport, ...]
+    flops: float
+    passes: float
+    gradients: float
+    optimizer: float
+    bubble: float
+    bound: float
+    bound_reason: str
+
+    @property
+    def limit(self) -> float:
+        """Bytes that a rank may allocate."""
+        return self.config.cluster.memory_gib * _GIB
+
+    @property
+    def worst(self) -> int:
+        """The rank that needs most memory."""
+        return max(range(len(self.ranks)), key=lambda rank: self.ranks[rank].memory.total)
+
+    @property
+    def busiest(self) -> int:
+        return max(range(len(self.ranks)), key=lambda rank: self.ranks[rank].busy)
+
+    @property
+    def excess(self) -> float:
+        """Bytes above the limit on the worst rank, below 0 if it fits."""
+        return self.ranks[self.worst].memory.total - self.limit
+
+    @property
+    def fits(self) -> bool:
+        return self.excess <= 0
+
+    @property
+    def step_seconds(self) -> float:
+        return self.passes + self.gradients + self.optimizer
+
+    @property
+    def num_tokens(self) -> int:
+        """Of a step, in all replicas."""
+        config = self.config
+        return (
+            config.num_microbatches
+            * config.micro_batch_size
+            * config.model.seq_length
+            * self.degrees.dp
+        )
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what all GPUs could compute at their peak in the time of a step."""
+        return self.flops / (self.step_seconds * self.degrees.num_ranks * peak_flops(self.config))
+
+    @property
+    def gap(self) -> float:
+        """How much longer the passes take than any schedule must."""
+        return self.passes / self.bound - 1 if self.bound else 0.0
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Where the seconds of a step go on the rank that computes most."""
+        rank = self.ranks[self.busiest]
+        return {
+            "layers": rank.layers - rank.tensor,
+            "tensor-parallel sums": rank.tensor,
+            "vocabulary": rank.vocabulary,
+            "waiting": self.passes - rank.busy,
+            "gradient sum": self.gradients,
+            "optimizer": self.optimizer,
+        }
+
+    @property
+    def binds(self) -> str:
+        """What limits the run, in words."""
+        rank, parts, step = self.ranks[self.busiest], self.parts, self.step_seconds
+        if not self.fits:
+            return f"memory: {self.memory_words}"
+        mean = sum(each.busy for each in self.ranks) / len(self.ranks)
+        if rank.busy > 1.1 * mean:
+            share = sum(each.vocabulary for each in self.ranks) / len(self.ranks)
+            what = (
+                "its part of the vocabulary"
+                if rank.vocabulary - share > (rank.busy - mean) / 2
+                else "its layers"
+            )
+            return f"{what}: rank {self.busiest} computes {rank.busy / mean:.2f} times as long as the average rank"
+        for name in ("tensor-parallel sums", "gradient sum", "waiting"):
+            if parts[name] > 0.2 * step:
+                words = {"waiting": "filling and draining the pipeline"}.get(
+                    name, f"communication, {name}"
+                )
+                return f"{words}: {parts[name] / step:.0%} of the step; {self._advice(name)}"
+        return f"compute: rank {self.busiest} is busy for {rank.busy / step:.0%} of the step"
+
+    @property
+    def memory_words(self) -> str:
+        """What the worst rank needs, and how far that is from the limit."""
+        memory, cap = self.ranks[self.worst].memory, self.config.cluster.memory_gib
+        how = "less" if self.fits else "more"
+        return f"needs {human_bytes(memory.total)} on rank {self.worst}, {human_bytes(abs(self.excess))} {how} than {cap:g} GiB"
+
+    def _advice(self, part: str) -> str:
+        links = links_of(self.config.cluster, self.degrees)
+        match part:
+            case "waiting":
+                return f"more than {self.config.num_microbatches} microbatches, or a smaller pp"
+            case "gradient sum":
+                return f"{links.data.where}; more microbatches, or optim.name=zero1"
+            case _:
+                return f"{links.tensor.where}; a smaller tp"
+
+    def record(self) -> dict[str, Any]:
+        """For JSON; bytes, seconds, fractions."""
+        config = self.config
+        return {
+            "dp": self.degrees.dp,
+            "pp": self.degrees.pp,
+            "tp": self.degrees.tp,
+            "micro_batch_size": config.micro_batch_size,
+            "num_microbatches": config.num_microbatches,
+            "schedule": self.schedule,
+            "vocab": self.vocab,
+            "recompute": config.parallel.recompute_words,
+            "step_seconds": self.step_seconds,
+            "tokens_per_second": self.num_tokens / self.step_seconds,
+            "flops": self.flops,
+            "mfu": self.mfu,
+            "bubble": self.bubble,
+            "bound_seconds": self.bound,
+            "gap": self.gap,
+            "parts_seconds": self.parts,
+            "binds": self.binds,
+            "fits": self.fits,
+            "limit_bytes": self.limit,
+            "ranks": [
+                asdict(rank) | {"total_bytes": rank.memory.total, "busy_seconds": rank.busy}
+                for rank in self.ranks
+            ],
+        }
+
+
+def make_report(config: RunConfig) -> PlanReport:
+    """Plan `config` on all GPUs of its cluster.  Raises ConfigError, naming the value and the way out."""
+    num_gpus = config.cluster.num_gpus
+    try:
+        degrees = split_ranks(config.parallel, num_gpus)
+    except ConfigError as error:
+        raise ConfigError(f"the cluster has {num_gpus} GPUs: {error}") from None
+    costed = on_cluster(config, degrees)
+    return report_of(costed, plan_step(costed, num_gpus))
+
+
+def report_of(config: RunConfig, step: StepPlan, state: StateBytes | None = None) -> PlanReport:
+    """The report of a step whose costs are known; `state`: bytes per parameter, if not those of this trainer."""
+    degrees, timeline = step.degrees, step.timeline
+    ranks = tuple(_rank_report(config, step, rank, state) for rank in range(step.num_ranks))
+    bound = step_bound(step.problem, step.cost, step.caps)
+    return PlanReport(
+        config,
+        degrees,
+        step.schedule.name,
+        step.problem.algorithm.name,
+        ranks,
+        model_flops(config) * degrees.dp,
+        timeline.makespan,
+        gradient_seconds(config, degrees, max(each.memory.parameters for each in ranks))
+        + tied_seconds(config, degrees, step.problem),
+        max(optimizer_seconds(config, degrees, each.memory) for each in ranks),
+        timeline.mean_bubble,
+        bound.seconds,
+        bound.reason,
+    )
+
+
+def _rank_report(
+    config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None
+) -> RankReport:
+    spans = step.timeline.compute[rank]
+    vocabulary = sum(span.seconds for span in spans if Kind(span.kind).is_vocabulary)
+    num_layers, cost = sum(map(len, step.layers_of_ranks[rank])), config.cost
+    one_sum = sum_seconds(
+        cost.tensor_seconds, cost.tensor_bytes_per_second, message_bytes(config), step.degrees.tp
+    )
+    sums = (5.0 if config.parallel.sequence_parallel else 4.0) * num_layers
+    for stage, layers in zip(
+        step.problem.layout.stages_of(rank), step.layers_of_ranks[rank], strict=True
+    ):
+        sums += (
+            2
+            * shape.recomputed_part(config.model, config.parallel.recompute_of(stage))
+            * len(layers)
+        )
+    return RankReport(
+        num_layers,
+        step.shards[End.OUTPUT][rank].num_rows,
+        rank_memory(config, step, rank, state),
+        step.timeline.busy(rank) - vocabulary,
+        sums * config.num_microbatches * one_sum,
+        vocabulary,
+    )
+
+
+def model_flops(config: RunConfig) -> float:
+    """Of a step of one replica: forward, and twice as many backward."""
+    model = config.model
+    num_tokens = config.num_microbatches * config.micro_batch_size * model.seq_length
+    layers = model.num_layers * shape.layer_flops(model, num_tokens)
+    return 3.0 * (layers + 2 * model.vocab_size * model.hidden_size * num_tokens)
+
+
+def optimizer_seconds(config: RunConfig, degrees: Degrees, memory: RankMemory) -> float:
+    """AdamW reads the gradients, reads and writes its state, and writes the weights.
+
+    With optim.offload the host does, for a part of the parameters in each replica: their gradients go down before, a copy of
+    the weights and two moments are there, and the weights come up after.
+    """
+    cluster = config.cluster
+    if not config.optim.offload:
+        return (
+            memory.gradients + 2 * memory.optimizer + memory.weights
+        ) / cluster.memory_bytes_per_second
+    gradients, weights = memory.gradients / degrees.dp, memory.weights / degrees.dp
+    moved = (gradients + weights) / cluster.host_bytes_per_second
+    return moved + (gradients + 2 * 3 * gradients + weights) / cluster.host_memory_bytes_per_second

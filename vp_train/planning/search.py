@@ -1,0 +1,345 @@
+"""The fastest ways to run a model on a cluster: every split of its GPUs, best first, simulated as far as needed.
+
+A lower bound on the step of every choice is cheap, and no schedule beats it: all are weighed by theirs, then simulated in its
+order until none that is left could be among the best.  What cannot fit into memory is refused instead of being simulated.
+Where the time is over before all are weighed, those that are come from everywhere, and one of them is simulated all the same.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from schedules.bound import step_bound
+from schedules.cost import CostModel
+from schedules.generators import GENERATORS, generate
+from schedules.ir import Schedule
+from schedules.timeline import Timeline
+from schedules.vocab import searched_algorithms
+from vp_train.config import RECOMPUTE, ConfigError, RunConfig
+from vp_train.planning.cluster import gradient_seconds, on_cluster, tied_seconds
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.memory import rank_memory, rank_state
+from vp_train.planning.plan import Draft, StepPlan, draft_step
+from vp_train.planning.report import PlanReport, optimizer_seconds, report_of
+from vp_train.units import human_bytes
+
+# gpipe takes as long as 1f1b and more memory; interlaced is for comparison.
+SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_v", "v_half", "v_min")
+_MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
+_GIB = 2**30
+# What a choice changes besides saying its own.
+_UNDONE = {
+    "parallel": ("placement", "recompute_per_stage"),
+    "schedule": ("file", "cap_gib", "cap_microbatches"),
+}
+_PIPELINES_FULL = 3  # microbatches per rank after which no schedule but gpipe has more in flight
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way to run."""
+
+    degrees: Degrees
+    micro_batch_size: int
+    num_microbatches: int
+    schedule: str
+    vocab: str
+    recompute: str
+
+    def applied(self, config: RunConfig) -> RunConfig:
+        """`config` run this way; layers that do not split evenly are placed as evenly as they can be."""
+        parallel, degrees = config.parallel, self.degrees
+        return replace(
+            config,
+            schedule=replace(
+                config.schedule, name=self.schedule, file=None, cap_gib=None, cap_microbatches=None
+            ),
+            vocab=replace(config.vocab, algorithm=self.vocab),
+            parallel=replace(
+                parallel,
+                pp=degrees.pp,
+                dp=degrees.dp,
+                tp=degrees.tp,
+                recompute=self.recompute,
+                recompute_per_stage=None,
+                placement="balanced" if parallel.placement == "even" else parallel.placement,
+            ),
+            micro_batch_size=self.micro_batch_size,
+            num_microbatches=self.num_microbatches,
+        )
+
+    def overrides(self, config: RunConfig) -> str:
+        """What to write on a command line behind the words of `config`: also what undoes those that do not go with it."""
+        degrees, chosen = self.degrees, self.applied(config)
+        words = [f"parallel.dp={degrees.dp} parallel.pp={degrees.pp} parallel.tp={degrees.tp}"]
+        words.append(
+            f"schedule.name={self.schedule} vocab.algorithm={self.vocab} parallel.recompute={self.recompute}"
+        )
+        words.append(
+            f"micro_batch_size={self.micro_batch_size} num_microbatches={self.num_microbatches}"
+        )
+        for section, names in _UNDONE.items():
+            for name in names:
+                value = getattr(getattr(chosen, section), name)
+                if value != getattr(getattr(config, section), name):
+                    words.append(f"{section}.{name}={'null' if value is None else value}")
+        return " ".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A choice that cannot be run, and why.  `excess`: bytes above the limit, if that is the reason."""
+
+    choice: Choice
+    reason: str
+    bound: float = 0.0
+    excess: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    choice: Choice
+    report: PlanReport
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """`best`, fastest first.  `open_choices`: those the time did not suffice for that might be faster than the last of them.
+
+    They include those that were not even weighed.
+    """
+
+    best: tuple[Found, ...]
+    refused: tuple[Refusal, ...]
+    num_choices: int
+    num_simulated: int
+    open_choices: int
+
+
+def choices(config: RunConfig) -> Iterator[Choice]:
+    """Every way to run the batch of `config` on all GPUs of its cluster.
+
+    The batch is num_microbatches x micro_batch_size x parallel.dp (null: 1) sequences.  Tensor-parallel ranks share a node.
+    """
+    cluster, model = config.cluster, config.model
+    batch = config.num_microbatches * config.micro_batch_size * (config.parallel.dp or 1)
+    for tp in _divisors(cluster.gpus_per_node):
+        for pp in _divisors(cluster.num_gpus // tp):
+            degrees = Degrees(cluster.num_gpus // tp // pp, pp, tp)
+            if pp > model.num_layers:
+                continue
+            for size in _MICRO_BATCH_SIZES:
+                if batch % (degrees.dp * size):
+                    continue
+                for schedule in SCHEDULES if pp > 1 else ("1f1b",):
+                    for vocab in searched_algorithms() if pp * tp > 1 else ("none",):
+                        for recompute in RECOMPUTE:
+                            yield Choice(
+                                degrees,
+                                size,
+                                batch // degrees.dp // size,
+                                schedule,
+                                vocab,
+                                recompute,
+                            )
+
+
+def _divisors(count: int) -> list[int]:
+    return [each for each in range(1, count + 1) if count % each == 0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    choice: Choice
+    config: RunConfig
+    draft: Draft
+    bound: float  # of the whole step
+
+
+def search(
+    config: RunConfig, top: int, in_time: Callable[[], bool], progress: Callable[[str], None]
+) -> Result:
+    """The `top` fastest choices that fit, as far as `in_time` allows.
+
+    Where it never does, one is weighed, and simulated unless it cannot fit.  Raises ConfigError where there is no choice.
+    """
+    every = list(choices(config))
+    if not every:
+        raise ConfigError(
+            f"no split of {config.cluster.num_gpus} GPUs has whole microbatches: "
+            f"num_microbatches={config.num_microbatches} x micro_batch_size={config.micro_batch_size} x parallel.dp="
+            f"{config.parallel.dp or 1} sequences must be a multiple of dp for some dp; use another batch"
+        )
+    queue: list[tuple[float, int, _Candidate]] = []
+    refused: list[Refusal] = []
+    bounds: dict[tuple[object, ...], float] = {}
+    weighing = list(enumerate(every))
+    random.Random(1).shuffle(weighing)
+    while weighing and (not queue or in_time()):
+        number, choice = weighing.pop()
+        candidate = _weigh(config, choice, bounds)
+        if isinstance(candidate, Refusal):
+            refused.append(candidate)
+        else:
+            queue.append((candidate.bound, number, candidate))
+        if len(weighing) % 50 == 0:
+            progress(f"{len(every) - len(weighing):,} of {len(every):,} choices weighed")
+    heapq.heapify(queue)
+    best: list[Found] = []
+    simulated = 0
+    while (
+        queue
+        and (len(best) < top or queue[0][0] < best[-1].report.step_seconds)
+        and (not simulated or in_time())
+    ):
+        _, _, candidate = heapq.heappop(queue)
+        if (refusal := _too_large(candidate)) is not None:
+            refused.append(refusal)
+            progress(_progress(simulated, len(queue), best))
+            continue
+        report = _simulated(candidate)
+        simulated += 1
+        if report.fits:
+            best = sorted([*best, Found(candidate.choice, report)], key=_order)[:top]
+        else:
+            refused.append(
+                Refusal(candidate.choice, report.memory_words, candidate.bound, report.excess)
+            )
+        progress(_progress(simulated, len(queue), best))
+    last = best[-1].report.step_seconds if len(best) == top else float("inf")
+    still_open = len(weighing) + sum(bound < last for bound, _, _ in queue)
+    return Result(
+        tuple(best),
+        tuple(sorted(refused, key=lambda each: each.bound)),
+        len(every),
+        simulated,
+        still_open,
+    )
+
+
+def _order(found: Found) -> tuple[float, float]:
+    """Faster first; of those as good as equally fast, the one that needs less memory."""
+    memory = found.report.ranks[found.report.worst].memory.total
+    return float(f"{found.report.step_seconds:.4g}"), memory
+
+
+def _progress(simulated: int, left: int, best: list[Found]) -> str:
+    shown = f", the best takes {best[0].report.step_seconds:.3g} s" if best else ""
+    return f"{simulated} simulated, at most {left:,} more{shown}"
+
+
+def _weigh(
+    config: RunConfig, choice: Choice, bounds: dict[tuple[object, ...], float]
+) -> _Candidate | Refusal:
+    """Its lower bound, or why it cannot be run.  `bounds` remembers those of passes, which several schedules share."""
+    chosen = on_cluster(choice.applied(config), choice.degrees)
+    try:
+        draft = draft_step(chosen, config.cluster.num_gpus)
+    except ConfigError as error:
+        return Refusal(choice, str(error))
+    layout = draft.problem.layout
+    key = (
+        choice.degrees,
+        choice.micro_batch_size,
+        choice.vocab,
+        choice.recompute,
+        layout,
+        draft.problem.split_backward,
+    )
+    if key not in bounds:
+        bounds[key] = step_bound(draft.problem, draft.cost).seconds
+    blank = _unordered(draft, Schedule(choice.schedule, ()), draft.cost)
+    states = [rank_state(chosen, blank, rank) for rank in range(layout.num_ranks)]
+    after = gradient_seconds(chosen, choice.degrees, max(state.parameters for state in states))
+    after += tied_seconds(chosen, choice.degrees, draft.problem)
+    after += max(optimizer_seconds(chosen, choice.degrees, state) for state in states)
+    return _Candidate(choice, chosen, draft, bounds[key] + after)
+
+
+def _too_large(candidate: _Candidate) -> Refusal | None:
+    """Its refusal, if no order of its passes fits into memory."""
+    config, least = candidate.config, minimum_step(candidate.choice.schedule, candidate.draft)
+    limit = config.cluster.memory_gib * _GIB
+    needs = [rank_state(config, least, rank).state for rank in range(least.num_ranks)]
+    if max(needs) <= limit:
+        needs = [rank_memory(config, least, rank).total for rank in range(least.num_ranks)]
+    worst = max(range(len(needs)), key=needs.__getitem__)
+    excess = needs[worst] - limit
+    if excess <= 0:
+        return None
+    reason = (
+        f"needs at least {human_bytes(needs[worst])} on rank {worst}, {human_bytes(excess)} more than "
+        f"{config.cluster.memory_gib:g} GiB"
+    )
+    return Refusal(candidate.choice, reason, candidate.bound, excess)
+
+
+def minimum_step(schedule: str, draft: Draft) -> StepPlan:
+    """The step without its vocabulary passes, for a lower bound on memory.
+
+    Weaving them in keeps the order of the others, or with a split backward what is in flight, and can only add to it; what W
+    needs is left out, for W may come at once.
+    """
+    problem = draft.problem
+    few = replace(
+        problem,
+        num_microbatches=min(problem.num_microbatches, _PIPELINES_FULL * problem.layout.num_ranks),
+    )
+    if schedule == "gpipe":
+        few = problem
+    order = Schedule(schedule, GENERATORS[schedule].base_order(few))
+    cost = (
+        replace(draft.cost, weight_bytes=(0.0,) * problem.layout.num_stages)
+        if problem.split_backward
+        else draft.cost
+    )
+    return _unordered(draft, order, cost)
+
+
+def _unordered(draft: Draft, schedule: Schedule, cost: CostModel) -> StepPlan:
+    """A step that was not simulated."""
+    return StepPlan(
+        draft.degrees,
+        draft.layers,
+        draft.shards,
+        draft.problem,
+        cost,
+        schedule,
+        Timeline((), (), (), ()),
+        (),
+    )
+
+
+def about_bytes(config: RunConfig) -> float:
+    """About what the worst rank of `config` needs: its `minimum_step` and one held shard.
+
+    Schedules that are searched for or stored count as 1f1b.  Raises ConfigError.
+    """
+    named = (
+        config.schedule.name
+        if config.schedule.name in GENERATORS and config.schedule.file is None
+        else "1f1b"
+    )
+    vocab = config.vocab.algorithm if config.vocab.algorithm != "auto" else searched_algorithms()[0]
+    told = replace(
+        config,
+        schedule=replace(
+            config.schedule, name=named, file=None, cap_gib=None, cap_microbatches=None
+        ),
+        vocab=replace(config.vocab, algorithm=vocab),
+    )
+    draft = draft_step(told, config.cluster.num_gpus)
+    least = minimum_step(named, draft)
+    return max(
+        rank_memory(told, least, rank).total + draft.cost.shard_bytes[rank]
+        for rank in range(least.num_ranks)
+    )
+
+
+def _simulated(candidate: _Candidate) -> PlanReport:
+    draft = candidate.draft
+    step = draft.with_schedule(generate(candidate.choice.schedule, draft.problem, draft.cost))
+    return report_of(candidate.config, step)

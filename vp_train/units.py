@@ -1,0 +1,22 @@
+"""Bytes and durations in words."""
+
+from __future__ import annotations
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as a clock shows them: 75 -> 1:15, 3675 -> 1:01:15."""
+    minutes, rest = divmod(int(seconds), 60)
+    return (
+        f"{minutes}:{rest:02d}"
+        if minutes < 60
+        else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    )
+
+
+def human_bytes(count: float) -> str:
+    """Return a number of bytes in words: 1536 -> 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
