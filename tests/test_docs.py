@@ -74,6 +74,13 @@ def test_links_lead_to_a_file_and_a_heading(page):
         assert not anchor or anchor in anchors(path), f"{path} has no heading #{anchor}"
 
 
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_files_named_in_sentences_are_there(page):
+    rooms = "schedules|vp_train|configs|tests|benchmarks|launch|docker|docs"
+    for name in re.findall(rf"`((?:{rooms})/[\w./]*)`", prose(page)):
+        assert "NAME" in name or (ROOT / name).exists(), f"{name} is not there"
+
+
 def test_every_page_is_reached_from_the_readme():
     reached, open_pages = {README}, [README]
     while open_pages:
