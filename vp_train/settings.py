@@ -207,6 +207,11 @@ def _word(setting: object) -> str:
     return "null" if setting is None else str(setting)
 
 
+def override(name: str, value: str) -> str:
+    """Return the override that sets a text, whatever characters it has."""
+    return f"{name}={_word(value)}"
+
+
 def config_text(config: RunConfig) -> str:
     """The whole configuration as YAML."""
     from omegaconf import OmegaConf
