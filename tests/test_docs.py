@@ -1,4 +1,4 @@
-"""What the pages say holds: links lead somewhere, commands parse, and the first pages run as typed."""
+"""The pages are true: links lead somewhere, commands parse, the first pages run as typed."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def shell_lines(page: Path) -> list[str]:
 
 
 def quoted(page: Path) -> Iterator[str]:
-    """Commands shown with their output, and those inside sentences; what leaves something open is none."""
+    """Commands shown with output or inside sentences; one that leaves something open is none."""
     for _, block in _FENCE.findall(page.read_text()):
         yield from re.findall(r"^\$ (.*)$", block, re.MULTILINE)
     for code in re.findall(r"`([^`]+)`", prose(page)):
@@ -284,7 +284,7 @@ echo "$@" > torchrun.said
 def test_readme_and_quickstart_run_as_typed(place):
     """Every line, one after the other in one directory, each distinct line once.
 
-    `make` is asked what it would do.  A line for four nodes runs up to torchrun, which a stand-in plays.
+    `make` is asked what it would do.  A line for four nodes runs up to a stand-in for torchrun.
     """
     for number in range(40):
         text = (ROOT / "vp_train/config.py").read_text()

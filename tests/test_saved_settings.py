@@ -99,8 +99,8 @@ def test_changes_are_said(started):
     assert resume_words(load_config(RESUMED)) == "settings of runs/one/config.yaml"
     words = resume_words(load_config([*RESUMED, "schedule=zb_h1", "run.steps=99"]))
     assert (
-        words
-        == "settings of runs/one/config.yaml, changed here: schedule.name=zb_h1 (was gpipe), run.steps=99 (was 90)"
+        words == "settings of runs/one/config.yaml, changed here: "
+        "schedule.name=zb_h1 (was gpipe), run.steps=99 (was 90)"
     )
 
 

@@ -1,4 +1,4 @@
-"""The public API: a run is opened and scores text as its evaluation does, whatever layout it was trained in."""
+"""The public API: a run of any layout is opened and scores text as its evaluation does."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def test_what_cannot_be_scored_is_said(trained, tmp_path):
 
 
 def test_the_package_imports_nothing_heavy():
-    code = "import sys, vp_train; print(sorted({'torch', 'hydra'} & set(sys.modules)), hasattr(vp_train, 'no'))"
+    code = "import sys, vp_train; loaded = sorted({'torch', 'hydra'} & set(sys.modules)); "
+    code += "print(loaded, hasattr(vp_train, 'no'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[] False\n"
     assert set(vp_train.__all__) <= set(dir(vp_train)) | set(vp_train._HOMES)

@@ -47,8 +47,8 @@ class OpenRun:
 def open_run(directory: str | Path, *, device: str = "cpu", dtype: str | None = None) -> OpenRun:
     """Load the newest checkpoint of a run, or the one at `directory`, of any layout.
 
-    `dtype`: what to compute in, as run.dtype; None: as the run did.  Raises ConfigError where there is
-    no checkpoint, no settings, or another process of this job.
+    `dtype`: what to compute in, as run.dtype; None: as the run did.  Raises ConfigError where there
+    is no checkpoint, where there are no settings, or in a job of several processes.
     """
     path = Path(directory).expanduser()
     run = path.parent.parent if path.parent.name == "checkpoints" else path
@@ -72,10 +72,10 @@ def open_run(directory: str | Path, *, device: str = "cpu", dtype: str | None = 
 def score(run: OpenRun, texts: Sequence[str] | Sequence[Tensor]) -> list[Tensor]:
     """Return the log-probability of every token but the first of each text, fp32 [n - 1].
 
-    A text is a string, or the int64 ids [n] of its tokens.  A token is predicted from those before it,
-    from at most seq_length of them: longer texts are scored in windows, each of which begins with the
-    last token of the one before.  Raises ConfigError for strings where the run has no tokenizer, and
-    IndexError for ids that the vocabulary does not have.
+    A text is a string, or the int64 ids [n] of its tokens.  A token is predicted from at most
+    seq_length tokens before it: a longer text is scored in windows, and each window begins with the
+    last token of the one before.  Raises ConfigError for strings where the run has no tokenizer,
+    and IndexError for ids that the vocabulary does not have.
     """
     return [_score_ids(run, _ids_of(run, text)) for text in texts]
 
@@ -131,8 +131,8 @@ def _be_alone() -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     elif dist.get_world_size() > 1:
         raise ConfigError(
-            f"open_run loads a whole model into one process, but this job has {dist.get_world_size()}; "
-            "use RankModel.evaluator, as docs/vocabulary.md shows"
+            "open_run loads a whole model into one process, but this job has "
+            f"{dist.get_world_size()}; use RankModel.evaluator, as docs/vocabulary.md shows"
         )
 
 
