@@ -1,18 +1,18 @@
-"""Starts all ranks of a run on this machine: torchrun's agent, with our checks before it and our exit codes after it."""
+"""The launcher of all ranks of a run on this machine: checks before them, an exit code after them."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from vp_train.commands.local_ranks import Stopped, run_ranks
 from vp_train.commands.orphans import launching
 from vp_train.communication import flight_recorder
 from vp_train.config import ConfigError, RunConfig
-from vp_train.failures import explain_deaths
+from vp_train.failures import EXIT_OK, explain_deaths
 from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
 from vp_train.planning.degrees import wanted_ranks
 from vp_train.planning.plan import SEARCHING, make_plan
@@ -45,24 +45,7 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     from vp_train.data import prepare_all
 
     prepare_all(config.data, config.model.vocab_size, progress=True)
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # the ranks and we say what happened
-    agent = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        run_id=config.run.name,
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
     started = time.time()
 
     def record_of(rank: int) -> Path | None:
@@ -71,19 +54,14 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
 
     try:
         with launching():
-            elastic_launch(agent, sys.executable)("-u", "-m", "vp_train", *overrides)
-    except ChildFailedError as error:
-        deaths = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
-        failure = explain_deaths(
-            {rank: int(death.exitcode) for rank, death in deaths}, config.run, record_of
-        )
-        if failure.words:
-            print(f"vp-train: {failure.words}", file=sys.stderr)
-        return failure.code
-    except SignalException as error:
-        print(
-            f"vp-train: stopped by {error.sigval.name}; run.resume=true goes on from the newest checkpoint",
-            file=sys.stderr,
-        )
-        return 128 + error.sigval.value
-    return 0
+            deaths = run_ranks([sys.executable, "-u", "-m", "vp_train", *overrides], num_ranks)
+    except Stopped as stopped:
+        words = "run.resume=true goes on from the newest checkpoint"
+        print(f"vp-train: stopped by {stopped}; {words}", file=sys.stderr)
+        return 128 + stopped.number
+    if not deaths:
+        return EXIT_OK
+    failure = explain_deaths(deaths, config.run, record_of)
+    if failure.words:
+        print(f"vp-train: {failure.words}", file=sys.stderr)
+    return failure.code
