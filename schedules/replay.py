@@ -308,7 +308,7 @@ class _Walk:
         return Span(rank, str(item), item.barrier, -1, item.microbatch, start, end)
 
     def _stuck(self) -> str:
-        """Return where each rank waits: where its passes stop, or what it issued without a partner."""
+        """Return where each rank waits: where its passes stop, or what it issued in vain."""
         words = []
         for rank, ops in enumerate(zip(self.passes, self.issued, strict=True)):
             waiting = (op for op, activity in chain(*ops) if self.missing[activity] != 0)

@@ -1,8 +1,10 @@
-"""The interlaced pipeline (nnScaler, OSDI 2024; compared with in arXiv 2411.05288): a synchronous vocabulary layer.
+"""The interlaced pipeline (nnScaler, OSDI 2024): the output layer is computed synchronously.
 
-All ranks compute the output layer of a microbatch together, T right after S, waiting for the barrier between them; from one
-such meeting to the next each does one F and one B.  The rank d places before the last runs F(i) floor(d/2) + 1 meetings ahead
-of i and B(i) d meetings behind, if ranks take F and B in alternating order; so 1.5 p microbatches are in flight on rank 0.
+arXiv 2411.05288 compares with it. All ranks compute the output layer of a microbatch i together, in
+meeting i: S, then the barrier, then T at once. Between two meetings every rank runs one F and one
+B, on neighbouring ranks in opposite order. The rank d places before the last then runs F(i)
+floor(d/2) + 1 meetings before meeting i, and B(i) d meetings after it. So 1.5 p microbatches are in
+flight on rank 0.
 """
 
 from __future__ import annotations
@@ -13,10 +15,14 @@ from schedules.vocab import End
 
 
 def interlaced(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
-    """The passes of the stages and of the output layer.  Raises ValueError unless each rank owns one stage."""
+    """Return the passes of the stages and of the output layer on every rank.
+
+    Raises ValueError unless each rank owns one stage.
+    """
     if problem.layout.num_chunks != 1:
         raise ValueError(
-            f"interlaced has one stage per rank, not {problem.layout.num_chunks}; use layout 'linear'"
+            f"interlaced has one stage per rank, not {problem.layout.num_chunks}; "
+            "use layout 'linear'"
         )
     return tuple(_rank_order(rank, problem) for rank in range(problem.layout.num_ranks))
 
@@ -24,6 +30,9 @@ def interlaced(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
 def _rank_order(rank: int, problem: Problem) -> tuple[Pass, ...]:
     before_last = problem.layout.num_ranks - 1 - rank
     forward_place, backward_place = (1, 2) if before_last % 2 else (2, 1)
+    # Keys to sort by: the last meeting before or at which the pass runs; 0 in the meeting, 1 or 2
+    # for the first or second stage pass after it; the place among the passes with the same two
+    # keys.
     placed: list[tuple[int, int, int, Pass]] = []
     for i in range(problem.num_microbatches):
         placed.append((i - 1 - before_last // 2, forward_place, 0, Pass(rank, Kind.F, i)))
