@@ -1,7 +1,7 @@
 """Schedule -> Program: the passes of every rank together with its communication.
 
 Every operation gets a place in one global order, by the simulated time at which its inputs are
-available. This order respects all dependencies, and every rank executes its operations in it. Hence
+available. This order respects all dependencies, and every rank executes its operations in it. So
 all ranks issue the collectives of a communicator in the same order. No deadlock is possible, even
 if every communication blocks until its partner arrives.
 

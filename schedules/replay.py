@@ -191,7 +191,7 @@ class _Walk:
         return activity
 
     def _channel(self, op: Op, rank: int) -> _Communicator | None:
-        """Return the stream in which a transfer waits for earlier transfers; None for no stream."""
+        """Return the stream in which a transfer waits for earlier ones; None if it need not wait."""
         item, peer = op.item, op.peer
         assert isinstance(item, Pass)
         assert peer is not None
@@ -308,7 +308,7 @@ class _Walk:
         return Span(rank, str(item), item.barrier, -1, item.microbatch, start, end)
 
     def _stuck(self) -> str:
-        """Return where each rank waits: where its passes stop, or what it issued in vain."""
+        """Return the operation that each rank waits at: in its passes, else an issued one."""
         words = []
         for rank, ops in enumerate(zip(self.passes, self.issued, strict=True)):
             waiting = (op for op, activity in chain(*ops) if self.missing[activity] != 0)

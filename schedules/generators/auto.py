@@ -32,7 +32,7 @@ _FIRST = 60_000  # nodes placed to refine each start
 _ROUNDS = ((5, 200_000), (1, 1_500_000))
 _ENOUGH = 5e-4  # the gap to the lower bound at which the search ends
 _BLOCKS = 6  # V-shaped blocks to start from
-_BLOCKS_PER_LEVEL = 3  # at most so many with the same number of stages in flight
+_BLOCKS_PER_LEVEL = 3  # of these at most so many with the same number of stages in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,9 @@ class CapError(ValueError):
     """Raised when no schedule was found under the caps.
 
     The attributes are of the rank that exceeds its cap most, in bytes.
-    - `reached`: the peak of the best schedule found. With caps raised to it, a schedule is found.
+    - `cap`: the cap of the rank.
+    - `reached`: the peak of the best schedule found. With all caps raised by `reached - cap`, a
+      schedule is found.
     - `alone`: what a single microbatch keeps. No schedule keeps less.
     - `steady`: what a steady state without a bubble keeps on average.
     """

@@ -1,10 +1,10 @@
 """The interlaced pipeline (nnScaler, OSDI 2024): the output layer is computed synchronously.
 
-arXiv 2411.05288 compares with it. All ranks compute the output layer of a microbatch i together, in
-meeting i: S, then the barrier, then T at once. Between two meetings every rank runs one F and one
-B, on neighbouring ranks in opposite order. The rank d places before the last then runs F(i)
-floor(d/2) + 1 meetings before meeting i, and B(i) d meetings after it. So 1.5 p microbatches are in
-flight on rank 0.
+arXiv 2411.05288 compares with it. All ranks compute the output layer of microbatch i together, in
+meeting i: first S, then the barrier, then T. Between two meetings every rank runs one F and one B.
+Neighbouring ranks run these in opposite order. Then the rank d places before the last runs F(i)
+floor(d/2) + 1 meetings ahead of meeting i, and B(i) d meetings behind it. So 1.5 p microbatches are
+in flight on rank 0.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ def interlaced(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
 def _rank_order(rank: int, problem: Problem) -> tuple[Pass, ...]:
     before_last = problem.layout.num_ranks - 1 - rank
     forward_place, backward_place = (1, 2) if before_last % 2 else (2, 1)
-    # Keys to sort by: the last meeting before or at which the pass runs; 0 in the meeting, 1 or 2
-    # for the first or second stage pass after it; the place among the passes with the same two
-    # keys.
+    # Passes are sorted by meeting, then by place: 0 is in the meeting, 1 and 2 are the places of F
+    # and the backward after it. The third key orders passes of the same place.
     placed: list[tuple[int, int, int, Pass]] = []
     for i in range(problem.num_microbatches):
         placed.append((i - 1 - before_last // 2, forward_place, 0, Pass(rank, Kind.F, i)))

@@ -28,8 +28,8 @@ class Block:
 
     The microbatch walks over the ranks four times: F of the first chunks from rank 0 to p-1, F of
     the second chunks back to rank 0, I of the second chunks to rank p-1, I of the first chunks
-    back. `steps` are the times from a rank to the next on the four walks. `turns` are the times
-    from the end of a walk to the start of the next, on the same rank.
+    back. `steps` are the times from one rank to the next on the four walks. `turns` are the times
+    from the last start of a walk to the first start of the next, on the same rank.
     """
 
     steps: tuple[int, int, int, int]

@@ -35,7 +35,7 @@ def _rank_order(rank: int, problem: Problem) -> tuple[Pass, ...]:
     most_in_flight = problem.layout.num_ranks + problem.algorithm.extra_in_flight
     warmup = min(m, most_in_flight - rank)
     order = [Pass(rank, Kind.F, i) for i in range(warmup)]
-    weights: deque[Pass] = deque()
+    weights: deque[Pass] = deque()  # delayed weight gradients; their microbatches are in flight
     in_flight = warmup
     for i in range(m):
         order.append(Pass(rank, Kind.I, i))
