@@ -191,7 +191,7 @@ class _Walk:
         return activity
 
     def _channel(self, op: Op, rank: int) -> _Communicator | None:
-        """Return the stream in which a transfer waits for earlier ones; None if it need not wait."""
+        """Return the stream in which a transfer waits for earlier ones; None if it has none."""
         item, peer = op.item, op.peer
         assert isinstance(item, Pass)
         assert peer is not None
