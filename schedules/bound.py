@@ -1,7 +1,8 @@
-"""How fast can any schedule be?  Lower bounds on the seconds of a step, the largest of which counts.
+"""Lower bounds on the time of a step, which no schedule can beat. The largest of them counts.
 
-Each bound drops constraints: the one-machine bounds let every rank but one (or every communicator but one) do any number of
-things at once, the critical path all of them, and the memory bound all but one rank's memory.
+Each bound drops constraints. A one-machine bound lets all ranks and communicators but one do any
+number of things at once. The critical path lets all of them do so. The memory bound keeps only the
+memory cap of one rank.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from schedules.problem import Problem
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """No schedule takes less than `seconds`, because of `reason`."""
+    """A lower bound: no schedule takes less than `seconds`, because of `reason`."""
 
     seconds: float
     reason: str
 
 
 def step_bound(problem: Problem, cost: CostModel, caps: tuple[float, ...] = ()) -> Bound:
-    """The largest lower bound on a step; with `caps`, bytes per rank, also what that memory allows."""
+    """Return the largest lower bound on the time of a step.
+
+    With `caps` it holds for schedules in which rank r keeps at most `caps[r]` bytes.
+    """
     network = Network.of(problem, cost)
     heads, tails = _longest(network), _longest(network.reversed())
     path = max(
@@ -56,9 +60,11 @@ def step_bound(problem: Problem, cost: CostModel, caps: tuple[float, ...] = ()) 
 
 
 def one_machine(jobs: Iterable[tuple[float, float, float]], copies: int) -> float:
-    """Jackson's preemptive bound: `copies` of each (head, duration, tail) on one machine.
+    """Return Jackson's preemptive bound for `copies` of each job on one machine, in seconds.
 
-    The machine always works on the available job with the longest tail, which no order can beat.
+    A job is (head, duration, tail), in seconds: the time before it can start, its own time, and the
+    time that must follow it. The machine always works on the available job with the longest tail.
+    No order can beat that.
     """
     waiting = sorted(jobs)
     available: list[tuple[float, float]] = []  # (-tail, work left of all copies)
@@ -81,9 +87,10 @@ def one_machine(jobs: Iterable[tuple[float, float, float]], copies: int) -> floa
 
 
 def _longest(network: Network, sources: Collection[int] | None = None) -> list[float]:
-    """For each node the longest time from the start of a source to its own, with nothing else in the way; -inf without one.
+    """Return for each node the longest path from the start of a source to the start of the node.
 
-    Without `sources` these are the nodes that wait for nothing.
+    Times are in seconds; -inf where no source comes before the node. Without `sources`, the sources
+    are the nodes without inputs.
     """
     heads = [float("-inf")] * network.size
     for k in range(network.size):
@@ -109,7 +116,11 @@ def _memory_seconds(
     heads: list[float],
     tails: list[float],
 ) -> float:
-    """Little's law: what a rank keeps, over a step, is at most its cap times the time in which it can keep anything."""
+    """Return the seconds a step needs if `rank` keeps at most `cap` bytes (Little's law).
+
+    The byte-seconds that the rank keeps during a step are at most its cap times the time in which
+    it can keep anything. That time starts with its first F and ends with its last backward pass.
+    """
     byte_seconds = _byte_seconds(rank, problem, network)
     first = min((heads[start] for start, _, _ in lives(rank, problem, network)), default=0.0)
     last = min((tails[end] for _, _, end in lives(rank, problem, network)), default=0.0)
@@ -121,7 +132,7 @@ def _memory_seconds(
 
 
 def _byte_seconds(rank: int, problem: Problem, network: Network) -> float:
-    """What rank `rank` keeps of one microbatch times how long, at the least."""
+    """Return the least byte-seconds that `rank` keeps for one microbatch."""
     return sum(
         kept * (_longest(network, [start])[end] + network.seconds[end])
         for start, kept, end in lives(rank, problem, network)
@@ -129,7 +140,10 @@ def _byte_seconds(rank: int, problem: Problem, network: Network) -> float:
 
 
 def steady_bytes(rank: int, problem: Problem, network: Network) -> float:
-    """What rank `rank` keeps on average when a microbatch passes in every interval of the busiest rank's work."""
+    """Return the least bytes that `rank` keeps on average in a steady state without a bubble.
+
+    In such a state a microbatch starts whenever the busiest rank has done the work of one.
+    """
     work = [0.0] * network.num_lanes
     for lane, seconds in zip(network.lanes, network.seconds, strict=True):
         work[lane] += seconds
@@ -137,7 +151,11 @@ def steady_bytes(rank: int, problem: Problem, network: Network) -> float:
 
 
 def lives(rank: int, problem: Problem, network: Network) -> list[tuple[int, float, int]]:
-    """What a rank keeps of one microbatch: (the pass at whose start it begins, bytes, the pass at whose end it is freed)."""
+    """Return the tensors that `rank` keeps for one microbatch, as (first pass, bytes, last pass).
+
+    Passes are indices of nodes in `network`. A tensor is kept from the start of its first pass to
+    the end of its last.
+    """
     passes = {
         (node.stage, node.kind): k for k, node in enumerate(network.nodes) if isinstance(node, Pass)
     }

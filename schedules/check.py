@@ -1,8 +1,15 @@
-"""Is a schedule, or a program, right?  Both checks are pure and run before a process starts.
+"""Checks of schedules and programs. They are pure and run before a process group exists.
 
-A schedule: every pass once, on its rank, and no circle of waiting.  A program: every input waited for before its use, sends
-that match receives, one order of collectives on all ranks of a communicator, and no deadlock even if every communication
-is a rendezvous, that is, blocks all its ranks until the last of them arrives.
+A schedule is right if every pass runs once, on its rank, and no passes wait for each other in a
+cycle.
+
+A program is right if
+- a rank waits for every input before it uses it,
+- sends match receives,
+- all ranks of a communicator issue its collectives in the same order,
+- exactly the last pass that adds to a gradient completes it,
+- it cannot deadlock, even if every communication is a rendezvous: it blocks each of its ranks until
+  the last of them arrives.
 """
 
 from __future__ import annotations
@@ -18,20 +25,29 @@ from schedules.vocab import End
 
 
 def check_schedule(schedule: Schedule, problem: Problem) -> None:
-    """Raise ValueError naming the pass that is missing, repeated or misplaced; DeadlockError naming a circle."""
+    """Check that `schedule` solves `problem`.
+
+    Raises ValueError, naming the pass, for a missing, repeated or misplaced pass. Raises
+    DeadlockError, naming a cycle, if passes wait for each other.
+    """
     _check_passes(schedule, problem, tuple(Kind))
     require_acyclic(predecessors(schedule, problem))
 
 
 def check_base(schedule: Schedule, problem: Problem) -> None:
-    """The same for a base order from elsewhere, before it is completed: stage passes only.  Completing it finds circles."""
+    """Check that a base order, such as one read from a file, has the stage passes of `problem`.
+
+    Raises ValueError, naming the pass, for a missing, repeated or misplaced pass. It does not look
+    for cycles: `generators.complete` finds them.
+    """
     _check_passes(schedule, problem, problem.stage_kinds)
 
 
 def _check_passes(schedule: Schedule, problem: Problem, kinds: tuple[Kind, ...]) -> None:
     if schedule.num_ranks != problem.layout.num_ranks:
         raise ValueError(
-            f"schedule {schedule.name!r} has {schedule.num_ranks} ranks, the layout {problem.layout.num_ranks}"
+            f"schedule {schedule.name!r} has {schedule.num_ranks} ranks, "
+            f"the layout {problem.layout.num_ranks}"
         )
     for rank, order in enumerate(schedule.ranks):
         needed = {item for item in problem.passes_of(rank) if item.kind in kinds}
@@ -48,7 +64,10 @@ def _check_passes(schedule: Schedule, problem: Problem, kinds: tuple[Kind, ...])
 
 
 def check_program(program: Program, problem: Problem) -> None:
-    """Raise ValueError or DeadlockError naming what is wrong with `program`."""
+    """Check that `program` solves `problem` on every rank.
+
+    Raises ValueError, naming the operation, or DeadlockError, naming a cycle of waiting.
+    """
     if (program.num_microbatches, program.forward_only) != (
         problem.num_microbatches,
         problem.forward_only,
@@ -95,9 +114,9 @@ def _check_rank(rank: int, ops: tuple[Op, ...], problem: Problem) -> None:
         done.add(key)
     ran = {op.item for op in ops if op.action is Action.RUN}
     if ran != needed:
-        odd = sorted(map(str, ran.symmetric_difference(needed)))
+        differing = sorted(map(str, ran.symmetric_difference(needed)))
         raise ValueError(
-            f"rank {rank} does not run its passes once each; first difference: {odd[0]}"
+            f"rank {rank} does not run each of its passes once; first difference: {differing[0]}"
         )
 
 
@@ -125,7 +144,7 @@ def _needs(op: Op, rank: int, problem: Problem) -> list[_Key]:
 
 
 def _check_gradients(rank: int, ops: tuple[Op, ...], problem: Problem, *, tied: bool) -> None:
-    """Check that exactly the last pass which adds to a gradient completes it."""
+    """Check that exactly the last pass that adds to a gradient completes it."""
     last: dict[tuple[Kind, int], Op] = {}
     for op in ops:
         if op.action is Action.RUN and isinstance(op.item, Pass):
@@ -142,7 +161,7 @@ def _check_gradients(rank: int, ops: tuple[Op, ...], problem: Problem, *, tied: 
 
 
 def _check_pairs(program: Program) -> None:
-    """Check that sends match receives, in one order from each rank to each other."""
+    """Check that the sends from one rank to another match the receives there, in the same order."""
     sends: dict[tuple[int, int], list[Pass]] = {}
     receives: dict[tuple[int, int], list[Pass]] = {}
     for rank, ops in enumerate(program.ranks):
@@ -159,14 +178,16 @@ def _check_pairs(program: Program) -> None:
             raise ValueError(
                 f"the transfer of {item} from rank {sender} to rank {receiver} has only one side"
             )
-        for ours, theirs in zip(sent, received, strict=True):
-            if ours != theirs:
+        for sent_item, received_item in zip(sent, received, strict=True):
+            if sent_item != received_item:
                 raise ValueError(
-                    f"rank {sender} sends {ours} to rank {receiver}, which receives {theirs} in its place"
+                    f"rank {sender} sends {sent_item} to rank {receiver}, "
+                    f"which receives {received_item} in its place"
                 )
 
 
 def _check_collective_order(program: Program, problem: Problem) -> None:
+    """Check that all ranks start all collectives of a communicator in the same order."""
     for end in End:
         ranks = problem.shard_ranks(end)
         orders = {rank: _collectives(program.ranks[rank], end, problem) for rank in ranks}
@@ -178,11 +199,12 @@ def _check_collective_order(program: Program, problem: Problem) -> None:
         }
         if set(first) != expected:
             raise ValueError(
-                f"rank {ranks[0]} does not start every {end} collective: {len(first)} of {len(expected)}"
+                f"rank {ranks[0]} does not start every {end} collective: "
+                f"{len(first)} of {len(expected)}"
             )
         for rank, order in orders.items():
             if order != first:
-                at = next(
+                place = next(
                     (
                         i
                         for i, pair in enumerate(zip(first, order, strict=False))
@@ -190,10 +212,13 @@ def _check_collective_order(program: Program, problem: Problem) -> None:
                     ),
                     len(order),
                 )
-                mine, other = [str(o[at]) if at < len(o) else "nothing" for o in (order, first)]
+                here, there = [
+                    str(nodes[place]) if place < len(nodes) else "nothing"
+                    for nodes in (order, first)
+                ]
                 raise ValueError(
-                    f"ranks order the {end} collectives differently: at place {at}, "
-                    f"rank {rank} starts {mine}, rank {ranks[0]} {other}"
+                    f"ranks order the {end} collectives differently: at place {place}, "
+                    f"rank {rank} starts {here}, rank {ranks[0]} {there}"
                 )
 
 
@@ -208,13 +233,17 @@ def _collectives(ops: tuple[Op, ...], end: End, problem: Problem) -> list[Collec
 
 
 def _check_rendezvous(program: Program) -> None:
-    """Every communication is one node, which all its ranks enter together: the graph of the rank orders has no circle."""
+    """Check that the program cannot deadlock if every communication is a rendezvous.
+
+    Every communication is then one node, which all its ranks enter together. The graph of the
+    orders of all ranks must not have a cycle.
+    """
     graph: dict[str, list[str]] = {}
     for ops in program.ranks:
         previous: str | None = None
         for op in ops:
             if op.action in (Action.ARRIVE, Action.WAIT, Action.NEED):
-                continue  # nothing is left to wait for once issuing has blocked
+                continue  # issuing blocked until the end, so there is nothing left to wait for
             node = (
                 str(op.item)
                 if op.action in (Action.RUN, Action.START)

@@ -1,4 +1,4 @@
-"""What passes cost: seconds and bytes.  The simulator and the generators read nothing else."""
+"""The cost of passes in seconds and bytes: all that generators and simulator know about them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from schedules.ir import Kind, Pass
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Seconds of each pass, hop and barrier; bytes that passes keep.  Raises ValueError for one below 0 or not a number.
+    """The seconds of each pass, hop and barrier, and the bytes that passes keep for later passes.
 
-    `pass_seconds[kind]` has one entry per stage for F, B, I, W and one per rank for S, T, E, G.  `stage_bytes[s]` stay from
-    F of stage s to its B, `shard_bytes[r]` from S of rank r to its T.  With a split backward, `weight_bytes[s]` stay from I to
-    W; where these are not given, everything stays until W.
+    `pass_seconds[kind]` has one entry per stage for F, B, I, W and one per rank for S, T, E, G.
+    `hop_seconds` is the time of a point-to-point transfer, `barrier_seconds[name]` of a collective.
+
+    Stage s keeps `stage_bytes[s]` from its F to its B, and the vocabulary shard of rank r keeps
+    `shard_bytes[r]` from its S to its T. With a split backward, stage s keeps only
+    `weight_bytes[s]` from the end of I to W. Without an entry there it keeps everything until W.
+
+    Raises ValueError for a cost that is below 0 or not a number.
     """
 
     pass_seconds: Mapping[Kind, tuple[float, ...]]
@@ -35,22 +40,26 @@ class CostModel:
         _refuse_negative("W cannot need", self.weight_bytes, " bytes")
 
     def seconds(self, item: Pass) -> float:
-        """Duration of `item`; 0 for a kind without an entry.  Raises ValueError if the stage has no cost."""
+        """Return the duration of `item` in seconds; 0 for a kind without an entry.
+
+        Raises ValueError if the kind has costs, but none for the stage or rank of `item`.
+        """
         values = self.pass_seconds.get(item.kind)
         if values is None:
             return 0.0
         if item.stage >= len(values):
             raise ValueError(
-                f"no cost for {item}: {len(values)} value(s) of {item.kind}, one per stage or rank needed"
+                f"no cost for {item}: {len(values)} value(s) of {item.kind}, "
+                "one per stage or rank needed"
             )
         return values[item.stage]
 
     def barrier(self, name: str) -> float:
-        """Seconds of one barrier, from its last participant's start; 0 without an entry."""
+        """Return the seconds of one barrier after its last rank has joined; 0 without an entry."""
         return self.barrier_seconds.get(name, 0.0)
 
     def byte_change(self, item: Pass) -> float:
-        """Bytes that `item` leaves behind for later passes, less those it has used up."""
+        """Return the bytes that `item` keeps for later passes, less those that it frees."""
         kept = self.stage_bytes[item.stage] if item.stage < len(self.stage_bytes) else 0.0
         for_weights = self.weight_bytes[item.stage] if item.stage < len(self.weight_bytes) else kept
         held = self.shard_bytes[item.stage] if item.stage < len(self.shard_bytes) else 0.0
@@ -80,13 +89,22 @@ class CostModel:
         barrier: float = 0.0,
         **seconds: float,
     ) -> CostModel:
-        """Equal stages and equal shards: `uniform(4, 4, F=1, B=2, S=0.5)`; a stage keeps 1 byte, a shard none."""
-        per = {
+        """Return the costs of equal stages and equal shards: `uniform(4, 4, F=1, B=2, S=0.5)`.
+
+        Times are in seconds. A stage keeps 1 byte, a vocabulary shard none.
+        """
+        pass_seconds = {
             Kind(kind): (value,) * (num_ranks if Kind(kind).is_vocabulary else num_stages)
             for kind, value in seconds.items()
         }
         barriers = dict.fromkeys(("CE", "C0", "C1", "C1b", "C2", "CG"), barrier)
-        return cls(per, hop, barriers, (1.0,) * num_stages, (0.0,) * num_ranks)
+        return cls(
+            pass_seconds,
+            hop_seconds=hop,
+            barrier_seconds=barriers,
+            stage_bytes=(1.0,) * num_stages,
+            shard_bytes=(0.0,) * num_ranks,
+        )
 
 
 def _refuse_negative(words: str, values: Sequence[float], unit: str) -> None:

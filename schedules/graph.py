@@ -1,4 +1,4 @@
-"""Order and cycles: the one place that walks a dependency graph."""
+"""Cycles in a dependency graph: how they are found and described."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ Node = TypeVar("Node", bound=Hashable)
 
 
 class DeadlockError(ValueError):
-    """Passes wait for each other in a circle; the message names them."""
+    """Raised when passes wait for each other in a cycle. The message names them."""
 
 
 def require_acyclic(
     predecessors: Mapping[Node, Iterable[Node]], name: Callable[[Node], str] = str
 ) -> None:
-    """Raise DeadlockError with one cycle of `predecessors`, if there is one."""
+    """Raise DeadlockError, naming one cycle, if the graph of `predecessors` has a cycle."""
     waiting = {node: dict.fromkeys(before) for node, before in predecessors.items()}
     after: dict[Node, list[Node]] = {node: [] for node in waiting}
     for node, before in waiting.items():
@@ -36,11 +36,14 @@ def require_acyclic(
 def describe_cycle(
     waiting: Mapping[Node, Iterable[Node]], name: Callable[[Node], str] = str
 ) -> str:
-    """One cycle among nodes that all wait for another of them, as `A waits for B waits for A`."""
+    """Return one cycle as text: `deadlock: A waits for B waits for A`.
+
+    `waiting` maps nodes to their predecessors. Every node must wait for another node of `waiting`.
+    """
     path: list[Node] = []
     node = next(iter(waiting))
     while node not in path:
         path.append(node)
         node = next(before for before in waiting[node] if before in waiting)
-    circle = [*path[path.index(node) :], node]
-    return "deadlock: " + " waits for ".join(map(name, circle))
+    cycle = [*path[path.index(node) :], node]
+    return "deadlock: " + " waits for ".join(map(name, cycle))

@@ -1,6 +1,7 @@
 """The words of a schedule: `Kind`, `Pass` and `Schedule`, with a text form that round-trips.
 
-A schedule is data: for every rank, the order of its passes.  It says nothing about communication; `lower` adds that.
+A schedule is data: for every rank, the order of its passes. It does not contain communication,
+which `lower` adds.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """What a pass computes; the value is its letter in the text form."""
+    """What a pass computes. The value is the letter of the kind in the text form."""
 
     F = "F"  # forward of one stage
     B = "B"  # full backward of one stage
     I = "I"  # noqa: E741 - gradient of a stage's input only
     W = "W"  # gradient of a stage's weights only
-    S = "S"  # output layer: logits of one shard and their local softmax
+    S = "S"  # output layer: logits of one vocabulary shard and their local softmax
     T = "T"  # output layer: gradient of one shard's weights (and of the input, for some algorithms)
-    E = "E"  # input embedding: look up the tokens a shard owns
-    G = "G"  # input embedding: gradient of the rows a shard owns
+    E = "E"  # input embedding: look up the tokens that a vocabulary shard owns
+    G = "G"  # input embedding: gradient of the rows that a vocabulary shard owns
 
-    __hash__ = str.__hash__  # Enum's own is Python code, and passes are hashed millions of times
+    # Enum's own __hash__ is Python code, which is slow: passes are hashed millions of times.
+    __hash__ = str.__hash__
 
     @property
     def is_vocabulary(self) -> bool:
-        """True for the passes that belong to a vocabulary shard rather than to a stage of layers."""
+        """Whether such a pass belongs to a vocabulary shard rather than to a stage of layers."""
         return self in _VOCABULARY
 
 
@@ -39,7 +41,11 @@ _TOKEN = re.compile(r"(0|[1-9]\d*)([FBIWSTEG])(0|[1-9]\d*)")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Pass:
-    """One unit of work.  `stage` is the pipeline stage, or the shard (= rank) for S, T, E and G."""
+    """One unit of work of one microbatch on one rank.
+
+    `stage` is the pipeline stage. For S, T, E and G it is the vocabulary shard, which equals the
+    rank.
+    """
 
     stage: int
     kind: Kind
@@ -50,38 +56,49 @@ class Pass:
 
     @classmethod
     def parse(cls, token: str) -> Pass:
-        """Read `2F0`.  Raises ValueError for anything else, with the token."""
+        """Return the pass that `token` describes: `2F0` is stage 2, F, microbatch 0.
+
+        Raises ValueError, naming the token, for anything else.
+        """
         match = _TOKEN.fullmatch(token)
         if match is None:
             raise ValueError(
-                f"{token!r} is not a pass; write <stage><kind><microbatch> with a kind of {'/'.join(Kind)}, e.g. 2F0"
+                f"{token!r} is not a pass; write <stage><kind><microbatch> "
+                f"with a kind of {'/'.join(Kind)}, e.g. 2F0"
             )
         return cls(int(match[1]), Kind(match[2]), int(match[3]))
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The order of the passes on every rank."""
+    """The order of the passes on every rank; `ranks[r]` are the passes of rank r."""
 
     name: str
     ranks: tuple[tuple[Pass, ...], ...]
 
     @property
     def num_ranks(self) -> int:
+        """The number of pipeline ranks."""
         return len(self.ranks)
 
     def passes(self) -> Iterable[tuple[int, Pass]]:
-        """Every (rank, pass), rank by rank in order."""
+        """Return every (rank, pass), rank after rank, in the order of the passes."""
         return ((rank, item) for rank, order in enumerate(self.ranks) for item in order)
 
     def text(self) -> str:
-        """One line per rank, passes separated by blanks: `0E0 0F0 0S0`.  A comment line carries the name."""
+        """Return the text form: a comment line with the name, then one line of passes per rank.
+
+        Blanks separate the passes: `0E0 0F0 0S0`.
+        """
         lines = [f"# {self.name}"] + [" ".join(map(str, order)) for order in self.ranks]
         return "\n".join(lines) + "\n"
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
-        """Read `text()` back.  Raises ValueError with the line number for a malformed token."""
+        """Return the schedule whose `text()` is `text`.
+
+        Raises ValueError for a missing name, and with the line number for a malformed token.
+        """
         header, *lines = text.splitlines() or [""]
         if not header.startswith("# "):
             raise ValueError(f"a schedule starts with a line '# name', not {header!r}")

@@ -1,4 +1,4 @@
-"""Where the stages live: the map between stage (global slice of the model) and rank (its owner)."""
+"""The map between stages (slices of the model's layers) and the pipeline ranks that own them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ LAYOUTS = ("linear", "loop", "v")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`linear`: stage s on rank s.  `loop`: stage s on rank s mod p.  `v`: rank r owns stages r and 2p-1-r."""
+    """Which of p = `num_ranks` ranks owns which stage, with `num_chunks` stages per rank.
+
+    `linear`: rank s owns stage s. `loop`: rank s mod p owns stage s (interleaved). `v`: rank r owns
+    the stages r and 2p-1-r. Raises ValueError for another name or an impossible number of ranks or
+    chunks.
+    """
 
     name: str
     num_ranks: int
@@ -27,19 +32,21 @@ class Layout:
         fixed = {"linear": 1, "v": 2}.get(self.name)
         if fixed is not None and self.num_chunks != fixed:
             raise ValueError(
-                f"layout {self.name!r} has {fixed} chunk(s) per rank, not {self.num_chunks}; interleaved has others"
+                f"layout {self.name!r} has {fixed} chunk(s) per rank, not {self.num_chunks}; "
+                "only layout 'loop' (schedule interleaved) takes another number"
             )
 
     @property
     def num_stages(self) -> int:
+        """The number of stages on all ranks together."""
         return self.num_ranks * self.num_chunks
 
     def rank_of(self, stage: int) -> int:
-        """The rank that owns `stage`."""
+        """Return the rank that owns `stage`."""
         if self.name == "v" and stage >= self.num_ranks:
             return 2 * self.num_ranks - 1 - stage
         return stage % self.num_ranks
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
-        """The stages of `rank` in model order; a stage's index in it is its chunk."""
+        """Return the stages of `rank` in model order. The index of a stage in them is its chunk."""
         return tuple(stage for stage in range(self.num_stages) if self.rank_of(stage) == rank)

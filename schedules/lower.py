@@ -1,13 +1,13 @@
-"""Schedule -> Program: the passes of every rank with its communication woven in.
+"""Schedule -> Program: the passes of every rank together with its communication.
 
-Every operation gets a place in one global order that rises along all dependencies (the simulated
-time at which its inputs are there), and every rank executes its operations in that order.  So all
-ranks issue the collectives of a communicator in the same order, and nothing can wait in a circle
-even if each communication blocks until its partner arrives.
+Every operation gets a place in one global order, by the simulated time at which its inputs are
+available. This order respects all dependencies, and every rank executes its operations in it. So
+all ranks issue the collectives of a communicator in the same order. No deadlock is possible, even
+if every communication blocks until its partner arrives.
 
-A collective that continues another (its message needs what that one delivers) is started without
-waiting for it: the runtime sees to it beside the passes.  If the rank waited, the pass that the
-simulation shows meanwhile would start late.
+The message of some collectives needs the result of another collective: they continue it. A rank
+starts such a collective without waiting for the first one. The runtime waits for that outside the
+stream of passes. If the rank waited itself, the next pass would start later than simulated.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ READS_WEIGHTS = (Kind.F, Kind.E, Kind.S)  # the first pass of each stage and mat
 
 
 class Action(StrEnum):
-    """What a rank does with an operation.
+    """What an operation does.
 
-    All communication is asynchronous: issued by one operation, awaited by another.
+    All communication is asynchronous: one operation issues it, another waits for it.
     """
 
     RUN = "run"  # compute a pass
     SEND = "send"  # issue the send of a pass's output to `peer`
     RECV = "recv"  # issue the receive of a pass's output from `peer`
     ARRIVE = "arrive"  # wait for that receive
-    START = "start"  # issue a collective; one that continues another once that has ended
-    WAIT = "wait"  # wait for it
-    NEED = "need"  # wait for the weights that a pass is the first to read
+    START = "start"  # issue a collective; if it continues another, it begins after that one
+    WAIT = "wait"  # wait for that collective
+    NEED = "need"  # wait for weights, before the first pass of the step that reads them
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One rank's part in a collective.
+    """The part of one rank in a collective.
 
-    `root` is the pipeline rank of the first or last stage.  `counted`: how many rows each shard sends
-    or gets hangs on the batch.  `contributes`: this rank has something to send.  `delivers`: the
-    result arrives on this rank.  `stage`: the stage whose input, output or gradient is carried at the
-    root.  `continues`: the collective whose result the message needs.
+    `root` is the pipeline rank of the first or last stage. `stage` is the stage whose input, output
+    or gradient the root sends or receives. `counted`: the number of rows that a shard sends or
+    receives depends on the batch. `contributes`: this rank has something to send. `delivers`: this
+    rank receives the result. `continues`: the collective whose result the message needs.
     """
 
     end: End
@@ -63,10 +63,10 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One operation of one rank: on a pass, or on a barrier of one microbatch.
+    """One operation of one rank: on a pass, or on the collective of a barrier for one microbatch.
 
-    `peer`: the other rank of a hop.  `exchange`: only of START.  `completes`: a pass that is the
-    last to add to its gradient.
+    `peer` is the other rank of a point-to-point transfer. Only START has an `exchange`.
+    `completes`: this RUN is the last in the step to add to its gradient, which is then complete.
     """
 
     action: Action
@@ -83,9 +83,9 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What each rank executes, in order.
+    """The operations of every rank, in the order in which it executes them.
 
-    `tied`: the vocabulary layers of a rank have one gradient, which T and G add to.
+    `tied`: input and output vocabulary layer share their weights, so T and G add to one gradient.
     """
 
     ranks: tuple[tuple[Op, ...], ...]
@@ -94,14 +94,14 @@ class Program:
     tied: bool = False
 
     def text(self) -> str:
-        """Return one line per rank."""
+        """Return the operations as text, one line per rank."""
         return "\n".join(" ".join(map(str, ops)) for ops in self.ranks) + "\n"
 
 
 def lower(schedule: Schedule, problem: Problem, cost: CostModel, *, tied: bool = False) -> Program:
     """Return the program of `schedule`.
 
-    Costs choose where communication is issued, never whether the program is correct.
+    The costs decide where communication is issued. The program is correct whatever they are.
     """
     programs: list[list[Op]] = [[] for _ in range(problem.layout.num_ranks)]
     awaited: list[set[Node]] = [set() for _ in programs]
@@ -136,23 +136,23 @@ def lower(schedule: Schedule, problem: Problem, cost: CostModel, *, tied: bool =
             programs[rank].append(Op(Action.RUN, node, completes=node in last))
     for node in problem.collectives():
         for rank in problem.receivers(node):
-            if node not in awaited[rank]:  # no pass needs it: the loss of an evaluation
+            if node not in awaited[rank]:  # no pass needs its result: the loss of an evaluation
                 programs[rank].append(Op(Action.WAIT, node))
     ranks = tuple(map(tuple, programs))
     return Program(ranks, problem.num_microbatches, problem.forward_only, tied)
 
 
 def exchange_of(node: Collective, rank: int, problem: Problem) -> Exchange:
-    """Return what `rank` does in the collective `node`."""
+    """Return the part of `rank` in the collective `node`."""
     barrier = problem.algorithm.barrier(node.barrier)
     root = problem.root(barrier.end)
     continues = barrier.continues
     return Exchange(
-        barrier.end,
-        barrier.transfer,
-        barrier.payload,
-        root,
-        0 if barrier.end is End.INPUT else problem.last_stage,
+        end=barrier.end,
+        transfer=barrier.transfer,
+        payload=barrier.payload,
+        root=root,
+        stage=0 if barrier.end is End.INPUT else problem.last_stage,
         counted=barrier.transfer in (Transfer.GATHER, Transfer.SCATTER),
         contributes=rank == root or not barrier.transfer.from_root,
         delivers=rank in problem.receivers(node),
@@ -161,7 +161,10 @@ def exchange_of(node: Collective, rank: int, problem: Problem) -> Exchange:
 
 
 def gradient_of(item: Pass, problem: Problem, *, tied: bool) -> tuple[Kind, int] | None:
-    """Return which gradient a pass adds to; None for a pass that adds to none."""
+    """Return the key (kind, stage) of the gradient that a pass adds to; None if it adds to none.
+
+    For T and G the stage is the vocabulary shard. With `tied` weights both have the key of G.
+    """
     if item.kind not in (Kind.W if problem.split_backward else Kind.B, Kind.T, Kind.G):
         return None
     return (Kind.G if tied and item.kind is Kind.T else item.kind), item.stage
@@ -187,9 +190,11 @@ class _Hop:
 def _issue_order(
     schedule: Schedule, problem: Problem, cost: CostModel
 ) -> list[Pass | Collective | _Hop]:
-    """Return all nodes in issue order: a communication once its inputs are there, a pass at its end.
+    """Return all nodes in issue order.
 
-    The sweep meets nodes in an order that rises along dependencies, so its index breaks ties.
+    A collective is sorted by the simulated time at which its inputs are available, a pass by its
+    end, and a point-to-point transfer by the end of the pass that it sends. The sweep visits nodes
+    in an order that respects dependencies, so the index in it breaks ties.
     """
     network = Network.of(problem, cost)
     swept = sweep(network, network.orders(schedule))

@@ -1,7 +1,8 @@
-"""The activity network of one step, in numbers: what generators and simulator walk when a step has 100,000 nodes and more.
+"""The dependency graph of one step in integers, for speed: a step can have more than 100,000 nodes.
 
-Every dependency stays within its microbatch, so the nodes of one microbatch are numbered once and repeated: node `k` of
-microbatch `i` has the id `i * size + k`.  `Problem.inputs_of` decides what the arcs are; this module only numbers them.
+Every dependency stays within its microbatch. So the nodes of one microbatch are numbered once: node
+`k` of microbatch `i` has the id `i * size + k`. `Problem.inputs_of` decides which edges exist. This
+module only numbers the nodes.
 """
 
 from __future__ import annotations
@@ -15,17 +16,22 @@ from schedules.vocab import End
 
 Orders = list[list[int]]  # the ids of the passes of every rank, in order
 
-EMBEDDINGS_AHEAD = 2
+EMBEDDINGS_AHEAD = 2  # microbatches by which E may run ahead of the F of stage 0
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """One microbatch's nodes: `num_passes` passes, then collectives.  All tuples are indexed by the node.
+    """The nodes of one microbatch: `num_passes` passes, then its collectives.
 
-    `lanes`: what a node occupies, a rank or (from `num_ranks` on) a communicator.  `inputs` and `followers` are pairs of a
-    node and the seconds its result travels.  `byte_change`: bytes kept for later passes, less those used up.
-    `leaders`: each E follows the F of stage 0, at most EMBEDDINGS_AHEAD microbatches before it, so that embeddings do not
-    pile up; `leaders_back`: so does each G the backward of stage 0 when time is reversed.
+    All tuples are indexed by the node.
+    - `lanes`: the rank that the node occupies; from `num_ranks` on, the communicator.
+    - `seconds`: its duration.
+    - `inputs`, `followers`: the nodes before and after it, with the seconds its result travels.
+    - `byte_change`: the bytes that it keeps for later passes, less those that it frees.
+
+    `leaders` maps every E to the F of stage 0. E runs at most EMBEDDINGS_AHEAD microbatches ahead
+    of that F, so that embeddings do not pile up. `leaders_back` maps every G to the backward of
+    stage 0. The same rule holds for them when time is reversed.
     """
 
     num_ranks: int
@@ -42,7 +48,7 @@ class Network:
 
     @classmethod
     def of(cls, problem: Problem, cost: CostModel) -> Network:
-        """The network of `problem`.  Raises ValueError where a pass has no cost."""
+        """Return the network of `problem`. Raises ValueError where a pass has no cost."""
         num_ranks, communicators = problem.layout.num_ranks, list(End)
         passes = [item for rank in range(num_ranks) for item in problem.passes_of(rank, 0)]
         barriers = list(problem.collectives(0))
@@ -67,36 +73,40 @@ class Network:
         no_bytes = [0.0] * len(nodes)
         first, back = numbers[Pass(0, Kind.F, 0)], numbers.get(Pass(0, problem.backward, 0))
         return cls(
-            num_ranks,
-            problem.num_microbatches,
-            nodes,
-            len(passes),
-            tuple(lanes),
-            (*map(cost.seconds, passes), *(cost.barrier(node.barrier) for node in barriers)),
-            inputs,
-            tuple(map(tuple, followers)),
-            tuple(
+            num_ranks=num_ranks,
+            num_microbatches=problem.num_microbatches,
+            nodes=nodes,
+            num_passes=len(passes),
+            lanes=tuple(lanes),
+            seconds=(
+                *map(cost.seconds, passes),
+                *(cost.barrier(node.barrier) for node in barriers),
+            ),
+            inputs=inputs,
+            followers=tuple(map(tuple, followers)),
+            byte_change=tuple(
                 no_bytes
                 if problem.forward_only
                 else (*map(cost.byte_change, passes), *no_bytes[len(passes) :])
             ),
-            {k: first for k, item in enumerate(passes) if item.kind is Kind.E},
-            {}
+            leaders={k: first for k, item in enumerate(passes) if item.kind is Kind.E},
+            leaders_back={}
             if back is None
             else {k: back for k, item in enumerate(passes) if item.kind is Kind.G},
         )
 
     @property
     def size(self) -> int:
-        """Nodes of one microbatch."""
+        """The number of nodes of one microbatch."""
         return len(self.nodes)
 
     @property
     def num_lanes(self) -> int:
+        """The number of ranks and communicators."""
         return self.num_ranks + len(End)
 
     def reversed(self) -> Network:
-        """The same network with time running backwards: what is freed is now kept."""
+        """Return the network with reversed time: inputs become followers, freed bytes are kept."""
         freed = tuple(-change for change in self.byte_change)
         return replace(
             self,
@@ -108,7 +118,7 @@ class Network:
         )
 
     def node(self, number: int) -> Node:
-        """The pass or collective with this id."""
+        """Return the pass or collective with the id `number`."""
         microbatch, k = divmod(number, self.size)
         node = self.nodes[k]
         if isinstance(node, Pass):
@@ -116,7 +126,10 @@ class Network:
         return Collective(node.barrier, microbatch)
 
     def orders(self, schedule: Schedule) -> Orders:
-        """The ids of a schedule.  Raises ValueError for a pass that the problem does not have."""
+        """Return the ids of a schedule's passes.
+
+        Raises ValueError for a pass that the problem does not have.
+        """
         keys = {
             (node.stage, node.kind): k
             for k, node in enumerate(self.nodes)
@@ -130,14 +143,15 @@ class Network:
                 k = keys.get((item.stage, item.kind))
                 if k is None or not 0 <= item.microbatch < count:
                     raise ValueError(
-                        f"rank {rank} of schedule {schedule.name!r} runs {item}, which is not among its passes"
+                        f"rank {rank} of schedule {schedule.name!r} runs {item}, "
+                        "which is not among its passes"
                     )
                 numbers.append(item.microbatch * size + k)
             orders.append(numbers)
         return orders
 
     def schedule(self, name: str, orders: Orders) -> Schedule:
-        """The schedule of these ids."""
+        """Return the schedule that runs the passes with these ids."""
         kinds = [(node.stage, node.kind) for node in self.nodes if isinstance(node, Pass)]
         size = self.size
         return Schedule(
@@ -145,6 +159,6 @@ class Network:
         )
 
     def byte_changes(self, order: list[int]) -> list[float]:
-        """What each pass of `order` adds to the bytes kept on its rank."""
+        """Return the bytes that each pass of `order` adds to those its rank keeps."""
         change_of, size = self.byte_change, self.size
         return [change_of[number % size] for number in order]

@@ -1,6 +1,7 @@
 """The problem a schedule solves: which passes exist, where they run, and what each waits for.
 
-`Problem.inputs_of` is the only dependency rule; generators, simulator, lowering and checker all ask it.
+`Problem.inputs_of` is the only dependency rule. The generators, the simulator, the lowering and the
+checker all call it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from schedules.vocab import End, VocabAlgorithm
 
 @dataclass(frozen=True, slots=True, order=True)
 class Collective:
-    """A barrier of one microbatch: one node, shared by all ranks that own a shard."""
+    """The collective of one barrier for one microbatch.
+
+    It is a single node of the dependency graph, shared by all ranks that own a vocabulary shard.
+    """
 
     barrier: str
     microbatch: int
@@ -31,7 +35,9 @@ Node = Pass | Collective
 class Problem:
     """One step: `num_microbatches` through the stages of `layout`, with the passes of `algorithm`.
 
-    `split_backward` replaces B by I and W; `forward_only` is evaluation, which needs `vocab.evaluation(algorithm)`.
+    `split_backward` replaces every B by I (input gradient) and W (weight gradient). `forward_only`
+    describes an evaluation, for which `algorithm` must be `vocab.evaluation(algorithm)`. Raises
+    ValueError for fewer than 1 microbatch.
     """
 
     layout: Layout
@@ -46,38 +52,45 @@ class Problem:
 
     @property
     def last_stage(self) -> int:
+        """The index of the last stage."""
         return self.layout.num_stages - 1
 
     @property
     def backward(self) -> Kind:
-        """The kind that sends a gradient upstream."""
+        """The kind of pass that sends a gradient to the previous stage: B, or I if B is split."""
         return Kind.I if self.split_backward else Kind.B
 
     @property
     def stage_kinds(self) -> tuple[Kind, ...]:
+        """The kinds of passes that every stage runs for a microbatch, in their order."""
         if self.forward_only:
             return (Kind.F,)
         return (Kind.F, Kind.I, Kind.W) if self.split_backward else (Kind.F, Kind.B)
 
     @property
     def shard_kinds(self) -> dict[End, tuple[Kind, ...]]:
+        """The kinds of passes that every vocabulary shard runs for a microbatch, in their order."""
         if self.forward_only:
             return {End.INPUT: (Kind.E,), End.OUTPUT: (Kind.S,)}
         return {End.INPUT: (Kind.E, Kind.G), End.OUTPUT: (Kind.S, Kind.T)}
 
     def root(self, end: End) -> int:
-        """The rank of the first or last stage."""
+        """Return the rank of the first stage (INPUT) or of the last stage (OUTPUT)."""
         return self.layout.rank_of(0 if end is End.INPUT else self.last_stage)
 
     def shard_ranks(self, end: End) -> tuple[int, ...]:
-        """The ranks that own rows of this end's vocabulary layer."""
+        """Return the ranks that own rows of the vocabulary layer of `end`."""
         return tuple(range(self.layout.num_ranks)) if self.algorithm.sharded else (self.root(end),)
 
     def rank_of(self, item: Pass) -> int:
+        """Return the rank that runs `item`."""
         return item.stage if item.kind.is_vocabulary else self.layout.rank_of(item.stage)
 
     def passes_of(self, rank: int, microbatch: int | None = None) -> Iterator[Pass]:
-        """Every pass of one microbatch, or of all, that `rank` must run once, in no particular order."""
+        """Yield every pass that `rank` must run once, in no particular order.
+
+        These are the passes of `microbatch`, or of all microbatches if it is None.
+        """
         for i in self._microbatches(microbatch):
             for stage in self.layout.stages_of(rank):
                 for kind in self.stage_kinds:
@@ -88,7 +101,7 @@ class Problem:
                         yield Pass(rank, kind, i)
 
     def collectives(self, microbatch: int | None = None) -> Iterator[Collective]:
-        """Every barrier of one microbatch, or of all."""
+        """Yield every collective of `microbatch`, or of all microbatches if it is None."""
         for i in self._microbatches(microbatch):
             for barrier in self.algorithm.barriers:
                 yield Collective(barrier.name, i)
@@ -97,7 +110,7 @@ class Problem:
         return range(self.num_microbatches) if only is None else range(only, only + 1)
 
     def inputs_of(self, node: Node) -> tuple[Node, ...]:
-        """What must have finished before `node` starts: THE dependency rule."""
+        """Return the nodes that must have finished before `node` starts: THE dependency rule."""
         if isinstance(node, Collective):
             return self._inputs_of_collective(node)
         stage, kind, i = node.stage, node.kind, node.microbatch
@@ -139,7 +152,10 @@ class Problem:
                 return tuple(Pass(rank, kind, i) for rank in self.shard_ranks(barrier.end))
 
     def is_hop(self, earlier: Node, later: Node) -> bool:
-        """True when `later` needs a tensor of `earlier` that another rank holds: one point-to-point transfer."""
+        """Return whether `later` gets the output of `earlier` by a point-to-point transfer.
+
+        This is so if both are passes and run on different ranks.
+        """
         return (
             isinstance(earlier, Pass)
             and isinstance(later, Pass)
@@ -147,7 +163,7 @@ class Problem:
         )
 
     def receivers(self, node: Collective) -> tuple[int, ...]:
-        """The ranks on which the result of the collective arrives."""
+        """Return the ranks that receive the result of the collective."""
         barrier = self.algorithm.barrier(node.barrier)
         return (
             (self.root(barrier.end),) if barrier.transfer.to_root else self.shard_ranks(barrier.end)

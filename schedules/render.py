@@ -1,4 +1,7 @@
-"""Timelines for people: a text grid, an SVG picture, and a trace for Perfetto.  Returns text and data, writes nothing."""
+"""Drawings of timelines: a text grid, an SVG picture, and a trace for Perfetto.
+
+The functions return text and data. They write no files.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from xml.sax.saxutils import escape
 
 from schedules.timeline import Span, Timeline
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish.
 COLOURS = {
     "F": "#56B4E9",
     "B": "#009E73",
@@ -32,7 +35,7 @@ MEANINGS = {
     "E": "embedding",
     "G": "embedding gradient",
 }
-STAGE_KINDS = "FBIW"  # the passes of a stage of layers; the others belong to a shard
+STAGE_KINDS = "FBIW"  # the passes of a stage; the others belong to a vocabulary shard
 _BARRIER = "#666666"
 _LATER_STAGE = "#333333"
 _BARRIER_HEIGHT, _BAND = 5, 3
@@ -40,10 +43,12 @@ _WIDTH, _LEFT, _RIGHT, _TOP = 1200, 64, 68, 72
 
 
 def text_grid(timeline: Timeline, columns: int = 120, seconds: float = math.inf) -> str:
-    """One row per rank, time to scale, then a legend: a pass is its letter and microbatch, drawn on with `-`.
+    """Return one row of text per rank, with time to scale, and a legend.
 
-    Blanks are bubbles; a pass that takes no time is not drawn.  Where the microbatch does not fit the letter stands alone; no
-    line is longer than `columns`.  Only the first `seconds` of the step are drawn; the legend tells of all of it.
+    A pass is its letter and microbatch, followed by `-` until its end. If the microbatch does not
+    fit, only the letter is drawn. A pass that takes no time is not drawn. Blanks are bubbles. No
+    line is longer than `columns`. Only the first `seconds` of the step are drawn, but the legend
+    describes the whole step.
     """
     width = columns - 4
     shown = min(timeline.makespan, seconds)
@@ -71,16 +76,17 @@ def text_grid(timeline: Timeline, columns: int = 120, seconds: float = math.inf)
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """Where things lie in the picture, in pixels; `scale` is pixels per second."""
+    """The geometry of the picture, in pixels."""
 
-    scale: float
-    lane: int  # height of a rank's passes
-    font: int  # size of the numbers in them
-    tops: tuple[int, ...]  # of each rank's lane
-    bottom: int
+    scale: float  # pixels per second
+    lane: int  # height of the passes of a rank
+    font: int  # size of the numbers in the passes
+    tops: tuple[int, ...]  # upper edge of the lane of every rank
+    bottom: int  # lower edge of the last lane
 
     @classmethod
     def of(cls, timeline: Timeline) -> _Frame:
+        """Return the geometry for `timeline`: the more ranks, the lower their lanes."""
         lane, font = (
             (26, 11)
             if timeline.num_ranks <= 8
@@ -98,20 +104,25 @@ class _Frame:
 
 
 def svg(timeline: Timeline, title: str) -> str:
-    """One lane per rank with its passes and, below it, the barriers it roots; the bubble of each rank at the right.
+    """Return an SVG picture with one lane per rank.
 
-    A dark band under a pass marks a stage that is not its rank's first; every box shows its name and duration on hover.
+    A lane shows the passes of a rank, below them the communications that the timeline shows on it,
+    and its bubble at the right. A dark band under a pass marks a stage other than the first of its
+    rank. Every box shows its name and duration on hover.
     """
     frame = _Frame.of(timeline)
     height = frame.bottom + 30
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
+        f'width="{_WIDTH}" height="{height}" '
         'font-family="Helvetica, Arial, sans-serif" font-size="11" fill="#222">',
-        '<defs><pattern id="bubble" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-        '<rect width="6" height="6" fill="#F6F6F6"/><rect width="1" height="6" fill="#DDD"/></pattern></defs>',
+        '<defs><pattern id="bubble" width="6" height="6" patternUnits="userSpaceOnUse" '
+        'patternTransform="rotate(45)"><rect width="6" height="6" fill="#F6F6F6"/>'
+        '<rect width="1" height="6" fill="#DDD"/></pattern></defs>',
         f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
         f'<text x="{_LEFT}" y="24" font-size="15" font-weight="bold">{escape(title)}</text>',
-        f'<text x="{_WIDTH - _RIGHT}" y="24" text-anchor="end" fill="#555">{facts(timeline)}</text>',
+        f'<text x="{_WIDTH - _RIGHT}" y="24" text-anchor="end" fill="#555">'
+        f"{facts(timeline)}</text>",
         f'<text x="{_WIDTH - 12}" y="{_TOP - 7}" text-anchor="end" fill="#555">bubble</text>',
         *_legend(timeline),
         *_axis(timeline.makespan, frame),
@@ -122,18 +133,21 @@ def svg(timeline: Timeline, title: str) -> str:
 
 
 def _lane(timeline: Timeline, rank: int, frame: _Frame) -> list[str]:
-    """One rank, in coordinates whose origin is the start of the step at the top of the lane."""
+    """Return the SVG of one rank. The origin is the start of the step at the top of the lane."""
     spans = timeline.compute[rank]
     stages = _stages(spans)
-    # One rule for a lane: numbers that stop at 9 because 10 is too wide would look like an event.
+    # A lane shows all its numbers or none. Numbers that end at 9, because 10 does not fit, would
+    # look as if something happened there.
     label_width = (
         frame.font * 0.6 * len(str(max((span.microbatch for span in spans), default=0))) + 2
     )
     middle = f"{frame.lane / 2 + frame.font * 0.36:.1f}"
     parts = [
-        f'<g transform="translate({_LEFT},{frame.tops[rank]})" text-anchor="middle" font-size="{frame.font}">',
+        f'<g transform="translate({_LEFT},{frame.tops[rank]})" text-anchor="middle" '
+        f'font-size="{frame.font}">',
         f'<text x="-8" y="{middle}" text-anchor="end">rank {rank}</text>',
-        f'<rect width="{timeline.makespan * frame.scale:.1f}" height="{frame.lane}" fill="url(#bubble)"/>',
+        f'<rect width="{timeline.makespan * frame.scale:.1f}" height="{frame.lane}" '
+        'fill="url(#bubble)"/>',
     ]
     for span in spans:
         parts.append(_box(span, frame, 0, frame.lane, COLOURS[span.kind]))
@@ -153,28 +167,31 @@ def _lane(timeline: Timeline, rank: int, frame: _Frame) -> list[str]:
 
 
 def _stages(spans: tuple[Span, ...]) -> list[int]:
-    """The stages of layers on a rank, in model order."""
+    """Return the stages among the spans of a rank, in model order."""
     return sorted({span.stage for span in spans if span.kind in STAGE_KINDS})
 
 
 def _box(span: Span, frame: _Frame, y: int, height: int, colour: str) -> str:
+    """Return the SVG of one span."""
     width = span.seconds * frame.scale
-    # A gap divides equal neighbours; it shrinks with the box, so that short passes stay visible.
+    # A gap separates neighbours of the same colour. It shrinks with the box, so that short passes
+    # stay visible.
     drawn = max(0.6, width - min(0.8, 0.2 * width))
     below = f' y="{y}"' if y else ""
     return (
-        f'<rect x="{span.start * frame.scale:.1f}"{below} width="{drawn:.1f}" height="{height}" fill="{colour}">'
-        f"<title>{span.name} {duration(span.seconds)}</title></rect>"
+        f'<rect x="{span.start * frame.scale:.1f}"{below} width="{drawn:.1f}" height="{height}" '
+        f'fill="{colour}"><title>{span.name} {duration(span.seconds)}</title></rect>'
     )
 
 
 def present(timeline: Timeline) -> dict[str, str]:
-    """The kinds of passes that occur, with their meanings."""
+    """Return the kinds of passes that occur in `timeline`, with their meanings."""
     kinds = {span.kind for spans in timeline.compute for span in spans}
     return {kind: meaning for kind, meaning in MEANINGS.items() if kind in kinds}
 
 
 def _legend(timeline: Timeline) -> list[str]:
+    """Return the SVG of the colours that occur and their meanings."""
     entries = [(COLOURS[kind], f"{kind} {meaning}") for kind, meaning in present(timeline).items()]
     if timeline.comm:
         entries.append((_BARRIER, "barriers"))
@@ -189,7 +206,7 @@ def _legend(timeline: Timeline) -> list[str]:
 
 
 def _axis(makespan: float, frame: _Frame) -> list[str]:
-    """Grid lines and times at round values, in one unit."""
+    """Return the SVG of grid lines and times at round values, in one unit."""
     factor, unit = (
         (1.0, "s") if makespan >= 10 else (1e3, "ms") if makespan >= 1e-3 else (1e6, "µs")
     )
@@ -200,13 +217,17 @@ def _axis(makespan: float, frame: _Frame) -> list[str]:
         parts.append(f'<path d="M{x:.1f} {_TOP - 4}V{frame.bottom + 4}" stroke="#DDD"/>')
         words = f"{tick * step:g} {unit}"
         parts.append(
-            f'<text x="{x:.1f}" y="{frame.bottom + 18}" text-anchor="middle" fill="#555">{words}</text>'
+            f'<text x="{x:.1f}" y="{frame.bottom + 18}" text-anchor="middle" fill="#555">'
+            f"{words}</text>"
         )
     return parts
 
 
 def _round_step(length: float) -> float:
-    """1, 2 or 5 times a power of ten that divides `length` into at most ten parts; 1 for an empty axis."""
+    """Return the distance between the ticks of an axis of this length.
+
+    It is 1, 2 or 5 times a power of ten and gives at most ten parts; 1 for an empty axis.
+    """
     if length <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(length / 10))
@@ -216,13 +237,16 @@ def _round_step(length: float) -> float:
 
 
 def facts(timeline: Timeline) -> str:
-    """`1.44 s, mean bubble 4.0%, 2.1% above the lower bound`; the last where a bound is known."""
+    """Return the duration and bubble of a step, and its gap if a bound is known.
+
+    For example `1.44 s, mean bubble 4.0%, 2.1% above the lower bound`.
+    """
     gap = "" if timeline.gap is None else f", {timeline.gap:.1%} above the lower bound"
     return f"{duration(timeline.makespan)}, mean bubble {timeline.mean_bubble:.1%}{gap}"
 
 
 def duration(seconds: float) -> str:
-    """0.0123 -> 12.3 ms."""
+    """Return `seconds` as text with a unit: 0.0123 becomes `12.3 ms`."""
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return (
@@ -231,7 +255,11 @@ def duration(seconds: float) -> str:
 
 
 def chrome_trace(timelines: Mapping[str, Timeline]) -> dict[str, Any]:
-    """A trace with one process per timeline and rank, e.g. of {"predicted": ..., "measured": ...}, times in microseconds."""
+    """Return a trace in Chrome's JSON format, with one process per timeline and rank.
+
+    The keys of `timelines` name the processes, e.g. `predicted` and `measured`. Times are in
+    microseconds.
+    """
     events: list[dict[str, Any]] = []
     process = 0
     for name, timeline in timelines.items():
@@ -261,6 +289,7 @@ def chrome_trace(timelines: Mapping[str, Timeline]) -> dict[str, Any]:
 
 
 def _event(span: Span, process: int, thread: int) -> dict[str, Any]:
+    """Return the trace event of one span."""
     return {
         "ph": "X",
         "name": span.name,

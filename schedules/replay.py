@@ -1,9 +1,9 @@
-"""Program + CostModel + Runtime -> Timeline: how long a lowered program takes where it is executed.
+"""Program + CostModel + Runtime -> Timeline: how long a lowered program takes on a runtime.
 
-The simulation knows passes and barriers.  A runtime knows operations that are issued in order, and
-streams or threads that wait for each other.  Everything such a program does starts as soon as
-certain other things have ended: what stands before it in its stream, and what it waits for.  So a
-replay is one walk over these activities, and an operation in the wrong place shows as time.
+`simulate` knows passes and barriers only. A runtime executes operations: it issues them in order,
+on streams or threads that wait for each other. An activity starts when the previous one of its
+stream has ended, and everything that it waits for. So a replay is one walk over the graph of
+activities. An operation in the wrong place shows as lost time.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from schedules.vocab import End
 
 
 class Hops(StrEnum):
-    """Which transfers between two ranks run one after the other, in the order of their issue."""
+    """Which transfers between two ranks share a stream and run in the order of their issue."""
 
     FREE = "free"  # none
-    DIRECTED = "directed"  # those from one rank to the other
-    PAIRED = "paired"  # the activations of both directions; and so the gradients
+    DIRECTED = "directed"  # all transfers of one direction
+    PAIRED = "paired"  # the activations of both directions; likewise the gradients
 
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """How operations that are issued in the order of a program are executed.
+    """The rules by which a runtime executes the operations of a program.
 
-    On every rank the passes run one after the other.  WAIT and ARRIVE stop them until their
-    communication has ended.  A communication starts when all its ranks have issued it, and no
-    rank's message is ready before the passes that stand before its issue.  The collectives of one
-    end of the vocabulary run in the order of their issue.
+    On every rank the passes run one after the other. WAIT and ARRIVE stop them until their
+    communication has ended. A communication starts when all its ranks have issued it. The message
+    of a rank is ready when the passes before its issue have ended. The collectives of one end of
+    the model run in the order of their issue.
 
-    `issues_ahead`: the host issues the whole program at once, and streams wait in its place.
-    Without it an operation is issued when the passes before it have ended.
-    `continues_beside_passes`: a collective that continues another starts when that one has ended,
-    whatever the passes do.  Without it START waits for that one in the stream of the passes.
-    `hops`: which transfers between ranks share a stream.
+    - `issues_ahead`: the host issues the whole program at once, and the streams do the waiting. If
+      false, an operation is issued when the passes before it have ended.
+    - `continues_beside_passes`: a collective that continues another starts when that one has ended,
+      whatever the passes do. If false, START waits for that one in the stream of the passes.
+    - `hops`: which transfers between ranks share a stream.
     """
 
     name: str
@@ -52,7 +52,8 @@ class Runtime:
     hops: Hops
 
 
-# CUDA: a compute stream, a stream per communicator, a side stream per end for its messages.
+# CUDA: a compute stream, a stream per communicator, and per end of the model a side stream that
+# prepares its messages.
 CUDA = Runtime("cuda", issues_ahead=True, continues_beside_passes=True, hops=Hops.DIRECTED)
 # gloo: the host runs the passes; a thread per end issues that end's collectives.
 GLOO = Runtime("gloo", issues_ahead=False, continues_beside_passes=True, hops=Hops.FREE)
@@ -61,12 +62,14 @@ RUNTIMES = {runtime.name: runtime for runtime in (CUDA, GLOO)}
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A replayed program.
+    """The result of a replay.
 
-    `causes[r][k]` is the operation that pass k of rank r waited for last; None if it followed the
-    pass before it at once.  `beside_waits[r]` is the part of the time of rank r's passes in which a
-    communication that it has issued waits for another rank: under NCCL such a one occupies thread
-    blocks, and products beside it take longer (docs/results.md).
+    `causes[r][k]` is the operation that pass k of rank r waited for last. It is None if the pass
+    followed the previous pass at once.
+
+    `beside_waits[r]` is the fraction of the time of rank r's passes in which a communication that
+    the rank has issued waits for another rank. Under NCCL a waiting communication occupies thread
+    blocks, so matrix products beside it take longer (docs/results.md).
     """
 
     timeline: Timeline
@@ -76,7 +79,7 @@ class Replay:
 
 @dataclass(frozen=True, slots=True)
 class LateStart:
-    """A pass before which a rank waits at the operation `cause`, `seconds` longer than simulated."""
+    """A pass `name` before which `rank` waits, at `cause`, `seconds` longer than simulated."""
 
     rank: int
     name: str
@@ -88,9 +91,9 @@ class LateStart:
 
 
 def replay(program: Program, cost: CostModel, runtime: Runtime) -> Replay:
-    """Return what `runtime` makes of `program`; the bound of the timeline is not known.
+    """Return how `runtime` executes `program`. The bound of the timeline is left unknown (0).
 
-    Raises DeadlockError, naming the operation at which each rank stands, if none can go on.
+    Raises DeadlockError, naming the operation that each rank waits at, if none can go on.
     """
     walk = _Walk.over(program, cost, runtime)
     walk.run()
@@ -100,10 +103,11 @@ def replay(program: Program, cost: CostModel, runtime: Runtime) -> Replay:
 
 
 def late_starts(replayed: Replay, simulated: Timeline) -> list[LateStart]:
-    """Return where ranks wait longer in the replay than in the simulation of it, worst first.
+    """Return where ranks wait longer in the replay than in the simulation, longest wait first.
 
-    A wait is the time between two passes of a rank.  So a delay counts where a rank stands still,
-    not in everything that comes after it.  Raises ValueError for timelines of different passes.
+    A wait is the time between two passes of a rank. So a delay is counted once, where the rank
+    waits, and not again for every later pass. Raises ValueError if the two timelines have different
+    passes.
     """
     noise = 1e-9 * simulated.makespan
     found = []
@@ -120,19 +124,22 @@ def late_starts(replayed: Replay, simulated: Timeline) -> list[LateStart]:
     return sorted(found, key=lambda late: -late.seconds)
 
 
-_Hop = tuple[Pass, int, int]  # what, from, to
+_Hop = tuple[Pass, int, int]  # the pass whose output is sent, the sender, the receiver
 _Communicator = End | tuple[int, int, bool]
 
 
 @dataclass(slots=True)
 class _Walk:
-    """Activities: passes, communications, and the moments at which passes wait for these.
+    """The graph of activities: passes, communications, and waits of the passes for communications.
 
-    `seconds`, `missing`, `followers` and `start` are indexed by the activity.  `missing` counts the
-    ranks that have not issued it and, in a run, what it follows that has not ended.  `passes[r]` is
-    the stream of rank r's passes, each operation with its activity; `issued[r]` are the operations
-    that issue a communication, with that; `waits[r]` are these again, each with what it follows on
-    its own rank, and it waits for other ranks from then on; `communications` what all ranks exchange.
+    `seconds`, `missing`, `followers` and `start` are indexed by the activity.
+    - `missing` counts the ranks that have not issued the activity. `run` adds to it the activities
+      before it that have not ended.
+    - `passes[r]` is the stream of rank r's passes and waits: operations with their activities.
+    - `issued[r]` holds the operations of rank r that issue a communication, with its activity.
+    - `waits[r]` holds the same activities, with the earlier activities of rank r that each follows.
+      When these have ended, the communication waits for the other ranks.
+    - `communications` maps every collective and hop to its activity.
     """
 
     cost: CostModel
@@ -148,9 +155,9 @@ class _Walk:
 
     @classmethod
     def over(cls, program: Program, cost: CostModel, runtime: Runtime) -> _Walk:
-        """Lay out the activities of `program`.
+        """Return the graph of the activities of `program`.
 
-        A collective needs every rank that ever starts one of its end.
+        A collective waits for all ranks that start any collective of the same end of the model.
         """
         walk = cls(cost, runtime)
         members: dict[End, set[int]] = {end: set() for end in End}
@@ -165,12 +172,14 @@ class _Walk:
         return walk
 
     def _add(self, seconds: float) -> int:
+        """Add an activity that takes `seconds`, and return its index."""
         self.seconds.append(seconds)
         self.missing.append(0)
         self.followers.append([])
         return len(self.seconds) - 1
 
     def _transfer(self, op: Op, rank: int) -> int:
+        """Return the activity of the transfer that `op` of `rank` issues or waits for."""
         item, peer = op.item, op.peer
         assert isinstance(item, Pass)
         assert peer is not None
@@ -182,7 +191,7 @@ class _Walk:
         return activity
 
     def _channel(self, op: Op, rank: int) -> _Communicator | None:
-        """Return the communicator in which a transfer waits for those issued before it."""
+        """Return the stream in which a transfer waits for earlier ones; None if it has none."""
         item, peer = op.item, op.peer
         assert isinstance(item, Pass)
         assert peer is not None
@@ -195,15 +204,17 @@ class _Walk:
                 return (min(rank, peer), max(rank, peer), item.kind is Kind.F)
 
     def _collective(self, item: Collective) -> int:
+        """Return the activity of a collective."""
         activity = self.communications.get(item)
         if activity is None:
             activity = self.communications[item] = self._add(self.cost.barrier(item.barrier))
         return activity
 
     def _place(self, rank: int, ops: tuple[Op, ...]) -> dict[End, list[Collective]]:
-        """Put the operations of one rank in order, and return the collectives that it starts.
+        """Add the activities of one rank, and return the collectives that it starts.
 
-        `now` and `last` are the ends of the rank's streams so far.
+        `now` is the last activity in the stream of its passes. `last` has the last activity of
+        every communicator.
         """
         now = -1
         last: dict[_Communicator, int] = {}
@@ -237,6 +248,8 @@ class _Walk:
             issued.append((op, activity))
             waits.append((activity, after))
 
+        # `run` appends an activity to the stream of the passes. `issue` appends a communication to
+        # the stream of its communicator; it also follows the activities `after`.
         for op in ops:
             item, action = op.item, op.action
             if isinstance(item, Collective):
@@ -265,7 +278,7 @@ class _Walk:
         return started
 
     def run(self) -> None:
-        """Find the start of every activity."""
+        """Compute the start of every activity. Raises DeadlockError if some can never start."""
         seconds, missing, followers = self.seconds, self.missing, self.followers
         start = self.start = [0.0] * len(seconds)
         for later in chain.from_iterable(followers):
@@ -295,7 +308,7 @@ class _Walk:
         return Span(rank, str(item), item.barrier, -1, item.microbatch, start, end)
 
     def _stuck(self) -> str:
-        """Say where each rank stands: where its passes stop, or else what it issued in vain."""
+        """Return the operation that each rank waits at: in its passes, else an issued one."""
         words = []
         for rank, ops in enumerate(zip(self.passes, self.issued, strict=True)):
             waiting = (op for op, activity in chain(*ops) if self.missing[activity] != 0)
@@ -317,10 +330,10 @@ class _Walk:
         return tuple(found)
 
     def beside_waits(self, rank: int) -> float:
-        """Return the part of the time of the passes of `rank` beside which a communication waits."""
+        """Return the fraction of the passes of `rank`, in time, beside a waiting communication."""
         waits = []
         for activity, after in self.waits[rank]:
-            issued = max((self.start[each] + self.seconds[each] for each in after), default=0.0)
+            issued = max((self.start[prior] + self.seconds[prior] for prior in after), default=0.0)
             waits.append((issued, self.start[activity]))
         passes = [
             (self.start[activity], self.start[activity] + self.seconds[activity])
@@ -332,7 +345,10 @@ class _Walk:
 
 
 def _shared_seconds(apart: list[tuple[float, float]], others: list[tuple[float, float]]) -> float:
-    """Return how much of the intervals `apart`, which do not overlap, lies within one of `others`."""
+    """Return the seconds of the intervals `apart` that lie within any of the intervals `others`.
+
+    The intervals `apart` do not overlap each other; those of `others` may.
+    """
     joined: list[tuple[float, float]] = []
     for start, stop in sorted(others):
         if joined and start <= joined[-1][1]:
@@ -351,7 +367,7 @@ def _shared_seconds(apart: list[tuple[float, float]], others: list[tuple[float, 
 
 
 def _timeline_of(walk: _Walk, program: Program, cost: CostModel) -> Timeline:
-    """Return the spans of a walk, and the peaks of every rank."""
+    """Return the spans of a walk and the peaks of every rank."""
     frees = Kind.F if program.forward_only else Kind.B
     if any(isinstance(op.item, Pass) and op.item.kind is Kind.W for op in program.ranks[0]):
         frees = Kind.W
@@ -363,8 +379,8 @@ def _timeline_of(walk: _Walk, program: Program, cost: CostModel) -> Timeline:
         items = [item for item, _ in runs if isinstance(item, Pass)]
         compute.append(tuple(walk.span(rank, item, activity) for item, activity in runs))
         peak_bytes.append(0.0 if program.forward_only else peak(map(cost.byte_change, items)))
-        flying = [(item.kind is Kind.F) - (item.kind is frees) for item in items]
-        peak_in_flight.append(int(peak(flying)))
+        changes = [(item.kind is Kind.F) - (item.kind is frees) for item in items]
+        peak_in_flight.append(int(peak(changes)))
         for op, activity in issued:
             if isinstance(op.item, Collective) and op.exchange is not None and op.item not in comm:
                 comm[op.item] = walk.span(op.exchange.root, op.item, activity)

@@ -1,7 +1,9 @@
 """Schedule + Problem + CostModel -> Timeline.
 
-One sweep in time order over the union of the data edges and the rank orders.  Every pass starts as soon as its rank and its
-inputs allow; a barrier starts when its last input is there and its communicator is free, first come first served.
+The simulation is one sweep in order of time over a graph. Its edges are the data dependencies and
+the order of the passes on every rank. A pass starts when its rank is free and its inputs have
+arrived. A collective starts when its inputs have arrived and its communicator is free. A
+communicator serves its collectives in the order in which they become ready.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ from schedules.vocab import End
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """When every node runs, by its id in the network; an end is its start and its seconds.
+    """The times of a simulated step, in seconds from its start, indexed by the id of the node.
 
-    `order` lists the ids as the sweep met them, which rises along every dependency.  `ready`: the last input is there (for a
-    pass: and its rank is free).
+    `order`: the ids in the order of the sweep, which respects every dependency.
+    `ready`: when the last input has arrived and, for a pass, its rank is free.
+    `start`: when the node starts. It ends at its start plus its duration.
+    `makespan`: the duration of the step.
     """
 
     order: list[int]
@@ -38,9 +42,11 @@ class Sweep:
 def simulate(
     schedule: Schedule, problem: Problem, cost: CostModel, caps: tuple[float, ...] = ()
 ) -> Timeline:
-    """The timeline of one step, with the bound on all orders or, if given, those in which rank r keeps at most caps[r] bytes.
+    """Return the timeline of one step, with the lower bound on the time of any schedule.
 
-    Raises DeadlockError, naming passes that wait for each other in a circle.
+    With `caps` the bound holds for schedules in which rank r keeps at most `caps[r]` bytes. Raises
+    ValueError for a missing or misplaced pass, and DeadlockError, naming the passes, if some wait
+    for each other in a cycle.
     """
     network = Network.of(problem, cost)
     timeline = _timeline_of(sweep(network, network.orders(schedule)), network, problem)
@@ -48,7 +54,7 @@ def simulate(
 
 
 def predecessors(schedule: Schedule, problem: Problem) -> dict[Node, tuple[Node, ...]]:
-    """The union graph: for each node its inputs and, for a pass, the one before it on its rank."""
+    """Return for each node its inputs and, for a pass, also the previous pass of its rank."""
     graph: dict[Node, tuple[Node, ...]] = {
         node: problem.inputs_of(node) for node in problem.collectives()
     }
@@ -61,7 +67,10 @@ def predecessors(schedule: Schedule, problem: Problem) -> dict[Node, tuple[Node,
 
 
 def sweep(network: Network, orders: Orders) -> Sweep:
-    """Run every rank's passes in their order.  Raises DeadlockError or, for a pass that no rank runs, ValueError."""
+    """Simulate the passes of every rank in the given order.
+
+    Raises ValueError for a pass that no rank runs, and DeadlockError if passes wait in a cycle.
+    """
     size = network.size
     total = size * network.num_microbatches
     missing = [len(before) for before in network.inputs] * network.num_microbatches
@@ -74,12 +83,8 @@ def sweep(network: Network, orders: Orders) -> Sweep:
         run = {number for order in orders for number in order}
         absent = next(n for n in range(total) if n % size < network.num_passes and n not in run)
         raise ValueError(f"{network.node(absent)} is missing: no rank of the schedule runs it")
-    seconds, followers, lanes, num_passes = (
-        network.seconds,
-        network.followers,
-        network.lanes,
-        network.num_passes,
-    )
+    seconds, followers = network.seconds, network.followers
+    lanes, num_passes = network.lanes, network.num_passes
     push, pop = heapq.heappush, heapq.heappop
     ready, start = [0.0] * total, [0.0] * total
     free_at = [0.0] * network.num_lanes
@@ -89,6 +94,8 @@ def sweep(network: Network, orders: Orders) -> Sweep:
         (0.0, number, number) for number in range(total) if missing[number] == 0
     ]
     pushed = total
+    # Nodes leave the heap in order of the time at which they are ready, so their start is final.
+    # Every node that ends delivers its result to its followers and, for a pass, frees its rank.
     while heap:
         now, _, number = pop(heap)
         k = number % size
@@ -122,11 +129,12 @@ def sweep(network: Network, orders: Orders) -> Sweep:
                 pushed += 1
                 push(heap, (ready[later], pushed, later))
     if len(met) < total:
-        raise DeadlockError(_circle(network, orders, missing))
+        raise DeadlockError(_cycle(network, orders, missing))
     return Sweep(met, ready, start, makespan)
 
 
-def _circle(network: Network, orders: Orders, missing: list[int]) -> str:
+def _cycle(network: Network, orders: Orders, missing: list[int]) -> str:
+    """Return one cycle among the nodes that could not start, as text."""
     stuck = {number for number, count in enumerate(missing) if count > 0}
     waiting = {
         number: [
@@ -142,7 +150,7 @@ def _circle(network: Network, orders: Orders, missing: list[int]) -> str:
 
 
 def _timeline_of(swept: Sweep, network: Network, problem: Problem) -> Timeline:
-    """The spans of a sweep, and the peaks of every rank."""
+    """Return the spans of a sweep and the peaks of every rank, without a bound."""
     size, num_ranks = network.size, network.num_ranks
     compute: list[list[Span]] = [[] for _ in range(num_ranks)]
     comm: list[Span] = []
@@ -170,24 +178,32 @@ def _timeline_of(swept: Sweep, network: Network, problem: Problem) -> Timeline:
                     end,
                 )
             )
-    flying = [
+    changes = [
         in_flight_change(node, problem) if isinstance(node, Pass) else 0 for node in network.nodes
     ]
     return Timeline(
-        tuple(map(tuple, compute)),
-        tuple(comm),
-        tuple(peak(network.byte_changes(order)) for order in orders),
-        tuple(int(peak([flying[number % size] for number in order])) for order in orders),
+        compute=tuple(map(tuple, compute)),
+        comm=tuple(comm),
+        peak_bytes=tuple(peak(network.byte_changes(order)) for order in orders),
+        peak_in_flight=tuple(
+            int(peak([changes[number % size] for number in order])) for order in orders
+        ),
     )
 
 
 def in_flight_change(item: Pass, problem: Problem) -> int:
-    """+1 for the pass that puts a (stage, microbatch) in flight, its F, and -1 for its last backward pass."""
+    """Return by how much `item` changes the number of (stage, microbatch) pairs in flight.
+
+    That is +1 for the F of a stage, -1 for its last backward pass (B or W), else 0.
+    """
     return (item.kind is Kind.F) - (item.kind is problem.stage_kinds[-1])
 
 
 def peak(changes: Iterable[float]) -> float:
-    """The highest running sum; a rank's passes run one after the other, so their order alone decides."""
+    """Return the highest running sum of `changes`, at least 0.
+
+    The passes of a rank run one after the other. So a rank's peak depends on their order only.
+    """
     held = highest = 0.0
     for change in changes:
         held += change
@@ -196,5 +212,8 @@ def peak(changes: Iterable[float]) -> float:
 
 
 def peak_in_flight(order: Iterable[Pass], problem: Problem) -> int:
-    """Peak number of (stage, microbatch) pairs of one rank between their F and the end of their last backward pass."""
+    """Return the peak number of (stage, microbatch) pairs in flight on the rank with this `order`.
+
+    A pair is in flight from its F to the end of its last backward pass.
+    """
     return int(peak(in_flight_change(item, problem) for item in order))

@@ -1,4 +1,7 @@
-"""A timeline: when every pass ran, simulated or measured.  Both are the same data, so they are drawn and compared alike."""
+"""Timelines: when every pass of a step ran, simulated or measured.
+
+Both have the same form, so that they can be compared and drawn by the same functions.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One interval on one rank.
+    """The interval of one pass or communication on one rank.
 
-    `name` is a pass (`2F0`) or a communication (`C0.3`, a barrier of microbatch 3); `kind` its letter or barrier name.
-    Times in seconds from the start of the step.
+    `name` is a pass (`2F0`) or a collective (`C0.3`: barrier C0 of microbatch 3). `kind` is the
+    letter of the pass or the name of the barrier. `stage` is that of the pass, -1 for a collective.
+    `start` and `end` are in seconds from the start of the step.
     """
 
     rank: int
@@ -23,17 +27,21 @@ class Span:
 
     @property
     def seconds(self) -> float:
+        """The duration in seconds."""
         return self.end - self.start
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """What every rank did in one step.
+    """The activity of every rank in one step.
 
-    `compute[r]` are the passes of rank r in order; `comm` the communications, shown on the rank that waits for them.
-    `peak_bytes[r]` is the peak of what the passes of rank r keep for later ones (activations and held shards), in bytes;
-    `peak_in_flight[r]` the peak number of (stage, microbatch) pairs whose backward has not finished.  No schedule of the same
-    problem takes less than `bound` seconds (0: unknown).
+    `compute[r]`: the passes of rank r in order.
+    `comm`: the communications. A simulated collective is shown on the root rank of its end of the
+    model, a measured communication on the rank where it ends last.
+    `peak_bytes[r]`: the peak of the bytes that the passes of rank r keep for later passes, that is
+    activations and what S keeps for T.
+    `peak_in_flight[r]`: the peak number of (stage, microbatch) pairs whose backward has not ended.
+    `bound`: no schedule of the same problem takes less than these seconds; 0 if it is unknown.
     """
 
     compute: tuple[tuple[Span, ...], ...]
@@ -44,26 +52,27 @@ class Timeline:
 
     @property
     def num_ranks(self) -> int:
+        """The number of pipeline ranks."""
         return len(self.compute)
 
     @property
     def makespan(self) -> float:
-        """Seconds from the start of the step to the end of its last pass or communication."""
+        """The seconds from the start of the step to the end of its last pass or communication."""
         return max(
             (span.end for spans in (*self.compute, self.comm) for span in spans), default=0.0
         )
 
     def busy(self, rank: int) -> float:
-        """Seconds rank `rank` computes."""
+        """Return the seconds in which rank `rank` computes."""
         return sum(span.seconds for span in self.compute[rank])
 
     def bubble(self, rank: int) -> float:
-        """The fraction of the step in which rank `rank` computes nothing, 0 to 1."""
+        """Return the fraction of the step in which rank `rank` computes nothing, from 0 to 1."""
         return 1.0 - self.busy(rank) / self.makespan if self.makespan > 0 else 0.0
 
     @property
     def mean_bubble(self) -> float:
-        """The mean of `bubble` over the ranks: 1 - total work / (ranks * makespan)."""
+        """The mean of `bubble` over the ranks: 1 - total work / (num_ranks * makespan)."""
         available = self.num_ranks * self.makespan
         return (
             1.0 - sum(map(self.busy, range(self.num_ranks))) / available if available > 0 else 0.0
@@ -71,7 +80,9 @@ class Timeline:
 
     @property
     def gap(self) -> float | None:
-        """How much longer the step takes than the lower bound: 0.02 is 2 %; None where no bound is known."""
-        return (
-            round(self.makespan / self.bound - 1.0, 9) + 0.0 if self.bound > 0 else None
-        )  # 0, not -1e-16, on the bound
+        """The fraction by which the step exceeds the lower bound; None if no bound is known.
+
+        A gap of 0.02 means 2 % longer than the bound.
+        """
+        # Rounding and adding 0.0 turn -1e-16 and -0.0 into 0.0 for a step that attains the bound.
+        return round(self.makespan / self.bound - 1.0, 9) + 0.0 if self.bound > 0 else None

@@ -1,7 +1,9 @@
-"""Schedules in the CSV of torch.distributed.pipelining: one row per rank, one cell per time step, cells such as `2F0`.
+"""Schedules in the CSV form of torch.distributed.pipelining.
 
-torch reads it with `_load_csv(path)` and writes it with `_dump_csv(path, format="compute_only")` of a multi-stage schedule.
-F, B, I and W mean the same on both sides.  torch has no vocabulary passes, for it keeps the vocabulary inside the end stages.
+A file has one row per rank and one cell per time step, such as `2F0`. The multi-stage schedules of
+torch read it with `_load_csv(path)` and write it with `_dump_csv(path, format="compute_only")`. F,
+B, I and W have the same meaning there. torch has no vocabulary passes: its vocabulary layers are
+part of the first and last stage.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ _COMMUNICATION = re.compile(r"\d+(SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|RE
 
 
 def to_csv(schedule: Schedule) -> str:
-    """The stage passes (F, B, I, W) of `schedule` in their order, without bubbles, for they follow from the order.
+    """Return the stage passes (F, B, I, W) of `schedule` as CSV.
 
-    Vocabulary passes (S, T, E, G) are dropped, and so is the name: torch has neither.
+    Cells for bubbles are left out, because the order of the passes determines them. Vocabulary
+    passes (S, T, E, G) and the name are dropped, because torch has neither.
     """
     rows = (
         ",".join(str(item) for item in order if not item.kind.is_vocabulary)
@@ -28,12 +31,15 @@ def to_csv(schedule: Schedule) -> str:
 
 
 def from_csv(text: str, name: str) -> Schedule:
-    """The base order that `text` holds; `generators.complete(name, schedule.ranks, problem, cost)` adds the vocabulary passes.
+    """Return the base order in the CSV `text`.
 
-    The file does not say where stages live: `check_base(schedule, problem)` finds missing, repeated and misplaced passes.
-    Empty cells are bubbles and skipped.  Where any backward is split, every B becomes I and W, one after the other: a problem
-    splits all backward passes or none.  Raises ValueError with line, column (both from 1) and cell for anything that is not a
-    stage pass, and with the line for a row without passes, which torch would count as a rank.
+    `generators.complete(name, schedule.ranks, problem, cost)` adds the vocabulary passes. The file
+    does not contain the layout of the stages, so `check_base(schedule, problem)` finds missing,
+    repeated and misplaced passes. Empty cells are bubbles and skipped. If any backward is split,
+    every B is replaced by I and W, because a problem splits all backward passes or none.
+
+    Raises ValueError with line, column (both from 1) and cell for anything that is not a stage
+    pass. A row without passes is refused with its line, because torch would count it as a rank.
     """
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -50,25 +56,29 @@ def from_csv(text: str, name: str) -> Schedule:
 
 
 def _order(row: list[str], line: int) -> tuple[Pass, ...]:
+    """Return the passes of one row."""
     cells = ((column, cell.strip()) for column, cell in enumerate(row, start=1))
     order = tuple(
         _stage_pass(cell, f"line {line}, column {column}") for column, cell in cells if cell
     )
     if not order:
         raise ValueError(
-            f"line {line} has no passes, but every line is a rank; delete it or write the passes of the rank"
+            f"line {line} has no passes, but every line is a rank; "
+            "delete it or write the passes of the rank"
         )
     return order
 
 
 def _stage_pass(cell: str, place: str) -> Pass:
+    """Return the stage pass in `cell`. Raises ValueError, naming `place`, for anything else."""
     if _COMMUNICATION.fullmatch(cell):
         raise ValueError(
             f'{place}: {cell!r} is communication; dump the schedule with format="compute_only"'
         )
     if cell.endswith("OVERLAP_F_B"):
         raise ValueError(
-            f"{place}: {cell!r} overlaps two passes; write a cell for each, in the order in which they shall run"
+            f"{place}: {cell!r} overlaps two passes; "
+            "write a cell for each, in the order in which they should run"
         )
     try:
         item = Pass.parse(cell)
@@ -78,13 +88,14 @@ def _stage_pass(cell: str, place: str) -> Pass:
         ) from None
     if item.kind.is_vocabulary:
         raise ValueError(
-            f"{place}: {cell!r} is a vocabulary pass, which torch does not have; leave it out, complete() adds it"
+            f"{place}: {cell!r} is a vocabulary pass, which torch does not have; "
+            "leave it out, complete() adds it"
         )
     return item
 
 
 def _split(order: tuple[Pass, ...]) -> tuple[Pass, ...]:
-    """`order` with I and W in the place of each B."""
+    """Return `order` with each B replaced by I and W."""
     halves = {Kind.B: (Kind.I, Kind.W)}
     return tuple(
         Pass(item.stage, kind, item.microbatch)

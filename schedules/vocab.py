@@ -1,68 +1,73 @@
-"""Vocabulary algorithms as data: which passes they have, which barriers, and who waits for whom.
+"""Vocabulary algorithms as data: their passes, their barriers, and which waits for which.
 
-A barrier is one collective per microbatch.  The algorithms are those of arXiv 2411.05288, with the
+A barrier is one collective per microbatch. The algorithms are those of arXiv 2411.05288, with the
 names of its figures in brackets: `two_barrier` (Algorithm 1, Vocab-1), `one_barrier` (Algorithm 2,
-Vocab-2).  `none` is the ordinary pipeline: the same passes, with the whole vocabulary as one shard
-on the rank of the last (output) and first (input) stage.
+Vocab-2). `none` is the ordinary pipeline. It has the same passes, but the whole vocabulary is one
+shard, on the rank of the last stage (output layer) or of the first stage (input layer).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
 
 from schedules.ir import Kind
 
 
 class Transfer(StrEnum):
-    """How a barrier moves its payload between the ranks that own shards."""
+    """The collective by which a barrier moves its payload between the ranks with shards."""
 
     BROADCAST = "broadcast"  # from the rank of the root stage
     REDUCE = "reduce"  # sum, to the rank of the root stage
-    GATHER = "gather"  # to the rank of the root stage, each shard its own tokens
-    SCATTER = "scatter"  # the other way round
+    GATHER = "gather"  # to the rank of the root stage; every shard sends its own tokens
+    SCATTER = "scatter"  # from the rank of the root stage; every shard receives its own tokens
     ALL_MAX = "all_max"
     ALL_SUM = "all_sum"
     ALL_GATHER = "all_gather"
 
     @property
     def from_root(self) -> bool:
-        """True where the rank of the root stage alone has something to send."""
+        """Whether only the rank of the root stage has something to send."""
         return self in (Transfer.BROADCAST, Transfer.SCATTER)
 
     @property
     def to_root(self) -> bool:
-        """True where the result arrives on the rank of the root stage alone."""
+        """Whether only the rank of the root stage receives the result."""
         return self in (Transfer.REDUCE, Transfer.GATHER)
 
 
 class End(StrEnum):
-    """The side of the model a barrier belongs to; each side has its own communicator, and so its own order."""
+    """The end of the model that a barrier belongs to.
+
+    Each end has its own communicator, so the order of its collectives is independent of the
+    other's.
+    """
 
     INPUT = "input"  # root: the rank of the first stage
     OUTPUT = "output"  # root: the rank of the last stage
 
 
 class Payload(StrEnum):
-    """What a barrier carries.  T tokens, H hidden, K tokens that one shard owns, n shards."""
+    """The tensor that a barrier carries. T tokens, H hidden size, K tokens that one shard owns."""
 
-    EMBEDDINGS = "embeddings"  # [K, H] of each shard: together the input of the first stage
+    EMBEDDINGS = "embeddings"  # [K, H] from each shard: together the input of the first stage
     ACTIVATIONS = "activations"  # [T, H], the output of the last stage
     STATISTICS = "statistics"  # [3, T]: a shard's maximum, total and target logit
     MAXIMUM = "maximum"  # [T]
     SUMS = "sums"  # [2, T]: total and target logit relative to the maximum of all shards
     INPUT_GRADIENT = "input_gradient"  # [T, H], a shard's term of dL/dx of the output layer
-    EMBEDDING_GRADIENT = "embedding_gradient"  # [T, H], of which each shard gets [K, H]
+    EMBEDDING_GRADIENT = "embedding_gradient"  # [T, H], of which each shard receives [K, H]
 
 
 @dataclass(frozen=True, slots=True)
 class Barrier:
-    """One collective per microbatch.
+    """A collective that takes place once per microbatch.
 
-    It waits for the pass `after` (S, T or E on every shard, F of the last stage, the backward of the
-    first), or it continues another: its message needs what the barrier `continues` delivers.
-    Exactly one of the two is given.  `before`: the passes that wait for it (F of the first stage,
-    the backward of the last).
+    It waits for the pass `after`: S, T or E on every shard, F of the last stage, or B for the
+    backward of the first stage. Or it continues another barrier: its message needs the result of
+    `continues`. Raises ValueError unless exactly one of the two is given. The passes in `before`
+    wait for it. There F stands for the F of the first stage and B for the backward of the last
+    stage.
     """
 
     name: str
@@ -70,24 +75,27 @@ class Barrier:
     transfer: Transfer
     payload: Payload
     before: tuple[Kind, ...]
+    _: KW_ONLY
     after: Kind | None = None
     continues: str | None = None
 
     def __post_init__(self) -> None:
         if (self.after is None) == (self.continues is None):
             raise ValueError(
-                f"barrier {self.name} is after {self.after} and continues {self.continues}; give one"
+                f"barrier {self.name} has after={self.after} and continues={self.continues}; "
+                "give exactly one of them"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class VocabAlgorithm:
-    """The passes of the output layer and all barriers, input side included.
+    """The properties of a vocabulary algorithm, and its barriers of both ends of the model.
 
-    `sharded` is false when one rank holds a whole layer.  `extra_in_flight`: microbatches that the
-    barriers between the last forward and the first backward add to a 1F1B warm-up (arXiv
-    2411.05288, section 5).  `input_gradient`: the pass that forms a shard's term of dL/dx, S or T;
-    None if nothing does.  `searched`: whether vocab=auto and vp-plan --search try it.
+    `sharded`: all ranks own vocabulary rows. If false, one rank holds a whole layer.
+    `extra_in_flight`: the microbatches that the barriers between the last forward and the first
+    backward add to the warm-up of 1F1B (arXiv 2411.05288, section 5).
+    `input_gradient`: the pass that computes a shard's term of dL/dx, S or T; None for evaluation.
+    `searched`: whether vocab=auto and vp-plan --search try the algorithm.
     """
 
     name: str
@@ -95,15 +103,20 @@ class VocabAlgorithm:
     extra_in_flight: int
     barriers: tuple[Barrier, ...]
     input_gradient: Kind | None
+    _: KW_ONLY
     searched: bool = False
 
     def products(self, kind: Kind) -> int:
-        """Return how many matrix products over its rows a shard's S or T has: logits, E W and E^T x."""
+        """Return the number of matrix products over its rows that the S or T of a shard computes.
+
+        With the output weights W and E = dL/dlogits up to a factor, S computes the logits x W^T and
+        T the weight gradient E^T x. The pass `input_gradient` also computes E W, the term of dL/dx.
+        """
         assert kind in (Kind.S, Kind.T)
         return 1 + (self.input_gradient is kind)
 
     def barrier(self, name: str) -> Barrier:
-        """The barrier called `name`; KeyError if this algorithm has none."""
+        """Return the barrier with this name. Raises KeyError if there is none."""
         for barrier in self.barriers:
             if barrier.name == name:
                 return barrier
@@ -120,6 +133,7 @@ _SHARE_X = Barrier(
 
 
 def _statistics(*before: Kind) -> Barrier:
+    """Return the all-gather of the statistics, for which the passes `before` wait."""
     return Barrier("C1", End.OUTPUT, Transfer.ALL_GATHER, Payload.STATISTICS, before, after=Kind.S)
 
 
@@ -140,7 +154,7 @@ VOCAB_ALGORITHMS: dict[str, VocabAlgorithm] = {
     algorithm.name: algorithm
     for algorithm in (
         VocabAlgorithm("none", False, 0, _ONE_BARRIER, Kind.S, searched=True),
-        VocabAlgorithm("naive", True, 2, _NAIVE, Kind.T),  # it never wins
+        VocabAlgorithm("naive", True, 2, _NAIVE, Kind.T),  # not searched: it is never the fastest
         VocabAlgorithm("two_barrier", True, 2, _TWO_BARRIER, Kind.T, searched=True),
         VocabAlgorithm("one_barrier", True, 1, _ONE_BARRIER, Kind.S, searched=True),
     )
@@ -148,14 +162,15 @@ VOCAB_ALGORITHMS: dict[str, VocabAlgorithm] = {
 
 
 def searched_algorithms() -> tuple[str, ...]:
-    """Return the names of the algorithms that a search tries, the last registered first."""
+    """Return the names of the algorithms that a search tries, the last one in the table first."""
     return tuple(name for name in reversed(VOCAB_ALGORITHMS) if VOCAB_ALGORITHMS[name].searched)
 
 
 def evaluation(algorithm: VocabAlgorithm) -> VocabAlgorithm:
-    """Return the forward-only part of any algorithm.
+    """Return the algorithm of an evaluation, which has no backward.
 
-    It embeds, shares x, and gathers the statistics from which every rank knows the loss.
+    It embeds the tokens, broadcasts the output x of the last stage, and gathers the statistics,
+    from which every rank computes the loss.
     """
     barriers = (_EMBED, _SHARE_X, _statistics())
     return VocabAlgorithm("evaluate", algorithm.sharded, 0, barriers, None)

@@ -1,7 +1,8 @@
-"""The schedules, by name.  `generate` is the only entry: it places the vocabulary passes of the problem into the base order.
+"""The table of schedules, and `generate`, which constructs one of them for a problem.
 
-A schedule whose backward is split is then refined: the passes of its warm-up and cool-down change places where that closes
-gaps, with no more microbatches in flight on any rank than its base order has.
+A base schedule orders the stage passes. `generate` adds the vocabulary passes of the problem. If
+the backward is split, it also refines the order: passes of the warm-up and the cool-down move where
+that closes gaps. No rank then has more microbatches in flight than in the base order.
 """
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ from schedules.network import Network
 from schedules.problem import Problem
 from schedules.simulate import in_flight_change, peak_in_flight, sweep
 
-_EFFORT = 120_000  # nodes that may be placed in search of a better order, about a second; more where one try takes more
+# The nodes that may be placed in search of a better order, which takes about a second. A single try
+# may take more.
+_EFFORT = 120_000
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A base schedule: its order of stage passes, where its stages live, and whether it splits B into I and W."""
+    """A base schedule: its order of stage passes, its layout, and whether it splits the backward.
+
+    `layout` and `num_chunks` are those of `Layout`. `split_backward`: every B becomes I and W.
+    """
 
     base_order: Callable[[Problem], BaseOrder]
     layout: str = "linear"
@@ -37,7 +43,10 @@ class Family:
     split_backward: bool = False
 
     def layout_of(self, num_ranks: int, num_chunks: int | None = None) -> Layout:
-        """Where the stages live.  Raises ValueError for a `num_chunks` that the layout cannot have."""
+        """Return the layout on `num_ranks` ranks, with `num_chunks` stages per rank if it is given.
+
+        Raises ValueError for a number of chunks that the layout cannot have.
+        """
         return Layout(self.layout, num_ranks, self.num_chunks if num_chunks is None else num_chunks)
 
 
@@ -54,7 +63,10 @@ GENERATORS: dict[str, Family] = {
 
 
 def generate(name: str, problem: Problem, cost: CostModel) -> Schedule:
-    """The schedule `name` for `problem`.  Raises ValueError for a name that is not in the table."""
+    """Return the schedule `name` for `problem`.
+
+    Raises ValueError for a name that is not in GENERATORS, and for a layout that it cannot have.
+    """
     if name not in GENERATORS:
         raise ValueError(f"schedule {name!r} is not known; choose one of {', '.join(GENERATORS)}")
     return complete(name, GENERATORS[name].base_order(problem), problem, cost)
@@ -63,9 +75,10 @@ def generate(name: str, problem: Problem, cost: CostModel) -> Schedule:
 def complete(
     name: str, base: BaseOrder, problem: Problem, cost: CostModel, *, keep_order: bool = False
 ) -> Schedule:
-    """Any base order with the vocabulary passes of `problem`; with `keep_order` no pass but W changes places in it.
+    """Return the schedule `name`: the order `base` with the vocabulary passes of `problem`.
 
-    Raises DeadlockError if the base order cannot be executed.
+    `base` has the stage passes of every rank. If the backward is split, passes may change places.
+    With `keep_order` only W may. Raises DeadlockError if the base order cannot be executed.
     """
     network = Network.of(problem, cost)
     nodes = network.size * network.num_microbatches
@@ -85,10 +98,11 @@ def complete(
 
 
 def _in_flight(network: Network, problem: Problem, base: BaseOrder) -> tuple[Network, list[float]]:
-    """`network` with memory in stages in flight, and the promise of a base schedule: its own peak and one held shard.
+    """Return `network` with memory counted in stages in flight, and the cap of every rank.
 
-    A held shard counts by its bytes, at least a tenth and at most nine tenths of a stage, so that neither S can run away from
-    T nor a stage take the place of a shard.
+    The cap is the peak of the base order plus one shard between its S and T. Such a shard counts as
+    the fraction of a stage that its bytes are, but at least 0.1 and at most 0.9. Then S cannot run
+    far ahead of T, and no stage fits into the place of a shard.
     """
     passes = [node for node in network.nodes if isinstance(node, Pass)]
     stage_bytes = [network.byte_change[k] for k, item in enumerate(passes) if item.kind is Kind.F]

@@ -1,12 +1,14 @@
-"""`schedule=auto`: the fastest order that fits into a cap on memory, over base schedules, placements and vocabulary algorithms.
+"""`schedule=auto`: a search for the fastest schedule that keeps every rank under its memory cap.
 
-Every base schedule is a start: woven in several ways, then refined under the cap.  So are V-shaped blocks that come close to
-the cap, which other steps and turns than those of V-Min and V-Half give; they count as V-Min.  The starts that do best with a
-little effort get more.  The named schedules themselves take part, so the result is never slower than one of them within the
-cap.
+It searches over base schedules, placements of the layers, and vocabulary algorithms. Every base
+schedule is a start: it is woven in several ways, then refined under the caps. Further starts are
+V-shaped blocks that come close to the caps. They have other steps and turns than V-Min and V-Half,
+and count as V-Min. The starts that are best after a little effort get more. The named schedules
+take part unchanged. So the result is never slower than any of them that fits.
 
-No building block is solved for the costs: at a cap of p microbatches the refined starts end within 1 % of the lower bound,
-for equal and unequal ranks alike (benchmarks/family.py).
+The blocks are not optimised for the given costs. That is not needed: with a cap of p microbatches
+the refined starts end within 1 % of the lower bound, for equal and for unequal ranks
+(benchmarks/family.py).
 """
 
 from __future__ import annotations
@@ -26,20 +28,16 @@ from schedules.problem import Problem
 from schedules.simulate import peak
 
 _FIRST = 60_000  # nodes placed to refine each start
-_ROUNDS = (
-    (5, 200_000),
-    (1, 1_500_000),
-)  # then: so many of the best, searched on with so many nodes each
-_ENOUGH = 5e-4  # a gap that ends the search
-_BLOCKS, _BLOCKS_PER_LEVEL = (
-    6,
-    3,
-)  # V-shaped blocks to start from; and of those with equally many stages in flight
+# Then per round: how many of the best go on, and how many nodes are placed to search from each.
+_ROUNDS = ((5, 200_000), (1, 1_500_000))
+_ENOUGH = 5e-4  # the gap to the lower bound at which the search ends
+_BLOCKS = 6  # V-shaped blocks to start from
+_BLOCKS_PER_LEVEL = 3  # of these at most so many with the same number of stages in flight
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A base schedule to start from, and the problem and cost it would have."""
+    """A base schedule to start from, with its problem and its costs."""
 
     name: str
     problem: Problem
@@ -48,7 +46,10 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """The best order found, the option it came from, and the bound on any order of that option's problem under the cap."""
+    """The best schedule found, and the option it came from.
+
+    No schedule of that option's problem is faster than `bound` under the caps.
+    """
 
     option: Option
     schedule: Schedule
@@ -56,30 +57,30 @@ class Solution:
 
 
 class CapError(ValueError):
-    """No order was found within the cap.  All in bytes, of the rank that exceeds its cap most.
+    """Raised when no schedule was found under the caps.
 
-    `reached` by the best order found, which a higher cap would accept; `alone` is what a single microbatch keeps, below
-    which nothing goes; `steady` what a steady state without a bubble keeps on average.
+    The attributes are of the rank that exceeds its cap most, in bytes.
+    - `cap`: the cap of the rank.
+    - `reached`: the peak of the best schedule found. With all caps raised by `reached - cap`, a
+      schedule is found.
+    - `alone`: what a single microbatch keeps. No schedule keeps less.
+    - `steady`: what a steady state without a bubble keeps on average.
     """
 
     def __init__(self, rank: int, cap: float, reached: float, alone: float, steady: float) -> None:
         super().__init__(
-            f"no schedule was found that keeps at most {cap:.4g} bytes on rank {rank}; the least reached is {reached:.4g}, "
-            f"one microbatch alone keeps {alone:.4g}, and a step without a bubble at least {steady:.4g} on average"
+            f"no schedule was found that keeps at most {cap:.4g} bytes on rank {rank}; "
+            f"the least reached is {reached:.4g}, one microbatch alone keeps {alone:.4g}, "
+            f"and a step without a bubble at least {steady:.4g} on average"
         )
-        self.rank, self.cap, self.reached, self.alone, self.steady = (
-            rank,
-            cap,
-            reached,
-            alone,
-            steady,
-        )
+        self.rank, self.cap, self.reached = rank, cap, reached
+        self.alone, self.steady = alone, steady
 
 
 def solve(options: Sequence[Option], caps: Sequence[float]) -> Solution:
-    """The fastest schedule found in which rank r keeps at most caps[r] bytes.
+    """Return the fastest schedule found in which rank r keeps at most `caps[r]` bytes.
 
-    Raises CapError with the least that was reached, and what no schedule can go below.
+    Raises CapError, with the least bytes that were reached, if none was found.
     """
     found = [
         (refined, option, network)
@@ -101,11 +102,11 @@ def solve(options: Sequence[Option], caps: Sequence[float]) -> Solution:
 
 
 def _starts(option: Option, network: Network, caps: list[float]) -> Iterator[Refined]:
-    """Orders of one option: as named, and refined under the caps from every weaving."""
+    """Yield orders of one option: the named schedule, and refined ones from several starts."""
     named = network.orders(generate(option.name, option.problem, option.cost))
     yield judge(network, named, caps)
     if option.name == "interlaced":
-        return  # a comparison: its meetings are what it is
+        return  # it serves as a comparison; refining would break up its synchronous output layer
     yield judge(network, _one_by_one(option, network), caps)
     base = GENERATORS[option.name].base_order(option.problem)
     woven = [
@@ -123,7 +124,10 @@ def _starts(option: Option, network: Network, caps: list[float]) -> Iterator[Ref
 
 
 def _one_by_one(option: Option, network: Network) -> Orders:
-    """Each microbatch after the one before has left: slow, but no order keeps less."""
+    """Return the order in which every microbatch starts after the previous one has ended.
+
+    It is slow, but no order keeps less memory.
+    """
     alone = network.orders(
         generate(option.name, replace(option.problem, num_microbatches=1), option.cost)
     )
@@ -134,7 +138,10 @@ def _one_by_one(option: Option, network: Network) -> Orders:
 
 
 def _blocks(problem: Problem, network: Network, caps: list[float]) -> list[Block]:
-    """Blocks that fit under the caps with a shard held: first those with most in flight, of these the shortest."""
+    """Return the V-shaped blocks to start from: those that fit under the caps with a shard held.
+
+    Those with the most microbatches in flight come first, and among these the shortest.
+    """
     layout = problem.layout
     keeps = {
         (node.stage, node.kind): network.byte_change[k]
@@ -165,10 +172,12 @@ def _blocks(problem: Problem, network: Network, caps: list[float]) -> list[Block
 
 
 def _nodes(network: Network) -> int:
+    """Return the number of nodes of a step."""
     return network.size * network.num_microbatches
 
 
 def _cap_error(best: Refined, option: Option, network: Network, caps: Sequence[float]) -> CapError:
+    """Return the error for the rank that exceeds its cap most in the best orders found."""
     peaks = [peak(network.byte_changes(order)) for order in best.orders]
     rank = max(range(len(peaks)), key=lambda r: peaks[r] - caps[r])
     begins = {

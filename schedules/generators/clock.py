@@ -1,4 +1,4 @@
-"""Time that runs forward over all ranks while their orders are being made."""
+"""The clock of a list scheduler: it simulates the passes while their orders are constructed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from schedules.network import Network
 
 
 class Clock:
-    """When ranks and communicators are free, and when the inputs of each node are there; nodes by their ids.
+    """The times at which ranks and communicators become free and inputs arrive, in seconds.
 
-    `arrived_at[n]` is the latest input of node n so far, `missing[n]` how many are not known yet.  Collectives run by
-    themselves, as soon as their inputs are there.
+    `free_at[l]` is when rank or communicator l becomes free. `missing[n]` counts the inputs of node
+    n that have not been placed yet. `arrived_at[n]` is when the last of the others arrives. Nodes
+    are identified by their ids. Collectives run without being placed, as soon as their inputs
+    arrive.
     """
 
     def __init__(self, network: Network) -> None:
@@ -20,7 +22,7 @@ class Clock:
         self.missing = [len(before) for before in network.inputs] * network.num_microbatches
 
     def run(self, number: int, now: float) -> list[int]:
-        """Start pass `number`; returns the passes whose last input it was."""
+        """Start the pass `number` at `now`, and return the passes whose last input it provides."""
         k = number % self._size
         end = self.free_at[self._lanes[k]] = now + self._seconds[k]
         ready: list[int] = []
@@ -28,6 +30,7 @@ class Clock:
         return ready
 
     def _finish(self, base: int, k: int, end: float, ready: list[int]) -> None:
+        """Deliver the result of a node that ends at `end`, and run the collectives it completes."""
         arrived_at, missing = self.arrived_at, self.missing
         for step, travel in self._followers[k]:
             later, arrival = base + step, end + travel

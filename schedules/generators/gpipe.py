@@ -7,7 +7,10 @@ from schedules.problem import Problem
 
 
 def gpipe(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
-    """The stage passes of every rank, kind after kind; also the order of a forward-only problem."""
+    """Return the stage passes of every rank: all passes of a kind, then all of the next.
+
+    This is also the order of a forward-only problem.
+    """
     return tuple(
         tuple(
             Pass(stage, kind, microbatch)

@@ -1,8 +1,10 @@
-"""The interlaced pipeline (nnScaler, OSDI 2024; compared with in arXiv 2411.05288): a synchronous vocabulary layer.
+"""The interlaced pipeline (nnScaler, OSDI 2024): the output layer is computed synchronously.
 
-All ranks compute the output layer of a microbatch together, T right after S, waiting for the barrier between them; from one
-such meeting to the next each does one F and one B.  The rank d places before the last runs F(i) floor(d/2) + 1 meetings ahead
-of i and B(i) d meetings behind, if ranks take F and B in alternating order; so 1.5 p microbatches are in flight on rank 0.
+arXiv 2411.05288 compares with it. All ranks compute the output layer of microbatch i together, in
+meeting i: first S, then the barrier, then T. Between two meetings every rank runs one F and one B.
+Neighbouring ranks run these in opposite order. Then the rank d places before the last runs F(i)
+floor(d/2) + 1 meetings ahead of meeting i, and B(i) d meetings behind it. So 1.5 p microbatches are
+in flight on rank 0.
 """
 
 from __future__ import annotations
@@ -13,10 +15,14 @@ from schedules.vocab import End
 
 
 def interlaced(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
-    """The passes of the stages and of the output layer.  Raises ValueError unless each rank owns one stage."""
+    """Return the passes of the stages and of the output layer on every rank.
+
+    Raises ValueError unless each rank owns one stage.
+    """
     if problem.layout.num_chunks != 1:
         raise ValueError(
-            f"interlaced has one stage per rank, not {problem.layout.num_chunks}; use layout 'linear'"
+            f"interlaced has one stage per rank, not {problem.layout.num_chunks}; "
+            "use layout 'linear'"
         )
     return tuple(_rank_order(rank, problem) for rank in range(problem.layout.num_ranks))
 
@@ -24,6 +30,8 @@ def interlaced(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
 def _rank_order(rank: int, problem: Problem) -> tuple[Pass, ...]:
     before_last = problem.layout.num_ranks - 1 - rank
     forward_place, backward_place = (1, 2) if before_last % 2 else (2, 1)
+    # Passes are sorted by meeting, then by place: 0 is in the meeting, 1 and 2 are the places of F
+    # and the backward after it. The third key orders passes of the same place.
     placed: list[tuple[int, int, int, Pass]] = []
     for i in range(problem.num_microbatches):
         placed.append((i - 1 - before_last // 2, forward_place, 0, Pass(rank, Kind.F, i)))

@@ -1,8 +1,9 @@
-"""Interleaved 1F1B (arXiv 2104.04473): several stages per rank, in a loop, make fill and drain shorter.
+"""Interleaved 1F1B (arXiv 2104.04473): several stages per rank, in a loop, shorten fill and drain.
 
-Microbatches go through a rank in groups of p: a group's forwards of the first chunk, then of the second, and so on; backwards
-the same with the last chunk first.  After a warm-up, forwards and backwards alternate.  Where p does not divide m the order
-is that of full groups without the passes of the microbatches that do not exist: leaving passes out cannot make an order block.
+A rank processes microbatches in groups of p. The forwards of a group run through the first chunk,
+then through the second, and so on. The backwards start with the last chunk. After a warm-up,
+forwards and backwards alternate. If p does not divide m, the last group is ordered like a full one
+and the passes of microbatches that do not exist are left out. This cannot cause a deadlock.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from schedules.problem import Problem
 
 
 def interleaved(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
-    """The stage passes of every rank.  Raises ValueError unless the stages lie in a loop."""
+    """Return the stage passes of every rank. Raises ValueError for layout 'v'."""
     layout = problem.layout
     if layout.name == "v":
         raise ValueError("interleaved 1F1B needs its stages in a loop; use layout 'loop'")

@@ -1,7 +1,7 @@
-"""1F1B (PipeDream-flush, arXiv 2104.04473): after a warm-up, every rank alternates one forward and one backward.
+"""1F1B (PipeDream-flush, arXiv 2104.04473): after a warm-up, forwards and backwards alternate.
 
-The barriers between the last forward and the first backward take time in which the pipeline would run dry, so the warm-up
-grows by one microbatch for each of them (arXiv 2411.05288, section 5).
+The barriers between the last forward and the first backward take time, in which the pipeline would
+run empty. So the warm-up has one more microbatch for each of them (arXiv 2411.05288, section 5).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from schedules.problem import Problem
 
 
 def one_f_one_b(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
-    """The stage passes of every rank.  Raises ValueError unless each rank owns one stage."""
+    """Return the stage passes of every rank. Raises ValueError unless each rank owns one stage."""
     if problem.layout.num_chunks != 1:
         raise ValueError(
             f"1f1b has one stage per rank, not {problem.layout.num_chunks}; use layout 'linear'"

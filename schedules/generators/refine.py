@@ -1,10 +1,12 @@
-"""Fill the gaps of a schedule, above all those of its warm-up and cool-down, within a cap on memory.
+"""Refinement: it fills the gaps of a schedule, mostly of warm-up and cool-down, under a memory cap.
 
-Forwards in time: a rank whose next pass is not ready, or does not fit into its memory, takes the first pass behind it that
-is ready, fits, and does not hold the next one up.  The same with time reversed closes the gaps of the cool-down.  Both
-directions alternate while the makespan falls.  An order made in this way cannot deadlock: a pass is taken after its inputs.
+Forward in time, a rank may find that its next pass is not ready or does not fit into its memory.
+Then it takes the first later pass that is ready, fits, and does not delay the next one. The same in
+reversed time closes the gaps of the cool-down. Both directions alternate while the makespan falls.
+Such an order cannot deadlock, because a pass is only taken after its inputs.
 
-The steady state, in which a list scheduler would lose most, is inherited: the order changes only where a rank would wait.
+The order changes only where a rank would wait. So the steady state, in which a list scheduler would
+lose most, stays as it is.
 """
 
 from __future__ import annotations
@@ -18,22 +20,21 @@ from schedules.ir import Pass
 from schedules.network import EMBEDDINGS_AHEAD, Network, Orders
 from schedules.simulate import peak, sweep
 
-_PATIENCE = (
-    0.35,
-    0.0,
-    0.7,
-    1.0,
-)  # the part of its own duration by which a filler may hold the next pass up
+# Values to try: the fraction of its own duration by which a filler may delay the next pass.
+_PATIENCE = (0.35, 0.0, 0.7, 1.0)
 _KICK_EFFORT = 20_000  # nodes placed after each kick
-LOOSE = 1 + 1e-9  # sums of bytes in another order differ in the last digit
+LOOSE = 1 + 1e-9  # factor on caps: sums of bytes in another order differ in the last digit
 
-# When the nodes of given orders start, with time forwards (False) and reversed (True).
+# The start times of all nodes for given orders, in forward (False) and in reversed (True) time.
 _Starts = dict[bool, list[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Refined:
-    """Orders, how long they take, and by how many bytes the worst rank exceeds its cap (0: none does)."""
+    """Orders, with their makespan in seconds and the bytes above the cap.
+
+    `excess` is that of the rank that exceeds its cap most; 0 if no rank does.
+    """
 
     orders: Orders
     makespan: float
@@ -41,15 +42,15 @@ class Refined:
 
     @property
     def quality(self) -> tuple[float, float]:
-        """Smaller is better: first the cap, then the time."""
+        """A key to compare orders by: first the excess, then the makespan. Smaller is better."""
         return self.excess, self.makespan
 
 
 def refine(network: Network, orders: Orders, caps: list[float], budget: int) -> Refined:
-    """`orders` improved until nothing helps or `budget` nodes were placed.
+    """Return `orders` improved until nothing helps or `budget` nodes were placed.
 
-    `caps[r]` bounds what rank r keeps, in the unit of `network.byte_change`.  Orders that exceed it are brought below where
-    that is possible; the result never exceeds it by more than `orders` do.
+    `caps[r]` bounds what rank r keeps, in the unit of `network.byte_change`. Orders above a cap are
+    brought below it if possible. The result never has a larger excess than `orders`.
     """
     backwards, nodes = network.reversed(), network.size * network.num_microbatches
     best = judge(network, orders, caps)
@@ -76,10 +77,11 @@ def refine(network: Network, orders: Orders, caps: list[float], budget: int) -> 
 def search(
     network: Network, start: Refined, caps: list[float], budget: int, enough: float
 ) -> Refined:
-    """`start` improved by kicks: squeezed under a lower cap, which stirs the order, and refined again under the true one.
+    """Return `start` improved by kicks.
 
-    It ends when `budget` nodes were placed or a makespan of `enough` is reached.  The kicks come from a fixed seed: every rank
-    finds the same.
+    A kick refines the order under lower caps, which changes the order, and then under the true
+    caps. The search ends when `budget` nodes were placed or a makespan of `enough` is reached. The
+    kicks come from a fixed seed, so that every rank finds the same schedule.
     """
     backwards, nodes = network.reversed(), network.size * network.num_microbatches
     best, known, random = start, _Starts(), Random(0)
@@ -101,7 +103,7 @@ def search(
 
 
 def judge(network: Network, orders: Orders, caps: list[float]) -> Refined:
-    """How good `orders` are."""
+    """Return `orders` with their makespan and excess."""
     over = [
         peak(network.byte_changes(order)) - cap * LOOSE
         for order, cap in zip(orders, caps, strict=True)
@@ -117,9 +119,12 @@ def _both_ways(
     patience: float,
     known: _Starts,
 ) -> Orders | None:
-    """`given` filled in the directions of `turns`: itself where nothing moves, None where the caps leave no pass to take.
+    """Return the orders `given` after filling gaps in one direction, then in the other.
 
-    `known` are the starts of `given`, as far as calls before this one needed them.
+    `turns` are the network in forward and in reversed time, in the order to try.
+
+    The result is `given` itself if no pass moves, and None if the caps leave a rank no pass to
+    take. `known` caches the start times of `given` between calls.
     """
     orders = given
     for direction in turns:
@@ -142,7 +147,10 @@ def _both_ways(
 
 
 class _Filler:
-    """One run of time over all ranks.  Planning spends most of its time in these two loops, so they read locals."""
+    """One run of time over all ranks, in which gaps are filled.
+
+    Planning spends most of its time in `run` and `_overtaking`, so they read local variables.
+    """
 
     def __init__(
         self,
@@ -152,28 +160,27 @@ class _Filler:
         caps: list[float],
         patience: float,
     ) -> None:
-        """`expected`: when each node starts in `orders` as they are."""
+        """Prepare a run; `expected` are the start times of all nodes in `orders`."""
         self._network, self._expected = network, expected
         self._remaining = [order[::-1] for order in orders]  # the next pass is the last of the list
-        self._reach = 4 * network.num_ranks + 20  # passes behind the next one that are looked at
+        self._reach = 4 * network.num_ranks + 20  # how many passes, from the next one, may be taken
         self._room = [cap * LOOSE for cap in caps]
         self._placed = [0] * network.size
         passes = [node for node in network.nodes if isinstance(node, Pass)]
         self._of_stage = [not item.kind.is_vocabulary for item in passes]
-        self._shard_bytes = [0.0] * network.num_ranks  # what one shard keeps
+        self._shard_bytes = [0.0] * network.num_ranks  # what one shard keeps from S to T
         for k, item in enumerate(passes):
             if item.kind.is_vocabulary:
                 self._shard_bytes[network.lanes[k]] = max(
                     self._shard_bytes[network.lanes[k]], network.byte_change[k]
                 )
         self._shards_held = [0.0] * network.num_ranks  # in bytes
-        self._hurried = [
-            seconds * (1 - patience) for seconds in network.seconds
-        ]  # of a filler, before the next pass is due
+        # The part of a filler that must end before the next pass is due.
+        self._hurried = [seconds * (1 - patience) for seconds in network.seconds]
         self._clock = Clock(network)
 
     def run(self) -> Orders | None:
-        """The new orders; None where the caps leave no pass to take."""
+        """Return the new orders; None if the caps leave a rank no pass to take."""
         network, remaining, clock = self._network, self._remaining, self._clock
         free_at, missing, arrived_at, run = (
             clock.free_at,
@@ -193,6 +200,8 @@ class _Filler:
         wakes = [(0.0, rank) for rank in range(num_ranks)]
         filled: Orders = [[] for _ in remaining]
         leaders = set(network.leaders.values())
+        # A wake is a time at which a rank may be able to take a pass: the next of its order if that
+        # is ready and fits, or else one that overtakes it.
         while wakes:
             now, rank = pop(wakes)
             queue = remaining[rank]
@@ -200,9 +209,8 @@ class _Filler:
                 continue
             head = queue[-1]
             k = head % size
-            spared = max(
-                0.0, shard_bytes[rank] - shards_held[rank]
-            )  # or the S that all wait for might never fit
+            # A stage leaves room for one shard. Else the S that all ranks wait for might never fit.
+            spared = max(0.0, shard_bytes[rank] - shards_held[rank])
             fits = (
                 change_of[k] <= 0.0 or change_of[k] + (spared if of_stage[k] else 0.0) <= room[rank]
             )
@@ -222,7 +230,7 @@ class _Filler:
                 shards_held[rank] += change_of[k]
             readied = run(number, now)
             push(wakes, (free_at[rank], rank))
-            # A rank that is busy has a wake for the end of its pass already.
+            # A busy rank already has a wake at the end of its pass.
             for ready in readied:
                 lane = lanes[ready % size]
                 if arrived_at[ready] > free_at[lane]:
@@ -237,9 +245,10 @@ class _Filler:
         return None if any(remaining) else filled
 
     def _overtaking(self, rank: int, now: float, fits: bool, spared: float) -> int | None:
-        """The place in the rank's queue of a pass to run before the next one, which cannot run now; None to wait.
+        """Return the index in the rank's queue of a pass to run before the next one; None to wait.
 
-        `fits`: the next one has the bytes it needs.  A pass of a stage leaves `spared` bytes for a shard.
+        The next pass cannot run now. `fits`: its bytes fit under the cap. A pass of a stage leaves
+        `spared` bytes for a shard.
         """
         clock, leaders = self._clock, self._network.leaders
         missing, arrived_at, hurried = clock.missing, clock.arrived_at, self._hurried
@@ -252,7 +261,7 @@ class _Filler:
             if fits
             else float("inf")
         )
-        kept = most_kept = 0.0  # by the passes overtaken
+        kept = most_kept = 0.0  # bytes that the overtaken passes will keep, and their peak
         for place in range(last, max(-1, last - self._reach), -1):
             number = queue[place]
             k = number % size
@@ -265,7 +274,8 @@ class _Filler:
             ):
                 if change <= 0.0:
                     return place
-                if not fits:  # what is overtaken waits for bytes to be freed; a stage must not take them instead
+                if not fits:
+                    # The next pass waits for bytes to be freed. A stage must not take them.
                     if change <= room and not of_stage[k]:
                         return place
                 elif change + most_kept + (spared if of_stage[k] else 0.0) <= room:
@@ -276,4 +286,5 @@ class _Filler:
         return None
 
     def _may_lead(self, k: int) -> bool:
+        """Return whether one more pass of node `k` stays within EMBEDDINGS_AHEAD of its leader."""
         return self._placed[k] < self._placed[self._network.leaders[k]] + EMBEDDINGS_AHEAD

@@ -1,4 +1,4 @@
-"""A schedule that was written before: what it is for can be read off its passes."""
+"""Schedules read from a file: their layout follows from their passes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from schedules.layout import LAYOUTS, Layout
 
 
 def recognise(schedule: Schedule) -> tuple[Layout, bool]:
-    """Where its stages live, and whether it splits the backward.  Raises ValueError if no layout puts its stages there."""
+    """Return the layout of a schedule, and whether its backward is split.
+
+    Raises ValueError if no layout puts the stages where the schedule has them.
+    """
     owners: dict[int, int] = {}
     for rank, item in schedule.passes():
         if not item.kind.is_vocabulary:
@@ -22,5 +25,6 @@ def recognise(schedule: Schedule) -> tuple[Layout, bool]:
         if owners == {stage: layout.rank_of(stage) for stage in range(layout.num_stages)}:
             return layout, split_backward
     raise ValueError(
-        f"schedule {schedule.name!r} has {num_stages} stages on {num_ranks} ranks, laid out as none of {', '.join(LAYOUTS)}"
+        f"schedule {schedule.name!r} has {num_stages} stages on {num_ranks} ranks, "
+        f"laid out as none of {', '.join(LAYOUTS)}"
     )

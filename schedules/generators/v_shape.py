@@ -1,8 +1,10 @@
-"""V-Half and V-Min (arXiv 2405.15362): rank r owns stages r and 2p-1-r, and a building block fixes the memory.
+"""V-Half and V-Min (arXiv 2405.15362): rank r owns stages r and 2p-1-r.
 
-A block places the passes of one microbatch in time, with F = I = W = 1 and a new microbatch every 6: on every rank the lives
-of its two activations then add up to the same, about half or a third of what 1F1B needs on its first rank.  The order of
-the passes on a rank is that of the blocks repeated; weight gradients are free to fill the gaps (see `weave`).
+A building block places the passes of one microbatch in time, with F = I = W = 1. Repeated for every
+microbatch, at an interval of 6, the blocks give the order of the passes on every rank. The block
+also fixes the memory. The lifetimes of the two activations of a rank have the same sum on every
+rank: about a half (V-Half) or a third (V-Min) of what 1F1B needs on its first rank. Weight
+gradients may move to fill gaps (see `weave`).
 """
 
 from __future__ import annotations
@@ -22,17 +24,22 @@ BaseOrder = tuple[tuple[Pass, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """When a microbatch comes by: it walks over the ranks four times, down and up with F, down and up with I.
+    """A building block: the times at which the passes of one microbatch start.
 
-    `steps`: the time from one rank to the next on each walk.  `turns`: from the end of a walk to the start of the next, on
-    the same rank.
+    The microbatch walks over the ranks four times: F of the first chunks from rank 0 to p-1, F of
+    the second chunks back to rank 0, I of the second chunks to rank p-1, I of the first chunks
+    back. `steps` are the times from one rank to the next on the four walks. `turns` are the times
+    from the last start of a walk to the first start of the next, on the same rank.
     """
 
     steps: tuple[int, int, int, int]
     turns: tuple[int, int, int]
 
     def starts(self, p: int) -> list[tuple[int, int, int, int]]:
-        """For each of p ranks: F of its first and second chunk, then I of the second and first."""
+        """Return for each of p ranks the start of F of its first and second chunk, then of I.
+
+        I of the second chunk comes before I of the first.
+        """
         first, second, third, fourth = self.steps
         f1 = first * (p - 1) + self.turns[0]
         i1 = f1 + second * (p - 1) + self.turns[1]
@@ -43,11 +50,15 @@ class Block:
         ]
 
     def length(self, p: int) -> int:
-        """From the first F to the last I on p ranks."""
+        """Return the time from the first F to the last I on p ranks."""
         return self.starts(p)[0][3]
 
     def in_flight(self, p: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """For each of p ranks: how many (first, second) chunks are in flight at F of its first and at F of its second."""
+        """Return how many microbatches are in flight in the steady state on each of p ranks.
+
+        A rank has two pairs, at the start of F of its first chunk and of its second. A pair counts
+        the microbatches in flight in its (first, second) chunk.
+        """
         return [
             (
                 (_alive(f0, f0, i0 + 2), _alive(f0, f1, i1 + 2)),
@@ -57,11 +68,15 @@ class Block:
         ]
 
     def order(self, problem: Problem) -> BaseOrder:
-        """The blocks of all microbatches.  Raises ValueError unless laid out as a V with B split."""
+        """Return the order of the blocks of all microbatches on every rank.
+
+        Raises ValueError unless the layout is a V and the backward is split.
+        """
         layout = problem.layout
         if layout.name != "v" or not problem.split_backward:
             raise ValueError(
-                f"a V-shaped schedule needs layout 'v' and a split backward, not layout {layout.name!r}"
+                "a V-shaped schedule needs layout 'v' and a split backward, "
+                f"not layout {layout.name!r}"
             )
         orders = []
         for rank, (f0, f1, i1, i0) in enumerate(self.starts(layout.num_ranks)):
@@ -79,24 +94,30 @@ class Block:
 
 
 def _alive(now: int, start: int, end: int) -> int:
-    """How many of the lives [start, end), repeated every interval, `now` falls into."""
+    """Return how many of the intervals [start, end), repeated every _INTERVAL, contain `now`."""
     return (now - start) // _INTERVAL - (now - end) // _INTERVAL
 
 
 def v_half(problem: Problem) -> BaseOrder:
-    """Peak (p + 2) // 2 microbatches, one more for each barrier.  Raises ValueError unless laid out as a V with B split."""
+    """Return the order of V-Half: (p + 2) // 2 microbatches in flight, one more per barrier.
+
+    Raises ValueError unless the layout is a V and the backward is split.
+    """
     shift = 3 if problem.layout.num_ranks % 2 == 0 else 0
     return Block((2, 1, 2, 1), (1, 1 + shift + _delay(problem), 2)).order(problem)
 
 
 def v_min(problem: Problem) -> BaseOrder:
-    """Peak (p + 4) // 3 microbatches, one more for each barrier.  Raises ValueError unless laid out as a V with B split."""
+    """Return the order of V-Min: (p + 4) // 3 microbatches in flight, one more per barrier.
+
+    Raises ValueError unless the layout is a V and the backward is split.
+    """
     shift = 2 if problem.layout.num_ranks % 3 == 0 else 0
     return Block((1, 1, 1, 1), (1, 1 + shift + _delay(problem), 1)).order(problem)
 
 
 def blocks(problem: Problem) -> Iterator[Block]:
-    """Every block with short steps and turns whose passes never meet on a rank."""
+    """Yield every block with short steps and turns whose passes never overlap on a rank."""
     p, barriers = problem.layout.num_ranks, problem.algorithm.extra_in_flight
     middle_turns = range(1 + barriers, 2 + _INTERVAL * max(1, barriers))
     for *steps, down, middle, up in product(
@@ -109,5 +130,5 @@ def blocks(problem: Problem) -> Iterator[Block]:
 
 
 def _delay(problem: Problem) -> int:
-    """Each barrier takes an interval between the last F and the first I."""
+    """Return the time that the barriers take between the last F and the first I."""
     return _INTERVAL * problem.algorithm.extra_in_flight

@@ -1,13 +1,16 @@
-"""Weave vocabulary passes and weight gradients into a base order: one insertion for every schedule and every algorithm.
+"""Insertion of vocabulary passes and weight gradients into the base order of any schedule.
 
-The base order of F and B (or I) on each rank stays as it is, for it fixes the memory; W may move, but never so far that more
-microbatches are in flight than the base order has.  Vocabulary passes that the base order places itself stay there.
+The order of F and B (or I) on a rank stays as in the base order, because it fixes the memory. W may
+move, but not so far that more microbatches are in flight than in the base order. Vocabulary passes
+that the base order contains stay where they are.
 
-Time runs forward on all ranks at once; whenever a rank is free it takes the next pass of its base order or another pass that
-is ready.  S goes first, because every rank's next T and the last stage's next backward wait for it; T, G and W, for which
-nothing waits (or which are held back only by memory), fill the gaps.
+This is list scheduling: time runs forward on all ranks at once. A rank that is free takes the next
+pass of its base order or another pass that is ready. S goes first, because the next T of every rank
+and the next backward of the last stage wait for it. T, G and W fill the gaps, because no pass waits
+for them, or only memory does.
 
-Greedy choices have anomalies, so there are several preferences to try, and callers simulate the results to keep the best.
+Greedy choices can make a schedule slower. So there are several preferences to try, and the callers
+simulate the results and keep the best.
 """
 
 from __future__ import annotations
@@ -26,10 +29,13 @@ from schedules.simulate import peak_in_flight
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """How a free rank chooses.  `eager`: kinds that go before the base order when ready, first to last.
+    """The rules by which a free rank chooses its next pass.
 
-    `max_held`: shards that may wait for their T (or embedding gradients for their G) before these go first.
-    `patience`: a filler may delay a base pass that is about to arrive by at most this fraction of its own duration.
+    - `eager`: the kinds that go before the base order when they are ready, first kind first.
+    - `max_held`: when so many shards wait for their T, T goes before the base order, and S must
+      wait. When so many embedding gradients wait for their G, G goes before the base order.
+    - `patience`: a filler may delay the next base pass by at most this fraction of the filler's own
+      duration.
     """
 
     eager: tuple[Kind, ...]
@@ -38,8 +44,9 @@ class Preference:
 
 
 _S_FIRST, _T_TOO = (Kind.E, Kind.S), (Kind.E, Kind.S, Kind.T)
-# What gave the best orders as they are, and what the best starts for refinement, the best first (tried on the table of
-# generators with equal and unequal stages; figures in CHANGELOG.md).
+# PREFERENCES gave the best orders without refinement, STARTS the best orders to refine. The best
+# comes first. Both were found with all generators and equal and unequal stages (figures in
+# CHANGELOG.md).
 PREFERENCES = (
     Preference(_S_FIRST, 2, 0.5),
     Preference(_S_FIRST, 3, 0.5),
@@ -59,12 +66,15 @@ BaseOrder = tuple[tuple[Pass, ...], ...]
 
 
 def weave(base: BaseOrder, problem: Problem, network: Network, preference: Preference) -> Orders:
-    """`base` with the vocabulary passes of `problem`.  Raises DeadlockError if the base order cannot be executed."""
+    """Return the order `base` with the vocabulary passes of `problem`, as ids of `network`.
+
+    Raises DeadlockError if the base order cannot be executed.
+    """
     return _Weaver(base, problem, network, preference).run()
 
 
 class _Weaver:
-    """One run of time over all ranks.  Passes are placed in the order in which their ranks decide on them."""
+    """One run of the list scheduler over all ranks."""
 
     def __init__(
         self, base: BaseOrder, problem: Problem, network: Network, preference: Preference
@@ -81,9 +91,9 @@ class _Weaver:
         self._base = [
             deque(number for kind, number in order if kind is not Kind.W) for order in orders
         ]
-        self._movable: list[dict[Kind, deque[int]]] = [
-            {} for _ in base
-        ]  # first in, first out: microbatches are alike
+        # All microbatches are equal, so the passes of a kind are taken in the order of
+        # microbatches.
+        self._movable: list[dict[Kind, deque[int]]] = [{} for _ in base]
         for queues, order in zip(self._movable, orders, strict=True):
             if problem.split_backward:
                 queues[Kind.W] = deque(number for kind, number in order if kind is Kind.W)
@@ -96,17 +106,18 @@ class _Weaver:
         self._orders: Orders = [[] for _ in base]
         self._held = [{Kind.T: 0, Kind.G: 0} for _ in base]
         self._first_forward = keys[0, Kind.F]
-        self._embedded = 0  # forwards of stage 0 already placed
+        self._embedded = 0  # number of forwards of stage 0 that are already placed
         self._clock = Clock(network)
 
     def run(self) -> Orders:
-        """Place every pass; DeadlockError if the base order blocks."""
+        """Place every pass and return the orders. Raises DeadlockError if the base order blocks."""
         free_at = self._clock.free_at
+        # A wake is a time at which a rank may be able to choose a pass.
         wakes = [(0.0, rank) for rank in range(len(self._orders))]
         while wakes:
             now, rank = heapq.heappop(wakes)
             if now < free_at[rank]:
-                continue  # outdated: the rank has taken a pass since
+                continue  # the rank has taken a pass since this wake was pushed
             kind, later = self._choose(rank, now)
             if kind is not None:
                 for touched in self._place(rank, kind, now):
@@ -121,7 +132,11 @@ class _Weaver:
         return self._orders
 
     def _choose(self, rank: int, now: float) -> tuple[Kind | None, float | None]:
-        """The kind to run on a free rank, or the time at which to look again (None: when another rank makes progress)."""
+        """Return the kind to run on a free rank, or else the time at which to choose again.
+
+        F stands for the next pass of the base order. Without a kind and a time, the rank chooses
+        again when another rank has made progress.
+        """
         preference, missing, arrived_at = (
             self._preference,
             self._clock.missing,
@@ -166,7 +181,7 @@ class _Weaver:
     def _withhold(
         self, rank: int, times: dict[Kind, float], movable: dict[Kind, deque[int]]
     ) -> None:
-        """E does not run far ahead, nor S while too many shards wait for their T."""
+        """Drop E from `times` if it would run too far ahead, S if too many shards wait for T."""
         if (
             Kind.E in times
             and movable[Kind.E][0] // self._network.size >= self._embedded + EMBEDDINGS_AHEAD
@@ -180,7 +195,10 @@ class _Weaver:
             del times[Kind.S]
 
     def _place(self, rank: int, kind: Kind, now: float) -> set[int]:
-        """Put a pass (the head of the base for F, B and I) on the rank; returns the ranks that may now have a choice."""
+        """Place the next pass of a kind on the rank, and return the ranks that may now choose.
+
+        For F, B and I that is the next pass of the base order.
+        """
         number = self._movable[rank].get(kind, self._base[rank]).popleft()
         self._orders[rank].append(number)
         k = number % self._network.size

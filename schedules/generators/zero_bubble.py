@@ -1,11 +1,12 @@
-"""ZB-H1 and ZB-V (arXiv 2401.10241): the backward is split, so that weight gradients fill the gaps of the cool-down.
+"""ZB-H1 and ZB-V (arXiv 2401.10241): split backward, so that W fills the gaps of the cool-down.
 
-ZB-H1 is 1F1B with a split backward.  A rank that needs fewer warm-up forwards than rank 0 may hold back its weight gradients
-until as many microbatches are in flight as on rank 0; W is placed just before the forward that would exceed this, and may
-move within it (see `weave`).
+ZB-H1 is 1F1B with a split backward. A rank needs fewer warm-up forwards than rank 0. It may delay
+its weight gradients until it has as many microbatches in flight as rank 0. W is placed just before
+the forward that would exceed this number. It may still move within this limit (see `weave`).
 
-ZB-V lays the stages out as a V, so that rank 0 has both ends.  Its first chunk runs ahead until the second comes back to it;
-from then on a rank does F, I, W of each chunk in turn, and every rank has p microbatches in flight.
+ZB-V lays the stages out as a V, so that rank 0 owns the first and the last stage. The first chunk
+of a rank runs ahead until the microbatches come back to its second chunk. From then on the rank
+runs F, I and W of the two chunks in turn. Every rank has p microbatches in flight.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from schedules.problem import Problem
 
 
 def zb_h1(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
-    """The stage passes of every rank.  Raises ValueError unless each rank owns one stage and B is split."""
+    """Return the stage passes of every rank.
+
+    Raises ValueError unless each rank owns one stage and the backward is split.
+    """
     if problem.layout.num_chunks != 1 or not problem.split_backward:
         raise ValueError(
-            "zb_h1 has one stage per rank and splits B into I and W; use layout 'linear' and split_backward"
+            "zb_h1 has one stage per rank and splits B into I and W; "
+            "use layout 'linear' and split_backward"
         )
     return tuple(_rank_order(rank, problem) for rank in range(problem.layout.num_ranks))
 
@@ -30,7 +35,7 @@ def _rank_order(rank: int, problem: Problem) -> tuple[Pass, ...]:
     most_in_flight = problem.layout.num_ranks + problem.algorithm.extra_in_flight
     warmup = min(m, most_in_flight - rank)
     order = [Pass(rank, Kind.F, i) for i in range(warmup)]
-    weights: deque[Pass] = deque()
+    weights: deque[Pass] = deque()  # delayed weight gradients; their microbatches are in flight
     in_flight = warmup
     for i in range(m):
         order.append(Pass(rank, Kind.I, i))
@@ -45,7 +50,10 @@ def _rank_order(rank: int, problem: Problem) -> tuple[Pass, ...]:
 
 
 def zb_v(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
-    """The stage passes of every rank.  Raises ValueError unless laid out as a V with B split."""
+    """Return the stage passes of every rank.
+
+    Raises ValueError unless the layout is a V and the backward is split.
+    """
     if problem.layout.name != "v" or not problem.split_backward:
         raise ValueError(
             f"zb_v needs layout 'v' and a split backward, not layout {problem.layout.name!r}"
@@ -54,7 +62,11 @@ def zb_v(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
 
 
 def _v_order(rank: int, problem: Problem) -> tuple[Pass, ...]:
-    """The order for endless microbatches, without those from m on: what is left of a valid order is valid."""
+    """Return the stage passes of one rank.
+
+    This is the order for infinitely many microbatches, without the microbatches from m on. A valid
+    order stays valid when microbatches are left out.
+    """
     p, m = problem.layout.num_ranks, problem.num_microbatches
     first, second = problem.layout.stages_of(rank)
     taken: Counter[tuple[int, Kind]] = Counter()

@@ -1,4 +1,4 @@
-"""Problems and costs the schedule tests share."""
+"""Problems and costs that the schedule tests share."""
 
 from schedules.cost import CostModel
 from schedules.layout import Layout
@@ -7,9 +7,10 @@ from schedules.vocab import VOCAB_ALGORITHMS
 
 
 def problem(p: int, m: int, algorithm: str = "none") -> Problem:
+    """Return the problem of m microbatches and p stages, one per rank."""
     return Problem(Layout("linear", p), m, VOCAB_ALGORITHMS[algorithm])
 
 
 def cost(p: int, **seconds: float) -> CostModel:
-    """F=1, B=2 unless told; vocabulary passes cost nothing unless told."""
+    """Return costs with F=1, B=2 and free vocabulary passes, where `seconds` has no other value."""
     return CostModel.uniform(p, p, **({"F": 1.0, "B": 2.0} | seconds))

@@ -1,4 +1,7 @@
-"""The solver of schedule=auto: within its caps, never slower than a named schedule that is, and close to the bound."""
+"""The search of schedule=auto: it respects the caps, and its schedules are fast.
+
+They are never slower than a named schedule that respects the caps, and close to the lower bound.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,10 @@ CLOSE = 1 + 1e-9
 def options_of(
     p, m, algorithms=("one_barrier",), *, spread=0.0, slowness=None, names=tuple(GENERATORS), seed=0
 ):
-    """F = I = W = 1 and a microbatch of 1 byte per rank, in stages and shards that differ by up to `spread`.
+    """Return the options of base schedules, with F = I = W = 1 and 1 byte per microbatch and rank.
 
-    Each base schedule cuts the same model, so its stages differ in their own way.
+    Stages and shards differ by up to the fraction `spread`, differently for every base schedule.
+    `slowness` multiplies the times of every rank.
     """
     slow = slowness or (1.0,) * p
     found = []
@@ -51,14 +55,19 @@ def options_of(
             seconds = {kind: tuple(times) for kind in (Kind.F, Kind.I, Kind.W)} | {
                 Kind.B: tuple(2 * value for value in times)
             }
-            for kind, each in {Kind.S: 0.3, Kind.T: 0.15, Kind.E: 0.01, Kind.G: 0.01}.items():
+            for kind, base in {Kind.S: 0.3, Kind.T: 0.15, Kind.E: 0.01, Kind.G: 0.01}.items():
                 seconds[kind] = tuple(
-                    each * factor * value for factor, value in zip(slow, rows, strict=True)
+                    base * factor * value for factor, value in zip(slow, rows, strict=True)
                 )
             barriers = {barrier.name: 0.05 for barrier in algorithm.barriers}
             kept, held = tuple(stages), tuple(0.2 * value for value in rows)
             cost = CostModel(
-                seconds, 0.02, barriers, kept, held, tuple(value / 2 for value in stages)
+                seconds,
+                hop_seconds=0.02,
+                barrier_seconds=barriers,
+                stage_bytes=kept,
+                shard_bytes=held,
+                weight_bytes=tuple(value / 2 for value in stages),
             )
             found.append(
                 Option(name, Problem(layout, m, algorithm, GENERATORS[name].split_backward), cost)
@@ -143,8 +152,8 @@ def test_the_makespan_is_above_the_bound_and_memory_only_raises_it(
     quick_search, p, m, spread, seed
 ):
     options = options_of(p, m, spread=spread, seed=seed)
-    for each in (p, 0.7 * p):
-        solution = solve(options, (each,) * p)
+    for cap in (p, 0.7 * p):
+        solution = solve(options, (cap,) * p)
         assert timeline_of(solution).makespan >= solution.bound.seconds / CLOSE
         assert (
             solution.bound.seconds
@@ -162,7 +171,7 @@ def test_the_makespan_is_above_the_bound_and_memory_only_raises_it(
     ],
 )
 @pytest.mark.parametrize("algorithm", ["none", "one_barrier"])
-def test_a_cap_that_nobody_can_meet_is_refused_and_what_is_reached_is_enough(
+def test_an_impossible_cap_is_refused_and_the_bytes_that_were_reached_are_a_possible_cap(
     quick_search, p, m, caps, spread, algorithm
 ):
     options = options_of(p, m, (algorithm,), spread=spread)
@@ -198,7 +207,8 @@ from schedules.generators import auto
 from tests.schedules.test_auto import options_of
 generators._EFFORT = 5_000
 auto._FIRST, auto._ROUNDS = 1_000, ((2, 15_000), (1, 30_000))
-print(auto.solve(options_of(3, 5, ("one_barrier", "none"), spread=0.2), (2.5, 2.5, 3.0)).schedule.text())
+options = options_of(3, 5, ("one_barrier", "none"), spread=0.2)
+print(auto.solve(options, (2.5, 2.5, 3.0)).schedule.text())
 """
 
 
@@ -218,7 +228,7 @@ def test_every_process_finds_the_same(quick_search):
 
 
 def test_a_cap_of_p_microbatches_is_enough_for_a_gap_below_one_percent(monkeypatch):
-    """With a fifth of the search that there is."""
+    """This holds with a fifth of the usual search."""
     monkeypatch.setattr(auto, "_ROUNDS", ((2, 100_000), (1, 200_000)))
     solution = solve(options_of(4, 32, names=("1f1b", "v_half")), (4.0,) * 4)
     assert timeline_of(solution).makespan < 1.008 * solution.bound.seconds
@@ -235,7 +245,7 @@ def test_a_slow_rank_leaves_the_gap_small(quick_search, slow):
 
 
 def test_the_named_schedules_take_part_as_they_are(monkeypatch):
-    """Whatever refinement makes of the starts."""
+    """The result is never slower than they are, even if refinement makes every start worse."""
 
     def ruin(network, orders, caps, budget):
         one_by_one = [sorted(order, key=lambda number: number // network.size) for order in orders]

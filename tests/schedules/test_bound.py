@@ -12,7 +12,7 @@ from tests.schedules.cases import cost, problem
     ("jobs", "copies", "seconds"),
     [
         ([(2, 3, 1)], 4, 2 + 4 * 3 + 1),
-        ([(0, 1, 5), (0, 1, 0)], 1, 6),  # the longer tail first
+        ([(0, 1, 5), (0, 1, 0)], 1, 6),  # the job with the longer tail goes first
         ([(0, 1, 5), (0, 1, 5)], 3, 6 + 5),
         ([(0, 4, 0), (1, 1, 9)], 1, 1 + 1 + 9),  # the late job interrupts the early one
         ([(0, 1, 0), (10, 1, 0)], 1, 11),  # idle in between
@@ -30,7 +30,7 @@ def test_a_balanced_pipeline_takes_its_work_and_one_fill_and_drain(p, m):
 
 @pytest.mark.parametrize(("p", "m"), [(2, 3), (4, 8)])
 def test_memory_for_one_microbatch_means_one_after_the_other(p, m):
-    """Stage 0 keeps a microbatch for F + B of all stages; what the cap leaves no room for must wait (Little's law)."""
+    """Stage 0 keeps a microbatch for F + B of all stages. The next one must wait (Little's law)."""
     costs = CostModel.uniform(p, p, F=1.0, B=2.0)
     costs = CostModel(costs.pass_seconds, stage_bytes=(1.0,) * p)
     bound = step_bound(problem(p, m), costs, (1.0,) * p)
@@ -58,7 +58,10 @@ def test_no_work_at_all_has_no_steady_state():
 
 @pytest.mark.parametrize(("p", "m", "cap"), [(3, 4, 1.0), (3, 4, 0.5), (4, 4, 1.5)])
 def test_memory_allows_what_its_cap_lasts_for_between_the_way_in_and_the_way_out(p, m, cap):
-    """Rank 1 keeps a byte from its F to its B, which takes F + B of it and of all ranks behind; rank 0 is before and after."""
+    """Rank 1 keeps 1 byte of a microbatch during its own F + B and those of all later ranks.
+
+    The F of rank 0 comes before the first of these bytes, and the B of rank 0 after the last.
+    """
     seconds = 1.0 + m * 3.0 * (p - 1) / cap + 2.0
     caps = tuple(cap if rank == 1 else 1000.0 for rank in range(p))
     assert step_bound(problem(p, m), cost(p), caps) == Bound(seconds, "the memory of rank 1")

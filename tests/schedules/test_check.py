@@ -1,4 +1,4 @@
-"""The checker accepts what is right (see test_generators) and names what is wrong."""
+"""The checker names what is wrong. That it accepts right schedules is tested in test_generators."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ def swapped(schedule, rank, first, second):
     )
 
 
-def test_a_circle_of_waiting_is_a_deadlock_that_names_the_passes(case, schedule):
+def test_a_cycle_of_waiting_is_a_deadlock_that_names_the_passes(case, schedule):
     wrong = swapped(schedule, 2, "2S0", "2B0")  # B of the last stage before the S it depends on
     with pytest.raises(DeadlockError, match=r"2B0 waits for .*2S0|2S0 waits for .*2B0"):
         check_schedule(wrong, case)
@@ -52,10 +52,9 @@ def test_a_circle_of_waiting_is_a_deadlock_that_names_the_passes(case, schedule)
         simulate(wrong, case, cost(3, S=1, T=1))
 
 
-def test_a_circle_over_several_ranks_is_found(case, schedule):
-    wrong = swapped(
-        schedule, 0, "0S0", "0B0"
-    )  # rank 0 waits for a backward that waits for its own S
+def test_a_cycle_over_several_ranks_is_found(case, schedule):
+    # The S of rank 0 comes after a backward, which waits for that S.
+    wrong = swapped(schedule, 0, "0S0", "0B0")
     with pytest.raises(DeadlockError, match="0S0"):
         check_schedule(wrong, case)
 
@@ -82,8 +81,8 @@ def index_of(ops, text):
     return index
 
 
-def test_ranks_must_order_collectives_alike(case, program):
-    def start_one_broadcast_first(ops):  # legal on this rank alone: it only receives
+def test_ranks_must_order_collectives_in_the_same_way(case, program):
+    def start_one_broadcast_first(ops):  # this rank only receives, so it breaks no other rule
         ops.insert(0, ops.pop(index_of(ops, "start:C0.2")))
 
     with pytest.raises(
@@ -113,7 +112,10 @@ def test_an_input_must_be_waited_for(case, program):
 
 
 def test_a_receive_issued_too_late_deadlocks_under_rendezvous():
-    """Rank 0 blocks in the send of 0F1 before it receives 1B0; rank 1 would receive 0F1 only after it has sent 1B0."""
+    """Rank 0 blocks in the send of 0F1 before it receives 1B0.
+
+    Rank 1 receives 0F1 only after it has sent 1B0.
+    """
     case = problem(2, 3, "none")
     program = lower(generate("1f1b", case, cost(2)), case, cost(2))
     check_program(program, case)
@@ -173,7 +175,7 @@ def test_every_rule_of_a_rank_is_checked(case, program, edit, message):
 
 
 def test_a_collective_that_no_rank_starts_is_missed():
-    """C1 of an evaluation: no pass waits for it."""
+    """C1 of an evaluation is such a collective: no pass waits for it."""
     case = problem(2, 2, "one_barrier")
     case = replace(case, algorithm=evaluation(case.algorithm), forward_only=True)
     program = lower(generate("gpipe", case, cost(2)), case, cost(2))

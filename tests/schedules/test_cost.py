@@ -1,4 +1,4 @@
-"""Costs are at least 0, whatever they are of; bytes come and go with the passes that keep and use them."""
+"""Costs are at least 0. The bytes that a microbatch's passes keep are freed by its later passes."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_a_negative_cost_is_refused(of, message, value):
     assert str(caught.value) == message.format(value) + "; costs are at least 0"
 
 
-def test_nothing_may_cost_nothing():
+def test_a_cost_may_be_zero():
     CostModel(dict.fromkeys(Kind, (0.0,)), 0.0, {"C0": 0.0}, (0.0,), (0.0,), (0.0,))
 
 
@@ -52,9 +52,8 @@ def test_bytes_that_the_passes_of_a_microbatch_keep_are_freed_by_them(weights):
     assert change[Kind.T] == [-0.5, -0.25]
     assert change[Kind.E] == change[Kind.G] == [0.0, 0.0]
     assert CostModel({}).byte_change(Pass(0, Kind.F, 0)) == 0.0
-    assert (
-        cost.byte_change(Pass(2, Kind.F, 0)) == cost.byte_change(Pass(2, Kind.S, 0)) == 0.0
-    )  # of no stage that is known
+    # A stage or rank without an entry keeps nothing.
+    assert cost.byte_change(Pass(2, Kind.F, 0)) == cost.byte_change(Pass(2, Kind.S, 0)) == 0.0
 
 
 def test_a_pass_takes_what_its_stage_or_rank_costs():

@@ -1,4 +1,4 @@
-"""The laws of the schedules: closed forms first, then what must hold for all of them."""
+"""The laws of the schedules: first closed forms for some, then properties of all schedules."""
 
 from dataclasses import replace
 from itertools import islice, pairwise
@@ -117,20 +117,24 @@ def test_every_schedule_is_valid_and_free_of_deadlock(case):
 
 @st.composite
 def case_with_a_large_vocabulary(draw):
-    """Stages that differ by up to 20 %, an output layer that costs more than any of them, quick communication."""
+    """Draw stages that differ by up to 20 %, and an output layer that costs more than any stage.
+
+    Communication is fast.
+    """
     p, m = draw(st.integers(2, 8)), draw(st.integers(1, 24))
     name = draw(st.sampled_from(sorted(GENERATORS)))
     layout = GENERATORS[name].layout_of(p)
     spread = st.floats(0.8, 1.2)
-    one = {
+    stages = {
         kind: tuple(draw(spread) for _ in range(layout.num_stages))
         for kind in (Kind.F, Kind.I, Kind.W)
     }
-    one[Kind.B] = tuple(i + w for i, w in zip(one[Kind.I], one[Kind.W], strict=True))
+    stages[Kind.B] = tuple(i + w for i, w in zip(stages[Kind.I], stages[Kind.W], strict=True))
     vocabulary = draw(st.floats(1.0, 4.0)) * max(
-        f + b for f, b in zip(one[Kind.F], one[Kind.B], strict=True)
+        f + b for f, b in zip(stages[Kind.F], stages[Kind.B], strict=True)
     )
-    return name, layout, m, one, vocabulary, draw(st.floats(0.0, 0.05)), draw(st.floats(0.0, 0.02))
+    hop, barrier = draw(st.floats(0.0, 0.05)), draw(st.floats(0.0, 0.02))
+    return name, layout, m, stages, vocabulary, hop, barrier
 
 
 @given(case_with_a_large_vocabulary())
@@ -197,11 +201,11 @@ def test_receives_are_issued_for_no_more_microbatches_than_are_in_flight(algorit
 
 
 def split_case(name, p, m, algorithm, seconds=None):
-    """A schedule with split backward, in layers of F = I = W = 1 on every rank, and its timeline."""
+    """Return the timeline of a schedule with split backward, with F = I = W = 1 per rank."""
     family = GENERATORS[name]
     layout = family.layout_of(p)
-    each = 1 / layout.num_chunks
-    costs = CostModel.uniform(layout.num_stages, p, F=each, I=each, W=each, **(seconds or {}))
+    chunk = 1 / layout.num_chunks
+    costs = CostModel.uniform(layout.num_stages, p, F=chunk, I=chunk, W=chunk, **(seconds or {}))
     case = Problem(layout, m, VOCAB_ALGORITHMS[algorithm], split_backward=True)
     schedule = generate(name, case, costs)
     return simulate(schedule, case, costs)
@@ -234,14 +238,17 @@ def test_zb_h1_needs_the_memory_of_1f1b_on_its_first_rank(algorithm, extra, p, m
 
 @pytest.mark.parametrize("p", [2, 4, 8])
 def test_the_bubble_of_zb_h1_is_a_third_of_1f1b_when_all_passes_are_equal(p):
-    """(p - 1) (F + I - W), against (p - 1) (F + B)."""
+    """The bubbles are (p - 1) (F + I - W) and (p - 1) (F + B)."""
     assert split_case("zb_h1", p, 4 * p, "none").makespan == pytest.approx(
         3 * 4 * p + (p - 1) * (1 + 1 - 1)
     )
 
 
 def test_v_half_with_a_vocabulary_beats_the_published_bubble_at_the_same_memory():
-    """p=8, m=64, output layer of 2.4 layers, collectives 0.3, hops 0.05: published 6.0 % at a peak of 6.15 microbatches."""
+    """The published bubble is 6.0 % at a peak of 6.15 microbatches.
+
+    p=8, m=64, an output layer that costs as much as 2.4 layers, collectives of 0.3, hops of 0.05.
+    """
     passes = {"S": 2.4 / 8, "T": 1.2 / 8, "barrier": 0.15, "hop": 0.025, "E": 0.01, "G": 0.01}
     timeline = split_case("v_half", 8, 64, "one_barrier", passes)
     assert max(timeline.peak_in_flight) == 12
@@ -250,17 +257,17 @@ def test_v_half_with_a_vocabulary_beats_the_published_bubble_at_the_same_memory(
 
 @pytest.mark.parametrize("algorithm", ["none", "one_barrier", "two_barrier"])
 @pytest.mark.parametrize("p", [2, 3, 4, 8])
-def test_a_v_shaped_block_keeps_what_its_lives_say(p, algorithm):
+def test_a_v_shaped_block_keeps_as_many_microbatches_in_flight_as_computed(p, algorithm):
     case = Problem(Layout("v", p, 2), 8 * p, VOCAB_ALGORITHMS[algorithm], split_backward=True)
     some = list(islice(blocks(case), 0, None, 5))
     assert len(some) > 3
     for block in some:
-        said = [max(map(sum, peaks)) for peaks in block.in_flight(p)]
-        assert said == [peak_in_flight(order, case) for order in block.order(case)]
+        computed = [max(map(sum, peaks)) for peaks in block.in_flight(p)]
+        assert computed == [peak_in_flight(order, case) for order in block.order(case)]
 
 
 def test_other_blocks_than_v_min_help_auto_under_a_low_cap(monkeypatch):
-    """p=4, m=32, 2.65 microbatches, without the longer search."""
+    """p=4, m=32, a cap of 2.65 microbatches, without the longer search."""
     layout, passes = Layout("v", 4, 2), {"S": 1.2, "T": 0.6, "barrier": 0.3, "hop": 0.05}
     case = Problem(layout, 32, VOCAB_ALGORITHMS["one_barrier"], split_backward=True)
     uniform = CostModel.uniform(8, 4, F=1, I=1, W=1, **passes)

@@ -1,4 +1,4 @@
-"""The text form round-trips and is read strictly."""
+"""The text form round-trips, and malformed text is refused."""
 
 import pytest
 from hypothesis import given

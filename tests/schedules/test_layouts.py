@@ -1,4 +1,4 @@
-"""Every base schedule says in words which layouts it needs, and a layout owns every stage once."""
+"""Every base schedule refuses the layouts it cannot have, and a layout places every stage once."""
 
 import pytest
 
@@ -53,10 +53,9 @@ def test_a_base_order_has_every_stage_pass_once_or_is_refused_in_words(name, p, 
             continue
         accepted += 1
         for rank, items in enumerate(order):
-            told = [
-                item for item in items if not item.kind.is_vocabulary
-            ]  # interlaced places its own vocabulary passes
-            assert sorted(told) == sorted(
+            # The base order of interlaced contains vocabulary passes too.
+            stage_passes = [item for item in items if not item.kind.is_vocabulary]
+            assert sorted(stage_passes) == sorted(
                 item for item in case.passes_of(rank) if not item.kind.is_vocabulary
             )
     own = GENERATORS[name].split_backward

@@ -1,4 +1,4 @@
-"""A program takes as long as its schedule: lowering adds no waiting."""
+"""A program takes as long as its schedule: lowering adds no waits."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Drawings keep to scale, leave nothing out and stay inside their frame."""
+"""Drawings are to scale, contain every span and stay inside their frame."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def timeline(*rows, comm=()):
-    """Rows of (pass, start, end), one per rank."""
+    """Return a timeline from rows of (pass, start, end), one row per rank."""
     compute = []
     for rank, row in enumerate(rows):
         items = [(Pass.parse(name), start, end) for name, start, end in row]
@@ -30,6 +30,7 @@ def timeline(*rows, comm=()):
 
 
 def two_ranks():
+    """Return one microbatch on two ranks, with a barrier on rank 1."""
     barrier = Span(1, "C0.0", "C0", -1, 0, 0.004, 0.005)
     return timeline(
         [("0F0", 0.0, 0.002), ("0B0", 0.007, 0.010)],
@@ -39,7 +40,7 @@ def two_ranks():
 
 
 def staircase(p, m):
-    """Every microbatch forward through p ranks, then back; a barrier in between."""
+    """Return m microbatches that run forward through p ranks, then back, with barriers between."""
     rows = []
     for rank in range(p):
         forward = [(f"{rank}F{i}", float(rank + i), float(rank + i + 1)) for i in range(m)]
@@ -54,7 +55,7 @@ def staircase(p, m):
 
 
 def boxes(picture):
-    """Hover text -> (x, y, width, height) of every box, in pixels of the whole picture."""
+    """Map the hover text of every box to its (x, y, width, height) in pixels of the picture."""
     found = {}
     for lane in ElementTree.fromstring(picture).iter(f"{SVG}g"):
         left, top = map(
@@ -74,6 +75,7 @@ def boxes(picture):
 
 
 def words(picture):
+    """Return all texts of a picture."""
     return [text.text for text in ElementTree.fromstring(picture).iter(f"{SVG}text")]
 
 
@@ -89,7 +91,7 @@ def test_the_grid_is_to_scale_and_blanks_are_bubbles():
 def test_the_beginning_of_a_step_is_drawn_to_its_own_scale():
     drawn = text_grid(two_ranks(), 44, seconds=0.004).splitlines()
     assert drawn[:2] == ["  0 F0" + "-" * 18, "  1 " + " " * 20 + "F0" + "-" * 18]
-    assert drawn[2].strip().startswith("10 ms")  # the legend tells of all of it
+    assert drawn[2].strip().startswith("10 ms")  # the legend describes the whole step
 
 
 def test_a_microbatch_that_does_not_fit_is_left_out_rather_than_cut():
@@ -110,16 +112,14 @@ def test_no_line_of_the_grid_is_wider_than_asked(p, m, columns):
 def test_the_picture_draws_time_to_scale():
     picture = svg(two_ranks(), "two ranks")
     drawn = boxes(picture)
-    assert picture.count("<title>") == len(drawn)  # each once
+    assert picture.count("<title>") == len(drawn)  # every box is drawn once
     assert sorted(drawn) == ["0B0 3 ms", "0F0 2 ms", "1B0 2 ms", "1F0 2 ms", "C0.0 1 ms"]
     per_ms = (drawn["0B0 3 ms"][0] - drawn["0F0 2 ms"][0]) / 7
     assert drawn["1F0 2 ms"][0] - drawn["0F0 2 ms"][0] == pytest.approx(2 * per_ms, abs=0.2)
-    assert drawn["0B0 3 ms"][2] == pytest.approx(
-        3 * per_ms, abs=1.0
-    )  # less the gap to its neighbour
-    assert (
-        drawn["C0.0 1 ms"][1] >= drawn["1F0 2 ms"][1] + drawn["1F0 2 ms"][3]
-    )  # barriers lie under the passes of their rank
+    # A box is narrower than its span by the gap to its neighbour.
+    assert drawn["0B0 3 ms"][2] == pytest.approx(3 * per_ms, abs=1.0)
+    # Barriers lie under the passes of their rank.
+    assert drawn["C0.0 1 ms"][1] >= drawn["1F0 2 ms"][1] + drawn["1F0 2 ms"][3]
 
 
 @pytest.mark.parametrize(("p", "m"), [(1, 1), (3, 2), (16, 20), (32, 64)])
@@ -144,7 +144,7 @@ def test_the_picture_shows_every_span_inside_its_frame_and_no_lane_covers_anothe
 
 
 def test_the_picture_states_makespan_and_the_bubble_of_each_rank_and_escapes_its_title():
-    said = words(svg(two_ranks(), "<1F1B & friends>"))
+    shown = words(svg(two_ranks(), "<1F1B & friends>"))
     assert {
         "<1F1B & friends>",
         "10 ms, mean bubble 55.0%",
@@ -153,8 +153,8 @@ def test_the_picture_states_makespan_and_the_bubble_of_each_rank_and_escapes_its
         "F forward",
         "B backward",
         "barriers",
-    } <= set(said)
-    assert "S output layer: softmax" not in said  # the legend names what occurs
+    } <= set(shown)
+    assert "S output layer: softmax" not in shown  # the legend names only kinds that occur
 
 
 def test_microbatch_numbers_are_written_only_where_all_of_a_lane_fit():
@@ -183,12 +183,12 @@ def test_the_axis_has_round_values_in_one_unit(makespan, first, last):
     assert 5 <= len(ticks) <= 11
 
 
-def test_a_later_stage_of_a_rank_is_told_from_its_first():
-    one = svg(timeline([("0F0", 0.0, 1.0), ("0S0", 1.0, 2.0)]), "linear")
-    two = svg(timeline([("0F0", 0.0, 1.0), ("3F0", 1.0, 2.0)]), "v")
-    assert "band: later stage" not in words(one)
-    assert "band: later stage" in words(two)
-    assert two.count("<title>3F0") == 2  # the box and its band
+def test_a_later_stage_of_a_rank_is_marked_by_a_band():
+    one_stage = svg(timeline([("0F0", 0.0, 1.0), ("0S0", 1.0, 2.0)]), "linear")
+    two_stages = svg(timeline([("0F0", 0.0, 1.0), ("3F0", 1.0, 2.0)]), "v")
+    assert "band: later stage" not in words(one_stage)
+    assert "band: later stage" in words(two_stages)
+    assert two_stages.count("<title>3F0") == 2  # the box and its band
 
 
 def test_an_empty_step_can_be_drawn():

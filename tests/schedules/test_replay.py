@@ -1,7 +1,7 @@
-"""A program takes as long as its schedule under CUDA's streams and under gloo's threads.
+"""A program takes as long as its schedule, with the streams of CUDA and the threads of gloo.
 
-The schedules are planned for equal costs and replayed with these and with random ones, so that no
-order is good by luck.
+The schedules are generated for equal costs. They are replayed with these and with random costs, so
+that no order passes the tests by chance.
 """
 
 import random
@@ -45,7 +45,7 @@ def problem_of(name: str, algorithm: str, p: int, m: int) -> Problem:
 
 
 def costs_of(case: Problem, seed: str | None = None) -> CostModel:
-    """A layer of F = 1, or with a seed everything times a random factor, each pass and stage its own."""
+    """Return costs with F = 1 per rank; with a seed, every cost has its own random factor."""
     layout, chance = case.layout, random.Random(seed)
 
     def times(value: float, count: int = 1) -> tuple[float, ...]:
@@ -66,12 +66,12 @@ def costs_of(case: Problem, seed: str | None = None) -> CostModel:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Schedules of little effort: the law holds for any order."""
+    """Generate schedules with little effort: the law holds for any order."""
     monkeypatch.setattr(generators, "_EFFORT", 1)
 
 
 def lowered(name: str, algorithm: str, p: int, m: int, *seeds: str | None) -> list[Step]:
-    """One schedule as a program, and its simulation, with the costs of each seed."""
+    """Return the program and the simulation of one schedule, with the costs of every seed."""
     case = problem_of(name, algorithm, p, m)
     schedule = generate(name, case, costs_of(case))
     steps = []
@@ -81,11 +81,12 @@ def lowered(name: str, algorithm: str, p: int, m: int, *seeds: str | None) -> li
 
 
 def longer(step: Step, runtime: Runtime) -> float:
-    """By which fraction the replay takes longer than the simulation."""
+    """Return the fraction by which the replay takes longer than the simulation."""
     return replay(step.program, step.costs, runtime).timeline.makespan / step.simulated.makespan - 1
 
 
 def late(step: Step, runtime: Runtime) -> list[LateStart]:
+    """Return where ranks wait longer in the replay than in the simulation."""
     return late_starts(replay(step.program, step.costs, runtime), step.simulated)
 
 
@@ -102,7 +103,10 @@ def test_no_runtime_takes_more_than_half_a_percent_longer_than_simulated(name, a
 
 @pytest.mark.parametrize(("name", "p"), [("interleaved", 2), ("zb_v", 8), ("v_min", 8)])
 def test_a_stream_for_each_direction_of_hops_costs_nothing_and_one_for_both_does(name, p):
-    """Stages that come back to a rank send activations both ways: in one stream they meet."""
+    """With several stages per rank, two ranks send activations in both directions.
+
+    In one stream for both directions these delay each other.
+    """
     (step,) = lowered(name, "two_barrier", p, 8)
     assert longer(step, PAIRED) > 1e-4
     assert longer(step, CUDA) == pytest.approx(0, abs=1e-9)
@@ -181,7 +185,7 @@ def with_ops(program, rank, ops):
 
 
 def moved(ops, at, to):
-    """`ops` with the operation at one place moved to another."""
+    """Return `ops` with the operation at index `at` moved to index `to`."""
     rest = [*ops[:at], *ops[at + 1 :]]
     return [*rest[:to], ops[at], *rest[to:]]
 
@@ -189,7 +193,7 @@ def moved(ops, at, to):
 @pytest.mark.parametrize("runtime", [CUDA, GLOO])
 @pytest.mark.parametrize("rank", range(4))
 def test_a_wait_before_passes_that_need_not_wait_is_found(rank, runtime):
-    """Each WAIT is moved to before the last pass that starts earlier than its collective ends."""
+    """Every WAIT is moved before the last pass that starts before its collective ends."""
     ((program, costs, simulated),) = lowered("1f1b", "one_barrier", 4, 8)
     ends = {span.name: span.end for span in simulated.comm}
     starts = {span.name: span.start for span in simulated.compute[rank]}
@@ -216,7 +220,7 @@ def test_a_wait_before_passes_that_need_not_wait_is_found(rank, runtime):
 
 
 @pytest.mark.parametrize("runtime", [CUDA, GLOO])
-def test_two_starts_in_another_order_on_one_rank_are_a_deadlock_with_names(runtime):
+def test_two_starts_in_another_order_on_one_rank_are_a_deadlock_that_names_them(runtime):
     ((program, costs, _),) = lowered("1f1b", "two_barrier", 3, 4)
     tried = 0
     for rank, ops in enumerate(program.ranks):
@@ -282,7 +286,10 @@ def test_a_communication_that_one_rank_never_issues_is_a_deadlock(action, runtim
 
 
 def test_a_start_behind_later_passes_is_late_only_where_the_host_runs_these():
-    """Of a collective that continues another, on one rank, to before the next one of its end."""
+    """On one rank, the START of a collective that continues another is moved behind later passes.
+
+    It still comes before the next START of the same end of the model.
+    """
     ((program, costs, simulated),) = steps = lowered("1f1b", "one_barrier", 3, 4)
     assert late(*steps, GLOO) == []
     caused = 0
@@ -320,12 +327,13 @@ def test_late_starts_are_sorted_and_say_where_and_why():
 
 @pytest.mark.parametrize("algorithm", ["none", "one_barrier", "two_barrier"])
 @pytest.mark.parametrize("name", ["1f1b", "zb_h1", "v_half"])
-def test_beside_waits_is_the_time_in_which_a_pass_runs_and_a_communication_is_issued_in_vain(
+def test_beside_waits_is_the_time_in_which_a_pass_runs_and_an_issued_communication_waits(
     name, algorithm, quick
 ):
-    """Look at many moments: what a rank has issued waits until all others that take part have issued it.
+    """Sample many moments of the step.
 
-    Messages take no time, so none waits for the one before it.
+    A communication that a rank has issued waits until its last rank has issued it. Messages take no
+    time, so none waits for an earlier one.
     """
     case = problem_of(name, algorithm, 3, 4)
     costs = CostModel(costs_of(case).pass_seconds)

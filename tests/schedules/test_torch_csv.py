@@ -1,4 +1,4 @@
-"""Orders travel between here and torch.distributed.pipelining, and each side accepts what the other wrote."""
+"""We read the schedules that torch.distributed.pipelining writes, and torch reads ours."""
 
 import re
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def test_bubbles_quotes_and_the_line_ends_of_torch_are_read():
     assert schedule == Schedule.parse("# x\n0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1\n")
 
 
-def test_where_any_backward_is_split_all_are():
+def test_if_any_backward_is_split_all_are():
     assert from_csv("0F0,0B0,0F1,0B1\n1F0,1I0,1W0,1F1,1B1\n", "x") == Schedule.parse(
         "# x\n0F0 0I0 0W0 0F1 0I1 0W1\n1F0 1I0 1W0 1F1 1I1 1W1\n"
     )
@@ -140,11 +140,11 @@ def test_an_order_that_blocks_is_found_when_completed():
         complete("x", base.ranks, problem, costs_of(layout))
 
 
-# With torch.  Its schedule classes ask their stages for numbers only, until the first step.
+# Tests with torch. Until the first step, its schedule classes read only numbers from their stages.
 
 
 def stages_of(layout):
-    """What stands for the stages of rank 0."""
+    """Return stand-ins for the stages of rank 0."""
     numbers = {
         "num_stages": layout.num_stages,
         "group_size": layout.num_ranks,
@@ -160,7 +160,11 @@ def costs_of(layout):
 
 
 def load_in_torch(text, layout, num_microbatches, path):
-    """The order torch reads.  torch raises if its `_validate_schedule` objects or it finds no order of sends and receives."""
+    """Return the order that torch reads from the CSV `text`.
+
+    torch raises AssertionError if `_validate_schedule` refuses the order, or if it finds no order
+    of sends and receives.
+    """
     path.write_text(text)
     runtime = torch_schedules._PipelineScheduleRuntime(stages_of(layout), num_microbatches)
     runtime._load_csv(str(path))
@@ -191,7 +195,7 @@ def test_torch_accepts_every_schedule_of_the_table(name, p, m, tmp_path):
 
 
 def test_torch_refuses_what_is_no_step(tmp_path):
-    """The test above could fail: torch does look at what it reads."""
+    """The test above can fail: torch checks what it reads."""
     layout = Layout("linear", 2)
     for text in ("0F0,0B0\n1F0\n", "0F0,0B0\n1B0,1F0\n", "0F0,0B0\n0F1,0B1\n", "0F0,0B0\n"):
         with pytest.raises(AssertionError):
@@ -217,7 +221,10 @@ def dump(cls, layout, num_microbatches, path, **how):
 
 
 def require_runnable(base, layout, num_microbatches, split_backward):
-    """`base` can be woven with any algorithm, keeps its order of F and B or I, is right, and is free of deadlock."""
+    """Check that `base` can be completed with every vocabulary algorithm.
+
+    The result must be right, cannot deadlock, and keeps the order of F and B, or of F and I.
+    """
     for algorithm in VOCAB_ALGORITHMS.values():
         problem = Problem(layout, num_microbatches, algorithm, split_backward)
         check_base(base, problem)
@@ -225,9 +232,9 @@ def require_runnable(base, layout, num_microbatches, split_backward):
         check_schedule(woven, problem)
         work = num_microbatches * layout.num_chunks * 3
         assert simulate(woven, problem, costs_of(layout)).makespan >= work
-        for mine, theirs in zip(tokens(woven.ranks), tokens(base.ranks), strict=True):
-            assert [token for token in mine if "W" not in token] == [
-                token for token in theirs if "W" not in token
+        for after, before in zip(tokens(woven.ranks), tokens(base.ranks), strict=True):
+            assert [token for token in after if "W" not in token] == [
+                token for token in before if "W" not in token
             ]
 
 
@@ -260,7 +267,7 @@ def test_interleaved_1f1b_of_torch_takes_the_work_plus_one_fill_and_drain_of_a_c
 
 
 def test_a_file_with_the_communication_of_torch_is_refused(tmp_path):
-    """It is what torch writes unless told otherwise."""
+    """torch writes such a file by default."""
     text = dump("ScheduleInterleaved1F1B", Layout("loop", 2, 2), 2, tmp_path / "order.csv")
     with pytest.raises(
         ValueError, match=r'line 1, column 1: .* is communication; dump .* format="compute_only"'
