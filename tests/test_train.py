@@ -212,7 +212,7 @@ def test_more_ranks_than_gpus_are_refused_on_all_of_them_before_they_meet(tmp_pa
     for local_rank in "01":
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         with pytest.raises(
-            ConfigError, match=r"2 ranks on a node whose GPUs are 1, .* run.comm_backend=gloo"
+            ConfigError, match=r"2 ranks on a node with 1 GPUs, .* run.comm_backend=gloo"
         ):
             _connect(config, make_plan(config, 2))
 

@@ -33,8 +33,8 @@ def save_run(
 ) -> Path:
     """Write the checkpoint of `step` and return its path.  Collective over all ranks.
 
-    `contents` are the hashes of the corpora (`Source.contents`).  Only data-parallel rank 0 of each
-    shard writes tensors.  Raises CheckpointError on all ranks if any rank could not write.
+    `contents` are the hashes of the corpora (`Source.contents`).  Only the replica with data rank 0
+    writes tensors.  Raises CheckpointError on all ranks if any rank could not write.
     """
     tensors, pieces = model.optimizer.state(), {}
     if mesh.data_rank == 0:
