@@ -72,8 +72,8 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
     """Train as rank `rank` of `num_ranks`, then end the process with an exit code.
 
     `config_yaml` is the resolved configuration that the run directory keeps.  Raises ConfigError
-    for settings or data that the user must change.  Every other failure ends the process with a
-    message.
+    for settings, data or checkpoints that the user must change; settings and data are checked
+    before any process group exists.  Every other failure ends the process with a message.
     """
     if config.run.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch.compile would allocate memory on a GPU
@@ -157,8 +157,8 @@ def _connect(
             backend = "nccl"
             if num_local > num_devices:
                 raise ConfigError(
-                    f"{num_local} ranks on a node with {num_devices} GPUs, and NCCL needs one GPU "
-                    "per rank; start fewer ranks here, or let them share GPUs with "
+                    f"{num_local} ranks but {num_devices} GPU(s) on this node, and NCCL needs one "
+                    "GPU per rank; start fewer ranks here, or let them share GPUs with "
                     "run.comm_backend=gloo"
                 )
         torch.cuda.set_device(local_rank % num_devices)
@@ -221,7 +221,7 @@ class Run:
         return range(self.first_step, self.config.run.steps + 1)
 
     def train_step(self, step: int, reporter: Reporter | None) -> None:
-        """Run optimizer step `step`, and the validation, trace and checkpoint that are due after it.
+        """Run optimizer step `step`, and the validation, trace and checkpoint that are due then.
 
         Only one rank of the run has a `reporter`.
         """
@@ -259,7 +259,7 @@ class Run:
         return every > 0 and (step % every == 0 or step == self.config.run.steps)
 
     def _update(self, step: int, health: StepHealth) -> float:
-        """Clip and apply the gradients, unless a value is not finite.  Returns the learning rate."""
+        """Clip and apply the gradients if all values are finite.  Returns the learning rate."""
         rate = learning_rate(self.config.optim, step, self.config.run.steps)
         loss_scale = self.model.loss_scale
         if health.culprits:

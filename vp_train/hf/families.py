@@ -309,7 +309,8 @@ def _read_qwen(config: Mapping[str, Any]) -> Settings:
         full < config["num_hidden_layers"] or "sliding_attention" in types
     ):
         raise ConfigError(
-            f"use_sliding_window=true with max_window_layers={config['max_window_layers']} "
+            "use_sliding_window=true with "
+            f"max_window_layers={config['max_window_layers']} "
             "is not supported: only the last layers would be local"
         )
     return _rope(config)
@@ -327,7 +328,7 @@ _GEMMA = {"activation": "geglu", "zero_centred_norm": True, "embedding_scale": T
 
 
 def _read_gemma(config: Mapping[str, Any], layers: str | None = None) -> Settings:
-    # Early files of the first Gemma say "gelu" and mean the tanh approximation.  In other files
+    # Early files of the first Gemma say "gelu" but mean the tanh approximation.  In all other files
     # "gelu" is the exact function.
     early = config["model_type"] == "gemma" and not config.get("hidden_activation")
     _activation(config, ("gelu_pytorch_tanh", "gelu") if early else ("gelu_pytorch_tanh",))
