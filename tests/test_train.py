@@ -1,4 +1,4 @@
-"""A run learns, reports, and stops or goes on where numbers are not finite."""
+"""A run learns and reports, and stops at or skips steps whose values are not finite."""
 
 from __future__ import annotations
 

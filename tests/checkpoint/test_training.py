@@ -1,4 +1,4 @@
-"""A run resumes from its checkpoint exactly, in any layout.  Checkpoints of other runs are refused."""
+"""A run resumes exactly from its checkpoint, in any layout, and from that of no other run."""
 
 from __future__ import annotations
 

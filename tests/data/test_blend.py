@@ -1,4 +1,4 @@
-"""Laws of blends: samples by weight from every corpus, one tokenizer, errors that name the corpus."""
+"""Blends take samples of every corpus by weight, share a tokenizer, and name corpora in errors."""
 
 from __future__ import annotations
 

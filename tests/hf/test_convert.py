@@ -232,7 +232,7 @@ def test_an_export_knows_what_the_import_knew_however_many_runs_ago(
 ):
     _, _, imported = made("llama")
     shutil.copytree(imported.checkpoint.parent, tmp_path / "imported")
-    (tmp_path / "imported/tokenizer.json").write_text('"of the import"')  # the import's own
+    (tmp_path / "imported/tokenizer.json").write_text('"of the import"')
     first = write_run(
         tmp_path / "first", imported, init_from=tmp_path / "imported" / imported.checkpoint.name
     )

@@ -14,7 +14,7 @@ from vp_train.config import ConfigError, ModelConfig
 from vp_train.hf.values import check
 from vp_train.model.shape import head_size
 
-# Largest model.seq_length of an import.  A run may set a longer one, up to what the model reaches.
+# Largest model.seq_length of an import, even if the model supports more.  A run may set its own.
 _LONGEST = 4096
 
 Settings = dict[str, Any]
@@ -370,7 +370,8 @@ def _read_gemma3(config: Mapping[str, Any]) -> Settings:
     of_local = _rope(local, "sliding_attention")
     if "rope_scaling" in of_local:
         raise ConfigError(
-            f"rope_type={of_local['rope_scaling']} of sliding_attention is not supported; default is"
+            f"rope_type={of_local['rope_scaling']} of sliding_attention is not supported; "
+            "default is"
         )
     windows = _windows(config, config["sliding_window_pattern"])
     own = {"rope_local_base": of_local["rope_base"]} if windows else {}
