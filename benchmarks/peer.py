@@ -65,6 +65,7 @@ def ours(config: Any) -> Any:
     def step(tokens: Any, labels: Any) -> float:
         model.gradients.zero()
         loss = model.train_step(tokens, labels)
+        model.optimizer.reduce()
         health = gather_health(
             loss if model.reports_loss else None, model.optimizer.squared_norm(), mesh.world
         )
