@@ -220,7 +220,10 @@ def command(where: Where, *words: str, seconds: float) -> str:
 def top_kernels(
     where: Where, work: Callable[[], object], count: int = 15
 ) -> list[dict[str, Any]] | str:
-    """Return what took longest on the device in one call of `work`; why not, where counters are forbidden."""
+    """Return what took longest on the device in one call of `work`.
+
+    Where counters are forbidden, return why.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where.on_gpu else [])]
@@ -1091,7 +1094,7 @@ def packed(where: Where, report: Report) -> None:
 
 
 def _attentions(where: Where, report: Report) -> None:
-    """Time F and B of attention by torch's choice, as one document, as 16, and in windows of 512."""
+    """Time F and B of attention: torch's choice, one document, 16 of them, windows."""
     from vp_train.model.attention import Documents, Rule, attend_documents, block_attention
 
     times = {}

@@ -1,4 +1,4 @@
-"""A new vocabulary algorithm and a new schedule are one entry of a table each, as CONTRIBUTING.md says."""
+"""A new vocabulary algorithm or schedule is one entry of a table, as CONTRIBUTING.md says."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vp_train.planning.report import make_report
 
 _NAIVE = {barrier.name: barrier for barrier in VOCAB_ALGORITHMS["naive"].barriers}
 
-# Sums after the maximum, as `naive`; dx in S, as `one_barrier`: one pass between S and B, three collectives.
+# Sums after the maximum, as `naive`; dx in S, as `one_barrier`: three collectives in a chain.
 CHAINED = VocabAlgorithm(
     "chained",
     True,

@@ -1,4 +1,4 @@
-"""A setting declares its default, bounds and meaning once; checks, help and documentation follow."""
+"""A setting declares default, bounds and meaning once; checks, help and pages follow."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, TypeVar
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -788,6 +789,11 @@ class RunSettings:
             raise ConfigError(
                 f"run.name={self.name!r} is not a directory name; use letters, digits and dashes, and run.root for the parent"
             )
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the run's files."""
+        return Path(self.root).expanduser() / self.name
 
     def eval_microbatches_of(self, dp_size: int) -> int:
         """How many microbatches of an evaluation each of `dp_size` replicas runs: all run as many, at least one."""

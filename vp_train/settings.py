@@ -6,6 +6,8 @@ python -m vp_train.settings > docs/settings.md
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -17,17 +19,12 @@ from vp_train.config import BlendEntry, ConfigError, RunConfig, Setting, setting
 
 
 def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> RunConfig:
-    """Compose configs/ and `overrides`.  Raises ConfigError with the offending override and the way out."""
-    from hydra import compose, initialize_config_module
+    """Compose configs/ and `overrides`; with run.resume=true the settings of that run take the place of configs/.
+
+    Raises ConfigError with the offending override and the way out.
+    """
     from hydra.core.config_store import ConfigStore
-    from hydra.errors import (
-        ConfigCompositionException,
-        HydraException,
-        MissingConfigException,
-        OverrideParseException,
-    )
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     schema = OmegaConf.structured(RunConfig)
     _thaw(schema)
@@ -38,13 +35,32 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
         raise ConfigError(
             f"{options[0]} is not an option; there are {known} and --print-config, all else is key=value"
         )
-    overrides = [word for given in overrides for word in _of_file(given)]
+    overrides = [_at_home(word) for given in overrides for word in _of_file(given)]
     edits = [word for word in overrides if word.startswith(("+", "~"))]
     if edits:
         raise ConfigError(f"{edits[0]}: settings cannot be added or removed; write key=value")
+    config = _composed("config", overrides, schema)
+    saved = config.run.directory / "config.yaml"
+    if config.run.resume and saved.is_file():
+        config = _resumed(saved, overrides, schema)
+    return config
+
+
+def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConfig:
+    """Compose the configuration called `primary` and `overrides`.  Raises ConfigError like `load_config`."""
+    from hydra import compose, initialize_config_module
+    from hydra.errors import (
+        ConfigCompositionException,
+        HydraException,
+        MissingConfigException,
+        OverrideParseException,
+    )
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         with initialize_config_module("vp_train.configs", version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
+            composed = compose(primary, overrides=list(overrides))
         config = OmegaConf.to_object(composed)
     except OverrideParseException as error:
         raise ConfigError(
@@ -60,6 +76,109 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
         raise ConfigError(_first_line(error)) from None
     assert isinstance(config, RunConfig)
     return config
+
+
+# Settings that a resumed run does not take over: where it lies and what it came from follow from where it is found.
+_NOT_SAVED = ("run.name", "run.root", "run.resume", "run.init_from")
+
+
+def _resumed(path: Path, overrides: Sequence[str], schema: object) -> RunConfig:
+    """Return the settings that a run has saved in `path`, with `overrides` on top of them.
+
+    A group that `overrides` choose begins anew with that choice.  Raises ConfigError where the file is broken.
+    """
+    from importlib.resources import files
+
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    saved = _saved_settings(path)
+    chosen = {word.partition("=")[0] for word in overrides}
+    sections: dict[str, dict[str, object]] = {}
+    values: dict[str, object] = {}
+    for name in _keys(schema):
+        section, _, key = name.partition(".")
+        if name in saved and name not in _NOT_SAVED and section not in chosen:
+            (sections.setdefault(section, {}) if key else values)[key or section] = saved[name]
+    if sections.get("schedule", {}).get("file") == str(path.parent / "schedule.txt"):
+        del sections["schedule"][
+            "file"
+        ]  # what schedule=auto found; other settings may lead to another one
+    defaults = OmegaConf.load(str(files("vp_train.configs").joinpath("config.yaml"))).defaults
+    again = [
+        entry
+        for entry in defaults
+        if not isinstance(entry, str) and chosen.intersection(map(str, entry))
+    ]
+    store = ConfigStore.instance()
+    store.store(name="saved", node={**values, **sections})
+    store.store(name="resumed", node={"defaults": ["schema", "saved", *again, "_self_"]})
+    return _composed("resumed", overrides, schema)
+
+
+def _saved_settings(path: Path) -> dict[str, object]:
+    """Return every setting in the config.yaml of a run by its name.  Raises ConfigError where the file is broken."""
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        saved = OmegaConf.create(path.read_text())
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({_first_line(error)}); repair it, or delete it and give all settings of the run again"
+        ) from None
+    if not isinstance(saved, DictConfig):
+        raise ConfigError(
+            f"{path} holds no settings; repair it, or delete it and give all settings of the run again"
+        )
+    return {
+        name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        for name, value in _leaves(saved)
+    }
+
+
+def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the name and value of every setting; a list is one value."""
+    from omegaconf import DictConfig
+
+    assert isinstance(node, DictConfig)
+    for key in node:
+        value = node[key]
+        if isinstance(value, DictConfig):
+            yield from _leaves(value, f"{prefix}{key!s}.")
+        else:
+            yield f"{prefix}{key!s}", value
+
+
+def resume_words(config: RunConfig) -> str | None:
+    """Say where the settings of a resumed run come from and what this command line changes; None for a new run."""
+    from omegaconf import OmegaConf
+
+    path = config.run.directory / "config.yaml"
+    if not config.run.resume or not path.is_file():
+        return None
+    before, now = _saved_settings(path), OmegaConf.structured(config)
+    changes = [
+        f"{name}={_value(value)} (was {_value(before[name])})"
+        for name, value in _leaves(now)
+        if name in before
+        and name not in (*_NOT_SAVED, "schedule.file")
+        and _value(before[name]) != _value(value)
+    ]
+    return f"settings of {path}" + (f", changed here: {', '.join(changes)}" if changes else "")
+
+
+_QUOTED_OR_HOME = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?<=[=:,\[])\s*(~[^,\]}]*)""")
+
+
+def _at_home(word: str) -> str:
+    """Replace a `~` that begins a value outside quotes by the home directory: hydra's grammar has no `~`."""
+
+    def found(match: re.Match[str]) -> str:
+        return match[0] if match[1] is None else _word(os.path.expanduser(match[1]))
+
+    return _QUOTED_OR_HOME.sub(found, word)
 
 
 def _of_file(word: str) -> list[str]:
@@ -86,6 +205,11 @@ def _word(setting: object) -> str:
     if isinstance(setting, str):
         return "'" + setting.replace("'", r"\'") + "'"
     return "null" if setting is None else str(setting)
+
+
+def override(name: str, value: str) -> str:
+    """Return the override that sets a text, whatever characters it has."""
+    return f"{name}={_word(value)}"
 
 
 def config_text(config: RunConfig) -> str:

@@ -103,6 +103,8 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
         if directory is not None:
             reporter = Reporter(config, plan, directory, run.first_step)
             reporter.start(config_yaml, source)
+            if config.data.tokenizer is None and source.tokenizer is not None:
+                directory.keep_tokenizer(source.tokenizer)
         for step in run.steps():
             run.train_step(step, reporter)
         run.finish(reporter)

@@ -23,6 +23,11 @@ def launching() -> Iterator[None]:
         del os.environ[_LAUNCHER]
 
 
+def has_launcher() -> bool:
+    """Return whether our launcher started this process, not torchrun or a shell."""
+    return _LAUNCHER in os.environ
+
+
 def die_with_launcher() -> None:
     """The first thing a rank does; it leaves at once if its launcher is gone already."""
     if sys.platform != "linux":

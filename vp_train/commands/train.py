@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from vp_train.commands.command import Command, path_of, run
-from vp_train.commands.orphans import die_with_launcher
+from vp_train.commands.orphans import die_with_launcher, has_launcher
 from vp_train.config import RunConfig
 from vp_train.metrics.run_directory import run_path
-from vp_train.settings import config_text, started_from
+from vp_train.settings import config_text, resume_words, started_from
 
 _TRAIN_EXAMPLES = """\
   vp-train                                       4 ranks on this machine, Python's standard library as text
@@ -28,6 +28,9 @@ def main() -> None:
 
 
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    words = resume_words(config)
+    if words is not None and os.environ.get("RANK", "0") == "0" and not has_launcher():
+        print(words, flush=True)
     config = with_origin(config)
     if _is_rank():
         from vp_train.train import run_rank

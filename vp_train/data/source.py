@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -47,6 +48,7 @@ class Source(Protocol):
     description: str
     entropy: float | None  # the lowest loss any model can reach, in nats; None if unknown
     contents: tuple[str, ...]  # one hash per corpus, of text, tokenizer and settings
+    tokenizer: Path | None  # the tokenizer.json of the text; None if nothing was tokenized
 
     def train_batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
         """Return the num_microbatches microbatches of `step`, which counts from 1."""
@@ -115,6 +117,7 @@ class _Synthetic:
         entropy = self._text.entropy()
         self.entropy: float | None = entropy
         self.contents: tuple[str, ...] = ()
+        self.tokenizer: Path | None = None
         self.description = (
             f"synthetic text over {config.model.vocab_size:,} tokens, entropy {entropy:.4f} nats"
         )
@@ -161,6 +164,7 @@ class _Text:
     def __init__(self, config: RunConfig, corpora: tuple[Corpus, ...]) -> None:
         self._config = config
         self.contents = tuple(corpus.manifest.content_hash for corpus in corpora)
+        self.tokenizer: Path | None = corpora[0].tokenizer
         turns = Turns.of(config.data.weights)
         lines = [describe(corpus).splitlines()[0] for corpus in corpora]
         if len(lines) > 1:

@@ -17,8 +17,8 @@ from vp_train.durable import naming
 
 
 def run_path(settings: RunSettings) -> Path:
-    """Where the files of a run go."""
-    return Path(settings.root).expanduser() / settings.name
+    """Return where the files of a run go."""
+    return settings.directory
 
 
 def refuse_used(settings: RunSettings) -> None:
@@ -78,6 +78,10 @@ class RunDirectory:
         path.parent.mkdir(parents=True, exist_ok=True)
         with naming(path):
             path.write_text(text)
+
+    def keep_tokenizer(self, path: Path) -> None:
+        """Keep a copy of the tokenizer.json that the text made, where vp-export looks for it."""
+        self.write("tokenizer.json", path.read_text())
 
     def write_environment(self) -> None:
         """env.json: versions, machine, commit and command line."""

@@ -1,0 +1,331 @@
+"""The pages are true: links lead somewhere, commands parse, the first pages run as typed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from vp_train.planning.degrees import wanted_ranks
+from vp_train.planning.plan import draft_step
+from vp_train.settings import load_config
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+GENERATED = ("settings.md",)
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+WRITTEN = [page for page in PAGES if page.name not in GENERATED]
+COMMANDS = {
+    entry.name: entry
+    for entry in entry_points(group="console_scripts")
+    if entry.value.startswith("vp_train.")
+}
+CONVERTERS = ("vp-import", "vp-export")
+PLAIN = ("source", "pip", "pre-commit")  # nothing of ours to parse
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# Links
+
+
+def prose(page: Path) -> str:
+    """The text of a page without its code blocks."""
+    return _FENCE.sub("", page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ +(.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> Iterator[tuple[Path, str]]:
+    """Every file and anchor of this repository that a page links to."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if not target.startswith(("https://", "http://", "mailto:")):
+            path, _, anchor = target.partition("#")
+            yield (page.parent / path).resolve() if path else page, anchor
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_a_file_and_a_heading(page):
+    for path, anchor in links(page):
+        assert path.is_relative_to(ROOT)
+        assert path.exists(), f"{path} is not there"
+        assert not anchor or anchor in anchors(path), f"{path} has no heading #{anchor}"
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_files_named_in_sentences_are_there(page):
+    rooms = "schedules|vp_train|configs|tests|benchmarks|launch|docker|docs"
+    for name in re.findall(rf"`((?:{rooms})/[\w./]*)`", prose(page)):
+        assert "NAME" in name or (ROOT / name).exists(), f"{name} is not there"
+
+
+def test_every_page_is_reached_from_the_readme():
+    reached, open_pages = {README}, [README]
+    while open_pages:
+        for path, _ in links(open_pages.pop()):
+            if path.suffix == ".md" and path not in reached:
+                reached.add(path)
+                open_pages.append(path)
+    assert set(PAGES) - reached == set()
+
+
+def test_the_readme_is_short():
+    assert len(README.read_bytes()) <= 8_000
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_lines_of_pages_are_short(page):
+    """Outside code blocks, tables and html, which cannot be broken."""
+    assert [
+        line
+        for line in prose(page).splitlines()
+        if len(line) > 100 and not line.startswith(("|", "<"))
+    ] == []
+
+
+# Commands
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command: the variables before it, and its words."""
+
+    environment: dict[str, str]
+    words: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Command:
+        words = shlex.split(text, comments=True)
+        environment = {}
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            name, _, environment[name] = words.pop(0).partition("=")
+        return cls(environment, tuple(words))
+
+
+def shell_lines(page: Path) -> list[str]:
+    """The lines of the sh blocks of a page, continued ones joined."""
+    blocks = [block for language, block in _FENCE.findall(page.read_text()) if language == "sh"]
+    return [
+        line for block in blocks for line in block.replace("\\\n", "").splitlines() if line.strip()
+    ]
+
+
+def quoted(page: Path) -> Iterator[str]:
+    """Commands shown with output or inside sentences; one that leaves something open is none."""
+    for _, block in _FENCE.findall(page.read_text()):
+        yield from re.findall(r"^\$ (.*)$", block, re.MULTILINE)
+    for code in re.findall(r"`([^`]+)`", prose(page)):
+        words = code.split()
+        if (
+            len(words) > 1
+            and words[0] in (*COMMANDS, "python", "pytest", "torchrun", "make")
+            and not is_open(words)
+        ):
+            yield " ".join(words)
+
+
+def is_open(words: list[str]) -> bool:
+    """Whether a word stands for something else, as NAME does."""
+    return any("..." in word or word.isupper() for word in words)
+
+
+CURRENT = [
+    page for page in WRITTEN if page.name != "CHANGELOG.md"
+]  # what a page of today says to type
+TYPED = sorted({text for page in CURRENT for text in (*shell_lines(page), *quoted(page))})
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A directory with the files that commands read, and a home with text."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home/corpus").mkdir(parents=True)
+    return tmp_path
+
+
+def stand_ins(place: Path) -> None:
+    """Files that earlier commands of the pages write."""
+    (place / "imported").mkdir()
+    shutil.copy(ROOT / "configs/model/nano.yaml", place / "imported/model.yaml")
+    shutil.copy(ROOT / "configs/cost/cpu.yaml", place / "here.yaml")
+
+
+def check_ours(words: tuple[str, ...], capsys, num_ranks: int | None = None) -> None:
+    """A command of ours up to where its work would begin."""
+    name, *arguments = words
+    asks = "--help" in arguments
+    added = [] if asks or name in CONVERTERS else ["--print-config"]
+    enter = COMMANDS[name].load()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *arguments, *added])
+        with pytest.raises(SystemExit) as left:
+            enter()
+    said = capsys.readouterr().err
+    if name in CONVERTERS and not asks:
+        assert "--help" not in said, (
+            said
+        )  # its words are in order; what it is to convert is not here
+        return
+    assert left.value.code == 0, said
+    if not asks and "--search" not in arguments:
+        check_overrides(arguments, num_ranks, on_cluster=name in ("vp-plan", "vp-profile"))
+
+
+def check_overrides(
+    arguments: list[str], num_ranks: int | None, *, on_cluster: bool = False
+) -> None:
+    """Settings make a run of so many ranks, or of as many as they ask for."""
+    config = load_config([word for word in arguments if re.match(r"[a-z][\w.]*=", word)])
+    if not config.schedule.is_solved and config.schedule.file is None:
+        wanted = config.cluster.num_gpus if on_cluster else wanted_ranks(config.parallel)
+        draft_step(config, num_ranks or wanted)
+
+
+def check_python(words: tuple[str, ...]) -> None:
+    """A script or a module with its options, without running it."""
+    arguments = list(words)
+    if arguments[0] == "-m":
+        path = ROOT.joinpath(*arguments[1].split("."))
+        if arguments[1] == "pytest":
+            check_pytest(arguments[2:])
+            return
+        path = path.with_suffix(".py")
+        rest = arguments[2:]
+    else:
+        path, rest = ROOT / arguments[0], arguments[1:]
+    source = path.read_text()
+    for option in (word for word in rest if word.startswith("--")):
+        assert f'"{option}"' in source, f"{path.name} has no option {option}"
+
+
+def check_pytest(arguments: list[str]) -> None:
+    paths = [word for word in arguments if word.startswith("tests")]
+    assert paths
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def option_of(words: tuple[str, ...], name: str) -> int:
+    return int(words[words.index(name) + 1])
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_every_command_parses(text, place, capsys):
+    stand_ins(place)
+    command = Command.parse(text)
+    name, *rest = command.words
+    if name in COMMANDS:
+        check_ours(command.words, capsys)
+    elif name == "torchrun":
+        if "-m" in rest:
+            assert rest[rest.index("-m") + 1] == "vp_train"
+            check_overrides(rest, option_of(command.words, "--nproc-per-node"))
+    elif name == "launch/torchrun.sh":
+        num_ranks = int(command.environment.get("NODES", "1")) * int(
+            command.environment.get("GPUS", "4")
+        )
+        check_ours(("vp-train", *rest), capsys, num_ranks)
+    elif name == "sbatch":
+        assert rest[2] == "launch/slurm.sbatch"
+        check_ours(("vp-train", *rest[3:]), capsys, 8 * option_of(command.words, "--nodes"))
+    elif name == "make":
+        subprocess.run(["make", "-n", *rest], cwd=ROOT, check=True, capture_output=True)
+    elif name == "python":
+        check_python(tuple(rest))
+    elif name == "pytest":
+        check_pytest(rest)
+    else:
+        assert name in PLAIN, f"{text}: nothing here knows how to check it"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in WRITTEN if "```python" in page.read_text()], ids=name_of
+)
+def test_python_on_pages_compiles_and_finds_its_names(page):
+    for language, block in _FENCE.findall(page.read_text()):
+        if language == "python":
+            compile(block, str(page), "exec")
+            imports = re.findall(r"^(?:from|import) .*$", block, re.MULTILINE)
+            exec("\n".join(imports), {})
+
+
+# The first pages, run
+
+_TORCHRUN = """\
+#!/bin/sh
+echo "$@" > torchrun.said
+"""
+
+
+@pytest.mark.timeout(600)
+def test_readme_and_quickstart_run_as_typed(place):
+    """Every line, one after the other in one directory, each distinct line once.
+
+    `make` is asked what it would do.  A line for four nodes runs up to a stand-in for torchrun.
+    """
+    for number in range(40):
+        text = (ROOT / "vp_train/config.py").read_text()
+        (place / "home/corpus" / f"{number}.txt").write_text(
+            text[number * 100 : number * 100 + 3000]
+        )
+    (place / "bin").mkdir()
+    (place / "bin/torchrun").write_text(_TORCHRUN)
+    (place / "bin/torchrun").chmod(0o755)
+    for name in ("launch", "Makefile", "pyproject.toml", "constraints.txt"):
+        (place / name).symlink_to(ROOT / name)
+    (place / ".venv").symlink_to(sys.prefix)
+    installed = str(Path(sys.executable).parent)
+    environment = {
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))
+        },
+        "PATH": f"{place / 'bin'}{os.pathsep}{installed}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(place / "home"),
+        "OMP_NUM_THREADS": "1",
+    }
+    lines = dict.fromkeys([*shell_lines(README), *shell_lines(ROOT / "docs/quickstart.md")])
+    for line in lines:
+        typed = re.sub(r"^make ", "make -n ", line)
+        done = subprocess.run(
+            ["bash", "-c", typed],
+            cwd=place,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert "--nnodes 4 --node-rank 0 --nproc-per-node 8" in (place / "torchrun.said").read_text()
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(place / "data-cache")
+    assert {path.name for path in (place / "exported").iterdir()} >= {
+        "config.json",
+        "tokenizer.json",
+    }
+    assert (place / "runs/again/checkpoints").is_dir()

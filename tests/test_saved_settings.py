@@ -1,0 +1,139 @@
+"""A resumed run keeps its settings; a path may begin with `~` wherever a value may hold one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vp_train.config import ConfigError, RunConfig
+from vp_train.settings import config_text, load_config, resume_words
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """`started(*overrides)`: the settings of a run called `one`, which has saved them."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(*overrides: str) -> RunConfig:
+        config = load_config([*overrides, "run.name=one"])
+        config.run.directory.mkdir(parents=True)
+        (config.run.directory / "config.yaml").write_text(config_text(config))
+        return config
+
+    return start
+
+
+RESUMED = ("run.name=one", "run.resume=true")
+
+
+def test_what_is_not_given_is_as_the_run_has_it(started):
+    first = started(
+        "vocab=two_barrier",
+        "model.vocab_size=65536",
+        "optim.lr=1e-3",
+        "run.steps=20",
+        "num_microbatches=3",
+    )
+    again = load_config(RESUMED)
+    assert (again.model, again.vocab, again.optim) == (first.model, first.vocab, first.optim)
+    assert (again.run.steps, again.num_microbatches) == (20, 3)
+    assert again.run.resume
+
+
+def test_what_is_given_counts_even_where_it_is_a_default(started):
+    started("optim.lr=1e-3", "model.vocab_size=65536", "parallel.layers_per_stage=[5,3]")
+    again = load_config([*RESUMED, "optim.lr=2e-3", "parallel.layers_per_stage=[4,4]"])
+    assert again.optim.lr == RunConfig().optim.lr
+    assert again.parallel.layers_per_stage == (4, 4)
+    assert again.model.vocab_size == 65536
+
+
+def test_a_group_that_is_given_begins_anew(started):
+    started(
+        "vocab.shards=[100,32668]",
+        "schedule=interleaved",
+        "schedule.num_chunks=4",
+        "model.num_layers=16",
+    )
+    again = load_config([*RESUMED, "vocab=none", "schedule=1f1b"])
+    assert (again.vocab.algorithm, again.vocab.shards) == ("none", None)
+    assert (again.schedule.name, again.schedule.num_chunks) == ("1f1b", None)
+    assert again.model.num_layers == 16
+
+
+def test_a_cluster_that_is_given_sets_what_its_file_sets(started):
+    started("run.dtype=float32", "run.steps=7")
+    again = load_config([*RESUMED, "cluster=h100_80g_node"])
+    assert (again.run.device, again.run.dtype, again.run.steps) == ("cuda", "bfloat16", 7)
+
+
+def test_a_searched_schedule_is_searched_again(started, tmp_path):
+    started("schedule=auto", "schedule.file=runs/one/schedule.txt")
+    assert load_config(RESUMED).schedule.is_solved
+
+
+def test_corpora_of_a_blend_are_kept(started):
+    first = started("data=blend", "data.blend=[{name:pystdlib,weight:3},{path:a,weight:1}]")
+    assert load_config(RESUMED).data == first.data
+
+
+def test_a_new_run_and_a_moved_one_have_their_own_name(started, tmp_path):
+    started("model.vocab_size=65536")
+    assert load_config(["run.name=one"]).model.vocab_size == RunConfig().model.vocab_size
+    (tmp_path / "runs/one").rename(tmp_path / "runs/two")
+    moved = load_config(["run.name=two", "run.resume=true"])
+    assert (moved.run.name, moved.model.vocab_size) == ("two", 65536)
+
+
+def test_settings_of_another_version_are_left_out(started, tmp_path):
+    started("optim.lr=1e-3")
+    path = tmp_path / "runs/one/config.yaml"
+    path.write_text(path.read_text().replace("optim:", "optim:\n  gone: 3"))
+    assert load_config(RESUMED).optim.lr == 1e-3
+
+
+def test_changes_are_said(started):
+    started("optim.lr=1e-3", "schedule=gpipe")
+    assert resume_words(load_config(["run.name=two"])) is None
+    assert resume_words(load_config(RESUMED)) == "settings of runs/one/config.yaml"
+    words = resume_words(load_config([*RESUMED, "schedule=zb_h1", "run.steps=99"]))
+    assert (
+        words == "settings of runs/one/config.yaml, changed here: "
+        "schedule.name=zb_h1 (was gpipe), run.steps=99 (was 90)"
+    )
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", ""])
+def test_broken_settings_are_named_with_the_way_out(started, tmp_path, text):
+    started()
+    (tmp_path / "runs/one/config.yaml").write_text(text)
+    if text:
+        with pytest.raises(
+            ConfigError,
+            match=r"^runs/one/config\.yaml .*delete it and give all settings of the run again$",
+        ):
+            load_config(RESUMED)
+    else:
+        assert load_config(RESUMED).model == RunConfig().model
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.path=~/corpus", lambda config: config.data.path),
+        ("data.path=~/my corpus", lambda config: config.data.path),
+        ("data.tokenizer=~/a.json", lambda config: config.data.tokenizer),
+        ("run.root=~", lambda config: config.run.root),
+        (
+            "data.blend=[{name: pystdlib},{path: ~/corpus,weight:2}]",
+            lambda config: config.data.blend[1].path,
+        ),
+    ],
+)
+def test_a_path_may_begin_at_home(override, value, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    given = ["data=blend"] if "blend" in override else []
+    assert Path(value(load_config([*given, override]))).is_relative_to("/home/someone")
+    quoted = load_config(["data.path='~/x'"])
+    assert quoted.data.path == "~/x", "what is quoted stays as it is"

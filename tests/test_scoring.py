@@ -1,0 +1,99 @@
+"""The public API: a run of any layout is opened and scores text as its evaluation does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vp_train
+from vp_train.config import ConfigError
+
+WORDS = [
+    "model=nano",
+    "model.num_layers=2",
+    "model.vocab_size=300",
+    "run.steps=4",
+    "run.eval_every=0",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on two ranks, of text of its own, in a directory with a difficult name."""
+    place = tmp_path_factory.mktemp("a = b")
+    (place / "text").mkdir()
+    (place / "text/a.txt").write_text("the cat sat on the mat and the dog sat on the cat. " * 400)
+    words = [*WORDS, "data=text", "data.path=text", "parallel.pp=2", "run.name=one"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vp_train", *words],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return place / "runs" / "one"
+
+
+def test_text_is_scored_in_three_lines(trained):
+    run = vp_train.open_run(trained)
+    seen, other = vp_train.score(run, ["the cat sat on the mat", "qzx!!#%& vwy~"])
+    assert seen.dtype is torch.float32
+    assert seen.mean() > other.mean()
+    assert run.checkpoint.name == "step-00000004"
+    ids = torch.tensor(run.tokenizer.encode("the cat sat on the mat").ids)
+    assert torch.equal(vp_train.score(run, [ids])[0], seen)
+    assert len(seen) == len(ids) - 1
+
+
+def test_scores_are_the_log_softmax_of_the_model(trained):
+    """In float64, for a text of several windows: token by token, with plain torch."""
+    run = vp_train.open_run(trained / "checkpoints" / "step-00000004", dtype="float64")
+    width, model = run.config.model.seq_length, run.model
+    ids = torch.randint(0, 300, (2 * width + 7,), generator=torch.Generator().manual_seed(0))
+    (found,) = vp_train.score(run, [ids])
+    assert found.shape == (2 * width + 6,)
+    weights = {name: parameter.detach() for name, parameter in model.parameters.items()}
+    expected = []
+    for start in range(0, len(ids) - 1, width):
+        tokens, labels = ids[start : start + width], ids[start + 1 : start + width + 1]
+        with torch.no_grad():
+            hidden = model.stages[0](weights["embedding.weight"][tokens][:, None])[:, 0]
+            logits = hidden @ weights["output.weight"].T
+        expected.append(logits.log_softmax(-1)[: len(labels)].gather(1, labels[:, None])[:, 0])
+    assert torch.allclose(found.double(), torch.cat(expected), atol=1e-6)
+
+
+def test_what_cannot_be_scored_is_said(trained, tmp_path):
+    run = vp_train.open_run(trained)
+    assert [
+        len(scores)
+        for scores in vp_train.score(run, [torch.tensor([5]), torch.tensor([], dtype=torch.int64)])
+    ] == [0, 0]
+    with pytest.raises(IndexError, match="300"):
+        vp_train.score(run, [torch.tensor([1, 300])])
+    with pytest.raises(ConfigError, match=r"has no config\.yaml; give the directory of a run"):
+        vp_train.open_run(tmp_path)
+    (tmp_path / "config.yaml").write_text((trained / "config.yaml").read_text())
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        vp_train.open_run(tmp_path)
+
+
+def test_the_package_imports_nothing_heavy():
+    code = "import sys, vp_train; loaded = sorted({'torch', 'hydra'} & set(sys.modules)); "
+    code += "print(loaded, hasattr(vp_train, 'no'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] False\n"
+    assert set(vp_train.__all__) <= set(dir(vp_train)) | set(vp_train._HOMES)
+
+
+def test_a_step_is_simulated_from_settings():
+    config = vp_train.load_config(["model=nano", "parallel.pp=2", "num_microbatches=4"])
+    outcome = vp_train.simulate(config)
+    assert outcome.timeline.makespan > 0
+    assert json.dumps(outcome.timeline.makespan)
