@@ -1,10 +1,13 @@
-"""Bubble, gap to the lower bound and peak memory of every schedule with every vocabulary algorithm, and of `auto` under caps.
+"""Simulate every schedule with every vocabulary algorithm, and `auto` under memory caps.
 
-    python benchmarks/family.py [--ranks 4 8 16] [--head 2.4 5] [--microbatches-per-rank 2 8] [--unequal] [--json FILE]
+    python benchmarks/family.py [--ranks 4 8 16] [--head 2.4 5] [--microbatches-per-rank 2 8]
+        [--unequal] [--json FILE]
 
-Each rank has two layers with F = I = W = 1 (B = 2); the output layer costs `head` layers, three equal matrix products split
-over the ranks; collectives take 0.3 and hops 0.05.  Memory in microbatches of a rank's two layers; a shard held from S to T
-counts 0.15.  With `--unequal`, `auto` alone, on ranks that are not equally fast.
+The tables show the bubble, the gap to the lower bound, and the peak memory.  Every rank has two
+layers with F = I = W = 1 (B = 2).  The output layer costs as much as `head` layers: three equal
+matrix products, divided over the ranks.  A collective takes 0.3 and a hop 0.05.  The unit of memory
+is one microbatch of a rank's two layers.  What a shard holds from S to T counts 0.15.  With
+`--unequal`, only `auto` is simulated, on ranks of different speed.
 """
 
 from __future__ import annotations
@@ -29,23 +32,24 @@ from schedules.simulate import simulate
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, VocabAlgorithm
 
+# The fraction of the three matrix products that S computes.  T computes the rest.
 S_SHARE = {
     "none": 2 / 3,
     "naive": 1 / 3,
     "two_barrier": 1 / 3,
     "one_barrier": 2 / 3,
-}  # of the three products
-HELD_SHARD = 0.15  # microbatches
+}
+HELD_SHARD = 0.15  # in microbatches
 
 
 def cost_of(
     layout: Layout, rules: VocabAlgorithm, head: float, slowness: Sequence[float]
 ) -> CostModel:
-    """`slowness[r]` multiplies every pass of rank r."""
-    each, num_ranks = 2 / layout.num_chunks, layout.num_ranks
+    """Return the cost model.  `slowness[r]` multiplies the time of every pass of rank r."""
+    forward, num_ranks = 2 / layout.num_chunks, layout.num_ranks
     output = 3 * head / (num_ranks if rules.sharded else 1)
     share = S_SHARE[rules.name]
-    stage = {Kind.F: each, Kind.B: 2 * each, Kind.I: each, Kind.W: each}
+    stage = {Kind.F: forward, Kind.B: 2 * forward, Kind.I: forward, Kind.W: forward}
     shard = {Kind.S: share * output, Kind.T: (1 - share) * output}
     return CostModel(
         {
@@ -65,7 +69,7 @@ def cost_of(
 def option(
     name: str, rules: VocabAlgorithm, num_microbatches: int, head: float, slowness: Sequence[float]
 ) -> Option:
-    """A schedule with an algorithm as a problem with its cost."""
+    """Return the problem and the cost of a schedule with a vocabulary algorithm."""
     family: Family = GENERATORS[name]
     layout = family.layout_of(len(slowness))
     problem = Problem(layout, num_microbatches, rules, family.split_backward)
@@ -75,7 +79,7 @@ def option(
 def named(
     name: str, rules: VocabAlgorithm, num_microbatches: int, head: float, num_ranks: int
 ) -> dict[str, Any]:
-    """A schedule as it is called."""
+    """Simulate the schedule called `name`, and return its row."""
     choice = option(name, rules, num_microbatches, head, (1.0,) * num_ranks)
     started = time.perf_counter()
     timeline = simulate(generate(name, choice.problem, choice.cost), choice.problem, choice.cost)
@@ -85,7 +89,10 @@ def named(
 def automatic(
     rules: VocabAlgorithm, num_microbatches: int, head: float, cap: float, slowness: Sequence[float]
 ) -> dict[str, Any] | None:
-    """`auto` over all base schedules with one algorithm under a cap in microbatches; None if it cannot be met."""
+    """Search with `auto` from all base schedules, under a memory cap in microbatches.
+
+    Returns None if no schedule meets the cap.
+    """
     started = time.perf_counter()
     try:
         found = solve(
@@ -104,7 +111,7 @@ def automatic(
 def row(
     name: str, choice: Option, head: float, timeline: Timeline, started: float
 ) -> dict[str, Any]:
-    """What the tables and the JSON file say of one order."""
+    """Return the figures of one schedule for the tables and the JSON file."""
     return {
         "schedule": name,
         "vocab": choice.problem.algorithm.name,
@@ -120,7 +127,11 @@ def row(
 
 
 def caps_of(num_ranks: int) -> dict[str, float]:
-    """The memory of V-Min and of V-Half with one barrier; a microbatch per rank; that and two held shards."""
+    """Return the memory caps in microbatches, by name.
+
+    They are the memory of V-Min and of V-Half with one barrier, one microbatch per rank, and the
+    latter plus two held shards.
+    """
     return {
         "as `v_min`": (num_ranks + 2) // 3 + 1 + HELD_SHARD,
         "as `v_half`": (num_ranks + 2) // 2 + 1 + HELD_SHARD,
@@ -130,7 +141,7 @@ def caps_of(num_ranks: int) -> dict[str, float]:
 
 
 def cell(found: dict[str, Any] | None) -> str:
-    """Bubble, gap and peak."""
+    """Format bubble, gap and peak as one table cell."""
     if found is None:
         return "-"
     gap = max(0.0, found["gap_pct"])
@@ -138,7 +149,10 @@ def cell(found: dict[str, Any] | None) -> str:
 
 
 def family_table(sizes: Sequence[tuple[int, int]], head: float) -> list[dict[str, Any]]:
-    """Print and return every schedule with every algorithm; `sizes` are pairs of ranks and microbatches."""
+    """Print and return the rows of every schedule with every vocabulary algorithm.
+
+    `sizes` are pairs (number of ranks, number of microbatches).
+    """
     print(f"\nOutput layer worth {head:g} layers: bubble % / gap % / peak in microbatches\n")
     print(
         "| schedule | vocab | "
@@ -167,9 +181,13 @@ def family_table(sizes: Sequence[tuple[int, int]], head: float) -> list[dict[str
 
 
 def unequal_table(sizes: Sequence[tuple[int, int]], head: float) -> list[dict[str, Any]]:
-    """Print and return `auto` with `one_barrier` at a cap of p microbatches on ranks that differ."""
+    """Print and return the rows of `auto` with `one_barrier` on ranks of different speed.
+
+    The memory cap is p microbatches.
+    """
     print(
-        f"\n`auto`, `one_barrier`, at most p microbatches, output layer worth {head:g} layers: bubble % / gap % / peak\n"
+        f"\n`auto`, `one_barrier`, at most p microbatches, output layer worth {head:g} layers: "
+        "bubble % / gap % / peak\n"
     )
     print(
         "| ranks | "
@@ -195,7 +213,7 @@ def unequal_table(sizes: Sequence[tuple[int, int]], head: float) -> list[dict[st
 
 
 def slowness(words: str, num_ranks: int) -> tuple[float, ...]:
-    """How much longer than usual each rank takes."""
+    """Return the factors by which the ranks are slower than usual."""
     drawn = random.Random(7)
     match words:
         case "the middle one 25 % slow":
@@ -209,7 +227,7 @@ def slowness(words: str, num_ranks: int) -> tuple[float, ...]:
 
 
 def sizes_of(ranks: Iterable[int], per_rank: Iterable[int]) -> list[tuple[int, int]]:
-    """Pairs of ranks and microbatches."""
+    """Return all pairs (number of ranks, number of microbatches)."""
     counts = list(per_rank)
     return [(p, k * p) for p in ranks for k in counts]
 
@@ -228,7 +246,7 @@ def main() -> None:
         help="cost of the output layer in layers",
     )
     parser.add_argument(
-        "--unequal", action="store_true", help="auto on ranks that are not equally fast"
+        "--unequal", action="store_true", help="only auto, on ranks of different speed"
     )
     parser.add_argument("--json", type=Path, help="write the rows as JSON")
     arguments = parser.parse_args()

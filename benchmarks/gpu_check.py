@@ -2,12 +2,12 @@
 
     python benchmarks/gpu_check.py [--steps 1,3,6] [--out DIR] [--seconds 480]
 
-Each step runs in a process of its own with its own time limit, so that one that raises, aborts or
-hangs does not stop the rest: first those that time nothing, three at a time, then the others one by
-one.  After every step `DIR/gpu_check_CARD.json` (DIR: benchmarks/results)
-has its result: what was expected, what was measured, and figures.  The exit code is 1 if a step
-failed.  Without a GPU the same code runs on tiny sizes on the CPU, two steps at a time, and what
-only a GPU can show is not judged.
+Every step runs in its own process with its own time limit.  A step that raises, aborts or hangs
+therefore does not stop the rest.  Steps that measure no time run first, three at once.  The others
+then run one after another.  After every step its result is in `DIR/gpu_check_CARD.json` (default
+DIR: benchmarks/results): what was expected, what was measured, and figures.  The exit code is 1 if
+a step failed.  Without a GPU the same code runs with tiny sizes on the CPU, two steps at once, and
+checks that need a GPU are not judged.
 
 On a machine without a network, with torch 2.11, triton 3.6 and transformers for Python 3.12:
 
@@ -43,10 +43,11 @@ from provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 _TAIL_LINES = 60
-_LEAST_SECONDS = 5.0  # a step is not begun with less
-_CPU_PATIENCE = 10  # limits count so many times on a CPU, which others may keep busy
+_MINIMUM_SECONDS = 5.0  # a step does not start with less time left
+_CPU_PATIENCE = 10  # factor of the time limits on a CPU, which other processes may use too
 
-# What a checkout lacks that is not installed: pyproject.toml maps vp_train.configs to configs/.
+# Makes a checkout importable that is not installed.  An installation maps vp_train.configs to
+# configs/ (see pyproject.toml); here a link in a temporary directory does.
 _SITECUSTOMIZE = """
 import sys
 sys.path.insert(0, {root!r})
@@ -57,9 +58,9 @@ vp_train.__path__.append({overlay!r})
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A step as a process: `command` writes its checks into the file that is its last argument.
+    """A step to run in its own process.
 
-    What is `timed` runs alone.
+    `command` writes its checks to the file that is its last argument.  A `timed` step runs alone.
     """
 
     number: int
@@ -70,7 +71,7 @@ class Task:
 
 
 def tasks(numbers: Iterable[int], device: str) -> list[Task]:
-    """Return the steps of these numbers, on `device`."""
+    """Return the tasks of these step numbers on `device`."""
     script = str(Path(__file__).with_name("gpu_steps.py"))
     patience = 1 if device == "cuda" else _CPU_PATIENCE
     return [
@@ -88,10 +89,10 @@ def tasks(numbers: Iterable[int], device: str) -> list[Task]:
 def run_task(
     task: Task, scratch: Path, seconds: float, environment: dict[str, str]
 ) -> dict[str, Any]:
-    """Run one step for at most `seconds`, and return its record; it never raises for the step."""
+    """Run one step for at most `seconds` and return its record.  A failed step does not raise."""
     record: dict[str, Any] = {"step": task.number, "name": task.name, "checks": [], "figures": {}}
     limit = min(seconds, task.limit_seconds)
-    if limit < _LEAST_SECONDS:
+    if limit < _MINIMUM_SECONDS:
         return record | {"status": "no time left", "seconds": 0.0}
     folder = scratch / f"step_{task.number}"
     folder.mkdir()
@@ -124,7 +125,7 @@ def run_task(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of the step's own session, such as ranks that it started."""
+    """Kill the processes that are left in the step's session, such as ranks that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -150,7 +151,7 @@ class Results:
         self.records: dict[int, dict[str, Any]] = {}
 
     def add(self, record: dict[str, Any]) -> None:
-        """Write the results so far, and this one; by rename, so that the file is always whole."""
+        """Add a record and rewrite the file by a rename, so that it is always complete."""
         with self._lock:
             self.records[record["step"]] = record
             steps = [self.records[number] for number in sorted(self.records)]
@@ -158,7 +159,8 @@ class Results:
             written.write_text(json.dumps(self._heading | {"steps": steps}, indent=1) + "\n")
             written.replace(self._path)
             print(
-                f"step {record['step']:2} {record['name']}: {record['status']}, {record['seconds']} s",
+                f"step {record['step']:2} {record['name']}: "
+                f"{record['status']}, {record['seconds']} s",
                 flush=True,
             )
 
@@ -171,9 +173,9 @@ def check(
     jobs: int = 1,
     environment: dict[str, str] | None = None,
 ) -> bool:
-    """Run the steps within `seconds`; return whether all passed.
+    """Run the steps within `seconds`, and return whether all passed.
 
-    In order, `jobs` at a time, and after them one by one what is timed.
+    Steps that are not timed run first, `jobs` at once.  Timed steps follow one after another.
     """
     deadline = time.perf_counter() + seconds
     with tempfile.TemporaryDirectory() as scratch:
@@ -192,7 +194,7 @@ def check(
 
 
 def _import_path(scratch: Path, environment: dict[str, str]) -> dict[str, str]:
-    """Return the PYTHONPATH with which vp_train and its tests are found, installed or not."""
+    """Return a PYTHONPATH that finds vp_train and its tests, whether they are installed or not."""
     paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     spec = importlib.util.find_spec("vp_train")
     if spec is None or importlib.util.find_spec("vp_train.configs") is None:
@@ -207,7 +209,7 @@ def _import_path(scratch: Path, environment: dict[str, str]) -> dict[str, str]:
 
 
 def summary(records: Iterable[dict[str, Any]]) -> str:
-    """Return a table: of every check what was expected, what was measured, and the verdict."""
+    """Return a table of all checks: expected, measured, and the verdict."""
     rows = [("step", "check", "expected", "measured", "")]
     for record in records:
         title = f"{record['step']} {record['name']}"
@@ -253,13 +255,17 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--steps", type=_numbers, default=list(STEPS), help="for example 1,3,6 (all)"
+        "--steps", type=_numbers, default=list(STEPS), help="for example 1,3,6 (default: all)"
     )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the result"
     )
-    parser.add_argument("--seconds", type=float, help="for all steps together (480 on a GPU)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="the GPU if there is one")
+    parser.add_argument(
+        "--seconds", type=float, help="time limit of all steps together (default: 480 on a GPU)"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="default: the GPU if there is one"
+    )
     arguments = parser.parse_args()
     heading = provenance()
     card = heading.get("accelerator", {}).get("card", "")
@@ -275,7 +281,8 @@ def main() -> int:
     where = card if device == "cuda" else "cpu"
     if device == "cpu":
         print(
-            "no GPU: the steps run on tiny sizes on the CPU, and what only a GPU shows is not judged",
+            "no GPU: the steps run with tiny sizes on the CPU, "
+            "and checks that need a GPU are not judged",
             flush=True,
         )
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -292,9 +299,8 @@ def main() -> int:
         jobs=jobs,
         environment=environment,
     )
-    print(
-        f"\n{summary(results.records[number] for number in sorted(results.records))}\n\nwritten to {path}"
-    )
+    table = summary(results.records[number] for number in sorted(results.records))
+    print(f"\n{table}\n\nwritten to {path}")
     return 0 if passed else 1
 
 

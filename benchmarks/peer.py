@@ -1,10 +1,12 @@
-"""This trainer against torch.distributed.pipelining's 1F1B, on two gloo ranks with one thread each.
+"""Compare this trainer with torch.distributed.pipelining's 1F1B on two gloo ranks of one thread.
 
     python benchmarks/peer.py [--vocab 32768 131072] [--rounds 3] [--steps 4] [--json FILE]
 
-Systems: `torch` (Schedule1F1B, embedding on the first stage, output layer and cross entropy on the last), and ours with
-`none` (the same placement) and `one_barrier`.  All have the same layers, initial values, tokens, AdamW and clipping, and
-must report the same loss.  Runs alternate, each in fresh processes; medians over rounds are compared.
+There are three systems.  `torch` is Schedule1F1B with the embedding on the first stage, and output
+layer and cross entropy on the last.  `none` is ours with the same placement.  `one_barrier` is ours
+with that vocabulary algorithm.  All have the same layers, initial values, tokens, AdamW and
+clipping, and must report the same loss.  The systems take turns, every run in new processes.
+Medians over the rounds are compared.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ RANKS, WARMUP = 2, 1
 
 
 def config_of(vocab_size: int, algorithm: str) -> Any:
+    """Return the configuration that all systems share, with this vocabulary algorithm."""
     from vp_train.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, VocabConfig
 
     return RunConfig(
@@ -49,7 +52,7 @@ def config_of(vocab_size: int, algorithm: str) -> Any:
 
 
 def ours(config: Any) -> Any:
-    """A function of the step that trains one step and returns the loss on the last rank."""
+    """Return a function (tokens, labels) -> loss that trains one step with this trainer."""
     from vp_train.assembly import build_rank
     from vp_train.mesh import build_mesh
     from vp_train.optim.adamw import clip_scale, gather_health
@@ -62,6 +65,7 @@ def ours(config: Any) -> Any:
     def step(tokens: Any, labels: Any) -> float:
         model.gradients.zero()
         loss = model.train_step(tokens, labels)
+        model.optimizer.reduce()
         health = gather_health(
             loss if model.reports_loss else None, model.optimizer.squared_norm(), mesh.world
         )
@@ -74,7 +78,7 @@ def ours(config: Any) -> Any:
 
 
 def peer(config: Any, rank: int) -> Any:
-    """The same with torch.distributed.pipelining."""
+    """Return a function (tokens, labels) -> loss that trains one step with torch's pipelining."""
     import torch
     import torch.distributed as dist
     from torch import nn
@@ -159,7 +163,7 @@ def peer(config: Any, rank: int) -> Any:
 
 
 def worker(system: str, vocab_size: int, steps: int, rank: int, port: int, out: str) -> None:
-    """One rank of one run; writes its figures."""
+    """Run one rank of one run, and write its figures as JSON to `out`."""
     import torch
     import torch.distributed as dist
 
@@ -188,7 +192,7 @@ def worker(system: str, vocab_size: int, steps: int, rank: int, port: int, out: 
 
 
 def run(system: str, vocab_size: int, steps: int) -> dict[str, Any]:
-    """One run of all ranks."""
+    """Run a system on all ranks, and return its figures."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -229,7 +233,7 @@ def run(system: str, vocab_size: int, steps: int) -> dict[str, Any]:
 
 
 def compare(runs: list[dict[str, Any]], vocab_size: int) -> dict[str, Any]:
-    """Medians per system and their ratios to the peer."""
+    """Return the medians of every system and their ratios to `torch`."""
 
     def median(system: str, figure: Any) -> float:
         return statistics.median(

@@ -1,7 +1,8 @@
 """Other implementations of an output layer with its loss, for `vocab_passes.py`.
 
-Each is made from x [T, H], weight [R, H], targets [T] and scale = dL/dloss [T], which is the same for all tokens, and called
-for (token losses [T] or their mean [1], dx [T, H]); `grad` [R, H] is dW, which autograd leaves in the dtype of the weight.
+A peer is constructed from x [T, H], weight [R, H], targets [T] and scale = dL/dloss [T], which must
+be equal for all tokens.  A call returns the token losses [T], or their mean [1], and dx [T, H].
+`grad` [R, H] is dW.  Peers that use autograd have it in the dtype of the weight.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor
 
 
 class Published:
-    """Algorithm 2 of arXiv 2411.05288 as published: the local softmax is materialised in fp32, and held until T.
+    """Algorithm 2 of arXiv 2411.05288 as published, on a single rank, so without barriers.
 
-    A port of the formulas alone, with the barriers of a single rank left out.  The only peer that can shard.
+    The local softmax is materialised in fp32 and held until T.  Only the formulas are ported.  It
+    is the only peer whose method works on a shard.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> None:
@@ -41,7 +43,7 @@ class Published:
 
 
 class _ByAutograd:
-    """A function of (x, weight, targets) that gives the mean loss."""
+    """A peer made of a function (x, weight, targets) -> mean loss, differentiated by autograd."""
 
     def __init__(self, loss: Callable[[Tensor, Tensor, Tensor], Tensor], *inputs: Tensor) -> None:
         x, weight, self._targets, _ = inputs
@@ -61,14 +63,14 @@ class _ByAutograd:
 
 
 def _eager(*inputs: Tensor) -> _ByAutograd:
-    """torch's cross entropy of materialised logits."""
+    """Return torch's cross entropy of materialised logits."""
     return _ByAutograd(
         lambda x, weight, y: torch.nn.functional.cross_entropy((x @ weight.T).float(), y), *inputs
     )
 
 
 def _torch_chunked(*inputs: Tensor) -> _ByAutograd:
-    """torch.nn.functional.linear_cross_entropy, in chunks."""
+    """Return torch.nn.functional.linear_cross_entropy, which works in chunks."""
     options = torch.nn.LinearCrossEntropyOptions()
     function = torch.nn.functional.linear_cross_entropy
     return _ByAutograd(lambda x, weight, y: function(x, weight, y, options=options), *inputs)
@@ -97,7 +99,7 @@ PEERS: dict[str, Callable[..., Any]] = {
 
 
 def installed() -> dict[str, str]:
-    """Versions of the peers that are packages of their own."""
+    """Return the versions of the installed peer packages."""
     names = [
         package
         for package in ("liger-kernel", "cut-cross-entropy", "triton")

@@ -1,9 +1,10 @@
-"""Predicted bytes of every rank against what torch allocates in a real step on CPUs, for a handful of small models.
+"""Compare predicted memory per rank with what torch allocates in a real step on CPUs.
 
     python benchmarks/plan_memory.py [--cases NAME ...] [--json FILE]
 
-The second of two steps is watched: every storage that torch makes while it runs is counted from its first operation until it is
-freed, together with all that is there before.  What libraries allocate for themselves is not torch's and does not count.
+The models are small.  The second of two steps is measured.  A storage that torch makes during the
+step counts from its first operation until it is freed.  Storages from before the step count too.
+Memory that libraries allocate outside torch does not count.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ CASES = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One rank of a case, in bytes."""
+    """The memory of one rank of a case, in bytes."""
 
     case: str
     rank: int
@@ -74,11 +75,12 @@ class Row:
 
     @property
     def error(self) -> float:
+        """The relative error of the prediction."""
         return self.predicted / self.measured - 1
 
 
 def measure(rank: int, num_ranks: int, port: int, case: str, config: RunConfig, path: str) -> None:
-    """A process: build the rank, run two steps, write its row."""
+    """Build a rank in this process, run two steps, and write its row to the directory `path`."""
     torch.set_num_threads(1)
     leave_compiled_code_alone()
     store = dist.TCPStore(
@@ -125,7 +127,7 @@ def measure(rank: int, num_ranks: int, port: int, case: str, config: RunConfig, 
 
 
 def measured(case: str, overrides: list[str], directory: Path) -> list[Row]:
-    """Run one case."""
+    """Run one case, and return the rows of its ranks."""
     config = load_config([*COMMON, *overrides])
     num_ranks = wanted_ranks(config.parallel)
     with socket.socket() as probe:
@@ -148,9 +150,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[Row] = []
     print(
-        "| case | rank | state | activations | held shards | working | predicted | measured | error |\n"
-        + "|---" * 9
-        + "|"
+        "| case | rank | state | activations | held shards | working | predicted | measured "
+        "| error |\n" + "|---" * 9 + "|"
     )
     for case in arguments.cases:
         with tempfile.TemporaryDirectory() as directory:
@@ -168,9 +169,8 @@ def main() -> None:
             sizes = " | ".join(f"{size / 2**20:.1f}" for size in parts)
             print(f"| {case} | {row.rank} | {sizes} | {row.error:+.1%} |", flush=True)
     errors = [abs(row.error) for row in rows]
-    print(
-        f"MiB; {len(rows)} ranks, largest error {max(errors):.1%}, mean {sum(errors) / len(errors):.1%}"
-    )
+    mean = sum(errors) / len(errors)
+    print(f"MiB; {len(rows)} ranks, largest error {max(errors):.1%}, mean {mean:.1%}")
     if arguments.json:
         result = provenance() | {"rows": [asdict(row) | {"error": row.error} for row in rows]}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,17 +1,20 @@
-"""Predict peak memory and MFU of the published 8 x A100 runs of arXiv 2411.05288 from the shape of the model alone.
+"""Predict peak memory and MFU of the published 8 x A100 runs of arXiv 2411.05288.
 
     python benchmarks/plan_published.py [--json FILE]
 
-MFU: what passes reach is `efficiency` of cluster=a100_80g_node, so these are the figures of vp-plan.  It was fitted to one of
-these runs, vocab-2 with V = 128,000, and what a fit gives now is printed beside it; the other 19 then follow from layers,
-vocabulary, schedule and links.  No pass time of any run is used.  MFU is of 320 TFLOP/s, as published; vp-plan counts 312.
+Only the shapes of the models are used, and no pass time of any run.
 
-Memory is predicted twice, with nothing fitted:
-`vp-plan`: what this trainer would keep, in float16.
-`as theirs`: as the published implementation holds it: 16 bytes per parameter (fp16 weights and gradients, fp32 master copy and
-moments), 34 s b h bytes of activations per layer, and from S to T the fp32 softmax of a shard.  How many of them are held is
-our simulation.  An undivided output layer is a part of F and B there, so that of one microbatch is held: fp16 logits, their
-fp32 copy and an fp32 softmax.
+MFU: passes run at the `efficiency` of cluster=a100_80g_node, so the predictions are those of
+vp-plan.  The efficiency was fitted to one of these runs, vocab-2 with V = 128,000.  The result of a
+new fit is printed for comparison.  The other 19 runs follow from layers, vocabulary, schedule and
+links.  MFU is relative to 320 TFLOP/s as in the paper, while vp-plan uses 312.
+
+Memory is predicted in two ways, with nothing fitted.  `vp-plan` is what this trainer would keep, in
+float16.  `as theirs` is what the published implementation keeps: 16 bytes per parameter (fp16
+weights and gradients, fp32 master copy and moments), 34 s b h bytes of activations per layer, and
+the fp32 softmax of a shard from S to T.  Our simulation gives the number of microbatches held.
+If a method does not divide the output layer, it is part of F and B there, and one microbatch of it
+is held: fp16 logits, their fp32 copy and an fp32 softmax.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from vp_train.planning.plan import StepPlan, plan_step
 from vp_train.planning.report import PlanReport, report_of
 from vp_train.settings import load_config
 
-PEAK = 3.2e14  # FLOPs per second that the published MFU counts with
+PEAK = 3.2e14  # FLOPs per second, on which the published MFU is based
 CALIBRATED = ("vocab-2", 128_000)
 STATE = StateBytes(weights=2, gradients=2, optimizer=12)
 LOGIT_BYTES, UNDIVIDED_LOGIT_BYTES = 4, 2 + 4 + 4  # per token and row
@@ -43,9 +46,10 @@ LOGIT_BYTES, UNDIVIDED_LOGIT_BYTES = 4, 2 + 4 + 4  # per token and row
 
 @dataclass(frozen=True)
 class Row:
-    """One published run and what is predicted of it; errors relative to what was measured.
+    """One published run and the predictions for it.  Errors are relative to the measurement.
 
-    `plan_gib` is that of vp-plan, and `plan_parts` what it consists of; `predicted_gib` counts as that implementation does.
+    `plan_gib` is predicted by vp-plan, and `plan_parts` are its parts in GiB.  `predicted_gib`
+    counts memory as the published implementation does.
     """
 
     method: str
@@ -71,7 +75,7 @@ class Row:
 
 
 def config_of(row: dict[str, Any], efficiency: float) -> RunConfig:
-    """The run as this trainer would be told."""
+    """Return the configuration of a published run for this trainer."""
     schedule, vocab = METHODS[row["method"]]
     counts = ",".join(map(str, row["layers_per_stage"]))
     config = load_config(
@@ -100,7 +104,7 @@ def config_of(row: dict[str, Any], efficiency: float) -> RunConfig:
 
 
 def planned(config: RunConfig) -> tuple[StepPlan, PlanReport]:
-    """The simulated step and its report."""
+    """Return the simulated step and its report."""
     degrees = Degrees(1, config.parallel.pp or 1, 1)
     costed = on_cluster(config, degrees)
     step = plan_step(costed, degrees.num_ranks)
@@ -108,7 +112,7 @@ def planned(config: RunConfig) -> tuple[StepPlan, PlanReport]:
 
 
 def peak_gib(config: RunConfig, step: StepPlan) -> float:
-    """The peak of the worst rank as the published implementation holds things."""
+    """Return the peak of the worst rank in GiB, counted as the published implementation does."""
     model = config.model
     tokens = config.micro_batch_size * model.seq_length
     activations = tuple(34.0 * tokens * model.hidden_size * len(stage) for stage in step.layers)
@@ -126,7 +130,10 @@ def peak_gib(config: RunConfig, step: StepPlan) -> float:
 
 
 def calibrate(row: dict[str, Any]) -> float:
-    """The efficiency with which the MFU of `row` comes out: fixed seconds are few, so a few proportional steps suffice."""
+    """Return the efficiency with which the predicted MFU of `row` equals the published one.
+
+    Nearly all of the time is inversely proportional to it, so four proportional steps suffice.
+    """
     efficiency = 0.5
     for _ in range(4):
         _, report = planned(config_of(row, efficiency))
@@ -135,13 +142,13 @@ def calibrate(row: dict[str, Any]) -> float:
 
 
 def shipped_efficiency() -> float:
-    """That of cluster=a100_80g_node, of the peak that the published MFU counts with."""
+    """Return the efficiency of cluster=a100_80g_node, relative to PEAK."""
     node = load_config(["cluster=a100_80g_node"]).cluster
     return node.efficiency * node.float16_flops_per_second / PEAK
 
 
 def predicted(run: dict[str, Any], efficiency: float) -> Row:
-    """What is predicted of one run."""
+    """Return the predictions for one run."""
     config, paper = config_of(run, efficiency), run["paper_table5"]
     step, report = planned(config)
     memory = report.ranks[report.worst].memory
@@ -170,10 +177,12 @@ def main() -> None:
         calibrate(next(run for run in runs if (run["method"], run["vocab"]) == CALIBRATED)),
     )
     print(
-        f"of cluster=a100_80g_node: {shipped * PEAK / 1e12:.1f} TFLOP/s; a fit gives {fitted * PEAK / 1e12:.1f}\n"
+        f"of cluster=a100_80g_node: {shipped * PEAK / 1e12:.1f} TFLOP/s; "
+        f"a fit gives {fitted * PEAK / 1e12:.1f}\n"
     )
     print(
-        "| method | vocab | GiB measured | vp-plan | error | as theirs | error | MFU % measured | vp-plan | error |"
+        "| method | vocab | GiB measured | vp-plan | error | as theirs | error "
+        "| MFU % measured | vp-plan | error |"
     )
     print("|---" * 10 + "|")
     rows = []
@@ -181,9 +190,10 @@ def main() -> None:
         row = predicted(run, shipped)
         rows.append(row)
         print(
-            f"| {row.method} | {row.vocab:,} | {row.measured_gib:.2f} | {row.plan_gib:.2f} | {row.plan_error:+.1%} | "
-            f"{row.predicted_gib:.2f} | {row.memory_error:+.1%} | {row.measured_mfu_pct:.2f} | {row.predicted_mfu_pct:.2f} | "
-            f"{row.mfu_error:+.1%} |",
+            f"| {row.method} | {row.vocab:,} | {row.measured_gib:.2f} | {row.plan_gib:.2f} "
+            f"| {row.plan_error:+.1%} | {row.predicted_gib:.2f} | {row.memory_error:+.1%} "
+            f"| {row.measured_mfu_pct:.2f} | {row.predicted_mfu_pct:.2f} "
+            f"| {row.mfu_error:+.1%} |",
             flush=True,
         )
     for name, some in (
@@ -191,8 +201,9 @@ def main() -> None:
         ("all", rows),
     ):
         print(
-            f"{name}: largest error of memory {max(abs(r.plan_error) for r in some):.1%}, as theirs "
-            f"{max(abs(r.memory_error) for r in some):.1%}, of MFU {max(abs(r.mfu_error) for r in some):.1%}"
+            f"{name}: largest error of memory {max(abs(r.plan_error) for r in some):.1%}, "
+            f"as theirs {max(abs(r.memory_error) for r in some):.1%}, "
+            f"of MFU {max(abs(r.mfu_error) for r in some):.1%}"
         )
     if arguments.json:
         table = [

@@ -1,4 +1,4 @@
-"""What a result file must say about its origin."""
+"""The origin of a result file: command, hardware, versions and commit."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+# CPU features that decide the speed of matrix products.
 _UNITS = (
     "amx_bf16",
     "avx512_bf16",
     "avx512f",
     "avx2",
-)  # what the speed of matrix products hangs on
+)
 _PACKAGES = ("torch", "megatron-core", "numpy")
-_GPU_PACKAGES = ("triton", "deepspeed", "transformers")  # with a GPU also these
+_GPU_PACKAGES = ("triton", "deepspeed", "transformers")  # added on machines with a GPU
 
 
 def processor() -> str:
-    """Its name, and which of the widest units it has; empty where the system does not say."""
+    """Return the processor's name and its widest vector units, "" if the system does not say."""
     path = Path("/proc/cpuinfo")
     fields = (
         dict(line.partition(":")[::2] for line in path.read_text().splitlines())
@@ -37,7 +38,7 @@ def processor() -> str:
 def accelerator() -> dict[str, str]:
     """Return the card's name and memory, and the versions of driver, CUDA, cuDNN and NCCL.
 
-    Empty without a GPU.  It makes no CUDA context in this process where nvidia-smi answers.
+    Returns {} without a GPU.  If nvidia-smi works, this process gets no CUDA context.
     """
     import torch
 
@@ -59,7 +60,7 @@ def accelerator() -> dict[str, str]:
 
 
 def provenance() -> dict[str, Any]:
-    """Command, hardware, versions and commit of the running benchmark."""
+    """Return command, hardware, versions and commit of the running benchmark."""
     gpu = accelerator()
     packages = (*_PACKAGES, *_GPU_PACKAGES) if gpu else _PACKAGES
     return {
@@ -89,7 +90,7 @@ def _version(package: str) -> str:
 
 
 def _output(program: str, *arguments: str) -> str:
-    """What a program prints, empty where it is missing or fails."""
+    """Return what a program prints, "" if it is missing or fails."""
     if shutil.which(program) is None:
         return ""
     done = subprocess.run(

@@ -1,9 +1,10 @@
-"""Feed the simulator with the published pass times of arXiv 2411.05288 (8 x A100) and compare iteration times.
+"""Simulate the published pass times of arXiv 2411.05288 (8 x A100), and compare iteration times.
 
     python benchmarks/published.py [--json FILE]
 
-The measurements give T(i-1) + S(i) as one number per rank; it is split over S and T by their GEMMs.  For `baseline` and
-`redis` the vocabulary layers are inside F and B of the end stages.  No time of a barrier was published: they count as 0.
+The measurements give T(i-1) + S(i) as one number per rank.  It is divided between S and T by their
+number of GEMMs.  For `baseline` and `redis` the vocabulary layers are inside F and B of the first
+and last stage.  Times of barriers were not published and count as 0.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ METHODS = {
     "vocab-2": ("1f1b", "one_barrier"),
     "interlaced": ("interlaced", "two_barrier"),
 }
-S_SHARE = {"none": 2 / 3, "two_barrier": 1 / 3, "one_barrier": 2 / 3}  # of the three GEMMs
+# The fraction of the three GEMMs that S computes.  T computes the rest.
+S_SHARE = {"none": 2 / 3, "two_barrier": 1 / 3, "one_barrier": 2 / 3}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One published run, simulated."""
+    """The measured and simulated times of one published run."""
 
     method: str
     vocab: int
@@ -87,7 +89,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [simulated(row) for row in json.loads(DATA.read_text())["rows"]]
     print(
-        f"{'method':<10} {'vocab':>7} {'measured ms':>12} {'simulated ms':>13} {'error %':>8} {'bubble %':>9}"
+        f"{'method':<10} {'vocab':>7} {'measured ms':>12} {'simulated ms':>13} "
+        f"{'error %':>8} {'bubble %':>9}"
     )
     for row in rows:
         print(

@@ -1,13 +1,15 @@
-"""The real executor on real processes with real communication, every pass replaced by a sleep: measured against simulated.
+"""Compare simulated and measured steps of the real executor, with sleeps in place of passes.
 
-    python benchmarks/rehearsal.py [--ranks 8] [--microbatches 16] [--layer-ms 80] [--steps 3] [--json FILE]
+    python benchmarks/rehearsal.py [--ranks 8] [--microbatches 16] [--layer-ms 80] [--steps 3]
+        [--json FILE]
 
-What a step takes beyond its simulation is then waiting that the runtime adds.  The stages and vocabulary layers below have the
-interface of the real ones; they sleep as long as the cost model says and hand on tensors of the real shapes, which gloo moves.
-Hops and barriers are timed first, in the same processes and groups, and the simulator is told.
+Processes and communication are real.  If a step takes longer than simulated, the runtime adds
+waiting.  The stages and vocabulary layers below have the interfaces of the real ones.  They sleep
+for the time of the cost model and return tensors of the real shapes, which gloo moves.  Hops and
+barriers are timed first, in the same processes and groups.  The simulation uses these times.
 
-Costs as in `family.py`: a rank has two layers with F = I = W = `layer-ms` each (B = 2), the output layer costs `head` layers.
-T tokens, H hidden.
+Costs are as in `family.py`: a rank has two layers, each with F = I = W = `layer-ms` (B = 2), and
+the output layer costs as much as `head` layers.  T is the number of tokens, H the hidden size.
 """
 
 from __future__ import annotations
@@ -48,13 +50,14 @@ from vp_train.pipeline.recorder import HostTimer, Recorder
 from vp_train.planning.degrees import Degrees
 
 CASES = ("1f1b/none", "1f1b/two_barrier", "1f1b", "zb_h1", "zb_v", "v_half")
+# The fraction of the three matrix products that S computes.  T computes the rest.
 S_SHARE = {
     "none": 2 / 3,
     "naive": 1 / 3,
     "two_barrier": 1 / 3,
     "one_barrier": 2 / 3,
-}  # of the three products
-ROUNDS = 15  # of each communication that is timed
+}
+ROUNDS = 15  # repetitions of every communication that is timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """`1f1b/none`; a schedule alone has `one_barrier`."""
+        """Parse SCHEDULE/VOCAB, such as `1f1b/none`.  Without VOCAB it is `one_barrier`."""
         schedule, _, vocab = text.partition("/")
         case = cls(schedule, vocab or "one_barrier")
         if case.schedule not in GENERATORS or case.vocab not in VOCAB_ALGORITHMS:
@@ -79,7 +82,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What all cases share."""
+    """The settings that all cases share."""
 
     microbatches: int
     layer_seconds: float
@@ -123,7 +126,7 @@ class Setup:
         return CostModel(seconds, hop_seconds, barrier_seconds)
 
     def counts(self, problem: Problem) -> list[int]:
-        """Tokens that each shard of the input owns: equally many."""
+        """Return how many tokens every input shard owns: equally many."""
         num_shards = len(problem.shard_ranks(End.INPUT))
         return [
             (self.tokens * (i + 1)) // num_shards - self.tokens * i // num_shards
@@ -131,7 +134,7 @@ class Setup:
         ]
 
     def message(self, payload: Payload, problem: Problem, rank: int) -> Tensor:
-        """Return a tensor of the shape and dtype of what a rank says of `payload`."""
+        """Return a tensor with the shape and dtype of a rank's message for `payload`."""
         match payload:
             case Payload.EMBEDDINGS:
                 own = self.counts(problem)[problem.shard_ranks(End.INPUT).index(rank)]
@@ -151,19 +154,22 @@ class Setup:
                 return torch.ones(self.tokens, self.hidden, dtype=self.dtype)
 
 
-# What sleeps
+# Stages and vocabulary layers that sleep
 
 
 @dataclass(frozen=True, slots=True)
 class Sleeper:
-    """Makes a pass last as long as `cost` says; `overshoot` is by how much time.sleep is usually late."""
+    """A clock that makes a pass last as long as `cost` says.
+
+    `overshoot` is how much longer than asked time.sleep usually takes, in seconds.
+    """
 
     cost: CostModel
     overshoot: float
 
     @contextmanager
     def lasting(self, kind: Kind, stage: int) -> Iterator[None]:
-        """What is done inside counts: making a tensor is part of the pass."""
+        """Sleep until the pass has lasted long enough, including the work done inside."""
         end = time.perf_counter() + self.cost.seconds(Pass(stage, kind, 0))
         yield
         time.sleep(max(0.0, end - time.perf_counter() - self.overshoot))
@@ -183,7 +189,7 @@ class _Layers(torch.autograd.Function):
 
 @dataclass(slots=True)
 class SleepingStage:
-    """A pipeline stage: [s, b, H] -> [s, b, H].  It is its own store of weight gradients."""
+    """A pipeline stage [s, b, H] -> [s, b, H], which is also its own store of weight gradients."""
 
     stage: int
     backward_kind: Kind
@@ -224,6 +230,8 @@ class SleepingStage:
 
 @dataclass(frozen=True, slots=True)
 class SleepingInput:
+    """An input layer whose passes E and G sleep."""
+
     rank: int
     problem: Problem
     setup: Setup
@@ -252,11 +260,13 @@ class SleepingInput:
 
 @dataclass(frozen=True, slots=True)
 class SleepingOutput:
+    """An output layer whose passes S and T sleep."""
+
     rank: int
     problem: Problem
     setup: Setup
     sleeper: Sleeper
-    received: dict[int, Tensor] = field(default_factory=dict)  # the latest, by microbatch
+    received: dict[int, Tensor] = field(default_factory=dict)  # latest message, by microbatch
 
     @property
     def held_bytes(self) -> int:
@@ -288,7 +298,7 @@ class SleepingOutput:
 
 
 def sleeping_modules(problem: Problem, rank: int, setup: Setup, sleeper: Sleeper) -> RankModules:
-    """What `assembly.build_rank` makes of layers, made of sleeps."""
+    """Return the modules of a rank as `assembly.build_rank` does, but with sleeping layers."""
     stages = {
         stage: SleepingStage(stage, problem.backward, sleeper)
         for stage in problem.layout.stages_of(rank)
@@ -306,14 +316,15 @@ def sleeping_modules(problem: Problem, rank: int, setup: Setup, sleeper: Sleeper
     return RankModules(stages, inputs, outputs, setup.dtype, torch.device("cpu"), setup.hidden)  # type: ignore[arg-type]
 
 
-# What is measured
+# Measurements
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One case.  `seconds_of_steps` are all measured steps, of which `measured_seconds` is the median.
+    """The result of one case.  `measured_seconds` is the median of `seconds_of_steps`.
 
-    `passes_longer_pct`: by how much the sleeps of the median step overran.  `cpu_pct`: of all cores, used by the ranks.
+    `passes_longer_pct` is how much longer than asked the passes of the median step took.  `cpu_pct`
+    is the share of all cores that the ranks used.
     """
 
     schedule: str
@@ -330,9 +341,11 @@ class Row:
     barrier_seconds: dict[str, float]
 
     def cells(self) -> str:
+        """Return the row of the printed table."""
         return (
-            f"| `{self.schedule}` | `{self.vocab}` | {self.simulated_seconds:.3f} | {self.measured_seconds:.3f} "
-            f"| {self.error_pct:+.1f} % | {self.simulated_bubble_pct:.1f} % | {self.measured_bubble_pct:.1f} % |"
+            f"| `{self.schedule}` | `{self.vocab}` | {self.simulated_seconds:.3f} "
+            f"| {self.measured_seconds:.3f} | {self.error_pct:+.1f} % "
+            f"| {self.simulated_bubble_pct:.1f} % | {self.measured_bubble_pct:.1f} % |"
         )
 
 
@@ -344,7 +357,10 @@ HEADER = (
 
 
 def common_start() -> float:
-    """A moment soon after now that all ranks wait for; perf_counter is the same clock in all processes of a machine."""
+    """Wait until a common start of all ranks, and return its time.
+
+    time.perf_counter is the same clock in all processes of a machine.
+    """
     dist.barrier()
     moment = torch.tensor([time.perf_counter() + 0.02], dtype=torch.float64)
     dist.broadcast(moment, 0)
@@ -353,17 +369,19 @@ def common_start() -> float:
 
 
 def over_ranks(value: float, how: Any) -> float:
+    """All-reduce a number over the ranks with reduction `how`."""
     total = torch.tensor([value], dtype=torch.float64)
     dist.all_reduce(total, how)
     return float(total)
 
 
 def latest(value: float) -> float:
+    """Return the largest value of all ranks."""
     return over_ranks(value, dist.ReduceOp.MAX)
 
 
 def sleep_overshoot() -> float:
-    """By how much time.sleep is late, the median of this rank."""
+    """Return how much longer than asked time.sleep takes on this rank: the median, in seconds."""
     late = []
     for _ in range(20):
         before = time.perf_counter()
@@ -373,7 +391,10 @@ def sleep_overshoot() -> float:
 
 
 def time_hop(rank: int, comms: Comms, setup: Setup) -> float:
-    """Half a round trip of [T, H] between the first two ranks; the median on all ranks."""
+    """Return the median time of a hop: half a round trip of [T, H] between ranks 0 and 1.
+
+    All ranks return the same seconds.
+    """
     seconds = []
     for _ in range(ROUNDS):
         start = common_start()
@@ -394,7 +415,10 @@ def time_hop(rank: int, comms: Comms, setup: Setup) -> float:
 def time_barrier(
     rank: int, barrier: Barrier, problem: Problem, comms: Comms, setup: Setup
 ) -> float:
-    """From a common start until the last receiver has it; the median on all ranks."""
+    """Return the median time from a common start until the last receiver has its message.
+
+    All ranks return the same seconds.
+    """
     node = Collective(barrier.name, 0)
     receives = rank in problem.receivers(node)
     member = rank in problem.shard_ranks(barrier.end)
@@ -422,7 +446,7 @@ def unwatched(pending: Pending) -> Pending:
 def time_comms(
     rank: int, problem: Problem, comms: Comms, setup: Setup
 ) -> tuple[float, dict[str, float]]:
-    """Seconds of a hop, and of every barrier."""
+    """Return the seconds of a hop, and of every barrier by name."""
     barriers = {
         barrier.name: time_barrier(rank, barrier, problem, comms, setup)
         for barrier in problem.algorithm.barriers
@@ -432,7 +456,7 @@ def time_comms(
 
 
 def decide(rank: int, case: Case, problem: Problem, cost: CostModel) -> tuple[Program, Timeline]:
-    """Return the program and the prediction, made on rank 0, for the cores are few."""
+    """Return the program and the prediction.  Only rank 0 makes them, to save CPU time."""
     decided: list[Any] = [None]
     if rank == 0:
         schedule = generate(case.schedule, problem, cost)
@@ -446,14 +470,14 @@ def decide(rank: int, case: Case, problem: Problem, cost: CostModel) -> tuple[Pr
 
 
 class PassRecorder(Recorder):
-    """Times the passes only: threads that time communication would use the few cores."""
+    """A recorder of passes only.  Threads that time communication would need CPU time."""
 
     def watch(self, name: str, pending: Pending) -> Pending:
         return pending
 
 
 def rehearse_one(rank: int, num_ranks: int, case: Case, setup: Setup) -> Row:
-    """One case; every rank returns the same row."""
+    """Measure one case.  Every rank returns the same row."""
     problem = setup.problem(case, num_ranks)
     groups = build_mesh(Degrees(1, num_ranks, 1), problem).pipeline
     comms = Comms(ProcessGroups(groups, torch.device("cpu")))
@@ -463,7 +487,7 @@ def rehearse_one(rank: int, num_ranks: int, case: Case, setup: Setup) -> Row:
     modules = sleeping_modules(problem, rank, setup, Sleeper(cost, sleep_overshoot()))
     executor = Executor(program, rank, modules, comms)
     batch = torch.zeros(setup.microbatches, 1, setup.tokens, dtype=torch.int64)
-    steps: list[tuple[float, float]] = []  # seconds of the step, mean seconds in passes per rank
+    steps: list[tuple[float, float]] = []  # (seconds, mean seconds that a rank spends in passes)
     cpu, wall = 0.0, 0.0
     for step in range(1 + setup.steps):
         timer = HostTimer()
@@ -504,7 +528,10 @@ def rehearse(
     setup: Setup,
     report: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """All cases on the default process group; rank 0 reports each as soon as it is measured."""
+    """Measure all cases on the default process group.
+
+    Rank 0 reports every row as soon as it is measured.
+    """
     rows = []
     for case in cases:
         rows.append(rehearse_one(rank, num_ranks, case, setup))
@@ -532,9 +559,10 @@ def _serve(
 def run(
     num_ranks: int, work: Callable[[int, Report], object], header: str, timeout: float
 ) -> list[Any]:
-    """Start the ranks and print the table of what `work(rank, report)` reports, as it grows.
+    """Run `work(rank, report)` on every rank, and print the reported rows as they come.
 
-    A rank that fails ends the run with its traceback.
+    Returns the rows.  A rank that fails ends the run with its traceback.  Raises SystemExit after
+    `timeout` seconds.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -561,7 +589,7 @@ def run(
 def rehearse_rank(
     num_ranks: int, cases: list[Case], setup: Setup, rank: int, report: Report
 ) -> None:
-    """Rehearse all cases as `rank`."""
+    """Measure all cases as `rank`."""
     rehearse(rank, num_ranks, cases, setup, report)
 
 
@@ -584,7 +612,7 @@ def main() -> None:
         "--layer-ms",
         type=float,
         default=80.0,
-        help="F of one layer; long, because the cores also communicate",
+        help="F of one layer; long, because communication also needs the cores",
     )
     parser.add_argument(
         "--head", type=float, default=2.4, help="cost of the output layer in transformer layers"
@@ -594,7 +622,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
-        "--steps", type=int, default=3, help="measured steps of each case, after one to warm up"
+        "--steps", type=int, default=3, help="measured steps per case, after one warm-up step"
     )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for the whole run")
     parser.add_argument("--json", type=Path, help="write everything measured as JSON")

@@ -1,11 +1,11 @@
-"""How much of the sum of gradients over the replicas hides behind the passes.
+"""Measure how much of the gradient all-reduce over replicas overlaps with the passes.
 
     python benchmarks/replicas.py [--ranks 4] [--replicas 2] [--layers 8] [--mib 4] [--json FILE]
 
-The real executor, buckets and optimizers on real processes over gloo, with passes that sleep as in
-`rehearsal.py`.  A stage has `layers` layers with `mib` MiB of gradients each.  Steps of three kinds
-take turns: none sums, late sums everything after the last pass, early sums each layer as soon as its
-last backward is done.  Hidden is (late - early) / (late - none).
+Executor, buckets, optimizers, processes and gloo are real.  Passes sleep as in `rehearsal.py`.  A
+stage has `layers` layers, and a layer has `mib` MiB of gradients.  Steps of three kinds take turns:
+`none` has no all-reduce, `late` reduces everything after the last pass, and `early` reduces a layer
+as soon as its last backward is done.  The hidden share is (late - early) / (late - none).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ OPTIMIZERS = {"adamw": ReplicatedAdamW, "zero1": ZeroAdamW}
 
 @dataclass(slots=True)
 class LayeredStage(SleepingStage):
-    """A sleeping stage that says when each of its `units` is complete, the last layer first."""
+    """A sleeping stage that reports when the gradients of its `units` (layers) are complete."""
 
     units: tuple[tuple[str, ...], ...] = ()
     done: Callable[[Sequence[str]], None] | None = None
@@ -79,6 +79,7 @@ class LayeredStage(SleepingStage):
             self._by_layers(Kind.W)
 
     def _by_layers(self, kind: Kind) -> None:
+        """Sleep for the pass, and report the layers at equal intervals."""
         start = time.perf_counter()
         seconds = self.sleeper.cost.seconds(Pass(self.stage, kind, 0))
         for number, names in enumerate(self.units, start=1):
@@ -89,8 +90,8 @@ class LayeredStage(SleepingStage):
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """Hands completed layers to the optimizer, each once a step."""
+class EarlyReduction:
+    """Weight updates that pass completed layers to the optimizer, once per step."""
 
     optimizer: Optimizer
     seen: set[str] = field(default_factory=set)
@@ -109,7 +110,7 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One schedule with one optimizer: medians of the steps of each kind, in seconds."""
+    """The result for a schedule and an optimizer: median seconds of every kind of step."""
 
     schedule: str
     vocab: str
@@ -119,10 +120,11 @@ class Row:
     seconds_of_steps: dict[str, list[float]]
 
     def cells(self) -> str:
+        """Return the row of the printed table."""
         none, late, early = (self.seconds[mode] for mode in MODES)
         return (
-            f"| `{self.schedule}` | `{self.vocab}` | `{self.optimizer}` | {none:.3f} | {late:.3f} | {early:.3f} "
-            f"| {self.hidden_pct:.0f} % |"
+            f"| `{self.schedule}` | `{self.vocab}` | `{self.optimizer}` "
+            f"| {none:.3f} | {late:.3f} | {early:.3f} | {self.hidden_pct:.0f} % |"
         )
 
 
@@ -140,7 +142,7 @@ def measure(
     layers: int,
     mib: float,
 ) -> Row:
-    """Measure one case; every rank returns the same row."""
+    """Measure one case.  Every rank returns the same row."""
     _, here, _ = degrees.place(rank)
     problem = setup.problem(case, degrees.pp)
     mesh = build_mesh(degrees, problem)
@@ -170,7 +172,7 @@ def measure(
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     for step in range(1 + setup.steps):
         for mode in MODES:
-            updates: WeightUpdates = Told(optimizer) if mode == "early" else NO_UPDATES
+            updates: WeightUpdates = EarlyReduction(optimizer) if mode == "early" else NO_UPDATES
             modules = RankModules(
                 stages,
                 plain.input_layer,
@@ -195,12 +197,12 @@ def measure(
 
 
 def measure_rank(
-    degrees: Degrees, setup: Setup, told: Any, rank: int, report: Callable[[Row], None]
+    degrees: Degrees, setup: Setup, arguments: Any, rank: int, report: Callable[[Row], None]
 ) -> None:
     """Measure all cases as `rank`."""
-    for case in told.schedules:
-        for name in told.optimizers:
-            row = measure(rank, degrees, case, name, setup, told.layers, told.mib)
+    for case in arguments.schedules:
+        for name in arguments.optimizers:
+            row = measure(rank, degrees, case, name, setup, arguments.layers, arguments.mib)
             if rank == 0:
                 report(row)
 
@@ -218,36 +220,45 @@ def main() -> None:
     parser.add_argument(
         "--optimizers", nargs="+", choices=sorted(OPTIMIZERS), default=sorted(OPTIMIZERS)
     )
-    parser.add_argument("--ranks", type=int, default=4, help="of each pipeline")
+    parser.add_argument("--ranks", type=int, default=4, help="ranks per pipeline")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=8, help="of each stage")
-    parser.add_argument("--mib", type=float, default=4.0, help="fp32 gradients of each layer")
+    parser.add_argument("--layers", type=int, default=8, help="layers per stage")
+    parser.add_argument("--mib", type=float, default=4.0, help="MiB of fp32 gradients per layer")
     parser.add_argument(
         "--layer-ms", type=float, default=60.0, help="half of a rank's forward of one microbatch"
     )
     parser.add_argument(
-        "--steps", type=int, default=5, help="measured steps of each kind, after one to warm up"
+        "--steps", type=int, default=5, help="measured steps per kind, after one warm-up step"
     )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for the whole run")
     parser.add_argument("--json", type=Path, help="write everything measured as JSON")
-    told = parser.parse_args()
-    if told.replicas < 2:
+    arguments = parser.parse_args()
+    if arguments.replicas < 2:
         parser.error(
-            f"--replicas {told.replicas}: with one replica there is nothing to sum; give 2 or more"
+            f"--replicas {arguments.replicas}: with one replica there is nothing to sum; "
+            "give 2 or more"
         )
     setup = Setup(
-        told.microbatches, told.layer_ms / 1e3, 2.4, 4e-3, 64, 64, torch.float32, told.steps
+        arguments.microbatches,
+        arguments.layer_ms / 1e3,
+        head_in_layers=2.4,
+        embedding_seconds=4e-3,
+        tokens=64,
+        hidden=64,
+        dtype=torch.float32,
+        steps=arguments.steps,
     )
-    degrees = Degrees(told.replicas, told.ranks, 1)
-    rows = run(degrees.num_ranks, partial(measure_rank, degrees, setup, told), HEADER, told.timeout)
-    if told.json:
+    degrees = Degrees(arguments.replicas, arguments.ranks, 1)
+    work = partial(measure_rank, degrees, setup, arguments)
+    rows = run(degrees.num_ranks, work, HEADER, arguments.timeout)
+    if arguments.json:
         described = {
-            name: getattr(told, name)
+            name: getattr(arguments, name)
             for name in ("ranks", "replicas", "microbatches", "layers", "mib", "layer_ms")
         }
         result = provenance() | {"setup": described, "rows": [asdict(row) for row in rows]}
-        told.json.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

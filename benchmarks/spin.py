@@ -1,4 +1,4 @@
-"""A kernel that occupies thread blocks and does nothing, as NCCL's do that wait for a peer."""
+"""A kernel that occupies thread blocks without work, like an NCCL kernel that waits for a peer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_WARPS = 16  # those of a block of NCCL
+_WARPS = 16  # warps per thread block, as in NCCL's kernels
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _now():
 
 @triton.jit
 def _spin(spent, nanoseconds):
-    """One program per block; `spent` gets how long each has spun."""
+    """Spin in one program per thread block.  `spent` gets the nanoseconds of every block."""
     start = _now()
     passed = start - start
     while passed < nanoseconds:
@@ -33,7 +33,10 @@ def _spin(spent, nanoseconds):
 
 
 def spin(num_blocks: int, seconds: float) -> Tensor:
-    """Occupy `num_blocks` thread blocks on the current stream; return the nanoseconds of each."""
+    """Occupy `num_blocks` thread blocks on the current stream for `seconds`.
+
+    Returns the nanoseconds of every block, int64 [num_blocks].
+    """
     spent = torch.zeros(num_blocks, dtype=torch.int64, device="cuda")
     _spin[(num_blocks,)](spent, int(seconds * 1e9), num_warps=_WARPS)
     return spent

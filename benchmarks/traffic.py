@@ -1,16 +1,17 @@
-"""Bytes that each optimizer sends over the replicas in a step, per parameter.
+"""Count the bytes per parameter that an optimizer sends between replicas in a step.
 
     python benchmarks/traffic.py --json benchmarks/results/traffic_cpu.json
 
 Every collective of torch.distributed is counted in the process that calls it, with the bytes that a
-rank of a ring of dp ranks sends: 2 (dp - 1) / dp of what is summed for all, (dp - 1) / dp of what is
-scattered or gathered.  `limit` is what that comes to with many replicas.  gloo may move more.
+rank of a ring of dp ranks sends.  An all-reduce sends 2 (dp - 1) / dp of its bytes.  A
+reduce-scatter or all-gather sends (dp - 1) / dp of them.  `limit` is the value for dp -> infinity.
+gloo may send more.
 
-Could DeepSpeed have stayed for ZeRO-1 in device memory?  It sums whole gradients, so in bfloat16 it
-moves 8 + 2 bytes per parameter, one bucket after the other: the next pass waits.  The rows `zero1,
-offload` are measured with it.  ZeRO-1 without offload, as it was at commit 5ea462e, measured the
-same 10.0.  Our own buckets move 4 + 2 bytes beside the passes, so DeepSpeed stays for
-`optim.offload=true` alone.
+The results are the reason why DeepSpeed is used only with `optim.offload=true`.  It all-reduces
+whole gradients, so in bfloat16 it sends 8 + 2 bytes per parameter, one bucket after another, while
+the next pass waits.  The rows `zero1, offload` are measured with DeepSpeed.  ZeRO-1 without
+offload, which still used DeepSpeed at commit 5ea462e, had the same 10.0 bytes.  Our own buckets
+send 4 + 2 bytes, and overlap with the passes.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ OPTIMIZERS = {
     "zero1": ["optim.name=zero1"],
     "zero1, offload": ["optim.name=zero1", "optim.offload=true"],
 }
-# Of each collective: the argument whose bytes count, and how often a ring sends them, but for the factor (n - 1) / n.
+# For every collective: the index of the argument whose bytes count, and how often a ring of n ranks
+# sends them, without the factor (n - 1) / n.
 COUNTED = {
     "all_reduce": (0, 2),
     "reduce": (0, 1),
@@ -65,7 +67,7 @@ UNKNOWN = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a rank sends in a step; `sent` and `limit` are bytes per parameter."""
+    """The traffic of a rank in a step.  `sent` and `limit` are bytes per parameter."""
 
     optimizer: str
     dp: int
@@ -76,14 +78,17 @@ class Row:
 
 
 class Traffic:
-    """Counts the collectives of one process from its making on."""
+    """A counter of the collectives of this process, from its construction on.
+
+    It replaces the functions of torch.distributed.
+    """
 
     def __init__(self) -> None:
         self.limit = 0
         self.calls: dict[str, int] = {}
         self._inside = False
         for name, (position, times) in COUNTED.items():
-            if hasattr(dist, name):  # some are of newer versions of torch only
+            if hasattr(dist, name):  # some exist only in newer versions of torch
                 setattr(dist, name, self._counting(name, getattr(dist, name), position, times))
         for name in UNKNOWN:
             setattr(dist, name, self._refusing(name, getattr(dist, name)))
@@ -92,7 +97,7 @@ class Traffic:
         self, name: str, collective: Callable[..., Any], position: int, times: int
     ) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            if self._inside:  # one that another is made of
+            if self._inside:  # called by another collective, which is counted already
                 return collective(*arguments, **options)
             keyword = {0: ("tensor", "output_tensor"), 1: ("input", "input_tensor")}[position]
             found = [options[key] for key in keyword if key in options]
@@ -118,7 +123,10 @@ class Traffic:
 def measure(
     rank: int, num_ranks: int, port: int, optimizer: str, config: RunConfig, path: str
 ) -> None:
-    """A process: count the second of two steps of an optimizer, without passes; the first rank writes the row."""
+    """Count the collectives of the second of two optimizer steps, without passes.
+
+    This is the main function of a process.  Rank 0 writes the row to the file `path`.
+    """
     torch.set_num_threads(1)
     store = dist.TCPStore(
         "127.0.0.1", port, num_ranks, is_master=rank == 0, timeout=timedelta(seconds=120)
@@ -126,7 +134,7 @@ def measure(
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
     plan = make_plan(config, num_ranks)
     mesh = build_mesh(plan.degrees, plan.problem)
-    traffic = Traffic()  # before DeepSpeed takes the collectives that it will call
+    traffic = Traffic()  # before DeepSpeed stores references to the collectives
     model = build_rank(config, plan, mesh)
     for _ in range(2):
         traffic.limit, traffic.calls = 0, {}
@@ -147,7 +155,7 @@ def measure(
 
 
 def measured(optimizer: str, dp: int) -> Row:
-    """Start `dp` replicas and count."""
+    """Start `dp` replicas, and return the counted row."""
     config = load_config([*COMMON, *OPTIMIZERS[optimizer]])
     config = replace(config, parallel=replace(config.parallel, dp=dp))
     with socket.socket() as probe:

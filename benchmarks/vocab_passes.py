@@ -1,13 +1,16 @@
-"""Time, memory and accuracy of the vocabulary passes of one shard: S and T against their floor, E and G, and peers.
+"""Measure time, memory and accuracy of the vocabulary passes of one shard: S, T, E, G, and peers.
 
-    OMP_NUM_THREADS=1 python benchmarks/vocab_passes.py [--device cuda] [--peers] [--json FILE] [--plot FILE]
-        [--tokens T ...] [--hidden H ...] [--vocab V ...] [--ranks P ...] [--dtypes ...] [--backends ...] [--algorithms ...]
+    OMP_NUM_THREADS=1 python benchmarks/vocab_passes.py [--device cuda] [--peers] [--json FILE]
+        [--plot FILE] [--tokens T ...] [--hidden H ...] [--vocab V ...] [--ranks P ...]
+        [--dtypes ...] [--backends ...] [--algorithms ...]
         [--label-smoothing A] [--z-loss L] [--softcap C]
 
-The floor of S and T: three matrix products of their sizes, into memory that is there.  Everything of a case is timed in turns,
-in one process; a ratio is the median over rounds, `s_milliseconds` and `t_milliseconds` are the passes alone.  A shard has
-V / P rows, rounded up.  `extra_mib`: peak memory beyond weight, gradient and inputs.  Errors are relative to float64, by the
-largest value.  Peers compute a layer of V / P rows by autograd.
+The floor of S and T is three matrix products of their sizes into existing memory.  Everything of a
+case is timed in turns in one process.  `ratio` is the median over rounds of time / floor.
+`s_milliseconds` and `t_milliseconds` are the passes without the rest.  A shard has V / P rows,
+rounded up.  `extra_mib` is the peak memory in addition to weight, gradient and inputs.  Errors are
+the largest difference from float64, relative to the largest value.  Peers compute a layer of V / P
+rows by autograd.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from vp_train.vocab.reference import cross_entropy
 from vp_train.vocab.shard import Shard
 
 ROUNDS, SLOW_SECONDS = 7, 5.0
-ACCURATE_ELEMENTS = 1 << 25  # float64 needs T x R of them several times
+ACCURATE_ELEMENTS = 1 << 25  # largest T x R for which errors are measured, in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Case:
     rows: int
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [T, H], weight [R, H], targets [T] and dL/dloss [T]."""
+        """Return x [T, H], weight [R, H], targets [T] and dL/dloss [T]."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(self.tokens, self.hidden, generator=generator)
         weight = torch.randn(self.rows, self.hidden, generator=generator) * self.hidden**-0.5
@@ -70,7 +73,10 @@ class Case:
 
 
 class Ours:
-    """S and T as the trainer calls them, on a vocabulary of one shard: every barrier delivers the rank's own message."""
+    """S and T as the trainer calls them, with a single shard.
+
+    Every barrier delivers the rank's own message.
+    """
 
     def __init__(self, case: Case, backend: str, algorithm: str, options: LossOptions) -> None:
         name, _, fraction = backend.partition(":")
@@ -79,7 +85,7 @@ class Ours:
             barrier for barrier in barriers if barrier.end is End.OUTPUT and barrier.name != "C0"
         ]
         self.x, self.weight, targets, scale = case.inputs()
-        self.targets, self.scale = targets[None].cpu(), scale[None].cpu()  # where a run has them
+        self.targets, self.scale = targets[None].cpu(), scale[None].cpu()  # on the CPU as in a run
         self.grad = torch.zeros_like(self.weight, dtype=statistics_dtype(case.dtype))
         self.layer = OutputLayer(
             self.weight,
@@ -92,12 +98,11 @@ class Ours:
             float(fraction or 1),
         )
         self.device, self.held_bytes = case.device, 0
-        self.apart: dict[str, list[float]] | None = (
-            None  # seconds of the passes, when they are measured
-        )
+        # Seconds of every S and T on their own.  None: they are not measured.
+        self.apart: dict[str, list[float]] | None = None
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        """Token losses and dx."""
+        """Return the token losses [T] and dx [T, H]."""
         step = self.layer.begin(self.targets, self.scale)
         self._pass("s", lambda: step.s(0, self.x))
         self.held_bytes = step.held_bytes
@@ -122,7 +127,7 @@ class Ours:
 
 
 class Floor:
-    """Z = x W^T, E W and E^T x."""
+    """The three matrix products of S and T: Z = x W^T, E W and E^T x."""
 
     def __init__(self, case: Case) -> None:
         self.x, self.weight, _, _ = case.inputs()
@@ -136,7 +141,7 @@ class Floor:
 
 
 class Lookups:
-    """E and G of a shard among P."""
+    """E and G of one of P shards."""
 
     def __init__(self, case: Case, ranks: int) -> None:
         _, self.weight, _, _ = case.inputs()
@@ -156,11 +161,11 @@ class Lookups:
         self.step.g(0, self.dy)
 
 
-# Measuring
+# Measurements
 
 
 def timed(work: Callable[[], object], device: str) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     synchronise(device)
     start = time.perf_counter()
     work()
@@ -174,7 +179,10 @@ def synchronise(device: str) -> None:
 
 
 def in_turns(works: dict[str, Callable[[], object]], device: str) -> dict[str, list[float]]:
-    """Seconds of every piece of work, by rounds; two calls before do not count.  What is slow takes part in the first only."""
+    """Return the seconds of every piece of work per round, after two warm-up calls.
+
+    Slow work takes part in the first round only.
+    """
     slow = {
         name
         for name, work in works.items()
@@ -192,10 +200,10 @@ def in_turns(works: dict[str, Callable[[], object]], device: str) -> dict[str, l
 
 @contextmanager
 def peak_memory(device: str) -> Iterator[list[float]]:
-    """Appends by how many MiB the memory in use grew at its peak."""
+    """Yield a list, and append to it by how many MiB the peak memory grew inside."""
     grown: list[float] = []
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the C library kept for itself would hide growth
+    ctypes.CDLL(None).malloc_trim(0)  # free memory cached by the C library would hide growth
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -217,7 +225,10 @@ def resident_kib(name: str) -> int:
 def errors(
     case: Case, losses: Tensor, dx: Tensor, grad: Tensor, truth: tuple[Tensor, Tensor, Tensor]
 ) -> dict[str, float]:
-    """Largest errors, relative to the largest value; of the mean loss where a peer gives no other."""
+    """Return the largest errors of loss, dx and dw, relative to the largest value.
+
+    If a peer returns only the mean loss, its error is that of the mean.
+    """
     loss = truth[0] if losses.shape == truth[0].shape else truth[0].mean(0, keepdim=True)
     pairs = zip(("loss", "dx", "dw"), (losses, dx, grad), (loss, *truth[1:]), strict=True)
     return {
@@ -235,7 +246,7 @@ def measure(
     *,
     peers: bool,
 ) -> Iterator[dict[str, Any]]:
-    """A row for every backend with every algorithm, for E and G, and for the peers."""
+    """Yield a row for every backend with every algorithm, for E and G, and for the peers."""
     ours = {
         f"{backend}/{algorithm}": (backend, algorithm, options)
         for backend in backends
@@ -250,8 +261,8 @@ def measure(
     for name, make in PEERS.items() if peers else ():
         try:
             works[name] = make(*case.inputs())
-            works[name]()  # it may fail only here
-        except Exception as error:  # whatever a peer lacks here is a result too
+            works[name]()  # some peers fail only when they are called
+        except Exception as error:  # a peer that does not work here is a result too
             works.pop(name, None)
             missing[name] = (
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -276,16 +287,16 @@ def measure(
         row = shape | {"what": name, "milliseconds": 1e3 * statistics.median(times)}
         if name not in ("E", "G"):
             row["ratio"] = statistics.median(
-                mine / base for mine, base in zip(times, seconds["floor"], strict=False)
+                own / floor for own, floor in zip(times, seconds["floor"], strict=False)
             )
             row["tflops"] = flops / statistics.median(times) / 1e12
         if isinstance(works[name], Ours):
-            apart = works[name].apart = {}
+            pass_seconds = works[name].apart = {}
             for _ in range(3):
                 works[name]()
             row |= {
-                f"{part}_milliseconds": 1e3 * statistics.median(each)
-                for part, each in apart.items()
+                f"{kind}_milliseconds": 1e3 * statistics.median(values)
+                for kind, values in pass_seconds.items()
             }
         if name not in ("E", "G", "floor"):
             del works[name]
@@ -303,7 +314,7 @@ def measure(
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Ratio to the floor and extra memory of everything measured."""
+    """Draw the ratio to the floor and the extra memory of every row."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if "ratio" in row and row["what"] != "floor"]
@@ -347,7 +358,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def backend(text: str) -> str:
-    """A backend's name, `recompute` with a fraction after a colon if need be."""
+    """Check the name of a backend.  `recompute` may have a fraction after a colon."""
     name, colon, fraction = text.partition(":")
     try:
         known = name in BACKENDS and (
@@ -357,13 +368,13 @@ def backend(text: str) -> str:
         known = False
     if not known:
         raise argparse.ArgumentTypeError(
-            f"{text!r}; choose of {', '.join(BACKENDS)} and recompute:FRACTION, 0 to 1"
+            f"{text!r}; choose from {', '.join(BACKENDS)} and recompute:FRACTION, 0 to 1"
         )
     return text
 
 
 def new_file(text: str) -> Path:
-    """A path whose directory is there: nothing is measured for an hour that cannot be written."""
+    """Check before measuring for an hour that the directory of an output file exists."""
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text}; {path.parent} is not a directory")
@@ -371,6 +382,7 @@ def new_file(text: str) -> Path:
 
 
 def count(text: str) -> int:
+    """Parse a whole number of at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}; give at least 1")
     return int(text)
@@ -382,11 +394,11 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--tokens", type=count, nargs="+", default=[512], help="T, of a microbatch (512)"
+        "--tokens", type=count, nargs="+", default=[512], help="T, tokens of a microbatch (512)"
     )
     parser.add_argument("--hidden", type=count, nargs="+", default=[512], help="H (512)")
     parser.add_argument(
-        "--vocab", type=count, nargs="+", default=[262_144], help="V, of all shards (262144)"
+        "--vocab", type=count, nargs="+", default=[262_144], help="V, rows of all shards (262144)"
     )
     parser.add_argument(
         "--ranks", type=count, nargs="+", default=[4], help="P, shards that V is split into (4)"
@@ -405,7 +417,7 @@ def main() -> None:
     parser.add_argument("--z-loss", type=float, default=0.0)
     parser.add_argument("--softcap", type=float)
     parser.add_argument(
-        "--peers", action="store_true", help="other implementations too, those that are installed"
+        "--peers", action="store_true", help="also measure other implementations, if installed"
     )
     parser.add_argument("--json", type=new_file, help="write the rows as JSON")
     parser.add_argument("--plot", type=new_file, help="draw the rows")

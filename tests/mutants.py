@@ -1,10 +1,12 @@
-"""Mutants: do the tests of a package fail when its code is wrong?
+"""Mutation testing: do the tests of a package fail when its code is wrong?
 
     python -m tests.mutants --packages schedules,data --count 20 --seed 1 --json mutants.json
 
-Each mutant is one small change of one file: a comparison shifted, a constant off by one, an operator swapped, a `not` or a
-statement dropped.  It is made in a scratch copy of the tree, where only the tests of its package run.  A mutant that they pass
-has survived: a law is missing, or the change means the same (then `mutants_equivalent.txt` says why, and it does not count).
+A mutant is one small change of one file: a comparison shifted, a constant off by one, an operator
+swapped, a `not` or a statement dropped.  It is made in a scratch copy of the tree, where only the
+tests of its package run.  If they pass, the mutant has survived.  Then either a test is missing, or
+the change has no effect.  `mutants_equivalent.txt` lists mutants without effect, with the reason;
+they do not count.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ COPIED = (
     "Makefile",
 )
 
-# The sources of a package, and the tests that are to notice: those of the first row with a path that a file begins with.
-# The last row of a package has all of its files.
+# Every package has rows of path prefixes and the tests that should fail for mutants of such paths.
+# The first row whose prefix matches counts.  The last row of a package matches all of its files.
 _SCHEDULES = ("tests/schedules", "--ignore=tests/schedules/test_auto.py")
 _WORDS = tuple(
     f"schedules/{name}.py"
@@ -94,13 +96,14 @@ _OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.Pow: ast.Mult,
 }
 _CALLS = {"min": "max", "max": "min", "any": "all", "all": "any"}
-_SILENT = ("warnings", "print")  # words for people
-SPARE_SECONDS = 30.0  # that a mutant has, besides a multiple of what its tests need without it
+_SILENT = ("warnings", "print")  # calls that only write text for people
+# Extra time for a mutant, on top of a multiple of the time that its tests take without it.
+SPARE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A change of `path`: characters [start, stop) of its text become `after`."""
+    """A change of the file `path`: characters [start, stop) of its text become `after`."""
 
     package: str
     path: str
@@ -109,9 +112,10 @@ class Mutant:
     stop: int
     before: str
     after: str
-    code: str  # the line that it begins in
+    code: str  # the line of code that the change begins in
 
     def applied(self, text: str) -> str:
+        """Return the text of the file with the change."""
         return text[: self.start] + self.after + text[self.stop :]
 
     def __str__(self) -> str:
@@ -119,12 +123,14 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """The change and where it is, without the number of its line, which moves."""
+        """An identifier of the change that does not depend on line numbers."""
         return f"{self.path}  {self.code}  |  {_one_line(self.before)}  ->  {_one_line(self.after)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
+    """The result of running the tests of a mutant."""
+
     mutant: Mutant
     status: str  # KILLED, TIMEOUT or SURVIVED
     equivalent: bool
@@ -136,7 +142,10 @@ def _one_line(text: str) -> str:
 
 
 def mutants_of(package: str, path: str, text: str) -> Iterator[Mutant]:
-    """Every mutant of a file.  Annotations, decorators, assertions, and words for people stay as they are."""
+    """Yield every mutant of a file.
+
+    Annotations, decorators, assertions and texts for people are not changed.
+    """
     starts, lines = [0], text.splitlines(keepends=True)
     for line in lines:
         starts.append(starts[-1] + len(line.encode()))
@@ -161,7 +170,7 @@ def mutants_of(package: str, path: str, text: str) -> Iterator[Mutant]:
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[ast.expr | ast.stmt, ast.AST]]:
-    """Each node below `node` that can be changed, with what it becomes."""
+    """Yield every node below `node` that can be changed, with its replacement."""
     if isinstance(node, ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom):
         return
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -176,7 +185,7 @@ def _changes(node: ast.AST) -> Iterator[tuple[ast.expr | ast.stmt, ast.AST]]:
         for changed in _changes_of(node):
             yield node, changed
     if isinstance(node, ast.Raise):
-        return  # its words
+        return  # do not change its message
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "bases", "type_params"):
             continue
@@ -198,6 +207,7 @@ def _is_text(node: ast.expr) -> bool:
 
 
 def _changes_of(node: ast.expr | ast.stmt) -> Iterator[ast.AST]:
+    """Yield the replacements of a node."""
     match node:
         case ast.Compare(left, [operator, *others], comparators) if type(operator) in _COMPARISONS:
             yield ast.Compare(left, [_COMPARISONS[type(operator)](), *others], comparators)
@@ -227,22 +237,22 @@ def _changes_of(node: ast.expr | ast.stmt) -> Iterator[ast.AST]:
 
 
 def tests_of(mutant: Mutant) -> tuple[str, ...]:
-    """The tests that are to notice."""
+    """Return the tests that should fail for this mutant."""
     return next(
         tests for prefix, tests in PACKAGES[mutant.package] if mutant.path.startswith(prefix)
     )
 
 
 def _likely_first(tests: tuple[str, ...], path: str) -> tuple[str, ...]:
-    """`tests` with those named after the file in front."""
+    """Return `tests`, with the test file that is named after the source file in front."""
     named = [f"{test}/test_{Path(path).stem}.py" for test in tests]
     return (*(test for test in named if (ROOT / test).exists()), *tests)
 
 
 def drawn(package: str, count: int, seed: int, begin: tuple[str, ...] = ("",)) -> list[Mutant]:
-    """`count` mutants of a package, the same ones for a seed as long as its files stay the same.
+    """Draw `count` mutants of a package, reproducibly by seed as long as its files do not change.
 
-    Only of files whose path begins with one of `begin`.
+    Only files whose path begins with one of `begin` are used.
     """
     root = PACKAGES[package][-1][0]
     assert isinstance(root, str)
@@ -255,9 +265,10 @@ def drawn(package: str, count: int, seed: int, begin: tuple[str, ...] = ("",)) -
 
 
 def _run(scratch: Path, tests: tuple[str, ...], limit: float) -> tuple[int | None, float]:
-    """The exit status of pytest, None where it took longer than `limit` seconds; and how long it took.
+    """Run pytest for at most `limit` seconds.
 
-    It runs in a fork of this process, which has imported what takes long and is not the project's.
+    Returns its exit status, None after a timeout, and the seconds that it took.  It runs in a fork
+    of this process, which has already imported the slow third-party libraries.
     """
     start = time.monotonic()
     child = os.fork()
@@ -273,18 +284,19 @@ def _run(scratch: Path, tests: tuple[str, ...], limit: float) -> tuple[int | Non
         done, status = os.waitpid(child, os.WNOHANG)
         time.sleep(0 if done else 0.02)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # with the ranks of its tests
+        os.killpg(child, signal.SIGKILL)  # also ends ranks that its tests started
     if not done:
         os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status) if done else None, time.monotonic() - start
 
 
 def _tested(scratch: Path, tests: tuple[str, ...]) -> int:
-    """Run pytest on the tree at `scratch`, without a word; its exit status."""
+    """Run pytest on the tree at `scratch` without output, and return its exit status."""
     os.environ |= {
         "CI": "1",  # hypothesis tries the same examples every time
         "PYTHONPATH": str(scratch),
-        "PYTHONDONTWRITEBYTECODE": "1",  # two mutants of one second and size would share their code
+        # Two mutants of the same size, made in the same second, would share their bytecode.
+        "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
     }
     sys.dont_write_bytecode = True
@@ -296,22 +308,23 @@ def _tested(scratch: Path, tests: tuple[str, ...]) -> int:
         str(scratch),
         *(path for path in sys.path if path and Path(path).resolve() != ROOT),
     ]
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
-        os.dup2(nowhere, stream)
+        os.dup2(null, stream)
     return int(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]))
 
 
 def _known() -> frozenset[str]:
-    """The keys of the mutants that are known to mean the same."""
+    """Return the keys of the mutants that are known to have no effect."""
     lines = EQUIVALENT.read_text().splitlines() if EQUIVALENT.exists() else []
     return frozenset(line for line in lines if line and not line.startswith("#"))
 
 
 def judge(mutants: list[Mutant], factor: float) -> Iterator[Outcome]:
-    """Run every mutant.  Raises SystemExit where the tests do not pass without one.
+    """Run the tests of every mutant, and yield the outcomes.
 
-    A mutant has `factor` times as long as its tests need without it, and SPARE_SECONDS more.
+    A mutant may take `factor` times the time of its tests without it, and SPARE_SECONDS more.
+    Raises SystemExit if the tests fail without a mutant, or if there are none.
     """
     known = _known()
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
@@ -331,7 +344,8 @@ def judge(mutants: list[Mutant], factor: float) -> Iterator[Outcome]:
                 status, seconds = _run(scratch, tests, 3600)
                 if status != 0:
                     raise SystemExit(
-                        f"mutants: {' '.join(tests)} end with {status} without a mutant; mend them first"
+                        f"mutants: {' '.join(tests)} end with {status} without a mutant; "
+                        "mend them first"
                     )
                 limits[tests] = SPARE_SECONDS + factor * seconds
             text = target.read_text()
@@ -347,7 +361,7 @@ def judge(mutants: list[Mutant], factor: float) -> Iterator[Outcome]:
 
 
 def rate(outcomes: list[Outcome]) -> tuple[int, int]:
-    """How many were noticed, of how many that count."""
+    """Return the number of mutants that the tests noticed, and the number that count."""
     counted = [outcome for outcome in outcomes if not outcome.equivalent]
     return sum(outcome.status != "SURVIVED" for outcome in counted), len(counted)
 
@@ -359,17 +373,20 @@ def main() -> None:
     parser.add_argument(
         "--packages",
         default="schedules,data,checkpoint,optim,metrics",
-        help=f"of {', '.join(PACKAGES)}",
+        help=f"separated by commas, from {', '.join(PACKAGES)}",
     )
     parser.add_argument(
         "--files",
         default="",
-        help="only those whose path begins with one of these, separated by commas",
+        help="only files whose path begins with one of these, separated by commas",
     )
     parser.add_argument("--count", type=int, default=10, help="mutants of each package")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--factor", type=float, default=3.0, help="of the time of the tests without a mutant"
+        "--factor",
+        type=float,
+        default=3.0,
+        help="time limit, as a multiple of the time of the tests without a mutant",
     )
     parser.add_argument("--json", type=Path, help="write every outcome here")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
@@ -377,7 +394,7 @@ def main() -> None:
     names = options.packages.split(",")
     for name in names:
         if name not in PACKAGES:
-            parser.error(f"--packages={name} is not known; choose of {', '.join(PACKAGES)}")
+            parser.error(f"--packages={name} is not known; choose from {', '.join(PACKAGES)}")
     outcomes: list[Outcome] = []
     for name in names:
         mutants = drawn(name, options.count, options.seed, tuple(options.files.split(",")))
@@ -391,22 +408,21 @@ def main() -> None:
                 f"{outcome.status + note:8s} {outcome.seconds:6.1f} s  {outcome.mutant}", flush=True
             )
         if options.json is not None:
-            told = {
+            result = {
                 "seed": options.seed,
                 "count": options.count,
                 "files": options.files,
                 "outcomes": list(map(asdict, outcomes)),
             }
-            options.json.write_text(json.dumps(told, indent=1) + "\n")
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.list:
         return
     for name in [*names, "all"]:
         own = [outcome for outcome in outcomes if name in (outcome.mutant.package, "all")]
         killed, counted = rate(own)
         share = f"{killed / counted:.0%}" if counted else "none"
-        print(
-            f"{name}: {killed} of {counted} killed, {share}; {sum(o.equivalent for o in own)} equivalent"
-        )
+        num_equivalent = sum(outcome.equivalent for outcome in own)
+        print(f"{name}: {killed} of {counted} killed, {share}; {num_equivalent} equivalent")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run ends with a line and an exit code when a rank fails, and leaves no rank behind."""
+"""When a rank fails, the run ends with a one-line message and an exit code, and no rank is left."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vp_train.failures import EXIT_HANG, EXIT_INTERNAL, EXIT_IO
 from vp_train.train import Run
 
 
-# In step 2 of rank 1.
+# Misdeeds of rank 1 in step 2.
 def hang():
     time.sleep(1000)
 
@@ -39,7 +39,7 @@ def lose_nccl(error, record):
 
 
 def misbehaving(rank, port, deed, overrides, directory):
-    """A rank as torchrun starts it; rank 1 does `deed` in step 2."""
+    """Run vp-train's main function as a rank of torchrun does.  Rank 1 does `deed` in step 2."""
     os.dup2(os.open(directory / f"stderr{rank}", os.O_WRONLY | os.O_CREAT), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
@@ -65,7 +65,10 @@ def misbehaving(rank, port, deed, overrides, directory):
 
 
 def misbehave(tmp_path, deed, patience):
-    """Exit codes and words of two ranks, of which the second does `deed` in step 2, when the first of them has ended."""
+    """Start two ranks, of which rank 1 does `deed` in step 2, and wait until one has ended.
+
+    Returns their exit codes (None for a rank that still runs) and what they wrote to stderr.
+    """
     overrides = [
         "model=nano",
         "data=synthetic",
@@ -91,10 +94,8 @@ def misbehave(tmp_path, deed, patience):
 def test_a_rank_that_hangs_ends_the_others_when_its_time_is_up(tmp_path):
     codes, (said, _) = misbehave(tmp_path, hang, 8)
     assert codes == [EXIT_HANG, None]
-    assert (
-        "rank 0: stopped at step 2, another rank has not answered for 8 s (run.timeout_seconds)"
-        in said
-    )
+    line = "rank 0: stopped at step 2, another rank has not answered for 8 s (run.timeout_seconds)"
+    assert line in said
     assert "Traceback" not in said.partition("rank 0: stopped")[0]
 
 
@@ -121,10 +122,8 @@ def test_an_error_of_nccl_ends_a_rank_with_a_line_that_names_the_record(
 
 def test_a_file_that_cannot_be_written_ends_a_rank_with_a_line(tmp_path):
     codes, (_, said) = misbehave(tmp_path, fill_the_disk, 60)
-    assert (
-        "vp-train: [Errno 28] No space left on device: 'metrics.jsonl', at step 2; once that is mended"
-        in said
-    )
+    line = "vp-train: [Errno 28] No space left on device: 'metrics.jsonl', at step 2; once that is"
+    assert line in said
     assert "Traceback" not in said.partition("vp-train: [Errno 28]")[0]
     assert codes[1] == EXIT_IO
 
@@ -161,18 +160,17 @@ def test_a_rank_that_raises_ends_the_job_of_torchrun_with_its_traceback(tmp_path
     )
     command = [*torchrun, str(tmp_path / "raising.py"), *overrides, "run.timeout_seconds=60"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # torchrun ends the job as soon as it sees a dead rank, long before the timeout.
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=50, env=environment, check=False
-    )  # the dead end it
+    )
     assert done.returncode != 0
     assert "rank 1 failed at step 2" in done.stderr
     assert "RuntimeError: deliberate failure" in done.stderr
-    assert (
-        done.stderr.count("deliberate failure") <= 2
-    )  # the raise line and the message: one traceback
-    assert re.search(
-        rf"rank +: 1 .*\n +exitcode +: {EXIT_INTERNAL} ", done.stderr
-    )  # as torchrun reports it
+    # A single traceback holds the words twice: in the line of code and in the message.
+    assert done.stderr.count("deliberate failure") <= 2
+    # torchrun's report of the failed rank
+    assert re.search(rf"rank +: 1 .*\n +exitcode +: {EXIT_INTERNAL} ", done.stderr)
 
 
 @pytest.mark.parametrize("when", ["they train", "they start"])

@@ -1,4 +1,4 @@
-"""Mutants are small changes that parse, the same for a seed, and are judged by whether tests notice them."""
+"""Mutants are small changes that parse, reproducible by seed, and judged by whether tests fail."""
 
 from __future__ import annotations
 

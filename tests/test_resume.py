@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint is the one that was not interrupted, in another layout too."""
+"""A resumed run equals the uninterrupted run, also with another parallel layout."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vp_train.train import Run
 
 
 def packed_blend(tmp_path):
-    """Two corpora of documents that are shorter than a sequence."""
+    """Return a blend of two corpora whose documents are packed into sequences."""
     write_letters(tmp_path / "one", [200] * 10)
     write_letters(tmp_path / "two", [50] * 20)
     entries = (
@@ -79,13 +79,16 @@ EMPTY_ENDS = {
 
 
 def split_over_two(config):
-    """With query groups for two tensor-parallel ranks."""
+    """Return the configuration with two query groups, so that two tensor ranks can split them."""
     return replace(config, model=replace(config.model, num_query_groups=2))
 
 
 @pytest.fixture(scope="module")
 def whole_run(ranks, tmp_path_factory):
-    """whole_run(dtype): the configuration of a run by two ranks that nothing interrupts, once for all tests."""
+    """Return whole_run(dtype): it trains on two ranks without interruption, once for all tests.
+
+    It returns the configuration of the run.
+    """
 
     @cache
     def of(dtype):
@@ -122,7 +125,7 @@ def test_another_layout_and_schedule_go_on_from_the_same_checkpoint(
     assert len(metrics_of(part)) == 8
     for ours, theirs in zip(metrics_of(part), metrics_of(whole), strict=True):
         for key in ("loss", "validation_loss") if ours["step"] in (4, 8) else ("loss",):
-            # bfloat16 rounds the sums of other layouts differently, and each of eight steps builds on the one before
+            # In bfloat16, other layouts round sums differently, and errors of eight steps add up.
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5 if dtype == "float32" else 2e-3)
 
 
@@ -182,11 +185,14 @@ def test_a_resumed_float16_run_has_its_loss_scale_again(ranks, tmp_path):
 
 
 def loss_scale_of(rank, num_ranks, config, first):
-    """After a step that begins with `first`, None: with what was saved."""
+    """Return the loss scale after a step that begins with scale `first`.
+
+    If `first` is None, return the restored scale.
+    """
     plan = make_plan(config, num_ranks)
     mesh = mesh_for(plan)
     run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
     if first is not None:
         run.model.loss_scale.value = first
-        run.train_step(4, None)  # which is saved
+        run.train_step(4, None)  # a checkpoint is due at this step
     return run.model.loss_scale.value

@@ -1,4 +1,4 @@
-"""A run learns, reports, and stops or goes on where numbers are not finite."""
+"""A run learns and reports, and stops at or skips steps whose values are not finite."""
 
 from __future__ import annotations
 
@@ -203,21 +203,20 @@ def timeouts_of(rank, num_ranks, config):
 
 def test_more_ranks_than_gpus_are_refused_on_all_of_them_before_they_meet(tmp_path, monkeypatch):
     config = config_of(tmp_path, device="cuda")
-    monkeypatch.setattr(
-        "vp_train.train.set_environment", lambda *_: None
-    )  # tests to come start processes
+    # Later tests start processes, which must not inherit this environment.
+    monkeypatch.setattr("vp_train.train.set_environment", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for local_rank in "01":
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         with pytest.raises(
-            ConfigError, match=r"2 ranks on a node whose GPUs are 1, .* run.comm_backend=gloo"
+            ConfigError, match=r"2 ranks but 1 GPU\(s\) on this node, .* run.comm_backend=gloo"
         ):
             _connect(config, make_plan(config, 2))
 
 
-def test_a_loss_that_is_no_number_stops_a_float16_run_whatever_its_scale():
+def test_a_nan_loss_stops_a_float16_run_whatever_its_scale():
     scale = LossScale.of("float16")
     run = SimpleNamespace(
         model=SimpleNamespace(loss_scale=scale),
@@ -253,7 +252,10 @@ def test_validation_keeps_to_documents_as_training_does(monkeypatch):
 
 
 def parameters_after(rank, num_ranks, config, poison):
-    """Parameters before and after one step in which rank 1's gradients are poisoned, and what happened."""
+    """Run one step, in which rank 1's gradients may be NaN.
+
+    Returns the error, or "went on", and whether the parameters stayed the same.
+    """
     plan = make_plan(config, num_ranks)
     mesh = mesh_for(plan)
     model = build_rank(config, plan, mesh)
@@ -294,7 +296,11 @@ def test_skipping_ends_when_nothing_is_finite_any_more(ranks, tmp_path):
 
 
 def scales_of(rank, num_ranks, config):
-    """Loss scales after every step, from one far too large, and the steps at which parameters changed."""
+    """Start from a loss scale that is far too large.
+
+    Returns, after every step: the loss scale, whether the optimizer updated, and the sum of squares
+    of the parameters.
+    """
     plan = make_plan(config, num_ranks)
     mesh = mesh_for(plan)
     run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
@@ -347,9 +353,8 @@ def test_sixteen_bits_learn_as_float32_does(ranks, tmp_path, dtype):
     assert len(metrics_of(runs[0])) == 8
     for exact, rounded in zip(*map(metrics_of, runs), strict=True):
         assert rounded["loss"] == pytest.approx(exact["loss"], rel=5e-3)
-        if (
-            exact["step"] <= 3
-        ):  # later, small gradients have taken other signs, and AdamW other ways
+        # Later, rounding flips the signs of small gradients, and AdamW takes other steps.
+        if exact["step"] <= 3:
             assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=2e-2)
 
 

@@ -1,4 +1,4 @@
-"""Small runs on ranks that live through many tests."""
+"""Small training runs on rank processes that many tests share."""
 
 from __future__ import annotations
 
@@ -63,7 +63,11 @@ def config_of(root, name="run", steps=8, p=2, **run):
 
 
 def train(rank, num_ranks, config, stop_after=None):
-    """What `run_rank` does, in a process group that exists already."""
+    """Do what `run_rank` does, in a process group that already exists.
+
+    Stops after step `stop_after` if it is given.  Returns the first step of the run, or the text of
+    a NonFiniteError.
+    """
     plan = make_plan(config, num_ranks)
     directory = RunDirectory(config.run) if rank == 0 else None
     mesh = mesh_for(plan)
@@ -85,7 +89,10 @@ def train(rank, num_ranks, config, stop_after=None):
 
 
 def uncompiled(rank, num_ranks, function, *arguments):
-    """function(rank, num_ranks, *arguments) without torch.compile, which takes seconds for every shape in 16 bits."""
+    """Call function(rank, num_ranks, *arguments) without torch.compile.
+
+    In 16 bits it would compile for seconds for every shape.
+    """
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("CXX", "no compiler")
         has_compiler.cache_clear()
@@ -101,12 +108,12 @@ def metrics_of(config):
 
 
 def release_locks(rank, num_ranks):
-    """Let go of the directories of runs that ended early."""
+    """Release the run directories that runs with an early end still lock."""
     gc.collect()
 
 
 def laid_out(config, *, pp, dp=1, tp=1, optimizer="adamw", offload=False, vocab=None, layers=None):
-    """The same training by other ranks."""
+    """Return the same training in another parallel layout, with the same global batch."""
     return replace(
         config,
         parallel=ParallelConfig(pp=pp, dp=dp, tp=tp, layers_per_stage=layers),

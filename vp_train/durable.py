@@ -1,4 +1,4 @@
-"""Reaching the disk."""
+"""Writes that survive a power cut, and write errors that name their file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Have the contents of a file, or the names in a directory, survive a power cut."""
+    """Flush a file's contents, or a directory's entries, to disk so that they survive a power cut.
+
+    Raises OSError.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -19,7 +22,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError raised inside says that it was about `path`: a failed write does not say so of itself."""
+    """Add `path` to any OSError raised inside.  A failed write does not name its file itself."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,7 @@
-"""Notices of libraries about what nobody here can act on: absent CUDA packages, names that torch has changed."""
+"""Silencing library warnings that users cannot act on.
+
+They are about CUDA packages that are not installed, and about names that torch has changed.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ from contextlib import contextmanager
 
 
 def quiet_deprecations() -> None:
-    """For this process: megatron-core and DeepSpeed call collectives of torch by their former names."""
+    """Silence torch's deprecation warnings about collectives for the rest of this process.
+
+    megatron-core and DeepSpeed call collectives by their former names.
+    """
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
 
 
 @contextmanager
 def quiet_megatron() -> Iterator[None]:
-    """Import or build megatron-core parts without its notices."""
+    """Suppress megatron-core's warnings while its modules are imported or built inside."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

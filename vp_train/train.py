@@ -1,4 +1,8 @@
-"""The main path: one rank of one run, from configuration to checkpoint.  Read it top to bottom."""
+"""The main path: one rank of one run, from configuration to checkpoint.  Read it top to bottom.
+
+`run_rank` connects the ranks, builds model and optimizer, trains every step, and ends the process
+with an exit code.  `Run.train_step` is one optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +51,7 @@ from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning
 from vp_train.pipeline.recorder import Recorder, joined_communications, timer_of
 from vp_train.planning.plan import RunPlan, make_plan
 
+# Errors of the file system that the user can repair.
 _UNWRITABLE = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -56,29 +61,32 @@ _UNWRITABLE = (
     errno.EPERM,
     errno.EIO,
 )
-_MAX_SKIPS = 10  # non-finite steps in a row that run.on_nonfinite=skip tolerates
+_MAX_SKIPS = 10  # with run.on_nonfinite=skip, so many non-finite steps in a row end the run
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient was not finite; the parameters are those of the step before."""
+    """A loss or gradient that is not finite.  The parameters are those after the previous step."""
 
 
 def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> NoReturn:
-    """Train as rank `rank`, and leave the process.  Raises ConfigError before any process group exists."""
+    """Train as rank `rank` of `num_ranks`, then end the process with an exit code.
+
+    `config_yaml` is the resolved configuration that the run directory keeps.  Raises ConfigError
+    for settings, data or checkpoints that the user must change; settings and data are checked
+    before any process group exists.  Every other failure ends the process with a message.
+    """
     if config.run.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            ""  # torch.compile would take memory of a GPU that is there
-        )
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch.compile would allocate memory on a GPU
     plan = make_plan(config, num_ranks)
     source = open_source(config)
     directory = RunDirectory(config.run) if rank == 0 else None
     step, started = 0, time.time()
-    patience = config.run.world_timeout_seconds  # until all ranks have connected
+    timeout_seconds = config.run.world_timeout_seconds  # until all ranks have connected
     watches: list[Event] = []
 
     def leave_with_nccl(error: str) -> None:
-        """Leave before torch's watchdog aborts the process."""
-        failure = silent_peer(patience, config.run) if error == "TIMEOUT" else LOST_PEER
+        """End the process with a message before torch's NCCL watchdog aborts it."""
+        failure = silent_peer(timeout_seconds, config.run) if error == "TIMEOUT" else LOST_PEER
         record = flight_recorder.file_of(os.environ, run_path(config.run), rank)
         last = (
             f"; its last communications: {record}"
@@ -89,7 +97,7 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
 
     try:
         mesh = _connect(config, plan, lambda groups: watches.append(watch(groups, leave_with_nccl)))
-        patience = config.run.timeout_seconds
+        timeout_seconds = config.run.timeout_seconds
         run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
         reporter = None
         if directory is not None:
@@ -106,15 +114,15 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
         _leave(EXIT_CONFIG, f"vp-train: {error}" if rank == 0 else "")
     except CheckpointError as error:
         _leave(EXIT_IO, f"vp-train: {error}" if rank == 0 else "")
-    except (BrokenPipeError, SystemExit):  # rich raises the second when it meets the first
+    except (BrokenPipeError, SystemExit):  # rich turns BrokenPipeError into SystemExit
         _leave(
             128 + signal.SIGPIPE,
             f"vp-train: nobody reads the output any more, stopped at step {step}",
         )
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-            words = f"{error}, at step {step}; once that is mended, run.resume=true goes on from the newest checkpoint there is"
-            _leave(EXIT_IO, f"vp-train: {words}")
+            way_out = "run.resume=true goes on from the newest checkpoint there is"
+            _leave(EXIT_IO, f"vp-train: {error}, at step {step}; once that is mended, {way_out}")
         if (failure := peer_failure(error, config.run)) is not None:
             _leave(failure.code, f"rank {rank}: stopped at step {step}, {failure.words}")
         _leave(EXIT_INTERNAL, f"rank {rank} failed at step {step}\n{traceback.format_exc()}")
@@ -129,11 +137,14 @@ def _connect(
     plan: RunPlan,
     watching: Callable[[Sequence[dist.ProcessGroup]], None] | None = None,
 ) -> Mesh:
-    """Ranks agree over gloo; on CUDA the executor's tensors move over NCCL.  `watching` as in `build_mesh`."""
+    """Initialise torch.distributed and build the mesh of process groups.
+
+    Control messages go over gloo.  On CUDA with run.comm_backend=nccl, tensors go over NCCL.
+    `watching` is as in `build_mesh`.  Raises ConfigError, before the ranks connect, if
+    run.device=cuda finds no GPU, or if NCCL would need more GPUs than the node has.
+    """
     if config.run.deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     backend = "gloo"
@@ -141,20 +152,19 @@ def _connect(
         set_environment(os.environ, config.run, run_path(config.run))
         if not torch.cuda.is_available():
             raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
-        local_rank, num_local = (
-            int(os.environ.get("LOCAL_RANK", "0")),
-            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        )
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         num_devices = torch.cuda.device_count()
         if config.run.comm_backend == "nccl":
             backend = "nccl"
             if num_local > num_devices:
                 raise ConfigError(
-                    f"{num_local} ranks on a node whose GPUs are {num_devices}, and NCCL wants one for each; start fewer ranks "
-                    "here, or let them share GPUs with run.comm_backend=gloo"
+                    f"{num_local} ranks but {num_devices} GPU(s) on this node, and NCCL needs one "
+                    "GPU per rank; start fewer ranks here, or let them share GPUs with "
+                    "run.comm_backend=gloo"
                 )
         torch.cuda.set_device(local_rank % num_devices)
-    if backend == "nccl":  # on every node: where its ranks are to leave their flight recorders
+    if backend == "nccl":  # every node needs the directory that its ranks write flight records to
         flight_recorder.file_of(os.environ, run_path(config.run), 0).parent.mkdir(
             parents=True, exist_ok=True
         )
@@ -163,9 +173,12 @@ def _connect(
 
 
 def _leave(code: int, message: str = "") -> NoReturn:
-    """Say why and leave at once: destructors of process groups would wait for peers, or abort beside their own threads."""
+    """Write `message` to stderr and end the process at once, without running destructors.
+
+    Destructors of process groups would wait for peers, or abort while their threads still run.
+    """
     if message:
-        sys.stderr.write(f"{message}\n")  # one write: lines of several ranks must not mix
+        sys.stderr.write(f"{message}\n")  # a single write, so that lines of ranks do not mix
     sys.stderr.flush()
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
@@ -173,31 +186,26 @@ def _leave(code: int, message: str = "") -> NoReturn:
 
 
 def _spans(values: list[list[Any]]) -> list[Span]:
-    """Return spans from their fields, as JSON gives them back."""
+    """Return spans from the lists of fields that JSON makes of them."""
     return [Span(*fields) for fields in values]
 
 
 @dataclass(slots=True)
 class _Memory:
-    """What a run remembers between steps besides model and optimizer."""
+    """The state between steps that is neither in the model nor in the optimizer."""
 
     skipped_in_a_row: int = 0
     saved_step: int = 0
 
 
 class Run:
-    """Model, optimizer and data of one rank, and what happens in a step."""
+    """The training of one rank: its model, optimizer and data, and the actions of a step."""
 
     def __init__(
         self, config: RunConfig, plan: RunPlan, mesh: Mesh, source: Source, model: RankModel
     ) -> None:
-        self.config, self.plan, self.mesh, self.source, self.model = (
-            config,
-            plan,
-            mesh,
-            source,
-            model,
-        )
+        self.config, self.plan, self.mesh = config, plan, mesh
+        self.source, self.model = source, model
         self._checkpoints = run_path(config.run) / "checkpoints"
         self._memory = _Memory()
         self._batches = Ahead(
@@ -211,21 +219,22 @@ class Run:
         )
 
     def steps(self) -> range:
-        """The steps still to do."""
+        """Return the steps that remain, counted from 1."""
         return range(self.first_step, self.config.run.steps + 1)
 
     def train_step(self, step: int, reporter: Reporter | None) -> None:
-        """One optimizer step, and the validation, trace and checkpoint that fall on it."""
+        """Run optimizer step `step`, and the validation, trace and checkpoint that are due then.
+
+        Only one rank of the run has a `reporter`.
+        """
         started = time.perf_counter()
         batch = self._batches.take(step)
         self.model.gradients.zero()
         if step == self._traced_step:
             loss, traced = self._traced(batch)
         else:
-            loss, traced = (
-                self.model.train_step(batch.tokens, batch.labels, segments=batch.segments),
-                None,
-            )
+            loss = self.model.train_step(batch.tokens, batch.labels, segments=batch.segments)
+            traced = None
         self.model.optimizer.reduce()
         norm = self.model.optimizer.squared_norm() / self.model.loss_scale.value**2
         health = gather_health(self._own(loss), norm, self.mesh.steps, self._peak_bytes())
@@ -238,24 +247,23 @@ class Run:
             )
         if traced is not None:
             self._report_trace(traced, reporter)
-        if self._falls_on(step, self.config.run.eval_every):
+        if self._is_due(step, self.config.run.eval_every):
             validation = self._validate()
             if reporter is not None:
                 reporter.validation(step, validation)
         if reporter is not None:
             reporter.record()
-        if self._falls_on(step, self.config.run.checkpoint_every):
+        if self._is_due(step, self.config.run.checkpoint_every):
             self._save(step, reporter)
 
-    def _falls_on(self, step: int, every: int) -> bool:
+    def _is_due(self, step: int, every: int) -> bool:
+        """Return whether something that happens every `every` steps, and at the end, is due."""
         return every > 0 and (step % every == 0 or step == self.config.run.steps)
 
     def _update(self, step: int, health: StepHealth) -> float:
-        """Clip and apply the gradients, unless a value is not finite; returns the learning rate."""
-        rate, loss_scale = (
-            learning_rate(self.config.optim, step, self.config.run.steps),
-            self.model.loss_scale,
-        )
+        """Clip and apply the gradients if all values are finite.  Returns the learning rate."""
+        rate = learning_rate(self.config.optim, step, self.config.run.steps)
+        loss_scale = self.model.loss_scale
         if health.culprits:
             self._handle_nonfinite(step, health)
             return rate
@@ -266,13 +274,14 @@ class Run:
         return rate
 
     def _handle_nonfinite(self, step: int, health: StepHealth) -> None:
-        """Every rank sees the same health, so all skip or all stop."""
+        """Skip the step or raise NonFiniteError.  All ranks see the same health and do the same."""
         where = ", ".join(f"{what} on rank {rank}" for rank, what in health.culprits)
         if math.isfinite(health.loss) and self.model.loss_scale.failed():
             if self.mesh.rank == 0:
                 scale = self.model.loss_scale.value
                 print(
-                    f"step {step} skipped: gradients overflow float16; the loss scale is {scale:,.0f} now",
+                    f"step {step} skipped: gradients overflow float16; "
+                    f"the loss scale is {scale:,.0f} now",
                     file=sys.stderr,
                 )
             return
@@ -290,6 +299,7 @@ class Run:
             print(f"step {step} skipped: non-finite {where}", file=sys.stderr, flush=True)
 
     def _validate(self) -> float:
+        """Return the mean validation loss, the same on all ranks."""
         batch = self.source.validation_batch(self.mesh.data_rank, self.mesh.degrees.dp)
         loss = self.model.evaluator.step(batch.tokens, batch.labels, segments=batch.segments)
         return gather_health(self._own(loss), None, self.mesh.steps).loss
@@ -299,7 +309,7 @@ class Run:
         return loss if self.model.reports_loss else None
 
     def _save(self, step: int, reporter: Reporter | None) -> None:
-        """A checkpoint that cannot be written is a warning, except at the end of the run."""
+        """Write a checkpoint.  A failure is a warning, except at the last step, where it raises."""
         try:
             save_run(
                 self._checkpoints, step, self.config, self.model, self.mesh, self.source.contents
@@ -313,7 +323,7 @@ class Run:
                 )
 
     def _resume(self) -> int:
-        """Load the newest undamaged checkpoint; returns its step, 0 if there is none."""
+        """Load the newest undamaged checkpoint and return its step, 0 if there is none."""
         path = latest(self._checkpoints, self.mesh.world)
         return (
             0
@@ -322,11 +332,11 @@ class Run:
         )
 
     def _initialise(self, source: str) -> None:
-        """Take over the weights of another run."""
+        """Load the weights of another run or of an import."""
         load_weights(find(Path(source).expanduser(), self.mesh.world), self.config, self.model)
 
     def _traced(self, batch: Batch) -> tuple[torch.Tensor | None, Recorder]:
-        """Run a training step with every pass and communication timed, from a common start."""
+        """Run a training step that times every pass and communication, from a common start."""
         timer = timer_of(
             rank_device(self.config), host_waits=self.config.run.comm_backend == "gloo"
         )
@@ -337,21 +347,24 @@ class Run:
         return loss, recorder
 
     def _peak_bytes(self) -> float:
-        """The most memory so far: on a GPU what torch allocated there, else what was resident in the host's."""
+        """Return the peak memory so far, in bytes.
+
+        On a GPU this is what torch allocated, on a CPU the resident size of the process.
+        """
         if self.config.run.device == "cuda":
             return float(torch.cuda.max_memory_allocated())
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
     def _report_trace(self, recorder: Recorder, reporter: Reporter | None) -> None:
+        """Gather the times of all ranks, and report those of the first pipeline."""
         passes, messages = (
             [astuple(span) for span in spans] for spans in (recorder.spans, recorder.communications)
         )
-        mine = (passes, messages, recorder.peak_bytes, self.model.num_parameters)
-        everyone = self.mesh.world.all_gather_json(mine)
+        own = (passes, messages, recorder.peak_bytes, self.model.num_parameters)
+        gathered = self.mesh.world.all_gather_json(own)
         if reporter is not None:
-            first = [
-                everyone[self.mesh.degrees.rank(0, p, 0)] for p in range(self.plan.num_ranks)
-            ]  # others do the same
+            # Other replicas and tensor-parallel ranks run the same passes.
+            first = [gathered[self.mesh.degrees.rank(0, p, 0)] for p in range(self.plan.num_ranks)]
             spans, communications, peaks, parameters = zip(*first, strict=True)
             timeline = Timeline(
                 tuple(tuple(_spans(values)) for values in spans),
@@ -362,12 +375,12 @@ class Run:
             reporter.trace(timeline, parameters)
 
     def finish(self, reporter: Reporter | None) -> None:
-        """The last word: the table of all ranks."""
-        self.model.optimizer.settle()  # nobody leaves while others gather
-        everyone = self.mesh.world.all_gather_json(self._peak_bytes())
+        """Finish the last step's communication, and report the peak memory of every stage."""
+        self.model.optimizer.settle()  # no rank may leave while others still gather
+        gathered = self.mesh.world.all_gather_json(self._peak_bytes())
         if reporter is not None:
             worst = [0.0] * self.plan.num_ranks
-            for rank, peak in enumerate(everyone):
+            for rank, peak in enumerate(gathered):
                 pipeline_rank = self.mesh.degrees.place(rank)[1]
                 worst[pipeline_rank] = max(worst[pipeline_rank], peak)
             reporter.finish(worst)

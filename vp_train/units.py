@@ -1,10 +1,10 @@
-"""Bytes and durations in words."""
+"""Text forms of byte counts and durations."""
 
 from __future__ import annotations
 
 
 def clock(seconds: float) -> str:
-    """Return seconds as a clock shows them: 75 -> 1:15, 3675 -> 1:01:15."""
+    """Format seconds as a clock shows them: 75 -> 1:15, 3675 -> 1:01:15."""
     minutes, rest = divmod(int(seconds), 60)
     return (
         f"{minutes}:{rest:02d}"
@@ -14,7 +14,7 @@ def clock(seconds: float) -> str:
 
 
 def human_bytes(count: float) -> str:
-    """Return a number of bytes in words: 1536 -> 1.5 KiB."""
+    """Format a number of bytes with its unit: 1536 -> 1.5 KiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Checkpoints are exact, complete or absent, and never trusted unverified."""
+"""Checkpoints are exact, complete or absent, and verified before use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROWS = 23
 
 
 def split(num_ranks, seed):
-    """Random cuts of ROWS rows into num_ranks shards, some of them empty."""
+    """Cut ROWS rows at random into num_ranks shards, some of them empty."""
     cuts = sorted(random.Random(seed).choices(range(ROWS + 1), k=num_ranks - 1))
     return list(zip([0, *cuts], [*cuts, ROWS], strict=True))
 
@@ -88,7 +88,10 @@ def test_any_ranks_read_what_any_ranks_wrote_bit_for_bit(ranks, tmp_path, before
 
 
 def ranges_of(num_ranks, rank, chunks):
-    """`chunks` pieces of the columns of a [2, ROWS, 3] tensor, every num_ranks-th one: several ranges for each rank."""
+    """Return the ranges of dim 1 of a [2, ROWS, 3] tensor that a rank holds.
+
+    The dimension is cut into `chunks` ranges, and a rank gets every num_ranks-th of them.
+    """
     cuts = [ROWS * chunk // chunks for chunk in range(chunks + 1)]
     return tuple((cuts[chunk], cuts[chunk + 1]) for chunk in range(rank, chunks, num_ranks))
 
@@ -151,7 +154,7 @@ def fail_to_save(rank, num_ranks, directory):
     return "saved"
 
 
-def test_what_one_rank_cannot_write_fails_on_all_and_spares_the_rest(ranks, tmp_path):
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_keeps_older_checkpoints(ranks, tmp_path):
     ranks(2).run(save_one, str(tmp_path))
     (tmp_path / ".writing-step-00000002").write_text("a file where the directory should be")
     for message in ranks(2).run(fail_to_save, str(tmp_path)):
@@ -160,7 +163,7 @@ def test_what_one_rank_cannot_write_fails_on_all_and_spares_the_rest(ranks, tmp_
 
 
 def test_nothing_unfinished_is_left(ranks, tmp_path):
-    """Of a save that failed on the second rank at once, of one that a process was killed in by the next that succeeds."""
+    """A failed save cleans up at once.  What a killed process left is removed by the next save."""
     for message in ranks(2).run(fail_to_save_on_the_second, str(tmp_path)):
         assert "rank 1 could not write the checkpoint" in message
     assert list(tmp_path.iterdir()) == []
@@ -201,8 +204,8 @@ def fail_to_commit(rank, num_ranks, directory):
 def test_a_checkpoint_that_cannot_be_completed_fails_on_all_ranks_and_leaves_nothing(
     ranks, tmp_path, num_ranks
 ):
-    said = ranks(num_ranks).run(fail_to_commit, str(tmp_path))
-    assert said == ["rank 0 could not write the checkpoint: OSError: no space"] * num_ranks
+    messages = ranks(num_ranks).run(fail_to_commit, str(tmp_path))
+    assert messages == ["rank 0 could not write the checkpoint: OSError: no space"] * num_ranks
     assert list(tmp_path.iterdir()) == []
 
 
@@ -233,7 +236,7 @@ def test_every_mutation_is_noticed_and_the_previous_checkpoint_used(ranks, tmp_p
             case 2:
                 start = chance.randrange(len(damage))
                 damage[start : start + 64] = bytes(len(damage[start : start + 64]))
-        if bytes(damage) == original:  # the fourth kind, and a block that was zero already
+        if bytes(damage) == original:  # a missing file is the fourth kind of damage
             path.unlink()
         else:
             path.write_bytes(damage)
@@ -257,7 +260,7 @@ def test_a_manifest_that_is_valid_but_foreign_is_refused(tmp_path):
 
 
 def choose_counting(rank, num_ranks, directory):
-    """The checkpoint chosen, and which files this rank hashed."""
+    """Return the checkpoint that `latest` chooses, and the files that this rank hashed."""
     hashed, digest = [], store._digest
     store._digest = lambda path: (hashed.append(f"{path.parent.name}/{path.name}"), digest(path))[1]
     try:
@@ -266,7 +269,7 @@ def choose_counting(rank, num_ranks, directory):
         store._digest = digest
 
 
-def test_ranks_share_the_hashing_and_choose_alike(ranks, tmp_path):
+def test_ranks_share_the_hashing_and_choose_the_same_checkpoint(ranks, tmp_path):
     for step in (1, 2):
         ranks(3).run(save_one, str(tmp_path), step)
     damaged = tmp_path / "step-00000002" / "rank-00001.safetensors"
@@ -309,9 +312,9 @@ def mismatch(rank, num_ranks, directory, pieces):
 )
 def test_other_tensors_are_refused_by_name(ranks, tmp_path, name, piece, message):
     ranks(1).run(save_one, str(tmp_path))
-    (said,) = ranks(1).run(mismatch, str(tmp_path), {name: piece})
-    assert name in said
-    assert message in said
+    (refusal,) = ranks(1).run(mismatch, str(tmp_path), {name: piece})
+    assert name in refusal
+    assert message in refusal
 
 
 SAVER = """
@@ -322,7 +325,8 @@ from vp_train.communication.control import ControlGroup
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 world = ControlGroup.flat(dist.group.WORLD)
 for step in range(1, 10_000):
-    save(Path(sys.argv[1]), step, {"x": CheckpointTensor(torch.full((50_000,), float(step)))}, {"step": step}, world, 2)
+    tensor = CheckpointTensor(torch.full((50_000,), float(step)))
+    save(Path(sys.argv[1]), step, {"x": tensor}, {"step": step}, world, 2)
     print(step, flush=True)
 """
 

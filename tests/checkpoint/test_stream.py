@@ -1,4 +1,4 @@
-"""A file written tensor by tensor is one the library reads, aligned, and refuses what it cannot hold by name."""
+"""Files written tensor by tensor are valid safetensors files.  What does not fit is refused."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_what_is_written_is_what_the_library_and_we_read(tmp_path, dtype):
             assert read.shape == tensor.shape
             assert read.dtype is dtype
             assert torch.equal(read, tensor)
-    assert dict(describe_tensors(path)) == {one.name: one for one in described(tensors)}
-    assert [one.num_bytes for one in described(tensors)] == [
+    assert dict(describe_tensors(path)) == {entry.name: entry for entry in described(tensors)}
+    assert [entry.num_bytes for entry in described(tensors)] == [
         count * dtype.itemsize for count in (15, 7, 1, 0, 1)
     ]
 
@@ -63,7 +63,7 @@ def test_data_begin_at_a_multiple_of_eight_bytes_whatever_the_names(tmp_path):
         assert header["x" * length] == {"dtype": "F64", "shape": [2], "data_offsets": [0, 16]}
         assert content[8:begin].rstrip(b" ").endswith(b"}")
         beginnings.add(begin)
-    assert 2 <= len(beginnings) <= 4  # as few blanks as needed
+    assert 2 <= len(beginnings) <= 4  # no more padding than needed
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A run goes on from its checkpoint as if it had never stopped, in any layout, and refuses that of another run in words."""
+"""A run resumes exactly from its checkpoint, in any layout, and from that of no other run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def updated(model, config, steps, replica=0):
 
 
 def copies(model):
-    """What a rank holds, by kind and name: whole tensors where it has them, and where its part lies else."""
+    """Return the tensors that a rank holds, by kind and name, each with its slice of the whole."""
     return {
         (kind, name): (tensor.clone(), model.splits.get(name))
         for kind, tensors in model.optimizer.state().items()
@@ -62,18 +62,18 @@ def save_after_two(rank, num_ranks, config, directory):
 def restore(rank, num_ranks, config, path):
     model, mesh = built(config, num_ranks)
     step = restore_run(Path(path), config, model, mesh, CONTENTS)
-    told = step, model.optimizer.updates, model.loss_scale.value, model.loss_scale.finite_steps
+    state = step, model.optimizer.updates, model.loss_scale.value, model.loss_scale.finite_steps
     held = copies(model)
     updated(model, config, (3,))
     return (
-        told,
+        state,
         held,
         {name: parameter.detach().clone() for name, parameter in model.parameters.items()},
     )
 
 
 def joined(results):
-    """Every tensor whole, from the parts that the ranks hold."""
+    """Assemble every whole tensor from the slices that the ranks hold."""
     whole = {}
     for held in results:
         for key, (tensor, split) in held.items():
@@ -83,7 +83,9 @@ def joined(results):
             target = whole.setdefault(
                 key, torch.full(split.whole_shape(tensor.shape), torch.nan, dtype=tensor.dtype)
             )
-            split.part(torch.arange(target.shape[split.dim]))  # its ranges lie within the whole
+            split.part(
+                torch.arange(target.shape[split.dim])
+            )  # checks that the ranges are in bounds
             start = 0
             for first, last in split.ranges:
                 target.narrow(split.dim, first, last - first).copy_(
@@ -98,8 +100,8 @@ def test_a_restored_run_holds_and_computes_what_the_saved_one_did(ranks, tmp_pat
     config = config_of(2, 3, 101, dtype=dtype)
     saved = ranks(2).run(save_after_two, config, str(tmp_path))
     found = ranks(2).run(restore, config, saved[0][0])
-    for (_, before, after), (told, held, later) in zip(saved, found, strict=True):
-        assert told == (2, 2, 4.0, 7)
+    for (_, before, after), (state, held, later) in zip(saved, found, strict=True):
+        assert state == (2, 2, 4.0, 7)
         assert held.keys() == before.keys()
         assert {kind for kind, _ in held} == {"parameter", "exp_avg", "exp_avg_sq"}
         for key, (tensor, _) in before.items():
@@ -176,9 +178,9 @@ def test_the_checkpoint_of_another_run_is_refused_by_the_setting(
 ):
     config = config_of(1, 3, 101, dtype="float32")
     ((path, *_),) = ranks(1).run(save_after_two, config, str(tmp_path))
-    (said,) = ranks(1).run(refusal, changed(config), path, contents)
-    assert message in said
-    assert message == "restored" or path in said
+    (answer,) = ranks(1).run(refusal, changed(config), path, contents)
+    assert message in answer
+    assert message == "restored" or path in answer
 
 
 def load(rank, num_ranks, config, path):
@@ -188,12 +190,12 @@ def load(rank, num_ranks, config, path):
     except ConfigError as error:
         return str(error)
     state = model.optimizer.state()
-    nothing = all(
+    moments_are_zero = all(
         not tensor.any()
         for moment in ("exp_avg", "exp_avg_sq")
         for tensor in state[moment].values()
     )
-    return copies(model), model.optimizer.updates, nothing
+    return copies(model), model.optimizer.updates, moments_are_zero
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
@@ -212,18 +214,18 @@ def test_weights_alone_start_another_run_of_any_layout_and_precision(ranks, tmp_
         }
     )
     other = replace(config_of(1, 2, 101, dtype=dtype, num_stages=2), model=longer)
-    ((held, updates, nothing),) = ranks(1).run(load, other, saved[0][0])
+    ((held, updates, moments_are_zero),) = ranks(1).run(load, other, saved[0][0])
     assert updates == 0
-    assert nothing
+    assert moments_are_zero
     after = {key: tensor for key, (tensor, _) in held.items() if key[0] == "parameter"}
     assert after.keys() == before.keys()
     for key, tensor in before.items():
         assert after[key].dtype is (torch.float64 if dtype == "float64" else torch.float32)
         assert torch.equal(after[key], tensor.to(after[key].dtype)), key
-    (said,) = ranks(1).run(
+    (answer,) = ranks(1).run(
         load, other_run(config_of(1, 3, 101, num_stages=2), ffn_hidden_size=32), saved[0][0]
     )
-    assert "was saved with model.ffn_hidden_size=24, this run has 32; use the same value" in said
+    assert "was saved with model.ffn_hidden_size=24, this run has 32; use the same value" in answer
 
 
 def numbers(rank, num_ranks, directory, value):

@@ -13,7 +13,10 @@ VOCAB_SIZE = 300
 
 
 def write_letters(directory: Path, lengths: list[int]) -> None:
-    """Document i holds `lengths[i]` characters, all the i-th letter, small or capital: every token tells its document."""
+    """Write document i with `lengths[i]` characters: the i-th letter, small or capital at random.
+
+    Every token thus shows which document it comes from.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     coin = random.Random(0)
     for letter, length in zip(string.ascii_lowercase, lengths, strict=False):
@@ -22,7 +25,7 @@ def write_letters(directory: Path, lengths: list[int]) -> None:
 
 
 def text_config(tmp_path: Path, **changes: object) -> DataConfig:
-    """`tmp_path`/text as data, `tmp_path`/cache as cache."""
+    """Return settings with `tmp_path`/text as data and `tmp_path`/cache as cache."""
     return replace(
         DataConfig(name="text", path=str(tmp_path / "text"), cache_dir=str(tmp_path / "cache")),
         **changes,  # type: ignore[arg-type]

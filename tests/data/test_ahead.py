@@ -1,4 +1,4 @@
-"""A batch that was made ahead is the one that its step would have made."""
+"""A prefetched batch is the one that its step would have made."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Laws of blends: samples by weight from every corpus, one tokenizer, errors that name the corpus."""
+"""Blends take samples of every corpus by weight, share a tokenizer, and name corpora in errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ WEIGHTS = (0.7, 0.2, 0.1)
 
 @pytest.fixture
 def blend(tmp_path: Path) -> DataConfig:
-    """Three corpora in letters of their own: a and A in the first, b and B, c and C; the second is .jsonl."""
+    """Return a blend of three corpora with different letters: a and A, b and B, c and C.
+
+    The second one is a .jsonl file, the others are text files.
+    """
     coin = random.Random(0)
     for number, letter in enumerate("abc"):
         texts = [
@@ -50,7 +53,7 @@ def blend(tmp_path: Path) -> DataConfig:
 
 
 def corpus_of(tokens: np.ndarray, corpora: tuple[Corpus, ...]) -> str:
-    """The letter whose text `tokens` are."""
+    """Return the letter of the corpus that `tokens` come from."""
     from tokenizers import Tokenizer
 
     (letter,) = set(Tokenizer.from_file(str(corpora[0].tokenizer)).decode(tokens.tolist()).lower())
@@ -71,7 +74,7 @@ def test_samples_come_by_weight_at_every_prefix(blend: DataConfig) -> None:
     held_out = [
         corpus_of(row, corpora) for row in source.validation_batch().tokens.reshape(-1, 8).numpy()
     ]
-    assert set(held_out) == set("ab")  # six samples
+    assert set(held_out) == set("ab")  # six samples: too few for the corpus with a share of 10 %
     assert source.description.startswith("70.0% text: 30 files, 30 documents")
     assert "; 20.0% text: 1 files, 30 documents" in source.description
 
@@ -84,7 +87,7 @@ def test_all_corpora_have_one_tokenizer_trained_on_all_of_them(blend: DataConfig
         merged = [
             token for token in vocabulary if len(token) > 1 and set(token.lower()) == {letter}
         ]
-        assert merged, "its text was seen in training"
+        assert merged, "the tokenizer was not trained on this corpus"
     again = prepare_all(blend, VOCAB_SIZE, progress=False)
     assert [corpus.path for corpus in again] == [corpus.path for corpus in corpora]
     assert not any(corpus.fresh for corpus in again)

@@ -1,4 +1,4 @@
-"""Laws of the cached corpus: it holds the text, it is complete or absent, it is built once."""
+"""A cached corpus holds its text, is complete or absent, and is built once."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def die(prefix, documents, vocab_size):
 
 if sys.argv[3] == "die":
     corpus.write_dataset = die
-built = corpus.prepare(DataConfig(name="text", path=sys.argv[1], cache_dir=sys.argv[2]), 300, progress=True)
+config = DataConfig(name="text", path=sys.argv[1], cache_dir=sys.argv[2])
+built = corpus.prepare(config, 300, progress=True)
 print(built.path.name, built.fresh)
 """
 

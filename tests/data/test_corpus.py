@@ -1,4 +1,4 @@
-"""A corpus is complete or absent, says what is wrong with its input, and gives the same samples every time."""
+"""A corpus is complete or absent, names what is wrong with its input, and is deterministic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VOCAB = 300
 
 @pytest.fixture
 def text(tmp_path):
-    """A directory of twenty small documents."""
+    """Return a directory of twenty small documents."""
     directory = tmp_path / "text"
     directory.mkdir()
     for number in range(20):
@@ -75,7 +75,7 @@ def test_a_stored_corpus_takes_no_other_tokenizer_or_end(tmp_path, text):
 def test_an_interrupted_build_is_not_mistaken_for_a_corpus(tmp_path, text):
     data = config(tmp_path, text)
     corpus = prepare(data, VOCAB, progress=False)
-    (corpus.path / "manifest.json").unlink()  # what a kill just before the end would leave
+    (corpus.path / "manifest.json").unlink()  # as a kill just before the end would leave it
     assert prepare(data, VOCAB, progress=False).fresh
 
 

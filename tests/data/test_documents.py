@@ -1,4 +1,4 @@
-"""Laws of files and documents."""
+"""Files are found in a fixed order, hashed by name and contents, and read as documents."""
 
 from __future__ import annotations
 

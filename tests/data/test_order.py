@@ -1,4 +1,4 @@
-"""Laws of the sample order: exactly once per epoch under any history, blends that keep to their weights at every prefix."""
+"""The sample order gives every sample once per epoch, and keeps to the weights at every prefix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def test_permutation_is_a_bijection(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 7, 10])
 def test_permutations_of_many_keys_are_uniform(size: int) -> None:
-    """Every index goes everywhere equally often, and so does every pair: chi-square below its 99.99 % point, about."""
+    """Over many keys, an index or a pair of indices goes to every place equally often.
+
+    The chi-square statistic must stay below its 99.99 % point, approximately.
+    """
     num_keys = 3000
     permutations = [Permutation(size, f"key {number}".encode()) for number in range(num_keys)]
     for indices in ([0], [size - 1], [0, 1], [size // 2, 0]):
@@ -98,7 +101,8 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         DataConfig(name="synthetic", packing="documents")
 
 
-# A run that is stopped and restarted with other replicas: (dp, steps it ran on, of which the last ones were not saved)
+# A run is stopped and restarted with other numbers of replicas.  For each piece between two stops:
+# (dp, number of steps, number of last steps that no checkpoint holds).
 pieces = st.tuples(st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(1, 6), st.integers(0, 3))
 
 
@@ -114,11 +118,10 @@ def test_every_sample_comes_once_per_epoch_under_any_history(
 ) -> None:
     global_batch = 12
     turns = Turns.of(whole_weights(weights[: len(sizes)]))
-    taken: list[list[tuple[int, int]]] = []  # what each step that counts was trained on
+    taken: list[list[tuple[int, int]]] = []  # the samples of every step that was not lost
     for dp, num_steps, num_lost in history:
-        order = SampleOrder(
-            tuple(sizes), turns, seed, "training"
-        )  # a new process: nothing is remembered but the step
+        # A new process: it knows nothing of the past but the number of the step.
+        order = SampleOrder(tuple(sizes), turns, seed, "training")
         for step in range(len(taken) + 1, len(taken) + num_steps + 1):
             own = [own_positions(step, global_batch // dp, rank, dp) for rank in range(dp)]
             taken.append([order[position] for positions in own for position in positions])

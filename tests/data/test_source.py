@@ -1,4 +1,7 @@
-"""Laws of batches: a pure function of the step, every token once per pass over the data, no document on both sides."""
+"""Batches are a pure function of the step, and an epoch has every training token once.
+
+No document is used both for training and for validation.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,10 @@ def share_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
 def test_labels_without_loss_leave_the_tokens_alone_where_a_batch_is_a_single_sequence(
     letters: RunConfig, config: RunConfig, packing: str
 ) -> None:
-    """A slice of one sequence is contiguous as it is: `contiguous` returns a view of what both are cut from."""
+    """Tokens and labels never share memory.
+
+    A slice of a single sequence is already contiguous, so `contiguous` would return a view.
+    """
     if config is SYNTHETIC and packing == "documents":
         pytest.skip("synthetic text has no documents")
     config = replace(
@@ -72,10 +78,8 @@ def test_labels_without_loss_leave_the_tokens_alone_where_a_batch_is_a_single_se
     )
     source = open_source(replace(config, run=replace(config.run, eval_microbatches=1)))
     batches = [source.train_batch(step) for step in range(1, 40)]
-    batches += [
-        source.validation_batch(rank, 2) for rank in range(2)
-    ]  # the second replica's one only fills up
-    assert (batches[-1].labels == -100).all()
+    batches += [source.validation_batch(rank, 2) for rank in range(2)]
+    assert (batches[-1].labels == -100).all()  # the second replica has only an extra microbatch
     if packing == "documents":
         assert any((batch.labels == -100).any() for batch in batches[:-2])
     for batch in batches:
@@ -226,7 +230,7 @@ def test_packed_documents_have_segments_and_no_label_from_the_next_one(letters: 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5])
 def test_no_document_is_on_both_sides(letters: RunConfig, fraction: float) -> None:
-    open_source(letters)  # a split that must not be mistaken for this one
+    open_source(letters)  # this split has another fraction and must not be reused
     data = text_config(Path(letters.data.cache_dir).parent, validation_fraction=fraction)
     steps = 60
     source = open_source(run_config(data, steps=steps))
@@ -275,9 +279,8 @@ def test_a_corpus_of_seq_length_tokens_is_refused_and_one_more_is_a_sample(
         open_source(run_config(data, seq_length=there, eval_every=0))
     batch = open_source(run_config(data, seq_length=there - 1, eval_every=0)).train_batch(1)
     assert batch.tokens.shape == (4, 2, there - 1)
-    assert torch.equal(
-        batch.tokens, batch.tokens[:1, :1].expand_as(batch.tokens)
-    )  # the only sample there is
+    # The only sample is repeated.
+    assert torch.equal(batch.tokens, batch.tokens[:1, :1].expand_as(batch.tokens))
 
 
 def test_data_too_short_for_one_sample_is_an_error(letters: RunConfig) -> None:

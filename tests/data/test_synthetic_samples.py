@@ -1,4 +1,4 @@
-"""Laws of synthetic samples, from what is drawn alone."""
+"""Statistics of synthetic samples, measured on drawn tokens only."""
 
 from __future__ import annotations
 

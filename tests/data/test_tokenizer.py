@@ -1,4 +1,4 @@
-"""Laws of tokenizers."""
+"""Tokenizers spell any text, fit the model, and have a token for the end of a document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models of every family, made by transformers itself: the judge of import and export."""
+"""Tiny models of every family, made by transformers, as references for import and export."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
-    """A model with random weights; norms and biases are random too."""
+    """Return a model with random weights, including norms and biases."""
     torch.manual_seed(0)
     config = type(CONFIGS[name])(**CONFIGS[name].to_dict() | changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -1,4 +1,7 @@
-"""vp-import, vp-export and model=FILE.yaml: bad input is one line that names it, exit code 78."""
+"""For bad input, vp-import and vp-export end with one line that names it, and exit code 78.
+
+model=FILE.yaml reads the settings of a model from a file.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,8 @@ from vp_train.settings import load_config
         (
             export_model,
             ["a", "."],
-            "vp-export: . cannot be replaced as a whole; give a directory within it, for example model",
+            "vp-export: . cannot be replaced as a whole; "
+            "give a directory within it, for example model",
         ),
     ],
 )
@@ -63,9 +67,9 @@ def test_bad_words_are_one_line(command, words, message, monkeypatch, capsys, tm
     with pytest.raises(SystemExit) as left:
         command()
     assert left.value.code == 78
-    said = capsys.readouterr().err.strip()
-    assert said.startswith(message)
-    assert len(said.splitlines()) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(message)
+    assert len(error.splitlines()) == 1
 
 
 def test_progress_is_a_line_every_ten_seconds_and_none_for_what_is_quick(monkeypatch, capsys):

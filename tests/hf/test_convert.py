@@ -1,4 +1,4 @@
-"""transformers is the judge: the same logits and the same loss on either side of an import and an export."""
+"""Imported and exported models have the same logits and loss as transformers computes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """made(name): a model of transformers, saved, and imported, once for all tests that do not change it."""
+    """Return made(name): it saves and imports a model of transformers, once for all tests.
+
+    It returns the model, the directory of transformers, and the result of the import.
+    """
     done = {}
 
     def get(name):
@@ -72,13 +75,15 @@ def config_of(model, *, dtype="float32", optimizer="adamw", **parallel):
 
 
 def evaluate(rank, num_ranks, config, path):
-    """Loss and log-likelihoods of a model that starts from `path`."""
+    """Return loss and token log-likelihoods of a model with the weights of `path`."""
     plan = make_plan(config, num_ranks)
     model = build_rank(config, plan, mesh_for(plan))
     load_weights(path, config, model)
     tokens, labels = (values.view(-1, 2, LENGTH) for values in tokens_and_labels())
-    loss, each = model.evaluator.step(tokens, labels), model.evaluator.logprobs(tokens, labels)
-    return (None, None) if loss is None or each is None else (loss.item(), each.flatten(0, 1))
+    loss, logprobs = model.evaluator.step(tokens, labels), model.evaluator.logprobs(tokens, labels)
+    if loss is None or logprobs is None:
+        return None, None
+    return loss.item(), logprobs.flatten(0, 1)
 
 
 @pytest.mark.parametrize("name", models.CONFIGS)
@@ -92,10 +97,10 @@ def test_our_evaluation_of_an_imported_model_is_that_of_transformers(made, ranks
     splits = [{"pp": 2}] if imported.model.num_query_groups % 2 else [{"pp": 2}, {"pp": 1, "tp": 2}]
     for parallel in splits:
         answers = ranks(2).run(evaluate, config_of(imported.model, **parallel), imported.checkpoint)
-        loss, each = next(answer for answer in answers if answer[0] is not None)
+        loss, logprobs = next(answer for answer in answers if answer[0] is not None)
         assert loss == pytest.approx(-expected.mean().item(), abs=1e-4)
-        assert each.shape == expected.shape
-        assert (each - expected).abs().max() < 1e-4
+        assert logprobs.shape == expected.shape
+        assert (logprobs - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", models.CONFIGS)
@@ -156,7 +161,7 @@ def save_again(rank, num_ranks, config, path, directory):
 )
 @pytest.mark.parametrize("name", ["llama with biases", "gemma3"])
 def test_what_ranks_have_split_is_exported_whole(made, ranks, name, options, tmp_path):
-    """And in the precision it is trained in, which is more than that of its forward."""
+    """The export has the dtype of the trained weights, which is wider than that of the forward."""
     theirs, _, imported = made(name)
     ranks(2).run(
         save_again,
@@ -187,12 +192,12 @@ def test_tokenizer_files_go_along(made, tmp_path):
     imported = import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     assert imported.tokenizer == tmp_path / "ours/tokenizer.json"
     shutil.copytree(imported.checkpoint, tmp_path / "run/checkpoints/step-00000000")
-    for source, told in (
+    for source, tokenizer in (
         (tmp_path / "ours", None),
         (imported.checkpoint, None),
         (tmp_path / "run", tmp_path / "theirs"),
     ):
-        written = export_checkpoint(source, tmp_path / "back", tokenizer=told).files
+        written = export_checkpoint(source, tmp_path / "back", tokenizer=tokenizer).files
         assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} < set(written)
         assert (tmp_path / "back/tokenizer.json").read_text() == '"tokenizer.json"'
         shutil.rmtree(tmp_path / "back")
@@ -201,7 +206,7 @@ def test_tokenizer_files_go_along(made, tmp_path):
 
 
 def write_run(directory, imported, *, tokenizer=None, init_from=None, seq_length=LENGTH):
-    """A run that has the weights of an import, as they were trained with `seq_length`."""
+    """Write a run directory with the weights of an import, as if trained with `seq_length`."""
     path = next(imported.checkpoint.glob("*.safetensors"))
     described = describe_tensors(path)
     model = asdict(replace(imported.model, seq_length=seq_length))
@@ -214,7 +219,7 @@ def write_run(directory, imported, *, tokenizer=None, init_from=None, seq_length
 
 
 def exported_config(monkeypatch, capsys, source, target):
-    """config.json of an export by the command, and what the command said."""
+    """Run vp-export.  Returns the config.json that it wrote, and its output."""
     monkeypatch.setattr(sys, "argv", ["vp-export", str(source), str(target)])
     with pytest.raises(SystemExit) as left:
         export_model()
@@ -241,9 +246,8 @@ def test_an_export_knows_what_the_import_knew_however_many_runs_ago(
     (first / "config.json").write_text(
         '{"model_type": "llama", "max_position_embeddings": null, "bos_token_id": null}'
     )
-    assert (
-        exported_config(monkeypatch, capsys, second, tmp_path / "back")[0] == config
-    )  # which says nothing
+    # A config.json without values is passed over.
+    assert exported_config(monkeypatch, capsys, second, tmp_path / "back")[0] == config
     shutil.rmtree(tmp_path / "back")
     longer = write_run(tmp_path / "longer", imported, init_from=first, seq_length=128)
     assert (
@@ -255,10 +259,8 @@ def test_an_export_knows_what_the_import_knew_however_many_runs_ago(
     shutil.rmtree(tmp_path / "imported")
     config, said = exported_config(monkeypatch, capsys, second, tmp_path / "back")
     assert [config.get(key) for key in KEPT] == [None, None, None, LENGTH]
-    assert (
-        f"max_position_embeddings={LENGTH} is model.seq_length; where it reaches further, change config.json"
-        in said
-    )
+    notice = f"max_position_embeddings={LENGTH} is model.seq_length; where it reaches further, "
+    assert f"{notice}change config.json" in said
 
 
 def test_runs_that_started_from_each_other_end_the_search(made, tmp_path, monkeypatch, capsys):
@@ -289,7 +291,7 @@ def test_a_tokenizer_tells_its_ids_but_not_how_far_the_model_reaches(
 
 
 def test_commands_import_train_and_export(made, tmp_path, monkeypatch, capsys):
-    """From one directory of Hugging Face to another, by the commands as they are printed."""
+    """The commands lead from one Hugging Face directory to another, used as they print it."""
     _, theirs, _ = made("gemma2")
     monkeypatch.chdir(tmp_path)
 
@@ -333,15 +335,13 @@ def test_commands_import_train_and_export(made, tmp_path, monkeypatch, capsys):
     assert done.returncode == 0, done.stderr
     said = command(export_model, "runs/default", "exported")
     assert "max_position_embeddings" not in said
-    config = json.loads(
-        (tmp_path / "exported/config.json").read_text()
-    )  # what the run did not know, its import did
+    # The run does not know these values, but its import does.
+    config = json.loads((tmp_path / "exported/config.json").read_text())
     assert [config[key] for key in KEPT] == [3, 5, 7, 64]
     before, after = weights_in(theirs), weights_in(tmp_path / "exported")
     assert before.keys() == after.keys()
-    assert all(
-        torch.equal(after[name], before[name]) for name in before
-    )  # a step of learning rate 0 changes nothing
+    # A step with learning rate 0 changes nothing.
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def refused(call, *arguments, **options):
@@ -445,7 +445,10 @@ def test_missing_tensors_broken_files_and_pickles_are_refused(made, tmp_path):
 
 
 def write_model(directory, theirs, weights, index=None):
-    """`theirs` with other weights in one file, or in those that `index` names."""
+    """Write a model with the config.json of `theirs` and these weights in one file.
+
+    `index`, if given, is written next to it.
+    """
     directory.mkdir()
     shutil.copy(theirs / "config.json", directory)
     described = [
@@ -505,10 +508,8 @@ def test_queries_keys_and_values_of_two_dtypes_are_refused(made, tmp_path):
     weights = weights_in(theirs)
     source = write_model(tmp_path / "source", theirs, weights | {name: weights[name].bfloat16()})
     message = refused(import_checkpoint, source, tmp_path / "ours")
-    assert (
-        f"{name}, model.layers.1.self_attn.v_proj.weight are bfloat16, float32 in {source}; they must have one"
-        in message
-    )
+    names = f"{name}, model.layers.1.self_attn.v_proj.weight"
+    assert f"{names} are bfloat16, float32 in {source}; they must have one" in message
 
 
 def test_copies_and_buffers_that_some_files_hold_are_passed_over(made, tmp_path):
@@ -563,9 +564,8 @@ def test_a_target_that_cannot_be_replaced_is_refused_before_anything_is_read(
         assert ". cannot be replaced as a whole; give a directory within it" in refused(
             call, source, Path()
         )
-        assert "link cannot be replaced as a whole" in refused(
-            call, source, tmp_path / "link"
-        )  # it is where we are
+        # The link leads to the working directory.
+        assert "link cannot be replaced as a whole" in refused(call, source, tmp_path / "link")
         assert "file is not a directory" in refused(call, source, tmp_path / "file")
         assert "is a link to" in refused(call, source, tmp_path / "dangling")
         assert "is a link to" in refused(call, source, tmp_path / "round")
@@ -646,12 +646,13 @@ from pathlib import Path
 from vp_train.hf.convert import export_checkpoint, import_checkpoint
 root = Path(sys.argv[1])
 def resident(what):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 def both(name):
     import_checkpoint(root / name, root / f"{name}-ours")
     export_checkpoint(root / f"{name}-ours", root / f"{name}-back", shard_bytes=40_000_000)
 both("small")
-Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current size
 before = resident("VmRSS")
 both("large")
 print(resident("VmHWM") - before)
@@ -683,7 +684,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
             described,
             (torch.ones(shape) for shape in shapes.values()),
         )
-        sizes.append(sum(one.num_bytes for one in described))
+        sizes.append(sum(tensor.num_bytes for tensor in described))
     largest = 4096 * 256 * 4
     done = subprocess.run(
         [sys.executable, "-c", _MEASURED, tmp_path],

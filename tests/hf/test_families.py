@@ -1,4 +1,4 @@
-"""config.json means the same in every form it has been written in, and what no family has is named."""
+"""Every published form of config.json is read correctly, and unsupported features are named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _GEMMA = {
     "query_pre_attn_scalar": 256,
     "rms_norm_eps": 1e-06,
 }
-# As published, before transformers 5.
+# Published files, in the form before transformers 5.
 PUBLISHED = {
     "llama3_8b": {
         "model_type": "llama",
@@ -285,7 +285,7 @@ def test_features_that_are_not_built_are_named(base, changes, message):
 
 
 def test_transformers_never_caps_the_scores_of_gemma_3():
-    """The reason for refusing to: should this fail one day, Gemma 3 may have a cap here too."""
+    """This is why we refuse the setting.  If this test fails one day, Gemma 3 may have a cap."""
     ids = torch.arange(20)[None]
     with torch.no_grad():
         plain, capped = (
@@ -310,9 +310,8 @@ def test_local_layers_without_a_base_have_that_of_all():
     config = config_of(model)
     assert (config["rope_theta"], config["rope_local_base_freq"]) == (5e5, 5e5)
     assert model_of(config) == replace(model, rope_local_base=5e5, attention_divisor=32.0)
-    scaled = replace(
-        model, rope_scaling="linear", rope_factor=2.0
-    )  # that of local layers too, which Gemma 3 does not scale
+    # This scales RoPE of the local layers too, which Gemma 3 does not.
+    scaled = replace(model, rope_scaling="linear", rope_factor=2.0)
     with pytest.raises(ConfigError, match="no Hugging Face architecture here is this model"):
         config_of(scaled)
 

@@ -1,4 +1,4 @@
-"""Rows of Hugging Face's tensors are found again where megatron-core wants them, and back."""
+"""The rows of Hugging Face's tensors go where megatron-core has them, and back."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ MODELS = [
 
 
 def test_queries_keys_and_values_lie_together_by_group():
-    """Six heads in two groups, of two rows each: q0 q1 q2 k0 v0, q3 q4 q5 k1 v1."""
+    """Six heads of two rows in two query groups: q0 q1 q2 k0 v0, q3 q4 q5 k1 v1."""
     entry = next(
         entry
         for entry in entries(MODEL)

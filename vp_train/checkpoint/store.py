@@ -1,9 +1,11 @@
-"""Checkpoints: complete or absent, verified before use, readable by any number of ranks.
+"""Checkpoint files: complete or absent, verified before use, readable by any number of ranks.
 
-One safetensors file per rank and a JSON manifest with the hash of each.  torch.distributed.checkpoint would do part of it,
-but its metadata is a pickle, it does not notice a flipped bit, and its sharded tensors cannot have unequal shards.
+A checkpoint is a directory with one safetensors file per rank and a JSON manifest, which holds
+the hash of every file.  torch.distributed.checkpoint is not used for three reasons: its metadata
+is a pickle, it does not notice a flipped bit, and its sharded tensors cannot have unequal shards.
 
-A checkpoint is written into a temporary directory, synced, and renamed: a kill at any moment leaves only complete ones.
+A checkpoint is written into a temporary directory, synced to disk, and then renamed.  A process
+killed at any moment therefore leaves only complete checkpoints behind.
 """
 
 from __future__ import annotations
@@ -34,32 +36,34 @@ _FORMAT = 2
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; the ones before it are untouched."""
+    """A failure to write a checkpoint.  Earlier checkpoints are untouched."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTensor:
-    """A tensor of this rank: a whole one, or the part of a global one that `split` says."""
+    """A tensor that this rank saves or loads: whole, or the slice `split` of a global tensor."""
 
     tensor: Tensor
     split: TensorSlice | None = None
 
     @property
     def global_shape(self) -> list[int]:
+        """The shape of the global tensor."""
         return list(
             self.tensor.shape if self.split is None else self.split.whole_shape(self.tensor.shape)
         )
 
     @property
     def dtype(self) -> str:
-        return _name(self.tensor.dtype)
+        """The name of the dtype as the manifest stores it, such as "float32"."""
+        return _dtype_name(self.tensor.dtype)
 
 
-def _name_of(step: int) -> str:
+def _directory_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -71,27 +75,30 @@ def save(
     group: ControlGroup,
     keep: int,
 ) -> Path:
-    """Write checkpoint `step` under `directory`; collective over `group`.  Each global tensor must be covered exactly once.
+    """Write checkpoint `step` under `directory` and return its path.  Collective over `group`.
 
-    `state` must be JSON.  It and the `keep` - 1 checkpoints before it stay.  Raises CheckpointError on all ranks if any could
-    not write.
+    The `pieces` of all ranks together must cover every global tensor exactly once.  `state` must
+    be JSON.  The new checkpoint and the `keep` - 1 checkpoints before it stay; older ones are
+    removed.  Raises CheckpointError on all ranks if any rank could not write.
     """
     rank = group.rank
-    final, temporary = directory / _name_of(step), directory / f".writing-{_name_of(step)}"
+    final, temporary = _final_and_temporary(directory, step)
+    # Three phases: rank 0 makes the directory, every rank writes its file, rank 0 commits.  The
+    # ranks exchange their errors after each phase, so that all of them raise or none does.
     try:
         error = _attempt(lambda: _make_empty(temporary)) if rank == 0 else None
-        _agree(error, group)
+        _gather_or_raise(error, group)
         name = f"rank-{rank:05d}.safetensors"
         description: dict[str, Any] = {}
         error = _attempt(lambda: description.update(_write_pieces(temporary / name, pieces)))
-        everyone = _agree((name, description) if error is None else error, group)
+        described = _gather_or_raise((name, description) if error is None else error, group)
         error = None
         if rank == 0:
             manifest = {
                 "format": _FORMAT,
                 "step": step,
                 "state": dict(state),
-                "files": dict(everyone),
+                "files": dict(described),
             }
             error = _attempt(lambda: _commit(manifest, temporary, final))
             if (
@@ -99,14 +106,14 @@ def save(
                 and (left := _attempt(lambda: _retain(directory, step, keep))) is not None
             ):
                 print(
-                    f"{final} is complete, but what is older could not be removed: {left}",
+                    f"{final} is complete, but older checkpoints could not be removed: {left}",
                     file=sys.stderr,
                     flush=True,
                 )
-        _agree(error, group)
+        _gather_or_raise(error, group)
     except CheckpointError:
         if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
+            shutil.rmtree(temporary, ignore_errors=True)  # frees space on a full disk
         raise
     return final
 
@@ -118,13 +125,20 @@ def save_stream(
     tensors: Iterable[Tensor],
     state: Mapping[str, Any],
 ) -> Path:
-    """Write checkpoint `step` under `directory` by one process, which holds one of the tensors at a time."""
-    final, temporary = directory / _name_of(step), directory / f".writing-{_name_of(step)}"
+    """Write checkpoint `step` from a single process and return its path.
+
+    Only one of `tensors` is in memory at a time.  They must match `described` in order, shape and
+    dtype.
+    """
+    final, temporary = _final_and_temporary(directory, step)
     path = temporary / "rank-00000.safetensors"
     _make_empty(temporary)
     write_tensors(path, described, tensors)
-    held = {one.name: {"dtype": _name(one.dtype), "shape": list(one.shape)} for one in described}
-    content = {"bytes": path.stat().st_size, "blake2b": _digest(path), "tensors": held}
+    stored = {
+        tensor.name: {"dtype": _dtype_name(tensor.dtype), "shape": list(tensor.shape)}
+        for tensor in described
+    }
+    content = {"bytes": path.stat().st_size, "blake2b": _digest(path), "tensors": stored}
     _commit(
         {"format": _FORMAT, "step": step, "state": dict(state), "files": {path.name: content}},
         temporary,
@@ -133,8 +147,14 @@ def save_stream(
     return final
 
 
+def _final_and_temporary(directory: Path, step: int) -> tuple[Path, Path]:
+    """Return where checkpoint `step` ends up, and where it is written before the rename."""
+    name = _directory_name(step)
+    return directory / name, directory / f".writing-{name}"
+
+
 def _attempt(work: Any) -> str | None:
-    """None, or what went wrong."""
+    """Run `work` and return None, or the text of the exception that it raised."""
     try:
         work()
     except Exception as error:
@@ -142,13 +162,13 @@ def _attempt(work: Any) -> str | None:
     return None
 
 
-def _agree(mine: Any, group: ControlGroup) -> list[Any]:
-    """What every rank has to say; CheckpointError on all ranks if one of them says an error (a string)."""
-    everyone = _said(mine, group)
-    for rank, said in enumerate(everyone):
-        if isinstance(said, str):
-            raise CheckpointError(f"rank {rank} could not write the checkpoint: {said}")
-    return everyone
+def _gather_or_raise(value: Any, group: ControlGroup) -> list[Any]:
+    """Return the values of all ranks.  A string is an error: all ranks raise CheckpointError."""
+    gathered = _gather(value, group)
+    for rank, result in enumerate(gathered):
+        if isinstance(result, str):
+            raise CheckpointError(f"rank {rank} could not write the checkpoint: {result}")
+    return gathered
 
 
 def _make_empty(directory: Path) -> None:
@@ -157,6 +177,7 @@ def _make_empty(directory: Path) -> None:
 
 
 def _write_pieces(path: Path, pieces: Mapping[str, CheckpointTensor]) -> dict[str, Any]:
+    """Write this rank's file and return its entry in the manifest."""
     save_file({name: piece.tensor.detach().contiguous() for name, piece in pieces.items()}, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -174,6 +195,7 @@ def _digest(path: Path) -> str:
 
 
 def _commit(manifest: dict[str, Any], temporary: Path, final: Path) -> None:
+    """Write the manifest with its own hash, sync, and rename the checkpoint to its final name."""
     body = json.dumps(manifest)
     with (temporary / _MANIFEST).open("w") as file:
         file.write(
@@ -182,26 +204,27 @@ def _commit(manifest: dict[str, Any], temporary: Path, final: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync(temporary)
-    if final.exists():  # the same step again, after a resume from an earlier one
+    if final.exists():  # a run that resumed from an earlier step reached this step again
         _remove(final)
     temporary.rename(final)
     sync(final.parent)
 
 
 def _retain(directory: Path, step: int, keep: int) -> None:
-    """Checkpoints of later steps were passed over as damaged when the run began: they neither count nor go.
+    """Remove all but the newest `keep` checkpoints up to `step`, and what killed processes left.
 
-    What a killed process left unfinished goes.
+    Checkpoints of later steps were skipped as damaged when the run began.  They are neither
+    counted nor removed.
     """
     for stray in (*directory.glob(".writing-*"), *directory.glob(".removing-*")):
         shutil.rmtree(stray, ignore_errors=True)
     paths = sorted(directory.glob("step-*"))
-    for old in [path for path in paths if path.name <= _name_of(step)][:-keep]:
+    for old in [path for path in paths if path.name <= _directory_name(step)][:-keep]:
         _remove(old)
 
 
 def _remove(path: Path) -> None:
-    """Rename first: a half deleted checkpoint must not look like one."""
+    """Remove a checkpoint.  It is renamed first, since a half-deleted one must not look valid."""
     doomed = path.with_name(f".removing-{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
@@ -209,7 +232,10 @@ def _remove(path: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of checkpoint `path`.  Raises ValueError if it is damaged; what it names has not been looked at."""
+    """Return the manifest of checkpoint `path`.  The files that it lists are not checked.
+
+    Raises ValueError if the manifest is missing or damaged, or has another format.
+    """
     try:
         wrapped = json.loads((path / _MANIFEST).read_text())
         body = wrapped["manifest"]
@@ -226,13 +252,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _damage(path: Path, group: ControlGroup | None) -> str | None:
-    """What is wrong with checkpoint `path`.  The ranks of `group` check a part of its files each."""
-    everyone = _said(_damaged_part(path, *_place(group)), group)
-    return next((said for said in everyone if said is not None), None)
+    """Return what is wrong with checkpoint `path`, None if nothing is.
+
+    The ranks of `group` share the work: each rank hashes some of the files.
+    """
+    found = _gather(_damage_in_part(path, *_rank_and_size(group)), group)
+    return next((damage for damage in found if damage is not None), None)
 
 
-def _damaged_part(path: Path, rank: int, num_ranks: int) -> str | None:
-    """What is wrong with every `num_ranks`-th file, from the one numbered `rank` on."""
+def _damage_in_part(path: Path, rank: int, num_ranks: int) -> str | None:
+    """Check every `num_ranks`-th file, starting with file number `rank`."""
     try:
         for name, expected in list(read_manifest(path)["files"].items())[rank::num_ranks]:
             if _digest(path / name) != expected["blake2b"]:
@@ -244,42 +273,44 @@ def _damaged_part(path: Path, rank: int, num_ranks: int) -> str | None:
     return None
 
 
-def _place(group: ControlGroup | None) -> tuple[int, int]:
+def _rank_and_size(group: ControlGroup | None) -> tuple[int, int]:
     return (0, 1) if group is None else (group.rank, group.size)
 
 
-def _said(mine: Any, group: ControlGroup | None) -> list[Any]:
-    """What every rank has to say, which must be JSON."""
-    return [mine] if group is None else group.all_gather_json(mine)
+def _gather(value: Any, group: ControlGroup | None) -> list[Any]:
+    """Return the JSON values of all ranks."""
+    return [value] if group is None else group.all_gather_json(value)
 
 
 def latest(directory: Path, group: ControlGroup | None = None) -> Path | None:
-    """The newest undamaged checkpoint, None if there is none; damaged ones are named on stderr and passed over.
+    """Return the newest undamaged checkpoint in `directory`, None if it holds no checkpoint.
 
-    Collective over `group`.  Raises ConfigError where there are checkpoints and all are damaged.
+    Damaged checkpoints are skipped and reported on stderr.  Collective over `group`.  Raises
+    ConfigError if there are checkpoints but all of them are damaged.
     """
-    names: list[str] = _said(
+    names: list[str] = _gather(
         sorted((path.name for path in directory.glob("step-*")), reverse=True), group
     )[0]
     for path in (directory / name for name in names):
         damage = _damage(path, group)
         if damage is None:
             return path
-        if _place(group)[0] == 0:
+        if _rank_and_size(group)[0] == 0:
             print(f"checkpoint passed over: {damage}", file=sys.stderr, flush=True)
     if names:
         raise ConfigError(
-            f"every checkpoint in {directory} is damaged; restore one, or move them away to begin without"
+            f"every checkpoint in {directory} is damaged; "
+            "restore one, or move them away to begin without"
         )
     return None
 
 
 def find(path: Path, group: ControlGroup | None = None) -> Path:
-    """The checkpoint at `path`, or the newest of the run or directory there; collective over `group`.
+    """Return the checkpoint at `path`, or the newest one of the run or directory at `path`.
 
-    Raises ConfigError if there is none that is undamaged.
+    Collective over `group`.  Raises ConfigError if there is no undamaged checkpoint.
     """
-    if _said((path / _MANIFEST).exists(), group)[0]:
+    if _gather((path / _MANIFEST).exists(), group)[0]:
         damage = _damage(path, group)
         if damage is not None:
             raise ConfigError(damage)
@@ -287,7 +318,8 @@ def find(path: Path, group: ControlGroup | None = None) -> Path:
     newest = latest(path / "checkpoints", group) or latest(path, group)
     if newest is None:
         raise ConfigError(
-            f"{path} holds no checkpoint; give the directory of a run, of vp-import, or of one checkpoint"
+            f"{path} holds no checkpoint; "
+            "give the directory of a run, of vp-import, or of one checkpoint"
         )
     return newest
 
@@ -299,13 +331,17 @@ def load(
     *,
     cast: bool = False,
 ) -> None:
-    """Fill the tensors of `pieces` in place from checkpoint `path`, which `latest` or `find` has verified.
+    """Fill the tensors of `pieces` in place from checkpoint `path`.
 
-    Only what is asked for is read, whatever ranks wrote it.  Raises ConfigError, naming the tensor and both values, if one
-    is missing or has another shape or, unless it may be `cast`, dtype.
+    The checkpoint must have been verified by `latest` or `find`.  Only the requested values are
+    read, from whichever files hold them, so the layout of ranks may differ from the one that wrote
+    them.  Raises ConfigError, naming the tensor and both values, if a tensor is missing or has
+    another shape, or has another dtype and `cast` is False.
     """
     verb = "start" if cast else "resume"
     for name, piece in pieces.items():
+        # Every file holds some ranges of the global tensor.  Copy the overlap of each file with
+        # our ranges, and count the values that are still missing.
         missing = piece.tensor.numel()
         for file, content in manifest["files"].items():
             entry = content["tensors"].get(name)
@@ -313,18 +349,20 @@ def load(
                 continue
             if entry["shape"] != piece.global_shape or not (cast or entry["dtype"] == piece.dtype):
                 raise ConfigError(
-                    f"{name} is {entry['dtype']} {entry['shape']} in {path}, but {piece.dtype} {piece.global_shape} "
-                    f"in this run; {verb} with the model{'' if cast else ' and run.dtype'} it was saved with"
+                    f"{name} is {entry['dtype']} {entry['shape']} in {path}, "
+                    f"but {piece.dtype} {piece.global_shape} in this run; "
+                    f"{verb} with the model{'' if cast else ' and run.dtype'} it was saved with"
                 )
             with safe_open(path / file, "pt") as opened:
-                missing -= _copy(opened.get_slice(name), _split(entry), piece)
+                missing -= _copy(opened.get_slice(name), _stored_slice(entry), piece)
         if missing:
             raise ConfigError(
                 f"{path} does not hold all of {name}; {verb} with the model it was saved from"
             )
 
 
-def _split(entry: Mapping[str, Any]) -> TensorSlice | None:
+def _stored_slice(entry: Mapping[str, Any]) -> TensorSlice | None:
+    """Return the slice of the global tensor that a file holds, None if it holds all of it."""
     if "ranges" not in entry:
         return None
     return TensorSlice(
@@ -336,12 +374,17 @@ def _split(entry: Mapping[str, Any]) -> TensorSlice | None:
 
 @torch.no_grad()
 def _copy(stored: Any, held: TensorSlice | None, piece: CheckpointTensor) -> int:
-    """Copy what a file has of `piece`, of which it holds the part `held`; the number of values."""
+    """Copy the values of `piece` that a file holds, and return their number.
+
+    `stored` is the tensor in the file: the slice `held` of the global tensor, or all of it.
+    """
     if not piece.tensor.dim():
         piece.tensor.copy_(stored[...])
         return 1
     dim = next((split.dim for split in (piece.split, held) if split is not None), 0)
     everything = ((0, piece.global_shape[dim]),)
+    # Intersect every wanted range with every held range.  `source` and `target` are the offsets
+    # along `dim` at which the current ranges begin in the file and in `piece.tensor`.
     copied = target = 0
     for start, stop in everything if piece.split is None else piece.split.ranges:
         source = 0

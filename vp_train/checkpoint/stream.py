@@ -1,7 +1,8 @@
-"""safetensors files one tensor at a time: the library writes from memory, and this from an iterator.
+"""Reading and writing safetensors files one tensor at a time.
 
-The format (github.com/huggingface/safetensors): the length of a JSON header in 8 bytes, the header, and the bytes of all
-tensors in its order.
+The library can only write tensors that are all in memory.  `write_tensors` takes an iterator.  The
+format (github.com/huggingface/safetensors) has three parts: the length of a JSON header as 8 bytes,
+the header, and the bytes of all tensors in the header's order.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A tensor that is not in memory."""
+    """The name, shape and dtype of a tensor that is not in memory."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,40 +32,50 @@ class Described:
 
     @property
     def num_values(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
+        """The size in bytes."""
         return self.num_values * self.dtype.itemsize
 
 
 def write_tensors(path: Path, described: Sequence[Described], tensors: Iterable[Tensor]) -> None:
-    """Write `tensors`, which must be as `described`, one after the other; when it returns they are on the disk."""
+    """Write `tensors` to a safetensors file one after the other, and sync it to disk.
+
+    `tensors` must match `described` in order, shape and dtype.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     stop = 0
-    for one in described:
-        start, stop = stop, stop + one.num_bytes
-        header[one.name] = {
-            "dtype": _CODES[one.dtype],
-            "shape": one.shape,
+    for entry in described:
+        start, stop = stop, stop + entry.num_bytes
+        header[entry.name] = {
+            "dtype": _CODES[entry.dtype],
+            "shape": entry.shape,
             "data_offsets": (start, stop),
         }
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     with path.open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
-        for one, tensor in zip(described, tensors, strict=True):
-            assert (tensor.shape, tensor.dtype) == (one.shape, one.dtype), one
+        for entry, tensor in zip(described, tensors, strict=True):
+            assert (tensor.shape, tensor.dtype) == (entry.shape, entry.dtype), entry
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 
 
 def describe_tensors(path: Path) -> Mapping[str, Described]:
-    """What a file holds.  Raises ValueError for a file that is not safetensors, or a dtype that is no floating-point one."""
+    """Return the tensors that a safetensors file holds, by name, without reading their values.
+
+    Raises ValueError if the file is not a complete safetensors file, or if a tensor's dtype is not
+    one of float64, float32, float16 and bfloat16.
+    """
     try:
         with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            names = file.keys()  # `file` is no mapping: iterating over it is not possible
+            slices = {name: file.get_slice(name) for name in names}
             kinds = {
                 name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
             }
@@ -77,7 +88,7 @@ def describe_tensors(path: Path) -> Mapping[str, Described]:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor; the file is mapped no longer than the tensor lives."""
+    """Read one tensor.  The file stays memory-mapped only as long as the tensor lives."""
     with safe_open(path, "pt") as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor

@@ -1,4 +1,4 @@
-"""What of a training run a checkpoint holds: parameters, AdamW's moments, and a little JSON."""
+"""The contents of a run's checkpoint: parameters, the moments of AdamW, and a little JSON state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from vp_train.config import ConfigError, RunConfig
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import MOMENTS
 
-# Where the text is may differ between a checkpoint and the run that continues it; what it is, `Source.contents` says.
+# A resumed run may find its text in another place, so these settings may differ.  The text itself
+# is compared by the hashes in `Source.contents`.
 _FREE_DATA = ("name", "path", "blend", "tokenizer", "end_token", "jsonl_field", "cache_dir")
 
 
@@ -30,7 +31,11 @@ def save_run(
     mesh: Mesh,
     contents: Sequence[str],
 ) -> Path:
-    """Write step `step` of a run on the corpora `contents`; collective.  Raises CheckpointError on all ranks."""
+    """Write the checkpoint of `step` and return its path.  Collective over all ranks.
+
+    `contents` are the hashes of the corpora (`Source.contents`).  Only the replica with data rank 0
+    writes tensors.  Raises CheckpointError on all ranks if any rank could not write.
+    """
     tensors, pieces = model.optimizer.state(), {}
     if mesh.data_rank == 0:
         pieces = {
@@ -52,7 +57,11 @@ def save_run(
 def restore_run(
     path: Path, config: RunConfig, model: RankModel, mesh: Mesh, contents: Sequence[str]
 ) -> int:
-    """Load `path` into model and optimizer; returns its step.  Collective.  Raises ConfigError where the run is another one."""
+    """Load checkpoint `path` into model and optimizer, and return its step.  Collective.
+
+    Raises ConfigError if the checkpoint is of another run: if the model, the data, the dtype or the
+    global batch size differ.
+    """
     manifest = store.read_manifest(path)
     state = manifest["state"]
     ours = _settings(config, mesh.degrees.dp)
@@ -65,7 +74,8 @@ def restore_run(
     return int(state["step"])
 
 
-# What a run may change of the model whose weights it starts from; all else means something else by the same tensors.
+# Model settings that may change when a run starts from another run's weights.  Any other setting
+# would give the same tensors another meaning.
 _FREE_MODEL = (
     *(
         "seq_length",
@@ -81,9 +91,10 @@ _FREE_MODEL = (
 
 
 def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
-    """Take the parameters of checkpoint `path`, of any layout and precision, and nothing else.  Collective.
+    """Load only the parameters of checkpoint `path`; the moments of AdamW become zero.  Collective.
 
-    Raises ConfigError where they are those of another model, naming the setting, or the tensor, and both values.
+    The checkpoint may have any parallel layout and any dtype.  Raises ConfigError if it is of
+    another model, naming the setting or the tensor, and both values.
     """
     manifest = store.read_manifest(path)
     ours = {key: value for key, value in asdict(config.model).items() if key not in _FREE_MODEL}
@@ -98,14 +109,14 @@ def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
 
 
 def _key(kind: str, name: str) -> str:
-    """`parameter:NAME`, `exp_avg:NAME` or `exp_avg_sq:NAME`."""
+    """Return the checkpoint key: `parameter:NAME`, `exp_avg:NAME` or `exp_avg_sq:NAME`."""
     return f"{kind}:{name}"
 
 
 def _read(
     path: Path, manifest: dict[str, Any], model: RankModel, kind: str, name: str, *, cast: bool
 ) -> Tensor:
-    """What this rank has of a parameter or a moment of it, in the optimizer's precision."""
+    """Read this rank's slice of a parameter or moment, in the dtype of the gradients."""
     tensor = torch.empty(model.parameters[name].shape, dtype=model.gradients.dtype)
     store.load(
         path,
@@ -117,7 +128,10 @@ def _read(
 
 
 def _settings(config: RunConfig, num_replicas: int) -> dict[str, Any]:
-    """What makes a run this one, as JSON gives it back: with lists for tuples.  Layouts, schedules and lengths do not."""
+    """Return the settings that must be equal on resume, with lists for tuples as JSON has them.
+
+    Parallel layout, schedule and number of steps may change, so they are not among them.
+    """
     values: dict[str, Any] = json.loads(
         json.dumps({"model": asdict(config.model), "data": asdict(config.data)})
     )
@@ -140,8 +154,8 @@ def _require_same_text(saved: Sequence[str], ours: Sequence[str], path: Path) ->
         ]
         which = f"the text or tokenizer of {', '.join(changed)} is"
     raise ConfigError(
-        f"{which} not what {path} was trained on; bring that back, or go on from its weights as another run: "
-        f"run.init_from={path} run.name=NAME"
+        f"{which} not what {path} was trained on; bring that back, "
+        f"or go on from its weights as another run: run.init_from={path} run.name=NAME"
     )
 
 
@@ -151,5 +165,6 @@ def _require_same(saved: dict[str, Any], ours: dict[str, Any], path: Path) -> No
             before = saved.get(section, {}).get(key)
             if before != value:
                 raise ConfigError(
-                    f"{path} was saved with {section}.{key}={before}, this run has {value}; use the same value"
+                    f"{path} was saved with {section}.{key}={before}, this run has {value}; "
+                    "use the same value"
                 )

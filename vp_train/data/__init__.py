@@ -1,4 +1,4 @@
-"""Where tokens come from.  `prepare_all` runs once per run, `open_source` once per rank."""
+"""The data of a run.  `prepare_all` tokenizes the corpora, `open_source` makes batches of them."""
 
 from vp_train.data.corpus import Corpus, describe, prepare, prepare_all
 from vp_train.data.source import Batch, Source, open_source

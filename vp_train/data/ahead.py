@@ -1,4 +1,4 @@
-"""The batch of the next step, made while a step runs."""
+"""Prefetching: the batch of the next step is made in a thread while the current step runs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from vp_train.data.source import Batch
 
 
 class Ahead:
-    """Makes the batches of consecutive steps, each while the step before it runs, up to `last`.
+    """A prefetcher of batches: it makes the next batch while a step runs, up to step `last`.
 
-    `make` returns the batch of a step; an error of it is raised by the `take` of that step.
+    `make` returns the batch of a step.  If it raises, `take` of that step raises the same error.
     """
 
     def __init__(self, make: Callable[[int], Batch], last: int) -> None:
@@ -20,7 +20,7 @@ class Ahead:
         self._next: tuple[int, Future[Batch]] | None = None
 
     def take(self, step: int) -> Batch:
-        """Return the batch of `step`, and begin that of the next."""
+        """Return the batch of `step`, and start making the batch of the next step."""
         made, future = self._next or (None, None)
         batch = future.result() if future is not None and made == step else self._make(step)
         self._next = None

@@ -1,4 +1,8 @@
-"""A prepared corpus: a directory named by the hash of its contents, complete or absent."""
+"""Prepared corpora: tokenized text in a directory named by a hash, complete or absent.
+
+The hash covers the contents of the text files and the settings.  The directory holds the tokens
+(Megatron's indexed dataset), the tokenizer and a manifest.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +34,10 @@ _TRAINING_CHARACTERS = 200_000_000  # more text does not change a tokenizer's me
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a corpus holds; written last, so a directory with a manifest is complete."""
+    """The description of a corpus.  It is written last: a directory with a manifest is complete."""
 
     name: str
-    content_hash: str  # of file names, contents and settings; also the end of the directory's name
+    content_hash: str  # of file names, contents and settings; the directory's name ends with it
     num_files: int
     num_documents: int
     num_tokens: int
@@ -41,13 +45,14 @@ class Manifest:
     num_token_ids: int  # of the tokenizer, at most vocab_size
     end_token: int
     file_bytes: dict[str, int]
-    checked_ns: int  # time of tokens.bin when every token in it was known to lie in [0, vocab_size)
-    seconds: float
+    # Modification time of tokens.bin when all its tokens were last found to lie in [0, vocab_size).
+    checked_ns: int
+    seconds: float  # that the build took
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A complete corpus on disk.  `prefix` + .bin/.idx are its tokens; `fresh` if this call built it."""
+    """A complete corpus on disk.  `fresh` is True if this process has just built it."""
 
     path: Path
     manifest: Manifest
@@ -55,19 +60,22 @@ class Corpus:
 
     @property
     def prefix(self) -> Path:
+        """The path of the tokens without the suffix .bin or .idx."""
         return self.path / "tokens"
 
     @property
     def tokenizer(self) -> Path:
+        """The path of its tokenizer.json."""
         return self.path / "tokenizer.json"
 
 
 def describe(corpus: Corpus) -> str:
-    """A few lines for people."""
+    """Describe a corpus in three lines for people."""
     m = corpus.manifest
     state = f"built in {m.seconds:.1f} s" if corpus.fresh else "already there"
     return (
-        f"{m.name}: {m.num_files} files, {m.num_documents} documents, {m.num_tokens:,} tokens ({state})\n"
+        f"{m.name}: {m.num_files} files, {m.num_documents} documents, "
+        f"{m.num_tokens:,} tokens ({state})\n"
         f"tokenizer: {m.num_token_ids:,} tokens of model.vocab_size={m.vocab_size:,}\n"
         f"stored in {corpus.path}"
     )
@@ -75,7 +83,7 @@ def describe(corpus: Corpus) -> str:
 
 @contextmanager
 def _exclusive(cache_dir: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with its process."""
+    """Let one process at a time work in the cache.  The lock ends when its process ends."""
     cache_dir.mkdir(parents=True, exist_ok=True)
     with (cache_dir / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -83,9 +91,11 @@ def _exclusive(cache_dir: Path) -> Iterator[None]:
 
 
 def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Corpus, ...]:
-    """`prepare` for every corpus of a blend, all with one tokenizer; or for the only corpus, if any.
+    """Prepare every corpus of a blend with one common tokenizer, or the only corpus.
 
-    The tokenizer is data.tokenizer, or that of the first corpus which is prepared already, or one trained on all of them.
+    Returns () for synthetic data.  The tokenizer is data.tokenizer, else that of the first corpus
+    that is already prepared, else one that is trained on all of them.  Raises ConfigError like
+    `prepare`, and if the corpora have different tokenizers.
     """
     if config.name == "synthetic":
         return ()
@@ -109,22 +119,23 @@ def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Co
         ]
     corpora = []
     for number, part in enumerate(parts):
-        with _told_apart(number):
+        with _naming_corpus(number):
             corpora.append(prepare(part, vocab_size, progress))
     first = corpora[0]
     for number, corpus in enumerate(corpora):
         same = corpus.manifest.end_token == first.manifest.end_token
         if not same or corpus.tokenizer.read_bytes() != first.tokenizer.read_bytes():
             raise ConfigError(
-                f"data.blend[{number}] ({corpus.path}) has another tokenizer than data.blend[0] ({first.path}); give the "
-                "text of one of them instead, or prepare both with the same data.tokenizer"
+                f"data.blend[{number}] ({corpus.path}) has another tokenizer than "
+                f"data.blend[0] ({first.path}); give the text of one of them instead, "
+                "or prepare both with the same data.tokenizer"
             )
     return tuple(corpora)
 
 
 @contextmanager
-def _told_apart(number: int) -> Iterator[None]:
-    """Errors say which corpus of the blend they are about."""
+def _naming_corpus(number: int) -> Iterator[None]:
+    """Make every ConfigError raised inside name the corpus of the blend."""
     try:
         yield
     except ConfigError as error:
@@ -132,7 +143,7 @@ def _told_apart(number: int) -> Iterator[None]:
 
 
 def _stored(config: DataConfig) -> Path | None:
-    """data.path, where that is a corpus prepared before."""
+    """Return data.path if it is an already prepared corpus, else None."""
     path = None if config.path is None else Path(config.path).expanduser()
     return (
         path
@@ -142,26 +153,26 @@ def _stored(config: DataConfig) -> Path | None:
 
 
 def prepare(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
-    """Find the corpus in the cache or build it there; tokens are checked against `vocab_size` unless they have been.
+    """Find the corpus in the cache, or build it there.
 
-    Raises ConfigError for data a user must change: nothing to read, a broken file, a token out of range.
+    If tokens.bin has changed since its last check, every token is compared with `vocab_size`.
+    Raises ConfigError for data that the user must change: nothing to read, a broken file, a token
+    out of range.
     """
     path = _stored(config)
-    corpus = (
-        _found_or_built(config, vocab_size, progress) if path is None else _opened(path, config)
-    )
+    corpus = _find_or_build(config, vocab_size, progress) if path is None else _open(path, config)
     if corpus.manifest.vocab_size != vocab_size:
         raise ConfigError(
-            f"{corpus.path} was prepared for model.vocab_size={corpus.manifest.vocab_size}, this run has {vocab_size}; "
-            "use the same, or give the text instead"
+            f"{corpus.path} was prepared for model.vocab_size={corpus.manifest.vocab_size}, "
+            f"this run has {vocab_size}; use the same, or give the text instead"
         )
     if (corpus.path / "tokens.bin").stat().st_mtime_ns != corpus.manifest.checked_ns:
         check_tokens(corpus.prefix, vocab_size)
     return corpus
 
 
-def _opened(path: Path, config: DataConfig) -> Corpus:
-    """A stored corpus; its tokens are made already, so settings that would make others are refused."""
+def _open(path: Path, config: DataConfig) -> Corpus:
+    """Open a stored corpus.  Raises ConfigError for settings that would have made other tokens."""
     corpus = Corpus(path, _read_manifest(path), fresh=False)
     if config.tokenizer is None and config.end_token is None:
         return corpus
@@ -169,20 +180,21 @@ def _opened(path: Path, config: DataConfig) -> Corpus:
     wanted = Path(config.tokenizer or corpus.tokenizer)
     if load_tokenizer(wanted, corpus.manifest.vocab_size).to_str() != tokenizer.to_str():
         raise ConfigError(
-            f"{path} was prepared with another tokenizer than data.tokenizer={wanted}; drop that, or give the text instead"
+            f"{path} was prepared with another tokenizer than data.tokenizer={wanted}; "
+            "drop that, or give the text instead"
         )
     if (
         config.end_token is not None
         and end_token_id(tokenizer, config.end_token) != corpus.manifest.end_token
     ):
         raise ConfigError(
-            f"documents of {path} end with {tokenizer.id_to_token(corpus.manifest.end_token)!r}, not with "
-            f"data.end_token={config.end_token}; drop that, or give the text instead"
+            f"documents of {path} end with {tokenizer.id_to_token(corpus.manifest.end_token)!r}, "
+            f"not with data.end_token={config.end_token}; drop that, or give the text instead"
         )
     return corpus
 
 
-def _found_or_built(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
+def _find_or_build(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
     files = find_files(config)
     settings = [
         _FORMAT,
@@ -203,10 +215,13 @@ def _found_or_built(config: DataConfig, vocab_size: int, progress: bool) -> Corp
 
 
 def _shared_tokenizer(parts: list[DataConfig], vocab_size: int, progress: bool) -> Path:
-    """The tokenizer.json trained on the text of all `parts`, each giving the same share at most."""
+    """Train a tokenizer on the text of all corpora, or find it in the cache.  Returns its path.
+
+    Every corpus contributes at most the same number of characters.
+    """
     found = []
     for number, part in enumerate(parts):
-        with _told_apart(number):
+        with _naming_corpus(number):
             found.append(find_files(part))
     cache_dir = Path(parts[0].cache_dir).expanduser()
     with _exclusive(cache_dir):
@@ -234,12 +249,17 @@ def _shared_tokenizer(parts: list[DataConfig], vocab_size: int, progress: bool) 
 def _content_key(
     cache_dir: Path, config: DataConfig, files: tuple[Path, ...], settings: list[object]
 ) -> str:
-    """The hash of contents and settings; contents are read again only where a size or a time has changed."""
+    """Return the hash of contents and settings.
+
+    The cache remembers the hash by the sizes and modification times of the files.  Contents are
+    read again only if one of those has changed.
+    """
     tokenizer = [Path(config.tokenizer).resolve()] if config.tokenizer else []
     for path in tokenizer:
         if not path.is_file():
             raise ConfigError(
-                f"data.tokenizer={config.tokenizer} is not a file; give the path of a tokenizer.json"
+                f"data.tokenizer={config.tokenizer} is not a file; "
+                "give the path of a tokenizer.json"
             )
     stats = [
         (str(path), stat.st_size, stat.st_mtime_ns)
@@ -261,7 +281,7 @@ def _content_key(
     known.parent.mkdir(exist_ok=True)
     written = known.with_suffix(".new")
     written.write_text(key)
-    written.replace(known)  # whole or absent, whenever we are killed
+    written.replace(known)  # complete or absent, whenever the process is killed
     return key
 
 
@@ -276,7 +296,8 @@ def _read_manifest(path: Path) -> Manifest:
     for name, expected in manifest.file_bytes.items():
         if sizes[name] != expected:
             raise ConfigError(
-                f"{path / name} has {sizes[name]} bytes instead of {expected}; delete {path}, and prepare it again"
+                f"{path / name} has {sizes[name]} bytes instead of {expected}; "
+                f"delete {path}, and prepare it again"
             )
     return manifest
 
@@ -289,11 +310,12 @@ def _build(
     vocab_size: int,
     progress: bool,
 ) -> None:
-    """Build in a temporary directory and rename: a kill leaves nothing that looks complete."""
+    """Build a corpus in a temporary directory and rename it: a kill leaves no corpus half done.
+
+    The caller holds the lock of the cache, so no other process uses the temporary directory.
+    """
     started = time.perf_counter()
-    temporary = (
-        path.parent / "building"
-    )  # one at a time under the lock; what is there already, a killed process left
+    temporary = path.parent / "building"  # if it exists, a killed process left it
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -312,7 +334,8 @@ def _build(
         )
         if num_documents == 0:
             raise ConfigError(
-                f"{files[0]} and the {len(files) - 1} files after it hold no text; set data.path to some that do"
+                f"{files[0]} and the {len(files) - 1} files after it hold no text; "
+                "set data.path to some that do"
             )
         check_tokens(temporary / "tokens", vocab_size)
         manifest = Manifest(
@@ -332,7 +355,7 @@ def _build(
         for file in (*temporary.iterdir(), temporary):
             sync(file)
         if path.exists():
-            shutil.rmtree(path)  # its manifest is gone, so it is not complete
+            shutil.rmtree(path)  # it has no manifest, so it is not complete
         temporary.rename(path)
         sync(path.parent)
     except BaseException:
@@ -341,8 +364,8 @@ def _build(
 
 
 def _encoded(tokenizer: Tokenizer, documents: Iterator[Document], end: int) -> Iterator[list[int]]:
-    """The token ids of each document that has any, with `end` after them."""
-    tokenizer.encode_special_tokens = True  # text that spells a special token stays text
+    """Yield the token ids of every non-empty document, followed by the token `end`."""
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" within the text is ordinary text
     while batch := list(islice(documents, _BATCH)):
         for encoding in tokenizer.encode_batch_fast(
             [document.text for document in batch], add_special_tokens=False
@@ -352,6 +375,7 @@ def _encoded(tokenizer: Tokenizer, documents: Iterator[Document], end: int) -> I
 
 
 def _training_texts(files: tuple[Path, ...], config: DataConfig, limit: int) -> Iterator[str]:
+    """Yield documents until they have more than `limit` characters together."""
     seen = 0
     for document in read_documents(files, config.jsonl_field):
         yield document.text
@@ -361,7 +385,7 @@ def _training_texts(files: tuple[Path, ...], config: DataConfig, limit: int) -> 
 
 
 def _with_progress(documents: Iterator[list[int]], progress: bool) -> Iterator[list[int]]:
-    """Pass documents through, with a bar on a terminal and two plain lines elsewhere."""
+    """Yield the documents and show progress: a bar on a terminal, one plain line elsewhere."""
     if not progress:
         yield from documents
         return

@@ -1,4 +1,4 @@
-"""The documents of a corpus: files found in a fixed order, read as text."""
+"""Finding and reading the documents of a corpus, in a fixed order."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _TEXT_SUFFIXES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, and where it came from: a path, with a line number for .jsonl."""
+    """One text and its origin: a path, for .jsonl files with the line number."""
 
     origin: str
     text: str
 
 
 def find_files(config: DataConfig) -> tuple[Path, ...]:
-    """The files of the corpus, sorted.  Raises ConfigError if there are none."""
+    """Return the files of the corpus, sorted by path.  Raises ConfigError if there are none."""
     if config.name == "pystdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -42,7 +42,8 @@ def find_files(config: DataConfig) -> tuple[Path, ...]:
         root = Path(config.path).expanduser().resolve()
         if not root.exists():
             raise ConfigError(
-                f"data.path={config.path} does not exist; give a directory of text files, or one file"
+                f"data.path={config.path} does not exist; "
+                "give a directory of text files, or one file"
             )
         files = (
             [root]
@@ -52,13 +53,14 @@ def find_files(config: DataConfig) -> tuple[Path, ...]:
     files = sorted(path for path in files if path.is_file())
     if not files:
         raise ConfigError(
-            f"data.path={root} holds no text file; known endings are {' '.join(sorted(_TEXT_SUFFIXES))}"
+            f"data.path={root} holds no text file; "
+            f"known endings are {' '.join(sorted(_TEXT_SUFFIXES))}"
         )
     return tuple(files)
 
 
 def content_hash(files: Sequence[Path], root: Path) -> str:
-    """A hash of the names (relative to `root`) and contents of the files."""
+    """Return a hash of the names (relative to `root`) and contents of the files."""
     digest = hashlib.blake2b(digest_size=12)
     for path in files:
         digest.update(os.fsencode(path.relative_to(root)) + b"\0")
@@ -70,9 +72,10 @@ def content_hash(files: Sequence[Path], root: Path) -> str:
 def read_documents(
     files: Sequence[Path], jsonl_field: str, warn: bool = False
 ) -> Iterator[Document]:
-    """Every document in order; files that are not UTF-8 are left out, with a line on stderr if `warn`.
+    """Yield every document in order.  Files that are not UTF-8 are skipped.
 
-    Raises ConfigError with file and line for a .jsonl line that is not UTF-8 JSON or lacks the field.
+    With `warn`, one line on stderr names the skipped files.  Raises ConfigError with file and line
+    number for a .jsonl line that is not UTF-8 JSON or lacks the text field `jsonl_field`.
     """
     skipped = []
     for path in files:
@@ -104,9 +107,10 @@ def _read_lines(path: Path, field: str) -> Iterator[Document]:
                     ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
                 )
                 raise ConfigError(
-                    f"{path}:{number} has no text field {field!r} (found: {found}); set data.jsonl_field"
+                    f"{path}:{number} has no text field {field!r} (found: {found}); "
+                    "set data.jsonl_field"
                 )
-            # JSON can escape half of a surrogate pair, which no tokenizer accepts
+            # JSON can escape half of a surrogate pair, which no tokenizer accepts.
             yield Document(
                 f"{path}:{number}", record[field].encode("utf-8", "replace").decode("utf-8")
             )

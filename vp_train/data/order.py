@@ -1,7 +1,11 @@
-"""The order of samples: a pure function of the seed and a position, so that no restart and no layout can change it.
+"""The order of samples: a pure function of the seed and a position.
 
-A run takes the positions 0, 1, 2, ...; each step the next ones, each replica its part of them.  A position says whose turn it
-is among the corpora of a blend, and the how-manieth sample of that corpus it is; its epoch's permutation says which one.
+No restart and no parallel layout can change it.  A run takes positions 0, 1, 2, ...  Every step
+takes the next global batch of positions, and every replica a contiguous part of them.
+
+A position determines a sample in two stages.  `Turns` gives the corpus of the blend, and how many
+samples that corpus gave before.  A permutation, different in every epoch, turns this count into the
+index of a sample.
 """
 
 from __future__ import annotations
@@ -12,11 +16,14 @@ from hashlib import blake2b
 from heapq import heapify, heappop, heappush
 from math import isqrt
 
-_ROUNDS = 8  # four are enough for a large domain; small ones need more to be uniform
+_ROUNDS = 8  # four are enough for a large domain; small domains need more to be uniform
 
 
 def own_positions(step: int, num_own: int, dp_rank: int, dp_size: int) -> range:
-    """The positions of replica `dp_rank` at `step`, counted from 1: `num_own` of the step's dp_size * num_own."""
+    """Return the positions of replica `dp_rank` at `step`, which counts from 1.
+
+    The step takes dp_size * num_own positions, of which every replica gets `num_own`.
+    """
     assert step >= 1, step
     assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
     start = ((step - 1) * dp_size + dp_rank) * num_own
@@ -25,10 +32,11 @@ def own_positions(step: int, num_own: int, dp_rank: int, dp_size: int) -> range:
 
 @dataclass(frozen=True, slots=True)
 class Permutation:
-    """A bijection of range(size), drawn by `key` (at most 64 bytes), in no memory.
+    """A pseudorandom bijection of range(size) that needs no memory, keyed by at most 64 bytes.
 
-    A Feistel network over pairs (left, right) below the root of size: each round adds a hash of one half to the other.  The few
-    pairs beyond size are passed through again until they fall below it (cycle walking, Black and Rogaway, CT-RSA 2002).
+    A Feistel network works on pairs (left, right) of numbers below the square root of size, rounded
+    up.  Each round adds a hash of one half to the other half.  An output that is not below size
+    goes through the network again until it is (cycle walking; Black and Rogaway, CT-RSA 2002).
     """
 
     size: int
@@ -49,10 +57,11 @@ class Permutation:
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """Whose turn it is among corpora with whole `weights`: a pattern that repeats after their sum.
+    """The corpus of each position, for corpora with integer `weights`.
 
-    Of the first k turns, whatever k, corpus c has its share of k rounded down or up.  `whose[k]` is the corpus of turn k,
-    `before[k]` how many turns it had until then.
+    The pattern repeats after sum(weights) turns.  Among the first k turns, for any k, every corpus
+    has its exact share of k, rounded down or up.  `whose[k]` is the corpus of turn k, and
+    `before[k]` is the number of turns that corpus had before.
     """
 
     weights: tuple[int, ...]
@@ -61,18 +70,20 @@ class Turns:
 
     @classmethod
     def of(cls, weights: Sequence[int]) -> Turns:
-        """Turn j of a corpus of share w must come within [floor(j / w), ceil((j + 1) / w)); the earliest deadline goes first.
+        """Schedule the turns by earliest deadline first.
 
-        Deadlines are always met: in fractions of a turn each corpus could run all the time, and integral deadlines of turns of
-        length one are met in order whenever they can be met at all.
+        Turn j of a corpus with share w of all turns must fall into the interval
+        [floor(j / w), ceil((j + 1) / w)).  This is always possible.  If turns could be divided,
+        every corpus could run all the time at rate w and meet every deadline.  For unit-length
+        turns with integer release times and deadlines, earliest deadline first meets all deadlines
+        whenever any schedule does.
         """
         period, counts = sum(weights), [0] * len(weights)
         whose, before = [], []
-        waiting = [
-            (0, corpus) for corpus in range(len(weights))
-        ]  # by the first moment of the next turn
+        # (earliest time of its next turn, corpus)
+        waiting = [(0, corpus) for corpus in range(len(weights))]
         heapify(waiting)
-        ready: list[tuple[int, int]] = []  # by deadline
+        ready: list[tuple[int, int]] = []  # (deadline, corpus)
         for turn in range(period):
             while waiting and waiting[0][0] <= turn:
                 _, corpus = heappop(waiting)
@@ -85,7 +96,7 @@ class Turns:
         return cls(tuple(weights), tuple(whose), tuple(before))
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """The corpus of turn `position`, and how many turns it had before."""
+        """Return the corpus of turn `position`, and the number of turns it had before."""
         period, turn = divmod(position, len(self.whose))
         corpus = self.whose[turn]
         return corpus, period * self.weights[corpus] + self.before[turn]
@@ -93,10 +104,10 @@ class Turns:
 
 @dataclass(frozen=True, slots=True)
 class SampleOrder:
-    """Which sample of which corpus comes at a position; `sizes` are their numbers of samples.
+    """The sample at each position.  `sizes` are the numbers of samples of the corpora.
 
-    Each corpus gives every sample once before any a second time, in another order in each such epoch.  `purpose` tells orders
-    of the same seed apart.
+    A corpus gives each of its samples once per epoch, in another order in every epoch.  `purpose`
+    distinguishes orders with the same seed, such as training and validation.
     """
 
     sizes: tuple[int, ...]
@@ -105,7 +116,7 @@ class SampleOrder:
     purpose: str
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """(corpus, sample) at `position`, from 0 on without end."""
+        """Return (corpus, sample) at `position`, which counts from 0 without end."""
         corpus, count = self.turns[position]
         epoch, index = divmod(count, self.sizes[corpus])
         key = f"{self.purpose} {self.seed} {corpus} {epoch}".encode()

@@ -1,4 +1,7 @@
-"""Batches of a run: a pure function of the step, so that a resumed run sees what the uninterrupted one would have seen."""
+"""Batches of a run: a pure function of the step.
+
+A resumed run therefore sees the same batches as a run without interruption.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,16 @@ from vp_train.data.indexed import Share, Windows, split_documents
 from vp_train.data.order import SampleOrder, Turns, own_positions
 from vp_train.data.synthetic import SyntheticText
 
-_NO_LOSS = -100  # the label that the output layer ignores
+_NO_LOSS = -100  # the output layer ignores this label
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`tokens` and `labels` [m, b, s] int64: m microbatches of b sequences; a label of -100 has no loss.
+    """The data of one step on one replica: m microbatches of b sequences of length s.
 
-    `segments` [m, b, s] int32, with data.packing=documents: tokens of the same sequence see each other if they are of the same
-    segment, all of whose tokens stand together.
+    `tokens` and `labels` are int64 [m, b, s].  A label of -100 has no loss.  `segments` is int32
+    [m, b, s] with data.packing=documents, else None.  Tokens of a sequence attend to each other
+    only within a segment.  The tokens of a segment are contiguous.
     """
 
     tokens: Tensor
@@ -35,47 +39,54 @@ class Batch:
 
 
 class Source(Protocol):
-    """Where a run's batches come from.
+    """The source of a run's batches.
 
-    Replica `dp_rank` of `dp_size` gets its own microbatches: all replicas together get what a single one would with dp_size
-    times as many.
+    Replica `dp_rank` of `dp_size` gets its own microbatches.  All replicas together get the same
+    microbatches that a single replica would get with dp_size times as many.
     """
 
     description: str
-    entropy: float | None  # the lowest loss any model can reach, in nats, where it is known
-    contents: tuple[str, ...]  # hashes of text, tokenizer and settings of each corpus
-    tokenizer: Path | None  # the tokenizer.json of the text; None where nothing was tokenized
+    entropy: float | None  # the lowest loss any model can reach, in nats; None if unknown
+    contents: tuple[str, ...]  # one hash per corpus, of text, tokenizer and settings
+    tokenizer: Path | None  # the tokenizer.json of the text; None if nothing was tokenized
 
     def train_batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
-        """The num_microbatches microbatches of `step`, counted from 1."""
+        """Return the num_microbatches microbatches of `step`, which counts from 1."""
         ...
 
     def validation_batch(self, dp_rank: int = 0, dp_size: int = 1) -> Batch:
-        """The same microbatches every time, run.eval_microbatches over all replicas; those that fill up have no loss."""
+        """Return the validation microbatches, the same in every call.
+
+        All replicas together have run.eval_microbatches of them.  If that does not divide evenly,
+        some replicas get extra microbatches without loss (all labels are -100).
+        """
         ...
 
 
 def open_source(config: RunConfig) -> Source:
-    """The source a run asks for; prepares its corpora if need be.  Raises ConfigError for data a user must change."""
+    """Open the source of a run, and prepare its corpora if necessary.
+
+    Raises ConfigError for data that the user must change.
+    """
     if config.data.name == "synthetic":
         return _Synthetic(config)
     return _Text(config, prepare_all(config.data, config.model.vocab_size, progress=False))
 
 
 def _positions(config: RunConfig, step: int, dp_rank: int, dp_size: int) -> range:
-    """The positions in the order of training samples of a replica's batch."""
+    """Return a replica's positions in the order of training samples."""
     return own_positions(step, config.num_microbatches * config.micro_batch_size, dp_rank, dp_size)
 
 
 def _share(
     samples: Callable[[range], Batch], config: RunConfig, dp_rank: int, dp_size: int
 ) -> Batch:
-    """A replica's share of the samples for validation."""
+    """Return a replica's share of the validation samples.  Its extra microbatches have no loss."""
     num_own = config.run.eval_microbatches_of(dp_size)
     batch = samples(own_positions(1, num_own * config.micro_batch_size, dp_rank, dp_size))
-    counted = max(0, max(1, config.run.eval_microbatches) - dp_rank * num_own)
-    fills_up = torch.arange(num_own) >= counted
-    return replace(batch, labels=batch.labels.masked_fill(fills_up[:, None, None], _NO_LOSS))
+    num_counted = max(0, max(1, config.run.eval_microbatches) - dp_rank * num_own)
+    is_extra = torch.arange(num_own) >= num_counted
+    return replace(batch, labels=batch.labels.masked_fill(is_extra[:, None, None], _NO_LOSS))
 
 
 def _batch(samples: list[np.ndarray], config: RunConfig) -> Tensor:
@@ -86,9 +97,10 @@ def _batch(samples: list[np.ndarray], config: RunConfig) -> Tensor:
 
 
 def _tokens_and_labels(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """TensorSlice samples [m, b, s + 1] into tokens and the tokens that follow them, [m, b, s] each.
+    """Split samples [m, b, s + 1] into tokens [m, b, s] and labels [m, b, s], the next tokens.
 
-    They share no memory, with each other or with `samples`: `contiguous` would return a view where m = b = 1.
+    The results are clones that share no memory with each other or with `samples`.  `contiguous`
+    would return a view if m = b = 1.
     """
     tokens, labels = samples[..., :-1], samples[..., 1:]
     return tokens.clone(memory_format=torch.contiguous_format), labels.clone(
@@ -97,6 +109,8 @@ def _tokens_and_labels(samples: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Synthetic:
+    """A source of synthetic text, whose entropy is known."""
+
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._text = SyntheticText(config.model.vocab_size, config.data.seed)
@@ -121,7 +135,7 @@ class _Synthetic:
 
 
 class _Samples:
-    """The training samples, or those for validation, of all corpora in their order."""
+    """The training samples or the validation samples of all corpora, in their order."""
 
     def __init__(
         self, config: RunConfig, windows: list[Windows], turns: Turns, purpose: str
@@ -143,6 +157,8 @@ class _Samples:
 
 
 class _Text:
+    """A source of tokenized text from one corpus or a blend."""
+
     entropy: float | None = None
 
     def __init__(self, config: RunConfig, corpora: tuple[Corpus, ...]) -> None:
@@ -179,9 +195,11 @@ class _Text:
         if share.num_tokens <= seq_length:
             fraction = self._config.data.validation_fraction
             raise ConfigError(
-                f"{corpus.path}: {purpose} gets {len(share.documents)} of {corpus.manifest.num_documents} documents with "
-                f"{share.num_tokens:,} tokens, too short for one sample of {seq_length + 1:,}; give more documents (they are "
-                f"not split), lower model.seq_length, or change data.validation_fraction={fraction} "
+                f"{corpus.path}: {purpose} gets {len(share.documents)} of "
+                f"{corpus.manifest.num_documents} documents with {share.num_tokens:,} tokens, "
+                f"too short for one sample of {seq_length + 1:,}; give more documents (they are "
+                "not split), lower model.seq_length, or change "
+                f"data.validation_fraction={fraction} "
                 "(0 with run.eval_every=0 trains on everything)"
             )
         return Windows.of(corpus.prefix, share, seq_length)

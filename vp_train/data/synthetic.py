@@ -1,7 +1,8 @@
-"""A source with known entropy: with probability q the next token is the successor of this one, otherwise a Zipf draw.
+"""Synthetic text with known entropy, from a Markov chain.
 
-The successor map is a keyed permutation, so a model has something to learn at any vocabulary size, and its loss has an
-exact lower limit: the conditional entropy.
+With probability q the next token is the successor of the current one, otherwise a draw from a Zipf
+distribution.  The successor map is a keyed permutation.  A model has something to learn at any
+vocabulary size, and its loss has an exact lower limit: the conditional entropy.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ _EXPONENT, _OFFSET = 1.1, 2.7  # Zipf-Mandelbrot: p(rank) ~ (rank + 2.7) ** -1.1
 
 
 class SyntheticText:
-    """Samples of any length over `vocab_size` tokens; `seed` keys the permutation and all draws."""
+    """A generator of samples over `vocab_size` tokens.  `seed` keys permutation and draws."""
 
     def __init__(self, vocab_size: int, seed: int) -> None:
         self._seed = seed
@@ -24,17 +25,21 @@ class SyntheticText:
         self._successor = np.random.default_rng([seed, 0]).permutation(vocab_size)
 
     def sample(self, stream: int, index: int, length: int) -> np.ndarray:
-        """Sample `index` of `stream`, int64 [length]: a pure function of seed, stream and index."""
+        """Return sample `index` of `stream`, int64 [length].
+
+        It is a pure function of seed, stream, index and length.
+        """
         random = np.random.default_rng([self._seed, 1 + stream, index])
         drawn = np.searchsorted(self._cumulative, random.random(length), side="right")
         follows = random.random(length) < _FOLLOW
         follows[0] = False
         positions = np.arange(length)
-        start = np.maximum.accumulate(
-            np.where(follows, 0, positions)
-        )  # where the chain of each token was drawn
+        # A chain is a drawn token followed by its successors.  `start` is where the chain of each
+        # token was drawn, and `links` is how often the successor map applies since then.
+        start = np.maximum.accumulate(np.where(follows, 0, positions))
         links = positions - start
-        # The first chain began long ago: stationary from the first token on, so that `entropy` is exact for any length.
+        # The first chain may have begun before the sample.  The text is thus stationary from the
+        # first token on, and `entropy` is exact for any length.
         links[start == 0] += random.geometric(1 - _FOLLOW) - 1
         tokens = drawn[start]
         for link in range(links.max()):
@@ -43,8 +48,13 @@ class SyntheticText:
         return tokens.astype(np.int64)
 
     def entropy(self) -> float:
-        """Nats per token given the previous one, averaged over the stationary distribution of tokens."""
+        """Return the conditional entropy of a token given the previous one, in nats.
+
+        It is averaged over the stationary distribution of tokens.
+        """
         z, q = self._probabilities, _FOLLOW
+        # The stationary distribution is the sum over n of (1 - q) q^n times z mapped n times to
+        # its successors.
         stationary = np.zeros_like(z)
         term = (1 - q) * z
         while term.sum() > 1e-14:
@@ -52,6 +62,8 @@ class SyntheticText:
             following = np.empty_like(term)
             following[self._successor] = q * term
             term = following
+        # After token t, every token v has probability (1 - q) z_v, plus q if v succeeds t.  The sum
+        # over all v is common to all t; only the term of the successor is corrected.
         mixed = (1 - q) * z
         total = -(mixed * np.log(mixed)).sum()
         at_successor = mixed[self._successor]

@@ -1,4 +1,4 @@
-"""Tokenizers by the `tokenizers` library: read from a tokenizer.json, or a byte-level BPE trained on the corpus."""
+"""Tokenizers: read from a tokenizer.json, or a byte-level BPE trained on the corpus."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from vp_train.config import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 _USUAL_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>", "[SEP]")
-_SMALLEST = 257  # every byte, and the end of a document
+_SMALLEST = 257  # 256 bytes and the end of a document
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens (fewer where the text has no more pairs to merge).
+    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens.
 
-    Raises ConfigError for a vocabulary too small to hold every byte.
+    It has fewer tokens if the text runs out of pairs to merge.  Raises ConfigError if the
+    vocabulary is too small to hold every byte.
     """
     if vocab_size < _SMALLEST:
         raise ConfigError(
-            f"model.vocab_size={vocab_size} is too small for a byte-level tokenizer; use at least {_SMALLEST}"
+            f"model.vocab_size={vocab_size} is too small for a byte-level tokenizer; "
+            f"use at least {_SMALLEST}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -37,7 +39,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """Read a tokenizer.json.  Raises ConfigError if it is broken or has ids of `vocab_size` and above."""
+    """Read a tokenizer.json.
+
+    Raises ConfigError if it is broken or has token ids of `vocab_size` or above.
+    """
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:
@@ -45,20 +50,26 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
         raise ConfigError(
-            f"{path} has token ids up to {largest}, but model.vocab_size={vocab_size}; set it to {largest + 1} or more"
+            f"{path} has token ids up to {largest}, but model.vocab_size={vocab_size}; "
+            f"set it to {largest + 1} or more"
         )
-    tokenizer.no_truncation()  # a file may carry the limits of the model it was made for
+    tokenizer.no_truncation()  # the file may hold limits of the model it was made for
     tokenizer.no_padding()
     return tokenizer
 
 
 def end_token_id(tokenizer: Tokenizer, name: str | None) -> int:
-    """The id that ends a document.  Raises ConfigError if the tokenizer has no such token."""
+    """Return the id of the token that ends a document.
+
+    It is the token `name`, or the first usual one that the tokenizer has if `name` is None.  Raises
+    ConfigError if there is none.
+    """
     names = _USUAL_END_TOKENS if name is None else (name,)
     for candidate in names:
         found = tokenizer.token_to_id(candidate)
         if found is not None:
             return int(found)
     raise ConfigError(
-        f"the tokenizer has no token {' or '.join(names)}; set data.end_token to the one that ends a document"
+        f"the tokenizer has no token {' or '.join(names)}; "
+        "set data.end_token to the one that ends a document"
     )

@@ -1,7 +1,11 @@
-"""Checkpoints of Hugging Face to ours and back, one tensor at a time: the whole model is never in memory.
+"""Conversion of Hugging Face checkpoints to ours and back.
 
-Ours is an ordinary checkpoint of step 0 with parameters alone; beside it lie the model as YAML, and config.json and the
-tokenizer as they came.  Pickled weights are not read: a pickle runs what it holds.
+Tensors are converted one at a time, so the whole model is never in memory.  An import writes an
+ordinary checkpoint of step 0 that holds only parameters.  Next to it are the model settings as
+YAML, and unchanged copies of config.json and the tokenizer files.  Pickled weights are refused,
+because reading a pickle executes code from it.
+
+In this module, "ours" are names and shapes of this project, "theirs" those of Hugging Face.
 """
 
 from __future__ import annotations
@@ -52,46 +56,49 @@ _IGNORED = (
     ".rotary_emb.inv_freq",
     ".attn.bias",
     ".attn.masked_bias",
-)  # buffers that some files hold
+)  # buffers, not parameters, in some files
 
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What an import wrote."""
+    """The result of an import."""
 
     model: ModelConfig
     num_parameters: int
     checkpoint: Path
-    model_file: Path
-    tokenizer: Path | None
+    model_file: Path  # the model settings as YAML
+    tokenizer: Path | None  # tokenizer.json, None if the source has none
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What an export wrote.  `reach`: max_position_embeddings; `reach_from`: the config.json that says it, None: none does."""
+    """The result of an export."""
 
     files: tuple[str, ...]
-    reach: int
-    reach_from: Path | None
+    reach: int  # max_position_embeddings
+    reach_from: Path | None  # the config.json that gives it, None if it is model.seq_length
 
 
 def _silent(words: str) -> None:
-    """No progress is shown."""
+    """Show no progress."""
 
 
 def import_checkpoint(
     source: Path, target: Path, *, progress: Callable[[str], None] = _silent
 ) -> Imported:
-    """Write the model in directory `source` as a checkpoint under `target`.
+    """Write the Hugging Face model in directory `source` as a checkpoint under `target`.
 
-    Raises ConfigError for an architecture, a feature or a file that is not read here, and for tensors that are missing, left
-    over, or of another shape.  `target` is complete or absent.  `progress` hears after every tensor how much is written.
+    `target` is complete or absent afterwards.  `progress` is called after every tensor with a text
+    that says how much is written.  Raises ConfigError for an architecture, feature or file that is
+    not supported, and for tensors that are missing, unexpected, or of another shape.  Raises
+    OSError if `target` cannot be written.
     """
     if not (source / "config.json").is_file():
         raise ConfigError(
-            f"{source / 'config.json'} is not there; give the directory of a model in the format of Hugging Face"
+            f"{source / 'config.json'} is not there; "
+            "give the directory of a model in the format of Hugging Face"
         )
-    place = _place(target)
+    place = _checked_target(target)
     config = _read_json(source / "config.json")
     try:
         model = model_of(config)
@@ -99,12 +106,12 @@ def import_checkpoint(
         raise ConfigError(f"{source / 'config.json'}: {error}") from None
     everything = list(entries(model))
     files = _files(source)
-    described = _described(source, files, everything, model)
+    described = _checked_tensors(source, files, everything, model)
     ours = [
         Described(f"parameter:{entry.ours}", entry.shape, described[entry.theirs[0]].dtype)
         for entry in everything
     ]
-    num_bytes = sum(one.num_bytes for one in ours)
+    num_bytes = sum(tensor.num_bytes for tensor in ours)
     joined = (
         entry.join([read_tensor(files[name], name) for name in entry.theirs])
         for entry in everything
@@ -118,9 +125,8 @@ def import_checkpoint(
         copied = _copy(source, directory, ("config.json", *_TOKENIZER, _GENERATION))
         checkpoint = target / store.save_stream(directory, 0, ours, tensors, state).name
     tokenizer = target / "tokenizer.json" if "tokenizer.json" in copied else None
-    return Imported(
-        model, sum(one.num_values for one in ours), checkpoint, target / "model.yaml", tokenizer
-    )
+    num_parameters = sum(tensor.num_values for tensor in ours)
+    return Imported(model, num_parameters, checkpoint, target / "model.yaml", tokenizer)
 
 
 def export_checkpoint(
@@ -135,12 +141,17 @@ def export_checkpoint(
 ) -> Exported:
     """Write the newest checkpoint at `source` as a model in the format of Hugging Face.
 
-    `dtype` None: as stored.  `tokenizer`: where its files are; None: beside the checkpoint, by the data.tokenizer of its run,
-    or in `origins`, the imports or runs that the weights were started from.  What config.json says besides the model is looked
-    for in the same places.  `target` is complete or absent.  `progress` hears after every tensor how much is written.  Raises
-    ConfigError for a model that no architecture has, and a checkpoint that does not hold it.
+    `dtype` is a key of DTYPES; None keeps the stored dtype.  `shard_bytes` is the largest size of a
+    weight file.  `tokenizer` is where the tokenizer files are.  If it is None they are searched
+    next to the checkpoint, at the data.tokenizer of its run, and in `origins`, the imports or runs
+    that the weights were started from.  The same places are searched for what config.json holds in
+    addition to the model: special token ids and max_position_embeddings.
+
+    `target` is complete or absent afterwards.  `progress` is called after every tensor with a text
+    that says how much is written.  Raises ConfigError if no supported architecture has this model,
+    or if the checkpoint lacks tensors of it.  Raises OSError if `target` cannot be written.
     """
-    place = _place(target)
+    place = _checked_target(target)
     path = store.find(source)
     manifest = store.read_manifest(path)
     model = _saved_model(manifest, path)
@@ -162,19 +173,19 @@ def export_checkpoint(
         for entry in everything
         for name, shape in entry.their_shapes.items()
     ]
-    told = [] if tokenizer is None else [_directory_of(tokenizer)]
+    given = [] if tokenizer is None else [_tokenizer_directory(tokenizer)]
     of_data = manifest["state"]["config"].get("data", {}).get("tokenizer")
     beside = [source, path.parent]
-    before = [
-        origin.parent if origin.name.startswith("step-") else origin for origin in origins
-    ]  # not a checkpoint of it
+    # An origin may be a single checkpoint: the files are in the directory of its run or import.
+    before = [origin.parent if origin.name.startswith("step-") else origin for origin in origins]
     everywhere = [
-        *told,
+        *given,
         *beside,
         *([] if of_data is None else [Path(of_data).expanduser().parent]),
         *before,
     ]
-    # How far a model reaches is of its weights, not of its tokenizer, which may be that of another one.
+    # max_position_embeddings belongs to the weights.  The tokenizer may be that of another model,
+    # so its directory is not searched.
     reach = _config_in([*beside, *before], config["model_type"], "max_position_embeddings")
     if reach is not None:
         config["max_position_embeddings"] = max(
@@ -184,25 +195,29 @@ def export_checkpoint(
     if special is not None:
         config |= {key: value for key, value in _read_json(special).items() if key in _SPECIAL}
     config["torch_dtype"] = str(next(iter(kinds.values()))).removeprefix("torch.")
-    num_bytes = sum(one.num_bytes for one in theirs)
+    num_bytes = sum(tensor.num_bytes for tensor in theirs)
     tensors = _counted(_exported(path, manifest, everything, kinds, held), num_bytes, progress)
     with _complete(place, num_bytes) as directory:
         _write_shards(directory, theirs, shard_bytes, tensors)
         for names in (_TOKENIZER, (_GENERATION,)):
-            _copy(
-                next((one for one in everywhere if _there(one, names)), directory), directory, names
-            )
+            found = next((near for near in everywhere if _existing(near, names)), None)
+            if found is not None:
+                _copy(found, directory, names)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     files = tuple(sorted(file.name for file in target.iterdir()))
     return Exported(files, config["max_position_embeddings"], reach)
 
 
-def _place(target: Path) -> Path:
-    """Where `target` really is.  Raises ConfigError, before anything is read, where no directory can be put in its place."""
+def _checked_target(target: Path) -> Path:
+    """Resolve links in `target`, and check before anything is read that it can be written.
+
+    Raises ConfigError if no directory can be moved to this place.
+    """
     place = Path(os.path.realpath(target))
     if target.is_symlink() and not target.exists():
         raise ConfigError(
-            f"{target} is a link to {place}, which is not there; make that directory, or remove the link"
+            f"{target} is a link to {place}, which is not there; "
+            "make that directory, or remove the link"
         )
     if not place.exists():
         return place
@@ -214,11 +229,12 @@ def _place(target: Path) -> Path:
         raise ConfigError(
             f"{target} is not empty; give a directory that is, or is still to be made"
         )
-    if (
-        place == Path.cwd() or place.is_mount()
-    ):  # the one would stay behind in a deleted directory, the other cannot be renamed
+    # Replacing the working directory would leave this process in a deleted one.  A mount point
+    # cannot be replaced by a rename.
+    if place == Path.cwd() or place.is_mount():
         raise ConfigError(
-            f"{target} cannot be replaced as a whole; give a directory within it, for example {target / 'model'}"
+            f"{target} cannot be replaced as a whole; "
+            f"give a directory within it, for example {target / 'model'}"
         )
     return place
 
@@ -226,6 +242,7 @@ def _place(target: Path) -> Path:
 def _counted(
     tensors: Iterable[Tensor], num_bytes: int, progress: Callable[[str], None]
 ) -> Iterator[Tensor]:
+    """Yield the tensors, and report how much is done after each of them."""
     done = 0
     for tensor in tensors:
         yield tensor
@@ -244,7 +261,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _files(source: Path) -> dict[str, Path]:
-    """The file of each tensor.  Raises ConfigError where there are none, or only pickled ones."""
+    """Return the file of each tensor.  Raises ConfigError if there is none, or only pickles."""
     if (source / _INDEX).is_file():
         files = {name: source / file for name, file in _weight_map(source / _INDEX).items()}
         absent = sorted({path.name for path in files.values() if not path.is_file()})
@@ -258,23 +275,28 @@ def _files(source: Path) -> dict[str, Path]:
     pickles = sorted(path.name for pattern in _PICKLES for path in source.glob(pattern))
     if pickles:
         raise ConfigError(
-            f"{source} has its weights in {pickles[0]}, a pickle, which runs what it holds when it is read; "
-            "have them saved as safetensors (save_pretrained does) where they are trusted"
+            f"{source} has its weights in {pickles[0]}, a pickle, and reading a pickle can execute "
+            "any code; convert them to safetensors (save_pretrained does) where they are trusted"
         )
     raise ConfigError(f"{source} has neither {_SINGLE} nor {_INDEX}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The name of each tensor's file, which is beside the index: it must not lead to files of somebody else."""
+    """Return the file name of each tensor.  All files must be in the directory of the index.
+
+    Raises ConfigError for any other path, since an index must not lead to files elsewhere.
+    """
     names = _read_json(index).get("weight_map")
     if not isinstance(names, dict):
         raise ConfigError(
-            f"{index}: weight_map={json.dumps(names)[:60]} must be an object, from tensors to names of files"
+            f"{index}: weight_map={json.dumps(names)[:60]} must be an object, "
+            "from tensors to names of files"
         )
     for tensor, name in names.items():
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
             raise ConfigError(
-                f"{index}: {tensor} is in {json.dumps(name)[:60]}; it must be the name of a file beside the index"
+                f"{index}: {tensor} is in {json.dumps(name)[:60]}; "
+                "it must be the name of a file beside the index"
             )
     return names
 
@@ -286,10 +308,14 @@ def _describe(path: Path) -> Mapping[str, Described]:
         raise ConfigError(str(error)) from None
 
 
-def _described(
+def _checked_tensors(
     source: Path, files: Mapping[str, Path], everything: Sequence[Entry], model: ModelConfig
 ) -> dict[str, Described]:
-    """The tensors of `everything`, checked to be all that the files hold."""
+    """Return a description of every tensor that the entries need, by its Hugging Face name.
+
+    Raises ConfigError if one is missing or has another shape, if the files hold other tensors, or
+    if the tensors of an entry differ in dtype.
+    """
     held = {path: _describe(path) for path in sorted(set(files.values()))}
     wanted = {name: shape for entry in everything for name, shape in entry.their_shapes.items()}
     missing = [name for name in wanted if name not in files or name not in held[files[name]]]
@@ -301,8 +327,10 @@ def _described(
     for name, shape in wanted.items():
         if found[name].shape != shape:
             raise ConfigError(
-                f"{name} is {list(found[name].shape)} in {source}, but {list(shape)} by its config.json"
+                f"{name} is {list(found[name].shape)} in {source}, "
+                f"but {list(shape)} by its config.json"
             )
+    # With tied embeddings, lm_head.weight is a copy of the embedding.
     spare = {"lm_head.weight"} if model.tied_embeddings else set()
     every = dict.fromkeys(name for names in held.values() for name in names)
     left = [
@@ -318,7 +346,8 @@ def _described(
         kinds = {str(found[name].dtype).removeprefix("torch.") for name in entry.theirs}
         if len(kinds) > 1:
             raise ConfigError(
-                f"{', '.join(entry.theirs)} are {', '.join(sorted(kinds))} in {source}; they must have one dtype"
+                f"{', '.join(entry.theirs)} are {', '.join(sorted(kinds))} in {source}; "
+                "they must have one dtype"
             )
     return found
 
@@ -351,6 +380,7 @@ def _exported(
     kinds: Mapping[str, torch.dtype],
     held: Mapping[str, Any],
 ) -> Iterator[Tensor]:
+    """Yield the Hugging Face tensors of all entries in order, converted to their dtypes."""
     for entry in everything:
         name = f"parameter:{entry.ours}"
         whole = torch.empty(entry.shape, dtype=DTYPES[held[name]["dtype"]])
@@ -362,15 +392,16 @@ def _exported(
 def _write_shards(
     directory: Path, described: Sequence[Described], shard_bytes: int, tensors: Iterator[Tensor]
 ) -> None:
-    """Files of at most `shard_bytes`, but one tensor at least, and their index if there are several."""
+    """Write weight files of at most `shard_bytes`, and an index if there is more than one.
+
+    A tensor that is larger than `shard_bytes` gets a file of its own.
+    """
     shards: list[list[Described]] = [[]]
-    for one in described:
-        if (
-            shards[-1]
-            and sum(other.num_bytes for other in shards[-1]) + one.num_bytes > shard_bytes
-        ):
+    for tensor in described:
+        size = sum(other.num_bytes for other in shards[-1]) + tensor.num_bytes
+        if shards[-1] and size > shard_bytes:
             shards.append([])
-        shards[-1].append(one)
+        shards[-1].append(tensor)
     names = [
         f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)
     ]
@@ -381,48 +412,57 @@ def _write_shards(
     assert next(tensors, None) is None
     if len(shards) > 1:
         index = {
-            "metadata": {"total_size": sum(one.num_bytes for one in described)},
+            "metadata": {"total_size": sum(tensor.num_bytes for tensor in described)},
             "weight_map": {
-                one.name: name for name, shard in zip(names, shards, strict=True) for one in shard
+                tensor.name: name
+                for name, shard in zip(names, shards, strict=True)
+                for tensor in shard
             },
         }
         (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _directory_of(told: Path) -> Path:
-    """The directory of `told`, which may be a file of a tokenizer."""
-    directory = told.parent if told.is_file() else told
-    if not _there(directory, _TOKENIZER):
+def _tokenizer_directory(path: Path) -> Path:
+    """Return the directory of tokenizer files at `path`, which may be one of the files."""
+    directory = path.parent if path.is_file() else path
+    if not _existing(directory, _TOKENIZER):
         raise ConfigError(
-            f"--tokenizer {told}: no tokenizer files there; give the directory of a model, or its tokenizer.json"
+            f"--tokenizer {path}: no tokenizer files there; "
+            "give the directory of a model, or its tokenizer.json"
         )
     return directory
 
 
 def _config_in(directories: Sequence[Path], model_type: str, *keys: str) -> Path | None:
-    """The first config.json of this type of model that says any of `keys`."""
+    """Return the first config.json with this model type that sets any of `keys`."""
     for path in (directory / "config.json" for directory in directories):
-        told = _read_json(path) if path.is_file() else {}
-        if told.get("model_type") == model_type and any(told.get(key) is not None for key in keys):
-            check(told, f"{path}: ")
+        config = _read_json(path) if path.is_file() else {}
+        is_same_type = config.get("model_type") == model_type
+        if is_same_type and any(config.get(key) is not None for key in keys):
+            check(config, f"{path}: ")
             return path
     return None
 
 
-def _there(directory: Path, names: Sequence[str]) -> list[str]:
+def _existing(directory: Path, names: Sequence[str]) -> list[str]:
+    """Return those of `names` that are files in `directory`."""
     return [name for name in names if (directory / name).is_file()]
 
 
 def _copy(source: Path, target: Path, names: Sequence[str]) -> list[str]:
-    there = _there(source, names)
-    for name in there:
+    """Copy those of `names` that are files in `source`, and return their names."""
+    existing = _existing(source, names)
+    for name in existing:
         shutil.copyfile(source / name, target / name)
-    return there
+    return existing
 
 
 @contextmanager
 def _complete(target: Path, num_bytes: int) -> Iterator[Path]:
-    """A directory that becomes `target` when all is written, and is gone if anything fails."""
+    """Yield a directory that becomes `target` at the end, and is removed if anything fails.
+
+    Raises OSError with the place and `num_bytes` if writing fails.
+    """
     writing = target.with_name(f".writing-{target.name}")
     shutil.rmtree(writing, ignore_errors=True)
     try:
@@ -435,8 +475,8 @@ def _complete(target: Path, num_bytes: int) -> Iterator[Path]:
     except OSError as error:
         at = f" ({error.filename})" if error.filename else ""
         raise OSError(
-            f"{target} was not made: {error.strerror or error}{at}; it needs a directory where you may write, and room for "
-            f"{num_bytes / 1e9:.1f} GB"
+            f"{target} was not made: {error.strerror or error}{at}; it needs a directory "
+            f"where you may write, and room for {num_bytes / 1e9:.1f} GB"
         ) from None
     finally:
         shutil.rmtree(writing, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""config.json of Hugging Face <-> ModelConfig, for the architectures that compute what ours does.
+"""Translation between Hugging Face's config.json and ModelConfig, for the supported architectures.
 
-A family says what its configuration means in ours, and how to write one that means the same; where that does not lead back
-to the same model, the family does not have it.
+A family reads a config.json into our settings, and writes one from them.  If reading what it wrote
+does not give the same model, the family cannot express the model.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from vp_train.config import ConfigError, ModelConfig
 from vp_train.hf.values import check
 from vp_train.model.shape import head_size
 
-_LONGEST = 4096  # model.seq_length of an import, where the architecture reaches further; a run sets its own
+# Largest model.seq_length of an import, even if the model supports more.  A run may set its own.
+_LONGEST = 4096
 
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One architecture.  `defaults` count where config.json is silent; `read` and `write` do what not all families share."""
+    """One architecture.
+
+    `defaults` apply to keys that config.json lacks.  `read` and `write` translate only what the
+    families do not have in common.
+    """
 
     architecture: str
     defaults: Settings
@@ -30,13 +35,16 @@ class Family:
 
 
 def model_of(config: Mapping[str, Any]) -> ModelConfig:
-    """What a config.json describes.  Raises ConfigError naming the value that is wrong, or a feature that is not built here."""
+    """Return the model that a config.json describes.
+
+    Raises ConfigError that names a wrong value or an unsupported feature.
+    """
     check(config)
     family = FAMILIES.get(config.get("model_type") or "")
     if family is None:
         raise ConfigError(
-            f"model_type={config.get('model_type')!r} {config.get('architectures', '')} is not known; "
-            f"vp-import reads {', '.join(FAMILIES)}"
+            f"model_type={config.get('model_type')!r} {config.get('architectures', '')} "
+            f"is not known; vp-import reads {', '.join(FAMILIES)}"
         )
     _refuse(config, "quantization_config", None, "import the model that is not quantised")
     _refuse(config, "partial_rotary_factor", 1.0, "only whole heads are rotated here")
@@ -75,7 +83,11 @@ def _read(family: Family, config: Mapping[str, Any]) -> ModelConfig:
 
 
 def config_of(model: ModelConfig) -> Settings:
-    """A config.json for this model.  Raises ConfigError naming what no architecture here has."""
+    """Return a config.json for this model.
+
+    Raises ConfigError if no supported architecture has this model.  It names the nearest one and
+    the settings that it lacks.
+    """
     nearest: tuple[str, list[str]] | None = None
     for name, family in FAMILIES.items():
         config = (
@@ -90,7 +102,8 @@ def config_of(model: ModelConfig) -> Settings:
             nearest = name, missing
     assert nearest is not None
     raise ConfigError(
-        f"no Hugging Face architecture here is this model; the nearest, {nearest[0]}, does not have {', '.join(nearest[1])}"
+        f"no Hugging Face architecture here is this model; the nearest, {nearest[0]}, "
+        f"does not have {', '.join(nearest[1])}"
     )
 
 
@@ -114,17 +127,19 @@ def _common(model: ModelConfig) -> Settings:
 
 
 def _differences(model: ModelConfig, other: ModelConfig) -> list[str]:
-    """Settings in which two models compute differently, with the values of the first."""
-    ours, theirs = (asdict(_canonical(one)) for one in (model, other))
+    """Return the settings by which two models compute differently, with values of the first."""
+    ours, theirs = asdict(_canonical(model)), asdict(_canonical(other))
     names = [name for name, value in ours.items() if value != theirs[name]]
-    told = [
-        name for name in names if getattr(model, name) is not None
-    ]  # the others follow from these
-    return [f"model.{name}={getattr(model, name)}" for name in told or names]
+    # Settings that are None follow from the others.
+    explicit = [name for name in names if getattr(model, name) is not None]
+    return [f"model.{name}={getattr(model, name)}" for name in explicit or names]
 
 
 def _canonical(model: ModelConfig) -> ModelConfig:
-    """The same computation, with every setting written out, and those that count for nothing at one value."""
+    """Return settings that are equal for models that compute the same.
+
+    Implied values are written out, and settings without effect get their default.
+    """
     plain = ModelConfig()
     local = [model.is_local(layer) for layer in range(model.num_layers)]
     same = {name: getattr(plain, name) for name in ("seq_length", "init_std")}
@@ -153,16 +168,21 @@ def _canonical(model: ModelConfig) -> ModelConfig:
 
 
 def _every(local: list[bool]) -> int | None:
-    """full_attention_every of layers that are local or not.  Raises ConfigError where they follow another pattern."""
+    """Return full_attention_every for layers of which some are local.  None means all are local.
+
+    Raises ConfigError if they follow another pattern.
+    """
     every = local.index(False) + 1 if False in local else None
     if local != [every is None or (layer + 1) % every != 0 for layer in range(len(local))]:
         raise ConfigError(
-            "layer_types are not supported: one full_attention must follow the same number of sliding_attention each time"
+            "layer_types are not supported: "
+            "one full_attention must follow the same number of sliding_attention each time"
         )
     return every
 
 
 def _refuse(config: Mapping[str, Any], name: str, only: object, reason: str) -> None:
+    """Raise ConfigError unless setting `name` is absent, null, or `only`."""
     if config.get(name) not in (None, only):
         raise ConfigError(f"{name}={config[name]} is not supported: {reason}")
 
@@ -171,12 +191,16 @@ def _activation(config: Mapping[str, Any], known: tuple[str, ...]) -> None:
     given = config.get("hidden_activation") or config["hidden_act"]
     if given not in known:
         raise ConfigError(
-            f"the activation {given} is not supported for {config['model_type']}, which has {known[0]}"
+            f"the activation {given} is not supported for {config['model_type']}, "
+            f"which has {known[0]}"
         )
 
 
 def _rope(config: Mapping[str, Any], layers: str | None = None) -> Settings:
-    """RoPE of all layers, or of those of one type: in the form of transformers 5, or that before it."""
+    """Read the RoPE settings of all layers, or those of the layer type `layers`.
+
+    transformers 5 has them in rope_parameters, earlier versions in rope_theta and rope_scaling.
+    """
     values = config.get("rope_parameters")
     if values is None:
         values = {"rope_theta": config["rope_theta"]} | (config.get("rope_scaling") or {})
@@ -203,7 +227,7 @@ def _rope(config: Mapping[str, Any], layers: str | None = None) -> Settings:
 
 
 def _rope_written(model: ModelConfig) -> Settings:
-    """The form that every version of transformers reads."""
+    """Write the RoPE settings in the form that every version of transformers reads."""
     scaling: Settings | None = None
     if model.rope_scaling == "linear":
         scaling = {"rope_type": "linear", "factor": model.rope_factor}
@@ -219,23 +243,29 @@ def _rope_written(model: ModelConfig) -> Settings:
 
 
 def _windows(config: Mapping[str, Any], pattern: int) -> Settings:
-    """Local layers as Gemma 2 and 3 have them; `pattern`: which layer is full where no types are given."""
+    """Read the sliding-window layers of Gemma 2 and 3.
+
+    If config.json has no layer_types, every `pattern`-th layer has full attention.
+    """
     types = config.get("layer_types")
     if types is None:
         if pattern < 1:
             raise ConfigError(
-                f"sliding_window_pattern={pattern} is too small; every so many layers one is full, at least 1"
+                f"sliding_window_pattern={pattern} is too small; "
+                "one of so many layers has full attention, so it must be at least 1"
             )
         full = [(layer + 1) % pattern == 0 for layer in range(config["num_hidden_layers"])]
-        types = ["full_attention" if one else "sliding_attention" for one in full]
+        types = ["full_attention" if is_full else "sliding_attention" for is_full in full]
     if len(types) != config["num_hidden_layers"]:
         raise ConfigError(
-            f"layer_types has {len(types)} entries for num_hidden_layers={config['num_hidden_layers']}; one each"
+            f"layer_types has {len(types)} entries for "
+            f"num_hidden_layers={config['num_hidden_layers']}; give one entry per layer"
         )
     unknown = set(types) - {"full_attention", "sliding_attention"}
     if unknown:
         raise ConfigError(
-            f"layer_types {sorted(unknown)} are not supported; full_attention and sliding_attention are"
+            f"layer_types {sorted(unknown)} are not supported; "
+            "full_attention and sliding_attention are"
         )
     local = [kind == "sliding_attention" for kind in types]
     if not any(local):
@@ -254,7 +284,8 @@ def _read_llama(config: Mapping[str, Any]) -> Settings:
     _activation(config, ("silu",))
     if config["attention_bias"] != config["mlp_bias"]:
         raise ConfigError(
-            f"attention_bias={config['attention_bias']} with mlp_bias={config['mlp_bias']} is not supported; both or none are"
+            f"attention_bias={config['attention_bias']} with mlp_bias={config['mlp_bias']} "
+            "is not supported; both or none are"
         )
     return {"linear_bias": config["attention_bias"]} | _rope(config)
 
@@ -270,7 +301,7 @@ def _read_qwen(config: Mapping[str, Any]) -> Settings:
         config,
         "attention_bias",
         False,
-        "of Qwen 2 and 3, the first alone has biases, of q, k and v",
+        "only q, k and v of Qwen 2 have biases, and Qwen 3 has none",
     )
     full = config["num_hidden_layers"] if "layer_types" in config else config["max_window_layers"]
     types = config.get("layer_types") or ()
@@ -278,8 +309,9 @@ def _read_qwen(config: Mapping[str, Any]) -> Settings:
         full < config["num_hidden_layers"] or "sliding_attention" in types
     ):
         raise ConfigError(
-            f"use_sliding_window=true with max_window_layers={config['max_window_layers']} is not supported: "
-            "the last layers alone would be local"
+            "use_sliding_window=true with "
+            f"max_window_layers={config['max_window_layers']} "
+            "is not supported: only the last layers would be local"
         )
     return _rope(config)
 
@@ -296,7 +328,8 @@ _GEMMA = {"activation": "geglu", "zero_centred_norm": True, "embedding_scale": T
 
 
 def _read_gemma(config: Mapping[str, Any], layers: str | None = None) -> Settings:
-    # Early files of the first Gemma say "gelu" and mean the tanh approximation; elsewhere it is the exact one.
+    # Early files of the first Gemma say "gelu" but mean the tanh approximation.  In all other files
+    # "gelu" is the exact function.
     early = config["model_type"] == "gemma" and not config.get("hidden_activation")
     _activation(config, ("gelu_pytorch_tanh", "gelu") if early else ("gelu_pytorch_tanh",))
     _refuse(config, "attention_bias", False, "Gemma has none")
@@ -328,7 +361,7 @@ def _read_gemma3(config: Mapping[str, Any]) -> Settings:
         config,
         "attn_logit_softcapping",
         None,
-        "transformers never applies it in Gemma 3; null says the same",
+        "transformers never applies it in Gemma 3; set it to null for the same result",
     )
     local = {
         "rope_parameters": config.get("rope_parameters"),
@@ -337,7 +370,8 @@ def _read_gemma3(config: Mapping[str, Any]) -> Settings:
     of_local = _rope(local, "sliding_attention")
     if "rope_scaling" in of_local:
         raise ConfigError(
-            f"rope_type={of_local['rope_scaling']} of sliding_attention is not supported; default is"
+            f"rope_type={of_local['rope_scaling']} of sliding_attention is not supported; "
+            "default is"
         )
     windows = _windows(config, config["sliding_window_pattern"])
     own = {"rope_local_base": of_local["rope_base"]} if windows else {}
@@ -362,6 +396,7 @@ def _write_gemma3(model: ModelConfig) -> Settings:
 
 
 def _sandwich(config: Mapping[str, Any]) -> Settings:
+    """Read what Gemma 2 and 3 share: norms before and after every block, and the divisor."""
     return {
         "post_norms": True,
         "attention_divisor": float(config["query_pre_attn_scalar"]),

@@ -1,6 +1,7 @@
-"""Which Hugging Face tensors make up each of ours, and how their rows are ordered in it.
+"""The Hugging Face tensors that make up each of our tensors, and the order of their rows.
 
-Ours follow megatron-core: q, k and v are one matrix, interleaved by query group, and gate and up are one above the other.
+Our tensors follow megatron-core.  q, k and v are one matrix whose rows are interleaved by query
+group.  The gate and up projections are one matrix, gate above up.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from vp_train.model.shape import head_size, is_gated
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Our tensor `ours` is made of `theirs`, with `rows` rows each, all with the trailing `width`.
+    """One of our tensors, and the Hugging Face tensors that it is made of.
 
-    In each of `groups` equal parts of it come the rows of that part of each of theirs, one after the other.
+    `theirs[i]` has shape (rows[i], *width).  Our tensor, of shape (sum(rows), *width), consists of
+    `groups` equal blocks.  Block g is the concatenation of block g of every one of theirs.
     """
 
     ours: str
@@ -30,33 +32,36 @@ class Entry:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of our tensor."""
         return (sum(self.rows), *self.width)
 
     @property
     def their_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each Hugging Face tensor, by name."""
         return {
             name: (rows, *self.width) for name, rows in zip(self.theirs, self.rows, strict=True)
         }
 
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
-        """Theirs, in order, to ours."""
+        """Build our tensor from theirs, given in the order of `theirs`."""
         if len(theirs) == 1:
             return theirs[0]
         return torch.cat([self._grouped(part) for part in theirs], 1).flatten(0, 1)
 
     def split(self, ours: Tensor) -> list[Tensor]:
-        """Ours to theirs, in order."""
+        """Split our tensor into theirs, in the order of `theirs`."""
         if len(self.theirs) == 1:
             return [ours]
         sizes = [rows // self.groups for rows in self.rows]
         return [part.flatten(0, 1) for part in torch.split(self._grouped(ours), sizes, 1)]
 
     def _grouped(self, tensor: Tensor) -> Tensor:
+        """Reshape [rows, ...] to [groups, rows / groups, ...]."""
         return tensor.reshape(self.groups, -1, *tensor.shape[1:])
 
 
 def entries(model: ModelConfig) -> Iterator[Entry]:
-    """Every parameter of the model, in the order of its layers."""
+    """Yield an entry for every parameter of the model, in the order of its layers."""
     h = model.hidden_size
     yield Entry("embedding.weight", ("model.embed_tokens.weight",), (model.vocab_size,), (h,))
     for layer in range(model.num_layers):

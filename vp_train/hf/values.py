@@ -1,4 +1,8 @@
-"""What the values of a config.json must be: JSON may hold anything, and a wrong kind would surface far from its file."""
+"""Type checks for the values of a config.json.
+
+JSON may hold a value of any type.  Without a check, a wrong type would cause an error far from the
+file.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,11 @@ _TEXT, _TEXTS, _OBJECT = (
 )
 
 _IS: dict[str, Callable[[Any], bool]] = {
-    _WHOLE: lambda value: type(value) is int,  # which true and 2.0 are not
+    _WHOLE: lambda value: type(value) is int,  # excludes true and 2.0
     _NUMBER: lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max,
     _FLAG: lambda value: isinstance(value, bool),
     _TEXT: lambda value: isinstance(value, str),
-    _TEXTS: lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
+    _TEXTS: lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
     _OBJECT: lambda value: isinstance(value, dict),
 }
 _KINDS = {
@@ -39,7 +43,7 @@ _KINDS = {
     ),
     **dict.fromkeys(("model_type", "hidden_act", "hidden_activation"), _TEXT),
     "layer_types": _TEXTS,
-    # RoPE: as a whole, by type of layer, and what is in it.
+    # RoPE settings: the objects that hold them, whole or per layer type, and their values.
     **dict.fromkeys(
         ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention"), _OBJECT
     ),
@@ -53,7 +57,10 @@ _KINDS = {
 
 
 def check(values: Mapping[str, Any], where: str = "") -> None:
-    """Raises ConfigError for a value that is not what its name asks for.  Null is as good as absent."""
+    """Check the types of the values in a config.json.  null counts as absent.
+
+    `where` is put before the name in messages.  Raises ConfigError for a value of the wrong type.
+    """
     for name, value in values.items():
         kind = _KINDS.get(name)
         if kind is None or value is None:
