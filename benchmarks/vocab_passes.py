@@ -88,8 +88,8 @@ class Ours:
             case.rows,
             VOCAB_ALGORITHMS[algorithm].input_gradient,
             name,
-            options,
-            float(fraction or 1),
+            options=options,
+            recompute_fraction=float(fraction or 1),
         )
         self.device, self.held_bytes = case.device, 0
         self.apart: dict[str, list[float]] | None = (

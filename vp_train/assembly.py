@@ -246,8 +246,8 @@ def _output_layer(
         config.model.vocab_size,
         algorithm.input_gradient,
         config.vocab.backend,
-        options,
-        config.vocab.recompute_fraction,
+        options=options,
+        recompute_fraction=config.vocab.recompute_fraction,
         sum_dtype=DTYPES[config.run.dtype] if config.vocab.sum_dtype == "compute" else None,
     )
 

@@ -40,8 +40,8 @@ def make_layer(weight, grad, shard, algorithm, backend, options=PLAIN, sum_dtype
         len(weight),
         pass_of_dx,
         name,
-        options,
-        fraction,
+        options=options,
+        recompute_fraction=fraction,
         sum_dtype=sum_dtype,
     )
 

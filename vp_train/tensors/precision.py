@@ -113,6 +113,6 @@ def _compile(function: Callable[..., Any], *, dynamic: bool) -> Callable[..., An
 
 @cache
 def has_compiler() -> bool:
-    """Return whether torch.compile works on a CPU here: it needs a compiler and Python's headers."""
+    """Return whether torch.compile works on this CPU: it needs g++ or the like, and Python.h."""
     compiler = shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
     return compiler is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()

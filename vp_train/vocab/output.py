@@ -76,9 +76,9 @@ class OutputLayer:
         vocab_size: int,
         input_gradient: Kind | None,
         backend: str,
+        *,
         options: LossOptions = _PLAIN,
         recompute_fraction: float = 1.0,
-        *,
         sum_dtype: torch.dtype | None = None,
     ) -> None:
         assert weight.shape == grad.shape
