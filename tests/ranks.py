@@ -115,7 +115,7 @@ class Ranks:
             ready = wait(waiting, timeout)
             if not ready:
                 raise RankFailed(
-                    f"no result within {timeout} s; stacks of all ranks:\n{self._stacks_of_all()}"
+                    f"no answer within {timeout} s; stacks of all ranks:\n{self._stacks_of_all()}"
                 )
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]

@@ -71,7 +71,7 @@ class RankModel:
         mask: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor | None:
-        """Run `Executor.step` of the training program; its arguments and result are the same.
+        """Run `Executor.step` of the training program; see there for arguments and result.
 
         The gradients are multiplied by `loss_scale`, and complete after `optimizer.reduce`.  If a
         step raises, sums and messages are left behind, and the model can no longer be used.

@@ -14,7 +14,7 @@ CASES = [
 
 
 def announced(module, microbatches, how):
-    """Return the last backward's announcements with the gradients at each, and the final gradients.
+    """Return the last backward's announcements with their gradients, and the final gradients.
 
     `how` is the pass that completes the gradients: B, or W of a split backward.
     """

@@ -82,14 +82,16 @@ def attention_forwards(rank, world_size, config):
 @pytest.mark.parametrize("schedule", ["interleaved", "v_half"])
 def test_each_stage_recomputes_what_its_setting_says(ranks, schedule):
     config = config_of(2, 3, 101, schedule=schedule, num_stages=4)
-    told = ("full", "none", "none", "selective")
-    config = replace(config, parallel=replace(config.parallel, recompute_per_stage=told))
+    modes = ("full", "none", "none", "selective")
+    config = replace(config, parallel=replace(config.parallel, recompute_per_stage=modes))
     found = {
         stage: count
         for counts in ranks(2).run(attention_forwards, config)
         for stage, count in counts.items()
     }
-    assert found == {stage: 3 if recompute == "none" else 6 for stage, recompute in enumerate(told)}
+    assert found == {
+        stage: 3 if recompute == "none" else 6 for stage, recompute in enumerate(modes)
+    }
 
 
 def summed_early(rank, world_size, config):

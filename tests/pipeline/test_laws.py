@@ -25,7 +25,7 @@ from vp_train.planning.plan import make_plan
 LATE_SECONDS = 0.4
 
 
-def drain_what_nobody_awaits(rank, world_size, what):
+def drain_without_a_waiter(rank, world_size, what):
     """Return the seconds until rank 0 has drained, and whether its message lived until then.
 
     Rank 1 is late.  It returns the message that it receives.
@@ -60,8 +60,8 @@ def drain_what_nobody_awaits(rank, world_size, what):
 
 
 @pytest.mark.parametrize("what", ["collective", "hop"])
-def test_a_message_that_nobody_awaits_lives_until_drain_has_waited_for_it(ranks, what):
-    first, second = ranks(2).run(drain_what_nobody_awaits, what)
+def test_a_message_without_a_waiter_lives_until_drain_has_waited_for_it(ranks, what):
+    first, second = ranks(2).run(drain_without_a_waiter, what)
     seconds, alive = first
     assert seconds >= LATE_SECONDS
     assert alive
@@ -69,7 +69,7 @@ def test_a_message_that_nobody_awaits_lives_until_drain_has_waited_for_it(ranks,
         assert second == [1.0] * 4
 
 
-def sum_that_nobody_awaits(rank, world_size):
+def sum_without_a_waiter(rank, world_size):
     """Return the sums in place after `drain`; rank 1 joins all of them late."""
     comms = comms_of(world_size)
     messages = [torch.full((4,), rank + 1.0 + count) for count in range(3)]
@@ -83,9 +83,7 @@ def sum_that_nobody_awaits(rank, world_size):
 
 
 def test_what_drain_has_waited_for_is_complete(ranks):
-    assert (
-        ranks(2).run(sum_that_nobody_awaits) == [[[3.0 + 2 * count] * 4 for count in range(3)]] * 2
-    )
+    assert ranks(2).run(sum_without_a_waiter) == [[[3.0 + 2 * count] * 4 for count in range(3)]] * 2
 
 
 def test_an_action_is_done_once_however_often_it_is_called():

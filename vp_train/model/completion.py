@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 
 class Completion:
-    """Announces the units of a stage to `done`, in order and once each.
+    """Announces the units of a stage to `done`, each of them once and in order.
 
     A unit is the names of parameters whose gradients complete together.
     """
