@@ -94,8 +94,8 @@ class Ours:
             case.rows,
             VOCAB_ALGORITHMS[algorithm].input_gradient,
             name,
-            options,
-            float(fraction or 1),
+            options=options,
+            recompute_fraction=float(fraction or 1),
         )
         self.device, self.held_bytes = case.device, 0
         # Seconds of every S and T on their own.  None: they are not measured.

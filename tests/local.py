@@ -1,4 +1,4 @@
-"""All ranks of a pipeline in the process of the tests: see `vp_train.pipeline.local`."""
+"""All ranks of a pipeline in the process of the tests; see `vp_train.pipeline.local`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vp_train.planning.plan import RunPlan
 
 
 def local_mesh(plan: RunPlan, rank: int) -> Mesh:
-    """Return the mesh of a rank whose process groups have nobody else in them."""
+    """Return the mesh of `rank`, with process groups of this process alone."""
     group = alone()
     assert plan.degrees == Degrees(1, plan.num_ranks, 1)
     groups = Groups((), (), {}, {}, {})
@@ -30,14 +30,14 @@ def local_mesh(plan: RunPlan, rank: int) -> Mesh:
 
 
 class Together:
-    """What the ranks of one process tell each other between steps."""
+    """The exchange of values between the ranks of one process, between steps."""
 
     def __init__(self, num_ranks: int) -> None:
         self._values: list[Any] = [None] * num_ranks
         self._barrier = Barrier(num_ranks, timeout=60)
 
     def gather(self, rank: int, value: Any) -> list[Any]:
-        """Return the values of all ranks, in their order."""
+        """Return the values of all ranks in rank order."""
         self._values[rank] = value
         self._barrier.wait()
         values = list(self._values)
@@ -45,7 +45,7 @@ class Together:
         return values
 
     def health(self, rank: int, loss: Any, squared_norm: Any) -> StepHealth:
-        """Return what `gather_health` makes of the terms of all ranks."""
+        """Return the result of `gather_health` for the terms of all ranks."""
         pairs = self.gather(rank, (loss, squared_norm))
         nothing = torch.zeros((), dtype=torch.float64)
         losses = [nothing if term is None else term.double() for term, _ in pairs]
@@ -55,7 +55,7 @@ class Together:
         )
 
     def abort(self) -> None:
-        """Wake the ranks that wait for one that has failed."""
+        """Wake the ranks that wait for a rank that has failed."""
         self._barrier.abort()
 
 
@@ -65,7 +65,7 @@ def run_locally(
     work: Callable[[int, RankModel, Together], Any],
     **board: Any,
 ) -> list[Any]:
-    """Return work(rank, model, together) of every rank of `plan`."""
+    """Run work(rank, model, together) on every rank of `plan`; return the results in rank order."""
     together = Together(plan.num_ranks)
     alone()
     switchboard = Switchboard(plan.problem, torch.device(config.run.device), **board)

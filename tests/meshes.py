@@ -1,4 +1,7 @@
-"""Process groups for ranks that live through many tests: every gloo group has threads that wake up a hundred times a second."""
+"""Process groups for ranks that live through many tests.
+
+Only few are kept, because every gloo group has threads that wake up a hundred times a second.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,16 @@ _latest: dict[object, Mesh] = {}
 
 
 def mesh_for(plan: RunPlan) -> Mesh:
-    """Collective.  A mesh of the last few calls, if one has the same groups; those of older calls are gone."""
+    """Return a mesh for `plan`: a kept one with the same groups, else a new one.  Collective.
+
+    The meshes of the last `_KEPT` plans are kept, and older ones are destroyed.
+    """
     key = plan.degrees, *(plan.problem.shard_ranks(end) for end in End)
     mesh = _latest.pop(key, None)
     if mesh is None:
         for old in list(_latest)[: 1 - _KEPT]:
             _latest.pop(old).destroy()
-            gc.collect()  # of models in cycles, which hold groups too
+            gc.collect()  # models in reference cycles hold groups too
         mesh = build_mesh(plan.degrees, plan.problem)
     _latest[key] = mesh
     return mesh
@@ -40,8 +46,8 @@ def forget(rank: int, world_size: int) -> None:
 
 @contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[None]:
-    """Let this process be rank `rank` of torch's fake default group, in which nobody answers."""
-    if dist.is_initialized():  # by a test with all ranks in this process
+    """Make this process rank `rank` of torch's fake default group, without other ranks."""
+    if dist.is_initialized():  # a test with all ranks in this process has done so
         dist.destroy_process_group()
         alone.cache_clear()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
@@ -53,7 +59,10 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
 
 @cache
 def alone() -> dist.ProcessGroup:
-    """Collective: the group of this rank only.  A process of no job becomes one of a single rank."""
+    """Return the group of this rank alone.  Collective.
+
+    Without a default group, this makes one with a single rank.
+    """
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if dist.get_world_size() == 1:

@@ -1,4 +1,8 @@
-"""Real gloo processes for tests: started once per world size, reused by many cases; and processes of their own for some."""
+"""Real gloo processes for tests.
+
+`Ranks` are started once per world size and reused by many cases.  `in_processes` starts new
+processes.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +24,15 @@ from tests.meshes import forget
 
 
 class RankFailed(AssertionError):
-    """A rank raised, died or hung; the message holds its traceback or stack."""
+    """A rank raised, died or hung; the message contains its traceback or stack."""
 
 
 def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115 - as long as the process
+    file = open(stacks, "w")  # noqa: SIM115 - open as long as the process
+    faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
     store = dist.TCPStore(
         "127.0.0.1", port, world_size, is_master=rank == 0, timeout=timedelta(seconds=60)
     )
@@ -46,22 +51,29 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: str)
 
 
 def ready_context() -> Any:
-    """Return how to start processes that have imported what ranks need: in seconds, a fork has done it."""
-    # Nothing of CUDA outlives a fork.
+    """Return a context whose processes start with the imports of ranks done.
+
+    The imports take seconds.  The fork server does them once.
+    """
+    # CUDA does not survive a fork.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
     return context
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
+    """Return a free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def in_processes(function: Callable[..., None], arguments: tuple[Any, ...], nprocs: int) -> None:
-    """Run function(rank, *arguments) in processes of its own, as `torch.multiprocessing.spawn` does but started sooner."""
+    """Run function(rank, *arguments) in `nprocs` new processes.
+
+    It replaces `torch.multiprocessing.spawn`, which starts more slowly.  Raises RankFailed if a
+    process fails.
+    """
     context = ready_context()
     processes = [
         context.Process(target=function, args=(rank, *arguments), daemon=True)
@@ -77,7 +89,7 @@ def in_processes(function: Callable[..., None], arguments: tuple[Any, ...], npro
 
 
 class Ranks:
-    """`world_size` living processes with a default gloo group."""
+    """`world_size` processes that stay alive, with a default gloo group."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -86,10 +98,11 @@ class Ranks:
         self._rests = True
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 60) -> list[Any]:
-        """function(rank, world_size, *arguments) on every rank; their results in rank order.
+        """Run function(rank, world_size, *arguments) on every rank; return results in rank order.
 
-        Raises RankFailed with the traceback of a rank that raised, or all stacks after `timeout` seconds; the processes are
-        then replaced.  `function` must be importable.
+        `function` must be importable.  Raises RankFailed with the traceback of a rank that raised,
+        or with the stacks of all ranks after `timeout` seconds.  The next run then starts new
+        processes.
         """
         if not self._processes:
             self._start()
@@ -102,7 +115,7 @@ class Ranks:
             ready = wait(waiting, timeout)
             if not ready:
                 raise RankFailed(
-                    f"no answer within {timeout} s from ranks that stand at:\n{self._stacks_of_all()}"
+                    f"no answer within {timeout} s; stacks of all ranks:\n{self._stacks_of_all()}"
                 )
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
@@ -117,7 +130,7 @@ class Ranks:
         return [results[rank] for rank in range(self.world_size)]
 
     def rest(self) -> None:
-        """Destroy what groups tests have left: those of a process that does nothing keep a processor busy."""
+        """Destroy the groups that tests have left, because idle gloo groups keep a CPU busy."""
         if self._processes and not self._rests:
             self.run(forget)
             self._rests = True

@@ -47,7 +47,7 @@ def planned(degrees, problem, *, nccl):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("algorithm", ["none", "one_barrier"])
-def test_at_512_ranks_nobody_has_more_than_99_sockets(layout, algorithm):
+def test_at_512_ranks_no_rank_has_more_than_99_sockets(layout, algorithm):
     degrees = Degrees(8, 8, 8)
     specs = planned(degrees, problem_of(8, *layout, algorithm), nccl=True)
     assert max(gloo_sockets(specs, rank) for rank in range(512)) == 2 * (31 + 15) + 7
@@ -57,7 +57,7 @@ def test_at_512_ranks_nobody_has_more_than_99_sockets(layout, algorithm):
     "degrees", [(8, 8, 8), (16, 8, 4), (1, 64, 8), (64, 1, 8), (512, 1, 1), (4, 16, 64)]
 )
 def test_sockets_leave_room_for_other_files(degrees):
-    """With dp = 512 the replicas alone need 511: a fault of that layout, but below the limit."""
+    """With dp = 512 the data-parallel group alone needs 511 sockets, which are not counted here."""
     degrees = Degrees(*degrees)
     specs = planned(degrees, problem_of(degrees.pp), nccl=True)
     most = max(gloo_sockets(specs, rank) for rank in range(degrees.num_ranks))
@@ -106,7 +106,7 @@ def test_v_layouts_hop_both_ways_and_loops_wrap_around():
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 @pytest.mark.parametrize("p", [2, 3])
 def test_both_ranks_of_a_pair_issue_its_messages_in_the_same_order(name, p):
-    """NCCL executes what shares a communicator one after the other."""
+    """NCCL executes the messages of one communicator in order of issue."""
     family = GENERATORS[name]
     problem = Problem(
         family.layout_of(p), 6, VOCAB_ALGORITHMS["one_barrier"], family.split_backward
@@ -126,8 +126,8 @@ def test_both_ranks_of_a_pair_issue_its_messages_in_the_same_order(name, p):
 
 @pytest.mark.parametrize("nccl", [False, True])
 @pytest.mark.parametrize("degrees", DEGREES)
-def test_nobody_waits_in_a_circle_and_no_group_is_made_in_vain(degrees, nccl):
-    """Each rank makes its groups one after the other; a group is complete when all have come."""
+def test_no_ranks_wait_in_a_circle_and_no_group_is_useless(degrees, nccl):
+    """Each rank makes its groups in order, and a group is complete when all members have come."""
     degrees = Degrees(*degrees)
     specs = planned(degrees, problem_of(degrees.pp), nccl=nccl)
     rounds = dict.fromkeys(range(degrees.num_ranks), 0)
@@ -146,7 +146,7 @@ def test_nobody_waits_in_a_circle_and_no_group_is_made_in_vain(degrees, nccl):
     )
 
 
-def test_what_a_size_of_one_does_not_need_is_not_made():
+def test_degrees_of_one_make_no_groups_for_their_axis():
     alone = {spec.purpose for spec in planned(Degrees(1, 1, 1), problem_of(1), nccl=True)}
     assert alone == {Purpose.WORLD, Purpose.STEPS, Purpose.ALONE}
     whole = {spec.purpose for spec in planned(Degrees(2, 2, 2), problem_of(2), nccl=True)}
@@ -154,7 +154,7 @@ def test_what_a_size_of_one_does_not_need_is_not_made():
 
 
 class Recorded:
-    """Stands for torch's group factory, and for a process group."""
+    """A stand-in for `dist.new_group` that records its calls."""
 
     def __init__(self):
         self.calls = []
@@ -166,7 +166,7 @@ class Recorded:
 
 @pytest.fixture
 def fake_nccl(monkeypatch):
-    """A torch with NCCL that records instead of communicating; call it with rank and degrees."""
+    """Return a function (rank, degrees) that replaces NCCL by a recorder of its calls."""
     steps = []
 
     class Options:
@@ -212,15 +212,16 @@ def fake_nccl(monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [0, 9, 31])
-def test_the_mesh_is_that_list_warmed_up_under_the_start_s_timeout(fake_nccl, rank):
+def test_the_mesh_makes_the_planned_groups_and_connects_them_under_the_start_timeout(
+    fake_nccl, rank
+):
     degrees, settings = Degrees(2, 8, 2), RunSettings(timeout_seconds=7, world_timeout_seconds=70)
     factory, steps = fake_nccl(rank, degrees)
     problem, watched = problem_of(8, "v", 2), []
 
     def watching(groups):
-        assert {name for name, *_ in steps if isinstance(name, str)} <= {
-            "barrier"
-        }  # nothing was sent
+        # No rank has sent anything yet.
+        assert {name for name, *_ in steps if isinstance(name, str)} <= {"barrier"}
         watched.extend(groups)
 
     mesh = build_mesh(degrees, problem, settings, watching=watching)
@@ -287,7 +288,7 @@ def test_a_torch_without_nccl_has_no_options(monkeypatch):
 
 
 def test_512_ranks_make_their_groups_without_a_store_and_in_seconds(monkeypatch):
-    """torch itself makes them, over a store that knows nobody: no barrier is waited for."""
+    """torch itself makes the groups, over a store without other ranks, so no barrier may wait."""
     monkeypatch.setattr(
         dist.distributed_c10d,
         "_store_based_barrier",

@@ -1,4 +1,4 @@
-"""Messages of all ranks arrive in rank order, whatever the rows."""
+"""Messages of all ranks arrive in rank order, for any width of the rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def exchange(rank, num_ranks, width):
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
-def test_every_rank_has_the_values_of_all_in_their_order(ranks, width):
+def test_every_rank_gets_the_values_of_all_ranks_in_rank_order(ranks, width):
     for tensors, values in ranks(4).run(exchange, width):
         assert tensors.tolist() == [[[rank, rank / 3]] for rank in range(4)]
         assert values == [

@@ -1,4 +1,4 @@
-"""Builds what one rank owns: its stages, its vocabulary rows, and the executors that run them."""
+"""Build the part of one rank: its stages, its vocabulary rows, and the executors that run them."""
 
 from __future__ import annotations
 
@@ -37,9 +37,14 @@ from vp_train.vocab.shard import Shard
 class RankModel:
     """One rank's share of the model.
 
-    Names are global; `splits` says which part of a parameter this rank holds, if that is not all of it.  The ranks of a
-    replica hold each value once, but for `copied`: what the first of several tensor-parallel ranks has too, and a tied matrix
-    that an unsharded vocabulary keeps on the last stage too.  Copies count for nothing but their update.
+    parameters: by their global names.
+    splits: the slices of the parameters of which this rank holds only a part.
+    trainer, evaluator: the executors of the training and the evaluation program.
+    copied: the parameters that another rank of the replica also holds.  These are parameters that
+        the first tensor-parallel rank has too, and a tied matrix that an unsharded vocabulary also
+        keeps on the last stage.  Copies are updated, but count neither as parameters nor for the
+        norm.
+    reports_loss: whether this rank reports the loss of its replica.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -52,10 +57,10 @@ class RankModel:
     gradients: Gradients
     optimizer: Optimizer
     loss_scale: LossScale
-    reports_loss: bool  # for the loss of its replica
+    reports_loss: bool
     _completions: _Completions
     _comms: Comms
-    _copied_at_both_ends: Tensor | None  # the gradient of a tied matrix
+    _copied_at_both_ends: Tensor | None  # the gradient of a tied matrix on two stages
 
     def train_step(
         self,
@@ -66,9 +71,10 @@ class RankModel:
         mask: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor | None:
-        """Run `Executor.step` of the training program; `optimizer.reduce` then completes the gradients, times `loss_scale`.
+        """Run `Executor.step` of the training program; see there for arguments and result.
 
-        A step that raises leaves sums and messages behind: nothing more can be done with this model.
+        The gradients are multiplied by `loss_scale`, and complete after `optimizer.reduce`.  If a
+        step raises, sums and messages are left behind, and the model can no longer be used.
         """
         self._completions.begin()
         scale = self.loss_scale.value
@@ -81,7 +87,7 @@ class RankModel:
 
     @property
     def num_parameters(self) -> int:
-        """Without copies."""
+        """Return the number of parameters, without copies."""
         return sum(
             parameter.numel()
             for name, parameter in self.parameters.items()
@@ -90,7 +96,7 @@ class RankModel:
 
 
 def rank_device(config: RunConfig) -> torch.device:
-    """Return the device of this rank, on CUDA with the index that `torch.cuda.set_device` has set."""
+    """Return the device of this rank, on CUDA with the index of the current device."""
     return with_index(torch.device(config.run.device))
 
 
@@ -99,15 +105,15 @@ def build_rank(
 ) -> RankModel:
     """Build the model of this rank with its initial values.
 
-    `transport` connects it with the other ranks of its pipeline; None: the process groups of `mesh`.
+    `transport` connects it with the other ranks of its pipeline.  By default that is over the
+    process groups of `mesh`.
     """
     rank, device = mesh.pipeline_rank, rank_device(config)
     weights = _build_weights(config, plan, mesh, device)
     gradients = _build_gradients(config, weights, mesh)
     replicas = Replicas(mesh.data, _through_host(config))
-    optimizer = _build_optimizer(
-        config.optim, weights.parameters, gradients, replicas
-    )  # may move parameters
+    # The optimizer may move the parameters, so the modules that hold views of them come after it.
+    optimizer = _build_optimizer(config.optim, weights.parameters, gradients, replicas)
     completions = _completions_of(weights, gradients, optimizer, mesh)
     training, evaluating = _build_modules(config, plan, mesh, weights, gradients, completions)
     comms = Comms(transport or _process_groups(config, mesh, device))
@@ -131,11 +137,11 @@ def build_rank(
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """What a rank holds: its stages, and its rows at each end of the vocabulary where it has some.
+    """The weights of a rank: its stages, and its rows at each end of the vocabulary, if any.
 
-    `matrices`: name and matrix of an end, the same ones twice when tied on one rank.  `splits` and
-    `copied` as in RankModel.  `tied`: the matrix that an unsharded vocabulary keeps at both ends, on
-    two ranks.
+    matrices: name and matrix of an end.  With tied embeddings both ends may have the same.
+    splits, copied: as in RankModel.
+    tied: the name of a tied matrix that an unsharded vocabulary keeps on two ranks, else None.
     """
 
     stages: dict[int, Stage]
@@ -203,7 +209,7 @@ def _build_modules(
     gradients: Gradients,
     updates: _Completions,
 ) -> tuple[RankModules, RankModules]:
-    """Return what the executors of training and of evaluation call."""
+    """Return the modules that the executors of training and of evaluation call."""
     input_layer, loss = None, config.loss
     if End.INPUT in weights.matrices:
         name, weight = weights.matrices[End.INPUT]
@@ -246,8 +252,8 @@ def _output_layer(
         config.model.vocab_size,
         algorithm.input_gradient,
         config.vocab.backend,
-        options,
-        config.vocab.recompute_fraction,
+        options=options,
+        recompute_fraction=config.vocab.recompute_fraction,
         sum_dtype=DTYPES[config.run.dtype] if config.vocab.sum_dtype == "compute" else None,
     )
 
@@ -267,20 +273,19 @@ def _process_groups(config: RunConfig, mesh: Mesh, device: torch.device) -> Proc
 
 
 def _over_replicas(mesh: Mesh, total: Tensor) -> Tensor:
-    """Sum a number, fp64 [] on the host, over all replicas of this rank, in their order.
+    """Return the sum of `total`, fp64 [] on the host, over all replicas of this rank, in order.
 
-    It goes over the control group: in the group of the replicas it would wait for parameters that
-    are still gathered.
+    It uses the control group.  In the data-parallel group it would wait for the all-gather of
+    parameters.
     """
     _, here, k = mesh.degrees.place(mesh.rank)
-    everyone = mesh.steps.all_gather(total)
-    return everyone[
-        [mesh.degrees.rank(replica, here, k) for replica in range(mesh.degrees.dp)]
-    ].sum()
+    of_ranks = mesh.steps.all_gather(total)
+    replicas = [mesh.degrees.rank(replica, here, k) for replica in range(mesh.degrees.dp)]
+    return of_ranks[replicas].sum()
 
 
 def _sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Sum small tensors over `group` in one message."""
+    """All-reduce small tensors over `group` in one message."""
     if not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -292,11 +297,15 @@ def _sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
 
 
 class _Completions:
-    """Waits for parameters before they are read, and hands gradients to the optimizer, each once a step.
+    """Connects passes with the optimizer: waits for parameters, and announces complete gradients.
 
-    `names_of` the passes of a kind and stage: the parameters that they read, or whose gradients they
-    add to.  `later` are complete only after the step.  `partial` ones, of which every tensor-parallel
-    rank has a part, are summed over `tensor` before.
+    The gradient of a parameter is announced once per step.
+
+    names_of: the parameters that the passes of a kind and stage read, or whose gradients they add
+    to.
+    later: parameters whose gradients are complete only after the step, so they are not announced.
+    partial: parameters of whose gradient every tensor-parallel rank has a term; the terms are
+        summed over `tensor` before the announcement.
     """
 
     def __init__(
@@ -333,7 +342,7 @@ class _Completions:
 
 
 def _runs(weights: _Weights) -> Runs:
-    """Return the units for `lay_out`, in the order in which passes need the parameters."""
+    """Return the runs for `lay_out`, in the order in which passes need the parameters."""
     stages, names = weights.stages, weights.matrix_names
     runs: list[Sequence[Sequence[str]]] = [stages[number].units for number in sorted(stages)]
     if End.INPUT in names:
@@ -360,17 +369,20 @@ def _build_optimizer(
 
 @dataclass(frozen=True, slots=True)
 class _Shards:
-    """The shards of one end in the order of the ranks that own them, pipeline ranks first, and the `index` of this rank's."""
+    """The shards of one end in the order of their ranks, and the `index` of this rank's shard.
+
+    The order is by pipeline rank, then by tensor-parallel rank.
+    """
 
     all: tuple[Shard, ...]
     index: int
 
     @classmethod
     def of(cls, plan: RunPlan, mesh: Mesh, end: End) -> _Shards:
-        """Each pipeline rank's rows, split over its tensor-parallel ranks."""
+        """Return the shards of `end`: each pipeline rank's rows, split over its tensor ranks."""
         members, tp = plan.problem.shard_ranks(end), mesh.degrees.tp
-        every = tuple(part for member in members for part in plan.shards[end][member].split(tp))
-        return cls(every, members.index(mesh.pipeline_rank) * tp + mesh.tensor_rank)
+        shards = tuple(part for member in members for part in plan.shards[end][member].split(tp))
+        return cls(shards, members.index(mesh.pipeline_rank) * tp + mesh.tensor_rank)
 
     @property
     def own(self) -> Shard:
@@ -400,7 +412,10 @@ def _build_stages(
 def _build_matrices(
     config: RunConfig, shards: dict[End, _Shards], dtype: torch.dtype, device: torch.device
 ) -> dict[End, tuple[str, nn.Parameter]]:
-    """This rank's rows at each end where it has some: name and matrix, the same one twice when tied on one rank."""
+    """Return name and matrix of this rank's rows at each end where it has rows.
+
+    With tied embeddings and both ends on this rank, both have the same matrix.
+    """
     matrices: dict[End, tuple[str, nn.Parameter]] = {}
     for end, here in shards.items():
         if config.model.tied_embeddings and End.INPUT in matrices:
@@ -417,7 +432,7 @@ def _build_matrices(
 def _names_of_passes(
     stages: dict[int, Stage], matrices: dict[End, str], rank: int
 ) -> dict[tuple[Kind, int], tuple[str, ...]]:
-    """The parameters that passes of a kind and stage read, or whose gradients they add to."""
+    """Return the parameters that passes of a kind and stage read or whose gradients they add to."""
     of_stages = {
         (kind, number): tuple(name for name, _ in stage.named_parameters())
         for number, stage in stages.items()

@@ -1,6 +1,6 @@
-"""The process groups of a run, made once at its start and passed to whoever communicates.
+"""The process groups of a run, made once at its start and passed to everything that communicates.
 
-`communicators.plan_groups` says which there are; here they come to life.
+`communicators.plan_groups` lists the groups, and this module creates them.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ _Made = Sequence[tuple[GroupSpec, dist.ProcessGroup]]
 class Mesh:
     """This rank's place among dp x pp x tp ranks, and the groups it belongs to.
 
-    `world` carries what all ranks agree on around steps and checkpoints, `steps` what they tell
-    each other in every step; both are for messages on the host.
-    `tensor` joins the ranks that split the same layers, `data` those that hold the same values in
-    every replica.  A rank with nobody to share with has a group of its own for both.
-    `made` holds every group of this rank once, in the order in which all ranks made them.
+    world: all ranks, for host messages around steps and checkpoints.
+    steps: all ranks, for host messages in every step; it has a shorter timeout.
+    tensor: the tensor-parallel ranks, which split the same layers.
+    data: the data-parallel ranks, which hold the same parameters.
+    made: every group of this rank once, in the order in which all ranks made them.
+
+    With tp = 1 `tensor`, and with dp = 1 `data`, is a group of this rank alone.
     """
 
     degrees: Degrees
@@ -56,7 +58,7 @@ class Mesh:
 
     @property
     def data_rank(self) -> int:
-        """The replica."""
+        """Return the index of the replica."""
         return self.degrees.place(self.rank)[0]
 
     @property
@@ -68,7 +70,7 @@ class Mesh:
         return self.degrees.place(self.rank)[2]
 
     def destroy(self) -> None:
-        """Destroy the groups; all ranks must, but nobody waits."""
+        """Destroy the groups.  All ranks must call this, but they do not wait for each other."""
         for group in self.made:
             dist.destroy_process_group(group)
 
@@ -80,14 +82,13 @@ def build_mesh(
     *,
     watching: Callable[[Sequence[dist.ProcessGroup]], None] | None = None,
 ) -> Mesh:
-    """Make all groups and connect them; collective over the default group.
+    """Make all groups and connect them.  Collective over the default group.
 
-    `watching` gets the groups of this rank before NCCL connects them.
-
-    The ranks of the default group are those of `degrees`.  Its backend decides: with `nccl` the
-    groups that move tensors use NCCL on the current device, else all use that of the default group.
-    Connecting takes at most `settings.world_timeout_seconds`.  Afterwards a message may take
-    `settings.timeout_seconds`, in `world` the former.
+    The ranks of the default group are those of `degrees`.  If its backend is `nccl`, the groups
+    that move tensors use NCCL on the current device; otherwise all groups use its backend.
+    Connecting takes at most `settings.world_timeout_seconds`, which is also the timeout of messages
+    in `world`.  The timeout of all other messages is `settings.timeout_seconds`.  `watching` is
+    called with the groups of this rank before NCCL connects them.
     """
     assert dist.get_world_size() == degrees.num_ranks
     settings = settings or RunSettings()
@@ -98,7 +99,8 @@ def build_mesh(
     made = _make(in_world, rank, settings, backend)
     world = _control(Purpose.WORLD, Purpose.WORLD_LEADERS, made, degrees.num_ranks, width)
     if backend in (GLOO, NCCL):
-        world.barrier()  # slow starters: below, gloo waits for no longer than a step's timeout
+        # Wait for ranks that start slowly: below, gloo waits only for a step's timeout.
+        world.barrier()
     made += _make(others, rank, settings, backend)
     if watching is not None:
         watching([group for _, group in made])
@@ -122,10 +124,10 @@ def _make(
 ) -> list[tuple[GroupSpec, dist.ProcessGroup]]:
     """Make the groups, and return those of `rank`.
 
-    Every rank calls `new_group` for every group, in the same order, which is how torch numbers
-    them.  Without TORCH_DIST_INIT_BARRIER a rank that is no member returns at once.  The variant
-    with `use_local_synchronization` is no choice: there a group's name depends on how many groups
-    its rank has made before, which differs between a middle rank and the ends of a pipeline.
+    Every rank calls `new_group` for every group in the same order, because torch numbers groups by
+    that order.  Without TORCH_DIST_INIT_BARRIER a rank that is not a member returns at once.
+    `use_local_synchronization` is not usable here: it names a group by the number of groups its
+    rank has made before, which differs between a middle rank and the ends of a pipeline.
     """
     made = []
     for spec in specs:
@@ -133,7 +135,8 @@ def _make(
         in_world = spec.purpose in WORLD_PURPOSES
         long = in_world or on_nccl  # NCCL connects at the first message, under its timeout
         seconds = settings.world_timeout_seconds if long else settings.timeout_seconds
-        few_ctas = spec.purpose in (*END_PURPOSES.values(), Purpose.DATA)  # beside the passes
+        # These collectives run beside the passes, so they must leave thread blocks to them.
+        few_ctas = spec.purpose in (*END_PURPOSES.values(), Purpose.DATA)
         is_member = rank in spec.members
         timeout = timedelta(seconds=seconds)
         group = dist.new_group(
@@ -153,8 +156,8 @@ def _make(
 def _warm_up(made: _Made, rank: int) -> None:
     """Send one element through each communicator, so that NCCL connects here and not in a step.
 
-    A pair hops as it will in a step: for `isend` and `irecv` NCCL has other communicators than for
-    collectives.
+    A pair sends and receives, as in a step, because point-to-point messages use other NCCL
+    communicators than collectives.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     for spec, group in made:

@@ -1,4 +1,4 @@
-"""A layer is announced when its gradients are complete, and while the backward of the layers below goes on."""
+"""A layer is announced when its gradients are complete, while the layers below still run."""
 
 import pytest
 import torch
@@ -14,9 +14,12 @@ CASES = [
 
 
 def announced(module, microbatches, how):
-    """What is announced in the last of several backwards, with the gradients of then, and all at the end."""
+    """Return the last backward's announcements with their gradients, and the final gradients.
+
+    `how` is the pass that completes the gradients: B, or W of a split backward.
+    """
     forwards = []
-    for x in microbatches:  # long before
+    for x in microbatches:  # as in a pipeline, all forwards come before the backwards
         x.requires_grad_()
         forwards.append((x, module(x)))
     seen = []
@@ -81,7 +84,7 @@ def test_a_layer_is_announced_once_complete_and_before_those_below_it(
         ), "early"
 
 
-def test_who_listens_is_looked_up_when_a_gradient_is_complete(group):  # noqa: F811
+def test_the_callback_is_that_of_the_backward_and_not_of_the_forward(group):  # noqa: F811
     module = stage(group, range(2))
     x = torch.randn(20, 2, 48, dtype=torch.float64).requires_grad_()
     seen = []
@@ -102,7 +105,7 @@ def test_a_backward_that_fails_announces_nothing_more(group):  # noqa: F811
 
 
 @pytest.mark.parametrize("final_norm", [False, True])
-def test_a_stage_without_layers_announces_what_it_has(group, final_norm):  # noqa: F811
+def test_a_stage_without_layers_announces_its_final_norm(group, final_norm):  # noqa: F811
     module, seen = stage(group, range(0), final_norm=final_norm), []
     x = torch.randn(20, 2, 48, dtype=torch.float64).requires_grad_()
     with module.completing(seen.append):

@@ -1,4 +1,4 @@
-"""Every preset has the published size, and its family trains through the executor with its real vocabulary."""
+"""Every preset has the published size, and its family trains with its real vocabulary."""
 
 from dataclasses import replace
 
@@ -50,14 +50,13 @@ def test_presets_have_the_published_number_of_parameters(name):
 def test_presets_of_the_paper_have_about_the_parameters_of_their_names(name):
     model = preset(name)
     layers = model.num_layers * shape.layer_parameters(model)
-    assert layers == pytest.approx(
-        LAYERS_OF_THE_PAPER[name], rel=0.13
-    )  # the vocabulary counted or not, the names round
+    # The names are rounded, and may or may not count the vocabulary.
+    assert layers == pytest.approx(LAYERS_OF_THE_PAPER[name], rel=0.13)
     assert model.hidden_size == 128 * model.num_heads
 
 
 def tiny(name, **changes):
-    """Few layers, small and a short window, everything else as published; the whole vocabulary."""
+    """Return the preset with few small layers and a short window, and its whole vocabulary."""
     model = preset(name)
     groups = (
         2
@@ -160,7 +159,8 @@ def test_replicas_sum_biases_and_positions_too(ranks):
         ),
         (
             {"zero_centred_norm": True, "normalisation": "layernorm"},
-            "model.zero_centred_norm=true counts only with model.normalisation=rmsnorm, not layernorm",
+            "model.zero_centred_norm=true counts only with "
+            "model.normalisation=rmsnorm, not layernorm",
         ),
         (
             {"qk_norm": True, "normalisation": "layernorm"},
@@ -184,7 +184,8 @@ def test_replicas_sum_biases_and_positions_too(ranks):
         ),
         (
             {"rope_scaling": "llama3", "rope_low_frequency": 4.0},
-            "model.rope_low_frequency=4.0 and model.rope_high_frequency=4.0: the first must be above 0 and below the second",
+            "model.rope_low_frequency=4.0 and model.rope_high_frequency=4.0: "
+            "the first must be above 0 and below the second",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Megatron's layer is the decoder layer it should be, and how the layers are split changes nothing."""
+"""Megatron's layer equals the formulas of a decoder layer, and stages do not change any value."""
 
 import gc
 import math
@@ -64,7 +64,7 @@ def plain_linear(x, weights, name):
 
 
 def plain_frequencies(model, local, dtype):
-    """Of each pair of a head, in radians per token."""
+    """Return the rotary frequency of each pair of a head, in radians per token."""
     d = shape.head_size(model)
     if local and model.rope_local_base is not None:
         return model.rope_local_base ** (-torch.arange(0, d, 2, dtype=dtype) / d)
@@ -84,7 +84,10 @@ def plain_frequencies(model, local, dtype):
 
 
 def plain_layer(x, weights, model, local, segments):
-    """A decoder layer written from its formulas; x [s, b, h], segments [b, s] that do not see each other."""
+    """Return the output of a decoder layer written from its formulas.
+
+    x is [s, b, h].  Tokens of different `segments` [b, s] do not see each other.
+    """
     s, b, _ = x.shape
     n, g, d = model.num_heads, model.num_query_groups, shape.head_size(model)
 
@@ -184,7 +187,7 @@ FAMILIES = {
 
 
 def with_random_vectors(part, seed=5):
-    """Norms and biases start at 0 and 1, where mistakes would not show."""
+    """Return `part` with random norms and biases; their initial 0 and 1 could hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in part.parameters():
@@ -319,7 +322,10 @@ def test_parameter_counts(group, name):
 
 
 def kept_bytes(part, batch, model, dtype, segments=None):
-    """What autograd saves in a forward, without the weights; and the output, which keeps it all alive."""
+    """Return the bytes that autograd saves in a forward, without the weights, and the output.
+
+    The output keeps the saved tensors alive.
+    """
     weights = {p.untyped_storage().data_ptr() for p in part.parameters()}
     kept = {}
 
@@ -382,7 +388,10 @@ def test_documents_are_runs_of_equal_segments():
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_packed_documents_keep_no_mask(group, batch):
-    """What is kept beside an unpacked stage's is one value per token, layer and hidden unit: the documents joined again."""
+    """A packed stage keeps one more value per token, layer and hidden unit than an unpacked one.
+
+    That is the concatenation of the documents' outputs.
+    """
     model = ModelConfig(
         num_layers=2,
         hidden_size=32,
@@ -396,7 +405,7 @@ def test_packed_documents_keep_no_mask(group, batch):
     kept, _y = kept_bytes(part, batch, model, torch.float32, segments)
     joined, mask = 2 * 512 * batch * 32 * 4, 512 * 512 * batch * 4
     assert kept <= 2 * shape.layer_activation_bytes(model, batch, 4) + joined
-    assert joined < mask / 4, "or this test would not notice a mask"
+    assert joined < mask / 4, "otherwise this test would not notice a mask"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -438,7 +447,7 @@ def test_a_window_costs_its_own_size():
 @pytest.mark.parametrize(
     ("recompute", "forwards"), [("none", (1, 1)), ("selective", (2, 1)), ("full", (2, 2))]
 )
-def test_a_split_backward_runs_again_what_it_is_told_and_only_once(
+def test_a_split_backward_recomputes_what_the_setting_says_and_only_once(
     group, name, recompute, forwards
 ):
     model = replace(MODEL, **FAMILIES[name])
@@ -468,7 +477,7 @@ def test_a_split_backward_runs_again_what_it_is_told_and_only_once(
         assert torch.equal(mine.grad, other.grad)
 
 
-def test_w_lets_go_of_what_i_left_for_it(group):
+def test_w_frees_the_tensors_that_i_left_for_it(group):
     module = stage(group, range(2))
     for microbatch in range(2):
         x = torch.randn(20, 2, 48, dtype=torch.float64, requires_grad=True)

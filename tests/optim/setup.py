@@ -1,4 +1,4 @@
-"""Parameters, gradients and optimizers of a few ranks that are replicas of each other."""
+"""Parameters, gradients and optimizers of a few data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = {"adamw": ReplicatedAdamW, "zero1": ZeroAdamW}
 
 
 def values(seed, dtype=torch.float64):
-    """Random values for every parameter."""
+    """Return random values for every parameter."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -37,7 +37,7 @@ def values(seed, dtype=torch.float64):
 def build(
     name, *, dtype=torch.float64, max_elements=3000, copied=frozenset(), optim=None, num_parts=None
 ):
-    """Parameters of seed 0, their gradients, and an optimizer over all ranks."""
+    """Return the parameters of seed 0, their gradients, and an optimizer over all ranks."""
     parameters = {key: nn.Parameter(value) for key, value in values(0, dtype).items()}
     replicas = Replicas(dist.group.WORLD)
     layout = lay_out(
@@ -56,7 +56,7 @@ def build(
 
 
 def accumulate(gradients, seed, rank):
-    """Leave the gradients of replica `rank`."""
+    """Set the gradients to those of replica `rank`."""
     gradients.zero()
     for name, value in values(seed + 100 * rank, gradients.dtype).items():
         gradients[name].copy_(value)

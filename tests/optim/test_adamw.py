@@ -1,4 +1,4 @@
-"""The learning rate follows its shape, decay spares norms, and clipping is by the norm over all ranks."""
+"""The learning rate has its shape, norms do not decay, and clipping uses the norm of all ranks."""
 
 import math
 from itertools import pairwise
@@ -21,9 +21,8 @@ def test_cosine_warms_up_and_ends_at_the_minimum():
     rates = [learning_rate(optim, step, 110) for step in range(1, 111)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == 1.0
-    assert rates[34] == pytest.approx(
-        0.1 + 0.9 * (2 + math.sqrt(2)) / 4
-    )  # a quarter of the way: cos(pi / 4)
+    # After a quarter of the decay the cosine is cos(pi / 4).
+    assert rates[34] == pytest.approx(0.1 + 0.9 * (2 + math.sqrt(2)) / 4)
     assert rates[59] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
     assert all(later <= earlier for earlier, later in pairwise(rates[9:]))
@@ -44,7 +43,7 @@ def test_a_run_without_warm_up_starts_at_the_full_rate():
 
 
 def rates_of(optim, num_steps):
-    """Of step 0, from which warm-up rises, to the last."""
+    """Return the rates from step 0, where a warm-up begins, to the last step."""
     first = 0.0 if optim.warmup_steps else optim.lr
     return [first, *(learning_rate(optim, step, num_steps) for step in range(1, num_steps + 1))]
 
@@ -61,7 +60,10 @@ def rates_of(optim, num_steps):
 def test_the_rate_rises_to_lr_once_and_falls_to_its_end_without_a_jump(
     schedule, lr, fraction, warmup, decay, num_steps
 ):
-    """Whatever the lengths of warm-up, decay and run: no rate is above lr, and none after the warm-up below the last."""
+    """For all lengths of warm-up, decay and run, the rates lie between their bounds.
+
+    No rate is above lr, and after the warm-up no rate is below the last.
+    """
     min_lr = None if fraction is None else lr * fraction
     optim = OptimConfig(
         lr=lr, min_lr=min_lr, schedule=schedule, warmup_steps=warmup, decay_fraction=decay
@@ -75,7 +77,7 @@ def test_the_rate_rises_to_lr_once_and_falls_to_its_end_without_a_jump(
     if num_steps < warmup:
         assert len(rising) == num_steps + 1
         return
-    assert falling[0] == pytest.approx(lr)  # reached, also where the decay could have begun before
+    assert falling[0] == pytest.approx(lr)  # reached even if the decay is longer than the rest
     assert all(later <= earlier + close for earlier, later in pairwise(falling))
     assert all(rate >= end - close for rate in falling)
     left = num_steps - warmup
@@ -106,7 +108,7 @@ def test_wsd_decays_from_the_rate_that_the_warm_up_has_reached():
 
 
 @pytest.mark.parametrize("lr", [2e-3, 1e-4, 1e-6])
-def test_the_rate_ends_at_a_tenth_unless_told(lr):
+def test_the_rate_ends_at_a_tenth_unless_min_lr_is_set(lr):
     assert learning_rate(OptimConfig(lr=lr, warmup_steps=0), 90, 90) == pytest.approx(lr / 10)
     assert learning_rate(
         OptimConfig(lr=lr, min_lr=lr / 2, warmup_steps=0), 90, 90
@@ -115,7 +117,10 @@ def test_the_rate_ends_at_a_tenth_unless_told(lr):
 
 
 def test_a_rate_that_would_rise_to_its_end_is_refused():
-    message = r"optim.min_lr=0.0002 is above optim.lr=0.0001, which decays to it; lower it, or leave it out for a tenth"
+    message = (
+        r"optim.min_lr=0.0002 is above optim.lr=0.0001, which decays to it; "
+        r"lower it, or leave it out for a tenth"
+    )
     with pytest.raises(ConfigError, match=message):
         OptimConfig(lr=1e-4, min_lr=2e-4)
     with pytest.raises(ConfigError, match=r"optim.min_lr=-1 is too small; it must be at least 0"):
@@ -145,9 +150,9 @@ def test_only_gradients_above_the_limit_are_scaled_and_a_limit_of_zero_is_none(
 
 def health_of(rank, num_ranks, gradient, loss):
     values = torch.full((4,), gradient[rank])
-    mine = None if loss[rank] is None else torch.tensor(loss[rank])
-    everyone = ControlGroup.flat(dist.group.WORLD)
-    health = gather_health(mine, squared_norm([values]), everyone, peak_bytes=100.0 * (rank + 1))
+    own_loss = None if loss[rank] is None else torch.tensor(loss[rank])
+    control = ControlGroup.flat(dist.group.WORLD)
+    health = gather_health(own_loss, squared_norm([values]), control, peak_bytes=100.0 * (rank + 1))
     return health, values.norm().item() * clip_scale(health.grad_norm, 1.0)
 
 

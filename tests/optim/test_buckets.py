@@ -1,4 +1,4 @@
-"""Buckets hold every parameter once, and start to be summed when the last of their parameters is ready."""
+"""Buckets hold every parameter once, and their sum starts when their last parameter is ready."""
 
 import pytest
 import torch
@@ -12,7 +12,10 @@ SIZES = st.lists(st.lists(st.lists(st.integers(0, 300), max_size=3), max_size=4)
 
 
 def model_of(sizes):
-    """Parameters of given numbers of elements, every other one a matrix, and their names run by run, unit by unit."""
+    """Return parameters of the given numbers of elements, and their names by run and unit.
+
+    Every other parameter is a matrix.
+    """
     parameters, runs = {}, []
     for run in sizes:
         runs.append([])
@@ -97,7 +100,7 @@ def test_a_bucket_starts_with_its_last_name_and_never_twice():
         started.clear()
 
 
-def test_what_was_never_ready_starts_at_the_end():
+def test_buckets_that_were_never_ready_start_at_the_end():
     _, started, countdown = countdown_of([[[10], [20]], [[30]]], 30)
     countdown.ready(["p1"])
     countdown.finish()

@@ -1,4 +1,4 @@
-"""The gradients of a rank are one tensor, of which each parameter's is an aligned view that backward adds to."""
+"""The gradients of a rank are aligned views of one tensor, and backward adds to them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_backward_adds_to_them_and_zero_clears_them_in_place(dtype):
                 gradients[name], torch.full(SHAPES[name], float(count), dtype=gradients.dtype)
             )
     assert gradients.flat.sum() == 2 * sum(parameter.numel() for parameter in parameters.values())
-    parameters["a"].grad = None  # as an optimizer may leave it
+    parameters["a"].grad = None  # an optimizer may leave None
     gradients.zero()
     assert not gradients.flat.any()
     assert gradients.flat.data_ptr() == where

@@ -1,4 +1,4 @@
-"""The loss scale finds the largest power of two that float16 bears."""
+"""The loss scale finds the largest power of two without overflow in float16."""
 
 from vp_train.optim.loss_scale import LossScale
 

@@ -1,4 +1,4 @@
-"""Both optimizers do what AdamW does to the sum of all replicas' gradients, whatever the buckets."""
+"""Both optimizers equal AdamW on the sum of all replicas' gradients, for any buckets."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ GROUPINGS = (
 
 
 def updated(name, dtype, steps, scale=0.25, grouping=(), max_elements=3000, skipped=()):
-    """Parameters and state on the first replica after `steps`; each but the `skipped` is applied."""
+    """Return the parameters and the first replica's state after `steps`, without the `skipped`."""
     parameters, gradients, optimizer = build(name, dtype=dtype, max_elements=max_elements)
     for step in range(steps):
         accumulate(gradients, 1 + step, dist.get_rank())
@@ -34,7 +34,7 @@ def updated(name, dtype, steps, scale=0.25, grouping=(), max_elements=3000, skip
 
 
 def expected(num_ranks, dtype, steps, scale=0.25, skipped=()):
-    """The same by torch's AdamW in the precision of the state, in one process."""
+    """Return the same from torch's AdamW in the precision of the state, in one process."""
     precise = torch.float64 if dtype is torch.float64 else torch.float32
     masters = {
         key: torch.nn.Parameter(value.to(precise)) for key, value in values(0, dtype).items()
@@ -58,7 +58,7 @@ def expected(num_ranks, dtype, steps, scale=0.25, skipped=()):
 
 
 def differences(rank, num_ranks, name, dtype, **options):
-    """The largest of parameters and, on the first replica, of the state."""
+    """Return the largest difference of the parameters and, on the first replica, of the state."""
     parameters, state = updated(name, dtype, **options)
     truth = expected(num_ranks, dtype, options["steps"], skipped=options.get("skipped", ()))
     found = [
@@ -102,7 +102,7 @@ def test_a_skipped_step_leaves_nothing_behind(ranks, name):
 
 
 def groupings(rank, num_ranks, name):
-    """Parameters for every grouping and several sizes of buckets."""
+    """Return the parameters for every grouping and several sizes of buckets."""
     return [
         updated(name, torch.bfloat16, 2, grouping=grouping, max_elements=size)[0]
         for grouping in GROUPINGS
@@ -111,14 +111,14 @@ def groupings(rank, num_ranks, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_how_names_are_grouped_and_buckets_cut_changes_no_bit(ranks, name):
+def test_grouping_of_names_and_size_of_buckets_change_no_bit(ranks, name):
     first, *others = [found for results in ranks(2).run(groupings, name) for found in results]
     for other in others:
         assert all(torch.equal(first[key], other[key]) for key in SHAPES)
 
 
 def reduced(rank, num_ranks, name):
-    """How far this replica's part is from the sum of all after `reduce`; the squared norm, and that of the sum."""
+    """Return the error of this replica's part after `reduce`, the squared norm, and its truth."""
     _, gradients, optimizer = build(name)
     accumulate(gradients, 1, rank)
     optimizer.ready(["c.weight"])
@@ -169,7 +169,7 @@ def test_copies_do_not_count_for_the_norm(ranks, name):
 
 
 def zeroed(rank, num_ranks, name):
-    """After `zero` all gradients are 0 again, in the places where they were and as the parameters' `grad`."""
+    """Return whether `zero` sets all gradients to 0 in place and makes them `grad` again."""
     parameters, gradients, optimizer = build(name)
     before = {key: gradients[key].data_ptr() for key in SHAPES}
     accumulate(gradients, 1, rank)
@@ -192,7 +192,11 @@ def test_zero_clears_gradients_in_place(ranks, name):
 
 
 def gone_on(rank, num_ranks, before, after):
-    """Parameters after two more steps of `before`, and of an `after` that restored the state of `before`."""
+    """Continue optimizer `before`, and an optimizer `after` that restores its state, and compare.
+
+    Returns whether parameters are equal at once and after two more steps, and the counts of
+    updates.
+    """
     first, gradients, optimizer = build(before, dtype=torch.bfloat16)
     accumulate(gradients, 1, rank)
     optimizer.reduce()
@@ -209,11 +213,11 @@ def gone_on(rank, num_ranks, before, after):
     at_once = all(torch.equal(first[key], second[key]) for key in SHAPES)
     other.updates = optimizer.updates
     for step in (2, 3):
-        for each, of_each in ((optimizer, gradients), (other, others)):
-            accumulate(of_each, step, rank)
-            each.reduce()
-            each.step(0.1, 0.5)
-            each.settle()
+        for adamw, main_grads in ((optimizer, gradients), (other, others)):
+            accumulate(main_grads, step, rank)
+            adamw.reduce()
+            adamw.step(0.1, 0.5)
+            adamw.settle()
     same = all(torch.equal(first[key], second[key]) for key in SHAPES)
     return at_once, same, (optimizer.updates, other.updates)
 
@@ -225,7 +229,7 @@ def test_a_restored_optimizer_goes_on_as_the_one_that_was_saved(ranks, before, a
 
 
 def late(rank, num_ranks):
-    """Which buckets are there after a step, after needing one parameter, and after settling."""
+    """Return the buckets waited for: by `need` of nothing, of one bucket, and by `settle`."""
     _, gradients, optimizer = build("zero1")
     accumulate(gradients, 1, rank)
     optimizer.reduce()
@@ -240,10 +244,10 @@ def late(rank, num_ranks):
     nothing = list(waited)
     optimizer.need(["b.bias", "b.weight"])
     optimizer.need(["b.bias"])
-    one = list(waited)
+    needed = list(waited)
     optimizer.settle()
     optimizer.settle()
-    return len(begun), nothing, one, sorted(name for names in waited for name in names)
+    return len(begun), nothing, needed, sorted(name for names in waited for name in names)
 
 
 class Waited:
@@ -255,15 +259,15 @@ class Waited:
 
 
 def test_new_parameters_are_waited_for_bucket_by_bucket_and_once(ranks):
-    for begun, nothing, one, everything in ranks(2).run(late):
+    for begun, nothing, needed, everything in ranks(2).run(late):
         assert begun == 3
         assert nothing == []
-        assert one == [("b.weight", "b.bias")]
+        assert needed == [("b.weight", "b.bias")]
         assert everything == sorted(set(SHAPES) - {"none"})
 
 
 class NoSynchronisation(TorchDispatchMode):
-    """Refuses what would wait for a device: a value in Python."""
+    """Refuses operations that wait for a device because they return a value to Python."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert "local_scalar_dense" not in str(func), func
@@ -291,7 +295,7 @@ def test_nothing_of_a_step_asks_the_device_for_a_value(ranks, name):
 
 
 def copies_to_the_host(rank, num_ranks):
-    """How often `gather_health` copies a tensor from the device, as far as a CPU can tell."""
+    """Return the shapes that `gather_health` copies to the host, seen by its calls of `cpu`."""
     copies, inner = [], torch.Tensor.cpu
     torch.Tensor.cpu = lambda tensor: (copies.append(tensor.shape), inner(tensor))[1]
     try:

@@ -1,4 +1,4 @@
-"""In bfloat16 ZeRO-1 moves at most 6 bytes per parameter, but for padding, and AdamW in every replica 8."""
+"""Bytes per parameter in bfloat16, except for padding: ZeRO-1 moves 6, replicated AdamW 8."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""ZeRO-1 gives its whole state to one replica, and takes it back part by part."""
+"""ZeRO-1 gives its whole state to one replica, and restores it part by part."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def optimizer_of(parameters, offload):
 
 
 def there_and_back(rank, num_ranks, offload):
-    """Whether what was given is found again, and by how many bytes giving and taking grew."""
+    """Return whether `state` returns what `restore` loaded, and the bytes both allocate at most."""
 
     generator = torch.Generator().manual_seed(0)
     given = {

@@ -1,6 +1,7 @@
-"""Differences between what ranks computed and what one process did, which no value that is not a number can hide in.
+"""Differences between the results of ranks and of one process, in which no NaN can hide.
 
-`max(0.0, nan)` is 0.0 and `nan > tolerance` is false: here whatever is not finite differs by infinity.
+`max(0.0, nan)` is 0.0 and `nan > tolerance` is false.  So here a value that is not finite differs
+by infinity.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from torch import Tensor
 
 
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:
-    """Return the largest difference of two tensors of one shape, relative to the largest entry of `theirs`.
+    """Return the largest difference, relative to the largest entry of `theirs`.
 
-    It is infinite where any entry of either is not finite.  Raises AssertionError for other shapes, which would broadcast.
+    It is infinite if any entry of either tensor is not finite.  Raises AssertionError if the shapes
+    differ, even if they would broadcast.
     """
     assert ours.shape == theirs.shape, f"{list(ours.shape)} is compared with {list(theirs.shape)}"
     if theirs.numel() == 0:
@@ -28,21 +30,25 @@ def largest_difference(ours: Tensor, theirs: Tensor) -> float:
 
 @dataclass(slots=True)
 class Comparison:
-    """What one rank has compared: the largest difference by name, of those that all ranks together must compare."""
+    """The comparisons of one rank.
+
+    expected: the names that all ranks together must compare.
+    largest: the largest difference by name.
+    """
 
     expected: frozenset[str]
     largest: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, ours: Tensor | float, theirs: Tensor | float) -> None:
-        """Compare `ours` with `theirs`.  Raises AssertionError for other shapes."""
+        """Compare `ours` with `theirs`.  Raises AssertionError if the shapes differ."""
         difference = largest_difference(torch.as_tensor(ours), torch.as_tensor(theirs))
         self.largest[name] = max(self.largest.get(name, 0.0), difference)
 
 
 def assert_all_close(ranks: Iterable[Comparison], tolerance: float, *case: object) -> None:
-    """Assert that every difference of every rank is below `tolerance`, and that what is expected was compared by some rank.
+    """Assert that all differences are below `tolerance` and all expected names were compared.
 
-    `case` is said where that does not hold.
+    A failure shows `case`.
     """
     compared: set[str] = set()
     expected: set[str] = set()

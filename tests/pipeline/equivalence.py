@@ -1,4 +1,4 @@
-"""The same training by ranks and by one process, compared: for the tests of every layout and schedule."""
+"""Compare the training of ranks with that of one process, for all layouts and schedules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vp_train.config import (
 from vp_train.optim.adamw import clip_scale, gather_health, learning_rate
 from vp_train.planning.plan import make_plan
 
-NUM_STEPS = 2  # of which the second begins with updated weights and moments
+NUM_STEPS = 2  # the second one begins with updated weights and moments
 
 
 def config_of(
@@ -72,7 +72,10 @@ def config_of(
 
 
 def as_one_process(config, dp):
-    """The same training by one process: of all configurations that differ in layout and schedule alone, the same."""
+    """Return the config of the same training in one process.
+
+    Configs that differ only in layout or schedule have the same result.
+    """
     return RunConfig(
         model=config.model,
         loss=config.loss,
@@ -84,7 +87,7 @@ def as_one_process(config, dp):
 
 
 def compare(rank, world_size, cases, masked=False, packed=False):
-    """Train each config, as planned; a comparison of loss, gradients and parameters with those of one process."""
+    """Train each config; return comparisons of loss, gradients and parameters with one process."""
     comparisons = []
     for config, plan, truth in cases:
         mesh = mesh_for(plan)
@@ -99,7 +102,7 @@ def compare(rank, world_size, cases, masked=False, packed=False):
 
 
 def compare_locally(config, plan, masked=False, packed=False, **board):
-    """The same with all ranks in this process; each rank's comparison."""
+    """Do what `compare` does for one config, with all ranks in this process."""
     truth = truth_of(config, 1, masked=masked, packed=packed)
 
     def work(rank, model, together):
@@ -118,24 +121,24 @@ def compare_locally(config, plan, masked=False, packed=False, **board):
 
 
 def truth_of(config, dp, *, masked=False, packed=False):
-    """NUM_STEPS steps of `dp` replicas of `config` by one process."""
+    """Return NUM_STEPS steps of `dp` replicas of `config`, computed by one process."""
     dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
     return train_whole(as_one_process(config, dp), NUM_STEPS, dtype, masked=masked, packed=packed)
 
 
 def as_arrays(truth):
-    """Steps as arrays, which other processes get without sharing memory."""
+    """Return the steps with arrays, which can be sent to processes without shared memory."""
     return [
-        (loss, *({name: tensor.numpy() for name, tensor in each.items()} for each in values))
+        (loss, *({name: tensor.numpy() for name, tensor in named.items()} for named in values))
         for loss, *values in truth
     ]
 
 
 def as_tensors(truth):
-    """Steps with tensors again."""
+    """Return the steps of `as_arrays` with tensors again."""
     tensor = torch.from_numpy
     return [
-        (loss, *({name: tensor(array) for name, array in each.items()} for each in values))
+        (loss, *({name: tensor(array) for name, array in named.items()} for named in values))
         for loss, *values in truth
     ]
 
@@ -143,18 +146,18 @@ def as_tensors(truth):
 def comparison_of(config, plan, model, data_rank, truth, health_of, *, masked, packed):
     """Compare the steps of `model`, the model of one rank, with the `truth` of one process."""
     m = config.num_microbatches
-    everything = as_one_process(config, plan.degrees.dp)
-    mine = slice(data_rank * m, (data_rank + 1) * m)
-    keeps_gradients = config.optim.name != "zero1"  # which takes them away
-    of_each = ("gradient", "parameter") if keeps_gradients else ("parameter",)
+    whole = as_one_process(config, plan.degrees.dp)
+    own = slice(data_rank * m, (data_rank + 1) * m)
+    keeps_gradients = config.optim.name != "zero1"  # ZeRO-1 has only its part of the gradients
+    kinds = ("gradient", "parameter") if keeps_gradients else ("parameter",)
     compared = Comparison(
-        frozenset({"loss", *(f"{what} {name}" for what in of_each for name in truth[0][2])})
+        frozenset({"loss", *(f"{kind} {name}" for kind in kinds for name in truth[0][2])})
     )
     for step, (loss, gradients, updated) in enumerate(truth, start=1):
         model.gradients.zero()
-        mask = random_mask(everything, step)[mine] if masked else None
-        segments = random_segments(everything, step)[mine] if packed else None
-        tokens, labels = (values[mine] for values in random_batch(everything, step))
+        mask = random_mask(whole, step)[own] if masked else None
+        segments = random_segments(whole, step)[own] if packed else None
+        tokens, labels = (values[own] for values in random_batch(whole, step))
         ours = model.train_step(tokens, labels, mask=mask, segments=segments)
         model.optimizer.reduce()
         health = health_of(ours if model.reports_loss else None, model.optimizer.squared_norm())
@@ -183,7 +186,7 @@ def part_of(tensor, name, splits):
 def assert_equivalent(
     ranks, p, configs, tolerance, *, masked=False, packed=False, function=compare
 ):
-    """Over gloo, between processes."""
+    """Assert that `p` processes over gloo compute what one process does, for each config."""
     cases = []
     for config in configs:
         plan = make_plan(config, p)
@@ -200,7 +203,7 @@ def assert_equivalent(
 
 
 def assert_equivalent_locally(p, configs, tolerance, *, masked=False, packed=False):
-    """With all ranks in this process."""
+    """Assert that `p` ranks in this process compute what one process does, for each config."""
     for config in configs:
         comparisons = compare_locally(config, make_plan(config, p), masked, packed)
         assert_all_close(comparisons, tolerance, config.vocab, config.schedule, config.model)

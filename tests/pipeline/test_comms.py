@@ -1,4 +1,4 @@
-"""A message that must be waited for is sent beside the passes."""
+"""A collective that continues another is issued beside the passes."""
 
 import gc
 import threading
@@ -45,17 +45,17 @@ def unwatched(pending):
     return pending
 
 
-def started(comms, one, message, counts=(), earlier=None):
-    """The delivery of a collective, and the list in which it puts what it delivers."""
+def started(comms, collective, message, counts=(), earlier=None):
+    """Start a collective; return its delivery, and the list to which it appends its result."""
     received = []
-    return comms.start(one, message, received.append, counts, earlier, unwatched), received
+    return comms.start(collective, message, received.append, counts, earlier, unwatched), received
 
 
 CONTINUED = Collective("C1", 0)
 
 
 def sum_while_rank_1_computes(rank, world_size):
-    """Seconds until rank 0 has the sum, and the sum; rank 1 is in a pass all the time."""
+    """Return the seconds until rank 0 has the sum, and the sum; rank 1 runs a pass meanwhile."""
     comms = comms_of(world_size)
 
     def message():
@@ -80,13 +80,12 @@ def sum_while_rank_1_computes(rank, world_size):
     return seconds, [value.tolist() for value in total], received[0].tolist()
 
 
-def test_a_pass_does_not_delay_what_others_wait_for(ranks):
+def test_a_pass_does_not_delay_a_collective_that_others_wait_for(ranks):
     (seconds, total, first), (*_, second) = ranks(2).run(sum_while_rank_1_computes)
     assert MESSAGE_SECONDS <= seconds < PASS_SECONDS
     assert total == [[3.0, 3.0]]
-    assert (
-        first == second == [7.0, 7.0]
-    )  # issued after the sum on both ranks, though its message was there first
+    # The broadcast is issued after the sum on both ranks, although its message was ready earlier.
+    assert first == second == [7.0, 7.0]
 
 
 def fail_aside(rank, world_size):
@@ -106,7 +105,7 @@ def test_an_error_beside_the_passes_is_raised_where_the_result_is_waited_for(ran
 
 
 def threads_left_by_comms(rank, world_size):
-    """Threads before, with and right after a Comms that has issued something beside the passes."""
+    """Return the number of new threads during and after a Comms that uses its thread."""
     before = set(threading.enumerate())
     comms = comms_of(world_size)
     pending, _ = started(
@@ -127,7 +126,7 @@ COUNTS = (2, 0, 3)
 
 
 def gather_and_scatter(rank, world_size, through_host):
-    """What arrives of the tokens that each rank owns, and what comes back; rank 1 is the root."""
+    """Return the rows gathered on rank 1, those scattered back, and a value received in a ring."""
     comms = comms_of(world_size, through_host=through_host)
     own = torch.full((COUNTS[rank], 2), float(rank))
     gathering, gathered = started(
@@ -156,7 +155,7 @@ def test_rows_are_gathered_in_rank_order_and_scattered_to_their_owners(ranks, th
 
 
 class Recorded:
-    """Streams that write down what happens on which, in the order of the host."""
+    """Streams that record the work of each stream, in the order of the host."""
 
     def __init__(self):
         self.log, self._current, self._marks = [], "passes", 0
@@ -186,11 +185,11 @@ class Alone:
     def __init__(self, streams):
         self.streams = streams
 
-    def collective(self, one, message, counts, *, watch):
-        with nullcontext() if one.continues is None else self.streams.beside(one.end):
+    def collective(self, exchange, message, counts, *, watch):
+        with nullcontext() if exchange.continues is None else self.streams.beside(exchange.end):
             tensor = message()
-            self.streams.note(f"issue {one.transfer}")
-            return Waiting(self.streams, tensor, one.transfer)
+            self.streams.note(f"issue {exchange.transfer}")
+            return Waiting(self.streams, tensor, exchange.transfer)
 
 
 class Waiting(Issued):
@@ -203,8 +202,11 @@ class Waiting(Issued):
         return self.result
 
 
-def test_the_stream_of_the_passes_never_waits_for_what_a_barrier_continues():
-    """C1, then C1b which continues it, a pass, and T, which needs C1: only T's wait stops the passes, for an event."""
+def test_starting_a_continued_barrier_does_not_stop_the_stream_of_the_passes():
+    """C1 starts, then C1b which continues it, then a pass runs, then T which needs C1.
+
+    Only T's wait for C1 stops the passes, by an event.
+    """
     streams = Recorded()
     comms = Comms(Alone(streams))
     first, _ = started(comms, exchange(Transfer.ALL_GATHER), lambda: torch.ones(2))

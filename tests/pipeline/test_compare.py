@@ -1,4 +1,7 @@
-"""The comparison of the equivalence tests can fail: on NaN, on infinity, on other shapes, on what nobody compared."""
+"""The comparison of the equivalence tests can fail.
+
+It fails for NaN, infinity, different shapes, and names that no rank has compared.
+"""
 
 import math
 
@@ -27,7 +30,7 @@ def test_a_difference_is_relative_to_the_largest_entry():
 
 @pytest.mark.parametrize("value", BROKEN)
 @pytest.mark.parametrize("place", range(3))
-def test_what_is_not_finite_differs_from_everything_itself_included(value, place):
+def test_a_value_that_is_not_finite_differs_from_everything_even_from_itself(value, place):
     whole = torch.ones(3)
     broken = whole.clone()
     broken[place] = value
@@ -44,7 +47,7 @@ def test_shapes_that_would_broadcast_are_refused(shape):
 @pytest.mark.parametrize("value", BROKEN)
 @pytest.mark.parametrize("order", [1, -1])
 def test_one_broken_value_fails_whatever_was_compared_before_or_after(value, order):
-    """`max(0.0, nan)` is 0.0, and max(nan, 0.0) is nan, which is not above any tolerance."""
+    """`max(0.0, nan)` is 0.0, and `max(nan, 0.0)` is nan, which is not above any tolerance."""
     made = comparison()
     for loss in [1.0, value, 1.0][::order]:
         made.add("loss", loss, 1.0)
@@ -63,7 +66,7 @@ def test_the_largest_of_several_steps_counts_and_is_named():
     assert_all_close([made], 0.51)
 
 
-def test_what_no_rank_compares_is_missed():
+def test_a_name_that_no_rank_compares_is_reported():
     parts = [comparison(("a", "b"), a=(1.0, 1.0)), comparison(("a", "b"), b=(2.0, 2.0))]
     assert_all_close(parts, 1e-9)
     with pytest.raises(AssertionError, match=r"compared by no rank: \['b'\].*the case"):

@@ -52,7 +52,7 @@ def gradients_on(rank, num_ranks, config, device):
     ("schedule", "algorithm"), [("1f1b", "one_barrier"), ("v_half", "two_barrier")]
 )
 def test_processes_that_share_a_gpu_equal_the_cpu_in_float64(ranks, schedule, algorithm):
-    """Over gloo, through the memory of the host."""
+    """The processes communicate over gloo, through host memory."""
     config = config_of(4, 4, 101, schedule=schedule, vocab=VocabConfig(algorithm), num_stages=8)
     on_cpu, on_gpu = (ranks(4).run(gradients_on, config, device) for device in ("cpu", "cuda"))
     assert any(cpu_loss is not None for cpu_loss, _ in on_cpu)
@@ -75,8 +75,8 @@ def test_processes_that_share_a_gpu_equal_the_cpu_in_float64(ranks, schedule, al
     ],
 )
 def test_the_trainer_on_a_gpu_loses_as_on_the_cpu_in_bfloat16(tmp_path, more):
-    """Four ranks that share one GPU, or more: the whole of vp-train, from the command line to its checkpoint."""
-    told = [
+    """Four ranks that share the GPUs run vp-train from its command line to its checkpoint."""
+    common = [
         "model=nano",
         "model.num_layers=8",
         "data=synthetic",
@@ -88,7 +88,7 @@ def test_the_trainer_on_a_gpu_loses_as_on_the_cpu_in_bfloat16(tmp_path, more):
     losses = {}
     for device in ("cpu", "cuda"):
         words = [
-            *told,
+            *common,
             *degrees,
             *more,
             f"run.device={device}",

@@ -14,14 +14,14 @@ from vp_train.config import LossConfig, ParallelConfig, ScheduleConfig, VocabCon
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Schedules of little effort: the law holds for any order."""
+    """Make schedules with little effort, because the law holds for any valid schedule."""
     monkeypatch.setattr(generators, "_EFFORT", 5_000)
 
 
 @pytest.mark.parametrize("p", [2, 3, 4])
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 def test_every_schedule_equals_one_process(name, p):
-    """Matrices are tied in every other case, and with one rank more in the others."""
+    """Matrices are tied in every other case; with one rank more, in the other half of them."""
     stages = GENERATORS[name].layout_of(p).num_stages
     algorithms = ("none", "one_barrier", "two_barrier")
     cases = [
@@ -79,7 +79,7 @@ def test_unequal_shards_and_stages_equal_one_process():
 
 
 def test_ranks_without_rows_equal_one_process():
-    """T takes no time there, and may come before the barrier that continues C1."""
+    """On such a rank T takes no time, and may come before the barrier that continues C1."""
     configs = [
         config_of(4, 3, 101, vocab=VocabConfig(algorithm, shards=(0, 101, 0, 0)))
         for algorithm in ("naive", "one_barrier", "two_barrier")
@@ -105,7 +105,7 @@ def test_loss_options_and_masks_equal_one_process(masked):
 
 
 def test_packed_documents_equal_documents_that_run_alone():
-    """In one process each document starts at position 0 and is attended to by itself; masks and recomputation included."""
+    """The one process runs each document alone from position 0."""
     plain = [
         config_of(2, 4, 101, schedule=name, num_stages=stages)
         for name, stages in (("1f1b", 2), ("zb_h1", 2), ("v_half", 4))

@@ -1,4 +1,4 @@
-"""Ranks that are processes, pipelines beside replicas and tensor-parallel ranks compute what one unsharded process does."""
+"""Processes compute what one unsharded process does, with data, tensor and pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = [(1, 1, 64), (2, 4, 100), (3, 2, 101), (4, 8, 1000)]
 
 @pytest.mark.parametrize(("p", "m", "vocab_size"), SIZES)
 def test_equals_one_process_in_float64(ranks, p, m, vocab_size):
-    """Matrices are tied in every other case, and with one rank more in the others."""
+    """Matrices are tied in every other case; with one rank more, in the other half of them."""
     configs = [
         config_of(p, m, vocab_size, vocab=VocabConfig(algorithm), tied=(i + p) % 2 == 1)
         for i, algorithm in enumerate(ALGORITHMS)
@@ -31,7 +31,10 @@ def test_equals_one_process_in_float64(ranks, p, m, vocab_size):
 @pytest.mark.parametrize("optimizer", ["adamw", "zero1"])
 @pytest.mark.parametrize(("dp", "p", "tp"), [(1, 2, 2), (2, 2, 1), (2, 2, 2), (1, 3, 1), (4, 1, 1)])
 def test_data_tensor_and_pipeline_parallel_equal_one_process(ranks, dp, p, tp, optimizer):
-    """Either optimizer has half of the cases, with every two of schedule, algorithm and tied matrices."""
+    """Each optimizer has half of the cases, which contain all pairs of the other options.
+
+    These are the schedule, the algorithm, and whether matrices are tied.
+    """
     more = {"num_stages": 2 * p, "dp": dp, "tp": tp, "optimizer": optimizer}
     half = optimizer == "zero1"
     configs = [
@@ -58,7 +61,7 @@ def test_an_optimizer_in_host_memory_equals_one_process(ranks, dp, p):
 
 
 def attention_forwards(rank, world_size, config):
-    """Forwards of the attention of each of this rank's stages in a step."""
+    """Return how often the attention of each of this rank's stages runs forward in a step."""
     plan = make_plan(config, world_size)
     model = build_rank(config, plan, mesh_for(plan))
     counts = dict.fromkeys(model.stages, 0)
@@ -77,20 +80,22 @@ def attention_forwards(rank, world_size, config):
 
 
 @pytest.mark.parametrize("schedule", ["interleaved", "v_half"])
-def test_each_stage_recomputes_what_it_is_told(ranks, schedule):
+def test_each_stage_recomputes_what_its_setting_says(ranks, schedule):
     config = config_of(2, 3, 101, schedule=schedule, num_stages=4)
-    told = ("full", "none", "none", "selective")
-    config = replace(config, parallel=replace(config.parallel, recompute_per_stage=told))
+    modes = ("full", "none", "none", "selective")
+    config = replace(config, parallel=replace(config.parallel, recompute_per_stage=modes))
     found = {
         stage: count
         for counts in ranks(2).run(attention_forwards, config)
         for stage, count in counts.items()
     }
-    assert found == {stage: 3 if recompute == "none" else 6 for stage, recompute in enumerate(told)}
+    assert found == {
+        stage: 3 if recompute == "none" else 6 for stage, recompute in enumerate(modes)
+    }
 
 
 def summed_early(rank, world_size, config):
-    """The parameters whose sums over the replicas have begun when the step of the executor ends."""
+    """Return the parameters whose sums over replicas have begun when the executor's step ends."""
     plan = make_plan(config, world_size)
     model = build_rank(config, plan, mesh_for(plan))
     begun, ready = set(), model.optimizer.ready
@@ -177,14 +182,17 @@ def test_logprobs_are_those_of_one_process_whatever_the_loss(ranks):
 
 
 def compare_split_sequences(rank, world_size, *arguments):
-    """`compare`, with megatron's exchange of sequence parts on CPUs: it allocates on the current CUDA device."""
+    """Run `compare` with megatron's sequence parallelism on CPUs.
+
+    Megatron allocates on the current CUDA device, which this replaces by the CPU.
+    """
     torch.cuda.current_device = lambda: torch.device("cpu")
     return compare(rank, world_size, *arguments)
 
 
 @pytest.mark.parametrize(("dp", "p", "tp"), [(1, 2, 2), (2, 1, 2)])
 def test_split_sequences_equal_one_process(ranks, monkeypatch, dp, p, tp):
-    """Every family with every schedule, in one of the two layouts."""
+    """Every pair of family and schedule occurs in one of the two layouts."""
     monkeypatch.setattr("vp_train.planning.plan.SEQUENCE_DEVICES", ("cpu",))
     base = config_of(p, 3, 101, num_stages=2 * p, dp=dp, tp=tp)
     families = [

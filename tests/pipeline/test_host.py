@@ -1,4 +1,4 @@
-"""Between the first and the last pass of a step the host asks the device for nothing."""
+"""Between the first and the last pass of a step the host never waits for a value of the device."""
 
 import threading
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from tests.pipeline.truth import random_batch, random_segments
 from vp_train.config import LossConfig, VocabConfig
 from vp_train.planning.plan import make_plan
 
-# On a GPU these wait: their result is a number for the host, or a shape that values decide.
+# These operations wait on a GPU: they return a number, or a shape that depends on values.
 WAITING = (
     "_local_scalar_dense",
     "nonzero",
@@ -29,7 +29,7 @@ WAITING = (
 
 
 class Questions(TorchDispatchMode):
-    """Collects the operations whose result a host would have to wait for."""
+    """Collects the operations that make the host wait for the device."""
 
     def __init__(self):
         super().__init__()
@@ -47,12 +47,12 @@ class Questions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-HERE = threading.local()  # `questions` of the thread that is watched
+HERE = threading.local()  # has `questions` in a thread that is watched
 
 
 @pytest.fixture(autouse=True)
 def copies_to_the_host_are_seen(monkeypatch):
-    """No dispatch mode sees these methods, which on a GPU wait for it."""
+    """Record these methods, which wait for a GPU but are invisible to dispatch modes."""
     for name in ("tolist", "cpu", "numpy"):
         method = getattr(torch.Tensor, name)
 
@@ -88,7 +88,7 @@ class FromTheFirstPass:
 
 
 def asked(config, num_ranks, segments=None):
-    """The questions of all ranks in a step."""
+    """Return the operations of each rank in a step that make the host wait."""
 
     def work(rank, model, together):
         observer = FromTheFirstPass()
@@ -111,7 +111,7 @@ def test_no_pass_and_no_barrier_asks_the_device(algorithm, dtype):
 
 @pytest.mark.parametrize("name", ["zb_h1", "v_half"])
 @pytest.mark.parametrize("backend", ["chunked", "recompute", "reference"])
-def test_nor_does_a_split_backward_or_another_backend(name, backend):
+def test_a_split_backward_and_other_backends_ask_nothing_either(name, backend):
     config = config_of(
         2,
         3,
@@ -124,12 +124,10 @@ def test_nor_does_a_split_backward_or_another_backend(name, backend):
     assert asked(config, 2) == [[], []]
 
 
-def test_nor_do_packed_documents_whose_segments_are_on_the_host():
+def test_packed_documents_ask_only_for_their_segments_which_are_on_the_host():
     config = config_of(2, 3, 101)
     found = asked(config, 2, random_segments(config, 1))
-    assert (
-        found == [["nonzero", "tolist"] * 3] * 2
-    )  # of the segments of each microbatch, which lie in host memory
+    assert found == [["nonzero", "tolist"] * 3] * 2
 
 
 def test_the_watch_sees_what_waits():

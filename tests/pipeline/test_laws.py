@@ -1,4 +1,4 @@
-"""Laws of what the executor stands on: messages that nobody awaits, actions done once, and the recorder of a step."""
+"""Laws of the executor's parts: messages without a waiter, `Once`, `Buffers`, and the recorder."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ from vp_train.planning.plan import make_plan
 LATE_SECONDS = 0.4
 
 
-def drain_what_nobody_awaits(rank, world_size, what):
-    """Seconds until rank 0 has drained, whether its message lived until then, and its value; rank 1 is late."""
+def drain_without_a_waiter(rank, world_size, what):
+    """Return the seconds until rank 0 has drained, and whether its message lived until then.
+
+    Rank 1 is late.  It returns the message that it receives.
+    """
     comms = comms_of(world_size)
     message = torch.full((4,), rank + 1.0)
     alive = weakref.ref(message.untyped_storage())
@@ -48,9 +51,8 @@ def drain_what_nobody_awaits(rank, world_size, what):
     data = message.data_ptr()
     del message
     gc.collect()
-    scribble = [
-        torch.full((4,), -7.0) for _ in range(1000)
-    ]  # would take over memory that was let go of too early
+    # These tensors would reuse the memory of the message if it was freed too early.
+    scribble = [torch.full((4,), -7.0) for _ in range(1000)]
     reused = any(other.data_ptr() == data for other in scribble)
     lived = alive() is not None
     comms.drain()
@@ -58,8 +60,8 @@ def drain_what_nobody_awaits(rank, world_size, what):
 
 
 @pytest.mark.parametrize("what", ["collective", "hop"])
-def test_a_message_that_nobody_awaits_lives_until_drain_has_waited_for_it(ranks, what):
-    first, second = ranks(2).run(drain_what_nobody_awaits, what)
+def test_a_message_without_a_waiter_lives_until_drain_has_waited_for_it(ranks, what):
+    first, second = ranks(2).run(drain_without_a_waiter, what)
     seconds, alive = first
     assert seconds >= LATE_SECONDS
     assert alive
@@ -67,8 +69,8 @@ def test_a_message_that_nobody_awaits_lives_until_drain_has_waited_for_it(ranks,
         assert second == [1.0] * 4
 
 
-def sum_that_nobody_awaits(rank, world_size):
-    """The sums in place, after drain; rank 1 joins each of them late."""
+def sum_without_a_waiter(rank, world_size):
+    """Return the sums in place after `drain`; rank 1 joins all of them late."""
     comms = comms_of(world_size)
     messages = [torch.full((4,), rank + 1.0 + count) for count in range(3)]
     dist.barrier()
@@ -81,9 +83,7 @@ def sum_that_nobody_awaits(rank, world_size):
 
 
 def test_what_drain_has_waited_for_is_complete(ranks):
-    assert (
-        ranks(2).run(sum_that_nobody_awaits) == [[[3.0 + 2 * count] * 4 for count in range(3)]] * 2
-    )
+    assert ranks(2).run(sum_without_a_waiter) == [[[3.0 + 2 * count] * 4 for count in range(3)]] * 2
 
 
 def test_an_action_is_done_once_however_often_it_is_called():
@@ -136,7 +136,7 @@ def test_a_value_is_put_once_and_taken_once_and_what_is_left_is_named():
 
 
 class Ticking:
-    """A timer that says another second whenever it is asked."""
+    """A timer on which every call of `mark` takes one second."""
 
     def __init__(self):
         self._marks, self._origin = itertools.count(1000.0), 0.0
@@ -168,7 +168,7 @@ def test_spans_start_at_the_moment_from_which_they_count():
 
 
 def recorded(config):
-    """Of each rank: the peak of a recorded step, and its spans in ticks of a clock that only passes ask."""
+    """Return for each rank the peak of a recorded step, and its spans on a `Ticking` timer."""
 
     def work(rank, model, together):
         timer = Ticking()

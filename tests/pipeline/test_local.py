@@ -1,4 +1,4 @@
-"""Ranks in one process: any timing gives the same bits, and one that fails ends all."""
+"""Ranks in one process: any timing gives the same bits, and a rank that fails ends all others."""
 
 import time
 from dataclasses import replace
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def gradients_of(config, plan, batch, **board):
-    """Loss and gradients of one step, of all ranks."""
+    """Return the loss and the gradients of one step of all ranks."""
 
     def work(rank, model, together):
         loss = model.train_step(*batch)
@@ -41,7 +41,7 @@ CASES = [(name, algorithm) for name in ("1f1b", "zb_h1", "v_half") for algorithm
 
 @pytest.mark.parametrize(("name", "algorithm"), CASES)
 def test_delays_change_no_bit(name, algorithm):
-    """A case of every seed; all cases together see 200 of them."""
+    """Every case has its own share of the 200 seeds."""
     stages = GENERATORS[name].layout_of(3).num_stages
     config = config_of(
         3, 4, 101, schedule=name, vocab=VocabConfig(algorithm), num_stages=stages, tied=True
@@ -58,7 +58,7 @@ def test_delays_change_no_bit(name, algorithm):
 
 
 def test_messages_are_copies():
-    """What a sender does with a message after it was read changes nothing on the other side."""
+    """A sender may change a message after it was read, without effect on the receiver."""
     board = Switchboard(problem(2, 1, "none"), CPU)
 
     def work(rank):

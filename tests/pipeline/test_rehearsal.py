@@ -1,4 +1,7 @@
-"""`benchmarks/rehearsal.py` runs, and a step is not shorter than its passes allow.  How exact it is, the benchmark says."""
+"""`benchmarks/rehearsal.py` runs, and a step is not shorter than its passes allow.
+
+The benchmark itself measures how exact it is.
+"""
 
 import pytest
 import torch

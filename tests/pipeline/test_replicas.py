@@ -1,4 +1,4 @@
-"""While passes run, gradients go to the other replicas layer by layer, and no parameter is read before it has come."""
+"""Gradients are summed over replicas layer by layer beside passes, and gathers end before reads."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from vp_train.planning.plan import make_plan
 
 
 def announced(rank, world_size, config):
-    """The names handed to the optimizer in each call of a step, and the units of each stage."""
+    """Return the names in each call of `ready`, the units of each stage, and all parameters."""
     plan = make_plan(config, world_size)
     model = build_rank(config, plan, mesh_for(plan))
     calls, ready = [], model.optimizer.ready
@@ -58,7 +58,7 @@ def test_layers_are_announced_one_by_one_the_last_first(ranks, schedule):
 
 
 class _Late:
-    """A gather whose values are no numbers until somebody waits."""
+    """A gather whose values are NaN until `wait`."""
 
     def __init__(self, pending, values):
         pending.wait()
@@ -70,7 +70,7 @@ class _Late:
 
 
 def losses(rank, world_size, config, late):
-    """Losses of three steps and of an evaluation after each, and the checkpoint's parameters."""
+    """Return losses of three steps and their evaluations, and the parameters of a checkpoint."""
     plan = make_plan(config, world_size)
     mesh = mesh_for(plan)
     model = build_rank(config, plan, mesh)
@@ -130,7 +130,7 @@ def test_no_pass_reads_a_parameter_before_it_was_gathered(ranks, schedule, algor
 
 
 def joins_the_replicas_before_the_first_pass(rank, world_size, config):
-    """The collectives of the group of replicas that a step begins with, before anything has asked for parameters."""
+    """Return the data-parallel collectives of a step before its first `need` of parameters."""
     plan = make_plan(config, world_size)
     mesh = mesh_for(plan)
     model = build_rank(config, plan, mesh)
@@ -159,6 +159,6 @@ def joins_the_replicas_before_the_first_pass(rank, world_size, config):
 
 
 def test_a_step_does_not_queue_behind_parameters_that_are_still_gathered(ranks):
-    """Everything in one group of replicas runs in the order of its issue."""
+    """All collectives of one data-parallel group run in the order of issue."""
     config = config_of(2, 3, 101, dp=2, optimizer="zero1")
     assert ranks(4).run(joins_the_replicas_before_the_first_pass, config) == [([], True)] * 4

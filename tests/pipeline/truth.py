@@ -15,7 +15,7 @@ from vp_train.optim.adamw import build_adamw, clip_scale, learning_rate
 
 
 class Whole(nn.Module):
-    """Embedding, all layers, output layer; parameters named as in the sharded model."""
+    """Embedding, all layers and output layer, with the parameter names of the sharded model."""
 
     def __init__(self, config: RunConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -38,7 +38,10 @@ class Whole(nn.Module):
         self.config = config
 
     def logits(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
-        """[sequences, s, V] for tokens [sequences, s]; each of `segments` [sequences, s] runs alone, as if from position 0."""
+        """Return logits [sequences, s, V] for tokens [sequences, s].
+
+        Every document of `segments` [sequences, s] runs alone, from position 0.
+        """
         if segments is not None:
             return torch.stack([self._apart(*row) for row in zip(tokens, segments, strict=True)])
         x = self.stage(self.matrices["embedding"][tokens].transpose(0, 1)).transpose(0, 1)
@@ -47,7 +50,7 @@ class Whole(nn.Module):
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def _apart(self, tokens: Tensor, segments: Tensor) -> Tensor:
-        """[s, V] for one sequence."""
+        """Return the logits [s, V] of one sequence, whose documents run alone."""
         documents = tokens.split(segments.unique_consecutive(return_counts=True)[1].tolist())
         return torch.cat([self.logits(document[None])[0] for document in documents])
 
@@ -58,7 +61,7 @@ class Whole(nn.Module):
         mask: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """The loss over all microbatches; tokens, labels, mask, segments [m, b, s]."""
+        """Return the loss over all microbatches; tokens, labels, mask, segments are [m, b, s]."""
         tokens, labels = tokens.flatten(0, 1), labels.flatten(0, 1)
         options, logits = (
             self.config.loss,
@@ -90,7 +93,7 @@ class Whole(nn.Module):
 
 
 def random_mask(config: RunConfig, step: int) -> Tensor:
-    """[m, b, s] in [0, 1), with sequences of zeros."""
+    """Return a mask [m, b, s] in [0, 1), with some sequences of zeros."""
     generator = torch.Generator().manual_seed(2000 + step)
     shape = (config.num_microbatches, config.micro_batch_size, config.model.seq_length)
     mask = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -98,7 +101,10 @@ def random_mask(config: RunConfig, step: int) -> Tensor:
 
 
 def random_segments(config: RunConfig, step: int) -> Tensor:
-    """[m, b, s] int32: documents of one token and more; a few sequences are a single one."""
+    """Return segments [m, b, s], int32, with documents of one token and more.
+
+    A few sequences are a single document.
+    """
     generator = torch.Generator().manual_seed(3000 + step)
     shape = (config.num_microbatches, config.micro_batch_size, config.model.seq_length)
     ends = (
@@ -109,7 +115,7 @@ def random_segments(config: RunConfig, step: int) -> Tensor:
 
 
 def random_batch(config: RunConfig, step: int) -> tuple[Tensor, Tensor]:
-    """tokens, labels [m, b, s], with a few labels ignored."""
+    """Return tokens and labels [m, b, s], with a few labels ignored."""
     generator = torch.Generator().manual_seed(1000 + step)
     shape = (config.num_microbatches, config.micro_batch_size, config.model.seq_length)
     tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)
@@ -118,7 +124,7 @@ def random_batch(config: RunConfig, step: int) -> tuple[Tensor, Tensor]:
     return tokens, labels
 
 
-@cache  # many layouts and schedules have the same truth
+@cache  # many layouts and schedules have the same result
 def train_whole(
     config: RunConfig,
     num_steps: int,
@@ -127,7 +133,7 @@ def train_whole(
     masked: bool = False,
     packed: bool = False,
 ) -> list[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
-    """Per step: the loss, all gradients, and all parameters after the update."""
+    """Return for each step the loss, all gradients, and all parameters after the update."""
     whole = Whole(config, dtype)
     parameters = dict(whole.named())
     optimizer = build_adamw(parameters.values(), config.optim)

@@ -1,4 +1,4 @@
-"""What every test of the vocabulary passes needs."""
+"""A fixture for all tests of the vocabulary passes."""
 
 from collections.abc import Iterator
 
@@ -8,6 +8,6 @@ import torch._dynamo
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_runs_uncompiled() -> Iterator[None]:
-    """Beyond its limit of shapes torch goes back to code that is not compiled, and a test of that tests nothing."""
+    """Fail where torch would silently run code uncompiled, beyond its limit of shapes."""
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield

@@ -1,4 +1,7 @@
-"""The Triton kernels against torch in float64; also run in a process of its own, in Triton's interpreter."""
+"""Compare the Triton kernels with torch in float64.
+
+`test_cuda` also runs this in a new process with Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,16 @@ SHAPES = (
     (2, 5_000),
     (3, 1),
     (0, 7),
-    (2, 32_769),
-)  # the last one is more than a program holds
+    (2, 32_769),  # longer than `_WHOLE`
+)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def compare_fold(shape, device):
-    """Two chunks, the second with statistics of the first; targets in the first, in the second, and in neither."""
+    """Compare `fold` on two chunks, the second of which gets the statistics of the first.
+
+    Targets lie in the first chunk, in the second, or in neither.
+    """
     from vp_train.vocab import triton_rows
 
     generator = torch.Generator().manual_seed(0)
@@ -37,7 +43,7 @@ def compare_fold(shape, device):
                     torch.empty(shape).double(),
                 )
                 column = columns - chunk * num_columns
-                # float32 is written where it is read, as in a run
+                # In a run, float32 is written in place.
                 given = logits.clone().to(device)
                 out = given if dtype is torch.float32 else written
                 ours, rescale = triton_rows.fold(given, ours, column.to(device), out, softcap)
@@ -59,7 +65,7 @@ def compare_fold(shape, device):
 
 
 def compare_input_term(shape, device):
-    """Tokens whose targets are owned and not; with and without each optional term."""
+    """Compare `input_term` for owned and other targets, with and without the optional terms."""
     from vp_train.vocab import triton_rows
 
     generator = torch.Generator().manual_seed(1)
@@ -98,7 +104,7 @@ def compare_input_term(shape, device):
 
 
 def compare_targets(shape, device):
-    """What is scaled by tokens, and what the rows of their targets lose: several tokens have the same target."""
+    """Compare `scale` and `subtract_targets`, where several tokens have the same target."""
     from vp_train.vocab import triton_rows
 
     generator = torch.Generator().manual_seed(2)

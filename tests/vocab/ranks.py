@@ -28,7 +28,7 @@ def exchange(transfer: Transfer, messages: list[Tensor]) -> Tensor:
 
 
 def make_layer(weight, grad, shard, algorithm, backend, options=PLAIN, sum_dtype=None):
-    """`backend`: a name, `recompute` with a fraction after a colon."""
+    """Return the layer of one shard.  `backend` is a name, or `recompute:` with a fraction."""
     name, _, fraction = backend.partition(":")
     rows = slice(shard.start, shard.stop)
     pass_of_dx = None if algorithm == "evaluate" else VOCAB_ALGORITHMS[algorithm].input_gradient
@@ -40,8 +40,8 @@ def make_layer(weight, grad, shard, algorithm, backend, options=PLAIN, sum_dtype
         len(weight),
         pass_of_dx,
         name,
-        options,
-        fraction,
+        options=options,
+        recompute_fraction=fraction,
         sum_dtype=sum_dtype,
     )
 
@@ -60,9 +60,9 @@ def run_output(
     options=PLAIN,
     sum_dtype=None,
 ):
-    """(token losses, dx, dW [V, H], held bytes of each shard after S) of the sharded layer; rank 0 is the root.
+    """Return token losses [T], dx [T, H], dW [V, H] and each shard's held bytes after S.
 
-    `t_early`: one_barrier runs T before dx is exchanged rather than after.
+    Rank 0 is the root.  With `t_early`, one_barrier runs T before dx is exchanged, else after.
     """
     grads = torch.zeros_like(weight, dtype=grad_dtype)
     layers = [
@@ -97,7 +97,7 @@ def run_output(
 
 
 def largest_kept(state) -> int:
-    """Elements of the largest tensor that a microbatch still holds."""
+    """Return the elements of the largest tensor that a microbatch still holds."""
     if isinstance(state, Tensor):
         return state.numel()
     if isinstance(state, list):

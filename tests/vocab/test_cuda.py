@@ -1,4 +1,4 @@
-"""What the passes do on a GPU; the Triton kernel also without one, in Triton's interpreter, where Triton is installed."""
+"""The passes on a GPU, and the Triton kernels in Triton's interpreter, if Triton is installed."""
 
 import importlib.util
 import os
@@ -90,7 +90,8 @@ def test_what_is_held_on_a_gpu_is_a_matrix_of_sixteen_bits_or_x_alone(algorithm)
         step.s(0, x)
         held[backend] = step.held_bytes
     assert held["recompute"] <= t * (2 * h + 16)
-    assert held["chunked"] - held["recompute"] == t * r * 2 + 4 * t  # the maximum of its only chunk
+    # The exponentials, and the maximum of the only chunk.
+    assert held["chunked"] - held["recompute"] == t * r * 2 + 4 * t
 
 
 @on_gpu

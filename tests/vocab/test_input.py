@@ -10,7 +10,7 @@ from vp_train.vocab.reference import cross_entropy
 from vp_train.vocab.shard import Shard, split_rows
 
 
-def test_the_rows_of_all_shards_in_order_are_the_embedding_and_its_gradient_goes_back_the_same_way():
+def test_the_rows_of_all_shards_in_order_are_the_embedding_and_gradients_go_back_the_same_way():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(101, 8, generator=generator, dtype=torch.float64)
     tokens = torch.randint(0, 101, (3, 50), generator=generator)

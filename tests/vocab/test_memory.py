@@ -1,4 +1,4 @@
-"""What the passes allocate: chunks and what is held, never [T, R] or [R, H] once more."""
+"""The passes allocate chunks and what they hold, and never another [T, R] or [R, H]."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from vp_train.vocab.shard import Shard
 
 T, H, R = 16, 8, 4096
 CHUNK = T * 64 * 4  # bytes of the logits of 64 rows
-SMALL = 4 * CHUNK  # of the held [T, R] a sixteenth, of dW an eighth
+SMALL = 4 * CHUNK  # a sixteenth of the held [T, R], and an eighth of dW
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def chunks_of_64_rows(monkeypatch):
 
 
 def growth(work):
-    """Bytes by which the storages alive grow at their peak while `work` runs."""
+    """Return by how many bytes the live storages grow at their peak while `work` runs."""
     live = LiveStorages()
     live.add_existing()
     before = live.peak
@@ -52,7 +52,7 @@ def test_s_grows_by_what_it_holds_and_t_by_a_chunk():
         assert growth(lambda step=step: step.t(0)) <= SMALL
 
 
-def test_what_t_gives_back_the_next_s_takes():
+def test_the_next_s_reuses_the_memory_that_t_gives_back():
     layer, step, x = layer_of("one_barrier", "chunked")
     for _ in range(2):
         first = growth(lambda step=step: step.s(0, x))

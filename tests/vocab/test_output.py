@@ -43,13 +43,16 @@ OPTIONS = [
 def assert_equal(sharded, truth, tolerance):
     for name, ours, theirs in zip(("loss", "dx", "dW"), sharded[:3], truth, strict=True):
         assert ours.shape == theirs.shape, name
-        scale = theirs.abs().max().clamp_min(1e-3)  # with one row, dW is zero but for rounding
+        scale = theirs.abs().max().clamp_min(1e-3)  # with one row, dW is 0 up to rounding
         assert ((ours - theirs).abs().max() / scale).item() <= tolerance, name
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of 3 rows in float64 and 12 in bfloat16, with transposed blocks of 5, so that small vocabularies have several."""
+    """Make chunks so small that small vocabularies have several.
+
+    Chunks have 3 rows in float64 and 12 in bfloat16; transposed blocks have 5 rows.
+    """
     monkeypatch.setitem(backends._CHUNK_BYTES, "cpu", 3 * T * 8)
     monkeypatch.setattr(products, "_BLOCK_BYTES", 5 * H * 2)
 
@@ -181,9 +184,8 @@ def test_what_is_held_is_the_exponentials_kept_in_the_compute_dtype_x_and_a_few_
     )[3]
     size = dtype.itemsize
     for rows_here, value in zip((40, 24), held, strict=True):
-        per_token = (
-            20 if kept else 16
-        )  # the maximum of the only chunk; lse, and what it comes from: in fp32
+        # In fp32: maximum, total, target logit and lse, and the maximum of the only chunk if kept.
+        per_token = 20 if kept else 16
         assert value == T * rows_here * kept * size + T * H * size + per_token * T
 
 
@@ -219,7 +221,7 @@ def test_evaluation_keeps_no_chunk_while_it_walks_the_rows():
 
 @pytest.mark.parametrize("backend", ["chunked", "recompute", "recompute:0.4"])
 def test_small_probabilities_keep_their_gradient_in_float16(backend):
-    """With 200,000 rows and losses that count 1e-3, x is multiplied with values far below the smallest of float16."""
+    """With 200,000 rows and loss weights of 1e-3, factors of x are far below float16's smallest."""
     x, weight, targets, _ = inputs(200_000, torch.float16)
     weight, small = weight * 0.02, torch.full((T,), 1e-3)
     truth = cross_entropy(x.double(), weight.double(), targets, small.double())[2]
@@ -242,7 +244,7 @@ def test_small_probabilities_keep_their_gradient_in_float16(backend):
 @pytest.mark.parametrize("backend", ["chunked", "recompute"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_rows_with_a_mean_of_one_do_not_overflow_float16(algorithm, backend):
-    """E W of all rows would be a sum of 100,000 ones, and the largest of float16 is 65,504."""
+    """E W of all rows would be a sum of 100,000 ones, but float16 ends at 65,504."""
     x, weight, targets, grad_loss = inputs(100_000, torch.float16)
     weight = 0.02 * weight
     weight[:, 0] += 1
@@ -263,7 +265,7 @@ def test_rows_with_a_mean_of_one_do_not_overflow_float16(algorithm, backend):
 @pytest.mark.parametrize("options", OPTIONS[:2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_terms_of_the_targets_and_of_smoothing_are_not_rounded(dtype, options):
-    """A layer of zeros has equal probabilities, so that nothing else in dW is."""
+    """With weights of 0 all probabilities are equal, so that no other term of dW is rounded."""
     x, weight, targets, grad_loss = inputs(101, dtype)
     weight, grad_loss = torch.zeros_like(weight), grad_loss.float()
     truth = cross_entropy(x.double(), weight.double(), targets, grad_loss.double(), options)[2]
@@ -379,7 +381,10 @@ def test_the_fused_row_pass_equals_the_unfused(dtype, softcap):
 
 @pytest.mark.parametrize("algorithm", ["one_barrier", "two_barrier"])
 def test_the_error_of_dx_in_bfloat16_does_not_grow_with_the_shards(algorithm):
-    """It is that of torch's cross entropy at any number of shards; terms that are rounded before they are summed add to it."""
+    """For any number of shards the error is that of torch's cross entropy.
+
+    It would be larger if the terms of the shards were rounded before their sum.
+    """
     x, weight, targets, grad_loss = inputs(4096, torch.bfloat16)
     weight, targets, grad_loss = 0.1 * weight, targets.clamp_min(0), torch.full((T,), 1 / T)
     truth = cross_entropy(x.double(), weight.double(), targets, grad_loss.double())[1]

@@ -1,8 +1,8 @@
-"""Which process groups a run makes, as data: who is in each, over which backend, in which order.
+"""The process groups of a run as data: members, backend, and the order in which they are made.
 
-All ranks make the groups in the order of this list, so no two can wait for each other: of the
-groups not yet complete, every member of the first one has nothing else left to wait for.
-`mesh.build_mesh` executes the list.
+All ranks make the groups in the order of this list, which excludes deadlock.  Proof: consider the
+first group that is not yet complete; its members wait for no other group.  `mesh.build_mesh`
+executes the list.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ GLOO, NCCL, BOTH = "gloo", "nccl", "cpu:gloo,cuda:nccl"
 class Purpose(StrEnum):
     """What a process group is for."""
 
-    WORLD = "world"  # what all ranks agree on around steps and checkpoints
+    WORLD = "world"  # control messages of all ranks around steps and checkpoints
     WORLD_LEADERS = "world leaders"
-    STEPS = "steps"  # what all ranks tell each other in every step
+    STEPS = "steps"  # control messages of all ranks in every step
     STEPS_LEADERS = "steps leaders"
-    ALONE = "alone"  # a rank that has nobody to split with
-    TENSOR = "tensor"
-    DATA = "data"
+    ALONE = "alone"  # a single rank, where the degree tp or dp is 1
+    TENSOR = "tensor"  # tensor-parallel ranks
+    DATA = "data"  # data-parallel ranks
     TIED = "tied"  # the first and last stage, with copies of one matrix
-    INPUT = "input"
-    OUTPUT = "output"
-    HOPS = "hops"  # activations and gradients between the ranks of stages
+    INPUT = "input"  # collectives of the input embedding's shards
+    OUTPUT = "output"  # collectives of the output layer's shards
+    HOPS = "hops"  # activations and gradients between stages
 
 
 WORLD_PURPOSES = (Purpose.WORLD, Purpose.WORLD_LEADERS)
@@ -42,9 +42,9 @@ END_PURPOSES = {End.INPUT: Purpose.INPUT, End.OUTPUT: Purpose.OUTPUT}
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
-    """One process group: its global ranks in rising order and the backend that joins them.
+    """One process group: its global ranks in ascending order, and its backend.
 
-    `sender`, of a pair that hops over NCCL: which of the two sends in this group.
+    `sender` is set for a pair of ranks that hop over NCCL: the rank that sends in this group.
     """
 
     purpose: Purpose
@@ -58,10 +58,11 @@ def plan_groups(
 ) -> tuple[GroupSpec, ...]:
     """Return all groups of a run, in the order in which every rank makes them.
 
-    `row_width`: how many ranks a row of control messages has.  Without `nccl` all groups use gloo,
-    and the hops of a pipeline share one group.  With it each sender and receiver have a communicator
-    of their own, for NCCL runs what shares one in order, and what goes the other way must not wait;
-    host tensors travel only in control groups and among replicas.
+    Without `nccl` all groups use gloo, and the hops of a pipeline share one group.  With `nccl`
+    each pair of sender and receiver has its own communicator: NCCL runs the messages of one
+    communicator in order, and the opposite direction must not wait.  Host tensors then travel only
+    in control groups and among replicas.  `row_width` is the number of ranks in a row of
+    `control.ControlGroup`.
     """
     device, mixed = (NCCL, BOTH) if nccl else (GLOO, GLOO)
     d, p, t = range(degrees.dp), range(degrees.pp), range(degrees.tp)
@@ -89,9 +90,10 @@ def plan_groups(
 
 
 def gloo_sockets(specs: Sequence[GroupSpec], rank: int) -> int:
-    """Return to how many others gloo connects `rank`: to every other member of each of its groups.
+    """Return how many connections gloo opens on `rank`: one to every other member of each group.
 
-    The default group comes on top; it has none with NCCL, and joins all ranks with gloo.
+    The default group is not counted.  It has no gloo connections with NCCL, and joins all ranks
+    with gloo.
     """
     return sum(
         len(spec.members) - 1 for spec in specs if GLOO in spec.backend and rank in spec.members
@@ -99,7 +101,7 @@ def gloo_sockets(specs: Sequence[GroupSpec], rank: int) -> int:
 
 
 def _control_groups(num_ranks: int, width: int) -> Iterator[GroupSpec]:
-    """Yield rows and leaders, see `vp_train.communication.control`, once per timeout."""
+    """Yield the rows and leaders of `control.ControlGroup`, once for each of the two timeouts."""
     firsts = range(0, num_ranks, width)
     for purpose, leaders in (
         (Purpose.WORLD, Purpose.WORLD_LEADERS),
@@ -112,7 +114,7 @@ def _control_groups(num_ranks: int, width: int) -> Iterator[GroupSpec]:
 
 
 def _lanes(degrees: Degrees) -> Iterator[GroupSpec]:
-    """Yield all ranks of each pipeline."""
+    """Yield one group of all ranks per pipeline."""
     for replica in range(degrees.dp):
         for k in range(degrees.tp):
             members = tuple(degrees.rank(replica, j, k) for j in range(degrees.pp))
@@ -120,9 +122,10 @@ def _lanes(degrees: Degrees) -> Iterator[GroupSpec]:
 
 
 def _hop_groups(degrees: Degrees, problem: Problem) -> Iterator[GroupSpec]:
-    """Yield a pair of ranks per sender and receiver.
+    """Yield a group of two ranks for each pair of sender and receiver.
 
-    Pairs come in classes without a common rank, so that their communicators start side by side.
+    Pairs are sorted into classes without a common rank, so that their communicators can be set up
+    at the same time.
     """
     flows = sorted(
         hop_flows(problem),
@@ -136,7 +139,7 @@ def _hop_groups(degrees: Degrees, problem: Problem) -> Iterator[GroupSpec]:
 
 
 def hop_flows(problem: Problem) -> set[tuple[int, int]]:
-    """Return which pipeline rank sends to which."""
+    """Return the pairs (sender, receiver) of pipeline ranks that hop."""
     flows = set()
     for stage in range(problem.last_stage):
         earlier, later = Pass(stage, Kind.F, 0), Pass(stage + 1, Kind.F, 0)

@@ -1,10 +1,10 @@
-"""Small messages on the host that concern all ranks: the health of a step, checkpoints, barriers.
+"""Small host messages among all ranks: the health of a step, checkpoints, barriers.
 
 A gloo group connects every pair of its members.  At 512 ranks that is 511 sockets per process, and
-a process may usually open 1,024 files.  So the ranks form rows, and the first ranks of the rows,
-the leaders, form a group of their own: gather within the row, then among the leaders, then send the
-result down the rows.  A rank of 512 has at most 46 connections, and the way is 52 messages long
-instead of 511.
+a process may usually open only 1,024 files.  So the ranks form rows, and the first ranks of the
+rows, the leaders, form another group.  A gather runs within the rows, then among the leaders; then
+the leaders broadcast the result within their rows.  At 512 ranks a rank has at most 46 connections,
+and the longest chain has 52 messages instead of 511.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_SMALL = 32  # so many ranks are one row: all pairs are cheap
+_SMALL = 32  # up to this many ranks form a single row: connecting all pairs is cheap
 
 
 def row_width(num_ranks: int) -> int:
@@ -30,8 +30,8 @@ def row_width(num_ranks: int) -> int:
 class ControlGroup:
     """All ranks of a run, for messages on the host.  Every method is collective.
 
-    `row` joins this rank's row of `width` consecutive ranks; the last row may be shorter.
-    `leaders` joins the first ranks of all rows; it is None elsewhere, and where there is one row.
+    row: this rank's row of `width` consecutive ranks; the last row may be shorter.
+    leaders: the first ranks of all rows.  It is None on other ranks and if there is one row.
     """
 
     rank: int
@@ -51,9 +51,8 @@ class ControlGroup:
         `tensor` lies in host memory and has the same shape and dtype on every rank.
         """
         row = tensor.new_zeros((self.row.size(), *tensor.shape))
-        row[self.row.rank()] = (
-            tensor  # all that there is in a process that only pretends to have others
-        )
+        # In a rehearsal, where one process stands for all ranks, nothing else fills this row.
+        row[self.row.rank()] = tensor
         dist.all_gather(list(row), tensor, group=self.row)
         if self.width >= self.size:
             return row
@@ -67,9 +66,9 @@ class ControlGroup:
         return rows.flatten(0, 1)[: self.size]
 
     def all_gather_json(self, value: Any) -> list[Any]:
-        """Return the values of all ranks in rank order, as JSON gives them back.
+        """Return the values of all ranks in rank order, after a round trip through JSON.
 
-        Text, and not pickles: what arrives on a socket must not be able to run code.
+        JSON rather than pickle, because data from a socket must not be able to run code.
         """
         encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = self.all_gather(torch.tensor([len(encoded)])).flatten().tolist()
@@ -81,5 +80,5 @@ class ControlGroup:
         ]
 
     def barrier(self) -> None:
-        """Return when every rank has come here."""
+        """Return when every rank has called this."""
         self.all_gather(torch.zeros(1))

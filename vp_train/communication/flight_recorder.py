@@ -1,6 +1,7 @@
-"""Where torch's flight recorder leaves the last communications of a rank whose NCCL failed.
+"""The files in which torch's flight recorder leaves the last communications of a failed rank.
 
-The files are pickles: name them, never load them.  torch's `torchfrtrace` reads them.
+torch writes them when NCCL fails.  They are pickles, so this project only names them and never
+loads them.  torch's `torchfrtrace` reads them.
 """
 
 from __future__ import annotations
@@ -9,24 +10,24 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-DUMP_SECONDS = 1.0  # that torch waits for a file; after four times as long it aborts the process
+DUMP_SECONDS = 1.0  # torch waits this long for a file; after 4 times as long it aborts the process
 _POLL_SECONDS = 0.2
 _PREFIX_VARIABLES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 
 
 def prefix(directory: Path) -> str:
-    """Return what the names of a run's files begin with; a rank number follows."""
+    """Return the common prefix of the paths of a run's files; the rank number follows it."""
     return str((directory / "logs").absolute() / "flight-recorder-rank-")
 
 
 def file_of(environment: Mapping[str, str], directory: Path, rank: int) -> Path:
-    """Return where the recorder of `rank` writes: into the run's directory, or where the user says."""
+    """Return the file of `rank`, in the run's directory unless the `environment` names another."""
     given = next((environment[name] for name in _PREFIX_VARIABLES if name in environment), None)
     return Path(f"{given or prefix(directory)}{rank}")
 
 
 def is_fresh(path: Path, since: float) -> bool:
-    """Return whether `path` was written at `since`, in seconds of `time.time`, or later."""
+    """Return whether `path` was written at or after `since`, in seconds of `time.time`."""
     try:
         return path.stat().st_mtime >= since
     except OSError:
@@ -34,7 +35,10 @@ def is_fresh(path: Path, since: float) -> bool:
 
 
 def wait_for(path: Path, since: float) -> bool:
-    """Wait until `path` is written and no longer grows, for as long as torch would; see `is_fresh`."""
+    """Wait until `path` is written and no longer grows, at most `3 * DUMP_SECONDS`.
+
+    Returns `is_fresh(path, since)`.
+    """
     deadline, size = time.monotonic() + 3 * DUMP_SECONDS, -1
     while time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)

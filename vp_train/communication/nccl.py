@@ -1,6 +1,6 @@
-"""How a run sets up NCCL and CUDA: environment, options of a communicator, and a watch for errors.
+"""The setup of NCCL and CUDA: environment, options of a communicator, and a watch for errors.
 
-Everything here is inert where torch has no NCCL.
+Everything here does nothing if torch has no NCCL.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ _POLL_SECONDS = 0.2
 def set_environment(
     environment: MutableMapping[str, str], settings: RunSettings, directory: Path
 ) -> None:
-    """Set what CUDA, NCCL and torch read when they start, except where the user has set it.
+    """Set the variables that CUDA, NCCL and torch read at start, except those the user has set.
 
     Call it before anything touches the GPU.
     """
-    # A stream per communicator and for the passes: over CUDA's 8 queues some would block others.
+    # Each communicator and the passes have a stream.  On CUDA's default of 8 queues some streams
+    # would block others.
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # the older name, which wins
-        # The number of tokens that a rank owns varies from microbatch to microbatch.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # the older name takes precedence
+        # The number of tokens that a rank owns varies between microbatches, so sizes vary too.
         environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if settings.hop_channels:
         environment.setdefault("NCCL_MAX_P2P_NCHANNELS", str(settings.hop_channels))
     environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     environment.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", f"{DUMP_SECONDS * 1000:.0f}")
-    # Where both are set torch takes the new names and warns of the old ones.
+    # If both are set, torch uses the new names and warns about the old ones.
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in environment:
         environment.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in environment:
@@ -44,10 +45,11 @@ def set_environment(
 
 
 def communicator_options(settings: RunSettings, timeout: timedelta, *, few_ctas: bool) -> Any:
-    """Return a new ProcessGroupNCCL.Options, None where torch has no NCCL.
+    """Return a new ProcessGroupNCCL.Options, None if torch has no NCCL.
 
-    `timeout`: what `new_group` is given too; torch warns where it differs.
-    `few_ctas`: at most `settings.collective_ctas` thread blocks, for what runs beside the passes.
+    timeout: the same as for `new_group`; torch warns if they differ.
+    few_ctas: use at most `settings.collective_ctas` thread blocks, for communicators that run
+        beside the passes.
     """
     kind = getattr(dist, "ProcessGroupNCCL", None)
     if kind is None:
@@ -60,11 +62,11 @@ def communicator_options(settings: RunSettings, timeout: timedelta, *, few_ctas:
 
 
 def watch(groups: Iterable[dist.ProcessGroup], failed: Callable[[str], None]) -> Event:
-    """Call `failed` once when NCCL reports an error in one of `groups`, in a thread of its own.
+    """Call `failed` once, from a new thread, when NCCL reports an error in one of `groups`.
 
-    It gets "TIMEOUT", "COMM_ERROR" or "REMOTE_ERROR".  torch's watchdog aborts the process a few
-    seconds later, with a stack trace and without an exit code that says why: leave before it does.
-    Set the returned event to end the watch.
+    Its argument is "TIMEOUT", "COMM_ERROR" or "REMOTE_ERROR".  `failed` should exit the process at
+    once: a few seconds later torch's watchdog aborts it with a stack trace, and without an exit
+    code that names the cause.  Set the returned event to end the watch.
     """
     backends = [backend for group in groups if (backend := _nccl_backend(group)) is not None]
     stopped = Event()
@@ -74,7 +76,7 @@ def watch(groups: Iterable[dist.ProcessGroup], failed: Callable[[str], None]) ->
 
 
 def _nccl_backend(group: dist.ProcessGroup) -> Any:
-    """Return the NCCL side of `group` if this torch tells its errors, else None."""
+    """Return the NCCL backend of `group` if this version of torch exposes its errors, else None."""
     if "nccl" not in dist.get_backend_config(group):
         return None
     backend = group._get_backend(torch.device("cuda"))
@@ -86,6 +88,6 @@ def _poll(backends: list[Any], failed: Callable[[str], None], stopped: Event) ->
         for backend in backends:
             error = backend.get_error().name
             if error != "SUCCESS":
-                if not stopped.is_set():  # an error of the end is none of the run
+                if not stopped.is_set():  # errors while groups are destroyed are not failures
                     failed(error)
                 return

@@ -1,11 +1,13 @@
-"""Causal attention where torch's scaled_dot_product_attention does not do.
+"""Causal attention for the cases that torch's scaled_dot_product_attention does not support.
 
-Softcapped scores and sliding windows: by blocks of queries, each against the keys it can see; the
-backward forms the scores of a block again.  So q, k and v are all that is kept, and a window costs
-its own size per query.  Products are in the dtype of q, the softmax in float32 at least.
+Softcapped scores and sliding windows: `block_attention` computes blocks of queries, each against
+the keys it can see.  The backward computes the scores of a block again.  So only q, k and v are
+kept, and the cost per query is the size of the window.  Products are in the dtype of q, the softmax
+in float32 at least.
 
-Packed documents on CUDA: torch's attention for sequences of various lengths.  Document by document,
-cuDNN would make a plan for every new length, 70 to 160 ms on the host each on an H100.
+Packed documents on CUDA: `attend_documents` uses torch's variable-length attention.  With one call
+per document cuDNN would make a plan for every new length, which takes 70 to 160 ms of host time on
+an H100.
 """
 
 from __future__ import annotations
@@ -22,16 +24,17 @@ from torch import Tensor
 
 from vp_train.tensors.streams import to_device
 
-_BLOCK = 256
-_MOST_HEAD_SIZE = 256  # of flash attention
+_BLOCK = 256  # queries
+_MOST_HEAD_SIZE = 256  # that flash attention supports
 
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """The documents of the sequences of a microbatch, sequence after sequence.
+    """The n documents of a microbatch, in the order of its sequences.
 
-    `lengths`: their tokens.  `bounds` [n + 1], int32: where each begins, and where the last ends; only
-    on CUDA, None elsewhere.
+    lengths: the number of tokens of each document.
+    bounds: where each document begins, and where the last one ends: int32 [n + 1] on CUDA, None
+        elsewhere.
     """
 
     lengths: tuple[int, ...]
@@ -39,7 +42,7 @@ class Documents:
 
     @classmethod
     def on(cls, device: torch.device, lengths: tuple[int, ...]) -> Documents:
-        """Return documents of `lengths` for attention on `device`; waits for nothing."""
+        """Return documents of `lengths` for attention on `device`, without waiting for it."""
         if device.type != "cuda":
             return cls(lengths, None)
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
@@ -51,8 +54,8 @@ def attend_documents(
 ) -> Tensor | None:
     """Attend within each document: q [T, heads, d], k and v [T, groups, d] -> [T, heads * d].
 
-    `window` as in `Rule`.  None where torch has no kernel for it: on a CPU, in more than sixteen
-    bits, for large heads.
+    `window` is that of `Rule`.  Returns None where torch has no kernel: on a CPU, for dtypes of
+    more than 16 bits, and for large heads.
     """
     attend = _variable_length_attention()
     sixteen_bits = q.dtype in (torch.bfloat16, torch.float16)
@@ -73,7 +76,7 @@ def attend_documents(
 
 @cache
 def _variable_length_attention() -> Callable[..., Any] | None:
-    """Return torch's attention over documents of any lengths; None where it takes no scale or window."""
+    """Return torch's variable-length attention, None if it accepts no scale or no window."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -86,14 +89,18 @@ def _variable_length_attention() -> Callable[..., Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Scores are scale * q k, and with `softcap` c then c tanh(scores / c); a query sees the last `window` tokens, or all."""
+    """How attention computes and masks scores.
+
+    Scores are scale * q k, and with a `softcap` c then c tanh(scores / c).  A query sees the last
+    `window` tokens including itself, or all earlier ones if `window` is None.
+    """
 
     scale: float
     softcap: float | None
     window: int | None
 
     def blocks(self, num_tokens: int) -> Iterator[tuple[slice, slice]]:
-        """Queries, and the keys that any of them sees."""
+        """Yield blocks of queries, each with the range of keys that any of them sees."""
         for start in range(0, num_tokens, _BLOCK):
             stop = min(num_tokens, start + _BLOCK)
             yield (
@@ -102,11 +109,13 @@ class Rule:
             )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, num_before: int) -> Tensor:
-        """q [n, b, heads, d], k and v [t, b, groups, d] -> [n, b, heads * d]; `num_before` keys precede the first query."""
+        """Attend: q [n, b, heads, d], k and v [t, b, groups, d] -> [n, b, heads * d].
+
+        `num_before` keys precede the first query.
+        """
         (n, b, heads, d), (t, _, groups, _) = q.shape, k.shape
-        rows = (
-            q.view(n, b, groups, -1, d).permute(1, 2, 3, 0, 4).reshape(b, groups, -1, d)
-        )  # heads of a group share its keys
+        # The heads of a group share its keys, so one product takes them all.
+        rows = q.view(n, b, groups, -1, d).permute(1, 2, 3, 0, 4).reshape(b, groups, -1, d)
         scores = (rows @ k.permute(1, 2, 3, 0)).to(
             torch.promote_types(q.dtype, torch.float32)
         ) * self.scale
@@ -122,7 +131,7 @@ class Rule:
     def _hidden(
         self, num_queries: int, num_keys: int, num_before: int, device: torch.device
     ) -> Tensor:
-        """[queries, keys]: which keys a query does not see."""
+        """Return which keys a query does not see: bool [queries, keys]."""
         queries = torch.arange(num_before, num_before + num_queries, device=device)[:, None]
         keys = torch.arange(num_keys, device=device)
         hidden = keys > queries
@@ -130,7 +139,7 @@ class Rule:
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-    """q [s, b, heads, d], k and v [s, b, groups, d] -> [s, b, heads * d]."""
+    """Attend by blocks: q [s, b, heads, d], k and v [s, b, groups, d] -> [s, b, heads * d]."""
     context: Tensor = _BlockAttention.apply(q, k, v, rule)  # type: ignore[no-untyped-call]
     return context
 

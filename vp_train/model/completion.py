@@ -1,4 +1,4 @@
-"""Tells who listens that the gradients of a layer are complete, while the backward of others goes on."""
+"""Announces that the gradients of a layer are complete while the backward of others goes on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 
 
 class Completion:
-    """The units of a stage whose gradients complete one after the other, each announced to `done` once."""
+    """Announces the units of a stage to `done`, each of them once and in order.
+
+    A unit is the names of parameters whose gradients complete together.
+    """
 
     def __init__(
         self, units: Sequence[Sequence[str]], done: Callable[[Sequence[str]], None]
@@ -14,7 +17,7 @@ class Completion:
         self._units, self._done, self._next = units, done, 0
 
     def up_to(self, unit: int) -> None:
-        """Announce the units up to number `unit`, which are complete."""
+        """Announce the units up to index `unit`, all of which are complete."""
         while self._next <= unit:
             self._next += 1
             self._done(self._units[self._next - 1])

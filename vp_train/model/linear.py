@@ -1,6 +1,7 @@
-"""Linear layers whose weight gradient can wait: pass I leaves (x, dy) in a store, pass W turns them into dW.
+"""Linear layers whose weight gradient can wait: pass I stores (x, dy), and pass W computes dW.
 
-In the place of megatron-core's parallel linear layers, so that splitting the backward walks no autograd graph twice.
+They replace megatron-core's parallel linear layers.  So a split backward does not walk the autograd
+graph twice.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ _Product = tuple[nn.Parameter, Tensor, Tensor]
 
 
 class WeightGradStore:
-    """The weight-gradient products of one stage.  They are computed at once, unless a backward runs under `deferring`."""
+    """The weight-gradient products of one stage.
+
+    A product is computed at once, unless the backward runs inside `deferring`.
+    """
 
     def __init__(self) -> None:
         self._waiting: dict[int, list[_Product]] = {}
@@ -30,7 +34,7 @@ class WeightGradStore:
 
     @contextmanager
     def watching(self, computed: Callable[[nn.Parameter], None]) -> Iterator[None]:
-        """A drain inside calls `computed` with the weight of every product, when that is added to its gradient."""
+        """Within this context `drain` calls `computed(weight)` after each product it has added."""
         self._computed = computed
         try:
             yield
@@ -39,7 +43,7 @@ class WeightGradStore:
 
     @contextmanager
     def deferring(self, microbatch: int) -> Iterator[None]:
-        """Products of a backward run inside wait for `drain(microbatch)`."""
+        """Within this context the products of a backward wait for `drain(microbatch)`."""
         self._current = self._waiting[microbatch] = []
         try:
             yield
@@ -47,14 +51,14 @@ class WeightGradStore:
             self._current = None
 
     def put(self, weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
-        """weight.grad [out, in] += dy^T x for x [T, in] and dy [T, out], now or later."""
+        """Add dy^T x to weight.grad [out, in] for x [T, in] and dy [T, out], now or in `drain`."""
         if self._current is None:
             _accumulate(weight, x, dy)
         else:
             self._current.append((weight, x, dy))
 
     def drain(self, microbatch: int) -> None:
-        """Compute what waits for `microbatch`, in the order of its backward."""
+        """Compute the products that wait for `microbatch`, in the order of its backward."""
         for weight, x, dy in self._waiting.pop(microbatch):
             _accumulate(weight, x, dy)
             if self._computed is not None:
@@ -62,7 +66,7 @@ class WeightGradStore:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the tensors that wait; a storage that several of them share counts once."""
+        """Return the bytes of the tensors that wait; a storage that several share counts once."""
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for products in self._waiting.values()
@@ -72,20 +76,21 @@ class WeightGradStore:
         return sum(storages.values())
 
     def assert_empty(self) -> None:
-        """Every I was followed by its W."""
+        """Assert that every pass I was followed by its W."""
         assert not self._waiting, (
             f"weight gradients of microbatches {sorted(self._waiting)} were not computed"
         )
 
 
-@torch.no_grad()  # W runs outside of a backward: a graph from the gradient would keep x and dy of every microbatch
+# W runs outside a backward, where autograd would record a graph that keeps x and dy.
+@torch.no_grad()
 def _accumulate(weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
     gradient = weight.grad
     if gradient is None:
         weight.grad = dy.T @ x
     elif gradient.dtype is dy.dtype:
         gradient.addmm_(dy.T, x)
-    elif gradient.is_cuda:  # the product is never rounded to the dtype of x and dy
+    elif gradient.is_cuda:  # out_dtype: the product is not rounded to the dtype of x and dy
         torch.addmm(gradient, dy.T, x, out_dtype=gradient.dtype, out=gradient)
     else:
         accumulate(gradient, dy.T @ x)
@@ -93,9 +98,11 @@ def _accumulate(weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SequenceSplit:
-    """Sequence parallelism (arXiv 2205.05198): between linear layers each of n tensor-parallel ranks has a part of the tokens.
+    """The communication of sequence parallelism (arXiv 2205.05198).
 
-    `gather` makes [s, b, h] of the parts [s / n, b, h]; `scatter` sums [s, b, h] over the ranks and gives each its part.
+    Between linear layers each of n tensor-parallel ranks has a part of every sequence.  `gather` is
+    the all-gather [s / n, b, h] -> [s, b, h], `scatter` the reduce-scatter [s, b, h] -> [s / n, b,
+    h].
     """
 
     gather: Callable[[Tensor], Tensor]
@@ -103,9 +110,10 @@ class SequenceSplit:
 
 
 class _LinearFunction(torch.autograd.Function):
-    """y = x W^T, with dW handed to the store instead of autograd; dx is summed over `group` while dW is computed.
+    """y = x W^T, whose backward hands dW to the store instead of autograd.
 
-    With `sequence` x and dx are parts of sequences, and y and dy whole; x is gathered again for dW.
+    dx is summed over `group` while dW is computed.  With `sequence`, x and dx are parts of
+    sequences, and y and dy are whole; the backward gathers x again for dW.
     """
 
     @staticmethod
@@ -137,9 +145,11 @@ class _LinearFunction(torch.autograd.Function):
 
 
 class _StoredLinear(nn.Module):
-    """A linear layer, called as megatron-core calls its own: returns (y, bias), the bias None where y has it already.
+    """A linear layer with the interface of megatron-core's: it returns (y, bias).
 
-    The gradient of the bias is a sum, so it does not wait.  `split` is that of `weight` over the tensor-parallel ranks.
+    The returned bias is None if y already contains it.  The gradient of the bias is a cheap sum, so
+    it does not wait for W.  `split` is the slice of the weight that this tensor-parallel rank
+    holds.
     """
 
     split: TensorSlice | None
@@ -150,6 +160,7 @@ class _StoredLinear(nn.Module):
         output_size: int,
         config: Any,
         store: WeightGradStore,
+        *,
         bias: bool,
         skip_bias_add: bool,
     ) -> None:
@@ -167,7 +178,11 @@ class _StoredLinear(nn.Module):
 
 
 class ColumnLinear(_StoredLinear):
-    """Each of the ranks of `tp_group` computes a part of the output, of each of `parts` equal parts of it."""
+    """A linear layer whose output is split over the ranks of `tp_group`.
+
+    The output consists of `parts` equal parts, such as gate and up.  A rank has a share of every
+    part.
+    """
 
     def __init__(
         self,
@@ -184,7 +199,12 @@ class ColumnLinear(_StoredLinear):
         **_: object,
     ) -> None:
         super().__init__(
-            input_size, output_size // tp_group.size(), config, store, bias, skip_bias_add
+            input_size,
+            output_size // tp_group.size(),
+            config,
+            store,
+            bias=bias,
+            skip_bias_add=skip_bias_add,
         )
         self._sequence = sequence
         self._group = tp_group if tp_group.size() > 1 else None
@@ -196,21 +216,21 @@ class ColumnLinear(_StoredLinear):
 
     @property
     def splits(self) -> dict[str, TensorSlice]:
-        """Of its parameters, where they are split."""
+        """Return the slice of each parameter that is split."""
         return (
             {} if self.split is None else {name: self.split for name, _ in self.named_parameters()}
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[s, b, in], or [s / n, b, in] of sequences that are split, -> [s, b, out / n]."""
+        """Map [s, b, in], or [s / n, b, in] with sequence parallelism, to [s, b, out / n]."""
         y: Tensor = _LinearFunction.apply(x, self.weight, self._store, self._group, self._sequence)  # type: ignore[no-untyped-call]
         return self._with_bias(y)
 
 
 class RowLinear(_StoredLinear):
-    """Each of the ranks of `tp_group` has a part of the input, and the whole bias; `reduce` sums their outputs.
+    """A linear layer whose input is split over the ranks of `tp_group`; the bias is whole.
 
-    Where sequences are split it also gives each rank its part of the sum.
+    `reduce` sums the outputs: an all-reduce, or a reduce-scatter with sequence parallelism.
     """
 
     def __init__(
@@ -227,7 +247,12 @@ class RowLinear(_StoredLinear):
         **_: object,
     ) -> None:
         super().__init__(
-            input_size // tp_group.size(), output_size, config, store, bias, skip_bias_add
+            input_size // tp_group.size(),
+            output_size,
+            config,
+            store,
+            bias=bias,
+            skip_bias_add=skip_bias_add,
         )
         self._reduce = reduce
         self._group = tp_group if tp_group.size() > 1 else None
@@ -239,11 +264,11 @@ class RowLinear(_StoredLinear):
 
     @property
     def splits(self) -> dict[str, TensorSlice]:
-        """Of its parameters, where they are split."""
+        """Return the slice of each parameter that is split."""
         return {} if self.split is None else {"weight": self.split}
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[s, b, in / n] -> [s, b, out], or [s / n, b, out]."""
+        """Map [s, b, in / n] to [s, b, out], or to [s / n, b, out] with sequence parallelism."""
         y: Tensor = _LinearFunction.apply(x, self.weight, self._store, None, None)  # type: ignore[no-untyped-call]
         if self._group is not None:
             y = self._reduce(y, self._group)

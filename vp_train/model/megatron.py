@@ -1,6 +1,7 @@
-"""Megatron-core's transformer layer, as one module this project can build on any device.
+"""Megatron-core's transformer layer as one module that can be built on any device.
 
-The only importer of `megatron.core` layers.  The import takes seconds, so it happens when the first layer is built.
+The only importer of `megatron.core` layers.  The import takes seconds, so it happens when the first
+layer is built.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from vp_train.quiet import quiet_deprecations, quiet_megatron
 
 
 class CoreAttention(nn.Module):
-    """Causal attention in the place of megatron's, which allocates on CUDA: torch's kernels, or blocks where these do not do.
+    """Causal attention in the place of megatron's, which always allocates on CUDA.
 
-    `window`: how many tokens a query sees; None: all before it.  Documents packed into a sequence are
-    never attended to under a mask: its s^2 entries are kept for the backward, the kernels compute what
-    it hides too, and flash attention on CUDA does not take one.  On CUDA one kernel takes them all,
-    elsewhere they come one by one.
+    It uses torch's kernels where they support the case, else `attention.block_attention`.  `window`
+    is the number of tokens that a query sees, None for all earlier ones.
+
+    Documents packed into a sequence do not use a mask.  Its s^2 entries would be kept for the
+    backward, the kernels would also compute the hidden scores, and flash attention on CUDA accepts
+    none.  On CUDA one kernel computes all documents; elsewhere there is one call per document.
     """
 
     def __init__(
@@ -56,10 +59,14 @@ class CoreAttention(nn.Module):
         *_: object,
         **__: object,
     ) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d], in each of `documents`, if given."""
+        """Attend: query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d].
+
+        With `documents`, attention stays within each of them.
+        """
         s, b = query.shape[:2]
         if documents is None and query.is_cuda and self._window is not None and self._window < s:
-            documents = Documents.on(query.device, (s,) * b)  # for one kernel
+            # A window on CUDA: the variable-length kernel supports it, sequence by sequence.
+            documents = Documents.on(query.device, (s,) * b)
         if documents is None:
             return self._attend(query, key, value)
         q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
@@ -87,9 +94,10 @@ class CoreAttention(nn.Module):
 
 
 def rotary_table(model: ModelConfig, *, local: bool, device: torch.device) -> Tensor:
-    """The angles [s, 1, 1, head_size] of rotary embeddings (arXiv 2104.09864), in float64: megatron casts their sines.
+    """Return the angles of rotary embeddings (arXiv 2104.09864), fp64 [s, 1, 1, head_size].
 
-    Local layers have their own base, if there is one, and then no scaling.
+    Megatron casts their sines and cosines.  With `local` the base is that of local layers, if the
+    model has one; then there is no scaling.
     """
     size = head_size(model)
     own = local and model.rope_local_base is not None
@@ -104,7 +112,10 @@ def rotary_table(model: ModelConfig, *, local: bool, device: torch.device) -> Te
 
 
 def _scaled(frequencies: Tensor, model: ModelConfig) -> Tensor:
-    """Frequencies of a longer context: all divided by the factor, or with llama3 only those that turn slowly."""
+    """Return the frequencies for a longer context than the model was trained with first.
+
+    `linear` divides all of them by the factor, `llama3` only the low ones.
+    """
     if model.rope_scaling == "none":
         return frequencies
     slower = frequencies / model.rope_factor
@@ -120,9 +131,12 @@ def _scaled(frequencies: Tensor, model: ModelConfig) -> Tensor:
 class DecoderLayer(nn.Module):
     """Decoder layer `index` of the whole model: norm, attention, norm, MLP, without dropout.
 
-    `group` joins the tensor-parallel ranks, each of which has a part of the heads and of the feed-forward width; `store` takes
-    the weight gradients; `recompute` as in ParallelConfig.  With `split_sequences` x is this rank's part of every sequence.
     Weights are uninitialised.
+
+    group: the tensor-parallel ranks, each with a part of the heads and of the feed-forward width.
+    store: takes the weight gradients.
+    recompute: `none`, `selective` or `full`, as in ParallelConfig.
+    split_sequences: sequence parallelism: x is this rank's part of every sequence.
     """
 
     def __init__(
@@ -131,10 +145,10 @@ class DecoderLayer(nn.Module):
         index: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
         group: dist.ProcessGroup,
         store: WeightGradStore,
         recompute: str = "none",
-        *,
         split_sequences: bool = False,
     ) -> None:
         super().__init__()
@@ -143,22 +157,21 @@ class DecoderLayer(nn.Module):
         quiet_deprecations()
         if recompute != "none":
             part = self.layer if recompute == "full" else self.layer.get_submodule("self_attention")
-            run = partial(
-                checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False
-            )  # nothing here is random
+            # A layer draws no random numbers, so there is no RNG state to preserve.
+            run = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
             part.forward = run
 
     def forward(
         self, x: Tensor, angles: Tensor | None, documents: Documents | None = None
     ) -> Tensor:
-        """[s, b, h] -> [s, b, h]; `angles` as `rotary_table` gives them, None without rotary embeddings.
+        """Map [s, b, h] to [s, b, h].
 
-        Angles go on counting from one document to the next: scores depend on differences alone.
+        `angles` come from `rotary_table`; None without rotary embeddings.  Positions are not reset
+        at a document's start, because scores depend only on their differences.
         """
         hidden: Tensor
-        hidden, _ = self.layer(
-            x, attention_mask=documents, rotary_pos_emb=angles
-        )  # megatron only hands the mask on
+        # Megatron passes `attention_mask` through to CoreAttention without looking at it.
+        hidden, _ = self.layer(x, attention_mask=documents, rotary_pos_emb=angles)
         return hidden
 
 
@@ -209,7 +222,7 @@ def _build(
         perform_initialization=False,
     )
     groups = ProcessGroupCollection()
-    groups.tp = groups.pp = groups.cp = group  # layers use tp alone; the others must exist
+    groups.tp = groups.pp = groups.cp = group  # layers use only tp; the others must exist
     spec = get_gpt_layer_local_spec(normalization=normalisation, qk_layernorm=model.qk_norm)
     parts, attention, mlp = (
         spec.submodules,
@@ -252,7 +265,7 @@ def _scatter_sum(y: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def split_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[s, b, h], the same on all ranks of `group`, -> this rank's part [s / n, b, h]."""
+    """Return this rank's part [s / n, b, h] of x [s, b, h], which is equal on all n ranks."""
     from megatron.core.tensor_parallel import mappings
 
     part: Tensor = mappings.scatter_to_sequence_parallel_region(x, group=group)
@@ -260,7 +273,10 @@ def split_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def join_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The inverse of `split_sequence`; what follows is done by every rank alike."""
+    """Return x [s, b, h] from the parts [s / n, b, h] of all ranks of `group`.
+
+    All ranks must then compute the same: the backward takes this rank's part of the gradient.
+    """
     from megatron.core.tensor_parallel import mappings
 
     whole: Tensor = mappings.gather_from_sequence_parallel_region(

@@ -11,7 +11,7 @@ from vp_train.config import ModelConfig
 
 
 class ZeroCentredRMSNorm(nn.Module):
-    """x / rms(x) * (1 + weight), as Gemma has it: weight decay then pulls towards the identity."""
+    """x / rms(x) * (1 + weight), as in Gemma: weight decay then pulls towards the identity."""
 
     def __init__(
         self,
@@ -27,12 +27,12 @@ class ZeroCentredRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[.., h] -> [.., h]."""
+        """Normalise over the last dimension: [.., h] -> [.., h]."""
         return nn.functional.rms_norm(x, self.weight.shape, 1 + self.weight, self._epsilon)
 
 
 def build_norm(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A norm over hidden_size, with its initial values."""
+    """Return a norm over hidden_size with its initial values."""
     size, epsilon = model.hidden_size, model.norm_epsilon
     if model.normalisation == "layernorm":
         return nn.LayerNorm(size, epsilon, dtype=dtype, device=device)
@@ -42,7 +42,10 @@ def build_norm(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
 
 
 class PostNormAdd(nn.Module):
-    """The norm after attention or MLP, and the residual: megatron-core's place for bias, dropout and addition."""
+    """The norm after attention or MLP, and the residual addition.
+
+    It takes the place of megatron-core's bias-dropout-add.
+    """
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -51,7 +54,7 @@ class PostNormAdd(nn.Module):
     def forward(
         self, training: bool, fused: bool
     ) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
-        """What megatron-core calls with (x, bias), the residual, and a dropout probability."""
+        """Return the function that megatron-core calls with (x, bias), residual, dropout rate."""
         return self._add
 
     def _add(

@@ -1,4 +1,7 @@
-"""Sizes of a model that follow from its configuration: parameters, FLOPs, activation bytes.  Pure arithmetic."""
+"""Sizes that follow from a model's configuration: parameters, FLOPs, activation bytes.
+
+Pure arithmetic, without torch.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from vp_train.config import ModelConfig
 
 
 def tensor_share(model: ModelConfig, tp: int) -> ModelConfig:
-    """The model whose layers are what one of `tp` ranks has of each: a part of the heads and of the feed-forward width.
+    """Return a model whose layers have the size of one of `tp` tensor-parallel shares.
 
-    Inputs, outputs and norms of a layer are whole on every rank.
+    A share has a part of the heads and of the feed-forward width.  Inputs, outputs and norms of a
+    layer are whole on every rank.
     """
     return replace(
         model,
@@ -22,27 +26,30 @@ def tensor_share(model: ModelConfig, tp: int) -> ModelConfig:
 
 
 def head_size(model: ModelConfig) -> int:
-    """Width of one head of queries, keys or values."""
+    """Return the width of one head of queries, keys or values."""
     return model.hidden_size // model.num_heads if model.head_size is None else model.head_size
 
 
 def query_size(model: ModelConfig) -> int:
-    """Width of the queries, and of the output of attention."""
+    """Return the width of the queries, which is that of the output of attention."""
     return model.num_heads * head_size(model)
 
 
 def kv_size(model: ModelConfig) -> int:
-    """Width of the keys, and of the values."""
+    """Return the width of the keys, which is that of the values."""
     return model.num_query_groups * head_size(model)
 
 
 def is_gated(model: ModelConfig) -> bool:
-    """Whether the MLP has a gate projection beside the one up."""
+    """Return whether the MLP has a gate projection in addition to the up projection."""
     return model.activation != "gelu"
 
 
 def layer_matrix_parameters(model: ModelConfig) -> int:
-    """Weights of the matrices of one layer: qkv and output projections, gate, up and down projections."""
+    """Return the number of weights in the matrices of one layer.
+
+    These are the qkv, output, gate, up and down projections.
+    """
     h, q = model.hidden_size, query_size(model)
     return (
         h * (2 * q + 2 * kv_size(model)) + (3 if is_gated(model) else 2) * h * model.ffn_hidden_size
@@ -50,7 +57,7 @@ def layer_matrix_parameters(model: ModelConfig) -> int:
 
 
 def layer_parameters(model: ModelConfig) -> int:
-    """Weights of one layer: matrices, biases and norms."""
+    """Return the number of weights of one layer: matrices, biases and norms."""
     h, qkv = model.hidden_size, query_size(model) + 2 * kv_size(model)
     biases = qkv if model.linear_bias or model.qkv_bias else 0
     if model.linear_bias:
@@ -65,19 +72,19 @@ def layer_parameters(model: ModelConfig) -> int:
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """All weights; a tied embedding counts once."""
+    """Return the number of all weights; a tied embedding counts once."""
     vocabulary = model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
     layers = model.num_layers * layer_parameters(model)
     return layers + final_norm_parameters(model) + position_parameters(model) + vocabulary
 
 
 def final_norm_parameters(model: ModelConfig) -> int:
-    """Weights of the norm after the last layer."""
+    """Return the number of weights of the norm after the last layer."""
     return _norm_parameters(model)
 
 
 def position_parameters(model: ModelConfig) -> int:
-    """Weights that stage 0 has besides its layers and rows of the embedding."""
+    """Return the number of weights of the learned positions, which stage 0 holds."""
     return model.seq_length * model.hidden_size if model.positions == "learned" else 0
 
 
@@ -86,9 +93,10 @@ def _norm_parameters(model: ModelConfig) -> int:
 
 
 def layer_flops(model: ModelConfig, num_tokens: int) -> int:
-    """Forward FLOPs of one layer for whole sequences of `num_tokens` tokens together; attention counts in full, not causal.
+    """Return the forward FLOPs of one layer for whole sequences with `num_tokens` tokens in total.
 
-    Where some layers see a window only, the mean over all layers.
+    Attention counts in full, as if it were not causal.  If some layers have a sliding window, this
+    is the mean over all layers.
     """
     window = min(model.sliding_window or model.seq_length, model.seq_length)
     seen = sum(
@@ -99,7 +107,10 @@ def layer_flops(model: ModelConfig, num_tokens: int) -> int:
 
 
 def recomputed_part(model: ModelConfig, recompute: str) -> float:
-    """FLOPs that a backward runs again over those of a forward; attention runs as far as its output projection."""
+    """Return the recomputed FLOPs of a backward as a fraction of those of a forward.
+
+    `selective` recomputes attention up to its output projection.
+    """
     if recompute == "selective":
         projections = 2 * layer_matrix_parameters(model)
         attention = layer_flops(model, 1) - projections
@@ -110,7 +121,10 @@ def recomputed_part(model: ModelConfig, recompute: str) -> float:
 
 
 def head_in_layers(model: ModelConfig) -> float:
-    """FLOPs of the output layer over those of one transformer layer; 6V / (72h + 12s) for a GPT layer with ffn = 4h."""
+    """Return the FLOPs of the output layer divided by those of one transformer layer.
+
+    This is 6V / (72h + 12s) for a GPT layer with ffn = 4h.
+    """
     return 2 * model.vocab_size * model.hidden_size / layer_flops(model, 1)
 
 
@@ -123,11 +137,16 @@ def layer_activation_bytes(
     recompute: str = "none",
     sequence_ranks: int = 1,
 ) -> int:
-    """Bytes one layer keeps from its forward to its backward, for one microbatch.  torch fuses an RMSNorm on CUDA.
+    """Return the bytes that one layer keeps from forward to backward for one microbatch.
 
-    Per token: the norms; the inputs of attention and of the MLP; what attention keeps besides, unless it runs again; and what
-    the activation of the MLP keeps: all it is given and its output, and with a gate also the two factors.  A layer that runs
-    again as a whole keeps its input alone.  Norms and these inputs may be split over `sequence_ranks`.
+    A layer keeps, per token: what its norms keep; the inputs of attention and of the MLP; what
+    attention keeps internally, unless it is recomputed; and what the MLP's activation function
+    keeps, which is its input and output, and with a gate also the two factors.  A layer that is
+    recomputed as a whole keeps only its input.
+
+    fused_norms: whether torch fuses RMSNorms, as on CUDA.
+    recompute: `none`, `selective` or `full`.
+    sequence_ranks: over how many ranks sequence parallelism splits the norms and the inputs.
     """
     if recompute == "full":
         return _input_bytes(model, micro_batch_size, item_bytes) // sequence_ranks
@@ -151,21 +170,22 @@ def layer_activation_bytes(
 def _attention_bytes(
     model: ModelConfig, micro_batch_size: int, item_bytes: int, fused_norms: bool
 ) -> int:
-    """What attention keeps of a microbatch besides its input.
+    """Return the bytes that attention keeps for one microbatch in addition to its input.
 
-    The whole qkv, for v is a view of it; q and k before the products; output and log-sums.  Norms of q and k keep these
-    normalised, and where they work in fp32 on less also as they came.
+    It keeps the whole qkv, because v is a view of it; q and k as they enter the products; the
+    output and its log-sums.  Norms of q and k keep the normalised values.  A norm that is not fused
+    and computes in fp32 on lower precision also keeps its cast input.
     """
     q, kv, n = query_size(model), kv_size(model), model.num_heads
     per_token = (q + 2 * kv) + q
     if model.positions == "rope" or model.qk_norm:
-        per_token += q + kv  # otherwise q and k are views of qkv as well
+        per_token += q + kv  # otherwise q and k too are views of qkv
     if model.qk_norm and item_bytes < 4 and not fused_norms:
         per_token += 4 // item_bytes * (2 * (q + kv) + (n + model.num_query_groups))
     elif model.qk_norm:
         per_token += (q + kv) + (n + model.num_query_groups)
         if 1 < model.num_query_groups < n:
-            per_token += q  # heads of several groups do not lie together in qkv
+            per_token += q  # a copy: the heads of several groups are not contiguous in qkv
     if model.attention_softcap is None:
         per_token += n
     angles = 4 * model.seq_length * head_size(model) if model.positions == "rope" else 0
@@ -173,9 +193,10 @@ def _attention_bytes(
 
 
 def _norm_bytes(model: ModelConfig, item_bytes: int, *, fused: bool) -> int:
-    """What a norm keeps of a token besides its output: its input and statistics; an RMSNorm that is not fused works in fp32.
+    """Return the bytes that a norm keeps per token in addition to its output.
 
-    It keeps its input, that normalised, and a scale.
+    These are its input and statistics.  An RMSNorm that is not fused computes in fp32 and keeps its
+    input, the normalised input, and a scale.
     """
     precise = max(4, item_bytes)
     if model.normalisation == "layernorm":
@@ -186,18 +207,24 @@ def _norm_bytes(model: ModelConfig, item_bytes: int, *, fused: bool) -> int:
 
 
 def _input_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
-    """[T, H], the input of a layer."""
+    """Return the bytes of the input [T, H] of a layer."""
     return item_bytes * micro_batch_size * model.seq_length * model.hidden_size
 
 
 def embedding_activation_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
-    """Bytes the first stage keeps for one microbatch besides its layers': its input, where that is not the first layer's."""
+    """Return the bytes that the first stage keeps per microbatch in addition to its layers.
+
+    That is its input, if scaling or learned positions make it differ from the first layer's input.
+    """
     changed = model.embedding_scale or model.positions == "learned"
     return _input_bytes(model, micro_batch_size, item_bytes) if changed else 0
 
 
 def layer_weight_grad_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
-    """Bytes one layer keeps from I to W for one microbatch: input and output gradient of its four linear layers."""
+    """Return the bytes that one layer keeps from pass I to pass W for one microbatch.
+
+    These are the inputs and output gradients of its four linear layers.
+    """
     h, f, q = model.hidden_size, model.ffn_hidden_size, query_size(model)
     inputs = h + q + h + f
     gradients = (q + 2 * kv_size(model)) + h + (2 if is_gated(model) else 1) * f + h
@@ -207,5 +234,5 @@ def layer_weight_grad_bytes(model: ModelConfig, micro_batch_size: int, item_byte
 def final_norm_activation_bytes(
     model: ModelConfig, micro_batch_size: int, item_bytes: int, *, fused_norms: bool = False
 ) -> int:
-    """Bytes the final norm keeps for one microbatch."""
+    """Return the bytes that the final norm keeps for one microbatch."""
     return micro_batch_size * model.seq_length * _norm_bytes(model, item_bytes, fused=fused_norms)

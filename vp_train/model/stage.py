@@ -1,4 +1,4 @@
-"""One pipeline stage: a slice of the layers, and their initial values, which no layout can change."""
+"""One pipeline stage: its layers, and their initial values, which do not depend on the layout."""
 
 from __future__ import annotations
 
@@ -19,17 +19,23 @@ from vp_train.model.linear import ColumnLinear, RowLinear, WeightGradStore
 from vp_train.model.megatron import DecoderLayer, join_sequence, rotary_table, split_sequence
 from vp_train.model.norm import build_norm
 
-_ROWS_PER_BLOCK = 1024
+_ROWS_PER_BLOCK = 1024  # vocabulary rows that share a random generator
 
 
 class Stage(nn.Module):
-    """The layers `layers` (global numbers, perhaps none) and, on the last stage, the final norm.
+    """The layers with the global indices `layers`, and on the last stage the final norm.
 
-    The first stage scales the embeddings and adds the learned positions, where the model has them.  Parameters are named by
-    global layer, `layers.7...`, and initialised from (seed, global layer) alone.  `splits` has those that are split over the
-    ranks of `group`; `partial` those whose gradient each of these ranks has a part of: norms of heads and, with
-    `split_sequences`, all that sees a part of the tokens.  `recompute` as in ParallelConfig; what is not kept runs again in I
-    if the backward is split.  `units`: the parameters whose gradients complete together, in the order in which they do.
+    A stage may have no layers.  The first stage scales the embeddings and adds the learned
+    positions, if the model has them.  Parameters are named by global layer, `layers.7...`, and
+    initialised from (seed, global layer) alone.  `recompute` is that of ParallelConfig; with a
+    split backward, pass I recomputes.
+
+    Attributes:
+
+    splits: the slices of the parameters that are split over the tensor-parallel ranks of `group`.
+    partial: the parameters whose gradients must still be summed over `group`: the norms of heads
+        and, with `split_sequences`, everything that sees only a part of the tokens.
+    units: the names of parameters whose gradients complete together, in order of completion.
     """
 
     scale: Tensor | None
@@ -52,7 +58,7 @@ class Stage(nn.Module):
         split_sequences: bool = False,
     ) -> None:
         super().__init__()
-        # Between stages each rank has its part of the sequences, the vocabulary layers see them whole.
+        # With sequence parallelism only the vocabulary layers see whole sequences.
         self._splits_input = group if split_sequences and first else None
         self._joins_output = group if split_sequences and final_norm else None
         self._sequence_parts = group.size() if split_sequences else 1
@@ -65,9 +71,9 @@ class Stage(nn.Module):
                     index,
                     dtype,
                     device,
-                    group,
-                    self.weight_grads,
-                    recompute,
+                    group=group,
+                    store=self.weight_grads,
+                    recompute=recompute,
                     split_sequences=split_sequences,
                 )
                 for index in layers
@@ -84,9 +90,8 @@ class Stage(nn.Module):
         self.final_norm = build_norm(model, dtype, device) if final_norm else None
         scale = positions = angles = local_angles = None
         if first and model.embedding_scale:
-            scale = torch.tensor(
-                model.hidden_size**0.5, dtype=dtype, device=device
-            )  # rounded, as the published models do
+            # Rounded to the compute dtype, as in the published models.
+            scale = torch.tensor(model.hidden_size**0.5, dtype=dtype, device=device)
         if first and model.positions == "learned":
             values = torch.randn(
                 model.seq_length, model.hidden_size, generator=_generator(seed, "positions")
@@ -132,9 +137,10 @@ class Stage(nn.Module):
         )
 
     def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
-        """[s, b, h] -> [s, b, h], s at most model.seq_length; attention stays within `segments` [b, s], if given.
+        """Map [s, b, h] to [s, b, h], for s at most model.seq_length.
 
-        With `split_sequences` over n ranks, [s / n, b, h] but for the first stage's input and the last stage's output.
+        With `split_sequences` over n ranks both are [s / n, b, h], except the first stage's input
+        and the last stage's output.  Attention stays within the `segments` [b, s], if given.
         """
         lengths = None if segments is None else document_lengths(segments)
         documents = None if lengths is None else Documents.on(x.device, lengths)
@@ -155,7 +161,10 @@ class Stage(nn.Module):
         return x if self._joins_output is None else join_sequence(x, self._joins_output)
 
     def _in_order_of_completion(self) -> tuple[tuple[str, ...], ...]:
-        """The names of each layer, the last first; what comes after it or before the first one goes with these."""
+        """Return the parameter names of each layer, the last layer first.
+
+        The final norm belongs to the last layer's unit, the learned positions to the first layer's.
+        """
         of_layers = [
             [f"layers.{index}.{name}" for name, _ in layer.named_parameters()]
             for index, layer in self.layers.items()
@@ -168,10 +177,10 @@ class Stage(nn.Module):
 
     @contextmanager
     def completing(self, done: Callable[[Sequence[str]], None]) -> Iterator[None]:
-        """Within it a backward, or a drain of `weight_grads`, is the last of the step: it calls `done` with the parameters
-        of each of `units` as soon as their gradients are complete.
+        """Within this context call `done` with each of `units` whose gradients are complete.
 
-        What completes in the last moment is announced at the end.
+        The pass inside must be the last of the step that adds to them: a backward, or a drain of
+        `weight_grads`.  Units that it has not announced by its end are announced then.
         """
         completion = self._completion = Completion(self.units, done)
         left = list(self._products)
@@ -190,11 +199,12 @@ class Stage(nn.Module):
         completion.finish()
 
     def _complete_up_to(self, unit: int, _: Tensor) -> None:
-        """The hook of the activation between two layers.
+        """Announce units from a gradient hook on the activation between two layers.
 
-        Autograd calls it before it goes on to the layer below.  The gradients of the layer above are complete by
-        then: its backward ran, and autograd accumulates parameters before anything else that it could do.  At the
-        input of a stage, where it accumulates too, that would not be certain.
+        Autograd calls the hook before it enters the layer below.  The gradients of the layer above
+        are complete by then: its backward has run, and autograd accumulates into parameters before
+        it does anything else.  At the input of a stage this order is not certain, because autograd
+        accumulates there too; so there is no hook.
         """
         if self._completion is not None:
             self._completion.up_to(unit)
@@ -203,7 +213,11 @@ class Stage(nn.Module):
     def _initialise(
         self, prefix: str, layer: nn.Module, model: ModelConfig, generator: torch.Generator
     ) -> None:
-        """Normal with init_std, smaller by sqrt(2 L) where a matrix writes to the residual stream; norms are the identity."""
+        """Initialise the parameters of one layer in place.
+
+        Matrices are normal with init_std, divided by sqrt(2 L) if they write to the residual
+        stream.  Norms are the identity and biases 0.
+        """
         for name, parameter in layer.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if model.zero_centred_norm or name.endswith("bias") else 1.0)
@@ -219,7 +233,10 @@ class Stage(nn.Module):
 
 
 def _by_token(positions: Tensor, shape: tuple[int, ...], lengths: tuple[int, ...] | None) -> Tensor:
-    """The rows of `positions` for tokens of `shape` [s, b], counted from the start of each document: [s, b or 1, h]."""
+    """Return the rows of `positions` for tokens of `shape` [s, b], as [s, b or 1, h].
+
+    Positions count from the start of each document.
+    """
     s, b = shape
     if lengths is None:
         return positions[:s, None]
@@ -227,9 +244,10 @@ def _by_token(positions: Tensor, shape: tuple[int, ...], lengths: tuple[int, ...
 
 
 def document_lengths(segments: Tensor) -> tuple[int, ...] | None:
-    """The numbers of tokens of the documents in `segments` [b, s], sequence after sequence; None if each has only one.
+    """Return the lengths of the documents in `segments` [b, s], in the order of the sequences.
 
-    A document is a run of equal segments.  Reads values: on CUDA it would wait for the device.
+    A document is a run of equal segments.  Returns None if every sequence is one document.  Pass
+    `segments` on the CPU: on CUDA this call waits for the device.
     """
     begins = torch.ones_like(segments, dtype=torch.bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
@@ -248,9 +266,10 @@ def init_rows(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Rows [start, stop) of the initial `embedding` or `output` matrix [stop - start, H].
+    """Return rows [start, stop) of the initial matrix `name`, `embedding` or `output`: [R, H].
 
-    Blocks of rows have generators of their own: a shard draws the same values as the whole matrix would.
+    Every block of rows has its own generator, so a shard has the same values as those rows of the
+    whole matrix.
     """
     rows = torch.empty(stop - start, model.hidden_size, dtype=dtype, device=device)
     for block in range(start // _ROWS_PER_BLOCK, math.ceil(stop / _ROWS_PER_BLOCK)):
@@ -264,7 +283,7 @@ def init_rows(
 
 
 def _generator(seed: int, what: str) -> torch.Generator:
-    """A generator for `what`, independent of all others of the same seed."""
+    """Return a CPU generator for `what`, independent of all others with the same seed."""
     mixed = seed
     for byte in what.encode():
         mixed = (mixed * 1_000_003 + byte) % (1 << 63)

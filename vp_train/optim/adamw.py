@@ -1,4 +1,4 @@
-"""AdamW over one rank's parameters, its learning-rate schedule, and clipping by the norm over all ranks."""
+"""AdamW over one rank's parameters, its learning-rate schedule, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
     """Return the learning rate of `step`, counted from 1, in a run of `num_steps`.
 
-    It rises linearly from 0 to lr over warmup_steps, and falls to final_lr at the last step: `cosine` from the end of the
-    warm-up on, `wsd` linearly over the last decay_fraction of the run.  A decay that would begin within the warm-up begins
-    at its end instead.  A run no longer than its warm-up only rises.
+    It rises linearly from 0 to lr over warmup_steps and then decays to final_lr at the last step.
+    `cosine` decays from the end of the warm-up.  `wsd` decays linearly over the last decay_fraction
+    of the run.  A decay that would begin within the warm-up begins at its end.  A run that is not
+    longer than its warm-up has no decay.
     """
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
@@ -36,9 +37,10 @@ def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
 
 
 def build_adamw(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only.  Both groups exist on every rank, be they empty.
+    """Return AdamW with weight decay on matrices only.
 
-    The moments exist from the start, so a checkpoint has the same contents after any number of updates, none included.
+    Both parameter groups exist on every rank, even if they are empty.  The moments exist from the
+    start, so a checkpoint before the first update has the same contents as any other.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -55,7 +57,7 @@ def build_adamw(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch
 def stateless_adamw(
     decaying: list[nn.Parameter], others: list[nn.Parameter], optim: OptimConfig
 ) -> torch.optim.AdamW:
-    """Return AdamW for whoever keeps its moments; see `fresh_state`."""
+    """Return AdamW without state, for callers that keep the moments; see `fresh_state`."""
     groups = [
         {"params": decaying, "weight_decay": optim.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -66,14 +68,18 @@ def stateless_adamw(
 
 
 def fresh_state(moments: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state of one parameter before its first update, with `moments` of zeros."""
+    """Return torch's state of one parameter before its first update, with `moments` of zeros."""
     device = next(iter(moments.values())).device
     return {"step": torch.zeros((), dtype=torch.float32, device=device), **moments}
 
 
 @dataclass(frozen=True, slots=True)
 class StepHealth:
-    """What all ranks know alike after a backward: loss, gradient norm over all ranks, and who has a non-finite value."""
+    """The outcome of a backward, equal on all ranks.
+
+    grad_norm: the norm over all ranks.
+    culprits: which ranks have a non-finite value, and in what.
+    """
 
     loss: float
     grad_norm: float
@@ -84,10 +90,11 @@ class StepHealth:
 def gather_health(
     loss: Tensor | None, squared_norm: Tensor | None, group: ControlGroup, peak_bytes: float = 0.0
 ) -> StepHealth:
-    """Exchange loss, squared gradient norm and memory: one small all-gather, summed in rank order, so ranks agree bit for bit.
+    """Exchange loss, squared gradient norm and memory in one small all-gather over all ranks.
 
-    `loss` and `squared_norm` are this rank's terms, or None; [].  Where they are on a device, one copy of both
-    brings them to the host: the only time that a step waits for the device.
+    The terms are summed in rank order, so all ranks get the same bits.  `loss` and `squared_norm`
+    are this rank's terms, [], or None.  If they are on a device, one copy brings both to the host;
+    nowhere else does a step wait for the device.
     """
     terms = [term for term in (loss, squared_norm) if term is not None]
     device = max(
@@ -99,18 +106,18 @@ def gather_health(
     both = [
         nothing if term is None else term.to(device, torch.float64) for term in (loss, squared_norm)
     ]
-    mine = torch.cat([torch.stack(both).cpu(), torch.tensor([peak_bytes], dtype=torch.float64)])
-    everyone = group.all_gather(mine)
+    own = torch.cat([torch.stack(both).cpu(), torch.tensor([peak_bytes], dtype=torch.float64)])
+    of_ranks = group.all_gather(own)
     culprits = []
-    for rank, (rank_loss, rank_squared, _) in enumerate(everyone.tolist()):
+    for rank, (rank_loss, rank_squared, _) in enumerate(of_ranks.tolist()):
         if not math.isfinite(rank_loss):
             culprits.append((rank, "loss"))
         elif not math.isfinite(rank_squared):
             culprits.append((rank, "gradient"))
-    loss_of_all, squared, _ = everyone.sum(0).tolist()
-    return StepHealth(loss_of_all, math.sqrt(squared), tuple(culprits), everyone[:, 2].max().item())
+    total_loss, squared, _ = of_ranks.sum(0).tolist()
+    return StepHealth(total_loss, math.sqrt(squared), tuple(culprits), of_ranks[:, 2].max().item())
 
 
 def clip_scale(grad_norm: float, limit: float) -> float:
-    """Return the factor that limits the gradient norm to `limit`; a `limit` of 0 turns clipping off."""
+    """Return the factor that limits the gradient norm to `limit`; 0 turns clipping off."""
     return limit / grad_norm if 0 < limit < grad_norm else 1.0

@@ -1,7 +1,7 @@
-"""Buckets: runs of parameters whose gradients are summed over the replicas together.
+"""Buckets: groups of parameters whose gradients are summed over the replicas in one message.
 
-All parameters of a rank lie in one flat tensor, bucket after bucket.  Gradients have that layout, and
-with ZeRO-1 the parameters too.
+All gradients of a rank lie in one flat tensor, bucket after bucket.  With ZeRO-1 the parameters
+have the same layout.
 """
 
 from __future__ import annotations
@@ -14,15 +14,23 @@ from torch import nn
 
 from vp_train.config import OptimConfig
 
-_ALIGNMENT = 64  # elements, so that every parameter begins where vectors and cache lines do
+_ALIGNMENT = 64  # elements; aligns every parameter to vectors and cache lines
 
 Runs = Sequence[Sequence[Sequence[str]]]
-"""Names of parameters: in each run, such as a stage, units that complete together, the first first."""
+"""Names of parameters.
+
+A run, such as a stage, is a list of units in order of completion.  The gradients of a unit complete
+together.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Elements [start, stop) whose parameters all `decay`, or none; and all `count` for the norm, or none."""
+    """Elements [start, stop) of the flat tensor whose parameters are treated the same way.
+
+    decays: whether weight decay applies.
+    counts: whether they count for the gradient norm.
+    """
 
     start: int
     stop: int
@@ -30,14 +38,17 @@ class Span:
     counts: bool
 
     def within(self, start: int, stop: int) -> Span | None:
-        """The part in [start, stop), None where there is none."""
+        """Return the part of the span in [start, stop), None if it is empty."""
         low, high = max(self.start, start), min(self.stop, stop)
         return Span(low, high, self.decays, self.counts) if low < high else None
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Elements [start, stop), in as many equal parts as there are replicas; what no span covers is padding."""
+    """Elements [start, stop) of the flat tensor, in equal parts, one for each replica.
+
+    Elements that no span covers are padding.
+    """
 
     names: tuple[str, ...]
     start: int
@@ -45,14 +56,17 @@ class Bucket:
     spans: tuple[Span, ...]
 
     def part(self, index: int, num_parts: int) -> tuple[int, int]:
-        """The elements of part `index`."""
+        """Return the first and last element [start, stop) of part `index`."""
         size = (self.stop - self.start) // num_parts
         return self.start + index * size, self.start + (index + 1) * size
 
 
 @dataclass(frozen=True, slots=True)
 class FlatLayout:
-    """Where each parameter lies: `bounds` without, buckets with padding."""
+    """The place of each parameter in the flat tensor.
+
+    `bounds` are the elements [start, stop) of each parameter.  Buckets include padding.
+    """
 
     buckets: tuple[Bucket, ...]
     bounds: Mapping[str, tuple[int, int]]
@@ -60,7 +74,7 @@ class FlatLayout:
 
 
 def bucket_elements(optim: OptimConfig, item_bytes: int) -> int:
-    """The gradients of a bucket, each of `item_bytes`."""
+    """Return the maximal number of gradients in a bucket, if a gradient has `item_bytes`."""
     return (optim.bucket_mib << 20) // item_bytes
 
 
@@ -72,10 +86,11 @@ def lay_out(
     num_parts: int = 1,
     copied: frozenset[str] = frozenset(),
 ) -> FlatLayout:
-    """Put units of a run into a bucket until it has `max_elements`; a larger unit is a bucket of its own.
+    """Return the layout of `parameters`, with buckets of at most `max_elements`.
 
-    Matrices decay.  What is `copied` from another rank does not count for the norm.  Every bucket divides
-    by `num_parts`.
+    A bucket contains whole units of one run; a unit that is too large has its own bucket.  Matrices
+    decay.  Parameters in `copied`, which another rank also holds, do not count for the norm.  The
+    size of every bucket is a multiple of `num_parts`.
     """
     assert sorted(name for run in runs for unit in run for name in unit) == sorted(parameters)
     buckets: list[Bucket] = []
@@ -102,7 +117,7 @@ def lay_out(
 def _filled(
     run: Sequence[Sequence[str]], parameters: Mapping[str, nn.Parameter], limit: int
 ) -> list[list[str]]:
-    """The names of each bucket of a run."""
+    """Return the names of the parameters in each bucket of a run."""
     filled: list[list[str]] = []
     count = limit
     for unit in filter(None, run):
@@ -120,7 +135,7 @@ def _rounded(count: int, multiple: int) -> int:
 
 
 class Countdown:
-    """Call `start` with every bucket once a step, as soon as all of its parameters are ready."""
+    """Calls `start` once per step with every bucket, as soon as all its gradients are complete."""
 
     def __init__(self, layout: FlatLayout, start: Callable[[Bucket], None]) -> None:
         self._start, self._buckets = start, layout.buckets
@@ -134,7 +149,10 @@ class Countdown:
         self._waiting = dict.fromkeys(range(len(self._buckets)))
 
     def ready(self, names: Sequence[str]) -> None:
-        """The gradients of `names` are complete.  Raises KeyError for a name the second time in a step."""
+        """Record that the gradients of `names` are complete.
+
+        Raises KeyError for a name that was recorded before in this step.
+        """
         for name in names:
             index = self._index_of[name]
             self._missing[index].remove(name)
@@ -143,7 +161,7 @@ class Countdown:
                 self._start(self._buckets[index])
 
     def finish(self) -> None:
-        """Start the buckets that are left, in their order; the next step begins."""
+        """Start the remaining buckets in order, and begin the next step."""
         for index in self._waiting:
             self._start(self._buckets[index])
         self._begin()

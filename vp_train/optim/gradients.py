@@ -1,4 +1,4 @@
-"""The main gradients of one rank: what every backward adds to, and the optimizer reads."""
+"""The main gradients of one rank: every backward adds to them, and the optimizer reads them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from vp_train.tensors.precision import statistics_dtype
 
 
 class Gradients:
-    """One flat tensor, fp32 for parameters of less and in their dtype else; the gradient of each parameter is a view of it.
+    """The gradients of all parameters as views of one flat tensor.
 
-    All parameters have the same dtype and device.
+    It is fp32, or fp64 for fp64 parameters.  All parameters have the same dtype and device.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], layout: FlatLayout) -> None:
@@ -28,18 +28,18 @@ class Gradients:
             start, stop = layout.bounds[name]
             self._views[name] = self.flat[start:stop].view(parameter.shape)
             if parameter.dtype is not self.dtype:
-                parameter.grad_dtype = self.dtype  # autograd casts what it adds
+                parameter.grad_dtype = self.dtype  # autograd casts the gradients that it adds
             parameter.grad = self._views[name]
 
     def __getitem__(self, name: str) -> Tensor:
         return self._views[name]
 
     def of(self, bucket: Bucket) -> Tensor:
-        """The gradients of a bucket and its padding, which is 0, in one piece."""
+        """Return the gradients of `bucket` and its padding, which is 0, as one view."""
         return self.flat[bucket.start : bucket.stop]
 
     def zero(self) -> None:
-        """Clear all gradients in place: the vocabulary layers accumulate into these very tensors."""
+        """Set all gradients to 0 in place, since the vocabulary layers hold these tensors."""
         self.flat.zero_()
         for name, parameter in self._parameters.items():
             parameter.grad = self._views[name]

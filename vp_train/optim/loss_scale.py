@@ -1,4 +1,7 @@
-"""Dynamic loss scaling: gradients of float16 underflow unless the loss is multiplied by much, and overflow if by too much."""
+"""Dynamic loss scaling for float16, whose gradients underflow without a large factor on the loss.
+
+If the factor is too large, they overflow.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ _FIRST, _GROWTH_STEPS = 2.0**16, 1000
 
 @dataclass(slots=True)
 class LossScale:
-    """`value` doubles after a thousand finite steps in a row, and halves after one that is not.  Constant unless `active`."""
+    """The factor `value` on the loss, which is constant unless `active`.
+
+    It doubles after 1,000 finite steps in a row, and halves after a step that is not finite.
+    """
 
     active: bool
     value: float = 1.0
@@ -17,18 +23,18 @@ class LossScale:
 
     @classmethod
     def of(cls, dtype: str) -> LossScale:
-        """For compute in `dtype`."""
+        """Return the loss scale for compute in `dtype`; only that of float16 is active."""
         return cls(True, _FIRST) if dtype == "float16" else cls(False)
 
     def passed(self) -> None:
-        """A step was finite."""
+        """Record a finite step."""
         if self.active:
             self.finite_steps += 1
             if self.finite_steps == _GROWTH_STEPS:
                 self.value, self.finite_steps = 2 * self.value, 0
 
     def failed(self) -> bool:
-        """A gradient was not finite; true if a smaller scale may help."""
+        """Record a step that was not finite; return whether a smaller scale may help."""
         may_help = self.active and self.value > 1
         if may_help:
             self.value, self.finite_steps = self.value / 2, 0

@@ -1,9 +1,9 @@
 """ZeRO-1 with its state in host memory (arXiv 2101.06840).  The only importer of deepspeed.
 
-DeepSpeed sums, shards, steps and gathers, one after the other: it sums whole buckets, so 8 + 2 bytes per parameter
-travel in bfloat16, and nothing of it hides behind passes.  It has no part in the backward: the executor leaves
-complete gradients, in fp32 for parameters of less precision.  Norms and clipping are ours, for they need the ranks
-of all pipelines and float64.
+DeepSpeed sums, shards, updates and gathers, one after the other.  It all-reduces whole buckets, so
+8 + 2 bytes per parameter travel in bfloat16, and no communication overlaps with passes.  It has no
+part in the backward: the executor passes it complete gradients, in fp32 for parameters of lower
+precision.  Norms and clipping are our own, because they need the ranks of all stages and float64.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vp_train.quiet import quiet_deprecations
 class OffloadedAdamW:
     """AdamW whose moments and fp32 parameters are split over the replicas, in host memory.
 
-    It moves the parameters: take no views of them before.
+    It moves the parameters to new memory, so take no views of them before.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class OffloadedAdamW:
         self._names = {parameter: name for name, parameter in parameters.items()}
         groups: list[dict[str, Any]] = []
         self._group_counts: list[bool] = []
-        for counts in (True, False):  # a group counts as a whole for the norm, or not at all
+        for counts in (True, False):  # all or none of a group's parameters count for the norm
             owned = [
                 p for name, p in parameters.items() if p.numel() and (name in counted) is counts
             ]
@@ -92,9 +92,8 @@ class OffloadedAdamW:
         for name in names:
             if name not in self._started and name in self._group_of:
                 parameter, group = self._group_of[name]
-                gradient = self._gradients[
-                    name
-                ].detach()  # DeepSpeed may give this tensor other memory, but not that one
+                # DeepSpeed may replace the memory of the tensor that it gets, so it gets a view.
+                gradient = self._gradients[name].detach()
                 if self._zero.use_grad_accum_attribute:
                     parameter.grad_accum = gradient
                 else:
@@ -103,7 +102,10 @@ class OffloadedAdamW:
                 self._started.add(name)
 
     def _begin(self) -> None:
-        """Forget the step before: `DeepSpeedZeroOptimizer.step` does, but a step that is skipped never gets there."""
+        """Clear DeepSpeed's state of the previous step.
+
+        `DeepSpeedZeroOptimizer.step` clears it, but it is not called for a skipped step.
+        """
         zero: Any = self._zero
         for group in range(len(zero.bit16_groups)):
             zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
@@ -133,22 +135,25 @@ class OffloadedAdamW:
         self._zero.step()
 
     def need(self, names: Sequence[str]) -> None:
-        """Nothing: DeepSpeed's step waits for its gathers."""
+        """Do nothing, because DeepSpeed's step waits for its gathers."""
 
     def settle(self) -> None:
         pass
 
     def _shard(self, group: int) -> Tensor:
-        """The gradients of this replica's part, in host memory."""
+        """Return the gradients of this replica's part of `group`, in host memory."""
         assert self._zero is not None
         gradient: Tensor = self._zero.single_partition_of_fp32_groups[group].grad
         return gradient
 
-    # Whole state of a replica, from and to the parts
+    # The state of all replicas, joined from their parts and split again
 
     @torch.no_grad()
     def state(self) -> State:
-        """In host memory; nothing on any but the first replica, which receives the parts one by one."""
+        """Return all state in host memory on the first replica, and empty tables on the others.
+
+        The first replica receives the parts one by one.
+        """
         whole: State = {kind: {} for kind in ("parameter", *MOMENTS)}
         for group, partition, values in self._partitions():
             for kind, part in _by_kind(partition, values).items():
@@ -181,7 +186,7 @@ class OffloadedAdamW:
                 start = stop
 
     def _partitions(self) -> Iterator[tuple[list[nn.Parameter], Tensor, dict[str, Tensor]]]:
-        """Of each group: its parameters in order, this replica's part of them, and the state of that."""
+        """Yield of each group its parameters, this replica's part of them, and the part's state."""
         if self._zero is not None:
             for group, partition in zip(
                 self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups, strict=True
@@ -200,9 +205,12 @@ def _deepspeed(
     optim: OptimConfig,
     data: dist.ProcessGroup,
 ) -> Any:
-    """DeepSpeed's optimizer, which replaces the storage of the parameters by one flat tensor per group."""
+    """Return DeepSpeed's optimizer.
+
+    It replaces the storage of the parameters by one flat tensor per group.
+    """
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says that it found none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found none
     quiet_deprecations()
     import deepspeed
     from deepspeed.runtime.zero.offload_config import (
@@ -217,12 +225,11 @@ def _deepspeed(
             return precise
 
         def create_gradient_handling_hooks(self) -> None:
-            """None: the executor owns the backward."""
+            """Create no hooks, because the executor owns the backward."""
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # else its first use on a CPU compiles C++ for minutes
-    )
+    # Otherwise its first use on a CPU compiles C++ for minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(), dist_init_required=False, verbose=False
     )

@@ -1,4 +1,4 @@
-"""What a run asks of an optimizer, and AdamW with a copy of its state in every replica."""
+"""The interface of an optimizer, and AdamW with a copy of its state in every replica."""
 
 from __future__ import annotations
 
@@ -14,63 +14,71 @@ from vp_train.optim.buckets import Bucket, Countdown
 from vp_train.optim.gradients import Gradients
 from vp_train.optim.replicas import Pending, Replicas
 
-_NORM_ELEMENTS = 1 << 16  # at a time on a CPU, where torch first copies them to float64
+_NORM_ELEMENTS = 1 << 16  # elements at a time on a CPU, where torch first casts them to float64
 
-State = dict[
-    str, dict[str, Tensor]
-]  # "parameter", "exp_avg", "exp_avg_sq" of every parameter, by name
+# "parameter", "exp_avg" or "exp_avg_sq" -> name of the parameter -> value
+State = dict[str, dict[str, Tensor]]
 
 
 class Optimizer(Protocol):
-    """Turns the gradients of all replicas into new parameters; they are the same in every replica.
+    """Turns the gradients of all replicas into new parameters, which are the same in every replica.
 
-    A step: `ready` as gradients complete, then `reduce`, `squared_norm`, and `step` unless the step is
-    skipped.  New parameters may still be on their way when `step` returns; `need` and `settle` wait.
+    In a step, call `ready` as gradients complete, then `reduce`, `squared_norm`, and `step` unless
+    the step is skipped.  When `step` returns, new parameters may still be in transfer; `need` and
+    `settle` wait for them.
     """
 
     updates: int  # applied so far
 
     def ready(self, names: Sequence[str]) -> None:
-        """Take note that the gradients of `names` are complete; a bucket that is complete is summed beside what follows.
+        """Record that the gradients of `names` are complete.
 
-        Each name at most once a step, in the same order in all replicas.  Collective.
+        When a bucket is complete, its sum over the replicas starts, and runs beside later passes.
+        Each name comes at most once per step, in the same order in all replicas.  Collective.
         """
         ...
 
     def reduce(self) -> None:
-        """Sum those not summed yet and wait for all.  Collective."""
+        """Start the sums that have not started, and wait for all.  Collective."""
         ...
 
     def squared_norm(self) -> Tensor:
-        """Return this rank's term of the squared norm of all gradients, each of which counts on one rank: fp64 [].
+        """Return this rank's term of the squared norm of all gradients: fp64 [].
 
-        On the device of the gradients, without waiting for it.
+        Every gradient counts on one rank.  The result is on the device of the gradients; this does
+        not wait for the device.
         """
         ...
 
     def step(self, rate: float, scale: float) -> None:
-        """Update with learning rate `rate` and the gradients times `scale`, which uses them up."""
+        """Update with learning rate `rate` and the gradients times `scale`.
+
+        The gradients are invalid afterwards.
+        """
         ...
 
     def need(self, names: Sequence[str]) -> None:
-        """Wait until the parameters `names` are those of the last update; cheap where they are."""
+        """Wait until the last update of the parameters `names` has arrived; cheap if it has."""
         ...
 
     def settle(self) -> None:
-        """Wait for all parameters, as whoever reads them outside of passes must."""
+        """Wait for all parameters.  Call it before reading them outside passes."""
         ...
 
     def state(self) -> State:
-        """Return all of it in the precision it is kept in, on the first replica; others may give nothing.  Collective."""
+        """Return all state, in the precision in which it is kept, on the first replica.
+
+        Other replicas may return empty tables.  Collective.
+        """
         ...
 
     def restore(self, read: Callable[[str, str], Tensor]) -> None:
-        """Take over what `read(kind, name)` returns for what this replica keeps, one tensor at a time."""
+        """Load the state that this replica keeps from `read(kind, name)`, one tensor at a time."""
         ...
 
 
 class ReplicatedAdamW:
-    """AdamW on every replica alike, with fp32 copies of parameters of less precision."""
+    """AdamW with its whole state on every replica, and fp32 copies of 16-bit parameters."""
 
     def __init__(
         self,
@@ -174,7 +182,7 @@ class ReplicatedAdamW:
 
 
 def squared_norm(gradients: list[Tensor], device: torch.device | None = None) -> Tensor:
-    """fp64 [], on the device of the gradients; of none: 0 on `device`."""
+    """Return the squared norm of `gradients`, fp64 [] on their device; 0 on `device` if none."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     if gradients[0].device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Sums and gathers over the replicas of one rank, asynchronous and in place."""
+"""Asynchronous sums and gathers over the replicas of one rank, in place."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from vp_train.tensors.collectives import all_gather_single, reduce_scatter_singl
 
 
 class Pending(Protocol):
-    """A communication on its way."""
+    """A communication in progress."""
 
     def wait(self) -> object:
-        """Return when the result is there for what is computed next."""
+        """Make later work wait for the result: on CUDA the current stream, else the host."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Replicas:
-    """The ranks of `group`, which hold the same values.
+    """The ranks of `group`, which hold the same parameters.
 
-    With `through_host` values on CUDA go through host memory, for a group that speaks gloo alone.
-    Host tensors need gloo in any group.
+    With `through_host`, values on CUDA travel through host memory, for a group that has only gloo.
+    Host tensors always need a group with gloo.
     """
 
     group: dist.ProcessGroup
@@ -40,20 +40,20 @@ class Replicas:
         return self.group.size()
 
     def sum(self, values: Tensor) -> Pending:
-        """Sum `values` over the replicas; all get all of it."""
+        """All-reduce: sum `values` over the replicas."""
         return self._issue(
             values, lambda whole: dist.all_reduce(whole, group=self.group, async_op=True)
         )
 
     def scatter_sum(self, values: Tensor) -> Pending:
-        """Sum `values` over the replicas; each gets its part, and what is elsewhere is void."""
+        """Reduce-scatter: sum this replica's part of `values`; the other parts become invalid."""
         return self._issue(
             values,
             lambda whole: reduce_scatter_single(self._own(whole), whole, self.group, async_op=True),
         )
 
     def gather(self, values: Tensor) -> Pending:
-        """Take each part of `values` from the replica whose it is."""
+        """All-gather: take every part of `values` from the replica that owns it."""
         return self._issue(
             values,
             lambda whole: all_gather_single(whole, self._own(whole), self.group, async_op=True),

@@ -1,8 +1,8 @@
 """ZeRO-1: every replica keeps and updates a part of the optimizer's state (arXiv 1910.02054).
 
-Parameters and gradients are flat and have the same buckets.  Gradients are summed to the replica whose part they
-are, AdamW updates that part, and the new parameters are gathered in the dtype they are computed with.  In bfloat16
-4 + 2 bytes per parameter travel.
+Parameters and gradients are flat tensors with the same buckets.  A reduce-scatter sums the
+gradients of a bucket, AdamW updates this replica's part, and an all-gather collects the new
+parameters in the compute dtype.  In bfloat16 4 + 2 bytes per parameter travel.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ from vp_train.optim.replicas import Pending, Replicas
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """This replica's part of a bucket: elements [start, stop) of all."""
+    """This replica's part of a bucket: elements [start, stop) of the flat tensors.
+
+    kept: "parameter", "exp_avg" and "exp_avg_sq", [stop - start] in the dtype of the gradients.
+    counted: the gradients that count for the norm.
+    """
 
     bucket: Bucket
     start: int
     stop: int
-    kept: dict[
-        str, Tensor
-    ]  # "parameter", "exp_avg", "exp_avg_sq": [stop - start] in the dtype of gradients
-    counted: tuple[Tensor, ...]  # the gradients that count for the norm
+    kept: dict[str, Tensor]
+    counted: tuple[Tensor, ...]
     adamw: torch.optim.AdamW
 
 
 class ZeroAdamW:
-    """AdamW whose moments, and fp32 copies of parameters of less precision, are split over the replicas.
+    """AdamW whose moments and fp32 copies of lower-precision parameters are split over replicas.
 
-    It moves the parameters: take no views of them before.
+    It moves the parameters to new memory, so take no views of them before.
     """
 
     def __init__(
@@ -66,9 +68,8 @@ class ZeroAdamW:
 
     def _shard(self, bucket: Bucket, optim: OptimConfig) -> _Shard:
         start, stop = bucket.part(self._replicas.rank, self._replicas.size)
-        kept = {
-            "parameter": self._flat[start:stop].to(self._gradients.dtype)
-        }  # itself, where it is precise
+        # If the parameters already have the gradients' dtype, this is a view and not a copy.
+        kept = {"parameter": self._flat[start:stop].to(self._gradients.dtype)}
         kept |= {moment: torch.zeros_like(kept["parameter"]) for moment in MOMENTS}
         decaying: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
@@ -105,7 +106,10 @@ class ZeroAdamW:
             self._sums.append(self._replicas.scatter_sum(self._gradients.of(bucket)))
 
     def reduce(self) -> None:
-        """Sum those not summed yet and wait for all; no parameter has its whole gradient then.  Collective."""
+        """Start the sums that have not started, and wait for all.  Collective.
+
+        Afterwards a replica has the sums of its parts only, so `grad` of all parameters is None.
+        """
         self._countdown.finish()
         for pending in self._sums:
             pending.wait()
@@ -149,11 +153,14 @@ class ZeroAdamW:
         while self._gathers:
             self._gathers.pop(next(iter(self._gathers))).wait()
 
-    # Whole state of a replica, from and to the parts
+    # The state of all replicas, joined from their parts and split again
 
     @torch.no_grad()
     def state(self) -> State:
-        """In host memory; nothing on any but the first replica, which receives the parts one by one."""
+        """Return all state in host memory on the first replica, and empty tables on the others.
+
+        The first replica receives the parts one by one.
+        """
         self.settle()
         whole: State = {kind: {} for kind in ("parameter", *MOMENTS)}
         for shard in self._shards:
@@ -193,7 +200,7 @@ class ZeroAdamW:
         stop: int,
         read: Callable[[str, str], Tensor],
     ) -> None:
-        """Take over one tensor, which lies in [start, stop)."""
+        """Load one tensor, whose elements are [start, stop) of the flat tensors."""
         low, high = max(start, shard.start), min(stop, shard.stop)
         if low >= high and kind != "parameter":
             return
@@ -207,7 +214,7 @@ class ZeroAdamW:
 
 
 def _flatten(parameters: dict[str, nn.Parameter], gradients: Gradients) -> Tensor:
-    """Give all parameters places in one new tensor, in the layout of the gradients."""
+    """Move all parameters into one new tensor with the layout of the gradients, and return it."""
     first = next(iter(parameters.values()), torch.empty(0))
     flat = torch.zeros(gradients.layout.num_elements, dtype=first.dtype, device=first.device)
     for name, parameter in parameters.items():
@@ -219,7 +226,10 @@ def _flatten(parameters: dict[str, nn.Parameter], gradients: Gradients) -> Tenso
 
 
 def joined(part: Tensor, replicas: Replicas) -> Tensor | None:
-    """The parts of all replicas, one after the other, in the memory of the host; None on all but the first.  Collective."""
+    """Return the parts of all replicas, concatenated in host memory, on the first replica.
+
+    Returns None on the others.  Collective.
+    """
     host = part.detach().cpu().contiguous()
     if replicas.rank:
         dist.send(host, group=replicas.group, group_dst=0)

@@ -1,7 +1,7 @@
-"""A thread beside the passes, for communication whose message must be waited for on the host.
+"""A thread beside the passes, for collectives whose message depends on an earlier collective.
 
-With gloo a wait blocks the thread that waits.  A collective that continues another would stop the
-passes, so a thread of its own waits, forms the message and issues it.
+With gloo a wait blocks the calling thread.  A collective that continues another would therefore
+stop the passes.  So a separate thread waits for the earlier one, forms the message and issues it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-_STOP_SECONDS = 5.0  # of patience with a thread whose message never comes
+_STOP_SECONDS = 5.0  # how long to wait for a thread whose message never arrives
 
 
 class Pending(Protocol):
-    """A communication under way.  It holds everything that it reads and writes."""
+    """A communication in progress.  It holds every tensor that it reads and writes."""
 
     def wait(self) -> Tensor:
         """Return the delivered tensor.  On CUDA the current stream waits, not the host."""
@@ -46,10 +46,10 @@ _Task = tuple[Future[Pending], Callable[[], Pending]]
 
 
 class Aside:
-    """A thread that issues one communication after the other, each once its message is there.
+    """A thread that issues communications in order, each as soon as its message is complete.
 
-    It is a daemon, unlike those of concurrent.futures: a rank that failed must be able to exit while
-    a message never comes.
+    It is a daemon, unlike the threads of concurrent.futures: a failed rank must be able to exit
+    while a message never arrives.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Aside:
         weakref.finalize(self, _stop, self._queue, thread)
 
     def issue(self, action: Callable[[], Pending]) -> Pending:
-        """Queue `action`, which issues a communication.  Its error is raised by `wait`."""
+        """Queue `action`, which issues a communication.  `wait` raises its error."""
         issued: Future[Pending] = Future()
         self._queue.put((issued, action))
         return _Queued(issued)
@@ -71,18 +71,18 @@ def _serve(queue: SimpleQueue[_Task | None]) -> None:
         if task is None:
             return
         _settle(*task)
-        del task  # tensors must not live until the next one comes
+        del task  # otherwise its tensors would live until the next task
 
 
 def _settle(issued: Future[Pending], action: Callable[[], Pending]) -> None:
     try:
         issued.set_result(action())
-    except BaseException as error:  # for whoever waits
+    except BaseException as error:  # raised in the thread that waits
         issued.set_exception(error)
 
 
 def _stop(queue: SimpleQueue[_Task | None], thread: Thread) -> None:
-    """Stop the thread; at exit too, where one that lets go of communications aborts the process."""
+    """Stop the thread, also at exit, where freeing communications in it would abort the process."""
     queue.put(None)
     if thread is not current_thread():
         thread.join(_STOP_SECONDS)

@@ -10,7 +10,10 @@ Value = TypeVar("Value")
 
 
 class Buffers(Generic[Value]):
-    """Each value is put once under (name, stage or barrier, microbatch) and taken once; nothing may be left after a step."""
+    """Values by (name, stage or barrier, microbatch), each put once and taken once.
+
+    After a step it must be empty.
+    """
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, int | str, int], Value] = {}
@@ -24,23 +27,23 @@ class Buffers(Generic[Value]):
         return self._held.pop((name, where, microbatch))
 
     def look(self, name: str, where: int | str, microbatch: int) -> Value | None:
-        """What `take` will give; None where it was taken."""
+        """Return what `take` will return, None if it has been taken."""
         return self._held.get((name, where, microbatch))
 
     def assert_empty(self) -> None:
-        """Everything produced in the step was used in it."""
+        """Assert that every value put in the step was taken."""
         assert not self._held, f"left over after the step: {sorted(map(str, self._held))}"
 
 
 class Once:
-    """An action that two threads need done: the first to call does it, the other waits until it is done."""
+    """An action that several threads need: the first caller runs it, the others wait for it."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self._action: Callable[[], None] | None = action
         self._lock = Lock()
 
     def __call__(self) -> bool:
-        """Return whether this call did it."""
+        """Run the action unless it has run; return whether this call ran it."""
         with self._lock:
             first = self._action is not None
             if self._action is not None:

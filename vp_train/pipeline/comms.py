@@ -1,11 +1,11 @@
 """Asynchronous communication: hops between stages, and the collectives of the vocabulary layers.
 
-`Comms` is what the executor calls.  It keeps what nobody waits for and hands over what is delivered.
-How messages travel is a `Transport`: `ProcessGroups` here, over torch.distributed, or
-`local.LocalTransport` between ranks of one process.
+The executor calls `Comms`.  It keeps communications that nothing else waits for, and hands over the
+results of the others.  A `Transport` moves the messages: `ProcessGroups` here, over
+torch.distributed, or `local.LocalTransport` between ranks of one process.
 
 Everything is issued in program order.  A collective that continues another is issued beside the
-passes: by a thread where waiting blocks the host (gloo), on a side stream on CUDA.
+passes: on CUDA on a side stream, and with gloo, where waiting blocks the host, by a thread.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Watch = Callable[[Pending], Pending]
 
 
 class Delivery:
-    """A collective whose result is handed over once, by the first who asks for it.
+    """A collective whose result is handed over once, by the first caller.
 
-    Later callers wait until that is done, as a thread does on the host and a stream on a device.
+    Later callers wait until that is done: on a CPU the thread waits, on a device the stream.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class Delivery:
 
 
 class Transport(Protocol):
-    """Moves tensors between the ranks of one pipeline.  Nothing blocks but `Pending.wait`.
+    """Moves tensors between the ranks of one pipeline.  Only `Pending.wait` blocks.
 
-    `watch` may replace what was issued by something that also takes its time.
+    `watch` may wrap an issued communication, to measure its time.
     """
 
     streams: Streams
@@ -76,11 +76,12 @@ class Transport(Protocol):
         *,
         watch: Watch,
     ) -> Pending:
-        """Issue a collective, beside the passes where it continues another: `message` waits for that.
+        """Issue a collective; beside the passes if it continues another, for which `message` waits.
 
-        The result is what `message` returned, reduced or received in place; [n, *message.shape] for
-        ALL_GATHER over n shards; for GATHER and SCATTER, which need the `counts` of rows of each
-        shard, the root has the rows of all, one shard's after the other's.
+        The result depends on `exchange.transfer`.  For ALL_GATHER over n shards it is
+        [n, *message.shape].  GATHER and SCATTER need the `counts` of rows of each shard, and the
+        root has the rows of all shards in their order.  Otherwise it is the tensor that `message`
+        returned, reduced or received in place.
         """
         ...
 
@@ -90,7 +91,7 @@ class Transport(Protocol):
 
 
 class Comms:
-    """What the executor calls to communicate; nothing blocks but what it says it waits for."""
+    """The communication interface of the executor.  Only `drain` and `sum_over_ends` wait."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -101,7 +102,7 @@ class Comms:
         self._keep(self._transport.send(tensor, peer, watch=watch))
 
     def receive(self, buffer: Tensor, peer: int, *, watch: Watch) -> Pending:
-        """Receive into `buffer` from pipeline rank `peer`."""
+        """Issue the receive into `buffer` from pipeline rank `peer`, and return it."""
         return self._transport.receive(buffer, peer, watch=watch)
 
     def start(
@@ -113,10 +114,11 @@ class Comms:
         earlier: Delivery | None,
         watch: Watch,
     ) -> Delivery | None:
-        """Start a collective; return its delivery, None where its result does not arrive.
+        """Start a collective; return its delivery, None on ranks that receive no result.
 
-        `message` forms what this rank contributes.  Of a collective that continues another it is
-        called beside the passes, once `earlier` has been delivered; None if it has been already.
+        `message` forms this rank's contribution.  If the collective continues another, `message` is
+        called beside the passes, after `earlier` has been delivered.  `earlier` is None if that has
+        already happened.
         """
         if exchange.continues is None:
             formed = message()
@@ -147,14 +149,14 @@ class Comms:
             self._kept.popleft().wait()
 
     def drain(self) -> None:
-        """Wait for everything nobody else waits for."""
+        """Wait for all communications that nothing else waits for."""
         while self._kept:
             self._kept.popleft().wait()
 
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """A communication with the tensor it delivers and everything it must keep alive."""
+    """A communication with the tensor that it delivers and the tensor that it must keep alive."""
 
     work: dist.Work | None
     result: Tensor
@@ -171,9 +173,9 @@ class Issued:
 
 @dataclass(frozen=True, slots=True)
 class _PassedOn:
-    """A result that only rank `source` gets, and passes on to the others of `group`.
+    """A result that only rank `source` receives, and then broadcasts over `group`.
 
-    `num_rows` of it arrive at `source`; None: as many as everywhere.
+    `source` receives `num_rows` rows.  None means that the result has the same shape on all ranks.
     """
 
     pending: Pending
@@ -194,7 +196,7 @@ class _PassedOn:
 
 @dataclass(frozen=True, slots=True)
 class _Joined:
-    """A hop of which each tensor-parallel rank has received its part, gathered into `whole`."""
+    """A hop of which each tensor-parallel rank receives a part; `whole` gathers all parts."""
 
     pending: Pending
     group: dist.ProcessGroup
@@ -211,7 +213,7 @@ class _Joined:
 
 @dataclass(frozen=True, slots=True)
 class _Staged:
-    """A result in host memory that is still to go to the device."""
+    """A result in host memory that must still be copied to the device."""
 
     pending: Pending
     device: torch.device
@@ -224,11 +226,12 @@ class _Staged:
 
 
 class ProcessGroups:
-    """Messages over the process groups of a pipeline.
+    """A transport over the process groups of a pipeline.
 
-    With `through_host` every message is copied to the host and every result to `device`: gloo cannot
-    send what is on a GPU.  With `whole_hops` every tensor-parallel rank sends all it has; else they
-    have the same, each sends its part, and the receivers gather the parts.
+    With `through_host` every message is copied to the host and every result back to `device`,
+    because gloo cannot send from a GPU.  With `whole_hops` every tensor-parallel rank sends its
+    whole activation, as sequence parallelism needs.  Otherwise all of them have the same
+    activation, each sends a part of it, and the receivers gather the parts.
     """
 
     def __init__(
@@ -302,8 +305,9 @@ class ProcessGroups:
     def _in_order(self, end: End, issue: Callable[[], Pending], *, beside: bool) -> Pending:
         """Issue a collective of `end` in program order, without stopping the passes.
 
-        On CUDA `Pending.wait` blocks a stream, so a side stream does the waiting.  Otherwise a thread
-        does; from its first collective on it issues all of this end, which must keep their order.
+        On CUDA `Pending.wait` blocks a stream, so a side stream waits.  Otherwise a thread waits.
+        After its first collective this thread issues all collectives of this end, to keep their
+        order.
         """
         if self._device.type == "cuda" and not self._through_host:
             if not beside:

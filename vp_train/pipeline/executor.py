@@ -1,8 +1,11 @@
-"""The executor: tables of handlers and a loop.  The program decides everything; see `schedules.lower`.
+"""The executor: a loop over the operations of a program, and a handler for each kind of operation.
 
-Shapes: b sequences of s tokens in a microbatch, T = s * b tokens, H hidden, R this rank's vocabulary
-rows.  Activations are [s, b, H] between layers and [T, H] in the vocabulary passes, which are views
-of each other.  With sequence parallelism hops and stages have [s / n, b, H] on each of n ranks.
+It decides nothing itself; see `schedules.lower` for programs.
+
+Shapes: a microbatch has b sequences of s tokens, so T = s * b tokens; H hidden, R this rank's
+vocabulary rows.  Activations are [s, b, H] between layers and [T, H] in the vocabulary passes;
+these are views of each other.  With sequence parallelism over n ranks, hops and stages have [s / n,
+b, H].
 """
 
 from __future__ import annotations
@@ -41,13 +44,13 @@ class WeightGrads(Protocol):
 
 
 class StageModule(Protocol):
-    """A pipeline stage: [s, b, H] -> [s, b, H]; attention stays within `segments` [b, s], if given."""
+    """A pipeline stage [s, b, H] -> [s, b, H]; attention stays within `segments` [b, s]."""
 
     @property
     def weight_grads(self) -> WeightGrads: ...
     def __call__(self, x: Tensor, segments: Tensor | None) -> Tensor: ...
     def completing(self, done: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
-        """Call `done` with the names of each layer whose gradients a pass inside completes."""
+        """Within this context call `done` with the names of each layer whose gradients complete."""
         ...
 
 
@@ -55,11 +58,11 @@ class Observer(Protocol):
     """Watches a step; `recorder.Recorder` measures it."""
 
     def observe(self, item: Pass, held_bytes: Callable[[], int]) -> AbstractContextManager[None]:
-        """Return a context for a pass.  `held_bytes` tells what is kept from S for T and I for W."""
+        """Return a context for a pass.  `held_bytes` returns what S keeps for T and I for W."""
         ...
 
     def watch(self, name: str, pending: Pending) -> Pending:
-        """Return `pending`, the communication `name`, perhaps timed."""
+        """Return `pending`, the communication `name`; an observer may wrap it to time it."""
         ...
 
 
@@ -75,18 +78,18 @@ BLIND: Observer = _Blind()
 
 
 class WeightUpdates(Protocol):
-    """What the executor tells of the weights of a rank, for those who update them."""
+    """The executor's calls to the optimizer, about the weights of this rank."""
 
     def need(self, item: Pass) -> None:
-        """Wait until the weights that `item` reads are there."""
+        """Wait until the weights that `item` reads have arrived."""
         ...
 
     def announce(self, names: Sequence[str]) -> None:
-        """Say that the gradients of `names` are complete; the pass that adds to them still runs."""
+        """Record that the gradients of `names` are complete while the pass is still running."""
         ...
 
     def complete(self, item: Pass) -> None:
-        """Say that the gradients that `item` adds to are complete, announced or not."""
+        """Record that all gradients that `item` adds to are complete, announced or not."""
         ...
 
 
@@ -106,11 +109,15 @@ NO_UPDATES: WeightUpdates = _NoUpdates()
 
 @dataclass(frozen=True, slots=True)
 class RankModules:
-    """What one pipeline rank owns: its stages by their global number, and its vocabulary rows, if any.
+    """The modules of one pipeline rank.
 
-    `normalisation` of the loss: see loss.token_weights.  `leads`: the first of the tensor-parallel
-    ranks; all of them have what it sends.  `over_replicas` sums a number, fp64 [], over all replicas.
-    `sequence_parts`: over how many ranks the sequences of hops are split.
+    stages: by global stage number.
+    input_layer, output_layer: the vocabulary rows of this rank, None if it has none there.
+    normalisation: see `loss.token_weights`.
+    leads: whether this is the first of the tensor-parallel ranks.  All of them have the same
+        activations, and only this one contributes them to collectives.
+    over_replicas: sums a number, fp64 [], over all replicas.
+    sequence_parts: the number of ranks over which sequence parallelism splits hops and stages.
     """
 
     stages: Mapping[int, StageModule]
@@ -127,9 +134,9 @@ class RankModules:
 
 
 class Executor:
-    """Runs one rank's operations over batches of tokens and labels, each [m, b, s] int64.
+    """Runs one rank's operations over batches of tokens and labels, both [m, b, s] int64.
 
-    Labels of IGNORE_INDEX have no loss.  Batches are best on the CPU: the layers move what they need.
+    Labels of IGNORE_INDEX have no loss.  Pass batches on the CPU; the layers copy what they need.
     Gradients accumulate in the `grad` of the stages' parameters and of the vocabulary layers.
     """
 
@@ -146,12 +153,17 @@ class Executor:
         segments: Tensor | None = None,
         loss_scale: float = 1.0,
     ) -> Tensor | None:
-        """Run the program once; return this replica's term of the loss, fp64 [], where output rows are.
+        """Run the program once; return this replica's term of the loss.
 
-        The loss is normalised over all microbatches of all replicas, `mask` [m, b, s] scaling that of
-        each token; a batch without a labelled token has loss 0.  Tokens of different `segments`
-        [m, b, s] do not see each other; they are best on the CPU.  Gradients are those of the loss
-        times `loss_scale`.
+        The result is fp64 [] on ranks that hold output rows, None on the others.  The loss is
+        normalised over all microbatches of all replicas.  A batch without any label has loss 0.
+
+        mask: [m, b, s], scales the loss of each token.
+        segments: [m, b, s]; tokens of different segments do not see each other.  Pass it on the
+        CPU.
+        loss_scale: a factor on the gradients, but not on the returned loss.
+
+        Raises ValueError unless there are as many microbatches as in the program.
         """
         modules = self._modules
         precise = statistics_dtype(modules.dtype)
@@ -166,13 +178,14 @@ class Executor:
     ) -> Tensor | None:
         """Return the log-probability of every label [m, b, s] on ranks that hold output rows.
 
-        It is 0 where the label is IGNORE_INDEX; fp32, or fp64 where that is computed in.  Collective
-        over the replica.  No [T, V] exists anywhere.  Raises ValueError unless the program is one of
-        evaluation, whose losses are the negative log-likelihoods, for m microbatches.
+        It is 0 where the label is IGNORE_INDEX.  The dtype is fp32, or fp64 for fp64 compute.  No
+        tensor [T, V] exists anywhere.  Collective over the replica.  Raises ValueError for a
+        training program, and unless there are as many microbatches as in the program.
         """
         if not self._program.forward_only:
             raise ValueError(
-                "this executor trains; log-probabilities are what RankModel.evaluator has"
+                "this executor runs a training program; "
+                "call logprobs of RankModel.evaluator instead"
             )
         nothing = torch.zeros(labels.shape, device=labels.device)
         losses = self._run(tokens, labels, nothing, BLIND, segments)
@@ -186,14 +199,17 @@ class Executor:
         observer: Observer,
         segments: Tensor | None,
     ) -> Tensor | None:
-        """Return the losses of all tokens [m, b, s], each of which counts `weights` [m, b, s]."""
+        """Run the program; return the losses of all tokens [m, b, s], or None.
+
+        `weights` [m, b, s] are dL/d(token loss).
+        """
         m, b, s = tokens.shape
         program, modules = self._program, self._modules
         if m != program.num_microbatches:
             setting = "run.eval_microbatches" if program.forward_only else "num_microbatches"
             raise ValueError(
-                f"{m} microbatches for a program of {program.num_microbatches}; give as many, or "
-                f"plan the run with {setting}={m} for each replica"
+                f"{m} microbatches for a program of {program.num_microbatches}; pass "
+                f"{program.num_microbatches}, or plan the run with {setting}={m} for each replica"
             )
         inputs, outputs = modules.input_layer, modules.output_layer
         step = _Step(
@@ -213,7 +229,7 @@ class Executor:
 
 
 class _Step:
-    """One run of a program: its state, and what each operation does with it."""
+    """One run of a program: its state, and the handlers of its operations."""
 
     def __init__(
         self,
@@ -273,7 +289,7 @@ class _Step:
         }
 
     def finish(self) -> Tensor | None:
-        """Wait for what is still under way; return the losses [m, T] where output rows are."""
+        """Wait for all communications; return the losses [m, T], None without output rows."""
         self._comms.drain()
         for buffers in (self._tensors, self._arriving, self._delivering, self._saved):
             buffers.assert_empty()
@@ -309,7 +325,7 @@ class _Step:
             x.requires_grad_()
             with torch.enable_grad():
                 y = self._modules.stages[item.stage](x, segments)
-            # What y was computed from is enough for its backward, without y.
+            # The gradient edge is enough for the backward, so y itself need not be kept.
             self._saved.put("xy", item.stage, item.microbatch, (x, get_gradient_edge(y)))
         else:
             with torch.no_grad():
@@ -403,7 +419,7 @@ class _Step:
         assert isinstance(op.item, Collective)
         self._delivering.take("barrier", op.item.barrier, op.item.microbatch)()
 
-    # The message of each payload.  Ranks that have nothing to send still take part.
+    # The message of each payload.  A collective also needs the ranks that contribute nothing.
 
     def _form_embeddings(self, exchange: Exchange, i: int) -> Tensor:
         return self._tensors.take("x", exchange.payload, i)
@@ -423,7 +439,7 @@ class _Step:
     def _form_output(self, exchange: Exchange, i: int) -> Tensor:
         return self._output.message(exchange.payload, i)
 
-    # What is done with a result
+    # The handling of each result
 
     def _deliver_embeddings(self, exchange: Exchange, i: int, received: Tensor) -> None:
         x = self._input.in_order(i, received).view(self._whole_shape)
@@ -458,13 +474,13 @@ class _Step:
 
 
 def _product(item: Pass) -> tuple[str, int]:
-    """Return where the output of a stage pass goes.
+    """Return name and stage under which the output of a stage pass is stored.
 
-    It is the input of the next stage, or the output gradient of the previous one.
+    It is the input of the next stage, or the output gradient of the previous stage.
     """
     return ("x", item.stage + 1) if item.kind is Kind.F else ("dy", item.stage - 1)
 
 
 def _flat(values: Tensor) -> Tensor:
-    """[m, b, s] -> [m, T] in the order of [s, b, H] flattened."""
+    """Flatten [m, b, s] to [m, T], in the token order of a flattened [s, b, H]."""
     return values.transpose(1, 2).reshape(len(values), -1)

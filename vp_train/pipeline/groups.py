@@ -14,14 +14,17 @@ from schedules.vocab import End
 class Groups:
     """The process groups of one pipeline.
 
-    Pipeline rank i is `ranks[i]` for hops.  For collectives it is all tensor-parallel ranks, which
-    join the groups of both ends; as a root it is the first of them, `leaders[i]`.
-    `sends[i]` is the group in which this rank sends to pipeline rank i, `receives[i]` that in which
-    it receives from it.
-    `ends[end]` is None where a single rank owns the whole layer: there is nothing to exchange.
-    `tensor` joins the ranks of this pipeline rank, None if it is the only one.
-    `end_ranks` joins the ranks of the first and last stage where both hold the same rows of a tied
-    matrix, which only an unsharded vocabulary needs.
+    ranks: the global rank of pipeline rank i for hops: the one with this rank's tensor-parallel
+    index.
+    leaders: the global rank of pipeline rank i as the root of collectives: its first
+        tensor-parallel rank.  All tensor-parallel ranks are members of the groups of both ends.
+    sends: the group in which this rank sends to pipeline rank i.
+    receives: the group in which it receives from pipeline rank i.
+    ends: the group of each end of the vocabulary.  It is None if a single rank owns the whole
+        layer, because then there is nothing to exchange.
+    tensor: the tensor-parallel ranks, None if there is only one.
+    end_ranks: the ranks of the first and last stage, if both hold the same rows of a tied matrix,
+        as only with an unsharded vocabulary.
     """
 
     ranks: tuple[int, ...]

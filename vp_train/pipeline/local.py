@@ -1,12 +1,12 @@
-"""All ranks of a pipeline as threads of one process: messages are copies and sums between events.
+"""A transport between the ranks of a pipeline that run as threads of one process.
 
-It is a `Transport` like that over process groups, for one GPU or none.  On a GPU every rank has a
-stream for its passes and one for each communicator, so order, stalls and the lifetimes of tensors are
-those of many GPUs.  On a CPU it needs no processes.  Delays on request, seeded, change who is early.
+It needs one GPU or none, and no process groups.  On a GPU every rank has a stream for its passes
+and one for each communicator.  So the order of work, stalls and the lifetimes of tensors are those
+of many GPUs.  Optional random delays, with a seed, change which rank is early.
 
-A communicator is an end of the vocabulary, or a sender and a receiver.  Its messages go in
-the order of their issue.  The host of a rank waits for the messages of others; its device waits for
-their events.
+A communicator is an end of the vocabulary, or a pair of sender and receiver.  It handles its
+messages in the order of issue.  The host of a rank waits for the messages of others, and its device
+waits for their events.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RankLost(RuntimeError):
 
 @dataclass(slots=True)
 class _Call:
-    """One communication: what its ranks have sent, and how many have still to read it."""
+    """One communication: the messages sent so far, and the number of ranks yet to read them."""
 
     readers: int
     messages: dict[int, tuple[Tensor, Mark]] = field(default_factory=dict)
@@ -50,8 +50,8 @@ class _Call:
 class Switchboard:
     """Connects the ranks of one process.
 
-    `delay_seconds`: up to how long a rank waits before it issues a message, drawn with `seed`.
-    `timeout_seconds`: how long a rank waits for another before RankLost is raised.
+    delay_seconds: the longest delay before a rank issues a message; delays are drawn with `seed`.
+    timeout_seconds: how long a rank waits for another one before it raises RankLost.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Switchboard:
         self._failed: int | None = None
 
     def transport(self, rank: int) -> LocalTransport:
-        """Return what `rank` communicates with."""
+        """Return the transport of `rank`."""
         return LocalTransport(self, rank)
 
     def put(
@@ -86,7 +86,7 @@ class Switchboard:
         readers: int,
         counts: Sequence[int] = (),
     ) -> None:
-        """Leave the message of `rank` for the call `key`, which `readers` ranks will read."""
+        """Store the message of `rank` for the call `key`, which `readers` ranks will read."""
         with self._changed:
             call = self._calls.setdefault(key, _Call(readers))
             assert rank not in call.messages, f"rank {rank} sends {key} twice"
@@ -94,7 +94,7 @@ class Switchboard:
             self._changed.notify_all()
 
     def messages(self, key: _Key, senders: Sequence[int]) -> _Call:
-        """Return the call `key` once all `senders` have left their messages."""
+        """Wait until all `senders` have stored their messages; return the call `key`."""
 
         def complete() -> bool:
             return key in self._calls and self._calls[key].messages.keys() >= set(senders)
@@ -104,7 +104,7 @@ class Switchboard:
             return self._calls[key]
 
     def read(self, key: _Key) -> None:
-        """Say that one rank has read the messages; after the last one they are gone."""
+        """Record that one rank has read the messages; the last reader removes them."""
         with self._changed:
             self._calls[key].readers -= 1
             if not self._calls[key].readers:
@@ -112,12 +112,12 @@ class Switchboard:
                 self._changed.notify_all()
 
     def is_read(self, key: _Key) -> bool:
-        """Return whether all have read a call that had messages."""
+        """Return whether all readers have read the call `key`, which must have had messages."""
         with self._changed:
             return key not in self._calls
 
     def wait_until_read(self, key: _Key) -> None:
-        """Wait until all have read the call `key`."""
+        """Wait until all readers have read the call `key`."""
         with self._changed:
             self._wait_for(lambda: key not in self._calls, key)
 
@@ -137,12 +137,12 @@ class Switchboard:
 
 
 class _Channel:
-    """One communicator on one rank: what it has to do, in the order of its issue."""
+    """One communicator on one rank: its pending work in the order of issue."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._queue: deque[_Arriving] = deque()
-        self._lock = Lock()  # a traced step waits in threads of its own
+        self._lock = Lock()  # a step that is timed waits in other threads
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -153,14 +153,14 @@ class _Channel:
         self._queue.append(arriving)
 
     def complete(self, wanted: _Arriving) -> None:
-        """Do what was issued up to `wanted`."""
+        """Do all work that was issued up to and including `wanted`."""
         with self._lock:
             while wanted.done is None:
                 self._queue.popleft().perform()
 
 
 class _Arriving:
-    """What this rank has still to read of a call."""
+    """A read that this rank has issued: it waits for the messages of a call."""
 
     def __init__(
         self, channel: _Channel, streams: Streams, perform: Callable[[], Tensor], after: Mark
@@ -170,7 +170,8 @@ class _Arriving:
 
     def perform(self) -> None:
         with self._channel.current():
-            self._streams.follow(self._after)  # a communicator waits for its caller, as NCCL's do
+            # The communicator waits for the stream that issued the read, as NCCL does.
+            self._streams.follow(self._after)
             result = self._perform()
             self.done = result, self._streams.mark()
 
@@ -187,7 +188,7 @@ class _Arriving:
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """A message that others have still to read."""
+    """A message that other ranks have yet to read."""
 
     board: Switchboard
     key: _Key
@@ -206,7 +207,7 @@ def _reached(mark: Mark) -> bool:
 
 
 class LocalTransport:
-    """What one rank of a `Switchboard` communicates with."""
+    """The transport of one rank of a `Switchboard`."""
 
     def __init__(self, board: Switchboard, rank: int) -> None:
         self._board, self._rank = board, rank
@@ -313,7 +314,7 @@ class LocalTransport:
 def _result(
     transfer: Transfer, messages: list[Tensor], place: int, root: int, counts: Sequence[int]
 ) -> Tensor:
-    """Return what member `place` gets of the messages of all members, in their order."""
+    """Return the result of member `place`, given the messages of all members in order."""
     match transfer:
         case Transfer.BROADCAST:
             return messages[root].clone()
@@ -331,9 +332,9 @@ def _result(
 
 
 def run_ranks(board: Switchboard, work: Callable[[int], Result]) -> list[Result]:
-    """Return work(rank) of every rank, each run in a thread of its own.
+    """Run work(rank) of every rank in its own thread, and return the results in rank order.
 
-    Raises the first error of a rank; the others end when they wait for it.
+    Raises the first error of a rank.  The other ranks end when they wait for that rank.
     """
     results: dict[int, Result] = {}
     errors: list[BaseException] = []
@@ -364,7 +365,7 @@ def _stream_on(device: torch.device) -> Any:
 
 @contextmanager
 def _own_stream(device: torch.device) -> Iterator[None]:
-    """Give the passes of a rank a stream of their own."""
+    """Make a new stream current, for the passes of one rank."""
     if device.type != "cuda":
         yield
         return

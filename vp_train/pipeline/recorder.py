@@ -1,4 +1,4 @@
-"""Measures a step: when each pass and each communication ran, and the bytes kept for later passes."""
+"""Measures a step: the times of passes and communications, and the bytes kept for later passes."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from vp_train.pipeline.aside import Pending
 
 
 class Timer(Protocol):
-    """Takes the time on a device without stopping it."""
+    """Measures time on a device without stopping it."""
 
     def mark(self) -> Any:
-        """Return the moment that the work issued so far is done."""
+        """Return a mark for the moment at which the work issued so far is done."""
         ...
 
     def seconds(self, mark: Any) -> float:
-        """Return the seconds of `mark` since `start`.  On a GPU it waits until then."""
+        """Return the seconds from `start` to `mark`.  On a GPU this waits for the mark."""
         ...
 
     def start(self) -> None:
-        """Begin to count."""
+        """Set the origin of `seconds` to now."""
         ...
 
     def watch(self, pending: Pending, done: Callable[[Any], None]) -> Pending:
-        """Return `pending`; call `done` with the moment at which it has ended."""
+        """Return `pending`, perhaps wrapped; call `done` with a mark for its end."""
         ...
 
 
 class HostTimer:
-    """The clock of the host: on a CPU work is done when a call returns."""
+    """A timer by the clock of the host: on a CPU work is done when a call returns."""
 
     def __init__(self) -> None:
         self._origin = 0.0
 
     def start(self, at: float | None = None) -> None:
-        """Begin to count, now or `at` a moment of time.perf_counter."""
+        """Set the origin of `seconds` to now, or to the moment `at` of time.perf_counter."""
         self._origin = time.perf_counter() if at is None else at
 
     def mark(self) -> float:
@@ -59,9 +59,10 @@ class HostTimer:
 
 
 class CudaTimer:
-    """Events on the streams of a GPU: what is timed runs as it does untimed.
+    """A timer by events on the streams of a GPU, which do not change how the work runs.
 
-    With `host_waits`, as over gloo, to wait for a communication stops the host, so none is timed.
+    With `host_waits`, as over gloo, waiting for a communication blocks the host, so communications
+    are not timed.
     """
 
     def __init__(self, device: torch.device, *, host_waits: bool = False) -> None:
@@ -83,14 +84,14 @@ class CudaTimer:
     def watch(self, pending: Pending, done: Callable[[Any], None]) -> Pending:
         if not self._host_waits:
             probe = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(probe):  # waits beside the passes and other communications
+            with torch.cuda.stream(probe):  # waits without delaying passes and communications
                 pending.wait()
                 done(self.mark())
         return pending
 
 
 class _WaitedFor:
-    """A communication that a thread waits for, so that its end is seen when it comes."""
+    """A communication that a thread waits for, so that its end is recorded when it happens."""
 
     def __init__(self, pending: Pending, done: Callable[[], None]) -> None:
         self._result: Future[Tensor] = Future()
@@ -100,7 +101,7 @@ class _WaitedFor:
                 result = pending.wait()
                 done()
                 self._result.set_result(result)
-            except BaseException as error:  # for whoever waits
+            except BaseException as error:  # raised in the thread that waits
                 self._result.set_exception(error)
 
         Thread(target=wait, daemon=True).start()
@@ -113,13 +114,13 @@ class _WaitedFor:
 
 
 def timer_of(device: torch.device, *, host_waits: bool = False) -> HostTimer | CudaTimer:
-    """Return the timer of `device`; for `host_waits` see CudaTimer."""
+    """Return the timer of `device`; see CudaTimer for `host_waits`."""
     return CudaTimer(device, host_waits=host_waits) if device.type == "cuda" else HostTimer()
 
 
 @dataclass(slots=True)
 class _Timed:
-    """A pass or communication of microbatch `microbatch`, with the marks of its begin and end."""
+    """A pass or communication with the marks of its begin and its end."""
 
     name: str
     kind: str
@@ -131,7 +132,10 @@ class _Timed:
 
 @dataclass
 class Recorder:
-    """An observer of one step of one rank.  Storage of `parameters` is not activation memory."""
+    """An observer that records one step of one rank.
+
+    It does not count the storage of `parameters` as activation memory.
+    """
 
     rank: int
     timer: Timer
@@ -146,9 +150,9 @@ class Recorder:
 
     @contextmanager
     def observe(self, item: Pass, held_bytes: Callable[[], int]) -> Iterator[None]:
-        """Time `item`.
+        """Time the pass `item`, and update the peak of activation memory.
 
-        Count what autograd saves in F, until the B of the same stage and microbatch has run.
+        What autograd saves in F counts until B or I of the same stage and microbatch has run.
         """
         timed = _Timed(str(item), item.kind.value, item.stage, item.microbatch, self.timer.mark())
         if item.kind is Kind.F:
@@ -167,12 +171,12 @@ class Recorder:
             yield
         timed.end = self.timer.mark()
         self._passes.append(timed)
-        if item.kind in (Kind.B, Kind.I):  # what I leaves for W is among the held bytes
+        if item.kind in (Kind.B, Kind.I):  # held_bytes has what I keeps for W
             self._saved.pop((item.stage, item.microbatch), None)
         self.peak_bytes = max(self.peak_bytes, sum(self._saved.values()) + held_bytes())
 
     def watch(self, name: str, pending: Pending) -> Pending:
-        """Time the communication `name`: a pass whose result hops, or a barrier as `C0.3`."""
+        """Time the communication `name`: a pass whose result hops, or a barrier such as `C0.3`."""
         barrier, _, microbatch = name.partition(".")
         kind, number = (barrier, int(microbatch)) if microbatch else ("hop", -1)
         timed = _Timed(name, kind, -1, number, self.timer.mark())
@@ -190,7 +194,7 @@ class Recorder:
 
     @property
     def communications(self) -> list[Span]:
-        """Return the hops and barriers of this rank, from their issue to their end."""
+        """Return the hops and barriers of this rank, from issue to end."""
         return [self._span(timed) for timed in self._communications if timed.end is not None]
 
     def _span(self, timed: _Timed) -> Span:
@@ -199,10 +203,10 @@ class Recorder:
 
 
 def joined_communications(of_ranks: list[list[Span]]) -> tuple[Span, ...]:
-    """Return each communication once, from the spans of all ranks of a pipeline.
+    """Return each communication once, given the spans of all ranks of a pipeline.
 
-    It begins when the last rank has issued it, and ends, on the rank that is shown, when it has
-    ended there: the rank that waits longest.
+    The begin is when the last rank has issued it.  The end and the rank are those of the rank on
+    which it ends last.
     """
     begins: dict[str, float] = {}
     last: dict[str, Span] = {}

@@ -1,4 +1,4 @@
-"""Two collectives of torch.distributed that have other names since torch 2.13."""
+"""Two collectives of torch.distributed that were renamed in torch 2.13."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def all_gather_single(
     whole: Tensor, part: Tensor, group: dist.ProcessGroup, *, async_op: bool = False
 ) -> Any:
-    """Gather `part` of every rank of `group` into `whole`, one rank's after the other's."""
+    """All-gather the `part` of every rank of `group` into `whole`, in rank order."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return gather(whole, part, group=group, async_op=async_op)
 
@@ -19,6 +19,6 @@ def all_gather_single(
 def reduce_scatter_single(
     part: Tensor, whole: Tensor, group: dist.ProcessGroup, *, async_op: bool = False
 ) -> Any:
-    """Sum `whole` over the ranks of `group`; each gets its `part` of the sum."""
+    """Reduce-scatter `whole` over the ranks of `group`: every rank gets its `part` of the sum."""
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return scatter(part, whole, group=group, async_op=async_op)

@@ -1,4 +1,7 @@
-"""Which precision goes with which, and sums of several, fused by torch.compile on a CPU where there is a C++ compiler."""
+"""The dtypes of a run, and operations on tensors of different dtypes.
+
+On a CPU torch.compile fuses these operations, if there is a C++ compiler.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +24,22 @@ DTYPES = {
     "float64": torch.float64,
 }
 
-_SUMMED_ROWS = 256  # at a time
-_COMPILED_SHAPES = 64  # of one function; torch runs any more uncompiled
+_SUMMED_ROWS = 256  # rows that `column_sums` casts at a time
+_COMPILED_SHAPES = 64  # compiled shapes per function; torch runs further shapes uncompiled
 
 
 def statistics_dtype(compute: torch.dtype) -> torch.dtype:
-    """Of sums, gradients and what the optimizer keeps: fp64 for fp64, fp32 for everything else."""
+    """Return the dtype of sums, gradients and optimizer state: fp64 for fp64, else fp32."""
     return torch.float64 if compute is torch.float64 else torch.float32
 
 
 def accumulate(
     accumulator: Tensor, addend: Tensor, keep: Tensor | None = None, scale: Tensor | None = None
 ) -> None:
-    """accumulator [N, H] = accumulator keep + addend scale, for `addend` of another dtype and `keep` and `scale` [N], None: 1.
+    """Set accumulator [N, H] = accumulator * keep + addend * scale, in place.
 
-    Fused on a CPU, where torch would first cast `addend` as a whole.
+    `addend` [N, H] may have another dtype.  `keep` and `scale` are [N]; None stands for 1.  It is
+    fused on a CPU, where torch would first cast all of `addend`.
     """
     mixed = accumulator.device.type == "cpu" and accumulator.dtype is not addend.dtype
     (compiled(_accumulate) if mixed and has_compiler() else _accumulate)(
@@ -52,14 +56,20 @@ def _accumulate(
 
 
 def column_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over the rows of `matrix` [R, H] in `dtype`, by blocks: torch would first cast all of it."""
+    """Return the sum [H] over the rows of `matrix` [R, H] in `dtype`.
+
+    It works in blocks of rows, because torch would first cast the whole matrix.
+    """
     return torch.stack(
         [block.sum(0, dtype=dtype) for block in torch.split(matrix, _SUMMED_ROWS)]
     ).sum(0)
 
 
 def scaled(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """x scale [N, H] in the dtype of x, in `out`, for `scale` [N] of another dtype: fused like `accumulate`."""
+    """Write x * scale [N, H] into `out` and return it, for `scale` [N] of any dtype.
+
+    It is fused like `accumulate`.
+    """
     mixed = x.device.type == "cpu" and x.dtype is not scale.dtype
     (compiled(_scale) if mixed and has_compiler() else _scale)(x, scale, out)
     return out
@@ -70,7 +80,10 @@ def _scale(x: Tensor, scale: Tensor, out: Tensor) -> None:
 
 
 def accumulate_transposed(accumulator: Tensor, addend: Tensor, scale: Tensor | None = None) -> None:
-    """accumulator [N, H] += addend^T scale for `addend` [H, N] of another dtype on a CPU and `scale` []; needs a compiler."""
+    """Add addend^T * scale to accumulator [N, H], for `addend` [H, N] and `scale` [], on a CPU.
+
+    `addend` has another dtype.  It needs a compiler: see `has_compiler`.
+    """
     compiled_exactly(_add_transposed)(accumulator, addend, scale)
 
 
@@ -80,18 +93,18 @@ def _add_transposed(accumulator: Tensor, addend: Tensor, scale: Tensor | None) -
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For any shapes, of which a size of 1 alone is compiled again."""
+    """Return `function` compiled for all shapes; only a dimension of size 1 is compiled again."""
     return _compile(function, dynamic=True)
 
 
 @cache
 def compiled_exactly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Again for every shape, which takes seconds: there must be few."""
+    """Return `function` compiled for every shape anew.  That takes seconds, so use few shapes."""
     return _compile(function, dynamic=False)
 
 
 def _compile(function: Callable[..., Any], *, dynamic: bool) -> Callable[..., Any]:
-    import torch._dynamo  # which the first compilation would import
+    import torch._dynamo  # slow; the first compilation would import it anyway
 
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _COMPILED_SHAPES)
@@ -100,6 +113,6 @@ def _compile(function: Callable[..., Any], *, dynamic: bool) -> Callable[..., An
 
 @cache
 def has_compiler() -> bool:
-    """Whether torch.compile would find what it needs on a CPU: the compiler and Python's headers."""
+    """Return whether torch.compile works on this CPU: it needs g++ or the like, and Python.h."""
     compiler = shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
     return compiler is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()

@@ -1,4 +1,4 @@
-"""Which part of a whole tensor a rank holds."""
+"""The part of a whole tensor that a rank holds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TensorSlice:
-    """Along `dim`, the `ranges` [start, stop) of the `size` entries of the whole tensor, one after the other."""
+    """The `ranges` [start, stop) along `dim` that a rank holds, concatenated.
+
+    `size` is the size of the whole tensor along `dim`.
+    """
 
     dim: int
     size: int
@@ -18,17 +21,17 @@ class TensorSlice:
 
     @classmethod
     def even(cls, dim: int, size: int, rank: int, num_ranks: int, parts: int = 1) -> TensorSlice:
-        """The share of `rank` in each of `parts` equal parts."""
-        part, each = size // parts, size // parts // num_ranks
-        assert each * num_ranks * parts == size
-        starts = [part * index + each * rank for index in range(parts)]
-        return cls(dim, size, tuple((start, start + each) for start in starts))
+        """Return the share of `rank` in each of `parts` equal parts of the tensor."""
+        part, share = size // parts, size // parts // num_ranks
+        assert share * num_ranks * parts == size
+        starts = [part * index + share * rank for index in range(parts)]
+        return cls(dim, size, tuple((start, start + share) for start in starts))
 
     def part(self, whole: Tensor) -> Tensor:
-        """What of `whole` is held: a view, if it is one range."""
+        """Return the part of `whole` that the rank holds; it is a view if it is one range."""
         pieces = [whole.narrow(self.dim, start, stop - start) for start, stop in self.ranges]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
 
     def whole_shape(self, shape: torch.Size) -> tuple[int, ...]:
-        """The shape of the whole tensor, from that of the part."""
+        """Return the shape of the whole tensor, given the `shape` of the part."""
         return (*shape[: self.dim], self.size, *shape[self.dim + 1 :])

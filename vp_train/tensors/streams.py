@@ -1,17 +1,18 @@
 """The order of work on a device, and the one rule for tensors that more than one stream uses.
 
-The passes of a rank run on one stream, the current one of its thread.  What must not delay them runs
-on a side stream, and a stream that needs a result of another waits for an event, never the host.
+The passes of a rank run on the current stream of its thread.  Work that must not delay them runs on
+a side stream.  When a stream needs a result of another stream, the stream waits for an event; the
+host does not wait.
 
-The rule: a tensor must outlive its last use on every stream.  Three things see to it.
+The rule: a tensor must outlive its last use on every stream.  Three things ensure it.
 
-1. Whoever uses a tensor on a stream that may not have allocated it calls `lend`.  The allocator then
-   gives the memory away only when that stream has passed the moment at which the tensor was dropped.
-2. What a step keeps to its end needs no `lend`: the step ends when the passes have waited for all
-   communications, and a side stream allocates again only after a pass of the next step.
-3. What a communication reads and writes is held by its `Pending` until the stream of the passes has
-   waited for it, or the host has seen that it is complete: torch holds these tensors only until the
-   first stream waits, which may be a side stream.
+1. Code that uses a tensor on a stream that may not have allocated it calls `lend`.  The allocator
+   then reuses the memory only when that stream has passed the point where the tensor was freed.
+2. Tensors that a step keeps to its end need no `lend`.  The step ends when the passes have waited
+   for all communications, and a side stream allocates again only after a pass of the next step.
+3. A `Pending` holds the tensors that a communication reads and writes, until the stream of the
+   passes has waited for it or the host has seen that it is complete.  torch itself holds them only
+   until the first stream waits, which may be a side stream.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Streams(Protocol):
 
 
 class HostOrder:
-    """Work on a CPU: one thing after the other, so there is nothing to wait for."""
+    """Streams of a CPU, where work is done in order and there is nothing to wait for."""
 
     def mark(self) -> Mark:
         return None
@@ -57,7 +58,10 @@ class HostOrder:
 
 
 class CudaStreams:
-    """Streams on one GPU.  Side streams have high priority: what they run is short and awaited."""
+    """Streams on one GPU.
+
+    Side streams have high priority: their work is short, and others wait for it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -87,9 +91,9 @@ def streams_of(device: torch.device) -> Streams:
 
 
 def with_index(device: torch.device) -> torch.device:
-    """Return `device`; CUDA without an index becomes the current GPU, as `torch.cuda.set_device` has set it.
+    """Return `device`, with the index of the current GPU if it is CUDA without an index.
 
-    Without an index it would be the current GPU of whichever thread asks, and that is GPU 0 in every new thread.
+    Without an index every thread would take its own current GPU, which is GPU 0 in a new thread.
     """
     if device.type != "cuda" or device.index is not None:
         return device
@@ -97,14 +101,14 @@ def with_index(device: torch.device) -> torch.device:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return `tensor` on `device`, without waiting for what runs there if it comes from the host."""
+    """Return `tensor` on `device`.  A copy from the host does not wait for work on the device."""
     if device.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()  # from other memory the copy would wait
+        tensor = tensor.pin_memory()  # a copy from pageable memory would wait
     return tensor.to(device, non_blocking=True)
 
 
 def lend(tensor: Tensor) -> Tensor:
-    """Say that the current stream uses `tensor`; return it."""
+    """Record that the current stream uses `tensor`, and return it; see the rule above."""
     if tensor.is_cuda:
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return tensor

@@ -1,6 +1,7 @@
-"""How a shard computes S and T.  Every algorithm works with every backend.
+"""Compute passes S and T of one shard.  Every algorithm works with every backend.
 
-T tokens, H hidden, R rows of the shard; z = x W^T [T, R], or c tanh(x W^T / c) with a softcap c.
+T tokens, H hidden, R rows of the shard.  The logits are z = x W^T [T, R], or c tanh(x W^T / c) with
+a softcap c.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from vp_train.vocab.rows import Statistics, fold
 from vp_train.vocab.rows import scale as scale_rows
 from vp_train.vocab.shard import Owned
 
-# The logits of a chunk of rows: large enough for the matrix products, on a CPU small enough to stay in cache.
+# Bytes of the logits of a chunk of rows.  They must be large enough for fast matrix products.
+# On a CPU they must also stay in cache.
 _CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}
-_LARGEST = 2.0**15  # what float16 holds
+_LARGEST = 2.0**15  # float16 holds this much
 
 
 @dataclass(frozen=True, slots=True)
 class Softmax:
-    """A shard's part of the softmax: `maximum` and `total` = sum exp(z - maximum), [T], and z at the targets owned, else 0.
+    """The part of the softmax that one shard computes, all in the statistics dtype.
 
-    In the statistics dtype.  `input_term`: E W [T, H] relative to `maximum`, if it was asked for, where E = exp(z - maximum)
-    dz / d(x W^T).
+    maximum: the largest logit of this shard's rows [T].
+    total: sum exp(z - maximum) [T].
+    target_logit: z at the target [T], 0 where this shard does not own the target.
+    input_term: E W [T, H] with E = exp(z - maximum) dz / d(x W^T), None unless it was requested.
     """
 
     maximum: Tensor
@@ -41,25 +45,32 @@ class Backend(Protocol):
     """The two passes over `weight` [R, H], with `grad` [R, H] accumulated in place."""
 
     def s(self, x: Tensor, owned: Owned, *, input_term: bool, keep: bool) -> tuple[Softmax, object]:
-        """The softmax of x [T, H], and with `keep` what to hold for T."""
+        """Return the softmax of x [T, H], and with `keep` the state that `t` needs."""
         ...
 
     def t(
         self, held: object, x: Tensor, lse: Tensor, scale: Tensor, *, input_term: bool
     ) -> Tensor | None:
-        """grad += (P scale)^T x for P = exp(z - lse) dz / d(x W^T), `lse` and `scale` [T]; returns P W [T, H] if asked for.
+        """Add (P scale)^T x to `grad`; return P W [T, H] if `input_term`, else None.
 
-        `held` is used up.
+        P = exp(z - lse) dz / d(x W^T); `lse` and `scale` are [T].  `held` comes from `s` and can be
+        used only once.
         """
         ...
 
-    def held_bytes(self, held: object) -> int: ...
+    def held_bytes(self, held: object) -> int:
+        """Return the bytes of `held`."""
+        ...
 
 
 def make_backend(
     name: str, weight: Tensor, grad: Tensor, softcap: float | None, recompute_fraction: float
 ) -> Backend:
-    """By its name; `recompute_fraction`: the part of the rows for which `recompute` forms the logits again in T."""
+    """Return the backend called `name`.
+
+    `recompute_fraction` is the part of the rows whose logits the backend `recompute` computes again
+    in T.  Raises ValueError for an unknown name.
+    """
     match name:
         case "reference":
             return Reference(weight, grad, softcap)
@@ -76,16 +87,21 @@ BACKENDS = ("reference", "chunked", "recompute")
 
 @dataclass(slots=True)
 class _Chunks:
-    """E of the chunks kept, one after the other in `exponentials`, each relative to its entry of `maxima` [T]."""
+    """E of the chunks kept, one after the other in `exponentials`.
+
+    E of chunk i is relative to `maxima[i]` [T].
+    """
 
     exponentials: Tensor
     maxima: list[Tensor] = field(default_factory=list)
 
 
 class Chunked:
-    """Walks the rows in chunks with a running maximum: [T, R] exists once, as E in the compute dtype, or in part not at all.
+    """Process the rows in chunks with a running maximum.
 
-    The first `recompute` of the rows keep nothing: T forms their logits again, for a fourth matrix product.
+    [T, R] exists once, as E in the compute dtype.  The first `recompute` (a fraction) of the rows
+    keep
+    nothing: T computes their logits again, which costs a fourth matrix product.
     """
 
     def __init__(
@@ -93,8 +109,8 @@ class Chunked:
     ) -> None:
         self._weight, self._grad, self._softcap = weight, grad, softcap
         self._first_kept = round(recompute * len(weight))
-        self._usual: torch.Size | None = None  # of the chunks of the first S
-        self._free: list[Tensor] = []  # on a CPU fresh memory costs as much as filling it
+        self._usual: torch.Size | None = None  # shape of the first chunk, which most chunks have
+        self._free: list[Tensor] = []  # kept: on a CPU fresh memory costs as much as filling it
         self._products = Products()
 
     def s(self, x: Tensor, owned: Owned, *, input_term: bool, keep: bool) -> tuple[Softmax, object]:
@@ -169,11 +185,11 @@ class Chunked:
         )
         rows = _CHUNK_BYTES[weight.device.type] // (logits_dtype.itemsize * max(1, num_tokens))
         if logits_dtype is torch.float16:
-            rows = min(rows, int(_LARGEST))  # E W is a sum of so many rows, formed in float16
+            rows = min(rows, int(_LARGEST))  # E W sums this many rows in float16
         return max(1, rows)
 
     def _chunks(self, num_tokens: int) -> Iterator[tuple[int, int, int | None]]:
-        """Rows from, rows to, and where E of the chunk is kept; None if it is not."""
+        """Yield the first and last row of each chunk, and the offset of its E; None if not kept."""
         first_kept, size = self._first_kept, self._chunk_rows(num_tokens)
         for start in range(0, first_kept, size):
             yield start, min(start + size, first_kept), None
@@ -181,29 +197,29 @@ class Chunked:
             yield start, min(start + size, len(self._weight)), num_tokens * (start - first_kept)
 
     def _block(self, kept: Tensor | None, place: int | None, x: Tensor, num_columns: int) -> Tensor:
-        """Memory for E of a chunk [T, C]: where it is kept, or scratch."""
+        """Return memory for E of a chunk [T, C]: its place in `kept`, or scratch."""
         numel = x.shape[0] * num_columns
         if kept is None or place is None:
             return self._products.scratch("E", (len(x), num_columns), x.dtype, x.device)
         return kept[place : place + numel].view(-1, num_columns)
 
     def _take(self, x: Tensor, numel: int) -> Tensor:
-        """Memory to hold E in, given back by T."""
+        """Return memory for E from S to T, which T gives back."""
         for index, memory in enumerate(self._free):
             if memory.numel() == numel and memory.dtype is x.dtype:
                 return self._free.pop(index)
-        self._free.clear()  # of another size
+        self._free.clear()  # the other sizes are no longer needed
         return torch.empty(numel, dtype=x.dtype, device=x.device)
 
 
 @dataclass(frozen=True, slots=True)
 class _Logits:
     capped: Tensor  # [T, R]
-    slope: Tensor
+    slope: Tensor  # [T, R], the derivative of the softcap
 
 
 class Reference:
-    """Everything materialised, plainly: the oracle."""
+    """The oracle: plain torch operations that materialise [T, R]."""
 
     def __init__(self, weight: Tensor, grad: Tensor, softcap: float | None) -> None:
         self._weight, self._grad, self._softcap = weight, grad, softcap
@@ -213,7 +229,7 @@ class Reference:
         logits = (x @ self._weight.T).to(precise)
         held = _Logits(_cap(logits, self._softcap), _slope(logits, self._softcap))
         lowest = x.new_full((x.shape[0], 1), -torch.inf, dtype=precise)
-        maximum = torch.cat([held.capped, lowest], 1).amax(-1)  # of no rows: -inf
+        maximum = torch.cat([held.capped, lowest], 1).amax(-1)  # -inf if there are no rows
         exponential = torch.exp(held.capped - maximum[:, None])
         target_logit = x.new_zeros(x.shape[:1], dtype=precise)
         target_logit[owned.positions] = held.capped[owned.positions, owned.rows]
@@ -238,7 +254,8 @@ class Reference:
 def _lifted(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return `scale` [T] times a power of two, and the inverse of that power [].
 
-    x scale, which float16 would lose, becomes as large as the sum over its T rows may be.
+    x * scale would underflow in float16.  The power makes it as large as the sum over T rows
+    allows.
     """
     if not len(x):
         return scale, None

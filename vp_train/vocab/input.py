@@ -1,7 +1,8 @@
 """The input embedding of one shard: pass E looks tokens up, pass G adds their gradient.
 
-T tokens, H hidden, R this rank's rows.  A shard looks up only the K tokens it owns.  The root gets the rows of all shards one
-shard after the other, T together, and puts them in order; gradients go back the same way.  Communication is the executor's.
+T tokens, H hidden, R this rank's rows.  A shard looks up only the K tokens it owns.  The root
+receives the T embeddings grouped by shard and puts them in token order.  Gradients go back the same
+way.  The executor does the communication.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from vp_train.vocab.shard import Shard, require_within
 
 
 class InputLayer:
-    """Rows `shards[index]` of the embedding: `weight` [R, H] and its main gradient `grad` [R, H], accumulated in place."""
+    """Rows `shards[index]` of the embedding.
+
+    `weight` [R, H]; its main gradient `grad` [R, H] is accumulated in place.
+    """
 
     def __init__(self, weight: Tensor, grad: Tensor, shards: Sequence[Shard], index: int) -> None:
         assert weight.shape == grad.shape
@@ -25,9 +29,10 @@ class InputLayer:
         self.stops = torch.tensor([shard.stop for shard in shards])
 
     def begin(self, tokens: Tensor) -> InputStep:
-        """Begin a step over `tokens` [m, T], best on the CPU: else this waits for the device.
+        """Begin a step over `tokens` [m, T], int64.
 
-        Raises IndexError for a token that the vocabulary does not have.
+        Pass them on the CPU: on a GPU this call waits for the device.  Raises IndexError for a
+        token that is not in the vocabulary.
         """
         return InputStep(self, tokens)
 
@@ -53,24 +58,24 @@ class InputStep:
 
     @torch.no_grad()
     def e(self, microbatch: int) -> Tensor:
-        """Return the embeddings [K, H] of the tokens owned here, in their order."""
+        """Return the embeddings [K, H] of the tokens owned here, in token order."""
         return self._layer.weight[self._owned[microbatch].rows]
 
     @torch.no_grad()
     def in_order(self, microbatch: int, gathered: Tensor) -> Tensor:
-        """Return the embeddings [T, H] from those of all shards, one shard after the other."""
+        """Return the embeddings [T, H] in token order from `gathered` [T, H], grouped by shard."""
         return torch.empty_like(gathered).index_copy_(0, self._order[microbatch], gathered)
 
     @torch.no_grad()
     def by_shard(self, microbatch: int, dy: Tensor) -> Tensor:
-        """Return the gradient [T, H] of the embeddings, one shard's tokens after the other's."""
+        """Return the gradient `dy` [T, H] of the embeddings, grouped by the shard of the token."""
         return dy[self._order[microbatch]]
 
     @torch.no_grad()
     def g(self, microbatch: int, dy: Tensor) -> None:
         """Add the gradient [K, H] of the tokens owned here to their rows.
 
-        The cost is the tokens, not R.
+        The cost depends on K, not on R.
         """
         grad = self._layer.grad
         grad.index_add_(0, self._owned[microbatch].rows, dy.to(grad.dtype))

@@ -1,4 +1,4 @@
-"""What is minimised: options of the token loss, and how token losses become one number."""
+"""The training loss: options of the token loss, and the weights that sum token losses."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, slots=True)
 class LossOptions:
-    """The loss of a token with logits z over V rows, target y and lse = log sum exp z:
+    """Options of the loss of a token.
+
+    With logits z over V rows, target y and lse = log sum exp z, the loss is
 
         lse - (1 - a) z_y - (a / V) sum z + l lse^2        a = label_smoothing, l = z_loss
 
-    With `softcap` c every logit is c tanh(z / c) first.  Raises ValueError for values out of range, and for smoothing with a
-    softcap: the sum of capped logits is not a product with the sum of the rows, and would cost a pass over [T, R].
+    With `softcap` c every logit is first replaced by c tanh(z / c).
+
+    Raises ValueError for values out of range, and for label smoothing together with a softcap: the
+    sum of capped logits is not a product with the sum of the rows, so it would cost another pass
+    over [T, R].
     """
 
     label_smoothing: float = 0.0
@@ -39,17 +44,18 @@ class LossOptions:
             )
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(
-                f"a logit softcap of {self.softcap} is out of range; it must be above 0 and finite, or none"
+                f"a logit softcap of {self.softcap} is out of range; "
+                "it must be above 0 and finite, or none"
             )
         if self.softcap is not None and self.label_smoothing:
             raise ValueError(
-                f"label smoothing of {self.label_smoothing} with a logit softcap of {self.softcap} is not supported; "
-                "turn one of the two off"
+                f"label smoothing of {self.label_smoothing} with a logit softcap of "
+                f"{self.softcap} is not supported; turn one of the two off"
             )
 
     @property
     def measured(self) -> LossOptions:
-        """What evaluation measures: the same model's negative log-likelihood."""
+        """Return the options of evaluation, which measures the plain negative log-likelihood."""
         return replace(self, label_smoothing=0.0, z_loss=0.0)
 
 
@@ -61,21 +67,25 @@ def token_weights(
     over_replicas: Callable[[Tensor], Tensor] | None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return what each token's loss counts, [m, b, s] on `device`, by default that of `labels`.
+    """Return the weight of each token's loss [m, b, s], on `device` or else on that of `labels`.
 
-    The weighted sum over all replicas is the loss of the batch.  `labels` [m, b, s], with
-    IGNORE_INDEX where there is no loss; `mask` [m, b, s] scales the loss of each token.
-    `normalisation`: `token`, the mean over all tokens by their mask; `sequence`, the mean over
-    sequences of the mean of each; a sequence without a loss counts for neither.  `over_replicas`
-    sums a number, fp64 [], over the data-parallel ranks; it must not queue behind what they gather.
-    A batch without any loss has weights of 0.  With labels on the host nothing waits for the device.
+    The weighted sum of token losses over all replicas is the loss of the batch.  A batch without
+    any label has weights of 0.  With labels on the host nothing waits for the device.
+
+    labels: [m, b, s]; IGNORE_INDEX where a token has no loss.
+    mask: [m, b, s], scales the loss of each token.
+    normalisation: `token` is the mean over all tokens, weighted by the mask.  `sequence` is the
+    mean
+        over sequences of the mean over their tokens; a sequence without a loss does not count.
+    over_replicas: sums a number, fp64 [], over the data-parallel ranks.  It must not queue behind
+        the all-gather of parameters.
     """
     weights = (labels != IGNORE_INDEX).to(dtype)
     if mask is not None:
         weights = weights * mask.to(dtype)
     if normalisation == "sequence":
-        each = weights.sum(-1, keepdim=True)
-        weights = torch.where(each > 0, weights / each, 0.0)
+        per_sequence = weights.sum(-1, keepdim=True)
+        weights = torch.where(per_sequence > 0, weights / per_sequence, 0.0)
     total = weights.sum(dtype=torch.float64)
     if over_replicas is not None:
         total = over_replicas(total.cpu()).to(labels.device)

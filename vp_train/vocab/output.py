@@ -1,6 +1,7 @@
-"""The output layer of one shard: passes S and T, and what it says at each barrier.  It communicates nothing itself.
+"""The output layer of one shard: passes S and T, and its message at each barrier.
 
-T tokens, H hidden, R this rank's rows; x [T, H] is the output of the final norm, W [R, H] the rows, y [T] the targets.
+It does not communicate itself.  T tokens, H hidden, R this rank's rows; x [T, H] is the output of
+the final norm, W [R, H] the rows, y [T] the targets.
 
     S    Z = x W^T,  m' = max Z,  E = exp(Z - m'),  s' = sum E
     C1   lse = M + log sum_ranks s' exp(m' - M),  M = max_ranks m';  loss = lse - z_y
@@ -9,12 +10,15 @@ T tokens, H hidden, R this rank's rows; x [T, H] is the output of the final norm
          others (formed in T); summed in fp32, so that its error does not grow with the shards
     T    dW += E^T (v g x) - scatter(g x at the target rows)          g = dL/dloss [T]
 
-(arXiv 2411.05288, Algorithms 1 and 2, with the softmax left unnormalised: T needs no pass over [T, R] of its own.)
+(arXiv 2411.05288, Algorithms 1 and 2, with the softmax left unnormalised: T needs no pass over
+[T, R] of its own.)
 A shard without rows has m' = -inf and s' = 0, which is safe as long as some shard has rows.
 
-The options of `loss.LossOptions` add no pass over [T, R] either.  z-loss: the softmax part of both gradients is scaled by
-1 + 2 l lse.  Smoothing: z_y becomes (1 - a) z_y + (a / V) x . sum W, and W[y] likewise; its term of dW is the same for every
-row, and is added once a step, by the last T.  Softcap: E carries dz / d(x W^T), and so does the target's term.
+The options of `loss.LossOptions` add no pass over [T, R] either.
+z-loss: the softmax part of both gradients is scaled by 1 + 2 l lse.
+Smoothing: z_y becomes (1 - a) z_y + (a / V) x . sum W, and W[y] changes in the same way.  Its term
+of dW is the same for every row, so the last T of a step adds it once.
+Softcap: E and the target's term contain the factor dz / d(x W^T).
 """
 
 from __future__ import annotations
@@ -46,19 +50,22 @@ class _Microbatch:
     ignored: Tensor  # [T]
     grad_loss: Tensor  # [T]
     softmax: Softmax
-    held: object | None  # for T
-    target_scale: Tensor | float  # [T], of the terms of the targets in both gradients
-    maximum: Tensor | None = None  # over all shards, until lse is known
-    lse: Tensor | None = None
-    loss: Tensor | None = None
-    dx: Tensor | None = None  # to be sent, then the sum received
+    held: object | None  # the backend's state for T
+    target_scale: Tensor | float  # [T], factor of the target's terms in both gradients
+    maximum: Tensor | None = None  # [T], over all shards, until lse is known
+    lse: Tensor | None = None  # [T]
+    loss: Tensor | None = None  # [T]
+    dx: Tensor | None = None  # [T, H]: this shard's term, then the sum received
 
 
 class OutputLayer:
-    """Rows `shard` of `vocab_size`: `weight` [R, H] and its main gradient `grad` [R, H], accumulated in place.
+    """The rows `shard` of an output matrix of `vocab_size` rows.
 
-    `input_gradient` is the pass that forms this shard's term of dL/dx, S or T; None in evaluation.
-    The shards' terms are summed in `sum_dtype`, by default the statistics dtype.
+    weight: [R, H].
+    grad: its main gradient [R, H], accumulated in place.
+    input_gradient: the pass that forms this shard's term of dL/dx, S or T; None in evaluation.
+    backend: a name of `backends.BACKENDS`; `recompute_fraction` as in `make_backend`.
+    sum_dtype: in which the terms of the shards are summed, by default the statistics dtype.
     """
 
     def __init__(
@@ -69,9 +76,9 @@ class OutputLayer:
         vocab_size: int,
         input_gradient: Kind | None,
         backend: str,
+        *,
         options: LossOptions = _PLAIN,
         recompute_fraction: float = 1.0,
-        *,
         sum_dtype: torch.dtype | None = None,
     ) -> None:
         assert weight.shape == grad.shape
@@ -82,10 +89,10 @@ class OutputLayer:
         self.backend = make_backend(backend, self.weight, grad, options.softcap, recompute_fraction)
 
     def begin(self, targets: Tensor, weights: Tensor) -> OutputStep:
-        """Begin a step over `targets` [m, T], whose losses count `weights` [m, T] = dL/d(token loss).
+        """Begin a step over `targets` [m, T], int64, with `weights` [m, T] = dL/d(token loss).
 
-        Targets of IGNORE_INDEX have no loss.  Both are best on the CPU: else this waits for the
-        device.  Raises IndexError for a target that the vocabulary does not have.
+        Targets of IGNORE_INDEX have no loss.  Pass both on the CPU: on a GPU this call waits for
+        the device.  Raises IndexError for a target that is not in the vocabulary.
         """
         return OutputStep(self, targets, weights)
 
@@ -93,15 +100,15 @@ class OutputLayer:
 class OutputStep:
     """One step of an output layer.
 
-    Per microbatch: s, then message and absorb for each barrier of the algorithm, t at any time once
-    lse is known, and on the root input_grad once dx has arrived; finish at the end.  The gradient is
-    complete after the last t.
+    For each microbatch call `s`, then `message` and `absorb` for each barrier of the algorithm.
+    Call `t` at any time after lse is known, and on the root `input_grad` after dx has arrived.
+    Call `finish` at the end.  The gradient is complete after the last `t`.
     """
 
     @torch.no_grad()
     def __init__(self, layer: OutputLayer, targets: Tensor, weights: Tensor) -> None:
         self._layer, self._options = layer, layer.options
-        self._smoothing = layer.options.label_smoothing / layer.vocab_size  # of every other row
+        self._smoothing = layer.options.label_smoothing / layer.vocab_size  # a / V
         self._microbatches: dict[int, _Microbatch] = {}
         device, precise = layer.weight.device, statistics_dtype(layer.weight.dtype)
         ignored = targets == IGNORE_INDEX
@@ -109,14 +116,14 @@ class OutputStep:
         self._owned = layer.shard.owned(targets, device)
         self._ignored = to_device(ignored, device)
         self._grad_loss = to_device(weights.to(precise), device).masked_fill(self._ignored, 0.0)
-        self._left = len(targets)  # T to come
+        self._left = len(targets)  # number of T still to come
         if self._smoothing:
             self._row_sum = column_sums(layer.weight, precise)
             self._smoothed = torch.zeros_like(self._row_sum)  # sum over tokens of g x
 
     @torch.no_grad()
     def s(self, microbatch: int, x: Tensor, *, keep: bool = True) -> None:
-        """Pass S for x [T, H]; with `keep` false (evaluation) nothing is held for T."""
+        """Run pass S for x [T, H]; with `keep` false (evaluation) nothing is held for T."""
         owned, softcap = self._owned[microbatch], self._options.softcap
         in_s = self._layer.input_gradient is Kind.S
         softmax, held = self._layer.backend.s(x, owned, input_term=in_s, keep=keep)
@@ -144,12 +151,12 @@ class OutputStep:
 
     @torch.no_grad()
     def absorb(self, payload: Payload, microbatch: int, received: Tensor) -> None:
-        """Take what a barrier delivered: gathered [n, ...] or reduced."""
+        """Take over the result of a barrier: messages gathered [n, ...], or reduced."""
         _ABSORBERS[payload](self, self._microbatches[microbatch], received)
 
     @torch.no_grad()
     def t(self, microbatch: int) -> None:
-        """Pass T: add the gradient of this shard's rows."""
+        """Run pass T: add the gradient of this shard's rows."""
         state = self._microbatches[microbatch]
         held, x, lse = state.held, state.x, state.lse
         assert held is not None
@@ -179,7 +186,10 @@ class OutputStep:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """The loss of every token [m, T] in the statistics dtype, 0 where the target is IGNORE_INDEX; forgets the step."""
+        """Return the loss of every token [m, T] in the statistics dtype, and end the step.
+
+        It is 0 where the target is IGNORE_INDEX.
+        """
         states = [self._microbatches.pop(microbatch) for microbatch in range(len(self._owned))]
         assert not self._microbatches
         assert all(state.held is None for state in states)
@@ -187,7 +197,11 @@ class OutputStep:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes held for T by all microbatches: the backend's, x, and four values of each token, lse and what it comes from."""
+        """Return the bytes held for T by all microbatches.
+
+        These are the backend's state, x, and four values per token: maximum, total, target logit,
+        lse.
+        """
         total = 0
         for state in self._microbatches.values():
             if state.held is not None and state.x is not None:
@@ -199,26 +213,30 @@ class OutputStep:
         return total
 
     def _softmax_scale(self, lse: Tensor) -> Tensor:
-        """dloss / dlse [T]."""
+        """Return dloss / dlse [T]."""
         return 1 + 2 * self._options.z_loss * lse
 
     def _input_term(
         self, product: Tensor, state: _Microbatch, factor: Tensor, gain: Tensor | None = None
     ) -> Tensor:
-        """This shard's term of dx [T, H], of which product factor is the softmax's part; times `gain`."""
+        """Return this shard's term of dx [T, H], times `gain` [T].
+
+        product * factor is the softmax part of it.
+        """
         shared = self._smoothing * self._row_sum if self._smoothing else None
         weight, scale = self._layer.weight, state.target_scale
         term = input_term(product, factor, weight, state.owned, scale, shared=shared, gain=gain)
         return term.to(self._layer.sum_dtype)
 
-    # What the algorithms say and hear.  A message may be reduced in place, so none aliases state that is used later.
+    # The messages of the algorithms, and what becomes of their results.  A message may be reduced
+    # in place, so it must not alias state that is used later.
 
     def _statistics(self, state: _Microbatch) -> Tensor:
-        """[3, T]: maximum, total, target logit."""
+        """Return maximum, total and target logit [3, T]."""
         return torch.stack([state.softmax.maximum, state.softmax.total, state.softmax.target_logit])
 
     def _absorb_statistics(self, state: _Microbatch, gathered: Tensor) -> None:
-        """gathered [n, 3, T], combined in rank order, so that all ranks get the same bits."""
+        """Combine `gathered` [n, 3, T] in rank order, so that all ranks get the same bits."""
         maxima, totals, logits = gathered.unbind(1)
         state.maximum = maxima.amax(0)
         total = (totals * torch.exp(maxima - state.maximum)).sum(0)
@@ -238,7 +256,7 @@ class OutputStep:
         state.maximum = received
 
     def _sums(self, state: _Microbatch) -> Tensor:
-        """[2, T]: total relative to the maximum of all shards, target logit."""
+        """Return total, relative to the maximum of all shards, and target logit [2, T]."""
         scale = torch.exp(state.softmax.maximum - _known(state.maximum))
         return torch.stack([state.softmax.total * scale, state.softmax.target_logit])
 
@@ -247,7 +265,7 @@ class OutputStep:
 
     def _input_term_of_s(self, state: _Microbatch) -> Tensor:
         product = lend(_known(state.softmax.input_term))
-        state.softmax = replace(state.softmax, input_term=None)  # [T, H], not kept until the end
+        state.softmax = replace(state.softmax, input_term=None)  # free [T, H] early
         lse = _known(state.lse)
         factor = torch.exp(state.softmax.maximum - lse) * self._softmax_scale(lse)
         return self._input_term(product, state, factor)
@@ -263,12 +281,12 @@ class OutputStep:
 
 
 def _known(value: Tensor | None) -> Tensor:
-    """What an earlier barrier or pass has set."""
+    """Return `value`, which an earlier barrier or pass must have set."""
     assert value is not None
     return value
 
 
-# What is said and heard of each payload, whatever the algorithm.
+# How each payload is formed and taken over; an algorithm only chooses payloads.
 _MESSAGES: Mapping[Payload, Callable[[OutputStep, _Microbatch], Tensor]] = {
     Payload.STATISTICS: OutputStep._statistics,
     Payload.MAXIMUM: OutputStep._maximum,

@@ -1,4 +1,4 @@
-"""Matrix products of chunks of the vocabulary, each in the way that is fastest where it runs, into memory used again."""
+"""Matrix products of chunks of the vocabulary, as fast as each device allows, in reused memory."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ from vp_train.tensors.precision import (
     statistics_dtype,
 )
 
-_BLOCK_BYTES = 3 << 20  # of a transposed product
-_GAP = 32  # values between its rows: a power of two from one to the next would meet in the same lines of the cache
+_BLOCK_BYTES = 3 << 20  # size of a block of a transposed product
+# Values between the rows of such a block.  With a stride that is a power of two, the rows would
+# compete for the same cache lines.
+_GAP = 32
 
 
 class Products:
-    """The products of one layer.  What one returns is valid until the next call with the same name."""
+    """The products of one layer.
+
+    Results lie in scratch memory and are valid until the next use of scratch of the same name.
+    """
 
     def __init__(self) -> None:
         self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def logits(self, x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
-        """x rows^T [T, C], in the statistics dtype on CUDA; it may be `out` [T, C] of the dtype of x."""
+        """Return x rows^T [T, C], in the statistics dtype on CUDA, else in the dtype of x.
+
+        The result may be `out` [T, C], which has the dtype of x.
+        """
         if x.is_cuda and x.dtype is not statistics_dtype(x.dtype):
             return torch.mm(
                 x,
@@ -37,7 +45,7 @@ class Products:
         )
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b, in the statistics dtype on CUDA."""
+        """Return a @ b, in the statistics dtype on CUDA, else in the dtype of a."""
         shape = (len(a), b.shape[1])
         if a.is_cuda and a.dtype is not statistics_dtype(a.dtype):
             return torch.mm(
@@ -49,7 +57,10 @@ class Products:
         return torch.mm(a, b, out=self.scratch("product", shape, a.dtype, a.device))
 
     def sum_with(self, before: Tensor | None, a: Tensor, b: Tensor, keep: Tensor) -> Tensor:
-        """before keep + a @ b [N, H] in the statistics dtype, for `keep` [N], in the memory of `before` [N, H]; None: 0."""
+        """Return before * keep + a @ b [N, H] in the statistics dtype, for `keep` [N].
+
+        It overwrites `before` [N, H]; None stands for 0.
+        """
         if before is not None:
             self.add_matmul(before, a, b, keep)
             return before
@@ -66,9 +77,9 @@ class Products:
         keep: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> None:
-        """accumulator [N, H] = accumulator keep + a @ b scale in place, `keep` [N] and `scale` [].
+        """Set accumulator [N, H] = accumulator * keep + a @ b * scale, with `keep` [N], `scale` [].
 
-        On CUDA the product is never rounded.  A `scale` is only for a and b in low precision.
+        On CUDA the product is never rounded.  Pass `scale` only for a and b in low precision.
         """
         if accumulator.dtype is not a.dtype and not a.is_cuda:
             factor = None if scale is None else scale.expand(len(a))
@@ -86,11 +97,11 @@ class Products:
     def add_transposed_matmul(
         self, accumulator: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None
     ) -> None:
-        """accumulator [C, H] += a^T @ b scale in place, for a [T, C], b [T, H] and `scale` [].
+        """Add a^T @ b * scale to accumulator [C, H], for a [T, C], b [T, H] and `scale` [].
 
-        A `scale` is only for b in low precision.  In low precision on a CPU it is (b^T a)^T, block
-        by block: a product that transposes its larger operand takes half as long again, which costs
-        more than the sum of a transposed block.
+        Pass `scale` only for b in low precision.  In low precision on a CPU this computes (b^T a)^T
+        block by block: a product that transposes its larger operand takes 1.5 times as long, which
+        costs more than adding a transposed block.
         """
         rest = 0
         if a.device.type == "cpu" and accumulator.dtype is not a.dtype and has_compiler():
@@ -107,7 +118,7 @@ class Products:
     def scratch(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """Memory of some content."""
+        """Return uninitialised memory of `shape`, which calls of the same name and dtype share."""
         numel = 1
         for size in shape:
             numel *= size

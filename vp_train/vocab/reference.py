@@ -1,4 +1,4 @@
-"""The truth: an unsharded output layer by autograd of torch's own cross entropy."""
+"""The reference of all tests: an unsharded output layer by autograd of torch's cross entropy."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _PLAIN = LossOptions()
 def cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, grad_loss: Tensor, options: LossOptions = _PLAIN
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Token losses [T], dL/dx [T, H] and dL/dweight [V, H] for x [T, H], weight [V, H], targets [T] (-100: no loss).
+    """Return the token losses [T], dL/dx [T, H] and dL/dweight [V, H].
 
-    `grad_loss` [T] is dL/d(token loss).
+    x: [T, H].  weight: [V, H].  targets: [T], int64, IGNORE_INDEX where there is no loss.
+    grad_loss: dL/d(token loss) [T].
     """
     with torch.enable_grad():
         x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()

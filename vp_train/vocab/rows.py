@@ -1,8 +1,8 @@
-"""The work between matrix products, row by row: softmax statistics, exponentials, terms of targets.
+"""The row-wise work between matrix products: softmax statistics, exponentials, terms of targets.
 
-On CUDA Triton kernels where Triton is installed; on a CPU in low precision the exponentials are fused
-by torch.compile where there is a C++ compiler; otherwise torch operations, which make several passes.
-All take the same arguments.
+There are three implementations with the same arguments.  On CUDA these are Triton kernels, if
+Triton is installed.  On a CPU in low precision torch.compile fuses the exponentials, if there is a
+C++ compiler.  Otherwise they are torch operations, which make several passes over the logits.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from vp_train.vocab.shard import Owned
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What is known of the logits seen so far, of each of T rows; all [T], in the statistics dtype.
+    """Running statistics of the logits of T tokens; all [T], in the statistics dtype.
 
-    `maximum`; `total` = sum exp(z - maximum); `target`: x W^T at the row's target if that has been
-    seen, else 0, before a softcap.
+    maximum: the largest logit seen so far.
+    total: sum exp(z - maximum).
+    target: x W^T at the token's target, before a softcap; 0 if it has not been seen.
     """
 
     maximum: Tensor
@@ -32,7 +33,7 @@ class Statistics:
 
     @classmethod
     def none(cls, like: Tensor, dtype: torch.dtype) -> Statistics:
-        """Return the statistics of no logits, for the rows of `like` [T, ...]."""
+        """Return the statistics of no logits, for T tokens on the device of `like` [T, ...]."""
         return cls(
             like.new_full((len(like),), -torch.inf, dtype=dtype),
             like.new_zeros(len(like), dtype=dtype),
@@ -49,16 +50,19 @@ def fold(
     *,
     usual: bool = False,
 ) -> tuple[Statistics, Tensor]:
-    """Write E = exp(z - maximum) of a chunk of logits into `out`, and take the chunk into the statistics.
+    """Write E = exp(z - maximum) of a chunk of logits into `out`, and update the statistics.
 
-    Returns the statistics with the chunk, whose `maximum` is that of E, and exp(before.maximum - maximum)
-    [T], by which sums so far are to be multiplied.  `logits` [T, C] are spoilt; `out` [T, C] may be the
-    same memory.  `target_column` [T], int64, may lie outside the chunk.  With `softcap` c,
-    z = c tanh(logits / c), and E is written multiplied by dz / dlogits = 1 - (z / c)^2, which the total
-    leaves out.  `usual`: of a size that comes again and again, for which code may be compiled.
+    Returns the new statistics, to whose `maximum` E is relative, and the factor
+    exp(before.maximum - maximum) [T] for all sums so far.  With `softcap` c, z = c tanh(logits /
+    c).  E is then multiplied by dz / dlogits = 1 - (z / c)^2, and the total is not.
+
+    logits: [T, C]; overwritten.
+    target_column: [T], int64; may lie outside the chunk.
+    out: [T, C]; may be the memory of `logits`.
+    usual: whether the shape occurs often, so that compiling code for it pays.
     """
     if logits.is_cuda and logits.dtype is torch.float32 and has_triton():
-        from vp_train.vocab import triton_rows  # Triton needs a GPU to be of use
+        from vp_train.vocab import triton_rows  # imported only where there is a GPU
 
         return triton_rows.fold(logits, before, target_column, out, softcap)
     target = _picked(before.target, logits, target_column)
@@ -70,9 +74,9 @@ def fold(
 def exponentiate(
     logits: Tensor, least: Tensor, out: Tensor, softcap: float | None, *, usual: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Write E as `fold` does, and return (maximum, sum of E before the slope of a softcap), both [T].
+    """Write E as `fold` does; return the maximum [T] and the sum of E [T], without softcap's slope.
 
-    The maximum is at least `least` [T], in whose dtype everything is computed.
+    The maximum is at least `least` [T].  Everything is computed in the dtype of `least`.
     """
     if (
         logits.device.type == "cpu"
@@ -88,7 +92,7 @@ def exponentiate(
 def unfused(
     logits: Tensor, least: Tensor, out: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """`exponentiate` in torch operations."""
+    """Do what `exponentiate` does with torch operations."""
     z = logits.to(least.dtype)  # may be `logits` itself
     slope = None
     if softcap is not None:
@@ -108,7 +112,10 @@ def unfused(
 def _functional(
     logits: Tensor, least: Tensor, out: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """`unfused` without an intermediate written in place: what the compiler makes two loops over a row in cache of."""
+    """Do what `unfused` does without in-place writes.
+
+    torch.compile turns it into two loops over a row, which stays in cache.
+    """
     z = logits.to(least.dtype)
     maximum, ratio = z.amax(-1), None
     if softcap is not None:
@@ -125,7 +132,10 @@ def _functional(
 
 
 def _picked(target: Tensor, logits: Tensor, column: Tensor) -> Tensor:
-    """Return `target` [T] with the logits [T, C] of those in `column` [T], without asking the device which these are."""
+    """Return `target` [T], replaced by logits[t, column[t]] where `column` [T] is in the chunk.
+
+    It never waits for the device.
+    """
     num_columns = logits.shape[1]
     found = logits.gather(1, column.clamp(0, num_columns - 1)[:, None])[:, 0].to(target.dtype)
     return torch.where((column >= 0) & (column < num_columns), found, target)
@@ -141,11 +151,12 @@ def input_term(
     shared: Tensor | None = None,
     gain: Tensor | None = None,
 ) -> Tensor:
-    """Return (product factor - target_scale W[target] - shared) gain, [T, H], in the memory of `product` [T, H].
+    """Return (product * factor - target_scale * W[target] - shared) * gain [T, H], in `product`.
 
-    `factor`, `target_scale` and `gain` [T] are of the tokens, `shared` [H] is subtracted from all of
-    them; None: nothing, and 1.  W[target] is the row of `weight` [R, H] that is the token's target,
-    0 where this shard does not own it.  Everything but `weight` is in the statistics dtype.
+    W[target] is the row of `weight` [R, H] of the token's target, 0 where this shard does not own
+    it.  `factor`, `target_scale` and `gain` are [T], `shared` [H].  Without `shared` nothing is
+    subtracted; without `gain` the factor is 1.  Everything except `weight` is in the statistics
+    dtype.
     """
     if product.is_cuda and product.dtype is torch.float32 and has_triton():
         from vp_train.vocab import triton_rows
@@ -166,7 +177,10 @@ def input_term(
 
 
 def scale(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """Write x factor [T, H] into `out`, whatever its dtype, and return it; `factor` [T] in the statistics dtype."""
+    """Write x * factor [T, H] into `out` of any dtype, and return it.
+
+    `factor` [T] is in the statistics dtype.
+    """
     if x.is_cuda and factor.dtype is torch.float32 and has_triton():
         from vp_train.vocab import triton_rows
 
@@ -175,10 +189,10 @@ def scale(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
 
 
 def subtract_targets(grad: Tensor, x: Tensor, owned: Owned, factor: Tensor) -> None:
-    """grad [R, H] -= factor x at the row of each token's target, for the tokens of x [T, H] owned here.
+    """Subtract factor * x of each token owned here from its target's row of `grad` [R, H].
 
-    `factor` [T] in the dtype of `grad`.  On CUDA the order of sums varies, unless torch is told to be
-    deterministic.
+    `x` is [T, H], `factor` [T] in the dtype of `grad`.  On CUDA the order of sums varies, unless
+    `torch.use_deterministic_algorithms` is set.
     """
     if (
         grad.is_cuda

@@ -1,4 +1,4 @@
-"""Which vocabulary rows a rank owns.  There is no padding: a shard's rows are exactly its valid rows, and may be none."""
+"""Which vocabulary rows a rank owns.  There is no padding, and a shard may have no rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """The ids of one microbatch that fall into a shard: `positions` [K] among its T tokens, and local `rows` [K], int64.
+    """The K of the T ids of one microbatch that fall into a shard; all int64.
 
-    `row_of_token` [T], int64: the same rows by token, -1 for a token whose id falls into another shard.
+    positions: where they are among the T tokens [K].
+    rows: their rows within the shard [K].
+    row_of_token: the same rows by token [T], -1 for an id of another shard.
     """
 
     positions: Tensor
@@ -36,7 +38,7 @@ class Shard:
         return self.stop - self.start
 
     def split(self, num_parts: int) -> tuple[Shard, ...]:
-        """Consecutive parts, as equal as `split_rows` makes them."""
+        """Return consecutive parts of the sizes that `split_rows` gives."""
         return tuple(
             Shard(self.start + part.start, self.start + part.stop)
             for part in split_rows(self.num_rows, num_parts)
@@ -47,7 +49,7 @@ class Shard:
 
         Waits for nothing where `ids` are on the CPU.
         """
-        from vp_train.tensors.streams import to_device  # torch, without which plans are made
+        from vp_train.tensors.streams import to_device  # imports torch, which planning must not
 
         inside = (ids >= self.start) & (ids < self.stop)
         counts = inside.sum(1).tolist()
@@ -64,28 +66,31 @@ class Shard:
 
 
 def require_within(ids: Tensor, vocab_size: int, what: str) -> None:
-    """Raises IndexError if one of `ids` lies outside [0, vocab_size); waits for the device."""
+    """Raise IndexError if one of `ids` lies outside [0, vocab_size); this waits for the device."""
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside):
         raise IndexError(
-            f"{what} {int(outside[0])} is not in the vocabulary, whose ids are 0 to {vocab_size - 1}"
+            f"{what} {int(outside[0])} is not in the vocabulary, "
+            f"whose ids are 0 to {vocab_size - 1}"
         )
 
 
 def split_rows(
     vocab_size: int, num_shards: int, sizes: Sequence[int] | None = None
 ) -> tuple[Shard, ...]:
-    """Consecutive shards of the given sizes, or of ceil(V / n) rows each until they run out, as torch.chunk does.
+    """Return `num_shards` consecutive shards of the given `sizes`.
 
-    Raises ValueError unless `sizes` are `num_shards` counts of at least 0 that add up to `vocab_size`.
+    Without `sizes` a shard has ceil(V / n) rows until they run out, as with torch.chunk.  Raises
+    ValueError unless `sizes` are `num_shards` counts of at least 0 that add up to `vocab_size`.
     """
     if sizes is None:
-        each = -(-vocab_size // num_shards)
-        bounds = [min(vocab_size, each * i) for i in range(num_shards + 1)]
+        rows = -(-vocab_size // num_shards)
+        bounds = [min(vocab_size, rows * i) for i in range(num_shards + 1)]
     else:
         if len(sizes) != num_shards or min(sizes) < 0 or sum(sizes) != vocab_size:
             raise ValueError(
-                f"{len(sizes)} shards with {sum(sizes)} rows; give {num_shards} sizes of at least 0 that add up to {vocab_size}"
+                f"{len(sizes)} shards with {sum(sizes)} rows; "
+                f"give {num_shards} sizes of at least 0 that add up to {vocab_size}"
             )
         bounds = [sum(sizes[:i]) for i in range(num_shards + 1)]
     return tuple(Shard(start, stop) for start, stop in pairwise(bounds))

@@ -1,4 +1,4 @@
-"""The operations of `rows` for CUDA, one kernel each.  The only importer of triton."""
+"""The operations of `rows` as Triton kernels for CUDA.  The only importer of triton."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from vp_train.vocab.rows import Statistics
 
-_WHOLE = 32_768  # a row of so many columns fits into the registers of one program
-_BLOCK = 4_096  # else so many at a time
-_PER_THREAD = 32  # columns
-_HIDDEN_BLOCK = 1_024  # of a row of hidden values
+_WHOLE = 32_768  # a row of this many columns fits into the registers of one program
+_BLOCK = 4_096  # columns at a time of a longer row
+_PER_THREAD = 32  # columns per thread
+_HIDDEN_BLOCK = 1_024  # hidden values of a row per program
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -33,9 +33,10 @@ def _fold(  # type: ignore[no-untyped-def]
     whole: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One program per row.  `whole`: the row is one block, which stays in registers.
+    """Run `rows.fold` with one program per row.
 
-    Otherwise a loop for the maximum, and one for the rest, which finds the row in the cache.
+    With `whole` the row is one block, which stays in registers.  Otherwise one loop finds the
+    maximum and a second one does the rest, with the row in the cache.
     """
     row = tl.program_id(0)
     start = row.to(tl.int64) * num_columns
@@ -56,9 +57,8 @@ def _fold(  # type: ignore[no-untyped-def]
     else:
         running = tl.full([block], float("-inf"), tl.float32)
         first = 0
-        while (
-            first < num_columns
-        ):  # Triton 3.6's interpreter takes no range that ends at an argument
+        # Not `range`: Triton 3.6's interpreter does not accept one that ends at an argument.
+        while first < num_columns:
             inside = first + columns < num_columns
             z = tl.load(logits + start + first + columns, mask=inside, other=float("-inf"))
             running = tl.maximum(running, z)
@@ -89,7 +89,7 @@ def _maximum(largest, before, softcap, capped: tl.constexpr):  # type: ignore[no
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _exponentials(z, maximum, softcap, inside, capped: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What the total sums, and what is written."""
+    """Return the exponentials that the total sums, and those that are written."""
     if capped:
         ratio = _tanh(z / softcap)
         exponential = tl.where(inside, tl.exp(softcap * ratio - maximum), 0.0)
@@ -108,7 +108,7 @@ def _tanh(value):  # type: ignore[no-untyped-def]
 def fold(
     logits: Tensor, before: Statistics, target_column: Tensor, out: Tensor, softcap: float | None
 ) -> tuple[Statistics, Tensor]:
-    """`rows.fold` for fp32 logits and statistics, contiguous rows."""
+    """Do what `rows.fold` does for fp32 logits and statistics with contiguous rows."""
     assert logits.dtype is torch.float32
     assert logits.is_contiguous()
     assert out.is_contiguous()
@@ -156,7 +156,7 @@ def _input_term(  # type: ignore[no-untyped-def]
     has_gain: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One program per token and block of hidden values."""
+    """Run `rows.input_term` with one program per token and block of hidden values."""
     token = tl.program_id(0)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < hidden
@@ -182,7 +182,7 @@ def input_term(
     shared: Tensor | None,
     gain: Tensor | None,
 ) -> Tensor:
-    """`rows.input_term` in fp32, contiguous."""
+    """Do what `rows.input_term` does for a contiguous fp32 product."""
     assert product.dtype is torch.float32
     assert product.is_contiguous()
     assert weight.is_contiguous()
@@ -210,7 +210,7 @@ def input_term(
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _scale(x, factors, out, hidden, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One program per token and block of hidden values."""
+    """Run `rows.scale` with one program per token and block of hidden values."""
     token = tl.program_id(0)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < hidden
@@ -220,7 +220,7 @@ def _scale(x, factors, out, hidden, block: tl.constexpr):  # type: ignore[no-unt
 
 
 def scale(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """`rows.scale` for an fp32 factor, contiguous."""
+    """Do what `rows.scale` does for an fp32 factor and contiguous tensors."""
     assert factor.dtype is torch.float32
     assert x.is_contiguous()
     assert out.is_contiguous()
@@ -232,7 +232,7 @@ def scale(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _subtract_targets(grad, x, positions, rows, factors, hidden, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One program per token that is owned and block of hidden values."""
+    """Run `rows.subtract_targets` with one program per owned token and block of hidden values."""
     index = tl.program_id(0)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < hidden
@@ -248,7 +248,7 @@ def _subtract_targets(grad, x, positions, rows, factors, hidden, block: tl.const
 def subtract_targets(
     grad: Tensor, x: Tensor, positions: Tensor, rows: Tensor, factor: Tensor
 ) -> None:
-    """`rows.subtract_targets` for an fp32 gradient, contiguous."""
+    """Do what `rows.subtract_targets` does for a contiguous fp32 gradient."""
     assert grad.dtype is torch.float32
     assert grad.is_contiguous()
     assert x.is_contiguous()
@@ -258,6 +258,6 @@ def subtract_targets(
 
 
 def _grid(num_rows: int, hidden: int) -> tuple[tuple[int, int], int]:
-    """Return a program per row and block of its hidden values, and the size of a block."""
+    """Return the grid, a program per row and block of hidden values, and the size of a block."""
     block = min(_HIDDEN_BLOCK, triton.next_power_of_2(hidden))
     return (num_rows, triton.cdiv(hidden, block)), block
