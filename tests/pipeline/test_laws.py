@@ -63,7 +63,7 @@ def drain_without_a_waiter(rank, world_size, what):
 def test_a_message_without_a_waiter_lives_until_drain_has_waited_for_it(ranks, what):
     first, second = ranks(2).run(drain_without_a_waiter, what)
     seconds, alive = first
-    assert seconds >= LATE_SECONDS
+    assert seconds >= 0.9 * LATE_SECONDS  # the barrier lets ranks go at slightly different times
     assert alive
     if what != "collective":
         assert second == [1.0] * 4
