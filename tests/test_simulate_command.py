@@ -201,7 +201,7 @@ def test_a_model_may_be_chosen_after_all():
         ),
         (
             ["schedule.file=a.txt", "--compare", "1f1b"],
-            "--compare simulates named schedules, schedule.file=a.txt only itself",
+            "--compare simulates schedules by name, but schedule.file=a.txt is set",
         ),
         (
             ["cost=a100_4b", "model=small"],

@@ -1,4 +1,4 @@
-"""The directory of one run: runs/<name>/, locked while it is in use, never overwritten."""
+"""The directory of one run, runs/<name>/: locked while it is in use, never overwritten."""
 
 from __future__ import annotations
 
@@ -17,36 +17,43 @@ from vp_train.durable import naming
 
 
 def run_path(settings: RunSettings) -> Path:
-    """Where the files of a run go."""
+    """Return the directory of a run."""
     return Path(settings.root).expanduser() / settings.name
 
 
 def refuse_used(settings: RunSettings) -> None:
-    """Raises ConfigError if the directory holds a run that is not to be resumed: nothing is overwritten."""
+    """Raise ConfigError if the directory holds a run that is not to be resumed."""
     path = run_path(settings)
-    metrics = (
-        path / "metrics.jsonl"
-    )  # empty when a run ended before its first step: nothing to lose
+    # The file is empty if a run ended before its first step.  Then there is nothing to lose.
+    metrics = path / "metrics.jsonl"
     used = (metrics.exists() and metrics.stat().st_size > 0) or any(
         (path / "checkpoints").glob("step-*")
     )
     if used and not settings.resume:
         raise ConfigError(
-            f"{path} already holds a run; continue it with run.resume=true, or choose another run.name"
+            f"{path} already holds a run; "
+            "continue it with run.resume=true, or choose another run.name"
         )
 
 
 def refuse_running(settings: RunSettings) -> None:
-    """Raises ConfigError if another process uses the directory now."""
+    """Raise ConfigError if another process uses the directory now."""
     if run_path(settings).exists():
         _acquire(run_path(settings)).close()
 
 
 class RunDirectory:
-    """Opens `root/name` and holds its lock as long as the process lives; only rank 0 has one."""
+    """The directory `root/name`, whose lock is held as long as the process lives.
+
+    Only rank 0 has one.
+    """
 
     def __init__(self, settings: RunSettings) -> None:
-        """Raises ConfigError if another process uses the directory, or if it holds a run that is not to be resumed."""
+        """Create the directory if needed, and lock it.
+
+        Raises ConfigError if another process uses it, or if it holds a run that is not to be
+        resumed.
+        """
         self.path = run_path(settings)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _acquire(self.path)
@@ -80,7 +87,7 @@ class RunDirectory:
             path.write_text(text)
 
     def write_environment(self) -> None:
-        """env.json: versions, machine, commit and command line."""
+        """Write env.json: versions, machine, commit and command line."""
         packages = ("vp_train", "torch", "megatron-core", "hydra-core", "tokenizers", "numpy")
         environment = {
             "command": sys.argv,
@@ -94,14 +101,18 @@ class RunDirectory:
 
 
 def _acquire(path: Path) -> IO[str]:
-    """The lock of the directory, held while the file is open."""
+    """Return the lock file of the directory; the lock is held while the file is open.
+
+    Raises ConfigError if another process holds it.
+    """
     file = (path / "LOCK").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         raise ConfigError(
-            f"{path} is in use by process {file.read().strip()}; wait for it or choose another run.name"
+            f"{path} is in use by process {file.read().strip()}; "
+            "wait for it or choose another run.name"
         ) from None
     return file
 
@@ -114,7 +125,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit this code runs from, marked with + if files differ from it."""
+    """Return the commit of this code, with a + if files differ from it; None if not known."""
     source = Path(__file__).parent
     command = ["git", "-C", str(source), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:

@@ -99,9 +99,9 @@ def rank_state(
     parts = step.degrees.dp if config.optim.name == "zero1" else 1
     return RankMemory(
         parameters,
-        parameters * per_parameter.weights,
-        parameters * per_parameter.gradients,
-        parameters * per_parameter.optimizer / parts,
+        weights=parameters * per_parameter.weights,
+        gradients=parameters * per_parameter.gradients,
+        optimizer=parameters * per_parameter.optimizer / parts,
         activations=0.0,
         vocabulary=0.0,
         working=0.0,

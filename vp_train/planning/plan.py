@@ -94,17 +94,17 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
     evaluation_program = lower(generate("gpipe", evaluated, cost), evaluated, cost)
     check_program(evaluation_program, evaluated)
     return RunPlan(
-        step.degrees,
-        step.layers,
-        step.shards,
-        problem,
-        cost,
-        step.schedule,
-        step.timeline,
-        step.caps,
-        program,
-        evaluated,
-        evaluation_program,
+        degrees=step.degrees,
+        layers=step.layers,
+        shards=step.shards,
+        problem=problem,
+        cost=cost,
+        schedule=step.schedule,
+        timeline=step.timeline,
+        caps=step.caps,
+        program=program,
+        evaluation_problem=evaluated,
+        evaluation_program=evaluation_program,
     )
 
 
@@ -192,14 +192,14 @@ class Draft:
         check_schedule(schedule, self.problem)
         timeline = simulate(schedule, self.problem, self.cost, caps)
         return StepPlan(
-            self.degrees,
-            self.layers,
-            self.shards,
-            self.problem,
-            self.cost,
-            schedule,
-            timeline,
-            caps,
+            degrees=self.degrees,
+            layers=self.layers,
+            shards=self.shards,
+            problem=self.problem,
+            cost=self.cost,
+            schedule=schedule,
+            timeline=timeline,
+            caps=caps,
         )
 
 

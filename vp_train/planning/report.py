@@ -229,20 +229,21 @@ def report_of(config: RunConfig, step: StepPlan, state: StateBytes | None = None
     degrees, timeline = step.degrees, step.timeline
     ranks = tuple(_rank_report(config, step, rank, state) for rank in range(step.num_ranks))
     bound = step_bound(step.problem, step.cost, step.caps)
+    parameters = max(rank.memory.parameters for rank in ranks)
+    gradients = gradient_seconds(config, degrees, parameters)
     return PlanReport(
-        config,
-        degrees,
-        step.schedule.name,
-        step.problem.algorithm.name,
-        ranks,
-        model_flops(config) * degrees.dp,
-        timeline.makespan,
-        gradient_seconds(config, degrees, max(rank.memory.parameters for rank in ranks))
-        + tied_seconds(config, degrees, step.problem),
-        max(optimizer_seconds(config, degrees, rank.memory) for rank in ranks),
-        timeline.mean_bubble,
-        bound.seconds,
-        bound.reason,
+        config=config,
+        degrees=degrees,
+        schedule=step.schedule.name,
+        vocab=step.problem.algorithm.name,
+        ranks=ranks,
+        flops=model_flops(config) * degrees.dp,
+        passes=timeline.makespan,
+        gradients=gradients + tied_seconds(config, degrees, step.problem),
+        optimizer=max(optimizer_seconds(config, degrees, rank.memory) for rank in ranks),
+        bubble=timeline.mean_bubble,
+        bound=bound.seconds,
+        bound_reason=bound.reason,
     )
 
 
@@ -267,12 +268,12 @@ def _rank_report(
             * len(layers)
         )
     return RankReport(
-        num_layers,
-        step.shards[End.OUTPUT][rank].num_rows,
-        rank_memory(config, step, rank, state),
-        step.timeline.busy(rank) - vocabulary,
-        sums * config.num_microbatches * one_sum,
-        vocabulary,
+        num_layers=num_layers,
+        num_rows=step.shards[End.OUTPUT][rank].num_rows,
+        memory=rank_memory(config, step, rank, state),
+        layers=step.timeline.busy(rank) - vocabulary,
+        tensor=sums * config.num_microbatches * one_sum,
+        vocabulary=vocabulary,
     )
 
 

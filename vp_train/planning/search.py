@@ -328,14 +328,14 @@ def minimum_step(schedule: str, draft: Draft) -> StepPlan:
 def _unordered(draft: Draft, schedule: Schedule, cost: CostModel) -> StepPlan:
     """Return a step that was not simulated: its timeline is empty."""
     return StepPlan(
-        draft.degrees,
-        draft.layers,
-        draft.shards,
-        draft.problem,
-        cost,
-        schedule,
-        Timeline((), (), (), ()),
-        (),
+        degrees=draft.degrees,
+        layers=draft.layers,
+        shards=draft.shards,
+        problem=draft.problem,
+        cost=cost,
+        schedule=schedule,
+        timeline=Timeline((), (), (), ()),
+        caps=(),
     )
 
 
