@@ -1,4 +1,4 @@
-"""A setting declares its default, bounds and meaning once; checks, help and documentation follow."""
+"""A setting declares its default, bounds and meaning once; checks, help and docs follow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run writes: a directory nobody else can disturb, one record per step, lines that fit a log file."""
+"""The files of a run: its locked directory, one record per step, and lines for a log file."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def _export(arguments: Sequence[str]) -> int:
     if exported.reach_from is None:
         print(
             f"max_position_embeddings={exported.reach} is model.seq_length; "
-            "if the model handles longer sequences, change config.json"
+            "where it reaches further, change config.json"
         )
     if "tokenizer.json" not in exported.files and "tokenizer.model" not in exported.files:
         print("without a tokenizer; --tokenizer DIR copies one")
