@@ -38,14 +38,14 @@ def _import(arguments: Sequence[str]) -> int:
         help="directory with config.json and safetensors files",
     )
     parser.add_argument("target", metavar="DST", type=path_of, help="directory to make")
-    told = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     from vp_train.hf.convert import import_checkpoint
 
-    imported = import_checkpoint(told.source, told.target, progress=_NowAndThen())
+    imported = import_checkpoint(options.source, options.target, progress=_NowAndThen())
     tokenizer = "" if imported.tokenizer is None else f" data.tokenizer={imported.tokenizer}"
     print(
         f"{imported.num_parameters:,} parameters in {imported.checkpoint}\n"
-        f"vp-train model={imported.model_file} run.init_from={told.target}{tokenizer} ..."
+        f"vp-train model={imported.model_file} run.init_from={options.target}{tokenizer} ..."
     )
     return EXIT_OK
 
@@ -79,24 +79,24 @@ def _export(arguments: Sequence[str]) -> int:
         metavar="DIR",
         help="directory of the tokenizer's files; default: found with the data of the run",
     )
-    told = parser.parse_args(arguments)
-    shard_bytes = told.max_shard_gb * 1e9
+    options = parser.parse_args(arguments)
+    shard_bytes = options.max_shard_gb * 1e9
     if not 1 <= shard_bytes < math.inf:
         raise ConfigError(
-            f"--max-shard-gb={told.max_shard_gb} must be above 0 and finite, for example 5"
+            f"--max-shard-gb={options.max_shard_gb} must be above 0 and finite, for example 5"
         )
     from vp_train.hf.convert import export_checkpoint
 
     exported = export_checkpoint(
-        told.source,
-        told.target,
-        dtype=told.dtype,
+        options.source,
+        options.target,
+        dtype=options.dtype,
         shard_bytes=int(shard_bytes),
-        tokenizer=told.tokenizer,
-        origins=_origins(told.source),
+        tokenizer=options.tokenizer,
+        origins=_origins(options.source),
         progress=_NowAndThen(),
     )
-    print(f"{told.target}: {', '.join(exported.files)}")
+    print(f"{options.target}: {', '.join(exported.files)}")
     if exported.reach_from is None:
         print(
             f"max_position_embeddings={exported.reach} is model.seq_length; "

@@ -41,7 +41,7 @@ def measured_cost(
 
     They are the seconds of a layer, of the output layer by rows, and of lookups.  Recomputation is
     subtracted from the backward of a stage.  Without a split backward, I and W count as halves of
-    B.  If all shards have equally many rows, the fixed part of the output layer cannot be told from
+    B.  If all shards have equally many rows, the fixed part of the output layer cannot be separated from
     the part per row, and counts as 0.
     """
     tp = step.degrees.tp
