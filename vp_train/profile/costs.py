@@ -41,8 +41,8 @@ def measured_cost(
 
     They are the seconds of a layer, of the output layer by rows, and of lookups.  Recomputation is
     subtracted from the backward of a stage.  Without a split backward, I and W count as halves of
-    B.  If all shards have equally many rows, the fixed part of the output layer cannot be separated from
-    the part per row, and counts as 0.
+    B.  If all shards have equally many rows, the fixed part of the output layer is unknown and
+    counts as 0.
     """
     tp = step.degrees.tp
     model, size = config.model, config.micro_batch_size
