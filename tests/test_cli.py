@@ -1,4 +1,4 @@
-"""The command line: every bad value is one short message that names it and the way out, exit code 78."""
+"""A bad value on the command line is one short message with the way out, and exit code 78."""
 
 from __future__ import annotations
 
@@ -160,8 +160,9 @@ def test_help_of_a_group_says_what_its_settings_mean_and_take():
     done, _ = command("--help", "optim", "optim.lr=1e-4")
     assert done.returncode == 0
     assert (
-        "optim.lr=0.0001\n    Learning rate after the warm-up.\n    (float; at least 0; default 0.002)"
-        in done.stdout
+        "optim.lr=0.0001\n"
+        "    Learning rate after the warm-up.\n"
+        "    (float; at least 0; default 0.002)" in done.stdout
     )
     assert "one of adamw, zero1" in done.stdout
     assert "model." not in done.stdout

@@ -1,4 +1,4 @@
-"""What torch says of another rank, and how ranks die, give the exit code and one line."""
+"""Messages of torch about another rank, and deaths of ranks, give an exit code and one line."""
 
 from __future__ import annotations
 
@@ -20,29 +20,36 @@ from vp_train.failures import EXIT_CONFIG, EXIT_HANG, EXIT_INTERNAL, explain_dea
 
 SETTINGS = RunSettings(timeout_seconds=300, world_timeout_seconds=1800)
 LOST = [
-    "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4097",
-    "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+    "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] "
+    "Connection closed by peer [127.0.0.1]:4097",
+    "Failed to recv, got 0 bytes. Connection was likely closed. "
+    "Did the remote server shutdown or crash?",
     "NCCL communicator was aborted on rank 3.",
-    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3699, remote process exited or there was "
-    "a network error, NCCL version 2.27.5\nncclRemoteError: A call failed possibly due to a network error or a remote "
-    "process exiting prematurely.\nLast error:\nsocketProgress: Connection closed by remote peer node7<52134>",
-    "[3] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key '0', but "
-    "store->get('0') got error: Connection reset by peer",
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3699, "
+    "remote process exited or there was a network error, NCCL version 2.27.5\n"
+    "ncclRemoteError: A call failed possibly due to a network error or a remote "
+    "process exiting prematurely.\n"
+    "Last error:\nsocketProgress: Connection closed by remote peer node7<52134>",
+    "[3] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d "
+    "key-value store by key '0', but store->get('0') got error: Connection reset by peer",
 ]
 WAITED = [
     (
-        "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 300000ms for recv",
+        "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] "
+        "Timed out waiting 300000ms for recv",
         300,
         "timeout",
     ),
     (
-        "[3] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key '0', but "
-        "store->get('0') got error: wait timeout after 1800000ms, keys: /default_pg/0//cuda//0",
+        "[3] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d "
+        "key-value store by key '0', but store->get('0') got error: "
+        "wait timeout after 1800000ms, keys: /default_pg/0//cuda//0",
         1800,
         "world_timeout",
     ),
     (
-        "[../third_party/gloo/gloo/transport/tcp/pair.cc:525] Application timeout caused pair closure",
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:525] "
+        "Application timeout caused pair closure",
         300,
         "timeout",
     ),
@@ -52,9 +59,10 @@ WAITED = [
         "world_timeout",
     ),
     (
-        "[PG ID 4 PG GUID 45 Rank 1] Process group watchdog thread terminated with exception: [Rank 1] Watchdog caught "
-        "collective operation timeout: WorkNCCL(SeqNum=2, OpType=SEND, NumelIn=8, NumelOut=8, Timeout(ms)=300000) ran for "
-        "300001 milliseconds before timing out.",
+        "[PG ID 4 PG GUID 45 Rank 1] Process group watchdog thread terminated with exception: "
+        "[Rank 1] Watchdog caught collective operation timeout: "
+        "WorkNCCL(SeqNum=2, OpType=SEND, NumelIn=8, NumelOut=8, Timeout(ms)=300000) "
+        "ran for 300001 milliseconds before timing out.",
         300,
         "timeout",
     ),
@@ -121,8 +129,8 @@ ABRT, KILL, TERM = -signal.SIGABRT, -signal.SIGKILL, -signal.SIGTERM
             {2: EXIT_INTERNAL, 0: ABRT, 1: ABRT},
             (1,),
             EXIT_HANG,
-            "rank 1 was aborted by NCCL's watchdog: another rank has not answered for 300 s (run.timeout_seconds); it may "
-            "hang; its last communications: logs/1",
+            "rank 1 was aborted by NCCL's watchdog: another rank has not answered for 300 s "
+            "(run.timeout_seconds); it may hang; its last communications: logs/1",
         ),
     ],
 )
@@ -151,7 +159,7 @@ sleep 60
 
 
 def launch_ranks_that(deed, tmp_path):
-    """The launcher, with shell scripts in place of ranks; rank 1 does `deed` and aborts."""
+    """Run the launcher with shell scripts in place of ranks; rank 1 does `deed` and aborts."""
     rank = tmp_path / "rank.sh"
     rank.write_text(RANK.replace("{deed}", deed))
     rank.chmod(0o755)
@@ -172,8 +180,8 @@ def test_a_rank_that_nccl_aborts_is_a_hang_whose_record_is_named(tmp_path):
     done = launch_ranks_that(f"mkdir -p {record.parent}; echo pickle > {record}", tmp_path)
     assert done.returncode == EXIT_HANG, done.stderr
     assert done.stderr == (
-        "vp-train: rank 1 was aborted by NCCL's watchdog: another rank has not answered for 9 s (run.timeout_seconds); "
-        f"it may hang; its last communications: {record}\n"
+        "vp-train: rank 1 was aborted by NCCL's watchdog: another rank has not answered for 9 s "
+        f"(run.timeout_seconds); it may hang; its last communications: {record}\n"
     )
 
 
@@ -188,7 +196,7 @@ def test_any_other_abort_is_a_signal_whatever_an_earlier_run_has_left(tmp_path):
 
 
 class Backend:
-    """The NCCL side of a group, which fails after some looks at it."""
+    """The NCCL backend of a group, which fails after it was asked `looks` times."""
 
     def __init__(self, error, looks):
         self.error, self.looks = error, looks

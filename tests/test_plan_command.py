@@ -1,4 +1,4 @@
-"""vp-plan: a report that fits a screen, JSON, a search, refusals with numbers; and it starts without torch."""
+"""vp-plan: a report that fits a screen, JSON, a search and refusals, all without torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NANO = ["model=nano", "num_microbatches=8"]
 
 @pytest.fixture
 def vp_plan(monkeypatch, capsys):
-    """Runs the command in this process: arguments -> (exit code, stdout, stderr)."""
+    """Run the command in this process: arguments -> (exit code, stdout, stderr)."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["vp-plan", *map(str, arguments)])
@@ -110,7 +110,7 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     record = json.loads((tmp_path / "found.json").read_text())
     assert code == EXIT_OK
     assert len(record["best"]) == 3
-    steps = [each["step_seconds"] for each in record["best"]]
+    steps = [plan["step_seconds"] for plan in record["best"]]
     assert steps == pytest.approx(sorted(steps), rel=1e-3)
     assert "none of the others can be faster" in out
     assert "does not split over parallel.tp=4" in out
@@ -128,7 +128,7 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     ids=lambda typed: typed[0],
 )
 def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(vp_plan, tmp_path, typed):
-    """Memory is so small that no winner does without a pipeline."""
+    """Memory is so small that every winner needs a pipeline."""
     typed = [*NANO, "cluster.memory_gib=0.012", *typed]
     code, out, _ = vp_plan("--search", "--top", 2, *typed, "--json", tmp_path / "found.json")
     assert code == EXIT_OK, out
@@ -156,8 +156,8 @@ def test_a_search_without_any_split_names_the_numbers(vp_plan):
     assert code == EXIT_CONFIG
     words = out.splitlines()[-1]
     assert (
-        "dp x pp x tp must be 7, where dp divides the 8 sequences of the batch, pp is at most model.num_layers=4"
-        in words
+        "dp x pp x tp must be 7, where dp divides the 8 sequences of the batch, "
+        "pp is at most model.num_layers=4" in words
     )
     assert "tp divides model.num_heads=4, model.num_query_groups=2" in words
 

@@ -30,7 +30,7 @@ NANO = [
 
 @pytest.fixture
 def vp_profile(monkeypatch, capsys):
-    """Runs the command in this process: arguments -> (exit code, stdout, stderr)."""
+    """Run the command in this process: arguments -> (exit code, stdout, stderr)."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["vp-profile", *map(str, arguments)])
@@ -57,7 +57,7 @@ def vp_profile(monkeypatch, capsys):
     ],
 )
 def test_costs_of_what_passes_are_told_to_take_are_these(overrides):
-    """A job whose cost is known, measured without error, gives that cost back."""
+    """Measure a job of known cost without error; the result is that cost."""
     known = {
         "measured_layer_flops": 0.0,
         "layer_forward_seconds": 0.5,
@@ -120,9 +120,9 @@ def test_rows_of_several_counts_tell_what_does_not_depend_on_them():
 
 
 def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path):
-    told = [*NANO, "parallel.pp=2", "parallel.dp=2", "schedule=zb_h1"]
+    common = [*NANO, "parallel.pp=2", "parallel.dp=2", "schedule=zb_h1"]
     code, out, err = vp_profile(
-        *told,
+        *common,
         "--ranks",
         "1",
         "--steps",
@@ -139,7 +139,7 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
     assert {"F1", "I1", "W1", "S1", "T1", "E1", "G1"} == set(rank["passes"])
     assert all(0 < seconds < rank["program_seconds"] for seconds in rank["passes"].values())
     assert rank["predicted_peak_bytes"] == pytest.approx(rank["peak_bytes"], rel=0.1)
-    cost = load_config([*told, f"cost={tmp_path / 'c.yaml'}"]).cost
+    cost = load_config([*common, f"cost={tmp_path / 'c.yaml'}"]).cost
     assert cost.layer_weight_grad_seconds == pytest.approx(
         record["cost"]["layer_weight_grad_seconds"], rel=1e-4
     )
@@ -154,7 +154,7 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
         with pytest.raises(
             ValueError, match=f"{reason}.*these pass times are not for it; use a cost that is"
         ):
-            plan_step(load_config([*told, f"cost={tmp_path / 'c.yaml'}", *other]), 4)
+            plan_step(load_config([*common, f"cost={tmp_path / 'c.yaml'}", *other]), 4)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_refusals_name_the_value_and_the_way_out(vp_profile, arguments, message,
 
 
 def receive(rank, seed):
-    """A hop, a broadcast from rank 0, and an all-to-all, of seeded noise into memory full of NaN."""
+    """Receive a hop, a broadcast and an all-to-all of seeded noise into memory full of NaN."""
     received = [torch.full((64, 64), math.nan) for _ in range(4)]
     with pytest.MonkeyPatch.context() as restored:
         for name in {
@@ -218,7 +218,7 @@ def test_what_nobody_sends_is_seeded_noise_of_unit_scale(rank):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_a_rank_of_eight_allocates_what_is_predicted(vp_profile, tmp_path):
-    told = [
+    common = [
         "model=small",
         "parallel.pp=8",
         "num_microbatches=16",
@@ -226,7 +226,7 @@ def test_on_a_gpu_a_rank_of_eight_allocates_what_is_predicted(vp_profile, tmp_pa
         "run.dtype=bfloat16",
     ]
     code, _, err = vp_profile(
-        *told, "cluster.gpus_per_node=8", "--ranks", "0,7", "--json", tmp_path / "p.json"
+        *common, "cluster.gpus_per_node=8", "--ranks", "0,7", "--json", tmp_path / "p.json"
     )
     assert code == EXIT_OK, err
     for rank in json.loads((tmp_path / "p.json").read_text())["ranks"]:

@@ -1,4 +1,4 @@
-"""vp-simulate: figures that are known, files that can be read, refusals in one line; and it starts without torch."""
+"""vp-simulate: known figures, readable files, refusals in one line, all without torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ AS_TYPED = [
     "num_microbatches=32",
     "cost=a100_4b",
 ]
-# F = 1 s and B = 2 s per stage of one layer, everything else free: the closed forms of the textbooks.
+# F = 1 s and B = 2 s per stage of one layer, all else takes no time: textbook formulas hold.
 UNIT = [
     "vocab=none",
     "parallel.pp=4",
@@ -53,7 +53,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture
 def vp_simulate(monkeypatch, capsys):
-    """Runs the command in this process: arguments -> (exit code, stdout, stderr)."""
+    """Run the command in this process: arguments -> (exit code, stdout, stderr)."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["vp-simulate", *map(str, arguments)])
@@ -125,8 +125,8 @@ def test_rows_that_would_balance_the_work_are_proposed_and_do(vp_simulate):
     code, out, _ = vp_simulate(*uneven)
     assert code == 0
     assert (
-        "vocab.balance=true would take 5.8% off the work of the busiest rank, with 7,296, 7,296, 7,296, 10,880 rows"
-        in out
+        "vocab.balance=true would take 5.8% off the work of the busiest rank, "
+        "with 7,296, 7,296, 7,296, 10,880 rows" in out
     )
     even, balanced = (
         simulate_step(load_config([*uneven, f"vocab.balance={words}"])).timeline
@@ -179,7 +179,8 @@ def test_a_model_may_be_chosen_after_all():
         (["--out", "--compare", "1f1b"], "--out needs a value: --out DIR"),
         (
             ["--plot"],
-            "--plot is not an option; there are --out, --compare, --vocab, --runtime, --help and --print-config",
+            "--plot is not an option; there are --out, --compare, --vocab, --runtime, --help "
+            "and --print-config",
         ),
         (
             ["vocab=none,naive"],
@@ -201,7 +202,7 @@ def test_a_model_may_be_chosen_after_all():
         ),
         (
             ["schedule.file=a.txt", "--compare", "1f1b"],
-            "--compare simulates named schedules, schedule.file=a.txt only itself",
+            "--compare simulates schedules by name, but schedule.file=a.txt is set",
         ),
         (
             ["cost=a100_4b", "model=small"],
@@ -282,7 +283,7 @@ def test_a_runtime_is_replayed_and_shown(vp_simulate, tmp_path, runtime):
 
 
 def test_waits_that_no_simulation_shows_are_listed_worst_first(vp_simulate, monkeypatch):
-    """Hops both ways between the ranks of a V in one stream, each as long as a quarter of a forward."""
+    """In a V, hops both ways share one stream, and each takes a quarter of a forward."""
     monkeypatch.setitem(RUNTIMES, "cuda", replace(RUNTIMES["cuda"], hops=Hops.PAIRED))
     costs = [*UNIT, "model.num_layers=8", "cost.hop_seconds=0.25"]
     words = [*costs, "schedule=v_min", "vocab=two_barrier"]

@@ -1,9 +1,9 @@
 """The configuration tree: frozen dataclasses whose fields describe and check themselves.
 
-Everything here is what a user may set; derived values live in `RunPlan`.  A field declares its type,
-default, bounds, unit and meaning once: the checks, `--help` and `docs/settings.md` follow from that.
-Checks of two fields stand in `__post_init__`.  Checks that need two sections, or the world size, live
-in `plan`.  Every check raises ConfigError, which names the value and the way out.
+Everything here is what a user may set; derived values live in `RunPlan`.  A field declares its
+type, default, bounds, unit and meaning once.  The checks, `--help` and `docs/settings.md` follow
+from that.  Checks of two fields are in `__post_init__`.  Checks that need two sections or the world
+size are in `planning.plan`.  Every check raises ConfigError, which names the value and the way out.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ Value = TypeVar("Value")
 
 
 class ConfigError(ValueError):
-    """A value the user can change.  The command line prints its message, without a traceback, and exits 78."""
+    """A value that the user must change.
+
+    The command line prints the message without a traceback and exits with code 78.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a field of the configuration means, and which values it takes.
+    """The meaning and the allowed values of a field of the configuration.
 
-    A value is at least `least` or above `above`, and at most `most` or below `below`, where these are
-    set.  `choices`: the only values; empty: any.  Of a tuple all this holds for every element.
+    A value is at least `least` or above `above`, and at most `most` or below `below`, if these are
+    set.  `choices` are the only values; an empty tuple allows any.  For a tuple all this holds for
+    every element.
     """
 
     meaning: str
@@ -44,19 +48,20 @@ class Setting:
 
     @property
     def allowed(self) -> str:
-        """Return in words which values are allowed; empty where all of the type are."""
+        """Return in words which values are allowed; empty if all of the type are."""
         if self.choices:
             return ", ".join(self.choices)
         lowest, highest = self._lowest, self._highest
         if lowest is None or highest is None:
             return " and ".join(filter(None, [self._at_least, self._at_most]))
-        return f"{'[' if self.above is None else '('}{lowest:,}, {highest:,}{']' if self.below is None else ')'}"
+        opening, closing = "[" if self.above is None else "(", "]" if self.below is None else ")"
+        return f"{opening}{lowest:,}, {highest:,}{closing}"
 
     def check(self, name: str, value: Any, default: Any) -> None:
-        """Raise ConfigError unless `value` is allowed; None is where it is the default."""
+        """Raise ConfigError unless `value` is allowed; None is allowed if it is the default."""
         if isinstance(value, tuple):
-            for each in value:
-                self.check(name, each, default)
+            for element in value:
+                self.check(name, element, default)
             return
         if value is None and default is None:
             return
@@ -123,7 +128,7 @@ def setting(
 
 
 def setting_of(item: Any) -> Setting:
-    """Return what a field of a section says of itself."""
+    """Return the description of a field of a section."""
     described = item.metadata[_KEY]
     assert isinstance(described, Setting)
     return described
@@ -146,38 +151,45 @@ class ModelConfig:
     num_layers: int = setting(8, "Decoder layers.", least=1)
     hidden_size: int = setting(256, "Width of the residual stream.", least=1)
     num_heads: int = setting(8, "Attention heads.", least=1)
-    num_query_groups: int = setting(4, "Heads of keys and values; num_heads shares them.", least=1)
+    num_query_groups: int = setting(4, "Heads of keys and values, as in GQA.", least=1)
     head_size: int | None = setting(
         None, "Width of a head; null: hidden_size / num_heads.", least=1
     )
     ffn_hidden_size: int = setting(768, "Inner width of the MLP.", least=1)
     vocab_size: int = setting(32_768, "Tokens of the vocabulary.", least=1)
     seq_length: int = setting(256, "Tokens of a sequence.", least=1)
-    tied_embeddings: bool = setting(False, "Input and output layer share one matrix.")
+    tied_embeddings: bool = setting(False, "The input and the output layer share one matrix.")
     embedding_scale: bool = setting(False, "Multiply embeddings by sqrt(hidden_size).")
     normalisation: str = setting("rmsnorm", "Kind of all norms.", choices=("rmsnorm", "layernorm"))
-    zero_centred_norm: bool = setting(False, "Weights w of an RMSNorm count as 1 + w.")
+    zero_centred_norm: bool = setting(False, "RMSNorm scales by 1 + w instead of its weight w.")
     norm_epsilon: float = setting(1e-5, "Added to the variance in a norm.", above=0)
     post_norms: bool = setting(
         False, "Norms after attention and MLP too, before the residual is added."
     )
     activation: str = setting(
         "swiglu",
-        "Of the MLP: swiglu or geglu (gated; tanh approximation), or gelu (tanh approximation).",
+        "Activation of the MLP: swiglu or geglu, which are gated, or gelu; "
+        "geglu and gelu use the tanh approximation.",
         choices=("swiglu", "geglu", "gelu"),
     )
     linear_bias: bool = setting(False, "Biases in all linear layers of the decoder.")
     qkv_bias: bool = setting(False, "A bias in the linear layer of queries, keys and values.")
     qk_norm: bool = setting(False, "An RMSNorm over each head of queries and keys.")
     attention_divisor: float | None = setting(
-        None, "Scores are q k / sqrt(attention_divisor); null: of head_size.", above=0
+        None, "Scores are q k / sqrt(attention_divisor); null: head_size.", above=0
     )
     attention_softcap: float | None = setting(None, "c: scores become c tanh(scores / c).", above=0)
     sliding_window: int | None = setting(
-        None, "Local layers see so many tokens, the own one included.", unit="tokens", least=1
+        None,
+        "Tokens that a local layer attends to, its own included; null: no layer is local.",
+        unit="tokens",
+        least=1,
     )
     full_attention_every: int | None = setting(
-        None, "Every so many-th layer is not local; null: all are local.", unit="layers", least=1
+        None,
+        "With sliding_window: every n-th layer attends to all tokens; null: no layer does.",
+        unit="layers",
+        least=1,
     )
     positions: str = setting(
         "rope",
@@ -186,18 +198,22 @@ class ModelConfig:
     )
     rope_base: float = setting(10_000.0, "Base of the angles of rotary embeddings.", above=0)
     rope_local_base: float | None = setting(
-        None, "Their base in local layers; null: rope_base.", above=0
+        None, "Base of the angles in local layers; null: rope_base.", above=0
     )
     rope_scaling: str = setting(
         "none",
-        "linear divides all angles by rope_factor, llama3 those of low frequencies (arXiv 2407.21783).",
+        "linear divides all angles by rope_factor, llama3 only low frequencies (arXiv 2407.21783).",
         choices=("none", "linear", "llama3"),
     )
     rope_factor: float = setting(1.0, "Divisor of rope_scaling.", least=1)
     rope_low_frequency: float = setting(
-        1.0, "llama3: fewer turns than this within rope_original_length count the whole factor."
+        1.0,
+        "llama3: frequencies with fewer turns than this within rope_original_length are divided "
+        "by the whole rope_factor.",
     )
-    rope_high_frequency: float = setting(4.0, "llama3: more turns than this count no factor.")
+    rope_high_frequency: float = setting(
+        4.0, "llama3: frequencies with more turns than this are not divided."
+    )
     rope_original_length: int = setting(
         8192, "llama3: sequence length before scaling.", unit="tokens", least=1
     )
@@ -212,7 +228,8 @@ class ModelConfig:
     def _check_heads(self) -> None:
         if self.head_size is None and self.hidden_size % self.num_heads:
             raise ConfigError(
-                f"model.hidden_size={self.hidden_size} does not split over model.num_heads={self.num_heads}; "
+                f"model.hidden_size={self.hidden_size} does not split over "
+                f"model.num_heads={self.num_heads}; "
                 f"use a multiple of {self.num_heads}, or set model.head_size"
             )
         size = self.head_size or self.hidden_size // self.num_heads
@@ -225,65 +242,72 @@ class ModelConfig:
             raise ConfigError(f"{name} = {size} is odd; rotary embeddings need an even head size")
         if self.num_heads % self.num_query_groups:
             raise ConfigError(
-                f"model.num_heads={self.num_heads} does not split over model.num_query_groups={self.num_query_groups}; "
-                f"use a divisor of {self.num_heads}"
+                f"model.num_heads={self.num_heads} does not split over "
+                f"model.num_query_groups={self.num_query_groups}; use a divisor of {self.num_heads}"
             )
 
     def _check_pairs(self) -> None:
-        """Settings that count only with another one."""
+        """Raise ConfigError for a setting that counts only with another one."""
         if self.zero_centred_norm and self.normalisation != "rmsnorm":
             raise ConfigError(
-                f"model.zero_centred_norm=true counts only with model.normalisation=rmsnorm, not {self.normalisation}; "
-                "drop one of the two"
+                "model.zero_centred_norm=true counts only with model.normalisation=rmsnorm, "
+                f"not {self.normalisation}; drop one of the two"
             )
         if self.qk_norm and self.normalisation != "rmsnorm":
             raise ConfigError(
-                f"model.qk_norm=true counts only with model.normalisation=rmsnorm, not {self.normalisation}; "
-                "drop one of the two"
+                "model.qk_norm=true counts only with model.normalisation=rmsnorm, "
+                f"not {self.normalisation}; drop one of the two"
             )
         for name in ("full_attention_every", "rope_local_base"):
             if getattr(self, name) is not None and self.sliding_window is None:
                 raise ConfigError(
-                    f"model.{name}={getattr(self, name)} counts only with model.sliding_window; set it, or drop this"
+                    f"model.{name}={getattr(self, name)} counts only with model.sliding_window; "
+                    "set it, or drop this"
                 )
         for name, unused in (("rope_local_base", None), ("rope_scaling", "none")):
             if getattr(self, name) != unused and self.positions != "rope":
                 raise ConfigError(
-                    f"model.{name}={getattr(self, name)} counts only with model.positions=rope, not {self.positions}; "
-                    "drop one of the two"
+                    f"model.{name}={getattr(self, name)} counts only with model.positions=rope, "
+                    f"not {self.positions}; drop one of the two"
                 )
         if self.rope_factor != 1 and self.rope_scaling == "none":
             raise ConfigError(
-                f"model.rope_factor={self.rope_factor} counts only with model.rope_scaling=linear or llama3; set one of them"
+                f"model.rope_factor={self.rope_factor} counts only with "
+                "model.rope_scaling=linear or llama3; set one of them"
             )
         if (
             self.rope_scaling == "llama3"
             and not 0 < self.rope_low_frequency < self.rope_high_frequency
         ):
             raise ConfigError(
-                f"model.rope_low_frequency={self.rope_low_frequency} and model.rope_high_frequency={self.rope_high_frequency}: "
+                f"model.rope_low_frequency={self.rope_low_frequency} and "
+                f"model.rope_high_frequency={self.rope_high_frequency}: "
                 "the first must be above 0 and below the second"
             )
 
     def is_local(self, layer: int) -> bool:
-        """Whether this layer, counted from 0 over the whole model, sees only `sliding_window` tokens."""
+        """Return whether this layer attends only to `sliding_window` tokens.
+
+        Layers are counted from 0 over the whole model.
+        """
         every = self.full_attention_every
         return self.sliding_window is not None and (every is None or (layer + 1) % every != 0)
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The base schedule.  The cap is on activations and held shards of a rank.
+    """The base schedule, into which the vocabulary passes are woven.
 
-    Without a cap `auto` keeps within p + 1 microbatches and two held shards, about what 1F1B with
-    one_barrier keeps, or within what a single microbatch needs.
+    The cap limits the activations and held shards of a rank.  Without one, `auto` stays within
+    p + 1 microbatches and two held shards, about what 1F1B with one_barrier keeps.  If that is not
+    possible, it stays within what the best schedule it finds keeps.
     """
 
     name: str = setting(
         "1f1b", "A schedule of schedules.generators, or auto: the fastest found under a cap."
     )
     num_chunks: int | None = setting(
-        None, "Stages of a rank, where the schedule leaves a choice.", least=1
+        None, "Stages per rank, if the schedule leaves a choice.", least=1
     )
     cap_microbatches: float | None = setting(
         None, "auto: cap on memory, in microbatches of 1/p of the model's activations.", above=0
@@ -291,7 +315,8 @@ class ScheduleConfig:
     cap_gib: float | None = setting(None, "auto: cap on memory.", unit="GiB", above=0)
     file: str | None = setting(
         None,
-        "A schedule in a file, ours or a CSV of torch.distributed.pipelining; it replaces all of these.",
+        "A file with a schedule: ours, or a CSV of torch.distributed.pipelining; "
+        "it replaces all of the above.",
     )
 
     def __post_init__(self) -> None:
@@ -300,44 +325,48 @@ class ScheduleConfig:
             value = getattr(self, name)
             if value is not None and self.name != "auto":
                 raise ConfigError(
-                    f"schedule.{name}={value} counts only with schedule=auto, not {self.name}; drop one of the two"
+                    f"schedule.{name}={value} counts only with schedule=auto, not {self.name}; "
+                    "drop one of the two"
                 )
         if self.cap_gib is not None and self.cap_microbatches is not None:
             raise ConfigError(
-                f"schedule.cap_gib={self.cap_gib} and schedule.cap_microbatches={self.cap_microbatches}: set one of the two"
+                f"schedule.cap_gib={self.cap_gib} and "
+                f"schedule.cap_microbatches={self.cap_microbatches}: set one of the two"
             )
 
     @property
     def is_solved(self) -> bool:
-        """True where the schedule is still to be searched for."""
+        """True if the schedule is still to be searched for."""
         return self.name == "auto" and self.file is None
 
 
 @dataclass(frozen=True)
 class VocabConfig:
-    """How the input and output layers are split, and which code computes S and T."""
+    """The split of the input and output layers, and the code that computes S and T."""
 
     algorithm: str = setting(
         "one_barrier", "A vocabulary algorithm of schedules.vocab, or auto with schedule=auto."
     )
     backend: str = setting(
         "chunked",
-        "chunked holds exponentials from S to T; recompute forms them again; reference is the oracle.",
+        "chunked holds exponentials from S to T; recompute computes them again in T; "
+        "reference is the slow oracle of the tests.",
         choices=("chunked", "recompute", "reference"),
     )
     shards: tuple[int, ...] | None = setting(
         None, "Vocabulary rows of each rank; null: as equal as possible."
     )
-    balance: bool = setting(False, "Ranks with less other work take more rows.")
+    balance: bool = setting(False, "Give more rows to ranks with less other work.")
     recompute_fraction: float = setting(
         1.0,
-        "recompute: part of the rows that is formed again, by a fourth product.",
+        "recompute: part of the rows whose logits T computes again, by a fourth matrix product.",
         least=0,
         most=1,
     )
     sum_dtype: str = setting(
         "float32",
-        "Shards' terms of dL/dx are summed in it; compute: in run.dtype, for half the bytes.",
+        "Dtype in which the shards' terms of dL/dx are summed; "
+        "compute: run.dtype, which moves half the bytes.",
         choices=("float32", "compute"),
     )
 
@@ -345,8 +374,8 @@ class VocabConfig:
         _check("vocab.", self)
         if self.recompute_fraction != 1 and self.backend != "recompute":
             raise ConfigError(
-                f"vocab.recompute_fraction={self.recompute_fraction} counts only with vocab.backend=recompute, "
-                f"not {self.backend}; drop one of the two"
+                f"vocab.recompute_fraction={self.recompute_fraction} counts only with "
+                f"vocab.backend=recompute, not {self.backend}; drop one of the two"
             )
         if self.balance and self.shards is not None:
             raise ConfigError(
@@ -359,52 +388,55 @@ RECOMPUTE = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Degrees of parallelism, and where the layers go.
+    """The degrees of parallelism, and the placement of layers on stages.
 
-    A run has dp x pp x tp ranks: `dp` replicas of the model, each a pipeline of `pp` ranks, each of
-    which is `tp` ranks that split its matrices.  One of `pp` and `dp` may be null: it follows from the
-    number of ranks that were started; of both, `dp` is 1.
+    A run has dp x pp x tp ranks: `dp` replicas of the model, each a pipeline of `pp` pipeline
+    ranks, each of which is `tp` ranks that split its matrices.  A degree that is null is inferred
+    from the world size.  If both `pp` and `dp` are null, `dp` is 1.
     """
 
     pp: int | None = setting(
-        None, "Ranks of a pipeline; null: what was started leaves for it.", least=1
+        None, "Ranks of a pipeline; null: inferred from the world size.", least=1
     )
     dp: int | None = setting(
         None,
-        "Replicas, each with num_microbatches of its own; null: what was started leaves for it.",
+        "Replicas, each with num_microbatches of its own; null: inferred from the world size.",
         least=1,
     )
     tp: int = setting(1, "Ranks that split each matrix.", least=1)
     placement: str = setting(
         "even",
-        "Layers of the stages: even; balanced, where they do not split evenly; redistribute, fewer on the last one.",
+        "Layers per stage: even; balanced, numbers that differ by at most one; "
+        "redistribute, fewer on the last stage (arXiv 2411.05288).",
         choices=("even", "balanced", "redistribute"),
     )
     layers_per_stage: tuple[int, ...] | None = setting(
-        None, "Layers of each stage; overrides placement."
+        None, "Number of layers of each stage; overrides placement."
     )
     recompute: str = setting(
         "none",
-        "What runs again in the backward instead of being kept: the attention of each layer, or all of it.",
+        "What the backward recomputes instead of keeping it: nothing, the attention of each layer, "
+        "or whole layers.",
         choices=RECOMPUTE,
     )
     recompute_per_stage: tuple[str, ...] | None = setting(
-        None, "The same for each stage.", choices=RECOMPUTE
+        None, "Recomputation of each stage; instead of recompute.", choices=RECOMPUTE
     )
     sequence_parallel: bool = setting(
-        False, "Norms and residuals are split over the tensor-parallel ranks too, by tokens."
+        False, "Split norms and residuals over the tensor-parallel ranks too, by tokens."
     )
 
     def __post_init__(self) -> None:
         _check("parallel.", self)
         if self.recompute != "none" and self.recompute_per_stage is not None:
             raise ConfigError(
-                f"parallel.recompute={self.recompute} and parallel.recompute_per_stage={list(self.recompute_per_stage)}: "
-                "set one of the two"
+                f"parallel.recompute={self.recompute} and "
+                f"parallel.recompute_per_stage={list(self.recompute_per_stage)}: set one of the two"
             )
 
     @property
     def recompute_words(self) -> str:
+        """The recomputation of the run, or of every stage, in words."""
         return (
             self.recompute
             if self.recompute_per_stage is None
@@ -412,7 +444,7 @@ class ParallelConfig:
         )
 
     def recompute_of(self, stage: int) -> str:
-        """What runs again in the backward of `stage`."""
+        """Return what the backward of `stage` recomputes, one of RECOMPUTE."""
         return (
             self.recompute if self.recompute_per_stage is None else self.recompute_per_stage[stage]
         )
@@ -420,18 +452,20 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What is minimised; see `vocab.loss`.
+    """The loss that training minimises; see `vocab.loss`.
 
     Validation measures the plain negative log-likelihood, the mean over all tokens.
     """
 
     label_smoothing: float = setting(
-        0.0, "Part of the target that is spread over all tokens.", least=0, below=1
+        0.0, "Part of the target that is spread over the vocabulary.", least=0, below=1
     )
-    z_loss: float = setting(0.0, "Weight of lse^2 of every token.", least=0)
+    z_loss: float = setting(
+        0.0, "Weight of the squared log-sum-exp of every token's logits.", least=0
+    )
     normalisation: str = setting(
         "token",
-        "Mean over all tokens, or over sequences of the mean of each.",
+        "token: mean over all tokens; sequence: mean over the sequences' means.",
         choices=("token", "sequence"),
     )
 
@@ -445,7 +479,7 @@ class OptimConfig:
 
     name: str = setting(
         "adamw",
-        "adamw keeps the whole state in every replica, zero1 a part of it in each.",
+        "adamw keeps the whole state in every replica; zero1 shards it over the replicas.",
         choices=("adamw", "zero1"),
     )
     lr: float = setting(2e-3, "Learning rate after the warm-up.", least=0)
@@ -454,7 +488,7 @@ class OptimConfig:
     )
     schedule: str = setting(
         "cosine",
-        "cosine from lr to min_lr; wsd holds lr and decays linearly over the end of the run.",
+        "cosine decays from lr to min_lr; wsd holds lr and decays linearly at the end of the run.",
         choices=("cosine", "wsd"),
     )
     warmup_steps: int = setting(10, "Steps in which the rate rises to lr.", unit="steps", least=0)
@@ -462,8 +496,8 @@ class OptimConfig:
         0.2, "wsd: part of the run in which the rate falls.", least=0, below=1
     )
     weight_decay: float = setting(0.1, "Decoupled weight decay of matrices.", least=0)
-    beta1: float = setting(0.9, "Decay of the mean of gradients.", least=0, below=1)
-    beta2: float = setting(0.95, "Decay of the mean of their squares.", least=0, below=1)
+    beta1: float = setting(0.9, "Decay of the running mean of gradients.", least=0, below=1)
+    beta2: float = setting(0.95, "Decay of the running mean of their squares.", least=0, below=1)
     epsilon: float = setting(1e-8, "Added to the root of the mean square.", above=0)
     clip_grad_norm: float = setting(
         1.0, "Largest norm of all gradients; 0 turns clipping off.", least=0
@@ -471,7 +505,7 @@ class OptimConfig:
     offload: bool = setting(False, "zero1: keep the state in host memory and update it there.")
     bucket_mib: int = setting(
         64,
-        "Gradients summed over the replicas at a time; a larger layer is summed in one piece.",
+        "Size of a gradient bucket; a larger layer is reduced in one piece.",
         unit="MiB",
         least=1,
     )
@@ -480,12 +514,13 @@ class OptimConfig:
         _check("optim.", self)
         if self.offload and self.name != "zero1":
             raise ConfigError(
-                f"optim.offload=true counts only with optim.name=zero1, not {self.name}; change one of the two"
+                f"optim.offload=true counts only with optim.name=zero1, not {self.name}; "
+                "change one of the two"
             )
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ConfigError(
-                f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}, which decays to it; lower it, or leave it out "
-                "for a tenth of optim.lr"
+                f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}, which decays to it; "
+                "lower it, or leave it out for a tenth of optim.lr"
             )
 
     @property
@@ -498,16 +533,16 @@ class OptimConfig:
 class BlendEntry:
     """A corpus of a blend."""
 
-    name: str = setting("text", "As data.name.", choices=("text", "pystdlib"))
-    path: str | None = setting(None, "As data.path.")
-    weight: float = setting(1.0, "Samples that it gives, relative to the others.")
-    jsonl_field: str | None = setting(None, "As data.jsonl_field; null: that.")
+    name: str = setting("text", "Like data.name.", choices=("text", "pystdlib"))
+    path: str | None = setting(None, "Like data.path.")
+    weight: float = setting(1.0, "Number of samples relative to the other corpora.")
+    jsonl_field: str | None = setting(None, "Like data.jsonl_field, which counts if this is null.")
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
             raise ConfigError(
-                f"data.blend: weight={self.weight} of {self.path or self.name}; weights must be above 0 and finite, "
-                "leave the corpus out if it is to give nothing"
+                f"data.blend: weight={self.weight} of {self.path or self.name}; "
+                "weights must be above 0 and finite, leave the corpus out if it is to give nothing"
             )
         _check("data.blend: ", self)
         if self.name == "text" and self.path is None:
@@ -518,13 +553,14 @@ def _count(number: int) -> str:
     return f"{number:,}" if number < 10**15 else "more than 10^15"
 
 
-_LONGEST_PATTERN = 100_000  # samples after which the turns of a blend's corpora repeat
+_LONGEST_PATTERN = 100_000  # samples after which the order of a blend's corpora repeats
 
 
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """The smallest whole numbers in the ratio of `weights`, each taken as the decimal number that it prints as.
+    """Return the smallest whole numbers in the ratio of `weights`.
 
-    Raises ConfigError where their sum is too large for a pattern of turns.
+    A weight counts as the decimal number that it prints as.  Raises ConfigError if the sum is too
+    large: the corpora take turns in a pattern of so many samples.
     """
     exact = [Fraction(str(weight)) for weight in weights]
     denominator = math.lcm(*(weight.denominator for weight in exact))
@@ -533,100 +569,117 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     if sum(whole) > _LONGEST_PATTERN:
         rounded = ", ".join(str(max(round(weight / sum(whole), 3), 0.001)) for weight in whole)
         raise ConfigError(
-            f"data.blend: weights {', '.join(map(str, weights))} repeat only after {_count(sum(whole))} samples, at most "
-            f"{_LONGEST_PATTERN:,} are kept; round them, for example to {rounded}"
+            f"data.blend: weights {', '.join(map(str, weights))} repeat only after "
+            f"{_count(sum(whole))} samples, at most {_LONGEST_PATTERN:,} are kept; "
+            f"round them, for example to {rounded}"
         )
     return tuple(whole)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the tokens come from."""
+    """The source of the tokens."""
 
     name: str = setting(
         "pystdlib",
-        "The running Python's standard library, text files, a blend of these, or a synthetic source of known entropy.",
+        "pystdlib: Python's standard library; text: text files; blend: several of these; "
+        "synthetic: a random source of known entropy.",
         choices=("pystdlib", "text", "blend", "synthetic"),
     )
     path: str | None = setting(
-        None, "text: a directory of text or .jsonl files, one such file, or what vp-prepare stored."
+        None,
+        "text: a directory of text or .jsonl files, one such file, or the output of vp-prepare.",
     )
-    blend: tuple[BlendEntry, ...] | None = setting(None, "blend: its corpora and their weights.")
+    blend: tuple[BlendEntry, ...] | None = setting(None, "blend: the corpora and their weights.")
     packing: str = setting(
         "none",
-        "documents: no token sees another document of its sample, none predicts the next one's first.",
+        "documents: tokens attend only within their document, "
+        "and the last one does not predict the next document.",
         choices=("none", "documents"),
     )
     tokenizer: str | None = setting(
         None, "A Hugging Face tokenizer.json; null trains one of model.vocab_size tokens."
     )
     end_token: str | None = setting(
-        None, "What that tokenizer calls the end of a document; null tries the usual names."
+        None, "Token of that tokenizer that ends a document; null tries the usual names."
     )
     jsonl_field: str = setting("text", "Field of a .jsonl line that holds the text.")
     cache_dir: str = setting("data-cache", "Directory for tokenizers and tokens.")
     validation_fraction: float = setting(
         0.05, "Part of the samples that is kept for validation.", least=0, below=1
     )
-    seed: int = setting(1234, "Of the order of samples.", least=0)
+    seed: int = setting(1234, "Seed of the order of samples.", least=0)
 
     def __post_init__(self) -> None:
         _check("data.", self)
         if self.name == "text" and self.path is None:
             raise ConfigError(
-                "data.name=text needs data.path: a directory of text or .jsonl files, or one such file"
+                "data.name=text needs data.path: "
+                "a directory of text or .jsonl files, or one such file"
             )
         if self.name == "blend" and not self.blend:
             raise ConfigError(
-                "data.name=blend needs data.blend: [{path: DIR, weight: 3}, {name: pystdlib, weight: 1}]"
+                "data.name=blend needs data.blend: "
+                "[{path: DIR, weight: 3}, {name: pystdlib, weight: 1}]"
             )
         if self.name != "blend" and self.blend:
             raise ConfigError(
-                f"data.blend counts only with data=blend, not data.name={self.name}; drop one of the two"
+                f"data.blend counts only with data=blend, not data.name={self.name}; "
+                "drop one of the two"
             )
         if self.name == "synthetic" and self.packing != "none":
             raise ConfigError(
-                f"data.packing={self.packing} needs documents, which data.name=synthetic has none of; drop it"
+                f"data.packing={self.packing} needs documents, "
+                "which data.name=synthetic has none of; drop it"
             )
-        _ = self.weights  # refused here if at all
+        _ = self.weights  # raises ConfigError for weights that cannot be used
 
     @property
     def weights(self) -> tuple[int, ...]:
-        """Of the corpora of a blend, or of the only one.  Raises ConfigError like `whole_weights`."""
+        """The weights of a blend's corpora, or of the only corpus, as whole numbers.
+
+        Raises ConfigError like `whole_weights`.
+        """
         return whole_weights([entry.weight for entry in self.blend or ()] or [1.0])
 
 
 @dataclass(frozen=True)
 class CostConfig:
-    """Seconds the planner assumes; per pass they follow from FLOPs at `flops_per_second`.
+    """The seconds that the planner assumes for passes and messages of one microbatch.
 
-    Measured times, which vp-profile writes, replace that estimate.  They are those of one microbatch.
-    `measured_*` say of what they are, and where they are not null they are compared with the run.  A
-    message takes its fixed seconds and, where a bandwidth is given, its bytes through that.
+    Those of passes follow from FLOPs at `flops_per_second`.  Measured times, which vp-profile
+    writes, replace that estimate.  `measured_*` say what was measured; those that are not null must
+    agree with the run.  A message takes its fixed time and, if a bandwidth is given, its bytes
+    divided by the bandwidth.
     """
 
     flops_per_second: float = setting(5e10, "Rate of all passes.", unit="FLOP/s", least=1)
     hop_seconds: float = setting(2e-4, "Fixed time of a message between stages.", unit="s", least=0)
-    hop_bytes_per_second: float | None = setting(None, "Its bandwidth.", unit="bytes/s", least=1)
+    hop_bytes_per_second: float | None = setting(
+        None, "Bandwidth between stages.", unit="bytes/s", least=1
+    )
     collective_seconds: float = setting(
         5e-4, "Fixed time of a vocabulary collective.", unit="s", least=0
     )
     collective_bytes_per_second: float | None = setting(
-        None, "Its bandwidth.", unit="bytes/s", least=1
+        None, "Bandwidth of a vocabulary collective.", unit="bytes/s", least=1
     )
     tensor_seconds: float = setting(
         0.0,
-        "Fixed time of a sum over tensor-parallel ranks; a layer has 2 forward, 2 backward.",
+        "Fixed time of an all-reduce over tensor-parallel ranks; "
+        "a layer has 2 in its forward and 2 in its backward.",
         unit="s",
         least=0,
     )
-    tensor_bytes_per_second: float | None = setting(None, "Its bandwidth.", unit="bytes/s", least=1)
-    measured_layer_flops: float | None = setting(
-        None, "Forward FLOPs of the layer that was measured; others are refused.", unit="FLOP"
+    tensor_bytes_per_second: float | None = setting(
+        None, "Bandwidth of that all-reduce.", unit="bytes/s", least=1
     )
-    measured_dtype: str | None = setting(None, "Its run.dtype.", choices=_DTYPES)
-    measured_device: str | None = setting(None, "Its run.device.", choices=_DEVICES)
-    measured_on: str | None = setting(None, "What vp-plan calls the device.")
+    measured_layer_flops: float | None = setting(
+        None, "Forward FLOPs of the measured layer; other layers are refused.", unit="FLOP"
+    )
+    measured_dtype: str | None = setting(None, "run.dtype when measured.", choices=_DTYPES)
+    measured_device: str | None = setting(None, "run.device when measured.", choices=_DEVICES)
+    measured_on: str | None = setting(None, "Name of the device in the report of vp-plan.")
     layer_forward_seconds: float | None = setting(None, "Measured F of a layer.", unit="s", least=0)
     layer_backward_seconds: float | None = setting(
         None, "Measured B of a layer.", unit="s", least=0
@@ -643,11 +696,13 @@ class CostConfig:
         unit="s",
         least=0,
     )
-    output_row_seconds: float | None = setting(None, "Their part per row.", unit="s", least=0)
+    output_row_seconds: float | None = setting(
+        None, "Measured S and T per vocabulary row.", unit="s", least=0
+    )
     lookup_seconds: float | None = setting(None, "Measured E of a shard.", unit="s", least=0)
     lookup_grad_seconds: float | None = setting(None, "Measured G of a shard.", unit="s", least=0)
     rank_slowness: tuple[float, ...] | None = setting(
-        None, "How many times as long each rank takes; null: 1 each.", above=0
+        None, "Factors by which the ranks are slower than all this; null: 1 for all.", above=0
     )
 
     def __post_init__(self) -> None:
@@ -657,20 +712,20 @@ class CostConfig:
 
     @property
     def is_measured(self) -> bool:
-        """Whether passes of layers or of the output layer take what was measured."""
+        """True if the times of layers or of the output layer were measured."""
         return self.layer_forward_seconds is not None or self.output_row_seconds is not None
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """The machines a run is planned for; `vp-plan` and `vp-profile` read it.
+    """The machines that a run is planned for; `vp-plan` and `vp-profile` read it.
 
-    Links are those of one GPU, in one direction: `node_*` to the others of its node, `network_*` to
-    other nodes.  `host_*` count with optim.offload.
+    Links are those of one GPU, in one direction: `node_*` to the other GPUs of its node,
+    `network_*` to other nodes.  `host_*` count with optim.offload.
     """
 
-    num_nodes: int = setting(1, "Nodes.", least=1)
-    gpus_per_node: int = setting(4, "GPUs of a node.", least=1)
+    num_nodes: int = setting(1, "Number of nodes.", least=1)
+    gpus_per_node: int = setting(4, "GPUs per node.", least=1)
     memory_gib: float = setting(
         4.0, "Memory that a rank may allocate on its GPU.", unit="GiB", above=0
     )
@@ -679,7 +734,7 @@ class ClusterConfig:
     float32_flops_per_second: float = setting(1e11, "Peak of a GPU.", unit="FLOP/s", least=1)
     float64_flops_per_second: float = setting(5e10, "Peak of a GPU.", unit="FLOP/s", least=1)
     efficiency: float = setting(
-        0.5, "Part of the peak that passes reach, unless cost has times.", above=0, most=1
+        0.5, "Part of the peak that passes reach, unless cost has measured times.", above=0, most=1
     )
     memory_bytes_per_second: float = setting(
         1e10, "Bandwidth of a GPU's memory.", unit="bytes/s", least=1
@@ -693,14 +748,14 @@ class ClusterConfig:
         1e8, "Bandwidth between nodes.", unit="bytes/s", least=1
     )
     host_bytes_per_second: float = setting(
-        1e10, "Bandwidth of a GPU to its host.", unit="bytes/s", least=1
+        1e10, "Bandwidth between a GPU and its host.", unit="bytes/s", least=1
     )
     host_memory_bytes_per_second: float = setting(
         1e10, "A GPU's share of the bandwidth of host memory.", unit="bytes/s", least=1
     )
     overlap: float = setting(
         0.0,
-        "Part of gradient sums and parameter gathers that hides behind passes.",
+        "Part of reducing gradients and all-gathering parameters that hides behind passes.",
         least=0,
         most=1,
     )
@@ -710,44 +765,50 @@ class ClusterConfig:
 
     @property
     def num_gpus(self) -> int:
+        """The GPUs of all nodes."""
         return self.num_nodes * self.gpus_per_node
 
 
-_LONGEST_SECONDS = 10_000_000  # to wait for a rank
+_LONGEST_SECONDS = 10_000_000  # the longest timeout
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """One run: how long, where its files go, what happens when something goes wrong."""
+    """One run: its length, its files, its devices, and what to do when something goes wrong."""
 
     name: str = setting("default", "Directory of the run, in root.")
     root: str = setting("runs", "Directory of all runs.")
     steps: int = setting(90, "Optimizer steps.", unit="steps", least=1)
-    seed: int = setting(1, "Of the initial weights.")
+    seed: int = setting(1, "Seed of the initial weights.")
     dtype: str = setting(
-        "float32", "Of weights and activations; gradients and state are wider.", choices=_DTYPES
+        "float32",
+        "Dtype of weights and activations; gradients and optimizer state are at least float32.",
+        choices=_DTYPES,
     )
     device: str = setting("cpu", "Where the ranks compute.", choices=_DEVICES)
     comm_backend: str = setting(
         "nccl",
-        "On cuda; gloo, through host memory, lets several ranks share a GPU.",
+        "Library of communication on cuda; "
+        "gloo goes through host memory and lets several ranks share a GPU.",
         choices=("nccl", "gloo"),
     )
     comm_priority: bool = setting(True, "nccl: communication runs on streams of high priority.")
     collective_ctas: int = setting(
-        2, "nccl: most thread blocks of a vocabulary collective; 0: NCCL's choice.", least=0
+        2, "nccl: maximum thread blocks of a vocabulary collective; 0: NCCL's choice.", least=0
     )
     hop_channels: int = setting(
         2,
-        "nccl: most channels of a hop unless NCCL_MAX_P2P_NCHANNELS is set; 0: NCCL's choice.",
+        "nccl: maximum channels of a hop unless NCCL_MAX_P2P_NCHANNELS is set; 0: NCCL's choice.",
         least=0,
     )
-    deterministic: bool = setting(False, "Only algorithms that give the same bits; slower on cuda.")
+    deterministic: bool = setting(
+        False, "Use only algorithms with bitwise reproducible results; slower on cuda."
+    )
     log_every: int = setting(10, "Steps between two lines of progress.", unit="steps", least=1)
     eval_every: int = setting(
         30, "Steps between two validations; 0 turns them off.", unit="steps", least=0
     )
-    eval_microbatches: int = setting(16, "Microbatches of a validation.", least=0)
+    eval_microbatches: int = setting(16, "Microbatches of a validation, of all replicas.", least=0)
     checkpoint_every: int = setting(
         45,
         "Steps between two checkpoints; the last step has one too; 0 turns them off.",
@@ -758,14 +819,14 @@ class RunSettings:
     resume: bool = setting(False, "Go on from the newest checkpoint of this run.")
     init_from: str | None = setting(
         None,
-        "Weights to start from: directory of a run or of vp-import; a resumed run has its own.",
+        "Directory of a run or of vp-import with the initial weights; a resumed run has its own.",
     )
     trace_step: int = setting(
         5, "Step whose passes are timed and written as a trace; 0 turns it off.", least=0
     )
     on_nonfinite: str = setting(
         "stop",
-        "At a loss or gradient that is not finite: stop, or skip the step.",
+        "What to do at a loss or gradient that is not finite: stop, or skip the step.",
         choices=("stop", "skip"),
     )
     timeout_seconds: float = setting(
@@ -777,7 +838,7 @@ class RunSettings:
     )
     world_timeout_seconds: float = setting(
         1800.0,
-        "Longest wait of all ranks for each other: at the start, around steps and checkpoints.",
+        "Longest wait of all ranks for each other at the start, around steps and at checkpoints.",
         unit="s",
         least=1,
         most=_LONGEST_SECONDS,
@@ -787,7 +848,8 @@ class RunSettings:
         _check("run.", self)
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(
-                f"run.name={self.name!r} is not a directory name; use letters, digits and dashes, and run.root for the parent"
+                f"run.name={self.name!r} is not a directory name; "
+                "use letters, digits and dashes, and run.root for the parent"
             )
 
     @property
@@ -796,13 +858,13 @@ class RunSettings:
         return Path(self.root).expanduser() / self.name
 
     def eval_microbatches_of(self, dp_size: int) -> int:
-        """How many microbatches of an evaluation each of `dp_size` replicas runs: all run as many, at least one."""
+        """Return the evaluation microbatches per replica: the same number in all, at least one."""
         return max(1, -(-self.eval_microbatches // dp_size))
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The whole run."""
+    """The whole configuration of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -814,7 +876,7 @@ class RunConfig:
     cost: CostConfig = field(default_factory=CostConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     run: RunSettings = field(default_factory=RunSettings)
-    num_microbatches: int = setting(8, "Microbatches of a step, of each replica.", least=1)
+    num_microbatches: int = setting(8, "Microbatches of a step in each replica.", least=1)
     micro_batch_size: int = setting(1, "Sequences of a microbatch.", least=1)
 
     def __post_init__(self) -> None:
@@ -823,6 +885,7 @@ class RunConfig:
                 setting_of(item).check(item.name, getattr(self, item.name), item.default)
         if self.loss.label_smoothing and self.model.logit_softcap is not None:
             raise ConfigError(
-                f"loss.label_smoothing={self.loss.label_smoothing} and model.logit_softcap={self.model.logit_softcap} do not "
-                "go together: the sum of capped logits would cost a pass over all of them; set one of the two"
+                f"loss.label_smoothing={self.loss.label_smoothing} and "
+                f"model.logit_softcap={self.model.logit_softcap} do not go together: the sum of "
+                "capped logits would cost a pass over all of them; set one of the two"
             )

@@ -1,6 +1,7 @@
-"""How a run ends: exit codes, and what torch says of a lost, silent or dead rank -> code and sentence.
+"""The exit codes of a run, and the exit code and sentence for a lost, silent or dead rank.
 
-The words are those of gloo, of torch's store and of NCCL; `tests/test_failures.py` has samples.
+Peers that fail are recognised by the messages of gloo, of torch's store and of NCCL.
+`tests/test_failures.py` has samples of these messages.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ from pathlib import Path
 
 from vp_train.config import RunSettings
 
-# Exit codes: whatever starts jobs decides by them whether to start a run again.
+# Exit codes: a job scheduler decides by them whether to start a run again.
 EXIT_OK = 0
 EXIT_INTERNAL = 70  # a bug, or a peer that died
 EXIT_IO = 74  # disk full, directory not writable
 EXIT_TIME = 75  # a search ran out of time without a result; a longer one may have one
-EXIT_CONFIG = (
-    78  # something the user must change, a diverging run included; starting again cannot help
-)
+# Something that the user must change, also a diverging run: starting again cannot help.
+EXIT_CONFIG = 78
 EXIT_HANG = 124  # a rank did not answer in time
 
-# A peer went away.  It has the reason itself.
+# A peer went away.  Its own message has the reason.
 _LOST = (
     "Connection closed by peer",  # gloo
     "Connection reset by peer",
@@ -43,13 +43,13 @@ _WAITED = (
     (re.compile(r"Timed out after (\d+) seconds waiting for clients"), 1),
     (re.compile(r"Watchdog caught collective operation timeout: .*Timeout\(ms\)=(\d+)"), 1000),
 )
-# gloo closes a connection whose timeout is over: all else that waits on it hears of this alone.
+# After a timeout gloo closes the connection, and all other waits on it get only this message.
 _CLOSED_BY_TIMEOUT = "Application timeout caused pair closure"
 
 
 @dataclass(frozen=True, slots=True)
 class PeerFailure:
-    """What another rank did, in words, and the exit code of a rank that noticed."""
+    """The failure of another rank in words, and the exit code of a rank that notices it."""
 
     code: int
     words: str
@@ -59,7 +59,7 @@ LOST_PEER = PeerFailure(EXIT_INTERNAL, "another rank went away")
 
 
 def peer_failure(error: BaseException, settings: RunSettings) -> PeerFailure | None:
-    """Return what `error` says of another rank, None if it says nothing."""
+    """Return the failure of another rank that `error` is about, or None if it is about none."""
     if not isinstance(error, RuntimeError):
         return None
     text = str(error)
@@ -74,7 +74,10 @@ def peer_failure(error: BaseException, settings: RunSettings) -> PeerFailure | N
 
 
 def silent_peer(seconds: float, settings: RunSettings) -> PeerFailure:
-    """Return the failure of a peer that has not answered for `seconds`, with the setting."""
+    """Return the failure of a peer that has not answered for `seconds`.
+
+    Its words name the timeout setting that is over.
+    """
     is_of_step = math.isclose(seconds, settings.timeout_seconds, abs_tol=0.01)
     setting = "timeout_seconds" if is_of_step else "world_timeout_seconds"
     words = f"another rank has not answered for {seconds:g} s (run.{setting}); it may hang"
@@ -86,13 +89,13 @@ def explain_deaths(
     settings: RunSettings,
     record_of: Callable[[int], Path | None],
 ) -> PeerFailure:
-    """Return the exit code of a job and what there is to say, from the exit codes of its ranks.
+    """Return the exit code of a job and the sentence to print, from the exit codes of its ranks.
 
-    `codes` are those of failed ranks, the first to die first; -n for signal n.  `record_of` returns
-    the flight recorder's file of a rank if NCCL's watchdog had it written before an abort.
-    Causes come before consequences: a rank that has an exit code of its own, a killed one, one that
-    waited in vain, those that only lost a peer, and last those that torch stopped for another's
-    sake.  The words are empty where the rank has spoken itself.
+    `codes` are those of failed ranks in the order in which they died; -n stands for signal n.
+    `record_of` returns the flight recorder's file of a rank if NCCL's watchdog wrote it before an
+    abort.  Causes come before consequences, in this order: a rank with an exit code of its own, a
+    killed rank, a rank that waited in vain, ranks that only lost a peer, and ranks that torch
+    stopped because another one failed.  The sentence is empty if the rank has printed its own.
     """
     own = [code for code in codes.values() if code > 0 and code != EXIT_INTERNAL]
     if own:

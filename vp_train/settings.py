@@ -1,6 +1,6 @@
-"""The door to hydra: overrides -> RunConfig, and the settings in words.
+"""The only door to hydra: overrides -> RunConfig, and the settings in words.
 
-python -m vp_train.settings > docs/settings.md
+`python -m vp_train.settings > docs/settings.md` writes the page of all settings.
 """
 
 from __future__ import annotations
@@ -182,7 +182,11 @@ def _at_home(word: str) -> str:
 
 
 def _of_file(word: str) -> list[str]:
-    """`model=FILE.yaml`, which vp-import writes, or `cost=`, which vp-profile does, as its settings; all else as it is."""
+    """Return `model=FILE.yaml` or `cost=FILE.yaml` as overrides, one per setting in the file.
+
+    vp-import writes such files of models, vp-profile of costs.  Any other word is returned as it
+    is.  Raises ConfigError if the file cannot be read.
+    """
     group, _, value = word.partition("=")
     path = Path(value).expanduser()
     if group not in ("model", "cost") or path.suffix != ".yaml":
@@ -201,7 +205,7 @@ def _of_file(word: str) -> list[str]:
 
 
 def _word(setting: object) -> str:
-    """A value of a file as hydra reads it behind `key=`."""
+    """Return a value of a file as hydra reads it after `key=`."""
     if isinstance(setting, str):
         return "'" + setting.replace("'", r"\'") + "'"
     return "null" if setting is None else str(setting)
@@ -213,14 +217,17 @@ def override(name: str, value: str) -> str:
 
 
 def config_text(config: RunConfig) -> str:
-    """The whole configuration as YAML."""
+    """Return the whole configuration as YAML."""
     from omegaconf import OmegaConf
 
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def _thaw(node: object) -> None:
-    """A frozen dataclass makes read-only nodes, which nothing can be merged into."""
+    """Make `node` and all nodes in it writable.
+
+    A frozen dataclass makes read-only nodes, into which nothing can be merged.
+    """
     from omegaconf import DictConfig, OmegaConf
 
     if isinstance(node, DictConfig):
@@ -230,6 +237,7 @@ def _thaw(node: object) -> None:
 
 
 def _keys(node: object, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all settings and sections in `node`."""
     from omegaconf import DictConfig
 
     assert isinstance(node, DictConfig)
@@ -246,7 +254,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _unknown_choice(error: BaseException) -> str:
-    """hydra lists the options one per line after 'Available options in'; we say it in one line."""
+    """Return hydra's message about an unknown choice of a group, in one line.
+
+    Hydra lists the options one per line after 'Available options in'.
+    """
     lines = str(error).splitlines()
     missing = lines[0].partition("Could not find ")[2].strip("'") or lines[0]
     options = [line.strip() for line in lines if line.startswith("\t") and "=" not in line]
@@ -257,11 +268,13 @@ def _unknown_choice(error: BaseException) -> str:
 
 
 def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
+    """Return hydra's message about an override that it cannot merge, in one line."""
     first = _first_line(error)
     reason = f": {_first_line(error.__cause__)}" if error.__cause__ is not None else ""
     if first.startswith(("Could not override 'data.blend'", "Error merging override data.blend=")):
         reason = reason.replace("'BlendEntry'", "an entry").replace("BlendEntry", "an entry")
-        return f"data.blend{reason}; write data.blend=[{{path:DIR,weight:3}},{{name:pystdlib,weight:1}}]"
+        example = "[{path:DIR,weight:3},{name:pystdlib,weight:1}]"
+        return f"data.blend{reason}; write data.blend={example}"
     if first.startswith("Ambiguous value"):
         word = first.split("'")[1]
         return f"{word}: one value is needed; vp-simulate --compare compares several"
@@ -276,30 +289,30 @@ def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
 
 
 def started_from(source: Path) -> Path | None:
-    """Return run.init_from of the run in directory `source`, or of the run whose checkpoint that is.
+    """Return run.init_from of the run in directory `source`, or of the run of that checkpoint.
 
-    None where there is none, or nothing says it.
+    It is None if the run started from nothing, or if its config.yaml cannot be read.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     place = source.resolve()
-    run = next((one.parent for one in (place, place.parent) if one.name == "checkpoints"), place)
+    run = next((path.parent for path in (place, place.parent) if path.name == "checkpoints"), place)
     try:
-        told = OmegaConf.select(
+        origin = OmegaConf.select(
             OmegaConf.create((run / "config.yaml").read_text()), "run.init_from"
         )
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         return None
-    return Path(told).expanduser() if isinstance(told, str) else None
+    return Path(origin).expanduser() if isinstance(origin, str) else None
 
 
 # Settings in words
 
 
 def sections() -> dict[str, type]:
-    """Return the sections of the configuration and their classes."""
+    """Return the classes of the configuration's sections by their names."""
     types = typing.get_type_hints(RunConfig)
     return {
         item.name: types[item.name] for item in fields(RunConfig) if is_dataclass(types[item.name])
@@ -307,7 +320,7 @@ def sections() -> dict[str, type]:
 
 
 def settings_help(config: RunConfig) -> str:
-    """Return a line for every setting: its value in `config`, and its meaning."""
+    """Return one line for every setting: its value in `config`, and its meaning."""
     rows = []
     for name in sections():
         section = getattr(config, name)
@@ -322,7 +335,10 @@ def settings_help(config: RunConfig) -> str:
 
 
 def section_help(name: str, config: RunConfig) -> str:
-    """Return what one section is for, and type, default, bounds, unit and meaning of its settings."""
+    """Return the purpose of one section, and every setting of it in full.
+
+    A setting has its value in `config`, meaning, allowed values, unit and default.
+    """
     section = getattr(config, name)
     lines = [f"{name}: {_paragraphs(type(section))}", ""]
     types = typing.get_type_hints(type(section))
@@ -343,8 +359,9 @@ def settings_page() -> str:
     """Return docs/settings.md: every setting with its default, allowed values, unit and meaning."""
     parts = [
         "# Settings",
-        "Every value of a run. Write `section.name=value` behind any command; `vp-train --help SECTION`\n"
-        "shows a section too. This page is generated: `python -m vp_train.settings > docs/settings.md`.",
+        "Every setting of a run. Append `section.name=value` to any command to change one.\n"
+        "`vp-train --help SECTION` shows a section too. This page is generated:\n"
+        "`python -m vp_train.settings > docs/settings.md`.",
     ]
     for name, section in [
         *sections().items(),
@@ -369,15 +386,17 @@ def settings_page() -> str:
 
 
 def _own_fields() -> list[Any]:
-    """Return the fields of RunConfig that are no sections."""
+    """Return the fields of RunConfig that are not sections."""
     return [item for item in fields(RunConfig) if item.name not in sections()]
 
 
 def _sentence(setting: Setting) -> str:
+    """Return the meaning of a setting, followed by its unit."""
     return f"{setting.meaning} [{setting.unit}]" if setting.unit else setting.meaning
 
 
 def _paragraphs(section: type) -> str:
+    """Return the docstring of a section with one line per paragraph."""
     lines = (line.strip() for line in (section.__doc__ or "").strip().splitlines())
     return "\n\n".join(" ".join(part.split("\n")) for part in "\n".join(lines).split("\n\n"))
 
@@ -392,14 +411,14 @@ def _value(value: Any) -> str:
 
 
 def _values_words(kind: Any, setting: Setting) -> str:
-    """Return which values a setting takes, in words."""
+    """Return in words which values a setting takes."""
     if not setting.choices:
         return "; ".join(filter(None, [_type_words(kind), setting.allowed]))
     return _type_words(kind).replace("text", f"one of {setting.allowed}")
 
 
 def _type_words(kind: Any) -> str:
-    """Return a type in words, as `int or null`."""
+    """Return a type in words, for example `int or null`."""
     names = {int: "int", float: "float", bool: "true or false", str: "text", NoneType: "null"}
     if isinstance(kind, UnionType):
         return " or ".join(map(_type_words, typing.get_args(kind)))

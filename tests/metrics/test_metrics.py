@@ -1,4 +1,4 @@
-"""What a run writes: a directory nobody else can disturb, one record per step, lines that fit a log file."""
+"""The files of a run: its locked directory, one record per step, and lines for a log file."""
 
 from __future__ import annotations
 
@@ -131,7 +131,16 @@ def test_bytes_for_people(count, text):
 def test_the_table_fits_and_shows_prediction_beside_measurement():
     out = io.StringIO()
     row = RankSummary(
-        31, "120-127", 262_144, 21_000_000_000, 0.9, 0.1, 0.123, 80 * 2**30, 81 * 2**30, 99 * 2**30
+        rank=31,
+        layers="120-127",
+        vocabulary_rows=262_144,
+        num_parameters=21_000_000_000,
+        busy=0.9,
+        predicted_bubble=0.1,
+        measured_bubble=0.123,
+        predicted_bytes=80 * 2**30,
+        measured_bytes=81 * 2**30,
+        peak_bytes=99 * 2**30,
     )
     Console(file=out, width=110).print(rank_table([row], "title"))
     lines = out.getvalue().splitlines()

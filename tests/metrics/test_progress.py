@@ -1,4 +1,4 @@
-"""What a terminal and a log file are left with."""
+"""The lines that remain on a terminal and in a log file."""
 
 from __future__ import annotations
 

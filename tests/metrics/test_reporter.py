@@ -1,4 +1,4 @@
-"""What rank 0 says and writes: the run before it starts, a record of every step, the trace beside the plan, the table."""
+"""The reports of rank 0: the plan, a record of every step, the trace and the final table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def report(step):
 
 
 def stretched(timeline, factor):
-    """The same passes, `factor` times as long."""
+    """Return the same passes, `factor` times as long."""
     rows = [
         [replace(s, start=factor * s.start, end=factor * s.end) for s in row]
         for row in timeline.compute
@@ -33,10 +33,10 @@ def stretched(timeline, factor):
 
 @pytest.fixture
 def started(tmp_path):
-    """A run on `num_ranks` ranks that is about to take its first step: (config, plan, directory, reporter)."""
+    """Return a run before its first step: (config, plan, directory, reporter)."""
 
     def start(*overrides, num_ranks=2, first_step=1):
-        told = [
+        settings = [
             "model=nano",
             "model.num_layers=4",
             "num_microbatches=4",
@@ -44,7 +44,7 @@ def started(tmp_path):
             "run.steps=4",
             *overrides,
         ]
-        config = load_config(told)
+        config = load_config(settings)
         plan, directory = make_plan(config, num_ranks), RunDirectory(config.run)
         reporter = Reporter(config, plan, directory, first_step)
         reporter.start("model: nano\n", SOURCE)

@@ -1,4 +1,4 @@
-"""Nothing of an earlier run is lost, and a run that left nothing stands in nobody's way."""
+"""Nothing of an earlier run is lost, and a run that left nothing does not block the next."""
 
 from __future__ import annotations
 

@@ -22,13 +22,13 @@ def rows():
         timeline((4.0, 3.0), (2.0**20, 2.0**21)),
         timeline((2.0, 5.0), (3.0 * 2**20, 3.5 * 2**20)),
     )
-    layers, vocabulary, parameters = (
-        [[range(2)], [range(2, 3), range(5, 7)]],
-        [16_384, 16_384],
-        [17_660_000, 2_500_000_000],
-    )
     return summarize(
-        planned, measured, layers, vocabulary, parameters, [405.5 * 2**20, 61.0 * 2**30]
+        planned,
+        measured,
+        layers=[[range(2)], [range(2, 3), range(5, 7)]],
+        rows=[16_384, 16_384],
+        parameters=[17_660_000, 2_500_000_000],
+        peaks=[405.5 * 2**20, 61.0 * 2**30],
     )
 
 

@@ -1,4 +1,4 @@
-"""Which links a split of the ranks uses, and what messages then cost."""
+"""Laws of the links that a split of the ranks uses, and of what messages then cost."""
 
 from __future__ import annotations
 
@@ -38,8 +38,12 @@ def test_neighbours_share_a_node(degrees, tensor, pipeline, data):
 def test_a_collective_passes_its_fixed_time_along_a_tree():
     link = Link(INSIDE, 0.5, 1e9)
     assert [link.of_group(count) for count in (1, 2, 3, 4, 5, 8, 9)] == [0, 0.5, 1, 1, 1.5, 1.5, 2]
-    told, _ = costed("cluster.node_seconds=0.5", "cluster.gpus_per_node=8", pp=4, tp=2)
-    assert (told.cost.collective_seconds, told.cost.tensor_seconds, told.cost.hop_seconds) == (
+    config, _ = costed("cluster.node_seconds=0.5", "cluster.gpus_per_node=8", pp=4, tp=2)
+    assert (
+        config.cost.collective_seconds,
+        config.cost.tensor_seconds,
+        config.cost.hop_seconds,
+    ) == (
         1.5,
         0.5,
         0.5,
@@ -49,8 +53,8 @@ def test_a_collective_passes_its_fixed_time_along_a_tree():
 def costed(*overrides, **degrees):
     config = load_config(["model=nano", "num_microbatches=4", "vocab=one_barrier", *overrides])
     split = Degrees(**{"dp": 1, "pp": 2, "tp": 1} | degrees)
-    told = on_cluster(replace(config, parallel=replace(config.parallel, tp=split.tp)), split)
-    return told, plan_step(told, split.num_ranks)
+    placed = on_cluster(replace(config, parallel=replace(config.parallel, tp=split.tp)), split)
+    return placed, plan_step(placed, split.num_ranks)
 
 
 def test_messages_take_their_bytes_through_the_link():
@@ -94,15 +98,15 @@ def test_tensor_parallel_ranks_share_the_work_and_add_two_sums_each_way():
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
 def test_split_sequences_are_gathered_once_more_in_the_backward(schedule):
-    """Inputs of two linear layers per layer, each half a sum; not in W, which has them."""
-    told = [
+    """Two inputs per layer are all-gathered, each for half an all-reduce.  W has them already."""
+    common = [
         "run.device=cuda",
         "cluster.node_seconds=0.001",
         "cluster.node_bytes_per_second=1000000",
         f"schedule={schedule}",
     ]
-    _, whole = costed(*told, tp=2)
-    _, split = costed(*told, "parallel.sequence_parallel=true", tp=2)
+    _, whole = costed(*common, tp=2)
+    _, split = costed(*common, "parallel.sequence_parallel=true", tp=2)
     one_sum = 0.001 + 4 * 64 * 64 / 1e6
     for kind, sums in ((Kind.F, 0), (Kind.B, 1), (Kind.I, 1), (Kind.W, 0)):
         for before, after in zip(
@@ -113,9 +117,9 @@ def test_split_sequences_are_gathered_once_more_in_the_backward(schedule):
 
 def test_measured_pass_times_stay():
     config = load_config(["cost=a100_4b", "cluster=a100_80g_node", "run.dtype=float16"])
-    told = on_cluster(config, Degrees(1, 8, 1))
-    assert told.cost.layer_forward_seconds == config.cost.layer_forward_seconds
-    assert told.cost.hop_bytes_per_second == config.cluster.node_bytes_per_second
+    placed = on_cluster(config, Degrees(1, 8, 1))
+    assert placed.cost.layer_forward_seconds == config.cost.layer_forward_seconds
+    assert placed.cost.hop_bytes_per_second == config.cluster.node_bytes_per_second
 
 
 @pytest.mark.parametrize(
@@ -125,13 +129,13 @@ def test_measured_pass_times_stay():
 def test_the_gradient_sum_moves_each_value_as_often_as_a_ring_does(
     optimizer, offload, bytes_per_value
 ):
-    told = [
+    common = [
         "run.dtype=bfloat16",
         f"optim.name={optimizer}",
         f"optim.offload={offload}",
         "cluster.node_seconds=0",
     ]
-    config = load_config(told)
+    config = load_config(common)
     found = gradient_seconds(config, Degrees(4, 1, 1), 10**9)
     assert found == pytest.approx(
         3 / 4 * bytes_per_value * 1e9 / config.cluster.node_bytes_per_second
@@ -152,14 +156,14 @@ def test_the_gradient_sum_moves_each_value_as_often_as_a_ring_does(
     ids=["two ranks", "one rank", "sharded", "untied"],
 )
 def test_a_tied_matrix_at_both_ends_has_its_gradient_summed_over_them(overrides, summed):
-    told = [
+    common = [
         "model.tied_embeddings=true",
         "model.num_layers=4",
         "run.dtype=bfloat16",
         "cluster.node_seconds=0.5",
         *overrides,
     ]
-    config, step = costed("cluster.node_bytes_per_second=1e6", *told, tp=2)
+    config, step = costed("cluster.node_bytes_per_second=1e6", *common, tp=2)
     expected = 0.5 + 4 * 4096 * 64 / 2 / 1e6 if summed else 0
     assert tied_seconds(config, step.degrees, step.problem) == pytest.approx(expected)
     found = make_report(replace(config, cluster=replace(config.cluster, gpus_per_node=4)))
@@ -185,15 +189,15 @@ def test_a_cluster_that_cannot_be(values, message):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "told", "times"),
+    ("dtype", "sum_dtype", "times"),
     [("bfloat16", "float32", 2), ("bfloat16", "compute", 1), ("float32", "float32", 1)],
 )
-def test_the_sum_of_dx_moves_the_bytes_of_its_dtype(dtype, told, times):
+def test_the_sum_of_dx_moves_the_bytes_of_its_dtype(dtype, sum_dtype, times):
     words = [
         "cluster.node_seconds=0.0",
         "cluster.node_bytes_per_second=1000000",
         f"run.dtype={dtype}",
-        f"vocab.sum_dtype={told}",
+        f"vocab.sum_dtype={sum_dtype}",
     ]
     _, step = costed(*words)
     assert step.cost.barrier_seconds["C1b"] == pytest.approx(

@@ -1,4 +1,4 @@
-"""Predicted bytes of every rank: they add up to the model, and are what torch allocates."""
+"""The predicted bytes of all ranks add up to the model, and are what torch allocates."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_ranks_together_have_every_parameter_once(schedule, vocab, tied):
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])
 @pytest.mark.parametrize("vocab", ["none", "one_barrier", "two_barrier"])
 def test_the_most_shards_held_are_the_peak_of_s_minus_t(schedule, vocab):
-    """Counted here over every prefix of the order, of ranks without a shard too."""
+    """Compare with a count over every prefix of the order, also on ranks without a shard."""
     _, step = planned(f"schedule={schedule}", f"vocab={vocab}", "num_microbatches=6")
     most = []
     for order in step.schedule.ranks:
@@ -78,7 +78,7 @@ def test_bytes_per_parameter(dtype, optimizer, dp, expected):
     )
     memory = rank_memory(config, step, 1)
     found = (memory.weights, memory.gradients, memory.optimizer)
-    assert found == tuple(memory.parameters * each for each in expected)
+    assert found == tuple(memory.parameters * num_bytes for num_bytes in expected)
     offloaded = replace(config, optim=OptimConfig("zero1", offload=True))
     assert StateBytes.of(offloaded).optimizer == 0
 
@@ -91,9 +91,9 @@ FEW_ACTIVATIONS = ["parallel.dp=4", "model.seq_length=4", "num_microbatches=1"]
 def test_zero1_sums_and_gathers_in_place_unless_gloo_copies_the_gradients(
     dtype, device, bytes_used
 ):
-    told = [*FEW_ACTIVATIONS, f"run.dtype={dtype}", f"run.device={device}"]
-    replicated = rank_memory(*planned("optim.name=adamw", *told, num_ranks=8), 1)
-    memory = rank_memory(*planned("optim.name=zero1", *told, num_ranks=8), 1)
+    common = [*FEW_ACTIVATIONS, f"run.dtype={dtype}", f"run.device={device}"]
+    replicated = rank_memory(*planned("optim.name=adamw", *common, num_ranks=8), 1)
+    memory = rank_memory(*planned("optim.name=zero1", *common, num_ranks=8), 1)
     assert memory.working == pytest.approx(
         max(bytes_used * memory.parameters, replicated.working), rel=0.05
     )
@@ -101,14 +101,14 @@ def test_zero1_sums_and_gathers_in_place_unless_gloo_copies_the_gradients(
 
 @pytest.mark.parametrize("bucket_mib", [1, 64])
 def test_a_step_of_an_offloaded_optimizer_peaks_with_a_bucket_where_passes_keep_little(bucket_mib):
-    told = [
+    common = [
         *FEW_ACTIVATIONS,
         "optim.name=zero1",
         "optim.offload=true",
         "run.dtype=bfloat16",
         "model.hidden_size=256",
     ]
-    memory = rank_memory(*planned(*told, f"optim.bucket_mib={bucket_mib}", num_ranks=8), 1)
+    memory = rank_memory(*planned(*common, f"optim.bucket_mib={bucket_mib}", num_ranks=8), 1)
     assert memory.activations == 0
     assert 2**20 < 4 * memory.parameters < 64 * 2**20
     assert memory.working == pytest.approx(min(4 * memory.parameters, bucket_mib * 2**20), rel=0.05)

@@ -1,4 +1,4 @@
-"""Layers differ by at most one; rows fill up what the layers leave."""
+"""Stages differ by at most one layer, and rows fill the time that layers leave."""
 
 from __future__ import annotations
 
@@ -67,20 +67,20 @@ seconds = st.floats(1e-3, 10.0)
     st.lists(st.tuples(st.floats(0.0, 1e3), seconds), min_size=1, max_size=8), st.integers(1, 400)
 )
 def test_rows_fill_up_like_water(ranks, num_rows):
-    busy, each = zip(*ranks, strict=True)
-    rows = fill_with_rows(num_rows, busy, each)
+    busy, row_seconds = zip(*ranks, strict=True)
+    rows = fill_with_rows(num_rows, busy, row_seconds)
     assert sum(rows) == num_rows
     assert min(rows) >= 0
     best = list(busy)
     for _ in range(num_rows):  # row by row to where it ends first: no split has a lower maximum
-        rank = min(range(len(best)), key=lambda r: best[r] + each[r])
-        best[rank] += each[rank]
-    loads = [b + count * e for b, count, e in zip(busy, rows, each, strict=True)]
-    assert max(loads) <= max(best) + max(each) * (1 + 1e-9)
+        rank = min(range(len(best)), key=lambda r: best[r] + row_seconds[r])
+        best[rank] += row_seconds[rank]
+    loads = [b + count * e for b, count, e in zip(busy, rows, row_seconds, strict=True)]
+    assert max(loads) <= max(best) + max(row_seconds) * (1 + 1e-9)
     for poor, rich in (
         (a, b) for a in range(len(rows)) for b in range(len(rows)) if rows[a] == 0 and rows[b] > 1
     ):
-        assert busy[poor] >= loads[rich] - 2 * max(each)
+        assert busy[poor] >= loads[rich] - 2 * max(row_seconds)
 
 
 @given(st.lists(st.floats(0.0, 100.0), min_size=2, max_size=8), st.integers(1, 10_000))
@@ -91,7 +91,7 @@ def test_a_rank_with_less_other_work_gets_at_least_as_many_rows(busy, num_rows):
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "busy", "each", "expected"),
+    ("num_rows", "busy", "row_seconds", "expected"),
     [
         (100, (3, 3, 3, 3), (1, 1, 1, 1), [25, 25, 25, 25]),
         (10, (0, 4, 20), (1, 1, 1), [7, 3, 0]),
@@ -101,12 +101,12 @@ def test_a_rank_with_less_other_work_gets_at_least_as_many_rows(busy, num_rows):
         (5, (0, 0, 0), (1, 1, 1), [2, 2, 1]),
     ],
 )
-def test_rows_in_known_cases(num_rows, busy, each, expected):
-    assert fill_with_rows(num_rows, busy, each) == expected
+def test_rows_in_known_cases(num_rows, busy, row_seconds, expected):
+    assert fill_with_rows(num_rows, busy, row_seconds) == expected
 
 
 def balanced(layers, *, vocab_size=4000, schedule="1f1b", **cost):
-    """The step of 4 ranks with vocab.balance, and the same with an even split; E and G are free."""
+    """Return a step of 4 ranks with vocab.balance, and with an even split; E and G take no time."""
     config = config_of(4, 6, vocab_size, layers=layers, schedule=schedule)
     config = replace(config, cost=CostConfig(collective_seconds=0, **cost))
     return tuple(

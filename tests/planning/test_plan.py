@@ -41,10 +41,10 @@ def test_redistribution_makes_the_slowest_stage_as_fast_as_possible(
     assert counts == expected
 
 
-def test_layers_are_split_evenly_or_as_told():
+def test_layers_are_split_evenly_or_as_given():
     model = config_of(4, 1, 100, layers=(3, 2, 0, 1)).model
-    told = split_layers(model, ParallelConfig(layers_per_stage=(3, 2, 0, 1)), Layout("linear", 4))
-    assert told == (range(3), range(3, 5), range(5, 5), range(5, 6))
+    given = split_layers(model, ParallelConfig(layers_per_stage=(3, 2, 0, 1)), Layout("linear", 4))
+    assert given == (range(3), range(3, 5), range(5, 5), range(5, 6))
 
 
 def test_without_sharding_the_end_ranks_own_the_whole_vocabulary():
@@ -124,7 +124,7 @@ def test_chunks_that_a_schedule_cannot_have_are_named(name, num_chunks):
 
 
 def solved(p=3, m=6, *, vocab="one_barrier", micro_batch_size=2, **cap):
-    """The configuration of a searched step; its layers split over V placements too."""
+    """Return the configuration of a searched step, whose layers split over V layouts too."""
     config = config_of(p, m, 400, vocab=VocabConfig(vocab), num_stages=2 * p)
     return replace(
         config, schedule=ScheduleConfig("auto", **cap), micro_batch_size=micro_batch_size
@@ -154,7 +154,7 @@ def test_a_searched_plan_keeps_its_cap_and_is_never_slower_than_a_named_one_that
 
 
 def test_without_a_cap_a_search_never_refuses(quick_search, monkeypatch):
-    """What is planned with is then what the best order keeps, however little the default would allow."""
+    """However low the default cap is, the plan then uses the peak of the best order as its cap."""
     monkeypatch.setattr("vp_train.planning.plan._cap_bytes", lambda *_: 1.0)
     plan = plan_step(solved(), 3)
     assert max(plan.timeline.peak_bytes) == pytest.approx(plan.caps[0])
@@ -190,14 +190,15 @@ def test_a_cap_that_is_too_low_is_refused_and_the_advice_holds(
     with pytest.raises(ConfigError) as caught:
         planned(low)
     found = re.match(
-        rf"schedule.{setting}={NUMBER} is too low: the best schedule found keeps {NUMBER} (GiB|microbatches) on rank (\d).  "
+        rf"schedule.{setting}={NUMBER} is too low: the best schedule found keeps {NUMBER} "
+        r"(GiB|microbatches) on rank (\d).  "
         rf"One microbatch alone keeps {NUMBER}; without a bubble the average would be {NUMBER}.  "
         rf"Set schedule.{setting} to {NUMBER} or more, or use a smaller micro_batch_size",
         str(caught.value),
     )
     assert found, caught.value
-    told, reached, alone, advised = (float(found[group]) for group in (1, 2, 5, 7))
-    assert told == low < alone
+    cap, reached, alone, advised = (float(found[group]) for group in (1, 2, 5, 7))
+    assert cap == low < alone
     assert reached == alone <= advised * 1.001
     plan = planned(advised)
     unit = microbatch_bytes(plan) if setting == "cap_microbatches" else 2**30
@@ -417,12 +418,12 @@ def test_splitting_sequences_takes_norms_and_inputs_of_layers_off_every_rank():
         replace(config, parallel=replace(config.parallel, sequence_parallel=value))
         for value in (False, True)
     )
-    before, after = (layer_bytes(each, "none") for each in (whole, split))
+    before, after = (layer_bytes(config, "none") for config in (whole, split))
     tokens, hidden = 2 * 6, 16
     assert before - after == tokens * (8 * 2 * hidden + 2 * (8 * hidden + 8)) // 2
 
 
-def test_what_runs_again_is_told_for_every_stage():
+def test_recomputation_may_be_given_for_every_stage():
     config = config_of(3, 4, 100)
     one = replace(
         config, parallel=replace(config.parallel, recompute_per_stage=("full", "none", "selective"))

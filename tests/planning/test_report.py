@@ -1,4 +1,4 @@
-"""Seconds, FLOPs and what binds, in cases whose answer is known; the published runs."""
+"""Seconds, FLOPs and limits of runs whose answer is known, and of the published runs."""
 
 from __future__ import annotations
 
@@ -61,24 +61,27 @@ def test_replicas_do_the_same_in_the_same_time_and_sum_gradients():
 
 
 def test_the_optimizer_reads_gradients_writes_weights_and_does_both_to_its_state():
-    """Of the rank that has most."""
-    told = [
+    """The time is that of the rank with the most parameters."""
+    common = [
         "cluster.memory_bytes_per_second=1e6",
         "vocab=none",
         "model.vocab_size=8192",
         "parallel.layers_per_stage=[1,1,1,1]",
     ]
-    found = report(*told, "run.dtype=bfloat16")
+    found = report(*common, "run.dtype=bfloat16")
     counts = [rank.memory.parameters for rank in found.ranks]
     assert min(counts) < max(counts)
     assert found.optimizer == pytest.approx(max(counts) * (4 + 2 * 12 + 2) / 1e6)
 
 
 def test_an_optimizer_in_host_memory_takes_its_link_and_the_memory_there():
-    """gradients down and weights up; the host reads and writes 3 values in fp32, reads the gradients and writes the weights."""
+    """Gradients go down and weights come up.
+
+    The host reads and writes 3 values in fp32, reads the gradients and writes the weights.
+    """
     links = ["cluster.host_bytes_per_second=1e7", "cluster.host_memory_bytes_per_second=1e8"]
-    told = ["run.dtype=bfloat16", "optim.name=zero1", "parallel.pp=2", "parallel.dp=2", *links]
-    there, here = report(*told, "optim.offload=true"), report(*told)
+    common = ["run.dtype=bfloat16", "optim.name=zero1", "parallel.pp=2", "parallel.dp=2", *links]
+    there, here = report(*common, "optim.offload=true"), report(*common)
     part = max(rank.memory.parameters for rank in there.ranks) / 2
     assert there.optimizer == pytest.approx(part * ((4 + 2) / 1e7 + (4 + 2 * 12 + 2) / 1e8))
     assert there.step_seconds > here.step_seconds
@@ -88,15 +91,15 @@ def test_an_optimizer_in_host_memory_takes_its_link_and_the_memory_there():
 @pytest.mark.parametrize("split", ["", "parallel.sequence_parallel=true"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_layers_without_their_sums_are_half_of_those_of_one_rank(split, recompute):
-    told = [
+    common = [
         "cluster.gpus_per_node=4",
         "parallel.dp=1",
         "run.device=cuda",
         f"parallel.recompute={recompute}",
     ]
     link = ["cluster.node_seconds=0.01", "cluster.node_bytes_per_second=1e6"]
-    two = report(*told, *link, "parallel.pp=2", "parallel.tp=2", *filter(None, [split]))
-    one = report(*told, *link, "cluster.gpus_per_node=2", "parallel.pp=2")
+    two = report(*common, *link, "parallel.pp=2", "parallel.tp=2", *filter(None, [split]))
+    one = report(*common, *link, "cluster.gpus_per_node=2", "parallel.pp=2")
     for alone, shared in zip(one.ranks, two.ranks, strict=True):
         assert alone.tensor == 0 < shared.tensor
         assert shared.layers - shared.tensor == pytest.approx(alone.layers / 2)
@@ -150,7 +153,7 @@ def plan_published(monkeypatch):
 
 
 def test_the_published_runs_are_what_the_shipped_cluster_predicts(plan_published):
-    """Both memories: as this trainer holds things, and as theirs does."""
+    """Check the memory as this trainer holds its state, and as that of the paper does."""
     efficiency = plan_published.shipped_efficiency()
     methods, sizes = ("vocab-1", "vocab-2"), (32_000, 256_000)
     published = json.loads(plan_published.DATA.read_text())["rows"]
@@ -175,7 +178,7 @@ def test_the_shipped_efficiency_is_the_fitted_one(plan_published):
 def test_gpt_4b_is_the_published_layer(plan_published):
     model = load_config(["model=gpt_4b"]).model
     for run in json.loads(plan_published.DATA.read_text())["rows"]:
-        told = (
+        published = (
             run["layers"],
             run["hidden"],
             run["heads"],
@@ -183,7 +186,7 @@ def test_gpt_4b_is_the_published_layer(plan_published):
             run["ffn_hidden"],
             run["seq"],
         )
-        assert told == (
+        assert published == (
             model.num_layers,
             model.hidden_size,
             model.num_heads,

@@ -26,7 +26,7 @@ def searched(config, top=1, in_time=lambda: True):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Schedules of little effort, for the search and for what it is compared with."""
+    """Generate schedules with little effort, in the search and in what it is compared with."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(generators, "_EFFORT", 5_000)
         yield
@@ -34,7 +34,7 @@ def quick():
 
 @pytest.fixture(scope="module")
 def everything():
-    """Every choice of a small space, simulated: (choice, report)."""
+    """Return every choice of a small space, simulated: (choice, report)."""
     config = config_of()
     found = []
     for choice in choices(config):
@@ -67,9 +67,9 @@ def test_refused_for_memory_is_what_does_not_fit(everything):
     sizes = sorted(total(report) for _, report in everything)
     limit = sizes[len(sizes) // 3] / GIB * (1 + 1e-9)
     refused = {
-        each.choice
-        for each in searched(config_of(f"cluster.memory_gib={limit!r}")).refused
-        if each.excess is not None
+        refusal.choice
+        for refusal in searched(config_of(f"cluster.memory_gib={limit!r}")).refused
+        if refusal.excess is not None
     }
     assert refused
     assert refused <= {choice for choice, report in everything if total(report) > limit * GIB}
@@ -86,7 +86,7 @@ def test_every_choice_uses_all_gpus_for_the_whole_batch():
         assert choice.degrees.tp <= 4
         assert choice.degrees.dp * choice.num_microbatches * choice.micro_batch_size == 32
     degrees = {choice.degrees for choice in found}
-    assert {(each.dp, each.pp, each.tp) for each in degrees} == {
+    assert {(split.dp, split.pp, split.tp) for split in degrees} == {
         (dp, pp, tp)
         for dp, pp, tp in itertools.product((1, 2, 4, 8), repeat=3)
         if dp * pp * tp == 8 and tp <= 4 and pp <= 4
@@ -97,17 +97,17 @@ def test_nothing_fits_and_by_how_much():
     result = searched(config_of("cluster.memory_gib=0.002"))
     assert not result.best
     assert result.num_simulated == result.open_choices == 0
-    reasons = [each.reason for each in result.refused if each.excess is not None]
+    reasons = [refusal.reason for refusal in result.refused if refusal.excess is not None]
     assert reasons
     assert all("more than 0.002 GiB" in reason and "needs at least" in reason for reason in reasons)
     assert any(
-        "model.num_query_groups=2 does not split over parallel.tp=4" in each.reason
-        for each in result.refused
+        "model.num_query_groups=2 does not split over parallel.tp=4" in refusal.reason
+        for refusal in result.refused
     )
 
 
 class Clock:
-    """In time for so many questions."""
+    """A clock that answers `count` times that there is time left."""
 
     def __init__(self, count):
         self.left = count
@@ -129,9 +129,9 @@ def test_weighing_counts_into_the_time_and_one_is_simulated_all_the_same(part):
 
 
 def test_a_search_that_was_in_time_finds_the_same_whatever_it_weighs_first(monkeypatch):
-    told = [found.choice for found in searched(config_of(), 5).best]
+    best = [found.choice for found in searched(config_of(), 5).best]
     monkeypatch.setattr("vp_train.planning.search.random.Random.shuffle", lambda self, values: None)
-    assert [found.choice for found in searched(config_of(), 5).best] == told
+    assert [found.choice for found in searched(config_of(), 5).best] == best
 
 
 def test_a_batch_that_no_split_divides():
@@ -149,31 +149,35 @@ def test_a_batch_that_no_split_divides():
 
 
 def test_every_simulated_choice_is_found_displaced_or_refused(everything):
-    """Where all may be found nothing is displaced; where few may be, what is displaced is slower than all that is found."""
+    """With room for all choices none is displaced; else the displaced are slower than the found."""
     sizes = sorted(total(report) for _, report in everything)
     limit = sizes[len(sizes) // 2] / GIB * (1 + 1e-9)
     config = config_of(f"cluster.memory_gib={limit!r}")
     every = list(choices(config))
     result = searched(config, len(every))
-    found, refused = {each.choice for each in result.best}, {each.choice for each in result.refused}
+    found, refused = (
+        {plan.choice for plan in result.best},
+        {refusal.choice for refusal in result.refused},
+    )
     assert len(found) == len(result.best)
     assert len(refused) == len(result.refused)
     assert not found & refused
     assert found | refused == set(every)
     assert found == {choice for choice, report in everything if total(report) <= limit * GIB}
-    seconds = [float(f"{each.report.step_seconds:.4g}") for each in result.best]
+    seconds = [float(f"{plan.report.step_seconds:.4g}") for plan in result.best]
     assert seconds == sorted(seconds)
     simulated_in_vain = sum(
-        each.excess is not None and "needs at least" not in each.reason for each in result.refused
+        refusal.excess is not None and "needs at least" not in refusal.reason
+        for refusal in result.refused
     )
     assert result.num_simulated == len(found) + simulated_in_vain
     few = searched(config, 3)
-    assert [each.choice for each in few.best] == [each.choice for each in result.best[:3]]
-    slower = {each.choice for each in result.best[3:]}
+    assert [plan.choice for plan in few.best] == [plan.choice for plan in result.best[:3]]
+    slower = {plan.choice for plan in result.best[3:]}
     assert few.num_simulated <= 3 + len(slower) + simulated_in_vain
 
 
 def test_nothing_is_refused_for_memory_where_there_is_enough():
     result = searched(config_of("cluster.memory_gib=1e6"), 2)
     assert len(result.best) == 2
-    assert not [each for each in result.refused if each.excess is not None]
+    assert not [refusal for refusal in result.refused if refusal.excess is not None]

@@ -1,4 +1,4 @@
-"""What all commands share: overrides, options and help, and errors as exit codes."""
+"""Parts that all commands share: overrides, options and help, and exit codes for errors."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ A list is written [1,2,3], nothing is null.  Examples:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A console entry.
+    """A console command.
 
-    `body` gets the configuration, the overrides as typed, and the options.  `options`: name -> what to
-    write for its value, empty if it has none, and what it does.
+    `body` gets the configuration, the overrides as typed, and the options, and returns the exit
+    code.  `options` maps a name to the placeholder of its value, empty if it takes none, and to
+    what it does.
     """
 
     name: str
@@ -55,6 +56,7 @@ def run(command: Command) -> NoReturn:
 
 
 def _configured(command: Command, arguments: Sequence[str]) -> int:
+    """Show the help or the configuration if `arguments` ask for it, else run the command."""
     words = [word for word in arguments if word not in ("--help", "-h", "--print-config")]
     wants_help = "--help" in arguments or "-h" in arguments
     chosen = [word for word in words if word in sections()] if wants_help else []
@@ -71,13 +73,16 @@ def _configured(command: Command, arguments: Sequence[str]) -> int:
 
 
 def guarded(name: str, body: Callable[[], int]) -> NoReturn:
-    """Run a command and leave with its exit code; errors of the user and of the system are one line."""
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    """Run a command and exit with its code.
+
+    Errors of the user and of the system are printed in one line, all others with a traceback.
+    """
+    prints = os.environ.get("LOCAL_RANK", "0") == "0"  # every rank finds the same ConfigError
     try:
         code = body()
         sys.stdout.flush()
     except ConfigError as error:
-        if speaks:
+        if prints:
             print(f"{name}: {error}", file=sys.stderr, flush=True)
         code = EXIT_CONFIG
     except BrokenPipeError:  # a reader like `head` has seen enough
@@ -99,7 +104,10 @@ def guarded(name: str, body: Callable[[], int]) -> NoReturn:
 def _split(
     words: Sequence[str], known: Mapping[str, tuple[str, str]]
 ) -> tuple[list[str], dict[str, str]]:
-    """Overrides, and the values of known options, written `--out DIR` or `--out=DIR`; "" of those without one."""
+    """Return the overrides, and the values of the known options.
+
+    An option is written `--out DIR` or `--out=DIR`.  The value of an option that takes none is "".
+    """
     overrides: list[str] = []
     options: dict[str, str] = {}
     rest = iter(words)
@@ -119,14 +127,14 @@ def _split(
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every command here does."""
+    """A parser that reports errors in one line, as ConfigError."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def path_of(word: str) -> Path:
-    """Return a path as typed, ~ expanded."""
+    """Return the path that was typed, with ~ expanded."""
     return Path(word).expanduser()
 
 

@@ -1,4 +1,4 @@
-"""`vp-import` and `vp-export`: from and to the format of Hugging Face."""
+"""`vp-import` and `vp-export`: conversion from and to the format of Hugging Face."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _SILENT_SECONDS = 10.0  # between two lines of progress
 
 
 def import_model() -> None:
-    """`vp-import`: a model in the format of Hugging Face becomes a checkpoint to start from."""
+    """Run `vp-import`: convert a model in the format of Hugging Face to an initial checkpoint."""
     guarded("vp-import", lambda: _import(sys.argv[1:]))
 
 
 def export_model() -> None:
-    """`vp-export`: a checkpoint becomes a model in the format of Hugging Face."""
+    """Run `vp-export`: convert a checkpoint to a model in the format of Hugging Face."""
     guarded("vp-export", lambda: _export(sys.argv[1:]))
 
 
 def _import(arguments: Sequence[str]) -> int:
     parser = Parser(
         "vp-import",
-        description="makes a checkpoint to start from of a model in the format of Hugging Face",
+        description="converts a model in the format of Hugging Face to an initial checkpoint",
     )
     parser.add_argument(
         "source",
@@ -38,21 +38,21 @@ def _import(arguments: Sequence[str]) -> int:
         help="directory with config.json and safetensors files",
     )
     parser.add_argument("target", metavar="DST", type=path_of, help="directory to make")
-    told = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     from vp_train.hf.convert import import_checkpoint
 
-    imported = import_checkpoint(told.source, told.target, progress=_NowAndThen())
+    imported = import_checkpoint(options.source, options.target, progress=_NowAndThen())
     tokenizer = "" if imported.tokenizer is None else f" data.tokenizer={imported.tokenizer}"
     print(
         f"{imported.num_parameters:,} parameters in {imported.checkpoint}\n"
-        f"vp-train model={imported.model_file} run.init_from={told.target}{tokenizer} ..."
+        f"vp-train model={imported.model_file} run.init_from={options.target}{tokenizer} ..."
     )
     return EXIT_OK
 
 
 def _export(arguments: Sequence[str]) -> int:
     parser = Parser(
-        "vp-export", description="makes a model in the format of Hugging Face of a checkpoint"
+        "vp-export", description="converts a checkpoint to a model in the format of Hugging Face"
     )
     parser.add_argument(
         "source",
@@ -64,42 +64,43 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--dtype",
         choices=("float64", "float32", "float16", "bfloat16"),
-        help="of the weights; as stored",
+        help="dtype of the weights; default: as stored",
     )
     parser.add_argument(
         "--max-shard-gb",
         type=float,
         default=5.0,
         metavar="GB",
-        help="largest file, unless one tensor is (5)",
+        help="largest size of a file that holds more than one tensor (5)",
     )
     parser.add_argument(
         "--tokenizer",
         type=path_of,
         metavar="DIR",
-        help="where its files are; with the data of the run",
+        help="directory of the tokenizer's files; default: found with the data of the run",
     )
-    told = parser.parse_args(arguments)
-    shard_bytes = told.max_shard_gb * 1e9
+    options = parser.parse_args(arguments)
+    shard_bytes = options.max_shard_gb * 1e9
     if not 1 <= shard_bytes < math.inf:
         raise ConfigError(
-            f"--max-shard-gb={told.max_shard_gb} must be above 0 and finite, for example 5"
+            f"--max-shard-gb={options.max_shard_gb} must be above 0 and finite, for example 5"
         )
     from vp_train.hf.convert import export_checkpoint
 
     exported = export_checkpoint(
-        told.source,
-        told.target,
-        dtype=told.dtype,
+        options.source,
+        options.target,
+        dtype=options.dtype,
         shard_bytes=int(shard_bytes),
-        tokenizer=told.tokenizer,
-        origins=_origins(told.source),
+        tokenizer=options.tokenizer,
+        origins=_origins(options.source),
         progress=_NowAndThen(),
     )
-    print(f"{told.target}: {', '.join(exported.files)}")
+    print(f"{options.target}: {', '.join(exported.files)}")
     if exported.reach_from is None:
         print(
-            f"max_position_embeddings={exported.reach} is model.seq_length; where it reaches further, change config.json"
+            f"max_position_embeddings={exported.reach} is model.seq_length; "
+            "where it reaches further, change config.json"
         )
     if "tokenizer.json" not in exported.files and "tokenizer.model" not in exported.files:
         print("without a tokenizer; --tokenizer DIR copies one")
@@ -107,7 +108,10 @@ def _export(arguments: Sequence[str]) -> int:
 
 
 def _origins(source: Path) -> list[Path]:
-    """What the run of `source` started from by its run.init_from, what that did if it was a run, and so on."""
+    """Return the directories that the run of `source` descends from, the nearest first.
+
+    A run names the directory it started from by run.init_from, and that may be a run too.
+    """
     found: list[Path] = []
     origin = started_from(source)
     while origin is not None and origin not in found:
@@ -117,7 +121,7 @@ def _origins(source: Path) -> list[Path]:
 
 
 class _NowAndThen:
-    """Says a line on stderr every ten seconds, and none of what is done before."""
+    """Progress on stderr: at most one line every ten seconds, the first after ten seconds."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + _SILENT_SECONDS

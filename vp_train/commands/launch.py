@@ -1,4 +1,7 @@
-"""The launcher of all ranks of a run on this machine: checks before them, an exit code after them."""
+"""The launcher of all ranks of a run on this machine.
+
+It checks the settings before the ranks start, and turns their ends into one exit code.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ from vp_train.planning.plan import SEARCHING, make_plan
 
 
 def launch(config: RunConfig, overrides: Sequence[str]) -> int:
-    """Check the plan, prepare the data, then run the ranks; returns the exit code of the first rank that failed, or 0."""
+    """Check the plan, prepare the data and run the ranks.
+
+    Returns the exit code of the job: 0, or that of the failure that `explain_deaths` finds.
+    """
     num_ranks = wanted_ranks(config.parallel)
     refuse_used(config.run)
     refuse_running(config.run)
@@ -27,16 +33,16 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
         print(SEARCHING, flush=True)
     if config.run.init_from is not None and not Path(config.run.init_from).expanduser().is_dir():
         raise ConfigError(
-            f"run.init_from={config.run.init_from} is not a directory; give that of a run or of vp-import"
+            f"run.init_from={config.run.init_from} is not a directory; "
+            "give that of a run or of vp-import"
         )
     plan = make_plan(config, num_ranks)
     if config.schedule.is_solved:  # once, for all ranks
         solved = run_path(config.run) / "schedule.txt"
         solved.parent.mkdir(parents=True, exist_ok=True)
         solved.write_text(plan.schedule.text())
-        quoted = str(solved).replace(
-            "'", "\\'"
-        )  # a path may hold what means something in an override: = , ( [
+        # Quotes, because a path may hold characters with a meaning in an override: = , ( [
+        quoted = str(solved).replace("'", "\\'")
         overrides = [
             *overrides,
             f"schedule.file='{quoted}'",
@@ -49,6 +55,7 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     started = time.time()
 
     def record_of(rank: int) -> Path | None:
+        """Return the flight recorder's file of `rank` if this run wrote it."""
         record = flight_recorder.file_of(os.environ, run_path(config.run), rank)
         return record if flight_recorder.is_fresh(record, started) else None
 

@@ -1,4 +1,7 @@
-"""No rank outlives its launcher: one that is killed cannot stop them; on Linux the kernel does it."""
+"""A safeguard that no rank outlives its launcher.
+
+A launcher that is killed cannot stop its ranks.  On Linux the kernel does.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LAUNCHER = "VP_TRAIN_LAUNCHER"  # its process id, for its ranks
+_LAUNCHER = "VP_TRAIN_LAUNCHER"  # environment variable with the launcher's process id
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @contextmanager
 def launching() -> Iterator[None]:
-    """Ranks started inside know this process as their launcher."""
+    """Name this process as the launcher of all ranks that are started inside the context."""
     os.environ[_LAUNCHER] = str(os.getpid())
     try:
         yield
@@ -29,13 +32,17 @@ def has_launcher() -> bool:
 
 
 def die_with_launcher() -> None:
-    """The first thing a rank does; it leaves at once if its launcher is gone already."""
+    """Ask the kernel to kill this rank when its launcher dies; call it first in a rank.
+
+    Exits at once if the launcher is gone already.
+    """
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     launcher = os.environ.get(_LAUNCHER, str(os.getppid()))
     if launcher != str(os.getppid()):
         sys.stderr.write(
-            f"vp-train: the launcher, process {launcher} by ${_LAUNCHER}, is gone; so is this rank\n"
+            f"vp-train: the launcher, process {launcher} by ${_LAUNCHER}, is gone; "
+            "this rank ends too\n"
         )
         os._exit(128 + signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A plan and a search on a terminal and as JSON: the body of `vp-plan`.  Runs without torch."""
+"""The command `vp-plan`: a plan or a search, on the terminal and as JSON.  Runs without torch."""
 
 from __future__ import annotations
 
@@ -30,27 +30,24 @@ from vp_train.units import human_bytes
 _SHOWN_RANKS = 16
 _SHOWN_REFUSALS = 3
 _GIB = 2**30
-_PROGRESS_SECONDS = {
-    True: 0.2,
-    False: 10.0,
-}  # between two progress lines, on a terminal and elsewhere
+# Seconds between two lines of progress, by whether stderr is a terminal.
+_PROGRESS_SECONDS = {True: 0.2, False: 10.0}
 
 
 _EXAMPLES = """\
   vp-plan model=gpt_4b cluster=a100_80g_node num_microbatches=128
-  vp-plan model=llama3_8b cluster=h100_80g_node cluster.num_nodes=4 parallel.tp=2 parallel.pp=4 num_microbatches=32
-  vp-plan --search --top 10 model=gpt_21b cluster=a100_80g_node cluster.num_nodes=2 num_microbatches=256"""
+  vp-plan model=llama3_8b cluster=h100_80g_node cluster.num_nodes=4 \\
+      parallel.tp=2 parallel.pp=4 num_microbatches=32
+  vp-plan --search --top 10 model=gpt_21b cluster=a100_80g_node cluster.num_nodes=2 \\
+      num_microbatches=256"""
 
 
 def main() -> None:
-    """`vp-plan`: bytes, seconds and MFU of a run on a cluster, before anything starts."""
+    """Run `vp-plan`: predict bytes, seconds and MFU of a run on a cluster."""
     options = {
         "--search": ("", "rank every way to run the batch on the cluster, fastest first"),
-        "--top": ("K", "with --search: show so many (5)"),
-        "--seconds": (
-            "N",
-            "with --search: weigh and simulate for so long, then one more at most (60)",
-        ),
+        "--top": ("K", "with --search: number of plans to show (5)"),
+        "--seconds": ("N", "with --search: time limit; one simulation may still end after it (60)"),
         "--json": ("FILE", "write the report there"),
     }
     run(
@@ -86,7 +83,10 @@ def _number(options: Mapping[str, str], name: str, default: int) -> int:
 
 
 def show_plan(config: RunConfig, path: Path | None) -> bool:
-    """Plan `config`, print the report and write it to `path`; whether it fits.  Raises ConfigError."""
+    """Plan `config`, print the report and write it to `path`.  Raises ConfigError.
+
+    Returns whether the run fits into memory.
+    """
     if config.schedule.is_solved:
         print(SEARCHING, flush=True)
     report = make_report(config)
@@ -103,11 +103,11 @@ def show_search(config: RunConfig, top: int, seconds: float, path: Path | None) 
         result = search(config, top, lambda: time.monotonic() < until, progress)
     print("\n".join(search_lines(config, result)), flush=True)
     found = [
-        {"overrides": each.choice.overrides(config)} | each.report.record() for each in result.best
+        {"overrides": plan.choice.overrides(config)} | plan.report.record() for plan in result.best
     ]
     refused = [
-        {"overrides": each.choice.overrides(config), "reason": each.reason}
-        for each in result.refused
+        {"overrides": refusal.choice.overrides(config), "reason": refusal.reason}
+        for refusal in result.refused
     ]
     _write(
         path,
@@ -122,7 +122,7 @@ def show_search(config: RunConfig, top: int, seconds: float, path: Path | None) 
 
 
 class _Progress:
-    """One line that replaces itself on a terminal, and comes now and then elsewhere; on stderr."""
+    """Progress on stderr: a line that replaces itself on a terminal, else a line now and then."""
 
     def __init__(self) -> None:
         self._live, self._next, self._width = sys.stderr.isatty(), 0.0, 0
@@ -150,7 +150,7 @@ class _Progress:
 
 
 def plan_lines(report: PlanReport) -> list[str]:
-    """The report of one plan; a screen of it for up to 16 ranks."""
+    """Return the report of one plan in lines; it fits on a screen for up to 16 ranks."""
     config, parts = report.config, report.parts
     step, worst = report.step_seconds, report.ranks[report.worst].memory
     shares = ", ".join(
@@ -160,18 +160,20 @@ def plan_lines(report: PlanReport) -> list[str]:
     )
     room = f"{human_bytes(abs(report.excess))} {'to spare' if report.fits else 'TOO MUCH'}"
     lines = [
-        f"{report.schedule} with {report.vocab}, {report.degrees}, recomputation {config.parallel.recompute_words}, "
-        f"optimizer {config.optim.name}",
+        f"{report.schedule} with {report.vocab}, {report.degrees}, "
+        f"recomputation {config.parallel.recompute_words}, optimizer {config.optim.name}",
         _model_words(config),
         _cluster_words(config),
         "",
         *_rank_table(report),
         "",
-        f"memory    {human_bytes(worst.total)} of {config.cluster.memory_gib:g} GiB on rank {report.worst}, {room}",
-        f"step      {duration(step)}: {report.num_tokens / step:,.0f} tokens/s, MFU {report.mfu:.1%} of "
-        f"{_amount(report.flops)}FLOP",
+        f"memory    {human_bytes(worst.total)} of {config.cluster.memory_gib:g} GiB "
+        f"on rank {report.worst}, {room}",
+        f"step      {duration(step)}: {report.num_tokens / step:,.0f} tokens/s, "
+        f"MFU {report.mfu:.1%} of {_amount(report.flops)}FLOP",
         f"          rank {report.busiest}: {shares}",
-        f"schedule  mean bubble {report.bubble:.1%}, {report.gap:.1%} above the lower bound, {report.bound_reason}",
+        f"schedule  mean bubble {report.bubble:.1%}, {report.gap:.1%} above the lower bound, "
+        f"{report.bound_reason}",
         f"binds     {report.binds}",
     ]
     if not report.fits:
@@ -180,16 +182,18 @@ def plan_lines(report: PlanReport) -> list[str]:
 
 
 def _model_words(config: RunConfig) -> str:
+    """Return the model and the batch in words."""
     model = config.model
     return (
-        f"{shape.num_parameters(model) / 1e6:,.1f} M parameters, {model.num_layers} layers of hidden size "
-        f"{model.hidden_size:,}, vocabulary {model.vocab_size:,}; {config.num_microbatches} microbatches of "
+        f"{shape.num_parameters(model) / 1e6:,.1f} M parameters, "
+        f"{model.num_layers} layers of hidden size {model.hidden_size:,}, "
+        f"vocabulary {model.vocab_size:,}; {config.num_microbatches} microbatches of "
         f"{config.micro_batch_size} x {model.seq_length:,} tokens"
     )
 
 
 def _amount(count: float) -> str:
-    """23_100_000 -> `23.1 M`, to be followed by a unit."""
+    """Return a count in words, to be followed by a unit: 23_100_000 -> `23.1 M`."""
     for power, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
         if count >= 10**power:
             return f"{count / 10**power:.3g} {letter}"
@@ -197,21 +201,23 @@ def _amount(count: float) -> str:
 
 
 def _cluster_words(config: RunConfig) -> str:
+    """Return the cluster and the assumed speed of passes in words."""
     cluster = config.cluster
     name = {"cuda": "GPUs", "cpu": "CPU ranks"}[config.run.device]
     peak = getattr(cluster, f"{config.run.dtype}_flops_per_second") / 1e12
     nodes = "one node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
     reached = f"{cluster.efficiency:.0%} of it reached"
     if config.cost.is_measured:
-        reached = f"pass times as measured on {config.cost.measured_on or 'a device that cost does not name'}"
+        device = config.cost.measured_on or "a device that cost does not name"
+        reached = f"pass times as measured on {device}"
     return (
-        f"{cluster.num_gpus} {name} on {nodes}, {cluster.memory_gib:g} GiB and {peak:,.3g} TFLOP/s in {config.run.dtype} each, "
-        f"{reached}"
+        f"{cluster.num_gpus} {name} on {nodes}, {cluster.memory_gib:g} GiB and "
+        f"{peak:,.3g} TFLOP/s in {config.run.dtype} each, {reached}"
     )
 
 
 def _rank_table(report: PlanReport) -> list[str]:
-    """Bytes per rank in GiB, and the seconds it computes."""
+    """Return a table of the ranks in lines: memory in GiB or MiB, and the time of computation."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
     heads = (
         "rank",
@@ -267,8 +273,11 @@ def _rendered(table: Table) -> list[str]:
 
 
 def search_lines(config: RunConfig, result: Result) -> list[str]:
-    """The best plans, and why others are not among them."""
-    counted = f"{result.num_choices:,} choices, {result.num_simulated} simulated, {len(result.refused):,} refused"
+    """Return the best plans in lines, and why others are not among them."""
+    counted = (
+        f"{result.num_choices:,} choices, {result.num_simulated} simulated, "
+        f"{len(result.refused):,} refused"
+    )
     lines = []
     if result.best:
         lines += [
@@ -279,7 +288,8 @@ def search_lines(config: RunConfig, result: Result) -> list[str]:
         lines += [f"binds: {result.best[0].report.binds}", ""]
     if result.open_choices:
         lines.append(
-            f"{counted}; out of time: {result.open_choices:,} that might be faster are left; raise --seconds"
+            f"{counted}; out of time: {result.open_choices:,} that might be faster are left; "
+            "raise --seconds"
         )
     else:
         lines.append(f"{counted}; none of the others can be faster" if result.best else counted)
@@ -320,16 +330,16 @@ def _best_table(best: Sequence[Found]) -> list[str]:
 
 
 def _refusal_lines(config: RunConfig, refused: Sequence[Refusal]) -> list[str]:
-    """The fastest ones that need too much memory, and the other reasons with their counts."""
-    too_large = [each for each in refused if each.excess is not None]
+    """Return the fastest choices that need too much memory, and how often other reasons occur."""
+    too_large = [refusal for refusal in refused if refusal.excess is not None]
     lines = []
     if too_large:
         lines.append(f"{len(too_large):,} need too much memory; the fastest of them:")
         lines += [
-            f"  {each.choice.overrides(config)}: {each.reason}"
-            for each in too_large[:_SHOWN_REFUSALS]
+            f"  {refusal.choice.overrides(config)}: {refusal.reason}"
+            for refusal in too_large[:_SHOWN_REFUSALS]
         ]
-    others = Counter(each.reason for each in refused if each.excess is None)
+    others = Counter(refusal.reason for refusal in refused if refusal.excess is None)
     lines += [
         f"{count:,} refused: {reason}" for reason, count in others.most_common(_SHOWN_REFUSALS)
     ]
@@ -337,31 +347,36 @@ def _refusal_lines(config: RunConfig, refused: Sequence[Refusal]) -> list[str]:
 
 
 def _misses(config: RunConfig, result: Result) -> list[str]:
-    """How far the leanest choice is from fitting, and what would help it."""
-    too_large = [each for each in result.refused if each.excess is not None]
+    """Return how far the smallest choice is from fitting, and what would help it."""
+    too_large = [refusal for refusal in result.refused if refusal.excess is not None]
     if not too_large:
         return [] if result.open_choices else ["", _numbers_words(config)]
-    leanest = min(too_large, key=lambda each: each.excess or 0.0)
+    leanest = min(too_large, key=lambda refusal: refusal.excess or 0.0)
     what = "NOTHING TRIED SO FAR FITS" if result.open_choices else "NOTHING FITS"
     lines = ["", f"{what}.  Closest: {leanest.choice.overrides(config)}", f"  {leanest.reason}"]
     return lines + [f"would help: {words}" for words in remedies(leanest.choice.applied(config))]
 
 
 def _numbers_words(config: RunConfig) -> str:
-    model, batch = (
-        config.model,
-        config.num_microbatches * config.micro_batch_size * (config.parallel.dp or 1),
-    )
+    """Return the conditions on dp, pp and tp in words, for a search without any possible choice."""
+    model, replicas = config.model, config.parallel.dp or 1
+    batch = config.num_microbatches * config.micro_batch_size * replicas
     return (
-        f"nothing can be run: dp x pp x tp must be {config.cluster.num_gpus}, where dp divides the {batch:,} sequences of the "
-        f"batch, pp is at most model.num_layers={model.num_layers}, and tp divides model.num_heads={model.num_heads}, "
-        f"model.num_query_groups={model.num_query_groups}, model.ffn_hidden_size={model.ffn_hidden_size} and "
-        f"cluster.gpus_per_node={config.cluster.gpus_per_node}; change one of these, or the reason above"
+        f"nothing can be run: dp x pp x tp must be {config.cluster.num_gpus}, where dp divides the "
+        f"{batch:,} sequences of the batch, pp is at most model.num_layers={model.num_layers}, "
+        f"and tp divides model.num_heads={model.num_heads}, "
+        f"model.num_query_groups={model.num_query_groups}, "
+        f"model.ffn_hidden_size={model.ffn_hidden_size} and "
+        f"cluster.gpus_per_node={config.cluster.gpus_per_node}; "
+        "change one of these, or the reason above"
     )
 
 
 def remedies(config: RunConfig) -> list[str]:
-    """What would take bytes off the worst rank of `config`, each tried by itself, the largest first."""
+    """Return the changes that save memory on the worst rank of `config`, the largest saving first.
+
+    Every change is tried on its own.
+    """
     before, replicas = about_bytes(config), split_ranks(config.parallel, config.cluster.num_gpus).dp
     tried: list[tuple[str, RunConfig]] = []
     if config.optim.name != "zero1" and replicas > 1:

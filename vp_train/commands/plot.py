@@ -1,4 +1,7 @@
-"""Pictures as PNG: the only door to matplotlib, which is an extra and imported when a picture is drawn."""
+"""Pictures as PNG: the only door to matplotlib.
+
+Matplotlib is an optional dependency and is imported when a picture is drawn.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
 
 _MARKERS = "osD^vPX*"
-# Of Okabe and Ito's colours those that are dark enough for small marks on white.
+# The colours of Okabe and Ito that are dark enough for small marks on white.
 _INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-# Where a label may stand, in points from its mark; the first place that is free is taken.
+# The places of a label in points from its mark, the best first.
 _PLACES = (
     (7, 4),
     (7, -11),
@@ -38,7 +41,10 @@ _PLACES = (
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One schedule with one vocabulary algorithm: the bubble as a fraction, the memory of the worst rank."""
+    """One schedule with one vocabulary algorithm in a comparison.
+
+    `bubble` is the mean bubble as a fraction, `peak_bytes` the memory of the worst rank.
+    """
 
     schedule: str
     vocab: str
@@ -47,23 +53,27 @@ class Mark:
 
     @property
     def at(self) -> tuple[float, float]:
-        """GiB and per cent."""
+        """The position in the picture: GiB and per cent."""
         return self.peak_bytes / 2**30, 100 * self.bubble
 
 
 def _figure(width: float, height: float, dpi: int) -> Figure:
-    """Raises ConfigError where matplotlib is missing."""
+    """Return an empty figure of this size in inches.  Raises ConfigError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError(
-            "PNG pictures need matplotlib, which is not installed; pip install 'vp_train[plot]' (all other files are written)"
+            "PNG pictures need matplotlib, which is not installed; pip install 'vp_train[plot]' "
+            "(all other files are written)"
         ) from None
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def schedule_png(timeline: Timeline, title: str, path: Path) -> None:
-    """One lane per rank, passes in their colours; a dark band marks a stage that is not its rank's first."""
+    """Draw one lane per rank with its passes in their colours.
+
+    A dark band marks a stage that is not the first of its rank.
+    """
     lane = 0.4 if timeline.num_ranks <= 16 else 6.4 / timeline.num_ranks
     figure = _figure(14, 1.3 + lane * timeline.num_ranks, dpi=150)
     axes = figure.add_subplot()
@@ -94,9 +104,8 @@ def _draw_lane(axes: Axes, rank: int, spans: Sequence[Span], factor: float) -> N
         boxes = [
             (span.start * factor, span.seconds * factor) for span in spans if span.kind == kind
         ]
-        edge = (
-            0.3 if len(spans) < 150 else 0.0
-        )  # of fixed width: between short passes it would look like a bubble
+        # An edge has a fixed width: between short passes it would look like a bubble.
+        edge = 0.3 if len(spans) < 150 else 0.0
         axes.broken_barh(
             boxes, (rank - 0.42, 0.84), facecolors=COLOURS[kind], edgecolor="white", linewidth=edge
         )
@@ -109,17 +118,18 @@ def _draw_lane(axes: Axes, rank: int, spans: Sequence[Span], factor: float) -> N
 
 
 def _write_microbatches(axes: Axes, timeline: Timeline, factor: float) -> None:
-    """Numbers in the boxes, where those of the last microbatch fit."""
+    """Write the microbatch into every box that is wide enough for the longest number."""
     last = max((span.microbatch for spans in timeline.compute for span in spans), default=0)
-    least = timeline.makespan * (0.006 + 0.0045 * len(str(last)))
+    readable = timeline.makespan * (0.006 + 0.0045 * len(str(last)))
     for rank, spans in enumerate(timeline.compute):
         for span in spans:
-            if span.seconds > least and timeline.num_ranks <= 16:
+            if span.seconds > readable and timeline.num_ranks <= 16:
                 middle = (span.start + span.end) / 2 * factor
                 axes.text(middle, rank, str(span.microbatch), ha="center", va="center", fontsize=7)
 
 
 def _explain(figure: Figure, timeline: Timeline) -> None:
+    """Add the legend of the colours."""
     from matplotlib.patches import Patch
 
     kinds = present(timeline)
@@ -137,7 +147,10 @@ def _explain(figure: Figure, timeline: Timeline) -> None:
 
 
 def comparison_png(marks: Sequence[Mark], title: str, path: Path) -> None:
-    """Bubble against peak memory: a colour per schedule, a shape per algorithm, a label at each point."""
+    """Draw bubble against peak memory.
+
+    Every schedule has a colour, every algorithm a shape, and every point a label.
+    """
     figure = _figure(9, 6, dpi=110)
     axes = figure.add_subplot()
     inks = dict(zip(dict.fromkeys(mark.schedule for mark in marks), _INKS * 4, strict=False))
@@ -163,7 +176,7 @@ def comparison_png(marks: Sequence[Mark], title: str, path: Path) -> None:
 
 
 def _spread(axes: Axes, name: str, values: Sequence[float]) -> None:
-    """An axis from 0, or a logarithmic one where most points would crowd at one end."""
+    """Let an axis start at 0, or make it logarithmic if most points would crowd at one end."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     low, high = min(values), max(values)
@@ -178,7 +191,7 @@ def _spread(axes: Axes, name: str, values: Sequence[float]) -> None:
 
 
 def _label(figure: Figure, axes: Axes, marks: Sequence[Mark], inks: dict[str, str]) -> None:
-    """A label next to each mark, where it covers neither another label nor another mark."""
+    """Place a label next to every mark, where it covers no other label and no mark."""
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()  # positions are known only now
@@ -196,7 +209,7 @@ def _label(figure: Figure, axes: Axes, marks: Sequence[Mark], inks: dict[str, st
             if inside and not box.count_overlaps(taken):
                 break
             written.remove()
-        else:  # nowhere is free: better overlapping than missing
+        else:  # no place is free: an overlapping label is better than none
             box = _write(axes, mark, _PLACES[0], inks[mark.schedule]).get_window_extent()
         taken.append(box)
 

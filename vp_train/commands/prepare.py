@@ -1,4 +1,4 @@
-"""`vp-prepare`: tokenize the data of a run, so that training starts at once."""
+"""The command `vp-prepare`: tokenize the data of a run, so that training starts at once."""
 
 from __future__ import annotations
 

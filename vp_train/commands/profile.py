@@ -1,4 +1,7 @@
-"""`vp-profile`: what was measured, what it predicts for the whole job, and the costs as settings."""
+"""The command `vp-profile`: measure single ranks of a job and predict the whole job.
+
+It prints the measurements and the prediction, and writes the measured costs as settings.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +36,10 @@ _EXAMPLES = """\
 
 
 def main() -> None:
-    """`vp-profile`: passes and bytes of single ranks, measured here, and what they predict for the whole job."""
+    """Run `vp-profile`: measure passes and bytes of single ranks and predict the whole job."""
     options = {
-        "--ranks": ("0,3,...", "pipeline ranks to measure; all"),
-        "--steps": ("N", "steps of each (3)"),
+        "--ranks": ("0,3,...", "pipeline ranks to measure; default: all"),
+        "--steps": ("N", "steps of each rank (3)"),
         "--cost": ("FILE", "write the costs there, for cost=FILE"),
         "--json": ("FILE", "write everything there"),
     }
@@ -45,14 +48,14 @@ def main() -> None:
 
 
 def _profile(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
-    told = options.get("--steps", "3")
-    if not told.isdecimal() or not int(told):
-        raise ConfigError(f"--steps={told} is not a number of steps; write for example --steps 3")
+    steps = options.get("--steps", "3")
+    if not steps.isdecimal() or not int(steps):
+        raise ConfigError(f"--steps={steps} is not a number of steps; write for example --steps 3")
     cost, record = (
         Path(options[name]).expanduser() if name in options else None
         for name in ("--cost", "--json")
     )
-    show_profile(config, options.get("--ranks"), int(told), cost, record)
+    show_profile(config, options.get("--ranks"), int(steps), cost, record)
     return EXIT_OK
 
 
@@ -63,8 +66,12 @@ def show_profile(
     cost_file: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Measure, print and write.  Raises ConfigError, naming the value and the way out."""
-    make_report(config)  # refuses what cannot run
+    """Measure `ranks`, print the results and write them.
+
+    `ranks` is a list with commas as typed, or None for all.  `cost_file` gets the measured costs as
+    settings, `json_file` everything.  Raises ConfigError, which names the value and the way out.
+    """
+    make_report(config)  # raises ConfigError if the run is not possible
     num_ranks = config.cluster.num_gpus
     step = plan_step(config, num_ranks)
     chosen = _chosen(ranks, step.num_ranks)
@@ -72,7 +79,8 @@ def show_profile(
 
     words = device_words(config)
     print(
-        f"{words['device']}, {words['dtype']}: ranks {', '.join(map(str, chosen))} of {step.degrees}, one after the other",
+        f"{words['device']}, {words['dtype']}: ranks {', '.join(map(str, chosen))} "
+        f"of {step.degrees}, one after the other",
         flush=True,
     )
     profiles = []
@@ -96,6 +104,7 @@ def show_profile(
 
 
 def _chosen(ranks: str | None, num_ranks: int) -> list[int]:
+    """Return the ranks in a list with commas, sorted; all for None.  Raises ConfigError."""
     if ranks is None:
         return list(range(num_ranks))
     try:
@@ -112,6 +121,7 @@ def _chosen(ranks: str | None, num_ranks: int) -> list[int]:
 def _print(
     config: RunConfig, step: StepPlan, profiles: list[RankProfile], report: PlanReport
 ) -> None:
+    """Print a table of the measured ranks, and the prediction for the whole job."""
     table = Table(box=None, pad_edge=False, header_style="")
     for head in (
         "rank",
@@ -142,13 +152,15 @@ def _print(
         )
     Console(width=110).print(table, highlight=False)
     print(
-        f"predicted for all {report.degrees.num_ranks} ranks: a step of {duration(report.step_seconds)}, "
-        f"{report.num_tokens / report.step_seconds:,.0f} tokens/s, MFU {report.mfu:.1%}; mean bubble {report.bubble:.1%}"
+        f"predicted for all {report.degrees.num_ranks} ranks: "
+        f"a step of {duration(report.step_seconds)}, "
+        f"{report.num_tokens / report.step_seconds:,.0f} tokens/s, MFU {report.mfu:.1%}; "
+        f"mean bubble {report.bubble:.1%}"
     )
 
 
 def _summed(config: RunConfig, profile: RankProfile) -> float:
-    """All passes of a step, by their medians."""
+    """Return the seconds of all passes of a step, from their medians."""
     return config.num_microbatches * sum(profile.passes.values())
 
 
@@ -166,7 +178,8 @@ def _write_cost(
     model = config.model
     lines = [
         f"# Measured by vp-profile on {words['device']}, torch {words['torch']}",
-        f"# {config.micro_batch_size} x {model.seq_length} tokens, hidden size {model.hidden_size}, V = {model.vocab_size}",
+        f"# {config.micro_batch_size} x {model.seq_length} tokens, "
+        f"hidden size {model.hidden_size}, V = {model.vocab_size}",
         *(
             f"{name}: {json.dumps(value) if isinstance(value, str) else format(value, '.6g')}"
             for name, value in cost.items()

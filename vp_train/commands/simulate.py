@@ -1,4 +1,7 @@
-"""What a step would take and keep, in words, numbers and pictures: the body of `vp-simulate`.  Runs without torch."""
+"""The command `vp-simulate`: time and memory of a step, in words, numbers and pictures.
+
+It runs without torch.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +32,19 @@ from vp_train.settings import config_text
 from vp_train.units import human_bytes
 
 _GRID_RANKS = 32
-_LATE_STARTS = 5  # the worst, in words
+_LATE_STARTS = 5  # how many of the longest waits are shown
 
 
 _EXAMPLES = """\
   vp-simulate schedule=v_half parallel.pp=8 num_microbatches=32 cost=a100_4b
   vp-simulate --out shown schedule=zb_h1         also as pictures and as a trace for Perfetto
   vp-simulate --runtime cuda schedule=zb_v       also as CUDA's streams would execute it
-  vp-simulate --compare 1f1b,zb_h1,v_half --vocab none,one_barrier --out compared parallel.pp=8 cost=a100_4b"""
+  vp-simulate --compare 1f1b,zb_h1,v_half --vocab none,one_barrier --out compared \\
+      parallel.pp=8 cost=a100_4b"""
 
 
 def main() -> None:
-    """`vp-simulate`: what a step would take and keep, without running it."""
+    """Run `vp-simulate`: predict time and memory of a step without running it."""
     options = {
         "--out": ("DIR", "write pictures, trace and figures there"),
         "--compare": ("A,B,...", "one line for each of these schedules, or for all"),
@@ -55,12 +59,20 @@ def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str,
     directory = Path(options["--out"]).expanduser() if "--out" in options else None
     if "--vocab" in options and "--compare" not in options:
         raise ConfigError(
-            f"--vocab belongs to --compare; for one algorithm write vocab={options['--vocab'].split(',')[0]}"
+            "--vocab belongs to --compare; "
+            f"for one algorithm write vocab={options['--vocab'].split(',')[0]}"
         )
     runtime = runtime_called(options["--runtime"]) if "--runtime" in options else None
     if "--compare" in options:
         names, algorithms = options["--compare"], options.get("--vocab")
-        compare(config, names, algorithms, directory, config_text(config), runtime)
+        compare(
+            config,
+            names,
+            algorithms,
+            directory=directory,
+            config_yaml=config_text(config),
+            runtime=runtime,
+        )
     else:
         show(config, directory, config_text(config), runtime)
     return EXIT_OK
@@ -69,13 +81,14 @@ def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str,
 def show(
     config: RunConfig, directory: Path | None, config_yaml: str, runtime: Runtime | None = None
 ) -> None:
-    """Simulate one step, print what is known of it, and with a directory draw it there.
+    """Simulate one step, print the results, and write files and pictures to `directory` if given.
 
-    With a runtime its program is replayed too.  Raises ConfigError.
+    With a `runtime` the step's program is replayed too.  Raises ConfigError.
     """
     _make(directory)
     print(
-        f"{config.schedule.file or config.schedule.name} with {config.vocab.algorithm}, {headline(config)}\n",
+        f"{config.schedule.file or config.schedule.name} with {config.vocab.algorithm}, "
+        f"{headline(config)}\n",
         flush=True,
     )
     if config.schedule.is_solved:
@@ -116,18 +129,21 @@ def compare(
     config: RunConfig,
     schedules: str,
     vocabs: str | None,
+    *,
     directory: Path | None,
     config_yaml: str,
     runtime: Runtime | None = None,
 ) -> None:
-    """One line per schedule and algorithm, and with a directory one picture of all.
+    """Simulate several schedules with several algorithms and print one line for each pair.
 
-    Schedules and algorithms are lists with commas, or `all`; without algorithms, that of `config`.  Raises ConfigError for a
-    name that is not known, or if none of them is possible.
+    `schedules` and `vocabs` are lists with commas, or `all`.  Without `vocabs` the algorithm is
+    that of `config`.  With a `directory` a table and a picture of all are written there.  Raises
+    ConfigError for a name that is not known, or if no pair is possible.
     """
     if config.schedule.file is not None:
         raise ConfigError(
-            f"--compare simulates named schedules, schedule.file={config.schedule.file} only itself; drop one of the two"
+            "--compare simulates schedules by name, "
+            f"but schedule.file={config.schedule.file} is set; drop one of the two"
         )
     names = _names("--compare", schedules, tuple(GENERATORS))
     algorithms = _names("--vocab", vocabs or config.vocab.algorithm, tuple(VOCAB_ALGORITHMS))
@@ -162,7 +178,7 @@ def compare(
 
 
 def _make(directory: Path | None) -> None:
-    """Before the work is done: whoever cannot write should not wait for it."""
+    """Make the output directory; call it before the work, so that an error comes at once."""
     if directory is not None:
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -178,14 +194,15 @@ def runtime_called(name: str) -> Runtime:
 
 
 def _names(option: str, words: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The names in a list with commas, each once."""
+    """Return the names in a list with commas without repetitions; all for `all`."""
     if words == "all":
         return known
     names = tuple(dict.fromkeys(words.split(",")))
     for name in names:
         if name not in known:
             raise ConfigError(
-                f"{option}: {name!r} is not known; choose from {', '.join(known)}, or write {option} all"
+                f"{option}: {name!r} is not known; choose from {', '.join(known)}, "
+                f"or write {option} all"
             )
     return names
 
@@ -204,7 +221,10 @@ def _write_table(directory: Path, items: Sequence[Outcome | Refusal]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """A simulated step as a runtime executes it; `longer` is a fraction of the simulated time."""
+    """A simulated step as a runtime executes it.
+
+    `longer` is the additional time as a fraction of the simulated time.
+    """
 
     title: str
     runtime: Runtime
@@ -218,7 +238,7 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A schedule with a vocabulary algorithm, simulated.  Fractions 0 to 1, peaks over the ranks."""
+    """The simulated step of a schedule with a vocabulary algorithm."""
 
     schedule: str
     vocab: str
@@ -236,12 +256,15 @@ class Outcome:
 
     @property
     def gap(self) -> float:
-        """How much longer the step takes than the lower bound; 0 for a step of no work."""
+        """How much longer the step takes than the lower bound, as a fraction; 0 without work."""
         return self.timeline.gap or 0.0
 
     @property
     def microbatches_in_flight(self) -> tuple[float, ...]:
-        """Per rank, at the peak: a microbatch counts in full when all stages of the rank hold it."""
+        """The microbatches in flight at the peak of every rank.
+
+        A microbatch counts in full when all stages of the rank hold it.
+        """
         chunks = self.plan.problem.layout.num_chunks
         return tuple(count / chunks for count in self.timeline.peak_in_flight)
 
@@ -256,9 +279,9 @@ class Refusal:
 
 
 def simulate_step(config: RunConfig, runtime: Runtime | None = None) -> Outcome:
-    """Plan and simulate one step, and replay its program with a runtime.
+    """Plan and simulate one step, and replay its program if a runtime is given.
 
-    Raises ConfigError, naming the value and the way out.
+    Raises ConfigError, which names the value and the way out.
     """
     plan = plan_step(config, wanted_ranks(config.parallel))
     bound = step_bound(plan.problem, plan.cost, plan.caps)
@@ -282,7 +305,10 @@ def simulate_each(
     vocabs: Sequence[str],
     runtime: Runtime | None = None,
 ) -> Iterator[Outcome | Refusal]:
-    """Every named schedule with every algorithm, all other settings as they are; a cap is `auto`'s alone."""
+    """Yield the result of every schedule with every algorithm.
+
+    All other settings stay as they are, except that the cap of schedule=auto is dropped.
+    """
     for schedule in schedules:
         for vocab in vocabs:
             chosen = replace(
@@ -299,17 +325,18 @@ def simulate_each(
 
 
 def headline(config: RunConfig) -> str:
-    """What is simulated, without schedule and algorithm, in two lines."""
+    """Return ranks, batch and model of a simulation in two lines."""
     model = config.model
     return (
-        f"{wanted_ranks(config.parallel)} ranks, {config.num_microbatches} microbatches of {config.micro_batch_size} x "
-        f"{model.seq_length:,} tokens\n{model.num_layers} layers of hidden size {model.hidden_size:,}, vocabulary "
-        f"{model.vocab_size:,}; activations in {config.run.dtype}"
+        f"{wanted_ranks(config.parallel)} ranks, {config.num_microbatches} microbatches of "
+        f"{config.micro_batch_size} x {model.seq_length:,} tokens\n"
+        f"{model.num_layers} layers of hidden size {model.hidden_size:,}, "
+        f"vocabulary {model.vocab_size:,}; activations in {config.run.dtype}"
     )
 
 
 def report(outcome: Outcome, columns: int) -> str:
-    """The grid, a table of the ranks, and the figures of the step."""
+    """Return the text grid, a table of the ranks, and the figures of the step."""
     timeline, bound = outcome.timeline, outcome.bound
     worst = max(range(timeline.num_ranks), key=timeline.peak_bytes.__getitem__)
     return "\n".join(
@@ -317,7 +344,8 @@ def report(outcome: Outcome, columns: int) -> str:
             grid(timeline, columns),
             *_rank_table(outcome),
             "",
-            f"schedule     {outcome.plan.schedule.name}, vocabulary {outcome.plan.problem.algorithm.name}",
+            f"schedule     {outcome.plan.schedule.name}, "
+            f"vocabulary {outcome.plan.problem.algorithm.name}",
             f"makespan     {duration(timeline.makespan)}",
             f"mean bubble  {timeline.mean_bubble:.1%}",
             f"peak memory  {human_bytes(timeline.peak_bytes[worst])} on rank {worst}, at most "
@@ -330,7 +358,7 @@ def report(outcome: Outcome, columns: int) -> str:
 
 
 def _replay_lines(outcome: Outcome) -> list[str]:
-    """Return the time of the replay, and the waits that no simulation shows, worst first."""
+    """Return the time of the replay, and the waits that the simulation lacks, longest first."""
     replayed = outcome.replayed
     if replayed is None:
         return []
@@ -338,7 +366,10 @@ def _replay_lines(outcome: Outcome) -> list[str]:
     late = late_starts(replayed.replay, outcome.timeline)
     if replayed.runtime.issues_ahead:
         beside = replayed.replay.beside_waits
-        share = f"{sum(beside) / len(beside):.0%} of the passes' time, at most {max(beside):.0%} of a rank's"
+        share = (
+            f"{sum(beside) / len(beside):.0%} of the passes' time, "
+            f"at most {max(beside):.0%} of a rank's"
+        )
         lines.append(
             f"beside {share}, a communication waits for another rank and takes room on the GPU"
         )
@@ -350,7 +381,11 @@ def _replay_lines(outcome: Outcome) -> list[str]:
 
 
 def grid(timeline: Timeline, columns: int) -> str:
-    """The text grid; of a step too long for readable passes only the beginning, of too many ranks none, said in one line."""
+    """Return the text grid, or a line that says why there is none.
+
+    If the step is too long for readable passes, only its beginning is shown.  More than 32 ranks
+    have no grid.
+    """
     if timeline.num_ranks > _GRID_RANKS:
         return (
             f"(no grid: {timeline.num_ranks} ranks are too many for text; --out DIR draws them)\n"
@@ -358,12 +393,12 @@ def grid(timeline: Timeline, columns: int) -> str:
     seconds = _readable_seconds(timeline, columns)
     if seconds >= timeline.makespan:
         return text_grid(timeline, columns)
-    shown = f"(the first {duration(seconds)} of {duration(timeline.makespan)}; --out DIR draws the whole step)\n"
-    return text_grid(timeline, columns, seconds) + shown
+    shown = f"the first {duration(seconds)} of {duration(timeline.makespan)}"
+    return f"{text_grid(timeline, columns, seconds)}({shown}; --out DIR draws the whole step)\n"
 
 
 def _readable_seconds(timeline: Timeline, columns: int) -> float:
-    """Seconds that fit into a line if the letter and the number of an ordinary forward do."""
+    """Return how many seconds a line can show if the label of a median forward is to fit."""
     forwards = [
         span
         for spans in timeline.compute
@@ -377,13 +412,16 @@ def _readable_seconds(timeline: Timeline, columns: int) -> float:
 
 
 def _rank_table(outcome: Outcome) -> list[str]:
+    """Return a table of the ranks in lines."""
     timeline, plan = outcome.timeline, outcome.plan
     lines = ["rank  layers    V rows     busy   bubble  in flight  peak memory"]
     for rank, layers in enumerate(plan.layers_of_ranks):
         lines.append(
-            f"{rank:>4}  {sum(map(len, layers)):>6}  {plan.shards[End.OUTPUT][rank].num_rows:>8,}  "
+            f"{rank:>4}  {sum(map(len, layers)):>6}  "
+            f"{plan.shards[End.OUTPUT][rank].num_rows:>8,}  "
             f"{duration(timeline.busy(rank)):>7}  {timeline.bubble(rank):>6.1%}  "
-            f"{outcome.microbatches_in_flight[rank]:>9g}  {human_bytes(timeline.peak_bytes[rank]):>11}"
+            f"{outcome.microbatches_in_flight[rank]:>9g}  "
+            f"{human_bytes(timeline.peak_bytes[rank]):>11}"
         )
     return lines
 
@@ -396,22 +434,24 @@ def table_head(runtime: Runtime | None = None) -> str:
 
 
 def table_line(item: Outcome | Refusal) -> str:
-    """Return one line of the comparison: peaks of the worst rank, `in flight` in microbatches.
+    """Return one line of the comparison.
 
-    After a replay its time comes last, as the fraction by which it is longer.
+    Peaks are those of the worst rank, and `in flight` counts microbatches.  The last column of a
+    replay says by which fraction it takes longer.
     """
     start = f"{item.schedule:<12} {item.vocab:<12} "
     if isinstance(item, Refusal):
         return f"{start}not possible: {item.reason}"
     replayed = "" if item.replayed is None else f" {item.replayed.longer:>+9.2%}"
     return start + (
-        f"{duration(item.timeline.makespan):>9} {item.timeline.mean_bubble:>7.1%} {item.gap:>7.1%} "
-        f"{max(item.microbatches_in_flight):>10g} {human_bytes(max(item.timeline.peak_bytes)):>12}{replayed}"
+        f"{duration(item.timeline.makespan):>9} {item.timeline.mean_bubble:>7.1%} "
+        f"{item.gap:>7.1%} {max(item.microbatches_in_flight):>10g} "
+        f"{human_bytes(max(item.timeline.peak_bytes)):>12}{replayed}"
     )
 
 
 def record(item: Outcome | Refusal) -> dict[str, Any]:
-    """One row of table.json; bubbles and gap as fractions, lists by rank."""
+    """Return one row of table.json: bubbles and gap are fractions, lists have a value per rank."""
     start = {"schedule": item.schedule, "vocab": item.vocab}
     if isinstance(item, Refusal):
         return start | {"reason": item.reason}

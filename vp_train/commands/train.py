@@ -1,4 +1,7 @@
-"""`vp-train` and `python -m vp_train`: a rank when torchrun started this process, else the launcher of all ranks."""
+"""The command `vp-train`, also `python -m vp_train`.
+
+The process is a rank if torchrun started it, else the launcher of all ranks.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from vp_train.metrics.run_directory import run_path
 from vp_train.settings import config_text, resume_words, started_from
 
 _TRAIN_EXAMPLES = """\
-  vp-train                                       4 ranks on this machine, Python's standard library as text
+  vp-train                              4 ranks on this machine, Python's standard library as text
   vp-train vocab=two_barrier model.vocab_size=65536 parallel.pp=2 run.name=two
-  vp-train run.resume=true                       go on from the newest checkpoint of runs/default
+  vp-train run.resume=true              continue from the newest checkpoint of runs/default
   torchrun --nproc-per-node 4 -m vp_train schedule=gpipe data=synthetic"""
 
 

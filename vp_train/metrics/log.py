@@ -1,4 +1,4 @@
-"""Numbers of every step: metrics.jsonl and TensorBoard."""
+"""The metrics of every step, in metrics.jsonl and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from vp_train.durable import naming
 
 
 class MetricsLog:
-    """Appends one record per step.  After a resume, records of later steps are dropped: each step appears once."""
+    """A log with one record per step.
+
+    When a run resumes, records of steps after its checkpoint are dropped, so no step appears twice.
+    """
 
     def __init__(self, jsonl: Path, tensorboard: Path, last_step: int) -> None:
-        """`last_step`: the step of the checkpoint this run continues, 0 for a new run."""
+        """Open the log after `last_step`, the step of the checkpoint; 0 for a new run."""
         from torch.utils.tensorboard import SummaryWriter
 
         continues = jsonl.exists()
@@ -26,7 +29,10 @@ class MetricsLog:
         )
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """One line {"step": ..., **values}; non-finite numbers become null, so that every line is JSON."""
+        """Append one line {"step": ..., **values}.
+
+        Numbers that are not finite become null, so that every line is JSON.
+        """
         line = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with naming(self._path):
             self._file.write(json.dumps({"step": step, **line}) + "\n")
@@ -39,7 +45,10 @@ class MetricsLog:
 
 
 def _drop_after(jsonl: Path, last_step: int) -> None:
-    """Keep the lines up to `last_step`; by rename, so that a kill leaves the old file or the new one."""
+    """Drop the lines after `last_step`.
+
+    The new file replaces the old one by a rename, so that a kill leaves one of the two.
+    """
     kept = [line for line in jsonl.read_text().splitlines() if _step_of(line) <= last_step]
     shorter = jsonl.with_suffix(".tmp")
     shorter.write_text("".join(f"{line}\n" for line in kept))
@@ -47,7 +56,7 @@ def _drop_after(jsonl: Path, last_step: int) -> None:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; a line cut off by a kill belongs to no step and is dropped."""
+    """Return the step of a line, or infinity for a line that a kill has cut off."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What rank 0 shows while it trains: a live line on a terminal, a plain line every few steps elsewhere."""
+"""The progress that rank 0 shows: a live line on a terminal, else a plain line every few steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vp_train.units import clock, human_bytes
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One step, for people."""
+    """The figures of one step that are shown."""
 
     step: int
     loss: float
@@ -25,22 +25,20 @@ class StepReport:
 
 
 class Progress:
-    """Shows steps up to `num_steps`; in a log file every `log_every` steps, and the first and the last."""
+    """A display of finished steps up to `num_steps`.
+
+    A log file gets every `log_every`-th step, the first and the last.
+    """
 
     def __init__(self, num_steps: int, first_step: int, log_every: int, console: Console) -> None:
-        self._num_steps, self._first_step, self._log_every, self._console = (
-            num_steps,
-            first_step,
-            log_every,
-            console,
-        )
+        self._num_steps, self._first_step = num_steps, first_step
+        self._log_every, self._console = log_every, console
         self._started = time.monotonic()
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
         if self._live is not None:
             self._live.start()
-            console.show_cursor(
-                True
-            )  # a rank may leave without `close`, and would leave the terminal without a cursor
+            # A rank may exit without `close`, which would leave the terminal without a cursor.
+            console.show_cursor(True)
 
     def step(self, report: StepReport) -> None:
         """Show a finished step."""
@@ -51,7 +49,7 @@ class Progress:
             self.say(line)
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:
@@ -63,7 +61,8 @@ class Progress:
         done = report.step - self._first_step + 1
         left = (time.monotonic() - self._started) / done * (self._num_steps - report.step)
         return (
-            f"step {report.step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {report.loss:.4f}  "
-            f"grad norm {report.grad_norm:.3f}  lr {report.learning_rate:.2e}  {report.tokens_per_second:,.0f} tokens/s  "
+            f"step {report.step:>{len(str(self._num_steps))}}/{self._num_steps}  "
+            f"loss {report.loss:.4f}  grad norm {report.grad_norm:.3f}  "
+            f"lr {report.learning_rate:.2e}  {report.tokens_per_second:,.0f} tokens/s  "
             f"{clock(left)} left  peak {human_bytes(report.peak_bytes)}"
         )

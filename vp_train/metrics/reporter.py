@@ -1,4 +1,4 @@
-"""Rank 0 tells about the run: on the console and in the files of its directory."""
+"""The report of a run by rank 0: on the console and in the files of the run's directory."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from vp_train.units import human_bytes
 
 
 def _mesh(degrees: Degrees) -> str:
+    """Return the degrees of parallelism in words, and the ranks of the first replica."""
     ranks = degrees.pp * degrees.tp
     first = "rank 0" if ranks == 1 else f"ranks 0-{ranks - 1}"
     replicas = f" (the first replica is {first})" if degrees.dp > 1 else ""
@@ -32,7 +33,7 @@ def _mesh(degrees: Degrees) -> str:
 
 
 def _stages(plan: RunPlan) -> str:
-    """Which layers live where, in the first replica."""
+    """Return the layers of every rank of the first replica in words."""
     tp, lines = plan.degrees.tp, []
     for rank, stages in enumerate(plan.layers_of_ranks):
         name = f"rank {rank}" if tp == 1 else f"ranks {rank * tp}-{rank * tp + tp - 1}"
@@ -46,7 +47,10 @@ def _stages(plan: RunPlan) -> str:
 
 
 class Reporter:
-    """Console, metrics.jsonl, TensorBoard, schedule, trace and final table of one run."""
+    """A reporter writes console lines, metrics, schedule, trace and final table of one run.
+
+    Metrics go to metrics.jsonl and to TensorBoard.
+    """
 
     def __init__(
         self, config: RunConfig, plan: RunPlan, directory: RunDirectory, first_step: int
@@ -60,7 +64,7 @@ class Reporter:
         self._pending: tuple[StepReport, dict[str, float]] | None = None
 
     def start(self, config_yaml: str, source: Source) -> None:
-        """Write what is known before the first step, and say what is going to run where."""
+        """Write configuration, environment and schedule, and print what will run where."""
         config, plan, directory = self._config, self._plan, self._directory
         directory.write("config.yaml", config_yaml)
         directory.write_environment()
@@ -69,13 +73,17 @@ class Reporter:
         directory.write("schedule.svg", svg(plan.timeline, title))
         lines = [
             f"data      {source.description}",
-            f"model     {num_parameters(config.model) / 1e6:.1f} M parameters, vocabulary {config.model.vocab_size:,}"
-            f" (ln V = {math.log(config.model.vocab_size):.2f}), {config.run.dtype} on {config.run.device}",
+            f"model     {num_parameters(config.model) / 1e6:.1f} M parameters, "
+            f"vocabulary {config.model.vocab_size:,}"
+            f" (ln V = {math.log(config.model.vocab_size):.2f}), "
+            f"{config.run.dtype} on {config.run.device}",
             f"mesh      {_mesh(plan.degrees)}, optim.name={config.optim.name}",
             f"pipeline  {_stages(plan)}",
-            f"schedule  {plan.schedule.name}, vocabulary {plan.problem.algorithm.name}, {config.num_microbatches} microbatches"
+            f"schedule  {plan.schedule.name}, vocabulary {plan.problem.algorithm.name}, "
+            f"{config.num_microbatches} microbatches"
             f" of {config.micro_batch_size} x {config.model.seq_length} tokens",
-            f"planned   {facts(plan.timeline)}; activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
+            f"planned   {facts(plan.timeline)}; "
+            f"activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
             *([f"advice    {advice}"] if (advice := row_advice(config, plan)) else []),
             f"run       {directory.path}, steps {self._first_step} to {config.run.steps}",
         ]
@@ -86,10 +94,14 @@ class Reporter:
         )
 
     def say(self, line: str) -> None:
+        """Print a line that stays on the console."""
         self._progress.say(line)
 
     def step(self, report: StepReport) -> None:
-        """A finished step; `record` writes it down when nothing can be added to it any more."""
+        """Show a finished step, and keep its values until `record` writes them.
+
+        `validation` and `trace` may add values in between.
+        """
         self._progress.step(report)
         values = {
             "loss": report.loss,
@@ -101,7 +113,7 @@ class Reporter:
         self._pending = (report, values)
 
     def validation(self, step: int, loss: float) -> None:
-        """The validation loss after `step`."""
+        """Show the validation loss after `step`, and add it to the step's record."""
         assert self._pending is not None
         self._pending[1]["validation_loss"] = loss
         uniform = math.log(self._config.model.vocab_size)
@@ -110,7 +122,10 @@ class Reporter:
         )
 
     def trace(self, measured: Timeline, parameters: Sequence[int]) -> None:
-        """The measured step: kept for the final table and written for Perfetto beside the predicted one."""
+        """Write the measured step next to the predicted one, for Perfetto and as a picture.
+
+        The step is kept for the final table.  `parameters` are the numbers of parameters by rank.
+        """
         self._measured, self._parameters = measured, parameters
         assert self._pending is not None
         planned = self._plan.timeline
@@ -123,28 +138,35 @@ class Reporter:
             )
         trace = chrome_trace({"predicted": self._plan.timeline, "measured": measured})
         self._directory.write("trace/step.json", json.dumps(trace))
-        title = f"{self._plan.schedule.name}, vocabulary {self._plan.problem.algorithm.name}: as measured"
+        names = f"{self._plan.schedule.name}, vocabulary {self._plan.problem.algorithm.name}"
+        title = f"{names}: as measured"
         self._directory.write("trace/step.svg", svg(measured, title))
 
     def record(self) -> None:
-        """Write the record of the step; before its checkpoint, so that no kill can lose the record of a saved step."""
+        """Write the record of the step.
+
+        Call it before the step's checkpoint, so that no kill can lose the record of a saved step.
+        """
         assert self._pending is not None
         report, values = self._pending
         self._log.record(report.step, values)
         self._pending = None
 
     def finish(self, peak_bytes: Sequence[float]) -> None:
-        """The table of all ranks, where a step was traced."""
+        """Print the table of all ranks if a step was traced, and close all files.
+
+        `peak_bytes` are the peaks of memory by rank.
+        """
         self._progress.close()
         if self._measured is not None:
             rows = [shard.num_rows for shard in self._plan.shards[End.OUTPUT]]
             table = summarize(
                 self._plan.timeline,
                 self._measured,
-                self._plan.layers_of_ranks,
-                rows,
-                self._parameters,
-                peak_bytes,
+                layers=self._plan.layers_of_ranks,
+                rows=rows,
+                parameters=self._parameters,
+                peaks=peak_bytes,
             )
             self._console.print(
                 rank_table(table, "What was planned and what was measured (one traced step)")

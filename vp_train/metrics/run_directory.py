@@ -1,4 +1,4 @@
-"""The directory of one run: runs/<name>/, locked while it is in use, never overwritten."""
+"""The directory of one run, runs/<name>/: locked while it is in use, never overwritten."""
 
 from __future__ import annotations
 
@@ -22,31 +22,38 @@ def run_path(settings: RunSettings) -> Path:
 
 
 def refuse_used(settings: RunSettings) -> None:
-    """Raises ConfigError if the directory holds a run that is not to be resumed: nothing is overwritten."""
+    """Raise ConfigError if the directory holds a run that is not to be resumed."""
     path = run_path(settings)
-    metrics = (
-        path / "metrics.jsonl"
-    )  # empty when a run ended before its first step: nothing to lose
+    # The file is empty if a run ended before its first step.  Then there is nothing to lose.
+    metrics = path / "metrics.jsonl"
     used = (metrics.exists() and metrics.stat().st_size > 0) or any(
         (path / "checkpoints").glob("step-*")
     )
     if used and not settings.resume:
         raise ConfigError(
-            f"{path} already holds a run; continue it with run.resume=true, or choose another run.name"
+            f"{path} already holds a run; "
+            "continue it with run.resume=true, or choose another run.name"
         )
 
 
 def refuse_running(settings: RunSettings) -> None:
-    """Raises ConfigError if another process uses the directory now."""
+    """Raise ConfigError if another process uses the directory now."""
     if run_path(settings).exists():
         _acquire(run_path(settings)).close()
 
 
 class RunDirectory:
-    """Opens `root/name` and holds its lock as long as the process lives; only rank 0 has one."""
+    """The directory `root/name`, whose lock is held as long as the process lives.
+
+    Only rank 0 has one.
+    """
 
     def __init__(self, settings: RunSettings) -> None:
-        """Raises ConfigError if another process uses the directory, or if it holds a run that is not to be resumed."""
+        """Create the directory if needed, and lock it.
+
+        Raises ConfigError if another process uses it, or if it holds a run that is not to be
+        resumed.
+        """
         self.path = run_path(settings)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _acquire(self.path)
@@ -84,7 +91,7 @@ class RunDirectory:
         self.write("tokenizer.json", path.read_text())
 
     def write_environment(self) -> None:
-        """env.json: versions, machine, commit and command line."""
+        """Write env.json: versions, machine, commit and command line."""
         packages = ("vp_train", "torch", "megatron-core", "hydra-core", "tokenizers", "numpy")
         environment = {
             "command": sys.argv,
@@ -98,14 +105,18 @@ class RunDirectory:
 
 
 def _acquire(path: Path) -> IO[str]:
-    """The lock of the directory, held while the file is open."""
+    """Return the lock file of the directory; the lock is held while the file is open.
+
+    Raises ConfigError if another process holds it.
+    """
     file = (path / "LOCK").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         raise ConfigError(
-            f"{path} is in use by process {file.read().strip()}; wait for it or choose another run.name"
+            f"{path} is in use by process {file.read().strip()}; "
+            "wait for it or choose another run.name"
         ) from None
     return file
 
@@ -118,7 +129,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit this code runs from, marked with + if files differ from it."""
+    """Return the commit of this code, with a + if files differ from it; None if not known."""
     source = Path(__file__).parent
     command = ["git", "-C", str(source), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:

@@ -1,4 +1,4 @@
-"""The table at the end of a run: what was predicted for each rank, and what was measured."""
+"""The table at the end of a run: the prediction and the measurement of every rank."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from schedules.timeline import Timeline
 from vp_train.units import human_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankSummary:
-    """One rank: what it owns and measured in the traced step.  Bytes, fractions 0 to 1, counts."""
+    """One rank: what it owns, and its predicted and measured figures of the traced step.
+
+    Bubbles and `busy` are fractions from 0 to 1.  `predicted_bytes` and `measured_bytes` are peaks
+    of activations, `peak_bytes` is the peak of all memory.
+    """
 
     rank: int
     layers: str
@@ -31,31 +35,36 @@ class RankSummary:
 def summarize(
     predicted: Timeline,
     measured: Timeline,
+    *,
     layers: Sequence[Sequence[range]],
     rows: Sequence[int],
     parameters: Sequence[int],
     peaks: Sequence[float],
 ) -> list[RankSummary]:
-    """One row per rank; `layers[r]` are those of its stages."""
+    """Return one row per rank.
+
+    By rank: `layers` of its stages, vocabulary `rows`, number of `parameters`, and `peaks` of
+    memory in bytes.
+    """
     return [
         RankSummary(
-            rank,
-            _spans(layers[rank]),
-            rows[rank],
-            parameters[rank],
-            1 - measured.bubble(rank),
-            predicted.bubble(rank),
-            measured.bubble(rank),
-            predicted.peak_bytes[rank],
-            measured.peak_bytes[rank],
-            peaks[rank],
+            rank=rank,
+            layers=_spans(layers[rank]),
+            vocabulary_rows=rows[rank],
+            num_parameters=parameters[rank],
+            busy=1 - measured.bubble(rank),
+            predicted_bubble=predicted.bubble(rank),
+            measured_bubble=measured.bubble(rank),
+            predicted_bytes=predicted.peak_bytes[rank],
+            measured_bytes=measured.peak_bytes[rank],
+            peak_bytes=peaks[rank],
         )
         for rank in range(measured.num_ranks)
     ]
 
 
 def _spans(stages: Sequence[range]) -> str:
-    """`0-3` or, with several stages on a rank, `0-1,6-7`."""
+    """Return the layers of a rank in words: `0-3` or, with several stages, `0-1,6-7`."""
     return ",".join(_span(layers) for layers in stages if layers) or "none"
 
 
@@ -68,7 +77,7 @@ def _human_count(count: float) -> str:
 
 
 def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
-    """A table of about 80 columns, at most 110: a terminal cuts what is wider."""
+    """Return a table of about 80 columns, at most 110: a terminal cuts wider ones."""
     table = Table(
         title=title,
         title_justify="left",

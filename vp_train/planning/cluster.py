@@ -1,7 +1,7 @@
-"""What a cluster makes of a run: which links its messages take, and so what passes and messages cost.
+"""The links that a run's messages take on a cluster, and what passes and messages cost there.
 
-Ranks are numbered as in `degrees`, and fill one node after the other: tensor-parallel ranks are neighbours, then come the ranks
-of a pipeline, then replicas.
+Ranks are numbered as in `degrees` and fill one node after the other.  Tensor-parallel ranks are
+neighbours, then come the ranks of a pipeline, then the replicas.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from vp_train.planning.estimate import ITEM_BYTES, message_bytes, sum_seconds
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """`where` it leads, what a message takes on it whatever its size, and its bandwidth."""
+    """A link: where it leads, its latency in seconds, and its bandwidth."""
 
     where: str
     seconds: float
     bytes_per_second: float
 
     def of_group(self, num_ranks: int) -> float:
-        """The fixed seconds of a collective: one message after the other along a tree."""
+        """Return the latency of a collective in seconds: one message per level of a tree."""
         return self.seconds * math.ceil(math.log2(num_ranks)) if num_ranks > 1 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """The slowest link that each purpose uses anywhere in the cluster."""
+    """The slowest link that each kind of group uses anywhere in the cluster."""
 
     tensor: Link
-    pipeline: Link  # hops, and the barriers of the vocabulary
+    pipeline: Link  # hops between stages, and the collectives of the vocabulary
     data: Link
 
 
 def links_of(cluster: ClusterConfig, degrees: Degrees) -> Links:
-    """Inside a node where no group of that purpose leaves it."""
+    """Return the link of each kind of group: inside a node if no such group leaves its node."""
     replicas, pipeline, tensor = range(degrees.dp), range(degrees.pp), range(degrees.tp)
     return Links(
         _slowest(
@@ -64,18 +64,20 @@ def _slowest(cluster: ClusterConfig, groups: Iterable[list[int]]) -> Link:
 
 
 def peak_flops(config: RunConfig) -> float:
-    """FLOPs per second of one GPU in the dtype of the run, at its peak."""
+    """Return the peak FLOP/s of one GPU in the dtype of the run."""
     value: float = getattr(config.cluster, f"{config.run.dtype}_flops_per_second")
     return value
 
 
 def on_cluster(config: RunConfig, degrees: Degrees) -> RunConfig:
-    """`config` with the cost of passes and messages on its cluster.  Measured pass times stay."""
+    """Return `config` with the costs of its passes and messages on its cluster.
+
+    Measured pass times stay as they are.
+    """
     cluster, cost, links = config.cluster, config.cost, links_of(config.cluster, degrees)
-    rows = (
-        2 * message_bytes(config) / degrees.pp / degrees.tp / cluster.memory_bytes_per_second
-    )  # read and written
-    told = replace(
+    # A lookup reads and writes this rank's share of the embeddings.
+    lookup = 2 * message_bytes(config) / degrees.pp / degrees.tp / cluster.memory_bytes_per_second
+    on_links = replace(
         cost,
         flops_per_second=peak_flops(config) * cluster.efficiency,
         hop_seconds=links.pipeline.seconds,
@@ -84,19 +86,22 @@ def on_cluster(config: RunConfig, degrees: Degrees) -> RunConfig:
         collective_bytes_per_second=links.pipeline.bytes_per_second,
         tensor_seconds=links.tensor.of_group(degrees.tp),
         tensor_bytes_per_second=links.tensor.bytes_per_second,
-        lookup_seconds=rows if cost.lookup_seconds is None else cost.lookup_seconds,
-        lookup_grad_seconds=2 * rows
+        lookup_seconds=lookup if cost.lookup_seconds is None else cost.lookup_seconds,
+        lookup_grad_seconds=2 * lookup
         if cost.lookup_grad_seconds is None
         else cost.lookup_grad_seconds,
     )
     parallel = replace(config.parallel, pp=degrees.pp, dp=degrees.dp)
-    return replace(config, cost=told, parallel=parallel)
+    return replace(config, cost=on_links, parallel=parallel)
 
 
 def tied_seconds(config: RunConfig, degrees: Degrees, problem: Problem) -> float:
-    """What summing the gradient of a tied matrix takes, where both ends have one, on two ranks."""
-    split = problem.algorithm.sharded or problem.root(End.INPUT) == problem.root(End.OUTPUT)
-    if split or not config.model.tied_embeddings:
+    """Return the seconds that summing the gradient of a tied matrix takes.
+
+    It is 0 unless the input and the output layer keep copies of it on two different ranks.
+    """
+    one_copy = problem.algorithm.sharded or problem.root(End.INPUT) == problem.root(End.OUTPUT)
+    if one_copy or not config.model.tied_embeddings:
         return 0.0
     link, item = links_of(config.cluster, degrees).pipeline, ITEM_BYTES[config.run.dtype]
     num_bytes = max(4, item) * config.model.vocab_size * config.model.hidden_size / degrees.tp
@@ -104,9 +109,11 @@ def tied_seconds(config: RunConfig, degrees: Degrees, problem: Problem) -> float
 
 
 def gradient_seconds(config: RunConfig, degrees: Degrees, num_parameters: int) -> float:
-    """What summing the gradients of one rank over the replicas adds to a step, and with ZeRO-1 gathering its parameters.
+    """Return the seconds that reducing gradients over the replicas adds to a step of one rank.
 
-    Both run beside passes, but for those of optim.offload: DeepSpeed sums as `adamw` does, and waits for everything.
+    With ZeRO-1 the all-gather of its parameters is included.  The part `cluster.overlap` of both
+    hides behind passes.  Nothing hides with optim.offload: DeepSpeed sums gradients by all-reduce,
+    as `adamw` does, and waits for everything.
     """
     item = ITEM_BYTES[config.run.dtype]
     link = links_of(config.cluster, degrees).data
@@ -117,7 +124,8 @@ def gradient_seconds(config: RunConfig, degrees: Degrees, num_parameters: int) -
     gradients = whole_sum(max(4, item) * num_parameters)
     if config.optim.name == "adamw":
         return gradients * (1 - config.cluster.overlap)
-    gathered = whole_sum(item * num_parameters) / 2  # half a sum, and so is scattering one
+    # An all-gather or a reduce-scatter moves half as much as an all-reduce.
+    gathered = whole_sum(item * num_parameters) / 2
     if config.optim.offload:
         return gradients + gathered
     return (gradients / 2 + gathered) * (1 - config.cluster.overlap)

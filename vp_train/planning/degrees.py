@@ -1,4 +1,7 @@
-"""How the ranks of a run divide into replicas, pipelines and tensor-parallel groups.  Pure."""
+"""How the ranks of a run divide into replicas, pipelines and tensor-parallel groups.
+
+Pure: no I/O and no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ from dataclasses import dataclass
 
 from vp_train.config import ConfigError, ModelConfig, ParallelConfig
 
-_DEFAULT_PP = 4  # where nobody says how many
+_DEFAULT_PP = 4  # pipeline ranks to start if parallel.pp is not set
 
 
 @dataclass(frozen=True, slots=True)
 class Degrees:
-    """dp x pp x tp ranks.  The ranks that speak most often are neighbours: tp fastest, then pp, which share a vocabulary."""
+    """The degrees of parallelism of dp x pp x tp ranks.
+
+    Ranks that communicate most often are neighbours: tp varies fastest, then pp, then dp.
+    """
 
     dp: int
     pp: int
@@ -22,12 +28,12 @@ class Degrees:
         return self.dp * self.pp * self.tp
 
     def place(self, rank: int) -> tuple[int, int, int]:
-        """Replica, pipeline rank and tensor-parallel rank of `rank`."""
+        """Return the replica, the pipeline rank and the tensor-parallel rank of `rank`."""
         replica, within = divmod(rank, self.pp * self.tp)
         return replica, *divmod(within, self.tp)
 
     def rank(self, replica: int, pipeline_rank: int, tensor_rank: int) -> int:
-        """The inverse of `place`."""
+        """Return the rank at this place; the inverse of `place`."""
         return (replica * self.pp + pipeline_rank) * self.tp + tensor_rank
 
     def __str__(self) -> str:
@@ -35,37 +41,44 @@ class Degrees:
 
 
 def wanted_ranks(parallel: ParallelConfig) -> int:
-    """How many ranks to start where nobody has started them."""
+    """Return how many ranks to start if torchrun has not started them already."""
     return (parallel.dp or 1) * (parallel.pp or _DEFAULT_PP) * parallel.tp
 
 
 def split_ranks(parallel: ParallelConfig, num_ranks: int) -> Degrees:
-    """The degrees of a run of `num_ranks` ranks.  Raises ConfigError, with all the numbers, where they do not fit."""
-    told = {"parallel.dp": parallel.dp, "parallel.pp": parallel.pp, "parallel.tp": parallel.tp}
+    """Return the degrees of a run of `num_ranks` ranks; unset ones are inferred from that number.
+
+    Raises ConfigError with all the numbers if they do not fit.
+    """
+    degrees = {"parallel.dp": parallel.dp, "parallel.pp": parallel.pp, "parallel.tp": parallel.tp}
     if parallel.dp is None and parallel.pp is None:
-        told["parallel.dp"] = 1
+        degrees["parallel.dp"] = 1
     known = 1
-    for value in told.values():
+    for value in degrees.values():
         known *= value or 1
     named = (
-        " x ".join(f"{name}={value}" for name, value in told.items() if value not in (None, 1))
+        " x ".join(f"{name}={value}" for name, value in degrees.items() if value not in (None, 1))
         or "parallel.pp=1"
     )
-    is_open = None in told.values()
+    is_open = None in degrees.values()
     if num_ranks % known or (not is_open and num_ranks != known):
         raise ConfigError(
-            f"{named} needs {'a multiple of ' if is_open else ''}{known} ranks, but {num_ranks} were started; "
-            "start as many (torchrun --nproc-per-node), or change a degree"
+            f"{named} needs {'a multiple of ' if is_open else ''}{known} ranks, but {num_ranks} "
+            "were started; start as many (torchrun --nproc-per-node), or change a degree"
         )
     rest = num_ranks // known
-    return Degrees(told["parallel.dp"] or rest, told["parallel.pp"] or rest, parallel.tp)
+    return Degrees(degrees["parallel.dp"] or rest, degrees["parallel.pp"] or rest, parallel.tp)
 
 
 def check_tensor_split(model: ModelConfig, tp: int, *, sequences: bool = False) -> None:
-    """Raise ConfigError where heads, the feed-forward width or, if they are to be split, sequences do not over `tp` ranks."""
+    """Check that attention heads and the feed-forward width split evenly over `tp` ranks.
+
+    With `sequences` the sequence length must split too.  Raises ConfigError.
+    """
     if sequences and tp == 1:
         raise ConfigError(
-            "parallel.sequence_parallel=true has nothing to split over with parallel.tp=1; drop it, or raise tp"
+            "parallel.sequence_parallel=true has nothing to split over with parallel.tp=1; "
+            "drop it, or raise tp"
         )
     for name in (
         "num_heads",
@@ -76,5 +89,6 @@ def check_tensor_split(model: ModelConfig, tp: int, *, sequences: bool = False) 
         value = getattr(model, name)
         if value % tp:
             raise ConfigError(
-                f"model.{name}={value} does not split over parallel.tp={tp}; use a divisor of {value}"
+                f"model.{name}={value} does not split over parallel.tp={tp}; "
+                f"use a divisor of {value}"
             )

@@ -1,4 +1,8 @@
-"""What the passes of a run will cost: seconds as measured where `cost` gives them, else from FLOPs; bytes from shapes."""
+"""The cost of every pass of a run.
+
+Seconds are the measured ones if `cost` gives them, else they follow from FLOPs.  Bytes follow from
+shapes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from vp_train.vocab.shard import Shard
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
-_OTHERS = (
+_OTHER_RUN = (
     "these pass times are not for it; use a cost that is, or one that counts FLOPs, e.g. cost=a100"
 )
 
@@ -28,7 +32,10 @@ def estimate_cost(
     shards: dict[End, tuple[Shard, ...]],
     algorithm: VocabAlgorithm,
 ) -> CostModel:
-    """The costs of every pass.  Raises ConfigError where the measured layers were not those of this model."""
+    """Return the seconds and bytes of every pass.
+
+    Raises ConfigError if the pass times were measured on another model, dtype or device.
+    """
     _check_measured(config)
     slowness = rank_slowness(config, layout.num_ranks)
     model, size, tp = (
@@ -47,7 +54,7 @@ def estimate_cost(
         for recompute in {recompute for recompute, _ in stages}
     }
     stage_bytes = [float(len(stage) * bytes_of_layer[recompute]) for recompute, stage in stages]
-    if sequence_ranks > 1:  # the first stage keeps its whole input too
+    if sequence_ranks > 1:  # the first stage keeps its input in whole sequences too
         stage_bytes[0] += message_bytes(config)
     stage_bytes[0] += shape.embedding_activation_bytes(model, size, item_bytes)
     stage_bytes[-1] += (
@@ -82,7 +89,7 @@ def estimate_cost(
 
 
 def layer_bytes(config: RunConfig, recompute: str) -> int:
-    """What one layer keeps of a microbatch on each of its tensor-parallel ranks."""
+    """Return the activation bytes that one layer keeps per microbatch and tensor-parallel rank."""
     tp = config.parallel.tp
     return shape.layer_activation_bytes(
         shape.tensor_share(config.model, tp),
@@ -95,7 +102,10 @@ def layer_bytes(config: RunConfig, recompute: str) -> int:
 
 
 def message_bytes(config: RunConfig) -> int:
-    """[T, H] in the compute dtype: what a hop, C0 or a sum over the tensor-parallel ranks moves."""
+    """Return the bytes of [T, H] in the compute dtype.
+
+    A hop, the broadcast C0 and an all-reduce over the tensor-parallel ranks move this much.
+    """
     return (
         ITEM_BYTES[config.run.dtype]
         * config.micro_batch_size
@@ -105,14 +115,18 @@ def message_bytes(config: RunConfig) -> int:
 
 
 def link_seconds(fixed: float, bytes_per_second: float | None, num_bytes: float) -> float:
-    """One message over one link."""
+    """Return the seconds of one message over one link."""
     return fixed + (0.0 if bytes_per_second is None else num_bytes / bytes_per_second)
 
 
 def sum_seconds(
     fixed: float, bytes_per_second: float | None, num_bytes: float, num_ranks: int
 ) -> float:
-    """A sum that all ranks get, in a ring: every rank sends 2 (n - 1) / n of it; twice as long as scattering or gathering."""
+    """Return the seconds of an all-reduce in a ring.
+
+    Every rank sends 2 (n - 1) / n of the bytes.  A reduce-scatter or an all-gather takes half as
+    long.
+    """
     return (
         0.0
         if num_ranks == 1
@@ -121,9 +135,9 @@ def sum_seconds(
 
 
 def _hop_seconds(config: RunConfig) -> float:
-    """Return the seconds of one hop: each of the tensor-parallel ranks sends its part.
+    """Return the seconds of one hop, of which every tensor-parallel rank sends its part.
 
-    Unless stages work on parts of sequences, the receivers then gather them.
+    Without sequence parallelism the receivers then all-gather the parts.
     """
     cost, tp, message = config.cost, config.parallel.tp, message_bytes(config)
     sent = link_seconds(cost.hop_seconds, cost.hop_bytes_per_second, message / tp)
@@ -133,7 +147,7 @@ def _hop_seconds(config: RunConfig) -> float:
 
 
 def input_gradient_bytes(config: RunConfig) -> int:
-    """Return the bytes of a shard's term of dL/dx of the output layer, [T, H] in vocab.sum_dtype."""
+    """Return the bytes of one shard's term of dL/dx: [T, H] in vocab.sum_dtype."""
     item = ITEM_BYTES[config.run.dtype]
     summed = item if config.vocab.sum_dtype == "compute" else max(4, item)
     return message_bytes(config) // item * summed
@@ -142,7 +156,7 @@ def input_gradient_bytes(config: RunConfig) -> int:
 def _barrier_seconds(config: RunConfig, barrier: Barrier, num_shards: int) -> float:
     """Return the seconds of one collective of `num_shards` shards.
 
-    It is 0 where one rank owns the whole layer, for it has nobody to wait for.
+    It is 0 if one rank owns the whole layer, because that rank waits for nobody.
     """
     if num_shards == 1:
         return 0.0
@@ -164,19 +178,20 @@ def _barrier_seconds(config: RunConfig, barrier: Barrier, num_shards: int) -> fl
 
 
 def rank_slowness(config: RunConfig, num_ranks: int) -> tuple[float, ...]:
-    """How much longer each rank takes than the other figures say."""
-    told = config.cost.rank_slowness
-    if told is None:
+    """Return the factor by which each rank is slower than the other costs say."""
+    factors = config.cost.rank_slowness
+    if factors is None:
         return (1.0,) * num_ranks
-    if len(told) != num_ranks:
+    if len(factors) != num_ranks:
         raise ConfigError(
-            f"cost.rank_slowness={list(told)} has {len(told)} values; give one for each of the {num_ranks} ranks"
+            f"cost.rank_slowness={list(factors)} has {len(factors)} values; "
+            f"give one for each of the {num_ranks} ranks"
         )
-    return told
+    return factors
 
 
 def layer_seconds(config: RunConfig) -> float:
-    """Forward and backward of one layer."""
+    """Return the seconds of forward and backward of one layer on one microbatch."""
     parallel = replace(config.parallel, recompute_per_stage=None)
     seconds = _stage_seconds(replace(config, parallel=parallel), [range(1)])
     (forward,), (backward,) = (seconds[kind] for kind in (Kind.F, Kind.B))
@@ -184,20 +199,27 @@ def layer_seconds(config: RunConfig) -> float:
 
 
 def row_seconds(config: RunConfig) -> float:
-    """S and T of one row more on a pipeline rank, whose tensor-parallel ranks share its rows."""
+    """Return the seconds that one more vocabulary row adds to S and T of a pipeline rank.
+
+    Its tensor-parallel ranks share the rows.
+    """
     return (_output_seconds(config, 2) - _output_seconds(config, 1)) / config.parallel.tp
 
 
 def _stage_seconds(config: RunConfig, layers: Sequence[range]) -> dict[Kind, tuple[float, ...]]:
-    """F, B, I and W of each stage; B takes twice F, and I and W half of B each, unless measured.  B and I recompute."""
+    """Return the seconds of F, B, I and W of every stage.
+
+    Unless measured, B takes twice as long as F, and I and W take half of B.  B and I include what
+    they recompute.
+    """
     cost, tp = config.cost, config.parallel.tp
     forward = _layer_flops(config) / cost.flops_per_second
     summed = 2 * sum_seconds(
         cost.tensor_seconds, cost.tensor_bytes_per_second, message_bytes(config), tp
     )
-    gathered = (
-        summed / 2 if config.parallel.sequence_parallel else 0.0
-    )  # inputs of two layers once more, half a sum each
+    # With sequence parallelism the backward all-gathers the inputs of two linear layers once more.
+    # An all-gather takes half as long as an all-reduce.
+    gathered = summed / 2 if config.parallel.sequence_parallel else 0.0
     one_forward = _either(cost.layer_forward_seconds, forward) / tp + summed
     of_one_layer = {
         Kind.F: one_forward,
@@ -219,14 +241,18 @@ def _stage_seconds(config: RunConfig, layers: Sequence[range]) -> dict[Kind, tup
 
 
 def _with_recompute(config: RunConfig, layers: Sequence[range]) -> list[tuple[str, range]]:
-    """What runs again in the backward of each stage, and its layers."""
+    """Return each stage's kind of recomputation, and its layers."""
     return [(config.parallel.recompute_of(stage), held) for stage, held in enumerate(layers)]
 
 
 def _shard_seconds(
     config: RunConfig, rows: Sequence[int], algorithm: VocabAlgorithm
 ) -> dict[Kind, tuple[float, ...]]:
-    """S, T, E and G of each shard; E and G are lookups, a tenth of a barrier each unless measured.  T may form Z again."""
+    """Return the seconds of S, T, E and G of every shard.
+
+    E and G are lookups and count as a tenth of a collective unless measured.  With
+    vocab.backend=recompute T computes a part of the logits again, a fourth matrix product.
+    """
     cost, lookup = config.cost, config.cost.collective_seconds / 10
     s_share = algorithm.products(Kind.S) / 3
     again = config.vocab.recompute_fraction / 3 if config.vocab.backend == "recompute" else 0.0
@@ -240,7 +266,7 @@ def _shard_seconds(
 
 
 def _output_seconds(config: RunConfig, num_rows: int) -> float:
-    """S and T of one rank together: three matrix products."""
+    """Return the seconds of S and T of one rank together: three matrix products."""
     cost, model = config.cost, config.model
     if cost.output_row_seconds is None:
         return (
@@ -255,7 +281,7 @@ def _output_seconds(config: RunConfig, num_rows: int) -> float:
 
 
 def held_part(config: RunConfig) -> float:
-    """Values held from S for T per token and row."""
+    """Return how many values per token and vocabulary row are held from S to T."""
     match config.vocab.backend:
         case "recompute":
             return 1 - config.vocab.recompute_fraction
@@ -278,12 +304,14 @@ def _check_measured(config: RunConfig) -> None:
     measured = cost.measured_layer_flops
     if measured is not None and not math.isclose(measured, flops, rel_tol=0.01):
         raise ConfigError(
-            f"cost.measured_layer_flops={measured:g}, but a layer of this model takes {flops:g} FLOPs forward per microbatch: "
-            f"{_OTHERS}"
+            f"cost.measured_layer_flops={measured:g}, but a layer of this model takes {flops:g} "
+            f"FLOPs forward per microbatch: {_OTHER_RUN}"
         )
-    for name, told, here in (
+    for name, of_cost, of_run in (
         ("dtype", cost.measured_dtype, run.dtype),
         ("device", cost.measured_device, run.device),
     ):
-        if told not in (None, here):
-            raise ConfigError(f"cost.measured_{name}={told}, but run.{name}={here}: {_OTHERS}")
+        if of_cost not in (None, of_run):
+            raise ConfigError(
+                f"cost.measured_{name}={of_cost}, but run.{name}={of_run}: {_OTHER_RUN}"
+            )

@@ -1,4 +1,7 @@
-"""Bytes of one rank: what it owns, and the peak of what a step keeps besides.  Pure arithmetic over the order of the passes."""
+"""Bytes of one rank: its weights, gradients and optimizer state, and the peak of a step.
+
+Pure arithmetic over the order of the passes.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,19 @@ from vp_train.planning.estimate import (
 )
 from vp_train.planning.plan import StepPlan
 
-_MESSAGES = 4  # [T, H] received before they are needed, or on their way, at any time
+_MESSAGES = 4  # of [T, H] that are on their way or received early, at any time
 _CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}  # of logits, as in vocab.backends
-_TOKEN_BYTES = (
-    8 * 6 + 4 * 8
-)  # per token of a step: ids, owners and their order; losses and statistics
+# Per token of a step: ids, owners and their order (int64); losses and statistics (fp32).
+_TOKEN_BYTES = 8 * 6 + 4 * 8
 
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """Bytes per parameter.  `optimizer` is kept once per replica, or with ZeRO-1 once in all, of which the replicas have equal
-    parts of every bucket."""
+    """Bytes per parameter.
+
+    Every replica keeps a whole `optimizer` state.  With ZeRO-1 there is only one, of which the
+    replicas keep equal parts of every bucket.
+    """
 
     weights: int
     gradients: int
@@ -36,7 +41,10 @@ class StateBytes:
 
     @classmethod
     def of(cls, config: RunConfig) -> StateBytes:
-        """Below fp32: gradients, a copy of the weights and two moments in fp32."""
+        """Return the bytes per parameter of AdamW in this trainer.
+
+        Gradients and two moments are at least fp32.  Weights of a narrower dtype have an fp32 copy.
+        """
         item = ITEM_BYTES[config.run.dtype]
         precise = max(4, item)
         kept = 2 * precise + (precise if item < precise else 0)
@@ -45,10 +53,11 @@ class StateBytes:
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """Bytes of one rank, at its peak in a step.
+    """Bytes of one rank at its peak in a step.
 
-    `activations`: from F to B, and from I to W; `vocabulary`: held from S to T; `working`: what passes need while they run,
-    and messages.  `weights`, `gradients` and `optimizer` have the vocabulary's rows too.
+    `activations` are kept from F to B, and from I to W.  `vocabulary` is held from S to T.
+    `working` is what passes need while they run, and messages.  `weights`, `gradients` and
+    `optimizer` include the vocabulary rows of the rank.
     """
 
     parameters: int
@@ -61,7 +70,7 @@ class RankMemory:
 
     @property
     def state(self) -> float:
-        """What is there between two steps."""
+        """The bytes that stay allocated between two steps."""
         return self.weights + self.gradients + self.optimizer
 
     @property
@@ -72,7 +81,10 @@ class RankMemory:
 def rank_memory(
     config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None = None
 ) -> RankMemory:
-    """The memory of every tensor-parallel rank of pipeline rank `rank`; where these differ by a row, of the larger."""
+    """Return the peak memory of one tensor-parallel rank of pipeline rank `rank`.
+
+    If these differ by a vocabulary row, it is that of the larger.
+    """
     activations, vocabulary, working = step_peak(config, step, rank)
     kept = rank_state(config, step, rank, state)
     return replace(kept, activations=activations, vocabulary=vocabulary, working=working)
@@ -81,15 +93,15 @@ def rank_memory(
 def rank_state(
     config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None = None
 ) -> RankMemory:
-    """The memory of a rank between two steps."""
-    of_each = StateBytes.of(config) if state is None else state
+    """Return the memory of a rank between two steps."""
+    per_parameter = StateBytes.of(config) if state is None else state
     parameters = rank_parameters(config, step, rank)
     parts = step.degrees.dp if config.optim.name == "zero1" else 1
     return RankMemory(
         parameters,
-        parameters * of_each.weights,
-        parameters * of_each.gradients,
-        parameters * of_each.optimizer / parts,
+        weights=parameters * per_parameter.weights,
+        gradients=parameters * per_parameter.gradients,
+        optimizer=parameters * per_parameter.optimizer / parts,
         activations=0.0,
         vocabulary=0.0,
         working=0.0,
@@ -97,7 +109,7 @@ def rank_state(
 
 
 def rank_parameters(config: RunConfig, step: StepPlan, rank: int) -> int:
-    """Values that a rank holds, copies of tied matrices included."""
+    """Return the number of parameters that a rank holds, copies of tied matrices included."""
     problem, tp = step.problem, step.degrees.tp
     model = shape.tensor_share(config.model, tp)
     count = sum(
@@ -114,9 +126,10 @@ def rank_parameters(config: RunConfig, step: StepPlan, rank: int) -> int:
 
 
 def step_peak(config: RunConfig, step: StepPlan, rank: int) -> tuple[float, float, float]:
-    """Activations, held shards and working bytes of `rank` when their sum is highest.
+    """Return the bytes of activations, held shards and work of `rank` when their sum is highest.
 
-    What a pass adds is there before it ends, what it uses up until then.  After the passes the optimizer uses some.
+    While a pass runs, both what it adds and what it frees at its end are allocated.  After the
+    passes the optimizer needs working memory too.
     """
     order, cost, message = step.schedule.ranks[rank], step.cost, float(message_bytes(config))
     on_cpu = config.run.device == "cpu"
@@ -126,9 +139,8 @@ def step_peak(config: RunConfig, step: StepPlan, rank: int) -> tuple[float, floa
     )
     always = kept + _MESSAGES * message
     exponentials = max(0.0, cost.shard_bytes[rank] - message)  # the rest is x
-    pool = (
-        exponentials * _most_held(order) if on_cpu else 0.0
-    )  # given back to the layer, not to the system
+    # On a CPU the output layer keeps its buffers of exponentials for reuse and never frees them.
+    pool = exponentials * _most_held(order) if on_cpu else 0.0
     activations, held, working = 0.0, pool, always
     peak = max(
         (activations, held, working), (0.0, pool, kept + _update_bytes(config, step, rank)), key=sum
@@ -151,6 +163,7 @@ def step_peak(config: RunConfig, step: StepPlan, rank: int) -> tuple[float, floa
 
 
 def _most_held(order: tuple[Pass, ...]) -> int:
+    """Return the largest number of microbatches between S and T at any time."""
     held = most = 0
     for item in order:
         held += (item.kind is Kind.S) - (item.kind is Kind.T)
@@ -159,13 +172,17 @@ def _most_held(order: tuple[Pass, ...]) -> int:
 
 
 def _is_hop(stage: int, other: int, step: StepPlan) -> bool:
-    """Whether tensors between these two stages go from one rank to another."""
+    """Return whether tensors between these two stages go from one rank to another."""
     layout = step.problem.layout
     return 0 <= other < layout.num_stages and layout.rank_of(other) != layout.rank_of(stage)
 
 
 def _unsent_bytes(config: RunConfig, item: Pass, step: StepPlan, rank: int) -> float:
-    """What stays until the end of a step because gloo does not tell when a message was sent: hops, and what others reduce."""
+    """Return the bytes that a pass sends and that stay allocated until the end of the step.
+
+    They are hops, and terms of sums that another rank receives.  Gloo does not say when a message
+    has been sent.
+    """
     problem, message = step.problem, float(message_bytes(config))
     neighbour = {Kind.F: item.stage + 1, Kind.B: item.stage - 1, Kind.I: item.stage - 1}.get(
         item.kind
@@ -180,7 +197,10 @@ def _unsent_bytes(config: RunConfig, item: Pass, step: StepPlan, rank: int) -> f
 
 
 def _scratch_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
-    """Memory that S and T of a rank keep for themselves: x scaled and a product [T, H], and logits of a chunk of rows."""
+    """Return the bytes of the buffers that S and T of a rank allocate once and reuse.
+
+    They are the scaled x and a product, both [T, H], and the logits of a chunk of rows.
+    """
     rows = math.ceil(step.shards[End.OUTPUT][rank].num_rows / step.degrees.tp)
     if not rows:
         return 0.0
@@ -194,10 +214,10 @@ def _scratch_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
 
 
 def _update_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
-    """What summing and updating use.
+    """Return the bytes that reducing gradients and updating parameters need.
 
-    With optim.offload a bucket of gradients, which DeepSpeed sums in a copy.  ZeRO-1 sums, updates and gathers in place,
-    but on a CPU gloo scatters sums from copies of its own, and all may be under way.
+    With optim.offload it is one bucket, because DeepSpeed sums in a copy.  ZeRO-1 works in place,
+    but on a CPU gloo copies what it reduce-scatters, and all buckets may be under way.
     """
     gradients = max(4, ITEM_BYTES[config.run.dtype]) * rank_parameters(config, step, rank)
     if config.optim.offload:
@@ -207,7 +227,7 @@ def _update_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
 
 
 def _working_bytes(config: RunConfig, item: Pass) -> float:
-    """What a pass allocates besides what it leaves, less what it frees at the same time."""
+    """Return the temporary bytes of a pass: beyond what it leaves, less what it frees meanwhile."""
     model = shape.tensor_share(config.model, config.parallel.tp)
     item_bytes = ITEM_BYTES[config.run.dtype]
     values = item_bytes * config.micro_batch_size * model.seq_length
@@ -215,14 +235,14 @@ def _working_bytes(config: RunConfig, item: Pass) -> float:
         case Kind.F:
             return 2.0 * values * model.hidden_size
         case Kind.B | Kind.I:
-            # The MLP is differentiated first, when everything before it is still there: the gradients of its activation's
-            # input and output, which W keeps in part, less what the last product has used up.
+            # The MLP is differentiated first, while all earlier activations are still kept.  The
+            # gradients of its activation's output and input (two inputs if gated) come on top.  B
+            # has used up one of them by then; after I a part stays for W.
             wide = (3 if shape.is_gated(model) else 2) - (item.kind is Kind.B)
             recompute = config.parallel.recompute_of(item.stage)
             formed, kept = layer_bytes(config, "none"), layer_bytes(config, recompute)
-            again = (
-                formed if recompute == "full" else formed - kept
-            )  # a whole layer runs from a copy of its input
+            # A layer that is recomputed as a whole starts from a copy of its input.
+            again = formed if recompute == "full" else formed - kept
             return float(values * (wide * model.ffn_hidden_size + 2 * model.hidden_size) + again)
         case Kind.S | Kind.T:
             return 2.0 * message_bytes(config) * max(4, item_bytes) / item_bytes

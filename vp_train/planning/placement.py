@@ -1,4 +1,4 @@
-"""Where layers and vocabulary rows go."""
+"""The placement of layers on stages and of vocabulary rows on ranks."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from vp_train.vocab.shard import Shard, split_rows
 
 
 def split_layers(model: ModelConfig, parallel: ParallelConfig, layout: Layout) -> tuple[range, ...]:
-    """The global layers of each stage.  Raises ConfigError where they do not add up."""
+    """Return the global layers of each stage.  Raises ConfigError if they do not add up."""
     num_stages = layout.num_stages
     if parallel.recompute_per_stage is not None and len(parallel.recompute_per_stage) != num_stages:
         raise ConfigError(
-            f"parallel.recompute_per_stage has {len(parallel.recompute_per_stage)} values, but there are {num_stages} stages; "
+            f"parallel.recompute_per_stage has {len(parallel.recompute_per_stage)} values, "
+            f"but there are {num_stages} stages; "
             f"give {num_stages}, or one for all as parallel.recompute"
         )
     if parallel.layers_per_stage is not None:
         counts = parallel.layers_per_stage
         if len(counts) != num_stages or sum(counts) != model.num_layers or min(counts) < 0:
             raise ConfigError(
-                f"parallel.layers_per_stage={list(counts)} has {len(counts)} stages and {sum(counts)} layers; "
-                f"it needs {num_stages} counts of at least 0 that add up to model.num_layers={model.num_layers}"
+                f"parallel.layers_per_stage={list(counts)} has {len(counts)} stages and "
+                f"{sum(counts)} layers; it needs {num_stages} counts of at least 0 that add up to "
+                f"model.num_layers={model.num_layers}"
             )
     elif parallel.placement == "redistribute":
         counts = redistribute(model.num_layers, num_stages, shape.head_in_layers(model))
@@ -38,7 +40,8 @@ def split_layers(model: ModelConfig, parallel: ParallelConfig, layout: Layout) -
         choices = " or ".join(str(n) for n in (lower_count, lower_count + num_stages) if n)
         raise ConfigError(
             f"model.num_layers={model.num_layers} does not split over {num_stages} stages; "
-            f"use model.num_layers={choices}, parallel.placement=balanced, or set parallel.layers_per_stage"
+            f"use model.num_layers={choices}, parallel.placement=balanced, "
+            "or set parallel.layers_per_stage"
         )
     else:
         counts = (model.num_layers // num_stages,) * num_stages
@@ -47,15 +50,21 @@ def split_layers(model: ModelConfig, parallel: ParallelConfig, layout: Layout) -
 
 
 def balance(num_layers: int, layout: Layout) -> tuple[int, ...]:
-    """Layers per stage that differ by at most one; of those left over, the first p go to p ranks in every layout."""
-    each, extra = divmod(num_layers, layout.num_stages)
-    return tuple(each + (stage < extra) for stage in range(layout.num_stages))
+    """Return numbers of layers per stage that differ by at most one.
+
+    The first stages get one layer more.  The first p stages are on p different ranks in every
+    layout, so the extra layers are spread over the ranks.
+    """
+    per_stage, extra = divmod(num_layers, layout.num_stages)
+    return tuple(per_stage + (stage < extra) for stage in range(layout.num_stages))
 
 
 def redistribute(num_layers: int, num_stages: int, head_in_layers: float) -> tuple[int, ...]:
-    """Layers per stage that make the slowest stage fastest when the last one also computes the output layer.
+    """Return layers per stage that make the slowest stage as fast as possible.
 
-    The last stage keeps k layers, where k minimises max(ceil((L - k) / (p - 1)), k + head) (arXiv 2411.05288, "Redis").
+    The last stage also computes the output layer, which takes as long as `head_in_layers` layers.
+    It keeps k layers, where k minimises max(ceil((L - k) / (p - 1)), k + head) (arXiv 2411.05288,
+    "Redis").
     """
     if num_stages == 1:
         return (num_layers,)
@@ -63,21 +72,26 @@ def redistribute(num_layers: int, num_stages: int, head_in_layers: float) -> tup
     def slowest(k: int) -> float:
         return max(math.ceil((num_layers - k) / (num_stages - 1)), k + head_in_layers)
 
-    last = min(range(num_layers // num_stages, -1, -1), key=slowest)  # of equal ones, the evenest
-    each, extra = divmod(num_layers - last, num_stages - 1)
-    return (*(each + (stage >= num_stages - 1 - extra) for stage in range(num_stages - 1)), last)
+    # Of equally good k the largest comes first: its split is the most even.
+    last = min(range(num_layers // num_stages, -1, -1), key=slowest)
+    share, extra = divmod(num_layers - last, num_stages - 1)
+    return (*(share + (stage >= num_stages - 1 - extra) for stage in range(num_stages - 1)), last)
 
 
 def split_vocabulary(
     config: RunConfig, problem: Problem, end: End, layers: Sequence[range]
 ) -> tuple[Shard, ...]:
-    """One shard per rank, empty on ranks that own no rows of this end.  Raises ConfigError for sizes that do not add up."""
+    """Return one shard per rank; it is empty on a rank that owns no rows of this end.
+
+    Raises ConfigError if sizes do not add up.
+    """
     vocab_size, num_ranks = config.model.vocab_size, problem.layout.num_ranks
     sizes: Sequence[int] | None = config.vocab.shards
     if not problem.algorithm.sharded:
         if sizes is not None:
             raise ConfigError(
-                f"vocab.shards={list(sizes)} needs a sharded vocabulary, but vocab=none; drop one of the two"
+                f"vocab.shards={list(sizes)} needs a sharded vocabulary, but vocab=none; "
+                "drop one of the two"
             )
         sizes = [vocab_size if rank == problem.root(end) else 0 for rank in range(num_ranks)]
     elif sizes is None and config.vocab.balance:
@@ -89,21 +103,27 @@ def split_vocabulary(
 
 
 def balanced_rows(config: RunConfig, layout: Layout, layers: Sequence[range]) -> list[int]:
-    """Rows of each rank such that layers and rows together take every rank equally long, as far as rows can do that."""
-    slowness, each = rank_slowness(config, layout.num_ranks), row_seconds(config)
-    if each == 0:  # rows that take no time cannot balance anything
+    """Return rows per rank that make layers and rows together take every rank equally long.
+
+    A rank whose layers alone take longer gets no rows.
+    """
+    slowness, seconds_per_row = rank_slowness(config, layout.num_ranks), row_seconds(config)
+    if seconds_per_row == 0:  # rows that take no time cannot balance anything
         return [shard.num_rows for shard in split_rows(config.model.vocab_size, layout.num_ranks)]
     busy = [
         slow * layer_seconds(config) * sum(len(layers[stage]) for stage in layout.stages_of(rank))
         for rank, slow in enumerate(slowness)
     ]
-    return fill_with_rows(config.model.vocab_size, busy, [slow * each for slow in slowness])
+    return fill_with_rows(
+        config.model.vocab_size, busy, [slow * seconds_per_row for slow in slowness]
+    )
 
 
 def fill_with_rows(num_rows: int, busy: Sequence[float], row_seconds: Sequence[float]) -> list[int]:
-    """Pour `num_rows` over ranks that are `busy` so many seconds, like water: those below the final level get what fills them.
+    """Return rows per rank that bring all ranks to the same time, like water poured over them.
 
-    A row takes rank r row_seconds[r].
+    Rank r is busy for busy[r] seconds without rows, and each row takes it row_seconds[r].  Ranks
+    above the final level get none.
     """
     by_level = sorted(range(len(busy)), key=busy.__getitem__)
     level, width = 0.0, 0.0  # width: rows per second of level among the ranks under water
@@ -117,8 +137,10 @@ def fill_with_rows(num_rows: int, busy: Sequence[float], row_seconds: Sequence[f
             break
         poured -= (above - level) * width
     exact = [
-        max(0.0, level - seconds) / each for seconds, each in zip(busy, row_seconds, strict=True)
+        max(0.0, level - seconds) / per_row
+        for seconds, per_row in zip(busy, row_seconds, strict=True)
     ]
+    # Round down, then give the rows left over to the ranks with the largest remainders.
     rows = [int(value) for value in exact]
     for rank in sorted(range(len(rows)), key=lambda r: rows[r] - exact[r])[: num_rows - sum(rows)]:
         rows[rank] += 1

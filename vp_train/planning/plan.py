@@ -1,6 +1,7 @@
-"""RunConfig + number of ranks -> RunPlan: everything decided before a process group, a tensor or a device exists.
+"""RunConfig + number of ranks -> RunPlan: all decisions of a run before it starts.
 
-The plan is a pure function, so every rank computes the same one.
+No process group, tensor or device exists yet.  The plan is a pure function of the configuration, so
+every rank computes the same one.
 """
 
 from __future__ import annotations
@@ -28,17 +29,21 @@ from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.placement import balanced_rows, split_layers, split_vocabulary
 from vp_train.vocab.shard import Shard, split_rows
 
-SEARCHING = "schedule=auto: searching for the fastest schedule, half a minute for 8 ranks and 64 microbatches"
+SEARCHING = (
+    "schedule=auto: searching for the fastest schedule, "
+    "half a minute for 8 ranks and 64 microbatches"
+)
 SEQUENCE_DEVICES = ("cuda",)
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step computes, where and when, in every one of `degrees.dp` replicas.
+    """What one step computes, on which rank and when.  Every replica does the same.
 
-    Ranks are pipeline ranks here, each of `degrees.tp` ranks of the run.  `layers[s]` are the global layers of stage s;
-    `shards[end][r]` the rows of rank r.  `caps[r]` are the bytes that rank r may
-    keep, where the schedule was found under a cap; its timeline then has the bound for them.
+    Ranks are pipeline ranks here, each of which is `degrees.tp` ranks of the run.  `layers[s]` are
+    the global layers of stage s.  `shards[end][r]` are the vocabulary rows of rank r.  If the
+    schedule was found under a cap, `caps[r]` are the bytes that rank r may keep, and the timeline's
+    lower bound is the one for these caps.  Otherwise `caps` is empty.
     """
 
     degrees: Degrees
@@ -52,7 +57,7 @@ class StepPlan:
 
     @property
     def layers_of_ranks(self) -> tuple[tuple[range, ...], ...]:
-        """The layers of each rank's stages."""
+        """The layers of each rank, by stage."""
         layout = self.problem.layout
         return tuple(
             tuple(self.layers[stage] for stage in layout.stages_of(rank))
@@ -66,7 +71,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan(StepPlan):
-    """What every rank will do: a step, and the programs that run it and the evaluation."""
+    """A step, and the programs with which every rank runs it and the evaluation."""
 
     program: Program
     evaluation_problem: Problem
@@ -74,7 +79,10 @@ class RunPlan(StepPlan):
 
 
 def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
-    """Decide the whole run for `num_ranks` ranks.  Raises ConfigError, naming the value and the way out."""
+    """Plan and check the whole run on `num_ranks` ranks.
+
+    Raises ConfigError, which names the value and the way out.
+    """
     step = plan_step(config, num_ranks)
     problem, cost = step.problem, step.cost
     program = lower(step.schedule, problem, cost, tied=config.model.tied_embeddings)
@@ -86,22 +94,25 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
     evaluation_program = lower(generate("gpipe", evaluated, cost), evaluated, cost)
     check_program(evaluation_program, evaluated)
     return RunPlan(
-        step.degrees,
-        step.layers,
-        step.shards,
-        problem,
-        cost,
-        step.schedule,
-        step.timeline,
-        step.caps,
-        program,
-        evaluated,
-        evaluation_program,
+        degrees=step.degrees,
+        layers=step.layers,
+        shards=step.shards,
+        problem=problem,
+        cost=cost,
+        schedule=step.schedule,
+        timeline=step.timeline,
+        caps=step.caps,
+        program=program,
+        evaluation_problem=evaluated,
+        evaluation_program=evaluation_program,
     )
 
 
 def plan_step(config: RunConfig, num_ranks: int) -> StepPlan:
-    """Decide and simulate one step, without the programs that would run it.  Raises ConfigError like `make_plan`."""
+    """Plan and simulate one step, without the programs that would run it.
+
+    Raises ConfigError like `make_plan`.
+    """
     if config.schedule.is_solved:
         return _solved(config, _degrees(config, num_ranks))
     if config.schedule.file is not None:
@@ -111,7 +122,10 @@ def plan_step(config: RunConfig, num_ranks: int) -> StepPlan:
 
 
 def draft_step(config: RunConfig, num_ranks: int) -> Draft:
-    """One step of a named schedule before its passes are ordered.  Raises ConfigError like `make_plan`."""
+    """Plan one step of a named schedule before its passes are ordered.
+
+    Raises ConfigError like `make_plan`.
+    """
     degrees, name = _degrees(config, num_ranks), config.schedule.name
     if name not in GENERATORS:
         raise ConfigError(
@@ -128,14 +142,17 @@ def _degrees(config: RunConfig, num_ranks: int) -> Degrees:
     check_tensor_split(config.model, degrees.tp, sequences=config.parallel.sequence_parallel)
     if config.parallel.sequence_parallel and config.run.device not in SEQUENCE_DEVICES:
         raise ConfigError(
-            f"parallel.sequence_parallel=true needs run.device=cuda, not {config.run.device}: megatron-core exchanges parts of "
-            "sequences on GPUs only; drop it"
+            "parallel.sequence_parallel=true needs run.device=cuda, not "
+            f"{config.run.device}: megatron-core exchanges parts of sequences on GPUs only; drop it"
         )
     return degrees
 
 
 def row_advice(config: RunConfig, step: StepPlan) -> str | None:
-    """The rows per rank that would balance the work of `step`, in words; None where that would gain less than 1 %."""
+    """Return advice to balance the work of `step` by uneven vocabulary rows, in words.
+
+    It is None if that would gain less than 1 %.
+    """
     problem = step.problem
     if not problem.algorithm.sharded or config.vocab.balance or config.vocab.shards is not None:
         return None
@@ -152,14 +169,14 @@ def row_advice(config: RunConfig, step: StepPlan) -> str | None:
 
 
 def _busiest_seconds(problem: Problem, cost: CostModel) -> float:
-    """The work of one microbatch on the rank that has most."""
+    """Return the seconds of work of one microbatch on the busiest rank."""
     ranks = range(problem.layout.num_ranks)
     return max(sum(cost.seconds(item) for item in problem.passes_of(rank, 0)) for rank in ranks)
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A step whose order of passes is still open."""
+    """A step whose passes are not ordered yet."""
 
     degrees: Degrees
     layers: tuple[range, ...]
@@ -168,18 +185,21 @@ class Draft:
     cost: CostModel
 
     def with_schedule(self, schedule: Schedule, caps: tuple[float, ...] = ()) -> StepPlan:
-        """Check and simulate it.  Raises ValueError for a schedule that is not one of this problem."""
+        """Check and simulate this step with `schedule`.
+
+        Raises ValueError if the schedule does not solve this problem.
+        """
         check_schedule(schedule, self.problem)
         timeline = simulate(schedule, self.problem, self.cost, caps)
         return StepPlan(
-            self.degrees,
-            self.layers,
-            self.shards,
-            self.problem,
-            self.cost,
-            schedule,
-            timeline,
-            caps,
+            degrees=self.degrees,
+            layers=self.layers,
+            shards=self.shards,
+            problem=self.problem,
+            cost=self.cost,
+            schedule=schedule,
+            timeline=timeline,
+            caps=caps,
         )
 
 
@@ -201,7 +221,8 @@ def _draft(
 def _algorithm(name: str) -> VocabAlgorithm:
     if name not in VOCAB_ALGORITHMS:
         raise ConfigError(
-            f"vocab.algorithm={name} is not known; choose one of {', '.join(VOCAB_ALGORITHMS)}, or auto with schedule=auto"
+            f"vocab.algorithm={name} is not known; choose one of {', '.join(VOCAB_ALGORITHMS)}, "
+            "or auto with schedule=auto"
         )
     return VOCAB_ALGORITHMS[name]
 
@@ -216,21 +237,24 @@ def _layout(name: str, num_ranks: int, config: RunConfig) -> Layout:
 
 
 def _stored(config: RunConfig, degrees: Degrees, path: Path) -> StepPlan:
-    """The step of a schedule that was written before: our own text, or a CSV of torch, which has no vocabulary passes yet."""
+    """Return the step of a schedule from a file.
+
+    The file is our own text, or a CSV of torch.distributed.pipelining.  A CSV has no vocabulary
+    passes, so they are added.
+    """
     if not path.is_file():
         raise ConfigError(
             f"schedule.file={path} is not a file; vp-simulate --out DIR writes DIR/schedule.txt"
         )
     try:
-        text, is_csv = (
-            path.read_text(encoding="utf-8-sig"),
-            path.suffix.lower() == ".csv",
-        )  # spreadsheets write a mark first
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark first
+        is_csv = path.suffix.lower() == ".csv"
         schedule = from_csv(text, path.stem) if is_csv else Schedule.parse(text.rstrip())
         layout, split_backward = recognise(schedule)
         if layout.num_ranks != degrees.pp:
             raise ValueError(
-                f"it is for {layout.num_ranks} ranks, not {degrees.pp}; use parallel.pp={layout.num_ranks}"
+                f"it is for {layout.num_ranks} ranks, not {degrees.pp}; "
+                f"use parallel.pp={layout.num_ranks}"
             )
         step = _draft(config, degrees, layout, _algorithm(config.vocab.algorithm), split_backward)
         if is_csv:
@@ -246,7 +270,10 @@ def _stored(config: RunConfig, degrees: Degrees, path: Path) -> StepPlan:
 
 
 def _solved(config: RunConfig, degrees: Degrees) -> StepPlan:
-    """The best of all base schedules, placements and, with vocab=auto, algorithms, under the cap on memory."""
+    """Return the step of the fastest schedule that the search finds under the cap on memory.
+
+    It tries all base schedules with their layouts and, with vocab=auto, all algorithms.
+    """
     num_ranks = degrees.pp
     names = searched_algorithms() if config.vocab.algorithm == "auto" else (config.vocab.algorithm,)
     drafts: list[tuple[Option, Draft]] = []
@@ -262,15 +289,17 @@ def _solved(config: RunConfig, degrees: Degrees) -> StepPlan:
                 drafts.append((Option(name, step.problem, step.cost), step))
     if not drafts:
         raise ConfigError(refusals[0])
-    options, cost, told = [option for option, _ in drafts], drafts[0][1].cost, config.schedule
+    options, cost = [option for option, _ in drafts], drafts[0][1].cost
+    settings = config.schedule
     caps = (_cap_bytes(config, cost, num_ranks),) * num_ranks
     try:
         solution = solve(options, caps)
     except CapError as error:
-        if told.cap_gib is not None or told.cap_microbatches is not None:
+        if settings.cap_gib is not None or settings.cap_microbatches is not None:
             raise ConfigError(
-                _cap_message(error, caps[0], told.cap_gib is not None, cost, num_ranks)
+                _cap_message(error, caps[0], settings.cap_gib is not None, cost, num_ranks)
             ) from None
+        # Nobody asked for this cap.  Use the lowest peak that the search reached instead.
         caps = (error.reached,) * num_ranks
         solution = solve(options, caps)
     return next(step for option, step in drafts if option is solution.option).with_schedule(
@@ -279,7 +308,10 @@ def _solved(config: RunConfig, degrees: Degrees) -> StepPlan:
 
 
 def _searched_layout(name: str, num_ranks: int, config: RunConfig) -> Layout:
-    """schedule.num_chunks counts where a schedule leaves a choice."""
+    """Return the layout of a schedule.
+
+    schedule.num_chunks counts if the schedule leaves a choice.
+    """
     family = GENERATORS[name]
     return family.layout_of(
         num_ranks, config.schedule.num_chunks if family.layout == "loop" else None
@@ -287,7 +319,10 @@ def _searched_layout(name: str, num_ranks: int, config: RunConfig) -> Layout:
 
 
 def _microbatch_bytes(cost: CostModel, num_ranks: int) -> float:
-    """The activations of one microbatch, per rank: the unit of schedule.cap_microbatches."""
+    """Return the bytes of one microbatch's activations per rank.
+
+    It is the unit of schedule.cap_microbatches.
+    """
     return sum(cost.stage_bytes) / num_ranks
 
 
@@ -304,7 +339,9 @@ def _cap_message(error: CapError, cap: float, in_gib: bool, cost: CostModel, num
     setting = "schedule.cap_gib" if in_gib else "schedule.cap_microbatches"
     enough = math.ceil(error.reached / unit * 100) / 100
     return (
-        f"{setting}={cap / unit:.4g} is too low: the best schedule found keeps {error.reached / unit:.4g} {word} on rank "
-        f"{error.rank}.  One microbatch alone keeps {error.alone / unit:.4g}; without a bubble the average would be "
-        f"{error.steady / unit:.4g}.  Set {setting} to {enough} or more, or use a smaller micro_batch_size"
+        f"{setting}={cap / unit:.4g} is too low: the best schedule found keeps "
+        f"{error.reached / unit:.4g} {word} on rank {error.rank}.  "
+        f"One microbatch alone keeps {error.alone / unit:.4g}; "
+        f"without a bubble the average would be {error.steady / unit:.4g}.  "
+        f"Set {setting} to {enough} or more, or use a smaller micro_batch_size"
     )

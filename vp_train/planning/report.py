@@ -1,4 +1,7 @@
-"""A run on a cluster before anything starts: bytes of every rank, seconds of a step, and what binds.  Pure."""
+"""The prediction of a run on a cluster: bytes of every rank, seconds of a step, and what limits it.
+
+Pure: nothing starts.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,11 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """One pipeline rank; its tensor-parallel ranks and its copies in other replicas do the same.
+    """What one pipeline rank computes and keeps.
 
-    Seconds of a step, all microbatches together: `layers` with `tensor`, the sums over the tensor-parallel ranks, and
-    `vocabulary`, S, T, E and G.
+    Its tensor-parallel ranks and its copies in other replicas do the same.  Times are seconds of a
+    step, all microbatches together.  `layers` includes `tensor`, the collectives over the
+    tensor-parallel ranks.  `vocabulary` is S, T, E and G.
     """
 
     num_layers: int
@@ -48,11 +52,11 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """What one run would take and keep.
+    """The predicted time and memory of one run.
 
-    `flops`: those of the model in a step of all replicas, forward and backward, nothing computed twice; the output layer
-    counts 2 V H per token and the embedding none.  `passes`: seconds of the simulated schedule; `gradients` and `optimizer`
-    come after it.
+    `flops` are those of the model in a step of all replicas, forward and backward, without
+    recomputation.  The output layer counts 2 V H per token, the embedding nothing.  `passes` are
+    the seconds of the simulated schedule.  The seconds `gradients` and `optimizer` come after it.
     """
 
     config: RunConfig
@@ -70,7 +74,7 @@ class PlanReport:
 
     @property
     def limit(self) -> float:
-        """Bytes that a rank may allocate."""
+        """The bytes that a rank may allocate."""
         return self.config.cluster.memory_gib * _GIB
 
     @property
@@ -84,7 +88,7 @@ class PlanReport:
 
     @property
     def excess(self) -> float:
-        """Bytes above the limit on the worst rank, below 0 if it fits."""
+        """The bytes above the limit on the worst rank; below 0 if it fits."""
         return self.ranks[self.worst].memory.total - self.limit
 
     @property
@@ -97,7 +101,7 @@ class PlanReport:
 
     @property
     def num_tokens(self) -> int:
-        """Of a step, in all replicas."""
+        """The tokens of a step in all replicas."""
         config = self.config
         return (
             config.num_microbatches
@@ -108,17 +112,17 @@ class PlanReport:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over what all GPUs could compute at their peak in the time of a step."""
+        """The model FLOPs over what all GPUs could compute at their peak in the time of a step."""
         return self.flops / (self.step_seconds * self.degrees.num_ranks * peak_flops(self.config))
 
     @property
     def gap(self) -> float:
-        """How much longer the passes take than any schedule must."""
+        """How much longer the passes take than their lower bound, as a fraction."""
         return self.passes / self.bound - 1 if self.bound else 0.0
 
     @property
     def parts(self) -> dict[str, float]:
-        """Where the seconds of a step go on the rank that computes most."""
+        """The seconds of a step by what they are spent on, on the busiest rank."""
         rank = self.ranks[self.busiest]
         return {
             "layers": rank.layers - rank.tensor,
@@ -135,15 +139,16 @@ class PlanReport:
         rank, parts, step = self.ranks[self.busiest], self.parts, self.step_seconds
         if not self.fits:
             return f"memory: {self.memory_words}"
-        mean = sum(each.busy for each in self.ranks) / len(self.ranks)
+        mean = sum(other.busy for other in self.ranks) / len(self.ranks)
         if rank.busy > 1.1 * mean:
-            share = sum(each.vocabulary for each in self.ranks) / len(self.ranks)
+            share = sum(other.vocabulary for other in self.ranks) / len(self.ranks)
             what = (
                 "its part of the vocabulary"
                 if rank.vocabulary - share > (rank.busy - mean) / 2
                 else "its layers"
             )
-            return f"{what}: rank {self.busiest} computes {rank.busy / mean:.2f} times as long as the average rank"
+            factor = f"{rank.busy / mean:.2f} times"
+            return f"{what}: rank {self.busiest} computes {factor} as long as the average rank"
         for name in ("tensor-parallel sums", "gradient sum", "waiting"):
             if parts[name] > 0.2 * step:
                 words = {"waiting": "filling and draining the pipeline"}.get(
@@ -154,10 +159,13 @@ class PlanReport:
 
     @property
     def memory_words(self) -> str:
-        """What the worst rank needs, and how far that is from the limit."""
+        """What the worst rank needs, and how far that is from the limit, in words."""
         memory, cap = self.ranks[self.worst].memory, self.config.cluster.memory_gib
         how = "less" if self.fits else "more"
-        return f"needs {human_bytes(memory.total)} on rank {self.worst}, {human_bytes(abs(self.excess))} {how} than {cap:g} GiB"
+        return (
+            f"needs {human_bytes(memory.total)} on rank {self.worst}, "
+            f"{human_bytes(abs(self.excess))} {how} than {cap:g} GiB"
+        )
 
     def _advice(self, part: str) -> str:
         links = links_of(self.config.cluster, self.degrees)
@@ -170,7 +178,7 @@ class PlanReport:
                 return f"{links.tensor.where}; a smaller tp"
 
     def record(self) -> dict[str, Any]:
-        """For JSON; bytes, seconds, fractions."""
+        """Return the report for JSON, in bytes, seconds and fractions."""
         config = self.config
         return {
             "dp": self.degrees.dp,
@@ -200,7 +208,10 @@ class PlanReport:
 
 
 def make_report(config: RunConfig) -> PlanReport:
-    """Plan `config` on all GPUs of its cluster.  Raises ConfigError, naming the value and the way out."""
+    """Plan `config` on all GPUs of its cluster.
+
+    Raises ConfigError, which names the value and the way out.
+    """
     num_gpus = config.cluster.num_gpus
     try:
         degrees = split_ranks(config.parallel, num_gpus)
@@ -211,24 +222,28 @@ def make_report(config: RunConfig) -> PlanReport:
 
 
 def report_of(config: RunConfig, step: StepPlan, state: StateBytes | None = None) -> PlanReport:
-    """The report of a step whose costs are known; `state`: bytes per parameter, if not those of this trainer."""
+    """Return the report of a step whose costs are known.
+
+    `state` gives the bytes per parameter if they are not those of this trainer.
+    """
     degrees, timeline = step.degrees, step.timeline
     ranks = tuple(_rank_report(config, step, rank, state) for rank in range(step.num_ranks))
     bound = step_bound(step.problem, step.cost, step.caps)
+    parameters = max(rank.memory.parameters for rank in ranks)
+    gradients = gradient_seconds(config, degrees, parameters)
     return PlanReport(
-        config,
-        degrees,
-        step.schedule.name,
-        step.problem.algorithm.name,
-        ranks,
-        model_flops(config) * degrees.dp,
-        timeline.makespan,
-        gradient_seconds(config, degrees, max(each.memory.parameters for each in ranks))
-        + tied_seconds(config, degrees, step.problem),
-        max(optimizer_seconds(config, degrees, each.memory) for each in ranks),
-        timeline.mean_bubble,
-        bound.seconds,
-        bound.reason,
+        config=config,
+        degrees=degrees,
+        schedule=step.schedule.name,
+        vocab=step.problem.algorithm.name,
+        ranks=ranks,
+        flops=model_flops(config) * degrees.dp,
+        passes=timeline.makespan,
+        gradients=gradients + tied_seconds(config, degrees, step.problem),
+        optimizer=max(optimizer_seconds(config, degrees, rank.memory) for rank in ranks),
+        bubble=timeline.mean_bubble,
+        bound=bound.seconds,
+        bound_reason=bound.reason,
     )
 
 
@@ -241,6 +256,8 @@ def _rank_report(
     one_sum = sum_seconds(
         cost.tensor_seconds, cost.tensor_bytes_per_second, message_bytes(config), step.degrees.tp
     )
+    # A layer has two all-reduces forward and two backward.  With sequence parallelism the two
+    # all-gathers of the backward count as one more.  Recomputation repeats its part of the forward.
     sums = (5.0 if config.parallel.sequence_parallel else 4.0) * num_layers
     for stage, layers in zip(
         step.problem.layout.stages_of(rank), step.layers_of_ranks[rank], strict=True
@@ -251,17 +268,17 @@ def _rank_report(
             * len(layers)
         )
     return RankReport(
-        num_layers,
-        step.shards[End.OUTPUT][rank].num_rows,
-        rank_memory(config, step, rank, state),
-        step.timeline.busy(rank) - vocabulary,
-        sums * config.num_microbatches * one_sum,
-        vocabulary,
+        num_layers=num_layers,
+        num_rows=step.shards[End.OUTPUT][rank].num_rows,
+        memory=rank_memory(config, step, rank, state),
+        layers=step.timeline.busy(rank) - vocabulary,
+        tensor=sums * config.num_microbatches * one_sum,
+        vocabulary=vocabulary,
     )
 
 
 def model_flops(config: RunConfig) -> float:
-    """Of a step of one replica: forward, and twice as many backward."""
+    """Return the FLOPs of a step of one replica: forward, and twice as many for the backward."""
     model = config.model
     num_tokens = config.num_microbatches * config.micro_batch_size * model.seq_length
     layers = model.num_layers * shape.layer_flops(model, num_tokens)
@@ -269,10 +286,12 @@ def model_flops(config: RunConfig) -> float:
 
 
 def optimizer_seconds(config: RunConfig, degrees: Degrees, memory: RankMemory) -> float:
-    """AdamW reads the gradients, reads and writes its state, and writes the weights.
+    """Return the seconds of the optimizer step, which memory bandwidth limits.
 
-    With optim.offload the host does, for a part of the parameters in each replica: their gradients go down before, a copy of
-    the weights and two moments are there, and the weights come up after.
+    AdamW reads the gradients, reads and writes its state, and writes the weights.  With
+    optim.offload the host does this for a part of the parameters in each replica.  Their gradients
+    go down before and the weights come up after.  A copy of the weights and two moments are in host
+    memory.
     """
     cluster = config.cluster
     if not config.optim.offload:

@@ -1,8 +1,10 @@
-"""The fastest ways to run a model on a cluster: every split of its GPUs, best first, simulated as far as needed.
+"""The search for the fastest ways to run a model on a cluster, over every split of its GPUs.
 
-A lower bound on the step of every choice is cheap, and no schedule beats it: all are weighed by theirs, then simulated in its
-order until none that is left could be among the best.  What cannot fit into memory is refused instead of being simulated.
-Where the time is over before all are weighed, those that are come from everywhere, and one of them is simulated all the same.
+A lower bound on the step time of a choice is cheap, and no schedule beats it.  The search first
+computes the bound of every choice, which the code calls weighing.  Then it simulates choices in the
+order of their bounds, until no choice left could be among the best.  A choice that cannot fit into
+memory is refused instead of being simulated.  Choices are weighed in random order: if time runs out
+early, those that were weighed are a sample of all.  One of them is simulated in any case.
 """
 
 from __future__ import annotations
@@ -30,17 +32,18 @@ from vp_train.units import human_bytes
 SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_v", "v_half", "v_min")
 _MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 _GIB = 2**30
-# What a choice changes besides saying its own.
-_UNDONE = {
+# Settings that a choice resets because they do not go with what it sets.
+_RESET = {
     "parallel": ("placement", "recompute_per_stage"),
     "schedule": ("file", "cap_gib", "cap_microbatches"),
 }
-_PIPELINES_FULL = 3  # microbatches per rank after which no schedule but gpipe has more in flight
+# With this many microbatches per rank, every schedule but gpipe has reached its peak in flight.
+_PIPELINES_FULL = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One way to run."""
+    """One way to run the batch."""
 
     degrees: Degrees
     micro_batch_size: int
@@ -50,7 +53,10 @@ class Choice:
     recompute: str
 
     def applied(self, config: RunConfig) -> RunConfig:
-        """`config` run this way; layers that do not split evenly are placed as evenly as they can be."""
+        """Return `config` with this choice.
+
+        Layers that do not split evenly over the stages are placed as evenly as possible.
+        """
         parallel, degrees = config.parallel, self.degrees
         return replace(
             config,
@@ -72,16 +78,20 @@ class Choice:
         )
 
     def overrides(self, config: RunConfig) -> str:
-        """What to write on a command line behind the words of `config`: also what undoes those that do not go with it."""
+        """Return the overrides to append to the command line of `config` to use this choice.
+
+        They include resets of settings that do not go with it.
+        """
         degrees, chosen = self.degrees, self.applied(config)
         words = [f"parallel.dp={degrees.dp} parallel.pp={degrees.pp} parallel.tp={degrees.tp}"]
         words.append(
-            f"schedule.name={self.schedule} vocab.algorithm={self.vocab} parallel.recompute={self.recompute}"
+            f"schedule.name={self.schedule} vocab.algorithm={self.vocab} "
+            f"parallel.recompute={self.recompute}"
         )
         words.append(
             f"micro_batch_size={self.micro_batch_size} num_microbatches={self.num_microbatches}"
         )
-        for section, names in _UNDONE.items():
+        for section, names in _RESET.items():
             for name in names:
                 value = getattr(getattr(chosen, section), name)
                 if value != getattr(getattr(config, section), name):
@@ -91,7 +101,11 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A choice that cannot be run, and why.  `excess`: bytes above the limit, if that is the reason."""
+    """A choice that cannot be run, and why.
+
+    `bound` is the lower bound of its step in seconds.  `excess` are the bytes above the limit, if
+    that is the reason.
+    """
 
     choice: Choice
     reason: str
@@ -101,15 +115,18 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Found:
+    """A choice that fits, and its report."""
+
     choice: Choice
     report: PlanReport
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`best`, fastest first.  `open_choices`: those the time did not suffice for that might be faster than the last of them.
+    """The result of a search: `best` is sorted, the fastest first.
 
-    They include those that were not even weighed.
+    `open_choices` counts the choices that might be faster than the last of `best` but were not
+    simulated in time.  Choices that were not weighed count too.
     """
 
     best: tuple[Found, ...]
@@ -120,9 +137,10 @@ class Result:
 
 
 def choices(config: RunConfig) -> Iterator[Choice]:
-    """Every way to run the batch of `config` on all GPUs of its cluster.
+    """Yield every way to run the batch of `config` on all GPUs of its cluster.
 
-    The batch is num_microbatches x micro_batch_size x parallel.dp (null: 1) sequences.  Tensor-parallel ranks share a node.
+    The batch is num_microbatches x micro_batch_size x parallel.dp (null: 1) sequences.  The ranks
+    of a tensor-parallel group are on one node.
     """
     cluster, model = config.cluster, config.model
     batch = config.num_microbatches * config.micro_batch_size * (config.parallel.dp or 1)
@@ -148,7 +166,7 @@ def choices(config: RunConfig) -> Iterator[Choice]:
 
 
 def _divisors(count: int) -> list[int]:
-    return [each for each in range(1, count + 1) if count % each == 0]
+    return [divisor for divisor in range(1, count + 1) if count % divisor == 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,17 +180,20 @@ class _Candidate:
 def search(
     config: RunConfig, top: int, in_time: Callable[[], bool], progress: Callable[[str], None]
 ) -> Result:
-    """The `top` fastest choices that fit, as far as `in_time` allows.
+    """Return the `top` fastest choices that fit, as far as they are found while `in_time()`.
 
-    Where it never does, one is weighed, and simulated unless it cannot fit.  Raises ConfigError where there is no choice.
+    At least one choice is weighed, and simulated unless it cannot fit.  `progress` gets lines to
+    show.  Raises ConfigError if there is no choice at all.
     """
     every = list(choices(config))
     if not every:
         raise ConfigError(
             f"no split of {config.cluster.num_gpus} GPUs has whole microbatches: "
-            f"num_microbatches={config.num_microbatches} x micro_batch_size={config.micro_batch_size} x parallel.dp="
-            f"{config.parallel.dp or 1} sequences must be a multiple of dp for some dp; use another batch"
+            f"num_microbatches={config.num_microbatches} x "
+            f"micro_batch_size={config.micro_batch_size} x parallel.dp={config.parallel.dp or 1} "
+            "sequences must be a multiple of dp for some dp; use another batch"
         )
+    # First weigh: a heap of candidates by their lower bounds.
     queue: list[tuple[float, int, _Candidate]] = []
     refused: list[Refusal] = []
     bounds: dict[tuple[object, ...], float] = {}
@@ -188,6 +209,7 @@ def search(
         if len(weighing) % 50 == 0:
             progress(f"{len(every) - len(weighing):,} of {len(every):,} choices weighed")
     heapq.heapify(queue)
+    # Then simulate until the smallest bound left is above the time of the last of the best.
     best: list[Found] = []
     simulated = 0
     while (
@@ -213,7 +235,7 @@ def search(
     still_open = len(weighing) + sum(bound < last for bound, _, _ in queue)
     return Result(
         tuple(best),
-        tuple(sorted(refused, key=lambda each: each.bound)),
+        tuple(sorted(refused, key=lambda refusal: refusal.bound)),
         len(every),
         simulated,
         still_open,
@@ -221,7 +243,7 @@ def search(
 
 
 def _order(found: Found) -> tuple[float, float]:
-    """Faster first; of those as good as equally fast, the one that needs less memory."""
+    """Return the sort key: faster first, and less memory first if times agree in four digits."""
     memory = found.report.ranks[found.report.worst].memory.total
     return float(f"{found.report.step_seconds:.4g}"), memory
 
@@ -234,7 +256,10 @@ def _progress(simulated: int, left: int, best: list[Found]) -> str:
 def _weigh(
     config: RunConfig, choice: Choice, bounds: dict[tuple[object, ...], float]
 ) -> _Candidate | Refusal:
-    """Its lower bound, or why it cannot be run.  `bounds` remembers those of passes, which several schedules share."""
+    """Return the choice with a lower bound on its step, or why it cannot be run.
+
+    `bounds` caches the bounds of the passes, which several schedules share.
+    """
     chosen = on_cluster(choice.applied(config), choice.degrees)
     try:
         draft = draft_step(chosen, config.cluster.num_gpus)
@@ -260,28 +285,29 @@ def _weigh(
 
 
 def _too_large(candidate: _Candidate) -> Refusal | None:
-    """Its refusal, if no order of its passes fits into memory."""
-    config, least = candidate.config, minimum_step(candidate.choice.schedule, candidate.draft)
+    """Return a refusal if no order of the passes fits into memory, else None."""
+    config, minimum = candidate.config, minimum_step(candidate.choice.schedule, candidate.draft)
     limit = config.cluster.memory_gib * _GIB
-    needs = [rank_state(config, least, rank).state for rank in range(least.num_ranks)]
+    needs = [rank_state(config, minimum, rank).state for rank in range(minimum.num_ranks)]
     if max(needs) <= limit:
-        needs = [rank_memory(config, least, rank).total for rank in range(least.num_ranks)]
+        needs = [rank_memory(config, minimum, rank).total for rank in range(minimum.num_ranks)]
     worst = max(range(len(needs)), key=needs.__getitem__)
     excess = needs[worst] - limit
     if excess <= 0:
         return None
     reason = (
-        f"needs at least {human_bytes(needs[worst])} on rank {worst}, {human_bytes(excess)} more than "
-        f"{config.cluster.memory_gib:g} GiB"
+        f"needs at least {human_bytes(needs[worst])} on rank {worst}, "
+        f"{human_bytes(excess)} more than {config.cluster.memory_gib:g} GiB"
     )
     return Refusal(candidate.choice, reason, candidate.bound, excess)
 
 
 def minimum_step(schedule: str, draft: Draft) -> StepPlan:
-    """The step without its vocabulary passes, for a lower bound on memory.
+    """Return the step without its vocabulary passes, for a lower bound on memory.
 
-    Weaving them in keeps the order of the others, or with a split backward what is in flight, and can only add to it; what W
-    needs is left out, for W may come at once.
+    Adding the vocabulary passes keeps the order of the other passes, or with a split backward the
+    number of microbatches in flight.  It can only increase the peak.  What is kept from I to W is
+    left out, because W may follow I at once.
     """
     problem = draft.problem
     few = replace(
@@ -300,42 +326,42 @@ def minimum_step(schedule: str, draft: Draft) -> StepPlan:
 
 
 def _unordered(draft: Draft, schedule: Schedule, cost: CostModel) -> StepPlan:
-    """A step that was not simulated."""
+    """Return a step that was not simulated: its timeline is empty."""
     return StepPlan(
-        draft.degrees,
-        draft.layers,
-        draft.shards,
-        draft.problem,
-        cost,
-        schedule,
-        Timeline((), (), (), ()),
-        (),
+        degrees=draft.degrees,
+        layers=draft.layers,
+        shards=draft.shards,
+        problem=draft.problem,
+        cost=cost,
+        schedule=schedule,
+        timeline=Timeline((), (), (), ()),
+        caps=(),
     )
 
 
 def about_bytes(config: RunConfig) -> float:
-    """About what the worst rank of `config` needs: its `minimum_step` and one held shard.
+    """Return about how many bytes the worst rank needs: those of `minimum_step` and a held shard.
 
-    Schedules that are searched for or stored count as 1f1b.  Raises ConfigError.
+    A schedule that is searched for or read from a file counts as 1f1b.  Raises ConfigError.
     """
-    named = (
+    name = (
         config.schedule.name
         if config.schedule.name in GENERATORS and config.schedule.file is None
         else "1f1b"
     )
     vocab = config.vocab.algorithm if config.vocab.algorithm != "auto" else searched_algorithms()[0]
-    told = replace(
+    named = replace(
         config,
         schedule=replace(
-            config.schedule, name=named, file=None, cap_gib=None, cap_microbatches=None
+            config.schedule, name=name, file=None, cap_gib=None, cap_microbatches=None
         ),
         vocab=replace(config.vocab, algorithm=vocab),
     )
-    draft = draft_step(told, config.cluster.num_gpus)
-    least = minimum_step(named, draft)
+    draft = draft_step(named, config.cluster.num_gpus)
+    minimum = minimum_step(name, draft)
     return max(
-        rank_memory(told, least, rank).total + draft.cost.shard_bytes[rank]
-        for rank in range(least.num_ranks)
+        rank_memory(named, minimum, rank).total + draft.cost.shard_bytes[rank]
+        for rank in range(minimum.num_ranks)
     )
 
 

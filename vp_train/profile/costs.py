@@ -1,4 +1,4 @@
-"""What measured passes say about every rank of a job.  Pure."""
+"""Costs of all passes of a job, derived from the measured passes of some ranks.  Pure."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from vp_train.planning.plan import StepPlan
 
 @dataclass(frozen=True, slots=True)
 class RankProfile:
-    """One pipeline rank, measured alone.
+    """The measurements of one pipeline rank that ran alone.
 
-    `passes`: median seconds of a pass, by kind and stage (by kind and rank for those of the vocabulary); `program_seconds`: a
-    whole step of passes without the waiting, not timed one by one; bytes that torch has allocated between steps and at most.
+    `passes` are median seconds of a pass by kind and stage, or by kind and rank for vocabulary
+    passes.  `program_seconds` is the time of all passes of a step without waiting and without
+    timing every pass.  `state_bytes` are allocated by torch between steps, `peak_bytes` at most.
     """
 
     rank: int
@@ -29,17 +30,19 @@ class RankProfile:
     peak_bytes: int
 
     def of(self, kind: Kind) -> float:
-        """One pass of each of the stages of this rank."""
+        """Return the seconds of one pass of this kind on every stage of the rank, summed."""
         return sum(seconds for (measured, _), seconds in self.passes.items() if measured is kind)
 
 
 def measured_cost(
     config: RunConfig, step: StepPlan, profiles: Sequence[RankProfile]
 ) -> dict[str, float | str]:
-    """The settings of `cost` that `profiles` give: seconds of a layer, of the output layer by rows, and of lookups.
+    """Return the settings of `cost` that follow from `profiles`.
 
-    What a stage computes again is not among the seconds of its backward, and without a split backward I and W count as halves
-    of B.  Shards of equal rows cannot tell a fixed part, which then counts as none.
+    They are the seconds of a layer, of the output layer by rows, and of lookups.  Recomputation is
+    subtracted from the backward of a stage.  Without a split backward, I and W count as halves of
+    B.  If all shards have equally many rows, the fixed part of the output layer is unknown and
+    counts as 0.
     """
     tp = step.degrees.tp
     model, size = config.model, config.micro_batch_size
@@ -49,7 +52,7 @@ def measured_cost(
         cost["layer_forward_seconds"] = tp * median(forward.values())
         for kind, name in ((Kind.B, "backward"), (Kind.I, "input_grad"), (Kind.W, "weight_grad")):
             found = _per_layer(step, profiles, kind)
-            again = {
+            recomputed = {
                 stage: shape.recomputed_part(model, config.parallel.recompute_of(stage))
                 * forward[stage]
                 if kind is not Kind.W
@@ -58,7 +61,7 @@ def measured_cost(
             }
             if found:
                 cost[f"layer_{name}_seconds"] = tp * median(
-                    found[stage] - again[stage] for stage in found
+                    found[stage] - recomputed[stage] for stage in found
                 )
         if "layer_backward_seconds" in cost:
             cost["layer_input_grad_seconds"] = cost["layer_weight_grad_seconds"] = (
@@ -84,17 +87,18 @@ def measured_cost(
         if seconds:
             cost[name] = median(seconds)
     flops = float(shape.layer_flops(model, size * model.seq_length))
-    of = {"measured_dtype": config.run.dtype, "measured_device": config.run.device}
-    return {"measured_layer_flops": flops, **of, **cost}
+    where = {"measured_dtype": config.run.dtype, "measured_device": config.run.device}
+    return {"measured_layer_flops": flops, **where, **cost}
 
 
 def with_cost(config: RunConfig, cost: Mapping[str, float | str]) -> RunConfig:
-    """`config` whose passes cost what was measured."""
-    return replace(config, cost=CostConfig(**cost))  # type: ignore[arg-type]  # rank_slowness is none of them
+    """Return `config` with the measured costs."""
+    # rank_slowness, the only setting that is not a number or text, is never measured.
+    return replace(config, cost=CostConfig(**cost))  # type: ignore[arg-type]
 
 
 def _per_layer(step: StepPlan, profiles: Sequence[RankProfile], wanted: Kind) -> dict[int, float]:
-    """Seconds of one layer, for every measured stage that has any."""
+    """Return the seconds of one layer in a pass of this kind, by measured stage with layers."""
     return {
         stage: seconds / len(step.layers[stage])
         for profile in profiles
@@ -104,7 +108,7 @@ def _per_layer(step: StepPlan, profiles: Sequence[RankProfile], wanted: Kind) ->
 
 
 def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Intercept and slope of seconds over rows, by least squares; neither below 0."""
+    """Return intercept and slope of seconds over rows by least squares; neither is below 0."""
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0

@@ -1,4 +1,8 @@
-"""What torch has allocated: on CUDA its allocator knows; on a CPU every storage is counted from its first operation on."""
+"""The bytes that torch has allocated on a CPU.
+
+On CUDA torch's allocator knows them.  On a CPU every storage is counted from the first operation
+that returns it.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveStorages(TorchDispatchMode):
-    """Bytes of the storages that are alive, and the most there were, `peak`, since the tensors that existed before.
+    """A dispatch mode that counts the bytes of live storages; `peak` is their largest number.
 
-    Operations run slower under it.  What libraries allocate for themselves is not torch's and does not count.
+    Operations run slower under it.  Memory that libraries allocate for themselves does not count.
     """
 
     def __init__(self) -> None:
@@ -26,16 +30,16 @@ class LiveStorages(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def add_existing(self) -> None:
-        """Count all tensors there are."""
+        """Count all tensors that exist already."""
         gc.collect()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # looking at all objects wakes deprecated ones
+            warnings.simplefilter("ignore")  # touching deprecated objects warns
             for item in gc.get_objects():
                 if type(item) in (Tensor, torch.nn.Parameter):
                     self._add(item)
 
     def _add(self, tensor: Tensor) -> None:
-        if tensor.is_meta:  # a size and no memory
+        if tensor.is_meta:  # it has a size but no memory
             return
         storage = tensor.untyped_storage()
         if id(storage) not in self._sizes and storage.nbytes():
@@ -58,7 +62,10 @@ class LiveStorages(TorchDispatchMode):
 
 
 def leave_compiled_code_alone() -> None:
-    """For this process: compiled code would be taken apart if it were watched, and allocate what it never does."""
+    """Exempt compiled code of this process from dispatch modes; call it before anything compiles.
+
+    Under a mode compiled code would run operation by operation and allocate more than it does.
+    """
     compiler = torch.compile
 
     def compile_function(*arguments: Any, **options: Any) -> Callable[..., Any]:

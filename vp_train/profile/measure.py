@@ -1,4 +1,7 @@
-"""Single ranks of a job on one device: real passes, and messages of noise (torch's fake process group)."""
+"""The measurement of single ranks of a job on one device.
+
+Passes are real.  Messages are noise, sent through torch's fake process group.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +32,13 @@ from vp_train.profile.live import LiveStorages, leave_compiled_code_alone
 def measure_ranks(
     config: RunConfig, num_ranks: int, pipeline_ranks: list[int], num_steps: int
 ) -> Iterator[RankProfile]:
-    """Run `num_steps` steps of each rank, and one before that does not count, one rank after the other in its own process.
+    """Yield the profiles of `pipeline_ranks`, one rank after the other, each in its own process.
 
-    They are of the first replica and the first of their tensor-parallel ranks.  Raises ConfigError where one does not fit.
+    Every rank runs `num_steps` steps after a first one that does not count.  It is the rank of the
+    first replica and the first of its tensor-parallel ranks.  Raises ConfigError if a rank does not
+    fit on the device.
     """
-    # Imports take seconds, which a fork has done; but nothing of CUDA outlives a fork.
+    # A fork saves the seconds of the imports, but CUDA does not work after a fork.
     context: Any = multiprocessing.get_context(
         "spawn" if config.run.device == "cuda" else "forkserver"
     )
@@ -52,7 +57,8 @@ def measure_ranks(
         process.join()
         if status == "full":
             raise ConfigError(
-                f"rank {pipeline_rank} does not fit on this device: {value}; vp-plan tells what would help"
+                f"rank {pipeline_rank} does not fit on this device: {value}; "
+                "vp-plan tells what would help"
             )
         if status == "failed":
             raise RuntimeError(f"rank {pipeline_rank}: {value}")
@@ -62,9 +68,9 @@ def measure_ranks(
 def _serve(
     pipe: Connection, config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: int
 ) -> None:
-    os.environ.setdefault(
-        "TORCHINDUCTOR_COMPILE_THREADS", "1"
-    )  # workers of the compiler would leave semaphores behind
+    """Measure one rank and send the result, or the failure, through `pipe`."""
+    # Worker processes of the compiler would leave semaphores behind.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     try:
         pipe.send(("done", _measure(config, num_ranks, pipeline_rank, num_steps)))
     except torch.OutOfMemoryError as error:
@@ -79,7 +85,7 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
 
     on_cuda = config.run.device == "cuda"
     if on_cuda:
-        set_environment(os.environ, config.run, Path())  # as the run that is predicted
+        set_environment(os.environ, config.run, Path())  # like the run that is predicted
         torch.cuda.set_device(0)
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -108,11 +114,12 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
 
 
 def receive_noise(generator: torch.Generator) -> None:
-    """Let hops, broadcasts and all-to-alls of this process deliver noise, drawn by `generator`.
+    """Let hops, broadcasts and all-to-alls of this process deliver noise from `generator`.
 
-    It is normal and of unit scale; what is gathered from others is what this rank has sent itself.
-    A fake group would leave what the memory held before, of which NaN, infinity and denormals are
-    slow, or refuse to receive from nobody.  `generator` is of the device of the messages.
+    The noise is normal with unit variance.  An all-gather delivers copies of what this rank sends.
+    Without this, torch's fake group would leave the old content of the memory, in which NaN,
+    infinity and denormals are slow, or refuse to receive.  `generator` is on the device of the
+    messages.
     """
     receive, broadcast = dist.irecv, dist.broadcast
     gather_name = (
@@ -144,7 +151,7 @@ def receive_noise(generator: torch.Generator) -> None:
 
 
 def _when_computed() -> float:
-    """Return the seconds at which the passes of this rank have been computed; wait for them."""
+    """Wait until the passes of this rank are computed, and return the time in seconds."""
     torch.cuda.current_stream().synchronize()
     return time.perf_counter()
 
@@ -160,7 +167,7 @@ class _Steps:
         self._clock = _when_computed if on_cuda else time.perf_counter
 
     def run(self) -> tuple[float, float]:
-        """Seconds of the passes, and of the optimizer."""
+        """Run one step and return the seconds of its passes and of its optimizer."""
         self._model.gradients.zero()
         start = self._clock()
         self._model.train_step(self._tokens, self._labels)
@@ -169,7 +176,7 @@ class _Steps:
         return between - start, self._clock() - between
 
     def timed(self) -> dict[tuple[Kind, int], list[float]]:
-        """Return the seconds of every pass of a step."""
+        """Run one step and return the seconds of its passes by kind and stage."""
         timer = timer_of(torch.device("cuda" if self._on_cuda else "cpu"))
         recorder = Recorder(self._rank, timer, [])
         timer.start()
@@ -182,13 +189,14 @@ class _Steps:
         return found
 
     def bytes_on_cuda(self) -> tuple[int, int]:
-        """Allocated between steps, and at most."""
+        """Return the bytes allocated between steps and at the peak of a step, on a GPU."""
         state = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         self.run()
         return state, torch.cuda.max_memory_allocated()
 
     def bytes_on_cpu(self) -> tuple[int, int]:
+        """Return the bytes allocated between steps and at the peak of a step, on a CPU."""
         live = LiveStorages()
         live.add_existing()
         state = live.peak
@@ -197,14 +205,14 @@ class _Steps:
         return state, live.peak
 
     def _update(self) -> None:
-        """Gradients are of noise, so nothing is applied: the rate is 0."""
+        """Run the optimizer with a learning rate of 0: gradients of noise must change nothing."""
         self._model.optimizer.reduce()
         self._model.optimizer.squared_norm()
         self._model.optimizer.step(0.0, 0.0)
 
 
 def device_words(config: RunConfig) -> dict[str, Any]:
-    """What it is measured on.  Raises ConfigError where that is not there."""
+    """Return the device, the version of torch and the dtype.  Raises ConfigError without a GPU."""
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
     name = (
