@@ -48,7 +48,7 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
 
 @pytest.fixture
 def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """schedule=auto and the named schedules it starts from with little effort, for laws that hold at any."""
+    """Search with little effort, for laws of schedule=auto that hold at any."""
     monkeypatch.setattr(generators, "_EFFORT", 5_000)
     monkeypatch.setattr(auto, "_FIRST", 1_000)
     monkeypatch.setattr(auto, "_ROUNDS", ((2, 15_000), (1, 30_000)))

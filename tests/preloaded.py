@@ -1,4 +1,4 @@
-"""What ranks of tests import, once for all of them: their processes are forked from one that has it; see `tests.ranks`."""
+"""The imports of the ranks of tests: their processes are forked from one that has made them."""
 
 import os
 from importlib import import_module

@@ -19,7 +19,9 @@ from vp_train.config import BlendEntry, ConfigError, RunConfig, Setting, setting
 
 
 def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> RunConfig:
-    """Compose configs/ and `overrides`; with run.resume=true the settings of that run take the place of configs/.
+    """Compose configs/ and `overrides`.
+
+    With run.resume=true the settings that the run has saved take the place of configs/.
 
     Raises ConfigError with the offending override and the way out.
     """
@@ -33,7 +35,8 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
     if options:
         known = ", ".join((*known_options, "--help"))
         raise ConfigError(
-            f"{options[0]} is not an option; there are {known} and --print-config, all else is key=value"
+            f"{options[0]} is not an option; there are {known} and --print-config, "
+            "all else is key=value"
         )
     overrides = [_at_home(word) for given in overrides for word in _of_file(given)]
     edits = [word for word in overrides if word.startswith(("+", "~"))]
@@ -47,7 +50,7 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
 
 
 def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConfig:
-    """Compose the configuration called `primary` and `overrides`.  Raises ConfigError like `load_config`."""
+    """Compose the configuration `primary` and `overrides`; raise ConfigError like `load_config`."""
     from hydra import compose, initialize_config_module
     from hydra.errors import (
         ConfigCompositionException,
@@ -78,14 +81,15 @@ def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConf
     return config
 
 
-# Settings that a resumed run does not take over: where it lies and what it came from follow from where it is found.
+# A resumed run does not take these over: they follow from where it is found.
 _NOT_SAVED = ("run.name", "run.root", "run.resume", "run.init_from")
 
 
 def _resumed(path: Path, overrides: Sequence[str], schema: object) -> RunConfig:
     """Return the settings that a run has saved in `path`, with `overrides` on top of them.
 
-    A group that `overrides` choose begins anew with that choice.  Raises ConfigError where the file is broken.
+    A group that `overrides` choose begins anew with that choice.  Raises ConfigError where the
+    file is broken.
     """
     from importlib.resources import files
 
@@ -117,7 +121,10 @@ def _resumed(path: Path, overrides: Sequence[str], schema: object) -> RunConfig:
 
 
 def _saved_settings(path: Path) -> dict[str, object]:
-    """Return every setting in the config.yaml of a run by its name.  Raises ConfigError where the file is broken."""
+    """Return every setting in the config.yaml of a run by its name.
+
+    Raises ConfigError where the file is broken.
+    """
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -126,11 +133,13 @@ def _saved_settings(path: Path) -> dict[str, object]:
         saved = OmegaConf.create(path.read_text())
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(
-            f"{path} cannot be read ({_first_line(error)}); repair it, or delete it and give all settings of the run again"
+            f"{path} cannot be read ({_first_line(error)}); repair it, or delete it and give all "
+            "settings of the run again"
         ) from None
     if not isinstance(saved, DictConfig):
         raise ConfigError(
-            f"{path} holds no settings; repair it, or delete it and give all settings of the run again"
+            f"{path} holds no settings; repair it, or delete it and give all settings of the run "
+            "again"
         )
     return {
         name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
@@ -152,7 +161,10 @@ def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def resume_words(config: RunConfig) -> str | None:
-    """Say where the settings of a resumed run come from and what this command line changes; None for a new run."""
+    """Say where the settings of a resumed run come from and what this command line changes.
+
+    Return None for a new run.
+    """
     from omegaconf import OmegaConf
 
     path = config.run.directory / "config.yaml"
@@ -173,7 +185,7 @@ _QUOTED_OR_HOME = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?<=[=:,\[]
 
 
 def _at_home(word: str) -> str:
-    """Replace a `~` that begins a value outside quotes by the home directory: hydra's grammar has no `~`."""
+    """Expand a `~` that begins a value outside quotes: hydra's grammar has none."""
 
     def found(match: re.Match[str]) -> str:
         return match[0] if match[1] is None else _word(os.path.expanduser(match[1]))

@@ -32,10 +32,11 @@ class Stopped(Exception):
 
 
 def run_ranks(command: Sequence[str], num_ranks: int) -> dict[int, int]:
-    """Run `command` once for each rank; return the exit codes of those that failed, the first first.
+    """Run `command` once for each rank, and return the exit codes of those that failed.
 
-    When a rank fails the others are ended, with SIGTERM and, if that does not help, with SIGKILL.  -n
-    stands for signal n.  Raises Stopped when this process is asked to end.
+    The first to fail comes first; -n stands for signal n.  When a rank fails the others are ended,
+    with SIGTERM and, if that does not help, with SIGKILL.  Raises Stopped when this process is
+    asked to end.
     """
     with _store(num_ranks) as port, _noting_signals() as signals:
         ranks = {

@@ -47,7 +47,10 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
 
 
 def with_origin(config: RunConfig) -> RunConfig:
-    """run.init_from from the root, and a resumed run's as it was told first: vp-export follows what config.yaml says."""
+    """Return `config` with an absolute run.init_from; a resumed run keeps the one of its start.
+
+    vp-export follows run.init_from of the config.yaml that a run keeps.
+    """
     run, origin = (
         config.run,
         None if config.run.init_from is None else path_of(config.run.init_from),
