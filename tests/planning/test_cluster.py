@@ -213,3 +213,14 @@ def test_tensor_parallel_ranks_share_the_bytes_of_a_hop_and_gather_them():
     assert step.cost.hop_seconds == pytest.approx(0.001 + message / 2 / 1e6 + gathered)
     _, split = costed(*cluster, "parallel.sequence_parallel=true", "run.device=cuda", tp=2)
     assert split.cost.hop_seconds == pytest.approx(0.001 + message / 2 / 1e6)
+
+
+def test_a_run_on_gpus_is_planned_with_the_costs_of_its_cluster_unless_others_are_chosen():
+    words = ["model=gpt_4b", "cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=16"]
+    config = load_config(words)
+    step, costed = plan_step(config, 8), on_cluster(config, Degrees(1, 8, 1))
+    assert step.cost == plan_step(costed, 8).cost
+    assert 0.1 < step.timeline.makespan < 1  # seconds, of eight H100
+    assert plan_step(load_config([*words, "run.device=cpu"]), 8).timeline.makespan > 100
+    chosen = load_config([*words, "cost.flops_per_second=1e12"])
+    assert plan_step(chosen, 8).timeline.makespan > 10

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from schedules.problem import Problem
 from schedules.vocab import End
-from vp_train.config import ClusterConfig, RunConfig
+from vp_train.config import ClusterConfig, CostConfig, RunConfig
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.estimate import ITEM_BYTES, message_bytes, sum_seconds
 
@@ -93,6 +93,16 @@ def on_cluster(config: RunConfig, degrees: Degrees) -> RunConfig:
     )
     parallel = replace(config.parallel, pp=degrees.pp, dp=degrees.dp)
     return replace(config, cost=on_links, parallel=parallel)
+
+
+def assumed_costs(config: RunConfig, degrees: Degrees) -> RunConfig:
+    """Return `config` with the costs on its cluster if it runs on GPUs and no cost was chosen.
+
+    The default costs are those of a CPU.
+    """
+    if config.run.device == "cuda" and config.cost == CostConfig():
+        return on_cluster(config, degrees)
+    return config
 
 
 def tied_seconds(config: RunConfig, degrees: Degrees, problem: Problem) -> float:

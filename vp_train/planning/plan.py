@@ -24,6 +24,7 @@ from schedules.timeline import Timeline
 from schedules.torch_csv import from_csv
 from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, evaluation, searched_algorithms
 from vp_train.config import ConfigError, RunConfig
+from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
 from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.placement import balanced_rows, split_layers, split_vocabulary
@@ -156,6 +157,7 @@ def row_advice(config: RunConfig, step: StepPlan) -> str | None:
     problem = step.problem
     if not problem.algorithm.sharded or config.vocab.balance or config.vocab.shards is not None:
         return None
+    config = assumed_costs(config, step.degrees)
     rows = balanced_rows(config, problem.layout, step.layers)
     shards = {end: split_rows(config.model.vocab_size, step.num_ranks, rows) for end in End}
     cost = estimate_cost(config, problem.layout, step.layers, shards, problem.algorithm)
@@ -210,6 +212,7 @@ def _draft(
     algorithm: VocabAlgorithm,
     split_backward: bool,
 ) -> Draft:
+    config = assumed_costs(config, degrees)
     layers = split_layers(config.model, config.parallel, layout)
     problem = Problem(layout, config.num_microbatches, algorithm, split_backward)
     shards = {end: split_vocabulary(config, problem, end, layers) for end in End}
