@@ -6,14 +6,16 @@ Peers that fail are recognised by the messages of gloo, of torch's store and of 
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 import signal
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vp_train.config import RunSettings
+from vp_train.config import ConfigError, RunSettings
 
 # Exit codes: a job scheduler decides by them whether to start a run again.
 EXIT_OK = 0
@@ -47,18 +49,66 @@ _WAITED = (
 _CLOSED_BY_TIMEOUT = "Application timeout caused pair closure"
 
 
+# Errors of the file system that the user can repair.
+_UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+)
+
+
+class SharedFailure(Exception):
+    """A failure that all ranks notice together, so that rank 0 alone reports it."""
+
+    exit_code = EXIT_INTERNAL
+
+
 @dataclass(frozen=True, slots=True)
-class PeerFailure:
-    """The failure of another rank in words, and the exit code of a rank that notices it."""
+class Ending:
+    """How a process or a job ends: its exit code, and the words for stderr; "" for none."""
 
     code: int
     words: str
 
 
-LOST_PEER = PeerFailure(EXIT_INTERNAL, "another rank went away")
+def ending_of_rank(error: BaseException, settings: RunSettings, rank: int, step: int) -> Ending:
+    """Return how rank `rank` ends after `error` at step `step`; ConfigError is not for this."""
+    if isinstance(error, SharedFailure):
+        return Ending(error.exit_code, f"vp-train: {error}" if rank == 0 else "")
+    if isinstance(error, BrokenPipeError | SystemExit):  # rich turns the first into the second
+        words = f"nobody reads the output any more, stopped at step {step}"
+        return Ending(128 + signal.SIGPIPE, f"vp-train: {words}")
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        way_out = "run.resume=true goes on from the newest checkpoint there is"
+        words = f"{error}, at step {step}; once that is mended, {way_out}"
+        return Ending(EXIT_IO, f"vp-train: {words}")
+    if (failure := peer_failure(error, settings)) is not None:
+        return Ending(failure.code, f"rank {rank}: stopped at step {step}, {failure.words}")
+    text = "".join(traceback.format_exception(error))
+    return Ending(EXIT_INTERNAL, f"rank {rank} failed at step {step}\n{text}")
 
 
-def peer_failure(error: BaseException, settings: RunSettings) -> PeerFailure | None:
+def ending_of_command(error: BaseException, name: str) -> Ending:
+    """Return how the command `name` ends after `error`: a line, or a traceback for a bug."""
+    if isinstance(error, ConfigError):
+        return Ending(EXIT_CONFIG, f"{name}: {error}")
+    if isinstance(error, BrokenPipeError):  # a reader like `head` has seen enough
+        return Ending(128 + signal.SIGPIPE, "")
+    if isinstance(error, OSError):
+        return Ending(EXIT_IO, f"{name}: {error}")
+    if isinstance(error, KeyboardInterrupt):
+        return Ending(128 + signal.SIGINT, "")
+    return Ending(EXIT_INTERNAL, "".join(traceback.format_exception(error)).rstrip())
+
+
+LOST_PEER = Ending(EXIT_INTERNAL, "another rank went away")
+
+
+def peer_failure(error: BaseException, settings: RunSettings) -> Ending | None:
     """Return the failure of another rank that `error` is about, or None if it is about none."""
     if not isinstance(error, RuntimeError):
         return None
@@ -73,7 +123,7 @@ def peer_failure(error: BaseException, settings: RunSettings) -> PeerFailure | N
     return None
 
 
-def silent_peer(seconds: float, settings: RunSettings) -> PeerFailure:
+def silent_peer(seconds: float, settings: RunSettings) -> Ending:
     """Return the failure of a peer that has not answered for `seconds`.
 
     Its words name the timeout setting that is over.
@@ -81,14 +131,14 @@ def silent_peer(seconds: float, settings: RunSettings) -> PeerFailure:
     is_of_step = math.isclose(seconds, settings.timeout_seconds, abs_tol=0.01)
     setting = "timeout_seconds" if is_of_step else "world_timeout_seconds"
     words = f"another rank has not answered for {seconds:g} s (run.{setting}); it may hang"
-    return PeerFailure(EXIT_HANG, words)
+    return Ending(EXIT_HANG, words)
 
 
 def explain_deaths(
     codes: Mapping[int, int],
     settings: RunSettings,
     record_of: Callable[[int], Path | None],
-) -> PeerFailure:
+) -> Ending:
     """Return the exit code of a job and the sentence to print, from the exit codes of its ranks.
 
     `codes` are those of failed ranks in the order in which they died; -n stands for signal n.
@@ -99,7 +149,7 @@ def explain_deaths(
     """
     own = [code for code in codes.values() if code > 0 and code != EXIT_INTERNAL]
     if own:
-        return PeerFailure(own[0], "")
+        return Ending(own[0], "")
     signals = {rank: signal.Signals(-code) for rank, code in codes.items() if code < 0}
     aborted = [rank for rank, number in signals.items() if number == signal.SIGABRT]
     stopped = [rank for rank, number in signals.items() if number == signal.SIGTERM]  # by torch
@@ -108,9 +158,9 @@ def explain_deaths(
         if (record := record_of(rank)) is not None:
             waited = silent_peer(settings.timeout_seconds, settings)
             words = f"rank {rank} was aborted by NCCL's watchdog: {waited.words}"
-            return PeerFailure(waited.code, f"{words}; its last communications: {record}")
+            return Ending(waited.code, f"{words}; its last communications: {record}")
     lost_a_peer = EXIT_INTERNAL in codes.values()
     for rank in (*killed, *aborted, *(() if lost_a_peer else stopped)):
         words = f"rank {rank} was killed by signal {signals[rank]:d}; the other ranks were stopped"
-        return PeerFailure(128 + signals[rank], words)
-    return PeerFailure(EXIT_INTERNAL, "")
+        return Ending(128 + signals[rank], words)
+    return Ending(EXIT_INTERNAL, "")

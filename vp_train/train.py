@@ -7,14 +7,11 @@ with an exit code.  `Run.train_step` is one optimizer step.
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
 import resource
-import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from datetime import timedelta
@@ -36,11 +33,11 @@ from vp_train.data import Batch, Source, open_source
 from vp_train.data.ahead import Ahead
 from vp_train.failures import (
     EXIT_CONFIG,
-    EXIT_INTERNAL,
-    EXIT_IO,
     EXIT_OK,
     LOST_PEER,
-    peer_failure,
+    Ending,
+    SharedFailure,
+    ending_of_rank,
     silent_peer,
 )
 from vp_train.mesh import Mesh, build_mesh
@@ -51,21 +48,13 @@ from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning
 from vp_train.pipeline.recorder import Recorder, joined_communications, timer_of
 from vp_train.planning.plan import RunPlan, make_plan
 
-# Errors of the file system that the user can repair.
-_UNWRITABLE = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-)
 _MAX_SKIPS = 10  # with run.on_nonfinite=skip, so many non-finite steps in a row end the run
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(SharedFailure):
     """A loss or gradient that is not finite.  The parameters are those after the previous step."""
+
+    exit_code = EXIT_CONFIG
 
 
 def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> NoReturn:
@@ -93,7 +82,8 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
             if flight_recorder.wait_for(record, started)
             else ""
         )
-        _leave(failure.code, f"rank {rank}: stopped at step {step}, {failure.words}{last}")
+        words = f"rank {rank}: stopped at step {step}, {failure.words}{last}"
+        _leave(Ending(failure.code, words))
 
     try:
         mesh = _connect(config, plan, lambda groups: watches.append(watch(groups, leave_with_nccl)))
@@ -110,26 +100,12 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
         run.finish(reporter)
     except ConfigError:
         raise
-    except NonFiniteError as error:
-        _leave(EXIT_CONFIG, f"vp-train: {error}" if rank == 0 else "")
-    except CheckpointError as error:
-        _leave(EXIT_IO, f"vp-train: {error}" if rank == 0 else "")
-    except (BrokenPipeError, SystemExit):  # rich turns BrokenPipeError into SystemExit
-        _leave(
-            128 + signal.SIGPIPE,
-            f"vp-train: nobody reads the output any more, stopped at step {step}",
-        )
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-            way_out = "run.resume=true goes on from the newest checkpoint there is"
-            _leave(EXIT_IO, f"vp-train: {error}, at step {step}; once that is mended, {way_out}")
-        if (failure := peer_failure(error, config.run)) is not None:
-            _leave(failure.code, f"rank {rank}: stopped at step {step}, {failure.words}")
-        _leave(EXIT_INTERNAL, f"rank {rank} failed at step {step}\n{traceback.format_exc()}")
+    except (Exception, SystemExit) as error:
+        _leave(ending_of_rank(error, config.run, rank, step))
     for watched in watches:
         watched.set()
     dist.destroy_process_group()
-    _leave(EXIT_OK)
+    _leave(Ending(EXIT_OK, ""))
 
 
 def _connect(
@@ -172,17 +148,17 @@ def _connect(
     return build_mesh(plan.degrees, plan.problem, config.run, watching=watching)
 
 
-def _leave(code: int, message: str = "") -> NoReturn:
-    """Write `message` to stderr and end the process at once, without running destructors.
+def _leave(ending: Ending) -> NoReturn:
+    """Write the words to stderr and end the process at once, without running destructors.
 
     Destructors of process groups would wait for peers, or abort while their threads still run.
     """
-    if message:
-        sys.stderr.write(f"{message}\n")  # a single write, so that lines of ranks do not mix
+    if ending.words:
+        sys.stderr.write(f"{ending.words}\n")  # a single write, so that lines of ranks do not mix
     sys.stderr.flush()
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
-    os._exit(code)
+    os._exit(ending.code)
 
 
 def _spans(values: list[list[Any]]) -> list[Span]:

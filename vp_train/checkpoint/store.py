@@ -29,14 +29,17 @@ from vp_train.checkpoint.stream import Described, write_tensors
 from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError
 from vp_train.durable import sync
+from vp_train.failures import EXIT_IO, SharedFailure
 from vp_train.tensors.slices import TensorSlice
 
 _MANIFEST = "manifest.json"
 _FORMAT = 2
 
 
-class CheckpointError(OSError):
+class CheckpointError(SharedFailure, OSError):
     """A failure to write a checkpoint.  Earlier checkpoints are untouched."""
+
+    exit_code = EXIT_IO
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 from vp_train.config import ConfigError, RunConfig
-from vp_train.failures import EXIT_CONFIG, EXIT_INTERNAL, EXIT_IO, EXIT_OK
+from vp_train.failures import EXIT_OK, ending_of_command
 from vp_train.settings import config_text, load_config, section_help, sections, settings_help
 
 _HELP = """\
@@ -81,21 +79,13 @@ def guarded(name: str, body: Callable[[], int]) -> NoReturn:
     try:
         code = body()
         sys.stdout.flush()
-    except ConfigError as error:
-        if prints:
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
-        code = EXIT_CONFIG
-    except BrokenPipeError:  # a reader like `head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
-    except OSError as error:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
-        code = EXIT_IO
-    except KeyboardInterrupt:
-        code = 130
-    except Exception:
-        traceback.print_exc()
-        code = EXIT_INTERNAL
+    except (Exception, KeyboardInterrupt) as error:
+        ending = ending_of_command(error, name)
+        code = ending.code
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if ending.words and (prints or not isinstance(error, ConfigError)):
+            print(ending.words, file=sys.stderr, flush=True)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
