@@ -192,6 +192,7 @@ def loss_scale_of(rank, num_ranks, config, first):
     plan = make_plan(config, num_ranks)
     mesh = mesh_for(plan)
     run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
+    run.load()
     if first is not None:
         run.model.loss_scale.value = first
         run.train_step(4, None)  # a checkpoint is due at this step

@@ -260,6 +260,7 @@ def parameters_after(rank, num_ranks, config, poison):
     mesh = mesh_for(plan)
     model = build_rank(config, plan, mesh)
     run = Run(config, plan, mesh, open_source(config), model)
+    run.load()
     before = [parameter.detach().clone() for parameter in model.parameters.values()]
     if poison and rank == 1:
         inner = model.parameters["final_norm.weight"]
@@ -304,6 +305,7 @@ def scales_of(rank, num_ranks, config):
     plan = make_plan(config, num_ranks)
     mesh = mesh_for(plan)
     run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
+    run.load()
     run.model.loss_scale.value = 2.0**30
     scales, changed, norms = [], [], []
     for step in run.steps():

@@ -73,6 +73,7 @@ def train(rank, num_ranks, config, stop_after=None):
     mesh = mesh_for(plan)
     source = open_source(config)
     run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
+    run.load()
     reporter = None
     if directory is not None:
         reporter = Reporter(config, plan, directory, run.first_step)

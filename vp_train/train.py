@@ -89,6 +89,7 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
         mesh = _connect(config, plan, lambda groups: watches.append(watch(groups, leave_with_nccl)))
         timeout_seconds = config.run.timeout_seconds
         run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
+        run.load()
         reporter = None
         if directory is not None:
             reporter = Reporter(config, plan, directory, run.first_step)
@@ -187,12 +188,21 @@ class Run:
         self._batches = Ahead(
             lambda step: source.train_batch(step, mesh.data_rank, mesh.degrees.dp), config.run.steps
         )
-        self.first_step = 1 + (self._resume() if config.run.resume else 0)
-        if config.run.init_from is not None and self.first_step == 1:
-            self._initialise(config.run.init_from)
-        self._traced_step = (
-            max(config.run.trace_step, self.first_step) if config.run.trace_step else 0
-        )
+        self.first_step = 1
+
+    def load(self) -> None:
+        """Resume from the newest checkpoint, or start from the weights of run.init_from."""
+        settings = self.config.run
+        if settings.resume:
+            self.first_step = 1 + self._resume()
+        if settings.init_from is not None and self.first_step == 1:
+            self._initialise(settings.init_from)
+
+    @property
+    def _traced_step(self) -> int:
+        """The step that is timed, 0 for none: run.trace_step, or the first one if that is later."""
+        trace_step = self.config.run.trace_step
+        return max(trace_step, self.first_step) if trace_step else 0
 
     def steps(self) -> range:
         """Return the steps that remain, counted from 1."""
