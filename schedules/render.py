@@ -40,6 +40,10 @@ _BARRIER = "#666666"
 _LATER_STAGE = "#333333"
 _BARRIER_HEIGHT, _BAND = 5, 3
 _WIDTH, _LEFT, _RIGHT, _TOP = 1200, 64, 68, 72
+_MOST_BOXES = 2_000  # in a picture; a longer step is shown without its middle
+_MOST_BOXES_OF_RANK = 250
+_GAP = 26  # pixels in place of what is left out
+_WARM_UP = 0.55  # the part of what is shown that comes before the gap
 
 
 def text_grid(timeline: Timeline, columns: int = 120, seconds: float = math.inf) -> str:
@@ -76,8 +80,13 @@ def text_grid(timeline: Timeline, columns: int = 120, seconds: float = math.inf)
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """The geometry of the picture, in pixels."""
+    """The geometry of the picture, in pixels.
 
+    `cut`: the time that is left out, in seconds, where the step has more passes than a picture can
+    show. What remains is the warm-up and the cool-down, each with some steady microbatches.
+    """
+
+    cut: tuple[float, float] | None
     scale: float  # pixels per second
     lane: int  # height of the passes of a rank
     font: int  # size of the numbers in the passes
@@ -99,8 +108,41 @@ class _Frame:
         for rank in range(timeline.num_ranks):
             tops.append(y)
             y += lane + (_BARRIER_HEIGHT + 2 if rank in with_barriers else 0) + lane // 4
-        scale = (_WIDTH - _LEFT - _RIGHT) / timeline.makespan if timeline.makespan > 0 else 0.0
-        return cls(scale, lane, font, tuple(tops), y)
+        width, cut, shown = _WIDTH - _LEFT - _RIGHT, _middle(timeline), timeline.makespan
+        if cut is not None:
+            width, shown = width - _GAP, shown - (cut[1] - cut[0])
+        return cls(cut, width / shown if shown > 0 else 0.0, lane, font, tuple(tops), y)
+
+    def x(self, seconds: float) -> float:
+        """Return where a moment lies, which is not in the cut."""
+        if self.cut is None or seconds <= self.cut[0]:
+            return seconds * self.scale
+        return (seconds - self.cut[1] + self.cut[0]) * self.scale + _GAP
+
+    def shows(self, seconds: float) -> bool:
+        """Return whether a moment is in the picture."""
+        return self.cut is None or not self.cut[0] < seconds < self.cut[1]
+
+    def visible(self, span: Span) -> tuple[float, float] | None:
+        """Return the part of a span that is in the picture, in seconds; None if nothing is."""
+        if self.cut is None:
+            return span.start, span.end
+        left, right = self.cut
+        if span.start >= left and span.end <= right and span.end > left and span.start < right:
+            return None
+        start = right if left < span.start < right else span.start
+        end = left if start <= left and span.end > left else span.end
+        return start, end
+
+
+def _middle(timeline: Timeline) -> tuple[float, float] | None:
+    """Return the time to leave out of a picture, in seconds; None if all passes fit."""
+    most = max(1, max(map(len, timeline.compute), default=1))
+    allowed = min(_MOST_BOXES_OF_RANK, max(60, _MOST_BOXES // timeline.num_ranks))
+    if most <= allowed or timeline.makespan <= 0:
+        return None
+    shown = timeline.makespan * allowed / most
+    return _WARM_UP * shown, timeline.makespan - (1 - _WARM_UP) * shown
 
 
 def svg(timeline: Timeline, title: str) -> str:
@@ -108,7 +150,8 @@ def svg(timeline: Timeline, title: str) -> str:
 
     A lane shows the passes of a rank, below them the communications that the timeline shows on it,
     and its bubble at the right. A dark band under a pass marks a stage other than the first of its
-    rank. Every box shows its name and duration on hover.
+    rank. Every box shows its name and duration on hover. A step of many microbatches is shown
+    without its middle.
     """
     frame = _Frame.of(timeline)
     height = frame.bottom + 30
@@ -129,7 +172,7 @@ def svg(timeline: Timeline, title: str) -> str:
     ]
     for rank in range(timeline.num_ranks):
         parts += _lane(timeline, rank, frame)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return "\n".join([*parts, *_cut_words(frame), "</svg>"]) + "\n"
 
 
 def _lane(timeline: Timeline, rank: int, frame: _Frame) -> list[str]:
@@ -146,18 +189,24 @@ def _lane(timeline: Timeline, rank: int, frame: _Frame) -> list[str]:
         f'<g transform="translate({_LEFT},{frame.tops[rank]})" text-anchor="middle" '
         f'font-size="{frame.font}">',
         f'<text x="-8" y="{middle}" text-anchor="end">rank {rank}</text>',
-        f'<rect width="{timeline.makespan * frame.scale:.1f}" height="{frame.lane}" '
+        f'<rect width="{frame.x(timeline.makespan):.1f}" height="{frame.lane}" '
         'fill="url(#bubble)"/>',
     ]
     for span in spans:
+        if (shown := frame.visible(span)) is None:
+            continue
         parts.append(_box(span, frame, 0, frame.lane, COLOURS[span.kind]))
         if span.kind in STAGE_KINDS and span.stage != stages[0]:
             parts.append(_box(span, frame, frame.lane - _BAND, _BAND, _LATER_STAGE))
-        if span.seconds * frame.scale > label_width:
-            x = (span.start + span.end) / 2 * frame.scale
+        if (shown[1] - shown[0]) * frame.scale > label_width:
+            x = (frame.x(shown[0]) + frame.x(shown[1])) / 2
             parts.append(f'<text x="{x:.1f}" y="{middle}">{span.microbatch}</text>')
-    barriers = (span for span in timeline.comm if span.rank == rank)
-    parts += [_box(span, frame, frame.lane + 2, _BARRIER_HEIGHT, _BARRIER) for span in barriers]
+    barriers = [span for span in timeline.comm if span.rank == rank]
+    if barriers:
+        y = frame.lane + 2 + _BARRIER_HEIGHT
+        parts.append(f'<text x="-8" y="{y}" text-anchor="end" font-size="8">barriers</text>')
+    boxes = (_box(span, frame, frame.lane + 2, _BARRIER_HEIGHT, _BARRIER) for span in barriers)
+    parts += filter(None, boxes)
     x = _WIDTH - _LEFT - 12
     return [
         *parts,
@@ -172,14 +221,17 @@ def _stages(spans: tuple[Span, ...]) -> list[int]:
 
 
 def _box(span: Span, frame: _Frame, y: int, height: int, colour: str) -> str:
-    """Return the SVG of one span."""
-    width = span.seconds * frame.scale
+    """Return the SVG of one span, empty if it is not in the picture."""
+    shown = frame.visible(span)
+    if shown is None:
+        return ""
+    start, width = frame.x(shown[0]), (shown[1] - shown[0]) * frame.scale
     # A gap separates neighbours of the same colour. It shrinks with the box, so that short passes
     # stay visible.
     drawn = max(0.6, width - min(0.8, 0.2 * width))
     below = f' y="{y}"' if y else ""
     return (
-        f'<rect x="{span.start * frame.scale:.1f}"{below} width="{drawn:.1f}" height="{height}" '
+        f'<rect x="{start:.1f}"{below} width="{drawn:.1f}" height="{height}" '
         f'fill="{colour}"><title>{span.name} {duration(span.seconds)}</title></rect>'
     )
 
@@ -210,10 +262,13 @@ def _axis(makespan: float, frame: _Frame) -> list[str]:
     factor, unit = (
         (1.0, "s") if makespan >= 10 else (1e3, "ms") if makespan >= 1e-3 else (1e6, "µs")
     )
-    step = _round_step(makespan * factor)
+    left_out = 0.0 if frame.cut is None else frame.cut[1] - frame.cut[0]
+    step = _round_step((makespan - left_out) * factor)
     parts = []
     for tick in range(int(makespan * factor / step + 1e-9) + 1):
-        x = _LEFT + tick * step / factor * frame.scale
+        if not frame.shows(tick * step / factor):
+            continue
+        x = _LEFT + frame.x(tick * step / factor)
         parts.append(f'<path d="M{x:.1f} {_TOP - 4}V{frame.bottom + 4}" stroke="#DDD"/>')
         words = f"{tick * step:g} {unit}"
         parts.append(
@@ -221,6 +276,20 @@ def _axis(makespan: float, frame: _Frame) -> list[str]:
             f"{words}</text>"
         )
     return parts
+
+
+def _cut_words(frame: _Frame) -> list[str]:
+    """Return the SVG of the gap that stands for what is left out, empty if that is nothing."""
+    if frame.cut is None:
+        return []
+    x, middle = _LEFT + frame.x(frame.cut[0]), (_TOP + frame.bottom) / 2
+    words = f"{duration(frame.cut[1] - frame.cut[0])} not shown"
+    return [
+        f'<rect x="{x:.1f}" y="{_TOP - 4}" width="{_GAP}" height="{frame.bottom - _TOP + 8}" '
+        'fill="white"/>',
+        f'<text transform="translate({x + _GAP / 2 + 4:.1f},{middle:.0f}) rotate(-90)" '
+        f'text-anchor="middle" fill="#555">{words}</text>',
+    ]
 
 
 def _round_step(length: float) -> float:

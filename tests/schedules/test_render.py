@@ -8,9 +8,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from schedules.generators import generate
 from schedules.ir import Pass
 from schedules.render import chrome_trace, svg, text_grid
+from schedules.simulate import simulate
 from schedules.timeline import Span, Timeline
+from tests.schedules.cases import cost, problem
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -122,7 +125,7 @@ def test_the_picture_draws_time_to_scale():
     assert drawn["C0.0 1 ms"][1] >= drawn["1F0 2 ms"][1] + drawn["1F0 2 ms"][3]
 
 
-@pytest.mark.parametrize(("p", "m"), [(1, 1), (3, 2), (16, 20), (32, 64)])
+@pytest.mark.parametrize(("p", "m"), [(1, 1), (3, 2), (16, 20), (32, 30)])
 def test_the_picture_shows_every_span_inside_its_frame_and_no_lane_covers_another(p, m):
     shown = staircase(p, m)
     picture = svg(shown, "any size")
@@ -240,3 +243,22 @@ def test_a_trace_event_carries_stage_and_microbatch_and_a_barrier_no_stage():
     }
     assert args["1B0"] == {"stage": 1, "microbatch": 0}
     assert args["C0.0"] == {"microbatch": 0}
+
+
+def test_a_long_step_is_shown_without_its_middle():
+    """Warm-up and cool-down stay, boxes are where their time is, and the file stays small."""
+    costs = cost(8, S=0.4, T=0.2)
+    case = problem(8, 512, "one_barrier")
+    long = simulate(generate("1f1b", case, costs), case, costs)
+    picture = svg(long, "long")
+    assert len(picture) < 300_000
+    assert "s not shown" in " ".join(words(picture))
+    titles = [element.text for element in ElementTree.fromstring(picture).iter(f"{SVG}title")]
+    shown = {title.split()[0] for title in titles}
+    for rank in range(8):
+        assert {f"{rank}F0", f"{rank}B511"} <= shown
+    assert not {"0F250", "7B250"} & shown
+    short = problem(8, 8, "one_barrier")
+    whole = svg(simulate(generate("1f1b", short, costs), short, costs), "short")
+    assert "not shown" not in whole
+    assert "barriers" in words(whole)
