@@ -61,7 +61,7 @@ def fold(
     out: [T, C]; may be the memory of `logits`.
     usual: whether the shape occurs often, so that compiling code for it pays.
     """
-    if logits.is_cuda and logits.dtype is torch.float32 and has_triton():
+    if _suits_triton(logits, out):
         from vp_train.vocab import triton_rows  # imported only where there is a GPU
 
         return triton_rows.fold(logits, before, target_column, out, softcap)
@@ -158,7 +158,7 @@ def input_term(
     subtracted; without `gain` the factor is 1.  Everything except `weight` is in the statistics
     dtype.
     """
-    if product.is_cuda and product.dtype is torch.float32 and has_triton():
+    if _suits_triton(product, weight):
         from vp_train.vocab import triton_rows
 
         return triton_rows.input_term(
@@ -181,7 +181,7 @@ def scale(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
 
     `factor` [T] is in the statistics dtype.
     """
-    if x.is_cuda and factor.dtype is torch.float32 and has_triton():
+    if _suits_triton(factor, x, out):
         from vp_train.vocab import triton_rows
 
         return triton_rows.scale(x, factor, out)
@@ -194,12 +194,7 @@ def subtract_targets(grad: Tensor, x: Tensor, owned: Owned, factor: Tensor) -> N
     `x` is [T, H], `factor` [T] in the dtype of `grad`.  On CUDA the order of sums varies, unless
     `torch.use_deterministic_algorithms` is set.
     """
-    if (
-        grad.is_cuda
-        and grad.dtype is torch.float32
-        and has_triton()
-        and not torch.are_deterministic_algorithms_enabled()
-    ):
+    if _suits_triton(grad, x) and not torch.are_deterministic_algorithms_enabled():
         from vp_train.vocab import triton_rows
 
         triton_rows.subtract_targets(grad, x, owned.positions, owned.rows, factor)
@@ -208,7 +203,14 @@ def subtract_targets(grad: Tensor, x: Tensor, owned: Owned, factor: Tensor) -> N
     grad.index_add_(0, owned.rows, at_targets.to(grad.dtype), alpha=-1)
 
 
+def _suits_triton(precise: Tensor, *others: Tensor) -> bool:
+    """Return whether a kernel takes these: fp32 statistics on CUDA, contiguous, with Triton."""
+    if not precise.is_cuda or precise.dtype is not torch.float32 or not _has_triton():
+        return False
+    return all(tensor.is_contiguous() for tensor in (precise, *others))
+
+
 @cache
-def has_triton() -> bool:
+def _has_triton() -> bool:
     """Return whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
