@@ -142,6 +142,9 @@ def _middle(timeline: Timeline) -> tuple[float, float] | None:
     if most <= allowed or timeline.makespan <= 0:
         return None
     shown = timeline.makespan * allowed / most
+    longest = max(span.seconds for spans in timeline.compute for span in spans)
+    if timeline.makespan - shown <= longest:
+        return None  # a pass could be on both sides of the gap
     return _WARM_UP * shown, timeline.makespan - (1 - _WARM_UP) * shown
 
 

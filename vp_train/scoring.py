@@ -50,7 +50,7 @@ def open_run(directory: str | Path, *, device: str = "cpu", dtype: str | None = 
     `dtype`: what to compute in, as run.dtype; None: as the run did.  Raises ConfigError where there
     is no checkpoint, where there are no settings, or in a job of several processes.
     """
-    path = Path(directory).expanduser()
+    path = Path(directory).expanduser().absolute()
     run = path.parent.parent if path.parent.name == "checkpoints" else path
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run} has no config.yaml; give the directory of a run")

@@ -51,8 +51,12 @@ def run_ranks(command: Sequence[str], num_ranks: int) -> dict[int, int]:
                 codes |= _ended(ranks, codes)
                 time.sleep(_POLL_SECONDS)
         finally:
-            _end(ranks)
-        codes |= _ended(ranks, codes)
+            killed = _end(ranks)
+        # A rank that did not heed SIGTERM is no cause of the end.
+        codes |= {
+            rank: -signal.SIGTERM if rank in killed else code
+            for rank, code in _ended(ranks, codes).items()
+        }
     if signals:
         raise Stopped(signals[0])
     return {rank: code for rank, code in codes.items() if code}
@@ -106,7 +110,8 @@ def _noting_signals() -> Iterator[list[int]]:
     def note(number: int, frame: Any) -> None:
         noted.append(number)
 
-    before = {number: signal.signal(number, note) for number in _STOPPING}
+    handled = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in handled}  # nohup ignores SIGHUP
     try:
         yield noted
     finally:
@@ -122,9 +127,14 @@ def _ended(
     return {rank: code for rank, code in codes.items() if code is not None}
 
 
-def _end(ranks: Mapping[int, subprocess.Popen[bytes]]) -> None:
-    """End the ranks that still run, and what ranks have started: each has a process group."""
+def _end(ranks: Mapping[int, subprocess.Popen[bytes]]) -> set[int]:
+    """End the ranks that still run, and what ranks have started: each has a process group.
+
+    Returns the ranks that ended only by SIGKILL.
+    """
+    left: set[int] = set()
     for number in (signal.SIGTERM, signal.SIGKILL):
+        left = {rank for rank, process in ranks.items() if process.poll() is None}
         for process in ranks.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
@@ -132,3 +142,4 @@ def _end(ranks: Mapping[int, subprocess.Popen[bytes]]) -> None:
         for process in ranks.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, until - time.monotonic()))
+    return left

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from vp_train.config import ConfigError, RunSettings
-from vp_train.durable import naming
+from vp_train.durable import naming, replace
 
 
 def run_path(settings: RunSettings) -> Path:
@@ -84,7 +84,7 @@ class RunDirectory:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with naming(path):
-            path.write_text(text)
+            replace(path, text)
 
     def keep_tokenizer(self, path: Path) -> None:
         """Keep a copy of the tokenizer.json that the text made, where vp-export looks for it."""

@@ -54,17 +54,12 @@ def attend_documents(
 ) -> Tensor | None:
     """Attend within each document: q [T, heads, d], k and v [T, groups, d] -> [T, heads * d].
 
-    `window` is that of `Rule`.  Returns None where torch has no kernel: on a CPU, for dtypes of
-    more than 16 bits, and for large heads.
+    `window` is that of `Rule`.  Returns None where torch has no kernel: on a CPU or a GPU older
+    than Ampere, for dtypes of more than 16 bits, and for heads of more than 256 values or of a
+    number that 8 does not divide.
     """
     attend = _variable_length_attention()
-    sixteen_bits = q.dtype in (torch.bfloat16, torch.float16)
-    if (
-        documents.bounds is None
-        or attend is None
-        or not sixteen_bits
-        or q.shape[-1] > _MOST_HEAD_SIZE
-    ):
+    if documents.bounds is None or attend is None or not _suits_flash(q):
         return None
     longest, bounds = max(documents.lengths), documents.bounds
     left = -1 if window is None else window - 1
@@ -72,6 +67,14 @@ def attend_documents(
         q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0)
     )
     return context.flatten(1)
+
+
+def _suits_flash(q: Tensor) -> bool:
+    """Return whether flash attention takes q, backward too: dtype, head size and GPU."""
+    size = q.shape[-1]
+    if q.dtype not in (torch.bfloat16, torch.float16) or size > _MOST_HEAD_SIZE or size % 8:
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 import triton
 import triton.language as tl
@@ -119,24 +121,25 @@ def fold(
         whole = num_columns <= _WHOLE
         block = max(16, triton.next_power_of_2(num_columns)) if whole else _BLOCK
         warps = min(32, max(4, block // (32 * _PER_THREAD))) if whole else 8
-        _fold[(num_rows,)](
-            logits,
-            out,
-            target_column,
-            before.maximum,
-            before.total,
-            before.target,
-            after.maximum,
-            after.total,
-            after.target,
-            rescale,
-            num_columns,
-            softcap or 1.0,
-            softcap is not None,
-            whole,
-            block,
-            num_warps=warps,
-        )
+        with _gpu_of(logits):
+            _fold[(num_rows,)](
+                logits,
+                out,
+                target_column,
+                before.maximum,
+                before.total,
+                before.target,
+                after.maximum,
+                after.total,
+                after.target,
+                rescale,
+                num_columns,
+                softcap or 1.0,
+                softcap is not None,
+                whole,
+                block,
+                num_warps=warps,
+            )
     return after, rescale
 
 
@@ -190,21 +193,22 @@ def input_term(
     scales = target_scale if isinstance(target_scale, Tensor) else None
     if num_tokens:
         grid, block = _grid(num_tokens, hidden)
-        _input_term[grid](
-            product,
-            factor,
-            weight,
-            row_of_token,
-            factor if scales is None else scales,
-            factor if shared is None else shared,
-            factor if gain is None else gain,
-            hidden,
-            1.0 if isinstance(target_scale, Tensor) else target_scale,
-            scales is not None,
-            shared is not None,
-            gain is not None,
-            block,
-        )
+        with _gpu_of(product):
+            _input_term[grid](
+                product,
+                factor,
+                weight,
+                row_of_token,
+                factor if scales is None else scales,
+                factor if shared is None else shared,
+                factor if gain is None else gain,
+                hidden,
+                1.0 if isinstance(target_scale, Tensor) else target_scale,
+                scales is not None,
+                shared is not None,
+                gain is not None,
+                block,
+            )
     return product
 
 
@@ -226,7 +230,8 @@ def scale(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     assert out.is_contiguous()
     if len(x):
         grid, block = _grid(*x.shape)
-        _scale[grid](x, factor, out, x.shape[1], block)
+        with _gpu_of(x):
+            _scale[grid](x, factor, out, x.shape[1], block)
     return out
 
 
@@ -254,7 +259,17 @@ def subtract_targets(
     assert x.is_contiguous()
     if len(positions):
         grid, block = _grid(len(positions), x.shape[1])
-        _subtract_targets[grid](grad, x, positions, rows, factor, x.shape[1], block)
+        with _gpu_of(grad):
+            _subtract_targets[grid](grad, x, positions, rows, factor, x.shape[1], block)
+
+
+def _gpu_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Return a context in which the GPU of `tensor` is current: Triton launches on that one.
+
+    A thread beside the passes has GPU 0, whatever the rank.
+    """
+    guard: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    return guard
 
 
 def _grid(num_rows: int, hidden: int) -> tuple[tuple[int, int], int]:
