@@ -80,6 +80,12 @@ class Barrier:
     continues: str | None = None
 
     def __post_init__(self) -> None:
+        if self.transfer.to_root and any(kind.is_vocabulary for kind in self.before):
+            waiting = ", ".join(kind for kind in self.before if kind.is_vocabulary)
+            raise ValueError(
+                f"barrier {self.name} is a {self.transfer}, which delivers to the root alone, but "
+                f"{waiting} waits for it on every shard; use another transfer"
+            )
         if (self.after is None) == (self.continues is None):
             raise ValueError(
                 f"barrier {self.name} has after={self.after} and continues={self.continues}; "

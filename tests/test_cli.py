@@ -168,8 +168,9 @@ def test_help_of_a_group_says_what_its_settings_mean_and_take():
     assert "model." not in done.stdout
 
 
-def test_the_launcher_refuses_a_bad_plan_in_one_line_before_any_rank_starts():
-    done, seconds = command("model.num_layers=7")
+def test_the_launcher_refuses_a_bad_plan_in_one_line_before_any_rank_starts(tmp_path):
+    (tmp_path / "default/checkpoints/step-00000001").mkdir(parents=True)  # which is told later
+    done, seconds = command("model.num_layers=7", f"run.root={tmp_path}")
     assert done.returncode == 78
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1

@@ -111,3 +111,15 @@ def test_an_algorithm_says_what_its_passes_multiply():
         "one_barrier": (2, 1),
     }
     assert all(sum(pair) == 3 for pair in products.values())
+
+
+def test_a_barrier_that_delivers_to_the_root_alone_lets_no_shard_wait():
+    with pytest.raises(ValueError, match="delivers to the root alone, but T waits for it on every"):
+        Barrier(
+            "C1b",
+            End.OUTPUT,
+            Transfer.REDUCE,
+            Payload.INPUT_GRADIENT,
+            (Kind.B, Kind.T),
+            continues="C1",
+        )

@@ -24,12 +24,13 @@ from vp_train.config import (
     BlendEntry,
     ConfigError,
     DataConfig,
+    RunSettings,
     VocabConfig,
 )
 from vp_train.data import open_source
 from vp_train.planning.degrees import wanted_ranks
 from vp_train.planning.plan import make_plan
-from vp_train.train import Run
+from vp_train.train import Run, _leave_done
 
 
 def packed_blend(tmp_path):
@@ -197,3 +198,17 @@ def loss_scale_of(rank, num_ranks, config, first):
         run.model.loss_scale.value = first
         run.train_step(4, None)  # a checkpoint is due at this step
     return run.model.loss_scale.value
+
+
+def test_a_run_that_is_done_says_so_and_fewer_steps_are_refused(monkeypatch):
+    left = []
+    monkeypatch.setattr("vp_train.train._leave", left.append)
+    with pytest.raises(ConfigError, match=r"run\.steps=5, but .* is of step 12; give at least 12"):
+        _leave_done(12, RunSettings(steps=5), 0)
+    for rank in (0, 1):
+        _leave_done(12, RunSettings(steps=12), rank)
+    assert [ending.code for ending in left] == [0, 0]
+    assert (
+        left[0].words == "runs/default has done all of its 12 steps; run.steps=N goes on to step N"
+    )
+    assert left[1].words == ""

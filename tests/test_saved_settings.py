@@ -137,3 +137,42 @@ def test_a_path_may_begin_at_home(override, value, monkeypatch):
     assert Path(value(load_config([*given, override]))).is_relative_to("/home/someone")
     quoted = load_config(["data.path='~/x'"])
     assert quoted.data.path == "~/x", "what is quoted stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (["optim.lr=0.01"], "optim.min_lr=0.005"),
+        (["vocab.backend=recompute"], "vocab.recompute_fraction=0.5"),
+        (["optim=zero1"], "optim.offload=true"),
+        (["schedule=auto"], "schedule.cap_gib=2"),
+    ],
+)
+def test_an_override_need_only_fit_what_the_run_has_saved(started, before, now):
+    started(*before)
+    name, _, value = now.partition("=")
+    section, key = name.split(".")
+    config = load_config([*RESUMED, now])
+    assert str(getattr(getattr(config, section), key)).lower() == str(
+        float(value) if value[0].isdigit() else value
+    )
+
+
+def test_a_group_given_as_a_file_begins_anew(started, tmp_path):
+    started("cost.rank_slowness=[1,1,1,2]")
+    (tmp_path / "two.yaml").write_text("flops_per_second: 7.0e10\n")
+    again = load_config([*RESUMED, "cost=two.yaml"])
+    assert (again.cost.flops_per_second, again.cost.rank_slowness) == (7e10, None)
+
+
+def test_a_searched_schedule_is_found_again_wherever_the_run_lies(started, tmp_path):
+    config = started("schedule=auto", "schedule.file=runs/one/schedule.txt")
+    assert not config.schedule.is_solved
+    again = load_config([*RESUMED, f"run.root={tmp_path}/runs"])
+    assert again.schedule.is_solved
+
+
+def test_a_run_that_is_not_there_is_said_to_begin(started):
+    config = load_config(["run.name=two", "run.resume=true"])
+    assert resume_words(config) == "runs/two holds no run: one begins there at step 1"
+    assert resume_words(load_config(["run.name=two"])) is None

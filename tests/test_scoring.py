@@ -75,6 +75,17 @@ def test_what_cannot_be_scored_is_said(trained, tmp_path):
         len(scores)
         for scores in vp_train.score(run, [torch.tensor([5]), torch.tensor([], dtype=torch.int64)])
     ] == [0, 0]
+    for texts, message in (
+        ("the cat", "texts is a list"),
+        (torch.tensor([1, 2]), "texts is a list"),
+        ([[1, 2]], "int64 tensor"),
+        ([torch.tensor([1.0, 2.0])], "int64 tensor"),
+        ([torch.tensor([[1, 2]])], "int64 tensor"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            vp_train.score(run, texts)
+    with pytest.raises(ConfigError, match="is not a directory; give that of a run"):
+        vp_train.open_run(tmp_path / "nope")
     with pytest.raises(IndexError, match="300"):
         vp_train.score(run, [torch.tensor([1, 300])])
     with pytest.raises(ConfigError, match=r"has no config\.yaml; give the directory of a run"):

@@ -52,6 +52,8 @@ def open_run(directory: str | Path, *, device: str = "cpu", dtype: str | None = 
     """
     path = Path(directory).expanduser().absolute()
     run = path.parent.parent if path.parent.name == "checkpoints" else path
+    if not run.is_dir():
+        raise ConfigError(f"{run} is not a directory; give that of a run")
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run} has no config.yaml; give the directory of a run")
     words = [
@@ -77,6 +79,8 @@ def score(run: OpenRun, texts: Sequence[str] | Sequence[Tensor]) -> list[Tensor]
     last token of the one before.  Raises ConfigError for strings where the run has no tokenizer,
     and IndexError for ids that the vocabulary does not have.
     """
+    if isinstance(texts, str | Tensor):
+        raise TypeError("texts is a list: give [text] for a single text")
     return [_score_ids(run, _ids_of(run, text)) for text in texts]
 
 
@@ -92,8 +96,10 @@ def _score_ids(run: OpenRun, ids: Tensor) -> Tensor:
 
 
 def _ids_of(run: OpenRun, text: str | Tensor) -> Tensor:
-    if isinstance(text, Tensor):
+    if isinstance(text, Tensor) and text.dim() == 1 and text.dtype is torch.int64:
         return text
+    if not isinstance(text, str):
+        raise TypeError(f"a text is a string or an int64 tensor [n] of token ids, not {text!r:.80}")
     if run.tokenizer is None:
         raise ConfigError(
             f"{run.checkpoint}: the run has no tokenizer; give token ids instead of text"

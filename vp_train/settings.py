@@ -38,15 +38,14 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
             f"{options[0]} is not an option; there are {known} and --print-config, "
             "all else is key=value"
         )
+    chosen = {word.partition("=")[0] for word in overrides}
     overrides = [_at_home(word) for given in overrides for word in _of_file(given)]
     edits = [word for word in overrides if word.startswith(("+", "~"))]
     if edits:
         raise ConfigError(f"{edits[0]}: settings cannot be added or removed; write key=value")
-    config = _composed("config", overrides, schema)
-    saved = config.run.directory / "config.yaml"
-    if config.run.resume and saved.is_file():
-        config = _resumed(saved, overrides, schema)
-    return config
+    if (saved := _saved_by_run(overrides, schema)) is not None:
+        return _resumed(saved, overrides, chosen, schema)
+    return _composed("config", overrides, schema)
 
 
 def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConfig:
@@ -85,10 +84,24 @@ def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConf
 _NOT_SAVED = ("run.name", "run.root", "run.resume", "run.init_from")
 
 
-def _resumed(path: Path, overrides: Sequence[str], schema: object) -> RunConfig:
+def _saved_by_run(overrides: Sequence[str], schema: object) -> Path | None:
+    """Return the settings that the run to be resumed has saved; None if there is no such run.
+
+    Only what says where it lies is looked at: the other overrides may fit nothing but its settings.
+    """
+    if not any(word.startswith("run.resume=") for word in overrides):
+        return None
+    names = ("run", "run.name", "run.root", "run.resume")
+    where = [word for word in overrides if word.partition("=")[0] in names]
+    run = _composed("config", where, schema).run
+    saved = run.directory / "config.yaml"
+    return saved if run.resume and saved.is_file() else None
+
+
+def _resumed(path: Path, overrides: Sequence[str], chosen: set[str], schema: object) -> RunConfig:
     """Return the settings that a run has saved in `path`, with `overrides` on top of them.
 
-    A group that `overrides` choose begins anew with that choice.  Raises ConfigError where the
+    A group among the `chosen` names begins anew with that choice.  Raises ConfigError where the
     file is broken.
     """
     from importlib.resources import files
@@ -97,17 +110,16 @@ def _resumed(path: Path, overrides: Sequence[str], schema: object) -> RunConfig:
     from omegaconf import OmegaConf
 
     saved = _saved_settings(path)
-    chosen = {word.partition("=")[0] for word in overrides}
     sections: dict[str, dict[str, object]] = {}
     values: dict[str, object] = {}
     for name in _keys(schema):
         section, _, key = name.partition(".")
         if name in saved and name not in _NOT_SAVED and section not in chosen:
             (sections.setdefault(section, {}) if key else values)[key or section] = saved[name]
-    if sections.get("schedule", {}).get("file") == str(path.parent / "schedule.txt"):
-        del sections["schedule"][
-            "file"
-        ]  # what schedule=auto found; other settings may lead to another one
+    schedule = sections.get("schedule", {})
+    file = Path(str(schedule.get("file")))
+    if schedule.get("name") == "auto" and file.parts[-2:] == (path.parent.name, "schedule.txt"):
+        del schedule["file"]  # what a search found; other settings may lead to another one
     defaults = OmegaConf.load(str(files("vp_train.configs").joinpath("config.yaml"))).defaults
     again = [
         entry
@@ -163,13 +175,15 @@ def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
 def resume_words(config: RunConfig) -> str | None:
     """Say where the settings of a resumed run come from and what this command line changes.
 
-    Return None for a new run.
+    If there is no run to resume, say that it begins.  Return None without run.resume.
     """
     from omegaconf import OmegaConf
 
     path = config.run.directory / "config.yaml"
-    if not config.run.resume or not path.is_file():
+    if not config.run.resume:
         return None
+    if not path.is_file():
+        return f"{config.run.directory} holds no run: one begins there at step 1"
     before, now = _saved_settings(path), OmegaConf.structured(config)
     changes = [
         f"{name}={_value(value)} (was {_value(before[name])})"

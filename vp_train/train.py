@@ -28,7 +28,7 @@ from vp_train.checkpoint.store import CheckpointError, find, latest
 from vp_train.checkpoint.training import load_weights, restore_run, save_run
 from vp_train.communication import flight_recorder
 from vp_train.communication.nccl import set_environment, watch
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.data import Batch, Source, open_source
 from vp_train.data.ahead import Ahead
 from vp_train.failures import (
@@ -90,6 +90,8 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
         timeout_seconds = config.run.timeout_seconds
         run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
         run.load()
+        if run.first_step > config.run.steps:
+            _leave_done(run.first_step - 1, config.run, rank)
         reporter = None
         if directory is not None:
             reporter = Reporter(config, plan, directory, run.first_step)
@@ -147,6 +149,20 @@ def _connect(
         )
     dist.init_process_group(backend, timeout=timedelta(seconds=config.run.world_timeout_seconds))
     return build_mesh(plan.degrees, plan.problem, config.run, watching=watching)
+
+
+def _leave_done(done: int, settings: RunSettings, rank: int) -> NoReturn:
+    """Leave a run whose newest checkpoint is of step `done`, with nothing left to do.
+
+    Raises ConfigError if fewer steps are asked for than it has done.
+    """
+    if settings.steps < done:
+        raise ConfigError(
+            f"run.steps={settings.steps}, but the newest checkpoint of {run_path(settings)} is of "
+            f"step {done}; give at least {done}"
+        )
+    words = f"{run_path(settings)} has done all of its {done} steps; run.steps=N goes on to step N"
+    _leave(Ending(EXIT_OK, words if rank == 0 else ""))
 
 
 def _leave(ending: Ending) -> NoReturn:

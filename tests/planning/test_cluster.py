@@ -224,3 +224,6 @@ def test_a_run_on_gpus_is_planned_with_the_costs_of_its_cluster_unless_others_ar
     assert plan_step(load_config([*words, "run.device=cpu"]), 8).timeline.makespan > 100
     chosen = load_config([*words, "cost.flops_per_second=1e12"])
     assert plan_step(chosen, 8).timeline.makespan > 10
+    assert plan_step(chosen, 8).cost.hop_seconds == step.cost.hop_seconds
+    slow = load_config([*words, "cost.rank_slowness=[1,1,1,1,1,1,1,2]"])
+    assert step.timeline.makespan < plan_step(slow, 8).timeline.makespan < 1

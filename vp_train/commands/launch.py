@@ -27,8 +27,9 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     Returns the exit code of the job: 0, or that of the failure that `explain_deaths` finds.
     """
     num_ranks = wanted_ranks(config.parallel)
-    refuse_used(config.run)
+    plan = None if config.schedule.is_solved else make_plan(config, num_ranks)
     refuse_running(config.run)
+    refuse_used(config.run)
     if config.schedule.is_solved:
         print(SEARCHING, flush=True)
     if config.run.init_from is not None and not Path(config.run.init_from).expanduser().is_dir():
@@ -36,8 +37,8 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
             f"run.init_from={config.run.init_from} is not a directory; "
             "give that of a run or of vp-import"
         )
-    plan = make_plan(config, num_ranks)
-    if config.schedule.is_solved:  # once, for all ranks
+    if plan is None:  # the search runs once, for all ranks
+        plan = make_plan(config, num_ranks)
         solved = run_path(config.run) / "schedule.txt"
         solved.parent.mkdir(parents=True, exist_ok=True)
         solved.write_text(plan.schedule.text())
@@ -63,7 +64,9 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
         with launching():
             deaths = run_ranks([sys.executable, "-u", "-m", "vp_train", *overrides], num_ranks)
     except Stopped as stopped:
+        has_checkpoint = any((run_path(config.run) / "checkpoints").glob("step-*"))
         words = "run.resume=true goes on from the newest checkpoint"
+        words = words if has_checkpoint else "no checkpoint was written yet"
         print(f"vp-train: stopped by {stopped}; {words}", file=sys.stderr)
         return 128 + stopped.number
     if not deaths:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from schedules.problem import Problem
 from schedules.vocab import End
@@ -96,13 +96,19 @@ def on_cluster(config: RunConfig, degrees: Degrees) -> RunConfig:
 
 
 def assumed_costs(config: RunConfig, degrees: Degrees) -> RunConfig:
-    """Return `config` with the costs on its cluster if it runs on GPUs and no cost was chosen.
+    """Return `config` with the costs on its cluster for all that was left at a default, on GPUs.
 
-    The default costs are those of a CPU.
+    The defaults are those of a CPU.
     """
-    if config.run.device == "cuda" and config.cost == CostConfig():
-        return on_cluster(config, degrees)
-    return config
+    if config.run.device != "cuda":
+        return config
+    default, costed = CostConfig(), on_cluster(config, degrees)
+    chosen = {
+        item.name: getattr(config.cost, item.name)
+        for item in fields(CostConfig)
+        if getattr(config.cost, item.name) != getattr(default, item.name)
+    }
+    return replace(costed, cost=replace(costed.cost, **chosen))
 
 
 def tied_seconds(config: RunConfig, degrees: Degrees, problem: Problem) -> float:
