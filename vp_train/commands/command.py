@@ -60,9 +60,7 @@ def _configured(command: Command, arguments: Sequence[str]) -> int:
     words = [word for word in arguments if word not in ("--help", "-h", "--print-config")]
     wants_help = "--help" in arguments or "-h" in arguments
     overrides, options = _split(words, command.options)
-    chosen = [word for word in overrides if "=" not in word and word[:1] not in ("-", "+", "~")]
-    if not wants_help:
-        chosen = []
+    chosen = list(filter(_is_name, overrides)) if wants_help else []
     overrides = [word for word in overrides if word not in chosen]
     for name in chosen:
         _check_name(name, command.name)
@@ -75,6 +73,10 @@ def _configured(command: Command, arguments: Sequence[str]) -> int:
         print(config_text(config), end="")
         return EXIT_OK
     return command.body(config, overrides, options)
+
+
+def _is_name(word: str) -> bool:
+    return "=" not in word and not word.startswith(("-", "+", "~"))
 
 
 def _check_name(name: str, command: str) -> None:
