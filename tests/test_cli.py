@@ -168,6 +168,38 @@ def test_help_of_a_group_says_what_its_settings_mean_and_take():
     assert "model." not in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [
+        (
+            "optim.lr",
+            "optim.lr=0.002\n"
+            "    Learning rate after the warm-up.\n"
+            "    (float; at least 0; default 0.002)\n",
+        ),
+        ("num_microbatches", "num_microbatches=8 "),
+    ],
+)
+def test_help_of_one_setting_is_about_it_alone(name, page):
+    done, _ = command("--help", name)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(page)
+    assert done.stdout.count("=") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("optimm", "optimm is no group of settings; did you mean optim?"),
+        ("optim.lrr", "optim.lrr is no setting; did you mean optim.lr?"),
+        ("xyzzy", "xyzzy is no group of settings; vp-train --help names all"),
+    ],
+)
+def test_help_of_what_is_not_there_names_what_is_close(name, words):
+    done, _ = command("--help", name)
+    assert (done.returncode, done.stderr.strip()) == (78, f"vp-train: {words}")
+
+
 def test_the_launcher_refuses_a_bad_plan_in_one_line_before_any_rank_starts(tmp_path):
     (tmp_path / "default/checkpoints/step-00000001").mkdir(parents=True)  # which is told later
     done, seconds = command("model.num_layers=7", f"run.root={tmp_path}")

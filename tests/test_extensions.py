@@ -99,17 +99,13 @@ def test_it_is_in_the_report_of_a_cluster_and_in_the_search(registered):
     assert searched_algorithms()[0] == "chained"
 
 
-def test_an_algorithm_says_what_its_passes_multiply():
+def test_an_algorithm_says_what_its_passes_multiply(registered):
     products = {
         name: (each.products(Kind.S), each.products(Kind.T))
         for name, each in VOCAB_ALGORITHMS.items()
     }
-    assert products == {
-        "none": (2, 1),
-        "naive": (1, 2),
-        "two_barrier": (1, 2),
-        "one_barrier": (2, 1),
-    }
+    known = {"none": (2, 1), "naive": (1, 2), "two_barrier": (1, 2), "one_barrier": (2, 1)}
+    assert {name: products[name] for name in known} == known
     assert all(sum(pair) == 3 for pair in products.values())
 
 

@@ -71,6 +71,11 @@ def test_measured_pass_times_are_told_from_assumed_ones(vp_plan, tmp_path):
     assert "in float32 each, 50% of it reached\n" in out
 
 
+def test_how_many_ranks_a_line_stands_for_is_said_where_it_is_more_than_one(vp_plan):
+    assert "every line" not in vp_plan(*NANO, "parallel.pp=4")[1]
+    assert "; every line stands for 2 ranks\n" in vp_plan(*NANO, "parallel.pp=2")[1]
+
+
 def test_json_has_every_rank(vp_plan, tmp_path):
     code, out, _ = vp_plan(*NANO, "--json", tmp_path / "new" / "plan.json")
     record = json.loads((tmp_path / "new" / "plan.json").read_text())

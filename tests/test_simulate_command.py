@@ -295,6 +295,11 @@ def test_waits_that_no_simulation_shows_are_listed_worst_first(vp_simulate, monk
     assert len(found) == 5
     seconds = [float(value) * (1e-3 if unit == "ms" else 1) for value, unit, *_ in found]
     assert seconds == sorted(seconds, reverse=True)
+    assert re.search(
+        r" during \d+% of the passes' time \(\d+% on the worst rank\) a posted communication waits "
+        r"for another rank and occupies GPU thread blocks\n",
+        out,
+    )
     assert "more waiting" not in vp_simulate("--runtime", "gloo", *words)[1]
 
 

@@ -226,7 +226,7 @@ def test_the_algorithm_that_suits_the_costs_is_found(quick_search):
     [
         (
             config_of(3, 2, 400, vocab=VocabConfig("auto")),
-            "vocab.algorithm=auto is not known; .*, or auto with schedule=auto",
+            "vocab.algorithm=auto needs schedule=auto; with another schedule choose one of none, ",
         ),
         (
             replace(solved(), parallel=ParallelConfig(pp=4)),

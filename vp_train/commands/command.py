@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +21,7 @@ _HELP = """\
 
 usage: {command} [group=choice ...] [key=value ...]
        {command} --print-config ...     show the resolved configuration and stop
-       {command} --help [GROUP]         this page, or one group of settings in full
+       {command} --help [NAME]          this page, or one group or setting in full
 {options}
 Groups and their choices (each is a YAML file of configs/):
 {groups}
@@ -57,17 +59,48 @@ def _configured(command: Command, arguments: Sequence[str]) -> int:
     """Show the help or the configuration if `arguments` ask for it, else run the command."""
     words = [word for word in arguments if word not in ("--help", "-h", "--print-config")]
     wants_help = "--help" in arguments or "-h" in arguments
-    chosen = [word for word in words if word in sections()] if wants_help else []
-    overrides, options = _split([word for word in words if word not in chosen], command.options)
+    overrides, options = _split(words, command.options)
+    chosen = list(filter(_is_name, overrides)) if wants_help else []
+    overrides = [word for word in overrides if word not in chosen]
+    for name in chosen:
+        _check_name(name, command.name)
     config = load_config(overrides, tuple(command.options))
     if wants_help:
-        pages = [section_help(name, config) for name in chosen]
+        pages = [_help_of(name, config) for name in chosen]
         print("\n\n".join(pages) if pages else _help(command, config))
         return EXIT_OK
     if "--print-config" in arguments:
         print(config_text(config), end="")
         return EXIT_OK
     return command.body(config, overrides, options)
+
+
+def _is_name(word: str) -> bool:
+    return "=" not in word and not word.startswith(("-", "+", "~"))
+
+
+def _check_name(name: str, command: str) -> None:
+    """Raise ConfigError unless `name` is a group of settings or one setting."""
+    settings = [
+        f"{group}.{item.name}" for group, kind in sections().items() for item in fields(kind)
+    ]
+    names = [*(item.name for item in fields(RunConfig)), *settings]
+    if name in names:
+        return
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"{command} --help names all"
+    raise ConfigError(f"{name} is no {'setting' if '.' in name else 'group of settings'}; {hint}")
+
+
+def _help_of(name: str, config: RunConfig) -> str:
+    """Return the help of a group, or the lines of it, or of the first page, about one setting."""
+    group, dot, _ = name.partition(".")
+    if name in sections():
+        return section_help(name, config)
+    lines = (section_help(group, config) if dot else settings_help(config)).splitlines()
+    first = next(k for k, line in enumerate(lines) if line.strip().startswith(f"{name}="))
+    about = takewhile(lambda line: line.startswith("    "), lines[first + 1 :])
+    return "\n".join([lines[first].strip(), *about])
 
 
 def guarded(name: str, body: Callable[[], int]) -> NoReturn:

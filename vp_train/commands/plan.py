@@ -257,11 +257,13 @@ def _rank_table(report: PlanReport) -> list[str]:
             duration(rank.busy),
         )
     left = len(report.ranks) - _SHOWN_RANKS
+    num_alike = report.degrees.dp * report.degrees.tp
     more = [f"... and {left} more ranks; --json FILE has all"] if left > 0 else []
     return [
         *_rendered(table),
         *more,
-        f"sizes in {word}; every line stands for {report.degrees.dp * report.degrees.tp} rank(s)",
+        f"sizes in {word}"
+        + (f"; every line stands for {num_alike} ranks" if num_alike > 1 else ""),
     ]
 
 

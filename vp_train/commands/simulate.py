@@ -366,12 +366,10 @@ def _replay_lines(outcome: Outcome) -> list[str]:
     late = late_starts(replayed.replay, outcome.timeline)
     if replayed.runtime.issues_ahead:
         beside = replayed.replay.beside_waits
-        share = (
-            f"{sum(beside) / len(beside):.0%} of the passes' time, "
-            f"at most {max(beside):.0%} of a rank's"
-        )
+        mean, worst = sum(beside) / len(beside), max(beside)
         lines.append(
-            f"beside {share}, a communication waits for another rank and takes room on the GPU"
+            f"during {mean:.0%} of the passes' time ({worst:.0%} on the worst rank) a posted "
+            "communication waits for another rank and occupies GPU thread blocks"
         )
     lines += [f"{duration(entry.seconds)} more waiting of {entry}" for entry in late[:_LATE_STARTS]]
     if len(late) > _LATE_STARTS:

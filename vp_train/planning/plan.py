@@ -222,6 +222,11 @@ def _draft(
 
 
 def _algorithm(name: str) -> VocabAlgorithm:
+    if name == "auto":
+        raise ConfigError(
+            "vocab.algorithm=auto needs schedule=auto; with another schedule choose one of "
+            f"{', '.join(VOCAB_ALGORITHMS)}"
+        )
     if name not in VOCAB_ALGORITHMS:
         raise ConfigError(
             f"vocab.algorithm={name} is not known; choose one of {', '.join(VOCAB_ALGORITHMS)}, "
