@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from schedules.timeline import Span, Timeline
-from vp_train.metrics.summary import rank_table, summarize
+from vp_train.metrics.summary import rank_table, step_words, summarize
 
 
 def timeline(busy, peaks):
@@ -57,3 +58,14 @@ def test_a_terminal_that_is_too_narrow_cuts_rows_and_never_wraps_them():
         Console(file=out, width=width).print(rank_table(rows(), "ranks"))
         heights.add(len(out.getvalue().splitlines()))
     assert len(heights) == 1
+
+
+@pytest.mark.parametrize(("device", "more"), [("cuda", ""), ("cpu", " (a plan gives every rank")])
+def test_the_step_is_planned_and_measured_in_one_line(device, more):
+    planned, measured = (
+        Timeline(((Span(0, "0F0", "F", 0, 0, 0.0, seconds),),), (), (0.0,), (1,))
+        for seconds in (0.0222, 0.101)
+    )
+    words = step_words(planned, measured, device)
+    assert words.startswith("the step: planned 22.2 ms, took 101 ms" + more)
+    assert (device == "cpu") == ("vp-profile" in words)

@@ -17,7 +17,7 @@ from vp_train.data import Source
 from vp_train.metrics.log import MetricsLog
 from vp_train.metrics.progress import Progress, StepReport
 from vp_train.metrics.run_directory import RunDirectory
-from vp_train.metrics.summary import rank_table, summarize
+from vp_train.metrics.summary import rank_table, step_words, summarize
 from vp_train.model.shape import num_parameters
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.plan import RunPlan, row_advice
@@ -170,6 +170,12 @@ class Reporter:
             )
             self._console.print(
                 rank_table(table, "What was planned and what was measured (one traced step)")
+            )
+            self._console.print(
+                step_words(self._plan.timeline, self._measured, self._config.run.device),
+                highlight=False,
+                soft_wrap=True,
+                markup=False,
             )
         self._console.print(
             f"everything is in {self._directory.path}",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from schedules.render import duration
 from schedules.timeline import Timeline
 from vp_train.units import human_bytes
 
@@ -113,3 +114,11 @@ def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
             human_bytes(row.peak_bytes),
         )
     return table
+
+
+def step_words(planned: Timeline, measured: Timeline, device: str) -> str:
+    """Say how long the traced step was planned to take and took; on a CPU also what to expect."""
+    words = f"the step: planned {duration(planned.makespan)}, took {duration(measured.makespan)}"
+    if device != "cpu":
+        return words
+    return f"{words} (a plan gives every rank a processor of its own; vp-profile measures this one)"
