@@ -63,7 +63,7 @@ class Where:
 
 
 class Report:
-    """What a step finds.  The file is rewritten at once, so that it outlives a crash."""
+    """The findings of a step.  The file is rewritten at once, so that it outlives a crash."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """What a pass computes. The value is the letter of the kind in the text form."""
+    """The kind of a pass: what it computes. The value is its letter in the text form."""
 
     F = "F"  # forward of one stage
     B = "B"  # full backward of one stage
@@ -29,7 +29,7 @@ class Kind(StrEnum):
 
     @property
     def is_vocabulary(self) -> bool:
-        """Whether such a pass belongs to a vocabulary shard rather than to a stage of layers."""
+        """Return whether such a pass belongs to a vocabulary shard, not to a stage of layers."""
         return self in _VOCABULARY
 
 

@@ -9,7 +9,7 @@ LAYOUTS = ("linear", "loop", "v")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Which of p = `num_ranks` ranks owns which stage, with `num_chunks` stages per rank.
+    """The owner of every stage among p = `num_ranks` ranks, with `num_chunks` stages per rank.
 
     `linear`: rank s owns stage s. `loop`: rank s mod p owns stage s (interleaved). `v`: rank r owns
     the stages r and 2p-1-r. Raises ValueError for another name or an impossible number of ranks or

@@ -21,7 +21,14 @@ from torch import Tensor
 from vp_train.assembly import RankModel, build_rank
 from vp_train.checkpoint.store import find
 from vp_train.checkpoint.training import load_weights
-from vp_train.config import ConfigError, ParallelConfig, RunConfig, ScheduleConfig, VocabConfig
+from vp_train.config import (
+    ConfigError,
+    CostConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    VocabConfig,
+)
 from vp_train.mesh import build_mesh
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config, override
@@ -125,7 +132,7 @@ def _for_one_process(config: RunConfig, device: str, dtype: str | None) -> RunCo
         schedule=ScheduleConfig(),
         vocab=VocabConfig("none"),
         optim=replace(config.optim, name="adamw", offload=False),
-        cost=type(config.cost)(),
+        cost=CostConfig(),
         num_microbatches=1,
         micro_batch_size=1,
     )

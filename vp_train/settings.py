@@ -366,19 +366,36 @@ def section_help(name: str, config: RunConfig) -> str:
     A setting has its value in `config`, meaning, allowed values, unit and default.
     """
     section = getattr(config, name)
-    lines = [f"{name}: {_paragraphs(type(section))}", ""]
-    types = typing.get_type_hints(type(section))
-    for item in fields(section):
-        setting = setting_of(item)
-        facts = [
-            _values_words(types[item.name], setting),
-            setting.unit,
-            f"default {_value(item.default)}",
-        ]
-        lines.append(f"{name}.{item.name}={_value(getattr(section, item.name))}")
-        lines.append(f"    {setting.meaning}")
-        lines.append(f"    ({'; '.join(filter(None, facts))})")
-    return "\n".join(lines)
+    parts = [_in_full(f"{name}.{item.name}", item, section) for item in fields(section)]
+    return "\n".join([f"{name}: {_paragraphs(type(section))}", "", *parts])
+
+
+def setting_help(name: str, config: RunConfig) -> str:
+    """Return one setting: in full, or its line of `settings_help` if it is in no section."""
+    group, dot, key = name.partition(".")
+    if not dot:
+        lines = map(str.strip, settings_help(config).splitlines())
+        return next(line for line in lines if line.startswith(f"{name}="))
+    section = getattr(config, group)
+    (item,) = (item for item in fields(section) if item.name == key)
+    return _in_full(name, item, section)
+
+
+def setting_names() -> list[str]:
+    """Return the names of all settings: `section.name`, or `name` for those of no section."""
+    names = [f"{name}.{item.name}" for name, kind in sections().items() for item in fields(kind)]
+    return [*names, *(item.name for item in _own_fields())]
+
+
+def _in_full(name: str, item: Any, section: object) -> str:
+    """Return value, meaning, allowed values, unit and default of a field of `section`."""
+    setting, kind = setting_of(item), typing.get_type_hints(type(section))[item.name]
+    facts = [_values_words(kind, setting), setting.unit, f"default {_value(item.default)}"]
+    return (
+        f"{name}={_value(getattr(section, item.name))}\n"
+        f"    {setting.meaning}\n"
+        f"    ({'; '.join(filter(None, facts))})"
+    )
 
 
 def settings_page() -> str:

@@ -7,14 +7,21 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from itertools import takewhile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 from vp_train.config import ConfigError, RunConfig
 from vp_train.failures import EXIT_OK, ending_of_command
-from vp_train.settings import config_text, load_config, section_help, sections, settings_help
+from vp_train.settings import (
+    config_text,
+    load_config,
+    section_help,
+    sections,
+    setting_help,
+    setting_names,
+    settings_help,
+)
 
 _HELP = """\
 {command}: {purpose}
@@ -66,7 +73,10 @@ def _configured(command: Command, arguments: Sequence[str]) -> int:
         _check_name(name, command.name)
     config = load_config(overrides, tuple(command.options))
     if wants_help:
-        pages = [_help_of(name, config) for name in chosen]
+        pages = [
+            section_help(name, config) if name in sections() else setting_help(name, config)
+            for name in chosen
+        ]
         print("\n\n".join(pages) if pages else _help(command, config))
         return EXIT_OK
     if "--print-config" in arguments:
@@ -81,26 +91,12 @@ def _is_name(word: str) -> bool:
 
 def _check_name(name: str, command: str) -> None:
     """Raise ConfigError unless `name` is a group of settings or one setting."""
-    settings = [
-        f"{group}.{item.name}" for group, kind in sections().items() for item in fields(kind)
-    ]
-    names = [*(item.name for item in fields(RunConfig)), *settings]
+    names = [*sections(), *setting_names()]
     if name in names:
         return
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]}?" if close else f"{command} --help names all"
     raise ConfigError(f"{name} is no {'setting' if '.' in name else 'group of settings'}; {hint}")
-
-
-def _help_of(name: str, config: RunConfig) -> str:
-    """Return the help of a group, or the lines of it, or of the first page, about one setting."""
-    group, dot, _ = name.partition(".")
-    if name in sections():
-        return section_help(name, config)
-    lines = (section_help(group, config) if dot else settings_help(config)).splitlines()
-    first = next(k for k, line in enumerate(lines) if line.strip().startswith(f"{name}="))
-    about = takewhile(lambda line: line.startswith("    "), lines[first + 1 :])
-    return "\n".join([lines[first].strip(), *about])
 
 
 def guarded(name: str, body: Callable[[], int]) -> NoReturn:

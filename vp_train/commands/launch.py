@@ -19,6 +19,7 @@ from vp_train.failures import EXIT_OK, explain_deaths
 from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
 from vp_train.planning.degrees import wanted_ranks
 from vp_train.planning.plan import SEARCHING, make_plan
+from vp_train.settings import override
 
 
 def launch(config: RunConfig, overrides: Sequence[str]) -> int:
@@ -42,11 +43,9 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
         solved = run_path(config.run) / "schedule.txt"
         solved.parent.mkdir(parents=True, exist_ok=True)
         solved.write_text(plan.schedule.text())
-        # Quotes, because a path may hold characters with a meaning in an override: = , ( [
-        quoted = str(solved).replace("'", "\\'")
         overrides = [
             *overrides,
-            f"schedule.file='{quoted}'",
+            override("schedule.file", str(solved)),
             f"vocab.algorithm={plan.problem.algorithm.name}",
         ]
     from vp_train.data import prepare_all

@@ -31,8 +31,8 @@ def main() -> None:
 
 
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
-    words = resume_words(config)
-    if words is not None and os.environ.get("RANK", "0") == "0" and not has_launcher():
+    prints = os.environ.get("RANK", "0") == "0" and not has_launcher()
+    if prints and (words := resume_words(config)) is not None:
         print(words, flush=True)
     config = with_origin(config)
     if _is_rank():

@@ -100,8 +100,7 @@ class Chunked:
     """Process the rows in chunks with a running maximum.
 
     [T, R] exists once, as E in the compute dtype.  The first `recompute` (a fraction) of the rows
-    keep
-    nothing: T computes their logits again, which costs a fourth matrix product.
+    keep nothing: T computes their logits again, which costs a fourth matrix product.
     """
 
     def __init__(

@@ -32,17 +32,9 @@ class Products:
 
         The result may be `out` [T, C], which has the dtype of x.
         """
-        if x.is_cuda and x.dtype is not statistics_dtype(x.dtype):
-            return torch.mm(
-                x,
-                rows.T,
-                out_dtype=torch.float32,
-                out=self.scratch("product", out.shape, torch.float32, x.device),
-            )
-        fits = out.dtype is statistics_dtype(out.dtype)
-        return torch.mm(
-            x, rows.T, out=out if fits else self.scratch("product", out.shape, out.dtype, x.device)
-        )
+        if out.dtype is statistics_dtype(out.dtype):
+            return torch.mm(x, rows.T, out=out)
+        return self.matmul(x, rows.T)
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """Return a @ b, in the statistics dtype on CUDA, else in the dtype of a."""
