@@ -143,19 +143,20 @@ def _saved_settings(path: Path) -> dict[str, object]:
 
     try:
         saved = OmegaConf.create(path.read_text())
+        settings = dict(_leaves(saved)) if isinstance(saved, DictConfig) else None
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(
             f"{path} cannot be read ({_first_line(error)}); repair it, or delete it and give all "
             "settings of the run again"
         ) from None
-    if not isinstance(saved, DictConfig):
+    if settings is None:
         raise ConfigError(
             f"{path} holds no settings; repair it, or delete it and give all settings of the run "
             "again"
         )
     return {
         name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        for name, value in _leaves(saved)
+        for name, value in settings.items()
     }
 
 
@@ -319,17 +320,11 @@ def started_from(source: Path) -> Path | None:
 
     It is None if the run started from nothing, or if its config.yaml cannot be read.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     place = source.resolve()
     run = next((path.parent for path in (place, place.parent) if path.name == "checkpoints"), place)
     try:
-        origin = OmegaConf.select(
-            OmegaConf.create((run / "config.yaml").read_text()), "run.init_from"
-        )
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        origin = _saved_settings(run / "config.yaml").get("run.init_from")
+    except ConfigError:
         return None
     return Path(origin).expanduser() if isinstance(origin, str) else None
 
