@@ -59,6 +59,9 @@ from vp_train.settings import load_config
         ("optim.lr=nan", "optim.lr=nan is not a finite number"),
         ("loss.z_loss=inf", "loss.z_loss=inf is not a finite number"),
         ("model.logit_softcap=inf", "model.logit_softcap=inf is not a finite number"),
+        ("model=1", "model=1: a group takes the name of one of its choices"),
+        ("optim=null", "optim=null: a group takes the name of one of its choices"),
+        ("data=true", "data=true: a group takes the name of one of its choices"),
         ("run.name=a/b", "run.name='a/b' is not a directory name"),
     ],
 )

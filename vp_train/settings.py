@@ -76,6 +76,13 @@ def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConf
         raise ConfigError(_first_line(error)) from None
     except HydraException as error:
         raise ConfigError(_first_line(error)) from None
+    except ConfigError:
+        raise
+    except ValueError:  # hydra's, of a group that is given a number, true or null
+        groups = " ".join(word for word in overrides if word.partition("=")[0] in sections())
+        raise ConfigError(
+            f"{groups}: a group takes the name of one of its choices; vp-train --help lists them"
+        ) from None
     assert isinstance(config, RunConfig)
     return config
 
