@@ -24,6 +24,7 @@ ALLOWED = {
     "vp_train.quiet": (),
     "vp_train.durable": (),
     "vp_train.failures": ("vp_train.config",),
+    "vp_train.supervision": ("vp_train.config", "vp_train.failures", "vp_train.supervision"),
     "vp_train.tensors": (),
     "vp_train.communication": (
         "schedules",
@@ -81,6 +82,8 @@ WITHOUT_TORCH = (
     "vp_train.failures",
     "vp_train.planning",
     "vp_train.settings",
+    "vp_train.supervision.ending",
+    "vp_train.supervision.requests",
     "vp_train.units",
     "vp_train.model.shape",
     "vp_train.data.documents",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +16,19 @@ import torch.distributed as dist
 
 from vp_train.communication import flight_recorder
 from vp_train.communication.nccl import set_environment, watch
-from vp_train.config import RunSettings
-from vp_train.failures import EXIT_CONFIG, EXIT_HANG, EXIT_INTERNAL, explain_deaths, peer_failure
+from vp_train.config import ConfigError, RunSettings
+from vp_train.failures import (
+    EXIT_CONFIG,
+    EXIT_HANG,
+    EXIT_INTERNAL,
+    EXIT_IO,
+    EXIT_TIME,
+    Ending,
+    RankEnd,
+    ending_of_rank,
+    peer_failure,
+    root_cause,
+)
 
 SETTINGS = RunSettings(timeout_seconds=300, world_timeout_seconds=1800)
 LOST = [
@@ -81,10 +93,7 @@ def test_a_lost_peer_is_an_internal_end(words, kind):
 def test_a_silent_peer_is_a_hang_of_so_many_seconds(words, seconds, setting, kind):
     failure = peer_failure(kind(words), SETTINGS)
     assert failure.code == EXIT_HANG
-    assert (
-        failure.words
-        == f"another rank has not answered for {seconds} s (run.{setting}_seconds); it may hang"
-    )
+    assert failure.words == f"another rank has not answered for {seconds} s (run.{setting}_seconds)"
 
 
 @pytest.mark.parametrize(
@@ -95,50 +104,117 @@ def test_other_errors_say_nothing_of_peers(error):
     assert peer_failure(error, SETTINGS) is None
 
 
-ABRT, KILL, TERM = -signal.SIGABRT, -signal.SIGKILL, -signal.SIGTERM
+ABRT, KILL, SEGV = signal.SIGABRT, signal.SIGKILL, signal.SIGSEGV
+
+
+def end(rank, code, words="", *, follows=False):
+    """A rank that said how it ends."""
+    return RankEnd(rank, code, Ending(code, words, follows=follows), "node1")
+
+
+LOST = "rank 3: another rank went away"
+ABORTED = "rank 1 was aborted by NCCL's watchdog: another rank has not answered for 300 s"
 
 
 @pytest.mark.parametrize(
-    ("codes", "recorded", "code", "words"),
+    ("ends", "code", "words"),
     [
-        ({2: EXIT_INTERNAL, 0: EXIT_CONFIG}, (), EXIT_CONFIG, ""),
-        ({2: EXIT_INTERNAL, 0: EXIT_INTERNAL}, (), EXIT_INTERNAL, ""),
+        ([], 0, ""),
+        ([RankEnd(0, EXIT_CONFIG), RankEnd(1, EXIT_INTERNAL)], EXIT_CONFIG, ""),
+        # Whatever died first, what a rank found wrong is the cause ...
+        ([end(3, EXIT_INTERNAL, LOST, follows=True), end(1, EXIT_IO, "full")], EXIT_IO, "full"),
+        ([RankEnd(0, -KILL), end(1, EXIT_CONFIG, "spike")], EXIT_CONFIG, "spike"),
+        ([RankEnd(2, 0), end(1, EXIT_INTERNAL, "bug")], EXIT_INTERNAL, "bug"),
+        # ... and of all who found the same, one has the words.
+        ([end(2, EXIT_CONFIG), end(0, EXIT_CONFIG, "not finite")], EXIT_CONFIG, "not finite"),
+        ([end(2, EXIT_TIME), end(1, EXIT_TIME), end(0, EXIT_TIME, "left")], EXIT_TIME, "left"),
         (
-            {2: EXIT_INTERNAL, 1: KILL},
-            (),
-            128 + 9,
-            "rank 1 was killed by signal 9; the other ranks were stopped",
+            [end(3, EXIT_INTERNAL, LOST, follows=True), RankEnd(2, -KILL, None, "node7")],
+            128 + KILL,
+            "rank 2 on node7 was killed by SIGKILL (somebody, or the kernel as memory ran out); "
+            "the other ranks were stopped",
         ),
         (
-            {0: ABRT, 1: KILL},
-            (0,),
-            128 + 9,
-            "rank 1 was killed by signal 9; the other ranks were stopped",
+            [end(3, EXIT_INTERNAL, LOST, follows=True), RankEnd(2, -SEGV)],
+            128 + SEGV,
+            "rank 2 was killed by SIGSEGV; the other ranks were stopped",
         ),
-        ({0: ABRT, 1: EXIT_HANG}, (0,), EXIT_HANG, ""),
         (
-            {0: TERM, 1: KILL},
-            (),
-            128 + 9,
-            "rank 1 was killed by signal 9; the other ranks were stopped",
+            [end(2, EXIT_INTERNAL, "cut off"), RankEnd(1, -KILL), end(0, EXIT_HANG, "waited")],
+            128 + KILL,
+            "rank 1 was killed by SIGKILL (somebody, or the kernel as memory ran out); "
+            "the other ranks were stopped",
         ),
-        ({0: TERM, 1: EXIT_INTERNAL}, (), EXIT_INTERNAL, ""),
-        ({0: TERM}, (), 128 + 15, "rank 0 was killed by signal 15; the other ranks were stopped"),
-        ({0: ABRT}, (), 128 + 6, "rank 0 was killed by signal 6; the other ranks were stopped"),
         (
-            {2: EXIT_INTERNAL, 0: ABRT, 1: ABRT},
-            (1,),
+            [end(3, EXIT_INTERNAL, LOST, follows=True), RankEnd(1, 0, None, "node7")],
+            EXIT_INTERNAL,
+            "rank 1 on node7 left with code 0 while others still ran; something in it called exit",
+        ),
+        (
+            [end(3, EXIT_INTERNAL, LOST, follows=True), end(0, EXIT_HANG, "rank 2 hangs")],
             EXIT_HANG,
-            "rank 1 was aborted by NCCL's watchdog: another rank has not answered for 300 s "
-            "(run.timeout_seconds); it may hang; its last communications: logs/1",
+            "rank 2 hangs",
+        ),
+        ([end(3, EXIT_INTERNAL, LOST, follows=True)], EXIT_INTERNAL, LOST),
+        ([RankEnd(0, -ABRT), end(1, EXIT_HANG, "rank 2 hangs")], EXIT_HANG, "rank 2 hangs"),
+        (
+            [RankEnd(0, -ABRT), RankEnd(2, -KILL)],
+            128 + KILL,
+            "rank 2 was killed by SIGKILL (somebody, or the kernel as memory ran out); "
+            "the other ranks were stopped",
+        ),
+        (
+            [RankEnd(2, EXIT_INTERNAL), RankEnd(0, -ABRT), RankEnd(1, -ABRT)],
+            EXIT_HANG,
+            f"{ABORTED} (run.timeout_seconds); its last communications: logs/1",
+        ),
+        (
+            [RankEnd(2, EXIT_INTERNAL), RankEnd(0, -ABRT)],
+            128 + ABRT,
+            "rank 0 was killed by SIGABRT; the other ranks were stopped",
         ),
     ],
 )
-def test_a_job_ends_with_the_cause_and_not_with_what_followed(codes, recorded, code, words):
-    failure = explain_deaths(
-        codes, SETTINGS, lambda rank: Path(f"logs/{rank}") if rank in recorded else None
-    )
-    assert (failure.code, failure.words) == (code, words)
+def test_a_job_ends_with_the_cause_and_not_with_what_followed(ends, code, words):
+    def record_of(rank):
+        return Path("logs/1") if rank == 1 else None
+
+    cause = root_cause(ends, SETTINGS, record_of)
+    assert (cause.code, cause.words) == (code, words)
+
+
+def raised(error):
+    """The error after it was raised and caught."""
+    try:
+        raise error
+    except type(error) as caught:
+        return caught
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("first\nsecond"), "rank 2 failed at step 7: ValueError: first second;"),
+        (ValueError("x" * 5000), f"rank 2 failed at step 7: ValueError: {'x' * 400}...;"),
+        (SystemExit(3), "rank 2 failed at step 7: something called sys.exit(3);"),
+        (MemoryError(), "rank 2 failed at step 7: MemoryError; vp-plan with the same settings"),
+    ],
+)
+def test_a_failure_is_one_line_and_its_traceback_goes_into_the_log(error, words):
+    ending = ending_of_rank(raised(error), SETTINGS, 2, 7)
+    assert ending.code == EXIT_INTERNAL
+    assert ending.words.startswith(words)
+    assert ending.words.endswith("its traceback: runs/default/logs/rank-2.log")
+    assert "\n" not in ending.words
+    assert ending.log.startswith("Traceback")
+
+
+def test_a_failure_names_the_last_line_of_this_package():
+    try:
+        RunSettings(steps=0)
+    except ConfigError as error:
+        ending = ending_of_rank(error, SETTINGS, 0, 1)
+    assert re.search(r" \(in \w+, vp_train/config\.py:\d+\); its traceback", ending.words)
 
 
 LAUNCHER = """
@@ -181,7 +257,7 @@ def test_a_rank_that_nccl_aborts_is_a_hang_whose_record_is_named(tmp_path):
     assert done.returncode == EXIT_HANG, done.stderr
     assert done.stderr == (
         "vp-train: rank 1 was aborted by NCCL's watchdog: another rank has not answered for 9 s "
-        f"(run.timeout_seconds); it may hang; its last communications: {record}\n"
+        f"(run.timeout_seconds); its last communications: {record}\n"
     )
 
 
@@ -192,7 +268,7 @@ def test_any_other_abort_is_a_signal_whatever_an_earlier_run_has_left(tmp_path):
     os.utime(record, (1e9, 1e9))
     done = launch_ranks_that("true", tmp_path)
     assert done.returncode == 128 + signal.SIGABRT
-    assert done.stderr == "vp-train: rank 1 was killed by signal 6; the other ranks were stopped\n"
+    assert done.stderr == "vp-train: rank 1 was killed by SIGABRT; the other ranks were stopped\n"
 
 
 class Backend:

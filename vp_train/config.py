@@ -815,6 +815,18 @@ class RunSettings:
         unit="steps",
         least=0,
     )
+    checkpoint_minutes: float = setting(
+        0.0,
+        "Minutes between two checkpoints, besides checkpoint_every; 0 turns them off.",
+        unit="min",
+        least=0,
+    )
+    max_minutes: float = setting(
+        0.0,
+        "Minutes after which the run saves a checkpoint and exits with 75; 0: no limit.",
+        unit="min",
+        least=0,
+    )
     keep_checkpoints: int = setting(2, "Newest checkpoints that are kept.", least=1)
     resume: bool = setting(False, "Go on from the newest checkpoint of this run.")
     init_from: str | None = setting(

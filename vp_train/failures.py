@@ -11,8 +11,8 @@ import math
 import re
 import signal
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vp_train.config import ConfigError, RunSettings
@@ -21,7 +21,9 @@ from vp_train.config import ConfigError, RunSettings
 EXIT_OK = 0
 EXIT_INTERNAL = 70  # a bug, or a peer that died
 EXIT_IO = 74  # disk full, directory not writable
-EXIT_TIME = 75  # a search ran out of time without a result; a longer one may have one
+# Stopped on request with a checkpoint: start it again.  Also a search that ran out of time without
+# a result; a longer one may have one.
+EXIT_TIME = 75
 # Something that the user must change, also a diverging run: starting again cannot help.
 EXIT_CONFIG = 78
 EXIT_HANG = 124  # a rank did not answer in time
@@ -69,27 +71,95 @@ class SharedFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a process or a job ends: its exit code, and the words for stderr; "" for none."""
+    """How a process or a job ends.
+
+    words: at most ten lines for stderr; "" for none.
+    log: what goes into the log of the rank, such as a traceback.
+    follows: whether the failure only follows from that of another rank.
+    """
 
     code: int
     words: str
+    log: str = ""
+    follows: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RankEnd:
+    """The end of one rank as its launcher sees it.
+
+    code: the exit code; -n stands for signal n, which somebody else than the launcher has sent.
+    ending: what the rank said of its end, None if it could say nothing.
+    """
+
+    rank: int
+    code: int
+    ending: Ending | None = None
+    host: str = ""
+
+    @property
+    def name(self) -> str:
+        """The rank, and the host that it was on if that is known."""
+        return f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
+
+
+def log_of(settings: RunSettings, rank: int) -> Path:
+    """Return the file with the traceback of a rank that has failed."""
+    return settings.directory / "logs" / f"rank-{rank}.log"
+
+
+_MOST_CHARACTERS = 400  # of the message of an exception; the log has it whole
 
 
 def ending_of_rank(error: BaseException, settings: RunSettings, rank: int, step: int) -> Ending:
     """Return how rank `rank` ends after `error` at step `step`; ConfigError is not for this."""
     if isinstance(error, SharedFailure):
         return Ending(error.exit_code, f"vp-train: {error}" if rank == 0 else "")
-    if isinstance(error, BrokenPipeError | SystemExit):  # rich turns the first into the second
+    if isinstance(error, BrokenPipeError) or (  # rich turns it into SystemExit
+        isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
+    ):
         words = f"nobody reads the output any more, stopped at step {step}"
         return Ending(128 + signal.SIGPIPE, f"vp-train: {words}")
+    log = "".join(traceback.format_exception(error))
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         way_out = "run.resume=true goes on from the newest checkpoint there is"
         words = f"{error}, at step {step}; once that is mended, {way_out}"
-        return Ending(EXIT_IO, f"vp-train: {words}")
+        return Ending(EXIT_IO, f"vp-train: {words}", log)
     if (failure := peer_failure(error, settings)) is not None:
-        return Ending(failure.code, f"rank {rank}: stopped at step {step}, {failure.words}")
-    text = "".join(traceback.format_exception(error))
-    return Ending(EXIT_INTERNAL, f"rank {rank} failed at step {step}\n{text}")
+        words = f"rank {rank}: stopped at step {step}, {failure.words}"
+        return replace(failure, words=words, log=log)
+    way_out = _MEMORY_ADVICE if _is_out_of_memory(error) else ""
+    words = f"rank {rank} failed at step {step}: {_in_one_line(error)}{_place_of(error)}{way_out}"
+    return Ending(EXIT_INTERNAL, f"{words}; its traceback: {log_of(settings, rank)}", log)
+
+
+_MEMORY_ADVICE = (
+    "; vp-plan with the same settings says what every rank keeps, and a smaller micro_batch_size "
+    "or parallel.recompute=full keeps less"
+)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    is_torch = type(error).__name__ == "OutOfMemoryError"  # this module does without torch
+    return is_torch or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def _in_one_line(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"something called sys.exit({error.code!r})"
+    said = " ".join(str(error).split())
+    said = said if len(said) <= _MOST_CHARACTERS else f"{said[:_MOST_CHARACTERS]}..."
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _place_of(error: BaseException) -> str:
+    """Return the last line of this package that `error` went through, in words."""
+    ours = f"{Path(__file__).parent.name}/"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        _, package, file = frame.filename.rpartition(f"/{ours}")
+        if package:
+            return f" (in {frame.name}, {ours}{file}:{frame.lineno})"
+    return ""
 
 
 def ending_of_command(error: BaseException, name: str) -> Ending:
@@ -105,7 +175,7 @@ def ending_of_command(error: BaseException, name: str) -> Ending:
     return Ending(EXIT_INTERNAL, "".join(traceback.format_exception(error)).rstrip())
 
 
-LOST_PEER = Ending(EXIT_INTERNAL, "another rank went away")
+LOST_PEER = Ending(EXIT_INTERNAL, "another rank went away", follows=True)
 
 
 def peer_failure(error: BaseException, settings: RunSettings) -> Ending | None:
@@ -130,37 +200,62 @@ def silent_peer(seconds: float, settings: RunSettings) -> Ending:
     """
     is_of_step = math.isclose(seconds, settings.timeout_seconds, abs_tol=0.01)
     setting = "timeout_seconds" if is_of_step else "world_timeout_seconds"
-    words = f"another rank has not answered for {seconds:g} s (run.{setting}); it may hang"
+    words = f"another rank has not answered for {seconds:g} s (run.{setting})"
     return Ending(EXIT_HANG, words)
 
 
-def explain_deaths(
-    codes: Mapping[int, int],
+def root_cause(
+    ends: Sequence[RankEnd],
     settings: RunSettings,
-    record_of: Callable[[int], Path | None],
+    record_of: Callable[[int], Path | None] = lambda rank: None,
 ) -> Ending:
-    """Return the exit code of a job and the sentence to print, from the exit codes of its ranks.
+    """Return how a job ends whose ranks ended as `ends` says, in the order in which they died.
 
-    `codes` are those of failed ranks in the order in which they died; -n stands for signal n.
-    `record_of` returns the flight recorder's file of a rank if NCCL's watchdog wrote it before an
-    abort.  Causes come before consequences, in this order: a rank with an exit code of its own, a
-    killed rank, a rank that waited in vain, ranks that only lost a peer, and ranks that torch
-    stopped because another one failed.  The sentence is empty if the rank has printed its own.
+    Leave out ranks that the launcher itself has killed.  `record_of` returns the flight recorder's
+    file of a rank if NCCL's watchdog wrote it before it aborted the rank.  Causes come before
+    consequences: what a rank found wrong, a rank that was killed, one that raised, one that left
+    too early, one that waited in vain, one that NCCL's watchdog aborted, and ranks that only lost
+    another one.
     """
-    own = [code for code in codes.values() if code > 0 and code != EXIT_INTERNAL]
-    if own:
-        return Ending(own[0], "")
-    signals = {rank: signal.Signals(-code) for rank, code in codes.items() if code < 0}
-    aborted = [rank for rank, number in signals.items() if number == signal.SIGABRT]
-    stopped = [rank for rank, number in signals.items() if number == signal.SIGTERM]  # by torch
-    killed = [rank for rank in signals if rank not in aborted and rank not in stopped]
-    for rank in () if killed else aborted:
-        if (record := record_of(rank)) is not None:
+    failed = [end for end in ends if end.code]
+    own = [end for end in failed if end.code > 0 and not _follows(end)]
+    found = [end for end in own if end.code not in (EXIT_HANG, EXIT_INTERNAL)]
+    aborted = [end for end in failed if end.code == -signal.SIGABRT]
+    killed = [end for end in failed if end.code < 0 and end not in aborted]
+    raised = [end for end in own if end.code == EXIT_INTERNAL]
+    early = [end for end in ends if not end.code] if failed else []
+    hung = [end for end in own if end.code == EXIT_HANG]
+    if found:  # all ranks may have found the same, and only one of them says it
+        same = [end for end in found if end.code == found[0].code]
+        return Ending(same[0].code, next(filter(None, map(_words_of, same)), ""))
+    if killed:
+        return _killed(killed[0])
+    if early and not raised:
+        words = "left with code 0 while others still ran; something in it called exit"
+        return Ending(EXIT_INTERNAL, f"{early[0].name} {words}")
+    for end in (*raised, *hung):
+        return Ending(end.code, _words_of(end))
+    for end in aborted:
+        if (record := record_of(end.rank)) is not None:
             waited = silent_peer(settings.timeout_seconds, settings)
-            words = f"rank {rank} was aborted by NCCL's watchdog: {waited.words}"
+            words = f"{end.name} was aborted by NCCL's watchdog: {waited.words}"
             return Ending(waited.code, f"{words}; its last communications: {record}")
-    lost_a_peer = EXIT_INTERNAL in codes.values()
-    for rank in (*killed, *aborted, *(() if lost_a_peer else stopped)):
-        words = f"rank {rank} was killed by signal {signals[rank]:d}; the other ranks were stopped"
-        return Ending(128 + signals[rank], words)
-    return Ending(EXIT_INTERNAL, "")
+    if aborted:
+        return _killed(aborted[0])
+    return Ending(failed[0].code, _words_of(failed[0])) if failed else Ending(EXIT_OK, "")
+
+
+def _follows(end: RankEnd) -> bool:
+    """Return whether a rank failed only because another one did, as far as one can tell."""
+    return end.code == EXIT_INTERNAL if end.ending is None else end.ending.follows
+
+
+def _words_of(end: RankEnd) -> str:
+    return "" if end.ending is None else end.ending.words
+
+
+def _killed(end: RankEnd) -> Ending:
+    number = signal.Signals(-end.code)
+    why = " (somebody, or the kernel as memory ran out)" if number == signal.SIGKILL else ""
+    words = f"{end.name} was killed by {number.name}{why}; the other ranks were stopped"
+    return Ending(128 + number, words)

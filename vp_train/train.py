@@ -6,14 +6,13 @@ with an exit code.  `Run.train_step` is one optimizer step.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
@@ -22,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from schedules.lower import Action
 from schedules.timeline import Span, Timeline
 from vp_train.assembly import RankModel, build_rank, rank_device
 from vp_train.checkpoint.store import CheckpointError, find, latest
@@ -33,11 +33,14 @@ from vp_train.data import Batch, Source, open_source
 from vp_train.data.ahead import Ahead
 from vp_train.failures import (
     EXIT_CONFIG,
+    EXIT_HANG,
     EXIT_OK,
+    EXIT_TIME,
     LOST_PEER,
     Ending,
     SharedFailure,
     ending_of_rank,
+    log_of,
     silent_peer,
 )
 from vp_train.mesh import Mesh, build_mesh
@@ -47,6 +50,10 @@ from vp_train.metrics.run_directory import RunDirectory, run_path
 from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning_rate
 from vp_train.pipeline.recorder import Recorder, joined_communications, timer_of
 from vp_train.planning.plan import RunPlan, make_plan
+from vp_train.supervision import requests as asked
+from vp_train.supervision.ending import leave
+from vp_train.supervision.heartbeat import Heartbeat, Place
+from vp_train.supervision.requests import Requests
 
 _MAX_SKIPS = 10  # with run.on_nonfinite=skip, so many non-finite steps in a row end the run
 
@@ -66,29 +73,20 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
     """
     if config.run.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch.compile would allocate memory on a GPU
-    plan = make_plan(config, num_ranks)
-    source = open_source(config)
-    directory = RunDirectory(config.run) if rank == 0 else None
-    step, started = 0, time.time()
-    timeout_seconds = config.run.world_timeout_seconds  # until all ranks have connected
-    watches: list[Event] = []
-
-    def leave_with_nccl(error: str) -> None:
-        """End the process with a message before torch's NCCL watchdog aborts it."""
-        failure = silent_peer(timeout_seconds, config.run) if error == "TIMEOUT" else LOST_PEER
-        record = flight_recorder.file_of(os.environ, run_path(config.run), rank)
-        last = (
-            f"; its last communications: {record}"
-            if flight_recorder.wait_for(record, started)
-            else ""
-        )
-        words = f"rank {rank}: stopped at step {step}, {failure.words}{last}"
-        _leave(Ending(failure.code, words))
-
+    requests = Requests.of_rank(rank, config.run)
+    requests.listen()
+    heartbeat = Heartbeat.of_job(os.environ, rank)
+    watcher = _Watcher(config.run, rank, num_ranks, heartbeat)
     try:
-        mesh = _connect(config, plan, lambda groups: watches.append(watch(groups, leave_with_nccl)))
-        timeout_seconds = config.run.timeout_seconds
-        run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
+        plan = make_plan(config, num_ranks)
+        source = open_source(config)
+        directory = RunDirectory(config.run) if rank == 0 else None
+        mesh = _connect(config, plan, watcher.watch)
+        watcher.timeout_seconds = config.run.timeout_seconds
+        run = Run(config, plan, mesh, source, build_rank(config, plan, mesh), requests)
+        watcher.run = run
+        if heartbeat is not None:
+            heartbeat.follow(run.place)
         run.load()
         if run.first_step > config.run.steps:
             _leave_done(run.first_step - 1, config.run, rank)
@@ -104,11 +102,64 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
-        _leave(ending_of_rank(error, config.run, rank, step))
-    for watched in watches:
-        watched.set()
+        watcher.leave(error)
+    watcher.stop()
     dist.destroy_process_group()
-    _leave(Ending(EXIT_OK, ""))
+    leave(run.ending())
+
+
+class _Watcher:
+    """Ends this rank with a message when it, or another rank, fails."""
+
+    def __init__(
+        self, settings: RunSettings, rank: int, num_ranks: int, heartbeat: Heartbeat | None
+    ) -> None:
+        self._settings, self._rank, self._num_ranks = settings, rank, num_ranks
+        self._heartbeat, self._started = heartbeat, time.time()
+        self._watches: list[Event] = []
+        self.run: Run | None = None
+        self.timeout_seconds = settings.world_timeout_seconds  # until all ranks have connected
+
+    def watch(self, groups: Sequence[dist.ProcessGroup]) -> None:
+        """Watch the NCCL communicators of `groups`."""
+        self._watches.append(watch(groups, self._leave_with_nccl))
+
+    def stop(self) -> None:
+        """End the watch and the heartbeat."""
+        for watched in self._watches:
+            watched.set()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+
+    @property
+    def _step(self) -> int:
+        return 0 if self.run is None else self.run.step
+
+    def leave(self, error: BaseException) -> NoReturn:
+        """End the process after `error`."""
+        self._leave(ending_of_rank(error, self._settings, self._rank, self._step))
+
+    def _leave_with_nccl(self, error: str) -> None:
+        """End the process before torch's NCCL watchdog aborts it."""
+        silent = silent_peer(self.timeout_seconds, self._settings)
+        failure = silent if error == "TIMEOUT" else LOST_PEER
+        record = flight_recorder.file_of(os.environ, run_path(self._settings), self._rank)
+        last = (
+            f"; its last communications: {record}"
+            if flight_recorder.wait_for(record, self._started)
+            else ""
+        )
+        words = f"rank {self._rank}: stopped at step {self._step}, {failure.words}{last}"
+        self._leave(replace(failure, words=words))
+
+    def _leave(self, ending: Ending) -> NoReturn:
+        """End the process; if it has waited in vain, say which rank has not answered."""
+        if ending.code == EXIT_HANG and self._heartbeat is not None:
+            stall = self._heartbeat.look(self._num_ranks)
+            if stall is not None:
+                words, log = f"{ending.words}; {stall.words()}", f"{ending.log}\n{stall.table()}"
+                ending = replace(ending, words=words, log=log)
+        leave(ending, log_of(self._settings, self._rank))
 
 
 def _connect(
@@ -162,20 +213,7 @@ def _leave_done(done: int, settings: RunSettings, rank: int) -> NoReturn:
             f"step {done}; give at least {done}"
         )
     words = f"{run_path(settings)} has done all of its {done} steps; run.steps=N goes on to step N"
-    _leave(Ending(EXIT_OK, words if rank == 0 else ""))
-
-
-def _leave(ending: Ending) -> NoReturn:
-    """Write the words to stderr and end the process at once, without running destructors.
-
-    Destructors of process groups would wait for peers, or abort while their threads still run.
-    """
-    if ending.words:
-        sys.stderr.write(f"{ending.words}\n")  # a single write, so that lines of ranks do not mix
-    sys.stderr.flush()
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-    os._exit(ending.code)
+    leave(Ending(EXIT_OK, words if rank == 0 else ""))
 
 
 def _spans(values: list[list[Any]]) -> list[Span]:
@@ -188,17 +226,29 @@ class _Memory:
     """The state between steps that is neither in the model nor in the optimizer."""
 
     skipped_in_a_row: int = 0
-    saved_step: int = 0
 
 
 class Run:
-    """The training of one rank: its model, optimizer and data, and the actions of a step."""
+    """The training of one rank: its model, optimizer and data, and the actions of a step.
+
+    step: the step that runs or has run last, 0 before the first one.
+    """
 
     def __init__(
-        self, config: RunConfig, plan: RunPlan, mesh: Mesh, source: Source, model: RankModel
+        self,
+        config: RunConfig,
+        plan: RunPlan,
+        mesh: Mesh,
+        source: Source,
+        model: RankModel,
+        requests: Requests | None = None,
     ) -> None:
         self.config, self.plan, self.mesh = config, plan, mesh
         self.source, self.model = source, model
+        self.step = 0
+        self._requests = requests or Requests()
+        self._left: str | None = None  # why the run leaves before its last step
+        self._doing = "loading"
         self._checkpoints = run_path(config.run) / "checkpoints"
         self._memory = _Memory()
         self._batches = Ahead(
@@ -220,9 +270,25 @@ class Run:
         trace_step = self.config.run.trace_step
         return max(trace_step, self.first_step) if trace_step else 0
 
-    def steps(self) -> range:
-        """Return the steps that remain, counted from 1."""
-        return range(self.first_step, self.config.run.steps + 1)
+    def steps(self) -> Iterator[int]:
+        """Yield the steps that remain, counted from 1, until the run is asked to leave."""
+        for step in range(self.first_step, self.config.run.steps + 1):
+            if self._left is not None:
+                return
+            self.step = step
+            yield step
+
+    def place(self) -> Place:
+        """Return where this rank stands; another thread calls it.
+
+        On CUDA the host runs ahead of the device, so the device may not have come so far.
+        """
+        executor = self.model.evaluator if self._doing == "validating" else self.model.trainer
+        in_program = self._doing in ("validating", "training")
+        op = executor.operation if in_program else None
+        where = "" if op is None else f", {op}"
+        waits = op is not None and op.action in (Action.ARRIVE, Action.WAIT)
+        return Place(f"step {self.step}, {self._doing}{where}", waits)
 
     def train_step(self, step: int, reporter: Reporter | None) -> None:
         """Run optimizer step `step`, and the validation, trace and checkpoint that are due then.
@@ -230,6 +296,7 @@ class Run:
         Only one rank of the run has a `reporter`.
         """
         started = time.perf_counter()
+        self._doing = "training"
         batch = self._batches.take(step)
         self.model.gradients.zero()
         if step == self._traced_step:
@@ -239,7 +306,11 @@ class Run:
             traced = None
         self.model.optimizer.reduce()
         norm = self.model.optimizer.squared_norm() / self.model.loss_scale.value**2
-        health = gather_health(self._own(loss), norm, self.mesh.steps, self._peak_bytes())
+        self._doing = "comparing with other ranks"
+        request = self._requests.current()
+        health = gather_health(
+            self._own(loss), norm, self.mesh.steps, self._peak_bytes(), request=request
+        )
         rate = self._update(step, health)
         seconds = time.perf_counter() - started
         if reporter is not None:
@@ -255,8 +326,16 @@ class Run:
                 reporter.validation(step, validation)
         if reporter is not None:
             reporter.record()
-        if self._is_due(step, self.config.run.checkpoint_every):
+        self._doing = "saving"
+        if asked.leaves(health.request):
+            self._left = asked.words(health.request, health.requesting_rank)
+        if self._is_due(step, self.config.run.checkpoint_every) or (health.request and self._saves):
             self._save(step, reporter)
+
+    @property
+    def _saves(self) -> bool:
+        """Whether this run writes checkpoints at all."""
+        return self.config.run.checkpoint_every > 0 or self.config.run.checkpoint_minutes > 0
 
     def _is_due(self, step: int, every: int) -> bool:
         """Return whether something that happens every `every` steps, and at the end, is due."""
@@ -302,6 +381,7 @@ class Run:
 
     def _validate(self) -> float:
         """Return the mean validation loss, the same on all ranks."""
+        self._doing = "validating"
         batch = self.source.validation_batch(self.mesh.data_rank, self.mesh.degrees.dp)
         loss = self.model.evaluator.step(batch.tokens, batch.labels, segments=batch.segments)
         return gather_health(self._own(loss), None, self.mesh.steps).loss
@@ -311,13 +391,17 @@ class Run:
         return loss if self.model.reports_loss else None
 
     def _save(self, step: int, reporter: Reporter | None) -> None:
-        """Write a checkpoint.  A failure is a warning, except at the last step, where it raises."""
+        """Write a checkpoint.
+
+        A failure is a warning, except after the last step before the run ends, where it raises.
+        """
+        self._requests.saved()
         try:
             save_run(
                 self._checkpoints, step, self.config, self.model, self.mesh, self.source.contents
             )
         except CheckpointError as error:
-            if step == self.config.run.steps:
+            if step == self.config.run.steps or self._left is not None:
                 raise
             if reporter is not None:
                 reporter.say(
@@ -375,6 +459,19 @@ class Run:
                 self.plan.timeline.peak_in_flight,
             )
             reporter.trace(timeline, parameters)
+
+    def ending(self) -> Ending:
+        """Return how this rank ends after `finish`; the first rank has the words."""
+        if self._left is None or self.step == self.config.run.steps:
+            return Ending(EXIT_OK, "")
+        self._requests.clear()
+        saved = (
+            "a checkpoint is saved, run.resume=true goes on"
+            if self._saves
+            else "no checkpoint is saved, for run.checkpoint_every=0"
+        )
+        words = f"vp-train: stopped after step {self.step}, because {self._left}; {saved}"
+        return Ending(EXIT_TIME, words if self.mesh.rank == 0 else "")
 
     def finish(self, reporter: Reporter | None) -> None:
         """Finish the last step's communication, and report the peak memory of every stage."""

@@ -15,7 +15,7 @@ from vp_train.commands.local_ranks import Stopped, run_ranks
 from vp_train.commands.orphans import launching
 from vp_train.communication import flight_recorder
 from vp_train.config import ConfigError, RunConfig
-from vp_train.failures import EXIT_OK, explain_deaths
+from vp_train.failures import EXIT_OK, RankEnd, root_cause
 from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
 from vp_train.planning.degrees import wanted_ranks
 from vp_train.planning.plan import SEARCHING, make_plan
@@ -25,7 +25,7 @@ from vp_train.settings import override
 def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     """Check the plan, prepare the data and run the ranks.
 
-    Returns the exit code of the job: 0, or that of the failure that `explain_deaths` finds.
+    Returns the exit code of the job: 0, or that of the failure that `root_cause` finds.
     """
     num_ranks = wanted_ranks(config.parallel)
     plan = None if config.schedule.is_solved else make_plan(config, num_ranks)
@@ -70,7 +70,7 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
         return 128 + stopped.number
     if not deaths:
         return EXIT_OK
-    failure = explain_deaths(deaths, config.run, record_of)
+    failure = root_cause([RankEnd(*death) for death in deaths.items()], config.run, record_of)
     if failure.words:
         print(f"vp-train: {failure.words}", file=sys.stderr)
     return failure.code

@@ -51,11 +51,12 @@ def run_ranks(command: Sequence[str], num_ranks: int) -> dict[int, int]:
                 codes |= _ended(ranks, codes)
                 time.sleep(_POLL_SECONDS)
         finally:
-            killed = _end(ranks)
-        # A rank that did not heed SIGTERM is no cause of the end.
+            _end(ranks)
+        # What ends a rank here is no cause of the end.
         codes |= {
-            rank: -signal.SIGTERM if rank in killed else code
+            rank: code
             for rank, code in _ended(ranks, codes).items()
+            if code not in (-signal.SIGTERM, -signal.SIGKILL)
         }
     if signals:
         raise Stopped(signals[0])
@@ -127,14 +128,9 @@ def _ended(
     return {rank: code for rank, code in codes.items() if code is not None}
 
 
-def _end(ranks: Mapping[int, subprocess.Popen[bytes]]) -> set[int]:
-    """End the ranks that still run, and what ranks have started: each has a process group.
-
-    Returns the ranks that ended only by SIGKILL.
-    """
-    left: set[int] = set()
+def _end(ranks: Mapping[int, subprocess.Popen[bytes]]) -> None:
+    """End the ranks that still run, and what ranks have started: each has a process group."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        left = {rank for rank, process in ranks.items() if process.poll() is None}
         for process in ranks.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
@@ -142,4 +138,3 @@ def _end(ranks: Mapping[int, subprocess.Popen[bytes]]) -> set[int]:
         for process in ranks.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, until - time.monotonic()))
-    return left

@@ -14,6 +14,7 @@ from vp_train.commands.orphans import die_with_launcher, has_launcher
 from vp_train.config import RunConfig
 from vp_train.metrics.run_directory import run_path
 from vp_train.settings import config_text, resume_words, started_from
+from vp_train.supervision.requests import hold_signals
 
 _TRAIN_EXAMPLES = """\
   vp-train                              4 ranks on this machine, Python's standard library as text
@@ -25,6 +26,7 @@ _TRAIN_EXAMPLES = """\
 def main() -> None:
     """Run the command."""
     if _is_rank():
+        hold_signals()
         die_with_launcher()
     purpose = "trains a decoder with vocabulary and pipeline parallelism"
     run(Command("vp-train", purpose, _train, _TRAIN_EXAMPLES))

@@ -79,18 +79,28 @@ class StepHealth:
 
     grad_norm: the norm over all ranks.
     culprits: which ranks have a non-finite value, and in what.
+    request: the largest request of all ranks (`supervision.requests`), and the first rank with it.
     """
 
     loss: float
     grad_norm: float
     culprits: tuple[tuple[int, str], ...]  # (rank, "loss" or "gradient")
     peak_bytes: float  # memory of the worst rank
+    request: int = 0
+    requesting_rank: int = 0
 
 
 def gather_health(
-    loss: Tensor | None, squared_norm: Tensor | None, group: ControlGroup, peak_bytes: float = 0.0
+    loss: Tensor | None,
+    squared_norm: Tensor | None,
+    group: ControlGroup,
+    peak_bytes: float = 0.0,
+    *,
+    request: int = 0,
 ) -> StepHealth:
-    """Exchange loss, squared gradient norm and memory in one small all-gather over all ranks.
+    """Exchange loss, squared gradient norm, memory and request in one small all-gather.
+
+    It is over all ranks.
 
     The terms are summed in rank order, so all ranks get the same bits.  `loss` and `squared_norm`
     are this rank's terms, [], or None.  If they are on a device, one copy brings both to the host;
@@ -106,16 +116,24 @@ def gather_health(
     both = [
         nothing if term is None else term.to(device, torch.float64) for term in (loss, squared_norm)
     ]
-    own = torch.cat([torch.stack(both).cpu(), torch.tensor([peak_bytes], dtype=torch.float64)])
-    of_ranks = group.all_gather(own)
+    others = torch.tensor([peak_bytes, request], dtype=torch.float64)
+    of_ranks = group.all_gather(torch.cat([torch.stack(both).cpu(), others]))
     culprits = []
-    for rank, (rank_loss, rank_squared, _) in enumerate(of_ranks.tolist()):
+    for rank, (rank_loss, rank_squared, *_) in enumerate(of_ranks.tolist()):
         if not math.isfinite(rank_loss):
             culprits.append((rank, "loss"))
         elif not math.isfinite(rank_squared):
             culprits.append((rank, "gradient"))
-    total_loss, squared, _ = of_ranks.sum(0).tolist()
-    return StepHealth(total_loss, math.sqrt(squared), tuple(culprits), of_ranks[:, 2].max().item())
+    total_loss, squared, *_ = of_ranks.sum(0).tolist()
+    requests = of_ranks[:, 3].tolist()
+    return StepHealth(
+        total_loss,
+        math.sqrt(squared),
+        tuple(culprits),
+        of_ranks[:, 2].max().item(),
+        int(max(requests)),
+        requests.index(max(requests)),
+    )
 
 
 def clip_scale(grad_norm: float, limit: float) -> float:

@@ -142,6 +142,7 @@ class Executor:
 
     def __init__(self, program: Program, rank: int, modules: RankModules, comms: Comms) -> None:
         self._program, self._rank, self._modules, self._comms = program, rank, modules, comms
+        self.operation: Op | None = None  # which runs now or has run last; other threads may look
 
     def step(
         self,
@@ -223,6 +224,7 @@ class Executor:
             trains=not program.forward_only,
         )
         for op in program.ranks[self._rank]:
+            self.operation = op
             step.run[op.action](op)
         losses = step.finish()
         return None if losses is None else losses.view(m, s, b).transpose(1, 2)

@@ -1,0 +1,62 @@
+"""The last words of a rank reach the agent through its pipe, else the terminal, and the log."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vp_train.failures import Ending
+from vp_train.supervision.ending import heard
+
+LEAVE = """
+import sys
+from pathlib import Path
+from vp_train.failures import Ending
+from vp_train.supervision.ending import leave
+leave(Ending(70, "rank 1 failed", "Traceback: long", follows=True), Path(sys.argv[1]))
+"""
+
+
+def leave(log, environment, **options):
+    command = [sys.executable, "-c", LEAVE, str(log)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env=os.environ | environment,
+        check=False,
+        **options,
+    )
+
+
+def test_an_agent_hears_the_words_and_the_log_has_the_traceback(tmp_path):
+    reading, writing = os.pipe()
+    log = tmp_path / "logs" / "rank-1.log"
+    done = leave(log, {"VP_TRAIN_ENDING_FD": str(writing)}, pass_fds=[writing])
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        assert heard(pipe.read()) == Ending(70, "rank 1 failed", follows=True)
+    assert (done.returncode, done.stderr) == (70, "")
+    assert log.read_text() == "Traceback: long"
+
+
+@pytest.mark.parametrize("environment", [{}, {"VP_TRAIN_ENDING_FD": "999"}])
+def test_without_an_agent_the_words_go_to_the_terminal(tmp_path, environment):
+    done = leave(tmp_path / "logs" / "rank-1.log", environment)
+    assert (done.returncode, done.stderr) == (70, "rank 1 failed\n")
+
+
+def test_a_traceback_that_no_log_takes_goes_to_the_terminal(tmp_path):
+    log = tmp_path / "not" / "there" / "rank-1.log"
+    done = leave(log, {})
+    assert done.stderr.startswith(f"rank 1 failed\n{log} cannot be written: ")
+    assert done.stderr.endswith("\nTraceback: long\n")
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b'{"code": 70}', b"\x80\x04N."])
+def test_what_is_no_ending_counts_as_none(text):
+    assert heard(text) is None

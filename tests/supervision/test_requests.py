@@ -1,0 +1,113 @@
+"""Requests from outside: which count, and when."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vp_train.config import RunSettings
+from vp_train.supervision.requests import NOTHING, SIGNALS, Requests, leaves, words
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def handlers():
+    """Restore the handlers of signals after a test."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_nothing_is_asked_for_by_default(tmp_path):
+    clock = Clock()
+    requests = Requests(tmp_path / "STOP", clock=clock)
+    clock.now += 1e9
+    assert requests.current() == NOTHING
+    assert not leaves(NOTHING)
+
+
+def test_the_minutes_between_checkpoints_count_from_the_last_one():
+    clock = Clock()
+    requests = Requests(checkpoint_minutes=10, clock=clock)
+    for _ in range(3):
+        clock.now += 599
+        assert requests.current() == NOTHING
+        clock.now += 1
+        assert requests.current() != NOTHING
+        assert not leaves(requests.current())
+        requests.saved()
+
+
+def test_time_that_is_over_leaves_and_outweighs_a_checkpoint():
+    clock = Clock()
+    requests = Requests(checkpoint_minutes=1, max_minutes=2, clock=clock)
+    clock.now += 119.9
+    assert not leaves(requests.current())
+    clock.now += 0.1
+    requests.saved()
+    assert leaves(requests.current())
+    assert words(requests.current(), 3) == "run.max_minutes is over"
+
+
+def test_a_stop_file_leaves_once(tmp_path):
+    stop = tmp_path / "STOP"
+    requests = Requests(stop)
+    stop.touch()
+    assert leaves(requests.current())
+    assert words(requests.current(), 0) == "the file STOP was there"
+    requests.clear()
+    assert not stop.exists()
+    assert requests.current() == NOTHING
+
+
+def test_only_the_first_rank_looks_at_files_and_the_clock(tmp_path):
+    settings = RunSettings(root=str(tmp_path), name="run", max_minutes=1e-9)
+    time.sleep(0.01)
+    assert leaves(Requests.of_rank(0, settings).current())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "STOP").touch()
+    assert Requests.of_rank(1, settings).current() == NOTHING
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_leaves_and_its_echo_does_no_more(handlers, number):
+    requests = Requests()
+    requests.listen()
+    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), signal.SIGINT)  # of the same Ctrl-C
+    assert leaves(requests.current())
+    assert words(requests.current(), 2) == f"{number.name} to rank 2"
+
+
+IMPATIENT = """
+import os, signal, time
+from vp_train.supervision.requests import Requests, hold_signals
+hold_signals()
+os.kill(os.getpid(), signal.SIGTERM)
+requests = Requests()
+assert not requests.current()
+requests.listen()
+assert requests.current()
+time.sleep(1.1)
+os.kill(os.getpid(), signal.SIGUSR1)
+raise SystemExit("the second signal did not end the process")
+"""
+
+
+def test_a_signal_is_held_until_the_rank_listens_and_a_second_one_ends_it():
+    command = [sys.executable, "-c", IMPATIENT]
+    done = subprocess.run(command, timeout=30, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGUSR1, "")

@@ -1,0 +1,110 @@
+"""Requests to a run from outside: to save, or to save and leave, at the end of the current step.
+
+A rank learns of a request by a signal, and the first rank also by the clock or by a file.  The
+ranks exchange what they know with the health of each step, so that all act after the same step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vp_train.config import RunSettings
+
+# A request is a number, so that it fits into the message of a step.  The largest one of all ranks
+# counts.  _SIGNALS + n is a request to leave by signal n.
+NOTHING = 0
+_SAVE = 1
+_TIME_IS_OVER = 2
+_STOP_FILE = 3
+_SIGNALS = 100
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SAME_REQUEST_SECONDS = 1.0  # a terminal and a launcher may both pass on the same Ctrl-C
+
+
+def leaves(request: int) -> bool:
+    """Return whether the run is to leave, not only to save."""
+    return request >= _TIME_IS_OVER
+
+
+def words(request: int, rank: int) -> str:
+    """Return what asked for `request`, which `rank` was the first to know, for a message."""
+    if request == _TIME_IS_OVER:
+        return "run.max_minutes is over"
+    if request == _STOP_FILE:
+        return "the file STOP was there"
+    return f"{signal.Signals(request - _SIGNALS).name} to rank {rank}"
+
+
+def hold_signals() -> None:
+    """Keep signals back until `Requests.listen`; call it before the long imports of a rank."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+class Requests:
+    """What this rank knows of requests.
+
+    `stop_file` and the times of `settings` are for the first rank; pass None and no times on the
+    others, see `of_rank`.
+    """
+
+    def __init__(
+        self,
+        stop_file: Path | None = None,
+        *,
+        max_minutes: float = 0.0,
+        checkpoint_minutes: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stop_file, self._clock = stop_file, clock
+        self._max_seconds, self._save_seconds = 60 * max_minutes, 60 * checkpoint_minutes
+        self._started = self._saved = clock()
+        self._signal, self._signalled = 0, 0.0
+
+    @classmethod
+    def of_rank(cls, rank: int, settings: RunSettings) -> Requests:
+        """Return the requests that rank `rank` looks for."""
+        if rank:
+            return cls()
+        return cls(
+            settings.directory / "STOP",
+            max_minutes=settings.max_minutes,
+            checkpoint_minutes=settings.checkpoint_minutes,
+        )
+
+    def listen(self) -> None:
+        """Take SIGTERM, SIGINT and SIGUSR1 as requests to leave.  A second one ends the process."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def _note(self, number: int, frame: Any) -> None:
+        now = self._clock()
+        if not self._signal:
+            self._signal, self._signalled = number, now
+        elif now > self._signalled + _SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
+
+    def current(self) -> int:
+        """Return what is asked for now: NOTHING, or a request for `leaves` and `words`."""
+        now = self._clock()
+        if self._signal:
+            return _SIGNALS + self._signal
+        if self._stop_file is not None and self._stop_file.exists():
+            return _STOP_FILE
+        if 0 < self._max_seconds <= now - self._started:
+            return _TIME_IS_OVER
+        return _SAVE if 0 < self._save_seconds <= now - self._saved else NOTHING
+
+    def saved(self) -> None:
+        """Count the minutes to the next checkpoint from now."""
+        self._saved = self._clock()
+
+    def clear(self) -> None:
+        """Remove the stop file, so that it does not stop the next run as well."""
+        if self._stop_file is not None:
+            self._stop_file.unlink(missing_ok=True)
