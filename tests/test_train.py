@@ -28,11 +28,14 @@ from vp_train.config import (
 )
 from vp_train.data import Batch, open_source
 from vp_train.mesh import build_mesh
+from vp_train.metrics.reporter import Reporter
+from vp_train.metrics.run_directory import RunDirectory
 from vp_train.optim.adamw import StepHealth
 from vp_train.optim.loss_scale import LossScale
+from vp_train.optim.verdict import Judge
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
-from vp_train.train import NonFiniteError, Run, _connect
+from vp_train.train import DivergenceError, Run, _connect
 
 
 def test_a_run_learns_and_leaves_everything_in_its_directory(ranks, tmp_path):
@@ -220,14 +223,14 @@ def test_a_nan_loss_stops_a_float16_run_whatever_its_scale():
     scale = LossScale.of("float16")
     run = SimpleNamespace(
         model=SimpleNamespace(loss_scale=scale),
-        _memory=SimpleNamespace(skipped_in_a_row=0),
-        config=RunConfig(),
-        mesh=SimpleNamespace(rank=0),
+        _judge=Judge(RunConfig().run),
+        _say=lambda *_: None,
     )
-    Run._handle_nonfinite(run, 3, StepHealth(1.0, math.inf, ((1, "gradient"),), 0.0))
+    overflow = StepHealth(1.0, math.inf, ((1, "gradient"),), 0.0)
+    assert Run._update(run, 3, overflow, 1.0, None)
     assert scale.value == 2.0**15, "an overflow"
-    with pytest.raises(NonFiniteError, match="step 3: non-finite loss on rank 1"):
-        Run._handle_nonfinite(run, 3, StepHealth(math.nan, math.inf, ((1, "loss"),), 0.0))
+    with pytest.raises(DivergenceError, match="step 3: non-finite loss on rank 1"):
+        Run._update(run, 3, StepHealth(math.nan, math.inf, ((1, "loss"),), 0.0), 1.0, None)
     assert scale.value == 2.0**15
 
 
@@ -268,7 +271,7 @@ def parameters_after(rank, num_ranks, config, poison):
     said = "went on"
     try:
         run.train_step(1, None)
-    except NonFiniteError as error:
+    except DivergenceError as error:
         said = str(error)
     dist.barrier()
     model.optimizer.settle()
@@ -294,6 +297,89 @@ def test_skipping_ends_when_nothing_is_finite_any_more(ranks, tmp_path):
     config = replace(config, model=replace(config.model, init_std=1e30))
     for said in ranks(2).run(train, config):
         assert "10 steps in a row" in said
+
+
+def replicas_with_a_nan(rank, num_ranks, config, optimizer):
+    """Run one step of two replicas of one rank each.  Rank 1 makes a NaN in its backward."""
+    config = replace(config, optim=replace(config.optim, name=optimizer))
+    plan = make_plan(config, num_ranks)
+    mesh = mesh_for(plan)
+    run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
+    if rank == 1:
+        weight = run.model.parameters["final_norm.weight"]
+        weight.register_hook(lambda grad: torch.full_like(grad, torch.nan))
+    try:
+        run.train_step(1, None)
+    except DivergenceError as error:
+        return str(error)
+    return "went on"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "zero1"])
+def test_a_nan_names_the_replica_that_made_it_before_the_sum(ranks, tmp_path, optimizer):
+    config = config_of(tmp_path)
+    config = replace(config, parallel=replace(config.parallel, dp=2, pp=1), num_microbatches=2)
+    for said in ranks(2).run(replicas_with_a_nan, config, optimizer):
+        assert said.startswith("step 1: non-finite gradient on rank 1 (replica 1); ")
+
+
+def with_a_spike(rank, num_ranks, config, spikes):
+    """Train; the losses of the steps `spikes`, counted by data, are told 100 times too high."""
+    plan = make_plan(config, num_ranks)
+    directory = RunDirectory(config.run) if rank == 0 else None
+    mesh = mesh_for(plan)
+    source = open_source(config)
+    run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
+    run.load()
+    reporter = None
+    if directory is not None:
+        reporter = Reporter(config, plan, directory, run.first_step)
+        reporter.start("resolved: true\n", source)
+    steps, batches = [], []
+    inner = run.model.train_step
+
+    def train_step(*arguments, **options):
+        loss = inner(*arguments, **options)
+        batches.append(run.step + run._left_out)
+        return loss if loss is None or batches[-1] not in spikes else 100 * loss
+
+    run.model = Wrapped(run.model, train_step)
+    try:
+        for step in run.steps():
+            steps.append(step)
+            run.train_step(step, reporter)
+        run.finish(reporter)
+    except DivergenceError as error:
+        return steps, batches, str(error)
+    return steps, batches, ""
+
+
+class Wrapped:
+    """A model whose train_step is another function."""
+
+    def __init__(self, model, train_step):
+        self._model, self.train_step = model, train_step
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+
+def test_a_spike_goes_back_to_the_checkpoint_and_leaves_out_the_data(ranks, tmp_path):
+    config = config_of(
+        tmp_path, steps=22, on_spike="go_back", checkpoint_every=8, eval_every=0, trace_step=0
+    )
+    # Step 18 has the spike, and goes back to step 16.  Step 17 then has the data of step 19.
+    for steps, batches, said in ranks(2).run(with_a_spike, config, {18}):
+        assert steps == [*range(1, 19), *range(17, 23)]
+        assert batches == [*range(1, 19), *range(19, 25)]
+        assert said == ""
+    assert [line["step"] for line in metrics_of(config)] == list(range(1, 23))
+    assert metrics_of(config)[-1]["spikes"] == metrics_of(config)[-1]["skipped_steps"] == 1
+    # A resumed run goes on with the data that comes next.
+    longer = replace(config, run=replace(config.run, steps=24, resume=True))
+    for steps, batches, _ in ranks(2).run(with_a_spike, longer, set()):
+        assert steps == [23, 24]
+        assert batches == [25, 26]
 
 
 def scales_of(rank, num_ranks, config):

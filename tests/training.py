@@ -24,7 +24,7 @@ from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.planning.plan import make_plan
 from vp_train.tensors.precision import has_compiler
-from vp_train.train import NonFiniteError, Run
+from vp_train.train import DivergenceError, Run
 
 OFFLOADED = {"dp": 4, "pp": 1, "optimizer": "zero1", "offload": True}
 
@@ -66,7 +66,7 @@ def train(rank, num_ranks, config, stop_after=None):
     """Do what `run_rank` does, in a process group that already exists.
 
     Stops after step `stop_after` if it is given.  Returns the first step of the run, or the text of
-    a NonFiniteError.
+    a DivergenceError.
     """
     plan = make_plan(config, num_ranks)
     directory = RunDirectory(config.run) if rank == 0 else None
@@ -84,7 +84,7 @@ def train(rank, num_ranks, config, stop_after=None):
             if step == stop_after:
                 return run.first_step
         run.finish(reporter)
-    except NonFiniteError as error:
+    except DivergenceError as error:
         return str(error)
     return run.first_step
 

@@ -838,8 +838,21 @@ class RunSettings:
     )
     on_nonfinite: str = setting(
         "stop",
-        "What to do at a loss or gradient that is not finite: stop, or skip the step.",
-        choices=("stop", "skip"),
+        "What to do at a loss or gradient that is not finite; "
+        "go_back: to the last checkpoint, leaving out the data since then.",
+        choices=("stop", "skip", "go_back"),
+    )
+    on_spike: str = setting(
+        "apply",
+        "What to do at a finite spike of the loss or of the gradient norm: apply the step and say "
+        "so, or as for on_nonfinite.",
+        choices=("apply", "stop", "skip", "go_back"),
+    )
+    spike_loss_factor: float = setting(
+        2.0, "Times the median of the last 64 steps from which a loss is a spike.", above=1
+    )
+    spike_norm_factor: float = setting(
+        10.0, "Times the median of the last 64 steps from which a gradient norm is one.", above=1
     )
     timeout_seconds: float = setting(
         300.0,

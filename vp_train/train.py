@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
@@ -48,6 +48,7 @@ from vp_train.metrics.progress import StepReport
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory, run_path
 from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning_rate
+from vp_train.optim.verdict import Judge, Verdict
 from vp_train.pipeline.recorder import Recorder, joined_communications, timer_of
 from vp_train.planning.plan import RunPlan, make_plan
 from vp_train.supervision import requests as asked
@@ -55,11 +56,9 @@ from vp_train.supervision.ending import leave
 from vp_train.supervision.heartbeat import Heartbeat, Place
 from vp_train.supervision.requests import Requests
 
-_MAX_SKIPS = 10  # with run.on_nonfinite=skip, so many non-finite steps in a row end the run
 
-
-class NonFiniteError(SharedFailure):
-    """A loss or gradient that is not finite.  The parameters are those after the previous step."""
+class DivergenceError(SharedFailure):
+    """A step that the run does not survive.  The parameters are those after the previous step."""
 
     exit_code = EXIT_CONFIG
 
@@ -221,13 +220,6 @@ def _spans(values: list[list[Any]]) -> list[Span]:
     return [Span(*fields) for fields in values]
 
 
-@dataclass(slots=True)
-class _Memory:
-    """The state between steps that is neither in the model nor in the optimizer."""
-
-    skipped_in_a_row: int = 0
-
-
 class Run:
     """The training of one rank: its model, optimizer and data, and the actions of a step.
 
@@ -250,10 +242,10 @@ class Run:
         self._left: str | None = None  # why the run leaves before its last step
         self._doing = "loading"
         self._checkpoints = run_path(config.run) / "checkpoints"
-        self._memory = _Memory()
-        self._batches = Ahead(
-            lambda step: source.train_batch(step, mesh.data_rank, mesh.degrees.dp), config.run.steps
-        )
+        degrees = mesh.degrees
+        self._judge = Judge(config.run, degrees.pp * degrees.tp if degrees.dp > 1 else None)
+        self._left_out = 0  # steps whose data no step uses, because the run went back
+        self._batches = Ahead(self._batch, config.run.steps)
         self.first_step = 1
 
     def load(self) -> None:
@@ -271,12 +263,19 @@ class Run:
         return max(trace_step, self.first_step) if trace_step else 0
 
     def steps(self) -> Iterator[int]:
-        """Yield the steps that remain, counted from 1, until the run is asked to leave."""
-        for step in range(self.first_step, self.config.run.steps + 1):
-            if self._left is not None:
-                return
-            self.step = step
-            yield step
+        """Yield the steps that remain, counted from 1, until the run is asked to leave.
+
+        A run that goes back to a checkpoint repeats steps.
+        """
+        self.step = self.first_step - 1
+        while self.step < self.config.run.steps and self._left is None:
+            self.step += 1
+            yield self.step
+
+    def _batch(self, step: int) -> Batch:
+        """Return this replica's data of `step`."""
+        data_rank, num_replicas = self.mesh.data_rank, self.mesh.degrees.dp
+        return self.source.train_batch(step + self._left_out, data_rank, num_replicas)
 
     def place(self) -> Place:
         """Return where this rank stands; another thread calls it.
@@ -309,14 +308,32 @@ class Run:
         self._doing = "comparing with other ranks"
         request = self._requests.current()
         health = gather_health(
-            self._own(loss), norm, self.mesh.steps, self._peak_bytes(), request=request
+            self._own(loss),
+            norm,
+            self.mesh.steps,
+            self._peak_bytes(),
+            poison=self.model.optimizer.poison(),
+            request=request,
         )
-        rate = self._update(step, health)
+        if asked.leaves(health.request):
+            self._left = asked.words(health.request, health.requesting_rank)
+        rate = learning_rate(self.config.optim, step, self.config.run.steps)
+        if not self._update(step, health, rate, reporter):
+            return
         seconds = time.perf_counter() - started
         if reporter is not None:
             speed = self.mesh.degrees.dp * batch.tokens.numel() / seconds
             reporter.step(
-                StepReport(step, health.loss, health.grad_norm, rate, speed, health.peak_bytes)
+                StepReport(
+                    step,
+                    health.loss,
+                    health.grad_norm,
+                    rate,
+                    speed,
+                    health.peak_bytes,
+                    self._judge.spikes,
+                    self._judge.skipped,
+                )
             )
         if traced is not None:
             self._report_trace(traced, reporter)
@@ -327,8 +344,6 @@ class Run:
         if reporter is not None:
             reporter.record()
         self._doing = "saving"
-        if asked.leaves(health.request):
-            self._left = asked.words(health.request, health.requesting_rank)
         if self._is_due(step, self.config.run.checkpoint_every) or (health.request and self._saves):
             self._save(step, reporter)
 
@@ -341,43 +356,61 @@ class Run:
         """Return whether something that happens every `every` steps, and at the end, is due."""
         return every > 0 and (step % every == 0 or step == self.config.run.steps)
 
-    def _update(self, step: int, health: StepHealth) -> float:
-        """Clip and apply the gradients if all values are finite.  Returns the learning rate."""
-        rate = learning_rate(self.config.optim, step, self.config.run.steps)
-        loss_scale = self.model.loss_scale
-        if health.culprits:
-            self._handle_nonfinite(step, health)
-            return rate
-        self._memory.skipped_in_a_row = 0
-        clipping = clip_scale(health.grad_norm, self.config.optim.clip_grad_norm)
-        self.model.optimizer.step(rate, clipping / loss_scale.value)
-        loss_scale.passed()
-        return rate
+    def _update(
+        self, step: int, health: StepHealth, rate: float, reporter: Reporter | None
+    ) -> bool:
+        """Clip and apply the gradients if nothing is wrong with them.
 
-    def _handle_nonfinite(self, step: int, health: StepHealth) -> None:
-        """Skip the step or raise NonFiniteError.  All ranks see the same health and do the same."""
-        where = ", ".join(f"{what} on rank {rank}" for rank, what in health.culprits)
-        if math.isfinite(health.loss) and self.model.loss_scale.failed():
-            if self.mesh.rank == 0:
-                scale = self.model.loss_scale.value
-                print(
-                    f"step {step} skipped: gradients overflow float16; "
-                    f"the loss scale is {scale:,.0f} now",
-                    file=sys.stderr,
+        All ranks see the same health and do the same.  Returns False if the run went back.
+        """
+        loss_scale = self.model.loss_scale
+        if health.culprits and math.isfinite(health.loss) and loss_scale.failed():
+            words = f"gradients overflow float16; the loss scale is {loss_scale.value:,.0f} now"
+            self._say(f"step {step} skipped: {words}", reporter)
+            return True
+        judgement = self._judge.judge(step, health)
+        match judgement.verdict:
+            case Verdict.APPLY:
+                if judgement.words:
+                    self._say(f"step {step}: {judgement.words}", reporter)
+                clipping = clip_scale(health.grad_norm, self.config.optim.clip_grad_norm)
+                self.model.optimizer.step(rate, clipping / loss_scale.value)
+                loss_scale.passed()
+            case Verdict.SKIP:
+                self._say(f"step {step} skipped: {judgement.words}", reporter)
+            case Verdict.GO_BACK:
+                return not self._go_back(step, judgement.words, reporter)
+            case Verdict.STOP:
+                raise DivergenceError(
+                    f"step {step}: {judgement.words}; the parameters are those after step "
+                    f"{step - 1}. {judgement.way_out}"
                 )
-            return
-        self._memory.skipped_in_a_row += 1
-        if self.config.run.on_nonfinite == "stop":
-            raise NonFiniteError(
-                f"step {step}: non-finite {where}; the parameters are those after step {step - 1}. "
-                "Lower optim.lr, or set run.on_nonfinite=skip to leave such steps out"
-            )
-        if self._memory.skipped_in_a_row >= _MAX_SKIPS:
-            raise NonFiniteError(
-                f"step {step}: non-finite {where}, {_MAX_SKIPS} steps in a row; lower optim.lr"
-            )
-        if self.mesh.rank == 0:
-            print(f"step {step} skipped: non-finite {where}", file=sys.stderr, flush=True)
+        return True
+
+    def _go_back(self, step: int, words: str, reporter: Reporter | None) -> bool:
+        """Go back to the newest checkpoint, and leave out the data since then.
+
+        Returns False, having skipped `step` only, if there is no checkpoint.
+        """
+        left_out = self._left_out
+        done = self._resume()
+        if not done:
+            words = f"{words}; there is no checkpoint to go back to"
+            self._say(f"step {step} skipped: {words}", reporter)
+            return False
+        self.step, self._left_out = done, left_out + step - done
+        if reporter is not None:
+            reporter.go_back(done)
+        words = f"{words}; going back to step {done} and leaving out the data since then"
+        self._say(f"step {step}: {words}", reporter)
+        return True
+
+    def _say(self, line: str, reporter: Reporter | None) -> None:
+        """Print a line once for all ranks."""
+        if reporter is not None:
+            reporter.say(line)
+        elif self.mesh.rank == 0:
+            print(line, file=sys.stderr, flush=True)
 
     def _validate(self) -> float:
         """Return the mean validation loss, the same on all ranks."""
@@ -398,7 +431,13 @@ class Run:
         self._requests.saved()
         try:
             save_run(
-                self._checkpoints, step, self.config, self.model, self.mesh, self.source.contents
+                self._checkpoints,
+                step,
+                self.config,
+                self.model,
+                self.mesh,
+                self.source.contents,
+                {"left_out": self._left_out} | self._judge.state(),
             )
         except CheckpointError as error:
             if step == self.config.run.steps or self._left is not None:
@@ -411,11 +450,12 @@ class Run:
     def _resume(self) -> int:
         """Load the newest undamaged checkpoint and return its step, 0 if there is none."""
         path = latest(self._checkpoints, self.mesh.world)
-        return (
-            0
-            if path is None
-            else restore_run(path, self.config, self.model, self.mesh, self.source.contents)
-        )
+        if path is None:
+            return 0
+        step, progress = restore_run(path, self.config, self.model, self.mesh, self.source.contents)
+        self._left_out = int(progress.get("left_out", 0))
+        self._judge.restore(progress)
+        return step
 
     def _initialise(self, source: str) -> None:
         """Load the weights of another run or of an import."""

@@ -19,6 +19,7 @@ from vp_train.config import ConfigError, ModelConfig, VocabConfig
 from vp_train.planning.plan import make_plan
 
 CONTENTS = ("abc", "def")
+PROGRESS = {"left_out": 3, "losses": [1.5]}
 
 
 def built(config, num_ranks):
@@ -49,7 +50,7 @@ def save_after_two(rank, num_ranks, config, directory):
     model, mesh = built(config, num_ranks)
     updated(model, config, (1, 2))
     model.loss_scale.value, model.loss_scale.finite_steps = 4.0, 7
-    path = save_run(Path(directory), 2, config, model, mesh, CONTENTS)
+    path = save_run(Path(directory), 2, config, model, mesh, CONTENTS, PROGRESS)
     held = copies(model)
     updated(model, config, (3,))
     return (
@@ -61,7 +62,8 @@ def save_after_two(rank, num_ranks, config, directory):
 
 def restore(rank, num_ranks, config, path):
     model, mesh = built(config, num_ranks)
-    step = restore_run(Path(path), config, model, mesh, CONTENTS)
+    step, progress = restore_run(Path(path), config, model, mesh, CONTENTS)
+    assert progress == PROGRESS
     state = step, model.optimizer.updates, model.loss_scale.value, model.loss_scale.finite_steps
     held = copies(model)
     updated(model, config, (3,))

@@ -147,7 +147,7 @@ def save_again(rank, num_ranks, config, path, directory):
     mesh = mesh_for(plan)
     model = build_rank(config, plan, mesh)
     load_weights(path, config, model)
-    save_run(directory, 1, config, model, mesh, ())
+    save_run(directory, 1, config, model, mesh, (), {})
 
 
 @pytest.mark.parametrize(

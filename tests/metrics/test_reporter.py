@@ -136,6 +136,8 @@ def test_a_step_has_one_record_with_what_fell_on_it(started, capsys):
         "learning_rate": 1e-3,
         "tokens_per_second": 10.0,
         "peak_bytes": 2.0**30,
+        "spikes": 0,
+        "skipped_steps": 0,
     }
     assert first == {"step": 1, "loss": 2.0, **steps, "validation_loss": 1.25}
     assert second == {

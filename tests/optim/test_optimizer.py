@@ -311,7 +311,7 @@ def copies_to_the_host(rank, num_ranks):
 
 def test_loss_and_norm_come_to_the_host_in_one_copy(ranks):
     for copies, loss, norm in ranks(2).run(copies_to_the_host):
-        assert copies == [(2,)]
+        assert copies == [(3,)]
         assert loss == 4.0
         assert norm == pytest.approx(72**0.5)
 

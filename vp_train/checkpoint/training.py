@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,12 @@ def save_run(
     model: RankModel,
     mesh: Mesh,
     contents: Sequence[str],
+    progress: Mapping[str, Any],
 ) -> Path:
     """Write the checkpoint of `step` and return its path.  Collective over all ranks.
 
-    `contents` are the hashes of the corpora (`Source.contents`).  Only the replica with data rank 0
+    `contents` are the hashes of the corpora (`Source.contents`), and `progress` is JSON that
+    `restore_run` returns.  Only the replica with data rank 0
     writes tensors.  Raises CheckpointError on all ranks if any rank could not write.
     """
     tensors, pieces = model.optimizer.state(), {}
@@ -50,14 +52,17 @@ def save_run(
         "loss_scale": [model.loss_scale.value, model.loss_scale.finite_steps],
         "config": _settings(config, mesh.degrees.dp),
         "contents": list(contents),
+        "progress": dict(progress),
     }
     return store.save(directory, step, pieces, state, mesh.world, config.run.keep_checkpoints)
 
 
 def restore_run(
     path: Path, config: RunConfig, model: RankModel, mesh: Mesh, contents: Sequence[str]
-) -> int:
-    """Load checkpoint `path` into model and optimizer, and return its step.  Collective.
+) -> tuple[int, dict[str, Any]]:
+    """Load checkpoint `path` into model and optimizer.  Collective.
+
+    Returns its step, and the `progress` that `save_run` got; older checkpoints have none.
 
     Raises ConfigError if the checkpoint is of another run: if the model, the data, the dtype or the
     global batch size differ.
@@ -71,7 +76,7 @@ def restore_run(
     model.optimizer.restore(lambda kind, name: _read(path, manifest, model, kind, name, cast=False))
     model.optimizer.updates = int(state["updates"])
     model.loss_scale.value, model.loss_scale.finite_steps = state["loss_scale"]
-    return int(state["step"])
+    return int(state["step"]), state.get("progress", {})
 
 
 # Model settings that may change when a run starts from another run's weights.  Any other setting

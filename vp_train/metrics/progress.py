@@ -14,14 +14,20 @@ from vp_train.units import clock, human_bytes
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """The figures of one step that are shown."""
+    """The figures of one step that are shown.
+
+    peak_bytes: memory of the worst rank.
+    spikes, skipped_steps: how many there were since the run began.
+    """
 
     step: int
     loss: float
     grad_norm: float
     learning_rate: float
     tokens_per_second: float
-    peak_bytes: float  # memory of the worst rank
+    peak_bytes: float
+    spikes: int = 0
+    skipped_steps: int = 0
 
 
 class Progress:

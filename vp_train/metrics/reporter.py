@@ -109,8 +109,16 @@ class Reporter:
             "learning_rate": report.learning_rate,
             "tokens_per_second": report.tokens_per_second,
             "peak_bytes": report.peak_bytes,
+            "spikes": report.spikes,
+            "skipped_steps": report.skipped_steps,
         }
         self._pending = (report, values)
+
+    def go_back(self, step: int) -> None:
+        """Drop the records after `step`: the run goes on from its checkpoint."""
+        self._log.close()
+        self._log = MetricsLog(self._directory.metrics, self._directory.tensorboard, step)
+        self._pending = None
 
     def validation(self, step: int, loss: float) -> None:
         """Show the validation loss after `step`, and add it to the step's record."""

@@ -96,6 +96,7 @@ def gather_health(
     group: ControlGroup,
     peak_bytes: float = 0.0,
     *,
+    poison: Tensor | None = None,
     request: int = 0,
 ) -> StepHealth:
     """Exchange loss, squared gradient norm, memory and request in one small all-gather.
@@ -103,34 +104,39 @@ def gather_health(
     It is over all ranks.
 
     The terms are summed in rank order, so all ranks get the same bits.  `loss` and `squared_norm`
-    are this rank's terms, [], or None.  If they are on a device, one copy brings both to the host;
-    nowhere else does a step wait for the device.
+    are this rank's terms, [], or None.  `poison`, [], is not finite if a gradient of this rank was
+    not, before it was summed over replicas; without it the norm decides, which is the same on all
+    replicas.  If terms are on a device, one copy brings all to the host; nowhere else does a step
+    wait for the device.
     """
-    terms = [term for term in (loss, squared_norm) if term is not None]
+    terms = [term for term in (loss, squared_norm, poison) if term is not None]
     device = max(
         (term.device for term in terms),
         key=lambda device: device.type != "cpu",
         default=torch.device("cpu"),
     )
     nothing = torch.zeros((), dtype=torch.float64, device=device)
-    both = [
-        nothing if term is None else term.to(device, torch.float64) for term in (loss, squared_norm)
+    own = [
+        nothing if term is None else term.to(device, torch.float64)
+        for term in (loss, squared_norm, squared_norm if poison is None else poison)
     ]
     others = torch.tensor([peak_bytes, request], dtype=torch.float64)
-    of_ranks = group.all_gather(torch.cat([torch.stack(both).cpu(), others]))
+    of_ranks = group.all_gather(torch.cat([torch.stack(own).cpu(), others]))
     culprits = []
-    for rank, (rank_loss, rank_squared, *_) in enumerate(of_ranks.tolist()):
+    for rank, (rank_loss, _, rank_poison, *_) in enumerate(of_ranks.tolist()):
         if not math.isfinite(rank_loss):
             culprits.append((rank, "loss"))
-        elif not math.isfinite(rank_squared):
+        elif not math.isfinite(rank_poison):
             culprits.append((rank, "gradient"))
     total_loss, squared, *_ = of_ranks.sum(0).tolist()
-    requests = of_ranks[:, 3].tolist()
+    if not culprits and not math.isfinite(squared):  # finite terms whose sum overflowed
+        culprits.append((int(of_ranks[:, 1].argmax()), "gradient"))
+    requests = of_ranks[:, 4].tolist()
     return StepHealth(
         total_loss,
         math.sqrt(squared),
         tuple(culprits),
-        of_ranks[:, 2].max().item(),
+        of_ranks[:, 3].max().item(),
         int(max(requests)),
         requests.index(max(requests)),
     )

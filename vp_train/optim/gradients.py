@@ -43,3 +43,29 @@ class Gradients:
         self.flat.zero_()
         for name, parameter in self._parameters.items():
             parameter.grad = self._views[name]
+
+
+class Poison:
+    """A number that shows whether this rank's gradients are finite before replicas sum them.
+
+    Afterwards all replicas have the same sums, and none can tell where a NaN came from.
+    """
+
+    def __init__(self) -> None:
+        self._mark: Tensor | None = None
+
+    def add(self, gradients: Tensor) -> None:
+        """Look at `gradients` once; this does not wait for the device."""
+        if not gradients.numel():
+            return
+        low, high = torch.aminmax(gradients.detach())
+        mark = (low + high) * 0  # NaN if either is infinite or NaN
+        self._mark = mark if self._mark is None else self._mark + mark
+
+    def take(self) -> Tensor | None:
+        """Return 0, [], or NaN if anything was not finite; None if nothing was looked at.
+
+        The next step begins.
+        """
+        mark, self._mark = self._mark, None
+        return mark

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vp_train.config import OptimConfig
 from vp_train.optim.adamw import MOMENTS, build_adamw
 from vp_train.optim.buckets import bucket_elements
-from vp_train.optim.gradients import Gradients
+from vp_train.optim.gradients import Gradients, Poison
 from vp_train.optim.optimizer import State, squared_norm
 from vp_train.optim.replicas import Replicas
 from vp_train.optim.zero import joined
@@ -67,6 +67,7 @@ class OffloadedAdamW:
             for p in group["params"]
         }
         self._started: set[str] = set()
+        self._poison = Poison()
         self._updates = 0
         self._zero = (
             _deepspeed(groups, self._names, gradients.dtype, optim, replicas.group)
@@ -94,6 +95,8 @@ class OffloadedAdamW:
                 parameter, group = self._group_of[name]
                 # DeepSpeed may replace the memory of the tensor that it gets, so it gets a view.
                 gradient = self._gradients[name].detach()
+                if self._replicas.size > 1:
+                    self._poison.add(gradient)
                 if self._zero.use_grad_accum_attribute:
                     parameter.grad_accum = gradient
                 else:
@@ -118,6 +121,9 @@ class OffloadedAdamW:
         if self._zero is not None:
             self._zero.overlapping_partition_gradients_reduce_epilogue()
         self._started.clear()
+
+    def poison(self) -> Tensor | None:
+        return self._poison.take()
 
     def squared_norm(self) -> Tensor:
         return squared_norm(

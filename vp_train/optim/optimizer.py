@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vp_train.config import OptimConfig
 from vp_train.optim.adamw import MOMENTS, build_adamw
 from vp_train.optim.buckets import Bucket, Countdown
-from vp_train.optim.gradients import Gradients
+from vp_train.optim.gradients import Gradients, Poison
 from vp_train.optim.replicas import Pending, Replicas
 
 _NORM_ELEMENTS = 1 << 16  # elements at a time on a CPU, where torch first casts them to float64
@@ -40,6 +40,14 @@ class Optimizer(Protocol):
 
     def reduce(self) -> None:
         """Start the sums that have not started, and wait for all.  Collective."""
+        ...
+
+    def poison(self) -> Tensor | None:
+        """Return a number, [], that is finite if all gradients of this rank were.
+
+        It is about the gradients before their sum over the replicas, and None if that is not
+        known or there is one replica.
+        """
         ...
 
     def squared_norm(self) -> Tensor:
@@ -103,6 +111,7 @@ class ReplicatedAdamW:
         self._adamw = build_adamw(self._masters.values(), optim)
         self._countdown = Countdown(gradients.layout, self._sum)
         self._sums: list[Pending] = []
+        self._poison = Poison()
         self._updates = 0
 
     @property
@@ -120,6 +129,7 @@ class ReplicatedAdamW:
 
     def _sum(self, bucket: Bucket) -> None:
         if self._replicas.size > 1 and bucket.start < bucket.stop:
+            self._poison.add(self._gradients.of(bucket))
             self._sums.append(self._replicas.sum(self._gradients.of(bucket)))
 
     def reduce(self) -> None:
@@ -127,6 +137,9 @@ class ReplicatedAdamW:
         for pending in self._sums:
             pending.wait()
         self._sums.clear()
+
+    def poison(self) -> Tensor | None:
+        return self._poison.take()
 
     def squared_norm(self) -> Tensor:
         return squared_norm(self._counted, self._gradients.flat.device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vp_train.config import OptimConfig
 from vp_train.optim.adamw import MOMENTS, fresh_state, stateless_adamw
 from vp_train.optim.buckets import Bucket, Countdown
-from vp_train.optim.gradients import Gradients
+from vp_train.optim.gradients import Gradients, Poison
 from vp_train.optim.optimizer import State, squared_norm
 from vp_train.optim.replicas import Pending, Replicas
 
@@ -63,6 +63,7 @@ class ZeroAdamW:
         }
         self._countdown = Countdown(gradients.layout, self._sum)
         self._sums: list[Pending] = []
+        self._poison = Poison()
         self._gathers: dict[int, Pending] = {}  # by the index of the shard
         self._updates = 0
 
@@ -103,6 +104,7 @@ class ZeroAdamW:
 
     def _sum(self, bucket: Bucket) -> None:
         if self._replicas.size > 1 and bucket.start < bucket.stop:
+            self._poison.add(self._gradients.of(bucket))
             self._sums.append(self._replicas.scatter_sum(self._gradients.of(bucket)))
 
     def reduce(self) -> None:
@@ -116,6 +118,9 @@ class ZeroAdamW:
         self._sums.clear()
         for parameter in self._parameters.values():
             parameter.grad = None
+
+    def poison(self) -> Tensor | None:
+        return self._poison.take()
 
     def squared_norm(self) -> Tensor:
         return squared_norm(

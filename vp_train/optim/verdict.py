@@ -1,0 +1,121 @@
+"""Whether a step's gradients are applied: values that are not finite, and spikes.
+
+All ranks see the same health of a step, so all come to the same verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import median
+from typing import Any
+
+from vp_train.config import RunSettings
+from vp_train.optim.adamw import StepHealth
+
+_WINDOW = 64  # steps whose median is compared with
+_FEWEST = 16  # steps before which nothing is a spike
+_MOST_SKIPS = 10  # in a row
+_MOST_RETURNS = 3  # to a checkpoint, until a later step than before is applied
+
+
+class Verdict(StrEnum):
+    """What becomes of a step.  The values are those of run.on_spike."""
+
+    APPLY = "apply"
+    SKIP = "skip"  # leave the parameters as they are
+    GO_BACK = "go_back"  # to the last checkpoint, and leave out the data since then
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A verdict.
+
+    words: why; "" if nothing is wrong with the step.
+    way_out: what the user may do about it.
+    """
+
+    verdict: Verdict
+    words: str = ""
+    way_out: str = ""
+
+
+class Judge:
+    """Judges the steps of a run.
+
+    replica_size: the number of ranks in a replica, None if there is one replica.
+    spikes, skipped: the spikes seen and the steps not applied since the run began.
+    """
+
+    def __init__(self, settings: RunSettings, replica_size: int | None = None) -> None:
+        self._settings, self._replica_size = settings, replica_size
+        self._losses: list[float] = []
+        self._norms: list[float] = []
+        self._skips_in_a_row = self._returns = self._furthest = 0
+        self.spikes = self.skipped = 0
+
+    def judge(self, step: int, health: StepHealth) -> Judgement:
+        """Return the verdict on `step`, and count it."""
+        if health.culprits:
+            what = f"non-finite {', '.join(map(self._name, health.culprits))}"
+            return self._refused("on_nonfinite", step, what)
+        if what := self._spike(health):
+            self.spikes += 1
+            if self._settings.on_spike != Verdict.APPLY:
+                return self._refused("on_spike", step, what)
+        self._losses = [*self._losses, health.loss][-_WINDOW:]
+        self._norms = [*self._norms, health.grad_norm][-_WINDOW:]
+        self._skips_in_a_row = 0
+        if step > self._furthest:
+            self._furthest, self._returns = step, 0
+        return Judgement(Verdict.APPLY, what)
+
+    def _name(self, culprit: tuple[int, str]) -> str:
+        rank, what = culprit
+        replica = "" if self._replica_size is None else f" (replica {rank // self._replica_size})"
+        return f"{what} on rank {rank}{replica}"
+
+    def _spike(self, health: StepHealth) -> str:
+        """Return what is far above its median, in words; "" if nothing is."""
+        settings = self._settings
+        for name, value, values, factor in (
+            ("loss", health.loss, self._losses, settings.spike_loss_factor),
+            ("gradient norm", health.grad_norm, self._norms, settings.spike_norm_factor),
+        ):
+            if len(values) >= _FEWEST and value > factor * (usual := median(values)) > 0:
+                return (
+                    f"{name} {value:.4g}, {value / usual:.1f} times the median {usual:.4g} "
+                    f"of the last {len(values)} steps"
+                )
+        return ""
+
+    def _refused(self, setting: str, step: int, what: str) -> Judgement:
+        self.skipped += 1
+        verdict, way_out = Verdict(getattr(self._settings, setting)), "Lower optim.lr"
+        if verdict is Verdict.STOP:
+            way_out += (
+                f", or set run.{setting}=skip to leave such steps out, or run.{setting}=go_back"
+            )
+        if verdict is Verdict.SKIP:
+            self._skips_in_a_row += 1
+            if self._skips_in_a_row >= _MOST_SKIPS:
+                verdict, what = Verdict.STOP, f"{what}, {_MOST_SKIPS} steps in a row"
+        if verdict is Verdict.GO_BACK:
+            self._furthest = max(self._furthest, step)
+            self._returns += 1
+            if self._returns > _MOST_RETURNS:
+                returns = f"after {_MOST_RETURNS} returns to a checkpoint"
+                verdict, what = Verdict.STOP, f"{what}, {returns}"
+        return Judgement(verdict, what, way_out)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, as JSON."""
+        return {"losses": self._losses, "norms": self._norms}
+
+    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Take the medians of a checkpoint; the counts stay."""
+        self._losses = [value for value in state.get("losses", ()) if math.isfinite(value)]
+        self._norms = [value for value in state.get("norms", ()) if math.isfinite(value)]
