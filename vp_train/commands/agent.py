@@ -10,29 +10,33 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vp_train.commands.causes import RankEnd, root_cause
 from vp_train.commands.local_ranks import STOPPING, LocalRanks, Starter
-from vp_train.commands.nodes import News, all_told, losses, wait_until
+from vp_train.commands.nodes import News, NodeLoss, all_told, losses, wait_until
 from vp_train.commands.store_server import LOOPBACK_ADDRESS, StoreServer, loopback
 from vp_train.config import RunSettings
 from vp_train.failures import (
     EXIT_CONFIG,
     EXIT_HANG,
+    EXIT_INTERNAL,
     EXIT_IO,
     EXIT_OK,
     EXIT_TIME,
     Ending,
-    silent_peer,
+    RankEnd,
+    root_cause,
 )
 
 _POLL_SECONDS = 0.03
 _GRACE_SECONDS = 1.0  # after a failure, for the messages of other ranks: theirs may be the cause
+# Likewise, while no failure so far explains the others.  A rank that has waited in vain looks for
+# the one that hangs, which takes 2.5 s.
+_LOOKING_SECONDS = 4.0
 _TOLD_SECONDS = 15.0  # for the ends of ranks on other nodes
 # Two signals that arrive together are one request: Slurm signals a step and its batch script.
 _TOGETHER_SECONDS = 1.0
@@ -144,7 +148,7 @@ def _run_attempt(news: News, job: Job, attempt: int, signals: Signals) -> Ending
         news.tell("start", attempt=attempt, port=server.port)
     try:
         port = wait_until(lambda: _start_port(news, attempt))
-        own: list[RankEnd] = []
+        own: list[dict[str, Any]] = []
         if port:
             environments = _environments(news, job.num_local, port, attempt)
             ranks = LocalRanks(job.starter(attempt > 0), environments, place.host)
@@ -152,14 +156,40 @@ def _run_attempt(news: News, job: Job, attempt: int, signals: Signals) -> Ending
                 _watch(news, ranks, attempt, signals)
             finally:
                 ranks.kill()
-                own = [_with_record(end, job) for end in ranks.ends()]
-        news.tell("ends", attempt=attempt, ends=[astuple(end) for end in own])
+            own = [asdict(end) | {"when": when} for end, when in ranks.ends()]
+        news.tell("ends", attempt=attempt, ends=own)
         told = wait_until(lambda: all_told(news, "ends", attempt), _TOLD_SECONDS)
     finally:
         if server is not None:
             server.close()
-    facts = (told or {place.node: {"ends": [astuple(end) for end in own]}}).values()
-    return root_cause([RankEnd(*end) for fact in facts for end in fact["ends"]], losses(news))
+    facts = (told or {place.node: {"ends": own}}).values()
+    ends = sorted((end for fact in facts for end in fact["ends"]), key=lambda end: end["when"])
+    return _cause([_rank_end(**end) for end in ends], losses(news), job)
+
+
+def _rank_end(ending: Mapping[str, Any] | None, when: float, **values: Any) -> RankEnd:
+    """Return the end of a rank as the agent of its node has told it."""
+    return RankEnd(**values, ending=None if ending is None else Ending(**ending))
+
+
+def _explains(end: RankEnd) -> bool:
+    """Return whether the end of this rank can be the reason for that of the others."""
+    if end.code in (EXIT_OK, EXIT_TIME, EXIT_HANG):
+        return False
+    if end.ending is None:
+        return end.code != EXIT_INTERNAL
+    return not end.ending.follows
+
+
+def _cause(ends: Sequence[RankEnd], lost: Sequence[NodeLoss], job: Job) -> Ending:
+    """Return how the job ends; a lost node is the cause unless a rank explains the others."""
+    if lost and not any(map(_explains, ends)):
+        return lost[0].ending
+    cause = root_cause(ends, job.settings, job.record_of)
+    if cause.words or cause.code in (EXIT_OK, EXIT_TIME):
+        return cause
+    first = next(end for end in ends if end.code == cause.code)
+    return Ending(cause.code, f"{first.name} left with code {cause.code} and said nothing")
 
 
 def _start_port(news: News, attempt: int) -> int | None:
@@ -172,7 +202,9 @@ def _start_port(news: News, attempt: int) -> int | None:
 
 def _watch(news: News, ranks: LocalRanks, attempt: int, signals: Signals) -> None:
     """Wait until the ranks have ended, or until their time after a failure anywhere is over."""
-    until, has_told, has_asked = float("inf"), False, False
+    since: dict[bool, float] = {}  # when a failure was first seen, and one that explains others
+    told: set[bool] = set()
+    has_asked = False
     while ranks.running:
         if (number := signals.insisting) is not None:
             news.tell("stopped", number=number)
@@ -183,31 +215,27 @@ def _watch(news: News, ranks: LocalRanks, attempt: int, signals: Signals) -> Non
             news.tell("asked")
             ranks.request_end()
         ranks.poll()
-        if ranks.has_failed and not has_told:
-            has_told = True
-            news.tell("failing", attempt=attempt)
-        if until == float("inf") and _has_failed(news, attempt):
-            until = time.monotonic() + _GRACE_SECONDS
-        if time.monotonic() > until:
+        ends = [end for end, _ in ranks.ends() if end.code not in (EXIT_OK, EXIT_TIME)]
+        for explains in {_explains(end) for end in ends} - told:
+            told.add(explains)
+            news.tell("failing", attempt=attempt, explains=explains)
+        now = time.monotonic()
+        for explains in _failures(news, attempt) - since.keys():
+            since[explains] = now
+        if now > since.get(True, now) + _GRACE_SECONDS:
+            return
+        if now > since.get(False, now) + _LOOKING_SECONDS:
             return
         time.sleep(_POLL_SECONDS)
 
 
-def _has_failed(news: News, attempt: int) -> bool:
-    """Return whether a rank of any node has failed, or a node is lost."""
-    return any(
-        fact["kind"] == "lost" or (fact["kind"] == "failing" and fact["attempt"] == attempt)
+def _failures(news: News, attempt: int) -> set[bool]:
+    """Return whether failures on any node explain others (True), or not (False); both if both."""
+    return {
+        fact["kind"] == "lost" or fact["explains"]
         for fact in news.facts()
-    )
-
-
-def _with_record(end: RankEnd, job: Job) -> RankEnd:
-    """Return the end of a rank; one that NCCL's watchdog aborted has waited in vain."""
-    if end.code != -signal.SIGABRT or (record := job.record_of(end.rank)) is None:
-        return end
-    waited = silent_peer(job.settings.timeout_seconds, job.settings)
-    words = f"rank {end.rank} was aborted by NCCL's watchdog: {waited.words}"
-    return replace(end, code=EXIT_HANG, words=f"{words}; its last communications: {record}")
+        if fact["kind"] == "lost" or (fact["kind"] == "failing" and fact["attempt"] == attempt)
+    }
 
 
 def _environments(

@@ -1,16 +1,14 @@
 """The ranks of one attempt on this machine: how they start, how they end, and what they said.
 
-Every rank is a child of the agent with a process group of its own.  It gets a pipe, whose number is
-in $VP_TRAIN_ENDING_FD.  A rank that does not end with 0 leaves one JSON line there:
-{"code": int, "words": str, "step": int}.  SIGUSR1 asks a rank to finish its step, to save and to
-end.  It is blocked until the rank is ready for it.
+Every rank is a child of the agent with a process group of its own.  It gets a pipe for the words
+with which it ends (`supervision.ending`).  SIGUSR1 asks a rank to finish its step, to save and to
+end; it waits until the rank listens (`supervision.requests`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import signal
 import sys
@@ -18,14 +16,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from vp_train.commands.causes import RankEnd
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher
-from vp_train.failures import EXIT_OK, EXIT_TIME
+from vp_train.failures import Ending, RankEnd
+from vp_train.supervision.ending import PIPE, heard
+from vp_train.supervision.requests import SIGNALS
 
-ENDING_FD = "VP_TRAIN_ENDING_FD"
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _MOST_BYTES = 65536  # of the line that a rank leaves; a pipe holds as many
-_MOST_LINES = 10  # of its words
 
 # Starts one rank with these variables and the write end of its pipe; returns the process id.
 Starter = Callable[[Mapping[str, str], int], int]
@@ -41,7 +38,7 @@ def new_process(command: Sequence[str]) -> Starter:
             list(command),
             {**os.environ, **variables},
             setpgroup=0,
-            setsigmask=[signal.SIGUSR1],
+            setsigmask=SIGNALS,
             setsigdef=[number for number in STOPPING if not _is_ignored(number)],
         )
 
@@ -59,7 +56,7 @@ def forked(body: Callable[[], None]) -> Starter:
 
     def start(variables: Mapping[str, str], pipe: int) -> int:
         agent = os.getpid()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if process := fork():
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             with contextlib.suppress(OSError):  # the child may have done so, or be gone
@@ -145,10 +142,11 @@ class LocalRanks:
         self._pipes: dict[int, int] = {}
         self._codes: dict[int, tuple[int, float]] = {}  # and the time of the end
         self._running: set[int] = set()
-        self.ended_by_us: set[int] = set()
+        self._ended_by_us: set[int] = set()
+        self._endings: dict[int, Ending | None] = {}
         for rank, environment in environments.items():
             self._pipes[rank], theirs = os.pipe()
-            own = {ENDING_FD: str(theirs), LAUNCHER: str(os.getpid())}
+            own = {PIPE: str(theirs), LAUNCHER: str(os.getpid())}
             try:
                 self._processes[rank] = start({**environment, **own}, theirs)
             finally:
@@ -158,11 +156,6 @@ class LocalRanks:
     @property
     def running(self) -> frozenset[int]:
         return frozenset(self._running)
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether a rank has ended, neither with its work done nor on request."""
-        return any(code not in (EXIT_OK, EXIT_TIME) for code, _ in self._codes.values())
 
     def poll(self) -> None:
         """Note which ranks have ended since the last call."""
@@ -192,27 +185,27 @@ class LocalRanks:
             _, status = os.waitpid(self._processes[rank], 0)
             self._note(rank, status)
             if self._codes[rank][0] == -signal.SIGKILL:
-                self.ended_by_us.add(rank)
+                self._ended_by_us.add(rank)
+        for rank in self._ended_by_us & self._pipes.keys():
+            os.close(self._pipes.pop(rank))
 
-    def ends(self) -> list[RankEnd]:
-        """Return the ends of the ranks that ended by themselves, and close their pipes."""
+    def ends(self) -> list[tuple[RankEnd, float]]:
+        """Return the ends of the ranks that ended by themselves, with their times in seconds."""
         found = []
         for rank, (code, when) in self._codes.items():
-            if rank not in self.ended_by_us:
-                words = _words(self._pipes[rank])
-                found.append(RankEnd(rank, self._host, code, words, when))
-        for pipe in self._pipes.values():
-            os.close(pipe)
-        self._pipes.clear()
+            if rank not in self._ended_by_us:
+                if rank in self._pipes:
+                    self._endings[rank] = _ending(self._pipes.pop(rank))
+                found.append((RankEnd(rank, code, self._endings[rank], self._host), when))
         return found
 
 
-def _words(pipe: int) -> str:
-    """Return the words that a rank has left in its pipe; "" if it left none."""
+def _ending(pipe: int) -> Ending | None:
+    """Return what a rank has left in its pipe, None if it left nothing; close the pipe."""
     os.set_blocking(pipe, False)  # a process that the rank has started may hold the other end
     try:
-        line = os.read(pipe, _MOST_BYTES)
-        words = json.loads(line.partition(b"\n")[0])["words"]
-    except (BlockingIOError, ValueError, TypeError, KeyError):
-        return ""
-    return "\n".join(str(words).splitlines()[:_MOST_LINES])
+        return heard(os.read(pipe, _MOST_BYTES))
+    except BlockingIOError:
+        return None
+    finally:
+        os.close(pipe)

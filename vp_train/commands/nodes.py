@@ -25,11 +25,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
 
-from vp_train.commands.causes import NodeLoss
 from vp_train.commands.local_ranks import STOPPING, fork
 from vp_train.commands.place import Place
 from vp_train.commands.store_server import StoreServer
 from vp_train.config import ConfigError
+from vp_train.failures import EXIT_HANG, EXIT_INTERNAL, Ending
 
 _POLL_SECONDS = 0.05
 _BEAT_SECONDS = 0.5
@@ -42,6 +42,23 @@ _LEAVE_SECONDS = 3.0  # that the head's store stays for the others
 _IDENTITY = "vp-train"  # the key that says which job a store belongs to
 
 Fact = dict[str, Any]  # has "kind" and "node"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLoss:
+    """A node whose agent was killed, or does not answer."""
+
+    node: int
+    host: str
+    is_silent: bool
+
+    @property
+    def ending(self) -> Ending:
+        """The exit code of the job, and the sentence about the node."""
+        name = f"node {self.node} ({self.host})"
+        if self.is_silent:
+            return Ending(EXIT_HANG, f"{name} does not answer any more; its ranks are lost")
+        return Ending(EXIT_INTERNAL, f"the agent of {name} was killed; its ranks are lost")
 
 
 class News(Protocol):

@@ -96,16 +96,18 @@ def _num_tasks(environment: Mapping[str, str]) -> int:
     return int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
 
 
-def slurm_rank(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """Return torchrun's variables for a rank that is a task of Slurm; None if it is not one.
+def is_slurm_rank(environment: Mapping[str, str]) -> bool:
+    """Return whether this process is one of several tasks per node of a Slurm step: a rank."""
+    return _num_tasks(environment) > int(environment.get("SLURM_STEP_NUM_NODES", "1"))
 
-    A step with more tasks than nodes has one task per rank.  Raises ConfigError if the nodes have
-    different numbers of tasks.
+
+def slurm_rank(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return torchrun's variables for a rank that is a task of Slurm.
+
+    Raises ConfigError if the nodes have different numbers of tasks.
     """
     num_tasks = _num_tasks(environment)
     num_nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
-    if num_tasks <= num_nodes:
-        return None
     per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", str(num_tasks))
     local = re.fullmatch(r"(\d+)(?:\(x\d+\))?", per_node)  # 4, or 4(x2); not 4,2
     if local is None:

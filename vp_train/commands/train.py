@@ -6,22 +6,20 @@ Otherwise it is the agent of its node, which on one machine is the launcher of a
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
 from vp_train.commands.command import Command, path_of, run
-from vp_train.commands.local_ranks import ENDING_FD
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher, has_launcher
-from vp_train.commands.place import is_rank, place_of, slurm_rank, whole_number
+from vp_train.commands.place import is_rank, is_slurm_rank, place_of, slurm_rank, whole_number
 from vp_train.config import RunConfig
-from vp_train.failures import Ending, ending_of_command
+from vp_train.failures import ending_of_command
 from vp_train.metrics.run_directory import run_path
 from vp_train.settings import config_text, resume_words, started_from
+from vp_train.supervision.ending import PIPE, leave
+from vp_train.supervision.requests import hold_signals
 
 _TRAIN_EXAMPLES = """\
   vp-train                              4 ranks on this machine, Python's standard library as text
@@ -44,6 +42,8 @@ def main() -> None:
     # Libraries read it when they are imported.  Every rank has one thread, and an agent that is
     # to fork none but its own.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if is_rank(os.environ) or is_slurm_rank(os.environ):
+        hold_signals()
     if is_rank(os.environ):
         die_with_launcher(int(os.environ.get(LAUNCHER, os.getppid())))
     purpose = "trains a decoder with vocabulary and pipeline parallelism"
@@ -51,8 +51,8 @@ def main() -> None:
 
 
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
-    if not is_rank(os.environ) and (variables := slurm_rank(os.environ)) is not None:
-        os.environ.update(variables)
+    if not is_rank(os.environ) and is_slurm_rank(os.environ):
+        os.environ.update(slurm_rank(os.environ))
         _serve_ranks()
     place = None if is_rank(os.environ) else place_of(options, os.environ)
     is_first = os.environ.get("RANK", "0") == "0" if place is None else place.node == 0
@@ -75,8 +75,6 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
 
 def _train_rank(config: RunConfig) -> NoReturn:
     """Train as the rank that the environment names, and end the process."""
-    if has_launcher() and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:  # torchrun has started it again
         config = replace(config, run=replace(config.run, resume=True))
     try:
@@ -86,18 +84,9 @@ def _train_rank(config: RunConfig) -> NoReturn:
             config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), config_text(config)
         )
     except (Exception, KeyboardInterrupt) as error:
-        if ENDING_FD not in os.environ:
+        if PIPE not in os.environ:
             raise
-        _leave(ending_of_command(error, "vp-train"))
-
-
-def _leave(ending: Ending) -> NoReturn:
-    """Tell the agent how this rank ends, and end it."""
-    line = json.dumps({"code": ending.code, "words": ending.words, "step": 0})
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.write(int(os.environ[ENDING_FD]), line.encode() + b"\n")
-    os._exit(ending.code)
+        leave(ending_of_command(error, "vp-train"))
 
 
 def _serve_ranks() -> None:
