@@ -222,8 +222,10 @@ import sys
 from types import SimpleNamespace
 from vp_train.commands import launch as launcher
 from vp_train.settings import load_config
-launcher.sys = SimpleNamespace(executable=sys.argv[1], stderr=sys.stderr)
-raise SystemExit(launcher.launch(load_config(sys.argv[2:]), sys.argv[2:]))
+launcher.sys = SimpleNamespace(executable=sys.argv[1], stdout=sys.stdout, stderr=sys.stderr)
+launcher.starts_by_fork = lambda config: False
+place = launcher.Place(host="here")
+raise SystemExit(launcher.launch(load_config(sys.argv[2:]), sys.argv[2:], None, place))
 """
 RANK = """#!/bin/sh
 if [ "$RANK" = 1 ]; then
@@ -256,7 +258,7 @@ def test_a_rank_that_nccl_aborts_is_a_hang_whose_record_is_named(tmp_path):
     done = launch_ranks_that(f"mkdir -p {record.parent}; echo pickle > {record}", tmp_path)
     assert done.returncode == EXIT_HANG, done.stderr
     assert done.stderr == (
-        "vp-train: rank 1 was aborted by NCCL's watchdog: another rank has not answered for 9 s "
+        "vp-train: rank 1 on here was aborted by NCCL's watchdog: another rank has not answered for 9 s "
         f"(run.timeout_seconds); its last communications: {record}\n"
     )
 
@@ -268,7 +270,9 @@ def test_any_other_abort_is_a_signal_whatever_an_earlier_run_has_left(tmp_path):
     os.utime(record, (1e9, 1e9))
     done = launch_ranks_that("true", tmp_path)
     assert done.returncode == 128 + signal.SIGABRT
-    assert done.stderr == "vp-train: rank 1 was killed by SIGABRT; the other ranks were stopped\n"
+    assert done.stderr == (
+        "vp-train: rank 1 on here was killed by SIGABRT; the other ranks were stopped\n"
+    )
 
 
 class Backend:

@@ -1,76 +1,240 @@
-"""The launcher of all ranks of a run on this machine.
+"""What an agent does before and after its ranks: checks, data, imports, and the last words.
 
 It checks the settings before the ranks start, and turns their ends into one exit code.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
-from vp_train.commands.local_ranks import Stopped, run_ranks
-from vp_train.commands.orphans import launching
+from vp_train.commands.agent import Job, run_job, say
+from vp_train.commands.local_ranks import Starter, fork, forked, new_process
+from vp_train.commands.nodes import News, all_told, joined, losses, wait_until
+from vp_train.commands.orphans import die_with_launcher
+from vp_train.commands.place import Place, local_ranks_of
 from vp_train.communication import flight_recorder
 from vp_train.config import ConfigError, RunConfig
-from vp_train.failures import EXIT_OK, RankEnd, root_cause
+from vp_train.failures import EXIT_OK, Ending, ending_of_command
 from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
 from vp_train.planning.degrees import wanted_ranks
 from vp_train.planning.plan import SEARCHING, make_plan
-from vp_train.settings import override
+from vp_train.quiet import quiet_deprecations, quiet_megatron
+from vp_train.settings import load_config, override
+
+# What ranks import on their way to the first step, in the order of their needs.
+_IMPORTS = (
+    "vp_train.train",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+)
+
+RankBody = Callable[[RunConfig], None]
 
 
-def launch(config: RunConfig, overrides: Sequence[str]) -> int:
-    """Check the plan, prepare the data and run the ranks.
+def launch(
+    config: RunConfig,
+    overrides: Sequence[str],
+    body: RankBody,
+    place: Place | None = None,
+    *,
+    num_ranks: int = 0,
+    num_restarts: int = 0,
+) -> int:
+    """Check the plan, prepare the data and run the ranks of this node.
 
-    Returns the exit code of the job: 0, or that of the failure that `root_cause` finds.
+    `body` trains one rank in a process that is a copy of this one.  `num_ranks` is the number of
+    ranks on this node, 0 for as many as the degrees ask for.  Returns the exit code of the job: 0,
+    or that of the root cause, the same on every node.
     """
-    num_ranks = wanted_ranks(config.parallel)
-    plan = None if config.schedule.is_solved else make_plan(config, num_ranks)
-    refuse_running(config.run)
-    refuse_used(config.run)
-    if config.schedule.is_solved:
-        print(SEARCHING, flush=True)
-    if config.run.init_from is not None and not Path(config.run.init_from).expanduser().is_dir():
-        raise ConfigError(
-            f"run.init_from={config.run.init_from} is not a directory; "
-            "give that of a run or of vp-import"
-        )
-    if plan is None:  # the search runs once, for all ranks
-        plan = make_plan(config, num_ranks)
-        solved = run_path(config.run) / "schedule.txt"
-        solved.parent.mkdir(parents=True, exist_ok=True)
-        solved.write_text(plan.schedule.text())
-        overrides = [
-            *overrides,
-            override("schedule.file", str(solved)),
-            f"vocab.algorithm={plan.problem.algorithm.name}",
-        ]
-    from vp_train.data import prepare_all
+    place = place or Place()
+    num_local = local_ranks_of(
+        wanted_ranks(config.parallel), place, num_ranks, _num_gpus(config, place)
+    )
+    if not place.is_alone:
+        import_module("torch.distributed")  # for the processes that speak with the store
+    with joined(place, num_local, config.run.world_timeout_seconds) as news:
+        return _launch(news, config, overrides, body, num_local, num_restarts)
 
-    prepare_all(config.data, config.model.vocab_size, progress=True)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+def _launch(
+    news: News,
+    config: RunConfig,
+    overrides: Sequence[str],
+    body: RankBody,
+    num_local: int,
+    num_restarts: int,
+) -> int:
+    """Run the ranks of this node; all agents that have joined call this together."""
+    found, unfit = _checked(news, config, num_local)
+    if unfit is not None:
+        return _left(news, unfit)
+    if found:
+        overrides = [*overrides, *found]
+        schedule = load_config(overrides)
+        config = replace(config, schedule=schedule.schedule, vocab=schedule.vocab)
     started = time.time()
+
+    def starter(resumes: bool) -> Starter:
+        run = replace(config.run, resume=config.run.resume or resumes)
+        if starts_by_fork(config):
+            return forked(lambda: body(replace(config, run=run)))
+        resumed = ["run.resume=true"] if resumes else []
+        return new_process([sys.executable, "-u", "-m", "vp_train", *overrides, *resumed])
 
     def record_of(rank: int) -> Path | None:
         """Return the flight recorder's file of `rank` if this run wrote it."""
         record = flight_recorder.file_of(os.environ, run_path(config.run), rank)
         return record if flight_recorder.is_fresh(record, started) else None
 
+    def way_on() -> str:
+        if any((run_path(config.run) / "checkpoints").glob("step-*")):
+            return "run.resume=true goes on from the newest checkpoint"
+        return "no checkpoint was written yet"
+
+    job = Job(starter, num_local, num_restarts, config.run, record_of, way_on)
+    return _left(news, run_job(news, job))
+
+
+def _left(news: News, ending: Ending) -> int:
+    """Say why the job ends, on the first node that still lives, and return the exit code."""
+    lost = {loss.node for loss in losses(news)}
+    if news.place.node == min(set(range(news.place.num_nodes)) - lost, default=0):
+        say(ending.words)
+    return ending.code
+
+
+def starts_by_fork(config: RunConfig) -> bool:
+    """Return whether ranks are copies of their agent: CUDA and macOS' libraries survive no fork."""
+    return config.run.device == "cpu" and sys.platform == "linux"
+
+
+def _num_gpus(config: RunConfig, place: Place) -> int | None:
+    """Return the number of GPUs of this node if ranks use them and the job has several nodes."""
+    if config.run.device != "cuda" or place.is_alone:
+        return None
+    import torch
+
+    if count := torch.cuda.device_count():
+        return count
+    raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
+
+
+def _checked(news: News, config: RunConfig, num_local: int) -> tuple[list[str], Ending | None]:
+    """Check and prepare what the run needs, here and on all nodes.
+
+    Returns the overrides that a search of the schedule adds, and how the job ends if a node cannot
+    run it.  On one node the errors of `ending_of_command` are raised instead.
+    """
+    ending, found = Ending(EXIT_OK, ""), []
     try:
-        with launching():
-            deaths = run_ranks([sys.executable, "-u", "-m", "vp_train", *overrides], num_ranks)
-    except Stopped as stopped:
-        has_checkpoint = any((run_path(config.run) / "checkpoints").glob("step-*"))
-        words = "run.resume=true goes on from the newest checkpoint"
-        words = words if has_checkpoint else "no checkpoint was written yet"
-        print(f"vp-train: stopped by {stopped}; {words}", file=sys.stderr)
-        return 128 + stopped.number
-    if not deaths:
-        return EXIT_OK
-    failure = root_cause([RankEnd(*death) for death in deaths.items()], config.run, record_of)
-    if failure.words:
-        print(f"vp-train: {failure.words}", file=sys.stderr)
-    return failure.code
+        found = _prepare(news, config, num_local * news.place.num_nodes)
+    except (ConfigError, OSError) as error:
+        if news.place.is_alone:
+            raise
+        ending = ending_of_command(error, f"vp-train: {news.place.host}")
+    except _Unprepared as error:
+        ending = error.ending
+    news.tell("checked", code=ending.code, words=ending.words, overrides=found)
+    told = wait_until(lambda: all_told(news, "checked", 0)) or {}
+    for loss in losses(news):
+        return found, loss.ending
+    unfit = [told[node] for node in sorted(told) if told[node]["code"]]
+    if unfit:
+        return found, Ending(unfit[0]["code"], unfit[0]["words"])
+    return told[0]["overrides"], None
+
+
+class _Unprepared(Exception):
+    """The process that prepared the data has failed."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending.words)
+        self.ending = ending
+
+
+def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
+    """Check the plan and the run directory, import what ranks need and prepare the data.
+
+    Returns the overrides that the search of a schedule adds.  Raises ConfigError for what the user
+    must change.
+    """
+    plan = None if config.schedule.is_solved else make_plan(config, num_ranks)
+    found: list[str] = []
+    if news.place.node == 0:
+        refuse_running(config.run)
+        refuse_used(config.run)
+    origin = config.run.init_from
+    if origin is not None and not Path(origin).expanduser().is_dir():
+        raise ConfigError(
+            f"run.init_from={origin} is not a directory; give that of a run or of vp-import"
+        )
+    if plan is None and news.place.node == 0:  # the search runs once, for all ranks
+        print(SEARCHING, flush=True)
+        plan = make_plan(config, num_ranks)
+        solved = run_path(config.run) / "schedule.txt"
+        solved.parent.mkdir(parents=True, exist_ok=True)
+        solved.write_text(plan.schedule.text())
+        found = [
+            override("schedule.file", str(solved)),
+            f"vocab.algorithm={plan.problem.algorithm.name}",
+        ]
+    if starts_by_fork(config):
+        _import_for_ranks()
+    ending = _in_copy(lambda: _prepare_data(config))
+    if ending.code:
+        raise _Unprepared(ending)
+    return found
+
+
+def _prepare_data(config: RunConfig) -> None:
+    from vp_train.data import prepare_all
+
+    prepare_all(config.data, config.model.vocab_size, progress=True)
+
+
+def _import_for_ranks() -> None:
+    """Import once what every rank needs, for ranks that are copies of this process."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as ranks on a CPU do, before torch looks
+    quiet_deprecations()
+    with quiet_megatron():
+        for name in _IMPORTS:
+            import_module(name)
+
+
+def _in_copy(body: Callable[[], None]) -> Ending:
+    """Call `body` in a copy of this process: it may start threads, which must not be here.
+
+    Returns how it ended: with 0, or with the error that it raised.
+    """
+    ours, theirs = os.pipe()
+    agent = os.getpid()
+    process = fork()
+    if not process:
+        ending = Ending(EXIT_OK, "")
+        try:
+            die_with_launcher(agent)
+            body()
+        except (Exception, KeyboardInterrupt) as error:
+            ending = ending_of_command(error, "vp-train")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(theirs, json.dumps([ending.code, ending.words]).encode()[:65536])
+        os._exit(0)
+    os.close(theirs)
+    with open(ours, "rb") as pipe:
+        line = pipe.read()
+    _, status = os.waitpid(process, 0)
+    if line:
+        return Ending(*json.loads(line))
+    number = -os.waitstatus_to_exitcode(status)
+    words = f"vp-train: the preparation of the data was killed by signal {number}"
+    return Ending(128 + number, f"{words} ({signal.Signals(number).name})")

@@ -1,140 +1,211 @@
-"""All ranks of a job as processes of this machine, with nothing that listens beyond it.
+"""The ranks of one attempt on this machine: how they start, how they end, and what they said.
 
-The ranks find each other through a TCPStore of this process, on a port of the loopback interface.
-torchrun's agent is not used on one machine: its rendezvous listens on every interface and unpickles
-what it reads from a store that anybody may write to.
+Every rank is a child of the agent with a process group of its own.  It gets a pipe for the words
+with which it ends (`supervision.ending`).  SIGUSR1 asks a rank to finish its step, to save and to
+end; it waits until the rank listens (`supervision.requests`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
-import socket
-import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
-_POLL_SECONDS = 0.05
-_PATIENCE_SECONDS = 10.0  # between SIGTERM and SIGKILL, for ranks that are asked to end
-_LOOPBACK = "lo"
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+from vp_train.commands.orphans import LAUNCHER, die_with_launcher
+from vp_train.failures import Ending, RankEnd
+from vp_train.supervision.ending import PIPE, heard
+from vp_train.supervision.requests import SIGNALS
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_MOST_BYTES = 65536  # of the line that a rank leaves; a pipe holds as many
 
-class Stopped(Exception):
-    """The launcher got a signal, and has ended the ranks."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+# Starts one rank with these variables and the write end of its pipe; returns the process id.
+Starter = Callable[[Mapping[str, str], int], int]
 
 
-def run_ranks(command: Sequence[str], num_ranks: int) -> dict[int, int]:
-    """Run `command` once for each rank, and return the exit codes of those that failed.
+def new_process(command: Sequence[str]) -> Starter:
+    """Return a starter of ranks that runs `command` in a new process."""
 
-    The first to fail comes first; -n stands for signal n.  When a rank fails the others are ended,
-    with SIGTERM and, if that does not help, with SIGKILL.  Raises Stopped when this process is
-    asked to end.
+    def start(variables: Mapping[str, str], pipe: int) -> int:
+        os.set_inheritable(pipe, True)
+        return os.posix_spawn(
+            command[0],
+            list(command),
+            {**os.environ, **variables},
+            setpgroup=0,
+            setsigmask=SIGNALS,
+            setsigdef=[number for number in STOPPING if not _is_ignored(number)],
+        )
+
+    return start
+
+
+def forked(body: Callable[[], None]) -> Starter:
+    """Return a starter of ranks that are copies of this process; each calls `body`.
+
+    This process must have no other threads.  `body` is to end the process; what follows it is an
+    exit with 70.
     """
-    with _store(num_ranks) as port, _noting_signals() as signals:
-        ranks = {
-            rank: subprocess.Popen(
-                command, env=_environment(rank, num_ranks, port), process_group=0
-            )
-            for rank in range(num_ranks)
-        }
-        try:
-            codes: dict[int, int] = {}
-            while len(codes) < num_ranks and not any(codes.values()) and not signals:
-                codes |= _ended(ranks, codes)
-                time.sleep(_POLL_SECONDS)
-        finally:
-            _end(ranks)
-        # What ends a rank here is no cause of the end.
-        codes |= {
-            rank: code
-            for rank, code in _ended(ranks, codes).items()
-            if code not in (-signal.SIGTERM, -signal.SIGKILL)
-        }
-    if signals:
-        raise Stopped(signals[0])
-    return {rank: code for rank, code in codes.items() if code}
+    gc.collect()
+    gc.freeze()  # collections in the ranks would copy the pages of every object
+
+    def start(variables: Mapping[str, str], pipe: int) -> int:
+        agent = os.getpid()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        if process := fork():
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            with contextlib.suppress(OSError):  # the child may have done so, or be gone
+                os.setpgid(process, process)
+            return process
+        _default_signals()
+        _run_child(lambda: os.setpgid(0, 0), lambda: die_with_launcher(agent), _unbuffer)
+        os.environ.update(variables)
+        _run_child(body)
+        os._exit(70)
+
+    return start
 
 
-def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """Return the environment of a rank: what torchrun would set, and the loopback interface."""
-    ours = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 is not to listen itself
-    }
-    return loopback() | os.environ | ours
+def child(body: Callable[[], None]) -> int:
+    """Start a copy of this process that ignores what asks an agent to end, and return its id.
+
+    It serves the agent, and must live as long.  It exits with 0 after `body`, with 70 after an
+    error, which it prints.
+    """
+    agent = os.getpid()
+    if process := fork():
+        return process
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    _run_child(lambda: die_with_launcher(agent), body)
+    os._exit(0)
 
 
-def loopback() -> dict[str, str]:
-    """Return the settings that keep gloo and NCCL on the loopback interface, where there is one."""
-    if _LOOPBACK not in (name for _, name in socket.if_nameindex()):
-        return {}
-    return {"GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK}
+def fork() -> int:
+    """Fork without what is still to be written in the buffers of both processes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return os.fork()
 
 
-@contextmanager
-def _store(num_ranks: int) -> Iterator[int]:
-    """Serve the store of a job on a port of the loopback interface."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    listening = socket.create_server(("127.0.0.1", 0))
-    port: int = listening.getsockname()[1]
-    store = TCPStore(
-        "127.0.0.1",
-        port,
-        num_ranks,
-        is_master=True,
-        wait_for_workers=False,
-        master_listen_fd=listening.detach(),
-    )
-    yield port
-    del store
-
-
-@contextmanager
-def _noting_signals() -> Iterator[list[int]]:
-    """Collect the signals that ask this process to end."""
-    noted: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        noted.append(number)
-
-    handled = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, note) for number in handled}  # nohup ignores SIGHUP
+def _run_child(*bodies: Callable[[], None]) -> None:
+    """Call `bodies`; an error never leaves them, since the stack above is that of the agent."""
     try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for body in bodies:
+            body()
+    except BaseException:
+        _fail()
 
 
-def _ended(
-    ranks: Mapping[int, subprocess.Popen[bytes]], known: Mapping[int, int]
-) -> dict[int, int]:
-    """Return the exit codes of ranks that have ended and are not among `known`."""
-    codes = {rank: process.poll() for rank, process in ranks.items() if rank not in known}
-    return {rank: code for rank, code in codes.items() if code is not None}
+def _fail() -> NoReturn:
+    """Print the current error and end this process."""
+    import traceback
+
+    traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(70)
 
 
-def _end(ranks: Mapping[int, subprocess.Popen[bytes]]) -> None:
-    """End the ranks that still run, and what ranks have started: each has a process group."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for process in ranks.values():
+def _unbuffer() -> None:
+    """Write every line of this process at once, as python -u does."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(write_through=True, line_buffering=True)
+
+
+def _is_ignored(number: int) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN  # as nohup does with SIGHUP
+
+
+def _default_signals() -> None:
+    """Undo the handlers of the agent in a copy of it."""
+    for number in STOPPING:
+        if not _is_ignored(number):
+            signal.signal(number, signal.SIG_DFL)
+
+
+class LocalRanks:
+    """The running ranks of this machine, by their numbers in the job."""
+
+    def __init__(
+        self, start: Starter, environments: Mapping[int, Mapping[str, str]], host: str
+    ) -> None:
+        """Start a rank for each of `environments`, which hold what torchrun would set."""
+        self._host = host
+        self._processes: dict[int, int] = {}
+        self._pipes: dict[int, int] = {}
+        self._codes: dict[int, tuple[int, float]] = {}  # and the time of the end
+        self._running: set[int] = set()
+        self._ended_by_us: set[int] = set()
+        self._endings: dict[int, Ending | None] = {}
+        for rank, environment in environments.items():
+            self._pipes[rank], theirs = os.pipe()
+            own = {PIPE: str(theirs), LAUNCHER: str(os.getpid())}
+            try:
+                self._processes[rank] = start({**environment, **own}, theirs)
+            finally:
+                os.close(theirs)
+            self._running.add(rank)
+
+    @property
+    def running(self) -> frozenset[int]:
+        return frozenset(self._running)
+
+    def poll(self) -> None:
+        """Note which ranks have ended since the last call."""
+        for rank in sorted(self._running):
+            process, status = os.waitpid(self._processes[rank], os.WNOHANG)
+            if process:
+                self._note(rank, status)
+
+    def _note(self, rank: int, status: int) -> None:
+        self._codes[rank] = os.waitstatus_to_exitcode(status), time.time()
+        self._running.discard(rank)
+
+    def request_end(self) -> None:
+        """Ask every rank to finish its step, to save and to end."""
+        for rank in self._running:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-        until = time.monotonic() + _PATIENCE_SECONDS
-        for process in ranks.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, until - time.monotonic()))
+                os.kill(self._processes[rank], signal.SIGUSR1)
+
+    def kill(self) -> None:
+        """End the ranks that still run, and whatever any rank has started, and wait for them."""
+        self.poll()
+        left = self.running
+        for process in self._processes.values():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process, signal.SIGKILL)
+        for rank in left:
+            _, status = os.waitpid(self._processes[rank], 0)
+            self._note(rank, status)
+            if self._codes[rank][0] == -signal.SIGKILL:
+                self._ended_by_us.add(rank)
+        for rank in self._ended_by_us & self._pipes.keys():
+            os.close(self._pipes.pop(rank))
+
+    def ends(self) -> list[tuple[RankEnd, float]]:
+        """Return the ends of the ranks that ended by themselves, with their times in seconds."""
+        found = []
+        for rank, (code, when) in self._codes.items():
+            if rank not in self._ended_by_us:
+                if rank in self._pipes:
+                    self._endings[rank] = _ending(self._pipes.pop(rank))
+                found.append((RankEnd(rank, code, self._endings[rank], self._host), when))
+        return found
+
+
+def _ending(pipe: int) -> Ending | None:
+    """Return what a rank has left in its pipe, None if it left nothing; close the pipe."""
+    os.set_blocking(pipe, False)  # a process that the rank has started may hold the other end
+    try:
+        return heard(os.read(pipe, _MOST_BYTES))
+    except BlockingIOError:
+        return None
+    finally:
+        os.close(pipe)

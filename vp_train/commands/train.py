@@ -1,6 +1,7 @@
 """The command `vp-train`, also `python -m vp_train`.
 
-The process is a rank if torchrun started it, else the launcher of all ranks.
+The process is a rank if torchrun or an agent started it, or if Slurm starts one task per rank.
+Otherwise it is the agent of its node, which on one machine is the launcher of all ranks.
 """
 
 from __future__ import annotations
@@ -8,44 +9,96 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 from vp_train.commands.command import Command, path_of, run
-from vp_train.commands.orphans import die_with_launcher, has_launcher
+from vp_train.commands.orphans import LAUNCHER, die_with_launcher, has_launcher
+from vp_train.commands.place import is_rank, is_slurm_rank, place_of, slurm_rank, whole_number
 from vp_train.config import RunConfig
+from vp_train.failures import ending_of_command
 from vp_train.metrics.run_directory import run_path
 from vp_train.settings import config_text, resume_words, started_from
+from vp_train.supervision.ending import PIPE, leave
 from vp_train.supervision.requests import hold_signals
 
 _TRAIN_EXAMPLES = """\
   vp-train                              4 ranks on this machine, Python's standard library as text
   vp-train vocab=two_barrier model.vocab_size=65536 parallel.pp=2 run.name=two
   vp-train run.resume=true              continue from the newest checkpoint of runs/default
+  vp-train --nodes 2 --node 0 --head node0 run.device=cuda      on node 0 of two; node 1 likewise
   torchrun --nproc-per-node 4 -m vp_train schedule=gpipe data=synthetic"""
+
+_OPTIONS = {
+    "--nodes": ("N", "number of nodes; also give --node and --head"),
+    "--node": ("I", "number of this node, from 0"),
+    "--head": ("HOST", "address of node 0, HOST or HOST:PORT, the same on every node"),
+    "--ranks": ("N", "ranks on this node; from the degrees, or one per GPU, if not given"),
+    "--max-restarts": ("N", "times to start all ranks again after a failure that this can mend"),
+}
 
 
 def main() -> None:
     """Run the command."""
-    if _is_rank():
+    # Libraries read it when they are imported.  Every rank has one thread, and an agent that is
+    # to fork none but its own.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if is_rank(os.environ) or is_slurm_rank(os.environ):
         hold_signals()
-        die_with_launcher()
+    if is_rank(os.environ):
+        die_with_launcher(int(os.environ.get(LAUNCHER, os.getppid())))
     purpose = "trains a decoder with vocabulary and pipeline parallelism"
-    run(Command("vp-train", purpose, _train, _TRAIN_EXAMPLES))
+    run(Command("vp-train", purpose, _train, _TRAIN_EXAMPLES, _OPTIONS))
 
 
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
-    prints = os.environ.get("RANK", "0") == "0" and not has_launcher()
-    if prints and (words := resume_words(config)) is not None:
+    if not is_rank(os.environ) and is_slurm_rank(os.environ):
+        os.environ.update(slurm_rank(os.environ))
+        _serve_ranks()
+    place = None if is_rank(os.environ) else place_of(options, os.environ)
+    is_first = os.environ.get("RANK", "0") == "0" if place is None else place.node == 0
+    if is_first and not has_launcher() and (words := resume_words(config)) is not None:
         print(words, flush=True)
     config = with_origin(config)
-    if _is_rank():
+    if place is None:
+        _train_rank(config)
+    from vp_train.commands.launch import launch
+
+    return launch(
+        config,
+        overrides,
+        _train_rank,
+        place,
+        num_ranks=whole_number(options, "--ranks"),
+        num_restarts=whole_number(options, "--max-restarts"),
+    )
+
+
+def _train_rank(config: RunConfig) -> NoReturn:
+    """Train as the rank that the environment names, and end the process."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:  # torchrun has started it again
+        config = replace(config, run=replace(config.run, resume=True))
+    try:
         from vp_train.train import run_rank
 
         run_rank(
             config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), config_text(config)
         )
-    from vp_train.commands.launch import launch
+    except (Exception, KeyboardInterrupt) as error:
+        if PIPE not in os.environ:
+            raise
+        leave(ending_of_command(error, "vp-train"))
 
-    return launch(config, overrides)
+
+def _serve_ranks() -> None:
+    """Serve the store of the ranks that Slurm has started, if this is the first of them."""
+    from vp_train.commands.store_server import LOOPBACK_ADDRESS, StoreServer, loopback
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if address == LOOPBACK_ADDRESS:
+        os.environ.update({**loopback(), **os.environ})
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    if os.environ["RANK"] == "0":
+        StoreServer(address if address == LOOPBACK_ADDRESS else "", port)
 
 
 def with_origin(config: RunConfig) -> RunConfig:
@@ -63,7 +116,3 @@ def with_origin(config: RunConfig) -> RunConfig:
     return replace(
         config, run=replace(run, init_from=None if origin is None else str(origin.absolute()))
     )
-
-
-def _is_rank() -> bool:
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from vp_train.failures import Ending
 
-_PIPE = "VP_TRAIN_ENDING_FD"  # the number of the pipe's end that the rank writes to
+PIPE = "VP_TRAIN_ENDING_FD"  # the number of the pipe's end that the rank writes to
 _LONGEST = 1 << 16  # bytes of a pipe's line
 
 
@@ -48,7 +48,7 @@ def _write(log: Path, text: str) -> str:
 
 def _tell_agent(ending: Ending) -> bool:
     """Return whether an agent listens and has been told."""
-    number = os.environ.get(_PIPE)
+    number = os.environ.get(PIPE)
     if number is None:
         return False
     line = json.dumps(asdict(ending) | {"log": ""})

@@ -1,0 +1,270 @@
+"""Agents of several nodes meet, agree on one root cause, and refuse strangers in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.ranks import free_port, ready_context
+from tests.test_local_ranks import LOST, goes, rank_that
+from vp_train.commands.agent import Job, run_job
+from vp_train.commands.nodes import joined
+from vp_train.commands.place import (
+    Place,
+    first_host,
+    is_slurm_rank,
+    local_ranks_of,
+    place_of,
+    slurm_rank,
+)
+from vp_train.config import ConfigError
+
+
+def be_agent(place, code, result, settings):
+    """Run ranks with this code as the agent of a node, and write down how the job ends."""
+    os.setpgid(0, 0)
+    os.dup2(os.open(f"{result}.err", os.O_WRONLY | os.O_CREAT), 2)
+    num_local = settings.pop("num_local", 1)
+    try:
+        with joined(place, num_local, settings.pop("patience", 30)) as news:
+            ending = run_job(news, Job(lambda resumes: rank_that(code), num_local, **settings))
+            found = [ending.code, ending.words, time.time()]
+    except ConfigError as error:
+        found = [78, str(error), time.time()]
+    with open(result, "w") as file:
+        json.dump(found, file)
+
+
+class Agents:
+    """Agents of one job on this machine, one process per place."""
+
+    def __init__(self, directory, code, places, **settings):
+        self.results = [directory / str(number) for number in range(len(places))]
+        self.processes = [
+            ready_context().Process(target=be_agent, args=(place, code, result, settings))
+            for place, result in zip(places, self.results, strict=True)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def endings(self, seconds=60):
+        """Return code, words and time of the end for every agent; None for a killed one."""
+        for process in self.processes:
+            process.join(seconds)
+            process.kill()
+        return [
+            json.loads(result.read_text()) if result.exists() else None for result in self.results
+        ]
+
+
+def places(num_nodes=2, port=None, **values):
+    port = port or free_port()
+    return [
+        Place(num_nodes, node, f"host{node}", "127.0.0.1", port, **{"run_id": "one", **values})
+        for node in range(num_nodes)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "expected", "words"),
+    [
+        ("", 0, ""),
+        ("say(75, '')", 75, ""),
+        ("os.kill(os.getpid(), 9) if rank == 1 else time.sleep(60)", 137, "rank 1 on host1 was"),
+        (f"say(5, 'mine') if rank == 2 else (time.sleep(.2), say(70, {LOST!r}, True))", 5, "mine"),
+        (
+            f"rank == 1 or (time.sleep(.5), say(70, {LOST!r}, True))",
+            70,
+            "rank 1 on host1 left with code 0",
+        ),
+    ],
+)
+def test_agents_end_together_with_one_cause(tmp_path, code, expected, words):
+    endings = Agents(tmp_path, code, places(3)).endings()
+    codes, said, times = zip(*endings, strict=True)
+    assert set(codes) == {expected}
+    assert len(set(said)) == 1
+    assert said[0].startswith(words)
+    assert bool(said[0]) == bool(words)
+    assert max(times) - min(times) < 2
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_agent_is_noticed_by_the_others_and_named(tmp_path, victim):
+    code = f"open({str(tmp_path)!r} + f'/pid{{rank}}', 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    agents = Agents(tmp_path, code, places())
+    files = [tmp_path / f"pid{rank}" for rank in range(2)]
+    until = time.monotonic() + 30
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    ranks = [file.read_text() for file in files]
+    began = time.time()
+    agents.processes[victim].kill()
+    endings = agents.endings()
+    assert endings[victim] is None
+    code, words, when = endings[1 - victim]
+    assert code == 70
+    assert words.startswith(f"the agent of node {victim} (host{victim}) was killed")
+    assert when - began < 10  # 1.2 s on an idle machine
+    os.kill(int(ranks[victim]), signal.SIGKILL)  # a rank of vp-train would have gone by itself
+    assert goes(ranks[1 - victim])
+
+
+def test_all_ranks_of_all_nodes_start_again_with_a_store_of_their_own(tmp_path):
+    code = "os.environ['MASTER_PORT']\nopen(f'{0}/{rank}-{attempt}', 'w').write('x')\n"
+    code = code.replace("{0}", str(tmp_path))
+    code += "attempt == 0 and rank == 1 and os.kill(os.getpid(), 9)\nattempt or time.sleep(60)"
+    endings = Agents(tmp_path, code, places(), num_restarts=2).endings()
+    assert [ending[0] for ending in endings] == [0, 0]
+    assert {path.name for path in tmp_path.glob("*-*")} == {"0-0", "1-0", "0-1", "1-1"}
+    said = (tmp_path / "0.err").read_text()
+    assert "rank 1 on host1 was killed by SIGKILL" in said
+    assert (tmp_path / "1.err").read_text() == ""  # node 0 speaks for all
+
+
+def test_a_signal_to_one_agent_is_the_end_of_all_restarts(tmp_path):
+    code = "rank == 1 and os.kill(os.getppid(), 15)\ntime.sleep(1)\nos.kill(os.getpid(), 9)"
+    endings = Agents(tmp_path, code, places(), num_restarts=9).endings()
+    assert [ending[0] for ending in endings] == [137, 137]
+
+
+def test_a_stranger_and_a_wrong_number_are_refused_in_one_line(tmp_path):
+    port = free_port()
+    ours = Agents(tmp_path, "time.sleep(8)", places(2, port))
+    (tmp_path / "other").mkdir()
+    stranger = Place(2, 1, "host9", "127.0.0.1", port, "two")
+    doubled = Place(2, 1, "host9", "127.0.0.1", port, "one")
+    others = Agents(tmp_path / "other", "", [stranger], patience=20)
+    code, words, _ = others.endings()[0]
+    assert code == 78
+    assert f"127.0.0.1:{port} belongs to another job" in words
+    assert ours.processes[0].is_alive()
+    until = time.monotonic() + 20
+    (tmp_path / "double").mkdir()
+    again = Agents(tmp_path / "double", "", [doubled], patience=20).endings()[0]
+    assert time.monotonic() < until
+    assert "joined already" in again[1]
+    assert [ending[0] for ending in ours.endings()] == [0, 0]
+
+
+def test_nodes_that_count_otherwise_are_all_refused(tmp_path):
+    first, second = places(2)
+    third = Place(3, 1, "host1", "127.0.0.1", first.port, "one")
+    endings = Agents(tmp_path, "", [first, third], patience=20).endings()
+    assert [ending[0] for ending in endings] == [78, 78]
+    words = "--nodes 3 on node 1 (host1), but the head says --nodes 2"
+    assert [ending[1] for ending in endings] == [words, words]
+    assert second.node == 1
+
+
+def test_a_node_that_does_not_come_is_named(tmp_path):
+    first, second = places(2)
+    assert (
+        "node(s) 1 of --nodes 2 did not come"
+        in (Agents(tmp_path, "", [first], patience=1).endings()[0][1])
+    )
+    words = Agents(tmp_path, "", [second], patience=1).endings()[0][1]
+    assert f"the head at 127.0.0.1:{first.port} did not come within 1 s" in words
+
+
+def test_a_port_in_use_is_refused_at_once(tmp_path):
+    with socket.create_server(("", 0)) as busy:
+        port = busy.getsockname()[1]
+        words = Agents(tmp_path, "", places(2, port)[:1]).endings()[0][1]
+    assert f"host0) cannot listen at port {port} (Address already in use); choose" in words
+
+
+def test_an_unknown_head_is_refused_in_one_line_and_soon():
+    command = [sys.executable, "-m", "vp_train", "--nodes", "2", "--node", "1"]
+    began = time.monotonic()
+    done = subprocess.run(
+        [*command, "--head", "no.such.host.invalid", "data=synthetic"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert time.monotonic() - began < 30  # 2 s on an idle machine
+    assert done.returncode == 78
+    assert done.stderr.startswith(
+        "vp-train: the head's name no.such.host.invalid is not known here"
+    )
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"--nodes": "2", "--head": "a"}, "--nodes without --node"),
+        ({"--node": "1"}, "--node without --nodes"),
+        ({"--nodes": "2", "--node": "2", "--head": "a"}, "--node 2 is not one of 0 to 1"),
+        ({"--nodes": "2", "--node": "x", "--head": "a"}, "--node x is not a whole number"),
+        ({"--nodes": "2", "--node": "1", "--head": "a:b"}, "--head a:b is not HOST or HOST:PORT"),
+        ({"--nodes": "2", "--node": "1", "--head": "a:99999"}, "is not HOST or HOST:PORT"),
+    ],
+)
+def test_options_that_do_not_say_enough_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        place_of(options, {})
+
+
+STEP = {
+    "SLURM_JOB_ID": "12",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "n[07-09]",
+    "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "2",
+    "SLURMD_NODENAME": "n08",
+    "VP_TRAIN_HEAD": "10.0.0.7",
+    "VP_TRAIN_RUN_ID": "secret",
+}
+
+
+def test_a_slurm_step_says_where_its_tasks_stand():
+    agent = {**STEP, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    assert not is_slurm_rank(agent)
+    assert place_of({}, agent) == Place(2, 1, "n08", "10.0.0.7", 20084, "secret/12.0.0")
+    rank = {**STEP, "SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8"}
+    rank["SLURM_STEP_TASKS_PER_NODE"] = "4(x2)"
+    assert is_slurm_rank(rank)
+    assert slurm_rank(rank) == {
+        "RANK": "6",
+        "LOCAL_RANK": "2",
+        "WORLD_SIZE": "8",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "10.0.0.7",
+        "MASTER_PORT": "20084",
+    }
+    with pytest.raises(ConfigError, match="starts 5,3 tasks on the nodes"):
+        slurm_rank({**rank, "SLURM_STEP_TASKS_PER_NODE": "5,3"})
+    batch = {name: agent[name] for name in ("SLURM_JOB_ID", "SLURM_NODEID", "SLURM_PROCID")}
+    for environment in (batch, {**agent, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}):
+        assert not is_slurm_rank(environment)
+        assert place_of({}, environment).is_alone
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a1", "a1"), ("a[1-3,7],b2", "a1"), ("a[07,09]-ib", "a07-ib"), ("x,y", "x"), ("", "")],
+)
+def test_the_first_host_of_a_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_ranks_are_shared_by_the_nodes():
+    two = Place(2, 0, "a", "a")
+    assert local_ranks_of(4, Place(), 0, None) == 4
+    assert local_ranks_of(4, two, 0, None) == 2
+    assert local_ranks_of(4, two, 0, 8) == 8
+    assert local_ranks_of(4, two, 3, 8) == 3
+    with pytest.raises(ConfigError, match="5 ranks do not split over 2 nodes"):
+        local_ranks_of(5, two, 0, None)

@@ -1,0 +1,261 @@
+"""The agent of a node: it runs the ranks of this node, attempt after attempt, until the job ends.
+
+The agents of all nodes read the same log (`nodes.py`), find the same root cause and leave with the
+same exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vp_train.commands.local_ranks import STOPPING, LocalRanks, Starter
+from vp_train.commands.nodes import News, NodeLoss, all_told, losses, wait_until
+from vp_train.commands.store_server import LOOPBACK_ADDRESS, StoreServer, loopback
+from vp_train.config import RunSettings
+from vp_train.failures import (
+    EXIT_CONFIG,
+    EXIT_HANG,
+    EXIT_INTERNAL,
+    EXIT_IO,
+    EXIT_OK,
+    EXIT_TIME,
+    Ending,
+    RankEnd,
+    root_cause,
+)
+
+_POLL_SECONDS = 0.03
+_GRACE_SECONDS = 1.0  # after a failure, for the messages of other ranks: theirs may be the cause
+# Likewise, while no failure so far explains the others.  A rank that has waited in vain looks for
+# the one that hangs, which takes 2.5 s.
+_LOOKING_SECONDS = 4.0
+_TOLD_SECONDS = 15.0  # for the ends of ranks on other nodes
+# Two signals that arrive together are one request: Slurm signals a step and its batch script.
+_TOGETHER_SECONDS = 1.0
+# A new start cannot mend these, or is not needed.
+_FINAL = (EXIT_OK, EXIT_IO, EXIT_TIME, EXIT_CONFIG)
+
+
+@dataclass
+class Signals:
+    """The signals that asked this process to end, with their times in seconds."""
+
+    noted: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def has_request(self) -> bool:
+        """Whether ranks are to finish their step, save and end."""
+        return bool(self.noted)
+
+    @property
+    def insisting(self) -> int | None:
+        """The second request, which ends the ranks at once."""
+        later = [
+            number for number, when in self.noted if when > self.noted[0][1] + _TOGETHER_SECONDS
+        ]
+        return later[0] if later else None
+
+
+@contextmanager
+def noting_signals() -> Iterator[Signals]:
+    """Note the signals that ask this process to end, instead of ending it."""
+    signals = Signals()
+
+    def note(number: int, frame: Any) -> None:
+        signals.noted.append((number, time.monotonic()))
+
+    handled = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in handled}  # nohup ignores SIGHUP
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the agents run: `num_local` ranks on every node.
+
+    `starter` returns how to start a rank, of a run that begins (False) or resumes (True).
+    `record_of` returns the flight recorder's file of a rank if NCCL's watchdog wrote it.  `way_on`
+    returns the advice for a job that was stopped at once.
+    """
+
+    starter: Callable[[bool], Starter]
+    num_local: int
+    num_restarts: int = 0
+    settings: RunSettings = field(default_factory=RunSettings)
+    record_of: Callable[[int], Path | None] = lambda rank: None
+    way_on: Callable[[], str] = lambda: "run.resume=true goes on from the newest checkpoint"
+
+
+def run_job(news: News, job: Job) -> Ending:
+    """Run the ranks of this node until the job ends, and return how it ends, equal on all nodes.
+
+    After a failure that a new start can mend, all ranks start again from the newest checkpoint, at
+    most `job.num_restarts` times.
+    """
+    with noting_signals() as signals:
+        attempt = 0
+        while True:
+            ending = _run_attempt(news, job, attempt, signals)
+            if (number := _insisting(news)) is not None:
+                words = f"stopped by {signal.Signals(number).name}; {job.way_on()}"
+                return Ending(128 + number, words)
+            is_final = ending.code in _FINAL or bool(losses(news)) or _wants_end(news)
+            if is_final or attempt == job.num_restarts:
+                return ending
+            attempt += 1
+            if news.place.node == 0:
+                say(ending.words)
+                words = f"start {attempt} of {job.num_restarts} after a failure"
+                say(f"{words}, from the newest checkpoint")
+
+
+def say(words: str) -> None:
+    """Print `words` to stderr in a single write."""
+    if words:
+        prefix = "" if words.startswith("vp-train: ") else "vp-train: "
+        sys.stderr.write(f"{prefix}{words}\n")
+        sys.stderr.flush()
+
+
+def _insisting(news: News) -> int | None:
+    """Return the second signal that an agent got, which ended all ranks at once."""
+    numbers = [fact["number"] for fact in news.facts() if fact["kind"] == "stopped"]
+    return numbers[0] if numbers else None
+
+
+def _wants_end(news: News) -> bool:
+    """Return whether any agent was asked to end."""
+    return any(fact["kind"] == "asked" for fact in news.facts())
+
+
+def _run_attempt(news: News, job: Job, attempt: int, signals: Signals) -> Ending:
+    """Start the ranks of this node once, wait for their end, and return how all ranks ended."""
+    place, server = news.place, None
+    if place.node == 0:
+        server = StoreServer(LOOPBACK_ADDRESS if place.is_alone else "")
+        news.tell("start", attempt=attempt, port=server.port)
+    try:
+        port = wait_until(lambda: _start_port(news, attempt))
+        own: list[dict[str, Any]] = []
+        if port:
+            environments = _environments(news, job.num_local, port, attempt)
+            ranks = LocalRanks(job.starter(attempt > 0), environments, place.host)
+            try:
+                _watch(news, ranks, attempt, signals)
+            finally:
+                ranks.kill()
+            own = [asdict(end) | {"when": when} for end, when in ranks.ends()]
+        news.tell("ends", attempt=attempt, ends=own)
+        told = wait_until(lambda: all_told(news, "ends", attempt), _TOLD_SECONDS)
+    finally:
+        if server is not None:
+            server.close()
+    facts = (told or {place.node: {"ends": own}}).values()
+    ends = sorted((end for fact in facts for end in fact["ends"]), key=lambda end: end["when"])
+    return _cause([_rank_end(**end) for end in ends], losses(news), job)
+
+
+def _rank_end(ending: Mapping[str, Any] | None, when: float, **values: Any) -> RankEnd:
+    """Return the end of a rank as the agent of its node has told it."""
+    return RankEnd(**values, ending=None if ending is None else Ending(**ending))
+
+
+def _explains(end: RankEnd) -> bool:
+    """Return whether the end of this rank can be the reason for that of the others."""
+    if end.code in (EXIT_OK, EXIT_TIME, EXIT_HANG):
+        return False
+    if end.ending is None:
+        return end.code != EXIT_INTERNAL
+    return not end.ending.follows
+
+
+def _cause(ends: Sequence[RankEnd], lost: Sequence[NodeLoss], job: Job) -> Ending:
+    """Return how the job ends; a lost node is the cause unless a rank explains the others."""
+    if lost and not any(map(_explains, ends)):
+        return lost[0].ending
+    cause = root_cause(ends, job.settings, job.record_of)
+    if cause.words or cause.code in (EXIT_OK, EXIT_TIME):
+        return cause
+    first = next(end for end in ends if end.code == cause.code)
+    return Ending(cause.code, f"{first.name} left with code {cause.code} and said nothing")
+
+
+def _start_port(news: News, attempt: int) -> int | None:
+    """Return the port of the ranks' store; None before the head says it, 0 if a node is lost."""
+    for fact in news.facts():
+        if fact["kind"] == "start" and fact["attempt"] == attempt:
+            return int(fact["port"])
+    return 0 if losses(news) else None
+
+
+def _watch(news: News, ranks: LocalRanks, attempt: int, signals: Signals) -> None:
+    """Wait until the ranks have ended, or until their time after a failure anywhere is over."""
+    since: dict[bool, float] = {}  # when a failure was first seen, and one that explains others
+    told: set[bool] = set()
+    has_asked = False
+    while ranks.running:
+        if (number := signals.insisting) is not None:
+            news.tell("stopped", number=number)
+        if _insisting(news) is not None:
+            return
+        if signals.has_request and not has_asked:
+            has_asked = True
+            news.tell("asked")
+            ranks.request_end()
+        ranks.poll()
+        ends = [end for end, _ in ranks.ends() if end.code not in (EXIT_OK, EXIT_TIME)]
+        for explains in {_explains(end) for end in ends} - told:
+            told.add(explains)
+            news.tell("failing", attempt=attempt, explains=explains)
+        now = time.monotonic()
+        for explains in _failures(news, attempt) - since.keys():
+            since[explains] = now
+        if now > since.get(True, now) + _GRACE_SECONDS:
+            return
+        if now > since.get(False, now) + _LOOKING_SECONDS:
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _failures(news: News, attempt: int) -> set[bool]:
+    """Return whether failures on any node explain others (True), or not (False); both if both."""
+    return {
+        fact["kind"] == "lost" or fact["explains"]
+        for fact in news.facts()
+        if fact["kind"] == "lost" or (fact["kind"] == "failing" and fact["attempt"] == attempt)
+    }
+
+
+def _environments(
+    news: News, num_local: int, port: int, attempt: int
+) -> dict[int, Mapping[str, str]]:
+    """Return what torchrun would set, for every rank of this node."""
+    place = news.place
+    first = place.node * num_local
+    common = {
+        "WORLD_SIZE": str(num_local * place.num_nodes),
+        "LOCAL_WORLD_SIZE": str(num_local),
+        "GROUP_RANK": str(place.node),
+        "MASTER_ADDR": LOOPBACK_ADDRESS if place.node == 0 else place.head,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 is not to listen itself
+        "TORCHELASTIC_RESTART_COUNT": str(attempt),
+    }
+    interfaces = loopback() if place.is_alone else {}
+    given = {name: value for name, value in interfaces.items() if name not in os.environ}
+    return {
+        first + local: {**given, **common, "RANK": str(first + local), "LOCAL_RANK": str(local)}
+        for local in range(num_local)
+    }

@@ -1,0 +1,73 @@
+"""A TCPStore in a process of its own, so that the agent that needs it stays free of threads.
+
+An agent forks ranks, and starts them again after a failure; a process with threads must not fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Mapping
+
+from vp_train.commands.local_ranks import child
+
+LOOPBACK_ADDRESS = "127.0.0.1"
+_LOOPBACK = "lo"
+
+
+class StoreServer:
+    """A running store at `port`, with `values` in it.  It ends with this process, or by `close`."""
+
+    def __init__(
+        self,
+        address: str = LOOPBACK_ADDRESS,
+        port: int = 0,
+        values: Mapping[str, str] | None = None,
+    ) -> None:
+        """Serve on `address`, "" for every interface, and on a free port if `port` is 0.
+
+        Raises OSError if the port is in use.
+        """
+        family = (
+            socket.AF_INET6 if address == "" and socket.has_dualstack_ipv6() else socket.AF_INET
+        )
+        listening = socket.create_server(
+            (address, port), family=family, backlog=1024, dualstack_ipv6=family == socket.AF_INET6
+        )
+        self.port: int = listening.getsockname()[1]
+        self._process = child(lambda: _serve(listening, self.port, values or {}))
+        listening.close()
+
+    def close(self) -> None:
+        """End the store."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process, signal.SIGKILL)
+            os.waitpid(self._process, 0)
+
+
+def _serve(listening: socket.socket, port: int, values: Mapping[str, str]) -> None:
+    """Serve the store until this process is killed."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore(
+        LOOPBACK_ADDRESS,
+        port,
+        None,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )
+    for key, value in values.items():
+        store.set(key, value)
+    while True:
+        time.sleep(3600)
+
+
+def loopback() -> dict[str, str]:
+    """Return the settings that keep gloo and NCCL on the loopback interface, where there is one."""
+    if _LOOPBACK not in (name for _, name in socket.if_nameindex()):
+        return {}
+    return {"GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK}
