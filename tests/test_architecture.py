@@ -57,6 +57,14 @@ ALLOWED = {
         "vp_train.hf",
         "vp_train.durable",
     ),
+    "vp_train.preflight": (
+        "schedules",
+        "vp_train.communication",
+        "vp_train.config",
+        "vp_train.failures",
+        "vp_train.planning",
+        "vp_train.preflight",
+    ),
     "vp_train.data": ("vp_train.config", "vp_train.data", "vp_train.durable", "vp_train.quiet"),
 }
 MOST_ROOT_MODULES = 10  # besides __init__ and __main__
@@ -81,6 +89,7 @@ WITHOUT_TORCH = (
     "vp_train.commands.simulate",
     "vp_train.failures",
     "vp_train.planning",
+    "vp_train.preflight.findings",
     "vp_train.settings",
     "vp_train.supervision.ending",
     "vp_train.supervision.requests",

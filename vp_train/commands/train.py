@@ -20,7 +20,9 @@ _TRAIN_EXAMPLES = """\
   vp-train                              4 ranks on this machine, Python's standard library as text
   vp-train vocab=two_barrier model.vocab_size=65536 parallel.pp=2 run.name=two
   vp-train run.resume=true              continue from the newest checkpoint of runs/default
+  vp-train --preflight                  compare the nodes, and stop before step 1
   torchrun --nproc-per-node 4 -m vp_train schedule=gpipe data=synthetic"""
+_PREFLIGHT = "--preflight"
 
 
 def main() -> None:
@@ -29,7 +31,8 @@ def main() -> None:
         hold_signals()
         die_with_launcher()
     purpose = "trains a decoder with vocabulary and pipeline parallelism"
-    run(Command("vp-train", purpose, _train, _TRAIN_EXAMPLES))
+    options = {_PREFLIGHT: ("", "compare the nodes, time their network, and stop before step 1")}
+    run(Command("vp-train", purpose, _train, _TRAIN_EXAMPLES, options))
 
 
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
@@ -41,11 +44,15 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
         from vp_train.train import run_rank
 
         run_rank(
-            config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), config_text(config)
+            config,
+            int(os.environ["RANK"]),
+            int(os.environ["WORLD_SIZE"]),
+            config_text(config),
+            only_preflight=_PREFLIGHT in options,
         )
     from vp_train.commands.launch import launch
 
-    return launch(config, overrides)
+    return launch(config, [*options, *overrides])
 
 
 def with_origin(config: RunConfig) -> RunConfig:
