@@ -23,6 +23,7 @@ _TRAIN_EXAMPLES = """\
   vp-train --preflight                  compare the nodes, and stop before step 1
   torchrun --nproc-per-node 4 -m vp_train schedule=gpipe data=synthetic"""
 _PREFLIGHT = "--preflight"
+_ONLY_PREFLIGHT = "VP_TRAIN_ONLY_PREFLIGHT"  # environment variable: the launcher got this option
 
 
 def main() -> None:
@@ -36,6 +37,8 @@ def main() -> None:
 
 
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    if _PREFLIGHT in options:
+        os.environ[_ONLY_PREFLIGHT] = "1"
     prints = os.environ.get("RANK", "0") == "0" and not has_launcher()
     if prints and (words := resume_words(config)) is not None:
         print(words, flush=True)
@@ -48,11 +51,11 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
             int(os.environ["RANK"]),
             int(os.environ["WORLD_SIZE"]),
             config_text(config),
-            only_preflight=_PREFLIGHT in options,
+            only_preflight=_ONLY_PREFLIGHT in os.environ,
         )
     from vp_train.commands.launch import launch
 
-    return launch(config, [*options, *overrides])
+    return launch(config, overrides)
 
 
 def with_origin(config: RunConfig) -> RunConfig:
