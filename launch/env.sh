@@ -36,13 +36,13 @@ export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/induc
 vp_interface_to() {
     # Print the name of the interface that leads to address or host $1.
     command -v ip >/dev/null || return 0
-    vp_address=$(getent ahostsv4 "$1" 2>/dev/null | awk 'NR == 1 { print $1 }')
+    vp_address=$(getent ahostsv4 "$1" 2>/dev/null | awk 'NR == 1 { print $1 }') || true
     # On the head itself the way is the loopback interface, so ask who has the address.
     vp_interface=$(ip -o -4 address show to "${vp_address:-$1}" 2>/dev/null \
-        | awk 'NR == 1 { print $2 }')
+        | awk 'NR == 1 { print $2 }') || true
     if [ -z "$vp_interface" ]; then
         vp_interface=$(ip -o -4 route get "${vp_address:-$1}" 2>/dev/null \
-            | sed -n 's/.* dev \([^ ]*\).*/\1/p')
+            | sed -n 's/.* dev \([^ ]*\).*/\1/p') || true
     fi
     printf '%s' "$vp_interface"
     unset vp_address vp_interface

@@ -110,9 +110,13 @@ def test_without_slurm_a_sweep_runs_vp_train_itself(tmp_path):
     assert done.stdout.splitlines()[-1] == "trained run.seed=2 run.name=sweep-1"
 
 
-def environment_after(directory, shell="bash", **given):
+def environment_after(directory, **given):
     """Return the variables after reading env.sh."""
-    done = run([shell, "-euc", f". {LAUNCH / 'env.sh'}; echo ---; env"], directory, **given)
+    done = run(
+        ["bash", "-euo", "pipefail", "-c", f". {LAUNCH / 'env.sh'}; echo ---; env"],
+        directory,
+        **given,
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.partition("---\n")[2].splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line)

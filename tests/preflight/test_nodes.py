@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -58,6 +61,39 @@ def test_another_directory_is_refused(ranks, tmp_path):
         assert "No such file" in directory
         assert "run.root" in settings
     assert os.listdir(config.run.directory) == []
+
+
+def test_a_mark_from_the_network_names_no_file_elsewhere(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "secret").write_text("../secret")
+    assert "did not say" in nodes._why_unshared(tmp_path / "runs", "../secret", 1)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["runs", "secret"]
+
+
+def test_a_directory_that_cannot_be_written_is_not_usable(tmp_path):
+    mark = f".preflight-{'0' * 32}"
+    (tmp_path / mark).write_text(mark)
+    assert nodes._why_unshared(tmp_path, mark, 1) == ""
+    (tmp_path / f"{mark}-1").touch()  # root may write anywhere, but not make this file again
+    assert "cannot be written there" in nodes._why_unshared(tmp_path, mark, 1)
+    (tmp_path / mark).write_text("other")
+    assert "other contents" in nodes._why_unshared(tmp_path, mark, 1)
+
+
+def test_the_command_checks_and_stops(tmp_path):
+    words = ["--preflight", "model=nano", "data=synthetic", "parallel.pp=1", "run.name=one"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vp_train", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    node, network = done.stdout.splitlines()
+    assert f"{platform.node()}, rank 0: Python {platform.python_version()} torch " in node
+    assert network.startswith("network   all-reduce of 16 MiB over 1 rank: ")
+    assert not (tmp_path / "runs/one/metrics.jsonl").exists()
 
 
 def met_with_other_degrees(rank, num_ranks, configs):

@@ -153,9 +153,10 @@ def network_words(
     `expected_seconds` is what the plan assumes for this all-reduce.
     """
     rate = 2 * (num_ranks - 1) / num_ranks * num_bytes / seconds
+    ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
     line = (
-        f"all-reduce of {num_bytes / 2**20:.0f} MiB over {num_ranks} ranks: {seconds * 1e3:.1f} ms,"
-        f" {rate / 1e9:.2f} GB/s per rank"
+        f"all-reduce of {num_bytes / 2**20:.0f} MiB over {ranks}: {seconds * 1e3:.1f} ms, "
+        f"{rate / 1e9:.2f} GB/s per rank"
     )
     if seconds <= SLOW * expected_seconds:
         return line, ""

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ _SUM_TRIES = 3
 _SEEN_SECONDS = 5.0  # a network file system shows another node's new file within this time
 _MOST_ERRORS = 8
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy", "tokenizers")
+_MARK = re.compile(r"\.preflight-[0-9a-f]{32}")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -172,6 +174,8 @@ def _mark(directory: Path, world: ControlGroup) -> Iterator[str]:
 
 def _why_unshared(directory: Path, mark: str, rank: int) -> str:
     """Return why `directory` does not hold the mark or cannot be written to, "" if all is well."""
+    if not _MARK.fullmatch(mark):  # it came over the network, and is part of a path here
+        return "rank 0 did not say which file it wrote"
     until = time.monotonic() + _SEEN_SECONDS
     while True:
         try:
