@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,14 @@ def test_heavy_dependencies_have_one_door(path):
 def test_the_root_has_few_modules():
     modules = {path.stem for path in (ROOT / "vp_train").glob("*.py")} - {"__init__", "__main__"}
     assert len(modules) <= MOST_ROOT_MODULES, sorted(modules)
+
+
+def test_every_package_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {name_of(path) for path in SOURCES if path.name == "__init__.py"}
+    configs = {name for name in listed if name.startswith("vp_train.configs")}
+    assert set(listed) - configs == found
+    assert configs == {
+        ".".join(("vp_train", *path.parent.relative_to(ROOT).parts))
+        for path in (ROOT / "configs").rglob("*.yaml")
+    }
