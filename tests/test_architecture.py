@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,14 @@ ALLOWED = {
         "vp_train.hf",
         "vp_train.durable",
     ),
+    "vp_train.preflight": (
+        "schedules",
+        "vp_train.communication",
+        "vp_train.config",
+        "vp_train.failures",
+        "vp_train.planning",
+        "vp_train.preflight",
+    ),
     "vp_train.data": ("vp_train.config", "vp_train.data", "vp_train.durable", "vp_train.quiet"),
 }
 MOST_ROOT_MODULES = 10  # besides __init__ and __main__
@@ -81,6 +90,7 @@ WITHOUT_TORCH = (
     "vp_train.commands.simulate",
     "vp_train.failures",
     "vp_train.planning",
+    "vp_train.preflight.findings",
     "vp_train.settings",
     "vp_train.supervision.ending",
     "vp_train.supervision.requests",
@@ -156,3 +166,14 @@ def test_heavy_dependencies_have_one_door(path):
 def test_the_root_has_few_modules():
     modules = {path.stem for path in (ROOT / "vp_train").glob("*.py")} - {"__init__", "__main__"}
     assert len(modules) <= MOST_ROOT_MODULES, sorted(modules)
+
+
+def test_every_package_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {name_of(path) for path in SOURCES if path.name == "__init__.py"}
+    configs = {name for name in listed if name.startswith("vp_train.configs")}
+    assert set(listed) - configs == found
+    assert configs == {
+        ".".join(("vp_train", *path.parent.relative_to(ROOT).parts))
+        for path in (ROOT / "configs").rglob("*.yaml")
+    }

@@ -248,6 +248,10 @@ def test_every_command_parses(text, place, capsys):
             command.environment.get("GPUS", "4")
         )
         check_ours(("vp-train", *rest), capsys, num_ranks)
+    elif name == "docker":
+        check_overrides(rest[rest.index("vp_train") :], None)
+    elif name == "sbatch" and "launch/sweep.sbatch" in rest:
+        check_overrides([re.sub(",.*", "", word) for word in rest], None)
     elif name == "sbatch":
         assert rest[2] == "launch/slurm.sbatch"
         check_ours(("vp-train", *rest[3:]), capsys, 8 * option_of(command.words, "--nodes"))

@@ -258,7 +258,8 @@ def test_a_rank_that_nccl_aborts_is_a_hang_whose_record_is_named(tmp_path):
     done = launch_ranks_that(f"mkdir -p {record.parent}; echo pickle > {record}", tmp_path)
     assert done.returncode == EXIT_HANG, done.stderr
     assert done.stderr == (
-        "vp-train: rank 1 on here was aborted by NCCL's watchdog: another rank has not answered for 9 s "
+        "vp-train: rank 1 on here was aborted by NCCL's watchdog: "
+        "another rank has not answered for 9 s "
         f"(run.timeout_seconds); its last communications: {record}\n"
     )
 

@@ -81,6 +81,7 @@ def build_mesh(
     settings: RunSettings | None = None,
     *,
     watching: Callable[[Sequence[dist.ProcessGroup]], None] | None = None,
+    comparing: Callable[[ControlGroup], None] | None = None,
 ) -> Mesh:
     """Make all groups and connect them.  Collective over the default group.
 
@@ -88,7 +89,8 @@ def build_mesh(
     that move tensors use NCCL on the current device; otherwise all groups use its backend.
     Connecting takes at most `settings.world_timeout_seconds`, which is also the timeout of messages
     in `world`.  The timeout of all other messages is `settings.timeout_seconds`.  `watching` is
-    called with the groups of this rank before NCCL connects them.
+    called with the groups of this rank before NCCL connects them.  `comparing` is called with
+    `world` before the groups are made that depend on the settings.
     """
     assert dist.get_world_size() == degrees.num_ranks
     settings = settings or RunSettings()
@@ -101,6 +103,8 @@ def build_mesh(
     if backend in (GLOO, NCCL):
         # Wait for ranks that start slowly: below, gloo waits only for a step's timeout.
         world.barrier()
+    if comparing is not None:
+        comparing(world)
     made += _make(others, rank, settings, backend)
     if watching is not None:
         watching([group for _, group in made])

@@ -27,6 +27,7 @@ from vp_train.assembly import RankModel, build_rank, rank_device
 from vp_train.checkpoint.store import CheckpointError, find, latest
 from vp_train.checkpoint.training import load_weights, restore_run, save_run
 from vp_train.communication import flight_recorder
+from vp_train.communication.control import ControlGroup
 from vp_train.communication.nccl import set_environment, watch
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.data import Batch, Source, open_source
@@ -51,6 +52,7 @@ from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning
 from vp_train.optim.verdict import Judge, Verdict
 from vp_train.pipeline.recorder import Recorder, joined_communications, timer_of
 from vp_train.planning.plan import RunPlan, make_plan
+from vp_train.preflight.nodes import Preflight, spans_nodes
 from vp_train.supervision import requests as asked
 from vp_train.supervision.ending import leave
 from vp_train.supervision.heartbeat import Heartbeat, Place
@@ -63,12 +65,15 @@ class DivergenceError(SharedFailure):
     exit_code = EXIT_CONFIG
 
 
-def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> NoReturn:
+def run_rank(
+    config: RunConfig, rank: int, num_ranks: int, config_yaml: str, *, only_preflight: bool = False
+) -> NoReturn:
     """Train as rank `rank` of `num_ranks`, then end the process with an exit code.
 
-    `config_yaml` is the resolved configuration that the run directory keeps.  Raises ConfigError
-    for settings, data or checkpoints that the user must change; settings and data are checked
-    before any process group exists.  Every other failure ends the process with a message.
+    `config_yaml` is the resolved configuration that the run directory keeps.  With `only_preflight`
+    the nodes are checked, and nothing is trained.  Raises ConfigError for settings, data or
+    checkpoints that the user must change; settings and data are checked before any process group
+    exists.  Every other failure ends the process with a message.
     """
     if config.run.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch.compile would allocate memory on a GPU
@@ -80,7 +85,16 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
         plan = make_plan(config, num_ranks)
         source = open_source(config)
         directory = RunDirectory(config.run) if rank == 0 else None
-        mesh = _connect(config, plan, watcher.watch)
+        if only_preflight or spans_nodes(os.environ):
+            preflight = Preflight(config, plan.schedule.text(), source.contents)
+            mesh = _connect(config, plan, watcher.watch, preflight.compare_nodes)
+            preflight.measure_network(mesh.world)
+        else:
+            mesh = _connect(config, plan, watcher.watch)
+        if only_preflight:
+            watcher.stop()
+            dist.destroy_process_group()
+            leave(Ending(EXIT_OK, ""))
         watcher.timeout_seconds = config.run.timeout_seconds
         run = Run(config, plan, mesh, source, build_rank(config, plan, mesh), requests)
         watcher.run = run
@@ -165,12 +179,13 @@ def _connect(
     config: RunConfig,
     plan: RunPlan,
     watching: Callable[[Sequence[dist.ProcessGroup]], None] | None = None,
+    comparing: Callable[[ControlGroup], None] | None = None,
 ) -> Mesh:
     """Initialise torch.distributed and build the mesh of process groups.
 
     Control messages go over gloo.  On CUDA with run.comm_backend=nccl, tensors go over NCCL.
-    `watching` is as in `build_mesh`.  Raises ConfigError, before the ranks connect, if
-    run.device=cuda finds no GPU, or if NCCL would need more GPUs than the node has.
+    `watching` and `comparing` are as in `build_mesh`.  Raises ConfigError, before the ranks
+    connect, if run.device=cuda finds no GPU, or if NCCL would need more GPUs than the node has.
     """
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
@@ -198,7 +213,9 @@ def _connect(
             parents=True, exist_ok=True
         )
     dist.init_process_group(backend, timeout=timedelta(seconds=config.run.world_timeout_seconds))
-    return build_mesh(plan.degrees, plan.problem, config.run, watching=watching)
+    return build_mesh(
+        plan.degrees, plan.problem, config.run, watching=watching, comparing=comparing
+    )
 
 
 def _leave_done(done: int, settings: RunSettings, rank: int) -> NoReturn:

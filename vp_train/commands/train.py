@@ -26,13 +26,17 @@ _TRAIN_EXAMPLES = """\
   vp-train vocab=two_barrier model.vocab_size=65536 parallel.pp=2 run.name=two
   vp-train run.resume=true              continue from the newest checkpoint of runs/default
   vp-train --nodes 2 --node 0 --head node0 run.device=cuda      on node 0 of two; node 1 likewise
+  vp-train --preflight                  compare the nodes, and stop before step 1
   torchrun --nproc-per-node 4 -m vp_train schedule=gpipe data=synthetic"""
+_PREFLIGHT = "--preflight"
+_ONLY_PREFLIGHT = "VP_TRAIN_ONLY_PREFLIGHT"  # environment variable: the launcher got this option
 
 _OPTIONS = {
     "--nodes": ("N", "number of nodes; also give --node and --head"),
     "--node": ("I", "number of this node, from 0"),
     "--head": ("HOST", "address of node 0, HOST or HOST:PORT, the same on every node"),
     "--ranks": ("N", "ranks on this node; from the degrees, or one per GPU, if not given"),
+    _PREFLIGHT: ("", "compare the nodes, time their network, and stop before step 1"),
     "--max-restarts": ("N", "times to start all ranks again after a failure that this can mend"),
 }
 
@@ -51,6 +55,8 @@ def main() -> None:
 
 
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    if _PREFLIGHT in options:
+        os.environ[_ONLY_PREFLIGHT] = "1"
     if not is_rank(os.environ) and is_slurm_rank(os.environ):
         os.environ.update(slurm_rank(os.environ))
         _serve_ranks()
@@ -81,7 +87,11 @@ def _train_rank(config: RunConfig) -> NoReturn:
         from vp_train.train import run_rank
 
         run_rank(
-            config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), config_text(config)
+            config,
+            int(os.environ["RANK"]),
+            int(os.environ["WORLD_SIZE"]),
+            config_text(config),
+            only_preflight=_ONLY_PREFLIGHT in os.environ,
         )
     except (Exception, KeyboardInterrupt) as error:
         if PIPE not in os.environ:

@@ -102,22 +102,29 @@ class Heartbeat:
     def _store(self) -> Any:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        store = TCPStore(*self._address, is_master=False, wait_for_workers=False)
-        store.set_timeout(timedelta(seconds=_STORE_SECONDS))
-        return store
+        timeout = timedelta(seconds=_STORE_SECONDS)  # to connect, and of every request that waits
+        return TCPStore(*self._address, is_master=False, wait_for_workers=False, timeout=timeout)
 
     def look(self, num_ranks: int) -> Stall | None:
         """Return where all ranks stand, None if the store does not answer.
 
-        It takes 2.5 s, because it looks twice.
+        It takes 2.5 s, because it looks twice, and at most 7.5 s.
         """
+        found: list[Stall] = []
+        # Over a cut link a request to the store never returns, so a thread makes it.
+        looking = Thread(target=self._look, args=(num_ranks, found), daemon=True)
+        looking.start()
+        looking.join(_LOOK_SECONDS + _STORE_SECONDS)
+        return found[0] if found else None
+
+    def _look(self, num_ranks: int, found: list[Stall]) -> None:
         try:
             store = self._store()
             before = self._beats(store, num_ranks)
             time.sleep(_LOOK_SECONDS)
-            return Stall.of(before, self._beats(store, num_ranks))
+            found.append(Stall.of(before, self._beats(store, num_ranks)))
         except RuntimeError:
-            return None
+            return
 
     def _beats(self, store: Any, num_ranks: int) -> list[Beat | None]:
         keys = map(self._key, range(num_ranks))
