@@ -69,6 +69,9 @@ DOORS = {
     "matplotlib": {"vp_train.commands.plot"},
     "deepspeed": {"vp_train.optim.offload"},
 }
+# The only modules of planning that know the whole configuration; the others take its sections and
+# the Workload that is made of it.
+KNOW_THE_RUN = {"workload", "plan", "report", "search"}
 WITHOUT_TORCH = (
     "schedules",
     "vp_train.config",
@@ -148,6 +151,11 @@ def test_heavy_dependencies_have_one_door(path):
         assert "torch" not in imported
     if within(module, ("schedules",)):
         assert imported - {"schedules", "numpy"} <= sys.stdlib_module_names
+
+
+def test_planning_computes_with_a_workload_and_not_with_the_whole_configuration():
+    paths = (ROOT / "vp_train" / "planning").glob("*.py")
+    assert {path.stem for path in paths if "RunConfig" in path.read_text()} == KNOW_THE_RUN
 
 
 def test_the_root_has_few_modules():

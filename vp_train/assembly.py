@@ -402,7 +402,7 @@ def _build_stages(
             device=device,
             group=mesh.tensor,
             seed=config.run.seed,
-            recompute=config.parallel.recompute_of(stage),
+            recompute=plan.recompute[stage],
             split_sequences=config.parallel.sequence_parallel,
         )
         for stage in plan.problem.layout.stages_of(mesh.pipeline_rank)
