@@ -103,9 +103,9 @@ class Ours:
             self.weight,
             self.grad,
             Shard(0, case.rows),
-            case.rows,
-            VOCAB_ALGORITHMS[algorithm].input_gradient,
-            name,
+            vocab_size=case.rows,
+            input_gradient=VOCAB_ALGORITHMS[algorithm].input_gradient,
+            backend=name,
             options=options,
             recompute_fraction=float(fraction or 1),
         )

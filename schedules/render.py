@@ -105,7 +105,7 @@ class _Frame:
         shown = Excerpt.of(timeline)
         width = _WIDTH - _LEFT - _RIGHT - (_GAP if shown.cut is not None else 0)
         scale = width / shown.seconds if shown.seconds > 0 else 0.0
-        return cls(shown, scale, lane, font, tuple(tops), y)
+        return cls(shown, scale=scale, lane=lane, font=font, tops=tuple(tops), bottom=y)
 
     def x(self, seconds: float) -> float:
         """Return where a moment lies, which is not in the cut."""

@@ -58,6 +58,7 @@ ALLOWED = {
     ),
     "vp_train.data": ("vp_train.config", "vp_train.data", "vp_train.durable", "vp_train.quiet"),
 }
+MOST_POSITIONAL = 5  # parameters of a constructor; the others are keywords
 MOST_ROOT_MODULES = 10  # besides __init__ and __main__
 DOORS = {
     "megatron": {"vp_train.model.megatron", "vp_train.data.indexed"},
@@ -151,6 +152,14 @@ def test_heavy_dependencies_have_one_door(path):
         assert "torch" not in imported
     if within(module, ("schedules",)):
         assert imported - {"schedules", "numpy"} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_constructors_with_many_parameters_take_keywords(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            positional = [*node.args.posonlyargs, *node.args.args][1:]
+            assert len(positional) <= MOST_POSITIONAL, f"line {node.lineno}"
 
 
 def test_planning_computes_with_a_workload_and_not_with_the_whole_configuration():

@@ -54,17 +54,17 @@ def estimate_cost(
             )
             for kind, values in seconds.items()
         },
-        _hop_seconds(work, cost),
-        {
+        hop_seconds=_hop_seconds(work, cost),
+        barrier_seconds={
             barrier.name: _barrier_seconds(work, cost, barrier, num_shards)
             for barrier in algorithm.barriers
         },
-        _stage_bytes(work, layers, recompute),
-        tuple(
+        stage_bytes=_stage_bytes(work, layers, recompute),
+        shard_bytes=tuple(
             work.item_bytes * work.num_tokens * (work.held_values * count + work.model.hidden_size)
             for count in rows
         ),
-        _weight_grad_bytes(work, layers),
+        weight_bytes=_weight_grad_bytes(work, layers),
     )
 
 

@@ -232,7 +232,9 @@ def _draft(
     problem = Problem(layout, work.num_microbatches, algorithm, split_backward)
     shards = {end: split_vocabulary(work, problem, end, rows) for end in End}
     costs = estimate_cost(work, cost, problem, layers=layers, recompute=recompute, shards=shards)
-    return Draft(work, layers, recompute, shards, problem, costs)
+    return Draft(
+        work, layers=layers, recompute=recompute, shards=shards, problem=problem, cost=costs
+    )
 
 
 def _algorithm(name: str) -> VocabAlgorithm:

@@ -158,11 +158,11 @@ def choices(config: RunConfig) -> Iterator[Choice]:
                         for recompute in RECOMPUTE:
                             yield Choice(
                                 degrees,
-                                size,
-                                batch // degrees.dp // size,
-                                schedule,
-                                vocab,
-                                recompute,
+                                micro_batch_size=size,
+                                num_microbatches=batch // degrees.dp // size,
+                                schedule=schedule,
+                                vocab=vocab,
+                                recompute=recompute,
                             )
 
 
