@@ -400,21 +400,45 @@ def stall(where: Where, report: Report) -> None:
 
 def _lateness(where: Where, report: Report) -> list[float]:
     """Return how long after S the next F began on each of two ranks, in ms, C1b under way."""
-    from schedules.lower import Exchange
-    from schedules.problem import Collective
-    from schedules.vocab import End, Payload, Transfer
     from tests.schedules.cases import problem
     from vp_train.pipeline.comms import Comms
-    from vp_train.pipeline.local import LocalTransport, Switchboard, run_ranks
+    from vp_train.pipeline.local import Switchboard, run_ranks
 
+    board = Switchboard(problem(2, 1, "one_barrier"), where.device)
+    size = 4096 if where.on_gpu else 64
+    together = threading.Barrier(2, timeout=30)
     cycles = sleep_cycles(_SLEEP_MILLISECONDS) if where.on_gpu else 0
+    transport = _sleeping_transport(cycles)
+
+    def work(rank: int) -> dict[str, float]:
+        comms, matrix = Comms(transport(board, rank)), where.randn(size, size)
+        step = partial(_two_passes, where, rank, comms, matrix, together, cycles=cycles // 2)
+        step()  # loads kernels
+        return step()
+
+    found = run_ranks(board, work)
+    report.note(
+        c1_milliseconds=[of_rank["c1"] for of_rank in found],
+        host_milliseconds=[of_rank["host"] for of_rank in found],
+    )
+    slept = min(of_rank["c1"] for of_rank in found)
+    report.check("C1 slept", "at least 40 ms", f"{slept:.1f} ms", slept >= 40, judged=where.on_gpu)
+    right = all(of_rank["right"] for of_rank in found)
+    report.check("C1 and C1b deliver", "the sums", "the sums" if right else "others", right)
+    return [of_rank["late"] for of_rank in found]
+
+
+def _sleeping_transport(cycles: int) -> Any:
+    """Return a class of transports whose collectives sleep before they read.
+
+    The device sleeps for `cycles`; with 0 the host sleeps instead.
+    """
+    from vp_train.pipeline.local import LocalTransport
 
     class Slow(LocalTransport):
-        """A transport whose collectives sleep before they read."""
-
         def _arriving(self, key: Any, senders: Any, read: Any) -> Any:
             def slowly(call: Any, messages: Any) -> Tensor:
-                if where.on_gpu:
+                if cycles:
                     torch.cuda._sleep(cycles)
                 else:
                     time.sleep(0.005)
@@ -422,75 +446,84 @@ def _lateness(where: Where, report: Report) -> list[float]:
 
             return super()._arriving(key, senders, slowly)
 
-    board = Switchboard(problem(2, 1, "one_barrier"), where.device)
-    size = 4096 if where.on_gpu else 64
+    return Slow
+
+
+def _two_passes(
+    where: Where,
+    rank: int,
+    comms: Any,
+    matrix: Tensor,
+    together: threading.Barrier,
+    *,
+    cycles: int,
+) -> dict[str, float]:
+    """Run S and the next F of a rank, and issue C1 and C1b between them.
+
+    The device sleeps for `cycles` first: S is long, and meanwhile the hosts issue all that follows.
+
+    Returns in ms how late F began, how long C1 took and how long the host was busy; and whether
+    the right values arrived.
+    """
+    gathered: list[Tensor] = []
+    reduced: list[Tensor] = []
+    where.synchronise()
+    together.wait()
+    host = time.perf_counter()
+    if cycles:
+        torch.cuda._sleep(cycles)
+    torch.mm(matrix, matrix)
+    s_end = _mark(where)
+    c1, c1b = _start_barriers(where, rank, comms, gathered, reduced)
+    f_begin = _mark(where)
+    torch.mm(matrix, matrix)  # F
+    issued = 1e3 * (time.perf_counter() - host)
+    c1()
+    c1_end = _mark(where)
+    if c1b is not None:
+        c1b()
+    comms.drain()
+    sent = torch.tensor([1.0, 2.0], device=where.device)[:, None, None]
+    right = torch.equal(gathered[0], sent.expand_as(gathered[0]))
+    right = right and all(torch.equal(value, torch.full_like(value, 6.0)) for value in reduced)
+    late, slept = _elapsed(where, s_end, f_begin), _elapsed(where, s_end, c1_end)
+    return {"late": late, "c1": slept, "host": issued, "right": float(right)}
+
+
+def _start_barriers(
+    where: Where, rank: int, comms: Any, gathered: list[Tensor], reduced: list[Tensor]
+) -> tuple[Any, Any]:
+    """Start C1, whose result goes to `gathered`, and C1b of its sum, to `reduced` on rank 1."""
+    from schedules.lower import Exchange
+    from schedules.problem import Collective
+    from schedules.vocab import End, Payload, Transfer
+
     shape = (1024, 1024) if where.on_gpu else (8, 8)
     first = (End.OUTPUT, Transfer.ALL_GATHER, Payload.STATISTICS, 1, 1)
     second = (End.OUTPUT, Transfer.REDUCE, Payload.INPUT_GRADIENT, 1, 1)
-
-    together = threading.Barrier(2, timeout=30)
-
-    def step(rank: int, comms: Any, matrix: Tensor) -> dict[str, float]:
-        gathered: list[Tensor] = []
-        reduced: list[Tensor] = []
-        where.synchronise()
-        together.wait()
-        host = time.perf_counter()
-        if where.on_gpu:
-            torch.cuda._sleep(cycles // 2)  # S is long: meanwhile the hosts issue all that follows
-        torch.mm(matrix, matrix)
-        s_end = _mark(where)
-        c1 = comms.start(
-            Exchange(*first, counted=False, contributes=True, delivers=True, continues=None),
-            lambda: torch.full(shape, rank + 1.0, device=where.device),
-            gathered.append,
-            (),
-            None,
-            lambda pending: pending,
-        )
-        c1b = comms.start(
-            Exchange(
-                *second,
-                counted=False,
-                contributes=True,
-                delivers=rank == 1,
-                continues=Collective("C1", 0),
-            ),
-            lambda: gathered[0].sum(0),
-            reduced.append,
-            (),
-            c1,
-            lambda pending: pending,
-        )
-        f_begin = _mark(where)
-        torch.mm(matrix, matrix)  # F
-        issued = 1e3 * (time.perf_counter() - host)
-        c1()
-        c1_end = _mark(where)
-        if c1b is not None:
-            c1b()
-        comms.drain()
-        each = torch.tensor([1.0, 2.0], device=where.device)[:, None, None]
-        right = torch.equal(gathered[0], each.expand(2, *shape))
-        right = right and all(torch.equal(value, torch.full_like(value, 6.0)) for value in reduced)
-        late, slept = _elapsed(where, s_end, f_begin), _elapsed(where, s_end, c1_end)
-        return {"late": late, "c1": slept, "host": issued, "right": float(right)}
-
-    def work(rank: int) -> dict[str, float]:
-        comms, matrix = Comms(Slow(board, rank)), where.randn(size, size)
-        step(rank, comms, matrix)  # loads kernels
-        return step(rank, comms, matrix)
-
-    found = run_ranks(board, work)
-    report.note(
-        c1_milliseconds=[each["c1"] for each in found],
-        host_milliseconds=[each["host"] for each in found],
+    c1 = comms.start(
+        Exchange(*first, counted=False, contributes=True, delivers=True, continues=None),
+        lambda: torch.full(shape, rank + 1.0, device=where.device),
+        gathered.append,
+        (),
+        None,
+        lambda pending: pending,
     )
-    slept = min(each["c1"] for each in found)
-    report.check("C1 slept", "at least 40 ms", f"{slept:.1f} ms", slept >= 40, judged=where.on_gpu)
-    right = all(each["right"] for each in found)
-    report.check("C1 and C1b deliver", "the sums", "the sums" if right else "others", right)
-    return [each["late"] for each in found]
+    c1b = comms.start(
+        Exchange(
+            *second,
+            counted=False,
+            contributes=True,
+            delivers=rank == 1,
+            continues=Collective("C1", 0),
+        ),
+        lambda: gathered[0].sum(0),
+        reduced.append,
+        (),
+        c1,
+        lambda pending: pending,
+    )
+    return c1, c1b
 
 
 def _cases() -> list[tuple[str, str]]:
@@ -641,45 +674,10 @@ def cuda_tests(where: Where, report: Report) -> None:
 
 def vocabulary(where: Where, report: Report) -> None:
     """Time S and T for several sizes of chunks, against three products and other libraries."""
-    import vocab_passes
-    from peers_vocab import PEERS, installed
+    from peers_vocab import installed
+    from vocab_passes import DeviceCase, Ours
 
-    from vp_train.vocab import backends
     from vp_train.vocab.loss import LossOptions
-
-    class Case(vocab_passes.Case):
-        """Inputs made on the device: the host would take longer than everything else."""
-
-        def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            torch.manual_seed(0)
-            weight = where.randn(self.rows, self.hidden) * self.hidden**-0.5
-            targets = torch.randint(0, self.rows, (self.tokens,), device=where.device)
-            scale = torch.full(
-                (self.tokens,), 1 / self.tokens, device=where.device, dtype=where.dtype
-            )
-            return where.randn(self.tokens, self.hidden), weight, targets, scale
-
-    class AccumulatingFloor(vocab_passes.Floor):
-        """The three products, of which dW is added to fp32."""
-
-        def __init__(self, case: Case) -> None:
-            super().__init__(case)
-            self.dw = torch.zeros_like(self.weight, dtype=torch.float32)
-
-        def __call__(self) -> None:
-            torch.mm(self.x, self.weight.T, out=self.logits)
-            torch.mm(self.logits, self.weight, out=self.dx)
-            if where.on_gpu:
-                torch.addmm(self.dw, self.logits.T, self.x, out_dtype=torch.float32, out=self.dw)
-            else:
-                self.dw.addmm_(self.logits.T, self.x)
-
-    def with_chunk(size: int, work: Callable[[], object]) -> Callable[[], object]:
-        def run() -> object:
-            backends._CHUNK_BYTES[where.device.type] = size
-            return work()
-
-        return run
 
     report.note(peers=installed())
     sizes = [size << 20 for size in (64, 128, 256, 512, 1024)] if where.on_gpu else [4096, 16384]
@@ -690,65 +688,89 @@ def vocabulary(where: Where, report: Report) -> None:
     )
     rows: list[dict[str, Any]] = []
     for tokens, hidden, num_rows in shapes:
-        case = Case(where.device.type, where.dtype, tokens, hidden, num_rows)
-        works: dict[str, Callable[[], object]] = {
-            "floor": AccumulatingFloor(case),
-            "floor without sum": vocab_passes.Floor(case),
-        }
-        ours, missing = {}, {}
-        for size in sizes:
-            ours[size] = vocab_passes.Ours(case, "chunked", "one_barrier", LossOptions())
-            works[f"chunks of {size} bytes"] = with_chunk(size, ours[size])
-        for name in [name for name in PEERS if name != "published"]:
-            try:
-                peer = PEERS[name](*case.inputs())
-                peer()  # it may fail only here
-                works[name] = peer
-            except Exception as error:  # whatever a peer lacks here is a result too
-                missing[name] = (
-                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                )
+        shape = f"T {tokens} H {hidden} R {num_rows}"
+        case = DeviceCase(where.device.type, where.dtype, tokens, hidden, num_rows)
+        ours = {size: Ours(case, "chunked", "one_barrier", LossOptions()) for size in sizes}
+        works, missing = _vocabulary_works(where, case, ours)
         times = {name: milliseconds(where, work, 2, 5) for name, work in works.items()}
         for size, layer in ours.items():
-            layer.apart = {}
-            for _ in range(3):
-                with_chunk(size, layer)()
-            apart = {name: 1e3 * median(seconds) for name, seconds in layer.apart.items()}
-            rows.append(
-                {"tokens": tokens, "hidden": hidden, "rows": num_rows, "chunk_bytes": size} | apart
-            )
+            sized = {"tokens": tokens, "hidden": hidden, "rows": num_rows, "chunk_bytes": size}
+            rows.append(sized | _pass_milliseconds(where, size, layer))
             report.note(passes=rows)
-        shape = f"T {tokens} H {hidden} R {num_rows}"
         report.note(**{f"{shape} milliseconds": times, f"{shape} missing": missing})
-        best = min(sizes, key=lambda size: times[f"chunks of {size} bytes"])
-        report.note(
-            **{f"{shape} kernels": top_kernels(where, works[f"chunks of {best} bytes"], 20)}
-        )
-        ratio = times[f"chunks of {best} bytes"] / times["floor"]
-        rate = 6e-9 * tokens * hidden * num_rows / times["floor"]
-        measured = f"{ratio:.2f} with chunks of {best >> 20} MiB, floor at {rate:.0f} TFLOP/s"
-        report.check(
-            f"{shape}: S and T / floor",
-            "at most 1.35",
-            measured,
-            ratio <= 1.35,
-            judged=where.on_gpu,
-        )
-        others = {name: time for name, time in times.items() if name in PEERS}
-        fastest = min(others, key=others.__getitem__, default=None)
-        if fastest is not None:
-            against = times[f"chunks of {best} bytes"] / others[fastest]
-            measured = f"{against:.2f} of {fastest}"
-            report.check(
-                f"{shape}: S and T / fastest peer",
-                "at most 1",
-                measured,
-                against <= 1,
-                judged=where.on_gpu,
-            )
+        best = min(sizes, key=lambda size: times[_chunks(size)])
+        report.note(**{f"{shape} kernels": top_kernels(where, works[_chunks(best)], 20)})
+        flops = 6.0 * tokens * hidden * num_rows
+        _judge_vocabulary(where, report, shape, times=times, best=best, flops=flops)
         del works, ours
         if where.on_gpu:
             torch.cuda.empty_cache()
+
+
+def _chunks(size: int) -> str:
+    return f"chunks of {size} bytes"
+
+
+def _with_chunk(where: Where, size: int, work: Callable[[], object]) -> Callable[[], object]:
+    """Return `work` as it runs with chunks of this size."""
+    from vp_train.vocab import backends
+
+    def run() -> object:
+        backends._CHUNK_BYTES[where.device.type] = size
+        return work()
+
+    return run
+
+
+def _vocabulary_works(
+    where: Where, case: Any, ours: dict[int, Any]
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Return what to time by name: products, our layers, peers; and why peers are missing."""
+    from peers_vocab import PEERS
+    from vocab_passes import AccumulatingFloor, Floor
+
+    works: dict[str, Callable[[], object]] = {
+        "floor": AccumulatingFloor(case),
+        "floor without sum": Floor(case),
+    }
+    works |= {_chunks(size): _with_chunk(where, size, layer) for size, layer in ours.items()}
+    missing = {}
+    for name in [name for name in PEERS if name != "published"]:
+        try:
+            peer = PEERS[name](*case.inputs())
+            peer()  # it may fail only here
+            works[name] = peer
+        except Exception as error:  # whatever a peer lacks here is a result too
+            first_line, _, _ = str(error).partition("\n")
+            missing[name] = f"{type(error).__name__}: {first_line}"
+    return works, missing
+
+
+def _pass_milliseconds(where: Where, size: int, layer: Any) -> dict[str, float]:
+    """Return the medians of S and of T, each on its own."""
+    layer.apart = {}
+    for _ in range(3):
+        _with_chunk(where, size, layer)()
+    return {name: 1e3 * median(seconds) for name, seconds in layer.apart.items()}
+
+
+def _judge_vocabulary(
+    where: Where, report: Report, shape: str, *, times: dict[str, float], best: int, flops: float
+) -> None:
+    """Check the time with the best size of chunks against the floor and the fastest peer."""
+    from peers_vocab import PEERS
+
+    ours, floor = times[_chunks(best)], times["floor"]
+    rate = f"floor at {1e-9 * flops / floor:.0f} TFLOP/s"
+    measured = f"{ours / floor:.2f} with chunks of {best >> 20} MiB, {rate}"
+    what, passed = f"{shape}: S and T / floor", ours <= 1.35 * floor
+    report.check(what, "at most 1.35", measured, passed, judged=where.on_gpu)
+    others = {name: time for name, time in times.items() if name in PEERS}
+    if others:
+        fastest = min(others, key=others.__getitem__)
+        measured = f"{ours / others[fastest]:.2f} of {fastest}"
+        what, passed = f"{shape}: S and T / fastest peer", ours <= others[fastest]
+        report.check(what, "at most 1", measured, passed, judged=where.on_gpu)
 
 
 # 7

@@ -109,7 +109,7 @@ def measure(rank: int, num_ranks: int, port: int, case: str, config: RunConfig, 
     before = live.peak
     with live:
         step()
-    memory = rank_memory(config, plan, mesh.pipeline_rank)
+    memory = rank_memory(plan, config.optim, mesh.pipeline_rank)
     row = Row(
         case,
         rank,

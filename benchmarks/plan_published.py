@@ -36,6 +36,7 @@ from vp_train.planning.degrees import Degrees
 from vp_train.planning.memory import StateBytes, rank_memory
 from vp_train.planning.plan import StepPlan, plan_step
 from vp_train.planning.report import PlanReport, report_of
+from vp_train.planning.workload import Workload
 from vp_train.settings import load_config
 
 PEAK = 3.2e14  # FLOPs per second, on which the published MFU is based
@@ -106,9 +107,9 @@ def config_of(row: dict[str, Any], efficiency: float) -> RunConfig:
 def planned(config: RunConfig) -> tuple[StepPlan, PlanReport]:
     """Return the simulated step and its report."""
     degrees = Degrees(1, config.parallel.pp or 1, 1)
-    costed = on_cluster(config, degrees)
-    step = plan_step(costed, degrees.num_ranks)
-    return step, report_of(costed, step)
+    cost = on_cluster(Workload.of(config, degrees), config.cluster, config.cost)
+    step = plan_step(replace(config, cost=cost), degrees.num_ranks)
+    return step, report_of(step, config.cluster, config.optim)
 
 
 def peak_gib(config: RunConfig, step: StepPlan) -> float:
@@ -125,7 +126,7 @@ def peak_gib(config: RunConfig, step: StepPlan) -> float:
     peaks = []
     for rank, kept in enumerate(simulate(step.schedule, step.problem, cost).peak_bytes):
         undivided = 0.0 if sharded else UNDIVIDED_LOGIT_BYTES * tokens * rows[rank]
-        peaks.append(rank_memory(config, step, rank, STATE).state + kept + undivided)
+        peaks.append(rank_memory(step, config.optim, rank, STATE).state + kept + undivided)
     return max(peaks) / 2**30
 
 

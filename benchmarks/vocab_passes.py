@@ -72,6 +72,18 @@ class Case:
         )
 
 
+class DeviceCase(Case):
+    """A case whose inputs are made on the device, where the host would take too long."""
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        torch.manual_seed(0)
+        on_device: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        weight = torch.randn(self.rows, self.hidden, **on_device) * self.hidden**-0.5
+        targets = torch.randint(0, self.rows, (self.tokens,), device=self.device)
+        scale = torch.full((self.tokens,), 1 / self.tokens, **on_device)
+        return torch.randn(self.tokens, self.hidden, **on_device), weight, targets, scale
+
+
 class Ours:
     """S and T as the trainer calls them, with a single shard.
 
@@ -91,9 +103,9 @@ class Ours:
             self.weight,
             self.grad,
             Shard(0, case.rows),
-            case.rows,
-            VOCAB_ALGORITHMS[algorithm].input_gradient,
-            name,
+            vocab_size=case.rows,
+            input_gradient=VOCAB_ALGORITHMS[algorithm].input_gradient,
+            backend=name,
             options=options,
             recompute_fraction=float(fraction or 1),
         )
@@ -138,6 +150,22 @@ class Floor:
         torch.mm(self.x, self.weight.T, out=self.logits)
         torch.mm(self.logits, self.weight, out=self.dx)
         torch.mm(self.logits.T, self.x, out=self.dw)
+
+
+class AccumulatingFloor(Floor):
+    """The three products, of which dW is added to fp32."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.dw = torch.zeros_like(self.weight, dtype=torch.float32)
+
+    def __call__(self) -> None:
+        torch.mm(self.x, self.weight.T, out=self.logits)
+        torch.mm(self.logits, self.weight, out=self.dx)
+        if self.dw.is_cuda:
+            torch.addmm(self.dw, self.logits.T, self.x, out_dtype=torch.float32, out=self.dw)
+        else:
+            self.dw.addmm_(self.logits.T, self.x)
 
 
 class Lookups:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
+from schedules.excerpt import Excerpt
 from schedules.timeline import Span, Timeline
 
 # The colours of Okabe and Ito, which colour-blind readers can distinguish.
@@ -40,10 +41,7 @@ _BARRIER = "#666666"
 _LATER_STAGE = "#333333"
 _BARRIER_HEIGHT, _BAND = 5, 3
 _WIDTH, _LEFT, _RIGHT, _TOP = 1200, 64, 68, 72
-_MOST_BOXES = 2_000  # in a picture; a longer step is shown without its middle
-_MOST_BOXES_OF_RANK = 250
 _GAP = 26  # pixels in place of what is left out
-_WARM_UP = 0.55  # the part of what is shown that comes before the gap
 
 
 def text_grid(timeline: Timeline, columns: int = 120, seconds: float = math.inf) -> str:
@@ -80,13 +78,9 @@ def text_grid(timeline: Timeline, columns: int = 120, seconds: float = math.inf)
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """The geometry of the picture, in pixels.
+    """The geometry of the picture, in pixels."""
 
-    `cut`: the time that is left out, in seconds, where the step has more passes than a picture can
-    show. What remains is the warm-up and the cool-down, each with some steady microbatches.
-    """
-
-    cut: tuple[float, float] | None
+    shown: Excerpt
     scale: float  # pixels per second
     lane: int  # height of the passes of a rank
     font: int  # size of the numbers in the passes
@@ -108,44 +102,15 @@ class _Frame:
         for rank in range(timeline.num_ranks):
             tops.append(y)
             y += lane + (_BARRIER_HEIGHT + 2 if rank in with_barriers else 0) + lane // 4
-        width, cut, shown = _WIDTH - _LEFT - _RIGHT, _middle(timeline), timeline.makespan
-        if cut is not None:
-            width, shown = width - _GAP, shown - (cut[1] - cut[0])
-        return cls(cut, width / shown if shown > 0 else 0.0, lane, font, tuple(tops), y)
+        shown = Excerpt.of(timeline)
+        width = _WIDTH - _LEFT - _RIGHT - (_GAP if shown.cut is not None else 0)
+        scale = width / shown.seconds if shown.seconds > 0 else 0.0
+        return cls(shown, scale=scale, lane=lane, font=font, tops=tuple(tops), bottom=y)
 
     def x(self, seconds: float) -> float:
         """Return where a moment lies, which is not in the cut."""
-        if self.cut is None or seconds <= self.cut[0]:
-            return seconds * self.scale
-        return (seconds - self.cut[1] + self.cut[0]) * self.scale + _GAP
-
-    def shows(self, seconds: float) -> bool:
-        """Return whether a moment is in the picture."""
-        return self.cut is None or not self.cut[0] < seconds < self.cut[1]
-
-    def visible(self, span: Span) -> tuple[float, float] | None:
-        """Return the part of a span that is in the picture, in seconds; None if nothing is."""
-        if self.cut is None:
-            return span.start, span.end
-        left, right = self.cut
-        if span.start >= left and span.end <= right and span.end > left and span.start < right:
-            return None
-        start = right if left < span.start < right else span.start
-        end = left if start <= left and span.end > left else span.end
-        return start, end
-
-
-def _middle(timeline: Timeline) -> tuple[float, float] | None:
-    """Return the time to leave out of a picture, in seconds; None if all passes fit."""
-    most = max(1, max(map(len, timeline.compute), default=1))
-    allowed = min(_MOST_BOXES_OF_RANK, max(60, _MOST_BOXES // timeline.num_ranks))
-    if most <= allowed or timeline.makespan <= 0:
-        return None
-    shown = timeline.makespan * allowed / most
-    longest = max(span.seconds for spans in timeline.compute for span in spans)
-    if timeline.makespan - shown <= longest:
-        return None  # a pass could be on both sides of the gap
-    return _WARM_UP * shown, timeline.makespan - (1 - _WARM_UP) * shown
+        gap = _GAP / self.scale if self.scale else 0.0
+        return self.shown.place(seconds, gap) * self.scale
 
 
 def svg(timeline: Timeline, title: str) -> str:
@@ -196,7 +161,7 @@ def _lane(timeline: Timeline, rank: int, frame: _Frame) -> list[str]:
         'fill="url(#bubble)"/>',
     ]
     for span in spans:
-        if (shown := frame.visible(span)) is None:
+        if (shown := frame.shown.visible(span)) is None:
             continue
         parts.append(_box(span, frame, 0, frame.lane, COLOURS[span.kind]))
         if span.kind in STAGE_KINDS and span.stage != stages[0]:
@@ -225,7 +190,7 @@ def _stages(spans: tuple[Span, ...]) -> list[int]:
 
 def _box(span: Span, frame: _Frame, y: int, height: int, colour: str) -> str:
     """Return the SVG of one span, empty if it is not in the picture."""
-    shown = frame.visible(span)
+    shown = frame.shown.visible(span)
     if shown is None:
         return ""
     start, width = frame.x(shown[0]), (shown[1] - shown[0]) * frame.scale
@@ -265,47 +230,29 @@ def _axis(makespan: float, frame: _Frame) -> list[str]:
     factor, unit = (
         (1.0, "s") if makespan >= 10 else (1e3, "ms") if makespan >= 1e-3 else (1e6, "µs")
     )
-    left_out = 0.0 if frame.cut is None else frame.cut[1] - frame.cut[0]
-    step = _round_step((makespan - left_out) * factor)
     parts = []
-    for tick in range(int(makespan * factor / step + 1e-9) + 1):
-        if not frame.shows(tick * step / factor):
-            continue
-        x = _LEFT + frame.x(tick * step / factor)
+    for tick in frame.shown.ticks(factor):
+        x = _LEFT + frame.x(tick / factor)
         parts.append(f'<path d="M{x:.1f} {_TOP - 4}V{frame.bottom + 4}" stroke="#DDD"/>')
-        words = f"{tick * step:g} {unit}"
         parts.append(
             f'<text x="{x:.1f}" y="{frame.bottom + 18}" text-anchor="middle" fill="#555">'
-            f"{words}</text>"
+            f"{tick:g} {unit}</text>"
         )
     return parts
 
 
 def _cut_words(frame: _Frame) -> list[str]:
     """Return the SVG of the gap that stands for what is left out, empty if that is nothing."""
-    if frame.cut is None:
+    if frame.shown.cut is None:
         return []
-    x, middle = _LEFT + frame.x(frame.cut[0]), (_TOP + frame.bottom) / 2
-    words = f"{duration(frame.cut[1] - frame.cut[0])} not shown"
+    x, middle = _LEFT + frame.x(frame.shown.cut[0]), (_TOP + frame.bottom) / 2
+    words = f"{duration(frame.shown.left_out)} not shown"
     return [
         f'<rect x="{x:.1f}" y="{_TOP - 4}" width="{_GAP}" height="{frame.bottom - _TOP + 8}" '
         'fill="white"/>',
         f'<text transform="translate({x + _GAP / 2 + 4:.1f},{middle:.0f}) rotate(-90)" '
         f'text-anchor="middle" fill="#555">{words}</text>',
     ]
-
-
-def _round_step(length: float) -> float:
-    """Return the distance between the ticks of an axis of this length.
-
-    It is 1, 2 or 5 times a power of ten and gives at most ten parts; 1 for an empty axis.
-    """
-    if length <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(length / 10))
-    return next(
-        factor * power for factor in (1, 2, 5, 10) if length / (factor * power) <= 10 + 1e-9
-    )
 
 
 def facts(timeline: Timeline) -> str:

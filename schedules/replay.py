@@ -301,11 +301,15 @@ class _Walk:
     def span(self, rank: int, item: Pass | Collective, activity: int) -> Span:
         """Return the interval of a pass or a collective, shown on `rank`."""
         start = self.start[activity]
-        end = start + self.seconds[activity]
-        if isinstance(item, Pass):
-            stage, kind, microbatch = item.stage, item.kind.value, item.microbatch
-            return Span(rank, f"{stage}{kind}{microbatch}", kind, stage, microbatch, start, end)
-        return Span(rank, str(item), item.barrier, -1, item.microbatch, start, end)
+        return Span(
+            rank,
+            name=str(item),
+            kind=item.kind.value if isinstance(item, Pass) else item.barrier,
+            stage=item.stage if isinstance(item, Pass) else -1,
+            microbatch=item.microbatch,
+            start=start,
+            end=start + self.seconds[activity],
+        )
 
     def _stuck(self) -> str:
         """Return the operation that each rank waits at: in its passes, else an issued one."""

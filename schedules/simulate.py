@@ -159,25 +159,17 @@ def _timeline_of(swept: Sweep, network: Network, problem: Problem) -> Timeline:
     for number in swept.order:
         microbatch, k = divmod(number, size)
         node, lane, start = network.nodes[k], network.lanes[k], swept.start[number]
-        end = start + network.seconds[k]
+        interval = {"start": start, "end": start + network.seconds[k]}
         if isinstance(node, Pass):
-            name = f"{node.stage}{node.kind.value}{microbatch}"
+            kind, stage = node.kind.value, node.stage
+            name = f"{stage}{kind}{microbatch}"
             compute[lane].append(
-                Span(lane, name, node.kind.value, node.stage, microbatch, start, end)
+                Span(lane, name, kind, stage=stage, microbatch=microbatch, **interval)
             )
             orders[lane].append(number)
         else:
-            comm.append(
-                Span(
-                    roots[lane - num_ranks],
-                    f"{node.barrier}.{microbatch}",
-                    node.barrier,
-                    -1,
-                    microbatch,
-                    start,
-                    end,
-                )
-            )
+            root, name = roots[lane - num_ranks], f"{node.barrier}.{microbatch}"
+            comm.append(Span(root, name, node.barrier, stage=-1, microbatch=microbatch, **interval))
     changes = [
         in_flight_change(node, problem) if isinstance(node, Pass) else 0 for node in network.nodes
     ]

@@ -68,6 +68,7 @@ ALLOWED = {
     ),
     "vp_train.data": ("vp_train.config", "vp_train.data", "vp_train.durable", "vp_train.quiet"),
 }
+MOST_POSITIONAL = 5  # parameters of a constructor; the others are keywords
 MOST_ROOT_MODULES = 10  # besides __init__ and __main__
 DOORS = {
     "megatron": {"vp_train.model.megatron", "vp_train.data.indexed"},
@@ -79,6 +80,9 @@ DOORS = {
     "matplotlib": {"vp_train.commands.plot"},
     "deepspeed": {"vp_train.optim.offload"},
 }
+# The only modules of planning that know the whole configuration; the others take its sections and
+# the Workload that is made of it.
+KNOW_THE_RUN = {"workload", "plan", "report", "search"}
 WITHOUT_TORCH = (
     "schedules",
     "vp_train.config",
@@ -161,6 +165,19 @@ def test_heavy_dependencies_have_one_door(path):
         assert "torch" not in imported
     if within(module, ("schedules",)):
         assert imported - {"schedules", "numpy"} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_constructors_with_many_parameters_take_keywords(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            positional = [*node.args.posonlyargs, *node.args.args][1:]
+            assert len(positional) <= MOST_POSITIONAL, f"line {node.lineno}"
+
+
+def test_planning_computes_with_a_workload_and_not_with_the_whole_configuration():
+    paths = (ROOT / "vp_train" / "planning").glob("*.py")
+    assert {path.stem for path in paths if "RunConfig" in path.read_text()} == KNOW_THE_RUN
 
 
 def test_the_root_has_few_modules():

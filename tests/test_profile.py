@@ -70,13 +70,16 @@ def test_costs_of_what_passes_are_told_to_take_are_these(overrides):
         "lookup_grad_seconds": 0.25,
     }
     config = load_config([*NANO, *overrides])
-    known["measured_layer_flops"] = measured_cost(config, plan_step(config, 4), ())[
-        "measured_layer_flops"
-    ]
+    known["measured_layer_flops"] = measured_cost(plan_step(config, 4), ())["measured_layer_flops"]
     config = with_cost(config, known)
     step = plan_step(config, 4)
     cost = estimate_cost(
-        config, step.problem.layout, step.layers, step.shards, step.problem.algorithm
+        step.work,
+        config.cost,
+        step.problem,
+        layers=step.layers,
+        recompute=step.recompute,
+        shards=step.shards,
     )
     profiles = []
     for rank in range(step.num_ranks):
@@ -86,7 +89,7 @@ def test_costs_of_what_passes_are_told_to_take_are_these(overrides):
             if item.microbatch == 0
         }
         profiles.append(RankProfile(rank, passes, 1.0, 1.0, 1, 1))
-    found = measured_cost(config, step, profiles)
+    found = measured_cost(step, profiles)
     split = any(kind is Kind.W for profile in profiles for kind, _ in profile.passes)
     if split:
         known["layer_backward_seconds"] = 1.25
@@ -114,7 +117,7 @@ def test_rows_of_several_counts_tell_what_does_not_depend_on_them():
         )
         for rank, rows in enumerate((1024, 512, 0, 2560))
     ]
-    found = measured_cost(config, step, profiles)
+    found = measured_cost(step, profiles)
     assert found["output_fixed_seconds"] == pytest.approx(1.0)
     assert found["output_row_seconds"] == pytest.approx(0.003)
 

@@ -173,7 +173,15 @@ def _build_weights(config: RunConfig, plan: RunPlan, mesh: Mesh, device: torch.d
     if config.model.tied_embeddings and two_ends and matrices:
         ((tied, _),) = matrices.values()
         copied |= set() if End.INPUT in matrices else {tied}
-    return _Weights(stages, shards, matrices, parameters, splits, frozenset(copied), tied)
+    return _Weights(
+        stages,
+        shards,
+        matrices=matrices,
+        parameters=parameters,
+        splits=splits,
+        copied=frozenset(copied),
+        tied=tied,
+    )
 
 
 def _build_gradients(config: RunConfig, weights: _Weights, mesh: Mesh) -> Gradients:
@@ -220,10 +228,10 @@ def _build_modules(
         weights.stages,
         input_layer,
         _output_layer(config, weights, gradients, plan.problem.algorithm, options),
-        DTYPES[config.run.dtype],
-        rank_device(config),
-        config.model.hidden_size,
-        loss.normalisation,
+        dtype=DTYPES[config.run.dtype],
+        device=rank_device(config),
+        hidden_size=config.model.hidden_size,
+        normalisation=loss.normalisation,
         leads=mesh.tensor_rank == 0,
         over_replicas=partial(_over_replicas, mesh) if mesh.degrees.dp > 1 else None,
         updates=updates,
@@ -249,9 +257,9 @@ def _output_layer(
         weight,
         gradients[name],
         weights.shards[End.OUTPUT].own,
-        config.model.vocab_size,
-        algorithm.input_gradient,
-        config.vocab.backend,
+        vocab_size=config.model.vocab_size,
+        input_gradient=algorithm.input_gradient,
+        backend=config.vocab.backend,
         options=options,
         recompute_fraction=config.vocab.recompute_fraction,
         sum_dtype=DTYPES[config.run.dtype] if config.vocab.sum_dtype == "compute" else None,
@@ -402,7 +410,7 @@ def _build_stages(
             device=device,
             group=mesh.tensor,
             seed=config.run.seed,
-            recompute=config.parallel.recompute_of(stage),
+            recompute=plan.recompute[stage],
             split_sequences=config.parallel.sequence_parallel,
         )
         for stage in plan.problem.layout.stages_of(mesh.pipeline_rank)

@@ -434,15 +434,6 @@ class ParallelConfig:
                 f"parallel.recompute_per_stage={list(self.recompute_per_stage)}: set one of the two"
             )
 
-    @property
-    def recompute_words(self) -> str:
-        """The recomputation of the run, or of every stage, in words."""
-        return (
-            self.recompute
-            if self.recompute_per_stage is None
-            else ", ".join(self.recompute_per_stage)
-        )
-
     def recompute_of(self, stage: int) -> str:
         """Return what the backward of `stage` recomputes, one of RECOMPUTE."""
         return (

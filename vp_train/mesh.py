@@ -120,7 +120,16 @@ def build_mesh(
     pipeline = _pipeline(degrees, rank, made)
     steps = _control(Purpose.STEPS, Purpose.STEPS_LEADERS, made, degrees.num_ranks, width)
     every = tuple(group for _, group in made)
-    return Mesh(degrees, rank, world, steps, tensor, data, pipeline, every)
+    return Mesh(
+        degrees,
+        rank,
+        world=world,
+        steps=steps,
+        tensor=tensor,
+        data=data,
+        pipeline=pipeline,
+        made=every,
+    )
 
 
 def _make(
@@ -202,11 +211,11 @@ def _pipeline(degrees: Degrees, rank: int, made: _Made) -> Groups:
     groups = {spec.purpose: group for spec, group in made}
     pipeline_ranks = range(degrees.pp)
     return Groups(
-        tuple(degrees.rank(replica, j, k) for j in pipeline_ranks),
-        tuple(degrees.rank(replica, j, 0) for j in pipeline_ranks),
-        sends,
-        receives,
-        ends,
-        groups.get(Purpose.TENSOR),
-        groups.get(Purpose.TIED),
+        ranks=tuple(degrees.rank(replica, j, k) for j in pipeline_ranks),
+        leaders=tuple(degrees.rank(replica, j, 0) for j in pipeline_ranks),
+        sends=sends,
+        receives=receives,
+        ends=ends,
+        tensor=groups.get(Purpose.TENSOR),
+        end_ranks=groups.get(Purpose.TIED),
     )

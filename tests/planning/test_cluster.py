@@ -12,6 +12,7 @@ from vp_train.planning.cluster import Link, gradient_seconds, links_of, on_clust
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.plan import plan_step
 from vp_train.planning.report import make_report
+from vp_train.planning.workload import Workload
 from vp_train.settings import load_config
 
 TWO_NODES = ClusterConfig(num_nodes=2, gpus_per_node=8)
@@ -53,8 +54,13 @@ def test_a_collective_passes_its_fixed_time_along_a_tree():
 def costed(*overrides, **degrees):
     config = load_config(["model=nano", "num_microbatches=4", "vocab=one_barrier", *overrides])
     split = Degrees(**{"dp": 1, "pp": 2, "tp": 1} | degrees)
-    placed = on_cluster(replace(config, parallel=replace(config.parallel, tp=split.tp)), split)
+    parallel = replace(config.parallel, pp=split.pp, tp=split.tp)
+    placed = replace(config, cost=cluster_cost(config, split), parallel=parallel)
     return placed, plan_step(placed, split.num_ranks)
+
+
+def cluster_cost(config, degrees):
+    return on_cluster(Workload.of(config, degrees), config.cluster, config.cost)
 
 
 def test_messages_take_their_bytes_through_the_link():
@@ -117,9 +123,9 @@ def test_split_sequences_are_gathered_once_more_in_the_backward(schedule):
 
 def test_measured_pass_times_stay():
     config = load_config(["cost=a100_4b", "cluster=a100_80g_node", "run.dtype=float16"])
-    placed = on_cluster(config, Degrees(1, 8, 1))
-    assert placed.cost.layer_forward_seconds == config.cost.layer_forward_seconds
-    assert placed.cost.hop_bytes_per_second == config.cluster.node_bytes_per_second
+    cost = cluster_cost(config, Degrees(1, 8, 1))
+    assert cost.layer_forward_seconds == config.cost.layer_forward_seconds
+    assert cost.hop_bytes_per_second == config.cluster.node_bytes_per_second
 
 
 @pytest.mark.parametrize(
@@ -136,13 +142,17 @@ def test_the_gradient_sum_moves_each_value_as_often_as_a_ring_does(
         "cluster.node_seconds=0",
     ]
     config = load_config(common)
-    found = gradient_seconds(config, Degrees(4, 1, 1), 10**9)
+
+    def seconds(cluster, degrees):
+        return gradient_seconds(Workload.of(config, degrees), cluster, config.optim, 10**9)
+
+    found = seconds(config.cluster, Degrees(4, 1, 1))
     assert found == pytest.approx(
         3 / 4 * bytes_per_value * 1e9 / config.cluster.node_bytes_per_second
     )
-    hidden = replace(config, cluster=replace(config.cluster, overlap=1.0))
-    assert gradient_seconds(hidden, Degrees(4, 1, 1), 10**9) == (found if offload == "true" else 0)
-    assert gradient_seconds(config, Degrees(1, 4, 1), 10**9) == 0
+    hidden = replace(config.cluster, overlap=1.0)
+    assert seconds(hidden, Degrees(4, 1, 1)) == (found if offload == "true" else 0)
+    assert seconds(config.cluster, Degrees(1, 4, 1)) == 0
 
 
 @pytest.mark.parametrize(
@@ -165,7 +175,7 @@ def test_a_tied_matrix_at_both_ends_has_its_gradient_summed_over_them(overrides,
     ]
     config, step = costed("cluster.node_bytes_per_second=1e6", *common, tp=2)
     expected = 0.5 + 4 * 4096 * 64 / 2 / 1e6 if summed else 0
-    assert tied_seconds(config, step.degrees, step.problem) == pytest.approx(expected)
+    assert tied_seconds(step.work, config.cluster, step.problem) == pytest.approx(expected)
     found = make_report(replace(config, cluster=replace(config.cluster, gpus_per_node=4)))
     assert found.gradients == pytest.approx(expected)
 
@@ -218,8 +228,8 @@ def test_tensor_parallel_ranks_share_the_bytes_of_a_hop_and_gather_them():
 def test_a_run_on_gpus_is_planned_with_the_costs_of_its_cluster_unless_others_are_chosen():
     words = ["model=gpt_4b", "cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=16"]
     config = load_config(words)
-    step, costed = plan_step(config, 8), on_cluster(config, Degrees(1, 8, 1))
-    assert step.cost == plan_step(costed, 8).cost
+    step, cost = plan_step(config, 8), cluster_cost(config, Degrees(1, 8, 1))
+    assert step.cost == plan_step(replace(config, cost=cost), 8).cost
     assert 0.1 < step.timeline.makespan < 1  # seconds, of eight H100
     assert plan_step(load_config([*words, "run.device=cpu"]), 8).timeline.makespan > 100
     chosen = load_config([*words, "cost.flops_per_second=1e12"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,7 @@ def test_the_ranks_together_have_every_parameter_once(schedule, vocab, tied):
     copies = 0
     if tied and vocab == "none" and schedule != "v_half":  # both ends are on different ranks
         copies = config.model.vocab_size * config.model.hidden_size
-    found = sum(rank_parameters(config, step, rank) for rank in range(2))
+    found = sum(rank_parameters(step, rank) for rank in range(2))
     assert found == shape.num_parameters(config.model) + copies
 
 
@@ -55,11 +54,11 @@ def test_the_most_shards_held_are_the_peak_of_s_minus_t(schedule, vocab):
 
 def test_tensor_parallel_ranks_share_matrices_and_rows_and_copy_norms():
     config, step = planned()
-    halved, half = planned("parallel.tp=2", num_ranks=4)
+    _, half = planned("parallel.tp=2", num_ranks=4)
     norms = 2 * 2 * config.model.hidden_size
     for rank, last in ((0, 0), (1, config.model.hidden_size)):
-        whole = rank_parameters(config, step, rank) - norms - last
-        assert rank_parameters(halved, half, rank) - norms - last == whole / 2
+        whole = rank_parameters(step, rank) - norms - last
+        assert rank_parameters(half, rank) - norms - last == whole / 2
 
 
 @pytest.mark.parametrize(
@@ -76,14 +75,19 @@ def test_bytes_per_parameter(dtype, optimizer, dp, expected):
     config, step = planned(
         f"run.dtype={dtype}", f"optim.name={optimizer}", f"parallel.dp={dp}", num_ranks=2 * dp
     )
-    memory = rank_memory(config, step, 1)
+    memory = rank_memory(step, config.optim, 1)
     found = (memory.weights, memory.gradients, memory.optimizer)
     assert found == tuple(memory.parameters * num_bytes for num_bytes in expected)
-    offloaded = replace(config, optim=OptimConfig("zero1", offload=True))
-    assert StateBytes.of(offloaded).optimizer == 0
+    assert StateBytes.of(step.work, OptimConfig("zero1", offload=True)).optimizer == 0
 
 
 FEW_ACTIVATIONS = ["parallel.dp=4", "model.seq_length=4", "num_microbatches=1"]
+
+
+def memory_of(*overrides):
+    """The memory of the last of two pipeline ranks, in four replicas."""
+    config, step = planned(*overrides, num_ranks=8)
+    return rank_memory(step, config.optim, 1)
 
 
 @pytest.mark.parametrize(("device", "bytes_used"), [("cuda", 0), ("cpu", 4)])
@@ -92,8 +96,8 @@ def test_zero1_sums_and_gathers_in_place_unless_gloo_copies_the_gradients(
     dtype, device, bytes_used
 ):
     common = [*FEW_ACTIVATIONS, f"run.dtype={dtype}", f"run.device={device}"]
-    replicated = rank_memory(*planned("optim.name=adamw", *common, num_ranks=8), 1)
-    memory = rank_memory(*planned("optim.name=zero1", *common, num_ranks=8), 1)
+    replicated = memory_of("optim.name=adamw", *common)
+    memory = memory_of("optim.name=zero1", *common)
     assert memory.working == pytest.approx(
         max(bytes_used * memory.parameters, replicated.working), rel=0.05
     )
@@ -108,7 +112,7 @@ def test_a_step_of_an_offloaded_optimizer_peaks_with_a_bucket_where_passes_keep_
         "run.dtype=bfloat16",
         "model.hidden_size=256",
     ]
-    memory = rank_memory(*planned(*common, f"optim.bucket_mib={bucket_mib}", num_ranks=8), 1)
+    memory = memory_of(*common, f"optim.bucket_mib={bucket_mib}")
     assert memory.activations == 0
     assert 2**20 < 4 * memory.parameters < 64 * 2**20
     assert memory.working == pytest.approx(min(4 * memory.parameters, bucket_mib * 2**20), rel=0.05)
@@ -119,7 +123,7 @@ def test_activations_and_shards_are_those_of_the_simulation(schedule):
     config, step = planned(f"schedule={schedule}", "run.device=cuda", "num_microbatches=12")
     outputs = 4 * 64 * 64  # of a stage, which the executor keeps
     for rank in range(2):
-        activations, shards, _ = step_peak(config, step, rank)
+        activations, shards, _ = step_peak(step, config.optim, rank)
         simulated = step.timeline.peak_bytes[rank]
         assert (
             simulated * 0.98
@@ -135,7 +139,7 @@ def test_what_a_gpu_keeps_does_not_grow_with_microbatches(num_microbatches):
     )
     base, base_step = planned("run.device=cuda", "vocab=one_barrier", "num_microbatches=6")
     for rank in range(2):
-        assert step_peak(config, step, rank)[0] == step_peak(base, base_step, rank)[0]
+        assert step_peak(step, config.optim, rank)[0] == step_peak(base_step, base.optim, rank)[0]
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,20 @@ def test_a_slow_rank_gets_fewer_rows_and_all_are_busy_equally_long(slow, schedul
     assert busiest(plan) < busiest(even)
 
 
+@pytest.mark.parametrize("recomputed", [("full", "none", "selective", "none"), ("full",) * 4])
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
+def test_balanced_rows_count_what_is_recomputed(recomputed, fraction):
+    config = config_of(4, 6, 4000, layers=(2, 2, 2, 1))
+    config = replace(
+        config,
+        cost=CostConfig(collective_seconds=0),
+        parallel=replace(config.parallel, recompute_per_stage=recomputed),
+        vocab=VocabConfig(balance=True, backend="recompute", recompute_fraction=fraction),
+    )
+    busy = [plan_step(config, 4).timeline.busy(rank) for rank in range(4)]
+    assert max(busy) == pytest.approx(min(busy), rel=0.01)
+
+
 def test_rows_that_cost_nothing_are_split_evenly():
     plan, even = balanced((2, 2, 2, 1), output_row_seconds=0.0)
     assert rows_of(plan) == rows_of(even)

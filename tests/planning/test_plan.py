@@ -12,7 +12,6 @@ from schedules.torch_csv import to_csv
 from schedules.vocab import VOCAB_ALGORITHMS, End
 from tests.pipeline.equivalence import config_of
 from vp_train.config import ConfigError, CostConfig, ParallelConfig, ScheduleConfig, VocabConfig
-from vp_train.planning.estimate import layer_bytes
 from vp_train.planning.placement import redistribute, split_layers
 from vp_train.planning.plan import make_plan, plan_step
 
@@ -418,7 +417,7 @@ def test_splitting_sequences_takes_norms_and_inputs_of_layers_off_every_rank():
         replace(config, parallel=replace(config.parallel, sequence_parallel=value))
         for value in (False, True)
     )
-    before, after = (layer_bytes(config, "none") for config in (whole, split))
+    before, after = (plan_step(config, 4).work.layer_bytes("none") for config in (whole, split))
     tokens, hidden = 2 * 6, 16
     assert before - after == tokens * (8 * 2 * hidden + 2 * (8 * hidden + 8)) // 2
 

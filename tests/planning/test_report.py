@@ -34,7 +34,7 @@ def test_one_gpu_alone_reaches_the_efficiency():
     assert found.mfu == pytest.approx(0.37)
     assert found.bubble == pytest.approx(0, abs=1e-9)
     assert found.flops == pytest.approx(
-        3 * 8 * 64 * (shape.layer_flops(found.config.model, 64) * 4 / 64 + 2 * 4096 * 64)
+        3 * 8 * 64 * (shape.layer_flops(found.work.model, 64) * 4 / 64 + 2 * 4096 * 64)
     )
 
 

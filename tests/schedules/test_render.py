@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from schedules.excerpt import Excerpt
 from schedules.generators import generate
 from schedules.ir import Pass
 from schedules.render import chrome_trace, svg, text_grid
@@ -262,3 +263,20 @@ def test_a_long_step_is_shown_without_its_middle():
     whole = svg(simulate(generate("1f1b", short, costs), short, costs), "short")
     assert "not shown" not in whole
     assert "barriers" in words(whole)
+
+
+@pytest.mark.parametrize("num_microbatches", [8, 256])
+def test_an_excerpt_keeps_the_order_of_what_it_shows(num_microbatches):
+    """What is shown of a lane follows one another from the left edge to the right."""
+    case, costs = problem(4, num_microbatches), cost(4)
+    step = simulate(generate("1f1b", case, costs), case, costs)
+    shown, gap = Excerpt.of(step), 3.0
+    assert (shown.left_out > 0) == (num_microbatches == 256)
+    for spans in step.compute:
+        parts = [part for span in spans if (part := shown.visible(span)) is not None]
+        places = [shown.place(moment, gap) for part in parts for moment in part]
+        assert places == sorted(places)
+        assert places[0] >= 0
+        assert places[-1] <= shown.seconds + (gap if shown.cut else 0) + 1e-9
+        for start, end in parts:  # nothing is stretched, and nothing lies across the cut
+            assert shown.place(end, gap) - shown.place(start, gap) == pytest.approx(end - start)

@@ -90,7 +90,7 @@ def show_plan(config: RunConfig, path: Path | None) -> bool:
     if config.schedule.is_solved:
         print(SEARCHING, flush=True)
     report = make_report(config)
-    print("\n".join(plan_lines(report)), flush=True)
+    print("\n".join(plan_lines(config, report)), flush=True)
     _write(path, report.record())
     return report.fits
 
@@ -149,10 +149,9 @@ class _Progress:
             print(words, file=sys.stderr, flush=True)
 
 
-def plan_lines(report: PlanReport) -> list[str]:
+def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
     """Return the report of one plan in lines; it fits on a screen for up to 16 ranks."""
-    config, parts = report.config, report.parts
-    step, worst = report.step_seconds, report.ranks[report.worst].memory
+    parts, step, worst = report.parts, report.step_seconds, report.ranks[report.worst].memory
     shares = ", ".join(
         f"{name} {seconds / step:.1%}"
         for name, seconds in parts.items()
@@ -161,7 +160,7 @@ def plan_lines(report: PlanReport) -> list[str]:
     room = f"{human_bytes(abs(report.excess))} {'to spare' if report.fits else 'TOO MUCH'}"
     lines = [
         f"{report.schedule} with {report.vocab}, {report.degrees}, "
-        f"recomputation {config.parallel.recompute_words}, optimizer {config.optim.name}",
+        f"recomputation {report.recompute}, optimizer {config.optim.name}",
         _model_words(config),
         _cluster_words(config),
         "",

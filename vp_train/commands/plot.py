@@ -5,38 +5,26 @@ Matplotlib is an optional dependency and is imported when a picture is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from schedules.render import COLOURS, STAGE_KINDS, facts, present
+from schedules.excerpt import Excerpt
+from schedules.render import COLOURS, STAGE_KINDS, duration, facts, present
 from schedules.timeline import Span, Timeline
 from vp_train.config import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox, BboxBase
 
 _MARKERS = "osD^vPX*"
 # The colours of Okabe and Ito that are dark enough for small marks on white.
 _INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-# The places of a label in points from its mark, the best first.
-_PLACES = (
-    (7, 4),
-    (7, -11),
-    (-7, 4),
-    (-7, -11),
-    (0, 9),
-    (0, -16),
-    (7, 14),
-    (7, -21),
-    (-7, 14),
-    (-7, -21),
-    (7, 24),
-    (7, -31),
-)
+_GAP = 0.022  # the width of a cut, as a part of the time shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +58,23 @@ def _figure(width: float, height: float, dpi: int) -> Figure:
 
 
 def schedule_png(timeline: Timeline, title: str, path: Path) -> None:
-    """Draw one lane per rank with its passes in their colours.
+    """Draw a step, as `schedule_figure`."""
+    schedule_figure(timeline, title).savefig(path)
 
-    A dark band marks a stage that is not the first of its rank.
+
+def schedule_figure(timeline: Timeline, title: str) -> Figure:
+    """Return a picture with one lane per rank, which shows its passes in their colours.
+
+    A dark band marks a stage that is not the first of its rank.  A step of many microbatches is
+    shown without its middle.
     """
     lane = 0.4 if timeline.num_ranks <= 16 else 6.4 / timeline.num_ranks
     figure = _figure(14, 1.3 + lane * timeline.num_ranks, dpi=150)
     axes = figure.add_subplot()
-    factor, unit = (1.0, "s") if timeline.makespan >= 10 else (1e3, "ms")
+    scale = _Scale.of(timeline)
     for rank, spans in enumerate(timeline.compute):
-        _draw_lane(axes, rank, spans, factor)
-    axes.set_xlim(0, max(timeline.makespan * factor, 1e-9))
+        _draw_lane(axes, rank, spans, scale)
+    axes.set_xlim(0, max(scale.x(timeline.makespan), 1e-9))
     axes.set_ylim(timeline.num_ranks - 0.5, -0.5)
     ranks = (
         range(timeline.num_ranks)
@@ -88,43 +82,91 @@ def schedule_png(timeline: Timeline, title: str, path: Path) -> None:
         else range(0, timeline.num_ranks, timeline.num_ranks // 8)
     )
     axes.set_yticks(ranks, [f"rank {rank}" for rank in ranks])
-    axes.set_xlabel(unit)
+    ticks = scale.shown.ticks(scale.factor)
+    axes.set_xticks([scale.x(tick / scale.factor) for tick in ticks], [f"{x:g}" for x in ticks])
+    axes.set_xlabel(scale.unit)
     axes.set_title(f"{title}: {facts(timeline)}", loc="left", fontsize=11)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    _write_microbatches(axes, timeline, factor)
+    _write_microbatches(axes, timeline, scale)
+    _draw_cut(axes, timeline.num_ranks, scale)
     _explain(figure, timeline)
-    figure.savefig(path)
+    return figure
 
 
-def _draw_lane(axes: Axes, rank: int, spans: Sequence[Span], factor: float) -> None:
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """The horizontal axis: what of the step is shown, in units of 1 / factor seconds."""
+
+    shown: Excerpt
+    factor: float
+    unit: str
+
+    @classmethod
+    def of(cls, timeline: Timeline) -> _Scale:
+        factor, unit = (1.0, "s") if timeline.makespan >= 10 else (1e3, "ms")
+        return cls(Excerpt.of(timeline), factor, unit)
+
+    @property
+    def gap(self) -> float:
+        """The width of the cut in seconds; 0 if all is shown."""
+        return 0.0 if self.shown.cut is None else _GAP * self.shown.seconds
+
+    def x(self, moment: float) -> float:
+        """Return where a moment lies that is shown."""
+        return self.shown.place(moment, self.gap) * self.factor
+
+    def boxes(self, spans: Iterable[Span]) -> list[tuple[float, float]]:
+        """Return start and width of what is shown of `spans`."""
+        parts = filter(None, map(self.shown.visible, spans))
+        return [(self.x(start), (end - start) * self.factor) for start, end in parts]
+
+
+def _draw_lane(axes: Axes, rank: int, spans: Sequence[Span], scale: _Scale) -> None:
     first = min((span.stage for span in spans if span.kind in STAGE_KINDS), default=0)
+    # An edge has a fixed width: between short passes it would look like a bubble.
+    edge = 0.3 if len(scale.boxes(spans)) < 150 else 0.0
     for kind in {span.kind: None for span in spans}:
-        boxes = [
-            (span.start * factor, span.seconds * factor) for span in spans if span.kind == kind
-        ]
-        # An edge has a fixed width: between short passes it would look like a bubble.
-        edge = 0.3 if len(spans) < 150 else 0.0
         axes.broken_barh(
-            boxes, (rank - 0.42, 0.84), facecolors=COLOURS[kind], edgecolor="white", linewidth=edge
+            scale.boxes(span for span in spans if span.kind == kind),
+            (rank - 0.42, 0.84),
+            facecolors=COLOURS[kind],
+            edgecolor="white",
+            linewidth=edge,
         )
-    later = [
-        (span.start * factor, span.seconds * factor)
-        for span in spans
-        if span.kind in STAGE_KINDS and span.stage != first
-    ]
+    later = scale.boxes(span for span in spans if span.kind in STAGE_KINDS and span.stage != first)
     axes.broken_barh(later, (rank + 0.32, 0.1), facecolors="#333333", linewidth=0)
 
 
-def _write_microbatches(axes: Axes, timeline: Timeline, factor: float) -> None:
+def _draw_cut(axes: Axes, num_ranks: int, scale: _Scale) -> None:
+    """Draw the gap that stands for what is not shown, and write into it how long that is."""
+    if scale.shown.cut is None:
+        return
+    left, width = scale.x(scale.shown.cut[0]), scale.gap * scale.factor
+    axes.axvspan(left, left + width, facecolor="white", zorder=3)
+    axes.text(
+        left + width / 2,
+        (num_ranks - 1) / 2,
+        f"{duration(scale.shown.left_out)} not shown",
+        rotation=90,
+        ha="center",
+        va="center",
+        fontsize=9,
+        color="#555555",
+        zorder=4,
+    )
+
+
+def _write_microbatches(axes: Axes, timeline: Timeline, scale: _Scale) -> None:
     """Write the microbatch into every box that is wide enough for the longest number."""
     last = max((span.microbatch for spans in timeline.compute for span in spans), default=0)
-    readable = timeline.makespan * (0.006 + 0.0045 * len(str(last)))
+    readable = scale.shown.seconds * (0.006 + 0.0045 * len(str(last)))
     for rank, spans in enumerate(timeline.compute):
         for span in spans:
-            if span.seconds > readable and timeline.num_ranks <= 16:
-                middle = (span.start + span.end) / 2 * factor
+            part = scale.shown.visible(span)
+            if part and part[1] - part[0] > readable and timeline.num_ranks <= 16:
+                middle = (scale.x(part[0]) + scale.x(part[1])) / 2
                 axes.text(middle, rank, str(span.microbatch), ha="center", va="center", fontsize=7)
 
 
@@ -147,11 +189,17 @@ def _explain(figure: Figure, timeline: Timeline) -> None:
 
 
 def comparison_png(marks: Sequence[Mark], title: str, path: Path) -> None:
-    """Draw bubble against peak memory.
+    """Draw bubble against peak memory, as `comparison_figure`."""
+    comparison_figure(marks, title).savefig(path)
 
-    Every schedule has a colour, every algorithm a shape, and every point a label.
+
+def comparison_figure(marks: Sequence[Mark], title: str) -> Figure:
+    """Return a picture of bubble against peak memory.
+
+    Every schedule has a colour and every algorithm a shape; keys at the right name them.  A point
+    has a label where there is room for one.
     """
-    figure = _figure(9, 6, dpi=110)
+    figure = _figure(10, 6, dpi=110)
     axes = figure.add_subplot()
     inks = dict(zip(dict.fromkeys(mark.schedule for mark in marks), _INKS * 4, strict=False))
     shapes = dict(zip(dict.fromkeys(mark.vocab for mark in marks), _MARKERS * 4, strict=False))
@@ -171,8 +219,35 @@ def comparison_png(marks: Sequence[Mark], title: str, path: Path) -> None:
     axes.grid(color="#E5E5E5")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    _add_keys(figure, inks, shapes)
     _label(figure, axes, marks, inks)
-    figure.savefig(path)
+    return figure
+
+
+def _add_keys(figure: Figure, inks: dict[str, str], shapes: dict[str, str]) -> None:
+    """Add the key of the colours and the key of the shapes, at the right of the axes."""
+    colours = [(name, "s", ink) for name, ink in inks.items()]
+    _add_key(figure, "schedule", "outside right upper", colours)
+    marks = [(name, shape, "#555555") for name, shape in shapes.items()]
+    _add_key(figure, "vocabulary", "outside right lower", marks)
+
+
+def _add_key(
+    figure: Figure,
+    title: str,
+    place: Literal["outside right upper", "outside right lower"],
+    entries: Sequence[tuple[str, str, str]],
+) -> None:
+    """Add a key with the name, shape and colour of every entry."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], linestyle="", marker=shape, color=ink, label=name)
+        for name, shape, ink in entries
+    ]
+    figure.legend(
+        handles=handles, title=title, loc=place, frameon=False, fontsize=8, title_fontsize=9
+    )
 
 
 def _spread(axes: Axes, name: str, values: Sequence[float]) -> None:
@@ -191,32 +266,73 @@ def _spread(axes: Axes, name: str, values: Sequence[float]) -> None:
 
 
 def _label(figure: Figure, axes: Axes, marks: Sequence[Mark], inks: dict[str, str]) -> None:
-    """Place a label next to every mark, where it covers no other label and no mark."""
+    """Write a label near every mark, where it covers no other label and no mark.
+
+    A label that is far from its mark is connected with it by a line.  A mark without room for a
+    label within a fifth of the picture gets none.
+    """
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()  # positions are known only now
+    figure.set_layout_engine("none")  # and labels must not change them
     points = axes.transData.transform([mark.at for mark in marks])
     taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in points]
-    for mark in sorted(marks, key=lambda mark: -mark.bubble):
-        for place in _PLACES:
-            written = _write(axes, mark, place, inks[mark.schedule])
-            box = written.get_window_extent()
-            inside = (
-                axes.bbox.containsx(box.x0)
-                and axes.bbox.containsx(box.x1)
-                and axes.bbox.containsy(box.y0)
-            )
-            if inside and not box.count_overlaps(taken):
+    farthest = 0.2 * axes.bbox.width
+    for mark, (x, y) in sorted(zip(marks, points, strict=True), key=lambda pair: -pair[0].bubble):
+        label = axes.annotate(
+            f"{mark.schedule}, {mark.vocab}",
+            mark.at,
+            textcoords="offset pixels",
+            xytext=(0, 0),
+            fontsize=7.5,
+            color=inks[mark.schedule],
+        )
+        size = label.get_window_extent()
+        for right, up in _places(size.width, size.height, farthest):
+            box = Bbox.from_bounds(x + right, y + up, size.width, size.height).padded(1.0)
+            if _is_within(box, axes.bbox) and not box.count_overlaps(taken):
+                label.xyann = (right, up)
+                taken.append(box)
+                _connect(axes, mark, (x, y), box)
                 break
-            written.remove()
-        else:  # no place is free: an overlapping label is better than none
-            box = _write(axes, mark, _PLACES[0], inks[mark.schedule]).get_window_extent()
-        taken.append(box)
+        else:
+            label.remove()
 
 
-def _write(axes: Axes, mark: Mark, place: tuple[int, int], ink: str) -> Annotation:
-    side = "left" if place[0] > 0 else "right" if place[0] < 0 else "center"
-    words = f"{mark.schedule}, {mark.vocab}"
-    return axes.annotate(
-        words, mark.at, place, textcoords="offset points", ha=side, fontsize=7.5, color=ink
-    )
+def _is_within(box: Bbox, frame: BboxBase) -> bool:
+    corners = box.corners()
+    return frame.count_contains(corners) == len(corners)
+
+
+def _places(width: float, height: float, farthest: float) -> Iterator[tuple[float, float]]:
+    """Yield where a label of this size may be, the best first.
+
+    A place is that of its lower left corner relative to its mark, in pixels.  Places at the sides
+    come first, then circles around the mark.
+    """
+    near = 12.0
+    for right in (near, -near - width):
+        for up in (-height / 2, 0.3 * height, -1.3 * height):
+            yield right, up
+    yield from ((-width / 2, near), (-width / 2, -near - height))
+    for distance in range(30, int(farthest), 12):
+        for step in range(16):
+            angle = math.tau * step / 16
+            yield (
+                (distance + width / 2) * math.cos(angle) - width / 2,
+                distance * math.sin(angle) - height / 2,
+            )
+
+
+def _connect(axes: Axes, mark: Mark, at: tuple[float, float], box: Bbox) -> None:
+    """Draw a line from a mark to its label, unless they are neighbours."""
+    x, y = min(max(at[0], box.x0), box.x1), min(max(at[1], box.y0), box.y1)
+    if math.dist(at, (x, y)) > 16:
+        axes.annotate(
+            "",
+            mark.at,
+            textcoords="offset pixels",
+            xytext=(x - at[0], y - at[1]),
+            arrowprops={"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.6},
+            zorder=1,
+        )

@@ -90,7 +90,7 @@ def show_profile(
             f"{kind} {duration(profile.of(kind))}" for kind in _SHOWN if profile.of(kind)
         )
         print(f"rank {profile.rank}: {seconds}", flush=True)
-    cost = measured_cost(config, step, profiles) | {"measured_on": words["device"]}
+    cost = measured_cost(step, profiles) | {"measured_on": words["device"]}
     report = make_report(with_cost(config, cost))
     _print(config, step, profiles, report)
     if cost_file is not None:
@@ -137,7 +137,7 @@ def _print(
     ):
         table.add_column(head, justify="right", no_wrap=True)
     for profile in profiles:
-        predicted = rank_memory(config, step, profile.rank).total
+        predicted = rank_memory(step, config.optim, profile.rank).total
         table.add_row(
             str(profile.rank),
             str(sum(map(len, step.layers_of_ranks[profile.rank]))),
@@ -168,7 +168,7 @@ def _record(config: RunConfig, step: StepPlan, profile: RankProfile) -> dict[str
     passes = {f"{kind}{stage}": seconds for (kind, stage), seconds in profile.passes.items()}
     return asdict(profile) | {
         "passes": passes,
-        "predicted_peak_bytes": rank_memory(config, step, profile.rank).total,
+        "predicted_peak_bytes": rank_memory(step, config.optim, profile.rank).total,
     }
 
 

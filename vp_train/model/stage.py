@@ -81,59 +81,66 @@ class Stage(nn.Module):
         )
         self.splits = {
             f"{name}.{parameter}": split
-            for name, module in self.named_modules()
-            if isinstance(module, ColumnLinear | RowLinear)
+            for name, module in self._linear_layers()
             for parameter, split in module.splits.items()
         }
         for index, layer in self.layers.items():
             self._initialise(f"layers.{index}.", layer, model, _generator(seed, f"layer {index}"))
         self.final_norm = build_norm(model, dtype, device) if final_norm else None
-        scale = positions = angles = local_angles = None
-        if first and model.embedding_scale:
+        self._register_input(model, dtype, device, seed if first else None)
+        self._register_angles(model, device)
+        self.partial = self._partial_parameters(group.size(), split_sequences)
+        self.units = self._in_order_of_completion()
+        owners = {name: unit for unit, names in enumerate(self.units) for name in names}
+        self._unit_of = {parameter: owners[name] for name, parameter in self.named_parameters()}
+        # How many products of a unit a drain of `weight_grads` computes.
+        self._products = [0] * len(self.units)
+        for _, module in self._linear_layers():
+            self._products[self._unit_of[module.weight]] += 1
+        self._completion: Completion | None = None
+
+    def _linear_layers(self) -> Iterator[tuple[str, ColumnLinear | RowLinear]]:
+        for name, module in self.named_modules():
+            if isinstance(module, ColumnLinear | RowLinear):
+                yield name, module
+
+    def _register_input(
+        self, model: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int | None
+    ) -> None:
+        """Register what the first stage does to the embeddings; `seed` is None on the others."""
+        scale = positions = None
+        if seed is not None and model.embedding_scale:
             # Rounded to the compute dtype, as in the published models.
             scale = torch.tensor(model.hidden_size**0.5, dtype=dtype, device=device)
-        if first and model.positions == "learned":
+        if seed is not None and model.positions == "learned":
             values = torch.randn(
                 model.seq_length, model.hidden_size, generator=_generator(seed, "positions")
             )
             positions = nn.Parameter((values * model.init_std).to(dtype=dtype, device=device))
-        if model.positions == "rope":
-            angles = rotary_table(model, local=False, device=device)
-            local_angles = (
-                angles
-                if model.rope_local_base is None
-                else rotary_table(model, local=True, device=device)
-            )
         self.register_parameter("positions", positions)
         self.register_buffer("scale", scale, persistent=False)
+
+    def _register_angles(self, model: ModelConfig, device: torch.device) -> None:
+        """Register the angles of rotary embeddings, of all layers and of those that are local."""
+        angles = local_angles = None
+        if model.positions == "rope":
+            angles = local_angles = rotary_table(model, local=False, device=device)
+            if model.rope_local_base is not None:
+                local_angles = rotary_table(model, local=True, device=device)
         self.register_buffer("angles", angles, persistent=False)
         self.register_buffer("local_angles", local_angles, persistent=False)
-        self.units = self._in_order_of_completion()
-        owners = {name: unit for unit, names in enumerate(self.units) for name in names}
-        self._unit_of = {parameter: owners[name] for name, parameter in self.named_parameters()}
-        linear = [
-            module.weight
-            for module in self.modules()
-            if isinstance(module, ColumnLinear | RowLinear)
-        ]
-        self._products = [
-            sum(self._unit_of[weight] == unit for weight in linear)
-            for unit in range(len(self.units))
-        ]
-        self._completion: Completion | None = None
-        split_over = (
-            ()
-            if group.size() == 1
-            else ("",)
-            if split_sequences
-            else ("q_layernorm", "k_layernorm")
-        )
-        self.partial = frozenset(
+
+    def _partial_parameters(self, num_ranks: int, split_sequences: bool) -> frozenset[str]:
+        """Return the value of `partial` for `num_ranks` tensor-parallel ranks."""
+        if num_ranks == 1:
+            return frozenset()
+        of_heads = ("q_layernorm", "k_layernorm")
+        return frozenset(
             name
             for name, _ in self.named_parameters()
             if name not in self.splits
             and name != "positions"
-            and any(part in name for part in split_over)
+            and (split_sequences or any(part in name for part in of_heads))
         )
 
     def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:

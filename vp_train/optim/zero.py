@@ -86,7 +86,7 @@ class ZeroAdamW:
                 counted.append(piece.grad)
         adamw = stateless_adamw(decaying, others, optim)
         adamw.state.update(state)
-        return _Shard(bucket, start, stop, kept, tuple(counted), adamw)
+        return _Shard(bucket, start, stop, kept=kept, counted=tuple(counted), adamw=adamw)
 
     @property
     def updates(self) -> int:

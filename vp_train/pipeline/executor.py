@@ -217,10 +217,10 @@ class Executor:
             modules,
             self._comms,
             observer,
-            None if inputs is None else inputs.begin(_flat(tokens)),
-            None if outputs is None else outputs.begin(_flat(labels), _flat(weights)),
-            segments,
-            (s // modules.sequence_parts, b, modules.hidden_size),
+            inputs=None if inputs is None else inputs.begin(_flat(tokens)),
+            outputs=None if outputs is None else outputs.begin(_flat(labels), _flat(weights)),
+            segments=segments,
+            shape=(s // modules.sequence_parts, b, modules.hidden_size),
             trains=not program.forward_only,
         )
         for op in program.ranks[self._rank]:
@@ -238,11 +238,11 @@ class _Step:
         modules: RankModules,
         comms: Comms,
         observer: Observer,
+        *,
         inputs: InputStep | None,
         outputs: OutputStep | None,
         segments: Tensor | None,
         shape: tuple[int, int, int],
-        *,
         trains: bool,
     ) -> None:
         self._modules, self._comms, self._observer = modules, comms, observer

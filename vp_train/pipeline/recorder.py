@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Thread
 from typing import Any, Protocol
 
@@ -198,8 +198,15 @@ class Recorder:
         return [self._span(timed) for timed in self._communications if timed.end is not None]
 
     def _span(self, timed: _Timed) -> Span:
-        begin, end = self.timer.seconds(timed.begin), self.timer.seconds(timed.end)
-        return Span(self.rank, timed.name, timed.kind, timed.stage, timed.microbatch, begin, end)
+        return Span(
+            self.rank,
+            name=timed.name,
+            kind=timed.kind,
+            stage=timed.stage,
+            microbatch=timed.microbatch,
+            start=self.timer.seconds(timed.begin),
+            end=self.timer.seconds(timed.end),
+        )
 
 
 def joined_communications(of_ranks: list[list[Span]]) -> tuple[Span, ...]:
@@ -214,16 +221,5 @@ def joined_communications(of_ranks: list[list[Span]]) -> tuple[Span, ...]:
         begins[span.name] = max(span.start, begins.get(span.name, span.start))
         if span.name not in last or span.end > last[span.name].end:
             last[span.name] = span
-    joined = [
-        Span(
-            span.rank,
-            span.name,
-            span.kind,
-            span.stage,
-            span.microbatch,
-            min(begins[name], span.end),
-            span.end,
-        )
-        for name, span in last.items()
-    ]
+    joined = [replace(span, start=min(begins[name], span.end)) for name, span in last.items()]
     return tuple(sorted(joined, key=lambda span: span.start))

@@ -12,9 +12,10 @@ from dataclasses import dataclass, fields, replace
 
 from schedules.problem import Problem
 from schedules.vocab import End
-from vp_train.config import ClusterConfig, CostConfig, RunConfig
+from vp_train.config import ClusterConfig, CostConfig, OptimConfig
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.estimate import ITEM_BYTES, message_bytes, sum_seconds
+from vp_train.planning.estimate import sum_seconds
+from vp_train.planning.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +64,23 @@ def _slowest(cluster: ClusterConfig, groups: Iterable[list[int]]) -> Link:
     return Link("inside a node", cluster.node_seconds, cluster.node_bytes_per_second)
 
 
-def peak_flops(config: RunConfig) -> float:
-    """Return the peak FLOP/s of one GPU in the dtype of the run."""
-    value: float = getattr(config.cluster, f"{config.run.dtype}_flops_per_second")
+def peak_flops(cluster: ClusterConfig, dtype: str) -> float:
+    """Return the peak FLOP/s of one GPU in this dtype."""
+    value: float = getattr(cluster, f"{dtype}_flops_per_second")
     return value
 
 
-def on_cluster(config: RunConfig, degrees: Degrees) -> RunConfig:
-    """Return `config` with the costs of its passes and messages on its cluster.
+def on_cluster(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> CostConfig:
+    """Return `cost` with the seconds that passes and messages take on this cluster.
 
     Measured pass times stay as they are.
     """
-    cluster, cost, links = config.cluster, config.cost, links_of(config.cluster, degrees)
+    degrees, links = work.degrees, links_of(cluster, work.degrees)
     # A lookup reads and writes this rank's share of the embeddings.
-    lookup = 2 * message_bytes(config) / degrees.pp / degrees.tp / cluster.memory_bytes_per_second
-    on_links = replace(
+    lookup = 2 * work.message_bytes / degrees.pp / degrees.tp / cluster.memory_bytes_per_second
+    return replace(
         cost,
-        flops_per_second=peak_flops(config) * cluster.efficiency,
+        flops_per_second=peak_flops(cluster, work.dtype) * cluster.efficiency,
         hop_seconds=links.pipeline.seconds,
         hop_bytes_per_second=links.pipeline.bytes_per_second,
         collective_seconds=links.pipeline.of_group(degrees.pp * degrees.tp),
@@ -91,57 +92,62 @@ def on_cluster(config: RunConfig, degrees: Degrees) -> RunConfig:
         if cost.lookup_grad_seconds is None
         else cost.lookup_grad_seconds,
     )
-    parallel = replace(config.parallel, pp=degrees.pp, dp=degrees.dp)
-    return replace(config, cost=on_links, parallel=parallel)
 
 
-def assumed_costs(config: RunConfig, degrees: Degrees) -> RunConfig:
-    """Return `config` with the costs on its cluster for all that was left at a default, on GPUs.
+def assumed_costs(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> CostConfig:
+    """Return `cost` with the seconds on this cluster for all that was left at a default, on GPUs.
 
     The defaults are those of a CPU.
     """
-    if config.run.device != "cuda":
-        return config
-    default, costed = CostConfig(), on_cluster(config, degrees)
+    if not work.on_cuda:
+        return cost
+    default = CostConfig()
     chosen = {
-        item.name: getattr(config.cost, item.name)
+        item.name: getattr(cost, item.name)
         for item in fields(CostConfig)
-        if getattr(config.cost, item.name) != getattr(default, item.name)
+        if getattr(cost, item.name) != getattr(default, item.name)
     }
-    return replace(costed, cost=replace(costed.cost, **chosen))
+    return replace(on_cluster(work, cluster, cost), **chosen)
 
 
-def tied_seconds(config: RunConfig, degrees: Degrees, problem: Problem) -> float:
+def layer_sum_seconds(work: Workload, cluster: ClusterConfig) -> float:
+    """Return the seconds of one all-reduce of [T, H] over the tensor-parallel ranks."""
+    link, tp = links_of(cluster, work.degrees).tensor, work.degrees.tp
+    return sum_seconds(link.of_group(tp), link.bytes_per_second, work.message_bytes, tp)
+
+
+def tied_seconds(work: Workload, cluster: ClusterConfig, problem: Problem) -> float:
     """Return the seconds that summing the gradient of a tied matrix takes.
 
     It is 0 unless the input and the output layer keep copies of it on two different ranks.
     """
     one_copy = problem.algorithm.sharded or problem.root(End.INPUT) == problem.root(End.OUTPUT)
-    if one_copy or not config.model.tied_embeddings:
+    if one_copy or not work.model.tied_embeddings:
         return 0.0
-    link, item = links_of(config.cluster, degrees).pipeline, ITEM_BYTES[config.run.dtype]
-    num_bytes = max(4, item) * config.model.vocab_size * config.model.hidden_size / degrees.tp
+    link, model = links_of(cluster, work.degrees).pipeline, work.model
+    num_bytes = work.precise_bytes * model.vocab_size * model.hidden_size / work.degrees.tp
     return sum_seconds(link.seconds, link.bytes_per_second, num_bytes, 2)
 
 
-def gradient_seconds(config: RunConfig, degrees: Degrees, num_parameters: int) -> float:
+def gradient_seconds(
+    work: Workload, cluster: ClusterConfig, optim: OptimConfig, num_parameters: int
+) -> float:
     """Return the seconds that reducing gradients over the replicas adds to a step of one rank.
 
     With ZeRO-1 the all-gather of its parameters is included.  The part `cluster.overlap` of both
     hides behind passes.  Nothing hides with optim.offload: DeepSpeed sums gradients by all-reduce,
     as `adamw` does, and waits for everything.
     """
-    item = ITEM_BYTES[config.run.dtype]
-    link = links_of(config.cluster, degrees).data
+    link, dp = links_of(cluster, work.degrees).data, work.degrees.dp
 
     def whole_sum(num_bytes: float) -> float:
-        return sum_seconds(link.of_group(degrees.dp), link.bytes_per_second, num_bytes, degrees.dp)
+        return sum_seconds(link.of_group(dp), link.bytes_per_second, num_bytes, dp)
 
-    gradients = whole_sum(max(4, item) * num_parameters)
-    if config.optim.name == "adamw":
-        return gradients * (1 - config.cluster.overlap)
+    gradients = whole_sum(work.precise_bytes * num_parameters)
+    if optim.name == "adamw":
+        return gradients * (1 - cluster.overlap)
     # An all-gather or a reduce-scatter moves half as much as an all-reduce.
-    gathered = whole_sum(item * num_parameters) / 2
-    if config.optim.offload:
+    gathered = whole_sum(work.item_bytes * num_parameters) / 2
+    if optim.offload:
         return gradients + gathered
-    return (gradients / 2 + gathered) * (1 - config.cluster.overlap)
+    return (gradients / 2 + gathered) * (1 - cluster.overlap)

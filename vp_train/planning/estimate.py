@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from schedules.cost import CostModel
 from schedules.ir import Kind
-from schedules.layout import Layout
+from schedules.problem import Problem
 from schedules.vocab import Barrier, End, Payload, VocabAlgorithm
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import ConfigError, CostConfig
 from vp_train.model import shape
+from vp_train.planning.workload import Workload
 from vp_train.vocab.shard import Shard
-
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 _OTHER_RUN = (
     "these pass times are not for it; use a cost that is, or one that counts FLOPs, e.g. cost=a100"
@@ -26,92 +24,74 @@ _OTHER_RUN = (
 
 
 def estimate_cost(
-    config: RunConfig,
-    layout: Layout,
+    work: Workload,
+    cost: CostConfig,
+    problem: Problem,
+    *,
     layers: Sequence[range],
+    recompute: Sequence[str],
     shards: dict[End, tuple[Shard, ...]],
-    algorithm: VocabAlgorithm,
 ) -> CostModel:
     """Return the seconds and bytes of every pass.
 
+    layers, recompute: the layers of each stage, and what its backward recomputes.
+    shards: the vocabulary rows of each rank.
+
     Raises ConfigError if the pass times were measured on another model, dtype or device.
     """
-    _check_measured(config)
-    slowness = rank_slowness(config, layout.num_ranks)
-    model, size, tp = (
-        shape.tensor_share(config.model, config.parallel.tp),
-        config.micro_batch_size,
-        config.parallel.tp,
-    )
-    item_bytes = ITEM_BYTES[config.run.dtype]
+    _check_measured(work, cost)
+    layout, algorithm, tp = problem.layout, problem.algorithm, work.degrees.tp
+    slowness = rank_slowness(cost, layout.num_ranks)
     rows = [math.ceil(shard.num_rows / tp) for shard in shards[End.OUTPUT]]
     num_shards = tp * (layout.num_ranks if algorithm.sharded else 1)
-    on_cuda = config.run.device == "cuda"
-    sequence_ranks = tp if config.parallel.sequence_parallel else 1
-    stages = _with_recompute(config, layers)
-    bytes_of_layer = {
-        recompute: layer_bytes(config, recompute)
-        for recompute in {recompute for recompute, _ in stages}
-    }
-    stage_bytes = [float(len(stage) * bytes_of_layer[recompute]) for recompute, stage in stages]
-    if sequence_ranks > 1:  # the first stage keeps its input in whole sequences too
-        stage_bytes[0] += message_bytes(config)
-    stage_bytes[0] += shape.embedding_activation_bytes(model, size, item_bytes)
-    stage_bytes[-1] += (
-        shape.final_norm_activation_bytes(model, size, item_bytes, fused_norms=on_cuda)
-        / sequence_ranks
-    )
+    seconds = _stage_seconds(work, cost, layers, recompute)
+    seconds |= _shard_seconds(work, cost, rows, algorithm)
     return CostModel(
         {
             kind: tuple(
                 value * slowness[index if kind.is_vocabulary else layout.rank_of(index)]
                 for index, value in enumerate(values)
             )
-            for kind, values in (
-                _stage_seconds(config, layers) | _shard_seconds(config, rows, algorithm)
-            ).items()
+            for kind, values in seconds.items()
         },
-        _hop_seconds(config),
-        {
-            barrier.name: _barrier_seconds(config, barrier, num_shards)
+        hop_seconds=_hop_seconds(work, cost),
+        barrier_seconds={
+            barrier.name: _barrier_seconds(work, cost, barrier, num_shards)
             for barrier in algorithm.barriers
         },
-        tuple(stage_bytes),
-        tuple(
-            item_bytes * size * model.seq_length * (held_part(config) * count + model.hidden_size)
+        stage_bytes=_stage_bytes(work, layers, recompute),
+        shard_bytes=tuple(
+            work.item_bytes * work.num_tokens * (work.held_values * count + work.model.hidden_size)
             for count in rows
         ),
-        tuple(
-            float(len(stage) * shape.layer_weight_grad_bytes(model, size, item_bytes))
-            for stage in layers
-        ),
+        weight_bytes=_weight_grad_bytes(work, layers),
     )
 
 
-def layer_bytes(config: RunConfig, recompute: str) -> int:
-    """Return the activation bytes that one layer keeps per microbatch and tensor-parallel rank."""
-    tp = config.parallel.tp
-    return shape.layer_activation_bytes(
-        shape.tensor_share(config.model, tp),
-        config.micro_batch_size,
-        ITEM_BYTES[config.run.dtype],
-        fused_norms=config.run.device == "cuda",
-        recompute=recompute,
-        sequence_ranks=tp if config.parallel.sequence_parallel else 1,
+def _stage_bytes(
+    work: Workload, layers: Sequence[range], recompute: Sequence[str]
+) -> tuple[float, ...]:
+    """Return the bytes that every stage keeps from F to B for one microbatch."""
+    bytes_of_layer = {kind: work.layer_bytes(kind) for kind in set(recompute)}
+    stages = [
+        float(len(stage) * bytes_of_layer[kind])
+        for stage, kind in zip(layers, recompute, strict=True)
+    ]
+    size, item_bytes = work.micro_batch_size, work.item_bytes
+    if work.sequence_ranks > 1:  # the first stage keeps its input in whole sequences too
+        stages[0] += work.message_bytes
+    stages[0] += shape.embedding_activation_bytes(work.model, size, item_bytes)
+    norm_bytes = shape.final_norm_activation_bytes(
+        work.model, size, item_bytes, fused_norms=work.on_cuda
     )
+    stages[-1] += norm_bytes / work.sequence_ranks
+    return tuple(stages)
 
 
-def message_bytes(config: RunConfig) -> int:
-    """Return the bytes of [T, H] in the compute dtype.
-
-    A hop, the broadcast C0 and an all-reduce over the tensor-parallel ranks move this much.
-    """
-    return (
-        ITEM_BYTES[config.run.dtype]
-        * config.micro_batch_size
-        * config.model.seq_length
-        * config.model.hidden_size
-    )
+def _weight_grad_bytes(work: Workload, layers: Sequence[range]) -> tuple[float, ...]:
+    """Return the bytes that every stage keeps from I to W for one microbatch."""
+    of_layer = shape.layer_weight_grad_bytes(work.share, work.micro_batch_size, work.item_bytes)
+    return tuple(float(len(stage) * of_layer) for stage in layers)
 
 
 def link_seconds(fixed: float, bytes_per_second: float | None, num_bytes: float) -> float:
@@ -134,52 +114,43 @@ def sum_seconds(
     )
 
 
-def _hop_seconds(config: RunConfig) -> float:
+def _hop_seconds(work: Workload, cost: CostConfig) -> float:
     """Return the seconds of one hop, of which every tensor-parallel rank sends its part.
 
     Without sequence parallelism the receivers then all-gather the parts.
     """
-    cost, tp, message = config.cost, config.parallel.tp, message_bytes(config)
+    tp, message = work.degrees.tp, work.message_bytes
     sent = link_seconds(cost.hop_seconds, cost.hop_bytes_per_second, message / tp)
-    if config.parallel.sequence_parallel:
+    if work.sequence_parallel:
         return sent
     return sent + sum_seconds(cost.tensor_seconds, cost.tensor_bytes_per_second, message, tp) / 2
 
 
-def input_gradient_bytes(config: RunConfig) -> int:
-    """Return the bytes of one shard's term of dL/dx: [T, H] in vocab.sum_dtype."""
-    item = ITEM_BYTES[config.run.dtype]
-    summed = item if config.vocab.sum_dtype == "compute" else max(4, item)
-    return message_bytes(config) // item * summed
-
-
-def _barrier_seconds(config: RunConfig, barrier: Barrier, num_shards: int) -> float:
+def _barrier_seconds(work: Workload, cost: CostConfig, barrier: Barrier, num_shards: int) -> float:
     """Return the seconds of one collective of `num_shards` shards.
 
     It is 0 if one rank owns the whole layer, because that rank waits for nobody.
     """
     if num_shards == 1:
         return 0.0
-    tokens = config.micro_batch_size * config.model.seq_length
-    precise = max(4, ITEM_BYTES[config.run.dtype]) * tokens
+    precise = work.precise_bytes * work.num_tokens
     match barrier.payload:
         case Payload.ACTIVATIONS:
-            num_bytes: float = message_bytes(config)
+            num_bytes: float = work.message_bytes
         case Payload.INPUT_GRADIENT:
-            num_bytes = input_gradient_bytes(config)
+            num_bytes = work.input_gradient_bytes
         case Payload.EMBEDDINGS | Payload.EMBEDDING_GRADIENT:
-            num_bytes = message_bytes(config) * (num_shards - 1) / num_shards
+            num_bytes = work.message_bytes * (num_shards - 1) / num_shards
         case Payload.STATISTICS:
             num_bytes = 3 * precise * (num_shards - 1)
         case Payload.MAXIMUM | Payload.SUMS:
             num_bytes = 2 * 2 * precise
-    cost = config.cost
     return link_seconds(cost.collective_seconds, cost.collective_bytes_per_second, num_bytes)
 
 
-def rank_slowness(config: RunConfig, num_ranks: int) -> tuple[float, ...]:
+def rank_slowness(cost: CostConfig, num_ranks: int) -> tuple[float, ...]:
     """Return the factor by which each rank is slower than the other costs say."""
-    factors = config.cost.rank_slowness
+    factors = cost.rank_slowness
     if factors is None:
         return (1.0,) * num_ranks
     if len(factors) != num_ranks:
@@ -190,36 +161,42 @@ def rank_slowness(config: RunConfig, num_ranks: int) -> tuple[float, ...]:
     return factors
 
 
-def layer_seconds(config: RunConfig) -> float:
+def layer_seconds(work: Workload, cost: CostConfig, recompute: str) -> float:
     """Return the seconds of forward and backward of one layer on one microbatch."""
-    parallel = replace(config.parallel, recompute_per_stage=None)
-    seconds = _stage_seconds(replace(config, parallel=parallel), [range(1)])
+    seconds = _stage_seconds(work, cost, [range(1)], [recompute])
     (forward,), (backward,) = (seconds[kind] for kind in (Kind.F, Kind.B))
     return forward + backward
 
 
-def row_seconds(config: RunConfig) -> float:
+def row_seconds(work: Workload, cost: CostConfig) -> float:
     """Return the seconds that one more vocabulary row adds to S and T of a pipeline rank.
 
     Its tensor-parallel ranks share the rows.
     """
-    return (_output_seconds(config, 2) - _output_seconds(config, 1)) / config.parallel.tp
+    two, one = _output_seconds(work, cost, 2), _output_seconds(work, cost, 1)
+    return (two - one) * (1 + _computed_again(work)) / work.degrees.tp
 
 
-def _stage_seconds(config: RunConfig, layers: Sequence[range]) -> dict[Kind, tuple[float, ...]]:
+def _computed_again(work: Workload) -> float:
+    """Return the products of S and T that vocab.backend=recompute adds, as a part of the others."""
+    return work.vocab.recompute_fraction / 3 if work.vocab.backend == "recompute" else 0.0
+
+
+def _stage_seconds(
+    work: Workload, cost: CostConfig, layers: Sequence[range], recompute: Sequence[str]
+) -> dict[Kind, tuple[float, ...]]:
     """Return the seconds of F, B, I and W of every stage.
 
     Unless measured, B takes twice as long as F, and I and W take half of B.  B and I include what
     they recompute.
     """
-    cost, tp = config.cost, config.parallel.tp
-    forward = _layer_flops(config) / cost.flops_per_second
+    tp, forward = work.degrees.tp, work.layer_flops / cost.flops_per_second
     summed = 2 * sum_seconds(
-        cost.tensor_seconds, cost.tensor_bytes_per_second, message_bytes(config), tp
+        cost.tensor_seconds, cost.tensor_bytes_per_second, work.message_bytes, tp
     )
     # With sequence parallelism the backward all-gathers the inputs of two linear layers once more.
     # An all-gather takes half as long as an all-reduce.
-    gathered = summed / 2 if config.parallel.sequence_parallel else 0.0
+    gathered = summed / 2 if work.sequence_parallel else 0.0
     one_forward = _either(cost.layer_forward_seconds, forward) / tp + summed
     of_one_layer = {
         Kind.F: one_forward,
@@ -227,10 +204,7 @@ def _stage_seconds(config: RunConfig, layers: Sequence[range]) -> dict[Kind, tup
         Kind.I: _either(cost.layer_input_grad_seconds, forward) / tp + summed + gathered,
         Kind.W: _either(cost.layer_weight_grad_seconds, forward) / tp,
     }
-    again = [
-        shape.recomputed_part(config.model, recompute) * one_forward
-        for recompute, _ in _with_recompute(config, layers)
-    ]
+    again = [shape.recomputed_part(work.model, kind) * one_forward for kind in recompute]
     return {
         kind: tuple(
             len(stage) * (seconds + (more if kind in (Kind.B, Kind.I) else 0.0))
@@ -240,23 +214,17 @@ def _stage_seconds(config: RunConfig, layers: Sequence[range]) -> dict[Kind, tup
     }
 
 
-def _with_recompute(config: RunConfig, layers: Sequence[range]) -> list[tuple[str, range]]:
-    """Return each stage's kind of recomputation, and its layers."""
-    return [(config.parallel.recompute_of(stage), held) for stage, held in enumerate(layers)]
-
-
 def _shard_seconds(
-    config: RunConfig, rows: Sequence[int], algorithm: VocabAlgorithm
+    work: Workload, cost: CostConfig, rows: Sequence[int], algorithm: VocabAlgorithm
 ) -> dict[Kind, tuple[float, ...]]:
     """Return the seconds of S, T, E and G of every shard.
 
     E and G are lookups and count as a tenth of a collective unless measured.  With
     vocab.backend=recompute T computes a part of the logits again, a fourth matrix product.
     """
-    cost, lookup = config.cost, config.cost.collective_seconds / 10
+    lookup, again = cost.collective_seconds / 10, _computed_again(work)
     s_share = algorithm.products(Kind.S) / 3
-    again = config.vocab.recompute_fraction / 3 if config.vocab.backend == "recompute" else 0.0
-    both = [_output_seconds(config, count) for count in rows]
+    both = [_output_seconds(work, cost, count) for count in rows]
     return {
         Kind.S: tuple(s_share * seconds for seconds in both),
         Kind.T: tuple((1 - s_share + again) * seconds for seconds in both),
@@ -265,51 +233,28 @@ def _shard_seconds(
     }
 
 
-def _output_seconds(config: RunConfig, num_rows: int) -> float:
+def _output_seconds(work: Workload, cost: CostConfig, num_rows: int) -> float:
     """Return the seconds of S and T of one rank together: three matrix products."""
-    cost, model = config.cost, config.model
     if cost.output_row_seconds is None:
-        return (
-            6
-            * config.micro_batch_size
-            * model.seq_length
-            * num_rows
-            * model.hidden_size
-            / cost.flops_per_second
-        )
+        flops = 6 * work.num_tokens * num_rows * work.model.hidden_size
+        return flops / cost.flops_per_second
     return cost.output_fixed_seconds + num_rows * cost.output_row_seconds if num_rows else 0.0
-
-
-def held_part(config: RunConfig) -> float:
-    """Return how many values per token and vocabulary row are held from S to T."""
-    match config.vocab.backend:
-        case "recompute":
-            return 1 - config.vocab.recompute_fraction
-        case "reference":
-            return 2.0
-        case _:
-            return 1.0
 
 
 def _either(measured: float | None, estimate: float) -> float:
     return estimate if measured is None else measured
 
 
-def _layer_flops(config: RunConfig) -> int:
-    return shape.layer_flops(config.model, config.micro_batch_size * config.model.seq_length)
-
-
-def _check_measured(config: RunConfig) -> None:
-    cost, run, flops = config.cost, config.run, _layer_flops(config)
-    measured = cost.measured_layer_flops
+def _check_measured(work: Workload, cost: CostConfig) -> None:
+    measured, flops = cost.measured_layer_flops, work.layer_flops
     if measured is not None and not math.isclose(measured, flops, rel_tol=0.01):
         raise ConfigError(
             f"cost.measured_layer_flops={measured:g}, but a layer of this model takes {flops:g} "
             f"FLOPs forward per microbatch: {_OTHER_RUN}"
         )
     for name, of_cost, of_run in (
-        ("dtype", cost.measured_dtype, run.dtype),
-        ("device", cost.measured_device, run.device),
+        ("dtype", cost.measured_dtype, work.dtype),
+        ("device", cost.measured_device, work.device),
     ):
         if of_cost not in (None, of_run):
             raise ConfigError(

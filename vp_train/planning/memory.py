@@ -10,16 +10,10 @@ from dataclasses import dataclass, replace
 
 from schedules.ir import Kind, Pass
 from schedules.vocab import End
-from vp_train.config import RunConfig
+from vp_train.config import OptimConfig
 from vp_train.model import shape
-from vp_train.planning.estimate import (
-    ITEM_BYTES,
-    held_part,
-    input_gradient_bytes,
-    layer_bytes,
-    message_bytes,
-)
 from vp_train.planning.plan import StepPlan
+from vp_train.planning.workload import Workload
 
 _MESSAGES = 4  # of [T, H] that are on their way or received early, at any time
 _CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}  # of logits, as in vocab.backends
@@ -40,15 +34,14 @@ class StateBytes:
     optimizer: int
 
     @classmethod
-    def of(cls, config: RunConfig) -> StateBytes:
+    def of(cls, work: Workload, optim: OptimConfig) -> StateBytes:
         """Return the bytes per parameter of AdamW in this trainer.
 
         Gradients and two moments are at least fp32.  Weights of a narrower dtype have an fp32 copy.
         """
-        item = ITEM_BYTES[config.run.dtype]
-        precise = max(4, item)
+        item, precise = work.item_bytes, work.precise_bytes
         kept = 2 * precise + (precise if item < precise else 0)
-        return cls(item, precise, 0 if config.optim.offload else kept)
+        return cls(item, precise, 0 if optim.offload else kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +72,24 @@ class RankMemory:
 
 
 def rank_memory(
-    config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None = None
+    step: StepPlan, optim: OptimConfig, rank: int, state: StateBytes | None = None
 ) -> RankMemory:
     """Return the peak memory of one tensor-parallel rank of pipeline rank `rank`.
 
     If these differ by a vocabulary row, it is that of the larger.
     """
-    activations, vocabulary, working = step_peak(config, step, rank)
-    kept = rank_state(config, step, rank, state)
+    activations, vocabulary, working = step_peak(step, optim, rank)
+    kept = rank_state(step, optim, rank, state)
     return replace(kept, activations=activations, vocabulary=vocabulary, working=working)
 
 
 def rank_state(
-    config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None = None
+    step: StepPlan, optim: OptimConfig, rank: int, state: StateBytes | None = None
 ) -> RankMemory:
     """Return the memory of a rank between two steps."""
-    per_parameter = StateBytes.of(config) if state is None else state
-    parameters = rank_parameters(config, step, rank)
-    parts = step.degrees.dp if config.optim.name == "zero1" else 1
+    per_parameter = StateBytes.of(step.work, optim) if state is None else state
+    parameters = rank_parameters(step, rank)
+    parts = step.degrees.dp if optim.name == "zero1" else 1
     return RankMemory(
         parameters,
         weights=parameters * per_parameter.weights,
@@ -108,10 +101,9 @@ def rank_state(
     )
 
 
-def rank_parameters(config: RunConfig, step: StepPlan, rank: int) -> int:
+def rank_parameters(step: StepPlan, rank: int) -> int:
     """Return the number of parameters that a rank holds, copies of tied matrices included."""
-    problem, tp = step.problem, step.degrees.tp
-    model = shape.tensor_share(config.model, tp)
+    problem, model, tp = step.problem, step.work.share, step.degrees.tp
     count = sum(
         len(step.layers[stage]) for stage in problem.layout.stages_of(rank)
     ) * shape.layer_parameters(model)
@@ -125,29 +117,26 @@ def rank_parameters(config: RunConfig, step: StepPlan, rank: int) -> int:
     )
 
 
-def step_peak(config: RunConfig, step: StepPlan, rank: int) -> tuple[float, float, float]:
+def step_peak(step: StepPlan, optim: OptimConfig, rank: int) -> tuple[float, float, float]:
     """Return the bytes of activations, held shards and work of `rank` when their sum is highest.
 
     While a pass runs, both what it adds and what it frees at its end are allocated.  After the
     passes the optimizer needs working memory too.
     """
-    order, cost, message = step.schedule.ranks[rank], step.cost, float(message_bytes(config))
-    on_cpu = config.run.device == "cpu"
-    kept = _scratch_bytes(config, step, rank)
-    kept += (
-        _TOKEN_BYTES * config.num_microbatches * config.micro_batch_size * config.model.seq_length
-    )
+    work, order, cost = step.work, step.schedule.ranks[rank], step.cost
+    message, on_cpu = float(work.message_bytes), not work.on_cuda
+    kept = _scratch_bytes(step, rank) + _TOKEN_BYTES * work.num_microbatches * work.num_tokens
     always = kept + _MESSAGES * message
     exponentials = max(0.0, cost.shard_bytes[rank] - message)  # the rest is x
     # On a CPU the output layer keeps its buffers of exponentials for reuse and never frees them.
     pool = exponentials * _most_held(order) if on_cpu else 0.0
     activations, held, working = 0.0, pool, always
     peak = max(
-        (activations, held, working), (0.0, pool, kept + _update_bytes(config, step, rank)), key=sum
+        (activations, held, working), (0.0, pool, kept + _update_bytes(step, optim, rank)), key=sum
     )
     for item in order:
         change = cost.byte_change(item)
-        left = _unsent_bytes(config, item, step, rank) if on_cpu else 0.0
+        left = _unsent_bytes(item, step, rank) if on_cpu else 0.0
         in_held = item.kind in (Kind.S, Kind.T)
         if in_held and on_cpu and exponentials:
             change -= math.copysign(exponentials, change)
@@ -155,7 +144,7 @@ def step_peak(config: RunConfig, step: StepPlan, rank: int) -> tuple[float, floa
         during = (
             activations + max(0.0, layers),
             held + max(0.0, shards),
-            working + left + _working_bytes(config, item),
+            working + left + _working_bytes(item, step),
         )
         peak = max(peak, during, key=sum)
         activations, held, working = activations + layers, held + shards, working + left
@@ -177,13 +166,13 @@ def _is_hop(stage: int, other: int, step: StepPlan) -> bool:
     return 0 <= other < layout.num_stages and layout.rank_of(other) != layout.rank_of(stage)
 
 
-def _unsent_bytes(config: RunConfig, item: Pass, step: StepPlan, rank: int) -> float:
+def _unsent_bytes(item: Pass, step: StepPlan, rank: int) -> float:
     """Return the bytes that a pass sends and that stay allocated until the end of the step.
 
     They are hops, and terms of sums that another rank receives.  Gloo does not say when a message
     has been sent.
     """
-    problem, message = step.problem, float(message_bytes(config))
+    problem, message = step.problem, float(step.work.message_bytes)
     neighbour = {Kind.F: item.stage + 1, Kind.B: item.stage - 1, Kind.I: item.stage - 1}.get(
         item.kind
     )
@@ -192,45 +181,44 @@ def _unsent_bytes(config: RunConfig, item: Pass, step: StepPlan, rank: int) -> f
     if item.kind is Kind.E and problem.algorithm.sharded and rank != problem.root(End.INPUT):
         return message * step.shards[End.INPUT][rank].num_rows / step.shards[End.INPUT][-1].stop
     if item.kind is Kind.S and problem.algorithm.sharded and rank != problem.root(End.OUTPUT):
-        return float(input_gradient_bytes(config))
+        return float(step.work.input_gradient_bytes)
     return 0.0
 
 
-def _scratch_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
+def _scratch_bytes(step: StepPlan, rank: int) -> float:
     """Return the bytes of the buffers that S and T of a rank allocate once and reuse.
 
     They are the scaled x and a product, both [T, H], and the logits of a chunk of rows.
     """
-    rows = math.ceil(step.shards[End.OUTPUT][rank].num_rows / step.degrees.tp)
+    work, rows = step.work, math.ceil(step.shards[End.OUTPUT][rank].num_rows / step.degrees.tp)
     if not rows:
         return 0.0
-    item, precise = ITEM_BYTES[config.run.dtype], max(4, ITEM_BYTES[config.run.dtype])
-    tokens = config.micro_batch_size * config.model.seq_length
-    if config.vocab.backend == "reference":
-        return 4.0 * precise * tokens * rows
-    logits = min(float(_CHUNK_BYTES[config.run.device]), float(precise * tokens * rows))
-    separate = item < precise or held_part(config) < 1
-    return 2.0 * precise * tokens * config.model.hidden_size + (logits if separate else 0.0)
+    all_logits = float(work.precise_bytes * work.num_tokens * rows)
+    if work.vocab.backend == "reference":
+        return 4.0 * all_logits
+    logits = min(float(_CHUNK_BYTES[work.device]), all_logits)
+    separate = work.item_bytes < work.precise_bytes or work.held_values < 1
+    products = 2.0 * work.precise_bytes * work.num_tokens * work.model.hidden_size
+    return products + (logits if separate else 0.0)
 
 
-def _update_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
+def _update_bytes(step: StepPlan, optim: OptimConfig, rank: int) -> float:
     """Return the bytes that reducing gradients and updating parameters need.
 
     With optim.offload it is one bucket, because DeepSpeed sums in a copy.  ZeRO-1 works in place,
     but on a CPU gloo copies what it reduce-scatters, and all buckets may be under way.
     """
-    gradients = max(4, ITEM_BYTES[config.run.dtype]) * rank_parameters(config, step, rank)
-    if config.optim.offload:
-        return float(min(gradients, config.optim.bucket_mib << 20))
-    copied = config.optim.name == "zero1" and config.run.device == "cpu" and step.degrees.dp > 1
+    gradients = step.work.precise_bytes * rank_parameters(step, rank)
+    if optim.offload:
+        return float(min(gradients, optim.bucket_mib << 20))
+    copied = optim.name == "zero1" and not step.work.on_cuda and step.degrees.dp > 1
     return float(gradients) if copied else 0.0
 
 
-def _working_bytes(config: RunConfig, item: Pass) -> float:
+def _working_bytes(item: Pass, step: StepPlan) -> float:
     """Return the temporary bytes of a pass: beyond what it leaves, less what it frees meanwhile."""
-    model = shape.tensor_share(config.model, config.parallel.tp)
-    item_bytes = ITEM_BYTES[config.run.dtype]
-    values = item_bytes * config.micro_batch_size * model.seq_length
+    work, model = step.work, step.work.share
+    values = work.item_bytes * work.num_tokens
     match item.kind:
         case Kind.F:
             return 2.0 * values * model.hidden_size
@@ -239,12 +227,12 @@ def _working_bytes(config: RunConfig, item: Pass) -> float:
             # gradients of its activation's output and input (two inputs if gated) come on top.  B
             # has used up one of them by then; after I a part stays for W.
             wide = (3 if shape.is_gated(model) else 2) - (item.kind is Kind.B)
-            recompute = config.parallel.recompute_of(item.stage)
-            formed, kept = layer_bytes(config, "none"), layer_bytes(config, recompute)
+            recompute = step.recompute[item.stage]
+            formed, kept = work.layer_bytes("none"), work.layer_bytes(recompute)
             # A layer that is recomputed as a whole starts from a copy of its input.
             again = formed if recompute == "full" else formed - kept
             return float(values * (wide * model.ffn_hidden_size + 2 * model.hidden_size) + again)
         case Kind.S | Kind.T:
-            return 2.0 * message_bytes(config) * max(4, item_bytes) / item_bytes
+            return 2.0 * work.precise_bytes * work.num_tokens * model.hidden_size
         case _:
-            return float(message_bytes(config))
+            return float(work.message_bytes)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from schedules.layout import Layout
 from schedules.problem import Problem
 from schedules.vocab import End
-from vp_train.config import ConfigError, ModelConfig, ParallelConfig, RunConfig
+from vp_train.config import ConfigError, CostConfig, ModelConfig, ParallelConfig
 from vp_train.model import shape
 from vp_train.planning.estimate import layer_seconds, rank_slowness, row_seconds
+from vp_train.planning.workload import Workload
 from vp_train.vocab.shard import Shard, split_rows
 
 
@@ -79,14 +80,15 @@ def redistribute(num_layers: int, num_stages: int, head_in_layers: float) -> tup
 
 
 def split_vocabulary(
-    config: RunConfig, problem: Problem, end: End, layers: Sequence[range]
+    work: Workload, problem: Problem, end: End, sizes: Sequence[int] | None
 ) -> tuple[Shard, ...]:
     """Return one shard per rank; it is empty on a rank that owns no rows of this end.
 
+    sizes: the rows of each rank, if the vocabulary is sharded; None: as equal as possible.
+
     Raises ConfigError if sizes do not add up.
     """
-    vocab_size, num_ranks = config.model.vocab_size, problem.layout.num_ranks
-    sizes: Sequence[int] | None = config.vocab.shards
+    vocab_size, num_ranks = work.model.vocab_size, problem.layout.num_ranks
     if not problem.algorithm.sharded:
         if sizes is not None:
             raise ConfigError(
@@ -94,28 +96,35 @@ def split_vocabulary(
                 "drop one of the two"
             )
         sizes = [vocab_size if rank == problem.root(end) else 0 for rank in range(num_ranks)]
-    elif sizes is None and config.vocab.balance:
-        sizes = balanced_rows(config, problem.layout, layers)
     try:
         return split_rows(vocab_size, num_ranks, sizes)
     except ValueError as error:
         raise ConfigError(f"vocab.shards={list(sizes or [])}: {error}") from None
 
 
-def balanced_rows(config: RunConfig, layout: Layout, layers: Sequence[range]) -> list[int]:
+def balanced_rows(
+    work: Workload,
+    cost: CostConfig,
+    layout: Layout,
+    layers: Sequence[range],
+    recompute: Sequence[str],
+) -> list[int]:
     """Return rows per rank that make layers and rows together take every rank equally long.
 
-    A rank whose layers alone take longer gets no rows.
+    A rank whose layers alone take longer gets no rows.  `recompute` says for every stage what its
+    backward recomputes.
     """
-    slowness, seconds_per_row = rank_slowness(config, layout.num_ranks), row_seconds(config)
+    slowness, seconds_per_row = rank_slowness(cost, layout.num_ranks), row_seconds(work, cost)
     if seconds_per_row == 0:  # rows that take no time cannot balance anything
-        return [shard.num_rows for shard in split_rows(config.model.vocab_size, layout.num_ranks)]
+        return [shard.num_rows for shard in split_rows(work.model.vocab_size, layout.num_ranks)]
+    seconds_of = {kind: layer_seconds(work, cost, kind) for kind in set(recompute)}
     busy = [
-        slow * layer_seconds(config) * sum(len(layers[stage]) for stage in layout.stages_of(rank))
+        slow
+        * sum(seconds_of[recompute[stage]] * len(layers[stage]) for stage in layout.stages_of(rank))
         for rank, slow in enumerate(slowness)
     ]
     return fill_with_rows(
-        config.model.vocab_size, busy, [slow * seconds_per_row for slow in slowness]
+        work.model.vocab_size, busy, [slow * seconds_per_row for slow in slowness]
     )
 
 

@@ -7,6 +7,7 @@ every rank computes the same one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +24,12 @@ from schedules.simulate import simulate
 from schedules.timeline import Timeline
 from schedules.torch_csv import from_csv
 from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, evaluation, searched_algorithms
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import ConfigError, RunConfig, ScheduleConfig
 from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
 from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.placement import balanced_rows, split_layers, split_vocabulary
+from vp_train.planning.workload import Workload
 from vp_train.vocab.shard import Shard, split_rows
 
 SEARCHING = (
@@ -42,19 +44,25 @@ class StepPlan:
     """What one step computes, on which rank and when.  Every replica does the same.
 
     Ranks are pipeline ranks here, each of which is `degrees.tp` ranks of the run.  `layers[s]` are
-    the global layers of stage s.  `shards[end][r]` are the vocabulary rows of rank r.  If the
-    schedule was found under a cap, `caps[r]` are the bytes that rank r may keep, and the timeline's
-    lower bound is the one for these caps.  Otherwise `caps` is empty.
+    the global layers of stage s, and `recompute[s]` says what its backward recomputes.
+    `shards[end][r]` are the vocabulary rows of rank r.  If the schedule was found under a cap,
+    `caps[r]` are the bytes that rank r may keep, and the timeline's lower bound is the one for
+    these caps.  Otherwise `caps` is empty.
     """
 
-    degrees: Degrees
+    work: Workload
     layers: tuple[range, ...]
+    recompute: tuple[str, ...]
     shards: dict[End, tuple[Shard, ...]]
     problem: Problem
     cost: CostModel
     schedule: Schedule
     timeline: Timeline
     caps: tuple[float, ...]
+
+    @property
+    def degrees(self) -> Degrees:
+        return self.work.degrees
 
     @property
     def layers_of_ranks(self) -> tuple[tuple[range, ...], ...]:
@@ -95,8 +103,9 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
     evaluation_program = lower(generate("gpipe", evaluated, cost), evaluated, cost)
     check_program(evaluation_program, evaluated)
     return RunPlan(
-        degrees=step.degrees,
+        work=step.work,
         layers=step.layers,
+        recompute=step.recompute,
         shards=step.shards,
         problem=problem,
         cost=cost,
@@ -115,9 +124,9 @@ def plan_step(config: RunConfig, num_ranks: int) -> StepPlan:
     Raises ConfigError like `make_plan`.
     """
     if config.schedule.is_solved:
-        return _solved(config, _degrees(config, num_ranks))
+        return _solved(config, _workload(config, num_ranks))
     if config.schedule.file is not None:
-        return _stored(config, _degrees(config, num_ranks), Path(config.schedule.file))
+        return _stored(config, _workload(config, num_ranks), Path(config.schedule.file))
     step = draft_step(config, num_ranks)
     return step.with_schedule(generate(config.schedule.name, step.problem, step.cost))
 
@@ -127,18 +136,18 @@ def draft_step(config: RunConfig, num_ranks: int) -> Draft:
 
     Raises ConfigError like `make_plan`.
     """
-    degrees, name = _degrees(config, num_ranks), config.schedule.name
+    work, name = _workload(config, num_ranks), config.schedule.name
     if name not in GENERATORS:
         raise ConfigError(
             f"schedule.name={name} is not known; choose one of {', '.join(GENERATORS)} or auto"
         )
-    layout = _layout(name, degrees.pp, config)
+    layout = _layout(name, work.degrees.pp, config.schedule.num_chunks)
     return _draft(
-        config, degrees, layout, _algorithm(config.vocab.algorithm), GENERATORS[name].split_backward
+        config, work, layout, _algorithm(config.vocab.algorithm), GENERATORS[name].split_backward
     )
 
 
-def _degrees(config: RunConfig, num_ranks: int) -> Degrees:
+def _workload(config: RunConfig, num_ranks: int) -> Workload:
     degrees = split_ranks(config.parallel, num_ranks)
     check_tensor_split(config.model, degrees.tp, sequences=config.parallel.sequence_parallel)
     if config.parallel.sequence_parallel and config.run.device not in SEQUENCE_DEVICES:
@@ -146,7 +155,7 @@ def _degrees(config: RunConfig, num_ranks: int) -> Degrees:
             "parallel.sequence_parallel=true needs run.device=cuda, not "
             f"{config.run.device}: megatron-core exchanges parts of sequences on GPUs only; drop it"
         )
-    return degrees
+    return Workload.of(config, degrees)
 
 
 def row_advice(config: RunConfig, step: StepPlan) -> str | None:
@@ -154,14 +163,14 @@ def row_advice(config: RunConfig, step: StepPlan) -> str | None:
 
     It is None if that would gain less than 1 %.
     """
-    problem = step.problem
-    if not problem.algorithm.sharded or config.vocab.balance or config.vocab.shards is not None:
+    work, problem, layers, recompute = step.work, step.problem, step.layers, step.recompute
+    if not problem.algorithm.sharded or work.vocab.balance or work.vocab.shards is not None:
         return None
-    config = assumed_costs(config, step.degrees)
-    rows = balanced_rows(config, problem.layout, step.layers)
-    shards = {end: split_rows(config.model.vocab_size, step.num_ranks, rows) for end in End}
-    cost = estimate_cost(config, problem.layout, step.layers, shards, problem.algorithm)
-    now, then = _busiest_seconds(problem, step.cost), _busiest_seconds(problem, cost)
+    cost = assumed_costs(work, config.cluster, config.cost)
+    rows = balanced_rows(work, cost, problem.layout, layers, recompute)
+    shards = {end: split_rows(work.model.vocab_size, step.num_ranks, rows) for end in End}
+    balanced = estimate_cost(work, cost, problem, layers=layers, recompute=recompute, shards=shards)
+    now, then = _busiest_seconds(problem, step.cost), _busiest_seconds(problem, balanced)
     if then >= 0.99 * now:
         return None
     return (
@@ -180,8 +189,9 @@ def _busiest_seconds(problem: Problem, cost: CostModel) -> float:
 class Draft:
     """A step whose passes are not ordered yet."""
 
-    degrees: Degrees
+    work: Workload
     layers: tuple[range, ...]
+    recompute: tuple[str, ...]
     shards: dict[End, tuple[Shard, ...]]
     problem: Problem
     cost: CostModel
@@ -194,8 +204,9 @@ class Draft:
         check_schedule(schedule, self.problem)
         timeline = simulate(schedule, self.problem, self.cost, caps)
         return StepPlan(
-            degrees=self.degrees,
+            work=self.work,
             layers=self.layers,
+            recompute=self.recompute,
             shards=self.shards,
             problem=self.problem,
             cost=self.cost,
@@ -207,17 +218,22 @@ class Draft:
 
 def _draft(
     config: RunConfig,
-    degrees: Degrees,
+    work: Workload,
     layout: Layout,
     algorithm: VocabAlgorithm,
     split_backward: bool,
 ) -> Draft:
-    config = assumed_costs(config, degrees)
-    layers = split_layers(config.model, config.parallel, layout)
-    problem = Problem(layout, config.num_microbatches, algorithm, split_backward)
-    shards = {end: split_vocabulary(config, problem, end, layers) for end in End}
+    cost = assumed_costs(work, config.cluster, config.cost)
+    layers = split_layers(work.model, config.parallel, layout)
+    recompute = tuple(config.parallel.recompute_of(stage) for stage in range(layout.num_stages))
+    rows: Sequence[int] | None = work.vocab.shards
+    if work.vocab.balance and algorithm.sharded:
+        rows = balanced_rows(work, cost, layout, layers, recompute)
+    problem = Problem(layout, work.num_microbatches, algorithm, split_backward)
+    shards = {end: split_vocabulary(work, problem, end, rows) for end in End}
+    costs = estimate_cost(work, cost, problem, layers=layers, recompute=recompute, shards=shards)
     return Draft(
-        degrees, layers, shards, problem, estimate_cost(config, layout, layers, shards, algorithm)
+        work, layers=layers, recompute=recompute, shards=shards, problem=problem, cost=costs
     )
 
 
@@ -235,16 +251,16 @@ def _algorithm(name: str) -> VocabAlgorithm:
     return VOCAB_ALGORITHMS[name]
 
 
-def _layout(name: str, num_ranks: int, config: RunConfig) -> Layout:
+def _layout(name: str, num_ranks: int, num_chunks: int | None) -> Layout:
     try:
-        return GENERATORS[name].layout_of(num_ranks, config.schedule.num_chunks)
+        return GENERATORS[name].layout_of(num_ranks, num_chunks)
     except ValueError as error:
         raise ConfigError(
-            f"schedule.num_chunks={config.schedule.num_chunks} with schedule.name={name}: {error}"
+            f"schedule.num_chunks={num_chunks} with schedule.name={name}: {error}"
         ) from None
 
 
-def _stored(config: RunConfig, degrees: Degrees, path: Path) -> StepPlan:
+def _stored(config: RunConfig, work: Workload, path: Path) -> StepPlan:
     """Return the step of a schedule from a file.
 
     The file is our own text, or a CSV of torch.distributed.pipelining.  A CSV has no vocabulary
@@ -259,12 +275,12 @@ def _stored(config: RunConfig, degrees: Degrees, path: Path) -> StepPlan:
         is_csv = path.suffix.lower() == ".csv"
         schedule = from_csv(text, path.stem) if is_csv else Schedule.parse(text.rstrip())
         layout, split_backward = recognise(schedule)
-        if layout.num_ranks != degrees.pp:
+        if layout.num_ranks != work.degrees.pp:
             raise ValueError(
-                f"it is for {layout.num_ranks} ranks, not {degrees.pp}; "
+                f"it is for {layout.num_ranks} ranks, not {work.degrees.pp}; "
                 f"use parallel.pp={layout.num_ranks}"
             )
-        step = _draft(config, degrees, layout, _algorithm(config.vocab.algorithm), split_backward)
+        step = _draft(config, work, layout, _algorithm(config.vocab.algorithm), split_backward)
         if is_csv:
             check_base(schedule, step.problem)
             schedule = complete(
@@ -277,20 +293,20 @@ def _stored(config: RunConfig, degrees: Degrees, path: Path) -> StepPlan:
         raise ConfigError(f"schedule.file={path} does not fit this run: {error}") from None
 
 
-def _solved(config: RunConfig, degrees: Degrees) -> StepPlan:
+def _solved(config: RunConfig, work: Workload) -> StepPlan:
     """Return the step of the fastest schedule that the search finds under the cap on memory.
 
     It tries all base schedules with their layouts and, with vocab=auto, all algorithms.
     """
-    num_ranks = degrees.pp
+    num_ranks, settings = work.degrees.pp, config.schedule
     names = searched_algorithms() if config.vocab.algorithm == "auto" else (config.vocab.algorithm,)
     drafts: list[tuple[Option, Draft]] = []
     refusals: list[str] = []
     for name, family in GENERATORS.items():
         for algorithm in map(_algorithm, names):
             try:
-                layout = _searched_layout(name, num_ranks, config)
-                step = _draft(config, degrees, layout, algorithm, family.split_backward)
+                layout = _searched_layout(name, num_ranks, settings.num_chunks)
+                step = _draft(config, work, layout, algorithm, family.split_backward)
             except ConfigError as error:
                 refusals.append(str(error))
             else:
@@ -298,8 +314,7 @@ def _solved(config: RunConfig, degrees: Degrees) -> StepPlan:
     if not drafts:
         raise ConfigError(refusals[0])
     options, cost = [option for option, _ in drafts], drafts[0][1].cost
-    settings = config.schedule
-    caps = (_cap_bytes(config, cost, num_ranks),) * num_ranks
+    caps = (_cap_bytes(settings, cost, num_ranks),) * num_ranks
     try:
         solution = solve(options, caps)
     except CapError as error:
@@ -315,15 +330,10 @@ def _solved(config: RunConfig, degrees: Degrees) -> StepPlan:
     )
 
 
-def _searched_layout(name: str, num_ranks: int, config: RunConfig) -> Layout:
-    """Return the layout of a schedule.
-
-    schedule.num_chunks counts if the schedule leaves a choice.
-    """
+def _searched_layout(name: str, num_ranks: int, num_chunks: int | None) -> Layout:
+    """Return the layout of a schedule; `num_chunks` counts if the schedule leaves a choice."""
     family = GENERATORS[name]
-    return family.layout_of(
-        num_ranks, config.schedule.num_chunks if family.layout == "loop" else None
-    )
+    return family.layout_of(num_ranks, num_chunks if family.layout == "loop" else None)
 
 
 def _microbatch_bytes(cost: CostModel, num_ranks: int) -> float:
@@ -334,11 +344,11 @@ def _microbatch_bytes(cost: CostModel, num_ranks: int) -> float:
     return sum(cost.stage_bytes) / num_ranks
 
 
-def _cap_bytes(config: RunConfig, cost: CostModel, num_ranks: int) -> float:
-    if config.schedule.cap_gib is not None:
-        return config.schedule.cap_gib * 2**30
-    if config.schedule.cap_microbatches is not None:
-        return config.schedule.cap_microbatches * _microbatch_bytes(cost, num_ranks)
+def _cap_bytes(settings: ScheduleConfig, cost: CostModel, num_ranks: int) -> float:
+    if settings.cap_gib is not None:
+        return settings.cap_gib * 2**30
+    if settings.cap_microbatches is not None:
+        return settings.cap_microbatches * _microbatch_bytes(cost, num_ranks)
     return (num_ranks + 1) * _microbatch_bytes(cost, num_ranks) + 2 * max(cost.shard_bytes)
 
 

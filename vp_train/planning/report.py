@@ -5,25 +5,26 @@ Pure: nothing starts.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from schedules.bound import step_bound
 from schedules.ir import Kind
 from schedules.vocab import End
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import ClusterConfig, ConfigError, OptimConfig, RunConfig
 from vp_train.model import shape
 from vp_train.planning.cluster import (
     gradient_seconds,
+    layer_sum_seconds,
     links_of,
     on_cluster,
     peak_flops,
     tied_seconds,
 )
 from vp_train.planning.degrees import Degrees, split_ranks
-from vp_train.planning.estimate import message_bytes, sum_seconds
 from vp_train.planning.memory import RankMemory, StateBytes, rank_memory
 from vp_train.planning.plan import StepPlan, plan_step
+from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
 
 _GIB = 2**30
@@ -52,17 +53,18 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """The predicted time and memory of one run.
+    """The predicted time and memory of one run on a cluster.
 
-    `flops` are those of the model in a step of all replicas, forward and backward, without
-    recomputation.  The output layer counts 2 V H per token, the embedding nothing.  `passes` are
+    `recompute` says in words what the backward recomputes.  `flops` are `Workload.step_flops` of
+    all replicas.  `passes` are
     the seconds of the simulated schedule.  The seconds `gradients` and `optimizer` come after it.
     """
 
-    config: RunConfig
-    degrees: Degrees
+    work: Workload
+    cluster: ClusterConfig
     schedule: str
     vocab: str
+    recompute: str
     ranks: tuple[RankReport, ...]
     flops: float
     passes: float
@@ -73,9 +75,13 @@ class PlanReport:
     bound_reason: str
 
     @property
+    def degrees(self) -> Degrees:
+        return self.work.degrees
+
+    @property
     def limit(self) -> float:
         """The bytes that a rank may allocate."""
-        return self.config.cluster.memory_gib * _GIB
+        return self.cluster.memory_gib * _GIB
 
     @property
     def worst(self) -> int:
@@ -102,18 +108,13 @@ class PlanReport:
     @property
     def num_tokens(self) -> int:
         """The tokens of a step in all replicas."""
-        config = self.config
-        return (
-            config.num_microbatches
-            * config.micro_batch_size
-            * config.model.seq_length
-            * self.degrees.dp
-        )
+        return self.work.num_microbatches * self.work.num_tokens * self.degrees.dp
 
     @property
     def mfu(self) -> float:
         """The model FLOPs over what all GPUs could compute at their peak in the time of a step."""
-        return self.flops / (self.step_seconds * self.degrees.num_ranks * peak_flops(self.config))
+        peak = peak_flops(self.cluster, self.work.dtype)
+        return self.flops / (self.step_seconds * self.degrees.num_ranks * peak)
 
     @property
     def gap(self) -> float:
@@ -160,7 +161,7 @@ class PlanReport:
     @property
     def memory_words(self) -> str:
         """What the worst rank needs, and how far that is from the limit, in words."""
-        memory, cap = self.ranks[self.worst].memory, self.config.cluster.memory_gib
+        memory, cap = self.ranks[self.worst].memory, self.cluster.memory_gib
         how = "less" if self.fits else "more"
         return (
             f"needs {human_bytes(memory.total)} on rank {self.worst}, "
@@ -168,10 +169,10 @@ class PlanReport:
         )
 
     def _advice(self, part: str) -> str:
-        links = links_of(self.config.cluster, self.degrees)
+        links = links_of(self.cluster, self.degrees)
         match part:
             case "waiting":
-                return f"more than {self.config.num_microbatches} microbatches, or a smaller pp"
+                return f"more than {self.work.num_microbatches} microbatches, or a smaller pp"
             case "gradient sum":
                 return f"{links.data.where}; more microbatches, or optim.name=zero1"
             case _:
@@ -179,16 +180,15 @@ class PlanReport:
 
     def record(self) -> dict[str, Any]:
         """Return the report for JSON, in bytes, seconds and fractions."""
-        config = self.config
         return {
             "dp": self.degrees.dp,
             "pp": self.degrees.pp,
             "tp": self.degrees.tp,
-            "micro_batch_size": config.micro_batch_size,
-            "num_microbatches": config.num_microbatches,
+            "micro_batch_size": self.work.micro_batch_size,
+            "num_microbatches": self.work.num_microbatches,
             "schedule": self.schedule,
             "vocab": self.vocab,
-            "recompute": config.parallel.recompute_words,
+            "recompute": self.recompute,
             "step_seconds": self.step_seconds,
             "tokens_per_second": self.num_tokens / self.step_seconds,
             "flops": self.flops,
@@ -217,30 +217,35 @@ def make_report(config: RunConfig) -> PlanReport:
         degrees = split_ranks(config.parallel, num_gpus)
     except ConfigError as error:
         raise ConfigError(f"the cluster has {num_gpus} GPUs: {error}") from None
-    costed = on_cluster(config, degrees)
-    return report_of(costed, plan_step(costed, num_gpus))
+    cost = on_cluster(Workload.of(config, degrees), config.cluster, config.cost)
+    step = plan_step(replace(config, cost=cost), num_gpus)
+    return report_of(step, config.cluster, config.optim)
 
 
-def report_of(config: RunConfig, step: StepPlan, state: StateBytes | None = None) -> PlanReport:
-    """Return the report of a step whose costs are known.
+def report_of(
+    step: StepPlan, cluster: ClusterConfig, optim: OptimConfig, state: StateBytes | None = None
+) -> PlanReport:
+    """Return the report of a step that was planned with the costs of this cluster.
 
     `state` gives the bytes per parameter if they are not those of this trainer.
     """
-    degrees, timeline = step.degrees, step.timeline
-    ranks = tuple(_rank_report(config, step, rank, state) for rank in range(step.num_ranks))
+    work, timeline = step.work, step.timeline
+    memories = [rank_memory(step, optim, rank, state) for rank in range(step.num_ranks)]
+    ranks = tuple(_rank_report(step, cluster, rank, memory) for rank, memory in enumerate(memories))
     bound = step_bound(step.problem, step.cost, step.caps)
     parameters = max(rank.memory.parameters for rank in ranks)
-    gradients = gradient_seconds(config, degrees, parameters)
+    gradients = gradient_seconds(work, cluster, optim, parameters)
     return PlanReport(
-        config=config,
-        degrees=degrees,
+        work=work,
+        cluster=cluster,
         schedule=step.schedule.name,
         vocab=step.problem.algorithm.name,
+        recompute=", ".join(step.recompute if len(set(step.recompute)) > 1 else step.recompute[:1]),
         ranks=ranks,
-        flops=model_flops(config) * degrees.dp,
+        flops=work.step_flops * step.degrees.dp,
         passes=timeline.makespan,
-        gradients=gradients + tied_seconds(config, degrees, step.problem),
-        optimizer=max(optimizer_seconds(config, degrees, rank.memory) for rank in ranks),
+        gradients=gradients + tied_seconds(work, cluster, step.problem),
+        optimizer=max(optimizer_seconds(step.degrees, cluster, optim, held) for held in memories),
         bubble=timeline.mean_bubble,
         bound=bound.seconds,
         bound_reason=bound.reason,
@@ -248,44 +253,30 @@ def report_of(config: RunConfig, step: StepPlan, state: StateBytes | None = None
 
 
 def _rank_report(
-    config: RunConfig, step: StepPlan, rank: int, state: StateBytes | None
+    step: StepPlan, cluster: ClusterConfig, rank: int, memory: RankMemory
 ) -> RankReport:
-    spans = step.timeline.compute[rank]
+    work, spans = step.work, step.timeline.compute[rank]
     vocabulary = sum(span.seconds for span in spans if Kind(span.kind).is_vocabulary)
-    num_layers, cost = sum(map(len, step.layers_of_ranks[rank])), config.cost
-    one_sum = sum_seconds(
-        cost.tensor_seconds, cost.tensor_bytes_per_second, message_bytes(config), step.degrees.tp
-    )
+    num_layers = sum(map(len, step.layers_of_ranks[rank]))
     # A layer has two all-reduces forward and two backward.  With sequence parallelism the two
     # all-gathers of the backward count as one more.  Recomputation repeats its part of the forward.
-    sums = (5.0 if config.parallel.sequence_parallel else 4.0) * num_layers
-    for stage, layers in zip(
-        step.problem.layout.stages_of(rank), step.layers_of_ranks[rank], strict=True
-    ):
-        sums += (
-            2
-            * shape.recomputed_part(config.model, config.parallel.recompute_of(stage))
-            * len(layers)
-        )
+    sums = (5.0 if work.sequence_parallel else 4.0) * num_layers
+    for stage in step.problem.layout.stages_of(rank):
+        repeated = shape.recomputed_part(work.model, step.recompute[stage])
+        sums += 2 * repeated * len(step.layers[stage])
     return RankReport(
         num_layers=num_layers,
         num_rows=step.shards[End.OUTPUT][rank].num_rows,
-        memory=rank_memory(config, step, rank, state),
+        memory=memory,
         layers=step.timeline.busy(rank) - vocabulary,
-        tensor=sums * config.num_microbatches * one_sum,
+        tensor=sums * work.num_microbatches * layer_sum_seconds(work, cluster),
         vocabulary=vocabulary,
     )
 
 
-def model_flops(config: RunConfig) -> float:
-    """Return the FLOPs of a step of one replica: forward, and twice as many for the backward."""
-    model = config.model
-    num_tokens = config.num_microbatches * config.micro_batch_size * model.seq_length
-    layers = model.num_layers * shape.layer_flops(model, num_tokens)
-    return 3.0 * (layers + 2 * model.vocab_size * model.hidden_size * num_tokens)
-
-
-def optimizer_seconds(config: RunConfig, degrees: Degrees, memory: RankMemory) -> float:
+def optimizer_seconds(
+    degrees: Degrees, cluster: ClusterConfig, optim: OptimConfig, memory: RankMemory
+) -> float:
     """Return the seconds of the optimizer step, which memory bandwidth limits.
 
     AdamW reads the gradients, reads and writes its state, and writes the weights.  With
@@ -293,11 +284,9 @@ def optimizer_seconds(config: RunConfig, degrees: Degrees, memory: RankMemory) -
     go down before and the weights come up after.  A copy of the weights and two moments are in host
     memory.
     """
-    cluster = config.cluster
-    if not config.optim.offload:
-        return (
-            memory.gradients + 2 * memory.optimizer + memory.weights
-        ) / cluster.memory_bytes_per_second
+    if not optim.offload:
+        moved = memory.gradients + 2 * memory.optimizer + memory.weights
+        return moved / cluster.memory_bytes_per_second
     gradients, weights = memory.gradients / degrees.dp, memory.weights / degrees.dp
     moved = (gradients + weights) / cluster.host_bytes_per_second
     return moved + (gradients + 2 * 3 * gradients + weights) / cluster.host_memory_bytes_per_second

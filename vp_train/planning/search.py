@@ -20,12 +20,13 @@ from schedules.generators import GENERATORS, generate
 from schedules.ir import Schedule
 from schedules.timeline import Timeline
 from schedules.vocab import searched_algorithms
-from vp_train.config import RECOMPUTE, ConfigError, RunConfig
+from vp_train.config import RECOMPUTE, ClusterConfig, ConfigError, OptimConfig, RunConfig
 from vp_train.planning.cluster import gradient_seconds, on_cluster, tied_seconds
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.memory import rank_memory, rank_state
 from vp_train.planning.plan import Draft, StepPlan, draft_step
 from vp_train.planning.report import PlanReport, optimizer_seconds, report_of
+from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
 
 # gpipe takes as long as 1f1b and more memory; interlaced is for comparison.
@@ -157,11 +158,11 @@ def choices(config: RunConfig) -> Iterator[Choice]:
                         for recompute in RECOMPUTE:
                             yield Choice(
                                 degrees,
-                                size,
-                                batch // degrees.dp // size,
-                                schedule,
-                                vocab,
-                                recompute,
+                                micro_batch_size=size,
+                                num_microbatches=batch // degrees.dp // size,
+                                schedule=schedule,
+                                vocab=vocab,
+                                recompute=recompute,
                             )
 
 
@@ -172,7 +173,6 @@ def _divisors(count: int) -> list[int]:
 @dataclass(frozen=True, slots=True)
 class _Candidate:
     choice: Choice
-    config: RunConfig
     draft: Draft
     bound: float  # of the whole step
 
@@ -218,11 +218,11 @@ def search(
         and (not simulated or in_time())
     ):
         _, _, candidate = heapq.heappop(queue)
-        if (refusal := _too_large(candidate)) is not None:
+        if (refusal := _too_large(candidate, config.cluster, config.optim)) is not None:
             refused.append(refusal)
             progress(_progress(simulated, len(queue), best))
             continue
-        report = _simulated(candidate)
+        report = _simulated(candidate, config.cluster, config.optim)
         simulated += 1
         if report.fits:
             best = sorted([*best, Found(candidate.choice, report)], key=_order)[:top]
@@ -260,9 +260,10 @@ def _weigh(
 
     `bounds` caches the bounds of the passes, which several schedules share.
     """
-    chosen = on_cluster(choice.applied(config), choice.degrees)
+    chosen, cluster, optim = choice.applied(config), config.cluster, config.optim
+    cost = on_cluster(Workload.of(chosen, choice.degrees), cluster, config.cost)
     try:
-        draft = draft_step(chosen, config.cluster.num_gpus)
+        draft = draft_step(replace(chosen, cost=cost), cluster.num_gpus)
     except ConfigError as error:
         return Refusal(choice, str(error))
     layout = draft.problem.layout
@@ -277,27 +278,28 @@ def _weigh(
     if key not in bounds:
         bounds[key] = step_bound(draft.problem, draft.cost).seconds
     blank = _unordered(draft, Schedule(choice.schedule, ()), draft.cost)
-    states = [rank_state(chosen, blank, rank) for rank in range(layout.num_ranks)]
-    after = gradient_seconds(chosen, choice.degrees, max(state.parameters for state in states))
-    after += tied_seconds(chosen, choice.degrees, draft.problem)
-    after += max(optimizer_seconds(chosen, choice.degrees, state) for state in states)
-    return _Candidate(choice, chosen, draft, bounds[key] + after)
+    states = [rank_state(blank, optim, rank) for rank in range(layout.num_ranks)]
+    parameters = max(state.parameters for state in states)
+    after = gradient_seconds(draft.work, cluster, optim, parameters)
+    after += tied_seconds(draft.work, cluster, draft.problem)
+    after += max(optimizer_seconds(choice.degrees, cluster, optim, state) for state in states)
+    return _Candidate(choice, draft, bounds[key] + after)
 
 
-def _too_large(candidate: _Candidate) -> Refusal | None:
+def _too_large(candidate: _Candidate, cluster: ClusterConfig, optim: OptimConfig) -> Refusal | None:
     """Return a refusal if no order of the passes fits into memory, else None."""
-    config, minimum = candidate.config, minimum_step(candidate.choice.schedule, candidate.draft)
-    limit = config.cluster.memory_gib * _GIB
-    needs = [rank_state(config, minimum, rank).state for rank in range(minimum.num_ranks)]
+    minimum = minimum_step(candidate.choice.schedule, candidate.draft)
+    limit = cluster.memory_gib * _GIB
+    needs = [rank_state(minimum, optim, rank).state for rank in range(minimum.num_ranks)]
     if max(needs) <= limit:
-        needs = [rank_memory(config, minimum, rank).total for rank in range(minimum.num_ranks)]
+        needs = [rank_memory(minimum, optim, rank).total for rank in range(minimum.num_ranks)]
     worst = max(range(len(needs)), key=needs.__getitem__)
     excess = needs[worst] - limit
     if excess <= 0:
         return None
     reason = (
         f"needs at least {human_bytes(needs[worst])} on rank {worst}, "
-        f"{human_bytes(excess)} more than {config.cluster.memory_gib:g} GiB"
+        f"{human_bytes(excess)} more than {cluster.memory_gib:g} GiB"
     )
     return Refusal(candidate.choice, reason, candidate.bound, excess)
 
@@ -328,8 +330,9 @@ def minimum_step(schedule: str, draft: Draft) -> StepPlan:
 def _unordered(draft: Draft, schedule: Schedule, cost: CostModel) -> StepPlan:
     """Return a step that was not simulated: its timeline is empty."""
     return StepPlan(
-        degrees=draft.degrees,
+        work=draft.work,
         layers=draft.layers,
+        recompute=draft.recompute,
         shards=draft.shards,
         problem=draft.problem,
         cost=cost,
@@ -360,12 +363,12 @@ def about_bytes(config: RunConfig) -> float:
     draft = draft_step(named, config.cluster.num_gpus)
     minimum = minimum_step(name, draft)
     return max(
-        rank_memory(named, minimum, rank).total + draft.cost.shard_bytes[rank]
+        rank_memory(minimum, config.optim, rank).total + draft.cost.shard_bytes[rank]
         for rank in range(minimum.num_ranks)
     )
 
 
-def _simulated(candidate: _Candidate) -> PlanReport:
+def _simulated(candidate: _Candidate, cluster: ClusterConfig, optim: OptimConfig) -> PlanReport:
     draft = candidate.draft
     step = draft.with_schedule(generate(candidate.choice.schedule, draft.problem, draft.cost))
-    return report_of(candidate.config, step)
+    return report_of(step, cluster, optim)

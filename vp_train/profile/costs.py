@@ -34,9 +34,7 @@ class RankProfile:
         return sum(seconds for (measured, _), seconds in self.passes.items() if measured is kind)
 
 
-def measured_cost(
-    config: RunConfig, step: StepPlan, profiles: Sequence[RankProfile]
-) -> dict[str, float | str]:
+def measured_cost(step: StepPlan, profiles: Sequence[RankProfile]) -> dict[str, float | str]:
     """Return the settings of `cost` that follow from `profiles`.
 
     They are the seconds of a layer, of the output layer by rows, and of lookups.  Recomputation is
@@ -44,8 +42,7 @@ def measured_cost(
     B.  If all shards have equally many rows, the fixed part of the output layer is unknown and
     counts as 0.
     """
-    tp = step.degrees.tp
-    model, size = config.model, config.micro_batch_size
+    work, tp = step.work, step.degrees.tp
     cost: dict[str, float] = {}
     forward = _per_layer(step, profiles, Kind.F)
     if forward:
@@ -53,8 +50,7 @@ def measured_cost(
         for kind, name in ((Kind.B, "backward"), (Kind.I, "input_grad"), (Kind.W, "weight_grad")):
             found = _per_layer(step, profiles, kind)
             recomputed = {
-                stage: shape.recomputed_part(model, config.parallel.recompute_of(stage))
-                * forward[stage]
+                stage: shape.recomputed_part(work.model, step.recompute[stage]) * forward[stage]
                 if kind is not Kind.W
                 else 0.0
                 for stage in found
@@ -86,9 +82,8 @@ def measured_cost(
         seconds = [profile.of(kind) for profile in profiles if profile.of(kind)]
         if seconds:
             cost[name] = median(seconds)
-    flops = float(shape.layer_flops(model, size * model.seq_length))
-    where = {"measured_dtype": config.run.dtype, "measured_device": config.run.device}
-    return {"measured_layer_flops": flops, **where, **cost}
+    where = {"measured_dtype": work.dtype, "measured_device": work.device}
+    return {"measured_layer_flops": float(work.layer_flops), **where, **cost}
 
 
 def with_cost(config: RunConfig, cost: Mapping[str, float | str]) -> RunConfig:

@@ -110,7 +110,14 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
             passes.setdefault(key, []).extend(seconds)
     state, peak = steps.bytes_on_cuda() if on_cuda else steps.bytes_on_cpu()
     medians = {key: median(seconds) for key, seconds in passes.items()}
-    return RankProfile(pipeline_rank, medians, median(programs), median(optimizers), state, peak)
+    return RankProfile(
+        pipeline_rank,
+        medians,
+        program_seconds=median(programs),
+        optimizer_seconds=median(optimizers),
+        state_bytes=state,
+        peak_bytes=peak,
+    )
 
 
 def receive_noise(generator: torch.Generator) -> None:

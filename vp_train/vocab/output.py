@@ -73,10 +73,10 @@ class OutputLayer:
         weight: Tensor,
         grad: Tensor,
         shard: Shard,
+        *,
         vocab_size: int,
         input_gradient: Kind | None,
         backend: str,
-        *,
         options: LossOptions = _PLAIN,
         recompute_fraction: float = 1.0,
         sum_dtype: torch.dtype | None = None,
@@ -137,11 +137,11 @@ class OutputStep:
         self._microbatches[microbatch] = _Microbatch(
             x if keep else None,
             owned,
-            self._ignored[microbatch],
-            self._grad_loss[microbatch],
-            softmax,
-            held if keep else None,
-            target_scale,
+            ignored=self._ignored[microbatch],
+            grad_loss=self._grad_loss[microbatch],
+            softmax=softmax,
+            held=held if keep else None,
+            target_scale=target_scale,
         )
 
     @torch.no_grad()

@@ -1,0 +1,130 @@
+"""The work of a step, from which its FLOPs and bytes follow.
+
+All of planning computes with this value.  It is made from the settings in one place, `Workload.of`.
+Pure arithmetic, without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vp_train.config import ModelConfig, RunConfig, VocabConfig
+from vp_train.model import shape
+from vp_train.planning.degrees import Degrees
+
+_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The model, its split over ranks, and the microbatches of one replica's step.
+
+    `dtype` and `device` are run.dtype and run.device.  The layers of each stage are not part of
+    it, because they depend on the schedule.
+    """
+
+    model: ModelConfig
+    vocab: VocabConfig
+    degrees: Degrees
+    sequence_parallel: bool
+    num_microbatches: int
+    micro_batch_size: int
+    dtype: str
+    device: str
+
+    @classmethod
+    def of(cls, config: RunConfig, degrees: Degrees) -> Workload:
+        """Return the work of a step of `config`, split as `degrees` say."""
+        return cls(
+            model=config.model,
+            vocab=config.vocab,
+            degrees=degrees,
+            sequence_parallel=config.parallel.sequence_parallel,
+            num_microbatches=config.num_microbatches,
+            micro_batch_size=config.micro_batch_size,
+            dtype=config.run.dtype,
+            device=config.run.device,
+        )
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of one microbatch, T."""
+        return self.micro_batch_size * self.model.seq_length
+
+    @property
+    def item_bytes(self) -> int:
+        """The bytes of one weight or activation."""
+        return _ITEM_BYTES[self.dtype]
+
+    @property
+    def precise_bytes(self) -> int:
+        """The bytes of one gradient, statistic or optimizer state: at least those of fp32."""
+        return max(4, self.item_bytes)
+
+    @property
+    def share(self) -> ModelConfig:
+        """The model with layers of the size of one tensor-parallel share."""
+        return shape.tensor_share(self.model, self.degrees.tp)
+
+    @property
+    def sequence_ranks(self) -> int:
+        """The number of ranks over which sequence parallelism splits the tokens."""
+        return self.degrees.tp if self.sequence_parallel else 1
+
+    @property
+    def message_bytes(self) -> int:
+        """The bytes of [T, H] in the dtype of activations.
+
+        A hop, the broadcast C0 and an all-reduce over the tensor-parallel ranks move this much.
+        """
+        return self.item_bytes * self.num_tokens * self.model.hidden_size
+
+    @property
+    def input_gradient_bytes(self) -> int:
+        """The bytes of one shard's term of dL/dx: [T, H] in vocab.sum_dtype."""
+        summed = self.item_bytes if self.vocab.sum_dtype == "compute" else self.precise_bytes
+        return summed * self.num_tokens * self.model.hidden_size
+
+    @property
+    def layer_flops(self) -> int:
+        """The forward FLOPs of one layer on one microbatch, of all tensor-parallel ranks."""
+        return shape.layer_flops(self.model, self.num_tokens)
+
+    @property
+    def step_flops(self) -> float:
+        """The model FLOPs of a step of one replica: forward, and twice as many for the backward.
+
+        The output layer counts 2 V H per token, the embedding nothing, recomputation nothing.
+        """
+        model, num_tokens = self.model, self.num_microbatches * self.num_tokens
+        layers = model.num_layers * shape.layer_flops(model, num_tokens)
+        return 3.0 * (layers + 2 * model.vocab_size * model.hidden_size * num_tokens)
+
+    @property
+    def held_values(self) -> float:
+        """How many values per token and vocabulary row are held from S to T."""
+        match self.vocab.backend:
+            case "recompute":
+                return 1 - self.vocab.recompute_fraction
+            case "reference":
+                return 2.0
+            case _:
+                return 1.0
+
+    def layer_bytes(self, recompute: str) -> int:
+        """Return the activation bytes that one layer keeps per microbatch and rank.
+
+        recompute: what its backward recomputes, one of RECOMPUTE.
+        """
+        return shape.layer_activation_bytes(
+            self.share,
+            self.micro_batch_size,
+            self.item_bytes,
+            fused_norms=self.on_cuda,
+            recompute=recompute,
+            sequence_ranks=self.sequence_ranks,
+        )
