@@ -109,6 +109,7 @@ def test_a_rank_that_ignores_sigterm_is_killed(monkeypatch):
 def test_what_a_rank_has_started_ends_with_it(tmp_path):
     code = "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\n"
     code += f"open({str(tmp_path)!r} + f'/{{rank}}', 'w').write(str(child.pid))\n"
+    code += f"while rank and not os.path.exists({str(tmp_path / '0')!r}): time.sleep(0.01)\n"
     code += "sys.exit(4) if rank else time.sleep(60)"
     assert set(run_ranks(rank_that(code), 2)) == {0, 1}
     for rank in range(2):
@@ -127,11 +128,14 @@ def ends(pid):
 
 def test_a_signal_to_the_launcher_ends_the_ranks():
     code = "time.sleep(0.3)\nrank or os.kill(os.getppid(), signal.SIGINT)\ntime.sleep(60)"
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Stopped, match="SIGINT") as stopped:
-        run_ranks(rank_that(code), 2)
-    assert stopped.value.number == signal.SIGINT
-    assert signal.getsignal(signal.SIGINT) is before
+    given = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+    try:
+        with pytest.raises(Stopped, match="SIGINT") as stopped:
+            run_ranks(rank_that(code), 2)
+        assert stopped.value.number == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, given)
 
 
 def test_ranks_get_what_torchrun_would_set_and_what_the_user_has_set_stays(monkeypatch):
