@@ -34,7 +34,7 @@ def test_data_tensor_and_pipeline_parallel_equal_one_process(ranks, dp, p, tp, o
     """Each optimizer has half of the cases, which contain all pairs of the other options.
 
     These are the schedule, the algorithm, and whether matrices are tied.  On eight ranks each
-    optimizer has half of the pairs of schedule and algorithm.
+    optimizer has one of the schedules.
     """
     more = {"num_stages": 2 * p, "dp": dp, "tp": tp, "optimizer": optimizer}
     half = optimizer == "zero1"
@@ -50,7 +50,7 @@ def test_data_tensor_and_pipeline_parallel_equal_one_process(ranks, dp, p, tp, o
         )
         for i, schedule in enumerate(("1f1b", "v_half"))
         for j, algorithm in enumerate(("none", "one_barrier"))
-        if dp * p * tp < 8 or (i + j) % 2 == half
+        if dp * p * tp < 8 or i == half
     ]
     assert_equivalent(ranks, dp * p * tp, configs, 1e-9)
 
