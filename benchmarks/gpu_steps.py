@@ -625,9 +625,9 @@ def accumulation(where: Where, report: Report) -> None:
 
 def cuda_tests(where: Where, report: Report) -> None:
     """Run the tests that need a GPU; those of the whole trainer are a step of their own."""
-    files = ["tests/vocab/test_cuda.py", "tests/model/test_attention.py"]
+    files = ["tests/vocab/test_cuda.py"]
     if where.on_gpu:
-        files.append("tests/pipeline/test_cuda.py")
+        files += ["tests/model/test_attention.py", "tests/pipeline/test_cuda.py"]
     result = where.folder / "junit.xml"
     words = [
         "-m",

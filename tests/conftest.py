@@ -18,6 +18,38 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
+# The files that take longest begin first, so that none of them runs alone at the end.
+LONG = (
+    "test_gpu_check.py",
+    "test_docs.py",
+    "test_equivalence.py",
+    "test_equivalence_between_processes.py",
+    "test_train.py",
+    "test_resume.py",
+    "test_ends.py",
+    "test_memory.py",
+    "test_convert.py",
+    "test_auto.py",
+    "test_replay.py",
+    "test_local_ranks.py",
+    "test_families.py",
+    "test_generators.py",
+    "test_search.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let xdist keep the order of `LONG`; it would begin with the files of most tests."""
+    if hasattr(config.option, "loadscopereorder"):  # xdist is installed
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files of `LONG` first, in that order."""
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+
+
 POOLS: dict[int, Ranks] = {}
 
 

@@ -163,6 +163,7 @@ def test_nothing_is_left_of_ranks_and_of_what_they_have_started(tmp_path):
     code = "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\n"
     code += f"open({str(tmp_path)!r} + f'/{{rank}}', 'w').write(f'{{child.pid}} {{os.getpid()}}')\n"
     code += "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    code += f"while rank and not os.path.exists({str(tmp_path / '0')!r}): time.sleep(0.01)\n"
     code += "time.sleep(.5)\nsys.exit(4) if rank else time.sleep(60)"
     assert run_ranks(code, 2).code == 4
     for rank in range(2):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import vp_train
+from tests.training import run_command
 from vp_train.config import ConfigError
 
 WORDS = [
@@ -28,15 +29,7 @@ def trained(tmp_path_factory):
     (place / "text").mkdir()
     (place / "text/a.txt").write_text("the cat sat on the mat and the dog sat on the cat. " * 400)
     words = [*WORDS, "data=text", "data.path=text", "parallel.pp=2", "run.name=one"]
-    done = subprocess.run(
-        [sys.executable, "-m", "vp_train", *words],
-        cwd=place,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_command(words, place)
     return place / "runs" / "one"
 
 

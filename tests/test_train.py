@@ -466,7 +466,8 @@ def test_bfloat16_converges_to_the_entropy_of_its_data(ranks, tmp_path):
             vocab_size=40,
             seq_length=64,
         ),
-        optim=OptimConfig(lr=1e-2, warmup_steps=10, weight_decay=0.0),
+        optim=OptimConfig(lr=2e-2, warmup_steps=5, weight_decay=0.0),
+        num_microbatches=2,
         micro_batch_size=8,
     )
     ranks(2).run(train, config, timeout=100)

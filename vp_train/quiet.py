@@ -1,14 +1,18 @@
-"""Silencing library warnings that users cannot act on.
+"""Libraries without what a run does not need: warnings that users cannot act on, a compiler.
 
-They are about CUDA packages that are not installed, and about names that torch has changed.
+The warnings are about CUDA packages that are not installed, and about names that torch has changed.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
+
+_JIT = "megatron.core.jit"
 
 
 def quiet_deprecations() -> None:
@@ -21,8 +25,20 @@ def quiet_deprecations() -> None:
 
 @contextmanager
 def quiet_megatron() -> Iterator[None]:
-    """Suppress megatron-core's warnings while its modules are imported or built inside."""
+    """Import or build megatron-core's modules inside, without its warnings and its compiler.
+
+    Megatron compiles functions that our layers never call.  For that it would import torch's
+    compiler, a second of CPU time in every process.
+    """
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    sys.modules.setdefault(_JIT, _jit_without_compiler())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _jit_without_compiler() -> ModuleType:
+    """Return a module in the place of Megatron's, as its `disable_jit_fuser` would leave it."""
+    module = ModuleType(_JIT)
+    module.__dict__["jit_fuser"] = lambda function: function
+    return module

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 
 from tests.hf import models
 from tests.meshes import mesh_for
+from tests.training import run_command
 from vp_train.assembly import build_rank
 from vp_train.checkpoint import store
 from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
@@ -33,7 +33,6 @@ from vp_train.hf import convert
 from vp_train.hf.convert import export_checkpoint, import_checkpoint
 from vp_train.planning.plan import make_plan
 
-ROOT = Path(__file__).parents[2]
 SEQUENCES, LENGTH = 4, 40
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 
@@ -323,16 +322,7 @@ def test_commands_import_train_and_export(made, tmp_path, monkeypatch, capsys):
         "optim.min_lr=0",
         *settings,
     )
-    train = [sys.executable, "-m", "vp_train", *words]
-    done = subprocess.run(
-        train,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        text=True,
-        capture_output=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_command(words, tmp_path)
     said = command(export_model, "runs/default", "exported")
     assert "max_position_embeddings" not in said
     # The run does not know these values, but its import does.

@@ -9,6 +9,7 @@ from torch import nn
 from vp_train.config import OptimConfig
 from vp_train.optim.buckets import lay_out
 from vp_train.optim.gradients import Gradients
+from vp_train.optim.offload import OffloadedAdamW
 from vp_train.optim.optimizer import ReplicatedAdamW
 from vp_train.optim.replicas import Replicas
 from vp_train.optim.zero import ZeroAdamW
@@ -23,6 +24,7 @@ SHAPES = {
 }
 RUNS = [[("b.weight", "b.bias"), ("a.weight", "norm")], [("none",)], [("c.weight",)]]
 NAMES = {"adamw": ReplicatedAdamW, "zero1": ZeroAdamW}
+WITH_OFFLOAD = NAMES | {"offload": OffloadedAdamW}
 
 
 def values(seed, dtype=torch.float64):
@@ -48,11 +50,10 @@ def build(
         copied=frozenset(copied),
     )
     gradients = Gradients(parameters, layout)
-    return (
-        parameters,
-        gradients,
-        NAMES[name](parameters, gradients, optim or OptimConfig(name), replicas),
+    optim = optim or (
+        OptimConfig("zero1", offload=True) if name == "offload" else OptimConfig(name)
     )
+    return parameters, gradients, WITH_OFFLOAD[name](parameters, gradients, optim, replicas)
 
 
 def accumulate(gradients, seed, rank):

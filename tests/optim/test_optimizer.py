@@ -1,15 +1,18 @@
-"""Both optimizers equal AdamW on the sum of all replicas' gradients, for any buckets."""
+"""All optimizers equal AdamW on the sum of all replicas' gradients, for any buckets."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.optim.setup import NAMES, SHAPES, accumulate, build, values
+from tests.optim.setup import NAMES, SHAPES, WITH_OFFLOAD, accumulate, build, values
 from vp_train.communication.control import ControlGroup
 from vp_train.config import OptimConfig
 from vp_train.optim.adamw import MOMENTS, build_adamw, gather_health
+from vp_train.optim.buckets import lay_out
+from vp_train.optim.gradients import Gradients
 from vp_train.optim.optimizer import squared_norm
+from vp_train.optim.replicas import Replicas
 
 GROUPINGS = (
     [["none"], ["c.weight"], ["b.weight", "b.bias"], ["a.weight"], ["norm"]],
@@ -81,7 +84,7 @@ def differences(rank, num_ranks, name, dtype, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_OFFLOAD)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_scaled_steps_are_those_of_one_adamw_on_the_sum(ranks, num_ranks, name, dtype):
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
@@ -94,7 +97,7 @@ def on_few(rank, num_ranks, wanted, function, name, dtype, options):
     return function(rank, num_ranks, name, dtype, **options)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_OFFLOAD)
 def test_a_skipped_step_leaves_nothing_behind(ranks, name):
     options = {"steps": 3, "skipped": (0, 1), "grouping": GROUPINGS[0]}
     for found in ranks(2).run(on_few, 2, differences, name, torch.float64, options):
@@ -158,7 +161,7 @@ def norm_with_copies(rank, num_ranks, name):
     return norm.item()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_OFFLOAD)
 def test_copies_do_not_count_for_the_norm(ranks, name):
     truth = sum(
         value.square().sum().item()
@@ -222,8 +225,8 @@ def gone_on(rank, num_ranks, before, after):
     return at_once, same, (optimizer.updates, other.updates)
 
 
-@pytest.mark.parametrize("after", NAMES)
-@pytest.mark.parametrize("before", NAMES)
+@pytest.mark.parametrize("after", WITH_OFFLOAD)
+@pytest.mark.parametrize("before", WITH_OFFLOAD)
 def test_a_restored_optimizer_goes_on_as_the_one_that_was_saved(ranks, before, after):
     assert ranks(2).run(gone_on, before, after) == [(True, True, (3, 3))] * 2
 
@@ -264,6 +267,48 @@ def test_new_parameters_are_waited_for_bucket_by_bucket_and_once(ranks):
         assert nothing == []
         assert needed == [("b.weight", "b.bias")]
         assert everything == sorted(set(SHAPES) - {"none"})
+
+
+def sums_waited_for(rank, num_ranks, name):
+    """Return the numbers of sums that `reduce` starts and waits for."""
+    _, gradients, optimizer = build(name)
+    accumulate(gradients, 1, rank)
+    optimizer.ready(list(SHAPES))
+    waited, begun = [], list(optimizer._sums)
+    for pending in begun:
+        pending.wait()
+    optimizer._sums[:] = [Waited(waited, index) for index in range(len(begun))]
+    optimizer.reduce()
+    return len(begun), waited, len(optimizer._sums)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reduce_waits_for_every_sum_once(ranks, name):
+    assert ranks(2).run(sums_waited_for, name) == [(3, [0, 1, 2], 0)] * 2
+
+
+def gathers_waited_for(rank, num_ranks, deed):
+    """Return the parameters whose gathers `deed` waits for, when all run."""
+    _, gradients, optimizer = build("zero1")
+    accumulate(gradients, 1, rank)
+    optimizer.reduce()
+    optimizer.step(0.1, 1.0)
+    waited = []
+    for index, pending in optimizer._gathers.items():
+        pending.wait()
+        optimizer._gathers[index] = Waited(waited, optimizer._shards[index].bucket.names)
+    if deed == "step":
+        optimizer.step(0.1, 1.0)
+    elif deed == "state":
+        optimizer.state()
+    else:
+        optimizer.restore(lambda kind, name: torch.zeros(SHAPES[name], dtype=torch.float64))
+    return sorted(name for names in waited for name in names)
+
+
+@pytest.mark.parametrize("deed", ["step", "state", "restore"])
+def test_nothing_is_updated_read_or_loaded_while_it_is_still_gathered(ranks, deed):
+    assert ranks(2).run(gathers_waited_for, deed) == [sorted(set(SHAPES) - {"none"})] * 2
 
 
 class NoSynchronisation(TorchDispatchMode):
@@ -314,6 +359,27 @@ def test_loss_and_norm_come_to_the_host_in_one_copy(ranks):
         assert copies == [(3,)]
         assert loss == 4.0
         assert norm == pytest.approx(72**0.5)
+
+
+def step_of_nothing(rank, num_ranks, name):
+    """Make a step of a rank without parameters; return its norm, updates and state."""
+    gradients = Gradients({}, lay_out({}, [], max_elements=10, num_parts=num_ranks))
+    optim = OptimConfig("adamw" if name == "adamw" else "zero1", offload=name == "offload")
+    optimizer = WITH_OFFLOAD[name]({}, gradients, optim, Replicas(dist.group.WORLD))
+    optimizer.ready([])
+    optimizer.reduce()
+    norm = optimizer.squared_norm()
+    optimizer.step(0.1, 0.5)
+    optimizer.need([])
+    optimizer.settle()
+    optimizer.restore(lambda kind, name: torch.empty(0))
+    return norm.item(), norm.dtype, optimizer.updates, optimizer.state()
+
+
+@pytest.mark.parametrize("name", WITH_OFFLOAD)
+def test_a_rank_without_parameters_takes_part_in_every_step(ranks, name):
+    nothing = {kind: {} for kind in ("parameter", *MOMENTS)}
+    assert ranks(2).run(step_of_nothing, name) == [(0.0, torch.float64, 1, nothing)] * 2
 
 
 def test_the_norm_of_nothing_is_zero():

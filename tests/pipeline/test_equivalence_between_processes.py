@@ -33,7 +33,8 @@ def test_equals_one_process_in_float64(ranks, p, m, vocab_size):
 def test_data_tensor_and_pipeline_parallel_equal_one_process(ranks, dp, p, tp, optimizer):
     """Each optimizer has half of the cases, which contain all pairs of the other options.
 
-    These are the schedule, the algorithm, and whether matrices are tied.
+    These are the schedule, the algorithm, and whether matrices are tied.  On eight ranks each
+    optimizer has one of the schedules.
     """
     more = {"num_stages": 2 * p, "dp": dp, "tp": tp, "optimizer": optimizer}
     half = optimizer == "zero1"
@@ -49,6 +50,7 @@ def test_data_tensor_and_pipeline_parallel_equal_one_process(ranks, dp, p, tp, o
         )
         for i, schedule in enumerate(("1f1b", "v_half"))
         for j, algorithm in enumerate(("none", "one_barrier"))
+        if dp * p * tp < 8 or i == half
     ]
     assert_equivalent(ranks, dp * p * tp, configs, 1e-9)
 

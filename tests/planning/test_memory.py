@@ -153,6 +153,7 @@ def test_what_a_gpu_keeps_does_not_grow_with_microbatches(num_microbatches):
             "schedule=v_half",
             "vocab=two_barrier",
             "micro_batch_size=2",
+            "num_microbatches=4",
         ],
         [
             "model=small_qwen",
@@ -161,6 +162,7 @@ def test_what_a_gpu_keeps_does_not_grow_with_microbatches(num_microbatches):
             "parallel.dp=2",
             "optim.name=zero1",
             "run.dtype=bfloat16",
+            "num_microbatches=4",
         ],
     ],
     ids=["1f1b", "v_half", "norms of q and k, bfloat16, zero1"],
