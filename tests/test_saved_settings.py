@@ -104,18 +104,40 @@ def test_changes_are_said(started):
     )
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [",
+        "- 1",
+        "",
+        "\0",
+        "run: {name: ${oc.env:HOME}}",
+        "a: !!python/object/apply:os.system [ls]",
+        "a: &x [1]\nb: [*x, *x]",
+        "a: " + "[" * 3_000,
+        "a: [" + "1, " * 5_000 + "]",
+        "#" * 10**6,
+        "model: 3",
+        "model: {num_layers: 1}",
+    ],
+    ids=lambda text: text[:20],
+)
 def test_broken_settings_are_named_with_the_way_out(started, tmp_path, text):
     started()
     (tmp_path / "runs/one/config.yaml").write_text(text)
-    if text:
-        with pytest.raises(
-            ConfigError,
-            match=r"^runs/one/config\.yaml .*delete it and give all settings of the run again$",
-        ):
-            load_config(RESUMED)
-    else:
-        assert load_config(RESUMED).model == RunConfig().model
+    with pytest.raises(
+        ConfigError,
+        match=r"^runs/one/config\.yaml.* delete it and give all settings of the run again$",
+    ):
+        load_config(RESUMED)
+
+
+def test_a_saved_value_that_fits_nothing_is_the_files_fault(started, tmp_path):
+    started()
+    path = tmp_path / "runs/one/config.yaml"
+    path.write_text(path.read_text().replace("num_layers: 8", "num_layers: many"))
+    with pytest.raises(ConfigError, match=r"^runs/one/config.yaml: .*'many'.*; repair it, or"):
+        load_config([*RESUMED, "run.steps=7"])
 
 
 @pytest.mark.parametrize(
