@@ -961,6 +961,33 @@ class RunSettings:
         return max(1, -(-self.eval_microbatches // dp_size))
 
 
+# A resumed run may find its text in another place, so these settings of `data` may differ.  The
+# text itself is compared by the hashes in `Source.contents`.
+FREE_DATA = ("name", "path", "blend", "tokenizer", "end_token", "jsonl_field", "cache_dir")
+# Model settings that may change when a run starts from another run's weights.  Any other setting
+# would give the same tensors another meaning.
+FREE_MODEL = (
+    *(
+        "seq_length",
+        "init_std",
+        "norm_epsilon",
+        "sliding_window",
+        "full_attention_every",
+        "logit_softcap",
+    ),
+    *("rope_base", "rope_local_base", "rope_scaling", "rope_factor"),
+    *("rope_low_frequency", "rope_high_frequency", "rope_original_length"),
+)
+
+
+def keeps_on_resume(name: str) -> bool:
+    """Return whether a resumed run must have this setting as its checkpoint has it."""
+    section, _, key = name.partition(".")
+    if section == "data":
+        return key not in FREE_DATA
+    return section in ("model", "loss") or name == "run.dtype"
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """The whole configuration of a run."""

@@ -9,17 +9,27 @@ expands variables, and a file that somebody else wrote must not read the environ
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
-from vp_train.config import BlendEntry, ConfigError, RunConfig, Setting, setting_of
+from vp_train.config import (
+    FREE_MODEL,
+    BlendEntry,
+    ConfigError,
+    RunConfig,
+    Setting,
+    keeps_on_resume,
+    printable,
+    setting_of,
+)
 from vp_train.durable import UnreadableError, read_text
 
 # What is read of a command line, and of a file with settings.  Hydra takes seconds for more: it
@@ -292,21 +302,90 @@ def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield f"{prefix}{key!s}", value
 
 
+def check_start(config: RunConfig) -> None:
+    """Raise ConfigError if a run cannot go on, or start, with these settings from what is there.
+
+    The settings that were saved decide.  They are compared here, before data is prepared.  The
+    checkpoint is compared again when it is loaded.
+    """
+    run, directory = config.run, config.run.directory
+    has_checkpoint = any((directory / "checkpoints").glob("step-*"))
+    now = dict(_leaves(_node(config)))
+    if run.resume and has_checkpoint and (directory / "config.yaml").is_file():
+        before = _saved_settings(directory / "config.yaml")
+        for name in filter(keeps_on_resume, now):
+            _require_same(name, before, now, f"{directory} has run")
+        origin = before.get("run.init_from")
+        if run.init_from is not None and not _is_same_place(run.init_from, origin):
+            words = "from new weights" if origin is None else f"from {origin}"
+            raise ConfigError(
+                f"run.init_from={run.init_from}, but {directory} started {words}, and goes on "
+                "from its own checkpoint; drop run.init_from, or choose another run.name"
+            )
+    elif run.init_from is not None:
+        place = Path(run.init_from).expanduser().absolute()
+        origin_settings = _model_of(place)
+        names = (name for name in now if name.startswith("model."))
+        for name in (name for name in names if name.removeprefix("model.") not in FREE_MODEL):
+            _require_same(name, origin_settings, now, f"run.init_from={run.init_from} is")
+
+
+def _require_same(
+    name: str, before: Mapping[str, object], now: Mapping[str, object], what: str
+) -> None:
+    """Raise ConfigError if a setting has changed; one of another version is not compared."""
+    if name in before and _value(before[name]) != _value(now[name]):
+        raise ConfigError(
+            f"{what} with {name}={_value(before[name])}, this command line has "
+            f"{_value(now[name])}; use the same value"
+        )
+
+
+def _is_same_place(ours: str, theirs: object) -> bool:
+    """Return whether two origins are the same directory, or the other one is gone and has moved."""
+    if not isinstance(theirs, str):
+        return False
+    place = Path(theirs).expanduser()
+    return not place.exists() or place.resolve() == Path(ours).expanduser().resolve()
+
+
+def _model_of(place: Path) -> Mapping[str, object]:
+    """Return the model settings that lie beside the weights in a run, an import or a checkpoint.
+
+    They are empty if there are none that can be read.
+    """
+    # A checkpoint is in an import, or in the directory of a run's checkpoints.
+    above = [place.parent, place.parent.parent] if place.name.startswith("step-") else []
+    for directory in (place, *above):
+        with contextlib.suppress(ConfigError, UnreadableError):
+            if (directory / "config.yaml").is_file():
+                return _saved_settings(directory / "config.yaml")
+            if (directory / "model.yaml").is_file():
+                settings = _leaves(_read_yaml(directory / "model.yaml"))
+                return {f"model.{name}": value for name, value in settings}
+    return {}
+
+
+def _node(config: RunConfig) -> object:
+    """Return a configuration as an omegaconf node."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(config)
+
+
 def resume_words(config: RunConfig) -> str | None:
     """Say where the settings of a resumed run come from and what this command line changes.
 
     If there is no run to resume, say that it begins.  Return None without run.resume.
     """
-    from omegaconf import OmegaConf
-
     path = config.run.directory / "config.yaml"
     if not config.run.resume:
         return None
     if not path.is_file():
         return f"{config.run.directory} holds no run: one begins there at step 1"
-    before, now = _saved_settings(path), OmegaConf.structured(config)
+    before, now = _saved_settings(path), _node(config)
     changes = [
-        f"{name}={_value(value)} (was {_value(before[name])})"
+        printable(f"{name}={_value(value)} (was {_value(before[name])})")
         for name, value in _leaves(now)
         if name in before
         and name not in (*_NOT_SAVED, "schedule.file")

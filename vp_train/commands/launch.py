@@ -17,7 +17,7 @@ from vp_train.communication import flight_recorder
 from vp_train.config import ConfigError, RunConfig
 from vp_train.failures import EXIT_OK, RankEnd, root_cause
 from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
-from vp_train.planning.degrees import wanted_ranks
+from vp_train.planning.degrees import check_node, wanted_ranks
 from vp_train.planning.plan import SEARCHING, make_plan
 from vp_train.settings import override
 
@@ -28,6 +28,7 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
     Returns the exit code of the job: 0, or that of the failure that `root_cause` finds.
     """
     num_ranks = wanted_ranks(config.parallel)
+    check_node(num_ranks)
     plan = None if config.schedule.is_solved else make_plan(config, num_ranks)
     refuse_running(config.run)
     refuse_used(config.run)
@@ -48,8 +49,10 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
             override("schedule.file", str(solved)),
             f"vocab.algorithm={plan.problem.algorithm.name}",
         ]
+    from vp_train.communication.nccl import require_gpu
     from vp_train.data import prepare_all
 
+    require_gpu(config.run)
     prepare_all(config.data, config.model.vocab_size, progress=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started = time.time()

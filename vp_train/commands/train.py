@@ -13,7 +13,7 @@ from vp_train.commands.command import Command, path_of, run
 from vp_train.commands.orphans import die_with_launcher, has_launcher
 from vp_train.config import RunConfig
 from vp_train.metrics.run_directory import run_path
-from vp_train.settings import config_text, resume_words, started_from
+from vp_train.settings import check_start, config_text, resume_words, started_from
 from vp_train.supervision.requests import hold_signals
 
 _TRAIN_EXAMPLES = """\
@@ -37,6 +37,7 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
     if prints and (words := resume_words(config)) is not None:
         print(words, flush=True)
     config = with_origin(config)
+    check_start(config)
     if _is_rank():
         from vp_train.train import run_rank
 
