@@ -20,7 +20,7 @@ OURS = ("schedules", "vp_train")
 ALLOWED = {
     "schedules": ("schedules",),
     "vp_train.config": (),
-    "vp_train.settings": ("vp_train.config",),
+    "vp_train.settings": ("vp_train.config", "vp_train.durable"),
     "vp_train.units": (),
     "vp_train.quiet": (),
     "vp_train.durable": (),
@@ -36,6 +36,7 @@ ALLOWED = {
     "vp_train.planning": (
         "schedules",
         "vp_train.config",
+        "vp_train.durable",
         "vp_train.model.shape",
         "vp_train.planning",
         "vp_train.units",

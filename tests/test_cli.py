@@ -12,7 +12,7 @@ import pytest
 from vp_train.commands.train import with_origin
 from vp_train.config import ConfigError
 from vp_train.planning.plan import make_plan
-from vp_train.settings import load_config
+from vp_train.settings import config_text, load_config
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,29 @@ from vp_train.settings import load_config
         ("optim=null", "optim=null: a group takes the name of one of its choices"),
         ("data=true", "data=true: a group takes the name of one of its choices"),
         ("run.name=a/b", "run.name='a/b' is not a directory name"),
+        ("num_microbatches=1000000", "num_microbatches=1000000 is too large; it must be at most"),
+        ("model.num_layers=1e23", "Value '1e+23' of type 'float' could not be converted to Integ"),
+        (
+            "model.num_layers=99999",
+            "model.num_layers=99999 is too large; it must be at most 10,000",
+        ),
+        ("parallel.pp=100000", "parallel.pp=100000 is too large; it must be at most 1,024"),
+        ("run.steps=99999999999999999999", "is too large for any use; it must be at most 9,223,"),
+        ("optim.lr=1e31", "optim.lr=1e+31 is too large for any use; it must be at most 1e+30"),
+        ("run.name='\x1b[31m'", r"run.name=\x1b[31m has the control character \x1b"),
+        ("run.root='a\u202eb'", r"run.root=a\u202eb has the control character \u202e"),
+        ("run.root=''", "run.root is empty; give a value"),
+        ("run.root=" + "x" * 5_000, "xxx has 5,000 characters; at most 4,096 are allowed"),
+        ("run.root=" + "x" * 10**6, "have 1,000,009 characters; at most 65,536 are read"),
+        ("vocab.shards=[" + "1," * 3_000 + "]", "have 3,002 commas, brackets and quotes"),
+        ("vocab.shards=" + "[" * 20 + "]" * 20, "is nested 20 deep; no setting is"),
+        ("run.name=${oc.env:HOME}", "${...} is not expanded in settings"),
+        ("hydra.searchpath=[file:///]", "hydra.searchpath is not a setting"),
+        ("data@model=text", "data@model is not a setting"),
+        ("model={}", "model={}: a group takes the name of one of its choices"),
+        ("model=[nano,small]", "a group takes the name of one of its choices"),
+        ("data.blend.0=3", "data.blend.0=3 cannot be read; write key=value"),
+        ("x" * 300 + "=1", "xxx is not a setting"),
     ],
 )
 def test_a_bad_override_is_named_with_the_way_out(override, message):
@@ -227,7 +250,7 @@ def test_a_resumed_run_remembers_what_it_started_from(tmp_path, monkeypatch):
     first = with_origin(load_config(["run.init_from=imported", "run.name=one"]))
     assert first.run.init_from == str(tmp_path / "imported"), "wherever it is read from"
     (tmp_path / "runs/one").mkdir(parents=True)
-    (tmp_path / "runs/one/config.yaml").write_text(f"run:\n  init_from: {first.run.init_from}\n")
+    (tmp_path / "runs/one/config.yaml").write_text(config_text(first))
     assert (
         with_origin(load_config(["run.resume=true", "run.name=one"])).run.init_from
         == first.run.init_from

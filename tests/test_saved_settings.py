@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from vp_train.commands.train import with_origin
 from vp_train.config import ConfigError, RunConfig
-from vp_train.settings import config_text, load_config, resume_words
+from vp_train.settings import check_start, config_text, load_config, resume_words
 
 
 @pytest.fixture
@@ -104,18 +105,40 @@ def test_changes_are_said(started):
     )
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [",
+        "- 1",
+        "",
+        "\0",
+        "run: {name: ${oc.env:HOME}}",
+        "a: !!python/object/apply:os.system [ls]",
+        "a: &x [1]\nb: [*x, *x]",
+        "a: " + "[" * 3_000,
+        "a: [" + "1, " * 5_000 + "]",
+        "#" * 10**6,
+        "model: 3",
+        "model: {num_layers: 1}",
+    ],
+    ids=lambda text: text[:20],
+)
 def test_broken_settings_are_named_with_the_way_out(started, tmp_path, text):
     started()
     (tmp_path / "runs/one/config.yaml").write_text(text)
-    if text:
-        with pytest.raises(
-            ConfigError,
-            match=r"^runs/one/config\.yaml .*delete it and give all settings of the run again$",
-        ):
-            load_config(RESUMED)
-    else:
-        assert load_config(RESUMED).model == RunConfig().model
+    with pytest.raises(
+        ConfigError,
+        match=r"^runs/one/config\.yaml.* delete it and give all settings of the run again$",
+    ):
+        load_config(RESUMED)
+
+
+def test_a_saved_value_that_fits_nothing_is_the_files_fault(started, tmp_path):
+    started()
+    path = tmp_path / "runs/one/config.yaml"
+    path.write_text(path.read_text().replace("num_layers: 8", "num_layers: many"))
+    with pytest.raises(ConfigError, match=r"^runs/one/config.yaml: .*'many'.*; repair it, or"):
+        load_config([*RESUMED, "run.steps=7"])
 
 
 @pytest.mark.parametrize(
@@ -170,6 +193,69 @@ def test_a_searched_schedule_is_found_again_wherever_the_run_lies(started, tmp_p
     assert not config.schedule.is_solved
     again = load_config([*RESUMED, f"run.root={tmp_path}/runs"])
     assert again.schedule.is_solved
+
+
+def checkpointed(config: RunConfig) -> None:
+    (config.run.directory / "checkpoints/step-00000005").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ("loss.z_loss=1e-4", "loss.z_loss=0.0"),
+        ("loss.normalisation=sequence", "loss.normalisation=token"),
+        ("model.vocab_size=500", "model.vocab_size=32768"),
+        ("data.seed=7", "data.seed=1234"),
+        ("data.packing=documents", "data.packing=none"),
+        ("run.dtype=bfloat16", "run.dtype=float32"),
+    ],
+)
+def test_what_changes_the_result_is_refused_before_data_is_prepared(started, change, name):
+    checkpointed(started())
+    with pytest.raises(ConfigError, match=f"^runs/one has run with {name}, this command line has"):
+        check_start(load_config([*RESUMED, change]))
+
+
+def test_without_a_checkpoint_a_resumed_run_may_change(started):
+    started()
+    check_start(load_config([*RESUMED, "loss.z_loss=1e-4"]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["optim.lr=1", "parallel.pp=2", "schedule=gpipe", "data.path=x", "vocab=none", "run.steps=7"],
+)
+def test_what_may_change_is_no_reason(started, change):
+    checkpointed(started())
+    check_start(load_config([*RESUMED, change]))
+
+
+def test_a_run_goes_on_from_no_other_weights(started, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    checkpointed(with_origin(started(f"run.init_from={tmp_path}/a")))
+    for same in (f"run.init_from={tmp_path}/a", "run.init_from=a", "run.steps=7"):
+        check_start(with_origin(load_config([*RESUMED, same])))
+    other = with_origin(load_config([*RESUMED, "run.init_from=b"]))
+    with pytest.raises(ConfigError, match=r"^run.init_from=/.*b, but runs/one started from /.*a, "):
+        check_start(other)
+    (tmp_path / "a").rmdir()
+    check_start(other)
+
+
+@pytest.mark.parametrize("place", ["config.yaml", "model.yaml"])
+def test_weights_of_another_model_are_refused_before_data_is_prepared(started, tmp_path, place):
+    config = started("model.vocab_size=500")
+    origin = config.run.directory
+    if place == "model.yaml":
+        (origin / "config.yaml").unlink()
+        (origin / place).write_text("vocab_size: 500\nseq_length: 256\n")
+    for inside in ("", "/checkpoints/step-00000000"):
+        (tmp_path / f"runs/one{inside}").mkdir(parents=True, exist_ok=True)
+        given = [f"run.init_from=runs/one{inside}", "run.name=two"]
+        check_start(load_config([*given, "model.vocab_size=500", "model.seq_length=64"]))
+        with pytest.raises(ConfigError, match=r"is with model.vocab_size=500, this command line"):
+            check_start(load_config(given))
 
 
 def test_a_run_that_is_not_there_is_said_to_begin(started):

@@ -9,6 +9,8 @@ size are in `planning.plan`.  Every check raises ConfigError, which names the va
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -22,11 +24,35 @@ _KEY = "setting"
 Value = TypeVar("Value")
 
 
+# Characters that a terminal obeys instead of showing them, among them those that turn the
+# direction of writing, and halves of surrogate pairs, which stand for bytes that are not UTF-8.
+_CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+_LONGEST_MESSAGE = 1_500  # characters
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters escaped as in Python, so that no terminal obeys them.
+
+    Nothing that others wrote (names of files, texts in them) is printed otherwise.
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 class ConfigError(ValueError):
     """A value that the user must change.
 
-    The command line prints the message without a traceback and exits with code 78.
+    The command line prints the message without a traceback and exits with code 78.  It is one
+    printable line, and the middle of a very long one is left out.
     """
+
+    def __init__(self, message: str) -> None:
+        words = printable(message)
+        if len(words) > _LONGEST_MESSAGE:
+            half = _LONGEST_MESSAGE // 2
+            words = f"{words[:half]} ... {len(words):,} characters ... {words[-half:]}"
+        super().__init__(words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +91,18 @@ class Setting:
             return
         if value is None and default is None:
             return
+        if isinstance(value, str):
+            _check_text(name, value)
         if self.choices and value not in self.choices:
             raise ConfigError(
                 f"{name}={value!r} is not known; choose one of {', '.join(self.choices)}"
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name}={value} is not a finite number")
+        if isinstance(value, int | float) and abs(value) > _largest(value):
+            raise ConfigError(
+                f"{name}={value} is too large for any use; it must be at most {_largest(value):,}"
+            )
         if not self._low_enough(value):
             words = f"is too large; it must be {self._at_most}"
             if self._highest is not None and self._highest <= 1:
@@ -111,6 +143,32 @@ class Setting:
         )
 
 
+_LONGEST_TEXT = 4_096  # characters; Linux has no longer paths
+
+
+def _largest(value: float) -> float:
+    """Return the largest number of a setting without a bound of its own.
+
+    Whole numbers fit into 64 bits, and products of a few other numbers do not overflow.
+    """
+    return 2**63 - 1 if isinstance(value, int) else 1e30
+
+
+def _check_text(name: str, text: str) -> None:
+    """Raise ConfigError for a text that is empty, too long, or not printable."""
+    if not text:
+        raise ConfigError(f"{name} is empty; give a value")
+    if len(text) > _LONGEST_TEXT:
+        raise ConfigError(
+            f"{name}={text} has {len(text):,} characters; at most {_LONGEST_TEXT:,} are allowed"
+        )
+    if found := _CONTROL.search(text):
+        raise ConfigError(
+            f"{name}={text} has the control character {printable(found[0])}; leave it out, "
+            "and rename the file if it is a name"
+        )
+
+
 def setting(
     default: Value,
     meaning: str,
@@ -144,20 +202,33 @@ def _check(prefix: str, section: object) -> None:
         setting_of(item).check(f"{prefix}{item.name}", value, item.default)
 
 
+# Bounds that no real run meets.  They stop a slip of the keyboard before a plan is made: published
+# models have at most 200 layers and 300 thousand tokens of vocabulary, runs at most a few hundred
+# thousand GPUs, 64 pipeline ranks, and some thousand microbatches in a step.
+_MOST_LAYERS = 10_000
+_MOST_WIDTH = 10_000_000
+_MOST_TOKENS = 100_000_000  # of a vocabulary, or of a sequence
+_MOST_REPLICAS = 100_000
+_MOST_RANKS_OF_A_MODEL = 1_024  # of a pipeline, or of a tensor-parallel group
+MOST_MICROBATCHES = 65_536
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder.  GPT, Llama, Qwen and Gemma are settings of these; see configs/model."""
 
-    num_layers: int = setting(8, "Decoder layers.", least=1)
-    hidden_size: int = setting(256, "Width of the residual stream.", least=1)
-    num_heads: int = setting(8, "Attention heads.", least=1)
-    num_query_groups: int = setting(4, "Heads of keys and values, as in GQA.", least=1)
-    head_size: int | None = setting(
-        None, "Width of a head; null: hidden_size / num_heads.", least=1
+    num_layers: int = setting(8, "Decoder layers.", least=1, most=_MOST_LAYERS)
+    hidden_size: int = setting(256, "Width of the residual stream.", least=1, most=_MOST_WIDTH)
+    num_heads: int = setting(8, "Attention heads.", least=1, most=_MOST_WIDTH)
+    num_query_groups: int = setting(
+        4, "Heads of keys and values, as in GQA.", least=1, most=_MOST_WIDTH
     )
-    ffn_hidden_size: int = setting(768, "Inner width of the MLP.", least=1)
-    vocab_size: int = setting(32_768, "Tokens of the vocabulary.", least=1)
-    seq_length: int = setting(256, "Tokens of a sequence.", least=1)
+    head_size: int | None = setting(
+        None, "Width of a head; null: hidden_size / num_heads.", least=1, most=_MOST_WIDTH
+    )
+    ffn_hidden_size: int = setting(768, "Inner width of the MLP.", least=1, most=_MOST_WIDTH)
+    vocab_size: int = setting(32_768, "Tokens of the vocabulary.", least=1, most=_MOST_TOKENS)
+    seq_length: int = setting(256, "Tokens of a sequence.", least=1, most=_MOST_TOKENS)
     tied_embeddings: bool = setting(False, "The input and the output layer share one matrix.")
     embedding_scale: bool = setting(False, "Multiply embeddings by sqrt(hidden_size).")
     normalisation: str = setting("rmsnorm", "Kind of all norms.", choices=("rmsnorm", "layernorm"))
@@ -307,7 +378,10 @@ class ScheduleConfig:
         "1f1b", "A schedule of schedules.generators, or auto: the fastest found under a cap."
     )
     num_chunks: int | None = setting(
-        None, "Stages per rank, if the schedule leaves a choice.", least=1
+        None,
+        "Stages per rank, if the schedule leaves a choice.",
+        least=1,
+        most=_MOST_LAYERS,
     )
     cap_microbatches: float | None = setting(
         None, "auto: cap on memory, in microbatches of 1/p of the model's activations.", above=0
@@ -396,14 +470,18 @@ class ParallelConfig:
     """
 
     pp: int | None = setting(
-        None, "Ranks of a pipeline; null: inferred from the world size.", least=1
+        None,
+        "Ranks of a pipeline; null: inferred from the world size.",
+        least=1,
+        most=_MOST_RANKS_OF_A_MODEL,
     )
     dp: int | None = setting(
         None,
         "Replicas, each with num_microbatches of its own; null: inferred from the world size.",
         least=1,
+        most=_MOST_REPLICAS,
     )
-    tp: int = setting(1, "Ranks that split each matrix.", least=1)
+    tp: int = setting(1, "Ranks that split each matrix.", least=1, most=_MOST_RANKS_OF_A_MODEL)
     placement: str = setting(
         "even",
         "Layers per stage: even; balanced, numbers that differ by at most one; "
@@ -499,6 +577,7 @@ class OptimConfig:
         "Size of a gradient bucket; a larger layer is reduced in one piece.",
         unit="MiB",
         least=1,
+        most=1 << 20,
     )
 
     def __post_init__(self) -> None:
@@ -715,8 +794,8 @@ class ClusterConfig:
     `network_*` to other nodes.  `host_*` count with optim.offload.
     """
 
-    num_nodes: int = setting(1, "Number of nodes.", least=1)
-    gpus_per_node: int = setting(4, "GPUs per node.", least=1)
+    num_nodes: int = setting(1, "Number of nodes.", least=1, most=_MOST_REPLICAS)
+    gpus_per_node: int = setting(4, "GPUs per node.", least=1, most=_MOST_RANKS_OF_A_MODEL)
     memory_gib: float = setting(
         4.0, "Memory that a rank may allocate on its GPU.", unit="GiB", above=0
     )
@@ -761,6 +840,7 @@ class ClusterConfig:
 
 
 _LONGEST_SECONDS = 10_000_000  # the longest timeout
+_LONGEST_NAME = 255  # bytes; no file system has a longer one
 
 
 @dataclass(frozen=True)
@@ -785,12 +865,16 @@ class RunSettings:
     )
     comm_priority: bool = setting(True, "nccl: communication runs on streams of high priority.")
     collective_ctas: int = setting(
-        2, "nccl: maximum thread blocks of a vocabulary collective; 0: NCCL's choice.", least=0
+        2,
+        "nccl: maximum thread blocks of a vocabulary collective; 0: NCCL's choice.",
+        least=0,
+        most=1_024,
     )
     hop_channels: int = setting(
         2,
         "nccl: maximum channels of a hop unless NCCL_MAX_P2P_NCHANNELS is set; 0: NCCL's choice.",
         least=0,
+        most=1_024,
     )
     deterministic: bool = setting(
         False, "Use only algorithms with bitwise reproducible results; slower on cuda."
@@ -799,7 +883,9 @@ class RunSettings:
     eval_every: int = setting(
         30, "Steps between two validations; 0 turns them off.", unit="steps", least=0
     )
-    eval_microbatches: int = setting(16, "Microbatches of a validation, of all replicas.", least=0)
+    eval_microbatches: int = setting(
+        16, "Microbatches of a validation, of all replicas.", least=0, most=MOST_MICROBATCHES
+    )
     checkpoint_every: int = setting(
         45,
         "Steps between two checkpoints; the last step has one too; 0 turns them off.",
@@ -862,7 +948,8 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         _check("run.", self)
-        if not self.name or "/" in self.name or self.name.startswith("."):
+        no_name = not self.name or "/" in self.name or self.name.startswith(".")
+        if no_name or len(os.fsencode(self.name)) > _LONGEST_NAME:
             raise ConfigError(
                 f"run.name={self.name!r} is not a directory name; "
                 "use letters, digits and dashes, and run.root for the parent"
@@ -876,6 +963,33 @@ class RunSettings:
     def eval_microbatches_of(self, dp_size: int) -> int:
         """Return the evaluation microbatches per replica: the same number in all, at least one."""
         return max(1, -(-self.eval_microbatches // dp_size))
+
+
+# A resumed run may find its text in another place, so these settings of `data` may differ.  The
+# text itself is compared by the hashes in `Source.contents`.
+FREE_DATA = ("name", "path", "blend", "tokenizer", "end_token", "jsonl_field", "cache_dir")
+# Model settings that may change when a run starts from another run's weights.  Any other setting
+# would give the same tensors another meaning.
+FREE_MODEL = (
+    *(
+        "seq_length",
+        "init_std",
+        "norm_epsilon",
+        "sliding_window",
+        "full_attention_every",
+        "logit_softcap",
+    ),
+    *("rope_base", "rope_local_base", "rope_scaling", "rope_factor"),
+    *("rope_low_frequency", "rope_high_frequency", "rope_original_length"),
+)
+
+
+def keeps_on_resume(name: str) -> bool:
+    """Return whether a resumed run must have this setting as its checkpoint has it."""
+    section, _, key = name.partition(".")
+    if section == "data":
+        return key not in FREE_DATA
+    return section in ("model", "loss") or name == "run.dtype"
 
 
 @dataclass(frozen=True)
@@ -892,8 +1006,10 @@ class RunConfig:
     cost: CostConfig = field(default_factory=CostConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     run: RunSettings = field(default_factory=RunSettings)
-    num_microbatches: int = setting(8, "Microbatches of a step in each replica.", least=1)
-    micro_batch_size: int = setting(1, "Sequences of a microbatch.", least=1)
+    num_microbatches: int = setting(
+        8, "Microbatches of a step in each replica.", least=1, most=MOST_MICROBATCHES
+    )
+    micro_batch_size: int = setting(1, "Sequences of a microbatch.", least=1, most=_MOST_WIDTH)
 
     def __post_init__(self) -> None:
         for item in fields(self):

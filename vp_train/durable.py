@@ -1,11 +1,16 @@
-"""Writes that survive a power cut, and write errors that name their file."""
+"""Writes that survive a power cut, errors that name their file, and reads of files of others."""
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
+
+LARGEST_TEXT = 1 << 20  # bytes; the texts that people write by hand have a few thousand
 
 
 def sync(path: Path) -> None:
@@ -42,3 +47,73 @@ def replace(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+class UnreadableError(ValueError):
+    """A file that cannot be read as what it should be.  The message names it in one line."""
+
+
+@contextmanager
+def open_regular(path: Path, *, follow: bool = True) -> Iterator[BinaryIO]:
+    """Open a file for reading if it is a regular one.
+
+    A FIFO would block, and a device may have no end.  Without `follow` a symbolic link is refused
+    too.  Raises UnreadableError.
+    """
+    try:
+        kind = os.stat(path, follow_symlinks=follow).st_mode
+        if stat.S_ISLNK(kind):
+            raise UnreadableError(f"{path} is a symbolic link")
+        if not stat.S_ISREG(kind):  # opening some devices has effects, so this comes first
+            what = "a directory" if stat.S_ISDIR(kind) else "a device, a pipe or a socket"
+            raise UnreadableError(f"{path} is {what}, not a file")
+        # The file may have been exchanged for a FIFO or a link since.
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+        file = os.fdopen(os.open(path, flags), "rb")
+    except FileNotFoundError:
+        raise UnreadableError(f"{path} is not there") from None
+    except OSError as error:
+        raise UnreadableError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:  # a null byte in the name
+        if isinstance(error, UnreadableError):
+            raise
+        raise UnreadableError(f"{path}: {error}") from None
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UnreadableError(f"{path} is not a file any more")
+        yield file
+
+
+def read_bytes(path: Path, most: int = LARGEST_TEXT, *, follow: bool = True) -> bytes:
+    """Return the contents of a regular file of at most `most` bytes.  Raises UnreadableError."""
+    with open_regular(path, follow=follow) as file:
+        try:
+            content = file.read(most + 1)
+        except OSError as error:
+            raise UnreadableError(f"{path}: {error.strerror or error}") from None
+        if len(content) > most:
+            size = max(os.fstat(file.fileno()).st_size, len(content))
+            raise UnreadableError(f"{path} has {size:,} bytes; at most {most:,} are read")
+    return content
+
+
+def read_text(path: Path, most: int = LARGEST_TEXT, *, follow: bool = True) -> str:
+    """Return the text of a small file, without the byte order mark that spreadsheets write.
+
+    Raises UnreadableError if it is not a regular file of at most `most` bytes in UTF-8.
+    """
+    try:
+        return read_bytes(path, most, follow=follow).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"{path} is not text in UTF-8 (byte {error.start})") from None
+
+
+def read_json(path: Path, most: int = LARGEST_TEXT, *, follow: bool = True) -> Any:
+    """Return the value in a small JSON file.  Raises UnreadableError."""
+    text = read_text(path, most, follow=follow)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise UnreadableError(f"{path} is not JSON that can be read: it is too deep") from None
+    except ValueError as error:
+        raise UnreadableError(f"{path} is not JSON: {error}") from None

@@ -1,21 +1,46 @@
 """The only door to hydra: overrides -> RunConfig, and the settings in words.
 
+Overrides and YAML files are checked for size and depth before hydra or omegaconf parses them.
+Nothing is interpolated: `${...}` is refused wherever it stands, also in overrides, since the shell
+expands variables, and a file that somebody else wrote must not read the environment.
+
 `python -m vp_train.settings > docs/settings.md` writes the page of all settings.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
-from vp_train.config import BlendEntry, ConfigError, RunConfig, Setting, setting_of
+from vp_train.config import (
+    FREE_MODEL,
+    BlendEntry,
+    ConfigError,
+    RunConfig,
+    Setting,
+    keeps_on_resume,
+    printable,
+    setting_of,
+)
+from vp_train.durable import UnreadableError, read_text
+
+# What is read of a command line, and of a file with settings.  Hydra takes seconds for more: it
+# parses in Python, and the time of lists and quotes grows with the square of their length.
+_MOST_WORDS = 1_000  # overrides
+_MOST_CHARACTERS = 65_536
+_MOST_SIGNS = 2_048  # commas, brackets, quotes and backslashes
+_MOST_NODES = 4_096  # values in a file
+_DEEPEST = 10
+_LONGEST_KEY = 200  # characters
+_LARGEST_FILE = 1 << 18  # bytes
 
 
 def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> RunConfig:
@@ -38,14 +63,57 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
             f"{options[0]} is not an option; there are {known} and --print-config, "
             "all else is key=value"
         )
+    _check_size(overrides)
     chosen = {word.partition("=")[0] for word in overrides}
     overrides = [_at_home(word) for given in overrides for word in _of_file(given)]
+    for word in overrides:
+        _check_word(word)
     edits = [word for word in overrides if word.startswith(("+", "~"))]
     if edits:
         raise ConfigError(f"{edits[0]}: settings cannot be added or removed; write key=value")
     if (saved := _saved_by_run(overrides, schema)) is not None:
         return _resumed(saved, overrides, chosen, schema)
     return _composed("config", overrides, schema)
+
+
+def _check_size(words: Sequence[str]) -> None:
+    """Raise ConfigError for more overrides, or longer ones, than hydra can parse in a second."""
+    found = {
+        "overrides": (len(words), _MOST_WORDS),
+        "characters": (sum(map(len, words)), _MOST_CHARACTERS),
+        "commas, brackets and quotes": (
+            sum(character in ",[]{}()\\'\"" for word in words for character in word),
+            _MOST_SIGNS,
+        ),
+    }
+    for what, (number, most) in found.items():
+        if number > most:
+            raise ConfigError(
+                f"the overrides {max(words, key=len)[:60]} ... have {number:,} {what}; at most "
+                f"{most:,} are read"
+            )
+
+
+def _check_word(word: str) -> None:
+    """Raise ConfigError for an override that hydra would take for something else than a value."""
+    key, _, value = word.partition("=")
+    if len(key) > _LONGEST_KEY:
+        raise ConfigError(f"{key} is not a setting; see vp-train --help for all keys")
+    if key.startswith("hydra") or "@" in key:
+        raise ConfigError(f"{key} is not a setting; see vp-train --help for all keys")
+    if "${" in word:
+        raise ConfigError(f"{word}: ${{...}} is not expanded in settings; write the value itself")
+    if key in sections() and value.lstrip().startswith(("[", "{")):
+        raise ConfigError(f"{word}: {_ONE_CHOICE}")
+    depth = deepest = 0
+    for character in value:
+        depth += (character in "[{(") - (character in ")}]")
+        deepest = max(deepest, depth)
+    if deepest > _DEEPEST:
+        raise ConfigError(f"{word} is nested {deepest} deep; no setting is")
+
+
+_ONE_CHOICE = "a group takes the name of one of its choices; vp-train --help lists them"
 
 
 def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConfig:
@@ -63,7 +131,6 @@ def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConf
     try:
         with initialize_config_module("vp_train.configs", version_base="1.3"):
             composed = compose(primary, overrides=list(overrides))
-        config = OmegaConf.to_object(composed)
     except OverrideParseException as error:
         raise ConfigError(
             f"{error.override!r} is not an override; write key=value, e.g. run.steps=100"
@@ -72,17 +139,18 @@ def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConf
         raise ConfigError(_unknown_choice(error)) from None
     except ConfigCompositionException as error:
         raise ConfigError(_bad_override(error, _keys(schema))) from None
+    except (OmegaConfBaseException, HydraException) as error:
+        raise ConfigError(_first_line(error)) from None
+    except Exception:  # whatever hydra's parser and merge stumble over, they never run our code
+        groups = [word for word in overrides if word.partition("=")[0] in sections()]
+        if groups:
+            raise ConfigError(f"{' '.join(groups)}: {_ONE_CHOICE}") from None
+        words = " ".join(overrides)
+        raise ConfigError(f"{words} cannot be read; write key=value, e.g. run.steps=100") from None
+    try:
+        config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from None
-    except HydraException as error:
-        raise ConfigError(_first_line(error)) from None
-    except ConfigError:
-        raise
-    except ValueError:  # hydra's, of a group that is given a number, true or null
-        groups = " ".join(word for word in overrides if word.partition("=")[0] in sections())
-        raise ConfigError(
-            f"{groups}: a group takes the name of one of its choices; vp-train --help lists them"
-        ) from None
     assert isinstance(config, RunConfig)
     return config
 
@@ -117,13 +185,16 @@ def _resumed(path: Path, overrides: Sequence[str], chosen: set[str], schema: obj
     from omegaconf import OmegaConf
 
     saved = _saved_settings(path)
-    sections: dict[str, dict[str, object]] = {}
+    for section_name in sections():
+        if not any(name.partition(".")[0] == section_name for name in saved):
+            raise ConfigError(f"{path} has no section {section_name}; {_REPAIR}")
+    groups: dict[str, dict[str, object]] = {}
     values: dict[str, object] = {}
     for name in _keys(schema):
         section, _, key = name.partition(".")
         if name in saved and name not in _NOT_SAVED and section not in chosen:
-            (sections.setdefault(section, {}) if key else values)[key or section] = saved[name]
-    schedule = sections.get("schedule", {})
+            (groups.setdefault(section, {}) if key else values)[key or section] = saved[name]
+    schedule = groups.get("schedule", {})
     file = Path(str(schedule.get("file")))
     if schedule.get("name") == "auto" and file.parts[-2:] == (path.parent.name, "schedule.txt"):
         del schedule["file"]  # what a search found; other settings may lead to another one
@@ -134,9 +205,16 @@ def _resumed(path: Path, overrides: Sequence[str], chosen: set[str], schema: obj
         if not isinstance(entry, str) and chosen.intersection(map(str, entry))
     ]
     store = ConfigStore.instance()
-    store.store(name="saved", node={**values, **sections})
+    store.store(name="saved", node={**values, **groups})
     store.store(name="resumed", node={"defaults": ["schema", "saved", *again, "_self_"]})
-    return _composed("resumed", overrides, schema)
+    try:
+        return _composed("resumed", overrides, schema)
+    except ConfigError:
+        try:  # do the saved settings fit without the overrides?
+            _composed("resumed", [], schema)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}; {_REPAIR}") from None
+        raise
 
 
 def _saved_settings(path: Path) -> dict[str, object]:
@@ -144,27 +222,71 @@ def _saved_settings(path: Path) -> dict[str, object]:
 
     Raises ConfigError where the file is broken.
     """
+    from omegaconf import OmegaConf
+
+    try:
+        saved = _read_yaml(path)
+    except UnreadableError as error:
+        raise ConfigError(f"{error}; {_REPAIR}") from None
+    return {
+        name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        for name, value in _leaves(saved)
+    }
+
+
+_REPAIR = "repair it, or delete it and give all settings of the run again"
+
+
+def _read_yaml(path: Path) -> object:
+    """Return the mapping in a YAML file as an omegaconf node; nothing in it is interpolated.
+
+    The file is looked through as a stream of events before anything is built from it, so a few
+    bytes cannot become many.  Raises UnreadableError for a file that is not regular or too large,
+    for aliases, tags, `${...}`, deep nesting, and for anything else than a mapping.
+    """
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    text = read_text(path, _LARGEST_FILE)
     try:
-        saved = OmegaConf.create(path.read_text())
-        settings = dict(_leaves(saved)) if isinstance(saved, DictConfig) else None
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            f"{path} cannot be read ({_first_line(error)}); repair it, or delete it and give all "
-            "settings of the run again"
-        ) from None
-    if settings is None:
-        raise ConfigError(
-            f"{path} holds no settings; repair it, or delete it and give all settings of the run "
-            "again"
-        )
-    return {
-        name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        for name, value in settings.items()
-    }
+        if (reason := _refusal(text)) is not None:
+            raise UnreadableError(f"{path}: {reason}")
+        settings = OmegaConf.create(text)
+    except UnreadableError:
+        raise
+    except (ValueError, TypeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise UnreadableError(f"{path} is not YAML ({_first_line(error)})") from None
+    if not isinstance(settings, DictConfig) or not settings:
+        raise UnreadableError(f"{path} holds no settings, one `key: value` per line")
+    return settings
+
+
+def _refusal(text: str) -> str | None:
+    """Return why a YAML text is not parsed, with its line; None if it may be.
+
+    Raises YAMLError where it is not YAML.
+    """
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    depth = nodes = 0
+    for event in yaml.parse(text, Loader=loader):
+        reason = None
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            reason = "has anchors or aliases; write each value where it belongs"
+        elif isinstance(event, yaml.ScalarEvent) and "${" in event.value:
+            reason = f"{event.value[:60]} is not expanded in settings; write the value itself"
+        elif isinstance(event, yaml.NodeEvent) and event.tag not in (None, "!"):
+            reason = f"has the tag {event.tag[:60]}; settings have none"
+        nodes += isinstance(event, yaml.NodeEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST or nodes > _MOST_NODES:
+            reason = f"is nested deeper than {_DEEPEST} or has over {_MOST_NODES:,} values"
+        if reason is not None:
+            return f"line {event.start_mark.line + 1} {reason}"
+    return None
 
 
 def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -180,21 +302,90 @@ def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield f"{prefix}{key!s}", value
 
 
+def check_start(config: RunConfig) -> None:
+    """Raise ConfigError if a run cannot go on, or start, with these settings from what is there.
+
+    The settings that were saved decide.  They are compared here, before data is prepared.  The
+    checkpoint is compared again when it is loaded.
+    """
+    run, directory = config.run, config.run.directory
+    has_checkpoint = any((directory / "checkpoints").glob("step-*"))
+    now = dict(_leaves(_node(config)))
+    if run.resume and has_checkpoint and (directory / "config.yaml").is_file():
+        before = _saved_settings(directory / "config.yaml")
+        for name in filter(keeps_on_resume, now):
+            _require_same(name, before, now, f"{directory} has run")
+        origin = before.get("run.init_from")
+        if run.init_from is not None and not _is_same_place(run.init_from, origin):
+            words = "from new weights" if origin is None else f"from {origin}"
+            raise ConfigError(
+                f"run.init_from={run.init_from}, but {directory} started {words}, and goes on "
+                "from its own checkpoint; drop run.init_from, or choose another run.name"
+            )
+    elif run.init_from is not None:
+        place = Path(run.init_from).expanduser().absolute()
+        origin_settings = _model_of(place)
+        names = (name for name in now if name.startswith("model."))
+        for name in (name for name in names if name.removeprefix("model.") not in FREE_MODEL):
+            _require_same(name, origin_settings, now, f"run.init_from={run.init_from} is")
+
+
+def _require_same(
+    name: str, before: Mapping[str, object], now: Mapping[str, object], what: str
+) -> None:
+    """Raise ConfigError if a setting has changed; one of another version is not compared."""
+    if name in before and _value(before[name]) != _value(now[name]):
+        raise ConfigError(
+            f"{what} with {name}={_value(before[name])}, this command line has "
+            f"{_value(now[name])}; use the same value"
+        )
+
+
+def _is_same_place(ours: str, theirs: object) -> bool:
+    """Return whether two origins are the same directory, or the other one is gone and has moved."""
+    if not isinstance(theirs, str):
+        return False
+    place = Path(theirs).expanduser()
+    return not place.exists() or place.resolve() == Path(ours).expanduser().resolve()
+
+
+def _model_of(place: Path) -> Mapping[str, object]:
+    """Return the model settings that lie beside the weights in a run, an import or a checkpoint.
+
+    They are empty if there are none that can be read.
+    """
+    # A checkpoint is in an import, or in the directory of a run's checkpoints.
+    above = [place.parent, place.parent.parent] if place.name.startswith("step-") else []
+    for directory in (place, *above):
+        with contextlib.suppress(ConfigError, UnreadableError):
+            if (directory / "config.yaml").is_file():
+                return _saved_settings(directory / "config.yaml")
+            if (directory / "model.yaml").is_file():
+                settings = _leaves(_read_yaml(directory / "model.yaml"))
+                return {f"model.{name}": value for name, value in settings}
+    return {}
+
+
+def _node(config: RunConfig) -> object:
+    """Return a configuration as an omegaconf node."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(config)
+
+
 def resume_words(config: RunConfig) -> str | None:
     """Say where the settings of a resumed run come from and what this command line changes.
 
     If there is no run to resume, say that it begins.  Return None without run.resume.
     """
-    from omegaconf import OmegaConf
-
     path = config.run.directory / "config.yaml"
     if not config.run.resume:
         return None
     if not path.is_file():
         return f"{config.run.directory} holds no run: one begins there at step 1"
-    before, now = _saved_settings(path), OmegaConf.structured(config)
+    before, now = _saved_settings(path), _node(config)
     changes = [
-        f"{name}={_value(value)} (was {_value(before[name])})"
+        printable(f"{name}={_value(value)} (was {_value(before[name])})")
         for name, value in _leaves(now)
         if name in before
         and name not in (*_NOT_SAVED, "schedule.file")
@@ -225,16 +416,13 @@ def _of_file(word: str) -> list[str]:
     path = Path(value).expanduser()
     if group not in ("model", "cost") or path.suffix != ".yaml":
         return [word]
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from omegaconf import DictConfig
 
     try:
-        settings = OmegaConf.load(path)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{word} cannot be read: {_first_line(error)}") from None
-    if not isinstance(settings, DictConfig):
-        raise ConfigError(f"{word} does not hold settings of a {group}, one `key: value` per line")
+        settings = _read_yaml(path)
+    except UnreadableError as error:
+        raise ConfigError(f"{group}={error}") from None
+    assert isinstance(settings, DictConfig)
     return [f"{group}.{key!s}={_word(setting)}" for key, setting in settings.items()]
 
 
@@ -284,7 +472,11 @@ def _keys(node: object, prefix: str = "") -> Iterator[str]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+    """Return the first line of a message, or the name of an exception without one."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += f" {lines[1]}"
+    return lines[0] if lines else type(error).__name__
 
 
 def _unknown_choice(error: BaseException) -> str:

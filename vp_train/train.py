@@ -28,7 +28,7 @@ from vp_train.checkpoint.store import CheckpointError, find, latest
 from vp_train.checkpoint.training import load_weights, restore_run, save_run
 from vp_train.communication import flight_recorder
 from vp_train.communication.control import ControlGroup
-from vp_train.communication.nccl import set_environment, watch
+from vp_train.communication.nccl import require_gpu, set_environment, watch
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.data import Batch, Source, open_source
 from vp_train.data.ahead import Ahead
@@ -83,6 +83,7 @@ def run_rank(
     watcher = _Watcher(config.run, rank, num_ranks, heartbeat)
     try:
         plan = make_plan(config, num_ranks)
+        require_gpu(config.run)  # before minutes are spent on the data
         source = open_source(config)
         directory = RunDirectory(config.run) if rank == 0 else None
         if only_preflight or spans_nodes(os.environ):
@@ -194,8 +195,7 @@ def _connect(
     backend = "gloo"
     if config.run.device == "cuda":
         set_environment(os.environ, config.run, run_path(config.run))
-        if not torch.cuda.is_available():
-            raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
+        require_gpu(config.run)
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         num_devices = torch.cuda.device_count()

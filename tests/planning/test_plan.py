@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,15 @@ from schedules.layout import Layout
 from schedules.torch_csv import to_csv
 from schedules.vocab import VOCAB_ALGORITHMS, End
 from tests.pipeline.equivalence import config_of
-from vp_train.config import ConfigError, CostConfig, ParallelConfig, ScheduleConfig, VocabConfig
+from vp_train.config import (
+    ConfigError,
+    CostConfig,
+    ParallelConfig,
+    RunConfig,
+    RunSettings,
+    ScheduleConfig,
+    VocabConfig,
+)
 from vp_train.planning.placement import redistribute, split_layers
 from vp_train.planning.plan import make_plan, plan_step
 
@@ -337,7 +346,6 @@ ORDER = "# mine\n0E0 0F0 0B0 0G0\n1F0 1S0 1T0 1B0\n"
         ),
         ("x.txt", ORDER + "2F0 2B0\n", "it is for 3 ranks, not 2"),
         ("x.txt", ORDER.replace("0E0 ", "").replace("0F0", "0F9999"), "is not among its passes"),
-        ("x.txt", b"\xff\xfe\x00", "does not fit this run"),
         ("x.csv", "0F0,0B0\n", "it is for 1 ranks, not 2"),
         ("x.csv", "0F0,0B0\n1F0,1Q0\n", "line 2, column 2: '1Q0' is not a pass"),
         ("x.csv", "0F0,0B0\n1F0\n", "rank 1 never runs 1B0"),
@@ -350,7 +358,7 @@ ORDER = "# mine\n0E0 0F0 0B0 0G0\n1F0 1S0 1T0 1B0\n"
 )
 def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path, name, content, message):
     path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path.write_text(content)
     with pytest.raises(ConfigError, match=message) as caught:
         plan_step(from_file(config_of(2, 1, 100, vocab=VocabConfig("none")), path), 2)
     assert str(caught.value).startswith(f"schedule.file={path} does not fit this run: ")
@@ -377,12 +385,44 @@ def test_a_plan_of_another_run_is_refused(tmp_path, name, change, message):
         plan_step(replace(from_file(solved(), path), **change), 3)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    for path in (tmp_path / "nowhere.txt", tmp_path):
+def test_a_file_that_holds_no_text_is_named(tmp_path):
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    for path, reason in (
+        (tmp_path / "nowhere.txt", "is not there"),
+        (tmp_path, "is a directory, not a file"),
+        (tmp_path / "binary.txt", r"is not text in UTF-8 \(byte 0\)"),
+        (Path("/dev/zero"), "is a device, a pipe or a socket, not a file"),
+    ):
         with pytest.raises(
-            ConfigError, match=rf"schedule.file={path} is not a file; vp-simulate --out DIR writes"
+            ConfigError, match=rf"^schedule.file={path} {reason}; vp-simulate --out DIR writes"
         ):
             plan_step(from_file(config_of(2, 1, 100), path), 2)
+
+
+def test_the_name_of_a_stored_schedule_is_printable_and_short(tmp_path):
+    path, step = tmp_path / "x.txt", plan_step(config_of(2, 1, 100), 2)
+    path.write_text(replace(step.schedule, name="\x1b[31m" + "a" * 1_000_000).text())
+    name = plan_step(from_file(config_of(2, 1, 100), path), 2).schedule.name
+    assert name == "\\x1b[31m" + "a" * 192
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"num_microbatches": 65_536, "parallel": ParallelConfig(pp=8)},
+            "num_microbatches: 65,536",
+        ),
+        (
+            {"run": RunSettings(eval_microbatches=65_536), "parallel": ParallelConfig(pp=8)},
+            "run.eval_microbatches: 65,536",
+        ),
+    ],
+)
+def test_a_step_of_too_many_passes_is_refused_before_it_is_ordered(overrides, message):
+    config = replace(RunConfig(), **overrides)
+    with pytest.raises(ConfigError, match=f"{message} microbatches on 8 stages are more than 262"):
+        make_plan(config, 8)
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,9 @@ from torch import Tensor
 from vp_train.assembly import RankModel
 from vp_train.checkpoint import store
 from vp_train.checkpoint.store import CheckpointTensor
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import FREE_DATA, FREE_MODEL, ConfigError, LossConfig, RunConfig
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import MOMENTS
-
-# A resumed run may find its text in another place, so these settings may differ.  The text itself
-# is compared by the hashes in `Source.contents`.
-_FREE_DATA = ("name", "path", "blend", "tokenizer", "end_token", "jsonl_field", "cache_dir")
 
 
 def save_run(
@@ -70,29 +66,13 @@ def restore_run(
     manifest = store.read_manifest(path)
     state = manifest["state"]
     ours = _settings(config, mesh.degrees.dp)
-    ours["data"] = {key: value for key, value in ours["data"].items() if key not in _FREE_DATA}
+    ours["data"] = {key: value for key, value in ours["data"].items() if key not in FREE_DATA}
     _require_same(state["config"], ours, path)
     _require_same_text(state["contents"], contents, path)
     model.optimizer.restore(lambda kind, name: _read(path, manifest, model, kind, name, cast=False))
     model.optimizer.updates = int(state["updates"])
     model.loss_scale.value, model.loss_scale.finite_steps = state["loss_scale"]
     return int(state["step"]), state.get("progress", {})
-
-
-# Model settings that may change when a run starts from another run's weights.  Any other setting
-# would give the same tensors another meaning.
-_FREE_MODEL = (
-    *(
-        "seq_length",
-        "init_std",
-        "norm_epsilon",
-        "sliding_window",
-        "full_attention_every",
-        "logit_softcap",
-    ),
-    *("rope_base", "rope_local_base", "rope_scaling", "rope_factor"),
-    *("rope_low_frequency", "rope_high_frequency", "rope_original_length"),
-)
 
 
 def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
@@ -102,7 +82,7 @@ def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
     another model, naming the setting or the tensor, and both values.
     """
     manifest = store.read_manifest(path)
-    ours = {key: value for key, value in asdict(config.model).items() if key not in _FREE_MODEL}
+    ours = {key: value for key, value in asdict(config.model).items() if key not in FREE_MODEL}
     _require_same(manifest["state"]["config"], {"model": ours}, path)
 
     def read(kind: str, name: str) -> Tensor:
@@ -138,7 +118,13 @@ def _settings(config: RunConfig, num_replicas: int) -> dict[str, Any]:
     Parallel layout, schedule and number of steps may change, so they are not among them.
     """
     values: dict[str, Any] = json.loads(
-        json.dumps({"model": asdict(config.model), "data": asdict(config.data)})
+        json.dumps(
+            {
+                "model": asdict(config.model),
+                "data": asdict(config.data),
+                "loss": asdict(config.loss),
+            }
+        )
     )
     values["data"]["synthetic"] = config.data.name == "synthetic"
     values["data"]["weights"] = list(config.data.weights)
@@ -168,6 +154,8 @@ def _require_same(saved: dict[str, Any], ours: dict[str, Any], path: Path) -> No
     for section, values in ours.items():
         for key, value in values.items():
             before = saved.get(section, {}).get(key)
+            if section == "loss" and section not in saved:  # checkpoints of earlier versions
+                before = getattr(LossConfig(), key)
             if before != value:
                 raise ConfigError(
                     f"{path} was saved with {section}.{key}={before}, this run has {value}; "

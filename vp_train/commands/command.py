@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import ConfigError, RunConfig, printable
 from vp_train.failures import EXIT_OK, ending_of_command
 from vp_train.settings import (
     config_text,
@@ -64,6 +64,8 @@ def run(command: Command) -> NoReturn:
 
 def _configured(command: Command, arguments: Sequence[str]) -> int:
     """Show the help or the configuration if `arguments` ask for it, else run the command."""
+    for word in arguments:
+        check_printable(word)
     words = [word for word in arguments if word not in ("--help", "-h", "--print-config")]
     wants_help = "--help" in arguments or "-h" in arguments
     overrides, options = _split(words, command.options)
@@ -153,8 +155,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def path_of(word: str) -> Path:
-    """Return the path that was typed, with ~ expanded."""
+    """Return the path that was typed, with ~ expanded.  Raises ConfigError if it is unprintable."""
+    check_printable(word)
     return Path(word).expanduser()
+
+
+def check_printable(word: str) -> None:
+    """Raise ConfigError for an argument that a terminal would obey instead of showing it."""
+    if (shown := printable(word)) != word:
+        raise ConfigError(f"{shown}: arguments and names of files have no control characters")
 
 
 def _help(command: Command, config: RunConfig) -> str:

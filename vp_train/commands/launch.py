@@ -24,7 +24,7 @@ from vp_train.communication import flight_recorder
 from vp_train.config import ConfigError, RunConfig
 from vp_train.failures import EXIT_OK, Ending, ending_of_command
 from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
-from vp_train.planning.degrees import wanted_ranks
+from vp_train.planning.degrees import check_node, wanted_ranks
 from vp_train.planning.plan import SEARCHING, make_plan
 from vp_train.quiet import quiet_deprecations, quiet_megatron
 from vp_train.settings import load_config, override
@@ -167,6 +167,7 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
     Returns the overrides that the search of a schedule adds.  Raises ConfigError for what the user
     must change.
     """
+    check_node(num_ranks // news.place.num_nodes)
     plan = None if config.schedule.is_solved else make_plan(config, num_ranks)
     found: list[str] = []
     if news.place.node == 0:
@@ -189,6 +190,9 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
         ]
     if starts_by_fork(config):
         _import_for_ranks()
+    from vp_train.communication.nccl import require_gpu
+
+    require_gpu(config.run)
     ending = _in_copy(lambda: _prepare_data(config))
     if ending.code:
         raise _Unprepared(ending)

@@ -17,7 +17,7 @@ from vp_train.commands.place import is_rank, is_slurm_rank, place_of, slurm_rank
 from vp_train.config import RunConfig
 from vp_train.failures import ending_of_command
 from vp_train.metrics.run_directory import run_path
-from vp_train.settings import config_text, resume_words, started_from
+from vp_train.settings import check_start, config_text, resume_words, started_from
 from vp_train.supervision.ending import PIPE, leave
 from vp_train.supervision.requests import hold_signals
 
@@ -65,6 +65,7 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
     if is_first and not has_launcher() and (words := resume_words(config)) is not None:
         print(words, flush=True)
     config = with_origin(config)
+    check_start(config)
     if place is None:
         _train_rank(config)
     from vp_train.commands.launch import launch

@@ -15,9 +15,15 @@ import torch
 import torch.distributed as dist
 
 from vp_train.communication.flight_recorder import DUMP_SECONDS, prefix
-from vp_train.config import RunSettings
+from vp_train.config import ConfigError, RunSettings
 
 _POLL_SECONDS = 0.2
+
+
+def require_gpu(settings: RunSettings) -> None:
+    """Raise ConfigError if run.device=cuda finds no GPU here.  It does not start CUDA."""
+    if settings.device == "cuda" and not torch.cuda.device_count():
+        raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
 
 
 def set_environment(

@@ -6,10 +6,12 @@ The hash covers the contents of the text files and the settings.  The directory 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -18,16 +20,23 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import get_type_hints
 
 from tokenizers import Tokenizer
 
 from vp_train.config import ConfigError, DataConfig
-from vp_train.data.documents import Document, content_hash, find_files, read_documents
-from vp_train.data.indexed import check_tokens, write_dataset
+from vp_train.data.documents import Document, content_hash, find_files, pieces, read_documents
+from vp_train.data.indexed import check_index, check_tokens, write_dataset
+from vp_train.data.integrity import BLOCK, DIGITS, block_hashes, check_blocks, check_once, remember
 from vp_train.data.tokenizer import end_token_id, load_tokenizer, train_tokenizer
-from vp_train.durable import sync
+from vp_train.durable import UnreadableError, open_regular, read_json, read_text, sync
 
 _FORMAT = 1
+_MANIFEST = "manifest.json"
+_FILES = ("tokenizer.json", "tokens.bin", "tokens.idx")
+_LARGEST_MANIFEST = 1 << 26  # bytes; the hashes of a terabyte take 9 MB
+_LONGEST_WORD = 100_000  # characters, for which a tokenizer takes 0.1 s
+_LONGEST_TRAINED_WORD = 1_000
 _BATCH = 64  # documents encoded together
 _TRAINING_CHARACTERS = 200_000_000  # more text does not change a tokenizer's merges noticeably
 
@@ -45,8 +54,7 @@ class Manifest:
     num_token_ids: int  # of the tokenizer, at most vocab_size
     end_token: int
     file_bytes: dict[str, int]
-    # Modification time of tokens.bin when all its tokens were last found to lie in [0, vocab_size).
-    checked_ns: int
+    blocks: dict[str, list[str]]  # the hashes of every file; see `integrity`
     seconds: float  # that the build took
 
 
@@ -147,7 +155,7 @@ def _stored(config: DataConfig) -> Path | None:
     path = None if config.path is None else Path(config.path).expanduser()
     return (
         path
-        if path is not None and (path / "manifest.json").exists() and (path / "tokens.idx").exists()
+        if path is not None and (path / _MANIFEST).exists() and (path / "tokens.idx").exists()
         else None
     )
 
@@ -155,9 +163,9 @@ def _stored(config: DataConfig) -> Path | None:
 def prepare(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
     """Find the corpus in the cache, or build it there.
 
-    If tokens.bin has changed since its last check, every token is compared with `vocab_size`.
-    Raises ConfigError for data that the user must change: nothing to read, a broken file, a token
-    out of range.
+    A corpus that this machine has not seen as it is now is checked as a whole: hashes, index, and
+    every token.  Raises ConfigError for data that the user must change: nothing to read, a broken
+    file, a token out of range.
     """
     path = _stored(config)
     corpus = _find_or_build(config, vocab_size, progress) if path is None else _open(path, config)
@@ -166,9 +174,30 @@ def prepare(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
             f"{corpus.path} was prepared for model.vocab_size={corpus.manifest.vocab_size}, "
             f"this run has {vocab_size}; use the same, or give the text instead"
         )
-    if (corpus.path / "tokens.bin").stat().st_mtime_ns != corpus.manifest.checked_ns:
-        check_tokens(corpus.prefix, vocab_size)
+    memory = Path(config.cache_dir).expanduser() / "checked"
+    files = [corpus.path / name for name in (_MANIFEST, *_FILES)]
+    if corpus.fresh:
+        remember(memory, files)
+    else:
+        check_once(memory, files, lambda: _check_contents(corpus))
     return corpus
+
+
+def _check_contents(corpus: Corpus) -> None:
+    """Raise ConfigError, which names file and offset, unless the corpus is as it was prepared."""
+    manifest, prefix = corpus.manifest, corpus.prefix
+    for name in _FILES:
+        _ = _size(corpus.path / name)  # refuses links, pipes and devices before numpy opens them
+    check_index(prefix, manifest.num_documents, manifest.num_tokens, manifest.vocab_size)
+    check_tokens(prefix, manifest.vocab_size)
+    for name, blocks in manifest.blocks.items():
+        check_blocks(corpus.path / name, blocks, f"delete {corpus.path}, and prepare it again")
+
+
+def _size(path: Path) -> int:
+    """Return the size of a regular file of a corpus.  Raises UnreadableError for anything else."""
+    with open_regular(path, follow=False) as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def _open(path: Path, config: DataConfig) -> Corpus:
@@ -208,7 +237,7 @@ def _find_or_build(config: DataConfig, vocab_size: int, progress: bool) -> Corpu
     with _exclusive(cache_dir):
         key = _content_key(cache_dir, config, files, settings)
         path = cache_dir / f"{config.name}-{key}"
-        fresh = not (path / "manifest.json").exists()
+        fresh = not (path / _MANIFEST).exists() or _is_outdated(path)
         if fresh:
             _build(path, key, config, files, vocab_size, progress)
     return Corpus(path, _read_manifest(path), fresh)
@@ -270,8 +299,9 @@ def _content_key(
         json.dumps([settings, stats]).encode(), digest_size=12
     ).hexdigest()
     known = cache_dir / "fingerprints" / fingerprint
-    if known.exists():
-        return known.read_text()
+    with contextlib.suppress(UnreadableError):
+        if re.fullmatch("[0-9a-f]{16}", key := read_text(known)):
+            return key
     root = Path(os.path.commonpath([str(path.parent) for path in files]))
     contents = [
         content_hash(files, root),
@@ -285,21 +315,68 @@ def _content_key(
     return key
 
 
+def _is_outdated(path: Path) -> bool:
+    """Return whether an earlier version, which kept no hashes, has built this corpus."""
+    with contextlib.suppress(UnreadableError):
+        values = read_json(path / _MANIFEST, _LARGEST_MANIFEST)
+        return isinstance(values, dict) and "checked_ns" in values
+    return False
+
+
 def _read_manifest(path: Path) -> Manifest:
+    """Return the manifest of the corpus in `path`; every file must have the size that it says.
+
+    Raises ConfigError.
+    """
+    way_out = f"delete {path}, and prepare it again"
     try:
-        manifest = Manifest(**json.loads((path / "manifest.json").read_text()))
-        sizes = {name: (path / name).stat().st_size for name in manifest.file_bytes}
-    except (OSError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{path} is damaged ({error}); delete the directory, and prepare it again"
-        ) from None
+        values = read_json(path / _MANIFEST, _LARGEST_MANIFEST, follow=False)
+        if isinstance(values, dict) and "checked_ns" in values:
+            raise UnreadableError(f"{path} is from an earlier version, which kept no hashes")
+        if (wrong := _misfit(values)) is not None:
+            raise UnreadableError(f"{path / _MANIFEST}: {wrong}")
+        sizes = {name: _size(path / name) for name in _FILES}
+    except UnreadableError as error:
+        raise ConfigError(f"{error}; {way_out}") from None
+    manifest = Manifest(**values)
     for name, expected in manifest.file_bytes.items():
         if sizes[name] != expected:
             raise ConfigError(
-                f"{path / name} has {sizes[name]} bytes instead of {expected}; "
-                f"delete {path}, and prepare it again"
+                f"{path / name} has {sizes[name]} bytes instead of {expected}; {way_out}"
             )
     return manifest
+
+
+def _misfit(values: object) -> str | None:
+    """Return what keeps the value of a manifest from being one, None if nothing does."""
+    kinds = get_type_hints(Manifest)
+    if not isinstance(values, dict) or values.keys() != kinds.keys():
+        return "it does not have the entries of a corpus"
+    for name, kind in kinds.items():
+        value = values[name]
+        if kind is int and not (type(value) is int and 0 <= value < 2**63):
+            return f"{name} is not a whole number"
+        if kind is str and not (isinstance(value, str) and re.fullmatch("[0-9A-Za-z_]+", value)):
+            return f"{name} is not a name"
+    if type(values["seconds"]) not in (int, float):
+        return "seconds is not a number"
+    sizes, blocks = values["file_bytes"], values["blocks"]
+    for entry in (sizes, blocks):
+        if not isinstance(entry, dict) or sorted(entry) != list(_FILES):
+            return f"it does not describe {', '.join(_FILES)} alone"
+    for name in _FILES:
+        if type(sizes[name]) is not int or sizes[name] < 0:
+            return f"the size of {name} is not a whole number"
+        hashes = blocks[name]
+        if not isinstance(hashes, list) or len(hashes) != -(-sizes[name] // BLOCK):
+            return f"{name} does not have a hash for every block"
+        if not all(isinstance(text, str) and len(text) == DIGITS for text in hashes):
+            return f"the hashes of {name} are not hashes"
+    if not 1 <= values["num_documents"] <= values["num_tokens"]:
+        return "it has no documents, or fewer tokens than documents"
+    if not values["end_token"] < values["vocab_size"]:
+        return "its end token is outside the vocabulary"
+    return None
 
 
 def _build(
@@ -348,10 +425,10 @@ def _build(
             num_token_ids=tokenizer.get_vocab_size(with_added_tokens=True),
             end_token=end,
             file_bytes={file.name: file.stat().st_size for file in sorted(temporary.iterdir())},
-            checked_ns=(temporary / "tokens.bin").stat().st_mtime_ns,
+            blocks={name: block_hashes(temporary / name) for name in _FILES},
             seconds=time.perf_counter() - started,
         )
-        (temporary / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+        (temporary / _MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
         for file in (*temporary.iterdir(), temporary):
             sync(file)
         if path.exists():
@@ -367,18 +444,21 @@ def _encoded(tokenizer: Tokenizer, documents: Iterator[Document], end: int) -> I
     """Yield the token ids of every non-empty document, followed by the token `end`."""
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" within the text is ordinary text
     while batch := list(islice(documents, _BATCH)):
-        for encoding in tokenizer.encode_batch_fast(
-            [document.text for document in batch], add_special_tokens=False
-        ):
-            if encoding.ids:
-                yield [*encoding.ids, end]
+        cut = [pieces(document.text, _LONGEST_WORD) for document in batch]
+        encodings = iter(
+            tokenizer.encode_batch_fast(list(chain.from_iterable(cut)), add_special_tokens=False)
+        )
+        for parts in cut:
+            ids = [token for encoding in islice(encodings, len(parts)) for token in encoding.ids]
+            if ids:
+                yield [*ids, end]
 
 
 def _training_texts(files: tuple[Path, ...], config: DataConfig, limit: int) -> Iterator[str]:
     """Yield documents until they have more than `limit` characters together."""
     seen = 0
     for document in read_documents(files, config.jsonl_field):
-        yield document.text
+        yield from pieces(document.text, _LONGEST_TRAINED_WORD)
         seen += len(document.text)
         if seen > limit:
             return

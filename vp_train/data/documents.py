@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-from vp_train.config import ConfigError, DataConfig
+from vp_train.config import ConfigError, DataConfig, printable
 
 _TEXT_SUFFIXES = frozenset(
     {".txt", ".md", ".rst", ".tex", ".html", ".csv", ".jsonl"}
@@ -88,7 +90,32 @@ def read_documents(
             skipped.append(path)
     if skipped and warn:
         others = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
-        print(f"left out, not UTF-8: {skipped[0]}{others}", file=sys.stderr)
+        print(f"left out, not UTF-8: {printable(str(skipped[0]))}{others}", file=sys.stderr)
+
+
+_LONGEST_PIECE = 1 << 24  # characters that are tokenized together
+
+
+def pieces(text: str, longest_run: int) -> list[str]:
+    """Cut a text where it has more than `longest_run` characters with or without a blank in a row.
+
+    The time of a tokenizer grows faster than the length of a word, and its memory by some 50 bytes
+    for each character, so texts are cut at a blank too.  The pieces together are the text.
+    """
+    if len(text) <= longest_run:
+        return [text]
+    runs = re.finditer(rf"\S{{{longest_run}}}|\s{{{longest_run}}}", text)
+    cuts = [0, *(run.end() for run in runs), len(text)]
+    found = []
+    for start, stop in pairwise(cuts):
+        while stop - start > _LONGEST_PIECE:
+            blank = text.rfind(" ", start + 1, start + _LONGEST_PIECE)
+            cut = blank if blank > 0 else start + _LONGEST_PIECE
+            found.append(text[start:cut])
+            start = cut
+        if start < stop:
+            found.append(text[start:stop])
+    return found
 
 
 def _read_lines(path: Path, field: str) -> Iterator[Document]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -52,6 +53,63 @@ def check_tokens(prefix: Path, vocab_size: int) -> None:
                 f"{prefix}.bin: token {int(tokens[offset])} at offset {offset} is outside "
                 f"[0, {vocab_size}); delete {prefix.parent}, and prepare it again"
             )
+
+
+_HEADER = np.dtype(
+    [("magic", "S9"), ("version", "<u8"), ("code", "u1"), ("sequences", "<u8"), ("ends", "<u8")]
+)
+_CODES = {np.uint16: 8, np.int32: 4}  # Megatron's numbers of the dtypes
+_ENTRIES = 1 << 20  # of an index, checked together
+
+
+def check_index(prefix: Path, num_documents: int, num_tokens: int, vocab_size: int) -> None:
+    """Read every entry of `prefix`.idx.
+
+    Documents must follow each other without gaps in `prefix`.bin, each as one sequence of at least
+    one token, and have `num_tokens` tokens together.  Raises ConfigError with file and offset.
+    """
+    name, dtype = f"{prefix}.idx", token_dtype(vocab_size)
+    way_out = f"delete {prefix.parent}, and prepare it again"
+    size, expected = os.path.getsize(name), _HEADER.itemsize + 12 * num_documents
+    expected += 8 * (num_documents + 1)
+    if size != expected:
+        raise ConfigError(
+            f"{name} has {size:,} bytes, but {num_documents:,} documents take {expected:,}; "
+            f"{way_out}"
+        )
+    header = np.memmap(name, dtype=_HEADER, mode="r", shape=(1,))[0]
+    wanted = (b"MMIDIDX", 1, _CODES[dtype], num_documents, num_documents + 1)
+    if (found := tuple(header.tolist())) != wanted:
+        raise ConfigError(
+            f"{name}: the header (magic, version, dtype, sequences, ends) is {found} "
+            f"instead of {wanted}; {way_out}"
+        )
+    offsets = [_HEADER.itemsize + bytes_ * num_documents for bytes_ in (0, 4, 12)]
+    lengths, starts, ends = (
+        np.memmap(name, dtype=kind, mode="r", offset=offset, shape=(num_documents + more,))
+        for kind, offset, more in zip(("<i4", "<i8", "<i8"), offsets, (0, 0, 1), strict=True)
+    )
+    itemsize, start = np.dtype(dtype).itemsize, 0
+    for first in range(0, num_documents, _ENTRIES):
+        block = np.asarray(lengths[first : first + _ENTRIES], dtype=np.int64)
+        after = start + np.cumsum(np.maximum(block, 0)) * itemsize
+        before = np.concatenate([[start], after[:-1]])
+        numbers = np.arange(first, first + len(block))
+        wrong = (block < 1) | (starts[first : first + _ENTRIES] != before)
+        wrong |= ends[first : first + len(block)] != numbers
+        if wrong.any():
+            number = first + int(np.argmax(wrong))
+            raise ConfigError(
+                f"{name}: document {number} has {int(lengths[number]):,} tokens from byte "
+                f"{int(starts[number]):,}, which is not where the one before it ends "
+                f"(entry at offset {offsets[0] + 4 * number:,}); {way_out}"
+            )
+        start = int(after[-1])
+    if start != num_tokens * itemsize or int(ends[num_documents]) != num_documents:
+        raise ConfigError(
+            f"{name} has documents of {start // itemsize:,} tokens instead of {num_tokens:,}; "
+            f"{way_out}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,11 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vp_train.config import ConfigError
+from vp_train.durable import UnreadableError, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 _USUAL_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>", "[SEP]")
+_LARGEST = 1 << 28  # bytes of a tokenizer.json; those of 256 thousand tokens have 35 MB
 _SMALLEST = 257  # 256 bytes and the end of a document
 
 
@@ -44,8 +46,12 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     Raises ConfigError if it is broken or has token ids of `vocab_size` or above.
     """
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:
+        tokenizer = Tokenizer.from_str(read_text(path, _LARGEST))
+    except UnreadableError as error:
+        raise ConfigError(f"data.tokenizer={error}; give the path of a tokenizer.json") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in the library is no Exception
         raise ConfigError(f"data.tokenizer={path} is not a tokenizer.json: {error}") from None
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:

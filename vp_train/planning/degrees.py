@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from vp_train.config import ConfigError, ModelConfig, ParallelConfig
 
 _DEFAULT_PP = 4  # pipeline ranks to start if parallel.pp is not set
+_MOST_ON_A_NODE = 256  # each takes hundreds of megabytes, and no node has more than 16 GPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,15 @@ class Degrees:
 def wanted_ranks(parallel: ParallelConfig) -> int:
     """Return how many ranks to start if torchrun has not started them already."""
     return (parallel.dp or 1) * (parallel.pp or _DEFAULT_PP) * parallel.tp
+
+
+def check_node(num_ranks: int) -> None:
+    """Raise ConfigError for more ranks than one machine is ever asked to start."""
+    if num_ranks > _MOST_ON_A_NODE:
+        raise ConfigError(
+            f"{num_ranks:,} ranks on one machine, where at most {_MOST_ON_A_NODE} start; lower "
+            "parallel.dp, parallel.pp or parallel.tp, or start the run on several nodes"
+        )
 
 
 def split_ranks(parallel: ParallelConfig, num_ranks: int) -> Degrees:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from schedules.check import check_base, check_program, check_schedule
@@ -24,7 +24,8 @@ from schedules.simulate import simulate
 from schedules.timeline import Timeline
 from schedules.torch_csv import from_csv
 from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, evaluation, searched_algorithms
-from vp_train.config import ConfigError, RunConfig, ScheduleConfig
+from vp_train.config import ConfigError, RunConfig, ScheduleConfig, printable
+from vp_train.durable import UnreadableError, read_text
 from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
 from vp_train.planning.estimate import estimate_cost
@@ -37,6 +38,10 @@ SEARCHING = (
     "half a minute for 8 ranks and 64 microbatches"
 )
 SEQUENCE_DEVICES = ("cuda",)
+_LARGEST_SCHEDULE = 1 << 24  # bytes; a pass takes about 7
+_LONGEST_NAME = 200  # characters of a schedule's name
+# Planning takes minutes at this size, which 64 ranks reach with 4,096 microbatches.
+_MOST_FORWARD_PASSES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +97,13 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
 
     Raises ConfigError, which names the value and the way out.
     """
+    degrees = split_ranks(config.parallel, num_ranks)
+    num_evaluated = config.run.eval_microbatches_of(degrees.dp)
+    _check_size(degrees.pp, num_evaluated, "run.eval_microbatches")
     step = plan_step(config, num_ranks)
     problem, cost = step.problem, step.cost
     program = lower(step.schedule, problem, cost, tied=config.model.tied_embeddings)
     check_program(program, problem)
-    num_evaluated = config.run.eval_microbatches_of(step.degrees.dp)
     evaluated = Problem(
         problem.layout, num_evaluated, evaluation(problem.algorithm), forward_only=True
     )
@@ -223,6 +230,7 @@ def _draft(
     algorithm: VocabAlgorithm,
     split_backward: bool,
 ) -> Draft:
+    _check_size(layout.num_stages, work.num_microbatches, "num_microbatches")
     cost = assumed_costs(work, config.cluster, config.cost)
     layers = split_layers(work.model, config.parallel, layout)
     recompute = tuple(config.parallel.recompute_of(stage) for stage in range(layout.num_stages))
@@ -235,6 +243,15 @@ def _draft(
     return Draft(
         work, layers=layers, recompute=recompute, shards=shards, problem=problem, cost=costs
     )
+
+
+def _check_size(num_stages: int, num_microbatches: int, setting: str) -> None:
+    """Raise ConfigError for a step with more passes than can be planned."""
+    if num_stages * num_microbatches > _MOST_FORWARD_PASSES:
+        raise ConfigError(
+            f"{setting}: {num_microbatches:,} microbatches on {num_stages:,} stages are more than "
+            f"{_MOST_FORWARD_PASSES:,} forward passes; lower one of the two"
+        )
 
 
 def _algorithm(name: str) -> VocabAlgorithm:
@@ -266,14 +283,16 @@ def _stored(config: RunConfig, work: Workload, path: Path) -> StepPlan:
     The file is our own text, or a CSV of torch.distributed.pipelining.  A CSV has no vocabulary
     passes, so they are added.
     """
-    if not path.is_file():
-        raise ConfigError(
-            f"schedule.file={path} is not a file; vp-simulate --out DIR writes DIR/schedule.txt"
-        )
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark first
+        text = read_text(path, _LARGEST_SCHEDULE)
+    except UnreadableError as error:
+        raise ConfigError(
+            f"schedule.file={error}; vp-simulate --out DIR writes DIR/schedule.txt"
+        ) from None
+    try:
         is_csv = path.suffix.lower() == ".csv"
         schedule = from_csv(text, path.stem) if is_csv else Schedule.parse(text.rstrip())
+        schedule = replace(schedule, name=printable(schedule.name)[:_LONGEST_NAME])
         layout, split_backward = recognise(schedule)
         if layout.num_ranks != work.degrees.pp:
             raise ValueError(

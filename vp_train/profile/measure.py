@@ -20,7 +20,7 @@ import torch.multiprocessing as multiprocessing
 
 from schedules.ir import Kind
 from vp_train.assembly import RankModel, build_rank, rank_device
-from vp_train.communication.nccl import set_environment
+from vp_train.communication.nccl import require_gpu, set_environment
 from vp_train.config import ConfigError, RunConfig
 from vp_train.mesh import build_mesh
 from vp_train.pipeline.recorder import Recorder, timer_of
@@ -220,8 +220,7 @@ class _Steps:
 
 def device_words(config: RunConfig) -> dict[str, Any]:
     """Return the device, the version of torch and the dtype.  Raises ConfigError without a GPU."""
-    if config.run.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
+    require_gpu(config.run)
     name = (
         torch.cuda.get_device_name(0)
         if config.run.device == "cuda"

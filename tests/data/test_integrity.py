@@ -1,0 +1,173 @@
+"""A corpus is what was prepared: anything else is refused, by file and offset, before step 1."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.cases import VOCAB_SIZE, text_config, write_letters
+from vp_train.config import ConfigError, DataConfig
+from vp_train.data import corpus, prepare
+from vp_train.data.documents import pieces
+from vp_train.data.integrity import block_hashes, check_once, remember
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> DataConfig:
+    """Return settings of a stored corpus that this machine has checked."""
+    write_letters(tmp_path / "text", [60] * 6)
+    built = prepare(text_config(tmp_path), VOCAB_SIZE, progress=False)
+    config = text_config(tmp_path, path=str(built.path))
+    prepare(config, VOCAB_SIZE, progress=False)
+    return config
+
+
+def change(path: Path, offset: int, content: bytes) -> None:
+    """Overwrite bytes of a file, and give it the time that it had."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def refused(config: DataConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        prepare(config, VOCAB_SIZE, progress=False)
+    assert str(caught.value).endswith(f"delete {config.path}, and prepare it again")
+
+
+def test_a_changed_token_is_found_though_size_and_time_are_kept(stored: DataConfig) -> None:
+    path = Path(str(stored.path)) / "tokens.bin"
+    token = np.fromfile(path, dtype=np.uint16)[7]
+    change(path, 14, np.uint16(token ^ 1).tobytes())
+    refused(stored, rf"^{path}: bytes from offset 0 to 4,194,304 are not what was prepared; ")
+
+
+@pytest.mark.parametrize(
+    ("offset", "content", "message"),
+    [
+        (0, b"X", r"the header .* is \(b'XMIDIDX', 1, 8, 6, 7\) instead of"),
+        (17, b"\x04", r"the header .* is \(b'MMIDIDX', 1, 4, 6, 7\) instead of"),
+        (18, b"\xff" * 8, "the header"),
+        (34 + 8, b"\xff" * 4, r"document 2 has -1 tokens from byte .*entry at offset 42\)"),
+        (34 + 24 + 8, b"\xff" * 8, "document 1 has .* tokens from byte -1, which"),
+        (34 + 24 + 8, b"\x00\x00\x00\x10", "document 1 has .* from byte 268,435,456, which"),
+        (34 + 72 + 8, b"\x05", "document 1 has"),
+    ],
+)
+def test_a_garbage_index_is_named_with_its_entry(
+    stored: DataConfig, offset: int, content: bytes, message: str
+) -> None:
+    path = Path(str(stored.path)) / "tokens.idx"
+    change(path, offset, content)
+    refused(stored, rf"^{path}: {message}")
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx", "tokenizer.json", "manifest.json"])
+def test_links_and_pipes_are_not_followed(stored: DataConfig, tmp_path: Path, name: str) -> None:
+    path = Path(str(stored.path)) / name
+    outside = tmp_path / "outside"
+    shutil.move(path, outside)
+    path.symlink_to(outside)
+    refused(stored, f"^{path} is a symbolic link; ")
+    path.unlink()
+    os.mkfifo(path)
+    refused(stored, f"^{path} is a device, a pipe or a socket, not a file; ")
+
+
+def test_tokens_of_another_corpus_do_not_fit(stored: DataConfig, tmp_path: Path) -> None:
+    write_letters(tmp_path / "other", [60] * 5 + [50])
+    other = prepare(text_config(tmp_path, path=str(tmp_path / "other")), VOCAB_SIZE, progress=False)
+    path = Path(str(stored.path))
+    for name in ("tokens.bin", "tokens.idx"):
+        shutil.copy(other.path / name, path / name)
+    refused(stored, f"^{path}/tokens")
+
+
+def test_a_second_start_reads_nothing_and_a_touched_file_is_read(
+    stored: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Path] = []
+    monkeypatch.setattr(corpus, "_check_contents", lambda found: checked.append(found.path))
+    prepare(stored, VOCAB_SIZE, progress=False)
+    assert not checked
+    os.utime(Path(str(stored.path)) / "tokens.bin")
+    prepare(stored, VOCAB_SIZE, progress=False)
+    prepare(stored, VOCAB_SIZE, progress=False)
+    assert len(checked) == 1
+
+
+def test_of_several_processes_one_checks(tmp_path: Path) -> None:
+    file, checks = tmp_path / "a", []
+    file.write_text("a")
+
+    def check() -> None:
+        checks.append(threading.get_ident())
+
+    def start() -> None:
+        check_once(tmp_path / "memory", [file], check)
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(checks) == 1
+
+
+def test_what_failed_is_checked_again_and_without_memory_always(tmp_path: Path) -> None:
+    file, memory, checks = tmp_path / "a", tmp_path / "memory", []
+    file.write_text("a")
+
+    def fail() -> None:
+        checks.append(1)
+        raise ConfigError("no")
+
+    for _ in range(2):
+        with pytest.raises(ConfigError):
+            check_once(memory, [file], fail)
+    assert len(checks) == 2
+    check_once(file / "nowhere", [file], lambda: checks.append(2))
+    check_once(file / "nowhere", [file], lambda: checks.append(2))
+    remember(file / "nowhere", [file])
+    assert len(checks) == 4
+
+
+def test_a_corpus_of_an_earlier_version_is_built_anew_from_its_text(tmp_path: Path) -> None:
+    write_letters(tmp_path / "text", [60] * 6)
+    built = prepare(text_config(tmp_path), VOCAB_SIZE, progress=False)
+    manifest = built.path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"blocks"', '"checked_ns"'))
+    with pytest.raises(ConfigError, match=f"^{built.path} is from an earlier version"):
+        prepare(text_config(tmp_path, path=str(built.path)), VOCAB_SIZE, progress=False)
+    again = prepare(text_config(tmp_path), VOCAB_SIZE, progress=False)
+    assert again.fresh
+    assert again.path == built.path
+
+
+def test_blocks_are_hashed_on_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vp_train.data.integrity.BLOCK", 4)
+    (tmp_path / "a").write_bytes(b"abcdabcdef")
+    first, second, third = block_hashes(tmp_path / "a")
+    assert first == second != third
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_are_the_text_and_have_no_long_run(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    text = "".join(random.choice(list("ab \n"), p=[0.6, 0.2, 0.1, 0.1], size=500))
+    found = pieces(text, 12)
+    assert "".join(found) == text
+    assert all(len(word) <= 12 for piece in found for word in piece.split())
+
+
+def test_long_text_is_cut_at_blanks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vp_train.data.documents._LONGEST_PIECE", 10)
+    assert pieces("one two three four", 8) == ["one two", " three", " four"]

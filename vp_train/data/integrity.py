@@ -1,0 +1,110 @@
+"""Hashes of the files of a corpus, block by block, and the memory of what was checked.
+
+A corpus of 100 GB takes a minute to hash.  It is hashed when it is prepared and once on every
+machine that finds it anew.  Size, times and inode of its files say whether that was done.  The time
+of the last change (ctime) cannot be set back, so a byte that is changed in place is always noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from vp_train.config import ConfigError
+from vp_train.durable import UnreadableError, open_regular, read_json, replace
+
+BLOCK = 1 << 22  # bytes of a block
+DIGITS = 32  # of the hash of a block
+_THREADS = 4
+
+
+def block_hashes(path: Path) -> list[str]:
+    """Return the hash of every block of a file.  Raises UnreadableError if it is no regular file.
+
+    Links are not followed.
+    """
+    with open_regular(path, follow=False) as file:
+        descriptor = file.fileno()
+        size = os.fstat(descriptor).st_size
+
+        def digest(start: int) -> str:
+            block = os.pread(descriptor, BLOCK, start)  # hashing leaves the interpreter's lock
+            return hashlib.blake2b(block, digest_size=DIGITS // 2).hexdigest()
+
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+            return list(threads.map(digest, range(0, size, BLOCK)))
+
+
+def check_blocks(path: Path, expected: Sequence[str], way_out: str) -> None:
+    """Raise ConfigError, which names file and offset, unless the blocks have the expected hashes.
+
+    `way_out` ends the message.
+    """
+    try:
+        found = block_hashes(path)
+    except UnreadableError as error:
+        raise ConfigError(f"{error}; {way_out}") from None
+    for number, (ours, theirs) in enumerate(zip(found, expected, strict=False)):
+        if ours != theirs:
+            raise ConfigError(
+                f"{path}: bytes from offset {number * BLOCK:,} to {(number + 1) * BLOCK:,} are not "
+                f"what was prepared; {way_out}"
+            )
+    if len(found) != len(expected):
+        raise ConfigError(
+            f"{path} has {len(found):,} blocks instead of {len(expected):,}; {way_out}"
+        )
+
+
+def check_once(memory: Path, files: Sequence[Path], check: Callable[[], None]) -> None:
+    """Run `check` unless the directory `memory` remembers it for these files as they are.
+
+    Of several processes one checks, and the others wait for it.  If nothing can be written to
+    `memory`, every process checks.  Raises what `check` raises.
+    """
+    record, state = _record(memory, files), _identities(files)
+    if _remembered(record) == state:
+        return
+    try:
+        memory.mkdir(parents=True, exist_ok=True)
+        lock = record.with_suffix(".lock").open("w")
+    except OSError:
+        check()
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _remembered(record) != state:  # else another process has checked meanwhile
+            check()
+            remember(memory, files)
+
+
+def remember(memory: Path, files: Sequence[Path]) -> None:
+    """Remember that these files, as they are, need no check.  A failure to write is no error."""
+    with contextlib.suppress(OSError):
+        memory.mkdir(parents=True, exist_ok=True)
+        replace(_record(memory, files), json.dumps(_identities(files)))
+
+
+def _record(memory: Path, files: Sequence[Path]) -> Path:
+    """Return where a check of these files of one directory is remembered."""
+    place = os.fsencode(files[0].parent.resolve())
+    return memory / f"{hashlib.blake2b(place, digest_size=16).hexdigest()}.json"
+
+
+def _identities(files: Sequence[Path]) -> list[list[int]]:
+    """Return what changes with a file: inode, size, and times of the last write and change."""
+    stats = [file.lstat() for file in files]
+    return [[stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat in stats]
+
+
+def _remembered(record: Path) -> object:
+    try:
+        return read_json(record)
+    except UnreadableError:
+        return None
