@@ -11,6 +11,9 @@ import pytest
 
 from tests.meshes import mesh_for
 from vp_train.assembly import build_rank
+from vp_train.checkpoint.manifest import directory_name
+from vp_train.checkpoint.saver import Saver
+from vp_train.checkpoint.training import begin_save
 from vp_train.config import (
     DataConfig,
     ModelConfig,
@@ -82,11 +85,21 @@ def train(rank, num_ranks, config, stop_after=None):
         for step in run.steps():
             run.train_step(step, reporter)
             if step == stop_after:
+                run.finish_save()
                 return run.first_step
         run.finish(reporter)
     except NonFiniteError as error:
         return str(error)
     return run.first_step
+
+
+def save_run(directory, step, config, model, mesh, contents):
+    """Save a checkpoint as a run does, wait until it is complete, and return its path."""
+    saver = Saver(directory, mesh.world, config.run.keep_checkpoints)
+    begin_save(saver, step, config, model, mesh, contents)
+    saver.finish()
+    assert saver.take_failure() is None
+    return directory / directory_name(step)
 
 
 def uncompiled(rank, num_ranks, function, *arguments):

@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,8 +25,9 @@ import torch.distributed as dist
 from schedules.lower import Action
 from schedules.timeline import Span, Timeline
 from vp_train.assembly import RankModel, build_rank, rank_device
-from vp_train.checkpoint.store import CheckpointError, find, latest
-from vp_train.checkpoint.training import load_weights, restore_run, save_run
+from vp_train.checkpoint.saver import CheckpointError, Saver
+from vp_train.checkpoint.store import find
+from vp_train.checkpoint.training import begin_save, latest_of_run, load_weights, restore_run
 from vp_train.communication import flight_recorder
 from vp_train.communication.nccl import set_environment, watch
 from vp_train.config import ConfigError, RunConfig, RunSettings
@@ -96,8 +98,13 @@ def run_rank(config: RunConfig, rank: int, num_ranks: int, config_yaml: str) -> 
             reporter.start(config_yaml, source)
             if config.data.tokenizer is None and source.tokenizer is not None:
                 directory.keep_tokenizer(source.tokenizer)
-        for step in run.steps():
-            run.train_step(step, reporter)
+        try:
+            for step in run.steps():
+                run.train_step(step, reporter)
+        except SharedFailure:  # of all ranks together: what they are saving becomes complete
+            with suppress(CheckpointError):
+                run.finish_save()
+            raise
         run.finish(reporter)
     except ConfigError:
         raise
@@ -250,6 +257,8 @@ class Run:
         self._left: str | None = None  # why the run leaves before its last step
         self._doing = "loading"
         self._checkpoints = run_path(config.run) / "checkpoints"
+        self._saver = Saver(self._checkpoints, mesh.world, config.run.keep_checkpoints)
+        self._saved_step = 0  # of the newest checkpoint that was begun
         self._memory = _Memory()
         self._batches = Ahead(
             lambda step: source.train_batch(step, mesh.data_rank, mesh.degrees.dp), config.run.steps
@@ -307,9 +316,13 @@ class Run:
         self.model.optimizer.reduce()
         norm = self.model.optimizer.squared_norm() / self.model.loss_scale.value**2
         self._doing = "comparing with other ranks"
-        request = self._requests.current()
         health = gather_health(
-            self._own(loss), norm, self.mesh.steps, self._peak_bytes(), request=request
+            self._own(loss),
+            norm,
+            self.mesh.steps,
+            self._peak_bytes(),
+            request=self._requests.current(),
+            saved=self._saver.is_ready,
         )
         rate = self._update(step, health)
         seconds = time.perf_counter() - started
@@ -329,8 +342,12 @@ class Run:
         self._doing = "saving"
         if asked.leaves(health.request):
             self._left = asked.words(health.request, health.requesting_rank)
+        if health.saved:
+            self._saver.advance()
         if self._is_due(step, self.config.run.checkpoint_every) or (health.request and self._saves):
-            self._save(step, reporter)
+            self.begin_save(step, reporter)
+        if step < self.config.run.steps and self._left is None:
+            self._warn_of_save(reporter)
 
     @property
     def _saves(self) -> bool:
@@ -390,27 +407,38 @@ class Run:
         """Return the loss on the rank that reports it, else None."""
         return loss if self.model.reports_loss else None
 
-    def _save(self, step: int, reporter: Reporter | None) -> None:
-        """Write a checkpoint.
+    def begin_save(self, step: int, reporter: Reporter | None) -> None:
+        """Begin a checkpoint, and return when its tensors are copied.  Collective.
 
-        A failure is a warning, except after the last step before the run ends, where it raises.
+        It is written beside the next steps.  One that is still being written is awaited first.
         """
+        if step == self._saved_step:
+            return
+        self._saver.finish()
+        self._warn_of_save(reporter)
         self._requests.saved()
-        try:
-            save_run(
-                self._checkpoints, step, self.config, self.model, self.mesh, self.source.contents
-            )
-        except CheckpointError as error:
-            if step == self.config.run.steps or self._left is not None:
-                raise
-            if reporter is not None:
-                reporter.say(
-                    f"step {step}: {error}; going on, the checkpoints before it are untouched"
-                )
+        contents = self.source.contents
+        begin_save(self._saver, step, self.config, self.model, self.mesh, contents)
+        self._saved_step = step
+
+    def finish_save(self) -> None:
+        """Return when the newest checkpoint that was begun is complete.  Collective.
+
+        Raises CheckpointError on all ranks if it could not be written.
+        """
+        self._saver.finish()
+        if (failure := self._saver.take_failure()) is not None:
+            raise failure
+
+    def _warn_of_save(self, reporter: Reporter | None) -> None:
+        """Say that the newest save has failed, if it has.  The run goes on."""
+        failure = self._saver.take_failure()
+        if failure is not None and reporter is not None:
+            reporter.say(f"{failure}; going on, the checkpoints before it are untouched")
 
     def _resume(self) -> int:
         """Load the newest undamaged checkpoint and return its step, 0 if there is none."""
-        path = latest(self._checkpoints, self.mesh.world)
+        path = latest_of_run(self._checkpoints, self.mesh.world)
         return (
             0
             if path is None
@@ -474,8 +502,13 @@ class Run:
         return Ending(EXIT_TIME, words if self.mesh.rank == 0 else "")
 
     def finish(self, reporter: Reporter | None) -> None:
-        """Finish the last step's communication, and report the peak memory of every stage."""
+        """Finish the last step's communication, and report the peak memory of every stage.
+
+        Raises CheckpointError on all ranks if the last checkpoint could not be written.
+        """
+        self._doing = "saving"
         self.model.optimizer.settle()  # no rank may leave while others still gather
+        self.finish_save()
         gathered = self.mesh.world.all_gather_json(self._peak_bytes())
         if reporter is not None:
             worst = [0.0] * self.plan.num_ranks

@@ -50,6 +50,7 @@ def test_a_view_is_written_in_its_own_order(tmp_path):
 def test_data_begin_at_a_multiple_of_eight_bytes_whatever_the_names(tmp_path):
     beginnings = set()
     for length in range(1, 18):
+        (tmp_path / "a").unlink(missing_ok=True)
         write_tensors(
             tmp_path / "a",
             [Described("x" * length, (2,), torch.float64)],

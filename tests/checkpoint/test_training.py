@@ -11,9 +11,11 @@ import torch
 from tests.meshes import mesh_for
 from tests.pipeline.equivalence import config_of
 from tests.pipeline.truth import random_batch
+from tests.training import save_run
 from vp_train.assembly import build_rank
-from vp_train.checkpoint import store
-from vp_train.checkpoint.training import load_weights, restore_run, save_run
+from vp_train.checkpoint import saver, store
+from vp_train.checkpoint.manifest import read_manifest
+from vp_train.checkpoint.training import load_weights, restore_run
 from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError, ModelConfig, VocabConfig
 from vp_train.planning.plan import make_plan
@@ -235,13 +237,13 @@ def numbers(rank, num_ranks, directory, value):
         "number": store.CheckpointTensor(torch.tensor(value)),
         "row": store.CheckpointTensor(torch.full((2,), value)),
     }
-    path = store.save(Path(directory), 1, pieces, {}, ControlGroup.flat(dist.group.WORLD), 1)
+    path = saver.save(Path(directory), 1, pieces, {}, ControlGroup.flat(dist.group.WORLD), 1)
     read = {
         "number": store.CheckpointTensor(torch.tensor(torch.nan)),
         "row": store.CheckpointTensor(torch.full((2,), torch.nan)),
     }
-    manifest = store.read_manifest(path)
-    assert manifest["files"]["rank-00000.safetensors"]["tensors"]["number"]["shape"] == []
+    manifest = read_manifest(path)
+    assert manifest.files["rank-00000.safetensors"].tensors["number"].shape == ()
     store.load(path, manifest, read)
     return read["number"].tensor, read["row"].tensor
 

@@ -15,10 +15,11 @@ import torch
 
 from tests.hf import models
 from tests.meshes import mesh_for
+from tests.training import save_run
 from vp_train.assembly import build_rank
 from vp_train.checkpoint import store
 from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
-from vp_train.checkpoint.training import load_weights, save_run
+from vp_train.checkpoint.training import load_weights
 from vp_train.commands.convert import export_model, import_model
 from vp_train.config import (
     ConfigError,

@@ -3,38 +3,79 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vp_train.assembly import RankModel
-from vp_train.checkpoint import store
-from vp_train.checkpoint.store import CheckpointTensor
+from vp_train.checkpoint.manifest import MANIFEST, Manifest, read_manifest, saved_settings
+from vp_train.checkpoint.saver import Saver
+from vp_train.checkpoint.store import CheckpointTensor, latest, load
+from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError, RunConfig
+from vp_train.durable import plain, shown
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import MOMENTS
+
+Value = TypeVar("Value")
 
 # A resumed run may find its text in another place, so these settings may differ.  The text itself
 # is compared by the hashes in `Source.contents`.
 _FREE_DATA = ("name", "path", "blend", "tokenizer", "end_token", "jsonl_field", "cache_dir")
 
 
-def save_run(
-    directory: Path,
+@dataclass(frozen=True, slots=True)
+class _RunState:
+    """What a run keeps in the manifest beside its tensors.
+
+    config: the settings of `_settings`, by section.
+    contents: the hashes of the corpora.
+    """
+
+    updates: int
+    loss_scale: tuple[float, int]  # its value, and the finite steps at it
+    config: Mapping[str, Mapping[str, Any]]
+    contents: tuple[str, ...]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> _RunState:
+        """Return the state in a manifest.  Raises ValueError if it is not that of a run."""
+        state = manifest.state
+        updates, contents = state.get("updates"), state.get("contents")
+        scale = state.get("loss_scale")
+        if state.get("step") != manifest.step:
+            raise ValueError(f"state.step is {shown(state.get('step'))}, not {manifest.step}")
+        if type(updates) is not int or not 0 <= updates <= manifest.step:
+            raise ValueError(f"state.updates is {shown(updates)}, not a number of steps")
+        if not (
+            isinstance(scale, list)
+            and [type(value) for value in scale] in ([float, int], [int, int])
+            and 0 < scale[0] < math.inf
+            and scale[1] >= 0
+        ):
+            raise ValueError(f"state.loss_scale is {shown(scale)}, not a scale and a count")
+        if not (isinstance(contents, list) and all(isinstance(one, str) for one in contents)):
+            raise ValueError(f"state.contents is {shown(contents)}, not a list of hashes")
+        return cls(updates, (scale[0], scale[1]), saved_settings(manifest), tuple(contents))
+
+
+def begin_save(
+    saver: Saver,
     step: int,
     config: RunConfig,
     model: RankModel,
     mesh: Mesh,
     contents: Sequence[str],
-) -> Path:
-    """Write the checkpoint of `step` and return its path.  Collective over all ranks.
+) -> None:
+    """Begin to save `step`, and return when all tensors are copied.  Collective over all ranks.
 
     `contents` are the hashes of the corpora (`Source.contents`).  Only the replica with data rank 0
-    writes tensors.  Raises CheckpointError on all ranks if any rank could not write.
+    writes tensors.
     """
     tensors, pieces = model.optimizer.state(), {}
     if mesh.data_rank == 0:
@@ -51,7 +92,16 @@ def save_run(
         "config": _settings(config, mesh.degrees.dp),
         "contents": list(contents),
     }
-    return store.save(directory, step, pieces, state, mesh.world, config.run.keep_checkpoints)
+    saver.begin(step, pieces, state)
+
+
+def latest_of_run(directory: Path, group: ControlGroup) -> Path | None:
+    """Return the newest undamaged checkpoint of a run, as `latest`.  Collective over `group`."""
+
+    def check(manifest: Manifest) -> None:
+        _RunState.of(manifest)
+
+    return latest(directory, group, check)
 
 
 def restore_run(
@@ -62,16 +112,15 @@ def restore_run(
     Raises ConfigError if the checkpoint is of another run: if the model, the data, the dtype or the
     global batch size differ.
     """
-    manifest = store.read_manifest(path)
-    state = manifest["state"]
+    manifest, state = _opened(path, _RunState.of)
     ours = _settings(config, mesh.degrees.dp)
     ours["data"] = {key: value for key, value in ours["data"].items() if key not in _FREE_DATA}
-    _require_same(state["config"], ours, path)
-    _require_same_text(state["contents"], contents, path)
+    _require_same(state.config, ours, path)
+    _require_same_text(state.contents, contents, path)
     model.optimizer.restore(lambda kind, name: _read(path, manifest, model, kind, name, cast=False))
-    model.optimizer.updates = int(state["updates"])
-    model.loss_scale.value, model.loss_scale.finite_steps = state["loss_scale"]
-    return int(state["step"])
+    model.optimizer.updates = state.updates
+    model.loss_scale.value, model.loss_scale.finite_steps = state.loss_scale
+    return manifest.step
 
 
 # Model settings that may change when a run starts from another run's weights.  Any other setting
@@ -96,9 +145,9 @@ def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
     The checkpoint may have any parallel layout and any dtype.  Raises ConfigError if it is of
     another model, naming the setting or the tensor, and both values.
     """
-    manifest = store.read_manifest(path)
+    manifest, saved = _opened(path, saved_settings)
     ours = {key: value for key, value in asdict(config.model).items() if key not in _FREE_MODEL}
-    _require_same(manifest["state"]["config"], {"model": ours}, path)
+    _require_same(saved, {"model": ours}, path)
 
     def read(kind: str, name: str) -> Tensor:
         if kind in MOMENTS:
@@ -108,17 +157,31 @@ def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
     model.optimizer.restore(read)
 
 
+def _opened(path: Path, read: Callable[[Manifest], Value]) -> tuple[Manifest, Value]:
+    """Return the manifest of checkpoint `path`, and what `read` finds in it.
+
+    Raises ConfigError where the manifest is damaged.
+    """
+    manifest = None
+    try:
+        manifest = read_manifest(path)
+        return manifest, read(manifest)
+    except ValueError as error:
+        where = "" if manifest is None else f"{path / MANIFEST} is damaged: "
+        raise ConfigError(f"{where}{error}") from None
+
+
 def _key(kind: str, name: str) -> str:
     """Return the checkpoint key: `parameter:NAME`, `exp_avg:NAME` or `exp_avg_sq:NAME`."""
     return f"{kind}:{name}"
 
 
 def _read(
-    path: Path, manifest: dict[str, Any], model: RankModel, kind: str, name: str, *, cast: bool
+    path: Path, manifest: Manifest, model: RankModel, kind: str, name: str, *, cast: bool
 ) -> Tensor:
     """Read this rank's slice of a parameter or moment, in the dtype of the gradients."""
     tensor = torch.empty(model.parameters[name].shape, dtype=model.gradients.dtype)
-    store.load(
+    load(
         path,
         manifest,
         {_key(kind, name): CheckpointTensor(tensor, model.splits.get(name))},
@@ -159,12 +222,18 @@ def _require_same_text(saved: Sequence[str], ours: Sequence[str], path: Path) ->
     )
 
 
-def _require_same(saved: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
+def _require_same(saved: Mapping[str, Mapping[str, Any]], ours: dict[str, Any], path: Path) -> None:
     for section, values in ours.items():
         for key, value in values.items():
             before = saved.get(section, {}).get(key)
             if before != value:
                 raise ConfigError(
-                    f"{path} was saved with {section}.{key}={before}, this run has {value}; "
+                    f"{path} was saved with {section}.{key}={_word(before)}, "
+                    f"this run has {_word(value)}; "
                     "use the same value"
                 )
+
+
+def _word(value: object) -> str:
+    """Return a setting for a message."""
+    return plain(value) if isinstance(value, str) else shown(value)
