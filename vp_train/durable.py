@@ -1,7 +1,7 @@
-"""Files of runs and checkpoints: safe to open, bounded to read, and complete or absent on disk.
+"""Writes that survive a power cut, errors that name their file, and reads of files of others.
 
-A directory may come from somebody else.  So a file is opened only if it is a regular file: a
-symbolic link could lead elsewhere, and reading a pipe or a device may never end.
+A directory may come from somebody else.  So a file is read or written only if it is a regular one:
+a symbolic link could lead elsewhere, and a pipe or a device may never end.
 """
 
 from __future__ import annotations
@@ -14,110 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_KINDS = (
-    (stat.S_ISLNK, "a symbolic link"),
-    (stat.S_ISDIR, "a directory"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
-# Neither flag exists on every system; without them the check before the open remains.
-_SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | os.O_CLOEXEC
-
-
-class NotRegularError(OSError):
-    """A symbolic link, directory, pipe, socket or device where a regular file must be."""
-
-
-def require_regular(path: Path) -> None:
-    """Raise NotRegularError unless `path` is a regular file.  Raises OSError if it is absent."""
-    _require_regular(path, os.lstat(path).st_mode)
-
-
-def _require_regular(path: Path, mode: int) -> None:
-    for is_kind, words in _KINDS:
-        if is_kind(mode):
-            raise NotRegularError(f"{path} is {words}, but it must be a regular file")
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading, and nothing else.
-
-    Raises NotRegularError, and other OSErrors as `open` does.
-    """
-    require_regular(path)  # because even opening a pipe or a device can have an effect
-    return os.fdopen(_descriptor(path, os.O_RDONLY), "rb")
-
-
-def open_to_append(path: Path) -> int:
-    """Return a descriptor that appends to a regular file, which is made if it is absent.
-
-    The file can be read, too.  A new one has the permissions that the umask allows.  Raises OSError
-    and NotRegularError.
-    """
-    if os.path.lexists(path):
-        require_regular(path)
-    return _descriptor(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-
-
-def open_new(path: Path) -> int:
-    """Return a descriptor that writes to a new file, with the permissions that the umask allows.
-
-    Raises OSError, also if there is something at `path`.
-    """
-    return _descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-
-
-def _descriptor(path: Path, flags: int) -> int:
-    descriptor = os.open(path, flags | _SAFE, 0o666)
-    try:
-        _require_regular(path, os.fstat(descriptor).st_mode)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write all of `data` (bytes of one dimension).  Raises OSError."""
-    left = memoryview(data)
-    while len(left):
-        left = left[os.write(descriptor, left[: 1 << 30]) :]  # the system's limit is 2 GiB
-
-
-def read_bounded(path: Path, most_bytes: int) -> bytes:
-    """Return the contents of a regular file.
-
-    Raises ValueError for a file of more than `most_bytes`, and OSError as `open_regular` does.
-    """
-    with open_regular(path) as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise ValueError(f"{path} has more than {most_bytes >> 20} MiB, which is too large for it")
-    return content
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text.  Raises ValueError, also for one that nests too deeply."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it nests too deeply") from None
-
-
-def shown(value: object) -> str:
-    """Return a JSON value from a foreign file for a message: short, and without control codes."""
-    try:
-        text = json.dumps(value, default=repr)
-    except (RecursionError, ValueError):
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def plain(text: str) -> str:
-    """Return a name or a message from a foreign file: short, and without control codes."""
-    return shown(text).strip('"')
+LARGEST_TEXT = 1 << 20  # bytes; the texts that people write by hand have a few thousand
 
 
 def sync(path: Path) -> None:
@@ -137,21 +34,8 @@ def naming(path: Path) -> Iterator[None]:
     """Add `path` to any OSError raised inside.  A failed write does not name its file itself."""
     try:
         yield
-    except NotRegularError:
-        raise
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def write_new(path: Path, data: bytes | memoryview) -> None:
-    """Write a new file and sync it to disk.  Raises OSError that names it."""
-    with naming(path):
-        descriptor = open_new(path)
-        try:
-            write_all(descriptor, data)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def replace(path: Path, text: str) -> None:
@@ -168,3 +52,125 @@ def replace(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_new(path: Path, data: bytes | memoryview) -> None:
+    """Write a new file and sync it to disk.  Raises OSError that names it."""
+    with naming(path):
+        descriptor = open_new(path)
+        try:
+            write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def open_new(path: Path) -> int:
+    """Return a descriptor that writes to a new file, with the permissions that the umask allows.
+
+    Raises OSError, also if there is something at `path`.
+    """
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def open_to_append(path: Path) -> int:
+    """Return a descriptor that reads a regular file and appends to it; it is made if it is absent.
+
+    Raises OSError, and UnreadableError if there is something else at `path`.
+    """
+    if os.path.lexists(path):
+        with open_regular(path, follow=False):
+            pass
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.open(path, flags, 0o666)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write all of `data` (bytes of one dimension).  Raises OSError."""
+    left = memoryview(data)
+    while len(left):
+        left = left[os.write(descriptor, left[: 1 << 30]) :]  # the system's limit is 2 GiB
+
+
+class UnreadableError(ValueError):
+    """A file that cannot be read as what it should be.  The message names it in one line."""
+
+
+@contextmanager
+def open_regular(path: Path, *, follow: bool = True) -> Iterator[BinaryIO]:
+    """Open a file for reading if it is a regular one.
+
+    A FIFO would block, and a device may have no end.  Without `follow` a symbolic link is refused
+    too.  Raises UnreadableError.
+    """
+    try:
+        kind = os.stat(path, follow_symlinks=follow).st_mode
+        if stat.S_ISLNK(kind):
+            raise UnreadableError(f"{path} is a symbolic link")
+        if not stat.S_ISREG(kind):  # opening some devices has effects, so this comes first
+            what = "a directory" if stat.S_ISDIR(kind) else "a device, a pipe or a socket"
+            raise UnreadableError(f"{path} is {what}, not a file")
+        # The file may have been exchanged for a FIFO or a link since.
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+        file = os.fdopen(os.open(path, flags), "rb")
+    except FileNotFoundError:
+        raise UnreadableError(f"{path} is not there") from None
+    except OSError as error:
+        raise UnreadableError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:  # a null byte in the name
+        if isinstance(error, UnreadableError):
+            raise
+        raise UnreadableError(f"{path}: {error}") from None
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UnreadableError(f"{path} is not a file any more")
+        yield file
+
+
+def read_bytes(path: Path, most: int = LARGEST_TEXT, *, follow: bool = True) -> bytes:
+    """Return the contents of a regular file of at most `most` bytes.  Raises UnreadableError."""
+    with open_regular(path, follow=follow) as file:
+        try:
+            content = file.read(most + 1)
+        except OSError as error:
+            raise UnreadableError(f"{path}: {error.strerror or error}") from None
+        if len(content) > most:
+            size = max(os.fstat(file.fileno()).st_size, len(content))
+            raise UnreadableError(f"{path} has {size:,} bytes; at most {most:,} are read")
+    return content
+
+
+def read_text(path: Path, most: int = LARGEST_TEXT, *, follow: bool = True) -> str:
+    """Return the text of a small file, without the byte order mark that spreadsheets write.
+
+    Raises UnreadableError if it is not a regular file of at most `most` bytes in UTF-8.
+    """
+    try:
+        return read_bytes(path, most, follow=follow).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"{path} is not text in UTF-8 (byte {error.start})") from None
+
+
+def read_json(path: Path, most: int = LARGEST_TEXT, *, follow: bool = True) -> Any:
+    """Return the value in a small JSON file.  Raises UnreadableError."""
+    text = read_text(path, most, follow=follow)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise UnreadableError(f"{path} is not JSON that can be read: it is too deep") from None
+    except ValueError as error:
+        raise UnreadableError(f"{path} is not JSON: {error}") from None
+
+
+def shown(value: object) -> str:
+    """Return a JSON value of a foreign file for a message: short, and without control codes."""
+    try:
+        text = json.dumps(value, default=repr)
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def plain(text: str) -> str:
+    """Return a name or a message of a foreign file: short, and without control codes."""
+    return shown(text).strip('"')

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vp_train.checkpoint.stream import describe_tensors
-from vp_train.durable import open_regular, parse_json, plain, read_bounded, shown, write_new
+from vp_train.durable import UnreadableError, open_regular, plain, read_json, shown, write_new
 from vp_train.tensors.slices import TensorSlice
 
 MANIFEST = "manifest.json"
@@ -122,17 +122,19 @@ def read_manifest(path: Path) -> Manifest:
     """
     place = path / MANIFEST
     try:
-        wrapped = _object(parse_json(read_bounded(place, _MOST_BYTES)), "the whole")
+        wrapped = _object(read_json(place, _MOST_BYTES, follow=False), "the whole")
         body = _text(wrapped, "manifest", "")
         if hashlib.blake2b(body.encode()).hexdigest() != wrapped.get("blake2b"):
             raise ValueError("it does not match its hash")
-        manifest = _parsed(_object(parse_json(body), "the manifest"))
+        manifest = _parsed(_object(json.loads(body), "the manifest"))
         named = step_of(path.name)
         if named is not None and named != manifest.step:
             raise ValueError(f"it is that of step {manifest.step}, not of {path.name}")
-    except OSError as error:
+    except UnreadableError as error:
         raise ValueError(f"{path} is incomplete: {error}") from None
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are such errors
+    except RecursionError:
+        raise ValueError(f"{place} is damaged: it nests too deeply") from None
+    except ValueError as error:  # JSONDecodeError is one
         raise ValueError(f"{place} is damaged: {error}") from None
     return manifest
 
@@ -151,14 +153,14 @@ def check_file(path: Path, stored: StoredFile) -> None:
     The size is compared first, so no more than the listed number of bytes is read.
     """
     try:
-        with open_regular(path) as file:
+        with open_regular(path, follow=False) as file:
             size = file.seek(0, 2)
             if size != stored.num_bytes:
                 raise ValueError(f"{path} has {size:,} bytes, but {stored.num_bytes:,} were saved")
             file.seek(0)
             if hashlib.file_digest(file, "blake2b").hexdigest() != stored.blake2b:  # type: ignore[arg-type]
                 raise ValueError(f"{path} does not match its hash")
-    except OSError as error:
+    except (OSError, UnreadableError) as error:
         raise ValueError(f"{path.parent} is incomplete: {error}") from None
     held = {
         name: (str(tensor.dtype).removeprefix("torch."), tensor.shape)

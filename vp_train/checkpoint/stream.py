@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vp_train.durable import open_new, plain, require_regular, write_all
+from vp_train.durable import open_new, open_regular, plain, write_all
 
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
@@ -88,7 +88,8 @@ def describe_tensors(path: Path) -> Mapping[str, Described]:
     one of float64, float32, float16 and bfloat16.
     """
     try:
-        require_regular(path)  # the library would wait for the writer of a pipe
+        with open_regular(path, follow=False):  # the library would wait for the writer of a pipe
+            pass
         with safe_open(path, "pt") as file:
             names = file.keys()  # `file` is no mapping: iterating over it is not possible
             slices = {name: file.get_slice(name) for name in names}

@@ -30,7 +30,15 @@ from vp_train.checkpoint.saver import save_stream
 from vp_train.checkpoint.store import CheckpointTensor
 from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
 from vp_train.config import ConfigError, ModelConfig
-from vp_train.durable import open_regular, parse_json, read_bounded, shown, sync, write_new
+from vp_train.durable import (
+    UnreadableError,
+    open_regular,
+    read_bytes,
+    read_json,
+    shown,
+    sync,
+    write_new,
+)
 from vp_train.hf.families import config_of, model_of
 from vp_train.hf.names import Entry, entries
 from vp_train.hf.values import check
@@ -272,9 +280,9 @@ def _file_in(directory: Path, name: str) -> Path | None:
             f"{path} is a link to {place}, which is outside of {directory}; copy the file there"
         )
     try:
-        with open_regular(place) as file:
+        with open_regular(place, follow=False) as file:
             is_pointer = file.read(len(_LFS)) == _LFS
-    except OSError as error:
+    except (OSError, UnreadableError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if is_pointer:
         raise ConfigError(f"{path} is a pointer of Git LFS; fetch the file with git lfs pull")
@@ -283,11 +291,9 @@ def _file_in(directory: Path, name: str) -> Path | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = parse_json(read_bounded(path, _MOST_JSON))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
+        value = read_json(path, _MOST_JSON)
+    except UnreadableError as error:
+        raise ConfigError(str(error)) from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is not a JSON object")
     return value
@@ -530,8 +536,8 @@ def _copy(source: Path, target: Path, names: Sequence[str]) -> list[str]:
     existing = _existing(source, names)
     for name, path in existing.items():
         try:
-            content = read_bounded(path, _MOST_COPIED)
-        except ValueError as error:
+            content = read_bytes(path, _MOST_COPIED)
+        except UnreadableError as error:
             raise ConfigError(str(error)) from None
         write_new(target / name, content)
     return list(existing)

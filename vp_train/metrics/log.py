@@ -21,7 +21,6 @@ from vp_train.durable import (
     open_new,
     open_regular,
     open_to_append,
-    parse_json,
     replace,
     write_all,
 )
@@ -167,7 +166,7 @@ def _drop_after(jsonl: Path, last_step: int) -> None:
 
     The new file replaces the old one by a rename, so that a kill leaves one of the two.
     """
-    with open_regular(jsonl) as file:
+    with open_regular(jsonl, follow=False) as file:
         lines = file.read().decode(errors="replace").splitlines()
     kept = [line for line in lines if _step_of(line) <= last_step]
     replace(jsonl, "".join(f"{line}\n" for line in kept))
@@ -176,6 +175,6 @@ def _drop_after(jsonl: Path, last_step: int) -> None:
 def _step_of(line: str) -> float:
     """Return the step of a line, or infinity for a line that a kill has cut off."""
     try:
-        return int(parse_json(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError):
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf

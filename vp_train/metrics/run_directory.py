@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import IO
 
 from vp_train.config import ConfigError, RunSettings
-from vp_train.durable import NotRegularError, naming, open_to_append, replace
+from vp_train.durable import UnreadableError, naming, open_to_append, replace
 
 # What a run writes in its directory, apart from single files, which replace what is there.
-_FIXED = ("LOCK", "metrics.jsonl", "checkpoints", "tensorboard", "trace", "logs")
+_FILES = ("LOCK", "metrics.jsonl")
+_DIRECTORIES = ("checkpoints", "tensorboard", "trace", "logs")
 
 
 def run_path(settings: RunSettings) -> Path:
@@ -55,11 +56,11 @@ class RunDirectory:
         """Create the directory if needed, and lock it.
 
         Raises ConfigError if another process uses it, if it holds a run that is not to be resumed,
-        or if a symbolic link in it would lead the run's files elsewhere.
+        or if a symbolic link or a pipe is where the run has a file or folder.
         """
         self.path = run_path(settings)
         self.path.mkdir(parents=True, exist_ok=True)
-        _refuse_links(self.path)
+        _refuse_others(self.path)
         self._lock = _acquire(self.path)
         self._lock.truncate(0)
         self._lock.write(f"{os.getpid()}\n")
@@ -115,7 +116,7 @@ def _acquire(path: Path) -> IO[str]:
     """
     try:
         file = os.fdopen(open_to_append(path / "LOCK"), "a+")
-    except NotRegularError as error:
+    except UnreadableError as error:
         raise ConfigError(f"{error}; remove it") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,13 +131,16 @@ def _acquire(path: Path) -> IO[str]:
     return file
 
 
-def _refuse_links(path: Path) -> None:
-    """Raise ConfigError if a run in directory `path` would write through a symbolic link."""
-    for name in _FIXED:
-        if (path / name).is_symlink():
+def _refuse_others(path: Path) -> None:
+    """Raise ConfigError if a run in directory `path` would write through a link, or to a pipe."""
+    for name in (*_FILES, *_DIRECTORIES):
+        place = path / name
+        is_right = place.is_file() if name in _FILES else place.is_dir()
+        if os.path.lexists(place) and (place.is_symlink() or not is_right):
+            what = "a symbolic link" if place.is_symlink() else "of another kind"
             raise ConfigError(
-                f"{path / name} is a symbolic link, and a run writes only below its directory; "
-                "remove the link, or give the other place as run.root"
+                f"{place} is {what}, and a run writes files and folders of its own; "
+                "remove it, or choose another run.root or run.name"
             )
 
 
