@@ -7,17 +7,13 @@ import hashlib
 import io
 import json
 import shutil
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from vp_train.checkpoint.manifest import MANIFEST, StoredFile, StoredTensor, read_manifest
-from vp_train.checkpoint.saver import _commit, _write
+from vp_train.checkpoint.manifest import MANIFEST, StoredFile, read_manifest
+from vp_train.checkpoint.saver import _commit
 from vp_train.checkpoint.store import CheckpointTensor, latest, load
 from vp_train.checkpoint.stream import Described, write_tensors
-from vp_train.communication.control import ControlGroup
-from vp_train.config import ConfigError
 from vp_train.tensors.slices import TensorSlice
 
 ROWS, FILES = 7, 2
@@ -27,7 +23,10 @@ GOOD, NEWEST = "step-00000001", "step-00000002"
 def values(step):
     """Return the whole tensors of checkpoint `step`."""
     generator = torch.Generator().manual_seed(step)
-    return {"a": torch.randn(ROWS, 3, generator=generator), "b": torch.randn(5, generator=generator)}
+    return {
+        "a": torch.randn(ROWS, 3, generator=generator),
+        "b": torch.randn(5, generator=generator),
+    }
 
 
 def parts(step):

@@ -201,8 +201,14 @@ CASES = {
     **{f"text {word!r}": text(word) for word in ("", "nul", "\x00", '{"format": 2,}', "NaN")},
     "nested in a state": text('{"format": 2, "state": ' + "[" * 90_000 + "]" * 90_000 + "}"),
     **{f"no {key}": dropped(key) for key in ("format", "step", "state", "files")},
-    **{f"no {key} of a file": dropped("files", FIRST, key) for key in ("bytes", "blake2b", "tensors")},
-    **{f"no {key} of a tensor": dropped(*TENSOR, key) for key in ("dtype", "shape", "dim", "ranges")},
+    **{
+        f"no {key} of a file": dropped("files", FIRST, key)
+        for key in ("bytes", "blake2b", "tensors")
+    },
+    **{
+        f"no {key} of a tensor": dropped(*TENSOR, key)
+        for key in ("dtype", "shape", "dim", "ranges")
+    },
     "tensor that the file has is not listed": dropped(*TENSOR),
     "tensor that is listed is not in the file": shape_of([5], dim=0, ranges=[]),
     **{
