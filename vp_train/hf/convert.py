@@ -33,6 +33,7 @@ from vp_train.config import ConfigError, ModelConfig
 from vp_train.durable import (
     UnreadableError,
     open_regular,
+    plain,
     read_bytes,
     read_json,
     shown,
@@ -50,7 +51,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 _MOST_JSON = 64 << 20  # bytes of config.json and of an index
-_MOST_COPIED = 512 << 20  # bytes of a tokenizer's file
+_MOST_COPIED = 256 << 20  # bytes of a tokenizer's file
 _LFS = b"version https://git-lfs.github.com/"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -327,7 +328,7 @@ def _files(source: Path) -> dict[str, Path]:
         absent = [name for name, path in found.items() if path is None]
         if absent:
             raise ConfigError(
-                f"{source / _INDEX} names {', '.join(absent[:9])}, which {source} does not have"
+                f"{source / _INDEX} names {plain(', '.join(absent))}, which {source} does not have"
             )
         files = {tensor: found[name] for tensor, name in names.items()}
         return {tensor: path for tensor, path in files.items() if path is not None}
@@ -356,7 +357,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     for tensor, name in names.items():
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
             raise ConfigError(
-                f"{index}: {tensor} is in {json.dumps(name)[:60]}; "
+                f"{index}: {plain(tensor)} is in {json.dumps(name)[:60]}; "
                 "it must be the name of a file beside the index"
             )
     return names
@@ -401,7 +402,8 @@ def _checked_tensors(
     ]
     if left:
         raise ConfigError(
-            f"{source} has {left[0]}{_and_more(left)}, which this architecture does not have here"
+            f"{source} has {plain(left[0])}{_and_more(left)}, "
+            "which this architecture does not have here"
         )
     for entry in everything:
         kinds = {str(found[name].dtype).removeprefix("torch.") for name in entry.theirs}
@@ -535,6 +537,9 @@ def _copy(source: Path, target: Path, names: Sequence[str]) -> list[str]:
     """Copy those of `names` that are files in `source`, and return their names."""
     existing = _existing(source, names)
     for name, path in existing.items():
+        size = path.stat().st_size
+        if size > _MOST_COPIED:
+            raise ConfigError(f"{path} has {size:,} bytes, which is too many for such a file")
         try:
             content = read_bytes(path, _MOST_COPIED)
         except UnreadableError as error:
