@@ -139,7 +139,9 @@ def measure(num_ranks: int, every: int, saves: int) -> dict[str, Any]:
             if kind in by_kind
         },
         "paired_cost": {name: statistics.median(costs) - 1.0 for name, costs in paired.items()},
-        "seconds_that_a_save_blocks": statistics.median(max(times) for times in zip(*blocked, strict=True)),
+        "seconds_that_a_save_blocks": statistics.median(
+            max(times) for times in zip(*blocked, strict=True)
+        ),
         "host_copy_bytes_of_ranks": images,
         "resident_growth_at_the_first_save_bytes": copied,
     }

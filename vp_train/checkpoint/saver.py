@@ -272,8 +272,10 @@ class _HostCopy:
             runtime.cudaHostUnregister(self._buffer.data_ptr())
         self._buffer = torch.empty(0, dtype=torch.uint8)  # frees it before the next is allocated
         self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        if pinned:
-            runtime.cudaHostRegister(self._buffer.data_ptr(), num_bytes, 1)  # 1: for all contexts
+        if pinned and int(runtime.cudaHostRegister(self._buffer.data_ptr(), num_bytes, 1)):
+            # CUDA keeps the error for the next launch that asks, so let one ask that may fail.
+            with suppress(RuntimeError):
+                torch.zeros(1, device="cuda")
 
 
 def _give_way() -> None:
