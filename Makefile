@@ -8,7 +8,7 @@ ARGS ?=
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test lint mutants clean
+.PHONY: train test lint mutants reliability clean
 
 train: $(VENV)/installed
 	$(BIN)/vp-train parallel.pp=$(RANKS) run.name=$(NAME) $(ARGS)
@@ -24,6 +24,10 @@ lint: $(VENV)/installed
 # Do the tests fail when the code is wrong?  make mutants ARGS="--packages schedules --count 20 --seed 2"
 mutants: $(VENV)/installed
 	$(BIN)/python -m tests.mutants $(ARGS)
+
+# Faults at random moments, the long form; minutes to hours.  make reliability ARGS="crafted --json crafted.json"
+reliability: $(VENV)/installed
+	$(BIN)/python -m tests.reliability $(ARGS)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

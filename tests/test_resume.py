@@ -197,6 +197,7 @@ def loss_scale_of(rank, num_ranks, config, first):
     if first is not None:
         run.model.loss_scale.value = first
         run.train_step(4, None)  # a checkpoint is due at this step
+        run.finish_save()
     return run.model.loss_scale.value
 
 

@@ -16,6 +16,9 @@ import vp_train.commands.train
 from tests.meshes import mesh_for
 from tests.ranks import free_port, in_processes
 from vp_train.assembly import build_rank
+from vp_train.checkpoint.manifest import directory_name
+from vp_train.checkpoint.saver import Saver
+from vp_train.checkpoint.training import begin_save
 from vp_train.config import (
     DataConfig,
     ModelConfig,
@@ -87,6 +90,7 @@ def train(rank, num_ranks, config, stop_after=None):
         for step in run.steps():
             run.train_step(step, reporter)
             if step == stop_after:
+                run.finish_save()
                 return run.first_step
         run.finish(reporter)
     except DivergenceError as error:
@@ -111,6 +115,15 @@ def _as_rank(rank, words, place, num_ranks, port):
     os.environ |= {name: str(value) for name, value in given.items()}
     sys.argv = ["vp-train", *words]
     vp_train.commands.train.main()
+
+
+def save_run(directory, step, config, model, mesh, contents, progress):
+    """Save a checkpoint as a run does, wait until it is complete, and return its path."""
+    saver = Saver(directory, mesh.world, config.run.keep_checkpoints)
+    begin_save(saver, step, config, model, mesh, contents, progress)
+    saver.finish()
+    assert saver.take_failure() is None
+    return directory / directory_name(step)
 
 
 def uncompiled(rank, num_ranks, function, *arguments):

@@ -1,4 +1,8 @@
-"""Writes that survive a power cut, errors that name their file, and reads of files of others."""
+"""Writes that survive a power cut, errors that name their file, and reads of files of others.
+
+A directory may come from somebody else.  So a file is read or written only if it is a regular one:
+a symbolic link could lead elsewhere, and a pipe or a device may never end.
+"""
 
 from __future__ import annotations
 
@@ -37,16 +41,55 @@ def naming(path: Path) -> Iterator[None]:
 def replace(path: Path, text: str) -> None:
     """Write a text file so that it is the old one or the new one at any moment.
 
-    Raises OSError; the old file is then as it was.
+    A symbolic link at `path` is replaced, not followed.  Raises OSError; the old file is then as it
+    was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)  # what a killed process with the same number has left
     try:
-        temporary.write_text(text)
-        sync(temporary)
+        write_new(temporary, text.encode())
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_new(path: Path, data: bytes | memoryview) -> None:
+    """Write a new file and sync it to disk.  Raises OSError that names it."""
+    with naming(path):
+        descriptor = open_new(path)
+        try:
+            write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def open_new(path: Path) -> int:
+    """Return a descriptor that writes to a new file, with the permissions that the umask allows.
+
+    Raises OSError, also if there is something at `path`.
+    """
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def open_to_append(path: Path) -> int:
+    """Return a descriptor that reads a regular file and appends to it; it is made if it is absent.
+
+    Raises OSError, and UnreadableError if there is something else at `path`.
+    """
+    if os.path.lexists(path):
+        with open_regular(path, follow=False):
+            pass
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.open(path, flags, 0o666)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write all of `data` (bytes of one dimension).  Raises OSError."""
+    left = memoryview(data)
+    while len(left):
+        left = left[os.write(descriptor, left[: 1 << 30]) :]  # the system's limit is 2 GiB
 
 
 class UnreadableError(ValueError):
@@ -117,3 +160,17 @@ def read_json(path: Path, most: int = LARGEST_TEXT, *, follow: bool = True) -> A
         raise UnreadableError(f"{path} is not JSON that can be read: it is too deep") from None
     except ValueError as error:
         raise UnreadableError(f"{path} is not JSON: {error}") from None
+
+
+def shown(value: object) -> str:
+    """Return a JSON value of a foreign file for a message: short, and without control codes."""
+    try:
+        text = json.dumps(value, default=repr)
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def plain(text: str) -> str:
+    """Return a name or a message of a foreign file: short, and without control codes."""
+    return shown(text).strip('"')

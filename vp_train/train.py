@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import astuple, replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,8 +25,15 @@ import torch.distributed as dist
 from schedules.lower import Action
 from schedules.timeline import Span, Timeline
 from vp_train.assembly import RankModel, build_rank, rank_device
-from vp_train.checkpoint.store import CheckpointError, find, latest
-from vp_train.checkpoint.training import load_weights, restore_run, save_run
+from vp_train.checkpoint.saver import CheckpointError, Saver
+from vp_train.checkpoint.store import find
+from vp_train.checkpoint.training import (
+    Progress,
+    begin_save,
+    latest_of_run,
+    load_weights,
+    restore_run,
+)
 from vp_train.communication import flight_recorder
 from vp_train.communication.control import ControlGroup
 from vp_train.communication.nccl import require_gpu, set_environment, watch
@@ -110,8 +118,13 @@ def run_rank(
             reporter.start(config_yaml, source)
             if config.data.tokenizer is None and source.tokenizer is not None:
                 directory.keep_tokenizer(source.tokenizer)
-        for step in run.steps():
-            run.train_step(step, reporter)
+        try:
+            for step in run.steps():
+                run.train_step(step, reporter)
+        except SharedFailure:  # of all ranks together: what they are saving becomes complete
+            with suppress(CheckpointError):
+                run.finish_save()
+            raise
         run.finish(reporter)
     except ConfigError:
         raise
@@ -263,6 +276,8 @@ class Run:
         self._judge = Judge(config.run, degrees.pp * degrees.tp if degrees.dp > 1 else None)
         self._left_out = 0  # steps whose data no step uses, because the run went back
         self._batches = Ahead(self._batch, config.run.steps)
+        self._saver = Saver(self._checkpoints, mesh.world, config.run.keep_checkpoints)
+        self._saved_step = 0  # of the newest checkpoint that was begun
         self.first_step = 1
 
     def load(self) -> None:
@@ -323,14 +338,14 @@ class Run:
         self.model.optimizer.reduce()
         norm = self.model.optimizer.squared_norm() / self.model.loss_scale.value**2
         self._doing = "comparing with other ranks"
-        request = self._requests.current()
         health = gather_health(
             self._own(loss),
             norm,
             self.mesh.steps,
             self._peak_bytes(),
             poison=self.model.optimizer.poison(),
-            request=request,
+            request=self._requests.current(),
+            saved=self._saver.is_ready,
         )
         if asked.leaves(health.request):
             self._left = asked.words(health.request, health.requesting_rank)
@@ -361,8 +376,12 @@ class Run:
         if reporter is not None:
             reporter.record()
         self._doing = "saving"
+        if health.saved:
+            self._saver.advance()
         if self._is_due(step, self.config.run.checkpoint_every) or (health.request and self._saves):
-            self._save(step, reporter)
+            self.begin_save(step, reporter)
+        if step < self.config.run.steps and self._left is None:
+            self._warn_of_save(reporter)
 
     @property
     def _saves(self) -> bool:
@@ -409,13 +428,16 @@ class Run:
 
         Returns False, having skipped `step` only, if there is no checkpoint.
         """
+        self._saver.finish()
+        self._warn_of_save(reporter)
         left_out = self._left_out
         done = self._resume()
         if not done:
             words = f"{words}; there is no checkpoint to go back to"
             self._say(f"step {step} skipped: {words}", reporter)
             return False
-        self.step, self._left_out = done, left_out + step - done
+        self.step = self._saved_step = done
+        self._left_out = left_out + step - done
         if reporter is not None:
             reporter.go_back(done)
         words = f"{words}; going back to step {done} and leaving out the data since then"
@@ -440,38 +462,44 @@ class Run:
         """Return the loss on the rank that reports it, else None."""
         return loss if self.model.reports_loss else None
 
-    def _save(self, step: int, reporter: Reporter | None) -> None:
-        """Write a checkpoint.
+    def begin_save(self, step: int, reporter: Reporter | None) -> None:
+        """Begin a checkpoint, and return when its tensors are copied.  Collective.
 
-        A failure is a warning, except after the last step before the run ends, where it raises.
+        It is written beside the next steps.  One that is still being written is awaited first.
         """
+        if step == self._saved_step:
+            return
+        self._saver.finish()
+        self._warn_of_save(reporter)
         self._requests.saved()
-        try:
-            save_run(
-                self._checkpoints,
-                step,
-                self.config,
-                self.model,
-                self.mesh,
-                self.source.contents,
-                {"left_out": self._left_out} | self._judge.state(),
-            )
-        except CheckpointError as error:
-            if step == self.config.run.steps or self._left is not None:
-                raise
-            if reporter is not None:
-                reporter.say(
-                    f"step {step}: {error}; going on, the checkpoints before it are untouched"
-                )
+        contents = self.source.contents
+        progress = Progress(self._left_out, *self._judge.history)
+        begin_save(self._saver, step, self.config, self.model, self.mesh, contents, progress)
+        self._saved_step = step
+
+    def finish_save(self) -> None:
+        """Return when the newest checkpoint that was begun is complete.  Collective.
+
+        Raises CheckpointError on all ranks if it could not be written.
+        """
+        self._saver.finish()
+        if (failure := self._saver.take_failure()) is not None:
+            raise failure
+
+    def _warn_of_save(self, reporter: Reporter | None) -> None:
+        """Say that the newest save has failed, if it has.  The run goes on."""
+        failure = self._saver.take_failure()
+        if failure is not None and reporter is not None:
+            reporter.say(f"{failure}; going on, the checkpoints before it are untouched")
 
     def _resume(self) -> int:
         """Load the newest undamaged checkpoint and return its step, 0 if there is none."""
-        path = latest(self._checkpoints, self.mesh.world)
+        path = latest_of_run(self._checkpoints, self.mesh.world)
         if path is None:
             return 0
         step, progress = restore_run(path, self.config, self.model, self.mesh, self.source.contents)
-        self._left_out = int(progress.get("left_out", 0))
-        self._judge.restore(progress)
+        self._left_out = progress.left_out
+        self._judge.restore(progress.losses, progress.norms)
         return step
 
     def _initialise(self, source: str) -> None:
@@ -531,8 +559,13 @@ class Run:
         return Ending(EXIT_TIME, words if self.mesh.rank == 0 else "")
 
     def finish(self, reporter: Reporter | None) -> None:
-        """Finish the last step's communication, and report the peak memory of every stage."""
+        """Finish the last step's communication, and report the peak memory of every stage.
+
+        Raises CheckpointError on all ranks if the last checkpoint could not be written.
+        """
+        self._doing = "saving"
         self.model.optimizer.settle()  # no rank may leave while others still gather
+        self.finish_save()
         gathered = self.mesh.world.all_gather_json(self._peak_bytes())
         if reporter is not None:
             worst = [0.0] * self.plan.num_ranks

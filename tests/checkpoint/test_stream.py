@@ -50,6 +50,7 @@ def test_a_view_is_written_in_its_own_order(tmp_path):
 def test_data_begin_at_a_multiple_of_eight_bytes_whatever_the_names(tmp_path):
     beginnings = set()
     for length in range(1, 18):
+        (tmp_path / "a").unlink(missing_ok=True)
         write_tensors(
             tmp_path / "a",
             [Described("x" * length, (2,), torch.float64)],
@@ -86,7 +87,7 @@ def test_a_file_that_is_not_whole_is_named(tmp_path, damage):
     (tmp_path / "a").write_bytes(damage((tmp_path / "a").read_bytes()))
     with pytest.raises(ValueError, match=r"/a is not a whole safetensors file: "):
         describe_tensors(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"/missing is not a whole safetensors file: "):
+    with pytest.raises(ValueError, match=r"/missing is not there"):
         describe_tensors(tmp_path / "missing")
 
 

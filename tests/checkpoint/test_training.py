@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.meshes import mesh_for
 from tests.pipeline.equivalence import config_of
 from tests.pipeline.truth import random_batch
+from tests.reliability.checkpoints import body_of, sign, two
+from tests.training import save_run
 from vp_train.assembly import build_rank
-from vp_train.checkpoint import store
-from vp_train.checkpoint.training import load_weights, restore_run, save_run
+from vp_train.checkpoint import saver, store
+from vp_train.checkpoint.manifest import read_manifest
+from vp_train.checkpoint.training import Progress, latest_of_run, load_weights, restore_run
 from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError, ModelConfig, VocabConfig
 from vp_train.planning.plan import make_plan
 
 CONTENTS = ("abc", "def")
-PROGRESS = {"left_out": 3, "losses": [1.5]}
+PROGRESS = Progress(3, (1.5, 2.0), (0.25,))
 
 
 def built(config, num_ranks):
@@ -185,6 +191,57 @@ def test_the_checkpoint_of_another_run_is_refused_by_the_setting(
     assert message == "restored" or path in answer
 
 
+STATES = {
+    "no state": {},
+    "no settings": {"config": None},
+    "settings of a list": {"config": [1]},
+    "sections of text": {"config": {"model": "x"}},
+    "updates of text": {"updates": "2"},
+    "too many updates": {"updates": 3},
+    "no contents": {"contents": None},
+    "contents of numbers": {"contents": [1]},
+    "no loss scale": {"loss_scale": None},
+    "a loss scale of text": {"loss_scale": ["4", 7]},
+    "a loss scale of zero": {"loss_scale": [0.0, 7]},
+    "a loss scale without an end": {"loss_scale": [float("inf"), 7]},
+    "a step of another": {"step": 1},
+}
+
+
+def resume_from(rank, num_ranks, config, directory):
+    """Return the checkpoint that a run would go on from, and what rank 0 says about others."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        path = latest_of_run(Path(directory), ControlGroup.flat(dist.group.WORLD))
+    return path and path.name, said.getvalue()
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_manifest_without_the_state_of_a_run_is_passed_over_by_name(ranks, tmp_path, name):
+    directory, state = (
+        tmp_path / "checkpoints",
+        {
+            "step": 2,
+            "updates": 2,
+            "loss_scale": [4.0, 7],
+            "config": {"model": {}},
+            "contents": ["a"],
+        },
+    )
+    two(directory)
+    for step in (1, 2):
+        path = directory / f"step-{step:08d}"
+        body = body_of(path)
+        body["state"] = state | {"step": step, "updates": 1}
+        if step == 2:
+            body["state"] = body["state"] | STATES[name] if STATES[name] else {}
+        sign(path, body)
+    for rank, (chosen, said) in enumerate(ranks(2).run(resume_from, None, str(directory))):
+        assert chosen == "step-00000001"
+        assert len(said.splitlines()) == (rank == 0)
+        assert rank or "step-00000002/manifest.json is damaged: state" in said
+
+
 def load(rank, num_ranks, config, path):
     model, _ = built(config, num_ranks)
     try:
@@ -231,19 +288,17 @@ def test_weights_alone_start_another_run_of_any_layout_and_precision(ranks, tmp_
 
 
 def numbers(rank, num_ranks, directory, value):
-    import torch.distributed as dist
-
     pieces = {
         "number": store.CheckpointTensor(torch.tensor(value)),
         "row": store.CheckpointTensor(torch.full((2,), value)),
     }
-    path = store.save(Path(directory), 1, pieces, {}, ControlGroup.flat(dist.group.WORLD), 1)
+    path = saver.save(Path(directory), 1, pieces, {}, ControlGroup.flat(dist.group.WORLD), 1)
     read = {
         "number": store.CheckpointTensor(torch.tensor(torch.nan)),
         "row": store.CheckpointTensor(torch.full((2,), torch.nan)),
     }
-    manifest = store.read_manifest(path)
-    assert manifest["files"]["rank-00000.safetensors"]["tensors"]["number"]["shape"] == []
+    manifest = read_manifest(path)
+    assert manifest.files["rank-00000.safetensors"].tensors["number"].shape == ()
     store.load(path, manifest, read)
     return read["number"].tensor, read["row"].tensor
 

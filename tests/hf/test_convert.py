@@ -14,11 +14,11 @@ import torch
 
 from tests.hf import models
 from tests.meshes import mesh_for
-from tests.training import run_command
+from tests.training import run_command, save_run
 from vp_train.assembly import build_rank
-from vp_train.checkpoint import store
+from vp_train.checkpoint.saver import save_stream
 from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
-from vp_train.checkpoint.training import load_weights, save_run
+from vp_train.checkpoint.training import Progress, load_weights
 from vp_train.commands.convert import export_model, import_model
 from vp_train.config import (
     ConfigError,
@@ -146,7 +146,7 @@ def save_again(rank, num_ranks, config, path, directory):
     mesh = mesh_for(plan)
     model = build_rank(config, plan, mesh)
     load_weights(path, config, model)
-    save_run(directory, 1, config, model, mesh, (), {})
+    save_run(directory, 1, config, model, mesh, (), Progress())
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def write_run(directory, imported, *, tokenizer=None, init_from=None, seq_length
     state = {"config": {"model": model, "data": {"tokenizer": tokenizer and str(tokenizer)}}}
     tensors = (read_tensor(path, name) for name in described)
     (directory / "checkpoints").mkdir(parents=True)
-    store.save_stream(directory / "checkpoints", 1, list(described.values()), tensors, state)
+    save_stream(directory / "checkpoints", 1, list(described.values()), tensors, state)
     (directory / "config.yaml").write_text(f"run:\n  init_from: {init_from or 'null'}\n")
     return directory
 
@@ -596,7 +596,8 @@ def test_models_that_no_architecture_has_are_not_exported(tmp_path):
         activation="gelu",
         positions="learned",
     )
-    store.save_stream(tmp_path, 1, [], [], {"config": {"model": {**vars(model)}}})
+    weights = [Described("parameter:final_norm.weight", (8,), torch.float32)]
+    save_stream(tmp_path, 1, weights, [torch.ones(8)], {"config": {"model": {**vars(model)}}})
     message = refused(export_checkpoint, tmp_path, tmp_path / "back")
     assert message.startswith("no Hugging Face architecture here is this model; the nearest, ")
     assert "model.activation=gelu" in message

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,54 @@ def test_a_record_can_be_read_at_once_and_every_line_is_strict_json(tmp_path):
         "d": 0.5,
     }
     log.close()
+
+
+@contextmanager
+def largest_file(num_bytes):
+    """Let no file of this process grow beyond `num_bytes`, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_files_that_cannot_be_written_are_named_once_and_the_run_goes_on(tmp_path, capsys):
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", 0)
+    log.record(1, {"loss": 1.0})
+    with largest_file(40):  # a part of the next line fits
+        log.record(2, {"loss": 2.0})
+        log.record(3, {"loss": 3.0})
+    log.record(4, {"loss": 4.0})
+    log.close()
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" cannot be written (File too large)")[0] for line in said] == [
+        str(tmp_path / "metrics.jsonl"),
+        str(next((tmp_path / "tensorboard").iterdir())),
+    ]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 4]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 4]
+
+
+def test_a_removed_directory_is_said_once(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    log = MetricsLog(tmp_path / "run/metrics.jsonl", tmp_path / "run/tensorboard", 0)
+    shutil.rmtree(tmp_path / "run")
+    for step in (1, 2):
+        log.record(step, {"loss": 1.0})
+    log.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "run/metrics.jsonl cannot be written (it was removed); going on without" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_link_in_the_place_of_tensorboards_folder_is_not_followed(tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "tensorboard").symlink_to(tmp_path / "elsewhere")
+    write(tmp_path, 0, [1], 1.0)
+    assert "tensorboard cannot be written (it is a symbolic link)" in capsys.readouterr().err
+    assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -54,3 +54,39 @@ def test_the_lock_names_its_process_and_two_names_do_not_meet(tmp_path):
 def test_the_lock_does_not_pass_to_a_child_process(tmp_path):
     directory = RunDirectory(RunSettings(root=str(tmp_path)))
     assert not os.get_inheritable(directory._lock.fileno())
+
+
+@pytest.mark.parametrize(
+    "name", ["LOCK", "metrics.jsonl", "checkpoints", "tensorboard", "trace", "logs"]
+)
+def test_a_run_does_not_write_through_links(tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    if "." in name or name == "LOCK":
+        elsewhere.write_text("precious")
+    else:
+        elsewhere.mkdir()
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default" / name).symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match=f"default/{name} is a symbolic link"):
+        RunDirectory(RunSettings(root=str(tmp_path), resume=True))
+    assert elsewhere.is_dir() or elsewhere.read_text() == "precious"
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_opened(tmp_path):
+    (tmp_path / "default").mkdir()
+    for name in ("LOCK", "metrics.jsonl"):
+        os.mkfifo(tmp_path / "default" / name)
+        with pytest.raises(ConfigError, match=f"{name} is of another kind"):
+            RunDirectory(RunSettings(root=str(tmp_path), resume=True))
+        (tmp_path / "default" / name).unlink()
+
+
+def test_a_link_in_the_place_of_a_text_is_replaced(tmp_path):
+    directory = RunDirectory(RunSettings(root=str(tmp_path)))
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (directory.path / "config.yaml").symlink_to(precious)
+    directory.write("config.yaml", "a: 1\n")
+    assert precious.read_text() == "precious"
+    assert (directory.path / "config.yaml").read_text() == "a: 1\n"
+    assert not (directory.path / "config.yaml").is_symlink()

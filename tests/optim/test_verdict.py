@@ -70,7 +70,7 @@ def test_a_spike_that_was_not_applied_does_not_move_the_median():
     judge = experienced(on_spike="skip")
     for step in range(21, 30):
         assert judge.judge(step, health(norm=50)).verdict is Verdict.SKIP
-        assert judge.state()["norms"] == [1.0] * 20
+        assert judge.history[1] == (1.0,) * 20
     assert judge.judge(30, health(norm=50)).verdict is Verdict.STOP, "the tenth in a row"
 
 
@@ -78,7 +78,7 @@ def test_the_window_is_the_last_64_steps():
     judge = experienced(on_spike="stop")
     for step in range(21, 200):
         judge.judge(step, health(loss=3.9))
-    assert judge.state()["losses"] == [3.9] * 64
+    assert judge.history[0] == (3.9,) * 64
 
 
 def test_skips_that_are_not_in_a_row_go_on_for_ever():
@@ -103,7 +103,7 @@ def test_a_run_that_goes_back_without_getting_further_stops():
 
 def test_the_medians_survive_a_checkpoint():
     judge = Judge(RunSettings(on_spike="stop"))
-    judge.restore(experienced().state())
+    judge.restore(*experienced().history)
     assert judge.judge(21, health(norm=11)).verdict is Verdict.STOP
-    judge.restore({})
+    judge.restore((), ())
     assert judge.judge(21, health(norm=11)).verdict is Verdict.APPLY

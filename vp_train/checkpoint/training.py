@@ -3,36 +3,112 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vp_train.assembly import RankModel
-from vp_train.checkpoint import store
-from vp_train.checkpoint.store import CheckpointTensor
+from vp_train.checkpoint.manifest import MANIFEST, Manifest, read_manifest, saved_settings
+from vp_train.checkpoint.saver import Saver
+from vp_train.checkpoint.store import CheckpointTensor, latest, load
+from vp_train.communication.control import ControlGroup
 from vp_train.config import FREE_DATA, FREE_MODEL, ConfigError, LossConfig, RunConfig
+from vp_train.durable import plain, shown
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import MOMENTS
 
+Value = TypeVar("Value")
 
-def save_run(
-    directory: Path,
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a run has seen so far.
+
+    left_out: the number of steps whose data no step uses.
+    losses, norms: of the last steps, for their medians.
+    """
+
+    left_out: int = 0
+    losses: tuple[float, ...] = ()
+    norms: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, value: Any) -> Progress:
+        """Return the progress in a manifest; older ones have none.  Raises ValueError."""
+        if value is None:
+            return cls()
+        fields = set(value) if isinstance(value, dict) else set()
+        if fields != {"left_out", "losses", "norms"}:
+            raise ValueError(f"state.progress is {shown(value)}, not that of a run")
+        left_out = value["left_out"]
+        if type(left_out) is not int or left_out < 0:
+            raise ValueError(f"state.progress.left_out is {shown(left_out)}, not a number of steps")
+        for name in ("losses", "norms"):
+            if not (isinstance(value[name], list) and all(map(_is_finite, value[name]))):
+                raise ValueError(f"state.progress.{name} is {shown(value[name])}, not numbers")
+        return cls(left_out, tuple(value["losses"]), tuple(value["norms"]))
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+@dataclass(frozen=True, slots=True)
+class _RunState:
+    """What a run keeps in the manifest beside its tensors.
+
+    config: the settings of `_settings`, by section.
+    contents: the hashes of the corpora.
+    """
+
+    updates: int
+    loss_scale: tuple[float, int]  # its value, and the finite steps at it
+    config: Mapping[str, Mapping[str, Any]]
+    contents: tuple[str, ...]
+    progress: Progress
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> _RunState:
+        """Return the state in a manifest.  Raises ValueError if it is not that of a run."""
+        state = manifest.state
+        updates, contents = state.get("updates"), state.get("contents")
+        scale = state.get("loss_scale")
+        if state.get("step") != manifest.step:
+            raise ValueError(f"state.step is {shown(state.get('step'))}, not {manifest.step}")
+        if type(updates) is not int or not 0 <= updates <= manifest.step:
+            raise ValueError(f"state.updates is {shown(updates)}, not a number of steps")
+        if not (
+            isinstance(scale, list)
+            and [type(value) for value in scale] in ([float, int], [int, int])
+            and 0 < scale[0] < math.inf
+            and scale[1] >= 0
+        ):
+            raise ValueError(f"state.loss_scale is {shown(scale)}, not a scale and a count")
+        if not (isinstance(contents, list) and all(isinstance(one, str) for one in contents)):
+            raise ValueError(f"state.contents is {shown(contents)}, not a list of hashes")
+        progress = Progress.of(state.get("progress"))
+        settings = saved_settings(manifest)
+        return cls(updates, (scale[0], scale[1]), settings, tuple(contents), progress)
+
+
+def begin_save(
+    saver: Saver,
     step: int,
     config: RunConfig,
     model: RankModel,
     mesh: Mesh,
     contents: Sequence[str],
-    progress: Mapping[str, Any],
-) -> Path:
-    """Write the checkpoint of `step` and return its path.  Collective over all ranks.
+    progress: Progress,
+) -> None:
+    """Begin to save `step`, and return when all tensors are copied.  Collective over all ranks.
 
-    `contents` are the hashes of the corpora (`Source.contents`), and `progress` is JSON that
-    `restore_run` returns.  Only the replica with data rank 0
-    writes tensors.  Raises CheckpointError on all ranks if any rank could not write.
+    `contents` are the hashes of the corpora (`Source.contents`).  Only the replica with data rank 0
+    writes tensors.
     """
     tensors, pieces = model.optimizer.state(), {}
     if mesh.data_rank == 0:
@@ -48,31 +124,39 @@ def save_run(
         "loss_scale": [model.loss_scale.value, model.loss_scale.finite_steps],
         "config": _settings(config, mesh.degrees.dp),
         "contents": list(contents),
-        "progress": dict(progress),
+        "progress": asdict(progress),
     }
-    return store.save(directory, step, pieces, state, mesh.world, config.run.keep_checkpoints)
+    saver.begin(step, pieces, state)
+
+
+def latest_of_run(directory: Path, group: ControlGroup) -> Path | None:
+    """Return the newest undamaged checkpoint of a run, as `latest`.  Collective over `group`."""
+
+    def check(manifest: Manifest) -> None:
+        _RunState.of(manifest)
+
+    return latest(directory, group, check)
 
 
 def restore_run(
     path: Path, config: RunConfig, model: RankModel, mesh: Mesh, contents: Sequence[str]
-) -> tuple[int, dict[str, Any]]:
+) -> tuple[int, Progress]:
     """Load checkpoint `path` into model and optimizer.  Collective.
 
-    Returns its step, and the `progress` that `save_run` got; older checkpoints have none.
+    Returns its step and the progress until then.
 
     Raises ConfigError if the checkpoint is of another run: if the model, the data, the dtype or the
     global batch size differ.
     """
-    manifest = store.read_manifest(path)
-    state = manifest["state"]
+    manifest, state = _opened(path, _RunState.of)
     ours = _settings(config, mesh.degrees.dp)
     ours["data"] = {key: value for key, value in ours["data"].items() if key not in FREE_DATA}
-    _require_same(state["config"], ours, path)
-    _require_same_text(state["contents"], contents, path)
+    _require_same(state.config, ours, path)
+    _require_same_text(state.contents, contents, path)
     model.optimizer.restore(lambda kind, name: _read(path, manifest, model, kind, name, cast=False))
-    model.optimizer.updates = int(state["updates"])
-    model.loss_scale.value, model.loss_scale.finite_steps = state["loss_scale"]
-    return int(state["step"]), state.get("progress", {})
+    model.optimizer.updates = state.updates
+    model.loss_scale.value, model.loss_scale.finite_steps = state.loss_scale
+    return manifest.step, state.progress
 
 
 def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
@@ -81,9 +165,9 @@ def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
     The checkpoint may have any parallel layout and any dtype.  Raises ConfigError if it is of
     another model, naming the setting or the tensor, and both values.
     """
-    manifest = store.read_manifest(path)
+    manifest, saved = _opened(path, saved_settings)
     ours = {key: value for key, value in asdict(config.model).items() if key not in FREE_MODEL}
-    _require_same(manifest["state"]["config"], {"model": ours}, path)
+    _require_same(saved, {"model": ours}, path)
 
     def read(kind: str, name: str) -> Tensor:
         if kind in MOMENTS:
@@ -93,17 +177,31 @@ def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
     model.optimizer.restore(read)
 
 
+def _opened(path: Path, read: Callable[[Manifest], Value]) -> tuple[Manifest, Value]:
+    """Return the manifest of checkpoint `path`, and what `read` finds in it.
+
+    Raises ConfigError where the manifest is damaged.
+    """
+    manifest = None
+    try:
+        manifest = read_manifest(path)
+        return manifest, read(manifest)
+    except ValueError as error:
+        where = "" if manifest is None else f"{path / MANIFEST} is damaged: "
+        raise ConfigError(f"{where}{error}") from None
+
+
 def _key(kind: str, name: str) -> str:
     """Return the checkpoint key: `parameter:NAME`, `exp_avg:NAME` or `exp_avg_sq:NAME`."""
     return f"{kind}:{name}"
 
 
 def _read(
-    path: Path, manifest: dict[str, Any], model: RankModel, kind: str, name: str, *, cast: bool
+    path: Path, manifest: Manifest, model: RankModel, kind: str, name: str, *, cast: bool
 ) -> Tensor:
     """Read this rank's slice of a parameter or moment, in the dtype of the gradients."""
     tensor = torch.empty(model.parameters[name].shape, dtype=model.gradients.dtype)
-    store.load(
+    load(
         path,
         manifest,
         {_key(kind, name): CheckpointTensor(tensor, model.splits.get(name))},
@@ -150,7 +248,7 @@ def _require_same_text(saved: Sequence[str], ours: Sequence[str], path: Path) ->
     )
 
 
-def _require_same(saved: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
+def _require_same(saved: Mapping[str, Mapping[str, Any]], ours: dict[str, Any], path: Path) -> None:
     for section, values in ours.items():
         for key, value in values.items():
             before = saved.get(section, {}).get(key)
@@ -158,6 +256,12 @@ def _require_same(saved: dict[str, Any], ours: dict[str, Any], path: Path) -> No
                 before = getattr(LossConfig(), key)
             if before != value:
                 raise ConfigError(
-                    f"{path} was saved with {section}.{key}={before}, this run has {value}; "
+                    f"{path} was saved with {section}.{key}={_word(before)}, "
+                    f"this run has {_word(value)}; "
                     "use the same value"
                 )
+
+
+def _word(value: object) -> str:
+    """Return a setting for a message."""
+    return plain(value) if isinstance(value, str) else shown(value)

@@ -11,6 +11,7 @@ In this module, "ours" are names and shapes of this project, "theirs" those of H
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,16 +19,27 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from vp_train.checkpoint import store
+from vp_train.checkpoint.manifest import Manifest, StoredTensor, read_manifest, saved_settings
+from vp_train.checkpoint.saver import save_stream
 from vp_train.checkpoint.store import CheckpointTensor
 from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
 from vp_train.config import ConfigError, ModelConfig
-from vp_train.durable import sync
+from vp_train.durable import (
+    UnreadableError,
+    open_regular,
+    plain,
+    read_bytes,
+    read_json,
+    shown,
+    sync,
+    write_new,
+)
 from vp_train.hf.families import config_of, model_of
 from vp_train.hf.names import Entry, entries
 from vp_train.hf.values import check
@@ -38,6 +50,9 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+_MOST_JSON = 64 << 20  # bytes of config.json and of an index
+_MOST_COPIED = 256 << 20  # bytes of a tokenizer's file
+_LFS = b"version https://git-lfs.github.com/"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER = (
@@ -93,19 +108,17 @@ def import_checkpoint(
     not supported, and for tensors that are missing, unexpected, or of another shape.  Raises
     OSError if `target` cannot be written.
     """
-    if not (source / "config.json").is_file():
+    config_file = _file_in(source, "config.json")
+    if config_file is None:
         raise ConfigError(
             f"{source / 'config.json'} is not there; "
             "give the directory of a model in the format of Hugging Face"
         )
     place = _checked_target(target)
-    config = _read_json(source / "config.json")
-    try:
-        model = model_of(config)
-    except ConfigError as error:
-        raise ConfigError(f"{source / 'config.json'}: {error}") from None
-    everything = list(entries(model))
+    model = _model_of_file(source / "config.json", _read_json(config_file))
     files = _files(source)
+    _check_layers(model, len(files), f"{source / 'config.json'}")
+    everything = list(entries(model))
     described = _checked_tensors(source, files, everything, model)
     ours = [
         Described(f"parameter:{entry.ours}", entry.shape, described[entry.theirs[0]].dtype)
@@ -123,7 +136,7 @@ def import_checkpoint(
             "".join(f"{key}: {json.dumps(value)}\n" for key, value in asdict(model).items())
         )
         copied = _copy(source, directory, ("config.json", *_TOKENIZER, _GENERATION))
-        checkpoint = target / store.save_stream(directory, 0, ours, tensors, state).name
+        checkpoint = target / save_stream(directory, 0, ours, tensors, state).name
     tokenizer = target / "tokenizer.json" if "tokenizer.json" in copied else None
     num_parameters = sum(tensor.num_values for tensor in ours)
     return Imported(model, num_parameters, checkpoint, target / "model.yaml", tokenizer)
@@ -153,19 +166,20 @@ def export_checkpoint(
     """
     place = _checked_target(target)
     path = store.find(source)
-    manifest = store.read_manifest(path)
-    model = _saved_model(manifest, path)
+    manifest = read_manifest(path)
+    settings = _saved_settings(manifest, path)
+    model = _saved_model(settings, path)
+    held: dict[str, list[StoredTensor]] = {}
+    for file in manifest.files.values():
+        for name, tensor in file.tensors.items():
+            held.setdefault(name, []).append(tensor)
+    _check_layers(model, len(held), f"{path}")
     config = config_of(model)
-    held = {
-        name: entry
-        for content in manifest["files"].values()
-        for name, entry in content["tensors"].items()
-    }
     everything = list(entries(model))
     for entry in everything:
-        _check_held(held.get(f"parameter:{entry.ours}"), entry, path)
+        _check_held(held.get(f"parameter:{entry.ours}", []), entry, path)
     kinds = {
-        entry.ours: DTYPES[dtype or held[f"parameter:{entry.ours}"]["dtype"]]
+        entry.ours: DTYPES[dtype or held[f"parameter:{entry.ours}"][0].dtype]
         for entry in everything
     }
     theirs = [
@@ -174,14 +188,14 @@ def export_checkpoint(
         for name, shape in entry.their_shapes.items()
     ]
     given = [] if tokenizer is None else [_tokenizer_directory(tokenizer)]
-    of_data = manifest["state"]["config"].get("data", {}).get("tokenizer")
+    of_data = settings.get("data", {}).get("tokenizer")
     beside = [source, path.parent]
     # An origin may be a single checkpoint: the files are in the directory of its run or import.
     before = [origin.parent if origin.name.startswith("step-") else origin for origin in origins]
     everywhere = [
         *given,
         *beside,
-        *([] if of_data is None else [Path(of_data).expanduser().parent]),
+        *([Path(of_data).expanduser().parent] if isinstance(of_data, str) else []),
         *before,
     ]
     # max_position_embeddings belongs to the weights.  The tokenizer may be that of another model,
@@ -250,28 +264,76 @@ def _counted(
         progress(f"{done / 1e9:.1f} of {num_bytes / 1e9:.1f} GB written")
 
 
+def _file_in(directory: Path, name: str) -> Path | None:
+    """Return the regular file `name` of a model's directory without links, None if it is absent.
+
+    A link may lead to another file of the directory, or to a blob of the same model, as in the
+    cache of Hugging Face.  Raises ConfigError for any other link, for what is no regular file, and
+    for the pointer of Git LFS to a file that was not fetched.
+    """
+    path = directory / name
+    if not os.path.lexists(path):
+        return None
+    place, root = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
+    blobs = [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else []
+    if not any(place.is_relative_to(inside) for inside in (root, *blobs)):
+        raise ConfigError(
+            f"{path} is a link to {place}, which is outside of {directory}; copy the file there"
+        )
+    try:
+        with open_regular(place, follow=False) as file:
+            is_pointer = file.read(len(_LFS)) == _LFS
+    except (OSError, UnreadableError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if is_pointer:
+        raise ConfigError(f"{path} is a pointer of Git LFS; fetch the file with git lfs pull")
+    return place
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
+        value = read_json(path, _MOST_JSON)
+    except UnreadableError as error:
+        raise ConfigError(str(error)) from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is not a JSON object")
     return value
 
 
+def _model_of_file(path: Path, config: Mapping[str, Any]) -> ModelConfig:
+    """Return the model of a config.json.  Raises ConfigError that names the file, in one line."""
+    try:
+        return model_of(config)
+    except ConfigError as error:
+        words = "".join(char if char.isprintable() else "?" for char in str(error))
+        raise ConfigError(f"{path}: {words if len(words) < 400 else words[:400] + '...'}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} nests too deeply") from None
+
+
+def _check_layers(model: ModelConfig, num_tensors: int, where: str) -> None:
+    """Raise ConfigError if there are fewer tensors than layers, before all layers are listed."""
+    if model.num_layers > num_tensors:
+        raise ConfigError(
+            f"{where} asks for {model.num_layers:,} layers, but its files hold {num_tensors:,} "
+            "tensors"
+        )
+
+
 def _files(source: Path) -> dict[str, Path]:
     """Return the file of each tensor.  Raises ConfigError if there is none, or only pickles."""
-    if (source / _INDEX).is_file():
-        files = {name: source / file for name, file in _weight_map(source / _INDEX).items()}
-        absent = sorted({path.name for path in files.values() if not path.is_file()})
+    if (index := _file_in(source, _INDEX)) is not None:
+        names = _weight_map(index)
+        found = {name: _file_in(source, name) for name in sorted(set(names.values()))}
+        absent = [name for name, path in found.items() if path is None]
         if absent:
             raise ConfigError(
-                f"{source / _INDEX} names {', '.join(absent)}, which {source} does not have"
+                f"{source / _INDEX} names {plain(', '.join(absent))}, which {source} does not have"
             )
-        return files
-    if (source / _SINGLE).is_file():
-        return dict.fromkeys(_describe(source / _SINGLE), source / _SINGLE)
+        files = {tensor: found[name] for tensor, name in names.items()}
+        return {tensor: path for tensor, path in files.items() if path is not None}
+    if (single := _file_in(source, _SINGLE)) is not None:
+        return dict.fromkeys(_describe(single), single)
     pickles = sorted(path.name for pattern in _PICKLES for path in source.glob(pattern))
     if pickles:
         raise ConfigError(
@@ -295,7 +357,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     for tensor, name in names.items():
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
             raise ConfigError(
-                f"{index}: {tensor} is in {json.dumps(name)[:60]}; "
+                f"{index}: {plain(tensor)} is in {json.dumps(name)[:60]}; "
                 "it must be the name of a file beside the index"
             )
     return names
@@ -340,7 +402,8 @@ def _checked_tensors(
     ]
     if left:
         raise ConfigError(
-            f"{source} has {left[0]}{_and_more(left)}, which this architecture does not have here"
+            f"{source} has {plain(left[0])}{_and_more(left)}, "
+            "which this architecture does not have here"
         )
     for entry in everything:
         kinds = {str(found[name].dtype).removeprefix("torch.") for name in entry.theirs}
@@ -356,34 +419,53 @@ def _and_more(names: Sequence[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _saved_model(manifest: Mapping[str, Any], path: Path) -> ModelConfig:
-    settings = manifest["state"]["config"]["model"]
+def _saved_settings(manifest: Manifest, path: Path) -> Mapping[str, Mapping[str, Any]]:
     try:
-        return ModelConfig(**settings)
-    except TypeError as error:
-        raise ConfigError(f"{path} was written by another version: {error}") from None
+        return saved_settings(manifest)
+    except ValueError as error:
+        raise ConfigError(f"{path} has no settings: {error}") from None
 
 
-def _check_held(held: Mapping[str, Any] | None, entry: Entry, path: Path) -> None:
-    if held is None:
+def _saved_model(settings: Mapping[str, Mapping[str, Any]], path: Path) -> ModelConfig:
+    """Return the model of saved settings.  Raises ConfigError if they are not those of a model."""
+    model = settings.get("model", {})
+    kinds = get_type_hints(ModelConfig)
+    for name, value in model.items():
+        if name not in kinds:
+            raise ConfigError(f"{path} was written by another version: it has model.{name[:60]!r}")
+        if not _is_of(value, kinds[name]):
+            raise ConfigError(f"{path} has model.{name}={shown(value)}, which is of another type")
+    return ModelConfig(**model)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Return whether a JSON value has the type of a setting; a whole number is a float, too."""
+    kinds = get_args(kind) or (kind,)
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _check_held(held: Sequence[StoredTensor], entry: Entry, path: Path) -> None:
+    if not held:
         raise ConfigError(f"{path} has no {entry.ours}, which its model asks for")
-    if held["shape"] != list(entry.shape):
+    if held[0].shape != entry.shape:
         raise ConfigError(
-            f"{entry.ours} is {held['shape']} in {path}, but {list(entry.shape)} by its model"
+            f"{entry.ours} is {list(held[0].shape)} in {path}, but {list(entry.shape)} by its model"
         )
+    if sum(math.prod(part.shape_in_file) for part in held) != math.prod(entry.shape):
+        raise ConfigError(f"{path} does not hold all of {entry.ours}")
 
 
 def _exported(
     path: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     everything: Sequence[Entry],
     kinds: Mapping[str, torch.dtype],
-    held: Mapping[str, Any],
+    held: Mapping[str, Sequence[StoredTensor]],
 ) -> Iterator[Tensor]:
     """Yield the Hugging Face tensors of all entries in order, converted to their dtypes."""
     for entry in everything:
         name = f"parameter:{entry.ours}"
-        whole = torch.empty(entry.shape, dtype=DTYPES[held[name]["dtype"]])
+        whole = torch.empty(entry.shape, dtype=DTYPES[held[name][0].dtype])
         store.load(path, manifest, {name: CheckpointTensor(whole)})
         for part in entry.split(whole):
             yield part.to(kinds[entry.ours])
@@ -435,8 +517,9 @@ def _tokenizer_directory(path: Path) -> Path:
 
 def _config_in(directories: Sequence[Path], model_type: str, *keys: str) -> Path | None:
     """Return the first config.json with this model type that sets any of `keys`."""
-    for path in (directory / "config.json" for directory in directories):
-        config = _read_json(path) if path.is_file() else {}
+    for directory in directories:
+        path = _file_in(directory, "config.json")
+        config = {} if path is None else _read_json(path)
         is_same_type = config.get("model_type") == model_type
         if is_same_type and any(config.get(key) is not None for key in keys):
             check(config, f"{path}: ")
@@ -444,17 +527,25 @@ def _config_in(directories: Sequence[Path], model_type: str, *keys: str) -> Path
     return None
 
 
-def _existing(directory: Path, names: Sequence[str]) -> list[str]:
-    """Return those of `names` that are files in `directory`."""
-    return [name for name in names if (directory / name).is_file()]
+def _existing(directory: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Return those of `names` that are files in `directory`, with their places."""
+    found = {name: _file_in(directory, name) for name in names}
+    return {name: path for name, path in found.items() if path is not None}
 
 
 def _copy(source: Path, target: Path, names: Sequence[str]) -> list[str]:
     """Copy those of `names` that are files in `source`, and return their names."""
     existing = _existing(source, names)
-    for name in existing:
-        shutil.copyfile(source / name, target / name)
-    return existing
+    for name, path in existing.items():
+        size = path.stat().st_size
+        if size > _MOST_COPIED:
+            raise ConfigError(f"{path} has {size:,} bytes, which is too many for such a file")
+        try:
+            content = read_bytes(path, _MOST_COPIED)
+        except UnreadableError as error:
+            raise ConfigError(str(error)) from None
+        write_new(target / name, content)
+    return list(existing)
 
 
 @contextmanager

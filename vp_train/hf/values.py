@@ -14,6 +14,7 @@ from typing import Any
 from vp_train.config import ConfigError
 
 _WHOLE, _NUMBER, _FLAG = "a whole number, like 4096", "a finite number, like 0.5", "true or false"
+_LAYERS = "a whole number up to 100,000"
 _TEXT, _TEXTS, _OBJECT = (
     'a text, like "llama"',
     'a list of texts, like ["full_attention"]',
@@ -21,7 +22,8 @@ _TEXT, _TEXTS, _OBJECT = (
 )
 
 _IS: dict[str, Callable[[Any], bool]] = {
-    _WHOLE: lambda value: type(value) is int,  # excludes true and 2.0
+    _WHOLE: lambda value: type(value) is int and abs(value) < 1 << 53,  # excludes true and 2.0
+    _LAYERS: lambda value: type(value) is int and value <= 100_000,
     _NUMBER: lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max,
     _FLAG: lambda value: isinstance(value, bool),
     _TEXT: lambda value: isinstance(value, str),
@@ -29,9 +31,8 @@ _IS: dict[str, Callable[[Any], bool]] = {
     _OBJECT: lambda value: isinstance(value, dict),
 }
 _KINDS = {
-    **dict.fromkeys(
-        ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "head_dim"), _WHOLE
-    ),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "head_dim"), _WHOLE),
+    "num_hidden_layers": _LAYERS,
     **dict.fromkeys(
         ("num_attention_heads", "num_key_value_heads", "max_position_embeddings"), _WHOLE
     ),

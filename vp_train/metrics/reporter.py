@@ -14,7 +14,7 @@ from schedules.timeline import Timeline
 from schedules.vocab import End
 from vp_train.config import RunConfig
 from vp_train.data import Source
-from vp_train.metrics.log import MetricsLog
+from vp_train.metrics.log import MetricsLog, warn_unwritten
 from vp_train.metrics.progress import Progress, StepReport
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.metrics.summary import rank_table, step_words, summarize
@@ -145,10 +145,12 @@ class Reporter:
                 gap_measured=measured.makespan / planned.bound - 1.0, gap_predicted=planned.gap
             )
         trace = chrome_trace({"predicted": self._plan.timeline, "measured": measured})
-        self._directory.write("trace/step.json", json.dumps(trace))
         names = f"{self._plan.schedule.name}, vocabulary {self._plan.problem.algorithm.name}"
-        title = f"{names}: as measured"
-        self._directory.write("trace/step.svg", svg(measured, title))
+        try:
+            self._directory.write("trace/step.json", json.dumps(trace))
+            self._directory.write("trace/step.svg", svg(measured, f"{names}: as measured"))
+        except OSError as error:
+            warn_unwritten(self._directory.trace, error)
 
     def record(self) -> None:
         """Write the record of the step.

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import IO
 
 from vp_train.config import ConfigError, RunSettings
-from vp_train.durable import naming, replace
+from vp_train.durable import UnreadableError, naming, open_to_append, replace
+
+# What a run writes in its directory, apart from single files, which replace what is there.
+_FILES = ("LOCK", "metrics.jsonl")
+_DIRECTORIES = ("checkpoints", "tensorboard", "trace", "logs")
 
 
 def run_path(settings: RunSettings) -> Path:
@@ -51,11 +55,12 @@ class RunDirectory:
     def __init__(self, settings: RunSettings) -> None:
         """Create the directory if needed, and lock it.
 
-        Raises ConfigError if another process uses it, or if it holds a run that is not to be
-        resumed.
+        Raises ConfigError if another process uses it, if it holds a run that is not to be resumed,
+        or if a symbolic link or a pipe is where the run has a file or folder.
         """
         self.path = run_path(settings)
         self.path.mkdir(parents=True, exist_ok=True)
+        _refuse_others(self.path)
         self._lock = _acquire(self.path)
         self._lock.truncate(0)
         self._lock.write(f"{os.getpid()}\n")
@@ -84,7 +89,7 @@ class RunDirectory:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with naming(path):
-            replace(path, text)
+            replace(path, text)  # which replaces a link, too
 
     def keep_tokenizer(self, path: Path) -> None:
         """Keep a copy of the tokenizer.json that the text made, where vp-export looks for it."""
@@ -109,16 +114,34 @@ def _acquire(path: Path) -> IO[str]:
 
     Raises ConfigError if another process holds it.
     """
-    file = (path / "LOCK").open("a+")
+    try:
+        file = os.fdopen(open_to_append(path / "LOCK"), "a+")
+    except UnreadableError as error:
+        raise ConfigError(f"{error}; remove it") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
+        number = file.read(20).strip()
+        file.close()
+        process = f"process {number}" if number.isdecimal() else "another process"
         raise ConfigError(
-            f"{path} is in use by process {file.read().strip()}; "
-            "wait for it or choose another run.name"
+            f"{path} is in use by {process}; wait for it or choose another run.name"
         ) from None
     return file
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise ConfigError if a run in directory `path` would write through a link, or to a pipe."""
+    for name in (*_FILES, *_DIRECTORIES):
+        place = path / name
+        is_right = place.is_file() if name in _FILES else place.is_dir()
+        if os.path.lexists(place) and (place.is_symlink() or not is_right):
+            what = "a symbolic link" if place.is_symlink() else "of another kind"
+            raise ConfigError(
+                f"{place} is {what}, and a run writes files and folders of its own; "
+                "remove it, or choose another run.root or run.name"
+            )
 
 
 def _version(package: str) -> str | None:

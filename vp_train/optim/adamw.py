@@ -80,6 +80,7 @@ class StepHealth:
     grad_norm: the norm over all ranks.
     culprits: which ranks have a non-finite value, and in what.
     request: the largest request of all ranks (`supervision.requests`), and the first rank with it.
+    saved: whether all ranks have written their part of the checkpoint that is being saved.
     """
 
     loss: float
@@ -88,6 +89,7 @@ class StepHealth:
     peak_bytes: float  # memory of the worst rank
     request: int = 0
     requesting_rank: int = 0
+    saved: bool = False
 
 
 def gather_health(
@@ -98,6 +100,7 @@ def gather_health(
     *,
     poison: Tensor | None = None,
     request: int = 0,
+    saved: bool = False,
 ) -> StepHealth:
     """Exchange loss, squared gradient norm, memory and request in one small all-gather.
 
@@ -120,7 +123,7 @@ def gather_health(
         nothing if term is None else term.to(device, torch.float64)
         for term in (loss, squared_norm, squared_norm if poison is None else poison)
     ]
-    others = torch.tensor([peak_bytes, request], dtype=torch.float64)
+    others = torch.tensor([peak_bytes, request, float(saved)], dtype=torch.float64)
     of_ranks = group.all_gather(torch.cat([torch.stack(own).cpu(), others]))
     culprits = []
     for rank, (rank_loss, _, rank_poison, *_) in enumerate(of_ranks.tolist()):
@@ -139,6 +142,7 @@ def gather_health(
         of_ranks[:, 3].max().item(),
         int(max(requests)),
         requests.index(max(requests)),
+        bool(of_ranks[:, 5].all()),
     )
 
 

@@ -5,12 +5,10 @@ All ranks see the same health of a step, so all come to the same verdict.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import median
-from typing import Any
 
 from vp_train.config import RunSettings
 from vp_train.optim.adamw import StepHealth
@@ -111,11 +109,11 @@ class Judge:
                 verdict, what = Verdict.STOP, f"{what}, {returns}"
         return Judgement(verdict, what, way_out)
 
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, as JSON."""
-        return {"losses": self._losses, "norms": self._norms}
+    @property
+    def history(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The losses and gradient norms of the last steps, for a checkpoint."""
+        return tuple(self._losses), tuple(self._norms)
 
-    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Take the medians of a checkpoint; the counts stay."""
-        self._losses = [value for value in state.get("losses", ()) if math.isfinite(value)]
-        self._norms = [value for value in state.get("norms", ()) if math.isfinite(value)]
+    def restore(self, losses: Sequence[float], norms: Sequence[float]) -> None:
+        """Take the history of a checkpoint; the counts stay."""
+        self._losses, self._norms = list(losses), list(norms)

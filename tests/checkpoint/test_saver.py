@@ -1,0 +1,260 @@
+"""A step waits for a copy only; what is written beside it is complete on all ranks or on none."""
+
+from __future__ import annotations
+
+import os
+import resource
+import stat
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from vp_train.checkpoint import saver as module
+from vp_train.checkpoint.manifest import read_manifest
+from vp_train.checkpoint.saver import CheckpointError, Saver, save
+from vp_train.checkpoint.store import CheckpointTensor, find, latest, load
+from vp_train.communication.control import ControlGroup
+
+
+def saver_of(directory, keep=9):
+    return Saver(Path(directory), ControlGroup.flat(dist.group.WORLD), keep)
+
+
+def piece(rank, value, size=1000):
+    return {f"x{rank}": CheckpointTensor(torch.full((size,), float(value)))}
+
+
+def loaded(path, rank, size=1000):
+    """Return the distinct values of the tensor that `rank` has saved."""
+    tensor = torch.full((size,), torch.nan)
+    load(path, read_manifest(path), {f"x{rank}": CheckpointTensor(tensor)})
+    return tensor.unique().tolist()
+
+
+@contextmanager
+def held_back():
+    """Let the writing thread of this rank wait, until the yielded event is set."""
+    inner, go_on = module.write_new, threading.Event()
+
+    def late(*arguments):
+        assert go_on.wait(30)
+        inner(*arguments)
+
+    module.write_new = late
+    try:
+        yield go_on
+    finally:
+        go_on.set()
+        module.write_new = inner
+
+
+def change_while_written(rank, num_ranks, directory):
+    saver, pieces = saver_of(directory), piece(rank, 1)
+    with held_back() as go_on:
+        saver.begin(1, pieces, {})
+        ready_at_once = saver.is_ready
+        pieces[f"x{rank}"].tensor.fill_(2.0)  # what the next step does
+        nothing_yet = latest(Path(directory)) is None
+        dist.barrier()
+        go_on.set()
+        saver.finish()
+    path = find(Path(directory) / "step-00000001")
+    return ready_at_once, nothing_yet, loaded(path, rank), saver.is_ready, saver.take_failure()
+
+
+def test_a_save_holds_the_values_at_its_begin(ranks, tmp_path):
+    for answer in ranks(2).run(change_while_written, str(tmp_path)):
+        assert answer == (False, True, [1.0], False, None)
+
+
+def advance_when_all_are_ready(rank, num_ranks, directory):
+    """Do what steps do: exchange whether all are ready, and go on only then."""
+    saver, world, seen = saver_of(directory), ControlGroup.flat(dist.group.WORLD), []
+    saver.begin(1, piece(rank, 1), {})
+    for _ in range(10_000):
+        seen.append(Path(directory, "step-00000001").exists())
+        if all(world.all_gather_json(saver.is_ready)):
+            saver.advance()
+        if saver._save is None:
+            return seen[0], Path(directory, "step-00000001").exists()
+    return "never done"
+
+
+def test_steps_complete_a_save_without_waiting(ranks, tmp_path):
+    assert ranks(2).run(advance_when_all_are_ready, str(tmp_path)) == [(False, True)] * 2
+
+
+def save_twice(rank, num_ranks, directory):
+    saver = saver_of(directory)
+    saver.begin(1, piece(rank, 1), {})
+    first = saver._copy._buffer.data_ptr()
+    saver.begin(2, piece(rank, 2), {})  # waits for the first
+    both = [
+        loaded(Path(directory) / "step-00000001", rank),
+        saver._copy._buffer.data_ptr() == first,
+    ]
+    saver.finish()
+    return [*both, loaded(Path(directory) / "step-00000002", rank)]
+
+
+def test_the_next_save_waits_for_the_one_before_and_uses_its_memory(ranks, tmp_path):
+    assert ranks(2).run(save_twice, str(tmp_path)) == [[[1.0], True, [2.0]]] * 2
+
+
+def fail_on_the_second(rank, num_ranks, directory):
+    saver, inner = saver_of(directory), module.write_new
+    saver.begin(1, piece(rank, 1), {})
+    saver.finish()
+    if rank == 1:
+        module.write_new = lambda path, _: (_ for _ in ()).throw(OSError(28, "full", str(path)))
+    try:
+        saver.begin(2, piece(rank, 2), {})
+        saver.finish()
+    finally:
+        module.write_new = inner
+    failure = saver.take_failure()
+    saver.begin(3, piece(rank, 3), {})
+    saver.finish()
+    return str(failure), saver.take_failure(), sorted(os.listdir(directory))
+
+
+def test_a_failure_in_a_thread_is_that_of_all_ranks_and_the_next_save_works(ranks, tmp_path):
+    for message, later, names in ranks(2).run(fail_on_the_second, str(tmp_path)):
+        assert message.startswith("rank 1 could not write the checkpoint of step 2: OSError: ")
+        assert "rank-00001.safetensors" in message
+        assert later is None
+        assert names == ["step-00000001", "step-00000003"]
+
+
+def save_what_no_file_holds(rank, num_ranks, directory):
+    saver = saver_of(directory)
+    saver.begin(1, {"x": CheckpointTensor(torch.ones(3, dtype=torch.int64))}, {})
+    saver.finish()
+    return str(saver.take_failure())
+
+
+def test_a_copy_that_fails_is_a_failure_of_the_save(ranks, tmp_path):
+    (message,) = ranks(1).run(save_what_no_file_holds, str(tmp_path))
+    assert "could not write the checkpoint of step 1: ValueError: x is torch.int64" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def modes_and_priority(rank, num_ranks, directory):
+    before = os.umask(0o027)
+    try:
+        saver = saver_of(directory)
+        saver.begin(1, piece(rank, 1), {})
+        saver.finish()
+    finally:
+        os.umask(before)
+    nice = saver._thread.submit(os.getpriority, os.PRIO_PROCESS, 0).result()
+    files = Path(directory, "step-00000001").iterdir()
+    return {stat.S_IMODE(path.stat().st_mode) for path in files}, nice
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are those of Linux")
+def test_files_follow_the_umask_and_the_thread_gives_way(ranks, tmp_path):
+    ((modes, nice),) = ranks(1).run(modes_and_priority, str(tmp_path))
+    assert modes == {0o640}
+    assert nice == os.getpriority(os.PRIO_PROCESS, 0) + module._NICENESS
+
+
+def mixed(rank, num_ranks, directory):
+    """Save and load tensors of all dtypes, strided, empty and without dimensions."""
+    tensors = {
+        "narrow": torch.arange(3, dtype=torch.float32).to(torch.bfloat16),
+        "wide": torch.arange(5, dtype=torch.float64),
+        "turned": torch.arange(12.0).view(3, 4).T,
+        "nothing": torch.empty(0, 4),
+        "number": torch.tensor(3.25),
+    }
+    pieces = {name: CheckpointTensor(tensor) for name, tensor in tensors.items()}
+    path = save(Path(directory), 1, pieces, {}, ControlGroup.flat(dist.group.WORLD), 1)
+    found = {name: CheckpointTensor(torch.ones_like(tensor)) for name, tensor in tensors.items()}
+    load(find(path), read_manifest(path), found)
+    return all(torch.equal(found[name].tensor, tensor) for name, tensor in tensors.items())
+
+
+def test_all_kinds_of_tensors_come_back(ranks, tmp_path):
+    assert ranks(1).run(mixed, str(tmp_path)) == [True]
+
+
+@contextmanager
+def largest_file(num_bytes):
+    """Let no file of this process grow beyond `num_bytes`, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_on_a_full_disk(rank, num_ranks, directory):
+    world = ControlGroup.flat(dist.group.WORLD)
+    save(Path(directory), 1, piece(rank, 1), {}, world, 1)
+    try:
+        with largest_file(2_000):
+            save(Path(directory), 2, piece(rank, 2), {}, world, 1)
+    except CheckpointError as error:
+        return str(error), loaded(latest(Path(directory)), rank), os.listdir(directory)
+    return "saved"
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_checkpoint_before(ranks, tmp_path):
+    ((message, values, names),) = ranks(1).run(save_on_a_full_disk, str(tmp_path))
+    assert "File too large: " in message
+    assert "rank-00000.safetensors" in message
+    assert (values, names) == ([1.0], ["step-00000001"])
+
+
+def save_until_full(rank, num_ranks, directory):
+    world, message = ControlGroup.flat(dist.group.WORLD), ""
+    for step in range(1, 9):
+        try:
+            save(Path(directory), step, piece(rank, step, 40_000), {}, world, 9)
+        except CheckpointError as error:
+            message = str(error)
+            break
+    kept = {path.name: loaded(find(path), rank, 40_000) for path in Path(directory).iterdir()}
+    return message, kept
+
+
+def test_a_disk_that_fills_up_keeps_all_that_was_saved(ranks, tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        ((message, kept),) = ranks(1).run(save_until_full, str(tmp_path))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert "No space left on device" in message
+    assert kept == {f"step-{step:08d}": [float(step)] for step in range(1, len(kept) + 1)}
+    assert len(kept) >= 2
+
+
+def save_through_a_link(rank, num_ranks, directory, elsewhere):
+    (Path(directory) / "checkpoints").symlink_to(elsewhere)
+    return save_to(rank, Path(directory) / "checkpoints")
+
+
+def save_to(rank, directory):
+    try:
+        save(directory, 1, piece(rank, 1), {}, ControlGroup.flat(dist.group.WORLD), 1)
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+def test_a_link_is_not_followed(ranks, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (message,) = ranks(1).run(save_through_a_link, str(tmp_path), str(elsewhere))
+    assert "checkpoints is a symbolic link" in message
+    assert list(elsewhere.iterdir()) == []

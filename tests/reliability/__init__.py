@@ -1,0 +1,1 @@
+"""Campaigns of faults: `python -m tests.reliability` runs the long forms, CI short ones."""

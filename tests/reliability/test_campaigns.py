@@ -1,0 +1,24 @@
+"""Short forms of the campaigns; `make reliability` runs the long ones."""
+
+from __future__ import annotations
+
+from tests.reliability import crafted, kills, mutations
+
+
+def test_every_mutation_is_named_and_the_checkpoint_before_is_used():
+    assert mutations.campaign(seed=7, count=44) == []
+
+
+def test_every_crafted_checkpoint_is_refused_in_one_line():
+    assert crafted.campaign(seed=7, count=len(crafted.CASES)) == []
+
+
+def test_a_checkpoint_that_is_not_refused_is_a_failure(monkeypatch):
+    monkeypatch.setitem(crafted.CASES, "nothing", lambda body, path: None)
+    monkeypatch.setattr(crafted, "CASES", {"nothing": crafted.CASES["nothing"]})
+    (failure,) = crafted.campaign(seed=1, count=1)
+    assert "step-00000002 was used" in failure
+
+
+def test_a_kill_of_a_rank_leaves_complete_checkpoints_and_the_same_losses():
+    assert kills.campaign(seed=7, count=4) == []

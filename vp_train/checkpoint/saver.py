@@ -1,0 +1,362 @@
+"""Writing of checkpoints beside training: a step waits for a copy to host memory only.
+
+A checkpoint is written into a temporary directory, synced to disk, and then renamed.  A process
+killed at any moment therefore leaves only complete checkpoints behind.
+
+A save has two phases, and a thread of the rank does the slow part of each: every rank writes its
+file, then rank 0 commits.  Threads use no process group.  Between the phases the main threads
+exchange hashes and errors, so that all ranks fail or none does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vp_train.checkpoint.manifest import (
+    StoredFile,
+    StoredTensor,
+    directory_name,
+    file_name,
+    step_of,
+    write_manifest,
+)
+from vp_train.checkpoint.store import CheckpointTensor
+from vp_train.checkpoint.stream import Described, header_of, write_tensors
+from vp_train.communication.control import ControlGroup
+from vp_train.durable import sync, write_new
+from vp_train.failures import EXIT_IO, SharedFailure
+
+_NICENESS = 10  # of the writing thread: a step has about nine tenths of a CPU that both want
+
+
+class CheckpointError(SharedFailure, OSError):
+    """A failure to write a checkpoint.  Earlier checkpoints are untouched."""
+
+    exit_code = EXIT_IO
+
+
+@dataclass(frozen=True, slots=True)
+class _Save:
+    """A save that is under way: its second phase has begun if `is_committing`.
+
+    work: the thread's part of the phase on this rank.
+    """
+
+    step: int
+    state: Mapping[str, Any]
+    work: Future[Any]
+    is_committing: bool = False
+
+
+class Saver:
+    """The saves of one rank.  All methods but `is_ready` and `take_failure` are collective."""
+
+    def __init__(self, directory: Path, group: ControlGroup, keep: int) -> None:
+        """Save below `directory`, and keep the newest `keep` checkpoints."""
+        self._directory, self._group, self._keep = directory, group, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
+        self._copy = _HostCopy()
+        self._save: _Save | None = None
+        self._failure: CheckpointError | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a save is under way and this rank's part of its phase is done.
+
+        When that is so on all ranks, call `advance`.
+        """
+        return self._save is not None and self._save.work.done()
+
+    def take_failure(self) -> CheckpointError | None:
+        """Return why the newest save failed, the same on all ranks, and forget it."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    def begin(
+        self, step: int, pieces: Mapping[str, CheckpointTensor], state: Mapping[str, Any]
+    ) -> None:
+        """Begin checkpoint `step`, and return when `pieces` are copied to host memory.
+
+        A save that is under way is finished first.  The `pieces` of all ranks together must cover
+        every global tensor exactly once.  `state` must be JSON.
+        """
+        self.finish()
+        error = None
+        _, temporary = _final_and_temporary(self._directory, step)
+        if self._group.rank == 0:
+            error = _attempt(lambda: _make_empty(temporary))
+        if self._exchange(step, error) is None:
+            return
+        path = temporary / file_name(self._group.rank)
+        tensors = {name: piece.stored for name, piece in pieces.items()}
+        error = _attempt(lambda: self._copy.take(pieces))
+        if error is None:
+            work = self._thread.submit(_attempt, lambda: _write(path, self._copy.image, tensors))
+        else:
+            work = _done(error)
+        self._save = _Save(step, state, work)
+
+    def advance(self) -> None:
+        """Go on with the save that is under way, after waiting for its phase on all ranks."""
+        if (save := self._save) is None:
+            return
+        self._save = None
+        results = self._exchange(save.step, save.work.result())
+        if results is None or save.is_committing:
+            return
+        files = {file_name(rank): entry for rank, entry in enumerate(results)}
+        work = (
+            self._thread.submit(_attempt, lambda: self._commit(save, files))
+            if self._group.rank == 0
+            else _done(None)
+        )
+        self._save = _Save(save.step, save.state, work, is_committing=True)
+
+    def finish(self) -> None:
+        """Return when the save that is under way is complete or has failed on all ranks."""
+        while self._save is not None:
+            self.advance()
+
+    def _exchange(self, step: int, value: Any) -> list[Any] | None:
+        """Return the values of all ranks.  A string is an error: return None and keep it."""
+        gathered = self._group.all_gather_json(value)
+        for rank, result in enumerate(gathered):
+            if isinstance(result, str):
+                self._failure = CheckpointError(
+                    f"rank {rank} could not write the checkpoint of step {step}: {result}"
+                )
+                if self._group.rank == 0:  # frees space on a full disk
+                    temporary = _final_and_temporary(self._directory, step)[1]
+                    shutil.rmtree(temporary, ignore_errors=True)
+                return None
+        return gathered
+
+    def _commit(self, save: _Save, files: Mapping[str, Any]) -> None:
+        final, temporary = _final_and_temporary(self._directory, save.step)
+        _commit(save.step, save.state, files, temporary, final)
+        left = _attempt(lambda: _retain(self._directory, save.step, self._keep))
+        if left is not None:
+            print(
+                f"{final} is complete, but older checkpoints could not be removed: {left}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def save(
+    directory: Path,
+    step: int,
+    pieces: Mapping[str, CheckpointTensor],
+    state: Mapping[str, Any],
+    group: ControlGroup,
+    keep: int,
+) -> Path:
+    """Write a checkpoint as a `Saver` does, wait until it is complete, and return its path.
+
+    Collective over `group`.  Raises CheckpointError on all ranks if any rank could not write.
+    """
+    saver = Saver(directory, group, keep)
+    saver.begin(step, pieces, state)
+    saver.finish()
+    if (failure := saver.take_failure()) is not None:
+        raise failure
+    return _final_and_temporary(directory, step)[0]
+
+
+def save_stream(
+    directory: Path,
+    step: int,
+    described: Sequence[Described],
+    tensors: Iterable[Tensor],
+    state: Mapping[str, Any],
+) -> Path:
+    """Write checkpoint `step` from a single process and return its path.
+
+    Only one of `tensors` is in memory at a time.  They must match `described` in order, shape and
+    dtype.
+    """
+    final, temporary = _final_and_temporary(directory, step)
+    path = temporary / file_name(0)
+    _make_empty(temporary)
+    write_tensors(path, described, tensors)
+    stored = {
+        tensor.name: StoredTensor(str(tensor.dtype).removeprefix("torch."), tensor.shape)
+        for tensor in described
+    }
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "blake2b").hexdigest()
+    entry = StoredFile(path.stat().st_size, digest, stored)
+    _commit(step, state, {path.name: entry.as_json()}, temporary, final)
+    return final
+
+
+class _HostCopy:
+    """The bytes of a rank's file, in host memory that all saves of a run use."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._num_bytes = 0
+        self._side: torch.cuda.Stream | None = None
+
+    @property
+    def image(self) -> memoryview:
+        """All bytes of the file."""
+        return self._buffer[: self._num_bytes].numpy().data
+
+    @torch.no_grad()
+    def take(self, pieces: Mapping[str, CheckpointTensor]) -> None:
+        """Copy `pieces`, and return when they may change.
+
+        Raises ValueError for a dtype that the file cannot hold, and RuntimeError if there is too
+        little memory.
+        """
+        # Wide elements come first, so that every tensor begins at a multiple of its element size.
+        tensors = {
+            name: piece.tensor.detach()
+            for name, piece in sorted(
+                pieces.items(), key=lambda item: -item[1].tensor.dtype.itemsize
+            )
+        }
+        described = [
+            Described(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()
+        ]
+        header = header_of(described)
+        self._num_bytes = len(header) + sum(entry.num_bytes for entry in described)
+        device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+        self._reserve(self._num_bytes, pinned=device is not None)
+        self.image[: len(header)] = header
+        if device is None:
+            self._fill(described, tensors, len(header))
+            return
+        self._side = self._side or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._side):
+            self._fill(described, tensors, len(header))
+        self._side.synchronize()
+
+    def _fill(
+        self, described: Sequence[Described], tensors: Mapping[str, Tensor], start: int
+    ) -> None:
+        for entry in described:
+            place = self._buffer[start : start + entry.num_bytes]
+            start += entry.num_bytes
+            if entry.num_bytes:
+                place.view(entry.dtype).view(entry.shape).copy_(
+                    tensors[entry.name], non_blocking=True
+                )
+
+    def _reserve(self, num_bytes: int, *, pinned: bool) -> None:
+        """Make the buffer large enough.
+
+        It is registered with CUDA, since torch's own pinned memory has a power of two of bytes.
+        Where the system allows no more pinned memory, copies are slower but right.
+        """
+        if len(self._buffer) >= num_bytes:
+            return
+        # Nothing uses the old buffer: a save begins only when the one before is complete.
+        runtime: Any = torch.cuda.cudart() if pinned else None  # type: ignore[no-untyped-call]
+        if pinned and len(self._buffer):
+            runtime.cudaHostUnregister(self._buffer.data_ptr())
+        self._buffer = torch.empty(0, dtype=torch.uint8)  # frees it before the next is allocated
+        self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        if pinned and int(runtime.cudaHostRegister(self._buffer.data_ptr(), num_bytes, 1)):
+            # CUDA keeps the error for the next launch that asks, so let one ask that may fail.
+            with suppress(RuntimeError):
+                torch.zeros(1, device="cuda")
+
+
+def _give_way() -> None:
+    """Give this thread a low priority on the CPUs.  Only Linux has priorities of threads."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
+def _done(result: Any) -> Future[Any]:
+    """Return a future that has this result."""
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return future
+
+
+def _attempt(work: Callable[[], Any]) -> Any:
+    """Return the result of `work`, or the text of the exception that it raised."""
+    try:
+        return work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _write(path: Path, image: memoryview, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """Write this rank's file and return its entry in the manifest.
+
+    The hash is that of memory, so it also covers the way to the disk.  Neither call holds the
+    interpreter's lock, which a step needs.
+    """
+    write_new(path, image)
+    return StoredFile(len(image), hashlib.blake2b(image).hexdigest(), tensors).as_json()
+
+
+def _final_and_temporary(directory: Path, step: int) -> tuple[Path, Path]:
+    """Return where checkpoint `step` ends up, and where it is written before the rename."""
+    name = directory_name(step)
+    return directory / name, directory / f".writing-{name}"
+
+
+def _make_empty(directory: Path) -> None:
+    if directory.parent.is_symlink():
+        raise OSError(f"{directory.parent} is a symbolic link; checkpoints are not written there")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def _commit(
+    step: int, state: Mapping[str, Any], files: Mapping[str, Any], temporary: Path, final: Path
+) -> None:
+    """Write the manifest, sync, and rename the checkpoint to its final name."""
+    write_manifest(temporary, step, state, files)
+    sync(temporary)
+    if os.path.lexists(final):  # a run that resumed from an earlier step reached this step again
+        _remove(final)
+    temporary.rename(final)
+    sync(final.parent)
+
+
+def _retain(directory: Path, step: int, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints up to `step`, and what killed processes left.
+
+    Checkpoints of later steps were skipped as damaged when the run began.  They are neither
+    counted nor removed.
+    """
+    for stray in (*directory.glob(".writing-*"), *directory.glob(".removing-*")):
+        shutil.rmtree(stray, ignore_errors=True)
+    steps = {path: step_of(path.name) for path in directory.glob("step-*")}
+    upto = sorted(
+        (found, path) for path, found in steps.items() if found is not None and found <= step
+    )
+    for _, old in upto[:-keep]:
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint.  It is renamed first, since a half-deleted one must not look valid."""
+    doomed = path.with_name(f".removing-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    if doomed.is_symlink():
+        doomed.unlink()
+    else:
+        shutil.rmtree(doomed)
