@@ -19,6 +19,7 @@ from pathlib import Path
 CAMPAIGNS = {  # name -> its module, and the cases of the long form
     "mutations": ("tests.reliability.mutations", 500),
     "crafted": ("tests.reliability.crafted", 100),
+    "faults": ("tests.reliability.faults", 105),
     "kills": ("tests.reliability.kills", 200),
 }
 

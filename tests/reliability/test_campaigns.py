@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.reliability import crafted, kills, mutations
+from tests.reliability import crafted, faults, kills, mutations
 
 
 def test_every_mutation_is_named_and_the_checkpoint_before_is_used():
@@ -22,3 +22,12 @@ def test_a_checkpoint_that_is_not_refused_is_a_failure(monkeypatch):
 
 def test_a_kill_of_a_rank_leaves_complete_checkpoints_and_the_same_losses():
     assert kills.campaign(seed=7, count=4) == []
+
+
+def test_every_fault_ends_the_job_with_its_code_and_cause_in_time():
+    assert faults.campaign(seed=7, count=8, at_once=4) == []
+
+
+def test_a_job_that_ends_otherwise_is_a_failure(tmp_path):
+    fault = faults.Fault(code=75, words="bug", deed="raise ValueError('bug')")
+    assert faults.wrong_with(fault, tmp_path).startswith("code 70 instead of 75: ")
