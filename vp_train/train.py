@@ -105,7 +105,8 @@ def run_rank(
             dist.destroy_process_group()
             leave(Ending(EXIT_OK, ""))
         watcher.timeout_seconds = config.run.timeout_seconds
-        run = Run(config, plan, mesh, source, build_rank(config, plan, mesh), requests)
+        model = build_rank(config, plan, mesh)
+        run = Run(config, plan, mesh, source, model, requests=requests)
         watcher.run = run
         if heartbeat is not None:
             heartbeat.follow(run.place)
@@ -263,6 +264,7 @@ class Run:
         mesh: Mesh,
         source: Source,
         model: RankModel,
+        *,
         requests: Requests | None = None,
     ) -> None:
         self.config, self.plan, self.mesh = config, plan, mesh
