@@ -27,6 +27,8 @@ LONG = (
     "test_train.py",
     "test_resume.py",
     "test_ends.py",
+    "test_campaigns.py",
+    "test_nodes.py",
     "test_memory.py",
     "test_convert.py",
     "test_auto.py",

@@ -72,6 +72,12 @@ PACKAGES: dict[str, tuple[tuple[str | tuple[str, ...], tuple[str, ...]], ...]] =
     "pipeline": (("vp_train/pipeline", ("tests/pipeline",)),),
     "planner": (("vp_train/planning", ("tests/planning", "tests/test_plan_command.py")),),
     "hf": (("vp_train/hf", ("tests/hf",)),),
+    "communication": (
+        (
+            "vp_train/communication",
+            ("tests/test_communicators.py", "tests/test_control.py", "tests/test_failures.py"),
+        ),
+    ),
 }
 
 _COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {

@@ -12,10 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from vp_train.communication import flight_recorder
-from vp_train.communication.nccl import set_environment, watch
+from vp_train.communication.nccl import require_gpu, set_environment, watch
 from vp_train.config import ConfigError, RunSettings
 from vp_train.failures import (
     EXIT_CONFIG,
@@ -301,6 +302,32 @@ def test_an_error_of_nccl_is_noticed_once(monkeypatch, error):
     assert said == [error]
 
 
+def test_a_watch_keeps_no_process_alive_and_says_nothing_after_its_end(monkeypatch):
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+
+    def fail_at_the_end():
+        ended.wait(10)
+        stopped.set()
+        return SimpleNamespace(name="TIMEOUT")
+
+    said, ended, before = [], threading.Event(), set(threading.enumerate())
+    backend = SimpleNamespace(get_error=fail_at_the_end)
+    stopped = watch([SimpleNamespace(_get_backend=lambda _: backend)], said.append)
+    (thread,) = set(threading.enumerate()) - before
+    assert thread.daemon
+    ended.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert said == []
+
+
+def test_nothing_is_watched_where_torch_does_not_say_its_errors(monkeypatch):
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    before = threading.active_count()
+    watch([SimpleNamespace(_get_backend=lambda _: object())], print)
+    assert threading.active_count() == before
+
+
 def test_the_environment_is_set_where_the_user_has_not(tmp_path):
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "TORCH_NCCL_TRACE_BUFFER_SIZE": "5"}
     set_environment(environment, RunSettings(hop_channels=2), tmp_path)
@@ -318,7 +345,52 @@ def test_the_environment_is_set_where_the_user_has_not(tmp_path):
         == tmp_path / "logs" / "flight-recorder-rank-3"
     )
     assert flight_recorder.file_of({}, tmp_path, 3) == tmp_path / "logs" / "flight-recorder-rank-3"
-    environment = {}
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "mine"}
     set_environment(environment, RunSettings(hop_channels=0), tmp_path)
-    assert "NCCL_MAX_P2P_NCHANNELS" not in environment
-    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    assert environment == {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+        "PYTORCH_CUDA_ALLOC_CONF": "",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "mine",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1000",
+        "TORCH_FR_BUFFER_SIZE": "2000",
+    }
+    assert flight_recorder.file_of(environment, Path("elsewhere"), 3) == Path("mine3")
+
+
+def test_a_run_on_gpus_is_refused_where_torch_finds_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    require_gpu(RunSettings(device="cpu"))
+    with pytest.raises(ConfigError, match=r"run.device=cuda, .* use run.device=cpu"):
+        require_gpu(RunSettings(device="cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    require_gpu(RunSettings(device="cuda"))
+
+
+def test_a_record_is_fresh_from_the_moment_on_and_absent_never(tmp_path):
+    record = tmp_path / "record"
+    assert not flight_recorder.is_fresh(record, 0.0)
+    record.write_text("last words")
+    os.utime(record, (100.0, 100.0))
+    found = [flight_recorder.is_fresh(record, since) for since in (99.0, 100.0, 101.0)]
+    assert found == [True, True, False]
+
+
+def test_a_record_is_waited_for_until_it_no_longer_grows_and_not_for_ever(tmp_path, monkeypatch):
+    """The clock is that of the test: it advances by what is slept, and the file grows thrice."""
+    record, now = tmp_path / "record", [0.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+        if 0.3 < now[0] < 0.9:
+            record.write_text("x" * round(10 * now[0]))
+
+    monkeypatch.setattr(
+        flight_recorder, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+    )
+    assert flight_recorder.wait_for(record, 0.0)
+    assert now[0] == pytest.approx(1.0)  # the first look that finds the size of the one before
+    record.unlink()
+    now[0] = 10.0
+    assert not flight_recorder.wait_for(record, 0.0)
+    assert now[0] == pytest.approx(13.0, abs=0.21)
