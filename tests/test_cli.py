@@ -49,6 +49,9 @@ from vp_train.settings import config_text, load_config
             "data.name=web",
             "data.name='web' is not known; choose one of pystdlib, text, blend, synthetic",
         ),
+        ("vocab=one_barier", "vocab=one_barier is not known (did you mean one_barrier?); choose"),
+        ("model=smal", "model=smal is not known (did you mean small?); choose one of gemma2_9b"),
+        ("optim.name=zero", "optim.name='zero' is not known (did you mean zero1?); choose one of"),
         ("data=text", "data.name=text needs data.path"),
         ("optim.beta1=1.5", "optim.beta1=1.5 is out of range"),
         (
@@ -131,7 +134,17 @@ def test_a_bad_override_is_named_with_the_way_out(override, message):
             2,
             "vocab.algorithm=tree is not known; choose one of none, naive",
         ),
-        (["schedule.name=2f2b"], 2, "schedule.name=2f2b is not known; choose one of gpipe, 1f1b"),
+        (["schedule.name=xyz"], 2, "schedule.name=xyz is not known; choose one of gpipe, 1f1b"),
+        (
+            ["schedule.name=1f1bb"],
+            2,
+            "schedule.name=1f1bb is not known (did you mean 1f1b?); choose one of gpipe, 1f1b",
+        ),
+        (
+            ["vocab.algorithm=one_barier"],
+            2,
+            "vocab.algorithm=one_barier is not known (did you mean one_barrier?); choose one of",
+        ),
     ],
 )
 def test_values_that_do_not_fit_together_are_named(overrides, num_ranks, message):

@@ -1,4 +1,4 @@
-"""How the ranks of a run divide into replicas, pipelines and tensor-parallel groups.
+"""The division of the ranks of a run into replicas, pipelines and tensor-parallel groups.
 
 Pure: no I/O and no torch.
 """
