@@ -9,10 +9,13 @@ import time
 
 import pytest
 
+from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.commands.train import with_origin
 from vp_train.config import ConfigError
 from vp_train.planning.plan import make_plan
 from vp_train.settings import config_text, load_config
+
+VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
 
 
 @pytest.mark.parametrize(
@@ -20,7 +23,7 @@ from vp_train.settings import config_text, load_config
     [
         (
             "vocab=tree",
-            "vocab=tree is not known; choose one of auto, naive, none, one_barrier, two_barrier",
+            f"vocab=tree is not known; choose one of {VOCABS}",
         ),
         ("model.vocabsize=3", "model.vocabsize is not a setting; did you mean model.vocab_size"),
         ("stepz=3", "stepz is not a setting"),

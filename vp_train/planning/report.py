@@ -28,6 +28,7 @@ from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
 
 _GIB = 2**30
+_OTHER_CLUSTER = "are there; set cluster.num_nodes or cluster.gpus_per_node, or change a degree"
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +215,7 @@ def make_report(config: RunConfig) -> PlanReport:
     """
     num_gpus = config.cluster.num_gpus
     try:
-        degrees = split_ranks(config.parallel, num_gpus)
+        degrees = split_ranks(config.parallel, num_gpus, otherwise=_OTHER_CLUSTER)
     except ConfigError as error:
         raise ConfigError(f"the cluster has {num_gpus} GPUs: {error}") from None
     cost = on_cluster(Workload.of(config, degrees), config.cluster, config.cost)
