@@ -14,7 +14,7 @@ _WARM_UP = 0.55  # the part of what is shown that comes before the cut
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """What a picture of a step of `makespan` seconds shows.
+    """The part of a step of `makespan` seconds that a picture shows.
 
     `cut`: from when to when nothing is shown, in seconds, if the step has more passes than a
     picture can show. What remains is the warm-up and the cool-down, each with some steady

@@ -9,7 +9,7 @@ Node = TypeVar("Node", bound=Hashable)
 
 
 class DeadlockError(ValueError):
-    """Raised when passes wait for each other in a cycle. The message names them."""
+    """The error if passes wait for each other in a cycle. The message names them."""
 
 
 def require_acyclic(

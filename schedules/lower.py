@@ -26,7 +26,7 @@ READS_WEIGHTS = (Kind.F, Kind.E, Kind.S)  # the first pass of each stage and mat
 
 
 class Action(StrEnum):
-    """What an operation does.
+    """The kind of an operation: what it does.
 
     All communication is asynchronous: one operation issues it, another waits for it.
     """

@@ -23,7 +23,7 @@ from schedules.vocab import End
 
 
 class Hops(StrEnum):
-    """Which transfers between two ranks share a stream and run in the order of their issue."""
+    """The transfers between two ranks that share a stream and run in the order of their issue."""
 
     FREE = "free"  # none
     DIRECTED = "directed"  # all transfers of one direction

@@ -27,12 +27,12 @@ class Transfer(StrEnum):
 
     @property
     def from_root(self) -> bool:
-        """Whether only the rank of the root stage has something to send."""
+        """Return whether only the rank of the root stage has something to send."""
         return self in (Transfer.BROADCAST, Transfer.SCATTER)
 
     @property
     def to_root(self) -> bool:
-        """Whether only the rank of the root stage receives the result."""
+        """Return whether only the rank of the root stage receives the result."""
         return self in (Transfer.REDUCE, Transfer.GATHER)
 
 

@@ -9,10 +9,13 @@ import time
 
 import pytest
 
+from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.commands.train import with_origin
 from vp_train.config import ConfigError
 from vp_train.planning.plan import make_plan
 from vp_train.settings import config_text, load_config
+
+VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
 
 
 @pytest.mark.parametrize(
@@ -20,7 +23,7 @@ from vp_train.settings import config_text, load_config
     [
         (
             "vocab=tree",
-            "vocab=tree is not known; choose one of auto, naive, none, one_barrier, two_barrier",
+            f"vocab=tree is not known; choose one of {VOCABS}",
         ),
         ("model.vocabsize=3", "model.vocabsize is not a setting; did you mean model.vocab_size"),
         ("stepz=3", "stepz is not a setting"),
@@ -49,6 +52,9 @@ from vp_train.settings import config_text, load_config
             "data.name=web",
             "data.name='web' is not known; choose one of pystdlib, text, blend, synthetic",
         ),
+        ("vocab=one_barier", "vocab=one_barier is not known (did you mean one_barrier?); choose"),
+        ("model=smal", "model=smal is not known (did you mean small?); choose one of gemma2_9b"),
+        ("optim.name=zero", "optim.name='zero' is not known (did you mean zero1?); choose one of"),
         ("data=text", "data.name=text needs data.path"),
         ("optim.beta1=1.5", "optim.beta1=1.5 is out of range"),
         (
@@ -131,7 +137,17 @@ def test_a_bad_override_is_named_with_the_way_out(override, message):
             2,
             "vocab.algorithm=tree is not known; choose one of none, naive",
         ),
-        (["schedule.name=2f2b"], 2, "schedule.name=2f2b is not known; choose one of gpipe, 1f1b"),
+        (["schedule.name=xyz"], 2, "schedule.name=xyz is not known; choose one of gpipe, 1f1b"),
+        (
+            ["schedule.name=1f1bb"],
+            2,
+            "schedule.name=1f1bb is not known (did you mean 1f1b?); choose one of gpipe, 1f1b",
+        ),
+        (
+            ["vocab.algorithm=one_barier"],
+            2,
+            "vocab.algorithm=one_barier is not known (did you mean one_barrier?); choose one of",
+        ),
     ],
 )
 def test_values_that_do_not_fit_together_are_named(overrides, num_ranks, message):

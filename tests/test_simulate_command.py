@@ -167,13 +167,13 @@ def test_a_model_may_be_chosen_after_all():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--compare", "1f1b,x"], "--compare: 'x' is not known; choose from gpipe, 1f1b"),
+        (["--compare", "1f1b,x"], "--compare: 'x' is not known; choose one of gpipe, 1f1b"),
         (
             ["--compare=1f1b", "--vocab", "tree"],
-            "--vocab: 'tree' is not known; choose from none, naive",
+            "--vocab: 'tree' is not known; choose one of none, naive",
         ),
         (["--vocab", "none"], "--vocab belongs to --compare; for one algorithm write vocab=none"),
-        (["--runtime", "mpi"], "--runtime: 'mpi' is not known; choose from cuda, gloo"),
+        (["--runtime", "mpi"], "--runtime: 'mpi' is not known; choose one of cuda, gloo"),
         (["--runtime"], "--runtime needs a value: --runtime NAME"),
         (["--out"], "--out needs a value: --out DIR"),
         (["--out", "--compare", "1f1b"], "--out needs a value: --out DIR"),

@@ -8,6 +8,7 @@ size are in `planning.plan`.  Every check raises ConfigError, which names the va
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
@@ -55,6 +56,16 @@ class ConfigError(ValueError):
         super().__init__(words)
 
 
+def unknown(words: str, value: object, choices: Sequence[str]) -> str:
+    """Return the message about a value that is none of the choices, with one that looks like it.
+
+    words: how the message names the value.
+    """
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.8)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"{words} is not known{hint}; choose one of {', '.join(choices)}"
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """The meaning and the allowed values of a field of the configuration.
@@ -94,9 +105,7 @@ class Setting:
         if isinstance(value, str):
             _check_text(name, value)
         if self.choices and value not in self.choices:
-            raise ConfigError(
-                f"{name}={value!r} is not known; choose one of {', '.join(self.choices)}"
-            )
+            raise ConfigError(unknown(f"{name}={value!r}", value, self.choices))
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name}={value} is not a finite number")
         if isinstance(value, int | float) and abs(value) > _largest(value):
@@ -410,7 +419,7 @@ class ScheduleConfig:
 
     @property
     def is_solved(self) -> bool:
-        """True if the schedule is still to be searched for."""
+        """Return whether the schedule is still to be searched for."""
         return self.name == "auto" and self.file is None
 
 
@@ -782,7 +791,7 @@ class CostConfig:
 
     @property
     def is_measured(self) -> bool:
-        """True if the times of layers or of the output layer were measured."""
+        """Return whether the times of layers or of the output layer were measured."""
         return self.layer_forward_seconds is not None or self.output_row_seconds is not None
 
 

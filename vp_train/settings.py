@@ -29,6 +29,7 @@ from vp_train.config import (
     keeps_on_resume,
     printable,
     setting_of,
+    unknown,
 )
 from vp_train.durable import UnreadableError, read_text
 
@@ -490,7 +491,7 @@ def _unknown_choice(error: BaseException) -> str:
     group, _, choice = missing.rpartition("/")
     if not group:
         return f"{missing!r} is not a configuration file"
-    return f"{group}={choice} is not known; choose one of {', '.join(options)}"
+    return unknown(f"{group}={choice}", choice, options)
 
 
 def _bad_override(error: BaseException, keys: Iterator[str]) -> str:

@@ -57,7 +57,7 @@ class Solution:
 
 
 class CapError(ValueError):
-    """Raised when no schedule was found under the caps.
+    """The error if no schedule was found under the caps.
 
     The attributes are of the rank that exceeds its cap most, in bytes.
     - `cap`: the cap of the rank.

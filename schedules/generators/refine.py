@@ -31,7 +31,7 @@ _Starts = dict[bool, list[float]]
 
 @dataclass(frozen=True, slots=True)
 class Refined:
-    """Orders, with their makespan in seconds and the bytes above the cap.
+    """Orders of passes, with their makespan in seconds and the bytes above the cap.
 
     `excess` is that of the rank that exceeds its cap most; 0 if no rank does.
     """

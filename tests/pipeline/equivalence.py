@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from schedules.vocab import VOCAB_ALGORITHMS
 from tests.local import run_locally
 from tests.meshes import mesh_for
 from tests.pipeline.compare import Comparison, assert_all_close
@@ -209,4 +210,5 @@ def assert_equivalent_locally(p, configs, tolerance, *, masked=False, packed=Fal
         assert_all_close(comparisons, tolerance, config.vocab, config.schedule, config.model)
 
 
-ALGORITHMS = ["none", "naive", "one_barrier", "two_barrier"]
+ALGORITHMS = list(VOCAB_ALGORITHMS)
+SHARDED = [name for name, algorithm in VOCAB_ALGORITHMS.items() if algorithm.sharded]

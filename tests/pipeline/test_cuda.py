@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from schedules.vocab import VOCAB_ALGORITHMS
 from tests.meshes import mesh_for
 from tests.pipeline.test_equivalence import config_of
 from tests.pipeline.test_local import gradients_of
@@ -27,7 +28,7 @@ def on_device(config, device):
 @on_gpu
 @pytest.mark.parametrize("p", [1, 4])
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb_h1", "zb_v", "v_half"])
-@pytest.mark.parametrize("algorithm", ["none", "naive", "two_barrier", "one_barrier"])
+@pytest.mark.parametrize("algorithm", VOCAB_ALGORITHMS)
 def test_ranks_on_streams_of_a_gpu_equal_the_cpu_in_float64(p, schedule, algorithm):
     config = config_of(p, 4, 101, schedule=schedule, vocab=VocabConfig(algorithm), num_stages=2 * p)
     plan, batch = make_plan(config, p), random_batch(config, 1)

@@ -8,7 +8,7 @@ import pytest
 
 from schedules import generators
 from schedules.generators import GENERATORS
-from tests.pipeline.equivalence import ALGORITHMS, assert_equivalent_locally, config_of
+from tests.pipeline.equivalence import ALGORITHMS, SHARDED, assert_equivalent_locally, config_of
 from vp_train.config import LossConfig, ParallelConfig, ScheduleConfig, VocabConfig
 
 
@@ -21,13 +21,15 @@ def quick(monkeypatch):
 @pytest.mark.parametrize("p", [2, 3, 4])
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 def test_every_schedule_equals_one_process(name, p):
-    """Matrices are tied in every other case; with one rank more, in the other half of them."""
+    """Matrices are tied in every other case; with one rank more, in the other half of them.
+
+    Three algorithms in turn with every number of microbatches: every p has all of them.
+    """
     stages = GENERATORS[name].layout_of(p).num_stages
-    algorithms = ("none", "one_barrier", "two_barrier")
     cases = [
-        (i, j, m, algorithm)
+        (i, j, m, ALGORITHMS[(i + j + p) % len(ALGORITHMS)])
         for i, m in enumerate((1, 2, 8))
-        for j, algorithm in enumerate(algorithms)
+        for j in range(3)
     ]
     configs = [
         config_of(
@@ -72,7 +74,7 @@ def test_unequal_shards_and_stages_equal_one_process():
             layers=(2, 2, 0),
             backend=backend,
         )
-        for algorithm in ("naive", "one_barrier", "two_barrier")
+        for algorithm in SHARDED
         for backend in ("reference", "chunked", "recompute")
     ]
     assert_equivalent_locally(3, configs, 1e-9)
@@ -82,7 +84,7 @@ def test_ranks_without_rows_equal_one_process():
     """On such a rank T takes no time, and may come before the barrier that continues C1."""
     configs = [
         config_of(4, 3, 101, vocab=VocabConfig(algorithm, shards=(0, 101, 0, 0)))
-        for algorithm in ("naive", "one_barrier", "two_barrier")
+        for algorithm in SHARDED
     ]
     assert_equivalent_locally(4, configs, 1e-9)
 

@@ -2,13 +2,14 @@
 
 import time
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
 from schedules.generators import GENERATORS
 from schedules.lower import Exchange
-from schedules.vocab import End, Payload, Transfer
+from schedules.vocab import VOCAB_ALGORITHMS, End, Payload, Transfer
 from tests.local import run_locally
 from tests.pipeline.equivalence import config_of
 from tests.pipeline.truth import random_batch
@@ -35,8 +36,7 @@ def gradients_of(config, plan, batch, **board):
     return merged
 
 
-ALGORITHMS = ("one_barrier", "two_barrier", "none", "naive")
-CASES = [(name, algorithm) for name in ("1f1b", "zb_h1", "v_half") for algorithm in ALGORITHMS]
+CASES = list(product(GENERATORS, VOCAB_ALGORITHMS))
 
 
 @pytest.mark.parametrize(("name", "algorithm"), CASES)

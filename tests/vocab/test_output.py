@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schedules.vocab import Payload
+from schedules.vocab import VOCAB_ALGORITHMS, Payload
 from tests.vocab.ranks import largest_kept, make_layer, run_output
 from vp_train.vocab import backends, products, rows
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
 from vp_train.vocab.reference import cross_entropy
 from vp_train.vocab.shard import Shard, split_rows
 
-ALGORITHMS = ["naive", "two_barrier", "one_barrier"]
+ALGORITHMS = [name for name, algorithm in VOCAB_ALGORITHMS.items() if algorithm.sharded]
 BACKENDS = ["reference", "chunked", "recompute", "recompute:0.4"]
 T, H = 11, 8
 

@@ -24,7 +24,7 @@ from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End
 from vp_train.commands.command import Command, run
 from vp_train.commands.plot import Mark, comparison_png, schedule_png
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import ConfigError, RunConfig, unknown
 from vp_train.failures import EXIT_OK
 from vp_train.planning.degrees import wanted_ranks
 from vp_train.planning.plan import SEARCHING, StepPlan, plan_step, row_advice
@@ -189,7 +189,7 @@ def _make(directory: Path | None) -> None:
 def runtime_called(name: str) -> Runtime:
     """Return the runtime called `name`.  Raises ConfigError if there is none."""
     if name not in RUNTIMES:
-        raise ConfigError(f"--runtime: {name!r} is not known; choose from {', '.join(RUNTIMES)}")
+        raise ConfigError(unknown(f"--runtime: {name!r}", name, tuple(RUNTIMES)))
     return RUNTIMES[name]
 
 
@@ -200,10 +200,8 @@ def _names(option: str, words: str, known: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(words.split(",")))
     for name in names:
         if name not in known:
-            raise ConfigError(
-                f"{option}: {name!r} is not known; choose from {', '.join(known)}, "
-                f"or write {option} all"
-            )
+            words = unknown(f"{option}: {name!r}", name, known)
+            raise ConfigError(f"{words}, or write {option} all")
     return names
 
 
@@ -256,7 +254,7 @@ class Outcome:
 
     @property
     def gap(self) -> float:
-        """How much longer the step takes than the lower bound, as a fraction; 0 without work."""
+        """The time above the lower bound, as a fraction of that bound; 0 without work."""
         return self.timeline.gap or 0.0
 
     @property

@@ -20,7 +20,7 @@ GLOO, NCCL, BOTH = "gloo", "nccl", "cpu:gloo,cuda:nccl"
 
 
 class Purpose(StrEnum):
-    """What a process group is for."""
+    """The purpose of a process group."""
 
     WORLD = "world"  # control messages of all ranks around steps and checkpoints
     WORLD_LEADERS = "world leaders"

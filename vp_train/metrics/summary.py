@@ -117,7 +117,10 @@ def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
 
 
 def step_words(planned: Timeline, measured: Timeline, device: str) -> str:
-    """Say how long the traced step was planned to take and took; on a CPU also what to expect."""
+    """Return in words the planned and the measured time of the traced step.
+
+    On a CPU they also say what to expect.
+    """
     words = f"the step: planned {duration(planned.makespan)}, took {duration(measured.makespan)}"
     if device != "cpu":
         return words

@@ -92,7 +92,7 @@ def _variable_length_attention() -> Callable[..., Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How attention computes and masks scores.
+    """The rule by which attention computes and masks scores.
 
     Scores are scale * q k, and with a `softcap` c then c tanh(scores / c).  A query sees the last
     `window` tokens including itself, or all earlier ones if `window` is None.

@@ -110,7 +110,7 @@ class SequenceSplit:
 
 
 class _LinearFunction(torch.autograd.Function):
-    """y = x W^T, whose backward hands dW to the store instead of autograd.
+    """The product y = x W^T, whose backward hands dW to the store instead of autograd.
 
     dx is summed over `group` while dW is computed.  With `sequence`, x and dx are parts of
     sequences, and y and dy are whole; the backward gathers x again for dW.

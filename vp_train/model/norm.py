@@ -11,7 +11,7 @@ from vp_train.config import ModelConfig
 
 
 class ZeroCentredRMSNorm(nn.Module):
-    """x / rms(x) * (1 + weight), as in Gemma: weight decay then pulls towards the identity."""
+    """The norm x / rms(x) * (1 + weight) of Gemma: weight decay pulls it towards the identity."""
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ _Key = tuple[object, ...]
 
 
 class RankLost(RuntimeError):
-    """Another rank of this process has failed or does not answer."""
+    """The error if another rank of this process has failed or does not answer."""
 
 
 @dataclass(slots=True)

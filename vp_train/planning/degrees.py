@@ -1,4 +1,4 @@
-"""How the ranks of a run divide into replicas, pipelines and tensor-parallel groups.
+"""The division of the ranks of a run into replicas, pipelines and tensor-parallel groups.
 
 Pure: no I/O and no torch.
 """
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from vp_train.config import ConfigError, ModelConfig, ParallelConfig
 
+_OTHER_NUMBER_STARTED = (
+    "were started; start as many (torchrun --nproc-per-node), or change a degree"
+)
 _DEFAULT_PP = 4  # pipeline ranks to start if parallel.pp is not set
 _MOST_ON_A_NODE = 256  # each takes hundreds of megabytes, and no node has more than 16 GPUs
 
@@ -55,8 +58,12 @@ def check_node(num_ranks: int) -> None:
         )
 
 
-def split_ranks(parallel: ParallelConfig, num_ranks: int) -> Degrees:
+def split_ranks(
+    parallel: ParallelConfig, num_ranks: int, *, otherwise: str = _OTHER_NUMBER_STARTED
+) -> Degrees:
     """Return the degrees of a run of `num_ranks` ranks; unset ones are inferred from that number.
+
+    otherwise: what the error says about another number of ranks, and the way out.
 
     Raises ConfigError with all the numbers if they do not fit.
     """
@@ -74,7 +81,7 @@ def split_ranks(parallel: ParallelConfig, num_ranks: int) -> Degrees:
     if num_ranks % known or (not is_open and num_ranks != known):
         raise ConfigError(
             f"{named} needs {'a multiple of ' if is_open else ''}{known} ranks, but {num_ranks} "
-            "were started; start as many (torchrun --nproc-per-node), or change a degree"
+            f"{otherwise}"
         )
     rest = num_ranks // known
     return Degrees(degrees["parallel.dp"] or rest, degrees["parallel.pp"] or rest, parallel.tp)

@@ -23,7 +23,7 @@ _TOKEN_BYTES = 8 * 6 + 4 * 8
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """Bytes per parameter.
+    """The bytes per parameter.
 
     Every replica keeps a whole `optimizer` state.  With ZeRO-1 there is only one, of which the
     replicas keep equal parts of every bucket.
@@ -46,7 +46,7 @@ class StateBytes:
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """Bytes of one rank at its peak in a step.
+    """The bytes of one rank at its peak in a step.
 
     `activations` are kept from F to B, and from I to W.  `vocabulary` is held from S to T.
     `working` is what passes need while they run, and messages.  `weights`, `gradients` and

@@ -1,4 +1,4 @@
-"""RunConfig + number of ranks -> RunPlan: all decisions of a run before it starts.
+"""All decisions of a run before it starts: RunConfig + number of ranks -> RunPlan.
 
 No process group, tensor or device exists yet.  The plan is a pure function of the configuration, so
 every rank computes the same one.
@@ -24,7 +24,7 @@ from schedules.simulate import simulate
 from schedules.timeline import Timeline
 from schedules.torch_csv import from_csv
 from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, evaluation, searched_algorithms
-from vp_train.config import ConfigError, RunConfig, ScheduleConfig, printable
+from vp_train.config import ConfigError, RunConfig, ScheduleConfig, printable, unknown
 from vp_train.durable import UnreadableError, read_text
 from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
@@ -46,13 +46,13 @@ _MOST_FORWARD_PASSES = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step computes, on which rank and when.  Every replica does the same.
+    """The plan of one step: what is computed, on which rank and when.
 
-    Ranks are pipeline ranks here, each of which is `degrees.tp` ranks of the run.  `layers[s]` are
-    the global layers of stage s, and `recompute[s]` says what its backward recomputes.
-    `shards[end][r]` are the vocabulary rows of rank r.  If the schedule was found under a cap,
-    `caps[r]` are the bytes that rank r may keep, and the timeline's lower bound is the one for
-    these caps.  Otherwise `caps` is empty.
+    Every replica does the same.  Ranks are pipeline ranks here, each of which is `degrees.tp`
+    ranks of the run.  `layers[s]` are the global layers of stage s, and `recompute[s]` says what
+    its backward recomputes.  `shards[end][r]` are the vocabulary rows of rank r.  If the schedule
+    was found under a cap, `caps[r]` are the bytes that rank r may keep, and the timeline's lower
+    bound is the one for these caps.  Otherwise `caps` is empty.
     """
 
     work: Workload
@@ -145,9 +145,7 @@ def draft_step(config: RunConfig, num_ranks: int) -> Draft:
     """
     work, name = _workload(config, num_ranks), config.schedule.name
     if name not in GENERATORS:
-        raise ConfigError(
-            f"schedule.name={name} is not known; choose one of {', '.join(GENERATORS)} or auto"
-        )
+        raise ConfigError(unknown(f"schedule.name={name}", name, (*GENERATORS, "auto")))
     layout = _layout(name, work.degrees.pp, config.schedule.num_chunks)
     return _draft(
         config, work, layout, _algorithm(config.vocab.algorithm), GENERATORS[name].split_backward
@@ -261,10 +259,8 @@ def _algorithm(name: str) -> VocabAlgorithm:
             f"{', '.join(VOCAB_ALGORITHMS)}"
         )
     if name not in VOCAB_ALGORITHMS:
-        raise ConfigError(
-            f"vocab.algorithm={name} is not known; choose one of {', '.join(VOCAB_ALGORITHMS)}, "
-            "or auto with schedule=auto"
-        )
+        known = unknown(f"vocab.algorithm={name}", name, tuple(VOCAB_ALGORITHMS))
+        raise ConfigError(f"{known}, or auto with schedule=auto")
     return VOCAB_ALGORITHMS[name]
 
 

@@ -28,11 +28,12 @@ from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
 
 _GIB = 2**30
+_OTHER_CLUSTER = "are there; set cluster.num_nodes or cluster.gpus_per_node, or change a degree"
 
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """What one pipeline rank computes and keeps.
+    """The work and the memory of one pipeline rank.
 
     Its tensor-parallel ranks and its copies in other replicas do the same.  Times are seconds of a
     step, all microbatches together.  `layers` includes `tensor`, the collectives over the
@@ -118,7 +119,7 @@ class PlanReport:
 
     @property
     def gap(self) -> float:
-        """How much longer the passes take than their lower bound, as a fraction."""
+        """The time of the passes above their lower bound, as a fraction of that bound."""
         return self.passes / self.bound - 1 if self.bound else 0.0
 
     @property
@@ -136,7 +137,7 @@ class PlanReport:
 
     @property
     def binds(self) -> str:
-        """What limits the run, in words."""
+        """The words for what limits the run."""
         rank, parts, step = self.ranks[self.busiest], self.parts, self.step_seconds
         if not self.fits:
             return f"memory: {self.memory_words}"
@@ -160,7 +161,7 @@ class PlanReport:
 
     @property
     def memory_words(self) -> str:
-        """What the worst rank needs, and how far that is from the limit, in words."""
+        """The need of the worst rank and its distance from the limit, in words."""
         memory, cap = self.ranks[self.worst].memory, self.cluster.memory_gib
         how = "less" if self.fits else "more"
         return (
@@ -214,7 +215,7 @@ def make_report(config: RunConfig) -> PlanReport:
     """
     num_gpus = config.cluster.num_gpus
     try:
-        degrees = split_ranks(config.parallel, num_gpus)
+        degrees = split_ranks(config.parallel, num_gpus, otherwise=_OTHER_CLUSTER)
     except ConfigError as error:
         raise ConfigError(f"the cluster has {num_gpus} GPUs: {error}") from None
     cost = on_cluster(Workload.of(config, degrees), config.cluster, config.cost)

@@ -106,7 +106,7 @@ class Workload:
 
     @property
     def held_values(self) -> float:
-        """How many values per token and vocabulary row are held from S to T."""
+        """The number of values per token and vocabulary row that are held from S to T."""
         match self.vocab.backend:
             case "recompute":
                 return 1 - self.vocab.recompute_fraction

@@ -1,4 +1,4 @@
-"""Which vocabulary rows a rank owns.  There is no padding, and a shard may have no rows."""
+"""The vocabulary rows that a rank owns.  There is no padding, and a shard may have no rows."""
 
 from __future__ import annotations
 
