@@ -20,6 +20,7 @@ from tests.meshes import fake_world
 from vp_train import mesh as mesh_module
 from vp_train.communication.communicators import (
     END_PURPOSES,
+    GLOO,
     NCCL,
     Purpose,
     gloo_sockets,
@@ -95,6 +96,36 @@ def test_every_hop_has_a_pair_of_its_own_on_nccl(layout, degrees):
                     here, there = degrees.rank(replica, a, k), degrees.rank(replica, b, k)
                     wanted |= {(here, there), (there, here)}
     assert found == wanted
+
+
+@pytest.mark.parametrize("degrees", DEGREES)
+def test_with_gloo_the_hops_of_a_pipeline_share_one_group(degrees):
+    degrees = Degrees(*degrees)
+    specs = planned(degrees, problem_of(degrees.pp), nccl=False)
+    hops = [spec for spec in specs if spec.purpose is Purpose.HOPS]
+    assert all(spec.backend == GLOO for spec in hops)
+    pipelines = {
+        tuple(degrees.rank(i, j, k) for j in range(degrees.pp))
+        for i in range(degrees.dp)
+        for k in range(degrees.tp)
+    }
+    assert {spec.members for spec in hops} == (pipelines if degrees.pp > 1 else set())
+    assert len({spec.members for spec in hops}) == len(hops)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("p", [2, 3, 4, 5, 8, 37])
+def test_pairs_of_hops_are_set_up_at_the_same_time_at_any_length_of_the_pipeline(layout, p):
+    """A rank waits for as many pairs as it is in, and in a loop of odd length for two more."""
+    degrees = Degrees(2, p, 1)
+    specs = planned(degrees, problem_of(p, *layout), nccl=True)
+    rounds, pairs = Counter(), Counter()
+    for spec in specs:
+        if spec.purpose is Purpose.HOPS:
+            when = 1 + max(rounds[rank] for rank in spec.members)
+            rounds.update({rank: when - rounds[rank] for rank in spec.members})
+            pairs.update(spec.members)
+    assert max(rounds.values()) <= max(pairs.values()) + 2 * (layout[0] == "loop" and p % 2)
 
 
 def test_v_layouts_hop_both_ways_and_loops_wrap_around():

@@ -6,6 +6,7 @@ from vp_train.optim.loss_scale import LossScale
 def test_it_halves_after_every_failure_and_doubles_after_a_thousand_finite_steps():
     scale = LossScale.of("float16")
     first = scale.value
+    assert first == 65536.0  # as torch's GradScaler: just above what float16 can hold
     assert scale.failed()
     assert scale.value == first / 2
     for _ in range(999):
