@@ -165,4 +165,5 @@ class SlurmJob:
     def start_again(self) -> None:
         """Let a requeued job start now; Slurm holds it back for two minutes."""
         self.wait_for_state("PENDING")
+        time.sleep(2)  # in the same second the nodes refuse it: its credential is revoked
         self.slurm.call("scontrol", "update", f"jobid={self.number}", "StartTime=now")

@@ -134,16 +134,16 @@ NANO = (
 def test_two_nodes_train_are_requeued_and_resume(slurm, tmp_path):
     setup = tmp_path / "setup.sh"
     setup.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
-    words = (*NANO, f"run.root={tmp_path}", "run.checkpoint_every=2", "run.steps=100000")
+    words = (*NANO, f"run.root={tmp_path}", "run.checkpoint_every=2", "run.steps=9999")
     job = slurm.submit(SCRIPT, *words, SETUP=str(setup))
     job.wait_for("mesh      2 ranks", 120)
-    job.wait_for("step 2/100000")
+    job.wait_for("step    2/9999")
     slurm.call("scancel", "--batch", "--signal=USR1", job.number)
     job.wait_for("a checkpoint is saved, run.resume=true goes on")
     job.wait_for("vp_train: exit code 75, requeued after 0 restarts")
     saved = max(int(path.name[5:]) for path in (tmp_path / "default/checkpoints").glob("step-*"))
     job.start_again()
-    job.wait_for(f"step {saved + 1}/100000", 120)
+    job.wait_for(f"step {saved + 1:>4}/9999", 120)
     slurm.call("scancel", job.number)
     job.wait_for_state("CANCELLED")
     assert job.said.count("vp-train: stopped after step") == 2  # scancel too leaves time to save
