@@ -109,7 +109,6 @@ def test_a_cancelled_job_is_asked_to_end_and_does_not_come_back(slurm, stub):
     ("variables", "words"),
     [
         ({"STUB_CODE": "78"}, ""),
-        ({"STUB_CODE": "74"}, ""),
         ({"RESTARTS": "0"}, "vp_train: exit code 75, not requeued: RESTARTS=0 are over"),
     ],
 )
