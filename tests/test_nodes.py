@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import pytest
 
@@ -24,6 +25,8 @@ from vp_train.commands.place import (
     place_of,
     slurm_rank,
 )
+from vp_train.commands.store_server import StoreServer
+from vp_train.communication.rendezvous import job_store
 from vp_train.config import ConfigError
 
 
@@ -268,3 +271,23 @@ def test_ranks_are_shared_by_the_nodes():
     assert local_ranks_of(4, two, 3, 8) == 3
     with pytest.raises(ConfigError, match="5 ranks do not split over 2 nodes"):
         local_ranks_of(5, two, 0, None)
+
+
+def test_ranks_that_start_again_see_nothing_of_the_attempt_before():
+    server = StoreServer()
+    try:
+        environment = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(server.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        timeout = timedelta(seconds=30)
+        first = job_store({**environment, "TORCHELASTIC_RESTART_COUNT": "0"}, timeout)
+        again = job_store({**environment, "TORCHELASTIC_RESTART_COUNT": "1"}, timeout)
+        first.set("address", "of a dead rank")
+        assert job_store(environment, timeout).get("address") == b"of a dead rank"
+        assert not again.check(["address"])
+    finally:
+        server.close()

@@ -154,7 +154,7 @@ def test_ranks_that_search_for_themselves_train_and_evaluate_as_any_schedule_doe
 
 def test_a_deterministic_run_asks_torch_for_it(monkeypatch, tmp_path):
     config = config_of(tmp_path, deterministic=True)
-    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr("vp_train.train.join_world", lambda *_: None)
     monkeypatch.setattr("vp_train.train.build_mesh", lambda *_, **__: None)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
@@ -171,7 +171,7 @@ def test_the_group_of_all_ranks_waits_for_the_world_s_time_and_every_other_for_a
     config = config_of(tmp_path, timeout_seconds=7, world_timeout_seconds=70)
     made = []
     monkeypatch.setattr(
-        dist, "init_process_group", lambda backend, timeout: made.append(timeout.total_seconds())
+        "vp_train.train.join_world", lambda backend, timeout: made.append(timeout.total_seconds())
     )
     monkeypatch.setattr(
         "vp_train.train.build_mesh", lambda degrees, problem, settings, **_: made.append(settings)

@@ -37,6 +37,7 @@ from vp_train.checkpoint.training import (
 from vp_train.communication import flight_recorder
 from vp_train.communication.control import ControlGroup
 from vp_train.communication.nccl import require_gpu, set_environment, watch
+from vp_train.communication.rendezvous import join_world
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.data import Batch, Source, open_source
 from vp_train.data.ahead import Ahead
@@ -226,7 +227,7 @@ def _connect(
         flight_recorder.file_of(os.environ, run_path(config.run), 0).parent.mkdir(
             parents=True, exist_ok=True
         )
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.run.world_timeout_seconds))
+    join_world(backend, timedelta(seconds=config.run.world_timeout_seconds))
     return build_mesh(
         plan.degrees, plan.problem, config.run, watching=watching, comparing=comparing
     )
