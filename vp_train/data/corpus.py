@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
@@ -33,6 +33,7 @@ from vp_train.durable import UnreadableError, open_regular, read_json, read_text
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
+_OWN_HASH = "manifest_hash"
 _FILES = ("tokenizer.json", "tokens.bin", "tokens.idx")
 _LARGEST_MANIFEST = 1 << 26  # bytes; the hashes of a terabyte take 9 MB
 _LONGEST_WORD = 100_000  # characters, for which a tokenizer takes 0.1 s
@@ -338,7 +339,7 @@ def _read_manifest(path: Path) -> Manifest:
         sizes = {name: _size(path / name) for name in _FILES}
     except UnreadableError as error:
         raise ConfigError(f"{error}; {way_out}") from None
-    manifest = Manifest(**values)
+    manifest = Manifest(**{name: values[name] for name in values if name != _OWN_HASH})
     for name, expected in manifest.file_bytes.items():
         if sizes[name] != expected:
             raise ConfigError(
@@ -347,11 +348,19 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def _hash_of(values: Mapping[str, object]) -> str:
+    """Return the hash of the entries of a manifest."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def _misfit(values: object) -> str | None:
     """Return what keeps the value of a manifest from being one, None if nothing does."""
     kinds = get_type_hints(Manifest)
-    if not isinstance(values, dict) or values.keys() != kinds.keys():
+    if not isinstance(values, dict) or values.keys() != {*kinds, _OWN_HASH}:
         return "it does not have the entries of a corpus"
+    if values[_OWN_HASH] != _hash_of({name: values[name] for name in kinds}):
+        return "it does not match its hash"
     for name, kind in kinds.items():
         value = values[name]
         if kind is int and not (type(value) is int and 0 <= value < 2**63):
@@ -428,7 +437,10 @@ def _build(
             blocks={name: block_hashes(temporary / name) for name in _FILES},
             seconds=time.perf_counter() - started,
         )
-        (temporary / _MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+        values = asdict(manifest)
+        (temporary / _MANIFEST).write_text(
+            json.dumps(values | {_OWN_HASH: _hash_of(values)}, indent=1) + "\n"
+        )
         for file in (*temporary.iterdir(), temporary):
             sync(file)
         if path.exists():

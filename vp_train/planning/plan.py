@@ -40,8 +40,8 @@ SEARCHING = (
 SEQUENCE_DEVICES = ("cuda",)
 _LARGEST_SCHEDULE = 1 << 24  # bytes; a pass takes about 7
 _LONGEST_NAME = 200  # characters of a schedule's name
-# Planning takes minutes at this size, which 64 ranks reach with 4,096 microbatches.
-_MOST_FORWARD_PASSES = 1 << 18
+# Planning takes a minute at this size, which 64 ranks reach with 2,048 microbatches.
+_MOST_FORWARD_PASSES = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
