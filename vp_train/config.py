@@ -171,6 +171,8 @@ def _check_text(name: str, text: str) -> None:
         raise ConfigError(
             f"{name}={text} has {len(text):,} characters; at most {_LONGEST_TEXT:,} are allowed"
         )
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        raise ConfigError(f"{name}={text} begins with the home of somebody who is not known here")
     if found := _CONTROL.search(text):
         raise ConfigError(
             f"{name}={text} has the control character {printable(found[0])}; leave it out, "

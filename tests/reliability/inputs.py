@@ -19,14 +19,18 @@ from unittest import mock
 
 from tests.reliability.overrides import in_empty_directory, judged
 from vp_train.commands import prepare, simulate, train
+from vp_train.commands.command import guarded
 from vp_train.config import DataConfig
 from vp_train.data import corpus
+from vp_train.failures import EXIT_OK
 from vp_train.data import prepare as prepared
 
 VOCAB = 300
 MOST_BYTES = 1 << 30
 SECRET = "a secret of the environment"
 PWNED = "!!python/object/apply:os.system ['touch pwned']"
+
+DOES = ("training a tokenizer", "tokenizing")
 
 Write = Callable[[Path], None]
 
@@ -298,7 +302,17 @@ def random_change(chance: random.Random) -> Case:
         file.write_bytes(content)
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
-    return Case(damaged(change), prepare.main, _STORED, f"corpus/{name}")
+    return Case(damaged(change), _prepare_stored, (), f"corpus/{name}")
+
+
+def _prepare_stored() -> None:
+    """Find the stored corpus as `vp-prepare` does, but without composing settings every time."""
+
+    def body() -> int:
+        prepared(DataConfig("text", path="corpus", cache_dir="cache"), VOCAB, progress=False)
+        return EXIT_OK
+
+    guarded("vp-prepare", body)
 
 
 @contextlib.contextmanager
@@ -325,7 +339,8 @@ def tried(root: Path, case: Case) -> str | None:
     wrong, said = judged(case.main, case.arguments, refuses=not same)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     if wrong is None and not same:
-        if len(said.splitlines()) != 1:
+        # Before text turns out to be broken, a line says what is done with it.
+        if [line for line in said.splitlines() if not line.startswith(DOES)][1:]:
             wrong = f"{len(said.splitlines())} lines: {said[:300]!r}"
         elif case.name not in said:
             wrong = f"{case.name} is not named: {said[:300]!r}"

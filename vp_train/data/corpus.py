@@ -28,7 +28,12 @@ from vp_train.config import ConfigError, DataConfig
 from vp_train.data.documents import Document, content_hash, find_files, pieces, read_documents
 from vp_train.data.indexed import check_index, check_tokens, write_dataset
 from vp_train.data.integrity import BLOCK, DIGITS, block_hashes, check_blocks, check_once, remember
-from vp_train.data.tokenizer import end_token_id, load_tokenizer, train_tokenizer
+from vp_train.data.tokenizer import (
+    LARGEST_TOKENIZER,
+    end_token_id,
+    load_tokenizer,
+    train_tokenizer,
+)
 from vp_train.durable import UnreadableError, open_regular, read_json, read_text, sync
 
 _FORMAT = 1
@@ -284,12 +289,12 @@ def _content_key(
     The cache remembers the hash by the sizes and modification times of the files.  Contents are
     read again only if one of those has changed.
     """
-    tokenizer = [Path(config.tokenizer).resolve()] if config.tokenizer else []
+    tokenizer = [Path(os.path.realpath(config.tokenizer))] if config.tokenizer else []
     for path in tokenizer:
-        if not path.is_file():
+        if not path.is_file() or path.stat().st_size > LARGEST_TOKENIZER:
             raise ConfigError(
-                f"data.tokenizer={config.tokenizer} is not a file; "
-                "give the path of a tokenizer.json"
+                f"data.tokenizer={config.tokenizer} is not a file of at most "
+                f"{LARGEST_TOKENIZER:,} bytes; give the path of a tokenizer.json"
             )
     stats = [
         (str(path), stat.st_size, stat.st_mtime_ns)
@@ -365,7 +370,9 @@ def _misfit(values: object) -> str | None:
         value = values[name]
         if kind is int and not (type(value) is int and 0 <= value < 2**63):
             return f"{name} is not a whole number"
-        if kind is str and not (isinstance(value, str) and re.fullmatch("[0-9A-Za-z_]+", value)):
+        if kind is str and not (
+            isinstance(value, str) and re.fullmatch("[0-9A-Za-z_]{1,64}", value)
+        ):
             return f"{name} is not a name"
     if type(values["seconds"]) not in (int, float):
         return "seconds is not a number"
