@@ -22,8 +22,8 @@ from vp_train.commands import prepare, simulate, train
 from vp_train.commands.command import guarded
 from vp_train.config import DataConfig
 from vp_train.data import corpus
-from vp_train.failures import EXIT_OK
 from vp_train.data import prepare as prepared
+from vp_train.failures import EXIT_OK
 
 VOCAB = 300
 MOST_BYTES = 1 << 30
