@@ -610,7 +610,10 @@ def settings_page() -> str:
     parts = [
         "# Settings",
         "Every setting of a run. Append `section.name=value` to any command to change one.\n"
-        "`vp-train --help SECTION` shows a section too. This page is generated:\n"
+        "`vp-train --help SECTION` shows a section too. Values are taken as they are written:\n"
+        "`${...}` is refused, in overrides and in files, because a file of somebody else must not\n"
+        "read the environment, and the shell expands your variables. Names have no control\n"
+        "characters. This page is generated:\n"
         "`python -m vp_train.settings > docs/settings.md`.",
     ]
     for name, section in [
