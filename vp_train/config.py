@@ -152,7 +152,8 @@ class Setting:
         )
 
 
-_LONGEST_TEXT = 4_096  # characters; Linux has no longer paths
+_LONGEST_TEXT = 2_048  # characters; a path has at most 4,096, and names are appended to some
+_LONGEST_NAME = 255  # bytes; no file system has a longer one
 
 
 def _largest(value: float) -> float:
@@ -176,6 +177,10 @@ def _check_text(name: str, text: str) -> None:
             f"{name}={text} has the control character {printable(found[0])}; leave it out, "
             "and rename the file if it is a name"
         )
+    if max(len(os.fsencode(part)) for part in text.split("/")) > _LONGEST_NAME:
+        raise ConfigError(f"{name}={text} has a name of more than {_LONGEST_NAME} bytes")
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        raise ConfigError(f"{name}={text} begins with the home of somebody who is not known here")
 
 
 def setting(
@@ -849,7 +854,6 @@ class ClusterConfig:
 
 
 _LONGEST_SECONDS = 10_000_000  # the longest timeout
-_LONGEST_NAME = 255  # bytes; no file system has a longer one
 
 
 @dataclass(frozen=True)
@@ -957,8 +961,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         _check("run.", self)
-        no_name = not self.name or "/" in self.name or self.name.startswith(".")
-        if no_name or len(os.fsencode(self.name)) > _LONGEST_NAME:
+        if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(
                 f"run.name={self.name!r} is not a directory name; "
                 "use letters, digits and dashes, and run.root for the parent"

@@ -130,13 +130,14 @@ def open_regular(path: Path, *, follow: bool = True) -> Iterator[BinaryIO]:
 def read_bytes(path: Path, most: int = LARGEST_TEXT, *, follow: bool = True) -> bytes:
     """Return the contents of a regular file of at most `most` bytes.  Raises UnreadableError."""
     with open_regular(path, follow=follow) as file:
+        size = os.fstat(file.fileno()).st_size
         try:
-            content = file.read(most + 1)
+            content = b"" if size > most else file.read(most + 1)  # files of /proc have size 0
         except OSError as error:
             raise UnreadableError(f"{path}: {error.strerror or error}") from None
-        if len(content) > most:
-            size = max(os.fstat(file.fileno()).st_size, len(content))
-            raise UnreadableError(f"{path} has {size:,} bytes; at most {most:,} are read")
+    size = max(size, len(content))
+    if size > most:
+        raise UnreadableError(f"{path} has {size:,} bytes; at most {most:,} are read")
     return content
 
 

@@ -66,15 +66,23 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
         )
     _check_size(overrides)
     chosen = {word.partition("=")[0] for word in overrides}
-    overrides = [_at_home(word) for given in overrides for word in _of_file(given)]
-    for word in overrides:
-        _check_word(word)
-    edits = [word for word in overrides if word.startswith(("+", "~"))]
-    if edits:
-        raise ConfigError(f"{edits[0]}: settings cannot be added or removed; write key=value")
-    if (saved := _saved_by_run(overrides, schema)) is not None:
-        return _resumed(saved, overrides, chosen, schema)
-    return _composed("config", overrides, schema)
+    files = {word: settings for word in overrides if (settings := _of_file(word)) is not None}
+    try:
+        overrides = [_at_home(word) for given in overrides for word in files.get(given, [given])]
+        for word in overrides:
+            _check_word(word)
+        if (saved := _saved_by_run(overrides, schema)) is not None:
+            return _resumed(saved, overrides, chosen, schema)
+        return _composed("config", overrides, schema)
+    except ConfigError:
+        for given, settings in files.items():  # is one of the files at fault?
+            try:
+                for word in settings:
+                    _check_word(word)
+                _composed("config", settings, schema)
+            except ConfigError as error:
+                raise ConfigError(f"{given}: {error}") from None
+        raise
 
 
 def _check_size(words: Sequence[str]) -> None:
@@ -98,6 +106,8 @@ def _check_size(words: Sequence[str]) -> None:
 def _check_word(word: str) -> None:
     """Raise ConfigError for an override that hydra would take for something else than a value."""
     key, _, value = word.partition("=")
+    if word.startswith(("+", "~")):
+        raise ConfigError(f"{word}: settings cannot be added or removed; write key=value")
     if len(key) > _LONGEST_KEY:
         raise ConfigError(f"{key} is not a setting; see vp-train --help for all keys")
     if key.startswith("hydra") or "@" in key:
@@ -278,6 +288,8 @@ def _refusal(text: str) -> str | None:
             reason = "has anchors or aliases; write each value where it belongs"
         elif isinstance(event, yaml.ScalarEvent) and "${" in event.value:
             reason = f"{event.value[:60]} is not expanded in settings; write the value itself"
+        elif isinstance(event, yaml.ScalarEvent) and event.value == "???":
+            reason = "has the value ???; write the value itself"
         elif isinstance(event, yaml.NodeEvent) and event.tag not in (None, "!"):
             reason = f"has the tag {event.tag[:60]}; settings have none"
         nodes += isinstance(event, yaml.NodeEvent)
@@ -407,16 +419,16 @@ def _at_home(word: str) -> str:
     return _QUOTED_OR_HOME.sub(found, word)
 
 
-def _of_file(word: str) -> list[str]:
+def _of_file(word: str) -> list[str] | None:
     """Return `model=FILE.yaml` or `cost=FILE.yaml` as overrides, one per setting in the file.
 
-    vp-import writes such files of models, vp-profile of costs.  Any other word is returned as it
-    is.  Raises ConfigError if the file cannot be read.
+    vp-import writes such files of models, vp-profile of costs.  Returns None for any other word.
+    Raises ConfigError if the file cannot be read.
     """
     group, _, value = word.partition("=")
     path = Path(value).expanduser()
     if group not in ("model", "cost") or path.suffix != ".yaml":
-        return [word]
+        return None
     from omegaconf import DictConfig
 
     try:
@@ -598,7 +610,10 @@ def settings_page() -> str:
     parts = [
         "# Settings",
         "Every setting of a run. Append `section.name=value` to any command to change one.\n"
-        "`vp-train --help SECTION` shows a section too. This page is generated:\n"
+        "`vp-train --help SECTION` shows a section too. Values are taken as they are written:\n"
+        "`${...}` is refused, in overrides and in files, because a file of somebody else must not\n"
+        "read the environment, and the shell expands your variables. Names have no control\n"
+        "characters. This page is generated:\n"
         "`python -m vp_train.settings > docs/settings.md`.",
     ]
     for name, section in [

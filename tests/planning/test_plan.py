@@ -421,7 +421,7 @@ def test_the_name_of_a_stored_schedule_is_printable_and_short(tmp_path):
 )
 def test_a_step_of_too_many_passes_is_refused_before_it_is_ordered(overrides, message):
     config = replace(RunConfig(), **overrides)
-    with pytest.raises(ConfigError, match=f"{message} microbatches on 8 stages are more than 262"):
+    with pytest.raises(ConfigError, match=f"{message} microbatches on 8 stages are more than 131"):
         make_plan(config, 8)
 
 

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
@@ -28,11 +28,17 @@ from vp_train.config import ConfigError, DataConfig
 from vp_train.data.documents import Document, content_hash, find_files, pieces, read_documents
 from vp_train.data.indexed import check_index, check_tokens, write_dataset
 from vp_train.data.integrity import BLOCK, DIGITS, block_hashes, check_blocks, check_once, remember
-from vp_train.data.tokenizer import end_token_id, load_tokenizer, train_tokenizer
+from vp_train.data.tokenizer import (
+    LARGEST_TOKENIZER,
+    end_token_id,
+    load_tokenizer,
+    train_tokenizer,
+)
 from vp_train.durable import UnreadableError, open_regular, read_json, read_text, sync
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
+_OWN_HASH = "manifest_hash"
 _FILES = ("tokenizer.json", "tokens.bin", "tokens.idx")
 _LARGEST_MANIFEST = 1 << 26  # bytes; the hashes of a terabyte take 9 MB
 _LONGEST_WORD = 100_000  # characters, for which a tokenizer takes 0.1 s
@@ -283,12 +289,12 @@ def _content_key(
     The cache remembers the hash by the sizes and modification times of the files.  Contents are
     read again only if one of those has changed.
     """
-    tokenizer = [Path(config.tokenizer).resolve()] if config.tokenizer else []
+    tokenizer = [Path(os.path.realpath(config.tokenizer))] if config.tokenizer else []
     for path in tokenizer:
-        if not path.is_file():
+        if not path.is_file() or path.stat().st_size > LARGEST_TOKENIZER:
             raise ConfigError(
-                f"data.tokenizer={config.tokenizer} is not a file; "
-                "give the path of a tokenizer.json"
+                f"data.tokenizer={config.tokenizer} is not a file of at most "
+                f"{LARGEST_TOKENIZER:,} bytes; give the path of a tokenizer.json"
             )
     stats = [
         (str(path), stat.st_size, stat.st_mtime_ns)
@@ -338,7 +344,7 @@ def _read_manifest(path: Path) -> Manifest:
         sizes = {name: _size(path / name) for name in _FILES}
     except UnreadableError as error:
         raise ConfigError(f"{error}; {way_out}") from None
-    manifest = Manifest(**values)
+    manifest = Manifest(**{name: values[name] for name in values if name != _OWN_HASH})
     for name, expected in manifest.file_bytes.items():
         if sizes[name] != expected:
             raise ConfigError(
@@ -347,16 +353,26 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def _hash_of(values: Mapping[str, object]) -> str:
+    """Return the hash of the entries of a manifest."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def _misfit(values: object) -> str | None:
     """Return what keeps the value of a manifest from being one, None if nothing does."""
     kinds = get_type_hints(Manifest)
-    if not isinstance(values, dict) or values.keys() != kinds.keys():
+    if not isinstance(values, dict) or values.keys() != {*kinds, _OWN_HASH}:
         return "it does not have the entries of a corpus"
+    if values[_OWN_HASH] != _hash_of({name: values[name] for name in kinds}):
+        return "it does not match its hash"
     for name, kind in kinds.items():
         value = values[name]
         if kind is int and not (type(value) is int and 0 <= value < 2**63):
             return f"{name} is not a whole number"
-        if kind is str and not (isinstance(value, str) and re.fullmatch("[0-9A-Za-z_]+", value)):
+        if kind is str and not (
+            isinstance(value, str) and re.fullmatch("[0-9A-Za-z_]{1,64}", value)
+        ):
             return f"{name} is not a name"
     if type(values["seconds"]) not in (int, float):
         return "seconds is not a number"
@@ -428,7 +444,10 @@ def _build(
             blocks={name: block_hashes(temporary / name) for name in _FILES},
             seconds=time.perf_counter() - started,
         )
-        (temporary / _MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+        values = asdict(manifest)
+        (temporary / _MANIFEST).write_text(
+            json.dumps(values | {_OWN_HASH: _hash_of(values)}, indent=1) + "\n"
+        )
         for file in (*temporary.iterdir(), temporary):
             sync(file)
         if path.exists():

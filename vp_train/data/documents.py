@@ -41,7 +41,7 @@ def find_files(config: DataConfig) -> tuple[Path, ...]:
         ]
     else:
         assert config.path is not None
-        root = Path(config.path).expanduser().resolve()
+        root = Path(os.path.realpath(os.path.expanduser(config.path)))
         if not root.exists():
             raise ConfigError(
                 f"data.path={config.path} does not exist; "

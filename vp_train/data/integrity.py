@@ -93,7 +93,7 @@ def remember(memory: Path, files: Sequence[Path]) -> None:
 
 def _record(memory: Path, files: Sequence[Path]) -> Path:
     """Return where a check of these files of one directory is remembered."""
-    place = os.fsencode(files[0].parent.resolve())
+    place = os.fsencode(os.path.realpath(files[0].parent))
     return memory / f"{hashlib.blake2b(place, digest_size=16).hexdigest()}.json"
 
 

@@ -12,7 +12,7 @@ from vp_train.durable import UnreadableError, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 _USUAL_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>", "[SEP]")
-_LARGEST = 1 << 28  # bytes of a tokenizer.json; those of 256 thousand tokens have 35 MB
+LARGEST_TOKENIZER = 1 << 28  # bytes of a tokenizer.json; those of 256 thousand tokens have 35 MB
 _SMALLEST = 257  # 256 bytes and the end of a document
 
 
@@ -46,7 +46,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     Raises ConfigError if it is broken or has token ids of `vocab_size` or above.
     """
     try:
-        tokenizer = Tokenizer.from_str(read_text(path, _LARGEST))
+        tokenizer = Tokenizer.from_str(read_text(path, LARGEST_TOKENIZER))
     except UnreadableError as error:
         raise ConfigError(f"data.tokenizer={error}; give the path of a tokenizer.json") from None
     except (KeyboardInterrupt, SystemExit):

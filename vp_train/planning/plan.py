@@ -39,9 +39,10 @@ SEARCHING = (
 )
 SEQUENCE_DEVICES = ("cuda",)
 _LARGEST_SCHEDULE = 1 << 24  # bytes; a pass takes about 7
+_MOST_LINES = 1_100  # of a schedule; parallel.pp is at most 1,024
 _LONGEST_NAME = 200  # characters of a schedule's name
-# Planning takes minutes at this size, which 64 ranks reach with 4,096 microbatches.
-_MOST_FORWARD_PASSES = 1 << 18
+# Planning takes a minute at this size, which 64 ranks reach with 2,048 microbatches.
+_MOST_FORWARD_PASSES = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +287,8 @@ def _stored(config: RunConfig, work: Workload, path: Path) -> StepPlan:
             f"schedule.file={error}; vp-simulate --out DIR writes DIR/schedule.txt"
         ) from None
     try:
+        if text.count("\n") > _MOST_LINES:
+            raise ValueError(f"it has more than {_MOST_LINES:,} lines; every rank has one")
         is_csv = path.suffix.lower() == ".csv"
         schedule = from_csv(text, path.stem) if is_csv else Schedule.parse(text.rstrip())
         schedule = replace(schedule, name=printable(schedule.name)[:_LONGEST_NAME])
