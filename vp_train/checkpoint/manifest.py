@@ -111,7 +111,7 @@ def write_manifest(
     text = json.dumps({"blake2b": digest, "manifest": body}).encode()
     if len(text) > _MOST_BYTES:
         raise ValueError(f"{path / MANIFEST} would have {len(text):,} bytes, which is too many")
-    write_new(path / MANIFEST, text)
+    write_new(path / MANIFEST, [text])
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -546,7 +546,7 @@ def _copy(source: Path, target: Path, names: Sequence[str]) -> list[str]:
             content = read_bytes(path, _MOST_COPIED)
         except UnreadableError as error:
             raise ConfigError(str(error)) from None
-        write_new(target / name, content)
+        write_new(target / name, [content])
     return list(existing)
 
 
