@@ -5,8 +5,9 @@
 Every `every`-th step saves.  Three kinds of steps are compared: those that end with a save, those
 beside which the ranks write, and all others.  A step is timed on every rank, from its begin to its
 end with all that it waits for, and the slowest rank counts.  On a machine with other work the
-paired cost says most: the median over the saves of each kind's mean, in relation to the other
-steps from this save to the next.
+paired cost says more: the median over the saves of each kind's mean, in relation to the other
+steps from this save to the next.  The CPU seconds of all threads of all ranks say most there: they
+do not count the time in which others run.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def rank_main(directory: str, every: int, saves: int) -> None:
     plan = make_plan(config, num_ranks)
     mesh = build_mesh(plan.degrees, plan.problem, config.run)
     run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
-    rows: list[tuple[str, float]] = []
+    rows: list[tuple[str, float, float]] = []
     blocked: list[float] = []
     begin = run._saver.begin
 
@@ -80,12 +81,12 @@ def rank_main(directory: str, every: int, saves: int) -> None:
         is_due = step % every == 0
         before = resident_bytes() if step == every else before
         mesh.steps.barrier()
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         run.train_step(step, None)
-        seconds = time.perf_counter() - started
+        seconds, used = time.perf_counter() - started, time.process_time() - used
         copied = resident_bytes() - before if step == every else copied
         kind = "save" if is_due else "beside" if saving else "plain"
-        rows.append((kind if step > max(WARMUP, every) else "warm-up", seconds))
+        rows.append((kind if step > max(WARMUP, every) else "warm-up", seconds, used))
     run.finish_save()
     image = run._saver._copy.image.nbytes
     gathered = mesh.world.all_gather_json((rows, blocked, image, copied))
@@ -115,14 +116,16 @@ def measure(num_ranks: int, every: int, saves: int) -> dict[str, Any]:
         assert not any(process.returncode for process in processes)
     rows, blocked, images, copied = zip(*json.loads(said[0]), strict=True)
     by_kind: dict[str, list[float]] = {}
+    used_by_kind: dict[str, list[float]] = {}
     paired: dict[str, list[float]] = {"save": [], "beside": []}
     cycle: dict[str, list[float]] = {}
     for of_step in zip(*rows, strict=True):
-        kind = max((kind for kind, _ in of_step), key=("plain", "warm-up", "beside", "save").index)
+        kind = max((row[0] for row in of_step), key=("plain", "warm-up", "beside", "save").index)
+        used_by_kind.setdefault(kind, []).append(sum(used for *_, used in of_step))
         if kind == "save":
             cycle = {}
         for kinds in (by_kind, cycle):
-            kinds.setdefault(kind, []).append(max(seconds for _, seconds in of_step))
+            kinds.setdefault(kind, []).append(max(seconds for _, seconds, _ in of_step))
         if sum(map(len, cycle.values())) == every and "plain" in cycle:
             for name, costs in paired.items():
                 if name in cycle:
@@ -137,6 +140,9 @@ def measure(num_ranks: int, every: int, saves: int) -> dict[str, Any]:
             kind: statistics.median(by_kind[kind]) / plain - 1.0
             for kind in ("save", "beside")
             if kind in by_kind
+        },
+        "median_cpu_seconds": {
+            kind: statistics.median(found) for kind, found in used_by_kind.items()
         },
         "paired_cost": {name: statistics.median(costs) - 1.0 for name, costs in paired.items()},
         "seconds_that_a_save_blocks": statistics.median(

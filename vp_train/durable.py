@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,19 +47,20 @@ def replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)  # what a killed process with the same number has left
     try:
-        write_new(temporary, text.encode())
+        write_new(temporary, [text.encode()])
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def write_new(path: Path, data: bytes | memoryview) -> None:
-    """Write a new file and sync it to disk.  Raises OSError that names it."""
+def write_new(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a new file from its parts, and sync it to disk.  Raises OSError that names it."""
     with naming(path):
         descriptor = open_new(path)
         try:
-            write_all(descriptor, data)
+            for part in parts:
+                write_all(descriptor, part)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -163,6 +164,24 @@ def test_files_follow_the_umask_and_the_thread_gives_way(ranks, tmp_path):
     ((modes, nice),) = ranks(1).run(modes_and_priority, str(tmp_path))
     assert modes == {0o640}
     assert nice == os.getpriority(os.PRIO_PROCESS, 0) + module._NICENESS
+
+
+def test_a_thread_keeps_to_its_share_until_somebody_waits():
+    module._Pace(None).rest(1000.0)  # no share: never a rest
+    pace = module._Pace(0.5)
+    began = time.process_time()
+    thread = threading.Thread(target=pace.rest, args=(0.05,), daemon=True)
+    thread.start()
+    while thread.is_alive():
+        sum(range(1000))  # what a step does: it uses CPU time
+    assert time.process_time() - began >= 0.05
+    hurried = threading.Thread(target=pace.rest, args=(1000.0,), daemon=True)
+    hurried.start()
+    hurried.join(0.05)
+    assert hurried.is_alive()
+    pace.hurry()
+    hurried.join(10)
+    assert not hurried.is_alive()
 
 
 def mixed(rank, num_ranks, directory):

@@ -204,7 +204,16 @@ STATES = {
     "a loss scale of text": {"loss_scale": ["4", 7]},
     "a loss scale of zero": {"loss_scale": [0.0, 7]},
     "a loss scale without an end": {"loss_scale": [float("inf"), 7]},
+    "a loss scale beyond all floats": {"loss_scale": [10**400, 7]},
+    "a loss scale of three": {"loss_scale": [4.0, 7, 7]},
     "a step of another": {"step": 1},
+    "progress of a number": {"progress": 1},
+    "progress without losses": {"progress": {"left_out": 0, "norms": []}},
+    "too many steps left out": {"progress": {"left_out": 10**30, "losses": [], "norms": []}},
+    "a loss beyond all floats": {"progress": {"left_out": 0, "losses": [10**400], "norms": []}},
+    "a norm that is no number": {
+        "progress": {"left_out": 0, "losses": [], "norms": [float("nan")]}
+    },
 }
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 CAMPAIGNS = {  # name -> its module, and the cases of the long form
     "mutations": ("tests.reliability.mutations", 500),
-    "crafted": ("tests.reliability.crafted", 100),
     "overrides": ("tests.reliability.overrides", 1_000),
     "inputs": ("tests.reliability.inputs", 500),
+    "crafted": ("tests.reliability.crafted", 257),
     "faults": ("tests.reliability.faults", 105),
     "kills": ("tests.reliability.kills", 200),
 }

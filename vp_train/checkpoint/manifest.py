@@ -25,7 +25,7 @@ from vp_train.tensors.slices import TensorSlice
 MANIFEST = "manifest.json"
 _FORMAT = 2
 _MOST_BYTES = 32 << 20  # of a manifest; a model of 400 B on 1,024 ranks has about 6 MB
-_MOST_STEPS = 10**12
+MOST_STEPS = 10**12
 _FILE_NAME = re.compile(r"rank-[0-9]{5,9}\.safetensors")
 _DIRECTORY_NAME = re.compile(r"step-([0-9]{8,12})")
 _HASH = re.compile(r"[0-9a-f]{128}")
@@ -111,7 +111,7 @@ def write_manifest(
     text = json.dumps({"blake2b": digest, "manifest": body}).encode()
     if len(text) > _MOST_BYTES:
         raise ValueError(f"{path / MANIFEST} would have {len(text):,} bytes, which is too many")
-    write_new(path / MANIFEST, text)
+    write_new(path / MANIFEST, [text])
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -187,7 +187,7 @@ def _parsed(manifest: dict[str, Any]) -> Manifest:
         files[name] = _file(_object(entry, name), name)
     _check_overlaps(files)
     return Manifest(
-        _whole(manifest, "step", "", _MOST_STEPS), _object(manifest.get("state"), "state"), files
+        _whole(manifest, "step", "", MOST_STEPS), _object(manifest.get("state"), "state"), files
     )
 
 

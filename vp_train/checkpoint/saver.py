@@ -15,7 +15,8 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ from vp_train.durable import sync, write_new
 from vp_train.failures import EXIT_IO, SharedFailure
 
 _NICENESS = 10  # of the writing thread: a step has about nine tenths of a CPU that both want
+_SHARE = 0.05  # of the CPU time of a rank that computes on CPUs, for the writing thread
+_CHUNK = 4 << 20  # bytes that are hashed and written at a time
 
 
 class CheckpointError(SharedFailure, OSError):
@@ -68,7 +71,7 @@ class Saver:
         """Save below `directory`, and keep the newest `keep` checkpoints."""
         self._directory, self._group, self._keep = directory, group, keep
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
-        self._copy = _HostCopy()
+        self._copy, self._pace = _HostCopy(), _Pace()
         self._save: _Save | None = None
         self._failure: CheckpointError | None = None
 
@@ -103,8 +106,10 @@ class Saver:
         path = temporary / file_name(self._group.rank)
         tensors = {name: piece.stored for name, piece in pieces.items()}
         error = _attempt(lambda: self._copy.take(pieces))
+        self._pace = pace = _Pace(None if self._copy.is_of_device else _SHARE)
         if error is None:
-            work = self._thread.submit(_attempt, lambda: _write(path, self._copy.image, tensors))
+            image = self._copy.image
+            work = self._thread.submit(_attempt, lambda: _write(path, image, tensors, pace))
         else:
             work = _done(error)
         self._save = _Save(step, state, work)
@@ -113,6 +118,7 @@ class Saver:
         """Go on with the save that is under way, after waiting for its phase on all ranks."""
         if (save := self._save) is None:
             return
+        self._pace.hurry()
         self._save = None
         results = self._exchange(save.step, save.work.result())
         if results is None or save.is_committing:
@@ -127,6 +133,7 @@ class Saver:
 
     def finish(self) -> None:
         """Return when the save that is under way is complete or has failed on all ranks."""
+        self._pace.hurry()
         while self._save is not None:
             self.advance()
 
@@ -209,6 +216,7 @@ class _HostCopy:
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._num_bytes = 0
+        self.is_of_device = False  # whether the tensors that were copied are on a GPU
         self._side: torch.cuda.Stream | None = None
 
     @property
@@ -236,7 +244,8 @@ class _HostCopy:
         header = header_of(described)
         self._num_bytes = len(header) + sum(entry.num_bytes for entry in described)
         device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
-        self._reserve(self._num_bytes, pinned=device is not None)
+        self.is_of_device = device is not None
+        self._reserve(self._num_bytes, pinned=self.is_of_device)
         self.image[: len(header)] = header
         if device is None:
             self._fill(described, tensors, len(header))
@@ -300,14 +309,51 @@ def _attempt(work: Callable[[], Any]) -> Any:
         return f"{type(error).__name__}: {error}"
 
 
-def _write(path: Path, image: memoryview, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
-    """Write this rank's file and return its entry in the manifest.
+class _Pace:
+    """Keeps a thread to a share of its process's CPU time, until somebody waits for it.
 
-    The hash is that of memory, so it also covers the way to the disk.  Neither call holds the
-    interpreter's lock, which a step needs.
+    On CPUs the passes need the CPUs themselves.  A low priority is not enough: each rank has
+    its own thread, and what one of them takes makes all ranks wait.
     """
-    write_new(path, image)
-    return StoredFile(len(image), hashlib.blake2b(image).hexdigest(), tensors).as_json()
+
+    def __init__(self, share: float | None = None) -> None:
+        """Begin to count.  Without `share` the thread never rests."""
+        self._share, self._hurry = share, threading.Event()
+        self._begin, self._used = time.process_time(), 0.0
+
+    def hurry(self) -> None:
+        """Let the thread rest no more."""
+        self._hurry.set()
+
+    def rest(self, used: float) -> None:
+        """Return when the thread, which has just used `used` seconds, is within its share."""
+        self._used += used
+        while self._share is not None and not self._hurry.is_set():
+            if self._used <= self._share * (time.process_time() - self._begin):
+                return
+            self._hurry.wait(0.01)
+
+
+def _write(
+    path: Path, image: memoryview, tensors: Mapping[str, StoredTensor], pace: _Pace
+) -> dict[str, Any]:
+    """Write this rank's file, and return its entry in the manifest.
+
+    The hash is that of memory, so it also covers the way to the disk.  Hashing and writing do not
+    hold the interpreter's lock, which a step needs.
+    """
+    digest = hashlib.blake2b()
+
+    def chunks() -> Iterator[memoryview]:
+        for start in range(0, len(image), _CHUNK):
+            before = time.thread_time()
+            chunk = image[start : start + _CHUNK]
+            digest.update(chunk)
+            yield chunk
+            pace.rest(time.thread_time() - before)
+
+    write_new(path, chunks())
+    return StoredFile(len(image), digest.hexdigest(), tensors).as_json()
 
 
 def _final_and_temporary(directory: Path, step: int) -> tuple[Path, Path]:

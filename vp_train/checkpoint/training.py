@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from vp_train.assembly import RankModel
-from vp_train.checkpoint.manifest import MANIFEST, Manifest, read_manifest, saved_settings
+from vp_train.checkpoint.manifest import (
+    MANIFEST,
+    MOST_STEPS,
+    Manifest,
+    read_manifest,
+    saved_settings,
+)
 from vp_train.checkpoint.saver import Saver
 from vp_train.checkpoint.store import CheckpointTensor, latest, load
 from vp_train.communication.control import ControlGroup
@@ -46,7 +52,7 @@ class Progress:
         if fields != {"left_out", "losses", "norms"}:
             raise ValueError(f"state.progress is {shown(value)}, not that of a run")
         left_out = value["left_out"]
-        if type(left_out) is not int or left_out < 0:
+        if type(left_out) is not int or not 0 <= left_out <= MOST_STEPS:
             raise ValueError(f"state.progress.left_out is {shown(left_out)}, not a number of steps")
         for name in ("losses", "norms"):
             if not (isinstance(value[name], list) and all(map(_is_finite, value[name]))):
@@ -55,7 +61,7 @@ class Progress:
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +90,11 @@ class _RunState:
             raise ValueError(f"state.updates is {shown(updates)}, not a number of steps")
         if not (
             isinstance(scale, list)
-            and [type(value) for value in scale] in ([float, int], [int, int])
-            and 0 < scale[0] < math.inf
-            and scale[1] >= 0
+            and len(scale) == 2
+            and _is_finite(scale[0])
+            and scale[0] > 0
+            and type(scale[1]) is int
+            and 0 <= scale[1] <= MOST_STEPS
         ):
             raise ValueError(f"state.loss_scale is {shown(scale)}, not a scale and a count")
         if not (isinstance(contents, list) and all(isinstance(one, str) for one in contents)):

@@ -305,8 +305,7 @@ def _model_of_file(path: Path, config: Mapping[str, Any]) -> ModelConfig:
     try:
         return model_of(config)
     except ConfigError as error:
-        words = "".join(char if char.isprintable() else "?" for char in str(error))
-        raise ConfigError(f"{path}: {words if len(words) < 400 else words[:400] + '...'}") from None
+        raise ConfigError(f"{path}: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path} nests too deeply") from None
 
@@ -435,7 +434,10 @@ def _saved_model(settings: Mapping[str, Mapping[str, Any]], path: Path) -> Model
             raise ConfigError(f"{path} was written by another version: it has model.{name[:60]!r}")
         if not _is_of(value, kinds[name]):
             raise ConfigError(f"{path} has model.{name}={shown(value)}, which is of another type")
-    return ModelConfig(**model)
+    try:
+        return ModelConfig(**model)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _is_of(value: Any, kind: Any) -> bool:
@@ -544,7 +546,7 @@ def _copy(source: Path, target: Path, names: Sequence[str]) -> list[str]:
             content = read_bytes(path, _MOST_COPIED)
         except UnreadableError as error:
             raise ConfigError(str(error)) from None
-        write_new(target / name, content)
+        write_new(target / name, [content])
     return list(existing)
 
 
