@@ -169,7 +169,7 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
         (["--cost"], "--cost needs a value: --cost FILE"),
         (["parallel.pp=3"], "the cluster has 4 GPUs: parallel.pp=3"),
         (["run.device=cuda"], "run.device=cuda, but torch finds no GPU here"),
-        (["cost=missing.yaml"], "cost=missing.yaml cannot be read"),
+        (["cost=missing.yaml"], "cost=missing.yaml is not there"),
     ],
 )
 def test_refusals_name_the_value_and_the_way_out(vp_profile, arguments, message, monkeypatch):
