@@ -82,7 +82,7 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ("run.root='a\u202eb'", r"run.root=a\u202eb has the control character \u202e"),
         ("run.root=''", "run.root is empty; give a value"),
         ("run.root=a/" + "x" * 300, "xxx has a name of more than 255 bytes"),
-        ("run.root=~nobody/x", "begins with the home of somebody who is not known here"),
+        ("run.root=~no-such-user/x", "begins with the home of somebody who is not known here"),
         ("run.root=" + "x" * 5_000, "xxx has 5,000 characters; at most 2,048 are allowed"),
         ("run.root=" + "x" * 10**6, "have 1,000,009 characters; at most 65,536 are read"),
         ("vocab.shards=[" + "1," * 3_000 + "]", "have 3,002 commas, brackets and quotes"),

@@ -426,7 +426,7 @@ def _of_file(word: str) -> list[str] | None:
     Raises ConfigError if the file cannot be read.
     """
     group, _, value = word.partition("=")
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     if group not in ("model", "cost") or path.suffix != ".yaml":
         return None
     from omegaconf import DictConfig

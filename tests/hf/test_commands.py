@@ -101,8 +101,8 @@ def test_a_model_file_sets_what_it_holds_and_words_after_it_win(tmp_path):
     ("text", "message"),
     [
         (None, "model.yaml is not there"),
-        ("- 1\n", "holds no settings, one `key: value` per line"),
-        ("a: [\n", "model.yaml is not YAML ("),
+        ("- 1\n", "model.yaml holds no settings"),
+        ("a: [\n", "model.yaml is not YAML (while parsing a flow node"),
         ("hidden: 3\n", "model.hidden is not a setting; did you mean"),
         ("num_layers: 0\n", "model.num_layers=0 is too small"),
     ],

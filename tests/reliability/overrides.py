@@ -45,7 +45,7 @@ WORDS = (
         "None",
         "~",
         "~root",
-        "~nobody/x",
+        "~no-such-user/x",
         ".",
         "..",
         "../x",
