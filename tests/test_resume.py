@@ -203,7 +203,7 @@ def loss_scale_of(rank, num_ranks, config, first):
 
 def test_a_run_that_is_done_says_so_and_fewer_steps_are_refused(monkeypatch):
     left = []
-    monkeypatch.setattr("vp_train.train._leave", left.append)
+    monkeypatch.setattr("vp_train.train.leave", left.append)
     with pytest.raises(ConfigError, match=r"run\.steps=5, but .* is of step 12; give at least 12"):
         _leave_done(12, RunSettings(steps=5), 0)
     for rank in (0, 1):

@@ -279,7 +279,7 @@ class Run:
         self._judge = Judge(config.run, degrees.pp * degrees.tp if degrees.dp > 1 else None)
         self._left_out = 0  # steps whose data no step uses, because the run went back
         self._batches = Ahead(self._batch, config.run.steps)
-        self._saver = Saver(self._checkpoints, mesh.world, config.run.keep_checkpoints)
+        self._saver = Saver(self._checkpoints, mesh.steps, config.run.keep_checkpoints)
         self._saved_step = 0  # of the newest checkpoint that was begun
         self.first_step = 1
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ from vp_train.failures import EXIT_IO, SharedFailure
 
 _NICENESS = 10  # of the writing thread: a step has about nine tenths of a CPU that both want
 _SHARE = 0.05  # of the CPU time of a rank that computes on CPUs, for the writing thread
+_WAIT_SECONDS = 0.5  # between two messages of ranks that wait for a save
 _CHUNK = 4 << 20  # bytes that are hashed and written at a time
 
 
@@ -115,7 +116,7 @@ class Saver:
         self._save = _Save(step, state, work)
 
     def advance(self) -> None:
-        """Go on with the save that is under way, after waiting for its phase on all ranks."""
+        """Go on with the save that is under way, whose phase is done on all ranks."""
         if (save := self._save) is None:
             return
         self._pace.hurry()
@@ -135,7 +136,11 @@ class Saver:
         """Return when the save that is under way is complete or has failed on all ranks."""
         self._pace.hurry()
         while self._save is not None:
-            self.advance()
+            # The ranks exchange messages while they wait.  So a slow disk does not look like a rank
+            # that hangs, and a rank that hangs is found after the timeout of the group.
+            done, _ = wait([self._save.work], _WAIT_SECONDS)
+            if all(self._group.all_gather_json(bool(done))):
+                self.advance()
 
     def _exchange(self, step: int, value: Any) -> list[Any] | None:
         """Return the values of all ranks.  A string is an error: return None and keep it."""
