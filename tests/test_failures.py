@@ -210,6 +210,12 @@ def test_a_failure_is_one_line_and_its_traceback_goes_into_the_log(error, words)
     assert ending.log.startswith("Traceback")
 
 
+def test_no_terminal_obeys_what_a_failure_says():
+    ending = ending_of_rank(raised(ValueError("\x1b[2Jgone\x07")), SETTINGS, 0, 1)
+    assert "\\x1b[2Jgone\\x07" in ending.words
+    assert Ending(70, "one\ntwo\r").words == "one\ntwo\\r"
+
+
 def test_a_failure_names_the_last_line_of_this_package():
     try:
         RunSettings(steps=0)

@@ -30,6 +30,7 @@ from vp_train.config import (
 from vp_train.data import open_source
 from vp_train.planning.degrees import wanted_ranks
 from vp_train.planning.plan import make_plan
+from vp_train.settings import check_start
 from vp_train.train import Run, _leave_done
 
 
@@ -201,11 +202,19 @@ def loss_scale_of(rank, num_ranks, config, first):
     return run.model.loss_scale.value
 
 
-def test_a_run_that_is_done_says_so_and_fewer_steps_are_refused(monkeypatch):
+def test_fewer_steps_than_a_run_has_done_are_refused_before_anything_else(tmp_path):
+    run = RunSettings(root=str(tmp_path), name="run", steps=5, resume=True)
+    for name in ("step-00000004", "step-00000012", ".writing-step-00000020"):
+        (run.directory / "checkpoints" / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"run\.steps=5, but .* is of step 12; give at least 12"):
+        check_start(RunConfig(run=run))
+    check_start(RunConfig(run=replace(run, steps=12)))
+    check_start(RunConfig(run=replace(run, resume=False)))
+
+
+def test_a_run_that_is_done_says_so(monkeypatch):
     left = []
     monkeypatch.setattr("vp_train.train.leave", left.append)
-    with pytest.raises(ConfigError, match=r"run\.steps=5, but .* is of step 12; give at least 12"):
-        _leave_done(12, RunSettings(steps=5), 0)
     for rank in (0, 1):
         _leave_done(12, RunSettings(steps=12), rank)
     assert [ending.code for ending in left] == [0, 0]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vp_train.config import ConfigError, RunSettings
+from vp_train.config import ConfigError, RunSettings, printable
 
 # Exit codes: a job scheduler decides by them whether to start a run again.
 EXIT_OK = 0
@@ -73,7 +73,7 @@ class SharedFailure(Exception):
 class Ending:
     """How a process or a job ends.
 
-    words: at most ten lines for stderr; "" for none.
+    words: at most ten lines for stderr; "" for none.  Control characters are escaped.
     log: what goes into the log of the rank, such as a traceback.
     follows: whether the failure only follows from that of another rank.
     """
@@ -82,6 +82,9 @@ class Ending:
     words: str
     log: str = ""
     follows: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "words", "\n".join(map(printable, self.words.split("\n"))))
 
 
 @dataclass(frozen=True, slots=True)

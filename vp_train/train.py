@@ -234,15 +234,7 @@ def _connect(
 
 
 def _leave_done(done: int, settings: RunSettings, rank: int) -> NoReturn:
-    """Leave a run whose newest checkpoint is of step `done`, with nothing left to do.
-
-    Raises ConfigError if fewer steps are asked for than it has done.
-    """
-    if settings.steps < done:
-        raise ConfigError(
-            f"run.steps={settings.steps}, but the newest checkpoint of {run_path(settings)} is of "
-            f"step {done}; give at least {done}"
-        )
+    """Leave a run whose newest checkpoint is of step `done`, with nothing left to do."""
     words = f"{run_path(settings)} has done all of its {done} steps; run.steps=N goes on to step N"
     leave(Ending(EXIT_OK, words if rank == 0 else ""))
 

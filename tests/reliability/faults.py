@@ -81,7 +81,7 @@ class Fault:
     settings: tuple[str, ...] = ()
 
 
-STOPPED = r"stopped after step \d+, because {} to rank \d; a checkpoint is saved"
+STOPPED = r"stopped after step \d+, because {} reached rank \d; a checkpoint is saved"
 KILLED = r"rank 1 on \S+ was killed by SIGKILL \("
 SILENT = r"has not answered for 4 s .*; rank 1 on \S+ no longer beats"
 FAULTS = {
@@ -91,7 +91,7 @@ FAULTS = {
     **{
         f"{number.name} to the {target}": Fault(
             EXIT_TIME,
-            STOPPED.format(number.name if target == "rank" else "SIGUSR1"),
+            STOPPED.format(number.name),
             number=number,
             target=target,
             saved=True,

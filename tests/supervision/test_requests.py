@@ -89,7 +89,7 @@ def test_a_signal_leaves_and_its_echo_does_no_more(handlers, number):
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), signal.SIGINT)  # of the same Ctrl-C
     assert leaves(requests.current())
-    assert words(requests.current(), 2) == f"{number.name} to rank 2"
+    assert words(requests.current(), 2) == f"{number.name} reached rank 2"
 
 
 IMPATIENT = """

@@ -263,6 +263,12 @@ def _require_same(saved: Mapping[str, Mapping[str, Any]], ours: dict[str, Any], 
             if section == "loss" and section not in saved:  # checkpoints of earlier versions
                 before = getattr(LossConfig(), key)
             if before != value:
+                if (section, key) == ("data", "synthetic"):
+                    words = "was" if before else "was not"
+                    raise ConfigError(
+                        f"{path} {words} trained on data=synthetic; use the same data, or go on "
+                        f"from its weights as another run: run.init_from={path} run.name=NAME"
+                    )
                 raise ConfigError(
                     f"{path} was saved with {section}.{key}={_word(before)}, "
                     f"this run has {_word(value)}; "

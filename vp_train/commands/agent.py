@@ -213,7 +213,7 @@ def _watch(news: News, ranks: LocalRanks, attempt: int, signals: Signals) -> Non
         if signals.has_request and not has_asked:
             has_asked = True
             news.tell("asked")
-            ranks.request_end()
+            ranks.request_end(signals.noted[0][0])
         ranks.poll()
         ends = [end for end, _ in ranks.ends() if end.code not in (EXIT_OK, EXIT_TIME)]
         for explains in {_explains(end) for end in ends} - told:

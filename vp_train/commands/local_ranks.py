@@ -1,7 +1,7 @@
 """The ranks of one attempt on this machine: how they start, how they end, and what they said.
 
 Every rank is a child of the agent with a process group of its own.  It gets a pipe for the words
-with which it ends (`supervision.ending`).  SIGUSR1 asks a rank to finish its step, to save and to
+with which it ends (`supervision.ending`).  A signal asks a rank to finish its step, to save and to
 end; it waits until the rank listens (`supervision.requests`).
 """
 
@@ -168,11 +168,12 @@ class LocalRanks:
         self._codes[rank] = os.waitstatus_to_exitcode(status), time.time()
         self._running.discard(rank)
 
-    def request_end(self) -> None:
-        """Ask every rank to finish its step, to save and to end."""
+    def request_end(self, number: int) -> None:
+        """Ask every rank to finish its step, to save and to end, because signal `number` came."""
         for rank in self._running:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._processes[rank], signal.SIGUSR1)
+                number = number if number in SIGNALS else signal.SIGUSR1
+                os.kill(self._processes[rank], number)
 
     def kill(self) -> None:
         """End the ranks that still run, and whatever any rank has started, and wait for them."""

@@ -37,7 +37,7 @@ def words(request: int, rank: int) -> str:
         return "run.max_minutes is over"
     if request == _STOP_FILE:
         return "the file STOP was there"
-    return f"{signal.Signals(request - _SIGNALS).name} to rank {rank}"
+    return f"{signal.Signals(request - _SIGNALS).name} reached rank {rank}"
 
 
 def hold_signals() -> None:
