@@ -24,6 +24,7 @@ from vp_train.config import (
     BlendEntry,
     ConfigError,
     DataConfig,
+    RunConfig,
     RunSettings,
     VocabConfig,
 )
