@@ -14,7 +14,7 @@ train: $(VENV)/installed
 	$(BIN)/vp-train parallel.pp=$(RANKS) run.name=$(NAME) $(ARGS)
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,8 +19,11 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
-# The files that take longest begin first, so that none of them runs alone at the end.
+# The files that take longest begin first, so that none of them runs alone at the end.  The first
+# two wait most of their time.
 LONG = (
+    "test_slurm.py",
+    "test_namespaces.py",
     "test_gpu_check.py",
     "test_docs.py",
     "test_equivalence.py",
@@ -41,7 +45,12 @@ LONG = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let xdist keep the order of `LONG`; it would begin with the files of most tests."""
+    """Let xdist keep the order of `LONG`; it would begin with the files of most tests.
+
+    Also end the deafness to Ctrl-C that a shell's & gives to its jobs: tests send SIGINT.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config.option, "loadscopereorder"):  # xdist is installed
         config.option.loadscopereorder = False
 

@@ -12,6 +12,7 @@ import argparse
 import importlib
 import json
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of cases")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
     results = []
     for name in options.names or CAMPAIGNS:
         module, cases = CAMPAIGNS[name]
