@@ -25,7 +25,12 @@ ALLOWED = {
     "vp_train.quiet": (),
     "vp_train.durable": (),
     "vp_train.failures": ("vp_train.config",),
-    "vp_train.supervision": ("vp_train.config", "vp_train.failures", "vp_train.supervision"),
+    "vp_train.supervision": (
+        "vp_train.config",
+        "vp_train.durable",
+        "vp_train.failures",
+        "vp_train.supervision",
+    ),
     "vp_train.tensors": (),
     "vp_train.communication": (
         "schedules",

@@ -13,7 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from schedules.ir import Schedule
+import vp_train.train as train_module
+from schedules.ir import Kind, Pass, Schedule
+from schedules.lower import Action, Op
+from schedules.problem import Collective
 from tests.meshes import mesh_for
 from tests.training import OFFLOADED, config_of, laid_out, metrics_of, train, uncompiled
 from vp_train.assembly import build_rank
@@ -224,6 +227,8 @@ def test_a_nan_loss_stops_a_float16_run_whatever_its_scale():
     run = SimpleNamespace(
         model=SimpleNamespace(loss_scale=scale),
         _judge=Judge(RunConfig().run),
+        _saved_step=0,
+        first_step=1,
         _say=lambda *_: None,
     )
     overflow = StepHealth(1.0, math.inf, ((1, "gradient"),), 0.0)
@@ -472,3 +477,34 @@ def test_bfloat16_converges_to_the_entropy_of_its_data(ranks, tmp_path):
     )
     ranks(2).run(train, config, timeout=100)
     assert abs(metrics_of(config)[-1]["validation_loss"] - open_source(config).entropy) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("doing", "operation", "said", "waits"),
+    [
+        ("training", Op(Action.RUN, Pass(1, Kind.F, 5)), "step 3, training, 1F5", False),
+        ("training", Op(Action.ARRIVE, Pass(1, Kind.F, 5), 0), "training, arrive:1F5@0", True),
+        ("training", Op(Action.NEED, Pass(1, Kind.F, 5)), "training, need:1F5", True),
+        ("validating", Op(Action.WAIT, Collective("C1", 3)), "validating, wait:C1.3", True),
+        ("waiting for data", None, "step 3, waiting for data", False),
+        ("beginning", None, "step 3, beginning", False),
+        (train_module._COMPARING, None, "with other ranks", True),
+        (train_module._SAVING, None, "saving with other ranks", True),
+    ],
+)
+def test_a_heartbeat_says_where_a_rank_is_and_whether_it_waits(doing, operation, said, waits):
+    executor = SimpleNamespace(operation=operation)
+    run = SimpleNamespace(
+        step=3, _doing=doing, model=SimpleNamespace(trainer=executor, evaluator=executor)
+    )
+    place = Run.place(run)
+    assert said in place.doing
+    assert place.waits is waits
+
+
+def test_minutes_alone_save_the_last_step_too(ranks, tmp_path):
+    config = config_of(tmp_path, steps=3, checkpoint_every=0, checkpoint_minutes=60.0)
+    ranks(2).run(train, config)
+    assert [path.name for path in (config.run.directory / "checkpoints").iterdir()] == [
+        "step-00000003"
+    ]

@@ -216,16 +216,17 @@ def root_cause(
 
     Leave out ranks that the launcher itself has killed.  `record_of` returns the flight recorder's
     file of a rank if NCCL's watchdog wrote it before it aborted the rank.  Causes come before
-    consequences: what a rank found wrong, a rank that was killed, one that raised, one that left
-    too early, one that waited in vain, one that NCCL's watchdog aborted, and ranks that only lost
-    another one.
+    consequences: what a rank found wrong, a rank that was killed, one that raised or crashed, one
+    that left too early, one that waited in vain, one that NCCL's watchdog aborted, and ranks that
+    only lost another one.
     """
     failed = [end for end in ends if end.code]
     own = [end for end in failed if end.code > 0 and not _follows(end)]
     found = [end for end in own if end.code not in (EXIT_HANG, EXIT_INTERNAL)]
     aborted = [end for end in failed if end.code == -signal.SIGABRT]
-    killed = [end for end in failed if end.code < 0 and end not in aborted]
+    killed = [end for end in failed if end.code in (-signal.SIGKILL, -signal.SIGTERM)]
     raised = [end for end in own if end.code == EXIT_INTERNAL]
+    crashed = [end for end in failed if end.code < 0 and end not in (*aborted, *killed)]
     early = [end for end in ends if not end.code] if failed else []
     hung = [end for end in own if end.code == EXIT_HANG]
     if found:  # all ranks may have found the same, and only one of them says it
@@ -233,10 +234,15 @@ def root_cause(
         return Ending(same[0].code, next(filter(None, map(_words_of, same)), ""))
     if killed:
         return _killed(killed[0])
-    if early and not raised:
+    if early and not raised and not crashed:
         words = "left with code 0 while others still ran; something in it called exit"
         return Ending(EXIT_INTERNAL, f"{early[0].name} {words}")
-    for end in (*raised, *hung):
+    for end in failed:  # a rank may crash as it leaves after another has raised
+        if end in crashed:
+            return _killed(end)
+        if end in raised:
+            return Ending(end.code, _words_of(end))
+    for end in hung:
         return Ending(end.code, _words_of(end))
     for end in aborted:
         if (record := record_of(end.rank)) is not None:

@@ -67,6 +67,12 @@ from vp_train.supervision.ending import leave
 from vp_train.supervision.heartbeat import Heartbeat, Place
 from vp_train.supervision.requests import Requests
 
+# What a rank does, as its heartbeat says it.
+_TRAINING = "training"
+_VALIDATING = "validating"
+_COMPARING = "exchanging gradients, loss and norm with other ranks"
+_SAVING = "saving with other ranks"
+
 
 class DivergenceError(SharedFailure):
     """A step that the run does not survive.  The parameters are those after the previous step."""
@@ -297,6 +303,7 @@ class Run:
         self.step = self.first_step - 1
         while self.step < self.config.run.steps and self._left is None:
             self.step += 1
+            self._doing = "beginning"
             yield self.step
 
     def _batch(self, step: int) -> Batch:
@@ -309,12 +316,14 @@ class Run:
 
         On CUDA the host runs ahead of the device, so the device may not have come so far.
         """
-        executor = self.model.evaluator if self._doing == "validating" else self.model.trainer
-        in_program = self._doing in ("validating", "training")
-        op = executor.operation if in_program else None
-        where = "" if op is None else f", {op}"
-        waits = op is not None and op.action in (Action.ARRIVE, Action.WAIT)
-        return Place(f"step {self.step}, {self._doing}{where}", waits)
+        doing = self._doing
+        if doing not in (_TRAINING, _VALIDATING):
+            return Place(f"step {self.step}, {doing}", waits=doing in (_COMPARING, _SAVING))
+        op = (self.model.trainer if doing == _TRAINING else self.model.evaluator).operation
+        if op is None:
+            return Place(f"step {self.step}, {doing}")
+        waits = op.action in (Action.ARRIVE, Action.WAIT, Action.NEED)
+        return Place(f"step {self.step}, {doing}, {op}", waits)
 
     def train_step(self, step: int, reporter: Reporter | None) -> None:
         """Run optimizer step `step`, and the validation, trace and checkpoint that are due then.
@@ -322,17 +331,18 @@ class Run:
         Only one rank of the run has a `reporter`.
         """
         started = time.perf_counter()
-        self._doing = "training"
+        self._doing = "waiting for data"
         batch = self._batches.take(step)
+        self._doing = _TRAINING
         self.model.gradients.zero()
         if step == self._traced_step:
             loss, traced = self._traced(batch)
         else:
             loss = self.model.train_step(batch.tokens, batch.labels, segments=batch.segments)
             traced = None
+        self._doing = _COMPARING
         self.model.optimizer.reduce()
         norm = self.model.optimizer.squared_norm() / self.model.loss_scale.value**2
-        self._doing = "comparing with other ranks"
         health = gather_health(
             self._own(loss),
             norm,
@@ -370,12 +380,14 @@ class Run:
                 reporter.validation(step, validation)
         if reporter is not None:
             reporter.record()
-        self._doing = "saving"
+        self._doing = _SAVING
         if health.saved:
             self._saver.advance()
-        if self._is_due(step, self.config.run.checkpoint_every) or (health.request and self._saves):
+        is_last = step == self.config.run.steps
+        wanted = self._saves and (is_last or health.request != asked.NOTHING)
+        if wanted or self._is_due(step, self.config.run.checkpoint_every):
             self.begin_save(step, reporter)
-        if step < self.config.run.steps and self._left is None:
+        if not is_last and self._left is None:
             self._warn_of_save(reporter)
 
     @property
@@ -399,7 +411,8 @@ class Run:
             words = f"gradients overflow float16; the loss scale is {loss_scale.value:,.0f} now"
             self._say(f"step {step} skipped: {words}", reporter)
             return True
-        judgement = self._judge.judge(step, health)
+        can_go_back = self._saved_step > 0 or self.first_step > 1
+        judgement = self._judge.judge(step, health, can_go_back=can_go_back)
         match judgement.verdict:
             case Verdict.APPLY:
                 if judgement.words:
@@ -448,9 +461,10 @@ class Run:
 
     def _validate(self) -> float:
         """Return the mean validation loss, the same on all ranks."""
-        self._doing = "validating"
+        self._doing = _VALIDATING
         batch = self.source.validation_batch(self.mesh.data_rank, self.mesh.degrees.dp)
         loss = self.model.evaluator.step(batch.tokens, batch.labels, segments=batch.segments)
+        self._doing = _COMPARING
         return gather_health(self._own(loss), None, self.mesh.steps).loss
 
     def _own(self, loss: torch.Tensor | None) -> torch.Tensor | None:
@@ -542,15 +556,15 @@ class Run:
 
     def ending(self) -> Ending:
         """Return how this rank ends after `finish`; the first rank has the words."""
+        warning = self._requests.clear()
         if self._left is None or self.step == self.config.run.steps:
-            return Ending(EXIT_OK, "")
-        self._requests.clear()
+            return Ending(EXIT_OK, warning)
         saved = (
             "a checkpoint is saved, run.resume=true goes on"
             if self._saves
             else "no checkpoint is saved, for run.checkpoint_every=0"
         )
-        words = f"vp-train: stopped after step {self.step}, because {self._left}; {saved}"
+        words = f"vp-train: stopped after step {self.step}, because {self._left}; {saved}{warning}"
         return Ending(EXIT_TIME, words if self.mesh.rank == 0 else "")
 
     def finish(self, reporter: Reporter | None) -> None:

@@ -107,3 +107,13 @@ def test_the_medians_survive_a_checkpoint():
     assert judge.judge(21, health(norm=11)).verdict is Verdict.STOP
     judge.restore((), ())
     assert judge.judge(21, health(norm=11)).verdict is Verdict.APPLY
+
+
+def test_without_a_checkpoint_a_step_is_skipped_instead_of_going_back():
+    judge = experienced(on_nonfinite="go_back")
+    for step in range(21, 30):
+        judgement = judge.judge(step, NAN, can_go_back=False)
+        assert judgement.verdict is Verdict.SKIP
+        assert judgement.words.endswith("; there is no checkpoint to go back to")
+    assert judge.judge(30, NAN, can_go_back=False).verdict is Verdict.STOP
+    assert judge.judge(31, NAN).verdict is Verdict.GO_BACK

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from vp_train.failures import Ending
+from vp_train.supervision import ending
 from vp_train.supervision.ending import heard
 
 LEAVE = """
@@ -54,6 +55,22 @@ def test_a_traceback_that_no_log_takes_goes_to_the_terminal(tmp_path):
     log = tmp_path / "not" / "there" / "rank-1.log"
     done = leave(log, {})
     assert done.stderr.startswith(f"rank 1 failed\n{log} cannot be written: ")
+
+
+def test_long_words_are_shortened_to_what_any_pipe_takes(tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    monkeypatch.setenv("VP_TRAIN_ENDING_FD", str(writing))
+    assert ending._tell_agent(Ending(70, "é" * 100_000))
+    told = heard(os.read(reading, 1 << 20))
+    assert told.code == 70
+    assert 300 < len(told.words) < 4096
+
+
+def test_a_log_that_is_a_pipe_is_not_opened(tmp_path):
+    (tmp_path / "logs").mkdir()
+    os.mkfifo(tmp_path / "logs" / "rank-1.log")
+    done = leave(tmp_path / "logs" / "rank-1.log", {})
+    assert "rank-1.log cannot be written: " in done.stderr
     assert done.stderr.endswith("\nTraceback: long\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 
 import pytest
@@ -56,7 +57,9 @@ def test_a_rank_that_has_begun_in_between_is_not_silent():
     assert Stall.of([None], [beat(0)]).silent == frozenset()
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b"null", b"\x80\x04N.", b'{"count": "x"}'])
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"{}", b"null", b"\x80\x04N.", b'{"count": "x"}', b"[" * 5000]
+)
 def test_what_is_no_beat_counts_as_none(text):
     assert Beat.parse(text) is None
 
@@ -83,3 +86,28 @@ def test_without_a_store_there_is_no_report():
     heart = Heartbeat(("127.0.0.1", server.port), 0)
     heart.stop()
     assert Heartbeat.of_job({}, 0) is None
+
+
+def test_no_terminal_obeys_a_beat_and_its_words_have_an_end():
+    said = {"count": 1, "host": "\x1b[2J", "doing": "x" * 1000, "waits": False}
+    beat = Beat.parse(json.dumps(said).encode())
+    assert beat.host == "\\x1b[2J"
+    assert len(beat.doing) == 200
+    assert Beat.parse(b'{"count": Infinity, "host": "", "doing": "", "waits": 0}') is None
+
+
+def test_a_store_that_comes_late_gets_beats_and_without_beats_nobody_is_blamed():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    heart = Heartbeat(("127.0.0.1", port), 0)
+    time.sleep(0.3)
+    server = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    deadline = time.monotonic() + 20
+    while not server.check(["vp_train/0/beat/0"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    heart.stop()
+    time.sleep(0.5)  # a beat that is on its way
+    server.delete_key("vp_train/0/beat/0")
+    time.sleep(0.1)
+    assert heart.look(2) is None

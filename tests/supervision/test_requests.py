@@ -73,6 +73,20 @@ def test_a_stop_file_leaves_once(tmp_path):
     assert requests.current() == NOTHING
 
 
+def test_a_stop_file_that_cannot_be_removed_is_said_and_ends_nothing(tmp_path):
+    (tmp_path / "STOP").mkdir()
+    warning = Requests(tmp_path / "STOP").clear()
+    assert f"remove {tmp_path / 'STOP'} yourself" in warning
+
+
+def test_the_time_limit_counts_from_the_start_of_the_command(tmp_path, monkeypatch):
+    settings = RunSettings(root=str(tmp_path), name="run", max_minutes=1.0)
+    monkeypatch.setenv("VP_TRAIN_STARTED", str(time.monotonic() - 61))
+    assert leaves(Requests.of_rank(0, settings).current())
+    monkeypatch.setenv("VP_TRAIN_STARTED", str(time.monotonic() - 50))
+    assert not leaves(Requests.of_rank(0, settings).current())
+
+
 def test_only_the_first_rank_looks_at_files_and_the_clock(tmp_path):
     settings = RunSettings(root=str(tmp_path), name="run", max_minutes=1e-9)
     time.sleep(0.01)

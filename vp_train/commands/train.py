@@ -19,7 +19,7 @@ from vp_train.failures import ending_of_command
 from vp_train.metrics.run_directory import run_path
 from vp_train.settings import check_start, config_text, resume_words, started_from
 from vp_train.supervision.ending import PIPE, leave
-from vp_train.supervision.requests import hold_signals
+from vp_train.supervision.requests import hold_signals, start_clock
 
 _TRAIN_EXAMPLES = """\
   vp-train                              4 ranks on this machine, Python's standard library as text
@@ -46,6 +46,7 @@ def main() -> None:
     # Libraries read it when they are imported.  Every rank has one thread, and an agent that is
     # to fork none but its own.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    start_clock()
     if is_rank(os.environ) or is_slurm_rank(os.environ):
         hold_signals()
     if is_rank(os.environ):

@@ -10,7 +10,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-DUMP_SECONDS = 1.0  # torch waits this long for a file; after 4 times as long it aborts the process
+# torch waits this long for a file; after 4 times as long it aborts the process.  By then a rank has
+# waited for its own file and looked for the rank that hangs.
+DUMP_SECONDS = 3.0
 _POLL_SECONDS = 0.2
 _PREFIX_VARIABLES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 
@@ -35,11 +37,11 @@ def is_fresh(path: Path, since: float) -> bool:
 
 
 def wait_for(path: Path, since: float) -> bool:
-    """Wait until `path` is written and no longer grows, at most `3 * DUMP_SECONDS`.
+    """Wait until `path` is written and no longer grows, a second longer than torch does.
 
     Returns `is_fresh(path, since)`.
     """
-    deadline, size = time.monotonic() + 3 * DUMP_SECONDS, -1
+    deadline, size = time.monotonic() + DUMP_SECONDS + 1.0, -1
     while time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
         if is_fresh(path, since):

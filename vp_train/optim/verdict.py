@@ -55,15 +55,18 @@ class Judge:
         self._skips_in_a_row = self._returns = self._furthest = 0
         self.spikes = self.skipped = 0
 
-    def judge(self, step: int, health: StepHealth) -> Judgement:
-        """Return the verdict on `step`, and count it."""
+    def judge(self, step: int, health: StepHealth, *, can_go_back: bool = True) -> Judgement:
+        """Return the verdict on `step`, and count it.
+
+        Without a checkpoint to go back to, the step is skipped instead.
+        """
         if health.culprits:
             what = f"non-finite {', '.join(map(self._name, health.culprits))}"
-            return self._refused("on_nonfinite", step, what)
+            return self._refused("on_nonfinite", step, what, can_go_back=can_go_back)
         if what := self._spike(health):
             self.spikes += 1
             if self._settings.on_spike != Verdict.APPLY:
-                return self._refused("on_spike", step, what)
+                return self._refused("on_spike", step, what, can_go_back=can_go_back)
         self._losses = [*self._losses, health.loss][-_WINDOW:]
         self._norms = [*self._norms, health.grad_norm][-_WINDOW:]
         self._skips_in_a_row = 0
@@ -90,13 +93,15 @@ class Judge:
                 )
         return ""
 
-    def _refused(self, setting: str, step: int, what: str) -> Judgement:
+    def _refused(self, setting: str, step: int, what: str, *, can_go_back: bool) -> Judgement:
         self.skipped += 1
         verdict, way_out = Verdict(getattr(self._settings, setting)), "Lower optim.lr"
         if verdict is Verdict.STOP:
             way_out += (
                 f", or set run.{setting}=skip to leave such steps out, or run.{setting}=go_back"
             )
+        if verdict is Verdict.GO_BACK and not can_go_back:
+            verdict, what = Verdict.SKIP, f"{what}; there is no checkpoint to go back to"
         if verdict is Verdict.SKIP:
             self._skips_in_a_row += 1
             if self._skips_in_a_row >= _MOST_SKIPS:

@@ -13,10 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vp_train.durable import UnreadableError, open_to_append, write_all
 from vp_train.failures import Ending
 
 PIPE = "VP_TRAIN_ENDING_FD"  # the number of the pipe's end that the rank writes to
-_LONGEST = 1 << 16  # bytes of a pipe's line
+_LONGEST = 4096  # bytes of a line: a pipe takes as many without waiting, even the smallest
 
 
 def leave(ending: Ending, log: Path | None = None) -> NoReturn:
@@ -24,11 +25,10 @@ def leave(ending: Ending, log: Path | None = None) -> NoReturn:
 
     Destructors of process groups would wait for peers, or abort while their threads still run.
     """
-    words = ending.words
+    said = "" if _tell_agent(ending) or not ending.words else f"{ending.words}\n"
     if ending.log and log is not None and (problem := _write(log, ending.log)):
-        words = f"{words}\n{log} cannot be written: {problem}\n{ending.log}"
-    if not _tell_agent(ending) and words:
-        sys.stderr.write(f"{words}\n")  # a single write, so that lines of ranks do not mix
+        said += f"{log} cannot be written: {problem}\n{ending.log.rstrip()}\n"
+    sys.stderr.write(said)  # a single write, so that lines of ranks do not mix
     sys.stderr.flush()
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
@@ -39,9 +39,12 @@ def _write(log: Path, text: str) -> str:
     """Append `text` to the log.  Returns what went wrong, "" if nothing did."""
     try:
         log.parent.mkdir(exist_ok=True)
-        with log.open("a") as file:
-            file.write(text)
-    except OSError as error:
+        descriptor = open_to_append(log)
+        try:
+            write_all(descriptor, text.encode())
+        finally:
+            os.close(descriptor)
+    except (OSError, UnreadableError) as error:
         return str(error)
     return ""
 
@@ -51,9 +54,12 @@ def _tell_agent(ending: Ending) -> bool:
     number = os.environ.get(PIPE)
     if number is None:
         return False
-    line = json.dumps(asdict(ending) | {"log": ""})
+    words, line = ending.words, b""
+    while not line or len(line) > _LONGEST:
+        line = json.dumps(asdict(ending) | {"words": words, "log": ""}).encode()
+        words = f"{words[: len(words) // 2]} ..."
     try:
-        os.write(int(number), line.encode()[:_LONGEST])
+        os.write(int(number), line)
     except OSError:
         return False
     return True

@@ -16,9 +16,13 @@ from datetime import timedelta
 from threading import Event, Thread
 from typing import Any
 
+from vp_train.config import printable
+
 _BEAT_SECONDS = 1.0
 _LOOK_SECONDS = 2.5  # between two looks at the beats: long enough for a living rank to count up
 _STORE_SECONDS = 5.0  # the store answers within milliseconds if its host is there
+_MOST_BYTES, _MOST_CHARACTERS = 2000, 200  # of a beat, and of a word in it
+_WORDS = ("host", "doing")
 _NEVER = "has never begun: its process hangs before its first beat, or was not started"
 
 
@@ -43,14 +47,10 @@ class Beat:
     def parse(cls, text: bytes) -> Beat | None:
         """Return the beat in `text`, None if it is none: a store takes values from anybody."""
         try:
-            values: Any = json.loads(text)
-            return cls(
-                int(values["count"]),
-                str(values["host"]),
-                str(values["doing"]),
-                bool(values["waits"]),
-            )
-        except (ValueError, KeyError, TypeError):
+            values: Any = json.loads(text[:_MOST_BYTES])
+            host, doing = (printable(str(values[name]))[:_MOST_CHARACTERS] for name in _WORDS)
+            return cls(int(values["count"]), host, doing, bool(values["waits"]))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
 
@@ -84,17 +84,17 @@ class Heartbeat:
         self._stopped.set()
 
     def _beat(self) -> None:
-        count, host = 0, platform.node()
-        try:
-            store = self._store()
-            while not self._stopped.is_set():
+        count, host, store = 0, platform.node(), None
+        while not self._stopped.is_set():
+            try:
+                store = store or self._store()
                 place = self._place()
                 beat = Beat(count, host, place.doing, place.waits)
                 store.set(self._key(self._rank), json.dumps(asdict(beat)))
                 count += 1
-                self._stopped.wait(_BEAT_SECONDS)
-        except RuntimeError:  # the store is gone, and the job with it
-            return
+            except RuntimeError:  # the store is not there yet, or the connection broke
+                store = None
+            self._stopped.wait(_BEAT_SECONDS)
 
     def _key(self, rank: int) -> str:
         return f"vp_train/{self._attempt}/beat/{rank}"
@@ -106,7 +106,7 @@ class Heartbeat:
         return TCPStore(*self._address, is_master=False, wait_for_workers=False, timeout=timeout)
 
     def look(self, num_ranks: int) -> Stall | None:
-        """Return where all ranks stand, None if the store does not answer.
+        """Return where all ranks stand, None if the store does not answer or knows of no rank.
 
         It takes 2.5 s, because it looks twice, and at most 7.5 s.
         """
@@ -122,12 +122,16 @@ class Heartbeat:
             store = self._store()
             before = self._beats(store, num_ranks)
             time.sleep(_LOOK_SECONDS)
-            found.append(Stall.of(before, self._beats(store, num_ranks)))
+            after = self._beats(store, num_ranks)
+            if any(after):
+                found.append(Stall.of(before, after))
         except RuntimeError:
             return
 
     def _beats(self, store: Any, num_ranks: int) -> list[Beat | None]:
-        keys = map(self._key, range(num_ranks))
+        keys = list(map(self._key, range(num_ranks)))
+        if store.check(keys):  # two requests instead of two for each rank
+            return list(map(Beat.parse, store.multi_get(keys)))
         return [Beat.parse(store.get(key)) if store.check([key]) else None for key in keys]
 
 

@@ -23,7 +23,13 @@ _TIME_IS_OVER = 2
 _STOP_FILE = 3
 _SIGNALS = 100
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_STARTED = "VP_TRAIN_STARTED"  # environment variable: when the command began, by time.monotonic
 _SAME_REQUEST_SECONDS = 1.0  # a terminal and a launcher may both pass on the same Ctrl-C
+
+
+def start_clock() -> None:
+    """Let run.max_minutes of all ranks that this process starts count from now."""
+    os.environ.setdefault(_STARTED, str(time.monotonic()))
 
 
 def leaves(request: int) -> bool:
@@ -58,11 +64,14 @@ class Requests:
         *,
         max_minutes: float = 0.0,
         checkpoint_minutes: float = 0.0,
+        started: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Count max_minutes from `started`, in seconds of `clock`; by default from now."""
         self._stop_file, self._clock = stop_file, clock
         self._max_seconds, self._save_seconds = 60 * max_minutes, 60 * checkpoint_minutes
-        self._started = self._saved = clock()
+        self._saved = clock()
+        self._started = self._saved if started is None else started
         self._signal, self._signalled = 0, 0.0
 
     @classmethod
@@ -74,6 +83,7 @@ class Requests:
             settings.directory / "STOP",
             max_minutes=settings.max_minutes,
             checkpoint_minutes=settings.checkpoint_minutes,
+            started=float(os.environ.get(_STARTED, time.monotonic())),
         )
 
     def listen(self) -> None:
@@ -104,7 +114,14 @@ class Requests:
         """Count the minutes to the next checkpoint from now."""
         self._saved = self._clock()
 
-    def clear(self) -> None:
-        """Remove the stop file, so that it does not stop the next run as well."""
+    def clear(self) -> str:
+        """Remove the stop file, so that it does not stop the next run as well.
+
+        Returns a warning if that failed, else "".
+        """
         if self._stop_file is not None:
-            self._stop_file.unlink(missing_ok=True)
+            try:
+                self._stop_file.unlink(missing_ok=True)
+            except OSError as error:
+                return f"\nvp-train: remove {self._stop_file} yourself ({error.strerror})"
+        return ""
