@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import torch
 
 import vp_train
 from tests.training import run_command
+from vp_train.commands.score import main
 from vp_train.config import ConfigError
 
 WORDS = [
@@ -101,3 +103,63 @@ def test_a_step_is_simulated_from_settings():
     outcome = vp_train.simulate(config)
     assert outcome.timeline.makespan > 0
     assert json.dumps(outcome.timeline.makespan)
+
+
+def score_command(capsys, *words):
+    """Run vp-score in this process; return its exit code, output and errors."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["vp-score", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            main()
+    captured = capsys.readouterr()
+    return left.value.code, captured.out, captured.err
+
+
+def test_vp_score_sums_what_score_returns(trained, tmp_path, capsys):
+    lines = ["the cat sat on the mat", "", "qzx!!#%& \u00fcber vwy~", "q"]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    texts = [{"text": line} for line in lines if line]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    code, out, _ = score_command(capsys, trained, tmp_path / "a.txt", "--lines", "--json")
+    assert code == 0
+    *found, total = map(json.loads, out.splitlines())
+    assert [entry["document"] for entry in found] == [f"{tmp_path}/a.txt:{n}" for n in (1, 3, 4)]
+    run = vp_train.open_run(trained)
+    expected = [row.double().sum().item() for row in vp_train.score(run, [lines[0], lines[2]])]
+    assert [entry["logprob"] for entry in found] == pytest.approx([*expected, 0.0])
+    assert total["logprob"] == pytest.approx(sum(expected))
+    assert found[2]["perplexity"] is None
+    size = len(lines[2].encode())
+    assert size - 4 <= found[1]["bytes"] < size, "all but the first token"
+    bits = -expected[1] / math.log(2) / found[1]["bytes"]
+    assert found[1]["bits_per_byte"] == pytest.approx(bits)
+    assert found[0]["perplexity"] == pytest.approx(math.exp(-expected[0] / found[0]["tokens"]))
+    code, table, _ = score_command(capsys, trained, tmp_path / "a.jsonl")
+    assert code == 0
+    assert table.splitlines()[0].split() == [
+        "tokens",
+        "log-prob",
+        "perplexity",
+        "bits/byte",
+        "document",
+    ]
+    assert table.splitlines()[-1].split()[0] == str(total["tokens"])
+    _, out, _ = score_command(capsys, trained, tmp_path / "a.txt", "--json")
+    assert len(out.splitlines()) == 2, "the whole file is one document"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "is not a file; give a text or a .jsonl file"),
+        (lambda path: path.write_text("{}"), "has no text field 'text'"),
+        (lambda path: path.write_text("{"), "is not JSON in UTF-8"),
+    ],
+)
+def test_vp_score_refuses_what_it_cannot_read(trained, tmp_path, capsys, make, words):
+    path = tmp_path / "a.jsonl"
+    make(path)
+    code, _, said = score_command(capsys, trained, path)
+    assert code == 78
+    assert words in said
+    assert len(said.splitlines()) <= 2

@@ -35,7 +35,7 @@ from vp_train.settings import load_config, override
 from vp_train.vocab.loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +107,16 @@ def _ids_of(run: OpenRun, text: str | Tensor) -> Tensor:
         return text
     if not isinstance(text, str):
         raise TypeError(f"a text is a string or an int64 tensor [n] of token ids, not {text!r:.80}")
+    return torch.tensor(encode(run, text).ids, dtype=torch.int64)
+
+
+def encode(run: OpenRun, text: str) -> Encoding:
+    """Return the tokens of a text.  Raises ConfigError where the run has no tokenizer."""
     if run.tokenizer is None:
         raise ConfigError(
             f"{run.checkpoint}: the run has no tokenizer; give token ids instead of text"
         )
-    return torch.tensor(run.tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+    return run.tokenizer.encode(text, add_special_tokens=False)
 
 
 def _for_one_process(config: RunConfig, device: str, dtype: str | None) -> RunConfig:
