@@ -335,7 +335,10 @@ class _Completions:
         self._done = set(self._later)
 
     def need(self, item: Pass) -> None:
-        self._optimizer.need(self._names_of.get((item.kind, item.stage), ()))
+        self.need_of(self._names_of.get((item.kind, item.stage), ()))
+
+    def need_of(self, names: Sequence[str]) -> None:
+        self._optimizer.need(names)
 
     def announce(self, names: Sequence[str]) -> None:
         new = [name for name in names if name not in self._done]

@@ -111,3 +111,28 @@ def test_a_stage_without_layers_announces_its_final_norm(group, final_norm):  # 
     with module.completing(seen.append):
         module(x).sum().backward()
     assert seen == ([("final_norm.weight",)] if final_norm else [])
+
+
+def test_a_forward_waits_for_each_layer_before_it_reads_it(group):  # noqa: F811
+    module = stage(group, range(3), final_norm=True, first=True)
+    values = {name: p.detach().clone() for name, p in module.named_parameters()}
+    x = torch.randn(20, 2, 48, dtype=torch.float64)
+    expected, waited = module(x), []
+    for parameter in module.parameters():
+        parameter.data.fill_(torch.nan)
+    for layer in module.layers.values():
+        layer.register_forward_pre_hook(lambda *_: waited.append("layer"))
+
+    def need(names):
+        waited.append(names)
+        for name in names:
+            module.get_parameter(name).data.copy_(values[name])
+
+    with module.reading(need):
+        found = module(x)
+    assert torch.equal(found, expected)
+    last, second, first = module.units
+    assert waited == [first, first, "layer", second, "layer", last, "layer", first, second, last]
+    waited.clear()
+    module(x)
+    assert waited == ["layer"] * 3

@@ -78,6 +78,13 @@ def test_every_parameter_has_its_place_in_one_bucket_of_equal_parts(
     assert (owners <= 1).all()
     assert owners.sum() == sum(parameter.numel() for parameter in parameters.values())
     assert layout.bounds.keys() == parameters.keys()
+    read = [layout.buckets[index].names for index in layout.reading_order]
+    completed = [bucket.names for bucket in layout.buckets]
+    assert sorted(read) == sorted(completed)
+    units = [set(unit) for run in runs for unit in reversed(run) if unit]
+    assert read == sorted(
+        read, key=lambda names: min(units.index(u) for u in units if u & set(names))
+    ), "the first layers of a stage are read first"
 
 
 def countdown_of(sizes, max_elements):

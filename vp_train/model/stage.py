@@ -98,6 +98,7 @@ class Stage(nn.Module):
         for _, module in self._linear_layers():
             self._products[self._unit_of[module.weight]] += 1
         self._completion: Completion | None = None
+        self._need: Callable[[Sequence[str]], None] | None = None
 
     def _linear_layers(self) -> Iterator[tuple[str, ColumnLinear | RowLinear]]:
         for name, module in self.named_modules():
@@ -151,6 +152,7 @@ class Stage(nn.Module):
         """
         lengths = None if segments is None else document_lengths(segments)
         documents = None if lengths is None else Documents.on(x.device, lengths)
+        self._read(0)
         if self.scale is not None:
             x = x * self.scale
         if self.positions is not None:
@@ -162,6 +164,7 @@ class Stage(nn.Module):
             if number and x.requires_grad:
                 x.register_hook(partial(self._complete_up_to, len(self.layers) - 1 - number))  # type: ignore[no-untyped-call]
             angles = self.local_angles if name in self._local else self.angles
+            self._read(number)
             x = layer(x, None if angles is None else angles[:num_tokens], documents)
         if self.final_norm is not None:
             x = self.final_norm(x)
@@ -181,6 +184,30 @@ class Stage(nn.Module):
             if not name.startswith("layers."):
                 units[-1 if name == "positions" else 0].append(name)
         return tuple(tuple(unit) for unit in units if unit)
+
+    @contextmanager
+    def reading(self, need: Callable[[Sequence[str]], None]) -> Iterator[None]:
+        """Within this context call `need` with the parameters of each layer before a pass reads it.
+
+        The pass inside must be a forward, and when the context ends `need` has been called with all
+        parameters.
+        """
+        self._need = need
+        try:
+            yield
+        finally:
+            self._need = None
+        for unit in self.units[::-1]:
+            need(unit)
+
+    def _read(self, number: int) -> None:
+        """Wait for the parameters of the layer with index `number` of this stage.
+
+        With those of the first layer come the learned positions, with those of the last one the
+        final norm.  They are also the parameters of a stage without layers.
+        """
+        if self._need is not None and self.units:
+            self._need(self.units[len(self.units) - 1 - number])
 
     @contextmanager
     def completing(self, done: Callable[[Sequence[str]], None]) -> Iterator[None]:

@@ -66,11 +66,14 @@ class FlatLayout:
     """The place of each parameter in the flat tensor.
 
     `bounds` are the elements [start, stop) of each parameter.  Buckets include padding.
+    `reading_order` are the indices of the buckets in the order in which forwards read them: the
+    runs in order, and each from its end.
     """
 
     buckets: tuple[Bucket, ...]
     bounds: Mapping[str, tuple[int, int]]
     num_elements: int
+    reading_order: tuple[int, ...]
 
 
 def bucket_elements(optim: OptimConfig, item_bytes: int) -> int:
@@ -94,9 +97,11 @@ def lay_out(
     """
     assert sorted(name for run in runs for unit in run for name in unit) == sorted(parameters)
     buckets: list[Bucket] = []
+    reading_order: list[int] = []
     bounds: dict[str, tuple[int, int]] = {}
     start = 0
     for run in runs:
+        first_of_run = len(buckets)
         for names in _filled(run, parameters, max_elements):
             spans: list[Span] = []
             stop = start
@@ -111,7 +116,8 @@ def lay_out(
             stop = start + _rounded(stop - start, num_parts * _ALIGNMENT)
             buckets.append(Bucket(tuple(names), start, stop, tuple(spans)))
             start = stop
-    return FlatLayout(tuple(buckets), bounds, start)
+        reading_order += reversed(range(first_of_run, len(buckets)))
+    return FlatLayout(tuple(buckets), bounds, start, tuple(reading_order))
 
 
 def _filled(

@@ -49,6 +49,10 @@ class StageModule(Protocol):
     @property
     def weight_grads(self) -> WeightGrads: ...
     def __call__(self, x: Tensor, segments: Tensor | None) -> Tensor: ...
+    def reading(self, need: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
+        """Within this context call `need` with the names of each layer before the pass reads it."""
+        ...
+
     def completing(self, done: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
         """Within this context call `done` with the names of each layer whose gradients complete."""
         ...
@@ -84,6 +88,10 @@ class WeightUpdates(Protocol):
         """Wait until the weights that `item` reads have arrived."""
         ...
 
+    def need_of(self, names: Sequence[str]) -> None:
+        """Wait until the weights `names` have arrived, in the pass that is about to read them."""
+        ...
+
     def announce(self, names: Sequence[str]) -> None:
         """Record that the gradients of `names` are complete while the pass is still running."""
         ...
@@ -95,6 +103,9 @@ class WeightUpdates(Protocol):
 
 class _NoUpdates:
     def need(self, item: Pass) -> None:
+        pass
+
+    def need_of(self, names: Sequence[str]) -> None:
         pass
 
     def announce(self, names: Sequence[str]) -> None:
@@ -252,6 +263,7 @@ class _Step:
         self._arriving: Buffers[Pending] = Buffers()
         self._delivering: Buffers[Delivery] = Buffers()
         self._saved: Buffers[tuple[Tensor, GradientEdge]] = Buffers()
+        self._first_reader: Pass | None = None  # of its stage's weights, if they are on their way
         self.run: dict[Action, Callable[[Op], None]] = {
             Action.RUN: self._pass,
             Action.SEND: self._send,
@@ -306,7 +318,11 @@ class _Step:
         assert isinstance(item, Pass)
         stages, updates = self._modules.stages, self._modules.updates
         layered = op.completes and not item.kind.is_vocabulary
-        layers = stages[item.stage].completing(updates.announce) if layered else nullcontext()
+        layers: AbstractContextManager[None] = nullcontext()
+        if layered:
+            layers = stages[item.stage].completing(updates.announce)
+        elif item == self._first_reader:
+            layers = stages[item.stage].reading(updates.need_of)
         with self._observer.observe(item, self._held_bytes), layers:
             self._passes[item.kind](item)
         if op.completes:
@@ -317,8 +333,12 @@ class _Step:
         return output + sum(s.weight_grads.held_bytes for s in self._modules.stages.values())
 
     def _need(self, op: Op) -> None:
+        """Wait for a vocabulary matrix.  A pass of a stage waits itself, layer by layer."""
         assert isinstance(op.item, Pass)
-        self._modules.updates.need(op.item)
+        if op.item.kind.is_vocabulary:
+            self._modules.updates.need(op.item)
+        else:
+            self._first_reader = op.item
 
     def _forward(self, item: Pass) -> None:
         x = self._tensors.take("x", item.stage, item.microbatch)

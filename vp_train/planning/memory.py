@@ -205,14 +205,10 @@ def _scratch_bytes(step: StepPlan, rank: int) -> float:
 def _update_bytes(step: StepPlan, optim: OptimConfig, rank: int) -> float:
     """Return the bytes that reducing gradients and updating parameters need.
 
-    With optim.offload it is one bucket, because DeepSpeed sums in a copy.  ZeRO-1 works in place,
-    but on a CPU gloo copies what it reduce-scatters, and all buckets may be under way.
+    With optim.offload it is one bucket, because DeepSpeed sums in a copy.  Others work in place.
     """
     gradients = step.work.precise_bytes * rank_parameters(step, rank)
-    if optim.offload:
-        return float(min(gradients, optim.bucket_mib << 20))
-    copied = optim.name == "zero1" and not step.work.on_cuda and step.degrees.dp > 1
-    return float(gradients) if copied else 0.0
+    return float(min(gradients, optim.bucket_mib << 20)) if optim.offload else 0.0
 
 
 def _working_bytes(item: Pass, step: StepPlan) -> float:
