@@ -211,6 +211,9 @@ class SleepingStage:
     def held_bytes(self) -> int:
         return 0
 
+    def reading(self, need: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def completing(self, done: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
         return nullcontext()
 

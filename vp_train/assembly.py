@@ -15,7 +15,7 @@ from schedules.vocab import End, VocabAlgorithm
 from vp_train.config import OptimConfig, RunConfig
 from vp_train.mesh import Mesh
 from vp_train.model.stage import Stage, init_rows
-from vp_train.optim.buckets import Runs, bucket_elements, lay_out
+from vp_train.optim.buckets import BUCKETS_PER_STAGE, Runs, bucket_elements, lay_out
 from vp_train.optim.gradients import Gradients
 from vp_train.optim.loss_scale import LossScale
 from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
@@ -191,6 +191,7 @@ def _build_gradients(config: RunConfig, weights: _Weights, mesh: Mesh) -> Gradie
         _runs(weights),
         max_elements=bucket_elements(config.optim, precise.itemsize),
         num_parts=mesh.degrees.dp,
+        min_buckets=BUCKETS_PER_STAGE,
         copied=weights.copied,
     )
     return Gradients(weights.parameters, layout)

@@ -15,6 +15,7 @@ from torch import nn
 from vp_train.config import OptimConfig
 
 _ALIGNMENT = 64  # elements; aligns every parameter to vectors and cache lines
+BUCKETS_PER_STAGE = 8  # at least, where it has as many layers: nothing hides the last one's sum
 
 Runs = Sequence[Sequence[Sequence[str]]]
 """Names of parameters.
@@ -87,11 +88,13 @@ def lay_out(
     *,
     max_elements: int,
     num_parts: int = 1,
+    min_buckets: int = 1,
     copied: frozenset[str] = frozenset(),
 ) -> FlatLayout:
     """Return the layout of `parameters`, with buckets of at most `max_elements`.
 
-    A bucket contains whole units of one run; a unit that is too large has its own bucket.  Matrices
+    A bucket contains whole units of one run; a unit that is too large has its own bucket.  A bucket
+    has at most a part of 1 / `min_buckets` of its run, too.  Matrices
     decay.  Parameters in `copied`, which another rank also holds, do not count for the norm.  The
     size of every bucket is a multiple of `num_parts`.
     """
@@ -102,7 +105,8 @@ def lay_out(
     start = 0
     for run in runs:
         first_of_run = len(buckets)
-        for names in _filled(run, parameters, max_elements):
+        size = sum(parameters[name].numel() for unit in run for name in unit)
+        for names in _filled(run, parameters, min(max_elements, math.ceil(size / min_buckets))):
             spans: list[Span] = []
             stop = start
             for counts, decays in ((True, True), (True, False), (False, True), (False, False)):
