@@ -12,8 +12,10 @@ parameters before the first pass, and `early gather` lets the first forward wait
 The hidden share is (late - early) / (late - none).
 
 `can be` is the share that the order of passes lets hide.  It is computed from the simulated step
-and from the time of a sum or gather that is measured alone.  Nothing can hide the sum of the bucket
-that the last pass completes, nor the gather of the layer that the first pass reads first.
+and from the time of a sum or gather without passes, of sums on the first rank of the pipeline
+alone, of gathers on all ranks together, because a step begins with them.  Nothing can hide the sum
+of the bucket that the last pass completes, nor the gather of the layer that the first pass reads
+first.
 """
 
 from __future__ import annotations
@@ -271,7 +273,7 @@ class Row:
     """The result for a schedule and an optimizer: median seconds of every kind of step.
 
     `hidden_pct` and `can_be_pct` have "sum" and, with zero1, "gather".  `message_seconds` are the
-    seconds of the message of a bucket, alone.
+    seconds of the message of a bucket without passes.
     """
 
     schedule: str
@@ -396,7 +398,7 @@ def measure(
                 Replicas.gather(replicas, flat[bucket.start : bucket.stop])
                 for bucket in layout.buckets
             ],
-            here == 0,
+            True,
         )
         can_be = forecast.gathers(layouts, alone)
         rows.append(row_of(case, optimizer_name, "gather", seconds, alone, can_be))

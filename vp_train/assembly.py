@@ -22,7 +22,7 @@ from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
 from vp_train.optim.replicas import Replicas
 from vp_train.optim.zero import ZeroAdamW
 from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
-from vp_train.pipeline.executor import BLIND, Executor, Observer, RankModules
+from vp_train.pipeline.executor import BLIND, Executor, Observer, PlacedBatch, RankModules
 from vp_train.planning.plan import RunPlan
 from vp_train.tensors.precision import DTYPES, statistics_dtype
 from vp_train.tensors.slices import TensorSlice
@@ -70,6 +70,7 @@ class RankModel:
         *,
         mask: Tensor | None = None,
         segments: Tensor | None = None,
+        placed: PlacedBatch | None = None,
     ) -> Tensor | None:
         """Run `Executor.step` of the training program; see there for arguments and result.
 
@@ -79,7 +80,13 @@ class RankModel:
         self._completions.begin()
         scale = self.loss_scale.value
         loss = self.trainer.step(
-            tokens, labels, observer, mask=mask, segments=segments, loss_scale=scale
+            tokens,
+            labels,
+            observer,
+            mask=mask,
+            segments=segments,
+            loss_scale=scale,
+            placed=placed,
         )
         if self._copied_at_both_ends is not None:
             self._comms.sum_over_ends(self._copied_at_both_ends)
