@@ -266,19 +266,18 @@ def compare(runs: list[dict[str, Any]], vocab_size: int) -> dict[str, Any]:
             for name in table["torch"]
             if name != "ratio_to_torch"
         }
-        ratios = {
-            name: [
-                now / then
-                for now, then in zip(figures(system, of), figures(system, of, True), strict=False)
-            ]
-            for name, of in (
-                ("tokens_per_second", lambda r: r["tokens_per_second"]),
-                ("cpu_seconds_per_step", lambda r: sum(r["cpu_seconds_per_step"])),
-            )
-        }
-        if all(ratios.values()):
+        if any(r["before"] for r in runs):
             table[system]["ratio_to_before"] = {
-                name: statistics.median(values) for name, values in ratios.items()
+                name: statistics.median(
+                    now / then
+                    for now, then in zip(
+                        figures(system, of), figures(system, of, before=True), strict=True
+                    )
+                )
+                for name, of in (
+                    ("tokens_per_second", lambda r: r["tokens_per_second"]),
+                    ("cpu_seconds_per_step", lambda r: sum(r["cpu_seconds_per_step"])),
+                )
             }
     return table
 
