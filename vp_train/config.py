@@ -589,7 +589,7 @@ class OptimConfig:
     bucket_mib: int = setting(
         64,
         "Largest size of a gradient bucket, which also has at most an eighth of a stage; "
-        "a larger layer is reduced in one piece.",
+        "a larger MLP or attention is reduced in one piece.",
         unit="MiB",
         least=1,
         most=1 << 20,

@@ -1,5 +1,7 @@
 """A layer is announced when its gradients are complete, while the layers below still run."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -77,7 +79,7 @@ def test_a_layer_is_announced_once_complete_and_before_those_below_it(
             name
             for unit in module.units[index + 1 :]
             for name in unit
-            if "linear_fc1.weight" in name
+            if "linear_fc1.weight" in name or "linear_qkv.weight" in name
         ]
         assert not any(
             then[name] is not None and torch.equal(then[name], final[name]) for name in below
@@ -122,6 +124,7 @@ def test_a_forward_waits_for_each_layer_before_it_reads_it(group):  # noqa: F811
         parameter.data.fill_(torch.nan)
     for layer in module.layers.values():
         layer.register_forward_pre_hook(lambda *_: waited.append("layer"))
+        layer.layer.mlp.register_forward_pre_hook(lambda *_: waited.append("mlp"))
 
     def need(names):
         waited.append(names)
@@ -131,8 +134,9 @@ def test_a_forward_waits_for_each_layer_before_it_reads_it(group):  # noqa: F811
     with module.reading(need):
         found = module(x)
     assert torch.equal(found, expected)
-    last, second, first = module.units
-    assert waited == [first, first, "layer", second, "layer", last, "layer", first, second, last]
+    units = list(reversed(module.units))
+    halves = zip(units, ["layer", "mlp"] * 3, strict=True)
+    assert waited == [units[0], *itertools.chain(*halves), *units]
     waited.clear()
     module(x)
-    assert waited == ["layer"] * 3
+    assert waited == ["layer", "mlp"] * 3
