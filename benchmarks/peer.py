@@ -1,12 +1,16 @@
 """Compare this trainer with torch.distributed.pipelining's 1F1B on two gloo ranks of one thread.
 
-    python benchmarks/peer.py [--vocab 32768 131072] [--rounds 3] [--steps 4] [--json FILE]
+    python benchmarks/peer.py [--vocab 32768 131072] [--rounds 3] [--steps 4] [--before DIR]
+        [--json FILE]
 
 There are three systems.  `torch` is Schedule1F1B with the embedding on the first stage, and output
 layer and cross entropy on the last.  `none` is ours with the same placement.  `one_barrier` is ours
 with that vocabulary algorithm.  All have the same layers, initial values, tokens, AdamW and
 clipping, and must report the same loss.  The systems take turns, every run in new processes.
 Medians over the rounds are compared.
+
+With `--before DIR`, a checkout of an earlier commit, our systems also run with its code, next to
+the runs with this one.  `ratio_to_before` is the median over the rounds of the ratio of the two.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from provenance import provenance
 
 SYSTEMS = ("torch", "none", "one_barrier")
 RANKS, WARMUP = 2, 1
+HERE = Path(__file__).resolve().parents[1]
 
 
 def config_of(vocab_size: int, algorithm: str) -> Any:
@@ -191,21 +196,21 @@ def worker(system: str, vocab_size: int, steps: int, rank: int, port: int, out: 
     Path(out).write_text(json.dumps(figures))
 
 
-def run(system: str, vocab_size: int, steps: int) -> dict[str, Any]:
-    """Run a system on all ranks, and return its figures."""
+def run(system: str, vocab_size: int, steps: int, checkout: Path = HERE) -> dict[str, Any]:
+    """Run a system with the code of `checkout` on all ranks, and return its figures."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
         outs = [f"{directory}/{rank}.json" for rank in range(RANKS)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout)}
         processes = [
             subprocess.Popen(
                 [
                     sys.executable,
                     "-W",
                     "ignore",
-                    __file__,
+                    str(checkout / "benchmarks" / "peer.py"),
                     "--worker",
                     system,
                     str(vocab_size),
@@ -223,6 +228,7 @@ def run(system: str, vocab_size: int, steps: int) -> dict[str, Any]:
         ranks = [json.loads(Path(out).read_text()) for out in outs]
     return {
         "system": system,
+        "before": checkout != HERE,
         "vocab": vocab_size,
         "tokens_per_second": ranks[0]["tokens_per_second"],
         "cpu_seconds_per_step": [rank["cpu_seconds_per_step"] for rank in ranks],
@@ -233,12 +239,17 @@ def run(system: str, vocab_size: int, steps: int) -> dict[str, Any]:
 
 
 def compare(runs: list[dict[str, Any]], vocab_size: int) -> dict[str, Any]:
-    """Return the medians of every system and their ratios to `torch`."""
+    """Return the medians of every system, and their ratios to `torch` and to `before`."""
+
+    def figures(system: str, figure: Any, before: bool = False) -> list[float]:
+        return [
+            figure(r)
+            for r in runs
+            if (r["system"], r["vocab"], r["before"]) == (system, vocab_size, before)
+        ]
 
     def median(system: str, figure: Any) -> float:
-        return statistics.median(
-            figure(r) for r in runs if r["system"] == system and r["vocab"] == vocab_size
-        )
+        return statistics.median(figures(system, figure))
 
     table: dict[str, Any] = {"vocab": vocab_size}
     for system in SYSTEMS:
@@ -255,6 +266,19 @@ def compare(runs: list[dict[str, Any]], vocab_size: int) -> dict[str, Any]:
             for name in table["torch"]
             if name != "ratio_to_torch"
         }
+        if any(r["before"] for r in runs):
+            table[system]["ratio_to_before"] = {
+                name: statistics.median(
+                    now / then
+                    for now, then in zip(
+                        figures(system, of), figures(system, of, before=True), strict=True
+                    )
+                )
+                for name, of in (
+                    ("tokens_per_second", lambda r: r["tokens_per_second"]),
+                    ("cpu_seconds_per_step", lambda r: sum(r["cpu_seconds_per_step"])),
+                )
+            }
     return table
 
 
@@ -269,14 +293,19 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=[32_768, 131_072])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument(
+        "--before", type=Path, metavar="DIR", help="a checkout of an earlier commit"
+    )
     parser.add_argument("--json", type=Path, help="write everything measured as JSON")
     arguments = parser.parse_args()
     runs = []
     for vocab_size in arguments.vocab:
         for _ in range(arguments.rounds):
             for system in SYSTEMS:
-                runs.append(run(system, vocab_size, arguments.steps))
-                print(json.dumps(runs[-1]), flush=True)
+                earlier = arguments.before if system != "torch" else None
+                for checkout in filter(None, (HERE, earlier)):
+                    runs.append(run(system, vocab_size, arguments.steps, checkout.resolve()))
+                    print(json.dumps(runs[-1]), flush=True)
         losses = [r["first_loss"] for r in runs if r["vocab"] == vocab_size]
         if max(losses) - min(losses) > 1e-3:
             raise SystemExit(

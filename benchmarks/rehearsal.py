@@ -211,6 +211,9 @@ class SleepingStage:
     def held_bytes(self) -> int:
         return 0
 
+    def reading(self, need: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def completing(self, done: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -271,6 +274,9 @@ class SleepingOutput:
     @property
     def held_bytes(self) -> int:
         return 0
+
+    def place(self, targets: Tensor) -> Tensor:
+        return targets
 
     def begin(self, targets: Tensor, weights: Tensor) -> SleepingOutput:
         return self

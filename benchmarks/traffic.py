@@ -5,7 +5,8 @@
 Every collective of torch.distributed is counted in the process that calls it, with the bytes that a
 rank of a ring of dp ranks sends.  An all-reduce sends 2 (dp - 1) / dp of its bytes.  A
 reduce-scatter or all-gather sends (dp - 1) / dp of them.  `limit` is the value for dp -> infinity.
-gloo may send more.
+`Replicas.scatter_sum` counts as the reduce-scatter that it is with NCCL.  gloo has none and runs an
+all-reduce, so it sends more.
 
 The results are the reason why DeepSpeed is used only with `optim.offload=true`.  It all-reduces
 whole gradients, so in bfloat16 it sends 8 + 2 bytes per parameter, one bucket after another, while
@@ -34,6 +35,7 @@ from torch import Tensor, multiprocessing
 from vp_train.assembly import build_rank
 from vp_train.config import RunConfig
 from vp_train.mesh import build_mesh
+from vp_train.optim.replicas import Replicas
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
 
@@ -90,6 +92,9 @@ class Traffic:
         for name, (position, times) in COUNTED.items():
             if hasattr(dist, name):  # some exist only in newer versions of torch
                 setattr(dist, name, self._counting(name, getattr(dist, name), position, times))
+        Replicas.scatter_sum = self._counting(  # type: ignore[method-assign]
+            "scatter_sum", Replicas.scatter_sum, 1, 1
+        )
         for name in UNKNOWN:
             setattr(dist, name, self._refusing(name, getattr(dist, name)))
 

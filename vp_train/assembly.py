@@ -15,14 +15,14 @@ from schedules.vocab import End, VocabAlgorithm
 from vp_train.config import OptimConfig, RunConfig
 from vp_train.mesh import Mesh
 from vp_train.model.stage import Stage, init_rows
-from vp_train.optim.buckets import Runs, bucket_elements, lay_out
+from vp_train.optim.buckets import BUCKETS_PER_STAGE, Runs, bucket_elements, lay_out
 from vp_train.optim.gradients import Gradients
 from vp_train.optim.loss_scale import LossScale
 from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
 from vp_train.optim.replicas import Replicas
 from vp_train.optim.zero import ZeroAdamW
 from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
-from vp_train.pipeline.executor import BLIND, Executor, Observer, RankModules
+from vp_train.pipeline.executor import BLIND, Executor, Observer, PlacedBatch, RankModules
 from vp_train.planning.plan import RunPlan
 from vp_train.tensors.precision import DTYPES, statistics_dtype
 from vp_train.tensors.slices import TensorSlice
@@ -70,6 +70,7 @@ class RankModel:
         *,
         mask: Tensor | None = None,
         segments: Tensor | None = None,
+        placed: PlacedBatch | None = None,
     ) -> Tensor | None:
         """Run `Executor.step` of the training program; see there for arguments and result.
 
@@ -79,7 +80,13 @@ class RankModel:
         self._completions.begin()
         scale = self.loss_scale.value
         loss = self.trainer.step(
-            tokens, labels, observer, mask=mask, segments=segments, loss_scale=scale
+            tokens,
+            labels,
+            observer,
+            mask=mask,
+            segments=segments,
+            loss_scale=scale,
+            placed=placed,
         )
         if self._copied_at_both_ends is not None:
             self._comms.sum_over_ends(self._copied_at_both_ends)
@@ -191,6 +198,7 @@ def _build_gradients(config: RunConfig, weights: _Weights, mesh: Mesh) -> Gradie
         _runs(weights),
         max_elements=bucket_elements(config.optim, precise.itemsize),
         num_parts=mesh.degrees.dp,
+        min_buckets=BUCKETS_PER_STAGE,
         copied=weights.copied,
     )
     return Gradients(weights.parameters, layout)
@@ -335,7 +343,10 @@ class _Completions:
         self._done = set(self._later)
 
     def need(self, item: Pass) -> None:
-        self._optimizer.need(self._names_of.get((item.kind, item.stage), ()))
+        self.need_of(self._names_of.get((item.kind, item.stage), ()))
+
+    def need_of(self, names: Sequence[str]) -> None:
+        self._optimizer.need(names)
 
     def announce(self, names: Sequence[str]) -> None:
         new = [name for name in names if name not in self._done]

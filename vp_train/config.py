@@ -588,7 +588,8 @@ class OptimConfig:
     offload: bool = setting(False, "zero1: keep the state in host memory and update it there.")
     bucket_mib: int = setting(
         64,
-        "Size of a gradient bucket; a larger layer is reduced in one piece.",
+        "Largest size of a gradient bucket, which also has at most an eighth of a stage; "
+        "a larger MLP or attention is reduced in one piece.",
         unit="MiB",
         least=1,
         most=1 << 20,

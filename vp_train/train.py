@@ -59,6 +59,7 @@ from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory, run_path
 from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning_rate
 from vp_train.optim.verdict import Judge, Verdict
+from vp_train.pipeline.executor import PlacedBatch
 from vp_train.pipeline.recorder import Recorder, joined_communications, timer_of
 from vp_train.planning.plan import RunPlan, make_plan
 from vp_train.preflight.nodes import Preflight, spans_nodes
@@ -306,10 +307,13 @@ class Run:
             self._doing = "beginning"
             yield self.step
 
-    def _batch(self, step: int) -> Batch:
-        """Return this replica's data of `step`."""
+    def _batch(self, step: int) -> tuple[Batch, PlacedBatch | None]:
+        """Return this replica's data of `step`, and on CUDA its copy on the device."""
         data_rank, num_replicas = self.mesh.data_rank, self.mesh.degrees.dp
-        return self.source.train_batch(step + self._left_out, data_rank, num_replicas)
+        batch = self.source.train_batch(step + self._left_out, data_rank, num_replicas)
+        if self.config.run.device == "cpu":
+            return batch, None
+        return batch, self.model.trainer.place(batch.tokens, batch.labels)
 
     def place(self) -> Place:
         """Return where this rank stands; another thread calls it.
@@ -332,13 +336,15 @@ class Run:
         """
         started = time.perf_counter()
         self._doing = "waiting for data"
-        batch = self._batches.take(step)
+        batch, placed = self._batches.take(step)
         self._doing = _TRAINING
         self.model.gradients.zero()
         if step == self._traced_step:
-            loss, traced = self._traced(batch)
+            loss, traced = self._traced(batch, placed)
         else:
-            loss = self.model.train_step(batch.tokens, batch.labels, segments=batch.segments)
+            loss = self.model.train_step(
+                batch.tokens, batch.labels, segments=batch.segments, placed=placed
+            )
             traced = None
         self._doing = _COMPARING
         self.model.optimizer.reduce()
@@ -515,7 +521,9 @@ class Run:
         """Load the weights of another run or of an import."""
         load_weights(find(Path(source).expanduser(), self.mesh.world), self.config, self.model)
 
-    def _traced(self, batch: Batch) -> tuple[torch.Tensor | None, Recorder]:
+    def _traced(
+        self, batch: Batch, placed: PlacedBatch | None
+    ) -> tuple[torch.Tensor | None, Recorder]:
         """Run a training step that times every pass and communication, from a common start."""
         timer = timer_of(
             rank_device(self.config), host_waits=self.config.run.comm_backend == "gloo"
@@ -523,7 +531,9 @@ class Run:
         recorder = Recorder(self.mesh.pipeline_rank, timer, list(self.model.parameters.values()))
         self.mesh.steps.barrier()
         timer.start()
-        loss = self.model.train_step(batch.tokens, batch.labels, recorder, segments=batch.segments)
+        loss = self.model.train_step(
+            batch.tokens, batch.labels, recorder, segments=batch.segments, placed=placed
+        )
         return loss, recorder
 
     def _peak_bytes(self) -> float:

@@ -1,5 +1,7 @@
 """A layer is announced when its gradients are complete, while the layers below still run."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -77,7 +79,7 @@ def test_a_layer_is_announced_once_complete_and_before_those_below_it(
             name
             for unit in module.units[index + 1 :]
             for name in unit
-            if "linear_fc1.weight" in name
+            if "linear_fc1.weight" in name or "linear_qkv.weight" in name
         ]
         assert not any(
             then[name] is not None and torch.equal(then[name], final[name]) for name in below
@@ -111,3 +113,30 @@ def test_a_stage_without_layers_announces_its_final_norm(group, final_norm):  # 
     with module.completing(seen.append):
         module(x).sum().backward()
     assert seen == ([("final_norm.weight",)] if final_norm else [])
+
+
+def test_a_forward_waits_for_each_layer_before_it_reads_it(group):  # noqa: F811
+    module = stage(group, range(3), final_norm=True, first=True)
+    values = {name: p.detach().clone() for name, p in module.named_parameters()}
+    x = torch.randn(20, 2, 48, dtype=torch.float64)
+    expected, waited = module(x), []
+    for parameter in module.parameters():
+        parameter.data.fill_(torch.nan)
+    for layer in module.layers.values():
+        layer.register_forward_pre_hook(lambda *_: waited.append("layer"))
+        layer.layer.mlp.register_forward_pre_hook(lambda *_: waited.append("mlp"))
+
+    def need(names):
+        waited.append(names)
+        for name in names:
+            module.get_parameter(name).data.copy_(values[name])
+
+    with module.reading(need):
+        found = module(x)
+    assert torch.equal(found, expected)
+    units = list(reversed(module.units))
+    halves = zip(units, ["layer", "mlp"] * 3, strict=True)
+    assert waited == [units[0], *itertools.chain(*halves), *units]
+    waited.clear()
+    module(x)
+    assert waited == ["layer", "mlp"] * 3

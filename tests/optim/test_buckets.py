@@ -30,14 +30,25 @@ def model_of(sizes):
     return parameters, runs
 
 
-@given(SIZES, st.integers(1, 700), st.integers(1, 5), st.sets(st.integers(0, 30)))
+@given(
+    SIZES,
+    st.integers(1, 700),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.sets(st.integers(0, 30)),
+)
 def test_every_parameter_has_its_place_in_one_bucket_of_equal_parts(
-    sizes, max_elements, num_parts, copied
+    sizes, max_elements, num_parts, min_buckets, copied
 ):
     parameters, runs = model_of(sizes)
     copied = frozenset(f"p{index}" for index in copied)
     layout = lay_out(
-        parameters, runs, max_elements=max_elements, num_parts=num_parts, copied=copied
+        parameters,
+        runs,
+        max_elements=max_elements,
+        num_parts=num_parts,
+        min_buckets=min_buckets,
+        copied=copied,
     )
     owners = torch.zeros(layout.num_elements, dtype=torch.int64)
     end = 0
@@ -56,9 +67,10 @@ def test_every_parameter_has_its_place_in_one_bucket_of_equal_parts(
         assert (
             len({index for index, run in enumerate(runs) for unit in run if unit in units}) == 1
         ), "of one run"
-        assert (
-            len(units) == 1
-            or sum(parameters[name].numel() for name in bucket.names) <= max_elements
+        (run,) = (run for run in runs if units[0] in run)
+        of_run = sum(parameters[name].numel() for unit in run for name in unit)
+        assert len(units) == 1 or sum(parameters[name].numel() for name in bucket.names) <= min(
+            max_elements, -(-of_run // min_buckets)
         )
         for name in bucket.names:
             start, stop = layout.bounds[name]
@@ -78,6 +90,13 @@ def test_every_parameter_has_its_place_in_one_bucket_of_equal_parts(
     assert (owners <= 1).all()
     assert owners.sum() == sum(parameter.numel() for parameter in parameters.values())
     assert layout.bounds.keys() == parameters.keys()
+    read = [layout.buckets[index].names for index in layout.reading_order]
+    completed = [bucket.names for bucket in layout.buckets]
+    assert sorted(read) == sorted(completed)
+    units = [set(unit) for run in runs for unit in reversed(run) if unit]
+    assert read == sorted(
+        read, key=lambda names: min(units.index(u) for u in units if u & set(names))
+    ), "the first layers of a stage are read first"
 
 
 def countdown_of(sizes, max_elements):

@@ -90,17 +90,13 @@ def memory_of(*overrides):
     return rank_memory(step, config.optim, 1)
 
 
-@pytest.mark.parametrize(("device", "bytes_used"), [("cuda", 0), ("cpu", 4)])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_zero1_sums_and_gathers_in_place_unless_gloo_copies_the_gradients(
-    dtype, device, bytes_used
-):
+def test_zero1_sums_and_gathers_in_place(dtype, device):
     common = [*FEW_ACTIVATIONS, f"run.dtype={dtype}", f"run.device={device}"]
     replicated = memory_of("optim.name=adamw", *common)
     memory = memory_of("optim.name=zero1", *common)
-    assert memory.working == pytest.approx(
-        max(bytes_used * memory.parameters, replicated.working), rel=0.05
-    )
+    assert memory.working == pytest.approx(replicated.working, rel=0.05)
 
 
 @pytest.mark.parametrize("bucket_mib", [1, 64])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
 
-from vp_train.data.source import Batch
+Batch = TypeVar("Batch")
 
 
-class Ahead:
+class Ahead(Generic[Batch]):
     """A prefetcher of batches: it makes the next batch while a step runs, up to step `last`.
 
     `make` returns the batch of a step.  If it raises, `take` of that step raises the same error.

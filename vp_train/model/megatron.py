@@ -7,6 +7,7 @@ layer is built.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -128,6 +129,9 @@ def _scaled(frequencies: Tensor, model: ModelConfig) -> Tensor:
     return kept * frequencies + (1 - kept) * slower
 
 
+_MLP = ("layer.pre_mlp_layernorm.", "layer.mlp.", "layer.mlp_bda.")  # parts of a layer's MLP half
+
+
 class DecoderLayer(nn.Module):
     """Decoder layer `index` of the whole model: norm, attention, norm, MLP, without dropout.
 
@@ -160,6 +164,17 @@ class DecoderLayer(nn.Module):
             # A layer draws no random numbers, so there is no RNG state to preserve.
             run = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
             part.forward = run
+
+    def on_middle(self, call: Callable[[Tensor], None]) -> None:
+        """Call `call` in every forward with the activation [s, b, h] between attention and MLP."""
+        norm = self.layer.get_submodule("pre_mlp_layernorm")
+        norm.register_forward_pre_hook(lambda _, inputs: call(inputs[0]))
+
+    def halves(self) -> tuple[list[str], list[str]]:
+        """Return the names of the parameters of attention and of the MLP, with their norms."""
+        names = [name for name, _ in self.named_parameters()]
+        of_mlp = [name for name in names if name.startswith(_MLP)]
+        return [name for name in names if name not in of_mlp], of_mlp
 
     def forward(
         self, x: Tensor, angles: Tensor | None, documents: Documents | None = None

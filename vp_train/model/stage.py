@@ -35,7 +35,8 @@ class Stage(nn.Module):
     splits: the slices of the parameters that are split over the tensor-parallel ranks of `group`.
     partial: the parameters whose gradients must still be summed over `group`: the norms of heads
         and, with `split_sequences`, everything that sees only a part of the tokens.
-    units: the names of parameters whose gradients complete together, in order of completion.
+    units: the names of parameters whose gradients complete together, in order of completion: of
+        the MLP and of the attention of each layer.
     """
 
     scale: Tensor | None
@@ -98,6 +99,14 @@ class Stage(nn.Module):
         for _, module in self._linear_layers():
             self._products[self._unit_of[module.weight]] += 1
         self._completion: Completion | None = None
+        self._need: Callable[[Sequence[str]], None] | None = None
+        for number, (_, layer) in enumerate(self._decoder_layers()):
+            layer.on_middle(partial(self._pass_middle, number))
+
+    def _decoder_layers(self) -> Iterator[tuple[str, DecoderLayer]]:
+        for index, layer in self.layers.items():
+            assert isinstance(layer, DecoderLayer)
+            yield index, layer
 
     def _linear_layers(self) -> Iterator[tuple[str, ColumnLinear | RowLinear]]:
         for name, module in self.named_modules():
@@ -151,6 +160,7 @@ class Stage(nn.Module):
         """
         lengths = None if segments is None else document_lengths(segments)
         documents = None if lengths is None else Documents.on(x.device, lengths)
+        self._read(0)
         if self.scale is not None:
             x = x * self.scale
         if self.positions is not None:
@@ -159,28 +169,55 @@ class Stage(nn.Module):
             x = split_sequence(x, self._splits_input)
         num_tokens = len(x) * self._sequence_parts
         for number, (name, layer) in enumerate(self.layers.items()):
-            if number and x.requires_grad:
-                x.register_hook(partial(self._complete_up_to, len(self.layers) - 1 - number))  # type: ignore[no-untyped-call]
+            if number:
+                self._complete_with(x, 2 * number)
             angles = self.local_angles if name in self._local else self.angles
+            self._read(2 * number)
             x = layer(x, None if angles is None else angles[:num_tokens], documents)
         if self.final_norm is not None:
             x = self.final_norm(x)
         return x if self._joins_output is None else join_sequence(x, self._joins_output)
 
-    def _in_order_of_completion(self) -> tuple[tuple[str, ...], ...]:
-        """Return the parameter names of each layer, the last layer first.
+    def _pass_middle(self, number: int, x: Tensor) -> None:
+        """Note that layer `number` has come to its MLP, whose input is x."""
+        self._complete_with(x, 2 * number + 1)
+        self._read(2 * number + 1)
 
-        The final norm belongs to the last layer's unit, the learned positions to the first layer's.
+    def _in_order_of_completion(self) -> tuple[tuple[str, ...], ...]:
+        """Return the parameter names of both halves of each layer, the last ones first.
+
+        The final norm belongs to the first unit, the learned positions to the last one.
         """
-        of_layers = [
-            [f"layers.{index}.{name}" for name, _ in layer.named_parameters()]
-            for index, layer in self.layers.items()
+        halves = [
+            [f"layers.{index}.{name}" for name in half]
+            for index, layer in self._decoder_layers()
+            for half in layer.halves()
         ]
-        units = of_layers[::-1] or [[]]
+        units = halves[::-1] or [[]]
         for name, _ in self.named_parameters():
             if not name.startswith("layers."):
                 units[-1 if name == "positions" else 0].append(name)
         return tuple(tuple(unit) for unit in units if unit)
+
+    @contextmanager
+    def reading(self, need: Callable[[Sequence[str]], None]) -> Iterator[None]:
+        """Within this context call `need` with parameters before a pass reads them, unit by unit.
+
+        The pass inside must be a forward, and when the context ends `need` has been called with all
+        parameters.
+        """
+        self._need = need
+        try:
+            yield
+        finally:
+            self._need = None
+        for unit in self.units[::-1]:
+            need(unit)
+
+    def _read(self, half: int) -> None:
+        """Wait for the parameters of half a layer, counted in the order of the forward."""
+        if self._need is not None and self.units:
+            self._need(self.units[len(self.units) - 1 - half])
 
     @contextmanager
     def completing(self, done: Callable[[Sequence[str]], None]) -> Iterator[None]:
@@ -205,10 +242,15 @@ class Stage(nn.Module):
             self._completion = None
         completion.finish()
 
-    def _complete_up_to(self, unit: int, _: Tensor) -> None:
-        """Announce units from a gradient hook on the activation between two layers.
+    def _complete_with(self, x: Tensor, half: int) -> None:
+        """Announce the units from `half` a layer on when the gradient of its input x is there."""
+        if x.requires_grad:
+            x.register_hook(partial(self._complete_up_to, len(self.units) - 1 - half))  # type: ignore[no-untyped-call]
 
-        Autograd calls the hook before it enters the layer below.  The gradients of the layer above
+    def _complete_up_to(self, unit: int, _: Tensor) -> None:
+        """Announce units from a gradient hook on the activation between two halves of layers.
+
+        Autograd calls the hook before it enters the half below.  The gradients of the half above
         are complete by then: its backward has run, and autograd accumulates into parameters before
         it does anything else.  At the input of a stage this order is not certain, because autograd
         accumulates there too; so there is no hook.

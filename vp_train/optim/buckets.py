@@ -15,6 +15,7 @@ from torch import nn
 from vp_train.config import OptimConfig
 
 _ALIGNMENT = 64  # elements; aligns every parameter to vectors and cache lines
+BUCKETS_PER_STAGE = 8  # at least, where it has as many layers: nothing hides the last one's sum
 
 Runs = Sequence[Sequence[Sequence[str]]]
 """Names of parameters.
@@ -66,11 +67,14 @@ class FlatLayout:
     """The place of each parameter in the flat tensor.
 
     `bounds` are the elements [start, stop) of each parameter.  Buckets include padding.
+    `reading_order` are the indices of the buckets in the order in which forwards read them: the
+    runs in order, and each from its end.
     """
 
     buckets: tuple[Bucket, ...]
     bounds: Mapping[str, tuple[int, int]]
     num_elements: int
+    reading_order: tuple[int, ...]
 
 
 def bucket_elements(optim: OptimConfig, item_bytes: int) -> int:
@@ -84,20 +88,25 @@ def lay_out(
     *,
     max_elements: int,
     num_parts: int = 1,
+    min_buckets: int = 1,
     copied: frozenset[str] = frozenset(),
 ) -> FlatLayout:
     """Return the layout of `parameters`, with buckets of at most `max_elements`.
 
-    A bucket contains whole units of one run; a unit that is too large has its own bucket.  Matrices
+    A bucket contains whole units of one run; a unit that is too large has its own bucket.  A bucket
+    has at most a part of 1 / `min_buckets` of its run, too.  Matrices
     decay.  Parameters in `copied`, which another rank also holds, do not count for the norm.  The
     size of every bucket is a multiple of `num_parts`.
     """
     assert sorted(name for run in runs for unit in run for name in unit) == sorted(parameters)
     buckets: list[Bucket] = []
+    reading_order: list[int] = []
     bounds: dict[str, tuple[int, int]] = {}
     start = 0
     for run in runs:
-        for names in _filled(run, parameters, max_elements):
+        first_of_run = len(buckets)
+        size = sum(parameters[name].numel() for unit in run for name in unit)
+        for names in _filled(run, parameters, min(max_elements, math.ceil(size / min_buckets))):
             spans: list[Span] = []
             stop = start
             for counts, decays in ((True, True), (True, False), (False, True), (False, False)):
@@ -111,7 +120,8 @@ def lay_out(
             stop = start + _rounded(stop - start, num_parts * _ALIGNMENT)
             buckets.append(Bucket(tuple(names), start, stop, tuple(spans)))
             start = stop
-    return FlatLayout(tuple(buckets), bounds, start)
+        reading_order += reversed(range(first_of_run, len(buckets)))
+    return FlatLayout(tuple(buckets), bounds, start, tuple(reading_order))
 
 
 def _filled(

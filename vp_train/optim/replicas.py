@@ -47,10 +47,17 @@ class Replicas:
 
     def scatter_sum(self, values: Tensor) -> Pending:
         """Reduce-scatter: sum this replica's part of `values`; the other parts become invalid."""
-        return self._issue(
-            values,
-            lambda whole: reduce_scatter_single(self._own(whole), whole, self.group, async_op=True),
-        )
+        return self._issue(values, self._scatter_sum)
+
+    def _scatter_sum(self, whole: Tensor) -> Any:
+        """Issue the reduce-scatter of `whole`, on the host as an all-reduce in place.
+
+        gloo's reduce-scatter is an all-reduce of a copy.  It makes the copy in the thread of the
+        passes, and copies the result back when somebody waits for it.
+        """
+        if not whole.is_cuda:
+            return dist.all_reduce(whole, group=self.group, async_op=True)
+        return reduce_scatter_single(self._own(whole), whole, self.group, async_op=True)
 
     def gather(self, values: Tensor) -> Pending:
         """All-gather: take every part of `values` from the replica that owns it."""

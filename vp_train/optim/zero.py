@@ -53,18 +53,18 @@ class ZeroAdamW:
     ) -> None:
         self._parameters, self._gradients, self._replicas = dict(parameters), gradients, replicas
         self._flat = _flatten(self._parameters, gradients)
-        self._shards = [
-            self._shard(bucket, optim)
-            for bucket in gradients.layout.buckets
+        self._shards = {  # by the index of the bucket
+            index: self._shard(bucket, optim)
+            for index, bucket in enumerate(gradients.layout.buckets)
             if bucket.start < bucket.stop
-        ]
+        }
         self._shard_of = {
-            name: index for index, shard in enumerate(self._shards) for name in shard.bucket.names
+            name: index for index, shard in self._shards.items() for name in shard.bucket.names
         }
         self._countdown = Countdown(gradients.layout, self._sum)
         self._sums: list[Pending] = []
         self._poison = Poison()
-        self._gathers: dict[int, Pending] = {}  # by the index of the shard
+        self._gathers: dict[int, Pending] = {}  # by the index of the bucket
         self._updates = 0
 
     def _shard(self, bucket: Bucket, optim: OptimConfig) -> _Shard:
@@ -95,7 +95,7 @@ class ZeroAdamW:
     @updates.setter
     def updates(self, count: int) -> None:
         self._updates = count
-        for shard in self._shards:
+        for shard in self._shards.values():
             for values in shard.adamw.state.values():
                 values["step"].fill_(count)
 
@@ -124,14 +124,18 @@ class ZeroAdamW:
 
     def squared_norm(self) -> Tensor:
         return squared_norm(
-            [part for shard in self._shards for part in shard.counted], self._flat.device
+            [part for shard in self._shards.values() for part in shard.counted], self._flat.device
         )
 
     @torch.no_grad()
     def step(self, rate: float, scale: float) -> None:
+        """Update and gather the buckets in the order in which the next step reads them."""
         self.settle()
         self._updates += 1
-        for index, shard in enumerate(self._shards):
+        for index in self._gradients.layout.reading_order:
+            shard = self._shards.get(index)
+            if shard is None:
+                continue
             if scale != 1:
                 self._gradients.flat[shard.start : shard.stop].mul_(scale)
             for group in shard.adamw.param_groups:
@@ -168,7 +172,7 @@ class ZeroAdamW:
         """
         self.settle()
         whole: State = {kind: {} for kind in ("parameter", *MOMENTS)}
-        for shard in self._shards:
+        for shard in self._shards.values():
             for kind, part in shard.kept.items():
                 flat = joined(part, self._replicas)
                 if flat is not None:
@@ -191,7 +195,7 @@ class ZeroAdamW:
         for name, parameter in self._parameters.items():
             if name not in self._shard_of:
                 parameter.copy_(read("parameter", name))
-        for shard in self._shards:
+        for shard in self._shards.values():
             for name, start, stop in self._bounds(shard):
                 for kind in shard.kept:
                     self._take(shard, kind, name, start, stop, read)

@@ -28,9 +28,10 @@ from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.buffers import Buffers
 from vp_train.pipeline.comms import Comms, Delivery
 from vp_train.tensors.precision import statistics_dtype
+from vp_train.tensors.streams import Mark, streams_of
 from vp_train.vocab.input import InputLayer, InputStep
 from vp_train.vocab.loss import token_weights
-from vp_train.vocab.output import OutputLayer, OutputStep
+from vp_train.vocab.output import OutputLayer, OutputStep, Targets
 
 
 class WeightGrads(Protocol):
@@ -49,6 +50,10 @@ class StageModule(Protocol):
     @property
     def weight_grads(self) -> WeightGrads: ...
     def __call__(self, x: Tensor, segments: Tensor | None) -> Tensor: ...
+    def reading(self, need: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
+        """Within this context call `need` with the names of each layer before the pass reads it."""
+        ...
+
     def completing(self, done: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
         """Within this context call `done` with the names of each layer whose gradients complete."""
         ...
@@ -84,6 +89,10 @@ class WeightUpdates(Protocol):
         """Wait until the weights that `item` reads have arrived."""
         ...
 
+    def need_of(self, names: Sequence[str]) -> None:
+        """Wait until the weights `names` have arrived, in the pass that is about to read them."""
+        ...
+
     def announce(self, names: Sequence[str]) -> None:
         """Record that the gradients of `names` are complete while the pass is still running."""
         ...
@@ -95,6 +104,9 @@ class WeightUpdates(Protocol):
 
 class _NoUpdates:
     def need(self, item: Pass) -> None:
+        pass
+
+    def need_of(self, names: Sequence[str]) -> None:
         pass
 
     def announce(self, names: Sequence[str]) -> None:
@@ -133,16 +145,50 @@ class RankModules:
     sequence_parts: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class PlacedBatch:
+    """What the vocabulary layers read of a batch, on the device once it has reached `mark`."""
+
+    inputs: InputStep | None
+    targets: Targets | None
+    mark: Mark
+
+    def lend(self) -> None:
+        """Record that the current stream uses the tensors; see `tensors.streams`."""
+        for part in (self.inputs, self.targets):
+            if part is not None:
+                part.lend()
+
+
 class Executor:
     """Runs one rank's operations over batches of tokens and labels, both [m, b, s] int64.
 
-    Labels of IGNORE_INDEX have no loss.  Pass batches on the CPU; the layers copy what they need.
+    Labels of IGNORE_INDEX have no loss.  Pass batches on the CPU; the layers copy what they need,
+    or have copied it if `place` was called before.
     Gradients accumulate in the `grad` of the stages' parameters and of the vocabulary layers.
     """
 
     def __init__(self, program: Program, rank: int, modules: RankModules, comms: Comms) -> None:
         self._program, self._rank, self._modules, self._comms = program, rank, modules, comms
+        self._streams = streams_of(modules.device)
         self.operation: Op | None = None  # which runs now or has run last; other threads may look
+
+    def place(self, tokens: Tensor, labels: Tensor) -> PlacedBatch:
+        """Copy to the device what a later step over this batch reads of it.
+
+        Another thread may call this while a step runs: on CUDA the copies have their own stream.
+        Raises IndexError for a token or label that is not in the vocabulary.
+        """
+        with self._streams.beside("batch"):
+            return self._place(tokens, labels)
+
+    def _place(self, tokens: Tensor, labels: Tensor) -> PlacedBatch:
+        inputs, outputs = self._modules.input_layer, self._modules.output_layer
+        return PlacedBatch(
+            None if inputs is None else inputs.begin(_flat(tokens)),
+            None if outputs is None else outputs.place(_flat(labels)),
+            self._streams.mark(),
+        )
 
     def step(
         self,
@@ -153,6 +199,7 @@ class Executor:
         mask: Tensor | None = None,
         segments: Tensor | None = None,
         loss_scale: float = 1.0,
+        placed: PlacedBatch | None = None,
     ) -> Tensor | None:
         """Run the program once; return this replica's term of the loss.
 
@@ -163,6 +210,7 @@ class Executor:
         segments: [m, b, s]; tokens of different segments do not see each other.  Pass it on the
         CPU.
         loss_scale: a factor on the gradients, but not on the returned loss.
+        placed: the result of `place` for this batch.
 
         Raises ValueError unless there are as many microbatches as in the program.
         """
@@ -171,7 +219,7 @@ class Executor:
         weights = token_weights(
             labels, mask, modules.normalisation, precise, modules.over_replicas, modules.device
         )
-        losses = self._run(tokens, labels, weights * loss_scale, observer, segments)
+        losses = self._run(tokens, labels, weights * loss_scale, observer, segments, placed)
         return None if losses is None else (losses.double() * weights).sum()
 
     def logprobs(
@@ -199,6 +247,7 @@ class Executor:
         weights: Tensor,
         observer: Observer,
         segments: Tensor | None,
+        placed: PlacedBatch | None = None,
     ) -> Tensor | None:
         """Run the program; return the losses of all tokens [m, b, s], or None.
 
@@ -212,13 +261,21 @@ class Executor:
                 f"{m} microbatches for a program of {program.num_microbatches}; pass "
                 f"{program.num_microbatches}, or plan the run with {setting}={m} for each replica"
             )
-        inputs, outputs = modules.input_layer, modules.output_layer
+        if placed is None:
+            placed = self._place(tokens, labels)
+        else:
+            self._streams.follow(placed.mark)
+            placed.lend()
+        outputs = None
+        if modules.output_layer is not None:
+            assert placed.targets is not None
+            outputs = modules.output_layer.begin(placed.targets, _flat(weights))
         step = _Step(
             modules,
             self._comms,
             observer,
-            inputs=None if inputs is None else inputs.begin(_flat(tokens)),
-            outputs=None if outputs is None else outputs.begin(_flat(labels), _flat(weights)),
+            inputs=placed.inputs,
+            outputs=outputs,
             segments=segments,
             shape=(s // modules.sequence_parts, b, modules.hidden_size),
             trains=not program.forward_only,
@@ -252,6 +309,7 @@ class _Step:
         self._arriving: Buffers[Pending] = Buffers()
         self._delivering: Buffers[Delivery] = Buffers()
         self._saved: Buffers[tuple[Tensor, GradientEdge]] = Buffers()
+        self._first_reader: Pass | None = None  # of its stage's weights, if they are on their way
         self.run: dict[Action, Callable[[Op], None]] = {
             Action.RUN: self._pass,
             Action.SEND: self._send,
@@ -306,7 +364,11 @@ class _Step:
         assert isinstance(item, Pass)
         stages, updates = self._modules.stages, self._modules.updates
         layered = op.completes and not item.kind.is_vocabulary
-        layers = stages[item.stage].completing(updates.announce) if layered else nullcontext()
+        layers: AbstractContextManager[None] = nullcontext()
+        if layered:
+            layers = stages[item.stage].completing(updates.announce)
+        elif item == self._first_reader:
+            layers = stages[item.stage].reading(updates.need_of)
         with self._observer.observe(item, self._held_bytes), layers:
             self._passes[item.kind](item)
         if op.completes:
@@ -317,8 +379,12 @@ class _Step:
         return output + sum(s.weight_grads.held_bytes for s in self._modules.stages.values())
 
     def _need(self, op: Op) -> None:
+        """Wait for a vocabulary matrix.  A pass of a stage waits itself, layer by layer."""
         assert isinstance(op.item, Pass)
-        self._modules.updates.need(op.item)
+        if op.item.kind.is_vocabulary:
+            self._modules.updates.need(op.item)
+        else:
+            self._first_reader = op.item
 
     def _forward(self, item: Pass) -> None:
         x = self._tensors.take("x", item.stage, item.microbatch)

@@ -17,8 +17,8 @@ from vp_train.planning.workload import Workload
 
 _MESSAGES = 4  # of [T, H] that are on their way or received early, at any time
 _CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}  # of logits, as in vocab.backends
-# Per token of a step: ids, owners and their order (int64); losses and statistics (fp32).
-_TOKEN_BYTES = 8 * 6 + 4 * 8
+_INDEX_BYTES = 8 * 6  # per token of a batch: ids, owners and their order (int64)
+_TOKEN_BYTES = 4 * 8  # per token of a step: losses and statistics (fp32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,9 @@ def step_peak(step: StepPlan, optim: OptimConfig, rank: int) -> tuple[float, flo
     """
     work, order, cost = step.work, step.schedule.ranks[rank], step.cost
     message, on_cpu = float(work.message_bytes), not work.on_cuda
-    kept = _scratch_bytes(step, rank) + _TOKEN_BYTES * work.num_microbatches * work.num_tokens
+    batches = 1 if on_cpu else 2  # a GPU has the next one, too
+    per_token = _TOKEN_BYTES + batches * _INDEX_BYTES
+    kept = _scratch_bytes(step, rank) + per_token * work.num_microbatches * work.num_tokens
     always = kept + _MESSAGES * message
     exponentials = max(0.0, cost.shard_bytes[rank] - message)  # the rest is x
     # On a CPU the output layer keeps its buffers of exponentials for reuse and never frees them.
@@ -205,14 +207,10 @@ def _scratch_bytes(step: StepPlan, rank: int) -> float:
 def _update_bytes(step: StepPlan, optim: OptimConfig, rank: int) -> float:
     """Return the bytes that reducing gradients and updating parameters need.
 
-    With optim.offload it is one bucket, because DeepSpeed sums in a copy.  ZeRO-1 works in place,
-    but on a CPU gloo copies what it reduce-scatters, and all buckets may be under way.
+    With optim.offload it is one bucket, because DeepSpeed sums in a copy.  Others work in place.
     """
     gradients = step.work.precise_bytes * rank_parameters(step, rank)
-    if optim.offload:
-        return float(min(gradients, optim.bucket_mib << 20))
-    copied = optim.name == "zero1" and not step.work.on_cuda and step.degrees.dp > 1
-    return float(gradients) if copied else 0.0
+    return float(min(gradients, optim.bucket_mib << 20)) if optim.offload else 0.0
 
 
 def _working_bytes(item: Pass, step: StepPlan) -> float:

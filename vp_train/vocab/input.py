@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vp_train.tensors.streams import to_device
+from vp_train.tensors.streams import lend, to_device
 from vp_train.vocab.shard import Shard, require_within
 
 
@@ -50,6 +50,11 @@ class InputStep:
         self._owned = layer.shard.owned(tokens, device)
         self._order = to_device(owners.argsort(dim=1, stable=True), device)
         self._counts = torch.bincount(shifted.flatten(), minlength=m * n).view(m, n).tolist()
+
+    def lend(self) -> None:
+        """Record that the current stream uses the step's tensors; see `tensors.streams`."""
+        for tensor in (self._order, *(each for owned in self._owned for each in owned.tensors)):
+            lend(tensor)
 
     def counts(self, microbatch: int) -> list[int]:
         """Return how many tokens each shard owns."""

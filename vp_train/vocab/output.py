@@ -88,13 +88,41 @@ class OutputLayer:
         self.sum_dtype = sum_dtype or statistics_dtype(weight.dtype)
         self.backend = make_backend(backend, self.weight, grad, options.softcap, recompute_fraction)
 
-    def begin(self, targets: Tensor, weights: Tensor) -> OutputStep:
-        """Begin a step over `targets` [m, T], int64, with `weights` [m, T] = dL/d(token loss).
+    def place(self, targets: Tensor) -> Targets:
+        """Return what a step reads of `targets` [m, T], int64, on the device of the weights.
 
-        Targets of IGNORE_INDEX have no loss.  Pass both on the CPU: on a GPU this call waits for
+        Targets of IGNORE_INDEX have no loss.  Pass them on the CPU: on a GPU this call waits for
         the device.  Raises IndexError for a target that is not in the vocabulary.
         """
-        return OutputStep(self, targets, weights)
+        ignored = targets == IGNORE_INDEX
+        require_within(targets.masked_fill(ignored, 0), self.vocab_size, "label")
+        device = self.weight.device
+        return Targets(self.shard.owned(targets, device), to_device(ignored, device))
+
+    def begin(self, targets: Tensor | Targets, weights: Tensor) -> OutputStep:
+        """Begin a step over `targets`, placed or as for `place`.
+
+        weights: dL/d(token loss), [m, T].
+        """
+        placed = targets if isinstance(targets, Targets) else self.place(targets)
+        return OutputStep(self, placed, weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The targets of a step, on the device of the shard.
+
+    owned: which of each microbatch the shard owns.
+    ignored: [m, T], where a target is IGNORE_INDEX.
+    """
+
+    owned: list[Owned]
+    ignored: Tensor
+
+    def lend(self) -> None:
+        """Record that the current stream uses the targets; see `tensors.streams`."""
+        for tensor in (self.ignored, *(each for owned in self.owned for each in owned.tensors)):
+            lend(tensor)
 
 
 class OutputStep:
@@ -106,17 +134,14 @@ class OutputStep:
     """
 
     @torch.no_grad()
-    def __init__(self, layer: OutputLayer, targets: Tensor, weights: Tensor) -> None:
+    def __init__(self, layer: OutputLayer, targets: Targets, weights: Tensor) -> None:
         self._layer, self._options = layer, layer.options
         self._smoothing = layer.options.label_smoothing / layer.vocab_size  # a / V
         self._microbatches: dict[int, _Microbatch] = {}
         device, precise = layer.weight.device, statistics_dtype(layer.weight.dtype)
-        ignored = targets == IGNORE_INDEX
-        require_within(targets.masked_fill(ignored, 0), layer.vocab_size, "label")
-        self._owned = layer.shard.owned(targets, device)
-        self._ignored = to_device(ignored, device)
+        self._owned, self._ignored = targets.owned, targets.ignored
         self._grad_loss = to_device(weights.to(precise), device).masked_fill(self._ignored, 0.0)
-        self._left = len(targets)  # number of T still to come
+        self._left = len(targets.owned)  # number of T still to come
         if self._smoothing:
             self._row_sum = column_sums(layer.weight, precise)
             self._smoothed = torch.zeros_like(self._row_sum)  # sum over tokens of g x

@@ -25,6 +25,10 @@ class Owned:
     rows: Tensor
     row_of_token: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.positions, self.rows, self.row_of_token
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
