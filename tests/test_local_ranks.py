@@ -330,14 +330,6 @@ def test_ranks_that_have_started_go_if_another_cannot_start():
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def test_words_that_are_longer_than_a_pipe_do_not_hold_a_rank_back():
-    code = "say = json.dumps({'code': 5, 'words': 'x' * 200_000, 'follows': False}).encode()\n"
-    code += "os.write(int(os.environ['VP_TRAIN_ENDING_FD']), say)\nos._exit(5)"
-    ending = run_ranks(code, 1)
-    assert ending.code == 5
-    assert set(ending.words) == {"x"}
-
-
 def test_new_ranks_look_for_modules_where_their_agent_does(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "triton").mkdir()  # an empty folder would be imported as a package
@@ -374,7 +366,7 @@ for body in (
         ending = _in_copy(body)
     finally:
         print("here", flush=True)
-    print(ending.code, ending.words[-60:].splitlines()[-1:])
+    print(ending.code, (ending.words.splitlines() or [""])[-1][-60:])
 """
 
 
@@ -384,9 +376,9 @@ def test_a_preparation_that_fails_anyhow_never_becomes_a_second_agent():
     lines = done.stdout.splitlines()
     assert lines[::2] == ["here"] * 6, done.stderr
     panic, exit_3, long, silent, killed, fine = lines[1::2]
-    assert panic == "70 ['Panic: in Rust']"
-    assert exit_3 == "70 ['SystemExit: 3']"
-    assert long == f"70 ['{'x' * 60}']"
-    assert silent == "70 ['aration of the data left with code 3 and said nothing']"
-    assert killed == "137 [' preparation of the data was killed by signal 9 (SIGKILL)']"
-    assert fine == "0 []"
+    assert panic == "70 Panic: in Rust"
+    assert exit_3 == "70 SystemExit: 3"
+    assert long == f"70 {'x' * 60}"
+    assert silent == "70 he preparation of the data left with code 3 and said nothing"
+    assert killed == "137 e preparation of the data was killed by signal 9 (SIGKILL)"
+    assert fine == "0 "

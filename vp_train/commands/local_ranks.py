@@ -22,7 +22,7 @@ from vp_train.supervision.ending import PIPE, heard
 from vp_train.supervision.requests import SIGNALS
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-_MOST_BYTES = 65536  # of a pipe, read at once
+_MOST_BYTES = 65536  # of the line that a rank leaves; it writes fewer
 _REAP_SECONDS = 10.0  # for ranks to go after SIGKILL; one that waits for a driver does not
 _POLL_SECONDS = 0.02
 
@@ -156,7 +156,6 @@ class LocalRanks:
         self._codes: dict[int, tuple[int, float]] = {}  # and the time of the end
         self._running: set[int] = set()
         self._ended_by_us: set[int] = set()
-        self._lines: dict[int, bytes] = {}
         self._endings: dict[int, Ending | None] = {}
         try:
             for rank, environment in environments.items():
@@ -167,8 +166,6 @@ class LocalRanks:
 
     def _start(self, start: Starter, rank: int, environment: Mapping[str, str]) -> None:
         self._pipes[rank], theirs = os.pipe()
-        self._lines[rank] = b""
-        os.set_blocking(self._pipes[rank], False)
         own = {PIPE: str(theirs), LAUNCHER: str(os.getpid())}
         try:
             self._processes[rank] = start({**environment, **own}, theirs)
@@ -183,16 +180,9 @@ class LocalRanks:
     def poll(self) -> None:
         """Note which ranks have ended since the last call."""
         for rank in sorted(self._running):
-            self._listen(rank)
             process, status = os.waitpid(self._processes[rank], os.WNOHANG)
             if process:
                 self._note(rank, status)
-
-    def _listen(self, rank: int) -> None:
-        """Read what a rank has written so far; a pipe that is full would hold the rank back."""
-        with contextlib.suppress(BlockingIOError):  # processes that it started may hold the pipe
-            while part := os.read(self._pipes[rank], _MOST_BYTES):
-                self._lines[rank] += part
 
     def _note(self, rank: int, status: int) -> None:
         self._codes[rank] = os.waitstatus_to_exitcode(status), time.time()
@@ -241,8 +231,17 @@ class LocalRanks:
         for rank, (code, when) in self._codes.items():
             if rank not in self._ended_by_us:
                 if rank in self._pipes:
-                    self._listen(rank)
-                    os.close(self._pipes.pop(rank))
-                    self._endings[rank] = heard(self._lines.pop(rank))
+                    self._endings[rank] = _ending(self._pipes.pop(rank))
                 found.append((RankEnd(rank, code, self._endings[rank], self._host), when))
         return found
+
+
+def _ending(pipe: int) -> Ending | None:
+    """Return what a rank has left in its pipe, None if it left nothing; close the pipe."""
+    os.set_blocking(pipe, False)  # a process that the rank has started may hold the other end
+    try:
+        return heard(os.read(pipe, _MOST_BYTES))
+    except BlockingIOError:
+        return None
+    finally:
+        os.close(pipe)
