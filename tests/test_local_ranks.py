@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from vp_train.commands import local_ranks
 from vp_train.commands.agent import Job, _cause, run_job
-from vp_train.commands.local_ranks import new_process
+from vp_train.commands.local_ranks import LocalRanks, new_process, search_options
 from vp_train.commands.nodes import NodeLoss, OneNode
 from vp_train.commands.place import Place
 from vp_train.commands.store_server import loopback
@@ -251,7 +252,8 @@ def end(rank, code, words="", follows=False):
 
 
 LOST_RANK = end(0, EXIT_INTERNAL, LOST, follows=True)
-GONE, SILENT = NodeLoss(1, "host1", False), NodeLoss(1, "host1", True)
+GONE, SILENT, UNHEARD = (NodeLoss(1, "host1", why) for why in ("killed", "silent", "unheard"))
+FAILED = NodeLoss(1, "host1", "failed", Ending(74, "no more processes"))
 
 
 @pytest.mark.parametrize(
@@ -262,6 +264,9 @@ GONE, SILENT = NodeLoss(1, "host1", False), NodeLoss(1, "host1", True)
         ([end(0, 0), end(1, 0)], [SILENT], 124, "node 1 (host1) does not answer"),
         ([LOST_RANK, end(1, 78, "why")], [GONE], 78, "why"),
         ([LOST_RANK, RankEnd(1, -9, None, "host1")], [GONE], 137, "rank 1 on host1 was killed"),
+        ([end(0, 78, "why")], [UNHEARD], 70, "node 1 (host1) did not say how its ranks ended"),
+        ([], [UNHEARD], 70, "node 1 (host1) did not say how its ranks ended"),
+        ([end(0, 78, "why")], [GONE, FAILED], 74, "no more processes"),
         ([RankEnd(1, 3, None, "host1")], [], 3, "rank 1 on host1 left with code 3"),
         ([end(0, 0), end(1, 0)], [], 0, ""),
     ],
@@ -271,3 +276,109 @@ def test_a_lost_node_is_the_cause_unless_a_rank_explains_more(ends, lost, code, 
     assert ending.code == code
     assert ending.words.startswith(words)
     assert bool(ending.words) == bool(words)
+
+
+SLEEP = "time.sleep(60)"
+
+
+def variables(num_ranks):
+    """Return the environments of ranks that LocalRanks starts."""
+    return {
+        rank: {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": "0"} for rank in range(num_ranks)
+    }
+
+
+def test_ends_are_in_the_log_before_ranks_are_killed(monkeypatch):
+    news, kill = OneNode(Place(host="here")), LocalRanks.kill
+    known = []
+
+    def slow_kill(self):
+        known.extend(fact["kind"] for fact in news.facts())
+        return kill(self)
+
+    monkeypatch.setattr(LocalRanks, "kill", slow_kill)
+    job = Job(lambda resumes: rank_that(f"rank and say(5, 'x')\n{SLEEP}"), 2)
+    assert run_job(news, job).code == 5
+    assert known[-1] == "ends"
+
+
+def test_a_rank_that_does_not_go_holds_nobody_up(monkeypatch):
+    ranks = LocalRanks(rank_that(SLEEP), variables(1), "here")
+    process = ranks._processes[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "waitpid", lambda number, options: (0, 0))
+        patch.setattr(local_ranks, "_REAP_SECONDS", 0.1)
+        (words,) = ranks.kill()
+    assert words == f"rank 0 on here (process {process}) has not gone 0.1 s after SIGKILL"
+    assert ranks.ends() == []
+    os.waitpid(process, 0)
+
+
+def test_ranks_that_have_started_go_if_another_cannot_start():
+    started, start = [], rank_that(SLEEP)
+    before = set(os.listdir("/proc/self/fd"))
+
+    def start_two(given, pipe):
+        if len(started) == 2:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(start(given, pipe))
+        return started[-1]
+
+    with pytest.raises(BlockingIOError):
+        LocalRanks(start_two, variables(3), "here")
+    assert all(map(goes, started))
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_new_ranks_look_for_modules_where_their_agent_does(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "triton").mkdir()  # an empty folder would be imported as a package
+    (tmp_path / "triton" / "__init__.py").write_text("")
+    command = ["-c", "import sys; sys.exit(any(map(sys.path.__contains__, ('', sys.argv[1]))))"]
+    for first, options in ((str(tmp_path / "bin"), ["-P"]), (str(tmp_path), []), ("", [])):
+        monkeypatch.setattr(sys, "path", [first, *sys.path[1:]])
+        assert search_options() == options
+        done = subprocess.run(
+            [sys.executable, *options, *command, str(tmp_path)], check=False, timeout=30
+        )
+        assert done.returncode == int(not options)
+
+
+PREPARATION = """
+import os, sys
+from vp_train.commands.launch import _in_copy
+
+class Panic(BaseException):
+    pass
+
+def fail(error):
+    raise error
+
+for body in (
+    lambda: fail(Panic("in Rust")),
+    lambda: sys.exit(3),
+    lambda: fail(ValueError("x" * 200_000)),
+    lambda: os._exit(3),
+    lambda: os.kill(os.getpid(), 9),
+    lambda: None,
+):
+    try:
+        ending = _in_copy(body)
+    finally:
+        print("here", flush=True)
+    print(ending.code, (ending.words.splitlines() or [""])[-1][-60:])
+"""
+
+
+def test_a_preparation_that_fails_anyhow_never_becomes_a_second_agent():
+    command = [sys.executable, "-c", PREPARATION]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    lines = done.stdout.splitlines()
+    assert lines[::2] == ["here"] * 6, done.stderr
+    panic, exit_3, long, silent, killed, fine = lines[1::2]
+    assert panic == "70 Panic: in Rust"
+    assert exit_3 == "70 SystemExit: 3"
+    assert long == f"70 {'x' * 60}"
+    assert silent == "70 he preparation of the data left with code 3 and said nothing"
+    assert killed == "137 e preparation of the data was killed by signal 9 (SIGKILL)"
+    assert fine == "0 "

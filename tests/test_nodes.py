@@ -10,13 +10,15 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 
 from tests.ranks import free_port, ready_context
 from tests.test_local_ranks import LOST, goes, rank_that
-from vp_train.commands.agent import Job, run_job
-from vp_train.commands.nodes import joined
+from vp_train.commands import agent, launch, nodes
+from vp_train.commands.agent import Job, Signals, run_job
+from vp_train.commands.nodes import JobEnded, OneNode, joined, when_all_told
 from vp_train.commands.place import (
     Place,
     first_host,
@@ -27,7 +29,8 @@ from vp_train.commands.place import (
 )
 from vp_train.commands.store_server import StoreServer
 from vp_train.communication.rendezvous import job_store
-from vp_train.config import ConfigError
+from vp_train.config import ConfigError, RunSettings
+from vp_train.settings import load_config
 
 
 def be_agent(place, code, result, settings):
@@ -37,10 +40,16 @@ def be_agent(place, code, result, settings):
     num_local = settings.pop("num_local", 1)
     try:
         with joined(place, num_local, settings.pop("patience", 30)) as news:
+            if place.node == settings.pop("failing", None):
+                raise BlockingIOError(11, "no more processes")
             ending = run_job(news, Job(lambda resumes: rank_that(code), num_local, **settings))
             found = [ending.code, ending.words, time.time()]
     except ConfigError as error:
         found = [78, str(error), time.time()]
+    except JobEnded as error:
+        found = [error.ending.code, error.ending.words, time.time()]
+    except OSError as error:
+        found = [74, str(error), time.time()]
     with open(result, "w") as file:
         json.dump(found, file)
 
@@ -166,6 +175,211 @@ def test_nodes_that_count_otherwise_are_all_refused(tmp_path):
     words = "--nodes 3 on node 1 (host1), but the head says --nodes 2"
     assert [ending[1] for ending in endings] == [words, words]
     assert second.node == 1
+
+
+def test_a_doubled_node_ends_the_meeting_for_all(tmp_path):
+    first, second, third = places(3)
+    doubled = Place(3, 1, "host2", "127.0.0.1", first.port, "one")
+    began = time.monotonic()
+    endings = Agents(tmp_path, "", [first, second, doubled], patience=40).endings()
+    assert time.monotonic() - began < 30  # 3 s on an idle machine
+    assert [ending[0] for ending in endings] == [78, 78, 78]
+    assert {ending[1] for ending in endings} == {
+        "node 1 has joined already; --node must differ on every node"
+    }
+    assert third.node == 2
+
+
+def test_an_agent_that_leaves_by_an_error_tells_it(tmp_path):
+    endings = Agents(tmp_path, "time.sleep(60)", places(3), failing=1).endings()
+    assert [ending[0] for ending in endings] == [74, 74, 74]
+    for node in (0, 2):
+        assert endings[node][1] == "vp-train: host1: [Errno 11] no more processes"
+    times = [ending[2] for ending in endings]
+    assert max(times) - min(times) < 6  # a second of grace, and the start of ranks
+
+
+class Script(OneNode):
+    """A log in which facts of other nodes appear at set readings."""
+
+    has_lost_head = False
+
+    def __init__(self, *facts, node=0, num_nodes=2, later=(), num_readings=20):
+        super().__init__(Place(num_nodes, node, f"host{node}", "head"))
+        self._log = [joined_fact(number) for number in range(num_nodes)] + list(facts)
+        self._later, self._num_readings = list(later), num_readings
+
+    def facts(self):
+        self._num_readings -= 1
+        if self._num_readings < 0:
+            self._log += self._later
+            self._later = []
+        return self._log
+
+
+def joined_fact(node, **options):
+    options = {"--ranks": 1, "--max-restarts": 0, **options}
+    return {"kind": "joined", "node": node, "host": f"host{node}", "options": options}
+
+
+def ends_fact(node, *codes):
+    ends = [
+        {"rank": node, "code": code, "host": f"host{node}", "when": 0.0, "ending": None}
+        for code in codes
+    ]
+    return {"kind": "ends", "node": node, "attempt": 0, "ends": ends}
+
+
+BYE = {"kind": "bye", "node": 1}
+FAILING = {"kind": "failing", "node": 1, "attempt": 0, "explains": True}
+JOB = Job(lambda resumes: rank_that(""), 1)
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Let agents wait for a short time only."""
+    monkeypatch.setattr(agent, "_TOLD_SECONDS", 0.05)
+    monkeypatch.setattr(agent, "_POLL_SECONDS", 0.01)
+
+
+@pytest.mark.parametrize("own", [(), (0,), (3,)])
+def test_a_node_that_does_not_say_its_ends_is_never_left_out_of_the_cause(soon, own):
+    log = Script(ends_fact(0, *own), FAILING)
+    past = agent._when_decided(log, 0, Signals())
+    expected = (70, "node 1 (host1) did not say how its ranks ended")
+    for facts in (past.facts(), [*log.facts(), ends_fact(1, 5)]):  # and if it says so afterwards
+        other = when_all_told(OneNode(Place(2, 1, "host1"), facts), "ends", 0)
+        ending = agent._ending(other, 0, JOB)
+        assert (ending.code, ending.words) == expected
+        assert agent._lost(other, 0)  # so no new start
+
+
+def test_a_node_that_leaves_without_its_ends_is_never_left_out_of_the_cause(soon):
+    past = agent._when_decided(Script(ends_fact(0, 0), BYE), 0, Signals())
+    ending = agent._ending(past, 0, JOB)
+    assert (ending.code, ending.words) == (70, "node 1 (host1) did not say how its ranks ended")
+
+
+def test_ranks_that_run_on_elsewhere_are_waited_for_as_long_as_nothing_fails(soon):
+    log = Script(ends_fact(0, 0), later=[ends_fact(1, 0)], num_readings=100)
+    began = time.monotonic()
+    past = agent._when_decided(log, 0, Signals())
+    assert time.monotonic() - began > 4 * agent._TOLD_SECONDS
+    assert agent._ending(past, 0, JOB).code == 0
+
+
+def test_a_second_signal_ends_the_wait_for_ranks_elsewhere(soon):
+    log = Script(ends_fact(0, 0))
+    past = agent._when_decided(log, 0, Signals([(15, 0.0), (2, 9.0)]))
+    assert agent._insisting(past) == 2
+
+
+def test_a_node_that_has_left_is_not_lost_but_a_silent_one_is(monkeypatch):
+    class Store:
+        def add(self, key, number):
+            return 1
+
+    clock = [0.0]
+    monkeypatch.setattr(nodes.time, "monotonic", lambda: clock[0])
+    beats = nodes._Beats(Store(), Place(3, 0))
+    assert list(beats.lost()) == []
+    beats.expect_no_more(1)
+    clock[0] = 60.0
+    assert list(beats.lost()) == [2]
+
+
+def test_nodes_with_other_options_are_refused(monkeypatch):
+    options = {"--max-restarts": 0, "--preflight": False}
+    same = {node: joined_fact(node, **options) for node in range(2)}
+    nodes._check_same(same)
+    for name, value, shown in (
+        ("--max-restarts", 3, "0, host1 3"),
+        ("--preflight", True, "no, host1 yes"),
+    ):
+        other = joined_fact(1, **{**options, name: value})
+        with pytest.raises(ConfigError, match=f"values of {name}: host0 {shown};"):
+            nodes._check_same({**same, 1: other})
+
+
+def test_an_end_during_the_meeting_is_that_of_all():
+    failed = {"kind": "failed", "node": 1, "code": 130, "words": "interrupted"}
+    log = Script(failed, num_nodes=3)
+    log._log.remove(joined_fact(2))
+    with pytest.raises(JobEnded, match="interrupted") as caught:
+        nodes._meet(log, {"--ranks": 1}, 5)
+    assert caught.value.ending.code == 130
+
+
+def test_a_messenger_has_no_limit_before_the_head_answers(monkeypatch):
+    ours, theirs = socket.socketpair()
+    limit, limits = [0], []
+
+    def connect(address, timeout):
+        limits.append(limit[0])
+        if len(limits) == 2:
+            ours.close()  # the agent leaves
+        raise TimeoutError
+
+    monkeypatch.setattr(nodes.socket, "create_connection", connect)
+    monkeypatch.setattr(nodes.signal, "alarm", lambda seconds: limit.__setitem__(0, seconds))
+    assert nodes._Messenger(theirs, Place(2, 1, "host1", "head"))._connect({}) is None
+    theirs.close()
+    assert limits == [0, 0]
+
+
+CHECKED = {"kind": "checked", "node": 1, "code": 0, "words": "", "overrides": []}
+
+
+def test_a_long_wait_for_the_checks_of_other_nodes_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "WORDS_SECONDS", 0.0)
+    launch._wait_for_checks(Script({**CHECKED, "node": 0}, later=[CHECKED]))
+    words = "vp-train: node 0 (host0) waits for node 1 (host1) to check settings and prepare data\n"
+    assert capsys.readouterr().err == words
+
+
+def test_a_signal_ends_the_wait_for_the_checks_of_other_nodes():
+    class Signalled(Script):
+        def facts(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().facts()
+
+    with pytest.raises(JobEnded, match="stopped by SIGTERM on node 0") as caught:
+        launch._wait_for_checks(Signalled({**CHECKED, "node": 0}, num_readings=10**9))
+    assert caught.value.ending.code == 128 + signal.SIGTERM
+
+
+def test_only_agents_of_one_run_meet():
+    def id_of(place, name, root):
+        return launch._run_id(place, SimpleNamespace(run=RunSettings(name=name, root=root)))
+
+    first, second = places(2)
+    expected = id_of(first, "one", "runs")
+    assert id_of(second, "one", "runs") == expected
+    others = [(second, "two", "runs"), (second, "one", "others"), (stranger(), "one", "runs")]
+    assert expected not in {id_of(*other) for other in others}
+
+
+def stranger():
+    return places(2, run_id="two")[1]
+
+
+def test_a_schedule_that_was_searched_replaces_a_link(monkeypatch, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "foreign").write_text("of somebody else")
+    solved = tmp_path / "one" / "schedule.txt"
+    solved.symlink_to(tmp_path / "foreign")
+    problem = SimpleNamespace(algorithm=SimpleNamespace(name="one_barrier"))
+    plan = SimpleNamespace(schedule=SimpleNamespace(text=lambda: "F0"), problem=problem)
+    monkeypatch.setattr(launch, "make_plan", lambda config, num_ranks: plan)
+    monkeypatch.setattr(launch, "starts_by_fork", lambda config: False)
+    monkeypatch.setattr(launch, "_in_copy", lambda body: launch.Ending(0, ""))
+    config = load_config(
+        ["schedule=auto", "data=synthetic", f"run.root={tmp_path}", "run.name=one"]
+    )
+    found = launch._prepare(OneNode(Place()), config, 4)
+    assert found[0].startswith("schedule.file=")
+    assert not solved.is_symlink()
+    assert (solved.read_text(), (tmp_path / "foreign").read_text()) == ("F0", "of somebody else")
 
 
 def test_a_node_that_does_not_come_is_named(tmp_path):

@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 _STOPPED = 75  # the run was asked to stop, and has saved
 _SAVE_SECONDS = 600
+_POLL_SECONDS = 0.1
 
 
 @dataclass
@@ -36,7 +38,10 @@ class Train:
     def __call__(self) -> int:
         """Train, and return the exit code.  Raises RuntimeError unless it is 0 or 75."""
         self.process = subprocess.Popen([*self.command, *self.overrides, "run.resume=true"])
-        code = self.process.wait()
+        # submitit calls `checkpoint` in a signal handler, in the midst of this call.  `wait` would
+        # keep a lock here that `checkpoint` needs to see the end.
+        while (code := self.process.poll()) is None:
+            time.sleep(_POLL_SECONDS)
         if code not in (0, _STOPPED):
             raise RuntimeError(f"vp-train left with {code}; its last lines say why")
         return code
@@ -47,7 +52,9 @@ class Train:
 
         if self.process is not None:
             self.process.send_signal(signal.SIGTERM)
-            self.process.wait(_SAVE_SECONDS)
+            until = time.monotonic() + _SAVE_SECONDS
+            while self.process.poll() is None and time.monotonic() < until:
+                time.sleep(_POLL_SECONDS)
         return submitit.helpers.DelayedSubmission(Train(self.overrides, self.command))
 
 

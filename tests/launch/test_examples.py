@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,3 +146,22 @@ def test_submitit_runs_the_task_and_queues_what_goes_on(example, tmp_path):
     assert task.process.returncode == -15
     assert again.function.overrides == ["a=1"]
     assert again.function.process is None
+
+
+def test_a_task_that_is_waiting_saves_when_submitit_interrupts_it(example, monkeypatch):
+    again = SimpleNamespace(DelayedSubmission=lambda task: task)
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(helpers=again))
+    monkeypatch.setattr(example, "_SAVE_SECONDS", 10)
+    waits = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); "
+    task = example.Train(["a=1"], command_that(waits + "print('x', flush=True); time.sleep(60)"))
+    queued = []
+    before = signal.signal(signal.SIGALRM, lambda *_: queued.append(task.checkpoint()))
+    signal.setitimer(signal.ITIMER_REAL, 1.0)  # python starts in much less
+    began = time.monotonic()
+    try:
+        assert task() in (75, -signal.SIGTERM)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - began < 8
+    assert queued[0].overrides == ["a=1"]

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from vp_train.commands.local_ranks import STOPPING, LocalRanks, Starter
-from vp_train.commands.nodes import News, NodeLoss, all_told, losses, wait_until
+from vp_train.commands.nodes import (
+    News,
+    NodeLoss,
+    hosts,
+    losses,
+    told,
+    untold,
+    wait_until,
+    when_all_told,
+)
 from vp_train.commands.store_server import LOOPBACK_ADDRESS, StoreServer, loopback
 from vp_train.config import RunSettings
 from vp_train.failures import (
@@ -37,7 +46,7 @@ _GRACE_SECONDS = 1.0  # after a failure, for the messages of other ranks: theirs
 # Likewise, while no failure so far explains the others.  A rank that has waited in vain looks for
 # the one that hangs, which takes 2.5 s.
 _LOOKING_SECONDS = 4.0
-_TOLD_SECONDS = 15.0  # for the ends of ranks on other nodes
+_TOLD_SECONDS = 15.0  # after a failure, for the ends of ranks on other nodes
 # Two signals that arrive together are one request: Slurm signals a step and its batch script.
 _TOGETHER_SECONDS = 1.0
 # A new start cannot mend these, or is not needed.
@@ -46,9 +55,13 @@ _FINAL = (EXIT_OK, EXIT_IO, EXIT_TIME, EXIT_CONFIG)
 
 @dataclass
 class Signals:
-    """The signals that asked this process to end, with their times in seconds."""
+    """The signals that asked this process to end, with their times in seconds.
+
+    told: the kinds of facts with which the other agents know of them.
+    """
 
     noted: list[tuple[int, float]] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
 
     @property
     def has_request(self) -> bool:
@@ -107,11 +120,12 @@ def run_job(news: News, job: Job) -> Ending:
     with noting_signals() as signals:
         attempt = 0
         while True:
-            ending = _run_attempt(news, job, attempt, signals)
-            if (number := _insisting(news)) is not None:
+            past = _run_attempt(news, job, attempt, signals)
+            if (number := _insisting(past)) is not None:
                 words = f"stopped by {signal.Signals(number).name}; {job.way_on()}"
                 return Ending(128 + number, words)
-            is_final = ending.code in _FINAL or bool(losses(news)) or _wants_end(news)
+            ending = _ending(past, attempt, job)
+            is_final = ending.code in _FINAL or bool(_lost(past, attempt)) or _wants_end(past)
             if is_final or attempt == job.num_restarts:
                 return ending
             attempt += 1
@@ -140,31 +154,77 @@ def _wants_end(news: News) -> bool:
     return any(fact["kind"] == "asked" for fact in news.facts())
 
 
-def _run_attempt(news: News, job: Job, attempt: int, signals: Signals) -> Ending:
-    """Start the ranks of this node once, wait for their end, and return how all ranks ended."""
+def _run_attempt(news: News, job: Job, attempt: int, signals: Signals) -> News:
+    """Start the ranks of this node once, and wait until the ranks of all nodes have ended.
+
+    Returns the log up to the fact that decides how they ended, the same facts on every node.
+    """
     place, server = news.place, None
     if place.node == 0:
         server = StoreServer(LOOPBACK_ADDRESS if place.is_alone else "")
         news.tell("start", attempt=attempt, port=server.port)
     try:
-        port = wait_until(lambda: _start_port(news, attempt))
-        own: list[dict[str, Any]] = []
+        port = wait_until(lambda: _start_port(news, attempt, signals))
         if port:
             environments = _environments(news, job.num_local, port, attempt)
             ranks = LocalRanks(job.starter(attempt > 0), environments, place.host)
             try:
                 _watch(news, ranks, attempt, signals)
+                ranks.poll()
+                own = [asdict(end) | {"when": when} for end, when in ranks.ends()]
+                news.tell("ends", attempt=attempt, ends=own)  # to end a rank may take long
             finally:
-                ranks.kill()
-            own = [asdict(end) | {"when": when} for end, when in ranks.ends()]
-        news.tell("ends", attempt=attempt, ends=own)
-        told = wait_until(lambda: all_told(news, "ends", attempt), _TOLD_SECONDS)
+                for words in ranks.kill():
+                    say(words)
+        else:
+            news.tell("ends", attempt=attempt, ends=[])
+        return _when_decided(news, attempt, signals)
     finally:
         if server is not None:
             server.close()
-    facts = (told or {place.node: {"ends": own}}).values()
+
+
+def _when_decided(news: News, attempt: int, signals: Signals) -> News:
+    """Wait until all nodes have told how their ranks ended, and return the log until then.
+
+    Ranks elsewhere may run on for long.  But after a failure their agents have a limit; a node that
+    has told nothing by then is told of as lost, so that all nodes agree on that.
+    """
+    since: float | None = None
+    while (past := when_all_told(news, "ends", attempt)) is None:
+        _tell_requests(news, signals)
+        now = time.monotonic()
+        if since is None and _is_ending(news, attempt):
+            since = now
+        if since is not None and now > since + _TOLD_SECONDS:
+            since = now
+            for node in untold(news, "ends", attempt):
+                if node != news.place.node:
+                    news.tell("lost", lost=node, why="unheard")
+        time.sleep(_POLL_SECONDS)
+    return past
+
+
+def _is_ending(news: News, attempt: int) -> bool:
+    """Return whether all agents end their ranks soon, because of a failure or a second signal."""
+    return bool(_failures(news, attempt)) or _insisting(news) is not None
+
+
+def _ending(past: News, attempt: int, job: Job) -> Ending:
+    """Return how the ranks of all nodes ended, from the log that `_run_attempt` returns."""
+    facts = told(past, "ends", attempt).values()
     ends = sorted((end for fact in facts for end in fact["ends"]), key=lambda end: end["when"])
-    return _cause([_rank_end(**end) for end in ends], losses(news), job)
+    return _cause([_rank_end(**end) for end in ends], _lost(past, attempt), job)
+
+
+def _lost(past: News, attempt: int) -> list[NodeLoss]:
+    """Return the nodes that are lost, and those that have left without telling their ends."""
+    lost = losses(past)
+    gone = {loss.node for loss in lost}
+    if 0 in gone:  # then nobody hears what the others tell
+        return lost
+    missing = set(range(past.place.num_nodes)) - gone - told(past, "ends", attempt).keys()
+    return lost + [NodeLoss(node, hosts(past).get(node, ""), "unheard") for node in sorted(missing)]
 
 
 def _rank_end(ending: Mapping[str, Any] | None, when: float, **values: Any) -> RankEnd:
@@ -182,7 +242,13 @@ def _explains(end: RankEnd) -> bool:
 
 
 def _cause(ends: Sequence[RankEnd], lost: Sequence[NodeLoss], job: Job) -> Ending:
-    """Return how the job ends; a lost node is the cause unless a rank explains the others."""
+    """Return how the job ends; a lost node is the cause unless a rank explains the others.
+
+    A rank explains nothing where an agent has failed, or has not said how its ranks ended.
+    """
+    for loss in lost:
+        if loss.is_cause:
+            return loss.ending
     if lost and not any(map(_explains, ends)):
         return lost[0].ending
     cause = root_cause(ends, job.settings, job.record_of)
@@ -192,32 +258,44 @@ def _cause(ends: Sequence[RankEnd], lost: Sequence[NodeLoss], job: Job) -> Endin
     return Ending(cause.code, f"{first.name} left with code {cause.code} and said nothing")
 
 
-def _start_port(news: News, attempt: int) -> int | None:
-    """Return the port of the ranks' store; None before the head says it, 0 if a node is lost."""
-    for fact in news.facts():
-        if fact["kind"] == "start" and fact["attempt"] == attempt:
-            return int(fact["port"])
-    return 0 if losses(news) else None
+def _start_port(news: News, attempt: int, signals: Signals) -> int | None:
+    """Return the port of the ranks' store; None before the head says it, 0 if no ranks start."""
+    _tell_requests(news, signals)
+    facts = news.facts()
+    if losses(news) or any(fact["kind"] in ("bye", "stopped") for fact in facts):
+        return 0
+    ports = [
+        fact["port"] for fact in facts if fact["kind"] == "start" and fact["attempt"] == attempt
+    ]
+    return ports[0] if ports else None
+
+
+def _tell_requests(news: News, signals: Signals) -> None:
+    """Tell the other agents that this one was asked to end, and then that it must end at once."""
+    if signals.has_request and "asked" not in signals.told:
+        signals.told.add("asked")
+        news.tell("asked")
+    if (number := signals.insisting) is not None and "stopped" not in signals.told:
+        signals.told.add("stopped")
+        news.tell("stopped", number=number)
 
 
 def _watch(news: News, ranks: LocalRanks, attempt: int, signals: Signals) -> None:
     """Wait until the ranks have ended, or until their time after a failure anywhere is over."""
     since: dict[bool, float] = {}  # when a failure was first seen, and one that explains others
-    told: set[bool] = set()
+    said: set[bool] = set()
     has_asked = False
     while ranks.running:
-        if (number := signals.insisting) is not None:
-            news.tell("stopped", number=number)
+        _tell_requests(news, signals)
         if _insisting(news) is not None:
             return
         if signals.has_request and not has_asked:
             has_asked = True
-            news.tell("asked")
             ranks.request_end(signals.noted[0][0])
         ranks.poll()
         ends = [end for end, _ in ranks.ends() if end.code not in (EXIT_OK, EXIT_TIME)]
-        for explains in {_explains(end) for end in ends} - told:
-            told.add(explains)
+        for explains in {_explains(end) for end in ends} - said:
+            said.add(explains)
             news.tell("failing", attempt=attempt, explains=explains)
         now = time.monotonic()
         for explains in _failures(news, attempt) - since.keys():
@@ -231,10 +309,11 @@ def _watch(news: News, ranks: LocalRanks, attempt: int, signals: Signals) -> Non
 
 def _failures(news: News, attempt: int) -> set[bool]:
     """Return whether failures on any node explain others (True), or not (False); both if both."""
-    return {
-        fact["kind"] == "lost" or fact["explains"]
+    found = {True for fact in news.facts() if fact["kind"] in ("lost", "failed")}
+    return found | {
+        fact["explains"]
         for fact in news.facts()
-        if fact["kind"] == "lost" or (fact["kind"] == "failing" and fact["attempt"] == attempt)
+        if fact["kind"] == "failing" and fact["attempt"] == attempt
     }
 
 

@@ -5,6 +5,7 @@ It checks the settings before the ranks start, and turns their ends into one exi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -14,15 +15,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
-from vp_train.commands.agent import Job, run_job, say
-from vp_train.commands.local_ranks import Starter, fork, forked, new_process
-from vp_train.commands.nodes import News, all_told, joined, losses, wait_until
+from vp_train.commands.agent import Job, noting_signals, run_job, say
+from vp_train.commands.local_ranks import Starter, fork, forked, new_process, search_options
+from vp_train.commands.nodes import (
+    WORDS_SECONDS,
+    JobEnded,
+    News,
+    hosts,
+    joined,
+    losses,
+    say_waiting,
+    told,
+    untold,
+    wait_until,
+)
 from vp_train.commands.orphans import die_with_launcher
 from vp_train.commands.place import Place, local_ranks_of
 from vp_train.communication import flight_recorder
 from vp_train.config import ConfigError, RunConfig
-from vp_train.failures import EXIT_OK, Ending, ending_of_command
+from vp_train.durable import replace as replace_file
+from vp_train.durable import write_all
+from vp_train.failures import EXIT_INTERNAL, EXIT_OK, Ending, ending_of_command
 from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
 from vp_train.planning.degrees import check_node, wanted_ranks
 from vp_train.planning.plan import SEARCHING, make_plan
@@ -48,12 +63,14 @@ def launch(
     *,
     num_ranks: int = 0,
     num_restarts: int = 0,
+    only_preflight: bool = False,
 ) -> int:
     """Check the plan, prepare the data and run the ranks of this node.
 
     `body` trains one rank in a process that is a copy of this one.  `num_ranks` is the number of
-    ranks on this node, 0 for as many as the degrees ask for.  Returns the exit code of the job: 0,
-    or that of the root cause, the same on every node.
+    ranks on this node, 0 for as many as the degrees ask for.  `only_preflight` says whether ranks
+    stop before step 1; they know it themselves, and nodes must not differ in it.  Returns the exit
+    code of the job: 0, or that of the root cause, the same on every node.
     """
     place = place or Place()
     num_local = local_ranks_of(
@@ -61,8 +78,20 @@ def launch(
     )
     if not place.is_alone:
         import_module("torch.distributed")  # for the processes that speak with the store
-    with joined(place, num_local, config.run.world_timeout_seconds) as news:
-        return _launch(news, config, overrides, body, num_local, num_restarts)
+    place = replace(place, run_id=_run_id(place, config))
+    options = {"--max-restarts": num_restarts, "--preflight": only_preflight}
+    try:
+        with joined(place, num_local, config.run.world_timeout_seconds, options) as news:
+            return _launch(news, config, overrides, body, num_local, num_restarts)
+    except JobEnded as error:
+        say(error.ending.words)
+        return error.ending.code
+
+
+def _run_id(place: Place, config: RunConfig) -> str:
+    """Return what keeps jobs apart that have the same head and port: also the run they are for."""
+    words = json.dumps([place.run_id, str(config.run.root), config.run.name])
+    return hashlib.sha256(words.encode()).hexdigest()
 
 
 def _launch(
@@ -88,7 +117,9 @@ def _launch(
         if starts_by_fork(config):
             return forked(lambda: body(replace(config, run=run)))
         resumed = ["run.resume=true"] if resumes else []
-        return new_process([sys.executable, "-u", "-m", "vp_train", *overrides, *resumed])
+        return new_process(
+            [sys.executable, "-u", *search_options(), "-m", "vp_train", *overrides, *resumed]
+        )
 
     def record_of(rank: int) -> Path | None:
         """Return the flight recorder's file of `rank` if this run wrote it."""
@@ -144,13 +175,42 @@ def _checked(news: News, config: RunConfig, num_local: int) -> tuple[list[str], 
     except _Unprepared as error:
         ending = error.ending
     news.tell("checked", code=ending.code, words=ending.words, overrides=found)
-    told = wait_until(lambda: all_told(news, "checked", 0)) or {}
+    _wait_for_checks(news)
     for loss in losses(news):
         return found, loss.ending
-    unfit = [told[node] for node in sorted(told) if told[node]["code"]]
+    facts = told(news, "checked", 0)
+    unfit = [facts[node] for node in sorted(facts) if facts[node]["code"]]
     if unfit:
         return found, Ending(unfit[0]["code"], unfit[0]["words"])
-    return told[0]["overrides"], None
+    for node in sorted(set(range(news.place.num_nodes)) - facts.keys()):
+        words = f"node {node} ({hosts(news)[node]}) has left without checking its settings"
+        return found, Ending(EXIT_INTERNAL, words)
+    return facts[0]["overrides"], None
+
+
+def _wait_for_checks(news: News) -> None:
+    """Wait until no node is missing that has still to check its settings and its data.
+
+    A line says which nodes are missing if that takes long.  Raises JobEnded after a signal.
+    """
+    began, has_said = time.monotonic(), False
+
+    def is_over() -> bool | None:
+        nonlocal has_said
+        missing = untold(news, "checked", 0)
+        if missing and not has_said and time.monotonic() - began > WORDS_SECONDS:
+            has_said = True
+            names = ", ".join(f"node {node} ({hosts(news).get(node, '')})" for node in missing)
+            say_waiting(news, f"{names} to check settings and prepare data")
+        return True if signals.has_request or not missing or losses(news) else None
+
+    with noting_signals() as signals:
+        wait_until(is_over)
+    if signals.has_request:
+        number = signal.Signals(signals.noted[0][0])
+        place = news.place
+        words = f"stopped by {number.name} on node {place.node} ({place.host}) before ranks started"
+        raise JobEnded(Ending(128 + number, words))
 
 
 class _Unprepared(Exception):
@@ -183,7 +243,7 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
         plan = make_plan(config, num_ranks)
         solved = run_path(config.run) / "schedule.txt"
         solved.parent.mkdir(parents=True, exist_ok=True)
-        solved.write_text(plan.schedule.text())
+        replace_file(solved, plan.schedule.text())
         found = [
             override("schedule.file", str(solved)),
             f"vocab.algorithm={plan.problem.algorithm.name}",
@@ -223,22 +283,34 @@ def _in_copy(body: Callable[[], None]) -> Ending:
     agent = os.getpid()
     process = fork()
     if not process:
-        ending = Ending(EXIT_OK, "")
-        try:
-            die_with_launcher(agent)
-            body()
-        except (Exception, KeyboardInterrupt) as error:
-            ending = ending_of_command(error, "vp-train")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.write(theirs, json.dumps([ending.code, ending.words]).encode()[:65536])
-        os._exit(0)
+        _end_copy(agent, body, theirs)
     os.close(theirs)
     with open(ours, "rb") as pipe:
         line = pipe.read()
     _, status = os.waitpid(process, 0)
-    if line:
+    try:
         return Ending(*json.loads(line))
-    number = -os.waitstatus_to_exitcode(status)
-    words = f"vp-train: the preparation of the data was killed by signal {number}"
-    return Ending(128 + number, f"{words} ({signal.Signals(number).name})")
+    except ValueError:  # it was killed before it had written its line
+        code = os.waitstatus_to_exitcode(status)
+    words = "vp-train: the preparation of the data"
+    if code >= 0:
+        return Ending(EXIT_INTERNAL, f"{words} left with code {code} and said nothing")
+    return Ending(
+        128 - code, f"{words} was killed by signal {-code} ({signal.Signals(-code).name})"
+    )
+
+
+def _end_copy(agent: int, body: Callable[[], None], pipe: int) -> NoReturn:
+    """Call `body`, write how it ended, and end this process: the stack above is the agent's."""
+    try:
+        ending = Ending(EXIT_OK, "")
+        try:
+            die_with_launcher(agent)
+            body()
+        except BaseException as error:  # also SystemExit, and a panic of a library in Rust
+            ending = ending_of_command(error, "vp-train")
+        write_all(pipe, json.dumps([ending.code, ending.words]).encode())
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(EXIT_OK)

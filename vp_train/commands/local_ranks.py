@@ -22,7 +22,9 @@ from vp_train.supervision.ending import PIPE, heard
 from vp_train.supervision.requests import SIGNALS
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-_MOST_BYTES = 65536  # of the line that a rank leaves; a pipe holds as many
+_MOST_BYTES = 65536  # of the line that a rank leaves; it writes fewer
+_REAP_SECONDS = 10.0  # for ranks to go after SIGKILL; one that waits for a driver does not
+_POLL_SECONDS = 0.02
 
 # Starts one rank with these variables and the write end of its pipe; returns the process id.
 Starter = Callable[[Mapping[str, str], int], int]
@@ -43,6 +45,17 @@ def new_process(command: Sequence[str]) -> Starter:
         )
 
     return start
+
+
+def search_options() -> list[str]:
+    """Return the options of Python with which a new process finds modules where this one does.
+
+    `python -m` would look into the current directory first, where a folder named like a library
+    takes the library's place.
+    """
+    first = sys.path[0] if sys.path else None
+    has_current = first is not None and os.path.realpath(first) == os.path.realpath("")
+    return [] if has_current else ["-P"]
 
 
 def forked(body: Callable[[], None]) -> Starter:
@@ -144,14 +157,21 @@ class LocalRanks:
         self._running: set[int] = set()
         self._ended_by_us: set[int] = set()
         self._endings: dict[int, Ending | None] = {}
-        for rank, environment in environments.items():
-            self._pipes[rank], theirs = os.pipe()
-            own = {PIPE: str(theirs), LAUNCHER: str(os.getpid())}
-            try:
-                self._processes[rank] = start({**environment, **own}, theirs)
-            finally:
-                os.close(theirs)
-            self._running.add(rank)
+        try:
+            for rank, environment in environments.items():
+                self._start(start, rank, environment)
+        except BaseException:  # as where the system has no more processes
+            self.kill()
+            raise
+
+    def _start(self, start: Starter, rank: int, environment: Mapping[str, str]) -> None:
+        self._pipes[rank], theirs = os.pipe()
+        own = {PIPE: str(theirs), LAUNCHER: str(os.getpid())}
+        try:
+            self._processes[rank] = start({**environment, **own}, theirs)
+        finally:
+            os.close(theirs)
+        self._running.add(rank)
 
     @property
     def running(self) -> frozenset[int]:
@@ -175,20 +195,35 @@ class LocalRanks:
                 number = number if number in SIGNALS else signal.SIGUSR1
                 os.kill(self._processes[rank], number)
 
-    def kill(self) -> None:
-        """End the ranks that still run, and whatever any rank has started, and wait for them."""
+    def kill(self) -> list[str]:
+        """End the ranks that still run, and whatever any rank has started, and wait for them.
+
+        Returns a sentence about every rank that does not go within some seconds.
+        """
         self.poll()
         left = self.running
         for process in self._processes.values():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process, signal.SIGKILL)
-        for rank in left:
-            _, status = os.waitpid(self._processes[rank], 0)
-            self._note(rank, status)
+        until = time.monotonic() + _REAP_SECONDS
+        self.poll()
+        while self._running and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS)
+            self.poll()
+        stuck = sorted(self._running)
+        self._running.clear()
+        self._ended_by_us |= set(stuck)
+        for rank in left - set(stuck):
             if self._codes[rank][0] == -signal.SIGKILL:
                 self._ended_by_us.add(rank)
-        for rank in self._ended_by_us & self._pipes.keys():
-            os.close(self._pipes.pop(rank))
+        self.ends()
+        while self._pipes:  # of ranks that were killed, or did not start
+            os.close(self._pipes.popitem()[1])
+        return [
+            f"rank {rank} on {self._host} (process {self._processes[rank]}) has not gone "
+            f"{_REAP_SECONDS:g} s after SIGKILL"
+            for rank in stuck
+        ]
 
     def ends(self) -> list[tuple[RankEnd, float]]:
         """Return the ends of the ranks that ended by themselves, with their times in seconds."""

@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
@@ -29,36 +29,62 @@ from vp_train.commands.local_ranks import STOPPING, fork
 from vp_train.commands.place import Place
 from vp_train.commands.store_server import StoreServer
 from vp_train.config import ConfigError
-from vp_train.failures import EXIT_HANG, EXIT_INTERNAL, Ending
+from vp_train.failures import EXIT_HANG, EXIT_INTERNAL, Ending, ending_of_command
 
 _POLL_SECONDS = 0.05
 _BEAT_SECONDS = 0.5
 _SILENT_SECONDS = 10.0  # without a beat a node is lost
 _STORE_SECONDS = 15  # for one exchange with the store; then the kernel ends the messenger
 _CONNECT_SECONDS = 8  # likewise, for the first one
-_WORDS_SECONDS = 6.0  # of waiting for other nodes, before a line says so
+WORDS_SECONDS = 6.0  # of waiting for other nodes, before a line says so
 _ADDRESS_SECONDS = 6.0  # to resolve the head's name, and for node 0 to reach itself
 _LEAVE_SECONDS = 3.0  # that the head's store stays for the others
+_DECISIVE = {"lost", "failed", "bye"}  # facts after which a node need not be waited for
 _IDENTITY = "vp-train"  # the key that says which job a store belongs to
 
 Fact = dict[str, Any]  # has "kind" and "node"
 
 
+# Why a node is lost, with the exit code of the job and the sentence about the node.
+_LOSSES = {
+    "killed": (EXIT_INTERNAL, "the agent of {} was killed; its ranks are lost"),
+    "silent": (EXIT_HANG, "{} does not answer any more; its ranks are lost"),
+    "unheard": (EXIT_INTERNAL, "{} did not say how its ranks ended"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class NodeLoss:
-    """A node whose agent was killed, or does not answer."""
+    """A node that takes no part in the job any more, or whose agent does not say what it should.
+
+    why: a key of `_LOSSES`, or "failed" for an agent that left by the error `failure`.
+    """
 
     node: int
     host: str
-    is_silent: bool
+    why: str
+    failure: Ending | None = None
 
     @property
     def ending(self) -> Ending:
         """The exit code of the job, and the sentence about the node."""
-        name = f"node {self.node} ({self.host})"
-        if self.is_silent:
-            return Ending(EXIT_HANG, f"{name} does not answer any more; its ranks are lost")
-        return Ending(EXIT_INTERNAL, f"the agent of {name} was killed; its ranks are lost")
+        if self.failure is not None:
+            return self.failure
+        code, words = _LOSSES[self.why]
+        return Ending(code, words.format(f"node {self.node} ({self.host})"))
+
+    @property
+    def is_cause(self) -> bool:
+        """Whether the job ends with `ending` whatever is known of the ends of ranks."""
+        return self.why in ("failed", "unheard")
+
+
+class JobEnded(Exception):
+    """The job ends before it has ranks.  `ending` says how, on this node."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending.words)
+        self.ending = ending
 
 
 class News(Protocol):
@@ -77,7 +103,7 @@ class News(Protocol):
 
 @dataclass
 class OneNode:
-    """The log of a job on one node."""
+    """The log of a job on one node, or the first facts of another log."""
 
     place: Place
     _log: list[Fact] = field(default_factory=list)
@@ -158,8 +184,8 @@ class SeveralNodes:
             self.has_lost_head = True
             _, status = os.waitpid(self._messenger, 0)
             silent = os.waitstatus_to_exitcode(status) == -signal.SIGALRM
-            lost = {"kind": "lost", "node": self.place.node, "lost": 0, "silent": silent}
-            self._log.append(lost)
+            lost = {"lost": 0, "why": "silent" if silent else "killed"}
+            self._log.append({"kind": "lost", "node": self.place.node, **lost})
 
     def leave(self) -> None:
         """Say goodbye; the head waits until the others have, since its store ends with it."""
@@ -181,42 +207,72 @@ class SeveralNodes:
 
 
 @contextlib.contextmanager
-def joined(place: Place, num_local: int, patience_seconds: float) -> Iterator[News]:
+def joined(
+    place: Place,
+    num_local: int,
+    patience_seconds: float,
+    options: Mapping[str, int | bool] | None = None,
+) -> Iterator[News]:
     """Meet the agents of the other nodes, and part from them at the end.
 
-    `num_local` is the number of ranks here, the same on every node.  Raises ConfigError if the
-    nodes do not fit together, or if one does not come within `patience_seconds`.
+    `num_local` is the number of ranks here, and `options` has the values of other options; both
+    must be the same on every node.  The other nodes are told of an error that leaves the context.
+    Raises ConfigError if the nodes do not fit together, or if one does not come within
+    `patience_seconds`, and JobEnded if the agent of another node ends meanwhile.
     """
     if place.is_alone:
         yield OneNode(place)
         return
     news = SeveralNodes(place)
     try:
-        _meet(news, num_local, patience_seconds)
-        yield news
+        try:
+            _meet(news, {"--ranks": num_local, **(options or {})}, patience_seconds)
+            yield news
+        except BaseException as error:
+            _ignore_signals()
+            failure = _failure(error, place)
+            news.tell("failed", code=failure.code, words=failure.words)
+            raise
     finally:
-        for number in STOPPING:  # srun ends the other tasks of a step when the first one fails
-            signal.signal(number, signal.SIG_IGN)
+        _ignore_signals()
         news.leave()
 
 
-def _meet(news: SeveralNodes, num_local: int, patience_seconds: float) -> None:
+def _ignore_signals() -> None:
+    """Let nothing end this process while it leaves: srun ends a step when its first task fails."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _failure(error: BaseException, place: Place) -> Ending:
+    """Return how the job ends since the agent of this node leaves by `error`."""
+    if isinstance(error, JobEnded):
+        return error.ending
+    ending = ending_of_command(error, f"vp-train: {place.host}")
+    agent = f"the agent of node {place.node} ({place.host})"
+    if ending.code == EXIT_INTERNAL:  # its words are a traceback, which the agent itself prints
+        last = ending.words.strip().rpartition("\n")[2]
+        return Ending(ending.code, f"{agent} failed: {last}")
+    if isinstance(error, KeyboardInterrupt):
+        return Ending(ending.code, f"{agent} was interrupted")
+    return Ending(ending.code, ending.words or f"{agent} left with code {ending.code}")
+
+
+def _meet(news: SeveralNodes, options: Mapping[str, int | bool], patience_seconds: float) -> None:
     """Wait until every node has joined; see `joined` for what is raised."""
     place, began, has_said = news.place, time.monotonic(), False
-    news.tell("joined", host=place.host, ranks=num_local)
+    news.tell("joined", host=place.host, options=dict(options))
     while True:
-        facts = news.facts()
-        refused = [fact for fact in facts if fact["kind"] == "refused"]
-        if refused:
-            raise ConfigError(refused[0]["words"])
+        here = _joined_nodes(news.facts(), place.num_nodes)
+        if len(here) == place.num_nodes:
+            break
         if news.has_lost_head:
             raise ConfigError(
                 f"{_head(place)} does not answer as the head of this run; does another program "
                 "listen there, or has the head ended?"
             )
-        here = {fact["node"]: fact for fact in facts if fact["kind"] == "joined"}
-        if len(here) == place.num_nodes:
-            break
+        if lost := losses(news):
+            raise JobEnded(lost[0].ending)
         waited = time.monotonic() - began
         missing = [str(node) for node in range(place.num_nodes) if node not in here]
         words = f"node(s) {', '.join(missing)} of --nodes {place.num_nodes}"
@@ -231,15 +287,49 @@ def _meet(news: SeveralNodes, num_local: int, patience_seconds: float) -> None:
             raise ConfigError(
                 f"{words} did not come within {patience_seconds:g} s (run.world_timeout_seconds)"
             )
-        if waited > _WORDS_SECONDS and not has_said:
+        if waited > WORDS_SECONDS and not has_said:
             has_said = True
-            sys.stderr.write(f"vp-train: node {place.node} ({place.host}) waits for {words}\n")
-            sys.stderr.flush()
+            say_waiting(news, words)
         time.sleep(_POLL_SECONDS)
-    counts = {fact["ranks"] for fact in here.values()}
-    if len(counts) > 1:
-        words = ", ".join(f"{here[node]['host']} {here[node]['ranks']}" for node in sorted(here))
-        raise ConfigError(f"nodes start different numbers of ranks: {words}; see --ranks")
+    _check_same(here)
+
+
+def _joined_nodes(facts: Sequence[Fact], num_nodes: int) -> dict[int, Fact]:
+    """Return what the nodes that have joined say of themselves.
+
+    Raises ConfigError if one was refused before all had joined; later it does not concern them.
+    """
+    here: dict[int, Fact] = {}
+    for fact in facts:
+        if fact["kind"] == "joined":
+            here[fact["node"]] = fact
+        elif fact["kind"] == "refused" and len(here) < num_nodes:
+            raise ConfigError(fact["words"])
+    return here
+
+
+def _check_same(here: Mapping[int, Fact]) -> None:
+    """Raise ConfigError if the nodes have different options."""
+    for name in here[0]["options"]:
+        values = {node: here[node]["options"].get(name) for node in sorted(here)}
+        if len(set(values.values())) > 1:
+            words = ", ".join(f"{here[node]['host']} {_shown(values[node])}" for node in values)
+            if name == "--ranks":
+                raise ConfigError(f"nodes start different numbers of ranks: {words}; see --ranks")
+            raise ConfigError(
+                f"nodes have different values of {name}: {words}; give all nodes the same options"
+            )
+
+
+def _shown(value: int | bool) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def say_waiting(news: News, words: str) -> None:
+    """Print that this node waits, and for what."""
+    place = news.place
+    sys.stderr.write(f"vp-train: node {place.node} ({place.host}) waits for {words}\n")
+    sys.stderr.flush()
 
 
 def _head(place: Place) -> str:
@@ -255,27 +345,52 @@ def hosts(news: News) -> dict[int, str]:
 def losses(news: News) -> list[NodeLoss]:
     """Return the nodes that are lost, in the order in which that was noticed."""
     names = hosts(news)
-    found = {
-        fact["lost"]: NodeLoss(
-            fact["lost"], names.get(fact["lost"], news.place.head), fact["silent"]
-        )
-        for fact in reversed(news.facts())
-        if fact["kind"] == "lost"
-    }
-    return list(reversed(found.values()))
+    found: dict[int, NodeLoss] = {}
+    for fact in news.facts():
+        if fact["kind"] == "lost":
+            node = fact["lost"]
+            loss = NodeLoss(node, names.get(node, news.place.head), fact["why"])
+            found.setdefault(node, loss)
+        elif fact["kind"] == "failed":
+            node = fact["node"]
+            failure = Ending(fact["code"], fact["words"])
+            found.setdefault(node, NodeLoss(node, names.get(node, ""), "failed", failure))
+    return list(found.values())
 
 
-def all_told(news: News, kind: str, attempt: int) -> dict[int, Fact] | None:
-    """Return the fact of this kind of every node; None while one is missing that is not lost."""
-    found = {
+def told(news: News, kind: str, attempt: int) -> dict[int, Fact]:
+    """Return the fact of this kind of every node that has told it."""
+    return {
         fact["node"]: fact
         for fact in news.facts()
         if fact["kind"] == kind and fact.get("attempt", attempt) == attempt
     }
-    lost = {loss.node for loss in losses(news)}
-    if lost and news.place.node != 0 and 0 in lost:
-        return found  # what others tell cannot arrive any more
-    return found if set(range(news.place.num_nodes)) <= set(found) | lost else None
+
+
+def untold(news: News, kind: str, attempt: int) -> list[int]:
+    """Return the nodes that have not told this fact yet and still can."""
+    gone = {loss.node for loss in losses(news)}
+    if gone and news.place.node != 0 and 0 in gone:
+        return []  # what others tell cannot arrive any more
+    gone |= {fact["node"] for fact in news.facts() if fact["kind"] == "bye"}
+    return sorted(set(range(news.place.num_nodes)) - gone - told(news, kind, attempt).keys())
+
+
+def when_all_told(news: News, kind: str, attempt: int) -> News | None:
+    """Return the log up to the fact with which all nodes have told, None if one still has not.
+
+    Every node that reads the log finds the same part, and so comes to the same conclusion from it.
+    """
+    if untold(news, kind, attempt):
+        return None
+    facts = news.facts()
+    for number, fact in enumerate(facts, 1):
+        is_told = fact["kind"] == kind and fact.get("attempt", attempt) == attempt
+        if is_told or fact["kind"] in _DECISIVE:
+            part = OneNode(news.place, facts[:number])
+            if not untold(part, kind, attempt):
+                return part
+    return None
 
 
 def _check_name(head: str) -> None:
@@ -345,6 +460,9 @@ class _Messenger:
         self._store = PrefixStore(self._prefix, store)
         if self._store.add(f"node/{self._place.node}", 1) > 1:
             words = f"node {self._place.node} has joined already; --node must differ on every node"
+            here = {fact["node"] for fact in self._log() if fact["kind"] == "joined"}
+            if len(here) < self._place.num_nodes:  # one node will never come
+                self._tell({"kind": "refused", "node": self._place.node, "words": words})
             self._refuse(words)
             return
         beats = _Beats(self._store, self._place)
@@ -354,12 +472,15 @@ class _Messenger:
             signal.alarm(_STORE_SECONDS)
             if ready and not self._pass_on():
                 return
-            told = self._store.add("facts", 0)
-            for number in range(read, told):
-                self._agent.sendall(self._store.get(f"fact/{number}") + b"\n")
-            read = told
+            lines = self._lines(read)
+            read += len(lines)
+            for line in lines:
+                fact = json.loads(line)
+                if fact["kind"] == "bye":
+                    beats.expect_no_more(fact["node"])
+                self._agent.sendall(line + b"\n")
             for node in beats.lost():
-                self._tell({"kind": "lost", "node": 0, "lost": node, "silent": True})
+                self._tell({"kind": "lost", "node": 0, "lost": node, "why": "silent"})
             signal.alarm(0)
 
     def _connect(self, identity: Fact) -> Any:
@@ -373,9 +494,9 @@ class _Messenger:
                 1, socket.MSG_PEEK
             ):
                 return None  # the agent is gone
-            signal.alarm(_CONNECT_SECONDS)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # an address that does not answer takes 5 s
                 socket.create_connection((place.head, place.port), 5).close()
+                signal.alarm(_CONNECT_SECONDS)
                 try:
                     store = TCPStore(
                         place.head, place.port, None, is_master=False, timeout=timedelta(seconds=5)
@@ -415,6 +536,14 @@ class _Messenger:
         with contextlib.suppress(OSError):
             self._agent.sendall(json.dumps(fact).encode() + b"\n")
 
+    def _lines(self, first: int) -> list[bytes]:
+        """Return the facts of the log from number `first` on, in JSON."""
+        number = self._store.add("facts", 0)
+        return [self._store.get(f"fact/{each}") for each in range(first, number)]
+
+    def _log(self) -> list[Fact]:
+        return [json.loads(line) for line in self._lines(0)]
+
     def _tell(self, fact: Fact) -> None:
         """Append a fact to the log."""
         number = self._store.add("facts", 1) - 1
@@ -430,7 +559,7 @@ class _Messenger:
                 read = b""
             if not read:
                 if not self._has_said_bye:
-                    lost = {"lost": self._place.node, "silent": False}
+                    lost = {"lost": self._place.node, "why": "killed"}
                     self._tell({"kind": "lost", "node": self._place.node, **lost})
                 return False
             lines += read
@@ -443,8 +572,9 @@ class _Messenger:
 
 def _stranger(place: Place) -> str:
     return (
-        f"{_head(place)} belongs to another job; choose another port, as in "
-        f"--head {place.head}:{place.port + 1}, and end what an earlier job left"
+        f"{_head(place)} belongs to another job (run.root and run.name must be the same on all "
+        f"nodes); choose another port, as in --head {place.head}:{place.port + 1}, and end what an "
+        "earlier job left"
     )
 
 
@@ -456,6 +586,11 @@ class _Beats:
         self._last: dict[int, tuple[int, float]] = {}
         self._due = 0.0
         self._lost: set[int] = set()
+        self._has_left: set[int] = set()
+
+    def expect_no_more(self, node: int) -> None:
+        """Note that a node has left, so that its silence is no loss."""
+        self._has_left.add(node)
 
     def lost(self) -> Sequence[int]:
         """Give a sign of life if it is time, and return the nodes newly found to be silent."""
@@ -473,7 +608,8 @@ class _Beats:
             if count != last:
                 since = now
             self._last[node] = count, since
-            if count and now - since > _SILENT_SECONDS and node not in self._lost:
+            is_silent = bool(count) and now - since > _SILENT_SECONDS
+            if is_silent and node not in self._lost | self._has_left:
                 self._lost.add(node)
                 silent.append(node)
         return silent

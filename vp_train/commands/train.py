@@ -78,6 +78,7 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
         place,
         num_ranks=whole_number(options, "--ranks"),
         num_restarts=whole_number(options, "--max-restarts"),
+        only_preflight=_PREFLIGHT in options,
     )
 
 
