@@ -92,6 +92,7 @@ KNOW_THE_RUN = {"workload", "plan", "report", "search"}
 WITHOUT_TORCH = (
     "schedules",
     "vp_train.config",
+    "vp_train.durable",
     "vp_train.communication.communicators",
     "vp_train.communication.flight_recorder",
     "vp_train.commands.command",

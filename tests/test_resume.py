@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +21,7 @@ from tests.training import (
     train,
     uncompiled,
 )
+from vp_train import train as module
 from vp_train.assembly import build_rank
 from vp_train.checkpoint.training import _require_same_text
 from vp_train.config import (
@@ -130,6 +134,37 @@ def test_another_layout_and_schedule_go_on_from_the_same_checkpoint(
         for key in ("loss", "validation_loss") if ours["step"] in (4, 8) else ("loss",):
             # In bfloat16, other layouts round sums differently, and errors of eight steps add up.
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5 if dtype == "float32" else 2e-3)
+
+
+def who_loaded(rank, num_ranks, config, place):
+    """Let rank 1 load late, and return the ranks that had loaded when this one goes on."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("restore_run", "load_weights"):
+            patched.setattr(module, name, late(getattr(module, name), rank, place))
+        plan = make_plan(config, num_ranks)
+        mesh = mesh_for(plan)
+        run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
+        run.load()
+        return sorted(os.listdir(place))
+
+
+def late(load, rank, place):
+    def loaded(*arguments):
+        time.sleep(0.2 * rank)
+        found = load(*arguments)
+        Path(place, str(rank)).touch()
+        return found
+
+    return loaded
+
+
+@pytest.mark.parametrize("origin", ["its checkpoint", "other weights"])
+def test_no_rank_begins_before_all_have_loaded(ranks, whole_run, tmp_path, origin):
+    config = whole_run("float32")
+    run = replace(config.run, resume=True)
+    if origin == "other weights":
+        run = replace(config.run, name="other", init_from=str(config.run.directory))
+    assert ranks(2).run(who_loaded, replace(config, run=run), str(tmp_path)) == [["0", "1"]] * 2
 
 
 def test_a_run_goes_on_with_the_same_text_elsewhere_and_with_no_other(ranks, tmp_path):

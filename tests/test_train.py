@@ -385,6 +385,7 @@ def test_a_spike_goes_back_to_the_checkpoint_and_leaves_out_the_data(ranks, tmp_
     for steps, batches, _ in ranks(2).run(with_a_spike, longer, set()):
         assert steps == [23, 24]
         assert batches == [25, 26]
+    assert metrics_of(config)[-1]["spikes"] == metrics_of(config)[-1]["skipped_steps"] == 1
 
 
 def scales_of(rank, num_ranks, config):

@@ -16,7 +16,6 @@ import vp_train.commands.train
 from tests.meshes import mesh_for
 from tests.ranks import free_port, in_processes
 from vp_train.assembly import build_rank
-from vp_train.checkpoint.manifest import directory_name
 from vp_train.checkpoint.saver import Saver
 from vp_train.checkpoint.training import begin_save
 from vp_train.config import (
@@ -28,6 +27,7 @@ from vp_train.config import (
     RunSettings,
 )
 from vp_train.data import open_source
+from vp_train.durable import checkpoint_name
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.planning.plan import make_plan
@@ -123,7 +123,7 @@ def save_run(directory, step, config, model, mesh, contents, progress):
     begin_save(saver, step, config, model, mesh, contents, progress)
     saver.finish()
     assert saver.take_failure() is None
-    return directory / directory_name(step)
+    return directory / checkpoint_name(step)
 
 
 def uncompiled(rank, num_ranks, function, *arguments):

@@ -973,6 +973,11 @@ class RunSettings:
         """The directory of the run's files."""
         return Path(self.root).expanduser() / self.name
 
+    @property
+    def checkpoints(self) -> Path:
+        """The directory of the run's checkpoints."""
+        return self.directory / "checkpoints"
+
     def eval_microbatches_of(self, dp_size: int) -> int:
         """Return the evaluation microbatches per replica: the same number in all, at least one."""
         return max(1, -(-self.eval_microbatches // dp_size))

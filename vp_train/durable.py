@@ -2,19 +2,43 @@
 
 A directory may come from somebody else.  So a file is read or written only if it is a regular one:
 a symbolic link could lead elsewhere, and a pipe or a device may never end.
+
+A checkpoint gets its name by a rename when it is complete.  What has such a name is said here.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_CHECKPOINT = re.compile(r"step-([0-9]{8,12})")
 LARGEST_TEXT = 1 << 20  # bytes; the texts that people write by hand have a few thousand
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of the directory of checkpoint `step`."""
+    return f"step-{step:08d}"
+
+
+def checkpoint_step(name: str) -> int | None:
+    """Return the step of the checkpoint directory with this name, None if it is none."""
+    found = _CHECKPOINT.fullmatch(name)
+    return None if found is None else int(found[1])
+
+
+def checkpoints_in(directory: Path) -> list[tuple[int, Path]]:
+    """Return step and path of all checkpoints in a directory that may be missing, oldest first.
+
+    They may be damaged.
+    """
+    steps = {path: checkpoint_step(path.name) for path in directory.glob("step-*")}
+    return sorted((step, path) for path, step in steps.items() if step is not None)
 
 
 def sync(path: Path) -> None:

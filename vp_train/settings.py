@@ -31,7 +31,7 @@ from vp_train.config import (
     setting_of,
     unknown,
 )
-from vp_train.durable import UnreadableError, read_text
+from vp_train.durable import UnreadableError, checkpoint_step, checkpoints_in, read_text
 
 # What is read of a command line, and of a file with settings.  Hydra takes seconds for more: it
 # parses in Python, and the time of lists and quotes grows with the square of their length.
@@ -322,8 +322,7 @@ def check_start(config: RunConfig) -> None:
     checkpoint is compared again when it is loaded.
     """
     run, directory = config.run, config.run.directory
-    checkpoints = (path.name for path in (directory / "checkpoints").glob("step-*"))
-    done = [int(step) for name in checkpoints if (step := name.removeprefix("step-")).isdecimal()]
+    done = [step for step, _ in checkpoints_in(run.checkpoints)]
     now = dict(_leaves(_node(config)))
     if run.resume and done and run.steps < max(done):
         raise ConfigError(
@@ -374,7 +373,7 @@ def _model_of(place: Path) -> Mapping[str, object]:
     They are empty if there are none that can be read.
     """
     # A checkpoint is in an import, or in the directory of a run's checkpoints.
-    above = [place.parent, place.parent.parent] if place.name.startswith("step-") else []
+    above = [place.parent, place.parent.parent] if checkpoint_step(place.name) is not None else []
     for directory in (place, *above):
         with contextlib.suppress(ConfigError, UnreadableError):
             if (directory / "config.yaml").is_file():

@@ -56,7 +56,7 @@ from vp_train.failures import (
 from vp_train.mesh import Mesh, build_mesh
 from vp_train.metrics.progress import StepReport
 from vp_train.metrics.reporter import Reporter
-from vp_train.metrics.run_directory import RunDirectory, run_path
+from vp_train.metrics.run_directory import RunDirectory
 from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning_rate
 from vp_train.optim.verdict import Judge, Verdict
 from vp_train.pipeline.executor import PlacedBatch
@@ -179,7 +179,7 @@ class _Watcher:
         """End the process before torch's NCCL watchdog aborts it."""
         silent = silent_peer(self.timeout_seconds, self._settings)
         failure = silent if error == "TIMEOUT" else LOST_PEER
-        record = flight_recorder.file_of(os.environ, run_path(self._settings), self._rank)
+        record = flight_recorder.file_of(os.environ, self._settings.directory, self._rank)
         last = (
             f"; its last communications: {record}"
             if flight_recorder.wait_for(record, self._started)
@@ -216,7 +216,7 @@ def _connect(
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     backend = "gloo"
     if config.run.device == "cuda":
-        set_environment(os.environ, config.run, run_path(config.run))
+        set_environment(os.environ, config.run, config.run.directory)
         require_gpu(config.run)
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -231,7 +231,7 @@ def _connect(
                 )
         torch.cuda.set_device(local_rank % num_devices)
     if backend == "nccl":  # every node needs the directory that its ranks write flight records to
-        flight_recorder.file_of(os.environ, run_path(config.run), 0).parent.mkdir(
+        flight_recorder.file_of(os.environ, config.run.directory, 0).parent.mkdir(
             parents=True, exist_ok=True
         )
     join_world(backend, timedelta(seconds=config.run.world_timeout_seconds))
@@ -242,7 +242,7 @@ def _connect(
 
 def _leave_done(done: int, settings: RunSettings, rank: int) -> NoReturn:
     """Leave a run whose newest checkpoint is of step `done`, with nothing left to do."""
-    words = f"{run_path(settings)} has done all of its {done} steps; run.steps=N goes on to step N"
+    words = f"{settings.directory} has done all of its {done} steps; run.steps=N goes on to step N"
     leave(Ending(EXIT_OK, words if rank == 0 else ""))
 
 
@@ -273,12 +273,16 @@ class Run:
         self._requests = requests or Requests()
         self._left: str | None = None  # why the run leaves before its last step
         self._doing = "loading"
-        self._checkpoints = run_path(config.run) / "checkpoints"
         degrees = mesh.degrees
         self._judge = Judge(config.run, degrees.pp * degrees.tp if degrees.dp > 1 else None)
         self._left_out = 0  # steps whose data no step uses, because the run went back
         self._batches = Ahead(self._batch, config.run.steps)
-        self._saver = Saver(self._checkpoints, mesh.steps, config.run.keep_checkpoints)
+        self._saver = Saver(
+            config.run.checkpoints,
+            mesh.steps,
+            config.run.keep_checkpoints,
+            device=config.run.device,
+        )
         self._saved_step = 0  # of the newest checkpoint that was begun
         self.first_step = 1
 
@@ -442,6 +446,7 @@ class Run:
 
         Returns False, having skipped `step` only, if there is no checkpoint.
         """
+        self._doing = "saving"
         self._saver.finish()
         self._warn_of_save(reporter)
         left_out = self._left_out
@@ -488,7 +493,8 @@ class Run:
         self._warn_of_save(reporter)
         self._requests.saved()
         contents = self.source.contents
-        progress = Progress(self._left_out, *self._judge.history)
+        judge = self._judge
+        progress = Progress(self._left_out, *judge.history, judge.spikes, judge.skipped)
         begin_save(self._saver, step, self.config, self.model, self.mesh, contents, progress)
         self._saved_step = step
 
@@ -497,6 +503,7 @@ class Run:
 
         Raises CheckpointError on all ranks if it could not be written.
         """
+        self._doing = "saving"
         self._saver.finish()
         if (failure := self._saver.take_failure()) is not None:
             raise failure
@@ -509,17 +516,25 @@ class Run:
 
     def _resume(self) -> int:
         """Load the newest undamaged checkpoint and return its step, 0 if there is none."""
-        path = latest_of_run(self._checkpoints, self.mesh.world)
+        self._doing = "loading"
+        path, damaged = latest_of_run(self.config.run.checkpoints, self.mesh.world)
         if path is None:
             return 0
+        self._saver.leave_uncounted(damaged)
         step, progress = restore_run(path, self.config, self.model, self.mesh, self.source.contents)
         self._left_out = progress.left_out
-        self._judge.restore(progress.losses, progress.norms)
+        self._judge.restore(progress.losses, progress.norms, progress.spikes, progress.skipped)
+        self._await_loading()
         return step
 
     def _initialise(self, source: str) -> None:
         """Load the weights of another run or of an import."""
         load_weights(find(Path(source).expanduser(), self.mesh.world), self.config, self.model)
+        self._await_loading()
+
+    def _await_loading(self) -> None:
+        """Return when all ranks have loaded.  A slow disk may take longer than a step's timeout."""
+        self.mesh.world.barrier()
 
     def _traced(
         self, batch: Batch, placed: PlacedBatch | None

@@ -184,6 +184,21 @@ def test_a_thread_keeps_to_its_share_until_somebody_waits():
     assert not hurried.is_alive()
 
 
+def shares(rank, num_ranks, directory):
+    """Return the share of the CPU time that a save of host tensors has, by device of the run."""
+    found = {}
+    for step, device in enumerate(("cpu", "cuda")):
+        saver = Saver(Path(directory), ControlGroup.flat(dist.group.WORLD), 1, device=device)
+        saver.begin(step, piece(rank, 1), {})
+        found[device] = saver._pace._share
+        saver.finish()
+    return found
+
+
+def test_only_where_the_steps_use_the_cpus_the_thread_has_a_share(ranks, tmp_path):
+    assert ranks(1).run(shares, str(tmp_path)) == [{"cpu": module._SHARE, "cuda": None}]
+
+
 def mixed(rank, num_ranks, directory):
     """Save and load tensors of all dtypes, strided, empty and without dimensions."""
     tensors = {

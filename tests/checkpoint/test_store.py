@@ -16,8 +16,8 @@ import torch.distributed as dist
 from tests.ranks import ready_context
 from vp_train.checkpoint import saver, store
 from vp_train.checkpoint.manifest import read_manifest
-from vp_train.checkpoint.saver import CheckpointError, save
-from vp_train.checkpoint.store import CheckpointTensor, find, latest, load
+from vp_train.checkpoint.saver import CheckpointError, Saver, save
+from vp_train.checkpoint.store import CheckpointTensor, find, latest, load, newest
 from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError
 from vp_train.tensors.slices import TensorSlice
@@ -137,6 +137,36 @@ def test_damaged_checkpoints_of_later_steps_push_no_new_one_out(ranks, tmp_path)
         "step-00000005",
     ]
     assert latest(tmp_path).name == "step-00000003"
+
+
+def go_on_past(rank, num_ranks, directory, damaged, steps):
+    saver = Saver(Path(directory), ControlGroup.flat(dist.group.WORLD), 2)
+    saver.leave_uncounted(damaged)
+    saver.leave_uncounted([])  # it goes back to a checkpoint, and finds no other damage
+    kept = []
+    for step in steps:
+        saver.begin(step, {"x": CheckpointTensor(torch.ones(2))}, {})
+        saver.finish()
+        kept.append(sorted(int(path.name[5:]) for path in Path(directory).iterdir()))
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept"),
+    [
+        ((50, 60), [[30, 45, 50], [50, 60]]),
+        ((40, 45, 50), [[30, 40, 45], [40, 45], [45, 50]]),
+    ],
+)
+def test_a_damaged_checkpoint_that_was_passed_over_pushes_no_good_one_out(
+    ranks, tmp_path, steps, kept
+):
+    for step in (30, 45):
+        ranks(1).run(save_one, str(tmp_path), step)
+    (tmp_path / "step-00000045" / "rank-00000.safetensors").write_bytes(b"")
+    path, damaged = newest(tmp_path)
+    assert (path.name, damaged) == ("step-00000030", ["step-00000045"])
+    assert ranks(1).run(go_on_past, str(tmp_path), damaged, steps) == [kept]
 
 
 def fail_to_save(rank, num_ranks, directory):

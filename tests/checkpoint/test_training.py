@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from vp_train.config import ConfigError, ModelConfig, VocabConfig
 from vp_train.planning.plan import make_plan
 
 CONTENTS = ("abc", "def")
-PROGRESS = Progress(3, (1.5, 2.0), (0.25,))
+PROGRESS = Progress(3, (1.5, 2.0), (0.25,), 5, 4)
 
 
 def built(config, num_ranks):
@@ -214,14 +215,27 @@ STATES = {
     "a norm that is no number": {
         "progress": {"left_out": 0, "losses": [], "norms": [float("nan")]}
     },
+    "fewer spikes than none": {
+        "progress": {"left_out": 0, "losses": [], "norms": [], "spikes": -1, "skipped": 0}
+    },
+    "progress with more": {"progress": {"left_out": 0, "losses": [], "norms": [], "more": 1}},
 }
+
+
+def test_progress_comes_back_and_that_of_older_versions_has_no_counts():
+    saved = json.loads(json.dumps(asdict(PROGRESS)))
+    assert Progress.of(saved) == PROGRESS
+    del saved["spikes"], saved["skipped"]
+    assert Progress.of(saved) == replace(PROGRESS, spikes=0, skipped=0)
+    assert Progress.of(None) == Progress()
 
 
 def resume_from(rank, num_ranks, config, directory):
     """Return the checkpoint that a run would go on from, and what rank 0 says about others."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        path = latest_of_run(Path(directory), ControlGroup.flat(dist.group.WORLD))
+        path, damaged = latest_of_run(Path(directory), ControlGroup.flat(dist.group.WORLD))
+    assert damaged == ["step-00000002"]
     return path and path.name, said.getvalue()
 
 

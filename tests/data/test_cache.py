@@ -70,6 +70,16 @@ def test_second_prepare_reads_no_contents(letters: Path, monkeypatch: pytest.Mon
     assert (first.path, first.manifest) == (second.path, second.manifest)
 
 
+@pytest.mark.parametrize("name", ["_LONGEST_WORD", "_LONGEST_TRAINED_WORD", "LONGEST_PIECE"])
+def test_text_that_is_cut_elsewhere_is_another_corpus(
+    letters: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    first = prepare(text_config(letters), VOCAB_SIZE, progress=False)
+    monkeypatch.setattr(corpus, name, 50)
+    second = prepare(text_config(letters), VOCAB_SIZE, progress=False)
+    assert second.manifest.content_hash != first.manifest.content_hash
+
+
 def test_corpus_is_named_by_contents_and_settings(letters: Path) -> None:
     config = text_config(letters)
     first = prepare(config, VOCAB_SIZE, progress=False)

@@ -96,6 +96,27 @@ def test_files_that_cannot_be_written_are_named_once_and_the_run_goes_on(tmp_pat
     assert [event.step for event in events.Scalars("loss")] == [1, 4]
 
 
+def test_a_full_disk_does_not_end_a_run_that_goes_back(tmp_path, capsys):
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", 0)
+    for step in (1, 2, 3):
+        log.record(step, {"loss": 1.0})
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with largest_file(10):
+        log.go_back(2)
+        log.record(3, {"loss": 2.0})
+    log.record(4, {"loss": 2.0})
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert f"{tmp_path}/metrics.jsonl cannot be written (File too large); going on" in said[0]
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+    log.go_back(2)  # there is space again
+    log.record(3, {"loss": 3.0})
+    log.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
 def test_a_removed_directory_is_said_once(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     log = MetricsLog(tmp_path / "run/metrics.jsonl", tmp_path / "run/tensorboard", 0)

@@ -8,35 +8,35 @@ from dataclasses import replace
 import pytest
 
 from vp_train.config import ConfigError, RunSettings
-from vp_train.metrics.run_directory import RunDirectory, refuse_used, run_path
+from vp_train.metrics.run_directory import RunDirectory, refuse_used
 
 
 def test_a_run_that_ended_before_its_first_step_does_not_block_its_name(tmp_path):
     settings = RunSettings(root=str(tmp_path))
     directory = RunDirectory(settings)
     directory.metrics.touch()
-    directory.checkpoints.mkdir()
+    settings.checkpoints.mkdir()
     refuse_used(settings)
 
 
 def test_a_checkpoint_alone_is_a_run(tmp_path):
     settings = RunSettings(root=str(tmp_path))
-    (RunDirectory(settings).checkpoints / "step-00000001").mkdir(parents=True)
+    RunDirectory(settings)
+    (settings.checkpoints / "step-00000001").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"run\.resume=true, or choose another run\.name"):
         RunDirectory(settings)
     resumed = RunDirectory(replace(settings, resume=True))
-    assert resumed.checkpoints.exists()
     assert resumed.trace.is_dir()
 
 
 def test_a_run_makes_the_folders_above_its_own(tmp_path):
     settings = RunSettings(root=str(tmp_path / "runs" / "of mine"))
     assert (
-        run_path(settings)
+        settings.directory
         == RunDirectory(settings).path
         == tmp_path / "runs" / "of mine" / "default"
     )
-    assert run_path(settings).is_dir()
+    assert settings.directory.is_dir()
 
 
 def test_the_lock_names_its_process_and_two_names_do_not_meet(tmp_path):

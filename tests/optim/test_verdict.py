@@ -103,9 +103,12 @@ def test_a_run_that_goes_back_without_getting_further_stops():
 
 def test_the_medians_survive_a_checkpoint():
     judge = Judge(RunSettings(on_spike="stop"))
-    judge.restore(*experienced().history)
+    judge.restore(*experienced().history, 3, 2)
+    assert (judge.spikes, judge.skipped) == (3, 2)
     assert judge.judge(21, health(norm=11)).verdict is Verdict.STOP
-    judge.restore((), ())
+    assert (judge.spikes, judge.skipped) == (4, 3)
+    judge.restore((), (), 3, 2)  # a run that goes back has seen what it has seen
+    assert (judge.spikes, judge.skipped) == (4, 3)
     assert judge.judge(21, health(norm=11)).verdict is Verdict.APPLY
 
 

@@ -18,8 +18,8 @@ import torch
 
 from tests.ranks import free_port, ready_context
 from tests.training import config_of, metrics_of, train
-from vp_train.checkpoint.manifest import step_of
 from vp_train.checkpoint.store import find
+from vp_train.durable import checkpoints_in
 
 RANKS, STEPS, LONGEST = 2, 24, 0.6  # the longest time in seconds from the first step to a kill
 
@@ -75,16 +75,13 @@ def _kill(chance, config, processes):
 
 def _wrong(config, newest_before):
     """Return the newest step after a kill, and what is wrong with the checkpoints, or None."""
-    directory = config.run.directory / "checkpoints"
-    steps = sorted(
-        step for path in directory.glob("step-*") if (step := step_of(path.name)) is not None
-    )
-    for step in steps:
+    newest = 0
+    for step, path in checkpoints_in(config.run.checkpoints):
         try:
-            find(directory / f"step-{step:08d}")
+            find(path)
         except ValueError as error:
             return newest_before, f"not complete: {error}"
-    newest = max(steps, default=0)
+        newest = step
     if newest < newest_before:
         return newest, f"step {newest_before} was committed, but step {newest} is the newest"
     return newest, None

@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from vp_train.checkpoint.stream import describe_tensors
-from vp_train.durable import UnreadableError, open_regular, plain, read_json, shown, write_new
+from vp_train.durable import (
+    UnreadableError,
+    checkpoint_step,
+    open_regular,
+    plain,
+    read_json,
+    shown,
+    write_new,
+)
 from vp_train.tensors.slices import TensorSlice
 
 MANIFEST = "manifest.json"
@@ -27,7 +35,6 @@ _FORMAT = 2
 _MOST_BYTES = 32 << 20  # of a manifest; a model of 400 B on 1,024 ranks has about 6 MB
 MOST_STEPS = 10**12
 _FILE_NAME = re.compile(r"rank-[0-9]{5,9}\.safetensors")
-_DIRECTORY_NAME = re.compile(r"step-([0-9]{8,12})")
 _HASH = re.compile(r"[0-9a-f]{128}")
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -87,17 +94,6 @@ def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def directory_name(step: int) -> str:
-    """Return the name of the directory of checkpoint `step`."""
-    return f"step-{step:08d}"
-
-
-def step_of(name: str) -> int | None:
-    """Return the step of the checkpoint directory with this name, None if it is none."""
-    found = _DIRECTORY_NAME.fullmatch(name)
-    return None if found is None else int(found[1])
-
-
 def write_manifest(
     path: Path, step: int, state: Mapping[str, Any], files: Mapping[str, Any]
 ) -> None:
@@ -127,7 +123,7 @@ def read_manifest(path: Path) -> Manifest:
         if hashlib.blake2b(body.encode()).hexdigest() != wrapped.get("blake2b"):
             raise ValueError("it does not match its hash")
         manifest = _parsed(_object(json.loads(body), "the manifest"))
-        named = step_of(path.name)
+        named = checkpoint_step(path.name)
         if named is not None and named != manifest.step:
             raise ValueError(f"it is that of step {manifest.step}, not of {path.name}")
     except UnreadableError as error:

@@ -16,7 +16,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,15 +29,13 @@ from torch import Tensor
 from vp_train.checkpoint.manifest import (
     StoredFile,
     StoredTensor,
-    directory_name,
     file_name,
-    step_of,
     write_manifest,
 )
 from vp_train.checkpoint.store import CheckpointTensor
 from vp_train.checkpoint.stream import Described, header_of, write_tensors
 from vp_train.communication.control import ControlGroup
-from vp_train.durable import sync, write_new
+from vp_train.durable import checkpoint_name, checkpoints_in, sync, write_new
 from vp_train.failures import EXIT_IO, SharedFailure
 
 _NICENESS = 10  # of the writing thread: a step has about nine tenths of a CPU that both want
@@ -68,9 +66,16 @@ class _Save:
 class Saver:
     """The saves of one rank.  All methods but `is_ready` and `take_failure` are collective."""
 
-    def __init__(self, directory: Path, group: ControlGroup, keep: int) -> None:
-        """Save below `directory`, and keep the newest `keep` checkpoints."""
+    def __init__(
+        self, directory: Path, group: ControlGroup, keep: int, *, device: str = "cpu"
+    ) -> None:
+        """Save below `directory`, and keep the newest `keep` checkpoints.
+
+        `device` is run.device: where the steps compute, wherever the saved tensors are.
+        """
         self._directory, self._group, self._keep = directory, group, keep
+        self._share = _SHARE if device == "cpu" else None
+        self._damaged: frozenset[str] = frozenset()
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
         self._copy, self._pace = _HostCopy(), _Pace()
         self._save: _Save | None = None
@@ -88,6 +93,10 @@ class Saver:
         """Return why the newest save failed, the same on all ranks, and forget it."""
         failure, self._failure = self._failure, None
         return failure
+
+    def leave_uncounted(self, damaged: Collection[str]) -> None:
+        """Let the checkpoints of these names, which are damaged, push no other ones out."""
+        self._damaged |= frozenset(damaged)
 
     def begin(
         self, step: int, pieces: Mapping[str, CheckpointTensor], state: Mapping[str, Any]
@@ -107,7 +116,7 @@ class Saver:
         path = temporary / file_name(self._group.rank)
         tensors = {name: piece.stored for name, piece in pieces.items()}
         error = _attempt(lambda: self._copy.take(pieces))
-        self._pace = pace = _Pace(None if self._copy.is_of_device else _SHARE)
+        self._pace = pace = _Pace(self._share)
         if error is None:
             image = self._copy.image
             work = self._thread.submit(_attempt, lambda: _write(path, image, tensors, pace))
@@ -159,7 +168,9 @@ class Saver:
     def _commit(self, save: _Save, files: Mapping[str, Any]) -> None:
         final, temporary = _final_and_temporary(self._directory, save.step)
         _commit(save.step, save.state, files, temporary, final)
-        left = _attempt(lambda: _retain(self._directory, save.step, self._keep))
+        damaged = self._damaged - {final.name}  # a save replaces a damaged one of its step
+        self._damaged = damaged
+        left = _attempt(lambda: _retain(self._directory, save.step, self._keep, damaged))
         if left is not None:
             print(
                 f"{final} is complete, but older checkpoints could not be removed: {left}",
@@ -221,7 +232,6 @@ class _HostCopy:
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._num_bytes = 0
-        self.is_of_device = False  # whether the tensors that were copied are on a GPU
         self._side: torch.cuda.Stream | None = None
 
     @property
@@ -249,8 +259,7 @@ class _HostCopy:
         header = header_of(described)
         self._num_bytes = len(header) + sum(entry.num_bytes for entry in described)
         device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
-        self.is_of_device = device is not None
-        self._reserve(self._num_bytes, pinned=self.is_of_device)
+        self._reserve(self._num_bytes, pinned=device is not None)
         self.image[: len(header)] = header
         if device is None:
             self._fill(described, tensors, len(header))
@@ -363,7 +372,7 @@ def _write(
 
 def _final_and_temporary(directory: Path, step: int) -> tuple[Path, Path]:
     """Return where checkpoint `step` ends up, and where it is written before the rename."""
-    name = directory_name(step)
+    name = checkpoint_name(step)
     return directory / name, directory / f".writing-{name}"
 
 
@@ -386,20 +395,19 @@ def _commit(
     sync(final.parent)
 
 
-def _retain(directory: Path, step: int, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints up to `step`, and what killed processes left.
+def _retain(directory: Path, step: int, keep: int, damaged: Collection[str]) -> None:
+    """Remove what is older than the newest `keep` checkpoints, and what killed processes left.
 
-    Checkpoints of later steps were skipped as damaged when the run began.  They are neither
-    counted nor removed.
+    Checkpoints of steps after `step` were passed over as damaged when the run began.  They are
+    neither counted nor removed.  Those with a name in `damaged` are not counted.
     """
     for stray in (*directory.glob(".writing-*"), *directory.glob(".removing-*")):
         shutil.rmtree(stray, ignore_errors=True)
-    steps = {path: step_of(path.name) for path in directory.glob("step-*")}
-    upto = sorted(
-        (found, path) for path, found in steps.items() if found is not None and found <= step
-    )
-    for _, old in upto[:-keep]:
-        _remove(old)
+    upto = [entry for entry in checkpoints_in(directory) if entry[0] <= step]
+    counted = [entry for entry in upto if entry[1].name not in damaged]
+    for entry in upto:
+        if entry < counted[-keep:][0]:
+            _remove(entry[1])
 
 
 def _remove(path: Path) -> None:

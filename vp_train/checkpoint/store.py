@@ -24,10 +24,10 @@ from vp_train.checkpoint.manifest import (
     StoredTensor,
     check_file,
     read_manifest,
-    step_of,
 )
 from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError
+from vp_train.durable import checkpoints_in
 from vp_train.tensors.slices import TensorSlice
 
 Check = Callable[[Manifest], None]  # raises ValueError for a manifest that cannot be used
@@ -90,17 +90,25 @@ def latest(
 ) -> Path | None:
     """Return the newest undamaged checkpoint in `directory`, None if it holds no checkpoint.
 
-    Damaged checkpoints are skipped and reported on stderr.  `check` may find damage in manifests,
-    too.  Collective over `group`.  Raises ConfigError if there are checkpoints but all of them are
-    damaged.
+    Collective over `group`.  Raises ConfigError like `newest`.
     """
-    steps = {path.name: step_of(path.name) for path in directory.glob("step-*")}
-    numbered = [(step, name) for name, step in steps.items() if step is not None]
-    names: list[str] = _gather([name for _, name in sorted(numbered, reverse=True)], group)[0]
-    for path in (directory / name for name in names):
-        damage = _damage(path, group, check)
+    return newest(directory, group, check)[0]
+
+
+def newest(
+    directory: Path, group: ControlGroup | None = None, check: Check | None = None
+) -> tuple[Path | None, list[str]]:
+    """Return the newest undamaged checkpoint as `latest`, and the names of the damaged newer ones.
+
+    Those are reported on stderr.  `check` may find damage in manifests, too.  Collective over
+    `group`.  Raises ConfigError if there are checkpoints but all of them are damaged.
+    """
+    found = [path.name for _, path in reversed(checkpoints_in(directory))]
+    names: list[str] = _gather(found, group)[0]
+    for number, name in enumerate(names):
+        damage = _damage(directory / name, group, check)
         if damage is None:
-            return path
+            return directory / name, names[:number]
         if _rank_and_size(group)[0] == 0:
             print(f"checkpoint passed over: {damage}", file=sys.stderr, flush=True)
     if names:
@@ -108,7 +116,7 @@ def latest(
             f"every checkpoint in {directory} is damaged; "
             "restore one, or move them away to begin without"
         )
-    return None
+    return None, []
 
 
 def find(path: Path, group: ControlGroup | None = None) -> Path:
@@ -122,13 +130,13 @@ def find(path: Path, group: ControlGroup | None = None) -> Path:
         if damage is not None:
             raise ConfigError(damage)
         return path
-    newest = latest(path / "checkpoints", group) or latest(path, group)
-    if newest is None:
+    found = latest(path / "checkpoints", group) or latest(path, group)
+    if found is None:
         raise ConfigError(
             f"{path} holds no checkpoint; "
             "give the directory of a run, of vp-import, or of one checkpoint"
         )
-    return newest
+    return found
 
 
 def load(

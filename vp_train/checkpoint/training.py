@@ -21,7 +21,7 @@ from vp_train.checkpoint.manifest import (
     saved_settings,
 )
 from vp_train.checkpoint.saver import Saver
-from vp_train.checkpoint.store import CheckpointTensor, latest, load
+from vp_train.checkpoint.store import CheckpointTensor, load, newest
 from vp_train.communication.control import ControlGroup
 from vp_train.config import FREE_DATA, FREE_MODEL, ConfigError, LossConfig, RunConfig
 from vp_train.durable import plain, shown
@@ -37,27 +37,34 @@ class Progress:
 
     left_out: the number of steps whose data no step uses.
     losses, norms: of the last steps, for their medians.
+    spikes, skipped: the spikes seen and the steps not applied.
     """
 
     left_out: int = 0
     losses: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()
+    spikes: int = 0
+    skipped: int = 0
 
     @classmethod
     def of(cls, value: Any) -> Progress:
-        """Return the progress in a manifest; older ones have none.  Raises ValueError."""
+        """Return the progress in a manifest; older ones have none, or no counts.
+
+        Raises ValueError.
+        """
         if value is None:
             return cls()
-        fields = set(value) if isinstance(value, dict) else set()
-        if fields != {"left_out", "losses", "norms"}:
+        history, counts = {"left_out", "losses", "norms"}, {"spikes", "skipped"}
+        if not isinstance(value, dict) or not history <= value.keys() <= history | counts:
             raise ValueError(f"state.progress is {shown(value)}, not that of a run")
-        left_out = value["left_out"]
-        if type(left_out) is not int or not 0 <= left_out <= MOST_STEPS:
-            raise ValueError(f"state.progress.left_out is {shown(left_out)}, not a number of steps")
+        for name in ("left_out", *counts & value.keys()):
+            if type(value[name]) is not int or not 0 <= value[name] <= MOST_STEPS:
+                words = f"{shown(value[name])}, not a number of steps"
+                raise ValueError(f"state.progress.{name} is {words}")
         for name in ("losses", "norms"):
             if not (isinstance(value[name], list) and all(map(_is_finite, value[name]))):
                 raise ValueError(f"state.progress.{name} is {shown(value[name])}, not numbers")
-        return cls(left_out, tuple(value["losses"]), tuple(value["norms"]))
+        return cls(**value | {name: tuple(value[name]) for name in ("losses", "norms")})
 
 
 def _is_finite(value: Any) -> bool:
@@ -137,13 +144,16 @@ def begin_save(
     saver.begin(step, pieces, state)
 
 
-def latest_of_run(directory: Path, group: ControlGroup) -> Path | None:
-    """Return the newest undamaged checkpoint of a run, as `latest`.  Collective over `group`."""
+def latest_of_run(directory: Path, group: ControlGroup) -> tuple[Path | None, list[str]]:
+    """Return the newest undamaged checkpoint of a run, and the names of the damaged newer ones.
+
+    Collective over `group`.  Raises ConfigError like `newest`.
+    """
 
     def check(manifest: Manifest) -> None:
         _RunState.of(manifest)
 
-    return latest(directory, group, check)
+    return newest(directory, group, check)
 
 
 def restore_run(

@@ -35,10 +35,10 @@ from vp_train.commands.orphans import die_with_launcher
 from vp_train.commands.place import Place, local_ranks_of
 from vp_train.communication import flight_recorder
 from vp_train.config import ConfigError, RunConfig
+from vp_train.durable import checkpoints_in, write_all
 from vp_train.durable import replace as replace_file
-from vp_train.durable import write_all
 from vp_train.failures import EXIT_INTERNAL, EXIT_OK, Ending, ending_of_command
-from vp_train.metrics.run_directory import refuse_running, refuse_used, run_path
+from vp_train.metrics.run_directory import refuse_running, refuse_used
 from vp_train.planning.degrees import check_node, wanted_ranks
 from vp_train.planning.plan import SEARCHING, make_plan
 from vp_train.quiet import quiet_deprecations, quiet_megatron
@@ -123,11 +123,11 @@ def _launch(
 
     def record_of(rank: int) -> Path | None:
         """Return the flight recorder's file of `rank` if this run wrote it."""
-        record = flight_recorder.file_of(os.environ, run_path(config.run), rank)
+        record = flight_recorder.file_of(os.environ, config.run.directory, rank)
         return record if flight_recorder.is_fresh(record, started) else None
 
     def way_on() -> str:
-        if any((run_path(config.run) / "checkpoints").glob("step-*")):
+        if checkpoints_in(config.run.checkpoints):
             return "run.resume=true goes on from the newest checkpoint"
         return "no checkpoint was written yet"
 
@@ -241,7 +241,7 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
     if plan is None and news.place.node == 0:  # the search runs once, for all ranks
         print(SEARCHING, flush=True)
         plan = make_plan(config, num_ranks)
-        solved = run_path(config.run) / "schedule.txt"
+        solved = config.run.directory / "schedule.txt"
         solved.parent.mkdir(parents=True, exist_ok=True)
         replace_file(solved, plan.schedule.text())
         found = [

@@ -16,7 +16,6 @@ from vp_train.commands.orphans import LAUNCHER, die_with_launcher, has_launcher
 from vp_train.commands.place import is_rank, is_slurm_rank, place_of, slurm_rank, whole_number
 from vp_train.config import RunConfig
 from vp_train.failures import ending_of_command
-from vp_train.metrics.run_directory import run_path
 from vp_train.settings import check_start, config_text, resume_words, started_from
 from vp_train.supervision.ending import PIPE, leave
 from vp_train.supervision.requests import hold_signals, start_clock
@@ -124,7 +123,7 @@ def with_origin(config: RunConfig) -> RunConfig:
         None if config.run.init_from is None else path_of(config.run.init_from),
     )
     if run.resume and origin is None:
-        origin = started_from(run_path(run))
+        origin = started_from(run.directory)
         origin = origin if origin is not None and origin.is_dir() else None
     return replace(
         config, run=replace(run, init_from=None if origin is None else str(origin.absolute()))

@@ -25,9 +25,16 @@ from typing import get_type_hints
 from tokenizers import Tokenizer
 
 from vp_train.config import ConfigError, DataConfig
-from vp_train.data.documents import Document, content_hash, find_files, pieces, read_documents
+from vp_train.data.documents import (
+    LONGEST_PIECE,
+    Document,
+    content_hash,
+    find_files,
+    pieces,
+    read_documents,
+)
 from vp_train.data.indexed import check_index, check_tokens, write_dataset
-from vp_train.data.integrity import BLOCK, DIGITS, block_hashes, check_blocks, check_once, remember
+from vp_train.data.integrity import BLOCK, DIGITS, block_hashes, check_blocks, check_once
 from vp_train.data.tokenizer import (
     LARGEST_TOKENIZER,
     end_token_id,
@@ -182,10 +189,7 @@ def prepare(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
         )
     memory = Path(config.cache_dir).expanduser() / "checked"
     files = [corpus.path / name for name in (_MANIFEST, *_FILES)]
-    if corpus.fresh:
-        remember(memory, files)
-    else:
-        check_once(memory, files, lambda: _check_contents(corpus))
+    check_once(memory, files, lambda: _check_contents(corpus))
     return corpus
 
 
@@ -232,7 +236,7 @@ def _open(path: Path, config: DataConfig) -> Corpus:
 def _find_or_build(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
     files = find_files(config)
     settings = [
-        _FORMAT,
+        _recipe(),
         config.name,
         vocab_size,
         config.tokenizer is not None,
@@ -265,7 +269,7 @@ def _shared_tokenizer(parts: list[DataConfig], vocab_size: int, progress: bool) 
             for part, files in zip(parts, found, strict=True)
         ]
         key = hashlib.blake2b(
-            json.dumps([_FORMAT, vocab_size, keys]).encode(), digest_size=8
+            json.dumps([_recipe(), vocab_size, keys]).encode(), digest_size=8
         ).hexdigest()
         path = cache_dir / f"tokenizer-{key}.json"
         if not path.exists():
@@ -279,6 +283,11 @@ def _shared_tokenizer(parts: list[DataConfig], vocab_size: int, progress: bool) 
             train_tokenizer(chain.from_iterable(texts), vocab_size).save(str(written))
             written.replace(path)
     return path
+
+
+def _recipe() -> list[int]:
+    """Return what decides the tokens of a text beside the settings."""
+    return [_FORMAT, _LONGEST_WORD, _LONGEST_TRAINED_WORD, LONGEST_PIECE, _TRAINING_CHARACTERS]
 
 
 def _content_key(

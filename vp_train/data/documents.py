@@ -93,7 +93,7 @@ def read_documents(
         print(f"left out, not UTF-8: {printable(str(skipped[0]))}{others}", file=sys.stderr)
 
 
-_LONGEST_PIECE = 1 << 24  # characters that are tokenized together
+LONGEST_PIECE = 1 << 24  # characters that are tokenized together
 
 
 def pieces(text: str, longest_run: int) -> list[str]:
@@ -108,9 +108,9 @@ def pieces(text: str, longest_run: int) -> list[str]:
     cuts = [0, *(run.end() for run in runs), len(text)]
     found = []
     for start, stop in pairwise(cuts):
-        while stop - start > _LONGEST_PIECE:
-            blank = text.rfind(" ", start + 1, start + _LONGEST_PIECE)
-            cut = blank if blank > 0 else start + _LONGEST_PIECE
+        while stop - start > LONGEST_PIECE:
+            blank = text.rfind(" ", start + 1, start + LONGEST_PIECE)
+            cut = blank if blank > 0 else start + LONGEST_PIECE
             found.append(text[start:cut])
             start = cut
         if start < stop:

@@ -1,7 +1,7 @@
 """Hashes of the files of a corpus, block by block, and the memory of what was checked.
 
 A corpus of 100 GB takes a minute to hash.  It is hashed when it is prepared and once on every
-machine that finds it anew.  Size, times and inode of its files say whether that was done.  The time
+machine that finds it.  Size, times and inode of its files say whether that was done.  The time
 of the last change (ctime) cannot be set back, so a byte that is changed in place is always noticed.
 """
 
@@ -66,10 +66,11 @@ def check_once(memory: Path, files: Sequence[Path], check: Callable[[], None]) -
     """Run `check` unless the directory `memory` remembers it for these files as they are.
 
     Of several processes one checks, and the others wait for it.  If nothing can be written to
-    `memory`, every process checks.  Raises what `check` raises.
+    `memory`, every process checks.  A check of files that change meanwhile is not remembered.
+    Raises what `check` raises.
     """
-    record, state = _record(memory, files), _identities(files)
-    if _remembered(record) == state:
+    record = _record(memory, files)
+    if _remembered(record) == _identities(files):
         return
     try:
         memory.mkdir(parents=True, exist_ok=True)
@@ -79,16 +80,12 @@ def check_once(memory: Path, files: Sequence[Path], check: Callable[[], None]) -
         return
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        state = _identities(files)
         if _remembered(record) != state:  # else another process has checked meanwhile
             check()
-            remember(memory, files)
-
-
-def remember(memory: Path, files: Sequence[Path]) -> None:
-    """Remember that these files, as they are, need no check.  A failure to write is no error."""
-    with contextlib.suppress(OSError):
-        memory.mkdir(parents=True, exist_ok=True)
-        replace(_record(memory, files), json.dumps(_identities(files)))
+            if _identities(files) == state:
+                with contextlib.suppress(OSError):
+                    replace(record, json.dumps(state))
 
 
 def _record(memory: Path, files: Sequence[Path]) -> Path:

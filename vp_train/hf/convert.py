@@ -32,6 +32,7 @@ from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor,
 from vp_train.config import ConfigError, ModelConfig
 from vp_train.durable import (
     UnreadableError,
+    checkpoint_step,
     open_regular,
     plain,
     read_bytes,
@@ -191,7 +192,9 @@ def export_checkpoint(
     of_data = settings.get("data", {}).get("tokenizer")
     beside = [source, path.parent]
     # An origin may be a single checkpoint: the files are in the directory of its run or import.
-    before = [origin.parent if origin.name.startswith("step-") else origin for origin in origins]
+    before = [
+        origin if checkpoint_step(origin.name) is None else origin.parent for origin in origins
+    ]
     everywhere = [
         *given,
         *beside,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vp_train.durable import (
+    UnreadableError,
     naming,
     open_new,
     open_regular,
@@ -37,17 +38,40 @@ class MetricsLog:
 
         Raises OSError that names metrics.jsonl if that cannot be opened.
         """
-        continues = jsonl.exists()
-        with naming(jsonl):
-            if continues:
-                _drop_after(jsonl, last_step)
-            self._lines = _Lines(jsonl)
+        self._jsonl, self._tensorboard = jsonl, tensorboard
+        self._lines: _Lines | None = None
         self._events: _Events | None = None
         self._warned: set[Path] = set()
+        continues = jsonl.exists()
+        self._open_lines(last_step)
+        self._open_events(last_step + 1 if continues else None)
+
+    def _open_lines(self, last_step: int) -> None:
+        """Open metrics.jsonl after `last_step`.  Raises OSError that names it."""
+        with naming(self._jsonl):
+            if self._jsonl.exists():
+                _drop_after(self._jsonl, last_step)
+            self._lines = _Lines(self._jsonl)
+
+    def _open_events(self, first_step: int | None) -> None:
         try:
-            self._events = _Events(tensorboard, last_step + 1 if continues else None)
+            self._events = _Events(self._tensorboard, first_step)
         except OSError as error:
-            self._warn(tensorboard, error)
+            self._warn(self._tensorboard, error)
+
+    def go_back(self, step: int) -> None:
+        """Drop the records after `step`.
+
+        A file in which that fails, as on a full disk, gets no more records: no step appears twice.
+        """
+        self.close()
+        try:
+            self._open_lines(step)
+        except OSError as error:
+            self._warn(self._jsonl, error)
+        except UnreadableError as error:
+            self._warn(self._jsonl, OSError(None, str(error), str(self._jsonl)))
+        self._open_events(step + 1)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line {"step": ..., **values}.
@@ -55,10 +79,11 @@ class MetricsLog:
         Numbers that are not finite become null, so that every line is JSON.
         """
         line = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        try:
-            self._lines.append(json.dumps({"step": step, **line}))
-        except OSError as error:
-            self._warn(self._lines.path, error)
+        if self._lines is not None:
+            try:
+                self._lines.append(json.dumps({"step": step, **line}))
+            except OSError as error:
+                self._warn(self._jsonl, error)
         if self._events is not None:
             try:
                 self._events.append(step, values)
@@ -67,9 +92,10 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files."""
-        self._lines.close()
-        if self._events is not None:
-            self._events.close()
+        for file in (self._lines, self._events):
+            if file is not None:
+                file.close()
+        self._lines = self._events = None
 
     def _warn(self, path: Path, error: OSError) -> None:
         """Say once that a file cannot be written."""

@@ -116,8 +116,7 @@ class Reporter:
 
     def go_back(self, step: int) -> None:
         """Drop the records after `step`: the run goes on from its checkpoint."""
-        self._log.close()
-        self._log = MetricsLog(self._directory.metrics, self._directory.tensorboard, step)
+        self._log.go_back(step)
         self._pending = None
 
     def validation(self, step: int, loss: float) -> None:

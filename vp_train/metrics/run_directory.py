@@ -13,26 +13,20 @@ from pathlib import Path
 from typing import IO
 
 from vp_train.config import ConfigError, RunSettings
-from vp_train.durable import UnreadableError, naming, open_to_append, replace
+from vp_train.durable import UnreadableError, checkpoints_in, naming, open_to_append, replace
 
 # What a run writes in its directory, apart from single files, which replace what is there.
 _FILES = ("LOCK", "metrics.jsonl")
 _DIRECTORIES = ("checkpoints", "tensorboard", "trace", "logs")
 
 
-def run_path(settings: RunSettings) -> Path:
-    """Return where the files of a run go."""
-    return settings.directory
-
-
 def refuse_used(settings: RunSettings) -> None:
     """Raise ConfigError if the directory holds a run that is not to be resumed."""
-    path = run_path(settings)
+    path = settings.directory
     # The file is empty if a run ended before its first step.  Then there is nothing to lose.
     metrics = path / "metrics.jsonl"
-    used = (metrics.exists() and metrics.stat().st_size > 0) or any(
-        (path / "checkpoints").glob("step-*")
-    )
+    has_metrics = metrics.exists() and metrics.stat().st_size > 0
+    used = has_metrics or checkpoints_in(settings.checkpoints)
     if used and not settings.resume:
         raise ConfigError(
             f"{path} already holds a run; "
@@ -42,8 +36,8 @@ def refuse_used(settings: RunSettings) -> None:
 
 def refuse_running(settings: RunSettings) -> None:
     """Raise ConfigError if another process uses the directory now."""
-    if run_path(settings).exists():
-        _acquire(run_path(settings)).close()
+    if settings.directory.exists():
+        _acquire(settings.directory).close()
 
 
 class RunDirectory:
@@ -58,7 +52,7 @@ class RunDirectory:
         Raises ConfigError if another process uses it, if it holds a run that is not to be resumed,
         or if a symbolic link or a pipe is where the run has a file or folder.
         """
-        self.path = run_path(settings)
+        self.path = settings.directory
         self.path.mkdir(parents=True, exist_ok=True)
         _refuse_others(self.path)
         self._lock = _acquire(self.path)
@@ -71,10 +65,6 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
 
     @property
     def tensorboard(self) -> Path:

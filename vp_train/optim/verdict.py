@@ -119,6 +119,9 @@ class Judge:
         """The losses and gradient norms of the last steps, for a checkpoint."""
         return tuple(self._losses), tuple(self._norms)
 
-    def restore(self, losses: Sequence[float], norms: Sequence[float]) -> None:
-        """Take the history of a checkpoint; the counts stay."""
+    def restore(
+        self, losses: Sequence[float], norms: Sequence[float], spikes: int, skipped: int
+    ) -> None:
+        """Take the history and counts of a checkpoint; a run that goes back keeps its counts."""
         self._losses, self._norms = list(losses), list(norms)
+        self.spikes, self.skipped = max(self.spikes, spikes), max(self.skipped, skipped)
