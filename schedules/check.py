@@ -64,9 +64,9 @@ def _check_passes(schedule: Schedule, problem: Problem, kinds: tuple[Kind, ...])
                 raise ValueError(f"rank {rank} runs {item} {count} times; every pass runs once")
         missing = needed.difference(order)
         if missing:
-            count = f"{len(missing)} passes" if len(missing) > 1 else "1 pass"
+            many = f"{len(missing)} passes" if len(missing) > 1 else "1 pass"
             raise ValueError(
-                f"rank {rank} never runs {min(missing)} ({count} missing); "
+                f"rank {rank} never runs {min(missing)} ({many} missing); "
                 f"{_own_passes(rank, min(missing).kind, problem)}"
             )
 
