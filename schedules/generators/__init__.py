@@ -3,7 +3,8 @@
 A base schedule orders the stage passes. `generate` checks that order, then adds the vocabulary
 passes of the problem. If the backward is split, it also refines the order: passes of the warm-up
 and the cool-down move where that closes gaps. No rank then has more microbatches in flight than in
-the base order."""
+the base order.
+"""
 
 from __future__ import annotations
 

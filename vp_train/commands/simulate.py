@@ -86,16 +86,15 @@ def show(
     With a `runtime` the step's program is replayed too.  Raises ConfigError.
     """
     _make(directory)
-    print(
-        f"{config.schedule.file or config.schedule.name} with {config.vocab.algorithm}, "
-        f"{headline(config)}\n",
-        flush=True,
-    )
-    if config.schedule.is_solved:
-        print(SEARCHING, flush=True)
+    name = config.schedule.file or config.schedule.name
+    heading = f"{name} with {config.vocab.algorithm}, {headline(config)}\n"
+    if config.schedule.is_solved:  # it takes long, so say first what is searched for
+        print(f"{heading}\n{SEARCHING}", flush=True)
     started = time.perf_counter()
     outcome = simulate_step(config, runtime)
     taken = time.perf_counter() - started
+    if not config.schedule.is_solved:
+        print(heading)
     print(report(outcome, shutil.get_terminal_size((120, 24)).columns))
     if advice := row_advice(config, outcome.plan):
         print(f"\n{advice}")
