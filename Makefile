@@ -8,7 +8,7 @@ ARGS ?=
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test lint mutants reliability clean
+.PHONY: train test lint mutants reliability pictures clean
 
 train: $(VENV)/installed
 	$(BIN)/vp-train parallel.pp=$(RANKS) run.name=$(NAME) $(ARGS)
@@ -28,6 +28,13 @@ mutants: $(VENV)/installed
 # Faults at random moments, the long form; minutes to hours.  make reliability ARGS="crafted --json crafted.json"
 reliability: $(VENV)/installed
 	$(BIN)/python -m tests.reliability $(ARGS)
+
+# The pictures of README and docs/schedules.md, by the commands that docs/schedules.md shows; about a minute.
+pictures: $(VENV)/installed
+	$(BIN)/vp-simulate --out build/pictures
+	$(BIN)/vp-simulate --compare 1f1b,interleaved,interlaced,zb_h1,zb_v,v_half,v_min --vocab none,one_barrier \
+	    --out build/pictures parallel.pp=8 num_microbatches=64 cost=a100_4b run.dtype=float16
+	cp build/pictures/schedule.svg build/pictures/comparison.png benchmarks/results/
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

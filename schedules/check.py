@@ -37,30 +37,53 @@ def check_schedule(schedule: Schedule, problem: Problem) -> None:
 def check_base(schedule: Schedule, problem: Problem) -> None:
     """Check that a base order, such as one read from a file, has the stage passes of `problem`.
 
-    Raises ValueError, naming the pass, for a missing, repeated or misplaced pass. It does not look
-    for cycles: `generators.complete` finds them.
+    Vocabulary passes are added later. A rank may have some already, then all of their kind. Raises
+    ValueError, naming the pass, for a missing, repeated or misplaced pass. It does not look for
+    cycles: `generators.complete` finds them.
     """
     _check_passes(schedule, problem, problem.stage_kinds)
 
 
 def _check_passes(schedule: Schedule, problem: Problem, kinds: tuple[Kind, ...]) -> None:
+    """Check that each rank runs all its passes of `kinds`, and of the vocabulary kinds it has."""
     if schedule.num_ranks != problem.layout.num_ranks:
         raise ValueError(
             f"schedule {schedule.name!r} has {schedule.num_ranks} ranks, "
             f"the layout {problem.layout.num_ranks}"
         )
     for rank, order in enumerate(schedule.ranks):
-        needed = {item for item in problem.passes_of(rank) if item.kind in kinds}
+        present = {item.kind for item in order if item.kind.is_vocabulary}
+        needed = {item for item in problem.passes_of(rank) if item.kind in present.union(kinds)}
         for item, count in Counter(order).items():
             if item not in needed:
-                raise ValueError(f"rank {rank} runs {item}, which is not among its passes")
+                raise ValueError(
+                    f"rank {rank} runs {item}, which is not among its passes; "
+                    f"{_own_passes(rank, item.kind, problem)}"
+                )
             if count > 1:
                 raise ValueError(f"rank {rank} runs {item} {count} times; every pass runs once")
         missing = needed.difference(order)
         if missing:
+            many = f"{len(missing)} passes" if len(missing) > 1 else "1 pass"
             raise ValueError(
-                f"rank {rank} never runs {min(missing)} ({len(missing)} passes missing)"
+                f"rank {rank} never runs {min(missing)} ({many} missing); "
+                f"{_own_passes(rank, min(missing).kind, problem)}"
             )
+
+
+def _own_passes(rank: int, kind: Kind, problem: Problem) -> str:
+    """Return the passes a rank must have, in words: vocabulary passes if `kind` is one of them."""
+    if kind.is_vocabulary:
+        words = []
+        for end, kinds in problem.shard_kinds.items():
+            where = "every rank" if problem.algorithm.sharded else f"rank {problem.root(end)}"
+            words.append(f"{' and '.join(kinds)} on {where}")
+        return f"vocabulary {problem.algorithm.name} has {', '.join(words)}"
+    stages = ", ".join(map(str, problem.layout.stages_of(rank)))
+    return (
+        f"its passes are {', '.join(problem.stage_kinds)} of stage {stages}, "
+        f"microbatches 0 to {problem.num_microbatches - 1}"
+    )
 
 
 def check_program(program: Program, problem: Problem) -> None:

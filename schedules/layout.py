@@ -33,7 +33,7 @@ class Layout:
         if fixed is not None and self.num_chunks != fixed:
             raise ValueError(
                 f"layout {self.name!r} has {fixed} chunk(s) per rank, not {self.num_chunks}; "
-                "only layout 'loop' (schedule interleaved) takes another number"
+                "only layout 'loop' takes another number"
             )
 
     @property

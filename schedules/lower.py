@@ -1,9 +1,10 @@
 """Schedule -> Program: the passes of every rank together with its communication.
 
-Every operation gets a place in one global order, by the simulated time at which its inputs are
-available. This order respects all dependencies, and every rank executes its operations in it. So
-all ranks issue the collectives of a communicator in the same order. No deadlock is possible, even
-if every communication blocks until its partner arrives.
+Every operation gets a place in one global order by its simulated time: a pass by its end, a hop by
+the end of the pass that it sends, a collective by the time at which its last input is there. This
+order respects all dependencies, and every rank executes its operations in it. So all ranks issue
+the collectives of a communicator in the same order. No deadlock is possible, even if every
+communication blocks until its partner arrives.
 
 The message of some collectives needs the result of another collective: they continue it. A rank
 starts such a collective without waiting for the first one. The runtime waits for that outside the

@@ -91,8 +91,9 @@ class Problem:
 
         These are the passes of `microbatch`, or of all microbatches if it is None.
         """
+        stages = self.layout.stages_of(rank)
         for i in self._microbatches(microbatch):
-            for stage in self.layout.stages_of(rank):
+            for stage in stages:
                 for kind in self.stage_kinds:
                     yield Pass(stage, kind, i)
             for end, kinds in self.shard_kinds.items():

@@ -48,16 +48,17 @@ def text_grid(timeline: Timeline, columns: int = 120, seconds: float = math.inf)
     """Return one row of text per rank, with time to scale, and a legend.
 
     A pass is its letter and microbatch, followed by `-` until its end. If the microbatch does not
-    fit, only the letter is drawn. A pass that takes no time is not drawn. Blanks are bubbles. No
-    line is longer than `columns`. Only the first `seconds` of the step are drawn, but the legend
-    describes the whole step.
+    fit, only the letter is drawn. The letters of a stage that is not the first of its rank are
+    lower case. A pass that takes no time is not drawn. Blanks are bubbles. No line is longer than
+    `columns`. Only the first `seconds` of the step are drawn, but the legend describes the whole
+    step.
     """
     width = columns - 4
     shown = min(timeline.makespan, seconds)
     scale = width / shown if shown > 0 else 0.0
     rows = []
     for rank, spans in enumerate(timeline.compute):
-        cells = [" "] * width
+        cells, later = [" "] * width, _stages(spans)[1:]
         for span in spans:
             if span.start > 0 and span.start >= shown:
                 break
@@ -65,12 +66,15 @@ def text_grid(timeline: Timeline, columns: int = 120, seconds: float = math.inf)
                 continue
             first = min(width - 1, round(span.start * scale))
             length = max(1, min(width, round(span.end * scale)) - first)
-            label = f"{span.kind}{span.microbatch}"
-            cells[first : first + length] = (label if len(label) <= length else span.kind).ljust(
-                length, "-"
-            )
+            is_later = span.kind in STAGE_KINDS and span.stage in later
+            letter = span.kind.lower() if is_later else span.kind
+            label = f"{letter}{span.microbatch}"
+            label = label if len(label) <= length else letter
+            cells[first : first + length] = label.ljust(length, "-")
         rows.append((f"{rank:>3} " + "".join(cells)).rstrip())
     legend = ", ".join(f"{kind} {meaning}" for kind, meaning in present(timeline).items())
+    if _has_later_stages(timeline):
+        legend += "; lower case: a later stage of the rank"
     for words in (facts(timeline), legend):
         rows += textwrap.wrap(words, columns, initial_indent=" " * 4, subsequent_indent=" " * 4)
     return "\n".join(rows) + "\n"
@@ -211,18 +215,26 @@ def present(timeline: Timeline) -> dict[str, str]:
 
 
 def _legend(timeline: Timeline) -> list[str]:
-    """Return the SVG of the colours that occur and their meanings."""
+    """Return the SVG of the colours that occur, and of what else a reader must know."""
     entries = [(COLOURS[kind], f"{kind} {meaning}") for kind, meaning in present(timeline).items()]
     if timeline.comm:
         entries.append((_BARRIER, "barriers"))
-    if any(len(_stages(spans)) > 1 for spans in timeline.compute):
-        entries.append((_LATER_STAGE, "band: later stage"))
     parts, x = [], float(_LEFT)
     for colour, words in entries:
         parts.append(f'<rect x="{x:.0f}" y="36" width="10" height="10" fill="{colour}"/>')
         parts.append(f'<text x="{x + 14:.0f}" y="45">{words}</text>')
         x += 28 + 5.9 * len(words)
-    return parts
+    return [*parts, f'<text x="{_LEFT}" y="62" fill="#555">{notes(timeline, "hatched")}</text>']
+
+
+def notes(timeline: Timeline, bubble: str) -> str:
+    """Return what numbers, bubbles and bands of a picture mean; bubbles are drawn as `bubble`."""
+    band = "; dark band: a later stage of the rank" if _has_later_stages(timeline) else ""
+    return f"number: microbatch; {bubble}: bubble{band}"
+
+
+def _has_later_stages(timeline: Timeline) -> bool:
+    return any(len(_stages(spans)) > 1 for spans in timeline.compute)
 
 
 def _axis(makespan: float, frame: _Frame) -> list[str]:

@@ -29,8 +29,15 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ("stepz=3", "stepz is not a setting"),
         (
             "model.vocab_size=abc",
-            "model.vocab_size=abc: Value 'abc' of type 'str' could not be converted to Integer",
+            "model.vocab_size=abc is not a whole number; it must lie in [1, 100,000,000]",
         ),
+        ("run.steps=null", "run.steps=null is not a whole number; it must be at least 1"),
+        ("optim.lr=fast", "optim.lr=fast is not a number; it must be at least 0"),
+        ("run.resume=maybe", "run.resume=maybe is not true or false"),
+        ("num_microbatches=x", "num_microbatches=x is not a whole number; it must lie in [1, 65,"),
+        ("vocab.shards=[a]", "vocab.shards=[a] is not a list of whole numbers or null; see vp-"),
+        ("schedule.name=[a]", "schedule.name=[a] is not text; see vp-train --help schedule.name"),
+        ("parallel=16", "one of its choices (balanced, default, redistribute); for one value"),
         ("run.steps=0", "run.steps=0 is too small; it must be at least 1"),
         ("run.steps", "'run.steps' is not an override; write key=value"),
         ("a=[", "'a=[' is not an override"),
@@ -70,7 +77,7 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ("data=true", "data=true: a group takes the name of one of its choices"),
         ("run.name=a/b", "run.name='a/b' is not a directory name"),
         ("num_microbatches=1000000", "num_microbatches=1000000 is too large; it must be at most"),
-        ("model.num_layers=1e23", "Value '1e+23' of type 'float' could not be converted to Integ"),
+        ("model.num_layers=1e23", "model.num_layers=1e23 is not a whole number; it must lie in"),
         (
             "model.num_layers=99999",
             "model.num_layers=99999 is too large; it must be at most 10,000",
@@ -234,9 +241,9 @@ def test_help_of_one_setting_is_about_it_alone(name, page):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("optimm", "optimm is no group of settings; did you mean optim?"),
-        ("optim.lrr", "optim.lrr is no setting; did you mean optim.lr?"),
-        ("xyzzy", "xyzzy is no group of settings; vp-train --help names all"),
+        ("optimm", "optimm is not a setting or group of settings; did you mean optim?"),
+        ("optim.lrr", "optim.lrr is not a setting; did you mean optim.lr?"),
+        ("xyzzy", "xyzzy is not a setting or group of settings; vp-train --help names all"),
     ],
 )
 def test_help_of_what_is_not_there_names_what_is_close(name, words):

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from schedules.generators import GENERATORS
+from schedules.render import svg
+from vp_train.commands.simulate import simulate_step
 from vp_train.planning.degrees import wanted_ranks
 from vp_train.planning.plan import draft_step
 from vp_train.settings import load_config
@@ -79,6 +82,21 @@ def test_files_named_in_sentences_are_there(page):
     rooms = "schedules|vp_train|configs|tests|benchmarks|launch|docker|docs"
     for name in re.findall(rf"`((?:{rooms})/[\w./]*)`", prose(page)):
         assert "NAME" in name or (ROOT / name).exists(), f"{name} is not there"
+
+
+def test_every_schedule_has_a_row_in_the_table_of_its_page():
+    page = (ROOT / "docs/schedules.md").read_text()
+    table = re.search(r"^## The family\n\n\| `schedule` .*\n(?:\|.*\n)+", page, re.MULTILINE)[0]
+    rows = re.findall(r"^\| (`.*?) \|", table.partition("---")[2], re.MULTILINE)
+    described = {name for row in rows for name in re.findall("`(.*?)`", row)}
+    assert described == {*GENERATORS, "auto"}
+
+
+def test_the_picture_of_a_schedule_is_the_one_that_is_drawn():
+    outcome = simulate_step(load_config([]))
+    drawn = svg(outcome.timeline, f"{outcome.name}, simulated")
+    kept = (ROOT / "benchmarks/results/schedule.svg").read_text()
+    assert kept == drawn, "run: make pictures"
 
 
 def test_every_page_is_reached_from_the_readme():

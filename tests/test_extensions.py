@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from schedules.check import check_program, check_schedule
-from schedules.generators import GENERATORS, Family
+from schedules.generators import GENERATORS, Family, searched_schedules
 from schedules.ir import Kind, Pass
 from schedules.lower import lower
 from schedules.simulate import simulate
@@ -22,9 +22,13 @@ from schedules.vocab import (
 )
 from tests.pipeline.compare import assert_all_close
 from tests.pipeline.equivalence import compare_locally, config_of
-from vp_train.config import VocabConfig
+from vp_train.commands import plan as plan_command
+from vp_train.commands import simulate as simulate_command
+from vp_train.config import ConfigError, VocabConfig
+from vp_train.failures import EXIT_CONFIG
 from vp_train.planning.plan import make_plan
 from vp_train.planning.report import make_report
+from vp_train.planning.search import search
 
 _NAIVE = {barrier.name: barrier for barrier in VOCAB_ALGORITHMS["naive"].barriers}
 
@@ -89,6 +93,68 @@ def test_it_is_planned_checked_simulated_lowered_and_trains_as_one_process(
         plan.timeline.makespan
     )
     assert_all_close(compare_locally(config, plan), 1e-9, schedule, algorithm)
+
+
+def without(rank, token):
+    """Leave out a pass."""
+    return tuple(item for item in rank if str(item) != token)
+
+
+def swapped(rank, first, second):
+    """Let two passes change places."""
+    places = {first: second, second: first}
+    return tuple(Pass.parse(places.get(str(item), str(item))) for item in rank)
+
+
+MISTAKES = {
+    "missing": (lambda rank: without(rank, "0B3"), "rank 0 never runs 0B3 (1 pass missing)"),
+    "misplaced": (
+        lambda rank: (*rank, Pass(1, Kind.F, 0)),
+        "rank 0 runs 1F0, which is not among its passes; its passes are F, B of stage 0, "
+        "microbatches 0 to 3",
+    ),
+    "repeated": (lambda rank: (*rank, rank[-1]), "rank 0 runs 0B0 2 times"),
+    "blocked": (lambda rank: swapped(rank, "0F0", "0B3"), "the base order blocks: 0B3"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("main", [simulate_command.main, plan_command.main])
+def test_a_mistake_of_a_generator_ends_in_one_line(monkeypatch, capsys, mistake, main):
+    edit, defect = MISTAKES[mistake]
+
+    def wrong(problem):
+        first, *others = last_first(problem)
+        return (edit(first), *others)
+
+    monkeypatch.setitem(GENERATORS, "wrong", Family(wrong))
+    arguments = ["schedule.name=wrong", "parallel.pp=2", "parallel.dp=1", "num_microbatches=4"]
+    arguments += ["cluster=laptop", "cluster.gpus_per_node=2"]
+    monkeypatch.setattr("sys.argv", ["command", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == EXIT_CONFIG
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"schedule wrong: {defect}" in said
+    assert "test_extensions.wrong returns" in said
+    with pytest.raises(ConfigError, match="schedule wrong: "):  # as vp-train
+        make_plan(config_of(2, 4, 101, schedule="wrong", num_stages=2), 2)
+
+
+def test_a_mistake_is_named_by_the_searches_too(monkeypatch):
+    def wrong(problem):
+        first, *others = last_first(problem)
+        return (without(first, "0F0"), *others)
+
+    monkeypatch.setitem(GENERATORS, "wrong", Family(wrong, searched=True))
+    assert "wrong" in searched_schedules()
+    config = config_of(2, 2, 101, schedule="auto", num_stages=2)
+    with pytest.raises(ConfigError, match="schedule wrong: rank 0 never runs 0F0"):
+        make_plan(config, 2)
+    config = replace(config, cluster=replace(config.cluster, gpus_per_node=2))
+    with pytest.raises(ConfigError, match="schedule wrong: rank 0 never runs 0F0"):
+        search(config, 1_000, lambda: True, lambda line: None)  # every choice
 
 
 def test_it_is_in_the_report_of_a_cluster_and_in_the_search(registered):

@@ -7,8 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from schedules.generators import GENERATORS
+from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.config import BlendEntry, ConfigError, RunConfig, Setting, setting_of
-from vp_train.settings import load_config, section_help, sections, settings_help, settings_page
+from vp_train.settings import (
+    group_choices,
+    load_config,
+    resume_words,
+    section_help,
+    sections,
+    setting_help,
+    settings_help,
+    settings_page,
+)
 
 SECTIONS = sections() | {"blend": BlendEntry}
 ALL = [(name, item) for name, section in SECTIONS.items() for item in fields(section)]
@@ -87,6 +98,21 @@ def test_help_has_every_setting_with_its_value_and_meaning():
             assert setting.meaning in full
             for words in (*setting.choices, setting.unit):
                 assert words in full
+
+
+def test_groups_of_names_have_the_names_of_the_tables():
+    assert set(group_choices()["schedule"]) == {*GENERATORS, "auto"}
+    assert set(group_choices()["vocab"]) == {*VOCAB_ALGORITHMS, "auto"}
+    assert "one of 1f1b, auto, gpipe" in setting_help("schedule.name", RunConfig())
+    assert "one of auto, naive, none" in setting_help("vocab.algorithm", RunConfig())
+
+
+def test_a_name_that_no_run_has_is_answered_with_the_closest(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.yaml").write_text("")
+    config = load_config([f"run.root={tmp_path}", "run.name=mien", "run.resume=true"])
+    words = resume_words(config)
+    assert words.startswith(f"{tmp_path}/mien holds no run (did you mean run.name=mine?): one")
 
 
 def test_the_page_of_settings_is_the_one_that_is_generated():

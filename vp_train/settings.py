@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import os
 import re
+import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -115,7 +116,7 @@ def _check_word(word: str) -> None:
     if "${" in word:
         raise ConfigError(f"{word}: ${{...}} is not expanded in settings; write the value itself")
     if key in sections() and value.lstrip().startswith(("[", "{")):
-        raise ConfigError(f"{word}: {_ONE_CHOICE}")
+        raise ConfigError(f"{word}: {_one_choice(key)}")
     depth = deepest = 0
     for character in value:
         depth += (character in "[{(") - (character in ")}]")
@@ -124,7 +125,28 @@ def _check_word(word: str) -> None:
         raise ConfigError(f"{word} is nested {deepest} deep; no setting is")
 
 
-_ONE_CHOICE = "a group takes the name of one of its choices; vp-train --help lists them"
+def _one_choice(group: str) -> str:
+    """Return the way out for a group that was given something else than the name of a choice."""
+    choices = ", ".join(group_choices().get(group, ["vp-train --help lists them"]))
+    return (
+        f"a group takes the name of one of its choices ({choices}); "
+        f"for one value write {group}.NAME=VALUE"
+    )
+
+
+def group_choices() -> dict[str, list[str]]:
+    """Return the choices of every group of settings: the names of its YAML files, sorted."""
+    from importlib.resources import files
+
+    return {
+        entry.name: sorted(
+            file.name.removesuffix(".yaml")
+            for file in entry.iterdir()
+            if file.name.endswith(".yaml")
+        )
+        for entry in sorted(files("vp_train.configs").iterdir(), key=lambda entry: entry.name)
+        if entry.is_dir() and not entry.name.startswith("_")
+    }
 
 
 def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConfig:
@@ -155,7 +177,8 @@ def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConf
     except Exception:  # whatever hydra's parser and merge stumble over, they never run our code
         groups = [word for word in overrides if word.partition("=")[0] in sections()]
         if groups:
-            raise ConfigError(f"{' '.join(groups)}: {_ONE_CHOICE}") from None
+            words = _one_choice(groups[0].partition("=")[0])
+            raise ConfigError(f"{' '.join(groups)}: {words}") from None
         words = " ".join(overrides)
         raise ConfigError(f"{words} cannot be read; write key=value, e.g. run.steps=100") from None
     try:
@@ -400,7 +423,10 @@ def resume_words(config: RunConfig) -> str | None:
     if not config.run.resume:
         return None
     if not path.is_file():
-        return f"{config.run.directory} holds no run: one begins there at step 1"
+        runs = sorted(found.parent.name for found in path.parent.parent.glob("*/config.yaml"))
+        close = difflib.get_close_matches(config.run.name, runs, n=1)
+        hint = f" (did you mean run.name={close[0]}?)" if close else ""
+        return f"{config.run.directory} holds no run{hint}: one begins there at step 1"
     before, now = _saved_settings(path), _node(config)
     changes = [
         printable(f"{name}={_value(value)} (was {_value(before[name])})")
@@ -524,12 +550,46 @@ def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
         return f"{word}: one value is needed; vp-simulate --compare compares several"
     if first.startswith("Could not override"):
         key = first.split("'")[1]
-        close = difflib.get_close_matches(key, list(keys), n=3)
+        close = difflib.get_close_matches(key, list(keys), n=2)
         hint = (
             f"did you mean {' or '.join(close)}?" if close else "see vp-train --help for all keys"
         )
         return f"{key} is not a setting; {hint}"
-    return first.replace("Error merging override ", "") + reason
+    word = first.removeprefix("Error merging override ")
+    if (words := _wrong_type(word)) is not None:
+        return words
+    return word + reason
+
+
+def _wrong_type(word: str) -> str | None:
+    """Return which values the setting of an override takes; None if it is not a simple one."""
+    name, equals, _ = word.partition("=")
+    if not equals or name not in setting_names():
+        return None
+    item, section = _field_of(name)
+    kind, setting = typing.get_type_hints(section)[item.name], setting_of(item)
+    if (words := _kind_words(kind)) is None:
+        return None
+    if setting.choices:
+        return f"{word} is not {words}; choose one of {setting.allowed}"
+    if not setting.allowed:
+        return f"{word} is not {words}; see vp-train --help {name}"
+    verb = "lie in" if setting.allowed.startswith(("[", "(")) else "be"
+    subject = "each" if "list" in words else "it"
+    return f"{word} is not {words}; {subject} must {verb} {setting.allowed}"
+
+
+def _kind_words(kind: Any) -> str | None:
+    """Return a type as it is named in errors, for example `a whole number or null`."""
+    if isinstance(kind, UnionType):
+        parts = [_kind_words(part) for part in typing.get_args(kind)]
+        return None if None in parts else " or ".join(filter(None, parts))
+    if typing.get_origin(kind) is tuple:
+        plural = {int: "whole numbers", float: "numbers", str: "texts"}
+        element = plural.get(typing.get_args(kind)[0])
+        return None if element is None else f"a list of {element}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return {**names, NoneType: "null"}.get(kind)
 
 
 def started_from(source: Path) -> Path | None:
@@ -579,18 +639,26 @@ def section_help(name: str, config: RunConfig) -> str:
     """
     section = getattr(config, name)
     parts = [_in_full(f"{name}.{item.name}", item, section) for item in fields(section)]
-    return "\n".join([f"{name}: {_paragraphs(type(section))}", "", *parts])
+    purpose = f"{name}: {_paragraphs(type(section))}".splitlines()
+    wrapped = "\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in purpose)
+    return "\n".join([wrapped, "", *parts])
 
 
 def setting_help(name: str, config: RunConfig) -> str:
     """Return one setting: in full, or its line of `settings_help` if it is in no section."""
-    group, dot, key = name.partition(".")
+    group, dot, _ = name.partition(".")
     if not dot:
         lines = map(str.strip, settings_help(config).splitlines())
         return next(line for line in lines if line.startswith(f"{name}="))
-    section = getattr(config, group)
+    return _in_full(name, _field_of(name)[0], getattr(config, group))
+
+
+def _field_of(name: str) -> tuple[Any, type]:
+    """Return the field of a setting and the class that has it."""
+    group, _, key = name.rpartition(".")
+    section = sections()[group] if group else RunConfig
     (item,) = (item for item in fields(section) if item.name == key)
-    return _in_full(name, item, section)
+    return item, section
 
 
 def setting_names() -> list[str]:
@@ -602,7 +670,7 @@ def setting_names() -> list[str]:
 def _in_full(name: str, item: Any, section: object) -> str:
     """Return value, meaning, allowed values, unit and default of a field of `section`."""
     setting, kind = setting_of(item), typing.get_type_hints(type(section))[item.name]
-    facts = [_values_words(kind, setting), setting.unit, f"default {_value(item.default)}"]
+    facts = [_values_words(name, kind, setting), setting.unit, f"default {_value(item.default)}"]
     return (
         f"{name}={_value(getattr(section, item.name))}\n"
         f"    {setting.meaning}\n"
@@ -633,7 +701,10 @@ def settings_page() -> str:
         for item in own:
             setting = setting_of(item)
             values = "; ".join(
-                filter(None, [_values_words(types[item.name], setting), setting.unit])
+                filter(
+                    None,
+                    [_values_words(f"{name}.{item.name}", types[item.name], setting), setting.unit],
+                )
             )
             rows.append(
                 f"| `{item.name}` | `{_value(item.default)}` | {values} | {setting.meaning} |"
@@ -668,8 +739,14 @@ def _value(value: Any) -> str:
     return f"{{{value}}}" if is_dataclass(value) else str(value)
 
 
-def _values_words(kind: Any, setting: Setting) -> str:
-    """Return in words which values a setting takes."""
+# The values of these settings are the choices of their group.
+_NAMED = {"schedule.name": "schedule", "vocab.algorithm": "vocab"}
+
+
+def _values_words(name: str, kind: Any, setting: Setting) -> str:
+    """Return in words which values the setting `name` takes."""
+    if name in _NAMED:
+        return f"one of {', '.join(group_choices()[_NAMED[name]])}"
     if not setting.choices:
         return "; ".join(filter(None, [_type_words(kind), setting.allowed]))
     return _type_words(kind).replace("text", f"one of {setting.allowed}")

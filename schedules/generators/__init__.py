@@ -1,8 +1,9 @@
 """The table of schedules, and `generate`, which constructs one of them for a problem.
 
-A base schedule orders the stage passes. `generate` adds the vocabulary passes of the problem. If
-the backward is split, it also refines the order: passes of the warm-up and the cool-down move where
-that closes gaps. No rank then has more microbatches in flight than in the base order.
+A base schedule orders the stage passes. `generate` checks that order, then adds the vocabulary
+passes of the problem. If the backward is split, it also refines the order: passes of the warm-up
+and the cool-down move where that closes gaps. No rank then has more microbatches in flight than in
+the base order.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from schedules.check import check_base
 from schedules.cost import CostModel
 from schedules.generators.gpipe import gpipe
 from schedules.generators.interlaced import interlaced
@@ -19,6 +21,7 @@ from schedules.generators.refine import refine
 from schedules.generators.v_shape import v_half, v_min
 from schedules.generators.weave import PREFERENCES, STARTS, BaseOrder, weave
 from schedules.generators.zero_bubble import zb_h1, zb_v
+from schedules.graph import DeadlockError
 from schedules.ir import Kind, Pass, Schedule
 from schedules.layout import Layout
 from schedules.network import Network
@@ -35,12 +38,14 @@ class Family:
     """A base schedule: its order of stage passes, its layout, and whether it splits the backward.
 
     `layout` and `num_chunks` are those of `Layout`. `split_backward`: every B becomes I and W.
+    `searched`: whether `vp-plan --search` tries it.
     """
 
     base_order: Callable[[Problem], BaseOrder]
     layout: str = "linear"
     num_chunks: int = 1
     split_backward: bool = False
+    searched: bool = False
 
     def layout_of(self, num_ranks: int, num_chunks: int | None = None) -> Layout:
         """Return the layout on `num_ranks` ranks, with `num_chunks` stages per rank if it is given.
@@ -51,25 +56,60 @@ class Family:
 
 
 GENERATORS: dict[str, Family] = {
-    "gpipe": Family(gpipe),
-    "1f1b": Family(one_f_one_b),
-    "interleaved": Family(interleaved, "loop", 2),
-    "interlaced": Family(interlaced),
-    "zb_h1": Family(zb_h1, split_backward=True),
-    "zb_v": Family(zb_v, "v", 2, split_backward=True),
-    "v_half": Family(v_half, "v", 2, split_backward=True),
-    "v_min": Family(v_min, "v", 2, split_backward=True),
+    "gpipe": Family(gpipe),  # not searched: as slow as 1f1b, and it keeps more
+    "1f1b": Family(one_f_one_b, searched=True),
+    "interleaved": Family(interleaved, "loop", 2, searched=True),
+    "interlaced": Family(interlaced),  # not searched: it serves as a comparison
+    "zb_h1": Family(zb_h1, split_backward=True, searched=True),
+    "zb_v": Family(zb_v, "v", 2, split_backward=True, searched=True),
+    "v_half": Family(v_half, "v", 2, split_backward=True, searched=True),
+    "v_min": Family(v_min, "v", 2, split_backward=True, searched=True),
 }
+
+
+class BaseOrderError(ValueError):
+    """The error of a generator with a mistake: names the schedule, the pass and the defect."""
+
+    def __init__(self, name: str, defect: ValueError) -> None:
+        function = GENERATORS[name].base_order
+        super().__init__(
+            f"schedule {name}: {defect}; "
+            f"mend the base order that {function.__module__}.{function.__name__} returns"
+        )
+
+
+def searched_schedules() -> tuple[str, ...]:
+    """Return the names of the schedules that a search tries, in the order of the table."""
+    return tuple(name for name, family in GENERATORS.items() if family.searched)
+
+
+def base_order(name: str, problem: Problem) -> BaseOrder:
+    """Return the base order of the schedule `name`, which has every stage pass once on its rank.
+
+    Raises BaseOrderError, naming the pass, if the generator's does not. `complete` finds passes
+    that wait in a cycle.
+    """
+    base = GENERATORS[name].base_order(problem)
+    try:
+        check_base(Schedule(name, base), problem)
+    except ValueError as error:
+        raise BaseOrderError(name, error) from None
+    return base
 
 
 def generate(name: str, problem: Problem, cost: CostModel) -> Schedule:
     """Return the schedule `name` for `problem`.
 
-    Raises ValueError for a name that is not in GENERATORS, and for a layout that it cannot have.
+    Raises ValueError for a name that is not in GENERATORS, and for a layout that it cannot have,
+    and BaseOrderError for a base order with a missing, repeated or misplaced pass or a deadlock.
     """
     if name not in GENERATORS:
         raise ValueError(f"schedule {name!r} is not known; choose one of {', '.join(GENERATORS)}")
-    return complete(name, GENERATORS[name].base_order(problem), problem, cost)
+    base = base_order(name, problem)
+    try:
+        return complete(name, base, problem, cost)
+    except DeadlockError as error:
+        raise BaseOrderError(name, error) from None
 
 
 def complete(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from schedules.bound import Bound, lives, steady_bytes, step_bound
 from schedules.cost import CostModel
-from schedules.generators import GENERATORS, generate
+from schedules.generators import base_order, generate
 from schedules.generators.refine import LOOSE, Refined, judge, refine, search
 from schedules.generators.v_shape import Block, blocks
 from schedules.generators.weave import STARTS, weave
@@ -108,7 +108,7 @@ def _starts(option: Option, network: Network, caps: list[float]) -> Iterator[Ref
     if option.name == "interlaced":
         return  # it serves as a comparison; refining would break up its synchronous output layer
     yield judge(network, _one_by_one(option, network), caps)
-    base = GENERATORS[option.name].base_order(option.problem)
+    base = base_order(option.name, option.problem)
     woven = [
         weave(base, option.problem, network, preference)
         for preference in STARTS[: max(2, _FIRST // _nodes(network))]

@@ -45,8 +45,7 @@ class Preference:
 
 _S_FIRST, _T_TOO = (Kind.E, Kind.S), (Kind.E, Kind.S, Kind.T)
 # PREFERENCES gave the best orders without refinement, STARTS the best orders to refine. The best
-# comes first. Both were found with all generators and equal and unequal stages (figures in
-# CHANGELOG.md).
+# comes first. Both were found with all generators and equal and unequal stages.
 PREFERENCES = (
     Preference(_S_FIRST, 2, 0.5),
     Preference(_S_FIRST, 3, 0.5),

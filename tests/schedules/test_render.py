@@ -190,9 +190,18 @@ def test_the_axis_has_round_values_in_one_unit(makespan, first, last):
 def test_a_later_stage_of_a_rank_is_marked_by_a_band():
     one_stage = svg(timeline([("0F0", 0.0, 1.0), ("0S0", 1.0, 2.0)]), "linear")
     two_stages = svg(timeline([("0F0", 0.0, 1.0), ("3F0", 1.0, 2.0)]), "v")
-    assert "band: later stage" not in words(one_stage)
-    assert "band: later stage" in words(two_stages)
+    assert "number: microbatch; hatched: bubble" in words(one_stage)
+    assert any("dark band: a later stage of the rank" in text for text in words(two_stages))
     assert two_stages.count("<title>3F0") == 2  # the box and its band
+
+
+def test_a_later_stage_of_a_rank_is_lower_case_in_the_grid():
+    drawn = text_grid(
+        timeline([("0F0", 0.0, 1.0), ("3F0", 1.0, 2.0), ("0S0", 2.0, 3.0), ("3B0", 3.0, 4.0)]), 44
+    )
+    assert drawn.startswith("  0 F0--------f0--------S0--------b0--------\n")
+    assert "lower case: a later stage of the rank" in " ".join(drawn.split())
+    assert "lower case" not in text_grid(two_ranks(), 44)
 
 
 def test_an_empty_step_can_be_drawn():

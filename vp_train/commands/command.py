@@ -15,6 +15,7 @@ from vp_train.config import ConfigError, RunConfig, printable
 from vp_train.failures import EXIT_OK, ending_of_command
 from vp_train.settings import (
     config_text,
+    group_choices,
     load_config,
     section_help,
     sections,
@@ -98,7 +99,8 @@ def _check_name(name: str, command: str) -> None:
         return
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]}?" if close else f"{command} --help names all"
-    raise ConfigError(f"{name} is no {'setting' if '.' in name else 'group of settings'}; {hint}")
+    kind = "setting" if "." in name else "setting or group of settings"
+    raise ConfigError(f"{name} is not a {kind}; {hint}")
 
 
 def guarded(name: str, body: Callable[[], int]) -> NoReturn:
@@ -167,19 +169,8 @@ def check_printable(word: str) -> None:
 
 
 def _help(command: Command, config: RunConfig) -> str:
-    from importlib.resources import files
-
-    root = files("vp_train.configs")
-    groups = {
-        entry.name: sorted(
-            file.name.removesuffix(".yaml")
-            for file in entry.iterdir()
-            if file.name.endswith(".yaml")
-        )
-        for entry in sorted(root.iterdir(), key=lambda entry: entry.name)
-        if entry.is_dir() and not entry.name.startswith("_")
-    }
-    lines = "\n".join(f"  {group:<10} {', '.join(choices)}" for group, choices in groups.items())
+    groups = group_choices().items()
+    lines = "\n".join(f"  {group:<10} {', '.join(choices)}" for group, choices in groups)
     options = "".join(
         f"       {f'{name} {value}':<20} {does}\n"
         for name, (value, does) in command.options.items()

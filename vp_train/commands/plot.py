@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from schedules.excerpt import Excerpt
-from schedules.render import COLOURS, STAGE_KINDS, duration, facts, present
+from schedules.render import COLOURS, STAGE_KINDS, duration, facts, notes, present
 from schedules.timeline import Span, Timeline
 from vp_train.config import ConfigError
 
@@ -178,11 +178,7 @@ def _explain(figure: Figure, timeline: Timeline) -> None:
     patches = [
         Patch(facecolor=COLOURS[kind], label=f"{kind} {meaning}") for kind, meaning in kinds.items()
     ]
-    if any(
-        len({span.stage for span in spans if span.kind in STAGE_KINDS}) > 1
-        for spans in timeline.compute
-    ):
-        patches.append(Patch(facecolor="#333333", label="band: later stage"))
+    patches.append(Patch(facecolor="none", label=notes(timeline, "white")))
     figure.legend(
         handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=8
     )

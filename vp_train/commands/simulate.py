@@ -36,11 +36,11 @@ _LATE_STARTS = 5  # how many of the longest waits are shown
 
 
 _EXAMPLES = """\
-  vp-simulate schedule=v_half parallel.pp=8 num_microbatches=32 cost=a100_4b
+  vp-simulate schedule=v_half parallel.pp=8 num_microbatches=32 cost=a100_4b run.dtype=float16
   vp-simulate --out shown schedule=zb_h1         also as pictures and as a trace for Perfetto
   vp-simulate --runtime cuda schedule=zb_v       also as CUDA's streams would execute it
   vp-simulate --compare 1f1b,zb_h1,v_half --vocab none,one_barrier --out compared \\
-      parallel.pp=8 cost=a100_4b"""
+      parallel.pp=8 cost=a100_4b run.dtype=float16"""
 
 
 def main() -> None:
@@ -86,16 +86,15 @@ def show(
     With a `runtime` the step's program is replayed too.  Raises ConfigError.
     """
     _make(directory)
-    print(
-        f"{config.schedule.file or config.schedule.name} with {config.vocab.algorithm}, "
-        f"{headline(config)}\n",
-        flush=True,
-    )
-    if config.schedule.is_solved:
-        print(SEARCHING, flush=True)
+    name = config.schedule.file or config.schedule.name
+    heading = f"{name} with {config.vocab.algorithm}, {headline(config)}\n"
+    if config.schedule.is_solved:  # it takes long, so say first what is searched for
+        print(f"{heading}\n{SEARCHING}", flush=True)
     started = time.perf_counter()
     outcome = simulate_step(config, runtime)
     taken = time.perf_counter() - started
+    if not config.schedule.is_solved:
+        print(heading)
     print(report(outcome, shutil.get_terminal_size((120, 24)).columns))
     if advice := row_advice(config, outcome.plan):
         print(f"\n{advice}")
@@ -148,11 +147,12 @@ def compare(
     names = _names("--compare", schedules, tuple(GENERATORS))
     algorithms = _names("--vocab", vocabs or config.vocab.algorithm, tuple(VOCAB_ALGORITHMS))
     _make(directory)
-    print(f"{headline(config)}\n\n{table_head(runtime)}", flush=True)
+    widths = max(map(len, ("schedule", *names))), max(map(len, ("vocab", *algorithms)))
+    print(f"{headline(config)}\n\n{table_head(widths, runtime)}", flush=True)
     started = time.perf_counter()
     items = []
     for item in simulate_each(config, names, algorithms, runtime):
-        print(table_line(item), flush=True)
+        print(table_line(item, widths), flush=True)
         items.append(item)
     outcomes = [item for item in items if isinstance(item, Outcome)]
     print(
@@ -422,20 +422,20 @@ def _rank_table(outcome: Outcome) -> list[str]:
     return lines
 
 
-def table_head(runtime: Runtime | None = None) -> str:
-    """Return the header of `table_line`."""
+def table_head(widths: tuple[int, int], runtime: Runtime | None = None) -> str:
+    """Return the header of `table_line`.  `widths`: characters of a schedule, of an algorithm."""
     replayed = "" if runtime is None else f" {f'on {runtime.name}':>9}"
     figures = f"{'makespan':>9} {'bubble':>7} {'gap':>7} {'in flight':>10} {'peak memory':>12}"
-    return f"{'schedule':<12} {'vocab':<12} {figures}{replayed}"
+    return f"{'schedule':<{widths[0]}} {'vocab':<{widths[1]}} {figures}{replayed}"
 
 
-def table_line(item: Outcome | Refusal) -> str:
+def table_line(item: Outcome | Refusal, widths: tuple[int, int]) -> str:
     """Return one line of the comparison.
 
     Peaks are those of the worst rank, and `in flight` counts microbatches.  The last column of a
     replay says by which fraction it takes longer.
     """
-    start = f"{item.schedule:<12} {item.vocab:<12} "
+    start = f"{item.schedule:<{widths[0]}} {item.vocab:<{widths[1]}} "
     if isinstance(item, Refusal):
         return f"{start}not possible: {item.reason}"
     replayed = "" if item.replayed is None else f" {item.replayed.longer:>+9.2%}"

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from schedules.check import check_base, check_program, check_schedule
 from schedules.cost import CostModel
-from schedules.generators import GENERATORS, complete, generate
+from schedules.generators import GENERATORS, BaseOrderError, base_order, complete, generate
 from schedules.generators.auto import CapError, Option, solve
 from schedules.generators.stored import recognise
+from schedules.generators.weave import BaseOrder
 from schedules.ir import Schedule
 from schedules.layout import Layout
 from schedules.lower import Program, lower
@@ -135,8 +136,15 @@ def plan_step(config: RunConfig, num_ranks: int) -> StepPlan:
         return _solved(config, _workload(config, num_ranks))
     if config.schedule.file is not None:
         return _stored(config, _workload(config, num_ranks), Path(config.schedule.file))
-    step = draft_step(config, num_ranks)
-    return step.with_schedule(generate(config.schedule.name, step.problem, step.cost))
+    return draft_step(config, num_ranks).with_named(config.schedule.name)
+
+
+def named_base_order(name: str, problem: Problem) -> BaseOrder:
+    """Return the checked base order of the schedule `name`.  Raises ConfigError if it is wrong."""
+    try:
+        return base_order(name, problem)
+    except BaseOrderError as error:
+        raise ConfigError(str(error)) from None
 
 
 def draft_step(config: RunConfig, num_ranks: int) -> Draft:
@@ -201,6 +209,17 @@ class Draft:
     shards: dict[End, tuple[Shard, ...]]
     problem: Problem
     cost: CostModel
+
+    def with_named(self, name: str) -> StepPlan:
+        """Generate the schedule `name`, then check and simulate this step with it.
+
+        Raises ConfigError, naming the pass, if its generator returns a wrong base order.
+        """
+        try:
+            schedule = generate(name, self.problem, self.cost)
+        except BaseOrderError as error:
+            raise ConfigError(str(error)) from None
+        return self.with_schedule(schedule)
 
     def with_schedule(self, schedule: Schedule, caps: tuple[float, ...] = ()) -> StepPlan:
         """Check and simulate this step with `schedule`.
@@ -335,6 +354,8 @@ def _solved(config: RunConfig, work: Workload) -> StepPlan:
     caps = (_cap_bytes(settings, cost, num_ranks),) * num_ranks
     try:
         solution = solve(options, caps)
+    except BaseOrderError as error:
+        raise ConfigError(str(error)) from None
     except CapError as error:
         if settings.cap_gib is not None or settings.cap_microbatches is not None:
             raise ConfigError(

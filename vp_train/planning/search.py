@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from schedules.bound import step_bound
 from schedules.cost import CostModel
-from schedules.generators import GENERATORS, generate
+from schedules.generators import GENERATORS, searched_schedules
 from schedules.ir import Schedule
 from schedules.timeline import Timeline
 from schedules.vocab import searched_algorithms
@@ -24,13 +24,11 @@ from vp_train.config import RECOMPUTE, ClusterConfig, ConfigError, OptimConfig, 
 from vp_train.planning.cluster import gradient_seconds, on_cluster, tied_seconds
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.memory import rank_memory, rank_state
-from vp_train.planning.plan import Draft, StepPlan, draft_step
+from vp_train.planning.plan import Draft, StepPlan, draft_step, named_base_order
 from vp_train.planning.report import PlanReport, optimizer_seconds, report_of
 from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
 
-# gpipe takes as long as 1f1b and more memory; interlaced is for comparison.
-SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_v", "v_half", "v_min")
 _MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 _GIB = 2**30
 # Settings that a choice resets because they do not go with what it sets.
@@ -153,7 +151,7 @@ def choices(config: RunConfig) -> Iterator[Choice]:
             for size in _MICRO_BATCH_SIZES:
                 if batch % (degrees.dp * size):
                     continue
-                for schedule in SCHEDULES if pp > 1 else ("1f1b",):
+                for schedule in searched_schedules() if pp > 1 else ("1f1b",):
                     for vocab in searched_algorithms() if pp * tp > 1 else ("none",):
                         for recompute in RECOMPUTE:
                             yield Choice(
@@ -318,7 +316,7 @@ def minimum_step(schedule: str, draft: Draft) -> StepPlan:
     )
     if schedule == "gpipe":
         few = problem
-    order = Schedule(schedule, GENERATORS[schedule].base_order(few))
+    order = Schedule(schedule, named_base_order(schedule, few))
     cost = (
         replace(draft.cost, weight_bytes=(0.0,) * problem.layout.num_stages)
         if problem.split_backward
@@ -370,5 +368,4 @@ def about_bytes(config: RunConfig) -> float:
 
 def _simulated(candidate: _Candidate, cluster: ClusterConfig, optim: OptimConfig) -> PlanReport:
     draft = candidate.draft
-    step = draft.with_schedule(generate(candidate.choice.schedule, draft.problem, draft.cost))
-    return report_of(step, cluster, optim)
+    return report_of(draft.with_named(candidate.choice.schedule), cluster, optim)
