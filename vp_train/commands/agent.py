@@ -233,8 +233,11 @@ def _rank_end(ending: Mapping[str, Any] | None, when: float, **values: Any) -> R
 
 
 def _explains(end: RankEnd) -> bool:
-    """Return whether the end of this rank can be the reason for that of the others."""
-    if end.code in (EXIT_OK, EXIT_TIME, EXIT_HANG):
+    """Return whether the end of this rank can be the reason for that of the others.
+
+    NCCL aborts a rank that has waited in vain, as others may still find out for whom.
+    """
+    if end.code in (EXIT_OK, EXIT_TIME, EXIT_HANG, -signal.SIGABRT):
         return False
     if end.ending is None:
         return end.code != EXIT_INTERNAL
