@@ -1,6 +1,7 @@
 """Measure how much of the communication between replicas overlaps with the passes.
 
     python benchmarks/replicas.py [--ranks 4] [--replicas 2] [--layers 8] [--mib 4] [--json FILE]
+    python benchmarks/replicas.py --forecast 2 5 10 20
 
 Executor, buckets, optimizers, processes and gloo are real.  Passes sleep as in `rehearsal.py`.  A
 stage has `layers` layers, and a layer has `mib` MiB of gradients.
@@ -32,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rehearsal import (
     Case,
     Setup,
@@ -47,8 +47,11 @@ from rehearsal import (
 )
 from torch import Tensor, nn
 
+from schedules.generators import generate
 from schedules.ir import Kind, Pass
-from schedules.lower import Action, Op, Program
+from schedules.lower import Action, Op, Program, lower
+from schedules.problem import Problem
+from schedules.simulate import simulate
 from schedules.timeline import Span, Timeline
 from vp_train.config import OptimConfig
 from vp_train.mesh import build_mesh
@@ -243,6 +246,50 @@ class Forecast:
         return span
 
 
+def units_of(stage: int, layers: int) -> tuple[tuple[str], ...]:
+    """Return the parameter of every layer of a stage, in order of completion."""
+    return tuple((f"{stage}.{k}",) for k in range(layers))
+
+
+def layouts_of(problem: Problem, layers: int, mib: float, num_replicas: int) -> list[FlatLayout]:
+    """Return the buckets of every rank of the pipeline, as the trainer makes them."""
+    layouts = []
+    for rank in range(problem.layout.num_ranks):
+        runs = [units_of(stage, layers) for stage in sorted(problem.layout.stages_of(rank))]
+        parameters = {
+            name: nn.Parameter(torch.empty(int(mib * 2**18), device="meta"))
+            for run in runs
+            for (name,) in run
+        }
+        layouts.append(
+            lay_out(
+                parameters,
+                runs,
+                max_elements=bucket_elements(OptimConfig(), 4),
+                num_parts=num_replicas,
+                min_buckets=BUCKETS_PER_STAGE,
+            )
+        )
+    return layouts
+
+
+def print_forecast(setup: Setup, arguments: Any) -> None:
+    """Print what can be hidden for messages of `arguments.forecast` milliseconds."""
+    print("| schedule | vocab | what |", *(f"{ms:g} ms |" for ms in arguments.forecast))
+    print("|---" * (3 + len(arguments.forecast)) + "|")
+    for case in arguments.schedules:
+        problem = setup.problem(case, arguments.ranks)
+        cost = setup.cost(problem, 0.0, {})
+        schedule = generate(case.schedule, problem, cost)
+        forecast = Forecast(
+            lower(schedule, problem, cost), simulate(schedule, problem, cost), arguments.layers
+        )
+        layouts = layouts_of(problem, arguments.layers, arguments.mib, arguments.replicas)
+        for what, share in (("sum", forecast.sums), ("gather", forecast.gathers)):
+            shares = (f"{share(layouts, ms / 1e3):.0f} % |" for ms in arguments.forecast)
+            print(f"| `{case.schedule}` | `{case.vocab}` | {what} |", *shares)
+
+
 def bucket_of(layout: FlatLayout, name: str) -> int:
     """Return the index of the bucket of parameter `name`."""
     (index,) = (index for index, bucket in enumerate(layout.buckets) if name in bucket.names)
@@ -320,32 +367,20 @@ def measure(
     program, timeline = decide(rank, case, problem, cost)
     sleeper = Sleeper(cost, sleep_overshoot())
     plain = sleeping_modules(problem, here, setup, sleeper)
-    units = {
-        stage: tuple((f"{stage}.{k}",) for k in range(layers))
-        for stage in range(problem.layout.num_stages)
-    }
     dtype = torch.float32 if optimizer_name == "adamw" else torch.bfloat16
     parameters = {
         name: nn.Parameter(torch.zeros(int(mib * 2**18), dtype=dtype))
         for stage in plain.stages
-        for (name,) in units[stage]
+        for (name,) in units_of(stage, layers)
     }
     optim = OptimConfig(optimizer_name)
-    layout = lay_out(
-        parameters,
-        [units[stage] for stage in sorted(plain.stages)],
-        max_elements=bucket_elements(optim, 4),
-        num_parts=degrees.dp,
-        min_buckets=BUCKETS_PER_STAGE,
-    )
-    layouts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(layouts, layout)
-    layouts = [layouts[degrees.rank(0, r, 0)] for r in range(degrees.pp)]
+    layouts = layouts_of(problem, layers, mib, degrees.dp)
+    layout = layouts[here]
     gradients = Gradients(parameters, layout)
     replicas = HoldingReplicas(mesh.data)
     optimizer = OPTIMIZERS[optimizer_name](parameters, gradients, optim, replicas)
     stages = {
-        stage: LayeredStage(stage, problem.backward, sleeper, units=units[stage])
+        stage: LayeredStage(stage, problem.backward, sleeper, units=units_of(stage, layers))
         for stage in plain.stages
     }
     comms = Comms(ProcessGroups(mesh.pipeline, torch.device("cpu")))
@@ -468,6 +503,13 @@ def main() -> None:
         "--steps", type=int, default=5, help="measured steps per kind, after one warm-up step"
     )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for the whole run")
+    parser.add_argument(
+        "--forecast",
+        type=float,
+        nargs="+",
+        metavar="MS",
+        help="measure nothing; print what can be hidden if a bucket takes so many milliseconds",
+    )
     parser.add_argument("--json", type=Path, help="write everything measured as JSON")
     arguments = parser.parse_args()
     if arguments.replicas < 2:
@@ -485,6 +527,9 @@ def main() -> None:
         dtype=torch.float32,
         steps=arguments.steps,
     )
+    if arguments.forecast:
+        print_forecast(setup, arguments)
+        return
     degrees = Degrees(arguments.replicas, arguments.ranks, 1)
     work = partial(measure_rank, degrees, setup, arguments)
     rows = run(degrees.num_ranks, work, HEADER, arguments.timeout)

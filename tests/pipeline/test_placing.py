@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ class NamedStreams(HostOrder):
         self.current = before
 
 
-def steps(ahead):
+def steps(ahead, device="cpu"):
     """Return the losses and gradients of two steps; `ahead` places the batch of the second."""
 
     def work(rank, model, together):
@@ -53,6 +54,7 @@ def steps(ahead):
         return losses, [parameter.grad.clone() for parameter in model.parameters.values()]
 
     config = config_of(2, 3, 101, vocab=VocabConfig("one_barrier"))
+    config = replace(config, run=replace(config.run, device=device, comm_backend="gloo"))
     return run_locally(config, make_plan(config, 2), work)
 
 
@@ -62,6 +64,14 @@ def test_a_placed_batch_gives_the_same_step():
         assert losses[0] != losses[1]
         assert len(gradients) == len(others) > 0
         assert all(map(torch.equal, gradients, others))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_batch_copied_beside_a_step_on_a_gpu_gives_the_step_of_a_cpu():
+    for (_, gradients), (_, others) in zip(steps(True, "cuda"), steps(False), strict=True):
+        assert len(gradients) == len(others) > 0
+        for gradient, other in zip(gradients, others, strict=True):
+            assert torch.allclose(gradient.cpu(), other, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("algorithm", ["none", "one_barrier"])
