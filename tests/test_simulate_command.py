@@ -179,8 +179,8 @@ def test_a_model_may_be_chosen_after_all():
         (["--out", "--compare", "1f1b"], "--out needs a value: --out DIR"),
         (
             ["--plot"],
-            "--plot is not an option; there are --out, --compare, --vocab, --runtime, --program, --help "
-            "and --print-config",
+            "--plot is not an option; there are --out, --compare, --vocab, --runtime, --program, "
+            "--help and --print-config",
         ),
         (
             ["vocab=none,naive"],
