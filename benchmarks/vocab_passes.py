@@ -139,7 +139,7 @@ class Ours:
 
 
 class Floor:
-    """The three matrix products of S and T: Z = x W^T, E W and E^T x."""
+    """The three matrix products of S and T: Z = x W^T, P W and P^T x."""
 
     def __init__(self, case: Case) -> None:
         self.x, self.weight, _, _ = case.inputs()

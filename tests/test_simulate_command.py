@@ -179,8 +179,8 @@ def test_a_model_may_be_chosen_after_all():
         (["--out", "--compare", "1f1b"], "--out needs a value: --out DIR"),
         (
             ["--plot"],
-            "--plot is not an option; there are --out, --compare, --vocab, --runtime, --help "
-            "and --print-config",
+            "--plot is not an option; there are --out, --compare, --vocab, --runtime, --program, "
+            "--help and --print-config",
         ),
         (
             ["vocab=none,naive"],
@@ -263,6 +263,21 @@ def test_out_writes_files_that_can_be_read(vp_simulate, tmp_path):
     assert row["microbatches_in_flight"] == [4, 3, 2, 1]
     assert row["bound_seconds"] == pytest.approx(33)
     assert row["peak_bytes"] == list(plan.timeline.peak_bytes)
+
+
+def test_the_program_is_printed_as_the_architecture_shows_it(vp_simulate):
+    code, out, _ = vp_simulate("--program", "parallel.pp=2", "num_microbatches=1")
+    page = (ROOT / "docs/architecture.md").read_text()
+    assert code == 0
+    for line in out.splitlines():
+        assert line in page.replace("\nstart:", " start:")
+    code, out, said = vp_simulate("--program", "--out", "a")
+    assert (code, out) == (78, "")
+    assert "--program prints the program alone; drop --out" in said
+
+
+def test_an_error_comes_before_any_heading(vp_simulate):
+    assert vp_simulate("vocab.algorithm=auto")[:2] == (78, "")
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -50,6 +50,7 @@ def main() -> None:
         "--compare": ("A,B,...", "one line for each of these schedules, or for all"),
         "--vocab": ("A,B,...", "with --compare: with each of these algorithms, or with all"),
         "--runtime": ("NAME", "also replay the program as cuda or gloo executes it"),
+        "--program": ("", "print the program of every rank instead, one line per rank"),
     }
     purpose = "simulates one step: time, bubble and memory of a schedule"
     run(Command("vp-simulate", purpose, _simulate, _EXAMPLES, options))
@@ -63,6 +64,13 @@ def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str,
             f"for one algorithm write vocab={options['--vocab'].split(',')[0]}"
         )
     runtime = runtime_called(options["--runtime"]) if "--runtime" in options else None
+    if "--program" in options:
+        if others := [name for name in options if name != "--program"]:
+            raise ConfigError(f"--program prints the program alone; drop {' and '.join(others)}")
+        plan = plan_step(config, wanted_ranks(config.parallel))
+        tied = config.model.tied_embeddings
+        print(lower(plan.schedule, plan.problem, plan.cost, tied=tied).text(), end="")
+        return EXIT_OK
     if "--compare" in options:
         names, algorithms = options["--compare"], options.get("--vocab")
         compare(

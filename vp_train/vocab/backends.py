@@ -32,7 +32,7 @@ class Softmax:
     maximum: the largest logit of this shard's rows [T].
     total: sum exp(z - maximum) [T].
     target_logit: z at the target [T], 0 where this shard does not own the target.
-    input_term: E W [T, H] with E = exp(z - maximum) dz / d(x W^T), None unless it was requested.
+    input_term: P W [T, H] with P = exp(z - maximum) dz / d(x W^T), None unless it was requested.
     """
 
     maximum: Tensor
@@ -87,9 +87,9 @@ BACKENDS = ("reference", "chunked", "recompute")
 
 @dataclass(slots=True)
 class _Chunks:
-    """E of the chunks kept, one after the other in `exponentials`.
+    """P of the chunks kept, one after the other in `exponentials`.
 
-    E of chunk i is relative to `maxima[i]` [T].
+    P of chunk i is relative to `maxima[i]` [T].
     """
 
     exponentials: Tensor
@@ -99,7 +99,7 @@ class _Chunks:
 class Chunked:
     """Process the rows in chunks with a running maximum.
 
-    [T, R] exists once, as E in the compute dtype.  The first `recompute` (a fraction) of the rows
+    [T, R] exists once, as P in the compute dtype.  The first `recompute` (a fraction) of the rows
     keep nothing: T computes their logits again, which costs a fourth matrix product.
     """
 
@@ -184,11 +184,11 @@ class Chunked:
         )
         rows = _CHUNK_BYTES[weight.device.type] // (logits_dtype.itemsize * max(1, num_tokens))
         if logits_dtype is torch.float16:
-            rows = min(rows, int(_LARGEST))  # E W sums this many rows in float16
+            rows = min(rows, int(_LARGEST))  # P W sums this many rows in float16
         return max(1, rows)
 
     def _chunks(self, num_tokens: int) -> Iterator[tuple[int, int, int | None]]:
-        """Yield the first and last row of each chunk, and the offset of its E; None if not kept."""
+        """Yield the first and last row of each chunk, and the offset of its P; None if not kept."""
         first_kept, size = self._first_kept, self._chunk_rows(num_tokens)
         for start in range(0, first_kept, size):
             yield start, min(start + size, first_kept), None
@@ -196,14 +196,14 @@ class Chunked:
             yield start, min(start + size, len(self._weight)), num_tokens * (start - first_kept)
 
     def _block(self, kept: Tensor | None, place: int | None, x: Tensor, num_columns: int) -> Tensor:
-        """Return memory for E of a chunk [T, C]: its place in `kept`, or scratch."""
+        """Return memory for P of a chunk [T, C]: its place in `kept`, or scratch."""
         numel = x.shape[0] * num_columns
         if kept is None or place is None:
             return self._products.scratch("E", (len(x), num_columns), x.dtype, x.device)
         return kept[place : place + numel].view(-1, num_columns)
 
     def _take(self, x: Tensor, numel: int) -> Tensor:
-        """Return memory for E from S to T, which T gives back."""
+        """Return memory for P from S to T, which T gives back."""
         for index, memory in enumerate(self._free):
             if memory.numel() == numel and memory.dtype is x.dtype:
                 return self._free.pop(index)

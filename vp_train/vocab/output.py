@@ -3,12 +3,12 @@
 It does not communicate itself.  T tokens, H hidden, R this rank's rows; x [T, H] is the output of
 the final norm, W [R, H] the rows, y [T] the targets.
 
-    S    Z = x W^T,  m' = max Z,  E = exp(Z - m'),  s' = sum E
+    S    Z = x W^T,  m' = max Z,  P = exp(Z - m'),  s' = sum P
     C1   lse = M + log sum_ranks s' exp(m' - M),  M = max_ranks m';  loss = lse - z_y
-    v = exp(m' - lse):  v E is this shard's part of the softmax of the whole vocabulary
-    dx = sum_ranks (v (E W) - W[y])      at C1b for one_barrier (E W formed in S), at C2 for the
+    v = exp(m' - lse):  v P is this shard's part of the softmax of the whole vocabulary
+    dx = sum_ranks (v (P W) - W[y])      at C1b for one_barrier (P W formed in S), at C2 for the
          others (formed in T); summed in fp32, so that its error does not grow with the shards
-    T    dW += E^T (v g x) - scatter(g x at the target rows)          g = dL/dloss [T]
+    T    dW += P^T (v g x) - scatter(g x at the target rows)          g = dL/dloss [T]
 
 (arXiv 2411.05288, Algorithms 1 and 2, with the softmax left unnormalised: T needs no pass over
 [T, R] of its own.)
@@ -18,7 +18,7 @@ The options of `loss.LossOptions` add no pass over [T, R] either.
 z-loss: the softmax part of both gradients is scaled by 1 + 2 l lse.
 Smoothing: z_y becomes (1 - a) z_y + (a / V) x . sum W, and W[y] changes in the same way.  Its term
 of dW is the same for every row, so the last T of a step adds it once.
-Softcap: E and the target's term contain the factor dz / d(x W^T).
+Softcap: P and the target's term contain the factor dz / d(x W^T).
 """
 
 from __future__ import annotations

@@ -50,11 +50,11 @@ def fold(
     *,
     usual: bool = False,
 ) -> tuple[Statistics, Tensor]:
-    """Write E = exp(z - maximum) of a chunk of logits into `out`, and update the statistics.
+    """Write P = exp(z - maximum) of a chunk of logits into `out`, and update the statistics.
 
-    Returns the new statistics, to whose `maximum` E is relative, and the factor
+    Returns the new statistics, to whose `maximum` P is relative, and the factor
     exp(before.maximum - maximum) [T] for all sums so far.  With `softcap` c, z = c tanh(logits /
-    c).  E is then multiplied by dz / dlogits = 1 - (z / c)^2, and the total is not.
+    c).  P is then multiplied by dz / dlogits = 1 - (z / c)^2, and the total is not.
 
     logits: [T, C]; overwritten.
     target_column: [T], int64; may lie outside the chunk.
@@ -74,7 +74,7 @@ def fold(
 def exponentiate(
     logits: Tensor, least: Tensor, out: Tensor, softcap: float | None, *, usual: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Write E as `fold` does; return the maximum [T] and the sum of E [T], without softcap's slope.
+    """Write P as `fold` does; return the maximum [T] and the sum of P [T], without softcap's slope.
 
     The maximum is at least `least` [T].  Everything is computed in the dtype of `least`.
     """
