@@ -38,7 +38,7 @@ COMMANDS = {
     for entry in entry_points(group="console_scripts")
     if entry.value.startswith("vp_train.")
 }
-CONVERTERS = ("vp-import", "vp-export")
+WITHOUT_SETTINGS = ("vp-import", "vp-export", "vp-score")
 PLAIN = ("source", "pip", "pre-commit")  # nothing of ours to parse
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -195,17 +195,15 @@ def check_ours(words: tuple[str, ...], capsys, num_ranks: int | None = None) -> 
     """A command of ours up to where its work would begin."""
     name, *arguments = words
     asks = "--help" in arguments
-    added = [] if asks or name in CONVERTERS else ["--print-config"]
+    added = [] if asks or name in WITHOUT_SETTINGS else ["--print-config"]
     enter = COMMANDS[name].load()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *arguments, *added])
         with pytest.raises(SystemExit) as left:
             enter()
     said = capsys.readouterr().err
-    if name in CONVERTERS and not asks:
-        assert "--help" not in said, (
-            said
-        )  # its words are in order; what it is to convert is not here
+    if name in WITHOUT_SETTINGS and not asks:
+        assert "--help" not in said, said  # its words are in order; what it is to read is not here
         return
     assert left.value.code == 0, said
     if not asks and "--search" not in arguments:
