@@ -261,10 +261,10 @@ def test_a_node_that_leaves_without_its_ends_is_never_left_out_of_the_cause(soon
 
 
 def test_ranks_that_run_on_elsewhere_are_waited_for_as_long_as_nothing_fails(soon):
-    log = Script(ends_fact(0, 0), later=[ends_fact(1, 0)], num_readings=100)
+    log = Script(ends_fact(0, 0), later=[ends_fact(1, 0)], num_readings=200)
     began = time.monotonic()
     past = agent._when_decided(log, 0, Signals())
-    assert time.monotonic() - began > 4 * agent._TOLD_SECONDS
+    assert time.monotonic() - began > 2 * agent._TOLD_SECONDS  # 8 times, mostly
     assert agent._ending(past, 0, JOB).code == 0
 
 
