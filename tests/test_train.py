@@ -18,7 +18,7 @@ from schedules.ir import Kind, Pass, Schedule
 from schedules.lower import Action, Op
 from schedules.problem import Collective
 from tests.meshes import mesh_for
-from tests.training import OFFLOADED, config_of, laid_out, metrics_of, train, uncompiled
+from tests.training import OFFLOADED, begin, config_of, laid_out, metrics_of, train, uncompiled
 from vp_train.assembly import build_rank
 from vp_train.config import (
     ConfigError,
@@ -31,8 +31,6 @@ from vp_train.config import (
 )
 from vp_train.data import Batch, open_source
 from vp_train.mesh import build_mesh
-from vp_train.metrics.reporter import Reporter
-from vp_train.metrics.run_directory import RunDirectory
 from vp_train.optim.adamw import StepHealth
 from vp_train.optim.loss_scale import LossScale
 from vp_train.optim.verdict import Judge
@@ -330,16 +328,7 @@ def test_a_nan_names_the_replica_that_made_it_before_the_sum(ranks, tmp_path, op
 
 def with_a_spike(rank, num_ranks, config, spikes):
     """Train; the losses of the steps `spikes`, counted by data, are told 100 times too high."""
-    plan = make_plan(config, num_ranks)
-    directory = RunDirectory(config.run) if rank == 0 else None
-    mesh = mesh_for(plan)
-    source = open_source(config)
-    run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
-    run.load()
-    reporter = None
-    if directory is not None:
-        reporter = Reporter(config, plan, directory, run.first_step)
-        reporter.start("resolved: true\n", source)
+    run, reporter = begin(rank, num_ranks, config)
     steps, batches = [], []
     inner = run.model.train_step
 

@@ -70,12 +70,8 @@ def config_of(root, name="run", steps=8, p=2, **run):
     )
 
 
-def train(rank, num_ranks, config, stop_after=None):
-    """Do what `run_rank` does, in a process group that already exists.
-
-    Stops after step `stop_after` if it is given.  Returns the first step of the run, or the text of
-    a DivergenceError.
-    """
+def begin(rank, num_ranks, config):
+    """Return a loaded run and its reporter, in a process group that already exists."""
     plan = make_plan(config, num_ranks)
     directory = RunDirectory(config.run) if rank == 0 else None
     mesh = mesh_for(plan)
@@ -86,6 +82,16 @@ def train(rank, num_ranks, config, stop_after=None):
     if directory is not None:
         reporter = Reporter(config, plan, directory, run.first_step)
         reporter.start("resolved: true\n", source)
+    return run, reporter
+
+
+def train(rank, num_ranks, config, stop_after=None):
+    """Do what `run_rank` does, in a process group that already exists.
+
+    Stops after step `stop_after` if it is given.  Returns the first step of the run, or the text of
+    a DivergenceError.
+    """
+    run, reporter = begin(rank, num_ranks, config)
     try:
         for step in run.steps():
             run.train_step(step, reporter)

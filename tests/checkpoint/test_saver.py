@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import stat
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.disk import largest_file
 from vp_train.checkpoint import saver as module
 from vp_train.checkpoint.manifest import read_manifest
 from vp_train.checkpoint.saver import CheckpointError, Saver, save
@@ -217,17 +217,6 @@ def mixed(rank, num_ranks, directory):
 
 def test_all_kinds_of_tensors_come_back(ranks, tmp_path):
     assert ranks(1).run(mixed, str(tmp_path)) == [True]
-
-
-@contextmanager
-def largest_file(num_bytes):
-    """Let no file of this process grow beyond `num_bytes`, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def save_on_a_full_disk(rank, num_ranks, directory):

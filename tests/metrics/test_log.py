@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.disk import largest_file
 from vp_train.metrics.log import MetricsLog
 
 
@@ -63,17 +62,6 @@ def test_a_record_can_be_read_at_once_and_every_line_is_strict_json(tmp_path):
         "d": 0.5,
     }
     log.close()
-
-
-@contextmanager
-def largest_file(num_bytes):
-    """Let no file of this process grow beyond `num_bytes`, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_files_that_cannot_be_written_are_named_once_and_the_run_goes_on(tmp_path, capsys):
