@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ import vp_train.commands.train
 import vp_train.train
 from tests.ranks import free_port, ready_context
 from vp_train.communication import flight_recorder
-from vp_train.failures import EXIT_HANG, EXIT_INTERNAL, EXIT_IO
+from vp_train.failures import EXIT_HANG, EXIT_INTERNAL, EXIT_IO, EXIT_TIME
 from vp_train.train import Run
 
 
@@ -222,5 +221,22 @@ def test_a_reader_that_goes_away_ends_the_run_with_a_word(tmp_path):
     ) as process:
         process.stdout.readline()
         process.stdout.close()
-        assert process.wait(timeout=90) == 128 + signal.SIGPIPE
-        assert "vp-train: nobody reads the output any more" in process.stderr.read()
+        assert process.wait(timeout=90) == EXIT_TIME
+        assert "because nobody reads the output any more; a checkpoint" in process.stderr.read()
+    assert any((tmp_path / "default" / "checkpoints").glob("step-*"))
+
+
+def test_a_job_without_any_stream_trains(tmp_path):
+    overrides = ["model=nano", "data=synthetic", "parallel.pp=2", "run.steps=1"]
+    command = [sys.executable, "-m", "vp_train", *overrides, f"run.root={tmp_path}"]
+    closing = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
+    assert subprocess.run(closing, timeout=90, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("root", ["/dev/null", "/proc"])
+def test_a_directory_that_cannot_be_is_one_line(root):
+    overrides = ["model=nano", "data=synthetic", "parallel.pp=2", "run.steps=1"]
+    command = [sys.executable, "-m", "vp_train", *overrides, f"run.root={root}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == EXIT_IO
+    assert re.fullmatch(rf"vp-train: .*'{root}/default'\n", done.stderr)

@@ -121,6 +121,7 @@ ABORTED = "rank 1 was aborted by NCCL's watchdog: another rank has not answered 
     ("ends", "code", "words"),
     [
         ([], 0, ""),
+        ([end(1, 0), end(0, 0, "done already")], 0, "done already"),
         ([RankEnd(0, EXIT_CONFIG), RankEnd(1, EXIT_INTERNAL)], EXIT_CONFIG, ""),
         # Whatever died first, what a rank found wrong is the cause ...
         ([end(3, EXIT_INTERNAL, LOST, follows=True), end(1, EXIT_IO, "full")], EXIT_IO, "full"),

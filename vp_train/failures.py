@@ -118,9 +118,7 @@ def ending_of_rank(error: BaseException, settings: RunSettings, rank: int, step:
     """Return how rank `rank` ends after `error` at step `step`; ConfigError is not for this."""
     if isinstance(error, SharedFailure):
         return Ending(error.exit_code, f"vp-train: {error}" if rank == 0 else "")
-    if isinstance(error, BrokenPipeError) or (  # rich turns it into SystemExit
-        isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
-    ):
+    if isinstance(error, BrokenPipeError):  # a line of the start; later ones are a request to leave
         words = f"nobody reads the output any more, stopped at step {step}"
         return Ending(128 + signal.SIGPIPE, f"vp-train: {words}")
     log = "".join(traceback.format_exception(error))
@@ -251,7 +249,9 @@ def root_cause(
             return Ending(waited.code, f"{words}; its last communications: {record}")
     if aborted:
         return _killed(aborted[0])
-    return Ending(failed[0].code, _words_of(failed[0])) if failed else Ending(EXIT_OK, "")
+    if failed:
+        return Ending(failed[0].code, _words_of(failed[0]))
+    return Ending(EXIT_OK, next(filter(None, map(_words_of, ends)), ""))
 
 
 def _follows(end: RankEnd) -> bool:

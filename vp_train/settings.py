@@ -422,6 +422,11 @@ def resume_words(config: RunConfig) -> str | None:
     path = config.run.directory / "config.yaml"
     if not config.run.resume:
         return None
+    if not path.is_file() and checkpoints_in(config.run.checkpoints):
+        return (
+            f"{path} is not a file, but there are checkpoints: "
+            "only settings of this command line count, so give all that the run had"
+        )
     if not path.is_file():
         runs = sorted(found.parent.name for found in path.parent.parent.glob("*/config.yaml"))
         close = difflib.get_close_matches(config.run.name, runs, n=1)

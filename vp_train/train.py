@@ -359,7 +359,7 @@ class Run:
             self.mesh.steps,
             self._peak_bytes(),
             poison=self.model.optimizer.poison(),
-            request=self._requests.current(),
+            request=self._request(reporter),
             saved=self._saver.is_ready,
         )
         if asked.leaves(health.request):
@@ -399,6 +399,13 @@ class Run:
             self.begin_save(step, reporter)
         if not is_last and self._left is None:
             self._warn_of_save(reporter)
+
+    def _request(self, reporter: Reporter | None) -> int:
+        """Return what this rank is asked for."""
+        request = self._requests.current()
+        if reporter is not None and reporter.has_no_reader:
+            return max(request, asked.NO_READER)
+        return request
 
     @property
     def _saves(self) -> bool:

@@ -52,7 +52,8 @@ def test_without_an_agent_the_words_go_to_the_terminal(tmp_path, environment):
 
 
 def test_a_traceback_that_no_log_takes_goes_to_the_terminal(tmp_path):
-    log = tmp_path / "not" / "there" / "rank-1.log"
+    log = tmp_path / "a file" / "logs" / "rank-1.log"
+    (tmp_path / "a file").touch()
     done = leave(log, {})
     assert done.stderr.startswith(f"rank 1 failed\n{log} cannot be written: ")
 

@@ -109,6 +109,7 @@ def guarded(name: str, body: Callable[[], int]) -> NoReturn:
     Errors of the user and of the system are printed in one line, all others with a traceback.
     """
     prints = os.environ.get("LOCAL_RANK", "0") == "0"  # every rank finds the same ConfigError
+    _open_closed_streams()
     try:
         code = body()
         sys.stdout.flush()
@@ -122,6 +123,17 @@ def guarded(name: str, body: Callable[[], int]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Let a closed stdin, stdout or stderr be /dev/null, also for the processes that we start."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w"))
 
 
 def _split(

@@ -231,6 +231,7 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
     plan = None if config.schedule.is_solved else make_plan(config, num_ranks)
     found: list[str] = []
     if news.place.node == 0:
+        config.run.directory.mkdir(parents=True, exist_ok=True)
         refuse_running(config.run)
         refuse_used(config.run)
     origin = config.run.init_from

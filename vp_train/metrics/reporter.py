@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 
@@ -46,6 +47,16 @@ def _stages(plan: RunPlan) -> str:
     return "  ".join(lines)
 
 
+class _Console(Console):
+    """A console that goes silent when its reader has gone, as `head` does."""
+
+    has_no_reader = False
+
+    def on_broken_pipe(self) -> None:
+        self.has_no_reader = self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Reporter:
     """A reporter writes console lines, metrics, schedule, trace and final table of one run.
 
@@ -56,7 +67,7 @@ class Reporter:
         self, config: RunConfig, plan: RunPlan, directory: RunDirectory, first_step: int
     ) -> None:
         self._config, self._plan, self._directory = config, plan, directory
-        self._console = Console(width=None if sys.stdout.isatty() else 110)
+        self._console = _Console(width=None if sys.stdout.isatty() else 110)
         self._log = MetricsLog(directory.metrics, directory.tensorboard, first_step - 1)
         self._first_step = first_step
         self._measured: Timeline | None = None
@@ -92,6 +103,11 @@ class Reporter:
         self._progress = Progress(
             config.run.steps, self._first_step, config.run.log_every, self._console
         )
+
+    @property
+    def has_no_reader(self) -> bool:
+        """Whether nobody reads the console any more."""
+        return self._console.has_no_reader
 
     def say(self, line: str) -> None:
         """Print a line that stays on the console."""

@@ -13,8 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vp_train.config import printable
 from vp_train.durable import UnreadableError, open_to_append, write_all
-from vp_train.failures import Ending
+from vp_train.failures import EXIT_INTERNAL, Ending
 
 PIPE = "VP_TRAIN_ENDING_FD"  # the number of the pipe's end that the rank writes to
 _LONGEST = 4096  # bytes of a line: a pipe takes as many without waiting, even the smallest
@@ -27,7 +28,9 @@ def leave(ending: Ending, log: Path | None = None) -> NoReturn:
     """
     said = "" if _tell_agent(ending) or not ending.words else f"{ending.words}\n"
     if ending.log and log is not None and (problem := _write(log, ending.log)):
-        said += f"{log} cannot be written: {problem}\n{ending.log.rstrip()}\n"
+        said += f"{log} cannot be written: {printable(problem)}\n"
+        if ending.code == EXIT_INTERNAL:  # a bug, whose traceback is nowhere else
+            said += f"{ending.log.rstrip()}\n"
     sys.stderr.write(said)  # a single write, so that lines of ranks do not mix
     sys.stderr.flush()
     with contextlib.suppress(BrokenPipeError):
@@ -38,7 +41,7 @@ def leave(ending: Ending, log: Path | None = None) -> NoReturn:
 def _write(log: Path, text: str) -> str:
     """Append `text` to the log.  Returns what went wrong, "" if nothing did."""
     try:
-        log.parent.mkdir(exist_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True)
         descriptor = open_to_append(log)
         try:
             write_all(descriptor, text.encode())

@@ -21,6 +21,7 @@ NOTHING = 0
 _SAVE = 1
 _TIME_IS_OVER = 2
 _STOP_FILE = 3
+NO_READER = 4
 _SIGNALS = 100
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _STARTED = "VP_TRAIN_STARTED"  # environment variable: when the command began, by time.monotonic
@@ -41,6 +42,8 @@ def words(request: int, rank: int) -> str:
     """Return what asked for `request`, which `rank` was the first to know, for a message."""
     if request == _TIME_IS_OVER:
         return "run.max_minutes is over"
+    if request == NO_READER:
+        return "nobody reads the output any more"
     if request == _STOP_FILE:
         return "the file STOP was there"
     return f"{signal.Signals(request - _SIGNALS).name} reached rank {rank}"
