@@ -326,7 +326,7 @@ ORDER = "# mine\n0E0 0F0 0B0 0G0\n1F0 1S0 1T0 1B0\n"
         ("x.txt", "", "a schedule starts with a line '# name'"),
         ("x.txt", "# mine\n", "has 0 stages on 0 ranks"),
         ("x.txt", ORDER.replace("1S0", "1Q0"), "line 3: '1Q0' is not a pass"),
-        ("x.txt", ORDER.replace("1S0 ", ""), r"rank 1 never runs 1S0 \(1 passes missing\)"),
+        ("x.txt", ORDER.replace("1S0 ", ""), r"rank 1 never runs 1S0 \(1 pass missing\)"),
         ("x.txt", ORDER.replace("1S0", "1S0 1S0"), "rank 1 runs 1S0 2 times"),
         (
             "x.txt",
