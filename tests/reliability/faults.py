@@ -105,7 +105,7 @@ FAULTS = {
     "a stop file": Fault(
         EXIT_TIME,
         "the file STOP was there",
-        "open(run._checkpoints.parent / 'STOP', 'w')",
+        "(run.config.run.directory / 'STOP').touch()",
         saved=True,
     ),
     "SIGSTOP of a rank": Fault(
