@@ -195,7 +195,7 @@ def finished(ready: Sequence[float], seconds: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a simulated step can hide, with `layers` of every stage in the buckets of `layout`.
+    """An estimate of what a simulated step hides, for `layers` of each stage in its buckets.
 
     Messages of a rank run one after another.  Buckets have equal sizes.
     """

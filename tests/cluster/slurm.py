@@ -143,7 +143,7 @@ class SlurmJob:
 
     @property
     def said(self) -> str:
-        """What the job has written so far."""
+        """Return what the job has written so far."""
         file = self.slurm.directory / f"{self.number}.out"
         return file.read_text() if file.exists() else ""
 

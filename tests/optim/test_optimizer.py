@@ -231,8 +231,8 @@ def test_a_restored_optimizer_goes_on_as_the_one_that_was_saved(ranks, before, a
     assert ranks(2).run(gone_on, before, after) == [(True, True, (3, 3))] * 2
 
 
-def late(rank, num_ranks):
-    """Return the buckets waited for: by `need` of nothing, of one bucket, and by `settle`."""
+def gathering(rank):
+    """Return an optimizer whose gathers run, and the list of the buckets that are waited for."""
     _, gradients, optimizer = build("zero1")
     accumulate(gradients, 1, rank)
     optimizer.reduce()
@@ -241,6 +241,12 @@ def late(rank, num_ranks):
     for index, pending in optimizer._gathers.items():
         pending.wait()
         optimizer._gathers[index] = Waited(waited, optimizer._shards[index].bucket.names)
+    return optimizer, waited
+
+
+def late(rank, num_ranks):
+    """Return the buckets waited for: by `need` of nothing, of one bucket, and by `settle`."""
+    optimizer, waited = gathering(rank)
     begun = sorted(index for index in optimizer._gathers)
     optimizer.need([])
     optimizer.need(["none"])
@@ -289,14 +295,7 @@ def test_reduce_waits_for_every_sum_once(ranks, name):
 
 def gathers_waited_for(rank, num_ranks, deed):
     """Return the parameters whose gathers `deed` waits for, when all run."""
-    _, gradients, optimizer = build("zero1")
-    accumulate(gradients, 1, rank)
-    optimizer.reduce()
-    optimizer.step(0.1, 1.0)
-    waited = []
-    for index, pending in optimizer._gathers.items():
-        pending.wait()
-        optimizer._gathers[index] = Waited(waited, optimizer._shards[index].bucket.names)
+    optimizer, waited = gathering(rank)
     if deed == "step":
         optimizer.step(0.1, 1.0)
     elif deed == "state":

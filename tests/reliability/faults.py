@@ -61,7 +61,7 @@ POISON = (
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong, and how the job must end.
+    """A fault, and the end that the job must have.
 
     deed: statement of rank 1 in step `step`, or before it connects if that is 0.
     number, target: a signal to the launcher or to rank 1 after step STEP.
