@@ -111,12 +111,15 @@ class Slurm:
         return done.stdout.strip()
 
     def wait_for(self, happened, seconds: float = 60.0) -> None:
-        """Wait until `happened()` is true; the error shows the controller's log."""
+        """Wait until `happened()` is true; the error shows the ends of all logs and outputs."""
         until = time.monotonic() + seconds
         while not happened():
-            log = self.directory / "slurmctld.log"
-            assert time.monotonic() < until, log.read_text()[-3000:] if log.exists() else ""
+            assert time.monotonic() < until, self._logs()
             time.sleep(0.1)
+
+    def _logs(self) -> str:
+        files = [*self.directory.glob("*.log"), *self.directory.glob("*.out")]
+        return "\n".join(f"{file.name}:\n{file.read_text()[-2000:]}" for file in sorted(files))
 
     def submit(self, script: Path, *words: str, options: tuple[str, ...] = (), **variables: str):
         """Submit a job of both nodes, and return it."""
