@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -131,6 +132,8 @@ def _be(
     for number, pipe in ((1, stdout), (2, stderr)):
         os.dup2(pipe.fileno(), number)
         pipe.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+    tempfile.tempdir = None  # found anew, from TMPDIR
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
