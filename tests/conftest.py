@@ -95,3 +95,9 @@ def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generators, "_EFFORT", 5_000)
     monkeypatch.setattr(auto, "_FIRST", 1_000)
     monkeypatch.setattr(auto, "_ROUNDS", ((2, 15_000), (1, 30_000)))
+
+
+@pytest.fixture
+def unrefined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make schedules with the least effort, for laws that hold for any valid schedule."""
+    monkeypatch.setattr(generators, "_EFFORT", 0)

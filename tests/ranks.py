@@ -6,6 +6,7 @@ processes.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -14,7 +15,10 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,10 +59,18 @@ def ready_context() -> Any:
 
     The imports take seconds.  The fork server does them once.
     """
-    # CUDA does not survive a fork.
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
-    return context
+    if torch.cuda.is_available():  # CUDA does not survive a fork
+        return multiprocessing.get_context("spawn")
+    _start_fork_server()
+    return multiprocessing.get_context("forkserver")
+
+
+@cache
+def _start_fork_server() -> None:
+    """Start the fork server where it finds `tests`: a test may have another current directory."""
+    multiprocessing.set_forkserver_preload(["tests.preloaded"])
+    with contextlib.chdir(Path(__file__).parents[1]):
+        forkserver.ensure_running()
 
 
 def free_port() -> int:

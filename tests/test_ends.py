@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-import vp_train.commands.train
 import vp_train.train
+from tests.programs import Program
 from tests.ranks import free_port, ready_context
+from vp_train.commands.train import main
 from vp_train.communication import flight_recorder
 from vp_train.failures import EXIT_HANG, EXIT_INTERNAL, EXIT_IO, EXIT_TIME
 from vp_train.train import Run
@@ -61,7 +63,7 @@ def misbehaving(rank, port, deed, overrides, directory):
 
     vp_train.train.watch, Run.train_step = watch, failing
     sys.argv = ["vp-train", *overrides]
-    vp_train.commands.train.main()
+    main()
 
 
 def misbehave(tmp_path, deed, patience):
@@ -184,17 +186,13 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path, when):
         "run.steps=10000",
         "parallel.pp=2",
     ]
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "vp_train", *overrides], stdout=subprocess.PIPE, text=True
-    )
-    if when == "they train":
-        for line in launcher.stdout:
-            if line.startswith("step"):
-                break
-    while len(ranks := children_of(launcher.pid)) < 2:
-        time.sleep(0.01)
-    launcher.kill()
-    launcher.wait()
+    with Program(main, overrides) as launcher:
+        if when == "they train":
+            assert any(line.startswith("step") for line in launcher.stdout)
+        while len(ranks := children_of(launcher.pid)) < 2:
+            time.sleep(0.01)
+        os.kill(launcher.pid, signal.SIGKILL)
+        launcher.wait(30)
     deadline = time.monotonic() + 5
     while any(Path(f"/proc/{pid}").exists() for pid in ranks):
         assert time.monotonic() < deadline, "ranks live on"
@@ -215,14 +213,11 @@ def test_a_reader_that_goes_away_ends_the_run_with_a_word(tmp_path):
         "run.log_every=1",
         f"run.root={tmp_path}",
     ]
-    command = [sys.executable, "-m", "vp_train", *overrides]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.wait(timeout=90) == EXIT_TIME
-        assert "because nobody reads the output any more; a checkpoint" in process.stderr.read()
+    with Program(main, overrides) as program:
+        program.stdout.readline()
+        program.stdout.close()
+        assert program.wait(90) == EXIT_TIME
+        assert "because nobody reads the output any more; a checkpoint" in program.stderr.read()
     assert any((tmp_path / "default" / "checkpoints").glob("step-*"))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.programs import finished
+from vp_train.commands import launch
 from vp_train.communication import flight_recorder
 from vp_train.communication.nccl import require_gpu, set_environment, watch
 from vp_train.config import ConfigError, RunSettings
@@ -30,6 +31,7 @@ from vp_train.failures import (
     peer_failure,
     root_cause,
 )
+from vp_train.settings import load_config
 
 SETTINGS = RunSettings(timeout_seconds=300, world_timeout_seconds=1800)
 LOST = [
@@ -231,16 +233,15 @@ def test_a_failure_names_the_last_line_of_this_package():
     assert re.search(r" \(in \w+, vp_train/config\.py:\d+\); its traceback", ending.words)
 
 
-LAUNCHER = """
-import sys
-from types import SimpleNamespace
-from vp_train.commands import launch as launcher
-from vp_train.settings import load_config
-launcher.sys = SimpleNamespace(executable=sys.argv[1], stdout=sys.stdout, stderr=sys.stderr)
-launcher.starts_by_fork = lambda config: False
-place = launcher.Place(host="here")
-raise SystemExit(launcher.launch(load_config(sys.argv[2:]), sys.argv[2:], None, place))
-"""
+def launch_scripts():
+    """Be a launcher with the script `sys.argv[1]` in place of ranks."""
+    script, *overrides = sys.argv[1:]
+    launch.sys = SimpleNamespace(executable=script, stdout=sys.stdout, stderr=sys.stderr)
+    launch.starts_by_fork = lambda config: False
+    place = launch.Place(host="here")
+    raise SystemExit(launch.launch(load_config(overrides), overrides, None, place))
+
+
 RANK = """#!/bin/sh
 if [ "$RANK" = 1 ]; then
     {deed}
@@ -263,8 +264,7 @@ def launch_ranks_that(deed, tmp_path):
         "run.name=run",
         "run.timeout_seconds=9",
     ]
-    command = [sys.executable, "-c", LAUNCHER, str(rank), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return finished(launch_scripts, str(rank), *overrides)
 
 
 def test_a_rank_that_nccl_aborts_is_a_hang_whose_record_is_named(tmp_path):

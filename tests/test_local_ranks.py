@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import Program, finished
 from vp_train.commands import local_ranks
 from vp_train.commands.agent import Job, _cause, run_job
-from vp_train.commands.local_ranks import LocalRanks, new_process, search_options
+from vp_train.commands.local_ranks import LocalRanks, forked, new_process, search_options
 from vp_train.commands.nodes import NodeLoss, OneNode
 from vp_train.commands.place import Place
 from vp_train.commands.store_server import loopback
+from vp_train.commands.train import main
 from vp_train.failures import EXIT_CONFIG, EXIT_INTERNAL, EXIT_OK, EXIT_TIME, Ending, RankEnd
 from vp_train.supervision.ending import leave
 
@@ -73,16 +75,7 @@ def test_a_job_of_one_machine_listens_on_loopback_alone_and_leaves_nothing_behin
     words = ["model=nano", "data=synthetic", "parallel.pp=2", "run.steps=1000", "run.name=one"]
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    job = subprocess.Popen(
-        [sys.executable, "-m", "vp_train", *words],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "TMPDIR": str(temporary)},
-    )
-    try:
-        assert job.stdout is not None
+    with Program(main, words, directory=tmp_path, variables={"TMPDIR": str(temporary)}) as job:
         lines = iter(job.stdout.readline, "")
         said = next((line for line in lines if line.startswith("step ")), None)
         assert said is not None
@@ -91,14 +84,10 @@ def test_a_job_of_one_machine_listens_on_loopback_alone_and_leaves_nothing_behin
         addresses = listening([job.pid, *processes])
         assert addresses  # gloo and the store do listen
         assert addresses <= LOOPBACK
-        job.kill()
-        job.wait()
+        os.kill(job.pid, signal.SIGKILL)
         assert all(map(goes, processes))
         left = {path.name.partition("_")[0] for path in temporary.iterdir()}
         assert left <= {"torchinductor"}  # torch's cache of compiled code, one per user
-    finally:
-        job.kill()
-        job.wait()
 
 
 def rank_that(code):
@@ -232,18 +221,14 @@ def in_forked_ranks():
     leave(Ending(9, words))
 
 
-AGENT = """
-import sys
-from tests.test_local_ranks import Job, OneNode, Place, in_forked_ranks, run_job
-from vp_train.commands.local_ranks import forked
-ending = run_job(OneNode(Place(host="here")), Job(lambda resumes: forked(in_forked_ranks), 1))
-print(ending.code, ending.words)
-"""
+def run_forked_rank():
+    """Be the agent of one forked rank."""
+    ending = run_job(OneNode(Place(host="here")), Job(lambda resumes: forked(in_forked_ranks), 1))
+    print(ending.code, ending.words)
 
 
 def test_forked_ranks_are_processes_like_new_ones():
-    command = [sys.executable, "-c", AGENT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = finished(run_forked_rank)
     assert done.stdout == "9 rank 0\n", done.stderr
 
 

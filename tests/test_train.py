@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,8 +16,10 @@ from schedules.ir import Kind, Pass, Schedule
 from schedules.lower import Action, Op
 from schedules.problem import Collective
 from tests.meshes import mesh_for
+from tests.programs import finished
 from tests.training import OFFLOADED, begin, config_of, laid_out, metrics_of, train, uncompiled
 from vp_train.assembly import build_rank
+from vp_train.commands.train import main
 from vp_train.config import (
     ConfigError,
     CostConfig,
@@ -98,13 +98,7 @@ TINY = [
 def test_a_searched_schedule_is_what_runs_and_can_be_run_again(ranks, tmp_path):
     root = f"run.root='{tmp_path}/a=b, c'"
     words = [*TINY, root, "schedule=auto", "vocab=auto", "run.name=searched"]
-    done = subprocess.run(
-        [sys.executable, "-m", "vp_train", *words],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    done = finished(main, *words)
     assert done.returncode == 0, done.stderr
     directory = tmp_path / "a=b, c" / "searched"
     written = Schedule.parse((directory / "schedule.txt").read_text())

@@ -66,7 +66,7 @@ def config_of(
         parallel=ParallelConfig(pp=p, dp=dp, tp=tp, layers_per_stage=layers),
         loss=loss or LossConfig(),
         optim=OptimConfig(optimizer, lr=1e-2, warmup_steps=1, clip_grad_norm=0.5),
-        run=RunSettings(dtype=dtype),
+        run=RunSettings(dtype=dtype, eval_microbatches=1),
         num_microbatches=m,
         micro_batch_size=2,
     )

@@ -15,6 +15,7 @@ from vp_train.assembly import build_rank
 from vp_train.config import LossConfig, ScheduleConfig, VocabConfig
 from vp_train.planning.plan import make_plan
 
+pytestmark = pytest.mark.usefixtures("unrefined")
 SIZES = [(1, 1, 64), (2, 4, 100), (3, 2, 101), (4, 8, 1000)]
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
+from tests.programs import finished
 from tests.training import config_of, laid_out
+from vp_train.commands.train import main
 from vp_train.communication.control import ControlGroup
 from vp_train.config import RunConfig
 from vp_train.mesh import build_mesh
@@ -82,13 +82,7 @@ def test_a_directory_that_cannot_be_written_is_not_usable(tmp_path):
 
 def test_the_command_checks_and_stops(tmp_path):
     words = ["--preflight", "model=nano", "data=synthetic", "parallel.pp=1", "run.name=one"]
-    done = subprocess.run(
-        [sys.executable, "-m", "vp_train", *words],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = finished(main, *words, directory=tmp_path)
     assert done.returncode == 0, done.stderr
     node, network = done.stdout.splitlines()
     assert f"{platform.node()}, rank 0: Python {platform.python_version()} torch " in node

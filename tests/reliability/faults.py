@@ -17,9 +17,13 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from tests.programs import Program
+from vp_train import train
 from vp_train.checkpoint.store import find
+from vp_train.commands.train import main
 from vp_train.failures import EXIT_CONFIG, EXIT_HANG, EXIT_INTERNAL, EXIT_IO, EXIT_TIME
 
 STEP = 3  # in which rank 1 does its deed
@@ -27,32 +31,30 @@ TIMEOUT = 4  # run.timeout_seconds of the jobs
 LINES = 10
 SLACK = 20  # seconds that a loaded machine may need besides
 
-# A program that is vp-train, but that rank 1 does {deed} in step STEP, or before it connects.
-PROGRAM = """
-import os, signal, sys, time
-import vp_train.train as train
-from vp_train.commands.train import main
 
-def deed(run):
-    {deed}
+def _train_badly(deed: str, step: int) -> None:
+    """Be vp-train, but rank 1 does `deed` in step `step`, or before it connects if that is 0."""
 
-step, connect = train.Run.train_step, train._connect
+    def do(run: object) -> None:
+        exec(deed, {"run": run, "os": os, "signal": signal, "time": time, "sys": sys})
 
-def train_step(self, number, reporter):
-    if number == {step} and self.mesh.rank == 1:
-        deed(self)
-    step(self, number, reporter)
+    train_step, connect = train.Run.train_step, train._connect
 
-def connecting(*arguments):
-    with open(os.environ["PIDS"] + os.environ["RANK"], "w") as file:
-        file.write(str(os.getpid()))
-    if {step} == 0 and os.environ["RANK"] == "1":
-        deed(None)
-    return connect(*arguments)
+    def training(self, number, reporter):
+        if number == step and self.mesh.rank == 1:
+            do(self)
+        train_step(self, number, reporter)
 
-train.Run.train_step, train._connect = train_step, connecting
-main()
-"""
+    def connecting(*arguments):
+        Path(f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+        if step == 0 and os.environ["RANK"] == "1":
+            do(None)
+        return connect(*arguments)
+
+    train.Run.train_step, train._connect = training, connecting
+    main()
+
+
 POISON = (
     "import torch; next(iter(run.model.parameters.values()))"
     ".register_hook(lambda grad: grad * torch.nan)"
@@ -143,24 +145,13 @@ def wrong_with(fault: Fault, root: Path, pause: float = 0.0) -> str | None:
 
     A signal comes `pause` seconds after step STEP.
     """
-    program = root / "program.py"
-    program.write_text(PROGRAM.format(deed=fault.deed, step=fault.step))
     words = [
         *("model=nano", "data=synthetic", "parallel.pp=2", "num_microbatches=2", "run.log_every=1"),
         *("run.steps=100000", "run.trace_step=0", "run.eval_every=0", "run.checkpoint_every=2"),
         *("run.name=run", f"run.root={root}", f"run.timeout_seconds={TIMEOUT}", *fault.settings),
     ]
-    # A shell's & would let them ignore SIGINT.
-    job = subprocess.Popen(
-        [sys.executable, str(program), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        restore_signals=True,
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PIDS": f"{root}/pid-"},
-    )
-    try:
+    main_of_job = partial(_train_badly, fault.deed, fault.step)
+    with Program(main_of_job, words, directory=root) as job:
         if fault.number:
             _await_step(job, STEP)
             time.sleep(pause)
@@ -168,15 +159,13 @@ def wrong_with(fault: Fault, root: Path, pause: float = 0.0) -> str | None:
         elif fault.step:
             _await_step(job, STEP - 1)
         began = time.monotonic()
-        _, said = job.communicate(timeout=fault.seconds + 60)
-        seconds = time.monotonic() - began
-    except subprocess.TimeoutExpired:
-        return "it has not ended"
-    finally:
-        job.kill()
-        job.wait()
-    if job.returncode != fault.code:
-        return f"code {job.returncode} instead of {fault.code}: {said}"
+        try:
+            done = job.finish(fault.seconds + 60)
+        except subprocess.TimeoutExpired:
+            return "it has not ended"
+        seconds, code, said = time.monotonic() - began, done.returncode, done.stderr
+    if code != fault.code:
+        return f"code {code} instead of {fault.code}: {said}"
     if not re.search(fault.words, said):
         return f"{fault.words!r} is not in: {said}"
     if len(said.splitlines()) > LINES or "Traceback" in said:
