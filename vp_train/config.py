@@ -857,6 +857,18 @@ class ClusterConfig:
 _LONGEST_SECONDS = 10_000_000  # the longest timeout
 
 
+# Figures that a line of progress may show: keys of metrics.jsonl, and the time that is left.
+PROGRESS = (
+    *("loss", "grad_norm", "learning_rate", "left"),
+    *("tokens_per_second", "interval_tokens_per_second", "mfu", "bubble_mean", "bubble_worst"),
+    *("seconds/step", "seconds/data", "seconds/forward_backward", "seconds/vocabulary"),
+    *("seconds/waiting_mean", "seconds/waiting_worst", "seconds/gradient_sum"),
+    *("seconds/optimizer", "seconds/checkpoint", "seconds/validation", "seconds/rest"),
+    *("peak_bytes", "memory/allocated_worst", "memory/allocated_mean"),
+    *("memory/reserved_worst", "memory/reserved_mean"),
+)
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """One run: its length, its files, its devices, and what to do when something goes wrong."""
@@ -894,6 +906,14 @@ class RunSettings:
         False, "Use only algorithms with bitwise reproducible results; slower on cuda."
     )
     log_every: int = setting(10, "Steps between two lines of progress.", unit="steps", least=1)
+    progress: tuple[str, ...] = setting(
+        (
+            *("loss", "grad_norm", "learning_rate", "interval_tokens_per_second"),
+            *("bubble_mean", "left", "peak_bytes"),
+        ),
+        "Figures of such a line, in this order; monitoring.md has their meaning.",
+        choices=PROGRESS,
+    )
     eval_every: int = setting(
         30, "Steps between two validations; 0 turns them off.", unit="steps", least=0
     )
