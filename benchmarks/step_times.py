@@ -7,7 +7,8 @@ drawn with a seed; both write their record.  A step is timed on every rank, from
 end, and the slowest rank counts.  The cost is the median over the pairs of with / without - 1, of
 the seconds and of the CPU seconds of all threads of all ranks, which do not count other work on the
 machine.  `null` compares, in the same way, the steps without it with each other: its distance
-from 0 is noise.
+from 0 is noise.  `calls` says what the same calls take by themselves, for the operations of rank 0
+without their work, and as a part of a step: it has the least noise.
 """
 
 from __future__ import annotations
@@ -107,8 +108,32 @@ def rank_main(directory: str, model: str, pairs: int) -> None:
         rows.append((time.perf_counter() - started, time.process_time() - used))
     gathered = mesh.world.all_gather_json(rows)
     if mesh.rank == 0:
-        print(json.dumps((measured, gathered)))
+        print(json.dumps((measured, gathered, seconds_of_calls(run, stopwatch))))
     dist.destroy_process_group()
+
+
+def seconds_of_calls(run: Any, stopwatch: Any) -> float:
+    """Return the median seconds of all that rank 0 calls in a step for its figures."""
+    from schedules.lower import Action
+    from vp_train.metrics.figures import RankFigures, figures_of
+    from vp_train.pipeline.stopwatch import Part
+
+    found = []
+    for _ in range(200):
+        started = time.perf_counter()
+        for op in run.plan.program.ranks[0]:
+            if op.action is Action.RUN:
+                with stopwatch.observe(op.item, int):
+                    pass
+            elif op.action in (Action.ARRIVE, Action.WAIT, Action.NEED):
+                with stopwatch.waits(op.action, op.item):
+                    pass
+        for part in (*Part, Part.WAITING):
+            stopwatch.switch(part)
+        numbers = RankFigures(stopwatch.take(), *run._memory()).numbers()
+        figures_of(list(map(RankFigures.of, [numbers] * run.mesh.degrees.num_ranks)))
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
 
 
 def measure(num_ranks: int, model: str, pairs: int) -> dict[str, Any]:
@@ -130,7 +155,7 @@ def measure(num_ranks: int, model: str, pairs: int) -> dict[str, Any]:
         ]
         said = [process.communicate()[0] for process in processes]
         assert not any(process.returncode for process in processes)
-    measured, of_ranks = json.loads(said[0])
+    measured, of_ranks, calls = json.loads(said[0])
     found: dict[str, dict[bool, list[float]]] = {}
     for name, column, joined in (("seconds", 0, max), ("cpu_seconds", 1, sum)):
         of_steps = [joined(row[column] for row in rows) for rows in zip(*of_ranks, strict=True)]
@@ -152,6 +177,10 @@ def measure(num_ranks: int, model: str, pairs: int) -> dict[str, Any]:
                 "without": statistics.median(values[False]),
             }
             for name, values in found.items()
+        },
+        "calls": {
+            "seconds": calls,
+            "cost": calls / statistics.median(found["seconds"][False]),
         },
         "cost": {name: paired(values[True], values[False]) for name, values in found.items()},
         "null": {

@@ -947,6 +947,12 @@ class RunSettings:
     trace_step: int = setting(
         5, "Step whose passes are timed and written as a trace; 0 turns it off.", least=0
     )
+    profile_steps: tuple[int, ...] = setting(
+        (), "Steps that torch's profiler records, in profile/ of the run.", least=1
+    )
+    profile_ranks: tuple[int, ...] = setting(
+        (0,), "Ranks whose profile_steps are recorded.", least=0
+    )
     on_nonfinite: str = setting(
         "stop",
         "What to do at a loss or gradient that is not finite; "
@@ -997,6 +1003,11 @@ class RunSettings:
     def checkpoints(self) -> Path:
         """The directory of the run's checkpoints."""
         return self.directory / "checkpoints"
+
+    @property
+    def profiles(self) -> Path:
+        """The directory of what torch's profiler recorded."""
+        return self.directory / "profile"
 
     def eval_microbatches_of(self, dp_size: int) -> int:
         """Return the evaluation microbatches per replica: the same number in all, at least one."""

@@ -57,14 +57,15 @@ from vp_train.failures import (
 )
 from vp_train.mesh import Mesh, build_mesh
 from vp_train.metrics.figures import RankFigures, figures_of
+from vp_train.metrics.profiler import profiling
 from vp_train.metrics.progress import StepReport
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.metrics.step_times import RankTimes, pass_seconds
 from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning_rate
 from vp_train.optim.verdict import Judge, Verdict
-from vp_train.pipeline.executor import PlacedBatch
-from vp_train.pipeline.recorder import Recorder, joined_communications
+from vp_train.pipeline.executor import Observer, PlacedBatch
+from vp_train.pipeline.recorder import Named, Recorder, joined_communications
 from vp_train.pipeline.stopwatch import Part, Stopwatch
 from vp_train.pipeline.timers import timer_of
 from vp_train.planning.cluster import known_peak_flops
@@ -348,6 +349,14 @@ class Run:
 
         Only one rank of the run has a `reporter`.
         """
+        settings = self.config.run
+        if step not in settings.profile_steps or self.mesh.rank not in settings.profile_ranks:
+            self._train_step(step, reporter, self._stopwatch)
+            return
+        with profiling(settings.profiles, step, self.mesh.rank, settings.device):
+            self._train_step(step, reporter, Named(self._stopwatch))
+
+    def _train_step(self, step: int, reporter: Reporter | None, observer: Observer) -> None:
         started, stopwatch = time.perf_counter(), self._stopwatch
         stopwatch.switch(Part.DATA)
         self._doing = "waiting for data"
@@ -357,10 +366,10 @@ class Run:
         self.model.gradients.zero()
         stopwatch.switch(Part.DATA)
         if step == self._traced_step:
-            loss, traced = self._traced(batch, placed)
+            loss, traced = self._traced(batch, placed, observer)
         else:
             loss = self.model.train_step(
-                batch.tokens, batch.labels, stopwatch, segments=batch.segments, placed=placed
+                batch.tokens, batch.labels, observer, segments=batch.segments, placed=placed
             )
             traced = None
         self._doing = _COMPARING
@@ -572,14 +581,14 @@ class Run:
         self.mesh.world.barrier()
 
     def _traced(
-        self, batch: Batch, placed: PlacedBatch | None
+        self, batch: Batch, placed: PlacedBatch | None, observer: Observer
     ) -> tuple[torch.Tensor | None, Recorder]:
         """Run a training step that times every pass and communication, from a common start."""
         recorder = Recorder(
             self.mesh.pipeline_rank,
             self._timer,
             list(self.model.parameters.values()),
-            self._stopwatch,
+            observer,
         )
         self._stopwatch.switch(Part.WAITING)
         self.mesh.steps.barrier()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from schedules.ir import Kind, Pass
 from schedules.lower import Action
@@ -113,6 +114,26 @@ class Recorder:
             start=self.timer.seconds(timed.begin),
             end=self.timer.seconds(timed.end),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """An observer that gives passes and waits names in torch's profiler, around another one."""
+
+    inner: Observer
+
+    @contextmanager
+    def observe(self, item: Pass, held_bytes: Callable[[], int]) -> Iterator[None]:
+        with record_function(str(item)), self.inner.observe(item, held_bytes):
+            yield
+
+    @contextmanager
+    def waits(self, action: Action, item: object) -> Iterator[None]:
+        with record_function(f"{action}:{item}"), self.inner.waits(action, item):
+            yield
+
+    def watch(self, name: str, pending: Pending) -> Pending:
+        return self.inner.watch(name, pending)
 
 
 def joined_communications(of_ranks: list[list[Span]]) -> tuple[Span, ...]:
