@@ -22,7 +22,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -300,7 +300,7 @@ def collectives(where: Where, report: Report) -> None:
     from schedules.vocab import Transfer
     from vp_train.mesh import build_mesh
     from vp_train.pipeline.comms import _start_collective
-    from vp_train.pipeline.recorder import timer_of
+    from vp_train.pipeline.timers import timer_of
     from vp_train.planning.plan import make_plan
     from vp_train.settings import load_config
     from vp_train.tensors.collectives import all_gather_single, reduce_scatter_single
@@ -847,6 +847,9 @@ class _Between:
         yield
         self._left -= 1
 
+    def waits(self, action: object, item: object) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def watch(self, name: str, pending: Any) -> Any:
         return pending
 
@@ -948,7 +951,8 @@ def _timed_step(where: Where, report: Report) -> None:
     """
     from schedules.lower import Action
     from tests.local import run_locally
-    from vp_train.pipeline.recorder import Recorder, timer_of
+    from vp_train.pipeline.recorder import Recorder
+    from vp_train.pipeline.timers import timer_of
 
     config, plan, (tokens, labels) = _nano(where, "zb_h1")
 

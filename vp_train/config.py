@@ -857,6 +857,18 @@ class ClusterConfig:
 _LONGEST_SECONDS = 10_000_000  # the longest timeout
 
 
+# Figures that a line of progress may show: keys of metrics.jsonl, and the time that is left.
+PROGRESS = (
+    *("loss", "grad_norm", "learning_rate", "left"),
+    *("tokens_per_second", "interval_tokens_per_second", "mfu", "bubble_mean", "bubble_worst"),
+    *("seconds/step", "seconds/data", "seconds/forward_backward", "seconds/vocabulary"),
+    *("seconds/waiting_mean", "seconds/waiting_worst", "seconds/gradient_sum"),
+    *("seconds/optimizer", "seconds/checkpoint", "seconds/validation", "seconds/rest"),
+    *("peak_bytes", "memory/allocated_worst", "memory/allocated_mean"),
+    *("memory/reserved_worst", "memory/reserved_mean"),
+)
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """One run: its length, its files, its devices, and what to do when something goes wrong."""
@@ -894,6 +906,14 @@ class RunSettings:
         False, "Use only algorithms with bitwise reproducible results; slower on cuda."
     )
     log_every: int = setting(10, "Steps between two lines of progress.", unit="steps", least=1)
+    progress: tuple[str, ...] = setting(
+        (
+            *("loss", "grad_norm", "learning_rate", "interval_tokens_per_second"),
+            *("bubble_mean", "left", "peak_bytes"),
+        ),
+        "Figures of such a line, in this order; monitoring.md has their meaning.",
+        choices=PROGRESS,
+    )
     eval_every: int = setting(
         30, "Steps between two validations; 0 turns them off.", unit="steps", least=0
     )
@@ -926,6 +946,12 @@ class RunSettings:
     )
     trace_step: int = setting(
         5, "Step whose passes are timed and written as a trace; 0 turns it off.", least=0
+    )
+    profile_steps: tuple[int, ...] = setting(
+        (), "Steps that torch's profiler records, in profile/ of the run.", least=1
+    )
+    profile_ranks: tuple[int, ...] = setting(
+        (0,), "Ranks whose profile_steps are recorded.", least=0
     )
     on_nonfinite: str = setting(
         "stop",
@@ -977,6 +1003,11 @@ class RunSettings:
     def checkpoints(self) -> Path:
         """The directory of the run's checkpoints."""
         return self.directory / "checkpoints"
+
+    @property
+    def profiles(self) -> Path:
+        """The directory of what torch's profiler recorded."""
+        return self.directory / "profile"
 
     def eval_microbatches_of(self, dp_size: int) -> int:
         """Return the evaluation microbatches per replica: the same number in all, at least one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import resource
 import sys
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import astuple, replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from threading import Event
 from typing import Any, NoReturn
@@ -54,13 +56,19 @@ from vp_train.failures import (
     silent_peer,
 )
 from vp_train.mesh import Mesh, build_mesh
+from vp_train.metrics.figures import RankFigures, figures_of
+from vp_train.metrics.profiler import profiling
 from vp_train.metrics.progress import StepReport
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
+from vp_train.metrics.step_times import RankTimes, pass_seconds
 from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning_rate
 from vp_train.optim.verdict import Judge, Verdict
-from vp_train.pipeline.executor import PlacedBatch
-from vp_train.pipeline.recorder import Recorder, joined_communications, timer_of
+from vp_train.pipeline.executor import Observer, PlacedBatch
+from vp_train.pipeline.recorder import Named, Recorder, joined_communications
+from vp_train.pipeline.stopwatch import Part, Stopwatch
+from vp_train.pipeline.timers import timer_of
+from vp_train.planning.cluster import known_peak_flops
 from vp_train.planning.plan import RunPlan, make_plan
 from vp_train.preflight.nodes import Preflight, spans_nodes
 from vp_train.supervision import requests as asked
@@ -275,6 +283,9 @@ class Run:
         self._doing = "loading"
         degrees = mesh.degrees
         self._judge = Judge(config.run, degrees.pp * degrees.tp if degrees.dp > 1 else None)
+        self._timer = timer_of(rank_device(config), host_waits=config.run.comm_backend == "gloo")
+        self._stopwatch = Stopwatch(self._timer)
+        self._most_bytes = 0.0
         self._left_out = 0  # steps whose data no step uses, because the run went back
         self._batches = Ahead(self._batch, config.run.steps)
         self._saver = Saver(
@@ -338,30 +349,48 @@ class Run:
 
         Only one rank of the run has a `reporter`.
         """
-        started = time.perf_counter()
+        settings = self.config.run
+        if step not in settings.profile_steps or self.mesh.rank not in settings.profile_ranks:
+            self._train_step(step, reporter, self._stopwatch)
+            return
+        with profiling(settings.profiles, step, self.mesh.rank, settings.device):
+            self._train_step(step, reporter, Named(self._stopwatch))
+
+    def _train_step(self, step: int, reporter: Reporter | None, observer: Observer) -> None:
+        started, stopwatch = time.perf_counter(), self._stopwatch
+        stopwatch.switch(Part.DATA)
         self._doing = "waiting for data"
         batch, placed = self._batches.take(step)
         self._doing = _TRAINING
+        stopwatch.switch(Part.OPTIMIZER)
         self.model.gradients.zero()
+        stopwatch.switch(Part.DATA)
         if step == self._traced_step:
-            loss, traced = self._traced(batch, placed)
+            loss, traced = self._traced(batch, placed, observer)
         else:
             loss = self.model.train_step(
-                batch.tokens, batch.labels, segments=batch.segments, placed=placed
+                batch.tokens, batch.labels, observer, segments=batch.segments, placed=placed
             )
             traced = None
         self._doing = _COMPARING
+        stopwatch.switch(Part.GRADIENT_SUM)
         self.model.optimizer.reduce()
+        stopwatch.switch(Part.OPTIMIZER)
         norm = self.model.optimizer.squared_norm() / self.model.loss_scale.value**2
+        poison = self.model.optimizer.poison()
+        stopwatch.switch(Part.WAITING)
+        figures = self._figures()
         health = gather_health(
             self._own(loss),
             norm,
             self.mesh.steps,
-            self._peak_bytes(),
-            poison=self.model.optimizer.poison(),
+            self._most_bytes,
+            poison=poison,
             request=self._request(reporter),
             saved=self._saver.is_ready,
+            figures=figures,
         )
+        stopwatch.switch(Part.REST)
         if asked.leaves(health.request):
             self._left = asked.words(health.request, health.requesting_rank)
         rate = learning_rate(self.config.optim, step, self.config.run.steps)
@@ -380,17 +409,21 @@ class Run:
                     health.peak_bytes,
                     self._judge.spikes,
                     self._judge.skipped,
+                    self._figures_of_ranks(health),
                 )
             )
         if traced is not None:
-            self._report_trace(traced, reporter)
+            self._report_trace(traced, health, reporter)
         if self._is_due(step, self.config.run.eval_every):
+            stopwatch.switch(Part.VALIDATION)
             validation = self._validate()
+            stopwatch.switch(Part.REST)
             if reporter is not None:
                 reporter.validation(step, validation)
         if reporter is not None:
             reporter.record()
         self._doing = _SAVING
+        stopwatch.switch(Part.CHECKPOINT)
         if health.saved:
             self._saver.advance()
         is_last = step == self.config.run.steps
@@ -399,6 +432,7 @@ class Run:
             self.begin_save(step, reporter)
         if not is_last and self._left is None:
             self._warn_of_save(reporter)
+        stopwatch.switch(Part.REST)
 
     def _request(self, reporter: Reporter | None) -> int:
         """Return what this rank is asked for."""
@@ -435,7 +469,9 @@ class Run:
                 if judgement.words:
                     self._say(f"step {step}: {judgement.words}", reporter)
                 clipping = clip_scale(health.grad_norm, self.config.optim.clip_grad_norm)
+                self._stopwatch.switch(Part.OPTIMIZER)
                 self.model.optimizer.step(rate, clipping / loss_scale.value)
+                self._stopwatch.switch(Part.REST)
                 loss_scale.passed()
             case Verdict.SKIP:
                 self._say(f"step {step} skipped: {judgement.words}", reporter)
@@ -454,6 +490,7 @@ class Run:
         Returns False, having skipped `step` only, if there is no checkpoint.
         """
         self._doing = "saving"
+        self._stopwatch.switch(Part.CHECKPOINT)
         self._saver.finish()
         self._warn_of_save(reporter)
         left_out = self._left_out
@@ -544,47 +581,87 @@ class Run:
         self.mesh.world.barrier()
 
     def _traced(
-        self, batch: Batch, placed: PlacedBatch | None
+        self, batch: Batch, placed: PlacedBatch | None, observer: Observer
     ) -> tuple[torch.Tensor | None, Recorder]:
         """Run a training step that times every pass and communication, from a common start."""
-        timer = timer_of(
-            rank_device(self.config), host_waits=self.config.run.comm_backend == "gloo"
+        recorder = Recorder(
+            self.mesh.pipeline_rank,
+            self._timer,
+            list(self.model.parameters.values()),
+            observer,
         )
-        recorder = Recorder(self.mesh.pipeline_rank, timer, list(self.model.parameters.values()))
+        self._stopwatch.switch(Part.WAITING)
         self.mesh.steps.barrier()
-        timer.start()
+        self._stopwatch.switch(Part.DATA)
+        self._timer.start()
         loss = self.model.train_step(
             batch.tokens, batch.labels, recorder, segments=batch.segments, placed=placed
         )
         return loss, recorder
 
-    def _peak_bytes(self) -> float:
-        """Return the peak memory so far, in bytes.
+    def _figures(self) -> Callable[[], list[float]]:
+        """Return a function that returns the numbers of `RankFigures` when the device is done.
 
-        On a GPU this is what torch allocated, on a CPU the resident size of the process.
+        The memory is that of now: on a GPU the most in this step, since all of it is issued.
         """
-        if self.config.run.device == "cuda":
-            return float(torch.cuda.max_memory_allocated())
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        allocated, reserved = self._memory()
+        self._most_bytes = max(self._most_bytes, allocated)
+        return lambda: RankFigures(self._stopwatch.take(), allocated, reserved).numbers()
 
-    def _report_trace(self, recorder: Recorder, reporter: Reporter | None) -> None:
-        """Gather the times of all ranks, and report those of the first pipeline."""
-        passes, messages = (
-            [astuple(span) for span in spans] for spans in (recorder.spans, recorder.communications)
+    def _figures_of_ranks(self, health: StepHealth) -> dict[str, float]:
+        """Return the figures of all ranks for the record of a step."""
+        return figures_of(list(map(RankFigures.of, health.figures)), self._best_seconds)
+
+    def _memory(self) -> tuple[float, float]:
+        """Return the most bytes allocated and reserved; see `RankFigures`."""
+        if self.config.run.device == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0, 0.0
+        stats = torch.cuda.memory_stats_as_nested_dict()
+        torch.cuda.reset_peak_memory_stats()
+        allocated, reserved = (
+            float(stats[f"{name}_bytes"]["all"]["peak"]) for name in ("allocated", "reserved")
         )
-        own = (passes, messages, recorder.peak_bytes, self.model.num_parameters)
+        return allocated, reserved
+
+    @cached_property
+    def _best_seconds(self) -> float | None:
+        """The seconds of a step in which all ranks compute at their peak; None if it is unknown."""
+        config, work, degrees = self.config, self.plan.work, self.mesh.degrees
+        peak = known_peak_flops(config.cluster, config.run.dtype)
+        if peak is None:
+            return None
+        return degrees.dp * work.step_flops / (peak * degrees.num_ranks)
+
+    def _report_trace(
+        self, recorder: Recorder, health: StepHealth, reporter: Reporter | None
+    ) -> None:
+        """Report all spans of the first pipeline, and the sums by kind of pass of all ranks."""
+        # Other replicas and tensor-parallel ranks run the same passes.
+        is_first = self.mesh.data_rank == 0 and self.mesh.tensor_rank == 0
+        spans = recorder.spans
+        passes, messages = (
+            [astuple(span) for span in found] if is_first else []
+            for found in (spans, recorder.communications)
+        )
+        times = platform.node(), pass_seconds(spans)
+        own = (passes, messages, recorder.peak_bytes, self.model.num_parameters, *times)
         gathered = self.mesh.world.all_gather_json(own)
         if reporter is not None:
-            # Other replicas and tensor-parallel ranks run the same passes.
-            first = [gathered[self.mesh.degrees.rank(0, p, 0)] for p in range(self.plan.num_ranks)]
-            spans, communications, peaks, parameters = zip(*first, strict=True)
+            degrees = self.mesh.degrees
+            ranks = [
+                RankTimes(rank, *degrees.place(rank), host=host, pass_seconds=seconds)
+                for rank, (*_, host, seconds) in enumerate(gathered)
+            ]
+            first = [gathered[degrees.rank(0, p, 0)][:4] for p in range(self.plan.num_ranks)]
+            computed, communications, peaks, parameters = zip(*first, strict=True)
             timeline = Timeline(
-                tuple(tuple(_spans(values)) for values in spans),
+                tuple(tuple(_spans(values)) for values in computed),
                 joined_communications([_spans(values) for values in communications]),
                 tuple(map(float, peaks)),
                 self.plan.timeline.peak_in_flight,
             )
-            reporter.trace(timeline, parameters)
+            figures = list(map(RankFigures.of, health.figures))
+            reporter.trace(timeline, parameters, ranks, figures)
 
     def ending(self) -> Ending:
         """Return how this rank ends after `finish`; the first rank has the words."""
@@ -607,7 +684,7 @@ class Run:
         self._doing = "saving"
         self.model.optimizer.settle()  # no rank may leave while others still gather
         self.finish_save()
-        gathered = self.mesh.world.all_gather_json(self._peak_bytes())
+        gathered = self.mesh.world.all_gather_json(max(self._most_bytes, self._memory()[0]))
         if reporter is not None:
             worst = [0.0] * self.plan.num_ranks
             for rank, peak in enumerate(gathered):

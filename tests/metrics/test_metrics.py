@@ -93,9 +93,11 @@ def test_each_step_has_one_record_after_a_resume_and_a_torn_line(tmp_path):
 
 def test_a_log_file_gets_plain_lines_every_few_steps():
     out = io.StringIO()
-    progress = Progress(25, 3, 10, Console(file=out, width=110))
+    figures = {"interval_tokens_per_second": 12_345.6, "bubble_mean": 0.25}
+    progress = Progress(RunSettings(steps=25), 3, Console(file=out, width=80))
     for step in range(3, 26):
-        progress.step(StepReport(step, 2.0, 1.0, 1e-3, 12_345.6, 2.5 * 2**30))
+        report = StepReport(step, 2.0, 1.0, 1e-3, 1.0, 2.5 * 2**30, figures=figures)
+        progress.step(step, report.values())
     progress.close()
     lines = out.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["3/25", "10/25", "20/25", "25/25"]
@@ -104,6 +106,7 @@ def test_a_log_file_gets_plain_lines_every_few_steps():
         "grad norm 1.000",
         "lr 1.00e-03",
         "12,346 tokens/s",
+        "bubble 25.0%",
         "peak 2.50 GiB",
         "0:00 left",
     ):
@@ -114,8 +117,9 @@ def test_a_log_file_gets_plain_lines_every_few_steps():
 
 def test_a_terminal_gets_a_live_line():
     out = io.StringIO()
-    progress = Progress(5, 1, 10, Console(file=out, width=110, force_terminal=True))
-    progress.step(StepReport(1, 2.0, 1.0, 1e-3, 10.0, 1.0))
+    console = Console(file=out, width=110, force_terminal=True)
+    progress = Progress(RunSettings(steps=5), 1, console)
+    progress.step(1, {"loss": 2.0})
     progress.close()
     assert "\x1b[" in out.getvalue()
 

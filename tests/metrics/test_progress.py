@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from vp_train.metrics.progress import Progress, StepReport
+from vp_train.config import PROGRESS, ConfigError, RunSettings
+from vp_train.metrics.progress import Progress, folded
 from vp_train.units import clock
 
-REPORT = StepReport(1, 2.0, 1.0, 1e-3, 10.0, 1.0)
+SETTINGS = RunSettings(steps=5)
+VALUES = {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-3, "peak_bytes": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -24,8 +25,8 @@ def test_the_time_left_reads_like_a_clock(seconds, text):
 
 def test_a_rank_that_leaves_without_a_word_leaves_the_cursor_visible():
     out = io.StringIO()
-    progress = Progress(5, 1, 10, Console(file=out, width=110, force_terminal=True))
-    progress.step(REPORT)
+    progress = Progress(SETTINGS, 1, Console(file=out, width=110, force_terminal=True))
+    progress.step(1, VALUES)
     assert out.getvalue().rfind("\x1b[?25h") > out.getvalue().rfind("\x1b[?25l")
     progress.close()
 
@@ -38,21 +39,42 @@ def test_a_line_reaches_the_log_file_before_the_next_step():
             self.seen = self.getvalue()
 
     out = Flushed()
-    Progress(5, 1, 10, Console(file=out, width=110)).step(REPORT)
+    Progress(SETTINGS, 1, Console(file=out, width=110)).step(1, VALUES)
     assert "loss 2.0000" in out.seen
 
 
 def test_a_message_longer_than_the_terminal_stays_one_line_of_the_log():
     out = io.StringIO()
-    Progress(5, 1, 10, Console(file=out, width=40)).say("step 3: [bold] " + "x" * 200)
+    Progress(SETTINGS, 1, Console(file=out, width=40)).say("step 3: [bold] " + "x" * 200)
     assert out.getvalue() == "step 3: [bold] " + "x" * 200 + "\n"
 
 
-def test_the_live_line_of_a_narrow_terminal_is_one_line():
+@pytest.mark.parametrize("width", [40, 80])
+def test_the_live_lines_of_a_terminal_cut_nothing(width):
     out = io.StringIO()
-    progress = Progress(50, 1, 10, Console(file=out, width=40, force_terminal=True))
-    progress.step(replace(REPORT, step=2))  # no line that stays: only the live one
+    settings = RunSettings(steps=50, progress=PROGRESS)
+    progress = Progress(settings, 1, Console(file=out, width=width, force_terminal=True))
+    progress.step(2, dict.fromkeys(PROGRESS, 0.25))  # no line that stays: only the live ones
     progress._live.refresh()
-    assert "\n" not in out.getvalue()
-    assert "step  2/50" in out.getvalue()
+    shown = out.getvalue()
+    for words in ("step  2/50", "loss 0.2500", "waiting worst 250 ms", "MFU 25.0%", "0:00 left"):
+        assert words in shown
+    assert "…" not in shown
     progress.close()
+
+
+def test_parts_are_folded_between_and_never_within():
+    parts = ["step 1/9", "loss 1.0", "a part that is too long", "left"]
+    assert folded(parts, 18) == ["step 1/9  loss 1.0", "a part that is too long", "left"]
+    assert folded(parts, 17) == ["step 1/9", "loss 1.0", "a part that is too long", "left"]
+    assert folded(parts, 99) == ["  ".join(parts)]
+
+
+def test_a_line_has_the_chosen_figures_in_their_order_and_leaves_out_what_is_unknown():
+    out = io.StringIO()
+    settings = RunSettings(steps=5, progress=("mfu", "seconds/waiting_worst", "loss"))
+    progress = Progress(settings, 1, Console(file=out, width=20))
+    progress.step(1, {"loss": 2.0, "seconds/waiting_worst": 0.05})
+    assert out.getvalue() == "step 1/5  waiting worst 50 ms  loss 2.0000\n"
+    with pytest.raises(ConfigError, match=r"run.progress='bubble' is not known"):
+        RunSettings(progress=("bubble",))

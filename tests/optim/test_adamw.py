@@ -152,7 +152,13 @@ def health_of(rank, num_ranks, gradient, loss):
     values = torch.full((4,), gradient[rank])
     own_loss = None if loss[rank] is None else torch.tensor(loss[rank])
     control = ControlGroup.flat(dist.group.WORLD)
-    health = gather_health(own_loss, squared_norm([values]), control, peak_bytes=100.0 * (rank + 1))
+    health = gather_health(
+        own_loss,
+        squared_norm([values]),
+        control,
+        peak_bytes=100.0 * (rank + 1),
+        figures=lambda: [0.5, 10.0 + rank],
+    )
     return health, values.norm().item() * clip_scale(health.grad_norm, 1.0)
 
 
@@ -164,6 +170,7 @@ def test_all_ranks_know_the_same_and_clip_to_the_same_norm(ranks):
         assert health.grad_norm == pytest.approx(10.0)
         assert health.peak_bytes == 200.0
         assert health.culprits == ()
+        assert health.figures == ((0.5, 10.0), (0.5, 11.0))
     assert math.hypot(*(norm for _, norm in results)) == pytest.approx(1.0)
 
 

@@ -144,8 +144,11 @@ class Ticking:
     def start(self):
         self._origin = self.mark()
 
-    def mark(self):
+    def mark(self, used=None):
         return next(self._marks)
+
+    def between(self, marks):
+        return [after - before for before, after in itertools.pairwise(marks)]
 
     def seconds(self, mark):
         return mark - self._origin

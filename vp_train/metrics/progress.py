@@ -1,23 +1,29 @@
-"""The progress that rank 0 shows: a live line on a terminal, else a plain line every few steps."""
+"""The progress that rank 0 shows: live lines on a terminal, else a plain line every few steps."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from schedules.render import duration
+from vp_train.config import RunSettings
 from vp_train.units import clock, human_bytes
+
+_BETWEEN = "  "  # figures of a line
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """The figures of one step that are shown.
+    """The figures of one step that are shown and recorded.
 
     peak_bytes: memory of the worst rank.
     spikes, skipped_steps: how many there were since the run began.
+    figures: those of `figures.figures_of`, by key.
     """
 
     step: int
@@ -28,17 +34,54 @@ class StepReport:
     peak_bytes: float
     spikes: int = 0
     skipped_steps: int = 0
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    def values(self) -> dict[str, float]:
+        """Return all figures by their keys in metrics.jsonl."""
+        return {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "tokens_per_second": self.tokens_per_second,
+            "peak_bytes": self.peak_bytes,
+            "spikes": self.spikes,
+            "skipped_steps": self.skipped_steps,
+            **self.figures,
+        }
+
+
+def _words_of(key: str) -> Callable[[float], str]:
+    """Return the function that puts a figure of PROGRESS in words."""
+    group, _, name = key.rpartition("/")
+    name = name.replace("_", " ")
+    if group == "seconds":
+        return lambda value: f"{name} {duration(value)}"
+    if group == "memory":
+        return lambda value: f"{name} {human_bytes(value)}"
+    return {
+        "loss": lambda value: f"loss {value:.4f}",
+        "grad_norm": lambda value: f"grad norm {value:.3f}",
+        "learning_rate": lambda value: f"lr {value:.2e}",
+        "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
+        "interval_tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
+        "left": lambda value: f"{clock(value)} left",
+        "peak_bytes": lambda value: f"peak {human_bytes(value)}",
+        "mfu": lambda value: f"MFU {value:.1%}",
+        "bubble_mean": lambda value: f"bubble {value:.1%}",
+        "bubble_worst": lambda value: f"worst bubble {value:.1%}",
+    }[key]
 
 
 class Progress:
-    """A display of finished steps up to `num_steps`.
+    """A display of finished steps up to `settings.steps`.
 
     A log file gets every `log_every`-th step, the first and the last.
     """
 
-    def __init__(self, num_steps: int, first_step: int, log_every: int, console: Console) -> None:
-        self._num_steps, self._first_step = num_steps, first_step
-        self._log_every, self._console = log_every, console
+    def __init__(self, settings: RunSettings, first_step: int, console: Console) -> None:
+        self._settings, self._first_step = settings, first_step
+        self._console = console
+        self._words = {key: _words_of(key) for key in settings.progress}
         self._started = time.monotonic()
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
         if self._live is not None:
@@ -46,13 +89,19 @@ class Progress:
             # A rank may exit without `close`, which would leave the terminal without a cursor.
             console.show_cursor(True)
 
-    def step(self, report: StepReport) -> None:
-        """Show a finished step."""
-        line = self._line(report)
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the finished `step` with its values by key.  What is not known is left out."""
+        settings = self._settings
+        done = step - self._first_step + 1
+        left = (time.monotonic() - self._started) / done * (settings.steps - step)
+        known = {**values, "left": left}
+        parts = [f"step {step:>{len(str(settings.steps))}}/{settings.steps}"]
+        parts += [words(known[key]) for key, words in self._words.items() if key in known]
         if self._live is not None:
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
-        if report.step % self._log_every == 0 or report.step in (self._first_step, self._num_steps):
-            self.say(line)
+            lines = folded(parts, self._console.width)
+            self._live.update(Text("\n".join(lines), overflow="fold"))
+        if step % settings.log_every == 0 or step in (self._first_step, settings.steps):
+            self.say(_BETWEEN.join(parts))
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
@@ -63,12 +112,13 @@ class Progress:
             self._live.update(Text(""))
             self._live.stop()
 
-    def _line(self, report: StepReport) -> str:
-        done = report.step - self._first_step + 1
-        left = (time.monotonic() - self._started) / done * (self._num_steps - report.step)
-        return (
-            f"step {report.step:>{len(str(self._num_steps))}}/{self._num_steps}  "
-            f"loss {report.loss:.4f}  grad norm {report.grad_norm:.3f}  "
-            f"lr {report.learning_rate:.2e}  {report.tokens_per_second:,.0f} tokens/s  "
-            f"{clock(left)} left  peak {human_bytes(report.peak_bytes)}"
-        )
+
+def folded(parts: Sequence[str], width: int) -> list[str]:
+    """Return `parts` in lines of at most `width` characters; a longer part has its own line."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(_BETWEEN) + len(part) > width:
+            lines.append(part)
+        else:
+            lines[-1] += _BETWEEN + part
+    return lines

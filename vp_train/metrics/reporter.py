@@ -6,6 +6,8 @@ import json
 import math
 import os
 import sys
+import time
+from collections import deque
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -15,9 +17,11 @@ from schedules.timeline import Timeline
 from schedules.vocab import End
 from vp_train.config import RunConfig
 from vp_train.data import Source
+from vp_train.metrics.figures import RankFigures, Spent
 from vp_train.metrics.log import MetricsLog, warn_unwritten
 from vp_train.metrics.progress import Progress, StepReport
 from vp_train.metrics.run_directory import RunDirectory
+from vp_train.metrics.step_times import RankTimes, step_times
 from vp_train.metrics.summary import rank_table, step_words, summarize
 from vp_train.model.shape import num_parameters
 from vp_train.planning.degrees import Degrees
@@ -70,6 +74,8 @@ class Reporter:
         self._console = _Console(width=None if sys.stdout.isatty() else 110)
         self._log = MetricsLog(directory.metrics, directory.tensorboard, first_step - 1)
         self._first_step = first_step
+        self._ended: deque[float] = deque(maxlen=config.run.log_every + 1)  # when steps ended
+        self._spent = Spent()
         self._measured: Timeline | None = None
         self._parameters: Sequence[int] = ()
         self._pending: tuple[StepReport, dict[str, float]] | None = None
@@ -100,9 +106,8 @@ class Reporter:
         ]
         for line in lines:
             self._console.print(line, highlight=False, soft_wrap=True, markup=False)
-        self._progress = Progress(
-            config.run.steps, self._first_step, config.run.log_every, self._console
-        )
+        self._progress = Progress(config.run, self._first_step, self._console)
+        self._ended.append(time.monotonic())
 
     @property
     def has_no_reader(self) -> bool:
@@ -118,22 +123,22 @@ class Reporter:
 
         `validation` and `trace` may add values in between.
         """
-        self._progress.step(report)
-        values = {
-            "loss": report.loss,
-            "grad_norm": report.grad_norm,
-            "learning_rate": report.learning_rate,
-            "tokens_per_second": report.tokens_per_second,
-            "peak_bytes": report.peak_bytes,
-            "spikes": report.spikes,
-            "skipped_steps": report.skipped_steps,
+        self._ended.append(time.monotonic())
+        steps, work = len(self._ended) - 1, self._plan.work
+        tokens = steps * work.num_microbatches * work.num_tokens * work.degrees.dp
+        values = report.values() | {
+            "interval_tokens_per_second": tokens / (self._ended[-1] - self._ended[0])
         }
+        self._progress.step(report.step, values)
+        self._spent.add(report.figures)
         self._pending = (report, values)
 
     def go_back(self, step: int) -> None:
         """Drop the records after `step`: the run goes on from its checkpoint."""
         self._log.go_back(step)
         self._pending = None
+        self._ended.clear()
+        self._ended.append(time.monotonic())
 
     def validation(self, step: int, loss: float) -> None:
         """Show the validation loss after `step`, and add it to the step's record."""
@@ -144,10 +149,17 @@ class Reporter:
             f"step {step}  validation loss {loss:.4f}  (a uniform guess has ln V = {uniform:.4f})"
         )
 
-    def trace(self, measured: Timeline, parameters: Sequence[int]) -> None:
-        """Write the measured step next to the predicted one, for Perfetto and as a picture.
+    def trace(
+        self,
+        measured: Timeline,
+        parameters: Sequence[int],
+        ranks: Sequence[RankTimes] = (),
+        figures: Sequence[RankFigures] = (),
+    ) -> None:
+        """Write the measured step next to the predicted one: for Perfetto, programs and people.
 
-        The step is kept for the final table.  `parameters` are the numbers of parameters by rank.
+        The step is kept for the final table.  `parameters` are the numbers of parameters by rank
+        of the pipeline.  `ranks` and `figures` are those of all ranks of the run.
         """
         self._measured, self._parameters = measured, parameters
         assert self._pending is not None
@@ -160,8 +172,18 @@ class Reporter:
                 gap_measured=measured.makespan / planned.bound - 1.0, gap_predicted=planned.gap
             )
         trace = chrome_trace({"predicted": self._plan.timeline, "measured": measured})
+        times = step_times(
+            self._config,
+            self._plan,
+            measured,
+            step=self._pending[0].step,
+            ranks=ranks,
+            figures=figures,
+            words=sys.argv[1:],
+        )
         names = f"{self._plan.schedule.name}, vocabulary {self._plan.problem.algorithm.name}"
         try:
+            self._directory.write("trace/step_times.json", json.dumps(times))
             self._directory.write("trace/step.json", json.dumps(trace))
             self._directory.write("trace/step.svg", svg(measured, f"{names}: as measured"))
         except OSError as error:
@@ -202,6 +224,8 @@ class Reporter:
                 soft_wrap=True,
                 markup=False,
             )
+        if words := self._spent.words():
+            self._console.print(words, highlight=False, soft_wrap=True, markup=False)
         self._console.print(
             f"everything is in {self._directory.path}",
             highlight=False,

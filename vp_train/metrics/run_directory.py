@@ -17,7 +17,7 @@ from vp_train.durable import UnreadableError, checkpoints_in, naming, open_to_ap
 
 # What a run writes in its directory, apart from single files, which replace what is there.
 _FILES = ("LOCK", "metrics.jsonl")
-_DIRECTORIES = ("checkpoints", "tensorboard", "trace", "logs")
+_DIRECTORIES = ("checkpoints", "tensorboard", "trace", "logs", "profile")
 
 
 def refuse_used(settings: RunSettings) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,7 @@ class StepHealth:
     culprits: which ranks have a non-finite value, and in what.
     request: the largest request of all ranks (`supervision.requests`), and the first rank with it.
     saved: whether all ranks have written their part of the checkpoint that is being saved.
+    figures: other figures of every rank, by rank.
     """
 
     loss: float
@@ -90,6 +91,7 @@ class StepHealth:
     request: int = 0
     requesting_rank: int = 0
     saved: bool = False
+    figures: tuple[tuple[float, ...], ...] = ()
 
 
 def gather_health(
@@ -101,6 +103,7 @@ def gather_health(
     poison: Tensor | None = None,
     request: int = 0,
     saved: bool = False,
+    figures: Callable[[], Sequence[float]] = tuple,
 ) -> StepHealth:
     """Exchange loss, squared gradient norm, memory and request in one small all-gather.
 
@@ -110,7 +113,8 @@ def gather_health(
     are this rank's terms, [], or None.  `poison`, [], is not finite if a gradient of this rank was
     not, before it was summed over replicas; without it the norm decides, which is the same on all
     replicas.  If terms are on a device, one copy brings all to the host; nowhere else does a step
-    wait for the device.
+    wait for the device.  `figures` returns further figures of this rank, as many on all ranks.  It
+    is called after that copy, when the device is done.
     """
     terms = [term for term in (loss, squared_norm, poison) if term is not None]
     device = max(
@@ -123,10 +127,11 @@ def gather_health(
         nothing if term is None else term.to(device, torch.float64)
         for term in (loss, squared_norm, squared_norm if poison is None else poison)
     ]
-    others = torch.tensor([peak_bytes, request, float(saved)], dtype=torch.float64)
-    of_ranks = group.all_gather(torch.cat([torch.stack(own).cpu(), others]))
-    culprits = []
-    for rank, (rank_loss, _, rank_poison, *_) in enumerate(of_ranks.tolist()):
+    terms_here = torch.stack(own).cpu()
+    others = torch.tensor([peak_bytes, request, float(saved), *figures()], dtype=torch.float64)
+    of_ranks = group.all_gather(torch.cat([terms_here, others]))
+    culprits, rows = [], of_ranks.tolist()
+    for rank, (rank_loss, _, rank_poison, *_) in enumerate(rows):
         if not math.isfinite(rank_loss):
             culprits.append((rank, "loss"))
         elif not math.isfinite(rank_poison):
@@ -143,6 +148,7 @@ def gather_health(
         int(max(requests)),
         requests.index(max(requests)),
         bool(of_ranks[:, 5].all()),
+        tuple(tuple(row[6:]) for row in rows),
     )
 
 

@@ -60,10 +60,17 @@ class StageModule(Protocol):
 
 
 class Observer(Protocol):
-    """Watches a step; `recorder.Recorder` measures it."""
+    """Watches a step: `stopwatch.Stopwatch` sums seconds, `recorder.Recorder` keeps all spans."""
 
     def observe(self, item: Pass, held_bytes: Callable[[], int]) -> AbstractContextManager[None]:
         """Return a context for a pass.  `held_bytes` returns what S keeps for T and I for W."""
+        ...
+
+    def waits(self, action: Action, item: object) -> AbstractContextManager[None]:
+        """Return a context for a wait of the passes: for what `action` says, of `item`.
+
+        A wait for weights may lie within a pass.
+        """
         ...
 
     def watch(self, name: str, pending: Pending) -> Pending:
@@ -73,6 +80,9 @@ class Observer(Protocol):
 
 class _Blind:
     def observe(self, item: Pass, held_bytes: Callable[[], int]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def waits(self, action: Action, item: object) -> AbstractContextManager[None]:
         return nullcontext()
 
     def watch(self, name: str, pending: Pending) -> Pending:
@@ -216,9 +226,10 @@ class Executor:
         """
         modules = self._modules
         precise = statistics_dtype(modules.dtype)
-        weights = token_weights(
-            labels, mask, modules.normalisation, precise, modules.over_replicas, modules.device
-        )
+        with observer.waits(Action.WAIT, "tokens of all replicas"):
+            weights = token_weights(
+                labels, mask, modules.normalisation, precise, modules.over_replicas, modules.device
+            )
         losses = self._run(tokens, labels, weights * loss_scale, observer, segments, placed)
         return None if losses is None else (losses.double() * weights).sum()
 
@@ -350,7 +361,8 @@ class _Step:
 
     def finish(self) -> Tensor | None:
         """Wait for all communications; return the losses [m, T], None without output rows."""
-        self._comms.drain()
+        with self._observer.waits(Action.WAIT, "messages"):
+            self._comms.drain()
         for buffers in (self._tensors, self._arriving, self._delivering, self._saved):
             buffers.assert_empty()
         for stage in self._modules.stages.values():
@@ -368,7 +380,7 @@ class _Step:
         if layered:
             layers = stages[item.stage].completing(updates.announce)
         elif item == self._first_reader:
-            layers = stages[item.stage].reading(updates.need_of)
+            layers = stages[item.stage].reading(self._need_of)
         with self._observer.observe(item, self._held_bytes), layers:
             self._passes[item.kind](item)
         if op.completes:
@@ -382,9 +394,14 @@ class _Step:
         """Wait for a vocabulary matrix.  A pass of a stage waits itself, layer by layer."""
         assert isinstance(op.item, Pass)
         if op.item.kind.is_vocabulary:
-            self._modules.updates.need(op.item)
+            with self._observer.waits(op.action, op.item):
+                self._modules.updates.need(op.item)
         else:
             self._first_reader = op.item
+
+    def _need_of(self, names: Sequence[str]) -> None:
+        with self._observer.waits(Action.NEED, self._first_reader):
+            self._modules.updates.need_of(names)
 
     def _forward(self, item: Pass) -> None:
         x = self._tensors.take("x", item.stage, item.microbatch)
@@ -458,7 +475,8 @@ class _Step:
     def _arrive(self, op: Op) -> None:
         assert isinstance(op.item, Pass)
         name, stage = _product(op.item)
-        received = self._arriving.take(name, stage, op.item.microbatch).wait()
+        with self._observer.waits(op.action, op.item):
+            received = self._arriving.take(name, stage, op.item.microbatch).wait()
         self._tensors.put(name, stage, op.item.microbatch, received)
 
     def _watch(self, op: Op) -> Callable[[Pending], Pending]:
@@ -485,7 +503,9 @@ class _Step:
 
     def _wait(self, op: Op) -> None:
         assert isinstance(op.item, Collective)
-        self._delivering.take("barrier", op.item.barrier, op.item.microbatch)()
+        deliver = self._delivering.take("barrier", op.item.barrier, op.item.microbatch)
+        with self._observer.waits(op.action, op.item):
+            deliver()
 
     # The message of each payload.  A collective also needs the ranks that contribute nothing.
 

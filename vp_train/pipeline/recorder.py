@@ -2,120 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from threading import Thread
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from schedules.ir import Kind, Pass
+from schedules.lower import Action
 from schedules.timeline import Span
 from vp_train.pipeline.aside import Pending
-
-
-class Timer(Protocol):
-    """Measures time on a device without stopping it."""
-
-    def mark(self) -> Any:
-        """Return a mark for the moment at which the work issued so far is done."""
-        ...
-
-    def seconds(self, mark: Any) -> float:
-        """Return the seconds from `start` to `mark`.  On a GPU this waits for the mark."""
-        ...
-
-    def start(self) -> None:
-        """Set the origin of `seconds` to now."""
-        ...
-
-    def watch(self, pending: Pending, done: Callable[[Any], None]) -> Pending:
-        """Return `pending`, perhaps wrapped; call `done` with a mark for its end."""
-        ...
-
-
-class HostTimer:
-    """A timer by the clock of the host: on a CPU work is done when a call returns."""
-
-    def __init__(self) -> None:
-        self._origin = 0.0
-
-    def start(self, at: float | None = None) -> None:
-        """Set the origin of `seconds` to now, or to the moment `at` of time.perf_counter."""
-        self._origin = time.perf_counter() if at is None else at
-
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def seconds(self, mark: float) -> float:
-        return mark - self._origin
-
-    def watch(self, pending: Pending, done: Callable[[float], None]) -> Pending:
-        return _WaitedFor(pending, lambda: done(self.mark()))
-
-
-class CudaTimer:
-    """A timer by events on the streams of a GPU, which do not change how the work runs.
-
-    With `host_waits`, as over gloo, waiting for a communication blocks the host, so communications
-    are not timed.
-    """
-
-    def __init__(self, device: torch.device, *, host_waits: bool = False) -> None:
-        self._device, self._host_waits = device, host_waits
-        self._origin = self.mark()
-
-    def start(self) -> None:
-        self._origin = self.mark()
-
-    def mark(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def seconds(self, mark: Any) -> float:
-        mark.synchronize()
-        return float(self._origin.elapsed_time(mark)) / 1e3
-
-    def watch(self, pending: Pending, done: Callable[[Any], None]) -> Pending:
-        if not self._host_waits:
-            probe = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(probe):  # waits without delaying passes and communications
-                pending.wait()
-                done(self.mark())
-        return pending
-
-
-class _WaitedFor:
-    """A communication that a thread waits for, so that its end is recorded when it happens."""
-
-    def __init__(self, pending: Pending, done: Callable[[], None]) -> None:
-        self._result: Future[Tensor] = Future()
-
-        def wait() -> None:
-            try:
-                result = pending.wait()
-                done()
-                self._result.set_result(result)
-            except BaseException as error:  # raised in the thread that waits
-                self._result.set_exception(error)
-
-        Thread(target=wait, daemon=True).start()
-
-    def wait(self) -> Tensor:
-        return self._result.result()
-
-    def is_completed(self) -> bool:
-        return self._result.done()
-
-
-def timer_of(device: torch.device, *, host_waits: bool = False) -> HostTimer | CudaTimer:
-    """Return the timer of `device`; see CudaTimer for `host_waits`."""
-    return CudaTimer(device, host_waits=host_waits) if device.type == "cuda" else HostTimer()
+from vp_train.pipeline.executor import BLIND, Observer
+from vp_train.pipeline.timers import Timer
 
 
 @dataclass(slots=True)
@@ -132,7 +33,7 @@ class _Timed:
 
 @dataclass
 class Recorder:
-    """An observer that records one step of one rank.
+    """An observer that records one step of one rank, around another observer, `inner`.
 
     It does not count the storage of `parameters` as activation memory.
     """
@@ -140,6 +41,7 @@ class Recorder:
     rank: int
     timer: Timer
     parameters: list[nn.Parameter]
+    inner: Observer = BLIND
     peak_bytes: int = 0
     _passes: list[_Timed] = field(default_factory=list)
     _communications: list[_Timed] = field(default_factory=list)
@@ -164,16 +66,21 @@ class Recorder:
                     storages[storage.data_ptr()] = storage.nbytes()
                 return tensor
 
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+            with self.inner.observe(item, held_bytes), hooks:
                 yield
             self._saved[item.stage, item.microbatch] = sum(storages.values())
         else:
-            yield
+            with self.inner.observe(item, held_bytes):
+                yield
         timed.end = self.timer.mark()
         self._passes.append(timed)
         if item.kind in (Kind.B, Kind.I):  # held_bytes has what I keeps for W
             self._saved.pop((item.stage, item.microbatch), None)
         self.peak_bytes = max(self.peak_bytes, sum(self._saved.values()) + held_bytes())
+
+    def waits(self, action: Action, item: object) -> AbstractContextManager[None]:
+        return self.inner.waits(action, item)
 
     def watch(self, name: str, pending: Pending) -> Pending:
         """Time the communication `name`: a pass whose result hops, or a barrier such as `C0.3`."""
@@ -207,6 +114,26 @@ class Recorder:
             start=self.timer.seconds(timed.begin),
             end=self.timer.seconds(timed.end),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """An observer that gives passes and waits names in torch's profiler, around another one."""
+
+    inner: Observer
+
+    @contextmanager
+    def observe(self, item: Pass, held_bytes: Callable[[], int]) -> Iterator[None]:
+        with record_function(str(item)), self.inner.observe(item, held_bytes):
+            yield
+
+    @contextmanager
+    def waits(self, action: Action, item: object) -> Iterator[None]:
+        with record_function(f"{action}:{item}"), self.inner.waits(action, item):
+            yield
+
+    def watch(self, name: str, pending: Pending) -> Pending:
+        return self.inner.watch(name, pending)
 
 
 def joined_communications(of_ranks: list[list[Span]]) -> tuple[Span, ...]:

@@ -70,6 +70,15 @@ def peak_flops(cluster: ClusterConfig, dtype: str) -> float:
     return value
 
 
+def known_peak_flops(cluster: ClusterConfig, dtype: str) -> float | None:
+    """Return the peak FLOP/s of one GPU in this dtype, None if it was left at the default.
+
+    The default is that of no machine.
+    """
+    peak = peak_flops(cluster, dtype)
+    return None if peak == peak_flops(ClusterConfig(), dtype) else peak
+
+
 def on_cluster(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> CostConfig:
     """Return `cost` with the seconds that passes and messages take on this cluster.
 

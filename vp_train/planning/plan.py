@@ -100,6 +100,7 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
     Raises ConfigError, which names the value and the way out.
     """
     degrees = split_ranks(config.parallel, num_ranks)
+    _check_profile(config, num_ranks)
     num_evaluated = config.run.eval_microbatches_of(degrees.dp)
     _check_size(degrees.pp, num_evaluated, "run.eval_microbatches")
     step = plan_step(config, num_ranks)
@@ -125,6 +126,15 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
         evaluation_problem=evaluated,
         evaluation_program=evaluation_program,
     )
+
+
+def _check_profile(config: RunConfig, num_ranks: int) -> None:
+    """Raise ConfigError for a rank to be profiled that the run does not have."""
+    beyond = [rank for rank in config.run.profile_ranks if rank >= num_ranks]
+    if config.run.profile_steps and beyond:
+        raise ConfigError(
+            f"run.profile_ranks has rank {beyond[0]}, but the ranks are 0 to {num_ranks - 1}"
+        )
 
 
 def plan_step(config: RunConfig, num_ranks: int) -> StepPlan:

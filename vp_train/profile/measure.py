@@ -23,7 +23,8 @@ from vp_train.assembly import RankModel, build_rank, rank_device
 from vp_train.communication.nccl import require_gpu, set_environment
 from vp_train.config import ConfigError, RunConfig
 from vp_train.mesh import build_mesh
-from vp_train.pipeline.recorder import Recorder, timer_of
+from vp_train.pipeline.recorder import Recorder
+from vp_train.pipeline.timers import timer_of
 from vp_train.planning.plan import make_plan
 from vp_train.profile.costs import RankProfile
 from vp_train.profile.live import LiveStorages, leave_compiled_code_alone

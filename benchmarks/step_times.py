@@ -1,0 +1,225 @@
+"""Measure what the seconds by part of every step cost: gloo ranks on CPUs.
+
+    python benchmarks/step_times.py [--ranks 2] [--model nano] [--pairs 100] [--json FILE]
+
+Steps come in pairs, one with the stopwatch and the figures of all ranks, one without, in an order
+drawn with a seed; both write their record.  A step is timed on every rank, from a barrier to its
+end, and the slowest rank counts.  The cost is the median over the pairs of with / without - 1, of
+the seconds and of the CPU seconds of all threads of all ranks, which do not count other work on the
+machine.  `null` compares, in the same way, the steps without it with each other: its distance
+from 0 is noise.  `calls` says what the same calls take by themselves, for the operations of rank 0
+without their work, and as a part of a step: it has the least noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from provenance import provenance
+
+WARMUP = 4  # steps
+
+
+class Nothing:
+    """A stopwatch that measures nothing."""
+
+    def switch(self, part: object) -> None:
+        pass
+
+    def observe(self, item: object, held_bytes: object) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def waits(self, action: object, item: object) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def watch(self, name: str, pending: Any) -> Any:
+        return pending
+
+
+def rank_main(directory: str, model: str, pairs: int) -> None:
+    """Train as one rank; rank 0 prints whether each step was measured, and its seconds, as JSON."""
+    import torch
+    import torch.distributed as dist
+
+    from vp_train.assembly import build_rank
+    from vp_train.data import open_source
+    from vp_train.mesh import build_mesh
+    from vp_train.metrics.reporter import Reporter
+    from vp_train.metrics.run_directory import RunDirectory
+    from vp_train.planning.plan import make_plan
+    from vp_train.settings import load_config
+    from vp_train.train import Run
+
+    torch.set_num_threads(1)
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    steps = WARMUP + 2 * pairs
+    config = load_config(
+        [
+            f"model={model}",
+            "data=synthetic",
+            f"parallel.pp={num_ranks}",
+            f"run.root={directory}",
+            f"run.steps={steps + 1}",
+            "run.checkpoint_every=0",
+            "run.eval_every=0",
+            "run.trace_step=0",
+            f"run.log_every={steps}",
+        ]
+    )
+    dist.init_process_group("gloo")
+    plan = make_plan(config, num_ranks)
+    mesh = build_mesh(plan.degrees, plan.problem, config.run)
+    source = open_source(config)
+    run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
+    reporter = None
+    if mesh.rank == 0:
+        reporter = Reporter(config, plan, RunDirectory(config.run), 1)
+        with open(os.devnull, "w") as nowhere:
+            reporter._console.file = nowhere
+            reporter.start("", source)
+        reporter._console.quiet = True
+    stopwatch, own, of_ranks = run._stopwatch, run._figures, run._figures_of_ranks
+    orders = random.Random(1)
+    measured = [True] * WARMUP
+    for _ in range(pairs):
+        first = orders.random() < 0.5
+        measured += [first, not first]
+    rows: list[tuple[float, float]] = []
+    for step, measures in enumerate(measured, start=1):
+        nothing: Callable[[], Any] = lambda: tuple  # noqa: E731
+        run._stopwatch = stopwatch if measures else Nothing()  # type: ignore[assignment]
+        run._figures = own if measures else nothing  # type: ignore[method-assign]
+        run._figures_of_ranks = of_ranks if measures else lambda _: {}  # type: ignore[method-assign]
+        mesh.steps.barrier()
+        started, used = time.perf_counter(), time.process_time()
+        run.train_step(step, reporter)
+        rows.append((time.perf_counter() - started, time.process_time() - used))
+    gathered = mesh.world.all_gather_json(rows)
+    if mesh.rank == 0:
+        print(json.dumps((measured, gathered, seconds_of_calls(run, stopwatch))))
+    dist.destroy_process_group()
+
+
+def seconds_of_calls(run: Any, stopwatch: Any) -> float:
+    """Return the median seconds of all that rank 0 calls in a step for its figures."""
+    from schedules.lower import Action
+    from vp_train.metrics.figures import RankFigures, figures_of
+    from vp_train.pipeline.stopwatch import Part
+
+    found = []
+    for _ in range(200):
+        started = time.perf_counter()
+        for op in run.plan.program.ranks[0]:
+            if op.action is Action.RUN:
+                with stopwatch.observe(op.item, int):
+                    pass
+            elif op.action in (Action.ARRIVE, Action.WAIT, Action.NEED):
+                with stopwatch.waits(op.action, op.item):
+                    pass
+        for part in (*Part, Part.WAITING):
+            stopwatch.switch(part)
+        numbers = RankFigures(stopwatch.take(), *run._memory()).numbers()
+        figures_of(list(map(RankFigures.of, [numbers] * run.mesh.degrees.num_ranks)))
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+def measure(num_ranks: int, model: str, pairs: int) -> dict[str, Any]:
+    """Run the ranks, and return medians in seconds and the costs as fractions."""
+    with tempfile.TemporaryDirectory() as directory:
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29619",
+            "WORLD_SIZE": str(num_ranks),
+        }
+        words = [sys.executable, __file__, "--as-rank", directory]
+        words += ["--model", model, "--pairs", str(pairs)]
+        processes = [
+            subprocess.Popen(
+                words, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+            )
+            for rank in range(num_ranks)
+        ]
+        said = [process.communicate()[0] for process in processes]
+        assert not any(process.returncode for process in processes)
+    measured, of_ranks, calls = json.loads(said[0])
+    found: dict[str, dict[bool, list[float]]] = {}
+    for name, column, joined in (("seconds", 0, max), ("cpu_seconds", 1, sum)):
+        of_steps = [joined(row[column] for row in rows) for rows in zip(*of_ranks, strict=True)]
+        found[name] = {
+            kind: [
+                value
+                for value, how in zip(of_steps[WARMUP:], measured[WARMUP:], strict=True)
+                if how is kind
+            ]
+            for kind in (True, False)
+        }
+    return {
+        "ranks": num_ranks,
+        "model": model,
+        "pairs": pairs,
+        **{
+            f"median_{name}": {
+                "with": statistics.median(values[True]),
+                "without": statistics.median(values[False]),
+            }
+            for name, values in found.items()
+        },
+        "calls": {
+            "seconds": calls,
+            "cost": calls / statistics.median(found["seconds"][False]),
+        },
+        "cost": {name: paired(values[True], values[False]) for name, values in found.items()},
+        "null": {
+            name: paired(values[False][1::2], values[False][: len(values[False]) // 2 * 2 : 2])
+            for name, values in found.items()
+        },
+    }
+
+
+def paired(these: list[float], others: list[float]) -> dict[str, float]:
+    """Return the median of these / others - 1 over the pairs, and its standard error."""
+    ratios = [a / b - 1 for a, b in zip(these, others, strict=True)]
+    # Of a median, from the quartiles: 1.2533 sigma / sqrt(n), with sigma = IQR / 1.349.
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return {
+        "median": statistics.median(ratios),
+        "error": 1.2533 * (high - low) / 1.349 / len(ratios) ** 0.5,
+        "mean": statistics.fmean(these) / statistics.fmean(others) - 1,
+    }
+
+
+def main() -> None:
+    """Measure, and print or write the result as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--as-rank", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.as_rank:
+        rank_main(options.as_rank, options.model, options.pairs)
+        return
+    result = provenance() | measure(options.ranks, options.model, options.pairs)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

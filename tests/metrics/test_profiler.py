@@ -1,0 +1,53 @@
+"""A profiled step is a trace that names the passes, and one that cannot be written is a warning."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from tests.training import config_of, metrics_of, train
+from vp_train.config import ConfigError
+from vp_train.metrics.profiler import profiling
+from vp_train.planning.plan import make_plan
+
+
+def test_the_chosen_ranks_and_steps_have_traces_that_name_passes_and_waits(ranks, tmp_path):
+    config = config_of(
+        tmp_path,
+        steps=3,
+        profile_steps=(2,),
+        profile_ranks=(1,),
+        trace_step=2,
+        checkpoint_every=0,
+        eval_every=0,
+    )
+    assert ranks(2).run(train, config) == [1, 1]
+    (path,) = config.run.profiles.iterdir()
+    assert path.name == "step-00000002-rank-00001.json.gz"
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    names = {event["name"] for event in events}
+    program = make_plan(config, 2).program.ranks[1]
+    assert {str(op.item) for op in program if op.action == "run"} <= names
+    assert {str(op) for op in program if op.action == "wait"} <= names
+    assert any(name.startswith("aten::") for name in names)
+    assert len(metrics_of(config)) == 3  # recording a step changes nothing else of it
+    assert (config.run.directory / "trace" / "step_times.json").exists()
+
+
+def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+    (tmp_path / "profile").write_text("a file")
+    with profiling(tmp_path / "profile", 2, 0, "cpu"):
+        torch.ones(2).sum()
+    said = capsys.readouterr().err.splitlines()
+    assert any("profile" in line and "cannot be written" in line for line in said)
+
+
+def test_a_rank_that_does_not_exist_is_refused_before_the_run(tmp_path):
+    config = config_of(tmp_path, profile_steps=(2,), profile_ranks=(0, 2))
+    with pytest.raises(ConfigError, match=r"run.profile_ranks has rank 2, .* are 0 to 1"):
+        make_plan(config, 2)
+    make_plan(config_of(tmp_path, profile_ranks=(0, 2)), 2)

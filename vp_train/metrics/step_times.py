@@ -1,0 +1,150 @@
+"""The file trace/step_times.json: the traced step for programs, beside the Chrome trace.
+
+It has the planned and the measured timeline of the first replica, the seconds of every rank of the
+run by kind of pass and by part, and the costs that the plan assumed.  docs/monitoring.md describes
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from schedules.ir import Kind
+from schedules.timeline import Span, Timeline
+from vp_train.config import CostConfig, RunConfig
+from vp_train.metrics.figures import RankFigures
+from vp_train.planning.cluster import assumed_costs
+from vp_train.planning.plan import StepPlan
+
+SCHEMA = "vp_train step_times 1"
+_DIGITS = 7  # after the point, of seconds
+
+# The setting of `cost` that says how long a kind of pass takes, where it was measured.
+_MEASURED = {
+    Kind.F: "layer_forward_seconds",
+    Kind.B: "layer_backward_seconds",
+    Kind.I: "layer_input_grad_seconds",
+    Kind.W: "layer_weight_grad_seconds",
+    Kind.S: "output_row_seconds",
+    Kind.T: "output_row_seconds",
+    Kind.E: "lookup_seconds",
+    Kind.G: "lookup_grad_seconds",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RankTimes:
+    """What one rank of the run did in the traced step.
+
+    pass_seconds: by kind, the number of passes and their seconds.
+    """
+
+    rank: int
+    replica: int
+    pipeline_rank: int
+    tensor_rank: int
+    host: str
+    pass_seconds: Mapping[str, tuple[int, float]]
+
+    def record(self, figures: RankFigures | None) -> dict[str, Any]:
+        """Return the entry of this rank, with its `figures` of the step."""
+        entry = asdict(self)
+        entry["pass_seconds"] = {
+            kind: {"count": count, "seconds": round(seconds, _DIGITS)}
+            for kind, (count, seconds) in self.pass_seconds.items()
+        }
+        if figures is not None:
+            entry["seconds"] = {
+                part: round(seconds, _DIGITS) for part, seconds in figures.seconds.items()
+            }
+        return entry
+
+
+def pass_seconds(spans: Sequence[Span]) -> dict[str, tuple[int, float]]:
+    """Return the number and the seconds of the passes of each kind."""
+    found: dict[str, tuple[int, float]] = {}
+    for span in spans:
+        count, seconds = found.get(span.kind, (0, 0.0))
+        found[span.kind] = count + 1, seconds + span.seconds
+    return found
+
+
+def step_times(
+    config: RunConfig,
+    plan: StepPlan,
+    measured: Timeline,
+    *,
+    step: int,
+    ranks: Sequence[RankTimes],
+    figures: Sequence[RankFigures] = (),
+    words: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the content of the file.
+
+    `ranks` and `figures` are by rank of the run.  `words` are those of the command line.
+    """
+    degrees = plan.degrees
+    return {
+        "schema": SCHEMA,
+        "step": step,
+        "device": config.run.device,
+        "dtype": config.run.dtype,
+        "schedule": plan.schedule.name,
+        "vocabulary": plan.problem.algorithm.name,
+        "num_microbatches": plan.problem.num_microbatches,
+        "dp": degrees.dp,
+        "pp": degrees.pp,
+        "tp": degrees.tp,
+        "planned": _timeline(plan.timeline),
+        "measured": _timeline(measured),
+        "ranks": [
+            rank.record(figures[rank.rank] if rank.rank < len(figures) else None) for rank in ranks
+        ],
+        "cost": _cost(config, plan, words),
+    }
+
+
+def _timeline(timeline: Timeline) -> dict[str, Any]:
+    return {
+        "makespan_seconds": round(timeline.makespan, _DIGITS),
+        "bound_seconds": round(timeline.bound, _DIGITS),
+        "mean_bubble": timeline.mean_bubble,
+        "peak_bytes": list(timeline.peak_bytes),
+        "passes": [_spans(spans) for spans in timeline.compute],
+        "communications": _spans(timeline.comm) | {"ranks": [span.rank for span in timeline.comm]},
+    }
+
+
+def _spans(spans: Sequence[Span]) -> dict[str, Any]:
+    return {
+        "names": " ".join(span.name for span in spans),
+        "starts": [round(span.start, _DIGITS) for span in spans],
+        "ends": [round(span.end, _DIGITS) for span in spans],
+    }
+
+
+def _cost(config: RunConfig, plan: StepPlan, words: Sequence[str]) -> dict[str, Any]:
+    cost = plan.cost
+    assumed = assumed_costs(plan.work, config.cluster, config.cost)
+    return {
+        "sources": {kind.value: source_of(kind, config.cost) for kind in cost.pass_seconds},
+        "measured_on": config.cost.measured_on,
+        "overrides": [word for word in words if word.startswith(("cost", "cluster"))],
+        "settings": {name: value for name, value in asdict(assumed).items() if value is not None},
+        "pass_seconds": {kind.value: list(values) for kind, values in cost.pass_seconds.items()},
+        "hop_seconds": cost.hop_seconds,
+        "barrier_seconds": dict(cost.barrier_seconds),
+    }
+
+
+def source_of(kind: Kind, cost: CostConfig) -> str:
+    """Return where the planned seconds of a kind of pass come from.
+
+    measured: vp-profile or another measurement.  flops: FLOPs over an assumed rate.  assumed: a
+    look-up whose bytes or latency were assumed.
+    """
+    if getattr(cost, _MEASURED[kind]) is not None:
+        return "measured"
+    return "assumed" if kind in (Kind.E, Kind.G) else "flops"
