@@ -674,8 +674,8 @@ class DataConfig:
     )
     path: str | None = setting(
         None,
-        "text: a directory of text, .jsonl, .parquet or .arrow files, one such file, or the output "
-        "of vp-prepare. Texts and .jsonl may be packed (.gz, .zst).",
+        "text: a directory or file of text, .jsonl (both also .gz, .zst), .parquet or .arrow, "
+        "or the output of vp-prepare.",
     )
     blend: tuple[BlendEntry, ...] | None = setting(None, "blend: the corpora and their weights.")
     packing: str = setting(
