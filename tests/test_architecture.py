@@ -72,7 +72,13 @@ ALLOWED = {
         "vp_train.planning",
         "vp_train.preflight",
     ),
-    "vp_train.data": ("vp_train.config", "vp_train.data", "vp_train.durable", "vp_train.quiet"),
+    "vp_train.data": (
+        "vp_train.config",
+        "vp_train.data",
+        "vp_train.durable",
+        "vp_train.quiet",
+        "vp_train.units",
+    ),
 }
 MOST_POSITIONAL = 5  # parameters of a constructor; the others are keywords
 MOST_ROOT_MODULES = 10  # besides __init__ and __main__
@@ -80,7 +86,9 @@ DOORS = {
     "megatron": {"vp_train.model.megatron", "vp_train.data.indexed"},
     "hydra": {"vp_train.settings"},
     "omegaconf": {"vp_train.settings"},
-    "tokenizers": {"vp_train.data.tokenizer", "vp_train.data.corpus"},
+    "tokenizers": {"vp_train.data.tokenizer", "vp_train.data.worker"},
+    "pyarrow": {"vp_train.data.tables"},
+    "zstandard": {"vp_train.data.files"},
     "safetensors": {"vp_train.checkpoint.store", "vp_train.checkpoint.stream"},
     "transformers": set(),
     "matplotlib": {"vp_train.commands.plot"},
@@ -108,6 +116,8 @@ WITHOUT_TORCH = (
     "vp_train.units",
     "vp_train.model.shape",
     "vp_train.data.documents",
+    "vp_train.data.encoding",
+    "vp_train.data.tables",
 )
 
 

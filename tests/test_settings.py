@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from vp_train.config import BlendEntry, ConfigError, RunConfig, Setting, setting
 from vp_train.settings import (
     group_choices,
     load_config,
+    override,
     resume_words,
     section_help,
     sections,
@@ -120,3 +123,50 @@ def test_the_page_of_settings_is_the_one_that_is_generated():
     assert page.read_text() == settings_page(), (
         "run: python -m vp_train.settings > docs/settings.md"
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a=b",
+        "x (1).txt",
+        " a ",
+        "it's",
+        'a"b',
+        "é/中文",
+        "a#b;c",
+        "a[1]{2}",
+        "true",
+        "007",
+        "1e3",
+        "~x",
+    ],
+)
+def test_a_text_is_taken_as_it_is_written(text):
+    assert load_config(["data=text", f"data.path={text}"]).data.path == text
+    assert load_config([f"run.name={text.replace('/', '')}"]).run.name == text.replace("/", "")
+
+
+def test_a_path_at_home_may_have_any_letters(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/a=b")
+    assert load_config(["data=text", "data.path=~/x (1)"]).data.path == "/home/a=b/x (1)"
+
+
+@pytest.mark.parametrize("text", ["a,b", "{a}", "~/a,b", r"a\'b"])
+def test_a_text_that_must_be_quoted_is_told_how(text):
+    with pytest.raises(ConfigError, match="quote it for the shell and for hydra: ") as caught:
+        load_config(["data=text", f"data.path={text}"])
+    (word,) = shlex.split(str(caught.value).partition("for hydra: ")[2])
+    assert load_config(["data=text", word]).data.path == os.path.expanduser(text).replace("'", "")
+
+
+@pytest.mark.parametrize("text", ["a'b", r"a\'b", "a\\", r"\\'", "'", "a\\b", r"'\'"])
+def test_an_override_sets_any_text(text):
+    assert load_config(["data=text", override("data.path", text)]).data.path == text
+
+
+def test_a_path_in_a_blend_that_must_be_quoted_is_told_how():
+    with pytest.raises(ConfigError, match=r"quote a path with other signs .*{path:'/data/a=b'}"):
+        load_config(["data=blend", "data.blend=[{path:/data/a=b}]"])
+    blend = load_config(["data=blend", "data.blend=[{path:'/data/a=b'}]"]).data.blend
+    assert blend[0].path == "/data/a=b"

@@ -638,6 +638,7 @@ def _count(number: int) -> str:
     return f"{number:,}" if number < 10**15 else "more than 10^15"
 
 
+_MOST_WORKERS = 1_024
 _LONGEST_PATTERN = 100_000  # samples after which the order of a blend's corpora repeats
 
 
@@ -673,7 +674,8 @@ class DataConfig:
     )
     path: str | None = setting(
         None,
-        "text: a directory of text or .jsonl files, one such file, or the output of vp-prepare.",
+        "text: a directory or file of text, .jsonl (both also .gz, .zst), .parquet or .arrow, "
+        "or the output of vp-prepare.",
     )
     blend: tuple[BlendEntry, ...] | None = setting(None, "blend: the corpora and their weights.")
     packing: str = setting(
@@ -688,8 +690,17 @@ class DataConfig:
     end_token: str | None = setting(
         None, "Token of that tokenizer that ends a document; null tries the usual names."
     )
-    jsonl_field: str = setting("text", "Field of a .jsonl line that holds the text.")
+    jsonl_field: str = setting(
+        "text", "Field of a .jsonl line, or column of a table, that holds the text."
+    )
     cache_dir: str = setting("data-cache", "Directory for tokenizers and tokens.")
+    workers: int | None = setting(
+        None,
+        "Processes that tokenize a corpus of more than 16 MB; null: one for each CPU. The tokens "
+        "do not depend on it.",
+        least=1,
+        most=_MOST_WORKERS,
+    )
     validation_fraction: float = setting(
         0.05, "Part of the samples that is kept for validation.", least=0, below=1
     )
@@ -718,6 +729,11 @@ class DataConfig:
                 "which data.name=synthetic has none of; drop it"
             )
         _ = self.weights  # raises ConfigError for weights that cannot be used
+
+    @property
+    def num_workers(self) -> int:
+        """The number of processes that tokenize."""
+        return self.workers or len(os.sched_getaffinity(0))
 
     @property
     def weights(self) -> tuple[int, ...]:
@@ -1016,7 +1032,10 @@ class RunSettings:
 
 # A resumed run may find its text in another place, so these settings of `data` may differ.  The
 # text itself is compared by the hashes in `Source.contents`.
-FREE_DATA = ("name", "path", "blend", "tokenizer", "end_token", "jsonl_field", "cache_dir")
+FREE_DATA = (
+    *("name", "path", "blend", "tokenizer", "end_token", "jsonl_field", "cache_dir"),
+    "workers",
+)
 # Model settings that may change when a run starts from another run's weights.  Any other setting
 # would give the same tensors another meaning.
 FREE_MODEL = (

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _CHECKPOINT = re.compile(r"step-([0-9]{8,12})")
+_POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of a git-LFS pointer
+_LARGEST_POINTER = 1 << 10  # bytes
 LARGEST_TEXT = 1 << 20  # bytes; the texts that people write by hand have a few thousand
 
 
@@ -125,8 +127,8 @@ class UnreadableError(ValueError):
 def open_regular(path: Path, *, follow: bool = True) -> Iterator[BinaryIO]:
     """Open a file for reading if it is a regular one.
 
-    A FIFO would block, and a device may have no end.  Without `follow` a symbolic link is refused
-    too.  Raises UnreadableError.
+    A FIFO would block, and a device may have no end.  What git keeps in the place of a large file
+    is refused, and without `follow` a symbolic link too.  Raises UnreadableError.
     """
     try:
         kind = os.stat(path, follow_symlinks=follow).st_mode
@@ -147,8 +149,15 @@ def open_regular(path: Path, *, follow: bool = True) -> Iterator[BinaryIO]:
             raise
         raise UnreadableError(f"{path}: {error}") from None
     with file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        now = os.fstat(file.fileno())
+        if not stat.S_ISREG(now.st_mode):
             raise UnreadableError(f"{path} is not a file any more")
+        if now.st_size <= _LARGEST_POINTER and os.pread(file.fileno(), len(_POINTER), 0) == (
+            _POINTER
+        ):
+            raise UnreadableError(
+                f"{path} is a git-LFS pointer, not the file itself; run git lfs pull there"
+            )
         yield file
 
 

@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import os
 import re
+import shlex
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,7 +70,9 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
     chosen = {word.partition("=")[0] for word in overrides}
     files = {word: settings for word in overrides if (settings := _of_file(word)) is not None}
     try:
-        overrides = [_at_home(word) for given in overrides for word in files.get(given, [given])]
+        overrides = [
+            _as_written(_at_home(word)) for given in overrides for word in files.get(given, [given])
+        ]
         for word in overrides:
             _check_word(word)
         if (saved := _saved_by_run(overrides, schema)) is not None:
@@ -165,9 +168,8 @@ def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConf
         with initialize_config_module("vp_train.configs", version_base="1.3"):
             composed = compose(primary, overrides=list(overrides))
     except OverrideParseException as error:
-        raise ConfigError(
-            f"{error.override!r} is not an override; write key=value, e.g. run.steps=100"
-        ) from None
+        way_out = _quoted_words(str(error.override)) or "write key=value, e.g. run.steps=100"
+        raise ConfigError(f"{error.override!r} is not an override; {way_out}") from None
     except MissingConfigException as error:
         raise ConfigError(_unknown_choice(error)) from None
     except ConfigCompositionException as error:
@@ -443,7 +445,8 @@ def resume_words(config: RunConfig) -> str | None:
     return f"settings of {path}" + (f", changed here: {', '.join(changes)}" if changes else "")
 
 
-_QUOTED_OR_HOME = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?<=[=:,\[])\s*(~[^,\]}]*)""")
+_QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
+_QUOTED_OR_HOME = re.compile(rf"{_QUOTED}|(?<=[=:,\[])\s*(~[^,\]}}]*)")
 
 
 def _at_home(word: str) -> str:
@@ -453,6 +456,42 @@ def _at_home(word: str) -> str:
         return match[0] if match[1] is None else _word(os.path.expanduser(match[1]))
 
     return _QUOTED_OR_HOME.sub(found, word)
+
+
+_MEANT_FOR_HYDRA = re.compile(r"""\s*(?:['"\[{].*|null\s*)|.*[,\\].*|""", re.I | re.S)
+
+
+def _as_written(word: str) -> str:
+    """Quote the value of a text setting, so that `=`, `(` or `#` in a path is one of its letters.
+
+    Lists, quoted values and null stay what they are in hydra's grammar, and so do values with a
+    comma, which separates several, or a backslash, which escapes.
+    """
+    name, equals, value = word.partition("=")
+    if not equals or not _is_text(name) or _MEANT_FOR_HYDRA.fullmatch(value):
+        return word
+    return override(name, value)
+
+
+def _is_text(name: str) -> bool:
+    """Return whether a setting takes any text."""
+    if name not in setting_names():
+        return False
+    item, section = _field_of(name)
+    kind = typing.get_type_hints(section)[item.name]
+    return kind in (str, str | None) and not setting_of(item).choices
+
+
+def _quoted_words(word: str) -> str:
+    """Return the way out for a text that hydra takes for something else; empty for other words."""
+    name, _, value = word.partition("=")
+    if name == "data.blend":
+        return "quote a path with other signs than letters, digits and /-_.: {path:'/data/a=b'}"
+    if not _is_text(name) or re.fullmatch(_QUOTED, value):
+        return ""
+    typed = override(name, value.replace("'", ""))
+    for_shell = f'"{typed}"' if not re.search(r'["$`\\!]', typed) else shlex.quote(typed)
+    return f"if that is one text, quote it for the shell and for hydra: {for_shell}"
 
 
 def _of_file(word: str) -> list[str] | None:
@@ -478,8 +517,13 @@ def _of_file(word: str) -> list[str] | None:
 def _word(setting: object) -> str:
     """Return a value of a file as hydra reads it after `key=`."""
     if isinstance(setting, str):
-        return "'" + setting.replace("'", r"\'") + "'"
+        # A backslash counts as one unless it stands before a quote.
+        return "'" + re.sub(r"(\\*)('|$)", _escaped, setting) + "'"
     return "null" if setting is None else str(setting)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[1] * 2 + ("\\'" if found[2] else "")
 
 
 def override(name: str, value: str) -> str:
@@ -551,8 +595,9 @@ def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
         example = "[{path:DIR,weight:3},{name:pystdlib,weight:1}]"
         return f"data.blend{reason}; write data.blend={example}"
     if first.startswith("Ambiguous value"):
-        word = first.split("'")[1]
-        return f"{word}: one value is needed; vp-simulate --compare compares several"
+        word = first[first.index("'") + 1 : first.rindex("'")]
+        way_out = _quoted_words(word) or "vp-simulate --compare compares several"
+        return f"{word}: one value is needed; {way_out}"
     if first.startswith("Could not override"):
         key = first.split("'")[1]
         close = difflib.get_close_matches(key, list(keys), n=2)
@@ -691,7 +736,8 @@ def settings_page() -> str:
         "`vp-train --help SECTION` shows a section too. Values are taken as they are written:\n"
         "`${...}` is refused, in overrides and in files, because a file of somebody else must not\n"
         "read the environment, and the shell expands your variables. Names have no control\n"
-        "characters. This page is generated:\n"
+        "characters. A text may have spaces, `=`, `(` or `#`; one with a comma or a backslash is\n"
+        "quoted, for the shell too: `\"data.path='a,b'\"`. This page is generated:\n"
         "`python -m vp_train.settings > docs/settings.md`.",
     ]
     for name, section in [

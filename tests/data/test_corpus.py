@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from vp_train.config import ConfigError, DataConfig, ModelConfig, RunConfig, RunSettings
-from vp_train.data import open_source, prepare
+from vp_train.data import describe, open_source, prepare
 from vp_train.data.indexed import check_tokens
 from vp_train.data.tokenizer import train_tokenizer
 
@@ -114,17 +115,28 @@ def test_jsonl_and_a_given_tokenizer(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "words"),
     [
-        ("{broken", r"all.jsonl:2 is not JSON"),
-        ('{"content": 3}', r"all.jsonl:2 has no text field 'text' \(found: content\)"),
+        ("{broken", r"lines that are not JSON in UTF-8: 1; first .*all.jsonl:1 "),
+        ('{"content": 3}', r"documents without the text field: 1; first .*:1 \(no 'text', but con"),
+        ('{"text": null}', r"null texts: 1; first .*all.jsonl:1"),
     ],
 )
-def test_a_broken_line_is_named(tmp_path, line, message):
-    (tmp_path / "all.jsonl").write_text('{"text": "good"}\n' + line + "\n")
-    with pytest.raises(ConfigError, match=message):
-        prepare(config(tmp_path, tmp_path / "all.jsonl"), VOCAB, progress=False)
-    assert not list((tmp_path / "cache").glob("building-*"))
+def test_what_is_left_out_is_said_and_a_corpus_of_nothing_else_is_refused(
+    tmp_path, line, words, capsys
+):
+    lines = tmp_path / "all.jsonl"
+    lines.write_text(line + "\n")
+    with pytest.raises(ConfigError, match=f"hold no text .left out, {words}.*data.jsonl_field"):
+        prepare(config(tmp_path, lines), VOCAB, progress=False)
+    assert not (tmp_path / "cache" / "building").exists()
+    lines.write_text(line + '\n{"text": "good"}\n')
+    capsys.readouterr()
+    corpus = prepare(config(tmp_path, lines), VOCAB, progress=False)
+    assert re.match(f"left out, {words}", capsys.readouterr().err)
+    again = prepare(config(tmp_path, lines), VOCAB, progress=False)
+    assert again.manifest == corpus.manifest
+    assert re.search(f"\nleft out, {words}", describe(again))
 
 
 def test_missing_and_empty_inputs_are_named(tmp_path):

@@ -10,7 +10,9 @@ import pytest
 
 from tests.data.cases import text_config
 from vp_train.config import ConfigError, DataConfig
-from vp_train.data.documents import content_hash, find_files, read_documents
+from vp_train.data.documents import Reading, read_documents
+from vp_train.data.files import content_hash, find_files
+from vp_train.data.left_out import LeftOut
 
 
 def texts(*paths: Path) -> list[str]:
@@ -60,26 +62,82 @@ def test_jsonl_gives_one_document_per_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "words"),
     [
-        (b'{"text": ', r"lines\.jsonl:2 is not JSON"),
-        (b'{"text": "\xff"}', r"lines\.jsonl:2 is not JSON in UTF-8"),
-        (b"[" * 100_000, r"lines\.jsonl:2 is not JSON"),
+        (b'{"text": ', "lines that are not JSON in UTF-8: 1; first {}:2 (Expecting value"),
+        (b'{"text": "\xff"}', "lines that are not JSON in UTF-8: 1; first {}:2 ('utf-8' codec"),
+        (b"[" * 100_000, "lines that are not JSON in UTF-8: 1; first {}:2 (maximum recursion"),
         (
             b'{"body": "x", "title": "y"}',
-            r"lines\.jsonl:2 has no text field 'text' \(found: body, title\); set data.jsonl_field",
+            "documents without the text field: 1; first {}:2 (no 'text', but body, title)",
         ),
-        (b'{"text": 3}', r"lines\.jsonl:2 has no text field"),
-        (b"7", r"lines\.jsonl:2 has no text field 'text' \(found: int\)"),
+        (b"7", "documents without the text field: 1; first {}:2 (no 'text', but int)"),
+        (b'{"text": 3}', "text fields that hold no text: 1; first {}:2 (3)"),
+        (b'{"text": null}', "null texts: 1; first {}:2"),
+        (b'{"text": ""}', "empty documents: 1; first {}:2"),
+        (b"[" * 200_000, "lines or values that are too long: 1; first {}:2 (above 150,000"),
     ],
 )
-def test_bad_jsonl_line_is_an_error_that_names_it(
-    tmp_path: Path, line: bytes, message: str
+def test_what_holds_no_text_is_left_out_and_named_with_its_line(
+    tmp_path: Path,
+    line: bytes,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("vp_train.data.documents.LONGEST_LINE", 150_000)
+    file = tmp_path / "lines.jsonl"
+    file.write_bytes(b'{"text": "one"}\n' + line + b'\n{"text": "three"}\n')
+    assert [document.text for document in read_documents([file], "text", warn=True)] == [
+        "one",
+        "three",
+    ]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"left out, {words.format(file)}")
+
+
+def test_every_kind_is_counted_and_its_first_place_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "lines.jsonl"
-    file.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
-    with pytest.raises(ConfigError, match=message):
-        texts(file)
+    file.write_text('{"text": null}\nno\n{"text": null}\n')
+    assert not list(read_documents([file], "text", warn=True))
+    assert capsys.readouterr().err.splitlines() == [
+        f"left out, null texts: 2; first {file}:1",
+        "left out, lines that are not JSON in UTF-8: 1; "
+        f"first {file}:2 (Expecting value: line 1 column 1 (char 0))",
+    ]
+
+
+def test_a_text_is_what_its_file_has_without_the_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n\xef\xbb\xbf")
+    assert texts(tmp_path / "a.txt") == ["one\r\ntwo\rthree\n\ufeff"]
+    lines = b'\xef\xbb\xbf{"text": "one\\r\\n"}\r\n\r\n{"text": "two"}\r\n'
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    assert texts(tmp_path / "a.jsonl") == ["one\r\n", "two"]
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_a_long_text_is_read_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    monkeypatch.setattr("vp_train.data.documents._CHUNK", 8)
+    text = "\ufeff" + "x" * at + "née 中文 🙂\r\n" * 5
+    (tmp_path / "a.txt").write_text(text, newline="")
+    state = Reading(LeftOut())
+    (document,) = read_documents([tmp_path / "a.txt"], "text", reading=state)
+    assert not isinstance(document.parts, tuple)
+    # The generator of documents stands at this one, so its parts can be read.
+    found = [
+        part
+        for document in read_documents([tmp_path / "a.txt"], "text", reading=state)
+        for part in document.parts
+    ]
+    assert "".join(found) == text.removeprefix("\ufeff")
+    assert max(map(len, found)) <= 8
+    (tmp_path / "a.txt").write_bytes(text.encode() + b"\xff")
+    assert not list(read_documents([tmp_path / "a.txt"], "text", reading=state))
+    assert state.left_out.counts == {"texts that are not UTF-8": 1}
 
 
 def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
@@ -95,4 +153,14 @@ def test_file_that_is_not_utf8_is_left_out_and_named(
     for file, content in zip(files, (b"\xff\xfe", b"good", b"\x80"), strict=True):
         file.write_bytes(content)
     assert [document.text for document in read_documents(files, "text", warn=True)] == ["good"]
-    assert f"{files[0]} and 1 more" in capsys.readouterr().err
+    assert f"texts that are not UTF-8: 2; first {files[0]}" in capsys.readouterr().err
+
+
+def test_files_of_a_directory_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for name in ("a.txt", "b.png", "c", "d.json", ".hidden", "e.parquet.gz"):
+        (tmp_path / "text" / name).write_text("x")
+    left_out = LeftOut()
+    assert [file.name for file in find_files(text_config(tmp_path), left_out)] == ["a.txt"]
+    assert left_out.counts == {"files with other endings": 4}
+    assert left_out.first["files with other endings"] == str(tmp_path / "text" / "b.png")

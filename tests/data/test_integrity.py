@@ -13,7 +13,6 @@ import pytest
 from tests.data.cases import VOCAB_SIZE, text_config, write_letters
 from vp_train.config import ConfigError, DataConfig
 from vp_train.data import corpus, prepare
-from vp_train.data.documents import pieces
 from vp_train.data.integrity import block_hashes, check_once
 
 
@@ -170,17 +169,3 @@ def test_blocks_are_hashed_on_their_own(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "a").write_bytes(b"abcdabcdef")
     first, second, third = block_hashes(tmp_path / "a")
     assert first == second != third
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_pieces_are_the_text_and_have_no_long_run(seed: int) -> None:
-    random = np.random.default_rng(seed)
-    text = "".join(random.choice(list("ab \n"), p=[0.6, 0.2, 0.1, 0.1], size=500))
-    found = pieces(text, 12)
-    assert "".join(found) == text
-    assert all(len(word) <= 12 for piece in found for word in piece.split())
-
-
-def test_long_text_is_cut_at_blanks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vp_train.data.documents.LONGEST_PIECE", 10)
-    assert pieces("one two three four", 8) == ["one two", " three", " four"]

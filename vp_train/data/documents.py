@@ -1,143 +1,178 @@
-"""Finding and reading the documents of a corpus, in a fixed order."""
+"""Reading the documents of files, in bounded memory.
+
+A text file is one document: its characters as they stand, carriage returns too, without the byte
+order mark that may come first.  A line of a .jsonl file or a row of a table is one document: the
+text in one field.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import codecs
 import json
-import os
-import re
 import sys
-import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
-from vp_train.config import ConfigError, DataConfig, printable
-
-_TEXT_SUFFIXES = frozenset(
-    {".txt", ".md", ".rst", ".tex", ".html", ".csv", ".jsonl"}
-    | {".py", ".c", ".h", ".cc", ".cpp", ".java", ".js", ".ts", ".go", ".rs"}
+from vp_train.data.files import kind_of, open_unpacked
+from vp_train.data.left_out import (
+    EMPTY,
+    NO_FIELD,
+    NOT_JSON,
+    NOT_TEXT,
+    NOT_UTF8,
+    NULL,
+    TOO_LONG,
+    LeftOut,
+    words_of,
 )
+from vp_train.durable import shown
+
+LONGEST_LINE = 1 << 26  # bytes of a JSON line; one of small values takes 25 times as much memory
+_CHUNK = 1 << 22  # bytes of a text file that are read together
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text and its origin: a path, for .jsonl files with the line number."""
+    """One text, in parts, and its origin: a path, with the number of the line or the row.
+
+    The parts of a text that is not long are a tuple.  Those of a long one can be read once, before
+    the next document is taken.
+    """
 
     origin: str
-    text: str
+    parts: Iterable[str]
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self.parts)
 
 
-def find_files(config: DataConfig) -> tuple[Path, ...]:
-    """Return the files of the corpus, sorted by path.  Raises ConfigError if there are none."""
-    if config.name == "pystdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-        files = [
-            path
-            for path in root.rglob("*.py")
-            if not skipped.intersection(path.relative_to(root).parts)
-        ]
-    else:
-        assert config.path is not None
-        root = Path(os.path.realpath(os.path.expanduser(config.path)))
-        if not root.exists():
-            raise ConfigError(
-                f"data.path={config.path} does not exist; "
-                "give a directory of text files, or one file"
-            )
-        files = (
-            [root]
-            if root.is_file()
-            else [path for path in root.rglob("*") if path.suffix.lower() in _TEXT_SUFFIXES]
-        )
-    files = sorted(path for path in files if path.is_file())
-    if not files:
-        raise ConfigError(
-            f"data.path={root} holds no text file; "
-            f"known endings are {' '.join(sorted(_TEXT_SUFFIXES))}"
-        )
-    return tuple(files)
+@dataclass(slots=True)
+class Reading:
+    """How far a corpus is read, and what was left out.
 
+    num_bytes: of the files, as they are on disk.
+    """
 
-def content_hash(files: Sequence[Path], root: Path) -> str:
-    """Return a hash of the names (relative to `root`) and contents of the files."""
-    digest = hashlib.blake2b(digest_size=12)
-    for path in files:
-        digest.update(os.fsencode(path.relative_to(root)) + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
+    left_out: LeftOut
+    num_bytes: int = 0
 
 
 def read_documents(
-    files: Sequence[Path], jsonl_field: str, warn: bool = False
+    files: Sequence[Path], field: str, warn: bool = False, reading: Reading | None = None
 ) -> Iterator[Document]:
-    """Yield every document in order.  Files that are not UTF-8 are skipped.
+    """Yield every document in order.
 
-    With `warn`, one line on stderr names the skipped files.  Raises ConfigError with file and line
-    number for a .jsonl line that is not UTF-8 JSON or lacks the text field `jsonl_field`.
+    field: of a JSON line, or the column of a table, that holds the text.
+    warn: whether to say on stderr at the end what was left out, one line for each kind.
+    reading: what is kept up to date meanwhile.
+
+    What holds no text is left out.  Raises ConfigError for a file that cannot be read or is broken,
+    and for a table without the column.
     """
-    skipped = []
+    state = Reading(LeftOut()) if reading is None else reading
+    done = state.num_bytes
     for path in files:
-        try:
-            if path.suffix.lower() == ".jsonl":
-                yield from _read_lines(path, jsonl_field)
-            else:
-                yield Document(str(path), path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            skipped.append(path)
-    if skipped and warn:
-        others = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
-        print(f"left out, not UTF-8: {printable(str(skipped[0]))}{others}", file=sys.stderr)
+        kind = kind_of(path)
+        if kind == "lines":
+            yield from _lines(path, field, state)
+        elif kind == "text":
+            yield from _text(path, state)
+        else:
+            from vp_train.data.tables import rows
+
+            for origin, value in rows(path, kind, field, state.left_out):
+                yield from _document(origin, value, state.left_out)
+        done += path.stat().st_size
+        state.num_bytes = done
+    if warn:
+        for line in words_of(state.left_out.as_dict()):
+            print(line, file=sys.stderr)
 
 
-LONGEST_PIECE = 1 << 24  # characters that are tokenized together
+def _document(origin: str, value: object, left_out: LeftOut) -> Iterator[Document]:
+    """Yield the document of a field, or count why there is none."""
+    if value is None:
+        left_out.add(NULL, origin)
+    elif not isinstance(value, str):
+        left_out.add(NOT_TEXT, origin, shown(value))
+    elif not value:
+        left_out.add(EMPTY, origin)
+    else:
+        yield Document(origin, (value,))
 
 
-def pieces(text: str, longest_run: int) -> list[str]:
-    """Cut a text where it has more than `longest_run` characters with or without a blank in a row.
+def _text(path: Path, state: Reading) -> Iterator[Document]:
+    """Yield a text file as one document.  A long one is read twice, to see that all is UTF-8."""
+    before = state.num_bytes
+    try:
+        with open_unpacked(path) as (stream, _):
+            first = stream.read(_CHUNK)
+            is_long = len(first) == _CHUNK and bool(stream.read(1))
+        text = "" if is_long else first.decode("utf-8-sig")
+        if is_long:
+            with open_unpacked(path) as (stream, _):
+                for _ in _decoded(stream):
+                    pass
+    except UnicodeDecodeError:
+        state.left_out.add(NOT_UTF8, str(path))
+        return
+    if is_long:
+        with open_unpacked(path) as (stream, raw):
+            yield Document(str(path), _followed(_decoded(stream), raw, state, before))
+    elif text:
+        yield Document(str(path), (text,))
+    else:
+        state.left_out.add(EMPTY, str(path))
 
-    The time of a tokenizer grows faster than the length of a word, and its memory by some 50 bytes
-    for each character, so texts are cut at a blank too.  The pieces together are the text.
-    """
-    if len(text) <= longest_run:
-        return [text]
-    runs = re.finditer(rf"\S{{{longest_run}}}|\s{{{longest_run}}}", text)
-    cuts = [0, *(run.end() for run in runs), len(text)]
-    found = []
-    for start, stop in pairwise(cuts):
-        while stop - start > LONGEST_PIECE:
-            blank = text.rfind(" ", start + 1, start + LONGEST_PIECE)
-            cut = blank if blank > 0 else start + LONGEST_PIECE
-            found.append(text[start:cut])
-            start = cut
-        if start < stop:
-            found.append(text[start:stop])
-    return found
+
+def _decoded(stream: BinaryIO) -> Iterator[str]:
+    """Yield the text of a stream in parts.  Raises UnicodeDecodeError."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    while chunk := stream.read(_CHUNK):
+        yield decoder.decode(chunk)
+    yield decoder.decode(b"", final=True)
 
 
-def _read_lines(path: Path, field: str) -> Iterator[Document]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+def _followed(parts: Iterator[str], raw: BinaryIO, state: Reading, before: int) -> Iterator[str]:
+    for part in parts:
+        state.num_bytes = before + raw.tell()
+        yield part
+
+
+def _lines(path: Path, field: str, state: Reading) -> Iterator[Document]:
+    before, left_out = state.num_bytes, state.left_out
+    with open_unpacked(path) as (stream, raw):
+        number = 0
+        while line := stream.readline(LONGEST_LINE + 1):
+            number += 1
+            state.num_bytes = before + raw.tell()
+            origin = f"{path}:{number}"
+            if len(line) > LONGEST_LINE:
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(_CHUNK)
+                left_out.add(TOO_LONG, origin, f"above {LONGEST_LINE:,} bytes")
+                continue
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
                 record = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:
-                raise ConfigError(
-                    f"{path}:{number} is not JSON in UTF-8 ({error}); repair or remove the line"
-                ) from None
-            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                left_out.add(NOT_JSON, origin, str(error))
+                continue
+            if not isinstance(record, dict) or field not in record:
                 found = (
                     ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
                 )
-                raise ConfigError(
-                    f"{path}:{number} has no text field {field!r} (found: {found}); "
-                    "set data.jsonl_field"
-                )
-            # JSON can escape half of a surrogate pair, which no tokenizer accepts.
-            yield Document(
-                f"{path}:{number}", record[field].encode("utf-8", "replace").decode("utf-8")
-            )
+                left_out.add(NO_FIELD, origin, f"no {field!r}, but {found or 'nothing'}")
+                continue
+            value = record[field]
+            if isinstance(value, str) and not value.isascii():
+                # JSON can escape half of a surrogate pair, which no tokenizer accepts.
+                value = value.encode("utf-8", "replace").decode("utf-8")
+            yield from _document(origin, value, left_out)

@@ -14,23 +14,48 @@ import numpy as np
 from vp_train.config import ConfigError
 from vp_train.quiet import quiet_megatron
 
+_BLOCK = 1 << 24  # tokens that are looked at together
+LONGEST_DOCUMENT = 1 << 30  # tokens; the format counts them in int32
 
-def write_dataset(prefix: Path, documents: Iterable[list[int]], vocab_size: int) -> tuple[int, int]:
+
+def write_dataset(
+    prefix: Path,
+    pieces: Iterable[tuple[np.ndarray, bool]],
+    end: int,
+    vocab_size: int,
+    longest: int = LONGEST_DOCUMENT,
+) -> tuple[int, int]:
     """Write `prefix`.bin and `prefix`.idx with one sequence per document.
+
+    pieces: token ids, and whether a document ends with them; then the token `end` follows.
+    longest: a document that has so many tokens goes on as another document.
 
     Returns the number of documents and the number of tokens.
     """
     with quiet_megatron():
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=token_dtype(vocab_size))
-    num_documents = num_tokens = 0
-    for tokens in documents:
-        builder.add_document(tokens, [len(tokens)])
-        num_documents += 1
-        num_tokens += len(tokens)
+    dtype = token_dtype(vocab_size)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    last, length = np.array([end], dtype=dtype).tobytes(), 0
+    for ids, is_last in pieces:
+        # A document may be larger than memory, so it is not given to the builder as a whole.
+        builder.data_file.write(ids.astype(dtype).tobytes())
+        length += len(ids)
+        if is_last or length >= longest:
+            if is_last:
+                builder.data_file.write(last)
+            builder.sequence_lengths.append(length + is_last)
+            builder.end_document()
+            length = 0
     builder.finalize(f"{prefix}.idx")
-    return num_documents, num_tokens
+    return len(builder.sequence_lengths), sum(builder.sequence_lengths)
+
+
+def largest_token(prefix: Path, vocab_size: int) -> int:
+    """Return the largest token in `prefix`.bin."""
+    tokens = np.memmap(f"{prefix}.bin", dtype=token_dtype(vocab_size), mode="r")
+    return max(int(tokens[start : start + _BLOCK].max()) for start in range(0, len(tokens), _BLOCK))
 
 
 def token_dtype(vocab_size: int) -> type[np.integer[Any]]:
@@ -45,8 +70,8 @@ def check_tokens(prefix: Path, vocab_size: int) -> None:
     value.
     """
     tokens = np.memmap(f"{prefix}.bin", dtype=token_dtype(vocab_size), mode="r")
-    for start in range(0, len(tokens), 1 << 24):
-        block = tokens[start : start + (1 << 24)]
+    for start in range(0, len(tokens), _BLOCK):
+        block = tokens[start : start + _BLOCK]
         if int(block.max()) >= vocab_size or int(block.min()) < 0:
             offset = start + int(np.argmax((block >= vocab_size) | (block < 0)))
             raise ConfigError(

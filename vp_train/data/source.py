@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vp_train.config import ConfigError, RunConfig
-from vp_train.data.corpus import Corpus, describe, prepare_all
+from vp_train.data.corpus import Corpus, headline, prepare_all
 from vp_train.data.indexed import Share, Windows, split_documents
 from vp_train.data.order import SampleOrder, Turns, own_positions
 from vp_train.data.synthetic import SyntheticText
@@ -166,7 +166,7 @@ class _Text:
         self.contents = tuple(corpus.manifest.content_hash for corpus in corpora)
         self.tokenizer: Path | None = corpora[0].tokenizer
         turns = Turns.of(config.data.weights)
-        lines = [describe(corpus).splitlines()[0] for corpus in corpora]
+        lines = [headline(corpus) for corpus in corpora]
         if len(lines) > 1:
             lines = [
                 f"{w / sum(turns.weights):.1%} {line}"

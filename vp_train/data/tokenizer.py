@@ -40,10 +40,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+def load_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:
     """Read a tokenizer.json.
 
-    Raises ConfigError if it is broken or has token ids of `vocab_size` or above.
+    Raises ConfigError if it is broken, or if its own vocabulary has ids of `vocab_size` or above.
+    Tokens that were added to it may have such ids, since a text may have none of them.
     """
     try:
         tokenizer = Tokenizer.from_str(read_text(path, LARGEST_TOKENIZER))
@@ -53,28 +54,44 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         raise
     except BaseException as error:  # a panic in the library is no Exception
         raise ConfigError(f"data.tokenizer={path} is not a tokenizer.json: {error}") from None
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= vocab_size:
-        raise ConfigError(
-            f"{path} has token ids up to {largest}, but model.vocab_size={vocab_size}; "
-            f"set it to {largest + 1} or more"
-        )
+    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+    if vocab_size is not None and largest >= vocab_size:
+        raise ConfigError(beyond(f"{path} has token ids up to {largest},", largest, vocab_size))
     tokenizer.no_truncation()  # the file may hold limits of the model it was made for
     tokenizer.no_padding()
     return tokenizer
 
 
-def end_token_id(tokenizer: Tokenizer, name: str | None) -> int:
+def num_ids(tokenizer: Tokenizer) -> int:
+    """Return the size of a vocabulary that holds every id of the tokenizer."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def beyond(words: str, largest: int, vocab_size: int) -> str:
+    """Return the message about a token that a model does not have.
+
+    Weights from elsewhere have the rows that they have, so there the tokenizer must change.
+    """
+    return (
+        f"{words} but model.vocab_size={vocab_size}; set it to {largest + 1} or more, or, where "
+        "run.init_from fixes it, data.tokenizer to the tokenizer of those weights"
+    )
+
+
+def end_token_id(tokenizer: Tokenizer, name: str | None, vocab_size: int | None = None) -> int:
     """Return the id of the token that ends a document.
 
     It is the token `name`, or the first usual one that the tokenizer has if `name` is None.  Raises
-    ConfigError if there is none.
+    ConfigError if there is none, and if its id is `vocab_size` or above.
     """
     names = _USUAL_END_TOKENS if name is None else (name,)
     for candidate in names:
         found = tokenizer.token_to_id(candidate)
-        if found is not None:
+        if found is not None and (vocab_size is None or found < vocab_size):
             return int(found)
+    if len(names) == 1 and found is not None:
+        words = f"data.end_token={name} is token {found},"
+        raise ConfigError(beyond(words, found, vocab_size or 0))
     raise ConfigError(
         f"the tokenizer has no token {' or '.join(names)}; "
         "set data.end_token to the one that ends a document"

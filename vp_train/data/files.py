@@ -1,0 +1,254 @@
+"""Finding the files of a corpus, in a fixed order, and opening them.
+
+A file is read as its ending says, below .gz or .zst if it has one of those.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from vp_train.config import ConfigError, DataConfig
+from vp_train.data.left_out import OTHER_ENDING, LeftOut
+from vp_train.durable import UnreadableError, open_regular, read_json
+
+_TEXTS = frozenset(
+    {".txt", ".md", ".rst", ".tex", ".html", ".csv"}
+    | {".py", ".c", ".h", ".cc", ".cpp", ".java", ".js", ".ts", ".go", ".rs"}
+)
+_LINES = frozenset({".jsonl", ".ndjson"})
+_TABLES = frozenset({".parquet", ".arrow"})
+_PACKED = frozenset({".gz", ".zst"})
+INSTALL = "pip install 'vp_train[data]'"
+_BUFFER = 1 << 20  # bytes
+_LARGEST_STATE = 1 << 26  # bytes of a JSON file that describes a data set
+
+
+def kind_of(path: Path) -> str:
+    """Return how a file is read: `lines`, `parquet` or `arrow`, else `text`.
+
+    A file named .json is one text, but .json.gz and .json.zst hold one document a line, as
+    published data sets do.
+    """
+    suffix, packed = _suffixes(path)
+    if suffix in _TABLES and not packed:
+        return suffix[1:]
+    return "lines" if suffix in _LINES or (packed and suffix == ".json") else "text"
+
+
+def _suffixes(path: Path) -> tuple[str, str]:
+    """Return the ending that says what a file holds, and .gz or .zst if that is behind it."""
+    last = path.suffix.lower()
+    return (path.with_suffix("").suffix.lower(), last) if last in _PACKED else (last, "")
+
+
+def _is_known(path: Path) -> bool:
+    suffix, packed = _suffixes(path)
+    known = suffix in _TEXTS | _LINES or (bool(packed) and suffix == ".json")
+    return known or (suffix in _TABLES and not packed)
+
+
+def find_files(config: DataConfig, left_out: LeftOut | None = None) -> tuple[Path, ...]:
+    """Return the files of the corpus, sorted by path.  Raises ConfigError if there are none.
+
+    Files of a directory whose endings are not known are counted in `left_out`; hidden files are
+    not.
+    """
+    if config.name == "pystdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+        files = [
+            path
+            for path in root.rglob("*.py")
+            if not skipped.intersection(path.relative_to(root).parts)
+        ]
+    else:
+        assert config.path is not None
+        root = Path(os.path.realpath(os.path.expanduser(config.path)))
+        if not root.exists():
+            raise ConfigError(
+                f"data.path={config.path} does not exist; "
+                "give a directory of text files, or one file"
+            )
+        files = [root] if root.is_file() else _files_of(root, left_out or LeftOut())
+    files = sorted(path for path in files if path.is_file())
+    if not files:
+        known = " ".join(sorted(_TEXTS | _LINES | _TABLES))
+        raise ConfigError(
+            f"data.path={root} holds no text file; known endings are {known}, "
+            "and all but the last two with .gz or .zst behind them"
+        )
+    return tuple(files)
+
+
+def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
+    if not root.is_dir():
+        raise ConfigError(
+            f"data.path={root} is a device, a pipe or a socket; give a directory or a file"
+        )
+    found = []
+    shards: dict[Path, frozenset[str] | None] = {}
+    for path in sorted(root.rglob("*")):
+        folder = path.parent
+        if path.name == "dataset_dict.json":
+            raise ConfigError(_splits_words(path))
+        if folder not in shards:
+            shards[folder] = _saved_shards(folder)
+        saved = shards[folder]
+        if saved is not None and path.suffix in (".arrow", ".json"):
+            # Beside the shards of a saved data set lie its description and files of a cache.
+            found += [path] if path.name in saved else []
+        elif _is_known(path):
+            found.append(path)
+        elif path.is_file() and not path.name.startswith("."):
+            left_out.add(OTHER_ENDING, str(path))
+    return found
+
+
+def _saved_shards(folder: Path) -> frozenset[str] | None:
+    """Return the names of the shards if `datasets.save_to_disk` has written a folder, else None.
+
+    Raises ConfigError if it keeps only a choice of its rows.
+    """
+    state = folder / "state.json"
+    if not state.is_file() or not (folder / "dataset_info.json").is_file():
+        return None
+    try:
+        value = read_json(state, _LARGEST_STATE)
+        entries = value["_data_files"]
+        names = frozenset(str(entry["filename"]) for entry in entries)
+    except UnreadableError as error:
+        raise ConfigError(f"{error}; save the data set again") from None
+    except (KeyError, TypeError):
+        return None
+    if value.get("_indices_data_files"):
+        raise ConfigError(
+            f"{state} names a choice of rows (indices); call flatten_indices() on the data set, "
+            "and save it again"
+        )
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise ConfigError(f"{folder / missing[0]} is not there, but {state} names it")
+    return names
+
+
+def _splits_words(path: Path) -> str:
+    """Return the message for a folder with several splits of a data set."""
+    try:
+        splits = [str(name) for name in read_json(path)["splits"]]
+    except (UnreadableError, KeyError, TypeError):
+        splits = []
+    names = ", ".join(splits) or "see its folders"
+    example = path.parent / (splits[0] if splits else "train")
+    return (
+        f"{path.parent} holds the splits of a data set ({names}); "
+        f"give the one to train on, for example data.path={example}"
+    )
+
+
+def content_hash(files: Sequence[Path], root: Path) -> str:
+    """Return a hash of the names (relative to `root`) and contents of the files.
+
+    Raises ConfigError for a file that is not a regular one.
+    """
+    digest = hashlib.blake2b(digest_size=12)
+    for path in files:
+        digest.update(os.fsencode(path.relative_to(root)) + b"\0")
+        digest.update(hash_of_file(path))
+    return digest.hexdigest()
+
+
+def hash_of_file(path: Path) -> bytes:
+    """Return a hash of the contents of a file.  Raises ConfigError if it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "blake2b").digest()  # type: ignore[arg-type]
+    except UnreadableError as error:
+        raise ConfigError(f"{error}; remove it from the data, or repair it") from None
+
+
+@contextmanager
+def open_unpacked(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Open a file for reading: a stream of its contents, unpacked if need be, and the raw file.
+
+    What is unpacked is not kept, so a small file that unpacks to a huge one takes time, but no
+    memory.  Raises ConfigError, also while the stream is read inside: the file is broken, packed
+    in a way that takes too much memory, or a package is missing.
+    """
+    packed = _suffixes(path)[1]
+    try:
+        with open_regular(path) as raw:
+            if packed == ".gz":
+                inner = cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
+                yield cast(BinaryIO, io.BufferedReader(inner, _BUFFER)), raw
+            elif packed == ".zst":
+                with _unzstd(path, raw) as stream:
+                    yield stream, raw
+            else:
+                yield raw, raw
+    except UnreadableError as error:
+        raise ConfigError(f"{error}; remove it from the data, or repair it") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ConfigError(f"{path} is not a whole gzip file ({error}); get it again") from None
+
+
+@contextmanager
+def _unzstd(path: Path, raw: BinaryIO) -> Iterator[BinaryIO]:
+    try:
+        import zstandard
+    except ImportError:
+        raise ConfigError(f"{path} needs the package zstandard: {INSTALL}") from None
+    try:
+        with io.BufferedReader(_Frames(raw, zstandard.ZstdDecompressor()), _BUFFER) as stream:
+            yield cast(BinaryIO, stream)
+    except (zstandard.ZstdError, _CutOff) as error:
+        if "memory" in str(error):
+            raise ConfigError(
+                f"{path} was packed with a window above 128 MiB; unpack it: unzstd --long=31 {path}"
+            ) from None
+        raise ConfigError(f"{path} is not a whole zstd file ({error}); get it again") from None
+
+
+class _CutOff(Exception):
+    """A packed file ends too early."""
+
+
+class _Frames(io.RawIOBase):
+    """The contents of a zstd file.  The library's own reader does not notice a missing end.
+
+    A kilobyte holds at most 256 blocks of 128 KiB, which bounds what is unpacked at once.
+    """
+
+    _INPUT = 1 << 10  # bytes
+
+    def __init__(self, raw: BinaryIO, decompressor: Any) -> None:
+        self._raw, self._decompressor = raw, decompressor
+        self._frame: Any = None
+        self._input, self._output = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            packed = self._input or self._raw.read(self._INPUT)
+            if not packed:
+                if self._frame is not None and not self._frame.eof:
+                    raise _CutOff("it ends too early")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._decompressor.decompressobj()
+            self._output = memoryview(self._frame.decompress(packed))
+            self._input = self._frame.unused_data if self._frame.eof else b""
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size

@@ -1,0 +1,45 @@
+"""What a corpus leaves out of its files: counted, with the first place of each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vp_train.config import printable
+
+# The kinds, as they are named behind a number.
+NOT_UTF8 = "texts that are not UTF-8"
+NOT_JSON = "lines that are not JSON in UTF-8"
+TOO_LONG = "lines or values that are too long"
+NO_FIELD = "documents without the text field"
+NULL = "null texts"
+NOT_TEXT = "text fields that hold no text"
+EMPTY = "empty documents"
+OTHER_ENDING = "files with other endings"
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """A count for each kind, and the first place with what was found there."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, kind: str, origin: str, found: str = "") -> None:
+        """Count one.  `found` says what is there instead."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        if kind not in self.first:
+            words = f"{origin} ({found})" if found else origin
+            self.first[kind] = printable(words)[:1_000]
+
+    def as_dict(self) -> dict[str, list[int | str]]:
+        """Return count and first place of every kind, as a manifest keeps them."""
+        return {kind: [count, self.first[kind]] for kind, count in self.counts.items()}
+
+
+def words_of(left_out: Mapping[str, list[int | str]]) -> list[str]:
+    """Return one line for every kind."""
+    return [
+        f"left out, {kind}: {count:,}; first {printable(str(first))}"
+        for kind, (count, first) in left_out.items()
+    ]
