@@ -363,7 +363,9 @@ class Run:
             saved=self._saver.is_ready,
         )
         if asked.leaves(health.request):
-            self._left = asked.words(health.request, health.requesting_rank)
+            self._left = asked.words(
+                health.request, health.requesting_rank, spans_nodes=spans_nodes(os.environ)
+            )
         rate = learning_rate(self.config.optim, step, self.config.run.steps)
         if not self._update(step, health, rate, reporter):
             return

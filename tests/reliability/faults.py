@@ -21,6 +21,7 @@ from pathlib import Path
 
 from vp_train.checkpoint.store import find
 from vp_train.failures import EXIT_CONFIG, EXIT_HANG, EXIT_INTERNAL, EXIT_IO, EXIT_TIME
+from vp_train.supervision.requests import SIGNALS
 
 STEP = 3  # in which rank 1 does its deed
 TIMEOUT = 4  # run.timeout_seconds of the jobs
@@ -81,7 +82,7 @@ class Fault:
     settings: tuple[str, ...] = ()
 
 
-STOPPED = r"stopped after step \d+, because {} reached rank \d; a checkpoint is saved"
+STOPPED = r"stopped after step \d+, because {} reached {}; a checkpoint is saved"
 KILLED = r"rank 1 on \S+ was killed by SIGKILL \("
 SILENT = r"has not answered for 4 s .*; rank 1 on \S+ no longer beats"
 FAULTS = {
@@ -91,12 +92,12 @@ FAULTS = {
     **{
         f"{number.name} to the {target}": Fault(
             EXIT_TIME,
-            STOPPED.format(number.name),
+            STOPPED.format(number.name, {"rank": "rank 1"}.get(target, "the launcher")),
             number=number,
             target=target,
             saved=True,
         )
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        for number in SIGNALS
         for target in ("launcher", "rank")
     },
     "a time limit": Fault(
