@@ -41,6 +41,7 @@ from vp_train.communication.rendezvous import join_world
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.data import Batch, Source, open_source
 from vp_train.data.ahead import Ahead
+from vp_train.durable import checkpoint_name
 from vp_train.failures import (
     EXIT_CONFIG,
     EXIT_HANG,
@@ -604,12 +605,21 @@ class Run:
     def finish(self, reporter: Reporter | None) -> None:
         """Finish the last step's communication, and report the peak memory of every stage.
 
-        Raises CheckpointError on all ranks if the last checkpoint could not be written.
+        Raises CheckpointError on all ranks if the last checkpoint could not be written, or is not
+        there any more.
         """
         self._doing = "saving"
         self.model.optimizer.settle()  # no rank may leave while others still gather
         self.finish_save()
-        gathered = self.mesh.world.all_gather_json(self._peak_bytes())
+        saved = self.config.run.checkpoints / checkpoint_name(self._saved_step)
+        missing = (
+            reporter.missing(saved if self._saved_step else None) if reporter is not None else None
+        )
+        told = self.mesh.world.all_gather_json((self._peak_bytes(), missing))
+        for _, words in told:
+            if words is not None:
+                raise CheckpointError(f"the run is not whole: {words}")
+        gathered = [peak for peak, _ in told]
         if reporter is not None:
             worst = [0.0] * self.plan.num_ranks
             for rank, peak in enumerate(gathered):
