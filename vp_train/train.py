@@ -196,7 +196,10 @@ class _Watcher:
             if stall is not None:
                 words, log = f"{ending.words}; {stall.words()}", f"{ending.log}\n{stall.table()}"
                 ending = replace(ending, words=words, log=log)
-        leave(ending, log_of(self._settings, self._rank))
+        path = log_of(self._settings, self._rank)
+        if ending.words and ending.log and str(path) not in ending.words:
+            ending = replace(ending, words=f"{ending.words}; its log: {path}")
+        leave(ending, path)
 
 
 def _connect(

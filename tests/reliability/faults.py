@@ -88,6 +88,7 @@ SILENT = r"has not answered for 4 s .*; rank 1 on \S+ no longer beats"
 FAULTS = {
     "kill -9 of a rank": Fault(128 + 9, KILLED, number=signal.SIGKILL, target="rank"),
     "kill -9 at the start": Fault(128 + 9, KILLED, "os.kill(os.getpid(), 9)", 0),
+    "a launcher that crashes": Fault(-11, "", number=signal.SIGSEGV, target="launcher"),
     "a segmentation fault": Fault(128 + 11, "killed by SIGSEGV", "os.kill(os.getpid(), 11)"),
     **{
         f"{number.name} to the {target}": Fault(
@@ -184,8 +185,11 @@ def wrong_with(fault: Fault, root: Path, pause: float = 0.0) -> str | None:
         return f"more than {LINES} lines: {said}"
     if fault.step and seconds > fault.seconds + SLACK:
         return f"{seconds:.1f} s instead of {fault.seconds} s"
-    if any(Path(f"/proc/{_pid(root, rank)}").exists() for rank in range(2)):
-        return "a rank is left"
+    until = time.monotonic() + 2
+    while any(Path(f"/proc/{_pid(root, rank)}").exists() for rank in range(2)):
+        if time.monotonic() > until:
+            return "a rank is left"
+        time.sleep(0.01)
     return _wrong_state(fault, root / "run")
 
 

@@ -103,12 +103,16 @@ def _check_name(name: str, command: str) -> None:
     raise ConfigError(f"{name} is not a {kind}; {hint}")
 
 
+def prints() -> bool:
+    """Return whether this process prints a ConfigError: every rank of a node finds the same."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def guarded(name: str, body: Callable[[], int]) -> NoReturn:
     """Run a command and exit with its code.
 
     Errors of the user and of the system are printed in one line, all others with a traceback.
     """
-    prints = os.environ.get("LOCAL_RANK", "0") == "0"  # every rank finds the same ConfigError
     _open_closed_streams()
     try:
         code = body()
@@ -118,7 +122,7 @@ def guarded(name: str, body: Callable[[], int]) -> NoReturn:
         code = ending.code
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if ending.words and (prints or not isinstance(error, ConfigError)):
+        if ending.words and (prints() or not isinstance(error, ConfigError)):
             print(ending.words, file=sys.stderr, flush=True)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from vp_train.commands.command import Command, path_of, run
+from vp_train.commands.command import Command, path_of, prints, run
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher, has_launcher
 from vp_train.commands.place import is_rank, is_slurm_rank, place_of, slurm_rank, whole_number
-from vp_train.config import RunConfig
+from vp_train.config import ConfigError, RunConfig
 from vp_train.failures import ending_of_command
 from vp_train.settings import check_start, config_text, resume_words, started_from
 from vp_train.supervision.ending import PIPE, leave
@@ -45,6 +45,8 @@ def main() -> None:
     # Libraries read it when they are imported.  Every rank has one thread, and an agent that is
     # to fork none but its own.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Else torch's store writes a stack of C++ frames for every connection that a dead process had.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     start_clock()
     if is_rank(os.environ) or is_slurm_rank(os.environ):
         hold_signals()
@@ -96,9 +98,10 @@ def _train_rank(config: RunConfig) -> NoReturn:
             only_preflight=_ONLY_PREFLIGHT in os.environ,
         )
     except (Exception, KeyboardInterrupt) as error:
-        if PIPE not in os.environ:
-            raise
-        leave(ending_of_command(error, "vp-train"))
+        ending = ending_of_command(error, "vp-train")
+        if PIPE not in os.environ and isinstance(error, ConfigError) and not prints():
+            ending = replace(ending, words="")
+        leave(ending)  # a process with threads of torch must not be taken down in order
 
 
 def _serve_ranks() -> None:
