@@ -17,7 +17,7 @@ from dataclasses import astuple, replace
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -76,6 +76,12 @@ _COMPARING = "exchanging gradients, loss and norm with other ranks"
 _SAVING = "saving with other ranks"
 
 
+class _Placing(Protocol):
+    """Notes what a rank does before it has a `Run`, and whether it waits for others."""
+
+    def __call__(self, doing: str, *, waits: bool = False) -> None: ...
+
+
 class DivergenceError(SharedFailure):
     """A step that the run does not survive.  The parameters are those after the previous step."""
 
@@ -98,22 +104,31 @@ def run_rank(
     requests.listen()
     heartbeat = Heartbeat.of_job(os.environ, rank)
     watcher = _Watcher(config.run, rank, num_ranks, heartbeat)
+
+    def place(doing: str, *, waits: bool = False) -> None:
+        if heartbeat is not None:
+            heartbeat.follow(lambda: Place(doing, waits))
+
     try:
+        place("planning")
         plan = make_plan(config, num_ranks)
         require_gpu(config.run)  # before minutes are spent on the data
+        place("opening the data")
         source = open_source(config)
+        place("preparing to connect")
         directory = RunDirectory(config.run) if rank == 0 else None
         if only_preflight or spans_nodes(os.environ):
             preflight = Preflight(config, plan.schedule.text(), source.contents)
-            mesh = _connect(config, plan, watcher.watch, preflight.compare_nodes)
+            mesh = _connect(config, plan, place, watcher.watch, preflight.compare_nodes)
             preflight.measure_network(mesh.world)
         else:
-            mesh = _connect(config, plan, watcher.watch)
+            mesh = _connect(config, plan, place, watcher.watch)
         if only_preflight:
             watcher.stop()
             dist.destroy_process_group()
             leave(Ending(EXIT_OK, ""))
         watcher.timeout_seconds = config.run.timeout_seconds
+        place("building the model")
         model = build_rank(config, plan, mesh)
         run = Run(config, plan, mesh, source, model, requests=requests)
         watcher.run = run
@@ -205,13 +220,14 @@ class _Watcher:
 def _connect(
     config: RunConfig,
     plan: RunPlan,
+    place: _Placing | None = None,
     watching: Callable[[Sequence[dist.ProcessGroup]], None] | None = None,
     comparing: Callable[[ControlGroup], None] | None = None,
 ) -> Mesh:
     """Initialise torch.distributed and build the mesh of process groups.
 
     Control messages go over gloo.  On CUDA with run.comm_backend=nccl, tensors go over NCCL.
-    `watching` and `comparing` are as in `build_mesh`.  Raises ConfigError, before the ranks
+    `place` notes where this rank stands: from here on it waits for others.  `watching` and `comparing` are as in `build_mesh`.  Raises ConfigError, before the ranks
     connect, if run.device=cuda finds no GPU, or if NCCL would need more GPUs than the node has.
     """
     if config.run.deterministic:
@@ -238,6 +254,8 @@ def _connect(
         flight_recorder.file_of(os.environ, config.run.directory, 0).parent.mkdir(
             parents=True, exist_ok=True
         )
+    if place is not None:
+        place("connecting to the other ranks", waits=True)
     join_world(backend, timedelta(seconds=config.run.world_timeout_seconds))
     return build_mesh(
         plan.degrees, plan.problem, config.run, watching=watching, comparing=comparing

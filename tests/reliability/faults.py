@@ -121,6 +121,14 @@ FAULTS = {
         seconds=TIMEOUT + 5,
         settings=(f"run.world_timeout_seconds={TIMEOUT}",),
     ),
+    "a rank that sleeps at the start": Fault(
+        EXIT_HANG,
+        r"; rank 1 on \S+ is busy: preparing to connect; its log: ",
+        "time.sleep(1000)",
+        0,
+        seconds=TIMEOUT + 5,
+        settings=(f"run.world_timeout_seconds={TIMEOUT}",),
+    ),
     "a rank that sleeps": Fault(
         EXIT_HANG, r"rank 1 on \S+ is busy: step 3", "time.sleep(1000)", seconds=TIMEOUT + 5
     ),
