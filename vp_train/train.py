@@ -227,8 +227,9 @@ def _connect(
     """Initialise torch.distributed and build the mesh of process groups.
 
     Control messages go over gloo.  On CUDA with run.comm_backend=nccl, tensors go over NCCL.
-    `place` notes where this rank stands: from here on it waits for others.  `watching` and `comparing` are as in `build_mesh`.  Raises ConfigError, before the ranks
-    connect, if run.device=cuda finds no GPU, or if NCCL would need more GPUs than the node has.
+    `place` notes when this rank begins to wait for others.  `watching` and `comparing` are as in
+    `build_mesh`.  Raises ConfigError, before the ranks connect, if run.device=cuda finds no GPU, or
+    if NCCL would need more GPUs than the node has.
     """
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from vp_train.commands.command import Command, path_of, prints, run
+from vp_train.commands.command import Command, path_of, prints, run, whole_number
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher, has_launcher
-from vp_train.commands.place import is_rank, is_slurm_rank, place_of, slurm_rank, whole_number
+from vp_train.commands.place import is_rank, is_slurm_rank, place_of, slurm_rank
 from vp_train.config import ConfigError, RunConfig
 from vp_train.failures import ending_of_command
+from vp_train.planning.degrees import MOST_ON_A_NODE
 from vp_train.settings import check_start, config_text, resume_words, started_from
 from vp_train.supervision.ending import PIPE, leave
 from vp_train.supervision.requests import hold_signals, start_clock
@@ -77,8 +78,8 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
         overrides,
         _train_rank,
         place,
-        num_ranks=whole_number(options, "--ranks"),
-        num_restarts=whole_number(options, "--max-restarts"),
+        num_ranks=whole_number(options, "--ranks", 0, most=MOST_ON_A_NODE),
+        num_restarts=whole_number(options, "--max-restarts", 0, least=0),
         only_preflight=_PREFLIGHT in options,
     )
 
