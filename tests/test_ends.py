@@ -97,7 +97,8 @@ def test_a_rank_that_hangs_ends_the_others_when_its_time_is_up(tmp_path):
     codes, (said, _) = misbehave(tmp_path, hang, 8)
     assert codes == [EXIT_HANG, None]
     line = "rank 0: stopped at step 2, another rank has not answered for 8 s (run.timeout_seconds)"
-    assert f"{line}; rank 1 on {platform.node()} is busy: step " in said
+    assert f"vp-train: {line}; rank 1 on {platform.node()} is busy: step " in said
+    assert re.search(rf"; its log: {tmp_path}/runs/default/logs/rank-0\.log\n", said)
     assert "Traceback" not in said.partition("rank 0: stopped")[0]
 
 
@@ -126,6 +127,7 @@ def test_a_file_that_cannot_be_written_ends_a_rank_with_a_line(tmp_path):
     codes, (_, said) = misbehave(tmp_path, fill_the_disk, 60)
     line = "vp-train: [Errno 28] No space left on device: 'metrics.jsonl', at step 2; once that is"
     assert line in said
+    assert f"; its log: {tmp_path}/runs/default/logs/rank-1.log\n" in said
     assert "Traceback" not in said.partition("vp-train: [Errno 28]")[0]
     assert codes[1] == EXIT_IO
 
@@ -168,7 +170,7 @@ def test_a_rank_that_raises_ends_the_job_of_torchrun_with_a_line(tmp_path):
     )
     assert done.returncode != 0
     log = tmp_path / "runs" / "default" / "logs" / "rank-1.log"
-    words = "rank 1 failed at step 2: RuntimeError: deliberate failure (in "
+    words = "vp-train: rank 1 failed at step 2: RuntimeError: deliberate failure (in "
     assert words in done.stderr
     assert f"its traceback: {log}\n" in done.stderr
     assert done.stderr.count("deliberate failure") == 1

@@ -164,9 +164,8 @@ def test_nothing_is_left_of_ranks_and_of_what_they_have_started(tmp_path):
 def test_a_signal_to_the_agent_asks_the_ranks_to_end(number):
     code = "def end(*_): say(75, '')\n"
     code += f"rank or os.kill(os.getppid(), {number:d})\ntime.sleep(.5)\n"  # before a rank is ready
-    passed = signal.SIGUSR1 if number == signal.SIGHUP else number
-    code += f"signal.signal({passed:d}, end)\n"
-    code += f"signal.pthread_sigmask(signal.SIG_UNBLOCK, [{passed:d}])\ntime.sleep(60)"
+    code += f"signal.signal({number:d}, end)\n"
+    code += f"signal.pthread_sigmask(signal.SIG_UNBLOCK, [{number:d}])\ntime.sleep(60)"
     before = signal.getsignal(number)
     began = time.monotonic()
     assert run_ranks(code, 2, num_restarts=3).code == EXIT_TIME

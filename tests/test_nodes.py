@@ -419,7 +419,9 @@ def test_an_unknown_head_is_refused_in_one_line_and_soon():
         ({"--nodes": "2", "--node": "2", "--head": "a"}, "--node 2 is not one of 0 to 1"),
         ({"--nodes": "2", "--node": "x", "--head": "a"}, "--node x is not a whole number"),
         ({"--nodes": "2", "--node": "1", "--head": "a:b"}, "--head a:b is not HOST or HOST:PORT"),
-        ({"--nodes": "2", "--node": "1", "--head": "a:99999"}, "is not HOST or HOST:PORT"),
+        ({"--nodes": "2", "--node": "1", "--head": "a:99999"}, r"must lie in \[1, 65,535\]; write"),
+        ({"--nodes": "0"}, r"--nodes 0 is not a whole number in \[1, 100,000\]; write for example"),
+        ({"--nodes": "2", "--node": "-1", "--head": "a"}, r"--node -1 is not .* in \[0, 100,000\]"),
     ],
 )
 def test_options_that_do_not_say_enough_are_refused(options, words):

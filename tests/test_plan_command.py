@@ -181,7 +181,7 @@ def test_no_result_in_time_is_not_a_mistake_of_the_user(vp_plan, monkeypatch):
     ("arguments", "message"),
     [
         (["--top", "3"], "--top belongs to --search"),
-        (["--search", "--top", "x"], "--top x is not a whole number of at least 1"),
+        (["--search", "--top", "x"], "--top x is not a whole number in [1, 1,000,000]"),
         (["--search", "--seconds", "0"], "--seconds 0 is not a whole number"),
         (
             ["cluster=moon"],

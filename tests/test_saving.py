@@ -8,12 +8,15 @@ import os
 import resource
 import shutil
 
+import pytest
+
 from tests.training import config_of, metrics_of, release_locks, train
 from vp_train.checkpoint import saver
 from vp_train.checkpoint.saver import CheckpointError
 from vp_train.checkpoint.store import latest
 from vp_train.failures import EXIT_IO, ending_of_rank
 from vp_train.metrics.reporter import Reporter
+from vp_train.metrics.run_directory import RunDirectory
 from vp_train.train import Run
 
 OPTIONS = {"eval_every": 0, "trace_step": 3, "checkpoint_every": 2}
@@ -138,7 +141,46 @@ def test_a_run_goes_on_when_its_directory_is_removed(ranks, tmp_path):
     (ending, lines, said), _ = ranks(2).run(without_directory, config)
     ranks(2).run(release_locks)
     assert ending is None
-    assert len(lines) <= 1  # a save that was being written, or the one of step 4
-    (line,) = said
-    assert "metrics.jsonl cannot be written (it was removed); going on without" in line
+    assert said == []
+    words = "was removed while this run used it; it is made again, without what was in it"
+    assert sum(words in line for line in lines) == 1
+    assert len(lines) <= 2  # a save that was being written may fail
+    assert [record["step"] for record in metrics_of(config)] == [4, 5, 6, 7, 8]
+    assert (config.run.directory / "config.yaml").exists()
     assert latest(config.run.directory / "checkpoints").name == "step-00000008"
+
+
+def without_last_checkpoint(rank, num_ranks, config, taken):
+    """Remove the run's directory when the last checkpoint is saved.
+
+    Let another run take it if `taken`.
+    """
+    inner = Run.finish_save
+
+    def finish_save(self):
+        inner(self)
+        if rank == 0:
+            shutil.rmtree(config.run.directory)
+            if taken:
+                others.append(RunDirectory(config.run))
+
+    others, Run.finish_save = [], finish_save
+    try:
+        return observed(rank, num_ranks, config)
+    finally:
+        Run.finish_save = inner
+
+
+@pytest.mark.parametrize(
+    ("taken", "words"),
+    [(False, "step-00000008 is not there any more"), (True, "while this run used it, and process")],
+)
+def test_a_run_whose_last_checkpoint_is_removed_does_not_end_as_if_it_were_there(
+    ranks, tmp_path, taken, words
+):
+    config = config_of(tmp_path, **OPTIONS)
+    (ending, *_), (second, *_) = ranks(2).run(without_last_checkpoint, config, taken)
+    ranks(2).run(release_locks)
+    assert (ending[0], second) == (EXIT_IO, (EXIT_IO, ""))
+    assert words in ending[1]
+    assert len(ending[1].splitlines()) == 1

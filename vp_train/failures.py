@@ -60,6 +60,8 @@ _UNWRITABLE = (
     errno.EACCES,
     errno.EPERM,
     errno.EIO,
+    errno.ESTALE,
+    errno.EBUSY,  # a run's directory that another process has taken
 )
 
 

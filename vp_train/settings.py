@@ -116,6 +116,8 @@ def _check_word(word: str) -> None:
         raise ConfigError(f"{key} is not a setting; see vp-train --help for all keys")
     if key.startswith("hydra") or "@" in key:
         raise ConfigError(f"{key} is not a setting; see vp-train --help for all keys")
+    if key.startswith("data.blend."):
+        raise ConfigError(f"{word}: corpora of a blend are not set one by one; {_BLEND_EXAMPLE}")
     if "${" in word:
         raise ConfigError(f"{word}: ${{...}} is not expanded in settings; write the value itself")
     if key in sections() and value.lstrip().startswith(("[", "{")):
@@ -173,7 +175,7 @@ def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConf
     except MissingConfigException as error:
         raise ConfigError(_unknown_choice(error)) from None
     except ConfigCompositionException as error:
-        raise ConfigError(_bad_override(error, _keys(schema))) from None
+        raise ConfigError(_bad_override(error, _keys(schema), overrides)) from None
     except (OmegaConfBaseException, HydraException) as error:
         raise ConfigError(_first_line(error)) from None
     except Exception:  # whatever hydra's parser and merge stumble over, they never run our code
@@ -492,6 +494,7 @@ def _quoted_words(word: str) -> str:
     typed = override(name, value.replace("'", ""))
     for_shell = f'"{typed}"' if not re.search(r'["$`\\!]', typed) else shlex.quote(typed)
     return f"if that is one text, quote it for the shell and for hydra: {for_shell}"
+_OF_FILES = ("model", "cost")  # groups that take a file
 
 
 def _of_file(word: str) -> list[str] | None:
@@ -502,7 +505,7 @@ def _of_file(word: str) -> list[str] | None:
     """
     group, _, value = word.partition("=")
     path = Path(os.path.expanduser(value))
-    if group not in ("model", "cost") or path.suffix != ".yaml":
+    if group not in _OF_FILES or path.suffix != ".yaml":
         return None
     from omegaconf import DictConfig
 
@@ -580,20 +583,21 @@ def _unknown_choice(error: BaseException) -> str:
     lines = str(error).splitlines()
     missing = lines[0].partition("Could not find ")[2].strip("'") or lines[0]
     options = [line.strip() for line in lines if line.startswith("\t") and "=" not in line]
-    group, _, choice = missing.rpartition("/")
-    if not group:
+    group, _, choice = missing.partition("/")
+    if not choice:
         return f"{missing!r} is not a configuration file"
-    return unknown(f"{group}={choice}", choice, options)
+    is_path = group in _OF_FILES and "/" in choice
+    way_out = ", or give a file of settings whose name ends with .yaml" if is_path else ""
+    return unknown(f"{group}={choice}", choice, options) + way_out
 
 
-def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
-    """Return hydra's message about an override that it cannot merge, in one line."""
+def _bad_override(error: BaseException, keys: Iterator[str], overrides: Sequence[str]) -> str:
+    """Return hydra's message about one of `overrides` that it cannot merge, in one line."""
     first = _first_line(error)
     reason = f": {_first_line(error.__cause__)}" if error.__cause__ is not None else ""
     if first.startswith(("Could not override 'data.blend'", "Error merging override data.blend=")):
-        reason = reason.replace("'BlendEntry'", "an entry").replace("BlendEntry", "an entry")
-        example = "[{path:DIR,weight:3},{name:pystdlib,weight:1}]"
-        return f"data.blend{reason}; write data.blend={example}"
+        blends = [word for word in overrides if word.startswith("data.blend=")]
+        return f"{_wrong_blend(blends[-1])}; {_BLEND_EXAMPLE}" if blends else f"data.blend{reason}"
     if first.startswith("Ambiguous value"):
         word = first[first.index("'") + 1 : first.rindex("'")]
         way_out = _quoted_words(word) or "vp-simulate --compare compares several"
@@ -609,6 +613,44 @@ def _bad_override(error: BaseException, keys: Iterator[str]) -> str:
     if (words := _wrong_type(word)) is not None:
         return words
     return word + reason
+
+
+_BLEND_EXAMPLE = "write data.blend=[{path:DIR,weight:3},{name:pystdlib,weight:1}]"
+
+
+def _wrong_blend(word: str) -> str:
+    """Return what is wrong with the types in an override of data.blend."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    value = OverridesParser.create().parse_override(word).value()
+    if not isinstance(value, list):
+        return f"{word} is not a list of corpora"
+    kinds = typing.get_type_hints(BlendEntry)
+    for number, entry in enumerate(value):
+        place = f"data.blend[{number}]"
+        if not isinstance(entry, dict):
+            return f"{place}={entry} is not a corpus"
+        for name, setting in entry.items():
+            if str(name) not in kinds:
+                return unknown(f"{place}.{name}", name, list(kinds))
+            kind = kinds[str(name)]
+            if not _fits(setting, kind):
+                return f"{place}.{name}={_value(setting)} is not {_kind_words(kind)}"
+    return f"{word} is not a list of corpora"
+
+
+def _fits(setting: object, kind: Any) -> bool:
+    """Return whether omegaconf takes a value of a list for a text or number of this type."""
+    if setting is None:
+        return isinstance(kind, UnionType)
+    if kind is not float:
+        return not isinstance(setting, list | dict)
+    if isinstance(setting, bool) or not isinstance(setting, str | int | float):
+        return False
+    with contextlib.suppress(ValueError):
+        float(setting)
+        return True
+    return False
 
 
 def _wrong_type(word: str) -> str | None:

@@ -19,7 +19,7 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from threading import Event
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,7 @@ from vp_train.communication.rendezvous import join_world
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.data import Batch, Source, open_source
 from vp_train.data.ahead import Ahead
+from vp_train.durable import checkpoint_name
 from vp_train.failures import (
     EXIT_CONFIG,
     EXIT_HANG,
@@ -83,6 +84,12 @@ _COMPARING = "exchanging gradients, loss and norm with other ranks"
 _SAVING = "saving with other ranks"
 
 
+class _Placing(Protocol):
+    """Notes what a rank does before it has a `Run`, and whether it waits for others."""
+
+    def __call__(self, doing: str, *, waits: bool = False) -> None: ...
+
+
 class DivergenceError(SharedFailure):
     """A step that the run does not survive.  The parameters are those after the previous step."""
 
@@ -105,22 +112,31 @@ def run_rank(
     requests.listen()
     heartbeat = Heartbeat.of_job(os.environ, rank)
     watcher = _Watcher(config.run, rank, num_ranks, heartbeat)
+
+    def place(doing: str, *, waits: bool = False) -> None:
+        if heartbeat is not None:
+            heartbeat.follow(lambda: Place(doing, waits))
+
     try:
+        place("planning")
         plan = make_plan(config, num_ranks)
         require_gpu(config.run)  # before minutes are spent on the data
+        place("opening the data")
         source = open_source(config)
+        place("preparing to connect")
         directory = RunDirectory(config.run) if rank == 0 else None
         if only_preflight or spans_nodes(os.environ):
             preflight = Preflight(config, plan.schedule.text(), source.contents)
-            mesh = _connect(config, plan, watcher.watch, preflight.compare_nodes)
+            mesh = _connect(config, plan, place, watcher.watch, preflight.compare_nodes)
             preflight.measure_network(mesh.world)
         else:
-            mesh = _connect(config, plan, watcher.watch)
+            mesh = _connect(config, plan, place, watcher.watch)
         if only_preflight:
             watcher.stop()
             dist.destroy_process_group()
             leave(Ending(EXIT_OK, ""))
         watcher.timeout_seconds = config.run.timeout_seconds
+        place("building the model")
         model = build_rank(config, plan, mesh)
         run = Run(config, plan, mesh, source, model, requests=requests)
         watcher.run = run
@@ -203,20 +219,25 @@ class _Watcher:
             if stall is not None:
                 words, log = f"{ending.words}; {stall.words()}", f"{ending.log}\n{stall.table()}"
                 ending = replace(ending, words=words, log=log)
-        leave(ending, log_of(self._settings, self._rank))
+        path = log_of(self._settings, self._rank)
+        if ending.words and ending.log and str(path) not in ending.words:
+            ending = replace(ending, words=f"{ending.words}; its log: {path}")
+        leave(ending, path)
 
 
 def _connect(
     config: RunConfig,
     plan: RunPlan,
+    place: _Placing | None = None,
     watching: Callable[[Sequence[dist.ProcessGroup]], None] | None = None,
     comparing: Callable[[ControlGroup], None] | None = None,
 ) -> Mesh:
     """Initialise torch.distributed and build the mesh of process groups.
 
     Control messages go over gloo.  On CUDA with run.comm_backend=nccl, tensors go over NCCL.
-    `watching` and `comparing` are as in `build_mesh`.  Raises ConfigError, before the ranks
-    connect, if run.device=cuda finds no GPU, or if NCCL would need more GPUs than the node has.
+    `place` notes when this rank begins to wait for others.  `watching` and `comparing` are as in
+    `build_mesh`.  Raises ConfigError, before the ranks connect, if run.device=cuda finds no GPU, or
+    if NCCL would need more GPUs than the node has.
     """
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
@@ -242,6 +263,8 @@ def _connect(
         flight_recorder.file_of(os.environ, config.run.directory, 0).parent.mkdir(
             parents=True, exist_ok=True
         )
+    if place is not None:
+        place("connecting to the other ranks", waits=True)
     join_world(backend, timedelta(seconds=config.run.world_timeout_seconds))
     return build_mesh(
         plan.degrees, plan.problem, config.run, watching=watching, comparing=comparing
@@ -392,7 +415,9 @@ class Run:
         )
         stopwatch.switch(Part.REST)
         if asked.leaves(health.request):
-            self._left = asked.words(health.request, health.requesting_rank)
+            self._left = asked.words(
+                health.request, health.requesting_rank, spans_nodes=spans_nodes(os.environ)
+            )
         rate = learning_rate(self.config.optim, step, self.config.run.steps)
         if not self._update(step, health, rate, reporter):
             return
@@ -679,12 +704,22 @@ class Run:
     def finish(self, reporter: Reporter | None) -> None:
         """Finish the last step's communication, and report the peak memory of every stage.
 
-        Raises CheckpointError on all ranks if the last checkpoint could not be written.
+        Raises CheckpointError on all ranks if the last checkpoint could not be written, or is not
+        there any more.
         """
         self._doing = "saving"
         self.model.optimizer.settle()  # no rank may leave while others still gather
         self.finish_save()
-        gathered = self.mesh.world.all_gather_json(max(self._most_bytes, self._memory()[0]))
+        saved = self.config.run.checkpoints / checkpoint_name(self._saved_step)
+        missing = (
+            reporter.missing(saved if self._saved_step else None) if reporter is not None else None
+        )
+        peak = max(self._most_bytes, self._memory()[0])
+        told = self.mesh.world.all_gather_json((peak, missing))
+        for _, words in told:
+            if words is not None:
+                raise CheckpointError(f"the run is not whole: {words}")
+        gathered = [peak for peak, _ in told]
         if reporter is not None:
             worst = [0.0] * self.plan.num_ranks
             for rank, peak in enumerate(gathered):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
 
 from vp_train.config import ConfigError, RunSettings
-from vp_train.metrics.run_directory import RunDirectory, refuse_used
+from vp_train.metrics.run_directory import RunDirectory, TakenError, refuse_used
 
 
 def test_a_run_that_ended_before_its_first_step_does_not_block_its_name(tmp_path):
@@ -42,13 +44,56 @@ def test_a_run_makes_the_folders_above_its_own(tmp_path):
 def test_the_lock_names_its_process_and_two_names_do_not_meet(tmp_path):
     first = RunDirectory(RunSettings(root=str(tmp_path)))
     second = RunDirectory(RunSettings(root=str(tmp_path), name="other"))
-    assert (
-        (first.path / "LOCK").read_text()
-        == (second.path / "LOCK").read_text()
-        == f"{os.getpid()}\n"
-    )
+    for directory in (first, second):
+        assert (directory.path / "LOCK").read_text().splitlines()[0] == f"{os.getpid()}"
     with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
         RunDirectory(RunSettings(root=str(tmp_path)))
+
+
+def test_a_removed_directory_is_made_again_with_its_lock_and_texts(tmp_path):
+    directory = RunDirectory(RunSettings(root=str(tmp_path)))
+    directory.write("config.yaml", "a: 1\n")
+    assert directory.hold() is None
+    shutil.rmtree(directory.path)
+    assert directory.hold().startswith(f"{directory.path} was removed while this run used it")
+    assert (directory.path / "config.yaml").read_text() == "a: 1\n"
+    assert directory.hold() is None
+    with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+        RunDirectory(RunSettings(root=str(tmp_path)))
+    (directory.path / "LOCK").unlink()
+    assert directory.hold().startswith(f"{directory.path / 'LOCK'} was removed")
+
+
+def test_a_removed_directory_that_another_run_has_taken_is_left_to_it(tmp_path):
+    first = RunDirectory(RunSettings(root=str(tmp_path)))
+    shutil.rmtree(first.path)
+    RunDirectory(RunSettings(root=str(tmp_path)))  # its lock ends with it
+    second = RunDirectory(RunSettings(root=str(tmp_path)))
+    with pytest.raises(TakenError, match=f"removed .*, and process {os.getpid()} uses it now"):
+        first.hold()
+    assert second.hold() is None
+
+
+def test_a_lock_that_is_removed_as_it_is_taken_is_not_held(tmp_path, monkeypatch):
+    settings, flock, removed = RunSettings(root=str(tmp_path)), fcntl.flock, []
+
+    def remove_once(file, how):
+        flock(file, how)
+        if not removed:
+            removed.append(file)
+            (settings.directory / "LOCK").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", remove_once)
+    directory = RunDirectory(settings)
+    assert directory.hold() is None
+    with pytest.raises(ConfigError, match="in use"):
+        RunDirectory(settings)
+
+
+def test_a_file_system_whose_inodes_change_takes_no_directory_away(tmp_path, monkeypatch):
+    directory = RunDirectory(RunSettings(root=str(tmp_path)))
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+    assert directory.hold() is None
 
 
 def test_the_lock_does_not_pass_to_a_child_process(tmp_path):

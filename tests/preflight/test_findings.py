@@ -51,6 +51,22 @@ def test_equal_nodes_have_no_findings():
 
 
 @pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"NCCL_IB_HCA": "mlx5_1"}, "NCCL_IB_HCA is mlx5_1, but mlx5_0 on node a; "),
+        ({}, "NCCL_IB_HCA is not set, but mlx5_0 on node a; "),
+        ({"NCCL_IB_HCA": ""}, "NCCL_IB_HCA is empty, but mlx5_0 on node a; "),
+    ],
+)
+def test_a_variable_of_nccl_that_differs_is_a_warning_with_both_values(value, words):
+    usual = {"NCCL_IB_HCA": "mlx5_0"}
+    found = compare([replace(one, environment=usual if one.rank < 4 else value) for one in ranks()])
+    assert found.errors == ()
+    (warning,) = found.warnings
+    assert warning.startswith(f"node b: {words}")
+
+
+@pytest.mark.parametrize(
     ("changed", "words"),
     [
         ({"unshared": "No such file"}, ["node b:", "/shared/runs/one", "node a", "run.root"]),

@@ -25,6 +25,7 @@ from vp_train import train
 from vp_train.checkpoint.store import find
 from vp_train.commands.train import main
 from vp_train.failures import EXIT_CONFIG, EXIT_HANG, EXIT_INTERNAL, EXIT_IO, EXIT_TIME
+from vp_train.supervision.requests import SIGNALS
 
 STEP = 3  # in which rank 1 does its deed
 TIMEOUT = 4  # run.timeout_seconds of the jobs
@@ -83,22 +84,23 @@ class Fault:
     settings: tuple[str, ...] = ()
 
 
-STOPPED = r"stopped after step \d+, because {} reached rank \d; a checkpoint is saved"
+STOPPED = r"stopped after step \d+, because {} reached {}; a checkpoint is saved"
 KILLED = r"rank 1 on \S+ was killed by SIGKILL \("
 SILENT = r"has not answered for 4 s .*; rank 1 on \S+ no longer beats"
 FAULTS = {
     "kill -9 of a rank": Fault(128 + 9, KILLED, number=signal.SIGKILL, target="rank"),
     "kill -9 at the start": Fault(128 + 9, KILLED, "os.kill(os.getpid(), 9)", 0),
+    "a launcher that crashes": Fault(-11, "", number=signal.SIGSEGV, target="launcher"),
     "a segmentation fault": Fault(128 + 11, "killed by SIGSEGV", "os.kill(os.getpid(), 11)"),
     **{
         f"{number.name} to the {target}": Fault(
             EXIT_TIME,
-            STOPPED.format(number.name),
+            STOPPED.format(number.name, {"rank": "rank 1"}.get(target, "the launcher")),
             number=number,
             target=target,
             saved=True,
         )
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        for number in SIGNALS
         for target in ("launcher", "rank")
     },
     "a time limit": Fault(
@@ -117,6 +119,14 @@ FAULTS = {
         EXIT_HANG,
         "rank 1 on .* no longer beats",
         "time.sleep(.5); os.kill(os.getpid(), 19)",
+        0,
+        seconds=TIMEOUT + 5,
+        settings=(f"run.world_timeout_seconds={TIMEOUT}",),
+    ),
+    "a rank that sleeps at the start": Fault(
+        EXIT_HANG,
+        r"; rank 1 on \S+ is busy: preparing to connect; its log: ",
+        "time.sleep(1000)",
         0,
         seconds=TIMEOUT + 5,
         settings=(f"run.world_timeout_seconds={TIMEOUT}",),
@@ -172,8 +182,11 @@ def wrong_with(fault: Fault, root: Path, pause: float = 0.0) -> str | None:
         return f"more than {LINES} lines: {said}"
     if fault.step and seconds > fault.seconds + SLACK:
         return f"{seconds:.1f} s instead of {fault.seconds} s"
-    if any(Path(f"/proc/{_pid(root, rank)}").exists() for rank in range(2)):
-        return "a rank is left"
+    until = time.monotonic() + 2
+    while any(Path(f"/proc/{_pid(root, rank)}").exists() for rank in range(2)):
+        if time.monotonic() > until:
+            return "a rank is left"
+        time.sleep(0.01)
     return _wrong_state(fault, root / "run")
 
 

@@ -11,7 +11,15 @@ import time
 import pytest
 
 from vp_train.config import RunSettings
-from vp_train.supervision.requests import NOTHING, SIGNALS, Requests, leaves, words
+from vp_train.supervision.requests import (
+    NOTHING,
+    SIGNALS,
+    Requests,
+    held,
+    leaves,
+    pass_on,
+    words,
+)
 
 
 class Clock:
@@ -25,7 +33,7 @@ class Clock:
 @pytest.fixture
 def handlers():
     """Restore the handlers of signals after a test."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in held()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -106,15 +114,45 @@ def test_a_signal_leaves_and_its_echo_does_no_more(handlers, number):
     assert words(requests.current(), 2) == f"{number.name} reached rank 2"
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_the_launcher_passes_on_is_said_to_have_reached_the_launcher(
+    handlers, number
+):
+    requests = Requests()
+    requests.listen()
+    pass_on(number, os.getpid())
+    assert words(requests.current(), 0) == f"{number.name} reached the launcher"
+    of_several = words(requests.current(), 4, spans_nodes=True)
+    assert of_several == f"{number.name} reached the launcher on the node of rank 4"
+
+
+def test_what_reached_a_rank_itself_is_not_the_launchers(handlers):
+    clock = Clock()
+    requests = Requests(clock=clock)
+    requests.listen()
+    os.kill(os.getpid(), signal.SIGTERM)
+    clock.now += 0.5
+    pass_on(signal.SIGUSR1, os.getpid())
+    assert words(requests.current(), 1) == "SIGTERM reached rank 1"
+
+
+def test_a_rank_is_as_deaf_to_a_hangup_as_nohup_made_it(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    requests = Requests()
+    requests.listen()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert requests.current() == NOTHING
+
+
 IMPATIENT = """
 import os, signal, time
-from vp_train.supervision.requests import Requests, hold_signals
+from vp_train.supervision.requests import Requests, hold_signals, pass_on, words
 hold_signals()
-os.kill(os.getpid(), signal.SIGTERM)
+pass_on(signal.SIGHUP, os.getpid())
 requests = Requests()
 assert not requests.current()
 requests.listen()
-assert requests.current()
+assert words(requests.current(), 1) == "SIGHUP reached the launcher"
 time.sleep(1.1)
 os.kill(os.getpid(), signal.SIGUSR1)
 raise SystemExit("the second signal did not end the process")

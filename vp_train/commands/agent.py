@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vp_train.commands.local_ranks import STOPPING, LocalRanks, Starter
+from vp_train.commands.local_ranks import LocalRanks, Starter
 from vp_train.commands.nodes import (
     News,
     NodeLoss,
@@ -40,6 +40,7 @@ from vp_train.failures import (
     RankEnd,
     root_cause,
 )
+from vp_train.supervision.requests import SIGNALS, is_ignored
 
 _POLL_SECONDS = 0.03
 _GRACE_SECONDS = 1.0  # after a failure, for the messages of other ranks: theirs may be the cause
@@ -85,7 +86,7 @@ def noting_signals() -> Iterator[Signals]:
     def note(number: int, frame: Any) -> None:
         signals.noted.append((number, time.monotonic()))
 
-    handled = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    handled = [number for number in SIGNALS if not is_ignored(number)]
     before = {number: signal.signal(number, note) for number in handled}  # nohup ignores SIGHUP
     try:
         yield signals

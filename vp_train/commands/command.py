@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,12 +104,16 @@ def _check_name(name: str, command: str) -> None:
     raise ConfigError(f"{name} is not a {kind}; {hint}")
 
 
+def prints() -> bool:
+    """Return whether this process prints a ConfigError: every rank of a node finds the same."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def guarded(name: str, body: Callable[[], int]) -> NoReturn:
     """Run a command and exit with its code.
 
     Errors of the user and of the system are printed in one line, all others with a traceback.
     """
-    prints = os.environ.get("LOCAL_RANK", "0") == "0"  # every rank finds the same ConfigError
     _open_closed_streams()
     try:
         code = body()
@@ -118,7 +123,7 @@ def guarded(name: str, body: Callable[[], int]) -> NoReturn:
         code = ending.code
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if ending.words and (prints or not isinstance(error, ConfigError)):
+        if ending.words and (prints() or not isinstance(error, ConfigError)):
             print(ending.words, file=sys.stderr, flush=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -152,13 +157,33 @@ def _split(
             overrides.append(word)
             continue
         if not known[name][0]:
+            if equals:
+                raise ConfigError(f"{word}: {name} takes no value; write {name}")
             options[name] = ""
             continue
         value = value if equals else next(rest, "")
-        if not value or value.startswith("-"):
+        if not value or (value.startswith("-") and not re.fullmatch(r"-[0-9.]+", value)):
             raise ConfigError(f"{name} needs a value: {name} {known[name][0]}")
         options[name] = value
     return overrides, options
+
+
+def whole_number(
+    options: Mapping[str, str], name: str, default: int, *, least: int = 1, most: int = 1_000_000
+) -> int:
+    """Return the value of an option that takes a count, `default` if it was not given.
+
+    Raises ConfigError, which names the bounds.
+    """
+    if name not in options:
+        return default
+    word = options[name]
+    if not re.fullmatch(r"[0-9]{1,12}", word) or not least <= int(word) <= most:
+        raise ConfigError(
+            f"{name} {word} is not a whole number in [{least:,}, {most:,}]; "
+            f"write for example {name} {min(most, max(default, least))}"
+        )
+    return int(word)
 
 
 class Parser(argparse.ArgumentParser):

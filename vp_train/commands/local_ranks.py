@@ -19,9 +19,8 @@ from typing import NoReturn
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher
 from vp_train.failures import Ending, RankEnd
 from vp_train.supervision.ending import PIPE, heard
-from vp_train.supervision.requests import SIGNALS
+from vp_train.supervision.requests import SIGNALS, held, is_ignored, pass_on
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _MOST_BYTES = 65536  # of the line that a rank leaves; it writes fewer
 _REAP_SECONDS = 10.0  # for ranks to go after SIGKILL; one that waits for a driver does not
 _POLL_SECONDS = 0.02
@@ -40,8 +39,8 @@ def new_process(command: Sequence[str]) -> Starter:
             list(command),
             {**os.environ, **variables},
             setpgroup=0,
-            setsigmask=SIGNALS,
-            setsigdef=[number for number in STOPPING if not _is_ignored(number)],
+            setsigmask=held(),
+            setsigdef=[number for number in SIGNALS if not is_ignored(number)],
         )
 
     return start
@@ -69,7 +68,7 @@ def forked(body: Callable[[], None]) -> Starter:
 
     def start(variables: Mapping[str, str], pipe: int) -> int:
         agent = os.getpid()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, held())
         if process := fork():
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             with contextlib.suppress(OSError):  # the child may have done so, or be gone
@@ -93,7 +92,7 @@ def child(body: Callable[[], None]) -> int:
     agent = os.getpid()
     if process := fork():
         return process
-    for number in STOPPING:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     _run_child(lambda: die_with_launcher(agent), body)
     os._exit(0)
@@ -132,14 +131,10 @@ def _unbuffer() -> None:
             stream.reconfigure(write_through=True, line_buffering=True)
 
 
-def _is_ignored(number: int) -> bool:
-    return signal.getsignal(number) is signal.SIG_IGN  # as nohup does with SIGHUP
-
-
 def _default_signals() -> None:
     """Undo the handlers of the agent in a copy of it."""
-    for number in STOPPING:
-        if not _is_ignored(number):
+    for number in SIGNALS:
+        if not is_ignored(number):
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -192,8 +187,7 @@ class LocalRanks:
         """Ask every rank to finish its step, to save and to end, because signal `number` came."""
         for rank in self._running:
             with contextlib.suppress(ProcessLookupError):
-                number = number if number in SIGNALS else signal.SIGUSR1
-                os.kill(self._processes[rank], number)
+                pass_on(number, self._processes[rank])
 
     def kill(self) -> list[str]:
         """End the ranks that still run, and whatever any rank has started, and wait for them.

@@ -25,11 +25,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
 
-from vp_train.commands.local_ranks import STOPPING, fork
+from vp_train.commands.local_ranks import fork
 from vp_train.commands.place import Place
 from vp_train.commands.store_server import StoreServer
 from vp_train.config import ConfigError
 from vp_train.failures import EXIT_HANG, EXIT_INTERNAL, Ending, ending_of_command
+from vp_train.supervision.requests import SIGNALS
 
 _POLL_SECONDS = 0.05
 _BEAT_SECONDS = 0.5
@@ -240,7 +241,7 @@ def joined(
 
 def _ignore_signals() -> None:
     """Let nothing end this process while it leaves: srun ends a step when its first task fails."""
-    for number in STOPPING:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -426,7 +427,7 @@ def _check_name(head: str) -> None:
 
 def _be_messenger(agent: socket.socket, place: Place, identity: Fact) -> None:
     """Exchange facts between the agent and the store until the agent says goodbye or ends."""
-    for number in STOPPING:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     errors = os.dup(2)  # torch writes a stack there for every error of the store, as expected here

@@ -12,11 +12,13 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vp_train.commands.command import whole_number
 from vp_train.config import ConfigError
 
 RUN_ID = "VP_TRAIN_RUN_ID"  # environment variable: a random word that all nodes of a job share
 HEAD = "VP_TRAIN_HEAD"  # environment variable: the address of the first node of a Slurm job
 _DEFAULT_PORT = 29500
+MOST_NODES = 100_000
 # Ports of Slurm jobs, below those that Linux gives to outgoing connections (from 32768).
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
 _SCONTROL_SECONDS = 5.0
@@ -53,6 +55,7 @@ def place_of(options: Mapping[str, str], environment: Mapping[str, str]) -> Plac
     Raises ConfigError if the options do not say enough, or do not fit each other.
     """
     host = environment.get("SLURMD_NODENAME") or socket.gethostname()
+    num_nodes = whole_number(options, "--nodes", 1, most=MOST_NODES)
     given = [name for name in ("--nodes", "--node", "--head") if name in options]
     if not given:
         if _num_tasks(environment) > 1:  # one per node, else this process would be a rank
@@ -64,29 +67,30 @@ def place_of(options: Mapping[str, str], environment: Mapping[str, str]) -> Plac
             f"{given[0]} without {missing}; "
             "several nodes need --nodes N --node I --head HOST[:PORT]"
         )
-    num_nodes, node = (whole_number(options, name) for name in ("--nodes", "--node"))
-    if not 0 <= node < num_nodes:
-        raise ConfigError(f"--node {node} is not one of 0 to {num_nodes - 1} (--nodes {num_nodes})")
+    node = whole_number(options, "--node", 0, least=0, most=MOST_NODES)
+    if node >= num_nodes:
+        raise ConfigError(
+            f"--node {node} is not one of 0 to {num_nodes - 1} (--nodes {num_nodes}); number the "
+            "nodes from 0, or give all of them the right --nodes"
+        )
     head, port = _address(options["--head"])
     if num_nodes == 1:
         return Place(host=host)
     return Place(num_nodes, node, host, head, port, environment.get(RUN_ID, ""))
 
 
-def whole_number(options: Mapping[str, str], name: str, default: int = 0) -> int:
-    """Return the value of an option that takes a count; raise ConfigError if it is none."""
-    word = options.get(name, str(default))
-    if not re.fullmatch(r"[0-9]{1,6}", word):
-        raise ConfigError(f"{name} {word} is not a whole number")
-    return int(word)
-
-
 def _address(word: str) -> tuple[str, int]:
     """Return host and port of HOST, HOST:PORT, or [IPv6]:PORT."""
     found = re.fullmatch(r"(?:\[(?P<six>[^\]]+)\]|(?P<host>[^:]+))(?::(?P<port>[0-9]+))?", word)
-    if found is None or not 0 < int(found["port"] or _DEFAULT_PORT) < 2**16:
-        raise ConfigError(f"--head {word} is not HOST or HOST:PORT")
-    return found["six"] or found["host"], int(found["port"] or _DEFAULT_PORT)
+    if found is None:
+        raise ConfigError(f"--head {word} is not HOST or HOST:PORT; write for example node0:29500")
+    port = found["port"] or str(_DEFAULT_PORT)
+    if len(port) > 5 or not 0 < int(port) < 2**16:
+        raise ConfigError(
+            f"--head {word}: the port must lie in [1, 65,535]; write for example "
+            f"--head {found['six'] or found['host']}:{_DEFAULT_PORT}"
+        )
+    return found["six"] or found["host"], int(port)
 
 
 def _num_tasks(environment: Mapping[str, str]) -> int:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from schedules.render import duration
-from vp_train.commands.command import Command, run
+from vp_train.commands.command import Command, run, whole_number
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.failures import EXIT_CONFIG, EXIT_OK, EXIT_TIME
 from vp_train.model import shape
@@ -68,18 +68,13 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
             if name in options:
                 raise ConfigError(f"{name} belongs to --search")
         return EXIT_OK if show_plan(config, path) else EXIT_CONFIG
-    top, seconds = _number(options, "--top", 5), _number(options, "--seconds", 60)
+    top, seconds = (
+        whole_number(options, name, default) for name, default in (("--top", 5), ("--seconds", 60))
+    )
     result = show_search(config, top, seconds, path)
     if result.best:
         return EXIT_OK
     return EXIT_TIME if result.open_choices else EXIT_CONFIG
-
-
-def _number(options: Mapping[str, str], name: str, default: int) -> int:
-    word = options.get(name, str(default))
-    if not word.isdecimal() or int(word) < 1:
-        raise ConfigError(f"{name} {word} is not a whole number of at least 1")
-    return int(word)
 
 
 def show_plan(config: RunConfig, path: Path | None) -> bool:

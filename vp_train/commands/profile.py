@@ -17,7 +17,7 @@ from rich.table import Table
 from schedules.ir import Kind
 from schedules.render import duration
 from schedules.vocab import End
-from vp_train.commands.command import Command, run
+from vp_train.commands.command import Command, run, whole_number
 from vp_train.config import ConfigError, RunConfig
 from vp_train.failures import EXIT_OK
 from vp_train.planning.memory import rank_memory
@@ -48,14 +48,12 @@ def main() -> None:
 
 
 def _profile(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
-    steps = options.get("--steps", "3")
-    if not steps.isdecimal() or not int(steps):
-        raise ConfigError(f"--steps={steps} is not a number of steps; write for example --steps 3")
+    steps = whole_number(options, "--steps", 3)
     cost, record = (
         Path(options[name]).expanduser() if name in options else None
         for name in ("--cost", "--json")
     )
-    show_profile(config, options.get("--ranks"), int(steps), cost, record)
+    show_profile(config, options.get("--ranks"), steps, cost, record)
     return EXIT_OK
 
 

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from vp_train.commands.command import Command, path_of, run
+from vp_train.commands.command import Command, path_of, prints, run, whole_number
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher, has_launcher
-from vp_train.commands.place import is_rank, is_slurm_rank, place_of, slurm_rank, whole_number
-from vp_train.config import RunConfig
+from vp_train.commands.place import is_rank, is_slurm_rank, place_of, slurm_rank
+from vp_train.config import ConfigError, RunConfig
 from vp_train.failures import ending_of_command
+from vp_train.planning.degrees import MOST_ON_A_NODE
 from vp_train.settings import check_start, config_text, resume_words, started_from
 from vp_train.supervision.ending import PIPE, leave
 from vp_train.supervision.requests import hold_signals, start_clock
@@ -45,6 +46,8 @@ def main() -> None:
     # Libraries read it when they are imported.  Every rank has one thread, and an agent that is
     # to fork none but its own.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Else torch's store writes a stack of C++ frames for every connection that a dead process had.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     start_clock()
     if is_rank(os.environ) or is_slurm_rank(os.environ):
         hold_signals()
@@ -75,8 +78,8 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
         overrides,
         _train_rank,
         place,
-        num_ranks=whole_number(options, "--ranks"),
-        num_restarts=whole_number(options, "--max-restarts"),
+        num_ranks=whole_number(options, "--ranks", 0, most=MOST_ON_A_NODE),
+        num_restarts=whole_number(options, "--max-restarts", 0, least=0),
         only_preflight=_PREFLIGHT in options,
     )
 
@@ -96,9 +99,10 @@ def _train_rank(config: RunConfig) -> NoReturn:
             only_preflight=_ONLY_PREFLIGHT in os.environ,
         )
     except (Exception, KeyboardInterrupt) as error:
-        if PIPE not in os.environ:
-            raise
-        leave(ending_of_command(error, "vp-train"))
+        ending = ending_of_command(error, "vp-train")
+        if PIPE not in os.environ and isinstance(error, ConfigError) and not prints():
+            ending = replace(ending, words="")
+        leave(ending)  # a process with threads of torch must not be taken down in order
 
 
 def _serve_ranks() -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -20,7 +21,7 @@ from vp_train.data import Source
 from vp_train.metrics.figures import RankFigures, Spent
 from vp_train.metrics.log import MetricsLog, warn_unwritten
 from vp_train.metrics.progress import Progress, StepReport
-from vp_train.metrics.run_directory import RunDirectory
+from vp_train.metrics.run_directory import RunDirectory, TakenError
 from vp_train.metrics.step_times import RankTimes, step_times
 from vp_train.metrics.summary import rank_table, step_words, summarize
 from vp_train.model.shape import num_parameters
@@ -78,6 +79,7 @@ class Reporter:
         self._spent = Spent()
         self._measured: Timeline | None = None
         self._parameters: Sequence[int] = ()
+        self._has_warned = False
         self._pending: tuple[StepReport, dict[str, float]] | None = None
 
     def start(self, config_yaml: str, source: Source) -> None:
@@ -196,8 +198,41 @@ class Reporter:
         """
         assert self._pending is not None
         report, values = self._pending
+        self._hold(report.step - 1)
         self._log.record(report.step, values)
         self._pending = None
+
+    def _hold(self, last_step: int) -> None:
+        """Make the run's directory again if it was removed, and begin its log after `last_step`.
+
+        Raises TakenError if another process uses the directory now.
+        """
+        try:
+            lost = self._directory.hold()
+        except TakenError:
+            raise
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                warn_unwritten(self._directory.path, error)
+            return
+        if lost is not None:
+            self.say(f"{lost}, without what was in it")
+            self._log.go_back(last_step)
+
+    def missing(self, checkpoint: Path | None) -> str | None:
+        """Return what of the run is not there at its end, in words; None if nothing is missing.
+
+        `checkpoint` is the newest one, None if the run has saved none.
+        """
+        try:
+            if (lost := self._directory.hold()) is not None:
+                self.say(f"{lost}, without what was in it")
+        except OSError as error:
+            return str(error)
+        if checkpoint is None or (checkpoint / "manifest.json").is_file():
+            return None
+        return f"{checkpoint} is not there any more, somebody has removed it"
 
     def finish(self, peak_bytes: Sequence[float]) -> None:
         """Print the table of all ranks if a step was traced, and close all files.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import platform
+import secrets
 import subprocess
 import sys
 from importlib import metadata
@@ -13,11 +15,19 @@ from pathlib import Path
 from typing import IO
 
 from vp_train.config import ConfigError, RunSettings
-from vp_train.durable import UnreadableError, checkpoints_in, naming, open_to_append, replace
+from vp_train.durable import (
+    UnreadableError,
+    checkpoints_in,
+    naming,
+    open_to_append,
+    read_text,
+    replace,
+)
 
 # What a run writes in its directory, apart from single files, which replace what is there.
 _FILES = ("LOCK", "metrics.jsonl")
 _DIRECTORIES = ("checkpoints", "tensorboard", "trace", "logs", "profile")
+_MOST_TRIES = 5  # to lock a file that is removed meanwhile
 
 
 def refuse_used(settings: RunSettings) -> None:
@@ -40,6 +50,18 @@ def refuse_running(settings: RunSettings) -> None:
         _acquire(settings.directory).close()
 
 
+class _InUseError(ConfigError):
+    """A directory whose lock another process holds."""
+
+    def __init__(self, path: Path, process: str) -> None:
+        super().__init__(f"{path} is in use by {process}; wait for it or choose another run.name")
+        self.process = process
+
+
+class TakenError(OSError):
+    """A run's directory was removed, and another process uses the one that is there now."""
+
+
 class RunDirectory:
     """The directory `root/name`, whose lock is held as long as the process lives.
 
@@ -54,13 +76,43 @@ class RunDirectory:
         """
         self.path = settings.directory
         self.path.mkdir(parents=True, exist_ok=True)
-        _refuse_others(self.path)
-        self._lock = _acquire(self.path)
-        self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()}\n")
-        self._lock.flush()
+        self._texts: dict[str, str] = {}  # by name, to write them again
+        self._take()
         refuse_used(settings)
         self.trace.mkdir(exist_ok=True)
+
+    def _take(self) -> None:
+        _refuse_others(self.path)
+        self._lock = _acquire(self.path)
+        self._mark = f"{os.getpid()}\n{secrets.token_hex(8)}\n"
+        self._lock.truncate(0)
+        self._lock.write(self._mark)
+        self._lock.flush()
+
+    def hold(self) -> str | None:
+        """Make the directory again if somebody has removed it, and return what was lost in words.
+
+        Returns None if it is as it was.  Raises TakenError if another process has made and locked
+        it meanwhile, and OSError if it cannot be made.
+        """
+        place = self.path / "LOCK"
+        if _is_at(self._lock, place) or _has_text(place, self._mark):
+            return None
+        is_gone = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take()
+            self.trace.mkdir(exist_ok=True)
+            for name, text in list(self._texts.items()):
+                self.write(name, text)
+        except _InUseError as error:
+            words = f"the directory was removed while this run used it, and {error.process} uses it"
+            raise TakenError(errno.EBUSY, f"{words} now", str(self.path)) from None
+        except ConfigError as error:
+            raise OSError(None, str(error), str(self.path)) from None
+        if is_gone:
+            return f"{self.path} was removed while this run used it; it is made again"
+        return f"{place} was removed while this run used it; it is made again"
 
     @property
     def metrics(self) -> Path:
@@ -76,6 +128,7 @@ class RunDirectory:
 
     def write(self, name: str, text: str) -> None:
         """Write one text file of the run."""
+        self._texts[name] = text
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with naming(path):
@@ -104,21 +157,41 @@ def _acquire(path: Path) -> IO[str]:
 
     Raises ConfigError if another process holds it.
     """
-    try:
-        file = os.fdopen(open_to_append(path / "LOCK"), "a+")
-    except UnreadableError as error:
-        raise ConfigError(f"{error}; remove it") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        number = file.read(20).strip()
-        file.close()
-        process = f"process {number}" if number.isdecimal() else "another process"
-        raise ConfigError(
-            f"{path} is in use by {process}; wait for it or choose another run.name"
-        ) from None
+    place = path / "LOCK"
+    for _ in range(_MOST_TRIES):
+        try:
+            file = os.fdopen(open_to_append(place), "a+")
+        except UnreadableError as error:
+            raise ConfigError(f"{error}; remove it") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            number = file.readline(20).strip()
+            file.close()
+            process = f"process {number}" if number.isdecimal() else "another process"
+            raise _InUseError(path, process) from None
+        if _is_at(file, place):
+            break  # else somebody has removed it since it was opened
     return file
+
+
+def _is_at(file: IO[str], place: Path) -> bool:
+    """Return whether an open file is the one at `place`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(place))
+    except FileNotFoundError:
+        return False
+    except OSError:  # as of a server that does not answer: nothing says that it is gone
+        return True
+
+
+def _has_text(place: Path, text: str) -> bool:
+    """Return whether the file at `place` has this text; inodes of some file systems change."""
+    try:
+        return read_text(place, follow=False) == text
+    except UnreadableError:
+        return False
 
 
 def _refuse_others(path: Path) -> None:

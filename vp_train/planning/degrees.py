@@ -13,7 +13,7 @@ _OTHER_NUMBER_STARTED = (
     "were started; start as many (torchrun --nproc-per-node), or change a degree"
 )
 _DEFAULT_PP = 4  # pipeline ranks to start if parallel.pp is not set
-_MOST_ON_A_NODE = 256  # each takes hundreds of megabytes, and no node has more than 16 GPUs
+MOST_ON_A_NODE = 256  # each takes hundreds of megabytes, and no node has more than 16 GPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,9 @@ def wanted_ranks(parallel: ParallelConfig) -> int:
 
 def check_node(num_ranks: int) -> None:
     """Raise ConfigError for more ranks than one machine is ever asked to start."""
-    if num_ranks > _MOST_ON_A_NODE:
+    if num_ranks > MOST_ON_A_NODE:
         raise ConfigError(
-            f"{num_ranks:,} ranks on one machine, where at most {_MOST_ON_A_NODE} start; lower "
+            f"{num_ranks:,} ranks on one machine, where at most {MOST_ON_A_NODE} start; lower "
             "parallel.dp, parallel.pp or parallel.tp, or start the run on several nodes"
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 CLOCK_SECONDS = 5.0  # clocks that differ by less are equal
 SLOW = 3.0  # an all-reduce that takes so many times as long as planned is slow
@@ -41,6 +41,7 @@ class RankFacts:
     texts: the content hash of each corpus.
     versions: the version of each package that takes part in the computation, and of Python.
     gpu: None on a CPU.
+    environment: the variables that NCCL and gloo read.
     """
 
     rank: int
@@ -56,6 +57,7 @@ class RankFacts:
     texts: tuple[str, ...]
     versions: Mapping[str, str]
     gpu: Gpu | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def node(self) -> tuple[str, str]:
@@ -125,6 +127,7 @@ def compare(
     if one_gpu_per_rank:
         errors += _same_gpu(ranks)
     warnings = [*_clocks(ranks), *_python(ranks), *_gpus(ranks), *_launchers(ranks)]
+    warnings += _environment(ranks)
     return Findings(tuple(map(printable, errors)), tuple(map(printable, warnings)))
 
 
@@ -284,6 +287,23 @@ def _python(ranks: Sequence[RankFacts]) -> list[str]:
         lambda facts: facts.versions.get("Python", ""),
         "Python {value}, but {usual} on {where}",
     )
+
+
+def _environment(ranks: Sequence[RankFacts]) -> list[str]:
+    """Return warnings about variables of NCCL and gloo; nodes may name interfaces differently."""
+    warnings = []
+    for name in sorted({name for facts in ranks for name in facts.environment}):
+
+        def value(facts: RankFacts, name: str = name) -> str:
+            return facts.environment.get(name, "not set") or "empty"
+
+        warnings += _differ(
+            ranks,
+            value,
+            f"{name} is {{value}}, but {{usual}} on {{where}}; that is right only if the nodes "
+            "have other interfaces, else set it alike",
+        )
+    return warnings
 
 
 def _same_gpu(ranks: Sequence[RankFacts]) -> list[str]:

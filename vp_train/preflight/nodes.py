@@ -45,6 +45,7 @@ _SUM_BYTES = 2**24
 _SUM_TRIES = 3
 _SEEN_SECONDS = 5.0  # a network file system shows another node's new file within this time
 _MOST_ERRORS = 8
+_MOST_CHARACTERS = 200  # of a variable
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy", "tokenizers")
 _MARK = re.compile(r"\.preflight-[0-9a-f]{32}")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -99,6 +100,7 @@ class Preflight:
             texts=tuple(self._texts),
             versions=_versions(self._config),
             gpu=_gpu(self._config),
+            environment=_environment(os.environ),
         )
         self._ranks = [_facts(value) for value in world.all_gather_json(asdict(own))]
         differ = len({facts.settings for facts in self._ranks}) > 1
@@ -248,6 +250,15 @@ def _versions(config: RunConfig) -> dict[str, str]:
         version = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
         found["NCCL"] = ".".join(map(str, version))
     return found
+
+
+def _environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that NCCL and gloo read; a very long value is cut off."""
+    return {
+        name: value[:_MOST_CHARACTERS]
+        for name, value in environment.items()
+        if name.startswith(("NCCL_", "GLOO_"))
+    }
 
 
 def _gpu(config: RunConfig) -> Gpu | None:

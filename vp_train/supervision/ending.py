@@ -26,7 +26,8 @@ def leave(ending: Ending, log: Path | None = None) -> NoReturn:
 
     Destructors of process groups would wait for peers, or abort while their threads still run.
     """
-    said = "" if _tell_agent(ending) or not ending.words else f"{ending.words}\n"
+    prefix = "" if not ending.code or ending.words.startswith("vp-train: ") else "vp-train: "
+    said = "" if _tell_agent(ending) or not ending.words else f"{prefix}{ending.words}\n"
     if ending.log and log is not None and (problem := _write(log, ending.log)):
         said += f"{log} cannot be written: {printable(problem)}\n"
         if ending.code == EXIT_INTERNAL:  # a bug, whose traceback is nowhere else

@@ -16,15 +16,20 @@ from typing import Any
 from vp_train.config import RunSettings
 
 # A request is a number, so that it fits into the message of a step.  The largest one of all ranks
-# counts.  _SIGNALS + n is a request to leave by signal n.
+# counts.  _SIGNALS + n is a request to leave by signal n, _PASSED_ON + n by one that the launcher
+# of the rank got and passed on.
 NOTHING = 0
 _SAVE = 1
 _TIME_IS_OVER = 2
 _STOP_FILE = 3
 NO_READER = 4
 _SIGNALS = 100
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_PASSED_ON = 200
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# A launcher sends it before a signal that it passes on, so that a rank can say who was asked.
+_FROM_LAUNCHER = signal.SIGUSR2
 _STARTED = "VP_TRAIN_STARTED"  # environment variable: when the command began, by time.monotonic
+_TOGETHER_SECONDS = 0.1  # between the two signals of `pass_on`
 _SAME_REQUEST_SECONDS = 1.0  # a terminal and a launcher may both pass on the same Ctrl-C
 
 
@@ -38,7 +43,7 @@ def leaves(request: int) -> bool:
     return request >= _TIME_IS_OVER
 
 
-def words(request: int, rank: int) -> str:
+def words(request: int, rank: int, *, spans_nodes: bool = False) -> str:
     """Return what asked for `request`, which `rank` was the first to know, for a message."""
     if request == _TIME_IS_OVER:
         return "run.max_minutes is over"
@@ -46,12 +51,34 @@ def words(request: int, rank: int) -> str:
         return "nobody reads the output any more"
     if request == _STOP_FILE:
         return "the file STOP was there"
-    return f"{signal.Signals(request - _SIGNALS).name} reached rank {rank}"
+    if request < _PASSED_ON:
+        return f"{signal.Signals(request - _SIGNALS).name} reached rank {rank}"
+    launcher = f"the launcher on the node of rank {rank}" if spans_nodes else "the launcher"
+    return f"{signal.Signals(request - _PASSED_ON).name} reached {launcher}"
+
+
+def is_ignored(number: int) -> bool:
+    """Return whether whoever started this process lets it ignore a signal, as nohup SIGHUP."""
+    return signal.getsignal(number) is signal.SIG_IGN
+
+
+def held() -> tuple[signal.Signals, ...]:
+    """Return the signals that a rank keeps back until it listens."""
+    return (*SIGNALS, _FROM_LAUNCHER)
 
 
 def hold_signals() -> None:
     """Keep signals back until `Requests.listen`; call it before the long imports of a rank."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, held())
+
+
+def pass_on(number: int, process: int) -> None:
+    """Ask a rank to leave, because its launcher, this process, got signal `number`.
+
+    Raises ProcessLookupError if the rank is gone.
+    """
+    os.kill(process, _FROM_LAUNCHER)
+    os.kill(process, number)
 
 
 class Requests:
@@ -76,6 +103,7 @@ class Requests:
         self._saved = clock()
         self._started = self._saved if started is None else started
         self._signal, self._signalled = 0, 0.0
+        self._is_passed_on = False
 
     @classmethod
     def of_rank(cls, rank: int, settings: RunSettings) -> Requests:
@@ -90,10 +118,17 @@ class Requests:
         )
 
     def listen(self) -> None:
-        """Take SIGTERM, SIGINT and SIGUSR1 as requests to leave.  A second one ends the process."""
+        """Take the SIGNALS as requests to leave.  A second one ends the process."""
+        signal.signal(_FROM_LAUNCHER, self._note_launcher)
         for number in SIGNALS:
-            signal.signal(number, self._note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            if number != signal.SIGHUP or not is_ignored(number):
+                signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held())
+
+    def _note_launcher(self, number: int, frame: Any) -> None:
+        # Python calls the handlers of two signals that are both pending in the order of numbers.
+        is_later = self._signal and self._clock() > self._signalled + _TOGETHER_SECONDS
+        self._is_passed_on |= not is_later
 
     def _note(self, number: int, frame: Any) -> None:
         now = self._clock()
@@ -106,7 +141,7 @@ class Requests:
         """Return what is asked for now: NOTHING, or a request for `leaves` and `words`."""
         now = self._clock()
         if self._signal:
-            return _SIGNALS + self._signal
+            return (_PASSED_ON if self._is_passed_on else _SIGNALS) + self._signal
         if self._stop_file is not None and self._stop_file.exists():
             return _STOP_FILE
         if 0 < self._max_seconds <= now - self._started:
