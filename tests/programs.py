@@ -44,8 +44,13 @@ class Program:
         environment = {**os.environ, **(variables or {})}
         self._process = context.Process(
             target=_be,
-            args=(main, [str(word) for word in words], os.path.abspath(directory), environment)
-            + tuple(theirs for _, theirs in pipes),
+            args=(
+                main,
+                [str(word) for word in words],
+                os.path.abspath(directory),
+                environment,
+                *(theirs for _, theirs in pipes),
+            ),
         )
         self._process.start()
         for _, theirs in pipes:

@@ -494,6 +494,8 @@ def _quoted_words(word: str) -> str:
     typed = override(name, value.replace("'", ""))
     for_shell = f'"{typed}"' if not re.search(r'["$`\\!]', typed) else shlex.quote(typed)
     return f"if that is one text, quote it for the shell and for hydra: {for_shell}"
+
+
 _OF_FILES = ("model", "cost")  # groups that take a file
 
 
