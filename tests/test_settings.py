@@ -139,7 +139,6 @@ def test_the_page_of_settings_is_the_one_that_is_generated():
         "true",
         "007",
         "1e3",
-        "~x",
     ],
 )
 def test_a_text_is_taken_as_it_is_written(text):
