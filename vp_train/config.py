@@ -996,7 +996,8 @@ class RunSettings:
     )
     world_timeout_seconds: float = setting(
         1800.0,
-        "Longest wait of all ranks for each other at the start, around steps and at checkpoints.",
+        "Longest wait of all ranks for each other at the start, around steps and at checkpoints, "
+        "and for a disk on which a save does not get on.",
         unit="s",
         least=1,
         most=_LONGEST_SECONDS,

@@ -316,6 +316,7 @@ class Run:
             mesh.steps,
             config.run.keep_checkpoints,
             device=config.run.device,
+            patience_seconds=config.run.world_timeout_seconds,
         )
         self._saved_step = 0  # of the newest checkpoint that was begun
         self.first_step = 1

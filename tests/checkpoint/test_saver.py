@@ -18,9 +18,10 @@ import torch.distributed as dist
 from tests.disk import largest_file
 from vp_train.checkpoint import saver as module
 from vp_train.checkpoint.manifest import read_manifest
-from vp_train.checkpoint.saver import CheckpointError, Saver, save
+from vp_train.checkpoint.saver import CheckpointError, Saver, StuckDiskError, save
 from vp_train.checkpoint.store import CheckpointTensor, find, latest, load
 from vp_train.communication.control import ControlGroup
+from vp_train.failures import EXIT_IO
 
 
 def saver_of(directory, keep=9):
@@ -89,6 +90,71 @@ def advance_when_all_are_ready(rank, num_ranks, directory):
 
 def test_steps_complete_a_save_without_waiting(ranks, tmp_path):
     assert ranks(2).run(advance_when_all_are_ready, str(tmp_path)) == [(False, True)] * 2
+
+
+def save_on_a_stuck_disk(rank, num_ranks, directory, function):
+    """Save while rank 1's (`write_new`) or rank 0's (the others) disk takes nothing."""
+    group = ControlGroup.flat(dist.group.WORLD)
+    saver = Saver(Path(directory), group, 9, patience_seconds=1.0)
+    inner, go_on = getattr(module, function), threading.Event()
+
+    def stuck(*arguments):
+        if rank == (function == "write_new"):
+            go_on.wait(30)
+        return inner(*arguments)
+
+    setattr(module, function, stuck)
+    began = time.monotonic()
+    try:
+        saver.begin(1, piece(rank, 1), {})
+        saver.finish()
+    except StuckDiskError as error:
+        saver.finish()  # there is nothing more to wait for
+        return error.exit_code, str(error), time.monotonic() - began
+    finally:
+        go_on.set()
+        setattr(module, function, inner)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("_make_empty", "rank 0 could not make {}/.writing-step-00000001: "),
+        ("write_new", "rank 1 could not write its file in {}/.writing-step-00000001: "),
+        ("write_manifest", "rank 0 could not complete {}/step-00000001: "),
+    ],
+)
+def test_a_disk_that_takes_nothing_ends_the_run_after_its_patience(
+    ranks, tmp_path, function, words
+):
+    for code, said, seconds in ranks(2).run(save_on_a_stuck_disk, str(tmp_path), function):
+        assert code == EXIT_IO
+        assert said.startswith(words.format(tmp_path))
+        assert said.endswith("has taken nothing for 1 s (run.world_timeout_seconds)")
+        assert 1 < seconds < 10
+
+
+def write_slowly(rank, num_ranks, directory):
+    """Write in twelve chunks, which together take longer than the patience."""
+    saver = Saver(Path(directory), ControlGroup.flat(dist.group.WORLD), 9, patience_seconds=1.0)
+    inner, chunk = module.write_new, module._CHUNK
+
+    def slow(path, parts):
+        inner(path, (time.sleep(0.2) or part for part in parts))
+
+    module.write_new, module._CHUNK = slow, 350
+    try:
+        saver.begin(1, piece(rank, 1), {})
+        saver.finish()
+    finally:
+        module.write_new, module._CHUNK = inner, chunk
+    return saver.take_failure(), loaded(Path(directory) / "step-00000001", rank)
+
+
+def test_a_slow_disk_that_gets_on_is_waited_for(ranks, tmp_path):
+    began = time.monotonic()
+    assert ranks(2).run(write_slowly, str(tmp_path)) == [(None, [1.0])] * 2
+    assert time.monotonic() - began > 2
 
 
 def save_twice(rank, num_ranks, directory):

@@ -11,6 +11,7 @@ exchange hashes and errors, so that all ranks fail or none does.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -50,6 +51,10 @@ class CheckpointError(SharedFailure, OSError):
     exit_code = EXIT_IO
 
 
+class StuckDiskError(CheckpointError):
+    """A disk that has taken nothing for so long that the run must end."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Save:
     """A save that is under way: its second phase has begun if `is_committing`.
@@ -67,12 +72,20 @@ class Saver:
     """The saves of one rank.  All methods but `is_ready` and `take_failure` are collective."""
 
     def __init__(
-        self, directory: Path, group: ControlGroup, keep: int, *, device: str = "cpu"
+        self,
+        directory: Path,
+        group: ControlGroup,
+        keep: int,
+        *,
+        device: str = "cpu",
+        patience_seconds: float = math.inf,
     ) -> None:
         """Save below `directory`, and keep the newest `keep` checkpoints.
 
         `device` is run.device: where the steps compute, wherever the saved tensors are.
+        `patience_seconds` is how long to wait for a disk on which no rank gets on.
         """
+        self._patience = patience_seconds
         self._directory, self._group, self._keep = directory, group, keep
         self._share = _SHARE if device == "cpu" else None
         self._damaged: frozenset[str] = frozenset()
@@ -107,11 +120,12 @@ class Saver:
         every global tensor exactly once.  `state` must be JSON.
         """
         self.finish()
-        error = None
         _, temporary = _final_and_temporary(self._directory, step)
+        made = _done(None)
         if self._group.rank == 0:
-            error = _attempt(lambda: _make_empty(temporary))
-        if self._exchange(step, error) is None:
+            made = self._thread.submit(_attempt, lambda: _make_empty(temporary))
+        self._await(made, f"make {temporary}")
+        if self._exchange(step, made.result()) is None:
             return
         path = temporary / file_name(self._group.rank)
         tensors = {name: piece.stored for name, piece in pieces.items()}
@@ -142,14 +156,44 @@ class Saver:
         self._save = _Save(save.step, save.state, work, is_committing=True)
 
     def finish(self) -> None:
-        """Return when the save that is under way is complete or has failed on all ranks."""
+        """Return when the save that is under way is complete or has failed on all ranks.
+
+        Raises StuckDiskError on all ranks if no rank gets on for `patience_seconds`.
+        """
         self._pace.hurry()
-        while self._save is not None:
-            # The ranks exchange messages while they wait.  So a slow disk does not look like a rank
-            # that hangs, and a rank that hangs is found after the timeout of the group.
-            done, _ = wait([self._save.work], _WAIT_SECONDS)
-            if all(self._group.all_gather_json(bool(done))):
-                self.advance()
+        while (save := self._save) is not None:
+            self._save = None
+            final, temporary = _final_and_temporary(self._directory, save.step)
+            what = f"complete {final}" if save.is_committing else f"write its file in {temporary}"
+            self._await(save.work, what)
+            self._save = save
+            self.advance()
+
+    def _await(self, work: Future[Any], what: str) -> None:
+        """Return when `work` is done on all ranks; `what` says in words what it does.
+
+        The ranks exchange messages while they wait.  So a slow disk does not look like a rank that
+        hangs, and a rank that hangs is found after the timeout of the group.  Raises StuckDiskError
+        on all ranks; the thread that works cannot be stopped.
+        """
+        before: list[Any] = []
+        since = time.monotonic()
+        while True:
+            done, _ = wait([work], _WAIT_SECONDS)
+            is_late = time.monotonic() - since > self._patience  # the first rank's clock counts
+            told = self._group.all_gather_json((bool(done), self._pace.chunks, is_late))
+            stuck = [rank for rank, (is_done, *_) in enumerate(told) if not is_done]
+            if not stuck:
+                return
+            now = [entry[:2] for entry in told]
+            if now != before:
+                before, since = now, time.monotonic()
+            elif told[0][2]:
+                more = f" (and {len(stuck) - 1} more)" if len(stuck) > 1 else ""
+                raise StuckDiskError(
+                    f"rank {stuck[0]}{more} could not {what}: the disk has taken nothing for "
+                    f"{self._patience:g} s (run.world_timeout_seconds)"
+                )
 
     def _exchange(self, step: int, value: Any) -> list[Any] | None:
         """Return the values of all ranks.  A string is an error: return None and keep it."""
@@ -334,13 +378,18 @@ class _Pace:
         """Begin to count.  Without `share` the thread never rests."""
         self._share, self._hurry = share, threading.Event()
         self._begin, self._used = time.process_time(), 0.0
+        self.chunks = 0  # that were written
 
     def hurry(self) -> None:
         """Let the thread rest no more."""
         self._hurry.set()
 
     def rest(self, used: float) -> None:
-        """Return when the thread, which has just used `used` seconds, is within its share."""
+        """Return when the thread is within its share.
+
+        It has just written a chunk, which took it `used` seconds of CPU time.
+        """
+        self.chunks += 1
         self._used += used
         while self._share is not None and not self._hurry.is_set():
             if self._used <= self._share * (time.process_time() - self._begin):
