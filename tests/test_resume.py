@@ -23,19 +23,22 @@ from tests.training import (
 )
 from vp_train import train as module
 from vp_train.assembly import build_rank
+from vp_train.checkpoint.manifest import MANIFEST, write_manifest
 from vp_train.checkpoint.training import _require_same_text
+from vp_train.commands.train import _train, check_steps
 from vp_train.config import (
     BlendEntry,
     ConfigError,
     DataConfig,
-    RunConfig,
     RunSettings,
     VocabConfig,
 )
 from vp_train.data import open_source
+from vp_train.durable import checkpoint_name
+from vp_train.metrics.run_directory import RunDirectory
 from vp_train.planning.degrees import wanted_ranks
 from vp_train.planning.plan import make_plan
-from vp_train.settings import check_start
+from vp_train.settings import load_config
 from vp_train.train import Run, _leave_done
 
 
@@ -240,12 +243,29 @@ def loss_scale_of(rank, num_ranks, config, first):
 
 def test_fewer_steps_than_a_run_has_done_are_refused_before_anything_else(tmp_path):
     run = RunSettings(root=str(tmp_path), name="run", steps=5, resume=True)
-    for name in ("step-00000004", "step-00000012", ".writing-step-00000020"):
-        (run.directory / "checkpoints" / name).mkdir(parents=True)
+    for step in (4, 12):
+        path = run.checkpoints / checkpoint_name(step)
+        path.mkdir(parents=True)
+        write_manifest(path, step, {}, {})
+    for name in ("step-00000099", ".writing-step-00000020"):  # they hold nothing
+        (run.checkpoints / name).mkdir()
+    damaged = run.checkpoints / checkpoint_name(98) / MANIFEST
+    damaged.parent.mkdir()
+    damaged.write_text("{}")
     with pytest.raises(ConfigError, match=r"run\.steps=5, but .* is of step 12; give at least 12"):
-        check_start(RunConfig(run=run))
-    check_start(RunConfig(run=replace(run, steps=12)))
-    check_start(RunConfig(run=replace(run, resume=False)))
+        check_steps(run)
+    check_steps(replace(run, steps=12))
+    check_steps(replace(run, resume=False))
+
+
+def test_a_run_that_is_in_use_is_refused_before_its_checkpoints_are_looked_at(tmp_path, capsys):
+    run = RunSettings(root=str(tmp_path), name="run", resume=True)
+    directory = RunDirectory(run)
+    words = ["model=nano", "data=synthetic", f"run.root={tmp_path}", "run.name=run"]
+    (run.checkpoints / checkpoint_name(7)).mkdir(parents=True)
+    with pytest.raises(ConfigError, match="is in use by process"):
+        _train(load_config([*words, "run.resume=true", "run.steps=3"]), [], {})
+    assert directory.hold() is None
 
 
 def test_a_run_that_is_done_says_so(monkeypatch):

@@ -349,14 +349,8 @@ def check_start(config: RunConfig) -> None:
     checkpoint is compared again when it is loaded.
     """
     run, directory = config.run, config.run.directory
-    done = [step for step, _ in checkpoints_in(run.checkpoints)]
     now = dict(_leaves(_node(config)))
-    if run.resume and done and run.steps < max(done):
-        raise ConfigError(
-            f"run.steps={run.steps}, but the newest checkpoint of {directory} is of step "
-            f"{max(done)}; give at least {max(done)}"
-        )
-    if run.resume and done and (directory / "config.yaml").is_file():
+    if run.resume and checkpoints_in(run.checkpoints) and (directory / "config.yaml").is_file():
         before = _saved_settings(directory / "config.yaml")
         for name in filter(keeps_on_resume, now):
             _require_same(name, before, now, f"{directory} has run")

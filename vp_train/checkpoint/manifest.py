@@ -22,6 +22,7 @@ from vp_train.checkpoint.stream import describe_tensors
 from vp_train.durable import (
     UnreadableError,
     checkpoint_step,
+    checkpoints_in,
     open_regular,
     plain,
     read_json,
@@ -141,6 +142,21 @@ def saved_settings(manifest: Manifest) -> Mapping[str, Mapping[str, Any]]:
     if not (isinstance(config, dict) and all(isinstance(part, dict) for part in config.values())):
         raise ValueError(f"state.config is {shown(config)}, not settings")
     return config
+
+
+def newest_step(directory: Path) -> int | None:
+    """Return the step of the newest checkpoint in `directory` that looks whole, None if none does.
+
+    Its manifest is right, and its files have their sizes; their contents are not read.
+    """
+    for step, path in reversed(checkpoints_in(directory)):
+        try:
+            files = read_manifest(path).files.items()
+            if all((path / name).stat().st_size == stored.num_bytes for name, stored in files):
+                return step
+        except (ValueError, OSError):
+            continue
+    return None
 
 
 def check_file(path: Path, stored: StoredFile) -> None:

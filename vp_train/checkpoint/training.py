@@ -280,10 +280,22 @@ def _require_same(saved: Mapping[str, Mapping[str, Any]], ours: dict[str, Any], 
                         f"from its weights as another run: run.init_from={path} run.name=NAME"
                     )
                 raise ConfigError(
-                    f"{path} was saved with {section}.{key}={_word(before)}, "
+                    f"{path} was saved with {_name(section, key)}={_word(before)}, "
                     f"this run has {_word(value)}; "
-                    "use the same value"
+                    f"use the same value{_ORIGIN_OF_DP if section == 'batch' else ''}"
                 )
+
+
+_ORIGIN_OF_DP = "; where parallel.dp is not set, it follows from the number of ranks"
+
+
+def _name(section: str, key: str) -> str:
+    """Return the name that somebody types for what a checkpoint calls `key` of `section`."""
+    if section == "batch":
+        return key.replace("dp *", "parallel.dp *")
+    if (section, key) == ("data", "weights"):
+        return "the weights of data.blend"
+    return f"{section}.{key}"
 
 
 def _word(value: object) -> str:

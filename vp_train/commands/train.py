@@ -14,8 +14,10 @@ from typing import NoReturn
 from vp_train.commands.command import Command, path_of, prints, run, whole_number
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher, has_launcher
 from vp_train.commands.place import is_rank, is_slurm_rank, place_of, slurm_rank
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import ConfigError, RunConfig, RunSettings
+from vp_train.durable import checkpoints_in
 from vp_train.failures import ending_of_command
+from vp_train.metrics.run_directory import refuse_running
 from vp_train.planning.degrees import MOST_ON_A_NODE
 from vp_train.settings import check_start, config_text, resume_words, started_from
 from vp_train.supervision.ending import PIPE, leave
@@ -67,8 +69,11 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
     is_first = os.environ.get("RANK", "0") == "0" if place is None else place.node == 0
     if is_first and not has_launcher() and (words := resume_words(config)) is not None:
         print(words, flush=True)
+    if is_first and not has_launcher():
+        refuse_running(config.run)  # another process would change what is looked at here
     config = with_origin(config)
     check_start(config)
+    check_steps(config.run)
     if place is None:
         _train_rank(config)
     from vp_train.commands.launch import launch
@@ -82,6 +87,23 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
         num_restarts=whole_number(options, "--max-restarts", 0, least=0),
         only_preflight=_PREFLIGHT in options,
     )
+
+
+def check_steps(settings: RunSettings) -> None:
+    """Raise ConfigError for fewer steps than the run to be resumed has done.
+
+    A directory that only has the name of a checkpoint says nothing.
+    """
+    if not settings.resume or not checkpoints_in(settings.checkpoints):
+        return
+    from vp_train.checkpoint.manifest import newest_step
+
+    done = newest_step(settings.checkpoints)
+    if done is not None and settings.steps < done:
+        raise ConfigError(
+            f"run.steps={settings.steps}, but the newest checkpoint of {settings.directory} is of "
+            f"step {done}; give at least {done}"
+        )
 
 
 def _train_rank(config: RunConfig) -> NoReturn:
