@@ -680,15 +680,21 @@ def _kind_words(kind: Any) -> str | None:
     return {**names, NoneType: "null"}.get(kind)
 
 
+def run_of(source: Path) -> Path:
+    """Return the directory of a run from that, or from one of its checkpoints."""
+    place = source.resolve()
+    return next(
+        (path.parent for path in (place, place.parent) if path.name == "checkpoints"), place
+    )
+
+
 def started_from(source: Path) -> Path | None:
     """Return run.init_from of the run in directory `source`, or of the run of that checkpoint.
 
     It is None if the run started from nothing, or if its config.yaml cannot be read.
     """
-    place = source.resolve()
-    run = next((path.parent for path in (place, place.parent) if path.name == "checkpoints"), place)
     try:
-        origin = _saved_settings(run / "config.yaml").get("run.init_from")
+        origin = _saved_settings(run_of(source) / "config.yaml").get("run.init_from")
     except ConfigError:
         return None
     return Path(origin).expanduser() if isinstance(origin, str) else None

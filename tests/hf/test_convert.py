@@ -31,6 +31,7 @@ from vp_train.config import (
 )
 from vp_train.hf import convert
 from vp_train.hf.convert import export_checkpoint, import_checkpoint
+from vp_train.metrics.run_directory import RunDirectory
 from vp_train.planning.plan import make_plan
 
 SEQUENCES, LENGTH = 4, 40
@@ -211,7 +212,8 @@ def write_run(directory, imported, *, tokenizer=None, init_from=None, seq_length
     model = asdict(replace(imported.model, seq_length=seq_length))
     state = {"config": {"model": model, "data": {"tokenizer": tokenizer and str(tokenizer)}}}
     tensors = (read_tensor(path, name) for name in described)
-    (directory / "checkpoints").mkdir(parents=True)
+    RunDirectory(RunSettings(root=str(directory.parent), name=directory.name))
+    (directory / "checkpoints").mkdir()
     save_stream(directory / "checkpoints", 1, list(described.values()), tensors, state)
     (directory / "config.yaml").write_text(f"run:\n  init_from: {init_from or 'null'}\n")
     return directory
@@ -272,6 +274,30 @@ def test_runs_that_started_from_each_other_end_the_search(made, tmp_path, monkey
         ]
         == LENGTH
     )
+
+
+def test_an_export_follows_no_settings_of_a_run_that_was_copied_here(
+    made, tmp_path, monkeypatch, capsys
+):
+    _, theirs, imported = made("llama")
+    shutil.copytree(theirs, tmp_path / "private")
+    private = tmp_path / "private/tokenizer.json"
+    private.write_text("{}")
+    run = write_run(
+        tmp_path / "run", imported, tokenizer=private, init_from=imported.checkpoint.parent
+    )
+    shutil.copytree(run, tmp_path / "unpacked")
+    config, said = exported_config(monkeypatch, capsys, tmp_path / "unpacked", tmp_path / "back")
+    assert not (tmp_path / "back/tokenizer.json").exists()
+    assert [config.get(key) for key in KEPT] == [None, None, None, LENGTH]
+    for words in (f"data.tokenizer={private}", "run.init_from="):
+        assert f"{words}" in said
+    assert f"since {tmp_path / 'unpacked'} was copied here" in said
+    run.rename(tmp_path / "moved")
+    config, said = exported_config(monkeypatch, capsys, tmp_path / "moved", tmp_path / "whole")
+    assert (tmp_path / "whole/tokenizer.json").exists()
+    assert [config.get(key) for key in KEPT] == [3, 5, 7, 64]
+    assert "copied" not in said
 
 
 def test_a_tokenizer_tells_its_ids_but_not_how_far_the_model_reaches(

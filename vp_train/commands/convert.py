@@ -11,7 +11,8 @@ from pathlib import Path
 from vp_train.commands.command import Parser, guarded, path_of
 from vp_train.config import ConfigError
 from vp_train.failures import EXIT_OK
-from vp_train.settings import started_from
+from vp_train.metrics.run_directory import is_original
+from vp_train.settings import run_of, started_from
 
 _SILENT_SECONDS = 10.0  # between two lines of progress
 
@@ -94,9 +95,15 @@ def _export(arguments: Sequence[str]) -> int:
         shard_bytes=int(shard_bytes),
         tokenizer=options.tokenizer,
         origins=_origins(options.source),
+        follows=is_original(run_of(options.source)),
         progress=_NowAndThen(),
     )
     print(f"{options.target}: {', '.join(exported.files)}")
+    for words in exported.unfollowed:
+        print(
+            f"{words} was not looked at, since {run_of(options.source)} was copied here and may be "
+            "somebody else's; --tokenizer DIR copies a tokenizer"
+        )
     if exported.reach_from is None:
         print(
             f"max_position_embeddings={exported.reach} is model.seq_length; "
@@ -116,7 +123,7 @@ def _origins(source: Path) -> list[Path]:
     origin = started_from(source)
     while origin is not None and origin not in found:
         found.append(origin)
-        origin = started_from(origin)
+        origin = started_from(origin) if is_original(run_of(origin)) else None
     return found
 
 

@@ -29,7 +29,7 @@ from vp_train.checkpoint.manifest import Manifest, StoredTensor, read_manifest, 
 from vp_train.checkpoint.saver import save_stream
 from vp_train.checkpoint.store import CheckpointTensor
 from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
-from vp_train.config import ConfigError, ModelConfig
+from vp_train.config import ConfigError, ModelConfig, printable
 from vp_train.durable import (
     UnreadableError,
     checkpoint_step,
@@ -93,6 +93,7 @@ class Exported:
     files: tuple[str, ...]
     reach: int  # max_position_embeddings
     reach_from: Path | None  # the config.json that gives it, None if it is model.seq_length
+    unfollowed: tuple[str, ...] = ()  # settings of the run that lead elsewhere
 
 
 def _silent(words: str) -> None:
@@ -151,6 +152,7 @@ def export_checkpoint(
     shard_bytes: int = 5 * 10**9,
     tokenizer: Path | None = None,
     origins: Sequence[Path] = (),
+    follows: bool = True,
     progress: Callable[[str], None] = _silent,
 ) -> Exported:
     """Write the newest checkpoint at `source` as a model in the format of Hugging Face.
@@ -159,7 +161,8 @@ def export_checkpoint(
     weight file.  `tokenizer` is where the tokenizer files are.  If it is None they are searched
     next to the checkpoint, at the data.tokenizer of its run, and in `origins`, the imports or runs
     that the weights were started from.  The same places are searched for what config.json holds in
-    addition to the model: special token ids and max_position_embeddings.
+    addition to the model: special token ids and max_position_embeddings.  Without `follows`, which
+    is for the run of somebody else, nothing outside `source` but `tokenizer` is looked at.
 
     `target` is complete or absent afterwards.  `progress` is called after every tensor with a text
     that says how much is written.  Raises ConfigError if no supported architecture has this model,
@@ -190,6 +193,11 @@ def export_checkpoint(
     ]
     given = [] if tokenizer is None else [_tokenizer_directory(tokenizer)]
     of_data = settings.get("data", {}).get("tokenizer")
+    unfollowed = []
+    if not follows:
+        unfollowed = [f"data.tokenizer={printable(of_data)}"] if isinstance(of_data, str) else []
+        unfollowed += [f"run.init_from={printable(str(origin))}" for origin in origins[:1]]
+        of_data, origins = None, ()
     beside = [source, path.parent]
     # An origin may be a single checkpoint: the files are in the directory of its run or import.
     before = [
@@ -222,7 +230,7 @@ def export_checkpoint(
                 _copy(found, directory, names)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     files = tuple(sorted(file.name for file in target.iterdir()))
-    return Exported(files, config["max_position_embeddings"], reach)
+    return Exported(files, config["max_position_embeddings"], reach, tuple(unfollowed))
 
 
 def _checked_target(target: Path) -> Path:

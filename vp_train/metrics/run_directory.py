@@ -84,7 +84,7 @@ class RunDirectory:
     def _take(self) -> None:
         _refuse_others(self.path)
         self._lock = _acquire(self.path)
-        self._mark = f"{os.getpid()}\n{secrets.token_hex(8)}\n"
+        self._mark = f"{os.getpid()}\n{secrets.token_hex(8)}\n{_identity(self.path)}\n"
         self._lock.truncate(0)
         self._lock.write(self._mark)
         self._lock.flush()
@@ -150,6 +150,24 @@ class RunDirectory:
             "commit": _commit(),
         }
         self.write("env.json", json.dumps(environment, indent=1) + "\n")
+
+
+def is_original(path: Path) -> bool:
+    """Return whether a run on this file system has made the directory `path`, or has resumed there.
+
+    A directory that was copied or unpacked is another one than its LOCK says.  Its settings may be
+    those of somebody else.
+    """
+    try:
+        lines = read_text(path / "LOCK", follow=False).splitlines()
+        return len(lines) == 3 and lines[2] == _identity(path)
+    except (OSError, UnreadableError):
+        return False
+
+
+def _identity(path: Path) -> str:
+    """Return a word for a directory that a copy of it does not have."""
+    return f"directory {path.stat().st_ino}"
 
 
 def _acquire(path: Path) -> IO[str]:
