@@ -26,6 +26,20 @@ def test_standard_library_comes_without_its_tests() -> None:
     assert list(files) == sorted(files)
 
 
+def test_what_is_installed_beside_the_standard_library_is_not_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.py", "email/b.py", "site-packages/lib/c.py", "email/test/d.py", "e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    seen, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (seen.append(str(path)), scandir(path))[1])
+    files = find_files(DataConfig(name="pystdlib"))
+    assert files == (tmp_path / "a.py", tmp_path / "email/b.py")
+    assert seen == [str(tmp_path), str(tmp_path / "email")]
+
+
 def test_directory_yields_its_text_files_in_order(tmp_path: Path) -> None:
     (tmp_path / "text" / "deep").mkdir(parents=True)
     for name in ("b.md", "a.TXT", "deep/c.py", "image.png"):

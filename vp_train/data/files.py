@@ -64,12 +64,7 @@ def find_files(config: DataConfig, left_out: LeftOut | None = None) -> tuple[Pat
     """
     if config.name == "pystdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-        files = [
-            path
-            for path in root.rglob("*.py")
-            if not skipped.intersection(path.relative_to(root).parts)
-        ]
+        files = _modules_of(root)
     else:
         assert config.path is not None
         root = Path(os.path.realpath(os.path.expanduser(config.path)))
@@ -87,6 +82,21 @@ def find_files(config: DataConfig, left_out: LeftOut | None = None) -> tuple[Pat
             "and all but the last two with .gz or .zst behind them"
         )
     return tuple(files)
+
+
+_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def _modules_of(root: Path) -> list[Path]:
+    """Return the modules of Python's standard library; what is installed there is not looked at.
+
+    Every rank does this before its first step, and site-packages may hold many thousands of files.
+    """
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _SKIPPED]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return found
 
 
 def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
