@@ -48,14 +48,14 @@ def test_an_agent_hears_the_words_and_the_log_has_the_traceback(tmp_path):
 @pytest.mark.parametrize("environment", [{}, {"VP_TRAIN_ENDING_FD": "999"}])
 def test_without_an_agent_the_words_go_to_the_terminal(tmp_path, environment):
     done = leave(tmp_path / "logs" / "rank-1.log", environment)
-    assert (done.returncode, done.stderr) == (70, "rank 1 failed\n")
+    assert (done.returncode, done.stderr) == (70, "vp-train: rank 1 failed\n")
 
 
 def test_a_traceback_that_no_log_takes_goes_to_the_terminal(tmp_path):
     log = tmp_path / "a file" / "logs" / "rank-1.log"
     (tmp_path / "a file").touch()
     done = leave(log, {})
-    assert done.stderr.startswith(f"rank 1 failed\n{log} cannot be written: ")
+    assert done.stderr.startswith(f"vp-train: rank 1 failed\n{log} cannot be written: ")
 
 
 def test_long_words_are_shortened_to_what_any_pipe_takes(tmp_path, monkeypatch):
