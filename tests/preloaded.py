@@ -1,5 +1,6 @@
 """The imports of the ranks of tests: their processes are forked from one that has made them."""
 
+import gc
 import os
 from importlib import import_module
 
@@ -16,3 +17,6 @@ for _heavy in (
     "vp_train.train",
 ):
     import_module(_heavy)
+
+gc.collect()
+gc.freeze()  # collections in the ranks would visit, and so copy, the pages of every object

@@ -426,7 +426,7 @@ def test_sixteen_bits_learn_as_float32_does(ranks, tmp_path, dtype):
         for name in ("float32", dtype)
     ]
     for config in runs:
-        ranks(2).run(train, config)
+        ranks(2).run(uncompiled, train, config)
     assert len(metrics_of(runs[0])) == 8
     for exact, rounded in zip(*map(metrics_of, runs), strict=True):
         assert rounded["loss"] == pytest.approx(exact["loss"], rel=5e-3)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,8 @@ import numpy as np
 import pytest
 
 from tests.data.cases import VOCAB_SIZE, run_config, write_letters
+from tests.programs import finished
+from vp_train.commands import prepare, train
 from vp_train.config import BlendEntry, ConfigError, DataConfig
 from vp_train.data import Corpus, open_source, prepare_all
 from vp_train.data.tokenizer import train_tokenizer
@@ -197,20 +197,11 @@ def test_a_blend_is_an_override_away(blend: DataConfig) -> None:
 
 
 def test_vp_prepare_prepares_every_corpus_and_data_errors_end_with_78(blend: DataConfig) -> None:
-    def run(command: str, *words: str) -> subprocess.CompletedProcess[str]:
-        code = f"from vp_train.commands.{command} import main; main()"
-        return subprocess.run(
-            [sys.executable, "-c", code, *command_line(blend), *words],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    done = run("prepare")
+    done = finished(prepare.main, *command_line(blend))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("30 files, 30 documents") == 2
-    failed = run("train", "data.blend=[{path:/nowhere,weight:1}]", f"run.root='{blend.cache_dir}'")
+    words = ("data.blend=[{path:/nowhere,weight:1}]", f"run.root='{blend.cache_dir}'")
+    failed = finished(train.main, *command_line(blend), *words)
     assert failed.returncode == 78
     assert failed.stderr.startswith(
         "vp-train: data.blend[0]: data.path=/nowhere does not exist; give a directory of text"

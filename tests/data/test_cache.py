@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.data.cases import VOCAB_SIZE, text_config, write_letters
+from tests.programs import Program, finished
 from vp_train.config import ConfigError
 from vp_train.data import Corpus, corpus, describe, prepare
 from vp_train.data.tokenizer import END_OF_TEXT, train_tokenizer
@@ -108,38 +108,27 @@ def test_interrupted_build_leaves_nothing(letters: Path, monkeypatch: pytest.Mon
     assert tokenizer.endswith(".json")
 
 
-_PREPARE = """
-import os, signal, sys
-from pathlib import Path
-from vp_train.config import DataConfig
-from vp_train.data import corpus
+def prepare_letters() -> None:
+    """Prepare the letters, and die while tokens are written if the last word says so."""
 
-def die(prefix, pieces, end, vocab_size):
-    Path(f"{prefix}.bin").write_bytes(b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
+    def die(prefix: Path, *_: object) -> None:
+        Path(f"{prefix}.bin").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
 
-if sys.argv[3] == "die":
-    corpus.write_dataset = die
-config = DataConfig(name="text", path=sys.argv[1], cache_dir=sys.argv[2])
-built = corpus.prepare(config, 300, progress=True)
-print(built.path.name, built.fresh)
-"""
+    place, end = sys.argv[1:]
+    if end == "die":
+        corpus.write_dataset = die
+    built = corpus.prepare(text_config(Path(place)), VOCAB_SIZE, progress=True)
+    print(built.path.name, built.fresh)
 
 
 def test_killed_process_does_not_matter_and_two_at_once_build_once(letters: Path) -> None:
-    command = [sys.executable, "-c", _PREPARE, str(letters / "text"), str(letters / "cache")]
-    killed = subprocess.run(
-        [*command, "die"], capture_output=True, text=True, timeout=60, check=False
-    )
+    killed = finished(prepare_letters, str(letters), "die")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not list((letters / "cache").glob("text-*"))
-    both = [
-        subprocess.Popen(
-            [*command, "live"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    outputs, errors = zip(*(process.communicate(timeout=60) for process in both), strict=True)
+    both = [Program(prepare_letters, [letters, "live"]) for _ in range(2)]
+    done = [program.finish(60) for program in both]
+    outputs, errors = zip(*((each.stdout, each.stderr) for each in done), strict=True)
     assert sorted(output.split()[1] for output in outputs) == ["False", "True"], errors
     assert {path.name for path in (letters / "cache").glob("text-*")} == {outputs[0].split()[0]}
     assert killed.stderr.splitlines() == [

@@ -141,9 +141,16 @@ def test_what_a_gpu_keeps_does_not_grow_with_microbatches(num_microbatches):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["model=small", "parallel.pp=2", "model.num_layers=4", "num_microbatches=4"],
         [
             "model=small",
+            "model.vocab_size=8192",
+            "parallel.pp=2",
+            "model.num_layers=4",
+            "num_microbatches=4",
+        ],
+        [
+            "model=small",
+            "model.vocab_size=8192",
             "parallel.pp=2",
             "model.num_layers=4",
             "schedule=v_half",
@@ -153,6 +160,7 @@ def test_what_a_gpu_keeps_does_not_grow_with_microbatches(num_microbatches):
         ],
         [
             "model=small_qwen",
+            "model.vocab_size=8192",
             "parallel.pp=1",
             "model.num_layers=2",
             "parallel.dp=2",
