@@ -1,14 +1,15 @@
 """Measure what the seconds by part of every step cost: gloo ranks on CPUs.
 
-    python benchmarks/step_times.py [--ranks 2] [--model nano] [--threes 100] [--json FILE]
+    python benchmarks/step_times.py [--ranks 2] [--models nano:300,small:20] [--json FILE]
 
 Steps come in threes, one with the stopwatch and the figures of all ranks, two without, in an order
-drawn with a seed; all write their record.  A step is timed on every rank, from a barrier to its
-end, and the slowest rank counts.  The cost is the median over the threes of with / without - 1, of
-the seconds and of the CPU seconds of all threads of all ranks, which do not count other work on the
-machine.  `null` compares the two steps without in the same way: its distance from 0 is noise.
-`calls` says what the same calls take by themselves, for the operations of rank 0 without their
-work, and as a part of a step: it has the least noise.
+drawn with a seed; all write their record.  A model is given with its number of threes.  A step is
+timed on every rank, from a barrier to its end, and the slowest rank counts.  The cost is the median
+over the threes of with / mean of the two without - 1, of the seconds and of the CPU seconds of all
+threads of all ranks, which do not count other work on the machine.  `null` compares the two steps
+without with each other: its distance from 0 is noise.  `calls` says what the same calls take by
+themselves on rank 0, which also writes the record: for the operations of its program without their
+work, and as a part of a step.  It has the least noise.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -132,8 +134,24 @@ def seconds_of_calls(run: Any, stopwatch: Any) -> float:
         for part in (*Part, Part.WAITING):
             stopwatch.switch(part)
         numbers = RankFigures(stopwatch.take(), *run._memory()).numbers()
-        figures_of(list(map(RankFigures.of, [numbers] * run.mesh.degrees.num_ranks)))
+        figures = figures_of(list(map(RankFigures.of, [numbers] * run.mesh.degrees.num_ranks)))
         found.append(time.perf_counter() - started)
+    few = {f"figure_{number}": 0.1 * number for number in range(8)}
+    return statistics.median(found) + seconds_of_record(few | figures) - seconds_of_record(few)
+
+
+def seconds_of_record(values: dict[str, float]) -> float:
+    """Return the median seconds of writing one record, for TensorBoard too."""
+    from vp_train.metrics.log import MetricsLog
+
+    found = []
+    with tempfile.TemporaryDirectory() as directory:
+        log = MetricsLog(Path(directory) / "metrics.jsonl", Path(directory) / "tensorboard", 0)
+        for step in range(200):
+            started = time.perf_counter()
+            log.record(step, values)
+            found.append(time.perf_counter() - started)
+        log.close()
     return statistics.median(found)
 
 
@@ -147,7 +165,7 @@ def measure(num_ranks: int, model: str, threes: int) -> dict[str, Any]:
             "WORLD_SIZE": str(num_ranks),
         }
         words = [sys.executable, __file__, "--as-rank", directory]
-        words += ["--model", model, "--threes", str(threes)]
+        words += ["--models", f"{model}:{threes}"]
         processes = [
             subprocess.Popen(
                 words, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
@@ -204,15 +222,18 @@ def main() -> None:
     """Measure, and print or write the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--threes", type=int, default=100)
+    parser.add_argument("--models", default="nano:300,small:20")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--as-rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    models = [(name, int(count)) for name, count in re.findall(r"([\w.]+):(\d+)", options.models)]
     if options.as_rank:
-        rank_main(options.as_rank, options.model, options.threes)
+        ((model, threes),) = models
+        rank_main(options.as_rank, model, threes)
         return
-    result = provenance() | measure(options.ranks, options.model, options.threes)
+    result = provenance() | {
+        "models": [measure(options.ranks, model, threes) for model, threes in models]
+    }
     text = json.dumps(result, indent=1)
     print(text)
     if options.json:
