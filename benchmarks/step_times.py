@@ -1,14 +1,15 @@
 """Measure what the seconds by part of every step cost: gloo ranks on CPUs.
 
-    python benchmarks/step_times.py [--ranks 2] [--model nano] [--pairs 100] [--json FILE]
+    python benchmarks/step_times.py [--ranks 2] [--models nano:300,small:20] [--json FILE]
 
-Steps come in pairs, one with the stopwatch and the figures of all ranks, one without, in an order
-drawn with a seed; both write their record.  A step is timed on every rank, from a barrier to its
-end, and the slowest rank counts.  The cost is the median over the pairs of with / without - 1, of
-the seconds and of the CPU seconds of all threads of all ranks, which do not count other work on the
-machine.  `null` compares, in the same way, the steps without it with each other: its distance
-from 0 is noise.  `calls` says what the same calls take by themselves, for the operations of rank 0
-without their work, and as a part of a step: it has the least noise.
+Steps come in threes, one with the stopwatch and the figures of all ranks, two without, in an order
+drawn with a seed; all write their record.  A model is given with its number of threes.  A step is
+timed on every rank, from a barrier to its end, and the slowest rank counts.  The cost is the median
+over the threes of with / mean of the two without - 1, of the seconds and of the CPU seconds of all
+threads of all ranks, which do not count other work on the machine.  `null` compares the two steps
+without with each other: its distance from 0 is noise.  `calls` says what the same calls take by
+themselves on rank 0, which also writes the record: for the operations of its program without their
+work, and as a part of a step.  It has the least noise.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from typing import Any
 from provenance import provenance
 
 WARMUP = 4  # steps
+KINDS = ("with", "without", "again without")
 
 
 class Nothing:
@@ -48,7 +51,7 @@ class Nothing:
         return pending
 
 
-def rank_main(directory: str, model: str, pairs: int) -> None:
+def rank_main(directory: str, model: str, threes: int) -> None:
     """Train as one rank; rank 0 prints whether each step was measured, and its seconds, as JSON."""
     import torch
     import torch.distributed as dist
@@ -64,7 +67,7 @@ def rank_main(directory: str, model: str, pairs: int) -> None:
 
     torch.set_num_threads(1)
     num_ranks = int(os.environ["WORLD_SIZE"])
-    steps = WARMUP + 2 * pairs
+    steps = WARMUP + 3 * threes
     config = load_config(
         [
             f"model={model}",
@@ -92,12 +95,12 @@ def rank_main(directory: str, model: str, pairs: int) -> None:
         reporter._console.quiet = True
     stopwatch, own, of_ranks = run._stopwatch, run._figures, run._figures_of_ranks
     orders = random.Random(1)
-    measured = [True] * WARMUP
-    for _ in range(pairs):
-        first = orders.random() < 0.5
-        measured += [first, not first]
+    kinds = ["with"] * WARMUP
+    for _ in range(threes):
+        kinds += orders.sample(KINDS, len(KINDS))
     rows: list[tuple[float, float]] = []
-    for step, measures in enumerate(measured, start=1):
+    for step, kind in enumerate(kinds, start=1):
+        measures = kind == "with"
         nothing: Callable[[], Any] = lambda: tuple  # noqa: E731
         run._stopwatch = stopwatch if measures else Nothing()  # type: ignore[assignment]
         run._figures = own if measures else nothing  # type: ignore[method-assign]
@@ -108,7 +111,7 @@ def rank_main(directory: str, model: str, pairs: int) -> None:
         rows.append((time.perf_counter() - started, time.process_time() - used))
     gathered = mesh.world.all_gather_json(rows)
     if mesh.rank == 0:
-        print(json.dumps((measured, gathered, seconds_of_calls(run, stopwatch))))
+        print(json.dumps((kinds, gathered, seconds_of_calls(run, stopwatch))))
     dist.destroy_process_group()
 
 
@@ -131,12 +134,28 @@ def seconds_of_calls(run: Any, stopwatch: Any) -> float:
         for part in (*Part, Part.WAITING):
             stopwatch.switch(part)
         numbers = RankFigures(stopwatch.take(), *run._memory()).numbers()
-        figures_of(list(map(RankFigures.of, [numbers] * run.mesh.degrees.num_ranks)))
+        figures = figures_of(list(map(RankFigures.of, [numbers] * run.mesh.degrees.num_ranks)))
         found.append(time.perf_counter() - started)
+    few = {f"figure_{number}": 0.1 * number for number in range(8)}
+    return statistics.median(found) + seconds_of_record(few | figures) - seconds_of_record(few)
+
+
+def seconds_of_record(values: dict[str, float]) -> float:
+    """Return the median seconds of writing one record, for TensorBoard too."""
+    from vp_train.metrics.log import MetricsLog
+
+    found = []
+    with tempfile.TemporaryDirectory() as directory:
+        log = MetricsLog(Path(directory) / "metrics.jsonl", Path(directory) / "tensorboard", 0)
+        for step in range(200):
+            started = time.perf_counter()
+            log.record(step, values)
+            found.append(time.perf_counter() - started)
+        log.close()
     return statistics.median(found)
 
 
-def measure(num_ranks: int, model: str, pairs: int) -> dict[str, Any]:
+def measure(num_ranks: int, model: str, threes: int) -> dict[str, Any]:
     """Run the ranks, and return medians in seconds and the costs as fractions."""
     with tempfile.TemporaryDirectory() as directory:
         environment = os.environ | {
@@ -146,7 +165,7 @@ def measure(num_ranks: int, model: str, pairs: int) -> dict[str, Any]:
             "WORLD_SIZE": str(num_ranks),
         }
         words = [sys.executable, __file__, "--as-rank", directory]
-        words += ["--model", model, "--pairs", str(pairs)]
+        words += ["--models", f"{model}:{threes}"]
         processes = [
             subprocess.Popen(
                 words, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
@@ -155,43 +174,40 @@ def measure(num_ranks: int, model: str, pairs: int) -> dict[str, Any]:
         ]
         said = [process.communicate()[0] for process in processes]
         assert not any(process.returncode for process in processes)
-    measured, of_ranks, calls = json.loads(said[0])
-    found: dict[str, dict[bool, list[float]]] = {}
+    kinds, of_ranks, calls = json.loads(said[0])
+    found: dict[str, dict[str, list[float]]] = {}
     for name, column, joined in (("seconds", 0, max), ("cpu_seconds", 1, sum)):
         of_steps = [joined(row[column] for row in rows) for rows in zip(*of_ranks, strict=True)]
         found[name] = {
             kind: [
                 value
-                for value, how in zip(of_steps[WARMUP:], measured[WARMUP:], strict=True)
-                if how is kind
+                for value, how in zip(of_steps[WARMUP:], kinds[WARMUP:], strict=True)
+                if how == kind
             ]
-            for kind in (True, False)
+            for kind in KINDS
         }
     return {
         "ranks": num_ranks,
         "model": model,
-        "pairs": pairs,
+        "threes": threes,
         **{
-            f"median_{name}": {
-                "with": statistics.median(values[True]),
-                "without": statistics.median(values[False]),
-            }
+            f"median_{name}": {kind: statistics.median(of_kind) for kind, of_kind in values.items()}
             for name, values in found.items()
         },
         "calls": {
             "seconds": calls,
-            "cost": calls / statistics.median(found["seconds"][False]),
+            "cost": calls / statistics.median(found["seconds"]["without"]),
         },
-        "cost": {name: paired(values[True], values[False]) for name, values in found.items()},
+        "cost": {name: paired(values["with"], values["without"]) for name, values in found.items()},
         "null": {
-            name: paired(values[False][1::2], values[False][: len(values[False]) // 2 * 2 : 2])
+            name: paired(values["again without"], values["without"])
             for name, values in found.items()
         },
     }
 
 
 def paired(these: list[float], others: list[float]) -> dict[str, float]:
-    """Return the median of these / others - 1 over the pairs, and its standard error."""
+    """Return the median of these / others - 1 over the threes, and its standard error."""
     ratios = [a / b - 1 for a, b in zip(these, others, strict=True)]
     # Of a median, from the quartiles: 1.2533 sigma / sqrt(n), with sigma = IQR / 1.349.
     low, _, high = statistics.quantiles(ratios, n=4)
@@ -206,15 +222,18 @@ def main() -> None:
     """Measure, and print or write the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--models", default="nano:300,small:20")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--as-rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    models = [(name, int(count)) for name, count in re.findall(r"([\w.]+):(\d+)", options.models)]
     if options.as_rank:
-        rank_main(options.as_rank, options.model, options.pairs)
+        ((model, threes),) = models
+        rank_main(options.as_rank, model, threes)
         return
-    result = provenance() | measure(options.ranks, options.model, options.pairs)
+    result = provenance() | {
+        "models": [measure(options.ranks, model, threes) for model, threes in models]
+    }
     text = json.dumps(result, indent=1)
     print(text)
     if options.json:

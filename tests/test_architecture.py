@@ -93,6 +93,8 @@ DOORS = {
     "transformers": set(),
     "matplotlib": {"vp_train.commands.plot"},
     "deepspeed": {"vp_train.optim.offload"},
+    "wandb": set(),  # metrics.trackers imports what is installed, by name
+    "mlflow": set(),
 }
 # The only modules of planning that know the whole configuration; the others take its sections and
 # the Workload that is made of it.

@@ -873,6 +873,7 @@ class ClusterConfig:
 _LONGEST_SECONDS = 10_000_000  # the longest timeout
 
 
+TRACKERS = ("wandb", "mlflow")
 # Figures that a line of progress may show: keys of metrics.jsonl, and the time that is left.
 PROGRESS = (
     *("loss", "grad_norm", "learning_rate", "left"),
@@ -963,6 +964,10 @@ class RunSettings:
     trace_step: int = setting(
         5, "Step whose passes are timed and written as a trace; 0 turns it off.", least=0
     )
+    trackers: tuple[str, ...] = setting(
+        (), "Services that get the metrics too; each is an extra to install.", choices=TRACKERS
+    )
+    project: str = setting("vp_train", "Project of a run at its trackers.")
     profile_steps: tuple[int, ...] = setting(
         (), "Steps that torch's profiler records, in profile/ of the run.", least=1
     )

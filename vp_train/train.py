@@ -63,6 +63,7 @@ from vp_train.metrics.progress import StepReport
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.metrics.step_times import RankTimes, pass_seconds
+from vp_train.metrics.trackers import require_trackers
 from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning_rate
 from vp_train.optim.verdict import Judge, Verdict
 from vp_train.pipeline.executor import Observer, PlacedBatch
@@ -124,6 +125,8 @@ def run_rank(
         place("opening the data")
         source = open_source(config)
         place("preparing to connect")
+        if rank == 0:
+            require_trackers(config.run)
         directory = RunDirectory(config.run) if rank == 0 else None
         if only_preflight or spans_nodes(os.environ):
             preflight = Preflight(config, plan.schedule.text(), source.contents)

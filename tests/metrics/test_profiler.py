@@ -46,6 +46,17 @@ def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     assert any("profile" in line and "cannot be written" in line for line in said)
 
 
+def test_a_profiler_that_does_not_start_is_a_warning(tmp_path, monkeypatch, capsys):
+    def start(self):
+        raise RuntimeError("no profiler here")
+
+    monkeypatch.setattr(torch.profiler.profile, "start", start)
+    with profiling(tmp_path / "profile", 2, 0, "cpu"):
+        torch.ones(2).sum()
+    assert "cannot be written (no profiler here); going on without" in capsys.readouterr().err
+    assert not (tmp_path / "profile").exists()
+
+
 def test_a_rank_that_does_not_exist_is_refused_before_the_run(tmp_path):
     config = config_of(tmp_path, profile_steps=(2,), profile_ranks=(0, 2))
     with pytest.raises(ConfigError, match=r"run.profile_ranks has rank 2, .* are 0 to 1"):

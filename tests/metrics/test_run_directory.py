@@ -102,7 +102,8 @@ def test_the_lock_does_not_pass_to_a_child_process(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["LOCK", "metrics.jsonl", "checkpoints", "tensorboard", "trace", "logs", "profile"]
+    "name",
+    ["LOCK", "metrics.jsonl", "checkpoints", "tensorboard", "trace", "logs", "profile", "trackers"],
 )
 def test_a_run_does_not_write_through_links(tmp_path, name):
     elsewhere = tmp_path / "elsewhere"

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from schedules.vocab import VOCAB_ALGORITHMS
+from tests.local import run_locally
 from tests.meshes import mesh_for
 from tests.pipeline.test_equivalence import config_of
 from tests.pipeline.test_local import gradients_of
 from tests.pipeline.truth import random_batch
 from vp_train.assembly import build_rank
 from vp_train.config import VocabConfig
+from vp_train.pipeline.stopwatch import Part, Stopwatch
+from vp_train.pipeline.timers import timer_of
 from vp_train.planning.plan import make_plan
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -36,6 +39,32 @@ def test_ranks_on_streams_of_a_gpu_equal_the_cpu_in_float64(p, schedule, algorit
     assert gpu.keys() == cpu.keys()
     for name, expected in cpu.items():
         assert torch.allclose(gpu[name].cpu(), expected, rtol=1e-9, atol=1e-12), name
+
+
+@on_gpu
+def test_the_parts_of_a_step_are_its_time_on_the_stream_of_the_passes():
+    config = on_device(config_of(2, 4, 101), "cuda")
+
+    def work(rank, model, together):
+        watch, found = Stopwatch(timer_of(torch.device("cuda", torch.cuda.current_device()))), []
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(2):  # the first one allocates
+            model.gradients.zero()
+            together.gather(rank, None)
+            watch.switch(Part.REST)
+            watch.switch(Part.DATA)
+            begin.record()
+            watch.take()
+            model.train_step(*random_batch(config, 1), watch)
+            model.optimizer.reduce()
+            end.record()
+            watch.switch(Part.REST)
+            found = watch.take()
+        return found, begin.elapsed_time(end) / 1e3
+
+    for parts, seconds in run_locally(config, make_plan(config, 2), work):
+        assert sum(parts.values()) == pytest.approx(seconds, abs=1e-3)
+        assert 0 < parts[Part.FORWARD_BACKWARD] < seconds
 
 
 def gradients_on(rank, num_ranks, config, device):

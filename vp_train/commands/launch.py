@@ -39,6 +39,7 @@ from vp_train.durable import checkpoints_in, write_all
 from vp_train.durable import replace as replace_file
 from vp_train.failures import EXIT_INTERNAL, EXIT_OK, Ending, ending_of_command
 from vp_train.metrics.run_directory import refuse_running, refuse_used
+from vp_train.metrics.trackers import require_trackers
 from vp_train.planning.degrees import check_node, wanted_ranks
 from vp_train.planning.plan import SEARCHING, make_plan
 from vp_train.quiet import quiet_deprecations, quiet_megatron
@@ -231,6 +232,7 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
     plan = None if config.schedule.is_solved else make_plan(config, num_ranks)
     found: list[str] = []
     if news.place.node == 0:
+        require_trackers(config.run)
         config.run.directory.mkdir(parents=True, exist_ok=True)
         refuse_running(config.run)
         refuse_used(config.run)

@@ -1,4 +1,4 @@
-"""The metrics of every step, in metrics.jsonl and for TensorBoard.
+"""The metrics of every step, in metrics.jsonl, for TensorBoard and for other writers.
 
 Metrics are worth less than the run: a file that cannot be written is a warning, once, and the run
 goes on.
@@ -12,9 +12,10 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vp_train.durable import (
     UnreadableError,
@@ -27,81 +28,75 @@ from vp_train.durable import (
 )
 
 
+class Writer(Protocol):
+    """A place where metrics go.  All methods may raise OSError, with the place as its file name."""
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the values of a step, or nothing if that fails."""
+        ...
+
+    def go_back(self, step: int) -> None:
+        """Drop the records after `step`, where the place can do that."""
+        ...
+
+    def close(self) -> None:
+        """Return when everything is where it belongs."""
+        ...
+
+
 class MetricsLog:
-    """A log with one record per step.
+    """A log with one record per step, in metrics.jsonl, for TensorBoard, and in other writers.
 
     When a run resumes, records of steps after its checkpoint are dropped, so no step appears twice.
     """
 
-    def __init__(self, jsonl: Path, tensorboard: Path, last_step: int) -> None:
+    def __init__(
+        self, jsonl: Path, tensorboard: Path, last_step: int, others: Iterable[Writer] = ()
+    ) -> None:
         """Open the log after `last_step`, the step of the checkpoint; 0 for a new run.
 
         Raises OSError that names metrics.jsonl if that cannot be opened.
         """
-        self._jsonl, self._tensorboard = jsonl, tensorboard
-        self._lines: _Lines | None = None
-        self._events: _Events | None = None
-        self._warned: set[Path] = set()
+        self._warned: set[str] = set()
         continues = jsonl.exists()
-        self._open_lines(last_step)
-        self._open_events(last_step + 1 if continues else None)
-
-    def _open_lines(self, last_step: int) -> None:
-        """Open metrics.jsonl after `last_step`.  Raises OSError that names it."""
-        with naming(self._jsonl):
-            if self._jsonl.exists():
-                _drop_after(self._jsonl, last_step)
-            self._lines = _Lines(self._jsonl)
-
-    def _open_events(self, first_step: int | None) -> None:
-        try:
-            self._events = _Events(self._tensorboard, first_step)
-        except OSError as error:
-            self._warn(self._tensorboard, error)
+        self._writers: list[Writer] = [_Lines(jsonl, last_step)]
+        self._attempt(
+            lambda: self._writers.append(_Events(tensorboard, last_step + 1 if continues else None))
+        )
+        self._writers += others
 
     def go_back(self, step: int) -> None:
         """Drop the records after `step`.
 
-        A file in which that fails, as on a full disk, gets no more records: no step appears twice.
+        A file in which that fails, as on a full disk, gets no more records until the next call: no
+        step appears twice.
         """
-        self.close()
-        try:
-            self._open_lines(step)
-        except OSError as error:
-            self._warn(self._jsonl, error)
-        except UnreadableError as error:
-            self._warn(self._jsonl, OSError(None, str(error), str(self._jsonl)))
-        self._open_events(step + 1)
+        for writer in self._writers:
+            self._attempt(lambda writer=writer: writer.go_back(step))  # type: ignore[misc]
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line {"step": ..., **values}.
+        """Append one record {"step": ..., **values}.
 
-        Numbers that are not finite become null, so that every line is JSON.
+        In metrics.jsonl numbers that are not finite become null, so that every line is JSON.
         """
-        line = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        if self._lines is not None:
-            try:
-                self._lines.append(json.dumps({"step": step, **line}))
-            except OSError as error:
-                self._warn(self._jsonl, error)
-        if self._events is not None:
-            try:
-                self._events.append(step, values)
-            except OSError as error:
-                self._warn(self._events.path, error)
+        for writer in self._writers:
+            self._attempt(lambda writer=writer: writer.record(step, values))  # type: ignore[misc]
 
     def close(self) -> None:
         """Close the files."""
-        for file in (self._lines, self._events):
-            if file is not None:
-                file.close()
-        self._lines = self._events = None
+        for writer in self._writers:
+            writer.close()
+        self._writers = []
 
-    def _warn(self, path: Path, error: OSError) -> None:
-        """Say once that a file cannot be written."""
-        if path not in self._warned:
-            self._warned.add(path)
-            warn_unwritten(path, error)
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Call `action`.  Say once of each file that it cannot be written."""
+        try:
+            action()
+        except OSError as error:
+            place = str(error.filename or "metrics")
+            if place not in self._warned:
+                self._warned.add(place)
+                warn_unwritten(Path(place), error)
 
 
 def warn_unwritten(path: Path, error: OSError) -> None:
@@ -114,25 +109,48 @@ def warn_unwritten(path: Path, error: OSError) -> None:
 
 
 class _Lines:
-    """A text file to which whole lines are appended."""
+    """A text file to which a line of JSON per step is appended."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Open the file after `last_step`.  Raises OSError that names it."""
         self.path = path
-        self._descriptor = open_to_append(path)
+        self._descriptor: int | None = None  # None after a failure
+        self._open(last_step)
 
-    def append(self, line: str) -> None:
-        """Append a line, or nothing if that fails.  Raises OSError."""
-        status = os.fstat(self._descriptor)
+    def _open(self, last_step: int) -> None:
+        with naming(self.path):
+            if self.path.exists():
+                _drop_after(self.path, last_step)
+            self._descriptor = open_to_append(self.path)
+
+    def go_back(self, step: int) -> None:
+        self.close()
+        try:
+            self._open(step)
+        except UnreadableError as error:
+            raise OSError(None, str(error), str(self.path)) from None
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        if self._descriptor is None:
+            return
+        line = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        with naming(self.path):
+            self._append(self._descriptor, json.dumps({"step": step, **line}))
+
+    def _append(self, descriptor: int, line: str) -> None:
+        status = os.fstat(descriptor)
         if not status.st_nlink:
             raise FileNotFoundError(None, "it was removed", str(self.path))
         try:
-            write_all(self._descriptor, f"{line}\n".encode())
+            write_all(descriptor, f"{line}\n".encode())
         except OSError:
-            os.ftruncate(self._descriptor, status.st_size)  # a part of the line may be there
+            os.ftruncate(descriptor, status.st_size)  # a part of the line may be there
             raise
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = None
 
 
 class _Events:
@@ -147,9 +165,15 @@ class _Events:
 
         Raises OSError.
         """
+        self._directory = directory
+        self._file: FileIO | None = None  # None after a failure
+        self._open(first_step)
+
+    def _open(self, first_step: int | None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
+        directory = self._directory
         if directory.is_symlink():
             raise OSError(None, "it is a symbolic link", str(directory))
         directory.mkdir(exist_ok=True)
@@ -157,34 +181,45 @@ class _Events:
         self.path = directory / f"events.out.tfevents.{time.time():.0f}.{host}.{os.getpid()}.0"
         while os.path.lexists(self.path):  # another log of this process in the same second
             self.path = self.path.with_suffix(f".{int(self.path.suffix[1:]) + 1}")
-        self._file = os.fdopen(open_new(self.path), "wb", buffering=0)
+        self._file = FileIO(open_new(self.path), "wb")
         self._writer = RecordWriter(self._file)
-        self._write(Event(file_version="brain.Event:2"))
-        if first_step is not None:
-            start = SessionLog(status=SessionLog.START)
-            self._write(Event(step=first_step, session_log=start))
+        try:
+            self._write(self._file, Event(file_version="brain.Event:2"))
+            if first_step is not None:
+                start = SessionLog(status=SessionLog.START)
+                self._write(self._file, Event(step=first_step, session_log=start))
+        except OSError:
+            self.close()
+            raise
 
-    def append(self, step: int, values: Mapping[str, float]) -> None:
-        """Append the values of a step, or nothing if that fails.  Raises OSError."""
+    def go_back(self, step: int) -> None:
+        self.close()
+        self._open(step + 1)
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
+        if self._file is None:
+            return
         scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
-        self._write(Event(step=step, summary=Summary(value=scalars)))
+        self._write(self._file, Event(step=step, summary=Summary(value=scalars)))
 
-    def _write(self, event: Any) -> None:
+    def _write(self, file: FileIO, event: Any) -> None:
         event.wall_time = time.time()
-        size = os.fstat(self._file.fileno()).st_size
+        size = os.fstat(file.fileno()).st_size
         try:
             with naming(self.path):
                 self._writer.write(event.SerializeToString())
         except OSError:
-            os.ftruncate(self._file.fileno(), size)
-            os.lseek(self._file.fileno(), size, os.SEEK_SET)
+            os.ftruncate(file.fileno(), size)
+            os.lseek(file.fileno(), size, os.SEEK_SET)
             raise
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
 
 def _drop_after(jsonl: Path, last_step: int) -> None:

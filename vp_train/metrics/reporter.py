@@ -24,6 +24,7 @@ from vp_train.metrics.progress import Progress, StepReport
 from vp_train.metrics.run_directory import RunDirectory, TakenError
 from vp_train.metrics.step_times import RankTimes, step_times
 from vp_train.metrics.summary import rank_table, step_words, summarize
+from vp_train.metrics.trackers import trackers_of
 from vp_train.model.shape import num_parameters
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.plan import RunPlan, row_advice
@@ -65,7 +66,7 @@ class _Console(Console):
 class Reporter:
     """A reporter writes console lines, metrics, schedule, trace and final table of one run.
 
-    Metrics go to metrics.jsonl and to TensorBoard.
+    Metrics go to metrics.jsonl, to TensorBoard and to run.trackers.
     """
 
     def __init__(
@@ -73,7 +74,8 @@ class Reporter:
     ) -> None:
         self._config, self._plan, self._directory = config, plan, directory
         self._console = _Console(width=None if sys.stdout.isatty() else 110)
-        self._log = MetricsLog(directory.metrics, directory.tensorboard, first_step - 1)
+        trackers = trackers_of(config, directory.path)
+        self._log = MetricsLog(directory.metrics, directory.tensorboard, first_step - 1, trackers)
         self._first_step = first_step
         self._ended: deque[float] = deque(maxlen=config.run.log_every + 1)  # when steps ended
         self._spent = Spent()

@@ -26,7 +26,7 @@ from vp_train.durable import (
 
 # What a run writes in its directory, apart from single files, which replace what is there.
 _FILES = ("LOCK", "metrics.jsonl")
-_DIRECTORIES = ("checkpoints", "tensorboard", "trace", "logs", "profile")
+_DIRECTORIES = ("checkpoints", "tensorboard", "trace", "logs", "profile", "trackers")
 _MOST_TRIES = 5  # to lock a file that is removed meanwhile
 
 

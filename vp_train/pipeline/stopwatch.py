@@ -8,12 +8,12 @@ of the passes waits for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import Any
 
-from schedules.ir import Pass
+from schedules.ir import Kind, Pass
 from schedules.lower import Action
 from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.timers import Timer
@@ -33,6 +33,9 @@ class Part(StrEnum):
     REST = "rest"
 
 
+_PART_OF = {kind: Part.VOCABULARY if kind.is_vocabulary else Part.FORWARD_BACKWARD for kind in Kind}
+
+
 class Stopwatch:
     """An observer that sums the seconds of a rank by part.  One thread may use it."""
 
@@ -42,6 +45,8 @@ class Stopwatch:
         self._marks: list[Any] = [timer.mark()]  # part i begins at mark i
         self._used: list[Any] = []
         self._pass: Part | None = None  # of the pass that runs
+        self._after: Part | None = None  # what a wait interrupts
+        self._leaves_pass, self._leaves_wait = _Leaving(self._end_pass), _Leaving(self._end_wait)
 
     def switch(self, part: Part) -> None:
         """Charge the time from now on to `part`."""
@@ -64,21 +69,38 @@ class Stopwatch:
         del self._marks[:-1], self._parts[:-1]
         return seconds
 
-    @contextmanager
-    def observe(self, item: Pass, held_bytes: Callable[[], int]) -> Iterator[None]:
-        self._pass = Part.VOCABULARY if item.kind.is_vocabulary else Part.FORWARD_BACKWARD
+    def observe(self, item: Pass, held_bytes: Callable[[], int]) -> AbstractContextManager[None]:
+        self._pass = _PART_OF[item.kind]
         self.switch(self._pass)
-        yield
+        return self._leaves_pass
+
+    def _end_pass(self) -> None:
         self._pass = None
 
-    @contextmanager
-    def waits(self, action: Action, item: object) -> Iterator[None]:
+    def waits(self, action: Action, item: object) -> AbstractContextManager[None]:
         # What follows a wait between passes is the pass that needed it, so nothing switches back.
-        before = Part.DATA if self._parts[-1] is Part.DATA else self._pass
+        self._after = Part.DATA if self._parts[-1] is Part.DATA else self._pass
         self.switch(Part.GRADIENT_SUM if action is Action.NEED else Part.WAITING)
-        yield
-        if before is not None:
-            self.switch(before)
+        return self._leaves_wait
+
+    def _end_wait(self) -> None:
+        if self._after is not None:
+            self.switch(self._after)
 
     def watch(self, name: str, pending: Pending) -> Pending:
         return pending
+
+
+class _Leaving:
+    """A context that calls `leave` at its end, made once: a step enters thousands."""
+
+    __slots__ = ("_leave",)
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        self._leave = leave
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        self._leave()
