@@ -696,7 +696,7 @@ class DataConfig:
     cache_dir: str = setting("data-cache", "Directory for tokenizers and tokens.")
     workers: int | None = setting(
         None,
-        "Processes that tokenize a corpus of more than 16 MB; null: one for each CPU. The tokens "
+        "Processes that tokenize a corpus of more than 8 MB; null: one for each CPU. The tokens "
         "do not depend on it.",
         least=1,
         most=_MOST_WORKERS,

@@ -27,7 +27,7 @@ from vp_train.data.pieces import pieces
 
 _BATCH = 1 << 20  # characters, unless the last piece is longer
 _MOST_PIECES = 4_096  # of a batch
-_ALONE = 16  # batches that are tokenized before processes are worth their start
+_ALONE = 8  # batches that are tokenized before processes are worth their start
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def encoded(
 ) -> Iterator[Encoded]:
     """Yield the ids of every piece of the documents, in order.
 
-    A corpus of more than some 16 MB is tokenized by `workers` processes if these are several.
+    A corpus of more than some 8 MB is tokenized by `workers` processes if these are several.
     Raises ConfigError where the tokenizer cannot encode a text, or a process was killed.
     """
     cut = (
