@@ -48,7 +48,6 @@ print(json.dumps({
     "seconds": time.perf_counter() - started,
     "cpu_seconds": cpu_seconds() - cpu,
     "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-    "peak_bytes_of_a_worker": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,
     "tokens": corpus.manifest.num_tokens,
 }))
 """
@@ -142,8 +141,7 @@ def main() -> None:
         print(
             f"{code:<6} {name:<9} {settings.get('workers', '-'):>2} workers  "
             f"{found['seconds_per_gb']:7.0f} s/GB  {found['cpu_seconds_per_gb']:7.0f} CPU s/GB  "
-            f"peak {found['peak_bytes'] / 1e6:,.0f} MB, "
-            f"of a worker {found['peak_bytes_of_a_worker'] / 1e6:,.0f} MB",
+            f"peak {found['peak_bytes'] / 1e6:,.0f} MB",
             flush=True,
         )
 

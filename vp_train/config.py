@@ -733,7 +733,9 @@ class DataConfig:
     @property
     def num_workers(self) -> int:
         """The number of processes that tokenize."""
-        return self.workers or len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity"):  # not on macOS
+            return self.workers or len(os.sched_getaffinity(0))
+        return self.workers or os.cpu_count() or 1
 
     @property
     def weights(self) -> tuple[int, ...]:
