@@ -152,8 +152,11 @@ def test_vp_score_sums_what_score_returns(trained, tmp_path, capsys):
     ("make", "words"),
     [
         (lambda path: None, "is not a file; give a text or a .jsonl file"),
-        (lambda path: path.write_text("{}"), "has no text field 'text'"),
-        (lambda path: path.write_text("{"), "is not JSON in UTF-8"),
+        (
+            lambda path: path.write_text("{}"),
+            "without the text field: 1; first {}:1 (no 'text', but nothing)",
+        ),
+        (lambda path: path.write_text("{"), "that are not JSON in UTF-8: 1; first {}:1 (Expecting"),
     ],
 )
 def test_vp_score_refuses_what_it_cannot_read(trained, tmp_path, capsys, make, words):
@@ -161,5 +164,5 @@ def test_vp_score_refuses_what_it_cannot_read(trained, tmp_path, capsys, make, w
     make(path)
     code, _, said = score_command(capsys, trained, path)
     assert code == 78
-    assert words in said
+    assert words.format(path) in said
     assert len(said.splitlines()) <= 2

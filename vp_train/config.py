@@ -696,7 +696,7 @@ class DataConfig:
     cache_dir: str = setting("data-cache", "Directory for tokenizers and tokens.")
     workers: int | None = setting(
         None,
-        "Processes that tokenize a corpus of more than 16 MB; null: one for each CPU. The tokens "
+        "Processes that tokenize a corpus of more than 8 MB; null: one for each CPU. The tokens "
         "do not depend on it.",
         least=1,
         most=_MOST_WORKERS,
@@ -733,7 +733,9 @@ class DataConfig:
     @property
     def num_workers(self) -> int:
         """The number of processes that tokenize."""
-        return self.workers or len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity"):  # not on macOS
+            return self.workers or len(os.sched_getaffinity(0))
+        return self.workers or os.cpu_count() or 1
 
     @property
     def weights(self) -> tuple[int, ...]:

@@ -123,6 +123,10 @@ class UnreadableError(ValueError):
     """A file that cannot be read as what it should be.  The message names it in one line."""
 
 
+class PointerError(UnreadableError):
+    """What git-LFS leaves in the place of a file.  The message has the way out."""
+
+
 @contextmanager
 def open_regular(path: Path, *, follow: bool = True) -> Iterator[BinaryIO]:
     """Open a file for reading if it is a regular one.
@@ -155,7 +159,7 @@ def open_regular(path: Path, *, follow: bool = True) -> Iterator[BinaryIO]:
         if now.st_size <= _LARGEST_POINTER and os.pread(file.fileno(), len(_POINTER), 0) == (
             _POINTER
         ):
-            raise UnreadableError(
+            raise PointerError(
                 f"{path} is a git-LFS pointer, not the file itself; run git lfs pull there"
             )
         yield file

@@ -105,3 +105,10 @@ def test_as_many_tensors_are_written_as_are_described(tmp_path, count):
         write_tensors(
             tmp_path / "a", [Described("weight", (2,), torch.float32)], [torch.ones(2)] * count
         )
+
+
+def test_what_git_keeps_of_a_large_file_is_named_as_that(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=f"^{path} is a git-LFS pointer, .*; run git lfs pull"):
+        describe_tensors(path)

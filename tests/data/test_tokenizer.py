@@ -59,6 +59,13 @@ def test_broken_tokenizer_file_is_named(tmp_path: Path, content: str) -> None:
         load_tokenizer(path, 1000)
 
 
+def test_what_git_keeps_of_a_large_file_is_no_tokenizer(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ConfigError, match=r"^data.tokenizer=.* run git lfs pull there$"):
+        load_tokenizer(path, 1000)
+
+
 def test_end_of_document_has_a_token() -> None:
     assert end_token_id(train_tokenizer(TEXTS, 270), None) == end_token_id(
         train_tokenizer(TEXTS, 270), END_OF_TEXT

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,7 +102,10 @@ def _parser() -> Parser:
         "run", metavar="RUN", type=path_of, help="directory of a run or of one of its checkpoints"
     )
     parser.add_argument(
-        "file", metavar="FILE", type=path_of, help=".jsonl: one document a line; else a text"
+        "file",
+        metavar="FILE",
+        type=path_of,
+        help=".jsonl, .parquet: one document a line or row; else a text; also .gz, .zst",
     )
     parser.add_argument(
         "--lines", action="store_true", help="each line of a text that is not blank is a document"
@@ -120,13 +124,18 @@ def _parser() -> Parser:
 
 
 def _documents(path: Path, field: str, *, by_line: bool) -> Iterator[Document]:
-    """Return the documents of a file.  Raises ConfigError if it is not a file."""
+    """Return the documents of a file.  Raises ConfigError if it is not a file, or has none."""
     from vp_train.data.documents import read_documents
+    from vp_train.data.files import kind_of
 
     if not path.is_file():
         raise ConfigError(f"{path} is not a file; give a text or a .jsonl file")
-    whole = read_documents([path], field, warn=True)
-    if not by_line or path.suffix.lower() == ".jsonl":
+    found = read_documents([path], field, warn=True)
+    first = next(found, None)  # before the model is loaded
+    if first is None:
+        raise ConfigError(f"{path} holds no text; --field names the field that has it")
+    whole = chain([first], found)
+    if not by_line or kind_of(path) != "text":
         return whole
     return _lines(whole)
 

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -438,9 +438,11 @@ class _Work:
             workers=config.num_workers,
         )
         total = human_bytes(_bytes_of(self.files))
-        with reported(
-            "tokenizing", lambda: f"{human_bytes(reading.num_bytes)} of {total}", self.progress
-        ):
+
+        def state() -> str:
+            return f"{human_bytes(reading.num_bytes)} of {total}"
+
+        with closing(found), reported("tokenizing", state, self.progress):
             num_documents, num_tokens = write_dataset(
                 directory / "tokens", self._checked(found), end, size
             )

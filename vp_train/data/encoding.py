@@ -11,7 +11,7 @@ import queue
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from vp_train.data import worker
 from vp_train.data.documents import Document
 from vp_train.data.pieces import pieces
 
-_BATCH = 1 << 20  # characters, unless the last piece is longer
+_BATCH = 1 << 19  # characters, unless the last piece is longer
 _MOST_PIECES = 4_096  # of a batch
 _ALONE = 16  # batches that are tokenized before processes are worth their start
 
@@ -55,11 +55,12 @@ def encoded(
     longest_run: int,
     longest_piece: int,
     workers: int,
-) -> Iterator[Encoded]:
+) -> Generator[Encoded, None, None]:
     """Yield the ids of every piece of the documents, in order.
 
-    A corpus of more than some 16 MB is tokenized by `workers` processes if these are several.
-    Raises ConfigError where the tokenizer cannot encode a text, or a process was killed.
+    A corpus of more than some 8 MB is tokenized by `workers` processes if these are several.
+    Closing the generator ends them.  Raises ConfigError where the tokenizer cannot encode a text,
+    or a process was killed.
     """
     cut = (
         piece for document in documents for piece in _pieces(document, longest_run, longest_piece)

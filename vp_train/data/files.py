@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 
 from vp_train.config import ConfigError, DataConfig
 from vp_train.data.left_out import OTHER_ENDING, LeftOut
-from vp_train.durable import UnreadableError, open_regular, read_json
+from vp_train.durable import PointerError, UnreadableError, open_regular, read_json
 
 _TEXTS = frozenset(
     {".txt", ".md", ".rst", ".tex", ".html", ".csv"}
@@ -182,7 +182,13 @@ def hash_of_file(path: Path) -> bytes:
         with open_regular(path) as file:
             return hashlib.file_digest(file, "blake2b").digest()  # type: ignore[arg-type]
     except UnreadableError as error:
-        raise ConfigError(f"{error}; remove it from the data, or repair it") from None
+        raise refused(error) from None
+
+
+def refused(error: UnreadableError) -> ConfigError:
+    """Return the error about a file of a corpus that cannot be read."""
+    way_out = "" if isinstance(error, PointerError) else "; remove it from the data, or repair it"
+    return ConfigError(f"{error}{way_out}")
 
 
 @contextmanager
@@ -205,7 +211,7 @@ def open_unpacked(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             else:
                 yield raw, raw
     except UnreadableError as error:
-        raise ConfigError(f"{error}; remove it from the data, or repair it") from None
+        raise refused(error) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ConfigError(f"{path} is not a whole gzip file ({error}); get it again") from None
 

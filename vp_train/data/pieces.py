@@ -1,6 +1,6 @@
 """Cutting a text into the pieces that are tokenized, in bounded memory and linear time.
 
-The time of a tokenizer grows faster than the length of a word, and its memory by some 50 bytes for
+The time of a tokenizer grows faster than the length of a word, and its memory by some 100 bytes for
 each character.  So a text is cut inside runs without a blank that are too long, and at a blank
 where it is long itself.
 """
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 
-LONGEST_PIECE = 1 << 22  # characters that are tokenized together
+LONGEST_PIECE = 1 << 20  # characters that are tokenized together, in 160 MB
 
 
 def pieces(parts: Iterable[str], longest_run: int, longest_piece: int) -> Iterator[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vp_train.config import ConfigError
-from vp_train.data.files import INSTALL
+from vp_train.data.files import INSTALL, refused
 from vp_train.data.left_out import NOT_UTF8, TOO_LONG, LeftOut
 from vp_train.durable import UnreadableError, open_regular
 
@@ -49,7 +49,7 @@ def rows(path: Path, kind: str, field: str, left_out: LeftOut) -> Iterator[tuple
                     except UnicodeDecodeError:
                         left_out.add(NOT_UTF8, origin)
     except UnreadableError as error:
-        raise ConfigError(f"{error}; remove it from the data, or repair it") from None
+        raise refused(error) from None
     except (pyarrow.ArrowException, OSError) as error:
         words = " ".join(str(error).split())[:200]
         raise ConfigError(

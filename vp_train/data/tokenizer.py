@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vp_train.config import ConfigError
-from vp_train.durable import UnreadableError, read_text
+from vp_train.durable import PointerError, UnreadableError, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 _USUAL_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>", "[SEP]")
@@ -48,6 +48,8 @@ def load_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:
     """
     try:
         tokenizer = Tokenizer.from_str(read_text(path, LARGEST_TOKENIZER))
+    except PointerError as error:
+        raise ConfigError(f"data.tokenizer={error}") from None
     except UnreadableError as error:
         raise ConfigError(f"data.tokenizer={error}; give the path of a tokenizer.json") from None
     except (KeyboardInterrupt, SystemExit):
