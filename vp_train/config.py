@@ -710,8 +710,8 @@ class DataConfig:
     seed: int = setting(1234, "Seed of the order of samples.", least=0)
     sample_length: int | None = setting(
         None,
-        "Length of the pieces of text that are shuffled, of which sequences are made; null: "
-        "model.seq_length. A resumed run with another model.seq_length keeps it.",
+        "Length of the samples that are shuffled; sequences are pieces of them or several. null: "
+        "model.seq_length; a resumed run keeps it.",
         unit="tokens",
         least=1,
         most=_MOST_TOKENS,
@@ -970,8 +970,8 @@ class RunSettings:
     resume: bool = setting(False, "Go on from the newest checkpoint of this run.")
     allow: tuple[str, ...] = setting(
         (),
-        "What may change in a resumed run though it changes the result: batch, the sequences of a "
-        "step; sequence, their length, rotary embeddings and windows; loss.",
+        "What may change in a resumed run: batch, the sequences of a step; sequence, their "
+        "length, rotary embeddings and windows; loss.",
         choices=PERMISSIONS,
     )
     init_from: str | None = setting(
@@ -1112,9 +1112,8 @@ class RunConfig:
     micro_batch_size: int = setting(1, "Sequences of a microbatch.", least=1, most=_MOST_WIDTH)
     batch_ramp: tuple[list[int], ...] = setting(
         (),
-        "Smaller steps at the start, as pairs of a step and the sequences of all replicas: "
-        "[[1000,8],[3000,16]] takes 8 in every step until step 1000, 16 until step 3000, then "
-        "num_microbatches.",
+        "Smaller steps at the start: [[1000,8],[3000,16]] takes 8 sequences in each step until "
+        "step 1000, 16 until step 3000, then all.",
         least=1,
     )
 

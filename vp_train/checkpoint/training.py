@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +32,7 @@ from vp_train.config import (
     RunConfig,
     permission_of,
 )
-from vp_train.durable import plain, shown
+from vp_train.durable import checkpoints_in, plain, shown
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import MOMENTS
 
@@ -181,6 +182,15 @@ def latest_of_run(directory: Path, group: ControlGroup) -> tuple[Path | None, li
         _RunState.of(manifest)
 
     return newest(directory, group, check)
+
+
+def saved_batch(directory: Path) -> int | None:
+    """Return the sequences of a step as the newest checkpoint in `directory` has them, if any."""
+    for _, path in sorted(checkpoints_in(directory), reverse=True):
+        with suppress(ValueError):
+            batch = saved_settings(read_manifest(path)).get("batch", {}).get(_BATCH)
+            return batch if type(batch) is int else None
+    return None
 
 
 def restore_run(

@@ -13,11 +13,18 @@ from typing import NoReturn
 
 from vp_train.commands.command import Command, path_of, prints, run, whole_number
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher, has_launcher
-from vp_train.commands.place import is_rank, is_slurm_rank, place_of, slurm_rank
+from vp_train.commands.place import Place, is_rank, is_slurm_rank, place_of, slurm_rank
 from vp_train.config import ConfigError, RunConfig
+from vp_train.durable import checkpoints_in
 from vp_train.failures import ending_of_command
 from vp_train.planning.degrees import MOST_ON_A_NODE
-from vp_train.settings import check_start, config_text, resume_words, started_from
+from vp_train.settings import (
+    BatchChange,
+    check_start,
+    config_text,
+    resume_words,
+    started_from,
+)
 from vp_train.supervision.ending import PIPE, leave
 from vp_train.supervision.requests import hold_signals, start_clock
 
@@ -65,11 +72,14 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
         _serve_ranks()
     place = None if is_rank(os.environ) else place_of(options, os.environ)
     is_first = os.environ.get("RANK", "0") == "0" if place is None else place.node == 0
-    if is_first and not has_launcher() and (words := resume_words(config)) is not None:
+    num_ranks = whole_number(options, "--ranks", 0, most=MOST_ON_A_NODE)
+    batch = _batch_change(config, place, num_ranks)
+    if is_first and not has_launcher() and (words := resume_words(config, batch)) is not None:
         print(words, flush=True)
     config = with_origin(config)
-    check_start(config)
+    check_start(config, batch)
     if place is None:
+        _check_ramp_alone(config)
         _train_rank(config)
     from vp_train.commands.launch import launch
 
@@ -78,10 +88,40 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
         overrides,
         _train_rank,
         place,
-        num_ranks=whole_number(options, "--ranks", 0, most=MOST_ON_A_NODE),
+        num_ranks=num_ranks,
         num_restarts=whole_number(options, "--max-restarts", 0, least=0),
         only_preflight=_PREFLIGHT in options,
     )
+
+
+def _check_ramp_alone(config: RunConfig) -> None:
+    """Check the steps of a batch-size ramp in a rank without an agent, which would have done so."""
+    if not config.batch_ramp or PIPE in os.environ:
+        return
+    from vp_train.planning.plan import check_ramp, make_plan
+
+    check_ramp(config, make_plan(config, int(os.environ["WORLD_SIZE"])))
+
+
+def _batch_change(config: RunConfig, place: Place | None, num_ranks: int) -> BatchChange:
+    """Return the sequences of a step before and now, if there is a run to be resumed.
+
+    `num_ranks` is the value of --ranks, 0 if it is not given.
+    """
+    if not config.run.resume or not checkpoints_in(config.run.checkpoints):
+        return None
+    from vp_train.checkpoint.training import saved_batch
+    from vp_train.commands.launch import num_local_ranks
+    from vp_train.planning.degrees import split_ranks
+
+    if place is None:
+        num_ranks = int(os.environ["WORLD_SIZE"])
+    else:
+        num_ranks = place.num_nodes * num_local_ranks(config, place, num_ranks)
+    before = saved_batch(config.run.checkpoints)
+    replicas = split_ranks(config.parallel, num_ranks).dp
+    now = replicas * config.num_microbatches * config.micro_batch_size
+    return None if before is None else (before, now)
 
 
 def _train_rank(config: RunConfig) -> NoReturn:

@@ -52,12 +52,11 @@ def _stages(plan: RunPlan) -> str:
     return "  ".join(lines)
 
 
-def _ramp_words(config: RunConfig) -> str:
-    """Return the batch-size ramp in words; empty without one."""
-    steps = [
-        f"{sequences:,} sequences until step {step:,}" for step, sequences in config.batch_ramp
-    ]
-    return ", ".join([*steps, "then all microbatches"]) if steps else ""
+def _ramp_words(config: RunConfig, first_step: int) -> str:
+    """Return what is left of the batch-size ramp in words; empty if that is nothing."""
+    ramp = [(step, count) for step, count in config.batch_ramp if step >= first_step]
+    parts = [f"{count:,} sequences until step {step:,}" for step, count in ramp]
+    return ", ".join([*parts, "then all microbatches"]) if parts else ""
 
 
 class _Console(Console):
@@ -111,7 +110,7 @@ class Reporter:
             f"schedule  {plan.schedule.name}, vocabulary {plan.problem.algorithm.name}, "
             f"{config.num_microbatches} microbatches"
             f" of {config.micro_batch_size} x {config.model.seq_length} tokens",
-            *([f"batch     {words}"] if (words := _ramp_words(config)) else []),
+            *([f"batch     {words}"] if (words := _ramp_words(config, self._first_step)) else []),
             f"planned   {facts(plan.timeline)}; "
             f"activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
             *([f"advice    {advice}"] if (advice := row_advice(config, plan)) else []),
