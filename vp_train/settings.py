@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import os
 import re
 import shlex
@@ -88,6 +89,45 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
             except ConfigError as error:
                 raise ConfigError(f"{given}: {error}") from None
         raise
+
+
+_MOST_COMBINATIONS = 10_000
+
+
+def combinations(words: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of every combination of the values in `words`, the last one fastest.
+
+    A word may have several values as in hydra's multirun: `a=1,2`, `a=choice(1,2)`,
+    `a=range(1,5)`.  All other words stay as they are, and so does one that hydra cannot parse, so
+    that `load_config` says what is wrong with it.  Raises ConfigError for other kinds of sweeps and
+    for too many combinations.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    _check_size(words)
+    parser, choices, total = OverridesParser.create(), [], 1
+    for word in words:
+        values = [word]
+        try:
+            parsed = parser.parse_override(word)
+        except HydraException:
+            parsed = None
+        if parsed is not None and parsed.is_sweep_override():
+            try:
+                (batch,) = BasicSweeper.split_arguments([parsed], None)
+            except (HydraException, ValueError, TypeError, AttributeError):
+                raise ConfigError(
+                    f"{word}: a sweep takes a list of values, choice(...) or range(...)"
+                ) from None
+            values = [value for (value,) in batch]
+        if (total := total * len(values)) > _MOST_COMBINATIONS:
+            raise ConfigError(
+                f"{word}: the lists have more than {_MOST_COMBINATIONS:,} combinations; give fewer"
+            )
+        choices.append(values)
+    return [list(chosen) for chosen in itertools.product(*choices)]
 
 
 def _check_size(words: Sequence[str]) -> None:

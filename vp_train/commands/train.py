@@ -7,13 +7,15 @@ Otherwise it is the agent of its node, which on one machine is the launcher of a
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from vp_train.commands.command import Command, path_of, prints, run, whole_number
+from vp_train.commands.command import Command, guarded, path_of, prints, run, whole_number
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher, has_launcher
 from vp_train.commands.place import Place, is_rank, is_slurm_rank, place_of, slurm_rank
+from vp_train.commands.sweep import SWEEP, is_sweep, sweep
 from vp_train.config import ConfigError, RunConfig
 from vp_train.durable import checkpoints_in
 from vp_train.failures import ending_of_command
@@ -34,6 +36,7 @@ _TRAIN_EXAMPLES = """\
   vp-train run.resume=true              continue from the newest checkpoint of runs/default
   vp-train --nodes 2 --node 0 --head node0 run.device=cuda      on node 0 of two; node 1 likewise
   vp-train --preflight                  compare the nodes, and stop before step 1
+  vp-train -m optim.lr=1e-3,3e-4 schedule=1f1b,v_half           every combination, in turn
   torchrun --nproc-per-node 4 -m vp_train schedule=gpipe data=synthetic"""
 _PREFLIGHT = "--preflight"
 _ONLY_PREFLIGHT = "VP_TRAIN_ONLY_PREFLIGHT"  # environment variable: the launcher got this option
@@ -44,6 +47,8 @@ _OPTIONS = {
     "--head": ("HOST", "address of node 0, HOST or HOST:PORT, the same on every node"),
     "--ranks": ("N", "ranks on this node; from the degrees, or one per GPU, if not given"),
     _PREFLIGHT: ("", "compare the nodes, time their network, and stop before step 1"),
+    "-m": ("", "a sweep: every combination of lists of values, or the lines of a file, in turn"),
+    "--only": ("I", "with -m: only run I of the sweep, from 0"),
     "--max-restarts": ("N", "times to start all ranks again after a failure that this can mend"),
 }
 
@@ -60,8 +65,13 @@ def main() -> None:
         hold_signals()
     if is_rank(os.environ):
         die_with_launcher(int(os.environ.get(LAUNCHER, os.getppid())))
+    elif SWEEP in os.environ:
+        die_with_launcher(int(os.environ.pop(SWEEP)))
     purpose = "trains a decoder with vocabulary and pipeline parallelism"
-    run(Command("vp-train", purpose, _train, _TRAIN_EXAMPLES, _OPTIONS))
+    command = Command("vp-train", purpose, _train, _TRAIN_EXAMPLES, _OPTIONS)
+    if is_sweep(sys.argv[1:]):
+        guarded(command.name, lambda: sweep(command, sys.argv[1:]))
+    run(command)
 
 
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
