@@ -81,7 +81,7 @@ class Result:
 def is_sweep(arguments: Sequence[str]) -> bool:
     """Return whether the arguments of vp-train ask for a sweep."""
     asks = any(flag in arguments for flag in _FLAGS)
-    return asks and not {"--help", "-h", "--print-config"}.intersection(arguments)
+    return asks and "--help" not in arguments and "-h" not in arguments
 
 
 def sweep(command: Command, arguments: Sequence[str]) -> int:
@@ -93,12 +93,17 @@ def sweep(command: Command, arguments: Sequence[str]) -> int:
     """
     for word in arguments:
         check_printable(word)
+    shows = "--print-config" in arguments
     words, options = split_options(
-        [word for word in arguments if word not in _FLAGS], command.options
+        [word for word in arguments if word not in (*_FLAGS, "--print-config")], command.options
     )
+    if unknown := [word for word in words if word.startswith("-")]:
+        load_config(unknown, tuple(command.options))  # says which options there are
     runs, base = runs_of(words)
     if "--only" in options:
-        return configured(command, _chosen_arguments(runs, options))
+        return configured(command, _chosen_arguments(runs, options) + ["--print-config"] * shows)
+    if shows:
+        raise ConfigError("--print-config shows one run of a sweep; choose it with --only I")
     if (
         is_rank(os.environ)
         or is_slurm_rank(os.environ)
@@ -120,7 +125,7 @@ def _chosen_arguments(runs: Sequence[SweptRun], options: Mapping[str, str]) -> l
             f"so submit launch/sweep.sbatch with --array 0-{len(runs) - 1}"
         )
     words = runs[index].words
-    print(f"sweep: run {index} of {len(runs)}: {' '.join(words)}", flush=True)
+    print(f"sweep: run {index} of {len(runs)}: {' '.join(words)}", file=sys.stderr, flush=True)
     return [*words, *_options_again(options)]
 
 
