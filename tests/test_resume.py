@@ -24,6 +24,8 @@ from tests.training import (
 from vp_train import train as module
 from vp_train.assembly import build_rank
 from vp_train.checkpoint.training import _require_same_text, saved_batch
+from vp_train.commands.place import Place
+from vp_train.commands.train import _batch_change
 from vp_train.config import (
     BlendEntry,
     ConfigError,
@@ -124,7 +126,9 @@ def test_steps_and_sequences_of_other_sizes_take_every_token_once(ranks, tmp_pat
     assert stream == samples.tolist()[: len(stream)]
 
 
-def test_other_steps_and_sequences_are_refused_unless_they_are_allowed(ranks, tmp_path):
+def test_other_steps_and_sequences_are_refused_unless_they_are_allowed(
+    ranks, tmp_path, monkeypatch
+):
     config = config_of(tmp_path, eval_every=0, trace_step=0)
     ranks(2).run(train, config, 4)
     ranks(2).run(release_locks)
@@ -139,6 +143,12 @@ def test_other_steps_and_sequences_are_refused_unless_they_are_allowed(ranks, tm
             assert message.endswith(f"use the same value, or give run.allow=[{word}]")
     assert saved_batch(config.run.checkpoints) == 8
     assert saved_batch(tmp_path) is None
+    # The launcher and ranks of torchrun know the batch from the degrees and the number of ranks.
+    assert _batch_change(replace(resumed, num_microbatches=2), Place(), 2) == (8, 4)
+    assert _batch_change(laid_out(resumed, pp=1, dp=2), Place(), 0) == (8, 8)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert _batch_change(resumed, None, 0) == (8, 16)
+    assert _batch_change(config, None, 0) is None
 
 
 UNEQUAL = {"pp": 3, "vocab": VocabConfig("two_barrier", shards=(11, 0, 90))}

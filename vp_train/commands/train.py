@@ -83,7 +83,8 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
     place = None if is_rank(os.environ) else place_of(options, os.environ)
     is_first = os.environ.get("RANK", "0") == "0" if place is None else place.node == 0
     num_ranks = whole_number(options, "--ranks", 0, most=MOST_ON_A_NODE)
-    batch = _batch_change(config, place, num_ranks)
+    # Ranks that our agent has started need not read again what it has read.
+    batch = None if has_launcher() else _batch_change(config, place, num_ranks)
     if is_first and not has_launcher() and (words := resume_words(config, batch)) is not None:
         print(words, flush=True)
     config = with_origin(config)
