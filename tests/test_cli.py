@@ -104,7 +104,7 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ("data.blend={path:a}", "data.blend={path:a} is not a list of corpora; write data.blend"),
         ("data.blend=[a]", "data.blend[0]=a is not a corpus; write data.blend=[{path:DIR,"),
         ("data.blend=[{path:a},null]", "data.blend[1]=None is not a corpus; write data.blend="),
-        ("data.blend=[{path:[a]}]", "data.blend[0].path=['a'] is not text or null; write data."),
+        ("data.blend=[{path:[a]}]", "data.blend[0].path=[a] is not text or null; write data."),
         (
             "data.blend=[{path:a},{path:b,weight:x}]",
             "data.blend[1].weight=x is not a number; write data.blend=[{path:DIR,weight:3}",

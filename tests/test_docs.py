@@ -20,6 +20,7 @@ from schedules.generators import GENERATORS
 from schedules.render import svg
 from tests.programs import finished
 from vp_train.commands.simulate import simulate_step
+from vp_train.commands.sweep import runs_of
 from vp_train.planning.degrees import wanted_ranks
 from vp_train.planning.plan import draft_step
 from vp_train.settings import load_config
@@ -221,6 +222,14 @@ def check_overrides(
         draft_step(config, num_ranks or wanted)
 
 
+def check_sweep(arguments: list[str]) -> None:
+    """Every run of a sweep has settings that make a run."""
+    runs, _ = runs_of([word for word in arguments if "=" in word])
+    assert len(runs) > 1
+    for run in runs:
+        check_overrides(list(run.words), None)
+
+
 def check_python(words: tuple[str, ...]) -> None:
     """A script or a module with its options, without running it."""
     arguments = list(words)
@@ -254,7 +263,9 @@ def test_every_command_parses(text, place, capsys):
     stand_ins(place)
     command = Command.parse(text)
     name, *rest = command.words
-    if name in COMMANDS:
+    if "-m" in rest and name == "vp-train":
+        check_sweep(rest)
+    elif name in COMMANDS:
         nodes = option_of(command.words, "--nodes") if "--nodes" in rest else 0
         check_ours(command.words, capsys, 8 * nodes or None)
     elif name == "srun":
@@ -267,7 +278,7 @@ def test_every_command_parses(text, place, capsys):
     elif name == "docker":
         check_overrides(rest[rest.index("vp_train") :], None)
     elif name == "sbatch" and "launch/sweep.sbatch" in rest:
-        check_overrides([re.sub(",.*", "", word) for word in rest], None)
+        check_sweep(rest[rest.index("launch/sweep.sbatch") + 1 :])
     elif name == "sbatch":
         ours = rest[rest.index("launch/slurm.sbatch") + 1 :]
         check_ours(("vp-train", *ours), capsys, 8 * option_of(command.words, "--nodes"))

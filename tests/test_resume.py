@@ -24,8 +24,9 @@ from tests.training import (
 from vp_train import train as module
 from vp_train.assembly import build_rank
 from vp_train.checkpoint.manifest import MANIFEST, write_manifest
-from vp_train.checkpoint.training import _require_same_text
-from vp_train.commands.train import _train, check_steps
+from vp_train.checkpoint.training import _require_same_text, saved_batch
+from vp_train.commands.place import Place
+from vp_train.commands.train import _batch_change, _train, check_steps
 from vp_train.config import (
     BlendEntry,
     ConfigError,
@@ -59,12 +60,15 @@ def packed_blend(tmp_path):
     )
 
 
-@pytest.mark.parametrize("data", ["synthetic", "packed blend"])
+@pytest.mark.parametrize("data", ["synthetic", "packed blend", "ramp"])
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(ranks, tmp_path, data):
     whole, part = config_of(tmp_path, "whole"), config_of(tmp_path, "part")
     if data == "packed blend":
         given = {"data": packed_blend(tmp_path), "model": replace(whole.model, vocab_size=300)}
         whole, part = replace(whole, **given), replace(part, **given)
+    if data == "ramp":  # the smaller steps end after the checkpoint
+        ramp = ([2, 2], [5, 4])
+        whole, part = replace(whole, batch_ramp=ramp), replace(part, batch_ramp=ramp)
     ranks(2).run(train, whole)
     ranks(2).run(train, part, 6)  # its last checkpoint is of step 4
     resumed = replace(part, run=replace(part.run, resume=True))
@@ -73,6 +77,80 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(ranks, tmp_path
     for ours, theirs in zip(metrics_of(part), metrics_of(whole), strict=True):
         for key in ("step", "loss", "grad_norm", "learning_rate", "validation_loss"):
             assert ours.get(key) == theirs.get(key), key
+
+
+def train_and_take(rank, num_ranks, config, stop_after):
+    """Train until step `stop_after`, and return the tokens of all steps in their order.
+
+    They are those of this rank's replica, by step.
+    """
+    taken, run = [], loaded_run(config, num_ranks)
+    for step in run.steps():
+        batch, _ = run._batch(step)
+        taken.append(batch.tokens.flatten().tolist())
+        run.train_step(step, None)
+        if step == stop_after:
+            run.finish_save()
+            break
+    return taken
+
+
+def loaded_run(config, num_ranks):
+    plan = make_plan(config, num_ranks)
+    mesh = mesh_for(plan)
+    run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
+    run.load()
+    return run
+
+
+def test_steps_and_sequences_of_other_sizes_take_every_token_once(ranks, tmp_path):
+    first = config_of(tmp_path, eval_every=0, trace_step=0, checkpoint_every=1)  # 8 x 16 tokens
+    first = replace(first, batch_ramp=([1, 2],))
+    run = replace(first.run, resume=True, allow=("batch", "sequence"))
+    data = replace(first.data, sample_length=16)
+    longer = replace(
+        laid_out(first, pp=1, dp=2),  # 4 x 24 tokens on each of two replicas
+        run=run,
+        data=data,
+        batch_ramp=(),
+        model=replace(first.model, seq_length=24),
+    )
+    shorter = replace(  # 12 x 4 tokens
+        first, run=run, data=data, num_microbatches=6, model=replace(first.model, seq_length=4)
+    )
+    stream = []
+    for config, stop_after in ((first, 2), (longer, 4), (replace(shorter, batch_ramp=()), 6)):
+        by_rank = ranks(2).run(train_and_take, config, stop_after)
+        for step in zip(*by_rank[: config.parallel.dp or 1], strict=True):
+            stream += [token for tokens in step for token in tokens]
+    assert len(stream) == (2 + 8) * 16 + 2 * 8 * 24 + 2 * 12 * 4
+    samples = open_source(first).train_batch(0, -(-len(stream) // 16 // 2)).tokens.flatten()
+    assert stream == samples.tolist()[: len(stream)]
+
+
+def test_other_steps_and_sequences_are_refused_unless_they_are_allowed(
+    ranks, tmp_path, monkeypatch
+):
+    config = config_of(tmp_path, eval_every=0, trace_step=0)
+    ranks(2).run(train, config, 4)
+    ranks(2).run(release_locks)
+    data = replace(config.data, sample_length=16)
+    resumed = replace(config, run=replace(config.run, resume=True), data=data)
+    for changes, word in (
+        ({"num_microbatches": 2}, "batch"),
+        ({"batch_ramp": ([6, 2],)}, "batch"),
+        ({"model": replace(config.model, seq_length=32)}, "sequence"),
+    ):
+        for message in ranks(2).run(refused, replace(resumed, **changes)):
+            assert message.endswith(f"use the same value, or give run.allow=[{word}]")
+    assert saved_batch(config.run.checkpoints) == 8
+    assert saved_batch(tmp_path) is None
+    # The launcher and ranks of torchrun know the batch from the degrees and the number of ranks.
+    assert _batch_change(replace(resumed, num_microbatches=2), Place(), 2) == (8, 4)
+    assert _batch_change(laid_out(resumed, pp=1, dp=2), Place(), 0) == (8, 8)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert _batch_change(resumed, None, 0) == (8, 16)
+    assert _batch_change(config, None, 0) is None
 
 
 UNEQUAL = {"pp": 3, "vocab": VocabConfig("two_barrier", shards=(11, 0, 90))}
@@ -144,10 +222,7 @@ def who_loaded(rank, num_ranks, config, place):
     with pytest.MonkeyPatch.context() as patched:
         for name in ("restore_run", "load_weights"):
             patched.setattr(module, name, late(getattr(module, name), rank, place))
-        plan = make_plan(config, num_ranks)
-        mesh = mesh_for(plan)
-        run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
-        run.load()
+        loaded_run(config, num_ranks)
         return sorted(os.listdir(place))
 
 
@@ -230,10 +305,7 @@ def loss_scale_of(rank, num_ranks, config, first):
 
     If `first` is None, return the restored scale.
     """
-    plan = make_plan(config, num_ranks)
-    mesh = mesh_for(plan)
-    run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
-    run.load()
+    run = loaded_run(config, num_ranks)
     if first is not None:
         run.model.loss_scale.value = first
         run.train_step(4, None)  # a checkpoint is due at this step

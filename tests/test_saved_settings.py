@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,10 +100,70 @@ def test_changes_are_said(started):
     assert resume_words(load_config(["run.name=two"])) is None
     assert resume_words(load_config(RESUMED)) == "settings of runs/one/config.yaml"
     words = resume_words(load_config([*RESUMED, "schedule=zb_h1", "run.steps=99"]))
-    assert (
-        words == "settings of runs/one/config.yaml, changed here: "
-        "schedule.name=zb_h1 (was gpipe), run.steps=99 (was 90)"
+    assert words.splitlines() == [
+        "settings of runs/one/config.yaml, changed here:",
+        "  setting        was    now",
+        "  schedule.name  gpipe  zb_h1  allowed",
+        "  run.steps      90     99     allowed",
+    ]
+
+
+def test_all_changes_are_said_and_refused_together(started):
+    checkpointed(started("batch_ramp=[[3,4]]"))
+    given = [*RESUMED, "loss.z_loss=1e-4", "optim.lr=1e-3", "model.seq_length=512", "batch_ramp=[]"]
+    config = load_config(given)
+    assert resume_words(config, (8, 16)).splitlines()[1:] == [
+        "  setting              was      now",
+        "  model.seq_length     256      512     refused without run.allow=[sequence]",
+        "  loss.z_loss          0.0      0.0001  refused without run.allow=[loss]",
+        "  optim.lr             0.002    0.001   allowed",
+        "  batch_ramp           [[3,4]]  []      refused without run.allow=[batch]",
+        "  sequences of a step  8        16      refused without run.allow=[batch]",
+    ]
+    with pytest.raises(
+        ConfigError,
+        match=r"^runs/one has run with model.seq_length=256, loss.z_loss=0.0, batch_ramp=.*, sequen"
+        r"ces of a step=8, this command line has 512, 0.0001, \[\], 16; use the same values, "
+        r"or give run.allow=\[sequence,loss,batch\]$",
+    ):
+        check_start(config, (8, 16))
+    allowed = load_config([*given, "run.allow=[batch,loss,sequence]"])
+    assert "refused" not in resume_words(allowed, (8, 16))
+    check_start(allowed, (8, 16))
+    with pytest.raises(ConfigError, match=r"32768, this command line has 500; use the same value$"):
+        check_start(load_config([*RESUMED, "model.vocab_size=500", "run.allow=[batch]"]))
+
+
+def test_samples_keep_the_length_that_they_had(started):
+    checkpointed(started("model.seq_length=64", "data=synthetic"))
+    assert load_config(RESUMED).data.sample_length is None
+    longer = load_config(
+        [*RESUMED, "model.seq_length=128", "data=synthetic", "run.allow=[sequence]"]
     )
+    assert longer.data.sample_length == longer.sample_length == 64
+    (longer.run.directory / "config.yaml").write_text(config_text(longer))
+    again = load_config([*RESUMED, "model.seq_length=128", "data=synthetic"])
+    assert again.data.sample_length == 64
+    assert resume_words(again) == "settings of runs/one/config.yaml"
+    other = load_config([*RESUMED, "data.sample_length=128"])
+    with pytest.raises(ConfigError, match=r"has run with data.sample_length=64, this command line"):
+        check_start(other)
+
+
+def test_the_words_of_the_first_start_are_no_change(started):
+    words = ["schedule=auto", "vocab=auto", "data=synthetic", "batch_ramp=[]", "loss.z_loss=1e-4"]
+    words = [*words, "parallel.layers_per_stage=[2,2,2,2]", "run.root=runs"]
+    config = started(*words)
+    solved = replace(
+        config,
+        schedule=replace(config.schedule, file="runs/one/schedule.txt"),
+        vocab=replace(config.vocab, algorithm="two_barrier"),
+    )
+    (config.run.directory / "config.yaml").write_text(config_text(solved))
+    checkpointed(config)
+    again = load_config([*words, *RESUMED])
+    assert resume_words(again) == "settings of runs/one/config.yaml"
+    check_start(again)
 
 
 @pytest.mark.parametrize(

@@ -325,10 +325,11 @@ def with_a_spike(rank, num_ranks, config, spikes):
     run, reporter = begin(rank, num_ranks, config)
     steps, batches = [], []
     inner = run.model.train_step
+    tokens = run.plan.work.num_microbatches * run.plan.work.num_tokens
 
     def train_step(*arguments, **options):
         loss = inner(*arguments, **options)
-        batches.append(run.step + run._left_out)
+        batches.append(run._tokens_until(run.step) // tokens)
         return loss if loss is None or batches[-1] not in spikes else 100 * loss
 
     run.model = Wrapped(run.model, train_step)

@@ -209,11 +209,14 @@ def setting_of(item: Any) -> Setting:
 def _check(prefix: str, section: object) -> None:
     """Check every field of `section`; a YAML list becomes the tuple its field promises."""
     for item in fields(section):  # type: ignore[arg-type]
-        value = getattr(section, item.name)
-        if isinstance(value, list):
-            value = tuple(value)
-            object.__setattr__(section, item.name, value)
+        value = _frozen(getattr(section, item.name))
+        object.__setattr__(section, item.name, value)
         setting_of(item).check(f"{prefix}{item.name}", value, item.default)
+
+
+def _frozen(value: Any) -> Any:
+    """Return `value` with tuples for lists, in lists too."""
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 # Bounds that no real run meets.  They stop a slip of the keyboard before a plan is made: published
@@ -705,6 +708,14 @@ class DataConfig:
         0.05, "Part of the samples that is kept for validation.", least=0, below=1
     )
     seed: int = setting(1234, "Seed of the order of samples.", least=0)
+    sample_length: int | None = setting(
+        None,
+        "Length of the samples that are shuffled; sequences are pieces of them or several. null: "
+        "model.seq_length; a resumed run keeps it.",
+        unit="tokens",
+        least=1,
+        most=_MOST_TOKENS,
+    )
 
     def __post_init__(self) -> None:
         _check("data.", self)
@@ -873,6 +884,7 @@ class ClusterConfig:
 
 
 _LONGEST_SECONDS = 10_000_000  # the longest timeout
+PERMISSIONS = ("batch", "sequence", "loss")
 
 
 TRACKERS = ("wandb", "mlflow")
@@ -959,6 +971,12 @@ class RunSettings:
     )
     keep_checkpoints: int = setting(2, "Newest checkpoints that are kept.", least=1)
     resume: bool = setting(False, "Go on from the newest checkpoint of this run.")
+    allow: tuple[str, ...] = setting(
+        (),
+        "What may change in a resumed run: batch, the sequences of a step; sequence, their "
+        "length, rotary embeddings and windows; loss.",
+        choices=PERMISSIONS,
+    )
     init_from: str | None = setting(
         None,
         "Directory of a run or of vp-import with the initial weights; a resumed run has its own.",
@@ -1059,13 +1077,27 @@ FREE_MODEL = (
     *("rope_low_frequency", "rope_high_frequency", "rope_original_length"),
 )
 
+# Model settings that may change within a run, with run.allow=[sequence].
+_SEQUENCE = (
+    *("seq_length", "sliding_window", "full_attention_every"),
+    *(name for name in FREE_MODEL if name.startswith("rope_")),
+)
+
+
+def permission_of(name: str) -> str | None:
+    """Return the word of run.allow with which a resumed run may change this setting, if any."""
+    section, _, key = name.partition(".")
+    if section == "model":
+        return "sequence" if key in _SEQUENCE else None
+    return {"batch_ramp": "batch", "loss": "loss"}.get(section)
+
 
 def keeps_on_resume(name: str) -> bool:
     """Return whether a resumed run must have this setting as its checkpoint has it."""
     section, _, key = name.partition(".")
     if section == "data":
         return key not in FREE_DATA
-    return section in ("model", "loss") or name == "run.dtype"
+    return section in ("model", "loss") or name in ("run.dtype", "batch_ramp")
 
 
 @dataclass(frozen=True)
@@ -1086,14 +1118,49 @@ class RunConfig:
         8, "Microbatches of a step in each replica.", least=1, most=MOST_MICROBATCHES
     )
     micro_batch_size: int = setting(1, "Sequences of a microbatch.", least=1, most=_MOST_WIDTH)
+    batch_ramp: tuple[list[int], ...] = setting(
+        (),
+        "Smaller steps at the start: [[1000,8],[3000,16]] takes 8 sequences in each step until "
+        "step 1000, 16 until step 3000, then all.",
+        least=1,
+    )
 
     def __post_init__(self) -> None:
         for item in fields(self):
             if _KEY in item.metadata:
-                setting_of(item).check(item.name, getattr(self, item.name), item.default)
+                value = _frozen(getattr(self, item.name))
+                object.__setattr__(self, item.name, value)
+                setting_of(item).check(item.name, value, item.default)
+        self._check_ramp()
         if self.loss.label_smoothing and self.model.logit_softcap is not None:
             raise ConfigError(
                 f"loss.label_smoothing={self.loss.label_smoothing} and "
                 f"model.logit_softcap={self.model.logit_softcap} do not go together: the sum of "
                 "capped logits would cost a pass over all of them; set one of the two"
             )
+
+    def _check_ramp(self) -> None:
+        """Raise ConfigError for a ramp that is none, or that its schedule cannot follow."""
+        last = 0
+        for pair in self.batch_ramp:
+            if len(pair) != 2:
+                raise ConfigError(
+                    f"batch_ramp: {list(pair)} is not a pair of a step and a number of sequences; "
+                    "write [[1000,8],[3000,16]]"
+                )
+            if pair[0] <= last:
+                raise ConfigError(
+                    f"batch_ramp: step {pair[0]} comes after step {last}; give the steps in order"
+                )
+            last = pair[0]
+        if self.batch_ramp and (self.schedule.file is not None or self.schedule.name == "auto"):
+            words = "schedule=auto" if self.schedule.file is None else "schedule.file"
+            raise ConfigError(
+                f"batch_ramp needs a schedule for every number of microbatches, and {words} has "
+                "one; choose a schedule by name"
+            )
+
+    @property
+    def sample_length(self) -> int:
+        """The tokens of the pieces of text that are shuffled."""
+        return self.data.sample_length or self.model.seq_length

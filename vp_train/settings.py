@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import os
 import re
 import shlex
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
@@ -29,6 +30,7 @@ from vp_train.config import (
     RunConfig,
     Setting,
     keeps_on_resume,
+    permission_of,
     printable,
     setting_of,
     unknown,
@@ -87,6 +89,45 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
             except ConfigError as error:
                 raise ConfigError(f"{given}: {error}") from None
         raise
+
+
+_MOST_COMBINATIONS = 10_000
+
+
+def combinations(words: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of every combination of the values in `words`, the last one fastest.
+
+    A word may have several values as in hydra's multirun: `a=1,2`, `a=choice(1,2)`,
+    `a=range(1,5)`.  All other words stay as they are, and so does one that hydra cannot parse, so
+    that `load_config` says what is wrong with it.  Raises ConfigError for other kinds of sweeps and
+    for too many combinations.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    _check_size(words)
+    parser, choices, total = OverridesParser.create(), [], 1
+    for word in words:
+        values = [word]
+        try:
+            parsed = parser.parse_override(word)
+        except HydraException:
+            parsed = None
+        if parsed is not None and parsed.is_sweep_override():
+            try:
+                (batch,) = BasicSweeper.split_arguments([parsed], None)
+            except (HydraException, ValueError, TypeError, AttributeError):
+                raise ConfigError(
+                    f"{word}: a sweep takes a list of values, choice(...) or range(...)"
+                ) from None
+            values = [value for (value,) in batch]
+        if (total := total * len(values)) > _MOST_COMBINATIONS:
+            raise ConfigError(
+                f"{word}: the lists have more than {_MOST_COMBINATIONS:,} combinations; give fewer"
+            )
+        choices.append(values)
+    return [list(chosen) for chosen in itertools.product(*choices)]
 
 
 def _check_size(words: Sequence[str]) -> None:
@@ -193,8 +234,9 @@ def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConf
     return config
 
 
-# A resumed run does not take these over: they follow from where it is found.
-_NOT_SAVED = ("run.name", "run.root", "run.resume", "run.init_from")
+# A resumed run does not take these over: they follow from where it is found, and a change that is
+# allowed once is not allowed for ever.
+_NOT_SAVED = ("run.name", "run.root", "run.resume", "run.allow", "run.init_from")
 
 
 def _saved_by_run(overrides: Sequence[str], schema: object) -> Path | None:
@@ -246,13 +288,25 @@ def _resumed(path: Path, overrides: Sequence[str], chosen: set[str], schema: obj
     store.store(name="saved", node={**values, **groups})
     store.store(name="resumed", node={"defaults": ["schema", "saved", *again, "_self_"]})
     try:
-        return _composed("resumed", overrides, schema)
+        config = _composed("resumed", overrides, schema)
     except ConfigError:
         try:  # do the saved settings fit without the overrides?
             _composed("resumed", [], schema)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}; {_REPAIR}") from None
         raise
+    if any(word.startswith("data.sample_length=") for word in overrides):
+        return config
+    length = _sample_length(saved)
+    if length in (None, config.sample_length) or not checkpoints_in(config.run.checkpoints):
+        return config
+    return replace(config, data=replace(config.data, sample_length=length))
+
+
+def _sample_length(saved: Mapping[str, object]) -> int | None:
+    """Return the length of a run's samples; None if its settings have none that can be used."""
+    length = saved.get("data.sample_length") or saved.get("model.seq_length")
+    return length if type(length) is int else None
 
 
 def _saved_settings(path: Path) -> dict[str, object]:
@@ -342,7 +396,63 @@ def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield f"{prefix}{key!s}", value
 
 
-def check_start(config: RunConfig) -> None:
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A setting that a resumed run had with another value, and whether it may change.
+
+    permission: the word of run.allow with which it may, None if there is none.
+    """
+
+    name: str
+    before: str
+    now: str
+    is_refused: bool
+    permission: str | None
+
+    @property
+    def verdict(self) -> str:
+        """Whether the change is allowed, in words."""
+        if self.permission is None:
+            return "refused" if self.is_refused else "allowed"
+        words = "refused without" if self.is_refused else "allowed by"
+        return f"{words} run.allow=[{self.permission}]"
+
+
+# The sequences of a step, which several settings and the number of ranks decide: as the run had
+# them, and as it would have them now.  None if not known.
+BatchChange = tuple[int, int] | None
+
+
+def changes(config: RunConfig, batch: BatchChange = None) -> list[Change]:
+    """Return what a resumed run would have otherwise than its config.yaml, in the order of names.
+
+    A setting of another version is not compared.  Raises ConfigError where the file is broken.
+    """
+    path, now = config.run.directory / "config.yaml", dict(_leaves(_node(config)))
+    before, found = _saved_settings(path), []
+    is_done = bool(checkpoints_in(config.run.checkpoints))  # else it begins anew
+
+    def change(name: str, was: object, value: object, permission: str | None) -> Change:
+        keeps = is_done and (keeps_on_resume(name) or permission is not None)
+        is_refused = keeps and permission not in config.run.allow
+        words, new_words = (printable(_value(one)) for one in (was, value))
+        return Change(name, words, new_words, is_refused, permission if keeps else None)
+
+    for name in (name for name in now if name in before):
+        was, value = before[name], now[name]
+        if name == "data.sample_length":
+            was, value = _sample_length(before), config.sample_length
+        is_solved = name == "vocab.algorithm" and value == "auto"  # what the search found
+        if name in (*_NOT_SAVED, "schedule.file") or _value(was) == _value(value) or is_solved:
+            continue
+        is_table = name == "model.seq_length" and config.model.positions == "learned"
+        found.append(change(name, was, value, None if is_table else permission_of(name)))
+    if batch is not None and batch[0] != batch[1]:
+        found.append(change("sequences of a step", *batch, "batch"))
+    return found
+
+
+def check_start(config: RunConfig, batch: BatchChange = None) -> None:
     """Raise ConfigError if a run cannot go on, or start, with these settings from what is there.
 
     The settings that were saved decide.  They are compared here, before data is prepared.  The
@@ -351,10 +461,8 @@ def check_start(config: RunConfig) -> None:
     run, directory = config.run, config.run.directory
     now = dict(_leaves(_node(config)))
     if run.resume and checkpoints_in(run.checkpoints) and (directory / "config.yaml").is_file():
-        before = _saved_settings(directory / "config.yaml")
-        for name in filter(keeps_on_resume, now):
-            _require_same(name, before, now, f"{directory} has run")
-        origin = before.get("run.init_from")
+        _refuse([change for change in changes(config, batch) if change.is_refused], directory)
+        origin = _saved_settings(directory / "config.yaml").get("run.init_from")
         if run.init_from is not None and not _is_same_place(run.init_from, origin):
             words = "from new weights" if origin is None else f"from {origin}"
             raise ConfigError(
@@ -367,6 +475,21 @@ def check_start(config: RunConfig) -> None:
         names = (name for name in now if name.startswith("model."))
         for name in (name for name in names if name.removeprefix("model.") not in FREE_MODEL):
             _require_same(name, origin_settings, now, f"run.init_from={run.init_from} is")
+
+
+def _refuse(refused: Sequence[Change], directory: Path) -> None:
+    """Raise ConfigError that names all changes that a run does not allow, if there are any."""
+    if not refused:
+        return
+    before = ", ".join(f"{change.name}={change.before}" for change in refused)
+    words = f"the same value{'s' if len(refused) > 1 else ''}"
+    permissions = list(dict.fromkeys(change.permission for change in refused))
+    if None not in permissions:
+        words += f", or give run.allow=[{','.join(filter(None, permissions))}]"
+    raise ConfigError(
+        f"{directory} has run with {before}, this command line has "
+        f"{', '.join(change.now for change in refused)}; use {words}"
+    )
 
 
 def _require_same(
@@ -412,10 +535,11 @@ def _node(config: RunConfig) -> object:
     return OmegaConf.structured(config)
 
 
-def resume_words(config: RunConfig) -> str | None:
+def resume_words(config: RunConfig, batch: BatchChange = None) -> str | None:
     """Say where the settings of a resumed run come from and what this command line changes.
 
-    If there is no run to resume, say that it begins.  Return None without run.resume.
+    All changes are rows of a table: setting, before, now, and whether it is allowed.  If there is
+    no run to resume, say that it begins.  Return None without run.resume.
     """
     path = config.run.directory / "config.yaml"
     if not config.run.resume:
@@ -430,15 +554,13 @@ def resume_words(config: RunConfig) -> str | None:
         close = difflib.get_close_matches(config.run.name, runs, n=1)
         hint = f" (did you mean run.name={close[0]}?)" if close else ""
         return f"{config.run.directory} holds no run{hint}: one begins there at step 1"
-    before, now = _saved_settings(path), _node(config)
-    changes = [
-        printable(f"{name}={_value(value)} (was {_value(before[name])})")
-        for name, value in _leaves(now)
-        if name in before
-        and name not in (*_NOT_SAVED, "schedule.file")
-        and _value(before[name]) != _value(value)
-    ]
-    return f"settings of {path}" + (f", changed here: {', '.join(changes)}" if changes else "")
+    rows = [(one.name, one.before, one.now, one.verdict) for one in changes(config, batch)]
+    if not rows:
+        return f"settings of {path}"
+    rows.insert(0, ("setting", "was", "now", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows]
+    return "\n  ".join([f"settings of {path}, changed here:", *lines])
 
 
 _QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
@@ -829,7 +951,7 @@ def _value(value: Any) -> str:
     """Return a value as it is written on a command line."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    if isinstance(value, tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{','.join(map(_value, value))}]"
     return f"{{{value}}}" if is_dataclass(value) else str(value)
 
@@ -854,6 +976,8 @@ def _type_words(kind: Any) -> str:
         return " or ".join(map(_type_words, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
         return f"list of {_type_words(typing.get_args(kind)[0])}"
+    if typing.get_origin(kind) is list:
+        return f"lists of {_type_words(typing.get_args(kind)[0])}"
     return names.get(kind, "entries")
 
 

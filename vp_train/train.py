@@ -71,7 +71,7 @@ from vp_train.pipeline.recorder import Named, Recorder, joined_communications
 from vp_train.pipeline.stopwatch import Part, Stopwatch
 from vp_train.pipeline.timers import timer_of
 from vp_train.planning.cluster import known_peak_flops
-from vp_train.planning.plan import RunPlan, make_plan
+from vp_train.planning.plan import RunPlan, make_plan, replan
 from vp_train.preflight.nodes import Preflight, spans_nodes
 from vp_train.supervision import requests as asked
 from vp_train.supervision.ending import leave
@@ -312,7 +312,9 @@ class Run:
         self._timer = timer_of(rank_device(config), host_waits=config.run.comm_backend == "gloo")
         self._stopwatch = Stopwatch(self._timer)
         self._most_bytes = 0.0
-        self._left_out = 0  # steps whose data no step uses, because the run went back
+        self._plans = {plan.work.num_microbatches: plan}  # by the microbatches of a step
+        # A step, and the tokens that steps up to it have used, or that were left out.
+        self._used = (0, 0)
         self._batches = Ahead(self._batch, config.run.steps)
         self._saver = Saver(
             config.run.checkpoints,
@@ -352,10 +354,25 @@ class Run:
     def _batch(self, step: int) -> tuple[Batch, PlacedBatch | None]:
         """Return this replica's data of `step`, and on CUDA its copy on the device."""
         data_rank, num_replicas = self.mesh.data_rank, self.mesh.degrees.dp
-        batch = self.source.train_batch(step + self._left_out, data_rank, num_replicas)
+        plan, start = self._plan_of(step), self._tokens_until(step - 1)
+        batch = self.source.train_batch(start, plan.work.num_microbatches, data_rank, num_replicas)
         if self.config.run.device == "cpu":
             return batch, None
         return batch, self.model.trainer.place(batch.tokens, batch.labels)
+
+    def _plan_of(self, step: int) -> RunPlan:
+        """Return the plan of `step`, which the batch-size ramp may give fewer microbatches."""
+        count = self.plan.ramp.at(step)
+        if count not in self._plans:
+            self._plans[count] = replan(self.config, self.plan, count)
+        return self._plans[count]
+
+    def _tokens_until(self, step: int) -> int:
+        """Return the tokens that the steps up to `step` use, with those that were left out."""
+        done, tokens = self._used
+        ramp, work = self.plan.ramp, self.plan.work
+        microbatches = self.mesh.degrees.dp * (ramp.until(step) - ramp.until(done))
+        return tokens + microbatches * work.num_tokens
 
     def place(self) -> Place:
         """Return where this rank stands; another thread calls it.
@@ -389,6 +406,7 @@ class Run:
         self._doing = "waiting for data"
         batch, placed = self._batches.take(step)
         self._doing = _TRAINING
+        self.model.trainer.follow(self._plan_of(step).program)
         stopwatch.switch(Part.OPTIMIZER)
         self.model.gradients.zero()
         stopwatch.switch(Part.DATA)
@@ -522,14 +540,14 @@ class Run:
         self._stopwatch.switch(Part.CHECKPOINT)
         self._saver.finish()
         self._warn_of_save(reporter)
-        left_out = self._left_out
+        tokens = self._tokens_until(step)
         done = self._resume()
         if not done:
             words = f"{words}; there is no checkpoint to go back to"
             self._say(f"step {step} skipped: {words}", reporter)
             return False
         self.step = self._saved_step = done
-        self._left_out = left_out + step - done
+        self._used = done, tokens
         if reporter is not None:
             reporter.go_back(done)
         words = f"{words}; going back to step {done} and leaving out the data since then"
@@ -567,7 +585,7 @@ class Run:
         self._requests.saved()
         contents = self.source.contents
         judge = self._judge
-        progress = Progress(self._left_out, *judge.history, judge.spikes, judge.skipped)
+        progress = Progress(self._tokens_until(step), *judge.history, judge.spikes, judge.skipped)
         begin_save(self._saver, step, self.config, self.model, self.mesh, contents, progress)
         self._saved_step = step
 
@@ -595,7 +613,7 @@ class Run:
             return 0
         self._saver.leave_uncounted(damaged)
         step, progress = restore_run(path, self.config, self.model, self.mesh, self.source.contents)
-        self._left_out = progress.left_out
+        self._used = step, progress.tokens
         self._judge.restore(progress.losses, progress.norms, progress.spikes, progress.skipped)
         self._await_loading()
         return step
@@ -639,7 +657,10 @@ class Run:
 
     def _figures_of_ranks(self, health: StepHealth) -> dict[str, float]:
         """Return the figures of all ranks for the record of a step."""
-        return figures_of(list(map(RankFigures.of, health.figures)), self._best_seconds)
+        best, ramp = self._best_seconds, self.plan.ramp
+        if best is not None:
+            best *= ramp.at(self.step) / ramp.full
+        return figures_of(list(map(RankFigures.of, health.figures)), best)
 
     def _memory(self) -> tuple[float, float]:
         """Return the most bytes allocated and reserved; see `RankFigures`."""
@@ -654,7 +675,7 @@ class Run:
 
     @cached_property
     def _best_seconds(self) -> float | None:
-        """The seconds of a step in which all ranks compute at their peak; None if it is unknown."""
+        """The seconds of a whole step with all ranks at their peak; None if that is unknown."""
         config, work, degrees = self.config, self.plan.work, self.mesh.degrees
         peak = known_peak_flops(config.cluster, config.run.dtype)
         if peak is None:
@@ -687,10 +708,10 @@ class Run:
                 tuple(tuple(_spans(values)) for values in computed),
                 joined_communications([_spans(values) for values in communications]),
                 tuple(map(float, peaks)),
-                self.plan.timeline.peak_in_flight,
+                self._plan_of(self.step).timeline.peak_in_flight,
             )
             figures = list(map(RankFigures.of, health.figures))
-            reporter.trace(timeline, parameters, ranks, figures)
+            reporter.trace(timeline, parameters, ranks, figures, self._plan_of(self.step))
 
     def ending(self) -> Ending:
         """Return how this rank ends after `finish`; the first rank has the words."""

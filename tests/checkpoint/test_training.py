@@ -20,12 +20,19 @@ from tests.training import save_run
 from vp_train.assembly import build_rank
 from vp_train.checkpoint import saver, store
 from vp_train.checkpoint.manifest import read_manifest
-from vp_train.checkpoint.training import Progress, latest_of_run, load_weights, restore_run
+from vp_train.checkpoint.training import (
+    Progress,
+    _with_tokens,
+    latest_of_run,
+    load_weights,
+    restore_run,
+)
 from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError, ModelConfig, VocabConfig
 from vp_train.planning.plan import make_plan
 
 CONTENTS = ("abc", "def")
+BATCH = "dp * num_microbatches * micro_batch_size"
 PROGRESS = Progress(3, (1.5, 2.0), (0.25,), 5, 4)
 
 
@@ -193,6 +200,11 @@ def test_the_checkpoint_of_another_run_is_refused_by_the_setting(
     assert message == "restored" or path in answer
 
 
+def progress(**changes):
+    """Return the state of a progress with some values that no run has saved."""
+    return {"tokens": 0, "losses": [], "norms": [], "spikes": 0, "skipped": 0} | changes
+
+
 STATES = {
     "no state": {},
     "no settings": {"config": None},
@@ -212,23 +224,25 @@ STATES = {
     "progress of a number": {"progress": 1},
     "progress without losses": {"progress": {"left_out": 0, "norms": []}},
     "too many steps left out": {"progress": {"left_out": 10**30, "losses": [], "norms": []}},
-    "a loss beyond all floats": {"progress": {"left_out": 0, "losses": [10**400], "norms": []}},
-    "a norm that is no number": {
-        "progress": {"left_out": 0, "losses": [], "norms": [float("nan")]}
-    },
-    "fewer spikes than none": {
-        "progress": {"left_out": 0, "losses": [], "norms": [], "spikes": -1, "skipped": 0}
-    },
-    "progress with more": {"progress": {"left_out": 0, "losses": [], "norms": [], "more": 1}},
+    "too many tokens": {"progress": progress(tokens=10**30)},
+    "a loss beyond all floats": {"progress": progress(losses=[10**400])},
+    "steps of no size": {"progress": {"left_out": 0, "losses": [], "norms": []}, "config": {}},
+    "a norm that is no number": {"progress": progress(norms=[float("nan")])},
+    "fewer spikes than none": {"progress": progress(spikes=-1)},
+    "progress with more": {"progress": progress(more=1)},
 }
 
 
-def test_progress_comes_back_and_that_of_older_versions_has_no_counts():
+def test_progress_comes_back_and_that_of_older_versions_counts_its_tokens_by_steps():
     saved = json.loads(json.dumps(asdict(PROGRESS)))
     assert Progress.of(saved) == PROGRESS
-    del saved["spikes"], saved["skipped"]
-    assert Progress.of(saved) == replace(PROGRESS, spikes=0, skipped=0)
-    assert Progress.of(None) == Progress()
+    settings = {"model": {"seq_length": 8}, "batch": {BATCH: 6}}
+    tokens = saved.pop("tokens")
+    earlier = Progress.of(_with_tokens(saved | {"left_out": 3}, 4, settings))
+    assert earlier == replace(PROGRESS, tokens=7 * 6 * 8)
+    assert Progress.of(_with_tokens(None, 4, settings)) == Progress(tokens=4 * 6 * 8)
+    saved |= {"tokens": tokens}
+    assert _with_tokens(saved, 4, {}) == saved
 
 
 def resume_from(rank, num_ranks, config, directory):
@@ -248,7 +262,7 @@ def test_a_manifest_without_the_state_of_a_run_is_passed_over_by_name(ranks, tmp
             "step": 2,
             "updates": 2,
             "loss_scale": [4.0, 7],
-            "config": {"model": {}},
+            "config": {"model": {"seq_length": 6}, "batch": {BATCH: 6}},
             "contents": ["a"],
         },
     )

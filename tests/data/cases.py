@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vp_train.config import DataConfig, ModelConfig, RunConfig, RunSettings
+from vp_train.data import Batch, Source
 
 VOCAB_SIZE = 300
 
@@ -42,3 +43,8 @@ def run_config(
         num_microbatches=4,
         micro_batch_size=2,
     )
+
+
+def train_batch(source: Source, step: int, length: int = 8) -> Batch:
+    """Return the batch of `step` in a run of `run_config` with sequences of `length` tokens."""
+    return source.train_batch((step - 1) * 4 * 2 * length, 4)

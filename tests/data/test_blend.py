@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.cases import VOCAB_SIZE, run_config, write_letters
+from tests.data.cases import VOCAB_SIZE, run_config, train_batch, write_letters
 from tests.programs import finished
 from vp_train.commands import prepare, train
 from vp_train.config import BlendEntry, ConfigError, DataConfig
@@ -65,7 +65,7 @@ def test_samples_come_by_weight_at_every_prefix(blend: DataConfig) -> None:
     drawn = [
         corpus_of(row, corpora)
         for step in range(1, 6)
-        for row in source.train_batch(step).tokens.reshape(-1, 8).numpy()
+        for row in train_batch(source, step).tokens.reshape(-1, 8).numpy()
     ]
     for length in range(1, len(drawn) + 1):
         counts = Counter(drawn[:length])
@@ -104,8 +104,8 @@ def test_a_stored_corpus_can_be_part_and_gives_its_tokenizer(blend: DataConfig) 
     assert corpora[1].path == whole[1].path
     assert len({corpus.tokenizer.read_bytes() for corpus in (*corpora, *whole)}) == 1
     same, other = (
-        open_source(run_config(blend)).train_batch(3),
-        open_source(run_config(mixed)).train_batch(3),
+        train_batch(open_source(run_config(blend)), 3),
+        train_batch(open_source(run_config(mixed)), 3),
     )
     assert same.tokens.equal(other.tokens)
 

@@ -44,6 +44,11 @@ def run_config(data, seq_length=16, steps=5):
     )
 
 
+def train_batch(source, step):
+    """Return the batch of `step` in a run of `run_config`."""
+    return source.train_batch((step - 1) * 2 * 3 * 16, 2)
+
+
 def test_a_second_prepare_finds_the_first_and_changed_text_does_not(tmp_path, text):
     data = config(tmp_path, text)
     first = prepare(data, VOCAB, progress=False)
@@ -83,13 +88,13 @@ def test_an_interrupted_build_is_not_mistaken_for_a_corpus(tmp_path, text):
 def test_batches_are_a_function_of_the_step_and_labels_follow_tokens(tmp_path, text):
     run = run_config(config(tmp_path, text))
     source, other = open_source(run), open_source(run)
-    other.train_batch(1)
+    train_batch(other, 1)
     for step in (2, 1, 5):
-        batch, same = source.train_batch(step), other.train_batch(step)
+        batch, same = train_batch(source, step), train_batch(other, step)
         assert batch.tokens.shape == batch.labels.shape == (2, 3, 16)
         assert torch.equal(batch.tokens, same.tokens)
         assert torch.equal(batch.tokens[..., 1:], batch.labels[..., :-1])
-    assert not torch.equal(source.train_batch(1).tokens, source.train_batch(2).tokens)
+    assert not torch.equal(train_batch(source, 1).tokens, train_batch(source, 2).tokens)
     assert torch.equal(source.validation_batch().tokens, other.validation_batch().tokens)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vp_train.config import BlendEntry, ConfigError, DataConfig, whole_weights
-from vp_train.data.order import Permutation, SampleOrder, Turns, own_positions
+from vp_train.data.order import Permutation, SampleOrder, Turns, own_starts, pieces_of
 
 
 @pytest.mark.parametrize("size", [*range(1, 40), 99, 100, 101, 2**12, 10_007])
@@ -123,7 +123,8 @@ def test_every_sample_comes_once_per_epoch_under_any_history(
         # A new process: it knows nothing of the past but the number of the step.
         order = SampleOrder(tuple(sizes), turns, seed, "training")
         for step in range(len(taken) + 1, len(taken) + num_steps + 1):
-            own = [own_positions(step, global_batch // dp, rank, dp) for rank in range(dp)]
+            start, own_count = (step - 1) * global_batch, global_batch // dp
+            own = [own_starts(start, own_count, 1, rank, dp) for rank in range(dp)]
             taken.append([order[position] for positions in own for position in positions])
         del taken[len(taken) - min(num_lost, num_steps) :]
     uninterrupted = SampleOrder(tuple(sizes), turns, seed, "training")
@@ -135,6 +136,29 @@ def test_every_sample_comes_once_per_epoch_under_any_history(
             epoch = samples[start : start + size]
             assert len(set(epoch)) == len(epoch)
             assert len(epoch) < size or sorted(epoch) == list(range(size))
+
+
+# Stretches of a run: (dp, microbatches of each replica, length of a sequence, steps).
+stretches = st.tuples(
+    st.sampled_from([1, 2, 3]), st.integers(1, 3), st.integers(1, 20), st.integers(1, 4)
+)
+
+
+@given(sample_length=st.integers(1, 12), history=st.lists(stretches, min_size=1, max_size=8))
+@settings(max_examples=200, deadline=None)
+def test_every_token_comes_once_whatever_the_steps_and_sequences(
+    sample_length: int, history: list[tuple[int, int, int, int]]
+) -> None:
+    taken: list[tuple[int, int]] = []  # position of a sample, and token in it
+    for dp, num_own, length, num_steps in history:
+        for _ in range(num_steps):
+            start = len(taken)
+            for rank in range(dp):
+                for first in own_starts(start, num_own, length, rank, dp):
+                    pieces = pieces_of(first, length, sample_length)
+                    assert all(tokens for _, tokens in pieces)
+                    taken += [(position, token) for position, part in pieces for token in part]
+    assert taken == [divmod(token, sample_length) for token in range(len(taken))]
 
 
 def test_epochs_corpora_seeds_and_purposes_have_orders_of_their_own() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.cases import VOCAB_SIZE, run_config, text_config, write_letters
+from tests.data.cases import VOCAB_SIZE, run_config, text_config, train_batch, write_letters
 from tests.meshes import fake_world
 from vp_train.config import ConfigError, DataConfig, RunConfig
 from vp_train.data import open_source, prepare
@@ -42,7 +42,7 @@ def rank_one_of_two() -> Iterator[None]:
 
 def test_batches_have_their_shape_and_labels_are_the_next_tokens(config: RunConfig) -> None:
     source = open_source(config)
-    for batch, num_microbatches in ((source.train_batch(1), 4), (source.validation_batch(), 3)):
+    for batch, num_microbatches in ((train_batch(source, 1), 4), (source.validation_batch(), 3)):
         assert batch.tokens.shape == batch.labels.shape == (num_microbatches, 2, 8)
         assert batch.tokens.dtype == batch.labels.dtype == torch.int64
         assert torch.equal(batch.tokens[..., 1:], batch.labels[..., :-1])
@@ -51,11 +51,11 @@ def test_batches_have_their_shape_and_labels_are_the_next_tokens(config: RunConf
 
 def test_batch_depends_on_the_step_alone(config: RunConfig) -> None:
     forward, resumed = open_source(config), open_source(config)
-    batches = [forward.train_batch(step) for step in range(1, 5)]
+    batches = [train_batch(forward, step) for step in range(1, 5)]
     validation = forward.validation_batch()
     assert torch.equal(resumed.validation_batch().tokens, validation.tokens)
     for step in (4, 2, 3, 1, 2):
-        assert torch.equal(resumed.train_batch(step).labels, batches[step - 1].labels)
+        assert torch.equal(train_batch(resumed, step).labels, batches[step - 1].labels)
     assert len({tuple(batch.tokens.flatten().tolist()) for batch in (*batches, validation)}) == 5
 
 
@@ -77,7 +77,7 @@ def test_labels_without_loss_leave_the_tokens_alone_where_a_batch_is_a_single_se
         config, num_microbatches=1, micro_batch_size=1, data=replace(config.data, packing=packing)
     )
     source = open_source(replace(config, run=replace(config.run, eval_microbatches=1)))
-    batches = [source.train_batch(step) for step in range(1, 40)]
+    batches = [train_batch(source, step) for step in range(1, 40)]
     batches += [source.validation_batch(rank, 2) for rank in range(2)]
     assert (batches[-1].labels == -100).all()  # the second replica has only an extra microbatch
     if packing == "documents":
@@ -96,7 +96,7 @@ def test_validation_has_samples_of_its_own(config: RunConfig) -> None:
     rows = {
         tuple(row)
         for step in range(1, 5)
-        for row in source.train_batch(step).tokens.flatten(0, 1).tolist()
+        for row in train_batch(source, step).tokens.flatten(0, 1).tolist()
     }
     validation = {tuple(row) for row in source.validation_batch().tokens.flatten(0, 1).tolist()}
     assert len(validation) > 1
@@ -114,7 +114,7 @@ def test_one_pass_holds_every_training_token_once(letters: RunConfig) -> None:
     seen = Counter(
         token
         for step in range(1, steps + 1)
-        for token in source.train_batch(step).tokens.flatten().tolist()
+        for token in train_batch(source, step).tokens.flatten().tolist()
     )
     tokens = np.fromfile(f"{corpus.prefix}.bin", dtype=np.uint16)
     documents = np.split(tokens, np.flatnonzero(tokens == corpus.manifest.end_token) + 1)
@@ -132,7 +132,8 @@ def test_replicas_share_what_a_single_one_would_get(config: RunConfig, purpose: 
             )
         )
         if purpose == "train":
-            batches = [source.train_batch(3, rank, dp) for rank in range(dp)]
+            start = 2 * 12 * 2 * 8
+            batches = [source.train_batch(start, 12 // dp, rank, dp) for rank in range(dp)]
         else:
             batches = [source.validation_batch(rank, dp) for rank in range(dp)]
         return [row for batch in batches for row in batch.tokens.flatten(0, 1).tolist()]
@@ -165,7 +166,7 @@ def test_a_longer_run_begins_with_the_same_batches(letters: RunConfig) -> None:
         open_source(run_config(letters.data, steps=400)),
     )
     for step in range(1, 30):  # several epochs, and beyond the end of the short run
-        assert torch.equal(short.train_batch(step).tokens, long.train_batch(step).tokens)
+        assert torch.equal(train_batch(short, step).tokens, train_batch(long, step).tokens)
 
 
 def test_later_epochs_have_the_same_samples_in_another_order(letters: RunConfig) -> None:
@@ -179,7 +180,7 @@ def test_later_epochs_have_the_same_samples_in_another_order(letters: RunConfig)
     rows = [
         tuple(row)
         for step in range(1, num_steps + 1)
-        for row in source.train_batch(step).tokens.view(-1, 8).tolist()
+        for row in train_batch(source, step).tokens.view(-1, 8).tolist()
     ]
     epochs = [rows[start : start + num_samples] for start in range(0, 3 * num_samples, num_samples)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
@@ -213,7 +214,7 @@ def test_packed_documents_have_segments_and_no_label_from_the_next_one(letters: 
     end = prepare(letters.data, VOCAB_SIZE, progress=False).manifest.end_token
     ends = 0
     for step in range(1, 10):
-        ours, theirs = packed.train_batch(step), plain.train_batch(step)
+        ours, theirs = train_batch(packed, step), train_batch(plain, step)
         assert theirs.segments is None
         assert ours.segments is not None
         assert ours.segments.dtype == torch.int32
@@ -237,7 +238,7 @@ def test_no_document_is_on_both_sides(letters: RunConfig, fraction: float) -> No
     training = {
         token
         for step in range(1, steps + 1)
-        for token in source.train_batch(step).tokens.flatten().tolist()
+        for token in train_batch(source, step).tokens.flatten().tolist()
     }
     validation = set(source.validation_batch().tokens.flatten().tolist())
     end = prepare(data, VOCAB_SIZE, progress=False).manifest.end_token
@@ -248,9 +249,9 @@ def test_no_document_is_on_both_sides(letters: RunConfig, fraction: float) -> No
 def test_every_rank_draws_the_same_samples(
     letters: RunConfig, request: pytest.FixtureRequest
 ) -> None:
-    alone = open_source(letters).train_batch(2)
+    alone = train_batch(open_source(letters), 2)
     request.getfixturevalue("rank_one_of_two")
-    assert torch.equal(open_source(letters).train_batch(2).tokens, alone.tokens)
+    assert torch.equal(train_batch(open_source(letters), 2).tokens, alone.tokens)
 
 
 def test_validation_takes_its_fraction_and_never_the_largest_document(tmp_path: Path) -> None:
@@ -277,7 +278,9 @@ def test_a_corpus_of_seq_length_tokens_is_refused_and_one_more_is_a_sample(
         ConfigError, match=rf"{there:,} tokens, too short for one sample of {there + 1:,}"
     ):
         open_source(run_config(data, seq_length=there, eval_every=0))
-    batch = open_source(run_config(data, seq_length=there - 1, eval_every=0)).train_batch(1)
+    batch = train_batch(
+        open_source(run_config(data, seq_length=there - 1, eval_every=0)), 1, there - 1
+    )
     assert batch.tokens.shape == (4, 2, there - 1)
     # The only sample is repeated.
     assert torch.equal(batch.tokens, batch.tokens[:1, :1].expand_as(batch.tokens))
@@ -305,7 +308,7 @@ def test_single_document_can_be_trained_on_without_validation(tmp_path: Path) ->
     ):
         open_source(run_config(text_config(tmp_path)))
     source = open_source(run_config(text_config(tmp_path, validation_fraction=0.0), eval_every=0))
-    assert source.train_batch(1).tokens.shape == (4, 2, 8)
+    assert train_batch(source, 1).tokens.shape == (4, 2, 8)
 
 
 def test_only_the_synthetic_source_knows_its_entropy(letters: RunConfig) -> None:
@@ -313,3 +316,30 @@ def test_only_the_synthetic_source_knows_its_entropy(letters: RunConfig) -> None
     source = open_source(SYNTHETIC)
     assert source.entropy is not None
     assert f"{source.entropy:.4f} nats" in source.description
+
+
+@pytest.mark.parametrize("length", [4, 8, 12, 16])
+@pytest.mark.parametrize("packing", ["none", "documents"])
+def test_sequences_of_another_length_have_the_same_tokens_in_the_same_order(
+    letters: RunConfig, length: int, packing: str
+) -> None:
+    data = replace(letters.data, packing=packing, sample_length=8)
+    ours, theirs = (
+        open_source(run_config(data, seq_length=given)).train_batch(96, 24 // given * 4)
+        for given in (length, 8)
+    )
+    assert ours.tokens.shape == (24 // length * 4, 2, length)
+    num = min(ours.tokens.numel(), theirs.tokens.numel())
+    assert num >= 64
+    assert torch.equal(ours.tokens.flatten()[:num], theirs.tokens.flatten()[:num])
+    assert torch.equal(ours.labels.flatten()[:num], theirs.labels.flatten()[:num])
+    if packing == "none" or length < 8:
+        return
+    # A sequence that is longer than a sample sees from one sample into no other.
+    assert ours.segments is not None
+    for number, sequence in enumerate(ours.segments.flatten(0, 1)):
+        runs = torch.unique_consecutive(sequence)
+        assert len(runs) == len(set(runs.tolist()))
+        for start in range(1, length):
+            if (number * length + start) % 8 == 0:  # 96 tokens before are whole samples
+                assert sequence[start - 1] != sequence[start]

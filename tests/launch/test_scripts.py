@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -43,59 +42,19 @@ def sweep(tmp_path):
     return start
 
 
-def test_every_combination_of_lists_has_one_index(sweep):
-    words = ["model=nano", "optim.lr=1e-3,3e-4", "cluster.shape=[1,2]", "run.seed=1,2,3"]
-    runs = [sweep(index, *words) for index in range(6)]
-    assert [run[-1] for run in runs] == [f"run.name=sweep-{index}" for index in range(6)]
-    chosen = [(run[-2], run[-3]) for run in runs]
-    assert chosen == [
-        (f"optim.lr={rate}", f"run.seed={seed}")
-        for rate, seed in product(("1e-3", "3e-4"), (1, 2, 3))
-    ]
-    assert all(run[:2] == ["model=nano", "cluster.shape=[1,2]"] for run in runs)
-
-
-def test_a_line_of_a_file_is_a_run_and_nothing_in_it_is_executed(sweep, tmp_path):
-    (tmp_path / "grid.txt").write_text(
-        "# rate and seed\n\n"
-        "optim.lr=1e-3 run.seed=1\n"
-        f"optim.lr=3e-4 'data.path=two words' data.cache_dir=$(touch {tmp_path}/ran)\n"
-        "run.name=mine\r\n"
-    )
-    assert sweep(0, "grid.txt", "model=nano") == [
-        "model=nano",
-        "optim.lr=1e-3",
-        "run.seed=1",
-        "run.name=grid-0",
-    ]
-    assert "data.path=two words" in sweep(1, "grid.txt")
-    assert not (tmp_path / "ran").exists()
-    assert sweep(2, "grid.txt") == ["run.name=mine"]
-    both = [sweep(index, "grid.txt", "model.num_layers=2,4") for index in (1, 2)]
-    assert [run[:2] for run in both] == [
-        ["model.num_layers=4", "optim.lr=1e-3"],
-        ["model.num_layers=2", "optim.lr=3e-4"],
-    ]
-
-
-def test_a_name_in_the_words_is_the_base_of_all_names(sweep):
-    assert sweep(1, "run.name=rates", "optim.lr=1,2")[-1] == "run.name=rates-1"
+def test_the_index_of_an_array_chooses_one_run_of_a_sweep(sweep):
+    words = ["grid.txt", "optim.lr=1e-3,3e-4", "data.path=two words"]
+    assert sweep(3, *words) == ["-m", "--only", "3", *words]
 
 
 @pytest.mark.parametrize(
     ("index", "words", "said"),
     [
-        (2, ["optim.lr=1,2"], "index 2 of 2 runs; submit with sbatch --array 0-1"),
         ("", ["optim.lr=1,2"], "SLURM_ARRAY_TASK_ID is ''"),
         (0, [], "give a file of overrides"),
-        (0, ["missing.txt"], "missing.txt is not a file"),
-        (0, ["empty.txt"], "empty.txt has no line"),
-        (0, ["quote.txt"], "quote.txt: quotes of"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused_with_78(index, words, said, tmp_path):
-    (tmp_path / "empty.txt").write_text("# nothing\n")
-    (tmp_path / "quote.txt").write_text("data.path='half\n")
     done = run(["bash", str(SWEEP), *words], tmp_path, SLURM_ARRAY_TASK_ID=str(index))
     assert done.returncode == 78
     assert said in done.stderr
@@ -107,7 +66,7 @@ def test_without_slurm_a_sweep_runs_vp_train_itself(tmp_path):
     program.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = run(["bash", str(SWEEP), "run.seed=1,2"], "/", SLURM_ARRAY_TASK_ID="1", PATH=path)
-    assert done.stdout.splitlines()[-1] == "trained run.seed=2 run.name=sweep-1"
+    assert done.stdout.splitlines()[-1] == "trained -m --only 1 run.seed=1,2"
 
 
 def environment_after(directory, **given):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,24 +24,34 @@ from vp_train.checkpoint.manifest import (
 from vp_train.checkpoint.saver import Saver
 from vp_train.checkpoint.store import CheckpointTensor, load, newest
 from vp_train.communication.control import ControlGroup
-from vp_train.config import FREE_DATA, FREE_MODEL, ConfigError, LossConfig, RunConfig
-from vp_train.durable import plain, shown
+from vp_train.config import (
+    FREE_DATA,
+    FREE_MODEL,
+    ConfigError,
+    LossConfig,
+    RunConfig,
+    permission_of,
+)
+from vp_train.durable import checkpoints_in, plain, shown
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import MOMENTS
 
 Value = TypeVar("Value")
+
+_MOST_TOKENS = 2**60  # that a run uses
+_BATCH = "dp * num_microbatches * micro_batch_size"
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What a run has seen so far.
 
-    left_out: the number of steps whose data no step uses.
+    tokens: of the stream of training samples, those that steps have used or that were left out.
     losses, norms: of the last steps, for their medians.
     spikes, skipped: the spikes seen and the steps not applied.
     """
 
-    left_out: int = 0
+    tokens: int = 0
     losses: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()
     spikes: int = 0
@@ -48,23 +59,40 @@ class Progress:
 
     @classmethod
     def of(cls, value: Any) -> Progress:
-        """Return the progress in a manifest; older ones have none, or no counts.
-
-        Raises ValueError.
-        """
-        if value is None:
-            return cls()
-        history, counts = {"left_out", "losses", "norms"}, {"spikes", "skipped"}
-        if not isinstance(value, dict) or not history <= value.keys() <= history | counts:
+        """Return the progress in a manifest.  Raises ValueError."""
+        counts, history = {"tokens", "spikes", "skipped"}, {"losses", "norms"}
+        if not isinstance(value, dict) or value.keys() != history | counts:
             raise ValueError(f"state.progress is {shown(value)}, not that of a run")
-        for name in ("left_out", *counts & value.keys()):
-            if type(value[name]) is not int or not 0 <= value[name] <= MOST_STEPS:
-                words = f"{shown(value[name])}, not a number of steps"
+        for name in counts:
+            most = _MOST_TOKENS if name == "tokens" else MOST_STEPS
+            if type(value[name]) is not int or not 0 <= value[name] <= most:
+                words = f"{shown(value[name])}, not a number of {name}"
                 raise ValueError(f"state.progress.{name} is {words}")
-        for name in ("losses", "norms"):
+        for name in history:
             if not (isinstance(value[name], list) and all(map(_is_finite, value[name]))):
                 raise ValueError(f"state.progress.{name} is {shown(value[name])}, not numbers")
-        return cls(**value | {name: tuple(value[name]) for name in ("losses", "norms")})
+        return cls(**value | {name: tuple(value[name]) for name in history})
+
+
+def _with_tokens(value: Any, step: int, settings: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Return the progress of an earlier version with the tokens of its steps, all of one size.
+
+    Such a progress counts the steps whose data was left out, or is null.
+    """
+    value = {"left_out": 0, "losses": [], "norms": []} if value is None else value
+    if not isinstance(value, dict) or "left_out" not in value:
+        return value
+    counts = {
+        "progress.left_out": value["left_out"],
+        "config.batch": settings.get("batch", {}).get(_BATCH),
+        "config.model.seq_length": settings.get("model", {}).get("seq_length"),
+    }
+    for name, number in counts.items():
+        if type(number) is not int or not 0 <= number <= MOST_STEPS:
+            raise ValueError(f"state.{name} is {shown(number)}, not a count")
+    left_out, batch, length = counts.values()
+    rest = {name: number for name, number in value.items() if name != "left_out"}
+    return {"spikes": 0, "skipped": 0} | rest | {"tokens": (step + left_out) * batch * length}
 
 
 def _is_finite(value: Any) -> bool:
@@ -106,8 +134,8 @@ class _RunState:
             raise ValueError(f"state.loss_scale is {shown(scale)}, not a scale and a count")
         if not (isinstance(contents, list) and all(isinstance(one, str) for one in contents)):
             raise ValueError(f"state.contents is {shown(contents)}, not a list of hashes")
-        progress = Progress.of(state.get("progress"))
         settings = saved_settings(manifest)
+        progress = Progress.of(_with_tokens(state.get("progress"), manifest.step, settings))
         return cls(updates, (scale[0], scale[1]), settings, tuple(contents), progress)
 
 
@@ -156,6 +184,15 @@ def latest_of_run(directory: Path, group: ControlGroup) -> tuple[Path | None, li
     return newest(directory, group, check)
 
 
+def saved_batch(directory: Path) -> int | None:
+    """Return the sequences of a step as the newest checkpoint in `directory` has them, if any."""
+    for _, path in sorted(checkpoints_in(directory), reverse=True):
+        with suppress(ValueError):
+            batch = saved_settings(read_manifest(path)).get("batch", {}).get(_BATCH)
+            return batch if type(batch) is int else None
+    return None
+
+
 def restore_run(
     path: Path, config: RunConfig, model: RankModel, mesh: Mesh, contents: Sequence[str]
 ) -> tuple[int, Progress]:
@@ -163,13 +200,13 @@ def restore_run(
 
     Returns its step and the progress until then.
 
-    Raises ConfigError if the checkpoint is of another run: if the model, the data, the dtype or the
-    global batch size differ.
+    Raises ConfigError if the checkpoint is of another run: if the model, the data, the loss, the
+    dtype or the sequences of a step differ, and run.allow does not have it.
     """
     manifest, state = _opened(path, _RunState.of)
     ours = _settings(config, mesh.degrees.dp)
     ours["data"] = {key: value for key, value in ours["data"].items() if key not in FREE_DATA}
-    _require_same(state.config, ours, path)
+    _require_same(_completed(state.config), ours, path, config.run.allow)
     _require_same_text(state.contents, contents, path)
     model.optimizer.restore(lambda kind, name: _read(path, manifest, model, kind, name, cast=False))
     model.optimizer.updates = state.updates
@@ -185,7 +222,7 @@ def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
     """
     manifest, saved = _opened(path, saved_settings)
     ours = {key: value for key, value in asdict(config.model).items() if key not in FREE_MODEL}
-    _require_same(saved, {"model": ours}, path)
+    _require_same(saved, {"model": ours}, path, ())
 
     def read(kind: str, name: str) -> Tensor:
         if kind in MOMENTS:
@@ -244,9 +281,22 @@ def _settings(config: RunConfig, num_replicas: int) -> dict[str, Any]:
     )
     values["data"]["synthetic"] = config.data.name == "synthetic"
     values["data"]["weights"] = list(config.data.weights)
+    values["data"]["sample_length"] = config.sample_length
     values["run"] = {"dtype": config.run.dtype}
     batch = num_replicas * config.num_microbatches * config.micro_batch_size
-    return values | {"batch": {"dp * num_microbatches * micro_batch_size": batch}}
+    values["batch"] = {_BATCH: batch, "batch_ramp": [list(pair) for pair in config.batch_ramp]}
+    return values
+
+
+def _completed(saved: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+    """Return the settings of a checkpoint with those that earlier versions did not have."""
+    length = saved.get("model", {}).get("seq_length")
+    return {
+        **saved,
+        "loss": saved.get("loss", asdict(LossConfig())),
+        "data": {"sample_length": length, **saved.get("data", {})},
+        "batch": {"batch_ramp": [], **saved.get("batch", {})},
+    }
 
 
 def _require_same_text(saved: Sequence[str], ours: Sequence[str], path: Path) -> None:
@@ -266,24 +316,30 @@ def _require_same_text(saved: Sequence[str], ours: Sequence[str], path: Path) ->
     )
 
 
-def _require_same(saved: Mapping[str, Mapping[str, Any]], ours: dict[str, Any], path: Path) -> None:
+def _require_same(
+    saved: Mapping[str, Mapping[str, Any]],
+    ours: dict[str, Any],
+    path: Path,
+    allowed: Sequence[str],
+) -> None:
     for section, values in ours.items():
         for key, value in values.items():
             before = saved.get(section, {}).get(key)
-            if section == "loss" and section not in saved:  # checkpoints of earlier versions
-                before = getattr(LossConfig(), key)
-            if before != value:
-                if (section, key) == ("data", "synthetic"):
-                    words = "was" if before else "was not"
-                    raise ConfigError(
-                        f"{path} {words} trained on data=synthetic; use the same data, or go on "
-                        f"from its weights as another run: run.init_from={path} run.name=NAME"
-                    )
+            permission = "batch" if section == "batch" else permission_of(f"{section}.{key}")
+            if before == value or permission in allowed:
+                continue
+            if (section, key) == ("data", "synthetic"):
+                words = "was" if before else "was not"
                 raise ConfigError(
-                    f"{path} was saved with {_name(section, key)}={_word(before)}, "
-                    f"this run has {_word(value)}; "
-                    f"use the same value{_ORIGIN_OF_DP if section == 'batch' else ''}"
+                    f"{path} {words} trained on data=synthetic; use the same data, or go on "
+                    f"from its weights as another run: run.init_from={path} run.name=NAME"
                 )
+            way_out = "" if permission is None else f", or give run.allow=[{permission}]"
+            raise ConfigError(
+                f"{path} was saved with {_name(section, key)}={_word(before)}, this run has "
+                f"{_word(value)}; use the same value{way_out}"
+                f"{_ORIGIN_OF_DP if section == 'batch' else ''}"
+            )
 
 
 _ORIGIN_OF_DP = "; where parallel.dp is not set, it follows from the number of ranks"

@@ -61,16 +61,16 @@ class Command:
 
 def run(command: Command) -> NoReturn:
     """Run a command with the arguments of this process, and leave with its exit code."""
-    guarded(command.name, lambda: _configured(command, sys.argv[1:]))
+    guarded(command.name, lambda: configured(command, sys.argv[1:]))
 
 
-def _configured(command: Command, arguments: Sequence[str]) -> int:
+def configured(command: Command, arguments: Sequence[str]) -> int:
     """Show the help or the configuration if `arguments` ask for it, else run the command."""
     for word in arguments:
         check_printable(word)
     words = [word for word in arguments if word not in ("--help", "-h", "--print-config")]
     wants_help = "--help" in arguments or "-h" in arguments
-    overrides, options = _split(words, command.options)
+    overrides, options = split_options(words, command.options)
     chosen = list(filter(_is_name, overrides)) if wants_help else []
     overrides = [word for word in overrides if word not in chosen]
     for name in chosen:
@@ -141,7 +141,7 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w"))
 
 
-def _split(
+def split_options(
     words: Sequence[str], known: Mapping[str, tuple[str, str]]
 ) -> tuple[list[str], dict[str, str]]:
     """Return the overrides, and the values of the known options.

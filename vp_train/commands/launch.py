@@ -41,7 +41,7 @@ from vp_train.failures import EXIT_INTERNAL, EXIT_OK, Ending, ending_of_command
 from vp_train.metrics.run_directory import refuse_running, refuse_used
 from vp_train.metrics.trackers import require_trackers
 from vp_train.planning.degrees import check_node, wanted_ranks
-from vp_train.planning.plan import SEARCHING, make_plan
+from vp_train.planning.plan import SEARCHING, check_ramp, make_plan
 from vp_train.quiet import quiet_deprecations, quiet_megatron
 from vp_train.settings import load_config, override
 
@@ -74,9 +74,7 @@ def launch(
     code of the job: 0, or that of the root cause, the same on every node.
     """
     place = place or Place()
-    num_local = local_ranks_of(
-        wanted_ranks(config.parallel), place, num_ranks, _num_gpus(config, place)
-    )
+    num_local = num_local_ranks(config, place, num_ranks)
     if not place.is_alone:
         import_module("torch.distributed")  # for the processes that speak with the store
     place = replace(place, run_id=_run_id(place, config))
@@ -87,6 +85,12 @@ def launch(
     except JobEnded as error:
         say(error.ending.words)
         return error.ending.code
+
+
+def num_local_ranks(config: RunConfig, place: Place, num_ranks: int) -> int:
+    """Return the number of ranks of this node: `num_ranks` unless it is 0."""
+    gpus = _num_gpus(config, place)
+    return local_ranks_of(wanted_ranks(config.parallel), place, num_ranks, gpus)
 
 
 def _run_id(place: Place, config: RunConfig) -> str:
@@ -230,6 +234,8 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
     """
     check_node(num_ranks // news.place.num_nodes)
     plan = None if config.schedule.is_solved else make_plan(config, num_ranks)
+    if plan is not None:
+        check_ramp(config, plan)
     found: list[str] = []
     if news.place.node == 0:
         require_trackers(config.run)

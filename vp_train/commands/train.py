@@ -7,19 +7,27 @@ Otherwise it is the agent of its node, which on one machine is the launcher of a
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from vp_train.commands.command import Command, path_of, prints, run, whole_number
+from vp_train.commands.command import Command, guarded, path_of, prints, run, whole_number
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher, has_launcher
-from vp_train.commands.place import is_rank, is_slurm_rank, place_of, slurm_rank
+from vp_train.commands.place import Place, is_rank, is_slurm_rank, place_of, slurm_rank
+from vp_train.commands.sweep import SWEEP, is_sweep, sweep
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.durable import checkpoints_in
 from vp_train.failures import ending_of_command
 from vp_train.metrics.run_directory import refuse_running
 from vp_train.planning.degrees import MOST_ON_A_NODE
-from vp_train.settings import check_start, config_text, resume_words, started_from
+from vp_train.settings import (
+    BatchChange,
+    check_start,
+    config_text,
+    resume_words,
+    started_from,
+)
 from vp_train.supervision.ending import PIPE, leave
 from vp_train.supervision.requests import hold_signals, start_clock
 
@@ -29,6 +37,7 @@ _TRAIN_EXAMPLES = """\
   vp-train run.resume=true              continue from the newest checkpoint of runs/default
   vp-train --nodes 2 --node 0 --head node0 run.device=cuda      on node 0 of two; node 1 likewise
   vp-train --preflight                  compare the nodes, and stop before step 1
+  vp-train -m optim.lr=1e-3,3e-4 schedule=1f1b,v_half           every combination, in turn
   torchrun --nproc-per-node 4 -m vp_train schedule=gpipe data=synthetic"""
 _PREFLIGHT = "--preflight"
 _ONLY_PREFLIGHT = "VP_TRAIN_ONLY_PREFLIGHT"  # environment variable: the launcher got this option
@@ -39,6 +48,8 @@ _OPTIONS = {
     "--head": ("HOST", "address of node 0, HOST or HOST:PORT, the same on every node"),
     "--ranks": ("N", "ranks on this node; from the degrees, or one per GPU, if not given"),
     _PREFLIGHT: ("", "compare the nodes, time their network, and stop before step 1"),
+    "-m": ("", "a sweep: every combination of lists of values, or the lines of a file, in turn"),
+    "--only": ("I", "with -m: only run I of the sweep, from 0"),
     "--max-restarts": ("N", "times to start all ranks again after a failure that this can mend"),
 }
 
@@ -55,8 +66,13 @@ def main() -> None:
         hold_signals()
     if is_rank(os.environ):
         die_with_launcher(int(os.environ.get(LAUNCHER, os.getppid())))
+    elif SWEEP in os.environ:
+        die_with_launcher(int(os.environ.pop(SWEEP)))
     purpose = "trains a decoder with vocabulary and pipeline parallelism"
-    run(Command("vp-train", purpose, _train, _TRAIN_EXAMPLES, _OPTIONS))
+    command = Command("vp-train", purpose, _train, _TRAIN_EXAMPLES, _OPTIONS)
+    if is_sweep(sys.argv[1:]):
+        guarded(command.name, lambda: sweep(command, sys.argv[1:]))
+    run(command)
 
 
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
@@ -67,14 +83,18 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
         _serve_ranks()
     place = None if is_rank(os.environ) else place_of(options, os.environ)
     is_first = os.environ.get("RANK", "0") == "0" if place is None else place.node == 0
-    if is_first and not has_launcher() and (words := resume_words(config)) is not None:
+    num_ranks = whole_number(options, "--ranks", 0, most=MOST_ON_A_NODE)
+    # Ranks that our agent has started need not read again what it has read.
+    batch = None if has_launcher() else _batch_change(config, place, num_ranks)
+    if is_first and not has_launcher() and (words := resume_words(config, batch)) is not None:
         print(words, flush=True)
     if is_first and not has_launcher():
         refuse_running(config.run)  # another process would change what is looked at here
     config = with_origin(config)
-    check_start(config)
+    check_start(config, batch)
     check_steps(config.run)
     if place is None:
+        _check_ramp_alone(config)
         _train_rank(config)
     from vp_train.commands.launch import launch
 
@@ -83,7 +103,7 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
         overrides,
         _train_rank,
         place,
-        num_ranks=whole_number(options, "--ranks", 0, most=MOST_ON_A_NODE),
+        num_ranks=num_ranks,
         num_restarts=whole_number(options, "--max-restarts", 0, least=0),
         only_preflight=_PREFLIGHT in options,
     )
@@ -104,6 +124,36 @@ def check_steps(settings: RunSettings) -> None:
             f"run.steps={settings.steps}, but the newest checkpoint of {settings.directory} is of "
             f"step {done}; give at least {done}"
         )
+
+
+def _check_ramp_alone(config: RunConfig) -> None:
+    """Check the steps of a batch-size ramp in a rank without an agent, which would have done so."""
+    if not config.batch_ramp or PIPE in os.environ:
+        return
+    from vp_train.planning.plan import check_ramp, make_plan
+
+    check_ramp(config, make_plan(config, int(os.environ["WORLD_SIZE"])))
+
+
+def _batch_change(config: RunConfig, place: Place | None, num_ranks: int) -> BatchChange:
+    """Return the sequences of a step before and now, if there is a run to be resumed.
+
+    `num_ranks` is the value of --ranks, 0 if it is not given.
+    """
+    if not config.run.resume or not checkpoints_in(config.run.checkpoints):
+        return None
+    from vp_train.checkpoint.training import saved_batch
+    from vp_train.commands.launch import num_local_ranks
+    from vp_train.planning.degrees import split_ranks
+
+    if place is None:
+        num_ranks = int(os.environ["WORLD_SIZE"])
+    else:
+        num_ranks = place.num_nodes * num_local_ranks(config, place, num_ranks)
+    before = saved_batch(config.run.checkpoints)
+    replicas = split_ranks(config.parallel, num_ranks).dp
+    now = replicas * config.num_microbatches * config.micro_batch_size
+    return None if before is None else (before, now)
 
 
 def _train_rank(config: RunConfig) -> NoReturn:

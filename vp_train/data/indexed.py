@@ -168,9 +168,9 @@ def split_documents(prefix: Path, validation_fraction: float, seed: int) -> tupl
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Samples of seq_length + 1 tokens, cut from the concatenation of some documents.
+    """Samples of length + 1 tokens, cut from the concatenation of some documents.
 
-    Sample i begins at token i * seq_length, so the last token of a sample is the first token of the
+    Sample i begins at token i * length, so the last token of a sample is the first token of the
     next.  Every token is a label exactly once, except the first token and an incomplete sample at
     the end.  Samples depend on nothing else; their order is up to `order.SampleOrder`.
 
@@ -180,26 +180,26 @@ class Windows:
     dataset: Any
     documents: np.ndarray
     ends: np.ndarray
-    seq_length: int
+    length: int
 
     @classmethod
-    def of(cls, prefix: Path, share: Share, seq_length: int) -> Windows:
+    def of(cls, prefix: Path, share: Share, length: int) -> Windows:
         """Open the dataset at `prefix` and cut the documents of `share` into samples."""
         dataset = _open_dataset(prefix)
         lengths = np.asarray(dataset.sequence_lengths)[share.documents]
-        return cls(dataset, share.documents, np.cumsum(lengths, dtype=np.int64), seq_length)
+        return cls(dataset, share.documents, np.cumsum(lengths, dtype=np.int64), length)
 
     def __len__(self) -> int:
-        return (int(self.ends[-1]) - 1) // self.seq_length
+        return (int(self.ends[-1]) - 1) // self.length
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens and the document numbers of sample `index`.
 
-        Tokens are int64 [seq_length + 1].  Document numbers are int32 [seq_length + 1]; they count
+        Tokens are int64 [length + 1].  Document numbers are int32 [length + 1]; they count
         the documents within the sample, from 0.
         """
-        start = index * self.seq_length
-        stop = start + self.seq_length + 1
+        start = index * self.length
+        stop = start + self.length + 1
         first, last = (
             int(np.searchsorted(self.ends, start, "right")),
             int(np.searchsorted(self.ends, stop, "left")),

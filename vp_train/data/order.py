@@ -1,7 +1,9 @@
 """The order of samples: a pure function of the seed and a position.
 
-No restart and no parallel layout can change it.  A run takes positions 0, 1, 2, ...  Every step
-takes the next global batch of positions, and every replica a contiguous part of them.
+No restart and no parallel layout can change it.  The samples at positions 0, 1, 2, ... in a row are
+a stream of tokens.  Every step takes the next sequences of that stream, and every replica a
+contiguous part of them, whatever their number and length: so a run may change both and use every
+token once.  A sequence is usually one sample; a shorter or longer one is made of pieces of samples.
 
 A position determines a sample in two stages.  `Turns` gives the corpus of the blend, and how many
 samples that corpus gave before.  A permutation, different in every epoch, turns this count into the
@@ -19,15 +21,30 @@ from math import isqrt
 _ROUNDS = 8  # four are enough for a large domain; small domains need more to be uniform
 
 
-def own_positions(step: int, num_own: int, dp_rank: int, dp_size: int) -> range:
-    """Return the positions of replica `dp_rank` at `step`, which counts from 1.
+def own_starts(start: int, num_own: int, length: int, dp_rank: int, dp_size: int) -> range:
+    """Return where the sequences of replica `dp_rank` begin, in tokens of the stream.
 
-    The step takes dp_size * num_own positions, of which every replica gets `num_own`.
+    The step begins at token `start` and takes dp_size * num_own sequences of `length` tokens, of
+    which every replica gets `num_own`.
     """
-    assert step >= 1, step
+    assert start >= 0, start
     assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-    start = ((step - 1) * dp_size + dp_rank) * num_own
-    return range(start, start + num_own)
+    first = start + dp_rank * num_own * length
+    return range(first, first + num_own * length, length)
+
+
+def pieces_of(start: int, length: int, sample_length: int) -> list[tuple[int, range]]:
+    """Return position and tokens of the pieces of samples that make up a sequence.
+
+    The sequence has the tokens `start` to `start + length` of the stream, in which every sample
+    has `sample_length`.
+    """
+    stop, pieces = start + length, []
+    for position in range(start // sample_length, -(-stop // sample_length)):
+        first = position * sample_length
+        piece = range(max(start - first, 0), min(stop - first, sample_length))
+        pieces.append((position, piece))
+    return pieces
 
 
 @dataclass(frozen=True, slots=True)

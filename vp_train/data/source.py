@@ -1,4 +1,4 @@
-"""Batches of a run: a pure function of the step.
+"""Batches of a run: a pure function of the tokens that were used before.
 
 A resumed run therefore sees the same batches as a run without interruption.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from vp_train.config import ConfigError, RunConfig
 from vp_train.data.corpus import Corpus, headline, prepare_all
 from vp_train.data.indexed import Share, Windows, split_documents
-from vp_train.data.order import SampleOrder, Turns, own_positions
+from vp_train.data.order import SampleOrder, Turns, own_starts, pieces_of
 from vp_train.data.synthetic import SyntheticText
 
 _NO_LOSS = -100  # the output layer ignores this label
@@ -50,8 +49,13 @@ class Source(Protocol):
     contents: tuple[str, ...]  # one hash per corpus, of text, tokenizer and settings
     tokenizer: Path | None  # the tokenizer.json of the text; None if nothing was tokenized
 
-    def train_batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
-        """Return the num_microbatches microbatches of `step`, which counts from 1."""
+    def train_batch(
+        self, start: int, num_microbatches: int, dp_rank: int = 0, dp_size: int = 1
+    ) -> Batch:
+        """Return the `num_microbatches` microbatches of this replica in a step.
+
+        The step begins at token `start` of the stream of training samples; see `data.order`.
+        """
         ...
 
     def validation_batch(self, dp_rank: int = 0, dp_size: int = 1) -> Batch:
@@ -73,39 +77,57 @@ def open_source(config: RunConfig) -> Source:
     return _Text(config, prepare_all(config.data, config.model.vocab_size, progress=False))
 
 
-def _positions(config: RunConfig, step: int, dp_rank: int, dp_size: int) -> range:
-    """Return a replica's positions in the order of training samples."""
-    return own_positions(step, config.num_microbatches * config.micro_batch_size, dp_rank, dp_size)
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """A stream of samples, of which sequences are cut.
 
-
-def _share(
-    samples: Callable[[range], Batch], config: RunConfig, dp_rank: int, dp_size: int
-) -> Batch:
-    """Return a replica's share of the validation samples.  Its extra microbatches have no loss."""
-    num_own = config.run.eval_microbatches_of(dp_size)
-    batch = samples(own_positions(1, num_own * config.micro_batch_size, dp_rank, dp_size))
-    num_counted = max(0, max(1, config.run.eval_microbatches) - dp_rank * num_own)
-    is_extra = torch.arange(num_own) >= num_counted
-    return replace(batch, labels=batch.labels.masked_fill(is_extra[:, None, None], _NO_LOSS))
-
-
-def _batch(samples: list[np.ndarray], config: RunConfig) -> Tensor:
-    """Stack samples of seq_length + 1 values to [m, b, s + 1]."""
-    return torch.from_numpy(np.stack(samples)).view(
-        -1, config.micro_batch_size, config.model.seq_length + 1
-    )
-
-
-def _tokens_and_labels(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Split samples [m, b, s + 1] into tokens [m, b, s] and labels [m, b, s], the next tokens.
-
-    The results are clones that share no memory with each other or with `samples`.  `contiguous`
-    would return a view if m = b = 1.
+    `read` returns the tokens [sample_length + 1] and the document numbers [sample_length + 1] of
+    the sample at a position.  The last token of a sample is only a label.
     """
-    tokens, labels = samples[..., :-1], samples[..., 1:]
-    return tokens.clone(memory_format=torch.contiguous_format), labels.clone(
-        memory_format=torch.contiguous_format
-    )
+
+    config: RunConfig
+    read: Callable[[int], tuple[np.ndarray, np.ndarray | None]]
+
+    def first_batch(self, dp_rank: int, dp_size: int) -> Batch:
+        """Return a replica's share of the run.eval_microbatches first microbatches.
+
+        Extra microbatches have no loss.
+        """
+        config = self.config
+        num_own = config.run.eval_microbatches_of(dp_size)
+        batch = self.batch(0, num_own, dp_rank, dp_size)
+        num_counted = max(0, max(1, config.run.eval_microbatches) - dp_rank * num_own)
+        is_extra = torch.arange(num_own) >= num_counted
+        return replace(batch, labels=batch.labels.masked_fill(is_extra[:, None, None], _NO_LOSS))
+
+    def batch(self, start: int, num_microbatches: int, dp_rank: int, dp_size: int) -> Batch:
+        """Return a replica's share of the sequences from token `start` on."""
+        size, length = self.config.micro_batch_size, self.config.model.seq_length
+        starts = own_starts(start, num_microbatches * size, length, dp_rank, dp_size)
+        parts = zip(*map(self._sequence, starts), strict=True)
+        tokens, labels, segments = (
+            torch.from_numpy(np.stack(part)).view(num_microbatches, size, length) for part in parts
+        )
+        return Batch(tokens, labels, None if self.config.data.packing == "none" else segments)
+
+    def _sequence(self, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return tokens and labels, int64 [s], and segments, int32 [s], from token `start` on."""
+        tokens, labels, segments = [], [], []
+        num_documents = 0
+        length = self.config.model.seq_length
+        for position, piece in pieces_of(start, length, self.config.sample_length):
+            sample, documents = self.read(position)
+            own, following = slice(piece.start, piece.stop), slice(piece.start + 1, piece.stop + 1)
+            tokens.append(sample[own])
+            labels.append(sample[following])
+            if documents is not None and self.config.data.packing != "none":
+                ends = documents[own] != documents[following]
+                labels[-1] = np.where(ends, _NO_LOSS, labels[-1])
+                segments.append(num_documents + documents[own])
+                num_documents += int(documents[-1]) + 1
+        nothing = np.zeros(length, dtype=np.int32)
+        joined = np.concatenate(segments).astype(np.int32) if segments else nothing
+        return np.concatenate(tokens), np.concatenate(labels), joined
 
 
 class _Synthetic:
@@ -122,38 +144,30 @@ class _Synthetic:
             f"synthetic text over {config.model.vocab_size:,} tokens, entropy {entropy:.4f} nats"
         )
 
-    def _samples(self, stream: int, positions: range) -> Batch:
-        length = self._config.model.seq_length + 1
-        samples = [self._text.sample(stream, position, length) for position in positions]
-        return Batch(*_tokens_and_labels(_batch(samples, self._config)))
+    def _stream(self, number: int) -> _Stream:
+        length = self._config.sample_length + 1
+        return _Stream(
+            self._config, lambda position: (self._text.sample(number, position, length), None)
+        )
 
-    def train_batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
-        return self._samples(0, _positions(self._config, step, dp_rank, dp_size))
+    def train_batch(
+        self, start: int, num_microbatches: int, dp_rank: int = 0, dp_size: int = 1
+    ) -> Batch:
+        return self._stream(0).batch(start, num_microbatches, dp_rank, dp_size)
 
     def validation_batch(self, dp_rank: int = 0, dp_size: int = 1) -> Batch:
-        return _share(partial(self._samples, 1), self._config, dp_rank, dp_size)
+        return self._stream(1).first_batch(dp_rank, dp_size)
 
 
-class _Samples:
-    """The training samples or the validation samples of all corpora, in their order."""
+def _stream_of(config: RunConfig, windows: list[Windows], turns: Turns, purpose: str) -> _Stream:
+    """Return the training samples or the validation samples of all corpora, in their order."""
+    order = SampleOrder(tuple(map(len, windows)), turns, config.data.seed, purpose)
 
-    def __init__(
-        self, config: RunConfig, windows: list[Windows], turns: Turns, purpose: str
-    ) -> None:
-        self._config, self._windows = config, windows
-        self._order = SampleOrder(tuple(map(len, windows)), turns, config.data.seed, purpose)
+    def read(position: int) -> tuple[np.ndarray, np.ndarray]:
+        corpus, sample = order[position]
+        return windows[corpus].read(sample)
 
-    def batch(self, positions: range) -> Batch:
-        places = map(self._order.__getitem__, positions)
-        tokens, documents = zip(
-            *(self._windows[corpus].read(sample) for corpus, sample in places), strict=True
-        )
-        inputs, labels = _tokens_and_labels(_batch(list(tokens), self._config))
-        if self._config.data.packing == "none":
-            return Batch(inputs, labels)
-        segments = _batch(list(documents), self._config)
-        labels = labels.masked_fill(segments[..., 1:] != segments[..., :-1], _NO_LOSS)
-        return Batch(inputs, labels, segments[..., :-1].contiguous())
+    return _Stream(config, read)
 
 
 class _Text:
@@ -181,32 +195,37 @@ class _Text:
             self._windows(corpus, share, "training")
             for corpus, (share, _) in zip(corpora, split, strict=True)
         ]
-        self._train = _Samples(config, training, turns, "training")
+        self._train = _stream_of(config, training, turns, "training")
         self._validation = None
         if config.run.eval_every:
             held_out = [
                 self._windows(corpus, share, "validation")
                 for corpus, (_, share) in zip(corpora, split, strict=True)
             ]
-            self._validation = _Samples(config, held_out, turns, "validation")
+            self._validation = _stream_of(config, held_out, turns, "validation")
 
     def _windows(self, corpus: Corpus, share: Share, purpose: str) -> Windows:
-        seq_length = self._config.model.seq_length
-        if share.num_tokens <= seq_length:
+        length = self._config.sample_length
+        if share.num_tokens <= length:
+            setting = "model.seq_length"
+            if self._config.data.sample_length is not None:
+                setting = "data.sample_length"
             fraction = self._config.data.validation_fraction
             raise ConfigError(
                 f"{corpus.path}: {purpose} gets {len(share.documents)} of "
                 f"{corpus.manifest.num_documents} documents with {share.num_tokens:,} tokens, "
-                f"too short for one sample of {seq_length + 1:,}; give more documents (they are "
-                "not split), lower model.seq_length, or change "
+                f"too short for one sample of {length + 1:,}; give more documents (they are "
+                f"not split), lower {setting}, or change "
                 f"data.validation_fraction={fraction} "
                 "(0 with run.eval_every=0 trains on everything)"
             )
-        return Windows.of(corpus.prefix, share, seq_length)
+        return Windows.of(corpus.prefix, share, length)
 
-    def train_batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
-        return self._train.batch(_positions(self._config, step, dp_rank, dp_size))
+    def train_batch(
+        self, start: int, num_microbatches: int, dp_rank: int = 0, dp_size: int = 1
+    ) -> Batch:
+        return self._train.batch(start, num_microbatches, dp_rank, dp_size)
 
     def validation_batch(self, dp_rank: int = 0, dp_size: int = 1) -> Batch:
         assert self._validation is not None
-        return _share(self._validation.batch, self._config, dp_rank, dp_size)
+        return self._validation.first_batch(dp_rank, dp_size)

@@ -53,6 +53,13 @@ def _stages(plan: RunPlan) -> str:
     return "  ".join(lines)
 
 
+def _ramp_words(config: RunConfig, first_step: int) -> str:
+    """Return what is left of the batch-size ramp in words; empty if that is nothing."""
+    ramp = [(step, count) for step, count in config.batch_ramp if step >= first_step]
+    parts = [f"{count:,} sequences until step {step:,}" for step, count in ramp]
+    return ", ".join([*parts, "then all microbatches"]) if parts else ""
+
+
 class _Console(Console):
     """A console that goes silent when its reader has gone, as `head` does."""
 
@@ -77,8 +84,10 @@ class Reporter:
         trackers = trackers_of(config, directory.path)
         self._log = MetricsLog(directory.metrics, directory.tensorboard, first_step - 1, trackers)
         self._first_step = first_step
-        self._ended: deque[float] = deque(maxlen=config.run.log_every + 1)  # when steps ended
+        # The last steps, and when they ended.
+        self._ended: deque[tuple[int, float]] = deque(maxlen=config.run.log_every + 1)
         self._spent = Spent()
+        self._traced = plan  # of the step that was measured
         self._measured: Timeline | None = None
         self._parameters: Sequence[int] = ()
         self._has_warned = False
@@ -103,6 +112,7 @@ class Reporter:
             f"schedule  {plan.schedule.name}, vocabulary {plan.problem.algorithm.name}, "
             f"{config.num_microbatches} microbatches"
             f" of {config.micro_batch_size} x {config.model.seq_length} tokens",
+            *([f"batch     {words}"] if (words := _ramp_words(config, self._first_step)) else []),
             f"planned   {facts(plan.timeline)}; "
             f"activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
             *([f"advice    {advice}"] if (advice := row_advice(config, plan)) else []),
@@ -111,7 +121,7 @@ class Reporter:
         for line in lines:
             self._console.print(line, highlight=False, soft_wrap=True, markup=False)
         self._progress = Progress(config.run, self._first_step, self._console)
-        self._ended.append(time.monotonic())
+        self._ended.append((self._first_step - 1, time.monotonic()))
 
     @property
     def has_no_reader(self) -> bool:
@@ -127,11 +137,12 @@ class Reporter:
 
         `validation` and `trace` may add values in between.
         """
-        self._ended.append(time.monotonic())
-        steps, work = len(self._ended) - 1, self._plan.work
-        tokens = steps * work.num_microbatches * work.num_tokens * work.degrees.dp
+        self._ended.append((report.step, time.monotonic()))
+        work, ramp = self._plan.work, self._plan.ramp
+        (before, began), (step, ended) = self._ended[0], self._ended[-1]
+        microbatches = work.degrees.dp * (ramp.until(step) - ramp.until(before))
         values = report.values() | {
-            "interval_tokens_per_second": tokens / (self._ended[-1] - self._ended[0])
+            "interval_tokens_per_second": microbatches * work.num_tokens / (ended - began)
         }
         self._progress.step(report.step, values)
         self._spent.add(report.figures)
@@ -142,7 +153,7 @@ class Reporter:
         self._log.go_back(step)
         self._pending = None
         self._ended.clear()
-        self._ended.append(time.monotonic())
+        self._ended.append((step, time.monotonic()))
 
     def validation(self, step: int, loss: float) -> None:
         """Show the validation loss after `step`, and add it to the step's record."""
@@ -159,15 +170,18 @@ class Reporter:
         parameters: Sequence[int],
         ranks: Sequence[RankTimes] = (),
         figures: Sequence[RankFigures] = (),
+        plan: RunPlan | None = None,
     ) -> None:
         """Write the measured step next to the predicted one: for Perfetto, programs and people.
 
         The step is kept for the final table.  `parameters` are the numbers of parameters by rank
         of the pipeline.  `ranks` and `figures` are those of all ranks of the run.
+        `plan` is that of the step, if it is not the one of all steps.
         """
         self._measured, self._parameters = measured, parameters
+        self._traced = plan or self._plan
         assert self._pending is not None
-        planned = self._plan.timeline
+        planned = self._traced.timeline
         self._pending[1].update(
             bubble_measured=measured.mean_bubble, bubble_predicted=planned.mean_bubble
         )
@@ -175,10 +189,10 @@ class Reporter:
             self._pending[1].update(
                 gap_measured=measured.makespan / planned.bound - 1.0, gap_predicted=planned.gap
             )
-        trace = chrome_trace({"predicted": self._plan.timeline, "measured": measured})
+        trace = chrome_trace({"predicted": planned, "measured": measured})
         times = step_times(
             self._config,
-            self._plan,
+            self._traced,
             measured,
             step=self._pending[0].step,
             ranks=ranks,
@@ -245,7 +259,7 @@ class Reporter:
         if self._measured is not None:
             rows = [shard.num_rows for shard in self._plan.shards[End.OUTPUT]]
             table = summarize(
-                self._plan.timeline,
+                self._traced.timeline,
                 self._measured,
                 layers=self._plan.layers_of_ranks,
                 rows=rows,
@@ -256,7 +270,7 @@ class Reporter:
                 rank_table(table, "What was planned and what was measured (one traced step)")
             )
             self._console.print(
-                step_words(self._plan.timeline, self._measured, self._config.run.device),
+                step_words(self._traced.timeline, self._measured, self._config.run.device),
                 highlight=False,
                 soft_wrap=True,
                 markup=False,

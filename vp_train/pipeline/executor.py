@@ -183,6 +183,10 @@ class Executor:
         self._streams = streams_of(modules.device)
         self.operation: Op | None = None  # which runs now or has run last; other threads may look
 
+    def follow(self, program: Program) -> None:
+        """Run `program` from the next step on; it has the same stages and rows on every rank."""
+        self._program = program
+
     def place(self, tokens: Tensor, labels: Tensor) -> PlacedBatch:
         """Copy to the device what a later step over this batch reads of it.
 

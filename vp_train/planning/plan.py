@@ -31,6 +31,7 @@ from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
 from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.placement import balanced_rows, split_layers, split_vocabulary
+from vp_train.planning.ramp import BatchRamp
 from vp_train.planning.workload import Workload
 from vp_train.vocab.shard import Shard, split_rows
 
@@ -87,8 +88,12 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan(StepPlan):
-    """A step, and the programs with which every rank runs it and the evaluation."""
+    """A step, and the programs with which every rank runs it and the evaluation.
 
+    The step is one after the batch-size ramp; `replan` plans those within it.
+    """
+
+    ramp: BatchRamp
     program: Program
     evaluation_problem: Problem
     evaluation_program: Program
@@ -105,8 +110,9 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
     _check_size(degrees.pp, num_evaluated, "run.eval_microbatches")
     step = plan_step(config, num_ranks)
     problem, cost = step.problem, step.cost
-    program = lower(step.schedule, problem, cost, tied=config.model.tied_embeddings)
-    check_program(program, problem)
+    ramp = BatchRamp.of(
+        config.batch_ramp, config.num_microbatches, config.micro_batch_size, degrees.dp
+    )
     evaluated = Problem(
         problem.layout, num_evaluated, evaluation(problem.algorithm), forward_only=True
     )
@@ -122,7 +128,8 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
         schedule=step.schedule,
         timeline=step.timeline,
         caps=step.caps,
-        program=program,
+        ramp=ramp,
+        program=_program(step),
         evaluation_problem=evaluated,
         evaluation_program=evaluation_program,
     )
@@ -135,6 +142,49 @@ def _check_profile(config: RunConfig, num_ranks: int) -> None:
         raise ConfigError(
             f"run.profile_ranks has rank {beyond[0]}, but the ranks are 0 to {num_ranks - 1}"
         )
+
+
+def replan(config: RunConfig, plan: RunPlan, num_microbatches: int) -> RunPlan:
+    """Return the plan of a step with another number of microbatches on the same ranks.
+
+    What a rank owns stays as in `plan`.  Raises ConfigError if the schedule cannot have that
+    number.
+    """
+    if num_microbatches == plan.work.num_microbatches:
+        return plan
+    try:
+        resized = replace(config, num_microbatches=num_microbatches, batch_ramp=())
+        step = plan_step(resized, plan.degrees.num_ranks)
+    except ConfigError as error:
+        words = f"batch_ramp has steps of {num_microbatches} microbatches in each replica"
+        raise ConfigError(f"{words}: {error}") from None
+    ours, theirs = (
+        (one.layers, one.recompute, one.shards, one.problem.layout) for one in (step, plan)
+    )
+    assert ours == theirs, "what a rank owns depends on the number of microbatches"
+    return replace(
+        plan,
+        work=step.work,
+        problem=step.problem,
+        cost=step.cost,
+        schedule=step.schedule,
+        timeline=step.timeline,
+        program=_program(step),
+    )
+
+
+def check_ramp(config: RunConfig, plan: RunPlan) -> None:
+    """Raise ConfigError if a step of the batch-size ramp cannot be planned."""
+    for num_microbatches in plan.ramp.sizes:
+        replan(config, plan, num_microbatches)
+
+
+def _program(step: StepPlan) -> Program:
+    """Return the checked program of a step."""
+    problem = step.problem
+    program = lower(step.schedule, problem, step.cost, tied=step.work.model.tied_embeddings)
+    check_program(program, problem)
+    return program
 
 
 def plan_step(config: RunConfig, num_ranks: int) -> StepPlan:

@@ -1,0 +1,302 @@
+"""A sweep trains every combination in turn, checks all before the first, and compares them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import sys
+import time
+from functools import cache
+from itertools import product
+from pathlib import Path
+from threading import Timer
+
+import pytest
+
+from vp_train.commands import sweep as module
+from vp_train.commands.agent import noting_signals
+from vp_train.commands.command import Command
+from vp_train.commands.sweep import Result, best_of, is_sweep, runs_of, sweep
+from vp_train.commands.train import _OPTIONS
+from vp_train.config import ConfigError
+from vp_train.settings import config_text, load_config
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith("SLURM") or name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name)
+    return tmp_path
+
+
+def words_of(*words):
+    return [run.words for run in runs_of(words)[0]]
+
+
+# Which runs
+
+
+def test_every_combination_of_lists_is_a_run_and_the_last_list_changes_first():
+    words = [
+        "model=nano",
+        "optim.lr=1e-3,3e-4",
+        "parallel.layers_per_stage=[1,2]",
+        "run.seed=1,2,3",
+    ]
+    runs, base = runs_of(words)
+    assert base == "sweep"
+    assert [run.name for run in runs] == [f"sweep-{index}" for index in range(6)]
+    chosen = [(float(run.chosen["optim.lr"]), run.chosen["run.seed"]) for run in runs]
+    assert chosen == [*product((1e-3, 3e-4), "123")]
+    for index, run in enumerate(runs):
+        assert set(run.chosen) == {"optim.lr", "run.seed"}
+        assert (run.words[0], run.words[2]) == (words[0], words[2])
+        assert run.words[-1] == f"run.name='sweep-{index}'"
+
+
+def test_values_are_written_as_in_hydra():
+    assert words_of("run.seed=range(1,4)") == words_of("run.seed=choice(1,2,3)")
+    assert [words[0] for words in words_of("data.path='a,b','c d'")] == [
+        "data.path='a,b'",
+        "data.path='c d'",
+    ]
+    assert [words[0] for words in words_of("schedule=1f1b,v_half", "loss.z_loss=0")] == [
+        "schedule=1f1b",
+        "schedule=v_half",
+    ]
+    assert words_of("data.path=/a=(b") == [("data.path=/a=(b", "run.name='sweep-0'")]
+
+
+def test_a_line_of_a_file_is_a_run_and_nothing_in_it_is_executed(place):
+    (place / "grid.txt").write_text(
+        "# rate and seed\n\n"
+        "optim.lr=1e-3 run.seed=1\n"
+        f"optim.lr=3e-4 'data.path=two words' data.cache_dir=$(touch {place}/ran)\n"
+        "run.name=mine\r\n"
+    )
+    assert words_of("grid.txt", "model=nano") == [
+        ("model=nano", "optim.lr=1e-3", "run.seed=1", "run.name='grid-0'"),
+        (
+            *("model=nano", "optim.lr=3e-4", "data.path=two words", "data.cache_dir=$(touch"),
+            *(f"{place}/ran)", "run.name='grid-1'"),
+        ),
+        ("model=nano", "run.name='mine'"),
+    ]
+    assert not (place / "ran").exists()
+    runs, _ = runs_of(["grid.txt", "model.num_layers=2,4"])
+    assert [run.name for run in runs] == [
+        "grid-0",
+        "grid-1",
+        "grid-2",
+        "grid-3",
+        "mine-0",
+        "mine-1",
+    ]
+    assert [run.chosen.get("model.num_layers") for run in runs] == ["2", "4"] * 3
+
+
+def test_a_name_in_the_words_is_the_base_of_all_names():
+    runs, base = runs_of(["run.name=rates", "optim.lr=1,2"])
+    assert (base, [run.name for run in runs]) == ("rates", ["rates-0", "rates-1"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "give lists such as optim.lr=1e-3,3e-4"),
+        (["missing.txt"], "missing.txt is not there; the first word is an override or a file"),
+        (["empty.txt"], "empty.txt has no line with overrides"),
+        (["quote.txt"], "quote.txt: line 2: No closing quotation"),
+        (["same.txt"], "two runs of the sweep are called one"),
+        (["run.root=a,b"], "all runs of a sweep lie in one root"),
+        (["run.name=a,b"], "run.name=a,b-0 is one name"),
+        (["optim.lr=interval(0,1)"], "a sweep takes a list of values"),
+        (["model=glob(*)"], "a sweep takes a list of values"),
+        (["run.seed=range(1,1000)", "run.steps=range(1,1000)"], "more than 10,000 combinations"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(words, said, place):
+    (place / "empty.txt").write_text("# nothing\n")
+    (place / "quote.txt").write_text("run.steps=1\ndata.path='half\n")
+    (place / "same.txt").write_text("run.name=one\nrun.name=one\n")
+    with pytest.raises(ConfigError) as error:
+        runs_of(words)
+    assert said in str(error.value)
+
+
+# Their training
+
+SMALL = ("data=synthetic", "model.num_layers=4", "parallel.pp=2", "run.steps=3")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The names of the runs that were trained; `trained.codes` has the exit codes of some."""
+
+    class Names(list):
+        def __init__(self):
+            self.codes = {}
+
+    names = Names()
+    load = cache(load_config)  # it takes a good part of a second
+    monkeypatch.setattr(module, "load_config", load)
+
+    def train(arguments, signals):
+        config = load(arguments)
+        directory, code = config.run.directory, names.codes.get(config.run.name, 0)
+        names.append(config.run.name)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(config_text(config))
+        lines = [
+            {"step": step, "loss": 9 - step + config.optim.lr, "tokens_per_second": 10.0 * step}
+            for step in range(1, config.run.steps + 1 - bool(code))
+        ]
+        lines[-1] |= {"validation_loss": 5 - config.optim.lr, "peak_bytes": 2.0**20}
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (directory / "metrics.jsonl").write_text(text + '{"step": 9, "lo')
+        if not code:
+            (directory / f"checkpoints/step-{config.run.steps:08d}").mkdir(parents=True)
+        return code
+
+    monkeypatch.setattr(module, "_trained", train)
+    return names
+
+
+def swept(*words):
+    return sweep(Command("vp-train", "", lambda *_: 0, "", _OPTIONS), ["-m", *words])
+
+
+def table(place):
+    rows = json.loads((place / "runs/sweep.json").read_text())
+    with (place / "runs/sweep.csv").open() as file:
+        assert [row["run"] for row in csv.DictReader(file)] == [row["run"] for row in rows]
+    return rows
+
+
+def test_a_run_that_fails_stops_no_other_and_the_best_is_marked(trained, place, capsys):
+    trained.codes = {"sweep-1": 70}
+    assert swept(*SMALL, "optim.lr=0.1,0.3,0.2") == 70
+    assert trained == ["sweep-0", "sweep-1", "sweep-2"]
+    rows = table(place)
+    assert [row["exit_code"] for row in rows] == [0, 70, 0]
+    assert [row["best"] for row in rows] == [False, False, True]  # 0.3 is lower, but failed
+    assert rows[2] == {
+        "run": "sweep-2",
+        "optim.lr": "0.2",
+        "exit_code": 0,
+        "steps": 3,
+        "loss": 6.2,
+        "validation_loss": 4.8,
+        "tokens_per_second": 20.0,
+        "peak_bytes": 2.0**20,
+        "best": True,
+    }
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "sweep: run 0 of 3, sweep-0: optim.lr=0.1"
+    (line,) = (line for line in printed if line.split()[-1:] == ["best"])
+    assert line.split() == [
+        "sweep-2",
+        "0.2",
+        "3",
+        "6.2000",
+        "4.8000",
+        "20",
+        "1.0",
+        "MiB",
+        "0",
+        "best",
+    ]
+
+
+def test_a_sweep_that_leaves_goes_on_without_the_finished_runs(trained, place, capsys):
+    trained.codes = {"sweep-1": 75}
+    assert swept(*SMALL, "optim.lr=0.1,0.3,0.2") == 75
+    assert trained == ["sweep-0", "sweep-1"]
+    assert "run.resume=true goes on" in capsys.readouterr().err
+    assert [row["exit_code"] for row in table(place)] == [0, 75, None]
+    trained.clear()
+    trained.codes = {}
+    assert swept(*SMALL, "optim.lr=0.1,0.3,0.2", "run.resume=true") == 0
+    assert trained == ["sweep-1", "sweep-2"]
+    assert [row["exit_code"] for row in table(place)] == [0, 0, 0]
+    with pytest.raises(ConfigError, match=r"has run with optim.lr=0.1, so it is of another sweep"):
+        swept(*SMALL, "optim.lr=0.2,0.3", "run.resume=true")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("optim.lr=0.1,-1", r"^run 1 of 2 \(optim.lr=-1\): optim.lr=-1.0 is too small"),
+        ("parallel.pp=2,3", r"^run 1 of 2 \(parallel.pp=3\): .*num_layers=4"),
+        ("schedule=1f1b,1f2b", r"^run 1 of 2 \(schedule=1f2b\): schedule=1f2b is not known"),
+    ],
+)
+def test_nothing_starts_unless_all_runs_can(trained, words, said):
+    with pytest.raises(ConfigError, match=said):
+        swept(*SMALL, words)
+    assert trained == []
+
+
+def test_a_used_directory_is_refused_before_the_first_run(trained):
+    swept(*SMALL, "run.seed=1,2")
+    trained.clear()
+    with pytest.raises(ConfigError, match=r"^run 0 of 2 .*already holds a run"):
+        swept(*SMALL, "run.seed=1,2")
+    assert trained == []
+
+
+def test_only_trains_one_run_in_this_process(trained, capsys):
+    given = []
+    command = Command("vp-train", "", lambda config, *_: given.append(config) or 0, "", _OPTIONS)
+    words = ["--only", "1", "--ranks", "2", *SMALL, "run.seed=1,2"]
+    assert sweep(command, ["-m", *words]) == 0
+    assert [(config.run.name, config.run.seed) for config in given] == [("sweep-1", 2)]
+    words[1] = "2"
+    with pytest.raises(ConfigError, match=r"--only 2 of 2 runs; .* --array 0-1$"):
+        sweep(command, ["-m", *words])
+
+
+def test_on_several_nodes_each_run_is_started_alone(trained):
+    with pytest.raises(ConfigError, match="on several nodes train each with --only"):
+        swept(*SMALL, "run.seed=1,2", "--nodes", "2", "--node", "0", "--head", "here")
+
+
+def test_help_is_no_sweep():
+    assert is_sweep(["-m", "run.seed=1,2"])
+    assert is_sweep(["run.seed=1,2", "--multirun"])
+    assert not is_sweep(["-m", "--help"])
+    assert not is_sweep(["run.seed=1"])
+
+
+def test_without_validation_the_loss_decides_and_nothing_that_is_not_finite_does():
+    def result(loss, validation_loss, exit_code=0):
+        return Result("run", {}, exit_code, 1, loss, validation_loss)
+
+    low, high = result(1.0, None), result(2.0, 0.5)
+    assert best_of([high, low]) is low
+    assert best_of([result(1.0, 3.0), high]) is high
+    assert best_of([result(float("nan"), None), low]) is None
+    assert best_of([result(1.0, 3.0, 70)]) is None
+
+
+def test_a_run_gets_the_signals_of_its_sweep(place, monkeypatch):
+    program = place / "python"
+    program.write_text(
+        "#!/bin/sh\ntrap 'exit 75' TERM\ntouch started\nwhile true; do sleep 0.05; done\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    def ask():
+        while not Path(place, "started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with noting_signals() as signals:
+        Timer(0, ask).start()
+        assert module._trained(["run.seed=1"], signals) == 75
+        assert signals.has_request
