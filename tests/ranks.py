@@ -19,6 +19,7 @@ from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -61,8 +62,12 @@ def ready_context() -> Any:
     """
     if torch.cuda.is_available():  # CUDA does not survive a fork
         return multiprocessing.get_context("spawn")
-    _start_fork_server()
+    with _STARTING:  # not in two threads, which would leave each other's directory behind
+        _start_fork_server()
     return multiprocessing.get_context("forkserver")
+
+
+_STARTING = Lock()
 
 
 @cache

@@ -14,7 +14,7 @@ import pytest
 
 from tests.programs import finished
 from tests.ranks import free_port, ready_context
-from tests.test_local_ranks import LOST, goes, rank_that
+from tests.test_local_ranks import LOST, all_begin, goes, rank_that
 from vp_train.commands import agent, launch, nodes
 from vp_train.commands.agent import Job, Signals, run_job
 from vp_train.commands.nodes import JobEnded, OneNode, joined, when_all_told
@@ -99,13 +99,13 @@ def places(num_nodes=2, port=None, **values):
     ],
 )
 def test_agents_end_together_with_one_cause(tmp_path, code, expected, words):
-    endings = Agents(tmp_path, code, places(3)).endings()
+    endings = Agents(tmp_path, all_begin(tmp_path, 3) + code, places(3)).endings()
     codes, said, times = zip(*endings, strict=True)
     assert set(codes) == {expected}
     assert len(set(said)) == 1
     assert said[0].startswith(words)
     assert bool(said[0]) == bool(words)
-    assert max(times) - min(times) < 2
+    assert max(times) - min(times) < 10  # less than 1 s on an idle machine
 
 
 @pytest.mark.parametrize("victim", [0, 1])

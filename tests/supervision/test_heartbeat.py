@@ -73,10 +73,11 @@ def test_beats_go_through_the_store_as_json_and_stop():
     while not all(server.check([f"vp_train/0/beat/{rank}"]) for rank in range(2)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    time.sleep(1.1)
-    assert json.loads(server.get("vp_train/0/beat/1"))["doing"] == "step 1, training, 1F0"
+    while json.loads(server.get("vp_train/0/beat/1"))["doing"] != "step 1, training, 1F0":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     hearts[1].stop()
-    time.sleep(0.1)
+    time.sleep(0.5)  # a beat that is on its way
     assert hearts[0].look(3).silent == {1, 2}
     hearts[0].stop()
 
