@@ -33,7 +33,7 @@ def zstd(content: bytes) -> bytes:
 
 
 def two_members(content: bytes) -> bytes:
-    return gzip.compress(content[:40]) + gzip.compress(content[40:])
+    return gzip.compress(content[:40], mtime=0) + gzip.compress(content[40:], mtime=0)
 
 
 def table(texts: list[Any], kind: Any = None) -> Any:
@@ -70,7 +70,7 @@ def read(path: Path, field: str = "text") -> tuple[list[str], LeftOut]:
         ("a.jsonl", LINES),
         ("a.jsonl.gz", two_members(LINES)),
         ("a.JSONL.ZST", zstd(LINES)),
-        ("a.json.gz", gzip.compress(LINES)),
+        ("a.json.gz", gzip.compress(LINES, mtime=0)),
         ("a.ndjson.zst", zstd(LINES)),
         ("a.parquet", parquet(table(TEXTS))),
         ("a.parquet", parquet(table(TEXTS), row_group_size=2, compression="zstd")),
@@ -121,8 +121,8 @@ def test_rows_without_text_are_left_out_and_named(
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.txt.gz", gzip.compress(LINES)[:-9], "is not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-9], "is not a whole gzip file"),
+        ("a.txt.gz", gzip.compress(LINES, mtime=0)[:-9], "is not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "is not a whole gzip file"),
         ("a.jsonl.gz", LINES, "is not a whole gzip file"),
         ("a.jsonl.zst", zstd(LINES)[:-1], "is not a whole zstd file"),
         ("a.txt.zst", LINES, "is not a whole zstd file"),
