@@ -60,6 +60,7 @@ ALLOWED = {
     "vp_train.hf": (
         "vp_train.config",
         "vp_train.checkpoint",
+        "vp_train.data.tokenizer",
         "vp_train.model.shape",
         "vp_train.hf",
         "vp_train.durable",

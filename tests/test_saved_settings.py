@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from vp_train.checkpoint.training import _require_same
 from vp_train.commands.train import with_origin
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import ConfigError, LossConfig, ModelConfig, RunConfig
 from vp_train.settings import check_start, config_text, load_config, resume_words
 
 
@@ -323,3 +324,14 @@ def test_a_run_that_is_not_there_is_said_to_begin(started):
     config = load_config(["run.name=two", "run.resume=true"])
     assert resume_words(config) == "runs/two holds no run: one begins there at step 1"
     assert resume_words(load_config(["run.name=two"])) is None
+
+
+def test_a_checkpoint_from_before_a_setting_has_its_default():
+    ours = {"model": asdict(ModelConfig()), "loss": asdict(LossConfig())}
+    before = {"model": {"num_layers": ModelConfig().num_layers}}
+    _require_same(before, ours, Path("step-00000001"))
+    ours["model"]["pre_norms"] = False
+    with pytest.raises(
+        ConfigError, match=r"was saved with model\.pre_norms=true, this run has false"
+    ):
+        _require_same(before, ours, Path("step-00000001"))

@@ -232,7 +232,7 @@ MOST_MICROBATCHES = 65_536
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder.  GPT, Llama, Qwen and Gemma are settings of these; see configs/model."""
+    """A decoder.  GPT, Llama, Qwen, Gemma and others are settings of these; see configs/model."""
 
     num_layers: int = setting(8, "Decoder layers.", least=1, most=_MOST_LAYERS)
     hidden_size: int = setting(256, "Width of the residual stream.", least=1, most=_MOST_WIDTH)
@@ -248,11 +248,20 @@ class ModelConfig:
     seq_length: int = setting(256, "Tokens of a sequence.", least=1, most=_MOST_TOKENS)
     tied_embeddings: bool = setting(False, "The input and the output layer share one matrix.")
     embedding_scale: bool = setting(False, "Multiply embeddings by sqrt(hidden_size).")
+    embedding_multiplier: float = setting(
+        1.0, "Multiply embeddings by this too, before learned positions.", above=0
+    )
     normalisation: str = setting("rmsnorm", "Kind of all norms.", choices=("rmsnorm", "layernorm"))
     zero_centred_norm: bool = setting(False, "RMSNorm scales by 1 + w instead of its weight w.")
     norm_epsilon: float = setting(1e-5, "Added to the variance in a norm.", above=0)
+    pre_norms: bool = setting(
+        True, "Norms before attention and MLP; false, as in OLMo 2, needs post_norms."
+    )
     post_norms: bool = setting(
         False, "Norms after attention and MLP too, before the residual is added."
+    )
+    residual_multiplier: float = setting(
+        1.0, "The outputs of attention and MLP times this are added to the residual.", above=0
     )
     activation: str = setting(
         "swiglu",
@@ -263,6 +272,11 @@ class ModelConfig:
     linear_bias: bool = setting(False, "Biases in all linear layers of the decoder.")
     qkv_bias: bool = setting(False, "A bias in the linear layer of queries, keys and values.")
     qk_norm: bool = setting(False, "An RMSNorm over each head of queries and keys.")
+    qk_norm_whole: bool = setting(
+        False,
+        "With qk_norm: over all heads of the queries together, and over all of the keys; "
+        "needs parallel.tp=1.",
+    )
     attention_divisor: float | None = setting(
         None, "Scores are q k / sqrt(attention_divisor); null: head_size.", above=0
     )
@@ -290,22 +304,30 @@ class ModelConfig:
     )
     rope_scaling: str = setting(
         "none",
-        "linear divides all angles by rope_factor, llama3 only low frequencies (arXiv 2407.21783).",
-        choices=("none", "linear", "llama3"),
+        "linear divides all angles by rope_factor, llama3 (arXiv 2407.21783) and yarn "
+        "(arXiv 2309.00071) only low frequencies.",
+        choices=("none", "linear", "llama3", "yarn"),
     )
     rope_factor: float = setting(1.0, "Divisor of rope_scaling.", least=1)
     rope_low_frequency: float = setting(
         1.0,
-        "llama3: frequencies with fewer turns than this within rope_original_length are divided "
-        "by the whole rope_factor.",
+        "llama3, yarn: frequencies with fewer turns than this within rope_original_length are "
+        "divided by the whole rope_factor.",
     )
     rope_high_frequency: float = setting(
-        4.0, "llama3: frequencies with more turns than this are not divided."
+        4.0,
+        "llama3, yarn: frequencies with more turns than this are not divided; usual for yarn: 32.",
     )
     rope_original_length: int = setting(
-        8192, "llama3: sequence length before scaling.", unit="tokens", least=1
+        8192, "llama3, yarn: sequence length before scaling.", unit="tokens", least=1
+    )
+    rope_attention_factor: float | None = setting(
+        None,
+        "yarn: queries and keys are multiplied by this; null: 0.1 ln(rope_factor) + 1.",
+        above=0,
     )
     init_std: float = setting(0.02, "Standard deviation of initial weights.", least=0)
+    logit_divisor: float = setting(1.0, "Logits are divided by this, before the softcap.", above=0)
     logit_softcap: float | None = setting(None, "c: logits become c tanh(logits / c).", above=0)
 
     def __post_init__(self) -> None:
@@ -346,6 +368,16 @@ class ModelConfig:
                 "model.qk_norm=true counts only with model.normalisation=rmsnorm, "
                 f"not {self.normalisation}; drop one of the two"
             )
+        if not self.pre_norms and not self.post_norms:
+            raise ConfigError(
+                "model.pre_norms=false counts only with model.post_norms=true; "
+                "layers without any norm do not train"
+            )
+        if self.qk_norm_whole and (self.zero_centred_norm or not self.qk_norm):
+            raise ConfigError(
+                "model.qk_norm_whole=true counts only with model.qk_norm=true and "
+                "model.zero_centred_norm=false; set these, or drop it"
+            )
         for name in ("full_attention_every", "rope_local_base"):
             if getattr(self, name) is not None and self.sliding_window is None:
                 raise ConfigError(
@@ -361,10 +393,22 @@ class ModelConfig:
         if self.rope_factor != 1 and self.rope_scaling == "none":
             raise ConfigError(
                 f"model.rope_factor={self.rope_factor} counts only with "
-                "model.rope_scaling=linear or llama3; set one of them"
+                "model.rope_scaling=linear, llama3 or yarn; set one of them"
+            )
+        if self.rope_scaling == "yarn" and (
+            self.rope_local_base is not None or self.rope_base <= 1
+        ):
+            raise ConfigError(
+                f"model.rope_scaling=yarn needs model.rope_base={self.rope_base} above 1 and "
+                f"model.rope_local_base={self.rope_local_base} null; change those, or drop it"
+            )
+        if self.rope_attention_factor is not None and self.rope_scaling != "yarn":
+            raise ConfigError(
+                f"model.rope_attention_factor={self.rope_attention_factor} counts only with "
+                f"model.rope_scaling=yarn, not {self.rope_scaling}; drop one of the two"
             )
         if (
-            self.rope_scaling == "llama3"
+            self.rope_scaling in ("llama3", "yarn")
             and not 0 < self.rope_low_frequency < self.rope_high_frequency
         ):
             raise ConfigError(
@@ -689,6 +733,9 @@ class DataConfig:
     )
     tokenizer: str | None = setting(
         None, "A Hugging Face tokenizer.json; null trains one of model.vocab_size tokens."
+    )
+    other_tokenizer: bool = setting(
+        False, "Accept text tokenized by another tokenizer than the one that run.init_from knows."
     )
     end_token: str | None = setting(
         None, "Token of that tokenizer that ends a document; null tries the usual names."
@@ -1059,8 +1106,8 @@ class RunSettings:
 # A resumed run may find its text in another place, so these settings of `data` may differ.  The
 # text itself is compared by the hashes in `Source.contents`.
 FREE_DATA = (
-    *("name", "path", "blend", "tokenizer", "end_token", "jsonl_field", "cache_dir"),
-    "workers",
+    *("name", "path", "blend", "tokenizer", "other_tokenizer", "end_token"),
+    *("jsonl_field", "cache_dir", "workers"),
 )
 # Model settings that may change when a run starts from another run's weights.  Any other setting
 # would give the same tensors another meaning.
@@ -1075,6 +1122,7 @@ FREE_MODEL = (
     ),
     *("rope_base", "rope_local_base", "rope_scaling", "rope_factor"),
     *("rope_low_frequency", "rope_high_frequency", "rope_original_length"),
+    "rope_attention_factor",
 )
 
 # Model settings that may change within a run, with run.allow=[sequence].

@@ -34,6 +34,19 @@ def checkpoint_step(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
+def homes(place: Path) -> tuple[Path, ...]:
+    """Return the directories in which the run, import or checkpoint at `place` may keep files.
+
+    A checkpoint lies in an import, or in the directory of a run's checkpoints.
+    """
+    found = [place]
+    if checkpoint_step(place.name) is not None:
+        found.append(place.parent)
+    if found[-1].name == "checkpoints":
+        found.append(found[-1].parent)
+    return tuple(found)
+
+
 def checkpoints_in(directory: Path) -> list[tuple[int, Path]]:
     """Return step and path of all checkpoints in a directory that may be missing, oldest first.
 

@@ -156,7 +156,8 @@ def _be_alone() -> None:
 
 def _tokenizer_of(run: Path, config: RunConfig) -> Tokenizer | None:
     kept = run / "tokenizer.json"
-    path = kept if config.data.tokenizer is None else Path(config.data.tokenizer).expanduser()
+    given = None if kept.is_file() else config.data.tokenizer  # runs of earlier versions kept none
+    path = kept if given is None else Path(given).expanduser()
     if not path.is_file():
         return None
     from vp_train.data.tokenizer import load_tokenizer

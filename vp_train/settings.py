@@ -35,7 +35,7 @@ from vp_train.config import (
     setting_of,
     unknown,
 )
-from vp_train.durable import UnreadableError, checkpoint_step, checkpoints_in, read_text
+from vp_train.durable import UnreadableError, checkpoints_in, homes, read_text
 
 # What is read of a command line, and of a file with settings.  Hydra takes seconds for more: it
 # parses in Python, and the time of lists and quotes grows with the square of their length.
@@ -516,9 +516,7 @@ def _model_of(place: Path) -> Mapping[str, object]:
 
     They are empty if there are none that can be read.
     """
-    # A checkpoint is in an import, or in the directory of a run's checkpoints.
-    above = [place.parent, place.parent.parent] if checkpoint_step(place.name) is not None else []
-    for directory in (place, *above):
+    for directory in homes(place):
         with contextlib.suppress(ConfigError, UnreadableError):
             if (directory / "config.yaml").is_file():
                 return _saved_settings(directory / "config.yaml")

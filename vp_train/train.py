@@ -43,6 +43,7 @@ from vp_train.communication.rendezvous import join_world
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.data import Batch, Source, open_source
 from vp_train.data.ahead import Ahead
+from vp_train.data.tokenizer import tokenizer_config
 from vp_train.durable import checkpoint_name
 from vp_train.failures import (
     EXIT_CONFIG,
@@ -152,8 +153,14 @@ def run_rank(
         if directory is not None:
             reporter = Reporter(config, plan, directory, run.first_step)
             reporter.start(config_yaml, source)
-            if config.data.tokenizer is None and source.tokenizer is not None:
-                directory.keep_tokenizer(source.tokenizer)
+            if source.tokenizer is not None and source.end_token is not None:
+                words = tokenizer_config(
+                    source.tokenizer,
+                    source.end_token,
+                    longest=config.model.seq_length,
+                    after_end=config.data.packing == "none",
+                )
+                directory.keep_tokenizer(source.tokenizer, words)
         try:
             for step in run.steps():
                 run.train_step(step, reporter)

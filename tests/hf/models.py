@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GPT2Config,
+    GraniteConfig,
     LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -32,12 +41,31 @@ _SMALL = {
     "eos_token_id": 5,
     "pad_token_id": 7,
 }
+_GPT2 = {
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": 111,
+    "initializer_range": 0.2,
+    "bos_token_id": 3,
+    "eos_token_id": 5,
+    "pad_token_id": 7,
+}
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 100.0,
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
     "original_max_position_embeddings": 16,
 }
 _LONG = {
@@ -50,6 +78,39 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama with biases": LlamaConfig(
         **_SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
     ),
+    # SmolLM and SmolLM 2: a tied Llama, here with linearly scaled angles.
+    "smollm": LlamaConfig(
+        **_SMALL,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e3, "factor": 2.0},
+    ),
+    "mistral": MistralConfig(**_SMALL, head_dim=12, sliding_window=9),
+    "mistral without a window": MistralConfig(**_SMALL, sliding_window=None),
+    "phi3": Phi3Config(**_SMALL, sliding_window=None),
+    "phi3, tied, a window": Phi3Config(**_SMALL, sliding_window=9, tie_word_embeddings=True),
+    "olmo2": Olmo2Config(**_SMALL),
+    "olmo2, tied": Olmo2Config(
+        **_SMALL | {"num_key_value_heads": 4}, tie_word_embeddings=True, rope_parameters=_YARN
+    ),
+    "granite": GraniteConfig(
+        **_SMALL,
+        embedding_multiplier=12.0,
+        attention_multiplier=0.3,
+        residual_multiplier=0.22,
+        logits_scaling=6.0,
+    ),
+    "granite, tied, biases": GraniteConfig(
+        **_SMALL,
+        tie_word_embeddings=True,
+        attention_bias=True,
+        mlp_bias=True,
+        attention_multiplier=0.125,
+        logits_scaling=8.0,
+    ),
+    "gpt2": GPT2Config(**_GPT2),
+    "gpt2, untied": GPT2Config(**_GPT2, n_inner=80, tie_word_embeddings=False),
+    "llama, yarn": LlamaConfig(**_SMALL, rope_parameters=_YARN),
+    "qwen2, yarn": Qwen2Config(**_SMALL, rope_parameters=_YARN | {"attention_factor": 1.3}),
     "qwen2": Qwen2Config(**_SMALL, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**_SMALL, head_dim=12),
     "gemma": GemmaConfig(**_SMALL | {"num_key_value_heads": 1}, head_dim=16),
@@ -88,3 +149,28 @@ def make(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> Pr
 
 def load(path: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+
+
+class _Double:
+    """torch for a module that computes parts of a model in float32 whatever its dtype is."""
+
+    def __getattr__(self, name: str) -> object:
+        return torch.float64 if name in ("float32", "float") else getattr(torch, name)
+
+
+@contextmanager
+def in_double() -> Iterator[None]:
+    """Within this context transformers computes norms, softmax and angles in float64 too."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.Tensor, "float", torch.Tensor.double)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("transformers.model") and vars(module).get("torch") is torch:
+                patched.setattr(module, "torch", _Double())
+        yield
+
+
+def double(path: str) -> PreTrainedModel:
+    """Return the model at `path` in float64; call it within `in_double`."""
+    return AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation="eager", dtype=torch.float64
+    ).eval()

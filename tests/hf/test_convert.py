@@ -63,8 +63,9 @@ def tokens_and_labels():
 
 
 def config_of(model, *, dtype="float32", optimizer="adamw", **parallel):
+    learned = model.positions == "learned"
     return RunConfig(
-        model=replace(model, seq_length=LENGTH),
+        model=model if learned else replace(model, seq_length=LENGTH),
         vocab=VocabConfig("one_barrier"),
         parallel=ParallelConfig(placement="balanced", **parallel),
         optim=OptimConfig(name=optimizer),
@@ -88,19 +89,19 @@ def evaluate(rank, num_ranks, config, path):
 
 @pytest.mark.parametrize("name", models.CONFIGS)
 def test_our_evaluation_of_an_imported_model_is_that_of_transformers(made, ranks, name):
-    theirs, _, imported = made(name)
+    _, directory, imported = made(name)
     tokens, labels = tokens_and_labels()
-    with torch.no_grad():
-        expected = torch.log_softmax(theirs(tokens).logits, -1).gather(-1, labels[..., None])[
-            ..., 0
-        ]
-    splits = [{"pp": 2}] if imported.model.num_query_groups % 2 else [{"pp": 2}, {"pp": 1, "tp": 2}]
-    for parallel in splits:
-        answers = ranks(2).run(evaluate, config_of(imported.model, **parallel), imported.checkpoint)
+    with models.in_double(), torch.no_grad():
+        logits = models.double(directory)(tokens).logits
+    expected = torch.log_softmax(logits, -1).gather(-1, labels[..., None])[..., 0]
+    alone = imported.model.num_query_groups % 2 or imported.model.qk_norm_whole
+    for parallel in [{"pp": 2}] if alone else [{"pp": 2}, {"pp": 1, "tp": 2}]:
+        config = config_of(imported.model, dtype="float64", **parallel)
+        answers = ranks(2).run(evaluate, config, imported.checkpoint)
         loss, logprobs = next(answer for answer in answers if answer[0] is not None)
-        assert loss == pytest.approx(-expected.mean().item(), abs=1e-4)
+        assert loss == pytest.approx(-expected.mean().item(), abs=1e-9)
         assert logprobs.shape == expected.shape
-        assert (logprobs - expected).abs().max() < 1e-4
+        assert (logprobs - expected).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("name", models.CONFIGS)
@@ -188,7 +189,7 @@ def test_tokenizer_files_go_along(made, tmp_path):
     _, theirs, _ = made("llama")
     shutil.copytree(theirs, tmp_path / "theirs")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        (tmp_path / "theirs" / name).write_text(f'"{name}"')
+        (tmp_path / "theirs" / name).write_text("{}" if "config" in name else f'"{name}"')
     imported = import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     assert imported.tokenizer == tmp_path / "ours/tokenizer.json"
     shutil.copytree(imported.checkpoint, tmp_path / "run/checkpoints/step-00000000")
@@ -379,8 +380,8 @@ def test_what_is_not_read_is_refused_by_name(made, tmp_path):
         "model_type='mixtral' ['MixtralForCausalLM'] is not known; vp-import reads llama, qwen2"
         in variant("architecture", model_type="mixtral", architectures=["MixtralForCausalLM"])
     )
-    assert "rope_type=yarn is not supported" in variant(
-        "yarn", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}
+    assert "rope_type=longrope is not supported" in variant(
+        "longrope", rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}
     )
     assert "the activation relu is not supported for llama" in variant("relu", hidden_act="relu")
     assert "quantization_config={'bits': 4} is not supported" in variant(
@@ -546,6 +547,55 @@ def test_copies_and_buffers_that_some_files_hold_are_passed_over(made, tmp_path)
     )
 
 
+def test_an_output_layer_that_is_not_the_embedding_is_untied_as_in_transformers(
+    made, tmp_path, monkeypatch, capsys
+):
+    _, theirs, _ = made("smollm")
+    weights = weights_in(theirs)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    source = write_model(tmp_path / "source", theirs, weights)
+    monkeypatch.setattr(sys, "argv", ["vp-import", str(source), str(tmp_path / "ours")])
+    with pytest.raises(SystemExit):
+        import_model()
+    assert "imported with model.tied_embeddings=false" in capsys.readouterr().out
+    export_checkpoint(tmp_path / "ours", tmp_path / "back")
+    assert torch.equal(weights_in(tmp_path / "back")["lm_head.weight"], weights["lm_head.weight"])
+    tokens, _ = tokens_and_labels()
+    with torch.no_grad():
+        before, after = (
+            models.load(str(tmp_path / name))(tokens).logits for name in ("source", "back")
+        )
+    assert torch.equal(before, after)
+    weights["lm_head.weight"] = weights["lm_head.weight"][:-1].contiguous()
+    source = write_model(tmp_path / "shorter", theirs, weights)
+    assert "lm_head.weight is [110, 32]" in refused(import_checkpoint, source, tmp_path / "x")
+
+
+def test_a_decoder_without_the_prefix_of_its_names_is_read(made, tmp_path):
+    """The published GPT-2 has such names, and buffers with its masks."""
+    for name in ("gpt2", "smollm"):
+        _, theirs, imported = made(name)
+        bare = {key.partition(".")[2]: tensor for key, tensor in weights_in(theirs).items()}
+        bare["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+        source = write_model(tmp_path / name, theirs, bare)
+        again = import_checkpoint(source, tmp_path / f"{name}-ours")
+        assert again.model == imported.model
+        ours, before = (weights_in(place.checkpoint) for place in (again, imported))
+        assert all(torch.equal(tensor, before[key]) for key, tensor in ours.items())
+
+
+def test_an_export_is_of_the_architecture_that_was_imported(made, tmp_path):
+    """Without a window a Mistral or Phi-3 computes as a Llama does."""
+    for name in ("phi3", "mistral without a window", "smollm", "gpt2"):
+        _, theirs, imported = made(name)
+        export_checkpoint(imported.checkpoint, tmp_path / name)
+        before, after = (
+            json.loads((place / "config.json").read_text()) for place in (theirs, tmp_path / name)
+        )
+        assert after["model_type"] == before["model_type"]
+        assert after["architectures"] == before["architectures"]
+
+
 def test_what_fails_midway_leaves_nothing_and_says_where_and_what_it_needs(
     made, tmp_path, monkeypatch
 ):
@@ -650,6 +700,11 @@ def test_weights_of_another_model_are_refused_with_both_values(made, ranks):
         return ranks(1).run(load_into, config, imported.checkpoint)[0]
 
     assert answer(rope_base=5e5) == "loaded"
+    _, _, learned = made("gpt2")
+    shorter = config_of(replace(learned.model, seq_length=LENGTH), pp=1)
+    message = ranks(1).run(load_into, shorter, learned.checkpoint)[0]
+    assert "positions" in message
+    assert "[64, 32]" in message
     assert "was saved with model.ffn_hidden_size=48, this run has 50" in answer(ffn_hidden_size=50)
     assert "was saved with model.activation=swiglu, this run has geglu" in answer(
         activation="geglu"

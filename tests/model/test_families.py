@@ -143,8 +143,8 @@ def test_replicas_sum_biases_and_positions_too(ranks):
             "model.positions='alibi' is not known; choose one of rope, learned",
         ),
         (
-            {"rope_scaling": "yarn"},
-            "model.rope_scaling='yarn' is not known; choose one of none, linear, llama3",
+            {"rope_scaling": "dynamic"},
+            "model.rope_scaling='dynamic' is not known; choose one of none, linear, llama3, yarn",
         ),
         ({"head_size": 7}, "model.head_size = 7 is odd; rotary embeddings need an even head size"),
         ({"sliding_window": 0}, "model.sliding_window=0 is too small; it must be at least 1"),
@@ -167,6 +167,23 @@ def test_replicas_sum_biases_and_positions_too(ranks):
             "model.qk_norm=true counts only with model.normalisation=rmsnorm",
         ),
         (
+            {"pre_norms": False},
+            "model.pre_norms=false counts only with model.post_norms=true",
+        ),
+        (
+            {"qk_norm_whole": True},
+            "model.qk_norm_whole=true counts only with model.qk_norm=true",
+        ),
+        (
+            {"rope_attention_factor": 1.1},
+            "model.rope_attention_factor=1.1 counts only with model.rope_scaling=yarn, not none",
+        ),
+        (
+            {"rope_scaling": "yarn", "rope_local_base": 5.0, "sliding_window": 3},
+            "model.rope_scaling=yarn needs model.rope_base=10000.0 above 1 and "
+            "model.rope_local_base=5.0 null",
+        ),
+        (
             {"full_attention_every": 2},
             "model.full_attention_every=2 counts only with model.sliding_window",
         ),
@@ -176,7 +193,7 @@ def test_replicas_sum_biases_and_positions_too(ranks):
         ),
         (
             {"rope_factor": 8.0},
-            "model.rope_factor=8.0 counts only with model.rope_scaling=linear or llama3",
+            "model.rope_factor=8.0 counts only with model.rope_scaling=linear, llama3 or yarn",
         ),
         (
             {"rope_scaling": "linear", "positions": "learned"},

@@ -70,6 +70,16 @@ def plain_frequencies(model, local, dtype):
         return model.rope_local_base ** (-torch.arange(0, d, 2, dtype=dtype) / d)
     frequencies = model.rope_base ** (-torch.arange(0, d, 2, dtype=dtype) / d)
     scaled = []
+    if model.rope_scaling == "yarn":  # the ramp begins and ends at whole indices
+        turns = [math.log(model.rope_original_length * f / (2 * math.pi)) for f in frequencies]
+        first, last = (
+            next(i for i, turn in enumerate([*turns, -math.inf]) if turn < math.log(limit))
+            for limit in (model.rope_high_frequency, model.rope_low_frequency)
+        )
+        ramp = [min(max((i - first + 1) / (last - first + 1), 0), 1) for i in range(len(turns))]
+        return frequencies * torch.tensor(
+            [1 - r + r / model.rope_factor for r in ramp], dtype=dtype
+        )
     for frequency in frequencies.tolist():
         turns = model.rope_original_length * frequency / (2 * math.pi)
         low, high = model.rope_low_frequency, model.rope_high_frequency
@@ -100,15 +110,21 @@ def plain_layer(x, weights, model, local, segments):
         a, c = x[..., : d // 2], x[..., d // 2 :]
         return torch.cat([a * angle.cos() - c * angle.sin(), c * angle.cos() + a * angle.sin()], -1)
 
-    qkv = plain_linear(
-        plain_norm(x, weights, "input_layernorm", model), weights, "self_attention.linear_qkv"
-    )
+    def norm(x, name):
+        return plain_norm(x, weights, name, model) if f"{name}.weight" in weights else x
+
+    qkv = plain_linear(norm(x, "input_layernorm"), weights, "self_attention.linear_qkv")
     q, k, v = qkv.view(s, b, g, -1).split([n // g * d, d, d], -1)
     q = q.reshape(s, b, n, d)
-    if model.qk_norm:
+    if model.qk_norm_whole:
+        q = norm(q.flatten(2), "self_attention.q_layernorm").view(q.shape)
+        k = norm(k.flatten(2), "self_attention.k_layernorm").view(k.shape)
+    elif model.qk_norm:
         q = plain_norm(q, weights, "self_attention.q_layernorm", model)
         k = plain_norm(k, weights, "self_attention.k_layernorm", model)
     q, k = rope(q), rope(k)
+    if model.rope_scaling == "yarn":
+        q, k = (part * (0.1 * math.log(model.rope_factor) + 1) for part in (q, k))
     k, v = k.repeat_interleave(n // g, 2), v.repeat_interleave(n // g, 2)
     scores = torch.einsum("sbnd,tbnd->bnst", q, k) / (model.attention_divisor or d) ** 0.5
     if model.attention_softcap:
@@ -121,8 +137,8 @@ def plain_layer(x, weights, model, local, segments):
         "bnst,tbnd->sbnd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v
     ).reshape(s, b, n * d)
     y = plain_linear(context, weights, "self_attention.linear_proj")
-    x = x + (plain_norm(y, weights, "self_attn_bda.norm", model) if model.post_norms else y)
-    y = plain_linear(plain_norm(x, weights, "pre_mlp_layernorm", model), weights, "mlp.linear_fc1")
+    x = x + norm(y, "self_attn_bda.norm") * model.residual_multiplier
+    y = plain_linear(norm(x, "pre_mlp_layernorm"), weights, "mlp.linear_fc1")
     if model.activation == "gelu":
         y = nn.functional.gelu(y, approximate="tanh")
     else:
@@ -133,7 +149,7 @@ def plain_layer(x, weights, model, local, segments):
             else nn.functional.gelu(gate, approximate="tanh")
         ) * up
     y = plain_linear(y, weights, "mlp.linear_fc2")
-    return x + (plain_norm(y, weights, "mlp_bda.norm", model) if model.post_norms else y)
+    return x + norm(y, "mlp_bda.norm") * model.residual_multiplier
 
 
 FAMILIES = {
@@ -155,6 +171,14 @@ FAMILIES = {
         "rope_original_length": 16,
         "rope_base": 50.0,
     },
+    "yarn": {
+        "rope_scaling": "yarn",
+        "rope_factor": 8.0,
+        "rope_original_length": 64,
+        "rope_base": 50.0,
+    },
+    "olmo2": {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True},
+    "granite": {"residual_multiplier": 0.2, "attention_divisor": 5.0, "linear_bias": True},
     "gemma": {
         "zero_centred_norm": True,
         "activation": "geglu",
@@ -265,6 +289,15 @@ def test_the_first_stage_scales_embeddings_and_adds_positions(group):
     )
     assert other.positions is None
     assert other(x) is x
+
+
+def test_embeddings_and_logits_are_scaled_as_granite_does(group):
+    model = replace(MODEL, embedding_multiplier=12.0, logit_divisor=6.0, positions="learned")
+    ends = {"first": True, "final_norm": True, "model": model}
+    part, plain = stage(group, range(0), **ends), stage(group, range(0), final_norm=True)
+    x = torch.randn(20, 2, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = plain(12 * x + part.positions[:, None]) / 6
+    assert torch.allclose(part(x), expected, rtol=1e-14, atol=0)
 
 
 def test_positions_start_again_with_every_document(group):

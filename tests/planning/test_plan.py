@@ -450,6 +450,13 @@ def test_sequences_that_cannot_be_split_are_refused(tp, seq_length, device, mess
         plan_step(config, 2 * tp)
 
 
+def test_a_norm_over_all_heads_is_refused_with_tensor_parallelism():
+    config = config_of(2, 4, 100, tp=2)
+    model = replace(config.model, qk_norm=True, qk_norm_whole=True)
+    with pytest.raises(ConfigError, match="qk_norm_whole=true does not go with parallel"):
+        plan_step(replace(config, model=model), 4)
+
+
 def test_splitting_sequences_takes_norms_and_inputs_of_layers_off_every_rank():
     config = config_of(2, 4, 100, tp=2)
     config = replace(config, run=replace(config.run, device="cuda"))

@@ -28,7 +28,9 @@ from vp_train.config import (
     FREE_DATA,
     FREE_MODEL,
     ConfigError,
+    DataConfig,
     LossConfig,
+    ModelConfig,
     RunConfig,
     permission_of,
 )
@@ -40,6 +42,8 @@ Value = TypeVar("Value")
 
 _MOST_TOKENS = 2**60  # that a run uses
 _BATCH = "dp * num_microbatches * micro_batch_size"
+# What a setting was before there was a choice; a new one gets a default that changes nothing.
+_DEFAULTS = {"model": ModelConfig(), "data": DataConfig(), "loss": LossConfig()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +329,8 @@ def _require_same(
     for section, values in ours.items():
         for key, value in values.items():
             before = saved.get(section, {}).get(key)
+            if key not in saved.get(section, {}):  # checkpoints of earlier versions
+                before = getattr(_DEFAULTS.get(section), key, None)
             permission = "batch" if section == "batch" else permission_of(f"{section}.{key}")
             if before == value or permission in allowed:
                 continue

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vp_train.commands.command import Parser, guarded, path_of
 from vp_train.config import ConfigError
 from vp_train.failures import EXIT_OK
 from vp_train.metrics.run_directory import is_original
-from vp_train.settings import run_of, started_from
+from vp_train.settings import override, run_of, started_from
+
+if TYPE_CHECKING:
+    from vp_train.hf.convert import Imported
 
 _SILENT_SECONDS = 10.0  # between two lines of progress
 
@@ -39,16 +45,72 @@ def _import(arguments: Sequence[str]) -> int:
         help="directory with config.json and safetensors files",
     )
     parser.add_argument("target", metavar="DST", type=path_of, help="directory to make")
+    parser.add_argument(
+        "--data",
+        type=path_of,
+        metavar="PATH",
+        help="text for the command that is printed; default: Python's standard library",
+    )
     options = parser.parse_args(arguments)
     from vp_train.hf.convert import import_checkpoint
 
     imported = import_checkpoint(options.source, options.target, progress=_NowAndThen())
-    tokenizer = "" if imported.tokenizer is None else f" data.tokenizer={imported.tokenizer}"
+    print(f"{imported.num_parameters:,} parameters in {imported.checkpoint}")
+    if imported.untied:
+        print(
+            "lm_head.weight is not the embedding, whatever tie_word_embeddings says; imported with "
+            "model.tied_embeddings=false, as transformers reads it"
+        )
+    if imported.tokenizer is None:
+        print(
+            f"{options.source} has no tokenizer.json; put the path of the model's own for "
+            f"{_OWN_TOKENIZER} (transformers makes one: "
+            "AutoTokenizer.from_pretrained(SRC).save_pretrained(DIR))"
+        )
+    print(shlex.join(("vp-train", *_words_to_continue(imported, options.target, options.data))))
     print(
-        f"{imported.num_parameters:,} parameters in {imported.checkpoint}\n"
-        f"vp-train model={imported.model_file} run.init_from={options.target}{tokenizer} ..."
+        "optim.lr is a suggestion, a tenth of what GPT-3 trained a model of this size with"
+        + ("" if options.data else "; data=text data.path=PATH trains on text of your own")
     )
     return EXIT_OK
+
+
+_OWN_TOKENIZER = "TOKENIZER.json"
+# Parameters and the learning rate that GPT-3 models of that size had (arXiv 2005.14165, table 2.1).
+_RATES = (
+    *((125e6, 6e-4), (350e6, 3e-4), (760e6, 2.5e-4), (1.3e9, 2e-4)),
+    *((2.7e9, 1.6e-4), (6.7e9, 1.2e-4), (13e9, 1e-4), (175e9, 0.6e-4)),
+)
+
+
+def _words_to_continue(imported: Imported, target: Path, data: Path | None) -> list[str]:
+    """Return the overrides that train an import further, with a rate for its size."""
+    size = imported.num_parameters
+    rate = next((rate for most, rate in _RATES if size <= most), _RATES[-1][1])
+    tokenizer = _OWN_TOKENIZER if imported.tokenizer is None else str(imported.tokenizer)
+    text = ["data=pystdlib"] if data is None else ["data=text", _word("data.path", str(data))]
+    end = [] if imported.end_token is None else [override("data.end_token", imported.end_token)]
+    return [
+        f"model={imported.model_file}",
+        _word("run.init_from", str(target)),
+        _word("run.name", target.resolve().name),
+        *text,
+        _word("data.tokenizer", tokenizer),
+        *end,
+        f"model.seq_length={imported.model.seq_length}",
+        f"optim.lr={rate / 10:g}",
+        f"parallel.pp={min(2, imported.model.num_layers)}",
+        "parallel.placement=balanced",
+    ]
+
+
+def _word(name: str, value: str) -> str:
+    """Return an override that sets a text, in quotes only where it needs them."""
+    plain = re.fullmatch(r"[A-Za-z./][\w./-]*", value) and value.lower() not in _NO_TEXTS
+    return f"{name}={value}" if plain else override(name, value)
+
+
+_NO_TEXTS = ("true", "false", "null", "nan", "inf", "on", "off", "yes", "no")
 
 
 def _export(arguments: Sequence[str]) -> int:
@@ -104,7 +166,9 @@ def _export(arguments: Sequence[str]) -> int:
             f"{words} was not looked at, since {run_of(options.source)} was copied here and may be "
             "somebody else's; --tokenizer DIR copies a tokenizer"
         )
-    if exported.reach_from is None:
+    if exported.end is not None:
+        print(f"documents of the run end with token {exported.end}, which ends texts here too")
+    if not exported.knows_reach:
         print(
             f"max_position_embeddings={exported.reach} is model.seq_length; "
             "where it reaches further, change config.json"

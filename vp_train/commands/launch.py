@@ -269,9 +269,9 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
 
 
 def _prepare_data(config: RunConfig) -> None:
-    from vp_train.data import prepare_all
+    from vp_train.data import prepare_run
 
-    prepare_all(config.data, config.model.vocab_size, progress=True)
+    prepare_run(config, progress=True)
 
 
 def _import_for_ranks() -> None:

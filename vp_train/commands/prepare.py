@@ -19,8 +19,8 @@ def main() -> None:
 
 
 def _prepare(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
-    from vp_train.data import describe, prepare_all
+    from vp_train.data import describe, prepare_run
 
-    corpora = prepare_all(config.data, config.model.vocab_size, progress=True)
+    corpora = prepare_run(config, progress=True)
     print("\n".join(map(describe, corpora)) or f"data={config.data.name}: nothing to prepare")
     return EXIT_OK

@@ -7,14 +7,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vp_train.data.corpus import Corpus, describe, prepare, prepare_all
+    from vp_train.data.origin import prepare_run
     from vp_train.data.source import Batch, Source, open_source
 
-__all__ = ["Batch", "Corpus", "Source", "describe", "open_source", "prepare", "prepare_all"]
+__all__ = [
+    "Batch",
+    "Corpus",
+    "Source",
+    "describe",
+    "open_source",
+    "prepare",
+    "prepare_all",
+    "prepare_run",
+]
+_HOMES = {"Batch": "source", "Source": "source", "open_source": "source", "prepare_run": "origin"}
 
 
 def __getattr__(name: str) -> object:
     """Import what is asked for: reading documents loads no torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "source" if name in ("Batch", "Source", "open_source") else "corpus"
-    return getattr(import_module(f"{__name__}.{home}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'corpus')}"), name)

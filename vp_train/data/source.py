@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from vp_train.config import ConfigError, RunConfig
-from vp_train.data.corpus import Corpus, headline, prepare_all
+from vp_train.data.corpus import Corpus, headline
 from vp_train.data.indexed import Share, Windows, split_documents
 from vp_train.data.order import SampleOrder, Turns, own_starts, pieces_of
+from vp_train.data.origin import prepare_run
 from vp_train.data.synthetic import SyntheticText
 
 _NO_LOSS = -100  # the output layer ignores this label
@@ -48,6 +49,7 @@ class Source(Protocol):
     entropy: float | None  # the lowest loss any model can reach, in nats; None if unknown
     contents: tuple[str, ...]  # one hash per corpus, of text, tokenizer and settings
     tokenizer: Path | None  # the tokenizer.json of the text; None if nothing was tokenized
+    end_token: int | None  # the id that ends every document; None if nothing was tokenized
 
     def train_batch(
         self, start: int, num_microbatches: int, dp_rank: int = 0, dp_size: int = 1
@@ -74,7 +76,7 @@ def open_source(config: RunConfig) -> Source:
     """
     if config.data.name == "synthetic":
         return _Synthetic(config)
-    return _Text(config, prepare_all(config.data, config.model.vocab_size, progress=False))
+    return _Text(config, prepare_run(config, progress=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ class _Synthetic:
         self.entropy: float | None = entropy
         self.contents: tuple[str, ...] = ()
         self.tokenizer: Path | None = None
+        self.end_token: int | None = None
         self.description = (
             f"synthetic text over {config.model.vocab_size:,} tokens, entropy {entropy:.4f} nats"
         )
@@ -179,6 +182,7 @@ class _Text:
         self._config = config
         self.contents = tuple(corpus.manifest.content_hash for corpus in corpora)
         self.tokenizer: Path | None = corpora[0].tokenizer
+        self.end_token: int | None = corpora[0].manifest.end_token
         turns = Turns.of(config.data.weights)
         lines = [headline(corpus) for corpus in corpora]
         if len(lines) > 1:

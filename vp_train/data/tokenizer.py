@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vp_train.config import ConfigError
-from vp_train.durable import PointerError, UnreadableError, read_text
+from vp_train.durable import PointerError, UnreadableError, read_bytes, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 _USUAL_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>", "[SEP]")
@@ -46,6 +47,15 @@ def load_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:
     Raises ConfigError if it is broken, or if its own vocabulary has ids of `vocab_size` or above.
     Tokens that were added to it may have such ids, since a text may have none of them.
     """
+    tokenizer = _read(path)
+    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+    if vocab_size is not None and largest >= vocab_size:
+        raise ConfigError(beyond(f"{path} has token ids up to {largest},", largest, vocab_size))
+    return tokenizer
+
+
+def _read(path: Path) -> Tokenizer:
+    """Read a tokenizer.json, without its limits of length.  Raises ConfigError if it is broken."""
     try:
         tokenizer = Tokenizer.from_str(read_text(path, LARGEST_TOKENIZER))
     except PointerError as error:
@@ -56,12 +66,58 @@ def load_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:
         raise
     except BaseException as error:  # a panic in the library is no Exception
         raise ConfigError(f"data.tokenizer={path} is not a tokenizer.json: {error}") from None
-    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
-    if vocab_size is not None and largest >= vocab_size:
-        raise ConfigError(beyond(f"{path} has token ids up to {largest},", largest, vocab_size))
     tokenizer.no_truncation()  # the file may hold limits of the model it was made for
     tokenizer.no_padding()
     return tokenizer
+
+
+def tokenizer_hash(path: Path) -> str:
+    """Return 16 hexadecimal digits that are equal for files of the same tokenizer.
+
+    Limits of length and the layout of the file do not count.  A file that holds no tokenizer has
+    the hash of its bytes.  Raises UnreadableError for a file that cannot be read.
+    """
+    try:
+        content = _read(path).to_str().encode()
+    except ConfigError:
+        content = read_bytes(path, LARGEST_TOKENIZER)
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def end_of(path: Path, name: str | None) -> int | None:
+    """Return the token that ends a document, as `end_token_id`; None for a broken file or none."""
+    try:
+        return end_token_id(_read(path), name)
+    except ConfigError:
+        return None
+
+
+def token_of(path: Path, token_id: int) -> str | None:
+    """Return the text of a token, None for an id or a file that has none."""
+    try:
+        token: str | None = _read(path).id_to_token(token_id)
+    except ConfigError:
+        return None
+    return token
+
+
+def tokenizer_config(path: Path, end: int, *, longest: int, after_end: bool) -> dict[str, object]:
+    """Return what transformers needs beside a tokenizer.json, for its tokenizer_config.json.
+
+    end: the id of the token that ends every document of the training text; it pads too.
+    longest: tokens of a sequence.
+    after_end: whether documents were trained with the end of the one before in sight; then that
+        token also begins a text.
+    """
+    token = _read(path).id_to_token(end)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": token if after_end else None,
+        "eos_token": token,
+        "pad_token": token,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": longest,
+    }
 
 
 def num_ids(tokenizer: Tokenizer) -> int:

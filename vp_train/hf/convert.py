@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -30,19 +30,11 @@ from vp_train.checkpoint.saver import save_stream
 from vp_train.checkpoint.store import CheckpointTensor
 from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
 from vp_train.config import ConfigError, ModelConfig, printable
-from vp_train.durable import (
-    UnreadableError,
-    checkpoint_step,
-    open_regular,
-    plain,
-    read_bytes,
-    read_json,
-    shown,
-    sync,
-    write_new,
-)
-from vp_train.hf.families import config_of, model_of
-from vp_train.hf.names import Entry, entries
+from vp_train.durable import homes, plain, shown, sync
+from vp_train.hf.families import FAMILIES, config_of, model_of
+from vp_train.hf.files import copy, existing, file_in, read_object
+from vp_train.hf.names import OUTPUT, Entry, Names, entries
+from vp_train.hf.tokenizer import GENERATION, TOKENIZER, RunText, find_text, unusual_end
 from vp_train.hf.values import check
 
 DTYPES = {
@@ -51,23 +43,8 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-_MOST_JSON = 64 << 20  # bytes of config.json and of an index
-_MOST_COPIED = 256 << 20  # bytes of a tokenizer's file
-_LFS = b"version https://git-lfs.github.com/"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_TOKENIZER = (
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-    ),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-)
-_GENERATION = "generation_config.json"
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _IGNORED = (
     ".rotary_emb.inv_freq",
     ".attn.bias",
@@ -84,6 +61,8 @@ class Imported:
     checkpoint: Path
     model_file: Path  # the model settings as YAML
     tokenizer: Path | None  # tokenizer.json, None if the source has none
+    end_token: str | None  # data.end_token, where the usual names do not find one
+    untied: bool  # whether config.json ties the output layer, but its weights are others
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +70,9 @@ class Exported:
     """The result of an export."""
 
     files: tuple[str, ...]
-    reach: int  # max_position_embeddings
-    reach_from: Path | None  # the config.json that gives it, None if it is model.seq_length
+    reach: int  # the longest sequence that its config.json allows
+    knows_reach: bool  # False if nothing says more than model.seq_length
+    end: int | None  # the token that ends the documents of the run, None if that is not known
     unfollowed: tuple[str, ...] = ()  # settings of the run that lead elsewhere
 
 
@@ -110,17 +90,22 @@ def import_checkpoint(
     not supported, and for tensors that are missing, unexpected, or of another shape.  Raises
     OSError if `target` cannot be written.
     """
-    config_file = _file_in(source, "config.json")
+    config_file = file_in(source, "config.json")
     if config_file is None:
         raise ConfigError(
             f"{source / 'config.json'} is not there; "
             "give the directory of a model in the format of Hugging Face"
         )
     place = _checked_target(target)
-    model = _model_of_file(source / "config.json", _read_json(config_file))
+    config = read_object(config_file)
+    model = _model_of_file(source / "config.json", config)
     files = _files(source)
     _check_layers(model, len(files), f"{source / 'config.json'}")
-    everything = list(entries(model))
+    names = _names_in(files, FAMILIES[config["model_type"]].names)
+    untied = model.tied_embeddings and _output_differs(files, names)
+    if untied:
+        model = replace(model, tied_embeddings=False)
+    everything = list(entries(model, names))
     described = _checked_tensors(source, files, everything, model)
     ours = [
         Described(f"parameter:{entry.ours}", entry.shape, described[entry.theirs[0]].dtype)
@@ -137,11 +122,19 @@ def import_checkpoint(
         (directory / "model.yaml").write_text(
             "".join(f"{key}: {json.dumps(value)}\n" for key, value in asdict(model).items())
         )
-        copied = _copy(source, directory, ("config.json", *_TOKENIZER, _GENERATION))
+        copied = copy(source, directory, ("config.json", *TOKENIZER, GENERATION))
         checkpoint = target / save_stream(directory, 0, ours, tensors, state).name
     tokenizer = target / "tokenizer.json" if "tokenizer.json" in copied else None
     num_parameters = sum(tensor.num_values for tensor in ours)
-    return Imported(model, num_parameters, checkpoint, target / "model.yaml", tokenizer)
+    return Imported(
+        model,
+        num_parameters,
+        checkpoint,
+        target / "model.yaml",
+        tokenizer,
+        unusual_end(target),
+        untied,
+    )
 
 
 def export_checkpoint(
@@ -178,8 +171,17 @@ def export_checkpoint(
         for name, tensor in file.tensors.items():
             held.setdefault(name, []).append(tensor)
     _check_layers(model, len(held), f"{path}")
-    config = config_of(model)
-    everything = list(entries(model))
+    of_data = settings.get("data", {}).get("tokenizer")
+    unfollowed = []
+    if not follows:
+        unfollowed = [f"data.tokenizer={printable(of_data)}"] if isinstance(of_data, str) else []
+        unfollowed += [f"run.init_from={printable(str(origin))}" for origin in origins[:1]]
+        of_data, origins = None, ()
+    before = [place for origin in origins for place in homes(origin)]
+    beside = list(dict.fromkeys((*homes(source), *homes(path))))
+    config = config_of(model, _model_type([*beside, *before]))
+    model_type = config["model_type"]
+    everything = list(entries(model, FAMILIES[model_type].names))
     for entry in everything:
         _check_held(held.get(f"parameter:{entry.ours}", []), entry, path)
     kinds = {
@@ -191,46 +193,26 @@ def export_checkpoint(
         for entry in everything
         for name, shape in entry.their_shapes.items()
     ]
-    given = [] if tokenizer is None else [_tokenizer_directory(tokenizer)]
-    of_data = settings.get("data", {}).get("tokenizer")
-    unfollowed = []
-    if not follows:
-        unfollowed = [f"data.tokenizer={printable(of_data)}"] if isinstance(of_data, str) else []
-        unfollowed += [f"run.init_from={printable(str(origin))}" for origin in origins[:1]]
-        of_data, origins = None, ()
-    beside = [source, path.parent]
-    # An origin may be a single checkpoint: the files are in the directory of its run or import.
-    before = [
-        origin if checkpoint_step(origin.name) is None else origin.parent for origin in origins
-    ]
-    everywhere = [
-        *given,
-        *beside,
-        *([Path(of_data).expanduser().parent] if isinstance(of_data, str) else []),
-        *before,
-    ]
+    given = None if tokenizer is None else _tokenizer_directory(tokenizer)
+    data = [Path(of_data).expanduser().parent] if isinstance(of_data, str) else []
+    words = find_text(given, beside, [*data, *before], _text_of(settings, model), model_type)
     # max_position_embeddings belongs to the weights.  The tokenizer may be that of another model,
     # so its directory is not searched.
-    reach = _config_in([*beside, *before], config["model_type"], "max_position_embeddings")
-    if reach is not None:
-        config["max_position_embeddings"] = max(
-            model.seq_length, _read_json(reach)["max_position_embeddings"]
-        )
-    special = _config_in(everywhere, config["model_type"], *_SPECIAL)
-    if special is not None:
-        config |= {key: value for key, value in _read_json(special).items() if key in _SPECIAL}
+    reach, is_learned = model.seq_length, model.positions == "learned"
+    said = _config_in([*beside, *before], model_type, "max_position_embeddings")
+    if said is not None and not is_learned:
+        reach = max(reach, read_object(said)["max_position_embeddings"])
+        config["max_position_embeddings"] = reach
+    config |= words.ids
     config["torch_dtype"] = str(next(iter(kinds.values()))).removeprefix("torch.")
     num_bytes = sum(tensor.num_bytes for tensor in theirs)
     tensors = _counted(_exported(path, manifest, everything, kinds, held), num_bytes, progress)
     with _complete(place, num_bytes) as directory:
         _write_shards(directory, theirs, shard_bytes, tensors)
-        for names in (_TOKENIZER, (_GENERATION,)):
-            found = next((near for near in everywhere if _existing(near, names)), None)
-            if found is not None:
-                _copy(found, directory, names)
+        words.write(directory)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     files = tuple(sorted(file.name for file in target.iterdir()))
-    return Exported(files, config["max_position_embeddings"], reach, tuple(unfollowed))
+    return Exported(files, reach, said is not None or is_learned, words.end, tuple(unfollowed))
 
 
 def _checked_target(target: Path) -> Path:
@@ -275,42 +257,6 @@ def _counted(
         progress(f"{done / 1e9:.1f} of {num_bytes / 1e9:.1f} GB written")
 
 
-def _file_in(directory: Path, name: str) -> Path | None:
-    """Return the regular file `name` of a model's directory without links, None if it is absent.
-
-    A link may lead to another file of the directory, or to a blob of the same model, as in the
-    cache of Hugging Face.  Raises ConfigError for any other link, for what is no regular file, and
-    for the pointer of Git LFS to a file that was not fetched.
-    """
-    path = directory / name
-    if not os.path.lexists(path):
-        return None
-    place, root = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
-    blobs = [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else []
-    if not any(place.is_relative_to(inside) for inside in (root, *blobs)):
-        raise ConfigError(
-            f"{path} is a link to {place}, which is outside of {directory}; copy the file there"
-        )
-    try:
-        with open_regular(place, follow=False) as file:
-            is_pointer = file.read(len(_LFS)) == _LFS
-    except (OSError, UnreadableError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if is_pointer:
-        raise ConfigError(f"{path} is a pointer of Git LFS; fetch the file with git lfs pull")
-    return place
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path, _MOST_JSON)
-    except UnreadableError as error:
-        raise ConfigError(str(error)) from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is not a JSON object")
-    return value
-
-
 def _model_of_file(path: Path, config: Mapping[str, Any]) -> ModelConfig:
     """Return the model of a config.json.  Raises ConfigError that names the file, in one line."""
     try:
@@ -332,9 +278,9 @@ def _check_layers(model: ModelConfig, num_tensors: int, where: str) -> None:
 
 def _files(source: Path) -> dict[str, Path]:
     """Return the file of each tensor.  Raises ConfigError if there is none, or only pickles."""
-    if (index := _file_in(source, _INDEX)) is not None:
+    if (index := file_in(source, _INDEX)) is not None:
         names = _weight_map(index)
-        found = {name: _file_in(source, name) for name in sorted(set(names.values()))}
+        found = {name: file_in(source, name) for name in sorted(set(names.values()))}
         absent = [name for name, path in found.items() if path is None]
         if absent:
             raise ConfigError(
@@ -342,7 +288,7 @@ def _files(source: Path) -> dict[str, Path]:
             )
         files = {tensor: found[name] for tensor, name in names.items()}
         return {tensor: path for tensor, path in files.items() if path is not None}
-    if (single := _file_in(source, _SINGLE)) is not None:
+    if (single := file_in(source, _SINGLE)) is not None:
         return dict.fromkeys(_describe(single), single)
     pickles = sorted(path.name for pattern in _PICKLES for path in source.glob(pattern))
     if pickles:
@@ -358,7 +304,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
     Raises ConfigError for any other path, since an index must not lead to files elsewhere.
     """
-    names = _read_json(index).get("weight_map")
+    names = read_object(index).get("weight_map")
     if not isinstance(names, dict):
         raise ConfigError(
             f"{index}: weight_map={json.dumps(names)[:60]} must be an object, "
@@ -371,6 +317,26 @@ def _weight_map(index: Path) -> dict[str, str]:
                 "it must be the name of a file beside the index"
             )
     return names
+
+
+def _names_in(files: Mapping[str, Path], names: Names) -> Names:
+    """Return the names as these files have them: those of a bare decoder have no prefix."""
+    bare = not any(name.startswith(names.prefix) for name in files)
+    return replace(names, prefix="") if bare else names
+
+
+def _output_differs(files: Mapping[str, Path], names: Names) -> bool:
+    """Return whether the files hold an output layer that is not the embedding.
+
+    Like transformers, an import then unties the two, whatever config.json says.  The tensors are
+    compared as they are mapped, in no memory of their own.
+    """
+    found = []
+    for name in (OUTPUT, f"{names.prefix}{names.embedding}.weight"):
+        if name not in files or name not in _describe(files[name]):
+            return False
+        found.append(read_tensor(files[name], name))
+    return found[0].dtype != found[1].dtype or not torch.equal(*found)
 
 
 def _describe(path: Path) -> Mapping[str, Described]:
@@ -402,8 +368,8 @@ def _checked_tensors(
                 f"{name} is {list(found[name].shape)} in {source}, "
                 f"but {list(shape)} by its config.json"
             )
-    # With tied embeddings, lm_head.weight is a copy of the embedding.
-    spare = {"lm_head.weight"} if model.tied_embeddings else set()
+    # With tied embeddings, the output layer is a copy of the embedding.
+    spare = {OUTPUT} if model.tied_embeddings else set()
     every = dict.fromkeys(name for names in held.values() for name in names)
     left = [
         name
@@ -520,7 +486,7 @@ def _write_shards(
 def _tokenizer_directory(path: Path) -> Path:
     """Return the directory of tokenizer files at `path`, which may be one of the files."""
     directory = path.parent if path.is_file() else path
-    if not _existing(directory, _TOKENIZER):
+    if not existing(directory, TOKENIZER):
         raise ConfigError(
             f"--tokenizer {path}: no tokenizer files there; "
             "give the directory of a model, or its tokenizer.json"
@@ -528,37 +494,39 @@ def _tokenizer_directory(path: Path) -> Path:
     return directory
 
 
+def _text_of(settings: Mapping[str, Mapping[str, Any]], model: ModelConfig) -> RunText | None:
+    """Return what the settings of a run say about its text, None for an import or synthetic data.
+
+    Values of another type than a setting has are left out.
+    """
+    data = settings.get("data")
+    if data is None or data.get("synthetic"):
+        return None
+    end = data.get("end_token")
+    after_end = data.get("packing", "none") == "none"
+    return RunText(end if isinstance(end, str) else None, after_end, model.seq_length)
+
+
+def _model_type(directories: Sequence[Path]) -> str | None:
+    """Return the model_type of the first config.json, None if there is none."""
+    for directory in directories:
+        path = file_in(directory, "config.json")
+        if path is not None:
+            value = read_object(path).get("model_type")
+            return value if isinstance(value, str) else None
+    return None
+
+
 def _config_in(directories: Sequence[Path], model_type: str, *keys: str) -> Path | None:
     """Return the first config.json with this model type that sets any of `keys`."""
     for directory in directories:
-        path = _file_in(directory, "config.json")
-        config = {} if path is None else _read_json(path)
+        path = file_in(directory, "config.json")
+        config = {} if path is None else read_object(path)
         is_same_type = config.get("model_type") == model_type
         if is_same_type and any(config.get(key) is not None for key in keys):
             check(config, f"{path}: ")
             return path
     return None
-
-
-def _existing(directory: Path, names: Sequence[str]) -> dict[str, Path]:
-    """Return those of `names` that are files in `directory`, with their places."""
-    found = {name: _file_in(directory, name) for name in names}
-    return {name: path for name, path in found.items() if path is not None}
-
-
-def _copy(source: Path, target: Path, names: Sequence[str]) -> list[str]:
-    """Copy those of `names` that are files in `source`, and return their names."""
-    existing = _existing(source, names)
-    for name, path in existing.items():
-        size = path.stat().st_size
-        if size > _MOST_COPIED:
-            raise ConfigError(f"{path} has {size:,} bytes, which is too many for such a file")
-        try:
-            content = read_bytes(path, _MOST_COPIED)
-        except UnreadableError as error:
-            raise ConfigError(str(error)) from None
-        write_new(target / name, [content])
-    return list(existing)
 
 
 @contextmanager

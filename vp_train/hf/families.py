@@ -6,11 +6,13 @@ does not give the same model, the family cannot express the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vp_train.config import ConfigError, ModelConfig
+from vp_train.hf.names import GPT2, LLAMA, PHI3, Names
 from vp_train.hf.values import check
 from vp_train.model.shape import head_size
 
@@ -26,12 +28,19 @@ class Family:
 
     `defaults` apply to keys that config.json lacks.  `read` and `write` translate only what the
     families do not have in common.
+
+    names: those of its tensors.
+    renamed: its own names for the keys of config.json that others have in common.
+    lacks: keys of the others that it does not have.
     """
 
     architecture: str
     defaults: Settings
     read: Callable[[Mapping[str, Any]], Settings]
     write: Callable[[ModelConfig], Settings]
+    names: Names = LLAMA
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    lacks: tuple[str, ...] = ()
 
 
 def model_of(config: Mapping[str, Any]) -> ModelConfig:
@@ -52,12 +61,15 @@ def model_of(config: Mapping[str, Any]) -> ModelConfig:
     given = {
         key: value
         for key, value in config.items()
-        if value is not None or key.endswith("softcapping")
+        if value is not None or key.endswith("softcapping") or key == "sliding_window"
     }
+    own = {common: name for name, common in family.renamed.items()}
+    given = {family.renamed.get(key, key): value for key, value in given.items()}
     try:
         return _read(family, family.defaults | given)
     except KeyError as error:
-        raise ConfigError(f"config.json has no {error.args[0]}") from None
+        missing = error.args[0]
+        raise ConfigError(f"config.json has no {own.get(missing, missing)}") from None
 
 
 def _read(family: Family, config: Mapping[str, Any]) -> ModelConfig:
@@ -82,20 +94,30 @@ def _read(family: Family, config: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**settings | family.read(config))
 
 
-def config_of(model: ModelConfig) -> Settings:
-    """Return a config.json for this model.
+def config_of(model: ModelConfig, model_type: str | None = None) -> Settings:
+    """Return a config.json for this model, of `model_type` if that can express it.
 
     Raises ConfigError if no supported architecture has this model.  It names the nearest one and
     the settings that it lacks.
     """
     nearest: tuple[str, list[str]] | None = None
-    for name, family in FAMILIES.items():
+    for name in sorted(FAMILIES, key=lambda name: name != model_type):
+        family = FAMILIES[name]
+        own = {common: key for key, common in family.renamed.items()}
+        common = {
+            own.get(key, key): value
+            for key, value in _common(model).items()
+            if key not in family.lacks
+        }
         config = (
             {"architectures": [family.architecture], "model_type": name}
-            | _common(model)
+            | common
             | family.write(model)
         )
-        missing = _differences(model, model_of(config))
+        try:
+            missing = _differences(model, model_of(config))
+        except ConfigError:  # the family refuses a value that it cannot have
+            continue
         if not missing:
             return config
         if nearest is None or len(missing) < len(nearest[1]):
@@ -147,7 +169,7 @@ def _canonical(model: ModelConfig) -> ModelConfig:
         same |= {"qkv_bias": False}
     if model.rope_scaling == "none":
         same |= {"rope_factor": 1.0}
-    if model.rope_scaling != "llama3":
+    if model.rope_scaling not in ("llama3", "yarn"):
         same |= {
             name: getattr(plain, name)
             for name in ("rope_low_frequency", "rope_high_frequency", "rope_original_length")
@@ -162,6 +184,8 @@ def _canonical(model: ModelConfig) -> ModelConfig:
             "full_attention_every": _every(local),
             "rope_local_base": model.rope_local_base or base,
         }
+    if model.rope_scaling == "yarn" and model.rope_attention_factor is None:
+        same |= {"rope_attention_factor": _attention_factor(model.rope_factor)}
     size = head_size(model)
     divisor = float(size) if model.attention_divisor is None else model.attention_divisor
     return replace(model, head_size=size, attention_divisor=divisor, **same)
@@ -202,10 +226,11 @@ def _rope(config: Mapping[str, Any], layers: str | None = None) -> Settings:
     transformers 5 has them in rope_parameters, earlier versions in rope_theta and rope_scaling.
     """
     values = config.get("rope_parameters")
-    if values is None:
-        values = {"rope_theta": config["rope_theta"]} | (config.get("rope_scaling") or {})
-    elif layers is not None:
-        values = {"rope_theta": config["rope_theta"]} | (values.get(layers) or {})
+    if layers is not None and values is not None:
+        values = values.get(layers)
+    else:  # where both are given, transformers reads rope_scaling
+        values = config.get("rope_scaling") or values
+    values = {"rope_theta": config["rope_theta"]} | (values or {})
     kind = values.get("rope_type", values.get("type", "default"))
     _refuse(values, "partial_rotary_factor", 1.0, "only whole heads are rotated here")
     settings = {"rope_base": float(values["rope_theta"])}
@@ -222,8 +247,37 @@ def _rope(config: Mapping[str, Any], layers: str | None = None) -> Settings:
                 "rope_high_frequency": float(values["high_freq_factor"]),
                 "rope_original_length": values["original_max_position_embeddings"],
             }
+        case "yarn":
+            return settings | _yarn(values)
         case _:
-            raise ConfigError(f"rope_type={kind} is not supported; default, linear and llama3 are")
+            raise ConfigError(
+                f"rope_type={kind} is not supported; default, linear, llama3 and yarn are"
+            )
+
+
+def _yarn(values: Mapping[str, Any]) -> Settings:
+    _refuse(values, "truncate", True, "the ramp begins and ends at whole indices here")
+    factor = float(values["factor"])
+    given, mscales = (
+        values.get("attention_factor"),
+        (values.get("mscale"), values.get("mscale_all_dim")),
+    )
+    if given is None and all(mscales):
+        above, below = (_attention_factor(factor, mscale) for mscale in mscales if mscale)
+        given = above / below
+    return {
+        "rope_scaling": "yarn",
+        "rope_factor": factor,
+        "rope_low_frequency": float(values.get("beta_slow") or 1),
+        "rope_high_frequency": float(values.get("beta_fast") or 32),
+        "rope_original_length": values["original_max_position_embeddings"],
+        "rope_attention_factor": None if given is None else float(given),
+    }
+
+
+def _attention_factor(factor: float, mscale: float = 1.0) -> float:
+    """Return what YaRN multiplies queries and keys by (arXiv 2309.00071)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _rope_written(model: ModelConfig) -> Settings:
@@ -239,6 +293,16 @@ def _rope_written(model: ModelConfig) -> Settings:
             "high_freq_factor": model.rope_high_frequency,
             "original_max_position_embeddings": model.rope_original_length,
         }
+    elif model.rope_scaling == "yarn":
+        scaling = {
+            "rope_type": "yarn",
+            "factor": model.rope_factor,
+            "beta_slow": model.rope_low_frequency,
+            "beta_fast": model.rope_high_frequency,
+            "original_max_position_embeddings": model.rope_original_length,
+        }
+        if model.rope_attention_factor is not None:
+            scaling["attention_factor"] = model.rope_attention_factor
     return {"rope_theta": model.rope_base, "rope_scaling": scaling}
 
 
@@ -416,6 +480,103 @@ def _sandwich_written(model: ModelConfig) -> Settings:
     }
 
 
+def _read_phi3(config: Mapping[str, Any]) -> Settings:
+    settings = _read_mistral(config)
+    if "rope_scaling" in settings:
+        raise ConfigError(
+            f"rope_type={settings['rope_scaling']} is not supported for phi3, which has default"
+        )
+    return settings
+
+
+def _read_mistral(config: Mapping[str, Any]) -> Settings:
+    """Read what Mistral and Phi-3 share: a window in every layer, if in any."""
+    _activation(config, ("silu",))
+    _refuse(config, "attention_bias", False, f"{config['model_type']} has none")
+    types = set(config.get("layer_types") or ())
+    if len(types) > 1 or (config.get("sliding_window") and "full_attention" in types):
+        raise ConfigError(
+            f"layer_types of {config['model_type']} are not supported: "
+            "transformers gives all its layers the same window"
+        )
+    return {"sliding_window": config.get("sliding_window")} | _rope(config)
+
+
+def _write_mistral(model: ModelConfig) -> Settings:
+    window = {"sliding_window": model.sliding_window}
+    return {"hidden_act": "silu"} | window | _rope_written(model)
+
+
+def _read_olmo2(config: Mapping[str, Any]) -> Settings:
+    _activation(config, ("silu",))
+    _refuse(config, "attention_bias", False, "OLMo 2 has none")
+    norms = {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True}
+    return norms | _rope(config)
+
+
+def _write_silu(model: ModelConfig) -> Settings:
+    return {"hidden_act": "silu"} | _rope_written(model)
+
+
+def _read_granite(config: Mapping[str, Any]) -> Settings:
+    scale = config["attention_multiplier"]
+    if scale <= 0:
+        raise ConfigError(f"attention_multiplier={scale} is not supported; it must be above 0")
+    return _read_llama(config) | {
+        "attention_divisor": _divisor(scale),
+        "embedding_multiplier": float(config["embedding_multiplier"]),
+        "residual_multiplier": float(config["residual_multiplier"]),
+        "logit_divisor": float(config["logits_scaling"]),
+    }
+
+
+def _write_granite(model: ModelConfig) -> Settings:
+    divisor = (
+        float(head_size(model)) if model.attention_divisor is None else model.attention_divisor
+    )
+    exact = divisor**-0.5
+    short = float(f"{exact:.10g}")
+    return _write_llama(model) | {
+        "attention_multiplier": short if _divisor(short) == divisor else exact,
+        "embedding_multiplier": model.embedding_multiplier,
+        "residual_multiplier": model.residual_multiplier,
+        "logits_scaling": model.logit_divisor,
+    }
+
+
+def _divisor(scale: float) -> float:
+    """Return the attention_divisor of scores that are multiplied by `scale`, to 12 digits."""
+    return float(f"{scale**-2.0:.12g}")
+
+
+def _read_gpt2(config: Mapping[str, Any]) -> Settings:
+    _activation(config, ("gelu_new", "gelu_pytorch_tanh"))
+    _refuse(config, "scale_attn_weights", True, "scores are divided by sqrt(head size) here")
+    _refuse(config, "scale_attn_by_inverse_layer_idx", False, "all layers scale scores alike here")
+    _refuse(config, "add_cross_attention", False, "a decoder alone is trained here")
+    return {
+        "activation": "gelu",
+        "ffn_hidden_size": config["intermediate_size"] or 4 * config["hidden_size"],
+        "linear_bias": True,
+        "normalisation": "layernorm",
+        "positions": "learned",
+        "seq_length": config["max_position_embeddings"],  # the rows of a matrix
+    }
+
+
+def _write_gpt2(model: ModelConfig) -> Settings:
+    return {"activation_function": "gelu_new", "n_ctx": model.seq_length}
+
+
+_GPT2_KEYS = {
+    "activation_function": "hidden_act",
+    "layer_norm_epsilon": "rms_norm_eps",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+}
 _DEFAULTS: Settings = {
     "max_position_embeddings": 8192,
     "initializer_range": 0.02,
@@ -478,5 +639,60 @@ FAMILIES: dict[str, Family] = {
         },
         _read_gemma3,
         _write_gemma3,
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        _DEFAULTS
+        | {
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 131_072,
+            "hidden_act": "silu",
+            "sliding_window": 4096,
+        },
+        _read_mistral,
+        _write_mistral,
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        _DEFAULTS | {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu"},
+        _read_phi3,
+        _write_mistral,
+        PHI3,
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        _DEFAULTS | {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu"},
+        _read_olmo2,
+        _write_silu,
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        _DEFAULTS
+        | {
+            "tie_word_embeddings": False,
+            "mlp_bias": False,
+            "attention_multiplier": 1.0,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        _read_granite,
+        _write_granite,
+    ),
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        _DEFAULTS
+        | {
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 1024,
+            "hidden_act": "gelu_new",
+            "intermediate_size": None,
+        },
+        _read_gpt2,
+        _write_gpt2,
+        GPT2,
+        _GPT2_KEYS,
+        ("attention_bias", "attention_dropout", "head_dim", "num_key_value_heads"),
     ),
 }

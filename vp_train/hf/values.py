@@ -38,6 +38,13 @@ _KINDS = {
     ),
     **dict.fromkeys(("sliding_window", "sliding_window_pattern", "max_window_layers"), _WHOLE),
     **dict.fromkeys(("rms_norm_eps", "initializer_range", "query_pre_attn_scalar"), _NUMBER),
+    # GPT-2 has names of its own, Granite its multipliers.
+    **dict.fromkeys(("n_embd", "n_inner", "n_head", "n_positions", "n_ctx"), _WHOLE),
+    "n_layer": _LAYERS,
+    "layer_norm_epsilon": _NUMBER,
+    "activation_function": _TEXT,
+    **dict.fromkeys(("embedding_multiplier", "attention_multiplier"), _NUMBER),
+    **dict.fromkeys(("residual_multiplier", "logits_scaling"), _NUMBER),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), _NUMBER),
     **dict.fromkeys(
         ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), _FLAG
@@ -52,6 +59,10 @@ _KINDS = {
         ("rope_theta", "rope_local_base_freq", "factor", "low_freq_factor", "high_freq_factor"),
         _NUMBER,
     ),
+    **dict.fromkeys(
+        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"), _NUMBER
+    ),
+    "truncate": _FLAG,
     **dict.fromkeys(("rope_type", "type"), _TEXT),
     "original_max_position_embeddings": _WHOLE,
 }

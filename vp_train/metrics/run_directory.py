@@ -10,6 +10,7 @@ import platform
 import secrets
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO
@@ -134,9 +135,13 @@ class RunDirectory:
         with naming(path):
             replace(path, text)  # which replaces a link, too
 
-    def keep_tokenizer(self, path: Path) -> None:
-        """Keep a copy of the tokenizer.json that the text made, where vp-export looks for it."""
+    def keep_tokenizer(self, path: Path, config: Mapping[str, object]) -> None:
+        """Keep a copy of the text's tokenizer.json, where vp-export and run.init_from look for it.
+
+        config: the content of tokenizer_config.json, which names the token that ends documents.
+        """
         self.write("tokenizer.json", path.read_text())
+        self.write("tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     def write_environment(self) -> None:
         """Write env.json: versions, machine, commit and command line."""

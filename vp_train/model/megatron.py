@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from vp_train.config import ModelConfig
 from vp_train.model.attention import Documents, Rule, attend_documents, block_attention
 from vp_train.model.linear import ColumnLinear, RowLinear, SequenceSplit, WeightGradStore
-from vp_train.model.norm import PostNormAdd, ZeroCentredRMSNorm, build_norm
+from vp_train.model.norm import ResidualAdd, WholeRMSNorm, ZeroCentredRMSNorm, build_norm
 from vp_train.model.shape import head_size, is_gated
 from vp_train.quiet import quiet_deprecations, quiet_megatron
 
@@ -115,7 +115,7 @@ def rotary_table(model: ModelConfig, *, local: bool, device: torch.device) -> Te
 def _scaled(frequencies: Tensor, model: ModelConfig) -> Tensor:
     """Return the frequencies for a longer context than the model was trained with first.
 
-    `linear` divides all of them by the factor, `llama3` only the low ones.
+    `linear` divides all of them by the factor, `llama3` and `yarn` only the low ones.
     """
     if model.rope_scaling == "none":
         return frequencies
@@ -123,10 +123,45 @@ def _scaled(frequencies: Tensor, model: ModelConfig) -> Tensor:
     if model.rope_scaling == "linear":
         return slower
     turns = frequencies * model.rope_original_length / (2 * math.pi)
+    if model.rope_scaling == "yarn":
+        return _yarn(frequencies, slower, model)
     kept = (
         (turns - model.rope_low_frequency) / (model.rope_high_frequency - model.rope_low_frequency)
     ).clamp(0, 1)
     return kept * frequencies + (1 - kept) * slower
+
+
+def _yarn(frequencies: Tensor, slower: Tensor, model: ModelConfig) -> Tensor:
+    """Blend frequencies and slower ones by their index, as YaRN does (arXiv 2309.00071).
+
+    The ramp begins and ends at whole indices: those with rope_high_frequency and with
+    rope_low_frequency turns.
+    """
+    size = head_size(model)
+
+    def index(turns: float) -> float:
+        ratio = math.log(model.rope_original_length / (turns * 2 * math.pi))
+        return size * ratio / (2 * math.log(model.rope_base))
+
+    first = max(math.floor(index(model.rope_high_frequency)), 0)
+    last = min(math.ceil(index(model.rope_low_frequency)), size - 1)
+    pairs = torch.arange(len(frequencies), dtype=frequencies.dtype, device=frequencies.device)
+    divided = ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
+    return divided * slower + (1 - divided) * frequencies
+
+
+def _softmax_scale(model: ModelConfig) -> float | None:
+    """Return what scores are multiplied by, None for 1 / sqrt(head_size).
+
+    YaRN multiplies queries and keys by a factor, so scores by its square.
+    """
+    if model.rope_scaling != "yarn":
+        return None if model.attention_divisor is None else model.attention_divisor**-0.5
+    factor = model.rope_attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(model.rope_factor) + 1
+    divisor = head_size(model) if model.attention_divisor is None else model.attention_divisor
+    return float(divisor**-0.5 * factor**2)
 
 
 _MLP = ("layer.pre_mlp_layernorm.", "layer.mlp.", "layer.mlp_bda.")  # parts of a layer's MLP half
@@ -203,6 +238,7 @@ def _build(
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
     on_cpu = device.type == "cpu"
@@ -213,7 +249,7 @@ def _build(
         num_attention_heads=model.num_heads,
         num_query_groups=model.num_query_groups,
         kv_channels=head_size(model),
-        softmax_scale=None if model.attention_divisor is None else model.attention_divisor**-0.5,
+        softmax_scale=_softmax_scale(model),
         ffn_hidden_size=model.ffn_hidden_size,
         normalization=normalisation,
         layernorm_epsilon=model.norm_epsilon,
@@ -263,9 +299,22 @@ def _build(
         parts.input_layernorm = parts.pre_mlp_layernorm = ZeroCentredRMSNorm
         if model.qk_norm:
             attention.q_layernorm = attention.k_layernorm = ZeroCentredRMSNorm
-    if model.post_norms:
+    if model.qk_norm_whole:
+        numbers = (model.num_heads, model.num_query_groups)
+        attention.q_layernorm, attention.k_layernorm = (
+            ModuleSpec(module=WholeRMSNorm, params={"num_heads": number}) for number in numbers
+        )
+    if not model.pre_norms:
+        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+    if model.post_norms or model.residual_multiplier != 1:
         parts.self_attn_bda, parts.mlp_bda = (
-            ModuleSpec(module=PostNormAdd, params={"norm": build_norm(model, dtype, device)})
+            ModuleSpec(
+                module=ResidualAdd,
+                params={
+                    "norm": build_norm(model, dtype, device) if model.post_norms else None,
+                    "multiplier": model.residual_multiplier,
+                },
+            )
             for _ in range(2)
         )
     layer: nn.Module = build_module(spec, config=config, layer_number=1, pg_collection=groups)

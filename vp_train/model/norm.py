@@ -31,6 +31,20 @@ class ZeroCentredRMSNorm(nn.Module):
         return nn.functional.rms_norm(x, self.weight.shape, 1 + self.weight, self._epsilon)
 
 
+class WholeRMSNorm(nn.Module):
+    """The norm of OLMo 2 over all `num_heads` heads of the queries, or of the keys, of a token."""
+
+    def __init__(self, hidden_size: int, eps: float, num_heads: int, **_: object) -> None:
+        super().__init__()
+        self._epsilon = eps
+        self.weight = nn.Parameter(torch.ones(num_heads * hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise over the last two dimensions together: [s, b, heads, d] -> the same."""
+        y = nn.functional.rms_norm(x.flatten(-2), self.weight.shape, self.weight, self._epsilon)
+        return y.view(x.shape)
+
+
 def build_norm(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Return a norm over hidden_size with its initial values."""
     size, epsilon = model.hidden_size, model.norm_epsilon
@@ -41,15 +55,17 @@ def build_norm(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
     return nn.RMSNorm(size, epsilon, dtype=dtype, device=device)
 
 
-class PostNormAdd(nn.Module):
-    """The norm after attention or MLP, and the residual addition.
+class ResidualAdd(nn.Module):
+    """The residual addition, with a norm of what is added or with a multiplier of it.
 
     It takes the place of megatron-core's bias-dropout-add.
+
+    norm: the norm after attention or MLP, None for none.
     """
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module | None, multiplier: float) -> None:
         super().__init__()
-        self.norm = norm
+        self.norm, self._multiplier = norm, multiplier
 
     def forward(
         self, training: bool, fused: bool
@@ -61,5 +77,7 @@ class PostNormAdd(nn.Module):
         self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float
     ) -> Tensor:
         x, bias = x_with_bias
-        normed: Tensor = self.norm(x if bias is None else x + bias)
-        return residual + normed
+        added: Tensor = x if bias is None else x + bias
+        if self.norm is not None:
+            added = self.norm(added)
+        return residual + (added if self._multiplier == 1 else added * self._multiplier)

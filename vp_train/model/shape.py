@@ -62,13 +62,17 @@ def layer_parameters(model: ModelConfig) -> int:
     biases = qkv if model.linear_bias or model.qkv_bias else 0
     if model.linear_bias:
         biases += 2 * h + (2 if is_gated(model) else 1) * model.ffn_hidden_size
-    norms = (4 if model.post_norms else 2) * _norm_parameters(model)
-    return (
-        layer_matrix_parameters(model)
-        + biases
-        + norms
-        + (2 * head_size(model) if model.qk_norm else 0)
-    )
+    of_heads = 0
+    if model.qk_norm:
+        whole = query_size(model) + kv_size(model)
+        of_heads = whole if model.qk_norm_whole else 2 * head_size(model)
+    norms = num_norms(model) * _norm_parameters(model)
+    return layer_matrix_parameters(model) + biases + norms + of_heads
+
+
+def num_norms(model: ModelConfig) -> int:
+    """Return the number of norms over hidden_size in a layer."""
+    return 2 * model.pre_norms + 2 * model.post_norms
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -151,9 +155,7 @@ def layer_activation_bytes(
     if recompute == "full":
         return _input_bytes(model, micro_batch_size, item_bytes) // sequence_ranks
     norm_bytes = (
-        (4 if model.post_norms else 2)
-        * _norm_bytes(model, item_bytes, fused=fused_norms)
-        // sequence_ranks
+        num_norms(model) * _norm_bytes(model, item_bytes, fused=fused_norms) // sequence_ranks
     )
     per_token = (
         2 * model.hidden_size // sequence_ranks
@@ -216,7 +218,8 @@ def embedding_activation_bytes(model: ModelConfig, micro_batch_size: int, item_b
 
     That is its input, if scaling or learned positions make it differ from the first layer's input.
     """
-    changed = model.embedding_scale or model.positions == "learned"
+    scaled = model.embedding_scale or model.embedding_multiplier != 1
+    changed = scaled or model.positions == "learned"
     return _input_bytes(model, micro_batch_size, item_bytes) if changed else 0
 
 

@@ -88,6 +88,7 @@ class Stage(nn.Module):
         for index, layer in self.layers.items():
             self._initialise(f"layers.{index}.", layer, model, _generator(seed, f"layer {index}"))
         self.final_norm = build_norm(model, dtype, device) if final_norm else None
+        self._divisor = model.logit_divisor
         self._register_input(model, dtype, device, seed if first else None)
         self._register_angles(model, device)
         self.partial = self._partial_parameters(group.size(), split_sequences)
@@ -118,9 +119,12 @@ class Stage(nn.Module):
     ) -> None:
         """Register what the first stage does to the embeddings; `seed` is None on the others."""
         scale = positions = None
-        if seed is not None and model.embedding_scale:
+        factor = model.embedding_multiplier
+        if model.embedding_scale:
+            factor *= model.hidden_size**0.5
+        if seed is not None and factor != 1:
             # Rounded to the compute dtype, as in the published models.
-            scale = torch.tensor(model.hidden_size**0.5, dtype=dtype, device=device)
+            scale = torch.tensor(factor, dtype=dtype, device=device)
         if seed is not None and model.positions == "learned":
             values = torch.randn(
                 model.seq_length, model.hidden_size, generator=_generator(seed, "positions")
@@ -176,6 +180,8 @@ class Stage(nn.Module):
             x = layer(x, None if angles is None else angles[:num_tokens], documents)
         if self.final_norm is not None:
             x = self.final_norm(x)
+            if self._divisor != 1:
+                x = x / self._divisor  # the output layer is linear, so this divides the logits
         return x if self._joins_output is None else join_sequence(x, self._joins_output)
 
     def _pass_middle(self, number: int, x: Tensor) -> None:

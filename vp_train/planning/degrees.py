@@ -97,6 +97,11 @@ def check_tensor_split(model: ModelConfig, tp: int, *, sequences: bool = False) 
             "parallel.sequence_parallel=true has nothing to split over with parallel.tp=1; "
             "drop it, or raise tp"
         )
+    if model.qk_norm_whole and tp > 1:
+        raise ConfigError(
+            f"model.qk_norm_whole=true does not go with parallel.tp={tp}, because the norm needs "
+            "all heads on one rank; use parallel.tp=1, and a larger parallel.pp"
+        )
     for name in (
         "num_heads",
         "num_query_groups",

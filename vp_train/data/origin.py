@@ -1,0 +1,71 @@
+"""The text of a run whose weights come from elsewhere: it needs the tokenizer they know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vp_train.config import ConfigError, RunConfig
+from vp_train.data.corpus import Corpus, prepare_all
+from vp_train.data.tokenizer import tokenizer_hash
+from vp_train.durable import UnreadableError, checkpoints_in, homes
+
+
+def prepare_run(config: RunConfig, progress: bool) -> tuple[Corpus, ...]:
+    """Prepare the corpora of a run, like `prepare_all`, with the tokenizer of its first weights.
+
+    Raises ConfigError, if possible before anything is prepared, for text that is tokenized by
+    another tokenizer than the one beside the weights of run.init_from.  Weights of a run on
+    synthetic data have none.
+    """
+    origin = _origin(config)
+    kept = None if origin is None else _find(origin, "tokenizer.json")
+    wanted = "or data.other_tokenizer=true if another one is wanted"
+    if origin is not None and _find(origin, "model.yaml") and config.data.tokenizer is None:
+        if kept is None:
+            raise ConfigError(
+                f"run.init_from={origin} is an import without a tokenizer.json; "
+                f"give data.tokenizer=FILE, the one that its weights know, {wanted}"
+            )
+        if config.data.name != "blend" and not _is_prepared(config):
+            raise ConfigError(
+                f"the weights of run.init_from={origin} do not know a tokenizer that is trained "
+                f"on this text; add data.tokenizer={kept}, {wanted}"
+            )
+    elif kept is not None and config.data.tokenizer is not None:
+        _require_same(Path(config.data.tokenizer).expanduser(), kept, wanted)
+    corpora = prepare_all(config.data, config.model.vocab_size, progress)
+    if kept is not None and corpora:
+        _require_same(corpora[0].tokenizer, kept, wanted)
+    return corpora
+
+
+def _origin(config: RunConfig) -> Path | None:
+    """Return where the weights come from, None if they are new, or the run has gone on since."""
+    run, data = config.run, config.data
+    if run.init_from is None or data.other_tokenizer or data.name == "synthetic":
+        return None
+    if run.resume and checkpoints_in(run.checkpoints):
+        return None  # its text is compared with that of its checkpoint
+    return Path(run.init_from).expanduser()
+
+
+def _find(origin: Path, name: str) -> Path | None:
+    """Return the file `name` of a run or an import, or of the one that a checkpoint is in."""
+    return next((path / name for path in homes(origin) if (path / name).is_file()), None)
+
+
+def _is_prepared(config: RunConfig) -> bool:
+    path = config.data.path
+    return path is not None and (Path(path).expanduser() / "tokens.idx").is_file()
+
+
+def _require_same(ours: Path, kept: Path, wanted: str) -> None:
+    try:
+        hashes = [tokenizer_hash(path) for path in (ours, kept)]
+    except UnreadableError as error:
+        raise ConfigError(f"data.tokenizer={error}; give the path of a tokenizer.json") from None
+    if hashes[0] != hashes[1]:
+        raise ConfigError(
+            f"the text is tokenized by {ours} (hash {hashes[0]}), but the weights of run.init_from "
+            f"know {kept} (hash {hashes[1]}); give data.tokenizer={kept}, {wanted}"
+        )
