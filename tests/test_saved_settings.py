@@ -329,9 +329,9 @@ def test_a_run_that_is_not_there_is_said_to_begin(started):
 def test_a_checkpoint_from_before_a_setting_has_its_default():
     ours = {"model": asdict(ModelConfig()), "loss": asdict(LossConfig())}
     before = {"model": {"num_layers": ModelConfig().num_layers}}
-    _require_same(before, ours, Path("step-00000001"))
+    _require_same(before, ours, Path("step-00000001"), ())
     ours["model"]["pre_norms"] = False
     with pytest.raises(
         ConfigError, match=r"was saved with model\.pre_norms=true, this run has false"
     ):
-        _require_same(before, ours, Path("step-00000001"))
+        _require_same(before, ours, Path("step-00000001"), ())
