@@ -172,7 +172,8 @@ def other_run(config, **changes):
             lambda c: replace(c, micro_batch_size=1),
             CONTENTS,
             "with parallel.dp * num_microbatches * micro_batch_size=6, this run has 3; use the "
-            "same value, or give run.allow=[batch]; where parallel.dp is not set, it follows from the number of ranks",
+            "same value, or give run.allow=[batch]; where parallel.dp is not set, it follows from "
+            "the number of ranks",
         ),
         (
             lambda c: replace(c, run=replace(c.run, dtype="float64")),
