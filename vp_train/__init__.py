@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vp_train.commands.simulate import simulate_step as simulate
-    from vp_train.scoring import OpenRun, open_run, score
+    from vp_train.inference.generation import generate
+    from vp_train.inference.opening import OpenRun, open_run
+    from vp_train.inference.scoring import score
     from vp_train.settings import load_config
 
-__all__ = ["OpenRun", "load_config", "open_run", "score", "simulate"]
+__all__ = ["OpenRun", "generate", "load_config", "open_run", "score", "simulate"]
 
 _HOMES = {
     "load_config": ("vp_train.settings", "load_config"),
     "simulate": ("vp_train.commands.simulate", "simulate_step"),
-    "OpenRun": ("vp_train.scoring", "OpenRun"),
-    "open_run": ("vp_train.scoring", "open_run"),
-    "score": ("vp_train.scoring", "score"),
+    "OpenRun": ("vp_train.inference.opening", "OpenRun"),
+    "open_run": ("vp_train.inference.opening", "open_run"),
+    "generate": ("vp_train.inference.generation", "generate"),
+    "score": ("vp_train.inference.scoring", "score"),
 }
 
 

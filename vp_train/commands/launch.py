@@ -258,7 +258,7 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
             f"vocab.algorithm={plan.problem.algorithm.name}",
         ]
     if starts_by_fork(config):
-        _import_for_ranks()
+        import_for_ranks()
     from vp_train.communication.nccl import require_gpu
 
     require_gpu(config.run)
@@ -274,7 +274,7 @@ def _prepare_data(config: RunConfig) -> None:
     prepare_run(config, progress=True)
 
 
-def _import_for_ranks() -> None:
+def import_for_ranks() -> None:
     """Import once what every rank needs, for ranks that are copies of this process."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as ranks on a CPU do, before torch looks
     quiet_deprecations()

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vp_train.commands.command import Parser, guarded, path_of
+from vp_train.commands.command import Parser, guarded
+from vp_train.commands.opened import Work, parser_of, run_opened
 from vp_train.config import ConfigError, printable
-from vp_train.failures import EXIT_OK
 
 if TYPE_CHECKING:
     from vp_train.data.documents import Document
-    from vp_train.scoring import OpenRun
+    from vp_train.inference.opening import OpenRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,95 +71,125 @@ def main() -> None:
 
 
 def _score(arguments: Sequence[str]) -> int:
-    options = _parser().parse_args(arguments)
-    documents = _documents(options.file, options.field, by_line=options.lines)
-    from vp_train.scoring import open_run
+    options = _parser().parse_intermixed_args(arguments)
+    if not options.file.exists():
+        raise ConfigError(f"{options.file} does not exist; give a file of text, or a directory")
 
-    run = open_run(options.run, device=options.device, dtype=options.dtype)
-    print(f"{run.checkpoint}, {run.config.run.dtype}", file=sys.stderr, flush=True)
-    if not options.json:
+    if (
+        next(documents_of(options.file, options.field, by_line=options.lines, warn=True), None)
+        is None
+    ):
+        raise ConfigError(f"{options.file} holds no text; --field names the field that has it")
+
+    def body(run: OpenRun, is_first: bool) -> None:
+        documents = documents_of(options.file, options.field, by_line=options.lines, warn=is_first)
+        _print_scores(run, documents, options, is_first)
+
+    return run_opened(Work("vp-score", __name__, body), options, arguments)
+
+
+def _print_scores(
+    run: OpenRun, documents: Iterable[Document], options: argparse.Namespace, is_first: bool
+) -> None:
+    """Print the score of every document and of all; only the first of the ranks prints."""
+
+    def show(score: Score) -> None:
+        if is_first:
+            print(score.as_json() if options.json else score.line(), flush=True)
+
+    if is_first and not options.json:
         print(_HEADING, flush=True)
     total = Score("all", 0, 0, 0.0)
-    for document in documents:
-        found = score_document(run, document)
+    for found in score_documents(run, documents, options.context):
+        show(found)
         total = Score(
             total.document,
             total.tokens + found.tokens,
             total.bytes + found.bytes,
             total.logprob + found.logprob,
         )
-        print(found.as_json() if options.json else found.line(), flush=True)
-    print(total.as_json() if options.json else total.line(), flush=True)
-    return EXIT_OK
+    show(total)
 
 
 def _parser() -> Parser:
-    parser = Parser(
+    parser = parser_of(
         "vp-score",
-        description="scores text with the model and the tokenizer of a run, in one process, "
-        "whatever the layout of the run",
-    )
-    parser.add_argument(
-        "run", metavar="RUN", type=path_of, help="directory of a run or of one of its checkpoints"
-    )
-    parser.add_argument(
-        "file",
-        metavar="FILE",
-        type=path_of,
-        help=".jsonl, .parquet: one document a line or row; else a text; also .gz, .zst",
+        "scores text with the model and the tokenizer of a run, on any layout\n\n"
+        "Every token but the first of a document is scored once.  A document of more than\n"
+        "model.seq_length tokens is scored in windows; see --context.",
+        ("FILE", "text, .jsonl or a table, as vp-prepare reads them; or a directory of them"),
     )
     parser.add_argument(
         "--lines", action="store_true", help="each line of a text that is not blank is a document"
     )
     parser.add_argument(
-        "--field", default="text", help="field of a .jsonl line with the text (text)"
+        "--field", default="text", help="field of a .jsonl line, or column, with the text (text)"
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tokens before a scored one that its window has at least, where the document has as "
+        "many; more windows overlap and take longer (1)",
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON for each document")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (cpu)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float64", "float32", "float16", "bfloat16"),
-        help="what to compute in; default: as the run did",
-    )
     return parser
 
 
-def _documents(path: Path, field: str, *, by_line: bool) -> Iterator[Document]:
-    """Return the documents of a file.  Raises ConfigError if it is not a file, or has none."""
+def documents_of(path: Path, field: str, *, by_line: bool, warn: bool) -> Iterator[Document]:
+    """Return the documents of a file or a directory; `warn` says what is left out."""
+    from vp_train.config import DataConfig
     from vp_train.data.documents import read_documents
-    from vp_train.data.files import kind_of
+    from vp_train.data.files import find_files, kind_of
 
-    if not path.is_file():
-        raise ConfigError(f"{path} is not a file; give a text or a .jsonl file")
-    found = read_documents([path], field, warn=True)
-    first = next(found, None)  # before the model is loaded
-    if first is None:
-        raise ConfigError(f"{path} holds no text; --field names the field that has it")
-    whole = chain([first], found)
-    if not by_line or kind_of(path) != "text":
-        return whole
-    return _lines(whole)
+    files = [path] if path.is_file() else find_files(DataConfig(name="text", path=str(path)))
+    for document in read_documents(files, field, warn=warn):
+        origin = Path(document.origin)
+        if by_line and origin in files and kind_of(origin) == "text":
+            yield from _lines(document)
+        else:
+            yield document
 
 
-def _lines(documents: Iterator[Document]) -> Iterator[Document]:
+def _lines(document: Document) -> Iterator[Document]:
+    """Yield the lines of a text that are not blank; they end with a newline or CRLF."""
     from vp_train.data.documents import Document
 
-    for document in documents:
-        for number, line in enumerate(document.text.splitlines(), start=1):
+    number, rest = 0, ""
+    for part in chain(document.parts, ("\n",)):
+        *lines, rest = (rest + part).split("\n")
+        for line in lines:
+            number += 1
             if line.strip():
-                yield Document(f"{document.origin}:{number}", line)
+                yield Document(f"{document.origin}:{number}", (line.removesuffix("\r"),))
 
 
-def score_document(run: OpenRun, document: Document) -> Score:
-    """Return the score of a document.  Raises ConfigError where the run has no tokenizer."""
+def score_documents(
+    run: OpenRun, documents: Iterable[Document], context: int = 1
+) -> Iterator[Score]:
+    """Yield the score of every document.  Collective over the ranks of `run`.
+
+    So many documents are read at a time as keep all ranks busy.  Raises ConfigError where the run
+    has no tokenizer.
+    """
     import torch
 
-    from vp_train.scoring import encode, score
+    from vp_train.inference.opening import encode
+    from vp_train.inference.scoring import score, sequences_of
 
-    encoding = encode(run, document.text)
-    if len(encoding.ids) < 2:
-        return Score(document.origin, 0, 0, 0.0)
-    (logprobs,) = score(run, [torch.tensor(encoding.ids)])
-    predicted = document.text[encoding.offsets[0][1] :]
-    total = float(logprobs.to(torch.float64).sum())
-    return Score(document.origin, len(logprobs), len(predicted.encode()), total)
+    wanted, rest = sequences_of(run), iter(documents)
+    while taken := list(islice(rest, wanted)):
+        texts = [document.text for document in taken]
+        encodings = [encode(run, text) for text in texts]
+        found = score(
+            run, [torch.tensor(each.ids, dtype=torch.int64) for each in encodings], context=context
+        )
+        for document, text, encoding, logprobs in zip(taken, texts, encodings, found, strict=True):
+            predicted = text[encoding.offsets[0][1] :] if len(logprobs) else ""
+            total = float(logprobs.to(torch.float64).sum())
+            yield Score(document.origin, len(logprobs), len(predicted.encode()), total)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,7 @@ from vp_train.pipeline.comms import Comms, Delivery
 from vp_train.tensors.precision import statistics_dtype
 from vp_train.tensors.streams import Mark, streams_of
 from vp_train.vocab.input import InputLayer, InputStep
-from vp_train.vocab.loss import token_weights
+from vp_train.vocab.loss import IGNORE_INDEX, token_weights
 from vp_train.vocab.output import OutputLayer, OutputStep, Targets
 
 
@@ -255,6 +255,23 @@ class Executor:
         losses = self._run(tokens, labels, nothing, BLIND, segments)
         return None if losses is None else -losses
 
+    def hidden(self, tokens: Tensor, positions: Tensor) -> Tensor | None:
+        """Return the output of the final norm at one token of each sequence: [m, b, H].
+
+        `positions` [m, b], int64, says at which.  None on ranks without output rows.  Collective
+        and restricted as `logprobs`.
+        """
+        assert self._program.forward_only
+        m, b, s = tokens.shape
+        found: dict[int, Tensor] = {}
+        nothing = torch.zeros(tokens.shape)
+        labels = torch.full_like(tokens, IGNORE_INDEX)
+        if self._run(tokens, labels, nothing, BLIND, None, outputs_of=found) is None:
+            return None
+        x = torch.stack([found[i].view(s, b, -1) for i in range(m)])
+        microbatch, sequence = torch.meshgrid(torch.arange(m), torch.arange(b), indexing="ij")
+        return x[microbatch, positions, sequence]
+
     def _run(
         self,
         tokens: Tensor,
@@ -263,10 +280,12 @@ class Executor:
         observer: Observer,
         segments: Tensor | None,
         placed: PlacedBatch | None = None,
+        outputs_of: dict[int, Tensor] | None = None,
     ) -> Tensor | None:
         """Run the program; return the losses of all tokens [m, b, s], or None.
 
-        `weights` [m, b, s] are dL/d(token loss).
+        `weights` [m, b, s] are dL/d(token loss).  `outputs_of` gets the input x [T, H] of the
+        output layer by microbatch.
         """
         m, b, s = tokens.shape
         program, modules = self._program, self._modules
@@ -294,6 +313,7 @@ class Executor:
             segments=segments,
             shape=(s // modules.sequence_parts, b, modules.hidden_size),
             trains=not program.forward_only,
+            outputs_of=outputs_of,
         )
         for op in program.ranks[self._rank]:
             self.operation = op
@@ -316,10 +336,12 @@ class _Step:
         segments: Tensor | None,
         shape: tuple[int, int, int],
         trains: bool,
+        outputs_of: dict[int, Tensor] | None,
     ) -> None:
         self._modules, self._comms, self._observer = modules, comms, observer
         self._inputs, self._outputs = inputs, outputs
         self._segments, self._shape, self._trains = segments, shape, trains
+        self._outputs_of = outputs_of
         self._tensors: Buffers[Tensor] = Buffers()
         self._arriving: Buffers[Pending] = Buffers()
         self._delivering: Buffers[Delivery] = Buffers()
@@ -436,6 +458,8 @@ class _Step:
 
     def _softmax(self, item: Pass) -> None:
         x = self._tensors.take("x", Payload.ACTIVATIONS, item.microbatch)
+        if self._outputs_of is not None:
+            self._outputs_of[item.microbatch] = x
         self._output.s(item.microbatch, x, keep=self._trains)
 
     def _weight_grad(self, item: Pass) -> None:

@@ -1,0 +1,137 @@
+"""The settings with which the model of a run is opened: its own, in a layout of the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vp_train.config import (
+    ConfigError,
+    CostConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    VocabConfig,
+)
+from vp_train.planning.degrees import Degrees, split_ranks
+from vp_train.settings import load_config, override
+
+_COUNTING = (
+    *("parallel.pp", "parallel.dp", "parallel.tp"),
+    *("parallel.placement", "parallel.layers_per_stage"),
+    *("vocab", "vocab.algorithm", "vocab.backend", "vocab.shards"),
+    *("model.seq_length", "data.tokenizer", "data.end_token", "run.comm_backend"),
+    *("run.timeout_seconds", "run.world_timeout_seconds"),
+)
+_DEGREES = ("parallel.pp", "parallel.dp", "parallel.tp")
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """The settings of an opened run, and where its weights are looked for.
+
+    directory: that of the run, or of one of its checkpoints.
+    """
+
+    config: RunConfig
+    directory: Path
+    degrees: Degrees
+
+    @property
+    def run(self) -> Path:
+        """The directory of the run."""
+        return _run_of(self.directory)
+
+
+def opening_of(
+    directory: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    num_ranks: int | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    fills: bool = True,
+) -> Opening:
+    """Return the settings of a run for `num_ranks` ranks that evaluate its model.
+
+    overrides: settings as for vp-train; those that do not count are refused.
+    num_ranks: of the job, in which the run's own layout counts, with as many replicas as fit; None
+        before ranks are started, where the degrees are 1 but for `overrides`.
+    dtype: what to compute in, as run.dtype; None: as the run did.
+    fills: whether each replica evaluates as many microbatches together as fill its pipeline;
+        otherwise one.
+
+    Raises ConfigError where there is no run, and for settings that do not fit.
+    """
+    path = Path(directory).expanduser().absolute()
+    run = _run_of(path)
+    if not run.is_dir():
+        raise ConfigError(f"{run} is not a directory; give that of a run")
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run} has no config.yaml; give the directory of a run")
+    names = {word.partition("=")[0] for word in overrides}
+    for name in sorted(names - set(_COUNTING)):
+        raise ConfigError(f"{name} does not count here; these do: {', '.join(_COUNTING)}")
+    given = names.intersection(_DEGREES)
+    words = [override("run.root", str(run.parent)), override("run.name", run.name)]
+    words += ["run.resume=true"]
+    if num_ranks is None or num_ranks == 1:
+        words += [f"{name}=1" for name in _DEGREES if name not in given]
+    elif "parallel.dp" not in given:
+        words += ["parallel.dp=null"]
+    config = load_config([*words, *overrides])
+    if num_ranks is None:
+        degrees = Degrees(config.parallel.dp or 1, config.parallel.pp or 1, config.parallel.tp)
+    else:
+        degrees = split_ranks(config.parallel, num_ranks)
+    config = _evaluating(config, degrees, names, device, dtype)
+    count = degrees.dp * (degrees.pp if fills else 1)
+    config = replace(config, run=replace(config.run, eval_microbatches=count))
+    return Opening(config, path, degrees)
+
+
+def _run_of(path: Path) -> Path:
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
+def _evaluating(
+    config: RunConfig, degrees: Degrees, given: set[str], device: str, dtype: str | None
+) -> RunConfig:
+    """Return the settings without what only training needs, or what another layout would not fit.
+
+    `given` are the names of the settings that the caller has chosen.
+    """
+    run = replace(
+        config.run,
+        device=device,
+        comm_backend="gloo" if degrees.num_ranks == 1 else config.run.comm_backend,
+        dtype=dtype or config.run.dtype,
+        resume=False,
+        init_from=None,
+        profile_steps=(),
+    )
+    is_split = degrees.pp * degrees.tp > 1
+    vocab = replace(config.vocab, balance=False)
+    if "vocab.shards" not in given:
+        vocab = replace(vocab, shards=None)
+    if vocab.algorithm == "auto":
+        vocab = replace(vocab, algorithm=VocabConfig().algorithm)
+    own = config.parallel
+    return replace(
+        config,
+        run=run,
+        parallel=ParallelConfig(
+            pp=degrees.pp,
+            dp=degrees.dp,
+            tp=degrees.tp,
+            placement=own.placement if "parallel.placement" in given else "even",
+            layers_per_stage=own.layers_per_stage if "parallel.layers_per_stage" in given else None,
+        ),
+        schedule=ScheduleConfig(),
+        vocab=vocab if is_split else VocabConfig("none"),
+        optim=replace(config.optim, name="adamw", offload=False),
+        cost=CostConfig(),
+        num_microbatches=1,
+        micro_batch_size=1,
+    )

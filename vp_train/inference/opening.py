@@ -1,0 +1,102 @@
+"""The model of a run, opened by one process or by all ranks of a job together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from vp_train.assembly import RankModel, build_rank
+from vp_train.checkpoint.store import find
+from vp_train.checkpoint.training import load_weights
+from vp_train.config import ConfigError, RunConfig
+from vp_train.data.tokenizer import beyond, end_token_id, load_tokenizer
+from vp_train.inference.layout import Opening, opening_of
+from vp_train.mesh import Mesh, build_mesh
+from vp_train.planning.plan import make_plan
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRun:
+    """The model of a run: whole on this process, or this rank's share of it.
+
+    checkpoint: where its weights were read.
+    tokenizer: None where the run had none, as on synthetic data.
+    mesh: the ranks that have the model together.  All of them make the same calls.
+    """
+
+    config: RunConfig
+    checkpoint: Path
+    tokenizer: Tokenizer | None
+    model: RankModel
+    mesh: Mesh
+
+    @property
+    def end_token(self) -> int | None:
+        """The id of the token that ends a document; None if the tokenizer has none."""
+        if self.tokenizer is None:
+            return None
+        data = self.config.data
+        try:
+            return end_token_id(self.tokenizer, data.end_token, self.config.model.vocab_size)
+        except ConfigError:
+            return None
+
+
+def open_run(directory: str | Path, *, device: str = "cpu", dtype: str | None = None) -> OpenRun:
+    """Load the newest checkpoint of a run, or the one at `directory`, of any layout.
+
+    `dtype`: what to compute in, as run.dtype; None: as the run did.  In a job of several ranks,
+    whose default process group exists, all of them call this; the layout is then the run's own,
+    with as many replicas as fit.  Raises ConfigError where there is no checkpoint, where there are
+    no settings, or where the ranks do not fit the layout.
+    """
+    num_ranks = dist.get_world_size() if dist.is_initialized() else None
+    return opened(opening_of(directory, num_ranks=num_ranks, device=device, dtype=dtype))
+
+
+def opened(opening: Opening) -> OpenRun:
+    """Load the model with these settings.  Collective over the default group of their ranks.
+
+    A single process makes that group itself.  Raises ConfigError like `open_run`.
+    """
+    config = opening.config
+    plan = make_plan(config, opening.degrees.num_ranks)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    mesh = build_mesh(plan.degrees, plan.problem, config.run)
+    model = build_rank(config, plan, mesh)
+    checkpoint = find(opening.directory, mesh.world)
+    load_weights(checkpoint, config, model)
+    return OpenRun(config, checkpoint, _tokenizer_of(opening.run, config), model, mesh)
+
+
+def encode(run: OpenRun, text: str) -> Encoding:
+    """Return the tokens of a text.
+
+    Raises ConfigError where the run has no tokenizer, or the model not all of the tokens.
+    """
+    if run.tokenizer is None:
+        raise ConfigError(
+            f"{run.checkpoint}: the run has no tokenizer; give one with data.tokenizer=PATH, or "
+            "token ids instead of text"
+        )
+    encoding = run.tokenizer.encode(text, add_special_tokens=False)
+    largest, vocab_size = max(encoding.ids, default=0), run.config.model.vocab_size
+    if largest >= vocab_size:
+        raise ConfigError(beyond(f"the text has token {largest},", largest, vocab_size))
+    return encoding
+
+
+def _tokenizer_of(run: Path, config: RunConfig) -> Tokenizer | None:
+    kept = run / "tokenizer.json"
+    given = None if kept.is_file() else config.data.tokenizer  # runs of earlier versions kept none
+    path = kept if given is None else Path(given).expanduser()
+    if not path.is_file():
+        return None
+    return load_tokenizer(path, config.model.vocab_size)
