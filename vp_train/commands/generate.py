@@ -31,9 +31,10 @@ def main() -> None:
 
 def _generate(arguments: Sequence[str]) -> int:
     options = _parser().parse_intermixed_args(arguments)
-    number = {name: str(value) for name, value in vars(options).items() if value is not None}
-    num_tokens = whole_number(number, "tokens", 32)
-    top_k = whole_number(number, "top_k", 1) if options.top_k is not None else None
+    num_tokens = whole_number({"--tokens": options.tokens}, "--tokens", 32)
+    top_k = None
+    if options.top_k is not None:
+        top_k = whole_number({"--top-k": options.top_k}, "--top-k", 40)
     if not 0 <= options.temperature < math.inf:
         raise ConfigError(f"--temperature {options.temperature} is not in [0, infinity)")
     if not 0 <= options.seed <= _MOST_SEED:

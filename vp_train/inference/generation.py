@@ -62,7 +62,7 @@ def _next(run: OpenRun, ids: list[int], sampling: Sampling) -> int:
     tokens[: len(prefix)] = prefix
     copies = run.config.run.eval_microbatches_of(mesh.degrees.dp)
     last = torch.full((copies, 1), len(prefix) - 1)
-    x = model.evaluator.hidden(tokens.expand(copies, 1, -1), last)
+    x = model.evaluator.hidden(tokens.repeat(copies, 1, 1), last)
     offered, layer = nothing(sampling), model.output_layer
     if x is not None:
         assert layer is not None

@@ -11,28 +11,11 @@ import pytest
 import torch
 
 import vp_train
-from tests.training import run_command
+from tests.inference.trained import command, records
 from vp_train.commands.score import main
 from vp_train.config import ConfigError
-
-WORDS = [
-    "model=nano",
-    "model.num_layers=2",
-    "model.vocab_size=300",
-    "run.steps=4",
-    "run.eval_every=0",
-]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run on two ranks, of text of its own, in a directory with a difficult name."""
-    place = tmp_path_factory.mktemp("a = b")
-    (place / "text").mkdir()
-    (place / "text/a.txt").write_text("the cat sat on the mat and the dog sat on the cat. " * 400)
-    words = [*WORDS, "data=text", "data.path=text", "parallel.pp=2", "run.name=one"]
-    run_command(words, place)
-    return place / "runs" / "one"
+from vp_train.inference.layout import opening_of
+from vp_train.inference.opening import opened
 
 
 def test_text_is_scored_in_three_lines(trained):
@@ -106,13 +89,7 @@ def test_a_step_is_simulated_from_settings():
 
 
 def score_command(capsys, *words):
-    """Run vp-score in this process; return its exit code, output and errors."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys, "argv", ["vp-score", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            main()
-    captured = capsys.readouterr()
-    return left.value.code, captured.out, captured.err
+    return command(main, capsys, "vp-score", *words)
 
 
 def test_vp_score_sums_what_score_returns(trained, tmp_path, capsys):
@@ -148,15 +125,50 @@ def test_vp_score_sums_what_score_returns(trained, tmp_path, capsys):
     assert len(out.splitlines()) == 2, "the whole file is one document"
 
 
+def test_every_token_is_scored_once_from_the_context_that_was_asked_for(trained):
+    """A token is predicted as at the end of a text that holds no more than its window."""
+    run = opened(opening_of(trained, ["model.seq_length=8"], dtype="float64"))
+    ids = torch.randint(0, 300, (21,), generator=torch.Generator().manual_seed(3))
+
+    def alone(i, first):
+        return vp_train.score(run, [ids[first : i + 2]])[0][-1]
+
+    for context, begins in ((8, lambda i: max(0, i - 7)), (1, lambda i: i // 8 * 8)):
+        (found,) = vp_train.score(run, [ids], context=context)
+        expected = torch.stack([alone(i, begins(i)) for i in range(20)])
+        assert torch.allclose(found, expected, atol=1e-12)
+    windows = [(0, 8), (4, 12), (8, 16), (12, 20)]  # of 8 tokens, at least 5 before a label
+    (found,) = vp_train.score(run, [ids], context=5)
+    for i in range(20):
+        first = next(start for start, stop in windows if i < stop)
+        assert torch.isclose(found[i], alone(i, first), atol=1e-12)
+    for context in (0, 9):
+        with pytest.raises(ConfigError, match=r"context of . tokens is not in \[1, 8\]"):
+            vp_train.score(run, [ids], context=context)
+
+
+def test_lines_end_with_a_newline_or_crlf_and_a_byte_order_mark_is_no_text(
+    trained, tmp_path, capsys
+):
+    lines = ["the cat\u2028sat", "", "  ", "on the mat"]
+    (tmp_path / "a.txt").write_bytes("\n".join(lines).encode())
+    (tmp_path / "b.txt").write_bytes("\ufeff".encode() + "\r\n".join([*lines, ""]).encode())
+    found = {}
+    for name in ("a.txt", "b.txt"):
+        _, out, _ = score_command(capsys, trained, tmp_path / name, "--lines", "--json")
+        found[name] = [entry | {"document": entry["document"][-1]} for entry in records(out)]
+        assert [entry["document"] for entry in found[name]] == ["1", "4", "l"]
+    assert found["a.txt"] == found["b.txt"]
+    _, out, _ = score_command(capsys, trained, tmp_path, "--lines", "--json")
+    assert len(out.splitlines()) == 5, "the files of a directory"
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda path: None, "is not a file; give a text or a .jsonl file"),
-        (
-            lambda path: path.write_text("{}"),
-            "without the text field: 1; first {}:1 (no 'text', but nothing)",
-        ),
-        (lambda path: path.write_text("{"), "that are not JSON in UTF-8: 1; first {}:1 (Expecting"),
+        (lambda path: None, "does not exist; give a file of text, or a directory"),
+        (lambda path: path.write_text("{}\n[]"), "holds no text; --field names the field that has it"),
+        (lambda path: path.write_text("{"), "left out, lines that are not JSON"),
     ],
 )
 def test_vp_score_refuses_what_it_cannot_read(trained, tmp_path, capsys, make, words):
@@ -164,5 +176,22 @@ def test_vp_score_refuses_what_it_cannot_read(trained, tmp_path, capsys, make, w
     make(path)
     code, _, said = score_command(capsys, trained, path)
     assert code == 78
-    assert words.format(path) in said
-    assert len(said.splitlines()) <= 2
+    assert words in said
+    assert len(said.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optim.lr=1"], "optim.lr does not count here; these do: parallel.pp"),
+        (["parallel.pp=3"], "parallel"),
+        (["--context", "0"], "context of 0 tokens"),
+    ],
+)
+def test_vp_score_refuses_settings_that_do_not_count_or_fit(
+    trained, tmp_path, capsys, words, message
+):
+    (tmp_path / "a.txt").write_text("the cat")
+    code, _, said = score_command(capsys, trained, tmp_path / "a.txt", *words)
+    assert code == 78
+    assert message in said.splitlines()[-1]

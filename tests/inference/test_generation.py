@@ -1,0 +1,121 @@
+"""Prompts are continued until the end of a document, by the command as from Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import vp_train
+from tests.inference.trained import SENTENCE, command, records
+from vp_train.commands.generate import main
+from vp_train.config import ConfigError
+from vp_train.inference.generation import generate
+from vp_train.inference.layout import opening_of
+from vp_train.inference.opening import opened
+
+PROMPT = "the cat sat"
+
+
+def generate_command(capsys, *words):
+    return command(main, capsys, "vp-generate", *words)
+
+
+def test_a_continuation_ends_with_the_token_that_ends_a_document(trained):
+    run = vp_train.open_run(trained)
+    assert run.tokenizer.id_to_token(run.end_token) == "<|endoftext|>"
+    tokens = list(vp_train.generate(run, PROMPT, 4, temperature=1.0, seed=1))
+    assert len(tokens) == 4
+    name = run.tokenizer.id_to_token(tokens[1])
+    config = replace(run.config, data=replace(run.config.data, end_token=name))
+    ending = replace(run, config=config)
+    found = list(vp_train.generate(ending, PROMPT, 4, temperature=1.0, seed=1))
+    assert found == tokens[: 1 + tokens.index(tokens[1])]
+
+
+def test_an_empty_prompt_begins_a_document(trained):
+    run = vp_train.open_run(trained)
+    from_end = torch.tensor([run.end_token])
+    assert list(generate(run, "", 3)) == list(generate(run, from_end, 3))
+    with pytest.raises(IndexError, match="token 300 is not in the vocabulary"):
+        list(generate(run, torch.tensor([300]), 1))
+
+
+def test_a_token_sees_at_most_seq_length_tokens(trained):
+    run = opened(opening_of(trained, ["model.seq_length=8"]))
+    ids = torch.tensor(run.tokenizer.encode(SENTENCE * 2).ids)
+    assert len(ids) > 16
+    assert list(generate(run, ids, 1)) == list(generate(run, ids[-8:], 1))
+
+
+def test_vp_generate_prints_text_as_python_generates_tokens(trained, tmp_path, capsys, monkeypatch):
+    run = vp_train.open_run(trained)
+    tokens = list(vp_train.generate(run, PROMPT, 5))
+    code, out, _ = generate_command(capsys, trained, "--prompt", PROMPT, "--tokens", 5, "--json")
+    assert code == 0
+    begun = run.tokenizer.encode(PROMPT).ids
+    text = run.tokenizer.decode([*begun, *tokens], skip_special_tokens=False)
+    ended = tokens[-1] == run.end_token
+    assert records(out) == [
+        {"prompt": PROMPT, "text": text[len(PROMPT) :], "tokens": tokens, "ended": ended}
+    ]
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\nthe dog\n")
+    _, out, _ = generate_command(
+        capsys, trained, "--tokens", 5, "--file", tmp_path / "prompts.txt", "--temperature", 0
+    )
+    first, second = out.split("\n\n")
+    assert first == text
+    assert second.startswith("the dog")
+    with open(tmp_path / "prompts.txt") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert generate_command(capsys, trained, "--tokens", 5, "--file", "-")[1] == out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tokens", "0"], "--tokens 0 is not a whole number"),
+        (["--temperature", "-1"], "--temperature -1.0 is not in [0, infinity)"),
+        (["--top-k", "3"], "--top-k counts only with a --temperature above 0"),
+        (["--top-k", "x", "--temperature", "1"], "--top-k x is not a whole number"),
+        (["--seed", "-1"], "--seed -1 is not in"),
+        (["--file", "nowhere"], "--file nowhere is not a file"),
+        (["run.steps=3"], "run.steps does not count here"),
+    ],
+)
+def test_vp_generate_refuses_what_makes_no_sense(trained, capsys, words, message):
+    code, _, said = generate_command(capsys, trained, *words)
+    assert code == 78
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_run_without_a_tokenizer_wants_one(trained):
+    run = vp_train.open_run(trained)
+    without = replace(run, tokenizer=None)
+    with pytest.raises(ConfigError, match=r"give one with data.tokenizer=PATH"):
+        list(generate(without, "the cat", 1))
+
+
+def test_the_command_starts_the_ranks_of_a_layout(trained, capsys):
+    """Four draws on two pipeline ranks and on one process are the same."""
+    words = [str(trained), "--prompt", PROMPT, "--tokens", "4", "--temperature", "1", "--json"]
+    words += ["--dtype", "float64"]
+    _, here, _ = generate_command(capsys, *words)
+    code = "from vp_train.commands.generate import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "parallel.pp=2"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == here
+    assert "dp=1 x pp=2 x tp=1" in done.stderr
+    assert len(json.loads(here)["tokens"]) == 4
