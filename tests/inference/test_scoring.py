@@ -167,7 +167,7 @@ def test_lines_end_with_a_newline_or_crlf_and_a_byte_order_mark_is_no_text(
     ("make", "words"),
     [
         (lambda path: None, "does not exist; give a file of text, or a directory"),
-        (lambda path: path.write_text("{}\n[]"), "holds no text; --field names the field that has it"),
+        (lambda path: path.write_text("{}\n[]"), "holds no text; --field names the field"),
         (lambda path: path.write_text("{"), "left out, lines that are not JSON"),
     ],
 )
