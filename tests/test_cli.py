@@ -99,7 +99,10 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ("data@model=text", "data@model is not a setting"),
         ("model={}", "model={}: a group takes the name of one of its choices"),
         ("model=[nano,small]", "a group takes the name of one of its choices"),
-        ("data.blend.0=3", "data.blend.0=3: corpora of a blend are not set one by one; write data"),
+        (
+            "data.blend.0=3",
+            "entries of data.blend are not set one by one; write data",
+        ),
         ("data.blend=3", "data.blend=3 is not a list of corpora; write data.blend=[{path:DIR,"),
         ("data.blend={path:a}", "data.blend={path:a} is not a list of corpora; write data.blend"),
         ("data.blend=[a]", "data.blend[0]=a is not a corpus; write data.blend=[{path:DIR,"),

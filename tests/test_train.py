@@ -31,6 +31,7 @@ from vp_train.config import (
 )
 from vp_train.data import Batch, open_source
 from vp_train.mesh import build_mesh
+from vp_train.metrics.progress import Validation
 from vp_train.optim.adamw import StepHealth
 from vp_train.optim.loss_scale import LossScale
 from vp_train.optim.verdict import Judge
@@ -239,15 +240,16 @@ def test_validation_keeps_to_documents_as_training_does(monkeypatch):
     batch = Batch(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), segments)
     seen = []
     run = SimpleNamespace(
-        source=SimpleNamespace(validation_batch=lambda *_: batch),
+        source=SimpleNamespace(validation_sets=("",), validation_batch=lambda *_, name: batch),
         mesh=SimpleNamespace(data_rank=0, degrees=SimpleNamespace(dp=1), steps=None),
         model=SimpleNamespace(
             evaluator=SimpleNamespace(step=lambda *_, segments: seen.append(segments) or 1.5)
         ),
         _on_device=lambda given: given,
         _own=lambda loss: loss,
+        _labels_per_byte=lambda *_: None,
     )
-    assert Run._validate(run) == 1.5
+    assert Run._validate(run) == [Validation("", 1.5)]
     assert seen == [segments]
 
 

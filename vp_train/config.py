@@ -681,6 +681,27 @@ class BlendEntry:
             raise ConfigError("data.blend: every corpus needs a path, or name: pystdlib")
 
 
+@dataclass(frozen=True)
+class ValidationEntry:
+    """A named validation set, of whole texts that are not trained on."""
+
+    name: str | None = setting(
+        None, "Name in metrics and progress: letters, digits, `.`, `_` and `-`."
+    )
+    path: str | None = setting(None, "Like data.path.")
+    jsonl_field: str | None = setting(None, "Like data.jsonl_field, which counts if this is null.")
+
+    def __post_init__(self) -> None:
+        _check("data.validation: ", self)
+        if self.name is None or self.path is None:
+            raise ConfigError("data.validation: every set needs a name and a path")
+        if not re.fullmatch(r"[0-9A-Za-z_][0-9A-Za-z_.-]{0,63}", self.name):
+            raise ConfigError(
+                f"data.validation: name={self.name} is not a name of at most 64 letters, digits, "
+                "dots, underscores and dashes; it becomes part of the names of metrics"
+            )
+
+
 def _count(number: int) -> str:
     return f"{number:,}" if number < 10**15 else "more than 10^15"
 
@@ -754,6 +775,9 @@ class DataConfig:
     validation_fraction: float = setting(
         0.05, "Part of the samples that is kept for validation.", least=0, below=1
     )
+    validation: tuple[ValidationEntry, ...] | None = setting(
+        None, "Named validation sets, beside the text that is held out: names and paths."
+    )
     seed: int = setting(1234, "Seed of the order of samples.", least=0)
     sample_length: int | None = setting(
         None,
@@ -786,7 +810,21 @@ class DataConfig:
                 f"data.packing={self.packing} needs documents, "
                 "which data.name=synthetic has none of; drop it"
             )
+        self._check_validation()
         _ = self.weights  # raises ConfigError for weights that cannot be used
+
+    def _check_validation(self) -> None:
+        names = [entry.name for entry in self.validation or ()]
+        if names and self.name == "synthetic":
+            raise ConfigError(
+                "data.validation needs text with a tokenizer, which data.name=synthetic has not; "
+                "drop one of the two"
+            )
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(
+                f"data.validation: name={repeated[0]} occurs {names.count(repeated[0])} times; "
+                "give every set another name"
+            )
 
     @property
     def num_workers(self) -> int:
@@ -996,7 +1034,17 @@ class RunSettings:
         30, "Steps between two validations; 0 turns them off.", unit="steps", least=0
     )
     eval_microbatches: int = setting(
-        16, "Microbatches of a validation, of all replicas.", least=0, most=MOST_MICROBATCHES
+        16,
+        "Microbatches of a validation, of all replicas; of each set of data.validation.",
+        least=0,
+        most=MOST_MICROBATCHES,
+    )
+    eval_sequences: int | None = setting(
+        None,
+        "Sequences of a validation instead of eval_microbatches: the same ones for every "
+        "micro_batch_size.",
+        least=1,
+        most=_MOST_WIDTH,
     )
     checkpoint_every: int = setting(
         45,
@@ -1098,16 +1146,12 @@ class RunSettings:
         """The directory of what torch's profiler recorded."""
         return self.directory / "profile"
 
-    def eval_microbatches_of(self, dp_size: int) -> int:
-        """Return the evaluation microbatches per replica: the same number in all, at least one."""
-        return max(1, -(-self.eval_microbatches // dp_size))
-
 
 # A resumed run may find its text in another place, so these settings of `data` may differ.  The
 # text itself is compared by the hashes in `Source.contents`.
 FREE_DATA = (
     *("name", "path", "blend", "tokenizer", "other_tokenizer", "end_token"),
-    *("jsonl_field", "cache_dir", "workers"),
+    *("jsonl_field", "cache_dir", "workers", "validation"),
 )
 # Model settings that may change when a run starts from another run's weights.  Any other setting
 # would give the same tensors another meaning.
@@ -1207,6 +1251,18 @@ class RunConfig:
                 f"batch_ramp needs a schedule for every number of microbatches, and {words} has "
                 "one; choose a schedule by name"
             )
+
+    @property
+    def eval_sequences(self) -> int:
+        """The sequences of a validation, of all replicas: at least one."""
+        count = self.run.eval_sequences
+        return (
+            max(1, self.run.eval_microbatches) * self.micro_batch_size if count is None else count
+        )
+
+    def eval_microbatches_of(self, dp_size: int) -> int:
+        """Return the evaluation microbatches per replica: the same number in all, at least one."""
+        return -(-self.eval_sequences // (self.micro_batch_size * dp_size))
 
     @property
     def sample_length(self) -> int:

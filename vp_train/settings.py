@@ -29,6 +29,7 @@ from vp_train.config import (
     ConfigError,
     RunConfig,
     Setting,
+    ValidationEntry,
     keeps_on_resume,
     permission_of,
     printable,
@@ -157,8 +158,9 @@ def _check_word(word: str) -> None:
         raise ConfigError(f"{key} is not a setting; see vp-train --help for all keys")
     if key.startswith("hydra") or "@" in key:
         raise ConfigError(f"{key} is not a setting; see vp-train --help for all keys")
-    if key.startswith("data.blend."):
-        raise ConfigError(f"{word}: corpora of a blend are not set one by one; {_BLEND_EXAMPLE}")
+    for name, (_, example) in _ENTRIES.items():
+        if key.startswith(f"{name}."):
+            raise ConfigError(f"{word}: entries of {name} are not set one by one; {example}")
     if "${" in word:
         raise ConfigError(f"{word}: ${{...}} is not expanded in settings; write the value itself")
     if key in sections() and value.lstrip().startswith(("[", "{")):
@@ -601,7 +603,7 @@ def _is_text(name: str) -> bool:
 def _quoted_words(word: str) -> str:
     """Return the way out for a text that hydra takes for something else; empty for other words."""
     name, _, value = word.partition("=")
-    if name == "data.blend":
+    if name in _ENTRIES:
         return "quote a path with other signs than letters, digits and /-_.: {path:'/data/a=b'}"
     if not _is_text(name) or re.fullmatch(_QUOTED, value):
         return ""
@@ -711,9 +713,10 @@ def _bad_override(error: BaseException, keys: Iterator[str], overrides: Sequence
     """Return hydra's message about one of `overrides` that it cannot merge, in one line."""
     first = _first_line(error)
     reason = f": {_first_line(error.__cause__)}" if error.__cause__ is not None else ""
-    if first.startswith(("Could not override 'data.blend'", "Error merging override data.blend=")):
-        blends = [word for word in overrides if word.startswith("data.blend=")]
-        return f"{_wrong_blend(blends[-1])}; {_BLEND_EXAMPLE}" if blends else f"data.blend{reason}"
+    for name, (kind, example) in _ENTRIES.items():
+        if first.startswith((f"Could not override '{name}'", f"Error merging override {name}=")):
+            given = [word for word in overrides if word.startswith(f"{name}=")]
+            return f"{_wrong_entry(given[-1], kind)}; {example}" if given else f"{name}{reason}"
     if first.startswith("Ambiguous value"):
         word = first[first.index("'") + 1 : first.rindex("'")]
         way_out = _quoted_words(word) or "vp-simulate --compare compares several"
@@ -731,19 +734,27 @@ def _bad_override(error: BaseException, keys: Iterator[str], overrides: Sequence
     return word + reason
 
 
-_BLEND_EXAMPLE = "write data.blend=[{path:DIR,weight:3},{name:pystdlib,weight:1}]"
+# Settings that are lists of sections: the type of an entry, and how a list is written.
+_ENTRIES = {
+    "data.blend": (BlendEntry, "write data.blend=[{path:DIR,weight:3},{name:pystdlib,weight:1}]"),
+    "data.validation": (
+        ValidationEntry,
+        "write data.validation=[{name:wiki,path:DIR},{name:code,path:FILE}]",
+    ),
+}
 
 
-def _wrong_blend(word: str) -> str:
-    """Return what is wrong with the types in an override of data.blend."""
+def _wrong_entry(word: str, entry_type: type) -> str:
+    """Return what is wrong with the types in an override of a list of such entries."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     value = OverridesParser.create().parse_override(word).value()
     if not isinstance(value, list):
         return f"{word} is not a list of corpora"
-    kinds = typing.get_type_hints(BlendEntry)
+    list_name = word.partition("=")[0]
+    kinds = typing.get_type_hints(entry_type)
     for number, entry in enumerate(value):
-        place = f"data.blend[{number}]"
+        place = f"{list_name}[{number}]"
         if not isinstance(entry, dict):
             return f"{place}={entry} is not a corpus"
         for name, setting in entry.items():
@@ -907,7 +918,7 @@ def settings_page() -> str:
     for name, section in [
         *sections().items(),
         ("", RunConfig),
-        ("an entry of data.blend", BlendEntry),
+        *((f"an entry of {name}", kind) for name, (kind, _) in _ENTRIES.items()),
     ]:
         title = "top level" if section is RunConfig else name
         own = _own_fields() if section is RunConfig else fields(section)

@@ -60,7 +60,7 @@ from vp_train.failures import (
 from vp_train.mesh import Mesh, build_mesh
 from vp_train.metrics.figures import RankFigures, figures_of
 from vp_train.metrics.profiler import profiling
-from vp_train.metrics.progress import StepReport
+from vp_train.metrics.progress import StepReport, Validation
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.metrics.step_times import RankTimes, pass_seconds
@@ -330,6 +330,7 @@ class Run:
             device=config.run.device,
             patience_seconds=config.run.world_timeout_seconds,
         )
+        self._counts: dict[str, list[float]] = {}  # labels and bytes of every validation set
         self._saved_step = 0  # of the newest checkpoint that was begun
         self.first_step = 1
 
@@ -568,13 +569,38 @@ class Run:
         elif self.mesh.rank == 0:
             print(line, file=sys.stderr, flush=True)
 
-    def _validate(self) -> float:
-        """Return the mean validation loss, the same on all ranks."""
-        self._doing = _VALIDATING
-        batch = self.source.validation_batch(self.mesh.data_rank, self.mesh.degrees.dp)
-        loss = self.model.evaluator.step(batch.tokens, batch.labels, segments=batch.segments)
-        self._doing = _COMPARING
-        return gather_health(self._own(loss), None, self.mesh.steps).loss
+    def _validate(self) -> list[Validation]:
+        """Return the mean loss of every validation set, the same on all ranks."""
+        found = []
+        for name in self.source.validation_sets:
+            self._doing = _VALIDATING
+            batch = self.source.validation_batch(
+                self.mesh.data_rank, self.mesh.degrees.dp, name=name
+            )
+            loss = self.model.evaluator.step(batch.tokens, batch.labels, segments=batch.segments)
+            self._doing = _COMPARING
+            mean = gather_health(self._own(loss), None, self.mesh.steps).loss
+            per_byte = self._labels_per_byte(name, batch)
+            bits = None if per_byte is None else mean * per_byte / math.log(2)
+            found.append(Validation(name, mean, bits))
+        return found
+
+    def _labels_per_byte(self, name: str, batch: Batch) -> float | None:
+        """Return the labels with a loss for each byte of their text, over all replicas.
+
+        It is None where bytes are not known.  Collective in the first call for a set.
+        """
+        lengths = self.source.byte_lengths
+        if lengths is None:
+            return None
+        if name not in self._counts:
+            own = torch.zeros(2, dtype=torch.float64)
+            if self.mesh.pipeline_rank == self.mesh.tensor_rank == 0:
+                counted = batch.labels[batch.labels >= 0]
+                own += torch.tensor([len(counted), int(lengths[counted].sum())])
+            self._counts[name] = self.mesh.steps.all_gather(own).sum(0).tolist()
+        num_labels, num_bytes = self._counts[name]
+        return num_labels / num_bytes if num_bytes else None
 
     def _own(self, loss: torch.Tensor | None) -> torch.Tensor | None:
         """Return the loss on the rank that reports it, else None."""

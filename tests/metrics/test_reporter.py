@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from vp_train.metrics.progress import StepReport
+from vp_train.metrics.progress import StepReport, Validation
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
 
-SOURCE = SimpleNamespace(description="ten documents")
+SOURCE = SimpleNamespace(description="ten documents", warnings=())
 
 
 def report(step):
@@ -129,7 +129,7 @@ def test_a_step_has_one_record_with_what_fell_on_it(started, capsys):
     config, plan, directory, reporter = started()
     reporter.step(report(1))
     assert records(directory) == []  # its validation may come yet
-    reporter.validation(1, 1.25)
+    reporter.validation(1, [Validation("", 1.25)])
     reporter.record()
     reporter.step(report(2))
     reporter.trace(stretched(plan.timeline, 3.0), (11, 12))

@@ -269,9 +269,11 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
 
 
 def _prepare_data(config: RunConfig) -> None:
-    from vp_train.data import prepare_run
+    from vp_train.data import prepare_run, prepare_validation
 
-    prepare_run(config, progress=True)
+    corpora = prepare_run(config, progress=True)
+    if config.run.eval_every:
+        prepare_validation(config.data, config.model.vocab_size, corpora, progress=True)
 
 
 def import_for_ranks() -> None:

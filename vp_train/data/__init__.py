@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vp_train.data.corpus import Corpus, describe, prepare, prepare_all
+    from vp_train.data.corpus import Corpus, describe, prepare, prepare_all, prepare_validation
     from vp_train.data.origin import prepare_run
     from vp_train.data.source import Batch, Source, open_source
 
@@ -19,6 +19,7 @@ __all__ = [
     "prepare",
     "prepare_all",
     "prepare_run",
+    "prepare_validation",
 ]
 _HOMES = {"Batch": "source", "Source": "source", "open_source": "source", "prepare_run": "origin"}
 

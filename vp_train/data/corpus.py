@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -157,6 +157,80 @@ def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Co
                 "or prepare both with the same data.tokenizer"
             )
     return tuple(corpora)
+
+
+def prepare_validation(
+    config: DataConfig, vocab_size: int, corpora: Sequence[Corpus], progress: bool
+) -> dict[str, Corpus]:
+    """Prepare the named validation sets with the tokenizer of the training `corpora`.
+
+    Raises ConfigError like `prepare`, and for a set that was prepared with another tokenizer.
+    """
+    found = {}
+    for entry in config.validation or ():
+        assert entry.name is not None
+        own = replace(
+            config,
+            name="text",
+            path=entry.path,
+            jsonl_field=entry.jsonl_field or config.jsonl_field,
+            tokenizer=str(corpora[0].tokenizer),
+            blend=None,
+            validation=None,
+        )
+        try:
+            corpus = found[entry.name] = prepare(own, vocab_size, progress)
+        except ConfigError as error:
+            words = str(error).replace("data.path=", "path=")
+            raise ConfigError(f"data.validation, {entry.name}: {words}") from None
+        if corpus.manifest.end_token != corpora[0].manifest.end_token:
+            raise ConfigError(
+                f"data.validation, {entry.name}: documents of {corpus.path} end with another token "
+                f"than those of {corpora[0].path}; give the text instead, or set data.end_token"
+            )
+    return found
+
+
+def trained_on(config: DataConfig, corpora: Sequence[Corpus]) -> list[str]:
+    """Return a warning for each named validation set whose text is trained on too.
+
+    It compares whole corpora and whole files; a document that occurs elsewhere is not found.
+    """
+    parts = (
+        [config]
+        if config.blend is None
+        else [
+            replace(config, name=entry.name, path=entry.path, blend=None) for entry in config.blend
+        ]
+    )
+    texts = [part for part in parts if _stored(part) is None]
+    training = [path for part in texts for path in find_files(part)]
+    by_size: dict[int, list[Path]] = {}
+    for path in training:
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    hashes = {corpus.manifest.content_hash for corpus in corpora}
+    warnings = []
+    for entry in config.validation or ():
+        own = replace(config, name="text", path=entry.path, blend=None)
+        stored = _stored(own)
+        same = None
+        if stored is not None:
+            same = stored if read_manifest(stored).content_hash in hashes else None
+        else:
+            same = next(filter(None, (_twin(path, by_size) for path in find_files(own))), None)
+        if same is not None:
+            warnings.append(
+                f"data.validation, {entry.name}: {same} is trained on too, so its loss says little"
+            )
+    return warnings
+
+
+def _twin(path: Path, by_size: Mapping[int, list[Path]]) -> Path | None:
+    """Return the file of `by_size` that is `path` or has the same contents, None if none has."""
+    for other in by_size.get(path.stat().st_size, ()):
+        if other == path or hash_of_file(other) == hash_of_file(path):
+            return other
+    return None
 
 
 @contextmanager

@@ -5,8 +5,9 @@ A resumed run therefore sees the same batches as a run without interruption.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 from vp_train.config import ConfigError, RunConfig
-from vp_train.data.corpus import Corpus, headline
+from vp_train.data.corpus import Corpus, headline, prepare_validation, trained_on
 from vp_train.data.indexed import Share, Windows, split_documents
 from vp_train.data.order import SampleOrder, Turns, own_starts, pieces_of
 from vp_train.data.origin import prepare_run
 from vp_train.data.synthetic import SyntheticText
+from vp_train.data.tokenizer import byte_lengths, load_tokenizer
 
 _NO_LOSS = -100  # the output layer ignores this label
 
@@ -50,6 +52,17 @@ class Source(Protocol):
     contents: tuple[str, ...]  # one hash per corpus, of text, tokenizer and settings
     tokenizer: Path | None  # the tokenizer.json of the text; None if nothing was tokenized
     end_token: int | None  # the id that ends every document; None if nothing was tokenized
+    warnings: tuple[str, ...]  # about the data, one sentence each
+
+    @property
+    def validation_sets(self) -> tuple[str, ...]:
+        """The names of the validation sets; that of the text that is held out is ""."""
+        ...
+
+    @property
+    def byte_lengths(self) -> Tensor | None:
+        """The bytes of text that each token stands for, int64 [ids]; None if that is unknown."""
+        ...
 
     def train_batch(
         self, start: int, num_microbatches: int, dp_rank: int = 0, dp_size: int = 1
@@ -60,11 +73,11 @@ class Source(Protocol):
         """
         ...
 
-    def validation_batch(self, dp_rank: int = 0, dp_size: int = 1) -> Batch:
-        """Return the validation microbatches, the same in every call.
+    def validation_batch(self, dp_rank: int = 0, dp_size: int = 1, name: str = "") -> Batch:
+        """Return the validation microbatches of one set, the same in every call.
 
-        All replicas together have run.eval_microbatches of them.  If that does not divide evenly,
-        some replicas get extra microbatches without loss (all labels are -100).
+        All replicas together have the sequences of `RunConfig.eval_sequences`, of a named set at
+        most all that it has.  The rest of their microbatches has no loss (all labels are -100).
         """
         ...
 
@@ -76,7 +89,11 @@ def open_source(config: RunConfig) -> Source:
     """
     if config.data.name == "synthetic":
         return _Synthetic(config)
-    return _Text(config, prepare_run(config, progress=False))
+    corpora = prepare_run(config, progress=False)
+    if not config.run.eval_every:
+        return _Text(config, corpora)
+    named = prepare_validation(config.data, config.model.vocab_size, corpora, progress=False)
+    return _Text(config, corpora, named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +106,22 @@ class _Stream:
 
     config: RunConfig
     read: Callable[[int], tuple[np.ndarray, np.ndarray | None]]
+    num_samples: int | None = None  # after which they repeat; None: that does not matter
 
     def first_batch(self, dp_rank: int, dp_size: int) -> Batch:
-        """Return a replica's share of the run.eval_microbatches first microbatches.
+        """Return a replica's share of the first sequences, whose number is config.eval_sequences.
 
-        Extra microbatches have no loss.
+        Sequences beyond, and those of a repeated sample, have no loss.
         """
-        config = self.config
-        num_own = config.run.eval_microbatches_of(dp_size)
-        batch = self.batch(0, num_own, dp_rank, dp_size)
-        num_counted = max(0, max(1, config.run.eval_microbatches) - dp_rank * num_own)
-        is_extra = torch.arange(num_own) >= num_counted
-        return replace(batch, labels=batch.labels.masked_fill(is_extra[:, None, None], _NO_LOSS))
+        config, num_counted = self.config, self.config.eval_sequences
+        if self.num_samples is not None:
+            num_whole = self.num_samples * config.sample_length // config.model.seq_length
+            num_counted = min(num_counted, max(1, num_whole))
+        batch = self.batch(0, config.eval_microbatches_of(dp_size), dp_rank, dp_size)
+        num_own = batch.labels.shape[:2].numel()
+        is_extra = torch.arange(dp_rank * num_own, (dp_rank + 1) * num_own) >= num_counted
+        is_extra = is_extra.view(*batch.labels.shape[:2], 1)
+        return replace(batch, labels=batch.labels.masked_fill(is_extra, _NO_LOSS))
 
     def batch(self, start: int, num_microbatches: int, dp_rank: int, dp_size: int) -> Batch:
         """Return a replica's share of the sequences from token `start` on."""
@@ -143,6 +164,9 @@ class _Synthetic:
         self.contents: tuple[str, ...] = ()
         self.tokenizer: Path | None = None
         self.end_token: int | None = None
+        self.validation_sets: tuple[str, ...] = ("",)
+        self.byte_lengths: Tensor | None = None
+        self.warnings: tuple[str, ...] = ()
         self.description = (
             f"synthetic text over {config.model.vocab_size:,} tokens, entropy {entropy:.4f} nats"
         )
@@ -158,7 +182,7 @@ class _Synthetic:
     ) -> Batch:
         return self._stream(0).batch(start, num_microbatches, dp_rank, dp_size)
 
-    def validation_batch(self, dp_rank: int = 0, dp_size: int = 1) -> Batch:
+    def validation_batch(self, dp_rank: int = 0, dp_size: int = 1, name: str = "") -> Batch:
         return self._stream(1).first_batch(dp_rank, dp_size)
 
 
@@ -178,7 +202,12 @@ class _Text:
 
     entropy: float | None = None
 
-    def __init__(self, config: RunConfig, corpora: tuple[Corpus, ...]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        corpora: tuple[Corpus, ...],
+        named: Mapping[str, Corpus] | None = None,
+    ) -> None:
         self._config = config
         self.contents = tuple(corpus.manifest.content_hash for corpus in corpora)
         self.tokenizer: Path | None = corpora[0].tokenizer
@@ -200,13 +229,41 @@ class _Text:
             for corpus, (share, _) in zip(corpora, split, strict=True)
         ]
         self._train = _stream_of(config, training, turns, "training")
-        self._validation = None
-        if config.run.eval_every:
+        self._validation: dict[str, _Stream] = {}
+        named = named or {}
+        self.warnings = tuple(trained_on(config.data, corpora)) if named else ()
+        # Without a fraction nothing is held out: an error, unless there are named sets.
+        if config.run.eval_every and (config.data.validation_fraction > 0 or not named):
             held_out = [
                 self._windows(corpus, share, "validation")
                 for corpus, (_, share) in zip(corpora, split, strict=True)
             ]
-            self._validation = _stream_of(config, held_out, turns, "validation")
+            self._validation[""] = _stream_of(config, held_out, turns, "validation")
+        for name, corpus in named.items():
+            self._validation[name] = self._named_stream(name, corpus)
+
+    def _named_stream(self, name: str, corpus: Corpus) -> _Stream:
+        """Return the samples of all documents of a named set."""
+        everything, _ = split_documents(corpus.prefix, 0.0, self._config.data.seed)
+        length = self._config.sample_length
+        if everything.num_tokens <= length:
+            raise ConfigError(
+                f"data.validation, {name}: {corpus.path} has {everything.num_tokens:,} tokens, too "
+                f"few for one sample of {length + 1:,}; give more text, or lower model.seq_length"
+            )
+        purpose = f"validation {name}"
+        windows = [Windows.of(corpus.prefix, everything, length)]
+        stream = _stream_of(self._config, windows, Turns.of([1]), purpose)
+        return replace(stream, num_samples=len(windows[0]))
+
+    @property
+    def validation_sets(self) -> tuple[str, ...]:
+        return tuple(self._validation)
+
+    @cached_property
+    def byte_lengths(self) -> Tensor | None:
+        assert self.tokenizer is not None
+        return torch.tensor(byte_lengths(load_tokenizer(self.tokenizer, None)))
 
     def _windows(self, corpus: Corpus, share: Share, purpose: str) -> Windows:
         length = self._config.sample_length
@@ -230,6 +287,5 @@ class _Text:
     ) -> Batch:
         return self._train.batch(start, num_microbatches, dp_rank, dp_size)
 
-    def validation_batch(self, dp_rank: int = 0, dp_size: int = 1) -> Batch:
-        assert self._validation is not None
-        return self._validation.first_batch(dp_rank, dp_size)
+    def validation_batch(self, dp_rank: int = 0, dp_size: int = 1, name: str = "") -> Batch:
+        return self._validation[name].first_batch(dp_rank, dp_size)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from vp_train.durable import PointerError, UnreadableError, read_bytes, read_tex
 END_OF_TEXT = "<|endoftext|>"
 _USUAL_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>", "[SEP]")
 LARGEST_TOKENIZER = 1 << 28  # bytes of a tokenizer.json; those of 256 thousand tokens have 35 MB
+_SPACE = "\u2581"  # how SentencePiece writes a space
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # and a byte of a character that it does not know
 _SMALLEST = 257  # 256 bytes and the end of a document
 
 
@@ -118,6 +122,26 @@ def tokenizer_config(path: Path, end: int, *, longest: int, after_end: bool) -> 
         "clean_up_tokenization_spaces": False,
         "model_max_length": longest,
     }
+
+
+def byte_lengths(tokenizer: Tokenizer) -> list[int]:
+    """Return how many bytes of UTF-8 each token stands for in a text, by id.
+
+    Special tokens stand for none.  Of a byte-level tokenizer, and one with bytes as a fallback, the
+    lengths add up to those of the text.
+    """
+    described = json.loads(tokenizer.to_str())
+    is_byte_level = '"ByteLevel"' in json.dumps(described.get("decoder"))
+    lengths = [0] * num_ids(tokenizer)
+    for token, number in tokenizer.get_vocab(with_added_tokens=True).items():
+        if is_byte_level:
+            lengths[number] = len(token)  # a letter for each byte
+        else:
+            spelled = token.replace(_SPACE, " ")
+            lengths[number] = 1 if _BYTE.fullmatch(token) else len(spelled.encode())
+    for number, added in tokenizer.get_added_tokens_decoder().items():
+        lengths[number] = 0 if added.special else len(added.content.encode())
+    return lengths
 
 
 def num_ids(tokenizer: Tokenizer) -> int:

@@ -60,7 +60,7 @@ def _next(run: OpenRun, ids: list[int], sampling: Sampling) -> int:
     prefix = torch.tensor(ids[-run.config.model.seq_length :])
     tokens = torch.zeros(padded_length(run, len(prefix)), dtype=torch.int64)
     tokens[: len(prefix)] = prefix
-    copies = run.config.run.eval_microbatches_of(mesh.degrees.dp)
+    copies = run.config.eval_microbatches_of(mesh.degrees.dp)
     last = torch.full((copies, 1), len(prefix) - 1)
     x = model.evaluator.hidden(tokens.repeat(copies, 1, 1), last)
     offered, layer = nothing(sampling), model.output_layer

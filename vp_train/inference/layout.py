@@ -87,7 +87,8 @@ def opening_of(
         degrees = split_ranks(config.parallel, num_ranks)
     config = _evaluating(config, degrees, names, device, dtype)
     count = degrees.dp * (degrees.pp if fills else 1)
-    config = replace(config, run=replace(config.run, eval_microbatches=count))
+    run_settings = replace(config.run, eval_microbatches=count, eval_sequences=None)
+    config = replace(config, run=run_settings)
     return Opening(config, path, degrees)
 
 

@@ -80,7 +80,7 @@ def score(
 def sequences_of(run: OpenRun) -> int:
     """Return how many sequences all ranks of `run` evaluate together."""
     dp = run.mesh.degrees.dp
-    return dp * run.config.run.eval_microbatches_of(dp)
+    return dp * run.config.eval_microbatches_of(dp)
 
 
 def padded_length(run: OpenRun, num_tokens: int) -> int:

@@ -50,6 +50,32 @@ class StepReport:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The result of one validation set; the text that is held out of training has no name.
+
+    loss: in nats per token.
+    bits_per_byte: of the text; None if its bytes are not known.
+    """
+
+    name: str
+    loss: float
+    bits_per_byte: float | None = None
+
+    def values(self) -> dict[str, float]:
+        """Return the figures by their keys in metrics.jsonl."""
+        start = f"validation/{self.name}/" if self.name else "validation_"
+        found = {f"{start}loss": self.loss}
+        if self.bits_per_byte is not None:
+            found[f"{start}bits_per_byte"] = self.bits_per_byte
+        return found
+
+    def words(self) -> str:
+        """Return the figures in words."""
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.3f} bits/byte"
+        return f"{self.name or 'validation'} loss {self.loss:.4f}{bits}"
+
+
 def _words_of(key: str) -> Callable[[float], str]:
     """Return the function that puts a figure of PROGRESS in words."""
     group, _, name = key.rpartition("/")

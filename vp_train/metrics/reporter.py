@@ -20,7 +20,7 @@ from vp_train.config import RunConfig
 from vp_train.data import Source
 from vp_train.metrics.figures import RankFigures, Spent
 from vp_train.metrics.log import MetricsLog, warn_unwritten
-from vp_train.metrics.progress import Progress, StepReport
+from vp_train.metrics.progress import Progress, StepReport, Validation
 from vp_train.metrics.run_directory import RunDirectory, TakenError
 from vp_train.metrics.step_times import RankTimes, step_times
 from vp_train.metrics.summary import rank_table, step_words, summarize
@@ -103,6 +103,7 @@ class Reporter:
         directory.write("schedule.svg", svg(plan.timeline, title))
         lines = [
             f"data      {source.description}",
+            *(f"warning   {words}" for words in source.warnings),
             f"model     {num_parameters(config.model) / 1e6:.1f} M parameters, "
             f"vocabulary {config.model.vocab_size:,}"
             f" (ln V = {math.log(config.model.vocab_size):.2f}), "
@@ -155,14 +156,19 @@ class Reporter:
         self._ended.clear()
         self._ended.append((step, time.monotonic()))
 
-    def validation(self, step: int, loss: float) -> None:
-        """Show the validation loss after `step`, and add it to the step's record."""
+    def validation(self, step: int, found: Sequence[Validation]) -> None:
+        """Show the validation after `step`, and add its figures to the step's record.
+
+        Where nothing is held out of training, validation_loss is the mean of the named sets.
+        """
         assert self._pending is not None
-        self._pending[1]["validation_loss"] = loss
+        values = self._pending[1]
+        values["validation_loss"] = sum(each.loss for each in found) / len(found)
+        for each in found:
+            values.update(each.values())
         uniform = math.log(self._config.model.vocab_size)
-        self._progress.say(
-            f"step {step}  validation loss {loss:.4f}  (a uniform guess has ln V = {uniform:.4f})"
-        )
+        words = "  ".join(each.words() for each in found)
+        self._progress.say(f"step {step}  {words}  (a uniform guess has ln V = {uniform:.4f})")
 
     def trace(
         self,

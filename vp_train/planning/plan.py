@@ -106,7 +106,7 @@ def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
     """
     degrees = split_ranks(config.parallel, num_ranks)
     _check_profile(config, num_ranks)
-    num_evaluated = config.run.eval_microbatches_of(degrees.dp)
+    num_evaluated = config.eval_microbatches_of(degrees.dp)
     _check_size(degrees.pp, num_evaluated, "run.eval_microbatches")
     step = plan_step(config, num_ranks)
     problem, cost = step.problem, step.cost
