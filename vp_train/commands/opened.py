@@ -200,7 +200,7 @@ def _on_ranks(work: Work, opening: Opening, arguments: Sequence[str]) -> int:
     words, number = ending.words, ending.code - 128
     if number in SIGNALS:
         words = f"stopped by {signal.Signals(number).name}"
-    if words:
+    if words and number != signal.SIGPIPE:  # a reader like `head` has seen enough
         prefix = "" if words.startswith(work.name) else f"{work.name}: "
         print(f"{prefix}{words}", file=sys.stderr, flush=True)
     return ending.code

@@ -19,8 +19,10 @@ def main() -> None:
 
 
 def _prepare(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
-    from vp_train.data import describe, prepare_run
+    from vp_train.data import describe, prepare_run, prepare_validation
 
     corpora = prepare_run(config, progress=True)
+    named = prepare_validation(config.data, config.model.vocab_size, corpora, progress=True)
+    corpora += tuple(named.values())
     print("\n".join(map(describe, corpora)) or f"data={config.data.name}: nothing to prepare")
     return EXIT_OK

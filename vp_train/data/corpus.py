@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vp_train.config import ConfigError, DataConfig, printable
+from vp_train.config import BlendEntry, ConfigError, DataConfig, ValidationEntry, printable
 from vp_train.data.documents import LONGEST_LINE, Reading, read_documents
 from vp_train.data.encoding import Encoded, encoded
 from vp_train.data.files import content_hash, find_files, hash_of_file
@@ -125,18 +125,13 @@ def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Co
     """
     if config.name == "synthetic":
         return ()
+    for entry in config.validation or ():  # before hours are spent on the training text
+        with _naming_set(entry):
+            if _stored(part := _part(config, entry)) is None:
+                find_files(part)
     if config.blend is None:
         return (prepare(config, vocab_size, progress),)
-    parts = [
-        replace(
-            config,
-            name=entry.name,
-            path=entry.path,
-            jsonl_field=entry.jsonl_field or config.jsonl_field,
-            blend=None,
-        )
-        for entry in config.blend
-    ]
+    parts = [_part(config, entry) for entry in config.blend]
     if config.tokenizer is None:
         stored = [path / "tokenizer.json" for path in map(_stored, parts) if path is not None]
         tokenizer = stored[0] if stored else _shared_tokenizer(parts, vocab_size, progress)
@@ -169,20 +164,9 @@ def prepare_validation(
     found = {}
     for entry in config.validation or ():
         assert entry.name is not None
-        own = replace(
-            config,
-            name="text",
-            path=entry.path,
-            jsonl_field=entry.jsonl_field or config.jsonl_field,
-            tokenizer=str(corpora[0].tokenizer),
-            blend=None,
-            validation=None,
-        )
-        try:
+        own = replace(_part(config, entry), tokenizer=str(corpora[0].tokenizer))
+        with _naming_set(entry):
             corpus = found[entry.name] = prepare(own, vocab_size, progress)
-        except ConfigError as error:
-            words = str(error).replace("data.path=", "path=")
-            raise ConfigError(f"data.validation, {entry.name}: {words}") from None
         if corpus.manifest.end_token != corpora[0].manifest.end_token:
             raise ConfigError(
                 f"data.validation, {entry.name}: documents of {corpus.path} end with another token "
@@ -191,18 +175,34 @@ def prepare_validation(
     return found
 
 
+def _part(config: DataConfig, entry: BlendEntry | ValidationEntry) -> DataConfig:
+    """Return the settings of one corpus of a blend, or of a validation set."""
+    return replace(
+        config,
+        name=entry.name if isinstance(entry, BlendEntry) else "text",
+        path=entry.path,
+        jsonl_field=entry.jsonl_field or config.jsonl_field,
+        blend=None,
+        validation=None,
+    )
+
+
+@contextmanager
+def _naming_set(entry: ValidationEntry) -> Iterator[None]:
+    """Make every ConfigError raised inside name the validation set."""
+    try:
+        yield
+    except ConfigError as error:
+        words = str(error).replace("data.path=", "path=")
+        raise ConfigError(f"data.validation, {entry.name}: {words}") from None
+
+
 def trained_on(config: DataConfig, corpora: Sequence[Corpus]) -> list[str]:
     """Return a warning for each named validation set whose text is trained on too.
 
     It compares whole corpora and whole files; a document that occurs elsewhere is not found.
     """
-    parts = (
-        [config]
-        if config.blend is None
-        else [
-            replace(config, name=entry.name, path=entry.path, blend=None) for entry in config.blend
-        ]
-    )
+    parts = [_part(config, entry) for entry in config.blend or ()] or [config]
     texts = [part for part in parts if _stored(part) is None]
     training = [path for part in texts for path in find_files(part)]
     by_size: dict[int, list[Path]] = {}
@@ -211,7 +211,7 @@ def trained_on(config: DataConfig, corpora: Sequence[Corpus]) -> list[str]:
     hashes = {corpus.manifest.content_hash for corpus in corpora}
     warnings = []
     for entry in config.validation or ():
-        own = replace(config, name="text", path=entry.path, blend=None)
+        own = _part(config, entry)
         stored = _stored(own)
         same = None
         if stored is not None:

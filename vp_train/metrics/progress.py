@@ -73,7 +73,8 @@ class Validation:
     def words(self) -> str:
         """Return the figures in words."""
         bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.3f} bits/byte"
-        return f"{self.name or 'validation'} loss {self.loss:.4f}{bits}"
+        name = f"validation {self.name}".rstrip()
+        return f"{name} loss {self.loss:.4f}{bits}"
 
 
 def _words_of(key: str) -> Callable[[float], str]:
