@@ -24,6 +24,7 @@ def test_text_is_scored_in_three_lines(trained):
     assert seen.dtype is torch.float32
     assert seen.mean() > other.mean()
     assert run.checkpoint.name == "step-00000004"
+    assert run.end_token not in run.tokenizer.encode("a<|endoftext|>b").ids, "as in training"
     ids = torch.tensor(run.tokenizer.encode("the cat sat on the mat").ids)
     assert torch.equal(vp_train.score(run, [ids])[0], seen)
     assert len(seen) == len(ids) - 1

@@ -81,5 +81,7 @@ def test_the_page_of_metrics_has_every_key_and_no_other():
     known = figures_of(RANKS, best_seconds=1.0).keys() | {"step", "spikes", "skipped_steps"}
     known |= set(PROGRESS) - {"left"}
     known |= {"validation_loss", "bubble_measured", "bubble_predicted"}
+    known |= {"validation_bits_per_byte"}
+    known |= {f"validation/NAME/{name}" for name in ("loss", "bits_per_byte")}
     assert keys == known | {"gap_measured", "gap_predicted"}
     assert figures_of(RANKS, best_seconds=1.0).keys() <= set(PROGRESS)

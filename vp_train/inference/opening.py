@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,8 @@ from vp_train.assembly import RankModel, build_rank
 from vp_train.checkpoint.store import find
 from vp_train.checkpoint.training import load_weights
 from vp_train.config import ConfigError, RunConfig
-from vp_train.data.tokenizer import beyond, end_token_id, load_tokenizer
+from vp_train.data.tokenizer import LARGEST_TOKENIZER, beyond, end_token_id, load_tokenizer
+from vp_train.durable import UnreadableError, read_json
 from vp_train.inference.layout import Opening, opening_of
 from vp_train.mesh import Mesh, build_mesh
 from vp_train.planning.plan import make_plan
@@ -28,6 +30,7 @@ class OpenRun:
     checkpoint: where its weights were read.
     tokenizer: None where the run had none, as on synthetic data.
     mesh: the ranks that have the model together.  All of them make the same calls.
+    end_name: the token that ends a document, as the run has kept it; None if it has not.
     """
 
     config: RunConfig
@@ -35,15 +38,16 @@ class OpenRun:
     tokenizer: Tokenizer | None
     model: RankModel
     mesh: Mesh
+    end_name: str | None = None
 
     @property
     def end_token(self) -> int | None:
         """The id of the token that ends a document; None if the tokenizer has none."""
         if self.tokenizer is None:
             return None
-        data = self.config.data
+        name = self.config.data.end_token or self.end_name
         try:
-            return end_token_id(self.tokenizer, data.end_token, self.config.model.vocab_size)
+            return end_token_id(self.tokenizer, name, self.config.model.vocab_size)
         except ConfigError:
             return None
 
@@ -73,11 +77,12 @@ def opened(opening: Opening) -> OpenRun:
     model = build_rank(config, plan, mesh)
     checkpoint = find(opening.directory, mesh.world)
     load_weights(checkpoint, config, model)
-    return OpenRun(config, checkpoint, _tokenizer_of(opening.run, config), model, mesh)
+    tokenizer = _tokenizer_of(opening.run, config)
+    return OpenRun(config, checkpoint, tokenizer, model, mesh, _end_name(opening.run))
 
 
 def encode(run: OpenRun, text: str) -> Encoding:
-    """Return the tokens of a text.
+    """Return the tokens of a text, in which what spells a special token is ordinary text.
 
     Raises ConfigError where the run has no tokenizer, or the model not all of the tokens.
     """
@@ -99,4 +104,15 @@ def _tokenizer_of(run: Path, config: RunConfig) -> Tokenizer | None:
     path = kept if given is None else Path(given).expanduser()
     if not path.is_file():
         return None
-    return load_tokenizer(path, config.model.vocab_size)
+    tokenizer = load_tokenizer(path, config.model.vocab_size)
+    tokenizer.encode_special_tokens = True  # as in the corpora of training
+    return tokenizer
+
+
+def _end_name(run: Path) -> str | None:
+    """Return the token that ended the documents of training, None if the run does not say."""
+    with suppress(UnreadableError):
+        values = read_json(run / "tokenizer_config.json", LARGEST_TOKENIZER)
+        name = values.get("eos_token") if isinstance(values, dict) else None
+        return name if isinstance(name, str) else None
+    return None
