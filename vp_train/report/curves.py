@@ -144,4 +144,3 @@ def finite(values: Mapping[str, object], largest: float) -> dict[str, float]:
         if abs(value) <= largest:  # neither has NaN
             found[key] = float(value)
     return found
-

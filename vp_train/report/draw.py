@@ -152,9 +152,8 @@ def _svg(figure: Figure, name: str) -> str:
     import matplotlib
 
     written = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "axes.unicode_minus": True}
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(written, format="svg", transparent=True, metadata=nothing)
     text = _METADATA.sub("", _HEAD.sub("", written.getvalue(), count=1))
     text = _FAMILY.sub("", _UNUSED.sub("", text))

@@ -26,6 +26,7 @@ from vp_train.units import clock, human_bytes
 
 NAME = "report.html"  # in the directory of a run
 _GIB = 2.0**30
+_NONE = "-"  # in the place of a value that is not known
 _NAMED_STEPS = 12  # of one kind of event
 
 # The parts of a step: key, name, and colour in the stack.
@@ -182,16 +183,16 @@ def _context(run: RunRecord) -> dict[str, Any]:
 def _number(value: float | None, digits: int = 4) -> str:
     """Return a number in words, a dash if there is none."""
     if value is None:
-        return "–"
+        return _NONE
     return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.{digits}g}"
 
 
 def _per_cent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+    return _NONE if value is None else f"{value:.1%}"
 
 
 def _bytes(value: float | None) -> str:
-    return "–" if value is None else human_bytes(value)
+    return _NONE if value is None else human_bytes(value)
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str, str]]:
@@ -217,7 +218,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str, str]]:
         ("Peak memory", _bytes(peak), "worst rank"),
         ("Time", clock(curves.total("seconds/step")), "of all steps"),
     ]
-    return [fact for fact in found if fact[1] != "–"]
+    return [fact for fact in found if fact[1] != _NONE]
 
 
 def _speed(curves: Curves) -> float | None:
@@ -380,9 +381,9 @@ def _rank_rows(run: RunRecord) -> list[tuple[list[str], float]]:
         (
             [
                 f"{row.rank}",
-                row.layers or "–",
-                "–" if row.vocabulary_rows is None else f"{row.vocabulary_rows:,}",
-                "–" if row.num_parameters is None else f"{row.num_parameters / 1e6:,.2f} M",
+                row.layers or _NONE,
+                _NONE if row.vocabulary_rows is None else f"{row.vocabulary_rows:,}",
+                _NONE if row.num_parameters is None else f"{row.num_parameters / 1e6:,.2f} M",
                 _per_cent(row.planned_bubble),
                 _per_cent(row.measured_bubble),
                 _bytes(row.planned_bytes),
@@ -435,7 +436,9 @@ def _commands(run: RunRecord) -> list[tuple[str, str]]:
     if run.checkpoints:
         newest = f"from the checkpoint of step {run.checkpoints[-1]:,}"
         if planned is not None and done >= planned:
-            found.append((f"Train longer, {newest}", " ".join([*words, f"run.steps={2 * planned}"])))
+            found.append(
+                (f"Train longer, {newest}", " ".join([*words, f"run.steps={2 * planned}"]))
+            )
         else:
             found.append((f"Resume {newest}", " ".join(words)))
         found.append(("Score a text", f"vp-score {path} FILE"))
@@ -475,7 +478,7 @@ def _names(runs: Sequence[RunRecord]) -> list[str]:
 def _differences(values: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
     """Return the names that do not have the same value everywhere, with all values."""
     every = dict.fromkeys(name for found in values for name in found)
-    rows = [(name, [found.get(name, "–") for found in values]) for name in every]
+    rows = [(name, [found.get(name, _NONE) for found in values]) for name in every]
     hidden = ("run.name", "run.root", "run.resume")
     return [row for row in rows if len(set(row[1])) > 1 and row[0] not in hidden]
 
@@ -491,7 +494,10 @@ def _figures(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         ("validation loss, lowest", [_lowest(found, "validation_loss") for found in curves]),
         ("tokens per second, median", [_number(_speed(found)) for found in curves]),
         ("MFU, median", [_per_cent(found.median("mfu")) for found in curves]),
-        ("waiting, mean rank, median", [_per_cent(found.median("bubble_mean")) for found in curves]),
+        (
+            "waiting, mean rank, median",
+            [_per_cent(found.median("bubble_mean")) for found in curves],
+        ),
         ("peak memory, worst rank", [_bytes(_peak_bytes(run)) for run in runs]),
         ("activations, worst rank, planned", [_activations(run, planned=True) for run in runs]),
         ("activations, worst rank, measured", [_activations(run, planned=False) for run in runs]),
@@ -500,19 +506,19 @@ def _figures(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     for key, name, _ in (("seconds/step", "whole", 0), *_PARTS):
         means = [found.total(key) / count for found, count in zip(curves, steps, strict=True)]
         if any(mean > 0 for mean in means):
-            words = [duration(mean) if mean > 0 else "–" for mean in means]
+            words = [duration(mean) if mean > 0 else _NONE for mean in means]
             rows.append((f"step, mean: {name}", words))
-    return [row for row in rows if set(row[1]) != {"–"}]
+    return [row for row in rows if set(row[1]) != {_NONE}]
 
 
 def _lowest(curves: Curves, key: str) -> str:
     found = curves.lowest(key)
-    return "–" if found is None else f"{_number(found[1])} at step {found[0]:,}"
+    return _NONE if found is None else f"{_number(found[1])} at step {found[0]:,}"
 
 
 def _activations(run: RunRecord, *, planned: bool) -> str:
     if run.traced is None:
-        return "–"
+        return _NONE
     return _bytes(max((run.traced.planned if planned else run.traced.measured).peak_bytes))
 
 
@@ -536,9 +542,7 @@ def _common_charts(
         known = [index for index, found in enumerate(curves) if key in found.keys]
         if not known:
             continue
-        lines = [
-            (styles[index], _scaled(curves[index].points(key), kind.scale)) for index in known
-        ]
+        lines = [(styles[index], _scaled(curves[index].points(key), kind.scale)) for index in known]
         first = next(iter(kind.curves.values())) if len(kind.curves) > 1 else ""
         unit = ", ".join(filter(None, (kind.unit, first if kind is not _KINDS[0] else "")))
         pictures.append(
@@ -546,9 +550,7 @@ def _common_charts(
                 title,
                 unit,
                 draw.lines(lines, name=f"chart{number}", from_zero=kind.from_zero),
-                "; ".join(
-                    _words(names[index], curves[index], key, kind.scale) for index in known
-                ),
+                "; ".join(_words(names[index], curves[index], key, kind.scale) for index in known),
                 tuple(
                     _Entry(names[index], styles[index], _last(curves[index], key, kind.scale))
                     for index in known

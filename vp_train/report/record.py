@@ -155,7 +155,9 @@ class RunRecord:
 def read_run(path: Path) -> RunRecord:
     """Return what the directory of a run has.  Raises ConfigError if it is none."""
     if not path.is_dir():
-        raise ConfigError(f"{path} is not a directory; give that of a run, for example runs/default")
+        raise ConfigError(
+            f"{path} is not a directory; give that of a run, for example runs/default"
+        )
     if not any((path / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         raise ConfigError(
             f"{path} has neither config.yaml nor metrics.jsonl; give the directory of a run"
@@ -169,7 +171,8 @@ def read_run(path: Path) -> RunRecord:
             missing.append(printable(str(error))[:400])
             return otherwise
 
-    settings = reading(lambda: saved_words(path / "config.yaml"), {})
+    nothing: dict[str, str] = {}
+    settings = reading(lambda: saved_words(path / "config.yaml"), nothing)
     metrics = reading(lambda: _metrics(path / "metrics.jsonl"), Metrics(Curves(), {}))
     traced = reading(lambda: read_traced(path / "trace" / "step_times.json"), None)
     notices: tuple[tuple[str, ...], int] = ((), 0)
@@ -224,9 +227,7 @@ def _metrics(path: Path) -> Metrics:
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < _MOST_STEPS:
             continue
         kept = {
-            key: value
-            for key, value in record.items()
-            if key in _KEYS or _is_of_set(key, sets)
+            key: value for key, value in record.items() if key in _KEYS or _is_of_set(key, sets)
         }
         curves.add(step, finite(kept, _LARGEST_VALUE))
         if any(value is None or value != value for value in kept.values()):
@@ -256,8 +257,6 @@ def _notices(path: Path) -> tuple[tuple[str, ...], int]:
         newest.append(printable(line.decode(errors="replace").rstrip())[:500])
         count += 1
     return tuple(newest), count
-
-
 
 
 def _ranks(path: Path) -> tuple[RankRow, ...]:
@@ -333,5 +332,3 @@ def _logs(path: Path) -> tuple[Log, ...]:
         if lines:
             found.append(Log(printable(place.name), "\n".join(lines[-30:])))
     return tuple(found)
-
-

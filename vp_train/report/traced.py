@@ -74,7 +74,9 @@ def _passes(rank: int, row: Mapping[str, Any]) -> list[Span]:
     found = []
     for name, start, end in _intervals(row):
         item = Pass.parse(_name(name))
-        found.append(Span(rank, str(item), item.kind.value, item.stage, item.microbatch, start, end))
+        found.append(
+            Span(rank, str(item), item.kind.value, item.stage, item.microbatch, start, end)
+        )
     return found
 
 
@@ -99,4 +101,3 @@ def _number(value: Any, largest: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest:
         raise ValueError(f"{shown(value)} is not a number from 0 to {largest:g}")
     return float(value)
-
