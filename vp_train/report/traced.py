@@ -56,9 +56,12 @@ def _timeline(record: Mapping[str, Any]) -> Timeline:
         raise ValueError(f"it has passes of {len(rows):,} ranks")
     compute = tuple(tuple(_passes(rank, row)) for rank, row in enumerate(rows))
     ranks = [int(_number(rank, len(rows) - 1)) for rank in messages["ranks"]]
+    intervals = _intervals(messages)
+    if len(ranks) != len(intervals):
+        raise ValueError(f"{len(intervals)} communications have {len(ranks)} ranks")
     comm = tuple(
         Span(rank, _name(name), name.partition(".")[0], -1, -1, start, end)
-        for rank, (name, start, end) in zip(ranks, _intervals(messages), strict=True)
+        for rank, (name, start, end) in zip(ranks, intervals, strict=True)
     )
     peaks = tuple(_number(count, _LARGEST_BYTES) for count in record["peak_bytes"])
     if len(peaks) != len(rows):
@@ -85,6 +88,8 @@ def _intervals(row: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     starts, ends = (
         [_number(value, _LARGEST_SECONDS) for value in row[key]] for key in ("starts", "ends")
     )
+    if not len(names) == len(starts) == len(ends):
+        raise ValueError(f"{len(names)} names have {len(starts)} starts and {len(ends)} ends")
     found = list(zip(names, starts, ends, strict=True))
     if late := next((name for name, start, end in found if start > end), None):
         raise ValueError(f"{shown(late)} ends before it starts")
