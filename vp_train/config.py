@@ -1083,6 +1083,9 @@ class RunSettings:
         (), "Services that get the metrics too; each is an extra to install.", choices=TRACKERS
     )
     project: str = setting("vp_train", "Project of a run at its trackers.")
+    report: bool = setting(
+        True, "Write report.html at the end; without the extra `plot` there is none."
+    )
     profile_steps: tuple[int, ...] = setting(
         (), "Steps that torch's profiler records, in profile/ of the run.", least=1
     )

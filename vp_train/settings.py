@@ -328,6 +328,26 @@ def _saved_settings(path: Path) -> dict[str, object]:
     }
 
 
+def saved_words(path: Path) -> dict[str, str]:
+    """Return every setting in the config.yaml of a run, as it is written on a command line.
+
+    Raises ConfigError where the file is broken.
+    """
+    return {printable(name): _setting_words(value) for name, value in _saved_settings(path).items()}
+
+
+def default_words() -> dict[str, str]:
+    """Return every setting without any override, as it is written on a command line."""
+    return {name: _setting_words(value) for name, value in _leaves(_node(load_config([])))}
+
+
+def _setting_words(value: object) -> str:
+    """Return a value of an omegaconf node, or of a file, in words."""
+    from omegaconf import ListConfig
+
+    return printable(_value(tuple(value) if isinstance(value, list | ListConfig) else value))
+
+
 _REPAIR = "repair it, or delete it and give all settings of the run again"
 
 

@@ -164,9 +164,12 @@ def run_rank(
         try:
             for step in run.steps():
                 run.train_step(step, reporter)
-        except SharedFailure:  # of all ranks together: what they are saving becomes complete
+        except SharedFailure as error:
+            # Of all ranks together: what they are saving becomes complete.
             with suppress(CheckpointError):
                 run.finish_save()
+            if reporter is not None:
+                reporter.note(str(error))
             raise
         run.finish(reporter)
     except ConfigError:
@@ -175,6 +178,8 @@ def run_rank(
         watcher.leave(error)
     watcher.stop()
     dist.destroy_process_group()
+    if reporter is not None:
+        reporter.write_report()  # when no other rank waits any more
     leave(run.ending())
 
 

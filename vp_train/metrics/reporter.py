@@ -9,6 +9,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -16,14 +18,15 @@ from rich.console import Console
 from schedules.render import chrome_trace, facts, svg
 from schedules.timeline import Timeline
 from schedules.vocab import End
-from vp_train.config import RunConfig
+from vp_train.config import RunConfig, printable
 from vp_train.data import Source
+from vp_train.durable import UnreadableError, open_to_append, write_all
 from vp_train.metrics.figures import RankFigures, Spent
 from vp_train.metrics.log import MetricsLog, warn_unwritten
 from vp_train.metrics.progress import Progress, StepReport, Validation
 from vp_train.metrics.run_directory import RunDirectory, TakenError
 from vp_train.metrics.step_times import RankTimes, step_times
-from vp_train.metrics.summary import rank_table, step_words, summarize
+from vp_train.metrics.summary import SUMMARY, rank_table, step_words, summarize
 from vp_train.metrics.trackers import trackers_of
 from vp_train.model.shape import num_parameters
 from vp_train.planning.degrees import Degrees
@@ -130,8 +133,29 @@ class Reporter:
         return self._console.has_no_reader
 
     def say(self, line: str) -> None:
-        """Print a line that stays on the console."""
+        """Print a line that stays on the console, and keep it in notices.txt."""
         self._progress.say(line)
+        self.note(line)
+
+    def note(self, line: str) -> None:
+        """Keep a line in notices.txt, for the report."""
+        now = datetime.now().astimezone().isoformat(" ", "seconds")
+        try:
+            descriptor = open_to_append(self._directory.notices)
+            try:
+                write_all(descriptor, f"{now} {printable(line)}\n".encode())
+            finally:
+                os.close(descriptor)
+        except UnreadableError as error:
+            self._warn(self._directory.notices, OSError(None, str(error)))
+        except OSError as error:
+            self._warn(self._directory.notices, error)
+
+    def _warn(self, path: Path, error: OSError) -> None:
+        """Say once that a file of the run cannot be written."""
+        if not self._has_warned:
+            self._has_warned = True
+            warn_unwritten(path, error)
 
     def step(self, report: StepReport) -> None:
         """Show a finished step, and keep its values until `record` writes them.
@@ -234,9 +258,7 @@ class Reporter:
         except TakenError:
             raise
         except OSError as error:
-            if not self._has_warned:
-                self._has_warned = True
-                warn_unwritten(self._directory.path, error)
+            self._warn(self._directory.path, error)
             return
         if lost is not None:
             self.say(f"{lost}, without what was in it")
@@ -262,6 +284,7 @@ class Reporter:
         `peak_bytes` are the peaks of memory by rank.
         """
         self._progress.close()
+        ranks = [{"rank": rank, "peak_bytes": peak} for rank, peak in enumerate(peak_bytes)]
         if self._measured is not None:
             rows = [shard.num_rows for shard in self._plan.shards[End.OUTPUT]]
             table = summarize(
@@ -272,6 +295,7 @@ class Reporter:
                 parameters=self._parameters,
                 peaks=peak_bytes,
             )
+            ranks = list(map(asdict, table))
             self._console.print(
                 rank_table(table, "What was planned and what was measured (one traced step)")
             )
@@ -290,3 +314,26 @@ class Reporter:
             markup=False,
         )
         self._log.close()
+        summary = {"schema": SUMMARY, "ranks": ranks}
+        try:
+            self._directory.write("summary.json", json.dumps(summary, indent=1) + "\n")
+        except OSError as error:
+            warn_unwritten(self._directory.path / "summary.json", error)
+
+    def write_report(self) -> None:
+        """Write report.html from the files of the run, after `finish`.
+
+        Nothing is written, and nothing said, if it is not wanted or its packages are not installed.
+        What goes wrong is a warning: a report is worth less than the run.
+        """
+        if not self._config.run.report:
+            return
+        from vp_train.report import page
+
+        if not page.is_possible():
+            return
+        try:
+            page.write_report(self._directory.path)
+        except Exception as error:
+            what = error if isinstance(error, OSError) else OSError(None, str(error))
+            warn_unwritten(self._directory.path / page.NAME, what)

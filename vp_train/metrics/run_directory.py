@@ -26,7 +26,7 @@ from vp_train.durable import (
 )
 
 # What a run writes in its directory, apart from single files, which replace what is there.
-_FILES = ("LOCK", "metrics.jsonl")
+_FILES = ("LOCK", "metrics.jsonl", "notices.txt")
 _DIRECTORIES = ("checkpoints", "tensorboard", "trace", "logs", "profile", "trackers")
 _MOST_TRIES = 5  # to lock a file that is removed meanwhile
 
@@ -118,6 +118,10 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def notices(self) -> Path:
+        return self.path / "notices.txt"
 
     @property
     def tensorboard(self) -> Path:

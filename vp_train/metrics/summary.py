@@ -12,6 +12,8 @@ from schedules.render import duration
 from schedules.timeline import Timeline
 from vp_train.units import human_bytes
 
+SUMMARY = "vp_train summary 1"  # the schema of summary.json
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSummary:

@@ -1,0 +1,277 @@
+"""A page has all its sections, loads nothing, runs nothing, and tells the truth about its run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from tests.report.conftest import EVIL, STEPS
+from vp_train.commands.report import main
+from vp_train.config import ConfigError
+from vp_train.durable import UnreadableError
+from vp_train.report import draw, page, record
+from vp_train.report.record import read_run
+from vp_train.report.traced import read_traced
+from vp_train.settings import load_config
+
+SECTIONS = ["warnings", "curves", "time", "schedule", "memory", "settings", "versions", "continue"]
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """The elements of a page: (name, attributes), and its text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.open, self.texts = [], [], []
+        self.feed(path.read_text())
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return "".join(self.texts)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def one(write_run):
+    path, reporter = write_run("one", "optim.lr=0.25")
+    reporter.write_report()
+    return path
+
+
+@pytest.fixture
+def vp_report(monkeypatch, capsys):
+    """Run the command in this process: arguments -> (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vp-report", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return left.value.code, *capsys.readouterr()
+
+    return run
+
+
+def check(found):
+    """Assert what holds for every page."""
+    names = {name for name, _ in found.elements}
+    forbidden = {"script", "link", "iframe", "object", "embed", "form", "base", "foreignobject"}
+    assert names & (forbidden | {"animate", "set", "image"}) == set()
+    for _, attributes in found.elements:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/svg+xml;base64,"))
+        assert "url(" not in re.sub(r"url\(#[\w]+\)", "", attributes.get("style", ""))
+    ids = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    policies = [item.get("content", "") for item in found.all("meta") if "http-equiv" in item]
+    assert policies[0].startswith("default-src 'none'; ")
+    assert len(found.all("h1")) == 1
+    assert len(found.all("caption")) == len(found.all("table")) > 0
+    pictures = [item for _, item in found.elements if item.get("role") == "img"]
+    assert all(item["aria-label"] for item in pictures)
+    assert all("alt" in item for item in found.all("img"))
+    links = {item["href"][1:] for item in found.all("a")}
+    assert links <= set(ids)
+
+
+def test_the_page_of_a_run_has_all_sections(one):
+    found = Page(one / "report.html")
+    check(found)
+    headings = [item["id"] for item in found.all("h2")]
+    assert headings == SECTIONS
+    captions = found.text
+    for words in (
+        *("Loss", "Gradient norm", "Learning rate", "Tokens per second", "MFU", "Waiting"),
+        *("Memory", "Seconds of a step", "forward and backward", "As planned", "As measured"),
+        *("optim.lr", "0.25", "step 6: a loss of", "torch", f"{STEPS} of {STEPS}"),
+    ):
+        assert words in captions, words
+    assert "1 non-finite value, at step 9" in captions
+    assert "1 spike, at step 7" in captions
+    assert len((one / "report.html").read_bytes()) < 500_000
+
+
+def test_nothing_of_a_run_becomes_markup(evil_run):
+    page.write_report(evil_run)
+    found = Page(evil_run / "report.html")
+    check(found)
+    assert found.text.count("<script>alert(1)<!--") >= 8
+    assert [item for item in found.all("h1")] == [{}]
+
+
+def test_two_runs_show_what_differs_and_their_curves_together(
+    one, write_run, evil_run, tmp_path, vp_report, monkeypatch, capsys
+):
+    other, _ = write_run("other", "optim.lr=0.5", "schedule=gpipe")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert vp_report(one, other) == (0, "report.html\n", "")
+    found = Page(tmp_path / "report.html")
+    check(found)
+    assert [item["id"] for item in found.all("h2")] == [
+        *("settings", "curves", "figures", "warnings", "versions")
+    ]
+    settings = found.text.partition("Settings that differ")[2].partition("Curves")[0]
+    names = re.findall(r"\b[a-z]+\.[a-z_]+", settings)
+    assert names == ["schedule.name", "optim.lr"]
+    assert "tokens per second, median" in found.text
+    assert vp_report(one, evil_run, "--out", tmp_path / "evil.html")[0] == 0
+    check(Page(tmp_path / "evil.html"))
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "it's one", 'a"b', "a,b=c", "(x)[1]{2}", "back\\slash", "~", EVIL]
+)
+def test_the_command_to_resume_finds_the_run(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "default_words", dict)
+    run = tmp_path / name
+    (run / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (run / "config.yaml").write_text("run:\n  steps: 8\n")
+    (run / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n')
+    (what, command), *others = page._commands(read_run(run))
+    assert what == "Resume from the checkpoint of step 4"
+    program, *words = shlex.split(command)
+    (run / "config.yaml").unlink()  # it has not all sections
+    settings = load_config(words).run
+    assert (program, settings.directory, settings.resume) == ("vp-train", run, True)
+    for _, other in others:
+        assert shlex.split(other)[1] == str(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.pop("planned"), "it has no 'planned'"),
+        (lambda r: r["measured"]["passes"][0].update(names="<b>"), "1 names have"),
+        (lambda r: r["measured"]["passes"][0].update(names="<b>", starts=[0], ends=[1]), "a name"),
+        (lambda r: r["measured"]["passes"][0].update(names="0Q0", starts=[0], ends=[1]), "a pass"),
+        (lambda r: r["measured"]["passes"][0]["starts"].__setitem__(0, 1e9), "is not a number"),
+        (lambda r: r["measured"]["passes"][0]["ends"].pop(), " ends"),
+        (lambda r: r["planned"].update(passes=[]), "passes of 0 ranks"),
+        (lambda r: r["planned"].update(passes=None), "NoneType"),
+        (lambda r: r["planned"].update(peak_bytes=[True, 1]), "true is not a number"),
+        (lambda r: r.update(schedule=EVIL), "is not a name"),
+        (lambda r: r["planned"].update(bound_seconds="1"), "is not a number"),
+        (lambda r: r["planned"]["communications"].update(ranks=[7]), "is not a number"),
+        (lambda r: r["planned"]["communications"].update(ranks=[1]), " communications have 1 "),
+    ],
+)
+def test_a_crafted_trace_is_refused_in_one_line(one, tmp_path, change, words):
+    path = tmp_path / "step_times.json"
+    content = json.loads((one / "trace" / "step_times.json").read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UnreadableError) as raised:
+        read_traced(path)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_without_a_good_trace_the_plan_is_there_as_the_run_drew_it(write_run):
+    run, _ = write_run("odd", steps=10)
+    (run / "trace" / "step_times.json").write_text("{}")
+    page.write_report(run)
+    found = Page(run / "report.html")
+    check(found)
+    assert "Not in this report" in found.text
+    assert len(found.all("img")) == 1  # the plan, as the run drew it
+
+
+def test_crafted_files_are_lines_and_the_page_is_written(write_run):
+    run, _ = write_run("crafted", steps=10)
+    for name in ("env.json", "summary.json", "config.yaml"):
+        (run / name).write_text("[" * 100_000)
+    (run / "trace" / "step_times.json").unlink()
+    (run / "trace" / "step_times.json").symlink_to("/etc/hostname")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('nonsense\n[1]\n{"step": "3"}\n{"step": 1e400}\n{"step": 11, "loss": 1e999}\n')
+        file.write('{"step": 12, "loss": {"a": 1}, "spikes": -1e9}\n{"step": 13, "lo')
+    found = read_run(run)
+    assert len(found.missing) == 4
+    assert all("\n" not in line for line in found.missing)
+    assert found.metrics.curves.last == 12
+    page.write_report(run)
+    check(Page(run / "report.html"))
+
+
+def test_a_run_that_has_only_begun_has_a_page(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    page.write_report(tmp_path)
+    found = Page(tmp_path / "report.html")
+    assert "No step is recorded" in found.text
+    assert "cannot be resumed" in found.text
+
+
+def test_what_is_no_run_is_refused(tmp_path, vp_report):
+    words = f"{tmp_path} has neither config.yaml nor metrics.jsonl; give the directory of a run"
+    assert vp_report(tmp_path) == (78, "", f"vp-report: {words}\n")
+    code, _, said = vp_report(tmp_path / "none")
+    assert (code, "is not a directory" in said) == (78, True)
+    assert vp_report()[0] == 78
+
+
+def test_a_missing_package_is_named_and_no_run_minds(one, write_run, monkeypatch, capsys):
+    run, reporter = write_run("bare", steps=2)
+    capsys.readouterr()
+    monkeypatch.setattr(draw, "find_spec", lambda name: None if name == "matplotlib" else True)
+    reporter.write_report()
+    assert capsys.readouterr() == ("", "")
+    assert not (run / "report.html").exists()
+    with pytest.raises(ConfigError, match=r"needs matplotlib, .* pip install 'vp_train\[plot\]'"):
+        page.write_report(run)
+
+
+def test_a_report_never_fails_a_run(write_run, monkeypatch, capsys):
+    run, reporter = write_run("unlucky", steps=2)
+
+    def fail(path):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(page, "write_report", fail)
+    reporter.write_report()
+    assert (
+        capsys.readouterr().err
+        == f"{run}/report.html cannot be written (a bug); going on without\n"
+    )
+
+
+def test_a_run_may_go_without(write_run):
+    run, reporter = write_run("without", "run.report=false", steps=2)
+    reporter.write_report()
+    assert not (run / "report.html").exists()
+
+
+def test_notices_that_cannot_be_written_are_one_warning(write_run, capsys):
+    run, reporter = write_run("mute", steps=2)
+    (run / "notices.txt").mkdir()
+    capsys.readouterr()
+    reporter.note("a word")
+    reporter.note("another")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "notices.txt" in said

@@ -1,0 +1,47 @@
+"""The command `vp-report`: the report of a run, or of several runs side by side, as one page.
+
+It runs without torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vp_train.commands.command import Parser, guarded, path_of
+from vp_train.failures import EXIT_OK
+from vp_train.report.page import NAME, write_comparison, write_report
+
+_MOST_RUNS = 36  # so many looks has a curve
+
+
+def main() -> None:
+    """Run the command."""
+    guarded("vp-report", lambda: _report(sys.argv[1:]))
+
+
+def _report(arguments: Sequence[str]) -> int:
+    parser = Parser(
+        "vp-report",
+        description="writes a report that any browser shows, as one file: settings, curves, "
+        "schedule, memory, warnings, versions and how to continue; of several runs what differs, "
+        "their curves together, speed and memory",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=path_of, help="directory of a run")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        type=path_of,
+        help=f"file to write; default: {NAME} in the directory of the run, "
+        f"of several runs {NAME} in this directory",
+    )
+    options = parser.parse_args(arguments)
+    runs = [run.absolute() for run in options.runs]
+    if len(runs) > _MOST_RUNS:
+        parser.error(f"{len(runs)} runs on one page; at most {_MOST_RUNS} can be told apart")
+    if len(runs) == 1:
+        print(write_report(runs[0], options.out))
+    else:
+        print(write_comparison(runs, options.out or Path(NAME)))
+    return EXIT_OK
