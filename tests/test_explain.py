@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import time
 from dataclasses import replace
 from functools import cache
 
@@ -27,6 +28,8 @@ from vp_train.explain.causes import explain
 from vp_train.explain.remedies import compare_schedules, cost_settings, plan_of, remedies
 from vp_train.explain.trace import TracedStep, parse, read_traced
 from vp_train.metrics.step_times import RankTimes, pass_seconds, step_times
+from vp_train.pipeline.recorder import Recorder
+from vp_train.pipeline.timers import HostTimer
 from vp_train.planning.plan import make_plan
 from vp_train.settings import config_text, load_config
 
@@ -220,6 +223,14 @@ def test_passes_that_wait_for_a_processor_are_told_from_long_ones():
     causes = {cause.name: cause.seconds for cause in found.causes}
     assert causes["processors"] > 0.9 * (found.measured_seconds - found.planned_seconds)
     assert abs(causes["passes"]) < 1e-6
+
+
+def test_a_recorder_tells_time_on_a_processor_from_time_without():
+    recorder = Recorder(0, HostTimer(), [])
+    with recorder.observe(Pass(0, Kind.B, 0), lambda: 0):
+        time.sleep(0.05)
+    (span,) = recorder.spans
+    assert recorder.processor_seconds[0] < 0.02 < span.seconds
 
 
 # Files and the command

@@ -68,6 +68,8 @@ def _explain(arguments: Sequence[str]) -> int:
         plan = plan_of(explanation, config)
         settings = cost_settings(explanation, plan)
         if explanation.on_processor == 1:
+            if sys.stderr.isatty():
+                print("trying other schedules with the measured times", file=sys.stderr, flush=True)
             until = time.monotonic() + _SECONDS
             comparison = compare_schedules(config, plan, settings, lambda: time.monotonic() < until)
     except ConfigError as error:
@@ -216,6 +218,8 @@ def _heading(run: Path, explanation: Explanation) -> list[str]:
         f"{len(explanation.ranks)} ranks, {printable(step.dtype)} on {printable(step.device)}",
         f"planned {duration(planned)}, measured {duration(measured)}{ratio}",
     ]
+    if step.measured_on:
+        lines.append(f"planned with pass times measured on {step.measured_on}")
     if step.step == 1:
         lines.append("step 1 also warms up caches and buffers; run.trace_step chooses another one")
     if explanation.on_processor < 1:

@@ -46,7 +46,8 @@ class TracedStep:
     """A step as it was planned and as it was measured.
 
     schedule, measured, planned_seconds: of the first replica.
-    cost: what the plan assumed; `sources` says by kind where its pass times come from.
+    cost: what the plan assumed; `sources` says by kind where its pass times come from, and
+    `measured_on` on which device they were measured, "" if on none.
     slowness: the factors of the pipeline ranks that are in `cost`.
     rows: vocabulary rows by pipeline rank; empty if they are not known.
     processor: seconds of every pass in which its thread was on a processor; empty if not measured.
@@ -66,6 +67,7 @@ class TracedStep:
     measured: Timeline
     ranks: tuple[TracedRank, ...]
     tp: int = 1
+    measured_on: str = ""
     rows: tuple[int, ...] = ()
     processor: Mapping[Pass, float] = field(default_factory=dict)
     cpus: int | None = None
@@ -170,6 +172,7 @@ def parse(record: Any, cpus: int | None = None) -> TracedStep:
         ),
         ranks=ranks,
         tp=tp,
+        measured_on=printable(_text(cost.get("measured_on") or ""))[:80],
         rows=rows if len(rows) == layout.num_ranks else (),
         processor=_processor(record.get("processor_seconds", []), order),
         cpus=cpus,

@@ -101,7 +101,6 @@ def step_times(
         "pp": degrees.pp,
         "tp": degrees.tp,
         "runtime": "cuda" if config.run.comm_backend == "nccl" and plan.work.on_cuda else "gloo",
-        "layers": [len(stage) for stage in plan.layers],
         "rows": [shard.num_rows for shard in plan.shards[End.OUTPUT]],
         "planned": _timeline(plan.timeline),
         "measured": _timeline(measured),
