@@ -310,7 +310,7 @@ def _rank_table(explanation: Explanation) -> Table:
             duration(row.measured),
             f"{row.slowness:.2f}{mark}",
             *(
-                "" if seconds is None else duration(seconds)
+                "" if seconds is None else duration(round(seconds, 7))
                 for seconds in (row.planned_waiting, row.measured_waiting, row.between)
             ),
         )

@@ -220,13 +220,14 @@ def remedies(
     if explanation.rows is not None:
         rows = ",".join(map(str, explanation.rows))
         add("even_rows", "other vocabulary rows", f"vp-train {base} vocab.shards=[{rows}]")
-    add("order", "plan with the measured times", f"vp-train {base} cost={costs}")
+    written = "" if cost_file else f", which vp-explain writes with --cost {costs}"
+    add("order", f"plan with the measured times{written}", f"vp-train {base} cost={costs}")
     if comparison is not None and comparison.saved > WORTH:
         best = comparison.others[0]
         found.append(
             Remedy(
                 "schedule",
-                "the fastest schedule by simulation with the measured times",
+                f"the fastest schedule by simulation with the measured times{written}",
                 f"vp-train {base} schedule={best.schedule} vocab={best.vocab} cost={costs}",
                 explanation.measured_seconds * (1 - comparison.saved),
             )
@@ -237,7 +238,8 @@ def remedies(
             Remedy(
                 "passes",
                 "pass times were assumed: measure them, and plan with that",
-                f"vp-profile {base} --cost {costs}"
+                f"vp-profile {base} cluster.num_nodes=1 cluster.gpus_per_node={num_ranks} "
+                f"--cost {costs}"
                 if cost_file is None
                 else f"vp-simulate {base} cost={costs}",
             )
