@@ -189,7 +189,7 @@ class _Explaining:
             ranks=tuple(self._ranks()),
             replicas=self._replicas(),
             on_processor=sum(self.own.values()) / sum(self.times.passes.values()),
-            own=self._own_by_stage(),
+            own=self._by_stage(self.own),
             rows=rows,
         )
 
@@ -242,17 +242,6 @@ class _Explaining:
                 )
         return found
 
-    def _own_by_stage(self) -> dict[Kind, tuple[float, ...]]:
-        """Return the mean own seconds of a pass, by kind and stage or rank; 0 without passes."""
-        layout, means = self.step.problem.layout, _means(self.own)
-        return {
-            kind: tuple(
-                means.get((kind, index), 0.0)
-                for index in range(layout.num_ranks if kind.is_vocabulary else layout.num_stages)
-            )
-            for kind in sorted({kind for kind, _ in means}, key=list(Kind).index)
-        }
-
     # What the step would take without a cause
 
     def _what_ifs(self) -> tuple[list[WhatIf], tuple[int, ...] | None]:
@@ -294,8 +283,7 @@ class _Explaining:
             add(name, words, replace(times, communications=messages))
         words = "without the time between passes"
         add("between", words, replace(times, pass_leads={}, communication_leads={}))
-        measured = self._cost(_means(self.own))
-        if (program := self._program(measured)) is not None:
+        if (program := self._program(self._measured_cost())) is not None:
             words = f"with {step.schedule.name} ordered for the measured times"
             add("order", words, times, program)
         rows = self._even_rows()
@@ -328,21 +316,35 @@ class _Explaining:
         }
         return replace(self.times, passes=passes)
 
-    def _cost(self, means: Mapping[tuple[Kind, int], float]) -> CostModel:
-        """Return the costs with these seconds by kind and stage, and measured messages."""
-        layout, cost = self.step.problem.layout, self.step.cost
-        kinds = {kind for kind, _ in means}
-        seconds = {
-            kind: tuple(
-                means.get((kind, index), 0.0)
-                for index in range(layout.num_ranks if kind.is_vocabulary else layout.num_stages)
-            )
-            for kind in kinds
+    def _measured_cost(self) -> CostModel:
+        """Return the costs with which a plan from measured times would order the passes.
+
+        Each kind of pass takes as long as on average, in the proportions of the plan, and a slow
+        rank longer.  Messages take their median.
+        """
+        problem, cost = self.step.problem, self.step.cost
+        average = self._as_planned_but_average()
+        slow = {rank: factor for rank, factor in self.slowness.items() if factor >= SLOW}
+        usual = fmean(slow.get(rank, 1.0) for rank in range(self.step.num_ranks))
+        scaled = {
+            item: seconds * slow.get(problem.rank_of(item), 1.0) / usual
+            for item, seconds in average.items()
         }
         found = _by_message(self.times.communications)
         barriers = {name: median(values) for name, values in found.items() if name != _HOP}
         hop = median(found[_HOP]) if found.get(_HOP) else cost.hop_seconds
-        return CostModel(seconds, hop, {**cost.barrier_seconds, **barriers})
+        return CostModel(self._by_stage(scaled), hop, {**cost.barrier_seconds, **barriers})
+
+    def _by_stage(self, seconds: Seconds) -> dict[Kind, tuple[float, ...]]:
+        """Return the mean seconds of a pass, by kind and stage or rank; 0 without passes."""
+        layout, means = self.step.problem.layout, _means(seconds)
+        return {
+            kind: tuple(
+                means.get((kind, index), 0.0)
+                for index in range(layout.num_ranks if kind.is_vocabulary else layout.num_stages)
+            )
+            for kind in sorted({kind for kind, _ in means}, key=list(Kind).index)
+        }
 
     def _program(self, cost: CostModel) -> Program | None:
         """Return the program of the same schedule ordered for `cost`.
@@ -392,23 +394,20 @@ class _Explaining:
         return tuple(rows) if then < now / (1 + (_UNEVEN - 1) / 2) else None
 
     def _with_rows(self, rows: Sequence[int]) -> tuple[Times, CostModel]:
-        """Return the measured times, and costs of their means, with other vocabulary rows."""
+        """Return the measured times, and the planned costs, with other vocabulary rows."""
         step = self.step
-        found = {
-            item: self.times.passes[item] / step.rows[item.stage]
-            for item in self.own
-            if item.kind in (Kind.S, Kind.T) and step.rows[item.stage]
-        }
-        means = {
-            kind: fmean(v for i, v in found.items() if i.kind is kind) for kind in (Kind.S, Kind.T)
-        }
-        passes = {
-            item: seconds
-            if item.kind not in (Kind.S, Kind.T)
-            else rows[item.stage] * found.get(item, means[item.kind])
-            for item, seconds in self.times.passes.items()
-        }
-        return replace(self.times, passes=passes), self._cost(_means(passes))
+        passes = dict(self.times.passes)
+        seconds = dict(step.cost.pass_seconds)
+        for kind in (Kind.S, Kind.T):
+            items = [item for item in passes if item.kind is kind]
+            per_row = {i: passes[i] / step.rows[i.stage] for i in items if step.rows[i.stage]}
+            usual = fmean(per_row.values())
+            passes |= {item: rows[item.stage] * per_row.get(item, usual) for item in items}
+            planned = sum(step.cost.seconds(item) for item in per_row)
+            planned /= sum(step.rows[item.stage] for item in per_row)
+            seconds[kind] = tuple(planned * count for count in rows)
+        changed = replace(self.times, passes=passes)
+        return changed, replace(step.cost, pass_seconds=seconds)
 
     # Tables
 
