@@ -279,7 +279,7 @@ class Reporter:
                 soft_wrap=True,
                 markup=False,
             )
-            if words := explain_words(self._plan.timeline, self._measured, self._directory.path):
+            if words := explain_words(self._traced.timeline, self._measured, self._directory.path):
                 self._console.print(words, highlight=False, soft_wrap=True, markup=False)
         if words := self._spent.words():
             self._console.print(words, highlight=False, soft_wrap=True, markup=False)
