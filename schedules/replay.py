@@ -8,6 +8,8 @@ activities. An operation in the wrong place shows as lost time.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import chain
@@ -16,7 +18,7 @@ from schedules.cost import CostModel
 from schedules.graph import DeadlockError
 from schedules.ir import Kind, Pass
 from schedules.lower import Action, Op, Program
-from schedules.problem import Collective
+from schedules.problem import Collective, Node
 from schedules.simulate import peak
 from schedules.timeline import Span, Timeline
 from schedules.vocab import End
@@ -90,16 +92,50 @@ class LateStart:
         return f"rank {self.rank} before {self.name}, at {self.cause}"
 
 
-def replay(program: Program, cost: CostModel, runtime: Runtime) -> Replay:
+@dataclass(frozen=True, slots=True)
+class Times:
+    """The seconds of single passes and communications, in place of those of a cost model.
+
+    A hop has the key of the pass that it sends. `pass_leads` and `communication_leads` are the
+    seconds from the moment at which all that it waits for has ended to its start or its issue: what
+    the host does in between. What has no entry takes the seconds of the cost model, without a lead.
+    """
+
+    passes: Mapping[Pass, float] = field(default_factory=dict)
+    communications: Mapping[Node, float] = field(default_factory=dict)
+    pass_leads: Mapping[Pass, float] = field(default_factory=dict)
+    communication_leads: Mapping[Node, float] = field(default_factory=dict)
+
+
+def replay(
+    program: Program, cost: CostModel, runtime: Runtime, times: Times | None = None
+) -> Replay:
     """Return how `runtime` executes `program`. The bound of the timeline is left unknown (0).
 
-    Raises DeadlockError, naming the operation that each rank waits at, if none can go on.
+    Single passes and communications take what `times` say. Raises DeadlockError, naming the
+    operation that each rank waits at, if none can go on.
     """
     walk = _Walk.over(program, cost, runtime)
+    if times is not None:
+        walk.take(times)
     walk.run()
     ranks = range(len(program.ranks))
     causes, beside_waits = tuple(map(walk.causes, ranks)), tuple(map(walk.beside_waits, ranks))
     return Replay(_timeline_of(walk, program, cost), causes, beside_waits)
+
+
+def times_of(program: Program, cost: CostModel, runtime: Runtime, measured: Timeline) -> Times:
+    """Return the times with which `runtime` executes `program` as it was measured.
+
+    A communication lasts from its issue on the last rank to its measured end, at most to the first
+    pass that waited for it; one that was not measured takes at most the seconds of `cost`. The time
+    of a rank that nothing else explains is the lead of the pass or message after it. A replay with
+    these times ends when the measured step did, unless the measurement contradicts the program:
+    a pass that started before its inputs were there. Raises ValueError for a pass of the program
+    that was not measured.
+    """
+    walk = _Walk.over(program, cost, runtime)
+    return walk.fit(measured)
 
 
 def late_starts(replayed: Replay, simulated: Timeline) -> list[LateStart]:
@@ -132,7 +168,8 @@ _Communicator = End | tuple[int, int, bool]
 class _Walk:
     """The graph of activities: passes, communications, and waits of the passes for communications.
 
-    `seconds`, `missing`, `followers` and `start` are indexed by the activity.
+    `seconds`, `leads`, `missing`, `followers` and `start` are indexed by the activity.
+    - `leads` is the time between the moment at which an activity could start and its start.
     - `missing` counts the ranks that have not issued the activity. `run` adds to it the activities
       before it that have not ended.
     - `passes[r]` is the stream of rank r's passes and waits: operations with their activities.
@@ -145,6 +182,7 @@ class _Walk:
     cost: CostModel
     runtime: Runtime
     seconds: list[float] = field(default_factory=list)
+    leads: list[float] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)
     followers: list[list[int]] = field(default_factory=list)
     start: list[float] = field(default_factory=list)
@@ -174,6 +212,7 @@ class _Walk:
     def _add(self, seconds: float) -> int:
         """Add an activity that takes `seconds`, and return its index."""
         self.seconds.append(seconds)
+        self.leads.append(0.0)
         self.missing.append(0)
         self.followers.append([])
         return len(self.seconds) - 1
@@ -277,9 +316,91 @@ class _Walk:
                 issue(op, self._transfer(op, rank), self._channel(op, rank), *after)
         return started
 
-    def run(self) -> None:
-        """Compute the start of every activity. Raises DeadlockError if some can never start."""
-        seconds, missing, followers = self.seconds, self.missing, self.followers
+    def _runs(self) -> dict[Pass, int]:
+        """Return the activity of every pass."""
+        return {
+            op.item: activity
+            for passes in self.passes
+            for op, activity in passes
+            if op.action is Action.RUN and isinstance(op.item, Pass)
+        }
+
+    def take(self, times: Times) -> None:
+        """Let the passes and communications take what `times` say."""
+        runs = self._runs()
+        messages = {_key(item): activity for item, activity in self.communications.items()}
+        for found, values, target in (
+            (runs, times.passes, self.seconds),
+            (runs, times.pass_leads, self.leads),
+            (messages, times.communications, self.seconds),
+            (messages, times.communication_leads, self.leads),
+        ):
+            for item, seconds in values.items():
+                if item in found:
+                    target[found[item]] = seconds  # type: ignore[index]
+
+    def fit(self, measured: Timeline) -> Times:
+        """Set seconds and leads so that `run` gives the measured timeline, and return them.
+
+        An activity is fitted when all activities before it are, so what was lost earlier is not
+        counted again.
+        """
+        runs, ends = self._runs(), {span.name: span for span in measured.comm}
+        spans = {span.name: span for spans in measured.compute for span in spans}
+        if lacking := next((item for item in runs if str(item) not in spans), None):
+            raise ValueError(f"{lacking} was not measured")
+        observed = {activity: spans[str(item)] for item, activity in runs.items()}
+        latest = self._latest(observed)
+        messages = {activity: _key(item) for item, activity in self.communications.items()}
+
+        def fitted(activity: int) -> None:
+            ready = self.start[activity]
+            if activity in observed:
+                span = observed[activity]
+                self.leads[activity] = max(0.0, span.start - ready)
+                self.seconds[activity] = span.seconds
+            elif activity in messages:
+                message = ends.get(str(messages[activity]))
+                begin = ready if message is None else max(ready, message.start)
+                end = begin + self.seconds[activity] if message is None else message.end
+                end = min(end, latest.get(activity, math.inf))
+                begin = min(begin, max(end, ready))
+                self.leads[activity] = begin - ready
+                self.seconds[activity] = max(0.0, end - begin)
+
+        self.run(fitted)
+        return Times(
+            passes={item: self.seconds[activity] for item, activity in runs.items()},
+            communications={item: self.seconds[activity] for activity, item in messages.items()},
+            pass_leads={item: self.leads[activity] for item, activity in runs.items()},
+            communication_leads={item: self.leads[activity] for activity, item in messages.items()},
+        )
+
+    def _latest(self, observed: Mapping[int, Span]) -> dict[int, float]:
+        """Return the moment at which the first pass that waited for each communication started."""
+        latest: dict[int, float] = {}
+        for rank, passes in enumerate(self.passes):
+            awaited: list[int] = []
+            for op, activity in passes:
+                if op.action is Action.WAIT:
+                    assert isinstance(op.item, Collective)
+                    awaited.append(self.communications[op.item])
+                elif op.action is Action.ARRIVE:
+                    awaited.append(self._transfer(op, rank))
+                elif op.action is Action.RUN:
+                    for message in awaited:
+                        start = observed[activity].start
+                        latest[message] = min(start, latest.get(message, start))
+                    awaited.clear()
+        return latest
+
+    def run(self, fit: Callable[[int], None] | None = None) -> None:
+        """Compute the start of every activity. Raises DeadlockError if some can never start.
+
+        `fit` is called with an activity as soon as everything before it has its times.
+        """
+        seconds, leads = self.seconds, self.leads
+        missing, followers = self.missing, self.followers
         start = self.start = [0.0] * len(seconds)
         for later in chain.from_iterable(followers):
             missing[later] += 1
@@ -288,6 +409,9 @@ class _Walk:
         while ready:
             activity = ready.pop()
             done += 1
+            if fit is not None:
+                fit(activity)
+            start[activity] += leads[activity]
             end = start[activity] + seconds[activity]
             for later in followers[activity]:
                 if end > start[later]:
@@ -346,6 +470,11 @@ class _Walk:
         ]
         busy = sum(stop - start for start, stop in passes)
         return _shared_seconds(passes, waits) / busy if busy > 0 else 0.0
+
+
+def _key(item: Collective | _Hop) -> Node:
+    """Return the key of a communication in `Times`."""
+    return item if isinstance(item, Collective) else item[0]
 
 
 def _shared_seconds(apart: list[tuple[float, float]], others: list[tuple[float, float]]) -> float:

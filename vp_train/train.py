@@ -731,8 +731,12 @@ class Run:
             [astuple(span) for span in found] if is_first else []
             for found in (spans, recorder.communications)
         )
+        processor = (
+            recorder.processor_seconds if is_first and self.config.run.device == "cpu" else []
+        )
         times = platform.node(), pass_seconds(spans)
-        own = (passes, messages, recorder.peak_bytes, self.model.num_parameters, *times)
+        peak = recorder.peak_bytes
+        own = (passes, messages, peak, self.model.num_parameters, processor, *times)
         gathered = self.mesh.world.all_gather_json(own)
         if reporter is not None:
             degrees = self.mesh.degrees
@@ -740,8 +744,8 @@ class Run:
                 RankTimes(rank, *degrees.place(rank), host=host, pass_seconds=seconds)
                 for rank, (*_, host, seconds) in enumerate(gathered)
             ]
-            first = [gathered[degrees.rank(0, p, 0)][:4] for p in range(self.plan.num_ranks)]
-            computed, communications, peaks, parameters = zip(*first, strict=True)
+            first = [gathered[degrees.rank(0, p, 0)][:5] for p in range(self.plan.num_ranks)]
+            computed, communications, peaks, parameters, processors = zip(*first, strict=True)
             timeline = Timeline(
                 tuple(tuple(_spans(values)) for values in computed),
                 joined_communications([_spans(values) for values in communications]),
@@ -749,7 +753,8 @@ class Run:
                 self._plan_of(self.step).timeline.peak_in_flight,
             )
             figures = list(map(RankFigures.of, health.figures))
-            reporter.trace(timeline, parameters, ranks, figures, self._plan_of(self.step))
+            plan = self._plan_of(self.step)
+            reporter.trace(timeline, parameters, ranks, figures, plan, processors=processors)
 
     def ending(self) -> Ending:
         """Return how this rank ends after `finish`; the first rank has the words."""

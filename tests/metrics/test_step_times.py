@@ -10,6 +10,8 @@ import pytest
 from schedules.ir import Kind
 from tests.training import config_of, laid_out, train
 from vp_train.config import CostConfig, RunConfig
+from vp_train.explain.causes import explain
+from vp_train.explain.trace import parse
 from vp_train.metrics.step_times import SCHEMA, RankTimes, pass_seconds, source_of, step_times
 from vp_train.planning.plan import make_plan
 
@@ -34,6 +36,10 @@ def test_a_run_of_two_replicas_names_all_ranks(ranks, tmp_path):
         spans = [end - start for name, (start, end) in first.items() if kind in name]
         assert found["count"] == len(spans)
         assert found["seconds"] == pytest.approx(sum(spans), abs=1e-5)
+    assert [len(row) for row in times["processor_seconds"]] == [len(first)]
+    explained = explain(parse(times))
+    assert [row.rank for row in explained.ranks] == [0, 1]
+    assert 0 < explained.on_processor <= 1
     for each in times["ranks"]:
         passes = sum(found["seconds"] for found in each["pass_seconds"].values())
         parts = each["seconds"]["forward_backward"] + each["seconds"]["vocabulary"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from schedules.timeline import Span, Timeline
-from vp_train.metrics.summary import rank_table, step_words, summarize
+from vp_train.metrics.summary import explain_words, rank_table, step_words, summarize
 
 
 def timeline(busy, peaks):
@@ -58,6 +59,18 @@ def test_a_terminal_that_is_too_narrow_cuts_rows_and_never_wraps_them():
         Console(file=out, width=width).print(rank_table(rows(), "ranks"))
         heights.add(len(out.getvalue().splitlines()))
     assert len(heights) == 1
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(1.05, False), (1.2, True), (0.8, True)])
+def test_a_step_far_from_its_plan_names_the_command_that_explains_it(seconds, said):
+    planned, measured = (
+        Timeline(((Span(0, "0F0", "F", 0, 0, 0.0, end),),), (), (0.0,), (1,))
+        for end in (1.0, seconds)
+    )
+    words = explain_words(planned, measured, Path("runs/my run"))
+    assert (words is not None) == said
+    if said:
+        assert words.startswith("vp-explain 'runs/my run' says")
 
 
 @pytest.mark.parametrize(("device", "more"), [("cuda", ""), ("cpu", " (a plan gives every rank")])

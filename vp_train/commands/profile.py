@@ -23,7 +23,7 @@ from vp_train.failures import EXIT_OK
 from vp_train.planning.memory import rank_memory
 from vp_train.planning.plan import StepPlan, plan_step
 from vp_train.planning.report import PlanReport, make_report
-from vp_train.profile.costs import RankProfile, measured_cost, with_cost
+from vp_train.profile.costs import RankProfile, cost_text, measured_cost, with_cost
 from vp_train.units import human_bytes
 
 _SHOWN = (Kind.F, Kind.B, Kind.I, Kind.W, Kind.S, Kind.T, Kind.E, Kind.G)
@@ -174,16 +174,12 @@ def _write_cost(
     path: Path, config: RunConfig, words: Mapping[str, Any], cost: Mapping[str, float | str]
 ) -> None:
     model = config.model
-    lines = [
-        f"# Measured by vp-profile on {words['device']}, torch {words['torch']}",
-        f"# {config.micro_batch_size} x {model.seq_length} tokens, "
+    comments = [
+        f"Measured by vp-profile on {words['device']}, torch {words['torch']}",
+        f"{config.micro_batch_size} x {model.seq_length} tokens, "
         f"hidden size {model.hidden_size}, V = {model.vocab_size}",
-        *(
-            f"{name}: {json.dumps(value) if isinstance(value, str) else format(value, '.6g')}"
-            for name, value in cost.items()
-        ),
     ]
-    _write(path, "\n".join(lines) + "\n")
+    _write(path, cost_text(comments, cost))
     print(f"costs written to {path}; vp-plan and vp-simulate take them as cost={path}")
 
 

@@ -26,7 +26,13 @@ from vp_train.metrics.log import MetricsLog, warn_unwritten
 from vp_train.metrics.progress import Progress, StepReport, Validation
 from vp_train.metrics.run_directory import RunDirectory, TakenError
 from vp_train.metrics.step_times import RankTimes, step_times
-from vp_train.metrics.summary import SUMMARY, rank_table, step_words, summarize
+from vp_train.metrics.summary import (
+    SUMMARY,
+    explain_words,
+    rank_table,
+    step_words,
+    summarize,
+)
 from vp_train.metrics.trackers import trackers_of
 from vp_train.model.shape import num_parameters
 from vp_train.planning.degrees import Degrees
@@ -201,11 +207,14 @@ class Reporter:
         ranks: Sequence[RankTimes] = (),
         figures: Sequence[RankFigures] = (),
         plan: RunPlan | None = None,
+        *,
+        processors: Sequence[Sequence[float]] = (),
     ) -> None:
         """Write the measured step next to the predicted one: for Perfetto, programs and people.
 
         The step is kept for the final table.  `parameters` are the numbers of parameters by rank
-        of the pipeline.  `ranks` and `figures` are those of all ranks of the run.
+        of the pipeline.  `ranks` and `figures` are those of all ranks of the run, `processors` the
+        seconds of each pass on a processor, by rank of the pipeline.
         `plan` is that of the step, if it is not the one of all steps.
         """
         self._measured, self._parameters = measured, parameters
@@ -227,6 +236,7 @@ class Reporter:
             step=self._pending[0].step,
             ranks=ranks,
             figures=figures,
+            processors=processors,
             words=sys.argv[1:],
         )
         names = f"{self._plan.schedule.name}, vocabulary {self._plan.problem.algorithm.name}"
@@ -305,6 +315,8 @@ class Reporter:
                 soft_wrap=True,
                 markup=False,
             )
+            if words := explain_words(self._traced.timeline, self._measured, self._directory.path):
+                self._console.print(words, highlight=False, soft_wrap=True, markup=False)
         if words := self._spent.words():
             self._console.print(words, highlight=False, soft_wrap=True, markup=False)
         self._console.print(

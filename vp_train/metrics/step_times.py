@@ -13,6 +13,7 @@ from typing import Any
 
 from schedules.ir import Kind
 from schedules.timeline import Span, Timeline
+from schedules.vocab import End
 from vp_train.config import CostConfig, RunConfig
 from vp_train.metrics.figures import RankFigures
 from vp_train.planning.cluster import assumed_costs
@@ -79,11 +80,13 @@ def step_times(
     step: int,
     ranks: Sequence[RankTimes],
     figures: Sequence[RankFigures] = (),
+    processors: Sequence[Sequence[float]] = (),
     words: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the content of the file.
 
-    `ranks` and `figures` are by rank of the run.  `words` are those of the command line.
+    `ranks` and `figures` are by rank of the run.  `processors` has the seconds of each measured
+    pass on a processor, by rank of the pipeline.  `words` are those of the command line.
     """
     degrees = plan.degrees
     return {
@@ -97,8 +100,11 @@ def step_times(
         "dp": degrees.dp,
         "pp": degrees.pp,
         "tp": degrees.tp,
+        "runtime": "cuda" if config.run.comm_backend == "nccl" and plan.work.on_cuda else "gloo",
+        "rows": [shard.num_rows for shard in plan.shards[End.OUTPUT]],
         "planned": _timeline(plan.timeline),
         "measured": _timeline(measured),
+        "processor_seconds": [[round(value, _DIGITS) for value in row] for row in processors],
         "ranks": [
             rank.record(figures[rank.rank] if rank.rank < len(figures) else None) for rank in ranks
         ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -13,6 +15,7 @@ from schedules.timeline import Timeline
 from vp_train.units import human_bytes
 
 SUMMARY = "vp_train summary 1"  # the schema of summary.json
+_MUCH = 1.1  # a step is explained if it differs from its plan by this factor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +119,17 @@ def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
             human_bytes(row.peak_bytes),
         )
     return table
+
+
+def explain_words(planned: Timeline, measured: Timeline, directory: Path) -> str | None:
+    """Return which command says why the traced step took another time than planned.
+
+    It is None if the two differ by less than a tenth.
+    """
+    ratio = measured.makespan / planned.makespan if planned.makespan > 0 else 1.0
+    if 1 / _MUCH < ratio < _MUCH:
+        return None
+    return f"vp-explain {shlex.quote(str(directory))} says where the difference comes from"
 
 
 def step_words(planned: Timeline, measured: Timeline, device: str) -> str:

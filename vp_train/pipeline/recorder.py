@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ class _Timed:
     microbatch: int
     begin: Any
     end: Any = None
+    processor: float = 0.0
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Recorder:
         What autograd saves in F counts until B or I of the same stage and microbatch has run.
         """
         timed = _Timed(str(item), item.kind.value, item.stage, item.microbatch, self.timer.mark())
+        processor = time.thread_time()
         if item.kind is Kind.F:
             storages: dict[int, int] = {}
 
@@ -73,6 +76,7 @@ class Recorder:
         else:
             with self.inner.observe(item, held_bytes):
                 yield
+        timed.processor = time.thread_time() - processor
         timed.end = self.timer.mark()
         self._passes.append(timed)
         if item.kind in (Kind.B, Kind.I):  # held_bytes has what I keeps for W
@@ -98,6 +102,14 @@ class Recorder:
     def spans(self) -> list[Span]:
         """Return the passes in order, in seconds since the timer started."""
         return list(map(self._span, self._passes))
+
+    @property
+    def processor_seconds(self) -> list[float]:
+        """Return for each pass how long this thread was on a processor in it.
+
+        On a CPU that is its time without the moments in which the thread had to wait.
+        """
+        return [timed.processor for timed in self._passes]
 
     @property
     def communications(self) -> list[Span]:

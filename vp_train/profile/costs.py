@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 from schedules.ir import Kind
 from schedules.vocab import End
@@ -90,6 +92,15 @@ def with_cost(config: RunConfig, cost: Mapping[str, float | str]) -> RunConfig:
     """Return `config` with the measured costs."""
     # rank_slowness, the only setting that is not a number or text, is never measured.
     return replace(config, cost=CostConfig(**cost))  # type: ignore[arg-type]
+
+
+def cost_text(comments: Sequence[str], cost: Mapping[str, Any]) -> str:
+    """Return the file of settings of `cost` that cost=FILE reads, with `comments` before them."""
+    values = (
+        f"{name}: {format(value, '.6g') if isinstance(value, float) else json.dumps(value)}"
+        for name, value in cost.items()
+    )
+    return "\n".join([*(f"# {comment}" for comment in comments), *values]) + "\n"
 
 
 def _per_layer(step: StepPlan, profiles: Sequence[RankProfile], wanted: Kind) -> dict[int, float]:

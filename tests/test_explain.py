@@ -1,0 +1,392 @@
+"""vp-explain: causes add up, a slow rank is named, and a what-if is the step without its cause.
+
+The measured steps are simulated, so what made them slow is known.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from schedules.cost import CostModel
+from schedules.generators import GENERATORS, generate
+from schedules.ir import Kind, Pass
+from schedules.lower import lower
+from schedules.problem import Collective, Problem
+from schedules.replay import CUDA, GLOO, Times, replay, times_of
+from schedules.simulate import simulate
+from schedules.vocab import VOCAB_ALGORITHMS
+from vp_train.commands import explain as command
+from vp_train.config import ConfigError, RunConfig
+from vp_train.explain.causes import explain
+from vp_train.explain.remedies import compare_schedules, cost_settings, plan_of, remedies
+from vp_train.explain.trace import TracedStep, parse, read_traced
+from vp_train.metrics.step_times import RankTimes, pass_seconds, step_times
+from vp_train.pipeline.recorder import Recorder
+from vp_train.pipeline.timers import HostTimer
+from vp_train.planning.plan import make_plan
+from vp_train.settings import config_text, load_config
+
+CASES = [
+    ("1f1b", "none", GLOO),
+    ("1f1b", "one_barrier", CUDA),
+    ("interleaved", "two_barrier", GLOO),
+    ("zb_v", "one_barrier", CUDA),
+    ("zb_h1", "two_barrier", GLOO),
+]
+P, M = 4, 6
+
+
+def cost_of(problem, rows=(1, 1, 1, 1)):
+    """Return costs in which S and T of a rank take as long as its rows say."""
+    layout = problem.layout
+    stage = 1.0 / layout.num_chunks
+    kinds = {Kind.F: stage, Kind.B: 2 * stage, Kind.I: stage, Kind.W: stage}
+    seconds = {kind: (value,) * layout.num_stages for kind, value in kinds.items()}
+    seconds |= {
+        Kind.S: tuple(0.4 * row for row in rows),
+        Kind.T: tuple(0.2 * row for row in rows),
+        Kind.E: (0.02,) * layout.num_ranks,
+        Kind.G: (0.02,) * layout.num_ranks,
+    }
+    barriers = {barrier.name: 0.05 for barrier in problem.algorithm.barriers}
+    return CostModel(seconds, 0.03, barriers if problem.algorithm.sharded else {})
+
+
+@cache
+def step_of(name, algorithm, runtime=GLOO, rows=(1, 1, 1, 1)):
+    """Return a step that was not measured yet, and its program."""
+    family = GENERATORS[name]
+    problem = Problem(
+        family.layout_of(P), M, VOCAB_ALGORITHMS[algorithm], split_backward=family.split_backward
+    )
+    cost = cost_of(problem, rows)
+    schedule = generate(name, problem, cost)
+    planned = simulate(schedule, problem, cost)
+    step = TracedStep(
+        step=5,
+        device="cuda",
+        dtype="float32",
+        problem=problem,
+        schedule=schedule,
+        cost=cost,
+        sources={},
+        slowness=(1.0,) * P,
+        runtime=runtime,
+        planned_seconds=planned.makespan,
+        measured=planned,
+        ranks=(),
+        rows=tuple(1000 * row for row in rows),
+    )
+    return step, lower(schedule, problem, cost)
+
+
+def run(step, program, times=None):
+    """Return the step as measured with `times`."""
+    return replace(step, measured=replay(program, step.cost, step.runtime, times).timeline)
+
+
+def passes_of(step, factor):
+    """Return the seconds of every pass, `factor(item)` times as long as planned."""
+    return {item: step.cost.seconds(item) * factor(item) for _, item in step.schedule.passes()}
+
+
+def noisy(step, seed=0):
+    """Return times in which every pass and barrier takes its own time and the host takes some."""
+    chance = random.Random(seed)
+    items = list(step.problem.collectives())
+    return Times(
+        passes=passes_of(step, lambda _: chance.uniform(0.8, 2.0)),
+        communications={item: chance.uniform(0.0, 0.2) for item in items},
+        pass_leads={item: chance.uniform(0.0, 0.05) for _, item in step.schedule.passes()},
+    )
+
+
+@pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
+def test_a_replay_of_the_measured_times_gives_the_measured_step(name, algorithm, runtime):
+    step, program = step_of(name, algorithm, runtime)
+    measured = run(step, program, noisy(step)).measured
+    times = times_of(program, step.cost, runtime, measured)
+    again = replay(program, step.cost, runtime, times).timeline
+    for spans, expected in zip(again.compute, measured.compute, strict=True):
+        for span, original in zip(spans, expected, strict=True):
+            assert (span.start, span.end) == pytest.approx((original.start, original.end))
+
+
+@pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
+def test_the_causes_add_up_and_leave_nothing(name, algorithm, runtime):
+    step, program = step_of(name, algorithm, runtime)
+    found = explain(run(step, program, noisy(step)))
+    difference = found.measured_seconds - found.planned_seconds
+    assert sum(cause.seconds for cause in found.causes) == pytest.approx(difference)
+    rest = {cause.name: cause.seconds for cause in found.causes}["rest"]
+    assert abs(rest) < 1e-6 * found.measured_seconds
+
+
+@pytest.mark.parametrize("name", ["passes", "ranks", "communication"])
+def test_a_single_cause_is_the_whole_difference(name):
+    step, program = step_of("1f1b", "one_barrier")
+    if name == "communication":
+        times = Times(communications=dict.fromkeys(step.problem.collectives(), 0.5))
+    else:
+        slow = {0, 1, 2, 3} if name == "passes" else {2}
+        times = Times(passes=passes_of(step, lambda item: 1.5 if item.stage in slow else 1.0))
+    found = explain(run(step, program, times))
+    causes = {cause.name: cause.seconds for cause in found.causes}
+    if name == "ranks":  # the mean of all ranks is longer, too
+        causes["ranks"] += causes.pop("passes")
+    causes[name] += causes.pop("runtime")
+    difference = found.measured_seconds - found.planned_seconds
+    assert difference > 0.05 * found.planned_seconds
+    assert causes[name] == pytest.approx(difference, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
+@pytest.mark.parametrize("slow", [0, 2])
+def test_a_slow_rank_is_named_and_its_what_if_is_the_step_without(name, algorithm, runtime, slow):
+    step, program = step_of(name, algorithm, runtime)
+    rank_of = step.problem.rank_of
+    times = Times(passes=passes_of(step, lambda item: 2.0 if rank_of(item) == slow else 1.0))
+    found = explain(run(step, program, times))
+    assert [(row.rank, row.slowness) for row in found.slow] == [(slow, pytest.approx(2.0))]
+    without = replay(program, step.cost, runtime).timeline.makespan
+    assert found.what_if("equal_ranks").seconds == pytest.approx(without)
+    assert found.measured_seconds > 1.2 * without
+
+
+def test_slowness_that_was_planned_is_named_too():
+    step, program = step_of("1f1b", "one_barrier")
+    cost = replace(
+        step.cost,
+        pass_seconds={
+            kind: tuple(2 * value if stage == 1 else value for stage, value in enumerate(values))
+            for kind, values in step.cost.pass_seconds.items()
+        },
+    )
+    step = replace(step, cost=cost, slowness=(1.0, 2.0, 1.0, 1.0))
+    found = explain(run(step, program))
+    assert [row.rank for row in found.slow] == [1]
+
+
+@pytest.mark.parametrize("slow", ["hops", "barriers"])
+def test_a_slow_network_is_told_from_slow_passes(slow):
+    step, program = step_of("1f1b", "one_barrier")
+    if slow == "hops":  # which a replayed timeline does not show, so the plan has them
+        step = replace(step, cost=replace(step.cost, hop_seconds=0.8))
+        program = lower(step.schedule, step.problem, step.cost)
+        times, kind = Times(), lambda item: not isinstance(item, Collective)
+    else:
+        times = Times(communications=dict.fromkeys(step.problem.collectives(), 0.8))
+        kind = lambda item: isinstance(item, Collective)  # noqa: E731
+    found = explain(run(step, program, times))
+    items = list(
+        times_of(program, step.cost, GLOO, run(step, program, times).measured).communications
+    )
+    free = replace(
+        times,
+        communications={**times.communications, **{item: 0.0 for item in items if kind(item)}},
+    )
+    truth = replay(program, step.cost, GLOO, free).timeline.makespan
+    name = "free_hops" if slow == "hops" else "free_barriers"
+    assert found.what_if(name).seconds == pytest.approx(truth)
+    assert truth < 0.95 * found.measured_seconds
+    assert not found.slow
+
+
+def test_unequal_rows_are_evened_as_a_plan_with_equal_rows():
+    step, program = step_of("1f1b", "one_barrier", rows=(1, 1, 1, 5))
+    found = explain(run(step, program))
+    assert found.rows == (2000,) * 4
+    equal, equal_program = step_of("1f1b", "one_barrier", rows=(2, 2, 2, 2))
+    truth = replay(equal_program, equal.cost, GLOO).timeline.makespan
+    assert found.what_if("even_rows").seconds == pytest.approx(truth, rel=0.02)
+    assert truth < 0.9 * found.measured_seconds
+    assert not found.slow
+
+
+def test_passes_that_wait_for_a_processor_are_told_from_long_ones():
+    step, program = step_of("1f1b", "one_barrier")
+    times = Times(passes=passes_of(step, lambda _: 2.0))
+    alone = replay(program, step.cost, GLOO).timeline.makespan
+    shared = replace(
+        run(step, program, times), device="cpu", cpus=2, processor=passes_of(step, lambda _: 1.0)
+    )
+    found = explain(shared)
+    assert found.on_processor == pytest.approx(0.5)
+    assert found.what_if("processors").seconds == pytest.approx(alone)
+    causes = {cause.name: cause.seconds for cause in found.causes}
+    assert causes["processors"] > 0.9 * (found.measured_seconds - found.planned_seconds)
+    assert abs(causes["passes"]) < 1e-6
+
+
+def test_a_recorder_tells_time_on_a_processor_from_time_without():
+    recorder = Recorder(0, HostTimer(), [])
+    with recorder.observe(Pass(0, Kind.B, 0), lambda: 0):
+        time.sleep(0.05)
+    (span,) = recorder.spans
+    assert recorder.processor_seconds[0] < 0.02 < span.seconds
+
+
+# Files and the command
+
+
+@cache
+def record_of(slow, dp):
+    """Return step_times.json and config.yaml of a run of 1f1b, as texts.
+
+    Its rank `slow` computes twice as long as planned, and rank 5, in the second replica, 1.5 times.
+    """
+    config = RunConfig()
+    config = replace(config, parallel=replace(config.parallel, dp=dp, pp=4))
+    plan = make_plan(config, 4 * dp)
+    times = Times(
+        passes={
+            item: plan.cost.seconds(item) * (2.0 if rank == slow else 1.0)
+            for rank, item in plan.schedule.passes()
+        }
+    )
+    measured = replay(plan.program, plan.cost, GLOO, times).timeline
+    ranks = [
+        RankTimes(
+            rank,
+            *plan.degrees.place(rank),
+            host=f"node{rank // 4}",
+            pass_seconds={
+                kind: (count, seconds * (1.5 if rank == 5 else 1.0))
+                for kind, (count, seconds) in pass_seconds(measured.compute[rank % 4]).items()
+            },
+        )
+        for rank in range(4 * dp)
+    ]
+    record = step_times(config, plan, measured, step=5, ranks=ranks)
+    return json.dumps(record), config_text(config)
+
+
+def traced_run(directory, slow=None, dp=1):
+    """Write a run with the files of `record_of`; return its directory."""
+    record, config = record_of(slow, dp)
+    run = directory / "mine"
+    (run / "trace").mkdir(parents=True)
+    (run / "trace" / "step_times.json").write_text(record)
+    (run / "config.yaml").write_text(config)
+    (run / "env.json").write_text('{"cpus": 8}')
+    return run
+
+
+def call(monkeypatch, capsys, *words):
+    """Run vp-explain in this process; return its exit code, output and errors."""
+    monkeypatch.setattr(sys, "argv", ["vp-explain", *map(str, words)])
+    with pytest.raises(SystemExit) as left:
+        command.main()
+    captured = capsys.readouterr()
+    return left.value.code, captured.out, captured.err
+
+
+def test_the_command_names_the_slow_rank_and_what_mends_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_SECONDS", 0.0)  # for the comparison of schedules
+    run = traced_run(tmp_path, slow=2)
+    costs = tmp_path / "measured.yaml"
+    code, out, err = call(monkeypatch, capsys, run, "--cost", costs)
+    assert (code, err) == (0, "")
+    assert "rank 2 on node0 is slow: it computes 2.00 times as long as others" in out
+    assert "cost.rank_slowness=[1,1,2,1]" in out
+    code, out, _ = call(monkeypatch, capsys, run, "--json")
+    found = json.loads(out)
+    assert found["slow_ranks"] == [2]
+    causes = sum(cause["seconds"] for cause in found["causes"])
+    assert causes == pytest.approx(found["measured_seconds"] - found["planned_seconds"])
+    assert found["schedules"]["own"]["schedule"] == "1f1b"
+    cost = load_config([f"cost={costs}"]).cost
+    assert cost.rank_slowness == (1.0, 1.0, 2.0, 1.0)
+    assert cost.is_measured
+
+
+def test_a_plan_with_the_written_costs_takes_the_measured_time(tmp_path):
+    step = read_traced(traced_run(tmp_path))
+    found = explain(step)
+    config = RunConfig()
+    plan = plan_of(found, config)
+    asked = iter(range(4))  # more schedules would take seconds
+    comparison = compare_schedules(
+        config, plan, cost_settings(found, plan), lambda: next(asked, None) is not None
+    )
+    assert comparison.own.seconds == pytest.approx(found.measured_seconds, rel=0.02)
+    best = comparison.others[0]
+    assert best.seconds <= comparison.own.seconds
+    told = remedies(found, "run.name=mine", comparison)
+    assert (f"schedule={best.schedule}" in " ".join(remedy.command for remedy in told)) == (
+        comparison.saved > 0.02
+    )
+
+
+def test_a_slow_rank_of_another_replica_is_named(tmp_path):
+    found = explain(read_traced(traced_run(tmp_path, dp=2)))
+    assert [row.rank for row in found.slow] == [5]
+    assert found.replicas[1] > 1.1 * found.measured_seconds
+
+
+@pytest.mark.parametrize(
+    ("defect", "words"),
+    [
+        (lambda r: r.update(schema="x"), "schema"),
+        (lambda r: r["measured"]["passes"][0]["starts"].pop(), "starts and"),
+        (lambda r: r["measured"]["passes"].pop(), "ranks"),
+        (lambda r: r["measured"]["passes"][0]["ends"].__setitem__(0, float("nan")), "NaN"),
+        (lambda r: r["measured"]["passes"][0]["ends"].__setitem__(0, 10**400), "time in seconds"),
+        (lambda r: r["measured"]["passes"][0]["ends"].__setitem__(0, -1.0), "time in seconds"),
+        (lambda r: r["measured"]["passes"][0].update(names="0F0"), "names"),
+        (lambda r: r["processor_seconds"].append([0.1]), "processor_seconds"),
+        (lambda r: r.update(num_microbatches=10**9), "microbatches"),
+        (lambda r: r.update(num_microbatches=True), "num_microbatches"),
+        (lambda r: r["ranks"].pop(), "ranks"),
+        (lambda r: r["ranks"][1].update(rank=0), "each rank of the run once"),
+        (lambda r: r["cost"]["pass_seconds"]["F"].pop(), "values of F"),
+        (lambda r: r["cost"]["settings"].update(rank_slowness=[0, 1, 1, 1]), "rank_slowness"),
+        (lambda r: r.update(vocabulary="\x1b[31m"), "not known"),
+        (lambda r: r.pop("cost"), "cost"),
+        (lambda r: r.update(measured=[]), "not an object"),
+    ],
+)
+def test_a_crafted_file_is_refused_in_one_line(tmp_path, monkeypatch, capsys, defect, words):
+    run = traced_run(tmp_path)
+    path = run / "trace" / "step_times.json"
+    record = json.loads(path.read_text())
+    defect(record)
+    path.write_text(json.dumps(record))
+    code, out, err = call(monkeypatch, capsys, run)
+    assert (code, out, err.count("\n")) == (78, "", 1)
+    assert words in err
+    assert "\x1b" not in err
+
+
+def test_what_is_no_run_or_has_no_trace_is_told_with_the_way_out(tmp_path, monkeypatch, capsys):
+    run = traced_run(tmp_path)
+    trace = run / "trace" / "step_times.json"
+    for spoil, words in (
+        (trace.unlink, "run.trace_step"),
+        (lambda: trace.symlink_to(run / "config.yaml"), "symbolic link"),
+        ((run / "config.yaml").unlink, "config.yaml"),
+    ):
+        spoil()
+        code, _, err = call(monkeypatch, capsys, run)
+        assert (code, err.count("\n")) == (78, 1)
+        assert words in err
+    code, _, err = call(monkeypatch, capsys, tmp_path / "nothing")
+    assert (code, err.count("\n")) == (78, 1)
+
+
+def test_a_step_without_a_measured_pass_is_refused(tmp_path):
+    record = json.loads((traced_run(tmp_path) / "trace" / "step_times.json").read_text())
+    for row in record["measured"]["passes"]:
+        row["starts"] = row["ends"] = [0.0] * len(row["starts"])
+    with pytest.raises(ValueError, match="no pass took any time"):
+        parse(record)
+    with pytest.raises(ConfigError, match="not a directory"):
+        read_traced(tmp_path / "other")
+    assert Pass.parse("0F0") in [item for _, item in step_of("1f1b", "none")[0].schedule.passes()]

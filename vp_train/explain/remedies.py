@@ -1,0 +1,262 @@
+"""What would make a step shorter, with the command for it: Explanation -> remedies.
+
+The measured seconds become settings of `cost`, so other schedules can be planned with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from schedules.generators import searched_schedules
+from schedules.ir import Kind
+from schedules.vocab import searched_algorithms
+from vp_train.config import ConfigError, RunConfig
+from vp_train.explain.causes import SLOW, Explanation
+from vp_train.planning.plan import StepPlan, plan_step
+from vp_train.profile.costs import RankProfile, measured_cost
+
+WORTH = 0.02  # of the step: what saves less is not advised
+_MOST_FORWARD_PASSES = 1 << 13  # of a step for which other schedules are tried
+_COSTS = "measured.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A schedule with a vocabulary algorithm, simulated with the measured times.
+
+    peak_bytes: the activations of the worst rank.
+    """
+
+    schedule: str
+    vocab: str
+    seconds: float
+    peak_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The run's own schedule and all others, fastest first, by the same simulation."""
+
+    own: Alternative
+    others: tuple[Alternative, ...]
+
+    @property
+    def saved(self) -> float:
+        """The part of its time that the fastest one saves; 0 if that is the run's own."""
+        if not self.others or self.own.seconds <= 0:
+            return 0.0
+        return max(0.0, 1 - self.others[0].seconds / self.own.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """Something that makes the step shorter, or its plan truer.
+
+    seconds: of the step with it, by simulation; None where that is not known.
+    """
+
+    cause: str
+    words: str
+    command: str
+    seconds: float | None = None
+
+
+def cost_settings(explanation: Explanation, plan: StepPlan) -> dict[str, Any]:
+    """Return the settings of `cost` that follow from the measured step.
+
+    They are those that vp-profile measures, and on a CPU the times of messages.  Slow ranks become
+    rank_slowness.
+    """
+    step, layout = explanation.step, plan.problem.layout
+    slowness = [1.0] * step.num_ranks
+    for rank in explanation.slow:
+        if rank.replica == rank.tensor_rank == 0:
+            slowness[rank.pipeline_rank] = round(rank.slowness, 3)
+    profiles = []
+    for place in range(layout.num_ranks):
+        passes = {
+            (kind, index): values[index] / slowness[place]
+            for kind, values in explanation.own.items()
+            for index in ([place] if kind.is_vocabulary else layout.stages_of(place))
+            if values[index] > 0
+        }
+        profiles.append(
+            RankProfile(
+                rank=place,
+                passes=passes,
+                program_seconds=0.0,
+                optimizer_seconds=0.0,
+                state_bytes=0,
+                peak_bytes=0,
+            )
+        )
+    settings: dict[str, Any] = dict(measured_cost(plan, profiles))
+    if step.device == "cpu":
+        times = {row.name: row.measured for row in explanation.kinds if row.measured is not None}
+        barriers = [times[name] for name in times if name not in (*Kind, "hop")]
+        if "hop" in times:
+            settings["hop_seconds"] = times["hop"]
+        if barriers:
+            settings["collective_seconds"] = fmean(barriers)
+    if max(slowness) > 1:
+        settings["rank_slowness"] = slowness
+    return settings
+
+
+def plan_of(explanation: Explanation, config: RunConfig) -> StepPlan:
+    """Return the plan of the run.  Raises ConfigError if its settings have another layout now."""
+    step = explanation.step
+    plan = plan_step(config, step.num_ranks * config.parallel.tp * _replicas(explanation))
+    if plan.problem != step.problem:
+        raise ConfigError("config.yaml of the run has another layout than the traced step")
+    return plan
+
+
+def _replicas(explanation: Explanation) -> int:
+    return 1 + max((rank.replica for rank in explanation.ranks), default=0)
+
+
+def compare_schedules(
+    config: RunConfig,
+    plan: StepPlan,
+    settings: Mapping[str, Any],
+    proceed: Callable[[], bool] = lambda: True,
+) -> Comparison | None:
+    """Return how long the step would take with other schedules at the measured costs.
+
+    It is None for a step so large that this would take minutes.  `proceed` is asked before every
+    simulation whether to go on.
+    """
+    problem, num_ranks = plan.problem, plan.degrees.num_ranks
+    if problem.layout.num_stages * problem.num_microbatches > _MOST_FORWARD_PASSES:
+        return None
+    cost = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+    measured = replace(config, cost=replace(config.cost, **cost))  # type: ignore[arg-type]
+    own = _simulated(measured, num_ranks)
+    if own is None:
+        return None
+    found = []
+    for name in searched_schedules():
+        for algorithm in searched_algorithms():
+            if not proceed():
+                break
+            chosen = replace(
+                measured,
+                schedule=replace(
+                    measured.schedule, name=name, file=None, cap_gib=None, cap_microbatches=None
+                ),
+                vocab=replace(measured.vocab, algorithm=algorithm),
+            )
+            if (other := _simulated(chosen, num_ranks)) is not None:
+                found.append(other)
+    return Comparison(own, tuple(sorted(found, key=lambda item: item.seconds)))
+
+
+def _simulated(config: RunConfig, num_ranks: int) -> Alternative | None:
+    """Return the simulated step; None if the settings do not allow it."""
+    try:
+        plan = plan_step(config, num_ranks)
+    except ConfigError:
+        return None
+    timeline = plan.timeline
+    return Alternative(
+        plan.schedule.name,
+        plan.problem.algorithm.name,
+        timeline.makespan,
+        max(timeline.peak_bytes),
+    )
+
+
+def remedies(
+    explanation: Explanation,
+    base: str,
+    comparison: Comparison | None = None,
+    cost_file: str | None = None,
+) -> list[Remedy]:
+    """Return what would help, what saves most first.
+
+    `base` are the words with which a command takes the settings of the run.  `cost_file` has the
+    measured costs if they were written.
+    """
+    found: list[Remedy] = []
+    costs = cost_file or _COSTS
+
+    def add(name: str, words: str, command: str) -> None:
+        what_if = explanation.what_if(name)
+        if what_if is not None and what_if.seconds < (1 - WORTH) * explanation.measured_seconds:
+            found.append(Remedy(name, words, command, what_if.seconds))
+
+    num_ranks, cpus = len(explanation.ranks), explanation.step.cpus
+    enough = cpus is not None and num_ranks <= cpus
+    add(
+        "processors",
+        "other programs used the processors of this machine; run when it is idle"
+        if enough
+        else f"{num_ranks} ranks need {num_ranks} processors; or use fewer ranks here",
+        "" if enough or cpus is None else f"vp-train {base} parallel.pp={cpus} parallel.dp=1",
+    )
+    factors = [1.0] * explanation.step.num_ranks
+    for rank in explanation.slow:
+        if rank.replica == rank.tensor_rank == 0:
+            factors[rank.pipeline_rank] = round(rank.slowness, 2)
+    listed = ",".join(f"{factor:g}" for factor in factors)
+    balanced = "vocab.balance=true" if explanation.step.problem.algorithm.sharded else ""
+    add(
+        "equal_ranks",
+        f"{_slow_words(explanation)}: look there for other programs, heat or a slow clock; or plan "
+        "with it",
+        f"vp-simulate {base} cost.rank_slowness=[{listed}] {balanced}".rstrip(),
+    )
+    if len({rank.host for rank in explanation.ranks}) > 1 or explanation.on_processor == 1:
+        add("planned_network", "time the network", f"vp-train {base} --preflight")
+    add(
+        "between",
+        "fewer and larger microbatches; a profile of a step shows what the host does",
+        f"vp-train {base} run.profile_steps=[{explanation.step.step + 1}]",
+    )
+    if explanation.rows is not None:
+        rows = ",".join(map(str, explanation.rows))
+        add("even_rows", "other vocabulary rows", f"vp-train {base} vocab.shards=[{rows}]")
+    written = "" if cost_file else f", which vp-explain writes with --cost {costs}"
+    add("order", f"plan with the measured times{written}", f"vp-train {base} cost={costs}")
+    if comparison is not None and comparison.saved > WORTH:
+        best = comparison.others[0]
+        found.append(
+            Remedy(
+                "schedule",
+                f"the fastest schedule by simulation with the measured times{written}",
+                f"vp-train {base} schedule={best.schedule} vocab={best.vocab} cost={costs}",
+                explanation.measured_seconds * (1 - comparison.saved),
+            )
+        )
+    found.sort(key=lambda remedy: remedy.seconds or 0.0)
+    if _is_misjudged(explanation):
+        found.append(
+            Remedy(
+                "passes",
+                "pass times were assumed: measure them, and plan with that",
+                f"vp-profile {base} cluster.num_nodes=1 cluster.gpus_per_node={num_ranks} "
+                f"--cost {costs}"
+                if cost_file is None
+                else f"vp-simulate {base} cost={costs}",
+            )
+        )
+    return found
+
+
+def _slow_words(explanation: Explanation) -> str:
+    names = [f"rank {rank.rank} on {rank.host}" for rank in explanation.slow[:4] if rank.host]
+    return ", ".join(names) or "slow ranks"
+
+
+def _is_misjudged(explanation: Explanation) -> bool:
+    """Return whether assumed pass times are off by more than a tenth."""
+    rows = [
+        row for row in explanation.kinds if row.name in tuple(Kind) and row.source != "measured"
+    ]
+    planned = sum(row.count * row.planned for row in rows)
+    measured = sum(row.count * (row.measured or 0.0) for row in rows)
+    return planned > 0 and not 1 / SLOW < measured / planned < SLOW
