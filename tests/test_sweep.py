@@ -116,6 +116,10 @@ def test_a_name_in_the_words_is_the_base_of_all_names():
         (["run.name=a,b"], "run.name=a,b-0 is one name"),
         (["optim.lr=interval(0,1)"], "a sweep takes a list of values"),
         (["model=glob(*)"], "a sweep takes a list of values"),
+        (["run.seed=shuffle(1,2,3)"], "a sweep takes a list of values"),
+        (["run.seed=shuffle(range(1,9))"], "a sweep takes a list of values"),
+        (["run.seed=range(5,1)"], "run.seed=range(5,1) has no values"),
+        (["optim.lr=range(0,1000000000000)"], "more than 10,000 combinations"),
         (["run.seed=range(1,1000)", "run.steps=range(1,1000)"], "more than 10,000 combinations"),
     ],
 )
