@@ -114,8 +114,14 @@ def test_a_name_in_the_words_is_the_base_of_all_names():
         (["same.txt"], "two runs of the sweep are called one"),
         (["run.root=a,b"], "all runs of a sweep lie in one root"),
         (["run.name=a,b"], "run.name=a,b-0 is one name"),
+        (["run.name='a'"], "run.name='a'-0 is one name"),
+        (["named.txt", "run.name=../one"], "run.name='../one' is not a directory name"),
         (["optim.lr=interval(0,1)"], "a sweep takes a list of values"),
         (["model=glob(*)"], "a sweep takes a list of values"),
+        (["run.seed=shuffle(1,2,3)"], "a sweep takes a list of values"),
+        (["run.seed=shuffle(range(1,9))"], "a sweep takes a list of values"),
+        (["run.seed=range(5,1)"], "run.seed=range(5,1) has no values"),
+        (["optim.lr=range(0,1000000000000)"], "more than 10,000 combinations"),
         (["run.seed=range(1,1000)", "run.steps=range(1,1000)"], "more than 10,000 combinations"),
     ],
 )
@@ -123,6 +129,7 @@ def test_what_cannot_be_swept_is_refused(words, said, place):
     (place / "empty.txt").write_text("# nothing\n")
     (place / "quote.txt").write_text("run.steps=1\ndata.path='half\n")
     (place / "same.txt").write_text("run.name=one\nrun.name=one\n")
+    (place / "named.txt").write_text("run.name=one\n")
     with pytest.raises(ConfigError) as error:
         runs_of(words)
     assert said in str(error.value)

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 _CHECKPOINT = re.compile(r"step-([0-9]{8,12})")
 _POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of a git-LFS pointer
 _LARGEST_POINTER = 1 << 10  # bytes
+_MOST_UNSYNCED = 1 << 28  # bytes of a file that a disk need not have taken yet
 LARGEST_TEXT = 1 << 20  # bytes; the texts that people write by hand have a few thousand
 
 
@@ -94,12 +95,21 @@ def replace(path: Path, text: str) -> None:
 
 
 def write_new(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a new file from its parts, and sync it to disk.  Raises OSError that names it."""
+    """Write a new file from its parts, and sync it to disk.  Raises OSError that names it.
+
+    The disk must have taken what was written before much more is.  So whoever counts the parts sees
+    that a slow disk gets on, and the end is no wait for all of a large file.
+    """
     with naming(path):
         descriptor = open_new(path)
+        num_unsynced = 0
         try:
             for part in parts:
                 write_all(descriptor, part)
+                num_unsynced += len(part)
+                if num_unsynced >= _MOST_UNSYNCED:
+                    os.fsync(descriptor)
+                    num_unsynced = 0
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -100,10 +100,10 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
 
     A word may have several values as in hydra's multirun: `a=1,2`, `a=choice(1,2)`,
     `a=range(1,5)`.  All other words stay as they are, and so does one that hydra cannot parse, so
-    that `load_config` says what is wrong with it.  Raises ConfigError for other kinds of sweeps and
-    for too many combinations.
+    that `load_config` says what is wrong with it.  Raises ConfigError for other kinds of sweeps,
+    for shuffle(...), with which an index would be another run in every process, and for too many
+    combinations.
     """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -116,19 +116,34 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
         except HydraException:
             parsed = None
         if parsed is not None and parsed.is_sweep_override():
-            try:
-                (batch,) = BasicSweeper.split_arguments([parsed], None)
-            except (HydraException, ValueError, TypeError, AttributeError):
-                raise ConfigError(
-                    f"{word}: a sweep takes a list of values, choice(...) or range(...)"
-                ) from None
-            values = [value for (value,) in batch]
+            values = _swept(parsed, word)
         if (total := total * len(values)) > _MOST_COMBINATIONS:
             raise ConfigError(
                 f"{word}: the lists have more than {_MOST_COMBINATIONS:,} combinations; give fewer"
             )
         choices.append(values)
     return [list(chosen) for chosen in itertools.product(*choices)]
+
+
+def _swept(parsed: Any, word: str) -> list[str]:
+    """Return the overrides that hydra makes of a sweep, not many more than are allowed.
+
+    `parsed` is what hydra read in `word`.  Raises ConfigError for a sweep without a fixed order.
+    """
+    from hydra.errors import HydraException
+
+    wrong = ConfigError(f"{word}: a sweep takes a list of values, choice(...) or range(...)")
+    if not parsed.is_discrete_sweep() or getattr(parsed.value(), "shuffle", False):
+        raise wrong
+    key = parsed.get_key_element()
+    try:
+        values = itertools.islice(parsed.sweep_string_iterator(), _MOST_COMBINATIONS + 1)
+        found = [f"{key}={value}" for value in values]
+    except (HydraException, ValueError, TypeError, AttributeError, AssertionError):
+        raise wrong from None
+    if not found:
+        raise ConfigError(f"{word} has no values")
+    return found
 
 
 def _check_size(words: Sequence[str]) -> None:

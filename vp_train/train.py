@@ -359,6 +359,7 @@ class Run:
         A run that goes back to a checkpoint repeats steps.
         """
         self.step = self.first_step - 1
+        self._stopwatch.restart()  # to connect and to load is no part of the first step
         while self.step < self.config.run.steps and self._left is None:
             self.step += 1
             self._doing = "beginning"
@@ -558,6 +559,7 @@ class Run:
         if not done:
             words = f"{words}; there is no checkpoint to go back to"
             self._say(f"step {step} skipped: {words}", reporter)
+            self._stopwatch.switch(Part.REST)
             return False
         self.step = self._saved_step = done
         self._used = done, tokens

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tests.disk import largest_file
+from vp_train import durable
 from vp_train.checkpoint import saver as module
 from vp_train.checkpoint.manifest import read_manifest
 from vp_train.checkpoint.saver import CheckpointError, Saver, StuckDiskError, save
@@ -155,6 +156,28 @@ def test_a_slow_disk_that_gets_on_is_waited_for(ranks, tmp_path):
     began = time.monotonic()
     assert ranks(2).run(write_slowly, str(tmp_path)) == [(None, [1.0])] * 2
     assert time.monotonic() - began > 2
+
+
+def test_a_disk_takes_a_large_file_little_by_little(tmp_path, monkeypatch):
+    unsynced, most = 0, []
+    monkeypatch.setattr(durable, "_MOST_UNSYNCED", 10, raising=False)
+
+    def sync(descriptor):
+        nonlocal unsynced
+        unsynced = 0
+
+    def parts():
+        nonlocal unsynced
+        for _ in range(9):
+            unsynced += 4
+            yield b"four"
+            most.append(unsynced)
+
+    monkeypatch.setattr(durable.os, "fsync", sync)
+    durable.write_new(tmp_path / "file", parts())
+    assert (tmp_path / "file").read_bytes() == b"four" * 9
+    assert max(most) <= 12
+    assert unsynced == 0
 
 
 def save_twice(rank, num_ranks, directory):

@@ -22,6 +22,9 @@ from vp_train.pipeline.timers import CudaTimer, HostTimer
 from vp_train.planning.plan import make_plan
 
 
+LOADING_SECONDS = 0.2  # before the first step
+
+
 class Counting:
     """A timer whose marks are one second apart, and which counts those it had to make."""
 
@@ -51,6 +54,14 @@ def test_time_belongs_to_the_last_switch_and_a_part_may_come_twice():
     assert spent(watch.take()) == {}  # waiting has not ended
     watch.switch(Part.REST)
     assert spent(watch.take()) == {Part.WAITING: 1}
+
+
+def test_a_restart_forgets_what_was_before():
+    watch = Stopwatch(Counting())
+    watch.switch(Part.DATA)
+    watch.restart()
+    watch.switch(Part.OPTIMIZER)
+    assert spent(watch.take()) == {Part.REST: 1}
 
 
 def test_a_wait_within_a_pass_is_no_part_of_it_and_a_wait_between_lasts_to_the_next_pass():
@@ -132,6 +143,7 @@ def parts_and_walls(rank, num_ranks, config):
         return found[-1]
 
     run._stopwatch.take = take
+    time.sleep(LOADING_SECONDS)
     for step in run.steps():
         run.train_step(step, reporter)
     run.finish(reporter)
@@ -147,6 +159,7 @@ def test_the_parts_of_a_step_and_the_rest_are_its_wall_time_on_every_rank(
         config = laid_out(config, pp=1, dp=2, optimizer="zero1")
     for parts, walls in ranks(2).run(parts_and_walls, config):
         assert len(parts) == len(walls) == 6
+        assert sum(parts[0].values()) <= walls[0] - LOADING_SECONDS + 5e-3
         for part, wall in zip(parts[1:], walls[1:], strict=True):
             assert sum(part.values()) == pytest.approx(wall, abs=5e-3)
             assert min(part.values()) >= 0

@@ -32,7 +32,7 @@ from vp_train.commands.command import (
 )
 from vp_train.commands.local_ranks import search_options
 from vp_train.commands.place import is_rank, is_slurm_rank, place_of
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.durable import UnreadableError, checkpoints_in, open_regular, read_text
 from vp_train.durable import replace as replace_file
 from vp_train.failures import EXIT_OK, EXIT_TIME
@@ -162,6 +162,7 @@ def runs_of(words: Sequence[str]) -> tuple[list[SweptRun], str]:
             chosen = {word.partition("=")[0]: _value_of(word) for word in differs}
             runs.append(SweptRun(name, (*combined, override("run.name", name)), chosen))
     _check_names(runs)
+    RunSettings(name=base)  # refuses what is no name: the table is called so
     return runs, base
 
 
@@ -180,7 +181,7 @@ def _check_names(runs: Sequence[SweptRun]) -> None:
             raise ConfigError(f"two runs of the sweep are called {run.name}; give each a name")
         if "run.root" in run.chosen:
             raise ConfigError("run.root has several values; all runs of a sweep lie in one root")
-        if any(sign in run.name for sign in ",()[]{}"):
+        if any(sign in run.name for sign in ",()[]{}'\""):
             raise ConfigError(f"run.name={run.name} is one name, which the index is appended to")
 
 

@@ -48,6 +48,10 @@ class Stopwatch:
         self._after: Part | None = None  # what a wait interrupts
         self._leaves_pass, self._leaves_wait = _Leaving(self._end_pass), _Leaving(self._end_wait)
 
+    def restart(self) -> None:
+        """Forget the time until now."""
+        self._parts, self._marks = [Part.REST], [self._timer.mark()]
+
     def switch(self, part: Part) -> None:
         """Charge the time from now on to `part`."""
         if part is not self._parts[-1]:
