@@ -121,7 +121,7 @@ def test_nothing_of_a_run_becomes_markup(evil_run):
     found = Page(evil_run / "report.html")
     check(found)
     assert found.text.count("<script>alert(1)<!--") >= 8
-    assert [item for item in found.all("h1")] == [{}]
+    assert list(found.all("h1")) == [{}]
 
 
 def test_two_runs_show_what_differs_and_their_curves_together(
