@@ -52,7 +52,11 @@ class Source(Protocol):
     contents: tuple[str, ...]  # one hash per corpus, of text, tokenizer and settings
     tokenizer: Path | None  # the tokenizer.json of the text; None if nothing was tokenized
     end_token: int | None  # the id that ends every document; None if nothing was tokenized
-    warnings: tuple[str, ...]  # about the data, one sentence each
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is doubtful about the data, one sentence each."""
+        ...
 
     @property
     def validation_sets(self) -> tuple[str, ...]:
@@ -208,7 +212,7 @@ class _Text:
         corpora: tuple[Corpus, ...],
         named: Mapping[str, Corpus] | None = None,
     ) -> None:
-        self._config = config
+        self._config, self._corpora = config, corpora
         self.contents = tuple(corpus.manifest.content_hash for corpus in corpora)
         self.tokenizer: Path | None = corpora[0].tokenizer
         self.end_token: int | None = corpora[0].manifest.end_token
@@ -231,7 +235,6 @@ class _Text:
         self._train = _stream_of(config, training, turns, "training")
         self._validation: dict[str, _Stream] = {}
         named = named or {}
-        self.warnings = tuple(trained_on(config.data, corpora)) if named else ()
         # Without a fraction nothing is held out: an error, unless there are named sets.
         if config.run.eval_every and (config.data.validation_fraction > 0 or not named):
             held_out = [
@@ -259,6 +262,11 @@ class _Text:
     @property
     def validation_sets(self) -> tuple[str, ...]:
         return tuple(self._validation)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        names = set(self._validation) - {""}
+        return tuple(trained_on(self._config.data, self._corpora)) if names else ()
 
     @cached_property
     def byte_lengths(self) -> Tensor | None:
