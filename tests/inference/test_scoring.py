@@ -185,7 +185,7 @@ def test_vp_score_refuses_what_it_cannot_read(trained, tmp_path, capsys, make, w
     ("words", "message"),
     [
         (["optim.lr=1"], "optim.lr does not count here; these do: parallel.pp"),
-        (["parallel.pp=3"], "parallel"),
+        (["parallel.tp=3"], "does not split over parallel.tp=3"),
         (["--context", "0"], "context of 0 tokens"),
     ],
 )

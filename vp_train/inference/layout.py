@@ -126,7 +126,7 @@ def _evaluating(
             pp=degrees.pp,
             dp=degrees.dp,
             tp=degrees.tp,
-            placement=own.placement if "parallel.placement" in given else "even",
+            placement=own.placement if "parallel.placement" in given else "balanced",
             layers_per_stage=own.layers_per_stage if "parallel.layers_per_stage" in given else None,
         ),
         schedule=ScheduleConfig(),
