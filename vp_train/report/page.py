@@ -191,6 +191,10 @@ def _per_cent(value: float | None) -> str:
     return _NONE if value is None else f"{value:.1%}"
 
 
+def _seconds(value: float) -> str:
+    return duration(value) if value < 100 else clock(value)
+
+
 def _bytes(value: float | None) -> str:
     return _NONE if value is None else human_bytes(value)
 
@@ -328,7 +332,7 @@ def _shares(curves: Curves) -> list[_Bar]:
     totals = [(curves.total(key), name, colour) for key, name, colour in _PARTS]
     whole = sum(total for total, _, _ in totals)
     return [
-        _Bar(name, duration(total), total / whole, draw.Style(colour))
+        _Bar(name, _seconds(total), total / whole, draw.Style(colour))
         for total, name, colour in sorted(totals, reverse=True)
         if total > 0
     ]
