@@ -85,6 +85,7 @@ ALLOWED = {
         "schedules",
         "vp_train.config",
         "vp_train.durable",
+        "vp_train.explain",
         "vp_train.report",
         "vp_train.settings",
         "vp_train.units",

@@ -40,7 +40,9 @@ COMMANDS = {
     for entry in entry_points(group="console_scripts")
     if entry.value.startswith("vp_train.")
 }
-WITHOUT_SETTINGS = ("vp-import", "vp-export", "vp-score", "vp-generate", "vp-explain")
+WITHOUT_SETTINGS = (
+    *("vp-import", "vp-export", "vp-score", "vp-generate", "vp-explain", "vp-report"),
+)
 PLAIN = ("source", "pip", "pre-commit")  # nothing of ours to parse
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

@@ -212,6 +212,7 @@ def test_a_reader_that_goes_away_ends_the_run_with_a_word(tmp_path):
         "data=synthetic",
         "parallel.pp=2",
         "run.steps=50",
+        "run.report=false",
         "run.log_every=1",
         f"run.root={tmp_path}",
     ]
@@ -228,6 +229,7 @@ def test_a_job_without_any_stream_trains(tmp_path):
     command = [sys.executable, "-m", "vp_train", *overrides, f"run.root={tmp_path}"]
     closing = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
     assert subprocess.run(closing, timeout=90, check=False).returncode == 0
+    assert (tmp_path / "default" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("root", ["/dev/null", "/proc"])

@@ -119,7 +119,7 @@ def _as_rank(rank, words, place, num_ranks, port):
     given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks}
     given |= {"LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in given.items()}
-    sys.argv = ["vp-train", *words]
+    sys.argv = ["vp-train", "run.report=false", *words]
     vp_train.commands.train.main()
 
 

@@ -30,6 +30,7 @@ SETTINGS = [
     "run.trace_step=0",
     "run.eval_every=0",
     "run.log_every=1",
+    "run.report=false",
 ]
 
 

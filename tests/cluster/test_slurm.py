@@ -129,6 +129,7 @@ NANO = (
     "run.eval_every=0",
     "run.trace_step=0",
     "run.log_every=1",
+    "run.report=false",
 )
 
 

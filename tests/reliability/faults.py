@@ -157,6 +157,7 @@ def wrong_with(fault: Fault, root: Path, pause: float = 0.0) -> str | None:
     """
     words = [
         *("model=nano", "data=synthetic", "parallel.pp=2", "num_microbatches=2", "run.log_every=1"),
+        "run.report=false",
         *("run.steps=100000", "run.trace_step=0", "run.eval_every=0", "run.checkpoint_every=2"),
         *("run.name=run", f"run.root={root}", f"run.timeout_seconds={TIMEOUT}", *fault.settings),
     ]

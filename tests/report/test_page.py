@@ -19,7 +19,17 @@ from vp_train.report.record import read_run
 from vp_train.report.traced import read_traced
 from vp_train.settings import load_config
 
-SECTIONS = ["warnings", "curves", "time", "schedule", "memory", "settings", "versions", "continue"]
+SECTIONS = [
+    "warnings",
+    "curves",
+    "time",
+    "schedule",
+    "why",
+    "memory",
+    "settings",
+    "versions",
+    "continue",
+]
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 _MOST_BUCKETS = 500  # a curve has two points for each: its minimum and its maximum
 Point = tuple[float, float]  # a step and a value
@@ -18,11 +19,22 @@ class _Cell:
     total: float
     count: int
 
-    def merge(self, other: _Cell) -> None:
-        self.low = min(self.low, other.low, key=lambda point: point[1])
-        self.high = max(self.high, other.high, key=lambda point: point[1])
-        self.total += other.total
-        self.count += other.count
+    def add(self, step: int, value: float) -> None:
+        if value < self.low[1]:
+            self.low = step, value
+        if value > self.high[1]:
+            self.high = step, value
+        self.total += value
+        self.count += 1
+
+    def merged(self, later: _Cell) -> _Cell:
+        """Return both; of equal values the first one counts."""
+        return _Cell(
+            later.low if later.low[1] < self.low[1] else self.low,
+            later.high if later.high[1] > self.high[1] else self.high,
+            self.total + later.total,
+            self.count + later.count,
+        )
 
 
 @dataclass(slots=True)
@@ -32,12 +44,16 @@ class _Bucket:
     place: int
     cells: dict[str, _Cell]
 
-    def merge(self, other: _Bucket) -> None:
-        for key, cell in other.cells.items():
-            if key in self.cells:
-                self.cells[key].merge(cell)
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            if (cell := self.cells.get(key)) is None:
+                self.cells[key] = _Cell((step, value), (step, value), value, 1)
             else:
-                self.cells[key] = cell
+                cell.add(step, value)
+
+    def merge(self, later: _Bucket) -> None:
+        for key, cell in later.cells.items():
+            self.cells[key] = self.cells[key].merged(cell) if key in self.cells else cell
 
 
 class Curves:
@@ -53,7 +69,6 @@ class Curves:
         self._most, self._width = most_buckets, 1
         self._buckets: list[_Bucket] = []
         self._latest: dict[str, float] = {}
-        self._totals: dict[str, _Cell] = {}
         self.num_steps = self.first = self.last = 0
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
@@ -62,34 +77,33 @@ class Curves:
             return
         self.first = self.first if self.num_steps else step
         self.num_steps, self.last = self.num_steps + 1, step
-        cells = {
-            key: _Cell((step, value), (step, value), value, 1) for key, value in values.items()
-        }
-        for key, value in values.items():
-            self._latest[key] = value
-            whole = self._totals.setdefault(key, _Cell((step, value), (step, value), 0.0, 0))
-            whole.merge(cells[key])
-        self._put(_Bucket(step // self._width, cells))
+        self._latest.update(values)
+        place = step // self._width
+        if not self._buckets or self._buckets[-1].place != place:
+            self._buckets.append(_Bucket(place, {}))
+        self._buckets[-1].add(step, values)
         while len(self._buckets) > self._most:
             self._widen()
-
-    def _put(self, bucket: _Bucket) -> None:
-        if self._buckets and self._buckets[-1].place == bucket.place:
-            self._buckets[-1].merge(bucket)
-        else:
-            self._buckets.append(bucket)
 
     def _widen(self) -> None:
         self._width *= 2
         buckets, self._buckets = self._buckets, []
         for bucket in buckets:
             bucket.place //= 2
-            self._put(bucket)
+            if self._buckets and self._buckets[-1].place == bucket.place:
+                self._buckets[-1].merge(bucket)
+            else:
+                self._buckets.append(bucket)
+
+    def _whole(self, key: str) -> _Cell | None:
+        """Return all values of a key as one cell, None without any."""
+        cells = [bucket.cells[key] for bucket in self._buckets if key in bucket.cells]
+        return reduce(_Cell.merged, cells) if cells else None
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys that have a value."""
-        return tuple(self._totals)
+        return tuple(self._latest)
 
     def points(self, key: str) -> list[Point]:
         """Return the smallest and the largest value of every bucket, in the order of steps."""
@@ -124,23 +138,26 @@ class Curves:
 
     def lowest(self, key: str) -> Point | None:
         """Return the smallest value with its step, None without any."""
-        return self._totals[key].low if key in self._totals else None
+        whole = self._whole(key)
+        return None if whole is None else whole.low
 
     def highest(self, key: str) -> Point | None:
         """Return the largest value with its step, None without any."""
-        return self._totals[key].high if key in self._totals else None
+        whole = self._whole(key)
+        return None if whole is None else whole.high
 
     def total(self, key: str) -> float:
         """Return the sum over all steps."""
-        return self._totals[key].total if key in self._totals else 0.0
+        whole = self._whole(key)
+        return 0.0 if whole is None else whole.total
 
 
 def finite(values: Mapping[str, object], largest: float) -> dict[str, float]:
     """Return what is a number of at most `largest`, with either sign."""
-    found = {}
-    for key, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if abs(value) <= largest:  # neither has NaN
-            found[key] = float(value)
-    return found
+    return {
+        key: float(value)
+        for key, value in values.items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= largest  # as NaN is not
+    }

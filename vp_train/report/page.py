@@ -27,6 +27,7 @@ from vp_train.units import clock, human_bytes
 NAME = "report.html"  # in the directory of a run
 _GIB = 2.0**30
 _NONE = "-"  # in the place of a value that is not known
+_SHOWN = 0.005  # of the step: what would save less is not shown
 _NAMED_STEPS = 12  # of one kind of event
 
 # The parts of a step: key, name, and colour in the stack.
@@ -170,6 +171,8 @@ def _context(run: RunRecord) -> dict[str, Any]:
         "stack": _stacked(curves),
         "shares": _shares(curves),
         "schedules": _schedules(run),
+        "causes": _causes(run),
+        "what_ifs": _what_ifs(run),
         "rank_columns": _RANK_COLUMNS,
         "rank_rows": _rank_rows(run),
         "versions": _versions(run),
@@ -189,6 +192,10 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 def _per_cent(value: float | None) -> str:
     return _NONE if value is None else f"{value:.1%}"
+
+
+def _seconds(value: float) -> str:
+    return duration(value) if value < 100 else clock(value)
 
 
 def _bytes(value: float | None) -> str:
@@ -328,7 +335,7 @@ def _shares(curves: Curves) -> list[_Bar]:
     totals = [(curves.total(key), name, colour) for key, name, colour in _PARTS]
     whole = sum(total for total, _, _ in totals)
     return [
-        _Bar(name, duration(total), total / whole, draw.Style(colour))
+        _Bar(name, _seconds(total), total / whole, draw.Style(colour))
         for total, name, colour in sorted(totals, reverse=True)
         if total > 0
     ]
@@ -366,6 +373,34 @@ def _drawn(timeline: Timeline, title: str, number: int) -> str:
     return text.replace('id="bubble"', f'id="bubble{number}"').replace(
         "url(#bubble)", f"url(#bubble{number})"
     )
+
+
+def _causes(run: RunRecord) -> list[tuple[str, str, str]]:
+    """Return the way from the planned to the measured seconds: words, what is added, the sum."""
+    if (found := run.explanation) is None:
+        return []
+    now, rows = found.planned_seconds, [("planned", "", duration(found.planned_seconds))]
+    for cause in found.causes:
+        now += cause.seconds
+        if abs(cause.seconds) < _SHOWN / 10 * found.measured_seconds:
+            continue
+        sign = "-" if cause.seconds < 0 else "+"
+        rows.append(
+            (cause.words, f"{sign} {duration(abs(cause.seconds))}", duration(max(0.0, now)))
+        )
+    return rows
+
+
+def _what_ifs(run: RunRecord) -> list[tuple[str, str, str]]:
+    """Return what would make the step shorter: words, its seconds, and the change."""
+    if (found := run.explanation) is None:
+        return []
+    measured = found.measured_seconds
+    return [
+        (what_if.words, duration(what_if.seconds), f"{what_if.seconds / measured - 1:+.0%}")
+        for what_if in sorted(found.what_ifs, key=lambda what_if: what_if.seconds)
+        if what_if.seconds < (1 - _SHOWN) * measured
+    ]
 
 
 _RANK_COLUMNS = (
@@ -442,7 +477,10 @@ def _commands(run: RunRecord) -> list[tuple[str, str]]:
         else:
             found.append((f"Resume {newest}", " ".join(words)))
         found.append(("Score a text", f"vp-score {path} FILE"))
+        found.append(("Let it write", f"vp-generate {path} --prompt TEXT"))
         found.append(("Export to Hugging Face", f"vp-export {path} DIRECTORY"))
+    if run.traced is not None:
+        found.append(("See why the step took as long as it did", f"vp-explain {path}"))
     found.append(("Write this page again", f"vp-report {path}"))
     return found
 

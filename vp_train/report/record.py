@@ -25,6 +25,8 @@ from vp_train.durable import (
     read_json,
     shown,
 )
+from vp_train.explain.causes import Explanation, explain
+from vp_train.explain.trace import read_traced as read_trace
 from vp_train.report.curves import Curves, finite
 from vp_train.report.traced import TracedStep, read_traced
 from vp_train.settings import default_words, saved_words
@@ -40,6 +42,7 @@ _LONGEST_TAIL = 2_000  # bytes of a log
 _MOST_NOTICES = 60
 _MOST_SETS = 16  # validation sets
 _MOST_RANKS = 4_096
+_MOST_EXPLAINED = 5_000  # passes of a step that are explained; more would take seconds
 
 _T = TypeVar("_T")
 VALIDATION = "validation_loss/"  # before the name of a validation set in a key
@@ -112,6 +115,7 @@ class RunRecord:
 
     settings: by name, as they are written on a command line.
     differing: the names of those that differ from the defaults.
+    explanation: why the traced step took as long as it did; None also for very large steps.
     picture: the planned schedule as a data URI, for a run without a traced step.
     notices: what the run said beside its progress, newest last.
     missing: what could not be read, one line each.
@@ -123,6 +127,7 @@ class RunRecord:
     metrics: Metrics
     ranks: tuple[RankRow, ...]
     traced: TracedStep | None
+    explanation: Explanation | None
     picture: str | None
     environment: Mapping[str, Any]
     notices: tuple[str, ...]
@@ -175,6 +180,9 @@ def read_run(path: Path) -> RunRecord:
     settings = reading(lambda: saved_words(path / "config.yaml"), nothing)
     metrics = reading(lambda: _metrics(path / "metrics.jsonl"), Metrics(Curves(), {}))
     traced = reading(lambda: read_traced(path / "trace" / "step_times.json"), None)
+    explanation = None
+    if traced is not None and traced.num_passes <= _MOST_EXPLAINED:
+        explanation = reading(lambda: _explained(path), None)
     notices: tuple[tuple[str, ...], int] = ((), 0)
     if os.path.lexists(path / "notices.txt"):
         notices = reading(lambda: _notices(path / "notices.txt"), notices)
@@ -185,6 +193,7 @@ def read_run(path: Path) -> RunRecord:
         metrics=metrics,
         ranks=reading(lambda: _ranks(path / "summary.json"), ()),
         traced=traced,
+        explanation=explanation,
         picture=reading(lambda: _picture(path / "schedule.svg"), None) if traced is None else None,
         environment=reading(lambda: _environment(path / "env.json"), {}),
         notices=notices[0],
@@ -193,6 +202,16 @@ def read_run(path: Path) -> RunRecord:
         checkpoints=tuple(step for step, _ in checkpoints_in(path / "checkpoints")),
         missing=tuple(missing),
     )
+
+
+def _explained(run: Path) -> Explanation:
+    """Return why the traced step took as long as it did.  Raises ConfigError."""
+    try:
+        return explain(read_trace(run))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"the traced step does not fit its plan: {error}") from None
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -33,6 +33,11 @@ class TracedStep:
     planned: Timeline
     measured: Timeline
 
+    @property
+    def num_passes(self) -> int:
+        """The number of measured passes."""
+        return sum(map(len, self.measured.compute))
+
 
 def read_traced(path: Path) -> TracedStep:
     """Return the step in a file.  Raises UnreadableError in one line."""
