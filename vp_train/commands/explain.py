@@ -83,7 +83,7 @@ def _explain(arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(record(explanation, comparison, found), indent=1))
     else:
-        _print(run, explanation, comparison, found, note)
+        _print(options.run, explanation, comparison, found, note)
     return EXIT_OK
 
 
