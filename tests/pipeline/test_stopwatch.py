@@ -21,7 +21,6 @@ from vp_train.pipeline.stopwatch import Part, Stopwatch
 from vp_train.pipeline.timers import CudaTimer, HostTimer
 from vp_train.planning.plan import make_plan
 
-
 LOADING_SECONDS = 0.2  # before the first step
 
 

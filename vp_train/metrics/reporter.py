@@ -325,6 +325,10 @@ class Reporter:
             soft_wrap=True,
             markup=False,
         )
+        self.close()
+
+    def close(self) -> None:
+        """Close all files, and wait for what run.trackers have not got yet."""
         self._log.close()
         summary = {"schema": SUMMARY, "ranks": ranks}
         try:
