@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -32,6 +34,7 @@ from vp_train.config import (
 from vp_train.data import Batch, open_source
 from vp_train.mesh import build_mesh
 from vp_train.metrics.progress import Validation
+from vp_train.metrics.trackers import Tracker
 from vp_train.optim.adamw import StepHealth
 from vp_train.optim.loss_scale import LossScale
 from vp_train.optim.verdict import Judge
@@ -296,6 +299,39 @@ def test_skipping_ends_when_nothing_is_finite_any_more(ranks, tmp_path):
     config = replace(config, model=replace(config.model, init_std=1e30))
     for said in ranks(2).run(train, config):
         assert "10 steps in a row" in said
+
+
+class SlowService:
+    def __init__(self):
+        self.steps, self.closed = [], 0.0
+
+    def record(self, step, values):
+        time.sleep(0.02)
+        self.steps.append(step)
+
+    def close(self):
+        self.closed = time.monotonic()
+
+
+def give_up(rank, num_ranks, config):
+    """Train until the run does not survive a step; return what a tracker got, and when."""
+    run, reporter = begin(rank, num_ranks, config)
+    service = SlowService()
+    if reporter is not None:
+        reporter._log._writers.append(Tracker("slow", lambda: service))
+    with suppress(DivergenceError):
+        for step in run.steps():
+            run.train_step(step, reporter)
+    run.give_up("it diverged", reporter)
+    return service.steps, service.closed, time.monotonic()
+
+
+def test_a_run_that_diverges_leaves_its_trackers_with_all_steps_and_all_ranks_wait(ranks, tmp_path):
+    config = config_of(tmp_path, steps=50, on_nonfinite="skip", trace_step=0)
+    config = replace(config, model=replace(config.model, init_std=1e30))
+    (steps, closed, _), (_, _, left) = ranks(2).run(give_up, config)
+    assert steps == list(range(1, 10))
+    assert left > closed
 
 
 def replicas_with_a_nan(rank, num_ranks, config, optimizer):

@@ -164,14 +164,10 @@ def run_rank(
         try:
             for step in run.steps():
                 run.train_step(step, reporter)
+            run.finish(reporter)
         except SharedFailure as error:
-            # Of all ranks together: what they are saving becomes complete.
-            with suppress(CheckpointError):
-                run.finish_save()
-            if reporter is not None:
-                reporter.note(str(error))
+            run.give_up(str(error), reporter)
             raise
-        run.finish(reporter)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
@@ -638,6 +634,20 @@ class Run:
         self._saver.finish()
         if (failure := self._saver.take_failure()) is not None:
             raise failure
+
+    def give_up(self, words: str, reporter: Reporter | None) -> None:
+        """Complete the checkpoint that was begun, if it can be, and close the metrics.  Collective.
+
+        All ranks call it after a failure that they share, which `words` are of.  None of them
+        leaves before the others can: a launcher soon ends those that a failed rank left behind.
+        """
+        with suppress(CheckpointError):
+            self.finish_save()
+        if reporter is not None:
+            reporter.note(words)
+            with suppress(OSError):
+                reporter.close()
+        self.mesh.world.barrier()
 
     def _warn_of_save(self, reporter: Reporter | None) -> None:
         """Say that the newest save has failed, if it has.  The run goes on."""

@@ -325,12 +325,16 @@ class Reporter:
             soft_wrap=True,
             markup=False,
         )
-        self._log.close()
+        self.close()
         summary = {"schema": SUMMARY, "ranks": ranks}
         try:
             self._directory.write("summary.json", json.dumps(summary, indent=1) + "\n")
         except OSError as error:
             warn_unwritten(self._directory.path / "summary.json", error)
+
+    def close(self) -> None:
+        """Close all files, and wait for what run.trackers have not got yet."""
+        self._log.close()
 
     def write_report(self) -> None:
         """Write report.html from the files of the run, after `finish`.

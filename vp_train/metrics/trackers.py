@@ -115,7 +115,7 @@ class Tracker:
 def trackers_of(config: RunConfig, directory: Path) -> Iterator[Tracker]:
     """Yield a tracker for each name in run.trackers.  `directory` is that of the run."""
     services: dict[str, Callable[[RunConfig, Path], Service]] = {"wandb": _Wandb, "mlflow": _Mlflow}
-    for name in config.run.trackers:
+    for name in dict.fromkeys(config.run.trackers):
         make = services[name]
         yield Tracker(name, lambda make=make: make(config, directory))  # type: ignore[misc]
 
