@@ -17,7 +17,7 @@ from vp_train.pipeline.stopwatch import Part
 from vp_train.planning.plan import make_plan
 from vp_train.settings import config_text, load_config
 
-SOURCE = SimpleNamespace(description="ten documents")
+SOURCE = SimpleNamespace(description="ten documents", warnings=())
 STEPS = 30
 EVIL = "<script>alert(1)<!--\"'&"
 
