@@ -57,6 +57,13 @@ def stream(found: Any) -> bytes:
     return arrow(found, pyarrow.ipc.new_stream)
 
 
+def stream_at_once(found: Any) -> bytes:
+    sink = io.BytesIO()
+    with pyarrow.ipc.new_stream(sink, found.schema) as writer:
+        writer.write_table(found)
+    return sink.getvalue()
+
+
 def read(path: Path, field: str = "text") -> tuple[list[str], LeftOut]:
     reading = Reading(LeftOut())
     texts = [document.text for document in read_documents([path], field, reading=reading)]
@@ -79,6 +86,7 @@ def read(path: Path, field: str = "text") -> tuple[list[str], LeftOut]:
         ("a.arrow", stream(table(TEXTS))),
         ("a.arrow", arrow(table(TEXTS), pyarrow.ipc.new_file)),
         ("a.arrow", stream(table(TEXTS, pyarrow.string_view()))),
+        ("a.arrow", stream(table(TEXTS, pyarrow.dictionary(pyarrow.int8(), pyarrow.string())))),
     ],
 )
 def test_every_format_holds_the_same_documents(tmp_path: Path, name: str, content: bytes) -> None:
@@ -118,6 +126,33 @@ def test_rows_without_text_are_left_out_and_named(
     }
 
 
+KINDS = {"arrow": stream, "parquet": parquet}
+TWICE = pyarrow.table([["x"], ["y"]], names=["text", "text"])
+
+
+def named(indices: list[int | None], words: list[str | None]) -> Any:
+    """Return a table whose texts are `words` by number."""
+    of = pyarrow.DictionaryArray.from_arrays
+    return pyarrow.table(
+        {"text": of(pyarrow.array(indices, pyarrow.int32()), pyarrow.array(words), safe=False)}
+    )
+
+
+def test_a_text_that_a_dictionary_names_often_is_not_written_out(tmp_path: Path) -> None:
+    file = tmp_path / "a.arrow"
+    file.write_bytes(stream_at_once(named([0] * 100_000, ["x" * 50_000])))  # 5 GB
+    documents = read_documents([file], "text")
+    assert [next(documents).text for _ in range(2)] == ["x" * 50_000] * 2
+
+
+def test_a_dictionary_has_no_text_for_a_null(tmp_path: Path) -> None:
+    file = tmp_path / "a.arrow"
+    file.write_bytes(stream(named([1, None, 0], [None, "x"])))
+    texts, left_out = read(file)
+    assert texts == ["x"]
+    assert left_out.counts == {"null texts": 2}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -131,6 +166,12 @@ def test_rows_without_text_are_left_out_and_named(
         ("a.arrow", LINES, "cannot be read as arrow after row 0"),
         ("a.arrow", stream(table([1, 2])), "holds int64, not text; set data.jsonl_field"),
         ("a.parquet", parquet(pyarrow.table({"body": ["x"]})), r"no column 'text' \(found: body\)"),
+        (
+            "a.arrow",
+            stream(named([2], ["x"])),
+            "after row 0 .*in a dictionary of 1",
+        ),
+        *((f"a.{kind}", made(TWICE), "has several columns 'text'") for kind, made in KINDS.items()),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:

@@ -34,10 +34,7 @@ def rows(path: Path, kind: str, field: str, left_out: LeftOut) -> Iterator[tuple
         with open_regular(path) as file:
             read = _parquet if kind == "parquet" else _arrow
             for column in read(pyarrow, file, path, field):
-                column.validate()
-                texts = column.cast(_bytes_of(pyarrow, column, path, field))
-                texts.validate(full=True)
-                for value in texts:
+                for value in _texts(pyarrow, column, path, field):
                     number += 1
                     origin = f"{path}:{number}"
                     size = value.as_buffer().size if value.is_valid else 0
@@ -55,6 +52,24 @@ def rows(path: Path, kind: str, field: str, left_out: LeftOut) -> Iterator[tuple
         raise ConfigError(
             f"{path} cannot be read as {kind} after row {number} ({words}); get it again"
         ) from None
+
+
+def _texts(pyarrow: Any, column: Any, path: Path, field: str) -> Iterator[Any]:
+    """Yield the texts of a column as scalars of bytes.
+
+    A dictionary is not written out: a kilobyte can name one long text a million times.
+    """
+    column.validate()
+    kind, is_dictionary = _bytes_of(pyarrow, column, path, field), _is_dictionary(pyarrow, column)
+    texts = (column.dictionary if is_dictionary else column).cast(kind)
+    texts.validate(full=True)
+    if not is_dictionary:
+        yield from texts
+        return
+    for index in column.indices:
+        if index.is_valid and not 0 <= index.as_py() < len(texts):
+            raise pyarrow.ArrowInvalid(f"{index} is not in a dictionary of {len(texts)}")
+        yield texts[index.as_py()] if index.is_valid else pyarrow.scalar(None, kind)
 
 
 def _parquet(pyarrow: Any, file: Any, path: Path, field: str) -> Iterator[Any]:
@@ -91,9 +106,10 @@ def _arrow(pyarrow: Any, file: Any, path: Path, field: str) -> Iterator[Any]:
 
 
 def _require(field: str, names: list[str], path: Path) -> None:
-    if field not in names:
+    if names.count(field) != 1:
+        number = "several columns" if field in names else "no column"
         raise ConfigError(
-            f"{path} has no column {field!r} (found: {', '.join(names)}); set data.jsonl_field"
+            f"{path} has {number} {field!r} (found: {', '.join(names)}); set data.jsonl_field"
         )
 
 
@@ -103,7 +119,7 @@ def _bytes_of(pyarrow: Any, column: Any, path: Path, field: str) -> Any:
     Raises ConfigError if it has no texts.
     """
     types = pyarrow.types
-    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    kind = column.type.value_type if _is_dictionary(pyarrow, column) else column.type
     if types.is_string(kind) or types.is_null(kind) or types.is_string_view(kind):
         return pyarrow.binary()
     if types.is_large_string(kind):
@@ -111,3 +127,7 @@ def _bytes_of(pyarrow: Any, column: Any, path: Path, field: str) -> Any:
     raise ConfigError(
         f"{path}: column {field!r} holds {kind}, not text; set data.jsonl_field to one that does"
     )
+
+
+def _is_dictionary(pyarrow: Any, column: Any) -> bool:
+    return bool(pyarrow.types.is_dictionary(column.type))
