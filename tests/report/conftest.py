@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from vp_train.metrics.figures import RankFigures, figures_of
-from vp_train.metrics.progress import StepReport
+from vp_train.metrics.progress import StepReport, Validation
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.pipeline.stopwatch import Part
@@ -59,7 +59,9 @@ def write_run(tmp_path_factory):
             if step == 5 and traced:
                 reporter.trace(slower(plan.timeline, 3.0), (11, 12))
             if step % 10 == 0:
-                reporter.validation(step, 9.0 / step)
+                reporter.validation(
+                    step, [Validation("", 9.0 / step), Validation("wiki", 7.0, 1.5)]
+                )
             reporter.record()
         reporter.finish([3e9, 2e9])
         (directory.path / "checkpoints" / f"step-{steps:08d}").mkdir(parents=True)
@@ -74,7 +76,7 @@ def evil_run(write_run):
     path, _ = write_run(EVIL, f"run.project='{EVIL.replace(chr(39), '')}'")
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        line[f"validation_loss/{EVIL}"] = 1.0
+        line[f"validation/{EVIL}/loss"] = 1.0
     (path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     (path / "logs").mkdir()
     (path / "logs" / f"{EVIL}.log").write_text(f"RuntimeError: {EVIL}\n")

@@ -116,7 +116,17 @@ def test_the_page_of_a_run_has_all_sections(one):
     assert headings == SECTIONS
     captions = found.text
     for words in (
-        *("Loss", "Gradient norm", "Learning rate", "Tokens per second", "MFU", "Waiting"),
+        *(
+            "Validation losses",
+            "wiki 7",
+            "Bits per byte",
+            "Loss",
+            "Gradient norm",
+            "Learning rate",
+            "Tokens per second",
+            "MFU",
+            "Waiting",
+        ),
         *("Memory", "Seconds of a step", "forward and backward", "As planned", "As measured"),
         *("optim.lr", "0.25", "step 6: a loss of", "torch", f"{STEPS} of {STEPS}"),
     ):

@@ -20,7 +20,7 @@ from schedules.timeline import Timeline
 from vp_train.durable import replace
 from vp_train.report import draw
 from vp_train.report.curves import Curves, Point
-from vp_train.report.record import VALIDATION, Events, RunRecord, read_run
+from vp_train.report.record import BITS, LOSS, Events, RunRecord, read_run, set_of
 from vp_train.settings import override
 from vp_train.units import clock, human_bytes
 
@@ -288,9 +288,14 @@ def _last(curves: Curves, key: str, scale: float) -> str:
 def _charts(curves: Curves) -> list[_Picture]:
     """Return the pictures of one run, those without any value left out."""
     kinds = list(_KINDS)
-    if sets := [key for key in curves.keys if key.startswith(VALIDATION)]:
-        names = {key: key.removeprefix(VALIDATION) for key in sets}
-        kinds.insert(1, _Kind("Validation losses", "nats per token", names))
+    losses, bits = (
+        {key: name for key in curves.keys if (name := set_of(key, figure)) is not None}
+        for figure in (LOSS, BITS)
+    )
+    kinds[1:1] = [
+        _Kind("Validation losses", "nats per token", losses),
+        _Kind("Bits per byte", "of validation", {"validation_bits_per_byte": "held out", **bits}),
+    ]
     pictures = []
     for number, kind in enumerate(kinds):
         known = {key: name for key, name in kind.curves.items() if key in curves.keys}
@@ -569,9 +574,9 @@ def _common_charts(
         ("loss", "Training loss", _KINDS[0]),
         ("validation_loss", "Validation loss", _KINDS[0]),
         *(
-            (key, f"Validation loss: {key.removeprefix(VALIDATION)}", _KINDS[0])
+            (key, f"Validation loss: {name}", _KINDS[0])
             for key in dict.fromkeys(key for found in curves for key in found.keys)
-            if key.startswith(VALIDATION)
+            if (name := set_of(key, LOSS)) is not None
         ),
         *((next(iter(kind.curves)), kind.title, kind) for kind in _KINDS[1:]),
     ]

@@ -45,11 +45,13 @@ _MOST_RANKS = 4_096
 _MOST_EXPLAINED = 5_000  # passes of a step that are explained; more would take seconds
 
 _T = TypeVar("_T")
-VALIDATION = "validation_loss/"  # before the name of a validation set in a key
+LOSS, BITS = "/loss", "/bits_per_byte"  # after the name of a validation set in a key
+_SETS = "validation/"  # before it
 # The keys of metrics.jsonl that a report shows.
 _KEYS = frozenset(
     (
-        *("loss", "validation_loss", "grad_norm", "learning_rate", "mfu", "peak_bytes"),
+        *("loss", "validation_loss", "validation_bits_per_byte", "grad_norm", "learning_rate"),
+        *("mfu", "peak_bytes"),
         *("tokens_per_second", "interval_tokens_per_second", "bubble_mean", "bubble_worst"),
         *("seconds/step", "seconds/data", "seconds/forward_backward", "seconds/vocabulary"),
         *("seconds/waiting_mean", "seconds/waiting_worst", "seconds/gradient_sum"),
@@ -259,11 +261,18 @@ def _metrics(path: Path) -> Metrics:
     return Metrics(curves, {name: found for name, found in events.items() if found.count})
 
 
+def set_of(key: str, figure: str) -> str | None:
+    """Return the validation set whose `figure` (LOSS or BITS) has this key, None if none has."""
+    if len(key) > 200 or not (key.startswith(_SETS) and key.endswith(figure)):
+        return None
+    return key[len(_SETS) : -len(figure)] or None
+
+
 def _is_of_set(key: str, sets: set[str]) -> bool:
     """Return whether a key is that of a validation set; at most a few of them are shown."""
-    if not key.startswith(VALIDATION) or len(key) > 200:
+    if set_of(key, LOSS) is None and set_of(key, BITS) is None:
         return False
-    if len(sets) < _MOST_SETS:
+    if len(sets) < 2 * _MOST_SETS:
         sets.add(key)
     return key in sets
 
