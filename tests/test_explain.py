@@ -25,7 +25,7 @@ from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.commands import explain as command
 from vp_train.config import ConfigError, RunConfig
 from vp_train.explain.causes import explain
-from vp_train.explain.remedies import compare_schedules, cost_settings, plan_of, remedies
+from vp_train.explain.remedies import as_traced, compare_schedules, cost_settings, plan_of, remedies
 from vp_train.explain.trace import TracedStep, parse, read_traced
 from vp_train.metrics.step_times import RankTimes, pass_seconds, step_times
 from vp_train.pipeline.recorder import Recorder
@@ -323,6 +323,16 @@ def test_a_plan_with_the_written_costs_takes_the_measured_time(tmp_path):
     assert (f"schedule={best.schedule}" in " ".join(remedy.command for remedy in told)) == (
         comparison.saved > 0.02
     )
+
+
+def test_a_schedule_that_was_searched_for_is_not_searched_for_again(tmp_path):
+    run = traced_run(tmp_path)
+    found = explain(read_traced(run))
+    (run / "schedule.txt").write_text(found.step.schedule.text())
+    config = load_config(["schedule=auto", "vocab=auto", "parallel.pp=4", "num_microbatches=2"])
+    traced = as_traced(found, config, run / "schedule.txt")
+    assert not traced.schedule.is_solved
+    assert plan_of(found, traced).schedule == found.step.schedule
 
 
 def test_a_slow_rank_of_another_replica_is_named(tmp_path):

@@ -27,6 +27,7 @@ from vp_train.explain.causes import SLOW, Explanation, KindTimes, RankTimes, exp
 from vp_train.explain.remedies import (
     Comparison,
     Remedy,
+    as_traced,
     compare_schedules,
     cost_settings,
     plan_of,
@@ -64,7 +65,7 @@ def _explain(arguments: Sequence[str]) -> int:
     words = _settings_of(run)
     note, comparison, settings = None, None, None
     try:
-        config = load_config(words)
+        config = as_traced(explanation, load_config(words), run / "schedule.txt")
         plan = plan_of(explanation, config)
         settings = cost_settings(explanation, plan)
         if explanation.on_processor == 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -106,10 +107,25 @@ def cost_settings(explanation: Explanation, plan: StepPlan) -> dict[str, Any]:
     return settings
 
 
+def as_traced(explanation: Explanation, config: RunConfig, schedule: Path) -> RunConfig:
+    """Return the settings of the run as its traced step had them.
+
+    The number of microbatches may have grown since.  The file `schedule` has what schedule=auto
+    found, so it is not searched for again.
+    """
+    problem = explanation.step.problem
+    config = replace(config, num_microbatches=problem.num_microbatches)
+    if not config.schedule.is_solved:
+        return config
+    found = replace(config.schedule, file=str(schedule), cap_gib=None, cap_microbatches=None)
+    vocab = replace(config.vocab, algorithm=problem.algorithm.name)
+    return replace(config, schedule=found, vocab=vocab)
+
+
 def plan_of(explanation: Explanation, config: RunConfig) -> StepPlan:
     """Return the plan of the run.  Raises ConfigError if its settings have another layout now."""
     step = explanation.step
-    plan = plan_step(config, step.num_ranks * config.parallel.tp * _replicas(explanation))
+    plan = plan_step(config, step.num_ranks * step.tp * _replicas(explanation))
     if plan.problem != step.problem:
         raise ConfigError("config.yaml of the run has another layout than the traced step")
     return plan
