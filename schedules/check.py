@@ -31,7 +31,10 @@ def check_schedule(schedule: Schedule, problem: Problem) -> None:
     DeadlockError, naming a cycle, if passes wait for each other.
     """
     _check_passes(schedule, problem, tuple(Kind))
-    require_acyclic(predecessors(schedule, problem))
+    require_acyclic(
+        predecessors(schedule, problem),
+        rank_of=lambda node: problem.rank_of(node) if isinstance(node, Pass) else None,
+    )
 
 
 def check_base(schedule: Schedule, problem: Problem) -> None:

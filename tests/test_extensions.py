@@ -114,7 +114,7 @@ MISTAKES = {
         "microbatches 0 to 3",
     ),
     "repeated": (lambda rank: (*rank, rank[-1]), "rank 0 runs 0B0 2 times"),
-    "blocked": (lambda rank: swapped(rank, "0F0", "0B3"), "the base order blocks: 0B3"),
+    "blocked": (lambda rank: swapped(rank, "0F0", "0B3"), "deadlock: "),
 }
 
 

@@ -56,12 +56,26 @@ class ConfigError(ValueError):
         super().__init__(words)
 
 
+# Values of settings under the names that they have elsewhere.
+_ALSO_CALLED = {
+    **dict.fromkeys(("fp16", "half", "16", "16-mixed"), "float16"),
+    **dict.fromkeys(("bf16", "bf16-mixed"), "bfloat16"),
+    **dict.fromkeys(("fp32", "float", "32", "tf32"), "float32"),
+    **dict.fromkeys(("fp64", "double"), "float64"),
+    **dict.fromkeys(("gpu", "nvidia"), "cuda"),
+    **dict.fromkeys(("interleaved_1f1b", "vpp"), "interleaved"),
+    "adam": "adamw",
+}
+
+
 def unknown(words: str, value: object, choices: Sequence[str]) -> str:
     """Return the message about a value that is none of the choices, with one that looks like it.
 
     words: how the message names the value.
     """
-    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.8)
+    word = str(value).lower()
+    close = [choice for choice in choices if choice in (word, _ALSO_CALLED.get(word))]
+    close = close or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.8)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return f"{words} is not known{hint}; choose one of {', '.join(choices)}"
 
@@ -794,6 +808,11 @@ class DataConfig:
             raise ConfigError(
                 "data.name=text needs data.path: "
                 "a directory of text or .jsonl files, or one such file"
+            )
+        if self.name != "text" and self.path is not None:
+            raise ConfigError(
+                f"data.path={self.path} counts only with data=text, not data.name={self.name}; "
+                "write data=text too, or drop it"
             )
         if self.name == "blend" and not self.blend:
             raise ConfigError(

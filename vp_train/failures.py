@@ -174,7 +174,8 @@ def ending_of_command(error: BaseException, name: str) -> Ending:
     if isinstance(error, OSError):
         return Ending(EXIT_IO, f"{name}: {error}")
     if isinstance(error, KeyboardInterrupt):
-        return Ending(128 + signal.SIGINT, "")
+        words = f"{name}: {error}" if str(error) else ""
+        return Ending(128 + signal.SIGINT, words)
     return Ending(EXIT_INTERNAL, "".join(traceback.format_exception(error)).rstrip())
 
 

@@ -66,10 +66,15 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
     if options:
         known = ", ".join((*known_options, "--help"))
         raise ConfigError(
-            f"{options[0]} is not an option; there are {known} and --print-config, "
-            "all else is key=value"
+            f"{options[0]} is not an option; {_instead_of(options[0], known_options)}there are "
+            f"{known} and --print-config, all else is key=value"
         )
     _check_size(overrides)
+    for before, word in itertools.pairwise(("", *overrides)):
+        if word.startswith("="):
+            raise ConfigError(f"{word!r} is not an override; write key=value without blanks")
+        if "=" not in word and not word.startswith(("+", "~")):
+            raise ConfigError(f"{word!r} is not an override; {_instead_of_word(word, before)}")
     chosen = {word.partition("=")[0] for word in overrides}
     files = {word: settings for word in overrides if (settings := _of_file(word)) is not None}
     try:
@@ -90,6 +95,98 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
             except ConfigError as error:
                 raise ConfigError(f"{given}: {error}") from None
         raise
+
+
+# Names of settings in other frameworks, and what people call them.
+_ELSEWHERE = {
+    **dict.fromkeys(("learning_rate", "max_lr"), "optim.lr"),
+    **dict.fromkeys(("lr_warmup_iters", "warmup_iters", "warmup"), "optim.warmup_steps"),
+    **dict.fromkeys(("train_iters", "max_steps", "max_iters", "iterations"), "run.steps"),
+    **dict.fromkeys(("save_interval", "save_every", "save_steps"), "run.checkpoint_every"),
+    **dict.fromkeys(("eval_interval", "eval_steps"), "run.eval_every"),
+    **dict.fromkeys(("log_interval", "logging_steps"), "run.log_every"),
+    **dict.fromkeys(("output_dir", "out_dir", "save_dir", "save"), "run.root"),
+    **dict.fromkeys(("precision", "bf16", "fp16"), "run.dtype"),
+    **dict.fromkeys(("load", "init", "from_pretrained"), "run.init_from"),
+    **dict.fromkeys(("n_layer", "n_layers", "num_hidden_layers", "layers"), "model.num_layers"),
+    **dict.fromkeys(("n_head", "n_heads", "num_attention_heads", "heads"), "model.num_heads"),
+    **dict.fromkeys(("num_key_value_heads", "n_kv_heads"), "model.num_query_groups"),
+    **dict.fromkeys(("n_embd", "d_model", "hidden_dim", "dim"), "model.hidden_size"),
+    **dict.fromkeys(("d_ff", "intermediate_size"), "model.ffn_hidden_size"),
+    **dict.fromkeys(("block_size", "context_length", "max_seq_len"), "model.seq_length"),
+    **dict.fromkeys(("sequence_length", "max_position_embeddings"), "model.seq_length"),
+    **dict.fromkeys(("tensor_model_parallel_size", "tp_size"), "parallel.tp"),
+    **dict.fromkeys(("pipeline_model_parallel_size", "pp_size"), "parallel.pp"),
+    **dict.fromkeys(("data_parallel_size", "dp_size"), "parallel.dp"),
+    **dict.fromkeys(("gradient_accumulation_steps", "accumulate"), "num_microbatches"),
+    **dict.fromkeys(("batch_size", "per_device_train_batch_size"), "micro_batch_size"),
+    **dict.fromkeys(("global_batch_size", "gbs"), "num_microbatches"),
+    **dict.fromkeys(("data_path", "dataset", "train_data"), "data.path"),
+    **dict.fromkeys(("tokenizer_path", "tokenizer_name"), "data.tokenizer"),
+}
+# Options of other launchers, and ours.
+_OPTIONS_ELSEWHERE = {
+    **dict.fromkeys(("nproc_per_node", "nprocs", "num_processes", "num_gpus", "gpus"), "--ranks"),
+    **dict.fromkeys(("nnodes", "num_nodes", "num_machines"), "--nodes"),
+    **dict.fromkeys(("node_rank", "machine_rank"), "--node"),
+    **dict.fromkeys(("master_addr", "rdzv_endpoint", "main_process_ip"), "--head"),
+    "multirun": "-m",
+    "output": "--out",
+}
+_NO_FILE = (
+    "settings are words key=value; model=FILE.yaml and cost=FILE.yaml alone take a file, and "
+    "vp-train -m FILE trains with each line of overrides in it"
+)
+
+
+def close_names(word: str) -> list[str]:
+    """Return the settings that somebody may mean by `word`, the likeliest first, at most two."""
+    if word in sections():
+        return [word]
+    names, last = setting_names(), word.lower().replace("-", "_").rpartition(".")[2]
+    same = [name for name in names if name.rpartition(".")[2] == last]
+    if same:
+        return same[:2]
+    if last in _ELSEWHERE:
+        return [_ELSEWHERE[last]]
+    return difflib.get_close_matches(word, names if "." in word else [*names, *sections()], n=2)
+
+
+def _instead_of(word: str, known_options: Sequence[str]) -> str:
+    """Return what to write instead of an option that is none, and a semicolon; else nothing."""
+    name, equals, value = word.lstrip("-").partition("=")
+    option = _OPTIONS_ELSEWHERE.get(name.lower().replace("-", "_"))
+    if option not in known_options and name not in sections():
+        option = next(iter(difflib.get_close_matches(word, known_options, n=1, cutoff=0.75)), None)
+    if option in known_options:
+        return f"did you mean {option}? "
+    if re.match(r"(config|cfg|conf)\b|config_|config-", name):
+        return f"{_NO_FILE}; "
+    if name in ("dry-run", "dry_run"):
+        return "vp-plan with the same settings tells what a run would do; "
+    names = close_names(name)
+    if names and len(name) > 1:
+        return f"write {names[0]}={value if equals else '...'}; "
+    return ""
+
+
+def _instead_of_word(word: str, before: str) -> str:
+    """Return what to write instead of a word without `=` that stands behind the word `before`."""
+    if word and before.endswith("=") and before.count("=") == 1:
+        return f"write {before}{word} without a blank"
+    if word in setting_names():
+        return f"write key=value without blanks, here {word}=..."
+    groups = [name for name, choices in group_choices().items() if word in choices]
+    if groups and word != "default":
+        return f"write {groups[0]}={word}"
+    path = Path(word).expanduser()
+    if path.suffix in (".yaml", ".yml", ".toml"):
+        return _NO_FILE
+    if 0 < len(word) < _LONGEST_KEY and path.exists():
+        return f"for text of your own write data=text data.path={word}"
+    if word in ("help", "version"):
+        return f"write --{word}"
+    return "write key=value, e.g. run.steps=100"
 
 
 _MOST_COMBINATIONS = 10_000
@@ -228,12 +325,15 @@ def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConf
         with initialize_config_module("vp_train.configs", version_base="1.3"):
             composed = compose(primary, overrides=list(overrides))
     except OverrideParseException as error:
-        way_out = _quoted_words(str(error.override)) or "write key=value, e.g. run.steps=100"
+        word = str(error.override)
+        way_out = _quoted_words(word) or "write key=value, e.g. run.steps=100"
+        if word.endswith(",") and "[" not in word:
+            way_out = f"drop the comma at the end: {word.rstrip(',')}"
         raise ConfigError(f"{error.override!r} is not an override; {way_out}") from None
     except MissingConfigException as error:
         raise ConfigError(_unknown_choice(error)) from None
     except ConfigCompositionException as error:
-        raise ConfigError(_bad_override(error, _keys(schema), overrides)) from None
+        raise ConfigError(_bad_override(error, overrides)) from None
     except (OmegaConfBaseException, HydraException) as error:
         raise ConfigError(_first_line(error)) from None
     except Exception:  # whatever hydra's parser and merge stumble over, they never run our code
@@ -667,6 +767,13 @@ def _of_file(word: str) -> list[str] | None:
     except UnreadableError as error:
         raise ConfigError(f"{group}={error}") from None
     assert isinstance(settings, DictConfig)
+    known = {item.name for item in fields(sections()[group])}
+    for key, setting in settings.items():
+        if str(key) not in known and not isinstance(setting, str | int | float | bool | NoneType):
+            raise ConfigError(
+                f"{word}: {key!s} is no setting of {group}; such a file has the settings of this "
+                f"group alone, such as {next(iter(fields(sections()[group]))).name}: 8"
+            )
     return [f"{group}.{key!s}={_word(setting)}" for key, setting in settings.items()]
 
 
@@ -739,12 +846,14 @@ def _unknown_choice(error: BaseException) -> str:
     group, _, choice = missing.partition("/")
     if not choice:
         return f"{missing!r} is not a configuration file"
+    if group == "data" and len(choice) < _LONGEST_KEY and Path(choice).expanduser().exists():
+        return f"data={choice} is not known; for text of your own: data=text data.path={choice}"
     is_path = group in _OF_FILES and "/" in choice
     way_out = ", or give a file of settings whose name ends with .yaml" if is_path else ""
     return unknown(f"{group}={choice}", choice, options) + way_out
 
 
-def _bad_override(error: BaseException, keys: Iterator[str], overrides: Sequence[str]) -> str:
+def _bad_override(error: BaseException, overrides: Sequence[str]) -> str:
     """Return hydra's message about one of `overrides` that it cannot merge, in one line."""
     first = _first_line(error)
     reason = f": {_first_line(error.__cause__)}" if error.__cause__ is not None else ""
@@ -754,19 +863,33 @@ def _bad_override(error: BaseException, keys: Iterator[str], overrides: Sequence
             return f"{_wrong_entry(given[-1], kind)}; {example}" if given else f"{name}{reason}"
     if first.startswith("Ambiguous value"):
         word = first[first.index("'") + 1 : first.rindex("'")]
-        way_out = _quoted_words(word) or "vp-simulate --compare compares several"
+        way_out = _quoted_words(word) or _one_value(word)
         return f"{word}: one value is needed; {way_out}"
     if first.startswith("Could not override"):
         key = first.split("'")[1]
-        close = difflib.get_close_matches(key, list(keys), n=2)
-        hint = (
-            f"did you mean {' or '.join(close)}?" if close else "see vp-train --help for all keys"
-        )
+        close = close_names(key)
+        section = key.partition(".")[0]
+        where = f" {section} for those of {section}" if section in sections() else " for all keys"
+        hint = f"did you mean {' or '.join(close)}?" if close else f"see vp-train --help{where}"
         return f"{key} is not a setting; {hint}"
     word = first.removeprefix("Error merging override ")
     if (words := _wrong_type(word)) is not None:
         return words
     return word + reason
+
+
+def _one_value(word: str) -> str:
+    """Return the way out for several values of a setting, separated by commas."""
+    name, _, value = word.partition("=")
+    if name in setting_names():
+        item, section = _field_of(name)
+        kind = str(typing.get_type_hints(section)[item.name])
+        if "tuple" in kind or "list" in kind:
+            return f"a list is written {name}=[{value}]"
+        if "int" in kind and re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", value):
+            number = f"{name}={value.replace(',', '')}"
+            return f"a number has no commas ({number}), and vp-train -m trains with each of several"
+    return "vp-simulate --compare compares several schedules, vp-train -m trains with each value"
 
 
 # Settings that are lists of sections: the type of an entry, and how a list is written.

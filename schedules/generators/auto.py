@@ -13,13 +13,13 @@ the refined starts end within 1 % of the lower bound, for equal and for unequal 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from schedules.bound import Bound, lives, steady_bytes, step_bound
 from schedules.cost import CostModel
 from schedules.generators import base_order, generate
-from schedules.generators.refine import LOOSE, Refined, judge, refine, search
+from schedules.generators.refine import LOOSE, GoesOn, Refined, judge, refine, search
 from schedules.generators.v_shape import Block, blocks
 from schedules.generators.weave import STARTS, weave
 from schedules.ir import Kind, Pass, Schedule
@@ -56,16 +56,40 @@ class Solution:
     bound: Bound
 
 
+@dataclass(frozen=True, slots=True)
+class SoFar:
+    """The state of a search: the best schedule so far.
+
+    name, algorithm: the base schedule that it comes from, and its vocabulary algorithm.
+    makespan: seconds of the step.
+    excess: bytes above the cap of the rank that exceeds its cap most; 0 if it fits.
+    tried: how often an order was tried.
+    """
+
+    name: str
+    algorithm: str
+    makespan: float
+    excess: float
+    tried: int
+
+
+# Called with the state of a search; returns whether the search goes on.
+Watch = Callable[[SoFar], bool]
+
+
 class CapError(ValueError):
     """The error if no schedule was found under the caps.
 
-    The attributes are of the rank that exceeds its cap most, in bytes.
+    `is_stopped` says that the search did not reach its end. The other attributes are of the rank
+    that exceeds its cap most, in bytes.
     - `cap`: the cap of the rank.
     - `reached`: the peak of the best schedule found. With all caps raised by `reached - cap`, a
       schedule is found.
     - `alone`: what a single microbatch keeps. No schedule keeps less.
     - `steady`: what a steady state without a bubble keeps on average.
     """
+
+    is_stopped = False
 
     def __init__(self, rank: int, cap: float, reached: float, alone: float, steady: float) -> None:
         super().__init__(
@@ -77,35 +101,79 @@ class CapError(ValueError):
         self.alone, self.steady = alone, steady
 
 
-def solve(options: Sequence[Option], caps: Sequence[float]) -> Solution:
+def solve(options: Sequence[Option], caps: Sequence[float], watch: Watch | None = None) -> Solution:
     """Return the fastest schedule found in which rank r keeps at most `caps[r]` bytes.
 
-    Raises CapError, with the least bytes that were reached, if none was found.
+    `watch` sees the search go on, and may end it with the best schedule so far. Raises CapError,
+    with the least bytes that were reached, if none was found.
     """
+    watched = _Watched(watch)
     found = [
         (refined, option, network)
-        for option in options
+        for option in watched.until_stopped(options)
         for network in [Network.of(option.problem, option.cost)]
-        for refined in _starts(option, network, list(caps))
+        for refined in _starts(option, network, list(caps), watched)
     ]
     for survivors, effort in _ROUNDS:
         best_first = sorted(found, key=lambda start: start[0].quality)[:survivors]
         found = []
         for refined, option, network in best_first:
             enough = step_bound(option.problem, option.cost, tuple(caps)).seconds * (1 + _ENOUGH)
-            found.append((search(network, refined, list(caps), effort, enough), option, network))
+            goes_on = watched.of(option)
+            searched = search(network, refined, list(caps), effort, enough, goes_on)
+            found.append((searched, option, network))
     best, option, network = found[0]
     if best.excess > 0:
-        raise _cap_error(best, option, network, caps)
+        error = _cap_error(best, option, network, caps)
+        error.is_stopped = watched.is_stopped
+        raise error
     bound = step_bound(option.problem, option.cost, tuple(caps))
     return Solution(option, network.schedule(f"auto from {option.name}", best.orders), bound)
 
 
-def _starts(option: Option, network: Network, caps: list[float]) -> Iterator[Refined]:
+class _Watched:
+    """Tells a Watch the best of all options so far, and remembers that it has ended the search."""
+
+    def __init__(self, watch: Watch | None) -> None:
+        self._watch, self._best, self._tried = watch, (float("inf"), float("inf")), 0
+        self._names = ("", "")
+        self.is_stopped = False
+
+    def of(self, option: Option) -> GoesOn:
+        """Return what `refine` and `search` ask with the orders of one option."""
+        names = option.name, option.problem.algorithm.name
+
+        def goes_on(found: Refined) -> bool:
+            if self._watch is None:
+                return True
+            self._tried += 1
+            if found.quality < self._best:
+                self._best, self._names = found.quality, names
+            excess, makespan = self._best
+            if not self.is_stopped:
+                self.is_stopped = not self._watch(
+                    SoFar(*self._names, makespan, excess, self._tried)
+                )
+            return not self.is_stopped
+
+        return goes_on
+
+    def until_stopped(self, options: Sequence[Option]) -> Iterator[Option]:
+        """Yield the options; none after the search has been ended."""
+        for option in options:
+            if not self.is_stopped:
+                yield option
+
+
+def _starts(
+    option: Option, network: Network, caps: list[float], watched: _Watched
+) -> Iterator[Refined]:
     """Yield orders of one option: the named schedule, and refined ones from several starts."""
+    goes_on = watched.of(option)
     named = network.orders(generate(option.name, option.problem, option.cost))
-    yield judge(network, named, caps)
-    if option.name == "interlaced":
+    first = judge(network, named, caps)
+    yield first
+    if not goes_on(first) or option.name == "interlaced":
         return  # it serves as a comparison; refining would break up its synchronous output layer
     yield judge(network, _one_by_one(option, network), caps)
     base = base_order(option.name, option.problem)
@@ -120,7 +188,9 @@ def _starts(option: Option, network: Network, caps: list[float]) -> Iterator[Ref
                 weave(order, option.problem, network, preference) for preference in STARTS[:2]
             ]
     for orders in [named, *woven] if option.problem.split_backward else woven[:1]:
-        yield refine(network, orders, caps, max(2 * _nodes(network), _FIRST))
+        if watched.is_stopped:
+            return
+        yield refine(network, orders, caps, max(2 * _nodes(network), _FIRST), goes_on)
 
 
 def _one_by_one(option: Option, network: Network) -> Orders:

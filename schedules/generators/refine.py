@@ -12,6 +12,7 @@ lose most, stays as it is.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -46,11 +47,26 @@ class Refined:
         return self.excess, self.makespan
 
 
-def refine(network: Network, orders: Orders, caps: list[float], budget: int) -> Refined:
+# Called with the best orders so far; returns whether the search goes on.
+GoesOn = Callable[[Refined], bool]
+
+
+def _to_the_end(best: Refined) -> bool:
+    return True
+
+
+def refine(
+    network: Network,
+    orders: Orders,
+    caps: list[float],
+    budget: int,
+    goes_on: GoesOn = _to_the_end,
+) -> Refined:
     """Return `orders` improved until nothing helps or `budget` nodes were placed.
 
     `caps[r]` bounds what rank r keeps, in the unit of `network.byte_change`. Orders above a cap are
-    brought below it if possible. The result never has a larger excess than `orders`.
+    brought below it if possible. The result never has a larger excess than `orders`. `goes_on` may
+    end it earlier.
     """
     backwards, nodes = network.reversed(), network.size * network.num_microbatches
     best = judge(network, orders, caps)
@@ -60,8 +76,8 @@ def refine(network: Network, orders: Orders, caps: list[float], budget: int) -> 
         improved = False
         for patience in _PATIENCE:
             for turns in ((network, backwards), (backwards, network)):
-                if budget <= 0:
-                    break
+                if budget <= 0 or not goes_on(best):
+                    return best
                 budget -= 2 * nodes
                 filled = _both_ways(network, turns, best.orders, caps, patience, known)
                 found = (
@@ -75,18 +91,24 @@ def refine(network: Network, orders: Orders, caps: list[float], budget: int) -> 
 
 
 def search(
-    network: Network, start: Refined, caps: list[float], budget: int, enough: float
+    network: Network,
+    start: Refined,
+    caps: list[float],
+    budget: int,
+    enough: float,
+    goes_on: GoesOn = _to_the_end,
 ) -> Refined:
     """Return `start` improved by kicks.
 
     A kick refines the order under lower caps, which changes the order, and then under the true
     caps. The search ends when `budget` nodes were placed or a makespan of `enough` is reached. The
-    kicks come from a fixed seed, so that every rank finds the same schedule.
+    kicks come from a fixed seed, so that every rank finds the same schedule. `goes_on` may end it
+    earlier.
     """
     backwards, nodes = network.reversed(), network.size * network.num_microbatches
     best, known, random = start, _Starts(), Random(0)
     for _ in range(budget // (2 * nodes + max(2 * nodes, _KICK_EFFORT))):
-        if best.excess == 0 and best.makespan <= enough:
+        if (best.excess == 0 and best.makespan <= enough) or not goes_on(best):
             break
         squeeze, unequal = random.uniform(0.8, 1.0), random.random() < 0.25
         squeezed = [cap * (random.uniform(0.85, 1.0) if unequal else squeeze) for cap in caps]

@@ -13,8 +13,13 @@ def recognise(schedule: Schedule) -> tuple[Layout, bool]:
     """
     owners: dict[int, int] = {}
     for rank, item in schedule.passes():
-        if not item.kind.is_vocabulary:
-            owners[item.stage] = rank
+        if not item.kind.is_vocabulary and owners.setdefault(item.stage, rank) != rank:
+            raise ValueError(
+                f"rank {rank} runs {item}, but rank {owners[item.stage]} has other passes of stage "
+                f"{item.stage}; every stage has one rank"
+            )
+    if not owners:
+        raise ValueError("it has no passes; after the name comes a line of passes for every rank")
     num_ranks, num_stages = schedule.num_ranks, len(owners)
     split_backward = any(item.kind is Kind.I for _, item in schedule.passes())
     for name in LAYOUTS:
@@ -24,7 +29,9 @@ def recognise(schedule: Schedule) -> tuple[Layout, bool]:
             continue
         if owners == {stage: layout.rank_of(stage) for stage in range(layout.num_stages)}:
             return layout, split_backward
+    # The first stage that no layout has there, as linear and the first half of the others begin.
+    first = next((s for s in sorted(owners) if s >= num_ranks or owners[s] != s), max(owners))
     raise ValueError(
         f"schedule {schedule.name!r} has {num_stages} stages on {num_ranks} ranks, "
-        f"laid out as none of {', '.join(LAYOUTS)}"
+        f"laid out as none of {', '.join(LAYOUTS)}: stage {first} is on rank {owners[first]}"
     )

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from schedules.generators.clock import Clock
-from schedules.graph import DeadlockError
+from schedules.graph import DeadlockError, require_acyclic
 from schedules.ir import Kind, Pass
 from schedules.network import EMBEDDINGS_AHEAD, Network, Orders
-from schedules.problem import Problem
+from schedules.problem import Node, Problem
 from schedules.simulate import peak_in_flight
 
 
@@ -67,9 +68,34 @@ BaseOrder = tuple[tuple[Pass, ...], ...]
 def weave(base: BaseOrder, problem: Problem, network: Network, preference: Preference) -> Orders:
     """Return the order `base` with the vocabulary passes of `problem`, as ids of `network`.
 
-    Raises DeadlockError if the base order cannot be executed.
+    Raises DeadlockError, naming a cycle, if the base order cannot be executed.
     """
-    return _Weaver(base, problem, network, preference).run()
+    try:
+        return _Weaver(base, problem, network, preference).run()
+    except DeadlockError:
+        require_acyclic(_waits(base, problem), rank_of=problem.rank_of)
+        raise
+
+
+def _waits(base: BaseOrder, problem: Problem) -> dict[Pass, list[Pass]]:
+    """Return for every pass of `base` the passes of it that must end before.
+
+    What lies between them, collectives and passes that are not in `base`, is passed over.
+    """
+    own = {item for order in base for item in order}
+
+    def inputs(node: Node) -> Iterator[Pass]:
+        for before in problem.inputs_of(node):
+            if isinstance(before, Pass) and before in own:
+                yield before
+            else:
+                yield from inputs(before)
+
+    return {
+        item: [*inputs(item), *order[max(0, place - 1) : place]]
+        for order in base
+        for place, item in enumerate(order)
+    }
 
 
 class _Weaver:

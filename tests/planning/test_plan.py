@@ -324,7 +324,7 @@ ORDER = "# mine\n0E0 0F0 0B0 0G0\n1F0 1S0 1T0 1B0\n"
     ("name", "content", "message"),
     [
         ("x.txt", "", "a schedule starts with a line '# name'"),
-        ("x.txt", "# mine\n", "has 0 stages on 0 ranks"),
+        ("x.txt", "# mine\n", "it has no passes"),
         ("x.txt", ORDER.replace("1S0", "1Q0"), "line 3: '1Q0' is not a pass"),
         ("x.txt", ORDER.replace("1S0 ", ""), r"rank 1 never runs 1S0 \(1 pass missing\)"),
         ("x.txt", ORDER.replace("1S0", "1S0 1S0"), "rank 1 runs 1S0 2 times"),
@@ -342,7 +342,7 @@ ORDER = "# mine\n0E0 0F0 0B0 0G0\n1F0 1S0 1T0 1B0\n"
         (
             "x.txt",
             ORDER.replace("0F0 0B0", "0F0").replace("1F0", "0B0 1F0"),
-            "laid out as none of linear, loop, v|never runs",
+            "rank 1 runs 0B0, but rank 0 has other passes of stage 0; every stage has one rank",
         ),
         ("x.txt", ORDER + "2F0 2B0\n", "it is for 3 ranks, not 2"),
         ("x.txt", ORDER.replace("0E0 ", "").replace("0F0", "0F9999"), "is not among its passes"),
@@ -350,7 +350,11 @@ ORDER = "# mine\n0E0 0F0 0B0 0G0\n1F0 1S0 1T0 1B0\n"
         ("x.csv", "0F0,0B0\n1F0,1Q0\n", "line 2, column 2: '1Q0' is not a pass"),
         ("x.csv", "0F0,0B0\n1F0\n", "rank 1 never runs 1B0"),
         ("x.csv", "0F0,0B0\n1F0,1F1,1B0,1B1\n", "rank 1 runs 1F1"),
-        ("x.csv", "0B0,0F0\n1F0,1B0\n", "the base order blocks: 0B0, 1F0 wait"),
+        (
+            "x.csv",
+            "0B0,0F0\n1F0,1B0\n",
+            "deadlock: 0B0 waits for 0F0 waits for 0B0; 0B0, 0F0 on rank 0",
+        ),
         ("x.csv", "0F0,0B0\n1F0,1S0,1B0\n", "'1S0' is a vocabulary pass"),
         ("x.csv", "", "has no rows"),
         ("x.csv", ORDER, "is not a pass"),

@@ -133,6 +133,33 @@ def test_without_caps_a_search_never_refuses(quick_search, p, m, spread):
     assert timeline.peak_bytes == (0.0,) * p
 
 
+def test_a_watch_sees_the_best_fall_and_changes_nothing(quick_search):
+    options, caps, seen = options_of(3, 5, spread=0.3), [3.0] * 3, []
+    watched = solve(options, caps, lambda state: not seen.append(state))
+    assert watched == solve(options, caps)
+    qualities = [(state.excess, state.makespan) for state in seen]
+    assert qualities == sorted(qualities, reverse=True)
+    assert [state.tried for state in seen] == list(range(1, len(seen) + 1))
+    assert timeline_of(watched).makespan <= seen[-1].makespan * CLOSE
+    assert {state.name for state in seen} <= GENERATORS.keys()
+
+
+@pytest.mark.parametrize("looks", [1, 2, 10, 100])
+def test_a_watch_can_end_the_search_with_the_best_so_far(quick_search, looks):
+    options, seen = options_of(3, 5, spread=0.3), []
+    goes_on = lambda state: seen.append(state) or len(seen) < looks  # noqa: E731
+    solution = solve(options, [math.inf] * 3, goes_on)
+    check_schedule(solution.schedule, solution.option.problem)
+    assert len(seen) == looks, "nothing is asked after the end"
+    assert timeline_of(solution).makespan <= seen[-1].makespan * CLOSE
+    with pytest.raises(CapError) as caught:
+        solve(options, [0.1] * 3, lambda state: False)
+    assert caught.value.is_stopped
+    with pytest.raises(CapError) as caught:
+        solve(options, [0.1] * 3)
+    assert not caught.value.is_stopped
+
+
 @pytest.mark.parametrize("tight", range(3))
 def test_every_rank_has_a_cap_of_its_own(quick_search, tight):
     options = options_of(3, 9)

@@ -136,7 +136,8 @@ def test_an_order_that_blocks_is_found_when_completed():
     problem = Problem(layout, 1, VOCAB_ALGORITHMS["one_barrier"])
     base = from_csv("0F0,0B0\n1B0,1F0\n", "x")
     check_base(base, problem)
-    with pytest.raises(DeadlockError, match="the base order blocks: 0B0, 1B0 wait"):
+    words = "deadlock: 1B0 waits for 1F0 waits for 1B0; 1B0, 1F0 on rank 1"
+    with pytest.raises(DeadlockError, match=words):
         complete("x", base.ranks, problem, costs_of(layout))
 
 

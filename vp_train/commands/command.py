@@ -9,12 +9,14 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
 from vp_train.config import ConfigError, RunConfig, printable
 from vp_train.failures import EXIT_OK, ending_of_command
 from vp_train.settings import (
+    close_names,
     config_text,
     group_choices,
     load_config,
@@ -31,6 +33,7 @@ _HELP = """\
 usage: {command} [group=choice ...] [key=value ...]
        {command} --print-config ...     show the resolved configuration and stop
        {command} --help [NAME]          this page, or one group or setting in full
+       {command} --version              the version of the package
 {options}
 Groups and their choices (each is a YAML file of configs/):
 {groups}
@@ -98,7 +101,7 @@ def _check_name(name: str, command: str) -> None:
     names = [*sections(), *setting_names()]
     if name in names:
         return
-    close = difflib.get_close_matches(name, names, n=1)
+    close = [*difflib.get_close_matches(name, list(sections()), n=1), *close_names(name)]
     hint = f"did you mean {close[0]}?" if close else f"{command} --help names all"
     kind = "setting" if "." in name else "setting or group of settings"
     raise ConfigError(f"{name} is not a {kind}; {hint}")
@@ -116,7 +119,7 @@ def guarded(name: str, body: Callable[[], int]) -> NoReturn:
     """
     _open_closed_streams()
     try:
-        code = body()
+        code = _say_version(name) if "--version" in sys.argv[1:] else body()
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         ending = ending_of_command(error, name)
@@ -128,6 +131,11 @@ def guarded(name: str, body: Callable[[], int]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _say_version(name: str) -> int:
+    print(f"{name} {version('vp_train')}")
+    return EXIT_OK
 
 
 def _open_closed_streams() -> None:

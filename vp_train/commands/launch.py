@@ -33,6 +33,7 @@ from vp_train.commands.nodes import (
 )
 from vp_train.commands.orphans import die_with_launcher
 from vp_train.commands.place import Place, local_ranks_of
+from vp_train.commands.searching import Searching
 from vp_train.communication import flight_recorder
 from vp_train.config import ConfigError, RunConfig
 from vp_train.durable import checkpoints_in, write_all
@@ -41,7 +42,7 @@ from vp_train.failures import EXIT_INTERNAL, EXIT_OK, Ending, ending_of_command
 from vp_train.metrics.run_directory import refuse_running, refuse_used
 from vp_train.metrics.trackers import require_trackers
 from vp_train.planning.degrees import check_node, wanted_ranks
-from vp_train.planning.plan import SEARCHING, check_ramp, make_plan
+from vp_train.planning.plan import SEARCHING, RunPlan, check_ramp, make_plan
 from vp_train.quiet import quiet_deprecations, quiet_megatron
 from vp_train.settings import load_config, override
 
@@ -249,7 +250,7 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
         )
     if plan is None and news.place.node == 0:  # the search runs once, for all ranks
         print(SEARCHING, flush=True)
-        plan = make_plan(config, num_ranks)
+        plan = _searched(config, num_ranks)
         solved = config.run.directory / "schedule.txt"
         solved.parent.mkdir(parents=True, exist_ok=True)
         replace_file(solved, plan.schedule.text())
@@ -266,6 +267,17 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
     if ending.code:
         raise _Unprepared(ending)
     return found
+
+
+def _searched(config: RunConfig, num_ranks: int) -> RunPlan:
+    """Return the plan of the fastest schedule that the search finds."""
+    try:
+        with Searching(keeps_best=False) as searching:
+            return make_plan(config, num_ranks, searching.watch)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "stopped while it searched for a schedule, before ranks started"
+        ) from None
 
 
 def _prepare_data(config: RunConfig) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from rich.table import Table
 
 from schedules.render import duration
 from vp_train.commands.command import Command, run, whole_number
+from vp_train.commands.searching import Searching
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
-from vp_train.failures import EXIT_CONFIG, EXIT_OK, EXIT_TIME
+from vp_train.failures import EXIT_CONFIG, EXIT_TIME
 from vp_train.model import shape
 from vp_train.planning.degrees import split_ranks
 from vp_train.planning.plan import SEARCHING
@@ -30,8 +30,6 @@ from vp_train.units import human_bytes
 _SHOWN_RANKS = 16
 _SHOWN_REFUSALS = 3
 _GIB = 2**30
-# Seconds between two lines of progress, by whether stderr is a terminal.
-_PROGRESS_SECONDS = {True: 0.2, False: 10.0}
 
 
 _EXAMPLES = """\
@@ -67,36 +65,41 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         for name in ("--top", "--seconds"):
             if name in options:
                 raise ConfigError(f"{name} belongs to --search")
-        return EXIT_OK if show_plan(config, path) else EXIT_CONFIG
+        return show_plan(config, path)
     top, seconds = (
         whole_number(options, name, default) for name, default in (("--top", 5), ("--seconds", 60))
     )
-    result = show_search(config, top, seconds, path)
-    if result.best:
-        return EXIT_OK
-    return EXIT_TIME if result.open_choices else EXIT_CONFIG
+    return show_search(config, top, seconds, path)
 
 
-def show_plan(config: RunConfig, path: Path | None) -> bool:
+def show_plan(config: RunConfig, path: Path | None) -> int:
     """Plan `config`, print the report and write it to `path`.  Raises ConfigError.
 
-    Returns whether the run fits into memory.
+    Returns the exit code: EXIT_CONFIG if the run does not fit into memory.
     """
     if config.schedule.is_solved:
         print(SEARCHING, flush=True)
-    report = make_report(config)
-    print("\n".join(plan_lines(config, report)), flush=True)
+    with Searching() as searching:
+        report = make_report(config, searching.watch)
+    print("\n".join([*plan_lines(config, report), *searching.words]), flush=True)
     _write(path, report.record())
-    return report.fits
+    return searching.exit_code if report.fits else EXIT_CONFIG
 
 
-def show_search(config: RunConfig, top: int, seconds: float, path: Path | None) -> Result:
-    """Search for the fastest plans, print them and write them to `path`.  Raises ConfigError."""
+def show_search(config: RunConfig, top: int, seconds: float, path: Path | None) -> int:
+    """Search for the fastest plans, print them and write them to `path`.  Raises ConfigError.
+
+    Ctrl-C ends it with the best so far.  Returns the exit code.
+    """
     print(f"{_model_words(config)}\n{_cluster_words(config)}\n", flush=True)
     until = time.monotonic() + seconds
-    with _Progress() as progress:
-        result = search(config, top, lambda: time.monotonic() < until, progress)
-    print("\n".join(search_lines(config, result)), flush=True)
+    with Searching() as searching:
+
+        def in_time() -> bool:
+            return time.monotonic() < until and not searching.is_stopped
+
+        result = search(config, top, in_time, searching.show)
+    print("\n".join(search_lines(config, result, is_stopped=searching.is_stopped)), flush=True)
     found = [
         {"overrides": plan.choice.overrides(config)} | plan.report.record() for plan in result.best
     ]
@@ -113,35 +116,9 @@ def show_search(config: RunConfig, top: int, seconds: float, path: Path | None) 
             "open": result.open_choices,
         },
     )
-    return result
-
-
-class _Progress:
-    """Progress on stderr: a line that replaces itself on a terminal, else a line now and then."""
-
-    def __init__(self) -> None:
-        self._live, self._next, self._width = sys.stderr.isatty(), 0.0, 0
-
-    def __enter__(self) -> Callable[[str], None]:
-        return self._say
-
-    def __exit__(self, *_: object) -> None:
-        if self._live and self._width:
-            print(f"\r{'':{self._width}}\r", end="", file=sys.stderr, flush=True)
-
-    def _say(self, words: str) -> None:
-        now = time.monotonic()
-        if not self._next:
-            self._next = now + _PROGRESS_SECONDS[self._live]
-        if now < self._next:
-            return
-        self._next = now + _PROGRESS_SECONDS[self._live]
-        if self._live:
-            words = words[: shutil.get_terminal_size().columns - 1]
-            print(f"\r{words:{self._width}}", end="", file=sys.stderr, flush=True)
-            self._width = len(words)
-        else:
-            print(words, file=sys.stderr, flush=True)
+    if searching.is_stopped or result.best:
+        return searching.exit_code
+    return EXIT_TIME if result.open_choices else EXIT_CONFIG
 
 
 def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
@@ -268,7 +245,7 @@ def _rendered(table: Table) -> list[str]:
     return [line.rstrip() for line in capture.get().rstrip().splitlines()]
 
 
-def search_lines(config: RunConfig, result: Result) -> list[str]:
+def search_lines(config: RunConfig, result: Result, *, is_stopped: bool = False) -> list[str]:
     """Return the best plans in lines, and why others are not among them."""
     counted = (
         f"{result.num_choices:,} choices, {result.num_simulated} simulated, "
@@ -283,10 +260,9 @@ def search_lines(config: RunConfig, result: Result) -> list[str]:
         ]
         lines += [f"binds: {result.best[0].report.binds}", ""]
     if result.open_choices:
-        lines.append(
-            f"{counted}; out of time: {result.open_choices:,} that might be faster are left; "
-            "raise --seconds"
-        )
+        why, way_out = ("stopped", "") if is_stopped else ("out of time", "; raise --seconds")
+        left = f"{result.open_choices:,} that might be faster are left"
+        lines.append(f"{counted}; {why}: {left}{way_out}")
     else:
         lines.append(f"{counted}; none of the others can be faster" if result.best else counted)
     lines += _refusal_lines(config, result.refused)

@@ -16,6 +16,7 @@ from typing import Any
 
 from schedules.bound import Bound, step_bound
 from schedules.generators import GENERATORS
+from schedules.generators.auto import Watch
 from schedules.ir import Kind
 from schedules.lower import lower
 from schedules.render import chrome_trace, duration, svg, text_grid
@@ -24,6 +25,7 @@ from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End
 from vp_train.commands.command import Command, run
 from vp_train.commands.plot import Mark, comparison_png, schedule_png
+from vp_train.commands.searching import Searching
 from vp_train.config import ConfigError, RunConfig, unknown
 from vp_train.failures import EXIT_OK
 from vp_train.planning.degrees import wanted_ranks
@@ -67,7 +69,8 @@ def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str,
     if "--program" in options:
         if others := [name for name in options if name != "--program"]:
             raise ConfigError(f"--program prints the program alone; drop {' and '.join(others)}")
-        plan = plan_step(config, wanted_ranks(config.parallel))
+        with Searching() as searching:
+            plan = plan_step(config, wanted_ranks(config.parallel), searching.watch)
         tied = config.model.tied_embeddings
         print(lower(plan.schedule, plan.problem, plan.cost, tied=tied).text(), end="")
         return EXIT_OK
@@ -82,16 +85,17 @@ def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str,
             runtime=runtime,
         )
     else:
-        show(config, directory, config_text(config), runtime)
+        return show(config, directory, config_text(config), runtime)
     return EXIT_OK
 
 
 def show(
     config: RunConfig, directory: Path | None, config_yaml: str, runtime: Runtime | None = None
-) -> None:
+) -> int:
     """Simulate one step, print the results, and write files and pictures to `directory` if given.
 
-    With a `runtime` the step's program is replayed too.  Raises ConfigError.
+    With a `runtime` the step's program is replayed too.  Returns the exit code.  Raises
+    ConfigError.
     """
     _make(directory)
     name = config.schedule.file or config.schedule.name
@@ -99,16 +103,18 @@ def show(
     if config.schedule.is_solved:  # it takes long, so say first what is searched for
         print(f"{heading}\n{SEARCHING}", flush=True)
     started = time.perf_counter()
-    outcome = simulate_step(config, runtime)
+    with Searching() as searching:
+        outcome = simulate_step(config, runtime, searching.watch)
     taken = time.perf_counter() - started
     if not config.schedule.is_solved:
         print(heading)
-    print(report(outcome, shutil.get_terminal_size((120, 24)).columns))
+    lines = [report(outcome, shutil.get_terminal_size((120, 24)).columns), *searching.words]
+    print("\n".join(lines))
     if advice := row_advice(config, outcome.plan):
         print(f"\n{advice}")
     print(f"\nsimulated in {duration(taken)}", flush=True)
     if directory is None:
-        return
+        return searching.exit_code
     timeline, title = outcome.timeline, f"{outcome.name}, simulated"
     _write(directory, "config.yaml", config_yaml)
     _write(directory, "schedule.txt", outcome.plan.schedule.text())
@@ -130,6 +136,7 @@ def show(
     _write_table(directory, [outcome])
     schedule_png(timeline, title, directory / "schedule.png")
     print(f"written to {directory}: {', '.join(names)}", flush=True)
+    return searching.exit_code
 
 
 def compare(
@@ -284,12 +291,15 @@ class Refusal:
     reason: str
 
 
-def simulate_step(config: RunConfig, runtime: Runtime | None = None) -> Outcome:
+def simulate_step(
+    config: RunConfig, runtime: Runtime | None = None, watch: Watch | None = None
+) -> Outcome:
     """Plan and simulate one step, and replay its program if a runtime is given.
 
-    Raises ConfigError, which names the value and the way out.
+    `watch` sees the search of schedule=auto go on, and may end it.  Raises ConfigError, which names
+    the value and the way out.
     """
-    plan = plan_step(config, wanted_ranks(config.parallel))
+    plan = plan_step(config, wanted_ranks(config.parallel), watch)
     bound = step_bound(plan.problem, plan.cost, plan.caps)
     outcome = Outcome(plan.schedule.name, plan.problem.algorithm.name, plan, bound)
     return outcome if runtime is None else replace(outcome, replayed=_replayed(outcome, runtime))

@@ -76,6 +76,8 @@ def main() -> None:
 
 
 def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
+    if "--only" in options:
+        raise ConfigError(f"--only {options['--only']} chooses a run of a sweep; it belongs to -m")
     if _PREFLIGHT in options:
         os.environ[_ONLY_PREFLIGHT] = "1"
     if not is_rank(os.environ) and is_slurm_rank(os.environ):

@@ -7,6 +7,7 @@ every rank computes the same one.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from schedules.check import check_base, check_program, check_schedule
 from schedules.cost import CostModel
 from schedules.generators import GENERATORS, BaseOrderError, base_order, complete, generate
-from schedules.generators.auto import CapError, Option, solve
+from schedules.generators.auto import CapError, Option, Watch, solve
 from schedules.generators.stored import recognise
 from schedules.generators.weave import BaseOrder
 from schedules.ir import Schedule
@@ -33,6 +34,7 @@ from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.placement import balanced_rows, split_layers, split_vocabulary
 from vp_train.planning.ramp import BatchRamp
 from vp_train.planning.workload import Workload
+from vp_train.units import human_bytes
 from vp_train.vocab.shard import Shard, split_rows
 
 SEARCHING = (
@@ -42,6 +44,8 @@ SEARCHING = (
 SEQUENCE_DEVICES = ("cuda",)
 _LARGEST_SCHEDULE = 1 << 24  # bytes; a pass takes about 7
 _MOST_LINES = 1_100  # of a schedule; parallel.pp is at most 1,024
+_LARGE_SCHEDULE = 1 << 20  # bytes, which take a second to parse
+_MICROBATCH = re.compile(r"\b[0-9]{1,9}[A-Z]([0-9]{1,9})\b")  # of a pass
 _LONGEST_NAME = 200  # characters of a schedule's name
 # Planning takes a minute at this size, which 64 ranks reach with 2,048 microbatches.
 _MOST_FORWARD_PASSES = 1 << 17
@@ -99,16 +103,17 @@ class RunPlan(StepPlan):
     evaluation_program: Program
 
 
-def make_plan(config: RunConfig, num_ranks: int) -> RunPlan:
+def make_plan(config: RunConfig, num_ranks: int, watch: Watch | None = None) -> RunPlan:
     """Plan and check the whole run on `num_ranks` ranks.
 
-    Raises ConfigError, which names the value and the way out.
+    `watch` sees the search of schedule=auto go on.  Raises ConfigError, which names the value and
+    the way out.
     """
     degrees = split_ranks(config.parallel, num_ranks)
     _check_profile(config, num_ranks)
     num_evaluated = config.eval_microbatches_of(degrees.dp)
     _check_size(degrees.pp, num_evaluated, "run.eval_microbatches")
-    step = plan_step(config, num_ranks)
+    step = plan_step(config, num_ranks, watch)
     problem, cost = step.problem, step.cost
     ramp = BatchRamp.of(
         config.batch_ramp, config.num_microbatches, config.micro_batch_size, degrees.dp
@@ -187,13 +192,14 @@ def _program(step: StepPlan) -> Program:
     return program
 
 
-def plan_step(config: RunConfig, num_ranks: int) -> StepPlan:
+def plan_step(config: RunConfig, num_ranks: int, watch: Watch | None = None) -> StepPlan:
     """Plan and simulate one step, without the programs that would run it.
 
-    Raises ConfigError like `make_plan`.
+    `watch` sees the search of schedule=auto go on, and may end it.  Raises ConfigError like
+    `make_plan`, and KeyboardInterrupt if the search was ended before it found anything.
     """
     if config.schedule.is_solved:
-        return _solved(config, _workload(config, num_ranks))
+        return _solved(config, _workload(config, num_ranks), watch)
     if config.schedule.file is not None:
         return _stored(config, _workload(config, num_ranks), Path(config.schedule.file))
     return draft_step(config, num_ranks).with_named(config.schedule.name)
@@ -368,6 +374,8 @@ def _stored(config: RunConfig, work: Workload, path: Path) -> StepPlan:
     try:
         if text.count("\n") > _MOST_LINES:
             raise ValueError(f"it has more than {_MOST_LINES:,} lines; every rank has one")
+        if len(text) > _LARGE_SCHEDULE:
+            _check_microbatches(text, work.num_microbatches)
         is_csv = path.suffix.lower() == ".csv"
         schedule = from_csv(text, path.stem) if is_csv else Schedule.parse(text.rstrip())
         schedule = replace(schedule, name=printable(schedule.name)[:_LONGEST_NAME])
@@ -390,7 +398,20 @@ def _stored(config: RunConfig, work: Workload, path: Path) -> StepPlan:
         raise ConfigError(f"schedule.file={path} does not fit this run: {error}") from None
 
 
-def _solved(config: RunConfig, work: Workload) -> StepPlan:
+def _check_microbatches(text: str, num_microbatches: int) -> None:
+    """Raise ValueError if a text with passes is for another number of microbatches.
+
+    It is looked at before it is parsed, which takes seconds for a million passes.
+    """
+    found = max(map(int, _MICROBATCH.findall(text)), default=num_microbatches - 1) + 1
+    if found == num_microbatches:
+        return
+    fits = found * 2 <= _MOST_FORWARD_PASSES
+    way_out = f"use num_microbatches={found}" if fits else "that is more than can be planned"
+    raise ValueError(f"it is for {found:,} microbatches, not {num_microbatches}; {way_out}")
+
+
+def _solved(config: RunConfig, work: Workload, watch: Watch | None) -> StepPlan:
     """Return the step of the fastest schedule that the search finds under the cap on memory.
 
     It tries all base schedules with their layouts and, with vocab=auto, all algorithms.
@@ -413,17 +434,23 @@ def _solved(config: RunConfig, work: Workload) -> StepPlan:
     options, cost = [option for option, _ in drafts], drafts[0][1].cost
     caps = (_cap_bytes(settings, cost, num_ranks),) * num_ranks
     try:
-        solution = solve(options, caps)
+        solution = solve(options, caps, watch)
     except BaseOrderError as error:
         raise ConfigError(str(error)) from None
     except CapError as error:
+        if error.is_stopped:
+            raise KeyboardInterrupt(
+                "schedule=auto was stopped before it found a schedule that fits: the best so far "
+                f"keeps {human_bytes(error.reached)} on rank {error.rank}, the cap is "
+                f"{human_bytes(error.cap)}"
+            ) from None
         if settings.cap_gib is not None or settings.cap_microbatches is not None:
             raise ConfigError(
                 _cap_message(error, caps[0], settings.cap_gib is not None, cost, num_ranks)
             ) from None
         # Nobody asked for this cap.  Use the lowest peak that the search reached instead.
         caps = (error.reached,) * num_ranks
-        solution = solve(options, caps)
+        solution = solve(options, caps, watch)
     return next(step for option, step in drafts if option is solution.option).with_schedule(
         solution.schedule, caps
     )

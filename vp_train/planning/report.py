@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from schedules.bound import step_bound
+from schedules.generators.auto import Watch
 from schedules.ir import Kind
 from schedules.vocab import End
 from vp_train.config import ClusterConfig, ConfigError, OptimConfig, RunConfig
@@ -208,10 +209,11 @@ class PlanReport:
         }
 
 
-def make_report(config: RunConfig) -> PlanReport:
+def make_report(config: RunConfig, watch: Watch | None = None) -> PlanReport:
     """Plan `config` on all GPUs of its cluster.
 
-    Raises ConfigError, which names the value and the way out.
+    `watch` sees the search of schedule=auto go on, and may end it.  Raises ConfigError, which names
+    the value and the way out.
     """
     num_gpus = config.cluster.num_gpus
     try:
@@ -219,7 +221,7 @@ def make_report(config: RunConfig) -> PlanReport:
     except ConfigError as error:
         raise ConfigError(f"the cluster has {num_gpus} GPUs: {error}") from None
     cost = on_cluster(Workload.of(config, degrees), config.cluster, config.cost)
-    step = plan_step(replace(config, cost=cost), num_gpus)
+    step = plan_step(replace(config, cost=cost), num_gpus, watch)
     return report_of(step, config.cluster, config.optim)
 
 

@@ -176,7 +176,7 @@ class _Candidate:
 
 
 def search(
-    config: RunConfig, top: int, in_time: Callable[[], bool], progress: Callable[[str], None]
+    config: RunConfig, top: int, in_time: Callable[[], bool], progress: Callable[[str], object]
 ) -> Result:
     """Return the `top` fastest choices that fit, as far as they are found while `in_time()`.
 
@@ -204,8 +204,7 @@ def search(
             refused.append(candidate)
         else:
             queue.append((candidate.bound, number, candidate))
-        if len(weighing) % 50 == 0:
-            progress(f"{len(every) - len(weighing):,} of {len(every):,} choices weighed")
+        progress(f"{len(every) - len(weighing):,} of {len(every):,} choices weighed")
     heapq.heapify(queue)
     # Then simulate until the smallest bound left is above the time of the last of the best.
     best: list[Found] = []

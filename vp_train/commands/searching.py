@@ -1,0 +1,105 @@
+"""What a long search shows on stderr, and what Ctrl-C does to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from schedules.generators.auto import SoFar
+from schedules.render import duration
+from vp_train.failures import EXIT_OK
+from vp_train.units import human_bytes
+
+_SILENT_SECONDS = 2.0  # a search that ends within them shows nothing
+# Seconds between two lines of progress, by whether stderr is a terminal.
+_EVERY_SECONDS = {True: 0.2, False: 10.0}
+_STOPPING = b"\nstopping with the best so far; Ctrl-C again leaves at once\n"
+
+
+class Searching:
+    """The progress of a search: a line that replaces itself on a terminal, else one now and then.
+
+    The first Ctrl-C inside only asks the search to end with its best so far, which `is_stopped`
+    says; another one raises KeyboardInterrupt.  With `keeps_best=False` the first one does.  No
+    thread is started, so that a launcher may fork afterwards.
+    """
+
+    def __init__(self, *, keeps_best: bool = True) -> None:
+        self.is_stopped = False
+        self._keeps_best = keeps_best
+        self._live: Live | None = None
+        self._started = time.monotonic()
+        self._is_terminal = sys.stderr.isatty()
+        self._next = self._started + _SILENT_SECONDS
+        self._handles = False
+
+    def __enter__(self) -> Self:
+        # Not under nohup or a launcher, which have their own way with signals.
+        if self._keeps_best and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._note)
+            self._handles = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handles:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._live is not None:
+            self._live.stop()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.is_stopped:
+            raise KeyboardInterrupt
+        self.is_stopped = True
+        os.write(2, _STOPPING)
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a command that has shown the result of this search."""
+        return 128 + signal.SIGINT if self.is_stopped else EXIT_OK
+
+    @property
+    def words(self) -> list[str]:
+        """A line on a result that is not the end of the search; nothing else."""
+        if not self.is_stopped:
+            return []
+        return ["", "the search was stopped: this is the best so far, a whole search may find more"]
+
+    def show(self, words: str) -> bool:
+        """Show what the search has found if it is time to; return whether it goes on."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _EVERY_SECONDS[self._is_terminal]
+            line = f"{now - self._started:.0f} s: {words}"
+            if self._is_terminal:
+                self._redraw(line)
+            else:
+                print(line, file=sys.stderr, flush=True)
+        return not self.is_stopped
+
+    def watch(self, state: SoFar) -> bool:
+        """Show the state of the search of schedule=auto; return whether it goes on."""
+        name = f"{state.name} with {state.algorithm}"
+        best = f"the best so far takes {duration(state.makespan)} ({name})"
+        if state.excess > 0:
+            best += f" but keeps {human_bytes(state.excess)} more than the cap"
+        return self.show(f"{state.tried:,} orders tried, {best}")
+
+    def _redraw(self, line: str) -> None:
+        if self._live is None:
+            self._live = Live(
+                console=Console(stderr=True),
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._live.start()
+        self._live.update(Text(line, overflow="ellipsis", no_wrap=True), refresh=True)
