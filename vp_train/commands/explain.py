@@ -303,13 +303,14 @@ def _rank_table(explanation: Explanation) -> Table:
         "between",
         left=0,
     )
+    is_shared = explanation.on_processor < 1
     for row in _shown_ranks(explanation.ranks):
         mark = " slow" if row.slowness >= SLOW else ""
         table.add_row(
             f"{row.rank}",
             duration(row.planned),
             duration(row.measured),
-            f"{row.slowness:.2f}{mark}",
+            "" if is_shared and row.between is None else f"{row.slowness:.2f}{mark}",
             *(
                 "" if seconds is None else duration(round(seconds, 7))
                 for seconds in (row.planned_waiting, row.measured_waiting, row.between)

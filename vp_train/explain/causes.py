@@ -158,7 +158,9 @@ class _Explaining:
         times = times_of(program, step.cost, step.runtime, step.measured)
         found = _own_seconds(step, times.passes)
         own = times.passes if found is None else found
-        made = cls(step, program, times, own, found is not None, _slowness(step, own))
+        shared = found is not None
+        slowness = _slowness(step, own, shared=shared)
+        made = cls(step, program, times, own, shared, slowness)
         return replace(made, replayed=made.seconds(times))
 
     def seconds(self, times: Times | None, program: Program | None = None) -> float:
@@ -435,7 +437,7 @@ class _Explaining:
 
     def _ranks(self) -> list[RankTimes]:
         step, problem = self.step, self.step.problem
-        factors = _factors(step, self.own)
+        factors = _factors(step, self.own, shared=self.shared)
         planned = [0.0] * step.num_ranks
         between = [0.0] * step.num_ranks
         busy = [0.0] * step.num_ranks
@@ -524,21 +526,20 @@ def _places(step: TracedStep) -> tuple[TracedRank, ...]:
     return tuple(TracedRank(rank, 0, rank, 0, "", {}) for rank in range(step.num_ranks))
 
 
-def _factors(step: TracedStep, own: Seconds) -> dict[int, float]:
+def _factors(step: TracedStep, own: Seconds, *, shared: bool) -> dict[int, float]:
     """Return by rank of the run how many times as long as the others it computes for its work.
 
     Its work is that of the plan without its own slowness.  The measure of a kind of pass is the
-    median rank: the lower one of two.
+    median rank: the lower one of two.  Where ranks shared processors, those of other replicas have
+    the factor 1: how long they had one is not known.
     """
     sums: dict[tuple[int, Kind], float] = defaultdict(float)
-    raw: dict[tuple[int, Kind], float] = defaultdict(float)
     work: dict[tuple[int, Kind], float] = defaultdict(float)
     for spans in step.measured.compute:
         for span in spans:
             item = Pass(span.stage, Kind(span.kind), span.microbatch)
             key = span.rank, item.kind
             sums[key] += own[item]
-            raw[key] += span.seconds
             work[key] += step.cost.seconds(item) / step.slowness[span.rank]
     seconds: dict[int, dict[Kind, float]] = {}
     places = {place.rank: place.pipeline_rank for place in _places(step)}
@@ -547,10 +548,7 @@ def _factors(step: TracedStep, own: Seconds) -> dict[int, float]:
         if place.replica == place.tensor_rank == 0:
             found = {kind: value for (rank, kind), value in sums.items() if rank == at}
         else:
-            found = {
-                kind: value * (sums[at, kind] / raw[at, kind] if raw[at, kind] else 1.0)
-                for kind, (_, value) in place.passes.items()
-            }
+            found = {} if shared else {kind: value for kind, (_, value) in place.passes.items()}
         seconds[place.rank] = {kind: value for kind, value in found.items() if work[at, kind] > 0}
     paces: dict[Kind, list[float]] = defaultdict(list)
     for rank, found in seconds.items():
@@ -558,19 +556,22 @@ def _factors(step: TracedStep, own: Seconds) -> dict[int, float]:
             paces[kind].append(value / work[places[rank], kind])
     # A kind of pass that only one rank has says nothing of that rank.
     usual = {kind: median_low(values) for kind, values in paces.items() if len(values) > 1}
-    factors = {}
+    factors = dict.fromkeys(places, 1.0)
+    judged = []
     for rank, found in seconds.items():
         kinds = found.keys() & usual.keys()
         expected = sum(usual[kind] * work[places[rank], kind] for kind in kinds)
         taken = sum(found[kind] for kind in kinds)
-        factors[rank] = taken / expected if expected > 0 else 1.0
-    middle = median_low(factors.values()) or 1.0
-    return {rank: factor / middle for rank, factor in factors.items()}
+        if expected > 0:
+            factors[rank] = taken / expected
+            judged.append(rank)
+    middle = median_low(factors[rank] for rank in judged or places) or 1.0
+    return factors | {rank: factors[rank] / middle for rank in judged}
 
 
-def _slowness(step: TracedStep, own: Seconds) -> dict[int, float]:
+def _slowness(step: TracedStep, own: Seconds, *, shared: bool) -> dict[int, float]:
     """Return the factors of the pipeline ranks of the first replica."""
-    factors = _factors(step, own)
+    factors = _factors(step, own, shared=shared)
     return {
         place.pipeline_rank: factors[place.rank]
         for place in _places(step)
