@@ -192,7 +192,8 @@ def stand_ins(place: Path) -> None:
     """Files that earlier commands of the pages write."""
     (place / "imported").mkdir()
     shutil.copy(ROOT / "configs/model/nano.yaml", place / "imported/model.yaml")
-    shutil.copy(ROOT / "configs/cost/cpu.yaml", place / "here.yaml")
+    for name in ("here.yaml", "measured.yaml"):
+        shutil.copy(ROOT / "configs/cost/cpu.yaml", place / name)
 
 
 def check_ours(words: tuple[str, ...], capsys, num_ranks: int | None = None) -> None:
@@ -322,11 +323,12 @@ def run_typed(line: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(600)
-def test_readme_and_quickstart_run_as_typed(place, monkeypatch):
+def test_the_first_pages_run_as_typed(place, monkeypatch):
     """Every line, one after the other in one directory, each distinct line once.
 
     `make`, and a line for four nodes, are asked what they would do.
     """
+    first_pages = (README, ROOT / "docs/quickstart.md", ROOT / "docs/working_day.md")
     for number in range(40):
         text = (ROOT / "vp_train/config.py").read_text()
         (place / "home/corpus" / f"{number}.txt").write_text(
@@ -336,8 +338,7 @@ def test_readme_and_quickstart_run_as_typed(place, monkeypatch):
         (place / name).symlink_to(ROOT / name)
     (place / ".venv").symlink_to(sys.prefix)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    lines = dict.fromkeys([*shell_lines(README), *shell_lines(ROOT / "docs/quickstart.md")])
-    for line in lines:
+    for line in dict.fromkeys(line for page in first_pages for line in shell_lines(page)):
         typed = re.sub(r"^make ", "make -n ", line)
         typed = f"{typed} --print-config" if " --nodes " in typed else typed
         done = run_typed(typed)
@@ -349,3 +350,7 @@ def test_readme_and_quickstart_run_as_typed(place, monkeypatch):
         "tokenizer.json",
     }
     assert (place / "runs/again/checkpoints").is_dir()
+    python = [
+        code for kind, code in _FENCE.findall(first_pages[-1].read_text()) if kind == "python"
+    ]
+    exec("\n".join(python), {})
