@@ -116,8 +116,24 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ("data.blend=[{path:a,wight:1}]", "data.blend[0].wight is not known (did you mean weight?"),
         ("model=/dev/zero", "model=/dev/zero is not known; choose one of gemma2_9b, "),
         ("model=/dev/zero", "or give a file of settings whose name ends with .yaml"),
-        ("data=/dev/zero", "data=/dev/zero is not known; choose one of blend, pystdlib, "),
         ("x" * 300 + "=1", "xxx is not a setting"),
+        ("lr=1", "lr is not a setting; did you mean optim.lr?"),
+        ("optim.learning_rate=1", "is not a setting; did you mean optim.lr?"),
+        ("n_layer=2", "n_layer is not a setting; did you mean model.num_layers?"),
+        ("--model.num_layers=2", "is not an option; write model.num_layers=2; there are"),
+        ("--model", "is not an option; write model=...; there are"),
+        ("--config", "is not an option; settings are words key=value; model=FILE.yaml"),
+        ("mine.yaml", "'mine.yaml' is not an override; settings are words key=value"),
+        ("v_half", "'v_half' is not an override; write schedule=v_half"),
+        ("=3", "'=3' is not an override; write key=value without blanks"),
+        ("run.steps=100,", "drop the comma at the end: run.steps=100"),
+        ("run.steps=1,000", "a number has no commas (run.steps=1000)"),
+        ("vocab.shards=1,2", "a list is written vocab.shards=[1,2]"),
+        ("run.dtype=fp16", "is not known (did you mean float16?)"),
+        ("run.device=gpu", "is not known (did you mean cuda?)"),
+        ("schedule=1F1B", "is not known (did you mean 1f1b?)"),
+        ("data.path=x", "data.path=x counts only with data=text, not data.name=pystdlib"),
+        ("data=/dev/zero", "for text of your own: data=text data.path=/dev/zero"),
     ],
 )
 def test_a_bad_override_is_named_with_the_way_out(override, message):
@@ -125,6 +141,27 @@ def test_a_bad_override_is_named_with_the_way_out(override, message):
         load_config([override])
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run.steps=", "7"], "'7' is not an override; write run.steps=7 without a blank"),
+        (["run.steps", "=", "7"], "write key=value without blanks, here run.steps=..."),
+    ],
+)
+def test_blanks_around_the_sign_are_named(words, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(words)
+    assert message in str(caught.value)
+
+
+def test_an_option_of_another_launcher_is_answered_with_ours():
+    for typed in ("--nproc_per_node", "--nproc-per-node=4", "--num-gpus"):
+        with pytest.raises(
+            ConfigError, match=r"is not an option; did you mean --ranks\? there are"
+        ):
+            load_config([typed], ("--nodes", "--ranks"))
 
 
 @pytest.mark.parametrize(

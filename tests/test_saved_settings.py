@@ -218,9 +218,9 @@ def test_a_saved_value_that_fits_nothing_is_the_files_fault(started, tmp_path):
 )
 def test_a_path_may_begin_at_home(override, value, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    given = ["data=blend"] if "blend" in override else []
+    given = ["data=blend"] if "blend" in override else ["data=text", "data.path=x"]
     assert Path(value(load_config([*given, override]))).is_relative_to("/home/someone")
-    quoted = load_config(["data.path='~/x'"])
+    quoted = load_config(["data=text", "data.path='~/x'"])
     assert quoted.data.path == "~/x", "what is quoted stays as it is"
 
 
@@ -285,7 +285,14 @@ def test_without_a_checkpoint_a_resumed_run_may_change(started):
 
 @pytest.mark.parametrize(
     "change",
-    ["optim.lr=1", "parallel.pp=2", "schedule=gpipe", "data.path=x", "vocab=none", "run.steps=7"],
+    [
+        "optim.lr=1",
+        "parallel.pp=2",
+        "schedule=gpipe",
+        "data.cache_dir=x",
+        "vocab=none",
+        "run.steps=7",
+    ],
 )
 def test_what_may_change_is_no_reason(started, change):
     checkpointed(started())

@@ -172,7 +172,9 @@ def ending_of_command(error: BaseException, name: str) -> Ending:
     if isinstance(error, BrokenPipeError):  # a reader like `head` has seen enough
         return Ending(128 + signal.SIGPIPE, "")
     if isinstance(error, OSError):
-        return Ending(EXIT_IO, f"{name}: {error}")
+        has_place = isinstance(error.filename, str) and error.strerror and not error.filename2
+        words = f"{error.filename}: {error.strerror}" if has_place else str(error)
+        return Ending(EXIT_IO, f"{name}: {words}")
     if isinstance(error, KeyboardInterrupt):
         words = f"{name}: {error}" if str(error) else ""
         return Ending(128 + signal.SIGINT, words)

@@ -61,6 +61,8 @@ def main() -> None:
 
 def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
     path = Path(options["--json"]).expanduser() if "--json" in options else None
+    if path is not None and path.is_dir():
+        raise ConfigError(f"--json {path} is a directory; name a file")
     if "--search" not in options:
         for name in ("--top", "--seconds"):
             if name in options:
