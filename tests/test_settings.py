@@ -169,3 +169,23 @@ def test_a_path_in_a_blend_that_must_be_quoted_is_told_how():
         load_config(["data=blend", "data.blend=[{path:/data/a=b}]"])
     blend = load_config(["data=blend", "data.blend=[{path:'/data/a=b'}]"]).data.blend
     assert blend[0].path == "/data/a=b"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("data.path=/text", "add data=text"),
+        ("data.blend=[{path:/text}]", "add data=blend"),
+        ("data.jsonl_field=body", "does not count with data=pystdlib"),
+        ("data=synthetic data.tokenizer=t.json", "does not count with data=synthetic"),
+        ("data=synthetic data.end_token=<end>", "does not count with data=synthetic"),
+    ],
+)
+def test_data_that_would_not_be_used_is_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config(words.split())
+
+
+def test_a_setting_of_data_that_is_used_or_left_as_it_is_passes():
+    load_config(["data=synthetic", "data.jsonl_field=text", "data.tokenizer=null"])
+    load_config(["data.jsonl_field=body", "data.validation=[{name:wiki,path:/wiki}]"])

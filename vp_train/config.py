@@ -812,7 +812,7 @@ class DataConfig:
         if self.name != "text" and self.path is not None:
             raise ConfigError(
                 f"data.path={self.path} counts only with data=text, not data.name={self.name}; "
-                "write data=text too, or drop it"
+                "add data=text, or drop it"
             )
         if self.name == "blend" and not self.blend:
             raise ConfigError(
@@ -822,7 +822,7 @@ class DataConfig:
         if self.name != "blend" and self.blend:
             raise ConfigError(
                 f"data.blend counts only with data=blend, not data.name={self.name}; "
-                "drop one of the two"
+                "add data=blend, or drop it"
             )
         if self.name == "synthetic" and self.packing != "none":
             raise ConfigError(

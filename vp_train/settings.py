@@ -27,6 +27,7 @@ from vp_train.config import (
     FREE_MODEL,
     BlendEntry,
     ConfigError,
+    DataConfig,
     RunConfig,
     Setting,
     ValidationEntry,
@@ -85,7 +86,9 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
             _check_word(word)
         if (saved := _saved_by_run(overrides, schema)) is not None:
             return _resumed(saved, overrides, chosen, schema)
-        return _composed("config", overrides, schema)
+        config = _composed("config", overrides, schema)
+        _refuse_unused(config.data, overrides)
+        return config
     except ConfigError:
         for given, settings in files.items():  # is one of the files at fault?
             try:
@@ -95,6 +98,31 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
             except ConfigError as error:
                 raise ConfigError(f"{given}: {error}") from None
         raise
+
+
+# Settings of `data` that do not count with a choice of data.name.
+_UNUSED_DATA = {
+    "synthetic": ("tokenizer", "other_tokenizer", "end_token", "jsonl_field"),
+    "pystdlib": ("jsonl_field",),
+}
+
+
+def _refuse_unused(data: DataConfig, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for one of `overrides` that the chosen data does not use.
+
+    A default does no harm, nor does one that a resumed run or another choice has kept.
+    """
+    given, default = {word.partition("=")[0] for word in overrides}, DataConfig()
+    for name in _UNUSED_DATA.get(data.name, ()):
+        value = getattr(data, name)
+        if f"data.{name}" not in given or value == getattr(default, name):
+            continue
+        if name == "jsonl_field" and data.validation:
+            continue
+        raise ConfigError(
+            f"data.{name}={_value(value)} does not count with data={data.name}; drop it, or for "
+            "text of your own add data=text data.path=DIR"
+        )
 
 
 # Names of settings in other frameworks, and what people call them.
