@@ -37,6 +37,15 @@ def test_a_nonfinite_step_is_never_applied_and_names_ranks_and_replicas(verdict)
     assert words == "non-finite loss on rank 5, gradient on rank 7"
 
 
+def test_ranks_with_the_same_fault_are_named_together():
+    both = health(math.nan, math.nan, ((0, "gradient"), (1, "gradient"), (4, "gradient")))
+    judgement = experienced().judge(21, both)
+    assert judgement.words == "non-finite gradient on ranks 0, 1 and 4"
+    assert judgement.way_out.endswith(
+        "to return to the last checkpoint and leave out the data since then"
+    )
+
+
 @pytest.mark.parametrize("verdict", ["apply", "stop", "skip", "go_back"])
 @pytest.mark.parametrize(
     ("spike", "words"),

@@ -61,7 +61,7 @@ class Judge:
         Without a checkpoint to go back to, the step is skipped instead.
         """
         if health.culprits:
-            what = f"non-finite {', '.join(map(self._name, health.culprits))}"
+            what = f"non-finite {self._names(health.culprits)}"
             return self._refused("on_nonfinite", step, what, can_go_back=can_go_back)
         if what := self._spike(health):
             self.spikes += 1
@@ -74,10 +74,17 @@ class Judge:
             self._furthest, self._returns = step, 0
         return Judgement(Verdict.APPLY, what)
 
-    def _name(self, culprit: tuple[int, str]) -> str:
-        rank, what = culprit
-        replica = "" if self._replica_size is None else f" (replica {rank // self._replica_size})"
-        return f"{what} on rank {rank}{replica}"
+    def _names(self, culprits: Sequence[tuple[int, str]]) -> str:
+        """Return what is not finite and on which ranks, for example `gradient on ranks 0 and 1`."""
+        found: dict[str, list[str]] = {}
+        for rank, what in culprits:
+            size = self._replica_size
+            replica = "" if size is None else f" (replica {rank // size})"
+            found.setdefault(what, []).append(f"{rank}{replica}")
+        return ", ".join(
+            f"{what} on rank{'s' * (len(ranks) > 1)} {_listed(ranks)}"
+            for what, ranks in found.items()
+        )
 
     def _spike(self, health: StepHealth) -> str:
         """Return what is far above its median, in words; "" if nothing is."""
@@ -98,7 +105,8 @@ class Judge:
         verdict, way_out = Verdict(getattr(self._settings, setting)), "Lower optim.lr"
         if verdict is Verdict.STOP:
             way_out += (
-                f", or set run.{setting}=skip to leave such steps out, or run.{setting}=go_back"
+                f", or set run.{setting}=skip to leave such steps out, or run.{setting}=go_back "
+                "to return to the last checkpoint and leave out the data since then"
             )
         if verdict is Verdict.GO_BACK and not can_go_back:
             verdict, what = Verdict.SKIP, f"{what}; there is no checkpoint to go back to"
@@ -125,3 +133,8 @@ class Judge:
         """Take the history and counts of a checkpoint; a run that goes back keeps its counts."""
         self._losses, self._norms = list(losses), list(norms)
         self.spikes, self.skipped = max(self.spikes, spikes), max(self.skipped, skipped)
+
+
+def _listed(words: Sequence[str]) -> str:
+    """Return `a`, `a and b`, or `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
