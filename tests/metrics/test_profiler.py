@@ -57,7 +57,10 @@ def test_a_profiler_that_does_not_start_is_a_warning(tmp_path, monkeypatch, caps
     assert not (tmp_path / "profile").exists()
 
 
-def test_a_rank_that_does_not_exist_is_refused_before_the_run(tmp_path):
+def test_a_step_or_a_rank_that_does_not_exist_is_refused_before_the_run(tmp_path):
+    late = config_of(tmp_path, profile_steps=(30,))
+    with pytest.raises(ConfigError, match=r"profile_steps has step 30, .* give an earlier step"):
+        make_plan(late, 2)
     config = config_of(tmp_path, profile_steps=(2,), profile_ranks=(0, 2))
     with pytest.raises(ConfigError, match=r"run.profile_ranks has rank 2, .* are 0 to 1"):
         make_plan(config, 2)

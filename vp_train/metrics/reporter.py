@@ -18,7 +18,7 @@ from rich.console import Console
 from schedules.render import chrome_trace, facts, svg
 from schedules.timeline import Timeline
 from schedules.vocab import End
-from vp_train.config import RunConfig, printable
+from vp_train.config import RunConfig, RunSettings, printable
 from vp_train.data import Source
 from vp_train.durable import UnreadableError, open_to_append, write_all
 from vp_train.metrics.figures import RankFigures, Spent
@@ -67,6 +67,16 @@ def _ramp_words(config: RunConfig, first_step: int) -> str:
     ramp = [(step, count) for step, count in config.batch_ramp if step >= first_step]
     parts = [f"{count:,} sequences until step {step:,}" for step, count in ramp]
     return ", ".join([*parts, "then all microbatches"]) if parts else ""
+
+
+def _profile_words(settings: RunSettings) -> str:
+    """Return which steps were profiled, and into which files; empty without run.profile_steps."""
+    if not settings.profile_steps:
+        return ""
+    names = sorted(path.name for path in settings.profiles.glob("step-*.json.gz"))
+    if not names:
+        return f"no step of run.profile_steps={list(settings.profile_steps)} was profiled"
+    return f"profiles for https://ui.perfetto.dev are in {settings.profiles}: {', '.join(names)}"
 
 
 class _Console(Console):
@@ -318,6 +328,8 @@ class Reporter:
             if words := explain_words(self._traced.timeline, self._measured, self._directory.path):
                 self._console.print(words, highlight=False, soft_wrap=True, markup=False)
         if words := self._spent.words():
+            self._console.print(words, highlight=False, soft_wrap=True, markup=False)
+        if words := _profile_words(self._config.run):
             self._console.print(words, highlight=False, soft_wrap=True, markup=False)
         self._console.print(
             f"everything is in {self._directory.path}",

@@ -141,11 +141,17 @@ def make_plan(config: RunConfig, num_ranks: int, watch: Watch | None = None) -> 
 
 
 def _check_profile(config: RunConfig, num_ranks: int) -> None:
-    """Raise ConfigError for a rank to be profiled that the run does not have."""
+    """Raise ConfigError for a rank or a step to be profiled that the run does not have."""
     beyond = [rank for rank in config.run.profile_ranks if rank >= num_ranks]
     if config.run.profile_steps and beyond:
         raise ConfigError(
             f"run.profile_ranks has rank {beyond[0]}, but the ranks are 0 to {num_ranks - 1}"
+        )
+    late = [step for step in config.run.profile_steps if step > config.run.steps]
+    if late:
+        raise ConfigError(
+            f"run.profile_steps has step {late[0]}, but the last one is run.steps="
+            f"{config.run.steps}; give an earlier step, or more steps"
         )
 
 
