@@ -189,3 +189,18 @@ def test_data_that_would_not_be_used_is_refused(words, said):
 def test_a_setting_of_data_that_is_used_or_left_as_it_is_passes():
     load_config(["data=synthetic", "data.jsonl_field=text", "data.tokenizer=null"])
     load_config(["data.jsonl_field=body", "data.validation=[{name:wiki,path:/wiki}]"])
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("batch_ramp=[2,2]", r"is not a list of pairs, .*; write batch_ramp=\[\[1000,8\],\["),
+        ("batch_ramp=[[2,a]]", r"is not a list of pairs, .*; write batch_ramp="),
+        ("lr=1e-3", r"did you mean optim\.lr\?$"),
+        ("cluster=h100", r"did you mean h100_80g_node\?"),
+        ("schedule=zb", r"did you mean zb_h1 or zb_v\?"),
+    ],
+)
+def test_a_wrong_setting_is_answered_in_our_words(word, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config([word])

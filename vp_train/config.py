@@ -75,8 +75,9 @@ def unknown(words: str, value: object, choices: Sequence[str]) -> str:
     """
     word = str(value).lower()
     close = [choice for choice in choices if choice in (word, _ALSO_CALLED.get(word))]
+    close = close or [choice for choice in choices if len(word) > 1 and choice.startswith(word)][:3]
     close = close or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.8)
-    hint = f" (did you mean {close[0]}?)" if close else ""
+    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
     return f"{words} is not known{hint}; choose one of {', '.join(choices)}"
 
 
@@ -1214,6 +1215,9 @@ def keeps_on_resume(name: str) -> bool:
     return section in ("model", "loss") or name in ("run.dtype", "batch_ramp")
 
 
+RAMP_WORDS = "write batch_ramp=[[1000,8],[3000,16]]"
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """The whole configuration of a run."""
@@ -1260,7 +1264,7 @@ class RunConfig:
             if len(pair) != 2:
                 raise ConfigError(
                     f"batch_ramp: {list(pair)} is not a pair of a step and a number of sequences; "
-                    "write [[1000,8],[3000,16]]"
+                    f"{RAMP_WORDS}"
                 )
             if pair[0] <= last:
                 raise ConfigError(

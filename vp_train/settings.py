@@ -25,6 +25,7 @@ from typing import Any
 
 from vp_train.config import (
     FREE_MODEL,
+    RAMP_WORDS,
     BlendEntry,
     ConfigError,
     DataConfig,
@@ -971,6 +972,8 @@ def _wrong_type(word: str) -> str | None:
     name, equals, _ = word.partition("=")
     if not equals or name not in setting_names():
         return None
+    if name == "batch_ramp":
+        return f"{word} is not a list of pairs, each a step and a number of sequences; {RAMP_WORDS}"
     item, section = _field_of(name)
     kind, setting = typing.get_type_hints(section)[item.name], setting_of(item)
     if (words := _kind_words(kind)) is None:
