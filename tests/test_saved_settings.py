@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vp_train.checkpoint.training import _require_same
-from vp_train.commands.train import with_origin
+from vp_train.commands.train import rate_words, with_origin
 from vp_train.config import ConfigError, LossConfig, ModelConfig, RunConfig
 from vp_train.settings import check_start, config_text, load_config, resume_words
 
@@ -133,6 +133,33 @@ def test_all_changes_are_said_and_refused_together(started):
     check_start(allowed, (8, 16))
     with pytest.raises(ConfigError, match=r"32768, this command line has 500; use the same value$"):
         check_start(load_config([*RESUMED, "model.vocab_size=500", "run.allow=[batch]"]))
+
+
+def test_the_table_says_refused_where_the_run_will_be(started, tmp_path):
+    (tmp_path / "a").mkdir()
+    checkpointed(started("data=text", "data.path=a"))
+
+    def verdicts(*given):
+        words = resume_words(load_config([*RESUMED, *given]), None, 80)
+        return {row.split()[0]: " ".join(row.split()[3:]) for row in words.splitlines()[2:]}
+
+    unless = "refused unless the tokens stay the same"
+    assert verdicts("data=pystdlib") == {"data.name": unless, "data.path": unless}
+    assert verdicts("data.tokenizer=b", "run.steps=79") == {
+        "data.tokenizer": unless,
+        "run.steps": "refused, step 80 is done",
+    }
+    assert verdicts("data=synthetic")["data.name"] == "refused"
+    assert verdicts("run.steps=99") == {"run.steps": "allowed"}
+
+
+def test_a_learning_rate_that_jumps_is_said(started):
+    started("run.steps=40", "optim.lr=2e-3", "optim.warmup_steps=5")
+    assert rate_words(load_config([*RESUMED, "run.steps=400"]), 40) == (
+        "learning rate at step 41: 1.96e-3, was 2.00e-4 at step 40; the decay now ends at step 400"
+    ).replace("e-3", "e-03").replace("e-4", "e-04")
+    assert rate_words(load_config([*RESUMED, "run.seed=2"]), 40) == ""
+    assert rate_words(load_config([*RESUMED, "run.steps=400"]), None) == ""
 
 
 def test_samples_keep_the_length_that_they_had(started):

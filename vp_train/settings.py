@@ -567,6 +567,7 @@ class Change:
     """A setting that a resumed run had with another value, and whether it may change.
 
     permission: the word of run.allow with which it may, None if there is none.
+    decides_text: whether the text may be another one with it, which only its tokens tell.
     """
 
     name: str
@@ -574,15 +575,24 @@ class Change:
     now: str
     is_refused: bool
     permission: str | None
+    decides_text: bool = False
 
     @property
     def verdict(self) -> str:
         """Whether the change is allowed, in words."""
+        if self.decides_text and not self.is_refused:
+            return "refused unless the tokens stay the same"
         if self.permission is None:
             return "refused" if self.is_refused else "allowed"
         words = "refused without" if self.is_refused else "allowed by"
         return f"{words} run.allow=[{self.permission}]"
 
+
+# What chooses the text or its tokens, which a resumed run compares when it has read them.
+_TEXT = (
+    *("data.name", "data.path", "data.blend", "data.tokenizer", "data.end_token"),
+    "data.jsonl_field",
+)
 
 # The sequences of a step, which several settings and the number of ranks decide: as the run had
 # them, and as it would have them now.  None if not known.
@@ -602,7 +612,12 @@ def changes(config: RunConfig, batch: BatchChange = None) -> list[Change]:
         keeps = is_done and (keeps_on_resume(name) or permission is not None)
         is_refused = keeps and permission not in config.run.allow
         words, new_words = (printable(_value(one)) for one in (was, value))
-        return Change(name, words, new_words, is_refused, permission if keeps else None)
+        if is_done and name == "data.name" and "synthetic" in (was, value):
+            is_refused = True
+        decides_text = is_done and name in _TEXT
+        return Change(
+            name, words, new_words, is_refused, permission if keeps else None, decides_text
+        )
 
     for name in (name for name in now if name in before):
         was, value = before[name], now[name]
@@ -699,11 +714,14 @@ def _node(config: RunConfig) -> object:
     return OmegaConf.structured(config)
 
 
-def resume_words(config: RunConfig, batch: BatchChange = None) -> str | None:
+def resume_words(
+    config: RunConfig, batch: BatchChange = None, done: int | None = None
+) -> str | None:
     """Say where the settings of a resumed run come from and what this command line changes.
 
-    All changes are rows of a table: setting, before, now, and whether it is allowed.  If there is
-    no run to resume, say that it begins.  Return None without run.resume.
+    `done` is the step of the newest checkpoint, None if there is none.  All changes are rows of a
+    table: setting, before, now, and whether it is allowed.  If there is no run to resume, say that
+    it begins.  Return None without run.resume.
     """
     path = config.run.directory / "config.yaml"
     if not config.run.resume:
@@ -718,7 +736,11 @@ def resume_words(config: RunConfig, batch: BatchChange = None) -> str | None:
         close = difflib.get_close_matches(config.run.name, runs, n=1)
         hint = f" (did you mean run.name={close[0]}?)" if close else ""
         return f"{config.run.directory} holds no run{hint}: one begins there at step 1"
-    rows = [(one.name, one.before, one.now, one.verdict) for one in changes(config, batch)]
+    rows = []
+    for one in changes(config, batch):
+        is_behind = one.name == "run.steps" and done is not None and config.run.steps < done
+        verdict = f"refused, step {done} is done" if is_behind else one.verdict
+        rows.append((one.name, one.before, one.now, verdict))
     if not rows:
         return f"settings of {path}"
     rows.insert(0, ("setting", "was", "now", ""))
