@@ -112,6 +112,8 @@ def test_a_name_in_the_words_is_the_base_of_all_names():
         (["empty.txt"], "empty.txt has no line with overrides"),
         (["quote.txt"], "quote.txt: line 2: No closing quotation"),
         (["same.txt"], "two runs of the sweep are called one"),
+        (["optim.lr=1e-3,3e-4", "optim.lr=1e-2"], "are the same setting; drop one of the two"),
+        (["named.txt", "run.seed=1,2"], "run.seed=1,2 and run.seed=3 are the same setting"),
         (["run.root=a,b"], "all runs of a sweep lie in one root"),
         (["run.name=a,b"], "run.name=a,b-0 is one name"),
         (["run.name='a'"], "run.name='a'-0 is one name"),
@@ -129,7 +131,7 @@ def test_what_cannot_be_swept_is_refused(words, said, place):
     (place / "empty.txt").write_text("# nothing\n")
     (place / "quote.txt").write_text("run.steps=1\ndata.path='half\n")
     (place / "same.txt").write_text("run.name=one\nrun.name=one\n")
-    (place / "named.txt").write_text("run.name=one\n")
+    (place / "named.txt").write_text("run.name=one run.seed=3\n")
     with pytest.raises(ConfigError) as error:
         runs_of(words)
     assert said in str(error.value)
@@ -167,7 +169,7 @@ def trained(monkeypatch):
         (directory / "metrics.jsonl").write_text(text + '{"step": 9, "lo')
         if not code:
             (directory / f"checkpoints/step-{config.run.steps:08d}").mkdir(parents=True)
-        return code
+        return code, "vp-train: it broke" if code else None
 
     monkeypatch.setattr(module, "_trained", train)
     return names
@@ -200,10 +202,13 @@ def test_a_run_that_fails_stops_no_other_and_the_best_is_marked(trained, place, 
         "validation_loss": 4.8,
         "tokens_per_second": 20.0,
         "peak_bytes": 2.0**20,
+        "reason": None,
         "best": True,
     }
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "sweep: run 0 of 3, sweep-0: optim.lr=0.1"
+    assert rows[1]["reason"] == "vp-train: it broke"
+    assert "sweep-1: vp-train: it broke" in printed
+    assert printed[0] == "sweep: run 1 of 3, sweep-0: optim.lr=0.1"
     (line,) = (line for line in printed if line.split()[-1:] == ["best"])
     assert line.split() == [
         "sweep-2",
@@ -230,6 +235,8 @@ def test_a_sweep_that_leaves_goes_on_without_the_finished_runs(trained, place, c
     assert swept(*SMALL, "optim.lr=0.1,0.3,0.2", "run.resume=true") == 0
     assert trained == ["sweep-1", "sweep-2"]
     assert [row["exit_code"] for row in table(place)] == [0, 0, 0]
+    with pytest.raises(ConfigError, match=r"is of a sweep of 3 runs, and sweep-1 is none of these"):
+        swept(*SMALL, "optim.lr=0.1", "run.resume=true")
     with pytest.raises(ConfigError, match=r"has run with optim.lr=0.1, so it is of another sweep"):
         swept(*SMALL, "optim.lr=0.2,0.3", "run.resume=true")
 
@@ -237,21 +244,23 @@ def test_a_sweep_that_leaves_goes_on_without_the_finished_runs(trained, place, c
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("optim.lr=0.1,-1", r"^run 1 of 2 \(optim.lr=-1\): optim.lr=-1.0 is too small"),
-        ("parallel.pp=2,3", r"^run 1 of 2 \(parallel.pp=3\): .*num_layers=4"),
-        ("schedule=1f1b,1f2b", r"^run 1 of 2 \(schedule=1f2b\): schedule=1f2b is not known"),
+        ("optim.lr=0.1,-1", r"^run 2 of 2 \(optim.lr=-1\): optim.lr=-1.0 is too small"),
+        ("parallel.pp=2,3", r"^run 2 of 2 \(parallel.pp=3\): .*num_layers=4"),
+        ("optim.lr=0.1,,0.2", r"item 2 of its list is empty: optim.lr=0.1,0.2$"),
+        ("optim.lr=range(1,3", r"a closing bracket is missing: optim.lr=range\(1,3\)$"),
+        ("schedule=1f1b,1f2b", r"^run 2 of 2 \(schedule=1f2b\): schedule=1f2b is not known"),
     ],
 )
 def test_nothing_starts_unless_all_runs_can(trained, words, said):
     with pytest.raises(ConfigError, match=said):
-        swept(*SMALL, words)
+        swept(*(word for word in SMALL if word.split("=")[0] != words.split("=")[0]), words)
     assert trained == []
 
 
 def test_a_used_directory_is_refused_before_the_first_run(trained):
     swept(*SMALL, "run.seed=1,2")
     trained.clear()
-    with pytest.raises(ConfigError, match=r"^run 0 of 2 .*already holds a run"):
+    with pytest.raises(ConfigError, match=r"^run 1 of 2 .*already holds a run"):
         swept(*SMALL, "run.seed=1,2")
     assert trained == []
 
@@ -293,7 +302,8 @@ def test_without_validation_the_loss_decides_and_nothing_that_is_not_finite_does
 def test_a_run_gets_the_signals_of_its_sweep(place, monkeypatch):
     program = place / "python"
     program.write_text(
-        "#!/bin/sh\ntrap 'exit 75' TERM\ntouch started\nwhile true; do sleep 0.05; done\n"
+        "#!/bin/sh\ntrap 'echo left >&2; exit 75' TERM\ntouch started\n"
+        "while true; do sleep 0.05; done\n"
     )
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
@@ -305,5 +315,5 @@ def test_a_run_gets_the_signals_of_its_sweep(place, monkeypatch):
 
     with noting_signals() as signals:
         Timer(0, ask).start()
-        assert module._trained(["run.seed=1"], signals) == 75
+        assert module._trained(["run.seed=1"], signals) == (75, "left")
         assert signals.has_request

@@ -355,9 +355,8 @@ def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConf
             composed = compose(primary, overrides=list(overrides))
     except OverrideParseException as error:
         word = str(error.override)
-        way_out = _quoted_words(word) or "write key=value, e.g. run.steps=100"
-        if word.endswith(",") and "[" not in word:
-            way_out = f"drop the comma at the end: {word.rstrip(',')}"
+        way_out = _broken_list(word) or _quoted_words(word)
+        way_out = way_out or "write key=value, e.g. run.steps=100"
         raise ConfigError(f"{error.override!r} is not an override; {way_out}") from None
     except MissingConfigException as error:
         raise ConfigError(_unknown_choice(error)) from None
@@ -884,6 +883,22 @@ def _first_line(error: BaseException) -> str:
     if len(lines) > 1 and lines[0].endswith(":"):
         lines[0] += f" {lines[1]}"
     return lines[0] if lines else type(error).__name__
+
+
+def _broken_list(word: str) -> str:
+    """Return what is wrong with a list of values that hydra cannot read; empty for other words."""
+    name, _, value = word.partition("=")
+    if (missing := value.count("(") - value.count(")")) > 0 and re.match(
+        r"(range|choice)\(", value
+    ):
+        return f"a closing bracket is missing: {word}{')' * missing}"
+    items = [item.strip() for item in value.split(",")]
+    if "[" in value or "(" in value or len(items) < 2 or all(items):
+        return ""
+    kept = f"{name}={','.join(filter(None, items))}"
+    if value.endswith(",") and all(items[:-1]):
+        return f"drop the comma at the end: {kept}"
+    return f"item {items.index('') + 1} of its list is empty: {kept}"
 
 
 def _unknown_choice(error: BaseException) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from threading import Thread
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -32,7 +34,7 @@ from vp_train.commands.command import (
 )
 from vp_train.commands.local_ranks import search_options
 from vp_train.commands.place import is_rank, is_slurm_rank, place_of
-from vp_train.config import ConfigError, RunConfig, RunSettings
+from vp_train.config import ConfigError, RunConfig, RunSettings, printable
 from vp_train.durable import UnreadableError, checkpoints_in, open_regular, read_text
 from vp_train.durable import replace as replace_file
 from vp_train.failures import EXIT_OK, EXIT_TIME
@@ -43,6 +45,8 @@ SWEEP = "VP_TRAIN_SWEEP"  # environment variable of runs with the process id of 
 _FLAGS = ("-m", "--multirun")
 _MOST_BYTES = 1 << 20  # of a file with lines of overrides
 _POLL_SECONDS = 0.1
+_LEFT_SECONDS = 1.0  # that a process which outlives its run may keep its stderr open
+_MOST_TAIL = 1 << 14  # bytes of a run's stderr that are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class Result:
     steps: the last step in metrics.jsonl, 0 without one.
     tokens_per_second: the median of all steps.
     peak_bytes: memory of the worst rank.
+    reason: why the run failed, in one line; None if it did not.
     """
 
     name: str
@@ -76,6 +81,7 @@ class Result:
     validation_loss: float | None = None
     tokens_per_second: float | None = None
     peak_bytes: float | None = None
+    reason: str | None = None
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
@@ -125,7 +131,7 @@ def _chosen_arguments(runs: Sequence[SweptRun], options: Mapping[str, str]) -> l
             f"so submit launch/sweep.sbatch with --array 0-{len(runs) - 1}"
         )
     words = runs[index].words
-    print(f"sweep: run {index} of {len(runs)}: {' '.join(words)}", file=sys.stderr, flush=True)
+    print(f"sweep: {_place(index, runs)}: {' '.join(words)}", file=sys.stderr, flush=True)
     return [*words, *_options_again(options)]
 
 
@@ -144,6 +150,7 @@ def runs_of(words: Sequence[str]) -> tuple[list[SweptRun], str]:
     """
     if not words:
         raise ConfigError("give lists such as optim.lr=1e-3,3e-4, or a file of overrides")
+    _refuse_twice([word for word in words if "=" in word])
     base, lines = "sweep", [[]] if "=" in words[0] else _lines_of(Path(words[0]).expanduser())
     if "=" not in words[0]:
         base, words = Path(words[0]).stem, words[1:]
@@ -153,6 +160,11 @@ def runs_of(words: Sequence[str]) -> tuple[list[SweptRun], str]:
     for line in lines:
         own = [_value_of(word) for word in line if _is_name(word)]
         given = [*words, *(word for word in line if not _is_name(word))]
+        _refuse_twice(line)
+        own_names = {word.partition("=")[0] for word in line}
+        lists = [word for word in words if word.partition("=")[0] in own_names]
+        if len(combinations(lists)) > 1:  # every run would have the value of the line
+            _refuse_twice([*lists, *line])
         found = combinations(given)
         for combined in found:
             name = f"{base}-{len(runs)}"
@@ -172,6 +184,15 @@ def _is_name(word: str) -> bool:
 
 def _value_of(word: str) -> str:
     return word.partition("=")[2]
+
+
+def _refuse_twice(words: Sequence[str]) -> None:
+    """Raise ConfigError for a setting that has two values: only the last one would count."""
+    first: dict[str, str] = {}
+    for word in words:
+        name = word.partition("=")[0]
+        if first.setdefault(name, word) != word:
+            raise ConfigError(f"{first[name]} and {word} are the same setting; drop one of the two")
 
 
 def _check_names(runs: Sequence[SweptRun]) -> None:
@@ -209,17 +230,20 @@ def _lines_of(path: Path) -> list[list[str]]:
 def _sweep(runs: Sequence[SweptRun], base: str, options: Mapping[str, str]) -> int:
     configs = _checked(runs, options)
     place = Path(configs[0].run.root).expanduser() / base
+    if configs[0].run.resume:
+        _require_same_runs(place.with_name(f"{base}.json"), runs)
     results = [Result(run.name, run.chosen) for run in runs]
     with noting_signals() as signals:
         for index, (run, config) in enumerate(zip(runs, configs, strict=True)):
-            said = " ".join(f"{name}={value}" for name, value in run.chosen.items())
+            where = f"sweep: {_place(index, runs)}, {run.name}"
             if config.run.resume and _is_finished(config):
-                print(f"sweep: run {index} of {len(runs)}, {run.name}, is finished", flush=True)
-                code = EXIT_OK
+                print(f"{where}, is finished", flush=True)
+                code, said = EXIT_OK, None
             else:
-                print(f"sweep: run {index} of {len(runs)}, {run.name}: {said}", flush=True)
-                code = _trained((*run.words, *_options_again(options)), signals)
-            results[index] = result_of(run, config, code)
+                print(": ".join(filter(None, (where, _said(run)))), flush=True)
+                code, said = _trained((*run.words, *_options_again(options)), signals)
+            result = result_of(run, config, code)
+            results[index] = replace(result, reason=said) if code else result
             _write(place, results)
             if code == EXIT_TIME or signals.has_request:
                 break
@@ -229,7 +253,7 @@ def _sweep(runs: Sequence[SweptRun], base: str, options: Mapping[str, str]) -> i
     print(f"the table is in {place}.csv and {place}.json", flush=True)
     if left or code == EXIT_TIME:
         print(
-            f"vp-train: the sweep has left with run {index} of {len(runs)} ({run.name}); the same "
+            f"vp-train: the sweep has left with {_place(index, runs)} ({run.name}); the same "
             "command with run.resume=true goes on, without the runs that are finished",
             file=sys.stderr,
             flush=True,
@@ -245,9 +269,34 @@ def _checked(runs: Sequence[SweptRun], options: Mapping[str, str]) -> list[RunCo
         try:
             configs.append(_checked_run(run, whole_number(options, "--ranks", 0)))
         except ConfigError as error:
-            said = " ".join(f"{name}={value}" for name, value in run.chosen.items())
-            raise ConfigError(f"run {index} of {len(runs)} ({said}): {error}") from None
+            raise ConfigError(
+                f"{_place(index, runs)} ({_said(run) or run.name}): {error}"
+            ) from None
     return configs
+
+
+def _require_same_runs(path: Path, runs: Sequence[SweptRun]) -> None:
+    """Raise ConfigError if the table of a sweep that goes on has runs that are not in `runs`."""
+    try:
+        rows = json.loads(read_text(path, _MOST_BYTES))
+        before = [str(row["run"]) for row in rows]
+    except (UnreadableError, ValueError, TypeError, KeyError, RecursionError):
+        return
+    lost = [name for name in before if name not in {run.name for run in runs}]
+    if lost:
+        raise ConfigError(
+            f"{path} is of a sweep of {len(before)} runs, and {printable(lost[0])} is none of "
+            f"these {len(runs)}; give the same lists to go on, or choose another run.name"
+        )
+
+
+def _place(index: int, runs: Sequence[SweptRun]) -> str:
+    """Return which run of a sweep this is, counted from one."""
+    return f"run {index + 1} of {len(runs)}"
+
+
+def _said(run: SweptRun) -> str:
+    return " ".join(f"{name}={value}" for name, value in run.chosen.items())
 
 
 def _checked_run(run: SweptRun, num_ranks: int) -> RunConfig:
@@ -271,13 +320,18 @@ def _checked_run(run: SweptRun, num_ranks: int) -> RunConfig:
     return config
 
 
-def _trained(arguments: Sequence[str], signals: Signals) -> int:
-    """Train a run in a process of its own, and return its exit code.
+def _trained(arguments: Sequence[str], signals: Signals) -> tuple[int, str | None]:
+    """Train a run in a process of its own; return its exit code and the last line on its stderr.
 
     It gets the signals that this process gets.
     """
     command = [sys.executable, "-u", *search_options(), "-m", "vp_train", *arguments]
-    process = subprocess.Popen(command, env={**os.environ, SWEEP: str(os.getpid())})
+    environment = {**os.environ, SWEEP: str(os.getpid())}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    tail = bytearray()
+    reader = Thread(target=_passed_on, args=(process.stderr.fileno(), tail), daemon=True)
+    reader.start()
     passed_on = 0
     while True:
         for number, _ in signals.noted[passed_on:]:
@@ -287,7 +341,19 @@ def _trained(arguments: Sequence[str], signals: Signals) -> int:
             code = process.wait(_POLL_SECONDS)
         except subprocess.TimeoutExpired:
             continue
-        return code if code >= 0 else 128 - code
+        reader.join(_LEFT_SECONDS)
+        lines = bytes(tail).decode(errors="replace").strip().splitlines()
+        return code if code >= 0 else 128 - code, printable(lines[-1].strip()) if lines else None
+
+
+def _passed_on(source: int, tail: bytearray) -> None:
+    """Write what comes from the file descriptor `source` on stderr, and keep its end in `tail`."""
+    while piece := os.read(source, 1 << 16):
+        with contextlib.suppress(OSError):  # nobody reads it, but the run goes on
+            sys.stderr.buffer.write(piece)
+            sys.stderr.buffer.flush()
+        tail += piece
+        del tail[:-_MOST_TAIL]
 
 
 def _is_finished(config: RunConfig) -> bool:
@@ -400,4 +466,8 @@ def _print_table(results: Sequence[Result], best: Result | None) -> None:
             "best" if result is best else "",
         )
     width = None if sys.stdout.isatty() else 160
-    Console(width=width, markup=False, highlight=False).print(table)
+    console = Console(width=width, markup=False, highlight=False)
+    console.print(table)
+    for result in results:
+        if result.reason is not None:
+            console.print(f"{result.name}: {result.reason}", soft_wrap=True)
