@@ -187,7 +187,7 @@ def test_no_result_in_time_is_not_a_mistake_of_the_user(vp_plan, monkeypatch):
             ["cluster=moon"],
             "cluster=moon is not known; choose one of a100_80g_node, h100_80g_node, laptop",
         ),
-        (["parallel.pp=3"], "the cluster has 4 GPUs: parallel.pp=3 needs"),
+        (["parallel.pp=3"], "the cluster has 4 GPUs (cluster=laptop): parallel.pp=3 needs"),
         (
             ["cluster=a100_80g_node", "cost=a100_4b", "model.seq_length=4096"],
             "these pass times are not for it",

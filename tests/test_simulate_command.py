@@ -93,6 +93,7 @@ def test_as_in_the_readme_without_torch():
         "peak memory  ",
         f"lower bound  {outcome.bound.seconds:.2f} s: {outcome.bound.reason}",
         f"gap          {outcome.gap:.1%}",
+        "costs        measured on 8 x A100-80G in float16",
         "simulated in ",
     ):
         assert words in done.stdout
@@ -523,3 +524,16 @@ def test_the_published_iteration_is_predicted_within_4_percent(method, vocab):
 def test_a_plan_for_one_model_refuses_measurements_of_another():
     with pytest.raises(ConfigError, match="one that counts FLOPs"):
         simulate_step(load_config(["cost=a100_4b", "model.seq_length=4096", "parallel.pp=8"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "0.05 TFLOP/s, assumed for a share of a CPU; cluster=h100_80g_node or cost=a100"),
+        (("cost=a100",), "180 TFLOP/s, assumed"),
+    ],
+)
+def test_the_costs_that_were_used_are_said(vp_simulate, words, said):
+    code, out, _ = vp_simulate("model=nano", "parallel.pp=2", "num_microbatches=2", *words)
+    assert code == 0
+    assert f"costs        FLOPs at {said}" in out

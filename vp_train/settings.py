@@ -793,8 +793,13 @@ def _quoted_words(word: str) -> str:
     if not _is_text(name) or re.fullmatch(_QUOTED, value):
         return ""
     typed = override(name, value.replace("'", ""))
-    for_shell = f'"{typed}"' if not re.search(r'["$`\\!]', typed) else shlex.quote(typed)
-    return f"if that is one text, quote it for the shell and for hydra: {for_shell}"
+    return f"if that is one text, quote it for the shell and for hydra: {for_shell(typed)}"
+
+
+def for_shell(word: str) -> str:
+    """Return a word of a command as one types it: in quotes where it needs them, double if able."""
+    plain = shlex.quote(word)
+    return plain if plain == word or re.search(r'["$`\\!]', word) else f'"{word}"'
 
 
 _OF_FILES = ("model", "cost")  # groups that take a file

@@ -132,7 +132,7 @@ def test_what_is_left_out_is_said_and_a_corpus_of_nothing_else_is_refused(
 ):
     lines = tmp_path / "all.jsonl"
     lines.write_text(line + "\n")
-    with pytest.raises(ConfigError, match=f"hold no text .left out, {words}.*data.jsonl_field"):
+    with pytest.raises(ConfigError, match=f"holds? no text .left out, {words}.*data.jsonl_field"):
         prepare(config(tmp_path, lines), VOCAB, progress=False)
     assert not (tmp_path / "cache" / "building").exists()
     lines.write_text(line + '\n{"text": "good"}\n')
@@ -151,7 +151,7 @@ def test_missing_and_empty_inputs_are_named(tmp_path):
     with pytest.raises(ConfigError, match="holds no text file"):
         prepare(config(tmp_path, tmp_path / "empty"), VOCAB, progress=False)
     (tmp_path / "empty" / "a.txt").write_text("")
-    with pytest.raises(ConfigError, match="hold no text"):
+    with pytest.raises(ConfigError, match=r"holds? no text"):
         prepare(config(tmp_path, tmp_path / "empty"), VOCAB, progress=False)
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"is not a tokenizer\.json"):

@@ -10,8 +10,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from tests.data.cases import text_config
-from vp_train.config import ConfigError
+from vp_train.config import ConfigError, ModelConfig, RunConfig, RunSettings
 from vp_train.data import corpus, describe, manifest, prepare
+from vp_train.data.corpus import spare_rows
 from vp_train.data.tokenizer import train_tokenizer
 
 
@@ -102,3 +103,31 @@ def test_a_corpus_without_the_later_entries_is_read(text: Path) -> None:
         assert prepare(stored, vocab_size, progress=False).manifest == manifest.Manifest(**values)
     with pytest.raises(ConfigError, match=r"but model.vocab_size=260; set it"):
         prepare(stored, 260, progress=False)
+
+
+def test_a_tokenizer_far_below_the_vocabulary_is_said(text: Path) -> None:
+    path = text / "tokenizer.json"
+    train_tokenizer(["few words"], 260).save(str(path))
+    data = text_config(text, tokenizer=str(path))
+    built = prepare(data, 4_096, progress=False)
+    used = built.manifest.num_token_ids
+
+    def said(vocab_size: int, **run: str) -> list[str]:
+        config = RunConfig(
+            model=ModelConfig(vocab_size=vocab_size), data=data, run=RunSettings(**run)
+        )
+        return spare_rows(config, (built,))
+
+    assert f"has {used} tokens, so {4_096 - used:,} of the 4,096 rows" in said(4_096)[0]
+    assert said(-(-used // 64) * 64) == said(4_096, init_from="elsewhere") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("", "/ is a directory; give .*text/tokenizer.json$"), ("none", "is not there; give the")],
+)
+def test_what_is_no_tokenizer_is_said(text: Path, name: str, message: str) -> None:
+    given = f"{text}/text/{name}"
+    with pytest.raises(ConfigError, match=message) as caught:
+        prepare(text_config(text, tokenizer=given), 300, progress=False)
+    assert "//" not in str(caught.value)

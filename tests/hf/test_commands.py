@@ -25,6 +25,13 @@ from vp_train.settings import load_config
         ),
         (
             import_model,
+            ["mistralai/Mistral-7B-v0.1", "out"],
+            "vp-import: mistralai/Mistral-7B-v0.1 is not there; give the directory of a model. "
+            "Names of the Hugging Face hub are not downloaded: hf download "
+            "mistralai/Mistral-7B-v0.1 --local-dir DIR does it, then give DIR",
+        ),
+        (
+            import_model,
             ["nowhere"],
             "vp-import: the following arguments are required: DST; see vp-import --help",
         ),

@@ -261,8 +261,8 @@ def test_an_export_knows_what_the_import_knew_however_many_runs_ago(
     shutil.rmtree(tmp_path / "imported")
     config, said = exported_config(monkeypatch, capsys, second, tmp_path / "back")
     assert [config.get(key) for key in KEPT] == [None, None, None, LENGTH]
-    notice = f"max_position_embeddings={LENGTH} is model.seq_length; where it reaches further, "
-    assert f"{notice}change config.json" in said
+    notice = f"max_position_embeddings={LENGTH} is model.seq_length; "
+    assert f"{notice}write more into config.json" in said
 
 
 def test_runs_that_started_from_each_other_end_the_search(made, tmp_path, monkeypatch, capsys):

@@ -95,7 +95,7 @@ def test_from_scratch_to_transformers_and_on_by_the_printed_command(
         "<|endoftext|>"
     )
     said = command(monkeypatch, capsys, export_model, "runs/default", "out")
-    assert f"documents of the run end with token {end}" in said
+    assert f"the run ends its documents with token {end};" in said
     tokenizer, model = generated(tmp_path / "out")
     for ids in (tokenizer, model.config, model.generation_config):
         assert (ids.bos_token_id, ids.eos_token_id, ids.pad_token_id) == (end, end, end)
@@ -183,6 +183,23 @@ def test_an_import_names_an_end_of_documents_that_has_no_usual_name(
 ):
     said = command(monkeypatch, capsys, import_model, imported.parent / "theirs", tmp_path / "in")
     assert "data.end_token='<end>'" in shlex.split(said)
+    assert "\"data.end_token='<end>'\"" in said
+
+
+@pytest.mark.parametrize("written", ["the", {"content": "the"}, "none such"])
+def test_an_import_reads_the_end_of_a_text_beside_its_tokenizer(
+    imported, monkeypatch, capsys, tmp_path, written
+):
+    """The ids of config.json may lie outside of its vocabulary."""
+    theirs = tmp_path / "theirs"
+    shutil.copytree(imported.parent / "theirs", theirs)
+    config = json.loads((theirs / "config.json").read_text()) | {"eos_token_id": 50256}
+    (theirs / "config.json").write_text(json.dumps(config))
+    (theirs / "tokenizer_config.json").write_text(json.dumps({"eos_token": written}))
+    said = command(monkeypatch, capsys, import_model, theirs, tmp_path / "in")
+    knows = written != "none such"
+    assert ("data.end_token=the" in said.replace("'", "")) == knows
+    assert ("does not say which token ends a text; add data.end_token=TOKEN" in said) != knows
 
 
 def test_without_a_tokenizer_the_printed_command_says_what_it_needs(

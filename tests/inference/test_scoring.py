@@ -63,7 +63,7 @@ def test_what_cannot_be_scored_is_said(trained, tmp_path):
     ):
         with pytest.raises(TypeError, match=message):
             vp_train.score(run, texts)
-    with pytest.raises(ConfigError, match="is not a directory; give that of a run"):
+    with pytest.raises(ConfigError, match=r"nope is not a directory.*; give that of a run"):
         vp_train.open_run(tmp_path / "nope")
     with pytest.raises(IndexError, match="300"):
         vp_train.score(run, [torch.tensor([1, 300])])
@@ -167,7 +167,10 @@ def test_lines_end_with_a_newline_or_crlf_and_a_byte_order_mark_is_no_text(
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda path: None, "does not exist; give a file of text, or a directory"),
+        (
+            lambda path: None,
+            "does not exist; give a file of text, .jsonl or a table, or a directory",
+        ),
         (lambda path: path.write_text("{}\n[]"), "holds no text; --field names the field"),
         (lambda path: path.write_text("{"), "left out, lines that are not JSON"),
     ],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vp_train.commands.command import Parser, guarded, path_of
-from vp_train.config import ConfigError
+from vp_train.config import ConfigError, RunSettings
 from vp_train.failures import EXIT_OK
 from vp_train.metrics.run_directory import is_original
-from vp_train.settings import override, run_of, started_from
+from vp_train.settings import for_shell, override, run_of, started_from
 
 if TYPE_CHECKING:
     from vp_train.hf.convert import Imported
@@ -52,6 +51,7 @@ def _import(arguments: Sequence[str]) -> int:
         help="text for the command that is printed; default: Python's standard library",
     )
     options = parser.parse_args(arguments)
+    from vp_train.data.tokenizer import end_of
     from vp_train.hf.convert import import_checkpoint
 
     imported = import_checkpoint(options.source, options.target, progress=_NowAndThen())
@@ -67,11 +67,22 @@ def _import(arguments: Sequence[str]) -> int:
             f"{_OWN_TOKENIZER} (transformers makes one: "
             "AutoTokenizer.from_pretrained(SRC).save_pretrained(DIR))"
         )
-    print(shlex.join(("vp-train", *_words_to_continue(imported, options.target, options.data))))
+    elif end_of(imported.tokenizer, imported.end_token) is None:
+        print(
+            f"{options.source} does not say which token ends a text; add data.end_token=TOKEN, a "
+            "token of its tokenizer, to the command"
+        )
+    words = _words_to_continue(imported, options.target, options.data)
+    print(" ".join(map(for_shell, ("vp-train", *words))))
     print(
-        "optim.lr is a suggestion, a tenth of what GPT-3 trained a model of this size with"
-        + ("" if options.data else "; data=text data.path=PATH trains on text of your own")
+        "optim.lr is a suggestion, a tenth of what GPT-3 trained a model of this size with; "
+        "run.steps is the default"
     )
+    if options.data is None:
+        print(
+            "data=pystdlib is the standard library of Python, to try the command with; "
+            "data=text data.path=PATH in its place trains on text of your own"
+        )
     return EXIT_OK
 
 
@@ -99,6 +110,7 @@ def _words_to_continue(imported: Imported, target: Path, data: Path | None) -> l
         *end,
         f"model.seq_length={imported.model.seq_length}",
         f"optim.lr={rate / 10:g}",
+        f"run.steps={RunSettings().steps}",
         f"parallel.pp={min(2, imported.model.num_layers)}",
         "parallel.placement=balanced",
     ]
@@ -167,11 +179,11 @@ def _export(arguments: Sequence[str]) -> int:
             "somebody else's; --tokenizer DIR copies a tokenizer"
         )
     if exported.end is not None:
-        print(f"documents of the run end with token {exported.end}, which ends texts here too")
+        print(f"the run ends its documents with token {exported.end}; so does the exported model")
     if not exported.knows_reach:
         print(
             f"max_position_embeddings={exported.reach} is model.seq_length; "
-            "where it reaches further, change config.json"
+            "write more into config.json if the model was trained for longer sequences"
         )
     if "tokenizer.json" not in exported.files and "tokenizer.model" not in exported.files:
         print("without a tokenizer; --tokenizer DIR copies one")

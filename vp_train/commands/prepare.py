@@ -20,9 +20,12 @@ def main() -> None:
 
 def _prepare(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
     from vp_train.data import describe, prepare_run, prepare_validation
+    from vp_train.data.corpus import spare_rows
 
     corpora = prepare_run(config, progress=True)
     named = prepare_validation(config.data, config.model.vocab_size, corpora, progress=True)
     corpora += tuple(named.values())
     print("\n".join(map(describe, corpora)) or f"data={config.data.name}: nothing to prepare")
+    for line in spare_rows(config, corpora):
+        print(line)
     return EXIT_OK

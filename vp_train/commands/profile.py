@@ -78,7 +78,7 @@ def show_profile(
     words = device_words(config)
     print(
         f"{words['device']}, {words['dtype']}: ranks {', '.join(map(str, chosen))} "
-        f"of {step.degrees}, one after the other",
+        f"of {step.degrees}, one after the other{_same_job(config, step)}",
         flush=True,
     )
     profiles = []
@@ -99,6 +99,18 @@ def show_profile(
             "cost": cost,
         }
         _write(json_file, json.dumps(record | {"predicted": report.record()}, indent=1) + "\n")
+
+
+def _same_job(config: RunConfig, step: StepPlan) -> str:
+    """Say what profiles one replica, if the number of replicas comes from the cluster alone."""
+    if config.parallel.dp is not None or step.degrees.dp == 1:
+        return ""
+    num_ranks = step.degrees.num_ranks // step.degrees.dp
+    return (
+        f"; {step.degrees.dp} replicas, since the cluster has {step.degrees.num_ranks} GPUs: "
+        f"cluster.num_nodes=1 cluster.gpus_per_node={num_ranks} is the job that vp-train starts "
+        "without torchrun"
+    )
 
 
 def _chosen(ranks: str | None, num_ranks: int) -> list[int]:

@@ -73,19 +73,30 @@ def main() -> None:
 def _score(arguments: Sequence[str]) -> int:
     options = _parser().parse_intermixed_args(arguments)
     if not options.file.exists():
-        raise ConfigError(f"{options.file} does not exist; give a file of text, or a directory")
+        raise ConfigError(
+            f"{options.file} does not exist; give a file of text, .jsonl or a table, or a directory"
+        )
 
     if (
         next(documents_of(options.file, options.field, by_line=options.lines, warn=True), None)
         is None
     ):
-        raise ConfigError(f"{options.file} holds no text; --field names the field that has it")
+        raise ConfigError(f"{options.file} holds no text{_way_out(options.file)}")
 
     def body(run: OpenRun, is_first: bool) -> None:
         documents = documents_of(options.file, options.field, by_line=options.lines, warn=is_first)
         _print_scores(run, documents, options, is_first)
 
     return run_opened(Work("vp-score", __name__, body), options, arguments)
+
+
+def _way_out(path: Path) -> str:
+    """Return what helps where a file holds no text: a field has it, or the text is not UTF-8."""
+    from vp_train.data.files import kind_of
+
+    if path.is_file() and kind_of(path) == "text":
+        return "; give a text in UTF-8"
+    return "; --field names the field that has it"
 
 
 def _print_scores(
@@ -116,11 +127,14 @@ def _parser() -> Parser:
         "vp-score",
         "scores text with the model and the tokenizer of a run, on any layout\n\n"
         "Every token but the first of a document is scored once.  A document of more than\n"
-        "model.seq_length tokens is scored in windows; see --context.",
+        "model.seq_length tokens is scored in windows; with --context 1 a window begins with the\n"
+        "last token of the one before, with more it begins earlier.",
         ("FILE", "text, .jsonl or a table, as vp-prepare reads them; or a directory of them"),
     )
     parser.add_argument(
-        "--lines", action="store_true", help="each line of a text that is not blank is a document"
+        "--lines",
+        action="store_true",
+        help="each line of a text that is not blank is a document, without its LF or CR LF",
     )
     parser.add_argument(
         "--field", default="text", help="field of a .jsonl line, or column, with the text (text)"

@@ -26,8 +26,9 @@ from schedules.vocab import VOCAB_ALGORITHMS, End
 from vp_train.commands.command import Command, run
 from vp_train.commands.plot import Mark, comparison_png, schedule_png
 from vp_train.commands.searching import Searching
-from vp_train.config import ConfigError, RunConfig, unknown
+from vp_train.config import ConfigError, CostConfig, RunConfig, unknown
 from vp_train.failures import EXIT_OK
+from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.degrees import wanted_ranks
 from vp_train.planning.plan import SEARCHING, StepPlan, plan_step, row_advice
 from vp_train.settings import config_text
@@ -108,7 +109,8 @@ def show(
     taken = time.perf_counter() - started
     if not config.schedule.is_solved:
         print(heading)
-    lines = [report(outcome, shutil.get_terminal_size((120, 24)).columns), *searching.words]
+    lines = [report(outcome, shutil.get_terminal_size((120, 24)).columns)]
+    lines += [f"costs        {cost_words(config, outcome.plan)}", *searching.words]
     print("\n".join(lines))
     if advice := row_advice(config, outcome.plan):
         print(f"\n{advice}")
@@ -349,6 +351,17 @@ def headline(config: RunConfig) -> str:
         f"{model.num_layers} layers of hidden size {model.hidden_size:,}, "
         f"vocabulary {model.vocab_size:,}; activations in {config.run.dtype}"
     )
+
+
+def cost_words(config: RunConfig, plan: StepPlan) -> str:
+    """Return in words where the seconds of the passes come from."""
+    if config.cost.layer_forward_seconds is not None:
+        return f"measured on {config.cost.measured_on or config.cost.measured_device or 'a device'}"
+    rate = assumed_costs(plan.work, config.cluster, config.cost).flops_per_second / 1e12
+    words = f"FLOPs at {rate:,.3g} TFLOP/s, assumed"
+    if plan.work.on_cuda or config.cost.flops_per_second != CostConfig().flops_per_second:
+        return words
+    return f"{words} for a share of a CPU; cluster=h100_80g_node or cost=a100 plans for GPUs"
 
 
 def report(outcome: Outcome, columns: int) -> str:

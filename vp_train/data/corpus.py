@@ -24,7 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vp_train.config import BlendEntry, ConfigError, DataConfig, ValidationEntry, printable
+from vp_train.config import (
+    BlendEntry,
+    ConfigError,
+    DataConfig,
+    RunConfig,
+    ValidationEntry,
+    printable,
+)
 from vp_train.data.documents import LONGEST_LINE, Reading, read_documents
 from vp_train.data.encoding import Encoded, encoded
 from vp_train.data.files import content_hash, find_files, hash_of_file
@@ -83,19 +90,33 @@ class Corpus:
 def headline(corpus: Corpus) -> str:
     """Describe a corpus in one line."""
     m = corpus.manifest
-    state = f"built in {m.seconds:.1f} s" if corpus.fresh else "already there"
-    return (
-        f"{m.name}: {m.num_files} files, {m.num_documents} documents, "
-        f"{m.num_tokens:,} tokens ({state})"
-    )
+    return f"{m.name}: {m.num_files} files, {m.num_documents} documents, {m.num_tokens:,} tokens"
+
+
+def spare_rows(config: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
+    """Return a line about rows of the vocabulary that the tokenizer of data.tokenizer never uses.
+
+    There is none below an eighth of them or 128 rows, nor where other weights fix their number.
+    """
+    vocab_size = config.model.vocab_size
+    used = max((corpus.manifest.num_token_ids for corpus in corpora), default=vocab_size)
+    is_fixed = config.data.tokenizer is None or config.run.init_from is not None
+    if is_fixed or vocab_size - used < max(128, vocab_size / 8):
+        return []
+    return [
+        f"the tokenizer has {used:,} tokens, so {vocab_size - used:,} of the {vocab_size:,} rows "
+        f"of the vocabulary are never used; model.vocab_size={used}, or the next multiple of 64, "
+        "leaves them out"
+    ]
 
 
 def describe(corpus: Corpus) -> str:
     """Describe a corpus for people: three lines, and one for each kind of what was left out."""
     m = corpus.manifest
     end = load_tokenizer(corpus.tokenizer, m.vocab_size).id_to_token(m.end_token)
+    state = f"built in {m.seconds:.1f} s" if corpus.fresh else "already there"
     lines = [
-        headline(corpus),
+        f"{headline(corpus)} ({state})",
         f"tokenizer: {m.num_token_ids:,} tokens; documents end with {end!r}, token {m.end_token}",
         f"stored in {corpus.path}",
     ]
@@ -339,11 +360,13 @@ def _given_tokenizer(name: str) -> Path:
     """Return the path of data.tokenizer.  Raises ConfigError if it is not a file."""
     path = Path(os.path.realpath(os.path.expanduser(name)))
     if not path.is_file() or path.stat().st_size > LARGEST_TOKENIZER:
-        inside = f"{name}/tokenizer.json" if path.is_dir() else "the path of a tokenizer.json"
-        raise ConfigError(
-            f"data.tokenizer={name} is not a file of at most {LARGEST_TOKENIZER:,} bytes; "
-            f"give {inside}"
-        )
+        inside = Path(name) / "tokenizer.json" if path.is_dir() else "the path of a tokenizer.json"
+        state = f"is not a file of at most {LARGEST_TOKENIZER:,} bytes"
+        if not path.exists():
+            state = "is not there"
+        elif path.is_dir():
+            state = "is a directory"
+        raise ConfigError(f"data.tokenizer={name} {state}; give {inside}")
     return path
 
 
@@ -388,7 +411,7 @@ def _trained(
         for part, files in zip(parts, found, strict=True)
     )
     num_bytes = _bytes_of(chain.from_iterable(found))
-    what = f"training a tokenizer of {vocab_size:,} tokens on {num_bytes / 1e6:.1f} MB"
+    what = f"training a tokenizer of {vocab_size:,} tokens on {human_bytes(num_bytes)}"
     is_read = False
 
     def all_texts() -> Iterator[str]:
@@ -522,8 +545,11 @@ class _Work:
             )
         if num_documents == 0:
             words = "; ".join(words_of(self.left_out.as_dict()))
+            after, others = "", len(self.files) - 1
+            if others:
+                after = f" and the {others} file{'s' * (others > 1)} after it"
             raise ConfigError(
-                f"{self.files[0]} and the {len(self.files) - 1} files after it hold no text "
+                f"{self.files[0]}{after} {'hold' if others else 'holds'} no text "
                 f"({words}); set data.path to some that do, or data.jsonl_field to the field "
                 "that has it"
             )

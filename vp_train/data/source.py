@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vp_train.config import ConfigError, RunConfig
-from vp_train.data.corpus import Corpus, headline, prepare_validation, trained_on
+from vp_train.data.corpus import Corpus, headline, prepare_validation, spare_rows, trained_on
 from vp_train.data.indexed import Share, Windows, split_documents
 from vp_train.data.order import SampleOrder, Turns, own_starts, pieces_of
 from vp_train.data.origin import prepare_run
@@ -266,7 +266,8 @@ class _Text:
     @property
     def warnings(self) -> tuple[str, ...]:
         names = set(self._validation) - {""}
-        return tuple(trained_on(self._config.data, self._corpora)) if names else ()
+        found = trained_on(self._config.data, self._corpora) if names else []
+        return (*spare_rows(self._config, self._corpora), *found)
 
     @cached_property
     def byte_lengths(self) -> Tensor | None:

@@ -91,6 +91,11 @@ def import_checkpoint(
     OSError if `target` cannot be written.
     """
     config_file = file_in(source, "config.json")
+    if config_file is None and not source.exists() and len(source.parts) == 2:
+        raise ConfigError(
+            f"{source} is not there; give the directory of a model. Names of the Hugging Face hub "
+            f"are not downloaded: hf download {source} --local-dir DIR does it, then give DIR"
+        )
     if config_file is None:
         raise ConfigError(
             f"{source / 'config.json'} is not there; "

@@ -108,14 +108,18 @@ def find_text(
 
 
 def unusual_end(directory: Path) -> str | None:
-    """Return the token that ends a text by config.json, if no usual name would find one.
+    """Return the token that ends a text by the files of a model, if no usual name would find one.
 
-    It is what data.end_token must be for the tokenizer of this directory.
+    It is what data.end_token must be for the tokenizer of this directory.  tokenizer_config.json
+    counts before config.json, whose ids may be those of another vocabulary.
     """
     path, config = file_in(directory, _JSON), file_in(directory, "config.json")
-    if path is None or config is None or end_of(path, None) is not None:
+    if path is None or end_of(path, None) is not None:
         return None
-    ends = _ends(read_object(config))
+    name = _eos(directory)
+    if name is not None and end_of(path, name) is not None:
+        return name
+    ends = [] if config is None else _ends(read_object(config))
     found = (token_of(path, end) for end in ends if type(end) is int and 0 <= end < 1 << 31)
     return next((token for token in found if token is not None), None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +68,10 @@ def opening_of(
     path = Path(directory).expanduser().absolute()
     run = _run_of(path)
     if not run.is_dir():
-        raise ConfigError(f"{run} is not a directory; give that of a run")
+        others = sorted(place.parent.name for place in run.parent.glob("*/config.yaml"))
+        close = difflib.get_close_matches(run.name, others, n=1)
+        hint = f" (did you mean {run.parent / close[0]}?)" if close else ""
+        raise ConfigError(f"{run} is not a directory{hint}; give that of a run")
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run} has no config.yaml; give the directory of a run")
     names = {word.partition("=")[0] for word in overrides}

@@ -135,9 +135,21 @@ def explain_words(planned: Timeline, measured: Timeline, directory: Path) -> str
 def step_words(planned: Timeline, measured: Timeline, device: str) -> str:
     """Return in words the planned and the measured time of the traced step.
 
-    On a CPU they also say what to expect.
+    On a CPU they also say what to expect: how much longer the passes took than assumed, too.
     """
     words = f"the step: planned {duration(planned.makespan)}, took {duration(measured.makespan)}"
     if device != "cpu":
         return words
-    return f"{words} (a plan gives every rank a processor of its own; vp-profile measures this one)"
+    ratio = _passes(measured) / _passes(planned) if _passes(planned) > 0 else 1.0
+    passes = (
+        "" if 1 / _MUCH < ratio < _MUCH else f"passes took {ratio:.2g} times what was planned; "
+    )
+    return (
+        f"{words} ({passes}a plan gives every rank a processor of its own; "
+        "vp-profile measures this one)"
+    )
+
+
+def _passes(timeline: Timeline) -> float:
+    """Return the seconds of all passes of a step."""
+    return sum(map(timeline.busy, range(timeline.num_ranks)))

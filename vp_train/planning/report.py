@@ -219,7 +219,8 @@ def make_report(config: RunConfig, watch: Watch | None = None) -> PlanReport:
     try:
         degrees = split_ranks(config.parallel, num_gpus, otherwise=_OTHER_CLUSTER)
     except ConfigError as error:
-        raise ConfigError(f"the cluster has {num_gpus} GPUs: {error}") from None
+        preset = " (cluster=laptop)" if config.cluster == ClusterConfig() else ""
+        raise ConfigError(f"the cluster has {num_gpus} GPUs{preset}: {error}") from None
     cost = on_cluster(Workload.of(config, degrees), config.cluster, config.cost)
     step = plan_step(replace(config, cost=cost), num_gpus, watch)
     return report_of(step, config.cluster, config.optim)
