@@ -370,7 +370,7 @@ def test_a_schedule_that_was_searched_replaces_a_link(monkeypatch, tmp_path):
     solved.symlink_to(tmp_path / "foreign")
     problem = SimpleNamespace(algorithm=SimpleNamespace(name="one_barrier"))
     plan = SimpleNamespace(schedule=SimpleNamespace(text=lambda: "F0"), problem=problem)
-    monkeypatch.setattr(launch, "make_plan", lambda config, num_ranks: plan)
+    monkeypatch.setattr(launch, "make_plan", lambda config, num_ranks, watch: plan)
     monkeypatch.setattr(launch, "starts_by_fork", lambda config: False)
     monkeypatch.setattr(launch, "_in_copy", lambda body: launch.Ending(0, ""))
     config = load_config(

@@ -111,7 +111,7 @@ class Slurm:
         assert done.returncode == 0 or not check, done.stdout
         return done.stdout.strip()
 
-    def wait_for(self, happened, seconds: float = 60.0) -> None:
+    def wait_for(self, happened, seconds: float = 150.0) -> None:
         """Wait until `happened()` is true; the error shows the ends of all logs and outputs."""
         until = time.monotonic() + seconds
         while not happened():
@@ -158,11 +158,11 @@ class SlurmJob:
         assert found is not None, shown
         return found[1]
 
-    def wait_for(self, words: str, seconds: float = 60.0) -> None:
+    def wait_for(self, words: str, seconds: float = 150.0) -> None:
         """Wait until the job has written these words."""
         self.slurm.wait_for(lambda: words in self.said, seconds)
 
-    def wait_for_state(self, *states: str, seconds: float = 60.0) -> None:
+    def wait_for_state(self, *states: str, seconds: float = 150.0) -> None:
         """Wait until the job is in one of the states."""
         self.slurm.wait_for(lambda: self.fact("JobState") in states, seconds)
 

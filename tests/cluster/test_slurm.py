@@ -35,7 +35,7 @@ def no_job_is_left(request):
     if "slurm" in request.fixturenames:
         cluster = request.getfixturevalue("slurm")
         cluster.call("scancel", "--user=root", check=False)
-        cluster.wait_for(lambda: cluster.call("squeue", "-h") == "", seconds=150)
+        cluster.wait_for(lambda: cluster.call("squeue", "-h") == "")
 
 
 STUB = """#!/usr/bin/env bash
@@ -91,7 +91,7 @@ def test_a_preempted_job_has_its_grace_time_and_is_requeued(slurm, stub):
     urgent = slurm.submit(short, options=("--partition=high", "--exclusive"))
     job.wait_for("was asked")
     # Two nodes on one machine: srun sometimes misses the end of a task, and Slurm ends it later.
-    urgent.wait_for_state("COMPLETED", seconds=150)
+    urgent.wait_for_state("COMPLETED")
     job.start_again()
     job.wait_for_state("COMPLETED")
     assert job.fact("Restarts") == "1"
@@ -102,7 +102,7 @@ def test_a_cancelled_job_is_asked_to_end_and_does_not_come_back(slurm, stub):
     job = stub()
     slurm.call("scancel", job.number)
     job.wait_for_state("CANCELLED")
-    slurm.wait_for(lambda: slurm.call("squeue", "-h") == "", seconds=150)
+    slurm.wait_for(lambda: slurm.call("squeue", "-h") == "")
     assert job.fact("Restarts") == "0"
     assert "requeued" not in job.said
 
@@ -138,14 +138,14 @@ def test_two_nodes_train_are_requeued_and_resume(slurm, tmp_path):
     setup.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
     words = (*NANO, f"run.root={tmp_path}", "run.checkpoint_every=2", "run.steps=9999")
     job = slurm.submit(SCRIPT, *words, SETUP=str(setup))
-    job.wait_for("mesh      2 ranks", 120)
+    job.wait_for("mesh      2 ranks")
     job.wait_for("step    2/9999")
     slurm.call("scancel", "--batch", "--signal=USR1", job.number)
     job.wait_for("a checkpoint is saved, run.resume=true goes on")
     job.wait_for("vp_train: exit code 75, requeued after 0 restarts")
     saved = max(int(path.name[5:]) for path in (tmp_path / "default/checkpoints").glob("step-*"))
     job.start_again()
-    job.wait_for(f"step {saved + 1:>4}/9999", 120)
+    job.wait_for(f"step {saved + 1:>4}/9999")
     slurm.call("scancel", job.number)
     job.wait_for_state("CANCELLED")
     assert job.said.count("vp-train: stopped after step") == 2  # scancel too leaves time to save
@@ -156,7 +156,7 @@ def test_the_exit_code_of_a_rank_is_that_of_the_job_and_one_line_says_why(slurm,
     setup.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
     words = (*NANO, f"run.root={tmp_path}", f"run.init_from={tmp_path}")  # holds no checkpoint
     job = slurm.submit(SCRIPT, *words, SETUP=str(setup))
-    job.wait_for_state("FAILED", seconds=120)
+    job.wait_for_state("FAILED")
     assert job.fact("ExitCode") == "78:0"
     said = [line for line in job.said.splitlines() if line.startswith("vp-train: ")]
     assert len(said) == 1
@@ -167,7 +167,7 @@ def test_one_task_per_rank_is_a_rank(slurm, tmp_path):
     script.write_text(f'#!/bin/sh\nexec srun {Path(sys.executable).parent}/vp-train "$@"\n')
     words = (*NANO, f"run.root={tmp_path}", "run.steps=2", "run.checkpoint_every=0")
     job = slurm.submit(script, *words, options=("--ntasks-per-node=2",))
-    job.wait_for_state("COMPLETED", "FAILED", seconds=120)
+    job.wait_for_state("COMPLETED", "FAILED")
     assert job.fact("JobState") == "COMPLETED", job.said
     assert "mesh      4 ranks = dp=2 x pp=2 x tp=1" in job.said
     assert job.said.count("step 2/2") == 1

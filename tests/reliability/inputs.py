@@ -21,7 +21,7 @@ from tests.reliability.overrides import in_empty_directory, judged
 from vp_train.commands import prepare, simulate, train
 from vp_train.commands.command import guarded
 from vp_train.config import DataConfig
-from vp_train.data import corpus
+from vp_train.data import manifest
 from vp_train.data import prepare as prepared
 from vp_train.failures import EXIT_OK
 
@@ -161,7 +161,7 @@ def entry(name: str, value: object) -> Callable[[Path], None]:
         values = json.loads((path / "manifest.json").read_text())
         del values["manifest_hash"]
         values[name] = value
-        values["manifest_hash"] = corpus._hash_of(values)
+        values["manifest_hash"] = manifest._hash_of(values)
         (path / "manifest.json").write_text(json.dumps(values))
 
     return change

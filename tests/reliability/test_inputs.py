@@ -29,7 +29,7 @@ def test_every_change_of_a_corpus_is_found(monkeypatch):
 def test_a_corpus_that_is_not_compared_is_a_failure(monkeypatch):
     monkeypatch.setattr(inputs, "CASES", {"link": inputs.CASES["corpus tokens.bin is a link"]})
     monkeypatch.setattr("vp_train.data.corpus._check_contents", lambda corpus: None)
-    monkeypatch.setattr("vp_train.data.corpus._size", lambda path: os.stat(path).st_size)
+    monkeypatch.setattr("vp_train.data.manifest.size_of", lambda path: os.stat(path).st_size)
     (failure,) = inputs.campaign(seed=1, count=1)
     assert "it was used" in failure
 

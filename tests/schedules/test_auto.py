@@ -274,7 +274,7 @@ def test_a_slow_rank_leaves_the_gap_small(quick_search, slow):
 def test_the_named_schedules_take_part_as_they_are(monkeypatch):
     """The result is never slower than they are, even if refinement makes every start worse."""
 
-    def ruin(network, orders, caps, budget):
+    def ruin(network, orders, caps, budget, goes_on):
         one_by_one = [sorted(order, key=lambda number: number // network.size) for order in orders]
         return judge(network, one_by_one, caps)
 
