@@ -132,7 +132,7 @@ def test_killed_process_does_not_matter_and_two_at_once_build_once(letters: Path
     assert sorted(output.split()[1] for output in outputs) == ["False", "True"], errors
     assert {path.name for path in (letters / "cache").glob("text-*")} == {outputs[0].split()[0]}
     assert killed.stderr.splitlines() == [
-        "training a tokenizer of 300 tokens on 300 B",
+        "training a tokenizer of 300 tokens on 360 B",
         "tokenizing",
     ]
     # The tokenizer is there already.  A slow machine also says how far it is.
