@@ -101,7 +101,8 @@ def _check_name(name: str, command: str) -> None:
     names = [*sections(), *setting_names()]
     if name in names:
         return
-    close = [*difflib.get_close_matches(name, list(sections()), n=1), *close_names(name)]
+    groups = [] if "." in name else difflib.get_close_matches(name, list(sections()), n=1)
+    close = [*groups, *close_names(name)]
     hint = f"did you mean {close[0]}?" if close else f"{command} --help names all"
     kind = "setting" if "." in name else "setting or group of settings"
     raise ConfigError(f"{name} is not a {kind}; {hint}")
