@@ -75,8 +75,8 @@ def unknown(words: str, value: object, choices: Sequence[str]) -> str:
     """
     word = str(value).lower()
     close = [choice for choice in choices if choice in (word, _ALSO_CALLED.get(word))]
-    close = close or [choice for choice in choices if len(word) > 1 and choice.startswith(word)][:3]
     close = close or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.8)
+    close = close or [choice for choice in choices if len(word) > 1 and choice.startswith(word)][:3]
     hint = f" (did you mean {' or '.join(close)}?)" if close else ""
     return f"{words} is not known{hint}; choose one of {', '.join(choices)}"
 
