@@ -96,7 +96,7 @@ def test_what_tests_notice_is_killed_and_what_they_pass_survives(tmp_path, monke
     for name, value in {"ROOT": tmp_path, "EQUIVALENT": known, "COPIED": ("toy",)}.items():
         monkeypatch.setattr(mutants, name, value)
     monkeypatch.setattr(mutants, "PACKAGES", {"toy": (("toy", ("toy/test_code.py",)),)})
-    monkeypatch.setattr(mutants, "SPARE_SECONDS", 2.0)
+    monkeypatch.setattr(mutants, "SPARE_SECONDS", 8.0)
     text = (tmp_path / "toy/code.py").read_text()
     by_change = {(m.before, m.after): m for m in mutants_of("toy", "toy/code.py", text)}
     chosen = [by_change["a + b", "(a - b)"], by_change["a - 1", "(a + 1)"], by_change["1", "(2)"]]

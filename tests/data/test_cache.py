@@ -57,7 +57,7 @@ def test_tokenizer_of_the_user_is_kept(letters: Path) -> None:
     built = prepare(text_config(letters, tokenizer=str(path)), VOCAB_SIZE, progress=False)
     assert json.loads(built.tokenizer.read_text()) == json.loads(path.read_text())
     assert read_back(built) == [file.read_text() for file in sorted((letters / "text").iterdir())]
-    with pytest.raises(ConfigError, match=r"data\.tokenizer=nowhere is not a file"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=nowhere is not there"):
         prepare(text_config(letters, tokenizer="nowhere"), VOCAB_SIZE, progress=False)
 
 

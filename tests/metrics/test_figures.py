@@ -79,7 +79,7 @@ def test_the_page_of_metrics_has_every_key_and_no_other():
     cells = re.findall(r"^\| (`[^|]*`) \|", table, re.MULTILINE)
     keys = {key for cell in cells for key in re.findall(r"`([^`]+)`", cell)}
     known = figures_of(RANKS, best_seconds=1.0).keys() | {"step", "spikes", "skipped_steps"}
-    known |= set(PROGRESS) - {"left"}
+    known |= set(PROGRESS)
     known |= {"validation_loss", "bubble_measured", "bubble_predicted"}
     known |= {"validation_bits_per_byte"}
     known |= {f"validation/NAME/{name}" for name in ("loss", "bits_per_byte")}
