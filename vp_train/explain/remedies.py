@@ -209,7 +209,7 @@ def remedies(
     enough = cpus is not None and num_ranks <= cpus
     add(
         "processors",
-        "other programs used the processors of this machine; run when it is idle"
+        "other programs or other threads of the ranks used the processors; run on an idle machine"
         if enough
         else f"{num_ranks} ranks need {num_ranks} processors; or use fewer ranks here",
         "" if enough or cpus is None else f"vp-train {base} parallel.pp={cpus} parallel.dp=1",
