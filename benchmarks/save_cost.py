@@ -16,13 +16,11 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from job import result_of_job
 from provenance import provenance
 
 WARMUP = 3  # steps, and the first save, which allocates the copy
@@ -97,24 +95,9 @@ def rank_main(directory: str, every: int, saves: int) -> None:
 
 def measure(num_ranks: int, every: int, saves: int) -> dict[str, Any]:
     """Run the ranks, and return the medians in seconds and the bytes of the copies."""
-    with tempfile.TemporaryDirectory() as directory:
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29617",
-            "WORLD_SIZE": str(num_ranks),
-        }
-        words = [sys.executable, __file__, "--as-rank", directory]
-        words += ["--every", str(every), "--saves", str(saves)]
-        processes = [
-            subprocess.Popen(
-                words, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-            )
-            for rank in range(num_ranks)
-        ]
-        said = [process.communicate()[0] for process in processes]
-        assert not any(process.returncode for process in processes)
-    rows, blocked, images, copied = zip(*json.loads(said[0]), strict=True)
+    words = ["--every", str(every), "--saves", str(saves)]
+    found = result_of_job(__file__, num_ranks, 29617, words)
+    rows, blocked, images, copied = zip(*found, strict=True)
     by_kind: dict[str, list[float]] = {}
     used_by_kind: dict[str, list[float]] = {}
     paired: dict[str, list[float]] = {"save": [], "beside": []}

@@ -20,8 +20,6 @@ import os
 import random
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from job import result_of_job
 from provenance import provenance
 
 WARMUP = 4  # steps
@@ -157,24 +156,8 @@ def seconds_of_record(values: dict[str, float]) -> float:
 
 def measure(num_ranks: int, model: str, threes: int) -> dict[str, Any]:
     """Run the ranks, and return medians in seconds and the costs as fractions."""
-    with tempfile.TemporaryDirectory() as directory:
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29619",
-            "WORLD_SIZE": str(num_ranks),
-        }
-        words = [sys.executable, __file__, "--as-rank", directory]
-        words += ["--models", f"{model}:{threes}"]
-        processes = [
-            subprocess.Popen(
-                words, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-            )
-            for rank in range(num_ranks)
-        ]
-        said = [process.communicate()[0] for process in processes]
-        assert not any(process.returncode for process in processes)
-    kinds, of_ranks, calls = json.loads(said[0])
+    words = ["--models", f"{model}:{threes}"]
+    kinds, of_ranks, calls = result_of_job(__file__, num_ranks, 29619, words)
     found: dict[str, dict[str, list[float]]] = {}
     for name, column, joined in (("seconds", 0, max), ("cpu_seconds", 1, sum)):
         of_steps = [joined(row[column] for row in rows) for rows in zip(*of_ranks, strict=True)]
