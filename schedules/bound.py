@@ -37,12 +37,10 @@ def step_bound(problem: Problem, cost: CostModel, caps: tuple[float, ...] = ()) 
         for head, seconds, tail in zip(heads, network.seconds, tails, strict=True)
     )
     bounds = [Bound(path, "the critical path of one microbatch")]
-    for lane in range(network.num_lanes):
-        jobs = [
-            (heads[k], network.seconds[k], tails[k])
-            for k, at in enumerate(network.lanes)
-            if at == lane
-        ]
+    jobs_of: list[list[tuple[float, float, float]]] = [[] for _ in range(network.num_lanes)]
+    for k, lane in enumerate(network.lanes):
+        jobs_of[lane].append((heads[k], network.seconds[k], tails[k]))
+    for lane, jobs in enumerate(jobs_of):
         name = (
             f"the work of rank {lane}"
             if lane < network.num_ranks

@@ -49,4 +49,6 @@ class Layout:
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """Return the stages of `rank` in model order. The index of a stage in them is its chunk."""
-        return tuple(stage for stage in range(self.num_stages) if self.rank_of(stage) == rank)
+        if self.name == "v":
+            return rank, 2 * self.num_ranks - 1 - rank
+        return tuple(range(rank, self.num_stages, self.num_ranks))

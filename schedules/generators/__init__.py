@@ -97,8 +97,12 @@ def base_order(name: str, problem: Problem) -> BaseOrder:
     return base
 
 
-def generate(name: str, problem: Problem, cost: CostModel) -> Schedule:
+def generate(
+    name: str, problem: Problem, cost: CostModel, *, effort: int | None = None
+) -> Schedule:
     """Return the schedule `name` for `problem`.
+
+    effort: the nodes that may be placed in search of a better order; None: what takes a second.
 
     Raises ValueError for a name that is not in GENERATORS, and for a layout that it cannot have,
     and BaseOrderError for a base order with a missing, repeated or misplaced pass or a deadlock.
@@ -107,23 +111,31 @@ def generate(name: str, problem: Problem, cost: CostModel) -> Schedule:
         raise ValueError(f"schedule {name!r} is not known; choose one of {', '.join(GENERATORS)}")
     base = base_order(name, problem)
     try:
-        return complete(name, base, problem, cost)
+        return complete(name, base, problem, cost, effort=effort)
     except DeadlockError as error:
         raise BaseOrderError(name, error) from None
 
 
 def complete(
-    name: str, base: BaseOrder, problem: Problem, cost: CostModel, *, keep_order: bool = False
+    name: str,
+    base: BaseOrder,
+    problem: Problem,
+    cost: CostModel,
+    *,
+    keep_order: bool = False,
+    effort: int | None = None,
 ) -> Schedule:
     """Return the schedule `name`: the order `base` with the vocabulary passes of `problem`.
 
     `base` has the stage passes of every rank. If the backward is split, passes may change places.
-    With `keep_order` only W may. Raises DeadlockError if the base order cannot be executed.
+    With `keep_order` only W may. `effort` is that of `generate`. Raises DeadlockError if the base
+    order cannot be executed.
     """
+    effort = _EFFORT if effort is None else effort
     network = Network.of(problem, cost)
     nodes = network.size * network.num_microbatches
     if keep_order or not problem.split_backward:
-        preferences = PREFERENCES[: max(1, _EFFORT // nodes)]
+        preferences = PREFERENCES[: max(1, effort // nodes)]
         woven = [weave(base, problem, network, preference) for preference in preferences]
         return network.schedule(
             name, min(woven, key=lambda orders: sweep(network, orders).makespan)
@@ -131,9 +143,9 @@ def complete(
     counted, caps = _in_flight(network, problem, base)
     starts = [
         weave(base, problem, network, preference)
-        for preference in STARTS[: 2 if nodes < _EFFORT // 3 else 1]
+        for preference in STARTS[: 2 if nodes < effort // 3 else 1]
     ]
-    refined = [refine(counted, orders, caps, max(2 * nodes, _EFFORT // 2)) for orders in starts]
+    refined = [refine(counted, orders, caps, max(2 * nodes, effort // 2)) for orders in starts]
     return network.schedule(name, min(refined, key=lambda found: found.quality).orders)
 
 

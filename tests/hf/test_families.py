@@ -204,6 +204,8 @@ PUBLISHED = {
 }
 FAMILIES = {
     "llama3_8b": "llama",
+    "llama3_70b": "llama",
+    "llama3_405b": "llama",
     "qwen2_5_7b": "qwen2",
     "qwen3_8b": "qwen3",
     "mistral_7b": "mistral",

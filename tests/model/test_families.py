@@ -20,6 +20,8 @@ from vp_train.settings import load_config
 PUBLISHED = {
     "gpt2": 124_439_808,
     "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "llama3_405b": 405_853_388_800,
     "qwen2_5_7b": 7_615_616_512,
     "qwen3_8b": 8_190_735_360,
     "gemma_7b": 8_537_680_896,

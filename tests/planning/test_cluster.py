@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -34,6 +35,25 @@ INSIDE, BETWEEN = "inside a node", "between nodes"
 def test_neighbours_share_a_node(degrees, tensor, pipeline, data):
     links = links_of(TWO_NODES, degrees)
     assert (links.tensor.where, links.pipeline.where, links.data.where) == (tensor, pipeline, data)
+
+
+def test_a_group_leaves_its_node_exactly_if_two_of_its_ranks_are_on_two_nodes():
+    for gpus, dp, pp, tp in itertools.product((1, 4, 6, 8), (1, 2, 3), (1, 2, 3, 8), (1, 2, 4, 16)):
+        degrees = Degrees(dp=dp, pp=pp, tp=tp)
+        if degrees.num_ranks % gpus:
+            continue
+        places = [degrees.place(rank) for rank in range(degrees.num_ranks)]
+        links = links_of(ClusterConfig(degrees.num_ranks // gpus, gpus), degrees)
+        for link, fixed in (
+            (links.tensor, lambda d, p, t: (d, p)),
+            (links.pipeline, lambda d, p, t: d),
+            (links.data, lambda d, p, t: (p, t)),
+        ):
+            nodes = {}
+            for rank, place in enumerate(places):
+                nodes.setdefault(fixed(*place), set()).add(rank // gpus)
+            leaves = any(len(found) > 1 for found in nodes.values())
+            assert link.where == (BETWEEN if leaves else INSIDE), (gpus, degrees)
 
 
 def test_a_collective_passes_its_fixed_time_along_a_tree():

@@ -16,6 +16,8 @@ def tensor_share(model: ModelConfig, tp: int) -> ModelConfig:
     A share has a part of the heads and of the feed-forward width.  Inputs, outputs and norms of a
     layer are whole on every rank.
     """
+    if tp == 1:
+        return model
     return replace(
         model,
         num_heads=model.num_heads // tp,

@@ -7,7 +7,6 @@ neighbours, then come the ranks of a pipeline, then the replicas.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from schedules.problem import Problem
@@ -41,25 +40,26 @@ class Links:
 
 
 def links_of(cluster: ClusterConfig, degrees: Degrees) -> Links:
-    """Return the link of each kind of group: inside a node if no such group leaves its node."""
-    replicas, pipeline, tensor = range(degrees.dp), range(degrees.pp), range(degrees.tp)
+    """Return the link of each kind of group: inside a node if no such group leaves its node.
+
+    The ranks of a tensor-parallel group and those of a pipeline are a block of neighbours, so they
+    share nodes if the size of the block divides that of a node.  Replicas fill the cluster.
+    """
+    on_one_node = degrees.num_ranks <= cluster.gpus_per_node
+
+    def of_blocks(size: int) -> Link:
+        return _link(cluster, leaves=not on_one_node and cluster.gpus_per_node % size > 0)
+
     return Links(
-        _slowest(
-            cluster, ([degrees.rank(d, p, t) for t in tensor] for d in replicas for p in pipeline)
-        ),
-        _slowest(
-            cluster, ([degrees.rank(d, p, t) for p in pipeline for t in tensor] for d in replicas)
-        ),
-        _slowest(
-            cluster, ([degrees.rank(d, p, t) for d in replicas] for p in pipeline for t in tensor)
-        ),
+        tensor=of_blocks(degrees.tp),
+        pipeline=of_blocks(degrees.pp * degrees.tp),
+        data=_link(cluster, leaves=not on_one_node and degrees.dp > 1),
     )
 
 
-def _slowest(cluster: ClusterConfig, groups: Iterable[list[int]]) -> Link:
-    if any(
-        group[0] // cluster.gpus_per_node != group[-1] // cluster.gpus_per_node for group in groups
-    ):
+def _link(cluster: ClusterConfig, *, leaves: bool) -> Link:
+    """Return the link of a group that leaves its node, or does not."""
+    if leaves:
         return Link("between nodes", cluster.network_seconds, cluster.network_bytes_per_second)
     return Link("inside a node", cluster.node_seconds, cluster.node_bytes_per_second)
 

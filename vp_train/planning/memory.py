@@ -136,17 +136,23 @@ def step_peak(step: StepPlan, optim: OptimConfig, rank: int) -> tuple[float, flo
     peak = max(
         (activations, held, working), (0.0, pool, kept + _update_bytes(step, optim, rank)), key=sum
     )
+    # Microbatches are equal, so what a pass does to memory is computed once for its stage and kind.
+    effects: dict[tuple[int, Kind], tuple[float, float, float, float]] = {}
     for item in order:
-        change = cost.byte_change(item)
-        left = _unsent_bytes(item, step, rank) if on_cpu else 0.0
-        in_held = item.kind in (Kind.S, Kind.T)
-        if in_held and on_cpu and exponentials:
-            change -= math.copysign(exponentials, change)
-        layers, shards = (0.0, change) if in_held else (change, 0.0)
+        key = (item.stage, item.kind)
+        if key not in effects:
+            change = cost.byte_change(item)
+            left = _unsent_bytes(item, step, rank) if on_cpu else 0.0
+            in_held = item.kind in (Kind.S, Kind.T)
+            if in_held and on_cpu and exponentials:
+                change -= math.copysign(exponentials, change)
+            layers, shards = (0.0, change) if in_held else (change, 0.0)
+            effects[key] = (layers, shards, left, _working_bytes(item, step))
+        layers, shards, left, meanwhile = effects[key]
         during = (
             activations + max(0.0, layers),
             held + max(0.0, shards),
-            working + left + _working_bytes(item, step),
+            working + left + meanwhile,
         )
         peak = max(peak, during, key=sum)
         activations, held, working = activations + layers, held + shards, working + left

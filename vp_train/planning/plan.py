@@ -26,10 +26,18 @@ from schedules.simulate import simulate
 from schedules.timeline import Timeline
 from schedules.torch_csv import from_csv
 from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, evaluation, searched_algorithms
-from vp_train.config import ConfigError, RunConfig, ScheduleConfig, printable, unknown
+from vp_train.config import (
+    ConfigError,
+    CostConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    printable,
+    unknown,
+)
 from vp_train.durable import UnreadableError, read_text
 from vp_train.planning.cluster import assumed_costs
-from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
+from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.placement import balanced_rows, split_layers, split_vocabulary
 from vp_train.planning.ramp import BatchRamp
@@ -235,7 +243,6 @@ def draft_step(config: RunConfig, num_ranks: int) -> Draft:
 
 def _workload(config: RunConfig, num_ranks: int) -> Workload:
     degrees = split_ranks(config.parallel, num_ranks)
-    check_tensor_split(config.model, degrees.tp, sequences=config.parallel.sequence_parallel)
     if config.parallel.sequence_parallel and config.run.device not in SEQUENCE_DEVICES:
         raise ConfigError(
             "parallel.sequence_parallel=true needs run.device=cuda, not "
@@ -256,7 +263,7 @@ def row_advice(config: RunConfig, step: StepPlan) -> str | None:
     rows = balanced_rows(work, cost, problem.layout, layers, recompute)
     shards = {end: split_rows(work.model.vocab_size, step.num_ranks, rows) for end in End}
     balanced = estimate_cost(work, cost, problem, layers=layers, recompute=recompute, shards=shards)
-    now, then = _busiest_seconds(problem, step.cost), _busiest_seconds(problem, balanced)
+    now, then = busiest_seconds(problem, step.cost), busiest_seconds(problem, balanced)
     if then >= 0.99 * now:
         return None
     return (
@@ -265,7 +272,7 @@ def row_advice(config: RunConfig, step: StepPlan) -> str | None:
     )
 
 
-def _busiest_seconds(problem: Problem, cost: CostModel) -> float:
+def busiest_seconds(problem: Problem, cost: CostModel) -> float:
     """Return the seconds of work of one microbatch on the busiest rank."""
     ranks = range(problem.layout.num_ranks)
     return max(sum(cost.seconds(item) for item in problem.passes_of(rank, 0)) for rank in ranks)
@@ -320,10 +327,26 @@ def _draft(
     algorithm: VocabAlgorithm,
     split_backward: bool,
 ) -> Draft:
-    _check_size(layout.num_stages, work.num_microbatches, "num_microbatches")
     cost = assumed_costs(work, config.cluster, config.cost)
-    layers = split_layers(work.model, config.parallel, layout)
-    recompute = tuple(config.parallel.recompute_of(stage) for stage in range(layout.num_stages))
+    return draft(work, cost, config.parallel, layout, algorithm, split_backward=split_backward)
+
+
+def draft(
+    work: Workload,
+    cost: CostConfig,
+    parallel: ParallelConfig,
+    layout: Layout,
+    algorithm: VocabAlgorithm,
+    *,
+    split_backward: bool,
+) -> Draft:
+    """Plan one step before its passes are ordered; degrees are those of `work`.
+
+    Raises ConfigError if the step is too long, or if layers, rows or measured costs do not fit it.
+    """
+    _check_size(layout.num_stages, work.num_microbatches, "num_microbatches")
+    layers = split_layers(work.model, parallel, layout)
+    recompute = tuple(parallel.recompute_of(stage) for stage in range(layout.num_stages))
     rows: Sequence[int] | None = work.vocab.shards
     if work.vocab.balance and algorithm.sharded:
         rows = balanced_rows(work, cost, layout, layers, recompute)

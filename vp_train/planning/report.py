@@ -261,11 +261,12 @@ def _rank_report(
 ) -> RankReport:
     work, spans = step.work, step.timeline.compute[rank]
     vocabulary = sum(span.seconds for span in spans if Kind(span.kind).is_vocabulary)
-    num_layers = sum(map(len, step.layers_of_ranks[rank]))
+    stages = step.problem.layout.stages_of(rank)
+    num_layers = sum(len(step.layers[stage]) for stage in stages)
     # A layer has two all-reduces forward and two backward.  With sequence parallelism the two
     # all-gathers of the backward count as one more.  Recomputation repeats its part of the forward.
     sums = (5.0 if work.sequence_parallel else 4.0) * num_layers
-    for stage in step.problem.layout.stages_of(rank):
+    for stage in stages:
         repeated = shape.recomputed_part(work.model, step.recompute[stage])
         sums += 2 * repeated * len(step.layers[stage])
     return RankReport(

@@ -258,8 +258,8 @@ def _weigh(
     `bounds` caches the bounds of the passes, which several schedules share.
     """
     chosen, cluster, optim = choice.applied(config), config.cluster, config.optim
-    cost = on_cluster(Workload.of(chosen, choice.degrees), cluster, config.cost)
     try:
+        cost = on_cluster(Workload.of(chosen, choice.degrees), cluster, config.cost)
         draft = draft_step(replace(chosen, cost=cost), cluster.num_gpus)
     except ConfigError as error:
         return Refusal(choice, str(error))

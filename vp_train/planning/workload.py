@@ -6,11 +6,11 @@ Pure arithmetic, without torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vp_train.config import ModelConfig, RunConfig, VocabConfig
 from vp_train.model import shape
-from vp_train.planning.degrees import Degrees
+from vp_train.planning.degrees import Degrees, check_tensor_split
 
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
@@ -20,7 +20,8 @@ class Workload:
     """The model, its split over ranks, and the microbatches of one replica's step.
 
     `dtype` and `device` are run.dtype and run.device.  The layers of each stage are not part of
-    it, because they depend on the schedule.
+    it, because they depend on the schedule.  `share` is the model with layers of the size of one
+    tensor-parallel share; it follows from `model` and `degrees`.
     """
 
     model: ModelConfig
@@ -31,10 +32,20 @@ class Workload:
     micro_batch_size: int
     dtype: str
     device: str
+    share: ModelConfig = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Made once, because checking the settings of a model costs more than to compute with them.
+        share = shape.tensor_share(self.model, self.degrees.tp)
+        object.__setattr__(self, "share", share)
 
     @classmethod
     def of(cls, config: RunConfig, degrees: Degrees) -> Workload:
-        """Return the work of a step of `config`, split as `degrees` say."""
+        """Return the work of a step of `config`, split as `degrees` say.
+
+        Raises ConfigError if tensor parallelism cannot split the model so.
+        """
+        check_tensor_split(config.model, degrees.tp, sequences=config.parallel.sequence_parallel)
         return cls(
             model=config.model,
             vocab=config.vocab,
@@ -64,11 +75,6 @@ class Workload:
     def precise_bytes(self) -> int:
         """The bytes of one gradient, statistic or optimizer state: at least those of fp32."""
         return max(4, self.item_bytes)
-
-    @property
-    def share(self) -> ModelConfig:
-        """The model with layers of the size of one tensor-parallel share."""
-        return shape.tensor_share(self.model, self.degrees.tp)
 
     @property
     def sequence_ranks(self) -> int:
