@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.data.cases import text_config
-from vp_train.config import ConfigError
+from vp_train.config import ConfigError, DataConfig
 from vp_train.data.documents import Reading, read_documents
 from vp_train.data.files import find_files
 from vp_train.data.left_out import LeftOut
@@ -264,3 +264,23 @@ def test_splits_and_choices_of_rows_are_not_mixed_in(tmp_path: Path) -> None:
         ConfigError, match=r"splits of a data set \(train, test\); .* data.path=.*text/train$"
     ):
         find_files(text_config(tmp_path))
+
+
+def test_a_link_is_its_file_and_other_links_are_left_out(tmp_path: Path) -> None:
+    """The cache of a hub keeps blobs without endings, and links to them whose names have one."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    (blobs / "more").mkdir(parents=True)
+    (blobs / "abc").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (blobs / "more" / "c.txt").write_text("three")
+    snapshot.mkdir()
+    (snapshot / "train.jsonl").symlink_to(blobs / "abc")
+    (snapshot / "folder").symlink_to(blobs / "more")
+    (snapshot / "gone.txt").symlink_to(blobs / "nothing")
+    left_out = LeftOut()
+    for path in (snapshot / "train.jsonl", snapshot):
+        files = find_files(DataConfig(name="text", path=str(path)), left_out)
+        assert [document.text for document in read_documents(files, "text")] == ["one", "two"]
+    assert {first for _, first in left_out.as_dict().values()} == {
+        str(snapshot / "folder"),
+        str(snapshot / "gone.txt"),
+    }

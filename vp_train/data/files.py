@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from vp_train.config import ConfigError, DataConfig
-from vp_train.data.left_out import OTHER_ENDING, LeftOut
+from vp_train.data.left_out import LINK_TO_NOTHING, LINKED_DIRECTORY, OTHER_ENDING, LeftOut
 from vp_train.durable import PointerError, UnreadableError, open_regular, read_json
 
 _TEXTS = frozenset(
@@ -59,15 +59,16 @@ def _is_known(path: Path) -> bool:
 def find_files(config: DataConfig, left_out: LeftOut | None = None) -> tuple[Path, ...]:
     """Return the files of the corpus, sorted by path.  Raises ConfigError if there are none.
 
-    Files of a directory whose endings are not known are counted in `left_out`; hidden files are
-    not.
+    Files of a directory whose endings are not known are counted in `left_out`, and links that lead
+    to a directory or to nothing; hidden files are not.
     """
     if config.name == "pystdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         files = _modules_of(root)
     else:
         assert config.path is not None
-        root = Path(os.path.realpath(os.path.expanduser(config.path)))
+        # A link keeps its name: its ending says what it holds, as in the cache of a hub.
+        root = Path(os.path.abspath(os.path.expanduser(config.path)))
         if not root.exists():
             raise ConfigError(
                 f"data.path={config.path} does not exist; "
@@ -116,6 +117,8 @@ def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
         if saved is not None and path.suffix in (".arrow", ".json"):
             # Beside the shards of a saved data set lie its description and files of a cache.
             found += [path] if path.name in saved else []
+        elif path.is_symlink() and not path.is_file():
+            left_out.add(LINKED_DIRECTORY if path.is_dir() else LINK_TO_NOTHING, str(path))
         elif _is_known(path):
             found.append(path)
         elif path.is_file() and not path.name.startswith("."):

@@ -16,6 +16,8 @@ NULL = "null texts"
 NOT_TEXT = "text fields that hold no text"
 EMPTY = "empty documents"
 OTHER_ENDING = "files with other endings"
+LINKED_DIRECTORY = "links to directories (name them in data.path or data.blend)"
+LINK_TO_NOTHING = "links to nothing"
 
 
 @dataclass(slots=True)
