@@ -60,11 +60,14 @@ def test_a_second_prepare_finds_the_first_and_changed_text_does_not(tmp_path, te
     assert prepare(data, VOCAB, progress=False).path != first.path
 
 
-def test_a_stored_corpus_takes_no_other_tokenizer_or_end(tmp_path, text):
+def test_a_stored_corpus_takes_no_other_tokenizer_or_end(tmp_path, text, monkeypatch):
     corpus = prepare(config(tmp_path, text), VOCAB, progress=False)
     stored = config(tmp_path, corpus.path)
     same = replace(stored, tokenizer=str(corpus.tokenizer), end_token="<|endoftext|>")
     assert prepare(same, VOCAB, progress=False).path == corpus.path
+    monkeypatch.setenv("HOME", str(corpus.path))
+    at_home = replace(stored, tokenizer="~/tokenizer.json")
+    assert prepare(at_home, VOCAB, progress=False).path == corpus.path
     other = tmp_path / "other.json"
     train_tokenizer(["quite another text"], VOCAB).save(str(other))
     with pytest.raises(
