@@ -10,7 +10,8 @@ import platform
 import secrets
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import IO
@@ -51,6 +52,22 @@ def refuse_running(settings: RunSettings) -> None:
         _acquire(settings.directory).close()
 
 
+def make_directory(settings: RunSettings) -> None:
+    """Make the directory of a run if it is not there.  Raises OSError with the way out."""
+    with _advising(settings.directory):
+        settings.directory.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _advising(path: Path) -> Iterator[None]:
+    """Add `path` and the way out to an OSError that says that a run cannot write there."""
+    try:
+        yield
+    except OSError as error:
+        words = f"{error.strerror or error}; set run.root to a directory where you may write"
+        raise OSError(error.errno, words, str(path)) from None
+
+
 class _InUseError(ConfigError):
     """A directory whose lock another process holds."""
 
@@ -76,7 +93,7 @@ class RunDirectory:
         or if a symbolic link or a pipe is where the run has a file or folder.
         """
         self.path = settings.directory
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_directory(settings)
         self._texts: dict[str, str] = {}  # by name, to write them again
         self._take()
         refuse_used(settings)
@@ -144,7 +161,7 @@ class RunDirectory:
 
         config: the content of tokenizer_config.json, which names the token that ends documents.
         """
-        self.write("tokenizer.json", path.read_text())
+        self.write("tokenizer.json", path.read_bytes().decode())
         self.write("tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     def write_environment(self) -> None:
@@ -187,7 +204,8 @@ def _acquire(path: Path) -> IO[str]:
     place = path / "LOCK"
     for _ in range(_MOST_TRIES):
         try:
-            file = os.fdopen(open_to_append(place), "a+")
+            with _advising(place):
+                file = os.fdopen(open_to_append(place), "a+")
         except UnreadableError as error:
             raise ConfigError(f"{error}; remove it") from None
         try:
