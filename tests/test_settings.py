@@ -190,6 +190,9 @@ def test_a_setting_of_data_that_is_used_or_left_as_it_is_passes():
     load_config(["data=synthetic", "data.jsonl_field=text", "data.tokenizer=null"])
     load_config(["data.jsonl_field=body", "data.validation=[{name:wiki,path:/wiki}]"])
 
+        ("data=synthetic data.cache_dir=/x", "data.cache_dir=/x does not count with data=synth"),
+        ("data=synthetic data.workers=2", "data.workers=2 does not count with data=synthetic"),
+        ("data=synthetic data.validation_fraction=0.1", "fraction=0.1 does not count with data=s"),
 
 @pytest.mark.parametrize(
     ("word", "said"),

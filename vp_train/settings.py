@@ -103,7 +103,10 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
 
 # Settings of `data` that do not count with a choice of data.name.
 _UNUSED_DATA = {
-    "synthetic": ("tokenizer", "other_tokenizer", "end_token", "jsonl_field"),
+    "synthetic": (
+        *("tokenizer", "other_tokenizer", "end_token", "jsonl_field"),
+        *("cache_dir", "workers", "validation_fraction"),
+    ),
     "pystdlib": ("jsonl_field",),
 }
 
