@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vp_train.commands.command import Parser, guarded, path_of
-from vp_train.config import ConfigError, RunSettings
+from vp_train.commands.command import Parser, guarded, path_argument
+from vp_train.config import DTYPES, ConfigError, RunSettings
 from vp_train.failures import EXIT_OK
 from vp_train.metrics.run_directory import is_original
 from vp_train.settings import for_shell, override, run_of, started_from
@@ -138,7 +138,7 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument("target", metavar="DST", type=path_of, help="directory to make")
     parser.add_argument(
         "--dtype",
-        choices=("float64", "float32", "float16", "bfloat16"),
+        choices=DTYPES,
         help="dtype of the weights; default: as stored",
     )
     parser.add_argument(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from vp_train.commands.command import Parser, check_printable, path_of, prints
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher
 from vp_train.commands.place import is_rank
-from vp_train.config import ConfigError
+from vp_train.config import DTYPES, ConfigError
 from vp_train.failures import EXIT_OK, Ending, ending_of_command, peer_failure
 from vp_train.inference.layout import Opening, opening_of
 from vp_train.supervision.ending import PIPE, leave
@@ -70,7 +70,7 @@ def parser_of(name: str, description: str, file: tuple[str, str] | None = None) 
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (cpu)")
     parser.add_argument(
         "--dtype",
-        choices=("float64", "float32", "float16", "bfloat16"),
+        choices=DTYPES,
         help="what to compute in; default: as the run did",
     )
     return parser

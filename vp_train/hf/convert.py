@@ -36,13 +36,8 @@ from vp_train.hf.files import copy, existing, file_in, read_object
 from vp_train.hf.names import OUTPUT, Entry, Names, entries
 from vp_train.hf.tokenizer import GENERATION, TOKENIZER, RunText, find_text, unusual_end
 from vp_train.hf.values import check
+from vp_train.tensors.precision import DTYPES
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _IGNORED = (
