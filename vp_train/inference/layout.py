@@ -34,11 +34,13 @@ class Opening:
 
     directory: that of the run, or of one of its checkpoints.
     """
+    chooses_tokenizer: whether the caller has named data.tokenizer; else that of the run counts.
 
     config: RunConfig
     directory: Path
     degrees: Degrees
 
+    chooses_tokenizer: bool = False
     @property
     def run(self) -> Path:
         """The directory of the run."""
@@ -93,7 +95,7 @@ def opening_of(
     count = degrees.dp * (degrees.pp if fills else 1)
     run_settings = replace(config.run, eval_microbatches=count, eval_sequences=None)
     config = replace(config, run=run_settings)
-    return Opening(config, path, degrees)
+    return Opening(config, path, degrees, "data.tokenizer" in names)
 
 
 def _run_of(path: Path) -> Path:
