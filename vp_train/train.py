@@ -38,7 +38,7 @@ from vp_train.checkpoint.training import (
 )
 from vp_train.communication import flight_recorder
 from vp_train.communication.control import ControlGroup
-from vp_train.communication.nccl import require_gpu, set_environment, watch
+from vp_train.communication.nccl import require_gpu, take_gpu, watch
 from vp_train.communication.rendezvous import join_world
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.data import Batch, Source, open_source
@@ -61,7 +61,7 @@ from vp_train.mesh import Mesh, build_mesh
 from vp_train.metrics.figures import RankFigures, figures_of
 from vp_train.metrics.profiler import profiling
 from vp_train.metrics.progress import StepReport, Validation
-from vp_train.metrics.reporter import Reporter
+from vp_train.metrics.reporter import Reporter, write_report
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.metrics.step_times import RankTimes, pass_seconds
 from vp_train.metrics.trackers import require_trackers
@@ -175,7 +175,7 @@ def run_rank(
     watcher.stop()
     dist.destroy_process_group()
     if reporter is not None:
-        reporter.write_report()  # when no other rank waits any more
+        write_report(config.run)  # when no other rank waits any more
     leave(run.ending())
 
 
@@ -247,29 +247,13 @@ def _connect(
 
     Control messages go over gloo.  On CUDA with run.comm_backend=nccl, tensors go over NCCL.
     `place` notes when this rank begins to wait for others.  `watching` and `comparing` are as in
-    `build_mesh`.  Raises ConfigError, before the ranks connect, if run.device=cuda finds no GPU, or
-    if NCCL would need more GPUs than the node has.
+    `build_mesh`.  Raises ConfigError like `take_gpu`, before the ranks connect.
     """
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    backend = "gloo"
-    if config.run.device == "cuda":
-        set_environment(os.environ, config.run, config.run.directory)
-        require_gpu(config.run)
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        num_devices = torch.cuda.device_count()
-        if config.run.comm_backend == "nccl":
-            backend = "nccl"
-            if num_local > num_devices:
-                raise ConfigError(
-                    f"{num_local} ranks but {num_devices} GPU(s) on this node, and NCCL needs one "
-                    "GPU per rank; start fewer ranks here, or let them share GPUs with "
-                    "run.comm_backend=gloo"
-                )
-        torch.cuda.set_device(local_rank % num_devices)
+    backend = take_gpu(os.environ, config.run)
     if backend == "nccl":  # every node needs the directory that its ranks write flight records to
         flight_recorder.file_of(os.environ, config.run.directory, 0).parent.mkdir(
             parents=True, exist_ok=True
@@ -646,7 +630,7 @@ class Run:
         if reporter is not None:
             reporter.note(words)
             with suppress(OSError):
-                reporter.close()
+                reporter.close(failed=True)
         self.mesh.world.barrier()
 
     def _warn_of_save(self, reporter: Reporter | None) -> None:
@@ -795,14 +779,13 @@ class Run:
             reporter.missing(saved if self._saved_step else None) if reporter is not None else None
         )
         peak = max(self._most_bytes, self._memory()[0])
-        told = self.mesh.world.all_gather_json((peak, missing))
-        for _, words in told:
+        gathered = self.mesh.world.all_gather_json((peak, missing))
+        for _, words in gathered:
             if words is not None:
                 raise CheckpointError(f"the run is not whole: {words}")
-        gathered = [peak for peak, _ in told]
         if reporter is not None:
             worst = [0.0] * self.plan.num_ranks
-            for rank, peak in enumerate(gathered):
+            for rank, (peak, _) in enumerate(gathered):
                 pipeline_rank = self.mesh.degrees.place(rank)[1]
                 worst[pipeline_rank] = max(worst[pipeline_rank], peak)
             reporter.finish(worst)

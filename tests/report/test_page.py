@@ -14,6 +14,7 @@ from tests.report.conftest import EVIL, STEPS
 from vp_train.commands.report import main
 from vp_train.config import ConfigError
 from vp_train.durable import UnreadableError
+from vp_train.metrics.reporter import write_report
 from vp_train.report import draw, page, record
 from vp_train.report.record import read_run
 from vp_train.report.traced import read_traced
@@ -69,7 +70,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def one(write_run):
     path, reporter = write_run("one", "optim.lr=0.25")
-    reporter.write_report()
+    write_report(reporter._config.run)
     return path
 
 
@@ -239,6 +240,12 @@ def test_crafted_files_are_lines_and_the_page_is_written(write_run):
     check(Page(run / "report.html"))
 
 
+def test_seconds_below_zero_in_a_crafted_file_have_a_page(tmp_path):
+    record = {"step": 1, "seconds/data": 1.0, "seconds/rest": -1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    check(Page(page.write_report(tmp_path)))
+
+
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     page.write_report(tmp_path)
@@ -259,7 +266,7 @@ def test_a_missing_package_is_named_and_no_run_minds(one, write_run, monkeypatch
     run, reporter = write_run("bare", steps=2)
     capsys.readouterr()
     monkeypatch.setattr(draw, "find_spec", lambda name: None if name == "matplotlib" else True)
-    reporter.write_report()
+    write_report(reporter._config.run)
     assert capsys.readouterr() == ("", "")
     assert not (run / "report.html").exists()
     with pytest.raises(ConfigError, match=r"needs matplotlib, .* pip install 'vp_train\[plot\]'"):
@@ -273,7 +280,7 @@ def test_a_report_never_fails_a_run(write_run, monkeypatch, capsys):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(page, "write_report", fail)
-    reporter.write_report()
+    write_report(reporter._config.run)
     assert (
         capsys.readouterr().err
         == f"{run}/report.html cannot be written (a bug); going on without\n"
@@ -282,7 +289,7 @@ def test_a_report_never_fails_a_run(write_run, monkeypatch, capsys):
 
 def test_a_run_may_go_without(write_run):
     run, reporter = write_run("without", "run.report=false", steps=2)
-    reporter.write_report()
+    write_report(reporter._config.run)
     assert not (run / "report.html").exists()
 
 
