@@ -852,6 +852,14 @@ def override(name: str, value: str) -> str:
     return f"{name}={_word(value)}"
 
 
+_PLAIN_TEXT = re.compile(r"(?!null$)[A-Za-z0-9_./+:-]+", re.I)
+
+
+def typed(name: str, value: str) -> str:
+    """Return the override that sets a text as one types it: in quotes only where it needs them."""
+    return f"{name}={value}" if _PLAIN_TEXT.fullmatch(value) else override(name, value)
+
+
 def config_text(config: RunConfig) -> str:
     """Return the whole configuration as YAML."""
     from omegaconf import OmegaConf

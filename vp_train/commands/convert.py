@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from vp_train.commands.command import Parser, guarded, path_argument
 from vp_train.config import DTYPES, ConfigError, RunSettings
 from vp_train.failures import EXIT_OK
 from vp_train.metrics.run_directory import is_original
-from vp_train.settings import for_shell, override, run_of, started_from
+from vp_train.settings import for_shell, run_of, started_from, typed
 
 if TYPE_CHECKING:
     from vp_train.hf.convert import Imported
@@ -99,14 +98,14 @@ def _words_to_continue(imported: Imported, target: Path, data: Path | None) -> l
     size = imported.num_parameters
     rate = next((rate for most, rate in _RATES if size <= most), _RATES[-1][1])
     tokenizer = _OWN_TOKENIZER if imported.tokenizer is None else str(imported.tokenizer)
-    text = ["data=pystdlib"] if data is None else ["data=text", _word("data.path", str(data))]
-    end = [] if imported.end_token is None else [override("data.end_token", imported.end_token)]
+    text = ["data=pystdlib"] if data is None else ["data=text", typed("data.path", str(data))]
+    end = [] if imported.end_token is None else [typed("data.end_token", imported.end_token)]
     return [
         f"model={imported.model_file}",
-        _word("run.init_from", str(target)),
-        _word("run.name", target.resolve().name),
+        typed("run.init_from", str(target)),
+        typed("run.name", target.resolve().name),
         *text,
-        _word("data.tokenizer", tokenizer),
+        typed("data.tokenizer", tokenizer),
         *end,
         f"model.seq_length={imported.model.seq_length}",
         f"optim.lr={rate / 10:g}",
@@ -114,15 +113,6 @@ def _words_to_continue(imported: Imported, target: Path, data: Path | None) -> l
         f"parallel.pp={min(2, imported.model.num_layers)}",
         "parallel.placement=balanced",
     ]
-
-
-def _word(name: str, value: str) -> str:
-    """Return an override that sets a text, in quotes only where it needs them."""
-    plain = re.fullmatch(r"[A-Za-z./][\w./-]*", value) and value.lower() not in _NO_TEXTS
-    return f"{name}={value}" if plain else override(name, value)
-
-
-_NO_TEXTS = ("true", "false", "null", "nan", "inf", "on", "off", "yes", "no")
 
 
 def _export(arguments: Sequence[str]) -> int:

@@ -36,7 +36,7 @@ from vp_train.explain.remedies import (
 from vp_train.explain.trace import read_traced
 from vp_train.failures import EXIT_OK
 from vp_train.profile.costs import cost_text
-from vp_train.settings import load_config, override
+from vp_train.settings import load_config, typed
 from vp_train.units import human_bytes
 
 _SECONDS = 20.0  # for the comparison of schedules; the simulation that runs then still ends
@@ -107,15 +107,10 @@ def _parser() -> Parser:
 
 def _settings_of(run: Path) -> list[str]:
     """Return the words with which a command takes the settings of a run."""
-    words = [_override("run.name", run.name), "run.resume=true"]
+    words = [typed("run.name", run.name), "run.resume=true"]
     if run.parent != Path("runs").absolute():
-        words.insert(0, _override("run.root", str(run.parent)))
+        words.insert(0, typed("run.root", str(run.parent)))
     return words
-
-
-def _override(name: str, value: str) -> str:
-    """Return an override, without quotes where none are needed."""
-    return f"{name}={value}" if re.fullmatch(r"[\w./-]+", value) else override(name, value)
 
 
 def _write_costs(

@@ -7,7 +7,6 @@ draws are put in as they are.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from vp_train.durable import replace
 from vp_train.report import draw
 from vp_train.report.curves import Curves, Point
 from vp_train.report.record import BITS, LOSS, Events, RunRecord, read_run, set_of
-from vp_train.settings import override
+from vp_train.settings import typed
 from vp_train.units import clock, human_bytes
 
 NAME = "report.html"  # in the directory of a run
@@ -457,20 +456,11 @@ def _versions(run: RunRecord) -> list[tuple[str, str]]:
     return found
 
 
-_PLAIN = re.compile(r"[A-Za-z0-9_./+:-]+")  # what hydra and the shell take as it is
-
-
-def _typed(name: str, value: str) -> str:
-    """Return an override as it is typed into a shell."""
-    word = f"{name}={value}" if _PLAIN.fullmatch(value) else override(name, value)
-    return shlex.quote(word)
-
-
 def _commands(run: RunRecord) -> list[tuple[str, str]]:
     """Return how to go on with a run: what a command does, and the command."""
     place, done, planned = run.path, run.metrics.curves.last, run.planned_steps
-    words = ["vp-train", _typed("run.name", place.name), _typed("run.root", str(place.parent))]
-    words.append("run.resume=true")
+    where = [typed("run.name", place.name), typed("run.root", str(place.parent))]
+    words = ["vp-train", *map(shlex.quote, where), "run.resume=true"]
     path = shlex.quote(str(place))
     found = []
     if run.checkpoints:
