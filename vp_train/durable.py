@@ -94,6 +94,18 @@ def replace(path: Path, text: str) -> None:
         raise
 
 
+def write_output(path: Path, text: str) -> None:
+    """Write the text file that a user has named.  Raises OSError.
+
+    It is the old one or the new one at any moment.  Only what is there and no regular file, such as
+    /dev/stdout, is written to as it is.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text, encoding="utf-8")
+    else:
+        replace(path, text)
+
+
 def write_new(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a new file from its parts, and sync it to disk.  Raises OSError that names it.
 

@@ -302,3 +302,25 @@ def test_notices_that_cannot_be_written_are_one_warning(write_run, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "notices.txt" in said
+
+
+def test_a_page_goes_where_it_is_asked_to_be_and_no_device_or_link_is_replaced(
+    one, vp_report, tmp_path
+):
+    code, said, _ = vp_report(one, "--out", tmp_path / "new" / "page.html")
+    assert (code, said) == (0, f"{tmp_path}/new/page.html\n")
+    (tmp_path / "page.html").write_text("old")
+    (tmp_path / "link.html").symlink_to("page.html")
+    assert vp_report(one, "--out", tmp_path / "link.html")[0] == 0
+    assert (tmp_path / "link.html").is_symlink()
+    check(Page(tmp_path / "page.html"))
+    code, _, said = vp_report(one, "--out", tmp_path / "page.html" / "a")
+    assert (code, "cannot be written (File exists); give a file in" in said) == (78, True)
+
+
+def test_arguments_that_are_no_paths_are_said_in_one_line(vp_report, tmp_path):
+    code, _, said = vp_report("a\x1bb")
+    words = r"argument RUN: a\x1bb: arguments and names of files have no control characters"
+    assert (code, said) == (78, f"vp-report: {words}; see vp-report --help\n")
+    code, _, said = vp_report("~nobody-here/run")
+    assert (code, "is not a directory; give that of a run" in said) == (78, True)

@@ -39,13 +39,13 @@ def _import(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "source",
         metavar="SRC",
-        type=path_of,
+        type=path_argument,
         help="directory with config.json and safetensors files",
     )
-    parser.add_argument("target", metavar="DST", type=path_of, help="directory to make")
+    parser.add_argument("target", metavar="DST", type=path_argument, help="directory to make")
     parser.add_argument(
         "--data",
-        type=path_of,
+        type=path_argument,
         metavar="PATH",
         help="text for the command that is printed; default: Python's standard library",
     )
@@ -122,10 +122,10 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "source",
         metavar="SRC",
-        type=path_of,
+        type=path_argument,
         help="directory of a run, of vp-import, or of one checkpoint",
     )
-    parser.add_argument("target", metavar="DST", type=path_of, help="directory to make")
+    parser.add_argument("target", metavar="DST", type=path_argument, help="directory to make")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -140,7 +140,7 @@ def _export(arguments: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--tokenizer",
-        type=path_of,
+        type=path_argument,
         metavar="DIR",
         help="directory of the tokenizer's files; default: found with the data of the run",
     )

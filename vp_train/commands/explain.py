@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from schedules.render import duration
-from vp_train.commands.command import Parser, guarded, path_of
+from vp_train.commands.command import Parser, guarded, output_of, path_argument
 from vp_train.config import ConfigError, RunConfig, printable
-from vp_train.durable import replace
+from vp_train.durable import write_output
 from vp_train.explain.causes import SLOW, Explanation, KindTimes, RankTimes, explain
 from vp_train.explain.remedies import (
     Comparison,
@@ -60,6 +60,7 @@ def _explain(arguments: Sequence[str]) -> int:
     except ValueError as error:
         raise ConfigError(
             f"{run}: the traced step does not fit its plan: {printable(str(error))[:300]}; "
+    costs = None if options.cost is None else output_of("--cost", options.cost)
             "trace another one with run.trace_step"
         ) from None
     words = _settings_of(run)
@@ -75,12 +76,10 @@ def _explain(arguments: Sequence[str]) -> int:
             comparison = compare_schedules(config, plan, settings, lambda: time.monotonic() < until)
     except ConfigError as error:
         note = f"no other schedule was tried: {error}"
-    if options.cost is not None:
-        _write_costs(options.cost, run, config if note is None else None, settings)
+    if costs is not None:
+        _write_costs(costs, run, config if note is None else None, settings)
     base = " ".join(map(shlex.quote, words))
-    found = remedies(
-        explanation, base, comparison, None if options.cost is None else str(options.cost)
-    )
+    found = remedies(explanation, base, comparison, None if costs is None else str(costs))
     if options.json:
         print(json.dumps(record(explanation, comparison, found), indent=1))
     else:
@@ -94,7 +93,7 @@ def _parser() -> Parser:
         description="says why the traced step of a run took longer than planned, what it would "
         "take without each cause, and which command mends it",
     )
-    parser.add_argument("run", metavar="RUN", type=path_of, help="directory of a run")
+    parser.add_argument("run", metavar="RUN", type=path_argument, help="directory of a run")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument(
         "--cost",
@@ -127,7 +126,7 @@ def _write_costs(
         f"{config.micro_batch_size} x {model.seq_length} tokens, hidden size {model.hidden_size}, "
         f"V = {model.vocab_size}",
     ]
-    replace(path, cost_text(comments, settings))
+    write_output(path, cost_text(comments, settings))
 
 
 def record(

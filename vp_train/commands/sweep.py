@@ -30,6 +30,7 @@ from vp_train.commands.command import (
     Command,
     check_printable,
     configured,
+    path_of,
     split_options,
     whole_number,
 )
@@ -152,7 +153,7 @@ def runs_of(words: Sequence[str]) -> tuple[list[SweptRun], str]:
     if not words:
         raise ConfigError("give lists such as optim.lr=1e-3,3e-4, or a file of overrides")
     _refuse_twice([word for word in words if "=" in word])
-    base, lines = "sweep", [[]] if "=" in words[0] else _lines_of(Path(words[0]).expanduser())
+    base, lines = "sweep", [[]] if "=" in words[0] else _lines_of(path_of(words[0]))
     if "=" not in words[0]:
         base, words = Path(words[0]).stem, words[1:]
     base = next((_value_of(word) for word in reversed(words) if _is_name(word)), base)

@@ -194,7 +194,7 @@ def export_checkpoint(
         for name, shape in entry.their_shapes.items()
     ]
     given = None if tokenizer is None else _tokenizer_directory(tokenizer)
-    data = [Path(of_data).expanduser().parent] if isinstance(of_data, str) else []
+    data = [Path(os.path.expanduser(of_data)).parent] if isinstance(of_data, str) else []
     words = find_text(given, beside, [*data, *before], _text_of(settings, model), model_type)
     # max_position_embeddings belongs to the weights.  The tokenizer may be that of another model,
     # so its directory is not searched.

@@ -16,7 +16,7 @@ from typing import Any
 
 from schedules.render import duration, facts, svg
 from schedules.timeline import Timeline
-from vp_train.durable import replace
+from vp_train.durable import replace, write_output
 from vp_train.report import draw
 from vp_train.report.curves import Curves, Point
 from vp_train.report.record import BITS, LOSS, Events, RunRecord, read_run, set_of
@@ -130,8 +130,11 @@ def write_report(run: Path, target: Path | None = None) -> Path:
     Raises ConfigError if it is no run or a package is missing, and OSError.
     """
     draw.require_packages()
-    target = target or run / NAME
-    replace(target, _page("run.html.j2", _context(read_run(run))))
+    text = _page("run.html.j2", _context(read_run(run)))
+    if target is None:
+        replace(run / NAME, text)  # never through a link: the run may be that of somebody else
+        return run / NAME
+    write_output(target, text)
     return target
 
 
@@ -141,7 +144,7 @@ def write_comparison(runs: Sequence[Path], target: Path) -> Path:
     Raises ConfigError if one is no run or a package is missing, and OSError.
     """
     draw.require_packages()
-    replace(target, _page("compare.html.j2", _comparison([read_run(run) for run in runs])))
+    write_output(target, _page("compare.html.j2", _comparison([read_run(run) for run in runs])))
     return target
 
 
