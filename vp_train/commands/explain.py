@@ -6,7 +6,6 @@ It runs without torch.
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 import time
@@ -42,7 +41,6 @@ from vp_train.units import human_bytes
 _SECONDS = 20.0  # for the comparison of schedules; the simulation that runs then still ends
 _SHOWN_RANKS = 16
 _SEEN = 1e-4  # of the step: causes that add less are shown as 0
-_SHOWN = 0.005  # of the step: what-ifs that save less are not shown
 
 
 def main() -> None:
@@ -60,9 +58,9 @@ def _explain(arguments: Sequence[str]) -> int:
     except ValueError as error:
         raise ConfigError(
             f"{run}: the traced step does not fit its plan: {printable(str(error))[:300]}; "
-    costs = None if options.cost is None else output_of("--cost", options.cost)
             "trace another one with run.trace_step"
         ) from None
+    costs = None if options.cost is None else output_of("--cost", options.cost)
     words = _settings_of(run)
     note, comparison, settings = None, None, None
     try:
@@ -98,7 +96,6 @@ def _parser() -> Parser:
     parser.add_argument(
         "--cost",
         metavar="FILE",
-        type=path_of,
         help="write the measured seconds there, for cost=FILE of the other commands",
     )
     return parser
@@ -321,11 +318,9 @@ def _shown_ranks(ranks: Sequence[RankTimes]) -> list[RankTimes]:
 
 def _what_if_table(explanation: Explanation) -> Table:
     table = _table("What the step would take, by simulation", "", "step", "")
-    least = (1 - _SHOWN) * explanation.measured_seconds
-    shown = [found for found in explanation.what_ifs if found.seconds < least]
-    for found in sorted(shown, key=lambda item: item.seconds):
+    for found in explanation.shown_what_ifs:
         table.add_row(found.words, duration(found.seconds), _percent(found.seconds, explanation))
-    if not shown:
+    if not explanation.shown_what_ifs:
         table.add_row("nothing of what is known would make it shorter", "", "")
     return table
 

@@ -26,7 +26,7 @@ from vp_train.units import clock, human_bytes
 NAME = "report.html"  # in the directory of a run
 _GIB = 2.0**30
 _NONE = "-"  # in the place of a value that is not known
-_SHOWN = 0.005  # of the step: what would save less is not shown
+_SEEN = 5e-4  # of the step: causes that add less are not shown
 _NAMED_STEPS = 12  # of one kind of event
 
 # The parts of a step: key, name, and colour in the stack.
@@ -339,12 +339,13 @@ def _stacked(curves: Curves) -> _Picture | None:
 
 def _shares(curves: Curves) -> list[_Bar]:
     """Return the share of every part in the time of all steps, largest first."""
-    totals = [(curves.total(key), name, colour) for key, name, colour in _PARTS]
+    totals = [
+        (total, name, colour) for key, name, colour in _PARTS if (total := curves.total(key)) > 0
+    ]
     whole = sum(total for total, _, _ in totals)
     return [
         _Bar(name, _seconds(total), total / whole, draw.Style(colour))
         for total, name, colour in sorted(totals, reverse=True)
-        if total > 0
     ]
 
 
@@ -389,7 +390,7 @@ def _causes(run: RunRecord) -> list[tuple[str, str, str]]:
     now, rows = found.planned_seconds, [("planned", "", duration(found.planned_seconds))]
     for cause in found.causes:
         now += cause.seconds
-        if abs(cause.seconds) < _SHOWN / 10 * found.measured_seconds:
+        if abs(cause.seconds) < _SEEN * found.measured_seconds:
             continue
         sign = "-" if cause.seconds < 0 else "+"
         rows.append(
@@ -405,8 +406,7 @@ def _what_ifs(run: RunRecord) -> list[tuple[str, str, str]]:
     measured = found.measured_seconds
     return [
         (what_if.words, duration(what_if.seconds), f"{what_if.seconds / measured - 1:+.0%}")
-        for what_if in sorted(found.what_ifs, key=lambda what_if: what_if.seconds)
-        if what_if.seconds < (1 - _SHOWN) * measured
+        for what_if in found.shown_what_ifs
     ]
 
 
