@@ -17,7 +17,7 @@ from vp_train.durable import UnreadableError
 from vp_train.metrics.reporter import write_report
 from vp_train.report import draw, page, record
 from vp_train.report.record import read_run
-from vp_train.report.traced import read_traced
+from vp_train.report.traced import read_timelines
 from vp_train.settings import load_config
 
 SECTIONS = [
@@ -191,7 +191,7 @@ def test_the_command_to_resume_finds_the_run(name, tmp_path, monkeypatch):
         (lambda r: r["measured"]["passes"][0].update(names="<b>"), "1 names have"),
         (lambda r: r["measured"]["passes"][0].update(names="<b>", starts=[0], ends=[1]), "a name"),
         (lambda r: r["measured"]["passes"][0].update(names="0Q0", starts=[0], ends=[1]), "a pass"),
-        (lambda r: r["measured"]["passes"][0]["starts"].__setitem__(0, 1e9), "is not a number"),
+        (lambda r: r["measured"]["passes"][0]["starts"].__setitem__(0, 1e9), "is not a time"),
         (lambda r: r["measured"]["passes"][0]["ends"].pop(), " ends"),
         (lambda r: r["planned"].update(passes=[]), "passes of 0 ranks"),
         (lambda r: r["planned"].update(passes=None), "NoneType"),
@@ -208,7 +208,7 @@ def test_a_crafted_trace_is_refused_in_one_line(one, tmp_path, change, words):
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(UnreadableError) as raised:
-        read_traced(path)
+        read_timelines(path)
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
 
