@@ -149,18 +149,7 @@ def run_rank(
         run.load()
         if run.first_step > config.run.steps:
             _leave_done(run.first_step - 1, config.run, rank)
-        reporter = None
-        if directory is not None:
-            reporter = Reporter(config, plan, directory, run.first_step)
-            reporter.start(config_yaml, source)
-            if source.tokenizer is not None and source.end_token is not None:
-                words = tokenizer_config(
-                    source.tokenizer,
-                    source.end_token,
-                    longest=config.model.seq_length,
-                    after_end=config.data.packing == "none",
-                )
-                directory.keep_tokenizer(source.tokenizer, words)
+        reporter = None if directory is None else _begin_report(run, directory, config_yaml)
         try:
             for step in run.steps():
                 run.train_step(step, reporter)
@@ -177,6 +166,22 @@ def run_rank(
     if reporter is not None:
         write_report(config.run)  # when no other rank waits any more
     leave(run.ending())
+
+
+def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Reporter:
+    """Return the reporter of a run; its directory then has what is known before the first step."""
+    config, source = run.config, run.source
+    reporter = Reporter(config, run.plan, directory, run.first_step)
+    reporter.start(config_yaml, source)
+    if source.tokenizer is not None and source.end_token is not None:
+        words = tokenizer_config(
+            source.tokenizer,
+            source.end_token,
+            longest=config.model.seq_length,
+            after_end=config.data.packing == "none",
+        )
+        directory.keep_tokenizer(source.tokenizer, words)
+    return reporter
 
 
 class _Watcher:
@@ -440,19 +445,7 @@ class Run:
         seconds = time.perf_counter() - started
         if reporter is not None:
             speed = self.mesh.degrees.dp * batch.tokens.numel() / seconds
-            reporter.step(
-                StepReport(
-                    step,
-                    health.loss,
-                    health.grad_norm,
-                    rate,
-                    speed,
-                    health.peak_bytes,
-                    self._judge.spikes,
-                    self._judge.skipped,
-                    self._figures_of_ranks(health),
-                )
-            )
+            reporter.step(self._report_of(step, health, rate, speed))
         if traced is not None:
             self._report_trace(traced, health, reporter)
         if self._is_due(step, self.config.run.eval_every):
@@ -463,8 +456,26 @@ class Run:
                 reporter.validation(step, validation)
         if reporter is not None:
             reporter.record()
+        self._save_if_due(step, health, reporter)
+
+    def _report_of(self, step: int, health: StepHealth, rate: float, speed: float) -> StepReport:
+        """Return what is shown and recorded of a step; `speed` is in tokens per second."""
+        return StepReport(
+            step,
+            health.loss,
+            health.grad_norm,
+            rate,
+            speed,
+            health.peak_bytes,
+            self._judge.spikes,
+            self._judge.skipped,
+            self._figures_of_ranks(health),
+        )
+
+    def _save_if_due(self, step: int, health: StepHealth, reporter: Reporter | None) -> None:
+        """Go on with the checkpoint that is being written, and begin one if it is due."""
         self._doing = _SAVING
-        stopwatch.switch(Part.CHECKPOINT)
+        self._stopwatch.switch(Part.CHECKPOINT)
         if health.saved:
             self._saver.advance()
         is_last = step == self.config.run.steps
@@ -473,7 +484,7 @@ class Run:
             self.begin_save(step, reporter)
         if not is_last and self._left is None:
             self._warn_of_save(reporter)
-        stopwatch.switch(Part.REST)
+        self._stopwatch.switch(Part.REST)
 
     def _request(self, reporter: Reporter | None) -> int:
         """Return what this rank is asked for."""

@@ -80,11 +80,13 @@ class Tracker:
     def close(self, *, failed: bool = False) -> None:
         """Wait until the service has everything, for at most a minute."""
         self._run_failed = failed
+        until = time.monotonic() + _CLOSE_SECONDS
         try:
-            self._queue.put_nowait(None)
+            self._queue.put(None, timeout=_CLOSE_SECONDS)
         except Full:
+            self._fail(f"it is {_MOST_WAITING:,} steps behind")
             return
-        self._thread.join(_CLOSE_SECONDS)
+        self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             self._fail(f"it has not answered for {_CLOSE_SECONDS:.0f} s")
 
