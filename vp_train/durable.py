@@ -78,6 +78,16 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+@contextmanager
+def advising(path: Path, way_out: str) -> Iterator[None]:
+    """Add `path` and the way out to any OSError raised inside."""
+    try:
+        yield
+    except OSError as error:
+        words = f"{error.strerror or error}; {way_out}"
+        raise OSError(error.errno, words, str(path)) from None
+
+
 def replace(path: Path, text: str) -> None:
     """Write a text file so that it is the old one or the new one at any moment.
 

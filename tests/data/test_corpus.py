@@ -81,6 +81,12 @@ def test_a_stored_corpus_takes_no_other_tokenizer_or_end(tmp_path, text, monkeyp
         prepare(replace(stored, end_token="a"), VOCAB, progress=False)
 
 
+def test_a_cache_where_nothing_can_be_written_is_told_with_the_way_out(tmp_path, text):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(OSError, match=r"; set data.cache_dir to a directory where you may write"):
+        prepare(config(tmp_path, text), VOCAB, progress=False)
+
+
 def test_an_interrupted_build_is_not_mistaken_for_a_corpus(tmp_path, text):
     data = config(tmp_path, text)
     corpus = prepare(data, VOCAB, progress=False)

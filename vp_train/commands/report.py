@@ -11,9 +11,8 @@ from pathlib import Path
 
 from vp_train.commands.command import Parser, guarded, output_of, path_argument
 from vp_train.failures import EXIT_OK
+from vp_train.report.draw import NUM_STYLES
 from vp_train.report.page import NAME, write_comparison, write_report
-
-_MOST_RUNS = 36  # so many looks has a curve
 
 
 def main() -> None:
@@ -39,8 +38,8 @@ def _report(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_args(arguments)
     runs = [run.absolute() for run in options.runs]
-    if len(runs) > _MOST_RUNS:
-        parser.error(f"{len(runs)} runs on one page; at most {_MOST_RUNS} can be told apart")
+    if len(runs) > NUM_STYLES:
+        parser.error(f"{len(runs)} runs on one page; at most {NUM_STYLES} can be told apart")
     target = None if options.out is None else output_of("--out", options.out)
     if len(runs) == 1:
         print(write_report(runs[0], target))

@@ -58,7 +58,7 @@ from vp_train.data.tokenizer import (
     require_bytes,
     train_tokenizer,
 )
-from vp_train.durable import UnreadableError, read_text, sync
+from vp_train.durable import UnreadableError, advising, read_text, sync
 from vp_train.units import human_bytes
 
 _FORMAT = 2
@@ -131,9 +131,14 @@ def printable_lines(lines: Sequence[str]) -> str:
 
 @contextmanager
 def _exclusive(cache_dir: Path) -> Iterator[None]:
-    """Let one process at a time work in the cache.  The lock ends when its process ends."""
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with (cache_dir / ".lock").open("w") as file:
+    """Let one process at a time work in the cache.  The lock ends when its process ends.
+
+    Raises OSError with the way out if nothing can be written there.
+    """
+    with advising(cache_dir, "set data.cache_dir to a directory where you may write"):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        lock = (cache_dir / ".lock").open("w")
+    with lock as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

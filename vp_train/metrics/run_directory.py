@@ -10,8 +10,7 @@ import platform
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO
@@ -19,6 +18,7 @@ from typing import IO
 from vp_train.config import ConfigError, RunSettings
 from vp_train.durable import (
     UnreadableError,
+    advising,
     checkpoints_in,
     naming,
     open_to_append,
@@ -29,6 +29,7 @@ from vp_train.durable import (
 # What a run writes in its directory, apart from single files, which replace what is there.
 _FILES = ("LOCK", "metrics.jsonl", "notices.txt")
 _DIRECTORIES = ("checkpoints", "tensorboard", "trace", "logs", "profile", "trackers")
+_WAY_OUT = "set run.root to a directory where you may write"
 _MOST_TRIES = 5  # to lock a file that is removed meanwhile
 
 
@@ -54,18 +55,8 @@ def refuse_running(settings: RunSettings) -> None:
 
 def make_directory(settings: RunSettings) -> None:
     """Make the directory of a run if it is not there.  Raises OSError with the way out."""
-    with _advising(settings.directory):
+    with advising(settings.directory, _WAY_OUT):
         settings.directory.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def _advising(path: Path) -> Iterator[None]:
-    """Add `path` and the way out to an OSError that says that a run cannot write there."""
-    try:
-        yield
-    except OSError as error:
-        words = f"{error.strerror or error}; set run.root to a directory where you may write"
-        raise OSError(error.errno, words, str(path)) from None
 
 
 class _InUseError(ConfigError):
@@ -204,7 +195,7 @@ def _acquire(path: Path) -> IO[str]:
     place = path / "LOCK"
     for _ in range(_MOST_TRIES):
         try:
-            with _advising(place):
+            with advising(place, _WAY_OUT):
                 file = os.fdopen(open_to_append(place), "a+")
         except UnreadableError as error:
             raise ConfigError(f"{error}; remove it") from None
