@@ -113,6 +113,11 @@ def measure(num_ranks: int, every: int, saves: int) -> dict[str, Any]:
             for name, costs in paired.items():
                 if name in cycle:
                     costs.append(statistics.mean(cycle[name]) / statistics.mean(cycle["plain"]))
+    if "plain" not in by_kind:
+        raise SystemExit(
+            f"--every {every}: every step saves or has a save written beside it, so none is left "
+            f"to compare with; take more steps from save to save, for example --every {2 * every}"
+        )
     plain = statistics.median(by_kind["plain"])
     return {
         "ranks": num_ranks,

@@ -72,6 +72,7 @@ ALLOWED = {
         "vp_train.model.shape",
         "vp_train.hf",
         "vp_train.durable",
+        "vp_train.tensors.precision",
     ),
     "vp_train.preflight": (
         "schedules",

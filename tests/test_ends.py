@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import vp_train.train
-from tests.programs import Program
+from tests.programs import Program, finished
 from tests.ranks import free_port, ready_context
 from vp_train.commands.train import main
 from vp_train.communication import flight_recorder
@@ -179,6 +179,27 @@ def test_a_rank_that_raises_ends_the_job_of_torchrun_with_a_line(tmp_path):
     assert re.search(rf"rank +: 1 .*\n +exitcode +: {EXIT_INTERNAL} ", done.stderr)
 
 
+def main_with_a_killed_rank():
+    """Train as `vp-train` does; rank 0 is killed in step 3."""
+    inner = Run.train_step
+
+    def killed(self, step, reporter):
+        if step == 3 and self.mesh.rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        inner(self, step, reporter)
+
+    Run.train_step = killed
+    main()
+
+
+def test_a_run_whose_first_rank_is_killed_has_a_report(tmp_path):
+    words = ["model=nano", "data=synthetic", "parallel.pp=2", "run.steps=9", "run.trace_step=0"]
+    done = finished(main_with_a_killed_rank, *words, f"run.root={tmp_path}")
+    assert done.returncode == 128 + signal.SIGKILL, done.stderr
+    page = (tmp_path / "default" / "report.html").read_text()
+    assert "2 of 9 steps are recorded: it runs, or has ended early" in page
+
+
 @pytest.mark.parametrize("when", ["they train", "they start"])
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path, when):
     overrides = [
@@ -238,4 +259,5 @@ def test_a_directory_that_cannot_be_is_one_line(root):
     command = [sys.executable, "-m", "vp_train", *overrides, f"run.root={root}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == EXIT_IO
-    assert re.fullmatch(rf"vp-train: {root}/default: .*\n", done.stderr)
+    way_out = "set run.root to a directory where you may write"
+    assert re.fullmatch(rf"vp-train: {root}/default: [^;]*; {way_out}\n", done.stderr)

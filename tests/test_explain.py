@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -25,7 +26,15 @@ from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.commands import explain as command
 from vp_train.config import ConfigError, RunConfig
 from vp_train.explain.causes import explain
-from vp_train.explain.remedies import as_traced, compare_schedules, cost_settings, plan_of, remedies
+from vp_train.explain.remedies import (
+    Alternative,
+    Comparison,
+    as_traced,
+    compare_schedules,
+    cost_settings,
+    plan_of,
+    remedies,
+)
 from vp_train.explain.trace import TracedStep, parse, read_traced
 from vp_train.metrics.step_times import RankTimes, pass_seconds, step_times
 from vp_train.pipeline.recorder import Recorder
@@ -323,6 +332,14 @@ def test_a_plan_with_the_written_costs_takes_the_measured_time(tmp_path):
     assert (f"schedule={best.schedule}" in " ".join(remedy.command for remedy in told)) == (
         comparison.saved > 0.02
     )
+
+
+def test_a_file_of_costs_with_a_blank_in_its_name_is_one_word_of_a_command(tmp_path):
+    found = explain(read_traced(traced_run(tmp_path)))
+    own, other = (Alternative(name, "none", time, 0.0) for name, time in (("a", 1.0), ("b", 0.5)))
+    told = remedies(found, "run.name=mine", Comparison(own, (other,)), "my costs.yaml")
+    (command,) = (remedy.command for remedy in told if remedy.cause == "schedule")
+    assert shlex.split(command)[-1] == "cost=my costs.yaml"
 
 
 def test_a_schedule_that_was_searched_for_is_not_searched_for_again(tmp_path):

@@ -168,6 +168,11 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
         (["--steps", "0"], "--steps 0 is not a whole number in [1, 1,000,000]; write"),
         (["--steps", "-1"], "--steps -1 is not a whole number in [1, 1,000,000]; write"),
         (["--cost"], "--cost needs a value: --cost FILE"),
+        (["--cost", "/dev/null/a"], "--cost /dev/null/a cannot be written (File exists); give"),
+        (
+            ["--json", "/"],
+            "--json / cannot be written (Is a directory); give a file in a directory",
+        ),
         (["parallel.pp=3"], "the cluster has 4 GPUs (cluster=laptop): parallel.pp=3"),
         (["run.device=cuda"], "run.device=cuda, but torch finds no GPU here"),
         (["cost=missing.yaml"], "cost=missing.yaml is not there"),

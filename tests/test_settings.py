@@ -22,6 +22,7 @@ from vp_train.settings import (
     setting_help,
     settings_help,
     settings_page,
+    typed,
 )
 
 SECTIONS = sections() | {"blend": BlendEntry}
@@ -164,6 +165,16 @@ def test_an_override_sets_any_text(text):
     assert load_config(["data=text", override("data.path", text)]).data.path == text
 
 
+@pytest.mark.parametrize(
+    "text", ["plain", "2024", "1e-3", "true", "null", "a/b.c-d", "x y", "~", "é"]
+)
+def test_a_typed_override_sets_the_text_and_is_quoted_only_where_it_must_be(text):
+    word = typed("run.name", text) if "/" not in text else typed("run.root", text)
+    settings = load_config([word]).run
+    assert (settings.root if "/" in text else settings.name) == text
+    assert ("'" in word) == (text in ("null", "x y", "~", "é"))
+
+
 def test_a_path_in_a_blend_that_must_be_quoted_is_told_how():
     with pytest.raises(ConfigError, match=r"quote a path with other signs .*{path:'/data/a=b'}"):
         load_config(["data=blend", "data.blend=[{path:/data/a=b}]"])
@@ -179,6 +190,9 @@ def test_a_path_in_a_blend_that_must_be_quoted_is_told_how():
         ("data.jsonl_field=body", "does not count with data=pystdlib"),
         ("data=synthetic data.tokenizer=t.json", "does not count with data=synthetic"),
         ("data=synthetic data.end_token=<end>", "does not count with data=synthetic"),
+        ("data=synthetic data.cache_dir=/x", "data.cache_dir=/x does not count with data=synth"),
+        ("data=synthetic data.workers=2", "data.workers=2 does not count with data=synthetic"),
+        ("data=synthetic data.validation_fraction=0.1", "fraction=0.1 does not count with data=s"),
     ],
 )
 def test_data_that_would_not_be_used_is_refused(words, said):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -15,12 +16,14 @@ from threading import Timer
 
 import pytest
 
+from vp_train.checkpoint.manifest import write_manifest
 from vp_train.commands import sweep as module
 from vp_train.commands.agent import noting_signals
 from vp_train.commands.command import Command
 from vp_train.commands.sweep import Result, best_of, is_sweep, runs_of, sweep
 from vp_train.commands.train import _OPTIONS
 from vp_train.config import ConfigError
+from vp_train.durable import checkpoint_name
 from vp_train.settings import config_text, load_config
 
 
@@ -168,7 +171,10 @@ def trained(monkeypatch):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (directory / "metrics.jsonl").write_text(text + '{"step": 9, "lo')
         if not code:
-            (directory / f"checkpoints/step-{config.run.steps:08d}").mkdir(parents=True)
+            place = directory / "checkpoints" / checkpoint_name(config.run.steps)
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+            write_manifest(place, config.run.steps, {}, {})
         return code, "vp-train: it broke" if code else None
 
     monkeypatch.setattr(module, "_trained", train)
@@ -235,6 +241,11 @@ def test_a_sweep_that_leaves_goes_on_without_the_finished_runs(trained, place, c
     assert swept(*SMALL, "optim.lr=0.1,0.3,0.2", "run.resume=true") == 0
     assert trained == ["sweep-1", "sweep-2"]
     assert [row["exit_code"] for row in table(place)] == [0, 0, 0]
+    manifest = place / "runs/sweep-2/checkpoints/step-00000003/manifest.json"
+    manifest.write_text("{")  # only the name of a checkpoint is left: the run is not finished
+    trained.clear()
+    assert swept(*SMALL, "optim.lr=0.1,0.3,0.2", "run.resume=true") == 0
+    assert trained == ["sweep-2"]
     with pytest.raises(ConfigError, match=r"is of a sweep of 3 runs, and sweep-1 is none of these"):
         swept(*SMALL, "optim.lr=0.1", "run.resume=true")
     with pytest.raises(ConfigError, match=r"has run with optim.lr=0.1, so it is of another sweep"):
@@ -317,3 +328,22 @@ def test_a_run_gets_the_signals_of_its_sweep(place, monkeypatch):
         Timer(0, ask).start()
         assert module._trained(["run.seed=1"], signals) == (75, "left")
         assert signals.has_request
+
+
+def test_what_outlives_a_run_takes_no_line_of_the_next_one(place, monkeypatch):
+    program = place / "python"
+    program.write_text(
+        "#!/bin/sh\n"
+        "if [ -e started ]; then\n"
+        "  sleep 0.5; echo second >&2; sleep 0.2; echo third >&2; exit 70\n"
+        "fi\n"
+        "touch started\n"
+        "(sleep 0.2; echo late >&2; sleep 1) &\n"
+        "echo first >&2; exit 70\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(module, "_LEFT_SECONDS", 0.05)
+    with noting_signals() as signals:
+        assert module._trained([], signals) == (70, "first")
+        assert module._trained([], signals) == (70, "third")

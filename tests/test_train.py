@@ -206,7 +206,7 @@ def timeouts_of(rank, num_ranks, config):
 def test_more_ranks_than_gpus_are_refused_on_all_of_them_before_they_meet(tmp_path, monkeypatch):
     config = config_of(tmp_path, device="cuda")
     # Later tests start processes, which must not inherit this environment.
-    monkeypatch.setattr("vp_train.train.set_environment", lambda *_: None)
+    monkeypatch.setattr("vp_train.communication.nccl.set_environment", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -303,14 +303,14 @@ def test_skipping_ends_when_nothing_is_finite_any_more(ranks, tmp_path):
 
 class SlowService:
     def __init__(self):
-        self.steps, self.closed = [], 0.0
+        self.steps, self.closed, self.failed = [], 0.0, False
 
     def record(self, step, values):
         time.sleep(0.02)
         self.steps.append(step)
 
-    def close(self):
-        self.closed = time.monotonic()
+    def close(self, *, failed):
+        self.closed, self.failed = time.monotonic(), failed
 
 
 def give_up(rank, num_ranks, config):
@@ -323,14 +323,15 @@ def give_up(rank, num_ranks, config):
         for step in run.steps():
             run.train_step(step, reporter)
     run.give_up("it diverged", reporter)
-    return service.steps, service.closed, time.monotonic()
+    return service.steps, service.closed, service.failed, time.monotonic()
 
 
 def test_a_run_that_diverges_leaves_its_trackers_with_all_steps_and_all_ranks_wait(ranks, tmp_path):
     config = config_of(tmp_path, steps=50, on_nonfinite="skip", trace_step=0)
     config = replace(config, model=replace(config.model, init_std=1e30))
-    (steps, closed, _), (_, _, left) = ranks(2).run(give_up, config)
+    (steps, closed, failed, _), (*_, left) = ranks(2).run(give_up, config)
     assert steps == list(range(1, 10))
+    assert failed
     assert left > closed
 
 

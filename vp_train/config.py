@@ -18,7 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DEVICES = ("cpu", "cuda")
 _KEY = "setting"
 
@@ -896,7 +896,7 @@ class CostConfig:
     measured_layer_flops: float | None = setting(
         None, "Forward FLOPs of the measured layer; other layers are refused.", unit="FLOP"
     )
-    measured_dtype: str | None = setting(None, "run.dtype when measured.", choices=_DTYPES)
+    measured_dtype: str | None = setting(None, "run.dtype when measured.", choices=DTYPES)
     measured_device: str | None = setting(None, "run.device when measured.", choices=_DEVICES)
     measured_on: str | None = setting(None, "Name of the device in the report of vp-plan.")
     layer_forward_seconds: float | None = setting(None, "Measured F of a layer.", unit="s", least=0)
@@ -1016,7 +1016,7 @@ class RunSettings:
     dtype: str = setting(
         "float32",
         "Dtype of weights and activations; gradients and optimizer state are at least float32.",
-        choices=_DTYPES,
+        choices=DTYPES,
     )
     device: str = setting("cpu", "Where the ranks compute.", choices=_DEVICES)
     comm_backend: str = setting(

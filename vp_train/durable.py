@@ -78,6 +78,16 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+@contextmanager
+def advising(path: Path, way_out: str) -> Iterator[None]:
+    """Add `path` and the way out to any OSError raised inside."""
+    try:
+        yield
+    except OSError as error:
+        words = f"{error.strerror or error}; {way_out}"
+        raise OSError(error.errno, words, str(path)) from None
+
+
 def replace(path: Path, text: str) -> None:
     """Write a text file so that it is the old one or the new one at any moment.
 
@@ -92,6 +102,18 @@ def replace(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write the text file that a user has named.  Raises OSError.
+
+    It is the old one or the new one at any moment.  Only what is there and no regular file, such as
+    /dev/stdout, is written to as it is.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text, encoding="utf-8")
+    else:
+        replace(path, text)
 
 
 def write_new(path: Path, parts: Iterable[bytes | memoryview]) -> None:

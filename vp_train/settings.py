@@ -103,7 +103,10 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
 
 # Settings of `data` that do not count with a choice of data.name.
 _UNUSED_DATA = {
-    "synthetic": ("tokenizer", "other_tokenizer", "end_token", "jsonl_field"),
+    "synthetic": (
+        *("tokenizer", "other_tokenizer", "end_token", "jsonl_field"),
+        *("cache_dir", "workers", "validation_fraction"),
+    ),
     "pystdlib": ("jsonl_field",),
 }
 
@@ -208,7 +211,7 @@ def _instead_of_word(word: str, before: str) -> str:
     groups = [name for name, choices in group_choices().items() if word in choices]
     if groups and word != "default":
         return f"write {groups[0]}={word}"
-    path = Path(word).expanduser()
+    path = Path(os.path.expanduser(word))
     if path.suffix in (".yaml", ".yml", ".toml"):
         return _NO_FILE
     if 0 < len(word) < _LONGEST_KEY and path.exists():
@@ -650,7 +653,7 @@ def check_start(config: RunConfig, batch: BatchChange = None) -> None:
                 "from its own checkpoint; drop run.init_from, or choose another run.name"
             )
     elif run.init_from is not None:
-        place = Path(run.init_from).expanduser().absolute()
+        place = Path(os.path.expanduser(run.init_from)).absolute()
         origin_settings = _model_of(place)
         names = (name for name in now if name.startswith("model."))
         for name in (name for name in names if name.removeprefix("model.") not in FREE_MODEL):
@@ -687,8 +690,8 @@ def _is_same_place(ours: str, theirs: object) -> bool:
     """Return whether two origins are the same directory, or the other one is gone and has moved."""
     if not isinstance(theirs, str):
         return False
-    place = Path(theirs).expanduser()
-    return not place.exists() or place.resolve() == Path(ours).expanduser().resolve()
+    place = Path(os.path.expanduser(theirs))
+    return not place.exists() or place.resolve() == Path(os.path.expanduser(ours)).resolve()
 
 
 def _model_of(place: Path) -> Mapping[str, object]:
@@ -849,6 +852,14 @@ def override(name: str, value: str) -> str:
     return f"{name}={_word(value)}"
 
 
+_PLAIN_TEXT = re.compile(r"(?!null$)[A-Za-z0-9_./+:-]+", re.I)
+
+
+def typed(name: str, value: str) -> str:
+    """Return the override that sets a text as one types it: in quotes only where it needs them."""
+    return f"{name}={value}" if _PLAIN_TEXT.fullmatch(value) else override(name, value)
+
+
 def config_text(config: RunConfig) -> str:
     """Return the whole configuration as YAML."""
     from omegaconf import OmegaConf
@@ -917,7 +928,7 @@ def _unknown_choice(error: BaseException) -> str:
     group, _, choice = missing.partition("/")
     if not choice:
         return f"{missing!r} is not a configuration file"
-    if group == "data" and len(choice) < _LONGEST_KEY and Path(choice).expanduser().exists():
+    if group == "data" and len(choice) < _LONGEST_KEY and Path(os.path.expanduser(choice)).exists():
         return f"data={choice} is not known; for text of your own: data=text data.path={choice}"
     is_path = group in _OF_FILES and "/" in choice
     way_out = ", or give a file of settings whose name ends with .yaml" if is_path else ""
@@ -1059,7 +1070,7 @@ def started_from(source: Path) -> Path | None:
         origin = _saved_settings(run_of(source) / "config.yaml").get("run.init_from")
     except ConfigError:
         return None
-    return Path(origin).expanduser() if isinstance(origin, str) else None
+    return Path(os.path.expanduser(origin)) if isinstance(origin, str) else None
 
 
 # Settings in words

@@ -38,7 +38,7 @@ from vp_train.checkpoint.training import (
 )
 from vp_train.communication import flight_recorder
 from vp_train.communication.control import ControlGroup
-from vp_train.communication.nccl import require_gpu, set_environment, watch
+from vp_train.communication.nccl import require_gpu, take_gpu, watch
 from vp_train.communication.rendezvous import join_world
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.data import Batch, Source, open_source
@@ -61,7 +61,7 @@ from vp_train.mesh import Mesh, build_mesh
 from vp_train.metrics.figures import RankFigures, figures_of
 from vp_train.metrics.profiler import profiling
 from vp_train.metrics.progress import StepReport, Validation
-from vp_train.metrics.reporter import Reporter
+from vp_train.metrics.reporter import Reporter, write_report
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.metrics.step_times import RankTimes, pass_seconds
 from vp_train.metrics.trackers import require_trackers
@@ -149,18 +149,7 @@ def run_rank(
         run.load()
         if run.first_step > config.run.steps:
             _leave_done(run.first_step - 1, config.run, rank)
-        reporter = None
-        if directory is not None:
-            reporter = Reporter(config, plan, directory, run.first_step)
-            reporter.start(config_yaml, source)
-            if source.tokenizer is not None and source.end_token is not None:
-                words = tokenizer_config(
-                    source.tokenizer,
-                    source.end_token,
-                    longest=config.model.seq_length,
-                    after_end=config.data.packing == "none",
-                )
-                directory.keep_tokenizer(source.tokenizer, words)
+        reporter = None if directory is None else _begin_report(run, directory, config_yaml)
         try:
             for step in run.steps():
                 run.train_step(step, reporter)
@@ -175,8 +164,24 @@ def run_rank(
     watcher.stop()
     dist.destroy_process_group()
     if reporter is not None:
-        reporter.write_report()  # when no other rank waits any more
+        write_report(config.run)  # when no other rank waits any more
     leave(run.ending())
+
+
+def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Reporter:
+    """Return the reporter of a run; its directory then has what is known before the first step."""
+    config, source = run.config, run.source
+    reporter = Reporter(config, run.plan, directory, run.first_step)
+    reporter.start(config_yaml, source)
+    if source.tokenizer is not None and source.end_token is not None:
+        words = tokenizer_config(
+            source.tokenizer,
+            source.end_token,
+            longest=config.model.seq_length,
+            after_end=config.data.packing == "none",
+        )
+        directory.keep_tokenizer(source.tokenizer, words)
+    return reporter
 
 
 class _Watcher:
@@ -247,29 +252,13 @@ def _connect(
 
     Control messages go over gloo.  On CUDA with run.comm_backend=nccl, tensors go over NCCL.
     `place` notes when this rank begins to wait for others.  `watching` and `comparing` are as in
-    `build_mesh`.  Raises ConfigError, before the ranks connect, if run.device=cuda finds no GPU, or
-    if NCCL would need more GPUs than the node has.
+    `build_mesh`.  Raises ConfigError like `take_gpu`, before the ranks connect.
     """
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    backend = "gloo"
-    if config.run.device == "cuda":
-        set_environment(os.environ, config.run, config.run.directory)
-        require_gpu(config.run)
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        num_devices = torch.cuda.device_count()
-        if config.run.comm_backend == "nccl":
-            backend = "nccl"
-            if num_local > num_devices:
-                raise ConfigError(
-                    f"{num_local} ranks but {num_devices} GPU(s) on this node, and NCCL needs one "
-                    "GPU per rank; start fewer ranks here, or let them share GPUs with "
-                    "run.comm_backend=gloo"
-                )
-        torch.cuda.set_device(local_rank % num_devices)
+    backend = take_gpu(os.environ, config.run)
     if backend == "nccl":  # every node needs the directory that its ranks write flight records to
         flight_recorder.file_of(os.environ, config.run.directory, 0).parent.mkdir(
             parents=True, exist_ok=True
@@ -456,19 +445,7 @@ class Run:
         seconds = time.perf_counter() - started
         if reporter is not None:
             speed = self.mesh.degrees.dp * batch.tokens.numel() / seconds
-            reporter.step(
-                StepReport(
-                    step,
-                    health.loss,
-                    health.grad_norm,
-                    rate,
-                    speed,
-                    health.peak_bytes,
-                    self._judge.spikes,
-                    self._judge.skipped,
-                    self._figures_of_ranks(health),
-                )
-            )
+            reporter.step(self._report_of(step, health, rate, speed))
         if traced is not None:
             self._report_trace(traced, health, reporter)
         if self._is_due(step, self.config.run.eval_every):
@@ -479,8 +456,26 @@ class Run:
                 reporter.validation(step, validation)
         if reporter is not None:
             reporter.record()
+        self._save_if_due(step, health, reporter)
+
+    def _report_of(self, step: int, health: StepHealth, rate: float, speed: float) -> StepReport:
+        """Return what is shown and recorded of a step; `speed` is in tokens per second."""
+        return StepReport(
+            step,
+            health.loss,
+            health.grad_norm,
+            rate,
+            speed,
+            health.peak_bytes,
+            self._judge.spikes,
+            self._judge.skipped,
+            self._figures_of_ranks(health),
+        )
+
+    def _save_if_due(self, step: int, health: StepHealth, reporter: Reporter | None) -> None:
+        """Go on with the checkpoint that is being written, and begin one if it is due."""
         self._doing = _SAVING
-        stopwatch.switch(Part.CHECKPOINT)
+        self._stopwatch.switch(Part.CHECKPOINT)
         if health.saved:
             self._saver.advance()
         is_last = step == self.config.run.steps
@@ -489,7 +484,7 @@ class Run:
             self.begin_save(step, reporter)
         if not is_last and self._left is None:
             self._warn_of_save(reporter)
-        stopwatch.switch(Part.REST)
+        self._stopwatch.switch(Part.REST)
 
     def _request(self, reporter: Reporter | None) -> int:
         """Return what this rank is asked for."""
@@ -646,7 +641,7 @@ class Run:
         if reporter is not None:
             reporter.note(words)
             with suppress(OSError):
-                reporter.close()
+                reporter.close(failed=True)
         self.mesh.world.barrier()
 
     def _warn_of_save(self, reporter: Reporter | None) -> None:
@@ -795,14 +790,13 @@ class Run:
             reporter.missing(saved if self._saved_step else None) if reporter is not None else None
         )
         peak = max(self._most_bytes, self._memory()[0])
-        told = self.mesh.world.all_gather_json((peak, missing))
-        for _, words in told:
+        gathered = self.mesh.world.all_gather_json((peak, missing))
+        for _, words in gathered:
             if words is not None:
                 raise CheckpointError(f"the run is not whole: {words}")
-        gathered = [peak for peak, _ in told]
         if reporter is not None:
             worst = [0.0] * self.plan.num_ranks
-            for rank, peak in enumerate(gathered):
+            for rank, (peak, _) in enumerate(gathered):
                 pipeline_rank = self.mesh.degrees.place(rank)[1]
                 worst[pipeline_rank] = max(worst[pipeline_rank], peak)
             reporter.finish(worst)

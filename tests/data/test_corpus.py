@@ -60,11 +60,14 @@ def test_a_second_prepare_finds_the_first_and_changed_text_does_not(tmp_path, te
     assert prepare(data, VOCAB, progress=False).path != first.path
 
 
-def test_a_stored_corpus_takes_no_other_tokenizer_or_end(tmp_path, text):
+def test_a_stored_corpus_takes_no_other_tokenizer_or_end(tmp_path, text, monkeypatch):
     corpus = prepare(config(tmp_path, text), VOCAB, progress=False)
     stored = config(tmp_path, corpus.path)
     same = replace(stored, tokenizer=str(corpus.tokenizer), end_token="<|endoftext|>")
     assert prepare(same, VOCAB, progress=False).path == corpus.path
+    monkeypatch.setenv("HOME", str(corpus.path))
+    at_home = replace(stored, tokenizer="~/tokenizer.json")
+    assert prepare(at_home, VOCAB, progress=False).path == corpus.path
     other = tmp_path / "other.json"
     train_tokenizer(["quite another text"], VOCAB).save(str(other))
     with pytest.raises(
@@ -76,6 +79,12 @@ def test_a_stored_corpus_takes_no_other_tokenizer_or_end(tmp_path, text):
         ConfigError, match=r"end with '<\|endoftext\|>', not with data.end_token=a; drop that"
     ):
         prepare(replace(stored, end_token="a"), VOCAB, progress=False)
+
+
+def test_a_cache_where_nothing_can_be_written_is_told_with_the_way_out(tmp_path, text):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(OSError, match=r"; set data.cache_dir to a directory where you may write"):
+        prepare(config(tmp_path, text), VOCAB, progress=False)
 
 
 def test_an_interrupted_build_is_not_mistaken_for_a_corpus(tmp_path, text):

@@ -47,6 +47,19 @@ def test_one_corpus_serves_every_vocabulary_that_has_its_tokens(
         prepare(stored, 257, progress=False)
 
 
+def test_a_vocabulary_that_is_too_small_is_refused_before_any_text_is_read(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = text / "tokenizer.json"
+    train_tokenizer(["few words"], 300).save(str(path))
+    for name in ("content_hash", "read_documents"):
+        monkeypatch.delattr(corpus, name)
+    with pytest.raises(ConfigError, match=r"vocab_size=256 is too small .* at least 257"):
+        prepare(text_config(text), 256, progress=False)
+    with pytest.raises(ConfigError, match=r"token ids up to \d+, but model.vocab_size=257; set it"):
+        prepare(text_config(text, tokenizer=str(path)), 257, progress=False)
+
+
 def test_added_tokens_that_no_text_has_may_lie_beyond_the_vocabulary(text: Path) -> None:
     path = text / "tokenizer.json"
     train_tokenizer(["few words"], 270).save(str(path))

@@ -12,10 +12,12 @@ import torch
 
 import vp_train
 from tests.inference.trained import command, records
-from vp_train.commands.score import main
+from vp_train.commands.score import Score, main
 from vp_train.config import ConfigError
+from vp_train.data.tokenizer import train_tokenizer
 from vp_train.inference.layout import opening_of
-from vp_train.inference.opening import opened
+from vp_train.inference.opening import open_run, opened
+from vp_train.settings import override
 
 
 def test_text_is_scored_in_three_lines(trained):
@@ -199,3 +201,20 @@ def test_vp_score_refuses_settings_that_do_not_count_or_fit(
     code, _, said = score_command(capsys, trained, tmp_path / "a.txt", *words)
     assert code == 78
     assert message in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("logprob", [math.nan, -math.inf, -1e6])
+def test_a_score_without_a_finite_perplexity_is_strict_json(logprob):
+    line = Score("a", 1, 1, logprob).as_json()
+    assert json.loads(line, parse_constant=pytest.fail)["perplexity"] is None
+
+
+def test_a_named_tokenizer_counts_before_that_of_the_run(trained, tmp_path):
+    path = tmp_path / "other.json"
+    train_tokenizer(["the cat"], 258).save(str(path))
+    assert open_run(trained).tokenizer.get_vocab_size() != 258
+    run = opened(opening_of(trained, [override("data.tokenizer", str(path))]))
+    assert run.tokenizer.get_vocab_size() == 258
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"data.tokenizer=.*other.json is not there"):
+        opened(opening_of(trained, [override("data.tokenizer", str(path))]))

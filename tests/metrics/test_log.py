@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -123,3 +124,21 @@ def test_a_link_in_the_place_of_tensorboards_folder_is_not_followed(tmp_path, ca
     write(tmp_path, 0, [1], 1.0)
     assert "tensorboard cannot be written (it is a symbolic link)" in capsys.readouterr().err
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_writer_that_cannot_be_closed_leaves_no_other_open(tmp_path, capsys):
+    closed = []
+
+    class Other:
+        def __init__(self, name):
+            self.name = name
+
+        def close(self, *, failed):
+            closed.append(self.name)
+            raise OSError(errno.EIO, "no answer", self.name)
+
+    others = [Other("a"), Other("b")]
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", 0, others)
+    log.close()
+    assert closed == ["a", "b"]
+    assert capsys.readouterr().err.count("cannot be written (no answer); going on without") == 2

@@ -78,3 +78,13 @@ def test_a_line_has_the_chosen_figures_in_their_order_and_leaves_out_what_is_unk
     assert out.getvalue() == "step 1/5  waiting worst 50 ms  loss 2.0000\n"
     with pytest.raises(ConfigError, match=r"run.progress='bubble' is not known"):
         RunSettings(progress=("bubble",))
+
+
+def test_a_run_that_goes_back_behind_its_first_step_still_knows_the_time_left():
+    """As from step 101, whose newest checkpoint is damaged, to the one of step 99."""
+    out = io.StringIO()
+    settings = RunSettings(steps=102, log_every=1, progress=("left",))
+    progress = Progress(settings, 101, Console(file=out, width=80))
+    for step in (101, 99, 100, 101, 102):
+        progress.step(step, {})
+    assert out.getvalue().count("0:00 left") == 5

@@ -136,3 +136,11 @@ def test_a_link_in_the_place_of_a_text_is_replaced(tmp_path):
     assert precious.read_text() == "precious"
     assert (directory.path / "config.yaml").read_text() == "a: 1\n"
     assert not (directory.path / "config.yaml").is_symlink()
+
+
+def test_the_kept_tokenizer_has_the_bytes_of_that_of_the_text(tmp_path):
+    content = '{"a": "\u0120\u00e9"}\r\n'.encode()
+    (tmp_path / "own.json").write_bytes(content)
+    directory = RunDirectory(RunSettings(root=str(tmp_path)))
+    directory.keep_tokenizer(tmp_path / "own.json", {"eos_token": "<end>"})
+    assert (directory.path / "tokenizer.json").read_bytes() == content

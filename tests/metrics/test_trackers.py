@@ -12,23 +12,24 @@ import pytest
 from vp_train.config import TRACKERS, ConfigError, RunConfig, RunSettings
 from vp_train.metrics import trackers
 from vp_train.metrics.log import MetricsLog
-from vp_train.metrics.trackers import Tracker, require_trackers, trackers_of
+from vp_train.metrics.trackers import Tracker, end_failed, require_trackers, trackers_of
 
 
 class Kept:
     """A service that keeps what it gets."""
 
     def __init__(self):
-        self.records, self.is_closed = [], False
+        self.records, self.ended = [], None
 
     def record(self, step, values):
         self.records.append((step, values))
 
-    def close(self):
-        self.is_closed = True
+    def close(self, *, failed):
+        self.ended = "failed" if failed else "finished"
 
 
-def test_a_tracker_is_one_more_writer_and_has_everything_when_it_is_closed(tmp_path):
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_tracker_is_one_more_writer_and_has_everything_when_it_is_closed(tmp_path, failed):
     kept = Kept()
     log = MetricsLog(
         tmp_path / "metrics.jsonl", tmp_path / "tb", 0, [Tracker("kept", lambda: kept)]
@@ -37,9 +38,9 @@ def test_a_tracker_is_one_more_writer_and_has_everything_when_it_is_closed(tmp_p
         log.record(step, {"loss": float(step)})
     log.go_back(1)
     log.record(2, {"loss": 3.0})
-    log.close()
+    log.close(failed=failed)
     assert kept.records == [(1, {"loss": 1.0}), (2, {"loss": 2.0}), (2, {"loss": 3.0})]
-    assert kept.is_closed
+    assert kept.ended == ("failed" if failed else "finished")
 
 
 @pytest.mark.parametrize("when", ["at its start", "at a step", "at its end"])
@@ -49,7 +50,7 @@ def test_a_service_that_fails_is_said_once_and_the_steps_go_on(when, capsys):
             if when == "at a step":
                 raise ValueError("no route\nto host")
 
-        def close(self):
+        def close(self, *, failed):
             raise ValueError("no route")
 
     def start():
@@ -73,13 +74,14 @@ def test_a_service_that_does_not_answer_stops_neither_steps_nor_the_end(monkeypa
     for step in range(3):
         tracker.record(step, {})
     tracker.close()
+    assert capsys.readouterr().err == (
+        "run.trackers: mlflow failed (it is 3 steps behind); going on without it\n"
+    )
     for step in range(9):
         tracker.record(step, {})
     tracker.close()
     answers.set()
-    assert capsys.readouterr().err == (
-        "run.trackers: mlflow failed (it is 3 steps behind); going on without it\n"
-    )
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", TRACKERS)
@@ -144,3 +146,23 @@ def test_mlflow_goes_on_with_the_run_in_the_directory(tmp_path, monkeypatch, cap
     assert run.data.params["optim.lr"] == str(RunConfig().optim.lr)
     losses = client.get_metric_history(run.info.run_id, "loss")
     assert [(each.step, each.value) for each in losses] == [(1, 1.0), (2, 0.5), (3, 1.0 / 3)]
+
+
+@pytest.mark.skipif(not installed("mlflow"), reason="needs mlflow-skinny, sqlalchemy and alembic")
+def test_mlflow_knows_a_run_whose_processes_were_ended_as_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = RunSettings(name=tmp_path.name, root=str(tmp_path.parent), trackers=("mlflow",))
+    end_failed(run)  # before the run is known there
+    service = trackers._Mlflow(RunConfig(run=run), tmp_path)
+    assert service._client.get_run(service._run).info.status == "RUNNING"
+    end_failed(run)
+    assert service._client.get_run(service._run).info.status == "FAILED"
+    service.close(failed=False)
+    end_failed(run)
+    assert service._client.get_run(service._run).info.status == "FINISHED"
+    (tmp_path / "trackers" / "mlflow").write_text("nobody\n")
+    capsys.readouterr()
+    end_failed(run)
+    said = capsys.readouterr().err
+    assert said.startswith("run.trackers: mlflow failed (")
+    assert said.count("\n") == 1

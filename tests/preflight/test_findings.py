@@ -168,7 +168,11 @@ def test_each_node_has_one_line():
 
 def test_names_from_other_nodes_cannot_steer_a_terminal():
     found = compare(ranks(host="b\x1b[2J", code="\n"))
-    assert all(line.isprintable() for line in (*found.errors, *node_lines(ranks(host="\x07"))))
+    lines = node_lines(ranks(host="\x07"))
+    assert all(line.isprintable() for line in (*found.errors, *lines))
+    assert lines[1].startswith(
+        r"\x07, ranks"
+    )  # escaped as everywhere else, so that names stay apart
 
 
 def test_a_slow_network_is_a_warning_and_a_wrong_sum_an_error():

@@ -14,9 +14,10 @@ from tests.report.conftest import EVIL, STEPS
 from vp_train.commands.report import main
 from vp_train.config import ConfigError
 from vp_train.durable import UnreadableError
+from vp_train.metrics.reporter import write_report
 from vp_train.report import draw, page, record
 from vp_train.report.record import read_run
-from vp_train.report.traced import read_traced
+from vp_train.report.traced import read_timelines
 from vp_train.settings import load_config
 
 SECTIONS = [
@@ -69,7 +70,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def one(write_run):
     path, reporter = write_run("one", "optim.lr=0.25")
-    reporter.write_report()
+    write_report(reporter._config.run)
     return path
 
 
@@ -190,7 +191,7 @@ def test_the_command_to_resume_finds_the_run(name, tmp_path, monkeypatch):
         (lambda r: r["measured"]["passes"][0].update(names="<b>"), "1 names have"),
         (lambda r: r["measured"]["passes"][0].update(names="<b>", starts=[0], ends=[1]), "a name"),
         (lambda r: r["measured"]["passes"][0].update(names="0Q0", starts=[0], ends=[1]), "a pass"),
-        (lambda r: r["measured"]["passes"][0]["starts"].__setitem__(0, 1e9), "is not a number"),
+        (lambda r: r["measured"]["passes"][0]["starts"].__setitem__(0, 1e9), "is not a time"),
         (lambda r: r["measured"]["passes"][0]["ends"].pop(), " ends"),
         (lambda r: r["planned"].update(passes=[]), "passes of 0 ranks"),
         (lambda r: r["planned"].update(passes=None), "NoneType"),
@@ -207,7 +208,7 @@ def test_a_crafted_trace_is_refused_in_one_line(one, tmp_path, change, words):
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(UnreadableError) as raised:
-        read_traced(path)
+        read_timelines(path)
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -239,6 +240,12 @@ def test_crafted_files_are_lines_and_the_page_is_written(write_run):
     check(Page(run / "report.html"))
 
 
+def test_seconds_below_zero_in_a_crafted_file_have_a_page(tmp_path):
+    record = {"step": 1, "seconds/data": 1.0, "seconds/rest": -1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    check(Page(page.write_report(tmp_path)))
+
+
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     page.write_report(tmp_path)
@@ -259,7 +266,7 @@ def test_a_missing_package_is_named_and_no_run_minds(one, write_run, monkeypatch
     run, reporter = write_run("bare", steps=2)
     capsys.readouterr()
     monkeypatch.setattr(draw, "find_spec", lambda name: None if name == "matplotlib" else True)
-    reporter.write_report()
+    write_report(reporter._config.run)
     assert capsys.readouterr() == ("", "")
     assert not (run / "report.html").exists()
     with pytest.raises(ConfigError, match=r"needs matplotlib, .* pip install 'vp_train\[plot\]'"):
@@ -273,7 +280,7 @@ def test_a_report_never_fails_a_run(write_run, monkeypatch, capsys):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(page, "write_report", fail)
-    reporter.write_report()
+    write_report(reporter._config.run)
     assert (
         capsys.readouterr().err
         == f"{run}/report.html cannot be written (a bug); going on without\n"
@@ -282,7 +289,7 @@ def test_a_report_never_fails_a_run(write_run, monkeypatch, capsys):
 
 def test_a_run_may_go_without(write_run):
     run, reporter = write_run("without", "run.report=false", steps=2)
-    reporter.write_report()
+    write_report(reporter._config.run)
     assert not (run / "report.html").exists()
 
 
@@ -295,3 +302,25 @@ def test_notices_that_cannot_be_written_are_one_warning(write_run, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "notices.txt" in said
+
+
+def test_a_page_goes_where_it_is_asked_to_be_and_no_device_or_link_is_replaced(
+    one, vp_report, tmp_path
+):
+    code, said, _ = vp_report(one, "--out", tmp_path / "new" / "page.html")
+    assert (code, said) == (0, f"{tmp_path}/new/page.html\n")
+    (tmp_path / "page.html").write_text("old")
+    (tmp_path / "link.html").symlink_to("page.html")
+    assert vp_report(one, "--out", tmp_path / "link.html")[0] == 0
+    assert (tmp_path / "link.html").is_symlink()
+    check(Page(tmp_path / "page.html"))
+    code, _, said = vp_report(one, "--out", tmp_path / "page.html" / "a")
+    assert (code, "cannot be written (File exists); give a file in" in said) == (78, True)
+
+
+def test_arguments_that_are_no_paths_are_said_in_one_line(vp_report, tmp_path):
+    code, _, said = vp_report("a\x1bb")
+    words = r"argument RUN: a\x1bb: arguments and names of files have no control characters"
+    assert (code, said) == (78, f"vp-report: {words}; see vp-report --help\n")
+    code, _, said = vp_report("~nobody-here/run")
+    assert (code, "is not a directory; give that of a run" in said) == (78, True)

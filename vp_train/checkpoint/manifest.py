@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vp_train.checkpoint.stream import describe_tensors
+from vp_train.config import DTYPES
 from vp_train.durable import (
     UnreadableError,
     checkpoint_step,
@@ -37,7 +38,6 @@ _MOST_BYTES = 32 << 20  # of a manifest; a model of 400 B on 1,024 ranks has abo
 MOST_STEPS = 10**12
 _FILE_NAME = re.compile(r"rank-[0-9]{5,9}\.safetensors")
 _HASH = re.compile(r"[0-9a-f]{128}")
-_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +220,8 @@ def _file(entry: dict[str, Any], name: str) -> StoredFile:
 
 def _tensor(entry: dict[str, Any], where: str) -> StoredTensor:
     dtype = _text(entry, "dtype", where)
-    if dtype not in _DTYPES:
-        raise ValueError(f"{where}: dtype={shown(dtype)} is not one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"{where}: dtype={shown(dtype)} is not one of {', '.join(DTYPES)}")
     shape = entry.get("shape")
     if (
         not isinstance(shape, list)

@@ -203,15 +203,47 @@ class Parser(argparse.ArgumentParser):
 
 
 def path_of(word: str) -> Path:
-    """Return the path that was typed, with ~ expanded.  Raises ConfigError if it is unprintable."""
+    """Return the path that was typed, with ~ expanded.  Raises ConfigError if it is unprintable.
+
+    The home of somebody who is not known stays as it was typed.
+    """
     check_printable(word)
-    return Path(word).expanduser()
+    return Path(os.path.expanduser(word))
 
 
 def check_printable(word: str) -> None:
     """Raise ConfigError for an argument that a terminal would obey instead of showing it."""
     if (shown := printable(word)) != word:
         raise ConfigError(f"{shown}: arguments and names of files have no control characters")
+
+
+def path_argument(word: str) -> Path:
+    """Return the path of an argument as `path_of` does, with an error that argparse passes on."""
+    try:
+        return path_of(word)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def output_of(option: str, word: str) -> Path:
+    """Return the file that an option names, with ~ expanded; the directory above it is made.
+
+    Raises ConfigError if no file can be written there, before work is done for it.
+    """
+    path = path_of(word)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not os.path.lexists(path)
+        with path.open("ab"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {path} cannot be written ({error.strerror}); give a file in a directory "
+            "where you may write"
+        ) from None
+    return path
 
 
 def _help(command: Command, config: RunConfig) -> str:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vp_train.commands.command import Parser, guarded, path_of
-from vp_train.config import ConfigError, RunSettings
+from vp_train.commands.command import Parser, guarded, path_argument
+from vp_train.config import DTYPES, ConfigError, RunSettings
 from vp_train.failures import EXIT_OK
 from vp_train.metrics.run_directory import is_original
-from vp_train.settings import for_shell, override, run_of, started_from
+from vp_train.settings import for_shell, run_of, started_from, typed
 
 if TYPE_CHECKING:
     from vp_train.hf.convert import Imported
@@ -40,13 +39,13 @@ def _import(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "source",
         metavar="SRC",
-        type=path_of,
+        type=path_argument,
         help="directory with config.json and safetensors files",
     )
-    parser.add_argument("target", metavar="DST", type=path_of, help="directory to make")
+    parser.add_argument("target", metavar="DST", type=path_argument, help="directory to make")
     parser.add_argument(
         "--data",
-        type=path_of,
+        type=path_argument,
         metavar="PATH",
         help="text for the command that is printed; default: Python's standard library",
     )
@@ -99,14 +98,14 @@ def _words_to_continue(imported: Imported, target: Path, data: Path | None) -> l
     size = imported.num_parameters
     rate = next((rate for most, rate in _RATES if size <= most), _RATES[-1][1])
     tokenizer = _OWN_TOKENIZER if imported.tokenizer is None else str(imported.tokenizer)
-    text = ["data=pystdlib"] if data is None else ["data=text", _word("data.path", str(data))]
-    end = [] if imported.end_token is None else [override("data.end_token", imported.end_token)]
+    text = ["data=pystdlib"] if data is None else ["data=text", typed("data.path", str(data))]
+    end = [] if imported.end_token is None else [typed("data.end_token", imported.end_token)]
     return [
         f"model={imported.model_file}",
-        _word("run.init_from", str(target)),
-        _word("run.name", target.resolve().name),
+        typed("run.init_from", str(target)),
+        typed("run.name", target.resolve().name),
         *text,
-        _word("data.tokenizer", tokenizer),
+        typed("data.tokenizer", tokenizer),
         *end,
         f"model.seq_length={imported.model.seq_length}",
         f"optim.lr={rate / 10:g}",
@@ -116,15 +115,6 @@ def _words_to_continue(imported: Imported, target: Path, data: Path | None) -> l
     ]
 
 
-def _word(name: str, value: str) -> str:
-    """Return an override that sets a text, in quotes only where it needs them."""
-    plain = re.fullmatch(r"[A-Za-z./][\w./-]*", value) and value.lower() not in _NO_TEXTS
-    return f"{name}={value}" if plain else override(name, value)
-
-
-_NO_TEXTS = ("true", "false", "null", "nan", "inf", "on", "off", "yes", "no")
-
-
 def _export(arguments: Sequence[str]) -> int:
     parser = Parser(
         "vp-export", description="converts a checkpoint to a model in the format of Hugging Face"
@@ -132,13 +122,13 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "source",
         metavar="SRC",
-        type=path_of,
+        type=path_argument,
         help="directory of a run, of vp-import, or of one checkpoint",
     )
-    parser.add_argument("target", metavar="DST", type=path_of, help="directory to make")
+    parser.add_argument("target", metavar="DST", type=path_argument, help="directory to make")
     parser.add_argument(
         "--dtype",
-        choices=("float64", "float32", "float16", "bfloat16"),
+        choices=DTYPES,
         help="dtype of the weights; default: as stored",
     )
     parser.add_argument(
@@ -150,7 +140,7 @@ def _export(arguments: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--tokenizer",
-        type=path_of,
+        type=path_argument,
         metavar="DIR",
         help="directory of the tokenizer's files; default: found with the data of the run",
     )

@@ -6,7 +6,6 @@ It runs without torch.
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 import time
@@ -20,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from schedules.render import duration
-from vp_train.commands.command import Parser, guarded, path_of
+from vp_train.commands.command import Parser, guarded, output_of, path_argument
 from vp_train.config import ConfigError, RunConfig, printable
-from vp_train.durable import replace
+from vp_train.durable import write_output
 from vp_train.explain.causes import SLOW, Explanation, KindTimes, RankTimes, explain
 from vp_train.explain.remedies import (
     Comparison,
@@ -36,13 +35,12 @@ from vp_train.explain.remedies import (
 from vp_train.explain.trace import read_traced
 from vp_train.failures import EXIT_OK
 from vp_train.profile.costs import cost_text
-from vp_train.settings import load_config, override
+from vp_train.settings import load_config, typed
 from vp_train.units import human_bytes
 
 _SECONDS = 20.0  # for the comparison of schedules; the simulation that runs then still ends
 _SHOWN_RANKS = 16
 _SEEN = 1e-4  # of the step: causes that add less are shown as 0
-_SHOWN = 0.005  # of the step: what-ifs that save less are not shown
 
 
 def main() -> None:
@@ -62,6 +60,7 @@ def _explain(arguments: Sequence[str]) -> int:
             f"{run}: the traced step does not fit its plan: {printable(str(error))[:300]}; "
             "trace another one with run.trace_step"
         ) from None
+    costs = None if options.cost is None else output_of("--cost", options.cost)
     words = _settings_of(run)
     note, comparison, settings = None, None, None
     try:
@@ -75,12 +74,10 @@ def _explain(arguments: Sequence[str]) -> int:
             comparison = compare_schedules(config, plan, settings, lambda: time.monotonic() < until)
     except ConfigError as error:
         note = f"no other schedule was tried: {error}"
-    if options.cost is not None:
-        _write_costs(options.cost, run, config if note is None else None, settings)
+    if costs is not None:
+        _write_costs(costs, run, config if note is None else None, settings)
     base = " ".join(map(shlex.quote, words))
-    found = remedies(
-        explanation, base, comparison, None if options.cost is None else str(options.cost)
-    )
+    found = remedies(explanation, base, comparison, None if costs is None else str(costs))
     if options.json:
         print(json.dumps(record(explanation, comparison, found), indent=1))
     else:
@@ -94,12 +91,11 @@ def _parser() -> Parser:
         description="says why the traced step of a run took longer than planned, what it would "
         "take without each cause, and which command mends it",
     )
-    parser.add_argument("run", metavar="RUN", type=path_of, help="directory of a run")
+    parser.add_argument("run", metavar="RUN", type=path_argument, help="directory of a run")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument(
         "--cost",
         metavar="FILE",
-        type=path_of,
         help="write the measured seconds there, for cost=FILE of the other commands",
     )
     return parser
@@ -107,15 +103,10 @@ def _parser() -> Parser:
 
 def _settings_of(run: Path) -> list[str]:
     """Return the words with which a command takes the settings of a run."""
-    words = [_override("run.name", run.name), "run.resume=true"]
+    words = [typed("run.name", run.name), "run.resume=true"]
     if run.parent != Path("runs").absolute():
-        words.insert(0, _override("run.root", str(run.parent)))
+        words.insert(0, typed("run.root", str(run.parent)))
     return words
-
-
-def _override(name: str, value: str) -> str:
-    """Return an override, without quotes where none are needed."""
-    return f"{name}={value}" if re.fullmatch(r"[\w./-]+", value) else override(name, value)
 
 
 def _write_costs(
@@ -132,7 +123,7 @@ def _write_costs(
         f"{config.micro_batch_size} x {model.seq_length} tokens, hidden size {model.hidden_size}, "
         f"V = {model.vocab_size}",
     ]
-    replace(path, cost_text(comments, settings))
+    write_output(path, cost_text(comments, settings))
 
 
 def record(
@@ -327,11 +318,9 @@ def _shown_ranks(ranks: Sequence[RankTimes]) -> list[RankTimes]:
 
 def _what_if_table(explanation: Explanation) -> Table:
     table = _table("What the step would take, by simulation", "", "step", "")
-    least = (1 - _SHOWN) * explanation.measured_seconds
-    shown = [found for found in explanation.what_ifs if found.seconds < least]
-    for found in sorted(shown, key=lambda item: item.seconds):
+    for found in explanation.shown_what_ifs:
         table.add_row(found.words, duration(found.seconds), _percent(found.seconds, explanation))
-    if not shown:
+    if not explanation.shown_what_ifs:
         table.add_row("nothing of what is known would make it shorter", "", "")
     return table
 

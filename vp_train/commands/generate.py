@@ -8,10 +8,9 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vp_train.commands.command import Parser, guarded, whole_number
+from vp_train.commands.command import Parser, guarded, path_of, whole_number
 from vp_train.commands.opened import Work, parser_of, run_opened
 from vp_train.commands.place import is_rank
 from vp_train.commands.score import documents_of
@@ -104,7 +103,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
             raise ConfigError("--file -: ranks of torchrun share no input; give --file FILE")
         prompts += [line for line in sys.stdin.read().splitlines() if line.strip()]
     elif options.file is not None:
-        path = Path(options.file).expanduser()
+        path = path_of(options.file)
         if not path.is_file():
             raise ConfigError(f"--file {options.file} is not a file; give one with a prompt a line")
         found = documents_of(path, "text", by_line=True, warn=True)

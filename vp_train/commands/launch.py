@@ -35,12 +35,12 @@ from vp_train.commands.orphans import die_with_launcher
 from vp_train.commands.place import Place, local_ranks_of
 from vp_train.commands.searching import Searching
 from vp_train.communication import flight_recorder
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.durable import checkpoints_in, write_all
 from vp_train.durable import replace as replace_file
-from vp_train.failures import EXIT_INTERNAL, EXIT_OK, Ending, ending_of_command
-from vp_train.metrics.run_directory import refuse_running, refuse_used
-from vp_train.metrics.trackers import require_trackers
+from vp_train.failures import EXIT_INTERNAL, EXIT_OK, EXIT_TIME, Ending, ending_of_command
+from vp_train.metrics.run_directory import make_directory, refuse_running, refuse_used
+from vp_train.metrics.trackers import end_failed, require_trackers
 from vp_train.planning.degrees import check_node, wanted_ranks
 from vp_train.planning.plan import SEARCHING, RunPlan, check_ramp, make_plan
 from vp_train.quiet import quiet_deprecations, quiet_megatron
@@ -53,6 +53,8 @@ _IMPORTS = (
     "torch._dynamo",
     "torch.utils.tensorboard",
 )
+
+_CONCLUDE_SECONDS = 60  # at most, for the report of a failed run and for the services it used
 
 RankBody = Callable[[RunConfig], None]
 
@@ -138,7 +140,28 @@ def _launch(
         return "no checkpoint was written yet"
 
     job = Job(starter, num_local, num_restarts, config.run, record_of, way_on)
-    return _left(news, run_job(news, job))
+    code = _left(news, run_job(news, job))
+    settings = config.run
+    has_begun = flight_recorder.is_fresh(settings.directory / "config.yaml", started)
+    if news.place.node == 0 and code not in (EXIT_OK, EXIT_TIME) and has_begun:
+        _in_copy(lambda: _conclude(settings))
+    return code
+
+
+def _conclude(settings: RunSettings) -> None:
+    """Write the report of a run whose ranks have failed, and tell its trackers that it has.
+
+    This process ends if that takes long: a service may not answer.
+    """
+    signal.alarm(_CONCLUDE_SECONDS)
+    try:
+        refuse_running(settings)
+    except ConfigError:  # another process has taken the directory
+        return
+    from vp_train.metrics.reporter import write_report
+
+    write_report(settings)
+    end_failed(settings)
 
 
 def _left(news: News, ending: Ending) -> int:
@@ -240,7 +263,7 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
     found: list[str] = []
     if news.place.node == 0:
         require_trackers(config.run)
-        config.run.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(config.run)
         refuse_running(config.run)
         refuse_used(config.run)
     origin = config.run.init_from

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
-from vp_train.commands.command import Parser, check_printable, path_of, prints
+from vp_train.commands.command import Parser, check_printable, path_argument, prints
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher
 from vp_train.commands.place import is_rank
-from vp_train.config import ConfigError
+from vp_train.config import DTYPES, ConfigError
 from vp_train.failures import EXIT_OK, Ending, ending_of_command, peer_failure
 from vp_train.inference.layout import Opening, opening_of
 from vp_train.supervision.ending import PIPE, leave
@@ -56,10 +56,13 @@ def parser_of(name: str, description: str, file: tuple[str, str] | None = None) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "run", metavar="RUN", type=path_of, help="directory of a run or of one of its checkpoints"
+        "run",
+        metavar="RUN",
+        type=path_argument,
+        help="directory of a run or of one of its checkpoints",
     )
     if file is not None:
-        parser.add_argument("file", metavar=file[0], type=path_of, help=file[1])
+        parser.add_argument("file", metavar=file[0], type=path_argument, help=file[1])
     parser.add_argument(
         "settings",
         metavar="key=value",
@@ -70,7 +73,7 @@ def parser_of(name: str, description: str, file: tuple[str, str] | None = None) 
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (cpu)")
     parser.add_argument(
         "--dtype",
-        choices=("float64", "float32", "float16", "bfloat16"),
+        choices=DTYPES,
         help="what to compute in; default: as the run did",
     )
     return parser
@@ -150,24 +153,14 @@ def _connect(opening: Opening) -> None:
     """Meet the other ranks in the default process group."""
     import torch
 
-    from vp_train.communication.nccl import require_gpu, set_environment
+    from vp_train.communication.nccl import take_gpu
     from vp_train.communication.rendezvous import join_world
 
-    settings, backend = opening.config.run, "gloo"
-    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    settings = opening.config.run
     if settings.device == "cpu":
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local))
-    else:
-        set_environment(os.environ, settings, settings.directory)
-        require_gpu(settings)
-        backend = settings.comm_backend
-        num_devices = torch.cuda.device_count()
-        if backend == "nccl" and num_local > num_devices:
-            raise ConfigError(
-                f"{num_local} ranks but {num_devices} GPU(s) on this node, and NCCL needs one GPU "
-                "per rank; start fewer ranks here, or set run.comm_backend=gloo"
-            )
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % num_devices)
+    backend = take_gpu(os.environ, settings)
     join_world(backend, timedelta(seconds=settings.world_timeout_seconds))
 
 

@@ -17,8 +17,9 @@ from rich.table import Table
 from schedules.ir import Kind
 from schedules.render import duration
 from schedules.vocab import End
-from vp_train.commands.command import Command, run, whole_number
+from vp_train.commands.command import Command, output_of, run, whole_number
 from vp_train.config import ConfigError, RunConfig
+from vp_train.durable import write_output
 from vp_train.failures import EXIT_OK
 from vp_train.planning.memory import rank_memory
 from vp_train.planning.plan import StepPlan, plan_step
@@ -50,8 +51,7 @@ def main() -> None:
 def _profile(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
     steps = whole_number(options, "--steps", 3)
     cost, record = (
-        Path(options[name]).expanduser() if name in options else None
-        for name in ("--cost", "--json")
+        output_of(name, options[name]) if name in options else None for name in ("--cost", "--json")
     )
     show_profile(config, options.get("--ranks"), steps, cost, record)
     return EXIT_OK
@@ -98,7 +98,9 @@ def show_profile(
             "ranks": [_record(config, step, profile) for profile in profiles],
             "cost": cost,
         }
-        _write(json_file, json.dumps(record | {"predicted": report.record()}, indent=1) + "\n")
+        write_output(
+            json_file, json.dumps(record | {"predicted": report.record()}, indent=1) + "\n"
+        )
 
 
 def _same_job(config: RunConfig, step: StepPlan) -> str:
@@ -191,10 +193,5 @@ def _write_cost(
         f"{config.micro_batch_size} x {model.seq_length} tokens, "
         f"hidden size {model.hidden_size}, V = {model.vocab_size}",
     ]
-    _write(path, cost_text(comments, cost))
+    write_output(path, cost_text(comments, cost))
     print(f"costs written to {path}; vp-plan and vp-simulate take them as cost={path}")
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)

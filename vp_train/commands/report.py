@@ -9,11 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vp_train.commands.command import Parser, guarded, path_of
+from vp_train.commands.command import Parser, guarded, output_of, path_argument
 from vp_train.failures import EXIT_OK
+from vp_train.report.draw import NUM_STYLES
 from vp_train.report.page import NAME, write_comparison, write_report
-
-_MOST_RUNS = 36  # so many looks has a curve
 
 
 def main() -> None:
@@ -28,20 +27,22 @@ def _report(arguments: Sequence[str]) -> int:
         "schedule, memory, warnings, versions and how to continue; of several runs what differs, "
         "their curves together, speed and memory",
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=path_of, help="directory of a run")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=path_argument, help="directory of a run"
+    )
     parser.add_argument(
         "--out",
         metavar="FILE",
-        type=path_of,
         help=f"file to write; default: {NAME} in the directory of the run, "
         f"of several runs {NAME} in this directory",
     )
     options = parser.parse_args(arguments)
     runs = [run.absolute() for run in options.runs]
-    if len(runs) > _MOST_RUNS:
-        parser.error(f"{len(runs)} runs on one page; at most {_MOST_RUNS} can be told apart")
+    if len(runs) > NUM_STYLES:
+        parser.error(f"{len(runs)} runs on one page; at most {NUM_STYLES} can be told apart")
+    target = None if options.out is None else output_of("--out", options.out)
     if len(runs) == 1:
-        print(write_report(runs[0], options.out))
+        print(write_report(runs[0], target))
     else:
-        print(write_comparison(runs, options.out or Path(NAME)))
+        print(write_comparison(runs, target or Path(NAME)))
     return EXIT_OK

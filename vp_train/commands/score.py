@@ -40,7 +40,7 @@ class Score:
         if not self.tokens:
             return None
         mean = -self.logprob / self.tokens
-        return math.exp(mean) if mean < 700 else math.inf
+        return math.inf if mean >= 700 else math.exp(mean)  # NaN stays NaN
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -48,9 +48,15 @@ class Score:
         return -self.logprob / math.log(2) / self.bytes if self.bytes else None
 
     def as_json(self) -> str:
-        """Return one line of JSON."""
+        """Return one line of JSON, in which numbers that are not finite are null."""
         ratios = {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
-        return json.dumps(asdict(self) | ratios)
+        values = asdict(self) | ratios
+        return json.dumps(
+            {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in values.items()
+            }
+        )
 
     def line(self) -> str:
         """Return one line of the table."""

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from threading import Thread
+from typing import IO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -29,13 +30,14 @@ from vp_train.commands.command import (
     Command,
     check_printable,
     configured,
+    path_of,
     split_options,
     whole_number,
 )
 from vp_train.commands.local_ranks import search_options
 from vp_train.commands.place import is_rank, is_slurm_rank, place_of
 from vp_train.config import ConfigError, RunConfig, RunSettings, printable
-from vp_train.durable import UnreadableError, checkpoints_in, open_regular, read_text
+from vp_train.durable import UnreadableError, open_regular, read_text
 from vp_train.durable import replace as replace_file
 from vp_train.failures import EXIT_OK, EXIT_TIME
 from vp_train.settings import changes, check_start, combinations, load_config, override
@@ -151,7 +153,7 @@ def runs_of(words: Sequence[str]) -> tuple[list[SweptRun], str]:
     if not words:
         raise ConfigError("give lists such as optim.lr=1e-3,3e-4, or a file of overrides")
     _refuse_twice([word for word in words if "=" in word])
-    base, lines = "sweep", [[]] if "=" in words[0] else _lines_of(Path(words[0]).expanduser())
+    base, lines = "sweep", [[]] if "=" in words[0] else _lines_of(path_of(words[0]))
     if "=" not in words[0]:
         base, words = Path(words[0]).stem, words[1:]
     base = next((_value_of(word) for word in reversed(words) if _is_name(word)), base)
@@ -330,7 +332,8 @@ def _trained(arguments: Sequence[str], signals: Signals) -> tuple[int, str | Non
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     assert process.stderr is not None
     tail = bytearray()
-    reader = Thread(target=_passed_on, args=(process.stderr.fileno(), tail), daemon=True)
+    # The thread owns the pipe: closed here, its number could be that of the next run's.
+    reader = Thread(target=_passed_on, args=(process.stderr, tail), daemon=True)
     reader.start()
     passed_on = 0
     while True:
@@ -346,21 +349,24 @@ def _trained(arguments: Sequence[str], signals: Signals) -> tuple[int, str | Non
         return code if code >= 0 else 128 - code, printable(lines[-1].strip()) if lines else None
 
 
-def _passed_on(source: int, tail: bytearray) -> None:
-    """Write what comes from the file descriptor `source` on stderr, and keep its end in `tail`."""
-    while piece := os.read(source, 1 << 16):
-        with contextlib.suppress(OSError):  # nobody reads it, but the run goes on
-            sys.stderr.buffer.write(piece)
-            sys.stderr.buffer.flush()
-        tail += piece
-        del tail[:-_MOST_TAIL]
+def _passed_on(source: IO[bytes], tail: bytearray) -> None:
+    """Write what comes from `source` on stderr, keep its end in `tail`, and close it."""
+    with source:
+        while piece := os.read(source.fileno(), 1 << 16):
+            with contextlib.suppress(OSError):  # nobody reads it, but the run goes on
+                sys.stderr.buffer.write(piece)
+                sys.stderr.buffer.flush()
+            tail += piece
+            del tail[:-_MOST_TAIL]
 
 
 def _is_finished(config: RunConfig) -> bool:
     """Return whether a run has done all of its steps."""
     saves = config.run.checkpoint_every > 0 or config.run.checkpoint_minutes > 0
     if saves:
-        done = max((step for step, _ in checkpoints_in(config.run.checkpoints)), default=0)
+        from vp_train.checkpoint.manifest import newest_step
+
+        done = newest_step(config.run.checkpoints) or 0
     else:
         done = result_of(SweptRun("", (), {}), config, None).steps
     return done >= config.run.steps

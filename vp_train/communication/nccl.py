@@ -26,6 +26,28 @@ def require_gpu(settings: RunSettings) -> None:
         raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
 
 
+def take_gpu(environment: MutableMapping[str, str], settings: RunSettings) -> str:
+    """Give the rank that `environment` describes its GPU, and return the backend of its tensors.
+
+    Call it before anything touches the GPU; it sets what CUDA and NCCL read at start.  On a CPU it
+    does nothing.  Raises ConfigError if there is no GPU here, or if NCCL would need more GPUs than
+    the node has.
+    """
+    if settings.device == "cpu":
+        return "gloo"
+    set_environment(environment, settings, settings.directory)
+    require_gpu(settings)
+    num_local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    num_devices = torch.cuda.device_count()
+    if settings.comm_backend == "nccl" and num_local > num_devices:
+        raise ConfigError(
+            f"{num_local} ranks but {num_devices} GPU(s) on this node, and NCCL needs one GPU per "
+            "rank; start fewer ranks here, or let them share GPUs with run.comm_backend=gloo"
+        )
+    torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")) % num_devices)
+    return settings.comm_backend
+
+
 def set_environment(
     environment: MutableMapping[str, str], settings: RunSettings, directory: Path
 ) -> None:

@@ -55,9 +55,10 @@ from vp_train.data.tokenizer import (
     end_token_id,
     load_tokenizer,
     num_ids,
+    require_bytes,
     train_tokenizer,
 )
-from vp_train.durable import UnreadableError, read_text, sync
+from vp_train.durable import UnreadableError, advising, read_text, sync
 from vp_train.units import human_bytes
 
 _FORMAT = 2
@@ -130,9 +131,14 @@ def printable_lines(lines: Sequence[str]) -> str:
 
 @contextmanager
 def _exclusive(cache_dir: Path) -> Iterator[None]:
-    """Let one process at a time work in the cache.  The lock ends when its process ends."""
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with (cache_dir / ".lock").open("w") as file:
+    """Let one process at a time work in the cache.  The lock ends when its process ends.
+
+    Raises OSError with the way out if nothing can be written there.
+    """
+    with advising(cache_dir, "set data.cache_dir to a directory where you may write"):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        lock = (cache_dir / ".lock").open("w")
+    with lock as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -320,10 +326,10 @@ def _open(path: Path, config: DataConfig) -> Corpus:
     if config.tokenizer is None and config.end_token is None:
         return corpus
     tokenizer = load_tokenizer(corpus.tokenizer, corpus.manifest.vocab_size)
-    wanted = Path(config.tokenizer or corpus.tokenizer)
+    wanted = corpus.tokenizer if config.tokenizer is None else _given_tokenizer(config.tokenizer)
     if load_tokenizer(wanted, corpus.manifest.vocab_size).to_str() != tokenizer.to_str():
         raise ConfigError(
-            f"{path} was prepared with another tokenizer than data.tokenizer={wanted}; "
+            f"{path} was prepared with another tokenizer than data.tokenizer={config.tokenizer}; "
             "drop that, or give the text instead"
         )
     if (
@@ -347,7 +353,7 @@ def _find_or_build(config: DataConfig, vocab_size: int, progress: bool) -> Corpu
             tokenizer = _trained(cache_dir, [config], [files], vocab_size, progress)
         else:
             tokenizer = _given_tokenizer(config.tokenizer)
-        key = _content_key(cache_dir, files, tokenizer, settings, progress)
+        key = _content_key(cache_dir, files, tokenizer, settings, progress, vocab_size)
         path = cache_dir / f"{config.name}-{key}"
         fresh = not (path / MANIFEST).exists() or is_outdated(path)
         if fresh:
@@ -391,8 +397,10 @@ def _trained(
     """Train a tokenizer on the files of all parts, or find it in the cache.  Returns its path.
 
     Every part contributes at most the same number of characters.  Where the text has no more pairs
-    to merge, the tokenizer is the same for every larger vocabulary.
+    to merge, the tokenizer is the same for every larger vocabulary.  Raises ConfigError before any
+    text is read if `vocab_size` is too small for every tokenizer.
     """
+    require_bytes(vocab_size)
     keys = [
         _content_key(cache_dir, files, None, [part.jsonl_field], progress)
         for part, files in zip(parts, found, strict=True)
@@ -452,11 +460,13 @@ def _content_key(
     tokenizer: Path | None,
     settings: Sequence[object],
     progress: bool,
+    vocab_size: int | None = None,
 ) -> str:
     """Return the hash of contents and settings.
 
     The cache remembers the hash by the sizes and modification times of the files.  Contents are
-    read again only if one of those has changed.
+    read again only if one of those has changed.  Raises ConfigError before that if the tokenizer
+    has ids of `vocab_size` or above.
     """
     stats = [
         (str(path), stat.st_size, stat.st_mtime_ns)
@@ -470,6 +480,8 @@ def _content_key(
     with contextlib.suppress(UnreadableError):
         if re.fullmatch("[0-9a-f]{16}", key := read_text(known)):
             return key
+    if tokenizer is not None:
+        load_tokenizer(tokenizer, vocab_size)
     root = Path(os.path.commonpath([str(path.parent) for path in files]))
     num_bytes = _bytes_of(files)
     with reported(

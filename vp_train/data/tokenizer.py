@@ -24,14 +24,10 @@ _SMALLEST = 257  # 256 bytes and the end of a document
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer of at most `vocab_size` tokens.
 
-    It has fewer tokens if the text runs out of pairs to merge.  Raises ConfigError if the
-    vocabulary is too small to hold every byte.
+    It has fewer tokens if the text runs out of pairs to merge.  Raises ConfigError like
+    `require_bytes`.
     """
-    if vocab_size < _SMALLEST:
-        raise ConfigError(
-            f"model.vocab_size={vocab_size} is too small for a byte-level tokenizer; "
-            f"use at least {_SMALLEST}"
-        )
+    require_bytes(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,6 +39,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def require_bytes(vocab_size: int) -> None:
+    """Raise ConfigError if a vocabulary is too small to hold every byte."""
+    if vocab_size < _SMALLEST:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} is too small for a byte-level tokenizer; "
+            f"use at least {_SMALLEST}"
+        )
 
 
 def load_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:

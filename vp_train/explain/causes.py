@@ -23,6 +23,7 @@ from vp_train.explain.trace import TracedRank, TracedStep
 from vp_train.planning.placement import fill_with_rows
 
 SLOW = 1.1  # a rank that computes this many times as long as the others is slow
+_SHOWN = 0.005  # of the step: what saves less is not shown
 _ALONE = 0.9  # of the time of passes: with less they shared their processors
 _UNEVEN = 1.05  # the work of the busiest rank over the mean
 _MOST_REPLICAS = 8  # that are replayed, those with the longest passes
@@ -123,6 +124,13 @@ class Explanation:
         """The slow ranks, the slowest first."""
         found = (rank for rank in self.ranks if rank.slowness >= SLOW)
         return tuple(sorted(found, key=lambda rank: -rank.slowness))
+
+    @property
+    def shown_what_ifs(self) -> tuple[WhatIf, ...]:
+        """The what-ifs that save enough to be shown, what saves most first."""
+        least = (1 - _SHOWN) * self.measured_seconds
+        found = (what_if for what_if in self.what_ifs if what_if.seconds < least)
+        return tuple(sorted(found, key=lambda what_if: what_if.seconds))
 
     def what_if(self, name: str) -> WhatIf | None:
         """Return the what-if called `name`, None if its cause is not there."""

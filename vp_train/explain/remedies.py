@@ -5,6 +5,7 @@ The measured seconds become settings of `cost`, so other schedules can be planne
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -199,6 +200,7 @@ def remedies(
     """
     found: list[Remedy] = []
     costs = cost_file or _COSTS
+    with_costs = shlex.quote(f"cost={costs}")
 
     def add(name: str, words: str, command: str) -> None:
         what_if = explanation.what_if(name)
@@ -237,14 +239,14 @@ def remedies(
         rows = ",".join(map(str, explanation.rows))
         add("even_rows", "other vocabulary rows", f"vp-train {base} vocab.shards=[{rows}]")
     written = "" if cost_file else f", which vp-explain writes with --cost {costs}"
-    add("order", f"plan with the measured times{written}", f"vp-train {base} cost={costs}")
+    add("order", f"plan with the measured times{written}", f"vp-train {base} {with_costs}")
     if comparison is not None and comparison.saved > WORTH:
         best = comparison.others[0]
         found.append(
             Remedy(
                 "schedule",
                 f"the fastest schedule by simulation with the measured times{written}",
-                f"vp-train {base} schedule={best.schedule} vocab={best.vocab} cost={costs}",
+                f"vp-train {base} schedule={best.schedule} vocab={best.vocab} {with_costs}",
                 explanation.measured_seconds * (1 - comparison.saved),
             )
         )
@@ -255,9 +257,9 @@ def remedies(
                 "passes",
                 "pass times were assumed: measure them, and plan with that",
                 f"vp-profile {base} cluster.num_nodes=1 cluster.gpus_per_node={num_ranks} "
-                f"--cost {costs}"
+                f"--cost {shlex.quote(costs)}"
                 if cost_file is None
-                else f"vp-simulate {base} cost={costs}",
+                else f"vp-simulate {base} {with_costs}",
             )
         )
     return found

@@ -22,7 +22,7 @@ from vp_train.config import ConfigError, printable
 from vp_train.durable import UnreadableError, read_json, shown
 
 SCHEMA = "vp_train step_times 1"
-_LARGEST = 1 << 27  # bytes; the largest step that can be planned takes about 100 MB
+LARGEST = 1 << 27  # bytes; the largest step that can be planned takes about 100 MB
 _MOST_RANKS = 1 << 16
 _MOST_PASSES = 1 << 22
 _LARGEST_SECONDS = 1e6
@@ -91,7 +91,7 @@ def read_traced(run: Path) -> TracedStep:
             "off; go on with run.resume=true and more run.steps, which traces its first step"
         )
     try:
-        record = read_json(path, _LARGEST, follow=False)
+        record = read_json(path, LARGEST, follow=False)
     except UnreadableError as error:
         raise ConfigError(f"{error}; a run writes it at run.trace_step") from None
     try:
@@ -231,7 +231,7 @@ def _rank(record: Any) -> TracedRank:
 def _passes(record: Any, rank: int) -> tuple[Span, ...]:
     """Return the spans of the passes of one rank."""
     found = []
-    for name, start, end in _intervals(_mapping(record)):
+    for name, start, end in intervals(_mapping(record)):
         item = Pass.parse(name)
         found.append(Span(rank, name, item.kind.value, item.stage, item.microbatch, start, end))
     return tuple(found)
@@ -256,11 +256,11 @@ def _processor(record: Any, order: Sequence[Sequence[Pass]]) -> dict[Pass, float
 
 def _communications(record: Mapping[str, Any], num_ranks: int) -> list[Span]:
     ranks = _list(record["ranks"])
-    intervals = _intervals(record)
-    if len(ranks) != len(intervals):
-        raise ValueError(f"{len(intervals)} communications have {len(ranks)} ranks")
+    timed = intervals(record)
+    if len(ranks) != len(timed):
+        raise ValueError(f"{len(timed)} communications have {len(ranks)} ranks")
     found = []
-    for (name, start, end), rank in zip(intervals, ranks, strict=True):
+    for (name, start, end), rank in zip(timed, ranks, strict=True):
         if _count(rank, "rank", least=0) >= num_ranks:
             raise ValueError(f"communication {shown(name)} ends on rank {rank} of {num_ranks}")
         barrier, dot, _ = name.partition(".")
@@ -268,7 +268,8 @@ def _communications(record: Mapping[str, Any], num_ranks: int) -> list[Span]:
     return found
 
 
-def _intervals(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+def intervals(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Return names, starts and ends in seconds.  Raises KeyError, TypeError or ValueError."""
     names = _text(record["names"]).split()
     starts, ends = (list(map(_seconds, _list(record[key]))) for key in ("starts", "ends"))
     if not len(names) == len(starts) == len(ends):

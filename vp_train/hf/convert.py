@@ -36,13 +36,8 @@ from vp_train.hf.files import copy, existing, file_in, read_object
 from vp_train.hf.names import OUTPUT, Entry, Names, entries
 from vp_train.hf.tokenizer import GENERATION, TOKENIZER, RunText, find_text, unusual_end
 from vp_train.hf.values import check
+from vp_train.tensors.precision import DTYPES
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _IGNORED = (
@@ -199,7 +194,7 @@ def export_checkpoint(
         for name, shape in entry.their_shapes.items()
     ]
     given = None if tokenizer is None else _tokenizer_directory(tokenizer)
-    data = [Path(of_data).expanduser().parent] if isinstance(of_data, str) else []
+    data = [Path(os.path.expanduser(of_data)).parent] if isinstance(of_data, str) else []
     words = find_text(given, beside, [*data, *before], _text_of(settings, model), model_type)
     # max_position_embeddings belongs to the weights.  The tokenizer may be that of another model,
     # so its directory is not searched.

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from vp_train.config import ConfigError
-from vp_train.durable import UnreadableError, open_regular, read_bytes, read_json, write_new
+from vp_train.durable import (
+    PointerError,
+    UnreadableError,
+    open_regular,
+    read_bytes,
+    read_json,
+    write_new,
+)
 
 _MOST_JSON = 64 << 20  # bytes of config.json and of an index
 _MOST_COPIED = 256 << 20  # bytes of a tokenizer's file
-_LFS = b"version https://git-lfs.github.com/"
 
 
 def file_in(directory: Path, name: str) -> Path | None:
@@ -32,13 +38,12 @@ def file_in(directory: Path, name: str) -> Path | None:
             f"{path} is a link to {place}, which is outside of {directory}; copy the file there"
         )
     try:
-        with open_regular(place, follow=False) as file:
-            is_pointer = file.read(len(_LFS)) == _LFS
-    except (OSError, UnreadableError) as error:
+        with open_regular(place, follow=False):
+            return place
+    except PointerError as error:
+        raise ConfigError(str(error)) from None
+    except UnreadableError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    if is_pointer:
-        raise ConfigError(f"{path} is a pointer of Git LFS; fetch the file with git lfs pull")
-    return place
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,11 +34,13 @@ class Opening:
     """The settings of an opened run, and where its weights are looked for.
 
     directory: that of the run, or of one of its checkpoints.
+    chooses_tokenizer: whether the caller has named data.tokenizer; else that of the run counts.
     """
 
     config: RunConfig
     directory: Path
     degrees: Degrees
+    chooses_tokenizer: bool = False
 
     @property
     def run(self) -> Path:
@@ -65,7 +68,7 @@ def opening_of(
 
     Raises ConfigError where there is no run, and for settings that do not fit.
     """
-    path = Path(directory).expanduser().absolute()
+    path = Path(os.path.expanduser(directory)).absolute()
     run = _run_of(path)
     if not run.is_dir():
         others = sorted(place.parent.name for place in run.parent.glob("*/config.yaml"))
@@ -93,7 +96,7 @@ def opening_of(
     count = degrees.dp * (degrees.pp if fills else 1)
     run_settings = replace(config.run, eval_microbatches=count, eval_sequences=None)
     config = replace(config, run=run_settings)
-    return Opening(config, path, degrees)
+    return Opening(config, path, degrees, "data.tokenizer" in names)
 
 
 def _run_of(path: Path) -> Path:

@@ -77,7 +77,7 @@ def opened(opening: Opening) -> OpenRun:
     model = build_rank(config, plan, mesh)
     checkpoint = find(opening.directory, mesh.world)
     load_weights(checkpoint, config, model)
-    tokenizer = _tokenizer_of(opening.run, config)
+    tokenizer = _tokenizer_of(opening)
     return OpenRun(config, checkpoint, tokenizer, model, mesh, _end_name(opening.run))
 
 
@@ -98,11 +98,14 @@ def encode(run: OpenRun, text: str) -> Encoding:
     return encoding
 
 
-def _tokenizer_of(run: Path, config: RunConfig) -> Tokenizer | None:
-    kept = run / "tokenizer.json"
-    given = None if kept.is_file() else config.data.tokenizer  # runs of earlier versions kept none
-    path = kept if given is None else Path(given).expanduser()
-    if not path.is_file():
+def _tokenizer_of(opening: Opening) -> Tokenizer | None:
+    """Return the tokenizer that the caller has named, else that of the run, None if it has none."""
+    config, path = opening.config, opening.run / "tokenizer.json"
+    given = config.data.tokenizer
+    # Runs of earlier versions kept none.
+    if given is not None and (opening.chooses_tokenizer or not path.is_file()):
+        path = Path(given).expanduser()
+    if not path.is_file() and not opening.chooses_tokenizer:
         return None
     tokenizer = load_tokenizer(path, config.model.vocab_size)
     tokenizer.encode_special_tokens = True  # as in the corpora of training

@@ -119,12 +119,12 @@ def _logprobs(run: OpenRun, tokens: Tensor, labels: Tensor) -> Tensor:
     if mesh.degrees.num_ranks == 1:
         assert found is not None
         return found[:, 0].cpu()
-    told = torch.zeros((len(own), tokens.shape[-1]), dtype=dtype)
+    ours = torch.zeros((len(own), tokens.shape[-1]), dtype=dtype)
     if run.model.reports_loss:
         assert found is not None
-        told = found[:, 0].to("cpu", dtype)
+        ours = found[:, 0].to("cpu", dtype)
     # Only one rank of a replica reports, so the sum has its bits.
-    return mesh.steps.all_gather(told).view(mesh.degrees.dp, -1, *told.shape).sum(1).flatten(0, 1)
+    return mesh.steps.all_gather(ours).view(mesh.degrees.dp, -1, *ours.shape).sum(1).flatten(0, 1)
 
 
 def _ids_of(run: OpenRun, text: str | Tensor) -> Tensor:

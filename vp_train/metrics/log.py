@@ -39,8 +39,8 @@ class Writer(Protocol):
         """Drop the records after `step`, where the place can do that."""
         ...
 
-    def close(self) -> None:
-        """Return when everything is where it belongs."""
+    def close(self, *, failed: bool = False) -> None:
+        """Return when everything is where it belongs.  `failed` says whether the run has."""
         ...
 
 
@@ -82,10 +82,13 @@ class MetricsLog:
         for writer in self._writers:
             self._attempt(lambda writer=writer: writer.record(step, values))  # type: ignore[misc]
 
-    def close(self) -> None:
-        """Close the files."""
+    def close(self, *, failed: bool = False) -> None:
+        """Close the files.  One whose last bytes a disk does not take keeps no other one open.
+
+        `failed` says whether the run has failed.
+        """
         for writer in self._writers:
-            writer.close()
+            self._attempt(lambda writer=writer: writer.close(failed=failed))  # type: ignore[misc]
         self._writers = []
 
     def _attempt(self, action: Callable[[], None]) -> None:
@@ -147,10 +150,11 @@ class _Lines:
             os.ftruncate(descriptor, status.st_size)  # a part of the line may be there
             raise
 
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-        self._descriptor = None
+    def close(self, *, failed: bool = False) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with naming(self.path):
+                os.close(descriptor)
 
 
 class _Events:
@@ -216,10 +220,11 @@ class _Events:
             os.lseek(file.fileno(), size, os.SEEK_SET)
             raise
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._file = None
+    def close(self, *, failed: bool = False) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with naming(self.path):
+                file.close()
 
 
 def _drop_after(jsonl: Path, last_step: int) -> None:

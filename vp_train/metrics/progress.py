@@ -110,6 +110,7 @@ class Progress:
         self._console = console
         self._words = {key: _words_of(key) for key in settings.progress}
         self._started = time.monotonic()
+        self._num_shown = 0  # steps; a run that goes back to a checkpoint repeats some
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
         if self._live is not None:
             self._live.start()
@@ -119,8 +120,9 @@ class Progress:
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Show the finished `step` with its values by key.  What is not known is left out."""
         settings = self._settings
-        done = step - self._first_step + 1
-        left = (time.monotonic() - self._started) / done * (settings.steps - step)
+        self._num_shown += 1
+        of_one = (time.monotonic() - self._started) / self._num_shown
+        left = of_one * (settings.steps - step)
         known = {**values, "left": left}
         parts = [f"step {step:>{len(str(settings.steps))}}/{settings.steps}"]
         parts += [words(known[key]) for key, words in self._words.items() if key in known]

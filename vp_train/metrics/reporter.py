@@ -344,24 +344,28 @@ class Reporter:
         except OSError as error:
             warn_unwritten(self._directory.path / "summary.json", error)
 
-    def close(self) -> None:
-        """Close all files, and wait for what run.trackers have not got yet."""
-        self._log.close()
+    def close(self, *, failed: bool = False) -> None:
+        """Close all files, and wait for what run.trackers have not got yet.
 
-    def write_report(self) -> None:
-        """Write report.html from the files of the run, after `finish`.
-
-        Nothing is written, and nothing said, if it is not wanted or its packages are not installed.
-        What goes wrong is a warning: a report is worth less than the run.
+        `failed` says whether the run has failed.
         """
-        if not self._config.run.report:
-            return
-        from vp_train.report import page
+        self._log.close(failed=failed)
 
-        if not page.is_possible():
-            return
-        try:
-            page.write_report(self._directory.path)
-        except Exception as error:
-            what = error if isinstance(error, OSError) else OSError(None, str(error))
-            warn_unwritten(self._directory.path / page.NAME, what)
+
+def write_report(settings: RunSettings) -> None:
+    """Write report.html from the files of a run that has ended.
+
+    Nothing is written, and nothing said, if it is not wanted or its packages are not installed.
+    What goes wrong is a warning: a report is worth less than the run.
+    """
+    if not settings.report:
+        return
+    from vp_train.report import page
+
+    if not page.is_possible():
+        return
+    try:
+        page.write_report(settings.directory)
+    except Exception as error:
+        what = error if isinstance(error, OSError) else OSError(None, str(error))
+        warn_unwritten(settings.directory / page.NAME, what)

@@ -18,6 +18,7 @@ from typing import IO
 from vp_train.config import ConfigError, RunSettings
 from vp_train.durable import (
     UnreadableError,
+    advising,
     checkpoints_in,
     naming,
     open_to_append,
@@ -28,6 +29,7 @@ from vp_train.durable import (
 # What a run writes in its directory, apart from single files, which replace what is there.
 _FILES = ("LOCK", "metrics.jsonl", "notices.txt")
 _DIRECTORIES = ("checkpoints", "tensorboard", "trace", "logs", "profile", "trackers")
+_WAY_OUT = "set run.root to a directory where you may write"
 _MOST_TRIES = 5  # to lock a file that is removed meanwhile
 
 
@@ -49,6 +51,12 @@ def refuse_running(settings: RunSettings) -> None:
     """Raise ConfigError if another process uses the directory now."""
     if settings.directory.exists():
         _acquire(settings.directory).close()
+
+
+def make_directory(settings: RunSettings) -> None:
+    """Make the directory of a run if it is not there.  Raises OSError with the way out."""
+    with advising(settings.directory, _WAY_OUT):
+        settings.directory.mkdir(parents=True, exist_ok=True)
 
 
 class _InUseError(ConfigError):
@@ -76,7 +84,7 @@ class RunDirectory:
         or if a symbolic link or a pipe is where the run has a file or folder.
         """
         self.path = settings.directory
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_directory(settings)
         self._texts: dict[str, str] = {}  # by name, to write them again
         self._take()
         refuse_used(settings)
@@ -144,7 +152,7 @@ class RunDirectory:
 
         config: the content of tokenizer_config.json, which names the token that ends documents.
         """
-        self.write("tokenizer.json", path.read_text())
+        self.write("tokenizer.json", path.read_bytes().decode())
         self.write("tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     def write_environment(self) -> None:
@@ -187,7 +195,8 @@ def _acquire(path: Path) -> IO[str]:
     place = path / "LOCK"
     for _ in range(_MOST_TRIES):
         try:
-            file = os.fdopen(open_to_append(place), "a+")
+            with advising(place, _WAY_OUT):
+                file = os.fdopen(open_to_append(place), "a+")
         except UnreadableError as error:
             raise ConfigError(f"{error}; remove it") from None
         try:

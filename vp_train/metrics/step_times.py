@@ -15,11 +15,11 @@ from schedules.ir import Kind
 from schedules.timeline import Span, Timeline
 from schedules.vocab import End
 from vp_train.config import CostConfig, RunConfig
+from vp_train.explain.trace import SCHEMA
 from vp_train.metrics.figures import RankFigures
 from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.plan import StepPlan
 
-SCHEMA = "vp_train step_times 1"
 _DIGITS = 7  # after the point, of seconds
 
 # The setting of `cost` that says how long a kind of pass takes, where it was measured.

@@ -49,7 +49,7 @@ class Service(Protocol):
     """A service that keeps metrics.  Its methods are called in one thread, and may raise."""
 
     def record(self, step: int, values: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
+    def close(self, *, failed: bool) -> None: ...
 
 
 class Tracker:
@@ -63,6 +63,7 @@ class Tracker:
         self._name, self._open = name, open_service
         self._queue: Queue[Record | None] = Queue(_MOST_WAITING)
         self._has_failed = False
+        self._run_failed = False
         self._thread = Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
@@ -76,13 +77,16 @@ class Tracker:
     def go_back(self, step: int) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Wait until the service has everything, for at most a minute."""
+        self._run_failed = failed
+        until = time.monotonic() + _CLOSE_SECONDS
         try:
-            self._queue.put_nowait(None)
+            self._queue.put(None, timeout=_CLOSE_SECONDS)
         except Full:
+            self._fail(f"it is {_MOST_WAITING:,} steps behind")
             return
-        self._thread.join(_CLOSE_SECONDS)
+        self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             self._fail(f"it has not answered for {_CLOSE_SECONDS:.0f} s")
 
@@ -91,18 +95,16 @@ class Tracker:
             service = self._open()
             while not self._has_failed and (record := self._queue.get()) is not None:
                 service.record(*record)
-            service.close()
+            service.close(failed=self._run_failed)
         except (Exception, SystemExit) as error:
-            reason = str(error).strip() or "no reason given"
-            self._fail(f"{type(error).__name__}: {reason.splitlines()[0]}")
+            self._fail(_reason(error))
         self._drop()
 
     def _fail(self, reason: str) -> None:
         """Say once that the tracker gets nothing more."""
         if not self._has_failed:
             self._has_failed = True
-            words = printable(f"run.trackers: {self._name} failed ({reason}); going on without it")
-            print(words, file=sys.stderr, flush=True)
+            _warn(self._name, reason)
 
     def _drop(self) -> None:
         try:
@@ -110,6 +112,16 @@ class Tracker:
                 self._queue.get_nowait()
         except Empty:
             pass
+
+
+def _reason(error: BaseException) -> str:
+    reason = str(error).strip() or "no reason given"
+    return f"{type(error).__name__}: {reason.splitlines()[0]}"
+
+
+def _warn(name: str, reason: str) -> None:
+    words = printable(f"run.trackers: {name} failed ({reason}); going on without it")
+    print(words, file=sys.stderr, flush=True)
 
 
 def trackers_of(config: RunConfig, directory: Path) -> Iterator[Tracker]:
@@ -147,21 +159,16 @@ class _Wandb:
     def record(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **values})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class _Mlflow:
     """A run of MLflow, in mlflow.db of the run's directory unless MLFLOW_TRACKING_URI is set."""
 
     def __init__(self, config: RunConfig, directory: Path) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        mlflow: Any = import_module("mlflow")
+        self._client = _mlflow_client(directory)
         self._entities: Any = import_module("mlflow.entities")
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import sets the level
-        place = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{directory.resolve()}/mlflow.db")
-        self._client = mlflow.MlflowClient(tracking_uri=place)
         known = _known_as("mlflow", directory)
         if known is not None:
             self._client.update_run(known, status="RUNNING")
@@ -183,8 +190,36 @@ class _Mlflow:
         metrics = [self._entities.Metric(key, value, now, step) for key, value in values.items()]
         self._client.log_batch(self._run, metrics=metrics)
 
-    def close(self) -> None:
-        self._client.set_terminated(self._run)
+    def close(self, *, failed: bool) -> None:
+        self._client.set_terminated(self._run, status="FAILED" if failed else "FINISHED")
+
+
+def end_failed(settings: RunSettings) -> None:
+    """Say of a run whose processes were ended that it has failed, where it still counts as running.
+
+    W&B notices that by itself.  What goes wrong is a warning.
+    """
+    if "mlflow" not in settings.trackers:
+        return
+    try:
+        known = _known_as("mlflow", settings.directory)
+        if known is None:
+            return
+        client = _mlflow_client(settings.directory)
+        if client.get_run(known).info.status == "RUNNING":
+            client.set_terminated(known, status="FAILED")
+    except Exception as error:
+        _warn("mlflow", _reason(error))
+
+
+def _mlflow_client(directory: Path) -> Any:
+    """Return a client of MLflow: of mlflow.db in a run's directory, or of MLFLOW_TRACKING_URI."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    mlflow: Any = import_module("mlflow")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import sets the level
+    place = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{directory.resolve()}/mlflow.db")
+    return mlflow.MlflowClient(tracking_uri=place)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from vp_train.config import printable
+
 CLOCK_SECONDS = 5.0  # clocks that differ by less are equal
 SLOW = 3.0  # an all-reduce that takes so many times as long as planned is slow
 _MOST_NAMES = 3  # nodes, or settings, that one line names
@@ -189,11 +191,6 @@ def clock_range(own: tuple[float, float], of_rank_0: tuple[float, float]) -> tup
     There is a moment at which all ranks were inside.
     """
     return own[0] - of_rank_0[1], own[1] - of_rank_0[0]
-
-
-def printable(text: str) -> str:
-    """Return `text` with a question mark for every character that a terminal could obey."""
-    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def nodes_in_words(ranks: Sequence[RankFacts]) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NUM_COLOURS = 9  # of the page: --c0 to --c8
 _DASHES = ("-", "--", ":", "-.")
+NUM_STYLES = NUM_COLOURS * len(_DASHES)  # of curves that can be told apart
 _WIDTH, _HEIGHT = 400.0, 210.0  # in points of the picture, which the page scales
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 12.0, 10.0, 24.0
 _FONT = 11
@@ -41,7 +42,7 @@ class Style:
 
     @classmethod
     def of(cls, index: int) -> Style:
-        """Return the look of curve `index`; 36 differ."""
+        """Return the look of curve `index`; NUM_STYLES differ."""
         return cls(index % NUM_COLOURS, index // NUM_COLOURS % len(_DASHES))
 
     @property

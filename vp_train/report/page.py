@@ -7,7 +7,6 @@ draws are put in as they are.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +16,17 @@ from typing import Any
 
 from schedules.render import duration, facts, svg
 from schedules.timeline import Timeline
-from vp_train.durable import replace
+from vp_train.durable import replace, write_output
 from vp_train.report import draw
 from vp_train.report.curves import Curves, Point
 from vp_train.report.record import BITS, LOSS, Events, RunRecord, read_run, set_of
-from vp_train.settings import override
+from vp_train.settings import typed
 from vp_train.units import clock, human_bytes
 
 NAME = "report.html"  # in the directory of a run
 _GIB = 2.0**30
 _NONE = "-"  # in the place of a value that is not known
-_SHOWN = 0.005  # of the step: what would save less is not shown
+_SEEN = 5e-4  # of the step: causes that add less are not shown
 _NAMED_STEPS = 12  # of one kind of event
 
 # The parts of a step: key, name, and colour in the stack.
@@ -131,8 +130,11 @@ def write_report(run: Path, target: Path | None = None) -> Path:
     Raises ConfigError if it is no run or a package is missing, and OSError.
     """
     draw.require_packages()
-    target = target or run / NAME
-    replace(target, _page("run.html.j2", _context(read_run(run))))
+    text = _page("run.html.j2", _context(read_run(run)))
+    if target is None:
+        replace(run / NAME, text)  # never through a link: the run may be that of somebody else
+        return run / NAME
+    write_output(target, text)
     return target
 
 
@@ -142,7 +144,7 @@ def write_comparison(runs: Sequence[Path], target: Path) -> Path:
     Raises ConfigError if one is no run or a package is missing, and OSError.
     """
     draw.require_packages()
-    replace(target, _page("compare.html.j2", _comparison([read_run(run) for run in runs])))
+    write_output(target, _page("compare.html.j2", _comparison([read_run(run) for run in runs])))
     return target
 
 
@@ -337,12 +339,13 @@ def _stacked(curves: Curves) -> _Picture | None:
 
 def _shares(curves: Curves) -> list[_Bar]:
     """Return the share of every part in the time of all steps, largest first."""
-    totals = [(curves.total(key), name, colour) for key, name, colour in _PARTS]
+    totals = [
+        (total, name, colour) for key, name, colour in _PARTS if (total := curves.total(key)) > 0
+    ]
     whole = sum(total for total, _, _ in totals)
     return [
         _Bar(name, _seconds(total), total / whole, draw.Style(colour))
         for total, name, colour in sorted(totals, reverse=True)
-        if total > 0
     ]
 
 
@@ -387,7 +390,7 @@ def _causes(run: RunRecord) -> list[tuple[str, str, str]]:
     now, rows = found.planned_seconds, [("planned", "", duration(found.planned_seconds))]
     for cause in found.causes:
         now += cause.seconds
-        if abs(cause.seconds) < _SHOWN / 10 * found.measured_seconds:
+        if abs(cause.seconds) < _SEEN * found.measured_seconds:
             continue
         sign = "-" if cause.seconds < 0 else "+"
         rows.append(
@@ -403,8 +406,7 @@ def _what_ifs(run: RunRecord) -> list[tuple[str, str, str]]:
     measured = found.measured_seconds
     return [
         (what_if.words, duration(what_if.seconds), f"{what_if.seconds / measured - 1:+.0%}")
-        for what_if in sorted(found.what_ifs, key=lambda what_if: what_if.seconds)
-        if what_if.seconds < (1 - _SHOWN) * measured
+        for what_if in found.shown_what_ifs
     ]
 
 
@@ -457,20 +459,11 @@ def _versions(run: RunRecord) -> list[tuple[str, str]]:
     return found
 
 
-_PLAIN = re.compile(r"[A-Za-z0-9_./+:-]+")  # what hydra and the shell take as it is
-
-
-def _typed(name: str, value: str) -> str:
-    """Return an override as it is typed into a shell."""
-    word = f"{name}={value}" if _PLAIN.fullmatch(value) else override(name, value)
-    return shlex.quote(word)
-
-
 def _commands(run: RunRecord) -> list[tuple[str, str]]:
     """Return how to go on with a run: what a command does, and the command."""
     place, done, planned = run.path, run.metrics.curves.last, run.planned_steps
-    words = ["vp-train", _typed("run.name", place.name), _typed("run.root", str(place.parent))]
-    words.append("run.resume=true")
+    where = [typed("run.name", place.name), typed("run.root", str(place.parent))]
+    words = ["vp-train", *map(shlex.quote, where), "run.resume=true"]
     path = shlex.quote(str(place))
     found = []
     if run.checkpoints:

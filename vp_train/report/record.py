@@ -26,9 +26,9 @@ from vp_train.durable import (
     shown,
 )
 from vp_train.explain.causes import Explanation, explain
-from vp_train.explain.trace import read_traced as read_trace
+from vp_train.explain.trace import read_traced
 from vp_train.report.curves import Curves, finite
-from vp_train.report.traced import TracedStep, read_traced
+from vp_train.report.traced import Timelines, read_timelines
 from vp_train.settings import default_words, saved_words
 
 _LARGEST_LINES = 1 << 33  # bytes of metrics.jsonl
@@ -128,7 +128,7 @@ class RunRecord:
     defaults: Mapping[str, str]
     metrics: Metrics
     ranks: tuple[RankRow, ...]
-    traced: TracedStep | None
+    traced: Timelines | None
     explanation: Explanation | None
     picture: str | None
     environment: Mapping[str, Any]
@@ -181,7 +181,7 @@ def read_run(path: Path) -> RunRecord:
     nothing: dict[str, str] = {}
     settings = reading(lambda: saved_words(path / "config.yaml"), nothing)
     metrics = reading(lambda: _metrics(path / "metrics.jsonl"), Metrics(Curves(), {}))
-    traced = reading(lambda: read_traced(path / "trace" / "step_times.json"), None)
+    traced = reading(lambda: read_timelines(path / "trace" / "step_times.json"), None)
     explanation = None
     if traced is not None and traced.num_passes <= _MOST_EXPLAINED:
         explanation = reading(lambda: _explained(path), None)
@@ -209,7 +209,7 @@ def read_run(path: Path) -> RunRecord:
 def _explained(run: Path) -> Explanation:
     """Return why the traced step took as long as it did.  Raises ConfigError."""
     try:
-        return explain(read_trace(run))
+        return explain(read_traced(run))
     except ConfigError:
         raise
     except ValueError as error:

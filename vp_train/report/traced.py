@@ -15,8 +15,8 @@ from typing import Any
 from schedules.ir import Pass
 from schedules.timeline import Span, Timeline
 from vp_train.durable import UnreadableError, read_json, shown
+from vp_train.explain.trace import LARGEST, intervals
 
-_LARGEST = 1 << 27  # bytes; the largest step that can be planned takes about 100 MB
 _MOST_RANKS = 4_096
 _LARGEST_SECONDS = 1e6
 _LARGEST_BYTES = 1e18
@@ -24,8 +24,8 @@ _NAME = re.compile(r"[A-Za-z0-9_.:@>-]{1,60}")
 
 
 @dataclass(frozen=True, slots=True)
-class TracedStep:
-    """A step as it was planned and as it was measured, of the first replica."""
+class Timelines:
+    """The timelines of the first replica in a step, as it was planned and as it was measured."""
 
     step: int
     schedule: str
@@ -39,11 +39,11 @@ class TracedStep:
         return sum(map(len, self.measured.compute))
 
 
-def read_traced(path: Path) -> TracedStep:
-    """Return the step in a file.  Raises UnreadableError in one line."""
-    record = read_json(path, _LARGEST, follow=False)
+def read_timelines(path: Path) -> Timelines:
+    """Return the timelines in a file.  Raises UnreadableError in one line."""
+    record = read_json(path, LARGEST, follow=False)
     try:
-        return TracedStep(
+        return Timelines(
             int(_number(record["step"], 1 << 53)),
             _name(record["schedule"]),
             _name(record["vocabulary"]),
@@ -61,43 +61,30 @@ def _timeline(record: Mapping[str, Any]) -> Timeline:
         raise ValueError(f"it has passes of {len(rows):,} ranks")
     compute = tuple(tuple(_passes(rank, row)) for rank, row in enumerate(rows))
     ranks = [int(_number(rank, len(rows) - 1)) for rank in messages["ranks"]]
-    intervals = _intervals(messages)
-    if len(ranks) != len(intervals):
-        raise ValueError(f"{len(intervals)} communications have {len(ranks)} ranks")
+    found = intervals(messages)
+    if len(ranks) != len(found):
+        raise ValueError(f"{len(found)} communications have {len(ranks)} ranks")
     comm = tuple(
         Span(rank, _name(name), name.partition(".")[0], -1, -1, start, end)
-        for rank, (name, start, end) in zip(ranks, intervals, strict=True)
+        for rank, (name, start, end) in zip(ranks, found, strict=True)
     )
     peaks = tuple(_number(count, _LARGEST_BYTES) for count in record["peak_bytes"])
     if len(peaks) != len(rows):
         raise ValueError(f"{len(rows)} ranks have {len(peaks)} peaks of memory")
     bound = _number(record["bound_seconds"], _LARGEST_SECONDS)
-    found = Timeline(compute, comm, peaks, (0,) * len(rows), bound)
-    if found.makespan <= 0:
+    timeline = Timeline(compute, comm, peaks, (0,) * len(rows), bound)
+    if timeline.makespan <= 0:
         raise ValueError("no pass takes any time")
-    return found
+    return timeline
 
 
 def _passes(rank: int, row: Mapping[str, Any]) -> list[Span]:
     found = []
-    for name, start, end in _intervals(row):
+    for name, start, end in intervals(row):
         item = Pass.parse(_name(name))
         found.append(
             Span(rank, str(item), item.kind.value, item.stage, item.microbatch, start, end)
         )
-    return found
-
-
-def _intervals(row: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    names = row["names"].split()
-    starts, ends = (
-        [_number(value, _LARGEST_SECONDS) for value in row[key]] for key in ("starts", "ends")
-    )
-    if not len(names) == len(starts) == len(ends):
-        raise ValueError(f"{len(names)} names have {len(starts)} starts and {len(ends)} ends")
-    found = list(zip(names, starts, ends, strict=True))
-    if late := next((name for name, start, end in found if start > end), None):
-        raise ValueError(f"{shown(late)} ends before it starts")
     return found
 
 
