@@ -174,8 +174,14 @@ def lone_group() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-def one_layer(name: str, where: Where) -> tuple[Any, Any]:
-    """Return a stage with the first layer of a model, with fp32 gradients, and its ModelConfig."""
+def one_layer(
+    name: str, where: Where, *, dtype: torch.dtype | None = None, products: Any = None
+) -> tuple[Any, Any]:
+    """Return a stage with the first layer of a model, with fp32 gradients, and its ModelConfig.
+
+    products: those of its linear layers, None for plain ones.
+    """
+    from vp_train.model.linear import PLAIN
     from vp_train.model.stage import Stage
     from vp_train.settings import load_config
 
@@ -184,10 +190,11 @@ def one_layer(name: str, where: Where) -> tuple[Any, Any]:
         model,
         range(1),
         final_norm=False,
-        dtype=where.dtype,
+        dtype=dtype or where.dtype,
         device=where.device,
         group=lone_group(),
         seed=1,
+        products=products or PLAIN,
     )
     for parameter in stage.parameters():
         main_gradient(parameter)
@@ -1324,6 +1331,248 @@ def _check_trace(run: Path, report: Report, where: Where) -> None:
     report.check("trace", expected, found, right)
 
 
+# 13
+
+
+def float8_layers(where: Where, report: Report) -> None:
+    """Multiply in float8 against bfloat16: error, time and rate of y and dx, then a whole layer."""
+    from vp_train.model.float8 import Float8Products
+
+    shapes = ((2048, 3072, 12288), (8192, 4096, 14336), (8192, 14336, 4096), (8192, 4096, 6144))
+    rows = []
+    for tokens, inner, outer in shapes if where.on_gpu else ((48, 32, 64),):
+        x, dy = (where.randn(tokens, size, dtype=torch.bfloat16) for size in (inner, outer))
+        weight = nn.Parameter(where.randn(outer, inner, dtype=torch.bfloat16))
+        row: dict[str, Any] = {"tokens": tokens, "in": inner, "out": outer}
+        row |= _times_of_products(where, "bfloat16", None, x, dy, weight)
+        for name in ("row", "tensor"):
+            products = Float8Products(by_row=name == "row")
+            _judge_float8(
+                report, f"{tokens} x {inner} x {outer} by {name}", products, x, dy, weight
+            )
+            row |= _times_of_products(where, name, products, x, dy, weight)
+        speed = (row["bfloat16 y"] + row["bfloat16 dx"]) / (row["row y"] + row["row dx"])
+        report.check(
+            f"{tokens} x {inner} x {outer}: y and dx by row, with rounding",
+            "at least 1.2 times as fast as bfloat16",
+            f"{speed:.2f} times",
+            speed >= 1.2,
+            judged=where.on_gpu,
+        )
+        rows.append(row)
+        report.note(products=rows)
+    _float8_layer(where, report)
+
+
+def _times_of_products(
+    where: Where, name: str, products: Any, x: Tensor, dy: Tensor, weight: nn.Parameter
+) -> dict[str, float]:
+    """Return the milliseconds of y and dx with the weight rounded before, and their TFLOP/s."""
+    from vp_train.model.linear import PLAIN
+
+    formed = PLAIN if products is None else products
+    with formed.fixed_weights(), torch.no_grad():
+        y = milliseconds(where, lambda: formed.output(x, weight))
+        dx = milliseconds(where, lambda: formed.input_gradient(dy, weight))
+    flops = 2e-9 * x.numel() * len(weight)
+    return {
+        f"{name} y": y,
+        f"{name} dx": dx,
+        f"{name} y TFLOP/s": flops / y,
+        f"{name} dx TFLOP/s": flops / dx,
+    }
+
+
+def _judge_float8(
+    report: Report, what: str, products: Any, x: Tensor, dy: Tensor, weight: nn.Parameter
+) -> None:
+    """Compare y and dx with fp32 products of the same rounded matrices, in a part of their rows."""
+    from vp_train.model.float8 import FORWARD, GRADIENT, rounded
+
+    by_row, some = products._by_row, slice(0, 256)
+    worst = 0.0
+    with torch.no_grad():
+        for left, dtype, right, found in (
+            (x, FORWARD, weight, products.output(x, weight)),
+            (dy, GRADIENT, weight.T, products.input_gradient(dy, weight)),
+        ):
+            a, b = rounded(left, dtype, by_row=by_row), rounded(right, FORWARD, by_row=by_row)
+            scale = a.scale[some] if by_row else a.scale
+            exact = (a.values[some].float() * scale) @ (b.values.float() * b.scale).T
+            error = (found[some].float() - exact).abs().max() / exact.abs().max()
+            worst = max(worst, error.item())
+    # bfloat16 rounds by 2^-8; the fast accumulation of an H100 has about 14 bits.
+    report.check(f"{what}: error", "under 1e-2", f"{worst:.1e}", worst < 1e-2)
+
+
+def _float8_layer(where: Where, report: Report) -> None:
+    """Time F, I and W of one layer in bfloat16 and in float8, and its gradients' difference."""
+    from vp_train.model.float8 import Float8Products
+    from vp_train.model.linear import PLAIN
+
+    for name in ("gpt_4b", "llama3_8b") if where.on_gpu else ("llama3_8b",):
+        times: dict[str, dict[str, float]] = {}
+        gradients = {}
+        for kind, products in (("bfloat16", PLAIN), ("float8", Float8Products(by_row=True))):
+            stage, model = one_layer(name, where, dtype=torch.bfloat16, products=products)
+            torch.manual_seed(1)
+            shape = (model.seq_length, 1, model.hidden_size)
+            x, dy = (where.randn(*shape, dtype=torch.bfloat16) for _ in range(2))
+            x.requires_grad_()
+            with stage.fixed_weights():
+                times[kind] = _passes_of_layer(where, stage, x, dy)
+                for parameter in stage.parameters():
+                    main_gradient(parameter)
+                stage(x).backward(dy)
+            gradients[kind] = [parameter.grad for parameter in stage.parameters()]
+            del stage
+        report.note(**{f"{name} passes in ms": times})
+        error = max(
+            ((ours - theirs).norm() / theirs.norm()).item()
+            for ours, theirs in zip(*gradients.values(), strict=True)
+        )
+        what = f"{name}: what float8 changes of the gradient of a parameter"
+        report.check(what, "at most 20 %", f"{error:.1%}", error <= 0.2)
+        speed = sum(times["bfloat16"].values()) / sum(times["float8"].values())
+        report.check(
+            f"{name}: F, I and W",
+            "at least 1.15 times as fast as bfloat16",
+            f"{speed:.2f} times",
+            speed >= 1.15,
+            judged=where.on_gpu,
+        )
+
+
+def _passes_of_layer(where: Where, stage: Any, x: Tensor, dy: Tensor) -> dict[str, float]:
+    """Return the median milliseconds of F, I and W of a stage, one after another."""
+    found: dict[str, list[float]] = {"F": [], "I": [], "W": []}
+    for _ in range(6 if where.on_gpu else 2):
+        where.synchronise()
+        _get_ahead(where)
+        marks = [_mark(where)]
+        y = stage(x)
+        marks.append(_mark(where))
+        with stage.weight_grads.deferring(0):
+            y.backward(dy)
+        marks.append(_mark(where))
+        stage.weight_grads.drain(0)
+        marks.append(_mark(where))
+        for kind, (begin, end) in zip("FIW", itertools.pairwise(marks), strict=True):
+            found[kind].append(_elapsed(where, begin, end))
+    return {kind: median(values[1:]) for kind, values in found.items()}
+
+
+# 14
+
+
+def rules(where: Where, report: Report) -> None:
+    """Attend with softcaps, windows and documents: FlexAttention against blocks and the varlen."""
+    from vp_train.model.attention import (
+        Documents,
+        Rule,
+        attend_documents,
+        attend_flexibly,
+        block_attention,
+    )
+
+    tokens, heads, groups, size = (4096, 16, 8, 256) if where.on_gpu else (192, 4, 2, 16)
+    window, scale = tokens // 4, size**-0.5
+    dtype = torch.bfloat16
+    q, k, v = (
+        where.randn(tokens, count, size, dtype=dtype).requires_grad_()
+        for count in (heads, groups, groups)
+    )
+    dy = where.randn(tokens, heads * size, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def documents(count: int) -> Documents:
+        cuts = (torch.randperm(tokens - 1, generator=generator)[: count - 1] + 1).sort().values
+        ends = [0, *cuts.tolist(), tokens]
+        return Documents.on(where.device, tuple(b - a for a, b in itertools.pairwise(ends)))
+
+    def blocks(packed: Documents, rule: Rule) -> Tensor:
+        pieces = zip(*(t[:, None].split(packed.lengths) for t in (q, k, v)), strict=True)
+        return torch.cat([block_attention(*piece, rule)[:, 0] for piece in pieces])
+
+    def gradients(y: Tensor) -> list[Tensor]:
+        return [y.detach(), *torch.autograd.grad(y, (q, k, v), dy)]
+
+    times: dict[str, dict[str, float]] = {}
+    host: dict[str, float] = {}
+    for name, rule, packed in (
+        ("softcap", Rule(scale, 50.0, None), documents(1)),
+        ("softcap, window", Rule(scale, 50.0, window), documents(1)),
+        ("softcap, window, 9 documents", Rule(scale, 50.0, window), documents(9)),
+        ("window", Rule(scale, None, window), documents(1)),
+    ):
+        works = {
+            "blocks": partial(blocks, packed, rule),
+            "flexible": partial(attend_flexibly, q, k, v, packed, rule),
+        }
+        if rule.softcap is None:
+            works["varlen"] = partial(attend_documents, q, k, v, packed, scale, rule.window)
+        begin = time.perf_counter()
+        first = works["flexible"]()
+        if first is None:  # there is no such kernel here
+            report.check(name, "a kernel", "none", False, judged=where.on_gpu)
+            del works["flexible"]
+        else:
+            found = gradients(first)
+            where.synchronise()
+            host[name] = time.perf_counter() - begin
+            _judge_attention(report, name, found, gradients(blocks(packed, rule)))
+        times[name] = {
+            kind: milliseconds(where, lambda work=work: work().backward(dy), 3, 5)
+            for kind, work in works.items()
+            if work() is not None
+        }
+        report.note(milliseconds=times, first_seconds=host)
+        if "flexible" in times[name]:
+            ratio = times[name]["blocks"] / times[name]["flexible"]
+            measured, what = f"{ratio:.1f} times", f"{name}: FlexAttention"
+            report.check(what, "at least 3 times as fast as blocks", measured, ratio >= 3)
+    _judge_new_documents(where, report, documents, (q, k, v, dy), Rule(scale, 50.0, window))
+
+
+def _judge_attention(
+    report: Report, name: str, found: Sequence[Tensor], expected: Sequence[Tensor]
+) -> None:
+    """Check outputs and gradients of bfloat16 against each other."""
+    worst = max(
+        ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
+        for a, b in zip(found, expected, strict=True)
+    )
+    report.check(f"{name}: y, dq, dk, dv", "within 2 %", f"{worst:.1e}", worst < 2e-2)
+
+
+def _judge_new_documents(
+    where: Where,
+    report: Report,
+    documents: Callable[[int], Any],
+    tensors: tuple[Tensor, ...],
+    rule: Any,
+) -> None:
+    """Check that documents of new lengths are compiled for no more, by what they cost the host."""
+    from vp_train.model.attention import attend_flexibly
+
+    q, k, v, dy = tensors
+    seconds = []
+    for count in (9, 2, 17, 33, 5):
+        packed = documents(count)
+        where.synchronise()
+        begin = time.perf_counter()
+        y = attend_flexibly(q, k, v, packed, rule)
+        if y is None:
+            return
+        y.backward(dy)
+        seconds.append(time.perf_counter() - begin)
+    report.note(new_documents_host_milliseconds=[1e3 * value for value in seconds])
+    worst = 1e3 * max(seconds[1:])
+    report.check(
+        "documents of new lengths, on the host", "at most 20 ms", f"{worst:.1f} ms", worst <= 20
+    )
+
+
 # All
 
 
@@ -1350,6 +1599,8 @@ STEPS: dict[int, Step] = {
     10: Step("packed lengths", packed, 60, timed=True),
     11: Step("profile against plan", profiled, 150, timed=True),
     12: Step("training", training, 170),
+    13: Step("float8", float8_layers, 60, timed=True),
+    14: Step("softcaps and windows", rules, 80, timed=True),
 }
 
 

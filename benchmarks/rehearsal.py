@@ -212,6 +212,9 @@ class SleepingStage:
     def held_bytes(self) -> int:
         return 0
 
+    def fixed_weights(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def reading(self, need: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
         return nullcontext()
 

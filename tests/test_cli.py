@@ -164,6 +164,9 @@ def test_an_option_of_another_launcher_is_answered_with_ours():
             load_config([typed], ("--nodes", "--ranks"))
 
 
+FLOAT8 = ["model=nano", "run.dtype=bfloat16", "run.linear_dtype=float8"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "num_ranks", "message"),
     [
@@ -192,6 +195,31 @@ def test_an_option_of_another_launcher_is_answered_with_ours():
             ["vocab.recompute_fraction=0.5"],
             4,
             "counts only with vocab.backend=recompute, not chunked; drop one of the two",
+        ),
+        (
+            ["run.linear_dtype=float8"],
+            2,
+            "run.linear_dtype=float8 needs run.dtype=bfloat16, not float32",
+        ),
+        (
+            [*FLOAT8, "model.ffn_hidden_size=72", "parallel.tp=1"],
+            4,
+            "model.ffn_hidden_size is 72, and a scaled product needs a multiple of 16; change",
+        ),
+        (
+            [*FLOAT8, "model.ffn_hidden_size=48", "parallel.tp=2"],
+            4,
+            "model.ffn_hidden_size is 24 on each of parallel.tp=2 ranks, and a scaled product",
+        ),
+        (
+            [*FLOAT8, "model.hidden_size=72", "model.head_size=16"],
+            4,
+            "run.linear_dtype=float8: model.hidden_size is 72, and",
+        ),
+        (
+            [*FLOAT8, "model.num_query_groups=1", "model.head_size=12"],
+            4,
+            "the width of queries, keys and values is 72, and",
         ),
         (["vocab.shards=[1,2]"], 2, "give 2 sizes of at least 0 that add up to 32768"),
         (["vocab=none", "vocab.shards=[1,2]"], 2, "needs a sharded vocabulary"),

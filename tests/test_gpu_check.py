@@ -97,7 +97,7 @@ def test_a_step_runs_on_the_cpu(tmp_path, number):
     assert checks
     assert [check for check in checks if check["passed"] is False] == []
     assert all(check["measured"] for check in checks)
-    if number not in (6, 7, 9, 10, 11):  # these only measure times
+    if number not in (6, 7, 9, 10, 11, 14):  # these only measure times
         assert any(check["passed"] for check in checks)
 
 
@@ -115,8 +115,8 @@ def test_the_script_runs_a_step_and_writes_where_it_did(tmp_path):
 
 
 def test_unknown_steps_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--steps", "1,13"])
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--steps", "1,15"])
     with pytest.raises(SystemExit) as left:
         gpu_check.main()
     assert left.value.code == 2
-    assert "step 13 is not known; there are 1 to 12" in capsys.readouterr().err
+    assert "step 15 is not known; there are 1 to 14" in capsys.readouterr().err

@@ -150,6 +150,10 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
         (["micro_batch_size=2"], "cost.measured_layer_flops="),
         (["run.dtype=bfloat16"], "cost.measured_dtype=float32, but run.dtype=bfloat16"),
         (
+            ["run.dtype=bfloat16", "cost.measured_dtype=null", "run.linear_dtype=float8"],
+            "cost.measured_linear_dtype=compute, but run.linear_dtype=float8",
+        ),
+        (
             ["cluster=a100_80g_node", "run.dtype=float32"],
             "cost.measured_device=cpu, but run.device=cuda",
         ),

@@ -14,6 +14,8 @@ from schedules.ir import Kind, Pass
 from schedules.vocab import End, VocabAlgorithm
 from vp_train.config import OptimConfig, RunConfig
 from vp_train.mesh import Mesh
+from vp_train.model.float8 import Float8Products
+from vp_train.model.linear import PLAIN, Products
 from vp_train.model.stage import Stage, init_rows
 from vp_train.optim.buckets import BUCKETS_PER_STAGE, Runs, bucket_elements, lay_out
 from vp_train.optim.gradients import Gradients
@@ -421,11 +423,19 @@ def _build_stages(
             device=device,
             group=mesh.tensor,
             seed=config.run.seed,
+            products=linear_products(config),
             recompute=plan.recompute[stage],
             split_sequences=config.parallel.sequence_parallel,
         )
         for stage in plan.problem.layout.stages_of(mesh.pipeline_rank)
     }
+
+
+def linear_products(config: RunConfig) -> Products:
+    """Return what forms the products of the linear layers of one stage."""
+    if config.run.linear_dtype == "float8":
+        return Float8Products(by_row=config.run.float8_scales == "row")
+    return PLAIN
 
 
 def _build_matrices(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+_LINEAR_DTYPES = ("compute", "float8")
 _DEVICES = ("cpu", "cuda")
 _KEY = "setting"
 
@@ -897,6 +898,9 @@ class CostConfig:
         None, "Forward FLOPs of the measured layer; other layers are refused.", unit="FLOP"
     )
     measured_dtype: str | None = setting(None, "run.dtype when measured.", choices=DTYPES)
+    measured_linear_dtype: str | None = setting(
+        None, "run.linear_dtype when measured.", choices=_LINEAR_DTYPES
+    )
     measured_device: str | None = setting(None, "run.device when measured.", choices=_DEVICES)
     measured_on: str | None = setting(None, "Name of the device in the report of vp-plan.")
     layer_forward_seconds: float | None = setting(None, "Measured F of a layer.", unit="s", least=0)
@@ -1017,6 +1021,18 @@ class RunSettings:
         "float32",
         "Dtype of weights and activations; gradients and optimizer state are at least float32.",
         choices=DTYPES,
+    )
+    linear_dtype: str = setting(
+        "compute",
+        "Dtype of the products y and dx of the decoder's linear layers; compute: run.dtype; "
+        "float8 needs run.dtype=bfloat16 (see cluster.md).",
+        choices=_LINEAR_DTYPES,
+    )
+    float8_scales: str = setting(
+        "row",
+        "With linear_dtype=float8: a scale for each token and each row or column of a weight, or "
+        "one for each tensor.",
+        choices=("row", "tensor"),
     )
     device: str = setting("cpu", "Where the ranks compute.", choices=_DEVICES)
     comm_backend: str = setting(
@@ -1148,6 +1164,11 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         _check("run.", self)
+        if self.linear_dtype == "float8" and self.dtype != "bfloat16":
+            raise ConfigError(
+                f"run.linear_dtype=float8 needs run.dtype=bfloat16, not {self.dtype}, which is not "
+                "scaled to float8; set run.dtype=bfloat16, or drop run.linear_dtype"
+            )
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(
                 f"run.name={self.name!r} is not a directory name; "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.meshes import alone
+from vp_train.assembly import linear_products
 from vp_train.config import RunConfig
 from vp_train.model.stage import Stage, init_rows
 from vp_train.optim.adamw import build_adamw, clip_scale, learning_rate
@@ -29,6 +30,7 @@ class Whole(nn.Module):
             device=cpu,
             group=alone(),
             seed=config.run.seed,
+            products=linear_products(config),
         )
         self.matrices = nn.ParameterDict()
         for name in ("embedding",) if model.tied_embeddings else ("embedding", "output"):

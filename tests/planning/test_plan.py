@@ -21,6 +21,10 @@ from vp_train.config import (
     ScheduleConfig,
     VocabConfig,
 )
+from vp_train.model import shape
+from vp_train.planning.cluster import assumed_costs
+from vp_train.planning.estimate import _FLOAT8_SPEED
+from vp_train.planning.memory import step_peak
 from vp_train.planning.placement import redistribute, split_layers
 from vp_train.planning.plan import make_plan, plan_step
 
@@ -459,6 +463,38 @@ def test_a_norm_over_all_heads_is_refused_with_tensor_parallelism():
     model = replace(config.model, qk_norm=True, qk_norm_whole=True)
     with pytest.raises(ConfigError, match="qk_norm_whole=true does not go with parallel"):
         plan_step(replace(config, model=model), 4)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("split_backward", [False, True])
+def test_products_of_float8_are_faster_in_f_and_i_alone_and_weights_are_kept_twice(
+    split_backward, recompute
+):
+    """dW, attention and the vocabulary stay as they are, and so does what a layer keeps."""
+    config = config_of(2, 4, 100, schedule="zb_h1" if split_backward else "1f1b")
+    config = replace(
+        config,
+        model=replace(config.model, ffn_hidden_size=32, head_size=16),
+        parallel=replace(config.parallel, recompute=recompute),
+        run=replace(config.run, dtype="bfloat16", device="cuda"),
+    )
+    before = plan_step(config, 2)
+    after = plan_step(replace(config, run=replace(config.run, linear_dtype="float8")), 2)
+    rate = assumed_costs(before.work, config.cluster, config.cost).flops_per_second
+    saved = before.work.linear_flops / rate * (1 - 1 / _FLOAT8_SPEED)
+    kinds = {Kind.F: saved, Kind.S: 0.0, Kind.T: 0.0}
+    again = saved if recompute == "full" else 0.0
+    kinds |= {Kind.I: saved + again, Kind.W: 0.0} if split_backward else {Kind.B: saved + again}
+    for kind, seconds in kinds.items():
+        for index, (was, now) in enumerate(
+            zip(before.cost.pass_seconds[kind], after.cost.pass_seconds[kind], strict=True)
+        ):
+            layers = 1 if kind.is_vocabulary else len(before.layers[index])
+            assert was - now == pytest.approx(layers * seconds), kind
+    assert before.cost.stage_bytes == after.cost.stage_bytes
+    (*_, was), (*_, now) = (step_peak(step, config.optim, 0) for step in (before, after))
+    matrices = shape.layer_matrix_parameters(before.work.share)
+    assert now - was == 2 * matrices * len(before.layers[0])
 
 
 def test_splitting_sequences_takes_norms_and_inputs_of_layers_off_every_rank():

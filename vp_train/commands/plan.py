@@ -183,9 +183,10 @@ def _cluster_words(config: RunConfig) -> str:
     if config.cost.is_measured:
         device = config.cost.measured_on or "a device that cost does not name"
         reached = f"pass times as measured on {device}"
+    float8 = "; linear layers in float8" if config.run.linear_dtype == "float8" else ""
     return (
         f"{cluster.num_gpus} {name} on {nodes}, {cluster.memory_gib:g} GiB and "
-        f"{peak:,.3g} TFLOP/s in {config.run.dtype} each, {reached}"
+        f"{peak:,.3g} TFLOP/s in {config.run.dtype} each, {reached}{float8}"
     )
 
 

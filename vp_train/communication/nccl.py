@@ -18,6 +18,7 @@ from vp_train.communication.flight_recorder import DUMP_SECONDS, prefix
 from vp_train.config import ConfigError, RunSettings
 
 _POLL_SECONDS = 0.2
+_FLOAT8_CAPABILITY = (8, 9)  # the first with products of float8
 
 
 def require_gpu(settings: RunSettings) -> None:
@@ -30,8 +31,8 @@ def take_gpu(environment: MutableMapping[str, str], settings: RunSettings) -> st
     """Give the rank that `environment` describes its GPU, and return the backend of its tensors.
 
     Call it before anything touches the GPU; it sets what CUDA and NCCL read at start.  On a CPU it
-    does nothing.  Raises ConfigError if there is no GPU here, or if NCCL would need more GPUs than
-    the node has.
+    does nothing.  Raises ConfigError if there is no GPU here, if it has no float8 but the settings
+    want it, or if NCCL would need more GPUs than the node has.
     """
     if settings.device == "cpu":
         return "gloo"
@@ -45,7 +46,22 @@ def take_gpu(environment: MutableMapping[str, str], settings: RunSettings) -> st
             "rank; start fewer ranks here, or let them share GPUs with run.comm_backend=gloo"
         )
     torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")) % num_devices)
+    require_float8(settings)
     return settings.comm_backend
+
+
+def require_float8(settings: RunSettings) -> None:
+    """Raise ConfigError if run.linear_dtype=float8 finds a GPU without float8.  It starts CUDA."""
+    if settings.linear_dtype != "float8" or settings.device != "cuda":
+        return
+    capability = torch.cuda.get_device_capability()
+    if capability < _FLOAT8_CAPABILITY:
+        major, minor = capability
+        raise ConfigError(
+            f"run.linear_dtype=float8 needs a GPU of compute capability 8.9 or later, such as an "
+            f"H100, and {torch.cuda.get_device_name()} has {major}.{minor}; "
+            "drop run.linear_dtype"
+        )
 
 
 def set_environment(

@@ -115,6 +115,7 @@ def _evaluating(
         device=device,
         comm_backend="gloo" if degrees.num_ranks == 1 else config.run.comm_backend,
         dtype=dtype or config.run.dtype,
+        linear_dtype=config.run.linear_dtype if dtype in (None, config.run.dtype) else "compute",
         resume=False,
         init_from=None,
         profile_steps=(),

@@ -7,25 +7,31 @@ in float32 at least.
 
 Packed documents on CUDA: `attend_documents` uses torch's variable-length attention.  With one call
 per document cuDNN would make a plan for every new length, which takes 70 to 160 ms of host time on
-an H100.
+an H100.  It knows windows, but no softcaps.
+
+Everything else on CUDA: `attend_flexibly` uses torch's FlexAttention, one kernel for all rules with
+the same softcap.  In each of them a query sees the keys from one on up to its own, and that first
+key is data of the kernel.  So windows, and documents of other lengths, need no new kernel.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, field
+from functools import cache, lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vp_train.tensors.precision import compiled_as_called, runs_compiled
 from vp_train.tensors.streams import to_device
 
 _BLOCK = 256  # queries
-_MOST_HEAD_SIZE = 256  # that flash attention supports
+_MASK_BLOCK = 128  # queries, and keys, of a block of FlexAttention's mask
+_LEAST_HEAD_SIZE, _MOST_HEAD_SIZE = 16, 256  # that the kernels on CUDA support
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,7 @@ class Documents:
 
     lengths: tuple[int, ...]
     bounds: Tensor | None
+    _masks: dict[int | None, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def on(cls, device: torch.device, lengths: tuple[int, ...]) -> Documents:
@@ -47,6 +54,111 @@ class Documents:
             return cls(lengths, None)
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         return cls(lengths, to_device(bounds, device))
+
+    def mask(self, window: int | None) -> Any:
+        """Return the mask of FlexAttention for these documents and a window, made once."""
+        if window not in self._masks:
+            assert self.bounds is not None
+            self._masks[window] = block_mask(first_keys(self.bounds, sum(self.lengths), window))
+        return self._masks[window]
+
+
+@lru_cache(maxsize=16)  # of sizes of microbatches, which are few
+def whole_sequences(device: torch.device, num_sequences: int, length: int) -> Documents:
+    """Return sequences of one document each for attention on `device`."""
+    return Documents.on(device, (length,) * num_sequences)
+
+
+def first_keys(bounds: Tensor, num_tokens: int, window: int | None) -> Tensor:
+    """Return the first key that each query sees: int32 [num_tokens].  It never falls.
+
+    bounds: as in `Documents`.
+    """
+    starts = torch.repeat_interleave(bounds[:-1], bounds.diff(), output_size=num_tokens)
+    if window is None:
+        return starts
+    index = torch.arange(num_tokens, dtype=torch.int32, device=bounds.device)
+    return torch.maximum(starts, index - (window - 1))
+
+
+def block_mask(first: Tensor) -> Any:
+    """Return the mask of FlexAttention in which query i sees the keys [first[i], i].
+
+    first: int32 [T], which never falls.
+
+    Of the blocks of keys that a block of queries sees, those that all its queries see as a whole
+    need no mask.  They follow each other, as do those before them, which are seen in part.  The
+    last block is its own, the diagonal one, which is always seen in part.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    num_tokens, size = len(first), _MASK_BLOCK
+    own = torch.arange(-(-num_tokens // size), dtype=torch.int32, device=first.device)
+    begin = first[::size] // size
+    last_query = ((own + 1) * size - 1).clamp(max=num_tokens - 1)
+    whole = torch.minimum((first[last_query] + size - 1) // size, own)
+    in_part = begin[:, None] + own
+    blocks = torch.where(in_part < whole[:, None], in_part, own[:, None])
+    whole_blocks = (whole[:, None] + own).clamp(max=len(own) - 1)
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= first[query])
+
+    return BlockMask.from_kv_blocks(
+        (whole - begin + 1)[None, None],
+        blocks[None, None],
+        (own - whole)[None, None],
+        whole_blocks[None, None],
+        BLOCK_SIZE=size,
+        mask_mod=seen,
+        seq_lengths=(num_tokens, num_tokens),
+    )
+
+
+def attend_flexibly(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, rule: Rule
+) -> Tensor | None:
+    """Attend within each document: q [T, heads, d], k and v [T, groups, d] -> [T, heads * d].
+
+    Returns None where there is no kernel: on a CPU, on a GPU older than Ampere or without Triton,
+    in float64, and for heads of less than 16 or more than 256 values.
+    """
+    if documents.bounds is None or not _suits_flexible(q):
+        return None
+    heads = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+    context: Tensor = _flex_attention()(
+        *heads,
+        score_mod=None if rule.softcap is None else _capped(rule.softcap),
+        block_mask=documents.mask(rule.window),
+        scale=rule.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return context[0].transpose(0, 1).flatten(1)
+
+
+def _suits_flexible(q: Tensor) -> bool:
+    """Return whether a compiled FlexAttention takes q: dtype, head size and GPU."""
+    if q.dtype is torch.float64 or not _LEAST_HEAD_SIZE <= q.shape[-1] <= _MOST_HEAD_SIZE:
+        return False
+    return runs_compiled(q.device) and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+@cache
+def _flex_attention() -> Callable[..., Any]:
+    """Return torch's FlexAttention, compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return compiled_as_called(flex_attention)
+
+
+@cache
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    """Return the function of FlexAttention that caps a score; one, or it would be compiled anew."""
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
 
 
 def attend_documents(

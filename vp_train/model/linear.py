@@ -7,9 +7,9 @@ graph twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,42 @@ from vp_train.tensors.precision import accumulate
 from vp_train.tensors.slices import TensorSlice
 
 _Product = tuple[nn.Parameter, Tensor, Tensor]
+
+
+class Products(Protocol):
+    """The products of linear layers with their weights W [out, in]; dW is not one of them."""
+
+    def output(self, x: Tensor, weight: nn.Parameter) -> Tensor:
+        """Return x W^T [.., out] for x [.., in]."""
+        ...
+
+    def input_gradient(self, dy: Tensor, weight: nn.Parameter) -> Tensor:
+        """Return dy W [.., in] for dy [.., out]."""
+        ...
+
+    def fixed_weights(self) -> AbstractContextManager[None]:
+        """Return a context in which no weight changes, so that what they give may be kept."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlainProducts:
+    """Products in the dtype of the weights."""
+
+    def output(self, x: Tensor, weight: nn.Parameter) -> Tensor:
+        """Return x W^T [.., out] for x [.., in]."""
+        return x @ weight.T
+
+    def input_gradient(self, dy: Tensor, weight: nn.Parameter) -> Tensor:
+        """Return dy W [.., in] for dy [.., out]."""
+        return dy @ weight
+
+    def fixed_weights(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing."""
+        return nullcontext()
+
+
+PLAIN: Products = PlainProducts()
 
 
 class WeightGradStore:
@@ -112,8 +148,8 @@ class SequenceSplit:
 class _LinearFunction(torch.autograd.Function):
     """The product y = x W^T, whose backward hands dW to the store instead of autograd.
 
-    dx is summed over `group` while dW is computed.  With `sequence`, x and dx are parts of
-    sequences, and y and dy are whole; the backward gathers x again for dW.
+    `products` form y and dx.  dx is summed over `group` while dW is computed.  With `sequence`, x
+    and dx are parts of sequences, and y and dy are whole; the backward gathers x again for dW.
     """
 
     @staticmethod
@@ -122,18 +158,20 @@ class _LinearFunction(torch.autograd.Function):
         x: Tensor,
         weight: nn.Parameter,
         store: WeightGradStore,
+        products: Products,
         group: dist.ProcessGroup | None,
         sequence: SequenceSplit | None,
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.store, ctx.group, ctx.sequence = weight, store, group, sequence
-        return (x if sequence is None else sequence.gather(x)) @ weight.T
+        ctx.weight, ctx.store, ctx.products = weight, store, products
+        ctx.group, ctx.sequence = group, sequence
+        return products.output(x if sequence is None else sequence.gather(x), weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (dy,) = grads
         (x,) = ctx.saved_tensors
-        dx, summed = dy @ ctx.weight, None
+        dx, summed = ctx.products.input_gradient(dy, ctx.weight), None
         if ctx.sequence is not None:
             dx, x = ctx.sequence.scatter(dx), ctx.sequence.gather(x)
         elif ctx.group is not None:
@@ -141,7 +179,7 @@ class _LinearFunction(torch.autograd.Function):
         ctx.store.put(ctx.weight, x.flatten(0, -2), dy.flatten(0, -2))
         if summed is not None:
             summed.wait()
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
 class _StoredLinear(nn.Module):
@@ -161,11 +199,12 @@ class _StoredLinear(nn.Module):
         config: Any,
         store: WeightGradStore,
         *,
+        products: Products,
         bias: bool,
         skip_bias_add: bool,
     ) -> None:
         super().__init__()
-        self._store, self._skip_bias_add = store, skip_bias_add
+        self._store, self._products, self._skip_bias_add = store, products, skip_bias_add
         self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
         self.bias = (
             nn.Parameter(torch.empty(output_size, dtype=config.params_dtype)) if bias else None
@@ -191,6 +230,7 @@ class ColumnLinear(_StoredLinear):
         *,
         config: Any,
         store: WeightGradStore,
+        products: Products = PLAIN,
         tp_group: dist.ProcessGroup,
         sequence: SequenceSplit | None = None,
         parts: int = 1,
@@ -203,6 +243,7 @@ class ColumnLinear(_StoredLinear):
             output_size // tp_group.size(),
             config,
             store,
+            products=products,
             bias=bias,
             skip_bias_add=skip_bias_add,
         )
@@ -223,7 +264,9 @@ class ColumnLinear(_StoredLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map [s, b, in], or [s / n, b, in] with sequence parallelism, to [s, b, out / n]."""
-        y: Tensor = _LinearFunction.apply(x, self.weight, self._store, self._group, self._sequence)  # type: ignore[no-untyped-call]
+        y: Tensor = _LinearFunction.apply(  # type: ignore[no-untyped-call]
+            x, self.weight, self._store, self._products, self._group, self._sequence
+        )
         return self._with_bias(y)
 
 
@@ -240,6 +283,7 @@ class RowLinear(_StoredLinear):
         *,
         config: Any,
         store: WeightGradStore,
+        products: Products = PLAIN,
         tp_group: dist.ProcessGroup,
         reduce: Callable[[Tensor, dist.ProcessGroup], Tensor],
         bias: bool = False,
@@ -251,6 +295,7 @@ class RowLinear(_StoredLinear):
             output_size,
             config,
             store,
+            products=products,
             bias=bias,
             skip_bias_add=skip_bias_add,
         )
@@ -269,7 +314,9 @@ class RowLinear(_StoredLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map [s, b, in / n] to [s, b, out], or to [s / n, b, out] with sequence parallelism."""
-        y: Tensor = _LinearFunction.apply(x, self.weight, self._store, None, None)  # type: ignore[no-untyped-call]
+        y: Tensor = _LinearFunction.apply(  # type: ignore[no-untyped-call]
+            x, self.weight, self._store, self._products, None, None
+        )
         if self._group is not None:
             y = self._reduce(y, self._group)
         return self._with_bias(y)

@@ -17,8 +17,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vp_train.config import ModelConfig
-from vp_train.model.attention import Documents, Rule, attend_documents, block_attention
-from vp_train.model.linear import ColumnLinear, RowLinear, SequenceSplit, WeightGradStore
+from vp_train.model.attention import (
+    Documents,
+    Rule,
+    attend_documents,
+    attend_flexibly,
+    block_attention,
+    whole_sequences,
+)
+from vp_train.model.linear import (
+    PLAIN,
+    ColumnLinear,
+    Products,
+    RowLinear,
+    SequenceSplit,
+    WeightGradStore,
+)
 from vp_train.model.norm import ResidualAdd, WholeRMSNorm, ZeroCentredRMSNorm, build_norm
 from vp_train.model.shape import head_size, is_gated
 from vp_train.quiet import quiet_deprecations, quiet_megatron
@@ -65,15 +79,19 @@ class CoreAttention(nn.Module):
         With `documents`, attention stays within each of them.
         """
         s, b = query.shape[:2]
-        if documents is None and query.is_cuda and self._window is not None and self._window < s:
-            # A window on CUDA: the variable-length kernel supports it, sequence by sequence.
-            documents = Documents.on(query.device, (s,) * b)
+        windowed = self._window is not None and self._window < s
+        if documents is None and query.is_cuda and (windowed or self._softcap is not None):
+            # The kernels for these cases on CUDA take documents, here one of every sequence.
+            documents = whole_sequences(query.device, b, s)
         if documents is None:
             return self._attend(query, key, value)
         q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
         context = None
         if self._softcap is None:
             context = attend_documents(q, k, v, documents, self._scale, self._window)
+        if context is None:
+            rule = Rule(self._scale, self._softcap, self._window)
+            context = attend_flexibly(q, k, v, documents, rule)
         if context is None:
             pieces = zip(
                 *(torch.split(tensor[:, None], list(documents.lengths)) for tensor in (q, k, v)),
@@ -174,6 +192,7 @@ class DecoderLayer(nn.Module):
 
     group: the tensor-parallel ranks, each with a part of the heads and of the feed-forward width.
     store: takes the weight gradients.
+    products: form the products of the linear layers.
     recompute: `none`, `selective` or `full`, as in ParallelConfig.
     split_sequences: sequence parallelism: x is this rank's part of every sequence.
     """
@@ -187,12 +206,15 @@ class DecoderLayer(nn.Module):
         *,
         group: dist.ProcessGroup,
         store: WeightGradStore,
+        products: Products = PLAIN,
         recompute: str = "none",
         split_sequences: bool = False,
     ) -> None:
         super().__init__()
         with quiet_megatron():
-            self.layer = _build(model, index, dtype, device, group, store, split_sequences)
+            self.layer = _build(
+                model, index, dtype, device, group, store, products, split_sequences
+            )
         quiet_deprecations()
         if recompute != "none":
             part = self.layer if recompute == "full" else self.layer.get_submodule("self_attention")
@@ -232,6 +254,7 @@ def _build(
     device: torch.device,
     group: dist.ProcessGroup,
     store: WeightGradStore,
+    products: Products,
     split_sequences: bool,
 ) -> nn.Module:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -289,8 +312,8 @@ def _build(
         gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
         sequence = SequenceSplit(partial(gather, group=group), partial(scatter, group=group))
         reduce = _scatter_sum
-    column: dict[str, Any] = {"store": store, "sequence": sequence}
-    row = {"store": store, "reduce": reduce}
+    column: dict[str, Any] = {"store": store, "products": products, "sequence": sequence}
+    row = {"store": store, "products": products, "reduce": reduce}
     attention.linear_qkv = partial(ColumnLinear, **column)
     attention.linear_proj = mlp.linear_fc2 = ModuleSpec(module=RowLinear, params=row)
     columns = 2 if is_gated(model) else 1  # gate and up

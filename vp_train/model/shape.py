@@ -190,7 +190,7 @@ def _attention_bytes(
         per_token += (q + kv) + (n + model.num_query_groups)
         if 1 < model.num_query_groups < n:
             per_token += q  # a copy: the heads of several groups are not contiguous in qkv
-    if model.attention_softcap is None:
+    if model.attention_softcap is None or fused_norms:  # on CUDA all kernels keep them
         per_token += n
     angles = 4 * model.seq_length * head_size(model) if model.positions == "rope" else 0
     return item_bytes * (micro_batch_size * model.seq_length * per_token + angles)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vp_train.config import ModelConfig
 from vp_train.model.attention import Documents
 from vp_train.model.completion import Completion
-from vp_train.model.linear import ColumnLinear, RowLinear, WeightGradStore
+from vp_train.model.linear import PLAIN, ColumnLinear, Products, RowLinear, WeightGradStore
 from vp_train.model.megatron import DecoderLayer, join_sequence, rotary_table, split_sequence
 from vp_train.model.norm import build_norm
 
@@ -28,7 +28,7 @@ class Stage(nn.Module):
     A stage may have no layers.  The first stage scales the embeddings and adds the learned
     positions, if the model has them.  Parameters are named by global layer, `layers.7...`, and
     initialised from (seed, global layer) alone.  `recompute` is that of ParallelConfig; with a
-    split backward, pass I recomputes.
+    split backward, pass I recomputes.  `products` form the products of the linear layers.
 
     Attributes:
 
@@ -55,6 +55,7 @@ class Stage(nn.Module):
         device: torch.device,
         group: dist.ProcessGroup,
         seed: int,
+        products: Products = PLAIN,
         recompute: str = "none",
         split_sequences: bool = False,
     ) -> None:
@@ -63,7 +64,7 @@ class Stage(nn.Module):
         self._splits_input = group if split_sequences and first else None
         self._joins_output = group if split_sequences and final_norm else None
         self._sequence_parts = group.size() if split_sequences else 1
-        self.weight_grads = WeightGradStore()
+        self.weight_grads, self._linear_products = WeightGradStore(), products
         self._local = {str(index) for index in layers if model.is_local(index)}
         self.layers = nn.ModuleDict(
             {
@@ -74,6 +75,7 @@ class Stage(nn.Module):
                     device,
                     group=group,
                     store=self.weight_grads,
+                    products=products,
                     recompute=recompute,
                     split_sequences=split_sequences,
                 )
@@ -204,6 +206,10 @@ class Stage(nn.Module):
             if not name.startswith("layers."):
                 units[-1 if name == "positions" else 0].append(name)
         return tuple(tuple(unit) for unit in units if unit)
+
+    def fixed_weights(self) -> AbstractContextManager[None]:
+        """Return a context in which the weights of the linear layers do not change."""
+        return self._linear_products.fixed_weights()
 
     @contextmanager
     def reading(self, need: Callable[[Sequence[str]], None]) -> Iterator[None]:

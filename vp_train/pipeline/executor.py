@@ -11,7 +11,7 @@ b, H].
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -50,6 +50,10 @@ class StageModule(Protocol):
     @property
     def weight_grads(self) -> WeightGrads: ...
     def __call__(self, x: Tensor, segments: Tensor | None) -> Tensor: ...
+    def fixed_weights(self) -> AbstractContextManager[None]:
+        """Return a context in which no weight that has been read changes."""
+        ...
+
     def reading(self, need: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
         """Within this context call `need` with the names of each layer before the pass reads it."""
         ...
@@ -315,9 +319,12 @@ class Executor:
             trains=not program.forward_only,
             outputs_of=outputs_of,
         )
-        for op in program.ranks[self._rank]:
-            self.operation = op
-            step.run[op.action](op)
+        with ExitStack() as fixed:
+            for stage in modules.stages.values():
+                fixed.enter_context(stage.fixed_weights())
+            for op in program.ranks[self._rank]:
+                self.operation = op
+                step.run[op.action](op)
         losses = step.finish()
         return None if losses is None else losses.view(m, s, b).transpose(1, 2)
 

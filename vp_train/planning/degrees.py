@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vp_train.config import ConfigError, ModelConfig, ParallelConfig
+from vp_train.model.shape import kv_size, query_size, tensor_share
 
 _OTHER_NUMBER_STARTED = (
     "were started; start as many (torchrun --nproc-per-node), or change a degree"
@@ -85,6 +86,31 @@ def split_ranks(
         )
     rest = num_ranks // known
     return Degrees(degrees["parallel.dp"] or rest, degrees["parallel.pp"] or rest, parallel.tp)
+
+
+_FLOAT8_MULTIPLE = 16  # of which the widths of a scaled product must be a multiple
+
+
+def check_float8_split(model: ModelConfig, tp: int) -> None:
+    """Check that scaled products in float8 take the linear layers of one of `tp` ranks.
+
+    Call it after `check_tensor_split`.  Raises ConfigError.
+    """
+    share = tensor_share(model, tp)
+    queries, keys = query_size(share), kv_size(share)
+    widths = {
+        "model.hidden_size": model.hidden_size,
+        "the width of the queries": queries,
+        "the width of queries, keys and values": queries + 2 * keys,
+        "model.ffn_hidden_size": share.ffn_hidden_size,
+    }
+    for name, width in widths.items():
+        if width % _FLOAT8_MULTIPLE:
+            of_rank = f" on each of parallel.tp={tp} ranks" if tp > 1 else ""
+            raise ConfigError(
+                f"run.linear_dtype=float8: {name} is {width}{of_rank}, and a scaled product needs "
+                f"a multiple of {_FLOAT8_MULTIPLE}; change the width, or drop run.linear_dtype"
+            )
 
 
 def check_tensor_split(model: ModelConfig, tp: int, *, sequences: bool = False) -> None:

@@ -128,7 +128,7 @@ def step_peak(step: StepPlan, optim: OptimConfig, rank: int) -> tuple[float, flo
     batches = 1 if on_cpu else 2  # a GPU has the next one, too
     per_token = _TOKEN_BYTES + batches * _INDEX_BYTES
     kept = _scratch_bytes(step, rank) + per_token * work.num_microbatches * work.num_tokens
-    always = kept + _MESSAGES * message
+    always = kept + _MESSAGES * message + _rounded_weight_bytes(step, rank)
     exponentials = max(0.0, cost.shard_bytes[rank] - message)  # the rest is x
     # On a CPU the output layer keeps its buffers of exponentials for reuse and never frees them.
     pool = exponentials * _most_held(order) if on_cpu else 0.0
@@ -208,6 +208,14 @@ def _scratch_bytes(step: StepPlan, rank: int) -> float:
     separate = work.item_bytes < work.precise_bytes or work.held_values < 1
     products = 2.0 * work.precise_bytes * work.num_tokens * work.model.hidden_size
     return products + (logits if separate else 0.0)
+
+
+def _rounded_weight_bytes(step: StepPlan, rank: int) -> float:
+    """Return the bytes of the weights in float8, rounded once in a step for y and once for dx."""
+    if not step.work.in_float8:
+        return 0.0
+    num_layers = sum(len(step.layers[stage]) for stage in step.problem.layout.stages_of(rank))
+    return 2.0 * num_layers * shape.layer_matrix_parameters(step.work.share)
 
 
 def _update_bytes(step: StepPlan, optim: OptimConfig, rank: int) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from vp_train.config import ModelConfig, RunConfig, VocabConfig
 from vp_train.model import shape
-from vp_train.planning.degrees import Degrees, check_tensor_split
+from vp_train.planning.degrees import Degrees, check_float8_split, check_tensor_split
 
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
@@ -19,9 +19,9 @@ _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 class Workload:
     """The model, its split over ranks, and the microbatches of one replica's step.
 
-    `dtype` and `device` are run.dtype and run.device.  The layers of each stage are not part of
-    it, because they depend on the schedule.  `share` is the model with layers of the size of one
-    tensor-parallel share; it follows from `model` and `degrees`.
+    `dtype`, `linear_dtype` and `device` are run.dtype, run.linear_dtype and run.device.  The layers
+    of each stage are not part of it, because they depend on the schedule.  `share` is the model
+    with layers of the size of one tensor-parallel share; it follows from `model` and `degrees`.
     """
 
     model: ModelConfig
@@ -32,6 +32,7 @@ class Workload:
     micro_batch_size: int
     dtype: str
     device: str
+    linear_dtype: str = "compute"
     share: ModelConfig = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -43,9 +44,12 @@ class Workload:
     def of(cls, config: RunConfig, degrees: Degrees) -> Workload:
         """Return the work of a step of `config`, split as `degrees` say.
 
-        Raises ConfigError if tensor parallelism cannot split the model so.
+        Raises ConfigError if tensor parallelism cannot split the model so, or if the shares do not
+        go with linear layers in float8.
         """
         check_tensor_split(config.model, degrees.tp, sequences=config.parallel.sequence_parallel)
+        if config.run.linear_dtype == "float8":
+            check_float8_split(config.model, degrees.tp)
         return cls(
             model=config.model,
             vocab=config.vocab,
@@ -55,11 +59,17 @@ class Workload:
             micro_batch_size=config.micro_batch_size,
             dtype=config.run.dtype,
             device=config.run.device,
+            linear_dtype=config.run.linear_dtype,
         )
 
     @property
     def on_cuda(self) -> bool:
         return self.device == "cuda"
+
+    @property
+    def in_float8(self) -> bool:
+        """Whether the linear layers form outputs and input gradients in float8."""
+        return self.linear_dtype == "float8"
 
     @property
     def num_tokens(self) -> int:
@@ -99,6 +109,11 @@ class Workload:
     def layer_flops(self) -> int:
         """The forward FLOPs of one layer on one microbatch, of all tensor-parallel ranks."""
         return shape.layer_flops(self.model, self.num_tokens)
+
+    @property
+    def linear_flops(self) -> int:
+        """The part of `layer_flops` that is the products of linear layers."""
+        return 2 * shape.layer_matrix_parameters(self.model) * self.num_tokens
 
     @property
     def step_flops(self) -> float:

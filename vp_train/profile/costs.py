@@ -84,7 +84,11 @@ def measured_cost(step: StepPlan, profiles: Sequence[RankProfile]) -> dict[str, 
         seconds = [profile.of(kind) for profile in profiles if profile.of(kind)]
         if seconds:
             cost[name] = median(seconds)
-    where = {"measured_dtype": work.dtype, "measured_device": work.device}
+    where = {
+        "measured_dtype": work.dtype,
+        "measured_linear_dtype": work.linear_dtype,
+        "measured_device": work.device,
+    }
     return {"measured_layer_flops": float(work.layer_flops), **where, **cost}
 
 

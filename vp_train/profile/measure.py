@@ -20,7 +20,7 @@ import torch.multiprocessing as multiprocessing
 
 from schedules.ir import Kind
 from vp_train.assembly import RankModel, build_rank, rank_device
-from vp_train.communication.nccl import require_gpu, set_environment
+from vp_train.communication.nccl import require_float8, require_gpu, set_environment
 from vp_train.config import ConfigError, RunConfig
 from vp_train.mesh import build_mesh
 from vp_train.pipeline.recorder import Recorder
@@ -88,6 +88,7 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
     if on_cuda:
         set_environment(os.environ, config.run, Path())  # like the run that is predicted
         torch.cuda.set_device(0)
+        require_float8(config.run)
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         leave_compiled_code_alone()

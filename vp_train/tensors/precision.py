@@ -5,6 +5,7 @@ On a CPU torch.compile fuses these operations, if there is a C++ compiler.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -103,12 +104,28 @@ def compiled_exactly(function: Callable[..., Any]) -> Callable[..., Any]:
     return _compile(function, dynamic=False)
 
 
-def _compile(function: Callable[..., Any], *, dynamic: bool) -> Callable[..., Any]:
+@cache
+def compiled_as_called(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` compiled for its first shape; if there is another one, for all shapes."""
+    return _compile(function, dynamic=None)
+
+
+def _compile(function: Callable[..., Any], *, dynamic: bool | None) -> Callable[..., Any]:
     import torch._dynamo  # slow; the first compilation would import it anyway
 
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _COMPILED_SHAPES)
     return torch.compile(function, dynamic=dynamic)
+
+
+def runs_compiled(device: torch.device) -> bool:
+    """Return whether torch.compile makes kernels for a GPU like `device`; they need Triton."""
+    return device.type == "cuda" and has_compiler() and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @cache
