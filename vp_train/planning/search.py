@@ -238,7 +238,9 @@ class _Search:
             leanest=self._closest(),
             refused=tuple(refused[:_KEPT_REFUSALS]),
             excluded=self._excluded,
-            num_choices=len(self._space.choices) + sum(self._space.excluded.values()),
+            num_choices=len(self._space.choices)
+            + sum(self._space.excluded.values())
+            - self._num_same,
             num_estimated=self._num_estimated,
             num_planned=len(self._planned),
             num_open=num_open,
@@ -252,6 +254,7 @@ class _Search:
     def _weigh(self) -> None:
         """Weigh all choices.  Out of time, those that were weighed are a sample of all."""
         choices = self._space.choices
+        self._scales.check(choices)
         numbers = list(range(len(choices)))
         random.Random(1).shuffle(numbers)
         for place, number in enumerate(numbers):

@@ -6,7 +6,7 @@ costs of all passes and takes milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -133,17 +133,29 @@ def minimum_step(schedule: str, draft: Draft) -> StepPlan:
     return _at_peak(draft, schedule, peaks_of(schedule, draft.problem))
 
 
-def _at_peak(draft: Draft, name: str, peaks: Iterable[Peak], *, least: bool = True) -> StepPlan:
-    """Return a step that ends when every rank keeps the most; `least` as in `Peak`."""
-    problem, orders = draft.problem, []
-    for rank, peak in enumerate(peaks):
+def _at_peak(
+    draft: Draft,
+    name: str,
+    peaks: Sequence[Peak],
+    *,
+    least: bool = True,
+    ranks: Iterable[int] | None = None,
+) -> StepPlan:
+    """Return a step that ends when ranks keep the most; `least` as in `Peak`.
+
+    Only `ranks` have passes, None for all.
+    """
+    problem = draft.problem
+    orders: list[tuple[Pass, ...]] = [()] * len(peaks)
+    for rank in range(len(peaks)) if ranks is None else ranks:
+        peak = peaks[rank]
         held = peak.counts if least else peak.kept
         order = [
             Pass(stage, Kind.F, microbatch)
             for stage, count in zip(problem.layout.stages_of(rank), held, strict=True)
             for microbatch in range(count)
         ]
-        orders.append((*order, Pass(peak.backward, problem.backward, 0)))
+        orders[rank] = (*order, Pass(peak.backward, problem.backward, 0))
     cost = draft.cost
     if problem.split_backward:
         kept = cost.stage_bytes
@@ -211,6 +223,16 @@ class Candidate:
     seems_to_fit: bool
 
 
+def _looked_at(step: Draft | StepPlan) -> list[int]:
+    """Return the ranks whose memory is looked at: of many the ends, the middle, and the largest."""
+    layout = step.problem.layout
+    ranks = range(layout.num_ranks)
+    if len(ranks) <= _MOST_RANKS:
+        return list(ranks)
+    layers = [sum(len(step.layers[stage]) for stage in layout.stages_of(rank)) for rank in ranks]
+    return sorted({0, max(ranks, key=layers.__getitem__), len(ranks) // 2, ranks[-1]})
+
+
 class Scales:
     """Weighs the choices for one configuration.  What they share is computed once.
 
@@ -228,12 +250,24 @@ class Scales:
         self._only = optimizers
         self._config = config
         self._optimizers: dict[int, list[OptimConfig]] = {}
-        self._checked: set[str] = set()
         self._splits: dict[tuple[Degrees, int, bool], _Split] = {}
         self._placed: dict[tuple[str, Layout], _Placed] = {}
         self._peaks: dict[tuple[str, Layout, str, int], tuple[Peak, ...]] = {}
         self._after: dict[tuple[Degrees, OptimConfig, int], float] = {}
         self._bounds: dict[tuple[object, ...], float] = {}
+
+    def check(self, choices: Iterable[Choice]) -> None:
+        """Check the base order of every schedule once.  Raises ConfigError, which names it."""
+        smallest: dict[str, Choice] = {}
+        for choice in choices:
+            known = smallest.setdefault(choice.schedule, choice)
+            if choice.degrees.pp < known.degrees.pp:
+                smallest[choice.schedule] = choice
+        for name, choice in smallest.items():
+            count = min(choice.num_microbatches, 2 * choice.degrees.pp)
+            algorithm = VOCAB_ALGORITHMS[choice.vocab]
+            split_backward = GENERATORS[name].split_backward
+            named_base_order(name, Problem(choice.layout, count, algorithm, split_backward))
 
     def weigh(self, choice: Choice) -> Weight:
         """Return the weight of a choice.  Raises ConfigError if it cannot be run."""
@@ -314,7 +348,8 @@ class Scales:
         if choice.recompute_where_needed:
             choice = self._where_needed(choice)
         drafted = self._draft(choice)
-        minimum = _at_peak(drafted, choice.schedule, self._peaks_of(choice, choice.layout))
+        peaks, ranks = self._peaks_of(choice, choice.layout), _looked_at(drafted)
+        minimum = _at_peak(drafted, choice.schedule, peaks, ranks=ranks)
         fitting, refusal = [], None
         for optim in self._optimizers_of(choice):
             try:
@@ -328,9 +363,7 @@ class Scales:
             raise refusal
         passes = self._bound_of(choice, drafted)
         after = min(self.after(minimum, optim) for optim in fitting)
-        kept = _at_peak(
-            drafted, choice.schedule, self._peaks_of(choice, choice.layout), least=False
-        )
+        kept = _at_peak(drafted, choice.schedule, peaks, least=False, ranks=ranks)
         return Candidate(
             choice, drafted, passes, passes + after, tuple(fitting), self._fits(kept, fitting)
         )
@@ -370,16 +403,7 @@ class Scales:
 
     def needs(self, step: StepPlan, optim: OptimConfig) -> tuple[float, int]:
         """Return the bytes of the rank that needs most, and that rank; of many look at a few."""
-        ranks = range(step.num_ranks)
-        looked_at: Iterable[int] = ranks
-        if len(ranks) > _MOST_RANKS:
-            layers = [
-                sum(len(step.layers[stage]) for stage in step.problem.layout.stages_of(rank))
-                for rank in ranks
-            ]
-            most = max(ranks, key=layers.__getitem__)
-            looked_at = sorted({0, most, len(ranks) // 2, ranks[-1]})
-        return max((rank_memory(step, optim, rank).total, rank) for rank in looked_at)
+        return max((rank_memory(step, optim, rank).total, rank) for rank in _looked_at(step))
 
     def _check_memory(self, step: StepPlan, optim: OptimConfig, held: float = 0.0) -> None:
         """Raise TooLargeError if a rank needs more than the limit, with `held` bytes on top."""
@@ -424,7 +448,7 @@ class Scales:
                     recompute=tuple(kinds),
                     cost=replace(without.cost, stage_bytes=tuple(kept)),
                 )
-                step = _at_peak(mixed, choice.schedule, peaks)
+                step = _at_peak(mixed, choice.schedule, peaks, ranks=[rank])
                 needs = rank_memory(step, optim, rank).total + mixed.cost.shard_bytes[rank]
                 if needs <= self.limit:
                     break
@@ -441,9 +465,7 @@ class Scales:
             algorithm = VOCAB_ALGORITHMS[choice.vocab]
             split_backward = GENERATORS[choice.schedule].split_backward
             problem = Problem(layout, count, algorithm, split_backward)
-            is_new = choice.schedule not in self._checked
-            self._peaks[key] = peaks_of(choice.schedule, problem, check=is_new)
-            self._checked.add(choice.schedule)
+            self._peaks[key] = peaks_of(choice.schedule, problem, check=False)
         return self._peaks[key]
 
     def _split_of(self, choice: Choice) -> _Split:
