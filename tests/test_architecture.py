@@ -118,7 +118,7 @@ DOORS = {
 }
 # The only modules of planning that know the whole configuration; the others take its sections and
 # the Workload that is made of it.
-KNOW_THE_RUN = {"workload", "plan", "report", "search"}
+KNOW_THE_RUN = {"workload", "plan", "report", "choice", "weigh", "search"}
 WITHOUT_TORCH = (
     "schedules",
     "vp_train.config",

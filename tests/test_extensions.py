@@ -28,7 +28,7 @@ from vp_train.config import ConfigError, VocabConfig
 from vp_train.failures import EXIT_CONFIG
 from vp_train.planning.plan import make_plan
 from vp_train.planning.report import make_report
-from vp_train.planning.search import search
+from vp_train.planning.search import Limits, search
 
 _NAIVE = {barrier.name: barrier for barrier in VOCAB_ALGORITHMS["naive"].barriers}
 
@@ -154,7 +154,7 @@ def test_a_mistake_is_named_by_the_searches_too(monkeypatch):
         make_plan(config, 2)
     config = replace(config, cluster=replace(config.cluster, gpus_per_node=2))
     with pytest.raises(ConfigError, match="schedule wrong: rank 0 never runs 0F0"):
-        search(config, 1_000, lambda: True, lambda line: None)  # every choice
+        search(config, Limits(), lambda: True, lambda line: None)
 
 
 def test_it_is_in_the_report_of_a_cluster_and_in_the_search(registered):

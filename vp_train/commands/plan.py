@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +20,27 @@ from vp_train.commands.searching import Searching
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.failures import EXIT_CONFIG, EXIT_TIME
 from vp_train.model import shape
+from vp_train.planning.choice import Choice, with_batch_of
 from vp_train.planning.degrees import split_ranks
 from vp_train.planning.plan import SEARCHING
 from vp_train.planning.report import PlanReport, make_report
-from vp_train.planning.search import Found, Refusal, Result, about_bytes, search
+from vp_train.planning.search import (
+    Estimate,
+    Found,
+    Limits,
+    Result,
+    fits_on,
+    search,
+    without_vocabulary,
+)
+from vp_train.planning.weigh import about_bytes
 from vp_train.units import human_bytes
 
 _SHOWN_RANKS = 16
 _SHOWN_REFUSALS = 3
 _GIB = 2**30
+_LARGE_GAP = 0.1  # above the lower bound
+_MOST_TOKENS = 10**9
 
 
 _EXAMPLES = """\
@@ -45,6 +56,9 @@ def main() -> None:
     options = {
         "--search": ("", "rank every way to run the batch on the cluster, fastest first"),
         "--top": ("K", "with --search: number of plans to show (5)"),
+        "--tokens": ("N", "with --search: tokens of a step, instead of num_microbatches and so on"),
+        "--margin": ("PERCENT", "with --search: part of the memory that stays free (5)"),
+        "--effort": ("N", "with --search: thousand passes that may be placed (2000)"),
         "--seconds": ("N", "with --search: time limit; one simulation may still end after it (60)"),
         "--json": ("FILE", "write the report there"),
     }
@@ -64,14 +78,19 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
     if path is not None and path.is_dir():
         raise ConfigError(f"--json {path} is a directory; name a file")
     if "--search" not in options:
-        for name in ("--top", "--seconds"):
+        for name in ("--top", "--tokens", "--margin", "--effort", "--seconds"):
             if name in options:
                 raise ConfigError(f"{name} belongs to --search")
         return show_plan(config, path)
-    top, seconds = (
-        whole_number(options, name, default) for name, default in (("--top", 5), ("--seconds", 60))
+    if "--tokens" in options:
+        tokens = whole_number(options, "--tokens", 4_194_304, most=_MOST_TOKENS)
+        config = with_batch_of(config, tokens)
+    limits = Limits(
+        top=whole_number(options, "--top", 5),
+        margin=whole_number(options, "--margin", 5, least=0, most=90) / 100,
+        effort=1000 * whole_number(options, "--effort", 2000),
     )
-    return show_search(config, top, seconds, path)
+    return show_search(config, limits, whole_number(options, "--seconds", 60), path)
 
 
 def show_plan(config: RunConfig, path: Path | None) -> int:
@@ -83,12 +102,13 @@ def show_plan(config: RunConfig, path: Path | None) -> int:
         print(SEARCHING, flush=True)
     with Searching() as searching:
         report = make_report(config, searching.watch)
-    print("\n".join([*plan_lines(config, report), *searching.words]), flush=True)
+    lines = [*plan_lines(config, report), *without_lines(config, report), *searching.words]
+    print("\n".join(lines), flush=True)
     _write(path, report.record())
     return searching.exit_code if report.fits else EXIT_CONFIG
 
 
-def show_search(config: RunConfig, top: int, seconds: float, path: Path | None) -> int:
+def show_search(config: RunConfig, limits: Limits, seconds: float, path: Path | None) -> int:
     """Search for the fastest plans, print them and write them to `path`.  Raises ConfigError.
 
     Ctrl-C ends it with the best so far.  Returns the exit code.
@@ -100,27 +120,51 @@ def show_search(config: RunConfig, top: int, seconds: float, path: Path | None) 
         def in_time() -> bool:
             return time.monotonic() < until and not searching.is_stopped
 
-        result = search(config, top, in_time, searching.show)
-    print("\n".join(search_lines(config, result, is_stopped=searching.is_stopped)), flush=True)
-    found = [
-        {"overrides": plan.choice.overrides(config)} | plan.report.record() for plan in result.best
-    ]
-    refused = [
-        {"overrides": refusal.choice.overrides(config), "reason": refusal.reason}
-        for refusal in result.refused
-    ]
-    _write(
-        path,
-        {
-            "best": found,
-            "refused": refused,
-            "simulated": result.num_simulated,
-            "open": result.open_choices,
-        },
-    )
+        result = search(config, limits, in_time, searching.show)
+    lines = search_lines(config, limits, result, is_stopped=searching.is_stopped)
+    print("\n".join(lines), flush=True)
+    _write(path, search_record(config, result))
     if searching.is_stopped or result.best:
         return searching.exit_code
-    return EXIT_TIME if result.open_choices else EXIT_CONFIG
+    return EXIT_TIME if result.num_open else EXIT_CONFIG
+
+
+def search_record(config: RunConfig, result: Result) -> dict[str, Any]:
+    """Return the result of a search for JSON, in bytes and seconds."""
+    firsts = {
+        "with_vocabulary_parallelism": result.with_vocabulary,
+        "without_vocabulary_parallelism": result.without_vocabulary,
+    }
+    return {
+        "best": [
+            {"overrides": plan.choice.overrides(config)} | plan.report.record()
+            for plan in result.best
+        ],
+        "estimated": [_estimate_record(config, estimate) for estimate in result.estimated],
+        **{
+            name: None if first is None else _estimate_record(config, first)
+            for name, first in firsts.items()
+        },
+        "refused": [
+            {"overrides": refusal.choice.overrides(config), "reason": refusal.reason}
+            for refusal in result.refused
+        ],
+        "excluded": dict(result.excluded.most_common()),
+        "choices": result.num_choices,
+        "estimates": result.num_estimated,
+        "planned": result.num_planned,
+        "open": result.num_open,
+        "ended": result.ended,
+    }
+
+
+def _estimate_record(config: RunConfig, estimate: Estimate) -> dict[str, Any]:
+    return {
+        "overrides": estimate.choice.overrides(config),
+        "step_seconds": estimate.seconds,
+        "bytes": estimate.memory,
+        "planned": estimate.is_planned,
+    }
 
 
 def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
@@ -149,9 +193,52 @@ def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
         f"{report.bound_reason}",
         f"binds     {report.binds}",
     ]
+    if report.gap > _LARGE_GAP:
+        lines.append(
+            f"          on {report.degrees.pp} ranks {report.schedule} is far above it; try other "
+            "schedules, or vp-plan --search"
+        )
     if not report.fits:
         lines += ["", *(f"would help: {words}" for words in remedies(config))]
     return lines
+
+
+def without_lines(config: RunConfig, report: PlanReport) -> list[str]:
+    """Return a line with the best plan of this split that does not split the vocabulary."""
+    if report.degrees.pp == 1:
+        return []
+    result = without_vocabulary(config, report.degrees)
+    best = result.without_vocabulary
+    if best is None:
+        reason = (
+            "nothing fits" if result.leanest is None else f"nothing fits: {result.leanest.reason}"
+        )
+        return [f"without   vocabulary parallelism {reason}"]
+    if report.vocab == "none" and best.seconds >= 0.995 * report.step_seconds:
+        return ["without   vocabulary parallelism nothing is faster than this plan, which has none"]
+    return [
+        f"without   vocabulary parallelism the best is {short_words(best.choice)}: "
+        f"{_compared(best, report.step_seconds)}"
+    ]
+
+
+def short_words(choice: Choice) -> str:
+    """Return the schedule and the placement of a choice in words."""
+    chunks = f" of {choice.num_chunks} chunks" if choice.num_chunks is not None else ""
+    placed = ", layers redistributed" if choice.placement == "redistribute" else ""
+    return f"{choice.schedule}{chunks}{placed}"
+
+
+def _compared(estimate: Estimate, seconds: float) -> str:
+    """Return time and memory of an estimate, and its time against that of a plan, in words."""
+    ratio = estimate.seconds / seconds - 1
+    how = (
+        "as fast"
+        if abs(ratio) < 0.0005
+        else f"{abs(ratio):.1%} {'slower' if ratio > 0 else 'faster'}"
+    )
+    about = "" if estimate.is_planned else "about "
+    return f"{about}{duration(estimate.seconds)} ({how}), {estimate.memory / _GIB:.1f} GiB"
 
 
 def _model_words(config: RunConfig) -> str:
@@ -248,41 +335,64 @@ def _rendered(table: Table) -> list[str]:
     return [line.rstrip() for line in capture.get().rstrip().splitlines()]
 
 
-def search_lines(config: RunConfig, result: Result, *, is_stopped: bool = False) -> list[str]:
+def search_lines(
+    config: RunConfig, limits: Limits, result: Result, *, is_stopped: bool = False
+) -> list[str]:
     """Return the best plans in lines, and why others are not among them."""
-    counted = (
-        f"{result.num_choices:,} choices, {result.num_simulated} simulated, "
-        f"{len(result.refused):,} refused"
-    )
     lines = []
     if result.best:
+        first = result.best[0]
+        lines += [*_best_table(result.best), ""]
         lines += [
-            *_best_table(result.best),
-            "",
-            f"the first: {result.best[0].choice.overrides(config)}",
+            f"not planned whole: {estimate.choice.overrides(config)}: "
+            f"{_compared(estimate, first.report.step_seconds)}"
+            for estimate in result.estimated
         ]
-        lines += [f"binds: {result.best[0].report.binds}", ""]
-    if result.open_choices:
-        why, way_out = ("stopped", "") if is_stopped else ("out of time", "; raise --seconds")
-        left = f"{result.open_choices:,} that might be faster are left"
+        lines += [f"the first: {first.choice.overrides(config)}", f"binds: {first.report.binds}"]
+        lines += [_vocabulary_words(config, result), ""]
+    excluded = sum(result.excluded.values())
+    counted = (
+        f"{result.num_choices:,} choices, {excluded:,} ruled out, "
+        f"{result.num_estimated:,} simulated, {result.num_planned} planned"
+    )
+    if result.num_open:
+        why, way_out = {
+            "effort": ("the effort is spent", "; raise --effort, and --seconds"),
+            "time": ("out of time", "; raise --seconds, or the same command may find other plans"),
+        }[result.ended]
+        if is_stopped:
+            why, way_out = "stopped", ""
+        left = f"{result.num_open:,} that might be faster are left"
         lines.append(f"{counted}; {why}: {left}{way_out}")
     else:
-        lines.append(f"{counted}; none of the others can be faster" if result.best else counted)
-    lines += _refusal_lines(config, result.refused)
+        lines.append(f"{counted}; none of the others is faster" if result.best else counted)
+    lines += _excluded_lines(result)
     if not result.best:
-        lines += _misses(config, result)
+        lines += _misses(config, limits, result)
     return lines
+
+
+def _vocabulary_words(config: RunConfig, result: Result) -> str:
+    """Return the best plan of the other kind than the first, in words."""
+    first = result.best[0]
+    splits = first.choice.splits_vocabulary
+    other = result.without_vocabulary if splits else result.with_vocabulary
+    kind = f"{'without' if splits else 'with'} vocabulary parallelism"
+    if other is None:
+        return f"{kind}: nothing was found that fits"
+    compared = _compared(other, first.report.step_seconds)
+    return f"{kind}: {compared}: {other.choice.overrides(config)}"
 
 
 def _best_table(best: Sequence[Found]) -> list[str]:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
     for head in (
-        *("", "dp", "pp", "tp", "microbatches", "schedule", "vocab", "recompute"),
+        *("", "dp", "pp", "tp", "microbatches", "schedule", "vocab", "recompute", "sp", "optim"),
         *("step", "tokens/s", "MFU", "bubble", "gap", "GiB"),
     ):
         table.add_column(
             head,
-            justify="left" if head in ("schedule", "vocab", "recompute") else "right",
+            justify="left" if head in ("schedule", "vocab", "recompute", "optim") else "right",
             no_wrap=True,
         )
     for place, (choice, report) in enumerate(((found.choice, found.report) for found in best), 1):
@@ -291,9 +401,11 @@ def _best_table(best: Sequence[Found]) -> list[str]:
             str(place),
             *(str(degree) for degree in (degrees.dp, degrees.pp, degrees.tp)),
             f"{choice.num_microbatches} x {choice.micro_batch_size}",
-            choice.schedule,
+            short_words(choice),
             choice.vocab,
-            choice.recompute,
+            _recompute_words(choice),
+            "yes" if choice.sequence_parallel else "no",
+            _optimizer_words(choice),
             duration(report.step_seconds),
             f"{report.num_tokens / report.step_seconds:,.0f}",
             f"{report.mfu:.1%}",
@@ -304,47 +416,53 @@ def _best_table(best: Sequence[Found]) -> list[str]:
     return _rendered(table)
 
 
-def _refusal_lines(config: RunConfig, refused: Sequence[Refusal]) -> list[str]:
-    """Return the fastest choices that need too much memory, and how often other reasons occur."""
-    too_large = [refusal for refusal in refused if refusal.excess is not None]
-    lines = []
-    if too_large:
-        lines.append(f"{len(too_large):,} need too much memory; the fastest of them:")
-        lines += [
-            f"  {refusal.choice.overrides(config)}: {refusal.reason}"
-            for refusal in too_large[:_SHOWN_REFUSALS]
-        ]
-    others = Counter(refusal.reason for refusal in refused if refusal.excess is None)
-    lines += [
-        f"{count:,} refused: {reason}" for reason, count in others.most_common(_SHOWN_REFUSALS)
+def _recompute_words(choice: Choice) -> str:
+    if choice.recompute_per_stage is None:
+        return choice.recompute
+    kinds = choice.recompute_per_stage
+    return f"{choice.recompute} in {len(kinds) - kinds.count('none')} of {len(kinds)}"
+
+
+def _optimizer_words(choice: Choice) -> str:
+    optim = choice.optimizer
+    assert optim is not None, "a plan has an optimizer"
+    return "offload" if optim.offload else optim.name
+
+
+def _excluded_lines(result: Result) -> list[str]:
+    """Return one line with the constraint that rules out most choices, and one with the next."""
+    counted = [(words, count) for words, count in result.excluded.most_common() if count]
+    if not counted:
+        return []
+    shown = [
+        f"{words}: {count:,} choices ({count / result.num_choices:.0%})"
+        for words, count in counted[: 1 + _SHOWN_REFUSALS]
     ]
-    return lines
+    return [f"ruled out most: {shown[0]}", *(f"then: {words}" for words in shown[1:])]
 
 
-def _misses(config: RunConfig, result: Result) -> list[str]:
+def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:
     """Return how far the smallest choice is from fitting, and what would help it."""
-    too_large = [refusal for refusal in result.refused if refusal.excess is not None]
-    if not too_large:
-        return [] if result.open_choices else ["", _numbers_words(config)]
-    leanest = min(too_large, key=lambda refusal: refusal.excess or 0.0)
-    what = "NOTHING TRIED SO FAR FITS" if result.open_choices else "NOTHING FITS"
+    leanest = result.leanest
+    if leanest is None:
+        return ["", "nothing can be run: change what rules out the choices above"]
+    what = "NOTHING TRIED SO FAR FITS" if result.num_open else "NOTHING FITS"
     lines = ["", f"{what}.  Closest: {leanest.choice.overrides(config)}", f"  {leanest.reason}"]
-    return lines + [f"would help: {words}" for words in remedies(leanest.choice.applied(config))]
-
-
-def _numbers_words(config: RunConfig) -> str:
-    """Return the conditions on dp, pp and tp in words, for a search without any possible choice."""
-    model, replicas = config.model, config.parallel.dp or 1
-    batch = config.num_microbatches * config.micro_batch_size * replicas
-    return (
-        f"nothing can be run: dp x pp x tp must be {config.cluster.num_gpus}, where dp divides the "
-        f"{batch:,} sequences of the batch, pp is at most model.num_layers={model.num_layers}, "
-        f"and tp divides model.num_heads={model.num_heads}, "
-        f"model.num_query_groups={model.num_query_groups}, "
-        f"model.ffn_hidden_size={model.ffn_hidden_size} and "
-        f"cluster.gpus_per_node={config.cluster.gpus_per_node}; "
-        "change one of these, or the reason above"
+    enough = (leanest.needs or 0.0) / (1 - limits.margin) / _GIB
+    lines.append(
+        f"would help: GPUs with more than {enough:.4g} GiB (cluster.memory_gib), which state and "
+        "the leanest activations take"
     )
+    for factor in (2, 4, 8, 16, 32, 64):
+        cluster = replace(config.cluster, num_nodes=factor * config.cluster.num_nodes)
+        found = fits_on(replace(config, cluster=cluster), limits.margin)
+        if found is not None:
+            degrees = found.degrees
+            return [
+                *lines,
+                f"would help: cluster.num_nodes={cluster.num_nodes}, where {degrees} may fit",
+            ]
+    return [*lines, "would help: a smaller model.seq_length; 64 times as many nodes do not suffice"]
 
 
 def remedies(config: RunConfig) -> list[str]:

@@ -1,115 +1,95 @@
 """The search for the fastest ways to run a model on a cluster, over every split of its GPUs.
 
-A lower bound on the step time of a choice is cheap, and no schedule beats it.  The search first
-computes the bound of every choice, which the code calls weighing.  Then it simulates choices in the
-order of their bounds, until no choice left could be among the best.  A choice that cannot fit into
-memory is refused instead of being simulated.  Choices are weighed in random order: if time runs out
-early, those that were weighed are a sample of all.  One of them is simulated in any case.
+It goes from cheap to dear, and each stage sees fewer choices:
+
+1. Weigh every choice by arithmetic: bytes of state and leanest activations, of which too many
+   refuse it, and a lower bound on the time of its step.
+2. Draft those with the lowest bounds: the costs of all passes, and with them tighter bounds.
+3. Estimate them by the simulation of a short step, from which the time of a long one follows.
+   While none fits, the leanest is tried first.
+4. Plan the best estimates as a run would plan them.
+
+Its effort is counted in passes, not in seconds, so that every machine finds the same plans.
 """
 
 from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from schedules.bound import step_bound
-from schedules.cost import CostModel
-from schedules.generators import GENERATORS, searched_schedules
-from schedules.ir import Schedule
-from schedules.timeline import Timeline
-from schedules.vocab import searched_algorithms
-from vp_train.config import RECOMPUTE, ClusterConfig, ConfigError, OptimConfig, RunConfig
-from vp_train.planning.cluster import gradient_seconds, on_cluster, tied_seconds
+from schedules.generators import generate
+from schedules.network import Network
+from schedules.problem import Problem
+from schedules.simulate import sweep
+from vp_train.config import ConfigError, OptimConfig, RunConfig
+from vp_train.planning.choice import (
+    Choice,
+    Space,
+    batch_of,
+    fitting_batches,
+    replicas_of,
+    space_of,
+    without_vocabulary_of,
+)
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.memory import rank_memory, rank_state
-from vp_train.planning.plan import Draft, StepPlan, draft_step, named_base_order
-from vp_train.planning.report import PlanReport, optimizer_seconds, report_of
-from vp_train.planning.workload import Workload
-from vp_train.units import human_bytes
+from vp_train.planning.plan import Draft, StepPlan, busiest_seconds
+from vp_train.planning.report import PlanReport, report_of
+from vp_train.planning.weigh import (
+    LEANEST,
+    SIMULATED,
+    Candidate,
+    SameChoiceError,
+    Scales,
+    TooLargeError,
+    unsimulated,
+)
 
-_MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 _GIB = 2**30
-# Settings that a choice resets because they do not go with what it sets.
-_RESET = {
-    "parallel": ("placement", "recompute_per_stage"),
-    "schedule": ("file", "cap_gib", "cap_microbatches"),
-}
-# With this many microbatches per rank, every schedule but gpipe has reached its peak in flight.
-_PIPELINES_FULL = 3
+# Nodes that the generator of a short step may place in search of a better order.
+_SHORT_EFFORT = 12_000
+# Nodes that can be placed while a choice is weighed, and while it is drafted, per stage.
+_WEIGH_NODES, _DRAFT_NODES = 4, 20
+_DEAR = 0.1  # part of the effort that one estimate may take before others had their turn
+_FOR_ESTIMATES = 0.6  # part of the effort; the rest is for whole plans
+# A whole step may take so much less than its estimate.
+_SLACK = 0.01
+# Choices of the same schedule and step exceed their lower bounds by similar factors, at least by
+# this part of the one that was seen.
+_ALIKE = 0.97
+_MANY_RANKS = 16  # which are full after one microbatch of each
+_KEPT_REFUSALS = 100
+_EFFORT_OF_ONE_LINE = 300_000
+WHOLE_EFFORT = 120_000  # of `generate` for a plan
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """One way to run the batch."""
+class Limits:
+    """What a search looks for and how long.
 
-    degrees: Degrees
-    micro_batch_size: int
-    num_microbatches: int
-    schedule: str
-    vocab: str
-    recompute: str
+    top: the number of plans to find.
+    margin: the part of a GPU's memory that a plan must leave free.
+    effort: the passes and collectives that may be placed, see `Progress.spent`.
+    """
 
-    def applied(self, config: RunConfig) -> RunConfig:
-        """Return `config` with this choice.
-
-        Layers that do not split evenly over the stages are placed as evenly as possible.
-        """
-        parallel, degrees = config.parallel, self.degrees
-        return replace(
-            config,
-            schedule=replace(
-                config.schedule, name=self.schedule, file=None, cap_gib=None, cap_microbatches=None
-            ),
-            vocab=replace(config.vocab, algorithm=self.vocab),
-            parallel=replace(
-                parallel,
-                pp=degrees.pp,
-                dp=degrees.dp,
-                tp=degrees.tp,
-                recompute=self.recompute,
-                recompute_per_stage=None,
-                placement="balanced" if parallel.placement == "even" else parallel.placement,
-            ),
-            micro_batch_size=self.micro_batch_size,
-            num_microbatches=self.num_microbatches,
-        )
-
-    def overrides(self, config: RunConfig) -> str:
-        """Return the overrides to append to the command line of `config` to use this choice.
-
-        They include resets of settings that do not go with it.
-        """
-        degrees, chosen = self.degrees, self.applied(config)
-        words = [f"parallel.dp={degrees.dp} parallel.pp={degrees.pp} parallel.tp={degrees.tp}"]
-        words.append(
-            f"schedule.name={self.schedule} vocab.algorithm={self.vocab} "
-            f"parallel.recompute={self.recompute}"
-        )
-        words.append(
-            f"micro_batch_size={self.micro_batch_size} num_microbatches={self.num_microbatches}"
-        )
-        for section, names in _RESET.items():
-            for name in names:
-                value = getattr(getattr(chosen, section), name)
-                if value != getattr(getattr(config, section), name):
-                    words.append(f"{section}.{name}={'null' if value is None else value}")
-        return " ".join(words)
+    top: int = 5
+    margin: float = 0.05
+    effort: int = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A choice that cannot be run, and why.
+    """A choice that needs too much memory, or cannot be run for another `reason`.
 
-    `bound` is the lower bound of its step in seconds.  `excess` are the bytes above the limit, if
-    that is the reason.
+    `bound` is the lower bound of its step in seconds, `needs` its bytes if these are too many.
     """
 
     choice: Choice
     reason: str
     bound: float = 0.0
-    excess: float | None = None
+    needs: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,122 +101,425 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """The result of a search: `best` is sorted, the fastest first.
+class Estimate:
+    """A candidate that fits, the optimizer with which it is fastest, and its seconds and bytes.
 
-    `open_choices` counts the choices that might be faster than the last of `best` but were not
-    simulated in time.  Choices that were not weighed count too.
+    is_planned: whether these are those of the whole step, not those of a short one.
     """
 
-    best: tuple[Found, ...]
-    refused: tuple[Refusal, ...]
-    num_choices: int
-    num_simulated: int
-    open_choices: int
+    candidate: Candidate
+    optim: OptimConfig
+    seconds: float
+    memory: float
+    is_planned: bool = False
 
+    @property
+    def choice(self) -> Choice:
+        return replace(self.candidate.choice, optimizer=self.optim)
 
-def choices(config: RunConfig) -> Iterator[Choice]:
-    """Yield every way to run the batch of `config` on all GPUs of its cluster.
+    @property
+    def splits_vocabulary(self) -> bool:
+        return self.candidate.choice.splits_vocabulary
 
-    The batch is num_microbatches x micro_batch_size x parallel.dp (null: 1) sequences.  The ranks
-    of a tensor-parallel group are on one node.
-    """
-    cluster, model = config.cluster, config.model
-    batch = config.num_microbatches * config.micro_batch_size * (config.parallel.dp or 1)
-    for tp in _divisors(cluster.gpus_per_node):
-        for pp in _divisors(cluster.num_gpus // tp):
-            degrees = Degrees(cluster.num_gpus // tp // pp, pp, tp)
-            if pp > model.num_layers:
-                continue
-            for size in _MICRO_BATCH_SIZES:
-                if batch % (degrees.dp * size):
-                    continue
-                for schedule in searched_schedules() if pp > 1 else ("1f1b",):
-                    for vocab in searched_algorithms() if pp * tp > 1 else ("none",):
-                        for recompute in RECOMPUTE:
-                            yield Choice(
-                                degrees,
-                                micro_batch_size=size,
-                                num_microbatches=batch // degrees.dp // size,
-                                schedule=schedule,
-                                vocab=vocab,
-                                recompute=recompute,
-                            )
+    @property
+    def key(self) -> tuple[float, float]:
+        """The sort key: faster first, and less memory first if times agree in three digits."""
+        return float(f"{self.seconds:.3g}"), self.memory
 
-
-def _divisors(count: int) -> list[int]:
-    return [divisor for divisor in range(1, count + 1) if count % divisor == 0]
+    def as_planned(self, report: PlanReport) -> Estimate:
+        memory = report.ranks[report.worst].memory.total
+        return replace(self, seconds=report.step_seconds, memory=memory, is_planned=True)
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
-    choice: Choice
-    draft: Draft
-    bound: float  # of the whole step
+class Result:
+    """The result of a search.
+
+    best: the fastest choices that were planned, sorted.
+    with_vocabulary, without_vocabulary: the fastest with and without vocabulary parallelism.
+    estimated: the fastest of those that were not planned, as many as `best` lacks.
+    leanest: the choice that needs least memory of those that need too much.
+    refused: the refused choices with the lowest bounds.
+    excluded: how many choices each constraint rules out.
+    num_choices: all choices, those that are ruled out included.
+    num_estimated, num_planned: the choices that a short step was simulated for, or the whole one.
+    num_open: those that might be faster than the last of `best` but were not looked at.
+    ended: what ended the search before that: `effort`, `time`, or nothing.
+    """
+
+    best: tuple[Found, ...]
+    with_vocabulary: Estimate | None
+    without_vocabulary: Estimate | None
+    estimated: tuple[Estimate, ...]
+    leanest: Refusal | None
+    refused: tuple[Refusal, ...]
+    excluded: Counter[str]
+    num_choices: int
+    num_estimated: int
+    num_planned: int
+    num_open: int
+    ended: str
 
 
 def search(
-    config: RunConfig, top: int, in_time: Callable[[], bool], progress: Callable[[str], object]
+    config: RunConfig,
+    limits: Limits,
+    in_time: Callable[[], bool],
+    progress: Callable[[str], object],
+    space: Space | None = None,
 ) -> Result:
-    """Return the `top` fastest choices that fit, as far as they are found while `in_time()`.
+    """Return the fastest choices that fit, as far as they are found while `in_time()`.
 
-    At least one choice is weighed, and simulated unless it cannot fit.  `progress` gets lines to
-    show.  Raises ConfigError if there is no choice at all.
+    `progress` gets lines to show.  `space` limits the choices.  At least one choice is estimated
+    and planned unless it cannot fit.  Raises ConfigError if there is no choice at all.
     """
-    every = list(choices(config))
-    if not every:
-        raise ConfigError(
-            f"no split of {config.cluster.num_gpus} GPUs has whole microbatches: "
-            f"num_microbatches={config.num_microbatches} x "
-            f"micro_batch_size={config.micro_batch_size} x parallel.dp={config.parallel.dp or 1} "
-            "sequences must be a multiple of dp for some dp; use another batch"
+    space = space_of(config) if space is None else space
+    if not space.choices:
+        raise ConfigError(no_choice_words(config))
+    return _Search(config, limits, in_time, progress, space).run()
+
+
+class _Search:
+    """One search: what is left to look at, what was found, and the effort that was spent."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        limits: Limits,
+        in_time: Callable[[], bool],
+        progress: Callable[[str], object],
+        space: Space,
+    ) -> None:
+        self._cluster, self._limits, self._space = config.cluster, limits, space
+        self._in_time, self._progress = in_time, progress
+        self._scales = Scales(config, limit_of(config, limits.margin), space.optimizers)
+        self._spent = self._num_estimated = self._num_same = self._unweighed = 0
+        # Heaps of what is left: by the lower bound of the step, and by the least bytes.
+        self._by_bound: list[tuple[float, int]] = []
+        self._by_bytes: list[tuple[float, int]] = []
+        self._doubtful: list[int] = []
+        # By number of the choice: the lower bound of its step, and what was drafted.
+        self._bounds: dict[int, float] = {}
+        self._items: list[Candidate | None] = [None] * len(space.choices)
+        self._factors: dict[tuple[object, ...], float] = {}  # of estimates above bounds
+        self._done: set[int] = set()
+        self._looks_at_all = False  # at what seems not to fit, too
+        self._excluded = Counter(space.excluded)
+        self._refused: list[Refusal] = []
+        self._estimates: list[Estimate] = []
+        self._planned: dict[Choice, Found] = {}
+
+    def run(self, *, plans: bool = True) -> Result:
+        self._weigh()
+        while True:
+            before = self._num_estimated
+            self._estimate()
+            if plans:
+                self._plan()
+            if self._planned or not plans or self._num_estimated == before:
+                break
+        best = sorted(self._planned.values(), key=_order)
+        top = tuple(best[: self._limits.top])
+        last = top[-1].report.step_seconds if len(top) == self._limits.top else float("inf")
+        left = {number for _, number in self._by_bound} | set(self._doubtful)
+        unplanned = [
+            estimate
+            for estimate in self._estimates
+            if estimate.candidate.choice not in self._planned
+        ]
+        num_open = self._unweighed + sum(self._key(number) < last for number in left - self._done)
+        num_open += sum(estimate.seconds * (1 - _SLACK) < last for estimate in unplanned)
+        refused = sorted(self._refused, key=lambda refusal: refusal.bound)
+        return Result(
+            best=top,
+            with_vocabulary=self._first(splits_vocabulary=True),
+            without_vocabulary=self._first(splits_vocabulary=False),
+            estimated=tuple(sorted(unplanned, key=lambda e: e.key)[: self._limits.top - len(top)]),
+            leanest=self._closest(),
+            refused=tuple(refused[:_KEPT_REFUSALS]),
+            excluded=self._excluded,
+            num_choices=len(self._space.choices)
+            + sum(self._space.excluded.values())
+            - self._num_same,
+            num_estimated=self._num_estimated,
+            num_planned=len(self._planned),
+            num_open=num_open,
+            ended=self._ended if num_open else "",
         )
-    # First weigh: a heap of candidates by their lower bounds.
-    queue: list[tuple[float, int, _Candidate]] = []
-    refused: list[Refusal] = []
-    bounds: dict[tuple[object, ...], float] = {}
-    weighing = list(enumerate(every))
-    random.Random(1).shuffle(weighing)
-    while weighing and (not queue or in_time()):
-        number, choice = weighing.pop()
-        candidate = _weigh(config, choice, bounds)
-        if isinstance(candidate, Refusal):
-            refused.append(candidate)
-        else:
-            queue.append((candidate.bound, number, candidate))
-        progress(f"{len(every) - len(weighing):,} of {len(every):,} choices weighed")
-    heapq.heapify(queue)
-    # Then simulate until the smallest bound left is above the time of the last of the best.
-    best: list[Found] = []
-    simulated = 0
-    while (
-        queue
-        and (len(best) < top or queue[0][0] < best[-1].report.step_seconds)
-        and (not simulated or in_time())
-    ):
-        _, _, candidate = heapq.heappop(queue)
-        if (refusal := _too_large(candidate, config.cluster, config.optim)) is not None:
-            refused.append(refusal)
-            progress(_progress(simulated, len(queue), best))
-            continue
-        report = _simulated(candidate, config.cluster, config.optim)
-        simulated += 1
-        if report.fits:
-            best = sorted([*best, Found(candidate.choice, report)], key=_order)[:top]
-        else:
-            refused.append(
-                Refusal(candidate.choice, report.memory_words, candidate.bound, report.excess)
+
+    @property
+    def _ended(self) -> str:
+        return "effort" if self._in_time() else "time"
+
+    def _weigh(self) -> None:
+        """Weigh all choices.  Out of time, those that were weighed are a sample of all."""
+        choices = self._space.choices
+        self._scales.check(choices)
+        numbers = list(range(len(choices)))
+        random.Random(1).shuffle(numbers)
+        for place, number in enumerate(numbers):
+            if place % 128 == 0:
+                self._progress(f"{place:,} of {len(numbers):,} choices weighed")
+                if self._by_bound and not self._in_time():
+                    self._unweighed = len(numbers) - place
+                    break
+            try:
+                weight = self._scales.weigh(choices[number])
+            except ConfigError as error:
+                self._refuse(choices[number], error, 0.0)
+            else:
+                self._bounds[number] = weight.seconds
+                self._by_bound.append((weight.seconds, number))
+                self._by_bytes.append((weight.needs, number))
+            self._spent += _WEIGH_NODES
+        heapq.heapify(self._by_bound)
+        heapq.heapify(self._by_bytes)
+
+    def _refuse(self, choice: Choice, error: ConfigError, bound: float) -> None:
+        if isinstance(error, SameChoiceError):
+            self._num_same += 1
+            return
+        constraint, needs = str(error), None
+        if isinstance(error, TooLargeError):
+            constraint, needs = error.constraint, error.needs
+        self._excluded[constraint] += 1
+        self._refused.append(Refusal(choice, str(error), bound, needs))
+
+    def _first(self, *, splits_vocabulary: bool) -> Estimate | None:
+        """Return the fastest with or without vocabulary parallelism, as planned if it was."""
+        found = []
+        for estimate in self._estimates:
+            choice = estimate.choice
+            if choice.splits_vocabulary is splits_vocabulary:
+                planned = self._planned.get(estimate.candidate.choice)
+                found.append(estimate if planned is None else estimate.as_planned(planned.report))
+        return min(found, key=lambda estimate: estimate.key, default=None)
+
+    def _closest(self) -> Refusal | None:
+        """Return the refusal for memory that needs least, each by state and leanest activations."""
+        first = None
+        for refusal in sorted(
+            (refusal for refusal in self._refused if refusal.needs is not None),
+            key=lambda refusal: refusal.needs or 0.0,
+        ):
+            if first is not None and (refusal.needs or 0.0) >= first[0]:
+                break
+            needs = max(refusal.needs or 0.0, self._scales.leanest(refusal.choice))
+            if first is None or needs < first[0]:
+                first = needs, refusal
+        if first is None:
+            return None
+        needs, refusal = first
+        error = TooLargeError(needs, self._scales.limit, LEANEST)
+        return replace(refusal, needs=needs, reason=str(error))
+
+    def _goes_on(self) -> bool:
+        """Return whether to estimate another choice: the first one always."""
+        if not self._num_estimated:
+            return True
+        part = _FOR_ESTIMATES if self._estimates else 1.0
+        return self._spent < part * self._limits.effort and self._in_time()
+
+    def _estimate(self) -> None:
+        """Estimate choices until none left could be among the best, or the effort is spent.
+
+        What seems not to fit comes last, and what takes a large part of the effort.
+        """
+        while self._goes_on():
+            number = self._lowest() if self._estimates else self._leanest()
+            if number is None:
+                if not self._doubtful:
+                    return
+                self._look_at_doubtful()
+                continue
+            item, choice = self._items[number], self._space.choices[number]
+            try:
+                if item is None:
+                    item = self._items[number] = self._scales.draft(choice)
+                    self._spent += _DRAFT_NODES * item.draft.problem.layout.num_stages
+                    self._bounds[number] = item.seconds
+                    if self._estimates:
+                        heapq.heappush(self._by_bound, (self._key(number), number))
+                        continue
+                is_dear = placed_by_short(item.draft.problem) > _DEAR * self._limits.effort
+                if (is_dear or not item.seems_to_fit) and not self._looks_at_all:
+                    self._doubtful.append(number)
+                    continue
+                self._done.add(number)
+                self._estimates.append(self._estimate_of(item))
+            except ConfigError as error:
+                self._done.add(number)
+                self._refuse(choice, error, self._bounds[number])
+            self._progress(self._words())
+
+    def _look_at_doubtful(self) -> None:
+        for place, number in enumerate(self._doubtful):
+            heapq.heappush(self._by_bytes, (float(place), number))
+            heapq.heappush(self._by_bound, (self._key(number), number))
+        self._doubtful, self._looks_at_all = [], True
+
+    def _key(self, number: int) -> float:
+        """Return about the least seconds of a choice: its bound and what others are above it."""
+        factor = self._factors.get(_alike(self._space.choices[number]), 1.0)
+        return self._bounds[number] * factor
+
+    def _lowest(self) -> int | None:
+        """Take what may be the fastest choice that is left, unless it cannot be among the best."""
+        seconds = sorted(estimate.seconds for estimate in self._estimates)
+        last = seconds[self._limits.top - 1] if len(seconds) >= self._limits.top else float("inf")
+        first_of = {
+            splits: min(
+                (e.seconds for e in self._estimates if e.splits_vocabulary is splits),
+                default=float("inf"),
             )
-        progress(_progress(simulated, len(queue), best))
-    last = best[-1].report.step_seconds if len(best) == top else float("inf")
-    still_open = len(weighing) + sum(bound < last for bound, _, _ in queue)
-    return Result(
-        tuple(best),
-        tuple(sorted(refused, key=lambda refusal: refusal.bound)),
-        len(every),
-        simulated,
-        still_open,
+            for splits in (True, False)
+        }
+        while self._by_bound:
+            known, number = heapq.heappop(self._by_bound)
+            if number in self._done:
+                continue
+            key = self._key(number)
+            if self._by_bound and key > max(known, self._by_bound[0][0]):
+                heapq.heappush(self._by_bound, (key, number))
+                continue
+            if key >= max(last, *first_of.values()):
+                heapq.heappush(self._by_bound, (key, number))
+                return None
+            splits = self._space.choices[number].splits_vocabulary
+            if key < max(last, first_of[splits]):
+                return number
+            self._done.add(number)
+        return None
+
+    def _leanest(self) -> int | None:
+        """Take the choice that is left which seems to need least memory."""
+        while self._by_bytes:
+            _, number = heapq.heappop(self._by_bytes)
+            if number not in self._done:
+                return number
+        return None
+
+    def _estimate_of(self, candidate: Candidate) -> Estimate:
+        """Return the estimate for the fastest optimizer that fits.
+
+        Raises TooLargeError if none does.
+        """
+        self._num_estimated += 1
+        step, passes, placed = short_step(candidate.draft, candidate.choice.schedule)
+        self._spent += placed
+        passes = max(passes, candidate.passes)
+        alike, factor = _alike(candidate.choice), _ALIKE * passes / candidate.passes
+        self._factors[alike] = max(1.0, min(factor, self._factors.get(alike, factor)))
+        refusal: TooLargeError | None = None
+        found: list[Estimate] = []
+        for optim in candidate.optimizers:
+            needs, rank = self._scales.needs(step, optim)
+            if needs > self._scales.limit:
+                refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
+                continue
+            seconds = passes + self._scales.after(step, optim)
+            found.append(Estimate(candidate, optim, seconds, needs))
+        if not found:
+            assert refusal is not None
+            raise refusal
+        return min(found, key=lambda estimate: estimate.seconds)
+
+    def _plan(self) -> None:
+        """Plan the best estimates, as far as the effort suffices."""
+        queue = sorted(self._estimates, key=lambda estimate: estimate.key)
+        firsts = [
+            next((e for e in queue if e.splits_vocabulary is splits), None)
+            for splits in (True, False)
+        ]
+        ahead = sorted((e for e in firsts if e is not None), key=lambda estimate: estimate.key)
+        for estimate in [*ahead, *(e for e in queue if e not in ahead)]:
+            times = sorted(found.report.step_seconds for found in self._planned.values())
+            enough = len(times) >= self._limits.top and estimate not in ahead
+            if enough and estimate.seconds * (1 - _SLACK) >= times[self._limits.top - 1]:
+                break
+            cost = placed_by(estimate.candidate.draft.problem)
+            if self._planned and self._spent + cost > self._limits.effort:
+                self._spent = self._limits.effort
+                return
+            if self._planned and not self._in_time():
+                return
+            self._spent += cost
+            self._plan_one(estimate)
+            self._progress(self._words())
+
+    def _plan_one(self, estimate: Estimate) -> None:
+        choice, draft = estimate.candidate.choice, estimate.candidate.draft
+        step = draft.with_named(choice.schedule)
+        report = report_of(step, self._cluster, estimate.optim)
+        if report.excess + self._cluster.memory_gib * _GIB <= self._scales.limit:
+            chosen = replace(choice, optimizer=estimate.optim)
+            self._planned[choice] = Found(chosen, report)
+        else:
+            needs = report.ranks[report.worst].memory.total
+            error = TooLargeError(needs, self._scales.limit, SIMULATED, report.worst)
+            self._refuse(choice, error, estimate.seconds)
+
+    def _words(self) -> str:
+        best = min((e.seconds for e in self._estimates), default=None)
+        shown = "none fits yet" if best is None else f"the best takes about {best:.3g} s"
+        planned = f", {len(self._planned)} planned" if self._planned else ""
+        return f"{self._num_estimated:,} simulated{planned}; {shown}"
+
+
+def short_step(draft: Draft, name: str) -> tuple[StepPlan, float, int]:
+    """Return a step with few microbatches, the seconds of all passes, and the nodes placed.
+
+    In its steady state a pipeline takes equally long for every p microbatches.  So the time of two
+    short steps gives that of a long one.  The step that is returned keeps what a long one keeps.
+    """
+    problem, times = draft.problem, list[float]()
+    counts = short_counts(problem)
+    for number in counts:
+        few = replace(problem, num_microbatches=number)
+        schedule = generate(name, few, draft.cost, effort=_SHORT_EFFORT)
+        network = Network.of(few, draft.cost)
+        times.append(sweep(network, network.orders(schedule)).makespan)
+    step, seconds = unsimulated(draft, schedule, draft.cost), times[-1]
+    if len(counts) > 1:
+        interval = (times[1] - times[0]) / (counts[1] - counts[0])
+        interval = max(interval, busiest_seconds(problem, draft.cost))
+        seconds += (problem.num_microbatches - counts[-1]) * interval
+    return step, seconds, placed_by_short(problem)
+
+
+def short_counts(problem: Problem) -> tuple[int, ...]:
+    """Return the microbatches of the short steps to simulate: two, or one if the step is short."""
+    period = problem.layout.num_ranks
+    fill = period * max(1 if period >= _MANY_RANKS else 2, -(-8 // period))
+    if problem.num_microbatches <= fill + period:
+        return (problem.num_microbatches,)
+    return fill, fill + period
+
+
+def placed_by_short(problem: Problem) -> int:
+    """Return about how many nodes `short_step` places."""
+    return sum(
+        placed_by(replace(problem, num_microbatches=count), _SHORT_EFFORT)
+        for count in short_counts(problem)
     )
+
+
+def placed_by(problem: Problem, effort: int | None = None) -> int:
+    """Return about how many nodes `generate` places, see its `effort`; None: of a whole plan."""
+    nodes = problem.layout.num_ranks * (4 if problem.algorithm.sharded else 1)
+    nodes += problem.layout.num_stages * len(problem.stage_kinds)
+    nodes *= problem.num_microbatches
+    effort = WHOLE_EFFORT if effort is None else effort
+    if problem.split_backward:
+        starts = 2 if nodes < effort // 3 else 1
+        return 2 * nodes + starts * (nodes + max(2 * nodes, effort // 2))
+    return nodes * (2 + min(5, max(1, effort // nodes)))
+
+
+def _alike(choice: Choice) -> tuple[object, ...]:
+    """Return what choices have in common which exceed their bounds by similar factors."""
+    degrees = choice.degrees
+    return choice.schedule, choice.num_chunks, choice.vocab, degrees.pp, choice.num_microbatches
 
 
 def _order(found: Found) -> tuple[float, float]:
@@ -245,126 +528,47 @@ def _order(found: Found) -> tuple[float, float]:
     return float(f"{found.report.step_seconds:.4g}"), memory
 
 
-def _progress(simulated: int, left: int, best: list[Found]) -> str:
-    shown = f", the best takes {best[0].report.step_seconds:.3g} s" if best else ""
-    return f"{simulated} simulated, at most {left:,} more{shown}"
+def limit_of(config: RunConfig, margin: float) -> float:
+    """Return the bytes that a rank may need where the part `margin` of them stays free."""
+    return config.cluster.memory_gib * _GIB * (1 - margin)
 
 
-def _weigh(
-    config: RunConfig, choice: Choice, bounds: dict[tuple[object, ...], float]
-) -> _Candidate | Refusal:
-    """Return the choice with a lower bound on its step, or why it cannot be run.
+def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
+    """Return the fastest ways to run `config` without vocabulary parallelism on the same degrees.
 
-    `bounds` caches the bounds of the passes, which several schedules share.
+    Its schedule, chunks and placement are free, and short steps are simulated.
     """
-    chosen, cluster, optim = choice.applied(config), config.cluster, config.optim
-    try:
-        cost = on_cluster(Workload.of(chosen, choice.degrees), cluster, config.cost)
-        draft = draft_step(replace(chosen, cost=cost), cluster.num_gpus)
-    except ConfigError as error:
-        return Refusal(choice, str(error))
-    layout = draft.problem.layout
-    key = (
-        choice.degrees,
-        choice.micro_batch_size,
-        choice.vocab,
-        choice.recompute,
-        layout,
-        draft.problem.split_backward,
+    limits = Limits(top=1, margin=0.0, effort=_EFFORT_OF_ONE_LINE)
+    space = without_vocabulary_of(config, degrees)
+    return _Search(config, limits, lambda: True, lambda words: None, space).run(plans=False)
+
+
+def fits_on(config: RunConfig, margin: float) -> Choice | None:
+    """Return a choice whose state and leanest activations fit, None if there is none."""
+    scales = Scales(config, limit_of(config, margin))
+    for choice in space_of(config).choices:
+        if choice.recompute != "full" or choice.recompute_where_needed:
+            continue
+        try:
+            scales.weigh(choice)
+        except ConfigError:
+            continue
+        return choice
+    return None
+
+
+def no_choice_words(config: RunConfig) -> str:
+    """Return what is wrong where no split of the GPUs can run the batch, and what would work."""
+    batch, num_gpus, replicas = batch_of(config), config.cluster.num_gpus, replicas_of(config)
+    batches, nodes = fitting_batches(config)
+    shown = ", ".join(f"{dp:,}" for dp in replicas[:3]) + (
+        f", ... {replicas[-1]:,}" if len(replicas) > 3 else ""
     )
-    if key not in bounds:
-        bounds[key] = step_bound(draft.problem, draft.cost).seconds
-    blank = _unordered(draft, Schedule(choice.schedule, ()), draft.cost)
-    states = [rank_state(blank, optim, rank) for rank in range(layout.num_ranks)]
-    parameters = max(state.parameters for state in states)
-    after = gradient_seconds(draft.work, cluster, optim, parameters)
-    after += tied_seconds(draft.work, cluster, draft.problem)
-    after += max(optimizer_seconds(choice.degrees, cluster, optim, state) for state in states)
-    return _Candidate(choice, draft, bounds[key] + after)
-
-
-def _too_large(candidate: _Candidate, cluster: ClusterConfig, optim: OptimConfig) -> Refusal | None:
-    """Return a refusal if no order of the passes fits into memory, else None."""
-    minimum = minimum_step(candidate.choice.schedule, candidate.draft)
-    limit = cluster.memory_gib * _GIB
-    needs = [rank_state(minimum, optim, rank).state for rank in range(minimum.num_ranks)]
-    if max(needs) <= limit:
-        needs = [rank_memory(minimum, optim, rank).total for rank in range(minimum.num_ranks)]
-    worst = max(range(len(needs)), key=needs.__getitem__)
-    excess = needs[worst] - limit
-    if excess <= 0:
-        return None
-    reason = (
-        f"needs at least {human_bytes(needs[worst])} on rank {worst}, "
-        f"{human_bytes(excess)} more than {cluster.memory_gib:g} GiB"
+    ways = [f"a batch of {' or '.join(f'{size:,}' for size in batches)} sequences"]
+    per_node = config.cluster.gpus_per_node
+    ways += [f"cluster.num_nodes={count} ({count * per_node:,} GPUs)" for count in nodes]
+    return (
+        f"a batch of {batch:,} sequences does not split over {num_gpus:,} GPUs: dp must divide it, "
+        f"and with pp of at most {config.model.num_layers} layers and tp within a node dp is one "
+        f"of {shown}; use {', or '.join(ways)}"
     )
-    return Refusal(candidate.choice, reason, candidate.bound, excess)
-
-
-def minimum_step(schedule: str, draft: Draft) -> StepPlan:
-    """Return the step without its vocabulary passes, for a lower bound on memory.
-
-    Adding the vocabulary passes keeps the order of the other passes, or with a split backward the
-    number of microbatches in flight.  It can only increase the peak.  What is kept from I to W is
-    left out, because W may follow I at once.
-    """
-    problem = draft.problem
-    few = replace(
-        problem,
-        num_microbatches=min(problem.num_microbatches, _PIPELINES_FULL * problem.layout.num_ranks),
-    )
-    if schedule == "gpipe":
-        few = problem
-    order = Schedule(schedule, named_base_order(schedule, few))
-    cost = (
-        replace(draft.cost, weight_bytes=(0.0,) * problem.layout.num_stages)
-        if problem.split_backward
-        else draft.cost
-    )
-    return _unordered(draft, order, cost)
-
-
-def _unordered(draft: Draft, schedule: Schedule, cost: CostModel) -> StepPlan:
-    """Return a step that was not simulated: its timeline is empty."""
-    return StepPlan(
-        work=draft.work,
-        layers=draft.layers,
-        recompute=draft.recompute,
-        shards=draft.shards,
-        problem=draft.problem,
-        cost=cost,
-        schedule=schedule,
-        timeline=Timeline((), (), (), ()),
-        caps=(),
-    )
-
-
-def about_bytes(config: RunConfig) -> float:
-    """Return about how many bytes the worst rank needs: those of `minimum_step` and a held shard.
-
-    A schedule that is searched for or read from a file counts as 1f1b.  Raises ConfigError.
-    """
-    name = (
-        config.schedule.name
-        if config.schedule.name in GENERATORS and config.schedule.file is None
-        else "1f1b"
-    )
-    vocab = config.vocab.algorithm if config.vocab.algorithm != "auto" else searched_algorithms()[0]
-    named = replace(
-        config,
-        schedule=replace(
-            config.schedule, name=name, file=None, cap_gib=None, cap_microbatches=None
-        ),
-        vocab=replace(config.vocab, algorithm=vocab),
-    )
-    draft = draft_step(named, config.cluster.num_gpus)
-    minimum = minimum_step(name, draft)
-    return max(
-        rank_memory(minimum, config.optim, rank).total + draft.cost.shard_bytes[rank]
-        for rank in range(minimum.num_ranks)
-    )
-
-
-def _simulated(candidate: _Candidate, cluster: ClusterConfig, optim: OptimConfig) -> PlanReport:
-    draft = candidate.draft
-    return report_of(draft.with_named(candidate.choice.schedule), cluster, optim)

@@ -1,0 +1,320 @@
+"""The ways to run a batch on a cluster: what `vp-plan --search` chooses, and what rules it out."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from schedules.generators import GENERATORS, searched_schedules
+from schedules.layout import Layout
+from schedules.vocab import VOCAB_ALGORITHMS, searched_algorithms
+from vp_train.config import (
+    RECOMPUTE,
+    ConfigError,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+)
+from vp_train.planning.degrees import Degrees, check_tensor_split
+from vp_train.planning.plan import SEQUENCE_DEVICES
+
+MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
+# Stages of a rank that interleaved schedules are tried with, besides those that split evenly.
+_CHUNKS = (2, 3, 4, 6, 8)
+_MOST_CHUNKS = 16
+# Settings that a choice makes.  These are printed always, the others where they differ.
+_ALWAYS = (
+    *("parallel.dp", "parallel.pp", "parallel.tp"),
+    *("schedule.name", "vocab.algorithm", "parallel.recompute"),
+    *("micro_batch_size", "num_microbatches"),
+)
+_WHERE_OTHER = (
+    *("schedule.num_chunks", "parallel.placement", "parallel.layers_per_stage"),
+    *("parallel.recompute_per_stage", "parallel.sequence_parallel"),
+    *("optim.name", "optim.offload", "vocab.shards"),
+    *("schedule.file", "schedule.cap_gib", "schedule.cap_microbatches"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way to run the batch.
+
+    num_chunks: the stages of a rank, None where the schedule leaves no choice.
+    recompute: what stages recompute: all of them, or with `recompute_where_needed` those that would
+        need too much memory.  `recompute_per_stage` says which these are once that is known.
+    optimizer: None until it is known which optimizers fit.
+    """
+
+    degrees: Degrees
+    micro_batch_size: int
+    num_microbatches: int
+    schedule: str
+    vocab: str
+    recompute: str
+    num_chunks: int | None = None
+    placement: str = "balanced"
+    sequence_parallel: bool = False
+    recompute_where_needed: bool = False
+    recompute_per_stage: tuple[str, ...] | None = None
+    optimizer: OptimConfig | None = None
+
+    @property
+    def splits_vocabulary(self) -> bool:
+        """Return whether all pipeline ranks own rows of the vocabulary."""
+        return VOCAB_ALGORITHMS[self.vocab].sharded
+
+    @property
+    def layout(self) -> Layout:
+        return GENERATORS[self.schedule].layout_of(self.degrees.pp, self.num_chunks)
+
+    def parallel(self, typed: ParallelConfig) -> ParallelConfig:
+        """Return `typed` with this choice."""
+        per_stage = self.recompute_per_stage
+        return replace(
+            typed,
+            pp=self.degrees.pp,
+            dp=self.degrees.dp,
+            tp=self.degrees.tp,
+            placement=self.placement,
+            layers_per_stage=None,
+            recompute=self.recompute if per_stage is None else "none",
+            recompute_per_stage=per_stage,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+    def applied(self, config: RunConfig) -> RunConfig:
+        """Return `config` with this choice."""
+        return replace(
+            config,
+            schedule=replace(
+                config.schedule,
+                name=self.schedule,
+                num_chunks=self.num_chunks,
+                file=None,
+                cap_gib=None,
+                cap_microbatches=None,
+            ),
+            vocab=replace(config.vocab, algorithm=self.vocab, shards=None),
+            parallel=self.parallel(config.parallel),
+            optim=self.optimizer or config.optim,
+            micro_batch_size=self.micro_batch_size,
+            num_microbatches=self.num_microbatches,
+        )
+
+    def overrides(self, config: RunConfig) -> str:
+        """Return the overrides to append to the command line of `config` to use this choice.
+
+        They include resets of settings that do not go with it.
+        """
+        chosen = self.applied(config)
+        other = [name for name in _WHERE_OTHER if _value(chosen, name) != _value(config, name)]
+        return " ".join(f"{name}={_word(_value(chosen, name))}" for name in (*_ALWAYS, *other))
+
+
+def _value(config: RunConfig, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _word(value: Any) -> str:
+    """Return the value of a setting as it is typed."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """All choices that can be planned, and how many others each constraint rules out.
+
+    optimizers: those to choose from, None for all.
+    """
+
+    choices: tuple[Choice, ...]
+    excluded: Counter[str]
+    optimizers: tuple[OptimConfig, ...] | None = None
+
+
+def batch_of(config: RunConfig) -> int:
+    """Return the sequences of a step: num_microbatches x micro_batch_size x parallel.dp."""
+    return config.num_microbatches * config.micro_batch_size * (config.parallel.dp or 1)
+
+
+def space_of(config: RunConfig) -> Space:
+    """Return every way to run the batch of `config` on all GPUs of its cluster.
+
+    The ranks of a tensor-parallel group are on one node.
+    """
+    batch, found = batch_of(config), list[Choice]()
+    excluded: Counter[str] = Counter()
+    for degrees in splits_of(config):
+        variants = list(_variants(config, degrees))
+        reason = _reason_against(config, degrees)
+        if reason is None and batch % degrees.dp:
+            reason = f"the batch: dp must divide its {batch:,} sequences"
+        if reason is not None:
+            excluded[reason] += len(variants) * len(MICRO_BATCH_SIZES)
+            continue
+        for size in MICRO_BATCH_SIZES:
+            if batch % (degrees.dp * size) == 0:
+                found += [
+                    replace(
+                        variant,
+                        micro_batch_size=size,
+                        num_microbatches=batch // degrees.dp // size,
+                    )
+                    for variant in variants
+                ]
+    return Space(tuple(found), excluded)
+
+
+def without_vocabulary_of(config: RunConfig, degrees: Degrees) -> Space:
+    """Return the choices without vocabulary parallelism that are otherwise as `config` is.
+
+    Schedule, number of chunks and placement differ.
+    """
+    parallel = config.parallel
+    choices = tuple(
+        replace(
+            choice,
+            micro_batch_size=config.micro_batch_size,
+            num_microbatches=config.num_microbatches,
+        )
+        for choice in _variants(config, degrees)
+        if not choice.splits_vocabulary
+        and choice.recompute == parallel.recompute
+        and not choice.recompute_where_needed
+        and choice.sequence_parallel == parallel.sequence_parallel
+    )
+    return Space(choices, Counter(), (config.optim,))
+
+
+def splits_of(config: RunConfig) -> list[Degrees]:
+    """Return every split of all GPUs into dp x pp x tp with tensor parallelism inside nodes."""
+    cluster = config.cluster
+    return [
+        Degrees(cluster.num_gpus // tp // pp, pp, tp)
+        for tp in _divisors(cluster.gpus_per_node)
+        for pp in _divisors(cluster.num_gpus // tp)
+    ]
+
+
+def _reason_against(config: RunConfig, degrees: Degrees) -> str | None:
+    """Return the constraint that rules out a split for every batch and schedule, if one does."""
+    if degrees.pp > config.model.num_layers:
+        return f"model.num_layers={config.model.num_layers}, which pp cannot exceed"
+    try:
+        check_tensor_split(config.model, degrees.tp)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def replicas_of(config: RunConfig) -> list[int]:
+    """Return the degrees dp that some split has which the model allows, the smallest first."""
+    return sorted(
+        {split.dp for split in splits_of(config) if _reason_against(config, split) is None}
+    )
+
+
+def _divisors(count: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(count) + 1) if count % divisor == 0]
+    return sorted({*small, *(count // divisor for divisor in small)})
+
+
+def _variants(config: RunConfig, degrees: Degrees) -> Iterator[Choice]:
+    """Yield the choices for one split, as if each step had one microbatch of one sequence."""
+    pp, tp, model = degrees.pp, degrees.tp, config.model
+    splits_sequences = config.run.device in SEQUENCE_DEVICES and model.seq_length % tp == 0
+    both = (True, False) if tp > 1 and splits_sequences else (False,)
+    for schedule in searched_schedules() if pp > 1 else ("1f1b",):
+        for num_chunks in _chunks(schedule, pp, model.num_layers):
+            num_stages = GENERATORS[schedule].layout_of(pp, num_chunks).num_stages
+            even = "even" if model.num_layers % num_stages == 0 else "balanced"
+            for vocab in searched_algorithms() if pp * tp > 1 else ("none",):
+                moves = pp > 1 and not VOCAB_ALGORITHMS[vocab].sharded
+                for placement, recompute, needed, sequences in product(
+                    (even, "redistribute") if moves else (even,), RECOMPUTE, (False, True), both
+                ):
+                    if needed and (recompute == "none" or num_stages == 1):
+                        continue
+                    yield Choice(
+                        degrees,
+                        micro_batch_size=1,
+                        num_microbatches=1,
+                        schedule=schedule,
+                        vocab=vocab,
+                        recompute=recompute,
+                        num_chunks=num_chunks,
+                        placement=placement,
+                        sequence_parallel=sequences,
+                        recompute_where_needed=needed,
+                    )
+
+
+def _chunks(schedule: str, pp: int, num_layers: int) -> Iterator[int | None]:
+    """Yield the stages per rank to try; every stage has a layer."""
+    family = GENERATORS[schedule]
+    if family.layout != "loop":
+        if family.layout_of(pp).num_stages <= num_layers:
+            yield None
+        return
+    for count in range(2, min(_MOST_CHUNKS, num_layers // pp) + 1):
+        if count in _CHUNKS or num_layers % (pp * count) == 0:
+            yield count
+
+
+def with_batch_of(config: RunConfig, num_tokens: int) -> RunConfig:
+    """Return `config` with a batch of about so many tokens.
+
+    Where a sequence does not divide them, it is of the counts within 5 % that a power of two
+    divides best, because dp must divide the batch.
+    """
+    length = config.model.seq_length
+    exact, rest = divmod(num_tokens, length)
+    if rest:
+        near = range(
+            max(1, math.ceil(0.95 * num_tokens / length)), int(1.05 * num_tokens / length) + 1
+        )
+        exact = max(
+            near or (max(1, exact),),
+            key=lambda count: (count & -count, -abs(count - num_tokens / length)),
+        )
+    parallel = replace(config.parallel, dp=None, pp=None, tp=1)
+    return replace(config, num_microbatches=exact, micro_batch_size=1, parallel=parallel)
+
+
+def fitting_batches(config: RunConfig) -> tuple[list[int], list[int]]:
+    """Return the batches nearest to that of `config`, and the numbers of nodes, that have a split.
+
+    Batches are in sequences, and one below comes first, if there is any.  Nodes are at most those
+    of the cluster.
+    """
+    batch, replicas, cluster = batch_of(config), replicas_of(config), config.cluster
+    below = max((batch // dp * dp for dp in replicas), default=0)
+    above = min(-(-batch // dp) * dp for dp in replicas)
+    for count in range(cluster.num_nodes, 0, -1):
+        fewer = replace(config, cluster=replace(cluster, num_nodes=count))
+        if any(batch % dp == 0 for dp in replicas_of(fewer)):
+            return [size for size in (below, above) if size], [count]
+    return [size for size in (below, above) if size], []
+
+
+def optimizers_of(config: RunConfig, dp: int) -> list[OptimConfig]:
+    """Return the ways to keep the state of AdamW: in every replica, sharded, and in host memory."""
+    typed = config.optim
+    whole = replace(typed, name="adamw", offload=False)
+    sharded = replace(typed, name="zero1", offload=False)
+    kept = [sharded, whole] if dp > 1 else [whole if typed.offload else typed]
+    if config.run.device != "cuda":
+        return kept
+    return [*kept, replace(typed, name="zero1", offload=True)]

@@ -1,0 +1,617 @@
+"""What a choice of `vp-plan --search` costs at least: bytes and seconds, without a simulation.
+
+`Scales.weigh` is arithmetic over a few numbers and takes microseconds.  `Scales.draft` computes the
+costs of all passes and takes milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from schedules.bound import step_bound
+from schedules.cost import CostModel
+from schedules.generators import GENERATORS
+from schedules.ir import Kind, Pass, Schedule
+from schedules.layout import Layout
+from schedules.problem import Problem
+from schedules.timeline import Timeline
+from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, searched_algorithms
+from vp_train.config import ConfigError, CostConfig, OptimConfig, RunConfig
+from vp_train.model import shape
+from vp_train.planning.choice import Choice, optimizers_of
+from vp_train.planning.cluster import gradient_seconds, on_cluster, tied_seconds
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.estimate import estimate_cost
+from vp_train.planning.memory import RankMemory, StateBytes, rank_memory, rank_state
+from vp_train.planning.placement import balance, redistribute, split_vocabulary
+from vp_train.planning.plan import Draft, StepPlan, draft, draft_step, named_base_order
+from vp_train.planning.report import optimizer_seconds
+from vp_train.planning.workload import Workload
+from vp_train.units import human_bytes
+
+_MOST_RANKS = 16  # of which the memory is looked at one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """The least seconds of a choice's step, and about the bytes of its worst rank."""
+
+    seconds: float
+    needs: float
+
+
+class TooLargeError(ConfigError):
+    """The error for a choice that needs more memory than there is.
+
+    `needs` are the bytes of `rank`, the one that needs most.  `constraint` says in words what they
+    are for.
+    """
+
+    def __init__(self, needs: float, limit: float, what: str, rank: int | None = None) -> None:
+        least = "" if what == SIMULATED else " at least"
+        where = "" if rank is None else f" on rank {rank}"
+        super().__init__(
+            f"needs{least} {human_bytes(needs)}{where}, "
+            f"{human_bytes(needs - limit)} more than {limit / 2**30:.4g} GiB"
+        )
+        self.needs, self.constraint = needs, f"memory, for {what}"
+
+
+STATE = "weights, gradients and optimizer state alone"
+LEANEST = "state and the leanest activations"
+SIMULATED = "a whole step"
+
+
+class SameChoiceError(ConfigError):
+    """The error for a choice that another one is, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The microbatches in flight on a rank when they are most, by chunk.
+
+    counts: from F to B or I, which is the least: W may follow I at once.
+    kept: from F to B or W in the base order, which is about what a whole step has.
+    backward: the stage whose backward comes next.
+    """
+
+    counts: tuple[int, ...]
+    kept: tuple[int, ...]
+    backward: int
+
+
+def peaks_of(name: str, problem: Problem, *, check: bool = True) -> tuple[Peak, ...]:
+    """Return the peak of every rank in the base order of the schedule `name`.
+
+    Adding the vocabulary passes keeps the order of the other passes, or with a split backward the
+    number of microbatches in flight.  It can only increase the peak.  Raises ConfigError for a
+    wrong base order, unless `check` is false because it was checked for another step.
+    """
+    layout = problem.layout
+    enough = 2 * layout.num_ranks + 4  # microbatches; every schedule but gpipe has its peak then
+    if name != "gpipe" and problem.num_microbatches > enough:
+        problem = replace(problem, num_microbatches=enough)
+    base = named_base_order(name, problem) if check else GENERATORS[name].base_order(problem)
+    return tuple(
+        Peak(
+            _most(order, layout.stages_of(rank), problem.backward)[0],
+            *_most(order, layout.stages_of(rank), problem.stage_kinds[-1]),
+        )
+        for rank, order in enumerate(base)
+    )
+
+
+def _most(
+    order: Iterable[Pass], stages: tuple[int, ...], last: Kind
+) -> tuple[tuple[int, ...], int]:
+    """Return the most microbatches between F and `last`, by chunk, and the stage of that `last`."""
+    chunk_of = {stage: chunk for chunk, stage in enumerate(stages)}
+    counts, highest, next_stage = [0] * len(stages), (0,) * len(stages), stages[0]
+    now = most = 0
+    is_new = False
+    for item in order:
+        if item.kind is Kind.F:
+            counts[chunk_of[item.stage]] += 1
+            now += 1
+            if now > most:
+                most, is_new = now, True
+        elif item.kind is last:
+            if is_new:
+                highest, next_stage, is_new = tuple(counts), item.stage, False
+            counts[chunk_of[item.stage]] -= 1
+            now -= 1
+    return highest, next_stage
+
+
+def minimum_step(schedule: str, draft: Draft) -> StepPlan:
+    """Return a step whose ranks do no more than reach their peak, for a lower bound on memory.
+
+    See `peaks_of`.
+    """
+    return _at_peak(draft, schedule, peaks_of(schedule, draft.problem))
+
+
+def _at_peak(
+    draft: Draft,
+    name: str,
+    peaks: Sequence[Peak],
+    *,
+    least: bool = True,
+    ranks: Iterable[int] | None = None,
+) -> StepPlan:
+    """Return a step that ends when ranks keep the most; `least` as in `Peak`.
+
+    Only `ranks` have passes, None for all.
+    """
+    problem = draft.problem
+    orders: list[tuple[Pass, ...]] = [()] * len(peaks)
+    for rank in range(len(peaks)) if ranks is None else ranks:
+        peak = peaks[rank]
+        held = peak.counts if least else peak.kept
+        order = [
+            Pass(stage, Kind.F, microbatch)
+            for stage, count in zip(problem.layout.stages_of(rank), held, strict=True)
+            for microbatch in range(count)
+        ]
+        orders[rank] = (*order, Pass(peak.backward, problem.backward, 0))
+    cost = draft.cost
+    if problem.split_backward:
+        kept = cost.stage_bytes
+        if not least:  # any of the microbatches may wait for its W
+            kept = tuple(map(max, kept, cost.weight_bytes))
+        cost = replace(cost, stage_bytes=kept, weight_bytes=(0.0,) * problem.layout.num_stages)
+    return unsimulated(draft, Schedule(name, tuple(orders)), cost)
+
+
+def unsimulated(draft: Draft, schedule: Schedule, cost: CostModel) -> StepPlan:
+    """Return a step that was not simulated: its timeline is empty."""
+    return StepPlan(
+        work=draft.work,
+        layers=draft.layers,
+        recompute=draft.recompute,
+        shards=draft.shards,
+        problem=draft.problem,
+        cost=cost,
+        schedule=schedule,
+        timeline=Timeline((), (), (), ()),
+        caps=(),
+    )
+
+
+def about_bytes(config: RunConfig) -> float:
+    """Return about how many bytes the worst rank needs: those of `minimum_step` and a held shard.
+
+    A schedule that is searched for or read from a file counts as 1f1b.  Raises ConfigError.
+    """
+    name = (
+        config.schedule.name
+        if config.schedule.name in GENERATORS and config.schedule.file is None
+        else "1f1b"
+    )
+    vocab = config.vocab.algorithm if config.vocab.algorithm != "auto" else searched_algorithms()[0]
+    named = replace(
+        config,
+        schedule=replace(
+            config.schedule, name=name, file=None, cap_gib=None, cap_microbatches=None
+        ),
+        vocab=replace(config.vocab, algorithm=vocab),
+    )
+    found = draft_step(named, config.cluster.num_gpus)
+    minimum = minimum_step(name, found)
+    return max(
+        rank_memory(minimum, config.optim, rank).total + found.cost.shard_bytes[rank]
+        for rank in range(minimum.num_ranks)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A choice with the costs of its passes, and lower bounds on its step.
+
+    `passes` are the seconds of its passes at least, `seconds` those of the whole step.
+    `optimizers` are those with which it may fit into memory.  `seems_to_fit` says whether it does
+    with what the base order keeps, which is more than the least.
+    """
+
+    choice: Choice
+    draft: Draft
+    passes: float
+    seconds: float
+    optimizers: tuple[OptimConfig, ...]
+    seems_to_fit: bool
+
+
+def _looked_at(step: Draft | StepPlan) -> list[int]:
+    """Return the ranks whose memory is looked at: of many the ends, the middle, and the largest."""
+    layout = step.problem.layout
+    ranks = range(layout.num_ranks)
+    if len(ranks) <= _MOST_RANKS:
+        return list(ranks)
+    layers = [sum(len(step.layers[stage]) for stage in layout.stages_of(rank)) for rank in ranks]
+    return sorted({0, max(ranks, key=layers.__getitem__), len(ranks) // 2, ranks[-1]})
+
+
+class Scales:
+    """Weighs the choices for one configuration.  What they share is computed once.
+
+    limit: the bytes that a rank may need.
+    optimizers: those to choose from, None for all.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        limit: float,
+        optimizers: tuple[OptimConfig, ...] | None = None,
+    ) -> None:
+        self.limit = limit
+        self._only = optimizers
+        self._config = config
+        self._optimizers: dict[int, list[OptimConfig]] = {}
+        self._splits: dict[tuple[Degrees, int, bool], _Split] = {}
+        self._placed: dict[tuple[str, Layout], _Placed] = {}
+        self._peaks: dict[tuple[str, Layout, str, int], tuple[Peak, ...]] = {}
+        self._after: dict[tuple[Degrees, OptimConfig, int], float] = {}
+        self._bounds: dict[tuple[object, ...], float] = {}
+
+    def check(self, choices: Iterable[Choice]) -> None:
+        """Check the base order of every schedule once.  Raises ConfigError, which names it."""
+        smallest: dict[str, Choice] = {}
+        for choice in choices:
+            known = smallest.setdefault(choice.schedule, choice)
+            if choice.degrees.pp < known.degrees.pp:
+                smallest[choice.schedule] = choice
+        for name, choice in smallest.items():
+            count = min(choice.num_microbatches, 2 * choice.degrees.pp)
+            algorithm = VOCAB_ALGORITHMS[choice.vocab]
+            split_backward = GENERATORS[name].split_backward
+            named_base_order(name, Problem(choice.layout, count, algorithm, split_backward))
+
+    def weigh(self, choice: Choice) -> Weight:
+        """Return the weight of a choice.  Raises ConfigError if it cannot be run."""
+        split, placed = self._split_of(choice), self._placed_of(choice)
+        layout, count = placed.layout, choice.num_microbatches
+        family, algorithm = GENERATORS[choice.schedule], VOCAB_ALGORITHMS[choice.vocab]
+        # Memory of rank 0, which holds most microbatches.
+        parameters = split.parameters(placed.of_rank[0], 0, layout, algorithm)
+        states = [
+            (_state(split.work, optim, parameters).state, optim)
+            for optim in self._optimizers_of(choice)
+        ]
+        least_state = min(state for state, _ in states)
+        if least_state > self.limit:
+            raise TooLargeError(least_state, self.limit, STATE)
+        kept, expected = self._kept_bytes(choice, split, placed)
+        fitting = [
+            self._after_of(split.work, optim, parameters)
+            for state, optim in states
+            if state + kept <= self.limit
+        ]
+        if not fitting:
+            raise TooLargeError(least_state + kept, self.limit, LEANEST)
+        # Time of the passes.  A rank waits for the first stages to fill the pipeline, and what it
+        # sends back drains through them.  Meanwhile it may run W and T, which nobody waits for.
+        forward, backward, sent_back = split.layer(
+            "none" if choice.recompute_where_needed else choice.recompute, family.split_backward
+        )
+        shards = split.shard_seconds(choice.vocab)
+        root, bound = layout.rank_of(layout.num_stages - 1), 0.0
+        for rank in placed.slowest:
+            layers, before = placed.of_rank[rank], placed.before[rank]
+            s, t = shards[rank if algorithm.sharded else -1]
+            if not algorithm.sharded and rank != root:
+                s = t = 0.0
+            fill, drain = before * forward, before * sent_back
+            bound = max(
+                bound,
+                fill + count * (layers * (forward + backward) + s + t),
+                fill + count * (layers * (forward + sent_back) + s) + drain,
+            )
+        return Weight(bound + min(fitting), least_state + expected)
+
+    def leanest(self, choice: Choice) -> float:
+        """Return the bytes of state and of the leanest activations, where they may be too many."""
+        split, placed = self._split_of(choice), self._placed_of(choice)
+        algorithm = VOCAB_ALGORITHMS[choice.vocab]
+        parameters = split.parameters(placed.of_rank[0], 0, placed.layout, algorithm)
+        states = [
+            _state(split.work, optim, parameters).state for optim in self._optimizers_of(choice)
+        ]
+        return min(states) + self._kept_bytes(choice, split, placed)[0]
+
+    def _kept_bytes(self, choice: Choice, split: _Split, placed: _Placed) -> tuple[float, float]:
+        """Return the least bytes of activations that rank 0 keeps, and those of the base order."""
+        peak = self._peaks_of(choice, placed.layout)[0]
+        of_layer, for_weights = split.layer_bytes(choice.recompute)
+        least = at_most = 0.0
+        for chunk, stage in enumerate(placed.layout.stages_of(0)):
+            layers = placed.counts[stage]
+            least += layers * of_layer * peak.counts[chunk]
+            split_backward = GENERATORS[choice.schedule].split_backward
+            kept = max(of_layer, for_weights) if split_backward else of_layer
+            at_most += layers * kept * peak.kept[chunk]
+        return least, at_most
+
+    def _optimizers_of(self, choice: Choice) -> list[OptimConfig]:
+        dp = choice.degrees.dp
+        if dp not in self._optimizers:
+            self._optimizers[dp] = list(self._only or optimizers_of(self._config, dp))
+        return self._optimizers[dp]
+
+    def draft(self, choice: Choice) -> Candidate:
+        """Return the choice with the costs of its passes and tighter bounds.
+
+        Raises ConfigError if it cannot be run, and TooLargeError if its memory does not suffice.
+        """
+        if choice.recompute_where_needed:
+            choice = self._where_needed(choice)
+        drafted = self._draft(choice)
+        peaks, ranks = self._peaks_of(choice, choice.layout), _looked_at(drafted)
+        minimum = _at_peak(drafted, choice.schedule, peaks, ranks=ranks)
+        fitting, refusal = [], None
+        for optim in self._optimizers_of(choice):
+            try:
+                self._check_memory(minimum, optim)
+            except TooLargeError as error:
+                refusal = min(refusal or error, error, key=lambda error: error.needs)
+            else:
+                fitting.append(optim)
+        if not fitting:
+            assert refusal is not None
+            raise refusal
+        passes = self._bound_of(choice, drafted)
+        after = min(self.after(minimum, optim) for optim in fitting)
+        kept = _at_peak(drafted, choice.schedule, peaks, least=False, ranks=ranks)
+        return Candidate(
+            choice, drafted, passes, passes + after, tuple(fitting), self._fits(kept, fitting)
+        )
+
+    def _fits(self, step: StepPlan, optimizers: Iterable[OptimConfig]) -> bool:
+        """Return whether a step at its peak and a held shard fit with one of the optimizers."""
+        held = max(step.cost.shard_bytes)
+        for optim in optimizers:
+            try:
+                self._check_memory(step, optim, held)
+            except TooLargeError:
+                continue
+            return True
+        return False
+
+    def after(self, step: StepPlan, optim: OptimConfig) -> float:
+        """Return the seconds of a step after its passes."""
+        states = [rank_state(step, optim, rank) for rank in range(step.num_ranks)]
+        cluster, parameters = self._config.cluster, max(state.parameters for state in states)
+        return (
+            gradient_seconds(step.work, cluster, optim, parameters)
+            + tied_seconds(step.work, cluster, step.problem)
+            + max(optimizer_seconds(step.degrees, cluster, optim, state) for state in states)
+        )
+
+    def _draft(self, choice: Choice) -> Draft:
+        split, family = self._split_of(choice), GENERATORS[choice.schedule]
+        work = replace(split.work, num_microbatches=choice.num_microbatches)
+        return draft(
+            work,
+            split.cost,
+            choice.parallel(self._config.parallel),
+            choice.layout,
+            VOCAB_ALGORITHMS[choice.vocab],
+            split_backward=family.split_backward,
+        )
+
+    def needs(self, step: StepPlan, optim: OptimConfig) -> tuple[float, int]:
+        """Return the bytes of the rank that needs most, and that rank; of many look at a few."""
+        return max((rank_memory(step, optim, rank).total, rank) for rank in _looked_at(step))
+
+    def _check_memory(self, step: StepPlan, optim: OptimConfig, held: float = 0.0) -> None:
+        """Raise TooLargeError if a rank needs more than the limit, with `held` bytes on top."""
+        needs, rank = self.needs(step, optim)
+        if needs + held > self.limit:
+            is_state = rank_state(step, optim, rank).state > self.limit
+            raise TooLargeError(needs + held, self.limit, STATE if is_state else LEANEST, rank)
+
+    def _bound_of(self, choice: Choice, drafted: Draft) -> float:
+        """Return the lower bound of the passes, which several schedules share."""
+        key = (
+            replace(choice, schedule="", num_chunks=None, optimizer=None),
+            drafted.problem.layout,
+            drafted.problem.split_backward,
+        )
+        if key not in self._bounds:
+            self._bounds[key] = step_bound(drafted.problem, drafted.cost).seconds
+        return self._bounds[key]
+
+    def _where_needed(self, choice: Choice) -> Choice:
+        """Return the choice with recomputation in as few stages as its memory needs.
+
+        On every rank the stages that save most come first.  Raises ConfigError if all or none of
+        the stages recompute, because that is another choice.
+        """
+        everywhere = replace(choice, recompute_where_needed=False)
+        without = self._draft(replace(everywhere, recompute="none"))
+        saving = self._draft(everywhere)
+        layout, peaks = choice.layout, self._peaks_of(choice, choice.layout)
+        optim = self._optimizers_of(choice)[0]
+        kinds = ["none"] * layout.num_stages
+        kept = list(without.cost.stage_bytes)
+        for rank, peak in enumerate(peaks):
+            held = zip(layout.stages_of(rank), peak.counts, strict=True)
+            by_saving = sorted(
+                held, key=lambda pair: -pair[1] * (kept[pair[0]] - saving.cost.stage_bytes[pair[0]])
+            )
+            waiting = [stage for stage, _ in by_saving]
+            while waiting:
+                mixed = replace(
+                    without,
+                    recompute=tuple(kinds),
+                    cost=replace(without.cost, stage_bytes=tuple(kept)),
+                )
+                step = _at_peak(mixed, choice.schedule, peaks, ranks=[rank])
+                needs = rank_memory(step, optim, rank).total + mixed.cost.shard_bytes[rank]
+                if needs <= self.limit:
+                    break
+                stage = waiting.pop(0)
+                kinds[stage], kept[stage] = choice.recompute, saving.cost.stage_bytes[stage]
+        if len(set(kinds)) == 1:
+            raise SameChoiceError(f"all stages recompute {kinds[0]}")
+        return replace(everywhere, recompute_per_stage=tuple(kinds))
+
+    def _peaks_of(self, choice: Choice, layout: Layout) -> tuple[Peak, ...]:
+        count = min(choice.num_microbatches, 2 * layout.num_ranks + 4)
+        key = (choice.schedule, layout, choice.vocab, count)
+        if key not in self._peaks:
+            algorithm = VOCAB_ALGORITHMS[choice.vocab]
+            split_backward = GENERATORS[choice.schedule].split_backward
+            problem = Problem(layout, count, algorithm, split_backward)
+            self._peaks[key] = peaks_of(choice.schedule, problem, check=False)
+        return self._peaks[key]
+
+    def _split_of(self, choice: Choice) -> _Split:
+        key = (choice.degrees, choice.micro_batch_size, choice.sequence_parallel)
+        if key not in self._splits:
+            self._splits[key] = _Split(choice.applied(self._config), choice.degrees)
+        return self._splits[key]
+
+    def _placed_of(self, choice: Choice) -> _Placed:
+        layout = choice.layout
+        key = (choice.placement, layout)
+        if key not in self._placed:
+            self._placed[key] = _Placed.of(self._config, choice.placement, layout)
+        return self._placed[key]
+
+    def _after_of(self, work: Workload, optim: OptimConfig, parameters: int) -> float:
+        """Return the least seconds of a step after its passes, if a rank has `parameters`."""
+        key = (work.degrees, optim, parameters)
+        if key not in self._after:
+            cluster = self._config.cluster
+            held = _state(work, optim, parameters)
+            self._after[key] = gradient_seconds(
+                work, cluster, optim, parameters
+            ) + optimizer_seconds(work.degrees, cluster, optim, held)
+        return self._after[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """Layers per stage and per rank, and those before the first stage of each rank.
+
+    `slowest` are the ranks that bound the time of a step: the ends, and the last with most layers.
+    """
+
+    layout: Layout
+    counts: tuple[int, ...]
+    of_rank: tuple[int, ...]
+    before: tuple[int, ...]
+    slowest: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, placement: str, layout: Layout) -> _Placed:
+        model = config.model
+        counts = (
+            redistribute(model.num_layers, layout.num_stages, shape.head_in_layers(model))
+            if placement == "redistribute"
+            else balance(model.num_layers, layout)
+        )
+        ranks = range(layout.num_ranks)
+        of_rank = tuple(sum(counts[stage] for stage in layout.stages_of(rank)) for rank in ranks)
+        before = tuple(accumulate(counts[: layout.num_ranks - 1], initial=0))
+        most = max(reversed(ranks), key=of_rank.__getitem__)
+        slowest = tuple(sorted({0, most, ranks[-1]}))
+        return cls(layout, counts, of_rank, before, slowest)
+
+
+class _Split:
+    """What the choices with one split, micro-batch size and sequence parallelism share."""
+
+    def __init__(self, config: RunConfig, degrees: Degrees) -> None:
+        self.work = Workload.of(config, degrees)
+        self.cost: CostConfig = on_cluster(self.work, config.cluster, config.cost)
+        self._layers: dict[str, dict[Kind, float]] = {}
+        self._layer_bytes: dict[str, tuple[int, int]] = {}
+        self._shards: dict[str, list[tuple[float, float]]] = {}
+
+    def layer(self, recompute: str, split_backward: bool) -> tuple[float, float, float]:
+        """Return the seconds of a layer: F, all of its backward, and what the next stage awaits."""
+        if recompute not in self._layers:
+            self._layers[recompute] = self._probe(recompute, "none")[0]
+        seconds = self._layers[recompute]
+        if split_backward:
+            return seconds[Kind.F], seconds[Kind.I] + seconds[Kind.W], seconds[Kind.I]
+        return seconds[Kind.F], seconds[Kind.B], seconds[Kind.B]
+
+    def layer_bytes(self, recompute: str) -> tuple[int, int]:
+        """Return the bytes that a layer keeps for one microbatch: from F on, and from I to W."""
+        if recompute not in self._layer_bytes:
+            work = self.work
+            for_weights = shape.layer_weight_grad_bytes(
+                work.share, work.micro_batch_size, work.item_bytes
+            )
+            self._layer_bytes[recompute] = work.layer_bytes(recompute), for_weights
+        return self._layer_bytes[recompute]
+
+    def shard_seconds(self, vocab: str) -> list[tuple[float, float]]:
+        """Return the seconds of S and T of every rank; the whole layer is on the last one."""
+        if vocab not in self._shards:
+            self._shards[vocab] = self._probe("none", vocab)[1]
+        return self._shards[vocab]
+
+    def parameters(
+        self, num_layers: int, rank: int, layout: Layout, algorithm: VocabAlgorithm
+    ) -> int:
+        """Return the parameters of a rank at least, without small ones."""
+        work = self.work
+        rows = -(-work.model.vocab_size // work.degrees.tp)
+        if algorithm.sharded:
+            rows //= layout.num_ranks
+            ends = 2
+        else:
+            ends = (rank == 0) + (rank == layout.rank_of(layout.num_stages - 1))
+        if work.model.tied_embeddings:
+            ends = min(ends, 1)
+        return (
+            num_layers * shape.layer_parameters(work.share) + ends * rows * work.model.hidden_size
+        )
+
+    def _probe(
+        self, recompute: str, vocab: str
+    ) -> tuple[dict[Kind, float], list[tuple[float, float]]]:
+        """Return the seconds of a layer, and S and T of every rank, in a line of equal stages."""
+        work, algorithm = self.work, VOCAB_ALGORITHMS[vocab]
+        layout = Layout("linear", work.degrees.pp)
+        problem = Problem(layout, 1, algorithm, split_backward=True)
+        counts = balance(work.model.num_layers, layout)
+        shards = {end: split_vocabulary(work, problem, end, None) for end in End}
+        cost = estimate_cost(
+            work,
+            self.cost,
+            problem,
+            layers=[range(count) for count in counts],
+            recompute=(recompute,) * layout.num_stages,
+            shards=shards,
+        )
+        layer = {
+            kind: min(
+                seconds / count
+                for seconds, count in zip(cost.pass_seconds[kind], counts, strict=True)
+                if count
+            )
+            for kind in (Kind.F, Kind.B, Kind.I, Kind.W)
+        }
+        of_rank = list(zip(cost.pass_seconds[Kind.S], cost.pass_seconds[Kind.T], strict=True))
+        return layer, of_rank
+
+
+def _state(work: Workload, optim: OptimConfig, parameters: int) -> RankMemory:
+    per_parameter = StateBytes.of(work, optim)
+    parts = work.degrees.dp if optim.name == "zero1" else 1
+    return RankMemory(
+        parameters,
+        weights=parameters * per_parameter.weights,
+        gradients=parameters * per_parameter.gradients,
+        optimizer=parameters * per_parameter.optimizer / parts,
+        activations=0.0,
+        vocabulary=0.0,
+        working=0.0,
+    )
