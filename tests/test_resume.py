@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from dataclasses import replace
@@ -23,7 +24,7 @@ from tests.training import (
 )
 from vp_train import train as module
 from vp_train.assembly import build_rank
-from vp_train.checkpoint.manifest import MANIFEST, write_manifest
+from vp_train.checkpoint.manifest import MANIFEST, StoredFile, file_name, write_manifest
 from vp_train.checkpoint.training import _require_same_text, saved_batch
 from vp_train.commands.place import Place
 from vp_train.commands.train import _batch_change, _train, check_steps
@@ -328,6 +329,38 @@ def test_fewer_steps_than_a_run_has_done_are_refused_before_anything_else(tmp_pa
         check_steps(run)
     check_steps(replace(run, steps=12))
     check_steps(replace(run, resume=False))
+
+
+def test_a_checkpoint_with_other_bytes_refuses_no_steps(tmp_path):
+    run = RunSettings(root=str(tmp_path), name="run", steps=13, resume=True)
+    for step, content in ((11, b"right"), (15, b"wrong")):
+        path = run.checkpoints / checkpoint_name(step)
+        path.mkdir(parents=True)
+        (path / file_name(0)).write_bytes(content)
+        stored = StoredFile(5, hashlib.blake2b(b"right").hexdigest(), {})
+        write_manifest(path, step, {}, {file_name(0): stored.as_json()} if step == 15 else {})
+    check_steps(run)
+    with pytest.raises(ConfigError, match=r"is of step 11; give at least 11"):
+        check_steps(replace(run, steps=10))
+
+
+def test_a_run_sets_a_damaged_checkpoint_aside_and_keeps_a_notice(ranks, tmp_path):
+    config = config_of(tmp_path, eval_every=0, trace_step=0, checkpoint_every=2)
+    ranks(2).run(train, config, 4)
+    ranks(2).run(release_locks)
+    place = config.run.checkpoints / checkpoint_name(4) / file_name(1)
+    place.write_bytes(place.read_bytes()[:-8] + b"12345678")
+    resumed = replace(config, run=replace(config.run, resume=True))
+    assert ranks(2).run(train, resumed, 6) == [3, 3]
+    assert sorted(path.name for path in config.run.checkpoints.iterdir()) == [
+        "step-00000004",
+        "step-00000004.damaged",
+        "step-00000006",
+    ]
+    notices = (config.run.directory / "notices.txt").read_text().splitlines()
+    words = f"checkpoint passed over: {place} does not match its hash; it is {place.parent.name}"
+    assert len(notices) == 1
+    assert notices[0].endswith(f"{words}.damaged now")
 
 
 def test_a_run_that_is_in_use_is_refused_before_its_checkpoints_are_looked_at(tmp_path, capsys):

@@ -27,8 +27,8 @@ import torch.distributed as dist
 from schedules.lower import Action
 from schedules.timeline import Span, Timeline
 from vp_train.assembly import RankModel, build_rank, rank_device
-from vp_train.checkpoint.saver import CheckpointError, Saver
-from vp_train.checkpoint.store import find
+from vp_train.checkpoint.saver import CheckpointError, Saver, set_aside
+from vp_train.checkpoint.store import Damage, find
 from vp_train.checkpoint.training import (
     Progress,
     begin_save,
@@ -172,7 +172,7 @@ def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Report
     """Return the reporter of a run; its directory then has what is known before the first step."""
     config, source = run.config, run.source
     reporter = Reporter(config, run.plan, directory, run.first_step)
-    reporter.start(config_yaml, source)
+    reporter.start(config_yaml, source, run.take_notices())
     if source.tokenizer is not None and source.end_token is not None:
         words = tokenizer_config(
             source.tokenizer,
@@ -322,6 +322,7 @@ class Run:
         )
         self._counts: dict[str, list[float]] = {}  # labels and bytes of every validation set
         self._saved_step = 0  # of the newest checkpoint that was begun
+        self._notices: list[str] = []
         self.first_step = 1
 
     def load(self) -> None:
@@ -555,6 +556,8 @@ class Run:
         self.step = self._saved_step = done
         self._used = done, tokens
         if reporter is not None:
+            for line in self.take_notices():
+                reporter.note(line)
             reporter.go_back(done)
         words = f"{words}; going back to step {done} and leaving out the data since then"
         self._say(f"step {step}: {words}", reporter)
@@ -656,12 +659,32 @@ class Run:
         path, damaged = latest_of_run(self.config.run.checkpoints, self.mesh.world)
         if path is None:
             return 0
-        self._saver.leave_uncounted(damaged)
+        self._saver.leave_uncounted([each.name for each in damaged])
+        if self.mesh.rank == 0:
+            self._notices += [self._passed_over(each) for each in damaged]
         step, progress = restore_run(path, self.config, self.model, self.mesh, self.source.contents)
         self._used = step, progress.tokens
         self._judge.restore(progress.losses, progress.norms, progress.spikes, progress.skipped)
         self._await_loading()
         return step
+
+    def _passed_over(self, damage: Damage) -> str:
+        """Set a checkpoint aside if its bytes were altered, and return a line for the notices.
+
+        Only the first rank does so.  What else is wrong may be right again, as on a disk that did
+        not answer.
+        """
+        directory, words = self.config.run.checkpoints, f"checkpoint passed over: {damage.words}"
+        aside = set_aside(directory, damage.name) if damage.is_altered else None
+        if aside is None:
+            return words
+        print(f"{directory / damage.name} is {aside.name} now", file=sys.stderr, flush=True)
+        return f"{words}; it is {aside.name} now"
+
+    def take_notices(self) -> list[str]:
+        """Return what was said before there was a reporter, and forget it."""
+        notices, self._notices = self._notices, []
+        return notices
 
     def _initialise(self, source: str) -> None:
         """Load the weights of another run or of an import."""

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from tests.ranks import ready_context
 from vp_train.checkpoint import saver, store
-from vp_train.checkpoint.manifest import read_manifest
-from vp_train.checkpoint.saver import CheckpointError, Saver, save
+from vp_train.checkpoint.manifest import newest_step, read_manifest
+from vp_train.checkpoint.saver import CheckpointError, Saver, save, set_aside
 from vp_train.checkpoint.store import CheckpointTensor, find, latest, load, newest
 from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError
@@ -165,8 +165,45 @@ def test_a_damaged_checkpoint_that_was_passed_over_pushes_no_good_one_out(
         ranks(1).run(save_one, str(tmp_path), step)
     (tmp_path / "step-00000045" / "rank-00000.safetensors").write_bytes(b"")
     path, damaged = newest(tmp_path)
-    assert (path.name, damaged) == ("step-00000030", ["step-00000045"])
-    assert ranks(1).run(go_on_past, str(tmp_path), damaged, steps) == [kept]
+    assert path.name == "step-00000030"
+    names = [each.name for each in damaged]
+    assert names == ["step-00000045"]
+    assert ranks(1).run(go_on_past, str(tmp_path), names, steps) == [kept]
+
+
+@pytest.mark.parametrize("change", ["size", "bytes", "manifest", "gone"])
+def test_altered_bytes_make_a_checkpoint_useless_and_a_lost_file_may_come_back(
+    ranks, tmp_path, change
+):
+    for step in (30, 45):
+        ranks(1).run(save_one, str(tmp_path), step)
+    place = tmp_path / "step-00000045" / "rank-00000.safetensors"
+    content = place.read_bytes()
+    if change == "manifest":
+        place = place.with_name("manifest.json")
+        place.write_text(place.read_text().replace("matrix", "matrox"))
+    elif change == "gone":
+        place.unlink()
+    else:
+        place.write_bytes(content[:-8] + (b"12345678" if change == "bytes" else b""))
+    assert newest_step(tmp_path) == (45 if change == "bytes" else 30)
+    assert newest_step(tmp_path, 46) == newest_step(tmp_path)
+    assert newest_step(tmp_path, 45) == 30
+    _, (damage,) = newest(tmp_path)
+    assert damage.is_altered == (change != "gone")
+
+
+def test_a_checkpoint_that_is_set_aside_is_none_for_anybody(ranks, tmp_path):
+    for step in (10, 20, 30):
+        ranks(1).run(save_one, str(tmp_path), step)
+    assert set_aside(tmp_path, "step-00000030").name == "step-00000030.damaged"
+    assert newest_step(tmp_path) == 20
+    ranks(1).run(save_one, str(tmp_path), 30, 0, 2)
+    kept = ["step-00000020", "step-00000030", "step-00000030.damaged"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    set_aside(tmp_path, "step-00000030")  # which replaces the earlier one
+    assert sorted(path.name for path in tmp_path.iterdir()) == [kept[0], kept[2]]
+    assert set_aside(tmp_path, "step-00000030") is None
 
 
 def fail_to_save(rank, num_ranks, directory):

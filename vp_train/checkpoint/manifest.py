@@ -40,6 +40,10 @@ _FILE_NAME = re.compile(r"rank-[0-9]{5,9}\.safetensors")
 _HASH = re.compile(r"[0-9a-f]{128}")
 
 
+class AlteredError(ValueError):
+    """Bytes that are not those that were saved: they will never be right again."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor in a file: the whole one of `shape`, or its slice `split`."""
@@ -122,7 +126,7 @@ def read_manifest(path: Path) -> Manifest:
         wrapped = _object(read_json(place, _MOST_BYTES, follow=False), "the whole")
         body = _text(wrapped, "manifest", "")
         if hashlib.blake2b(body.encode()).hexdigest() != wrapped.get("blake2b"):
-            raise ValueError("it does not match its hash")
+            raise AlteredError("it does not match its hash")
         manifest = _parsed(_object(json.loads(body), "the manifest"))
         named = checkpoint_step(path.name)
         if named is not None and named != manifest.step:
@@ -132,7 +136,8 @@ def read_manifest(path: Path) -> Manifest:
     except RecursionError:
         raise ValueError(f"{place} is damaged: it nests too deeply") from None
     except ValueError as error:  # JSONDecodeError is one
-        raise ValueError(f"{place} is damaged: {error}") from None
+        kind = AlteredError if isinstance(error, AlteredError) else ValueError
+        raise kind(f"{place} is damaged: {error}") from None
     return manifest
 
 
@@ -144,16 +149,21 @@ def saved_settings(manifest: Manifest) -> Mapping[str, Mapping[str, Any]]:
     return config
 
 
-def newest_step(directory: Path) -> int | None:
+def newest_step(directory: Path, hashed_from: float = math.inf) -> int | None:
     """Return the step of the newest checkpoint in `directory` that looks whole, None if none does.
 
-    Its manifest is right, and its files have their sizes; their contents are not read.
+    Its manifest is right, and its files have their sizes.  Files are read, and compared with their
+    hashes, only in checkpoints of step `hashed_from` and later: give the first step that decides
+    something which is not to hang on a damaged file.
     """
     for step, path in reversed(checkpoints_in(directory)):
         try:
-            files = read_manifest(path).files.items()
-            if all((path / name).stat().st_size == stored.num_bytes for name, stored in files):
-                return step
+            for name, stored in read_manifest(path).files.items():
+                if step >= hashed_from:
+                    check_file(path / name, stored)
+                elif (path / name).stat().st_size != stored.num_bytes:
+                    raise AlteredError(f"{path / name} has another size")
+            return step
         except (ValueError, OSError):
             continue
     return None
@@ -162,16 +172,18 @@ def newest_step(directory: Path) -> int | None:
 def check_file(path: Path, stored: StoredFile) -> None:
     """Raise ValueError, which names the file, unless `path` is the file that the manifest lists.
 
-    The size is compared first, so no more than the listed number of bytes is read.
+    It is AlteredError where the bytes are others.  The size is compared first, so no more than the
+    listed number of bytes is read.
     """
     try:
         with open_regular(path, follow=False) as file:
             size = file.seek(0, 2)
             if size != stored.num_bytes:
-                raise ValueError(f"{path} has {size:,} bytes, but {stored.num_bytes:,} were saved")
+                words = f"{size:,} bytes, but {stored.num_bytes:,} were saved"
+                raise AlteredError(f"{path} has {words}")
             file.seek(0)
             if hashlib.file_digest(file, "blake2b").hexdigest() != stored.blake2b:  # type: ignore[arg-type]
-                raise ValueError(f"{path} does not match its hash")
+                raise AlteredError(f"{path} does not match its hash")
     except (OSError, UnreadableError) as error:
         raise ValueError(f"{path.parent} is incomplete: {error}") from None
     held = {

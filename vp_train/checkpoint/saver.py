@@ -223,6 +223,24 @@ class Saver:
             )
 
 
+def set_aside(directory: Path, name: str) -> Path | None:
+    """Rename a checkpoint whose bytes were altered, and return its new path.
+
+    It is then no checkpoint for any later process: it is not resumed from, not counted and not
+    removed.  Returns None where it cannot be renamed.
+    """
+    path = directory / name
+    aside = path.with_name(f"{name}.damaged")
+    try:
+        if os.path.lexists(aside):  # an earlier one of the same step
+            _remove(aside)
+        path.rename(aside)
+        sync(directory)
+    except OSError:
+        return None
+    return aside
+
+
 def save(
     directory: Path,
     step: int,

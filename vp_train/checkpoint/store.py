@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vp_train.checkpoint.manifest import (
     MANIFEST,
+    AlteredError,
     Manifest,
     StoredTensor,
     check_file,
@@ -49,17 +50,38 @@ class CheckpointTensor:
         return StoredTensor(str(self.tensor.dtype).removeprefix("torch."), shape, self.split)
 
 
-def _damage(path: Path, group: ControlGroup | None, check: Check | None) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """What is wrong with the checkpoint called `name`, in words.
+
+    is_altered: whether its bytes are not those that were saved.  Otherwise it may be of another
+    version, or a disk may not answer, and it may be of use again.
+    """
+
+    name: str
+    words: str
+    is_altered: bool
+
+
+def _damage(path: Path, group: ControlGroup | None, check: Check | None) -> Damage | None:
     """Return what is wrong with checkpoint `path`, None if nothing is.
 
     The ranks of `group` share the work: each rank hashes some of the files.
     """
     found = _gather(_damage_in_part(path, check, *_rank_and_size(group)), group)
-    return next((damage for damage in found if damage is not None), None)
+    wrong = [part for part in found if part is not None]
+    if not wrong:
+        return None
+    return Damage(path.name, wrong[0][0], any(is_altered for _, is_altered in wrong))
 
 
-def _damage_in_part(path: Path, check: Check | None, rank: int, num_ranks: int) -> str | None:
-    """Check the manifest and every `num_ranks`-th file, starting with file number `rank`."""
+def _damage_in_part(
+    path: Path, check: Check | None, rank: int, num_ranks: int
+) -> tuple[str, bool] | None:
+    """Check the manifest and every `num_ranks`-th file, starting with file number `rank`.
+
+    Returns the words of a `Damage` and whether bytes were altered.
+    """
     try:
         if path.is_symlink():
             raise ValueError(f"{path} is a symbolic link, which may lead elsewhere")
@@ -72,7 +94,7 @@ def _damage_in_part(path: Path, check: Check | None, rank: int, num_ranks: int) 
         for name, stored in list(manifest.files.items())[rank::num_ranks]:
             check_file(path / name, stored)
     except ValueError as error:
-        return str(error)
+        return str(error), isinstance(error, AlteredError)
     return None
 
 
@@ -97,20 +119,22 @@ def latest(
 
 def newest(
     directory: Path, group: ControlGroup | None = None, check: Check | None = None
-) -> tuple[Path | None, list[str]]:
-    """Return the newest undamaged checkpoint as `latest`, and the names of the damaged newer ones.
+) -> tuple[Path | None, list[Damage]]:
+    """Return the newest undamaged checkpoint as `latest`, and the damage of the newer ones.
 
-    Those are reported on stderr.  `check` may find damage in manifests, too.  Collective over
+    It is reported on stderr.  `check` may find damage in manifests, too.  Collective over
     `group`.  Raises ConfigError if there are checkpoints but all of them are damaged.
     """
     found = [path.name for _, path in reversed(checkpoints_in(directory))]
     names: list[str] = _gather(found, group)[0]
-    for number, name in enumerate(names):
+    passed_over: list[Damage] = []
+    for name in names:
         damage = _damage(directory / name, group, check)
         if damage is None:
-            return directory / name, names[:number]
+            return directory / name, passed_over
+        passed_over.append(damage)
         if _rank_and_size(group)[0] == 0:
-            print(f"checkpoint passed over: {damage}", file=sys.stderr, flush=True)
+            print(f"checkpoint passed over: {damage.words}", file=sys.stderr, flush=True)
     if names:
         raise ConfigError(
             f"every checkpoint in {directory} is damaged; "
@@ -128,7 +152,7 @@ def find(path: Path, group: ControlGroup | None = None) -> Path:
         path = path.resolve()  # a link that the user gives is meant
         damage = _damage(path, group, None)
         if damage is not None:
-            raise ConfigError(damage)
+            raise ConfigError(damage.words)
         return path
     found = latest(path / "checkpoints", group) or latest(path, group)
     if found is None:

@@ -22,7 +22,7 @@ from vp_train.checkpoint.manifest import (
     saved_settings,
 )
 from vp_train.checkpoint.saver import Saver
-from vp_train.checkpoint.store import CheckpointTensor, load, newest
+from vp_train.checkpoint.store import CheckpointTensor, Damage, load, newest
 from vp_train.communication.control import ControlGroup
 from vp_train.config import (
     FREE_DATA,
@@ -176,8 +176,8 @@ def begin_save(
     saver.begin(step, pieces, state)
 
 
-def latest_of_run(directory: Path, group: ControlGroup) -> tuple[Path | None, list[str]]:
-    """Return the newest undamaged checkpoint of a run, and the names of the damaged newer ones.
+def latest_of_run(directory: Path, group: ControlGroup) -> tuple[Path | None, list[Damage]]:
+    """Return the newest undamaged checkpoint of a run, and the damage of the newer ones.
 
     Collective over `group`.  Raises ConfigError like `newest`.
     """

@@ -366,7 +366,7 @@ def _is_finished(config: RunConfig) -> bool:
     if saves:
         from vp_train.checkpoint.manifest import newest_step
 
-        done = newest_step(config.run.checkpoints) or 0
+        done = newest_step(config.run.checkpoints, config.run.steps) or 0
     else:
         done = result_of(SweptRun("", (), {}), config, None).steps
     return done >= config.run.steps

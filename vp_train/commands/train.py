@@ -23,11 +23,8 @@ from vp_train.metrics.run_directory import refuse_running
 from vp_train.planning.degrees import MOST_ON_A_NODE
 from vp_train.settings import (
     BatchChange,
-    changes,
     check_start,
     config_text,
-    load_config,
-    override,
     resume_words,
     started_from,
 )
@@ -92,11 +89,8 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
     # Ranks that our agent has started need not read again what it has read.
     batch = None if has_launcher() else _batch_change(config, place, num_ranks)
     if is_first and not has_launcher():
-        done = _step_done(config.run)
-        found = (resume_words(config, batch, done), rate_words(config, done))
-        if words := "\n".join(filter(None, found)):
+        if words := resume_words(config, batch, _step_done(config.run)):
             print(words, flush=True)
-    if is_first and not has_launcher():
         refuse_running(config.run)  # another process would change what is looked at here
     config = with_origin(config)
     check_start(config, batch)
@@ -131,43 +125,15 @@ def check_steps(settings: RunSettings) -> None:
 
 
 def _step_done(settings: RunSettings) -> int | None:
-    """Return the step of the checkpoint that a resumed run goes on from, None if there is none."""
+    """Return the step of the checkpoint that a resumed run goes on from, None if there is none.
+
+    One that refuses run.steps is compared with its hashes; others may turn out to be damaged.
+    """
     if not settings.resume or not checkpoints_in(settings.checkpoints):
         return None
     from vp_train.checkpoint.manifest import newest_step
 
-    return newest_step(settings.checkpoints)
-
-
-def rate_words(config: RunConfig, done: int | None) -> str:
-    """Say how the learning rate of a resumed run goes on from step `done`.
-
-    It is empty if the settings of this command line leave it as it would have been.
-    """
-    path = config.run.directory / "config.yaml"
-    if done is None or config.run.steps <= done or not path.is_file():
-        return ""
-    if not any(
-        change.name.startswith("optim.") or change.name == "run.steps" for change in changes(config)
-    ):
-        return ""
-    from vp_train.optim.adamw import learning_rate
-
-    where = [override("run.root", config.run.root), override("run.name", config.run.name)]
-    try:
-        before = load_config([*where, "run.resume=true"])
-    except ConfigError:  # the settings of another version
-        return ""
-    then, was, now = (
-        f"{learning_rate(one.optim, step, one.run.steps):.2e}"
-        for one, step in ((before, done), (before, done + 1), (config, done + 1))
-    )
-    if was == now:
-        return ""
-    return (
-        f"learning rate at step {done + 1}: {now}, was {then} at step {done}; "
-        f"the decay now ends at step {config.run.steps}"
-    )
+    return newest_step(settings.checkpoints, settings.steps + 1)
 
 
 def _check_ramp_alone(config: RunConfig) -> None:

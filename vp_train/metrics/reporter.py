@@ -24,6 +24,7 @@ from vp_train.durable import UnreadableError, open_to_append, write_all
 from vp_train.metrics.figures import RankFigures, Spent
 from vp_train.metrics.log import MetricsLog, warn_unwritten
 from vp_train.metrics.progress import Progress, StepReport, Validation
+from vp_train.metrics.resumed import rate_words
 from vp_train.metrics.run_directory import RunDirectory, TakenError
 from vp_train.metrics.step_times import RankTimes, step_times
 from vp_train.metrics.summary import (
@@ -112,9 +113,13 @@ class Reporter:
         self._has_warned = False
         self._pending: tuple[StepReport, dict[str, float]] | None = None
 
-    def start(self, config_yaml: str, source: Source) -> None:
-        """Write configuration, environment and schedule, and print what will run where."""
+    def start(self, config_yaml: str, source: Source, notices: Sequence[str] = ()) -> None:
+        """Write configuration, environment and schedule, and print what will run where.
+
+        `notices` were said before there was a reporter; they are kept in notices.txt.
+        """
         config, plan, directory = self._config, self._plan, self._directory
+        rates = rate_words(config, self._first_step - 1)
         directory.write("config.yaml", config_yaml)
         directory.write_environment()
         directory.write("schedule.txt", plan.schedule.text())
@@ -137,9 +142,12 @@ class Reporter:
             f"activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
             *([f"advice    {advice}"] if (advice := row_advice(config, plan)) else []),
             f"run       {directory.path}, steps {self._first_step} to {config.run.steps}",
+            *([f"resumed   {rates}"] if rates else []),
         ]
         for line in lines:
             self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        for notice in notices:
+            self.note(notice)
         self._progress = Progress(config.run, self._first_step, self._console)
         self._ended.append((self._first_step - 1, time.monotonic()))
 
