@@ -48,7 +48,9 @@ vp_interface_to() {
     unset vp_address vp_interface
 }
 
-if [ -n "${HEAD:-}" ] && [ -z "${GLOO_SOCKET_IFNAME:-}${NCCL_SOCKET_IFNAME:-}" ]; then
+# A job of one node stays on the loopback interface, which vp-train sees to.
+if [ -n "${HEAD:-}" ] && [ "${NODES:-${SLURM_JOB_NUM_NODES:-}}" != 1 ] \
+    && [ -z "${GLOO_SOCKET_IFNAME:-}${NCCL_SOCKET_IFNAME:-}" ]; then
     vp_found=$(vp_interface_to "${HEAD%%:*}")
     if [ -n "$vp_found" ]; then
         export GLOO_SOCKET_IFNAME="$vp_found" NCCL_SOCKET_IFNAME="$vp_found"

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -501,3 +502,19 @@ def test_ranks_that_start_again_see_nothing_of_the_attempt_before():
         assert not again.check(["address"])
     finally:
         server.close()
+
+
+def test_a_store_of_ranks_on_one_node_listens_on_loopback_alone():
+    port = free_port()
+    environment = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    store = job_store(environment, timedelta(seconds=30))
+    store.set("key", "value")
+    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    rows = [line.split() for table in tables for line in table.read_text().splitlines()]
+    listening = [row[1] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")]
+    assert listening == [f"0100007F:{port:04X}"]

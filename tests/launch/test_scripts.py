@@ -99,6 +99,9 @@ def test_the_network_is_the_one_that_leads_to_the_head(tmp_path):
     assert chosen["NCCL_SOCKET_IFNAME"] == "eth7"
     assert "GLOO_SOCKET_IFNAME" not in chosen
     assert "GLOO_SOCKET_IFNAME" not in environment_after(tmp_path, HEAD="no.such.host.invalid")
+    for alone in ({"NODES": "1"}, {"SLURM_JOB_NUM_NODES": "1"}):
+        found = environment_after(tmp_path, HEAD="127.0.0.1", **alone)
+        assert "GLOO_SOCKET_IFNAME" not in found  # vp-train keeps it on the loopback interface
 
 
 SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))

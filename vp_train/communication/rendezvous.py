@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -17,18 +18,27 @@ def job_store(environment: Mapping[str, str], timeout: timedelta) -> Store:
     ranks in it.  Rank 0 hosts the store unless an agent does.  Raises torch's DistError if the
     store cannot be reached within `timeout`.
     """
-    rank = int(environment["RANK"])
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     has_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosts = environment["RANK"] == "0" and not has_agent
+    # By itself torch listens on every interface.
+    listening = _listen(port) if hosts and address in ("127.0.0.1", "localhost") else None
     store = TCPStore(
-        environment["MASTER_ADDR"],
-        int(environment["MASTER_PORT"]),
+        address,
+        port,
         int(environment["WORLD_SIZE"]),
-        is_master=rank == 0 and not has_agent,
+        is_master=hosts,
         timeout=timeout,
-        multi_tenant=True,
+        multi_tenant=listening is None,
+        master_listen_fd=None if listening is None else listening.detach(),
     )
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"attempt-{attempt}", store)
+
+
+def _listen(port: int) -> socket.socket:
+    """Listen on the loopback interface alone.  Raises OSError if the port is in use."""
+    return socket.create_server(("127.0.0.1", port), backlog=1024)
 
 
 def join_world(backend: str, timeout: timedelta) -> None:
