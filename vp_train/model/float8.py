@@ -109,7 +109,8 @@ class Float8Products:
         return self._product(dy, GRADIENT, self._weight(weight, transposed=True), fast=False)
 
     def _product(self, x: Tensor, dtype: torch.dtype, weight: Rounded, *, fast: bool) -> Tensor:
-        rows = rounded(x.flatten(0, -2), dtype, by_row=self._by_row)
+        # Detached, or `rounded` would be compiled once more for tensors with a gradient.
+        rows = rounded(x.detach().flatten(0, -2), dtype, by_row=self._by_row)
         return scaled_product(rows, weight, fast=fast).view(*x.shape[:-1], -1)
 
     def _weight(self, weight: nn.Parameter, *, transposed: bool) -> Rounded:
