@@ -58,7 +58,7 @@ def main() -> None:
         "--top": ("K", "with --search: number of plans to show (5)"),
         "--tokens": ("N", "with --search: tokens of a step, instead of num_microbatches and so on"),
         "--margin": ("PERCENT", "with --search: part of the memory that stays free (5)"),
-        "--effort": ("N", "with --search: thousand passes that may be placed (2000)"),
+        "--effort": ("N", "with --search: thousand passes that may be placed (3000)"),
         "--seconds": ("N", "with --search: time limit; one simulation may still end after it (60)"),
         "--json": ("FILE", "write the report there"),
     }
@@ -88,7 +88,7 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
     limits = Limits(
         top=whole_number(options, "--top", 5),
         margin=whole_number(options, "--margin", 5, least=0, most=90) / 100,
-        effort=1000 * whole_number(options, "--effort", 2000),
+        effort=1000 * whole_number(options, "--effort", 3000),
     )
     return show_search(config, limits, whole_number(options, "--seconds", 60), path)
 

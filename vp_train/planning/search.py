@@ -51,7 +51,7 @@ _GIB = 2**30
 # Nodes that the generator of a short step may place in search of a better order.
 _SHORT_EFFORT = 12_000
 # Nodes that can be placed while a choice is weighed, and while it is drafted, per stage.
-_WEIGH_NODES, _DRAFT_NODES = 4, 20
+_WEIGH_NODES, _DRAFT_NODES = 4, 12
 _DEAR = 0.1  # part of the effort that one estimate may take before others had their turn
 _FOR_ESTIMATES = 0.6  # part of the effort; the rest is for whole plans
 # A whole step may take so much less than its estimate.
@@ -61,6 +61,7 @@ _SLACK = 0.01
 _ALIKE = 0.97
 _MANY_RANKS = 16  # which are full after one microbatch of each
 _KEPT_REFUSALS = 100
+_TRIES_OF_OTHER_KIND = 20
 _EFFORT_OF_ONE_LINE = 300_000
 WHOLE_EFFORT = 120_000  # of `generate` for a plan
 
@@ -76,7 +77,7 @@ class Limits:
 
     top: int = 5
     margin: float = 0.05
-    effort: int = 2_000_000
+    effort: int = 3_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +215,7 @@ class _Search:
         while True:
             before = self._num_estimated
             self._estimate()
+            self._estimate_other_kind()
             if plans:
                 self._plan()
             if self._planned or not plans or self._num_estimated == before:
@@ -351,6 +353,33 @@ class _Search:
                 self._done.add(number)
                 self._refuse(choice, error, self._bounds[number])
             self._progress(self._words())
+
+    def _estimate_other_kind(self) -> None:
+        """Estimate a choice with or without vocabulary parallelism if only the other was found.
+
+        A few that seem to fit are tried, the lowest bounds first, whatever effort is left.
+        """
+        kinds = {estimate.splits_vocabulary for estimate in self._estimates}
+        if len(kinds) != 1 or not self._in_time():
+            return
+        left = sorted((self._key(number), number) for _, number in self._by_bound)
+        tries = 0
+        for _, number in left:
+            choice = self._space.choices[number]
+            if number in self._done or choice.splits_vocabulary in kinds:
+                continue
+            tries += 1
+            if tries > _TRIES_OF_OTHER_KIND:
+                return
+            try:
+                item = self._items[number] or self._scales.draft(choice)
+                if item.seems_to_fit:
+                    self._estimates.append(self._estimate_of(item))
+                    self._done.add(number)
+                    return
+            except ConfigError as error:
+                self._done.add(number)
+                self._refuse(choice, error, self._bounds[number])
 
     def _look_at_doubtful(self) -> None:
         for place, number in enumerate(self._doubtful):
