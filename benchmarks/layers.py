@@ -206,7 +206,8 @@ def count(name: str, system: str) -> dict[str, Any]:
     forward, dy = _read(counter, unit), torch.randn_like(y)
     with counter:
         y.backward(dy)
-    given = {"fused_norms": True} if system == "before" else {}
+    parameters = inspect.signature(shape.layer_activation_bytes).parameters
+    given = {"fused_norms": True} if "fused_norms" in parameters else {}
     return {
         "forward": forward,
         "backward": _read(counter, unit),

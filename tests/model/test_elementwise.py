@@ -10,6 +10,7 @@ from tests.model.test_stage import CPU, FAMILIES, MODEL, group, stage  # noqa: F
 from vp_train.config import ConfigError
 from vp_train.model import elementwise
 from vp_train.model.elementwise import choose_fuse, compiled_kernels, plain
+from vp_train.model.stage import Stage
 from vp_train.tensors import precision
 
 
@@ -39,9 +40,11 @@ def traced(monkeypatch):
 def results(module, s, b, segments=None):
     """Return the output of `module` for s tokens of b sequences, and all its gradients."""
     x = torch.randn(s, b, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
-    y = module(x.requires_grad_(), segments)
+    weight = next(module.parameters())
+    x = x.to(weight.device, weight.dtype).requires_grad_()
+    y = module(x, segments)
     module.zero_grad()
-    y.backward(torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape))
+    y.backward(torch.sin(torch.arange(y.numel()).view(y.shape)).to(y))
     return [y, x.grad, *(parameter.grad for parameter in module.parameters())]
 
 
@@ -73,6 +76,27 @@ def test_compiled_code_computes_the_same_and_is_made_once_for_all_lengths_and_st
         results(fused, 11, 1, torch.tensor([[0] * 4 + [1] * 7]))
     results(other, 12, 1)
     assert len(traced) == made
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_kernels_on_a_gpu_compute_what_torch_operations_compute(group, dtype):  # noqa: F811
+    fused, alone = (
+        Stage(
+            replace(MODEL, **FAMILIES["gemma3"]),
+            range(1, 3),
+            final_norm=True,
+            dtype=dtype,
+            device=torch.device("cuda"),
+            group=group,
+            seed=3,
+            fuse=fuse,
+        )
+        for fuse in (compiled_kernels, plain)
+    )
+    for mine, expected in zip(results(fused, 20, 2), results(alone, 20, 2), strict=True):
+        error = (mine - expected).double().norm() / expected.double().norm()
+        assert error < (1e-12 if dtype is torch.float64 else 0.03)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "geglu"])
