@@ -181,6 +181,7 @@ def one_layer(
 
     products: those of its linear layers, None for plain ones.
     """
+    from vp_train.model.elementwise import choose_fuse
     from vp_train.model.linear import PLAIN
     from vp_train.model.stage import Stage
     from vp_train.settings import load_config
@@ -195,6 +196,7 @@ def one_layer(
         group=lone_group(),
         seed=1,
         products=products or PLAIN,
+        fuse=choose_fuse("auto", where.device, where.dtype, 0),
     )
     for parameter in stage.parameters():
         main_gradient(parameter)

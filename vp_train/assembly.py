@@ -14,6 +14,7 @@ from schedules.ir import Kind, Pass
 from schedules.vocab import End, VocabAlgorithm
 from vp_train.config import OptimConfig, RunConfig
 from vp_train.mesh import Mesh
+from vp_train.model.elementwise import choose_fuse, plain
 from vp_train.model.float8 import Float8Products
 from vp_train.model.linear import PLAIN, Products
 from vp_train.model.stage import Stage, init_rows
@@ -413,7 +414,9 @@ class _Shards:
 def _build_stages(
     config: RunConfig, plan: RunPlan, mesh: Mesh, dtype: torch.dtype, device: torch.device
 ) -> dict[int, Stage]:
-    return {
+    elements = config.micro_batch_size * config.model.seq_length * config.model.ffn_hidden_size
+    fuse = choose_fuse(config.run.compile, device, dtype, elements // mesh.degrees.tp)
+    stages = {
         stage: Stage(
             config.model,
             plan.layers[stage],
@@ -424,11 +427,16 @@ def _build_stages(
             group=mesh.tensor,
             seed=config.run.seed,
             products=linear_products(config),
+            fuse=fuse,
             recompute=plan.recompute[stage],
             split_sequences=config.parallel.sequence_parallel,
         )
         for stage in plan.problem.layout.stages_of(mesh.pipeline_rank)
     }
+    if fuse is not plain:
+        for built in stages.values():  # all ranks compile at once, and not within a step's timeout
+            built.warm_up(config.micro_batch_size)
+    return stages
 
 
 def linear_products(config: RunConfig) -> Products:

@@ -1054,6 +1054,12 @@ class RunSettings:
         least=0,
         most=1_024,
     )
+    compile: str = setting(
+        "auto",
+        "Compile the elementwise work of layers; auto: on cuda, and on a CPU in 16 bits for layers "
+        "of some size, if there is a C++ compiler. The first start takes some seconds longer.",
+        choices=("auto", "on", "off"),
+    )
     deterministic: bool = setting(
         False, "Use only algorithms with bitwise reproducible results; slower on cuda."
     )

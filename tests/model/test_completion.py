@@ -124,7 +124,7 @@ def test_a_forward_waits_for_each_layer_before_it_reads_it(group):  # noqa: F811
         parameter.data.fill_(torch.nan)
     for layer in module.layers.values():
         layer.register_forward_pre_hook(lambda *_: waited.append("layer"))
-        layer.layer.mlp.register_forward_pre_hook(lambda *_: waited.append("mlp"))
+        layer.layer.mlp.linear_fc1.register_forward_pre_hook(lambda *_: waited.append("mlp"))
 
     def need(names):
         waited.append(names)

@@ -374,7 +374,7 @@ def kept_bytes(part, batch, model, dtype, segments=None):
         return sum(kept.values()), y
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("model", "batch"),
     [
@@ -409,7 +409,7 @@ def test_activation_bytes_are_what_autograd_keeps(group, model, batch, dtype):
     predicted = 3 * shape.layer_activation_bytes(model, batch, dtype.itemsize)
     predicted += shape.final_norm_activation_bytes(model, batch, dtype.itemsize)
     measured, y = kept_bytes(part, batch, model, dtype)
-    assert measured == pytest.approx(predicted, rel=0.05)
+    assert measured == predicted
     assert y.dtype == dtype
 
 
@@ -451,7 +451,8 @@ def test_activation_bytes_of_every_flag_are_what_autograd_keeps(group, name, bat
     predicted = 3 * shape.layer_activation_bytes(model, batch, 8, recompute=recompute)
     predicted += shape.final_norm_activation_bytes(model, batch, 8)
     measured, _ = kept_bytes(part, batch, model, torch.float64)
-    assert measured == pytest.approx(predicted, rel=0.03)
+    # On a CPU attention with a window keeps no log-sums.
+    assert measured == pytest.approx(predicted, rel=0.03 if model.sliding_window else 0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -25,7 +25,8 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def on_device(config, device):
-    return replace(config, run=replace(config.run, device=device, comm_backend="gloo"))
+    run = replace(config.run, device=device, comm_backend="gloo", compile="off")
+    return replace(config, run=run)
 
 
 @on_gpu

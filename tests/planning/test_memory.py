@@ -116,13 +116,14 @@ def test_a_step_of_an_offloaded_optimizer_peaks_with_a_bucket_where_passes_keep_
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])
 def test_activations_and_shards_are_those_of_the_simulation(schedule):
+    """All memory may peak in a pass with few activations but much working memory."""
     config, step = planned(f"schedule={schedule}", "run.device=cuda", "num_microbatches=12")
     outputs = 4 * 64 * 64  # of a stage, which the executor keeps
     for rank in range(2):
         activations, shards, _ = step_peak(step, config.optim, rank)
         simulated = step.timeline.peak_bytes[rank]
         assert (
-            simulated * 0.98
+            simulated * 0.95
             <= activations + shards
             <= simulated + step.timeline.peak_in_flight[rank] * outputs
         )

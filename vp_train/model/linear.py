@@ -100,6 +100,10 @@ class WeightGradStore:
             if self._computed is not None:
                 self._computed(weight)
 
+    def discard(self, microbatch: int) -> None:
+        """Forget the products that wait for `microbatch`."""
+        del self._waiting[microbatch]
+
     @property
     def held_bytes(self) -> int:
         """Return the bytes of the tensors that wait; a storage that several share counts once."""
@@ -116,6 +120,29 @@ class WeightGradStore:
         assert not self._waiting, (
             f"weight gradients of microbatches {sorted(self._waiting)} were not computed"
         )
+
+
+class LateInput:
+    """Stands for the store in one call of a linear layer whose input is formed again.
+
+    The layer keeps no input.  In the backward it gives its product to `put` first, and `form` then
+    passes it on to the store with the input.
+    """
+
+    def __init__(self, store: WeightGradStore) -> None:
+        self._store = store
+        self._product: tuple[nn.Parameter, Tensor] | None = None
+
+    def put(self, weight: nn.Parameter, dy: Tensor) -> None:
+        """Keep a product until its input is there, for dy [T, out]."""
+        self._product = weight, dy
+
+    def form(self, x: Tensor) -> None:
+        """Pass the product on with its input x [.., in]."""
+        assert self._product is not None
+        weight, dy = self._product
+        self._product = None
+        self._store.put(weight, x.flatten(0, -2), dy)
 
 
 # W runs outside a backward, where autograd would record a graph that keeps x and dy.
@@ -157,12 +184,12 @@ class _LinearFunction(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: nn.Parameter,
-        store: WeightGradStore,
+        store: WeightGradStore | LateInput,
         products: Products,
         group: dist.ProcessGroup | None,
         sequence: SequenceSplit | None,
     ) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(None if isinstance(store, LateInput) else x)
         ctx.weight, ctx.store, ctx.products = weight, store, products
         ctx.group, ctx.sequence = group, sequence
         return products.output(x if sequence is None else sequence.gather(x), weight)
@@ -176,7 +203,10 @@ class _LinearFunction(torch.autograd.Function):
             dx, x = ctx.sequence.scatter(dx), ctx.sequence.gather(x)
         elif ctx.group is not None:
             summed = dist.all_reduce(dx, group=ctx.group, async_op=True)
-        ctx.store.put(ctx.weight, x.flatten(0, -2), dy.flatten(0, -2))
+        if isinstance(ctx.store, LateInput):
+            ctx.store.put(ctx.weight, dy.flatten(0, -2))
+        else:
+            ctx.store.put(ctx.weight, x.flatten(0, -2), dy.flatten(0, -2))
         if summed is not None:
             summed.wait()
         return dx, None, None, None, None, None
@@ -312,10 +342,13 @@ class RowLinear(_StoredLinear):
         """Return the slice of each parameter that is split."""
         return {} if self.split is None else {"weight": self.split}
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Map [s, b, in / n] to [s, b, out], or to [s / n, b, out] with sequence parallelism."""
+    def forward(self, x: Tensor, late: LateInput | None = None) -> tuple[Tensor, Tensor | None]:
+        """Map [s, b, in / n] to [s, b, out], or to [s / n, b, out] with sequence parallelism.
+
+        With `late` x is not kept for the weight gradient; whoever formed it forms it again.
+        """
         y: Tensor = _LinearFunction.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self._store, self._products, None, None
+            x, self.weight, late or self._store, self._products, None, None
         )
         if self._group is not None:
             y = self._reduce(y, self._group)

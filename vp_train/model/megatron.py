@@ -1,5 +1,8 @@
 """Megatron-core's transformer layer as one module that can be built on any device.
 
+Megatron builds the modules of a layer and names their parameters.  The forward is ours, because
+megatron's has no place where the elementwise work of neighbours could be one function.
+
 The only importer of `megatron.core` layers.  The import takes seconds, so it happens when the first
 layer is built.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,15 +29,17 @@ from vp_train.model.attention import (
     block_attention,
     whole_sequences,
 )
+from vp_train.model.elementwise import Fuse, Heads, activated, plain, queries_keys_values
 from vp_train.model.linear import (
     PLAIN,
     ColumnLinear,
+    LateInput,
     Products,
     RowLinear,
     SequenceSplit,
     WeightGradStore,
 )
-from vp_train.model.norm import ResidualAdd, WholeRMSNorm, ZeroCentredRMSNorm, build_norm
+from vp_train.model.norm import Addend, Norm, build_norm, norm_rule
 from vp_train.model.shape import head_size, is_gated
 from vp_train.quiet import quiet_deprecations, quiet_megatron
 
@@ -112,11 +118,13 @@ class CoreAttention(nn.Module):
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
-def rotary_table(model: ModelConfig, *, local: bool, device: torch.device) -> Tensor:
-    """Return the angles of rotary embeddings (arXiv 2104.09864), fp64 [s, 1, 1, head_size].
+def rotary_table(
+    model: ModelConfig, *, local: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return cosines and sines of rotary embeddings (arXiv 2104.09864): [2, s, head_size / 2].
 
-    Megatron casts their sines and cosines.  With `local` the base is that of local layers, if the
-    model has one; then there is no scaling.
+    They are computed in fp64 and rounded to `dtype`.  With `local` the base is that of local
+    layers, if the model has one; then there is no scaling.
     """
     size = head_size(model)
     own = local and model.rope_local_base is not None
@@ -127,7 +135,7 @@ def rotary_table(model: ModelConfig, *, local: bool, device: torch.device) -> Te
     angles = torch.outer(
         torch.arange(model.seq_length, dtype=torch.float64, device=device), frequencies
     )
-    return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
 
 def _scaled(frequencies: Tensor, model: ModelConfig) -> Tensor:
@@ -185,6 +193,45 @@ def _softmax_scale(model: ModelConfig) -> float | None:
 _MLP = ("layer.pre_mlp_layernorm.", "layer.mlp.", "layer.mlp_bda.")  # parts of a layer's MLP half
 
 
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The modules of a layer that its forward calls; a norm that the model lacks is None."""
+
+    input_norm: Norm | None
+    qkv: nn.Module
+    q_norm: Norm | None
+    k_norm: Norm | None
+    core_attention: nn.Module
+    projection: nn.Module
+    attention_addend: nn.Module
+    mlp_norm: Norm | None
+    fc1: nn.Module
+    fc2: nn.Module
+    mlp_addend: nn.Module
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> _Parts:
+        """Return the parts of megatron's `layer`."""
+
+        def norm(name: str) -> Norm | None:
+            module = layer.get_submodule(name)
+            return module if isinstance(module, Norm) else None
+
+        return cls(
+            norm("input_layernorm"),
+            layer.get_submodule("self_attention.linear_qkv"),
+            norm("self_attention.q_layernorm"),
+            norm("self_attention.k_layernorm"),
+            layer.get_submodule("self_attention.core_attention"),
+            layer.get_submodule("self_attention.linear_proj"),
+            layer.get_submodule("self_attn_bda"),
+            norm("pre_mlp_layernorm"),
+            layer.get_submodule("mlp.linear_fc1"),
+            layer.get_submodule("mlp.linear_fc2"),
+            layer.get_submodule("mlp_bda"),
+        )
+
+
 class DecoderLayer(nn.Module):
     """Decoder layer `index` of the whole model: norm, attention, norm, MLP, without dropout.
 
@@ -193,6 +240,7 @@ class DecoderLayer(nn.Module):
     group: the tensor-parallel ranks, each with a part of the heads and of the feed-forward width.
     store: takes the weight gradients.
     products: form the products of the linear layers.
+    fuse: how elementwise work runs.
     recompute: `none`, `selective` or `full`, as in ParallelConfig.
     split_sequences: sequence parallelism: x is this rank's part of every sequence.
     """
@@ -207,25 +255,35 @@ class DecoderLayer(nn.Module):
         group: dist.ProcessGroup,
         store: WeightGradStore,
         products: Products = PLAIN,
+        fuse: Fuse = plain,
         recompute: str = "none",
         split_sequences: bool = False,
     ) -> None:
         super().__init__()
         with quiet_megatron():
             self.layer = _build(
-                model, index, dtype, device, group, store, products, split_sequences
+                model, index, dtype, device, group, store, products, fuse, split_sequences
             )
         quiet_deprecations()
-        if recompute != "none":
-            part = self.layer if recompute == "full" else self.layer.get_submodule("self_attention")
-            # A layer draws no random numbers, so there is no RNG state to preserve.
-            run = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
-            part.forward = run
+        self._parts = _Parts.of(self.layer)
+        self._store, self._fuse, self._activation = store, fuse, model.activation
+        tp = group.size()
+        self._heads = Heads(
+            model.num_heads // tp,
+            model.num_query_groups // tp,
+            head_size(model),
+            norm_rule(model) if model.qk_norm else None,
+        )
+        self._call_on_middle: Callable[[Tensor], None] | None = None
+        self._recompute = recompute
 
     def on_middle(self, call: Callable[[Tensor], None]) -> None:
-        """Call `call` in every forward with the activation [s, b, h] between attention and MLP."""
-        norm = self.layer.get_submodule("pre_mlp_layernorm")
-        norm.register_forward_pre_hook(lambda _, inputs: call(inputs[0]))
+        """Call `call` in every forward between attention and MLP, before it reads the MLP's norm.
+
+        Its argument is what attention adds to the residual stream, [s, b, h].  The gradient of that
+        is there when those of the MLP half are complete.
+        """
+        self._call_on_middle = call
 
     def halves(self) -> tuple[list[str], list[str]]:
         """Return the names of the parameters of attention and of the MLP, with their norms."""
@@ -234,17 +292,69 @@ class DecoderLayer(nn.Module):
         return [name for name in names if name not in of_mlp], of_mlp
 
     def forward(
-        self, x: Tensor, angles: Tensor | None, documents: Documents | None = None
+        self, x: Tensor, rotary: Tensor | None, documents: Documents | None = None
     ) -> Tensor:
         """Map [s, b, h] to [s, b, h].
 
-        `angles` come from `rotary_table`; None without rotary embeddings.  Positions are not reset
+        `rotary` comes from `rotary_table`; None without rotary embeddings.  Positions are not reset
         at a document's start, because scores depend only on their differences.
         """
-        hidden: Tensor
-        # Megatron passes `attention_mask` through to CoreAttention without looking at it.
-        hidden, _ = self.layer(x, attention_mask=documents, rotary_pos_emb=angles)
-        return hidden
+        y: Tensor = self._again("full", partial(self._run, rotary=rotary, documents=documents), x)
+        return y
+
+    def _again(self, part: str, function: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """Return function(x), which the backward computes again if it recomputes this `part`."""
+        if self._recompute != part:
+            return function(x)
+        # A layer draws no random numbers, so there is no RNG state to preserve.
+        result: Any = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+        return result
+
+    def _run(self, x: Tensor, rotary: Tensor | None, documents: Documents | None) -> Tensor:
+        parts = self._parts
+        x, normed = _normed(parts.input_norm, x, None)
+        attend = partial(self._attend, rotary=rotary, documents=documents)
+        added = parts.attention_addend(*self._again("selective", attend, normed))
+        if self._call_on_middle is not None:
+            self._call_on_middle(added)
+        x, normed = _normed(parts.mlp_norm, added, x)
+        added = parts.mlp_addend(*self._feed_forward(normed))
+        y: Tensor = x + added
+        return y
+
+    def _attend(
+        self, x: Tensor, rotary: Tensor | None, documents: Documents | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the output of attention [s, b, h], and a bias that it still lacks."""
+        parts = self._parts
+        qkv, _ = parts.qkv(x)
+        of_q, of_k = (
+            None if norm is None else norm.weight for norm in (parts.q_norm, parts.k_norm)
+        )
+        q, k, v = queries_keys_values(qkv, rotary, of_q, of_k, self._heads, self._fuse)
+        y: tuple[Tensor, Tensor | None] = parts.projection(parts.core_attention(q, k, v, documents))
+        return y
+
+    def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the output of the MLP [s, b, h], and a bias that it still lacks."""
+        h, bias = self._parts.fc1(x)
+        if bias is not None:
+            h = h + bias
+        y: tuple[Tensor, Tensor | None]
+        if self._activation == "gelu":  # its output is kept: forming it again takes long on a CPU
+            y = self._parts.fc2(nn.functional.gelu(h, approximate="tanh"))
+            return y
+        late = LateInput(self._store)
+        y = self._parts.fc2(activated(h, self._activation, late, self._fuse), late)
+        return y
+
+
+def _normed(norm: Norm | None, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return residual + x, or x without a residual, and its norm; without a norm that twice."""
+    if norm is not None:
+        return norm.after(x, residual)
+    total = x if residual is None else residual + x
+    return total, total
 
 
 def _build(
@@ -255,6 +365,7 @@ def _build(
     group: dist.ProcessGroup,
     store: WeightGradStore,
     products: Products,
+    fuse: Fuse,
     split_sequences: bool,
 ) -> nn.Module:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -318,28 +429,24 @@ def _build(
     attention.linear_proj = mlp.linear_fc2 = ModuleSpec(module=RowLinear, params=row)
     columns = 2 if is_gated(model) else 1  # gate and up
     mlp.linear_fc1 = ModuleSpec(module=ColumnLinear, params=column | {"parts": columns})
-    if model.zero_centred_norm:
-        parts.input_layernorm = parts.pre_mlp_layernorm = ZeroCentredRMSNorm
-        if model.qk_norm:
-            attention.q_layernorm = attention.k_layernorm = ZeroCentredRMSNorm
-    if model.qk_norm_whole:
-        numbers = (model.num_heads, model.num_query_groups)
+    common = {"rule": norm_rule(model), "fuse": fuse}
+    norm = ModuleSpec(module=Norm, params=common) if model.pre_norms else IdentityOp
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
+    if model.qk_norm:
+        whole = (model.num_heads, model.num_query_groups) if model.qk_norm_whole else (1, 1)
         attention.q_layernorm, attention.k_layernorm = (
-            ModuleSpec(module=WholeRMSNorm, params={"num_heads": number}) for number in numbers
+            ModuleSpec(module=Norm, params=common | {"num_heads": number}) for number in whole
         )
-    if not model.pre_norms:
-        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
-    if model.post_norms or model.residual_multiplier != 1:
-        parts.self_attn_bda, parts.mlp_bda = (
-            ModuleSpec(
-                module=ResidualAdd,
-                params={
-                    "norm": build_norm(model, dtype, device) if model.post_norms else None,
-                    "multiplier": model.residual_multiplier,
-                },
-            )
-            for _ in range(2)
+    parts.self_attn_bda, parts.mlp_bda = (
+        ModuleSpec(
+            module=Addend,
+            params={
+                "norm": build_norm(model, dtype, device, fuse) if model.post_norms else None,
+                "multiplier": model.residual_multiplier,
+            },
         )
+        for _ in range(2)
+    )
     layer: nn.Module = build_module(spec, config=config, layer_number=1, pg_collection=groups)
     return layer.to(device=device, dtype=dtype)
 

@@ -1,83 +1,83 @@
-"""The norms of a decoder: torch's own, and the RMSNorm whose weights are centred at zero."""
+"""The norms of a decoder, and what the halves of a layer add to the residual stream."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from vp_train.config import ModelConfig
+from vp_train.model.elementwise import Fuse, NormRule, residual_norm
 
 
-class ZeroCentredRMSNorm(nn.Module):
-    """The norm x / rms(x) * (1 + weight) of Gemma: weight decay pulls it towards the identity."""
+def norm_rule(model: ModelConfig) -> NormRule:
+    """Return the rule of all norms of a model."""
+    return NormRule(
+        model.norm_epsilon,
+        centre=1.0 if model.zero_centred_norm else 0.0,
+        subtracts_mean=model.normalisation == "layernorm",
+    )
+
+
+class Norm(nn.Module):
+    """A norm over the last values: x / rms(x) * (weight + centre), or a LayerNorm.
+
+    It is the identity at first.  With a centre of 1 weight decay pulls it towards the identity.
+
+    num_heads: of how many heads of size `hidden_size` it is, all together, as in OLMo 2.
+    """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
         hidden_size: int,
-        eps: float,
+        rule: NormRule,
+        fuse: Fuse,
         *,
+        num_heads: int = 1,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         **_: object,  # megatron-core passes its own configuration too
     ) -> None:
         super().__init__()
-        self._epsilon = eps
-        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=dtype, device=device))
+        size = num_heads * hidden_size
+        self.rule, self._fuse = rule, fuse
+        self.weight = nn.Parameter(torch.full((size,), 1 - rule.centre, dtype=dtype, device=device))
+        bias = None
+        if rule.subtracts_mean:
+            bias = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
+        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension: [.., h] -> [.., h]."""
-        return nn.functional.rms_norm(x, self.weight.shape, 1 + self.weight, self._epsilon)
+        return self.after(x, None)[1]
+
+    def after(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return residual + x, or x without a residual, and its norm; all are [.., h]."""
+        return residual_norm(x, residual, self.weight, self.bias, self.rule, self._fuse)
 
 
-class WholeRMSNorm(nn.Module):
-    """The norm of OLMo 2 over all `num_heads` heads of the queries, or of the keys, of a token."""
-
-    def __init__(self, hidden_size: int, eps: float, num_heads: int, **_: object) -> None:
-        super().__init__()
-        self._epsilon = eps
-        self.weight = nn.Parameter(torch.ones(num_heads * hidden_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise over the last two dimensions together: [s, b, heads, d] -> the same."""
-        y = nn.functional.rms_norm(x.flatten(-2), self.weight.shape, self.weight, self._epsilon)
-        return y.view(x.shape)
-
-
-def build_norm(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def build_norm(model: ModelConfig, dtype: torch.dtype, device: torch.device, fuse: Fuse) -> Norm:
     """Return a norm over hidden_size with its initial values."""
-    size, epsilon = model.hidden_size, model.norm_epsilon
-    if model.normalisation == "layernorm":
-        return nn.LayerNorm(size, epsilon, dtype=dtype, device=device)
-    if model.zero_centred_norm:
-        return ZeroCentredRMSNorm(size, epsilon, dtype=dtype, device=device)
-    return nn.RMSNorm(size, epsilon, dtype=dtype, device=device)
+    return Norm(model.hidden_size, norm_rule(model), fuse, dtype=dtype, device=device)
 
 
-class ResidualAdd(nn.Module):
-    """The residual addition, with a norm of what is added or with a multiplier of it.
+class Addend(nn.Module):
+    """What a half of a layer adds to the residual stream: its output, with the bias.
 
     It takes the place of megatron-core's bias-dropout-add.
 
     norm: the norm after attention or MLP, None for none.
+    multiplier: is applied last.
     """
 
-    def __init__(self, norm: nn.Module | None, multiplier: float) -> None:
+    def __init__(self, norm: Norm | None, multiplier: float) -> None:
         super().__init__()
         self.norm, self._multiplier = norm, multiplier
 
-    def forward(
-        self, training: bool, fused: bool
-    ) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
-        """Return the function that megatron-core calls with (x, bias), residual, dropout rate."""
-        return self._add
-
-    def _add(
-        self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float
-    ) -> Tensor:
-        x, bias = x_with_bias
-        added: Tensor = x if bias is None else x + bias
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Map [s, b, h] to [s, b, h]."""
+        added = x if bias is None else x + bias
         if self.norm is not None:
             added = self.norm(added)
-        return residual + (added if self._multiplier == 1 else added * self._multiplier)
+        return added if self._multiplier == 1 else added * self._multiplier

@@ -139,75 +139,59 @@ def layer_activation_bytes(
     micro_batch_size: int,
     item_bytes: int,
     *,
-    fused_norms: bool = False,
+    on_cuda: bool = False,
     recompute: str = "none",
     sequence_ranks: int = 1,
 ) -> int:
     """Return the bytes that one layer keeps from forward to backward for one microbatch.
 
     A layer keeps, per token: what its norms keep; the inputs of attention and of the MLP; what
-    attention keeps internally, unless it is recomputed; and what the MLP's activation function
-    keeps, which is its input and output, and with a gate also the two factors.  A layer that is
-    recomputed as a whole keeps only its input.
+    attention keeps internally, unless it is recomputed; and two tensors of the feed-forward width,
+    gate and up, or input and output of an activation without a gate.  The output of one with a gate
+    is formed again.  A layer that is recomputed as a whole keeps only its input.
 
-    fused_norms: whether torch fuses RMSNorms, as on CUDA.
+    on_cuda: whether attention runs by the kernels for CUDA.
     recompute: `none`, `selective` or `full`.
     sequence_ranks: over how many ranks sequence parallelism splits the norms and the inputs.
     """
     if recompute == "full":
         return _input_bytes(model, micro_batch_size, item_bytes) // sequence_ranks
-    norm_bytes = (
-        num_norms(model) * _norm_bytes(model, item_bytes, fused=fused_norms) // sequence_ranks
-    )
-    per_token = (
-        2 * model.hidden_size // sequence_ranks
-        + (5 if is_gated(model) else 2) * model.ffn_hidden_size
-    )
-    attention = (
-        _attention_bytes(model, micro_batch_size, item_bytes, fused_norms)
-        if recompute == "none"
-        else 0
-    )
+    norm_bytes = num_norms(model) * _norm_bytes(model, item_bytes) // sequence_ranks
+    per_token = 2 * model.hidden_size // sequence_ranks + 2 * model.ffn_hidden_size
+    attention = 0
+    if recompute == "none":
+        attention = _attention_bytes(model, micro_batch_size, item_bytes, on_cuda=on_cuda)
     return micro_batch_size * model.seq_length * (item_bytes * per_token + norm_bytes) + attention
 
 
 def _attention_bytes(
-    model: ModelConfig, micro_batch_size: int, item_bytes: int, fused_norms: bool
+    model: ModelConfig, micro_batch_size: int, item_bytes: int, *, on_cuda: bool
 ) -> int:
     """Return the bytes that attention keeps for one microbatch in addition to its input.
 
-    It keeps the whole qkv, because v is a view of it; q and k as they enter the products; the
-    output and its log-sums.  Norms of q and k keep the normalised values.  A norm that is not fused
-    and computes in fp32 on lower precision also keeps its cast input.
+    It keeps q, k and v as they enter the products, and the output with its log-sums.  With norms of
+    q and k it keeps the output of the qkv projection too, of which v is a view, and the statistics.
     """
-    q, kv, n = query_size(model), kv_size(model), model.num_heads
+    q, kv, n, groups = query_size(model), kv_size(model), model.num_heads, model.num_query_groups
     per_token = (q + 2 * kv) + q
-    if model.positions == "rope" or model.qk_norm:
-        per_token += q + kv  # otherwise q and k too are views of qkv
-    if model.qk_norm and item_bytes < 4 and not fused_norms:
-        per_token += 4 // item_bytes * (2 * (q + kv) + (n + model.num_query_groups))
-    elif model.qk_norm:
-        per_token += (q + kv) + (n + model.num_query_groups)
-        if 1 < model.num_query_groups < n:
-            per_token += q  # a copy: the heads of several groups are not contiguous in qkv
-    if model.attention_softcap is None or fused_norms:  # on CUDA all kernels keep them
-        per_token += n
-    angles = 4 * model.seq_length * head_size(model) if model.positions == "rope" else 0
-    return item_bytes * (micro_batch_size * model.seq_length * per_token + angles)
+    # On CUDA all kernels keep log-sums.
+    statistics = n if model.attention_softcap is None or on_cuda else 0
+    if model.qk_norm:
+        per_token += q + kv
+        statistics += 2 if model.qk_norm_whole else n + groups
+    elif model.positions != "rope" and 1 < groups < n:
+        per_token += q  # a copy: the heads of several groups are not contiguous in qkv
+    precise = max(4, item_bytes)
+    return micro_batch_size * model.seq_length * (item_bytes * per_token + precise * statistics)
 
 
-def _norm_bytes(model: ModelConfig, item_bytes: int, *, fused: bool) -> int:
+def _norm_bytes(model: ModelConfig, item_bytes: int) -> int:
     """Return the bytes that a norm keeps per token in addition to its output.
 
-    These are its input and statistics.  An RMSNorm that is not fused computes in fp32 and keeps its
-    input, the normalised input, and a scale.
+    These are its input and statistics: one number, or two of a LayerNorm.
     """
-    precise = max(4, item_bytes)
-    if model.normalisation == "layernorm":
-        return item_bytes * model.hidden_size + 2 * precise
-    return (
-        item_bytes * model.hidden_size + precise if fused else precise * (2 * model.hidden_size + 1)
-    )
+    statistics = 2 if model.normalisation == "layernorm" else 1
+    return item_bytes * model.hidden_size + max(4, item_bytes) * statistics
 
 
 def _input_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
@@ -236,8 +220,6 @@ def layer_weight_grad_bytes(model: ModelConfig, micro_batch_size: int, item_byte
     return item_bytes * micro_batch_size * model.seq_length * (inputs + gradients)
 
 
-def final_norm_activation_bytes(
-    model: ModelConfig, micro_batch_size: int, item_bytes: int, *, fused_norms: bool = False
-) -> int:
+def final_norm_activation_bytes(model: ModelConfig, micro_batch_size: int, item_bytes: int) -> int:
     """Return the bytes that the final norm keeps for one microbatch."""
-    return micro_batch_size * model.seq_length * _norm_bytes(model, item_bytes, fused=fused_norms)
+    return micro_batch_size * model.seq_length * _norm_bytes(model, item_bytes)

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from vp_train.config import ModelConfig
 from vp_train.model.attention import Documents
 from vp_train.model.completion import Completion
+from vp_train.model.elementwise import Fuse, plain
 from vp_train.model.linear import PLAIN, ColumnLinear, Products, RowLinear, WeightGradStore
 from vp_train.model.megatron import DecoderLayer, join_sequence, rotary_table, split_sequence
 from vp_train.model.norm import build_norm
 
+_NO_MICROBATCH = -1
 _ROWS_PER_BLOCK = 1024  # vocabulary rows that share a random generator
 
 
@@ -28,7 +30,8 @@ class Stage(nn.Module):
     A stage may have no layers.  The first stage scales the embeddings and adds the learned
     positions, if the model has them.  Parameters are named by global layer, `layers.7...`, and
     initialised from (seed, global layer) alone.  `recompute` is that of ParallelConfig; with a
-    split backward, pass I recomputes.  `products` form the products of the linear layers.
+    split backward, pass I recomputes.  `products` form the products of the linear layers.  `fuse`
+    says how elementwise work runs.
 
     Attributes:
 
@@ -41,8 +44,8 @@ class Stage(nn.Module):
 
     scale: Tensor | None
     positions: nn.Parameter | None
-    angles: Tensor | None
-    local_angles: Tensor | None
+    rotary: Tensor | None
+    local_rotary: Tensor | None
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class Stage(nn.Module):
         group: dist.ProcessGroup,
         seed: int,
         products: Products = PLAIN,
+        fuse: Fuse = plain,
         recompute: str = "none",
         split_sequences: bool = False,
     ) -> None:
@@ -64,6 +68,7 @@ class Stage(nn.Module):
         self._splits_input = group if split_sequences and first else None
         self._joins_output = group if split_sequences and final_norm else None
         self._sequence_parts = group.size() if split_sequences else 1
+        self._sequence_shape = model.seq_length // self._sequence_parts, model.hidden_size
         self.weight_grads, self._linear_products = WeightGradStore(), products
         self._local = {str(index) for index in layers if model.is_local(index)}
         self.layers = nn.ModuleDict(
@@ -76,6 +81,7 @@ class Stage(nn.Module):
                     group=group,
                     store=self.weight_grads,
                     products=products,
+                    fuse=fuse,
                     recompute=recompute,
                     split_sequences=split_sequences,
                 )
@@ -89,10 +95,10 @@ class Stage(nn.Module):
         }
         for index, layer in self.layers.items():
             self._initialise(f"layers.{index}.", layer, model, _generator(seed, f"layer {index}"))
-        self.final_norm = build_norm(model, dtype, device) if final_norm else None
+        self.final_norm = build_norm(model, dtype, device, fuse) if final_norm else None
         self._divisor = model.logit_divisor
         self._register_input(model, dtype, device, seed if first else None)
-        self._register_angles(model, device)
+        self._register_rotary(model, dtype, device)
         self.partial = self._partial_parameters(group.size(), split_sequences)
         self.units = self._in_order_of_completion()
         owners = {name: unit for unit, names in enumerate(self.units) for name in names}
@@ -105,6 +111,29 @@ class Stage(nn.Module):
         self._need: Callable[[Sequence[str]], None] | None = None
         for number, (_, layer) in enumerate(self._decoder_layers()):
             layer.on_middle(partial(self._pass_middle, number))
+
+    def warm_up(self, micro_batch_size: int) -> None:
+        """Run what layers compute forward and backward, so that no step compiles code.
+
+        Compiled code is shared by all layers of a kind.  No gradient is added to.  Collective over
+        `group`.
+        """
+        of_kinds = {name in self._local: layer for name, layer in self.layers.items()}
+        parts: list[Callable[[Tensor], Tensor]] = [
+            partial(layer, rotary=self.rotary) for layer in of_kinds.values()
+        ]
+        parts += [] if self.final_norm is None else [self.final_norm]
+        if not parts:
+            return
+        weight = next(self.parameters())
+        s, h = self._sequence_shape
+        x = torch.zeros(s, micro_batch_size, h, dtype=weight.dtype, device=weight.device)
+        y = x.requires_grad_()
+        for part in parts:
+            y = part(y)
+        with self.weight_grads.deferring(_NO_MICROBATCH):
+            torch.autograd.grad(y, x, torch.zeros_like(y))
+        self.weight_grads.discard(_NO_MICROBATCH)
 
     def _decoder_layers(self) -> Iterator[tuple[str, DecoderLayer]]:
         for index, layer in self.layers.items():
@@ -135,15 +164,17 @@ class Stage(nn.Module):
         self.register_parameter("positions", positions)
         self.register_buffer("scale", scale, persistent=False)
 
-    def _register_angles(self, model: ModelConfig, device: torch.device) -> None:
-        """Register the angles of rotary embeddings, of all layers and of those that are local."""
-        angles = local_angles = None
+    def _register_rotary(
+        self, model: ModelConfig, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Register the tables of rotary embeddings, of all layers and of those that are local."""
+        rotary = local_rotary = None
         if model.positions == "rope":
-            angles = local_angles = rotary_table(model, local=False, device=device)
+            rotary = local_rotary = rotary_table(model, local=False, dtype=dtype, device=device)
             if model.rope_local_base is not None:
-                local_angles = rotary_table(model, local=True, device=device)
-        self.register_buffer("angles", angles, persistent=False)
-        self.register_buffer("local_angles", local_angles, persistent=False)
+                local_rotary = rotary_table(model, local=True, dtype=dtype, device=device)
+        self.register_buffer("rotary", rotary, persistent=False)
+        self.register_buffer("local_rotary", local_rotary, persistent=False)
 
     def _partial_parameters(self, num_ranks: int, split_sequences: bool) -> frozenset[str]:
         """Return the value of `partial` for `num_ranks` tensor-parallel ranks."""
@@ -177,9 +208,9 @@ class Stage(nn.Module):
         for number, (name, layer) in enumerate(self.layers.items()):
             if number:
                 self._complete_with(x, 2 * number)
-            angles = self.local_angles if name in self._local else self.angles
+            rotary = self.local_rotary if name in self._local else self.rotary
             self._read(2 * number)
-            x = layer(x, None if angles is None else angles[:num_tokens], documents)
+            x = layer(x, None if rotary is None else rotary[:, :num_tokens], documents)
         if self.final_norm is not None:
             x = self.final_norm(x)
             if self._divisor != 1:
@@ -187,7 +218,7 @@ class Stage(nn.Module):
         return x if self._joins_output is None else join_sequence(x, self._joins_output)
 
     def _pass_middle(self, number: int, x: Tensor) -> None:
-        """Note that layer `number` has come to its MLP, whose input is x."""
+        """Note that layer `number` comes to its MLP; x is what its attention adds."""
         self._complete_with(x, 2 * number + 1)
         self._read(2 * number + 1)
 
@@ -255,7 +286,7 @@ class Stage(nn.Module):
         completion.finish()
 
     def _complete_with(self, x: Tensor, half: int) -> None:
-        """Announce the units from `half` a layer on when the gradient of its input x is there."""
+        """Announce the units from `half` a layer on when the gradient of x, before it, is there."""
         if x.requires_grad:
             x.register_hook(partial(self._complete_up_to, len(self.units) - 1 - half))  # type: ignore[no-untyped-call]
 

@@ -86,9 +86,7 @@ def _stage_bytes(
     if work.sequence_ranks > 1:  # the first stage keeps its input in whole sequences too
         stages[0] += work.message_bytes
     stages[0] += shape.embedding_activation_bytes(work.model, size, item_bytes)
-    norm_bytes = shape.final_norm_activation_bytes(
-        work.model, size, item_bytes, fused_norms=work.on_cuda
-    )
+    norm_bytes = shape.final_norm_activation_bytes(work.model, size, item_bytes)
     stages[-1] += norm_bytes / work.sequence_ranks
     return tuple(stages)
 

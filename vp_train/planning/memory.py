@@ -235,10 +235,12 @@ def _working_bytes(item: Pass, step: StepPlan) -> float:
         case Kind.F:
             return 2.0 * values * model.hidden_size
         case Kind.B | Kind.I:
-            # The MLP is differentiated first, while all earlier activations are still kept.  The
-            # gradients of its activation's output and input (two inputs if gated) come on top.  B
-            # has used up one of them by then; after I a part stays for W.
-            wide = (3 if shape.is_gated(model) else 2) - (item.kind is Kind.B)
+            # The MLP is differentiated first, while all earlier activations are still kept.  With a
+            # gate the gradients of its activation's output and two inputs come on top, and the
+            # output itself, formed again; without compiled code another factor.  Without a gate it
+            # is the gradients of output and input; B has used up one tensor by then, and after I a
+            # part stays for W.
+            wide = 5 - work.on_cuda if shape.is_gated(model) else 2 - (item.kind is Kind.B)
             recompute = step.recompute[item.stage]
             formed, kept = work.layer_bytes("none"), work.layer_bytes(recompute)
             # A layer that is recomputed as a whole starts from a copy of its input.

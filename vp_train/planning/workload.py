@@ -145,7 +145,7 @@ class Workload:
             self.share,
             self.micro_batch_size,
             self.item_bytes,
-            fused_norms=self.on_cuda,
+            on_cuda=self.on_cuda,
             recompute=recompute,
             sequence_ranks=self.sequence_ranks,
         )

@@ -1,0 +1,137 @@
+"""Elementwise work: compiled it computes the same, and it is compiled once for all lengths."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from tests.model.test_stage import CPU, FAMILIES, MODEL, group, stage  # noqa: F401 - a fixture
+from vp_train.config import ConfigError
+from vp_train.model import elementwise
+from vp_train.model.elementwise import choose_fuse, compiled_kernels, plain
+from vp_train.model.stage import Stage
+from vp_train.tensors import precision
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Let compiled functions be traced, but run as torch operations; yield how many were traced."""
+    import torch._dynamo
+
+    compiler, seen = torch.compile, []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compiler(function, backend=backend, **options)
+    )
+    for cached in (precision.compiled_exactly, compiled_kernels):
+        cached.cache_clear()
+    torch._dynamo.reset()
+    yield seen
+    for cached in (precision.compiled_exactly, compiled_kernels):
+        cached.cache_clear()
+    torch._dynamo.reset()
+
+
+def results(module, s, b, segments=None):
+    """Return the output of `module` for s tokens of b sequences, and all its gradients."""
+    x = torch.randn(s, b, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
+    weight = next(module.parameters())
+    x = x.to(weight.device, weight.dtype).requires_grad_()
+    y = module(x, segments)
+    module.zero_grad()
+    y.backward(torch.sin(torch.arange(y.numel()).view(y.shape)).to(y))
+    return [y, x.grad, *(parameter.grad for parameter in module.parameters())]
+
+
+@pytest.mark.parametrize("name", ["gpt", "gemma3"])
+def test_compiled_code_computes_the_same_and_is_made_once_for_all_lengths_and_stages(
+    group,  # noqa: F811
+    traced,
+    name,
+):
+    model = replace(MODEL, **FAMILIES[name])
+    fused, other, alone = (
+        stage(group, layers, final_norm=True, model=model, fuse=fuse)
+        for layers, fuse in (
+            (range(1, 3), compiled_kernels),
+            (range(2, 4), compiled_kernels),
+            (range(1, 3), plain),
+        )
+    )
+    fused.warm_up(1)
+    assert not any(parameter.grad is not None for parameter in fused.parameters())
+    made = len(traced)
+    assert made > 0
+    for s in (20, 7):
+        for mine, expected in zip(results(fused, s, 1), results(alone, s, 1), strict=True):
+            assert torch.allclose(mine, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        fused(torch.randn(9, 1, 48, dtype=torch.float64))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        results(fused, 11, 1, torch.tensor([[0] * 4 + [1] * 7]))
+    results(other, 12, 1)
+    assert len(traced) == made
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_kernels_on_a_gpu_compute_what_torch_operations_compute(group, dtype):  # noqa: F811
+    fused, alone = (
+        Stage(
+            replace(MODEL, **FAMILIES["gemma3"]),
+            range(1, 3),
+            final_norm=True,
+            dtype=dtype,
+            device=torch.device("cuda"),
+            group=group,
+            seed=3,
+            fuse=fuse,
+        )
+        for fuse in (compiled_kernels, plain)
+    )
+    for mine, expected in zip(results(fused, 20, 2), results(alone, 20, 2), strict=True):
+        error = (mine - expected).double().norm() / expected.double().norm()
+        assert error < (1e-12 if dtype is torch.float64 else 0.03)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu"])
+def test_an_activation_gives_its_output_again_in_the_backward(activation):
+    h = torch.randn(5, 2, 24, dtype=torch.float64, requires_grad=True)
+    x = elementwise.activate(h, activation)
+    dx = torch.randn_like(x)
+    dh, again = elementwise.activate_backward(dx, h.detach(), activation)
+    assert torch.equal(again, x)
+    assert torch.allclose(dh, *torch.autograd.grad(x, h, dx), rtol=1e-13, atol=1e-13)
+
+
+def test_tests_and_small_runs_on_a_cpu_compile_nothing(monkeypatch):
+    def found(setting, dtype, elements, device=CPU):
+        return choose_fuse(setting, device, dtype, elements)
+
+    monkeypatch.setattr(elementwise, "has_compiler", lambda: True)
+    assert found("auto", torch.float32, 1 << 30) is plain
+    assert found("auto", torch.bfloat16, 1 << 10) is plain
+    assert found("auto", torch.bfloat16, 1 << 30) is compiled_kernels
+    assert found("on", torch.float32, 1) is compiled_kernels
+    assert found("off", torch.bfloat16, 1 << 30) is plain
+    monkeypatch.setattr(elementwise, "has_compiler", lambda: False)
+    assert found("auto", torch.bfloat16, 1 << 30, torch.device("cuda")) is plain
+    with pytest.raises(ConfigError, match=r"run\.compile=on needs"):
+        found("on", torch.bfloat16, 1)
+
+
+def test_a_gated_mlp_keeps_no_output_of_its_activation(group):  # noqa: F811
+    module, widths = stage(group, range(1)), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: widths.append(None if isinstance(x, nn.Parameter) else x.shape[-1]) or x,
+        lambda x: x,
+    ):
+        module(torch.randn(20, 1, 48, dtype=torch.float64, requires_grad=True))
+    f = MODEL.ffn_hidden_size
+    assert widths.count(2 * f) == 1
+    assert f not in widths
