@@ -689,9 +689,9 @@ def vocabulary(where: Where, report: Report) -> None:
     from vp_train.vocab.loss import LossOptions
 
     report.note(peers=installed())
-    sizes = [size << 20 for size in (64, 128, 256, 512, 1024)] if where.on_gpu else [4096, 16384]
+    sizes = [size << 20 for size in (16, 32, 64, 128, 256)] if where.on_gpu else [4096, 16384]
     shapes = (
-        ((2048, 3072, 32000), (8192, 4096, 16032), (4096, 4096, 16384))
+        ((4096, 4096, 16384), (4096, 4096, 32768), (2048, 3072, 32000), (8192, 4096, 16032))
         if where.on_gpu
         else ((32, 16, 256),)
     )
@@ -722,10 +722,12 @@ def _chunks(size: int) -> str:
 
 def _with_chunk(where: Where, size: int, work: Callable[[], object]) -> Callable[[], object]:
     """Return `work` as it runs with chunks of this size."""
-    from vp_train.vocab import backends
+    from vp_train.vocab.chunks import CHUNKS, ChunkSize
+
+    least = 1_024 if where.on_gpu else 1
 
     def run() -> object:
-        backends._CHUNK_BYTES[where.device.type] = size
+        CHUNKS[where.device.type] = ChunkSize(size, least, 32_768)
         return work()
 
     return run
@@ -772,8 +774,8 @@ def _judge_vocabulary(
     ours, floor = times[_chunks(best)], times["floor"]
     rate = f"floor at {1e-9 * flops / floor:.0f} TFLOP/s"
     measured = f"{ours / floor:.2f} with chunks of {best >> 20} MiB, {rate}"
-    what, passed = f"{shape}: S and T / floor", ours <= 1.35 * floor
-    report.check(what, "at most 1.35", measured, passed, judged=where.on_gpu)
+    what, passed = f"{shape}: S and T / floor", 0.75 * ours <= floor
+    report.check(what, "at most 1.33", measured, passed, judged=where.on_gpu)
     others = {name: time for name, time in times.items() if name in PEERS}
     if others:
         fastest = min(others, key=others.__getitem__)

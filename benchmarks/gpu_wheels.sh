@@ -5,9 +5,9 @@
 #     pip install --no-index --no-deps --target SITE DIR/*.whl && export PYTHONPATH=SITE    # there
 #
 # The machine must have torch 2.11, triton 3.6 and transformers with their dependencies: neither
-# torch nor NVIDIA's packages are downloaded.  Versions are those of constraints.txt, except for the
-# peers below.  PYTHON (default: .venv/bin/python) must have torch and setuptools.  The setup of
-# deepspeed imports torch, but nothing is compiled.
+# torch nor NVIDIA's packages are downloaded.  Versions are those of constraints.txt.  PYTHON
+# (default: .venv/bin/python) must have torch and setuptools.  The setup of deepspeed imports torch,
+# but nothing is compiled.
 set -eu
 cd "$(dirname "$0")/.."
 [ $# -eq 1 ] || { echo "usage: $0 DIR" >&2; exit 64; }
@@ -31,7 +31,7 @@ WHEELS="megatron-core hydra-core omegaconf PyYAML rich markdown-it-py mdurl Pygm
 WHEELS="$WHEELS pytest pytest-timeout pytest-xdist execnet pluggy iniconfig hypothesis
     sortedcontainers"
 # the peers of the vocabulary passes
-PEERS="liger-kernel==0.8.5 cut-cross-entropy==25.1.1"
+WHEELS="$WHEELS liger-kernel cut-cross-entropy"
 
 pinned() {
     version=$(sed -n "s/^$1==//p" constraints.txt)
@@ -44,7 +44,7 @@ for name in $SOURCES; do
     DS_BUILD_OPS=0 "$PYTHON" -m pip wheel --quiet --no-deps --no-build-isolation \
         --wheel-dir "$DIR" "$requirement"
 done
-requirements=$PEERS
+requirements=""
 for name in $WHEELS; do requirements="$requirements $(pinned "$name")"; done
 platforms=""
 for tag in 2_5 2_12 2_17 2_24 2_26 2_27 2_28; do

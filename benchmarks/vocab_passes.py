@@ -5,8 +5,10 @@
         [--dtypes ...] [--backends ...] [--algorithms ...]
         [--label-smoothing A] [--z-loss L] [--softcap C]
 
-The floor of S and T is three matrix products of their sizes into existing memory.  Everything of a
-case is timed in turns in one process.  `ratio` is the median over rounds of time / floor.
+The floor of S and T is three matrix products of their sizes, of which dW is added to fp32.
+`products` are the three into existing memory, without that sum.  Everything of a case is timed in
+turns in one process.  `ratio` is the median over rounds of time / floor, `ratio_to_products` that
+of time / products.
 `s_milliseconds` and `t_milliseconds` are the passes without the rest.  A shard has V / P rows,
 rounded up.  `extra_mib` is the peak memory in addition to weight, gradient and inputs.  Errors are
 the largest difference from float64, relative to the largest value.  Peers compute a layer of V / P
@@ -35,7 +37,7 @@ from torch import Tensor
 
 from schedules.ir import Kind
 from schedules.vocab import VOCAB_ALGORITHMS, End, Transfer
-from vp_train.tensors.precision import DTYPES, statistics_dtype
+from vp_train.tensors.precision import DTYPES, accumulate, statistics_dtype
 from vp_train.vocab.backends import BACKENDS
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
@@ -157,15 +159,19 @@ class AccumulatingFloor(Floor):
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        self.dw = torch.zeros_like(self.weight, dtype=torch.float32)
+        self.rounded = self.dw
+        self.dw = torch.zeros_like(self.weight, dtype=statistics_dtype(case.dtype))
 
     def __call__(self) -> None:
         torch.mm(self.x, self.weight.T, out=self.logits)
         torch.mm(self.logits, self.weight, out=self.dx)
-        if self.dw.is_cuda:
-            torch.addmm(self.dw, self.logits.T, self.x, out_dtype=torch.float32, out=self.dw)
-        else:
+        if self.x.dtype is statistics_dtype(self.x.dtype):
             self.dw.addmm_(self.logits.T, self.x)
+        elif self.dw.is_cuda:
+            torch.addmm(self.dw, self.logits.T, self.x, out_dtype=torch.float32, out=self.dw)
+        else:  # no product of a CPU adds to another dtype
+            torch.mm(self.logits.T, self.x, out=self.rounded)
+            accumulate(self.dw, self.rounded)
 
 
 class Lookups:
@@ -280,7 +286,7 @@ def measure(
         for backend in backends
         for algorithm in algorithms
     }
-    works: dict[str, Any] = {"floor": Floor(case)} | {
+    works: dict[str, Any] = {"floor": AccumulatingFloor(case), "products": Floor(case)} | {
         name: Ours(case, *pair) for name, pair in ours.items()
     }
     lookups = Lookups(case, ranks)
@@ -314,9 +320,10 @@ def measure(
     for name, times in seconds.items():
         row = shape | {"what": name, "milliseconds": 1e3 * statistics.median(times)}
         if name not in ("E", "G"):
-            row["ratio"] = statistics.median(
-                own / floor for own, floor in zip(times, seconds["floor"], strict=False)
-            )
+            for ratio, of in (("ratio", "floor"), ("ratio_to_products", "products")):
+                row[ratio] = statistics.median(
+                    own / other for own, other in zip(times, seconds[of], strict=False)
+                )
             row["tflops"] = flops / statistics.median(times) / 1e12
         if isinstance(works[name], Ours):
             pass_seconds = works[name].apart = {}
@@ -326,7 +333,7 @@ def measure(
                 f"{kind}_milliseconds": 1e3 * statistics.median(values)
                 for kind, values in pass_seconds.items()
             }
-        if name not in ("E", "G", "floor"):
+        if name not in ("E", "G", "floor", "products"):
             del works[name]
             work = Ours(case, *ours[name]) if name in ours else PEERS[name](*case.inputs())
             with peak_memory(case.device) as grown:
@@ -345,7 +352,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the ratio to the floor and the extra memory of every row."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if "ratio" in row and row["what"] != "floor"]
+    rows = [r for r in rows if "ratio" in r and r["what"] not in ("floor", "products")]
     names = list(dict.fromkeys(row["what"] for row in rows))
     cases = list(
         dict.fromkeys((row["dtype"], row["tokens"], row["hidden"], row["rows"]) for row in rows)

@@ -45,6 +45,7 @@ ALLOWED = {
         "vp_train.model.shape",
         "vp_train.planning",
         "vp_train.units",
+        "vp_train.vocab.chunks",
         "vp_train.vocab.shard",
     ),
     "vp_train.explain": (

@@ -1,6 +1,7 @@
 """The passes on a GPU, and the Triton kernels in Triton's interpreter, if Triton is installed."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.vocab.kernels import SHAPES, compare_fold, compare_input_term, compare_targets
+from tests.vocab.kernels import COMPARISONS, compare_chunks, compare_terms
 from tests.vocab.ranks import make_layer, run_output
 from tests.vocab.test_output import ALGORITHMS, OPTIONS, assert_equal, inputs
-from vp_train.vocab import backends
+from vp_train.vocab import chunks, joined, rows
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.reference import cross_entropy
 from vp_train.vocab.shard import Shard, split_rows
@@ -20,32 +21,50 @@ from vp_train.vocab.shard import Shard, split_rows
 ROOT = Path(__file__).parents[2]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-INTERPRETED = """
-import torch
-from tests.vocab.kernels import SHAPES, compare_fold, compare_input_term, compare_targets
-for shape in SHAPES:
-    compare_fold(shape, torch.device("cpu"))
-    compare_input_term(shape, torch.device("cpu"))
-    compare_targets(shape, torch.device("cpu"))
-"""
-
 
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton (pip install vp-train[triton])"
 )
-def test_the_triton_kernels_are_right_in_the_interpreter():
+def test_the_triton_kernels_are_right_in_the_interpreter_and_few():
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(
-        [sys.executable, "-c", INTERPRETED], check=True, env=environment, timeout=120, cwd=ROOT
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.vocab.kernels"],
+        check=True,
+        env=environment,
+        timeout=100,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
     )
+    for num_chunks, (s, lse, message, t) in zip((1, 3), json.loads(done.stdout), strict=True):
+        assert s == {"mm.out": num_chunks, "_extend": num_chunks, "mm.default": 1} | (
+            {"_relate": 1} if num_chunks > 1 else {}
+        )
+        assert lse == {"stack.default": 1, "_combine": 1}
+        assert message == {"_input_term": 1}
+        assert t == {"_scale": 1, "addmm_.default": 1, "_subtract_targets": 1}
+        assert sum(map(sum, (s.values(), t.values()))) < 8 * num_chunks
 
 
 @on_gpu
-@pytest.mark.parametrize("shape", [*SHAPES, (64, 20_001), (8, 100_003)], ids=str)
-def test_the_triton_kernels_equal_torch(shape):
-    compare_fold(shape, torch.device("cuda"))
-    compare_input_term(shape, torch.device("cuda"))
-    compare_targets(shape, torch.device("cuda"))
+@pytest.mark.parametrize(
+    ("compare", "case"),
+    [*COMPARISONS, (compare_chunks, (64, 20_001)), (compare_terms, (64, 4_096))],
+    ids=str,
+)
+def test_the_triton_kernels_equal_torch(compare, case):
+    compare(case, torch.device("cuda"))
+
+
+@on_gpu
+def test_the_number_of_warps_is_one_of_the_table():
+    found = rows.fastest_warps((64, 4_096), torch.bfloat16, torch.device("cuda"))
+    assert found is None or found in triton_rows_table(4_096)
+
+
+def triton_rows_table(num_columns):
+    from vp_train.vocab import triton_rows
+
+    return triton_rows.warps_of(num_columns)
 
 
 @on_gpu
@@ -59,7 +78,8 @@ def test_the_triton_kernels_equal_torch(shape):
 def test_shards_on_a_gpu_equal_the_whole(
     monkeypatch, algorithm, backend, dtype, tolerance, options
 ):
-    monkeypatch.setitem(backends._CHUNK_BYTES, "cuda", 30 * 11 * 4)
+    monkeypatch.setitem(chunks.CHUNKS, "cuda", chunks.ChunkSize(1, 24, 24))
+    monkeypatch.setattr(joined, "PANEL_BYTES", 1)
     case = [tensor.cuda() for tensor in inputs(101, dtype)]
     truth = cross_entropy(case[0].double(), case[1].double(), case[2], case[3].double(), options)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
@@ -90,8 +110,7 @@ def test_what_is_held_on_a_gpu_is_a_matrix_of_sixteen_bits_or_x_alone(algorithm)
         step.s(0, x)
         held[backend] = step.held_bytes
     assert held["recompute"] <= t * (2 * h + 16)
-    # The exponentials, and the maximum of the only chunk.
-    assert held["chunked"] - held["recompute"] == t * r * 2 + 4 * t
+    assert held["chunked"] - held["recompute"] == t * r * 2
 
 
 @on_gpu

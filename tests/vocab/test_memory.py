@@ -7,7 +7,7 @@ from schedules.vocab import Payload
 from tests.vocab.ranks import PLAIN, make_layer
 from vp_train.profile.live import LiveStorages
 from vp_train.tensors.precision import column_sums
-from vp_train.vocab import backends
+from vp_train.vocab import chunks
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
 from vp_train.vocab.shard import Shard
@@ -19,7 +19,7 @@ SMALL = 4 * CHUNK  # a sixteenth of the held [T, R], and an eighth of dW
 
 @pytest.fixture(autouse=True)
 def chunks_of_64_rows(monkeypatch):
-    monkeypatch.setitem(backends._CHUNK_BYTES, "cpu", CHUNK)
+    monkeypatch.setitem(chunks.CHUNKS, "cpu", chunks.ChunkSize(CHUNK, 1, R))
 
 
 def growth(work):

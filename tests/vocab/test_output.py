@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from schedules.vocab import VOCAB_ALGORITHMS, Payload
 from tests.vocab.ranks import largest_kept, make_layer, run_output
-from vp_train.vocab import backends, products, rows
+from vp_train.vocab import backends, chunks, products, rows
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
 from vp_train.vocab.reference import cross_entropy
 from vp_train.vocab.shard import Shard, split_rows
@@ -53,7 +53,7 @@ def small_chunks(monkeypatch):
 
     Chunks have 3 rows in float64 and 12 in bfloat16; transposed blocks have 5 rows.
     """
-    monkeypatch.setitem(backends._CHUNK_BYTES, "cpu", 3 * T * 8)
+    monkeypatch.setitem(chunks.CHUNKS, "cpu", chunks.ChunkSize(3 * T * 8, 1, 1000))
     monkeypatch.setattr(products, "_BLOCK_BYTES", 5 * H * 2)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vp_train.config import OptimConfig
-from vp_train.optim.adamw import MOMENTS, build_adamw
+from vp_train.optim.adamw import MOMENTS, FusedAdamW, by_decay, fresh_state
 from vp_train.optim.buckets import Bucket, Countdown
 from vp_train.optim.gradients import Gradients, Poison
 from vp_train.optim.replicas import Pending, Replicas
@@ -108,7 +108,11 @@ class ReplicatedAdamW:
             if replicas.rank
             else [gradients.flat[span.start : span.stop] for span in spans if span.counts]
         )
-        self._adamw = build_adamw(self._masters.values(), optim)
+        fresh: dict[Tensor, dict[str, Tensor]] = {
+            master: fresh_state({moment: torch.zeros_like(master) for moment in MOMENTS})
+            for master in self._masters.values()
+        }
+        self._adamw = FusedAdamW(*by_decay(self._masters.values()), fresh, optim)
         self._countdown = Countdown(gradients.layout, self._sum)
         self._sums: list[Pending] = []
         self._poison = Poison()
@@ -150,9 +154,7 @@ class ReplicatedAdamW:
             self._gradients.flat.mul_(scale)
         for name, master in self._masters.items():
             master.grad = self._gradients[name]
-        for group in self._adamw.param_groups:
-            group["lr"] = rate
-        self._adamw.step()
+        self._adamw.step(rate)
         self._updates += 1
         self._round()
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vp_train.config import OptimConfig
-from vp_train.optim.adamw import MOMENTS, fresh_state, stateless_adamw
+from vp_train.optim.adamw import MOMENTS, FusedAdamW, fresh_state
 from vp_train.optim.buckets import Bucket, Countdown
 from vp_train.optim.gradients import Gradients, Poison
 from vp_train.optim.optimizer import State, squared_norm
@@ -35,7 +35,7 @@ class _Shard:
     stop: int
     kept: dict[str, Tensor]
     counted: tuple[Tensor, ...]
-    adamw: torch.optim.AdamW
+    adamw: FusedAdamW
 
 
 class ZeroAdamW:
@@ -84,8 +84,7 @@ class ZeroAdamW:
             (decaying if span.decays else others).append(piece)
             if span.counts:
                 counted.append(piece.grad)
-        adamw = stateless_adamw(decaying, others, optim)
-        adamw.state.update(state)
+        adamw = FusedAdamW(decaying, others, state, optim)
         return _Shard(bucket, start, stop, kept=kept, counted=tuple(counted), adamw=adamw)
 
     @property
@@ -138,9 +137,7 @@ class ZeroAdamW:
                 continue
             if scale != 1:
                 self._gradients.flat[shard.start : shard.stop].mul_(scale)
-            for group in shard.adamw.param_groups:
-                group["lr"] = rate
-            shard.adamw.step()
+            shard.adamw.step(rate)
             self._round(shard)
             if self._replicas.size > 1:
                 whole = self._flat[shard.bucket.start : shard.bucket.stop]

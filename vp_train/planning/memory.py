@@ -14,9 +14,9 @@ from vp_train.config import OptimConfig
 from vp_train.model import shape
 from vp_train.planning.plan import StepPlan
 from vp_train.planning.workload import Workload
+from vp_train.vocab.chunks import CHUNKS, PANEL_BYTES
 
 _MESSAGES = 4  # of [T, H] that are on their way or received early, at any time
-_CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}  # of logits, as in vocab.backends
 _INDEX_BYTES = 8 * 6  # per token of a batch: ids, owners and their order (int64)
 _TOKEN_BYTES = 4 * 8  # per token of a step: losses and statistics (fp32)
 
@@ -204,10 +204,13 @@ def _scratch_bytes(step: StepPlan, rank: int) -> float:
     all_logits = float(work.precise_bytes * work.num_tokens * rows)
     if work.vocab.backend == "reference":
         return 4.0 * all_logits
-    logits = min(float(_CHUNK_BYTES[work.device]), all_logits)
+    chunk = CHUNKS[work.device]
+    logits = float(chunk.logits_bytes(work.num_tokens, rows, work.precise_bytes))
     separate = work.item_bytes < work.precise_bytes or work.held_values < 1
     products = 2.0 * work.precise_bytes * work.num_tokens * work.model.hidden_size
-    return products + (logits if separate else 0.0)
+    not_kept = work.item_bytes * work.num_tokens * rows * (1 - work.held_values)
+    panel = min(float(PANEL_BYTES), not_kept) if work.device == "cuda" else 0.0
+    return products + panel + (logits if separate else 0.0)
 
 
 def _rounded_weight_bytes(step: StepPlan, rank: int) -> float:

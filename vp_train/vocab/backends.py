@@ -1,66 +1,26 @@
-"""Compute passes S and T of one shard.  Every algorithm works with every backend.
+"""The backends of passes S and T by name, those of a CPU, and the oracle.
 
-T tokens, H hidden, R rows of the shard.  The logits are z = x W^T [T, R], or c tanh(x W^T / c) with
-a softcap c.
+Every algorithm works with every backend.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from vp_train.tensors.precision import accumulate, statistics_dtype
+from vp_train.vocab.chunks import CHUNKS
+from vp_train.vocab.joined import Joined
+from vp_train.vocab.passes import Backend, Product, Softmax, cap, lifted
 from vp_train.vocab.products import Products
 from vp_train.vocab.rows import Statistics, fold
 from vp_train.vocab.rows import scale as scale_rows
 from vp_train.vocab.shard import Owned
 
-# Bytes of the logits of a chunk of rows.  They must be large enough for fast matrix products.
-# On a CPU they must also stay in cache.
-_CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}
-_LARGEST = 2.0**15  # float16 holds this much
-
-
-@dataclass(frozen=True, slots=True)
-class Softmax:
-    """The part of the softmax that one shard computes, all in the statistics dtype.
-
-    maximum: the largest logit of this shard's rows [T].
-    total: sum exp(z - maximum) [T].
-    target_logit: z at the target [T], 0 where this shard does not own the target.
-    input_term: P W [T, H] with P = exp(z - maximum) dz / d(x W^T), None unless it was requested.
-    """
-
-    maximum: Tensor
-    total: Tensor
-    target_logit: Tensor
-    input_term: Tensor | None
-
-
-class Backend(Protocol):
-    """The two passes over `weight` [R, H], with `grad` [R, H] accumulated in place."""
-
-    def s(self, x: Tensor, owned: Owned, *, input_term: bool, keep: bool) -> tuple[Softmax, object]:
-        """Return the softmax of x [T, H], and with `keep` the state that `t` needs."""
-        ...
-
-    def t(
-        self, held: object, x: Tensor, lse: Tensor, scale: Tensor, *, input_term: bool
-    ) -> Tensor | None:
-        """Add (P scale)^T x to `grad`; return P W [T, H] if `input_term`, else None.
-
-        P = exp(z - lse) dz / d(x W^T); `lse` and `scale` are [T].  `held` comes from `s` and can be
-        used only once.
-        """
-        ...
-
-    def held_bytes(self, held: object) -> int:
-        """Return the bytes of `held`."""
-        ...
+_FLOAT16_ROWS = 1 << 15  # P W sums this many rows in float16
 
 
 def make_backend(
@@ -71,13 +31,14 @@ def make_backend(
     `recompute_fraction` is the part of the rows whose logits the backend `recompute` computes again
     in T.  Raises ValueError for an unknown name.
     """
+    by_chunks = Joined if weight.is_cuda else Chunked
     match name:
         case "reference":
             return Reference(weight, grad, softcap)
         case "chunked":
-            return Chunked(weight, grad, softcap, 0.0)
+            return by_chunks(weight, grad, softcap, 0.0)
         case "recompute":
-            return Chunked(weight, grad, softcap, recompute_fraction)
+            return by_chunks(weight, grad, softcap, recompute_fraction)
         case _:
             raise ValueError(f"backend {name!r} is not known; choose one of {', '.join(BACKENDS)}")
 
@@ -97,7 +58,7 @@ class _Chunks:
 
 
 class Chunked:
-    """Process the rows in chunks with a running maximum.
+    """Process the rows in chunks that stay in the cache of a CPU, with a running maximum.
 
     [T, R] exists once, as P in the compute dtype.  The first `recompute` (a fraction) of the rows
     keep nothing: T computes their logits again, which costs a fourth matrix product.
@@ -111,6 +72,9 @@ class Chunked:
         self._usual: torch.Size | None = None  # shape of the first chunk, which most chunks have
         self._free: list[Tensor] = []  # kept: on a CPU fresh memory costs as much as filling it
         self._products = Products()
+
+    def prepare(self, num_tokens: int) -> None:
+        pass
 
     def s(self, x: Tensor, owned: Owned, *, input_term: bool, keep: bool) -> tuple[Softmax, object]:
         num_tokens = x.shape[0]
@@ -132,17 +96,25 @@ class Chunked:
                 held.maxima.append(statistics.maximum)
         if input_term and product is None:  # no rows
             product = torch.zeros_like(x, dtype=statistics.total.dtype)
-        target = _cap(statistics.target, self._softcap)
+        target = cap(statistics.target, self._softcap)
         return Softmax(statistics.maximum, statistics.total, target, product), held
 
     def t(
-        self, held: object, x: Tensor, lse: Tensor, scale: Tensor, *, input_term: bool
-    ) -> Tensor | None:
+        self,
+        held: object,
+        x: Tensor,
+        lse: Tensor,
+        grad_loss: Tensor,
+        *,
+        z_loss: float,
+        input_term: bool,
+    ) -> Product | None:
         assert isinstance(held, _Chunks)
         product: Tensor | None = None
         maxima, none = iter(held.maxima), Statistics.none(x, lse.dtype)
         no_column = torch.full_like(lse, -1, dtype=torch.int64)
-        scale, undo = _lifted(x, scale) if x.dtype is torch.float16 else (scale, None)
+        scale = grad_loss * (1 + 2 * z_loss * lse) if z_loss else grad_loss
+        scale, undo = lifted(x, scale) if x.dtype is torch.float16 else (scale, None)
         for start, stop, place in self._chunks(x.shape[0]):
             exponential = self._block(held.exponentials, place, x, stop - start)
             if place is None:
@@ -165,7 +137,7 @@ class Chunked:
             product = torch.zeros_like(x, dtype=lse.dtype)
         if x.device.type == "cpu":
             self._free.append(held.exponentials)
-        return product
+        return None if product is None else Product(product, None)
 
     def held_bytes(self, held: object) -> int:
         assert isinstance(held, _Chunks)
@@ -178,14 +150,8 @@ class Chunked:
         return fold(logits, before, column, out, self._softcap, usual=out.shape == self._usual)
 
     def _chunk_rows(self, num_tokens: int) -> int:
-        weight = self._weight
-        logits_dtype = (
-            weight.dtype if weight.device.type == "cpu" else statistics_dtype(weight.dtype)
-        )
-        rows = _CHUNK_BYTES[weight.device.type] // (logits_dtype.itemsize * max(1, num_tokens))
-        if logits_dtype is torch.float16:
-            rows = min(rows, int(_LARGEST))  # P W sums this many rows in float16
-        return max(1, rows)
+        rows = CHUNKS["cpu"].num_rows(num_tokens, self._weight.itemsize)
+        return min(rows, _FLOAT16_ROWS) if self._weight.dtype is torch.float16 else rows
 
     def _chunks(self, num_tokens: int) -> Iterator[tuple[int, int, int | None]]:
         """Yield the first and last row of each chunk, and the offset of its P; None if not kept."""
@@ -223,10 +189,13 @@ class Reference:
     def __init__(self, weight: Tensor, grad: Tensor, softcap: float | None) -> None:
         self._weight, self._grad, self._softcap = weight, grad, softcap
 
+    def prepare(self, num_tokens: int) -> None:
+        pass
+
     def s(self, x: Tensor, owned: Owned, *, input_term: bool, keep: bool) -> tuple[Softmax, object]:
         precise = statistics_dtype(x.dtype)
         logits = (x @ self._weight.T).to(precise)
-        held = _Logits(_cap(logits, self._softcap), _slope(logits, self._softcap))
+        held = _Logits(cap(logits, self._softcap), _slope(logits, self._softcap))
         lowest = x.new_full((x.shape[0], 1), -torch.inf, dtype=precise)
         maximum = torch.cat([held.capped, lowest], 1).amax(-1)  # -inf if there are no rows
         exponential = torch.exp(held.capped - maximum[:, None])
@@ -236,36 +205,28 @@ class Reference:
         return Softmax(maximum, exponential.sum(-1), target_logit, product), held
 
     def t(
-        self, held: object, x: Tensor, lse: Tensor, scale: Tensor, *, input_term: bool
-    ) -> Tensor | None:
+        self,
+        held: object,
+        x: Tensor,
+        lse: Tensor,
+        grad_loss: Tensor,
+        *,
+        z_loss: float,
+        input_term: bool,
+    ) -> Product | None:
         assert isinstance(held, _Logits)
         probabilities = torch.exp(held.capped - lse[:, None]) * held.slope
+        scale = grad_loss * (1 + 2 * z_loss * lse)
         self._grad.add_(
             ((probabilities * scale[:, None]).T @ x.to(probabilities.dtype)).to(self._grad.dtype)
         )
-        return probabilities @ self._weight.to(probabilities.dtype) if input_term else None
+        if not input_term:
+            return None
+        return Product(probabilities @ self._weight.to(probabilities.dtype), None)
 
     def held_bytes(self, held: object) -> int:
         assert isinstance(held, _Logits)
         return held.capped.nbytes + held.slope.nbytes
-
-
-def _lifted(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return `scale` [T] times a power of two, and the inverse of that power [].
-
-    x * scale would underflow in float16.  The power makes it as large as the sum over T rows
-    allows.
-    """
-    if not len(x):
-        return scale, None
-    largest = len(x) * (x.abs().amax(-1) * scale.abs()).max()
-    exponent = torch.log2(_LARGEST / largest).floor().clamp_max(64)
-    exponent = torch.where((largest > 0) & largest.isfinite(), exponent, 0.0)
-    return scale * torch.exp2(exponent), torch.exp2(-exponent)
-
-
-def _cap(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _slope(logits: Tensor, softcap: float | None) -> Tensor:

@@ -33,9 +33,10 @@ from schedules.ir import Kind
 from schedules.vocab import Payload
 from vp_train.tensors.precision import column_sums, statistics_dtype
 from vp_train.tensors.streams import lend, to_device
-from vp_train.vocab.backends import Softmax, make_backend
+from vp_train.vocab.backends import make_backend
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
-from vp_train.vocab.rows import input_term, scale, subtract_targets
+from vp_train.vocab.passes import Product, Softmax
+from vp_train.vocab.rows import combine, input_term, loss_of, scale, subtract_targets
 from vp_train.vocab.shard import Owned, Shard, require_within
 
 _PLAIN = LossOptions()
@@ -52,7 +53,7 @@ class _Microbatch:
     softmax: Softmax
     held: object | None  # the backend's state for T
     target_scale: Tensor | float  # [T], factor of the target's terms in both gradients
-    maximum: Tensor | None = None  # [T], over all shards, until lse is known
+    maximum: Tensor | None = None  # [T], of the references of all shards, until lse is known
     lse: Tensor | None = None  # [T]
     loss: Tensor | None = None  # [T]
     dx: Tensor | None = None  # [T, H]: this shard's term, then the sum received
@@ -142,6 +143,7 @@ class OutputStep:
         self._owned, self._ignored = targets.owned, targets.ignored
         self._grad_loss = to_device(weights.to(precise), device).masked_fill(self._ignored, 0.0)
         self._left = len(targets.owned)  # number of T still to come
+        layer.backend.prepare(targets.ignored.shape[1])
         if self._smoothing:
             self._row_sum = column_sums(layer.weight, precise)
             self._smoothed = torch.zeros_like(self._row_sum)  # sum over tokens of g x
@@ -188,11 +190,12 @@ class OutputStep:
         assert lse is not None
         assert x is not None
         in_t = self._layer.input_gradient is Kind.T
-        scale = state.grad_loss * self._softmax_scale(lse)
-        product = self._layer.backend.t(held, x, lse, scale, input_term=in_t)
+        product = self._layer.backend.t(
+            held, x, lse, state.grad_loss, z_loss=self._options.z_loss, input_term=in_t
+        )
         if product is not None:
-            state.dx = self._input_term(product, state, self._softmax_scale(lse), state.grad_loss)
-        subtract_targets(self._layer.grad, x, state.owned, state.grad_loss * state.target_scale)
+            state.dx = self._input_term(product, state, state.grad_loss)
+        subtract_targets(self._layer.grad, x, state.owned, state.grad_loss, state.target_scale)
         if self._smoothing:
             self._smoothed += x.to(self._smoothed.dtype).T @ state.grad_loss
         state.held = state.x = None
@@ -224,7 +227,7 @@ class OutputStep:
     def held_bytes(self) -> int:
         """Return the bytes held for T by all microbatches.
 
-        These are the backend's state, x, and four values per token: maximum, total, target logit,
+        These are the backend's state, x, and four values per token: reference, total, target logit,
         lse.
         """
         total = 0
@@ -233,67 +236,61 @@ class OutputStep:
                 total += (
                     self._layer.backend.held_bytes(state.held)
                     + state.x.nbytes
-                    + 4 * state.softmax.maximum.nbytes
+                    + 4 * state.softmax.reference.nbytes
                 )
         return total
 
-    def _softmax_scale(self, lse: Tensor) -> Tensor:
-        """Return dloss / dlse [T]."""
-        return 1 + 2 * self._options.z_loss * lse
-
     def _input_term(
-        self, product: Tensor, state: _Microbatch, factor: Tensor, gain: Tensor | None = None
+        self, product: Product, state: _Microbatch, gain: Tensor | None = None
     ) -> Tensor:
-        """Return this shard's term of dx [T, H], times `gain` [T].
-
-        product * factor is the softmax part of it.
-        """
-        shared = self._smoothing * self._row_sum if self._smoothing else None
-        weight, scale = self._layer.weight, state.target_scale
-        term = input_term(product, factor, weight, state.owned, scale, shared=shared, gain=gain)
-        return term.to(self._layer.sum_dtype)
+        """Return this shard's term of dx [T, H], times `gain` [T], of its product P W."""
+        return input_term(
+            product.values,
+            product.reference,
+            _known(state.lse),
+            self._layer.weight,
+            state.owned,
+            state.target_scale,
+            z_loss=self._options.z_loss,
+            shared=self._smoothing * self._row_sum if self._smoothing else None,
+            gain=gain,
+            dtype=self._layer.sum_dtype,
+        )
 
     # The messages of the algorithms, and what becomes of their results.  A message may be reduced
     # in place, so it must not alias state that is used later.
 
     def _statistics(self, state: _Microbatch) -> Tensor:
-        """Return maximum, total and target logit [3, T]."""
-        return torch.stack([state.softmax.maximum, state.softmax.total, state.softmax.target_logit])
+        """Return reference, total and target logit [3, T]."""
+        return torch.stack(
+            [state.softmax.reference, state.softmax.total, state.softmax.target_logit]
+        )
 
     def _absorb_statistics(self, state: _Microbatch, gathered: Tensor) -> None:
         """Combine `gathered` [n, 3, T] in rank order, so that all ranks get the same bits."""
-        maxima, totals, logits = gathered.unbind(1)
-        state.maximum = maxima.amax(0)
-        total = (totals * torch.exp(maxima - state.maximum)).sum(0)
-        self._set_loss(state, total, logits.sum(0))
-
-    def _set_loss(self, state: _Microbatch, total: Tensor, target_logit: Tensor) -> None:
-        lse = _known(state.maximum) + total.log()
-        loss = lse - target_logit
-        if self._options.z_loss:
-            loss += self._options.z_loss * lse**2
-        state.lse, state.loss, state.maximum = lse, loss.masked_fill_(state.ignored, 0.0), None
+        state.lse, state.loss = combine(gathered, state.ignored, self._options.z_loss)
 
     def _maximum(self, state: _Microbatch) -> Tensor:
-        return state.softmax.maximum.clone()
+        return state.softmax.reference.clone()
 
     def _absorb_maximum(self, state: _Microbatch, received: Tensor) -> None:
         state.maximum = received
 
     def _sums(self, state: _Microbatch) -> Tensor:
         """Return total, relative to the maximum of all shards, and target logit [2, T]."""
-        scale = torch.exp(state.softmax.maximum - _known(state.maximum))
+        scale = torch.exp(state.softmax.reference - _known(state.maximum))
         return torch.stack([state.softmax.total * scale, state.softmax.target_logit])
 
     def _absorb_sums(self, state: _Microbatch, received: Tensor) -> None:
-        self._set_loss(state, received[0], received[1])
+        state.lse, state.loss = loss_of(
+            _known(state.maximum), received[0], received[1], state.ignored, self._options.z_loss
+        )
+        state.maximum = None
 
     def _input_term_of_s(self, state: _Microbatch) -> Tensor:
-        product = lend(_known(state.softmax.input_term))
+        product = Product(lend(_known(state.softmax.input_term)), state.softmax.reference)
         state.softmax = replace(state.softmax, input_term=None)  # free [T, H] early
-        lse = _known(state.lse)
-        factor = torch.exp(state.softmax.maximum - lse) * self._softmax_scale(lse)
-        return self._input_term(product, state, factor)
+        return self._input_term(product, state)
 
     def _dx(self, state: _Microbatch) -> Tensor:
         if self._layer.input_gradient is Kind.S:

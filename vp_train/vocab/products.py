@@ -26,13 +26,14 @@ class Products:
 
     def __init__(self) -> None:
         self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._first_rows: int | None = None  # of the first transposed product
 
-    def logits(self, x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    def logits(self, x: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
         """Return x rows^T [T, C], in the statistics dtype on CUDA, else in the dtype of x.
 
         The result may be `out` [T, C], which has the dtype of x.
         """
-        if out.dtype is statistics_dtype(out.dtype):
+        if out is not None and out.dtype is statistics_dtype(out.dtype):
             return torch.mm(x, rows.T, out=out)
         return self.matmul(x, rows.T)
 
@@ -48,10 +49,12 @@ class Products:
             )
         return torch.mm(a, b, out=self.scratch("product", shape, a.dtype, a.device))
 
-    def sum_with(self, before: Tensor | None, a: Tensor, b: Tensor, keep: Tensor) -> Tensor:
+    def sum_with(
+        self, before: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
         """Return before * keep + a @ b [N, H] in the statistics dtype, for `keep` [N].
 
-        It overwrites `before` [N, H]; None stands for 0.
+        It overwrites `before` [N, H]; None stands for 0, which costs nothing.
         """
         if before is not None:
             self.add_matmul(before, a, b, keep)
@@ -98,6 +101,9 @@ class Products:
         rest = 0
         if a.device.type == "cpu" and accumulator.dtype is not a.dtype and has_compiler():
             size, hidden = max(1, _BLOCK_BYTES // (b.itemsize * b.shape[1])), b.shape[1]
+            # A small shard is one block.  Other sizes are not worth compiling.
+            self._first_rows = self._first_rows or len(accumulator)
+            size = min(size, max(1, self._first_rows))
             left = b.T.contiguous()
             block = self.scratch("product", (hidden, size + _GAP), a.dtype, a.device)[:, :size]
             while rest + size <= len(accumulator):

@@ -1,105 +1,85 @@
-"""The operations of `rows` as Triton kernels for CUDA.  The only importer of triton."""
+"""The operations of `rows` as Triton kernels for CUDA.  The only importer of triton.
+
+Each is one launch.  `rows` says what they compute.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vp_train.vocab.rows import Statistics
-
-_WHOLE = 32_768  # a row of this many columns fits into the registers of one program
-_BLOCK = 4_096  # columns at a time of a longer row
-_PER_THREAD = 32  # columns per thread
+_PER_THREAD = 64  # values of a row per thread, at most
 _HIDDEN_BLOCK = 1_024  # hidden values of a row per program
+_TOKEN_BLOCK = 128  # tokens per program of `combine`
+_WARM_CALLS, _TIMED_CALLS = 2, 10  # of each entry of a table
+_GAIN = 0.95  # a faster entry than the usual one must gain this much, so that noise decides nothing
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _fold(  # type: ignore[no-untyped-def]
+def _extend(  # type: ignore[no-untyped-def]
     logits,
     out,
-    target_columns,
-    maxima_before,
-    totals_before,
-    targets_before,
-    maxima,
-    totals,
-    targets,
-    rescales,
+    running,
+    references,
+    row_of_token,
+    logits_stride,
+    out_stride,
+    start,
+    num_tokens,
     num_columns,
     softcap,
+    slack,
     capped: tl.constexpr,
-    whole: tl.constexpr,
+    first: tl.constexpr,
+    updates: tl.constexpr,
+    writes: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Run `rows.fold` with one program per row.
-
-    With `whole` the row is one block, which stays in registers.  Otherwise one loop finds the
-    maximum and a second one does the rest, with the row in the cache.
-    """
-    row = tl.program_id(0)
-    start = row.to(tl.int64) * num_columns
-    column = tl.load(target_columns + row)
-    known = tl.load(targets_before + row)
-    among = (column >= 0) & (column < num_columns)
-    target = tl.load(logits + start + column, mask=among, other=0.0)
-    tl.store(targets + row, tl.where(among, target, known))
-    before = tl.load(maxima_before + row)
+    """Run `rows.extend` with one program per token, which has the whole row in its registers."""
+    token = tl.program_id(0)
+    row = logits + token.to(tl.int64) * logits_stride
     columns = tl.arange(0, block)
-    if whole:
-        inside = columns < num_columns
-        z = tl.load(logits + start + columns, mask=inside, other=float("-inf"))
-        maximum = _maximum(tl.max(z, 0), before, softcap, capped)
-        exponential, written = _exponentials(z, maximum, softcap, inside, capped)
-        tl.store(out + start + columns, written.to(out.dtype.element_ty), mask=inside)
-        total = tl.sum(exponential, 0)
+    inside = columns < num_columns
+    if updates:
+        column = tl.load(row_of_token + token) - start
+        among = (column >= 0) & (column < num_columns)
+        target = tl.load(row + column, mask=among, other=0.0).to(tl.float32)
+    z = tl.load(row + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    if updates:
+        largest = tl.max(z, 0)
+        if capped:
+            largest = softcap * _tanh(largest / softcap)  # tanh grows with its argument
+        if first:
+            reference = largest
+        else:
+            before = tl.load(running + token)
+            reference = tl.where(largest > before + slack, largest, before)
     else:
-        running = tl.full([block], float("-inf"), tl.float32)
-        first = 0
-        # Not `range`: Triton 3.6's interpreter does not accept one that ends at an argument.
-        while first < num_columns:
-            inside = first + columns < num_columns
-            z = tl.load(logits + start + first + columns, mask=inside, other=float("-inf"))
-            running = tl.maximum(running, z)
-            first += block
-        maximum = _maximum(tl.max(running, 0), before, softcap, capped)
-        sums = tl.zeros([block], tl.float32)
-        first = 0
-        while first < num_columns:
-            inside = first + columns < num_columns
-            z = tl.load(logits + start + first + columns, mask=inside, other=float("-inf"))
-            exponential, written = _exponentials(z, maximum, softcap, inside, capped)
-            sums += exponential
-            tl.store(out + start + first + columns, written.to(out.dtype.element_ty), mask=inside)
-            first += block
-        total = tl.sum(sums, 0)
-    rescale = tl.exp(before - maximum)
-    tl.store(maxima + row, maximum)
-    tl.store(totals + row, total + tl.load(totals_before + row) * rescale)
-    tl.store(rescales + row, rescale)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _maximum(largest, before, softcap, capped: tl.constexpr):  # type: ignore[no-untyped-def]
-    if capped:
-        largest = softcap * _tanh(largest / softcap)  # tanh grows with its argument
-    return tl.maximum(largest, before)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _exponentials(z, maximum, softcap, inside, capped: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the exponentials that the total sums, and those that are written."""
+        reference = tl.load(running + token)
     if capped:
         ratio = _tanh(z / softcap)
-        exponential = tl.where(inside, tl.exp(softcap * ratio - maximum), 0.0)
+        exponential = tl.where(inside, tl.exp(softcap * ratio - reference), 0.0)
         written = exponential * (1 - ratio * ratio)
     else:
-        exponential = tl.exp(z - maximum)
+        exponential = tl.exp(z - reference)
         written = exponential
-    return exponential, written
+    if writes:
+        place = out + token.to(tl.int64) * out_stride + columns
+        tl.store(place, written.to(out.dtype.element_ty), mask=inside)
+    if updates:
+        total = tl.sum(exponential, 0)
+        if not first:
+            total += tl.load(running + num_tokens + token) * tl.exp(before - reference)
+            target = tl.where(among, target, tl.load(running + 2 * num_tokens + token))
+        tl.store(running + token, reference)
+        tl.store(running + num_tokens + token, total)
+        tl.store(running + 2 * num_tokens + token, target)
+        tl.store(references + token, reference)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -107,46 +87,169 @@ def _tanh(value):  # type: ignore[no-untyped-def]
     return 2 * tl.sigmoid(2 * value) - 1
 
 
-def fold(
-    logits: Tensor, before: Statistics, target_column: Tensor, out: Tensor, softcap: float | None
-) -> tuple[Statistics, Tensor]:
-    """Do what `rows.fold` does for fp32 logits and statistics with contiguous rows."""
-    assert logits.dtype is torch.float32
-    assert logits.is_contiguous()
-    assert out.is_contiguous()
-    num_rows, num_columns = logits.shape
-    after = Statistics(*(torch.empty_like(before.maximum) for _ in range(3)))
-    rescale = torch.empty_like(before.maximum)
-    if num_rows:
-        whole = num_columns <= _WHOLE
-        block = max(16, triton.next_power_of_2(num_columns)) if whole else _BLOCK
-        warps = min(32, max(4, block // (32 * _PER_THREAD))) if whole else 8
+def extend(
+    logits: Tensor,
+    out: Tensor | None,
+    running: Tensor,
+    references: Tensor | None,
+    row_of_token: Tensor,
+    start: int,
+    softcap: float | None,
+    slack: float,
+    num_warps: int | None,
+) -> None:
+    """Do what `rows.extend` does for fp32 statistics; `num_warps` is one of `warps_of`."""
+    num_tokens, num_columns = logits.shape
+    if num_tokens:
         with _gpu_of(logits):
-            _fold[(num_rows,)](
+            _extend[(num_tokens,)](
                 logits,
-                out,
-                target_column,
-                before.maximum,
-                before.total,
-                before.target,
-                after.maximum,
-                after.total,
-                after.target,
-                rescale,
+                logits if out is None else out,
+                running,
+                running if references is None else references,
+                row_of_token,
+                logits.stride(0),
+                0 if out is None else out.stride(0),
+                start,
+                num_tokens,
                 num_columns,
                 softcap or 1.0,
-                softcap is not None,
-                whole,
-                block,
-                num_warps=warps,
+                slack,
+                capped=softcap is not None,
+                first=start == 0,
+                updates=references is not None,
+                writes=out is not None,
+                block=_block_of(num_columns),
+                num_warps=num_warps or warps_of(num_columns)[0],
             )
-    return after, rescale
+
+
+def warps_of(num_columns: int) -> Sequence[int]:
+    """Return the numbers of warps that `extend` may use for a row, the usual one first."""
+    usual = min(32, max(4, _block_of(num_columns) // (32 * 16)))
+    least = max(1, _block_of(num_columns) // (32 * _PER_THREAD))
+    return [usual, *(n for n in (usual // 2, usual * 2) if least <= n <= 32)]
+
+
+def fastest_warps(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> int | None:
+    """Do what `rows.fastest_warps` does: time `extend` with every entry of the table."""
+    table = warps_of(shape[1])
+    logits = torch.zeros(shape, device=device)
+    out = torch.empty(shape, dtype=dtype, device=device)
+    running = torch.zeros(3, shape[0], device=device)
+    row_of_token = torch.full(shape[:1], -1, device=device)
+
+    def milliseconds(num_warps: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        for call in range(_WARM_CALLS + _TIMED_CALLS):
+            if call == _WARM_CALLS:
+                begin.record()
+            extend(logits, out, running, running[0], row_of_token, 16, None, 1.0, num_warps)
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+    times = {num_warps: milliseconds(num_warps) for num_warps in table}
+    best = min(table, key=times.__getitem__)
+    return best if times[best] < _GAIN * times[table[0]] else None
+
+
+def _block_of(num_columns: int) -> int:
+    return max(16, int(triton.next_power_of_2(num_columns)))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _relate(  # type: ignore[no-untyped-def]
+    values, references, stride, num_tokens, size, last, block: tl.constexpr
+):
+    """Run `rows.relate` with one program per token and chunk, which mostly has nothing to do."""
+    token, chunk = tl.program_id(0), tl.program_id(1)
+    own = tl.load(references + chunk * num_tokens + token)
+    reference = tl.load(references + last * num_tokens + token)
+    if own != reference:
+        factor = tl.exp(own - reference)
+        place = values + token.to(tl.int64) * stride + chunk * size
+        column = 0
+        # Not `range`: Triton 3.6's interpreter does not accept one that ends at an argument.
+        while column < size:
+            columns = column + tl.arange(0, block)
+            value = tl.load(place + columns, mask=columns < size).to(tl.float32) * factor
+            tl.store(place + columns, value.to(values.dtype.element_ty), mask=columns < size)
+            column += block
+
+
+def relate(values: Tensor, references: Tensor, size: int) -> None:
+    """Do what `rows.relate` does for fp32 references."""
+    last, num_tokens = len(references) - 1, len(values)
+    if last > 0 and num_tokens:
+        block = min(_HIDDEN_BLOCK, triton.next_power_of_2(size))
+        with _gpu_of(values):
+            _relate[(num_tokens, last)](
+                values, references, values.stride(0), num_tokens, size, last, block=block
+            )
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _combine(  # type: ignore[no-untyped-def]
+    gathered, ignored, lse, loss, num_shards, num_tokens, z_loss, block: tl.constexpr
+):
+    """Run `rows.combine` with one program per block of tokens."""
+    tokens = tl.program_id(0) * block + tl.arange(0, block)
+    inside = tokens < num_tokens
+    maximum = tl.full([block], float("-inf"), tl.float32)
+    shard = 0
+    while shard < num_shards:
+        place = gathered + shard * 3 * num_tokens + tokens
+        maximum = tl.maximum(maximum, tl.load(place, mask=inside, other=0.0))
+        shard += 1
+    total = tl.zeros([block], tl.float32)
+    target = tl.zeros([block], tl.float32)
+    shard = 0
+    while shard < num_shards:
+        place = gathered + shard * 3 * num_tokens + tokens
+        scale = tl.exp(tl.load(place, mask=inside, other=0.0) - maximum)
+        total += tl.load(place + num_tokens, mask=inside, other=1.0) * scale
+        target += tl.load(place + 2 * num_tokens, mask=inside, other=0.0)
+        shard += 1
+    value = maximum + tl.log(total)
+    tl.store(lse + tokens, value, mask=inside)
+    value = value - target + z_loss * value * value
+    counts = tl.load(ignored + tokens, mask=inside, other=1) == 0
+    tl.store(loss + tokens, tl.where(counts, value, 0.0), mask=inside)
+
+
+def combine(gathered: Tensor, ignored: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Do what `rows.combine` does for fp32 statistics."""
+    assert gathered.is_contiguous()
+    num_shards, _, num_tokens = gathered.shape
+    lse, loss = gathered.new_empty(2, num_tokens)
+    if num_tokens:
+        with _gpu_of(gathered):
+            _combine[(triton.cdiv(num_tokens, _TOKEN_BLOCK),)](
+                gathered,
+                ignored.view(torch.uint8),
+                lse,
+                loss,
+                num_shards,
+                num_tokens,
+                z_loss,
+                block=_TOKEN_BLOCK,
+            )
+    return lse, loss
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _softmax_factor(references, lses, token, z_loss):  # type: ignore[no-untyped-def]
+    lse = tl.load(lses + token)
+    return tl.exp(tl.load(references + token) - lse) * (1 + 2 * z_loss * lse)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _input_term(  # type: ignore[no-untyped-def]
     product,
-    factors,
+    out,
+    references,
+    lses,
     weight,
     row_of_token,
     target_scales,
@@ -154,6 +257,7 @@ def _input_term(  # type: ignore[no-untyped-def]
     gains,
     hidden,
     target_scale,
+    z_loss,
     has_scales: tl.constexpr,
     has_shared: tl.constexpr,
     has_gain: tl.constexpr,
@@ -163,8 +267,9 @@ def _input_term(  # type: ignore[no-untyped-def]
     token = tl.program_id(0)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < hidden
-    place = product + token.to(tl.int64) * hidden + columns
-    value = tl.load(place, mask=inside) * tl.load(factors + token)
+    place = token.to(tl.int64) * hidden + columns
+    factor = _softmax_factor(references, lses, token, z_loss)
+    value = tl.load(product + place, mask=inside).to(tl.float32) * factor
     row = tl.load(row_of_token + token)
     if row >= 0:
         scale = tl.load(target_scales + token) if has_scales else target_scale
@@ -173,22 +278,23 @@ def _input_term(  # type: ignore[no-untyped-def]
         value -= tl.load(shared + columns, mask=inside)
     if has_gain:
         value *= tl.load(gains + token)
-    tl.store(place, value, mask=inside)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
 def input_term(
     product: Tensor,
-    factor: Tensor,
+    out: Tensor,
+    reference: Tensor,
+    lse: Tensor,
     weight: Tensor,
     row_of_token: Tensor,
     target_scale: Tensor | float,
+    z_loss: float,
     shared: Tensor | None,
     gain: Tensor | None,
-) -> Tensor:
-    """Do what `rows.input_term` does for a contiguous fp32 product."""
-    assert product.dtype is torch.float32
-    assert product.is_contiguous()
-    assert weight.is_contiguous()
+) -> None:
+    """Do what `rows.input_term` does, for contiguous tensors; write it into `out`."""
+    assert all(tensor.is_contiguous() for tensor in (product, out, weight))
     num_tokens, hidden = product.shape
     scales = target_scale if isinstance(target_scale, Tensor) else None
     if num_tokens:
@@ -196,71 +302,127 @@ def input_term(
         with _gpu_of(product):
             _input_term[grid](
                 product,
-                factor,
+                out,
+                reference,
+                lse,
                 weight,
                 row_of_token,
-                factor if scales is None else scales,
-                factor if shared is None else shared,
-                factor if gain is None else gain,
+                lse if scales is None else scales,
+                lse if shared is None else shared,
+                lse if gain is None else gain,
                 hidden,
                 1.0 if isinstance(target_scale, Tensor) else target_scale,
-                scales is not None,
-                shared is not None,
-                gain is not None,
-                block,
+                z_loss,
+                has_scales=scales is not None,
+                has_shared=shared is not None,
+                has_gain=gain is not None,
+                block=block,
             )
-    return product
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _scale(x, factors, out, hidden, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scale(  # type: ignore[no-untyped-def]
+    x,
+    out,
+    factors,
+    references,
+    lses,
+    hidden,
+    z_loss,
+    has_reference: tl.constexpr,
+    block: tl.constexpr,
+):
     """Run `rows.scale` with one program per token and block of hidden values."""
     token = tl.program_id(0)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < hidden
     place = token.to(tl.int64) * hidden + columns
-    value = tl.load(x + place, mask=inside).to(tl.float32) * tl.load(factors + token)
+    factor = tl.load(factors + token)
+    if has_reference:
+        factor *= _softmax_factor(references, lses, token, z_loss)
+    value = tl.load(x + place, mask=inside).to(tl.float32) * factor
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
-def scale(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """Do what `rows.scale` does for an fp32 factor and contiguous tensors."""
-    assert factor.dtype is torch.float32
+def scale(
+    x: Tensor,
+    factor: Tensor,
+    out: Tensor,
+    reference: Tensor | None,
+    lse: Tensor | None,
+    z_loss: float,
+) -> None:
+    """Do what `rows.scale` does for fp32 factors and contiguous tensors."""
     assert x.is_contiguous()
     assert out.is_contiguous()
     if len(x):
         grid, block = _grid(*x.shape)
         with _gpu_of(x):
-            _scale[grid](x, factor, out, x.shape[1], block)
-    return out
+            _scale[grid](
+                x,
+                out,
+                factor,
+                factor if reference is None else reference,
+                factor if lse is None else lse,
+                x.shape[1],
+                z_loss,
+                has_reference=reference is not None,
+                block=block,
+            )
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _subtract_targets(grad, x, positions, rows, factors, hidden, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _subtract_targets(  # type: ignore[no-untyped-def]
+    grad,
+    x,
+    positions,
+    rows,
+    factors,
+    target_scales,
+    hidden,
+    target_scale,
+    has_scales: tl.constexpr,
+    block: tl.constexpr,
+):
     """Run `rows.subtract_targets` with one program per owned token and block of hidden values."""
     index = tl.program_id(0)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < hidden
     token = tl.load(positions + index)
-    value = tl.load(x + token * hidden + columns, mask=inside, other=0.0).to(tl.float32) * tl.load(
-        factors + token
-    )
-    tl.atomic_add(
-        grad + tl.load(rows + index) * hidden + columns, -value, mask=inside, sem="relaxed"
-    )
+    scale = tl.load(target_scales + token) if has_scales else target_scale
+    factor = -scale * tl.load(factors + token)
+    value = tl.load(x + token * hidden + columns, mask=inside, other=0.0).to(tl.float32) * factor
+    place = grad + tl.load(rows + index) * hidden + columns
+    tl.atomic_add(place, value, mask=inside, sem="relaxed")
 
 
 def subtract_targets(
-    grad: Tensor, x: Tensor, positions: Tensor, rows: Tensor, factor: Tensor
+    grad: Tensor,
+    x: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    factor: Tensor,
+    target_scale: Tensor | float,
 ) -> None:
     """Do what `rows.subtract_targets` does for a contiguous fp32 gradient."""
-    assert grad.dtype is torch.float32
     assert grad.is_contiguous()
     assert x.is_contiguous()
+    scales = target_scale if isinstance(target_scale, Tensor) else None
     if len(positions):
         grid, block = _grid(len(positions), x.shape[1])
         with _gpu_of(grad):
-            _subtract_targets[grid](grad, x, positions, rows, factor, x.shape[1], block)
+            _subtract_targets[grid](
+                grad,
+                x,
+                positions,
+                rows,
+                factor,
+                factor if scales is None else scales,
+                x.shape[1],
+                1.0 if isinstance(target_scale, Tensor) else target_scale,
+                has_scales=scales is not None,
+                block=block,
+            )
 
 
 def _gpu_of(tensor: Tensor) -> AbstractContextManager[None]:
@@ -268,6 +430,8 @@ def _gpu_of(tensor: Tensor) -> AbstractContextManager[None]:
 
     A thread beside the passes has GPU 0, whatever the rank.
     """
+    if not tensor.is_cuda:  # Triton's interpreter
+        return nullcontext()
     guard: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
     return guard
 
