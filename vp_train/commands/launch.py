@@ -51,7 +51,6 @@ _IMPORTS = (
     "vp_train.train",
     "megatron.core.models.gpt.gpt_layer_specs",
     "torch._dynamo",
-    "torch.utils.tensorboard",
 )
 
 _CONCLUDE_SECONDS = 60  # at most, for the report of a failed run and for the services it used
