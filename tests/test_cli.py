@@ -73,6 +73,7 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ("loss.z_loss=inf", "loss.z_loss=inf is not a finite number"),
         ("model.logit_softcap=inf", "model.logit_softcap=inf is not a finite number"),
         ("model=1", "model=1: a group takes the name of one of its choices"),
+        ("run=1", "run=1: a group takes the name of one of its choices (default)"),
         ("optim=null", "optim=null: a group takes the name of one of its choices"),
         ("data=true", "data=true: a group takes the name of one of its choices"),
         ("run.name=a/b", "run.name='a/b' is not a directory name"),

@@ -518,3 +518,11 @@ def test_a_store_of_ranks_on_one_node_listens_on_loopback_alone():
     rows = [line.split() for table in tables for line in table.read_text().splitlines()]
     listening = [row[1] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")]
     assert listening == [f"0100007F:{port:04X}"]
+
+
+def test_node_0_tells_no_other_settings_than_those_of_a_search():
+    found = ["schedule.file=runs/a/schedule.txt", "vocab.algorithm=one_barrier"]
+    assert launch._searched_overrides(found) == found
+    for forged in (["run.root=/"], "schedule.file=a", [["vocab.algorithm=none"]], None):
+        with pytest.raises(ConfigError, match="node 0 tells other settings"):
+            launch._searched_overrides(forged)

@@ -368,7 +368,13 @@ def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConf
     except (OmegaConfBaseException, HydraException) as error:
         raise ConfigError(_first_line(error)) from None
     except Exception:  # whatever hydra's parser and merge stumble over, they never run our code
-        groups = [word for word in overrides if word.partition("=")[0] in sections()]
+        known = group_choices()
+        split = [(word, *word.partition("=")[::2]) for word in overrides]
+        groups = [
+            word
+            for word, key, value in split
+            if key in sections() and value not in known.get(key, ())
+        ]
         if groups:
             words = _one_choice(groups[0].partition("=")[0])
             raise ConfigError(f"{' '.join(groups)}: {words}") from None

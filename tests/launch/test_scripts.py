@@ -42,6 +42,26 @@ def sweep(tmp_path):
     return start
 
 
+def test_the_folder_of_the_scripts_may_have_a_blank(tmp_path):
+    """Slurm runs a copy of a script, and names the original with its arguments."""
+    folder, copy = tmp_path / "my scripts", tmp_path / "spool"
+    for place in (folder, copy):
+        place.mkdir()
+        shutil.copy(SWEEP, place)
+    (folder / "slurm.sbatch").write_text("echo found\n")
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho '   Command={folder / SWEEP.name} optim.lr=1,2 a b'\n")
+    scontrol.chmod(0o755)
+    done = run(
+        ["bash", str(copy / SWEEP.name), "optim.lr=1,2"],
+        tmp_path,
+        SLURM_ARRAY_TASK_ID="0",
+        SLURM_JOB_ID="7",
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+    )
+    assert (done.returncode, done.stdout) == (0, "found\n"), done.stderr
+
+
 def test_the_index_of_an_array_chooses_one_run_of_a_sweep(sweep):
     words = ["grid.txt", "optim.lr=1e-3,3e-4", "data.path=two words"]
     assert sweep(3, *words) == ["-m", "--only", "3", *words]

@@ -45,6 +45,7 @@ from vp_train.planning.degrees import check_node, wanted_ranks
 from vp_train.planning.plan import SEARCHING, RunPlan, check_ramp, make_plan
 from vp_train.quiet import quiet_deprecations, quiet_megatron
 from vp_train.settings import load_config, override
+from vp_train.supervision.requests import SIGNALS
 
 # What ranks import on their way to the first step, in the order of their needs.
 _IMPORTS = (
@@ -53,6 +54,7 @@ _IMPORTS = (
     "torch._dynamo",
 )
 
+_OF_SEARCH = ("schedule.file=", "vocab.algorithm=")  # what a search of the schedule sets
 _CONCLUDE_SECONDS = 60  # at most, for the report of a failed run and for the services it used
 
 RankBody = Callable[[RunConfig], None]
@@ -142,7 +144,8 @@ def _launch(
     code = _left(news, run_job(news, job))
     settings = config.run
     has_begun = flight_recorder.is_fresh(settings.directory / "config.yaml", started)
-    if news.place.node == 0 and code not in (EXIT_OK, EXIT_TIME) and has_begun:
+    has_failed = code not in (EXIT_OK, EXIT_TIME) and code - 128 not in SIGNALS
+    if news.place.node == 0 and has_failed and has_begun:
         _in_copy(lambda: _conclude(settings))
     return code
 
@@ -213,7 +216,17 @@ def _checked(news: News, config: RunConfig, num_local: int) -> tuple[list[str], 
     for node in sorted(set(range(news.place.num_nodes)) - facts.keys()):
         words = f"node {node} ({hosts(news)[node]}) has left without checking its settings"
         return found, Ending(EXIT_INTERNAL, words)
-    return facts[0]["overrides"], None
+    return _searched_overrides(facts[0]["overrides"]), None
+
+
+def _searched_overrides(values: object) -> list[str]:
+    """Return the overrides of a search that node 0 has told.  Raises ConfigError for any other."""
+    found = (
+        [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
+    )
+    if found != values or not all(value.startswith(_OF_SEARCH) for value in found):
+        raise ConfigError(f"node 0 tells other settings than those of a search: {values!r:.200}")
+    return found
 
 
 def _wait_for_checks(news: News) -> None:

@@ -94,9 +94,10 @@ class RunDirectory:
         _refuse_others(self.path)
         self._lock = _acquire(self.path)
         self._mark = f"{os.getpid()}\n{secrets.token_hex(8)}\n{_identity(self.path)}\n"
-        self._lock.truncate(0)
-        self._lock.write(self._mark)
-        self._lock.flush()
+        with naming(self.path / "LOCK"):
+            self._lock.truncate(0)
+            self._lock.write(self._mark)
+            self._lock.flush()
 
     def hold(self) -> str | None:
         """Make the directory again if somebody has removed it, and return what was lost in words.
