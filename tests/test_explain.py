@@ -25,13 +25,17 @@ from schedules.simulate import simulate
 from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.commands import explain as command
 from vp_train.config import ConfigError, RunConfig
+from vp_train.durable import checkpoint_name
+from vp_train.explain import remedies as remedies_module
 from vp_train.explain.causes import explain
 from vp_train.explain.remedies import (
     Alternative,
     Comparison,
+    GoingOn,
     as_traced,
     compare_schedules,
     cost_settings,
+    larger_microbatches,
     plan_of,
     remedies,
 )
@@ -328,7 +332,7 @@ def test_a_plan_with_the_written_costs_takes_the_measured_time(tmp_path):
     assert comparison.own.seconds == pytest.approx(found.measured_seconds, rel=0.02)
     best = comparison.others[0]
     assert best.seconds <= comparison.own.seconds
-    told = remedies(found, "run.name=mine", comparison)
+    told = remedies(found, GoingOn("run.name=mine"), comparison)
     assert (f"schedule={best.schedule}" in " ".join(remedy.command for remedy in told)) == (
         comparison.saved > 0.02
     )
@@ -337,9 +341,36 @@ def test_a_plan_with_the_written_costs_takes_the_measured_time(tmp_path):
 def test_a_file_of_costs_with_a_blank_in_its_name_is_one_word_of_a_command(tmp_path):
     found = explain(read_traced(traced_run(tmp_path)))
     own, other = (Alternative(name, "none", time, 0.0) for name, time in (("a", 1.0), ("b", 0.5)))
-    told = remedies(found, "run.name=mine", Comparison(own, (other,)), "my costs.yaml")
+    told = remedies(found, GoingOn("run.name=mine"), Comparison(own, (other,)), "my costs.yaml")
     (command,) = (remedy.command for remedy in told if remedy.cause == "schedule")
     assert shlex.split(command)[-1] == "cost=my costs.yaml"
+
+
+def test_a_command_trains_steps_that_are_still_to_come(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "compare_schedules", lambda *_: None)
+    monkeypatch.setattr(remedies_module, "WORTH", -9.0)  # everything is worth a line
+    run, commands = traced_run(tmp_path), {}
+    for done in (0, 89, 90):
+        (run / "checkpoints" / checkpoint_name(done)).mkdir(parents=True)
+        found = json.loads(call(monkeypatch, capsys, run, "--json")[1])["remedies"]
+        between = [each["command"] for each in found if each["cause"] == "between"]
+        commands[done] = [shlex.split(words) for words in between]
+    for done, (larger, profiled) in commands.items():
+        config = load_config(["run.name=other", *profiled[4:]])  # the run has 90 steps
+        assert config.run.profile_steps == (done + 2,)
+        assert config.run.steps == (90 if done == 0 else done + 2)
+        make_plan(config, 4)
+        number = RunConfig().num_microbatches // 2
+        assert larger[-2:] == [f"num_microbatches={number}", "micro_batch_size=2"]
+        assert larger[4:-2] == profiled[4:-1]
+
+
+def test_microbatches_grow_where_the_step_can_be_planned():
+    config = replace(RunConfig(), num_microbatches=8, micro_batch_size=3)
+    plan = make_plan(config, 4)
+    assert larger_microbatches(config, plan) == "num_microbatches=4 micro_batch_size=6"
+    assert larger_microbatches(replace(config, num_microbatches=5), plan) is None
+    assert larger_microbatches(replace(config, batch_ramp=([1, 2],)), plan) is None
 
 
 def test_a_schedule_that_was_searched_for_is_not_searched_for_again(tmp_path):

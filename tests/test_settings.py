@@ -13,10 +13,12 @@ from schedules.generators import GENERATORS
 from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.config import BlendEntry, ConfigError, RunConfig, Setting, setting_of
 from vp_train.settings import (
+    config_text,
     group_choices,
     load_config,
     override,
     resume_words,
+    saved_words,
     section_help,
     sections,
     setting_help,
@@ -173,6 +175,13 @@ def test_a_typed_override_sets_the_text_and_is_quoted_only_where_it_must_be(text
     settings = load_config([word]).run
     assert (settings.root if "/" in text else settings.name) == text
     assert ("'" in word) == (text in ("null", "x y", "~", "é"))
+
+
+def test_entries_of_lists_are_shown_as_they_are_typed(tmp_path):
+    words = "[{name:wiki,path:val/wiki},{name:code,path:val/code,jsonl_field:body}]"
+    config = load_config(["data=text", "data.path=a", f"data.validation={words}"])
+    (tmp_path / "config.yaml").write_text(config_text(config))
+    assert saved_words(tmp_path / "config.yaml")["data.validation"] == words
 
 
 def test_a_path_in_a_blend_that_must_be_quoted_is_told_how():

@@ -8,6 +8,7 @@ A checkpoint gets its name by a rename when it is complete.  What has such a nam
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -55,6 +56,19 @@ def checkpoints_in(directory: Path) -> list[tuple[int, Path]]:
     """
     steps = {path: checkpoint_step(path.name) for path in directory.glob("step-*")}
     return sorted((step, path) for path, step in steps.items() if step is not None)
+
+
+def similar_run(path: Path) -> Path | None:
+    """Return the run beside `path` whose name is most like that of `path`, None if none is."""
+    names = sorted(place.parent.name for place in path.parent.glob("*/config.yaml"))
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return path.parent / close[0] if close else None
+
+
+def meant_run(path: Path) -> str:
+    """Return a hint at `similar_run` for a message, empty if there is none."""
+    close = similar_run(path)
+    return "" if close is None else f" (did you mean {plain(str(close))}?)"
 
 
 def sync(path: Path) -> None:

@@ -18,7 +18,7 @@ import shlex
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
@@ -38,7 +38,7 @@ from vp_train.config import (
     setting_of,
     unknown,
 )
-from vp_train.durable import UnreadableError, checkpoints_in, homes, read_text
+from vp_train.durable import UnreadableError, checkpoints_in, homes, read_text, similar_run
 
 # What is read of a command line, and of a file with settings.  Hydra takes seconds for more: it
 # parses in Python, and the time of lists and quotes grows with the square of their length.
@@ -740,9 +740,8 @@ def resume_words(
             "only settings of this command line count, so give all that the run had"
         )
     if not path.is_file():
-        runs = sorted(found.parent.name for found in path.parent.parent.glob("*/config.yaml"))
-        close = difflib.get_close_matches(config.run.name, runs, n=1)
-        hint = f" (did you mean run.name={close[0]}?)" if close else ""
+        close = similar_run(config.run.directory)
+        hint = "" if close is None else f" (did you mean run.name={close.name}?)"
         return f"{config.run.directory} holds no run{hint}: one begins there at step 1"
     rows = []
     for one in changes(config, batch):
@@ -1208,9 +1207,14 @@ def _value(value: Any) -> str:
     """Return a value as it is written on a command line."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):  # an entry of a list; what is null is not typed
+        pairs = (f"{key}:{_value(one)}" for key, one in value.items() if one is not None)
+        return f"{{{','.join(pairs)}}}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{','.join(map(_value, value))}]"
-    return f"{{{value}}}" if is_dataclass(value) else str(value)
+    return str(value)
 
 
 # The values of these settings are the choices of their group.

@@ -18,7 +18,7 @@ from tests.data.cases import VOCAB_SIZE, run_config, text_config, train_batch, w
 from tests.meshes import fake_world
 from vp_train.config import ConfigError, DataConfig, RunConfig
 from vp_train.data import open_source, prepare
-from vp_train.data.indexed import Windows, split_documents
+from vp_train.data.indexed import Windows, hold_out, split_documents
 
 SYNTHETIC = run_config(DataConfig(name="synthetic"))
 
@@ -121,6 +121,38 @@ def test_one_pass_holds_every_training_token_once(letters: RunConfig) -> None:
     there = Counter(np.concatenate([documents[number] for number in training.documents]).tolist())
     assert seen <= there
     assert (there - seen).total() <= per_step
+
+
+@pytest.mark.parametrize("lengths", [[900], [900, 3], [4] * 3 + [500]])
+def test_where_documents_are_too_few_the_end_of_the_text_is_validated(
+    tmp_path: Path, lengths: list[int]
+) -> None:
+    write_letters(tmp_path / "text", lengths)
+    data = text_config(tmp_path)
+    prefix = prepare(data, VOCAB_SIZE, progress=False).prefix
+    tokens = np.fromfile(f"{prefix}.bin", dtype=np.uint16)
+    held_out = max(9, int(data.validation_fraction * len(tokens)))
+    parts = tokens[:-held_out], tokens[-held_out:]
+    for share, part in zip(hold_out(prefix, 0.05, 1, 8), parts, strict=True):
+        windows = Windows.of(prefix, share, 8)
+        assert len(windows) == (len(part) - 1) // 8
+        found = np.concatenate([windows.read(i)[0][:-1] for i in range(len(windows))])
+        assert np.array_equal(found, part[: len(found)])
+        assert len(part) - 8 <= len(found) + 1
+    source = open_source(run_config(data))
+    assert f"tokens, the last {held_out} for validation (there are too few" in source.description
+    seen = source.validation_batch()
+    assert (seen.labels >= 0).any()
+
+
+def test_documents_that_are_enough_stay_whole(letters: RunConfig, tmp_path: Path) -> None:
+    prefix = prepare(letters.data, VOCAB_SIZE, progress=False).prefix
+    assert "validation" not in open_source(letters).description
+    for fraction, length in ((0.2, 8), (0.0, 8), (0.2, 2000)):
+        whole = split_documents(prefix, fraction, 1)
+        for share, expected in zip(hold_out(prefix, fraction, 1, length), whole, strict=True):
+            assert share.start == 0
+            assert np.array_equal(share.documents, expected.documents)
 
 
 @pytest.mark.parametrize("purpose", ["train", "validation"])
@@ -297,16 +329,17 @@ def test_data_too_short_for_one_sample_is_an_error(letters: RunConfig) -> None:
         ConfigError,
         match=r"validation gets 4 of 20 documents .* change data.validation_fraction=0.2",
     ):
-        open_source(run_config(letters.data, seq_length=num_tokens // 3))
+        open_source(run_config(letters.data, seq_length=num_tokens * 2 // 3))
 
 
 def test_single_document_can_be_trained_on_without_validation(tmp_path: Path) -> None:
     write_letters(tmp_path / "text", [1000])
+    num_tokens = prepare(text_config(tmp_path), VOCAB_SIZE, progress=False).manifest.num_tokens
     with pytest.raises(
         ConfigError,
         match=r"validation gets 0 of 1 documents .*0 with run.eval_every=0 trains on everything",
     ):
-        open_source(run_config(text_config(tmp_path)))
+        open_source(run_config(text_config(tmp_path), seq_length=num_tokens // 2))
     source = open_source(run_config(text_config(tmp_path, validation_fraction=0.0), eval_every=0))
     assert train_batch(source, 1).tokens.shape == (4, 2, 8)
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 
 import vp_train
-from tests.inference.trained import command, records
+from tests.inference.trained import SENTENCE, WORDS, command, records
 from vp_train.commands.score import Score, main
 from vp_train.config import ConfigError
 from vp_train.data.tokenizer import train_tokenizer
 from vp_train.inference.layout import opening_of
 from vp_train.inference.opening import open_run, opened
-from vp_train.settings import override
+from vp_train.settings import load_config, override
 
 
 def test_text_is_scored_in_three_lines(trained):
@@ -201,6 +203,22 @@ def test_vp_score_refuses_settings_that_do_not_count_or_fit(
     code, _, said = score_command(capsys, trained, tmp_path / "a.txt", *words)
     assert code == 78
     assert message in said.splitlines()[-1]
+    assert not any("step-" in line for line in said.splitlines())  # the model was not opened
+
+
+def test_an_import_is_scored_like_the_run_of_its_weights(trained, tmp_path, capsys):
+    text, place = tmp_path / "a.txt", tmp_path / "an import"
+    text.write_text(SENTENCE)
+    checkpoint = max((trained / "checkpoints").glob("step-*"))
+    shutil.copytree(checkpoint, place / checkpoint.name)
+    model = asdict(load_config(WORDS).model)
+    lines = [f"{key}: {json.dumps(value)}\n" for key, value in model.items()]
+    (place / "model.yaml").write_text("".join(lines))
+    shutil.copy(trained / "tokenizer.json", place)
+    wanted = score_command(capsys, trained, text, "--json")[1]
+    for path in (place, place / checkpoint.name):
+        code, out, said = score_command(capsys, path, text, "--json")
+        assert (code, out) == (0, wanted), said
 
 
 @pytest.mark.parametrize("logprob", [math.nan, -math.inf, -1e6])

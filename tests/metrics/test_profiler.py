@@ -11,6 +11,7 @@ import torch
 from tests.training import config_of, metrics_of, train
 from vp_train.config import ConfigError
 from vp_train.metrics.profiler import profiling
+from vp_train.metrics.reporter import _past_profiles, _profile_words
 from vp_train.planning.plan import make_plan
 
 
@@ -36,6 +37,19 @@ def test_the_chosen_ranks_and_steps_have_traces_that_name_passes_and_waits(ranks
     assert any(name.startswith("aten::") for name in names)
     assert len(metrics_of(config)) == 3  # recording a step changes nothing else of it
     assert (config.run.directory / "trace" / "step_times.json").exists()
+
+
+def test_only_profiles_of_this_start_are_named(tmp_path):
+    settings = config_of(tmp_path, profile_steps=(2, 6)).run
+    settings.profiles.mkdir(parents=True)
+    for step in (2, 6):
+        (settings.profiles / f"step-{step:08d}-rank-00000.json.gz").touch()
+    first, later, past = (_profile_words(settings, step) for step in (1, 3, 7))
+    assert first.endswith("step-00000002-rank-00000.json.gz, step-00000006-rank-00000.json.gz")
+    assert later.endswith(f"{settings.profiles}: step-00000006-rank-00000.json.gz")
+    assert past == ""
+    assert [bool(_past_profiles(settings, step)) for step in (1, 6, 7)] == [False, False, True]
+    assert _past_profiles(settings, 7).startswith("run.profile_steps=[2,6] are done")
 
 
 def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path, capsys):

@@ -14,6 +14,7 @@ from tests.report.conftest import EVIL, STEPS
 from vp_train.commands.report import main
 from vp_train.config import ConfigError
 from vp_train.durable import UnreadableError
+from vp_train.explain.trace import read_traced
 from vp_train.metrics.reporter import write_report
 from vp_train.report import draw, page, record
 from vp_train.report.record import read_run
@@ -246,6 +247,16 @@ def test_seconds_below_zero_in_a_crafted_file_have_a_page(tmp_path):
     check(Page(page.write_report(tmp_path)))
 
 
+def test_the_peak_of_a_resumed_run_is_that_of_all_its_starts(tmp_path):
+    lines = [json.dumps({"step": step, "peak_bytes": 9e9 / step}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    last_start = {"ranks": [{"rank": 0, "peak_bytes": 4e9}]}
+    (tmp_path / "summary.json").write_text(json.dumps(last_start))
+    assert page._peak_bytes(read_run(tmp_path)) == 9e9
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert page._peak_bytes(read_run(tmp_path)) == 4e9
+
+
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     page.write_report(tmp_path)
@@ -258,7 +269,13 @@ def test_what_is_no_run_is_refused(tmp_path, vp_report):
     words = f"{tmp_path} has neither config.yaml nor metrics.jsonl; give the directory of a run"
     assert vp_report(tmp_path) == (78, "", f"vp-report: {words}\n")
     code, _, said = vp_report(tmp_path / "none")
-    assert (code, "is not a directory" in said) == (78, True)
+    assert (code, "is not a directory; give that of a run" in said) == (78, True)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "config.yaml").touch()
+    words = f"is not a directory (did you mean {tmp_path}/first?)"
+    assert words in vp_report(tmp_path / "frist")[2]
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        read_traced(tmp_path / "frist")
     assert vp_report()[0] == 78
 
 

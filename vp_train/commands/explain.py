@@ -21,14 +21,16 @@ from rich.table import Table
 from schedules.render import duration
 from vp_train.commands.command import Parser, guarded, output_of, path_argument
 from vp_train.config import ConfigError, RunConfig, printable
-from vp_train.durable import write_output
+from vp_train.durable import checkpoints_in, write_output
 from vp_train.explain.causes import SLOW, Explanation, KindTimes, RankTimes, explain
 from vp_train.explain.remedies import (
     Comparison,
+    GoingOn,
     Remedy,
     as_traced,
     compare_schedules,
     cost_settings,
+    larger_microbatches,
     plan_of,
     remedies,
 )
@@ -63,10 +65,12 @@ def _explain(arguments: Sequence[str]) -> int:
     costs = None if options.cost is None else output_of("--cost", options.cost)
     words = _settings_of(run)
     note, comparison, settings = None, None, None
+    steps, larger = 0, None
     try:
         config = as_traced(explanation, load_config(words), run / "schedule.txt")
         plan = plan_of(explanation, config)
-        settings = cost_settings(explanation, plan)
+        settings, steps = cost_settings(explanation, plan), config.run.steps
+        larger = larger_microbatches(config, plan)
         if explanation.on_processor == 1:
             if sys.stderr.isatty():
                 print("trying other schedules with the measured times", file=sys.stderr, flush=True)
@@ -77,7 +81,9 @@ def _explain(arguments: Sequence[str]) -> int:
     if costs is not None:
         _write_costs(costs, run, config if note is None else None, settings)
     base = " ".join(map(shlex.quote, words))
-    found = remedies(explanation, base, comparison, None if costs is None else str(costs))
+    done = max((step for step, _ in checkpoints_in(run / "checkpoints")), default=0)
+    going_on = GoingOn(base, done, steps, larger)
+    found = remedies(explanation, going_on, comparison, None if costs is None else str(costs))
     if options.json:
         print(json.dumps(record(explanation, comparison, found), indent=1))
     else:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from vp_train.commands.command import Parser, check_printable, path_argument, prints
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher
 from vp_train.commands.place import is_rank
-from vp_train.config import DTYPES, ConfigError
+from vp_train.config import DTYPES, ConfigError, RunConfig
 from vp_train.failures import EXIT_OK, Ending, ending_of_command, peer_failure
 from vp_train.inference.layout import Opening, opening_of
 from vp_train.supervision.ending import PIPE, leave
@@ -37,12 +37,14 @@ class Work:
     module: that `python -m` runs it with.
     fills: as in `opening_of`.
     body: the work, which every rank does together; `is_first` says which one prints.
+    check: raises ConfigError for settings with which it cannot be done, before the model is opened.
     """
 
     name: str
     module: str
     body: Callable[[OpenRun, bool], None]
     fills: bool = True
+    check: Callable[[RunConfig], None] = lambda _: None
 
 
 def parser_of(name: str, description: str, file: tuple[str, str] | None = None) -> Parser:
@@ -59,7 +61,7 @@ def parser_of(name: str, description: str, file: tuple[str, str] | None = None) 
         "run",
         metavar="RUN",
         type=path_argument,
-        help="directory of a run or of one of its checkpoints",
+        help="directory of a run, of vp-import, or of one of their checkpoints",
     )
     if file is not None:
         parser.add_argument("file", metavar=file[0], type=path_argument, help=file[1])
@@ -97,6 +99,7 @@ def run_opened(work: Work, options: argparse.Namespace, arguments: Sequence[str]
         dtype=options.dtype,
         fills=work.fills,
     )
+    work.check(opening.config)
     if is_one:
         _be_rank(work, opening)
     if opening.degrees.num_ranks > 1:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from vp_train.commands.command import Parser, guarded
 from vp_train.commands.opened import Work, parser_of, run_opened
-from vp_train.config import ConfigError, printable
+from vp_train.config import ConfigError, RunConfig, printable
+from vp_train.inference.layout import check_context
 
 if TYPE_CHECKING:
     from vp_train.data.documents import Document
@@ -93,7 +94,10 @@ def _score(arguments: Sequence[str]) -> int:
         documents = documents_of(options.file, options.field, by_line=options.lines, warn=is_first)
         _print_scores(run, documents, options, is_first)
 
-    return run_opened(Work("vp-score", __name__, body), options, arguments)
+    def check(config: RunConfig) -> None:
+        check_context(options.context, config.model.seq_length)
+
+    return run_opened(Work("vp-score", __name__, body, check=check), options, arguments)
 
 
 def _way_out(path: Path) -> str:

@@ -46,6 +46,7 @@ from vp_train.units import human_bytes
 SWEEP = "VP_TRAIN_SWEEP"  # environment variable of runs with the process id of their sweep
 _FLAGS = ("-m", "--multirun")
 _MOST_BYTES = 1 << 20  # of a file with lines of overrides
+_SIGNS = ",()[]{}'\""  # that no name has
 _POLL_SECONDS = 0.1
 _LEFT_SECONDS = 1.0  # that a process which outlives its run may keep its stderr open
 _MOST_TAIL = 1 << 14  # bytes of a run's stderr that are kept
@@ -175,7 +176,7 @@ def runs_of(words: Sequence[str]) -> tuple[list[SweptRun], str]:
             differs = [word for word in combined if word not in given or word in line]
             chosen = {word.partition("=")[0]: _value_of(word) for word in differs}
             runs.append(SweptRun(name, (*combined, override("run.name", name)), chosen))
-    _check_names(runs)
+    _check_names(runs, base)
     RunSettings(name=base)  # refuses what is no name: the table is called so
     return runs, base
 
@@ -197,15 +198,19 @@ def _refuse_twice(words: Sequence[str]) -> None:
             raise ConfigError(f"{first[name]} and {word} are the same setting; drop one of the two")
 
 
-def _check_names(runs: Sequence[SweptRun]) -> None:
+def _check_names(runs: Sequence[SweptRun], base: str) -> None:
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
             raise ConfigError(f"two runs of the sweep are called {run.name}; give each a name")
         if "run.root" in run.chosen:
             raise ConfigError("run.root has several values; all runs of a sweep lie in one root")
-        if any(sign in run.name for sign in ",()[]{}'\""):
-            raise ConfigError(f"run.name={run.name} is one name, which the index is appended to")
+        if any(sign in run.name for sign in _SIGNS):
+            given = base if any(sign in base for sign in _SIGNS) else run.name
+            raise ConfigError(
+                f"run.name={given} has signs that a name cannot have; give one name, and the runs "
+                "are called NAME-0, NAME-1, ..."
+            )
 
 
 def _lines_of(path: Path) -> list[list[str]]:

@@ -139,10 +139,15 @@ def check_index(prefix: Path, num_documents: int, num_tokens: int, vocab_size: i
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Some documents of a corpus: their indices, int32 and ascending, and their token count."""
+    """Some text of a corpus: `num_tokens` tokens of some documents, from token `start` on.
+
+    documents: their indices, int32 and ascending.
+    start: counts from the first token of the first document; 0 where all documents are whole.
+    """
 
     documents: np.ndarray
     num_tokens: int
+    start: int = 0
 
 
 def split_documents(prefix: Path, validation_fraction: float, seed: int) -> tuple[Share, Share]:
@@ -166,31 +171,56 @@ def split_documents(prefix: Path, validation_fraction: float, seed: int) -> tupl
     )
 
 
+def hold_out(
+    prefix: Path, validation_fraction: float, seed: int, length: int
+) -> tuple[Share, Share]:
+    """Return the text for training and the text for validation.
+
+    They are whole documents, as in `split_documents`.  Where these are too few to give validation a
+    sample of length + 1 tokens, such as a single one, it gets the end of the corpus instead:
+    `validation_fraction` of all tokens, and at least one sample.  Where training would get none,
+    the documents stay whole.
+    """
+    training, validation = split_documents(prefix, validation_fraction, seed)
+    total = training.num_tokens + validation.num_tokens
+    num_held_out = max(int(validation_fraction * total), length + 1)
+    is_enough = validation.num_tokens > length or validation_fraction == 0
+    if is_enough or total - num_held_out <= length:
+        return training, validation
+    everything = np.sort(np.concatenate([training.documents, validation.documents]))
+    start = total - num_held_out
+    return Share(everything, start), Share(everything, num_held_out, start)
+
+
 @dataclass(frozen=True, slots=True)
 class Windows:
     """Samples of length + 1 tokens, cut from the concatenation of some documents.
 
-    Sample i begins at token i * length, so the last token of a sample is the first token of the
-    next.  Every token is a label exactly once, except the first token and an incomplete sample at
-    the end.  Samples depend on nothing else; their order is up to `order.SampleOrder`.
+    Sample i begins at token start + i * length, so the last token of a sample is the first token of
+    the next.  Every token is a label exactly once, except the first token and an incomplete sample
+    at the end.  Samples depend on nothing else; their order is up to `order.SampleOrder`.
 
     `documents` are indices into `dataset`.  `ends[i]` is the position at which document i ends.
+    The samples are cut of the tokens `start` to `stop`.
     """
 
     dataset: Any
     documents: np.ndarray
     ends: np.ndarray
     length: int
+    start: int
+    stop: int
 
     @classmethod
     def of(cls, prefix: Path, share: Share, length: int) -> Windows:
-        """Open the dataset at `prefix` and cut the documents of `share` into samples."""
+        """Open the dataset at `prefix` and cut the text of `share` into samples."""
         dataset = _open_dataset(prefix)
         lengths = np.asarray(dataset.sequence_lengths)[share.documents]
-        return cls(dataset, share.documents, np.cumsum(lengths, dtype=np.int64), length)
+        ends, start = np.cumsum(lengths, dtype=np.int64), share.start
+        return cls(dataset, share.documents, ends, length, start, start + share.num_tokens)
 
     def __len__(self) -> int:
-        return (int(self.ends[-1]) - 1) // self.length
+        return (self.stop - self.start - 1) // self.length
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens and the document numbers of sample `index`.
@@ -198,7 +228,7 @@ class Windows:
         Tokens are int64 [length + 1].  Document numbers are int32 [length + 1]; they count
         the documents within the sample, from 0.
         """
-        start = index * self.length
+        start = self.start + index * self.length
         stop = start + self.length + 1
         first, last = (
             int(np.searchsorted(self.ends, start, "right")),

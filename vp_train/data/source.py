@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vp_train.config import ConfigError, RunConfig
 from vp_train.data.corpus import Corpus, headline, prepare_validation, spare_rows, trained_on
-from vp_train.data.indexed import Share, Windows, split_documents
+from vp_train.data.indexed import Share, Windows, hold_out, split_documents
 from vp_train.data.order import SampleOrder, Turns, own_starts, pieces_of
 from vp_train.data.origin import prepare_run
 from vp_train.data.synthetic import SyntheticText
@@ -201,6 +201,16 @@ def _stream_of(config: RunConfig, windows: list[Windows], turns: Turns, purpose:
     return _Stream(config, read)
 
 
+def _end_words(validation: Share) -> str:
+    """Say that no whole documents are held out but the end of the text, if that is so."""
+    if not validation.start:
+        return ""
+    return (
+        f", the last {validation.num_tokens:,} for validation (there are too few documents to hold "
+        "whole ones out)"
+    )
+
+
 class _Text:
     """A source of tokenized text from one corpus or a blend."""
 
@@ -217,17 +227,21 @@ class _Text:
         self.tokenizer: Path | None = corpora[0].tokenizer
         self.end_token: int | None = corpora[0].manifest.end_token
         turns = Turns.of(config.data.weights)
-        lines = [headline(corpus) for corpus in corpora]
+        data, length = config.data, config.sample_length
+        split = [
+            hold_out(corpus.prefix, data.validation_fraction, data.seed, length)
+            for corpus in corpora
+        ]
+        lines = [
+            headline(corpus) + _end_words(validation)
+            for corpus, (_, validation) in zip(corpora, split, strict=True)
+        ]
         if len(lines) > 1:
             lines = [
                 f"{w / sum(turns.weights):.1%} {line}"
                 for w, line in zip(turns.weights, lines, strict=True)
             ]
         self.description = "; ".join(lines)
-        split = [
-            split_documents(corpus.prefix, config.data.validation_fraction, config.data.seed)
-            for corpus in corpora
-        ]
         training = [
             self._windows(corpus, share, "training")
             for corpus, (share, _) in zip(corpora, split, strict=True)
@@ -284,8 +298,8 @@ class _Text:
             raise ConfigError(
                 f"{corpus.path}: {purpose} gets {len(share.documents)} of "
                 f"{corpus.manifest.num_documents} documents with {share.num_tokens:,} tokens, "
-                f"too short for one sample of {length + 1:,}; give more documents (they are "
-                f"not split), lower {setting}, or change "
+                f"too short for one sample of {length + 1:,}; give more text, lower {setting}, "
+                "or change "
                 f"data.validation_fraction={fraction} "
                 "(0 with run.eval_every=0 trains on everything)"
             )

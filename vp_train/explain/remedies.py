@@ -54,6 +54,33 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
+class GoingOn:
+    """How a command goes on with the run.
+
+    base: the words with which it takes the settings of the run.
+    done: the step that it goes on from; 0 where there is no checkpoint.
+    steps: run.steps, 0 if it is not known.
+    larger: the overrides for half as many microbatches of twice the size, if they fit.
+    """
+
+    base: str
+    done: int = 0
+    steps: int = 0
+    larger: str | None = None
+
+    @property
+    def profiled(self) -> int:
+        """A step that is still to come, and not the first one, which also warms up."""
+        return self.done + 2
+
+    @property
+    def words(self) -> str:
+        """The base, with more steps if the run has too few left."""
+        more = f" run.steps={self.profiled}" if self.profiled > self.steps else ""
+        return f"{self.base}{more}"
+
+
+@dataclass(frozen=True, slots=True)
 class Remedy:
     """Something that makes the step shorter, or its plan truer.
 
@@ -172,6 +199,22 @@ def compare_schedules(
     return Comparison(own, tuple(sorted(found, key=lambda item: item.seconds)))
 
 
+def larger_microbatches(config: RunConfig, plan: StepPlan) -> str | None:
+    """Return the overrides for half as many microbatches, twice as large: the same batch.
+
+    It is None where no such step can be planned.
+    """
+    number, size = config.num_microbatches, config.micro_batch_size
+    if number % 2 or config.batch_ramp:
+        return None
+    try:
+        larger = replace(config, num_microbatches=number // 2, micro_batch_size=2 * size)
+        plan_step(larger, plan.degrees.num_ranks)
+    except ConfigError:
+        return None
+    return f"num_microbatches={number // 2} micro_batch_size={2 * size}"
+
+
 def _simulated(config: RunConfig, num_ranks: int) -> Alternative | None:
     """Return the simulated step; None if the settings do not allow it."""
     try:
@@ -189,16 +232,16 @@ def _simulated(config: RunConfig, num_ranks: int) -> Alternative | None:
 
 def remedies(
     explanation: Explanation,
-    base: str,
+    going_on: GoingOn,
     comparison: Comparison | None = None,
     cost_file: str | None = None,
 ) -> list[Remedy]:
     """Return what would help, what saves most first.
 
-    `base` are the words with which a command takes the settings of the run.  `cost_file` has the
-    measured costs if they were written.
+    `cost_file` has the measured costs if they were written.
     """
     found: list[Remedy] = []
+    base, trains = going_on.base, f"vp-train {going_on.words}"
     costs = cost_file or _COSTS
     with_costs = shlex.quote(f"cost={costs}")
 
@@ -214,7 +257,7 @@ def remedies(
         "other programs or other threads of the ranks used the processors; run on an idle machine"
         if enough
         else f"{num_ranks} ranks need {num_ranks} processors; or use fewer ranks here",
-        "" if enough or cpus is None else f"vp-train {base} parallel.pp={cpus} parallel.dp=1",
+        "" if enough or cpus is None else f"{trains} parallel.pp={cpus} parallel.dp=1",
     )
     factors = [1.0] * explanation.step.num_ranks
     for rank in explanation.slow:
@@ -230,23 +273,26 @@ def remedies(
     )
     if len({rank.host for rank in explanation.ranks}) > 1 or explanation.on_processor == 1:
         add("planned_network", "time the network", f"vp-train {base} --preflight")
+    if going_on.larger is not None:
+        words = "fewer and larger microbatches, if the memory allows them"
+        add("between", words, f"{trains} {going_on.larger}")
     add(
         "between",
-        "fewer and larger microbatches; a profile of a step shows what the host does",
-        f"vp-train {base} run.profile_steps=[{explanation.step.step + 1}]",
+        "a profile of a step shows what the host does between passes",
+        f"{trains} run.profile_steps=[{going_on.profiled}]",
     )
     if explanation.rows is not None:
         rows = ",".join(map(str, explanation.rows))
-        add("even_rows", "other vocabulary rows", f"vp-train {base} vocab.shards=[{rows}]")
+        add("even_rows", "other vocabulary rows", f"{trains} vocab.shards=[{rows}]")
     written = "" if cost_file else f", which vp-explain writes with --cost {costs}"
-    add("order", f"plan with the measured times{written}", f"vp-train {base} {with_costs}")
+    add("order", f"plan with the measured times{written}", f"{trains} {with_costs}")
     if comparison is not None and comparison.saved > WORTH:
         best = comparison.others[0]
         found.append(
             Remedy(
                 "schedule",
                 f"the fastest schedule by simulation with the measured times{written}",
-                f"vp-train {base} schedule={best.schedule} vocab={best.vocab} {with_costs}",
+                f"{trains} schedule={best.schedule} vocab={best.vocab} {with_costs}",
                 explanation.measured_seconds * (1 - comparison.saved),
             )
         )

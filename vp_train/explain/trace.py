@@ -19,7 +19,7 @@ from schedules.replay import RUNTIMES, Runtime
 from schedules.timeline import Span, Timeline
 from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.config import ConfigError, printable
-from vp_train.durable import UnreadableError, read_json, shown
+from vp_train.durable import UnreadableError, meant_run, read_json, shown
 
 SCHEMA = "vp_train step_times 1"
 LARGEST = 1 << 27  # bytes; the largest step that can be planned takes about 100 MB
@@ -81,7 +81,7 @@ class TracedStep:
 def read_traced(run: Path) -> TracedStep:
     """Return the traced step of a run.  Raises ConfigError, with the way out."""
     if not run.is_dir():
-        raise ConfigError(f"{run} is not a directory; give that of a run")
+        raise ConfigError(f"{run} is not a directory{meant_run(run)}; give that of a run")
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run} has no config.yaml; give the directory of a run")
     path = run / "trace" / "step_times.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from vp_train.config import (
     ScheduleConfig,
     VocabConfig,
 )
+from vp_train.durable import homes, meant_run
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.settings import load_config, override
 
@@ -26,6 +26,7 @@ _COUNTING = (
     *("model.seq_length", "data.tokenizer", "data.end_token", "run.comm_backend"),
     *("run.timeout_seconds", "run.world_timeout_seconds"),
 )
+_MODEL = "model.yaml"  # the settings of an import
 _DEGREES = ("parallel.pp", "parallel.dp", "parallel.tp")
 
 
@@ -33,7 +34,8 @@ _DEGREES = ("parallel.pp", "parallel.dp", "parallel.tp")
 class Opening:
     """The settings of an opened run, and where its weights are looked for.
 
-    directory: that of the run, or of one of its checkpoints.
+    An import of vp-import is opened like a run.
+    directory: that of the run or import, or of one of its checkpoints.
     chooses_tokenizer: whether the caller has named data.tokenizer; else that of the run counts.
     """
 
@@ -57,7 +59,7 @@ def opening_of(
     dtype: str | None = None,
     fills: bool = True,
 ) -> Opening:
-    """Return the settings of a run for `num_ranks` ranks that evaluate its model.
+    """Return the settings of a run, or an import, for `num_ranks` ranks that evaluate its model.
 
     overrides: settings as for vp-train; those that do not count are refused.
     num_ranks: of the job, in which the run's own layout counts, with as many replicas as fit; None
@@ -71,18 +73,16 @@ def opening_of(
     path = Path(os.path.expanduser(directory)).absolute()
     run = _run_of(path)
     if not run.is_dir():
-        others = sorted(place.parent.name for place in run.parent.glob("*/config.yaml"))
-        close = difflib.get_close_matches(run.name, others, n=1)
-        hint = f" (did you mean {run.parent / close[0]}?)" if close else ""
-        raise ConfigError(f"{run} is not a directory{hint}; give that of a run")
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run} has no config.yaml; give the directory of a run")
+        raise ConfigError(f"{run} is not a directory{meant_run(run)}; give that of a run")
+    is_import = not (run / "config.yaml").is_file()
+    if is_import and not (run / _MODEL).is_file():
+        raise ConfigError(f"{run} has no config.yaml; give the directory of a run, or of vp-import")
     names = {word.partition("=")[0] for word in overrides}
     for name in sorted(names - set(_COUNTING)):
         raise ConfigError(f"{name} does not count here; these do: {', '.join(_COUNTING)}")
     given = names.intersection(_DEGREES)
     words = [override("run.root", str(run.parent)), override("run.name", run.name)]
-    words += ["run.resume=true"]
+    words = [f"model={run / _MODEL}"] if is_import else [*words, "run.resume=true"]
     if num_ranks is None or num_ranks == 1:
         words += [f"{name}=1" for name in _DEGREES if name not in given]
     elif "parallel.dp" not in given:
@@ -99,8 +99,18 @@ def opening_of(
     return Opening(config, path, degrees, "data.tokenizer" in names)
 
 
+def check_context(context: int, seq_length: int) -> None:
+    """Raise ConfigError for a number of tokens that no window can have before a scored one."""
+    if not 1 <= context <= seq_length:
+        raise ConfigError(
+            f"a context of {context} tokens is not in [1, {seq_length}], whose end is "
+            "model.seq_length"
+        )
+
+
 def _run_of(path: Path) -> Path:
-    return path.parent.parent if path.parent.name == "checkpoints" else path
+    """Return the directory of the run or import that `path` is, or is a checkpoint of."""
+    return homes(path)[-1]
 
 
 def _evaluating(

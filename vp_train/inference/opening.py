@@ -88,8 +88,7 @@ def encode(run: OpenRun, text: str) -> Encoding:
     """
     if run.tokenizer is None:
         raise ConfigError(
-            f"{run.checkpoint}: the run has no tokenizer; give one with data.tokenizer=PATH, or "
-            "token ids instead of text"
+            f"{run.checkpoint}: the run has no tokenizer; give one with data.tokenizer=PATH"
         )
     encoding = run.tokenizer.encode(text, add_special_tokens=False)
     largest, vocab_size = max(encoding.ids, default=0), run.config.model.vocab_size

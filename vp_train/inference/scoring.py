@@ -16,7 +16,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from vp_train.config import ConfigError
+from vp_train.inference.layout import check_context
 from vp_train.inference.opening import OpenRun, encode
 from vp_train.tensors.precision import DTYPES, statistics_dtype
 from vp_train.vocab.loss import IGNORE_INDEX
@@ -91,10 +91,7 @@ def padded_length(run: OpenRun, num_tokens: int) -> int:
 def _windows(run: OpenRun, number: int, tokens: Tensor, context: int) -> Iterator[_Window]:
     """Yield the windows of a text of n tokens, in which its n - 1 labels occur once."""
     width, num_labels = run.config.model.seq_length, len(tokens) - 1
-    if not 1 <= context <= width:
-        raise ConfigError(
-            f"a context of {context} tokens is not in [1, {width}], whose end is model.seq_length"
-        )
+    check_context(context, width)
     first = 0
     while first < num_labels:
         # Label i is predicted from tokens start to i, which are i - start + 1.

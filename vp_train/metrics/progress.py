@@ -118,7 +118,10 @@ class Progress:
             console.show_cursor(True)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the finished `step` with its values by key.  What is not known is left out."""
+        """Show the finished `step` with its values by key.
+
+        What is not known is left out, which the first line says.
+        """
         settings = self._settings
         self._num_shown += 1
         of_one = (time.monotonic() - self._started) / self._num_shown
@@ -126,6 +129,9 @@ class Progress:
         known = {**values, "left": left}
         parts = [f"step {step:>{len(str(settings.steps))}}/{settings.steps}"]
         parts += [words(known[key]) for key, words in self._words.items() if key in known]
+        unknown = [key for key in self._words if key not in known]
+        if self._num_shown == 1 and unknown:
+            self.say(_unknown_words(unknown))
         if self._live is not None:
             lines = folded(parts, self._console.width)
             self._live.update(Text("\n".join(lines), overflow="fold"))
@@ -140,6 +146,12 @@ class Progress:
         if self._live is not None:
             self._live.update(Text(""))
             self._live.stop()
+
+
+def _unknown_words(keys: Sequence[str]) -> str:
+    """Return which of the chosen figures are not known, and what would make them known."""
+    why = " (mfu: cluster has no peak of this device)" if "mfu" in keys else ""
+    return f"run.progress: not known on this device, so left out: {', '.join(keys)}{why}"
 
 
 def folded(parts: Sequence[str], width: int) -> list[str]:

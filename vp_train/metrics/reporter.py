@@ -70,11 +70,27 @@ def _ramp_words(config: RunConfig, first_step: int) -> str:
     return ", ".join([*parts, "then all microbatches"]) if parts else ""
 
 
-def _profile_words(settings: RunSettings) -> str:
-    """Return which steps were profiled, and into which files; empty without run.profile_steps."""
-    if not settings.profile_steps:
+def _past_profiles(settings: RunSettings, first_step: int) -> str:
+    """Return in words that no step of run.profile_steps is to come; empty if one is."""
+    if not settings.profile_steps or max(settings.profile_steps) >= first_step:
         return ""
-    names = sorted(path.name for path in settings.profiles.glob("step-*.json.gz"))
+    steps = ",".join(map(str, settings.profile_steps))
+    return f"run.profile_steps=[{steps}] are done, so no step is recorded; give later ones"
+
+
+def _profile_words(settings: RunSettings, first_step: int) -> str:
+    """Return which steps were profiled, and into which files.
+
+    It is empty without a step of run.profile_steps from `first_step` on.  Files of an earlier start
+    are not named.
+    """
+    if max(settings.profile_steps, default=0) < first_step:
+        return ""
+    names = sorted(
+        path.name
+        for path in settings.profiles.glob("step-*.json.gz")
+        if path.name >= f"step-{first_step:08d}-"
+    )
     if not names:
         return f"no step of run.profile_steps={list(settings.profile_steps)} was profiled"
     return f"profiles for https://ui.perfetto.dev are in {settings.profiles}: {', '.join(names)}"
@@ -143,6 +159,11 @@ class Reporter:
             *([f"advice    {advice}"] if (advice := row_advice(config, plan)) else []),
             f"run       {directory.path}, steps {self._first_step} to {config.run.steps}",
             *([f"resumed   {rates}"] if rates else []),
+            *(
+                [f"profile   {words}"]
+                if (words := _past_profiles(config.run, self._first_step))
+                else []
+            ),
         ]
         for line in lines:
             self._console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -337,7 +358,7 @@ class Reporter:
                 self._console.print(words, highlight=False, soft_wrap=True, markup=False)
         if words := self._spent.words():
             self._console.print(words, highlight=False, soft_wrap=True, markup=False)
-        if words := _profile_words(self._config.run):
+        if words := _profile_words(self._config.run, self._first_step):
             self._console.print(words, highlight=False, soft_wrap=True, markup=False)
         self._console.print(
             f"everything is in {self._directory.path}",

@@ -180,9 +180,11 @@ def space_of(config: RunConfig) -> Space:
 def without_vocabulary_of(config: RunConfig, degrees: Degrees) -> Space:
     """Return the choices without vocabulary parallelism that are otherwise as `config` is.
 
-    Schedule, number of chunks and placement differ.
+    Schedule, number of chunks and placement differ, and where only some stages recompute, which.
     """
     parallel = config.parallel
+    kinds = set(parallel.recompute_per_stage or (parallel.recompute,))
+    strongest = max(kinds, key=RECOMPUTE.index)
     choices = tuple(
         replace(
             choice,
@@ -191,8 +193,8 @@ def without_vocabulary_of(config: RunConfig, degrees: Degrees) -> Space:
         )
         for choice in _variants(config, degrees)
         if not choice.splits_vocabulary
-        and choice.recompute == parallel.recompute
-        and not choice.recompute_where_needed
+        and choice.recompute == strongest
+        and (len(kinds) > 1 or not choice.recompute_where_needed)
         and choice.sequence_parallel == parallel.sequence_parallel
     )
     return Space(choices, Counter(), (config.optim,))

@@ -236,11 +236,13 @@ def _speed(curves: Curves) -> float | None:
 
 
 def _peak_bytes(run: RunRecord) -> float | None:
-    """Return the most memory of a rank, from the end of the run or else from its steps."""
-    if run.ranks:
-        return max(row.peak_bytes for row in run.ranks)
-    highest = run.metrics.curves.highest("peak_bytes")
-    return None if highest is None else highest[1]
+    """Return the most memory of a rank in any recorded step, as the table of a sweep does.
+
+    The end of a run knows only its last start.  It counts where no step is recorded.
+    """
+    if (highest := run.metrics.curves.highest("peak_bytes")) is not None:
+        return highest[1]
+    return max((row.peak_bytes for row in run.ranks), default=None)
 
 
 def _warnings(run: RunRecord) -> list[str]:

@@ -19,6 +19,7 @@ from vp_train.config import ConfigError, printable
 from vp_train.durable import (
     UnreadableError,
     checkpoints_in,
+    meant_run,
     open_regular,
     plain,
     read_bytes,
@@ -162,9 +163,7 @@ class RunRecord:
 def read_run(path: Path) -> RunRecord:
     """Return what the directory of a run has.  Raises ConfigError if it is none."""
     if not path.is_dir():
-        raise ConfigError(
-            f"{path} is not a directory; give that of a run, for example runs/default"
-        )
+        raise ConfigError(f"{path} is not a directory{meant_run(path)}; give that of a run")
     if not any((path / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         raise ConfigError(
             f"{path} has neither config.yaml nor metrics.jsonl; give the directory of a run"

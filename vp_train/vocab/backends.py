@@ -16,7 +16,7 @@ from vp_train.vocab.chunks import CHUNKS
 from vp_train.vocab.joined import Joined
 from vp_train.vocab.passes import Backend, Product, Softmax, cap, lifted
 from vp_train.vocab.products import Products
-from vp_train.vocab.rows import Statistics, fold
+from vp_train.vocab.rows import Statistics, exponentiate, fold
 from vp_train.vocab.rows import scale as scale_rows
 from vp_train.vocab.shard import Owned
 
@@ -111,15 +111,14 @@ class Chunked:
     ) -> Product | None:
         assert isinstance(held, _Chunks)
         product: Tensor | None = None
-        maxima, none = iter(held.maxima), Statistics.none(x, lse.dtype)
-        no_column = torch.full_like(lse, -1, dtype=torch.int64)
+        maxima = iter(held.maxima)
         scale = grad_loss * (1 + 2 * z_loss * lse) if z_loss else grad_loss
         scale, undo = lifted(x, scale) if x.dtype is torch.float16 else (scale, None)
         for start, stop, place in self._chunks(x.shape[0]):
             exponential = self._block(held.exponentials, place, x, stop - start)
             if place is None:
                 logits = self._products.logits(x, self._weight[start:stop], exponential)
-                maximum = self._fold(logits, none, no_column, exponential)[0].maximum
+                maximum = self._exponentiate(logits, lse.dtype, exponential)
             else:
                 maximum = next(maxima)
             relative = torch.exp(maximum - lse)
@@ -148,6 +147,13 @@ class Chunked:
     ) -> tuple[Statistics, Tensor]:
         self._usual = self._usual or out.shape
         return fold(logits, before, column, out, self._softcap, usual=out.shape == self._usual)
+
+    def _exponentiate(self, logits: Tensor, dtype: torch.dtype, out: Tensor) -> Tensor:
+        """Write P of a chunk into `out`, and return the maximum [T] to which it is relative."""
+        self._usual = self._usual or out.shape
+        least = logits.new_full(logits.shape[:1], -torch.inf, dtype=dtype)
+        usual = out.shape == self._usual
+        return exponentiate(logits, least, out, self._softcap, usual=usual)[0]
 
     def _chunk_rows(self, num_tokens: int) -> int:
         rows = CHUNKS["cpu"].num_rows(num_tokens, self._weight.itemsize)

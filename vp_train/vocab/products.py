@@ -26,7 +26,6 @@ class Products:
 
     def __init__(self) -> None:
         self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._first_rows: int | None = None  # of the first transposed product
 
     def logits(self, x: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
         """Return x rows^T [T, C], in the statistics dtype on CUDA, else in the dtype of x.
@@ -101,9 +100,6 @@ class Products:
         rest = 0
         if a.device.type == "cpu" and accumulator.dtype is not a.dtype and has_compiler():
             size, hidden = max(1, _BLOCK_BYTES // (b.itemsize * b.shape[1])), b.shape[1]
-            # A small shard is one block.  Other sizes are not worth compiling.
-            self._first_rows = self._first_rows or len(accumulator)
-            size = min(size, max(1, self._first_rows))
             left = b.T.contiguous()
             block = self.scratch("product", (hidden, size + _GAP), a.dtype, a.device)[:, :size]
             while rest + size <= len(accumulator):
