@@ -9,9 +9,16 @@ import pytest
 
 from schedules.ir import Kind
 from tests.ranks import in_processes
-from vp_train.config import OptimConfig
+from vp_train.config import ConfigError, OptimConfig
 from vp_train.model import shape
-from vp_train.planning.memory import StateBytes, _most_held, rank_memory, rank_parameters, step_peak
+from vp_train.planning.memory import (
+    StateBytes,
+    _most_held,
+    check_machine,
+    rank_memory,
+    rank_parameters,
+    step_peak,
+)
 from vp_train.planning.plan import plan_step
 from vp_train.settings import load_config
 
@@ -50,6 +57,16 @@ def test_the_most_shards_held_are_the_peak_of_s_minus_t(schedule, vocab):
         assert _most_held(order) == most[-1]
     assert max(most) >= 1
     assert (min(most) == 0) == (vocab == "none")
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_machine_without_room_for_the_state_of_all_ranks_is_refused(replicas):
+    config, step = planned(f"parallel.dp={replicas}", num_ranks=2 * replicas)
+    bytes_of_parameter = 4 + 4 + 8  # float32 with two moments
+    needed = bytes_of_parameter * shape.num_parameters(config.model) * replicas
+    check_machine(step, config.optim, needed)
+    with pytest.raises(ConfigError, match="machine has .*; choose a smaller model"):
+        check_machine(step, config.optim, needed - 1)
 
 
 def test_tensor_parallel_ranks_share_matrices_and_rows_and_copy_norms():

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 from schedules.ir import Kind, Pass
 from schedules.vocab import End
-from vp_train.config import OptimConfig
+from vp_train.config import ConfigError, OptimConfig
 from vp_train.model import shape
 from vp_train.planning.plan import StepPlan
 from vp_train.planning.workload import Workload
+from vp_train.units import human_bytes
 from vp_train.vocab.chunks import CHUNKS, PANEL_BYTES
 
 _MESSAGES = 4  # of [T, H] that are on their way or received early, at any time
@@ -99,6 +100,17 @@ def rank_state(
         vocabulary=0.0,
         working=0.0,
     )
+
+
+def check_machine(step: StepPlan, optim: OptimConfig, num_bytes: int) -> None:
+    """Raise ConfigError if the state of all ranks does not fit into a machine of `num_bytes`."""
+    states = [rank_state(step, optim, rank).state for rank in range(step.num_ranks)]
+    needed = sum(states) * step.degrees.tp * step.degrees.dp
+    if needed > num_bytes:
+        raise ConfigError(
+            f"weights, gradients and optimizer of all ranks take {human_bytes(needed)}, and this "
+            f"machine has {human_bytes(num_bytes)}; choose a smaller model, or start on more nodes"
+        )
 
 
 def rank_parameters(step: StepPlan, rank: int) -> int:
