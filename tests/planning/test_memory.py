@@ -65,7 +65,7 @@ def test_a_machine_without_room_for_the_state_of_all_ranks_is_refused(replicas):
     bytes_of_parameter = 4 + 4 + 8  # float32 with two moments
     needed = bytes_of_parameter * shape.num_parameters(config.model) * replicas
     check_machine(step, config.optim, needed)
-    with pytest.raises(ConfigError, match="machine has .*; choose a smaller model"):
+    with pytest.raises(ConfigError, match="choose a smaller model"):
         check_machine(step, config.optim, needed - 1)
 
 
