@@ -239,7 +239,7 @@ def _read(counter: Count, unit: int) -> dict[str, Any]:
     found = {
         "operations": counter.operations,
         "elementwise_units": round(counter.bytes / unit, 1),
-        "names": counter.names,
+        "names": " ".join(name.split(".")[0] for name in counter.names),
     }
     counter.operations, counter.bytes, counter.names = 0, 0, []
     return found

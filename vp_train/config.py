@@ -1056,8 +1056,8 @@ class RunSettings:
     )
     compile: str = setting(
         "auto",
-        "Compile the elementwise work of layers; auto: on cuda, and on a CPU in 16 bits for layers "
-        "of some size, if there is a C++ compiler. The first start takes some seconds longer.",
+        "Compile the elementwise work of layers; auto: on cuda, and for large layers in 16 bits "
+        "on a CPU, if there is a compiler.",
         choices=("auto", "on", "off"),
     )
     deterministic: bool = setting(
