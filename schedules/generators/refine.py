@@ -82,6 +82,7 @@ class Refiner:
         self._fillers = Filler(network, backwards=False), Filler(backwards, backwards=True)
         self._network, self._caps = network, list(caps)
         self._nodes = network.size * network.num_microbatches
+        self._swept: tuple[Orders, list[float]] = [], []  # what was judged last, and its starts
         self._extra, work = extra, [0.0] * network.num_lanes
         for lane, seconds in zip(network.lanes, network.seconds, strict=True):
             work[lane] += seconds
@@ -90,6 +91,7 @@ class Refiner:
     def judge(self, orders: Orders) -> Refined:
         """Return `orders` with their makespan and excess."""
         swept = sweep(self._network, orders)
+        self._swept = orders, swept.start
         makespan = swept.makespan
         if self._extra:
             repeat = repeat_of(self._network, swept, self._extra)
@@ -202,6 +204,8 @@ class Refiner:
                 continue
             turned = [order[::-1] for order in orders] if backwards else orders
             starts = known.starts.get(backwards) if orders is given else None
+            if starts is None and not backwards and orders is given is self._swept[0]:
+                starts = known.starts[backwards] = self._swept[1]
             if starts is None:
                 starts = sweep(self._networks[backwards], turned).start
                 if orders is given:

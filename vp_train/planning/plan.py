@@ -46,8 +46,7 @@ from vp_train.units import human_bytes
 from vp_train.vocab.shard import Shard, split_rows
 
 SEARCHING = (
-    "schedule=auto: searching for the fastest schedule, "
-    "half a minute for 8 ranks and 64 microbatches"
+    "schedule=auto: searching for the fastest schedule, ten seconds for 8 ranks and 64 microbatches"
 )
 SEQUENCE_DEVICES = ("cuda",)
 _LARGEST_SCHEDULE = 1 << 24  # bytes; a pass takes about 7
