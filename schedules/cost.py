@@ -58,6 +58,10 @@ class CostModel:
         """Return the seconds of one barrier after its last rank has joined; 0 without an entry."""
         return self.barrier_seconds.get(name, 0.0)
 
+    def microbatch_bytes(self, num_ranks: int) -> float:
+        """Return the bytes that one microbatch keeps per rank, the unit of caps on memory."""
+        return sum(self.stage_bytes) / num_ranks
+
     def byte_change(self, item: Pass) -> float:
         """Return the bytes that `item` keeps for later passes, less those that it frees."""
         kept = self.stage_bytes[item.stage] if item.stage < len(self.stage_bytes) else 0.0

@@ -159,17 +159,15 @@ def _timeline_of(swept: Sweep, network: Network, problem: Problem) -> Timeline:
     for number in swept.order:
         microbatch, k = divmod(number, size)
         node, lane, start = network.nodes[k], network.lanes[k], swept.start[number]
-        interval = {"start": start, "end": start + network.seconds[k]}
+        end = start + network.seconds[k]
         if isinstance(node, Pass):
             kind, stage = node.kind.value, node.stage
             name = f"{stage}{kind}{microbatch}"
-            compute[lane].append(
-                Span(lane, name, kind, stage=stage, microbatch=microbatch, **interval)
-            )
+            compute[lane].append(Span(lane, name, kind, stage, microbatch, start, end))
             orders[lane].append(number)
         else:
             root, name = roots[lane - num_ranks], f"{node.barrier}.{microbatch}"
-            comm.append(Span(root, name, node.barrier, stage=-1, microbatch=microbatch, **interval))
+            comm.append(Span(root, name, node.barrier, -1, microbatch, start, end))
     changes = [
         in_flight_change(node, problem) if isinstance(node, Pass) else 0 for node in network.nodes
     ]

@@ -103,6 +103,7 @@ def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Search with little effort, for laws of schedule=auto that hold at any."""
     monkeypatch.setattr(generators, "_EFFORT", 5_000)
     monkeypatch.setattr(auto, "_FIRST", 1_000)
+    monkeypatch.setattr(auto, "_TIGHTENED", 500)
     monkeypatch.setattr(auto, "_ROUNDS", ((2, 15_000), (1, 30_000)))
 
 

@@ -174,14 +174,20 @@ def test_a_model_may_be_chosen_after_all():
             "--vocab: 'tree' is not known; choose one of none, naive",
         ),
         (["--vocab", "none"], "--vocab belongs to --compare; for one algorithm write vocab=none"),
+        (["--samples", "9"], "--samples belongs to --jitter or --straggler"),
+        (["--jitter", "x"], "--jitter x is not a fraction in [0, 10]; write for example"),
+        (["--straggler", "-1"], "--straggler -1 is not a fraction in [0, 10]"),
+        (["--jitter", "0.1", "--samples", "0"], "--samples 0 is not a whole number in [1, 10,000]"),
+        (["--frontier", "--jitter", "0.1"], "--frontier goes without --jitter; drop one of"),
+        (["--jitter", "0.1", "--runtime", "cuda"], "--runtime goes without --jitter"),
         (["--runtime", "mpi"], "--runtime: 'mpi' is not known; choose one of cuda, gloo"),
         (["--runtime"], "--runtime needs a value: --runtime NAME"),
         (["--out"], "--out needs a value: --out DIR"),
         (["--out", "--compare", "1f1b"], "--out needs a value: --out DIR"),
         (
             ["--plot"],
-            "--plot is not an option; there are --out, --compare, --vocab, --runtime, --program, "
-            "--help and --print-config",
+            "--plot is not an option; there are --out, --compare, --frontier, --vocab, --runtime, "
+            "--program, --jitter, --straggler, --samples, --seed, --help and --print-config",
         ),
         (
             ["vocab=none,naive"],
@@ -375,6 +381,55 @@ def test_a_comparison_lists_what_is_not_possible_and_draws_the_rest(vp_simulate,
     table = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert ["reason" in row for row in table] == [False] * 4 + [True] * 2
     assert (tmp_path / "comparison.png").read_bytes().startswith(PNG)
+
+
+def test_jitter_shows_how_the_steps_of_every_schedule_vary(vp_simulate, tmp_path):
+    words = ("--jitter", "0.2", "--straggler", "0.5", "--samples", "8", "--out", tmp_path)
+    code, out, _ = vp_simulate(*words, "--compare", "1f1b,zb_h1,v_half", *UNIT)
+    assert code == 0
+    assert "8 steps of every schedule, seed 0: passes and collectives vary by 0.2 each" in out
+    assert "one rank, each in turn, is slower by 50%" in out
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    found = {row["schedule"]: row["disturbed"] for row in rows if "disturbed" in row}
+    assert found.keys() == {"1f1b", "zb_h1"}, "a V of 8 stages has no 4 layers"
+    for steps in found.values():
+        assert len(steps["seconds"]) == 8
+        low, middle, high = steps["quantiles_seconds"].values()
+        assert low <= middle <= high <= steps["worst_seconds"] == max(steps["seconds"])
+    for words, key in (("fastest on average", "mean_seconds"), ("least disturbed", "longer")):
+        name = min(found, key=lambda name: found[name][key])
+        assert f"{words:<19} {name} with none: " in out
+
+
+def test_no_jitter_is_the_planned_step(vp_simulate):
+    code, out, _ = vp_simulate("--jitter", "0", "--samples", "2", "--compare", "1f1b", *UNIT)
+    assert code == 0
+    assert out.count("33.00 s") >= 6
+    assert "+0.00%" in out
+
+
+def test_the_frontier_is_a_table_a_picture_and_schedules_that_run(
+    vp_simulate, quick_search, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("vp_train.commands.frontier.MOST_CAPS", 3)
+    small = ["parallel.pp=2", "model=nano", "num_microbatches=6"]
+    words = ("--frontier", "--vocab", "one_barrier,none", "--compare", "1f1b,v_half")
+    code, *_ = vp_simulate(*words, "--out", tmp_path, *small)
+    assert code == 0
+    table = json.loads((tmp_path / "frontier.json").read_text())
+    assert [row["schedule"] for row in table["named"]] == ["1f1b", "1f1b", "v_half", "v_half"]
+    for vocab, points in table["frontiers"].items():
+        makespans = [point["makespan_seconds"] for point in points]
+        assert makespans == sorted(makespans, reverse=True)
+        assert all(point["peak_bytes"] <= point["cap_bytes"] * (1 + 1e-9) for point in points)
+        stored = sorted(tmp_path.glob(f"{vocab}_*.txt"))
+        assert stored
+        step = simulate_step(
+            load_config([f"schedule.file={stored[0]}", f"vocab={vocab}", *small])
+        ).timeline
+        assert step.makespan == pytest.approx(max(makespans))
+    assert (tmp_path / "frontier.png").read_bytes().startswith(PNG)
+    assert ElementTree.parse(tmp_path / "frontier.svg").getroot().tag.endswith("svg")
 
 
 def test_a_schedule_from_a_file_is_called_what_it_is(vp_simulate, tmp_path):

@@ -13,26 +13,37 @@ the refined starts end within 1 % of the lower bound, for equal and for unequal 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from schedules.bound import Bound, lives, steady_bytes, step_bound
 from schedules.cost import CostModel
 from schedules.generators import base_order, generate
-from schedules.generators.refine import LOOSE, GoesOn, Refined, judge, refine, search
+from schedules.generators.fill import LOOSE
+from schedules.generators.order import in_turn
+from schedules.generators.refine import GoesOn, Refined, Refiner, judge, refine
+from schedules.generators.steady import Ring, tighten
 from schedules.generators.v_shape import Block, blocks
 from schedules.generators.weave import STARTS, weave
+from schedules.graph import DeadlockError
 from schedules.ir import Kind, Pass, Schedule
 from schedules.network import Network, Orders
 from schedules.problem import Problem
 from schedules.simulate import peak
 
-_FIRST = 60_000  # nodes placed to refine each start
+_FIRST = 24_000  # nodes placed to refine each start
 # Then per round: how many of the best go on, and how many nodes are placed to search from each.
-_ROUNDS = ((5, 200_000), (1, 1_500_000))
+_ROUNDS = ((8, 24_000), (4, 150_000), (1, 1_000_000))
+_CLOSE = 5e-3  # the gap below which steady states are not searched for
 _ENOUGH = 5e-4  # the gap to the lower bound at which the search ends
-_BLOCKS = 6  # V-shaped blocks to start from
-_BLOCKS_PER_LEVEL = 3  # of these at most so many with the same number of stages in flight
+_SHORT = 3  # microbatches per rank of the step that is searched
+_TIGHTENED = 20_000  # passes to move in search of a steady state, over those of a microbatch
+_STEADY = 8  # steady states to start from, at most
+_SLOWER = 1.03  # times the shortest period: with a longer one there is no start
+_BEYOND = 1  # stages by which a block may exceed the cap
+_BLOCKS = 12  # V-shaped blocks to make them of
+_BLOCKS_PER_LEVEL = 4  # of these at most so many with the same number of stages in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,34 +112,185 @@ class CapError(ValueError):
         self.alone, self.steady = alone, steady
 
 
-def solve(options: Sequence[Option], caps: Sequence[float], watch: Watch | None = None) -> Solution:
+def solve(
+    options: Sequence[Option],
+    caps: Sequence[float],
+    watch: Watch | None = None,
+    known: Sequence[Solution] = (),
+) -> Solution:
     """Return the fastest schedule found in which rank r keeps at most `caps[r]` bytes.
 
-    `watch` sees the search go on, and may end it with the best schedule so far. Raises CapError,
-    with the least bytes that were reached, if none was found.
+    `watch` sees the search go on, and may end it with the best schedule so far. The result is not
+    slower than a solution in `known`, of one of the options, that fits. Raises CapError, with the
+    least bytes that were reached, if none was found.
     """
     watched = _Watched(watch)
-    found = [
-        (refined, option, network)
-        for option in watched.until_stopped(options)
-        for network in [Network.of(option.problem, option.cost)]
-        for refined in _starts(option, network, list(caps), watched)
-    ]
-    for survivors, effort in _ROUNDS:
-        best_first = sorted(found, key=lambda start: start[0].quality)[:survivors]
-        found = []
-        for refined, option, network in best_first:
-            enough = step_bound(option.problem, option.cost, tuple(caps)).seconds * (1 + _ENOUGH)
-            goes_on = watched.of(option)
-            searched = search(network, refined, list(caps), effort, enough, goes_on)
-            found.append((searched, option, network))
-    best, option, network = found[0]
-    if best.excess > 0:
-        error = _cap_error(best, option, network, caps)
+    entries = [_Entry.of(option, caps, short=True) for option in options]
+    entries.sort(key=lambda entry: entry.bound.seconds)
+    best = min(
+        (
+            _Found(judge(entry.network, entry.network.orders(solution.schedule), caps), entry)
+            for entry in entries
+            for solution in known
+            if solution.option is entry.option
+        ),
+        key=_quality,
+        default=None,
+    )
+    best, is_extended = _race(entries, best, watched)
+    if not is_extended and not watched.is_stopped:
+        # No short step that was found has a steady state, so the whole ones are searched.
+        entries = [_Entry.of(entry.option, caps, short=False) for entry in entries]
+        best, _ = _race(entries, best, watched)
+    entry, refined = best.entry, best.refined
+    if refined.excess > 0:
+        error = _cap_error(refined, entry.option, entry.network, caps)
         error.is_stopped = watched.is_stopped
         raise error
-    bound = step_bound(option.problem, option.cost, tuple(caps))
-    return Solution(option, network.schedule(f"auto from {option.name}", best.orders), bound)
+    name = f"auto from {entry.option.name}"
+    return Solution(entry.option, entry.network.schedule(name, refined.orders), entry.bound)
+
+
+def _race(entries: Sequence[_Entry], best: _Found | None, watched: _Watched) -> tuple[_Found, bool]:
+    """Return the best of `best` and what is found from `entries`, and whether a start was extended.
+
+    `entries` come in the order of their bounds.
+    """
+    starts: list[_Found] = []
+
+    def can_win(entry: _Entry) -> bool:
+        """Return whether schedules of `entry` can be faster than all found so far."""
+        known = [found.refined for found in ([] if best is None else [best]) + starts]
+        return not any(
+            refined.excess == 0 and refined.makespan <= entry.bound.seconds for refined in known
+        )
+
+    for entry in entries:
+        if best is not None and (watched.is_stopped or not can_win(entry)):
+            continue
+        named = [_Found(refined, entry) for refined in entry.named(watched)]
+        best = min([*([] if best is None else [best]), *named], key=_quality)
+        starts += [_Found(refined, entry) for refined in entry.starts(watched)]
+    assert best is not None
+    starts += _steady_starts(starts, watched)
+    for survivors, effort in _ROUNDS:
+        starts = sorted(starts, key=_quality)[:survivors]
+        starts = [
+            replace(start, refined=start.entry.search(start.refined, effort, watched))
+            for start in starts
+            if not watched.is_stopped and can_win(start.entry)
+        ] or starts
+    is_extended = not starts
+    for start in starts:
+        refined = start.entry.whole(start.refined)
+        if refined is not None:
+            is_extended = True
+            best = min(best, replace(start, refined=refined), key=_quality)
+    return best, is_extended
+
+
+def _quality(found: _Found) -> tuple[float, float]:
+    return found.refined.quality
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An option in a search.
+
+    Orders are searched for in a step of fewer microbatches, `refiner`'s, and then extended.
+    """
+
+    option: Option
+    network: Network
+    caps: list[float]
+    bound: Bound
+    short: Problem
+    refiner: Refiner
+
+    @classmethod
+    def of(cls, option: Option, caps: Sequence[float], *, short: bool) -> _Entry:
+        problem, network = option.problem, Network.of(option.problem, option.cost)
+        m = problem.num_microbatches
+        least = _SHORT * problem.layout.num_ranks
+        few = least + (m - least) % 4 if short and m > least + 4 else m
+        bound = step_bound(problem, option.cost, tuple(caps))
+        refiner = Refiner(replace(network, num_microbatches=few), caps, m - few)
+        return cls(
+            option, network, list(caps), bound, replace(problem, num_microbatches=few), refiner
+        )
+
+    def named(self, watched: _Watched) -> Iterator[Refined]:
+        """Yield the named schedule, and that of one microbatch after the other."""
+        option, network = self.option, self.network
+        named = network.orders(generate(option.name, option.problem, option.cost))
+        first = judge(network, named, self.caps)
+        watched.of(option)(first)
+        yield first
+        yield judge(network, _one_by_one(option, network), self.caps)
+
+    def starts(self, watched: _Watched) -> Iterator[Refined]:
+        """Yield refined orders of the short step from several starts."""
+        option = self.option
+        if option.name == "interlaced":
+            return  # it serves as a comparison; refining would break up its output layer
+        network = replace(self.network, num_microbatches=self.short.num_microbatches)
+        base = base_order(option.name, self.short)
+        woven = [
+            weave(base, self.short, network, preference)
+            for preference in STARTS[: max(2, _FIRST // _nodes(network) // 2)]
+        ]
+        chosen = woven if self.short.split_backward else woven[:1]
+        yield from self.refined([in_turn(network, orders) for orders in chosen], watched)
+
+    def steady(self, watched: _Watched) -> Iterator[Refined]:
+        """Yield refined orders of the short step from steady states."""
+        network = replace(self.network, num_microbatches=self.short.num_microbatches)
+        rings = _steady(self.short, network, self.caps)
+        yield from self.refined([ring.orders() for ring in rings], watched)
+
+    def refined(self, starts: Sequence[Orders], watched: _Watched) -> Iterator[Refined]:
+        """Yield the orders `starts` of the short step, refined with little effort."""
+        nodes, goes_on = (
+            _nodes(self.network) // self.option.problem.num_microbatches,
+            watched.of(self.option),
+        )
+        nodes *= self.short.num_microbatches
+        for orders in starts:
+            if watched.is_stopped:
+                return
+            yield self.refiner.refine(self.refiner.judge(orders), max(2 * nodes, _FIRST), goes_on)
+
+    def search(self, refined: Refined, effort: int, watched: _Watched) -> Refined:
+        """Return orders of the short step improved by kicks."""
+        enough = self.bound.seconds * (1 + _ENOUGH)
+        return self.refiner.search(refined, effort, enough, watched.of(self.option))
+
+    def whole(self, refined: Refined) -> Refined | None:
+        """Return orders of the short step as those of the whole one; None if that fails."""
+        if self.short == self.option.problem:
+            return refined
+        found: list[Refined] = []
+        for orders in self.refiner.extensions(refined.orders):
+            with contextlib.suppress(DeadlockError):  # rare: it repeats what does not fit together
+                found.append(judge(self.network, orders, self.caps))
+        if not found:
+            return None
+        best = min(found, key=lambda extended: extended.quality)
+        nodes = _nodes(self.network)
+        return refine(self.network, best.orders, self.caps, max(4 * nodes, _FIRST))
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Orders of an entry: of its short step for a start, of the whole one for a result."""
+
+    refined: Refined
+    entry: _Entry
+
+    @property
+    def is_close(self) -> bool:
+        """Return whether steady states are not worth a search."""
+        return self.refined.makespan < self.entry.bound.seconds * (1 + _CLOSE)
 
 
 class _Watched:
@@ -165,34 +327,6 @@ class _Watched:
                 yield option
 
 
-def _starts(
-    option: Option, network: Network, caps: list[float], watched: _Watched
-) -> Iterator[Refined]:
-    """Yield orders of one option: the named schedule, and refined ones from several starts."""
-    goes_on = watched.of(option)
-    named = network.orders(generate(option.name, option.problem, option.cost))
-    first = judge(network, named, caps)
-    yield first
-    if not goes_on(first) or option.name == "interlaced":
-        return  # it serves as a comparison; refining would break up its synchronous output layer
-    yield judge(network, _one_by_one(option, network), caps)
-    base = base_order(option.name, option.problem)
-    woven = [
-        weave(base, option.problem, network, preference)
-        for preference in STARTS[: max(2, _FIRST // _nodes(network))]
-    ]
-    if option.name == "v_min":
-        for block in _blocks(option.problem, network, caps):
-            order = block.order(option.problem)
-            woven += [
-                weave(order, option.problem, network, preference) for preference in STARTS[:2]
-            ]
-    for orders in [named, *woven] if option.problem.split_backward else woven[:1]:
-        if watched.is_stopped:
-            return
-        yield refine(network, orders, caps, max(2 * _nodes(network), _FIRST), goes_on)
-
-
 def _one_by_one(option: Option, network: Network) -> Orders:
     """Return the order in which every microbatch starts after the previous one has ended.
 
@@ -207,6 +341,33 @@ def _one_by_one(option: Option, network: Network) -> Orders:
     ]
 
 
+def _steady_starts(starts: Sequence[_Found], watched: _Watched) -> list[_Found]:
+    """Return starts from steady states, unless others come close to the lower bound already."""
+    if any(s.refined.excess == 0 and s.is_close for s in starts):
+        return []
+    entries = {start.entry.option.name: start.entry for start in starts}
+    entry = entries.get("v_min")
+    return [] if entry is None else [_Found(found, entry) for found in entry.steady(watched)]
+
+
+def _steady(problem: Problem, network: Network, caps: list[float]) -> list[Ring]:
+    """Return the steady states to start from, each tightened from a V-shaped block."""
+    tries = _TIGHTENED // network.size
+    tightened = [
+        (tighten(Ring.of_block(network, problem, block), network, caps, tries), block)
+        for block in _blocks(problem, network, caps)
+    ]
+    fitting = [(found, block) for found, block in tightened if found is not None]
+    fitting.sort(key=lambda pair: (pair[0][0], pair[1].length(problem.layout.num_ranks)))
+    rings: list[Ring] = []
+    for (rate, ring), _ in fitting[:_STEADY]:
+        if rings and rate > fitting[0][0][0] * _SLOWER:
+            break
+        further = tighten(ring, network, caps, 3 * tries, 1)
+        rings.append(ring if further is None or further[0] >= rate else further[1])
+    return rings
+
+
 def _blocks(problem: Problem, network: Network, caps: list[float]) -> list[Block]:
     """Return the V-shaped blocks to start from: those that fit under the caps with a shard held.
 
@@ -218,7 +379,8 @@ def _blocks(problem: Problem, network: Network, caps: list[float]) -> list[Block
         for k, node in enumerate(network.nodes)
         if isinstance(node, Pass)
     }
-    room = [cap - keeps.get((rank, Kind.S), 0.0) for rank, cap in enumerate(caps)]
+    spare = _BEYOND * max(keeps.values())
+    room = [cap - keeps.get((rank, Kind.S), 0.0) + spare for rank, cap in enumerate(caps)]
     chunks = [
         [keeps[stage, Kind.F] for stage in layout.stages_of(rank)]
         for rank in range(layout.num_ranks)
@@ -238,7 +400,7 @@ def _blocks(problem: Problem, network: Network, caps: list[float]) -> list[Block
         for level in sorted(levels, reverse=True)
         for _, block in sorted(levels[level], key=lambda found: found[0])[:_BLOCKS_PER_LEVEL]
     ]
-    return shortest[: min(_BLOCKS, max(2, _FIRST // _nodes(network)))]
+    return shortest[:_BLOCKS]
 
 
 def _nodes(network: Network) -> int:

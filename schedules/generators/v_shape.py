@@ -16,7 +16,7 @@ from itertools import product
 from schedules.ir import Kind, Pass
 from schedules.problem import Problem
 
-_INTERVAL = 6
+INTERVAL = 6
 _STEPS, _TURNS = (1, 2, 3), (1, 2, 3, 4)
 
 BaseOrder = tuple[tuple[Pass, ...], ...]
@@ -85,7 +85,7 @@ class Block:
             for start, stage in ((i1, second), (i0, first)):
                 block += [(start, stage, Kind.I), (start + 1, stage, Kind.W)]
             placed = [
-                (start + _INTERVAL * microbatch, order, Pass(stage, kind, microbatch))
+                (start + INTERVAL * microbatch, order, Pass(stage, kind, microbatch))
                 for microbatch in range(problem.num_microbatches)
                 for order, (start, stage, kind) in enumerate(block)
             ]
@@ -94,8 +94,8 @@ class Block:
 
 
 def _alive(now: int, start: int, end: int) -> int:
-    """Return how many of the intervals [start, end), repeated every _INTERVAL, contain `now`."""
-    return (now - start) // _INTERVAL - (now - end) // _INTERVAL
+    """Return how many of the intervals [start, end), repeated every INTERVAL, contain `now`."""
+    return (now - start) // INTERVAL - (now - end) // INTERVAL
 
 
 def v_half(problem: Problem) -> BaseOrder:
@@ -119,16 +119,16 @@ def v_min(problem: Problem) -> BaseOrder:
 def blocks(problem: Problem) -> Iterator[Block]:
     """Yield every block with short steps and turns whose passes never overlap on a rank."""
     p, barriers = problem.layout.num_ranks, problem.algorithm.extra_in_flight
-    middle_turns = range(1 + barriers, 2 + _INTERVAL * max(1, barriers))
+    middle_turns = range(1 + barriers, 2 + INTERVAL * max(1, barriers))
     for *steps, down, middle, up in product(
         _STEPS, _STEPS, _STEPS, _STEPS, _TURNS, middle_turns, _TURNS
     ):
         first, second, third, fourth = steps
         block = Block((first, second, third, fourth), (down, middle, up))
-        if all(len({start % _INTERVAL for start in starts}) == 4 for starts in block.starts(p)):
+        if all(len({start % INTERVAL for start in starts}) == 4 for starts in block.starts(p)):
             yield block
 
 
 def _delay(problem: Problem) -> int:
     """Return the time that the barriers take between the last F and the first I."""
-    return _INTERVAL * problem.algorithm.extra_in_flight
+    return INTERVAL * problem.algorithm.extra_in_flight

@@ -106,6 +106,7 @@ class _Weaver:
     ) -> None:
         self._problem, self._network, self._preference = problem, network, preference
         count, size = network.num_microbatches, network.size
+        self._size, self._last_kind = size, problem.stage_kinds[-1]
         passes = [node for node in network.nodes if isinstance(node, Pass)]
         self._kinds = [node.kind for node in passes]
         keys = {(node.stage, node.kind): k for k, node in enumerate(passes)}
@@ -180,7 +181,7 @@ class _Weaver:
             head is not None
             and self._in_flight[rank] >= self._most_in_flight[rank]
             and bool(movable.get(Kind.W))
-            and self._kinds[head % self._network.size] is Kind.F
+            and self._kinds[head % self._size] is Kind.F
         )
         base_at = arrived_at[head] if head is not None and not full and not missing[head] else None
         for kind in preference.eager:
@@ -197,7 +198,7 @@ class _Weaver:
             if kind in times and times[kind] <= now:
                 if base_at is None:
                     return kind, None
-                seconds = self._network.seconds[movable[kind][0] % self._network.size]
+                seconds = self._network.seconds[movable[kind][0] % self._size]
                 if now + seconds - base_at <= preference.patience * seconds:
                     return kind, None
         upcoming = [time for time in (base_at, *times.values()) if time is not None and time > now]
@@ -209,7 +210,7 @@ class _Weaver:
         """Drop E from `times` if it would run too far ahead, S if too many shards wait for T."""
         if (
             Kind.E in times
-            and movable[Kind.E][0] // self._network.size >= self._embedded + EMBEDDINGS_AHEAD
+            and movable[Kind.E][0] // self._size >= self._embedded + EMBEDDINGS_AHEAD
         ):
             del times[Kind.E]
         if (
@@ -226,10 +227,10 @@ class _Weaver:
         """
         number = self._movable[rank].get(kind, self._base[rank]).popleft()
         self._orders[rank].append(number)
-        k = number % self._network.size
+        k = number % self._size
         touched = {rank}
         kind = self._kinds[k]
-        self._in_flight[rank] += (kind is Kind.F) - (kind is self._problem.stage_kinds[-1])
+        self._in_flight[rank] += (kind is Kind.F) - (kind is self._last_kind)
         if kind is Kind.S:
             self._held[rank][Kind.T] += 1
         elif kind in (Kind.T, Kind.G):
@@ -238,7 +239,7 @@ class _Weaver:
             self._embedded += 1
             touched.update(range(len(self._orders)))
         for ready in self._clock.run(number, now):
-            lane = self._network.lanes[ready % self._network.size]
+            lane = self._network.lanes[ready % self._size]
             touched.add(lane)
-            self._held[lane][Kind.G] += self._kinds[ready % self._network.size] is Kind.G
+            self._held[lane][Kind.G] += self._kinds[ready % self._size] is Kind.G
         return touched

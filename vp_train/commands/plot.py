@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -220,6 +220,79 @@ def comparison_figure(marks: Sequence[Mark], title: str) -> Figure:
     return figure
 
 
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """The best bubble under every cap on memory, with one vocabulary algorithm.
+
+    `points` are pairs of bytes of the fullest rank and mean bubble as a fraction, by bytes.
+    """
+
+    vocab: str
+    points: Sequence[tuple[float, float]]
+
+
+def frontier_pictures(figure: Figure, directory: Path) -> list[str]:
+    """Write a frontier as PNG and as SVG to `directory`, and return the names of the files."""
+    from matplotlib import rc_context
+
+    names = ["frontier.png", "frontier.svg"]
+    # The same picture is the same file: no date, and ids from a fixed seed.
+    with rc_context({"svg.hashsalt": "frontier", "svg.fonttype": "none"}):
+        figure.savefig(directory / names[0])
+        figure.savefig(directory / names[1], metadata={"Date": None})
+    return names
+
+
+def frontier_figure(
+    frontiers: Sequence[Frontier], marks: Sequence[Mark], title: str, unit: float = 2**30
+) -> Figure:
+    """Return a picture of the frontiers, with the named schedules `marks` as points.
+
+    Every algorithm has a colour, its frontier a line of steps and its schedules marks of that
+    colour, which are labelled where there is room.  Memory is counted in GiB, or in microbatches
+    of `unit` bytes if that is given.
+    """
+    figure = _figure(8, 5.2, dpi=150)
+    axes = figure.add_subplot()
+    names = dict.fromkeys([line.vocab for line in frontiers] + [mark.vocab for mark in marks])
+    inks = dict(zip(names, _INKS * 4, strict=False))
+    right = max(at for line in frontiers for at, _ in line.points) / unit
+    right = max([right, *(mark.peak_bytes / unit for mark in marks)])
+    for line in frontiers:
+        places = [at / unit for at, _ in line.points]
+        bubbles = [100 * bubble for _, bubble in line.points]
+        # What the last cap allows, more memory allows too.
+        axes.plot(
+            [*places, 1.05 * right],
+            [*bubbles, bubbles[-1]],
+            drawstyle="steps-post",
+            color=inks[line.vocab],
+            linewidth=1.8,
+            label=f"auto, {line.vocab}",
+            zorder=2,
+        )
+        axes.plot(places, bubbles, ".", color=inks[line.vocab], markersize=5, zorder=2)
+    scaled = [replace(mark, peak_bytes=mark.peak_bytes / unit * 2**30) for mark in marks]
+    for mark in scaled:
+        axes.plot(
+            *mark.at, "D", color=inks[mark.vocab], markersize=6, markeredgecolor="white", zorder=3
+        )
+    places = [at / unit for line in frontiers for at, _ in line.points]
+    values = [100 * bubble for line in frontiers for _, bubble in line.points]
+    _spread(axes, "y", values + [mark.at[1] for mark in scaled])
+    axes.set_xlim(0.9 * min([*places, *(mark.at[0] for mark in scaled)]), 1.05 * right)
+    words = "GiB" if unit == 2**30 else "microbatches of a rank's layers"
+    axes.set_xlabel(f"activations of the fullest rank, {words}")
+    axes.set_ylabel("mean bubble, %")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.grid(color="#E5E5E5")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    _label(figure, axes, scaled, {mark.schedule: "#333333" for mark in scaled}, with_vocab=False)
+    return figure
+
+
 def _add_keys(figure: Figure, inks: dict[str, str], shapes: dict[str, str]) -> None:
     """Add the key of the colours and the key of the shapes, at the right of the axes."""
     colours = [(name, "s", ink) for name, ink in inks.items()]
@@ -261,7 +334,14 @@ def _spread(axes: Axes, name: str, values: Sequence[float]) -> None:
     axis.set_major_formatter("{x:g}")
 
 
-def _label(figure: Figure, axes: Axes, marks: Sequence[Mark], inks: dict[str, str]) -> None:
+def _label(
+    figure: Figure,
+    axes: Axes,
+    marks: Sequence[Mark],
+    inks: dict[str, str],
+    *,
+    with_vocab: bool = True,
+) -> None:
     """Write a label near every mark, where it covers no other label and no mark.
 
     A label that is far from its mark is connected with it by a line.  A mark without room for a
@@ -276,7 +356,7 @@ def _label(figure: Figure, axes: Axes, marks: Sequence[Mark], inks: dict[str, st
     farthest = 0.2 * axes.bbox.width
     for mark, (x, y) in sorted(zip(marks, points, strict=True), key=lambda pair: -pair[0].bubble):
         label = axes.annotate(
-            f"{mark.schedule}, {mark.vocab}",
+            f"{mark.schedule}, {mark.vocab}" if with_vocab else mark.schedule,
             mark.at,
             textcoords="offset pixels",
             xytext=(0, 0),

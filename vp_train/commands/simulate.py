@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from schedules.bound import Bound, step_bound
-from schedules.generators import GENERATORS
+from schedules.generators import GENERATORS, searched_schedules
 from schedules.generators.auto import Watch
 from schedules.ir import Kind
+from schedules.jitter import Steps
 from schedules.lower import lower
 from schedules.render import chrome_trace, duration, svg, text_grid
 from schedules.replay import RUNTIMES, Replay, Runtime, late_starts, replay
 from schedules.timeline import Timeline
-from schedules.vocab import VOCAB_ALGORITHMS, End
+from schedules.vocab import VOCAB_ALGORITHMS, End, searched_algorithms
+from vp_train.commands import disturbed
 from vp_train.commands.command import Command, run
+from vp_train.commands.disturbed import Draws
+from vp_train.commands.frontier import curves, write
 from vp_train.commands.plot import Mark, comparison_png, schedule_png
 from vp_train.commands.searching import Searching
 from vp_train.config import ConfigError, CostConfig, RunConfig, unknown
@@ -43,7 +47,10 @@ _EXAMPLES = """\
   vp-simulate --out shown schedule=zb_h1         also as pictures and as a trace for Perfetto
   vp-simulate --runtime cuda schedule=zb_v       also as CUDA's streams would execute it
   vp-simulate --compare 1f1b,zb_h1,v_half --vocab none,one_barrier --out compared \\
-      parallel.pp=8 cost=a100_4b run.dtype=float16"""
+      parallel.pp=8 cost=a100_4b run.dtype=float16
+  vp-simulate --frontier --out frontier parallel.pp=8 num_microbatches=64 cost=a100_4b \\
+      run.dtype=float16                          bubble against memory for every cap
+  vp-simulate --jitter 0.1 --straggler 0.1       how steps vary with every schedule"""
 
 
 def main() -> None:
@@ -51,9 +58,11 @@ def main() -> None:
     options = {
         "--out": ("DIR", "write pictures, trace and figures there"),
         "--compare": ("A,B,...", "one line for each of these schedules, or for all"),
-        "--vocab": ("A,B,...", "with --compare: with each of these algorithms, or with all"),
+        "--frontier": ("", "the best bubble of schedule=auto under every cap on memory"),
+        "--vocab": ("A,B,...", "with the three above and below: these algorithms, or all"),
         "--runtime": ("NAME", "also replay the program as cuda or gloo executes it"),
         "--program": ("", "print the program of every rank instead, one line per rank"),
+        **disturbed.OPTIONS,
     }
     purpose = "simulates one step: time, bubble and memory of a schedule"
     run(Command("vp-simulate", purpose, _simulate, _EXAMPLES, options))
@@ -61,11 +70,18 @@ def main() -> None:
 
 def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
     directory = Path(options["--out"]).expanduser() if "--out" in options else None
-    if "--vocab" in options and "--compare" not in options:
+    draws = Draws.of(options)
+    compares = "--compare" in options or "--frontier" in options or draws is not None
+    if "--vocab" in options and not compares:
         raise ConfigError(
             "--vocab belongs to --compare; "
             f"for one algorithm write vocab={options['--vocab'].split(',')[0]}"
         )
+    for name in ("--runtime", "--jitter", "--straggler"):
+        if "--frontier" in options and name in options:
+            raise ConfigError(f"--frontier goes without {name}; drop one of the two")
+    if draws is not None and "--runtime" in options:
+        raise ConfigError("--runtime goes without --jitter and --straggler; drop one of them")
     runtime = runtime_called(options["--runtime"]) if "--runtime" in options else None
     if "--program" in options:
         if others := [name for name in options if name != "--program"]:
@@ -75,8 +91,13 @@ def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str,
         tied = config.model.tied_embeddings
         print(lower(plan.schedule, plan.problem, plan.cost, tied=tied).text(), end="")
         return EXIT_OK
-    if "--compare" in options:
-        names, algorithms = options["--compare"], options.get("--vocab")
+    if "--frontier" in options:
+        names, algorithms = options.get("--compare"), options.get("--vocab")
+        return draw_frontier(
+            config, names, algorithms, directory=directory, config_yaml=config_text(config)
+        )
+    if compares:
+        names, algorithms = options.get("--compare", "all"), options.get("--vocab")
         compare(
             config,
             names,
@@ -84,6 +105,7 @@ def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str,
             directory=directory,
             config_yaml=config_text(config),
             runtime=runtime,
+            draws=draws,
         )
     else:
         return show(config, directory, config_text(config), runtime)
@@ -149,29 +171,35 @@ def compare(
     directory: Path | None,
     config_yaml: str,
     runtime: Runtime | None = None,
+    draws: Draws | None = None,
 ) -> None:
     """Simulate several schedules with several algorithms and print one line for each pair.
 
     `schedules` and `vocabs` are lists with commas, or `all`.  Without `vocabs` the algorithm is
-    that of `config`.  With a `directory` a table and a picture of all are written there.  Raises
-    ConfigError for a name that is not known, or if no pair is possible.
+    that of `config`.  With `draws` the lines have the distribution of disturbed steps.  With a
+    `directory` a table and a picture of all are written there.  Raises ConfigError for a name that
+    is not known, or if no pair is possible.
     """
-    if config.schedule.file is not None:
-        raise ConfigError(
-            "--compare simulates schedules by name, "
-            f"but schedule.file={config.schedule.file} is set; drop one of the two"
-        )
+    _refuse_file(config)
     names = _names("--compare", schedules, tuple(GENERATORS))
     algorithms = _names("--vocab", vocabs or config.vocab.algorithm, tuple(VOCAB_ALGORITHMS))
     _make(directory)
     widths = max(map(len, ("schedule", *names))), max(map(len, ("vocab", *algorithms)))
-    print(f"{headline(config)}\n\n{table_head(widths, runtime)}", flush=True)
+    head = table_head(widths, runtime)
+    if draws is not None:
+        head = f"{draws.words}\n\n{disturbed.table_head(widths)}"
+    print(f"{headline(config)}\n\n{head}", flush=True)
     started = time.perf_counter()
-    items = []
+    items: list[Outcome | Refusal] = []
     for item in simulate_each(config, names, algorithms, runtime):
+        if draws is not None and isinstance(item, Outcome):
+            item = replace(item, steps=draws.steps(item.plan))
         print(table_line(item, widths), flush=True)
         items.append(item)
     outcomes = [item for item in items if isinstance(item, Outcome)]
+    steps = {(o.schedule, o.vocab): o.steps for o in outcomes if o.steps is not None}
+    if steps:
+        print("", *disturbed.verdict(steps), sep="\n")
     print(
         f"\n{len(outcomes)} of {len(items)} simulated in {duration(time.perf_counter() - started)}",
         flush=True,
@@ -184,14 +212,65 @@ def compare(
             "none of these schedules is possible with these settings; the table says why"
         )
     if directory is not None:
-        marks = [
-            Mark(
-                item.schedule, item.vocab, item.timeline.mean_bubble, max(item.timeline.peak_bytes)
-            )
-            for item in outcomes
-        ]
-        comparison_png(marks, headline(config), directory / "comparison.png")
+        comparison_png(_marks(outcomes), headline(config), directory / "comparison.png")
         print(f"written to {directory}: config.yaml, table.json, comparison.png", flush=True)
+
+
+def draw_frontier(
+    config: RunConfig,
+    schedules: str | None,
+    vocabs: str | None,
+    *,
+    directory: Path | None,
+    config_yaml: str,
+) -> int:
+    """Search the fastest schedule under every cap on memory, and print a line for each.
+
+    `vocabs` are the algorithms, each with a frontier of its own, `schedules` the named schedules
+    to compare with; both are lists with commas, or `all`.  Without them these are what searches
+    try.  With a `directory` table, pictures and schedules are written there.  Returns the exit
+    code.  Raises ConfigError like `compare`.
+    """
+    _refuse_file(config)
+    names = _names("--compare", schedules or ",".join(searched_schedules()), tuple(GENERATORS))
+    searched = ",".join(searched_algorithms())
+    algorithms = _names("--vocab", vocabs or searched, tuple(VOCAB_ALGORITHMS))
+    _make(directory)
+    print(f"{headline(config)}\n", flush=True)
+    started = time.perf_counter()
+    with Searching() as searching:
+        found = curves(config, algorithms, searching)
+    items = list(simulate_each(config, names, algorithms))
+    outcomes = [item for item in items if isinstance(item, Outcome)]
+    widths = max(map(len, names)), max(map(len, ("vocab", *algorithms)))
+    print(f"\n{table_head(widths)}")
+    print("\n".join(table_line(item, widths) for item in items), flush=True)
+    taken = duration(time.perf_counter() - started)
+    print("\n".join([f"\nsearched in {taken}", *searching.words]), flush=True)
+    if directory is not None and found:
+        _write(directory, "config.yaml", config_yaml)
+        option = found[0].points[0].solution.option
+        unit = option.cost.microbatch_bytes(option.problem.layout.num_ranks)
+        names_written = write(directory, found, _marks(outcomes), headline(config), unit)
+        print(f"written to {directory}: config.yaml, {', '.join(names_written)}", flush=True)
+    return searching.exit_code
+
+
+def _refuse_file(config: RunConfig) -> None:
+    """Raise ConfigError if a schedule comes from a file where schedules are simulated by name."""
+    if config.schedule.file is not None:
+        raise ConfigError(
+            "--compare simulates schedules by name, "
+            f"but schedule.file={config.schedule.file} is set; drop one of the two"
+        )
+
+
+def _marks(outcomes: Sequence[Outcome]) -> list[Mark]:
+    """Return the points of a picture of bubble against memory."""
+    return [
+        Mark(item.schedule, item.vocab, item.timeline.mean_bubble, max(item.timeline.peak_bytes))
+        for item in outcomes
+    ]
 
 
 def _make(directory: Path | None) -> None:
@@ -260,6 +339,7 @@ class Outcome:
     plan: StepPlan
     bound: Bound
     replayed: Replayed | None = None
+    steps: Steps | None = None  # disturbed ones
 
     @property
     def name(self) -> str:
@@ -469,6 +549,8 @@ def table_line(item: Outcome | Refusal, widths: tuple[int, int]) -> str:
     start = f"{item.schedule:<{widths[0]}} {item.vocab:<{widths[1]}} "
     if isinstance(item, Refusal):
         return f"{start}not possible: {item.reason}"
+    if item.steps is not None:
+        return disturbed.table_line(item.schedule, item.vocab, item.steps, widths)
     replayed = "" if item.replayed is None else f" {item.replayed.longer:>+9.2%}"
     return start + (
         f"{duration(item.timeline.makespan):>9} {item.timeline.mean_bubble:>7.1%} "
@@ -489,6 +571,8 @@ def record(item: Outcome | Refusal) -> dict[str, Any]:
             "makespan_seconds": item.replayed.timeline.makespan,
             "longer": item.replayed.longer,
         }
+    if item.steps is not None:
+        replayed["disturbed"] = disturbed.record(item.steps)
     return (
         start
         | replayed

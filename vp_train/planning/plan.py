@@ -46,8 +46,7 @@ from vp_train.units import human_bytes
 from vp_train.vocab.shard import Shard, split_rows
 
 SEARCHING = (
-    "schedule=auto: searching for the fastest schedule, "
-    "half a minute for 8 ranks and 64 microbatches"
+    "schedule=auto: searching for the fastest schedule, ten seconds for 8 ranks and 64 microbatches"
 )
 SEQUENCE_DEVICES = ("cuda",)
 _LARGEST_SCHEDULE = 1 << 24  # bytes; a pass takes about 7
@@ -213,7 +212,7 @@ def plan_step(config: RunConfig, num_ranks: int, watch: Watch | None = None) -> 
     `make_plan`, and KeyboardInterrupt if the search was ended before it found anything.
     """
     if config.schedule.is_solved:
-        return _solved(config, _workload(config, num_ranks), watch)
+        return _solved(config, num_ranks, watch)
     if config.schedule.file is not None:
         return _stored(config, _workload(config, num_ranks), Path(config.schedule.file))
     return draft_step(config, num_ranks).with_named(config.schedule.name)
@@ -440,19 +439,21 @@ def _check_microbatches(text: str, num_microbatches: int) -> None:
     raise ValueError(f"it is for {found:,} microbatches, not {num_microbatches}; {way_out}")
 
 
-def _solved(config: RunConfig, work: Workload, watch: Watch | None) -> StepPlan:
-    """Return the step of the fastest schedule that the search finds under the cap on memory.
+def searched_drafts(
+    config: RunConfig, num_ranks: int, algorithms: Sequence[str]
+) -> list[tuple[Option, Draft]]:
+    """Return what schedule=auto searches with these vocabulary algorithms: options and their steps.
 
-    It tries all base schedules with their layouts and, with vocab=auto, all algorithms.
+    These are all base schedules that the settings allow, each with its layout.  Raises ConfigError
+    if they allow none.
     """
-    num_ranks, settings = work.degrees.pp, config.schedule
-    names = searched_algorithms() if config.vocab.algorithm == "auto" else (config.vocab.algorithm,)
+    work = _workload(config, num_ranks)
     drafts: list[tuple[Option, Draft]] = []
     refusals: list[str] = []
     for name, family in GENERATORS.items():
-        for algorithm in map(_algorithm, names):
+        for algorithm in map(_algorithm, algorithms):
             try:
-                layout = _searched_layout(name, num_ranks, settings.num_chunks)
+                layout = _searched_layout(name, work.degrees.pp, config.schedule.num_chunks)
                 step = _draft(config, work, layout, algorithm, family.split_backward)
             except ConfigError as error:
                 refusals.append(str(error))
@@ -460,6 +461,18 @@ def _solved(config: RunConfig, work: Workload, watch: Watch | None) -> StepPlan:
                 drafts.append((Option(name, step.problem, step.cost), step))
     if not drafts:
         raise ConfigError(refusals[0])
+    return drafts
+
+
+def _solved(config: RunConfig, num_ranks: int, watch: Watch | None) -> StepPlan:
+    """Return the step of the fastest schedule that the search finds under the cap on memory.
+
+    It tries all base schedules with their layouts and, with vocab=auto, all algorithms.
+    """
+    settings = config.schedule
+    names = searched_algorithms() if config.vocab.algorithm == "auto" else (config.vocab.algorithm,)
+    drafts = searched_drafts(config, num_ranks, names)
+    num_ranks = drafts[0][1].work.degrees.pp
     options, cost = [option for option, _ in drafts], drafts[0][1].cost
     caps = (_cap_bytes(settings, cost, num_ranks),) * num_ranks
     try:
@@ -491,24 +504,16 @@ def _searched_layout(name: str, num_ranks: int, num_chunks: int | None) -> Layou
     return family.layout_of(num_ranks, num_chunks if family.layout == "loop" else None)
 
 
-def _microbatch_bytes(cost: CostModel, num_ranks: int) -> float:
-    """Return the bytes of one microbatch's activations per rank.
-
-    It is the unit of schedule.cap_microbatches.
-    """
-    return sum(cost.stage_bytes) / num_ranks
-
-
 def _cap_bytes(settings: ScheduleConfig, cost: CostModel, num_ranks: int) -> float:
     if settings.cap_gib is not None:
         return settings.cap_gib * 2**30
     if settings.cap_microbatches is not None:
-        return settings.cap_microbatches * _microbatch_bytes(cost, num_ranks)
-    return (num_ranks + 1) * _microbatch_bytes(cost, num_ranks) + 2 * max(cost.shard_bytes)
+        return settings.cap_microbatches * cost.microbatch_bytes(num_ranks)
+    return (num_ranks + 1) * cost.microbatch_bytes(num_ranks) + 2 * max(cost.shard_bytes)
 
 
 def _cap_message(error: CapError, cap: float, in_gib: bool, cost: CostModel, num_ranks: int) -> str:
-    unit, word = (2**30, "GiB") if in_gib else (_microbatch_bytes(cost, num_ranks), "microbatches")
+    unit, word = (2**30, "GiB") if in_gib else (cost.microbatch_bytes(num_ranks), "microbatches")
     setting = "schedule.cap_gib" if in_gib else "schedule.cap_microbatches"
     enough = math.ceil(error.reached / unit * 100) / 100
     return (

@@ -1,0 +1,70 @@
+"""The frontier of bubble against memory: the fastest schedule found under every cap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from schedules.generators.auto import CapError, Option, Solution, Watch, solve
+from schedules.simulate import simulate
+from schedules.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The best schedule found in which every rank keeps at most `cap` bytes."""
+
+    cap: float
+    solution: Solution
+    timeline: Timeline
+
+    @property
+    def is_optimal(self) -> bool:
+        """Return whether the step takes no longer than the lower bound without a cap, by 0.1 %."""
+        return (self.timeline.gap or 0.0) < 1e-3
+
+
+def caps_of(options: Sequence[Option], most: int) -> list[float]:
+    """Return caps in bytes from what one microbatch keeps on to p + 1 microbatches and two shards.
+
+    They are multiples of the stages of half a microbatch, plus one held shard, since what a rank
+    keeps is made of these. If those are more than `most`, they are equally spaced among them.
+    """
+    option = options[0]
+    num_ranks, cost = option.problem.layout.num_ranks, option.cost
+    unit = cost.microbatch_bytes(num_ranks) / 2
+    held = max(cost.shard_bytes, default=0.0)
+    counts = list(range(2, 2 * (num_ranks + 1) + 1))
+    if len(counts) > most:
+        last = len(counts) - 1
+        counts = [counts[round(place * last / (most - 1))] for place in range(most)]
+    return [count * unit + held for count in counts] + [counts[-1] * unit + 2 * held]
+
+
+def frontier(
+    options: Sequence[Option], caps: Sequence[float], watch: Watch | None = None
+) -> Iterator[Point]:
+    """Yield the best schedule found under each cap in bytes, from the lowest to the highest.
+
+    Caps under which none was found are left out. More memory never makes a step slower: a point
+    takes the schedule of the one before it where the search finds none that is faster. It ends
+    with the first point that no memory can improve. `watch` may end it earlier.
+    """
+    previous: Point | None = None
+    for cap in sorted(caps):
+        try:
+            known = [] if previous is None else [previous.solution]
+            solution = solve(options, [cap] * options[0].problem.layout.num_ranks, watch, known)
+        except CapError as error:
+            if error.is_stopped:
+                return
+            continue
+        found = solution.option
+        timeline = simulate(solution.schedule, found.problem, found.cost)
+        point = Point(cap, solution, timeline)
+        if previous is not None and previous.timeline.makespan <= timeline.makespan:
+            point = replace(previous, cap=cap)
+        yield point
+        if point.is_optimal:
+            return
+        previous = point

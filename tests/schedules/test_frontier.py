@@ -1,0 +1,47 @@
+"""Laws of the frontier and of what it is made of: steady states, extensions, fillings."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from schedules.check import check_program, check_schedule
+from schedules.generators.auto import solve
+from schedules.generators.frontier import caps_of, frontier
+from schedules.lower import lower
+from tests.schedules.test_auto import CLOSE, options_of
+
+SPLIT = ("zb_h1", "v_half", "v_min")
+
+
+@pytest.mark.parametrize(("p", "m", "spread"), [(2, 6, 0.3), (3, 14, 0.1)])
+def test_points_respect_their_caps_and_more_memory_is_never_slower(quick_search, p, m, spread):
+    options = options_of(p, m, spread=spread, names=SPLIT)
+    caps = caps_of(options, 4)
+    points = list(frontier(options, caps))
+    assert points, "the cap of 1F1B leaves room"
+    assert [point.cap for point in points] == sorted({point.cap for point in points} & set(caps))
+    for point in points:
+        option = point.solution.option
+        check_schedule(point.solution.schedule, option.problem)
+        check_program(lower(point.solution.schedule, option.problem, option.cost), option.problem)
+        assert max(point.timeline.peak_bytes) <= point.cap * CLOSE
+        assert point.timeline.makespan >= point.solution.bound.seconds / CLOSE
+    makespans = [point.timeline.makespan for point in points]
+    assert makespans == sorted(makespans, reverse=True)
+
+
+def test_the_frontier_ends_where_no_memory_helps_and_is_the_same_every_time(quick_search):
+    options = options_of(2, 8, names=SPLIT)
+    caps = [1.7, 3.2, 20.0, math.inf]
+    first, second = ([*frontier(options, caps)] for _ in range(2))
+    assert [p.solution for p in first] == [p.solution for p in second]
+    assert not any(point.is_optimal for point in first[:-1])
+
+
+def test_a_known_solution_is_never_lost(quick_search):
+    options = options_of(3, 9, names=SPLIT)
+    tight = solve(options, [2.4] * 3)
+    worst = solve(options, [2.5] * 3, lambda state: False, known=[tight])
+    assert worst.schedule.ranks == tight.schedule.ranks

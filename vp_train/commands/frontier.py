@@ -1,0 +1,117 @@
+"""What `vp-simulate --frontier` shows: the best bubble under every cap on memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from schedules.generators.frontier import Point, caps_of, frontier
+from schedules.render import duration
+from vp_train.commands.plot import Frontier, Mark, frontier_figure, frontier_pictures
+from vp_train.commands.searching import Searching
+from vp_train.config import RunConfig
+from vp_train.planning.degrees import wanted_ranks
+from vp_train.planning.plan import searched_drafts
+from vp_train.units import human_bytes
+
+MOST_CAPS = 20  # under which a frontier is searched for, per algorithm
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The frontier of one vocabulary algorithm."""
+
+    vocab: str
+    points: tuple[Point, ...]
+
+    def bubble_within(self, kept: float) -> float | None:
+        """Return the bubble of the best point that keeps at most `kept` bytes; None without one."""
+        fitting = [p.timeline.mean_bubble for p in self.points if p.cap <= kept * (1 + 1e-9)]
+        return min(fitting, default=None)
+
+
+def curves(config: RunConfig, algorithms: Sequence[str], searching: Searching) -> list[Curve]:
+    """Search the frontier of every algorithm, and print a line for each point as it is found.
+
+    Raises ConfigError if the settings allow no schedule.
+    """
+    width = max(map(len, ("vocab", *algorithms)))
+    figures = f"{'cap':>10} {'keeps':>10} {'bubble':>7} {'gap':>7} {'makespan':>9}"
+    print(f"{'vocab':<{width}} {figures}  from", flush=True)
+    found = []
+    for algorithm in algorithms:
+        chosen = replace(config, vocab=replace(config.vocab, algorithm=algorithm))
+        drafts = searched_drafts(chosen, wanted_ranks(config.parallel), (algorithm,))
+        options = [option for option, _ in drafts]
+        points = []
+        for point in frontier(options, caps_of(options, MOST_CAPS), searching.watch):
+            print(f"{algorithm:<{width}} {_line(point)}", flush=True)
+            points.append(point)
+        if points:
+            found.append(Curve(algorithm, tuple(points)))
+        if searching.is_stopped:
+            break
+    return found
+
+
+def _line(point: Point) -> str:
+    timeline = point.timeline
+    return (
+        f"{human_bytes(point.cap):>10} {human_bytes(max(timeline.peak_bytes)):>10} "
+        f"{timeline.mean_bubble:>7.1%} {timeline.gap or 0.0:>7.1%} "
+        f"{duration(timeline.makespan):>9}  {point.solution.option.name}"
+    )
+
+
+def write(
+    directory: Path, found: Sequence[Curve], named: Sequence[Mark], heading: str, unit: float
+) -> list[str]:
+    """Write table, schedules and pictures to `directory`, and return the names of the files.
+
+    `named` are the named schedules to compare with, and a microbatch of a rank has `unit` bytes.
+    """
+    schedules = []
+    for curve in found:
+        written = None
+        for point in curve.points:
+            if point.solution is not written:
+                name = f"{curve.vocab}_{point.cap / unit:.4g}.txt"
+                (directory / name).write_text(point.solution.schedule.text())
+                schedules.append(name)
+            written = point.solution
+    table = {
+        "microbatch_bytes": unit,
+        "frontiers": {curve.vocab: [record(point) for point in curve.points] for curve in found},
+        "named": [
+            {
+                "schedule": mark.schedule,
+                "vocab": mark.vocab,
+                "mean_bubble": mark.bubble,
+                "peak_bytes": mark.peak_bytes,
+            }
+            for mark in named
+        ],
+    }
+    (directory / "frontier.json").write_text(json.dumps(table, indent=1) + "\n")
+    lines = [
+        Frontier(curve.vocab, [(p.cap, p.timeline.mean_bubble) for p in curve.points])
+        for curve in found
+    ]
+    figure = frontier_figure(lines, named, heading)
+    return ["frontier.json", *frontier_pictures(figure, directory), *schedules]
+
+
+def record(point: Point) -> Mapping[str, Any]:
+    """Return a point for frontier.json: seconds, bytes, and fractions."""
+    timeline = point.timeline
+    return {
+        "cap_bytes": point.cap,
+        "peak_bytes": max(timeline.peak_bytes),
+        "mean_bubble": timeline.mean_bubble,
+        "gap": timeline.gap,
+        "makespan_seconds": timeline.makespan,
+        "found_as": point.solution.schedule.name,
+    }
