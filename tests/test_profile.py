@@ -132,6 +132,8 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
         "1",
         "--cost",
         tmp_path / "c.yaml",
+        "--device",
+        tmp_path / "d.yaml",
         "--json",
         tmp_path / "p.json",
     )
@@ -146,6 +148,16 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
     assert cost.layer_weight_grad_seconds == pytest.approx(
         record["cost"]["layer_weight_grad_seconds"], rel=1e-4
     )
+    rates = [f"cost={tmp_path / 'd.yaml'}", *common]
+    measured = plan_step(load_config([*common, f"cost={tmp_path / 'c.yaml'}"]), 4)
+    like = plan_step(load_config(rates), 4)
+    both = [
+        sum(step.cost.pass_seconds[kind][1] for kind in (Kind.F, Kind.I, Kind.W))
+        for step in (measured, like)
+    ]
+    assert both[0] == pytest.approx(both[1], rel=1e-3)
+    larger = plan_step(load_config([*rates, "micro_batch_size=2", "model.hidden_size=128"]), 4)
+    assert larger.timeline.makespan > 1.5 * like.timeline.makespan
     for other, reason in (
         (["micro_batch_size=2"], "cost.measured_layer_flops="),
         (["run.dtype=bfloat16"], "cost.measured_dtype=float32, but run.dtype=bfloat16"),

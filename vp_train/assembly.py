@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from schedules.ir import Kind, Pass
 from schedules.vocab import End, VocabAlgorithm
-from vp_train.config import OptimConfig, RunConfig
+from vp_train.config import BUCKETS_PER_STAGE, OptimConfig, RunConfig
 from vp_train.mesh import Mesh
 from vp_train.model.elementwise import choose_fuse, plain
 from vp_train.model.float8 import Float8Products
 from vp_train.model.linear import PLAIN, Products
 from vp_train.model.stage import Stage, init_rows
-from vp_train.optim.buckets import BUCKETS_PER_STAGE, Runs, bucket_elements, lay_out
+from vp_train.optim.buckets import Runs, bucket_elements, lay_out
 from vp_train.optim.gradients import Gradients
 from vp_train.optim.loss_scale import LossScale
 from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW

@@ -244,6 +244,8 @@ _MOST_TOKENS = 100_000_000  # of a vocabulary, or of a sequence
 _MOST_REPLICAS = 100_000
 _MOST_RANKS_OF_A_MODEL = 1_024  # of a pipeline, or of a tensor-parallel group
 MOST_MICROBATCHES = 65_536
+# Of gradients, at least, in a stage with as many layers: nothing hides the sum of the last one.
+BUCKETS_PER_STAGE = 8
 
 
 @dataclass(frozen=True)
@@ -649,6 +651,12 @@ class OptimConfig:
         1.0, "Largest norm of all gradients; 0 turns clipping off.", least=0
     )
     offload: bool = setting(False, "zero1: keep the state in host memory and update it there.")
+    overlap_sums: bool = setting(
+        True, "Sum a bucket of gradients over the replicas beside the passes that follow it."
+    )
+    overlap_gathers: bool = setting(
+        True, "zero1: gather the new parameters beside the first passes of the next step."
+    )
     bucket_mib: int = setting(
         64,
         "Largest size of a gradient bucket, which also has at most an eighth of a stage; "
@@ -873,7 +881,33 @@ class CostConfig:
     divided by the bandwidth.
     """
 
-    flops_per_second: float = setting(5e10, "Rate of all passes.", unit="FLOP/s", least=1)
+    flops_per_second: float = setting(
+        5e10, "Rate of all passes, unless those of their parts are given.", unit="FLOP/s", least=1
+    )
+    matrix_flops_per_second: float | None = setting(
+        None, "Rate of large matrix products.", unit="FLOP/s", least=1
+    )
+    attention_flops_per_second: float | None = setting(
+        None,
+        "Rate of causal attention over long sequences, counting what the mask leaves.",
+        unit="FLOP/s",
+        least=1,
+    )
+    memory_bytes_per_second: float | None = setting(
+        None, "Bandwidth of elementwise kernels.", unit="bytes/s", least=1
+    )
+    kernel_seconds: float = setting(0.0, "Fixed time of a kernel.", unit="s", least=0)
+    multiprocessors: int = setting(
+        0, "Multiprocessors over which tiles of products run in waves; 0: any number.", least=0
+    )
+    logit_bytes: float = setting(
+        6.0,
+        "Bytes that S and T read and write per token and vocabulary row, beside their products.",
+        least=0,
+    )
+    contention: float | None = setting(
+        None, "Part by which layers take longer beside a sharded vocabulary; null: none.", least=0
+    )
     hop_seconds: float = setting(2e-4, "Fixed time of a message between stages.", unit="s", least=0)
     hop_bytes_per_second: float | None = setting(
         None, "Bandwidth between stages.", unit="bytes/s", least=1
@@ -934,6 +968,11 @@ class CostConfig:
             raise ConfigError("cost.rank_slowness=[] has no value; give one for each rank, or null")
 
     @property
+    def has_rates(self) -> bool:
+        """Return whether products, attention and elementwise kernels have rates of their own."""
+        return self.matrix_flops_per_second is not None
+
+    @property
     def is_measured(self) -> bool:
         """Return whether the times of layers or of the output layer were measured."""
         return self.layer_forward_seconds is not None or self.output_row_seconds is not None
@@ -944,7 +983,9 @@ class ClusterConfig:
     """The machines that a run is planned for; `vp-plan` and `vp-profile` read it.
 
     Links are those of one GPU, in one direction: `node_*` to the other GPUs of its node,
-    `network_*` to other nodes.  `host_*` count with optim.offload.
+    `network_*` to other nodes.  `host_*` count with optim.offload.  With `multiprocessors` passes
+    are split into matrix products, attention and elementwise kernels, each with its own rate.
+    Without it all FLOPs run at `efficiency`, and nothing else takes time.
     """
 
     num_nodes: int = setting(1, "Number of nodes.", least=1, most=_MOST_REPLICAS)
@@ -957,7 +998,30 @@ class ClusterConfig:
     float32_flops_per_second: float = setting(1e11, "Peak of a GPU.", unit="FLOP/s", least=1)
     float64_flops_per_second: float = setting(5e10, "Peak of a GPU.", unit="FLOP/s", least=1)
     efficiency: float = setting(
-        0.5, "Part of the peak that passes reach, unless cost has measured times.", above=0, most=1
+        0.5,
+        "Part of the peak that large matrix products reach, unless cost has measured times.",
+        above=0,
+        most=1,
+    )
+    attention_efficiency: float = setting(
+        0.5, "Part of the peak that causal attention reaches over long sequences.", above=0, most=1
+    )
+    multiprocessors: int = setting(
+        0, "Multiprocessors of a GPU; 0: all FLOPs run at efficiency.", least=0, most=100_000
+    )
+    kernel_seconds: float = setting(0.0, "Fixed time of a kernel.", unit="s", least=0)
+    sustained: float = setting(
+        1.0,
+        "Part of the rates of kernels alone that passes keep in a run: clocks under the limit of "
+        "power, late hosts, the slowest of many GPUs.",
+        above=0,
+        most=1,
+    )
+    contention: float = setting(
+        0.0,
+        "Part by which layers take longer beside the collectives of a sharded vocabulary, "
+        "which hold some multiprocessors.",
+        least=0,
     )
     memory_bytes_per_second: float = setting(
         1e10, "Bandwidth of a GPU's memory.", unit="bytes/s", least=1
@@ -968,19 +1032,25 @@ class ClusterConfig:
         1e-3, "Fixed time of a message between nodes.", unit="s", least=0
     )
     network_bytes_per_second: float = setting(
-        1e8, "Bandwidth between nodes.", unit="bytes/s", least=1
+        1e8, "Bandwidth of one port between nodes.", unit="bytes/s", least=1
+    )
+    rails: int | None = setting(
+        None, "Ports of a node, which its GPUs share; null: one for each GPU.", least=1
+    )
+    network_step_seconds: float = setting(
+        0.0, "Time of one step of a ring between nodes.", unit="s", least=0
+    )
+    pod_nodes: int | None = setting(
+        None, "Nodes that reach each other at full bandwidth; null: all.", least=1
+    )
+    oversubscription: float = setting(
+        1.0, "Factor by which a port is slower between pods, with all GPUs sending.", least=1
     )
     host_bytes_per_second: float = setting(
         1e10, "Bandwidth between a GPU and its host.", unit="bytes/s", least=1
     )
     host_memory_bytes_per_second: float = setting(
         1e10, "A GPU's share of the bandwidth of host memory.", unit="bytes/s", least=1
-    )
-    overlap: float = setting(
-        0.0,
-        "Part of reducing gradients and all-gathering parameters that hides behind passes.",
-        least=0,
-        most=1,
     )
 
     def __post_init__(self) -> None:

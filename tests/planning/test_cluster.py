@@ -9,7 +9,15 @@ import pytest
 
 from schedules.ir import Kind
 from vp_train.config import ClusterConfig, ConfigError
-from vp_train.planning.cluster import Link, gradient_seconds, links_of, on_cluster, tied_seconds
+from vp_train.model import shape
+from vp_train.planning.cluster import (
+    Link,
+    gradient_seconds,
+    links_of,
+    on_cluster,
+    replica_seconds,
+    tied_seconds,
+)
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.plan import plan_step
 from vp_train.planning.report import make_report
@@ -99,17 +107,26 @@ def test_messages_take_their_bytes_through_the_link():
     )
 
 
+def hiding_seconds(step):
+    """Return the seconds of the products dW of a stage that run beside a collective."""
+    qkv, _, up, _ = shape.linear_parameters(step.work.share)
+    whole = sum(shape.linear_parameters(step.work.share))
+    return step.cost.pass_seconds[Kind.W][0] * (qkv + up) / whole
+
+
 def test_tensor_parallel_ranks_share_the_work_and_add_two_sums_each_way():
+    """The product dW of the same layer hides a part of a sum, unless W is a pass of its own."""
     cluster = ["cluster.node_seconds=0.001", "cluster.node_bytes_per_second=1000000"]
     _, one = costed(*cluster)
     _, two = costed(*cluster, tp=2)
     one_sum = 0.001 + 4 * 64 * 64 / 1e6
-    for kind, sums in ((Kind.F, 2), (Kind.B, 2), (Kind.W, 0)):
+    hidden = hiding_seconds(two)
+    for kind, sums, less in ((Kind.F, 2, 0.0), (Kind.B, 2, hidden), (Kind.I, 2, 0), (Kind.W, 0, 0)):
         for before, after in zip(
             one.cost.pass_seconds[kind], two.cost.pass_seconds[kind], strict=True
         ):
             assert after == pytest.approx(
-                before / 2 + 2 * sums * one_sum
+                before / 2 + 2 * sums * one_sum - less
             )  # two layers in each stage
     for kind in (Kind.S, Kind.T):
         assert two.cost.pass_seconds[kind] == pytest.approx(
@@ -124,7 +141,10 @@ def test_tensor_parallel_ranks_share_the_work_and_add_two_sums_each_way():
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
 def test_split_sequences_are_gathered_once_more_in_the_backward(schedule):
-    """Two inputs per layer are all-gathered, each for half an all-reduce.  W has them already."""
+    """Two inputs per layer are all-gathered, each for half an all-reduce.  W has them already.
+
+    The products dx hide a part of that.
+    """
     common = [
         "run.device=cuda",
         "cluster.node_seconds=0.001",
@@ -133,12 +153,13 @@ def test_split_sequences_are_gathered_once_more_in_the_backward(schedule):
     ]
     _, whole = costed(*common, tp=2)
     _, split = costed(*common, "parallel.sequence_parallel=true", tp=2)
-    one_sum = 0.001 + 4 * 64 * 64 / 1e6
+    one_sum, hidden = 0.001 + 4 * 64 * 64 / 1e6, hiding_seconds(split)
     for kind, sums in ((Kind.F, 0), (Kind.B, 1), (Kind.I, 1), (Kind.W, 0)):
         for before, after in zip(
             whole.cost.pass_seconds[kind], split.cost.pass_seconds[kind], strict=True
         ):
-            assert after - before == pytest.approx(2 * sums * one_sum)  # two layers in each stage
+            expected = sums * (2 * one_sum - hidden)  # two layers in each stage
+            assert after - before == pytest.approx(expected)
 
 
 def test_measured_pass_times_stay():
@@ -164,15 +185,18 @@ def test_the_gradient_sum_moves_each_value_as_often_as_a_ring_does(
     config = load_config(common)
 
     def seconds(cluster, degrees):
-        return gradient_seconds(Workload.of(config, degrees), cluster, config.optim, 10**9)
+        found = replica_seconds(Workload.of(config, degrees), cluster, config.optim, 10**9)
+        return found.sums + found.gathers
 
     found = seconds(config.cluster, Degrees(4, 1, 1))
     assert found == pytest.approx(
         3 / 4 * bytes_per_value * 1e9 / config.cluster.node_bytes_per_second
     )
-    hidden = replace(config.cluster, overlap=1.0)
-    assert seconds(hidden, Degrees(4, 1, 1)) == (found if offload == "true" else 0)
     assert seconds(config.cluster, Degrees(1, 4, 1)) == 0
+    work = Workload.of(config, Degrees(4, 1, 1))
+    apart = replace(config.optim, overlap_sums=False, overlap_gathers=False)
+    for optim, least in ((apart, found), (config.optim, found if offload == "true" else 0)):
+        assert gradient_seconds(work, config.cluster, optim, 10**9) == pytest.approx(least)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +230,8 @@ def test_a_tied_matrix_at_both_ends_has_its_gradient_summed_over_them(overrides,
         ({"gpus_per_node": 0}, "cluster.gpus_per_node=0 is too small"),
         ({"efficiency": 1.5}, "cluster.efficiency=1.5 is out of range"),
         ({"memory_gib": 0.0}, "cluster.memory_gib=0.0 is too small"),
-        ({"overlap": -0.1}, "cluster.overlap=-0.1 is too small"),
+        ({"sustained": 0.0}, "cluster.sustained=0.0 is too small"),
+        ({"oversubscription": 0.5}, "cluster.oversubscription=0.5 is too small"),
         (
             {"node_bytes_per_second": float("nan")},
             "cluster.node_bytes_per_second=nan is not a finite number",
@@ -257,3 +282,30 @@ def test_a_run_on_gpus_is_planned_with_the_costs_of_its_cluster_unless_others_ar
     assert plan_step(chosen, 8).cost.hop_seconds == step.cost.hop_seconds
     slow = load_config([*words, "cost.rank_slowness=[1,1,1,1,1,1,1,2]"])
     assert step.timeline.makespan < plan_step(slow, 8).timeline.makespan < 1
+
+
+def test_a_ring_of_replicas_uses_the_ports_of_all_its_ranks_in_a_node():
+    """Bandwidth of a gather in multiples of that of a port, by replicas of one pipeline rank."""
+    nodes = ClusterConfig(
+        num_nodes=4, gpus_per_node=8, node_bytes_per_second=6e9, network_bytes_per_second=1e9
+    )
+    for degrees, ports, passed in (
+        (Degrees(32, 1, 1), 6, 4),  # the links inside a node are slower than its eight ports
+        (Degrees(8, 2, 2), 2, 4),
+        (Degrees(4, 1, 8), 1, 4),
+        (Degrees(2, 2, 8), 1, 2),
+    ):
+        link = links_of(nodes, degrees).data
+        assert (link.bytes_per_second, link.num_nodes) == (ports * 1e9, passed)
+    shared = replace(nodes, rails=2)
+    assert links_of(shared, Degrees(4, 1, 8)).data.bytes_per_second == pytest.approx(0.25e9)
+    pods = replace(nodes, pod_nodes=2, oversubscription=4.0)
+    assert links_of(pods, Degrees(4, 1, 8)).data.bytes_per_second == pytest.approx(0.25e9)
+    assert links_of(pods, Degrees(2, 2, 8)).data.bytes_per_second == pytest.approx(0.25e9)
+    assert links_of(pods, Degrees(2, 1, 16)).tensor.bytes_per_second == pytest.approx(6e9)
+
+
+def test_a_gather_passes_one_node_after_the_other():
+    link = Link(BETWEEN, 0.5, 1e9, num_nodes=5, step_seconds=0.25)
+    assert link.gather(1e9, 10) == pytest.approx(0.5 + 4 * 0.25 + 0.9)
+    assert link.gather(1e9, 1) == 0

@@ -22,6 +22,7 @@ from vp_train.failures import EXIT_CONFIG, EXIT_TIME
 from vp_train.model import shape
 from vp_train.planning.choice import Choice, with_batch_of
 from vp_train.planning.degrees import split_ranks
+from vp_train.planning.fsdp import best_fsdp, fsdp_words
 from vp_train.planning.plan import SEARCHING
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import (
@@ -191,8 +192,11 @@ def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
         f"          rank {report.busiest}: {shares}",
         f"schedule  mean bubble {report.bubble:.1%}, {report.gap:.1%} above the lower bound, "
         f"{report.bound_reason}",
+        f"exposed   communication, {report.exposed_words}",
         f"binds     {report.binds}",
     ]
+    if report.work.on_cuda and report.degrees.num_ranks > 1:
+        lines.insert(-1, f"fsdp      {_fsdp_words(config, report)}")
     if report.gap > _LARGE_GAP:
         lines.append(
             f"          on {report.degrees.pp} ranks {report.schedule} is far above it; try other "
@@ -241,6 +245,14 @@ def _compared(estimate: Estimate, seconds: float) -> str:
     return f"{about}{duration(estimate.seconds)} ({how}), {estimate.memory / _GIB:.1f} GiB"
 
 
+def _fsdp_words(config: RunConfig, report: PlanReport) -> str:
+    """Return what fully sharded data parallelism would take for the same batch, in words."""
+    work = report.work
+    sequences = work.num_microbatches * work.micro_batch_size * report.degrees.dp
+    found = best_fsdp(work, config.cluster, config.cost, config.optim, num_sequences=sequences)
+    return fsdp_words(found, report.step_seconds)
+
+
 def _model_words(config: RunConfig) -> str:
     """Return the model and the batch in words."""
     model = config.model
@@ -267,6 +279,10 @@ def _cluster_words(config: RunConfig) -> str:
     peak = getattr(cluster, f"{config.run.dtype}_flops_per_second") / 1e12
     nodes = "one node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
     reached = f"{cluster.efficiency:.0%} of it reached"
+    if cluster.multiprocessors:
+        reached += f" by large products, {cluster.attention_efficiency:.0%} by attention"
+    if config.cost.has_rates:
+        reached = f"rates as measured on {config.cost.measured_on or 'a device without a name'}"
     if config.cost.is_measured:
         device = config.cost.measured_on or "a device that cost does not name"
         reached = f"pass times as measured on {device}"

@@ -24,7 +24,13 @@ from vp_train.failures import EXIT_OK
 from vp_train.planning.memory import rank_memory
 from vp_train.planning.plan import StepPlan, plan_step
 from vp_train.planning.report import PlanReport, make_report
-from vp_train.profile.costs import RankProfile, cost_text, measured_cost, with_cost
+from vp_train.profile.costs import (
+    RankProfile,
+    cost_text,
+    device_rates,
+    measured_cost,
+    with_cost,
+)
 from vp_train.units import human_bytes
 
 _SHOWN = (Kind.F, Kind.B, Kind.I, Kind.W, Kind.S, Kind.T, Kind.E, Kind.G)
@@ -42,6 +48,7 @@ def main() -> None:
         "--ranks": ("0,3,...", "pipeline ranks to measure; default: all"),
         "--steps": ("N", "steps of each rank (3)"),
         "--cost": ("FILE", "write the costs there, for cost=FILE"),
+        "--device": ("FILE", "write the rates of this device there: cost=FILE plans other models"),
         "--json": ("FILE", "write everything there"),
     }
     purpose = "measures ranks of a job one by one on this machine"
@@ -50,10 +57,11 @@ def main() -> None:
 
 def _profile(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
     steps = whole_number(options, "--steps", 3)
-    cost, record = (
-        output_of(name, options[name]) if name in options else None for name in ("--cost", "--json")
+    cost, record, device = (
+        output_of(name, options[name]) if name in options else None
+        for name in ("--cost", "--json", "--device")
     )
-    show_profile(config, options.get("--ranks"), steps, cost, record)
+    show_profile(config, options.get("--ranks"), steps, cost, record, device_file=device)
     return EXIT_OK
 
 
@@ -63,11 +71,14 @@ def show_profile(
     num_steps: int,
     cost_file: Path | None,
     json_file: Path | None,
+    *,
+    device_file: Path | None = None,
 ) -> None:
     """Measure `ranks`, print the results and write them.
 
     `ranks` is a list with commas as typed, or None for all.  `cost_file` gets the measured costs as
-    settings, `json_file` everything.  Raises ConfigError, which names the value and the way out.
+    settings, `device_file` the rates of the device, `json_file` everything.  Raises ConfigError,
+    which names the value and the way out.
     """
     make_report(config)  # raises ConfigError if the run is not possible
     num_ranks = config.cluster.num_gpus
@@ -93,6 +104,8 @@ def show_profile(
     _print(config, step, profiles, report)
     if cost_file is not None:
         _write_cost(cost_file, config, words, cost)
+    if device_file is not None:
+        _write_rates(device_file, config, step, words, cost)
     if json_file is not None:
         record = words | {
             "ranks": [_record(config, step, profile) for profile in profiles],
@@ -195,3 +208,29 @@ def _write_cost(
     ]
     write_output(path, cost_text(comments, cost))
     print(f"costs written to {path}; vp-plan and vp-simulate take them as cost={path}")
+
+
+def _write_rates(
+    path: Path,
+    config: RunConfig,
+    step: StepPlan,
+    words: Mapping[str, Any],
+    cost: Mapping[str, float | str],
+) -> None:
+    """Measure the rates of the device and write them.  Raises ConfigError without a layer."""
+    from vp_train.profile.device import forward_seconds, num_multiprocessors
+
+    if "layer_forward_seconds" not in cost:
+        raise ConfigError("--device needs a rank with layers; add one to --ranks")
+    products, attention = forward_seconds(step.work)
+    rates = device_rates(
+        step.work,
+        cost,
+        products=products,
+        attention=attention,
+        kernel_seconds=config.cluster.kernel_seconds,
+        multiprocessors=num_multiprocessors(step.work),
+    )
+    comment = f"Rates measured by vp-profile on {words['device']}, torch {words['torch']}"
+    write_output(path, cost_text([comment], rates | {"measured_on": words["device"]}))
+    print(f"rates written to {path}; vp-plan plans any model with cost={path}")

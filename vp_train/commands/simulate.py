@@ -437,7 +437,11 @@ def cost_words(config: RunConfig, plan: StepPlan) -> str:
     """Return in words where the seconds of the passes come from."""
     if config.cost.layer_forward_seconds is not None:
         return f"measured on {config.cost.measured_on or config.cost.measured_device or 'a device'}"
-    rate = assumed_costs(plan.work, config.cluster, config.cost).flops_per_second / 1e12
+    cost = assumed_costs(plan.work, config.cluster, config.cost)
+    if cost.matrix_flops_per_second is not None:
+        rate = cost.matrix_flops_per_second / 1e12
+        return f"large products at {rate:,.3g} TFLOP/s, attention and bytes at theirs, assumed"
+    rate = cost.flops_per_second / 1e12
     words = f"FLOPs at {rate:,.3g} TFLOP/s, assumed"
     if plan.work.on_cuda or config.cost.flops_per_second != CostConfig().flops_per_second:
         return words

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vp_train.tensors.collectives import all_gather_single, reduce_scatter_single
 from vp_train.tensors.precision import accumulate
 from vp_train.tensors.slices import TensorSlice
 
@@ -160,23 +161,50 @@ def _accumulate(weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class SequenceSplit:
-    """The communication of sequence parallelism (arXiv 2205.05198).
+class Started:
+    """A collective in progress, and the tensor that its result will be in."""
 
-    Between linear layers each of n tensor-parallel ranks has a part of every sequence.  `gather` is
-    the all-gather [s / n, b, h] -> [s, b, h], `scatter` the reduce-scatter [s, b, h] -> [s / n, b,
-    h].
+    work: Any
+    result: Tensor
+
+    def wait(self) -> Tensor:
+        """Return the result; on CUDA the current stream waits for it, else the host."""
+        self.work.wait()
+        return self.result
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSplit:
+    """The communication of sequence parallelism (arXiv 2205.05198) over the ranks of `group`.
+
+    Between linear layers each of n tensor-parallel ranks has a part of every sequence.
     """
 
-    gather: Callable[[Tensor], Tensor]
-    scatter: Callable[[Tensor], Tensor]
+    group: dist.ProcessGroup
+
+    def gather(self, part: Tensor) -> Started:
+        """Start the all-gather [s / n, b, h] -> [s, b, h]."""
+        size = self.group.size()
+        whole = part.new_empty((part.shape[0] * size, *part.shape[1:]))
+        return Started(
+            all_gather_single(whole, part.contiguous(), self.group, async_op=True), whole
+        )
+
+    def scatter(self, whole: Tensor) -> Started:
+        """Start the reduce-scatter [s, b, h] -> [s / n, b, h]."""
+        size = self.group.size()
+        part = whole.new_empty((whole.shape[0] // size, *whole.shape[1:]))
+        return Started(
+            reduce_scatter_single(part, whole.contiguous(), self.group, async_op=True), part
+        )
 
 
 class _LinearFunction(torch.autograd.Function):
     """The product y = x W^T, whose backward hands dW to the store instead of autograd.
 
     `products` form y and dx.  dx is summed over `group` while dW is computed.  With `sequence`, x
-    and dx are parts of sequences, and y and dy are whole; the backward gathers x again for dW.
+    and dx are parts of sequences, and y and dy are whole.  The backward gathers x again for dW,
+    while dx is computed, and scatters dx while dW is.
     """
 
     @staticmethod
@@ -192,24 +220,23 @@ class _LinearFunction(torch.autograd.Function):
         ctx.save_for_backward(None if isinstance(store, LateInput) else x)
         ctx.weight, ctx.store, ctx.products = weight, store, products
         ctx.group, ctx.sequence = group, sequence
-        return products.output(x if sequence is None else sequence.gather(x), weight)
+        return products.output(x if sequence is None else sequence.gather(x).wait(), weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (dy,) = grads
         (x,) = ctx.saved_tensors
+        gathered = None if ctx.sequence is None else ctx.sequence.gather(x)
         dx, summed = ctx.products.input_gradient(dy, ctx.weight), None
-        if ctx.sequence is not None:
-            dx, x = ctx.sequence.scatter(dx), ctx.sequence.gather(x)
+        if gathered is not None:
+            summed, x = ctx.sequence.scatter(dx), gathered.wait()
         elif ctx.group is not None:
-            summed = dist.all_reduce(dx, group=ctx.group, async_op=True)
+            summed = Started(dist.all_reduce(dx, group=ctx.group, async_op=True), dx)
         if isinstance(ctx.store, LateInput):
             ctx.store.put(ctx.weight, dy.flatten(0, -2))
         else:
             ctx.store.put(ctx.weight, x.flatten(0, -2), dy.flatten(0, -2))
-        if summed is not None:
-            summed.wait()
-        return dx, None, None, None, None, None
+        return dx if summed is None else summed.wait(), None, None, None, None, None
 
 
 class _StoredLinear(nn.Module):

@@ -420,8 +420,7 @@ def _build(
     )
     sequence, reduce = None, mappings.reduce_from_tensor_model_parallel_region
     if split_sequences:
-        gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
-        sequence = SequenceSplit(partial(gather, group=group), partial(scatter, group=group))
+        sequence = SequenceSplit(group)
         reduce = _scatter_sum
     column: dict[str, Any] = {"store": store, "products": products, "sequence": sequence}
     row = {"store": store, "products": products, "reduce": reduce}

@@ -47,6 +47,12 @@ def is_gated(model: ModelConfig) -> bool:
     return model.activation != "gelu"
 
 
+def linear_parameters(model: ModelConfig) -> tuple[int, int, int, int]:
+    """Return the weights of the matrices qkv, output, up (with gate) and down of one layer."""
+    h, q, f = model.hidden_size, query_size(model), model.ffn_hidden_size
+    return h * (q + 2 * kv_size(model)), h * q, (2 if is_gated(model) else 1) * h * f, h * f
+
+
 def layer_matrix_parameters(model: ModelConfig) -> int:
     """Return the number of weights in the matrices of one layer.
 

@@ -15,7 +15,6 @@ from torch import nn
 from vp_train.config import OptimConfig
 
 _ALIGNMENT = 64  # elements; aligns every parameter to vectors and cache lines
-BUCKETS_PER_STAGE = 8  # at least, where it has as many layers: nothing hides the last one's sum
 
 Runs = Sequence[Sequence[Sequence[str]]]
 """Names of parameters.
@@ -145,10 +144,15 @@ def _rounded(count: int, multiple: int) -> int:
 
 
 class Countdown:
-    """Calls `start` once per step with every bucket, as soon as all its gradients are complete."""
+    """Calls `start` once per step with every bucket, as soon as all its gradients are complete.
 
-    def __init__(self, layout: FlatLayout, start: Callable[[Bucket], None]) -> None:
-        self._start, self._buckets = start, layout.buckets
+    If not `early`, all buckets start in `finish`.
+    """
+
+    def __init__(
+        self, layout: FlatLayout, start: Callable[[Bucket], None], *, early: bool = True
+    ) -> None:
+        self._start, self._buckets, self._early = start, layout.buckets, early
         self._index_of = {
             name: index for index, bucket in enumerate(layout.buckets) for name in bucket.names
         }
@@ -166,7 +170,7 @@ class Countdown:
         for name in names:
             index = self._index_of[name]
             self._missing[index].remove(name)
-            if not self._missing[index]:
+            if self._early and not self._missing[index]:
                 del self._waiting[index]
                 self._start(self._buckets[index])
 

@@ -113,7 +113,7 @@ class ReplicatedAdamW:
             for master in self._masters.values()
         }
         self._adamw = FusedAdamW(*by_decay(self._masters.values()), fresh, optim)
-        self._countdown = Countdown(gradients.layout, self._sum)
+        self._countdown = Countdown(gradients.layout, self._sum, early=optim.overlap_sums)
         self._sums: list[Pending] = []
         self._poison = Poison()
         self._updates = 0

@@ -61,7 +61,8 @@ class ZeroAdamW:
         self._shard_of = {
             name: index for index, shard in self._shards.items() for name in shard.bucket.names
         }
-        self._countdown = Countdown(gradients.layout, self._sum)
+        self._countdown = Countdown(gradients.layout, self._sum, early=optim.overlap_sums)
+        self._gathers_late = optim.overlap_gathers
         self._sums: list[Pending] = []
         self._poison = Poison()
         self._gathers: dict[int, Pending] = {}  # by the index of the bucket
@@ -142,6 +143,8 @@ class ZeroAdamW:
             if self._replicas.size > 1:
                 whole = self._flat[shard.bucket.start : shard.bucket.stop]
                 self._gathers[index] = self._replicas.gather(whole)
+        if not self._gathers_late:
+            self.settle()
 
     def _round(self, shard: _Shard) -> None:
         if self._flat.dtype is not self._gradients.dtype:

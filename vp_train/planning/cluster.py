@@ -6,6 +6,7 @@ neighbours, then come the ranks of a pipeline, then the replicas.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, fields, replace
 
@@ -19,49 +20,92 @@ from vp_train.planning.workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A link: where it leads, its latency in seconds, and its bandwidth."""
+    """A link: where it leads, its latency in seconds, and its bandwidth.
+
+    `num_nodes` are those that a collective passes, and `step_seconds` what a ring takes from one to
+    the next.
+    """
 
     where: str
     seconds: float
     bytes_per_second: float
+    num_nodes: int = 1
+    step_seconds: float = 0.0
 
     def of_group(self, num_ranks: int) -> float:
         """Return the latency of a collective in seconds: one message per level of a tree."""
         return self.seconds * math.ceil(math.log2(num_ranks)) if num_ranks > 1 else 0.0
 
+    def all_reduce(self, num_bytes: float, num_ranks: int) -> float:
+        """Return the seconds of an all-reduce.  Its latency is that of a tree."""
+        return sum_seconds(self.of_group(num_ranks), self.bytes_per_second, num_bytes, num_ranks)
+
+    def gather(self, num_bytes: float, num_ranks: int) -> float:
+        """Return the seconds of an all-gather or a reduce-scatter of `num_bytes` in total.
+
+        It moves half of what an all-reduce moves, and passes all nodes one after the other.
+        """
+        if num_ranks == 1:
+            return 0.0
+        moved = (num_ranks - 1) / num_ranks * num_bytes / self.bytes_per_second
+        return self.seconds + (self.num_nodes - 1) * self.step_seconds + moved
+
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """The slowest link that each kind of group uses anywhere in the cluster."""
+    """The slowest link that each kind of group uses anywhere in the cluster.
+
+    pipeline: hops between stages, and the collectives of the vocabulary.  data: the replicas.
+    """
 
     tensor: Link
-    pipeline: Link  # hops between stages, and the collectives of the vocabulary
+    pipeline: Link
     data: Link
 
 
+@functools.cache
 def links_of(cluster: ClusterConfig, degrees: Degrees) -> Links:
     """Return the link of each kind of group: inside a node if no such group leaves its node.
 
     The ranks of a tensor-parallel group and those of a pipeline are a block of neighbours, so they
     share nodes if the size of the block divides that of a node.  Replicas fill the cluster.
-    """
-    on_one_node = degrees.num_ranks <= cluster.gpus_per_node
 
-    def of_blocks(size: int) -> Link:
-        return _link(cluster, leaves=not on_one_node and cluster.gpus_per_node % size > 0)
+    A hop has one sender and one receiver, so it has the bandwidth of a port.  Collectives of the
+    tensor-parallel ranks and of the replicas are rings, which use the ports of all their ranks in a
+    node.
+    """
+    on_one_node, block = degrees.num_ranks <= cluster.gpus_per_node, degrees.pp * degrees.tp
+
+    def of_blocks(size: int) -> bool:
+        return not on_one_node and cluster.gpus_per_node % size > 0
 
     return Links(
-        tensor=of_blocks(degrees.tp),
-        pipeline=of_blocks(degrees.pp * degrees.tp),
-        data=_link(cluster, leaves=not on_one_node and degrees.dp > 1),
+        tensor=_link(cluster, degrees.tp, 1, leaves=of_blocks(degrees.tp)),
+        pipeline=_link(cluster, block, 1, leaves=of_blocks(block), rings=False),
+        data=_link(cluster, degrees.dp, block, leaves=not on_one_node and degrees.dp > 1),
     )
 
 
-def _link(cluster: ClusterConfig, *, leaves: bool) -> Link:
-    """Return the link of a group that leaves its node, or does not."""
-    if leaves:
-        return Link("between nodes", cluster.network_seconds, cluster.network_bytes_per_second)
-    return Link("inside a node", cluster.node_seconds, cluster.node_bytes_per_second)
+def _link(
+    cluster: ClusterConfig, size: int, stride: int, *, leaves: bool, rings: bool = True
+) -> Link:
+    """Return the link of groups of `size` ranks, each `stride` ranks after the one before."""
+    if not leaves:
+        return Link("inside a node", cluster.node_seconds, cluster.node_bytes_per_second)
+    node = cluster.gpus_per_node
+    members = max(1, min(size, node // stride)) if rings else 1
+    ports = min(1.0, (cluster.rails or node) / node)  # of a GPU, if all send at once
+    across = members * ports * cluster.network_bytes_per_second
+    nodes_between = math.ceil(((size - 1) * stride + 1) / node)
+    if cluster.pod_nodes is not None and nodes_between > cluster.pod_nodes:
+        across /= cluster.oversubscription
+    return Link(
+        "between nodes",
+        cluster.network_seconds,
+        min(across, cluster.node_bytes_per_second) if members > 1 else across,
+        math.ceil(size / members),
+        cluster.network_step_seconds,
+    )
 
 
 def peak_flops(cluster: ClusterConfig, dtype: str) -> float:
@@ -82,12 +126,12 @@ def known_peak_flops(cluster: ClusterConfig, dtype: str) -> float | None:
 def on_cluster(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> CostConfig:
     """Return `cost` with the seconds that passes and messages take on this cluster.
 
-    Measured pass times stay as they are.
+    Measured pass times and rates stay as they are.
     """
     degrees, links = work.degrees, links_of(cluster, work.degrees)
     # A lookup reads and writes this rank's share of the embeddings.
     lookup = 2 * work.message_bytes / degrees.pp / degrees.tp / cluster.memory_bytes_per_second
-    return replace(
+    found = replace(
         cost,
         flops_per_second=peak_flops(cluster, work.dtype) * cluster.efficiency,
         hop_seconds=links.pipeline.seconds,
@@ -100,13 +144,32 @@ def on_cluster(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> Cost
         lookup_grad_seconds=2 * lookup
         if cost.lookup_grad_seconds is None
         else cost.lookup_grad_seconds,
+        contention=cluster.contention if cost.contention is None else cost.contention,
+    )
+    # Measured seconds of a layer stand alone: without measured rates other layers are refused.
+    if cost.has_rates or cost.measured_layer_flops is not None or not cluster.multiprocessors:
+        return found
+    return with_rates(found, cluster, work.dtype, alone=False)
+
+
+def with_rates(cost: CostConfig, cluster: ClusterConfig, dtype: str, *, alone: bool) -> CostConfig:
+    """Return `cost` with the rates of a GPU of `cluster`, of kernels alone or in a run."""
+    kept = 1.0 if alone else cluster.sustained
+    peak = peak_flops(cluster, dtype) * kept
+    return replace(
+        cost,
+        matrix_flops_per_second=peak * cluster.efficiency,
+        attention_flops_per_second=peak * cluster.attention_efficiency,
+        memory_bytes_per_second=cluster.memory_bytes_per_second * kept,
+        kernel_seconds=cluster.kernel_seconds,
+        multiprocessors=cluster.multiprocessors,
     )
 
 
 def assumed_costs(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> CostConfig:
     """Return `cost` with the seconds on this cluster for all that was left at a default, on GPUs.
 
-    The defaults are those of a CPU.
+    The defaults are those of a CPU.  One rate for all FLOPs replaces those of the parts.
     """
     if not work.on_cuda:
         return cost
@@ -116,13 +179,9 @@ def assumed_costs(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> C
         for item in fields(CostConfig)
         if getattr(cost, item.name) != getattr(default, item.name)
     }
+    if "flops_per_second" in chosen and not cost.has_rates:
+        cluster = replace(cluster, multiprocessors=0)
     return replace(on_cluster(work, cluster, cost), **chosen)
-
-
-def layer_sum_seconds(work: Workload, cluster: ClusterConfig) -> float:
-    """Return the seconds of one all-reduce of [T, H] over the tensor-parallel ranks."""
-    link, tp = links_of(cluster, work.degrees).tensor, work.degrees.tp
-    return sum_seconds(link.of_group(tp), link.bytes_per_second, work.message_bytes, tp)
 
 
 def tied_seconds(work: Workload, cluster: ClusterConfig, problem: Problem) -> float:
@@ -138,25 +197,44 @@ def tied_seconds(work: Workload, cluster: ClusterConfig, problem: Problem) -> fl
     return sum_seconds(link.seconds, link.bytes_per_second, num_bytes, 2)
 
 
+@dataclass(frozen=True, slots=True)
+class ReplicaSeconds:
+    """The seconds in which the replicas of a rank exchange these bytes, whether hidden or not.
+
+    `sums` are those of the gradients, `gathers` those of the new parameters with ZeRO-1.
+    """
+
+    sums: float
+    gathers: float
+
+
+def replica_seconds(
+    work: Workload, cluster: ClusterConfig, optim: OptimConfig, num_parameters: float
+) -> ReplicaSeconds:
+    """Return the seconds of summing and gathering `num_parameters` in one piece.
+
+    DeepSpeed, which runs with optim.offload, sums gradients by all-reduce, as `adamw` does.
+    """
+    link, dp = links_of(cluster, work.degrees).data, work.degrees.dp
+    gradients = work.precise_bytes * num_parameters
+    if optim.name == "adamw":
+        return ReplicaSeconds(link.all_reduce(gradients, dp), 0.0)
+    gathered = link.gather(work.item_bytes * num_parameters, dp)
+    if optim.offload:
+        return ReplicaSeconds(link.all_reduce(gradients, dp), gathered)
+    return ReplicaSeconds(link.gather(gradients, dp), gathered)
+
+
 def gradient_seconds(
     work: Workload, cluster: ClusterConfig, optim: OptimConfig, num_parameters: int
 ) -> float:
-    """Return the seconds that reducing gradients over the replicas adds to a step of one rank.
+    """Return the seconds that the exchange of the replicas adds to any step at least.
 
-    With ZeRO-1 the all-gather of its parameters is included.  The part `cluster.overlap` of both
-    hides behind passes.  Nothing hides with optim.offload: DeepSpeed sums gradients by all-reduce,
-    as `adamw` does, and waits for everything.
+    What may overlap with passes may also be hidden by them.
     """
-    link, dp = links_of(cluster, work.degrees).data, work.degrees.dp
-
-    def whole_sum(num_bytes: float) -> float:
-        return sum_seconds(link.of_group(dp), link.bytes_per_second, num_bytes, dp)
-
-    gradients = whole_sum(work.precise_bytes * num_parameters)
-    if optim.name == "adamw":
-        return gradients * (1 - cluster.overlap)
-    # An all-gather or a reduce-scatter moves half as much as an all-reduce.
-    gathered = whole_sum(work.item_bytes * num_parameters) / 2
+    found = replica_seconds(work, cluster, optim, num_parameters)
     if optim.offload:
-        return gradients + gathered
-    return (gradients / 2 + gathered) * (1 - cluster.overlap)
+        return found.sums + found.gathers
+    return (0.0 if optim.overlap_sums else found.sums) + (
+        0.0 if optim.overlap_gathers else found.gathers
+    )

@@ -1,6 +1,6 @@
 """The cost of every pass of a run.
 
-Seconds are the measured ones if `cost` gives them, else they follow from FLOPs.  Bytes follow from
+Seconds are the measured ones if `cost` gives them, else `physics` has them.  Bytes follow from
 shapes.
 """
 
@@ -15,6 +15,7 @@ from schedules.problem import Problem
 from schedules.vocab import Barrier, End, Payload, VocabAlgorithm
 from vp_train.config import ConfigError, CostConfig
 from vp_train.model import shape
+from vp_train.planning.physics import Device, LayerSeconds, layer_seconds, output_seconds
 from vp_train.planning.workload import Workload
 from vp_train.vocab.shard import Shard
 
@@ -50,6 +51,9 @@ def estimate_cost(
     rows = [math.ceil(shard.num_rows / tp) for shard in shards[End.OUTPUT]]
     num_shards = tp * (layout.num_ranks if algorithm.sharded else 1)
     seconds = _stage_seconds(work, cost, layers, recompute)
+    if algorithm.sharded and layout.num_ranks > 1 and not measured_layers(work, cost):
+        slower = 1 + (cost.contention or 0.0)
+        seconds = {kind: tuple(slower * one for one in values) for kind, values in seconds.items()}
     seconds |= _shard_seconds(work, cost, rows, algorithm)
     return CostModel(
         {
@@ -164,7 +168,7 @@ def rank_slowness(cost: CostConfig, num_ranks: int) -> tuple[float, ...]:
     return factors
 
 
-def layer_seconds(work: Workload, cost: CostConfig, recompute: str) -> float:
+def layer_pass_seconds(work: Workload, cost: CostConfig, recompute: str) -> float:
     """Return the seconds of forward and backward of one layer on one microbatch."""
     seconds = _stage_seconds(work, cost, [range(1)], [recompute])
     (forward,), (backward,) = (seconds[kind] for kind in (Kind.F, Kind.B))
@@ -176,8 +180,9 @@ def row_seconds(work: Workload, cost: CostConfig) -> float:
 
     Its tensor-parallel ranks share the rows.
     """
-    two, one = _output_seconds(work, cost, 2), _output_seconds(work, cost, 1)
-    return (two - one) * (1 + _computed_again(work)) / work.degrees.tp
+    many = 1 << 14  # waves of products count as whole ones, so one row may add nothing
+    two, one = _output_seconds(work, cost, 2 * many), _output_seconds(work, cost, many)
+    return (two - one) / many * (1 + _computed_again(work)) / work.degrees.tp
 
 
 def _computed_again(work: Workload) -> float:
@@ -185,32 +190,98 @@ def _computed_again(work: Workload) -> float:
     return work.vocab.recompute_fraction / 3 if work.vocab.backend == "recompute" else 0.0
 
 
+def measured_layers(work: Workload, cost: CostConfig) -> bool:
+    """Return whether `cost` has the measured seconds of the layers of this run."""
+    of_these = cost.measured_layer_flops is None or _is_close(cost, work)
+    return of_these and cost.layer_forward_seconds is not None
+
+
+def _is_close(cost: CostConfig, work: Workload) -> bool:
+    assert cost.measured_layer_flops is not None
+    return math.isclose(cost.measured_layer_flops, work.layer_flops, rel_tol=0.01)
+
+
+def computed_layer(work: Workload, cost: CostConfig) -> LayerSeconds:
+    """Return the seconds of one layer of a tensor-parallel rank, without communication."""
+    return layer_seconds(
+        Device.of(cost),
+        work.share,
+        work.num_tokens,
+        item_bytes=work.item_bytes,
+        sum_bytes=work.precise_bytes,
+        sequence_ranks=work.sequence_ranks,
+        linear_speed=_FLOAT8_SPEED if work.in_float8 else 1.0,
+    )
+
+
+def tensor_seconds(work: Workload, cost: CostConfig, weight_grad: float) -> dict[Kind, float]:
+    """Return the exposed seconds of tensor-parallel communication in the passes of one layer.
+
+    weight_grad: the seconds of the products dW of the layer on one rank.
+
+    A forward has two all-reduces, and nothing hides them.  A backward has two as well.  Each is
+    hidden by the product dW of the same linear layer, unless W is a pass of its own.  With sequence
+    parallelism an all-gather and a reduce-scatter take the place of each all-reduce, and a backward
+    gathers the inputs of two linear layers once more.  The product dx hides that, and dW hides the
+    reduce-scatter.
+    """
+    tp, message = work.degrees.tp, work.message_bytes
+    if tp == 1:
+        return dict.fromkeys((Kind.F, Kind.B, Kind.I, Kind.W), 0.0)
+    summed = sum_seconds(cost.tensor_seconds, cost.tensor_bytes_per_second, message, tp)
+    half = summed / 2
+    qkv, _, up, _ = shape.linear_parameters(work.share)
+    whole = sum(shape.linear_parameters(work.share))
+    exposed = {Kind.B: 0.0, Kind.I: 0.0}
+    for part in (qkv, up):
+        product = weight_grad * part / whole  # dx takes as long as dW
+        if work.sequence_parallel:
+            gathered = max(0.0, half - product)
+            exposed[Kind.B] += half + gathered + max(0.0, half - product)
+            exposed[Kind.I] += half + gathered + half
+        else:
+            exposed[Kind.B] += max(0.0, summed - product)
+            exposed[Kind.I] += summed
+    return {Kind.F: 2 * summed, **exposed, Kind.W: 0.0}
+
+
+def exposed_tensor_seconds(
+    work: Workload, cost: CostConfig, recompute: str, *, split_backward: bool
+) -> float:
+    """Return the exposed tensor-parallel communication of a layer's passes on one microbatch."""
+    weight_grad = computed_layer(work, cost).weight_grad
+    if measured_layers(work, cost):
+        tp = work.degrees.tp
+        weight_grad = _either(cost.layer_weight_grad_seconds, weight_grad * tp) / tp
+    exposed = tensor_seconds(work, cost, weight_grad)
+    again = shape.recomputed_part(work.model, recompute)
+    return (1 + again) * exposed[Kind.F] + exposed[Kind.I if split_backward else Kind.B]
+
+
 def _stage_seconds(
     work: Workload, cost: CostConfig, layers: Sequence[range], recompute: Sequence[str]
 ) -> dict[Kind, tuple[float, ...]]:
     """Return the seconds of F, B, I and W of every stage.
 
-    Unless measured, B takes twice as long as F, and I and W take half of B; with linear layers in
-    float8, F and I take less, and W as long as in bfloat16.  B and I include what they recompute.
+    With linear layers in float8, F and I take less, and W as long as in bfloat16.  B and I include
+    what they recompute.
     """
-    tp, weights = work.degrees.tp, work.layer_flops / cost.flops_per_second
-    forward = weights
-    if work.in_float8:
-        forward -= (1 - 1 / _FLOAT8_SPEED) * work.linear_flops / cost.flops_per_second
-    summed = 2 * sum_seconds(
-        cost.tensor_seconds, cost.tensor_bytes_per_second, work.message_bytes, tp
-    )
-    # With sequence parallelism the backward all-gathers the inputs of two linear layers once more.
-    # An all-gather takes half as long as an all-reduce.
-    gathered = summed / 2 if work.sequence_parallel else 0.0
-    one_forward = _either(cost.layer_forward_seconds, forward) / tp + summed
+    tp, computed = work.degrees.tp, computed_layer(work, cost)
+    forward, input_grad, weight_grad = computed[:3]
+    backward = input_grad + weight_grad
+    if measured_layers(work, cost):
+        forward = _either(cost.layer_forward_seconds, forward * tp) / tp
+        backward = _either(cost.layer_backward_seconds, backward * tp) / tp
+        input_grad = _either(cost.layer_input_grad_seconds, input_grad * tp) / tp
+        weight_grad = _either(cost.layer_weight_grad_seconds, weight_grad * tp) / tp
+    exposed = tensor_seconds(work, cost, weight_grad)
     of_one_layer = {
-        Kind.F: one_forward,
-        Kind.B: _either(cost.layer_backward_seconds, forward + weights) / tp + summed + gathered,
-        Kind.I: _either(cost.layer_input_grad_seconds, forward) / tp + summed + gathered,
-        Kind.W: _either(cost.layer_weight_grad_seconds, weights) / tp,
+        Kind.F: forward + exposed[Kind.F],
+        Kind.B: backward + exposed[Kind.B],
+        Kind.I: input_grad + exposed[Kind.I],
+        Kind.W: weight_grad,
     }
-    again = [shape.recomputed_part(work.model, kind) * one_forward for kind in recompute]
+    again = [recomputed_seconds(work, cost, kind) for kind in recompute]
     return {
         kind: tuple(
             len(stage) * (seconds + (more if kind in (Kind.B, Kind.I) else 0.0))
@@ -218,6 +289,21 @@ def _stage_seconds(
         )
         for kind, seconds in of_one_layer.items()
     }
+
+
+def recomputed_seconds(work: Workload, cost: CostConfig, recompute: str) -> float:
+    """Return the seconds that recomputation adds to the backward of one layer.
+
+    A part of the FLOPs repeats as large a part of a measured forward, and of its communication.
+    """
+    part, computed = shape.recomputed_part(work.model, recompute), computed_layer(work, cost)
+    summed = part * tensor_seconds(work, cost, computed.weight_grad)[Kind.F]
+    if measured_layers(work, cost):
+        assert cost.layer_forward_seconds is not None
+        return part * cost.layer_forward_seconds / work.degrees.tp + summed
+    if not cost.has_rates:
+        return part * computed.forward + summed
+    return computed.again(recompute) + summed
 
 
 def _shard_seconds(
@@ -241,9 +327,17 @@ def _shard_seconds(
 
 def _output_seconds(work: Workload, cost: CostConfig, num_rows: int) -> float:
     """Return the seconds of S and T of one rank together: three matrix products."""
-    if cost.output_row_seconds is None:
-        flops = 6 * work.num_tokens * num_rows * work.model.hidden_size
-        return flops / cost.flops_per_second
+    if cost.output_row_seconds is None or (
+        cost.measured_layer_flops is not None and not _is_close(cost, work)
+    ):
+        return output_seconds(
+            Device.of(cost),
+            work.num_tokens,
+            work.model.hidden_size,
+            num_rows,
+            work.precise_bytes,
+            logit_bytes=cost.logit_bytes,
+        )
     return cost.output_fixed_seconds + num_rows * cost.output_row_seconds if num_rows else 0.0
 
 
@@ -253,7 +347,7 @@ def _either(measured: float | None, estimate: float) -> float:
 
 def _check_measured(work: Workload, cost: CostConfig) -> None:
     measured, flops = cost.measured_layer_flops, work.layer_flops
-    if measured is not None and not math.isclose(measured, flops, rel_tol=0.01):
+    if measured is not None and not cost.has_rates and not _is_close(cost, work):
         raise ConfigError(
             f"cost.measured_layer_flops={measured:g}, but a layer of this model takes {flops:g} "
             f"FLOPs forward per microbatch: {_OTHER_RUN}"

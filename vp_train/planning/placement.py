@@ -10,7 +10,7 @@ from schedules.problem import Problem
 from schedules.vocab import End
 from vp_train.config import ConfigError, CostConfig, ModelConfig, ParallelConfig
 from vp_train.model import shape
-from vp_train.planning.estimate import layer_seconds, rank_slowness, row_seconds
+from vp_train.planning.estimate import layer_pass_seconds, rank_slowness, row_seconds
 from vp_train.planning.workload import Workload
 from vp_train.vocab.shard import Shard, split_rows
 
@@ -117,7 +117,7 @@ def balanced_rows(
     slowness, seconds_per_row = rank_slowness(cost, layout.num_ranks), row_seconds(work, cost)
     if seconds_per_row == 0:  # rows that take no time cannot balance anything
         return [shard.num_rows for shard in split_rows(work.model.vocab_size, layout.num_ranks)]
-    seconds_of = {kind: layer_seconds(work, cost, kind) for kind in set(recompute)}
+    seconds_of = {kind: layer_pass_seconds(work, cost, kind) for kind in set(recompute)}
     busy = [
         slow
         * sum(seconds_of[recompute[stage]] * len(layers[stage]) for stage in layout.stages_of(rank))

@@ -11,19 +11,14 @@ from typing import Any
 from schedules.bound import step_bound
 from schedules.generators.auto import Watch
 from schedules.ir import Kind
+from schedules.simulate import simulate
 from schedules.vocab import End
-from vp_train.config import ClusterConfig, ConfigError, OptimConfig, RunConfig
-from vp_train.model import shape
-from vp_train.planning.cluster import (
-    gradient_seconds,
-    layer_sum_seconds,
-    links_of,
-    on_cluster,
-    peak_flops,
-    tied_seconds,
-)
+from vp_train.config import ClusterConfig, ConfigError, CostConfig, OptimConfig, RunConfig
+from vp_train.planning.cluster import links_of, on_cluster, peak_flops, tied_seconds
 from vp_train.planning.degrees import Degrees, split_ranks
+from vp_train.planning.estimate import exposed_tensor_seconds
 from vp_train.planning.memory import RankMemory, StateBytes, rank_memory
+from vp_train.planning.overlap import Exchange, exchange
 from vp_train.planning.plan import StepPlan, plan_step
 from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
@@ -58,8 +53,10 @@ class PlanReport:
     """The predicted time and memory of one run on a cluster.
 
     `recompute` says in words what the backward recomputes.  `flops` are `Workload.step_flops` of
-    all replicas.  `passes` are
-    the seconds of the simulated schedule.  The seconds `gradients` and `optimizer` come after it.
+    all replicas.  `passes` are the seconds of the simulated schedule.  The seconds `gradients`, of
+    sums and gathers that no pass hides, and `optimizer` come after it; `exchange` says how much is
+    hidden.  `messages` are the seconds of `passes` in which ranks wait for hops and collectives of
+    the pipeline; None if that was not simulated.
     """
 
     work: Workload
@@ -75,6 +72,8 @@ class PlanReport:
     bubble: float
     bound: float
     bound_reason: str
+    exchange: Exchange
+    messages: float | None = None
 
     @property
     def degrees(self) -> Degrees:
@@ -117,6 +116,30 @@ class PlanReport:
         """The model FLOPs over what all GPUs could compute at their peak in the time of a step."""
         peak = peak_flops(self.cluster, self.work.dtype)
         return self.flops / (self.step_seconds * self.degrees.num_ranks * peak)
+
+    @property
+    def exposed(self) -> dict[str, float]:
+        """The seconds of communication that nothing hides, by kind, on the busiest rank."""
+        return {
+            "tensor-parallel": self.ranks[self.busiest].tensor,
+            "hops and barriers": self.messages or 0.0,
+            "gradients": self.gradients - self.exchange.exposed_gathers,
+            "parameters": self.exchange.exposed_gathers,
+        }
+
+    @property
+    def exposed_words(self) -> str:
+        """The part of a step that is exposed communication, in words."""
+        step, found = self.step_seconds, self.exposed
+        whole = {"gradients": self.exchange.sums, "parameters": self.exchange.gathers}
+        parts = [
+            f"{name} {seconds / step:.1%}"
+            + (f" of {whole[name] / step:.1%}" if whole.get(name, 0.0) > seconds else "")
+            for name, seconds in found.items()
+            if seconds > 0 or whole.get(name, 0.0) > 0
+        ]
+        listed = f": {', '.join(parts)}" if parts else ""
+        return f"{sum(found.values()) / step:.1%} of the step{listed}"
 
     @property
     def gap(self) -> float:
@@ -199,6 +222,8 @@ class PlanReport:
             "bound_seconds": self.bound,
             "gap": self.gap,
             "parts_seconds": self.parts,
+            "exposed_seconds": self.exposed,
+            "exchange_seconds": asdict(self.exchange),
             "binds": self.binds,
             "fits": self.fits,
             "limit_bytes": self.limit,
@@ -223,22 +248,38 @@ def make_report(config: RunConfig, watch: Watch | None = None) -> PlanReport:
         raise ConfigError(f"the cluster has {num_gpus} GPUs{preset}: {error}") from None
     cost = on_cluster(Workload.of(config, degrees), config.cluster, config.cost)
     step = plan_step(replace(config, cost=cost), num_gpus, watch)
-    return report_of(step, config.cluster, config.optim)
+    report = report_of(step, config.cluster, config.optim, cost=cost)
+    return replace(report, messages=_message_seconds(step))
+
+
+def _message_seconds(step: StepPlan) -> float:
+    """Return the seconds that hops and collectives add to the passes, in the same order."""
+    cost = step.cost
+    free = replace(cost, hop_seconds=0.0, barrier_seconds=dict.fromkeys(cost.barrier_seconds, 0.0))
+    return step.timeline.makespan - simulate(step.schedule, step.problem, free).makespan
 
 
 def report_of(
-    step: StepPlan, cluster: ClusterConfig, optim: OptimConfig, state: StateBytes | None = None
+    step: StepPlan,
+    cluster: ClusterConfig,
+    optim: OptimConfig,
+    state: StateBytes | None = None,
+    *,
+    cost: CostConfig | None = None,
 ) -> PlanReport:
     """Return the report of a step that was planned with the costs of this cluster.
 
-    `state` gives the bytes per parameter if they are not those of this trainer.
+    `state` gives the bytes per parameter if they are not those of this trainer.  `cost` has the
+    measured times, if there are any.
     """
     work, timeline = step.work, step.timeline
+    cost = on_cluster(work, cluster, CostConfig()) if cost is None else cost
     memories = [rank_memory(step, optim, rank, state) for rank in range(step.num_ranks)]
-    ranks = tuple(_rank_report(step, cluster, rank, memory) for rank, memory in enumerate(memories))
+    ranks = tuple(_rank_report(step, cost, rank, memory) for rank, memory in enumerate(memories))
     bound = step_bound(step.problem, step.cost, step.caps)
-    parameters = max(rank.memory.parameters for rank in ranks)
-    gradients = gradient_seconds(work, cluster, optim, parameters)
+    updates = [optimizer_seconds(step.degrees, cluster, optim, held) for held in memories]
+    parameters = [memory.parameters for memory in memories]
+    exchanged = exchange(step, cluster, optim, parameters, updates)
     return PlanReport(
         work=work,
         cluster=cluster,
@@ -248,33 +289,30 @@ def report_of(
         ranks=ranks,
         flops=work.step_flops * step.degrees.dp,
         passes=timeline.makespan,
-        gradients=gradients + tied_seconds(work, cluster, step.problem),
-        optimizer=max(optimizer_seconds(step.degrees, cluster, optim, held) for held in memories),
+        gradients=exchanged.exposed + tied_seconds(work, cluster, step.problem),
+        optimizer=max(updates),
         bubble=timeline.mean_bubble,
         bound=bound.seconds,
         bound_reason=bound.reason,
+        exchange=exchanged,
     )
 
 
-def _rank_report(
-    step: StepPlan, cluster: ClusterConfig, rank: int, memory: RankMemory
-) -> RankReport:
-    work, spans = step.work, step.timeline.compute[rank]
+def _rank_report(step: StepPlan, cost: CostConfig, rank: int, memory: RankMemory) -> RankReport:
+    work, spans, split = step.work, step.timeline.compute[rank], step.problem.split_backward
     vocabulary = sum(span.seconds for span in spans if Kind(span.kind).is_vocabulary)
+    exposed = {
+        kind: exposed_tensor_seconds(work, cost, kind, split_backward=split)
+        for kind in set(step.recompute)
+    }
     stages = step.problem.layout.stages_of(rank)
-    num_layers = sum(len(step.layers[stage]) for stage in stages)
-    # A layer has two all-reduces forward and two backward.  With sequence parallelism the two
-    # all-gathers of the backward count as one more.  Recomputation repeats its part of the forward.
-    sums = (5.0 if work.sequence_parallel else 4.0) * num_layers
-    for stage in stages:
-        repeated = shape.recomputed_part(work.model, step.recompute[stage])
-        sums += 2 * repeated * len(step.layers[stage])
+    sums = sum(len(step.layers[stage]) * exposed[step.recompute[stage]] for stage in stages)
     return RankReport(
-        num_layers=num_layers,
+        num_layers=sum(len(step.layers[stage]) for stage in stages),
         num_rows=step.shards[End.OUTPUT][rank].num_rows,
         memory=memory,
         layers=step.timeline.busy(rank) - vocabulary,
-        tensor=sums * work.num_microbatches * layer_sum_seconds(work, cluster),
+        tensor=sums * work.num_microbatches,
         vocabulary=vocabulary,
     )
 
@@ -284,13 +322,15 @@ def optimizer_seconds(
 ) -> float:
     """Return the seconds of the optimizer step, which memory bandwidth limits.
 
-    AdamW reads the gradients, reads and writes its state, and writes the weights.  With
+    AdamW reads the gradients, reads and writes its state, and writes the weights.  With ZeRO-1 it
+    does so for the part of the replica, and then all replicas' weights are gathered.  With
     optim.offload the host does this for a part of the parameters in each replica.  Their gradients
     go down before and the weights come up after.  A copy of the weights and two moments are in host
     memory.
     """
     if not optim.offload:
-        moved = memory.gradients + 2 * memory.optimizer + memory.weights
+        parts = degrees.dp if optim.name == "zero1" else 1
+        moved = (memory.gradients + memory.weights) / parts + 2 * memory.optimizer
         return moved / cluster.memory_bytes_per_second
     gradients, weights = memory.gradients / degrees.dp, memory.weights / degrees.dp
     moved = (gradients + weights) / cluster.host_bytes_per_second

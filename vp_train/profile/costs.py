@@ -12,7 +12,18 @@ from schedules.ir import Kind
 from schedules.vocab import End
 from vp_train.config import CostConfig, RunConfig
 from vp_train.model import shape
+from vp_train.planning.physics import (
+    Device,
+    attention_seconds,
+    elementwise_bytes,
+    layer_seconds,
+    linear_shapes,
+    output_seconds,
+)
 from vp_train.planning.plan import StepPlan
+from vp_train.planning.workload import Workload
+
+_LEAST_REST = 0.02  # of a layer, that elementwise kernels take in any case
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +101,57 @@ def measured_cost(step: StepPlan, profiles: Sequence[RankProfile]) -> dict[str, 
         "measured_device": work.device,
     }
     return {"measured_layer_flops": float(work.layer_flops), **where, **cost}
+
+
+def device_rates(
+    work: Workload,
+    cost: Mapping[str, float | str],
+    *,
+    products: float,
+    attention: float,
+    kernel_seconds: float,
+    multiprocessors: int,
+) -> dict[str, float | str]:
+    """Return the settings of `cost` with the rates of a device, which predict other layers too.
+
+    cost: of `measured_cost`, with the seconds of a layer.
+    products, attention: measured seconds of the four products of a forward, and of attention.
+
+    What products and attention leave of the layer is the time of elementwise kernels, so a plan
+    with these rates takes as long as the measured layer.  What they leave of S and T is the time of
+    what is done to each logit.
+    """
+    share, tp = work.share, work.degrees.tp
+    unit = Device(1.0, 1.0, 1e300, 0.0, multiprocessors)
+    tokens = work.num_tokens
+    ideal = sum(unit.product(tokens, out, into) for out, into in linear_shapes(share))
+    matrix, attended = ideal / products, attention_seconds(unit, share, tokens) / attention
+    free = Device(matrix, attended, 1e300, kernel_seconds, multiprocessors)
+    common = {
+        "item_bytes": work.item_bytes,
+        "sum_bytes": work.precise_bytes,
+        "sequence_ranks": work.sequence_ranks,
+    }
+    whole = sum(float(cost[f"layer_{name}_seconds"]) / tp for name in ("forward", "backward"))
+    rest = max(whole - sum(layer_seconds(free, share, tokens, **common)[:3]), _LEAST_REST * whole)
+    moved = sum(elementwise_bytes(share, tokens, work.item_bytes, work.sequence_ranks))
+    moved += work.precise_bytes * shape.layer_matrix_parameters(share)
+    found: dict[str, float | str] = {
+        "matrix_flops_per_second": matrix,
+        "attention_flops_per_second": attended,
+        "memory_bytes_per_second": moved / rest,
+        "kernel_seconds": kernel_seconds,
+        "multiprocessors": multiprocessors,
+    }
+    if "output_row_seconds" in cost:
+        rows = 1 << 14
+        taken = float(cost["output_fixed_seconds"]) + rows * float(cost["output_row_seconds"])
+        device = Device(matrix, attended, moved / rest, kernel_seconds, multiprocessors)
+        plain = output_seconds(
+            device, tokens, share.hidden_size, rows, work.precise_bytes, logit_bytes=0.0
+        )
+        found["logit_bytes"] = max(0.0, (taken - plain) * moved / rest / tokens / rows)
+    return found | {"measured_dtype": work.dtype, "measured_device": work.device}
 
 
 def with_cost(config: RunConfig, cost: Mapping[str, float | str]) -> RunConfig:

@@ -1,0 +1,142 @@
+"""Laws of products, attention and bytes on a device, and of FSDP that is made of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from vp_train.config import ConfigError, CostConfig
+from vp_train.model import shape
+from vp_train.planning.cluster import with_rates
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.fsdp import best_fsdp, fsdp_step
+from vp_train.planning.physics import Device, attention_seconds, layer_seconds
+from vp_train.planning.plan import plan_step
+from vp_train.planning.workload import Workload
+from vp_train.settings import load_config
+
+H100 = load_config(["cluster=h100_80g_node"]).cluster
+
+
+def device():
+    return Device.of(with_rates(CostConfig(), H100, "bfloat16", alone=True))
+
+
+def layer(device, hidden=4096, num_tokens=4096):
+    heads = hidden // 128
+    words = (f"model.hidden_size={hidden}", f"model.num_heads={heads}")
+    model = load_config(["model=gpt_4b", *words, f"model.num_query_groups={heads}"]).model
+    wide = replace(model, ffn_hidden_size=4 * hidden)
+    return wide, layer_seconds(device, wide, num_tokens, item_bytes=2, sum_bytes=4)
+
+
+def test_a_device_with_one_rate_takes_its_flops_and_nothing_else():
+    one = Device.of(CostConfig(flops_per_second=1e12))
+    model, found = layer(one)
+    flops = shape.layer_flops(model, 4096)
+    assert found.forward == pytest.approx(flops / 1e12)
+    assert found.input_grad + found.weight_grad == pytest.approx(2 * flops / 1e12)
+
+
+def test_no_product_is_faster_than_its_flops_and_more_work_takes_longer():
+    one, sizes = device(), (1, 64, 200, 1024, 3072, 5000, 16384)
+    for rows in sizes:
+        for columns in sizes:
+            for depth in (64, 1024, 8192):
+                seconds = one.product(rows, columns, depth)
+                assert seconds >= 2 * rows * columns * depth / one.flops_per_second
+                assert seconds <= one.product(2 * rows, columns, depth) * (1 + 1e-9)
+                assert seconds <= one.product(rows, columns, 2 * depth) * (1 + 1e-9)
+    assert one.product(8192, 8192, 8192) < 1.05 * 2 * 8192**3 / one.flops_per_second
+
+
+def test_wider_layers_reach_a_larger_part_of_the_peak():
+    reached = []
+    for hidden in (1024, 2048, 4096, 8192, 16384):
+        model, found = layer(device(), hidden)
+        reached.append(shape.layer_flops(model, 4096) / found.forward)
+    assert reached == sorted(reached)
+    assert reached[-1] > 1.3 * reached[0]
+
+
+def test_attention_counts_what_the_mask_leaves():
+    one = device()
+    model = load_config(["model=llama3_8b"]).model
+    whole = attention_seconds(one, model, 8192)
+    flops = 4 * 8192 * 8192 * 4096 / 2
+    assert whole == pytest.approx(flops * (1 + 1 / 8) / one.attention_flops_per_second)
+    local = replace(model, sliding_window=1024)
+    if all(local.is_local(index) for index in range(local.num_layers)):
+        assert attention_seconds(one, local, 8192) < whole / 3
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_recomputation_repeats_a_part_of_the_forward(recompute):
+    _, found = layer(device())
+    again = found.again(recompute)
+    assert {"none": 0.0, "full": found.forward}.get(recompute, again) == again
+    assert 0 <= again <= found.forward
+
+
+def test_a_device_with_some_rates_only_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"attention_flops_per_second=None .*: give all three, or none"
+    ):
+        Device.of(CostConfig(matrix_flops_per_second=1e14, memory_bytes_per_second=1e12))
+
+
+def test_measured_rates_predict_layers_that_were_not_measured():
+    """Measured seconds count for the layer that they are of, rates for all others."""
+    words = ["model=gpt_4b", "cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=8"]
+    config = load_config(words)
+    measured = CostConfig(
+        matrix_flops_per_second=8e14,
+        attention_flops_per_second=5e14,
+        memory_bytes_per_second=3e12,
+        measured_layer_flops=float(shape.layer_flops(config.model, 2048)),
+        layer_forward_seconds=1.0,
+        layer_backward_seconds=2.0,
+    )
+    assert plan_step(replace(config, cost=measured), 8).timeline.makespan > 8
+    other = load_config([*words, "model.num_layers=8", "micro_batch_size=2"])
+    assert plan_step(replace(other, cost=measured), 8).timeline.makespan < 0.2
+    bare = replace(measured, matrix_flops_per_second=None)
+    with pytest.raises(ConfigError, match=r"cost\.measured_layer_flops="):
+        plan_step(replace(other, cost=bare), 8)
+
+
+def work_of(*words):
+    config = load_config(["model=llama3_8b", "cluster=h100_80g_node", *words])
+    return config, Workload.of(config, Degrees(config.cluster.num_gpus, 1, 1))
+
+
+def test_one_gpu_of_fsdp_exchanges_nothing():
+    config, work = work_of("cluster.gpus_per_node=1", "num_microbatches=4")
+    found = fsdp_step(work, config.cluster, config.cost, config.optim, recompute="none")
+    assert (found.exposed, found.exchange) == (0, 0)
+    assert found.seconds == pytest.approx(found.compute + found.optimizer)
+
+
+def test_fsdp_gathers_twice_and_scatters_once_per_microbatch():
+    """With links that take all of the time a step takes as long as its exchange."""
+    slow = "cluster.node_bytes_per_second=1e9"
+    config, work = work_of(slow, "cluster.node_seconds=0", "num_microbatches=3")
+    found = fsdp_step(work, config.cluster, config.cost, config.optim, recompute="none")
+    layers = 32 * shape.layer_parameters(work.model) * (2 + 2 + 4)
+    ends = 2 * 128_256 * 4096 * (2 + 4)
+    assert found.exchange == pytest.approx(3 * 7 / 8 * (layers + ends) / 1e9)
+    assert found.exchange < found.seconds < 1.15 * found.exchange
+
+
+def test_the_best_fsdp_fits_or_is_the_leanest():
+    config, work = work_of("cluster.num_nodes=2")
+    best = best_fsdp(work, config.cluster, config.cost, config.optim, num_sequences=128)
+    assert best is not None
+    assert best.fits
+    small = replace(config.cluster, memory_gib=1.0)
+    lean = best_fsdp(work, small, config.cost, config.optim, num_sequences=128)
+    assert lean is not None
+    assert not lean.fits
+    assert lean.num_bytes <= best.num_bytes
+    assert best_fsdp(work, small, config.cost, config.optim, num_sequences=1) is None

@@ -1,0 +1,253 @@
+"""The seconds of matrix products, attention and elementwise kernels on one device.
+
+A pass is a sum of three parts.  Each follows from shapes and from one rate of the device:
+
+- a matrix product [m, k] x [k, n] runs in tiles, and tiles in waves over the multiprocessors, so
+  that small products leave some of them idle;
+- causal attention computes the half of the squares below the diagonal, and short sequences reach
+  a smaller part of its rate;
+- norms, activation functions, sums and rotations read and write memory.
+
+Without a number of multiprocessors a device has one rate for all FLOPs and nothing else takes time.
+Pure arithmetic, without torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vp_train.config import ConfigError, CostConfig, ModelConfig
+from vp_train.model import shape
+
+# Rows and columns of a tile of a product, and the rate of a full wave relative to the fastest one.
+_TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (128, 64, 0.8))
+_FILL = 128  # values of the inner dimension that a tile takes to fill and drain its pipeline
+_SPLITS = (1, 2, 4)  # parts of the inner dimension that tiles of their own may sum
+_SHORT = 1_024  # tokens; sequences of this length reach half of the rate of attention
+_ATTENTION_BACKWARD = 2.5  # products of a backward of attention over those of a forward
+_FORWARD_KERNELS, _BACKWARD_KERNELS = 14, 40  # of a layer
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The rates of one GPU.
+
+    flops_per_second: of a large matrix product.
+    attention_flops_per_second: of causal attention over long sequences, half of the squares.
+    bytes_per_second: of elementwise kernels.
+    kernel_seconds: fixed time of one kernel.
+    multiprocessors: 0 for a device with one rate for all FLOPs.
+    """
+
+    flops_per_second: float
+    attention_flops_per_second: float
+    bytes_per_second: float
+    kernel_seconds: float
+    multiprocessors: int
+
+    @classmethod
+    def of(cls, cost: CostConfig) -> Device:
+        """Return the device that `cost` describes.
+
+        Raises ConfigError if it has only some of the rates.
+        """
+        product, attention, memory = (
+            cost.matrix_flops_per_second,
+            cost.attention_flops_per_second,
+            cost.memory_bytes_per_second,
+        )
+        if product is None and attention is None and memory is None:
+            return cls(cost.flops_per_second, cost.flops_per_second, math.inf, 0.0, 0)
+        if product is None or attention is None or memory is None:
+            raise ConfigError(
+                f"cost.matrix_flops_per_second={product}, attention_flops_per_second={attention} "
+                f"and memory_bytes_per_second={memory}: give all three, or none"
+            )
+        return cls(product, attention, memory, cost.kernel_seconds, cost.multiprocessors)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether attention and bytes have rates of their own."""
+        return self.bytes_per_second < math.inf
+
+    def product(self, rows: int, columns: int, depth: int) -> float:
+        """Return the seconds of [rows, depth] x [depth, columns]."""
+        if not rows * columns * depth:
+            return 0.0
+        if not self.multiprocessors:
+            return 2.0 * rows * columns * depth / self.flops_per_second
+        area = _wave_area(self.multiprocessors, rows, columns, depth)
+        return 2.0 * area / self.flops_per_second
+
+    def moved(self, num_bytes: float) -> float:
+        """Return the seconds of elementwise kernels that read and write these bytes."""
+        return num_bytes / self.bytes_per_second
+
+
+@functools.cache
+def _wave_area(multiprocessors: int, rows: int, columns: int, depth: int) -> float:
+    """Return rows x columns x depth of a product as if every wave were full and ideal.
+
+    The product is at least as large.  The best tile is taken.
+    """
+    best = math.inf
+    for height, width, rate in _TILES:
+        tiles = math.ceil(rows / height) * math.ceil(columns / width)
+        for parts in _SPLITS:
+            waves = math.ceil(tiles * parts / multiprocessors)
+            deep = math.ceil(depth / parts) + _FILL
+            best = min(best, waves * multiprocessors * height * width * deep / rate)
+    return best
+
+
+class LayerSeconds(NamedTuple):
+    """The seconds of one layer on one microbatch, without communication.
+
+    `weight_grad` are the products dW of its four linear layers, `input_grad` the rest of a
+    backward.  `attention` and `qkv` are the parts of `forward` that selective recomputation
+    repeats.
+    """
+
+    forward: float
+    input_grad: float
+    weight_grad: float
+    attention: float
+    qkv: float
+
+    def again(self, recompute: str) -> float:
+        """Return the seconds that a backward with this recomputation adds."""
+        return {"none": 0.0, "selective": self.attention + self.qkv, "full": self.forward}[
+            recompute
+        ]
+
+
+def layer_seconds(
+    device: Device,
+    model: ModelConfig,
+    num_tokens: int,
+    *,
+    item_bytes: int,
+    sum_bytes: int,
+    sequence_ranks: int = 1,
+    linear_speed: float = 1.0,
+) -> LayerSeconds:
+    """Return the seconds of one layer of `model`, a tensor-parallel share, on `num_tokens` tokens.
+
+    item_bytes, sum_bytes: of a weight or activation, and of a gradient that dW is added to.
+    sequence_ranks: over how many ranks sequence parallelism splits norms and residuals.
+    linear_speed: how much faster than at the rate of the device linear layers form y and dx.
+    """
+    tokens, attention = num_tokens, attention_seconds(device, model, num_tokens)
+    products = linear_shapes(model)
+    forward = [
+        device.product(tokens, outputs, inputs) / linear_speed for outputs, inputs in products
+    ]
+    if not device.is_split:  # a backward takes twice as long as the forward, in two equal halves
+        whole = shape.layer_flops(model, tokens) / device.flops_per_second
+        less = whole - (1 - 1 / linear_speed) * (
+            2 * shape.layer_matrix_parameters(model) * tokens / device.flops_per_second
+        )
+        return LayerSeconds(less, less, whole, attention, forward[0])
+    backward = sum(device.product(tokens, inputs, outputs) for outputs, inputs in products)
+    backward /= linear_speed
+    weights = sum(device.product(outputs, inputs, tokens) for outputs, inputs in products)
+    kernels = device.kernel_seconds
+    there, back = _moved_values(model, sequence_ranks)
+    weights += device.moved(sum_bytes * shape.layer_matrix_parameters(model)) + 4 * kernels
+    rest = device.moved(item_bytes * tokens * there) + _FORWARD_KERNELS * kernels
+    return LayerSeconds(
+        sum(forward) + attention + rest,
+        backward
+        + _ATTENTION_BACKWARD * attention
+        + device.moved(item_bytes * tokens * back)
+        + (_BACKWARD_KERNELS - 4) * kernels,
+        weights,
+        attention,
+        forward[0],
+    )
+
+
+def linear_shapes(model: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """Return outputs and inputs of the qkv, output, up (with gate) and down projections."""
+    h, q, f = model.hidden_size, shape.query_size(model), model.ffn_hidden_size
+    wide = (2 if shape.is_gated(model) else 1) * f
+    return (q + 2 * shape.kv_size(model), h), (h, q), (wide, h), (h, f)
+
+
+def attention_seconds(device: Device, model: ModelConfig, num_tokens: int) -> float:
+    """Return the seconds of the forward of attention in one layer, the mean over all layers.
+
+    A device with one rate computes whole squares.  Otherwise only what the mask leaves is computed.
+    """
+    length = model.seq_length
+    windows = [
+        min(model.sliding_window or length, length) if model.is_local(layer) else length
+        for layer in range(model.num_layers)
+    ]
+    per_key = 4.0 * num_tokens * shape.query_size(model) / len(windows)
+    if not device.is_split:
+        return per_key * sum(windows) / device.attention_flops_per_second
+    seen = sum(window - window**2 / (2 * length) for window in windows)
+    return per_key * seen * (1 + _SHORT / length) / device.attention_flops_per_second
+
+
+def elementwise_bytes(
+    model: ModelConfig, num_tokens: int, item_bytes: int, sequence_ranks: int = 1
+) -> tuple[float, float]:
+    """Return the bytes that elementwise kernels of a layer move in its forward and its backward."""
+    there, back = _moved_values(model, sequence_ranks)
+    return item_bytes * num_tokens * there, item_bytes * num_tokens * back
+
+
+def _moved_values(model: ModelConfig, sequence_ranks: int) -> tuple[float, float]:
+    """Return the values per token that elementwise kernels move in a forward and in a backward.
+
+    A norm reads and writes once, and twice in its backward.  A residual sum reads two and writes
+    one.  A rotation takes three kernels.
+    """
+    h, f, q = model.hidden_size, model.ffn_hidden_size, shape.query_size(model)
+    turned, qkv = q + shape.kv_size(model), q + 2 * shape.kv_size(model)
+    norms, gated = shape.num_norms(model), shape.is_gated(model)
+    there = (2.0 * norms + 6.0) * h / sequence_ranks + (3.0 if gated else 2.0) * f
+    back = (4.0 * norms + 6.0) * h / sequence_ranks + (5.0 if gated else 3.0) * f
+    if model.positions == "rope":
+        there, back = there + 6.0 * turned, back + 6.0 * turned
+    if model.qk_norm:
+        there, back = there + 2.0 * turned, back + 4.0 * turned
+    if model.linear_bias or model.qkv_bias:
+        there, back = there + 2.0 * qkv, back + qkv
+    if model.linear_bias:
+        there, back = (
+            there + 2.0 * f + 4.0 * h / sequence_ranks,
+            back + f + 2.0 * h / sequence_ranks,
+        )
+    return there, back
+
+
+def output_seconds(
+    device: Device,
+    num_tokens: int,
+    hidden_size: int,
+    num_rows: int,
+    sum_bytes: int,
+    *,
+    logit_bytes: float,
+) -> float:
+    """Return the seconds of S and T of one shard: three products, and what is done to each logit.
+
+    sum_bytes: of a gradient that dW is added to.
+    logit_bytes: read and written per token and row.
+    """
+    if not num_rows:
+        return 0.0
+    products = (
+        device.product(num_tokens, num_rows, hidden_size)
+        + device.product(num_tokens, hidden_size, num_rows)
+        + device.product(num_rows, hidden_size, num_tokens)
+    )
+    if not device.is_split:
+        return products
+    return products + device.moved(num_rows * (num_tokens * logit_bytes + hidden_size * sum_bytes))
