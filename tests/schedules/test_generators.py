@@ -266,19 +266,19 @@ def test_a_v_shaped_block_keeps_as_many_microbatches_in_flight_as_computed(p, al
         assert computed == [peak_in_flight(order, case) for order in block.order(case)]
 
 
-def test_other_blocks_than_v_min_help_auto_under_a_low_cap(monkeypatch):
-    """p=4, m=32, a cap of 2.65 microbatches, without the longer search."""
-    layout, passes = Layout("v", 4, 2), {"S": 1.2, "T": 0.6, "barrier": 0.3, "hop": 0.05}
-    case = Problem(layout, 32, VOCAB_ALGORITHMS["one_barrier"], split_backward=True)
-    uniform = CostModel.uniform(8, 4, F=1, I=1, W=1, **passes)
-    costs = replace(uniform, stage_bytes=(0.5,) * 8, shard_bytes=(0.15,) * 4)
+def test_tightened_blocks_help_auto_under_a_low_cap(monkeypatch):
+    """p=8, m=24, the memory of V-Min, without the longer search."""
+    layout, passes = Layout("v", 8, 2), {"S": 0.6, "T": 0.3, "barrier": 0.3, "hop": 0.05}
+    case = Problem(layout, 24, VOCAB_ALGORITHMS["one_barrier"], split_backward=True)
+    uniform = CostModel.uniform(16, 8, F=1, I=1, W=1, **passes)
+    costs = replace(uniform, stage_bytes=(0.5,) * 16, shard_bytes=(0.15,) * 8)
     monkeypatch.setattr(auto, "_ROUNDS", ((1, 0),))
     bubbles = []
-    for count in (auto._BLOCKS, 0):
+    for count in (4, 0):
         monkeypatch.setattr(auto, "_BLOCKS", count)
         timeline = simulate(
-            auto.solve([auto.Option("v_min", case, costs)], [2.65] * 4).schedule, case, costs
+            auto.solve([auto.Option("v_min", case, costs)], [4.15] * 8).schedule, case, costs
         )
-        assert max(timeline.peak_bytes) <= 2.65 * (1 + 1e-9)
+        assert max(timeline.peak_bytes) <= 4.15 * (1 + 1e-9)
         bubbles.append(timeline.mean_bubble)
     assert bubbles[0] < bubbles[1] - 0.02
