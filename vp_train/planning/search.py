@@ -218,7 +218,7 @@ class _Search:
             self._estimate_other_kind()
             if plans:
                 self._plan()
-            if self._planned or not plans or self._num_estimated == before:
+            if not plans or self._num_estimated == before or not self._goes_on():
                 break
         best = sorted(self._planned.values(), key=_order)
         top = tuple(best[: self._limits.top])
@@ -392,13 +392,18 @@ class _Search:
         factor = self._factors.get(_alike(self._space.choices[number]), 1.0)
         return self._bounds[number] * factor
 
+    def _seconds_of(self, estimate: Estimate) -> float:
+        """Return the seconds of an estimate, as planned if it was."""
+        planned = self._planned.get(estimate.candidate.choice)
+        return estimate.seconds if planned is None else planned.report.step_seconds
+
     def _lowest(self) -> int | None:
         """Take what may be the fastest choice that is left, unless it cannot be among the best."""
-        seconds = sorted(estimate.seconds for estimate in self._estimates)
+        seconds = sorted(map(self._seconds_of, self._estimates))
         last = seconds[self._limits.top - 1] if len(seconds) >= self._limits.top else float("inf")
         first_of = {
             splits: min(
-                (e.seconds for e in self._estimates if e.splits_vocabulary is splits),
+                (self._seconds_of(e) for e in self._estimates if e.splits_vocabulary is splits),
                 default=float("inf"),
             )
             for splits in (True, False)
@@ -466,6 +471,8 @@ class _Search:
             enough = len(times) >= self._limits.top and estimate not in ahead
             if enough and estimate.seconds * (1 - _SLACK) >= times[self._limits.top - 1]:
                 break
+            if estimate.candidate.choice in self._planned:
+                continue
             cost = placed_by(estimate.candidate.draft.problem)
             if self._planned and self._spent + cost > self._limits.effort:
                 self._spent = self._limits.effort
