@@ -21,9 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from schedules.generators import generate
-from schedules.network import Network
 from schedules.problem import Problem
-from schedules.simulate import sweep
+from schedules.simulate import simulate
 from vp_train.config import ConfigError, OptimConfig, RunConfig
 from vp_train.planning.choice import (
     Choice,
@@ -513,9 +512,10 @@ def short_step(draft: Draft, name: str) -> tuple[StepPlan, float, int]:
     for number in counts:
         few = replace(problem, num_microbatches=number)
         schedule = generate(name, few, draft.cost, effort=_SHORT_EFFORT)
-        network = Network.of(few, draft.cost)
-        times.append(sweep(network, network.orders(schedule)).makespan)
-    step, seconds = unsimulated(draft, schedule, draft.cost), times[-1]
+        timeline = simulate(schedule, few, draft.cost)
+        times.append(timeline.makespan)
+    step = replace(unsimulated(draft, schedule, draft.cost), timeline=timeline)
+    seconds = times[-1]
     if len(counts) > 1:
         interval = (times[1] - times[0]) / (counts[1] - counts[0])
         interval = max(interval, busiest_seconds(problem, draft.cost))

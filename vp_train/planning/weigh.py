@@ -25,6 +25,7 @@ from vp_train.planning.cluster import gradient_seconds, on_cluster, tied_seconds
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.memory import RankMemory, StateBytes, rank_memory, rank_state
+from vp_train.planning.overlap import exchange
 from vp_train.planning.placement import balance, redistribute, split_vocabulary
 from vp_train.planning.plan import Draft, StepPlan, draft, draft_step, named_base_order
 from vp_train.planning.report import optimizer_seconds
@@ -380,14 +381,16 @@ class Scales:
         return False
 
     def after(self, step: StepPlan, optim: OptimConfig) -> float:
-        """Return the seconds of a step after its passes."""
+        """Return the seconds of a step after its passes, the least if it was not simulated."""
         states = [rank_state(step, optim, rank) for rank in range(step.num_ranks)]
-        cluster, parameters = self._config.cluster, max(state.parameters for state in states)
-        return (
-            gradient_seconds(step.work, cluster, optim, parameters)
-            + tied_seconds(step.work, cluster, step.problem)
-            + max(optimizer_seconds(step.degrees, cluster, optim, state) for state in states)
+        cluster, counts = self._config.cluster, [state.parameters for state in states]
+        updates = [optimizer_seconds(step.degrees, cluster, optim, state) for state in states]
+        exposed = (
+            exchange(step, cluster, optim, counts, updates).exposed
+            if step.timeline.compute
+            else gradient_seconds(step.work, cluster, optim, max(counts))
         )
+        return exposed + tied_seconds(step.work, cluster, step.problem) + max(updates)
 
     def _draft(self, choice: Choice) -> Draft:
         split, family = self._split_of(choice), GENERATORS[choice.schedule]
