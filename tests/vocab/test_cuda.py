@@ -49,7 +49,7 @@ def test_the_triton_kernels_are_right_in_the_interpreter_and_few():
 @pytest.mark.parametrize(
     ("compare", "case"),
     [*COMPARISONS, (compare_chunks, (64, 20_001)), (compare_terms, (64, 4_096))],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_the_triton_kernels_equal_torch(compare, case):
     compare(case, torch.device("cuda"))
