@@ -296,7 +296,7 @@ def test_a_nonfinite_step_can_be_skipped(ranks, tmp_path):
 
 def test_skipping_ends_when_nothing_is_finite_any_more(ranks, tmp_path):
     config = config_of(tmp_path, steps=50, on_nonfinite="skip")
-    config = replace(config, model=replace(config.model, init_std=1e30))
+    config = replace(config, model=replace(config.model, init_std=1e30, embedding_multiplier=1e30))
     for said in ranks(2).run(train, config):
         assert "10 steps in a row" in said
 
@@ -328,7 +328,7 @@ def give_up(rank, num_ranks, config):
 
 def test_a_run_that_diverges_leaves_its_trackers_with_all_steps_and_all_ranks_wait(ranks, tmp_path):
     config = config_of(tmp_path, steps=50, on_nonfinite="skip", trace_step=0)
-    config = replace(config, model=replace(config.model, init_std=1e30))
+    config = replace(config, model=replace(config.model, init_std=1e30, embedding_multiplier=1e30))
     (steps, closed, failed, _), (*_, left) = ranks(2).run(give_up, config)
     assert steps == list(range(1, 10))
     assert failed
