@@ -150,11 +150,15 @@ def test_a_mistake_is_named_by_the_searches_too(monkeypatch):
     monkeypatch.setitem(GENERATORS, "wrong", Family(wrong, searched=True))
     assert "wrong" in searched_schedules()
     config = config_of(2, 2, 101, schedule="auto", num_stages=2)
-    with monkeypatch.context() as alone:  # `auto` needs no other start where one is optimal
-        for name in set(GENERATORS) - {"wrong"}:
-            alone.delitem(GENERATORS, name)
+    table = dict(GENERATORS)
+    try:
+        for name in table.keys() - {"wrong"}:  # `auto` needs no other start where one is optimal
+            del GENERATORS[name]
         with pytest.raises(ConfigError, match="schedule wrong: rank 0 never runs 0F0"):
             make_plan(config, 2)
+    finally:  # in the same order
+        GENERATORS.clear()
+        GENERATORS.update(table)
     config = replace(config, cluster=replace(config.cluster, gpus_per_node=2))
     with pytest.raises(ConfigError, match="schedule wrong: rank 0 never runs 0F0"):
         search(config, Limits(), lambda: True, lambda line: None)
