@@ -38,6 +38,11 @@ def cpu_seconds():
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 
+def peak_bytes():
+    # Not ru_maxrss: that begins with the memory of the process that has started this one.
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
 options = json.loads(sys.argv[1])
 vocab_size = options.pop("vocab_size")
 with quiet_megatron():
@@ -47,7 +52,7 @@ corpus = prepare(DataConfig(name="text", **options), vocab_size, progress=False)
 print(json.dumps({
     "seconds": time.perf_counter() - started,
     "cpu_seconds": cpu_seconds() - cpu,
-    "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    "peak_bytes": peak_bytes(),
     "tokens": corpus.manifest.num_tokens,
 }))
 """

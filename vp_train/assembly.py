@@ -434,7 +434,7 @@ def _build_stages(
         for stage in plan.problem.layout.stages_of(mesh.pipeline_rank)
     }
     if fuse is not plain:
-        for built in stages.values():  # all ranks compile at once, and not within a step's timeout
+        for built in stages.values():  # before the first step, for which the ranks then wait
             built.warm_up(config.micro_batch_size)
     return stages
 

@@ -332,6 +332,7 @@ class Run:
             self.first_step = 1 + self._resume()
         if settings.init_from is not None and self.first_step == 1:
             self._initialise(settings.init_from)
+        self._await_others()
 
     @property
     def _traced_step(self) -> int:
@@ -665,7 +666,7 @@ class Run:
         step, progress = restore_run(path, self.config, self.model, self.mesh, self.source.contents)
         self._used = step, progress.tokens
         self._judge.restore(progress.losses, progress.norms, progress.spikes, progress.skipped)
-        self._await_loading()
+        self._await_others()
         return step
 
     def _passed_over(self, damage: Damage) -> str:
@@ -689,10 +690,12 @@ class Run:
     def _initialise(self, source: str) -> None:
         """Load the weights of another run or of an import."""
         load_weights(find(Path(source).expanduser(), self.mesh.world), self.config, self.model)
-        self._await_loading()
 
-    def _await_loading(self) -> None:
-        """Return when all ranks have loaded.  A slow disk may take longer than a step's timeout."""
+    def _await_others(self) -> None:
+        """Return when all ranks have compiled their kernels and loaded their parameters.
+
+        A slow disk or compiler may take longer than a step's timeout.
+        """
         self.mesh.world.barrier()
 
     def _traced(

@@ -135,3 +135,14 @@ def test_a_gated_mlp_keeps_no_output_of_its_activation(group):  # noqa: F811
     f = MODEL.ffn_hidden_size
     assert widths.count(2 * f) == 1
     assert f not in widths
+
+
+def test_a_sum_whose_norm_nobody_uses_has_its_gradient():
+    x, residual = (torch.ones(2, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    rule = elementwise.NormRule(1e-6)
+    total, _ = elementwise.residual_norm(x, residual, weight, None, rule, plain)
+    total.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert torch.equal(residual.grad, torch.ones_like(x))
+    assert weight.grad is None

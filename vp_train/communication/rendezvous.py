@@ -16,7 +16,7 @@ def job_store(environment: Mapping[str, str], timeout: timedelta) -> Store:
 
     An agent that starts ranks again keeps its store, and torch would find the addresses of the dead
     ranks in it.  Rank 0 hosts the store unless an agent does.  Raises torch's DistError if the
-    store cannot be reached within `timeout`.
+    store cannot be reached within `timeout`, and OSError if its port is in use.
     """
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     has_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

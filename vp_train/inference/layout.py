@@ -126,6 +126,7 @@ def _evaluating(
         comm_backend="gloo" if degrees.num_ranks == 1 else config.run.comm_backend,
         dtype=dtype or config.run.dtype,
         linear_dtype=config.run.linear_dtype if dtype in (None, config.run.dtype) else "compute",
+        compile="off",  # a few tokens do not repay it
         resume=False,
         init_from=None,
         profile_steps=(),

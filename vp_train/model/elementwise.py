@@ -184,6 +184,8 @@ class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dtotal, dy = grads
+        if dy is None:  # nobody has used the norm
+            return dtotal, dtotal if ctx.adds else None, None, None, None, None
         total, weight, bias, *statistics = ctx.saved_tensors
         dx, dweight, dbias = ctx.fuse(normalise_backward)(
             dy, dtotal, total, weight, bias, ctx.rule, *statistics
