@@ -284,3 +284,15 @@ def test_a_batch_in_tokens_is_one_that_replicas_can_share(tokens, sequences):
     changed = with_batch_of(config, tokens)
     assert changed.num_microbatches * changed.micro_batch_size == sequences
     assert changed.parallel.dp is None
+
+
+def test_a_plan_that_does_not_fit_is_refused_once_and_shown_nowhere(monkeypatch):
+    roomy = searched(config_of(), 3)
+    limit = min(total(plan.report) for plan in roomy.best) / GIB * 0.9
+    monkeypatch.setattr(Scales, "needs", lambda self, step, optim: (0.0, 0))
+    result = searched(config_of(f"cluster.memory_gib={limit!r}"), 3)
+    refused = [refusal.choice for refusal in result.refused]
+    assert len(set(refused)) == len(refused)
+    shown = [*result.estimated, result.with_vocabulary, result.without_vocabulary]
+    assert not {estimate.candidate.choice for estimate in shown if estimate} & set(refused)
+    assert result.excluded["memory, for a whole step"] > 0
