@@ -132,6 +132,7 @@ def test_what_experts_set_is_searched():
         ["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=64", "parallel.tp=2"]
     )
     found = space_of(config).choices
+    assert {choice.vocab for choice in found if choice.degrees.pp == 1} == {"none"}
     with_tp = {choice.sequence_parallel for choice in found if choice.degrees.tp > 1}
     without = {choice.sequence_parallel for choice in found if choice.degrees.tp == 1}
     assert (with_tp, without) == ({True, False}, {False})
