@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from schedules import generators
 from vp_train.config import ConfigError
-from vp_train.planning.choice import optimizers_of, space_of, with_batch_of
+from vp_train.planning.choice import Space, optimizers_of, space_of, with_batch_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import make_report
@@ -297,3 +298,23 @@ def test_a_plan_that_does_not_fit_is_refused_once_and_shown_nowhere(monkeypatch)
     shown = [*result.estimated, result.with_vocabulary, result.without_vocabulary]
     assert not {estimate.candidate.choice for estimate in shown if estimate} & set(refused)
     assert result.excluded["memory, for a whole step"] > 0
+
+
+def test_a_plan_that_is_found_has_the_report_that_planning_it_gives_with_measured_rates():
+    config = load_config(
+        [
+            *("model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=8"),
+            *("cost.matrix_flops_per_second=1e16", "cost.memory_bytes_per_second=1e12"),
+            *("cost.attention_flops_per_second=5e13",),
+        ]
+    )
+    choice = next(
+        choice
+        for choice in space_of(config).choices
+        if choice.degrees == Degrees(1, 4, 2)
+        and choice.schedule == "1f1b"
+        and not choice.sequence_parallel
+    )
+    found = search(config, NO_END, lambda: True, lambda words: None, Space((choice,), Counter()))
+    (plan,) = found.best
+    assert plan.report.ranks == make_report(plan.choice.applied(config)).ranks

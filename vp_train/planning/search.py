@@ -487,7 +487,8 @@ class _Search:
         """Plan the whole step of an estimate, and drop the estimate if that does not fit."""
         choice, draft = estimate.candidate.choice, estimate.candidate.draft
         step = draft.with_named(choice.schedule)
-        report = report_of(step, self._cluster, estimate.optim)
+        cost = self._scales.cost_of(choice)
+        report = report_of(step, self._cluster, estimate.optim, cost=cost)
         if report.excess + self._cluster.memory_gib * _GIB <= self._scales.limit:
             chosen = replace(choice, optimizer=estimate.optim)
             self._planned[choice] = Found(chosen, report)
