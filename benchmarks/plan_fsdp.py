@@ -1,14 +1,13 @@
-"""Compare a pipeline with vocabulary parallelism with FSDP: the same batch, the same H100 cluster.
+"""Compare pipelines with FSDP: the same batch, the same H100 cluster.
 
     python benchmarks/plan_fsdp.py [--json FILE]
 
 Both are planned, from the same physics; nothing is measured.  The batch is 4 M tokens.  FSDP is the
 fastest of all micro-batch sizes, recomputations and tensor-parallel degrees of a node
-(`planning.fsdp`).  The pipeline is the fastest found of 1F1B with one_barrier and ZeRO-1 over pp
-(at least 2), tp and recomputation, with one sequence per microbatch; V-Half if that does not fit.
-Splits that may fit are simulated in the order of a simple estimate until two fit or eight were
-tried.  A step of more than 32 microbatches is that of 32, and for each more what one adds between
-16 and 32.
+(`planning.fsdp`).  Pipelines are those that `vp-plan --search` finds with pp of at least 2: the
+fastest with vocabulary parallelism, and the fastest without.  Their effort is limited, and so are
+micro-batches, to 4 sequences; where tp > 1 sequences are split.  So a longer search may find faster
+ones.  A pipeline may keep its optimizer in host memory, FSDP does not.
 """
 
 from __future__ import annotations
@@ -16,19 +15,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from provenance import provenance
 
-from vp_train.config import ConfigError, RunConfig
-from vp_train.model import shape
-from vp_train.planning.cluster import on_cluster, replica_seconds
+from vp_train.config import RunConfig
+from vp_train.planning.choice import Space, space_of, with_batch_of
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.estimate import layer_pass_seconds
 from vp_train.planning.fsdp import FsdpReport, best_fsdp
-from vp_train.planning.report import PlanReport, make_report
+from vp_train.planning.search import Found, Limits, Result, search
 from vp_train.planning.workload import Workload
 from vp_train.settings import load_config
 
@@ -36,157 +34,123 @@ TOKENS = 1 << 22
 MODELS = {"8B": "llama3_8b", "30B": "gpt_30b", "70B": "llama3_70b"}
 # GPUs, and ports of a node that its eight GPUs share: all of 8 x 400 Gb/s, or one
 CASES = ((8, 8), (64, 8), (512, 8), (64, 1), (512, 1))
-SIMULATED = 32  # microbatches
-FITTING, TRIED = 2, 8
+EFFORT = 500_000  # of each of the two searches of a row
+LARGEST_MICRO_BATCH = 4
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The fastest pipeline found: seconds, MFU, GiB of the worst rank, and how it is split."""
+    """The fastest pipeline found: seconds, MFU, GiB of the worst rank, and how to get it.
+
+    num_open: the choices that might be faster and that the effort left.
+    """
 
     seconds: float
     mfu: float
     gib: float
     words: str
+    overrides: str
+    num_open: int
 
 
-def config_of(model: str, num_gpus: int, rails: int, *more: str) -> RunConfig:
+def config_of(model: str, num_gpus: int, rails: int) -> RunConfig:
     words = [
         f"model={model}",
         "cluster=h100_80g_node",
         f"cluster.num_nodes={num_gpus // 8}",
         f"cluster.rails={rails}",
+        "optim.name=zero1",
     ]
-    return load_config([*words, "optim.name=zero1", "vocab=one_barrier", *more])
+    return with_batch_of(load_config(words), TOKENS)
 
 
-def candidates(
-    model: str, num_gpus: int, rails: int, sequences: int, schedules: tuple[str, ...]
-) -> list[list[str]]:
-    """Return the overrides of splits that are possible, the fastest by a simple estimate first."""
-    found: list[tuple[float, list[str]]] = []
-    base = config_of(model, num_gpus, rails)
-    kinds = ("none", "full")
-    for tp, pp, kind in itertools.product((1, 2, 4, 8), (2, 4, 8, 16), kinds):
-        dp, rest = divmod(num_gpus, pp * tp)
-        if rest or not dp or sequences % dp or sequences // dp < 1:
-            continue
-        count = sequences // dp
-        for schedule in schedules:
-            words = [
-                f"parallel.tp={tp}",
-                f"parallel.pp={pp}",
-                f"parallel.dp={dp}",
-                f"parallel.sequence_parallel={tp > 1}",
-                f"parallel.recompute={kind}",
-                f"schedule={schedule}",
-                f"num_microbatches={count}",
-            ]
-            parallel = replace(base.parallel, tp=tp, sequence_parallel=tp > 1)
-            work = Workload.of(replace(base, parallel=parallel), Degrees(dp, pp, tp))
-            cost = on_cluster(work, base.cluster, base.cost)
-            per_layer = layer_pass_seconds(work, cost, kind)
-            fill = (pp - 1) * (0.5 if schedule == "v_half" else 1.0)
-            one = per_layer * work.model.num_layers / pp
-            # Both ends share a port, which C0 and C1b of every microbatch pass.
-            moved = work.message_bytes + work.input_gradient_bytes
-            one = max(one, moved / (cost.collective_bytes_per_second or 1e30))
-            parameters = shape.num_parameters(work.model) / pp / tp
-            kept = min(count, pp + 1) * work.layer_bytes(kind) * work.model.num_layers / pp
-            if parameters * (2 + 4 + 12 / dp) + kept > base.cluster.memory_gib * 2**30:
-                continue
-            exchange = replica_seconds(work, base.cluster, base.optim, parameters)
-            late = max(0.0, exchange.sums - one / 2) + max(0.0, exchange.gathers - one / 4)
-            found.append(((count + fill) * one + late, words))
-    return [words for _, words in sorted(found, key=lambda pair: pair[0])]
+def best_pipeline(config: RunConfig, *, splits_vocabulary: bool) -> Pipeline | None:
+    """Return the fastest pipeline found with or without vocabulary parallelism."""
+    choices = tuple(
+        choice
+        for choice in space_of(config).choices
+        if choice.degrees.pp > 1
+        and choice.splits_vocabulary is splits_vocabulary
+        and choice.micro_batch_size <= LARGEST_MICRO_BATCH
+        and choice.sequence_parallel == (choice.degrees.tp > 1)
+    )
+    limits = Limits(top=1, margin=0.0, effort=EFFORT)
+    space = Space(choices, Counter())
+    result = search(config, limits, lambda: True, lambda words: None, space)
+    return pipeline_of(config, result.best[0], result) if result.best else None
 
 
-def planned(model: str, num_gpus: int, rails: int, words: list[str], count: int) -> PlanReport:
-    return make_report(config_of(model, num_gpus, rails, *words, f"num_microbatches={count}"))
+def pipeline_of(config: RunConfig, found: Found, result: Result) -> Pipeline:
+    choice, report = found.choice, found.report
+    chunks = f" of {choice.num_chunks} chunks" if choice.num_chunks is not None else ""
+    kinds, recompute = choice.recompute_per_stage, choice.recompute
+    if kinds is not None:
+        recompute = f"{recompute} in {len(kinds) - kinds.count('none')} of {len(kinds)} stages"
+    offload = ", offload" if choice.optimizer is not None and choice.optimizer.offload else ""
+    return Pipeline(
+        report.step_seconds,
+        report.mfu,
+        report.ranks[report.worst].memory.total / 2**30,
+        f"{report.degrees}, {choice.num_microbatches} x {choice.micro_batch_size}, "
+        f"{report.schedule}{chunks}, {report.vocab}, recompute {recompute}{offload}",
+        choice.overrides(config),
+        result.num_open,
+    )
 
 
-def best_pipeline(model: str, num_gpus: int, rails: int, sequences: int) -> Pipeline | None:
-    """Return the fastest pipeline found, None if none fits."""
-    best: Pipeline | None = None
-    fitting = 0
-    tried = [
-        words
-        for schedule in ("1f1b", "v_half")
-        for words in candidates(model, num_gpus, rails, sequences, (schedule,))[:TRIED]
-    ]
-    for words in tried:
-        count = int(words[6].partition("=")[2])
-        try:
-            report = planned(model, num_gpus, rails, words, min(count, SIMULATED))
-            if not report.fits:
-                continue
-            seconds = report.step_seconds
-            if count > SIMULATED:
-                half = planned(model, num_gpus, rails, words, SIMULATED // 2)
-                one = (report.passes - half.passes) / (SIMULATED - SIMULATED // 2)
-                seconds += one * (count - SIMULATED)
-        except ConfigError:
-            continue
-        fitting += 1
-        flops = report.flops / report.work.num_microbatches * count
-        found = Pipeline(
-            seconds,
-            flops / seconds / num_gpus / report.cluster.bfloat16_flops_per_second,
-            report.ranks[report.worst].memory.total / 2**30,
-            f"{report.degrees}, {report.schedule}, recompute {report.recompute}, m={count}",
-        )
-        if best is None or found.seconds < best.seconds:
-            best = found
-        if fitting == FITTING:
-            break
-    return best
-
-
-def fsdp_of(model: str, num_gpus: int, rails: int, sequences: int) -> FsdpReport | None:
-    config = config_of(model, num_gpus, rails)
-    work = Workload.of(config, Degrees(num_gpus, 1, 1))
+def fsdp_of(config: RunConfig) -> FsdpReport | None:
+    sequences = config.num_microbatches
+    work = Workload.of(config, Degrees(config.cluster.num_gpus, 1, 1))
     report = best_fsdp(work, config.cluster, config.cost, config.optim, num_sequences=sequences)
     return report if report is not None and report.fits else None
 
 
 def row_of(name: str, num_gpus: int, rails: int) -> dict[str, Any]:
     """Return the comparison of one model on one number of GPUs."""
-    model = MODELS[name]
-    sequences = TOKENS // load_config([f"model={model}"]).model.seq_length
-    fsdp = fsdp_of(model, num_gpus, rails, sequences)
-    pipeline = best_pipeline(model, num_gpus, rails, sequences)
-    return {
+    config = config_of(MODELS[name], num_gpus, rails)
+    fsdp = fsdp_of(config)
+    pipelines = {
+        "with_vocabulary_parallelism": best_pipeline(config, splits_vocabulary=True),
+        "without_vocabulary_parallelism": best_pipeline(config, splits_vocabulary=False),
+    }
+    row: dict[str, Any] = {
         "model": name,
         "gpus": num_gpus,
         "rails": rails,
         "fsdp": None if fsdp is None else asdict(fsdp) | {"seconds": fsdp.seconds},
-        "pipeline": None if pipeline is None else asdict(pipeline),
-        "faster_pct": None
-        if fsdp is None or pipeline is None
-        else 100 * (fsdp.seconds / pipeline.seconds - 1),
     }
+    for key, pipeline in pipelines.items():
+        row[key] = None
+        if pipeline is not None:
+            slower = None if fsdp is None else 100 * (fsdp.seconds / pipeline.seconds - 1)
+            row[key] = asdict(pipeline) | {"fsdp_slower_pct": slower}
+    return row
 
 
 def show(row: dict[str, Any]) -> None:
-    fsdp, pipeline, faster = row["fsdp"], row["pipeline"], row["faster_pct"]
-    left, right = "does not fit | | | ", "does not fit | | | "
-    if fsdp is not None:
-        degrees = fsdp["degrees"]
-        left = (
-            f"{fsdp['seconds']:.2f} | {100 * fsdp['mfu']:.1f} | {fsdp['num_bytes'] / 2**30:.1f} "
-            f"| tp={degrees['tp']}, micro-batch {fsdp['micro_batch_size']}, recompute "
-            f"{fsdp['recompute']}, exposed {100 * fsdp['exposed'] / fsdp['seconds']:.0f} %"
-        )
-    if pipeline is not None:
-        right = (
-            f"{pipeline['seconds']:.2f} | {100 * pipeline['mfu']:.1f} | {pipeline['gib']:.1f} "
-            f"| {pipeline['words']}"
-        )
-    gain = "" if faster is None else f"{faster:+.0f} %"
-    print(
-        f"| {row['model']} | {row['gpus']} | {row['rails']} | {left} | {right} | {gain} |",
-        flush=True,
-    )
+    cells, fsdp = [row["model"], str(row["gpus"]), str(row["rails"])], row["fsdp"]
+    if fsdp is None:
+        cells += ["does not fit", "", ""]
+    else:
+        cells += [
+            f"{fsdp['seconds']:.2f}",
+            f"{fsdp['num_bytes'] / 2**30:.1f}",
+            f"tp={fsdp['degrees']['tp']}, micro-batch {fsdp['micro_batch_size']}, recompute "
+            f"{fsdp['recompute']}, exposed {100 * fsdp['exposed'] / fsdp['seconds']:.0f} %",
+        ]
+    for key in ("with_vocabulary_parallelism", "without_vocabulary_parallelism"):
+        found = row[key]
+        if found is None:
+            cells += ["none found that fits", "", "", ""]
+            continue
+        slower = found["fsdp_slower_pct"]
+        cells += [
+            f"{found['seconds']:.2f}",
+            f"{found['gib']:.1f}",
+            found["words"],
+            "" if slower is None else f"{slower:+.0f} %",
+        ]
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -195,17 +159,18 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
     arguments = parser.parse_args()
+    pipeline = "GiB | how | FSDP takes longer by"
     print(
-        "| model | GPUs | ports | FSDP s | MFU % | GiB | how | pipeline s | MFU % | GiB | how "
-        "| FSDP takes longer by |"
+        "| model | GPUs | ports | FSDP s | GiB | how "
+        f"| with vocabulary parallelism s | {pipeline} | without s | {pipeline} |"
     )
-    print("|---" * 12 + "|")
+    print("|---" * 14 + "|")
     rows = []
     for name, (num_gpus, rails) in itertools.product(MODELS, CASES):
         rows.append(row_of(name, num_gpus, rails))
         show(rows[-1])
     if arguments.json:
-        result = provenance() | {"tokens": TOKENS, "rows": rows}
+        result = provenance() | {"tokens": TOKENS, "effort": EFFORT, "rows": rows}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

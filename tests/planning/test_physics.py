@@ -138,5 +138,8 @@ def test_the_best_fsdp_fits_or_is_the_leanest():
     lean = best_fsdp(work, small, config.cost, config.optim, num_sequences=128)
     assert lean is not None
     assert not lean.fits
+    offload = replace(config.optim, name="zero1", offload=True)
+    again = best_fsdp(work, config.cluster, config.cost, offload, num_sequences=128)
+    assert again == best, "optimizer state of FSDP stays on the GPUs"
     assert lean.num_bytes <= best.num_bytes
     assert best_fsdp(work, small, config.cost, config.optim, num_sequences=1) is None

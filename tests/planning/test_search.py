@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from schedules import generators
 from vp_train.config import ConfigError
-from vp_train.planning.choice import optimizers_of, space_of, with_batch_of
+from vp_train.planning.choice import Space, optimizers_of, space_of, with_batch_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import make_report
@@ -132,6 +133,7 @@ def test_what_experts_set_is_searched():
         ["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=64", "parallel.tp=2"]
     )
     found = space_of(config).choices
+    assert {choice.vocab for choice in found if choice.degrees.pp == 1} == {"none"}
     with_tp = {choice.sequence_parallel for choice in found if choice.degrees.tp > 1}
     without = {choice.sequence_parallel for choice in found if choice.degrees.tp == 1}
     assert (with_tp, without) == ({True, False}, {False})
@@ -284,3 +286,35 @@ def test_a_batch_in_tokens_is_one_that_replicas_can_share(tokens, sequences):
     changed = with_batch_of(config, tokens)
     assert changed.num_microbatches * changed.micro_batch_size == sequences
     assert changed.parallel.dp is None
+
+
+def test_a_plan_that_does_not_fit_is_refused_once_and_shown_nowhere(monkeypatch):
+    roomy = searched(config_of(), 3)
+    limit = min(total(plan.report) for plan in roomy.best) / GIB * 0.9
+    monkeypatch.setattr(Scales, "needs", lambda self, step, optim: (0.0, 0))
+    result = searched(config_of(f"cluster.memory_gib={limit!r}"), 3)
+    refused = [refusal.choice for refusal in result.refused]
+    assert len(set(refused)) == len(refused)
+    shown = [*result.estimated, result.with_vocabulary, result.without_vocabulary]
+    assert not {estimate.candidate.choice for estimate in shown if estimate} & set(refused)
+    assert result.excluded["memory, for a whole step"] > 0
+
+
+def test_a_plan_that_is_found_has_the_report_that_planning_it_gives_with_measured_rates():
+    config = load_config(
+        [
+            *("model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=8"),
+            *("cost.matrix_flops_per_second=1e16", "cost.memory_bytes_per_second=1e12"),
+            *("cost.attention_flops_per_second=5e13",),
+        ]
+    )
+    choice = next(
+        choice
+        for choice in space_of(config).choices
+        if choice.degrees == Degrees(1, 4, 2)
+        and choice.schedule == "1f1b"
+        and not choice.sequence_parallel
+    )
+    found = search(config, NO_END, lambda: True, lambda words: None, Space((choice,), Counter()))
+    (plan,) = found.best
+    assert plan.report.ranks == make_report(plan.choice.applied(config)).ranks

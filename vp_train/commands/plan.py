@@ -381,7 +381,7 @@ def search_lines(
         left = f"{result.num_open:,} that might be faster are left"
         lines.append(f"{counted}; {why}: {left}{way_out}")
     else:
-        lines.append(f"{counted}; none of the others is faster" if result.best else counted)
+        lines.append(f"{counted}; none of the others seems faster" if result.best else counted)
     lines += _excluded_lines(result)
     if not result.best:
         lines += _misses(config, limits, result)

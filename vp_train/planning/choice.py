@@ -65,8 +65,8 @@ class Choice:
 
     @property
     def splits_vocabulary(self) -> bool:
-        """Return whether all pipeline ranks own rows of the vocabulary."""
-        return VOCAB_ALGORITHMS[self.vocab].sharded
+        """Return whether several pipeline ranks own rows of the vocabulary."""
+        return self.degrees.pp > 1 and VOCAB_ALGORITHMS[self.vocab].sharded
 
     @property
     def layout(self) -> Layout:
@@ -242,7 +242,7 @@ def _variants(config: RunConfig, degrees: Degrees) -> Iterator[Choice]:
         for num_chunks in _chunks(schedule, pp, model.num_layers):
             num_stages = GENERATORS[schedule].layout_of(pp, num_chunks).num_stages
             even = "even" if model.num_layers % num_stages == 0 else "balanced"
-            for vocab in searched_algorithms() if pp * tp > 1 else ("none",):
+            for vocab in searched_algorithms() if pp > 1 else ("none",):
                 moves = pp > 1 and not VOCAB_ALGORITHMS[vocab].sharded
                 for placement, recompute, needed, sequences in product(
                     (even, "redistribute") if moves else (even,), RECOMPUTE, (False, True), both

@@ -4,8 +4,8 @@ ZeRO-3 (arXiv 1910.02054) as FSDP runs it: every replica keeps a part of all par
 and optimizer state.  Each forward gathers the parameters of the next layer while a layer computes,
 each backward gathers them again and reduce-scatters the gradients of the layer before.  Layers may
 be split over tensor-parallel ranks of a node too.  There is no pipeline, so there is no bubble, and
-everything travels once per microbatch.  Compute, links and bytes are those of this planner; the
-output layer is ours, in one piece.  Pure arithmetic.
+everything travels once per microbatch.  Optimizer state stays on the GPUs.  Compute, links and
+bytes are those of this planner; the output layer is ours, in one piece.  Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def fsdp_step(
     count = work.num_microbatches
     compute = count * (computed - layers * _sum_of(tensor) + slower)
     parameters = layers * of_layer + matrices * matrix
-    state = StateBytes.of(work, optim)
+    state = StateBytes.of(work, replace(optim, offload=False))
     held = parameters / dp * (state.weights + state.gradients + state.optimizer)
     moved = parameters / dp * (state.weights + state.gradients + 2 * state.optimizer)
     optimizer = moved / cluster.memory_bytes_per_second

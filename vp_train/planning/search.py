@@ -212,12 +212,13 @@ class _Search:
     def run(self, *, plans: bool = True) -> Result:
         self._weigh()
         while True:
-            before = self._num_estimated
+            before = self._num_estimated, len(self._estimates)
             self._estimate()
             self._estimate_other_kind()
             if plans:
                 self._plan()
-            if not plans or self._num_estimated == before or not self._goes_on():
+            after = self._num_estimated, len(self._estimates)
+            if not plans or after == before or not self._goes_on():
                 break
         best = sorted(self._planned.values(), key=_order)
         top = tuple(best[: self._limits.top])
@@ -483,9 +484,11 @@ class _Search:
             self._progress(self._words())
 
     def _plan_one(self, estimate: Estimate) -> None:
+        """Plan the whole step of an estimate, and drop the estimate if that does not fit."""
         choice, draft = estimate.candidate.choice, estimate.candidate.draft
         step = draft.with_named(choice.schedule)
-        report = report_of(step, self._cluster, estimate.optim)
+        cost = self._scales.cost_of(choice)
+        report = report_of(step, self._cluster, estimate.optim, cost=cost)
         if report.excess + self._cluster.memory_gib * _GIB <= self._scales.limit:
             chosen = replace(choice, optimizer=estimate.optim)
             self._planned[choice] = Found(chosen, report)
@@ -493,6 +496,7 @@ class _Search:
             needs = report.ranks[report.worst].memory.total
             error = TooLargeError(needs, self._scales.limit, SIMULATED, report.worst)
             self._refuse(choice, error, estimate.seconds)
+            self._estimates = [other for other in self._estimates if other is not estimate]
 
     def _words(self) -> str:
         best = min((e.seconds for e in self._estimates), default=None)

@@ -392,6 +392,10 @@ class Scales:
         )
         return exposed + tied_seconds(step.work, cluster, step.problem) + max(updates)
 
+    def cost_of(self, choice: Choice) -> CostConfig:
+        """Return the measured or assumed costs of the split of a choice."""
+        return self._split_of(choice).cost
+
     def _draft(self, choice: Choice) -> Draft:
         split, family = self._split_of(choice), GENERATORS[choice.schedule]
         work = replace(split.work, num_microbatches=choice.num_microbatches)
