@@ -20,7 +20,7 @@ from vp_train.commands.searching import Searching
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.failures import EXIT_CONFIG, EXIT_TIME
 from vp_train.model import shape
-from vp_train.planning.choice import Choice, with_batch_of
+from vp_train.planning.choice import Choice, searched_words, with_batch_of
 from vp_train.planning.degrees import split_ranks
 from vp_train.planning.fsdp import best_fsdp, fsdp_words
 from vp_train.planning.plan import SEARCHING
@@ -91,7 +91,11 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         margin=whole_number(options, "--margin", 5, least=0, most=90) / 100,
         effort=1000 * whole_number(options, "--effort", 3000),
     )
-    return show_search(config, limits, whole_number(options, "--seconds", 60), path)
+    seconds = whole_number(options, "--seconds", 60)
+    searched = searched_words(overrides)
+    if searched:
+        print(f"searched although typed: {', '.join(searched)}", flush=True)
+    return show_search(config, limits, seconds, path)
 
 
 def show_plan(config: RunConfig, path: Path | None) -> int:

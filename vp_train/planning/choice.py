@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -114,6 +114,16 @@ class Choice:
         chosen = self.applied(config)
         other = [name for name in _WHERE_OTHER if _value(chosen, name) != _value(config, name)]
         return " ".join(f"{name}={_word(_value(chosen, name))}" for name in (*_ALWAYS, *other))
+
+
+def searched_words(overrides: Sequence[str]) -> list[str]:
+    """Return those of the typed overrides that a search replaces by its own choice.
+
+    The number of microbatches is not among them, since the batch follows from it.
+    """
+    names = {*_ALWAYS, *_WHERE_OTHER} - {"num_microbatches"}
+    names |= {"schedule", "vocab", "parallel"}  # groups, whose values a choice sets
+    return [word for word in overrides if word.lstrip("+~").partition("=")[0] in names]
 
 
 def _value(config: RunConfig, name: str) -> Any:
