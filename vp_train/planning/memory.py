@@ -88,9 +88,15 @@ def rank_state(
     step: StepPlan, optim: OptimConfig, rank: int, state: StateBytes | None = None
 ) -> RankMemory:
     """Return the memory of a rank between two steps."""
-    per_parameter = StateBytes.of(step.work, optim) if state is None else state
-    parameters = rank_parameters(step, rank)
-    parts = step.degrees.dp if optim.name == "zero1" else 1
+    return state_of(step.work, optim, rank_parameters(step, rank), state)
+
+
+def state_of(
+    work: Workload, optim: OptimConfig, parameters: int, state: StateBytes | None = None
+) -> RankMemory:
+    """Return the memory of a rank with so many parameters between two steps."""
+    per_parameter = StateBytes.of(work, optim) if state is None else state
+    parts = work.degrees.dp if optim.name == "zero1" else 1
     return RankMemory(
         parameters,
         weights=parameters * per_parameter.weights,

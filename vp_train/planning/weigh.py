@@ -24,7 +24,7 @@ from vp_train.planning.choice import Choice, optimizers_of
 from vp_train.planning.cluster import gradient_seconds, on_cluster, tied_seconds
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.estimate import estimate_cost
-from vp_train.planning.memory import RankMemory, StateBytes, rank_memory, rank_state
+from vp_train.planning.memory import rank_memory, rank_state, state_of
 from vp_train.planning.overlap import exchange
 from vp_train.planning.placement import balance, redistribute, split_vocabulary
 from vp_train.planning.plan import Draft, StepPlan, draft, draft_step, named_base_order
@@ -278,7 +278,7 @@ class Scales:
         # Memory of rank 0, which holds most microbatches.
         parameters = split.parameters(placed.of_rank[0], 0, layout, algorithm)
         states = [
-            (_state(split.work, optim, parameters).state, optim)
+            (state_of(split.work, optim, parameters).state, optim)
             for optim in self._optimizers_of(choice)
         ]
         least_state = min(state for state, _ in states)
@@ -318,7 +318,7 @@ class Scales:
         algorithm = VOCAB_ALGORITHMS[choice.vocab]
         parameters = split.parameters(placed.of_rank[0], 0, placed.layout, algorithm)
         states = [
-            _state(split.work, optim, parameters).state for optim in self._optimizers_of(choice)
+            state_of(split.work, optim, parameters).state for optim in self._optimizers_of(choice)
         ]
         return min(states) + self._kept_bytes(choice, split, placed)[0]
 
@@ -493,7 +493,7 @@ class Scales:
         key = (work.degrees, optim, parameters)
         if key not in self._after:
             cluster = self._config.cluster
-            held = _state(work, optim, parameters)
+            held = state_of(work, optim, parameters)
             self._after[key] = gradient_seconds(
                 work, cluster, optim, parameters
             ) + optimizer_seconds(work.degrees, cluster, optim, held)
@@ -608,17 +608,3 @@ class _Split:
         }
         of_rank = list(zip(cost.pass_seconds[Kind.S], cost.pass_seconds[Kind.T], strict=True))
         return layer, of_rank
-
-
-def _state(work: Workload, optim: OptimConfig, parameters: int) -> RankMemory:
-    per_parameter = StateBytes.of(work, optim)
-    parts = work.degrees.dp if optim.name == "zero1" else 1
-    return RankMemory(
-        parameters,
-        weights=parameters * per_parameter.weights,
-        gradients=parameters * per_parameter.gradients,
-        optimizer=parameters * per_parameter.optimizer / parts,
-        activations=0.0,
-        vocabulary=0.0,
-        working=0.0,
-    )
