@@ -39,6 +39,9 @@ class Action(StrEnum):
     START = "start"  # issue a collective; if it continues another, it begins after that one
     WAIT = "wait"  # wait for that collective
     NEED = "need"  # wait for weights, before the first pass of the step that reads them
+    OFFLOAD = "offload"  # begin to copy to the host what the offloaded layers of an F kept
+    RELOAD = "reload"  # take device memory and begin to copy that back
+    RESTORED = "restored"  # wait until it is back, before the first backward pass that reads it
 
 
 @dataclass(frozen=True, slots=True)

@@ -582,6 +582,13 @@ class ParallelConfig:
     sequence_parallel: bool = setting(
         False, "Split norms and residuals over the tensor-parallel ranks too, by tokens."
     )
+    offload_activations: float = setting(
+        0.0,
+        "Part of each stage's layers, the first ones, whose kept activations wait in host memory "
+        "between forward and backward; 0: none.",
+        least=0,
+        most=1,
+    )
 
     def __post_init__(self) -> None:
         _check("parallel.", self)

@@ -50,6 +50,14 @@ def split_layers(model: ModelConfig, parallel: ParallelConfig, layout: Layout) -
     return tuple(range(start, start + count) for start, count in zip(starts, counts, strict=True))
 
 
+def offloaded_layers(num_layers: int, part: float) -> int:
+    """Return how many of a stage's layers keep their activations on the host.
+
+    They are the first layers of the stage.  part: parallel.offload_activations; halves round up.
+    """
+    return math.floor(part * num_layers + 0.5)
+
+
 def balance(num_layers: int, layout: Layout) -> tuple[int, ...]:
     """Return numbers of layers per stage that differ by at most one.
 

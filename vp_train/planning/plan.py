@@ -211,6 +211,11 @@ def plan_step(config: RunConfig, num_ranks: int, watch: Watch | None = None) -> 
     `watch` sees the search of schedule=auto go on, and may end it.  Raises ConfigError like
     `make_plan`, and KeyboardInterrupt if the search was ended before it found anything.
     """
+    if config.parallel.offload_activations > 0:
+        raise ConfigError(
+            f"parallel.offload_activations={config.parallel.offload_activations:g}: plans cannot "
+            "place the transfers yet; leave it at 0"
+        )
     if config.schedule.is_solved:
         return _solved(config, num_ranks, watch)
     if config.schedule.file is not None:
