@@ -925,6 +925,13 @@ class CostConfig:
     collective_bytes_per_second: float | None = setting(
         None, "Bandwidth of a vocabulary collective.", unit="bytes/s", least=1
     )
+    host_bytes_per_second: float | None = setting(
+        None,
+        "Bandwidth between a rank and its host, in each direction, for offload_activations; "
+        "null: transfers take no time.",
+        unit="bytes/s",
+        least=1,
+    )
     tensor_seconds: float = setting(
         0.0,
         "Fixed time of an all-reduce over tensor-parallel ranks; "
@@ -990,9 +997,10 @@ class ClusterConfig:
     """The machines that a run is planned for; `vp-plan` and `vp-profile` read it.
 
     Links are those of one GPU, in one direction: `node_*` to the other GPUs of its node,
-    `network_*` to other nodes.  `host_*` count with optim.offload.  With `multiprocessors` passes
-    are split into matrix products, attention and elementwise kernels, each with its own rate.
-    Without it all FLOPs run at `efficiency`, and nothing else takes time.
+    `network_*` to other nodes.  `host_*` count with optim.offload and
+    parallel.offload_activations.  With `multiprocessors` passes are split into matrix products,
+    attention and elementwise kernels, each with its own rate.  Without it all FLOPs run at
+    `efficiency`, and nothing else takes time.
     """
 
     num_nodes: int = setting(1, "Number of nodes.", least=1, most=_MOST_REPLICAS)
@@ -1055,6 +1063,19 @@ class ClusterConfig:
     )
     host_bytes_per_second: float = setting(
         1e10, "Bandwidth between a GPU and its host.", unit="bytes/s", least=1
+    )
+    host_node_bytes_per_second: float | None = setting(
+        None,
+        "Bandwidth between all GPUs of a node and its host together, in each direction; null: that "
+        "of each.",
+        unit="bytes/s",
+        least=1,
+    )
+    host_memory_gib: float | None = setting(
+        None,
+        "Memory of a node's host that its ranks may allocate for activations; null: not checked.",
+        unit="GiB",
+        above=0,
     )
     host_memory_bytes_per_second: float = setting(
         1e10, "A GPU's share of the bandwidth of host memory.", unit="bytes/s", least=1

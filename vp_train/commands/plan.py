@@ -180,7 +180,8 @@ def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
         for name, seconds in parts.items()
         if seconds >= 0.0005 * step
     )
-    room = f"{human_bytes(abs(report.excess))} {'to spare' if report.fits else 'TOO MUCH'}"
+    fits = report.excess <= 0
+    room = f"{human_bytes(abs(report.excess))} {'to spare' if fits else 'TOO MUCH'}"
     lines = [
         f"{report.schedule} with {report.vocab}, {report.degrees}, "
         f"recomputation {report.recompute}, optimizer {config.optim.name}",
@@ -199,6 +200,8 @@ def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
         f"exposed   communication, {report.exposed_words}",
         f"binds     {report.binds}",
     ]
+    if report.offloading is not None:
+        lines[-2:-2] = _offload_lines(config, report)
     if report.work.on_cuda and report.degrees.num_ranks > 1:
         lines.insert(-1, f"fsdp      {_fsdp_words(config, report)}")
     if report.gap > _LARGE_GAP:
@@ -247,6 +250,25 @@ def _compared(estimate: Estimate, seconds: float) -> str:
     )
     about = "" if estimate.is_planned else "about "
     return f"{about}{duration(estimate.seconds)} ({how}), {estimate.memory / _GIB:.1f} GiB"
+
+
+def _offload_lines(config: RunConfig, report: PlanReport) -> list[str]:
+    """Return what moves to the host and back, and what that saves and costs, in lines."""
+    found, cluster = report.offloading, config.cluster
+    assert found is not None
+    if not found.num_moved:
+        return ["offload   nothing: no activations live long enough for both ways of the link"]
+    down, up = found.busy
+    known = cluster.host_memory_gib
+    of_host = "" if known is None else f" of {known:g} GiB{' TOO MUCH' * (report.host_excess > 0)}"
+    return [
+        f"offload   {human_bytes(found.moved)} of a step go to the host and back on the busiest "
+        f"rank; its link is busy {down:.0%} down, {up:.0%} up",
+        f"          {found.num_moved} of {found.num_moved + found.num_kept} microbatches of stages "
+        f"go there, which delays the passes by {found.exposed / report.step_seconds:.1%} and saves "
+        f"{human_bytes(found.saved)} on the worst rank",
+        f"          hosts hold up to {human_bytes(found.host)} per node{of_host}",
+    ]
 
 
 def _fsdp_words(config: RunConfig, report: PlanReport) -> str:
@@ -437,6 +459,9 @@ def _best_table(best: Sequence[Found]) -> list[str]:
 
 
 def _recompute_words(choice: Choice) -> str:
+    if choice.offload:
+        kept = "" if choice.recompute == "none" else f"{choice.recompute}, "
+        return f"{kept}offload {choice.offload:.0%}"
     if choice.recompute_per_stage is None:
         return choice.recompute
     kinds = choice.recompute_per_stage

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from schedules.excerpt import Excerpt
-from schedules.render import COLOURS, STAGE_KINDS, duration, facts, notes, present
+from schedules.render import COLOURS, LINK, STAGE_KINDS, duration, facts, notes, present
 from schedules.timeline import Span, Timeline
 from vp_train.config import ConfigError
 
@@ -74,6 +74,7 @@ def schedule_figure(timeline: Timeline, title: str) -> Figure:
     scale = _Scale.of(timeline)
     for rank, spans in enumerate(timeline.compute):
         _draw_lane(axes, rank, spans, scale)
+        _draw_link(axes, rank, timeline.transfers_of(rank), scale)
     axes.set_xlim(0, max(scale.x(timeline.makespan), 1e-9))
     axes.set_ylim(timeline.num_ranks - 0.5, -0.5)
     ranks = (
@@ -139,6 +140,13 @@ def _draw_lane(axes: Axes, rank: int, spans: Sequence[Span], scale: _Scale) -> N
     axes.broken_barh(later, (rank + 0.32, 0.1), facecolors="#333333", linewidth=0)
 
 
+def _draw_link(axes: Axes, rank: int, spans: Sequence[Span], scale: _Scale) -> None:
+    """Draw the transfers to the host and back below the passes of a rank."""
+    for place, (kind, (_, colour, _)) in enumerate(LINK.items()):
+        boxes = scale.boxes(span for span in spans if span.kind == kind)
+        axes.broken_barh(boxes, (rank + 0.42 + 0.04 * place, 0.04), facecolors=colour, linewidth=0)
+
+
 def _draw_cut(axes: Axes, num_ranks: int, scale: _Scale) -> None:
     """Draw the gap that stands for what is not shown, and write into it how long that is."""
     if scale.shown.cut is None:
@@ -178,6 +186,8 @@ def _explain(figure: Figure, timeline: Timeline) -> None:
     patches = [
         Patch(facecolor=COLOURS[kind], label=f"{kind} {meaning}") for kind, meaning in kinds.items()
     ]
+    if timeline.transfers:
+        patches += [Patch(facecolor=colour, label=words) for _, colour, words in LINK.values()]
     patches.append(Patch(facecolor="none", label=notes(timeline, "white")))
     figure.legend(
         handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=8

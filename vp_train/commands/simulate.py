@@ -22,6 +22,7 @@ from schedules.jitter import Steps
 from schedules.lower import lower
 from schedules.render import chrome_trace, duration, svg, text_grid
 from schedules.replay import RUNTIMES, Replay, Runtime, late_starts, replay
+from schedules.simulate import simulate_order
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End, searched_algorithms
 from vp_train.commands import disturbed
@@ -463,11 +464,32 @@ def report(outcome: Outcome, columns: int) -> str:
             f"mean bubble  {timeline.mean_bubble:.1%}",
             f"peak memory  {human_bytes(timeline.peak_bytes[worst])} on rank {worst}, at most "
             f"{max(outcome.microbatches_in_flight):g} microbatches in flight; activations only",
+            *_offload_lines(outcome),
             f"lower bound  {duration(bound.seconds)}: {bound.reason}",
             f"gap          {outcome.gap:.1%} above the bound",
             *_replay_lines(outcome),
         ]
     )
+
+
+def _offload_lines(outcome: Outcome) -> list[str]:
+    """Return what goes to the host and back, and time and peak without that; [] if nothing may."""
+    plan, timeline = outcome.plan, outcome.timeline
+    if not any(plan.cost.offload_bytes):
+        return []
+    if not timeline.transfers:
+        return ["offloaded    nothing: no activations live long enough for both ways of the link"]
+    alone = simulate_order(replace(plan.schedule, offloads=()), plan.problem, plan.cost)
+    ranks = range(timeline.num_ranks)
+    busiest = max(ranks, key=lambda rank: sum(timeline.link_busy(rank)))
+    down, up = timeline.link_busy(busiest)
+    moved, held = timeline.moved_bytes(busiest), timeline.host_bytes(busiest)
+    without = f"{duration(alone.makespan)}, peak memory {human_bytes(max(alone.peak_bytes))}"
+    return [
+        f"offloaded    {human_bytes(moved)} of rank {busiest} go to its host and back, "
+        f"at most {human_bytes(held)} at a time; its link is busy {down:.0%} down, {up:.0%} up",
+        f"without      {without}",
+    ]
 
 
 def _replay_lines(outcome: Outcome) -> list[str]:
@@ -590,4 +612,17 @@ def record(item: Outcome | Refusal) -> dict[str, Any]:
             "bound_reason": item.bound.reason,
             "gap": item.gap,
         }
+        | _offload_record(timeline)
     )
+
+
+def _offload_record(timeline: Timeline) -> dict[str, Any]:
+    """Return the transfers to the host for table.json, per rank; {} without any."""
+    ranks = range(timeline.num_ranks)
+    if not timeline.transfers:
+        return {}
+    return {
+        "offloaded_bytes": [timeline.moved_bytes(rank) for rank in ranks],
+        "host_bytes": [timeline.host_bytes(rank) for rank in ranks],
+        "link_busy": [timeline.link_busy(rank) for rank in ranks],
+    }

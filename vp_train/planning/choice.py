@@ -26,6 +26,7 @@ MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 # Stages of a rank that interleaved schedules are tried with, besides those that split evenly.
 _CHUNKS = (2, 3, 4, 6, 8)
 _MOST_CHUNKS = 16
+OFFLOADED = (0.5, 1.0)  # parts of the layers that searches offload, besides none
 # Settings that a choice makes.  These are printed always, the others where they differ.
 _ALWAYS = (
     *("parallel.dp", "parallel.pp", "parallel.tp"),
@@ -35,6 +36,7 @@ _ALWAYS = (
 _WHERE_OTHER = (
     *("schedule.num_chunks", "parallel.placement", "parallel.layers_per_stage"),
     *("parallel.recompute_per_stage", "parallel.sequence_parallel"),
+    "parallel.offload_activations",
     *("optim.name", "optim.offload", "vocab.shards"),
     *("schedule.file", "schedule.cap_gib", "schedule.cap_microbatches"),
 )
@@ -47,6 +49,7 @@ class Choice:
     num_chunks: the stages of a rank, None where the schedule leaves no choice.
     recompute: what stages recompute: all of them, or with `recompute_where_needed` those that would
         need too much memory.  `recompute_per_stage` says which these are once that is known.
+    offload: parallel.offload_activations.
     optimizer: None until it is known which optimizers fit.
     """
 
@@ -61,6 +64,7 @@ class Choice:
     sequence_parallel: bool = False
     recompute_where_needed: bool = False
     recompute_per_stage: tuple[str, ...] | None = None
+    offload: float = 0.0
     optimizer: OptimConfig | None = None
 
     @property
@@ -85,6 +89,7 @@ class Choice:
             recompute=self.recompute if per_stage is None else "none",
             recompute_per_stage=per_stage,
             sequence_parallel=self.sequence_parallel,
+            offload_activations=self.offload,
         )
 
     def applied(self, config: RunConfig) -> RunConfig:
@@ -200,6 +205,7 @@ def without_vocabulary_of(config: RunConfig, degrees: Degrees) -> Space:
             choice,
             micro_batch_size=config.micro_batch_size,
             num_microbatches=config.num_microbatches,
+            offload=parallel.offload_activations,
         )
         for choice in _variants(config, degrees)
         if not choice.splits_vocabulary
@@ -208,6 +214,23 @@ def without_vocabulary_of(config: RunConfig, degrees: Degrees) -> Space:
         and choice.sequence_parallel == parallel.sequence_parallel
     )
     return Space(choices, Counter(), (config.optim,))
+
+
+def offloading(choice: Choice) -> list[Choice]:
+    """Return the choices that offload activations and recompute at most as much as `choice`."""
+    strongest = RECOMPUTE.index(choice.recompute)
+    return [
+        replace(
+            choice,
+            recompute=recompute,
+            recompute_where_needed=False,
+            recompute_per_stage=None,
+            offload=part,
+            optimizer=None,
+        )
+        for recompute in RECOMPUTE[: strongest + 1]
+        for part in OFFLOADED
+    ]
 
 
 def splits_of(config: RunConfig) -> list[Degrees]:

@@ -138,6 +138,7 @@ def on_cluster(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> Cost
         hop_bytes_per_second=links.pipeline.bytes_per_second,
         collective_seconds=links.pipeline.of_group(degrees.pp * degrees.tp),
         collective_bytes_per_second=links.pipeline.bytes_per_second,
+        host_bytes_per_second=host_bytes_per_second(cluster),
         tensor_seconds=links.tensor.of_group(degrees.tp),
         tensor_bytes_per_second=links.tensor.bytes_per_second,
         lookup_seconds=lookup if cost.lookup_seconds is None else cost.lookup_seconds,
@@ -150,6 +151,12 @@ def on_cluster(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> Cost
     if cost.has_rates or cost.measured_layer_flops is not None or not cluster.multiprocessors:
         return found
     return with_rates(found, cluster, work.dtype, alone=False)
+
+
+def host_bytes_per_second(cluster: ClusterConfig) -> float:
+    """Return the bandwidth between a GPU and its host while all GPUs of the node transfer."""
+    own, of_node = cluster.host_bytes_per_second, cluster.host_node_bytes_per_second
+    return own if of_node is None else min(own, of_node / cluster.gpus_per_node)
 
 
 def with_rates(cost: CostConfig, cluster: ClusterConfig, dtype: str, *, alone: bool) -> CostConfig:

@@ -37,10 +37,12 @@ def estimate_cost(
     layers: Sequence[range],
     recompute: Sequence[str],
     shards: dict[End, tuple[Shard, ...]],
+    offloaded: Sequence[int] = (),
 ) -> CostModel:
     """Return the seconds and bytes of every pass.
 
     layers, recompute: the layers of each stage, and what its backward recomputes.
+    offloaded: how many layers of each stage may keep their activations on the host; (): none.
     shards: the vocabulary rows of each rank.
 
     Raises ConfigError if the pass times were measured on another model, dtype or device.
@@ -48,6 +50,10 @@ def estimate_cost(
     _check_measured(work, cost)
     layout, algorithm, tp = problem.layout, problem.algorithm, work.degrees.tp
     slowness = rank_slowness(cost, layout.num_ranks)
+    offload_bytes = tuple(
+        float(count * work.layer_bytes(kind))
+        for count, kind in zip(offloaded, recompute, strict=False)
+    )
     rows = [math.ceil(shard.num_rows / tp) for shard in shards[End.OUTPUT]]
     num_shards = tp * (layout.num_ranks if algorithm.sharded else 1)
     seconds = _stage_seconds(work, cost, layers, recompute)
@@ -74,6 +80,10 @@ def estimate_cost(
             for count in rows
         ),
         weight_bytes=_weight_grad_bytes(work, layers),
+        offload_bytes=offload_bytes,
+        offload_seconds=tuple(
+            link_seconds(0.0, cost.host_bytes_per_second, num_bytes) for num_bytes in offload_bytes
+        ),
     )
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 from schedules.ir import Kind, Pass
+from schedules.transfers import away_bytes
 from schedules.vocab import End
 from vp_train.config import ConfigError, OptimConfig
 from vp_train.model import shape
@@ -138,6 +140,8 @@ def rank_parameters(step: StepPlan, rank: int) -> int:
 def step_peak(step: StepPlan, optim: OptimConfig, rank: int) -> tuple[float, float, float]:
     """Return the bytes of activations, held shards and work of `rank` when their sum is highest.
 
+    Activations that wait in host memory are not among them.
+
     While a pass runs, both what it adds and what it frees at its end are allocated.  After the
     passes the optimizer needs working memory too.
     """
@@ -154,9 +158,11 @@ def step_peak(step: StepPlan, optim: OptimConfig, rank: int) -> tuple[float, flo
     peak = max(
         (activations, held, working), (0.0, pool, kept + _update_bytes(step, optim, rank)), key=sum
     )
+    offloads = step.schedule.offloads
+    hosted = away_bytes(order, offloads, cost) if offloads else repeat((0.0, 0.0))
     # Microbatches are equal, so what a pass does to memory is computed once for its stage and kind.
     effects: dict[tuple[int, Kind], tuple[float, float, float, float]] = {}
-    for item in order:
+    for item, (away, away_after) in zip(order, hosted, strict=False):
         key = (item.stage, item.kind)
         if key not in effects:
             change = cost.byte_change(item)
@@ -168,12 +174,14 @@ def step_peak(step: StepPlan, optim: OptimConfig, rank: int) -> tuple[float, flo
             effects[key] = (layers, shards, left, _working_bytes(item, step))
         layers, shards, left, meanwhile = effects[key]
         during = (
-            activations + max(0.0, layers),
+            activations + max(0.0, layers) - away,
             held + max(0.0, shards),
             working + left + meanwhile,
         )
         peak = max(peak, during, key=sum)
         activations, held, working = activations + layers, held + shards, working + left
+        if offloads:  # reloads take their memory before the next pass
+            peak = max(peak, (activations - away_after, held, working), key=sum)
     return peak
 
 

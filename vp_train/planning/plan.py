@@ -21,6 +21,7 @@ from schedules.generators.weave import BaseOrder
 from schedules.ir import Schedule
 from schedules.layout import Layout
 from schedules.lower import Program, lower
+from schedules.offload import place_transfers
 from schedules.problem import Problem
 from schedules.simulate import simulate
 from schedules.timeline import Timeline
@@ -39,7 +40,12 @@ from vp_train.durable import UnreadableError, read_text
 from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.estimate import estimate_cost
-from vp_train.planning.placement import balanced_rows, split_layers, split_vocabulary
+from vp_train.planning.placement import (
+    balanced_rows,
+    offloaded_layers,
+    split_layers,
+    split_vocabulary,
+)
 from vp_train.planning.ramp import BatchRamp
 from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
@@ -116,6 +122,11 @@ def make_plan(config: RunConfig, num_ranks: int, watch: Watch | None = None) -> 
     `watch` sees the search of schedule=auto go on.  Raises ConfigError, which names the value and
     the way out.
     """
+    if config.parallel.offload_activations > 0:
+        raise ConfigError(
+            f"parallel.offload_activations={config.parallel.offload_activations:g} can be planned "
+            "and simulated, but not run yet; leave it at 0"
+        )
     degrees = split_ranks(config.parallel, num_ranks)
     _check_profile(config, num_ranks)
     num_evaluated = config.eval_microbatches_of(degrees.dp)
@@ -211,11 +222,6 @@ def plan_step(config: RunConfig, num_ranks: int, watch: Watch | None = None) -> 
     `watch` sees the search of schedule=auto go on, and may end it.  Raises ConfigError like
     `make_plan`, and KeyboardInterrupt if the search was ended before it found anything.
     """
-    if config.parallel.offload_activations > 0:
-        raise ConfigError(
-            f"parallel.offload_activations={config.parallel.offload_activations:g}: plans cannot "
-            "place the transfers yet; leave it at 0"
-        )
     if config.schedule.is_solved:
         return _solved(config, num_ranks, watch)
     if config.schedule.file is not None:
@@ -293,6 +299,14 @@ class Draft:
     problem: Problem
     cost: CostModel
 
+    def without_offloaded(self) -> Draft:
+        """Return this step as if offloaded activations never took memory of the device."""
+        if not self.cost.offload_bytes:
+            return self
+        pairs = zip(self.cost.stage_bytes, self.cost.offload_bytes, strict=True)
+        kept = tuple(whole - moved for whole, moved in pairs)
+        return replace(self, cost=replace(self.cost, stage_bytes=kept))
+
     def with_named(self, name: str) -> StepPlan:
         """Generate the schedule `name`, then check and simulate this step with it.
 
@@ -307,9 +321,18 @@ class Draft:
     def with_schedule(self, schedule: Schedule, caps: tuple[float, ...] = ()) -> StepPlan:
         """Check and simulate this step with `schedule`.
 
-        Raises ValueError if the schedule does not solve this problem.
+        If it has no transfers to the host, those of the settings are placed.  Raises ValueError if
+        the schedule does not solve this problem.
         """
         check_schedule(schedule, self.problem)
+        if not schedule.offloads:
+            schedule = place_transfers(schedule, self.problem, self.cost)
+        for offload in schedule.offloads:
+            if not self.cost.offload(offload.item.stage)[0]:
+                raise ValueError(
+                    f"it offloads {offload.item}, but stage {offload.item.stage} offloads none of "
+                    "its layers; set parallel.offload_activations"
+                )
         timeline = simulate(schedule, self.problem, self.cost, caps)
         return StepPlan(
             work=self.work,
@@ -356,7 +379,16 @@ def draft(
         rows = balanced_rows(work, cost, layout, layers, recompute)
     problem = Problem(layout, work.num_microbatches, algorithm, split_backward)
     shards = {end: split_vocabulary(work, problem, end, rows) for end in End}
-    costs = estimate_cost(work, cost, problem, layers=layers, recompute=recompute, shards=shards)
+    part = parallel.offload_activations
+    costs = estimate_cost(
+        work,
+        cost,
+        problem,
+        layers=layers,
+        recompute=recompute,
+        shards=shards,
+        offloaded=[offloaded_layers(len(stage), part) for stage in layers] if part else (),
+    )
     return Draft(
         work, layers=layers, recompute=recompute, shards=shards, problem=problem, cost=costs
     )

@@ -11,7 +11,7 @@ from typing import Any
 from schedules.bound import step_bound
 from schedules.generators.auto import Watch
 from schedules.ir import Kind
-from schedules.simulate import simulate
+from schedules.simulate import simulate_order
 from schedules.vocab import End
 from vp_train.config import ClusterConfig, ConfigError, CostConfig, OptimConfig, RunConfig
 from vp_train.planning.cluster import links_of, on_cluster, peak_flops, tied_seconds
@@ -49,6 +49,28 @@ class RankReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Offloading:
+    """Activations that wait in host memory in a step.
+
+    moved: the bytes that go to the host on the rank that moves most; as many come back.
+    num_moved, num_kept: the pairs of stage and microbatch that go there, and that stay although
+        their stage offloads layers.
+    busy: the parts of a step in which the busiest link copies to the host, and back.
+    exposed: the seconds by which transfers delay the passes.
+    saved: the bytes of activations that the worst rank would keep on top without them.
+    host: the bytes of host memory that the ranks of a node take at most.
+    """
+
+    moved: float
+    num_moved: int
+    num_kept: int
+    busy: tuple[float, float]
+    exposed: float
+    saved: float
+    host: float
+
+
+@dataclass(frozen=True, slots=True)
 class PlanReport:
     """The predicted time and memory of one run on a cluster.
 
@@ -56,7 +78,8 @@ class PlanReport:
     all replicas.  `passes` are the seconds of the simulated schedule.  The seconds `gradients`, of
     sums and gathers that no pass hides, and `optimizer` come after it; `exchange` says how much is
     hidden.  `messages` are the seconds of `passes` in which ranks wait for hops and collectives of
-    the pipeline; None if that was not simulated.
+    the pipeline; None if that was not simulated.  `offloading` is None without transfers of
+    activations to the host.
     """
 
     work: Workload
@@ -74,6 +97,7 @@ class PlanReport:
     bound_reason: str
     exchange: Exchange
     messages: float | None = None
+    offloading: Offloading | None = None
 
     @property
     def degrees(self) -> Degrees:
@@ -99,8 +123,15 @@ class PlanReport:
         return self.ranks[self.worst].memory.total - self.limit
 
     @property
+    def host_excess(self) -> float:
+        """The bytes above the host memory of a node, if that is known; at most 0 if it fits."""
+        if self.offloading is None or self.cluster.host_memory_gib is None:
+            return 0.0
+        return self.offloading.host - self.cluster.host_memory_gib * _GIB
+
+    @property
     def fits(self) -> bool:
-        return self.excess <= 0
+        return self.excess <= 0 and self.host_excess <= 0
 
     @property
     def step_seconds(self) -> float:
@@ -123,6 +154,7 @@ class PlanReport:
         return {
             "tensor-parallel": self.ranks[self.busiest].tensor,
             "hops and barriers": self.messages or 0.0,
+            "transfers to the host": 0.0 if self.offloading is None else self.offloading.exposed,
             "gradients": self.gradients - self.exchange.exposed_gathers,
             "parameters": self.exchange.exposed_gathers,
         }
@@ -163,8 +195,14 @@ class PlanReport:
     def binds(self) -> str:
         """The words for what limits the run."""
         rank, parts, step = self.ranks[self.busiest], self.parts, self.step_seconds
-        if not self.fits:
+        if self.excess > 0:
             return f"memory: {self.memory_words}"
+        if self.host_excess > 0:
+            return (
+                f"host memory: offloaded activations need {human_bytes(self.host_excess)} more per "
+                f"node than {self.cluster.host_memory_gib:g} GiB; lower "
+                "parallel.offload_activations"
+            )
         mean = sum(other.busy for other in self.ranks) / len(self.ranks)
         if rank.busy > 1.1 * mean:
             share = sum(other.vocabulary for other in self.ranks) / len(self.ranks)
@@ -187,7 +225,7 @@ class PlanReport:
     def memory_words(self) -> str:
         """The need of the worst rank and its distance from the limit, in words."""
         memory, cap = self.ranks[self.worst].memory, self.cluster.memory_gib
-        how = "less" if self.fits else "more"
+        how = "less" if self.excess <= 0 else "more"
         return (
             f"needs {human_bytes(memory.total)} on rank {self.worst}, "
             f"{human_bytes(abs(self.excess))} {how} than {cap:g} GiB"
@@ -224,6 +262,7 @@ class PlanReport:
             "parts_seconds": self.parts,
             "exposed_seconds": self.exposed,
             "exchange_seconds": asdict(self.exchange),
+            "offloading": None if self.offloading is None else asdict(self.offloading),
             "binds": self.binds,
             "fits": self.fits,
             "limit_bytes": self.limit,
@@ -256,7 +295,8 @@ def _message_seconds(step: StepPlan) -> float:
     """Return the seconds that hops and collectives add to the passes, in the same order."""
     cost = step.cost
     free = replace(cost, hop_seconds=0.0, barrier_seconds=dict.fromkeys(cost.barrier_seconds, 0.0))
-    return step.timeline.makespan - simulate(step.schedule, step.problem, free).makespan
+    alone = replace(step.schedule, offloads=())
+    return step.timeline.makespan - simulate_order(alone, step.problem, free).makespan
 
 
 def report_of(
@@ -295,6 +335,40 @@ def report_of(
         bound=bound.seconds,
         bound_reason=bound.reason,
         exchange=exchanged,
+        offloading=offloading_of(step, cluster, optim),
+    )
+
+
+def offloading_of(step: StepPlan, cluster: ClusterConfig, optim: OptimConfig) -> Offloading | None:
+    """Return what goes to host memory in a step; None if nothing may."""
+    timeline, ranks = step.timeline, range(step.num_ranks)
+    if not any(step.cost.offload_bytes):
+        return None
+    kept = replace(step, schedule=replace(step.schedule, offloads=()))
+    kept = replace(kept, timeline=simulate_order(kept.schedule, step.problem, step.cost))
+    worst = [max(rank_memory(one, optim, rank).total for rank in ranks) for one in (step, kept)]
+    num_moved = len(step.schedule.offloads)
+    num_stages = sum(num_bytes > 0 for num_bytes in step.cost.offload_bytes)
+    links = [timeline.link_busy(rank) for rank in ranks]
+    return Offloading(
+        moved=max(map(timeline.moved_bytes, ranks)),
+        num_moved=num_moved,
+        num_kept=num_stages * step.problem.num_microbatches - num_moved,
+        busy=max(links, key=sum),
+        exposed=max(0.0, timeline.makespan - kept.timeline.makespan),
+        saved=worst[1] - worst[0],
+        host=_host_bytes(step, cluster),
+    )
+
+
+def _host_bytes(step: StepPlan, cluster: ClusterConfig) -> float:
+    """Return the most bytes that the ranks of a node copy to its host, each at its peak."""
+    of_rank = [step.timeline.host_bytes(rank) for rank in range(step.num_ranks)]
+    tp, pp, per_node = step.degrees.tp, step.degrees.pp, cluster.gpus_per_node
+    gpus = range(step.degrees.num_ranks)
+    return max(
+        sum(of_rank[gpu // tp % pp] for gpu in gpus[first : first + per_node])
+        for first in range(0, len(gpus), per_node)
     )
 
 

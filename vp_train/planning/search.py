@@ -8,6 +8,7 @@ It goes from cheap to dear, and each stage sees fewer choices:
 3. Estimate them by the simulation of a short step, from which the time of a long one follows.
    While none fits, the leanest is tried first.
 4. Plan the best estimates as a run would plan them.
+5. Where the best recompute, estimate and plan them with offloaded activations in its place.
 
 Its effort is counted in passes, not in seconds, so that every machine finds the same plans.
 """
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from schedules.generators import generate
+from schedules.offload import place_transfers
 from schedules.problem import Problem
 from schedules.simulate import simulate
 from vp_train.config import ConfigError, OptimConfig, RunConfig
@@ -29,6 +31,7 @@ from vp_train.planning.choice import (
     Space,
     batch_of,
     fitting_batches,
+    offloading,
     replicas_of,
     space_of,
     without_vocabulary_of,
@@ -61,6 +64,8 @@ _ALIKE = 0.97
 _MANY_RANKS = 16  # which are full after one microbatch of each
 _KEPT_REFUSALS = 100
 _TRIES_OF_OTHER_KIND = 20
+# What is tried with offloaded activations at most: choices, and the effort on top of the rest.
+_MOST_OFFLOADED, _FOR_OFFLOADING = 24, 0.2
 _EFFORT_OF_ONE_LINE = 300_000
 WHOLE_EFFORT = 120_000  # of `generate` for a plan
 
@@ -194,6 +199,7 @@ class _Search:
         self._in_time, self._progress = in_time, progress
         self._scales = Scales(config, limit_of(config, limits.margin), space.optimizers)
         self._spent = self._num_estimated = self._num_same = self._unweighed = 0
+        self._num_offloaded = 0
         # Heaps of what is left: by the lower bound of the step, and by the least bytes.
         self._by_bound: list[tuple[float, int]] = []
         self._by_bytes: list[tuple[float, int]] = []
@@ -220,6 +226,8 @@ class _Search:
             after = self._num_estimated, len(self._estimates)
             if not plans or after == before or not self._goes_on():
                 break
+        if plans and self._in_time():
+            self._offload_instead()
         best = sorted(self._planned.values(), key=_order)
         top = tuple(best[: self._limits.top])
         last = top[-1].report.step_seconds if len(top) == self._limits.top else float("inf")
@@ -242,6 +250,7 @@ class _Search:
             excluded=self._excluded,
             num_choices=len(self._space.choices)
             + sum(self._space.excluded.values())
+            + self._num_offloaded
             - self._num_same,
             num_estimated=self._num_estimated,
             num_planned=len(self._planned),
@@ -483,13 +492,56 @@ class _Search:
             self._plan_one(estimate)
             self._progress(self._words())
 
+    def _offload_instead(self) -> None:
+        """Estimate the best that recompute with offloaded activations in place of that.
+
+        So are the fastest that were refused although they recompute nothing, or all if nothing
+        fits.  What seems to be among the best is planned.  Where the best does not recompute,
+        memory does not bind, and nothing is tried.
+        """
+        best = sorted(self._planned.values(), key=_order)[: self._limits.top]
+        if best and best[0].choice.recompute == "none":
+            return
+        last = best[-1].report.step_seconds if len(best) == self._limits.top else float("inf")
+        binding = [found.choice for found in best]
+        binding += [
+            refusal.choice
+            for refusal in self._refused
+            if refusal.needs is not None and (not best or refusal.choice.recompute == "none")
+        ]
+        weighed: dict[Choice, float] = {}
+        for choice in dict.fromkeys(other for bound in binding for other in offloading(bound)):
+            try:
+                weighed[choice] = self._scales.weigh(choice).seconds
+            except ConfigError:
+                continue
+        estimates, enough = [], self._spent + _FOR_OFFLOADING * self._limits.effort
+        for choice, seconds in sorted(weighed.items(), key=lambda pair: pair[1])[:_MOST_OFFLOADED]:
+            if seconds >= last or self._spent > enough or not self._in_time():
+                break
+            self._num_offloaded += 1
+            try:
+                candidate = self._scales.draft(choice)
+                if candidate.seconds < last:
+                    estimates.append(self._estimate_of(candidate))
+            except ConfigError as error:
+                self._refuse(choice, error, seconds)
+        for estimate in sorted(estimates, key=lambda estimate: estimate.key)[: self._limits.top]:
+            if estimate.seconds * (1 - _SLACK) < last and self._in_time():
+                self._estimates.append(estimate)
+                self._plan_one(estimate)
+                self._progress(self._words())
+
     def _plan_one(self, estimate: Estimate) -> None:
         """Plan the whole step of an estimate, and drop the estimate if that does not fit."""
         choice, draft = estimate.candidate.choice, estimate.candidate.draft
         step = draft.with_named(choice.schedule)
         cost = self._scales.cost_of(choice)
         report = report_of(step, self._cluster, estimate.optim, cost=cost)
-        if report.excess + self._cluster.memory_gib * _GIB <= self._scales.limit:
+        if report.host_excess > 0:
+            self._refuse(choice, ConfigError(report.binds), estimate.seconds)
+            self._estimates = [other for other in self._estimates if other is not estimate]
+        elif report.excess + self._cluster.memory_gib * _GIB <= self._scales.limit:
             chosen = replace(choice, optimizer=estimate.optim)
             self._planned[choice] = Found(chosen, report)
         else:
@@ -516,6 +568,7 @@ def short_step(draft: Draft, name: str) -> tuple[StepPlan, float, int]:
     for number in counts:
         few = replace(problem, num_microbatches=number)
         schedule = generate(name, few, draft.cost, effort=_SHORT_EFFORT)
+        schedule = place_transfers(schedule, few, draft.cost)
         timeline = simulate(schedule, few, draft.cost)
         times.append(timeline.makespan)
     step = replace(unsimulated(draft, schedule, draft.cost), timeline=timeline)

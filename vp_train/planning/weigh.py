@@ -26,7 +26,7 @@ from vp_train.planning.degrees import Degrees
 from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.memory import rank_memory, rank_state, state_of
 from vp_train.planning.overlap import exchange
-from vp_train.planning.placement import balance, redistribute, split_vocabulary
+from vp_train.planning.placement import balance, offloaded_layers, redistribute, split_vocabulary
 from vp_train.planning.plan import Draft, StepPlan, draft, draft_step, named_base_order
 from vp_train.planning.report import optimizer_seconds
 from vp_train.planning.workload import Workload
@@ -328,7 +328,7 @@ class Scales:
         of_layer, for_weights = split.layer_bytes(choice.recompute)
         least = at_most = 0.0
         for chunk, stage in enumerate(placed.layout.stages_of(0)):
-            layers = placed.counts[stage]
+            layers = placed.counts[stage] - offloaded_layers(placed.counts[stage], choice.offload)
             least += layers * of_layer * peak.counts[chunk]
             split_backward = GENERATORS[choice.schedule].split_backward
             kept = max(of_layer, for_weights) if split_backward else of_layer
@@ -350,7 +350,7 @@ class Scales:
             choice = self._where_needed(choice)
         drafted = self._draft(choice)
         peaks, ranks = self._peaks_of(choice, choice.layout), _looked_at(drafted)
-        minimum = _at_peak(drafted, choice.schedule, peaks, ranks=ranks)
+        minimum = _at_peak(drafted.without_offloaded(), choice.schedule, peaks, ranks=ranks)
         fitting, refusal = [], None
         for optim in self._optimizers_of(choice):
             try:
