@@ -83,16 +83,16 @@ def _placed_at(
 def _with_late_forwards(
     network: Network, problem: Problem, orders: Orders, order: list[int], ends: list[float]
 ) -> list[float]:
-    """Return the ends of all nodes if the forwards are as late as the others at `ends` allow.
+    """Return the ends of all nodes if all before the backwards is as late as these allow.
 
-    So are the embeddings, which they wait for. `order` respects every dependency.
+    The backwards and what comes after them stay at `ends`. `order` respects every dependency.
     """
     size, seconds, late = network.size, network.seconds, list(ends)
     next_on_rank = {before: after for passes in orders for before, after in pairwise(passes)}
     moves = [
-        node.kind in (Kind.F, Kind.E)
+        node.kind in (Kind.F, Kind.E, Kind.S, Kind.T)
         if isinstance(node, Pass)
-        else problem.algorithm.barrier(node.barrier).after is Kind.E
+        else problem.algorithm.barrier(node.barrier).after is not Kind.B
         for node in network.nodes
     ]
     for number in reversed(order):
@@ -101,7 +101,10 @@ def _with_late_forwards(
             waiting = [(number - k + step, travel) for step, travel in network.followers[k]]
             if number in next_on_rank:
                 waiting.append((next_on_rank[number], 0.0))
-            late[number] = min(late[n] - seconds[n % size] - travel for n, travel in waiting)
+            late[number] = min(
+                (late[n] - seconds[n % size] - travel for n, travel in waiting),
+                default=late[number],
+            )
     return late
 
 
