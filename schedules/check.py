@@ -8,6 +8,8 @@ A program is right if
 - sends match receives,
 - all ranks of a communicator issue its collectives in the same order,
 - exactly the last pass that adds to a gradient completes it,
+- what is offloaded is copied to the host right after its forward pass, awaited, copied back, and
+  awaited right before its first backward pass, each once,
 - it cannot deadlock, even if every communication is a rendezvous: it blocks each of its ranks until
   the last of them arrives.
 """
@@ -20,7 +22,7 @@ from itertools import pairwise
 from schedules.cost import CostModel
 from schedules.graph import require_acyclic
 from schedules.ir import Kind, Pass, Schedule
-from schedules.lower import READS_WEIGHTS, Action, Op, Program, exchange_of, gradient_of
+from schedules.lower import READS_WEIGHTS, TRANSFERS, Action, Op, Program, exchange_of, gradient_of
 from schedules.network import Network
 from schedules.problem import Collective, Problem
 from schedules.simulate import predecessors
@@ -34,12 +36,39 @@ def check_schedule(schedule: Schedule, problem: Problem) -> None:
     DeadlockError, naming a cycle, if passes wait for each other.
     """
     _check_passes(schedule, problem, tuple(Kind))
+    _check_offloads(schedule, problem)
     if _is_acyclic(schedule, problem):
         return
     require_acyclic(
         predecessors(schedule, problem),
         rank_of=lambda node: problem.rank_of(node) if isinstance(node, Pass) else None,
     )
+
+
+def _check_offloads(schedule: Schedule, problem: Problem) -> None:
+    """Check that what is offloaded is away between its forward and its first backward pass."""
+    if not schedule.offloads:
+        return
+    places = {item: place for order in schedule.ranks for place, item in enumerate(order)}
+    seen: set[Pass] = set()
+    for offload in schedule.offloads:
+        item, free, back = offload.item, offload.free_before, offload.reload_after
+        if item.kind is not Kind.F or item not in places or problem.forward_only:
+            raise ValueError(f"{item} is offloaded, but no forward pass of a step with backward")
+        if item in seen:
+            raise ValueError(f"{item} is offloaded twice")
+        seen.add(item)
+        reader = Pass(item.stage, problem.backward, item.microbatch)
+        ranks = {problem.rank_of(one) for one in (item, free, back) if one in places}
+        if (
+            not {free, back} <= places.keys()
+            or len(ranks) > 1
+            or not places[item] < places[free] <= places[back] < places[reader]
+        ):
+            raise ValueError(
+                f"{item} is offloaded from {free} to {back}, which is not a time between {item} "
+                f"and {reader} on their rank"
+            )
 
 
 def _is_acyclic(schedule: Schedule, problem: Problem) -> bool:
@@ -163,6 +192,7 @@ def check_program(program: Program, problem: Problem) -> None:
     for rank, ops in enumerate(program.ranks):
         _check_rank(rank, ops, problem)
         _check_gradients(rank, ops, problem, tied=program.tied)
+        _check_transfers(rank, ops, problem)
     _check_pairs(program)
     _check_collective_order(program, problem)
     _check_rendezvous(program)
@@ -214,6 +244,14 @@ def _needs(op: Op, rank: int, problem: Problem) -> list[_Key]:
             return [(Action.START, op.item, None)]
         case Action.RECV | Action.NEED:
             return []
+        case Action.OFFLOAD:
+            return [(Action.RUN, op.item, None)]
+        case Action.OFFLOADED:
+            return [(Action.OFFLOAD, op.item, None)]
+        case Action.RELOAD:
+            return [(Action.OFFLOADED, op.item, None)]
+        case Action.RESTORED:
+            return [(Action.RELOAD, op.item, None)]
     before: list[_Key] = []
     for earlier in problem.inputs_of(op.item):
         if isinstance(earlier, Collective):
@@ -241,6 +279,38 @@ def _check_gradients(rank: int, ops: tuple[Op, ...], problem: Problem, *, tied: 
     for op in last.values():
         if not op.completes:
             raise ValueError(f"rank {rank} never completes the gradient that {op} is the last for")
+
+
+def _check_transfers(rank: int, ops: tuple[Op, ...], problem: Problem) -> None:
+    """Check the copies to the host and back of what forward passes keep.
+
+    OFFLOAD comes right after its pass, and RESTORED right before the first backward pass.
+    """
+    offloaded = {op.item for op in ops if op.action is Action.OFFLOAD}
+    for action in TRANSFERS[1:]:
+        found = {op.item for op in ops if op.action is action}
+        if found != offloaded:
+            first = min(map(str, found ^ offloaded))
+            raise ValueError(
+                f"rank {rank} does only one of {Action.OFFLOAD} and {action} of {first}"
+            )
+    if not offloaded:
+        return
+    if problem.forward_only:
+        raise ValueError(f"rank {rank} offloads in a program without backward passes")
+    before = ops[0]
+    for op in ops:
+        item = op.item
+        if op.action is Action.OFFLOAD:
+            if not isinstance(item, Pass) or item.kind is not Kind.F:
+                raise ValueError(f"rank {rank} does {op}, which is not a forward pass")
+            if (before.action, before.item) != (Action.RUN, item):
+                raise ValueError(f"rank {rank} does {op} not right after {item}, but {before}")
+        elif op.action is Action.RUN and isinstance(item, Pass) and item.kind is problem.backward:
+            kept = Pass(item.stage, Kind.F, item.microbatch)
+            if kept in offloaded and (before.action, before.item) != (Action.RESTORED, kept):
+                raise ValueError(f"rank {rank} does {op} not right after restored:{kept}")
+        before = op
 
 
 def _check_pairs(program: Program) -> None:
@@ -325,8 +395,10 @@ def _check_rendezvous(program: Program) -> None:
     for ops in program.ranks:
         previous: str | None = None
         for op in ops:
-            if op.action in (Action.ARRIVE, Action.WAIT, Action.NEED):
-                continue  # issuing blocked until the end, so there is nothing left to wait for
+            if op.action in (Action.ARRIVE, Action.WAIT, Action.NEED) or op.action in TRANSFERS:
+                # Issuing blocked until the end, so there is nothing left to wait for. Transfers to
+                # the host wait for no other rank.
+                continue
             node = (
                 str(op.item)
                 if op.action in (Action.RUN, Action.START)

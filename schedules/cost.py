@@ -19,6 +19,9 @@ class CostModel:
     `shard_bytes[r]` from its S to its T. With a split backward, stage s keeps only
     `weight_bytes[s]` from the end of I to W. Without an entry there it keeps everything until W.
 
+    `offload_bytes[s]` are those of `stage_bytes[s]` that may wait in host memory from F to B or I.
+    They take `offload_seconds[s]` on the link of their rank, in either direction.
+
     Raises ValueError for a cost that is below 0 or not a number.
     """
 
@@ -28,6 +31,8 @@ class CostModel:
     stage_bytes: tuple[float, ...] = ()
     shard_bytes: tuple[float, ...] = ()
     weight_bytes: tuple[float, ...] = ()
+    offload_bytes: tuple[float, ...] = ()
+    offload_seconds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for kind, values in self.pass_seconds.items():
@@ -38,6 +43,8 @@ class CostModel:
         _refuse_negative("a stage cannot keep", self.stage_bytes, " bytes")
         _refuse_negative("a shard cannot keep", self.shard_bytes, " bytes")
         _refuse_negative("W cannot need", self.weight_bytes, " bytes")
+        _refuse_negative("a stage cannot offload", self.offload_bytes, " bytes")
+        _refuse_negative("a transfer to the host cannot take", self.offload_seconds, " s")
 
     def seconds(self, item: Pass) -> float:
         """Return the duration of `item` in seconds; 0 for a kind without an entry.
@@ -61,6 +68,12 @@ class CostModel:
     def microbatch_bytes(self, num_ranks: int) -> float:
         """Return the bytes that one microbatch keeps per rank, the unit of caps on memory."""
         return sum(self.stage_bytes) / num_ranks
+
+    def offload(self, stage: int) -> tuple[float, float]:
+        """Return the bytes that a stage may offload, and the seconds of their transfer."""
+        num_bytes = self.offload_bytes[stage] if stage < len(self.offload_bytes) else 0.0
+        seconds = self.offload_seconds[stage] if stage < len(self.offload_seconds) else 0.0
+        return num_bytes, seconds
 
     def byte_change(self, item: Pass) -> float:
         """Return the bytes that `item` keeps for later passes, less those that it frees."""

@@ -1,7 +1,7 @@
 """The words of a schedule: `Kind`, `Pass` and `Schedule`, with a text form that round-trips.
 
-A schedule is data: for every rank, the order of its passes. It does not contain communication,
-which `lower` adds.
+A schedule is data: for every rank, the order of its passes, and between which of them activations
+wait in host memory. It does not contain communication, which `lower` adds.
 """
 
 from __future__ import annotations
@@ -69,12 +69,34 @@ class Pass:
         return cls(int(match[1]), Kind(match[2]), int(match[3]))
 
 
+_FREE, _RELOAD = "offloaded:", "reload:"
+
+
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """The time in host memory of what a forward pass keeps, between passes of the same rank.
+
+    What the offloaded layers of the forward pass `item` keep is copied to the host after it. The
+    pass `free_before` waits for the end of that copy; the device memory is free from then on. After
+    the pass `reload_after` it is taken again, and the copy back begins.
+    """
+
+    item: Pass
+    free_before: Pass
+    reload_after: Pass
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The order of the passes on every rank; `ranks[r]` are the passes of rank r."""
+    """The order of the passes on every rank; `ranks[r]` are the passes of rank r.
+
+    `offloads` has one entry for every forward pass whose activations wait in host memory, in the
+    order in which they come back, rank after rank.
+    """
 
     name: str
     ranks: tuple[tuple[Pass, ...], ...]
+    offloads: tuple[Offload, ...] = ()
 
     @property
     def num_ranks(self) -> int:
@@ -88,9 +110,21 @@ class Schedule:
     def text(self) -> str:
         """Return the text form: a comment line with the name, then one line of passes per rank.
 
-        Blanks separate the passes: `0E0 0F0 0S0`.
+        Blanks separate the passes: `0E0 0F0 0S0`. `offloaded:0F0` comes before the pass that waits
+        for this, `reload:0F0` after its pass.
         """
-        lines = [f"# {self.name}"] + [" ".join(map(str, order)) for order in self.ranks]
+        around: dict[Pass, tuple[list[str], list[str]]] = {}
+        for offload in self.offloads:
+            around.setdefault(offload.free_before, ([], []))[0].append(f"{_FREE}{offload.item}")
+            around.setdefault(offload.reload_after, ([], []))[1].append(f"{_RELOAD}{offload.item}")
+        lines = [f"# {self.name}"]
+        for order in self.ranks:
+            words = list(map(str, order))
+            if around:
+                for place, item in enumerate(order):
+                    before, after = around.pop(item, ((), ()))
+                    words[place] = " ".join((*before, words[place], *after))
+            lines.append(" ".join(words))
         return "\n".join(lines) + "\n"
 
     @classmethod
@@ -102,10 +136,38 @@ class Schedule:
         header, *lines = text.splitlines() or [""]
         if not header.startswith("# "):
             raise ValueError(f"a schedule starts with a line '# name', not {header!r}")
-        ranks = []
+        ranks: list[tuple[Pass, ...]] = []
+        offloads: list[Offload] = []
         for number, line in enumerate(lines, start=2):
             try:
-                ranks.append(tuple(Pass.parse(token) for token in line.split()))
+                tokens = line.split()
+                if _FREE in line or _RELOAD in line:
+                    offloads += _offloads(tokens)
+                    tokens = [token for token in tokens if ":" not in token]
+                ranks.append(tuple(map(Pass.parse, tokens)))
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
-        return cls(header.removeprefix("# "), tuple(ranks))
+        return cls(header.removeprefix("# "), tuple(ranks), tuple(offloads))
+
+
+def _offloads(tokens: list[str]) -> list[Offload]:
+    """Return what the tokens of a line say about host memory; other tokens are passes."""
+    free: dict[Pass, Pass] = {}
+    found: list[Offload] = []
+    waiting: list[Pass] = []
+    last: Pass | None = None
+    for token in tokens:
+        if token.startswith(_FREE):
+            waiting.append(Pass.parse(token.removeprefix(_FREE)))
+        elif token.startswith(_RELOAD):
+            item = Pass.parse(token.removeprefix(_RELOAD))
+            if last is None or item not in free:
+                raise ValueError(f"{token} comes without {_FREE}{item} and a pass between them")
+            found.append(Offload(item, free.pop(item), last))
+        else:
+            last = Pass.parse(token)
+            free |= dict.fromkeys(waiting, last)
+            waiting.clear()
+    if lacking := next(iter((*waiting, *free)), None):
+        raise ValueError(f"{_FREE}{lacking} has no {_RELOAD}{lacking} after a later pass")
+    return found

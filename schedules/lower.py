@@ -9,6 +9,9 @@ communication blocks until its partner arrives.
 The message of some collectives needs the result of another collective: they continue it. A rank
 starts such a collective without waiting for the first one. The runtime waits for that outside the
 stream of passes. If the rank waited itself, the next pass would start later than simulated.
+
+A transfer to the host or back follows the pass that issues it, and the wait for it comes right
+before the pass that waits. Both concern one rank alone.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from schedules.ir import Kind, Pass, Schedule
 from schedules.network import Network
 from schedules.problem import Collective, Node, Problem
 from schedules.simulate import sweep
+from schedules.timeline import OFFLOAD
+from schedules.transfers import HostLinks, Moves
 from schedules.vocab import End, Payload, Transfer
 
 READS_WEIGHTS = (Kind.F, Kind.E, Kind.S)  # the first pass of each stage and matrix in a step
@@ -40,8 +45,13 @@ class Action(StrEnum):
     WAIT = "wait"  # wait for that collective
     NEED = "need"  # wait for weights, before the first pass of the step that reads them
     OFFLOAD = "offload"  # begin to copy to the host what the offloaded layers of an F kept
+    OFFLOADED = "offloaded"  # wait until that copy has ended; its device memory is free from here
     RELOAD = "reload"  # take device memory and begin to copy that back
     RESTORED = "restored"  # wait until it is back, before the first backward pass that reads it
+
+
+# Between a rank and its host, in the order of what a forward pass keeps.
+TRANSFERS = (Action.OFFLOAD, Action.OFFLOADED, Action.RELOAD, Action.RESTORED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +121,7 @@ def lower(schedule: Schedule, problem: Problem, cost: CostModel, *, tied: bool =
     awaited: list[set[Node]] = [set() for _ in programs]
     needed: list[set[tuple[Kind, int]]] = [set() for _ in programs]
     last = _last_additions(schedule, problem, tied=tied)
+    moves = Moves.of(schedule, problem)
 
     def wait_for_inputs(node: Pass, rank: int) -> None:
         if node.kind in READS_WEIGHTS and (node.kind, node.stage) not in needed[rank]:
@@ -137,7 +148,13 @@ def lower(schedule: Schedule, problem: Problem, cost: CostModel, *, tied: bool =
         else:
             rank = problem.rank_of(node)
             wait_for_inputs(node, rank)
+            programs[rank] += [Op(Action.OFFLOADED, item) for item in moves.frees.get(node, ())]
+            if node in moves.restores:
+                programs[rank].append(Op(Action.RESTORED, moves.restores[node]))
             programs[rank].append(Op(Action.RUN, node, completes=node in last))
+            for issue in moves.issues.get(node, ()):
+                action = Action.OFFLOAD if issue.kind == OFFLOAD else Action.RELOAD
+                programs[rank].append(Op(action, issue.item))
     for node in problem.collectives():
         for rank in problem.receivers(node):
             if node not in awaited[rank]:  # no pass needs its result: the loss of an evaluation
@@ -201,7 +218,8 @@ def _issue_order(
     in an order that respects dependencies, so the index in it breaks ties.
     """
     network = Network.of(problem, cost)
-    swept = sweep(network, network.orders(schedule))
+    links = HostLinks.of(schedule, problem, cost, network)
+    swept = sweep(network, network.orders(schedule), links)
     receivers = [
         {network.lanes[k] for k, _ in followers if problem.is_hop(node, network.nodes[k])}
         for node, followers in zip(network.nodes, network.followers, strict=True)

@@ -7,6 +7,7 @@ module only numbers the nodes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from schedules.cost import CostModel
@@ -124,6 +125,16 @@ class Network:
         if isinstance(node, Pass):
             return Pass(node.stage, node.kind, microbatch)
         return Collective(node.barrier, microbatch)
+
+    def numbers(self) -> Callable[[Pass], int]:
+        """Return the function from a pass to its id. It raises KeyError for an unknown pass."""
+        size = self.size
+        keys = {
+            (node.stage, node.kind): k
+            for k, node in enumerate(self.nodes)
+            if isinstance(node, Pass)
+        }
+        return lambda item: item.microbatch * size + keys[item.stage, item.kind]
 
     def orders(self, schedule: Schedule) -> Orders:
         """Return the ids of a schedule's passes.

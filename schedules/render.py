@@ -13,7 +13,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from schedules.excerpt import Excerpt
-from schedules.timeline import Span, Timeline
+from schedules.timeline import OFFLOAD, RELOAD, Span, Timeline
 
 # The colours of Okabe and Ito, which colour-blind readers can distinguish.
 COLOURS = {
@@ -36,10 +36,16 @@ MEANINGS = {
     "E": "embedding",
     "G": "embedding gradient",
 }
+# Transfers to the host and back: the row of text, the colour, the meaning.
+LINK = {
+    OFFLOAD: ("v", "#8C564B", "activations to the host"),
+    RELOAD: ("^", "#C49C94", "back"),
+}
 STAGE_KINDS = "FBIW"  # the passes of a stage; the others belong to a vocabulary shard
 _BARRIER = "#666666"
 _LATER_STAGE = "#333333"
 _BARRIER_HEIGHT, _BAND = 5, 3
+_LINK_HEIGHT = 12  # of both directions of the link to the host
 _WIDTH, _LEFT, _RIGHT, _TOP = 1200, 64, 68, 72
 _GAP = 26  # pixels in place of what is left out
 
@@ -51,7 +57,8 @@ def text_grid(timeline: Timeline, columns: int = 120, seconds: float = math.inf)
     fit, only the letter is drawn. The letters of a stage that is not the first of its rank are
     lower case. A pass that takes no time is not drawn. Blanks are bubbles. No line is longer than
     `columns`. Only the first `seconds` of the step are drawn, but the legend describes the whole
-    step.
+    step. Below a rank that offloads activations, the rows `v` and `^` are the two directions of its
+    link to the host, with the microbatches that it moves.
     """
     width = columns - 4
     shown = min(timeline.makespan, seconds)
@@ -72,12 +79,33 @@ def text_grid(timeline: Timeline, columns: int = 120, seconds: float = math.inf)
             label = label if len(label) <= length else letter
             cells[first : first + length] = label.ljust(length, "-")
         rows.append((f"{rank:>3} " + "".join(cells)).rstrip())
+        rows += _link_rows(timeline, rank, width, shown)
     legend = ", ".join(f"{kind} {meaning}" for kind, meaning in present(timeline).items())
     if _has_later_stages(timeline):
         legend += "; lower case: a later stage of the rank"
+    if timeline.transfers:
+        legend += "".join(f"; {row} {meaning}" for row, _, meaning in LINK.values())
     for words in (facts(timeline), legend):
         rows += textwrap.wrap(words, columns, initial_indent=" " * 4, subsequent_indent=" " * 4)
     return "\n".join(rows) + "\n"
+
+
+def _link_rows(timeline: Timeline, rank: int, width: int, shown: float) -> list[str]:
+    """Return a row of text for each direction of a rank's link; none without transfers."""
+    spans, rows = timeline.transfers_of(rank), []
+    if not spans or shown <= 0:
+        return []
+    for kind, (head, *_) in LINK.items():
+        cells = [" "] * width
+        for span in spans:
+            if span.kind == kind and span.seconds > 0 and span.start < shown:
+                first = min(width - 1, round(span.start * width / shown))
+                length = max(1, min(width, round(span.end * width / shown)) - first)
+                label = str(span.microbatch)
+                label = label if len(label) <= length else "-"
+                cells[first : first + length] = label.ljust(length, "-")
+        rows.append(f"{head:>3} {''.join(cells)}".rstrip())
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +134,7 @@ class _Frame:
         for rank in range(timeline.num_ranks):
             tops.append(y)
             y += lane + (_BARRIER_HEIGHT + 2 if rank in with_barriers else 0) + lane // 4
+            y += _LINK_HEIGHT if timeline.transfers_of(rank) else 0
         shown = Excerpt.of(timeline)
         width = _WIDTH - _LEFT - _RIGHT - (_GAP if shown.cut is not None else 0)
         scale = width / shown.seconds if shown.seconds > 0 else 0.0
@@ -179,6 +208,13 @@ def _lane(timeline: Timeline, rank: int, frame: _Frame) -> list[str]:
         parts.append(f'<text x="-8" y="{y}" text-anchor="end" font-size="8">barriers</text>')
     boxes = (_box(span, frame, frame.lane + 2, _BARRIER_HEIGHT, _BARRIER) for span in barriers)
     parts += filter(None, boxes)
+    y = frame.lane + 2 + (_BARRIER_HEIGHT + 2 if barriers else 0)
+    for kind, (_, colour, _) in LINK.items():
+        moved = [span for span in timeline.transfers_of(rank) if span.kind == kind]
+        parts += filter(
+            None, (_box(span, frame, y, _LINK_HEIGHT // 2 - 1, colour) for span in moved)
+        )
+        y += _LINK_HEIGHT // 2
     x = _WIDTH - _LEFT - 12
     return [
         *parts,
@@ -219,6 +255,8 @@ def _legend(timeline: Timeline) -> list[str]:
     entries = [(COLOURS[kind], f"{kind} {meaning}") for kind, meaning in present(timeline).items()]
     if timeline.comm:
         entries.append((_BARRIER, "barriers"))
+    if timeline.transfers:
+        entries += [(colour, meaning) for _, colour, meaning in LINK.values()]
     parts, x = [], float(_LEFT)
     for colour, words in entries:
         parts.append(f'<rect x="{x:.0f}" y="36" width="10" height="10" fill="{colour}"/>')
@@ -304,7 +342,10 @@ def chrome_trace(timelines: Mapping[str, Timeline]) -> dict[str, Any]:
                     "args": {"name": f"{name} rank {rank}"},
                 }
             )
-            for thread, (label, lane) in enumerate((("compute", spans), ("barriers", comm))):
+            lanes = [("compute", spans), ("barriers", comm)]
+            if moved := timeline.transfers_of(rank):
+                lanes.append(("host link", moved))
+            for thread, (label, lane) in enumerate(lanes):
                 events.append(
                     {
                         "ph": "M",

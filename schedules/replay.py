@@ -9,7 +9,7 @@ activities. An operation in the wrong place shows as lost time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import chain
@@ -20,7 +20,7 @@ from schedules.ir import Kind, Pass
 from schedules.lower import Action, Op, Program
 from schedules.problem import Collective, Node
 from schedules.simulate import peak
-from schedules.timeline import Span, Timeline
+from schedules.timeline import OFFLOAD, RELOAD, Span, Timeline, Transfer
 from schedules.vocab import End
 
 
@@ -39,7 +39,9 @@ class Runtime:
     On every rank the passes run one after the other. WAIT and ARRIVE stop them until their
     communication has ended. A communication starts when all its ranks have issued it. The message
     of a rank is ready when the passes before its issue have ended. The collectives of one end of
-    the model run in the order of their issue.
+    the model run in the order of their issue. Each direction of the link to the host is a stream. A
+    transfer follows the passes before its issue. OFFLOADED and RESTORED stop the passes until
+    theirs has ended.
 
     - `issues_ahead`: the host issues the whole program at once, and the streams do the waiting. If
       false, an operation is issued when the passes before it have ended.
@@ -177,6 +179,8 @@ class _Walk:
     - `waits[r]` holds the same activities, with the earlier activities of rank r that each follows.
       When these have ended, the communication waits for the other ranks.
     - `communications` maps every collective and hop to its activity.
+    - `copies[r]` maps OFFLOAD and RELOAD of rank r's forward passes to their activities, and to the
+      last activity of the passes at their issue.
     """
 
     cost: CostModel
@@ -190,6 +194,7 @@ class _Walk:
     issued: list[list[tuple[Op, int]]] = field(default_factory=list)
     waits: list[list[tuple[int, tuple[int, ...]]]] = field(default_factory=list)
     communications: dict[Collective | _Hop, int] = field(default_factory=dict)
+    copies: list[dict[tuple[Action, Pass], tuple[int, int]]] = field(default_factory=list)
 
     @classmethod
     def over(cls, program: Program, cost: CostModel, runtime: Runtime) -> _Walk:
@@ -265,6 +270,9 @@ class _Walk:
         self.passes.append(passes)
         self.issued.append(issued)
         self.waits.append(waits)
+        copies: dict[tuple[Action, Pass], tuple[int, int]] = {}
+        self.copies.append(copies)
+        copying: dict[Action, int] = {}  # the last activity of each direction of the host's link
 
         def run(op: Op, seconds: float, after: int = -1) -> None:
             nonlocal now
@@ -286,6 +294,15 @@ class _Walk:
                 followers[earlier].append(activity)
             issued.append((op, activity))
             waits.append((activity, after))
+
+        def copy(op: Op, item: Pass) -> None:
+            activity = self._add(self.cost.offload(item.stage)[1])
+            for earlier in (now, copying.get(op.action, -1)):
+                if earlier >= 0:
+                    followers[earlier].append(activity)
+            copies[op.action, item] = activity, now
+            copying[op.action] = activity
+            issued.append((op, activity))
 
         # `run` appends an activity to the stream of the passes. `issue` appends a communication to
         # the stream of its communicator; it also follows the activities `after`.
@@ -309,6 +326,11 @@ class _Walk:
                 issue(op, activity, exchange.end, *after)
             elif action is Action.RUN:
                 run(op, self.cost.seconds(item))
+            elif action in (Action.OFFLOAD, Action.RELOAD):
+                copy(op, item)
+            elif action in (Action.OFFLOADED, Action.RESTORED):
+                issued_by = Action.OFFLOAD if action is Action.OFFLOADED else Action.RELOAD
+                run(op, 0.0, copies[issued_by, item][0])
             elif action is Action.ARRIVE:
                 run(op, 0.0, self._transfer(op, rank))
             elif action is not Action.NEED:
@@ -435,6 +457,17 @@ class _Walk:
             end=start + self.seconds[activity],
         )
 
+    def transfers(self, rank: int) -> tuple[Transfer, ...]:
+        """Return the copies of a rank to its host and back, in the order of their issue."""
+        found = []
+        for (action, item), (activity, before) in self.copies[rank].items():
+            start, kind = self.start[activity], OFFLOAD if action is Action.OFFLOAD else RELOAD
+            end, num_bytes = start + self.seconds[activity], self.cost.offload(item.stage)[0]
+            span = Span(rank, f"{kind}:{item}", kind, item.stage, item.microbatch, start, end)
+            issued = self.start[before] + self.seconds[before]
+            found.append(Transfer(span, issued, num_bytes))
+        return tuple(found)
+
     def _stuck(self) -> str:
         """Return the operation that each rank waits at: in its passes, else an issued one."""
         words = []
@@ -499,6 +532,19 @@ def _shared_seconds(apart: list[tuple[float, float]], others: list[tuple[float, 
     return shared
 
 
+def _byte_changes(ops: Iterable[Op], cost: CostModel) -> Iterator[float]:
+    """Yield the bytes that each operation of a rank keeps on the device, less those it frees."""
+    for op in ops:
+        if isinstance(op.item, Pass):
+            match op.action:
+                case Action.RUN:
+                    yield cost.byte_change(op.item)
+                case Action.OFFLOADED:
+                    yield -cost.offload(op.item.stage)[0]
+                case Action.RELOAD:
+                    yield cost.offload(op.item.stage)[0]
+
+
 def _timeline_of(walk: _Walk, program: Program, cost: CostModel) -> Timeline:
     """Return the spans of a walk and the peaks of every rank."""
     frees = Kind.F if program.forward_only else Kind.B
@@ -507,15 +553,25 @@ def _timeline_of(walk: _Walk, program: Program, cost: CostModel) -> Timeline:
     compute: list[tuple[Span, ...]] = []
     comm: dict[Collective, Span] = {}
     peak_bytes, peak_in_flight = [], []
+    transfers: list[Transfer] = []
     for rank, (passes, issued) in enumerate(zip(walk.passes, walk.issued, strict=True)):
         runs = [(op.item, activity) for op, activity in passes if op.action is Action.RUN]
         items = [item for item, _ in runs if isinstance(item, Pass)]
         compute.append(tuple(walk.span(rank, item, activity) for item, activity in runs))
-        peak_bytes.append(0.0 if program.forward_only else peak(map(cost.byte_change, items)))
+        transfers += walk.transfers(rank)
+        peak_bytes.append(
+            0.0 if program.forward_only else peak(_byte_changes(program.ranks[rank], cost))
+        )
         changes = [(item.kind is Kind.F) - (item.kind is frees) for item in items]
         peak_in_flight.append(int(peak(changes)))
         for op, activity in issued:
             if isinstance(op.item, Collective) and op.exchange is not None and op.item not in comm:
                 comm[op.item] = walk.span(op.exchange.root, op.item, activity)
     ordered = sorted(comm.values(), key=lambda span: span.start)
-    return Timeline(tuple(compute), tuple(ordered), tuple(peak_bytes), tuple(peak_in_flight))
+    return Timeline(
+        tuple(compute),
+        tuple(ordered),
+        tuple(peak_bytes),
+        tuple(peak_in_flight),
+        transfers=tuple(transfers),
+    )

@@ -3,7 +3,8 @@
 The simulation is one sweep in order of time over a graph. Its edges are the data dependencies and
 the order of the passes on every rank. A pass starts when its rank is free and its inputs have
 arrived. A collective starts when its inputs have arrived and its communicator is free. A
-communicator serves its collectives in the order in which they become ready.
+communicator serves its collectives in the order in which they become ready. A rank's link to its
+host runs beside the passes, see `transfers`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from schedules.ir import Kind, Pass, Schedule
 from schedules.network import Network, Orders
 from schedules.problem import Node, Problem
 from schedules.timeline import Span, Timeline
+from schedules.transfers import HostLinks, kept_peak
 from schedules.vocab import End
 
 
@@ -48,9 +50,22 @@ def simulate(
     ValueError for a missing or misplaced pass, and DeadlockError, naming the passes, if some wait
     for each other in a cycle.
     """
-    network = Network.of(problem, cost)
-    timeline = _timeline_of(sweep(network, network.orders(schedule)), network, problem)
+    timeline = simulate_order(schedule, problem, cost)
     return replace(timeline, bound=step_bound(problem, cost, caps).seconds)
+
+
+def simulate_order(schedule: Schedule, problem: Problem, cost: CostModel) -> Timeline:
+    """Return the timeline of one step like `simulate`, without a lower bound."""
+    network = Network.of(problem, cost)
+    links = HostLinks.of(schedule, problem, cost, network)
+    swept = sweep(network, network.orders(schedule), links)
+    timeline = _timeline_of(swept, network, problem)
+    if links is None:
+        return timeline
+    peaks = (
+        kept_peak(order, schedule.offloads, cost, cost.byte_change) for order in schedule.ranks
+    )
+    return replace(timeline, peak_bytes=tuple(peaks), transfers=links.transfers)
 
 
 def predecessors(schedule: Schedule, problem: Problem) -> dict[Node, tuple[Node, ...]]:
@@ -66,8 +81,8 @@ def predecessors(schedule: Schedule, problem: Problem) -> dict[Node, tuple[Node,
     return graph
 
 
-def sweep(network: Network, orders: Orders) -> Sweep:
-    """Simulate the passes of every rank in the given order.
+def sweep(network: Network, orders: Orders, links: HostLinks | None = None) -> Sweep:
+    """Simulate the passes of every rank in the given order, and the transfers on `links`.
 
     Raises ValueError for a pass that no rank runs, and DeadlockError if passes wait in a cycle.
     """
@@ -109,6 +124,8 @@ def sweep(network: Network, orders: Orders) -> Sweep:
             end = free_at[lane] = begin + seconds[k]
         else:
             begin, end = now, now + seconds[k]
+            if links is not None and number in links.issues:
+                links.issue(number, lanes[k], end, ready)
             later = next_on_rank[number]
             if later >= 0:
                 if end > ready[later]:

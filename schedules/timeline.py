@@ -32,6 +32,27 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Transfer:
+    """A copy of activations to host memory or back, on the link of a rank.
+
+    `span` has the stage and microbatch, and the kind `offload` or `reload`. The copy was issued at
+    `issued` seconds, at the end of a pass.
+    """
+
+    span: Span
+    issued: float
+    num_bytes: float
+
+    @property
+    def is_offload(self) -> bool:
+        """Whether the copy goes to host memory."""
+        return self.span.kind == OFFLOAD
+
+
+OFFLOAD, RELOAD = "offload", "reload"
+
+
+@dataclass(frozen=True, slots=True)
 class Timeline:
     """The activity of every rank in one step.
 
@@ -42,6 +63,8 @@ class Timeline:
     activations and what S keeps for T.
     `peak_in_flight[r]`: the peak number of (stage, microbatch) pairs whose backward has not ended.
     `bound`: no schedule of the same problem takes less than these seconds; 0 if it is unknown.
+    `transfers`: the copies of activations to host memory and back, in the order of their issue on
+    each rank.
     """
 
     compute: tuple[tuple[Span, ...], ...]
@@ -49,6 +72,7 @@ class Timeline:
     peak_bytes: tuple[float, ...]
     peak_in_flight: tuple[int, ...]
     bound: float = 0.0
+    transfers: tuple[Transfer, ...] = ()
 
     @property
     def num_ranks(self) -> int:
@@ -77,6 +101,38 @@ class Timeline:
         return (
             1.0 - sum(map(self.busy, range(self.num_ranks))) / available if available > 0 else 0.0
         )
+
+    def transfers_of(self, rank: int) -> tuple[Span, ...]:
+        """Return the spans of a rank's transfers to the host and back, in the order of issue."""
+        return tuple(t.span for t in self.transfers if t.span.rank == rank)
+
+    def link_busy(self, rank: int) -> tuple[float, float]:
+        """Return the fractions of the step in which a rank's link copies to the host, and back."""
+        busy = [0.0, 0.0]
+        for span in self.transfers_of(rank):
+            busy[span.kind == RELOAD] += span.seconds
+        step = self.makespan
+        return (busy[0] / step, busy[1] / step) if step > 0 else (0.0, 0.0)
+
+    def moved_bytes(self, rank: int) -> float:
+        """Return the bytes that a rank copies to host memory in the step; as many come back."""
+        return sum(t.num_bytes for t in self.transfers if t.span.rank == rank and t.is_offload)
+
+    def host_bytes(self, rank: int) -> float:
+        """Return the most bytes of host memory that the copies of a rank take at any time.
+
+        A copy takes them from the start of its way down to the end of its way back.
+        """
+        moments = [
+            (t.span.start, 1, t.num_bytes) if t.is_offload else (t.span.end, 0, -t.num_bytes)
+            for t in self.transfers
+            if t.span.rank == rank
+        ]
+        held = most = 0.0
+        for *_, change in sorted(moments):
+            held += change
+            most = max(most, held)
+        return most
 
     @property
     def gap(self) -> float | None:

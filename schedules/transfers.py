@@ -1,0 +1,157 @@
+"""Transfers of activations to host memory and back: when they run, and the memory that they free.
+
+Every rank has a link to its host with two directions. Each direction serves its transfers in the
+order of their issue, beside the passes. A transfer to the host is issued at the end of its forward
+pass. A later pass waits for its end, and from then on the device memory is free. A reload is issued
+at the end of a still later pass and takes device memory at once. The first backward pass waits for
+its end. So the bytes that a rank keeps depend on the order of its operations only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from schedules.cost import CostModel
+from schedules.ir import Offload, Pass, Schedule
+from schedules.network import Network
+from schedules.problem import Problem
+from schedules.timeline import OFFLOAD, RELOAD, Span, Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """A transfer of what `item` keeps; `awaited` is the pass that waits for its end."""
+
+    item: Pass
+    awaited: Pass
+    kind: str  # OFFLOAD or RELOAD
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """What passes do with host memory.
+
+    `issues`: what a pass issues at its end, in this order. `frees`: the forward passes whose copies
+    to the host a pass waits for. `restores`: the one whose copy back it waits for.
+    """
+
+    issues: dict[Pass, list[Issue]]
+    frees: dict[Pass, list[Pass]]
+    restores: dict[Pass, Pass]
+
+    @classmethod
+    def of(cls, schedule: Schedule, problem: Problem) -> Moves:
+        """Return the moves of a schedule. Passes without any are left out."""
+        issues: dict[Pass, list[Issue]] = {}
+        frees: dict[Pass, list[Pass]] = {}
+        restores: dict[Pass, Pass] = {}
+        for offload in schedule.offloads:
+            item, free_before = offload.item, offload.free_before
+            issues[item] = [Issue(item, free_before, OFFLOAD)]
+            frees.setdefault(free_before, []).append(item)
+        for offload in schedule.offloads:
+            item = offload.item
+            reader = Pass(item.stage, problem.backward, item.microbatch)
+            issues.setdefault(offload.reload_after, []).append(Issue(item, reader, RELOAD))
+            restores[reader] = item
+        return cls(issues, frees, restores)
+
+
+@dataclass(slots=True)
+class Link:
+    """The link of one rank: when each direction is free, and what has been offloaded when.
+
+    `transfers` are the copies so far, in the order of their issue.
+    """
+
+    rank: int
+    cost: CostModel
+    free: dict[str, float] = field(default_factory=lambda: {OFFLOAD: 0.0, RELOAD: 0.0})
+    transfers: list[Transfer] = field(default_factory=list)
+
+    def issue(self, item: Pass, kind: str, now: float) -> float:
+        """Run a transfer of what `item` keeps that is issued `now`, and return its end."""
+        num_bytes, seconds = self.cost.offload(item.stage)
+        start = max(now, self.free[kind])
+        end = self.free[kind] = start + seconds
+        span = Span(self.rank, f"{kind}:{item}", kind, item.stage, item.microbatch, start, end)
+        self.transfers.append(Transfer(span, now, num_bytes))
+        return end
+
+
+@dataclass(frozen=True, slots=True)
+class HostLinks:
+    """The links of all ranks in a sweep over a network.
+
+    `issues` maps the id of a pass to what it issues at its end, with the ids of the passes that
+    wait for that.
+    """
+
+    links: tuple[Link, ...]
+    issues: dict[int, list[tuple[Issue, int]]]
+
+    @classmethod
+    def of(
+        cls, schedule: Schedule, problem: Problem, cost: CostModel, network: Network
+    ) -> HostLinks | None:
+        """Return the links, before any transfer; None if `schedule` has none."""
+        if not schedule.offloads:
+            return None
+        number = network.numbers()
+        return cls(
+            tuple(Link(rank, cost) for rank in range(problem.layout.num_ranks)),
+            {
+                number(item): [(issue, number(issue.awaited)) for issue in issues]
+                for item, issues in Moves.of(schedule, problem).issues.items()
+            },
+        )
+
+    def issue(self, number: int, rank: int, end: float, ready: list[float]) -> None:
+        """Run the transfers that a pass issues at its end. Who waits is not ready before theirs."""
+        for issue, awaited in self.issues[number]:
+            done = self.links[rank].issue(issue.item, issue.kind, end)
+            ready[awaited] = max(ready[awaited], done)
+
+    @property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """The transfers so far, rank after rank."""
+        return tuple(transfer for link in self.links for transfer in link.transfers)
+
+
+def away_bytes(
+    order: Sequence[Pass], offloads: Sequence[Offload], cost: CostModel
+) -> Iterator[tuple[float, float]]:
+    """Yield the bytes in host memory during each pass of a rank, and after it until the next one.
+
+    `offloads` may have those of other ranks, too.
+    """
+    changes: dict[Pass, list[float]] = {}  # before a pass and after it
+    for offload in offloads:
+        num_bytes = cost.offload(offload.item.stage)[0]
+        changes.setdefault(offload.free_before, [0.0, 0.0])[0] += num_bytes
+        changes.setdefault(offload.reload_after, [0.0, 0.0])[1] -= num_bytes
+    away, none = 0.0, (0.0, 0.0)
+    for item in order:
+        before, after = changes.get(item, none)
+        during = away + before
+        away = during + after
+        yield during, away
+
+
+def kept_peak(
+    order: Sequence[Pass],
+    offloads: Sequence[Offload],
+    cost: CostModel,
+    byte_change: Callable[[Pass], float],
+) -> float:
+    """Return the most bytes that a rank keeps on its device at any time.
+
+    `byte_change` says what a pass adds at its start, or frees at its end if that is below 0.
+    """
+    held = highest = 0.0
+    for item, (during, after) in zip(order, away_bytes(order, offloads, cost), strict=True):
+        change = byte_change(item)
+        highest = max(highest, held + max(0.0, change) - during, held + change - after)
+        held += change
+    return highest
