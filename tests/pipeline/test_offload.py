@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from schedules.generators import GENERATORS
 from schedules.ir import Kind, Pass
-from schedules.lower import Action, Op
+from schedules.lower import TRANSFERS, Action, Op
 from tests.local import run_locally
 from tests.pipeline.compare import assert_all_close
 from tests.pipeline.equivalence import ALGORITHMS, compare_locally, config_of
@@ -25,6 +25,8 @@ from tests.pipeline.test_local import gradients_of
 from tests.pipeline.truth import random_batch
 from vp_train.config import VocabConfig
 from vp_train.pipeline.offload import HostLink, OffloadOrderError
+from vp_train.pipeline.recorder import Recorder
+from vp_train.pipeline.timers import timer_of
 from vp_train.planning.plan import make_plan
 from vp_train.tensors import precision
 from vp_train.tensors.streams import HostOrder
@@ -36,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("unrefined")
 def with_offloads(plan, seed=0, skip=()):
     """Return `plan` with every forward pass offloaded, at places drawn with `seed`.
 
-    The passes `skip` are left out.
+    Without a seed the copies take the least memory.  The passes `skip` are left out.
     """
     rng, ranks = random.Random(seed), []
     backward = Kind.I if plan.problem.split_backward else Kind.B
@@ -50,6 +52,7 @@ def with_offloads(plan, seed=0, skip=()):
             first = places[str(item)] + 1
             last = min(places.get(str(reader), len(ops)), places.get(f"{reader}!", len(ops)))
             inside = sorted(rng.randint(first, last) for _ in range(2))
+            inside = [first, last] if seed is None else inside
             actions = (Action.OFFLOAD, Action.OFFLOADED, Action.RELOAD, Action.RESTORED)
             for action, place in reversed(list(zip(actions, (first, *inside, last), strict=True))):
                 ops.insert(place, Op(action, item))
@@ -221,6 +224,29 @@ def test_layers_that_are_not_offloaded_keep_what_they_keep_otherwise():
     without = left_on_device(config, plan_of(config, 2))
     for item, sizes in without.items():
         assert 0.45 < sum(halves[item]) / sum(sizes) < 0.65
+
+
+def recorded(config, plan):
+    """Return the recorders of a step of each rank."""
+
+    def work(rank, model, together):
+        recorder = Recorder(rank, timer_of(CPU), list(model.parameters.values()))
+        model.train_step(*random_batch(config, 1), recorder)
+        return recorder
+
+    return run_locally(config, plan, work)
+
+
+def test_the_recorder_counts_what_is_on_the_device_and_shows_the_copies():
+    """The first of two ranks holds three microbatches at its peak; one if the others are away."""
+    config = config_of(2, 4, 101)
+    without, _ = recorded(config, make_plan(config, 2))
+    recorder, _ = recorded(offloading(config), plan_of(config, 2, seed=None))
+    assert 0.25 < recorder.peak_bytes / without.peak_bytes < 0.5
+    copies = [span for span in recorder.communications if ":" in span.name]
+    names = [f"{action}:0F{i}" for action in TRANSFERS for i in range(4)]
+    assert sorted(span.name for span in copies) == sorted(names)
+    assert {span.kind for span in copies} == {str(action) for action in TRANSFERS}
 
 
 def test_host_memory_is_used_again_in_every_step():

@@ -237,23 +237,20 @@ class Kept:
     def _pack(self, tensor: Tensor) -> Tensor | _Saved:
         # A saved output belongs to the graph: kept as it is, graph and hook would be a cycle.
         tensor = tensor.detach()
-        if not self._is_moved(tensor):
-            return tensor
         key = tensor.untyped_storage().data_ptr()
         storage = self._storages.get(key)
-        if storage is None:
-            storage = self._storages[key] = _Storage(self._name, tensor)
-        else:
+        if storage is not None:
             storage.cover(tensor)
+        elif key in self._owned or not self._is_moved(tensor):
+            return tensor
+        else:
+            storage = self._storages[key] = _Storage(self._name, tensor)
         offset = int(tensor.storage_offset())
         return _Saved(storage, tensor.dtype, tensor.shape, tensor.stride(), offset)
 
     def _is_moved(self, tensor: Tensor) -> bool:
         return (
-            tensor.is_floating_point()
-            and tensor.device == self._link.device
-            and tensor.numel() > 0
-            and tensor.untyped_storage().data_ptr() not in self._owned
+            tensor.is_floating_point() and tensor.device == self._link.device and tensor.numel() > 0
         )
 
     def offload(self) -> None:
@@ -336,13 +333,18 @@ def _unpack(saved: Tensor | _Saved) -> Tensor:
 
 def _cut(memory: Tensor, storage: _Storage) -> Iterable[Tensor]:
     """Return the parts of `memory`, uint8 [n], that are as long as the slices of `storage`."""
-    return torch.split(memory[: storage.num_bytes], [len(part) for part in storage.slices])
+    memory = memory[: storage.num_bytes]
+    if len(storage.slices) == 1:
+        return (memory,)
+    return torch.split(memory, [len(part) for part in storage.slices])
 
 
 def _range_of(tensor: Tensor) -> tuple[int, int]:
     """Return where a tensor begins and ends in its storage: bytes, the first one aligned."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    num_items = 1 + sum((size - 1) * stride for size, stride in steps)
+    num_items = tensor.numel()
+    if not tensor.is_contiguous():
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        num_items = 1 + sum((size - 1) * stride for size, stride in steps)
     first = int(tensor.storage_offset()) * tensor.itemsize
     return first - first % _ALIGNMENT, first + num_items * tensor.itemsize
 
