@@ -24,7 +24,7 @@ from tests.pipeline.equivalence import ALGORITHMS, compare_locally, config_of
 from tests.pipeline.test_local import gradients_of
 from tests.pipeline.truth import random_batch
 from vp_train.config import VocabConfig
-from vp_train.pipeline.offload import HostLink, OffloadOrderError
+from vp_train.pipeline.offload import HostLink, HostMemory, OffloadOrderError
 from vp_train.pipeline.recorder import Recorder
 from vp_train.pipeline.timers import timer_of
 from vp_train.planning.plan import make_plan
@@ -266,6 +266,19 @@ def test_host_memory_is_used_again_in_every_step():
         assert first[0] > 0
         assert first[1] == 0
         assert others == [first] * 2
+
+
+def test_a_host_without_memory_says_how_much_it_had_and_what_to_lower(monkeypatch):
+    memory = HostMemory(pinned=False, block_bytes=1 << 28)
+    memory.take()
+
+    def fail(*sizes, **options):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty", fail)
+    words = r"no memory for more than 0\.2 GiB of .*; lower parallel\.offload_activations"
+    with pytest.raises(MemoryError, match=words):
+        memory.take()
 
 
 # Order

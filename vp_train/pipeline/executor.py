@@ -27,7 +27,7 @@ from schedules.vocab import Payload
 from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.buffers import Buffers
 from vp_train.pipeline.comms import Comms, Delivery
-from vp_train.pipeline.offload import Fixed, HostLink, Kept, storages_of
+from vp_train.pipeline.offload import Owner, HostLink, Kept, storages_of
 from vp_train.tensors.precision import statistics_dtype
 from vp_train.tensors.streams import Mark, streams_of
 from vp_train.vocab.input import InputLayer, InputStep
@@ -45,7 +45,7 @@ class WeightGrads(Protocol):
     def assert_empty(self) -> None: ...
 
 
-class StageModule(Fixed, Protocol):
+class StageModule(Owner, Protocol):
     """A pipeline stage [s, b, H] -> [s, b, H]; attention stays within `segments` [b, s]."""
 
     @property

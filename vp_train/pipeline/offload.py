@@ -42,8 +42,8 @@ class OffloadOrderError(RuntimeError):
     """The error if activations are moved or read at a wrong point of the program."""
 
 
-class Fixed(Protocol):
-    """What has parameters and buffers, such as a stage."""
+class Owner(Protocol):
+    """What owns parameters and buffers, such as a stage."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def buffers(self) -> Iterator[Tensor]: ...
@@ -83,11 +83,18 @@ class HostMemory:
         return self.num_bytes - len(self._free) * self.block_bytes
 
     def take(self) -> Tensor:
-        """Return a block: uint8 [block_bytes]."""
+        """Return a block: uint8 [block_bytes].  Raises MemoryError if the host has no more."""
         if self._free:
             return self._free.pop()
+        try:
+            block = torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+        except RuntimeError as error:
+            raise MemoryError(
+                f"the host has no memory for more than {self.num_bytes / 2**30:.1f} GiB of this "
+                "rank's activations; lower parallel.offload_activations"
+            ) from error
         self._num_blocks += 1
-        return torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+        return block
 
     def give(self, blocks: list[Tensor]) -> None:
         """Take back blocks that nothing reads or writes any more."""
@@ -321,7 +328,7 @@ class Kept:
         return slices
 
 
-def storages_of(stage: Fixed) -> frozenset[int]:
+def storages_of(stage: Owner) -> frozenset[int]:
     """Return the data pointers of the storages of a stage's parameters and buffers."""
     tensors = (*stage.parameters(), *stage.buffers())
     return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
