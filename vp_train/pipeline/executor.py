@@ -27,7 +27,7 @@ from schedules.vocab import Payload
 from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.buffers import Buffers
 from vp_train.pipeline.comms import Comms, Delivery
-from vp_train.pipeline.offload import Owner, HostLink, Kept, storages_of
+from vp_train.pipeline.offload import HostLink, Kept, Owner, storages_of
 from vp_train.tensors.precision import statistics_dtype
 from vp_train.tensors.streams import Mark, streams_of
 from vp_train.vocab.input import InputLayer, InputStep
@@ -195,6 +195,11 @@ class Executor:
         self._streams = streams_of(modules.device)
         self._link = HostLink(self._streams, modules.device)
         self.operation: Op | None = None  # which runs now or has run last; other threads may look
+
+    @property
+    def host_bytes(self) -> int:
+        """Return the bytes of host memory that are there for activations, used or not."""
+        return self._link.memory.num_bytes
 
     def follow(self, program: Program) -> None:
         """Run `program` from the next step on; it has the same stages and rows on every rank."""
