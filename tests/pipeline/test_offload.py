@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from schedules.check import check_program
 from schedules.generators import GENERATORS
 from schedules.ir import Kind, Pass
 from schedules.lower import TRANSFERS, Action, Op
@@ -51,13 +52,20 @@ def with_offloads(plan, seed=0, skip=()):
             reader = Pass(item.stage, backward, item.microbatch)
             first = places[str(item)] + 1
             last = min(places.get(str(reader), len(ops)), places.get(f"{reader}!", len(ops)))
-            inside = sorted(rng.randint(first, last) for _ in range(2))
-            inside = [first, last] if seed is None else inside
+            apart = (Action.OFFLOAD, Action.RESTORED)  # nothing comes between these and a pass
+            allowed = [
+                place
+                for place in range(first, last + 1)
+                if not any(op.action in apart for op in (*ops[place - 1 : place], *ops[place:][:1]))
+            ] or [first]
+            inside = [first, last] if seed is None else sorted(rng.choices(allowed, k=2))
             actions = (Action.OFFLOAD, Action.OFFLOADED, Action.RELOAD, Action.RESTORED)
             for action, place in reversed(list(zip(actions, (first, *inside, last), strict=True))):
                 ops.insert(place, Op(action, item))
         ranks.append(tuple(ops))
-    return replace(plan, program=replace(plan.program, ranks=tuple(ranks)))
+    program = replace(plan.program, ranks=tuple(ranks))
+    check_program(program, plan.problem)
+    return replace(plan, program=program)
 
 
 def offloading(config, part=1.0, **parallel):
