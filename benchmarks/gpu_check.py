@@ -1,4 +1,4 @@
-"""Fourteen checks of CUDA and NCCL on one GPU, in at most eight minutes.
+"""Fifteen checks of CUDA and NCCL on one GPU, in at most eight minutes.
 
     python benchmarks/gpu_check.py [--steps 1,3,6] [--out DIR] [--seconds 480]
 

@@ -1603,6 +1603,176 @@ def _judge_other_sizes(
     report.check("the last of them", "not compiled: under 1 s", f"{last:.3f} s", last < 1)
 
 
+# 15
+
+_UNDERWAY = 4  # microbatches between forward and backward, as on the first of four stages
+
+
+def offloading(where: Where, report: Report) -> None:
+    """Copy to host memory and back beside products, and run a stage whose activations wait there.
+
+    The stage runs 1F1B as the first of four.  What a forward keeps leaves after it, and comes back
+    one pass before its backward.
+    """
+    rates = _time_link(where, report)
+    stage, model = _stage_of_layers("llama3_8b", where, 4)
+    x, dy = (where.randn(model.seq_length, 1, model.hidden_size) for _ in range(2))
+    found = {}
+    for name, offloads in (("on the device", False), ("in host memory", True)):
+        for _ in range(2):  # the first time allocates
+            found[name] = _run_1f1b(where, stage, x, dy, offloads=offloads)
+    here, away = found.values()
+    worst = max(
+        float((a - b).double().norm() / b.double().norm().clamp_min(1e-30))
+        for a, b in zip(away.gradients, here.gradients, strict=True)
+    )
+    same = worst <= (1e-2 if where.on_gpu else 0)
+    report.check("gradients with activations in host memory", "the same", f"{worst:.1e}", same)
+    copying = max(away.moved_bytes / rates[side] for side in ("to host", "from host")) / 1e6
+    report.note(
+        milliseconds={name: run.milliseconds for name, run in found.items()},
+        peak_bytes={name: run.peak_bytes for name, run in found.items()},
+        moved_bytes=away.moved_bytes,
+        copying_milliseconds=copying,
+    )
+    least = max(here.milliseconds, copying)
+    report.check(
+        f"1F1B of {_UNDERWAY} microbatches",
+        f"at most 10 % above {least:.1f} ms, of the passes or of the link",
+        f"{away.milliseconds:.1f} ms",
+        away.milliseconds <= 1.1 * least,
+        judged=where.on_gpu,
+    )
+    saved = here.peak_bytes - away.peak_bytes
+    kept = away.moved_bytes / _UNDERWAY / 2  # of one microbatch
+    report.check(
+        "peak memory",
+        "falls by what a microbatch keeps, or more",
+        f"by {saved / 2**20:.0f} MiB, a microbatch keeps {kept / 2**20:.0f}",
+        saved >= kept,
+        judged=where.on_gpu,
+    )
+
+
+def _time_link(where: Where, report: Report) -> dict[str, float]:
+    """Return the GB/s of the link in each direction, copying in both at once, beside products."""
+    from vp_train.pipeline.offload import FROM_HOST, TO_HOST, HostLink
+    from vp_train.tensors.streams import streams_of
+
+    count, block = (64, 8 << 20) if where.on_gpu else (4, 1 << 18)
+    link = HostLink(streams_of(where.device), where.device, block)
+    pairs = {}
+    for side in (TO_HOST, FROM_HOST):
+        device = torch.ones(count * block, dtype=torch.uint8, device=where.device).split(block)
+        host = [link.memory.take() for _ in range(count)]
+        ends = (host, device) if side == TO_HOST else (device, host)
+        pairs[side] = list(zip(*ends, strict=True))
+    a, b = (where.randn(4096, 4096) if where.on_gpu else where.randn(64, 64) for _ in range(2))
+    products = 64 if where.on_gpu else 2
+
+    def work(sides: Sequence[str], num_products: int) -> None:
+        copies = [link.copy(side, pairs[side]) for side in sides]
+        for _ in range(num_products):
+            torch.mm(a, b)
+        for copy in copies:
+            copy.wait()
+
+    cases = {
+        "to host": ((TO_HOST,), 0),
+        "from host": ((FROM_HOST,), 0),
+        "both": ((TO_HOST, FROM_HOST), 0),
+        "products": ((), products),
+        "all": ((TO_HOST, FROM_HOST), products),
+    }
+    times = {name: milliseconds(where, partial(work, *case), 1) for name, case in cases.items()}
+    rates = {name: count * block / 1e6 / times[name] for name in ("to host", "from host", "both")}
+    report.note(link_gigabytes_per_second=rates, link_milliseconds=times)
+    least = max(times["both"], times["products"])
+    report.check(
+        "copies in both directions beside products",
+        f"at most 10 % above the longer of the two, {least:.1f} ms",
+        f"{times['all']:.1f} ms, {rates['both']:.1f} GB/s in each direction",
+        times["all"] <= 1.1 * least,
+        judged=where.on_gpu,
+    )
+    return {"to host": rates["both"], "from host": rates["both"]}
+
+
+def _stage_of_layers(name: str, where: Where, num_layers: int) -> tuple[Any, Any]:
+    """Return a stage with the first layers of a model, all of them offloaded, and its config."""
+    from vp_train.model.elementwise import choose_fuse
+    from vp_train.model.stage import Stage
+    from vp_train.settings import load_config
+
+    model = load_config(model_words(name, where)).model
+    stage = Stage(
+        model,
+        range(num_layers),
+        final_norm=False,
+        dtype=where.dtype,
+        device=where.device,
+        group=lone_group(),
+        seed=1,
+        fuse=choose_fuse("auto", where.device, where.dtype, 0),
+        num_offloaded=num_layers,
+    )
+    return stage, model
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a run of a stage took: time, memory of the device above that before it, and results."""
+
+    milliseconds: float
+    peak_bytes: int
+    moved_bytes: int
+    gradients: tuple[Tensor, ...]
+
+
+def _run_1f1b(where: Where, stage: Any, x: Tensor, dy: Tensor, *, offloads: bool) -> _Run:
+    """Run the passes of the first of `_UNDERWAY` stages for twice as many microbatches."""
+    from vp_train.pipeline.offload import HostLink, Kept, storages_of
+    from vp_train.tensors.streams import streams_of
+
+    for parameter in stage.parameters():
+        main_gradient(parameter)
+    link = HostLink(streams_of(where.device), where.device)
+    order = [(kind, i) for i in range(2 * _UNDERWAY) for kind in "FB"]
+    order.sort(key=lambda entry: entry[1] + (_UNDERWAY - 0.5) * (entry[0] == "B"))
+    outputs: dict[int, Tensor] = {}
+    kept: dict[int, Kept] = {}
+    left: dict[int, int] = {}  # when each microbatch has left
+    where.synchronise()
+    before = torch.cuda.memory_allocated() if where.on_gpu else 0
+    if where.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    begin = _mark(where)
+    for turn, (kind, i) in enumerate(order):
+        for earlier in [earlier for earlier, at in left.items() if at <= turn - 2]:
+            kept[earlier].offloaded()
+            del left[earlier]
+        after = order[turn + 1] if turn + 1 < len(order) else ("", 0)
+        if after[0] == "B" and after[1] in kept:
+            kept[after[1]].reload()
+        if kind == "F":
+            kept_here = kept[i] = link.keep(f"0F{i}", storages_of(stage))
+            with stage.offloading(kept_here.hooks) if offloads else nullcontext():
+                outputs[i] = stage(x.detach().requires_grad_())
+            if offloads:
+                kept_here.offload()
+                left[i] = turn
+            else:
+                del kept[i]
+        else:
+            if offloads:
+                kept.pop(i).restored()
+            outputs.pop(i).backward(dy)
+    elapsed = _elapsed(where, begin, _mark(where))
+    peak = torch.cuda.max_memory_allocated() - before if where.on_gpu else 0
+    gradients = tuple(parameter.grad.clone() for parameter in stage.parameters())
+    return _Run(elapsed, peak, link.moved_bytes, gradients)
+
+
 # All
 
 
@@ -1631,6 +1801,7 @@ STEPS: dict[int, Step] = {
     12: Step("training", training, 170),
     13: Step("float8", float8_layers, 100, timed=True),
     14: Step("softcaps and windows", rules, 110, timed=True),
+    15: Step("activations in host memory", offloading, 80, timed=True),
 }
 
 

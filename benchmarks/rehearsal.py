@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from torch import Tensor
+from torch import Tensor, nn
 
 from schedules.check import check_program, check_schedule
 from schedules.cost import CostModel
@@ -220,6 +220,17 @@ class SleepingStage:
 
     def completing(self, done: Callable[[Sequence[str]], None]) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def offloading(
+        self, hooks: Callable[[], AbstractContextManager[None]]
+    ) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return iter(())
+
+    def buffers(self) -> Iterator[Tensor]:
+        return iter(())
 
     @contextmanager
     def deferring(self, microbatch: int) -> Iterator[None]:

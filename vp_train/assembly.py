@@ -26,6 +26,7 @@ from vp_train.optim.replicas import Replicas
 from vp_train.optim.zero import ZeroAdamW
 from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
 from vp_train.pipeline.executor import BLIND, Executor, Observer, PlacedBatch, RankModules
+from vp_train.planning.placement import offloaded_layers
 from vp_train.planning.plan import RunPlan
 from vp_train.tensors.precision import DTYPES, statistics_dtype
 from vp_train.tensors.slices import TensorSlice
@@ -430,6 +431,9 @@ def _build_stages(
             fuse=fuse,
             recompute=plan.recompute[stage],
             split_sequences=config.parallel.sequence_parallel,
+            num_offloaded=offloaded_layers(
+                len(plan.layers[stage]), config.parallel.offload_activations
+            ),
         )
         for stage in plan.problem.layout.stages_of(mesh.pipeline_rank)
     }

@@ -11,7 +11,9 @@ from vp_train.config import ConfigError
 from vp_train.model import elementwise
 from vp_train.model.elementwise import choose_fuse, compiled_kernels, plain
 from vp_train.model.stage import Stage
+from vp_train.pipeline.offload import HostLink, storages_of
 from vp_train.tensors import precision
+from vp_train.tensors.streams import HostOrder
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_compiled_code_computes_the_same_and_is_made_once_for_all_lengths_and_st
 ):
     model = replace(MODEL, **FAMILIES[name])
     fused, other, alone = (
-        stage(group, layers, final_norm=True, model=model, fuse=fuse)
+        stage(group, layers, final_norm=True, model=model, fuse=fuse, num_offloaded=2)
         for layers, fuse in (
             (range(1, 3), compiled_kernels),
             (range(2, 4), compiled_kernels),
@@ -75,7 +77,30 @@ def test_compiled_code_computes_the_same_and_is_made_once_for_all_lengths_and_st
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         results(fused, 11, 1, torch.tensor([[0] * 4 + [1] * 7]))
     results(other, 12, 1)
+    for mine, expected in zip(offloaded(fused, 20), results(fused, 20, 1), strict=True):
+        assert torch.equal(mine, expected)
     assert len(traced) == made
+
+
+def offloaded(module, s):
+    """Return `results` for s tokens, with what the layers keep in host memory before the backward.
+
+    The layers of `module` must be offloaded, all of them.
+    """
+    kept = HostLink(HostOrder(), CPU).keep("0F0", storages_of(module))
+    moves = [kept.offload, kept.offloaded, kept.reload, kept.restored]
+
+    def forward(x, segments):
+        with module.offloading(kept.hooks):
+            y = module(x, segments)
+        for move in moves:
+            move()
+        return y
+
+    forward.parameters, forward.zero_grad = module.parameters, module.zero_grad
+    found = results(forward, s, 1)
+    assert kept.num_bytes > 0
+    return found
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

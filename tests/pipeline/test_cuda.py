@@ -14,6 +14,7 @@ from tests.local import run_locally
 from tests.meshes import mesh_for
 from tests.pipeline.test_equivalence import config_of
 from tests.pipeline.test_local import gradients_of
+from tests.pipeline.test_offload import offloading, plan_of
 from tests.pipeline.truth import random_batch
 from vp_train.assembly import build_rank
 from vp_train.config import VocabConfig
@@ -40,6 +41,22 @@ def test_ranks_on_streams_of_a_gpu_equal_the_cpu_in_float64(p, schedule, algorit
     assert gpu.keys() == cpu.keys()
     for name, expected in cpu.items():
         assert torch.allclose(gpu[name].cpu(), expected, rtol=1e-9, atol=1e-12), name
+
+
+@on_gpu
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_activations_in_host_memory_equal_the_cpu_in_float64(schedule, recompute):
+    config = config_of(3, 4, 101, schedule=schedule, num_stages=6)
+    config = replace(config, parallel=replace(config.parallel, recompute=recompute))
+    batch = random_batch(config, 1)
+    expected = gradients_of(on_device(config, "cpu"), make_plan(config, 3), batch)
+    gpu = offloading(on_device(config, "cuda"))
+    for seed in range(5):
+        plan = plan_of(gpu, 3, seed)
+        found = gradients_of(gpu, plan, batch, delay_seconds=4e-4, seed=seed)
+        for name, tensor in expected.items():
+            assert torch.allclose(found[name].cpu(), tensor, rtol=1e-9, atol=1e-12), name
 
 
 @on_gpu

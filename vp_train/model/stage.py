@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 
@@ -31,7 +31,7 @@ class Stage(nn.Module):
     positions, if the model has them.  Parameters are named by global layer, `layers.7...`, and
     initialised from (seed, global layer) alone.  `recompute` is that of ParallelConfig; with a
     split backward, pass I recomputes.  `products` form the products of the linear layers.  `fuse`
-    says how elementwise work runs.
+    says how elementwise work runs.  `num_offloaded` of the layers, the first ones, are offloaded.
 
     Attributes:
 
@@ -62,8 +62,10 @@ class Stage(nn.Module):
         fuse: Fuse = plain,
         recompute: str = "none",
         split_sequences: bool = False,
+        num_offloaded: int = 0,
     ) -> None:
         super().__init__()
+        self._num_offloaded = num_offloaded
         # With sequence parallelism only the vocabulary layers see whole sequences.
         self._splits_input = group if split_sequences and first else None
         self._joins_output = group if split_sequences and final_norm else None
@@ -109,6 +111,7 @@ class Stage(nn.Module):
             self._products[self._unit_of[module.weight]] += 1
         self._completion: Completion | None = None
         self._need: Callable[[Sequence[str]], None] | None = None
+        self._hooks: Callable[[], AbstractContextManager[None]] = nullcontext
         for number, (_, layer) in enumerate(self._decoder_layers()):
             layer.on_middle(partial(self._pass_middle, number))
 
@@ -210,7 +213,8 @@ class Stage(nn.Module):
                 self._complete_with(x, 2 * number)
             rotary = self.local_rotary if name in self._local else self.rotary
             self._read(2 * number)
-            x = layer(x, None if rotary is None else rotary[:, :num_tokens], documents)
+            with self._hooks() if number < self._num_offloaded else nullcontext():
+                x = layer(x, None if rotary is None else rotary[:, :num_tokens], documents)
         if self.final_norm is not None:
             x = self.final_norm(x)
             if self._divisor != 1:
@@ -256,6 +260,18 @@ class Stage(nn.Module):
             self._need = None
         for unit in self.units[::-1]:
             need(unit)
+
+    @contextmanager
+    def offloading(self, hooks: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """Within this context run the layers of a forward that are offloaded inside `hooks()`.
+
+        They are the first `num_offloaded` ones.
+        """
+        self._hooks = hooks
+        try:
+            yield
+        finally:
+            self._hooks = nullcontext
 
     def _read(self, half: int) -> None:
         """Wait for the parameters of half a layer, counted in the order of the forward."""

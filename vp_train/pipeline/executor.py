@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from schedules.vocab import Payload
 from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.buffers import Buffers
 from vp_train.pipeline.comms import Comms, Delivery
+from vp_train.pipeline.offload import HostLink, Kept, Owner, storages_of
 from vp_train.tensors.precision import statistics_dtype
 from vp_train.tensors.streams import Mark, streams_of
 from vp_train.vocab.input import InputLayer, InputStep
@@ -44,7 +45,7 @@ class WeightGrads(Protocol):
     def assert_empty(self) -> None: ...
 
 
-class StageModule(Protocol):
+class StageModule(Owner, Protocol):
     """A pipeline stage [s, b, H] -> [s, b, H]; attention stays within `segments` [b, s]."""
 
     @property
@@ -62,6 +63,12 @@ class StageModule(Protocol):
         """Within this context call `done` with the names of each layer whose gradients complete."""
         ...
 
+    def offloading(
+        self, hooks: Callable[[], AbstractContextManager[None]]
+    ) -> AbstractContextManager[None]:
+        """Within this context run the layers that are offloaded inside `hooks()`."""
+        ...
+
 
 class Observer(Protocol):
     """Watches a step: `stopwatch.Stopwatch` sums seconds, `recorder.Recorder` keeps all spans."""
@@ -73,7 +80,8 @@ class Observer(Protocol):
     def waits(self, action: Action, item: object) -> AbstractContextManager[None]:
         """Return a context for a wait of the passes: for what `action` says, of `item`.
 
-        A wait for weights may lie within a pass.
+        A wait for weights may lie within a pass.  Issuing a copy to the host or back counts as a
+        wait: on a CPU it is the copy.
         """
         ...
 
@@ -185,7 +193,13 @@ class Executor:
     def __init__(self, program: Program, rank: int, modules: RankModules, comms: Comms) -> None:
         self._program, self._rank, self._modules, self._comms = program, rank, modules, comms
         self._streams = streams_of(modules.device)
+        self._link = HostLink(self._streams, modules.device)
         self.operation: Op | None = None  # which runs now or has run last; other threads may look
+
+    @property
+    def host_bytes(self) -> int:
+        """Return the bytes of host memory that are there for activations, used or not."""
+        return self._link.memory.num_bytes
 
     def follow(self, program: Program) -> None:
         """Run `program` from the next step on; it has the same stages and rows on every rank."""
@@ -318,6 +332,7 @@ class Executor:
             shape=(s // modules.sequence_parts, b, modules.hidden_size),
             trains=not program.forward_only,
             outputs_of=outputs_of,
+            offloads=_Offloads(self._link, modules.stages, program.ranks[self._rank]),
         )
         with ExitStack() as fixed:
             for stage in modules.stages.values():
@@ -327,6 +342,64 @@ class Executor:
                 step.run[op.action](op)
         losses = step.finish()
         return None if losses is None else losses.view(m, s, b).transpose(1, 2)
+
+
+class _Entry(torch.autograd.Function):
+    """The input of a stage in a forward pass; its gradient is appended to `gradients`.
+
+    A leaf in its place would hold the input, also while that waits in host memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor, gradients: list[Tensor]) -> Tensor:
+        ctx.gradients = gradients
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        ctx.gradients.append(grads[0])
+        return None, None, None
+
+
+class _Offloads:
+    """What forward passes of a step have kept and the program moves to the host and back.
+
+    ops: the operations of this rank.
+    """
+
+    def __init__(
+        self, link: HostLink, stages: Mapping[int, StageModule], ops: Sequence[Op]
+    ) -> None:
+        self._link = link
+        self._moved = {op.item for op in ops if op.action is Action.OFFLOAD}
+        numbers = {item.stage for item in self._moved if isinstance(item, Pass)}
+        self._owned = {number: storages_of(stages[number]) for number in numbers}
+        self._kept: dict[Pass, Kept] = {}
+
+    def keeping(self, stage: StageModule, item: Pass) -> AbstractContextManager[None]:
+        """Return the context for the forward pass `item`, which may be one that is moved."""
+        if item not in self._moved:
+            return nullcontext()
+        kept = self._kept[item] = self._link.keep(str(item), self._owned[item.stage])
+        return stage.offloading(kept.hooks)
+
+    def of(self, op: Op) -> Kept:
+        """Return what the forward pass `op.item` has kept."""
+        assert isinstance(op.item, Pass)
+        return self._kept[op.item]
+
+    def read(self, item: Pass) -> None:
+        """Forget what the backward pass `item` has read."""
+        self._kept.pop(Pass(item.stage, Kind.F, item.microbatch), None)
+
+    @property
+    def device_bytes(self) -> int:
+        """Return the bytes that are held on the device."""
+        return sum(kept.device_bytes for kept in self._kept.values())
+
+    def assert_empty(self) -> None:
+        """Assert that everything was read."""
+        assert not self._kept, f"never read by a backward pass: {sorted(map(str, self._kept))}"
 
 
 class _Step:
@@ -344,15 +417,16 @@ class _Step:
         shape: tuple[int, int, int],
         trains: bool,
         outputs_of: dict[int, Tensor] | None,
+        offloads: _Offloads,
     ) -> None:
         self._modules, self._comms, self._observer = modules, comms, observer
         self._inputs, self._outputs = inputs, outputs
         self._segments, self._shape, self._trains = segments, shape, trains
-        self._outputs_of = outputs_of
+        self._outputs_of, self._offloads = outputs_of, offloads
         self._tensors: Buffers[Tensor] = Buffers()
         self._arriving: Buffers[Pending] = Buffers()
         self._delivering: Buffers[Delivery] = Buffers()
-        self._saved: Buffers[tuple[Tensor, GradientEdge]] = Buffers()
+        self._saved: Buffers[tuple[list[Tensor], GradientEdge]] = Buffers()
         self._first_reader: Pass | None = None  # of its stage's weights, if they are on their way
         self.run: dict[Action, Callable[[Op], None]] = {
             Action.RUN: self._pass,
@@ -362,6 +436,7 @@ class _Step:
             Action.START: self._start,
             Action.WAIT: self._wait,
             Action.NEED: self._need,
+            **dict.fromkeys(_MOVES, self._move),
         }
         self._passes: dict[Kind, Callable[[Pass], None]] = {
             Kind.F: self._forward,
@@ -400,6 +475,7 @@ class _Step:
             buffers.assert_empty()
         for stage in self._modules.stages.values():
             stage.weight_grads.assert_empty()
+        self._offloads.assert_empty()
         return None if self._outputs is None else self._outputs.finish()
 
     # Passes
@@ -421,7 +497,8 @@ class _Step:
 
     def _held_bytes(self) -> int:
         output = 0 if self._outputs is None else self._outputs.held_bytes
-        return output + sum(s.weight_grads.held_bytes for s in self._modules.stages.values())
+        of_stages = sum(s.weight_grads.held_bytes for s in self._modules.stages.values())
+        return output + of_stages + self._offloads.device_bytes
 
     def _need(self, op: Op) -> None:
         """Wait for a vocabulary matrix.  A pass of a stage waits itself, layer by layer."""
@@ -439,22 +516,25 @@ class _Step:
     def _forward(self, item: Pass) -> None:
         x = self._tensors.take("x", item.stage, item.microbatch)
         segments = None if self._segments is None else self._segments[item.microbatch]
+        stage = self._modules.stages[item.stage]
         if self._trains:
-            x.requires_grad_()
-            with torch.enable_grad():
-                y = self._modules.stages[item.stage](x, segments)
+            gradients: list[Tensor] = []
+            with torch.enable_grad(), self._offloads.keeping(stage, item):
+                x = _Entry.apply(x, torch.empty(0, requires_grad=True), gradients)  # type: ignore[no-untyped-call]
+                y = stage(x, segments)
             # The gradient edge is enough for the backward, so y itself need not be kept.
-            self._saved.put("xy", item.stage, item.microbatch, (x, get_gradient_edge(y)))
+            self._saved.put("y", item.stage, item.microbatch, (gradients, get_gradient_edge(y)))
         else:
             with torch.no_grad():
-                y = self._modules.stages[item.stage](x, segments)
+                y = stage(x, segments)
         self._tensors.put("x", item.stage + 1, item.microbatch, y.detach())
 
     def _backward(self, item: Pass) -> None:
-        x, y = self._saved.take("xy", item.stage, item.microbatch)
+        gradients, y = self._saved.take("y", item.stage, item.microbatch)
         torch.autograd.backward(y, self._tensors.take("dy", item.stage, item.microbatch))
-        assert x.grad is not None
-        self._tensors.put("dy", item.stage - 1, item.microbatch, x.grad)
+        (dx,) = gradients
+        self._offloads.read(item)
+        self._tensors.put("dy", item.stage - 1, item.microbatch, dx)
 
     def _input_backward(self, item: Pass) -> None:
         with self._modules.stages[item.stage].weight_grads.deferring(item.microbatch):
@@ -489,6 +569,15 @@ class _Step:
     def _input(self) -> InputStep:
         assert self._inputs is not None
         return self._inputs
+
+    # Activations in host memory
+
+    def _move(self, op: Op) -> None:
+        kept = self._offloads.of(op)
+        with self._observer.waits(op.action, op.item):
+            _MOVES[op.action](kept)
+        if kept.copying is not None:
+            self._observer.watch(str(op), kept.copying)
 
     # Hops
 
@@ -594,6 +683,14 @@ class _Step:
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._modules.dtype, device=self._modules.device)
+
+
+_MOVES: dict[Action, Callable[[Kept], None]] = {
+    Action.OFFLOAD: Kept.offload,
+    Action.OFFLOADED: Kept.offloaded,
+    Action.RELOAD: Kept.reload,
+    Action.RESTORED: Kept.restored,
+}
 
 
 def _product(item: Pass) -> tuple[str, int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from schedules.ir import Kind, Pass
-from schedules.lower import Action
+from schedules.lower import TRANSFERS, Action
 from schedules.timeline import Span
 from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.executor import BLIND, Observer
@@ -84,12 +84,32 @@ class Recorder:
         self.peak_bytes = max(self.peak_bytes, sum(self._saved.values()) + held_bytes())
 
     def waits(self, action: Action, item: object) -> AbstractContextManager[None]:
-        return self.inner.waits(action, item)
+        inner = self.inner.waits(action, item)
+        if action in TRANSFERS and isinstance(item, Pass):
+            return self._transfer(action, item, inner)
+        return inner
+
+    @contextmanager
+    def _transfer(
+        self, action: Action, item: Pass, inner: AbstractContextManager[None]
+    ) -> Iterator[None]:
+        """Record a copy to the host or back that the passes make themselves, or wait for."""
+        name, kind = f"{action}:{item}", action.value
+        timed = _Timed(name, kind, item.stage, item.microbatch, self.timer.mark())
+        with inner:
+            yield
+        timed.end = self.timer.mark()
+        self._communications.append(timed)
 
     def watch(self, name: str, pending: Pending) -> Pending:
-        """Time the communication `name`: a pass whose result hops, or a barrier such as `C0.3`."""
+        """Time the communication `name`.
+
+        That is a pass whose result hops, a barrier such as `C0.3`, or a copy such as `offload:0F3`.
+        """
         barrier, _, microbatch = name.partition(".")
         kind, number = (barrier, int(microbatch)) if microbatch else ("hop", -1)
+        copy, _, item = name.partition(":")
+        kind = copy if item else kind
         timed = _Timed(name, kind, -1, number, self.timer.mark())
         self._communications.append(timed)
 
