@@ -55,8 +55,8 @@ def test_as_in_the_readme_without_torch():
     assert max(map(len, lines)) <= 120
     found = make_report(load_config(AS_TYPED))
     assert (
-        "8 GPUs on one node, 75 GiB and 312 TFLOP/s in bfloat16 each, 80% of it reached by "
-        "large products, 50% by attention" in done.stdout
+        "8 GPUs on one node, 75 GiB and 312 TFLOP/s in bfloat16 each; in a run large products "
+        "reach 79% of it, attention 49%" in done.stdout
     )
     assert f"MFU {found.mfu:.1%}" in done.stdout
     assert lines[-2] == f"binds     {found.binds}"
@@ -70,6 +70,26 @@ def test_measured_pass_times_are_told_from_assumed_ones(vp_plan, tmp_path):
     assert "in float32 each, pass times as measured on a box, it's mine\n" in out
     _, out, _ = vp_plan(*NANO)
     assert "in float32 each, 50% of it reached\n" in out
+
+
+def test_costs_that_are_typed_count_on_a_cluster_too(vp_plan):
+    """Also on that of a CPU, whose costs are the defaults."""
+    _, out, _ = vp_plan(*NANO, "cost.flops_per_second=1e9")
+    assert "in float32 each; cost has 0.001 TFLOP/s for all passes\n" in out
+    before = make_report(load_config(NANO))
+    for word in ("hop_seconds=0.5", "collective_seconds=0.5", "flops_per_second=1e9"):
+        slow = make_report(load_config([*NANO, f"cost.{word}"]))
+        assert slow.step_seconds > 5 * before.step_seconds, word
+    split = [*NANO, "parallel.tp=2"]
+    slow = make_report(load_config([*split, "cost.tensor_seconds=0.5"]))
+    assert slow.step_seconds > 5 * make_report(load_config(split)).step_seconds
+
+
+def test_fsdp_has_assumed_rates_where_the_plan_has_measured_passes(vp_plan, tmp_path):
+    words = ["model=gpt_4b", "cluster=a100_80g_node", "run.dtype=float16", "num_microbatches=32"]
+    assumed = "; its passes at assumed rates, not as measured\n"
+    assert assumed in vp_plan(*words, "cost=a100_4b")[1]
+    assert assumed not in vp_plan(*words)[1]
 
 
 def test_how_many_ranks_a_line_stands_for_is_said_where_it_is_more_than_one(vp_plan):

@@ -21,6 +21,7 @@ from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.failures import EXIT_CONFIG, EXIT_TIME
 from vp_train.model import shape
 from vp_train.planning.choice import Choice, searched_words, with_batch_of
+from vp_train.planning.cluster import chosen_costs
 from vp_train.planning.degrees import split_ranks
 from vp_train.planning.fsdp import best_fsdp, fsdp_words
 from vp_train.planning.plan import SEARCHING
@@ -254,7 +255,9 @@ def _fsdp_words(config: RunConfig, report: PlanReport) -> str:
     work = report.work
     sequences = work.num_microbatches * work.micro_batch_size * report.degrees.dp
     found = best_fsdp(work, config.cluster, config.cost, config.optim, num_sequences=sequences)
-    return fsdp_words(found, report.step_seconds)
+    words = fsdp_words(found, report.step_seconds)
+    assumed = config.cost.is_measured and not config.cost.has_rates
+    return f"{words}; its passes at assumed rates, not as measured" if assumed else words
 
 
 def _model_words(config: RunConfig) -> str:
@@ -282,18 +285,24 @@ def _cluster_words(config: RunConfig) -> str:
     name = {"cuda": "GPUs", "cpu": "CPU ranks"}[config.run.device]
     peak = getattr(cluster, f"{config.run.dtype}_flops_per_second") / 1e12
     nodes = "one node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
-    reached = f"{cluster.efficiency:.0%} of it reached"
+    reached = f", {cluster.efficiency:.0%} of it reached"
     if cluster.multiprocessors:
-        reached += f" by large products, {cluster.attention_efficiency:.0%} by attention"
+        matrix, attention = cluster.efficiency, cluster.attention_efficiency
+        reached = (
+            f"; in a run large products reach {matrix * cluster.sustained:.0%} of it, "
+            f"attention {attention * cluster.sustained:.0%}"
+        )
+    if "flops_per_second" in chosen_costs(config.cost):
+        reached = f"; cost has {config.cost.flops_per_second / 1e12:,.3g} TFLOP/s for all passes"
     if config.cost.has_rates:
-        reached = f"rates as measured on {config.cost.measured_on or 'a device without a name'}"
+        reached = f", rates as measured on {config.cost.measured_on or 'a device without a name'}"
     if config.cost.is_measured:
         device = config.cost.measured_on or "a device that cost does not name"
-        reached = f"pass times as measured on {device}"
+        reached = f", pass times as measured on {device}"
     float8 = "; linear layers in float8" if config.run.linear_dtype == "float8" else ""
     return (
         f"{cluster.num_gpus} {name} on {nodes}, {cluster.memory_gib:g} GiB and "
-        f"{peak:,.3g} TFLOP/s in {config.run.dtype} each, {reached}{float8}"
+        f"{peak:,.3g} TFLOP/s in {config.run.dtype} each{reached}{float8}"
     )
 
 
