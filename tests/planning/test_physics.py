@@ -73,9 +73,8 @@ def test_attention_counts_what_the_mask_leaves():
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_recomputation_repeats_a_part_of_the_forward(recompute):
-    _, found = layer(device())
-    again = found.again(recompute)
-    part = shape.recomputed_part(load_config(["model=llama3_8b"]).model, recompute)
+    model, found = layer(device())
+    again, part = found.again(recompute), shape.recomputed_part(model, recompute)
     assert again == pytest.approx(part * found.forward, rel=0.2), "by FLOPs"
     assert again <= found.forward
 

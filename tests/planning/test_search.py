@@ -203,6 +203,7 @@ def test_nothing_fits_and_what_is_closest():
     words, count = result.excluded.most_common(1)[0]
     assert words.startswith("memory, for ")
     assert 0 < count <= result.num_choices
+    assert all(result.excluded.values()), "what rules out nothing is not named"
     assert fits_on(config_of("cluster.memory_gib=0.001"), 0.0) is None
     assert fits_on(config_of("cluster.memory_gib=1"), 0.0) is not None
 

@@ -460,7 +460,7 @@ def _optimizer_words(choice: Choice) -> str:
 
 def _excluded_lines(result: Result) -> list[str]:
     """Return one line with the constraint that rules out most choices, and one with the next."""
-    counted = [(words, count) for words, count in result.excluded.most_common() if count]
+    counted = result.excluded.most_common()
     if not counted:
         return []
     shown = [

@@ -13,7 +13,7 @@ from typing import Any
 
 from schedules.problem import Problem
 from schedules.vocab import End
-from vp_train.config import ClusterConfig, CostConfig, OptimConfig
+from vp_train.config import ClusterConfig, CostConfig, ModelConfig, OptimConfig
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.estimate import sum_seconds
 from vp_train.planning.workload import Workload
@@ -183,13 +183,18 @@ def assumed_costs(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> C
     return on_cluster(work, cluster, cost) if work.on_cuda else cost
 
 
+def tied_on_two_ranks(problem: Problem, model: ModelConfig) -> bool:
+    """Return whether two ranks have copies of one matrix, for the input and for the output."""
+    one_copy = problem.algorithm.sharded or problem.root(End.INPUT) == problem.root(End.OUTPUT)
+    return model.tied_embeddings and not one_copy
+
+
 def tied_seconds(work: Workload, cluster: ClusterConfig, problem: Problem) -> float:
     """Return the seconds that summing the gradient of a tied matrix takes.
 
     It is 0 unless the input and the output layer keep copies of it on two different ranks.
     """
-    one_copy = problem.algorithm.sharded or problem.root(End.INPUT) == problem.root(End.OUTPUT)
-    if one_copy or not work.model.tied_embeddings:
+    if not tied_on_two_ranks(problem, work.model):
         return 0.0
     link, model = links_of(cluster, work.degrees).pipeline, work.model
     num_bytes = work.precise_bytes * model.vocab_size * model.hidden_size / work.degrees.tp

@@ -143,13 +143,14 @@ def layer_seconds(
     forward = [
         device.product(tokens, outputs, inputs) / linear_speed for outputs, inputs in products
     ]
+    selective = attention + sum(forward[:2])
+    left_out = 0.0 if shape.repeats_down_projection(model) else forward[3]
     if not device.is_split:  # a backward takes twice as long as the forward, in two equal halves
         whole = shape.layer_flops(model, tokens) / device.flops_per_second
         less = whole - (1 - 1 / linear_speed) * (
             2 * shape.layer_matrix_parameters(model) * tokens / device.flops_per_second
         )
-        again = (less * shape.recomputed_part(model, kind) for kind in ("selective", "full"))
-        return LayerSeconds(less, less, whole, *again)
+        return LayerSeconds(less, less, whole, selective, less - left_out)
     backward = sum(device.product(tokens, inputs, outputs) for outputs, inputs in products)
     backward /= linear_speed
     weights = sum(device.product(outputs, inputs, tokens) for outputs, inputs in products)
@@ -165,8 +166,8 @@ def layer_seconds(
         + device.moved(item_bytes * tokens * back)
         + (_BACKWARD_KERNELS - 4) * kernels,
         weights,
-        attention + sum(forward[:2]),
-        whole - (0.0 if shape.repeats_down_projection(model) else forward[3]),
+        selective,
+        whole - left_out,
     )
 
 

@@ -239,7 +239,7 @@ class _Search:
             estimated=tuple(sorted(unplanned, key=lambda e: e.key)[: self._limits.top - len(top)]),
             leanest=self._closest(),
             refused=tuple(refused[:_KEPT_REFUSALS]),
-            excluded=self._excluded,
+            excluded=+self._excluded,  # without those that ruled out nothing
             num_choices=len(self._space.choices)
             + sum(self._space.excluded.values())
             - self._num_same,
