@@ -163,7 +163,7 @@ def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(vp_plan, tmp_p
     code, out, _ = vp_plan("--search", "--top", 2, *typed, "--json", tmp_path / "found.json")
     assert code == EXIT_OK, out
     searched = [word for word in typed if word.startswith(("schedule", "vocab", "parallel."))]
-    line = f"searched although typed: {', '.join(searched)}\n"
+    line = f"searched although typed: {', '.join(searched)}; --keep typed keeps them\n"
     assert (line in out) if searched else "although typed" not in out
     first = json.loads((tmp_path / "found.json").read_text())["best"][0]
     pasted = (
@@ -174,6 +174,23 @@ def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(vp_plan, tmp_p
     again = make_report(load_config([*typed, *pasted]))
     assert first["pp"] > 1
     assert again.step_seconds == pytest.approx(first["step_seconds"])
+
+
+def test_a_search_keeps_what_is_typed_if_it_is_asked_to(vp_plan, tmp_path):
+    typed = ["parallel.pp=2", "schedule=gpipe", "vocab=none"]
+    code, out, _ = vp_plan(
+        "--search", "--keep", "typed", *NANO, *typed, "--json", tmp_path / "found.json"
+    )
+    assert code == EXIT_OK
+    assert "kept: parallel.pp=2, schedule.name=gpipe, vocab.algorithm=none\n" in out
+    assert "although typed" not in out
+    assert "vocabulary parallelism" not in out
+    assert "--keep parallel.pp=2: " in out
+    record = json.loads((tmp_path / "found.json").read_text())
+    assert record["kept"] == {"parallel.pp": 2, "schedule.name": "gpipe", "vocab.algorithm": "none"}
+    assert {(plan["pp"], plan["schedule"]) for plan in record["best"]} == {(2, "gpipe")}
+    _, out, _ = vp_plan("--search", "--keep", "vocab", *NANO, *typed)
+    assert "searched although typed: parallel.pp=2, schedule=gpipe\n" in out
 
 
 def test_search_where_nothing_fits(vp_plan):
@@ -215,6 +232,15 @@ def test_a_batch_in_tokens(vp_plan):
     [
         (["--top", "3"], "--top belongs to --search"),
         (["--margin", "3"], "--margin belongs to --search"),
+        (["--keep", "schedule"], "--keep belongs to --search"),
+        (["--search", "--keep", "parallel.pp"], "--keep parallel.pp: it is not set; add"),
+        (["--search", "--keep", "parallel.ptp"], "--keep parallel.ptp is not known (did you mean"),
+        (["--search", "--keep", "schedule", "schedule=auto"], "--keep schedule.name: a search"),
+        (["--search", "--keep", "vocab", "schedule=auto", "vocab=auto"], "vocab=auto is any; drop"),
+        (
+            ["--search", "--keep", "typed", "vocab.shards=[1,2]"],
+            "--keep vocab.shards is not known",
+        ),
         (["--search", "--margin", "99"], "--margin 99 is not a whole number in [0, 90]"),
         (["--search", "--top", "x"], "--top x is not a whole number in [1, 1,000,000]"),
         (["--search", "--seconds", "0"], "--seconds 0 is not a whole number"),

@@ -109,15 +109,15 @@ def _runs(step: StepPlan, optim: OptimConfig, rank: int) -> list[_Run]:
         ended = [last[_COMPLETES[one], rank][1] for one in both if (_COMPLETES[one], rank) in last]
         if not rows or not ended:
             continue
-        completed = max(ended)
+        complete = max(ended)
         if tied_on_two_ranks(step.problem, model):  # the two copies are summed after all passes
-            completed = step.timeline.makespan
-        read = min(
+            complete = step.timeline.makespan
+        needed = min(
             (first[_READS[one], rank][0] for one in both if (_READS[one], rank) in first),
             default=0.0,
         )
         # A matrix is one bucket.  It is complete at the end of the pass, and needed at once.
-        found.append(_Run(rows * model.hidden_size, 1, completed, completed, read, read))
+        found.append(_Run(rows * model.hidden_size, 1, complete, complete, needed, needed))
     for stage in step.problem.layout.stages_of(rank):
         count = len(step.layers[stage])
         done = last.get((Kind.W, stage)) or last.get((Kind.B, stage))
