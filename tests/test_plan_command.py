@@ -55,8 +55,8 @@ def test_as_in_the_readme_without_torch():
     assert max(map(len, lines)) <= 120
     found = make_report(load_config(AS_TYPED))
     assert (
-        "8 GPUs on one node, 75 GiB and 312 TFLOP/s in bfloat16 each, 80% of it reached by "
-        "large products, 50% by attention" in done.stdout
+        "8 GPUs on one node, 75 GiB and 312 TFLOP/s in bfloat16 each; in a run large products "
+        "reach 79% of it, attention 49%" in done.stdout
     )
     assert f"MFU {found.mfu:.1%}" in done.stdout
     assert lines[-2] == f"binds     {found.binds}"
@@ -70,6 +70,26 @@ def test_measured_pass_times_are_told_from_assumed_ones(vp_plan, tmp_path):
     assert "in float32 each, pass times as measured on a box, it's mine\n" in out
     _, out, _ = vp_plan(*NANO)
     assert "in float32 each, 50% of it reached\n" in out
+
+
+def test_costs_that_are_typed_count_on_a_cluster_too(vp_plan):
+    """Also on that of a CPU, whose costs are the defaults."""
+    _, out, _ = vp_plan(*NANO, "cost.flops_per_second=1e9")
+    assert "in float32 each; cost has 0.001 TFLOP/s for all passes\n" in out
+    before = make_report(load_config(NANO))
+    for word in ("hop_seconds=0.5", "collective_seconds=0.5", "flops_per_second=1e9"):
+        slow = make_report(load_config([*NANO, f"cost.{word}"]))
+        assert slow.step_seconds > 5 * before.step_seconds, word
+    split = [*NANO, "parallel.tp=2"]
+    slow = make_report(load_config([*split, "cost.tensor_seconds=0.5"]))
+    assert slow.step_seconds > 5 * make_report(load_config(split)).step_seconds
+
+
+def test_fsdp_has_assumed_rates_where_the_plan_has_measured_passes(vp_plan, tmp_path):
+    words = ["model=gpt_4b", "cluster=a100_80g_node", "run.dtype=float16", "num_microbatches=32"]
+    assumed = "; its passes at assumed rates, not as measured\n"
+    assert assumed in vp_plan(*words, "cost=a100_4b")[1]
+    assert assumed not in vp_plan(*words)[1]
 
 
 def test_how_many_ranks_a_line_stands_for_is_said_where_it_is_more_than_one(vp_plan):
@@ -143,7 +163,7 @@ def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(vp_plan, tmp_p
     code, out, _ = vp_plan("--search", "--top", 2, *typed, "--json", tmp_path / "found.json")
     assert code == EXIT_OK, out
     searched = [word for word in typed if word.startswith(("schedule", "vocab", "parallel."))]
-    line = f"searched although typed: {', '.join(searched)}\n"
+    line = f"searched although typed: {', '.join(searched)}; --keep typed keeps them\n"
     assert (line in out) if searched else "although typed" not in out
     first = json.loads((tmp_path / "found.json").read_text())["best"][0]
     pasted = (
@@ -154,6 +174,23 @@ def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(vp_plan, tmp_p
     again = make_report(load_config([*typed, *pasted]))
     assert first["pp"] > 1
     assert again.step_seconds == pytest.approx(first["step_seconds"])
+
+
+def test_a_search_keeps_what_is_typed_if_it_is_asked_to(vp_plan, tmp_path):
+    typed = ["parallel.pp=2", "schedule=gpipe", "vocab=none"]
+    code, out, _ = vp_plan(
+        "--search", "--keep", "typed", *NANO, *typed, "--json", tmp_path / "found.json"
+    )
+    assert code == EXIT_OK
+    assert "kept: parallel.pp=2, schedule.name=gpipe, vocab.algorithm=none\n" in out
+    assert "although typed" not in out
+    assert "vocabulary parallelism" not in out
+    assert "--keep parallel.pp=2: " in out
+    record = json.loads((tmp_path / "found.json").read_text())
+    assert record["kept"] == {"parallel.pp": 2, "schedule.name": "gpipe", "vocab.algorithm": "none"}
+    assert {(plan["pp"], plan["schedule"]) for plan in record["best"]} == {(2, "gpipe")}
+    _, out, _ = vp_plan("--search", "--keep", "vocab", *NANO, *typed)
+    assert "searched although typed: parallel.pp=2, schedule=gpipe\n" in out
 
 
 def test_search_where_nothing_fits(vp_plan):
@@ -195,6 +232,15 @@ def test_a_batch_in_tokens(vp_plan):
     [
         (["--top", "3"], "--top belongs to --search"),
         (["--margin", "3"], "--margin belongs to --search"),
+        (["--keep", "schedule"], "--keep belongs to --search"),
+        (["--search", "--keep", "parallel.pp"], "--keep parallel.pp: it is not set; add"),
+        (["--search", "--keep", "parallel.ptp"], "--keep parallel.ptp is not known (did you mean"),
+        (["--search", "--keep", "schedule", "schedule=auto"], "--keep schedule.name: a search"),
+        (["--search", "--keep", "vocab", "schedule=auto", "vocab=auto"], "vocab=auto is any; drop"),
+        (
+            ["--search", "--keep", "typed", "vocab.shards=[1,2]"],
+            "--keep vocab.shards is not known",
+        ),
         (["--search", "--margin", "99"], "--margin 99 is not a whole number in [0, 90]"),
         (["--search", "--top", "x"], "--top x is not a whole number in [1, 1,000,000]"),
         (["--search", "--seconds", "0"], "--seconds 0 is not a whole number"),

@@ -192,6 +192,10 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
         (["parallel.pp=3"], "the cluster has 4 GPUs (cluster=laptop): parallel.pp=3"),
         (["run.device=cuda"], "run.device=cuda, but torch finds no GPU here"),
         (["cost=missing.yaml"], "cost=missing.yaml is not there"),
+        (
+            ["--device", "rates.yaml", "run.dtype=bfloat16", "run.linear_dtype=float8"],
+            "--device measures products in run.dtype",
+        ),
     ],
 )
 def test_refusals_name_the_value_and_the_way_out(vp_profile, arguments, message, monkeypatch):

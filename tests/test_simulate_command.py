@@ -18,6 +18,7 @@ from schedules.generators import GENERATORS
 from schedules.ir import Kind, Schedule
 from schedules.lower import lower
 from schedules.replay import RUNTIMES, Hops, Runtime, replay
+from schedules.vocab import searched_algorithms
 from vp_train.commands.simulate import Outcome, Refusal, grid, main, simulate_each, simulate_step
 from vp_train.config import ConfigError
 from vp_train.model import shape
@@ -406,6 +407,73 @@ def test_no_jitter_is_the_planned_step(vp_simulate):
     assert code == 0
     assert out.count("33.00 s") >= 6
     assert "+0.00%" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["schedule=zb_h1", "vocab=one_barrier"], [["zb_h1", "one_barrier"]]),
+        (["schedule.name=gpipe"], [["gpipe", "none"]]),
+        (
+            ["schedule=1f1b", "--vocab", "none,two_barrier"],
+            [["1f1b", "none"], ["1f1b", "two_barrier"]],
+        ),
+    ],
+    ids=["schedule and vocab", "schedule.name", "several algorithms"],
+)
+def test_jitter_disturbs_the_schedule_that_is_typed_and_no_other(vp_simulate, words, lines):
+    code, out, _ = vp_simulate("--jitter", "0.1", "--samples", "2", *UNIT, *words)
+    assert code == 0
+    rows = [line.split()[:2] for line in out.splitlines()]
+    assert [row for row in rows if row and row[0] in GENERATORS] == lines
+    assert f"{len(lines)} of {len(lines)} simulated" in out
+
+
+def test_jitter_disturbs_a_schedule_from_a_file_and_a_searched_one(
+    vp_simulate, quick_search, tmp_path
+):
+    vp_simulate("--out", tmp_path, "schedule=zb_h1", *UNIT)
+    for word, name in (
+        (f"schedule.file={tmp_path / 'schedule.txt'}", "zb_h1"),
+        ("schedule=auto", "auto"),
+    ):
+        code, out, _ = vp_simulate("--jitter", "0.1", "--samples", "2", *UNIT, word)
+        assert code == 0
+        assert f"\n{name}" in out
+        assert "1 of 1 simulated" in out
+
+
+def test_every_rank_is_the_slow_one_equally_often(vp_simulate):
+    for words, count in ((["--straggler", "0.5"], 8), (["--jitter", "0.1"], 6)):
+        _, out, _ = vp_simulate(*words, "--samples", "6", "schedule=1f1b", *UNIT)
+        assert f"{count} steps of every schedule, seed 0: " in out, "4 ranks"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("schedule=v_half", "drop schedule=v_half, or compare with it: --compare v_half"),
+        ("schedule.file=x.txt", "--frontier searches for schedules by itself; drop schedule.file"),
+        ("schedule.cap_gib=2", "under every cap on memory; drop schedule.cap_gib=2"),
+    ],
+)
+def test_a_frontier_refuses_what_it_searches(vp_simulate, word, message):
+    words = ["schedule=auto", word] if "cap" in word else [word]
+    code, _, err = vp_simulate("--frontier", *words, *UNIT)
+    assert code == 78
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_frontier_is_that_of_the_algorithm_that_is_typed(vp_simulate, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "vp_train.commands.simulate.curves", lambda config, names, _: asked.append(names) or []
+    )
+    for word in ("vocab=two_barrier", "vocab.algorithm=none", "vocab=auto"):
+        vp_simulate("--frontier", "--compare", "1f1b", *UNIT, word)
+    vp_simulate("--frontier", "--compare", "1f1b", "--vocab", "naive", *UNIT, "vocab=none")
+    assert asked == [("two_barrier",), ("none",), searched_algorithms(), ("naive",)]
 
 
 def test_the_frontier_is_a_table_a_picture_and_schedules_that_run(

@@ -8,12 +8,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from tests.meshes import alone
+from tests.meshes import alone, fake_world
 from vp_train.config import ModelConfig
 from vp_train.model import attention, shape
 from vp_train.model.stage import Stage, document_lengths, init_rows
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.estimate import exchanged_again
+from vp_train.planning.workload import Workload
+from vp_train.settings import load_config
 
 MODEL = ModelConfig(
     num_layers=4,
@@ -529,3 +536,51 @@ def test_w_frees_the_tensors_that_i_left_for_it(group):
         gc.collect()
         assert not any(tensor() is not None for tensor in kept)
         assert not any(parameter.grad.requires_grad for parameter in module.parameters())
+
+
+class Sums(TorchDispatchMode):
+    """Counts the all-reduces of what runs within."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += "allreduce" in str(operation)
+        return operation(*args, **(kwargs or {}))
+
+
+def counted(run):
+    """Return the result of `run`, the FLOPs of its products, and its all-reduces."""
+    with FlopCounterMode(display=False) as flops, Sums() as sums:
+        result = run()
+    return result, flops.get_total_flops(), sums.count
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("preset", [["activation=gelu"], [], ["post_norms=true"]], ids=str)
+def test_what_runs_again_ends_with_the_last_tensor_that_the_backward_needs(preset, recompute):
+    """Products and tensor-parallel sums are those that a plan counts."""
+    words = [
+        "model=small",
+        *(f"model.{word}" for word in preset),
+        f"parallel.recompute={recompute}",
+    ]
+    config = load_config([*words, "parallel.tp=2", "cost.tensor_seconds=1"])
+    model, work = config.model, Workload.of(config, Degrees(1, 1, 2))
+    with fake_world(0, 2):
+        one = stage(
+            dist.group.WORLD, range(1), dtype=torch.float32, model=model, recompute=recompute
+        )
+        x = torch.randn(model.seq_length, 1, model.hidden_size, requires_grad=True)
+        y, there, sums = counted(lambda: one(x))
+        with one.weight_grads.deferring(0):
+            _, back, more = counted(lambda: torch.autograd.grad(y, x, torch.randn_like(y)))
+        one.weight_grads.discard(0)
+    assert (sums, more - 2) == (2, exchanged_again(work, config.cost, recompute))
+    # On a CPU the counter takes no account of attention.
+    attended = shape.layer_flops(work.share, model.seq_length) - 2 * model.seq_length * sum(
+        shape.linear_parameters(work.share)
+    )
+    repeated = shape.recomputed_part(work.share, recompute) * (there + attended)
+    assert back - there == pytest.approx(repeated - (attended if repeated else 0))

@@ -10,8 +10,9 @@ import pytest
 
 from schedules import generators
 from vp_train.config import ConfigError
-from vp_train.planning.choice import Space, optimizers_of, space_of, with_batch_of
+from vp_train.planning.choice import Kept, Space, optimizers_of, space_of, with_batch_of
 from vp_train.planning.degrees import Degrees
+from vp_train.planning.memory import rank_state
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import make_report
 from vp_train.planning.search import (
@@ -147,6 +148,71 @@ def test_what_experts_set_is_searched():
     assert any(choice.recompute_where_needed for choice in found)
 
 
+KEPT = [
+    ("parallel.tp", "parallel.tp=2", lambda c: c.degrees.tp == 2),
+    ("parallel.pp", "parallel.pp=2", lambda c: c.degrees.pp == 2),
+    ("parallel.dp", "parallel.dp=2", lambda c: c.degrees.dp == 2),
+    ("micro_batch_size", "micro_batch_size=3", lambda c: c.micro_batch_size == 3),
+    ("schedule", "schedule=gpipe", lambda c: c.schedule == "gpipe"),
+    ("vocab", "vocab=naive", lambda c: c.vocab == "naive"),
+    ("parallel.recompute", "parallel.recompute=full", lambda c: c.recompute == "full"),
+    ("parallel", "parallel=redistribute", lambda c: c.placement == "redistribute"),
+    (
+        "parallel.sequence_parallel",
+        "parallel.sequence_parallel=true",
+        lambda c: c.sequence_parallel or c.degrees.tp == 1,
+    ),
+    (
+        "schedule.num_chunks",
+        "schedule.num_chunks=5",
+        lambda c: c.num_chunks == 5 or c.schedule != "interleaved",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "word", "holds"), KEPT, ids=[name for name, *_ in KEPT])
+def test_what_is_kept_is_not_searched_and_the_rest_is(name, word, holds):
+    words = [word] if word.startswith(("parallel.dp", "micro")) else [word, "micro_batch_size=3"]
+    config = load_config(["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=32", *words])
+    kept = Kept.of(config, [name])
+    space, free = space_of(config, kept), space_of(config)
+    assert space.choices
+    assert all(map(holds, space.choices))
+    assert {choice for choice in free.choices if holds(choice)} <= set(space.choices) | {
+        choice for choice in free.choices if choice.recompute_where_needed
+    }
+    (words,) = [words for words in space.excluded if words.startswith("--keep")]
+    assert words == f"--keep {kept.words}"
+    ruled_out = [choice for choice in free.choices if choice not in space.choices]
+    assert space.excluded[words] >= len(ruled_out) > 0
+    others = Counter({w: n for w, n in space.excluded.items() if w != words})
+    assert others.keys() == free.excluded.keys(), "what cannot be in any case counts as before"
+
+
+def test_a_kept_optimizer_is_the_only_one_that_is_tried():
+    for word, expected in (
+        ("optim.name=adamw", [("adamw", False)]),
+        ("optim.name=zero1", [("zero1", False), ("zero1", True)]),
+    ):
+        config = load_config(["model=gpt_4b", "cluster=a100_80g_node", word])
+        space = space_of(config, Kept.of(config, ["optim.name"]))
+        assert [(optim.name, optim.offload) for optim in space.optimizers] == expected
+    both = space_of(config, Kept.of(config, ["optim"])).optimizers
+    assert [(optim.name, optim.offload) for optim in both] == [("zero1", False)]
+
+
+def test_a_search_with_kept_settings_is_one_of_fewer_choices():
+    config = config_of("schedule=gpipe", "parallel.pp=2", "model.vocab_size=65536")
+    kept = Kept.of(config, ["schedule", "parallel.pp"])
+    result = search(config, NO_END, lambda: True, lambda words: None, space_of(config, kept))
+    assert result.best[0].choice.schedule == "gpipe"
+    assert result.kept == kept
+    assert searched(config).best[0].report.step_seconds <= result.best[0].report.step_seconds
+    nothing = replace(kept, values={"parallel.tp": 3})
+    with pytest.raises(ConfigError, match=r"--keep parallel.tp leaves no choice; ruled out most: "):
+        search(config, NO_END, lambda: True, lambda words: None, space_of(config, nothing))
+
+
 def test_recomputation_where_needed_fits_and_is_faster_than_everywhere():
     config = load_config(["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=16"])
     choice = next(
@@ -171,6 +237,29 @@ def test_recomputation_where_needed_fits_and_is_faster_than_everywhere():
     kinds = mixed.choice.recompute_per_stage
     assert 0 < kinds.count("full") < len(kinds)
     assert mixed.passes < roomy.draft(everywhere).passes
+
+
+def test_stages_recompute_for_the_optimizer_that_is_chosen():
+    """With so little memory only an optimizer in host memory fits, and needs some recomputation."""
+    config = load_config(["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=16"])
+    choice = next(
+        choice
+        for choice in space_of(config).choices
+        if choice.degrees == Degrees(1, 8, 1)
+        and (choice.schedule, choice.vocab, choice.recompute) == ("1f1b", "one_barrier", "full")
+        and choice.recompute_where_needed
+    )
+    here, there = optimizers_of(config, 1)
+    assert there.offload
+    assert not here.offload
+    step = draft_step(choice.applied(config), 8).with_named("1f1b")
+    state = max(rank_state(step, here, rank).state for rank in range(8))
+    tight = Scales(config, 0.97 * state)
+    candidate = tight.draft(choice)
+    kinds = candidate.choice.recompute_per_stage
+    assert 0 < kinds.count("full") < len(kinds)
+    assert candidate.optimizers == (there,)
+    assert candidate.seems_to_fit
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb_v"])
@@ -203,6 +292,7 @@ def test_nothing_fits_and_what_is_closest():
     words, count = result.excluded.most_common(1)[0]
     assert words.startswith("memory, for ")
     assert 0 < count <= result.num_choices
+    assert all(result.excluded.values()), "what rules out nothing is not named"
     assert fits_on(config_of("cluster.memory_gib=0.001"), 0.0) is None
     assert fits_on(config_of("cluster.memory_gib=1"), 0.0) is not None
 

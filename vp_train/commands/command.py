@@ -92,6 +92,11 @@ def configured(command: Command, arguments: Sequence[str]) -> int:
     return command.body(config, overrides, options)
 
 
+def typed(overrides: Sequence[str], *names: str) -> list[str]:
+    """Return those of the overrides that set one of these groups or settings."""
+    return [word for word in overrides if word.lstrip("+~").partition("=")[0] in names]
+
+
 def _is_name(word: str) -> bool:
     return "=" not in word and not word.startswith(("-", "+", "~"))
 

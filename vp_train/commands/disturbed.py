@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from schedules.jitter import Disturbance, Steps, disturbed_steps
@@ -15,7 +16,7 @@ from vp_train.planning.plan import StepPlan
 OPTIONS = {
     "--jitter": ("X", "how steps vary if every pass takes its time up to a deviation of X, as 0.1"),
     "--straggler": ("X", "how they vary if one rank, each in turn, is slower by X, as 0.25"),
-    "--samples": ("N", "with --jitter or --straggler: steps to draw of every schedule (50)"),
+    "--samples": ("N", "with these: steps to draw (50); with --straggler a multiple of the ranks"),
     "--seed": ("N", "with --jitter or --straggler: the seed of what is drawn (0)"),
 }
 _MOST = 10.0  # of jitter and of straggler
@@ -45,6 +46,12 @@ class Draws:
             whole_number(options, "--samples", 50, most=10_000),
             whole_number(options, "--seed", 0, least=0),
         )
+
+    def on(self, num_ranks: int) -> Draws:
+        """Return these draws with so many samples that each of the ranks is slow equally often."""
+        if not self.disturbance.straggler:
+            return self
+        return replace(self, samples=num_ranks * math.ceil(self.samples / num_ranks))
 
     def steps(self, plan: StepPlan) -> Steps:
         """Return the disturbed steps of a plan."""

@@ -20,7 +20,15 @@ from vp_train.commands.searching import Searching
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.failures import EXIT_CONFIG, EXIT_TIME
 from vp_train.model import shape
-from vp_train.planning.choice import Choice, searched_words, with_batch_of
+from vp_train.planning.choice import (
+    ALL,
+    Choice,
+    Kept,
+    searched_words,
+    space_of,
+    with_batch_of,
+)
+from vp_train.planning.cluster import chosen_costs
 from vp_train.planning.degrees import split_ranks
 from vp_train.planning.fsdp import best_fsdp, fsdp_words
 from vp_train.planning.plan import SEARCHING
@@ -58,6 +66,10 @@ def main() -> None:
         "--search": ("", "rank every way to run the batch on the cluster, fastest first"),
         "--top": ("K", "with --search: number of plans to show (5)"),
         "--tokens": ("N", "with --search: tokens of a step, instead of num_microbatches and so on"),
+        "--keep": (
+            "A,B,...",
+            "with --search: settings that stay as typed, or `typed` for all of them",
+        ),
         "--margin": ("PERCENT", "with --search: part of the memory that stays free (5)"),
         "--effort": ("N", "with --search: thousand passes that may be placed (3000)"),
         "--seconds": ("N", "with --search: time limit; one simulation may still end after it (60)"),
@@ -79,10 +91,11 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
     if path is not None and path.is_dir():
         raise ConfigError(f"--json {path} is a directory; name a file")
     if "--search" not in options:
-        for name in ("--top", "--tokens", "--margin", "--effort", "--seconds"):
+        for name in ("--top", "--tokens", "--keep", "--margin", "--effort", "--seconds"):
             if name in options:
                 raise ConfigError(f"{name} belongs to --search")
         return show_plan(config, path)
+    kept = kept_of(config, overrides, options.get("--keep"))
     if "--tokens" in options:
         tokens = whole_number(options, "--tokens", 4_194_304, most=_MOST_TOKENS)
         config = with_batch_of(config, tokens)
@@ -92,10 +105,25 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         effort=1000 * whole_number(options, "--effort", 3000),
     )
     seconds = whole_number(options, "--seconds", 60)
-    searched = searched_words(overrides)
+    if kept.values:
+        print(f"kept: {kept.words}", flush=True)
+    searched = [word for word in searched_words(overrides) if not kept.has_word(word)]
     if searched:
-        print(f"searched although typed: {', '.join(searched)}", flush=True)
-    return show_search(config, limits, seconds, path)
+        hint = "" if "--keep" in options else "; --keep typed keeps them"
+        print(f"searched although typed: {', '.join(searched)}{hint}", flush=True)
+    return show_search(config, limits, seconds, path, kept)
+
+
+def kept_of(config: RunConfig, overrides: Sequence[str], names: str | None) -> Kept:
+    """Return what `--keep NAMES` keeps; `typed` are all that are typed and searched."""
+    if names is None:
+        return ALL
+    chosen = names.split(",")
+    if "typed" in chosen:
+        words = searched_words(overrides)
+        chosen = [name for name in chosen if name != "typed"]
+        chosen += [word.lstrip("+~").partition("=")[0] for word in words]
+    return Kept.of(config, chosen)
 
 
 def show_plan(config: RunConfig, path: Path | None) -> int:
@@ -113,7 +141,9 @@ def show_plan(config: RunConfig, path: Path | None) -> int:
     return searching.exit_code if report.fits else EXIT_CONFIG
 
 
-def show_search(config: RunConfig, limits: Limits, seconds: float, path: Path | None) -> int:
+def show_search(
+    config: RunConfig, limits: Limits, seconds: float, path: Path | None, kept: Kept = ALL
+) -> int:
     """Search for the fastest plans, print them and write them to `path`.  Raises ConfigError.
 
     Ctrl-C ends it with the best so far.  Returns the exit code.
@@ -125,7 +155,7 @@ def show_search(config: RunConfig, limits: Limits, seconds: float, path: Path | 
         def in_time() -> bool:
             return time.monotonic() < until and not searching.is_stopped
 
-        result = search(config, limits, in_time, searching.show)
+        result = search(config, limits, in_time, searching.show, space_of(config, kept))
     lines = search_lines(config, limits, result, is_stopped=searching.is_stopped)
     print("\n".join(lines), flush=True)
     _write(path, search_record(config, result))
@@ -154,6 +184,7 @@ def search_record(config: RunConfig, result: Result) -> dict[str, Any]:
             {"overrides": refusal.choice.overrides(config), "reason": refusal.reason}
             for refusal in result.refused
         ],
+        "kept": dict(result.kept.values),
         "excluded": dict(result.excluded.most_common()),
         "choices": result.num_choices,
         "estimates": result.num_estimated,
@@ -276,7 +307,9 @@ def _fsdp_words(config: RunConfig, report: PlanReport) -> str:
     work = report.work
     sequences = work.num_microbatches * work.micro_batch_size * report.degrees.dp
     found = best_fsdp(work, config.cluster, config.cost, config.optim, num_sequences=sequences)
-    return fsdp_words(found, report.step_seconds)
+    words = fsdp_words(found, report.step_seconds)
+    assumed = config.cost.is_measured and not config.cost.has_rates
+    return f"{words}; its passes at assumed rates, not as measured" if assumed else words
 
 
 def _model_words(config: RunConfig) -> str:
@@ -304,18 +337,24 @@ def _cluster_words(config: RunConfig) -> str:
     name = {"cuda": "GPUs", "cpu": "CPU ranks"}[config.run.device]
     peak = getattr(cluster, f"{config.run.dtype}_flops_per_second") / 1e12
     nodes = "one node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
-    reached = f"{cluster.efficiency:.0%} of it reached"
+    reached = f", {cluster.efficiency:.0%} of it reached"
     if cluster.multiprocessors:
-        reached += f" by large products, {cluster.attention_efficiency:.0%} by attention"
+        matrix, attention = cluster.efficiency, cluster.attention_efficiency
+        reached = (
+            f"; in a run large products reach {matrix * cluster.sustained:.0%} of it, "
+            f"attention {attention * cluster.sustained:.0%}"
+        )
+    if "flops_per_second" in chosen_costs(config.cost):
+        reached = f"; cost has {config.cost.flops_per_second / 1e12:,.3g} TFLOP/s for all passes"
     if config.cost.has_rates:
-        reached = f"rates as measured on {config.cost.measured_on or 'a device without a name'}"
+        reached = f", rates as measured on {config.cost.measured_on or 'a device without a name'}"
     if config.cost.is_measured:
         device = config.cost.measured_on or "a device that cost does not name"
-        reached = f"pass times as measured on {device}"
+        reached = f", pass times as measured on {device}"
     float8 = "; linear layers in float8" if config.run.linear_dtype == "float8" else ""
     return (
         f"{cluster.num_gpus} {name} on {nodes}, {cluster.memory_gib:g} GiB and "
-        f"{peak:,.3g} TFLOP/s in {config.run.dtype} each, {reached}{float8}"
+        f"{peak:,.3g} TFLOP/s in {config.run.dtype} each{reached}{float8}"
     )
 
 
@@ -391,7 +430,7 @@ def search_lines(
             for estimate in result.estimated
         ]
         lines += [f"the first: {first.choice.overrides(config)}", f"binds: {first.report.binds}"]
-        lines += [_vocabulary_words(config, result), ""]
+        lines += [*_vocabulary_lines(config, result), ""]
     excluded = sum(result.excluded.values())
     counted = (
         f"{result.num_choices:,} choices, {excluded:,} ruled out, "
@@ -414,16 +453,18 @@ def search_lines(
     return lines
 
 
-def _vocabulary_words(config: RunConfig, result: Result) -> str:
-    """Return the best plan of the other kind than the first, in words."""
-    first = result.best[0]
+def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
+    """Return a line with the best plan of the other kind than the first, if both were searched."""
+    first, kept = result.best[0], result.kept.values
+    if "vocab.algorithm" in kept or kept.get("parallel.pp") == 1:
+        return []
     splits = first.choice.splits_vocabulary
     other = result.without_vocabulary if splits else result.with_vocabulary
     kind = f"{'without' if splits else 'with'} vocabulary parallelism"
     if other is None:
-        return f"{kind}: nothing was found that fits"
+        return [f"{kind}: nothing was found that fits"]
     compared = _compared(other, first.report.step_seconds)
-    return f"{kind}: {compared}: {other.choice.overrides(config)}"
+    return [f"{kind}: {compared}: {other.choice.overrides(config)}"]
 
 
 def _best_table(best: Sequence[Found]) -> list[str]:
@@ -476,7 +517,7 @@ def _optimizer_words(choice: Choice) -> str:
 
 def _excluded_lines(result: Result) -> list[str]:
     """Return one line with the constraint that rules out most choices, and one with the next."""
-    counted = [(words, count) for words, count in result.excluded.most_common() if count]
+    counted = result.excluded.most_common()
     if not counted:
         return []
     shown = [
@@ -500,7 +541,7 @@ def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:
     )
     for factor in (2, 4, 8, 16, 32, 64):
         cluster = replace(config.cluster, num_nodes=factor * config.cluster.num_nodes)
-        found = fits_on(replace(config, cluster=cluster), limits.margin)
+        found = fits_on(replace(config, cluster=cluster), limits.margin, result.kept)
         if found is not None:
             degrees = found.degrees
             return [

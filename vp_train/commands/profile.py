@@ -81,6 +81,11 @@ def show_profile(
     which names the value and the way out.
     """
     make_report(config)  # raises ConfigError if the run is not possible
+    if device_file is not None and config.run.linear_dtype == "float8":
+        raise ConfigError(
+            "--device measures products in run.dtype, from which those in float8 do not follow; "
+            "drop run.linear_dtype=float8: plans with these rates take float8 into account"
+        )
     num_ranks = config.cluster.num_gpus
     step = plan_step(config, num_ranks)
     chosen = _chosen(ranks, step.num_ranks)

@@ -26,7 +26,7 @@ from schedules.simulate import simulate_order
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End, searched_algorithms
 from vp_train.commands import disturbed
-from vp_train.commands.command import Command, run
+from vp_train.commands.command import Command, run, typed
 from vp_train.commands.disturbed import Draws
 from vp_train.commands.frontier import curves, write
 from vp_train.commands.plot import Mark, comparison_png, schedule_png
@@ -34,7 +34,7 @@ from vp_train.commands.searching import Searching
 from vp_train.config import ConfigError, CostConfig, RunConfig, unknown
 from vp_train.failures import EXIT_OK
 from vp_train.planning.cluster import assumed_costs
-from vp_train.planning.degrees import wanted_ranks
+from vp_train.planning.degrees import split_ranks, wanted_ranks
 from vp_train.planning.plan import SEARCHING, StepPlan, plan_step, row_advice
 from vp_train.settings import config_text
 from vp_train.units import human_bytes
@@ -51,7 +51,8 @@ _EXAMPLES = """\
       parallel.pp=8 cost=a100_4b run.dtype=float16
   vp-simulate --frontier --out frontier parallel.pp=8 num_microbatches=64 cost=a100_4b \\
       run.dtype=float16                          bubble against memory for every cap
-  vp-simulate --jitter 0.1 --straggler 0.1       how steps vary with every schedule"""
+  vp-simulate --jitter 0.1 --straggler 0.1       how steps vary with every schedule
+  vp-simulate --jitter 0.1 schedule=v_half       and with this one alone"""
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def main() -> None:
         "--out": ("DIR", "write pictures, trace and figures there"),
         "--compare": ("A,B,...", "one line for each of these schedules, or for all"),
         "--frontier": ("", "the best bubble of schedule=auto under every cap on memory"),
-        "--vocab": ("A,B,...", "with the three above and below: these algorithms, or all"),
+        "--vocab": ("A,B,...", "with several steps: these algorithms instead of vocab=, or all"),
         "--runtime": ("NAME", "also replay the program as cuda or gloo executes it"),
         "--program": ("", "print the program of every rank instead, one line per rank"),
         **disturbed.OPTIONS,
@@ -92,13 +93,19 @@ def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str,
         tied = config.model.tied_embeddings
         print(lower(plan.schedule, plan.problem, plan.cost, tied=tied).text(), end="")
         return EXIT_OK
+    schedule_words = typed(overrides, "schedule", "schedule.name", "schedule.file")
     if "--frontier" in options:
+        _check_frontier(config, schedule_words)
         names, algorithms = options.get("--compare"), options.get("--vocab")
+        if algorithms is None and typed(overrides, "vocab", "vocab.algorithm"):
+            algorithms = None if config.vocab.algorithm == "auto" else config.vocab.algorithm
         return draw_frontier(
             config, names, algorithms, directory=directory, config_yaml=config_text(config)
         )
     if compares:
-        names, algorithms = options.get("--compare", "all"), options.get("--vocab")
+        names, algorithms = options.get("--compare"), options.get("--vocab")
+        if names is None and not schedule_words:
+            names = "all"
         compare(
             config,
             names,
@@ -164,9 +171,26 @@ def show(
     return searching.exit_code
 
 
+def _check_frontier(config: RunConfig, schedule_words: Sequence[str]) -> None:
+    """Raise ConfigError for settings that have no meaning where schedules are searched for."""
+    if schedule_words and not config.schedule.is_solved:
+        name = config.schedule.name
+        instead = (
+            "" if config.schedule.file is not None else f", or compare with it: --compare {name}"
+        )
+        raise ConfigError(
+            f"--frontier searches for schedules by itself; drop {schedule_words[0]}{instead}"
+        )
+    for setting in ("cap_gib", "cap_microbatches"):
+        if (cap := getattr(config.schedule, setting)) is not None:
+            raise ConfigError(
+                f"--frontier searches under every cap on memory; drop schedule.{setting}={cap:g}"
+            )
+
+
 def compare(
     config: RunConfig,
-    schedules: str,
+    schedules: str | None,
     vocabs: str | None,
     *,
     directory: Path | None,
@@ -176,27 +200,42 @@ def compare(
 ) -> None:
     """Simulate several schedules with several algorithms and print one line for each pair.
 
-    `schedules` and `vocabs` are lists with commas, or `all`.  Without `vocabs` the algorithm is
-    that of `config`.  With `draws` the lines have the distribution of disturbed steps.  With a
-    `directory` a table and a picture of all are written there.  Raises ConfigError for a name that
-    is not known, or if no pair is possible.
+    `schedules` and `vocabs` are lists with commas, or `all`.  Without `schedules` there is one line
+    for the step of `config`; without `vocabs` the algorithm is that of `config`.  With `draws` the
+    lines have the distribution of disturbed steps.  With a `directory` a table and a picture of all
+    are written there.  Raises ConfigError for a name that is not known, or if no pair is possible.
     """
-    _refuse_file(config)
-    names = _names("--compare", schedules, tuple(GENERATORS))
-    algorithms = _names("--vocab", vocabs or config.vocab.algorithm, tuple(VOCAB_ALGORITHMS))
+    if schedules is None:
+        names: tuple[str, ...] = (config.schedule.file or config.schedule.name,)
+    else:
+        _refuse_file(config)
+        names = _names("--compare", schedules, tuple(GENERATORS))
+    algorithms = (
+        (config.vocab.algorithm,)
+        if schedules is None and vocabs is None
+        else _names("--vocab", vocabs or config.vocab.algorithm, tuple(VOCAB_ALGORITHMS))
+    )
     _make(directory)
     widths = max(map(len, ("schedule", *names))), max(map(len, ("vocab", *algorithms)))
     head = table_head(widths, runtime)
     if draws is not None:
+        num_ranks = wanted_ranks(config.parallel)
+        draws = draws.on(split_ranks(config.parallel, num_ranks).pp)
         head = f"{draws.words}\n\n{disturbed.table_head(widths)}"
     print(f"{headline(config)}\n\n{head}", flush=True)
     started = time.perf_counter()
     items: list[Outcome | Refusal] = []
-    for item in simulate_each(config, names, algorithms, runtime):
-        if draws is not None and isinstance(item, Outcome):
-            item = replace(item, steps=draws.steps(item.plan))
-        print(table_line(item, widths), flush=True)
-        items.append(item)
+    with Searching(keeps_best=False) as searching:
+        found = (
+            simulate_vocabs(config, algorithms, searching.watch)
+            if schedules is None
+            else simulate_each(config, names, algorithms, runtime)
+        )
+        for item in found:
+            if draws is not None and isinstance(item, Outcome):
+                item = replace(item, steps=draws.steps(item.plan))
+            print(table_line(item, widths), flush=True)
+            items.append(item)
     outcomes = [item for item in items if isinstance(item, Outcome)]
     steps = {(o.schedule, o.vocab): o.steps for o in outcomes if o.steps is not None}
     if steps:
@@ -421,6 +460,24 @@ def simulate_each(
                 yield simulate_step(chosen, runtime)
             except ConfigError as error:
                 yield Refusal(schedule, vocab, str(error))
+
+
+def simulate_vocabs(
+    config: RunConfig, vocabs: Sequence[str], watch: Watch | None = None
+) -> Iterator[Outcome | Refusal]:
+    """Yield the result of the schedule of `config`, or of its file, with every algorithm.
+
+    `watch` sees the search of schedule=auto go on.  Raises ConfigError if the only one is not
+    possible.
+    """
+    for vocab in vocabs:
+        chosen = replace(config, vocab=replace(config.vocab, algorithm=vocab))
+        try:
+            yield simulate_step(chosen, watch=watch)
+        except ConfigError as error:
+            if len(vocabs) == 1:
+                raise
+            yield Refusal(config.schedule.name, vocab, str(error))
 
 
 def headline(config: RunConfig) -> str:

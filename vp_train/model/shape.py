@@ -121,15 +121,27 @@ def layer_flops(model: ModelConfig, num_tokens: int) -> int:
 def recomputed_part(model: ModelConfig, recompute: str) -> float:
     """Return the recomputed FLOPs of a backward as a fraction of those of a forward.
 
-    `selective` recomputes attention up to its output projection.
+    `selective` recomputes attention with its output projection.  `full` recomputes the layer up to
+    the last tensor that its backward needs.
     """
-    if recompute == "selective":
-        projections = 2 * layer_matrix_parameters(model)
-        attention = layer_flops(model, 1) - projections
-        return (2 * model.hidden_size * (query_size(model) + 2 * kv_size(model)) + attention) / (
-            projections + attention
-        )
-    return {"none": 0.0, "full": 1.0}[recompute]
+    qkv, projection, _, down = linear_parameters(model)
+    whole = layer_flops(model, 1)
+    attention = whole - 2 * layer_matrix_parameters(model)
+    repeated = {
+        "none": 0,
+        "selective": 2 * (qkv + projection) + attention,
+        "full": whole if repeats_down_projection(model) else whole - 2 * down,
+    }
+    return repeated[recompute] / whole
+
+
+def repeats_down_projection(model: ModelConfig) -> bool:
+    """Return whether full recomputation forms the MLP's output again.
+
+    Nothing needs it unless a norm follows.  A gated MLP does not keep that projection's input
+    either, so the recomputation ends before it.
+    """
+    return model.post_norms or not is_gated(model)
 
 
 def head_in_layers(model: ModelConfig) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -18,6 +18,7 @@ from vp_train.config import (
     OptimConfig,
     ParallelConfig,
     RunConfig,
+    unknown,
 )
 from vp_train.planning.degrees import Degrees, check_tensor_split
 from vp_train.planning.plan import SEQUENCE_DEVICES
@@ -121,14 +122,120 @@ class Choice:
         return " ".join(f"{name}={_word(_value(chosen, name))}" for name in (*_ALWAYS, *other))
 
 
+# What a search may keep, and the value of a choice.
+_KEPT: Mapping[str, Callable[[Choice], Any]] = {
+    "parallel.dp": lambda choice: choice.degrees.dp,
+    "parallel.pp": lambda choice: choice.degrees.pp,
+    "parallel.tp": lambda choice: choice.degrees.tp,
+    "micro_batch_size": lambda choice: choice.micro_batch_size,
+    "schedule.name": lambda choice: choice.schedule,
+    "schedule.num_chunks": lambda choice: choice.num_chunks,
+    "vocab.algorithm": lambda choice: choice.vocab,
+    "parallel.placement": lambda choice: choice.placement,
+    "parallel.recompute": lambda choice: choice.recompute,
+    "parallel.sequence_parallel": lambda choice: choice.sequence_parallel,
+}
+_KEPT_OF_OPTIMIZERS = ("optim.name", "optim.offload")
+_GROUPS = {  # whose values a choice sets: what of them may be kept
+    "schedule": ("schedule.name",),
+    "vocab": ("vocab.algorithm",),
+    "optim": _KEPT_OF_OPTIMIZERS,
+    "parallel": ("parallel.placement",),
+}
+
+
 def searched_words(overrides: Sequence[str]) -> list[str]:
     """Return those of the typed overrides that a search replaces by its own choice.
 
     The number of microbatches is not among them, since the batch follows from it.
     """
-    names = {*_ALWAYS, *_WHERE_OTHER} - {"num_microbatches"}
-    names |= {"schedule", "vocab", "parallel"}  # groups, whose values a choice sets
+    names = {*_ALWAYS, *_WHERE_OTHER, *_GROUPS} - {"num_microbatches"}
     return [word for word in overrides if word.lstrip("+~").partition("=")[0] in names]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The settings that a search leaves as they are, with their values; see `--keep`."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: RunConfig, names: Iterable[str]) -> Kept:
+        """Return the settings called `names` with their values in `config`.
+
+        A group stands for what a choice sets of it.  Raises ConfigError for a setting that is not
+        searched, or that has no value to keep.
+        """
+        values: dict[str, Any] = {}
+        for given in names:
+            for name in _GROUPS.get(given, (given,)):
+                if name not in _KEPT and name not in _KEPT_OF_OPTIMIZERS:
+                    known = (*_GROUPS, *_KEPT, *_KEPT_OF_OPTIMIZERS)
+                    raise ConfigError(f"{unknown(f'--keep {given}', given, known)}, or typed")
+                values[name] = _value(config, name)
+                if values[name] is None:
+                    raise ConfigError(f"--keep {name}: it is not set; add {name}=8, for example")
+        name = values.get("schedule.name", "1f1b")
+        if name not in GENERATORS or ("schedule.name" in values and config.schedule.file):
+            raise ConfigError(
+                f"--keep schedule.name: a search keeps one of {', '.join(GENERATORS)}, not "
+                f"{config.schedule.file or name}"
+            )
+        if values.get("vocab.algorithm", "none") not in VOCAB_ALGORITHMS:
+            raise ConfigError("--keep vocab.algorithm: vocab=auto is any; drop one of the two")
+        return cls(values)
+
+    def has_word(self, word: str) -> bool:
+        """Return whether this override sets what is kept."""
+        name = word.lstrip("+~").partition("=")[0]
+        return any(one in self.values for one in _GROUPS.get(name, (name,)))
+
+    def with_value(self, name: str, searched: Iterable[Any]) -> tuple[Any, ...]:
+        """Return what is searched of a setting, with the value that is kept."""
+        kept = (self.values[name],) if name in self.values else ()
+        return tuple(dict.fromkeys((*searched, *kept)))
+
+    def against(self, choice: Choice) -> str | None:
+        """Return the first kept setting that a choice does not have, in words."""
+        for name, value in self.values.items():
+            if name in _KEPT and not self._has(choice, name, value):
+                return f"--keep {name}={_word(value)}"
+        return None
+
+    @staticmethod
+    def _has(choice: Choice, name: str, value: Any) -> bool:
+        found = _KEPT[name](choice)
+        match name:
+            case "schedule.num_chunks":  # not of schedules that leave no choice
+                return found in (None, value)
+            case "parallel.placement":  # even and balanced are the same where both are possible
+                return bool((found == "redistribute") == (value == "redistribute"))
+            case "parallel.recompute":
+                return bool(found == value) and not choice.recompute_where_needed
+            case "parallel.sequence_parallel":  # one rank has nothing to split over
+                return found == value or choice.degrees.tp == 1
+        return bool(found == value)
+
+    def optimizers(self, config: RunConfig) -> tuple[OptimConfig, ...] | None:
+        """Return the optimizers that are left to choose from, None for all."""
+        if not set(_KEPT_OF_OPTIMIZERS) & set(self.values):
+            return None
+        typed = config.optim
+        names = self.values.get("optim.name"), self.values.get("optim.offload")
+        found = [
+            replace(typed, name=name, offload=offload)
+            for name, offload in (("zero1", False), ("adamw", False), ("zero1", True))
+            if names[0] in (None, name) and names[1] in (None, offload)
+        ]
+        return tuple(found) or (typed,)
+
+    @property
+    def words(self) -> str:
+        """The settings with their values, as typed."""
+        return ", ".join(f"{name}={_word(value)}" for name, value in self.values.items())
+
+
+ALL = Kept()  # nothing is kept, everything is searched
 
 
 def _value(config: RunConfig, name: str) -> Any:
@@ -152,11 +259,13 @@ class Space:
     """All choices that can be planned, and how many others each constraint rules out.
 
     optimizers: those to choose from, None for all.
+    kept: the settings that all choices share because they are not searched.
     """
 
     choices: tuple[Choice, ...]
     excluded: Counter[str]
     optimizers: tuple[OptimConfig, ...] | None = None
+    kept: Kept = ALL
 
 
 def batch_of(config: RunConfig) -> int:
@@ -164,32 +273,35 @@ def batch_of(config: RunConfig) -> int:
     return config.num_microbatches * config.micro_batch_size * (config.parallel.dp or 1)
 
 
-def space_of(config: RunConfig) -> Space:
+def space_of(config: RunConfig, kept: Kept = ALL) -> Space:
     """Return every way to run the batch of `config` on all GPUs of its cluster.
 
-    The ranks of a tensor-parallel group are on one node.
+    The ranks of a tensor-parallel group are on one node.  What has another value than `kept` is
+    ruled out, and counts under the first setting that it does not have.
     """
     batch, found = batch_of(config), list[Choice]()
     excluded: Counter[str] = Counter()
+    sizes = kept.with_value("micro_batch_size", MICRO_BATCH_SIZES)
     for degrees in splits_of(config):
-        variants = list(_variants(config, degrees))
+        variants = list(_variants(config, degrees, kept))
         reason = _reason_against(config, degrees)
         if reason is None and batch % degrees.dp:
             reason = f"the batch: dp must divide its {batch:,} sequences"
         if reason is not None:
-            excluded[reason] += len(variants) * len(MICRO_BATCH_SIZES)
+            excluded[reason] += len(variants) * len(sizes)
             continue
-        for size in MICRO_BATCH_SIZES:
-            if batch % (degrees.dp * size) == 0:
-                found += [
-                    replace(
-                        variant,
-                        micro_batch_size=size,
-                        num_microbatches=batch // degrees.dp // size,
-                    )
-                    for variant in variants
-                ]
-    return Space(tuple(found), excluded)
+        for size in sizes:
+            if batch % (degrees.dp * size):
+                continue
+            count = batch // degrees.dp // size
+            for variant in variants:
+                choice = replace(variant, micro_batch_size=size, num_microbatches=count)
+                other = kept.against(choice)
+                if other is None:
+                    found.append(choice)
+                else:
+                    excluded[other] += 1
+    return Space(tuple(found), excluded, kept.optimizers(config), kept)
 
 
 def without_vocabulary_of(config: RunConfig, degrees: Degrees) -> Space:
@@ -266,16 +378,21 @@ def _divisors(count: int) -> list[int]:
     return sorted({*small, *(count // divisor for divisor in small)})
 
 
-def _variants(config: RunConfig, degrees: Degrees) -> Iterator[Choice]:
-    """Yield the choices for one split, as if each step had one microbatch of one sequence."""
+def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator[Choice]:
+    """Yield the choices for one split, as if each step had one microbatch of one sequence.
+
+    They include values that are tried only because they are `kept`.
+    """
     pp, tp, model = degrees.pp, degrees.tp, config.model
     splits_sequences = config.run.device in SEQUENCE_DEVICES and model.seq_length % tp == 0
     both = (True, False) if tp > 1 and splits_sequences else (False,)
-    for schedule in searched_schedules() if pp > 1 else ("1f1b",):
-        for num_chunks in _chunks(schedule, pp, model.num_layers):
+    schedules = kept.with_value("schedule.name", searched_schedules())
+    algorithms = kept.with_value("vocab.algorithm", searched_algorithms())
+    for schedule in schedules if pp > 1 else ("1f1b",):
+        for num_chunks in _chunks(schedule, pp, model.num_layers, kept):
             num_stages = GENERATORS[schedule].layout_of(pp, num_chunks).num_stages
             even = "even" if model.num_layers % num_stages == 0 else "balanced"
-            for vocab in searched_algorithms() if pp > 1 else ("none",):
+            for vocab in algorithms if pp > 1 else ("none",):
                 moves = pp > 1 and not VOCAB_ALGORITHMS[vocab].sharded
                 for placement, recompute, needed, sequences in product(
                     (even, "redistribute") if moves else (even,), RECOMPUTE, (False, True), both
@@ -296,15 +413,17 @@ def _variants(config: RunConfig, degrees: Degrees) -> Iterator[Choice]:
                     )
 
 
-def _chunks(schedule: str, pp: int, num_layers: int) -> Iterator[int | None]:
+def _chunks(schedule: str, pp: int, num_layers: int, kept: Kept = ALL) -> Iterator[int | None]:
     """Yield the stages per rank to try; every stage has a layer."""
     family = GENERATORS[schedule]
     if family.layout != "loop":
         if family.layout_of(pp).num_stages <= num_layers:
             yield None
         return
-    for count in range(2, min(_MOST_CHUNKS, num_layers // pp) + 1):
-        if count in _CHUNKS or num_layers % (pp * count) == 0:
+    wanted = kept.values.get("schedule.num_chunks")
+    for count in range(2, num_layers // pp + 1):
+        even = count <= _MOST_CHUNKS and num_layers % (pp * count) == 0
+        if count in _CHUNKS or even or count == wanted:
             yield count
 
 

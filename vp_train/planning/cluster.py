@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from schedules.problem import Problem
 from schedules.vocab import End
-from vp_train.config import ClusterConfig, CostConfig, OptimConfig
+from vp_train.config import ClusterConfig, CostConfig, ModelConfig, OptimConfig
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.estimate import sum_seconds
 from vp_train.planning.workload import Workload
@@ -124,9 +125,10 @@ def known_peak_flops(cluster: ClusterConfig, dtype: str) -> float | None:
 
 
 def on_cluster(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> CostConfig:
-    """Return `cost` with the seconds that passes and messages take on this cluster.
+    """Return `cost` with the seconds on this cluster for all that was left at a default.
 
-    Measured pass times and rates stay as they are.
+    The defaults of CostConfig are those of a CPU.  Measured pass times and rates, and whatever else
+    was chosen, stay as they are.  One chosen rate for all FLOPs replaces those of the parts.
     """
     degrees, links = work.degrees, links_of(cluster, work.degrees)
     # A lookup reads and writes this rank's share of the embeddings.
@@ -141,16 +143,26 @@ def on_cluster(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> Cost
         host_bytes_per_second=host_bytes_per_second(cluster),
         tensor_seconds=links.tensor.of_group(degrees.tp),
         tensor_bytes_per_second=links.tensor.bytes_per_second,
-        lookup_seconds=lookup if cost.lookup_seconds is None else cost.lookup_seconds,
-        lookup_grad_seconds=2 * lookup
-        if cost.lookup_grad_seconds is None
-        else cost.lookup_grad_seconds,
-        contention=cluster.contention if cost.contention is None else cost.contention,
+        lookup_seconds=lookup,
+        lookup_grad_seconds=2 * lookup,
+        contention=cluster.contention,
     )
+    chosen = chosen_costs(cost)
     # Measured seconds of a layer stand alone: without measured rates other layers are refused.
-    if cost.has_rates or cost.measured_layer_flops is not None or not cluster.multiprocessors:
-        return found
-    return with_rates(found, cluster, work.dtype, alone=False)
+    alone = cost.has_rates or cost.measured_layer_flops is not None or "flops_per_second" in chosen
+    if cluster.multiprocessors and not alone:
+        found = with_rates(found, cluster, work.dtype, alone=False)
+    return replace(found, **chosen)
+
+
+def chosen_costs(cost: CostConfig) -> dict[str, Any]:
+    """Return the settings of `cost` that are not at their defaults."""
+    default = CostConfig()
+    return {
+        item.name: getattr(cost, item.name)
+        for item in fields(CostConfig)
+        if getattr(cost, item.name) != getattr(default, item.name)
+    }
 
 
 def host_bytes_per_second(cluster: ClusterConfig) -> float:
@@ -174,21 +186,14 @@ def with_rates(cost: CostConfig, cluster: ClusterConfig, dtype: str, *, alone: b
 
 
 def assumed_costs(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> CostConfig:
-    """Return `cost` with the seconds on this cluster for all that was left at a default, on GPUs.
+    """Return the costs of a run: on GPUs those of `on_cluster`, on a CPU `cost` as it is."""
+    return on_cluster(work, cluster, cost) if work.on_cuda else cost
 
-    The defaults are those of a CPU.  One rate for all FLOPs replaces those of the parts.
-    """
-    if not work.on_cuda:
-        return cost
-    default = CostConfig()
-    chosen = {
-        item.name: getattr(cost, item.name)
-        for item in fields(CostConfig)
-        if getattr(cost, item.name) != getattr(default, item.name)
-    }
-    if "flops_per_second" in chosen and not cost.has_rates:
-        cluster = replace(cluster, multiprocessors=0)
-    return replace(on_cluster(work, cluster, cost), **chosen)
+
+def tied_on_two_ranks(problem: Problem, model: ModelConfig) -> bool:
+    """Return whether two ranks have copies of one matrix, for the input and for the output."""
+    one_copy = problem.algorithm.sharded or problem.root(End.INPUT) == problem.root(End.OUTPUT)
+    return model.tied_embeddings and not one_copy
 
 
 def tied_seconds(work: Workload, cluster: ClusterConfig, problem: Problem) -> float:
@@ -196,8 +201,7 @@ def tied_seconds(work: Workload, cluster: ClusterConfig, problem: Problem) -> fl
 
     It is 0 unless the input and the output layer keep copies of it on two different ranks.
     """
-    one_copy = problem.algorithm.sharded or problem.root(End.INPUT) == problem.root(End.OUTPUT)
-    if one_copy or not work.model.tied_embeddings:
+    if not tied_on_two_ranks(problem, work.model):
         return 0.0
     link, model = links_of(cluster, work.degrees).pipeline, work.model
     num_bytes = work.precise_bytes * model.vocab_size * model.hidden_size / work.degrees.tp

@@ -56,10 +56,9 @@ def estimate_cost(
     )
     rows = [math.ceil(shard.num_rows / tp) for shard in shards[End.OUTPUT]]
     num_shards = tp * (layout.num_ranks if algorithm.sharded else 1)
-    seconds = _stage_seconds(work, cost, layers, recompute)
-    if algorithm.sharded and layout.num_ranks > 1 and not measured_layers(work, cost):
-        slower = 1 + (cost.contention or 0.0)
-        seconds = {kind: tuple(slower * one for one in values) for kind, values in seconds.items()}
+    beside = algorithm.sharded and layout.num_ranks > 1 and not measured_layers(work, cost)
+    slower = 1 + (cost.contention or 0.0) if beside else 1.0
+    seconds = _stage_seconds(work, cost, layers, recompute, slower)
     seconds |= _shard_seconds(work, cost, rows, algorithm)
     return CostModel(
         {
@@ -264,17 +263,21 @@ def exposed_tensor_seconds(
         tp = work.degrees.tp
         weight_grad = _either(cost.layer_weight_grad_seconds, weight_grad * tp) / tp
     exposed = tensor_seconds(work, cost, weight_grad)
-    again = shape.recomputed_part(work.model, recompute)
-    return (1 + again) * exposed[Kind.F] + exposed[Kind.I if split_backward else Kind.B]
+    backward = exposed[Kind.I if split_backward else Kind.B]
+    return exposed[Kind.F] + exchanged_again(work, cost, recompute) + backward
 
 
 def _stage_seconds(
-    work: Workload, cost: CostConfig, layers: Sequence[range], recompute: Sequence[str]
+    work: Workload,
+    cost: CostConfig,
+    layers: Sequence[range],
+    recompute: Sequence[str],
+    slower: float = 1.0,
 ) -> dict[Kind, tuple[float, ...]]:
     """Return the seconds of F, B, I and W of every stage.
 
     With linear layers in float8, F and I take less, and W as long as in bfloat16.  B and I include
-    what they recompute.
+    what they recompute.  `slower` is a factor on what is computed, not on what is exchanged.
     """
     tp, computed = work.degrees.tp, computed_layer(work, cost)
     forward, input_grad, weight_grad = computed[:3]
@@ -286,12 +289,15 @@ def _stage_seconds(
         weight_grad = _either(cost.layer_weight_grad_seconds, weight_grad * tp) / tp
     exposed = tensor_seconds(work, cost, weight_grad)
     of_one_layer = {
-        Kind.F: forward + exposed[Kind.F],
-        Kind.B: backward + exposed[Kind.B],
-        Kind.I: input_grad + exposed[Kind.I],
-        Kind.W: weight_grad,
+        Kind.F: slower * forward + exposed[Kind.F],
+        Kind.B: slower * backward + exposed[Kind.B],
+        Kind.I: slower * input_grad + exposed[Kind.I],
+        Kind.W: slower * weight_grad,
     }
-    again = [recomputed_seconds(work, cost, kind) for kind in recompute]
+    again = [
+        slower * recomputed_seconds(work, cost, kind) + exchanged_again(work, cost, kind)
+        for kind in recompute
+    ]
     return {
         kind: tuple(
             len(stage) * (seconds + (more if kind in (Kind.B, Kind.I) else 0.0))
@@ -302,18 +308,32 @@ def _stage_seconds(
 
 
 def recomputed_seconds(work: Workload, cost: CostConfig, recompute: str) -> float:
-    """Return the seconds that recomputation adds to the backward of one layer.
+    """Return the seconds of computation that recomputation adds to the backward of one layer.
 
-    A part of the FLOPs repeats as large a part of a measured forward, and of its communication.
+    A part of the FLOPs repeats as large a part of a measured forward.
     """
-    part, computed = shape.recomputed_part(work.model, recompute), computed_layer(work, cost)
-    summed = part * tensor_seconds(work, cost, computed.weight_grad)[Kind.F]
     if measured_layers(work, cost):
         assert cost.layer_forward_seconds is not None
-        return part * cost.layer_forward_seconds / work.degrees.tp + summed
-    if not cost.has_rates:
-        return part * computed.forward + summed
-    return computed.again(recompute) + summed
+        part = shape.recomputed_part(work.model, recompute)
+        return part * cost.layer_forward_seconds / work.degrees.tp
+    return computed_layer(work, cost).again(recompute)
+
+
+def exchanged_again(work: Workload, cost: CostConfig, recompute: str) -> float:
+    """Return the seconds of tensor-parallel communication that recomputation repeats in a layer.
+
+    What runs again ends with the last tensor that the backward needs.  With `selective` that is the
+    input of attention's output projection, whose sum is not repeated.  With `full` it is an input
+    of the MLP's output projection, so only the sum after attention is repeated, unless a norm
+    follows the MLP's sum.  With sequence parallelism the inputs of qkv and of the MLP are gathered
+    again.
+    """
+    sums = {"none": 0, "selective": 0, "full": 2 if work.model.post_norms else 1}[recompute]
+    gathers = {"none": 0, "selective": 1, "full": 2}[recompute]
+    summed = sum_seconds(
+        cost.tensor_seconds, cost.tensor_bytes_per_second, work.message_bytes, work.degrees.tp
+    )
+    return (sums + gathers) * summed / 2 if work.sequence_parallel else sums * summed
 
 
 def _shard_seconds(

@@ -17,7 +17,12 @@ from vp_train.config import ClusterConfig, CostConfig, OptimConfig
 from vp_train.model import shape
 from vp_train.planning.cluster import Link, links_of, on_cluster, peak_flops
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.estimate import computed_layer, recomputed_seconds, tensor_seconds
+from vp_train.planning.estimate import (
+    computed_layer,
+    exchanged_again,
+    recomputed_seconds,
+    tensor_seconds,
+)
 from vp_train.planning.memory import StateBytes
 from vp_train.planning.physics import Device, output_seconds
 from vp_train.planning.workload import Workload
@@ -77,7 +82,7 @@ def best_fsdp(
     work: the model, and its dtype.  Its degrees and microbatches do not count.
     cost: measured rates count, and measured seconds do not, since they are of another split.
     """
-    cost = cost if cost.has_rates else CostConfig(contention=cost.contention)
+    cost = replace(cost, measured_layer_flops=None, layer_forward_seconds=None)
     found = [
         fsdp_step(replaced, cluster, cost, optim, recompute=recompute)
         for tp in _tensor_degrees(work, cluster)
@@ -147,6 +152,7 @@ def fsdp_step(
     layer = computed_layer(work, cost)
     again = recomputed_seconds(work, cost, recompute)
     tensor = tensor_seconds(work, cost, layer.weight_grad)
+    tensor[Kind.B] += exchanged_again(work, cost, recompute)
     forward, backward = layer.forward + tensor[Kind.F], sum(layer[1:3]) + tensor[Kind.B] + again
     rows = -(-work.model.vocab_size // tp)
     output = output_seconds(
@@ -161,23 +167,26 @@ def fsdp_step(
     gather, scatter = _exchange(link, work, of_layer, dp)
     gather_rows, scatter_rows = _exchange(link, work, matrix, dp)
     # Layers gather the next one and scatter the one before.  What is left of them hides the ends.
-    there, back = layers * max(forward, gather), layers * max(backward, gather + scatter)
+    beyond = max(0.0, gather - forward) + max(0.0, gather + scatter - backward)
     computed = layers * (forward + backward) + output
     slack = computed - layers * (2 * gather + scatter)
     matrices = 1 if model.tied_embeddings else 2
     ends = matrices * (gather_rows + scatter_rows)
-    one = there + back + output + max(0.0, ends - max(0.0, slack))
     exchanged = layers * (2 * gather + scatter) + ends
     slower = (cost.contention or 0.0) * min(computed, exchanged)  # of what runs beside it
     count = work.num_microbatches
     compute = count * (computed - layers * _sum_of(tensor) + slower)
+    # Nothing runs beside the first gathers and the last scatters of a step.  Of a layer that would
+    # be more than its pass, `beyond` has the rest already.
+    first_and_last = gather_rows + scatter_rows
+    others = max(0.0, count * ends - first_and_last - count * max(0.0, slack))
+    exposed = count * layers * beyond + first_and_last + others
+    exposed += min(gather, forward) + min(scatter, backward)
     parameters = layers * of_layer + matrices * matrix
     state = StateBytes.of(work, replace(optim, offload=False))
     held = parameters / dp * (state.weights + state.gradients + state.optimizer)
     moved = parameters / dp * (state.weights + state.gradients + 2 * state.optimizer)
     optimizer = moved / cluster.memory_bytes_per_second
-    at_both_ends = gather_rows + gather + scatter + scatter_rows  # nothing runs beside these
-    exposed = count * (one - computed) + at_both_ends
     seconds = compute + count * layers * _sum_of(tensor) + exposed + optimizer
     peak = peak_flops(cluster, work.dtype)
     return FsdpReport(

@@ -16,7 +16,7 @@ from schedules.ir import Kind
 from schedules.vocab import End
 from vp_train.config import BUCKETS_PER_STAGE, ClusterConfig, OptimConfig
 from vp_train.model import shape
-from vp_train.planning.cluster import replica_seconds
+from vp_train.planning.cluster import replica_seconds, tied_on_two_ranks
 from vp_train.planning.plan import StepPlan
 
 _MIB = 1 << 20
@@ -103,15 +103,21 @@ def _runs(step: StepPlan, optim: OptimConfig, rank: int) -> list[_Run]:
     found = []
     ends = (End.INPUT, End.OUTPUT) if not model.tied_embeddings else (End.OUTPUT,)
     for end in ends:
-        rows = math.ceil(step.shards[end][rank].num_rows / tp)
-        completed = last.get((_COMPLETES[end], rank))
-        if not rows or completed is None:
+        # A tied matrix has one gradient, to which the last G adds after the last T.
+        both = (End.INPUT, End.OUTPUT) if model.tied_embeddings else (end,)
+        rows = math.ceil(max(step.shards[one][rank].num_rows for one in both) / tp)
+        ended = [last[_COMPLETES[one], rank][1] for one in both if (_COMPLETES[one], rank) in last]
+        if not rows or not ended:
             continue
-        read = first.get((_READS[End.INPUT if model.tied_embeddings else end], rank), (0.0, 0.0))
-        # A matrix is one bucket.  It is complete at the end of the pass, and needed at once.
-        found.append(
-            _Run(rows * model.hidden_size, 1, completed[1], completed[1], read[0], read[0])
+        complete = max(ended)
+        if tied_on_two_ranks(step.problem, model):  # the two copies are summed after all passes
+            complete = step.timeline.makespan
+        needed = min(
+            (first[_READS[one], rank][0] for one in both if (_READS[one], rank) in first),
+            default=0.0,
         )
+        # A matrix is one bucket.  It is complete at the end of the pass, and needed at once.
+        found.append(_Run(rows * model.hidden_size, 1, complete, complete, needed, needed))
     for stage in step.problem.layout.stages_of(rank):
         count = len(step.layers[stage])
         done = last.get((Kind.W, stage)) or last.get((Kind.B, stage))

@@ -107,21 +107,19 @@ class LayerSeconds(NamedTuple):
     """The seconds of one layer on one microbatch, without communication.
 
     `weight_grad` are the products dW of its four linear layers, `input_grad` the rest of a
-    backward.  `attention` and `qkv` are the parts of `forward` that selective recomputation
-    repeats.
+    backward.  `selective` and `full` are the parts of `forward` that a backward with this
+    recomputation repeats.
     """
 
     forward: float
     input_grad: float
     weight_grad: float
-    attention: float
-    qkv: float
+    selective: float
+    full: float
 
     def again(self, recompute: str) -> float:
         """Return the seconds that a backward with this recomputation adds."""
-        return {"none": 0.0, "selective": self.attention + self.qkv, "full": self.forward}[
-            recompute
-        ]
+        return {"none": 0.0, "selective": self.selective, "full": self.full}[recompute]
 
 
 def layer_seconds(
@@ -145,12 +143,14 @@ def layer_seconds(
     forward = [
         device.product(tokens, outputs, inputs) / linear_speed for outputs, inputs in products
     ]
+    selective = attention + sum(forward[:2])
+    left_out = 0.0 if shape.repeats_down_projection(model) else forward[3]
     if not device.is_split:  # a backward takes twice as long as the forward, in two equal halves
         whole = shape.layer_flops(model, tokens) / device.flops_per_second
         less = whole - (1 - 1 / linear_speed) * (
             2 * shape.layer_matrix_parameters(model) * tokens / device.flops_per_second
         )
-        return LayerSeconds(less, less, whole, attention, forward[0])
+        return LayerSeconds(less, less, whole, selective, less - left_out)
     backward = sum(device.product(tokens, inputs, outputs) for outputs, inputs in products)
     backward /= linear_speed
     weights = sum(device.product(outputs, inputs, tokens) for outputs, inputs in products)
@@ -158,15 +158,16 @@ def layer_seconds(
     there, back = _moved_values(model, sequence_ranks)
     weights += device.moved(sum_bytes * shape.layer_matrix_parameters(model)) + 4 * kernels
     rest = device.moved(item_bytes * tokens * there) + _FORWARD_KERNELS * kernels
+    whole = sum(forward) + attention + rest
     return LayerSeconds(
-        sum(forward) + attention + rest,
+        whole,
         backward
         + _ATTENTION_BACKWARD * attention
         + device.moved(item_bytes * tokens * back)
         + (_BACKWARD_KERNELS - 4) * kernels,
         weights,
-        attention,
-        forward[0],
+        selective,
+        whole - left_out,
     )
 
 

@@ -27,7 +27,9 @@ from schedules.problem import Problem
 from schedules.simulate import simulate
 from vp_train.config import ConfigError, OptimConfig, RunConfig
 from vp_train.planning.choice import (
+    ALL,
     Choice,
+    Kept,
     Space,
     batch_of,
     fitting_batches,
@@ -150,6 +152,7 @@ class Result:
     num_estimated, num_planned: the choices that a short step was simulated for, or the whole one.
     num_open: those that might be faster than the last of `best` but were not looked at.
     ended: what ended the search before that: `effort`, `time`, or nothing.
+    kept: the settings that were not searched.
     """
 
     best: tuple[Found, ...]
@@ -164,6 +167,7 @@ class Result:
     num_planned: int
     num_open: int
     ended: str
+    kept: Kept
 
 
 def search(
@@ -180,6 +184,11 @@ def search(
     """
     space = space_of(config) if space is None else space
     if not space.choices:
+        if space.kept.values and space_of(config).choices:
+            ((most, _),) = space.excluded.most_common(1)
+            raise ConfigError(
+                f"--keep {','.join(space.kept.values)} leaves no choice; ruled out most: {most}"
+            )
         raise ConfigError(no_choice_words(config))
     return _Search(config, limits, in_time, progress, space).run()
 
@@ -247,7 +256,7 @@ class _Search:
             estimated=tuple(sorted(unplanned, key=lambda e: e.key)[: self._limits.top - len(top)]),
             leanest=self._closest(),
             refused=tuple(refused[:_KEPT_REFUSALS]),
-            excluded=self._excluded,
+            excluded=+self._excluded,  # without those that ruled out nothing
             num_choices=len(self._space.choices)
             + sum(self._space.excluded.values())
             + self._num_offloaded
@@ -256,6 +265,7 @@ class _Search:
             num_planned=len(self._planned),
             num_open=num_open,
             ended=self._ended if num_open else "",
+            kept=self._space.kept,
         )
 
     @property
@@ -636,11 +646,13 @@ def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
     return _Search(config, limits, lambda: True, lambda words: None, space).run(plans=False)
 
 
-def fits_on(config: RunConfig, margin: float) -> Choice | None:
+def fits_on(config: RunConfig, margin: float, kept: Kept = ALL) -> Choice | None:
     """Return a choice whose state and leanest activations fit, None if there is none."""
-    scales = Scales(config, limit_of(config, margin))
-    for choice in space_of(config).choices:
-        if choice.recompute != "full" or choice.recompute_where_needed:
+    space = space_of(config, kept)
+    scales = Scales(config, limit_of(config, margin), space.optimizers)
+    leanest = kept.values.get("parallel.recompute", "full")
+    for choice in space.choices:
+        if choice.recompute != leanest or choice.recompute_where_needed:
             continue
         try:
             scales.weigh(choice)

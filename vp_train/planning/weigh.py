@@ -346,13 +346,28 @@ class Scales:
 
         Raises ConfigError if it cannot be run, and TooLargeError if its memory does not suffice.
         """
-        if choice.recompute_where_needed:
-            choice = self._where_needed(choice)
+        optimizers = self._optimizers_of(choice)
+        if not choice.recompute_where_needed:
+            return self._drafted(choice, optimizers)
+        # An optimizer that needs less memory leaves fewer stages to recompute.
+        found, refusal = list[Candidate](), None
+        for mixed, some in self._where_needed(choice, optimizers).items():
+            try:
+                found.append(self._drafted(mixed, some))
+            except TooLargeError as error:
+                refusal = min(refusal or error, error, key=lambda error: error.needs)
+        if not found:
+            assert refusal is not None
+            raise refusal
+        return min(found, key=lambda candidate: (not candidate.seems_to_fit, candidate.seconds))
+
+    def _drafted(self, choice: Choice, optimizers: Sequence[OptimConfig]) -> Candidate:
+        """Return the choice as `draft` does, with those of the optimizers that may fit."""
         drafted = self._draft(choice)
         peaks, ranks = self._peaks_of(choice, choice.layout), _looked_at(drafted)
         minimum = _at_peak(drafted.without_offloaded(), choice.schedule, peaks, ranks=ranks)
         fitting, refusal = [], None
-        for optim in self._optimizers_of(choice):
+        for optim in optimizers:
             try:
                 self._check_memory(minimum, optim)
             except TooLargeError as error:
@@ -430,17 +445,36 @@ class Scales:
             self._bounds[key] = step_bound(drafted.problem, drafted.cost).seconds
         return self._bounds[key]
 
-    def _where_needed(self, choice: Choice) -> Choice:
-        """Return the choice with recomputation in as few stages as its memory needs.
+    def _where_needed(
+        self, choice: Choice, optimizers: Iterable[OptimConfig]
+    ) -> dict[Choice, list[OptimConfig]]:
+        """Return the choices with recomputation in as few stages as memory needs.
 
-        On every rank the stages that save most come first.  Raises ConfigError if all or none of
-        the stages recompute, because that is another choice.
+        Each has the optimizers for which it is this one.  Raises ConfigError if for every optimizer
+        all or none of the stages recompute, because that is another choice.
         """
         everywhere = replace(choice, recompute_where_needed=False)
         without = self._draft(replace(everywhere, recompute="none"))
         saving = self._draft(everywhere)
+        found: dict[Choice, list[OptimConfig]] = {}
+        for optim in optimizers:
+            kinds = self._stages_to_recompute(choice, optim, without, saving)
+            if len(set(kinds)) > 1:
+                mixed = replace(everywhere, recompute_per_stage=kinds)
+                found.setdefault(mixed, []).append(optim)
+        if not found:
+            raise SameChoiceError(f"all stages recompute {kinds[0]}")
+        return found
+
+    def _stages_to_recompute(
+        self, choice: Choice, optim: OptimConfig, without: Draft, saving: Draft
+    ) -> tuple[str, ...]:
+        """Return what every stage recomputes if as few as memory needs do.
+
+        On every rank the stages that save most come first.  `without` recomputes nothing, `saving`
+        everything.
+        """
         layout, peaks = choice.layout, self._peaks_of(choice, choice.layout)
-        optim = self._optimizers_of(choice)[0]
         kinds = ["none"] * layout.num_stages
         kept = list(without.cost.stage_bytes)
         for rank, peak in enumerate(peaks):
@@ -461,9 +495,7 @@ class Scales:
                     break
                 stage = waiting.pop(0)
                 kinds[stage], kept[stage] = choice.recompute, saving.cost.stage_bytes[stage]
-        if len(set(kinds)) == 1:
-            raise SameChoiceError(f"all stages recompute {kinds[0]}")
-        return replace(everywhere, recompute_per_stage=tuple(kinds))
+        return tuple(kinds)
 
     def _peaks_of(self, choice: Choice, layout: Layout) -> tuple[Peak, ...]:
         count = min(choice.num_microbatches, 2 * layout.num_ranks + 4)
