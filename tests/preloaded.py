@@ -5,6 +5,7 @@ import os
 from importlib import import_module
 
 from vp_train.quiet import quiet_deprecations, quiet_megatron
+from vp_train.settings import load_config
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 quiet_deprecations()
@@ -15,8 +16,15 @@ for _heavy in (
     "torch._dynamo",
     "torch.utils.tensorboard",
     "vp_train.train",
+    "vp_train.commands.launch",
+    "vp_train.report.page",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
+    "jinja2.loaders",
 ):
     import_module(_heavy)
+for _words in ([], ["model=nano", "data=synthetic"]):
+    load_config(_words)  # imports hydra, and reads files that need not be read again
 
 gc.collect()
 gc.freeze()  # collections in the ranks would visit, and so copy, the pages of every object
