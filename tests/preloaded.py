@@ -13,6 +13,8 @@ with quiet_megatron():
     import_module("megatron.core.models.gpt.gpt_layer_specs")
 for _heavy in (
     "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which imports torch's compiler
+    "setuptools",  # for deepspeed.ops
     "torch._dynamo",
     "torch.utils.tensorboard",
     "vp_train.train",
