@@ -643,7 +643,7 @@ def cuda_tests(where: Where, report: Report) -> None:
         "pytest",
         *files,
         "-k",
-        "not trainer",
+        "not trainer" if where.on_gpu else "not trainer and not interpreter",  # it takes seconds
         "-p",
         "no:cacheprovider",
         f"--junitxml={result}",

@@ -7,6 +7,7 @@ seconds of CPU time each.
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -117,6 +118,23 @@ def finished(
     """Run a `Program` to its end, as subprocess.run does."""
     with Program(main, words, **options) as program:
         return program.finish(seconds)
+
+
+def python() -> None:
+    """Do what `python` does with the words of sys.argv: -m MODULE, -c CODE or a script, and more.
+
+    The current directory is not searched.
+    """
+    option, *words = sys.argv[1:]
+    if option == "-c":
+        sys.argv = ["-c", *words[1:]]
+        exec(words[0], {"__name__": "__main__"})
+    elif option == "-m":
+        sys.argv = words
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [option, *words]
+        runpy.run_path(option, run_name="__main__")
 
 
 def _text_of(pipe: Connection) -> IO[str]:

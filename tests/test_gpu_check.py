@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +19,7 @@ import gpu_check  # noqa: E402
 import gpu_steps  # noqa: E402
 from gpu_steps import STEPS  # noqa: E402
 
+from tests.programs import python  # noqa: E402
 from tests.ranks import in_processes  # noqa: E402
 
 WELL = """
@@ -84,7 +87,53 @@ def test_what_a_step_found_before_it_died_is_kept(tmp_path):
     )
 
 
+class Forked:
+    """A process of Python in the place of subprocess.Popen's: a copy of this one.
+
+    It has made its imports, and writes to the file `stdout` if there is one.
+    """
+
+    def __init__(self, command, cwd, stdout=None, env=None, **_):
+        self.returncode, (_, *words) = None, command
+        sys.stdout.flush()
+        self._process = os.fork()
+        if self._process:
+            return
+        multiprocessing.current_process()._config["daemon"] = False  # it may start processes
+        code = 1
+        try:
+            for number in (1, 2) if stdout is not None else ():
+                os.dup2(stdout.fileno(), number)
+            os.environ.update(env or {})
+            os.chdir(cwd)
+            sys.argv = ["python", *words]
+            python()
+            code = 0
+        except SystemExit as left:
+            code = left.code or 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def wait(self):
+        _, status = os.waitpid(self._process, 0)
+        self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+def run_forked(command, cwd, stdout=None, **_):
+    """Do what subprocess.run does; the output goes where that of this process goes."""
+    process = Forked(command, cwd)
+    process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, "")
+
+
 def on_the_cpu(rank, number, folder):
+    gpu_steps.subprocess = SimpleNamespace(
+        **{name: getattr(subprocess, name) for name in ("PIPE", "STDOUT", "CompletedProcess")},
+        Popen=Forked,
+        run=run_forked,
+    )
     gpu_steps.main([str(number), "cpu", str(folder / "result.json")])
 
 

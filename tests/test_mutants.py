@@ -72,11 +72,13 @@ def test_words_annotations_and_assertions_stay():
     assert {line for line, *_ in changes()} == {5, 8, 11, 12, 13, 15, 16, 17, 18} - {13}
 
 
-def test_the_same_seed_draws_the_same_and_every_package_has_files_and_tests():
+def test_the_same_seed_draws_the_same():
+    assert drawn("optim", 5, 1) == drawn("optim", 5, 1) != drawn("optim", 5, 2)
+
+
+def test_every_package_has_files_and_tests():
     for package, rows in PACKAGES.items():
-        first = drawn(package, 5, 1)
-        assert first == drawn(package, 5, 1) != drawn(package, 5, 2)
-        assert len(first) == 5
+        assert len(drawn(package, 5, 1)) == 5
         for prefixes, tests in rows:
             for prefix in (prefixes,) if isinstance(prefixes, str) else prefixes:
                 assert (ROOT / prefix).exists(), prefix

@@ -293,12 +293,10 @@ def refused(rank, num_ranks, config):
 
 def test_a_resumed_float16_run_has_its_loss_scale_again(ranks, tmp_path):
     config = config_of(tmp_path, dtype="float16", eval_every=0, trace_step=0)
-    assert ranks(2).run(loss_scale_of, config, 2.0**11) == [2.0**11] * 2
+    assert ranks(2).run(uncompiled, loss_scale_of, config, 2.0**11) == [2.0**11] * 2
     ranks(2).run(release_locks)
-    assert (
-        ranks(2).run(loss_scale_of, replace(config, run=replace(config.run, resume=True)), None)
-        == [2.0**11] * 2
-    )
+    resumed = replace(config, run=replace(config.run, resume=True))
+    assert ranks(2).run(uncompiled, loss_scale_of, resumed, None) == [2.0**11] * 2
 
 
 def loss_scale_of(rank, num_ranks, config, first):

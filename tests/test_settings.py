@@ -11,6 +11,7 @@ import pytest
 
 from schedules.generators import GENERATORS
 from schedules.vocab import VOCAB_ALGORITHMS
+from vp_train import settings
 from vp_train.config import BlendEntry, ConfigError, RunConfig, Setting, setting_of
 from vp_train.settings import (
     config_text,
@@ -227,3 +228,29 @@ def test_a_setting_of_data_that_is_used_or_left_as_it_is_passes():
 def test_a_wrong_setting_is_answered_in_our_words(word, said):
     with pytest.raises(ConfigError, match=said):
         load_config([word])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["model.num_layers=3", "model=nano", "model.num_layers=5", "run.steps=7"],
+        ["parallel.layers_per_stage=[4,4]", "schedule=v_half", "num_microbatches=3"],
+        ["data=blend", "data.blend=[{name:pystdlib,weight:3},{path:a,weight:1}]"],
+        ["batch_ramp=[[3,4]]", "batch_ramp=[]", "vocab.shards=null", "run.name='a, b'"],
+        ["cluster=h100_80g_node", "run.dtype=float32", "optim.lr=1e-3"],
+    ],
+)
+def test_groups_that_are_composed_once_give_what_hydra_composes(words):
+    for _ in range(2):  # the second time from what was kept
+        assert settings._updated(words) == settings._hydra_composed("config", words)
+
+
+@pytest.mark.parametrize("word", ["optim.lr=1,2", "optim.lrr=1", "model=none", "optim.lr='a"])
+def test_what_cannot_be_composed_is_left_to_hydra(word):
+    assert settings._updated(["model=nano", word]) is None
+
+
+def test_a_change_of_composed_settings_does_not_reach_the_next(tmp_path):
+    settings._updated(["model=nano"]).optim.lr = 7.0
+    assert load_config(["model=nano"]).optim.lr == RunConfig().optim.lr

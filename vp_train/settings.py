@@ -10,6 +10,7 @@ expands variables, and a file that somebody else wrote must not read the environ
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import itertools
 import os
@@ -19,6 +20,7 @@ import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
@@ -58,12 +60,6 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
 
     Raises ConfigError with the offending override and the way out.
     """
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-
-    schema = OmegaConf.structured(RunConfig)
-    _thaw(schema)
-    ConfigStore.instance().store(name="schema", node=schema)
     options = [word for word in overrides if word.startswith("-")]
     if options:
         known = ", ".join((*known_options, "--help"))
@@ -85,9 +81,9 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
         ]
         for word in overrides:
             _check_word(word)
-        if (saved := _saved_by_run(overrides, schema)) is not None:
-            return _resumed(saved, overrides, chosen, schema)
-        config = _composed("config", overrides, schema)
+        if (saved := _saved_by_run(overrides)) is not None:
+            return _resumed(saved, overrides, chosen)
+        config = _composed("config", overrides)
         _refuse_unused(config.data, overrides)
         return config
     except ConfigError:
@@ -95,7 +91,7 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
             try:
                 for word in settings:
                     _check_word(word)
-                _composed("config", settings, schema)
+                _composed("config", settings)
             except ConfigError as error:
                 raise ConfigError(f"{given}: {error}") from None
         raise
@@ -341,9 +337,8 @@ def group_choices() -> dict[str, list[str]]:
     }
 
 
-def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConfig:
+def _composed(primary: str, overrides: Sequence[str]) -> RunConfig:
     """Compose the configuration `primary` and `overrides`; raise ConfigError like `load_config`."""
-    from hydra import compose, initialize_config_module
     from hydra.errors import (
         ConfigCompositionException,
         HydraException,
@@ -354,8 +349,8 @@ def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        with initialize_config_module("vp_train.configs", version_base="1.3"):
-            composed = compose(primary, overrides=list(overrides))
+        composed = _updated(overrides) if primary == "config" else None
+        composed = composed or _hydra_composed(primary, overrides)
     except OverrideParseException as error:
         word = str(error.override)
         way_out = _broken_list(word) or _quoted_words(word)
@@ -388,12 +383,62 @@ def _composed(primary: str, overrides: Sequence[str], schema: object) -> RunConf
     return config
 
 
+def _updated(overrides: Sequence[str]) -> Any:
+    """Compose as hydra does, but the groups only once in this process; None if something is wrong.
+
+    Hydra reads all files for every call, which takes most of its time.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    parser, groups = OverridesParser.create(), group_choices()
+    chosen = tuple(word for word in overrides if word.partition("=")[0] in groups)
+    try:
+        composed = copy.deepcopy(_of_groups(chosen))
+        for word in overrides:
+            if word not in chosen:
+                parsed = parser.parse_override(word)
+                if parsed.is_sweep_override():
+                    return None
+                OmegaConf.update(composed, parsed.key_or_group, parsed.value())
+    except Exception:  # hydra's own way will say what is wrong
+        return None
+    return composed
+
+
+@cache
+def _of_groups(chosen: tuple[str, ...]) -> Any:
+    """Return the settings of these choices of groups, each a word GROUP=CHOICE."""
+    return _hydra_composed("config", chosen)
+
+
+def _hydra_composed(primary: str, overrides: Sequence[str]) -> Any:
+    """Return what hydra composes.  Raises its errors."""
+    from hydra import compose, initialize_config_module
+
+    _schema()
+    with initialize_config_module("vp_train.configs", version_base="1.3"):
+        return compose(primary, overrides=list(overrides))
+
+
+@cache
+def _schema() -> object:
+    """Return the types of all settings, as hydra knows them from now on."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    schema = OmegaConf.structured(RunConfig)
+    _thaw(schema)
+    ConfigStore.instance().store(name="schema", node=schema)
+    return schema
+
+
 # A resumed run does not take these over: they follow from where it is found, and a change that is
 # allowed once is not allowed for ever.
 _NOT_SAVED = ("run.name", "run.root", "run.resume", "run.allow", "run.init_from")
 
 
-def _saved_by_run(overrides: Sequence[str], schema: object) -> Path | None:
+def _saved_by_run(overrides: Sequence[str]) -> Path | None:
     """Return the settings that the run to be resumed has saved; None if there is no such run.
 
     Only what says where it lies is looked at: the other overrides may fit nothing but its settings.
@@ -402,12 +447,12 @@ def _saved_by_run(overrides: Sequence[str], schema: object) -> Path | None:
         return None
     names = ("run", "run.name", "run.root", "run.resume")
     where = [word for word in overrides if word.partition("=")[0] in names]
-    run = _composed("config", where, schema).run
+    run = _composed("config", where).run
     saved = run.directory / "config.yaml"
     return saved if run.resume and saved.is_file() else None
 
 
-def _resumed(path: Path, overrides: Sequence[str], chosen: set[str], schema: object) -> RunConfig:
+def _resumed(path: Path, overrides: Sequence[str], chosen: set[str]) -> RunConfig:
     """Return the settings that a run has saved in `path`, with `overrides` on top of them.
 
     A group among the `chosen` names begins anew with that choice.  Raises ConfigError where the
@@ -424,7 +469,7 @@ def _resumed(path: Path, overrides: Sequence[str], chosen: set[str], schema: obj
             raise ConfigError(f"{path} has no section {section_name}; {_REPAIR}")
     groups: dict[str, dict[str, object]] = {}
     values: dict[str, object] = {}
-    for name in _keys(schema):
+    for name in _keys(_schema()):
         section, _, key = name.partition(".")
         if name in saved and name not in _NOT_SAVED and section not in chosen:
             (groups.setdefault(section, {}) if key else values)[key or section] = saved[name]
@@ -442,10 +487,10 @@ def _resumed(path: Path, overrides: Sequence[str], chosen: set[str], schema: obj
     store.store(name="saved", node={**values, **groups})
     store.store(name="resumed", node={"defaults": ["schema", "saved", *again, "_self_"]})
     try:
-        config = _composed("resumed", overrides, schema)
+        config = _composed("resumed", overrides)
     except ConfigError:
         try:  # do the saved settings fit without the overrides?
-            _composed("resumed", [], schema)
+            _composed("resumed", [])
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}; {_REPAIR}") from None
         raise
@@ -490,14 +535,12 @@ def saved_words(path: Path) -> dict[str, str]:
 
 def default_words() -> dict[str, str]:
     """Return every setting without any override, as it is written on a command line."""
-    return {name: _setting_words(value) for name, value in _leaves(_node(load_config([])))}
+    return {name: _setting_words(value) for name, value in _values_of(load_config([])).items()}
 
 
 def _setting_words(value: object) -> str:
-    """Return a value of an omegaconf node, or of a file, in words."""
-    from omegaconf import ListConfig
-
-    return printable(_value(tuple(value) if isinstance(value, list | ListConfig) else value))
+    """Return the value of a setting in words, without control characters."""
+    return printable(_value(value))
 
 
 _REPAIR = "repair it, or delete it and give all settings of the run again"
@@ -612,7 +655,7 @@ def changes(config: RunConfig, batch: BatchChange = None) -> list[Change]:
 
     A setting of another version is not compared.  Raises ConfigError where the file is broken.
     """
-    path, now = config.run.directory / "config.yaml", dict(_leaves(_node(config)))
+    path, now = config.run.directory / "config.yaml", _values_of(config)
     before, found = _saved_settings(path), []
     is_done = bool(checkpoints_in(config.run.checkpoints))  # else it begins anew
 
@@ -648,7 +691,6 @@ def check_start(config: RunConfig, batch: BatchChange = None) -> None:
     checkpoint is compared again when it is loaded.
     """
     run, directory = config.run, config.run.directory
-    now = dict(_leaves(_node(config)))
     if run.resume and checkpoints_in(run.checkpoints) and (directory / "config.yaml").is_file():
         _refuse([change for change in changes(config, batch) if change.is_refused], directory)
         origin = _saved_settings(directory / "config.yaml").get("run.init_from")
@@ -660,7 +702,7 @@ def check_start(config: RunConfig, batch: BatchChange = None) -> None:
             )
     elif run.init_from is not None:
         place = Path(os.path.expanduser(run.init_from)).absolute()
-        origin_settings = _model_of(place)
+        origin_settings, now = _model_of(place), _values_of(config)
         names = (name for name in now if name.startswith("model."))
         for name in (name for name in names if name.removeprefix("model.") not in FREE_MODEL):
             _require_same(name, origin_settings, now, f"run.init_from={run.init_from} is")
@@ -715,11 +757,14 @@ def _model_of(place: Path) -> Mapping[str, object]:
     return {}
 
 
-def _node(config: RunConfig) -> object:
-    """Return a configuration as an omegaconf node."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.structured(config)
+def _values_of(config: RunConfig) -> dict[str, object]:
+    """Return every setting of a configuration by its name."""
+    values = {
+        f"{name}.{item.name}": getattr(getattr(config, name), item.name)
+        for name, kind in sections().items()
+        for item in fields(kind)
+    }
+    return values | {item.name: getattr(config, item.name) for item in _own_fields()}
 
 
 def resume_words(
@@ -869,7 +914,7 @@ def config_text(config: RunConfig) -> str:
     """Return the whole configuration as YAML."""
     from omegaconf import OmegaConf
 
-    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    return str(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
 def _thaw(node: object) -> None:

@@ -6,18 +6,23 @@ end, however they end.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Thread
+from typing import IO, Any
+
+from tests.programs import Program
 
 _TOOLS = ("ip", "unshare", "nsenter", "mount")
 _KINDS = ("net", "uts", "mnt")
@@ -25,18 +30,19 @@ _KINDS = ("net", "uts", "mnt")
 
 @dataclass
 class Job:
-    """A process on a node, and the lines it has written so far."""
+    """A program on a node, and the lines it has written so far."""
 
-    process: subprocess.Popen[str]
+    program: Program
     lines: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._reader = Thread(target=self._read, daemon=True)
-        self._reader.start()
+        streams = (self.program.stdout, self.program.stderr)
+        self._readers = [Thread(target=self._read, args=(one,), daemon=True) for one in streams]
+        for reader in self._readers:
+            reader.start()
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+    def _read(self, stream: IO[str]) -> None:
+        for line in stream:
             self.lines.append(line.rstrip())
 
     def wait_for(self, pattern: str, seconds: float) -> str:
@@ -46,15 +52,16 @@ class Job:
             for line in list(self.lines):
                 if re.search(pattern, line):
                     return line
-            if self.process.poll() is not None and not self._reader.is_alive():
+            if not any(reader.is_alive() for reader in self._readers):
                 break
             time.sleep(0.05)
         raise AssertionError(f"no line with {pattern!r} within {seconds} s:\n{self.text}")
 
     def wait(self, seconds: float) -> int:
         """Return the exit code.  Raises TimeoutExpired if the process runs on."""
-        code = self.process.wait(seconds)
-        self._reader.join(seconds)
+        code = self.program.wait(seconds)
+        for reader in self._readers:
+            reader.join(seconds)
         return code
 
     @property
@@ -79,20 +86,11 @@ class Node:
         """Run a command on the node, within seconds."""
         subprocess.run(self._command(words), check=True, capture_output=True, timeout=20)
 
-    def start(
-        self, words: Sequence[str], directory: Path, environment: Mapping[str, str] | None = None
-    ) -> Job:
-        """Start a command on the node, in `directory`."""
-        process = subprocess.Popen(
-            self._command(["env", f"--chdir={directory}", *words]),
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self.jobs.append(Job(process))
+    def start(self, main: Callable[[], Any], words: Sequence[str], directory: Path) -> Job:
+        """Start an importable `main`, which reads sys.argv, on the node, in `directory`."""
+        on_node = partial(_on_node, self.holder.pid, str(directory), main)
+        program = Program(on_node, words, variables={"OMP_NUM_THREADS": "1"})
+        self.jobs.append(Job(program))
         return self.jobs[-1]
 
     def hide(self, path: Path) -> None:
@@ -110,9 +108,20 @@ class Node:
     def stop(self) -> None:
         """Kill what still runs on the node."""
         for job in self.jobs:
-            with suppress(ProcessLookupError):
-                os.killpg(job.process.pid, signal.SIGKILL)
-            job.process.wait(10)
+            job.program.kill()
+
+
+def _on_node(pid: int, directory: str, main: Callable[[], Any]) -> None:
+    """Move this process, which has one thread, into the namespaces of `pid` and call `main`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind in _KINDS:
+        with open(f"/proc/{pid}/ns/{kind}") as file:
+            if libc.setns(file.fileno(), 0):
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number), file.name)
+    platform._uname_cache = None  # type: ignore[attr-defined]  # this node has another name
+    os.chdir(directory)
+    main()
 
 
 def why_not() -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.namespaces import Job, Node, two_nodes, why_not
+from vp_train.commands.train import main
 
 pytestmark = [
     pytest.mark.skipif(bool(reason := why_not()), reason=reason or "nodes can be made"),
@@ -45,8 +45,7 @@ def start(nodes: tuple[Node, Node], directory: Path, *overrides: str) -> list[Jo
     jobs = []
     for number, node in enumerate(nodes):
         place = ["--nodes", "2", "--node", str(number), "--head", f"{nodes[0].address}:{PORT}"]
-        command = [sys.executable, "-m", "vp_train", *place, *SETTINGS, *overrides]
-        jobs.append(node.start(command, directory))
+        jobs.append(node.start(main, [*place, *SETTINGS, *overrides], directory))
     return jobs
 
 
@@ -61,7 +60,7 @@ def test_two_nodes_train_and_a_killed_agent_ends_both(nodes, tmp_path):
     first.wait_for("^node      vpnode2, rank 1: Python", 5)
     first.wait_for(r"^network   all-reduce of 16 MiB over 2 ranks: .* GB/s", 20)
     first.wait_for(r"^step +2/", 60)
-    os.kill(second.process.pid, signal.SIGKILL)
+    os.kill(second.program.pid, signal.SIGKILL)
     began = time.monotonic()
     assert first.wait(60) == 70
     assert time.monotonic() - began < 20

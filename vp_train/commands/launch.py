@@ -49,11 +49,8 @@ from vp_train.settings import load_config, override
 from vp_train.supervision.requests import SIGNALS
 
 # What ranks import on their way to the first step, in the order of their needs.
-_IMPORTS = (
-    "vp_train.train",
-    "megatron.core.models.gpt.gpt_layer_specs",
-    "torch._dynamo",
-)
+_IMPORTS = ("vp_train.train", "megatron.core.models.gpt.gpt_layer_specs")
+_COMPILER = "torch._dynamo"  # takes half a second
 
 _OF_SEARCH = ("schedule.file=", "vocab.algorithm=")  # what a search of the schedule sets
 _CONCLUDE_SECONDS = 60  # at most, for the report of a failed run and for the services it used
@@ -299,7 +296,7 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
             f"vocab.algorithm={plan.problem.algorithm.name}",
         ]
     if starts_by_fork(config):
-        import_for_ranks()
+        import_for_ranks(config.run)
     from vp_train.communication.nccl import require_gpu
 
     require_gpu(config.run)
@@ -328,12 +325,16 @@ def _prepare_data(config: RunConfig) -> None:
         prepare_validation(config.data, config.model.vocab_size, corpora, progress=True)
 
 
-def import_for_ranks() -> None:
-    """Import once what every rank needs, for ranks that are copies of this process."""
+def import_for_ranks(settings: RunSettings) -> None:
+    """Import once what every rank needs, for ranks that are copies of this process.
+
+    On a CPU only code in 16 bits is compiled, unless the settings ask for more.
+    """
+    compiles = settings.compile == "on" or settings.dtype in ("bfloat16", "float16")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as ranks on a CPU do, before torch looks
     quiet_deprecations()
     with quiet_megatron():
-        for name in _IMPORTS:
+        for name in (*_IMPORTS, _COMPILER) if compiles else _IMPORTS:
             import_module(name)
 
 

@@ -182,7 +182,7 @@ def _on_ranks(work: Work, opening: Opening, arguments: Sequence[str]) -> int:
     make_plan(opening.config, num_ranks)  # settings that do not fit are one error, not one a rank
     by_fork = starts_by_fork(opening.config)
     if by_fork:
-        import_for_ranks()
+        import_for_ranks(opening.config.run)
 
     def starter(resumes: bool) -> Starter:
         if by_fork:
