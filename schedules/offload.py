@@ -1,16 +1,16 @@
 """The choice of what waits in host memory between forward and backward, and from when to when.
 
 A stage may send what its offloaded layers keep of a microbatch over the link to its host
-(PipeOffload, arXiv 2503.01328). The choice looks at a timeline of the schedule without transfers
+(PipeOffload, arXiv 2503.01328). The choice looks at a timeline of the schedule without transfers,
 and places them so that they delay none of its passes: a microbatch goes to the host if both of its
 ways fit into its life beside the others, and if it is away during at least one pass. It comes back
 just in time: its copy back is issued at the end of the last pass from which it still arrives early
 enough, because it takes device memory from then on. Both ways get some slack.
 
-Two timelines are tried, which take equally long: every pass as early as possible, and the forwards
-as late as the others allow. In the second one the forwards of the warm-up are as far apart as those
-of the steady state, so the link can keep up with them. Nothing makes them late but the copies that
-they wait for, so what that takes is the third timeline.
+In that timeline the forwards are as late as the backwards allow. Those of the warm-up are then as
+far apart as those of the steady state where the order permits it, so the link can keep up with
+them. Nothing makes them late but the copies that they wait for. So the choice is made once more on
+the timeline which that gives.
 
 A link that cannot carry everything must not carry anything late: what waits for the link is neither
 on the host nor gone from the device. So microbatches that would wait too long for it stay on the
@@ -29,7 +29,7 @@ from schedules.ir import Kind, Offload, Pass, Schedule
 from schedules.network import Network, Orders
 from schedules.problem import Problem
 from schedules.simulate import peak, simulate_order, sweep
-from schedules.transfers import kept_peak
+from schedules.transfers import HostBytes
 
 _SLACK = 0.1  # part of a transfer's time by which its end is early
 _WAITS = (0.0, 0.5, 1.0, 2.0, math.inf)  # for the link to the host, in transfers
@@ -62,8 +62,9 @@ def place_transfers(schedule: Schedule, problem: Problem, cost: CostModel) -> Sc
             best, lowest = found, peaks
             following = [[span.end for span in spans] for spans in timeline.compute]
 
-    for ends in (early, late):
-        try_at([[ends[number] for number in order] for order in orders])
+    for ends in (late, early):
+        if not following:
+            try_at([[ends[number] for number in order] for order in orders])
     if following:
         try_at(following)
     return best
@@ -157,10 +158,11 @@ class _Rank:
     def best(self) -> list[Offload]:
         """Return what is offloaded with the lowest peak, the fewest of that, in their order."""
         found: list[Offload] = []
-        lowest = kept_peak(self.order, (), self.cost, self.cost.byte_change)
+        changes = list(map(self.cost.byte_change, self.order))
+        lowest = peak(changes)
         for wait in _WAITS:
             offloads = self._placed(wait)
-            held = kept_peak(self.order, offloads, self.cost, self.cost.byte_change)
+            held = HostBytes.of(offloads, self.cost).peak(self.order, changes)
             if held < lowest * (1 - 1e-9) or (held <= lowest and len(offloads) < len(found)):
                 found, lowest = offloads, held
         return found

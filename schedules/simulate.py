@@ -21,7 +21,7 @@ from schedules.ir import Kind, Pass, Schedule
 from schedules.network import Network, Orders
 from schedules.problem import Node, Problem
 from schedules.timeline import Span, Timeline
-from schedules.transfers import HostLinks, kept_peak
+from schedules.transfers import HostBytes, HostLinks
 from schedules.vocab import End
 
 
@@ -57,13 +57,14 @@ def simulate(
 def simulate_order(schedule: Schedule, problem: Problem, cost: CostModel) -> Timeline:
     """Return the timeline of one step like `simulate`, without a lower bound."""
     network = Network.of(problem, cost)
-    links = HostLinks.of(schedule, problem, cost, network)
-    swept = sweep(network, network.orders(schedule), links)
-    timeline = _timeline_of(swept, network, problem)
+    orders, links = network.orders(schedule), HostLinks.of(schedule, problem, cost, network)
+    timeline = _timeline_of(sweep(network, orders, links), network, problem)
     if links is None:
         return timeline
+    host = HostBytes.of(schedule.offloads, cost)
     peaks = (
-        kept_peak(order, schedule.offloads, cost, cost.byte_change) for order in schedule.ranks
+        host.peak(order, network.byte_changes(numbers))
+        for order, numbers in zip(schedule.ranks, orders, strict=True)
     )
     return replace(timeline, peak_bytes=tuple(peaks), transfers=links.transfers)
 

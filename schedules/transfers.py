@@ -9,7 +9,7 @@ its end. So the bytes that a rank keeps depend on the order of its operations on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from schedules.cost import CostModel
@@ -119,39 +119,45 @@ class HostLinks:
         return tuple(transfer for link in self.links for transfer in link.transfers)
 
 
-def away_bytes(
-    order: Sequence[Pass], offloads: Sequence[Offload], cost: CostModel
-) -> Iterator[tuple[float, float]]:
-    """Yield the bytes in host memory during each pass of a rank, and after it until the next one.
+@dataclass(frozen=True, slots=True)
+class HostBytes:
+    """The bytes that go to host memory before passes, and that come back after passes."""
 
-    `offloads` may have those of other ranks, too.
-    """
-    changes: dict[Pass, list[float]] = {}  # before a pass and after it
-    for offload in offloads:
-        num_bytes = cost.offload(offload.item.stage)[0]
-        changes.setdefault(offload.free_before, [0.0, 0.0])[0] += num_bytes
-        changes.setdefault(offload.reload_after, [0.0, 0.0])[1] -= num_bytes
-    away, none = 0.0, (0.0, 0.0)
-    for item in order:
-        before, after = changes.get(item, none)
-        during = away + before
-        away = during + after
-        yield during, away
+    before: dict[Pass, float]
+    after: dict[Pass, float]
 
+    @classmethod
+    def of(cls, offloads: Iterable[Offload], cost: CostModel) -> HostBytes:
+        """Return the bytes of `offloads`, of one rank or of several."""
+        before: dict[Pass, float] = {}
+        after: dict[Pass, float] = {}
+        for offload in offloads:
+            num_bytes = cost.offload(offload.item.stage)[0]
+            before[offload.free_before] = before.get(offload.free_before, 0.0) + num_bytes
+            after[offload.reload_after] = after.get(offload.reload_after, 0.0) + num_bytes
+        return cls(before, after)
 
-def kept_peak(
-    order: Sequence[Pass],
-    offloads: Sequence[Offload],
-    cost: CostModel,
-    byte_change: Callable[[Pass], float],
-) -> float:
-    """Return the most bytes that a rank keeps on its device at any time.
+    def away(self, order: Iterable[Pass]) -> Iterator[tuple[float, float]]:
+        """Yield the bytes in host memory during each pass of a rank, and after it until the next.
 
-    `byte_change` says what a pass adds at its start, or frees at its end if that is below 0.
-    """
-    held = highest = 0.0
-    for item, (during, after) in zip(order, away_bytes(order, offloads, cost), strict=True):
-        change = byte_change(item)
-        highest = max(highest, held + max(0.0, change) - during, held + change - after)
-        held += change
-    return highest
+        The passes are all of the rank, in their order.
+        """
+        away, before, after = 0.0, self.before, self.after
+        for item in order:
+            if item in before:
+                away += before[item]
+            during = away
+            if item in after:
+                away -= after[item]
+            yield during, away
+
+    def peak(self, order: Sequence[Pass], byte_changes: Iterable[float]) -> float:
+        """Return the most bytes that a rank keeps on its device at any time.
+
+        `byte_changes` are what its passes add at their start, or free at their end if below 0.
+        """
+        held = highest = 0.0
+        for change, (during, after) in zip(byte_changes, self.away(order), strict=True):
+            highest = max(highest, held + max(0.0, change) - during, held + change - after)
+            held += change
+        return highest

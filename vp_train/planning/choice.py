@@ -328,9 +328,13 @@ def without_vocabulary_of(config: RunConfig, degrees: Degrees) -> Space:
     return Space(choices, Counter(), (config.optim,))
 
 
-def offloading(choice: Choice) -> list[Choice]:
-    """Return the choices that offload activations and recompute at most as much as `choice`."""
+def offloading(choice: Choice, num_layers: int) -> list[Choice]:
+    """Return the choices that offload activations and recompute at most as much as `choice`.
+
+    A stage of one layer offloads all or nothing.
+    """
     strongest = RECOMPUTE.index(choice.recompute)
+    parts = OFFLOADED if choice.layout.num_stages < num_layers else OFFLOADED[-1:]
     return [
         replace(
             choice,
@@ -341,7 +345,7 @@ def offloading(choice: Choice) -> list[Choice]:
             optimizer=None,
         )
         for recompute in RECOMPUTE[: strongest + 1]
-        for part in OFFLOADED
+        for part in parts
     ]
 
 

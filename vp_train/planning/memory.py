@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 
 from schedules.ir import Kind, Pass
-from schedules.transfers import away_bytes
+from schedules.transfers import HostBytes
 from schedules.vocab import End
 from vp_train.config import ConfigError, OptimConfig
 from vp_train.model import shape
@@ -158,8 +158,9 @@ def step_peak(step: StepPlan, optim: OptimConfig, rank: int) -> tuple[float, flo
     peak = max(
         (activations, held, working), (0.0, pool, kept + _update_bytes(step, optim, rank)), key=sum
     )
-    offloads = step.schedule.offloads
-    hosted = away_bytes(order, offloads, cost) if offloads else repeat((0.0, 0.0))
+    stages = step.problem.layout.stages_of(rank)
+    offloads = [one for one in step.schedule.offloads if one.item.stage in stages]
+    hosted = HostBytes.of(offloads, cost).away(order) if offloads else repeat((0.0, 0.0))
     # Microbatches are equal, so what a pass does to memory is computed once for its stage and kind.
     effects: dict[tuple[int, Kind], tuple[float, float, float, float]] = {}
     for item, (away, away_after) in zip(order, hosted, strict=False):

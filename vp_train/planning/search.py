@@ -67,7 +67,7 @@ _MANY_RANKS = 16  # which are full after one microbatch of each
 _KEPT_REFUSALS = 100
 _TRIES_OF_OTHER_KIND = 20
 # What is tried with offloaded activations at most: choices, and the effort on top of the rest.
-_MOST_OFFLOADED, _FOR_OFFLOADING = 24, 0.2
+_MOST_OFFLOADED, _FOR_OFFLOADING = 12, 0.1
 _EFFORT_OF_ONE_LINE = 300_000
 WHOLE_EFFORT = 120_000  # of `generate` for a plan
 
@@ -208,7 +208,7 @@ class _Search:
         self._in_time, self._progress = in_time, progress
         self._scales = Scales(config, limit_of(config, limits.margin), space.optimizers)
         self._spent = self._num_estimated = self._num_same = self._unweighed = 0
-        self._num_offloaded = 0
+        self._num_offloaded, self._num_layers = 0, config.model.num_layers
         # Heaps of what is left: by the lower bound of the step, and by the least bytes.
         self._by_bound: list[tuple[float, int]] = []
         self._by_bytes: list[tuple[float, int]] = []
@@ -520,14 +520,18 @@ class _Search:
             if refusal.needs is not None and (not best or refusal.choice.recompute == "none")
         ]
         weighed: dict[Choice, float] = {}
-        for choice in dict.fromkeys(other for bound in binding for other in offloading(bound)):
+        for choice in dict.fromkeys(
+            other for bound in binding for other in offloading(bound, self._num_layers)
+        ):
             try:
-                weighed[choice] = self._scales.weigh(choice).seconds
+                weight = self._scales.weigh(choice)
             except ConfigError:
                 continue
+            if weight.needs <= self._scales.limit and weight.seconds < last:
+                weighed[choice] = weight.seconds
         estimates, enough = [], self._spent + _FOR_OFFLOADING * self._limits.effort
         for choice, seconds in sorted(weighed.items(), key=lambda pair: pair[1])[:_MOST_OFFLOADED]:
-            if seconds >= last or self._spent > enough or not self._in_time():
+            if self._spent > enough or not self._in_time():
                 break
             self._num_offloaded += 1
             try:
@@ -578,7 +582,8 @@ def short_step(draft: Draft, name: str) -> tuple[StepPlan, float, int]:
     for number in counts:
         few = replace(problem, num_microbatches=number)
         schedule = generate(name, few, draft.cost, effort=_SHORT_EFFORT)
-        schedule = place_transfers(schedule, few, draft.cost)
+        if number == counts[-1]:  # what moves to the host delays nothing
+            schedule = place_transfers(schedule, few, draft.cost)
         timeline = simulate(schedule, few, draft.cost)
         times.append(timeline.makespan)
     step = replace(unsimulated(draft, schedule, draft.cost), timeline=timeline)

@@ -328,11 +328,14 @@ class Scales:
         of_layer, for_weights = split.layer_bytes(choice.recompute)
         least = at_most = 0.0
         for chunk, stage in enumerate(placed.layout.stages_of(0)):
-            layers = placed.counts[stage] - offloaded_layers(placed.counts[stage], choice.offload)
-            least += layers * of_layer * peak.counts[chunk]
+            layers = placed.counts[stage]
+            moved = offloaded_layers(layers, choice.offload)
             split_backward = GENERATORS[choice.schedule].split_backward
             kept = max(of_layer, for_weights) if split_backward else of_layer
-            at_most += layers * kept * peak.kept[chunk]
+            # The forwards of the warm-up come in a burst, of which the link carries a part.
+            carried = min(moved, layers * split.carried(choice.recompute)) if moved else 0.0
+            least += (layers - moved) * of_layer * peak.counts[chunk]
+            at_most += (layers - carried) * kept * peak.kept[chunk]
         return least, at_most
 
     def _optimizers_of(self, choice: Choice) -> list[OptimConfig]:
@@ -589,6 +592,12 @@ class _Split:
             )
             self._layer_bytes[recompute] = work.layer_bytes(recompute), for_weights
         return self._layer_bytes[recompute]
+
+    def carried(self, recompute: str) -> float:
+        """Return the part of what layers keep that goes to the host while they run forward."""
+        seconds, rate = self.layer(recompute, False)[0], self.cost.host_bytes_per_second
+        num_bytes = self.layer_bytes(recompute)[0]
+        return 1.0 if rate is None else min(1.0, seconds * rate / num_bytes)
 
     def shard_seconds(self, vocab: str) -> list[tuple[float, float]]:
         """Return the seconds of S and T of every rank; the whole layer is on the last one."""
