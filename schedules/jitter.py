@@ -19,6 +19,7 @@ from schedules.ir import Schedule
 from schedules.network import Network
 from schedules.problem import Problem
 from schedules.simulate import Sweep, sweep
+from schedules.transfers import HostLinks
 
 _BATCH = 1 << 23  # durations that are held at a time
 
@@ -80,14 +81,15 @@ def disturbed_steps(
     if samples < 1:
         raise ValueError(f"{samples} samples; at least 1 is needed")
     network = Network.of(problem, cost)
-    swept = sweep(network, network.orders(schedule))
+    links = HostLinks.of(schedule, problem, cost, network)
+    swept = sweep(network, network.orders(schedule), links)
     chains = list(_chains(network, swept))
     random = np.random.default_rng(seed)
     seconds: list[float] = []
     while len(seconds) < samples:
         wanted = min(samples - len(seconds), max(1, _BATCH // len(swept.order)))
         factors = _factors(network, disturbance, wanted, len(seconds), random)
-        seconds += _longest_paths(network, chains, factors)
+        seconds += _longest_paths(network, chains, factors, links)
     return Steps(swept.makespan, tuple(seconds))
 
 
@@ -125,14 +127,20 @@ def _factors(
 
 
 def _longest_paths(
-    network: Network, chains: list[tuple[int, int]], factors: np.ndarray
+    network: Network,
+    chains: list[tuple[int, int]],
+    factors: np.ndarray,
+    links: HostLinks | None = None,
 ) -> list[float]:
-    """Return the makespan of every sample in seconds."""
+    """Return the makespan of every sample in seconds. Transfers on `links` take their time."""
     size = network.size
     # One row per node, so that a node is computed for all samples at once.
     ends = np.ascontiguousarray(factors.T)
     ends *= np.tile(network.seconds, network.num_microbatches)[:, None]
     start = np.empty(len(factors))
+    issues = {} if links is None else links.issues_with_seconds()
+    free: dict[tuple[int, str], np.ndarray] = {}  # from when on, for every direction of a link
+    copied: dict[int, np.ndarray] = {}  # by the node that waits for it
     for number, before in chains:
         k = number % size
         base = number - k
@@ -143,5 +151,12 @@ def _longest_paths(
         for earlier, travel in network.inputs[k]:
             arrival = ends[base + earlier]
             np.maximum(start, arrival + travel if travel else arrival, out=start)
+        if number in copied:
+            np.maximum(start, copied.pop(number), out=start)
         ends[number] += start
+        for issue, awaited, seconds in issues.get(number, ()):
+            link = network.lanes[k], issue.kind
+            begin = np.maximum(ends[number], free[link]) if link in free else ends[number]
+            free[link] = begin + seconds
+            copied[awaited] = np.maximum(free[link], copied.get(awaited, 0.0))
     return [float(value) for value in ends.max(axis=0)]

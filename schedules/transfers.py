@@ -113,6 +113,14 @@ class HostLinks:
             done = self.links[rank].issue(issue.item, issue.kind, end)
             ready[awaited] = max(ready[awaited], done)
 
+    def issues_with_seconds(self) -> dict[int, list[tuple[Issue, int, float]]]:
+        """Return `issues` with the seconds of every transfer."""
+        cost = self.links[0].cost
+        return {
+            number: [(issue, other, cost.offload(issue.item.stage)[1]) for issue, other in issues]
+            for number, issues in self.issues.items()
+        }
+
     @property
     def transfers(self) -> tuple[Transfer, ...]:
         """The transfers so far, rank after rank."""

@@ -408,3 +408,34 @@ def test_a_plan_that_is_found_has_the_report_that_planning_it_gives_with_measure
     found = search(config, NO_END, lambda: True, lambda words: None, Space((choice,), Counter()))
     (plan,) = found.best
     assert plan.report.ranks == make_report(plan.choice.applied(config)).ranks
+
+
+def test_a_search_offloads_where_the_best_would_recompute():
+    config = config_of(
+        *("run.device=cuda", "run.dtype=bfloat16", "cluster.gpus_per_node=4"),
+        *("model.hidden_size=512", "model.seq_length=512", "num_microbatches=8"),
+    )
+    choices = space_of(config).choices
+    kept = (4, "1f1b", "one_barrier", 1)
+    deep = [c for c in choices if (c.degrees.pp, c.schedule, c.vocab, c.micro_batch_size) == kept]
+    space = Space(tuple(deep), Counter(), (config.optim,))
+
+    def best(memory_gib, **cluster):
+        changed = replace(config.cluster, memory_gib=memory_gib, **cluster)
+        limits = replace(NO_END, top=3)
+        narrow = replace(config, cluster=changed)
+        return narrow, search(narrow, limits, lambda: True, lambda words: None, space).best[0]
+
+    _, free = best(4.0)
+    assert (free.choice.recompute, free.choice.offload) == ("none", 0)
+    limit = 0.9 * total(free.report) / GIB
+    narrow, first = best(limit)
+    assert first.choice.offload > 0
+    assert "parallel.offload_activations=" in first.choice.overrides(narrow)
+    again = make_report(first.choice.applied(narrow))
+    assert again.fits
+    assert again.offloading is not None
+    assert again.offloading.num_moved > 0
+    _, without = best(limit, host_bytes_per_second=1e6)
+    assert not without.choice.offload
+    assert first.report.step_seconds < without.report.step_seconds

@@ -11,6 +11,7 @@ from schedules.check import check_program, check_schedule
 from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
 from schedules.ir import Kind, Offload, Pass, Schedule
+from schedules.jitter import Disturbance, disturbed_steps
 from schedules.lower import TRANSFERS, Action, Op, Program, lower
 from schedules.offload import place_transfers
 from schedules.problem import Problem
@@ -175,6 +176,18 @@ def test_no_place_of_a_transfer_makes_a_step_shorter_and_bytes_stay_exact(name):
             replayed = replay(program, costs, GLOO).timeline
             assert replayed.makespan == pytest.approx(after.makespan)
             assert replayed.peak_bytes == pytest.approx(after.peak_bytes)
+
+
+def test_steps_that_go_as_planned_take_the_simulated_time():
+    case = problem_of("v_half", "one_barrier", 4, 8)
+    costs = costs_of(case, 0.7)
+    plain = generate("v_half", case, costs)
+    for schedule in (place_transfers(plain, case, costs), scattered(plain, case, random.Random(1))):
+        seconds = simulate(schedule, case, costs).makespan
+        found = disturbed_steps(schedule, case, costs, Disturbance(), 1)
+        assert found.seconds == pytest.approx((seconds,))
+        late = disturbed_steps(schedule, case, costs, Disturbance(0.1), 20).mean
+        assert late > disturbed_steps(plain, case, costs, Disturbance(0.1), 20).mean - 1e-9
 
 
 def test_a_link_serves_each_direction_in_the_order_of_issue():

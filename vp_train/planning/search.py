@@ -209,6 +209,7 @@ class _Search:
         self._scales = Scales(config, limit_of(config, limits.margin), space.optimizers)
         self._spent = self._num_estimated = self._num_same = self._unweighed = 0
         self._num_offloaded, self._num_layers = 0, config.model.num_layers
+        self._is_on_gpus = config.run.device == "cuda"
         # Heaps of what is left: by the lower bound of the step, and by the least bytes.
         self._by_bound: list[tuple[float, int]] = []
         self._by_bytes: list[tuple[float, int]] = []
@@ -235,7 +236,7 @@ class _Search:
             after = self._num_estimated, len(self._estimates)
             if not plans or after == before or not self._goes_on():
                 break
-        if plans and self._in_time():
+        if plans and self._is_on_gpus and self._in_time():
             self._offload_instead()
         best = sorted(self._planned.values(), key=_order)
         top = tuple(best[: self._limits.top])
