@@ -195,7 +195,10 @@ def compare_split_sequences(rank, world_size, *arguments):
 
 @pytest.mark.parametrize(("dp", "p", "tp"), [(1, 2, 2), (2, 1, 2)])
 def test_split_sequences_equal_one_process(ranks, monkeypatch, dp, p, tp):
-    """Every pair of family and schedule occurs in one of the two layouts."""
+    """Every pair of family and schedule occurs in one of the two layouts.
+
+    Two thirds of them have their activations in host memory.
+    """
     monkeypatch.setattr("vp_train.planning.plan.SEQUENCE_DEVICES", ("cpu",))
     base = config_of(p, 3, 101, num_stages=2 * p, dp=dp, tp=tp)
     families = [
@@ -214,7 +217,12 @@ def test_split_sequences_equal_one_process(ranks, monkeypatch, dp, p, tp):
             base,
             model=replace(base.model, **family),
             schedule=ScheduleConfig(schedule),
-            parallel=replace(base.parallel, sequence_parallel=True, recompute=recompute),
+            parallel=replace(
+                base.parallel,
+                sequence_parallel=True,
+                recompute=recompute,
+                offload_activations=float(i != j),
+            ),
         )
         for i, family in enumerate(families)
         for j, (schedule, recompute) in enumerate(schedules)

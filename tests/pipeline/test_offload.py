@@ -95,14 +95,22 @@ def test_every_schedule_with_every_algorithm_equals_one_process(name):
         assert_offloaded_equals_one_process(offloading(config, recompute=recompute), 3, seed)
 
 
-@pytest.mark.parametrize("m", [1, 7])
+@pytest.mark.parametrize("name", sorted(GENERATORS))
+def test_every_schedule_as_it_is_planned_equals_one_process(name):
+    stages = GENERATORS[name].layout_of(3).num_stages
+    config = offloading(config_of(3, 6, 101, schedule=name, num_stages=stages))
+    comparisons = compare_locally(config, make_plan(config, 3))
+    assert_all_close(comparisons, 1e-9, config.schedule)
+
+
+@pytest.mark.parametrize("m", [1, 5])
 def test_other_layouts_and_data_equal_one_process(m):
     """Part of the layers, stages of other sizes, tied matrices, packed documents and a mask."""
     cases = [
-        {"schedule": "1f1b", "layers": (3, 0, 2), "tied": True},
-        {"schedule": "v_half", "num_stages": 6},
+        ({"schedule": "1f1b", "layers": (3, 0, 2), "tied": True}, 0.5),
+        ({"schedule": "v_half", "num_stages": 6}, 1.0),
     ]
-    for case, part in zip(cases, (0.5, 1.0), strict=True):
+    for case, part in cases:
         config = offloading(config_of(3, m, 101, **case), part, recompute="selective")
         options = {"masked": True, "packed": True, "delay_seconds": 4e-4}
         assert_offloaded_equals_one_process(config, 3, m, **options)
@@ -255,6 +263,28 @@ def test_the_recorder_counts_what_is_on_the_device_and_shows_the_copies():
     names = [f"{action}:0F{i}" for action in TRANSFERS for i in range(4)]
     assert sorted(span.name for span in copies) == sorted(names)
     assert {span.kind for span in copies} == {str(action) for action in TRANSFERS}
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "recompute"),
+    [("1f1b", 1.0, "none"), ("interleaved", 0.5, "selective"), ("v_half", 1.0, "none")],
+)
+def test_bytes_are_as_planned(name, part, recompute):
+    """What moves in a step exactly, and the highest peak of each rank to 2 %."""
+    config = offloading(config_of(3, 6, 101, schedule=name, num_stages=12), part)
+    config = replace(config, parallel=replace(config.parallel, recompute=recompute))
+    plan = make_plan(config, 3)
+
+    def work(rank, model, together):
+        recorder = Recorder(rank, timer_of(CPU), list(model.parameters.values()))
+        model.train_step(*random_batch(config, 1), recorder)
+        return recorder.peak_bytes, model.trainer.moved_bytes
+
+    found = run_locally(config, plan, work)
+    assert any(moved for _, moved in found)
+    for rank, (peak, moved) in enumerate(found):
+        assert moved == 2 * plan.timeline.moved_bytes(rank)
+        assert peak == pytest.approx(plan.timeline.peak_bytes[rank], rel=0.02)
 
 
 def test_host_memory_is_used_again_in_every_step():

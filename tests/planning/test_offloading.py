@@ -8,7 +8,7 @@ import pytest
 from schedules.ir import Schedule
 from vp_train.config import ConfigError
 from vp_train.planning.cluster import host_bytes_per_second
-from vp_train.planning.memory import rank_memory
+from vp_train.planning.memory import check_host, rank_memory
 from vp_train.planning.placement import offloaded_layers
 from vp_train.planning.plan import plan_step
 from vp_train.planning.report import make_report
@@ -54,6 +54,18 @@ def test_a_node_with_few_lanes_slows_every_gpu():
     assert host_bytes_per_second(config.cluster) == 2e11 / 8
     wide = replace(config.cluster, host_node_bytes_per_second=1e13)
     assert host_bytes_per_second(wide) == config.cluster.host_bytes_per_second
+
+
+def test_a_node_without_room_for_the_activations_of_its_ranks_is_refused():
+    _, step = planned("parallel.offload_activations=0.5")
+    needed = [round(step.timeline.host_bytes(rank)) for rank in range(8)]
+    assert min(needed[:4]) > 0
+    check_host(step, range(8), sum(needed) + 8)
+    check_host(step, range(4), sum(needed[:4]) + 8)
+    with pytest.raises(ConfigError, match=r"activations in host memory, and this one has .*; low"):
+        check_host(step, range(4), sum(needed[:4]) - 8)
+    _, without = planned()
+    check_host(without, range(8), 0)
 
 
 def test_a_report_counts_bytes_of_device_and_host():

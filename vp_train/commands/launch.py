@@ -42,7 +42,7 @@ from vp_train.failures import EXIT_INTERNAL, EXIT_OK, EXIT_TIME, Ending, ending_
 from vp_train.metrics.run_directory import make_directory, refuse_running, refuse_used
 from vp_train.metrics.trackers import end_failed, require_trackers
 from vp_train.planning.degrees import check_node, wanted_ranks
-from vp_train.planning.memory import check_machine
+from vp_train.planning.memory import check_host, check_machine
 from vp_train.planning.plan import SEARCHING, RunPlan, check_ramp, make_plan
 from vp_train.quiet import quiet_deprecations, quiet_megatron
 from vp_train.settings import load_config, override
@@ -270,10 +270,13 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
     plan = None if config.schedule.is_solved else make_plan(config, num_ranks)
     if plan is not None:
         check_ramp(config, plan)
-        if config.run.device == "cpu" and news.place.is_alone:
-            check_machine(
-                plan, config.optim, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            )
+        machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if config.run.device == "cuda":
+            num_local = num_ranks // news.place.num_nodes
+            first = news.place.node * num_local
+            check_host(plan, range(first, first + num_local), machine_bytes)
+        elif news.place.is_alone:
+            check_machine(plan, config.optim, machine_bytes)
     found: list[str] = []
     if news.place.node == 0:
         require_trackers(config.run)

@@ -201,6 +201,11 @@ class Executor:
         """Return the bytes of host memory that are there for activations, used or not."""
         return self._link.memory.num_bytes
 
+    @property
+    def moved_bytes(self) -> int:
+        """Return the bytes of activations that were copied to the host and back in all steps."""
+        return self._link.moved_bytes
+
     def follow(self, program: Program) -> None:
         """Run `program` from the next step on; it has the same stages and rows on every rank."""
         self._program = program

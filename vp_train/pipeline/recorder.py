@@ -48,6 +48,7 @@ class Recorder:
     _passes: list[_Timed] = field(default_factory=list)
     _communications: list[_Timed] = field(default_factory=list)
     _saved: dict[tuple[int, int], int] = field(default_factory=dict)
+    _held_bytes: Callable[[], int] = int
 
     def __post_init__(self) -> None:
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
@@ -58,6 +59,7 @@ class Recorder:
 
         What autograd saves in F counts until B or I of the same stage and microbatch has run.
         """
+        self._held_bytes = held_bytes
         timed = _Timed(str(item), item.kind.value, item.stage, item.microbatch, self.timer.mark())
         processor = time.thread_time()
         if item.kind is Kind.F:
@@ -81,7 +83,11 @@ class Recorder:
         self._passes.append(timed)
         if item.kind in (Kind.B, Kind.I):  # held_bytes has what I keeps for W
             self._saved.pop((item.stage, item.microbatch), None)
-        self.peak_bytes = max(self.peak_bytes, sum(self._saved.values()) + held_bytes())
+        self._count()
+
+    def _count(self) -> None:
+        held = sum(self._saved.values()) + self._held_bytes()
+        self.peak_bytes = max(self.peak_bytes, held)
 
     def waits(self, action: Action, item: object) -> AbstractContextManager[None]:
         inner = self.inner.waits(action, item)
@@ -100,6 +106,7 @@ class Recorder:
             yield
         timed.end = self.timer.mark()
         self._communications.append(timed)
+        self._count()
 
     def watch(self, name: str, pending: Pending) -> Pending:
         """Time the communication `name`.

@@ -6,6 +6,7 @@ Pure arithmetic over the order of the passes.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import repeat
 
@@ -118,6 +119,17 @@ def check_machine(step: StepPlan, optim: OptimConfig, num_bytes: int) -> None:
         raise ConfigError(
             f"weights, gradients and optimizer of all ranks take {human_bytes(needed)}, and this "
             f"machine has {human_bytes(num_bytes)}; choose a smaller model, or start on more nodes"
+        )
+
+
+def check_host(step: StepPlan, ranks: range, num_bytes: int) -> None:
+    """Raise ConfigError if activations of `ranks`, those of a node, need more than `num_bytes`."""
+    sharing = Counter(step.degrees.place(rank)[1] for rank in ranks)
+    needed = sum(count * step.timeline.host_bytes(rank) for rank, count in sharing.items())
+    if needed > num_bytes:
+        raise ConfigError(
+            f"parallel.offload_activations: the ranks of a node keep {human_bytes(needed)} of "
+            f"activations in host memory, and this one has {human_bytes(num_bytes)}; lower it"
         )
 
 

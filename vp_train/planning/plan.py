@@ -122,11 +122,6 @@ def make_plan(config: RunConfig, num_ranks: int, watch: Watch | None = None) -> 
     `watch` sees the search of schedule=auto go on.  Raises ConfigError, which names the value and
     the way out.
     """
-    if config.parallel.offload_activations > 0:
-        raise ConfigError(
-            f"parallel.offload_activations={config.parallel.offload_activations:g} can be planned "
-            "and simulated, but not run yet; leave it at 0"
-        )
     degrees = split_ranks(config.parallel, num_ranks)
     _check_profile(config, num_ranks)
     num_evaluated = config.eval_microbatches_of(degrees.dp)
