@@ -1,4 +1,4 @@
-"""A program that starts warm passes on words, output, signals and ends, and dies with its client."""
+"""A warm program has the words, output and signals of its client, and they end together."""
 
 from __future__ import annotations
 
@@ -6,17 +6,6 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-
-import pytest
-
-from tests.warm import WarmPrograms
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    warm = WarmPrograms(tmp_path_factory.mktemp("programs"))
-    yield warm.place
-    warm.stop()
 
 
 def start(programs, code):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm import Slurm, missing
-from tests.warm import WarmPrograms
 
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=missing() or "a Slurm can run"),
@@ -26,14 +25,6 @@ def slurm(tmp_path_factory):
     cluster = Slurm(tmp_path_factory.mktemp("slurm"))
     yield cluster
     cluster.stop()
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """Return the directory of a vp-train that starts fast."""
-    warm = WarmPrograms(tmp_path_factory.mktemp("programs"))
-    yield warm.place
-    warm.stop()
 
 
 @pytest.fixture(autouse=True)
