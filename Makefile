@@ -7,6 +7,8 @@ NAME := $(shell date +train-%Y%m%d-%H%M%S)
 ARGS ?=
 
 export OMP_NUM_THREADS ?= 1
+# Every process that a test starts would compile our modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train test lint mutants reliability pictures clean
 

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,7 @@ from hypothesis import settings
 from schedules import generators
 from schedules.generators import auto
 from tests.ranks import Ranks
+from tests.warm import WarmPrograms
 
 # CI must not fail by chance; elsewhere every run tries new examples.
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -107,6 +109,14 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     yield get
     for pool in POOLS.values():
         pool.stop()
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return a directory with programs called python and vp-train that start fast."""
+    warm = WarmPrograms(tmp_path_factory.mktemp("programs"))
+    yield warm.place
+    warm.stop()
 
 
 @pytest.fixture

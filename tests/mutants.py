@@ -40,6 +40,7 @@ COPIED = (
     "configs",
     "tests",
     "benchmarks",
+    "docs",
     "launch",
     "pyproject.toml",
     "README.md",
@@ -72,6 +73,10 @@ PACKAGES: dict[str, tuple[tuple[str | tuple[str, ...], tuple[str, ...]], ...]] =
     "pipeline": (("vp_train/pipeline", ("tests/pipeline",)),),
     "planner": (("vp_train/planning", ("tests/planning", "tests/test_plan_command.py")),),
     "hf": (("vp_train/hf", ("tests/hf",)),),
+    "explain": (("vp_train/explain", ("tests/test_explain.py",)),),
+    "report": (("vp_train/report", ("tests/report", "--ignore=tests/report/test_browser.py")),),
+    "inference": (("vp_train/inference", ("tests/inference",)),),
+    "supervision": (("vp_train/supervision", ("tests/supervision", "tests/test_local_ranks.py")),),
     "communication": (
         (
             "vp_train/communication",

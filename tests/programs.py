@@ -125,7 +125,7 @@ def python() -> None:
 
     The current directory is not searched.
     """
-    option, *words = sys.argv[1:]
+    option, *words = (word for word in sys.argv[1:] if word not in ("-u", "-P"))
     if option == "-c":
         sys.argv = ["-c", *words[1:]]
         exec(words[0], {"__name__": "__main__"})

@@ -145,7 +145,7 @@ train()
 """
 
 
-def test_a_rank_that_raises_ends_the_job_of_torchrun_with_a_line(tmp_path):
+def test_a_rank_that_raises_ends_the_job_of_torchrun_with_a_line(programs, tmp_path):
     (tmp_path / "raising.py").write_text(RAISING)
     overrides = [
         "model=nano",
@@ -154,8 +154,9 @@ def test_a_rank_that_raises_ends_the_job_of_torchrun_with_a_line(tmp_path):
         "run.steps=100",
         "run.trace_step=0",
     ]
+    python = str(programs / "python")
     torchrun = (
-        sys.executable,
+        python,
         "-m",
         "torch.distributed.run",
         "--standalone",
@@ -163,7 +164,7 @@ def test_a_rank_that_raises_ends_the_job_of_torchrun_with_a_line(tmp_path):
         "2",
     )
     command = [*torchrun, str(tmp_path / "raising.py"), *overrides, "run.timeout_seconds=60"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": python}
     # torchrun ends the job as soon as it sees a dead rank, long before the timeout.
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=50, env=environment, check=False

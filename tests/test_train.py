@@ -499,7 +499,7 @@ def test_bfloat16_converges_to_the_entropy_of_its_data(ranks, tmp_path):
         num_microbatches=2,
         micro_batch_size=8,
     )
-    ranks(2).run(train, config, timeout=100)
+    ranks(2).run(uncompiled, train, config, timeout=100)
     assert abs(metrics_of(config)[-1]["validation_loss"] - open_source(config).entropy) < 0.05
 
 

@@ -252,7 +252,7 @@ def modes_and_priority(rank, num_ranks, directory):
 def test_files_follow_the_umask_and_the_thread_gives_way(ranks, tmp_path):
     ((modes, nice),) = ranks(1).run(modes_and_priority, str(tmp_path))
     assert modes == {0o640}
-    assert nice == os.getpriority(os.PRIO_PROCESS, 0) + module._NICENESS
+    assert nice == min(19, os.getpriority(os.PRIO_PROCESS, 0) + module._NICENESS)  # Linux' most
 
 
 def test_a_thread_keeps_to_its_share_until_somebody_waits():

@@ -47,6 +47,7 @@ PreemptMode=REQUEUE
 ReturnToService=2
 SlurmdTimeout=15
 KillWait={grace}
+EioTimeout=5
 MinJobAge=3600
 NodeName=one,two NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]},{ports[2]} CPUs=4
 PartitionName=low Nodes=one,two Default=YES MaxTime=INFINITE State=UP PriorityTier=1 \

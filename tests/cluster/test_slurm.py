@@ -6,7 +6,6 @@ What only concerns the batch script runs a small program in place of vp-train.
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,7 @@ def no_job_is_left(request):
 
 STUB = """#!/usr/bin/env bash
 echo "node $SLURM_NODEID at start ${SLURM_RESTART_COUNT:-0} of run $VP_TRAIN_RUN_ID: $*"
-trap 'echo "node $SLURM_NODEID was asked"; exit ${STUB_CODE:-75}' USR1 TERM
+trap 'echo "node $SLURM_NODEID was asked"; kill $!; exit ${STUB_CODE:-75}' USR1 TERM
 if [ "${SLURM_RESTART_COUNT:-0}" = "${STUB_DONE:-1}" ]; then exit 0; fi
 echo "node $SLURM_NODEID works with $STUB_SETUP"
 while true; do  # Slurm may signal sleep before this shell
@@ -133,9 +132,9 @@ NANO = (
 )
 
 
-def test_two_nodes_train_are_requeued_and_resume(slurm, tmp_path):
+def test_two_nodes_train_are_requeued_and_resume(slurm, programs, tmp_path):
     setup = tmp_path / "setup.sh"
-    setup.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
+    setup.write_text(f"export PATH={programs}:$PATH\n")
     words = (*NANO, f"run.root={tmp_path}", "run.checkpoint_every=2", "run.steps=9999")
     job = slurm.submit(SCRIPT, *words, SETUP=str(setup))
     job.wait_for("mesh      2 ranks")
@@ -151,9 +150,11 @@ def test_two_nodes_train_are_requeued_and_resume(slurm, tmp_path):
     assert job.said.count("vp-train: stopped after step") == 2  # scancel too leaves time to save
 
 
-def test_the_exit_code_of_a_rank_is_that_of_the_job_and_one_line_says_why(slurm, tmp_path):
+def test_the_exit_code_of_a_rank_is_that_of_the_job_and_one_line_says_why(
+    slurm, programs, tmp_path
+):
     setup = tmp_path / "setup.sh"
-    setup.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
+    setup.write_text(f"export PATH={programs}:$PATH\n")
     words = (*NANO, f"run.root={tmp_path}", f"run.init_from={tmp_path}")  # holds no checkpoint
     job = slurm.submit(SCRIPT, *words, SETUP=str(setup))
     job.wait_for_state("FAILED")
@@ -162,9 +163,9 @@ def test_the_exit_code_of_a_rank_is_that_of_the_job_and_one_line_says_why(slurm,
     assert len(said) == 1
 
 
-def test_one_task_per_rank_is_a_rank(slurm, tmp_path):
+def test_one_task_per_rank_is_a_rank(slurm, programs, tmp_path):
     script = tmp_path / "job.sh"
-    script.write_text(f'#!/bin/sh\nexec srun {Path(sys.executable).parent}/vp-train "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec srun {programs}/vp-train "$@"\n')
     words = (*NANO, f"run.root={tmp_path}", "run.steps=2", "run.checkpoint_every=0")
     job = slurm.submit(script, *words, options=("--ntasks-per-node=2",))
     job.wait_for_state("COMPLETED", "FAILED")

@@ -364,10 +364,11 @@ class _HostCopy:
 
 
 def _give_way() -> None:
-    """Give this thread a low priority on the CPUs.  Only Linux has priorities of threads."""
+    """Give this thread a lower priority on the CPUs.  Only Linux has priorities of threads."""
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+            nice = os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
 
 def _done(result: Any) -> Future[Any]:
