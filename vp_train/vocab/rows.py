@@ -417,7 +417,8 @@ def subtract_targets(
         factor if isinstance(target_scale, float) and target_scale == 1 else factor * target_scale
     )
     here = here.index_select(0, owned.positions)
-    at_targets = x.index_select(0, owned.positions) * here[:, None]
+    # Cast first: torch multiplies tensors of different dtypes slowly.
+    at_targets = x.index_select(0, owned.positions).to(here.dtype).mul_(here[:, None])
     grad.index_add_(0, owned.rows, at_targets.to(grad.dtype), alpha=-1)
 
 
