@@ -31,7 +31,7 @@ ALLOWED = {
         "vp_train.failures",
         "vp_train.supervision",
     ),
-    "vp_train.tensors": (),
+    "vp_train.tensors": ("vp_train.tensors",),
     "vp_train.communication": (
         "schedules",
         "vp_train.config",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch.distributed as dist
 
 from vp_train.communication.communicators import Purpose, _control_groups
 from vp_train.communication.control import ControlGroup, row_width
+from vp_train.config import RunSettings
+from vp_train.mesh import starting
 
 
 def exchange(rank, num_ranks, width):
@@ -40,6 +44,23 @@ def test_every_rank_gets_the_values_of_all_ranks_in_rank_order(ranks, width):
             {"rank": rank, "text": "ä" * rank, "nothing": None, "inf": math.inf}
             for rank in range(4)
         ]
+
+
+def summed_late(rank, num_ranks):
+    """Return the sum of a rank that comes late, and the timeout of the group afterwards."""
+    settings = RunSettings(timeout_seconds=1.0, world_timeout_seconds=60.0)
+    group = dist.new_group([0, 1], timedelta(seconds=0.1))
+    one = torch.ones(())
+    with starting(group, settings):
+        time.sleep(0.5 * rank)
+        dist.all_reduce(one, group=group)
+    timeout = group._get_backend(torch.device("cpu")).options._timeout
+    dist.destroy_process_group(group)
+    return one.item(), timeout.total_seconds()
+
+
+def test_ranks_that_start_wait_longer_for_each_other_than_in_a_step(ranks):
+    assert ranks(2).run(summed_late) == [(2.0, 1.0)] * 2
 
 
 def test_rows_stay_small():

@@ -8,8 +8,8 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
-import pytest
 import torch
 
 import vp_train.commands.train
@@ -31,7 +31,7 @@ from vp_train.durable import checkpoint_name
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.planning.plan import make_plan
-from vp_train.tensors.precision import has_compiler
+from vp_train.tensors import compiling
 from vp_train.train import DivergenceError, Run
 
 OFFLOADED = {"dp": 4, "pp": 1, "optimizer": "zero1", "offload": True}
@@ -137,13 +137,9 @@ def uncompiled(rank, num_ranks, function, *arguments):
 
     In 16 bits it would compile for seconds for every shape.
     """
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("CXX", "no compiler")
-        has_compiler.cache_clear()
-        try:
-            return function(rank, num_ranks, *arguments)
-        finally:
-            has_compiler.cache_clear()
+    with patch.dict(os.environ):
+        compiling.turn_off(os.environ)
+        return function(rank, num_ranks, *arguments)
 
 
 def metrics_of(config):

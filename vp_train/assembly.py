@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from schedules.ir import Kind, Pass
 from schedules.vocab import End, VocabAlgorithm
-from vp_train.config import BUCKETS_PER_STAGE, OptimConfig, RunConfig
-from vp_train.mesh import Mesh
-from vp_train.model.elementwise import choose_fuse, plain
+from vp_train.config import BUCKETS_PER_STAGE, OptimConfig, RunConfig, RunSettings
+from vp_train.mesh import Mesh, starting
+from vp_train.model.elementwise import choose_fuse
 from vp_train.model.float8 import Float8Products
 from vp_train.model.linear import PLAIN, Products
 from vp_train.model.stage import Stage, init_rows
@@ -28,6 +28,7 @@ from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
 from vp_train.pipeline.executor import BLIND, Executor, Observer, PlacedBatch, RankModules
 from vp_train.planning.placement import offloaded_layers
 from vp_train.planning.plan import RunPlan
+from vp_train.tensors.compiling import compiles_on
 from vp_train.tensors.precision import DTYPES, statistics_dtype
 from vp_train.tensors.slices import TensorSlice
 from vp_train.tensors.streams import with_index
@@ -106,6 +107,31 @@ class RankModel:
         )
 
 
+def may_compile(settings: RunSettings) -> bool:
+    """Return whether passes of a run with these `settings` compile code on this node.
+
+    On a CPU they do so in 16 bits, or if they are asked to.
+    """
+    if settings.compile == "off" or not compiles_on(torch.device(settings.device)):
+        return False
+    in_16_bits = DTYPES[settings.dtype].itemsize == 2
+    return in_16_bits or settings.device == "cuda" or settings.compile == "on"
+
+
+def _warm_up(
+    config: RunConfig, weights: _Weights, training: RankModules, evaluating: RankModules
+) -> None:
+    """Run what compiles, so that no step does, for which other ranks would wait.
+
+    Gradients and weights stay as they are.  Collective over the tensor-parallel ranks.
+    """
+    for stage in weights.stages.values():
+        stage.warm_up(config.micro_batch_size)
+    for modules in (training, evaluating):
+        if modules.output_layer is not None:
+            modules.output_layer.warm_up(config.micro_batch_size * config.model.seq_length)
+
+
 def rank_device(config: RunConfig) -> torch.device:
     """Return the device of this rank, on CUDA with the index of the current device."""
     return with_index(torch.device(config.run.device))
@@ -128,6 +154,9 @@ def build_rank(
     completions = _completions_of(weights, gradients, optimizer, mesh)
     training, evaluating = _build_modules(config, plan, mesh, weights, gradients, completions)
     comms = Comms(transport or _process_groups(config, mesh, device))
+    if may_compile(config.run):
+        with starting(mesh.tensor, config.run):
+            _warm_up(config, weights, training, evaluating)
     return RankModel(
         parameters=weights.parameters,
         splits=weights.splits,
@@ -417,7 +446,7 @@ def _build_stages(
 ) -> dict[int, Stage]:
     elements = config.micro_batch_size * config.model.seq_length * config.model.ffn_hidden_size
     fuse = choose_fuse(config.run.compile, device, dtype, elements // mesh.degrees.tp)
-    stages = {
+    return {
         stage: Stage(
             config.model,
             plan.layers[stage],
@@ -437,10 +466,6 @@ def _build_stages(
         )
         for stage in plan.problem.layout.stages_of(mesh.pipeline_rank)
     }
-    if fuse is not plain:
-        for built in stages.values():  # before the first step, for which the ranks then wait
-            built.warm_up(config.micro_batch_size)
-    return stages
 
 
 def linear_products(config: RunConfig) -> Products:

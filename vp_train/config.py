@@ -1154,8 +1154,8 @@ class RunSettings:
     )
     compile: str = setting(
         "auto",
-        "Compile the elementwise work of layers; auto: on cuda, and for large layers in 16 bits "
-        "on a CPU, if there is a compiler.",
+        "Use torch.compile; auto: on cuda, and where it pays on a CPU, if there is a compiler; "
+        "on: for all elementwise work; off: for nothing.",
         choices=("auto", "on", "off"),
     )
     deterministic: bool = setting(

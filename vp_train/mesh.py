@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -130,6 +131,23 @@ def build_mesh(
         pipeline=pipeline,
         made=every,
     )
+
+
+@contextmanager
+def starting(group: dist.ProcessGroup, settings: RunSettings) -> Iterator[None]:
+    """Within this context messages of `group` wait as long as all ranks do at the start.
+
+    Its ranks may have very different work there, such as compiling.  Afterwards the timeout is that
+    of a step again.
+    """
+    if group.size() == 1 or dist.get_backend() not in (GLOO, NCCL):
+        yield
+        return
+    _set_pg_timeout(timedelta(seconds=settings.world_timeout_seconds), group)
+    try:
+        yield
+    finally:
+        _set_pg_timeout(timedelta(seconds=settings.timeout_seconds), group)
 
 
 def _make(

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from schedules.lower import Action
 from schedules.timeline import Span, Timeline
-from vp_train.assembly import RankModel, build_rank, rank_device
+from vp_train.assembly import RankModel, build_rank, may_compile, rank_device
 from vp_train.checkpoint.saver import CheckpointError, Saver, set_aside
 from vp_train.checkpoint.store import Damage, find
 from vp_train.checkpoint.training import (
@@ -78,6 +78,7 @@ from vp_train.supervision import requests as asked
 from vp_train.supervision.ending import leave
 from vp_train.supervision.heartbeat import Heartbeat, Place
 from vp_train.supervision.requests import Requests
+from vp_train.tensors import compiling
 
 # What a rank does, as its heartbeat says it.
 _TRAINING = "training"
@@ -110,6 +111,8 @@ def run_rank(
     """
     if config.run.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch.compile would allocate memory on a GPU
+    if config.run.compile == "off":
+        compiling.turn_off(os.environ)
     requests = Requests.of_rank(rank, config.run)
     requests.listen()
     heartbeat = Heartbeat.of_job(os.environ, rank)
@@ -130,7 +133,8 @@ def run_rank(
             require_trackers(config.run)
         directory = RunDirectory(config.run) if rank == 0 else None
         if only_preflight or spans_nodes(os.environ):
-            preflight = Preflight(config, plan.schedule.text(), source.contents)
+            compiles = may_compile(config.run)
+            preflight = Preflight(config, plan.schedule.text(), source.contents, compiles=compiles)
             mesh = _connect(config, plan, place, watcher.watch, preflight.compare_nodes)
             preflight.measure_network(mesh.world)
         else:
@@ -139,9 +143,9 @@ def run_rank(
             watcher.stop()
             dist.destroy_process_group()
             leave(Ending(EXIT_OK, ""))
-        watcher.timeout_seconds = config.run.timeout_seconds
         place("building the model")
         model = build_rank(config, plan, mesh)
+        watcher.timeout_seconds = config.run.timeout_seconds
         run = Run(config, plan, mesh, source, model, requests=requests)
         watcher.run = run
         if heartbeat is not None:

@@ -12,31 +12,8 @@ from vp_train.model import elementwise
 from vp_train.model.elementwise import choose_fuse, compiled_kernels, plain
 from vp_train.model.stage import Stage
 from vp_train.pipeline.offload import HostLink, storages_of
-from vp_train.tensors import precision
+from vp_train.tensors import compiling
 from vp_train.tensors.streams import HostOrder
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """Let compiled functions be traced, but run as torch operations; yield how many were traced."""
-    import torch._dynamo
-
-    compiler, seen = torch.compile, []
-
-    def backend(graph, inputs):
-        seen.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **options: compiler(function, backend=backend, **options)
-    )
-    for cached in (precision.compiled_exactly, compiled_kernels):
-        cached.cache_clear()
-    torch._dynamo.reset()
-    yield seen
-    for cached in (precision.compiled_exactly, compiled_kernels):
-        cached.cache_clear()
-    torch._dynamo.reset()
 
 
 def results(module, s, b, segments=None):
@@ -138,13 +115,13 @@ def test_tests_and_small_runs_on_a_cpu_compile_nothing(monkeypatch):
     def found(setting, dtype, elements, device=CPU):
         return choose_fuse(setting, device, dtype, elements)
 
-    monkeypatch.setattr(elementwise, "has_compiler", lambda: True)
+    monkeypatch.setattr(compiling, "_finds_compiler", lambda: True)
     assert found("auto", torch.float32, 1 << 30) is plain
     assert found("auto", torch.bfloat16, 1 << 10) is plain
     assert found("auto", torch.bfloat16, 1 << 30) is compiled_kernels
     assert found("on", torch.float32, 1) is compiled_kernels
     assert found("off", torch.bfloat16, 1 << 30) is plain
-    monkeypatch.setattr(elementwise, "has_compiler", lambda: False)
+    monkeypatch.setattr(compiling, "_finds_compiler", lambda: False)
     assert found("auto", torch.bfloat16, 1 << 30, torch.device("cuda")) is plain
     with pytest.raises(ConfigError, match=r"run\.compile=on needs"):
         found("on", torch.bfloat16, 1)

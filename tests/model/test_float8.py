@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
@@ -15,12 +16,21 @@ from tests.pipeline.truth import Whole
 from vp_train.communication import nccl
 from vp_train.config import ConfigError, ModelConfig, OptimConfig, RunConfig, RunSettings
 from vp_train.data.synthetic import SyntheticText
+from vp_train.inference import layout
+from vp_train.inference.opening import opened
 from vp_train.model import float8, shape
 from vp_train.model.float8 import FORWARD, GRADIENT, Float8Products, rounded, scaled_product
-from vp_train.model.linear import PLAIN, ColumnLinear, RowLinear, WeightGradStore
+from vp_train.model.linear import (
+    PLAIN,
+    ColumnLinear,
+    RowLinear,
+    SequenceSplit,
+    WeightGradStore,
+)
 from vp_train.model.stage import Stage
 from vp_train.optim.adamw import build_adamw
-from vp_train.tensors import precision
+from vp_train.planning.degrees import Degrees
+from vp_train.tensors import compiling
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -144,7 +154,7 @@ def test_a_value_that_is_not_finite_stays_visible(wrong, dtype):
 
 def test_weight_gradients_are_those_of_bfloat16(monkeypatch):
     """dW is no product in float8: it is the same sum in fp32 as without."""
-    monkeypatch.setattr(precision, "has_compiler", lambda: False)  # compiling takes seconds
+    monkeypatch.setattr(compiling, "_finds_compiler", lambda: False)  # compiling takes seconds
     gradients = []
     for products in (PLAIN, Float8Products(by_row=True)):
         layer = linear(products)
@@ -180,36 +190,61 @@ def summed(y, group):
     return y
 
 
-def results_of_two_ranks(rank, num_ranks):
+class Scattered(torch.autograd.Function):
+    """The sum over tensor-parallel ranks, of which a rank gets the part of its tokens."""
+
+    @staticmethod
+    def forward(ctx, y, group):
+        ctx.sequence = SequenceSplit(group)
+        return ctx.sequence.scatter(y).wait()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.sequence.gather(dy).wait(), None
+
+
+def results_of_two_ranks(rank, num_ranks, split_sequences):
     """Return y and dx of a column and of a row layer on this tensor-parallel rank."""
     group, products = dist.group.WORLD, Float8Products(by_row=True)
-    x, dy = (values.requires_grad_() for values in (normal(7, 32), normal(7, 48, seed=1)))
-    column = linear(products, group=group)
-    row = linear(products, RowLinear, group, reduce=summed)
+    x, dy = normal(8, 32), normal(8, 48, seed=1)
+
+    def part(values, dim):
+        return values.chunk(num_ranks, dim)[rank]
+
+    tokens, gradients = (part(x, 0), part(dy, 0)) if split_sequences else (x, dy)
+    sequence = SequenceSplit(group) if split_sequences else None
+    reduce = Scattered.apply if split_sequences else summed
+    column = linear(products, group=group, sequence=sequence)
+    row = linear(products, RowLinear, group, reduce=reduce)
     outputs = []
     for layer, given, gradient in (
-        (column, x, dy.detach().chunk(num_ranks, 1)[rank]),
-        (row, x.detach().chunk(num_ranks, 1)[rank].requires_grad_(), dy.detach()),
+        (column, tokens, part(dy, 1)),
+        (row, part(x, 1), gradients),
     ):
+        given = given.clone().requires_grad_()
         y, _ = layer(given[:, None])
         y.backward(gradient[:, None])
         outputs += [y.detach()[:, 0].float(), given.grad.float()]
     return [tensor.numpy() for tensor in outputs]
 
 
-def test_tensor_parallel_ranks_round_their_slices_of_the_same_layer(ranks):
-    """Rows of a column layer's weight are whole, so its output is the same; sums are rounded."""
+@pytest.mark.parametrize("split_sequences", [False, True])
+def test_tensor_parallel_ranks_round_their_slices_of_the_same_layer(ranks, split_sequences):
+    """Rows of a column layer's weight are whole, so its output is the same; sums are rounded.
+
+    With sequence parallelism the sums of a rank are those of its tokens.
+    """
     products, weight = Float8Products(by_row=True), nn.Parameter(normal(48, 32, seed=5))
-    y = products.output(normal(7, 32), weight).detach().float()
-    dx = products.input_gradient(normal(7, 48, seed=1), weight).float()
-    found = ranks(2).run(results_of_two_ranks)
+    y = products.output(normal(8, 32), weight).detach().float()
+    dx = products.input_gradient(normal(8, 48, seed=1), weight).float()
+    found = ranks(2).run(results_of_two_ranks, split_sequences)
     columns, sums, outputs, rows = (
         [torch.from_numpy(of_rank[index]) for of_rank in found] for index in range(4)
     )
     assert torch.allclose(torch.cat(columns, 1), y, rtol=2**-7, atol=1e-6)
     assert torch.allclose(torch.cat(rows, 1), dx, rtol=2**-7, atol=1e-6)
     for whole, parts in ((dx, sums), (y, outputs)):
-        for part in parts:
+        for part in [torch.cat(parts)] if split_sequences else parts:
             assert (part - whole).norm() < 0.08 * whole.norm()
 
 
@@ -314,7 +349,21 @@ def test_a_gpu_without_float8_is_refused(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
         nccl.require_float8(settings)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    with pytest.raises(ConfigError, match=r"8\.9 or later, such as an H100, and A100 has 8\.0; dr"):
+    refused = r"8\.9 or later, such as an H100, and A100 has 8\.0; drop .*--dtype bfloat16"
+    with pytest.raises(ConfigError, match=refused):
         nccl.require_float8(settings)
+    opening = layout.Opening(RunConfig(run=settings), Path(), Degrees(1, 1, 1))
+    with pytest.raises(ConfigError, match=refused):  # one process that scores
+        opened(opening)
     nccl.require_float8(replace(settings, linear_dtype="compute"))
     nccl.require_float8(replace(settings, device="cpu"))
+
+
+def test_a_run_in_float8_is_opened_as_it_was_or_without_it_in_a_dtype_that_is_asked_for():
+    config = RunConfig(run=RunSettings(dtype="bfloat16", linear_dtype="float8"))
+    seen = {
+        dtype: layout._evaluating(config, Degrees(1, 1, 1), set(), "cpu", dtype).run
+        for dtype in (None, "bfloat16", "float32")
+    }
+    assert [run.linear_dtype for run in seen.values()] == ["float8", "compute", "compute"]
+    assert [run.dtype for run in seen.values()] == ["bfloat16", "bfloat16", "float32"]

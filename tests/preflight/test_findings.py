@@ -69,6 +69,10 @@ def test_a_variable_of_nccl_that_differs_is_a_warning_with_both_values(value, wo
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
+        (
+            {"compiles": True},
+            ["node b: can compile code, and node a cannot", "C++ compiler", "run.compile=off"],
+        ),
         ({"unshared": "No such file"}, ["node b:", "/shared/runs/one", "node a", "run.root"]),
         ({"code": "f00d"}, ["node b:", "f00d", "node a (c0de)", "install the same commit"]),
         ({"texts": ("beef",)}, ["node b:", "text", "beef", "node a (7e87)", "same files"]),

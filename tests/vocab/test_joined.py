@@ -5,8 +5,8 @@ import torch
 
 from tests.vocab.ranks import PLAIN, make_layer, run_output
 from tests.vocab.test_output import ALGORITHMS, OPTIONS, H, T, assert_equal, inputs
-from vp_train.tensors import precision
-from vp_train.vocab import backends, chunks, joined, products, rows
+from vp_train.tensors import compiling
+from vp_train.vocab import backends, chunks, joined, rows
 from vp_train.vocab.reference import cross_entropy
 from vp_train.vocab.shard import Shard
 
@@ -16,8 +16,7 @@ BACKENDS = ["chunked", "recompute", "recompute:0.4"]
 @pytest.fixture(autouse=True)
 def small_chunks_of_a_gpu(monkeypatch):
     """Use it on the CPU, uncompiled, in chunks of 8 rows and panels of 16."""
-    for module in (precision, products):
-        monkeypatch.setattr(module, "has_compiler", lambda: False)
+    monkeypatch.setattr(compiling, "_finds_compiler", lambda: False)
     monkeypatch.setattr(backends, "Chunked", joined.Joined)
     monkeypatch.setitem(chunks.CHUNKS, "cuda", chunks.ChunkSize(1, 8, 8))
     monkeypatch.setattr(joined, "PANEL_BYTES", 16 * T * 8)

@@ -76,7 +76,7 @@ def parser_of(name: str, description: str, file: tuple[str, str] | None = None) 
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="what to compute in; default: as the run did",
+        help="what to compute in, without float8; default: as the run did",
     )
     return parser
 

@@ -59,8 +59,8 @@ def require_float8(settings: RunSettings) -> None:
         major, minor = capability
         raise ConfigError(
             f"run.linear_dtype=float8 needs a GPU of compute capability 8.9 or later, such as an "
-            f"H100, and {torch.cuda.get_device_name()} has {major}.{minor}; "
-            "drop run.linear_dtype"
+            f"H100, and {torch.cuda.get_device_name()} has {major}.{minor}; drop run.linear_dtype, "
+            "or open the run with --dtype bfloat16"
         )
 
 

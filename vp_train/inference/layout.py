@@ -64,7 +64,7 @@ def opening_of(
     overrides: settings as for vp-train; those that do not count are refused.
     num_ranks: of the job, in which the run's own layout counts, with as many replicas as fit; None
         before ranks are started, where the degrees are 1 but for `overrides`.
-    dtype: what to compute in, as run.dtype; None: as the run did.
+    dtype: what to compute in, as run.dtype, without float8; None: as the run did.
     fills: whether each replica evaluates as many microbatches together as fill its pipeline;
         otherwise one.
 
@@ -125,7 +125,7 @@ def _evaluating(
         device=device,
         comm_backend="gloo" if degrees.num_ranks == 1 else config.run.comm_backend,
         dtype=dtype or config.run.dtype,
-        linear_dtype=config.run.linear_dtype if dtype in (None, config.run.dtype) else "compute",
+        linear_dtype="compute" if dtype else config.run.linear_dtype,
         compile="off",  # a few tokens do not repay it
         resume=False,
         init_from=None,

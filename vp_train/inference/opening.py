@@ -12,6 +12,7 @@ import torch.distributed as dist
 from vp_train.assembly import RankModel, build_rank
 from vp_train.checkpoint.store import find
 from vp_train.checkpoint.training import load_weights
+from vp_train.communication.nccl import require_float8
 from vp_train.config import ConfigError, RunConfig
 from vp_train.data.tokenizer import LARGEST_TOKENIZER, beyond, end_token_id, load_tokenizer
 from vp_train.durable import UnreadableError, read_json
@@ -55,10 +56,10 @@ class OpenRun:
 def open_run(directory: str | Path, *, device: str = "cpu", dtype: str | None = None) -> OpenRun:
     """Load the newest checkpoint of a run, or the one at `directory`, of any layout.
 
-    `dtype`: what to compute in, as run.dtype; None: as the run did.  In a job of several ranks,
-    whose default process group exists, all of them call this; the layout is then the run's own,
-    with as many replicas as fit.  Raises ConfigError where there is no checkpoint, where there are
-    no settings, or where the ranks do not fit the layout.
+    `dtype`: what to compute in, as run.dtype, without float8; None: as the run did.  In a job of
+    several ranks, whose default process group exists, all of them call this; the layout is then the
+    run's own, with as many replicas as fit.  Raises ConfigError where there is no checkpoint, where
+    there are no settings, or where the ranks do not fit the layout.
     """
     num_ranks = dist.get_world_size() if dist.is_initialized() else None
     return opened(opening_of(directory, num_ranks=num_ranks, device=device, dtype=dtype))
@@ -67,9 +68,11 @@ def open_run(directory: str | Path, *, device: str = "cpu", dtype: str | None = 
 def opened(opening: Opening) -> OpenRun:
     """Load the model with these settings.  Collective over the default group of their ranks.
 
-    A single process makes that group itself.  Raises ConfigError like `open_run`.
+    A single process makes that group itself.  Raises ConfigError like `open_run`, and for a run in
+    float8 on a GPU without it.
     """
     config = opening.config
+    require_float8(config.run)
     plan = make_plan(config, opening.degrees.num_ranks)
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]

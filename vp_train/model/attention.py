@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vp_train.tensors.precision import compiled_as_called, runs_compiled
+from vp_train.tensors.compiling import compiled_as_called, compiles_on
 from vp_train.tensors.streams import to_device
 
 _BLOCK = 256  # queries
@@ -140,7 +140,8 @@ def _suits_flexible(q: Tensor) -> bool:
     """Return whether a compiled FlexAttention takes q: dtype, head size and GPU."""
     if q.dtype is torch.float64 or not _LEAST_HEAD_SIZE <= q.shape[-1] <= _MOST_HEAD_SIZE:
         return False
-    return runs_compiled(q.device) and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    on_cuda = q.is_cuda and compiles_on(q.device)
+    return on_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 @cache

@@ -11,7 +11,6 @@ reads its inputs once.  Which of the two is an argument of type `Fuse`.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 
 from vp_train.config import ConfigError
 from vp_train.model.linear import LateInput
-from vp_train.tensors.precision import compiled_exactly, has_compiler, statistics_dtype
+from vp_train.tensors.compiling import compiled_as_marked, compiles_on
+from vp_train.tensors.precision import statistics_dtype
 
 _PAYS_ON_CPU = 1 << 19  # values of the feed-forward width in a microbatch
 
@@ -40,7 +40,7 @@ def compiled_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Widths are constants of the compiled code.  All layers and stages of a process share it.
     """
-    run = compiled_exactly(function)
+    run = compiled_as_marked(function)
 
     def call(*arguments: Any) -> Any:
         return run(*map(_without_history, arguments))
@@ -58,7 +58,7 @@ def choose_fuse(setting: str, device: torch.device, dtype: torch.dtype, num_elem
     if setting == "off":
         return plain
     on_cuda = device.type == "cuda"
-    if not has_compiler() or (on_cuda and importlib.util.find_spec("triton") is None):
+    if not compiles_on(device):
         if setting == "on":
             needs = "a C++ compiler, the headers of Python" + (" and triton" if on_cuda else "")
             raise ConfigError(f"run.compile=on needs {needs}; install what is missing, or use auto")

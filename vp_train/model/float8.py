@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vp_train.tensors.precision import compiled, runs_compiled
+from vp_train.tensors.compiling import compiled, compiles_on
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 # Smaller maxima count as this, so that neither a scale nor its inverse leaves the range of fp32.
@@ -48,7 +48,7 @@ def rounded(matrix: Tensor, dtype: torch.dtype, *, by_row: bool) -> Rounded:
     A row with a value that is not finite gets values that are NaN.
     """
     function: Callable[[Tensor, torch.dtype, bool], tuple[Tensor, Tensor]] = (
-        compiled(_round) if runs_compiled(matrix.device) else _round
+        compiled(_round) if matrix.is_cuda and compiles_on(matrix.device) else _round
     )
     return Rounded(*function(matrix, dtype, by_row))
 

@@ -118,25 +118,33 @@ class Stage(nn.Module):
     def warm_up(self, micro_batch_size: int) -> None:
         """Run what layers compute forward and backward, so that no step compiles code.
 
-        Compiled code is shared by all layers of a kind.  No gradient is added to.  Collective over
-        `group`.
+        Compiled code is shared by all layers of a kind.  Zeros are added to the gradients of
+        matrices that have one.  Collective over `group`.
         """
-        of_kinds = {name in self._local: layer for name, layer in self.layers.items()}
-        parts: list[Callable[[Tensor], Tensor]] = [
-            partial(layer, rotary=self.rotary) for layer in of_kinds.values()
-        ]
-        parts += [] if self.final_norm is None else [self.final_norm]
-        if not parts:
+        weight = next(self.parameters(), None)
+        if weight is None:
             return
-        weight = next(self.parameters())
+        of_kinds = {name in self._local: layer for name, layer in self.layers.items()}
         s, h = self._sequence_shape
-        x = torch.zeros(s, micro_batch_size, h, dtype=weight.dtype, device=weight.device)
-        y = x.requires_grad_()
-        for part in parts:
-            y = part(y)
-        with self.weight_grads.deferring(_NO_MICROBATCH):
-            torch.autograd.grad(y, x, torch.zeros_like(y))
-        self.weight_grads.discard(_NO_MICROBATCH)
+        shape = (s, micro_batch_size, h)
+        whole = (s * self._sequence_parts,) * micro_batch_size
+        # On CUDA packed documents have kernels of their own.
+        packed = [Documents.on(weight.device, whole)] if weight.is_cuda else []
+        for documents in (None, *packed):
+            x = torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+            y = x
+            for layer in of_kinds.values():
+                y = layer(y, self.rotary, documents)
+            y = y if self.final_norm is None else self.final_norm(y)
+            with self.weight_grads.deferring(_NO_MICROBATCH):
+                torch.autograd.grad(y, x, torch.zeros_like(y))
+            if weight.grad is None:
+                self.weight_grads.discard(_NO_MICROBATCH)
+            else:
+                self.weight_grads.drain(_NO_MICROBATCH)
+            with torch.no_grad():  # a validation would compile attention again
+                for layer in of_kinds.values() if weight.is_cuda else ():
+                    layer(x, self.rotary, documents)
 
     def _decoder_layers(self) -> Iterator[tuple[str, DecoderLayer]]:
         for index, layer in self.layers.items():

@@ -44,6 +44,7 @@ class RankFacts:
     versions: the version of each package that takes part in the computation, and of Python.
     gpu: None on a CPU.
     environment: the variables that NCCL and gloo read.
+    compiles: whether the rank compiles what the run would compile.
     """
 
     rank: int
@@ -60,6 +61,7 @@ class RankFacts:
     versions: Mapping[str, str]
     gpu: Gpu | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    compiles: bool = False
 
     @property
     def node(self) -> tuple[str, str]:
@@ -113,7 +115,13 @@ def compare(
         "on all nodes",
     )
     errors += _versions(ranks)
-    if not changed:  # other settings have another schedule and other text
+    if not changed:  # other settings have another schedule and other text, and compile otherwise
+        errors += _differ(  # their copies of a weight would drift apart by roundings
+            ranks,
+            lambda facts: "can" if facts.compiles else "cannot",
+            "{value} compile code, and {where} {usual}; install a C++ compiler, Python's headers "
+            "and, for GPUs, triton on all nodes, or set run.compile=off",
+        )
         errors += _differ(
             ranks,
             lambda facts: ", ".join(facts.texts),

@@ -68,10 +68,14 @@ class Preflight:
 
     schedule: the text of the schedule that this rank has planned.
     texts: the content hash of each corpus (`Source.contents`).
+    compiles: whether this rank compiles code (`assembly.may_compile`).
     """
 
-    def __init__(self, config: RunConfig, schedule: str, texts: Sequence[str]) -> None:
+    def __init__(
+        self, config: RunConfig, schedule: str, texts: Sequence[str], *, compiles: bool = False
+    ) -> None:
         self._config, self._schedule, self._texts = config, schedule, texts
+        self._compiles = compiles
         self._ranks: Sequence[RankFacts] = ()
 
     def compare_nodes(self, world: ControlGroup) -> None:
@@ -101,6 +105,7 @@ class Preflight:
             versions=_versions(self._config),
             gpu=_gpu(self._config),
             environment=_environment(os.environ),
+            compiles=self._compiles,
         )
         self._ranks = [_facts(value) for value in world.all_gather_json(asdict(own))]
         differ = len({facts.settings for facts in self._ranks}) > 1

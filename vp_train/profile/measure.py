@@ -28,6 +28,7 @@ from vp_train.pipeline.timers import timer_of
 from vp_train.planning.plan import make_plan
 from vp_train.profile.costs import RankProfile
 from vp_train.profile.live import LiveStorages, leave_compiled_code_alone
+from vp_train.tensors import compiling
 
 
 def measure_ranks(
@@ -85,6 +86,8 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     on_cuda = config.run.device == "cuda"
+    if config.run.compile == "off":
+        compiling.turn_off(os.environ)
     if on_cuda:
         set_environment(os.environ, config.run, Path())  # like the run that is predicted
         torch.cuda.set_device(0)

@@ -16,7 +16,7 @@ from vp_train.vocab.chunks import CHUNKS
 from vp_train.vocab.joined import Joined
 from vp_train.vocab.passes import Backend, Product, Softmax, cap, lifted
 from vp_train.vocab.products import Products
-from vp_train.vocab.rows import Statistics, exponentiate, fold
+from vp_train.vocab.rows import Statistics, exponentiate, fold, softmax_factor
 from vp_train.vocab.rows import scale as scale_rows
 from vp_train.vocab.shard import Owned
 
@@ -110,10 +110,11 @@ class Chunked:
         input_term: bool,
     ) -> Product | None:
         assert isinstance(held, _Chunks)
-        product: Tensor | None = None
+        product, undo, right = None, None, self._products.scratch("x", x.shape, x.dtype, x.device)
         maxima = iter(held.maxima)
-        scale = grad_loss * (1 + 2 * z_loss * lse) if z_loss else grad_loss
-        scale, undo = lifted(x, scale) if x.dtype is torch.float16 else (scale, None)
+        if x.dtype is torch.float16:
+            grad_loss, undo = lifted(x, grad_loss * softmax_factor(None, lse, z_loss))
+            z_loss = 0.0
         for start, stop, place in self._chunks(x.shape[0]):
             exponential = self._block(held.exponentials, place, x, stop - start)
             if place is None:
@@ -121,12 +122,16 @@ class Chunked:
                 maximum = self._exponentiate(logits, lse.dtype, exponential)
             else:
                 maximum = next(maxima)
-            relative = torch.exp(maximum - lse)
-            right = scale_rows(
-                x, relative * scale, self._products.scratch("x", x.shape, x.dtype, x.device)
+            scale_rows(x, grad_loss, right, reference=maximum, lse=lse, z_loss=z_loss)
+            self._products.add_transposed_matmul(
+                self._grad[start:stop],
+                exponential,
+                right,
+                undo,
+                usual=exponential.shape == self._usual,
             )
-            self._products.add_transposed_matmul(self._grad[start:stop], exponential, right, undo)
             if input_term:
+                relative = torch.exp(maximum - lse)
                 part = self._products.matmul(exponential, self._weight[start:stop])
                 if product is None:
                     product = torch.mul(part, relative[:, None])

@@ -89,6 +89,23 @@ class OutputLayer:
         self.sum_dtype = sum_dtype or statistics_dtype(weight.dtype)
         self.backend = make_backend(backend, self.weight, grad, options.softcap, recompute_fraction)
 
+    @torch.no_grad()
+    def warm_up(self, num_tokens: int) -> None:
+        """Run the passes of a microbatch without a loss, so that no step compiles code.
+
+        Zeros are added to the gradient.
+        """
+        nothing = torch.full((1, num_tokens), IGNORE_INDEX)
+        step = self.begin(nothing, torch.zeros(nothing.shape))
+        x = self.weight.new_zeros(num_tokens, self.weight.shape[1])
+        step.s(0, x, keep=self.input_gradient is not None)
+        step.absorb(Payload.STATISTICS, 0, step.message(Payload.STATISTICS, 0)[None])
+        if self.input_gradient is not None:
+            step.t(0)
+            step.absorb(Payload.INPUT_GRADIENT, 0, step.message(Payload.INPUT_GRADIENT, 0))
+            step.input_grad(0)
+        step.finish()
+
     def place(self, targets: Tensor) -> Targets:
         """Return what a step reads of `targets` [m, T], int64, on the device of the weights.
 

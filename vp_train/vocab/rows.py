@@ -7,16 +7,16 @@ C++ compiler.  Otherwise they are torch operations, which make several passes ov
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from vp_train.tensors.precision import compiled, compiled_exactly, has_compiler, scaled
+from vp_train.tensors.compiling import compiled, compiled_exactly, has_compiler, has_triton
 from vp_train.vocab.shard import Owned
 
 # By how much a logit may exceed the reference of its exponential.  P of one chunk then is at most
@@ -67,10 +67,37 @@ def fold(
     out: [T, C]; may be the memory of `logits`.
     usual: whether the shape occurs often, so that compiling code for it pays.
     """
-    target = _picked(before.target, logits, target_column)
-    maximum, part = exponentiate(logits, before.maximum, out, softcap, usual=usual)
-    rescale = torch.exp(before.maximum - maximum)
-    return Statistics(maximum, torch.addcmul(part, before.total, rescale), target), rescale
+    statistics = before.maximum, before.total, before.target
+    if _fuses(logits, out):
+        run = compiled_exactly(_folded) if usual else compiled(_folded)
+        found = run(logits, *statistics, target_column, out, softcap, _functional)
+    else:
+        found = _folded(logits, *statistics, target_column, out, softcap, unfused)
+    maximum, total, target, rescale = found
+    return Statistics(maximum, total, target), rescale
+
+
+def _folded(
+    logits: Tensor,
+    before: Tensor,
+    total: Tensor,
+    target: Tensor,
+    target_column: Tensor,
+    out: Tensor,
+    softcap: float | None,
+    exponentials: Callable[..., tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return maximum, total, target and rescaling factor of `fold`."""
+    target = _picked(target, logits, target_column)
+    maximum, part = exponentials(logits, before, out, softcap)
+    rescale = torch.exp(before - maximum)
+    return maximum, torch.addcmul(part, total, rescale), target, rescale
+
+
+def _fuses(logits: Tensor, out: Tensor) -> bool:
+    """Return whether torch.compile fuses the work on a chunk: in 16 bits on a CPU."""
+    in_16_bits = out.dtype in (torch.bfloat16, torch.float16)
+    return logits.device.type == "cpu" and in_16_bits and has_compiler()
 
 
 def exponentiate(
@@ -80,11 +107,7 @@ def exponentiate(
 
     The maximum is at least `least` [T].  Everything is computed in the dtype of `least`.
     """
-    if (
-        logits.device.type == "cpu"
-        and out.dtype in (torch.bfloat16, torch.float16)
-        and has_compiler()
-    ):
+    if _fuses(logits, out):
         fused = compiled_exactly(_functional) if usual else compiled(_functional)
         maximum, total = fused(logits, least, out, softcap)
         return maximum, total
@@ -192,7 +215,7 @@ def fastest_warps(shape: tuple[int, int], dtype: torch.dtype, device: torch.devi
     None is the usual one, and also the choice on a CPU, and where sums must be the same bits every
     time.
     """
-    if dtype is torch.float64 or device.type != "cuda" or not _has_triton():
+    if dtype is torch.float64 or device.type != "cuda" or not has_triton():
         return None
     if torch.are_deterministic_algorithms_enabled():
         return None
@@ -325,12 +348,12 @@ def input_term(
     factor = softmax_factor(reference, lse, z_loss)
     if isinstance(factor, Tensor):
         product.mul_(factor[:, None])
-    of_targets = (
-        target_scale if isinstance(target_scale, float) else target_scale[owned.positions, None]
-    )
-    product.index_add_(
-        0, owned.positions, weight[owned.rows].to(product.dtype) * of_targets, alpha=-1
-    )
+    of_targets, alpha = weight.index_select(0, owned.rows).to(product.dtype), -1.0
+    if isinstance(target_scale, float):
+        alpha = -target_scale
+    else:
+        of_targets.mul_(target_scale.index_select(0, owned.positions)[:, None])
+    product.index_add_(0, owned.positions, of_targets, alpha=alpha)
     if shared is not None:
         product.sub_(shared)
     if gain is not None:
@@ -357,9 +380,23 @@ def scale(
 
         triton_rows.scale(x, factor, out, reference, lse, z_loss)
         return out
+    mixed = x.device.type == "cpu" and x.dtype is not factor.dtype
+    run = compiled_exactly(_scale) if mixed and has_compiler() else _scale
+    run(x, factor, reference, lse, z_loss, out)
+    return out
+
+
+def _scale(
+    x: Tensor,
+    factor: Tensor,
+    reference: Tensor | None,
+    lse: Tensor | None,
+    z_loss: float,
+    out: Tensor,
+) -> None:
     if lse is not None:
         factor = factor * softmax_factor(reference, lse, z_loss)
-    return scaled(x, factor, out)
+    out.copy_(x * factor[:, None])
 
 
 def subtract_targets(
@@ -379,7 +416,9 @@ def subtract_targets(
     here = (
         factor if isinstance(target_scale, float) and target_scale == 1 else factor * target_scale
     )
-    at_targets = x[owned.positions] * here[owned.positions, None]
+    here = here.index_select(0, owned.positions)
+    # Cast first: torch multiplies tensors of different dtypes slowly.
+    at_targets = x.index_select(0, owned.positions).to(here.dtype).mul_(here[:, None])
     grad.index_add_(0, owned.rows, at_targets.to(grad.dtype), alpha=-1)
 
 
@@ -387,13 +426,7 @@ def _suits_triton(statistics: Tensor, *others: Tensor) -> bool:
     """Return whether a kernel takes these: fp32 statistics on CUDA, contiguous, with Triton."""
     if statistics.dtype is not torch.float32 or not (statistics.is_cuda or _interprets()):
         return False
-    return _has_triton() and all(tensor.is_contiguous() for tensor in (statistics, *others))
-
-
-@cache
-def _has_triton() -> bool:
-    """Return whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+    return has_triton() and all(tensor.is_contiguous() for tensor in (statistics, *others))
 
 
 @cache

@@ -71,8 +71,11 @@ class Shard:
 
 def require_within(ids: Tensor, vocab_size: int, what: str) -> None:
     """Raise IndexError if one of `ids` lies outside [0, vocab_size); this waits for the device."""
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(outside):
+    if not ids.numel():
+        return
+    least, largest = (int(bound) for bound in ids.aminmax())
+    if least < 0 or largest >= vocab_size:
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
         raise IndexError(
             f"{what} {int(outside[0])} is not in the vocabulary, "
             f"whose ids are 0 to {vocab_size - 1}"

@@ -1,0 +1,93 @@
+"""Code is compiled before the first step, in any thread, and not at all if that is turned off."""
+
+import os
+from dataclasses import replace
+from threading import Thread
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from tests.local import run_locally
+from tests.pipeline.truth import random_batch
+from vp_train.assembly import may_compile
+from vp_train.config import ModelConfig, RunConfig, RunSettings
+from vp_train.planning.plan import make_plan
+from vp_train.tensors import compiling
+
+CONFIG = RunConfig(
+    model=ModelConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_heads=2,
+        num_query_groups=1,
+        ffn_hidden_size=48,
+        vocab_size=101,
+        seq_length=16,
+    ),
+    run=RunSettings(dtype="bfloat16", compile="on", eval_microbatches=2),
+    num_microbatches=2,
+    micro_batch_size=2,
+)
+
+
+def test_neither_a_step_nor_a_validation_compiles(traced):
+    batch = random_batch(CONFIG, 1)
+
+    def work(rank, model, together):
+        built = len(traced)
+        assert not model.gradients.flat.any()
+        model.train_step(*batch)
+        model.evaluator.step(*batch)
+        return built, len(traced)
+
+    ((built, after),) = run_locally(CONFIG, make_plan(CONFIG, 1), work)
+    assert 0 < built == after
+
+
+@pytest.mark.parametrize("keeps_signature", [True, False], ids=["torch 2.13", "torch 2.11"])
+def test_every_thread_compiles_as_many_shapes(traced, monkeypatch, keeps_signature):
+    """The limit of dynamo's settings, 8, counts in each thread anew."""
+    if not keeps_signature:
+        monkeypatch.delattr(torch.compile, "__wrapped__")
+    double = compiling.compiled_exactly(lambda x: x * 2)
+
+    def work():
+        for size in range(2, 14):
+            double(torch.ones(size))
+
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(traced) == 12
+
+
+def test_turned_off_nothing_is_compiled(traced):
+    config = replace(CONFIG, run=replace(CONFIG.run, compile="off", linear_dtype="float8"))
+    batch = random_batch(config, 1)
+
+    def work(rank, model, together):
+        return model.train_step(*batch)
+
+    with patch.dict(os.environ):
+        compiling.turn_off(os.environ)
+        (loss,) = run_locally(config, make_plan(config, 1), work)
+        assert not may_compile(replace(config.run, compile="auto"))
+        assert not compiling.compiles_on(torch.device("cuda"))
+    assert loss.isfinite()
+    assert not traced
+
+
+@pytest.mark.parametrize(
+    ("settings", "compiles"),
+    [
+        (RunSettings(), False),
+        (RunSettings(compile="on"), True),
+        (RunSettings(dtype="bfloat16"), True),
+        (RunSettings(dtype="bfloat16", compile="off"), False),
+        (RunSettings(device="cuda"), True),
+        (RunSettings(device="cuda", compile="off"), False),
+    ],
+)
+def test_a_run_compiles_on_cuda_in_16_bits_or_if_it_is_asked_to(traced, settings, compiles):
+    assert may_compile(settings) is compiles
