@@ -36,7 +36,7 @@ def step_bound(problem: Problem, cost: CostModel, caps: tuple[float, ...] = ()) 
     With `caps` it holds for schedules in which rank r keeps at most `caps[r]` bytes.
     """
     network = Network.of(problem, cost)
-    heads, tails = _longest(network), _longest(network.reversed())
+    heads, tails = longest(network), longest(network.reversed())
     path = max(
         head + seconds + tail
         for head, seconds, tail in zip(heads, network.seconds, tails, strict=True)
@@ -59,9 +59,11 @@ def step_bound(problem: Problem, cost: CostModel, caps: tuple[float, ...] = ()) 
                 f"the memory of rank {rank}",
             )
         )
+    known = max(bound.seconds for bound in bounds)
+    for rank, cap in enumerate(caps):
         bounds.append(
             Bound(
-                _ends_seconds(rank, problem, network, cap, heads, tails),
+                _ends_seconds(rank, problem, network, cap, heads, tails, known),
                 f"the memory of rank {rank} in warm-up and cool-down",
             )
         )
@@ -95,7 +97,7 @@ def one_machine(jobs: Iterable[tuple[float, float, float]], copies: int) -> floa
     return bound
 
 
-def _longest(network: Network, sources: Collection[int] | None = None) -> list[float]:
+def longest(network: Network, sources: Collection[int] | None = None) -> list[float]:
     """Return for each node the longest path from the start of a source to the start of the node.
 
     Times are in seconds; -inf where no source comes before the node. Without `sources`, the sources
@@ -147,9 +149,11 @@ def _ends_seconds(
     cap: float,
     heads: list[float],
     tails: list[float],
+    known: float,
 ) -> float:
     """Return the seconds a step needs if `rank` keeps at most `cap` bytes at both of its ends.
 
+    `known` is another bound. The result is 0 if both ends may overlap in a step that takes so long.
     The rank runs no backward before the earliest one can start. Until then no bytes are freed, so
     the forwards and S that fit into the cap are all its work. After the last forward its work is
     what belongs to the bytes that it then keeps. What these leave of both times is idle.
@@ -159,6 +163,10 @@ def _ends_seconds(
     }
     stages, m = problem.layout.stages_of(rank), problem.num_microbatches
     if problem.forward_only or cap <= 0:
+        return 0.0
+    begin = min(heads[passes[stage, problem.backward]] for stage in stages)
+    end = min(tails[passes[stage, Kind.F]] for stage in stages)
+    if begin + end > known:
         return 0.0
 
     def seconds(kinds: Iterable[tuple[int, Kind]]) -> float:
@@ -180,14 +188,11 @@ def _ends_seconds(
             last.append((-network.byte_change[passes[stage, Kind.W]], seconds([(stage, Kind.W)])))
     if (rank, Kind.T) in passes:
         last.append((network.byte_change[passes[rank, Kind.S]], seconds([(rank, Kind.T)])))
-    begin = min(heads[passes[stage, problem.backward]] for stage in stages)
-    end = min(tails[passes[stage, Kind.F]] for stage in stages)
     # E can run long before its F, and G long after its I.
     before = m * seconds([(rank, Kind.E)]) + most_work(first, cap, m)
     after = m * seconds([(rank, Kind.G)]) + most_work(last, cap, m)
     work = m * sum(network.seconds[k] for k, lane in enumerate(network.lanes) if lane == rank)
-    # In a shorter step than `begin` + `end` both times overlap.
-    return min(begin + end, max(0.0, begin - before) + work + max(0.0, end - after))
+    return max(0.0, begin - before) + work + max(0.0, end - after)
 
 
 def most_work(items: Sequence[tuple[float, float]], room: float, copies: int) -> float:
@@ -229,7 +234,7 @@ def _packed(densest: list[tuple[float, float]], room: float) -> float:
 def _byte_seconds(rank: int, problem: Problem, network: Network) -> float:
     """Return the least byte-seconds that `rank` keeps for one microbatch."""
     return sum(
-        kept * (_longest(network, [start])[end] + network.seconds[end])
+        kept * (longest(network, [start])[end] + network.seconds[end])
         for start, kept, end in lives(rank, problem, network)
     )
 

@@ -16,14 +16,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from schedules.bound import Bound, lives, steady_bytes, step_bound
 from schedules.cost import CostModel
 from schedules.generators import base_order, generate
+from schedules.generators.ends import Ends
 from schedules.generators.fill import LOOSE
 from schedules.generators.order import in_turn
 from schedules.generators.refine import GoesOn, Refined, Refiner, judge, refine
 from schedules.generators.steady import Ring, tighten
+from schedules.generators.tight import tight_rings
 from schedules.generators.v_shape import Block, blocks
 from schedules.generators.weave import STARTS, weave
 from schedules.graph import DeadlockError
@@ -176,7 +179,7 @@ def _race(entries: Sequence[_Entry], best: _Found | None, watched: _Watched) -> 
     for survivors, effort in _ROUNDS:
         starts = sorted(starts, key=_quality)[:survivors]
         starts = [
-            replace(start, refined=start.entry.search(start.refined, effort, watched))
+            start.search(effort, watched)
             for start in starts
             if not watched.is_stopped and can_win(start.entry)
         ] or starts
@@ -242,11 +245,14 @@ class _Entry:
         chosen = woven if self.short.split_backward else woven[:1]
         yield from self.refined([in_turn(network, orders) for orders in chosen], watched)
 
-    def steady(self, watched: _Watched) -> Iterator[Refined]:
+    def steady(self, watched: _Watched) -> Iterator[_Found]:
         """Yield refined orders of the short step from steady states."""
         network = replace(self.network, num_microbatches=self.short.num_microbatches)
-        rings = _steady(self.short, network, self.caps)
-        yield from self.refined([ring.orders() for ring in rings], watched)
+        enough, goes_on = self.bound.seconds * (1 + _ENOUGH), watched.of(self.option)
+        for ring in _steady(self.short, network, self.caps):
+            if not watched.is_stopped:
+                ends = Ends(self.refiner, ring)
+                yield _Found(ends.search(_FIRST, enough, goes_on), self, ends)
 
     def refined(self, starts: Sequence[Orders], watched: _Watched) -> Iterator[Refined]:
         """Yield the orders `starts` of the short step, refined with little effort."""
@@ -259,11 +265,6 @@ class _Entry:
             if watched.is_stopped:
                 return
             yield self.refiner.refine(self.refiner.judge(orders), max(2 * nodes, _FIRST), goes_on)
-
-    def search(self, refined: Refined, effort: int, watched: _Watched) -> Refined:
-        """Return orders of the short step improved by kicks."""
-        enough = self.bound.seconds * (1 + _ENOUGH)
-        return self.refiner.search(refined, effort, enough, watched.of(self.option))
 
     def whole(self, refined: Refined) -> Refined | None:
         """Return orders of the short step as those of the whole one; None if that fails."""
@@ -286,6 +287,17 @@ class _Found:
 
     refined: Refined
     entry: _Entry
+    ends: Ends | None = None  # if it comes from a steady state
+
+    def search(self, effort: int, watched: _Watched) -> _Found:
+        """Return better orders: of warm-up and cool-down, or improved by kicks."""
+        entry = self.entry
+        enough, goes_on = entry.bound.seconds * (1 + _ENOUGH), watched.of(entry.option)
+        if self.ends is not None:
+            refined = self.ends.search(effort, enough, goes_on)
+        else:
+            refined = entry.refiner.search(self.refined, effort, enough, goes_on)
+        return replace(self, refined=refined)
 
     @property
     def is_close(self) -> bool:
@@ -347,11 +359,14 @@ def _steady_starts(starts: Sequence[_Found], watched: _Watched) -> list[_Found]:
         return []
     entries = {start.entry.option.name: start.entry for start in starts}
     entry = entries.get("v_min")
-    return [] if entry is None else [_Found(found, entry) for found in entry.steady(watched)]
+    return [] if entry is None else list(entry.steady(watched))
 
 
 def _steady(problem: Problem, network: Network, caps: list[float]) -> list[Ring]:
-    """Return the steady states to start from, each tightened from a V-shaped block."""
+    """Return the steady states to start from: without a bubble, or tightened V-shaped blocks."""
+    tight = list(islice(tight_rings(network, problem, caps, _period(network)), _STEADY))
+    if tight:
+        return tight
     tries = _TIGHTENED // network.size
     tightened = [
         (tighten(Ring.of_block(network, problem, block), network, caps, tries), block)
@@ -401,6 +416,14 @@ def _blocks(problem: Problem, network: Network, caps: list[float]) -> list[Block
         for _, block in sorted(levels[level], key=lambda found: found[0])[:_BLOCKS_PER_LEVEL]
     ]
     return shortest[:_BLOCKS]
+
+
+def _period(network: Network) -> float:
+    """Return the seconds that the busiest rank or communicator works for a microbatch."""
+    work = [0.0] * network.num_lanes
+    for lane, seconds in zip(network.lanes, network.seconds, strict=True):
+        work[lane] += seconds
+    return max(work)
 
 
 def _nodes(network: Network) -> int:
