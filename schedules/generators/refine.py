@@ -90,9 +90,9 @@ class Refiner:
         backwards = network.reversed()
         self._networks = network, backwards
         self._fillers = Filler(network, backwards=False), Filler(backwards, backwards=True)
-        self._caps = list(caps)
+        self.caps = list(caps)
         self._swept: tuple[Orders, list[float]] = [], []  # what was judged last, and its starts
-        self._extra, work = extra, [0.0] * network.num_lanes
+        self.extra, work = extra, [0.0] * network.num_lanes
         for lane, seconds in zip(network.lanes, network.seconds, strict=True):
             work[lane] += seconds
         self._work = max(work)  # the least seconds of a microbatch
@@ -102,10 +102,10 @@ class Refiner:
         swept = sweep(self.network, orders)
         self._swept = orders, swept.start
         makespan = swept.makespan
-        if self._extra:
-            repeat = repeat_of(self.network, swept, self._extra)
-            makespan += self._extra * self._rate(orders, makespan, repeat)
-        return Refined(orders, makespan, excess(self.network, orders, self._caps))
+        if self.extra:
+            repeat = repeat_of(self.network, swept, self.extra)
+            makespan += self.extra * self._rate(orders, makespan, repeat)
+        return Refined(orders, makespan, excess(self.network, orders, self.caps))
 
     def _rate(self, orders: Orders, makespan: float, repeat: Repeat | None) -> float:
         """Return the seconds of one more microbatch where `repeat` is repeated."""
@@ -137,7 +137,7 @@ class Refiner:
                 (len(order) - until, len(order) - since)
                 for order, (since, until) in zip(orders, frozen, strict=True)
             ]
-        filled = self._fillers[backwards].run(orders, starts, self._caps, patience, frozen)
+        filled = self._fillers[backwards].run(orders, starts, self.caps, patience, frozen)
         if filled is None:
             return None
         if not backwards:
@@ -154,10 +154,10 @@ class Refiner:
 
         The parts that take least time come first, and each order of a part once.
         """
-        parts = repeats_of(self.network, sweep(self.network, orders), self._extra)
+        parts = repeats_of(self.network, sweep(self.network, orders), self.extra)
         found: list[Orders] = []
         for part in sorted(parts, key=lambda part: part.rate):
-            extended = part.extend(self.network, orders, self._extra)
+            extended = part.extend(self.network, orders, self.extra)
             if extended not in found and len(found) < _EXTENSIONS:
                 found.append(extended)
         return found
@@ -182,13 +182,13 @@ class Refiner:
         self, best: Refined, turns: tuple[bool, bool], patience: float, known: _Known
     ) -> Refined | None:
         """Return the orders of `best` filled in both directions if they are better, else None."""
-        filled = self._both_ways(best.orders, turns, self._caps, patience, known)
+        filled = self._both_ways(best.orders, turns, self.caps, patience, known)
         if filled is None or filled[0] is best.orders:
             return None
         orders, makespan = filled
         limit = best.makespan * (1 - 1e-9)
         # The caps were kept, so a slower order without excess needs no closer look.
-        if best.excess <= 0.0 and makespan + self._extra * self._work >= limit:
+        if best.excess <= 0.0 and makespan + self.extra * self._work >= limit:
             return None
         found = self.judge(orders)
         return found if found.quality < (best.excess, limit) else None
@@ -203,7 +203,7 @@ class Refiner:
         The kicks come from a fixed seed, so that every rank finds the same schedule. `goes_on` may
         end it earlier.
         """
-        known, random, caps = _Known(), Random(0), self._caps
+        known, random, caps = _Known(), Random(0), self.caps
         effort = max(4 * self.nodes, _KICK_EFFORT)
         while budget >= 2 * self.nodes + effort:
             budget -= 2 * self.nodes + effort

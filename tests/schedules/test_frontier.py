@@ -80,7 +80,7 @@ def test_a_tight_ring_keeps_its_period_and_caps_and_its_ends_only_improve(
         assert rated[0] == pytest.approx(period)
         assert not any(ring.excess(rank, cap) for rank in range(p))
     refiner = Refiner(network, caps)
-    ends = Ends(refiner, rings[0])
+    ends = Ends(refiner, rings[0], period)
     found = [ends.search(budget, 0.0, lambda best: True) for budget in (0, 1, 1)]
     makespans = [refiner.judge(rings[0].orders()).makespan, *(best.makespan for best in found)]
     assert makespans == pytest.approx(sorted(makespans, reverse=True))
