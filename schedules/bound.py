@@ -2,19 +2,24 @@
 
 Each bound drops constraints. A one-machine bound lets all ranks and communicators but one do any
 number of things at once. The critical path lets all of them do so. The memory bound keeps only the
-memory cap of one rank.
+memory cap of one rank. The bound of both ends keeps that cap and the work of the rank: until a
+first backward pass can come, the rank has only as much work as its memory takes, and after the last
+forward only the work of what its memory still holds.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from schedules.cost import CostModel
 from schedules.ir import Kind, Pass
 from schedules.network import Network
 from schedules.problem import Problem
+
+_TINY = 1e-9
+_MOST_ITEMS = 6  # of different size, whose exact numbers are looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,7 @@ def step_bound(problem: Problem, cost: CostModel, caps: tuple[float, ...] = ()) 
     With `caps` it holds for schedules in which rank r keeps at most `caps[r]` bytes.
     """
     network = Network.of(problem, cost)
-    heads, tails = _longest(network), _longest(network.reversed())
+    heads, tails = longest(network), longest(network.reversed())
     path = max(
         head + seconds + tail
         for head, seconds, tail in zip(heads, network.seconds, tails, strict=True)
@@ -52,6 +57,14 @@ def step_bound(problem: Problem, cost: CostModel, caps: tuple[float, ...] = ()) 
             Bound(
                 _memory_seconds(rank, problem, network, cap, heads, tails),
                 f"the memory of rank {rank}",
+            )
+        )
+    known = max(bound.seconds for bound in bounds)
+    for rank, cap in enumerate(caps):
+        bounds.append(
+            Bound(
+                _ends_seconds(rank, problem, network, cap, heads, tails, known),
+                f"the memory of rank {rank} in warm-up and cool-down",
             )
         )
     return max(bounds, key=lambda bound: bound.seconds)
@@ -84,7 +97,7 @@ def one_machine(jobs: Iterable[tuple[float, float, float]], copies: int) -> floa
     return bound
 
 
-def _longest(network: Network, sources: Collection[int] | None = None) -> list[float]:
+def longest(network: Network, sources: Collection[int] | None = None) -> list[float]:
     """Return for each node the longest path from the start of a source to the start of the node.
 
     Times are in seconds; -inf where no source comes before the node. Without `sources`, the sources
@@ -129,10 +142,99 @@ def _memory_seconds(
     return first + problem.num_microbatches * byte_seconds / cap + last
 
 
+def _ends_seconds(
+    rank: int,
+    problem: Problem,
+    network: Network,
+    cap: float,
+    heads: list[float],
+    tails: list[float],
+    known: float,
+) -> float:
+    """Return the seconds a step needs if `rank` keeps at most `cap` bytes at both of its ends.
+
+    `known` is another bound. The result is 0 if both ends may overlap in a step that takes so long.
+    The rank runs no backward before the earliest one can start. Until then no bytes are freed, so
+    the forwards and S that fit into the cap are all its work. After the last forward its work is
+    what belongs to the bytes that it then keeps. What these leave of both times is idle.
+    """
+    passes = {
+        (node.stage, node.kind): k for k, node in enumerate(network.nodes) if isinstance(node, Pass)
+    }
+    stages, m = problem.layout.stages_of(rank), problem.num_microbatches
+    if problem.forward_only or cap <= 0:
+        return 0.0
+    begin = min(heads[passes[stage, problem.backward]] for stage in stages)
+    end = min(tails[passes[stage, Kind.F]] for stage in stages)
+    if begin + end > known:
+        return 0.0
+
+    def seconds(kinds: Iterable[tuple[int, Kind]]) -> float:
+        return sum(network.seconds[passes[key]] for key in kinds if key in passes)
+
+    kept = [network.byte_change[passes[stage, Kind.F]] for stage in stages]
+    back = (Kind.I, Kind.W) if problem.split_backward else (Kind.B,)
+    output = seconds([(rank, Kind.S), (rank, Kind.T)])
+    # A microbatch that has run S has run the F of all stages of the rank, and none of their I.
+    first = [
+        (sum(kept[: count + 1]), seconds((stage, Kind.F) for stage in stages[: count + 1]))
+        for count in range(len(stages))
+    ]
+    first.append((first[-1][0], first[-1][1] + output))
+    last = [(sum(kept), seconds((s, kind) for s in stages for kind in back) + output)]
+    for stage, size in zip(stages, kept, strict=True):
+        last.append((size, seconds((stage, kind) for kind in back)))
+        if problem.split_backward:
+            last.append((-network.byte_change[passes[stage, Kind.W]], seconds([(stage, Kind.W)])))
+    if (rank, Kind.T) in passes:
+        last.append((network.byte_change[passes[rank, Kind.S]], seconds([(rank, Kind.T)])))
+    # E can run long before its F, and G long after its I.
+    before = m * seconds([(rank, Kind.E)]) + most_work(first, cap, m)
+    after = m * seconds([(rank, Kind.G)]) + most_work(last, cap, m)
+    work = m * sum(network.seconds[k] for k, lane in enumerate(network.lanes) if lane == rank)
+    return max(0.0, begin - before) + work + max(0.0, end - after)
+
+
+def most_work(items: Sequence[tuple[float, float]], room: float, copies: int) -> float:
+    """Return the most seconds of work whose bytes fit into `room`, or somewhat more.
+
+    An item is (bytes, seconds); at most `copies` of each are taken. Fractions of an item count
+    where exact numbers would take long to find.
+    """
+    free = copies * sum(seconds for size, seconds in items if size <= 0)
+    # Of items with the same bytes, the one with the most work is enough.
+    best: dict[float, float] = {}
+    for size, seconds in items:
+        if size > 0:
+            best[size] = max(best.get(size, 0.0), seconds)
+    densest = sorted(best.items(), key=lambda item: item[1] / item[0], reverse=True)
+    room *= 1 + _TINY
+    if not densest:
+        return free
+    if len(densest) > _MOST_ITEMS or room / min(best) > _MOST_ITEMS**2:
+        return free + room * densest[0][1] / densest[0][0]
+    return free + _packed(densest, room)
+
+
+def _packed(densest: list[tuple[float, float]], room: float) -> float:
+    """Return the most work of whole items within `room`. The items come densest first."""
+    (size, seconds), others = densest[0], densest[1:]
+    most = int(room / size)
+    if not others:
+        return most * seconds
+    best = 0.0
+    for count in range(most, -1, -1):
+        left = room - count * size
+        if count * seconds + left * others[0][1] / others[0][0] <= best:
+            break
+        best = max(best, count * seconds + _packed(others, left))
+    return best
+
+
 def _byte_seconds(rank: int, problem: Problem, network: Network) -> float:
     """Return the least byte-seconds that `rank` keeps for one microbatch."""
     return sum(
-        kept * (_longest(network, [start])[end] + network.seconds[end])
+        kept * (longest(network, [start])[end] + network.seconds[end])
         for start, kept, end in lives(rank, problem, network)
     )
 

@@ -16,14 +16,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from schedules.bound import Bound, lives, steady_bytes, step_bound
 from schedules.cost import CostModel
 from schedules.generators import base_order, generate
+from schedules.generators.ends import Ends
 from schedules.generators.fill import LOOSE
 from schedules.generators.order import in_turn
 from schedules.generators.refine import GoesOn, Refined, Refiner, judge, refine
 from schedules.generators.steady import Ring, tighten
+from schedules.generators.tight import tight_rings
 from schedules.generators.v_shape import Block, blocks
 from schedules.generators.weave import STARTS, weave
 from schedules.graph import DeadlockError
@@ -35,11 +38,15 @@ from schedules.simulate import peak
 _FIRST = 24_000  # nodes placed to refine each start
 # Then per round: how many of the best go on, and how many nodes are placed to search from each.
 _ROUNDS = ((8, 24_000), (4, 150_000), (1, 1_000_000))
-_CLOSE = 5e-3  # the gap below which steady states are not searched for
+_CLOSE = 6e-3  # the gap below which steady states are not searched for
+_NEAR = 4e-3  # the gap below which whole steps are searched
+_KICKS = 20  # of a whole step must be possible for that
+_KICK = 6  # times the nodes of a step are placed in one kick
 _ENOUGH = 5e-4  # the gap to the lower bound at which the search ends
 _SHORT = 3  # microbatches per rank of the step that is searched
 _TIGHTENED = 20_000  # passes to move in search of a steady state, over those of a microbatch
-_STEADY = 8  # steady states to start from, at most
+_STEADY = 12  # steady states to start from, at most
+_TIGHT = 4  # of them without a bubble
 _SLOWER = 1.03  # times the shortest period: with a longer one there is no start
 _BEYOND = 1  # stages by which a block may exceed the cap
 _BLOCKS = 12  # V-shaped blocks to make them of
@@ -175,17 +182,21 @@ def _race(entries: Sequence[_Entry], best: _Found | None, watched: _Watched) -> 
     starts += _steady_starts(starts, watched)
     for survivors, effort in _ROUNDS:
         starts = sorted(starts, key=_quality)[:survivors]
+        if survivors == 1 and any(start.is_worth_its_length for start in starts):
+            starts = [found for start in starts if (found := start.whole()) is not None]
+            best = min([best, *starts], key=_quality)
+            return best, False
         starts = [
-            replace(start, refined=start.entry.search(start.refined, effort, watched))
+            start.search(effort, watched)
             for start in starts
             if not watched.is_stopped and can_win(start.entry)
         ] or starts
     is_extended = not starts
     for start in starts:
-        refined = start.entry.whole(start.refined)
-        if refined is not None:
+        found = start.whole()
+        if found is not None:
             is_extended = True
-            best = min(best, replace(start, refined=refined), key=_quality)
+            best = min(best, found, key=_quality)
     return best, is_extended
 
 
@@ -242,11 +253,14 @@ class _Entry:
         chosen = woven if self.short.split_backward else woven[:1]
         yield from self.refined([in_turn(network, orders) for orders in chosen], watched)
 
-    def steady(self, watched: _Watched) -> Iterator[Refined]:
+    def steady(self, watched: _Watched) -> Iterator[_Found]:
         """Yield refined orders of the short step from steady states."""
         network = replace(self.network, num_microbatches=self.short.num_microbatches)
-        rings = _steady(self.short, network, self.caps)
-        yield from self.refined([ring.orders() for ring in rings], watched)
+        enough, goes_on = self.bound.seconds * (1 + _ENOUGH), watched.of(self.option)
+        for period, ring in _steady(self.short, network, self.caps):
+            if not watched.is_stopped:
+                ends = Ends(self.refiner, ring, period)
+                yield _Found(ends.search(_FIRST, enough, goes_on), self, ends)
 
     def refined(self, starts: Sequence[Orders], watched: _Watched) -> Iterator[Refined]:
         """Yield the orders `starts` of the short step, refined with little effort."""
@@ -260,24 +274,9 @@ class _Entry:
                 return
             yield self.refiner.refine(self.refiner.judge(orders), max(2 * nodes, _FIRST), goes_on)
 
-    def search(self, refined: Refined, effort: int, watched: _Watched) -> Refined:
-        """Return orders of the short step improved by kicks."""
-        enough = self.bound.seconds * (1 + _ENOUGH)
-        return self.refiner.search(refined, effort, enough, watched.of(self.option))
-
-    def whole(self, refined: Refined) -> Refined | None:
-        """Return orders of the short step as those of the whole one; None if that fails."""
-        if self.short == self.option.problem:
-            return refined
-        found: list[Refined] = []
-        for orders in self.refiner.extensions(refined.orders):
-            with contextlib.suppress(DeadlockError):  # rare: it repeats what does not fit together
-                found.append(judge(self.network, orders, self.caps))
-        if not found:
-            return None
-        best = min(found, key=lambda extended: extended.quality)
-        nodes = _nodes(self.network)
-        return refine(self.network, best.orders, self.caps, max(4 * nodes, _FIRST))
+    def extensions(self, refined: Refined) -> list[Orders]:
+        """Return orders of the short step as those of the whole one, in several ways."""
+        return self.refiner.extensions(refined.orders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +285,43 @@ class _Found:
 
     refined: Refined
     entry: _Entry
+    ends: Ends | None = None  # if it comes from a steady state
+
+    @property
+    def is_worth_its_length(self) -> bool:
+        """Return whether kicks of the whole step may find what those of the short one do not."""
+        entry = self.entry
+        return (
+            entry.short != entry.option.problem
+            and self.refined.excess == 0
+            and self.refined.makespan < entry.bound.seconds * (1 + _NEAR)
+            and _KICK * _nodes(entry.network) <= _ROUNDS[-1][1] // _KICKS
+        )
+
+    def search(self, effort: int, watched: _Watched) -> _Found:
+        """Return better orders: of warm-up and cool-down, or improved by kicks."""
+        entry = self.entry
+        enough, goes_on = entry.bound.seconds * (1 + _ENOUGH), watched.of(entry.option)
+        if self.ends is not None and not self.is_close:
+            return replace(self, refined=self.ends.search(effort, enough, goes_on))
+        # Near the bound, kicks find more than the search of the ends.
+        refined = entry.refiner.search(self.refined, effort, enough, goes_on)
+        return replace(self, refined=refined, ends=None)
+
+    def whole(self) -> _Found | None:
+        """Return orders of the short step as those of the whole one; None if that fails."""
+        entry, extended = self.entry, self.ends.extended() if self.ends else None
+        if entry.short == entry.option.problem:
+            return self
+        found: list[Refined] = []
+        for orders in entry.extensions(self.refined) if extended is None else [extended]:
+            with contextlib.suppress(DeadlockError):  # rare: it repeats what does not fit together
+                found.append(judge(entry.network, orders, entry.caps))
+        if not found:
+            return None
+        best = min(found, key=lambda extended: extended.quality)
+        effort = max(4 * _nodes(entry.network), _FIRST)
+        return replace(self, refined=refine(entry.network, best.orders, entry.caps, effort))
 
     @property
     def is_close(self) -> bool:
@@ -347,11 +383,16 @@ def _steady_starts(starts: Sequence[_Found], watched: _Watched) -> list[_Found]:
         return []
     entries = {start.entry.option.name: start.entry for start in starts}
     entry = entries.get("v_min")
-    return [] if entry is None else [_Found(found, entry) for found in entry.steady(watched)]
+    return [] if entry is None else list(entry.steady(watched))
 
 
-def _steady(problem: Problem, network: Network, caps: list[float]) -> list[Ring]:
-    """Return the steady states to start from, each tightened from a V-shaped block."""
+def _steady(problem: Problem, network: Network, caps: list[float]) -> list[tuple[float, Ring]]:
+    """Return steady states to start from, with the seconds of their periods.
+
+    The first have no bubble, the others are tightened from V-shaped blocks.
+    """
+    period = _period(network)
+    rings = [(period, ring) for ring in islice(tight_rings(network, problem, caps, period), _TIGHT)]
     tries = _TIGHTENED // network.size
     tightened = [
         (tighten(Ring.of_block(network, problem, block), network, caps, tries), block)
@@ -359,12 +400,13 @@ def _steady(problem: Problem, network: Network, caps: list[float]) -> list[Ring]
     ]
     fitting = [(found, block) for found, block in tightened if found is not None]
     fitting.sort(key=lambda pair: (pair[0][0], pair[1].length(problem.layout.num_ranks)))
-    rings: list[Ring] = []
-    for (rate, ring), _ in fitting[:_STEADY]:
-        if rings and rate > fitting[0][0][0] * _SLOWER:
+    fastest = min((rate for (rate, _), _ in fitting), default=0.0)
+    most = (period if rings else fastest) * _SLOWER
+    for (rate, ring), _ in fitting[: _STEADY - len(rings)]:
+        if rate > most:
             break
         further = tighten(ring, network, caps, 3 * tries, 1)
-        rings.append(ring if further is None or further[0] >= rate else further[1])
+        rings.append((rate, ring) if further is None or further[0] >= rate else further)
     return rings
 
 
@@ -401,6 +443,14 @@ def _blocks(problem: Problem, network: Network, caps: list[float]) -> list[Block
         for _, block in sorted(levels[level], key=lambda found: found[0])[:_BLOCKS_PER_LEVEL]
     ]
     return shortest[:_BLOCKS]
+
+
+def _period(network: Network) -> float:
+    """Return the seconds that the busiest rank or communicator works for a microbatch."""
+    work = [0.0] * network.num_lanes
+    for lane, seconds in zip(network.lanes, network.seconds, strict=True):
+        work[lane] += seconds
+    return max(work)
 
 
 def _nodes(network: Network) -> int:

@@ -55,13 +55,19 @@ class Filler:
             self._is_leader[leader] = True
 
     def run(
-        self, orders: Orders, expected: Sequence[float], caps: Sequence[float], patience: float
+        self,
+        orders: Orders,
+        expected: Sequence[float],
+        caps: Sequence[float],
+        patience: float,
+        frozen: Sequence[tuple[int, int]] | None = None,
     ) -> Filled | None:
         """Return new orders; None if the caps leave a rank no pass to take.
 
         `orders` and the start times `expected` of all nodes in them are in the direction of time
         of this network. `caps[r]` bounds what rank r keeps. A filler may delay the next pass by
-        the fraction `patience` of its own duration.
+        the fraction `patience` of its own duration. No pass of rank r moves into, out of or over
+        its places from `frozen[r][0]` to before `frozen[r][1]`.
         """
         network, push, pop = self._network, heapq.heappush, heapq.heappop
         size, count, num_ranks = network.size, network.num_microbatches, network.num_ranks
@@ -114,6 +120,12 @@ class Filler:
                     if due < now:
                         due = now
                 number, nearest = -1, at + reach
+                if frozen is not None:
+                    since, until = frozen[rank]
+                    if at < since < nearest:
+                        nearest = since
+                    elif since <= at < until:
+                        nearest = at
                 for kind in kinds[rank]:
                     other = upcoming[kind]
                     if (

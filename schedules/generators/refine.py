@@ -44,6 +44,15 @@ class Refined:
         return self.excess, self.makespan
 
 
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """Orders of passes, with the starts of all nodes by their ids and the makespan, in seconds."""
+
+    orders: Orders
+    starts: list[float]
+    makespan: float
+
+
 # Called with the best orders so far; returns whether the search goes on.
 GoesOn = Callable[[Refined], bool]
 
@@ -77,45 +86,78 @@ class Refiner:
 
         Makespans are those of a step with `extra` more microbatches in its steady state.
         """
+        self.network, self.nodes = network, network.size * network.num_microbatches
         backwards = network.reversed()
         self._networks = network, backwards
         self._fillers = Filler(network, backwards=False), Filler(backwards, backwards=True)
-        self._network, self._caps = network, list(caps)
-        self._nodes = network.size * network.num_microbatches
+        self.caps = list(caps)
         self._swept: tuple[Orders, list[float]] = [], []  # what was judged last, and its starts
-        self._extra, work = extra, [0.0] * network.num_lanes
+        self.extra, work = extra, [0.0] * network.num_lanes
         for lane, seconds in zip(network.lanes, network.seconds, strict=True):
             work[lane] += seconds
         self._work = max(work)  # the least seconds of a microbatch
 
     def judge(self, orders: Orders) -> Refined:
         """Return `orders` with their makespan and excess."""
-        swept = sweep(self._network, orders)
+        swept = sweep(self.network, orders)
         self._swept = orders, swept.start
         makespan = swept.makespan
-        if self._extra:
-            repeat = repeat_of(self._network, swept, self._extra)
-            makespan += self._extra * self._rate(orders, makespan, repeat)
-        return Refined(orders, makespan, excess(self._network, orders, self._caps))
+        if self.extra:
+            repeat = repeat_of(self.network, swept, self.extra)
+            makespan += self.extra * self._rate(orders, makespan, repeat)
+        return Refined(orders, makespan, excess(self.network, orders, self.caps))
 
     def _rate(self, orders: Orders, makespan: float, repeat: Repeat | None) -> float:
         """Return the seconds of one more microbatch where `repeat` is repeated."""
         if repeat is None:  # the whole step counts, with its bubble at both ends
-            return makespan / self._network.num_microbatches
+            return makespan / self.network.num_microbatches
         if repeat.microbatches > 1:
             return repeat.rate
-        rated = Ring.of_repeat(self._network, orders, repeat).rate()
+        rated = Ring.of_repeat(self.network, orders, repeat).rate()
         return repeat.rate if rated is None else max(rated[0], self._work)
+
+    def filled(
+        self,
+        swept: Swept,
+        *,
+        backwards: bool,
+        patience: float,
+        frozen: Sequence[tuple[int, int]],
+    ) -> Swept | None:
+        """Return the orders of `swept` after filling gaps in one direction, with their times.
+
+        No pass moves into, out of or over the places of rank r from `frozen[r][0]` to before
+        `frozen[r][1]`. None if the caps leave a rank no pass to take.
+        """
+        orders, starts = swept.orders, swept.starts
+        if backwards:
+            orders = [order[::-1] for order in orders]
+            starts = sweep(self._networks[1], orders).start
+            frozen = [
+                (len(order) - until, len(order) - since)
+                for order, (since, until) in zip(orders, frozen, strict=True)
+            ]
+        filled = self._fillers[backwards].run(orders, starts, self.caps, patience, frozen)
+        if filled is None:
+            return None
+        if not backwards:
+            return Swept(filled.orders, filled.starts, filled.makespan)
+        return self.swept([order[::-1] for order in filled.orders])
+
+    def swept(self, orders: Orders) -> Swept:
+        """Return `orders` of the step with their times."""
+        times = sweep(self.network, orders)
+        return Swept(orders, times.start, times.makespan)
 
     def extensions(self, orders: Orders) -> list[Orders]:
         """Return `orders` with the extra microbatches, once for every part that can be repeated.
 
         The parts that take least time come first, and each order of a part once.
         """
-        parts = repeats_of(self._network, sweep(self._network, orders), self._extra)
+        parts = repeats_of(self.network, sweep(self.network, orders), self.extra)
         found: list[Orders] = []
         for part in sorted(parts, key=lambda part: part.rate):
-            extended = part.extend(self._network, orders, self._extra)
+            extended = part.extend(self.network, orders, self.extra)
             if extended not in found and len(found) < _EXTENSIONS:
                 found.append(extended)
         return found
@@ -130,7 +172,7 @@ class Refiner:
                 for turns in ((False, True), (True, False)):
                     if budget <= 0 or not goes_on(best):
                         return best
-                    budget -= 2 * self._nodes
+                    budget -= 2 * self.nodes
                     found = self._better(best, turns, patience, known)
                     if found is not None:
                         best, known, improved = found, _Known(), True
@@ -140,13 +182,13 @@ class Refiner:
         self, best: Refined, turns: tuple[bool, bool], patience: float, known: _Known
     ) -> Refined | None:
         """Return the orders of `best` filled in both directions if they are better, else None."""
-        filled = self._both_ways(best.orders, turns, self._caps, patience, known)
+        filled = self._both_ways(best.orders, turns, self.caps, patience, known)
         if filled is None or filled[0] is best.orders:
             return None
         orders, makespan = filled
         limit = best.makespan * (1 - 1e-9)
         # The caps were kept, so a slower order without excess needs no closer look.
-        if best.excess <= 0.0 and makespan + self._extra * self._work >= limit:
+        if best.excess <= 0.0 and makespan + self.extra * self._work >= limit:
             return None
         found = self.judge(orders)
         return found if found.quality < (best.excess, limit) else None
@@ -161,10 +203,10 @@ class Refiner:
         The kicks come from a fixed seed, so that every rank finds the same schedule. `goes_on` may
         end it earlier.
         """
-        known, random, caps = _Known(), Random(0), self._caps
-        effort = max(4 * self._nodes, _KICK_EFFORT)
-        while budget >= 2 * self._nodes + effort:
-            budget -= 2 * self._nodes + effort
+        known, random, caps = _Known(), Random(0), self.caps
+        effort = max(4 * self.nodes, _KICK_EFFORT)
+        while budget >= 2 * self.nodes + effort:
+            budget -= 2 * self.nodes + effort
             if (best.excess == 0 and best.makespan <= enough) or not goes_on(best):
                 break
             squeeze, unequal = random.uniform(0.8, 1.0), random.random() < 0.25

@@ -1,8 +1,10 @@
 """The lower bounds in closed form."""
 
+from itertools import product
+
 import pytest
 
-from schedules.bound import Bound, one_machine, steady_bytes, step_bound
+from schedules.bound import Bound, most_work, one_machine, steady_bytes, step_bound
 from schedules.cost import CostModel
 from schedules.network import Network
 from tests.schedules.cases import cost, problem
@@ -67,3 +69,27 @@ def test_memory_allows_what_its_cap_lasts_for_between_the_way_in_and_the_way_out
     assert step_bound(problem(p, m), cost(p), caps) == Bound(seconds, "the memory of rank 1")
     assert step_bound(problem(p, m), cost(p), (*caps[:1], 0.0, *caps[2:])).seconds == float("inf")
     assert step_bound(problem(p, m), cost(p), (1000.0,) * p) == step_bound(problem(p, m), cost(p))
+
+
+@pytest.mark.parametrize("room", [0.0, 0.9, 4.65, 5.3])
+def test_the_most_work_within_some_bytes_is_that_of_the_best_counts(room):
+    items = [(0.5, 1.0), (1.0, 2.9), (0.5, 0.7), (0.15, 0.3)]
+    best = max(
+        sum(count * seconds for count, (_, seconds) in zip(counts, items, strict=True))
+        for counts in product(*(range(int(room / size) + 1) for size, _ in items))
+        if sum(count * size for count, (size, _) in zip(counts, items, strict=True)) <= room + 1e-9
+    )
+    assert most_work(items, room, 100) == pytest.approx(best)
+    assert most_work([*items, (0.0, 2.0)], room, 3) == pytest.approx(best + 3 * 2.0)
+    many = [(1.0 + place / 10, 1.0) for place in range(9)]
+    assert most_work(many, room, 100) == pytest.approx(room), "fractions count"
+
+
+@pytest.mark.parametrize("m", [8, 20])
+def test_a_rank_runs_what_its_memory_takes_before_its_first_backward_and_after_its_last_f(m):
+    """Rank 1 of 4 keeps 2 microbatches, so 2 F come before its first B and 2 B after its last F.
+
+    Its first B starts after 4 F and 2 B of the pipeline. Behind its last F come 2 F and 4 B.
+    """
+    bound = step_bound(problem(4, m), cost(4), (1000.0, 2.0, 1000.0, 1000.0))
+    assert bound.seconds == max(3 * m + (4 + 2 * 2 - 2) + (2 + 4 * 2 - 2 * 2), 1 + m * 9 / 2 + 2)

@@ -8,8 +8,12 @@ import pytest
 
 from schedules.check import check_program, check_schedule
 from schedules.generators.auto import solve
+from schedules.generators.ends import Ends
 from schedules.generators.frontier import caps_of, frontier
+from schedules.generators.refine import Refiner
+from schedules.generators.tight import tight_rings
 from schedules.lower import lower
+from schedules.network import Network
 from tests.schedules.test_auto import CLOSE, options_of
 
 SPLIT = ("zb_h1", "v_half", "v_min")
@@ -45,3 +49,40 @@ def test_a_known_solution_is_never_lost(quick_search):
     tight = solve(options, [2.4] * 3)
     worst = solve(options, [2.5] * 3, lambda state: False, known=[tight])
     assert worst.schedule.ranks == tight.schedule.ranks
+
+
+@pytest.mark.parametrize(
+    ("p", "algorithm", "slowness", "cap"),
+    [
+        (1, "one_barrier", None, 3.0),
+        (3, "one_barrier", None, 2.9),
+        (4, "one_barrier", (1.0, 1.1, 0.8, 1.0), 3.9),
+        (4, "two_barrier", None, 5.0),
+        (3, "none", None, 4.0),
+    ],
+)
+def test_a_tight_ring_keeps_its_period_and_caps_and_its_ends_only_improve(
+    p, algorithm, slowness, cap
+):
+    (option,) = options_of(p, 4 * p, (algorithm,), slowness=slowness, names=("v_min",))
+    network = Network.of(option.problem, option.cost)
+    caps = [cap] * p
+    period = max(
+        sum(network.seconds[k] for k, lane in enumerate(network.lanes) if lane == busy)
+        for busy in range(p)
+    )
+    rings = list(tight_rings(network, option.problem, caps, period))
+    assert rings, "the cap leaves room"
+    assert not list(tight_rings(network, option.problem, [0.1] * p, period))
+    for ring in rings:
+        rated = ring.rate()
+        assert rated is not None
+        assert rated[0] == pytest.approx(period)
+        assert not any(ring.excess(rank, cap) for rank in range(p))
+    refiner = Refiner(network, caps)
+    ends = Ends(refiner, rings[0], period)
+    found = [ends.search(budget, 0.0, lambda best: True) for budget in (0, 1, 1)]
+    makespans = [refiner.judge(rings[0].orders()).makespan, *(best.makespan for best in found)]
+    assert makespans == pytest.approx(sorted(makespans, reverse=True))
+    assert found[-1].excess == 0
+    check_schedule(network.schedule("found", found[-1].orders), option.problem)
