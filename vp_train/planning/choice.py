@@ -134,6 +134,7 @@ _KEPT: Mapping[str, Callable[[Choice], Any]] = {
     "parallel.placement": lambda choice: choice.placement,
     "parallel.recompute": lambda choice: choice.recompute,
     "parallel.sequence_parallel": lambda choice: choice.sequence_parallel,
+    "parallel.offload_activations": lambda choice: choice.offload,
 }
 _KEPT_OF_OPTIMIZERS = ("optim.name", "optim.offload")
 _GROUPS = {  # whose values a choice sets: what of them may be kept
@@ -392,6 +393,7 @@ def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator
     both = (True, False) if tp > 1 and splits_sequences else (False,)
     schedules = kept.with_value("schedule.name", searched_schedules())
     algorithms = kept.with_value("vocab.algorithm", searched_algorithms())
+    offload = kept.values.get("parallel.offload_activations", 0.0)
     for schedule in schedules if pp > 1 else ("1f1b",):
         for num_chunks in _chunks(schedule, pp, model.num_layers, kept):
             num_stages = GENERATORS[schedule].layout_of(pp, num_chunks).num_stages
@@ -414,6 +416,7 @@ def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator
                         placement=placement,
                         sequence_parallel=sequences,
                         recompute_where_needed=needed,
+                        offload=offload,
                     )
 
 

@@ -524,6 +524,8 @@ class _Search:
         for choice in dict.fromkeys(
             other for bound in binding for other in offloading(bound, self._num_layers)
         ):
+            if self._space.kept.against(choice) is not None:
+                continue
             try:
                 weight = self._scales.weigh(choice)
             except ConfigError:
