@@ -593,12 +593,30 @@ def remedies(config: RunConfig) -> list[str]:
             continue
         if before - after > 0.01 * before:
             found.append((before - after, f"{words}: about {human_bytes(before - after)} less"))
+    saved, words = _saved_by_offloading(config)
+    if saved > 0.01 * before:
+        found.append((saved, words))
     ordered = [words for _, words in sorted(found, reverse=True)]
     more = " or a smaller parallel.dp" if replicas > 1 else ""
     return [
         *ordered,
         f"more GPUs per replica: cluster.num_nodes above {config.cluster.num_nodes}{more}",
     ]
+
+
+def _saved_by_offloading(config: RunConfig) -> tuple[float, str]:
+    """Return the bytes that offloaded activations save on the worst rank, and that in words."""
+    parallel = config.parallel
+    if config.run.device != "cuda" or parallel.offload_activations or config.schedule.is_solved:
+        return 0.0, ""
+    offloads = replace(config, parallel=replace(parallel, offload_activations=1.0))
+    found = make_report(offloads).offloading
+    if found is None:
+        return 0.0, ""
+    return found.saved, (
+        f"parallel.offload_activations=1: {human_bytes(found.saved)} less, with "
+        f"{human_bytes(found.host)} in host memory per node"
+    )
 
 
 def _write(path: Path | None, record: dict[str, Any]) -> None:
