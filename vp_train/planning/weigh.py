@@ -449,22 +449,26 @@ class Scales:
         return self._bounds[key]
 
     def _where_needed(
-        self, choice: Choice, optimizers: Iterable[OptimConfig]
-    ) -> dict[Choice, list[OptimConfig]]:
+        self, choice: Choice, optimizers: Sequence[OptimConfig]
+    ) -> dict[Choice, Sequence[OptimConfig]]:
         """Return the choices with recomputation in as few stages as memory needs.
 
-        Each has the optimizers for which it is this one.  Raises ConfigError if for every optimizer
-        all or none of the stages recompute, because that is another choice.
+        Each comes with the optimizers to try.  Raises ConfigError if all or none of the stages
+        recompute, because that is another choice.
         """
         everywhere = replace(choice, recompute_where_needed=False)
         without = self._draft(replace(everywhere, recompute="none"))
         saving = self._draft(everywhere)
-        found: dict[Choice, list[OptimConfig]] = {}
-        for optim in optimizers:
-            kinds = self._stages_to_recompute(choice, optim, without, saving)
+        found: dict[Choice, Sequence[OptimConfig]] = {}
+        # The first optimizer is the leanest of those on the GPU, the last one of all.
+        first, last = optimizers[0], optimizers[-1]
+        kinds = self._stages_to_recompute(choice, first, without, saving)
+        if len(set(kinds)) > 1:
+            found[replace(everywhere, recompute_per_stage=kinds)] = optimizers
+        if last.offload and choice.recompute in kinds:
+            kinds = self._stages_to_recompute(choice, last, without, saving)
             if len(set(kinds)) > 1:
-                mixed = replace(everywhere, recompute_per_stage=kinds)
-                found.setdefault(mixed, []).append(optim)
+                found.setdefault(replace(everywhere, recompute_per_stage=kinds), (last,))
         if not found:
             raise SameChoiceError(f"all stages recompute {kinds[0]}")
         return found

@@ -1,0 +1,206 @@
+"""Compare what `vp-plan --search` finds with plans that experts have published.
+
+    python benchmarks/expert_plans.py [--only NAME ...] [--json FILE]
+
+Each published plan is typed with its degrees, batch and schedule.  It is planned with the physics
+of the search.  What was not published is given to the expert: of the chunks, recomputations and
+micro-batches named here the fastest that fits counts.  The search has its default effort, and keeps
+the default margin of 5 % of the memory free, which the expert need not.  `slower` above 0 is a row
+that the search loses.  Nothing is measured.  Rows of a FILE that are not searched again stay in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plan_published import gpt_words
+from provenance import provenance
+
+from vp_train.config import ConfigError
+from vp_train.planning.report import PlanReport, make_report
+from vp_train.planning.search import Limits, search
+from vp_train.settings import load_config
+
+DATA = Path(__file__).parent / "data/h100_megatron_s4096.json"
+RECOMPUTE = ("none", "selective", "full")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A published plan: the model with its cluster and batch, the plan, and what was left open."""
+
+    name: str
+    source: str
+    sequences: int
+    job: tuple[str, ...]
+    plan: tuple[str, ...]
+    open: tuple[tuple[str, ...], ...]
+
+    @property
+    def plans(self) -> list[list[str]]:
+        return [[*self.plan, *more] for more in itertools.product(*self.open)]
+
+
+def megatron(row: dict[str, Any], data: dict[str, Any]) -> Expert:
+    """Return a row of Megatron-Core's weak scaling."""
+    of_rank, pipeline = row["layers"] // row["pp"], row["pp"] > 1
+    chunks = [count for count in (2, 3, 4, 6, 7, 8, 12) if of_rank % count == 0] if pipeline else []
+    looped = tuple(f"schedule=interleaved schedule.num_chunks={count}" for count in chunks)
+    per_replica = row["batch"] // data["dp"]
+    sizes = tuple(
+        f"micro_batch_size={size} num_microbatches={per_replica // size}"
+        for size in (1, 2, 4)
+        if per_replica % size == 0
+    )
+    return Expert(
+        row["name"],
+        "Megatron-Core r0.8",
+        row["batch"],
+        (
+            *gpt_words(row["hidden"], row["layers"], row["heads"], data["seq"]),
+            "cluster=h100_80g_node",
+            f"cluster.num_nodes={row['gpus'] // 8}",
+            f"model.vocab_size={data['vocab']}",
+        ),
+        (
+            *(f"parallel.tp={row['tp']}", f"parallel.pp={row['pp']}", f"parallel.dp={data['dp']}"),
+            *(
+                f"parallel.sequence_parallel={row['tp'] > 1}".lower(),
+                "optim.name=zero1",
+                "vocab=none",
+            ),
+        ),
+        (looped or ("schedule=1f1b",), sizes, tuple(f"parallel.recompute={k}" for k in RECOMPUTE)),
+    )
+
+
+def llama(num_gpus: int, dp: int) -> Expert:
+    """Return the plan of Llama 3 405B for 8,192 tokens (arXiv 2407.21783, table 4)."""
+    return Expert(
+        f"405B, {num_gpus:,} GPUs",
+        "Llama 3, arXiv 2407.21783",
+        2048,
+        ("model=llama3_405b", "cluster=h100_80g_node", f"cluster.num_nodes={num_gpus // 8}"),
+        (
+            *("parallel.tp=8", "parallel.pp=16", f"parallel.dp={dp}", "parallel=balanced"),
+            *("parallel.sequence_parallel=true", "optim.name=zero1", "vocab=none"),
+            *("micro_batch_size=1", f"num_microbatches={2048 // dp}"),
+        ),
+        (
+            (
+                "schedule=1f1b",
+                *(f"schedule=interleaved schedule.num_chunks={count}" for count in (2, 4, 7)),
+            ),
+            tuple(f"parallel.recompute={kind}" for kind in RECOMPUTE),
+        ),
+    )
+
+
+def experts() -> list[Expert]:
+    data = json.loads(DATA.read_text())
+    paper = Expert(
+        "4B, 8 A100",
+        "arXiv 2411.05288, vocab-2",
+        128,
+        ("model=gpt_4b", "cluster=a100_80g_node", "model.vocab_size=256000"),
+        ("schedule=1f1b", "vocab=one_barrier", "parallel.pp=8", "num_microbatches=128"),
+        (),
+    )
+    rows = [megatron(row, data) for row in data["rows"]]
+    return [paper, *rows, llama(8_192, 64), llama(16_384, 128)]
+
+
+def best_of_expert(expert: Expert) -> tuple[str, PlanReport] | None:
+    """Return the overrides and the report of the fastest plan of the expert that fits."""
+    found = []
+    for words in expert.plans:
+        plan = " ".join(words)
+        try:
+            report = make_report(load_config([*expert.job, *plan.split()]))
+        except ConfigError:
+            continue
+        if report.fits:
+            found.append((plan, report))
+    return min(found, key=lambda one: one[1].step_seconds, default=None)
+
+
+def row_of(expert: Expert) -> dict[str, Any]:
+    """Plan as the expert did, search, and compare."""
+    row: dict[str, Any] = {
+        "name": expert.name,
+        "source": expert.source,
+        "job": " ".join(expert.job),
+        "sequences": expert.sequences,
+    }
+    best = best_of_expert(expert)
+    row["expert"] = None if best is None else described(*best)
+    config = load_config([*expert.job, f"num_microbatches={expert.sequences}"])
+    started = time.process_time()
+    result = search(config, Limits(top=1), lambda: True, lambda words: None)
+    row |= {"cpu_seconds": time.process_time() - started, "open": result.num_open, "search": None}
+    if result.best:
+        first = result.best[0]
+        row["search"] = described(first.choice.overrides(config), first.report)
+        if best is not None:
+            row["slower"] = first.report.step_seconds / best[1].step_seconds - 1
+    return row
+
+
+def described(overrides: str, report: PlanReport) -> dict[str, Any]:
+    return {
+        "overrides": overrides,
+        "step_seconds": report.step_seconds,
+        "mfu": report.mfu,
+        "gib": report.ranks[report.worst].memory.total / GIB,
+        "words": f"{report.degrees}, {report.work.num_microbatches} x "
+        f"{report.work.micro_batch_size}, {report.schedule}, {report.vocab}, {report.recompute}",
+    }
+
+
+def shown(row: dict[str, Any]) -> str:
+    """Return a line of the table."""
+    cells = [row["name"]]
+    for key in ("expert", "search"):
+        plan = row[key]
+        cells += (
+            ["nothing fits", "", ""]
+            if plan is None
+            else [f"{plan['step_seconds']:.2f}", f"{plan['gib']:.1f}", plan["words"]]
+        )
+    cells.append(f"{100 * row['slower']:+.1f} %" if "slower" in row else "")
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", help="names of the rows to plan")
+    parser.add_argument("--json", type=Path, help="also write the table as JSON")
+    options = parser.parse_args()
+    everyone = experts()
+    print("| plan | expert s | GiB | how | search s | GiB | how | search slower by |")
+    print("|---" * 8 + "|")
+    rows: list[dict[str, Any]] = []
+    for expert in everyone:
+        if options.only and expert.name not in options.only:
+            continue
+        rows.append(row_of(expert))
+        print(shown(rows[-1]), flush=True)
+        if options.json is not None:
+            old = json.loads(options.json.read_text())["rows"] if options.json.is_file() else []
+            known = {row["name"]: row for row in (*old, *rows)}
+            table = [known[one.name] for one in everyone if one.name in known]
+            record = {"provenance": provenance(), "rows": table}
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
