@@ -34,25 +34,25 @@ class Filler:
 
     The microbatches of a kind run in their order, with reversed time in the opposite one. So of
     every kind of pass only the next microbatch can be taken. Searches spend most of their time
-    in `run`, so it reads local variables and calls nothing.
+    in `run`, so its loop reads local variables and calls little.
     """
 
     def __init__(self, network: Network, *, backwards: bool) -> None:
         """Prepare runs of `network`. With `backwards` it is a reversed one."""
-        self._network, self._backwards = network, backwards
+        self.network, self.backwards = network, backwards
         passes = [node for node in network.nodes if isinstance(node, Pass)]
-        self._of_stage = [not item.kind.is_vocabulary for item in passes]
-        self._kinds: list[list[int]] = [[] for _ in range(network.num_ranks)]
-        self._shard_bytes = [0.0] * network.num_ranks  # what one shard keeps from S to T
+        self.of_stage = [not item.kind.is_vocabulary for item in passes]
+        self.kinds: list[list[int]] = [[] for _ in range(network.num_ranks)]
+        self.shard_bytes = [0.0] * network.num_ranks  # what one shard keeps from S to T
         for k, item in enumerate(passes):
             rank = network.lanes[k]
-            self._kinds[rank].append(k)
+            self.kinds[rank].append(k)
             if item.kind.is_vocabulary:
-                self._shard_bytes[rank] = max(self._shard_bytes[rank], network.byte_change[k])
-        self._missing = [len(before) for before in network.inputs] * network.num_microbatches
-        self._is_leader = [False] * network.size
+                self.shard_bytes[rank] = max(self.shard_bytes[rank], network.byte_change[k])
+        self.missing = [len(before) for before in network.inputs] * network.num_microbatches
+        self.is_leader = [False] * network.size
         for leader in network.leaders.values():
-            self._is_leader[leader] = True
+            self.is_leader[leader] = True
 
     def run(
         self,
@@ -69,24 +69,17 @@ class Filler:
         the fraction `patience` of its own duration. No pass of rank r moves into, out of or over
         its places from `frozen[r][0]` to before `frozen[r][1]`.
         """
-        network, push, pop = self._network, heapq.heappush, heapq.heappop
+        network, push, pop = self.network, heapq.heappush, heapq.heappop
         size, count, num_ranks = network.size, network.num_microbatches, network.num_ranks
         num_passes, lanes, seconds = network.num_passes, network.lanes, network.seconds
-        followers, change_of, leaders = network.followers, network.byte_change, network.leaders
-        of_stage, shard_bytes, kinds = self._of_stage, self._shard_bytes, self._kinds
-        is_leader, total = self._is_leader, size * count
-        hurried = [duration * (1 - patience) for duration in seconds]  # must end before it is due
-        reach = 4 * num_ranks + 20  # how many places ahead a pass may be
-        missing, arrived_at, starts = self._missing[:], [0.0] * total, [0.0] * total
-        free_at, room = [0.0] * network.num_lanes, [cap * LOOSE for cap in caps]
-        shards_held, placed = [0.0] * num_ranks, [0] * size  # the former in bytes
-        position, taken = [0] * total, bytearray(total)
-        for order in orders:
-            for place, number in enumerate(order):
-                position[number] = place
-        stride = -size if self._backwards else size
-        first = (count - 1) * size if self._backwards else 0
-        upcoming = list(range(first, first + size))  # the next microbatch of every kind
+        followers, change_of, of_stage = network.followers, network.byte_change, self.of_stage
+        state = _State(self, orders, expected, patience, frozen)
+        missing, arrived_at, placed = state.missing, state.arrived_at, state.placed
+        upcoming, taken, overtaker = state.upcoming, state.taken, state.overtaker
+        shard_bytes, is_leader = self.shard_bytes, self.is_leader
+        starts, free_at = [0.0] * len(missing), [0.0] * network.num_lanes
+        room, shards_held = [cap * LOOSE for cap in caps], [0.0] * num_ranks  # in bytes
+        stride = -size if self.backwards else size
         heads, ends = [0] * num_ranks, [len(order) for order in orders]
         filled: Orders = [[] for _ in orders]
         makespan = 0.0
@@ -103,59 +96,16 @@ class Filler:
             heads[rank] = at
             if at == end_of_order:
                 continue
-            head, free = order[at], room[rank]
-            k = head % size
+            number, free = order[at], room[rank]
+            k = number % size
             change = change_of[k]
             # A stage leaves room for one shard. Else the S that all ranks wait for might never fit.
             spared = shard_bytes[rank] - shards_held[rank]
             if spared < 0.0:
                 spared = 0.0
             fits = change <= 0.0 or change + (spared if of_stage[k] else 0.0) <= free
-            number = head
-            if not fits or missing[head] or arrived_at[head] > now:
-                # The next pass cannot run now. Look for the nearest one that may overtake it.
-                due = float("inf")
-                if fits:
-                    due = expected[head] if missing[head] else arrived_at[head]
-                    if due < now:
-                        due = now
-                number, nearest = -1, at + reach
-                if frozen is not None:
-                    since, until = frozen[rank]
-                    if at < since < nearest:
-                        nearest = since
-                    elif since <= at < until:
-                        nearest = at
-                for kind in kinds[rank]:
-                    other = upcoming[kind]
-                    if (
-                        other < 0
-                        or missing[other]
-                        or arrived_at[other] > now
-                        or now + hurried[kind] > due
-                        or position[other] >= nearest
-                        or (
-                            kind in leaders
-                            and placed[kind] >= placed[leaders[kind]] + EMBEDDINGS_AHEAD
-                        )
-                    ):
-                        continue
-                    place, change = position[other], change_of[kind]
-                    if change > 0.0:
-                        if not fits:
-                            # The next pass waits for bytes to be freed. A stage must not take them.
-                            if of_stage[kind] or change > free:
-                                continue
-                        else:
-                            kept = most_kept = 0.0  # of the overtaken passes
-                            for overtaken in order[at:place]:
-                                if not taken[overtaken]:
-                                    kept += change_of[overtaken % size]
-                                    if kept > most_kept:
-                                        most_kept = kept
-                            if change + most_kept + (spared if of_stage[kind] else 0.0) > free:
-                                continue
-                    number, nearest = other, place
+            if not fits or missing[number] or arrived_at[number] > now:
+                head, number = number, overtaker(rank, now, at, fits, free, spared)
                 if number < 0:
                     if not missing[head] and arrived_at[head] > now:
                         push(wakes, (arrived_at[head], rank))
@@ -203,3 +153,97 @@ class Filler:
         if min(placed[:num_passes]) < count:
             return None
         return Filled(filled, starts, makespan)
+
+
+class _State:
+    """What a run knows of its passes, and the choice of one that overtakes.
+
+    By ids of nodes: `missing` counts the inputs that have not been placed, `arrived_at` is when the
+    last of the others arrives, `taken` says whether the pass has run. By kinds of passes: `placed`
+    counts those that have run, `upcoming` is the next one, -1 after the last.
+    """
+
+    def __init__(
+        self,
+        filler: Filler,
+        orders: Orders,
+        expected: Sequence[float],
+        patience: float,
+        frozen: Sequence[tuple[int, int]] | None,
+    ) -> None:
+        network = filler.network
+        size, count = network.size, network.num_microbatches
+        self._filler, self._orders, self._expected, self._frozen = filler, orders, expected, frozen
+        self._hurried = [  # how long before the next pass is due a filler must start
+            duration * (1 - patience) for duration in network.seconds
+        ]
+        self._reach = 4 * network.num_ranks + 20  # how many places ahead a pass may be
+        self._place_of = [0] * (size * count)
+        for order in orders:
+            for place, number in enumerate(order):
+                self._place_of[number] = place
+        self.missing, self.arrived_at = filler.missing[:], [0.0] * (size * count)
+        self.taken, self.placed = bytearray(size * count), [0] * size
+        first = (count - 1) * size if filler.backwards else 0
+        self.upcoming = list(range(first, first + size))
+
+    def overtaker(
+        self, rank: int, now: float, at: int, fits: bool, free: float, spared: float
+    ) -> int:
+        """Return the nearest pass that may overtake the one at place `at` of a rank, or -1.
+
+        `fits`: whether the overtaken pass fits into the memory. `free`: the bytes that the rank has
+        left, of which a stage leaves the bytes `spared`.
+        """
+        filler, missing, arrived_at = self._filler, self.missing, self.arrived_at
+        order, place_of, hurried = self._orders[rank], self._place_of, self._hurried
+        placed, upcoming, leaders = self.placed, self.upcoming, filler.network.leaders
+        of_stage, change_of = filler.of_stage, filler.network.byte_change
+        head, due = order[at], float("inf")
+        if fits:
+            due = self._expected[head] if missing[head] else arrived_at[head]
+            if due < now:
+                due = now
+        found, nearest = -1, at + self._reach
+        if self._frozen is not None:
+            since, until = self._frozen[rank]
+            if at < since < nearest:
+                nearest = since
+            elif since <= at < until:
+                return -1
+        for kind in filler.kinds[rank]:
+            other = upcoming[kind]
+            if (
+                other < 0
+                or missing[other]
+                or arrived_at[other] > now
+                or now + hurried[kind] > due
+                or place_of[other] >= nearest
+                or (kind in leaders and placed[kind] >= placed[leaders[kind]] + EMBEDDINGS_AHEAD)
+            ):
+                continue
+            place, change = place_of[other], change_of[kind]
+            if change > 0.0:
+                if not fits:
+                    # The next pass waits for bytes to be freed. A stage must not take them.
+                    if of_stage[kind] or change > free:
+                        continue
+                elif (
+                    change + self._kept(order, at, place) + (spared if of_stage[kind] else 0.0)
+                    > free
+                ):
+                    continue
+            found, nearest = other, place
+        return found
+
+    def _kept(self, order: list[int], at: int, place: int) -> float:
+        """Return the most bytes that the passes from `at` to before `place` will keep."""
+        taken, change_of = self.taken, self._filler.network.byte_change
+        size = self._filler.network.size
+        kept = most = 0.0
+        for overtaken in order[at:place]:
+            if not taken[overtaken]:
+                kept += change_of[overtaken % size]
+                if kept > most:
+                    most = kept
+        return most
