@@ -22,36 +22,45 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
-# The files that take longest begin first, so that none of them runs alone at the end.  Two of them
-# wait most of their time, test_slurm.py and test_namespaces.py: one of them at a time leaves no CPU
-# idle.
+# The files that take longest begin first, so that none of them runs alone at the end.  Those that
+# wait most of their time stand apart, so that no CPU is idle: the first, test_namespaces.py,
+# test_nodes.py, test_local_ranks.py and test_ends.py.
 LONG = (
     "test_slurm.py",
+    "test_docs.py",
     "test_equivalence_between_processes.py",
     "test_output.py",
     "test_train.py",
     "test_namespaces.py",
+    "test_equivalence.py",
     "test_gpu_check.py",
     "test_resume.py",
-    "test_equivalence.py",
-    "test_local_ranks.py",
-    "test_campaigns.py",
-    "test_docs.py",
-    "test_ends.py",
     "test_nodes.py",
-    "test_memory.py",
-    "test_replay.py",
     "test_generators.py",
-    "test_search.py",
+    "test_campaigns.py",
+    "test_replay.py",
+    "test_local_ranks.py",
     "test_auto.py",
-    "test_families.py",
-    "test_saved_settings.py",
     "test_local.py",
+    "test_ends.py",
+    "test_memory.py",
     "test_convert.py",
+    "test_cache.py",
+    "test_families.py",
+    "test_plan_command.py",
+    "test_simulate_command.py",
+    "test_mutants.py",
+    "test_cli.py",
+    "test_cuda.py",
+    "test_search.py",
+    "test_replicas.py",
+    "test_stage.py",
+    "test_failures.py",
     "test_optimizer.py",
     "test_training.py",
-    "test_replicas.py",
+    "test_saved_settings.py",
     "test_plan.py",
+    "test_settings.py",
     "test_report.py",
 )
 

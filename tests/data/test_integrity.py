@@ -13,7 +13,9 @@ import pytest
 from tests.data.cases import VOCAB_SIZE, text_config, write_letters
 from vp_train.config import ConfigError, DataConfig
 from vp_train.data import corpus, prepare
-from vp_train.data.integrity import block_hashes, check_once
+from vp_train.data.integrity import BLOCK, DIGITS, block_hashes, check_once
+from vp_train.data.manifest import _OWN_HASH, _hash_of, _misfit
+from vp_train.durable import read_json
 
 
 @pytest.fixture
@@ -169,3 +171,17 @@ def test_blocks_are_hashed_on_their_own(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "a").write_bytes(b"abcdabcdef")
     first, second, third = block_hashes(tmp_path / "a")
     assert first == second != third
+
+
+def test_every_block_of_a_manifest_needs_its_hash(stored: DataConfig) -> None:
+    values = read_json(Path(str(stored.path)) / "manifest.json")
+    assert _misfit(values) is None
+    good = "0" * DIGITS
+    for hashes, reason in (
+        ([good], "tokens.bin does not have a hash for every block"),
+        ([good, "short"], "the hashes of tokens.bin are not hashes"),
+        ([good, good], None),
+    ):
+        values["file_bytes"]["tokens.bin"], values["blocks"]["tokens.bin"] = BLOCK + 1, hashes
+        own = {name: value for name, value in values.items() if name != _OWN_HASH}
+        assert _misfit(own | {_OWN_HASH: _hash_of(own)}) == reason

@@ -244,6 +244,7 @@ def test_an_export_knows_what_the_import_knew_however_many_runs_ago(
         assert [config.get(key) for key in KEPT] == [3, 5, 7, 64]
         assert "max_position_embeddings" not in said
         assert (tmp_path / "back/tokenizer.json").read_text() == '"of the import"'
+        assert [path.name for path in (tmp_path / "back").glob("model*")] == ["model.safetensors"]
         shutil.rmtree(tmp_path / "back")
     (first / "config.json").write_text(
         '{"model_type": "llama", "max_position_embeddings": null, "bos_token_id": null}'

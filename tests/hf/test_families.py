@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.hf import models
 from vp_train.config import ConfigError, ModelConfig
+from vp_train.hf import families
 from vp_train.hf.families import config_of, model_of
 from vp_train.model import shape
 from vp_train.settings import load_config
@@ -506,3 +507,21 @@ def test_a_value_of_another_kind_is_named_with_what_it_must_be(base, name, value
         model_of(PUBLISHED[base] | {name: value})
     assert str(caught.value).startswith(message)
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("kind", sorted(families.FAMILIES))
+def test_a_key_that_is_missing_counts_as_in_transformers(kind):
+    """Except max_position_embeddings, which bounds only what a run may be given."""
+    ours, theirs = families.FAMILIES[kind].defaults, AutoConfig.for_model(kind).to_dict()
+    common = (ours.keys() & theirs.keys()) - {"max_position_embeddings"}
+    assert common
+    assert {key: ours[key] for key in common} == {key: theirs[key] for key in common}
+
+
+def test_a_sliding_window_that_no_layer_has_is_no_reason_to_refuse():
+    plain = PUBLISHED["qwen2_5_7b"]
+    layers = plain["num_hidden_layers"]
+    windowed = plain | {"use_sliding_window": True, "max_window_layers": layers}
+    assert model_of(windowed) == model_of(plain)
+    with pytest.raises(ConfigError, match="use_sliding_window"):
+        model_of(windowed | {"max_window_layers": layers - 1})

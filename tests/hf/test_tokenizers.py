@@ -19,6 +19,7 @@ from vp_train.config import ConfigError, DataConfig, ModelConfig, RunConfig, Run
 from vp_train.data import prepare_run
 from vp_train.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
 from vp_train.hf.convert import export_checkpoint, import_checkpoint
+from vp_train.hf.tokenizer import _with_end
 
 VOCAB = 300
 TEXTS = ["the quick brown fox", "jumps over the lazy dog", "again and again and again"] * 9
@@ -261,3 +262,12 @@ def test_an_import_without_a_tokenizer_needs_one_to_be_given(imported, corpus, t
     assert "is an import without a tokenizer.json; give data.tokenizer=FILE" in message
     given = {"tokenizer": str(imported / "tokenizer.json"), "end_token": "<end>"}
     assert prepare_run(config_of(tmp_path / "bare", corpus, tmp_path, **given), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [({}, 5), ({"eos_token_id": 7}, [5, 7]), ({"eos_token_id": [7, 5]}, [7, 5])],
+)
+def test_the_token_that_ends_a_document_joins_those_that_end_a_text(ends, expected):
+    ids = {"bos_token_id": 1, **ends}
+    assert _with_end(ids, 5, after_end=False) == {**ids, "eos_token_id": expected}

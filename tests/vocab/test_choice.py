@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vp_train.vocab.choice import Sampling, choose, gumbel, nothing, offers
+from vp_train.vocab.choice import Sampling, _mixed, choose, gumbel, nothing, offers
 from vp_train.vocab.shard import Shard, split_rows
 
 V, H = 37, 8
@@ -82,3 +82,10 @@ def test_the_noise_is_that_of_gumbel_and_differs_by_seed_and_place():
 def test_a_logit_that_is_no_number_is_seen_by_all(sampling):
     x = torch.full((H,), torch.nan)
     assert offers(x, torch.ones(3, H), Shard(0, 3), None, sampling, 0).isnan().all()
+
+
+def test_numbers_are_mixed_as_published():
+    """The first two numbers of splitmix64 with seed 0."""
+    step = 0x9E3779B97F4A7C15
+    mixed = _mixed(np.array([0, step], dtype=np.uint64))
+    assert mixed.tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
