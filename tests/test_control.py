@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from vp_train.communication.communicators import Purpose, _control_groups
 from vp_train.communication.control import ControlGroup, row_width
@@ -49,7 +50,9 @@ def test_every_rank_gets_the_values_of_all_ranks_in_rank_order(ranks, width):
 def summed_late(rank, num_ranks):
     """Return the sum of a rank that comes late, and the timeout of the group afterwards."""
     settings = RunSettings(timeout_seconds=1.0, world_timeout_seconds=60.0)
-    group = dist.new_group([0, 1], timedelta(seconds=0.1))
+    group = dist.new_group([0, 1], timedelta(seconds=60))
+    dist.barrier(group)
+    _set_pg_timeout(timedelta(seconds=0.1), group)
     one = torch.ones(())
     with starting(group, settings):
         time.sleep(0.5 * rank)
