@@ -35,6 +35,7 @@ from vp_train.tensors.streams import with_index
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
 from vp_train.vocab.output import OutputLayer
+from vp_train.vocab.products import Products as VocabProducts
 from vp_train.vocab.shard import Shard
 
 
@@ -265,10 +266,11 @@ def _build_modules(
         shards = weights.shards[End.INPUT]
         input_layer = InputLayer(weight, gradients[name], shards.all, shards.index)
     options = LossOptions(loss.label_smoothing, loss.z_loss, config.model.logit_softcap)
+    products = VocabProducts()  # a step and an evaluation never run at the same time
     training = RankModules(
         weights.stages,
         input_layer,
-        _output_layer(config, weights, gradients, plan.problem.algorithm, options),
+        _output_layer(config, weights, gradients, plan.problem.algorithm, options, products),
         dtype=DTYPES[config.run.dtype],
         device=rank_device(config),
         hidden_size=config.model.hidden_size,
@@ -279,7 +281,7 @@ def _build_modules(
         sequence_parts=mesh.degrees.tp if config.parallel.sequence_parallel else 1,
     )
     measured = plan.evaluation_problem.algorithm
-    output_layer = _output_layer(config, weights, gradients, measured, options.measured)
+    output_layer = _output_layer(config, weights, gradients, measured, options.measured, products)
     return training, replace(training, output_layer=output_layer, normalisation="token")
 
 
@@ -289,6 +291,7 @@ def _output_layer(
     gradients: Gradients,
     algorithm: VocabAlgorithm,
     options: LossOptions,
+    products: VocabProducts,
 ) -> OutputLayer | None:
     """Return the output layer of this rank, None if it has no rows there."""
     if End.OUTPUT not in weights.matrices:
@@ -304,6 +307,7 @@ def _output_layer(
         options=options,
         recompute_fraction=config.vocab.recompute_fraction,
         sum_dtype=DTYPES[config.run.dtype] if config.vocab.sum_dtype == "compute" else None,
+        products=products,
     )
 
 

@@ -24,9 +24,14 @@ _FLOAT16_ROWS = 1 << 15  # P W sums this many rows in float16
 
 
 def make_backend(
-    name: str, weight: Tensor, grad: Tensor, softcap: float | None, recompute_fraction: float
+    name: str,
+    weight: Tensor,
+    grad: Tensor,
+    softcap: float | None,
+    recompute_fraction: float,
+    products: Products | None = None,
 ) -> Backend:
-    """Return the backend called `name`.
+    """Return the backend called `name`; layers that never run at once may share `products`.
 
     `recompute_fraction` is the part of the rows whose logits the backend `recompute` computes again
     in T.  Raises ValueError for an unknown name.
@@ -36,9 +41,9 @@ def make_backend(
         case "reference":
             return Reference(weight, grad, softcap)
         case "chunked":
-            return by_chunks(weight, grad, softcap, 0.0)
+            return by_chunks(weight, grad, softcap, 0.0, products)
         case "recompute":
-            return by_chunks(weight, grad, softcap, recompute_fraction)
+            return by_chunks(weight, grad, softcap, recompute_fraction, products)
         case _:
             raise ValueError(f"backend {name!r} is not known; choose one of {', '.join(BACKENDS)}")
 
@@ -65,13 +70,18 @@ class Chunked:
     """
 
     def __init__(
-        self, weight: Tensor, grad: Tensor, softcap: float | None, recompute: float
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        softcap: float | None,
+        recompute: float,
+        products: Products | None = None,
     ) -> None:
         self._weight, self._grad, self._softcap = weight, grad, softcap
         self._first_kept = round(recompute * len(weight))
         self._usual: torch.Size | None = None  # shape of the first chunk, which most chunks have
         self._free: list[Tensor] = []  # kept: on a CPU fresh memory costs as much as filling it
-        self._products = Products()
+        self._products = products or Products()
 
     def prepare(self, num_tokens: int) -> None:
         pass

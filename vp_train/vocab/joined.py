@@ -59,11 +59,16 @@ class Joined:
     """
 
     def __init__(
-        self, weight: Tensor, grad: Tensor, softcap: float | None, recompute: float
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        softcap: float | None,
+        recompute: float,
+        products: Products | None = None,
     ) -> None:
         self._weight, self._grad, self._softcap = weight, grad, softcap
         self._first_kept = round(recompute * len(weight))
-        self._products = Products()
+        self._products = products or Products()
         self._num_warps: dict[tuple[int, int], int | None] = {}  # by the shape of a chunk
 
     def prepare(self, num_tokens: int) -> None:

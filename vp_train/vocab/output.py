@@ -36,6 +36,7 @@ from vp_train.tensors.streams import lend, to_device
 from vp_train.vocab.backends import make_backend
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
 from vp_train.vocab.passes import Product, Softmax
+from vp_train.vocab.products import Products
 from vp_train.vocab.rows import combine, input_term, loss_of, scale, subtract_targets
 from vp_train.vocab.shard import Owned, Shard, require_within
 
@@ -67,6 +68,7 @@ class OutputLayer:
     input_gradient: the pass that forms this shard's term of dL/dx, S or T; None in evaluation.
     backend: a name of `backends.BACKENDS`; `recompute_fraction` as in `make_backend`.
     sum_dtype: in which the terms of the shards are summed, by default the statistics dtype.
+    products: shared with layers that never run at the same time, for its scratch memory.
     """
 
     def __init__(
@@ -81,13 +83,16 @@ class OutputLayer:
         options: LossOptions = _PLAIN,
         recompute_fraction: float = 1.0,
         sum_dtype: torch.dtype | None = None,
+        products: Products | None = None,
     ) -> None:
         assert weight.shape == grad.shape
         assert weight.shape[0] == shard.num_rows
         self.weight, self.grad, self.shard = weight.detach(), grad, shard
         self.vocab_size, self.options, self.input_gradient = vocab_size, options, input_gradient
         self.sum_dtype = sum_dtype or statistics_dtype(weight.dtype)
-        self.backend = make_backend(backend, self.weight, grad, options.softcap, recompute_fraction)
+        self.backend = make_backend(
+            backend, self.weight, grad, options.softcap, recompute_fraction, products
+        )
 
     @torch.no_grad()
     def warm_up(self, num_tokens: int) -> None:
