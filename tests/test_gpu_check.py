@@ -164,8 +164,8 @@ def test_the_script_runs_a_step_and_writes_where_it_did(tmp_path):
 
 
 def test_unknown_steps_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--steps", "1,15"])
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--steps", "1,16"])
     with pytest.raises(SystemExit) as left:
         gpu_check.main()
     assert left.value.code == 2
-    assert "step 15 is not known; there are 1 to 14" in capsys.readouterr().err
+    assert "step 16 is not known; there are 1 to 15" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Lock
 
 import torch
 import torch.distributed as dist
@@ -108,6 +109,10 @@ class RankModel:
         )
 
 
+# Ranks that are threads of one process compile one after another.
+_COMPILING = Lock()
+
+
 def may_compile(settings: RunSettings) -> bool:
     """Return whether passes of a run with these `settings` compile code on this node.
 
@@ -156,7 +161,7 @@ def build_rank(
     training, evaluating = _build_modules(config, plan, mesh, weights, gradients, completions)
     comms = Comms(transport or _process_groups(config, mesh, device))
     if may_compile(config.run):
-        with starting(mesh.tensor, config.run):
+        with _COMPILING, starting(mesh.tensor, config.run):
             _warm_up(config, weights, training, evaluating)
     return RankModel(
         parameters=weights.parameters,
