@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -94,6 +95,14 @@ def test_before_the_first_step_everything_known_is_said_and_written(started, cap
     )
     assert "advice" not in words
     assert line_of(words, "run") == f"{directory.path}, steps 3 to 4"
+
+
+def test_it_is_said_what_waits_in_host_memory(started, capsys):
+    for part, words in ((1, "up to .* in a step, .* at a time"), (0.1, "nothing: .* half a layer")):
+        started(f"parallel.offload_activations={part}", f"run.name=of{part}")
+        assert re.fullmatch(words + ".*", line_of(capsys.readouterr().out, "offload"))
+    started("run.name=none")
+    assert "offload" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -305,17 +305,28 @@ def test_host_memory_is_used_again_in_every_step():
         assert others == [first] * 2
 
 
-def test_a_host_without_memory_says_how_much_it_had_and_what_to_lower(monkeypatch):
+def fails_with(words):
+    def fail(*sizes, **options):
+        raise RuntimeError(words)
+
+    return fail
+
+
+@pytest.mark.parametrize("cause", ["CUDA error: out of memory", "can't allocate memory"])
+def test_a_host_without_memory_says_how_much_it_had_and_what_to_lower(monkeypatch, cause):
     memory = HostMemory(pinned=False, block_bytes=1 << 28)
     memory.take()
-
-    def fail(*sizes, **options):
-        raise RuntimeError("CUDA error: out of memory")
-
-    monkeypatch.setattr(torch, "empty", fail)
+    monkeypatch.setattr(torch, "empty", fails_with(cause))
     words = r"no memory for more than 0\.2 GiB of .*; lower parallel\.offload_activations"
     with pytest.raises(MemoryError, match=words):
         memory.take()
+
+
+def test_another_error_is_not_taken_for_a_lack_of_host_memory(monkeypatch):
+    cause = "CUDA error: an illegal memory access was encountered"
+    monkeypatch.setattr(torch, "empty", fails_with(cause))
+    with pytest.raises(RuntimeError, match=cause):
+        HostMemory(pinned=False).take()
 
 
 # Order

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 
 from schedules.ir import Schedule
+from vp_train.commands.plan import plan_lines
 from vp_train.config import ConfigError
 from vp_train.planning.cluster import host_bytes_per_second
 from vp_train.planning.memory import check_host, rank_memory
-from vp_train.planning.placement import offloaded_layers
+from vp_train.planning.placement import nothing_offloaded_words, offloaded_layers
 from vp_train.planning.plan import plan_step
 from vp_train.planning.report import make_report
 from vp_train.settings import load_config
@@ -86,6 +87,27 @@ def test_a_report_counts_bytes_of_device_and_host():
         known = replace(found, cluster=cluster)
         assert known.fits is fits
         assert ("host memory" in known.binds) is not fits
+
+
+def test_a_part_of_less_than_half_a_layer_says_that_it_moves_nothing():
+    config, step = planned("parallel.offload_activations=0.1")  # of stages of four layers
+    words = "nothing: parallel.offload_activations is less than half a layer of every stage"
+    assert not step.schedule.offloads
+    assert f"offload   {words}" in plan_lines(config, make_report(config))
+    assert nothing_offloaded_words(has_layers=any(step.cost.offload_bytes)) == words
+    assert "live long enough" in nothing_offloaded_words(has_layers=True)
+
+
+def test_a_wait_for_transfers_counts_once(tmp_path):
+    _, step = planned("parallel.offload_activations=0.5")
+    path = tmp_path / "schedule.txt"
+    path.write_text(step.schedule.text())
+    typed = ["parallel.offload_activations=0.5", f"schedule.file={path}"]
+    whole = make_report(load_config([*LLAMA, *typed]))
+    slow = make_report(load_config([*LLAMA, *typed, "cluster.host_bytes_per_second=1e9"]))
+    assert slow.offloading.exposed > 0.1 * whole.passes
+    assert slow.messages == pytest.approx(whole.messages)
+    assert slow.passes - whole.passes == pytest.approx(slow.offloading.exposed)
 
 
 def test_a_stored_schedule_keeps_its_reloads_and_needs_the_setting(tmp_path):

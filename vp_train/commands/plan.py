@@ -31,6 +31,7 @@ from vp_train.planning.choice import (
 from vp_train.planning.cluster import chosen_costs
 from vp_train.planning.degrees import split_ranks
 from vp_train.planning.fsdp import best_fsdp, fsdp_words
+from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import SEARCHING
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import (
@@ -288,7 +289,7 @@ def _offload_lines(config: RunConfig, report: PlanReport) -> list[str]:
     found, cluster = report.offloading, config.cluster
     assert found is not None
     if not found.num_moved:
-        return ["offload   nothing: no activations live long enough for both ways of the link"]
+        return [f"offload   {nothing_offloaded_words(has_layers=found.num_kept > 0)}"]
     down, up = found.busy
     known = cluster.host_memory_gib
     of_host = "" if known is None else f" of {known:g} GiB{' TOO MUCH' * (report.host_excess > 0)}"

@@ -35,6 +35,7 @@ from vp_train.config import ConfigError, CostConfig, RunConfig, unknown
 from vp_train.failures import EXIT_OK
 from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.degrees import split_ranks, wanted_ranks
+from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import SEARCHING, StepPlan, plan_step, row_advice
 from vp_train.settings import config_text
 from vp_train.units import human_bytes
@@ -530,15 +531,16 @@ def report(outcome: Outcome, columns: int) -> str:
 
 
 def _offload_lines(outcome: Outcome) -> list[str]:
-    """Return what goes to the host and back, and time and peak without that; [] if nothing may."""
+    """Return what goes to the host and back, and time and peak without that; [] if it is off."""
     plan, timeline = outcome.plan, outcome.timeline
-    if not any(plan.cost.offload_bytes):
+    if not plan.cost.offload_bytes:
         return []
     if not timeline.transfers:
-        return ["offloaded    nothing: no activations live long enough for both ways of the link"]
+        words = nothing_offloaded_words(has_layers=any(plan.cost.offload_bytes))
+        return [f"offloaded    {words}"]
     alone = simulate_order(replace(plan.schedule, offloads=()), plan.problem, plan.cost)
     ranks = range(timeline.num_ranks)
-    busiest = max(ranks, key=lambda rank: sum(timeline.link_busy(rank)))
+    busiest = max(ranks, key=timeline.moved_bytes)
     down, up = timeline.link_busy(busiest)
     moved, held = timeline.moved_bytes(busiest), timeline.host_bytes(busiest)
     without = f"{duration(alone.makespan)}, peak memory {human_bytes(max(alone.peak_bytes))}"

@@ -37,6 +37,7 @@ from vp_train.metrics.summary import (
 from vp_train.metrics.trackers import trackers_of
 from vp_train.model.shape import num_parameters
 from vp_train.planning.degrees import Degrees
+from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import RunPlan, row_advice
 from vp_train.units import human_bytes
 
@@ -68,6 +69,20 @@ def _ramp_words(config: RunConfig, first_step: int) -> str:
     ramp = [(step, count) for step, count in config.batch_ramp if step >= first_step]
     parts = [f"{count:,} sequences until step {step:,}" for step, count in ramp]
     return ", ".join([*parts, "then all microbatches"]) if parts else ""
+
+
+def _offload_words(plan: RunPlan) -> str:
+    """Return what goes to host memory in words; empty if no activations are to be offloaded."""
+    timeline, ranks = plan.timeline, range(plan.num_ranks)
+    if not plan.cost.offload_bytes:
+        return ""
+    if not timeline.transfers:
+        return nothing_offloaded_words(has_layers=any(plan.cost.offload_bytes))
+    moved, held = (max(map(of, ranks)) for of in (timeline.moved_bytes, timeline.host_bytes))
+    return (
+        f"up to {human_bytes(moved)} of a rank's activations wait in host memory in a step, "
+        f"{human_bytes(held)} at a time"
+    )
 
 
 def _past_profiles(settings: RunSettings, first_step: int) -> str:
@@ -156,6 +171,7 @@ class Reporter:
             *([f"batch     {words}"] if (words := _ramp_words(config, self._first_step)) else []),
             f"planned   {facts(plan.timeline)}; "
             f"activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
+            *([f"offload   {words}"] if (words := _offload_words(plan)) else []),
             *([f"advice    {advice}"] if (advice := row_advice(config, plan)) else []),
             f"run       {directory.path}, steps {self._first_step} to {config.run.steps}",
             *([f"resumed   {rates}"] if rates else []),

@@ -89,6 +89,8 @@ class HostMemory:
         try:
             block = torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=self._pinned)
         except RuntimeError as error:
+            if "out of memory" not in str(error) and "allocate memory" not in str(error):
+                raise  # such as an error of earlier work on the GPU
             raise MemoryError(
                 f"the host has no memory for more than {self.num_bytes / 2**30:.1f} GiB of this "
                 "rank's activations; lower parallel.offload_activations"

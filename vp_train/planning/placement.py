@@ -58,6 +58,16 @@ def offloaded_layers(num_layers: int, part: float) -> int:
     return math.floor(part * num_layers + 0.5)
 
 
+def nothing_offloaded_words(*, has_layers: bool) -> str:
+    """Return why nothing is offloaded although the settings ask for it.
+
+    has_layers: whether `offloaded_layers` is above 0 for any stage.
+    """
+    if has_layers:
+        return "nothing: no activations live long enough for both ways of the link"
+    return "nothing: parallel.offload_activations is less than half a layer of every stage"
+
+
 def balance(num_layers: int, layout: Layout) -> tuple[int, ...]:
     """Return numbers of layers per stage that differ by at most one.
 

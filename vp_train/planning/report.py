@@ -78,8 +78,8 @@ class PlanReport:
     all replicas.  `passes` are the seconds of the simulated schedule.  The seconds `gradients`, of
     sums and gathers that no pass hides, and `optimizer` come after it; `exchange` says how much is
     hidden.  `messages` are the seconds of `passes` in which ranks wait for hops and collectives of
-    the pipeline; None if that was not simulated.  `offloading` is None without transfers of
-    activations to the host.
+    the pipeline; None if that was not simulated.  `offloading` is None if no activations
+    are to be offloaded.
     """
 
     work: Workload
@@ -288,11 +288,15 @@ def make_report(config: RunConfig, watch: Watch | None = None) -> PlanReport:
     cost = on_cluster(Workload.of(config, degrees), config.cluster, config.cost)
     step = plan_step(replace(config, cost=cost), num_gpus, watch)
     report = report_of(step, config.cluster, config.optim, cost=cost)
-    return replace(report, messages=_message_seconds(step))
+    transfers = 0.0 if report.offloading is None else report.offloading.exposed
+    return replace(report, messages=_waiting_seconds(step) - transfers)
 
 
-def _message_seconds(step: StepPlan) -> float:
-    """Return the seconds that hops and collectives add to the passes, in the same order."""
+def _waiting_seconds(step: StepPlan) -> float:
+    """Return the seconds that communication adds to the passes, in the same order.
+
+    That is by hops, collectives and transfers to the host.
+    """
     cost = step.cost
     free = replace(cost, hop_seconds=0.0, barrier_seconds=dict.fromkeys(cost.barrier_seconds, 0.0))
     alone = replace(step.schedule, offloads=())
@@ -340,9 +344,9 @@ def report_of(
 
 
 def offloading_of(step: StepPlan, cluster: ClusterConfig, optim: OptimConfig) -> Offloading | None:
-    """Return what goes to host memory in a step; None if nothing may."""
+    """Return what goes to host memory in a step; None if parallel.offload_activations is 0."""
     timeline, ranks = step.timeline, range(step.num_ranks)
-    if not any(step.cost.offload_bytes):
+    if not step.cost.offload_bytes:
         return None
     kept = replace(step, schedule=replace(step.schedule, offloads=()))
     kept = replace(kept, timeline=simulate_order(kept.schedule, step.problem, step.cost))
