@@ -121,17 +121,20 @@ class Timeline:
     def host_bytes(self, rank: int) -> float:
         """Return the most bytes of host memory that the copies of a rank take at any time.
 
-        A copy takes them from the start of its way down to the end of its way back.
+        A copy takes them from its forward pass, after which it is issued, to its first backward
+        pass, which waits for its way back.
         """
-        moments = [
-            (t.span.start, 1, t.num_bytes) if t.is_offload else (t.span.end, 0, -t.num_bytes)
+        copied = {
+            (t.span.stage, t.span.microbatch): t.num_bytes
             for t in self.transfers
-            if t.span.rank == rank
-        ]
+            if t.span.rank == rank and t.is_offload
+        }
+        changes = {"F": 1, "B": -1, "I": -1}
         held = most = 0.0
-        for *_, change in sorted(moments):
-            held += change
-            most = max(most, held)
+        for span in self.compute[rank]:
+            if change := changes.get(span.kind):
+                held += change * copied.get((span.stage, span.microbatch), 0.0)
+                most = max(most, held)
         return most
 
     @property

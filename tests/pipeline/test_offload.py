@@ -305,6 +305,21 @@ def test_host_memory_is_used_again_in_every_step():
         assert others == [first] * 2
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_host_memory_is_as_large_as_planned(schedule):
+    config = offloading(config_of(2, 5, 101, layers=(2, 1), schedule=schedule))
+    plan = make_plan(config, 2)
+
+    def work(rank, model, together):
+        model.train_step(*random_batch(config, 0))
+        memory = model.trainer._link.memory
+        return memory.num_bytes // memory.block_bytes  # every pass takes less than a block
+
+    for rank, count in enumerate(run_locally(config, plan, work)):
+        assert count > 0
+        assert count * plan.cost.offload_bytes[rank] == plan.timeline.host_bytes(rank)
+
+
 def fails_with(words):
     def fail(*sizes, **options):
         raise RuntimeError(words)
