@@ -19,7 +19,15 @@ from schedules.ir import Kind, Schedule
 from schedules.lower import lower
 from schedules.replay import RUNTIMES, Hops, Runtime, replay
 from schedules.vocab import searched_algorithms
-from vp_train.commands.simulate import Outcome, Refusal, grid, main, simulate_each, simulate_step
+from vp_train.commands.simulate import (
+    Outcome,
+    Refusal,
+    grid,
+    main,
+    report,
+    simulate_each,
+    simulate_step,
+)
 from vp_train.config import ConfigError
 from vp_train.model import shape
 from vp_train.planning.plan import plan_step
@@ -660,3 +668,18 @@ def test_the_costs_that_were_used_are_said(vp_simulate, words, said):
     code, out, _ = vp_simulate("model=nano", "parallel.pp=2", "num_microbatches=2", *words)
     assert code == 0
     assert f"costs        FLOPs at {said}" in out
+
+
+def test_it_is_said_which_rank_offloads_most_also_if_the_link_takes_no_time():
+    few = [
+        "schedule=gpipe",
+        "parallel.pp=2",
+        "num_microbatches=3",
+        "parallel.layers_per_stage=[0,8]",
+    ]
+    lines = [
+        report(simulate_step(load_config([*few, f"parallel.offload_activations={part}"])), 100)
+        for part in (1, 0.05)
+    ]
+    assert re.search("offloaded +.* of rank 1 go to its host and back", lines[0])
+    assert re.search("offloaded +nothing: .* half a layer of every stage", lines[1])
