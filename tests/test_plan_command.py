@@ -189,8 +189,11 @@ def test_a_search_keeps_what_is_typed_if_it_is_asked_to(vp_plan, tmp_path):
     record = json.loads((tmp_path / "found.json").read_text())
     assert record["kept"] == {"parallel.pp": 2, "schedule.name": "gpipe", "vocab.algorithm": "none"}
     assert {(plan["pp"], plan["schedule"]) for plan in record["best"]} == {(2, "gpipe")}
-    _, out, _ = vp_plan("--search", "--keep", "vocab", *NANO, *typed)
-    assert "searched although typed: parallel.pp=2, schedule=gpipe\n" in out
+    _, out, _ = vp_plan("--search", "--keep", "vocab, parallel.pp", *NANO, *typed)
+    assert "searched although typed: schedule=gpipe\n" in out
+    group = ["parallel=redistribute", "parallel.pp=2"]
+    _, out, _ = vp_plan("--search", "--keep", "typed", *NANO, *group)
+    assert "kept: parallel.placement=redistribute, parallel.pp=2\n" in out
 
 
 def test_search_where_nothing_fits(vp_plan):
@@ -239,8 +242,9 @@ def test_a_batch_in_tokens(vp_plan):
         (["--search", "--keep", "vocab", "schedule=auto", "vocab=auto"], "vocab=auto is any; drop"),
         (
             ["--search", "--keep", "typed", "vocab.shards=[1,2]"],
-            "--keep vocab.shards is not known",
+            "--keep vocab.shards: a search sets it and cannot keep it; keep only some of schedule",
         ),
+        (["--search", "--keep", "parallel"], "--keep parallel: name its settings, as in"),
         (["--search", "--margin", "99"], "--margin 99 is not a whole number in [0, 90]"),
         (["--search", "--top", "x"], "--top x is not a whole number in [1, 1,000,000]"),
         (["--search", "--seconds", "0"], "--seconds 0 is not a whole number"),

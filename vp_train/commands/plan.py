@@ -25,6 +25,7 @@ from vp_train.planning.choice import (
     Choice,
     Kept,
     searched_words,
+    settings_of,
     space_of,
     with_batch_of,
 )
@@ -118,11 +119,10 @@ def kept_of(config: RunConfig, overrides: Sequence[str], names: str | None) -> K
     """Return what `--keep NAMES` keeps; `typed` are all that are typed and searched."""
     if names is None:
         return ALL
-    chosen = names.split(",")
+    chosen = [name.strip() for name in names.split(",")]
     if "typed" in chosen:
-        words = searched_words(overrides)
         chosen = [name for name in chosen if name != "typed"]
-        chosen += [word.lstrip("+~").partition("=")[0] for word in words]
+        chosen += [name for word in searched_words(overrides) for name in settings_of(word)]
     return Kept.of(config, chosen)
 
 
