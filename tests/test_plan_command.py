@@ -207,6 +207,15 @@ def test_search_where_nothing_fits(vp_plan):
     assert "torchrun" not in out
 
 
+def test_where_only_what_is_kept_does_not_fit_the_search_says_so(vp_plan):
+    small = (*NANO, "cluster.memory_gib=0.0038", "parallel.pp=1")
+    code, out, _ = vp_plan("--search", "--keep", "parallel.pp", *small)
+    assert code == EXIT_CONFIG
+    assert "NOTHING FITS" in out
+    assert "would help: to keep less with --keep; then dp=" in out
+    assert "to keep less" not in vp_plan("--search", *NANO, "cluster.memory_gib=0.001")[1]
+
+
 def test_a_search_without_any_split_says_what_would_work(vp_plan):
     code, _, err = vp_plan("--search", *NANO, "cluster.gpus_per_node=7")
     assert code == EXIT_CONFIG

@@ -539,6 +539,10 @@ def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:
         f"would help: GPUs with more than {enough:.4g} GiB (cluster.memory_gib), which state and "
         "the leanest activations take"
     )
+    if result.kept.values:
+        free = fits_on(config, limits.margin)
+        if free is not None:
+            lines.append(f"would help: to keep less with --keep; then {free.degrees} may fit")
     for factor in (2, 4, 8, 16, 32, 64):
         cluster = replace(config.cluster, num_nodes=factor * config.cluster.num_nodes)
         found = fits_on(replace(config, cluster=cluster), limits.margin, result.kept)
