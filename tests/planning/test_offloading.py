@@ -88,6 +88,17 @@ def test_a_report_counts_bytes_of_device_and_host():
         assert ("host memory" in known.binds) is not fits
 
 
+def test_transfers_that_delay_passes_do_not_count_as_messages_too(tmp_path):
+    _, step = planned("parallel.offload_activations=0.5")
+    path = tmp_path / "schedule.txt"
+    path.write_text(step.schedule.text())
+    slow = f"schedule.file={path}", "cluster.host_bytes_per_second=5e9"
+    found = make_report(load_config([*LLAMA, "parallel.offload_activations=0.5", *slow]))
+    assert found.offloading is not None
+    assert found.offloading.exposed > 0.01 * found.step_seconds
+    assert found.messages == pytest.approx(make_report(load_config(LLAMA)).messages)
+
+
 def test_a_stored_schedule_keeps_its_reloads_and_needs_the_setting(tmp_path):
     _, step = planned("parallel.offload_activations=0.5")
     path = tmp_path / "schedule.txt"

@@ -292,11 +292,16 @@ def make_report(config: RunConfig, watch: Watch | None = None) -> PlanReport:
 
 
 def _message_seconds(step: StepPlan) -> float:
-    """Return the seconds that hops and collectives add to the passes, in the same order."""
-    cost = step.cost
+    """Return the seconds that hops and collectives add to the passes, in the same order.
+
+    Transfers of activations to the host do not count.
+    """
+    cost, problem = step.cost, step.problem
     free = replace(cost, hop_seconds=0.0, barrier_seconds=dict.fromkeys(cost.barrier_seconds, 0.0))
-    alone = replace(step.schedule, offloads=())
-    return step.timeline.makespan - simulate_order(alone, step.problem, free).makespan
+    alone, timeline = replace(step.schedule, offloads=()), step.timeline
+    if timeline.transfers:
+        timeline = simulate_order(alone, problem, cost)
+    return timeline.makespan - simulate_order(alone, problem, free).makespan
 
 
 def report_of(
