@@ -189,8 +189,11 @@ def test_a_search_keeps_what_is_typed_if_it_is_asked_to(vp_plan, tmp_path):
     record = json.loads((tmp_path / "found.json").read_text())
     assert record["kept"] == {"parallel.pp": 2, "schedule.name": "gpipe", "vocab.algorithm": "none"}
     assert {(plan["pp"], plan["schedule"]) for plan in record["best"]} == {(2, "gpipe")}
-    _, out, _ = vp_plan("--search", "--keep", "vocab", *NANO, *typed)
-    assert "searched although typed: parallel.pp=2, schedule=gpipe\n" in out
+    _, out, _ = vp_plan("--search", "--keep", "vocab, parallel.pp", *NANO, *typed)
+    assert "searched although typed: schedule=gpipe\n" in out
+    group = ["parallel=redistribute", "parallel.pp=2"]
+    _, out, _ = vp_plan("--search", "--keep", "typed", *NANO, *group)
+    assert "kept: parallel.placement=redistribute, parallel.pp=2\n" in out
 
 
 def test_search_where_nothing_fits(vp_plan):
@@ -202,6 +205,15 @@ def test_search_where_nothing_fits(vp_plan):
     helps = [line for line in out.splitlines() if line.startswith("would help")]
     assert "cluster.num_nodes=" in helps[-1], "nothing that the search has refused is advised"
     assert "torchrun" not in out
+
+
+def test_where_only_what_is_kept_does_not_fit_the_search_says_so(vp_plan):
+    small = (*NANO, "cluster.memory_gib=0.0038", "parallel.pp=1")
+    code, out, _ = vp_plan("--search", "--keep", "parallel.pp", *small)
+    assert code == EXIT_CONFIG
+    assert "NOTHING FITS" in out
+    assert "would help: to keep less with --keep; then dp=" in out
+    assert "to keep less" not in vp_plan("--search", *NANO, "cluster.memory_gib=0.001")[1]
 
 
 def test_a_search_without_any_split_says_what_would_work(vp_plan):
@@ -239,8 +251,9 @@ def test_a_batch_in_tokens(vp_plan):
         (["--search", "--keep", "vocab", "schedule=auto", "vocab=auto"], "vocab=auto is any; drop"),
         (
             ["--search", "--keep", "typed", "vocab.shards=[1,2]"],
-            "--keep vocab.shards is not known",
+            "--keep vocab.shards: a search sets it and cannot keep it; keep only some of schedule",
         ),
+        (["--search", "--keep", "parallel"], "--keep parallel: name its settings, as in"),
         (["--search", "--margin", "99"], "--margin 99 is not a whole number in [0, 90]"),
         (["--search", "--top", "x"], "--top x is not a whole number in [1, 1,000,000]"),
         (["--search", "--seconds", "0"], "--seconds 0 is not a whole number"),

@@ -81,6 +81,7 @@ def test_layers_and_their_update_need_no_compiler_and_no_computer_algebra():
         (RunSettings(dtype="float32"), False),
         (RunSettings(dtype="bfloat16"), True),
         (RunSettings(dtype="float32", compile="on"), True),
+        (RunSettings(dtype="bfloat16", compile="off"), False),
     ],
 )
 def test_ranks_that_compile_nothing_do_not_wait_for_a_compiler(monkeypatch, settings, waits):

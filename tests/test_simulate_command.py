@@ -182,7 +182,9 @@ def test_a_model_may_be_chosen_after_all():
             ["--compare=1f1b", "--vocab", "tree"],
             "--vocab: 'tree' is not known; choose one of none, naive",
         ),
-        (["--vocab", "none"], "--vocab belongs to --compare; for one algorithm write vocab=none"),
+        (["--vocab", "none"], "--vocab belongs to --compare, --frontier, --jitter and"),
+        (["--vocab", "none,naive"], "for one algorithm write vocab=none"),
+        (["--vocab", "all"], "for one algorithm write vocab=one_barrier"),
         (["--samples", "9"], "--samples belongs to --jitter or --straggler"),
         (["--jitter", "x"], "--jitter x is not a fraction in [0, 10]; write for example"),
         (["--straggler", "-1"], "--straggler -1 is not a fraction in [0, 10]"),
@@ -408,6 +410,17 @@ def test_jitter_shows_how_the_steps_of_every_schedule_vary(vp_simulate, tmp_path
     for words, key in (("fastest on average", "mean_seconds"), ("least disturbed", "longer")):
         name = min(found, key=lambda name: found[name][key])
         assert f"{words:<19} {name} with none: " in out
+
+
+def test_the_columns_of_a_searched_schedule_hold_what_is_found(vp_simulate):
+    code, out, _ = vp_simulate("--jitter", "0", *UNIT, "schedule=auto", "vocab=auto")
+    assert code == 0
+    head, row = (
+        next(line for line in out.splitlines() if line.startswith(word))
+        for word in ("schedule ", "auto from ")
+    )
+    assert row[head.index("vocab") - 1] == " " != row[head.index("vocab")]
+    assert head.index("planned") + len("planned") == row.index(" s ") + len(" s")
 
 
 def test_no_jitter_is_the_planned_step(vp_simulate):

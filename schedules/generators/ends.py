@@ -85,7 +85,7 @@ class Ends:
     def _try(self) -> int:
         """Fill gaps once in several directions, and return the nodes that were placed."""
         random, placed = self._random, 0
-        fresh = self._tries <= _FRESH or self._tries % 2 == 0
+        fresh = self._tries < _FRESH or self._tries % 2 == 0
         self._tries += 1
         swept = self._ring if fresh else self._refiner.swept(self._joined())
         for backwards in random.choice(_TURNS):

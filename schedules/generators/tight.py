@@ -80,7 +80,10 @@ class _Rank:
         work = sum(network.seconds[k] for k, lane in enumerate(network.lanes) if lane == rank)
         lengths = np.array([network.seconds[k] for k in nodes])
         lengths[-1] += work - lengths.sum()  # G and E run right after the last of the passes
-        lengths *= period / work
+        if work > 0:
+            lengths *= period / work
+        else:  # any lengths are right, and equal ones leave the walks the most choices
+            lengths[:] = period / len(nodes)
         circles = np.array([(0, *rest) for rest in permutations(range(1, len(nodes)))])
         along = lengths[circles]
         words = np.empty_like(along)

@@ -156,7 +156,7 @@ KEPT = [
     ("schedule", "schedule=gpipe", lambda c: c.schedule == "gpipe"),
     ("vocab", "vocab=naive", lambda c: c.vocab == "naive"),
     ("parallel.recompute", "parallel.recompute=full", lambda c: c.recompute == "full"),
-    ("parallel", "parallel=redistribute", lambda c: c.placement == "redistribute"),
+    ("parallel.placement", "parallel=redistribute", lambda c: c.placement == "redistribute"),
     (
         "parallel.sequence_parallel",
         "parallel.sequence_parallel=true",
@@ -208,9 +208,13 @@ def test_a_search_with_kept_settings_is_one_of_fewer_choices():
     assert result.best[0].choice.schedule == "gpipe"
     assert result.kept == kept
     assert searched(config).best[0].report.step_seconds <= result.best[0].report.step_seconds
-    nothing = replace(kept, values={"parallel.tp": 3})
-    with pytest.raises(ConfigError, match=r"--keep parallel.tp leaves no choice; ruled out most: "):
-        search(config, NO_END, lambda: True, lambda words: None, space_of(config, nothing))
+    for values, words in (
+        ({"parallel.tp": 3}, r"--keep parallel.tp: no split of 2 GPUs .* has parallel.tp=3; keep"),
+        ({"micro_batch_size": 7}, r"--keep micro_batch_size leaves no choice; ruled out most: "),
+    ):
+        nothing = replace(kept, values=values)
+        with pytest.raises(ConfigError, match=words):
+            search(config, NO_END, lambda: True, lambda words: None, space_of(config, nothing))
 
 
 def test_recomputation_where_needed_fits_and_is_faster_than_everywhere():

@@ -59,6 +59,7 @@ def test_a_known_solution_is_never_lost(quick_search):
         (4, "one_barrier", (1.0, 1.1, 0.8, 1.0), 3.9),
         (4, "two_barrier", None, 5.0),
         (3, "none", None, 4.0),
+        (3, "one_barrier", (1.0, 0.0, 1.0), 2.9),
     ],
 )
 def test_a_tight_ring_keeps_its_period_and_caps_and_its_ends_only_improve(

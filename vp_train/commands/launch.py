@@ -329,16 +329,16 @@ def _prepare_data(config: RunConfig) -> None:
 
 
 def import_for_ranks(settings: RunSettings) -> None:
-    """Import once what every rank needs, for ranks that are copies of this process.
-
-    On a CPU only code in 16 bits is compiled, unless the settings ask for more.
-    """
-    compiles = settings.compile == "on" or settings.dtype in ("bfloat16", "float16")
+    """Import once what every rank needs, for ranks that are copies of this process."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as ranks on a CPU do, before torch looks
     quiet_deprecations()
     with quiet_megatron():
-        for name in (*_IMPORTS, _COMPILER) if compiles else _IMPORTS:
+        for name in _IMPORTS:
             import_module(name)
+        from vp_train.assembly import may_compile  # vp_train.train has imported it
+
+        if may_compile(settings):
+            import_module(_COMPILER)
 
 
 def _in_copy(body: Callable[[], None]) -> Ending:

@@ -182,7 +182,8 @@ def _on_ranks(work: Work, opening: Opening, arguments: Sequence[str]) -> int:
     make_plan(opening.config, num_ranks)  # settings that do not fit are one error, not one a rank
     by_fork = starts_by_fork(opening.config)
     if by_fork:
-        import_for_ranks(opening.config.run)
+        # Layers run uncompiled here, but the vocabulary passes compile as in training.
+        import_for_ranks(replace(opening.config.run, compile="auto"))
 
     def starter(resumes: bool) -> Starter:
         if by_fork:

@@ -25,6 +25,7 @@ from vp_train.planning.choice import (
     Choice,
     Kept,
     searched_words,
+    settings_of,
     space_of,
     with_batch_of,
 )
@@ -119,11 +120,10 @@ def kept_of(config: RunConfig, overrides: Sequence[str], names: str | None) -> K
     """Return what `--keep NAMES` keeps; `typed` are all that are typed and searched."""
     if names is None:
         return ALL
-    chosen = names.split(",")
+    chosen = [name.strip() for name in names.split(",")]
     if "typed" in chosen:
-        words = searched_words(overrides)
         chosen = [name for name in chosen if name != "typed"]
-        chosen += [word.lstrip("+~").partition("=")[0] for word in words]
+        chosen += [name for word in searched_words(overrides) for name in settings_of(word)]
     return Kept.of(config, chosen)
 
 
@@ -540,6 +540,10 @@ def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:
         f"would help: GPUs with more than {enough:.4g} GiB (cluster.memory_gib), which state and "
         "the leanest activations take"
     )
+    if result.kept.values:
+        free = fits_on(config, limits.margin)
+        if free is not None:
+            lines.append(f"would help: to keep less with --keep; then {free.degrees} may fit")
     for factor in (2, 4, 8, 16, 32, 64):
         cluster = replace(config.cluster, num_nodes=factor * config.cluster.num_nodes)
         found = fits_on(replace(config, cluster=cluster), limits.margin, result.kept)

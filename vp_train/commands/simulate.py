@@ -76,9 +76,10 @@ def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str,
     draws = Draws.of(options)
     compares = "--compare" in options or "--frontier" in options or draws is not None
     if "--vocab" in options and not compares:
+        first = options["--vocab"].split(",")[0]
         raise ConfigError(
-            "--vocab belongs to --compare; "
-            f"for one algorithm write vocab={options['--vocab'].split(',')[0]}"
+            "--vocab belongs to --compare, --frontier, --jitter and --straggler; "
+            f"for one algorithm write vocab={'one_barrier' if first == 'all' else first}"
         )
     for name in ("--runtime", "--jitter", "--straggler"):
         if "--frontier" in options and name in options:
@@ -217,7 +218,7 @@ def compare(
         else _names("--vocab", vocabs or config.vocab.algorithm, tuple(VOCAB_ALGORITHMS))
     )
     _make(directory)
-    widths = max(map(len, ("schedule", *names))), max(map(len, ("vocab", *algorithms)))
+    widths = _widths(names, algorithms, is_solved=schedules is None and config.schedule.is_solved)
     head = table_head(widths, runtime)
     if draws is not None:
         num_ranks = wanted_ranks(config.parallel)
@@ -436,6 +437,18 @@ def _replayed(outcome: Outcome, runtime: Runtime) -> Replayed:
     return Replayed(
         f"{outcome.name}, replayed on {runtime.name}", runtime, result, round(longer, 9) + 0.0
     )
+
+
+def _widths(names: Sequence[str], algorithms: Sequence[str], *, is_solved: bool) -> tuple[int, int]:
+    """Return the widths of a table's first two columns.
+
+    A search has yet to find both the schedule it starts from and, with vocab=auto, the algorithm.
+    """
+    if is_solved:
+        names = [f"auto from {name}" for name in GENERATORS]
+    if "auto" in algorithms:
+        algorithms = tuple(VOCAB_ALGORITHMS)
+    return max(map(len, ("schedule", *names))), max(map(len, ("vocab", *algorithms)))
 
 
 def simulate_each(

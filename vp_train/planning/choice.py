@@ -154,6 +154,12 @@ def searched_words(overrides: Sequence[str]) -> list[str]:
     return [word for word in overrides if word.lstrip("+~").partition("=")[0] in names]
 
 
+def settings_of(word: str) -> tuple[str, ...]:
+    """Return the setting that an override sets, or of a group those that a choice sets."""
+    name = word.lstrip("+~").partition("=")[0]
+    return _GROUPS.get(name, (name,))
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """The settings that a search leaves as they are, with their values; see `--keep`."""
@@ -164,14 +170,24 @@ class Kept:
     def of(cls, config: RunConfig, names: Iterable[str]) -> Kept:
         """Return the settings called `names` with their values in `config`.
 
-        A group stands for what a choice sets of it.  Raises ConfigError for a setting that is not
-        searched, or that has no value to keep.
+        A group stands for what a choice sets of it; `parallel` is refused, since its degrees are
+        settings of their own.  Raises ConfigError for a setting that is not searched or that no
+        search can keep, or that has no value to keep.
         """
         values: dict[str, Any] = {}
+        known = ("schedule", "vocab", "optim", *_KEPT, *_KEPT_OF_OPTIMIZERS)
         for given in names:
+            if given == "parallel":
+                raise ConfigError("--keep parallel: name its settings, as in --keep parallel.tp")
             for name in _GROUPS.get(given, (given,)):
-                if name not in _KEPT and name not in _KEPT_OF_OPTIMIZERS:
-                    known = (*_GROUPS, *_KEPT, *_KEPT_OF_OPTIMIZERS)
+                if name in known:
+                    pass
+                elif name in (*_ALWAYS, *_WHERE_OTHER):
+                    raise ConfigError(
+                        f"--keep {name}: a search sets it and cannot keep it; keep only some of "
+                        f"{', '.join(known)}"
+                    )
+                else:
                     raise ConfigError(f"{unknown(f'--keep {given}', given, known)}, or typed")
                 values[name] = _value(config, name)
                 if values[name] is None:
@@ -188,8 +204,7 @@ class Kept:
 
     def has_word(self, word: str) -> bool:
         """Return whether this override sets what is kept."""
-        name = word.lstrip("+~").partition("=")[0]
-        return any(one in self.values for one in _GROUPS.get(name, (name,)))
+        return any(name in self.values for name in settings_of(word))
 
     def with_value(self, name: str, searched: Iterable[Any]) -> tuple[Any, ...]:
         """Return what is searched of a setting, with the value that is kept."""

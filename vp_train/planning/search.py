@@ -36,6 +36,7 @@ from vp_train.planning.choice import (
     offloading,
     replicas_of,
     space_of,
+    splits_of,
     without_vocabulary_of,
 )
 from vp_train.planning.degrees import Degrees
@@ -185,10 +186,7 @@ def search(
     space = space_of(config) if space is None else space
     if not space.choices:
         if space.kept.values and space_of(config).choices:
-            ((most, _),) = space.excluded.most_common(1)
-            raise ConfigError(
-                f"--keep {','.join(space.kept.values)} leaves no choice; ruled out most: {most}"
-            )
+            raise ConfigError(_nothing_kept_words(config, space))
         raise ConfigError(no_choice_words(config))
     return _Search(config, limits, in_time, progress, space).run()
 
@@ -668,6 +666,27 @@ def fits_on(config: RunConfig, margin: float, kept: Kept = ALL) -> Choice | None
             continue
         return choice
     return None
+
+
+def _nothing_kept_words(config: RunConfig, space: Space) -> str:
+    """Return why no choice has all settings that are kept, and what to change."""
+    values = space.kept.values
+    degrees = {
+        name: values[f"parallel.{name}"]
+        for name in ("dp", "pp", "tp")
+        if f"parallel.{name}" in values
+    }
+    if not any(
+        all(getattr(split, name) == value for name, value in degrees.items())
+        for split in splits_of(config)
+    ):
+        typed = ", ".join(f"parallel.{name}={value}" for name, value in degrees.items())
+        return (
+            f"--keep {','.join(values)}: no split of {config.cluster.num_gpus:,} GPUs into dp x pp "
+            f"x tp, with tp within a node, has {typed}; keep fewer degrees, or change them"
+        )
+    ((most, _),) = space.excluded.most_common(1)
+    return f"--keep {','.join(values)} leaves no choice; ruled out most: {most}"
 
 
 def no_choice_words(config: RunConfig) -> str:

@@ -64,7 +64,7 @@ def fold(
 
     logits: [T, C]; overwritten.
     target_column: [T], int64; may lie outside the chunk.
-    out: [T, C]; may be the memory of `logits`.
+    out: [T, C]; in the statistics dtype it may be the memory of `logits`.
     usual: whether the shape occurs often, so that compiling code for it pays.
     """
     statistics = before.maximum, before.total, before.target
