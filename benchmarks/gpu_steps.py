@@ -1721,7 +1721,7 @@ def _stage_of_layers(name: str, where: Where, num_layers: int) -> tuple[Any, Any
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What a run of a stage took: time, memory of the device above that before it, and results."""
+    """A run of a stage: its time, its memory of the device above that before it, its results."""
 
     milliseconds: float
     peak_bytes: int

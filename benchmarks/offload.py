@@ -1,4 +1,4 @@
-"""What activations in host memory cost and save on a CPU, all ranks in this process.
+"""Measure what activations in host memory cost and save on a CPU, all ranks in this process.
 
     python benchmarks/offload.py [--rounds 5] [--out FILE]
 

@@ -70,7 +70,7 @@ FAMILY = {  # of the paper, by hidden size: schedule and GPUs
 
 @dataclass(frozen=True)
 class Constants:
-    """What is fitted: see the head of this file."""
+    """The fitted constants; see the head of this file."""
 
     efficiency: float
     contention: float

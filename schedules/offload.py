@@ -119,7 +119,7 @@ def _is_lower(peaks: list[float], others: list[float]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What a stage keeps of a microbatch: places in the order of its F and of its first reader."""
+    """The activations of a stage and microbatch: places of their F and of their first reader."""
 
     item: Pass
     made: int

@@ -30,7 +30,7 @@ class Issue:
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """What passes do with host memory.
+    """The use that passes make of host memory.
 
     `issues`: what a pass issues at its end, in this order. `frees`: the forward passes whose copies
     to the host a pass waits for. `restores`: the one whose copy back it waits for.

@@ -73,7 +73,7 @@ def test_measured_pass_times_are_told_from_assumed_ones(vp_plan, tmp_path):
 
 
 def test_costs_that_are_typed_count_on_a_cluster_too(vp_plan):
-    """Also on that of a CPU, whose costs are the defaults."""
+    """The law holds on the cluster of a CPU too, whose costs are the defaults."""
     _, out, _ = vp_plan(*NANO, "cost.flops_per_second=1e9")
     assert "in float32 each; cost has 0.001 TFLOP/s for all passes\n" in out
     before = make_report(load_config(NANO))

@@ -156,7 +156,7 @@ class Filler:
 
 
 class _State:
-    """What a run knows of its passes, and the choice of one that overtakes.
+    """The state of a run: its passes, and the choice of one that overtakes.
 
     By ids of nodes: `missing` counts the inputs that have not been placed, `arrived_at` is when the
     last of the others arrives, `taken` says whether the pass has run. By kinds of passes: `placed`

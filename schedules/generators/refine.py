@@ -261,14 +261,14 @@ class Refiner:
                 continue
             orders = [order[::-1] for order in filled.orders] if backwards else filled.orders
             makespan = filled.makespan
-            if orders == given:
+            if orders == given:  # what is known of `given` holds again
                 orders = given
         return orders, makespan
 
 
 @dataclass(slots=True)
 class _Known:
-    """What is known of orders, by whether time is reversed.
+    """Facts about orders that were found, by whether time is reversed.
 
     `starts` are the start times of all their nodes, `unmoved` the directions and patiences with
     which filling moves no pass.

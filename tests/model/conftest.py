@@ -1,4 +1,4 @@
-"""What the tests of compiled code share."""
+"""The fixtures that the tests of compiled code share."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_other_layouts_and_data_equal_one_process(m):
 @pytest.mark.parametrize("linear_dtype", ["compute", "float8"])
 @pytest.mark.parametrize("name", ["1f1b", "zb_v"])
 def test_no_bit_changes_in_bfloat16(monkeypatch, name, linear_dtype):
-    """Also not if some passes keep what they have on the device."""
+    """The law holds too if some passes keep what they have on the device."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes seconds
     config = config_of(2, 3, 101, schedule=name, dtype="bfloat16", num_stages=4)
     model = replace(config.model, hidden_size=32, ffn_hidden_size=48)
@@ -269,7 +269,7 @@ def test_the_recorder_counts_what_is_on_the_device_and_shows_the_copies():
     [("1f1b", 1.0, "none"), ("interleaved", 0.5, "selective"), ("v_half", 1.0, "none")],
 )
 def test_bytes_are_as_planned(name, part, recompute):
-    """What moves in a step exactly, and the highest peak of each rank to 2 %."""
+    """The bytes moved in a step are exact, the highest peak of each rank holds to 2 %."""
     config = offloading(config_of(3, 6, 101, schedule=name, num_stages=12), part)
     config = replace(config, parallel=replace(config.parallel, recompute=recompute))
     plan = make_plan(config, 3)

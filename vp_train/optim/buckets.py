@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vp_train.config import OptimConfig
+from vp_train.tensors.alignment import rounded_up
 
 _ALIGNMENT = 64  # elements; aligns every parameter to vectors and cache lines
 
@@ -113,10 +114,10 @@ def lay_out(
                 for name in names:
                     if (name not in copied, parameters[name].dim() > 1) == (counts, decays):
                         bounds[name] = stop, stop + parameters[name].numel()
-                        stop += _rounded(parameters[name].numel(), _ALIGNMENT)
+                        stop += rounded_up(parameters[name].numel(), _ALIGNMENT)
                 if first < stop:
                     spans.append(Span(first, stop, decays, counts))
-            stop = start + _rounded(stop - start, num_parts * _ALIGNMENT)
+            stop = start + rounded_up(stop - start, num_parts * _ALIGNMENT)
             buckets.append(Bucket(tuple(names), start, stop, tuple(spans)))
             start = stop
         reading_order += reversed(range(first_of_run, len(buckets)))
@@ -137,10 +138,6 @@ def _filled(
         filled[-1] += unit
         count += size
     return filled
-
-
-def _rounded(count: int, multiple: int) -> int:
-    return math.ceil(count / multiple) * multiple
 
 
 class Countdown:

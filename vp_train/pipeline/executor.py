@@ -367,7 +367,7 @@ class _Entry(torch.autograd.Function):
 
 
 class _Offloads:
-    """What forward passes of a step have kept and the program moves to the host and back.
+    """The activations of a step that the program moves to the host and back.
 
     ops: the operations of this rank.
     """

@@ -31,6 +31,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from vp_train.tensors.alignment import rounded_up
 from vp_train.tensors.streams import Mark, Streams
 
 BLOCK_BYTES = 8 << 20  # copying a block takes far longer than issuing the copy
@@ -43,14 +44,14 @@ class OffloadOrderError(RuntimeError):
 
 
 class Owner(Protocol):
-    """What owns parameters and buffers, such as a stage."""
+    """An owner of parameters and buffers, such as a stage."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def buffers(self) -> Iterator[Tensor]: ...
 
 
 class _Place(StrEnum):
-    """Where the activations of a pass are."""
+    """The places where the activations of a pass can be."""
 
     ON_DEVICE = "on the device"
     LEAVING = "on their way to the host"
@@ -190,7 +191,7 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """What autograd keeps in place of a saved tensor."""
+    """The stand-in that autograd keeps for a saved tensor."""
 
     storage: _Storage
     dtype: torch.dtype
@@ -211,7 +212,7 @@ class _Saved:
 
 
 class Kept:
-    """What the offloaded layers of one forward pass keep, and where it is.
+    """The activations that the offloaded layers of one forward pass keep, and their place.
 
     It holds the tensors until `restored`.  After that only the autograd graph does, and frees each
     of them as soon as the backward has read it.
@@ -287,7 +288,7 @@ class Kept:
         pairs: list[tuple[Tensor, Tensor]] = []
         for storage in self._storages.values():
             # A multiple of the size of any value, so that it can be viewed as any dtype.
-            size = _rounded_up(storage.num_bytes, 16)
+            size = rounded_up(storage.num_bytes, 16)
             storage.memory = torch.empty(size, dtype=torch.uint8, device=self._link.device)
             pairs += zip(_cut(storage.memory, storage), storage.slices, strict=True)
         self._copy = self._link.copy(FROM_HOST, pairs)
@@ -326,7 +327,7 @@ class Kept:
             start = size - self._left
             slices.append(self._blocks[-1][start : start + count])
             num_bytes -= count
-            self._left -= _rounded_up(count, _ALIGNMENT)
+            self._left -= rounded_up(count, _ALIGNMENT)
         return slices
 
 
@@ -356,7 +357,3 @@ def _range_of(tensor: Tensor) -> tuple[int, int]:
         num_items = 1 + sum((size - 1) * stride for size, stride in steps)
     first = int(tensor.storage_offset()) * tensor.itemsize
     return first - first % _ALIGNMENT, first + num_items * tensor.itemsize
-
-
-def _rounded_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple

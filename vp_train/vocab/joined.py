@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vp_train.tensors.alignment import rounded_up
 from vp_train.tensors.precision import statistics_dtype
 from vp_train.vocab.chunks import CHUNKS, PANEL_BYTES
 from vp_train.vocab.passes import Product, Softmax, cap, lifted
@@ -172,7 +173,7 @@ class Joined:
     def _matrix(self, x: Tensor, panel: _Panel) -> Tensor:
         """Return memory for P [T, K] of a panel: its own if it is kept, or scratch."""
         width, aligned = panel.stop - panel.start, _ALIGNED_BYTES // x.itemsize
-        shape = (len(x), -(-width // aligned) * aligned)
+        shape = (len(x), rounded_up(width, aligned))
         if panel.kept:
             return torch.empty(shape, dtype=x.dtype, device=x.device)[:, :width]
         return self._products.scratch("E", shape, x.dtype, x.device)[:, :width]
