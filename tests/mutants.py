@@ -80,7 +80,10 @@ PACKAGES: dict[str, tuple[tuple[str | tuple[str, ...], tuple[str, ...]], ...]] =
     "communication": (
         (
             "vp_train/communication",
-            ("tests/test_communicators.py", "tests/test_control.py", "tests/test_failures.py"),
+            (
+                *("tests/test_communicators.py", "tests/test_control.py"),
+                *("tests/test_failures.py", "tests/test_rendezvous.py"),
+            ),
         ),
     ),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -19,6 +21,8 @@ from schedules.vocab import VOCAB_ALGORITHMS, End
 from tests.meshes import fake_world
 from vp_train import mesh as mesh_module
 from vp_train.communication.communicators import (
+    BOTH,
+    CONTROL_PURPOSES,
     END_PURPOSES,
     GLOO,
     NCCL,
@@ -71,6 +75,94 @@ def test_no_rank_is_in_more_than_twelve_groups_whatever_the_size_of_the_world(la
     degrees = Degrees(*degrees)
     specs = planned(degrees, problem_of(degrees.pp, *layout), nccl=True)
     assert max(Counter(rank for spec in specs for rank in spec.members).values()) <= 12
+
+
+@pytest.mark.parametrize("nccl", [False, True])
+@pytest.mark.parametrize("algorithm", ["none", "one_barrier"])
+@pytest.mark.parametrize("layout", [("linear", 1), ("v", 2)])
+@pytest.mark.parametrize(
+    "degrees", [(1, 1, 1), (1, 2, 2), (2, 1, 2), (2, 3, 1), (3, 2, 2), (4, 9, 1)]
+)
+def test_a_group_has_the_ranks_that_differ_in_its_axis_alone(degrees, layout, algorithm, nccl):
+    """Groups of one rank are left out, apart from those of ranks that need one."""
+    degrees, problem = Degrees(*degrees), problem_of(degrees[1], *layout, algorithm)
+    device, mixed = (NCCL, BOTH) if nccl else (GLOO, GLOO)
+    ends = {end: problem.shard_ranks(end) for end in End}
+    first, last = problem.root(End.INPUT), problem.root(End.OUTPUT)
+    expected = set()
+
+    def add(purpose, backend, shared, stages=range(degrees.pp)):
+        groups = {}
+        for rank in range(degrees.num_ranks):
+            if degrees.place(rank)[1] in stages:
+                groups.setdefault(shared(*degrees.place(rank)), []).append(rank)
+        expected.update((purpose, tuple(g), backend) for g in groups.values() if len(g) > 1)
+
+    add(Purpose.TENSOR, device, lambda i, j, k: (i, j))
+    add(Purpose.DATA, mixed, lambda i, j, k: (j, k))
+    add(Purpose.INPUT, device, lambda i, j, k: i, ends[End.INPUT])
+    add(Purpose.OUTPUT, device, lambda i, j, k: i, ends[End.OUTPUT])
+    if algorithm == "none":
+        add(Purpose.TIED, device, lambda i, j, k: (i, k), {first, last})
+    if not nccl:
+        add(Purpose.HOPS, GLOO, lambda i, j, k: (i, k))
+    if 1 in (degrees.tp, degrees.dp):
+        expected |= {(Purpose.ALONE, (rank,), mixed) for rank in range(degrees.num_ranks)}
+    found = [
+        (spec.purpose, spec.members, spec.backend)
+        for spec in planned(degrees, problem, nccl=nccl)
+        if spec.purpose not in CONTROL_PURPOSES and (not nccl or spec.purpose is not Purpose.HOPS)
+    ]
+    assert len(found) == len(set(found))
+    assert set(found) == expected
+
+
+@pytest.mark.parametrize("num_ranks", range(1, 12))
+@pytest.mark.parametrize("width", range(1, 12))
+def test_every_rank_is_in_a_row_and_the_first_of_each_row_leads_where_there_are_several(
+    num_ranks, width
+):
+    specs = plan_groups(
+        Degrees(num_ranks, 1, 1), problem_of(1), nccl=False, row_width=min(width, num_ranks)
+    )
+    for purpose, leaders in (
+        (Purpose.WORLD, Purpose.WORLD_LEADERS),
+        (Purpose.STEPS, Purpose.STEPS_LEADERS),
+    ):
+        rows = [spec.members for spec in specs if spec.purpose is purpose]
+        assert [rank for row in rows for rank in row] == list(range(num_ranks))
+        assert all(len(row) == min(width, num_ranks) for row in rows[:-1])
+        assert len(rows[-1]) <= width
+        led = [spec.members for spec in specs if spec.purpose is leaders]
+        assert led == ([tuple(row[0] for row in rows)] if len(rows) > 1 else [])
+    assert all(spec.backend == GLOO for spec in specs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("p", [1, 2, 3, 5])
+def test_a_forward_alone_hops_one_way(layout, p):
+    both = problem_of(p, *layout)
+    there = hop_flows(replace(both, forward_only=True))
+    stages = itertools.pairwise(map(both.layout.rank_of, range(both.layout.num_stages)))
+    assert there == {(a, b) for a, b in stages if a != b}
+    assert hop_flows(both) == there | {flow[::-1] for flow in there}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("p", [2, 3, 4, 5, 8])
+def test_pairs_of_hops_in_one_class_have_no_rank_in_common(layout, p):
+    """A class has pairs of one distance and direction that begin at even or at odd ranks."""
+    specs = planned(Degrees(1, p, 1), problem_of(p, *layout), nccl=True)
+    classes = {}
+    for spec in specs:
+        if spec.purpose is Purpose.HOPS:
+            first, last = spec.members
+            key = last - first, first % 2, spec.sender != first
+            assert list(classes)[-1:] == [key] or key not in classes, "a class lies together"
+            classes.setdefault(key, []).extend(spec.members)
+    for key, members in classes.items():
+        assert len(members) == len(set(members)), key
+    assert list(classes) == sorted(classes), "neighbours first"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

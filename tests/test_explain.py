@@ -27,7 +27,8 @@ from vp_train.commands import explain as command
 from vp_train.config import ConfigError, RunConfig
 from vp_train.durable import checkpoint_name
 from vp_train.explain import remedies as remedies_module
-from vp_train.explain.causes import explain
+from vp_train.explain import trace as trace_module
+from vp_train.explain.causes import KindTimes, WhatIf, explain
 from vp_train.explain.remedies import (
     Alternative,
     Comparison,
@@ -160,6 +161,87 @@ def test_a_single_cause_is_the_whole_difference(name):
     assert causes[name] == pytest.approx(difference, rel=1e-3)
 
 
+def truths(step, program, times):
+    """Return the seconds of the step without each cause, by replays of `times`."""
+    passes, messages = times.passes, times.communications
+    means = {}
+    for item, seconds in passes.items():
+        means.setdefault((item.kind, item.stage), []).append(seconds)
+    means = {key: sum(values) / len(values) for key, values in means.items()}
+
+    def planned(item):
+        is_barrier = isinstance(item, Collective)
+        return step.cost.barrier(item.barrier) if is_barrier else step.cost.hop_seconds
+
+    def sent(seconds):
+        return replace(times, communications={item: seconds(item) for item in messages})
+
+    changed = {
+        "planned_passes": replace(times, passes={i: step.cost.seconds(i) for i in passes}),
+        "even_microbatches": replace(times, passes={i: means[i.kind, i.stage] for i in passes}),
+        "planned_network": sent(planned),
+        "free_hops": sent(lambda i: messages[i] if isinstance(i, Collective) else 0.0),
+        "free_barriers": sent(lambda i: 0.0 if isinstance(i, Collective) else messages[i]),
+        "free_network": sent(lambda i: 0.0),
+        "between": replace(times, pass_leads={}, communication_leads={}),
+    }
+    return {
+        name: replay(program, step.cost, step.runtime, each).timeline.makespan
+        for name, each in changed.items()
+    }
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
+def test_a_what_if_is_the_step_replayed_without_its_cause(name, algorithm, runtime, seed):
+    step, program = step_of(name, algorithm, runtime)
+    step = run(step, program, noisy(step, seed))
+    found = explain(step)
+    times = times_of(program, step.cost, runtime, step.measured)
+    for cause, seconds in truths(step, program, times).items():
+        assert found.what_if(cause).seconds == pytest.approx(seconds), cause
+    least = 0.995 * found.measured_seconds
+    shown = sorted(each.seconds for each in found.what_ifs if each.seconds < least)
+    assert [each.seconds for each in found.shown_what_ifs] == shown
+    assert found.what_if("no such cause") is None
+
+
+@pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
+def test_a_rank_computes_waits_or_is_between_passes(name, algorithm, runtime):
+    step, program = step_of(name, algorithm, runtime)
+    found = explain(run(step, program, noisy(step)))
+    assert [row.rank for row in found.ranks] == list(range(P))
+    for row in found.ranks:
+        assert row.planned + row.planned_waiting == pytest.approx(found.planned_seconds)
+        whole = row.measured + row.measured_waiting + row.between
+        assert whole == pytest.approx(found.measured_seconds)
+        assert row.between > 0
+
+
+@pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
+def test_every_kind_of_pass_and_message_has_its_mean_beside_the_plan(name, algorithm, runtime):
+    step, program = step_of(name, algorithm, runtime)
+    step = replace(run(step, program, noisy(step)), sources={Kind.F: "measured"})
+    found, spans = explain(step), [span for row in step.measured.compute for span in row]
+    of_passes = {row.name: row for row in found.kinds if row.name in tuple(Kind)}
+    assert of_passes.keys() == {span.kind for span in spans}
+    for kind, row in of_passes.items():
+        own = [span for span in spans if span.kind == kind]
+        planned = [step.cost.seconds(Pass.parse(span.name)) for span in own]
+        assert row.count == len(own)
+        assert row.planned == pytest.approx(sum(planned) / len(own))
+        assert row.measured == pytest.approx(sum(span.seconds for span in own) / len(own))
+        assert row.ratio == pytest.approx(row.measured / row.planned)
+        assert row.source == ("measured" if kind == Kind.F else "flops")
+    barriers = {barrier.name for barrier in step.problem.algorithm.barriers}
+    others = {row.name: row for row in found.kinds if row.name not in of_passes}
+    assert others.keys() <= {"hop", *barriers}
+    assert others["hop"].planned == step.cost.hop_seconds
+    assert all(row.source == "assumed" for row in others.values())
+    unknown = replace(others["hop"], measured=None), replace(others["hop"], planned=0.0)
+    assert [row.ratio for row in unknown] == [None, None]
+
+
 @pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
 @pytest.mark.parametrize("slow", [0, 2])
 def test_a_slow_rank_is_named_and_its_what_if_is_the_step_without(name, algorithm, runtime, slow):
@@ -221,6 +303,58 @@ def test_unequal_rows_are_evened_as_a_plan_with_equal_rows():
     assert found.what_if("even_rows").seconds == pytest.approx(truth, rel=0.02)
     assert truth < 0.9 * found.measured_seconds
     assert not found.slow
+
+
+def test_a_rank_without_rows_gets_its_share_of_them():
+    step, program = step_of("1f1b", "one_barrier", rows=(2, 2, 4, 0))
+    found = explain(run(step, program))
+    assert found.rows == (2000,) * 4
+    equal, equal_program = step_of("1f1b", "one_barrier", rows=(2, 2, 2, 2))
+    truth = replay(equal_program, equal.cost, GLOO).timeline.makespan
+    assert found.what_if("even_rows").seconds == pytest.approx(truth, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "algorithm"),
+    [({"rows": ()}, "one_barrier"), ({"rows": (0, 0, 0, 0)}, "one_barrier"), ({}, "none")],
+)
+def test_rows_that_are_not_known_or_not_shared_are_not_evened(changes, algorithm):
+    step, program = step_of("1f1b", algorithm, rows=(1, 1, 1, 5))
+    assert explain(replace(run(step, program), **changes)).rows is None
+    even, program = step_of("1f1b", "one_barrier", rows=(1, 1, 1, 1))
+    assert explain(run(even, program)).rows is None, "they are even"
+
+
+def test_several_slow_ranks_have_a_what_if_each_and_one_together():
+    step, program = step_of("1f1b", "one_barrier")
+    rank_of, factors = step.problem.rank_of, {1: 1.5, 3: 2.0}
+
+    def truth(slow):
+        times = Times(passes=passes_of(step, lambda item: slow.get(rank_of(item), 1.0)))
+        return replay(program, step.cost, GLOO, times).timeline.makespan
+
+    times = Times(passes=passes_of(step, lambda item: factors.get(rank_of(item), 1.0)))
+    found = explain(run(step, program, times))
+    assert [row.rank for row in found.slow] == [3, 1]
+    assert found.what_if("equal_rank_1").seconds == pytest.approx(truth({3: 2.0}))
+    assert found.what_if("equal_rank_3").seconds == pytest.approx(truth({1: 1.5}))
+    assert found.what_if("equal_ranks").seconds == pytest.approx(truth({}))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"device": "cuda"}, {"tp": 2}, {"processor": {}}, {"share": 0.95}, {"share": 0.0}]
+)
+def test_time_without_a_processor_is_a_cause_only_where_it_is_known_and_much(changes):
+    step, program = step_of("1f1b", "one_barrier")
+    share = changes.get("share", 0.5)
+    step = replace(run(step, program), device="cpu", processor=passes_of(step, lambda _: share))
+    known = {name: value for name, value in changes.items() if name != "share"}
+    found = explain(replace(step, **known))
+    assert found.on_processor == 1.0
+    assert found.what_if("processors") is None
+    if not known:
+        half = explain(replace(step, processor=passes_of(step, lambda _: 0.85)))
+        assert half.on_processor == pytest.approx(0.85)
 
 
 def test_passes_that_wait_for_a_processor_are_told_from_long_ones():
@@ -448,3 +582,166 @@ def test_a_step_without_a_measured_pass_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="not a directory"):
         read_traced(tmp_path / "other")
     assert Pass.parse("0F0") in [item for _, item in step_of("1f1b", "none")[0].schedule.passes()]
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "saved"),
+    [(2.0, (1.5, 1.8), 0.25), (2.0, (2.5,), 0.0), (2.0, (), 0.0), (0.0, (1.0,), 0.0)],
+)
+def test_a_comparison_saves_the_part_that_the_fastest_schedule_takes_less(own, others, saved):
+    found = [Alternative("a", "none", seconds, 0.0) for seconds in (own, *others)]
+    assert Comparison(found[0], tuple(found[1:])).saved == pytest.approx(saved)
+
+
+@pytest.mark.parametrize(
+    ("done", "steps", "more"),
+    [(0, 2, ""), (0, 1, " run.steps=2"), (88, 90, ""), (89, 90, " run.steps=91")],
+)
+def test_a_command_asks_for_more_steps_only_where_too_few_are_left(done, steps, more):
+    assert GoingOn("run.name=mine", done, steps).words == f"run.name=mine{more}"
+    assert GoingOn("run.name=mine", done, steps).profiled == done + 2
+
+
+ADVISED = ("processors", "equal_ranks", "planned_network", "between", "even_rows", "order")
+
+
+@pytest.fixture(scope="module")
+def explained():
+    """A step of four ranks on two nodes, that took a second."""
+    step, program = step_of("1f1b", "one_barrier")
+    found = explain(run(step, program))
+    ranks = tuple(replace(row, host=f"node{row.rank // 2}") for row in found.ranks)
+    return replace(found, measured_seconds=1.0, ranks=ranks, rows=(1, 2, 3, 4), kinds=())
+
+
+@pytest.mark.parametrize("name", ADVISED)
+def test_what_saves_little_is_not_advised_and_what_saves_most_comes_first(explained, name):
+    def advised(**seconds):
+        ifs = tuple(WhatIf(each, "", value) for each, value in seconds.items())
+        return remedies(replace(explained, what_ifs=ifs), GoingOn("x", larger="y=1"))
+
+    assert advised() == []
+    assert advised(**{name: 0.98}) == []
+    count = 2 if name == "between" else 1
+    found = advised(**{name: 0.9799})
+    assert [(each.cause, each.seconds) for each in found] == [(name, 0.9799)] * count
+    other = next(each for each in ADVISED if each not in (name, "between"))
+    for mine, theirs in ((0.5, 0.6), (0.6, 0.5)):
+        causes = [each.cause for each in advised(**{name: mine, other: theirs})]
+        assert causes == ([name] * count + [other] if mine < theirs else [other] + [name] * count)
+
+
+def commands_of(explanation, going_on=None, **options):
+    """Return the commands of all remedies by cause, where each saves half of the step."""
+    ifs = tuple(WhatIf(each, "", 0.5) for each in ADVISED)
+    told = remedies(replace(explanation, what_ifs=ifs), going_on or GoingOn("B", 0, 9), **options)
+    return {each.cause: each.command for each in told}
+
+
+def test_a_remedy_names_its_command(explained):
+    found = commands_of(explained)
+    assert found == {
+        "processors": "",
+        "equal_ranks": "vp-simulate B cost.rank_slowness=[1,1,1,1] vocab.balance=true",
+        "planned_network": "vp-train B --preflight",
+        "between": "vp-train B run.profile_steps=[2]",
+        "even_rows": "vp-train B vocab.shards=[1,2,3,4]",
+        "order": "vp-train B cost=measured.yaml",
+    }
+    own, other = (Alternative(name, "none", time, 0.0) for name, time in (("a", 1.0), ("b", 0.979)))
+    found = commands_of(explained, comparison=Comparison(own, (other,)), cost_file="c.yaml")
+    assert found["schedule"] == "vp-train B schedule=b vocab=none cost=c.yaml"
+    near = Comparison(own, (replace(other, seconds=0.9801),))
+    assert "schedule" not in commands_of(explained, comparison=near)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "command"), [(None, ""), (4, ""), (3, "parallel.pp=3 parallel.dp=1")]
+)
+def test_fewer_ranks_are_advised_where_there_are_fewer_processors(explained, cpus, command):
+    step = replace(explained.step, cpus=cpus)
+    found = commands_of(replace(explained, step=step))["processors"]
+    assert found == (f"vp-train B {command}" if command else "")
+
+
+def test_the_network_is_timed_between_nodes_or_where_ranks_had_their_processors(explained):
+    alone = tuple(replace(row, host="node0") for row in explained.ranks)
+    for ranks, share, advised in (
+        (explained.ranks, 0.5, True),
+        (alone, 1, True),
+        (alone, 0.5, False),
+    ):
+        found = commands_of(replace(explained, ranks=ranks, on_processor=share))
+        assert ("planned_network" in found) == advised
+
+
+def test_slow_ranks_are_planned_with_their_factors(explained):
+    slow = [replace(row, slowness=(1.0, 1.234, 1.09, 2.0)[row.rank]) for row in explained.ranks]
+    found = commands_of(replace(explained, ranks=tuple(slow)))["equal_ranks"]
+    assert found == "vp-simulate B cost.rank_slowness=[1,1.23,1,2] vocab.balance=true"
+    others = [replace(row, slowness=2.0, replica=1) for row in explained.ranks]
+    found = commands_of(replace(explained, ranks=tuple(others)))["equal_ranks"]
+    assert "rank_slowness=[1,1,1,1]" in found
+
+
+@pytest.mark.parametrize(
+    ("measured", "source", "told"),
+    [
+        *((1.0, "flops", False), (1.11, "flops", True), (1.09, "flops", False)),
+        *((0.9, "flops", True), (0.92, "flops", False)),
+        *((5.0, "measured", False), (5.0, "assumed", True)),
+    ],
+)
+def test_pass_times_that_were_assumed_and_are_wrong_are_to_be_measured(
+    explained, measured, source, told
+):
+    kinds = tuple(KindTimes(kind, 3, source, 1.0, measured) for kind in ("F", "B"))
+    kinds += (KindTimes("hop", 99, "assumed", 1.0, 50.0),)
+    found = replace(explained, kinds=kinds, what_ifs=())
+    assert [each.cause for each in remedies(found, GoingOn("B"))] == ["passes"] * told
+    if told:
+        (without,), (written,) = (remedies(found, GoingOn("B"), None, f) for f in (None, "c.yaml"))
+        assert without.command == (
+            "vp-profile B cluster.num_nodes=1 cluster.gpus_per_node=4 --cost measured.yaml"
+        )
+        assert written.command == "vp-simulate B cost=c.yaml"
+
+
+@pytest.mark.parametrize(
+    ("value", "cpus"),
+    [(1, 1), (65535, 65535), (65536, None), (0, None), (-1, None), ("8", None), (8.0, None)],
+)
+def test_the_processors_are_a_whole_number_in_the_environment(tmp_path, value, cpus):
+    path = tmp_path / "env.json"
+    assert trace_module._cpus(path) is None
+    path.write_text(json.dumps({"cpus": value}))
+    assert trace_module._cpus(path) == cpus
+    path.write_text(json.dumps([value]))
+    assert trace_module._cpus(path) is None
+
+
+@pytest.mark.parametrize("least", [0, 1])
+def test_numbers_of_a_traced_step_have_bounds(least):
+    for value in (least, least + 1, 2**31 - 1):
+        assert trace_module._count(value, "n", least=least) == value
+    for value in (least - 1, 2**31, True, 1.0, "1", None):
+        with pytest.raises(ValueError, match=f"^n is .*, not a whole number of at least {least}"):
+            trace_module._count(value, "n", least=least)
+    for value in (0, 0.0, 1, 1e6):
+        assert trace_module._seconds(value) == value
+    for value in (-1e-9, 1.1e6, True, "1", None, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="is not a time in seconds"):
+            trace_module._seconds(value)
+
+
+def test_a_pass_may_take_no_time_but_not_less():
+    record = {"names": "a b", "starts": [0.0, 1.0], "ends": [0.0, 2.0]}
+    assert trace_module.intervals(record) == [("a", 0.0, 0.0), ("b", 1.0, 2.0)]
+    for change, words in (
+        ({"ends": [0.0, 0.9]}, '"b" ends before it starts'),
+        ({"names": "a"}, "1 names have 2 starts and 2 ends"),
+        ({"starts": [0.0]}, "2 names have 1 starts and 2 ends"),
+        ({"ends": [0.0]}, "2 names have 2 starts and 1 ends"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            trace_module.intervals(record | change)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tests.programs import finished
 from vp_train.commands import launch
 from vp_train.communication import flight_recorder
-from vp_train.communication.nccl import require_gpu, set_environment, watch
+from vp_train.communication.nccl import require_gpu, set_environment, take_gpu, watch
 from vp_train.config import ConfigError, RunSettings
 from vp_train.failures import (
     EXIT_CONFIG,
@@ -378,6 +378,73 @@ def test_a_run_on_gpus_is_refused_where_torch_finds_none(monkeypatch):
         require_gpu(RunSettings(device="cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     require_gpu(RunSettings(device="cuda"))
+
+
+@pytest.fixture
+def node(monkeypatch):
+    """Return a function that gives this process a node with GPUs, and returns what it asks for."""
+
+    def with_gpus(num_devices, capability=(9, 0)):
+        asked = []
+
+        def capability_of():
+            assert asked, "asked of a GPU that may be another rank's"
+            return capability
+
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_devices)
+        monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capability_of)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
+        return asked
+
+    return with_gpus
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+@pytest.mark.parametrize("num_devices", [1, 2, 3])
+@pytest.mark.parametrize("num_local", [None, 1, 2, 3])
+def test_ranks_of_a_node_share_its_gpus_evenly_and_with_nccl_not_at_all(
+    node, backend, num_devices, num_local
+):
+    settings, taken = RunSettings(device="cuda", comm_backend=backend), []
+    for local in range(num_local or 1):
+        environment = {"LOCAL_WORLD_SIZE": str(num_local), "LOCAL_RANK": str(local)}
+        environment = {} if num_local is None else environment
+        asked = node(num_devices)
+        if backend == "nccl" and (num_local or 1) > num_devices:
+            with pytest.raises(
+                ConfigError, match=rf"^{num_local} ranks but {num_devices} GPU\(s\)"
+            ):
+                take_gpu(environment, settings)
+            assert asked == []
+            continue
+        assert take_gpu(environment, settings) == backend
+        assert environment["TORCH_FR_BUFFER_SIZE"] == "2000"  # NCCL and CUDA are set up
+        taken += asked
+    assert taken in ([], [local % num_devices for local in range(num_local or 1)])
+
+
+def test_a_rank_on_a_cpu_takes_nothing(monkeypatch):
+    monkeypatch.delattr(torch.cuda, "device_count")  # nor anything else of CUDA
+    environment = {"LOCAL_WORLD_SIZE": "9"}
+    assert take_gpu(environment, RunSettings(device="cpu")) == "gloo"
+    assert environment == {"LOCAL_WORLD_SIZE": "9"}
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 8), (8, 9), (9, 0), (10, 0)])
+@pytest.mark.parametrize("linear", ["compute", "float8"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_float8_is_refused_on_a_gpu_without_it_and_nothing_else_is(
+    node, device, linear, capability
+):
+    node(1, capability)
+    settings = RunSettings(dtype="bfloat16", linear_dtype=linear, device=device)
+    if (device, linear) == ("cuda", "float8") and capability < (8, 9):
+        major, minor = capability
+        with pytest.raises(ConfigError, match=f"and A100 has {major}.{minor}; drop"):
+            take_gpu({}, settings)
+    else:
+        take_gpu({}, settings)
 
 
 def test_a_record_is_fresh_from_the_moment_on_and_absent_never(tmp_path):

@@ -7,8 +7,6 @@ import os
 import signal
 import socket
 import time
-from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,9 +25,7 @@ from vp_train.commands.place import (
     place_of,
     slurm_rank,
 )
-from vp_train.commands.store_server import StoreServer
 from vp_train.commands.train import main
-from vp_train.communication.rendezvous import job_store
 from vp_train.config import ConfigError, RunSettings
 from vp_train.settings import load_config
 
@@ -482,42 +478,6 @@ def test_ranks_are_shared_by_the_nodes():
     assert local_ranks_of(4, two, 3, 8) == 3
     with pytest.raises(ConfigError, match="5 ranks do not split over 2 nodes"):
         local_ranks_of(5, two, 0, None)
-
-
-def test_ranks_that_start_again_see_nothing_of_the_attempt_before():
-    server = StoreServer()
-    try:
-        environment = {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(server.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
-        timeout = timedelta(seconds=30)
-        first = job_store({**environment, "TORCHELASTIC_RESTART_COUNT": "0"}, timeout)
-        again = job_store({**environment, "TORCHELASTIC_RESTART_COUNT": "1"}, timeout)
-        first.set("address", "of a dead rank")
-        assert job_store(environment, timeout).get("address") == b"of a dead rank"
-        assert not again.check(["address"])
-    finally:
-        server.close()
-
-
-def test_a_store_of_ranks_on_one_node_listens_on_loopback_alone():
-    port = free_port()
-    environment = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    store = job_store(environment, timedelta(seconds=30))
-    store.set("key", "value")
-    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
-    rows = [line.split() for table in tables for line in table.read_text().splitlines()]
-    listening = [row[1] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")]
-    assert listening == [f"0100007F:{port:04X}"]
 
 
 def test_node_0_tells_no_other_settings_than_those_of_a_search():

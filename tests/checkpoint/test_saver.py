@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import stat
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from tests.disk import largest_file
 from vp_train import durable
@@ -370,3 +375,174 @@ def test_a_link_is_not_followed(ranks, tmp_path):
     (message,) = ranks(1).run(save_through_a_link, str(tmp_path), str(elsewhere))
     assert "checkpoints is a symbolic link" in message
     assert list(elsewhere.iterdir()) == []
+
+
+class Scripted:
+    """A group whose ranks say in each round of messages what `rounds` has, as of rank 0."""
+
+    def __init__(self, rounds=()):
+        self.rank, self.rounds, self.said = 0, iter(rounds), []
+
+    def all_gather_json(self, value):
+        self.said.append(value)
+        return next(self.rounds)
+
+
+def waited(rounds, *, work=None, patience=1.0):
+    """Return the words with which a wait for ranks that say `rounds` ends, empty if all is done."""
+    saver = Saver(Path("runs"), Scripted(rounds), 9, patience_seconds=patience)
+    try:
+        saver._await(work or module._done(None), "write")
+    except StuckDiskError as error:
+        return str(error)
+    finally:
+        saver._thread.shutdown()
+    assert next(saver._group.rounds, None) is None, "some rounds were not waited for"
+    return ""
+
+
+DONE, STUCK, LATE = (True, 0, False), (False, 0, False), (False, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "words"),
+    [
+        ([[DONE, DONE]], ""),
+        ([[DONE, STUCK], [DONE, DONE]], ""),
+        ([[STUCK, STUCK], [LATE, STUCK]], "rank 0 (and 1 more) could not write: "),
+        ([[LATE, STUCK], [LATE, STUCK]], "rank 0 (and 1 more) could not write: "),
+        ([[DONE, STUCK], [(True, 0, True), STUCK]], "rank 1 could not write: "),
+        (
+            [[DONE, STUCK, STUCK, STUCK]] * 2 + [[(True, 0, True), *[STUCK] * 3]],
+            "rank 1 (and 2 more)",
+        ),
+        # The clock of rank 0 counts, and whatever a rank has written or completed begins it anew.
+        ([[DONE, LATE], [DONE, LATE], [DONE, DONE]], ""),
+        ([[(True, 0, True), (False, count, True)] for count in range(3)] + [[DONE, DONE]], ""),
+        ([[STUCK, STUCK], [(True, 0, True), STUCK], [DONE, DONE]], ""),
+    ],
+)
+def test_a_disk_is_stuck_when_no_rank_gets_on_for_the_patience_of_the_first(rounds, words):
+    assert waited(rounds).startswith(words)
+    assert bool(waited(rounds)) == bool(words)
+
+
+def test_a_rank_is_late_when_more_than_its_patience_has_passed_since_anything_changed(monkeypatch):
+    now = iter([0.0, 5.0, 7.0, 12.0, 12.1, 99.0])  # the wait begins; a change is noticed at 7.0
+    clock = SimpleNamespace(monotonic=lambda: next(now), process_time=time.process_time)
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "_WAIT_SECONDS", 0.0)
+    saver = Saver(
+        Path("runs"), Scripted([[STUCK], [STUCK], [STUCK], [DONE]]), 9, patience_seconds=5.0
+    )
+    saver._await(Future(), "write")
+    assert saver._group.said == [(False, 0, late) for late in (False, False, True, True)]
+
+
+def test_a_saver_without_a_save_has_nothing_to_do():
+    saver = Saver(Path("runs"), Scripted(), 9)
+    saver.advance()
+    saver.finish()
+    assert not saver.is_ready
+    assert saver.take_failure() is None
+    assert saver._group.said == []
+
+
+def test_a_failure_is_told_once(ranks, tmp_path):
+    ((first, again),) = ranks(1).run(failures_of_a_save, str(tmp_path))
+    assert "could not write" in first
+    assert again is None
+
+
+def failures_of_a_save(rank, num_ranks, directory):
+    saver = saver_of(directory)
+    saver.begin(1, {"x": CheckpointTensor(torch.ones(3, dtype=torch.int64))}, {})
+    saver.finish()
+    return str(saver.take_failure()), saver.take_failure()
+
+
+def test_the_cpu_time_of_all_chunks_is_within_the_share(monkeypatch):
+    """The clock is that of the test: it advances while the thread rests."""
+    now = [10.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(process_time=lambda: now[0]))
+    pace = module._Pace(0.25)
+    pace._hurry = SimpleNamespace(
+        is_set=lambda: False, wait=lambda seconds: now.__setitem__(0, now[0] + seconds)
+    )
+    for chunks, total in enumerate((1.0, 1.5, 1.5, 4.0), 1):
+        pace.rest(total - pace._used)
+        assert now[0] - 10.0 == pytest.approx(4 * total, abs=0.011)
+        assert pace.chunks == chunks
+    now[0] += 100.0
+    pace.rest(1.0)
+    assert now[0] == pytest.approx(126.0, abs=0.011)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_newest_good_checkpoints_stay_with_all_that_is_newer_and_nothing_unfinished(
+    tmp_path, seed
+):
+    chance = random.Random(seed)
+    steps = sorted(chance.sample(range(1, 40), chance.randint(1, 9)))
+    step, keep = chance.choice(steps), chance.randint(1, 4)
+    damaged = {each for each in steps if each != step and chance.random() < 0.4}
+    for each in steps:
+        (tmp_path / durable.checkpoint_name(each)).mkdir()
+    for stray in (".writing-step-00000001", ".removing-step-00000002"):
+        (tmp_path / stray / "part").mkdir(parents=True)
+    (tmp_path / "step-00000003.damaged").mkdir()
+    module._retain(tmp_path, step, keep, {durable.checkpoint_name(each) for each in damaged})
+    good = [each for each in steps if each <= step and each not in damaged][-keep:]
+    left = [durable.checkpoint_name(each) for each in steps if each >= good[0]]
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == sorted([*left, "step-00000003.damaged"])
+
+
+def test_a_checkpoint_that_is_a_link_is_removed_and_not_what_it_leads_to(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("kept")
+    (tmp_path / "step-00000001").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / ".removing-step-00000001").mkdir()  # what a killed process has left
+    module._remove(tmp_path / "step-00000001")
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+    assert (tmp_path / "elsewhere" / "file").read_text() == "kept"
+
+
+def test_what_a_killed_process_has_written_is_no_part_of_the_next_save_of_its_step(tmp_path):
+    place = tmp_path / "checkpoints" / ".writing-step-00000001"
+    for _ in range(2):
+        module._make_empty(place)
+        assert list(place.iterdir()) == []
+        (place / "rank-00001.safetensors").write_text("of the killed one")
+
+
+def test_a_copy_in_memory_is_a_file_whose_tensors_begin_at_multiples_of_their_elements(tmp_path):
+    dtypes = [torch.bfloat16, torch.float64, torch.float16, torch.float32]
+    copy, chance = module._HostCopy(), random.Random(0)
+    for number in range(20):
+        tensors = {
+            f"{'x' * chance.randint(1, 9)}{i}": torch.randn(
+                chance.choice([(), (3,), (0, 2), (5, 3)])
+            ).to(chance.choice(dtypes))
+            for i in range(chance.randint(0, 6))
+        }
+        copy.take({name: CheckpointTensor(tensor) for name, tensor in tensors.items()})
+        assert len(copy._buffer) >= len(copy.image)
+        path = tmp_path / str(number)
+        path.write_bytes(copy.image)
+        found = load_file(path)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensors[name]) for name in found)
+        length = int.from_bytes(copy.image[:8], "little")
+        header = json.loads(bytes(copy.image[8 : 8 + length]))
+        assert (8 + length) % 8 == 0
+        for name, tensor in tensors.items():
+            assert header[name]["data_offsets"][0] % tensor.dtype.itemsize == 0
+
+
+def test_memory_for_copies_grows_only_when_it_is_too_small():
+    copy, places = module._HostCopy(), []
+    for size in (100, 50, 100, 101, 7):
+        copy.take({"x": CheckpointTensor(torch.ones(size))})
+        places.append((len(copy._buffer), len(copy.image)))
+    assert [held for held, _ in places] == [places[0][1]] * 3 + [places[3][1]] * 2

@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import ready_context
+from tests.reliability.checkpoints import body_of, sign, two
 from vp_train.checkpoint import saver, store
-from vp_train.checkpoint.manifest import newest_step, read_manifest
+from vp_train.checkpoint.manifest import Manifest, StoredFile, newest_step, read_manifest
 from vp_train.checkpoint.saver import CheckpointError, Saver, save, set_aside
 from vp_train.checkpoint.store import CheckpointTensor, find, latest, load, newest
+from vp_train.checkpoint.stream import Described, write_tensors
 from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError
 from vp_train.tensors.slices import TensorSlice
@@ -396,3 +398,159 @@ def test_a_kill_at_any_moment_leaves_only_complete_checkpoints(tmp_path):
             step = manifest.step
             assert torch.equal(target, torch.full((50_000,), float(step)))
         assert read_manifest(latest(directory)).step >= last  # nothing committed is lost
+
+
+def cut(chance, size, num_parts):
+    """Cut `size` values into ranges, some of them empty, and deal them to `num_parts` at random."""
+    bounds = sorted(chance.choices(range(size + 1), k=chance.randint(0, 6)))
+    ranges = list(itertools.pairwise([0, *bounds, size]))
+    owners = [chance.randrange(num_parts) for _ in ranges]
+    return [
+        tuple(bounds for bounds, owner in zip(ranges, owners, strict=True) if owner == part)
+        for part in range(num_parts)
+    ]
+
+
+def stored_in_files(directory, whole, splits):
+    """Write the slices `splits` of `whole`, each into a file; None is all of it."""
+    files = {}
+    for rank, split in enumerate(splits):
+        path = directory / f"rank-{rank:05d}.safetensors"
+        path.unlink(missing_ok=True)
+        piece = CheckpointTensor(whole if split is None else sliced(whole, split), split)
+        shape = tuple(piece.tensor.shape)
+        write_tensors(path, [Described("x", shape, whole.dtype)], [piece.tensor])
+        files[path.name] = StoredFile(path.stat().st_size, "", {"x": piece.stored})
+    return Manifest(1, {}, files)
+
+
+def sliced(whole, split):
+    """Return a slice, that of no range too."""
+    if not split.ranges:
+        return whole.narrow(split.dim, 0, 0)
+    return split.part(whole)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_slices_are_read_from_any_others_along_any_dimension(tmp_path, seed):
+    chance = random.Random(seed)
+    sizes = [chance.randint(1, 7) for _ in range(chance.randint(1, 3))]
+    whole = torch.arange(1.0, 1.0 + torch.Size(sizes).numel()).view(sizes)
+    dim = chance.randrange(len(sizes))
+
+    def splits():
+        if chance.random() < 0.2:
+            return [None]
+        ranges = cut(chance, sizes[dim], chance.randint(1, 4))
+        return [TensorSlice(dim, sizes[dim], part) for part in ranges]
+
+    manifest = stored_in_files(tmp_path, whole, splits())
+    for split in splits():
+        expected = whole if split is None else sliced(whole, split)
+        found = torch.zeros_like(expected)
+        load(tmp_path, manifest, {"x": CheckpointTensor(found, split)})
+        assert torch.equal(found, expected)
+        wide = torch.zeros_like(expected, dtype=torch.float64)
+        load(tmp_path, manifest, {"x": CheckpointTensor(wide, split)}, cast=True)
+        assert torch.equal(wide, expected.double())
+
+
+def test_slices_along_another_dimension_are_refused(tmp_path):
+    """Only a manifest of somebody else has them; their ranges are not those of this run."""
+    whole = torch.arange(16.0).view(4, 4)
+    manifest = stored_in_files(tmp_path, whole, [TensorSlice(1, 4, ((0, 1),))])
+    piece = CheckpointTensor(torch.zeros(1, 4), TensorSlice(0, 4, ((0, 1),)))
+    with pytest.raises(ConfigError, match="has slices of x along another dimension than this run"):
+        load(tmp_path, manifest, {"x": piece})
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_value_that_no_file_holds_is_missed_and_all_others_are_not(tmp_path, cast):
+    whole, verb = torch.arange(12.0).view(4, 3), "start" if cast else "resume"
+    held = TensorSlice(0, 4, ((0, 1), (2, 4)))
+    manifest = stored_in_files(tmp_path, whole, [held])
+    for ranges in (((0, 1),), ((2, 3), (3, 4)), ((1, 1),), ()):
+        piece = CheckpointTensor(
+            torch.zeros(sum(b - a for a, b in ranges), 3), TensorSlice(0, 4, ranges)
+        )
+        load(tmp_path, manifest, {"x": piece}, cast=cast)
+        assert torch.equal(piece.tensor, sliced(whole, piece.split))
+    for ranges in (((1, 2),), ((0, 2),), ((0, 1), (1, 2)), ((0, 4),)):
+        piece = CheckpointTensor(
+            torch.zeros(sum(b - a for a, b in ranges), 3), TensorSlice(0, 4, ranges)
+        )
+        with pytest.raises(ConfigError, match=f"does not hold all of x; {verb} with the model it"):
+            load(tmp_path, manifest, {"x": piece}, cast=cast)
+    number = CheckpointTensor(torch.zeros(()))
+    with pytest.raises(ConfigError, match="does not hold all of y"):
+        load(tmp_path, manifest, {"y": number}, cast=cast)
+
+
+def test_a_checkpoint_is_found_by_its_run_its_directory_a_link_or_itself(tmp_path, capsys):
+    run = tmp_path / "run"
+    two(run / "checkpoints")
+    newest_one, older = (run / "checkpoints" / f"step-0000000{step}" for step in (2, 1))
+    (tmp_path / "link").symlink_to(older)
+    assert find(run) == find(run / "checkpoints") == find(newest_one) == newest_one
+    assert find(older) == find(tmp_path / "link") == older
+    (older / "rank-00001.safetensors").unlink()
+    with pytest.raises(ConfigError, match=f"{older} is incomplete"):
+        find(tmp_path / "link")
+    assert find(run) == newest_one
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "empty", tmp_path / "missing"):
+        with pytest.raises(ConfigError, match=f"{place} holds no checkpoint; give the directory"):
+            find(place)
+    assert capsys.readouterr().err == ""
+
+
+def test_each_newer_checkpoint_that_is_passed_over_is_reported_by_a_line(tmp_path, capsys):
+    two(tmp_path)
+    (tmp_path / "step-00000003").symlink_to(tmp_path / "step-00000001")
+
+    def check(manifest):
+        if manifest.step == 2:
+            raise ValueError("it is not wanted")
+
+    path, damaged = newest(tmp_path, None, check)
+    assert path == tmp_path / "step-00000001"
+    assert [(each.name, each.is_altered) for each in damaged] == [
+        ("step-00000003", False),
+        ("step-00000002", False),
+    ]
+    link = f"{tmp_path / 'step-00000003'} is a symbolic link, which may lead elsewhere"
+    unwanted = f"{tmp_path / 'step-00000002' / 'manifest.json'} is damaged: it is not wanted"
+    assert [each.words for each in damaged] == [link, unwanted]
+    lines = [f"checkpoint passed over: {words}" for words in (link, unwanted)]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_checkpoint_is_altered_if_one_of_its_files_is_whatever_is_wrong_with_others(tmp_path):
+    two(tmp_path)
+    newer = tmp_path / "step-00000002"
+    (newer / "rank-00000.safetensors").unlink()
+    (newer / "rank-00001.safetensors").write_bytes(b"")
+
+    class Group:
+        """Two ranks, this one the first: it finds a lost file, the other one an altered file."""
+
+        rank, size = 0, 2
+
+        def all_gather_json(self, value):
+            others = value if isinstance(value, list) and isinstance(value[0], str) else None
+            return [value, ["altered", True] if others is None and value else value]
+
+    (_, (damage,)) = newest(tmp_path, Group())
+    assert damage.is_altered
+    assert "rank-00000" in damage.words
+
+
+def test_the_newest_step_is_that_of_the_newest_whole_checkpoint(tmp_path):
+    assert newest_step(tmp_path) is None
+    two(tmp_path)
+    assert newest_step(tmp_path) == 2
+    path = tmp_path / "step-00000002"
+    sign(path, body_of(path) | {"step": 7})
+    assert newest_step(tmp_path) == 1
+    (tmp_path / "step-00000001" / "manifest.json").unlink()
+    assert newest_step(tmp_path) is None

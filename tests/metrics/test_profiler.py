@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.training import config_of, metrics_of, train
 from vp_train.config import ConfigError
+from vp_train.metrics import profiler
 from vp_train.metrics.profiler import profiling
 from vp_train.metrics.reporter import _past_profiles, _profile_words
 from vp_train.planning.plan import make_plan
@@ -68,6 +72,69 @@ def test_a_profiler_that_does_not_start_is_a_warning(tmp_path, monkeypatch, caps
     with profiling(tmp_path / "profile", 2, 0, "cpu"):
         torch.ones(2).sum()
     assert "cannot be written (no profiler here); going on without" in capsys.readouterr().err
+    assert not (tmp_path / "profile").exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_step_is_recorded_from_its_begin_to_its_end_and_on_cuda_with_its_memory(
+    tmp_path, monkeypatch, capsys, device, fails
+):
+    """A stand-in for torch's profiler and allocator notes what is asked of them."""
+    asked = []
+
+    class Profiler:
+        def __init__(self, activities):
+            asked.append([activity.name for activity in activities])
+
+        def start(self):
+            asked.append("start")
+
+        def stop(self):
+            asked.append("stop")
+
+        def export_chrome_trace(self, path):
+            Path(path).write_text("trace")
+
+    def record(**options):
+        asked.append(options)
+
+    monkeypatch.setattr(profiler, "profile", Profiler)
+    memory = SimpleNamespace(
+        _record_memory_history=record,
+        _dump_snapshot=lambda path: Path(path).write_text("memory"),
+    )
+    monkeypatch.setattr(torch.cuda, "memory", memory)
+    ends = pytest.raises(ValueError, match="step") if fails else contextlib.nullcontext()
+    with ends, profiling(tmp_path / "profile", 2, 3, device):
+        asked.append("step")
+        if fails:
+            raise ValueError("step")
+    on_cuda = device == "cuda"
+    begin, end = [{"max_entries": 200_000}] * on_cuda, [{"enabled": None}] * on_cuda
+    activities = ["CPU", "CUDA"][: 1 + on_cuda]
+    assert asked == [activities, "start", *begin, "step", "stop", *end]
+    files = {path.name: path.read_text() for path in (tmp_path / "profile").iterdir()}
+    expected = {"step-00000002-rank-00003.json.gz": "trace"}
+    if on_cuda:
+        expected["step-00000002-rank-00003.pickle"] = "memory"
+    assert files == expected
+    assert capsys.readouterr().err == ""
+
+
+def test_a_profiler_that_does_not_start_is_neither_stopped_nor_exported(tmp_path, monkeypatch):
+    class Profiler:
+        def __init__(self, activities):
+            pass
+
+        def start(self):
+            raise RuntimeError("no profiler here")
+
+    monkeypatch.setattr(profiler, "profile", Profiler)
+    ran = []
+    with profiling(tmp_path / "profile", 2, 0, "cuda"):
+        ran.append(True)
+    assert ran == [True]
     assert not (tmp_path / "profile").exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from vp_train.config import PROGRESS, ConfigError, RunSettings
-from vp_train.metrics.progress import Progress, folded
+from vp_train.metrics.progress import Progress, Validation, folded, print_line
 from vp_train.units import clock
 
 SETTINGS = RunSettings(steps=5)
@@ -47,6 +47,12 @@ def test_a_message_longer_than_the_terminal_stays_one_line_of_the_log():
     out = io.StringIO()
     Progress(SETTINGS, 1, Console(file=out, width=40)).say("step 3: [bold] " + "x" * 200)
     assert out.getvalue() == "step 3: [bold] " + "x" * 200 + "\n"
+
+
+def test_a_line_for_a_terminal_is_printed_as_it_is():
+    line, out = "step 3: [bold]12[/bold] 'runs/x' https://a.b " + "x" * 200, io.StringIO()
+    print_line(Console(file=out, width=40, force_terminal=True), line)
+    assert out.getvalue() == f"{line}\n"
 
 
 @pytest.mark.parametrize("width", [40, 80])
@@ -94,3 +100,56 @@ def test_a_run_that_goes_back_behind_its_first_step_still_knows_the_time_left():
     for step in (101, 99, 100, 101, 102):
         progress.step(step, {})
     assert out.getvalue().count("0:00 left") == 5
+
+
+@pytest.mark.parametrize(("first", "every"), [(1, 1), (1, 3), (2, 3), (4, 4), (7, 100)])
+def test_the_first_step_the_last_one_and_every_few_of_them_stay(first, every):
+    out = io.StringIO()
+    settings = RunSettings(steps=11, log_every=every, progress=("loss",))
+    progress = Progress(settings, first, Console(file=out, width=80))
+    for step in range(first, 12):
+        progress.step(step, {"loss": float(step)})
+    said = [int(line.split("/")[0].split()[-1]) for line in out.getvalue().splitlines()]
+    assert said == [s for s in range(first, 12) if s % every == 0 or s in (first, 11)]
+
+
+def test_the_time_left_is_that_of_as_many_steps_as_are_left(monkeypatch):
+    now, out = [100.0], io.StringIO()
+    monkeypatch.setattr("vp_train.metrics.progress.time.monotonic", lambda: now[0])
+    settings = RunSettings(steps=9, log_every=1, progress=("left",))
+    progress = Progress(settings, 3, Console(file=out, width=80))
+    for step, left in ((3, "1:00"), (4, "0:50"), (5, "0:40"), (9, "0:00")):
+        now[0] += 10.0 * ((step == 9 and 4) or 1)
+        progress.step(step, {})
+        assert out.getvalue().splitlines()[-1] == f"step {step}/9  {left} left"
+
+
+def test_what_is_unknown_at_the_first_step_is_said_there_and_not_again():
+    out = io.StringIO()
+    settings = RunSettings(steps=3, log_every=1, progress=("bubble_mean", "loss"))
+    progress = Progress(settings, 1, Console(file=out, width=80))
+    for step in (1, 2, 3):
+        progress.step(step, {"loss": 1.0})
+    first, *others = out.getvalue().splitlines()
+    assert first == "run.progress: not known on this device, so left out: bubble_mean"
+    assert others == [f"step {step}/3  loss 1.0000" for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("found", "values", "words"),
+    [
+        (Validation("", 1.25), {"validation_loss": 1.25}, "validation loss 1.2500"),
+        (
+            Validation("", 1.25, 0.0),
+            {"validation_loss": 1.25, "validation_bits_per_byte": 0.0},
+            "validation loss 1.2500, 0.000 bits/byte",
+        ),
+        (
+            Validation("code", 2.0, 0.5),
+            {"validation/code/loss": 2.0, "validation/code/bits_per_byte": 0.5},
+            "validation code loss 2.0000, 0.500 bits/byte",
+        ),
+    ],
+)
+def test_a_validation_is_known_by_the_name_of_its_set(found, values, words):
+    assert (found.values(), found.words()) == (values, words)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from vp_train.metrics import reporter as reporter_module
 from vp_train.metrics.progress import StepReport, Validation
 from vp_train.metrics.reporter import Reporter
-from vp_train.metrics.run_directory import RunDirectory
+from vp_train.metrics.run_directory import RunDirectory, TakenError
+from vp_train.metrics.summary import SUMMARY
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
 
@@ -234,3 +237,148 @@ def test_without_a_traced_step_there_is_no_table(started, capsys):
     assert "a word" in words.splitlines()
     assert "one traced step" not in words
     assert words.splitlines()[-1] == f"everything is in {directory.path}"
+
+
+def test_a_lock_that_somebody_removes_takes_no_record_along(started, capsys):
+    _, _, directory, reporter = started()
+    for step in (1, 2, 3):
+        reporter.step(report(step))
+        if step == 3:
+            (directory.path / "LOCK").unlink()
+        reporter.record()
+    assert [record["step"] for record in records(directory)] == [1, 2, 3]
+    assert "LOCK was removed while this run used it" in capsys.readouterr().out
+    assert (directory.path / "LOCK").is_file()
+
+
+def test_a_directory_that_somebody_removes_goes_on_with_the_step(started, capsys):
+    config, _, directory, reporter = started()
+    reporter.step(report(1))
+    reporter.record()
+    shutil.rmtree(directory.path)
+    reporter.step(report(2))
+    reporter.record()
+    assert [record["step"] for record in records(directory)] == [2]
+    assert (directory.path / "config.yaml").read_text() == "model: nano\n"
+    assert "it is made again, without what was in it" in capsys.readouterr().out
+    shutil.rmtree(directory.path)
+    other = RunDirectory(config.run)
+    reporter.step(report(3))
+    with pytest.raises(TakenError, match="uses it now"):
+        reporter.record()
+    assert not other.metrics.exists()
+
+
+def test_what_is_missing_at_the_end_is_said(started):
+    _, _, directory, reporter = started()
+    checkpoint = directory.path / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    assert reporter.missing(None) is None
+    assert reporter.missing(checkpoint).startswith(f"{checkpoint} is not there any more")
+    (checkpoint / "manifest.json").write_text("{}")
+    assert reporter.missing(checkpoint) is None
+    shutil.rmtree(directory.path)
+    assert reporter.missing(None) is None  # it is made again
+
+
+def test_a_file_of_notices_that_cannot_be_written_is_said_once(started, capsys):
+    _, _, directory, reporter = started()
+    reporter.say("first")
+    assert directory.notices.read_text().endswith(" first\n")
+    directory.notices.unlink()
+    directory.notices.mkdir()
+    for _ in range(2):
+        reporter.say("second")
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-2:] == ["second"] * 2
+    assert said.err.count("notices.txt cannot be written") == len(said.err.splitlines()) == 1
+
+
+def test_the_speed_of_an_interval_counts_the_tokens_and_the_time_since_its_first_step(
+    started, monkeypatch
+):
+    """The ramp has half the microbatches until step 2."""
+    now = [50.0]
+    monkeypatch.setattr(reporter_module.time, "monotonic", lambda: now[0])
+    overrides = ["run.log_every=2", "run.steps=6", "batch_ramp=[[2,2]]", "parallel.dp=1"]
+    config, _, directory, reporter = started(*overrides, num_ranks=2)
+    sequence = config.model.seq_length * config.micro_batch_size
+    counts = {1: 2, 2: 2, 3: 4, 4: 4, 5: 4}
+    for step, count in counts.items():
+        now[0] += 1.0 + step
+        reporter.step(report(step))
+        reporter.record()
+        steps = [each for each in (step - 1, step) if each]
+        expected = sum(counts[each] for each in steps) * sequence / sum(1.0 + e for e in steps)
+        record = json.loads(directory.metrics.read_text().splitlines()[-1])
+        assert record["interval_tokens_per_second"] == pytest.approx(expected), (step, count)
+    reporter.go_back(3)
+    now[0] += 10.0
+    reporter.step(report(4))
+    reporter.record()
+    lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["interval_tokens_per_second"] == pytest.approx(4 * sequence / 10.0)
+
+
+def test_the_loss_of_a_validation_is_the_mean_of_its_sets(started, capsys):
+    _, _, directory, reporter = started()
+    reporter.step(report(1))
+    reporter.validation(1, [Validation("a", 1.0, 0.5), Validation("b", 4.0)])
+    reporter.record()
+    (record,) = records(directory)
+    found = {key: value for key, value in record.items() if key.startswith("validation")}
+    assert found == {
+        "validation_loss": 2.5,
+        "validation/a/loss": 1.0,
+        "validation/a/bits_per_byte": 0.5,
+        "validation/b/loss": 4.0,
+    }
+    assert "step 1  validation a loss 1.0000, 0.500 bits/byte  validation b loss 4.0000" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_the_traced_step_keeps_its_words_and_one_far_from_its_plan_is_explained(
+    started, capsys, monkeypatch, factor
+):
+    monkeypatch.setattr("sys.argv", ["vp-train", "cost=mine.yaml", "cluster=h100", "run.name=x"])
+    _, plan, directory, reporter = started()
+    reporter.step(report(1))
+    reporter.trace(stretched(plan.timeline, factor), (11, 12))
+    reporter.record()
+    times = json.loads((directory.trace / "step_times.json").read_text())
+    assert (times["step"], times["cost"]["overrides"]) == (1, ["cost=mine.yaml", "cluster=h100"])
+    reporter.finish([1.0, 1.0])
+    words = capsys.readouterr().out
+    assert "the step: planned " in words
+    assert (f"vp-explain {directory.path} says where" in words) == (factor == 3.0)
+
+
+def test_the_last_words_say_where_the_time_went_and_what_was_profiled(started, capsys):
+    config, _, directory, reporter = started("run.profile_steps=[1]")
+    config.run.profiles.mkdir()
+    (config.run.profiles / "step-00000001-rank-00000.json.gz").touch()
+    reporter.step(replace(report(1), figures={"seconds/data": 1.0, "seconds/optimizer": 3.0}))
+    reporter.record()
+    reporter.finish([5.0, 6.0])
+    *_, time_words, profile, last = capsys.readouterr().out.splitlines()
+    assert time_words == "the time: optimizer 75.0%, data 25.0%"
+    assert profile.endswith(": step-00000001-rank-00000.json.gz")
+    assert last == f"everything is in {directory.path}"
+    summary = json.loads((directory.path / "summary.json").read_text())
+    ranks = [{"rank": 0, "peak_bytes": 5.0}, {"rank": 1, "peak_bytes": 6.0}]
+    assert summary == {"schema": SUMMARY, "ranks": ranks}
+
+
+def test_the_batch_ramp_is_said_as_far_as_it_is_left():
+    config = load_config(["num_microbatches=8", "batch_ramp=[[10,2],[20,4]]"])
+    assert reporter_module._ramp_words(config, 1) == (
+        "2 sequences until step 10, 4 sequences until step 20, then all microbatches"
+    )
+    assert reporter_module._ramp_words(config, 10).startswith("2 sequences until step 10, ")
+    left = "4 sequences until step 20, then all microbatches"
+    assert reporter_module._ramp_words(config, 11) == left
+    assert reporter_module._ramp_words(config, 20) == left
+    assert reporter_module._ramp_words(config, 21) == ""

@@ -10,7 +10,13 @@ from dataclasses import replace
 import pytest
 
 from vp_train.config import ConfigError, RunSettings
-from vp_train.metrics.run_directory import RunDirectory, TakenError, refuse_used
+from vp_train.metrics.run_directory import (
+    RunDirectory,
+    TakenError,
+    is_original,
+    refuse_running,
+    refuse_used,
+)
 
 
 def test_a_run_that_ended_before_its_first_step_does_not_block_its_name(tmp_path):
@@ -144,3 +150,56 @@ def test_the_kept_tokenizer_has_the_bytes_of_that_of_the_text(tmp_path):
     directory = RunDirectory(RunSettings(root=str(tmp_path)))
     directory.keep_tokenizer(tmp_path / "own.json", {"eos_token": "<end>"})
     assert (directory.path / "tokenizer.json").read_bytes() == content
+
+
+def test_only_the_directory_that_a_run_has_made_is_original(tmp_path):
+    made = RunDirectory(RunSettings(root=str(tmp_path))).path
+    lock = made / "LOCK"
+    shutil.copytree(made, tmp_path / "copy")
+    assert is_original(made)
+    assert not is_original(tmp_path / "copy")
+    assert not is_original(tmp_path / "missing")
+    process, token, identity = lock.read_text().splitlines()
+    for lines in ([process, identity], [process, token, identity, ""], [process, token, "x"], []):
+        lock.write_text("".join(f"{line}\n" for line in lines))
+        assert not is_original(made), lines
+    lock.rename(tmp_path / "elsewhere")
+    lock.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").write_text(f"{process}\n{token}\n{identity}\n")
+    assert not is_original(made)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "trace", "logs", "profile"])
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path, name):
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default" / name).write_text("a file")
+    with pytest.raises(ConfigError, match=f"{name} is of another kind"):
+        RunDirectory(RunSettings(root=str(tmp_path), resume=True))
+
+
+def test_a_directory_is_running_while_its_lock_is_held(tmp_path):
+    settings = RunSettings(root=str(tmp_path))
+    refuse_running(settings)
+    directory = RunDirectory(settings)
+    with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}; wait for it"):
+        refuse_running(settings)
+    directory._lock.close()
+    refuse_running(settings)
+    with (directory.path / "LOCK").open("a+") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.truncate(0)
+        other.write("\x1b[31m\n")
+        other.flush()
+        with pytest.raises(ConfigError, match="in use by another process"):
+            refuse_running(settings)
+
+
+def test_metrics_of_a_step_are_a_run_and_an_empty_file_is_none(tmp_path):
+    settings = RunSettings(root=str(tmp_path))
+    directory = RunDirectory(settings)
+    directory.metrics.write_text("")
+    refuse_used(settings)
+    directory.metrics.write_text("{}")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        refuse_used(settings)
+    refuse_used(replace(settings, resume=True))

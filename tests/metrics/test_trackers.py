@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
+from dataclasses import asdict
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
 from vp_train.config import TRACKERS, ConfigError, RunConfig, RunSettings
+from vp_train.durable import UnreadableError
 from vp_train.metrics import trackers
 from vp_train.metrics.log import MetricsLog
 from vp_train.metrics.trackers import Tracker, end_failed, require_trackers, trackers_of
@@ -105,13 +109,160 @@ def installed(name):
     return all(find_spec(package) is not None for package in trackers._PACKAGES[name])
 
 
-def track(name, directory, steps):
+class Recorded:
+    """A stand-in for an object of a service's package: it notes the calls of its methods."""
+
+    def __init__(self, calls, **attributes):
+        self._calls = calls
+        self.__dict__.update(attributes)
+
+    def __getattr__(self, name):
+        def method(*arguments, **options):
+            self._calls.append((name, *arguments, *sorted(options.items())))
+
+        return method
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """Put a stand-in in the place of wandb; return its calls, and what its run says of itself."""
+    calls, attributes = [], {"disabled": False, "offline": False, "url": "https://a.b/run"}
+
+    def init(**options):
+        calls.append(("init", options))
+        return Recorded(calls, **attributes)
+
+    package = SimpleNamespace(init=init, Settings=lambda **options: options)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    for name in ("WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    return calls, attributes
+
+
+def test_wandb_gets_the_settings_every_step_and_how_the_run_ended(
+    wandb, tmp_path, monkeypatch, capsys
+):
+    calls, _ = wandb
+    track("wandb", tmp_path, (1, 2))
+    (_, options), *others = calls
+    assert (options["project"], options["name"]) == ("vp_train", tmp_path.name)
+    assert (options["dir"], options["resume"]) == (str(tmp_path), "allow")
+    assert options["config"]["optim"]["lr"] == RunConfig().optim.lr
+    assert options["settings"]["console"] == "off"
+    assert others[0] == ("define_metric", "*", ("step_metric", "step"))
+    assert [call[1]["step"] for call in others[1:3]] == [1, 2]
+    assert [call[1]["loss"] for call in others[1:3]] == [1.0, 0.5]
+    assert others[3:] == [("finish", ("exit_code", 0))]
+    assert capsys.readouterr().err == "wandb     https://a.b/run\n"
+    assert (tmp_path / "trackers" / "wandb").read_text() == f"{options['id']}\n"
+    calls.clear()
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    track("wandb", tmp_path, (3,), failed=True)
+    assert (calls[0][1]["id"], calls[0][1]["project"]) == (options["id"], "mine")
+    assert calls[-1] == ("finish", ("exit_code", 1))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "mode", "said"),
+    [
+        ({"offline": True}, None, ""),
+        ({"url": None}, None, ""),
+        ({"disabled": True, "url": None}, "disabled", ""),
+        ({"disabled": True}, None, "RuntimeError: nobody is logged in; wandb login, or WANDB_MODE"),
+        ({"disabled": True}, "online", "RuntimeError: nobody is logged in"),
+    ],
+)
+def test_wandb_says_where_a_run_is_and_where_nobody_is_logged_in(
+    wandb, tmp_path, monkeypatch, capsys, attributes, mode, said
+):
+    wandb[1].update(attributes)
+    if mode is not None:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    track("wandb", tmp_path, (1,))
+    err = capsys.readouterr().err
+    assert said in err
+    assert bool(said) == bool(err)
+    assert (tmp_path / "trackers" / "wandb").exists() == (not said)
+
+
+@pytest.fixture
+def mlflow(monkeypatch):
+    """Put a stand-in in the place of mlflow; return the calls of its client."""
+    calls, runs = [], iter(range(9))
+
+    class Client(Recorded):
+        def get_experiment_by_name(self, name):
+            calls.append(("experiment", name))
+            return None if name == "vp_train" else SimpleNamespace(experiment_id="7")
+
+        def create_experiment(self, name):
+            return "3"
+
+        def create_run(self, number, run_name):
+            calls.append(("run", number, run_name))
+            return SimpleNamespace(info=SimpleNamespace(run_id=f"id{next(runs)}"))
+
+    package = SimpleNamespace(MlflowClient=lambda tracking_uri: Client(calls, uri=tracking_uri))
+    entities = SimpleNamespace(
+        Param=lambda name, value: (name, value),
+        Metric=lambda key, value, now, step: (key, value, now > 1e12, step),
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", package)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def test_mlflow_gets_each_setting_once_every_step_and_how_the_run_ended(
+    mlflow, tmp_path, monkeypatch, capsys
+):
+    track("mlflow", tmp_path, (1,))
+    assert mlflow[:2] == [("experiment", "vp_train"), ("run", "3", tmp_path.name)]
+    settings = [
+        pair for name, _, (kind, pairs) in mlflow[2:-2] if kind == "params" for pair in pairs
+    ]
+    expected = dict(trackers._flat(asdict(RunConfig())))
+    assert [name for name, _ in settings] == list(expected)
+    assert dict(settings)["optim.lr"] == str(RunConfig().optim.lr)
+    assert all(len(call[2][1]) <= 100 for call in mlflow[2:-2])
+    assert len(mlflow[2:-2]) == -(-len(expected) // 100)
+    metrics = [("loss", 1.0, True, 1), ("seconds/step", 0.5, True, 1)]
+    assert mlflow[-2:] == [
+        ("log_batch", "id0", ("metrics", metrics)),
+        ("set_terminated", "id0", ("status", "FINISHED")),
+    ]
+    assert (tmp_path / "trackers" / "mlflow").read_text() == "id0\n"
+    mlflow.clear()
+    track("mlflow", tmp_path, (2,), failed=True)
+    assert mlflow[0] == ("update_run", "id0", ("status", "RUNNING"))
+    assert [name for name, *_ in mlflow] == ["update_run", "log_batch", "set_terminated"]
+    assert mlflow[-1] == ("set_terminated", "id0", ("status", "FAILED"))
+    (tmp_path / "trackers" / "mlflow").unlink()
+    mlflow.clear()
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    track("mlflow", tmp_path, ())
+    assert mlflow[:2] == [("experiment", "mine"), ("run", "7", tmp_path.name)]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_name_of_a_run_in_a_service_is_not_read_through_a_link(tmp_path):
+    assert trackers._known_as("wandb", tmp_path) is None
+    trackers._keep("wandb", "abc", tmp_path)
+    assert trackers._known_as("wandb", tmp_path) == "abc"
+    (tmp_path / "trackers" / "wandb").rename(tmp_path / "elsewhere")
+    (tmp_path / "trackers" / "wandb").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnreadableError, match="symbolic link"):
+        trackers._known_as("wandb", tmp_path)
+
+
+def track(name, directory, steps, *, failed=False):
     """Record `steps` with the tracker `name` of the run in `directory`."""
     run = RunSettings(name=directory.name, root=str(directory.parent), trackers=(name,))
     (tracker,) = trackers_of(RunConfig(run=run), directory)
     for step in steps:
         tracker.record(step, {"loss": 1.0 / step, "seconds/step": math.nan if step == 2 else 0.5})
-    tracker.close()
+    tracker.close(failed=failed)
 
 
 @pytest.mark.skipif(not installed("wandb"), reason="needs wandb")

@@ -105,6 +105,101 @@ def test_on_a_cpu_no_kernel_takes_packed_documents():
     assert attend_flexibly(q, q, q, documents, Rule(1.0, 20.0, None)) is None
 
 
+def on_cuda_of(capability, monkeypatch, *, compiles=True):
+    """Let this process have a GPU of this capability, and return a function that makes its q."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "compiles_on", lambda device: compiles)
+
+    def q(size, dtype, is_cuda=True):
+        return SimpleNamespace(shape=(3, 1, size), dtype=dtype, device="cuda", is_cuda=is_cuda)
+
+    return q
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_kernels_take_the_sizes_dtypes_and_gpus_that_they_support(monkeypatch, capability, dtype):
+    q, newer = on_cuda_of(capability, monkeypatch), capability >= (8, 0)
+    for size in (1, 8, 15, 16, 20, 24, 255, 256, 257, 264):
+        flash = newer and dtype.itemsize == 2 and size <= 256 and size % 8 == 0
+        flexible = newer and dtype is not torch.float64 and 16 <= size <= 256
+        assert attention._suits_flash(q(size, dtype)) == flash
+        assert attention._suits_flexible(q(size, dtype)) == flexible
+    assert not attention._suits_flexible(q(64, torch.bfloat16, is_cuda=False))
+    q = on_cuda_of(capability, monkeypatch, compiles=False)
+    assert not attention._suits_flexible(q(64, torch.bfloat16))
+
+
+@pytest.mark.parametrize("window", [None, 1, 7])
+def test_packed_documents_are_one_call_with_their_bounds_and_window(monkeypatch, window):
+    called = []
+
+    def attend(*tensors, **options):
+        called.append((tensors, options))
+        return torch.zeros(10, 2, 8)
+
+    monkeypatch.setattr(attention, "_variable_length_attention", lambda: attend)
+    monkeypatch.setattr(attention, "_suits_flash", lambda q: True)
+    documents, q = documents_with_bounds((3, 5, 2)), torch.zeros(10, 2, 8)
+    assert attend_documents(q, q, q, documents, 0.5, window).shape == (10, 16)
+    ((*_, first, second, longest, same), options) = called[0]
+    assert first.tolist() == second.tolist() == [0, 3, 8, 10]
+    assert (longest, same) == (5, 5)
+    left = -1 if window is None else window - 1  # tokens before its own
+    assert options == {"scale": 0.5, "window_size": (left, 0)}
+    for name, value in (
+        ("_variable_length_attention", lambda: None),
+        ("_suits_flash", lambda q: False),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(attention, name, value)
+            assert attend_documents(q, q, q, documents, 0.5, window) is None
+    assert len(called) == 1
+
+
+def test_a_torch_whose_attention_knows_no_scale_or_no_window_is_not_used(monkeypatch):
+    def old(q, k, v):
+        """Know neither."""
+
+    def scaled(q, k, v, scale=None):
+        """Know no window."""
+
+    def whole(q, k, v, scale=None, window_size=(-1, -1)):
+        return "whole"
+
+    def grouped(q, k, v, scale=None, window_size=(-1, -1), enable_gqa=False):
+        return enable_gqa
+
+    found = {}
+    for function in (None, old, scaled, whole, grouped):
+        attention._variable_length_attention.cache_clear()
+        module = None if function is None else SimpleNamespace(varlen_attn=function)
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+        found[function] = attention._variable_length_attention()
+    attention._variable_length_attention.cache_clear()
+    assert [found[each] for each in (None, old, scaled)] == [None] * 3
+    assert found[whole](1, 2, 3) == "whole"
+    assert found[grouped](1, 2, 3) is True
+
+
+@pytest.mark.parametrize("num_tokens", [1, 255, 256, 257, 600])
+@pytest.mark.parametrize("window", [None, 1, 2, 256, 300, 1000])
+def test_a_block_of_queries_gets_the_keys_that_any_of_them_sees_and_no_others(num_tokens, window):
+    rule, seen = Rule(1.0, None, window), visible((num_tokens,), window)
+    starts = []
+    for here, keys in rule.blocks(num_tokens):
+        starts += range(here.start, here.stop)
+        assert here.stop - here.start <= 256
+        of_block = seen[here].any(0).nonzero().flatten()
+        assert (keys.start, keys.stop) == (of_block[0], of_block[-1] + 1)
+        hidden = rule._hidden(
+            here.stop - here.start, keys.stop - keys.start, here.start - keys.start, CPU
+        )
+        assert torch.equal(~hidden, seen[here, keys])
+    assert starts == list(range(num_tokens))
+
+
+CPU = torch.device("cpu")
 LENGTHS = [(1, 300, 7, 64, 2), (128, 256), (500,), (1,) * 130, (90,)]
 
 

@@ -1,5 +1,6 @@
 """A layer is announced when its gradients are complete, while the layers below still run."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -140,3 +141,33 @@ def test_a_forward_waits_for_each_layer_before_it_reads_it(group):  # noqa: F811
     waited.clear()
     module(x)
     assert waited == ["layer", "mlp"] * 3
+
+
+@pytest.mark.parametrize("family", ["plain", "gpt", "olmo2", "gemma2"])
+@pytest.mark.parametrize("layers", [range(2, 5), range(1), range(0)])
+def test_a_unit_has_the_parameters_that_a_backward_completes_together(group, layers, family):  # noqa: F811
+    """The last layer comes first, with the final norm; the positions come last, with the first."""
+    model = dataclasses.replace(MODEL, **FAMILIES[family] | {"positions": "learned"})
+    module = stage(group, layers, first=True, final_norm=True, model=model)
+    units = [set(unit) for unit in module.units]
+    names = {name for name, _ in module.named_parameters()}
+    ends = {name for name in names if name.startswith("final_norm.")}
+    assert ends >= {"final_norm.weight"}
+    if not layers:
+        assert units == [{*ends, "positions"}]
+        return
+    units[0] -= ends
+    units[-1] -= {"positions"}
+    mlp = ("pre_mlp_layernorm.", "mlp.", "mlp_bda.")
+    expected = []
+    for layer in reversed(layers):
+        own = {name for name in names if name.startswith(f"layers.{layer}.")}
+        of_mlp = {
+            name
+            for name in own
+            if name.startswith(tuple(f"layers.{layer}.layer.{part}" for part in mlp))
+        }
+        expected += [of_mlp, own - of_mlp]
+    assert units == expected
+    assert module.units[0][-1] in ends
+    assert module.units[-1][-1] == "positions"

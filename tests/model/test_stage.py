@@ -450,7 +450,7 @@ def test_packed_documents_keep_no_mask(group, batch):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(
-    ("batch", "recompute"), [(1, "none"), (3, "none"), (1, "selective"), (1, "full")]
+    ("batch", "recompute"), [(1, "none"), (3, "none"), (3, "selective"), (3, "full")]
 )
 def test_activation_bytes_of_every_flag_are_what_autograd_keeps(group, name, batch, recompute):
     model = replace(MODEL, seq_length=64, **FAMILIES[name])

@@ -67,3 +67,51 @@ def test_steps_that_go_back_are_left_out():
 def test_only_numbers_are_values():
     odd = {"a": 1, "b": True, "c": "1", "d": None, "e": math.nan, "f": math.inf, "g": 10**400}
     assert finite(odd | {"h": [1]}, 1e30) == {"a": 1.0}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.sampled_from("ab"), VALUES), min_size=1, max_size=60),
+    st.integers(0, 50),
+)
+def test_a_mean_stands_in_the_middle_of_its_bucket_and_every_value_counts_once(records, first):
+    """Steps have gaps, and each has a value of one of two keys."""
+    curves, step, own = Curves(6), first, {}
+    for stride, key, value in records:
+        curves.add(step, {key: value})
+        own[step] = key, value
+        step += stride
+    width = 1
+    while len({each // width for each in own}) > 6:
+        width *= 2
+    for key in "ab":
+        expected = []
+        for place in sorted({each // width for each in own}):
+            values = [v for s, (k, v) in own.items() if s // width == place and k == key]
+            middle = float(place) if width == 1 else (place + 0.5) * width
+            expected.append((middle, sum(values) / len(values) if values else 0.0))
+        found = curves.means(key)
+        assert [at for at, _ in found] == [at for at, _ in expected]
+        for (_, mine), (_, true) in zip(found, expected, strict=True):
+            assert math.isclose(mine, true, rel_tol=1e-9, abs_tol=1e-6)
+    assert (curves.first, curves.last, curves.num_steps) == (first, max(own), len(own))
+
+
+def test_of_equal_extremes_the_first_counts_however_much_is_joined():
+    curves = curve_of([1.0, 2.0, 0.5] * 40)
+    assert (curves.lowest("loss"), curves.highest("loss")) == ((3, 0.5), (2, 2.0))
+    assert (curves.lowest("other"), curves.highest("other"), curves.latest("other")) == (None,) * 3
+    assert (curves.median("other"), curves.total("other"), curves.points("other")) == (None, 0, [])
+
+
+def test_a_curve_is_joined_only_when_it_has_more_buckets_than_fit():
+    for count, most in ((8, 8), (9, 8)):
+        points = curve_of([float(i) for i in range(count)], first=0, most=most).means("loss")
+        assert len(points) == (8 if count == 8 else 5)
+
+
+def test_as_large_as_the_largest_number_is_a_value_with_either_sign():
+    assert finite({"a": 2.0, "b": -2.0, "c": 2.1, "d": -2.1, "e": 0}, 2.0) == {
+        "a": 2.0,
+        "b": -2.0,
+        "e": 0.0,
+    }

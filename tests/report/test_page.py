@@ -279,6 +279,147 @@ def test_what_is_no_run_is_refused(tmp_path, vp_report):
     assert vp_report()[0] == 78
 
 
+def recorded(tmp_path, name, *records, steps=None, **settings):
+    """Write a run with these records and settings; return what is read of it."""
+    path = tmp_path / name
+    path.mkdir()
+    lines = [json.dumps({"step": step, **values}) for step, values in enumerate(records, 1)]
+    (path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    words = "" if steps is None else f"run:\n  steps: {steps}\n"
+    (path / "config.yaml").write_text(words)
+    for step in settings.get("checkpoints", ()):
+        (path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    return read_run(path)
+
+
+@pytest.mark.parametrize(
+    ("done", "steps", "what"),
+    [
+        (1, None, "Resume from the checkpoint of step 4"),
+        (1, 2, "Resume from the checkpoint of step 4"),
+        (2, 2, "Train longer, from the checkpoint of step 4"),
+        (3, 2, "Train longer, from the checkpoint of step 4"),
+    ],
+)
+def test_a_run_that_is_done_trains_longer_and_any_other_is_resumed(tmp_path, done, steps, what):
+    run = recorded(tmp_path, "a", *[{"loss": 1.0}] * done, steps=steps, checkpoints=(2, 4))
+    (first, command), *others = page._commands(run)
+    assert first == what
+    assert (f"run.steps={2 * (steps or 0)}" in command) == what.startswith("Train")
+    assert [name for name, _ in others] == [
+        *("Score a text", "Let it write", "Export to Hugging Face", "Write this page again")
+    ]
+    without = recorded(tmp_path, "b", {"loss": 1.0}, steps=steps)
+    assert [name for name, _ in page._commands(without)] == ["Write this page again"]
+    early = f"{done:,} of {steps} steps are recorded: it runs, or has ended early"
+    assert page._warnings(run) == [early] * (steps is not None and done < steps)
+
+
+def test_events_are_counted_and_the_first_ones_named():
+    for count, steps, words in (
+        (1, [3], "1 spike, at step 3"),
+        (2, [3, 1000], "2 spikes, at step 3, 1,000"),
+        (12, list(range(12)), f"12 spikes, at step {', '.join(map(str, range(12)))}"),
+        (13, list(range(13)), f"13 spikes, at step {', '.join(map(str, range(12)))} and later"),
+    ):
+        assert page._event_words("spike", record.Events(count, steps)) == words
+
+
+def test_only_what_is_known_is_a_fact_and_speed_is_that_of_intervals_where_they_are(tmp_path):
+    run = recorded(tmp_path, "a", {"loss": 2.0, "tokens_per_second": 5.0}, {"loss": 1500.5})
+    facts = {name: (value, note) for name, value, note in page._facts(run)}
+    assert facts == {
+        "Steps": ("2", ""),
+        "Loss": ("1,500", "training, last step"),
+        "Tokens per second": ("5", "median"),
+        "Time": ("0:00", "of all steps"),
+    }
+    values = {"tokens_per_second": 5.0, "interval_tokens_per_second": 7.0, "mfu": 0.5}
+    values |= {
+        "validation_loss": 3.0,
+        "bubble_mean": 0.25,
+        "peak_bytes": 2**30,
+        "seconds/step": 61.0,
+    }
+    more = recorded(tmp_path, "b", values, steps=4)
+    assert [value for _, value, _ in page._facts(more)] == [
+        *("1 of 4", "3", "7", "50.0%", "25.0%", "1.00 GiB", "1:01")
+    ]
+    assert ("Validation loss", "3", "lowest 3 at step 1") in page._facts(more)
+
+
+def test_several_runs_are_compared_by_means_of_a_step_and_what_none_has_is_left_out(tmp_path):
+    runs = [
+        recorded(tmp_path, "a", {"seconds/step": 1.0, "seconds/data": 0.0}, {"seconds/step": 3.0}),
+        recorded(tmp_path, "b", {"seconds/data": 1.0}),
+        recorded(tmp_path, "c"),
+    ]
+    rows = dict(page._figures(runs))
+    assert rows["steps"] == ["2", "1", "0"]
+    assert rows["step, mean: whole"] == ["2.00 s", "-", "-"]
+    assert rows["step, mean: data"] == ["-", "1.00 s", "-"]
+    assert "loss, last" not in rows
+    assert "step, mean: waiting" not in rows
+
+
+def test_the_shares_of_a_step_add_up_and_the_largest_is_first(tmp_path):
+    run = recorded(
+        tmp_path, "a", {"seconds/data": 1.0, "seconds/optimizer": 3.0, "seconds/rest": 0}
+    )
+    bars = page._shares(run.metrics.curves)
+    assert [(bar.name, bar.value, bar.percent) for bar in bars] == [
+        ("optimizer", "3.00 s", "75.0%"),
+        ("data", "1.00 s", "25.0%"),
+    ]
+    assert page._shares(recorded(tmp_path, "b", {"loss": 1.0}).metrics.curves) == []
+
+
+def test_losses_come_first_and_those_of_validation_sets_next(tmp_path):
+    values = {
+        "loss": 1.0,
+        "validation/a/loss": 2.0,
+        "validation/a/bits_per_byte": 3.0,
+        "grad_norm": 4.0,
+    }
+    run = recorded(tmp_path, "a", values)
+    pictures = page._charts(run.metrics.curves)
+    assert [(each.title, each.legend[0].name, each.legend[0].value) for each in pictures] == [
+        ("Loss", "training", "1"),
+        ("Validation losses", "a", "2"),
+        ("Bits per byte", "a", "3"),
+        ("Gradient norm", "norm", "4"),
+    ]
+    common = page._common_charts([run], ["a"], [draw.Style(0)])
+    assert [(each.title, each.unit) for each in common] == [
+        ("Training loss", "nats per token"),
+        ("Validation loss: a", "nats per token"),
+        ("Gradient norm", "before clipping"),
+    ]
+    waiting = recorded(tmp_path, "b", {"bubble_worst": 0.5})
+    (picture,) = page._common_charts([waiting], ["b"], [draw.Style(0)])
+    assert picture.unit == "% of the time of passes and waiting, worst rank"
+    assert picture.words == "b: last 50, lowest 50 at step 1, highest 50 at step 1"
+
+
+def test_the_peak_memory_of_a_rank_is_set_beside_that_of_the_worst(tmp_path):
+    run = recorded(tmp_path, "a")
+    ranks = [{"rank": 0, "peak_bytes": 2**30}, {"rank": 1, "peak_bytes": 2**29, "layers": "0-1"}]
+    (run.path / "summary.json").write_text(json.dumps({"ranks": ranks}))
+    (first, most), (second, half) = page._rank_rows(read_run(run.path))
+    assert (first, most) == (["0", *["-"] * 7, "1.00 GiB"], 1.0)
+    assert (second[1], second[-1], half) == ("0-1", "512.0 MiB", 0.5)
+    (run.path / "summary.json").write_text(json.dumps({"ranks": [ranks[0] | {"peak_bytes": 0}]}))
+    assert page._rank_rows(read_run(run.path))[0][1] == 0.0
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_the_picture_of_the_plan_is_read_only_where_no_step_was_traced(write_run, traced):
+    run, _ = write_run(f"pictured {traced}", steps=6, traced=traced)
+    found = read_run(run)
+    assert (found.traced is not None, found.picture is None) == (traced, traced)
+    assert (found.explanation is not None) == traced
+
+
 def test_a_missing_package_is_named_and_no_run_minds(one, write_run, monkeypatch, capsys):
     run, reporter = write_run("bare", steps=2)
     capsys.readouterr()

@@ -78,3 +78,72 @@ def test_a_log_that_is_a_pipe_is_not_opened(tmp_path):
 @pytest.mark.parametrize("text", [b"", b"[]", b'{"code": 70}', b"\x80\x04N."])
 def test_what_is_no_ending_counts_as_none(text):
     assert heard(text) is None
+
+
+class LeftError(BaseException):
+    """A stand-in for the end of the process."""
+
+
+@pytest.fixture
+def left(monkeypatch, capsys):
+    """Return a function that lets a rank leave: ending, log -> (exit code, what it says)."""
+    monkeypatch.delenv("VP_TRAIN_ENDING_FD", raising=False)
+
+    def leave(code):
+        raise LeftError(code)
+
+    monkeypatch.setattr(ending.os, "_exit", leave)
+
+    def call(said, log=None):
+        with pytest.raises(LeftError) as caught:
+            ending.leave(said, log)
+        return caught.value.args[0], capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (Ending(0, ""), ""),
+        (Ending(0, "done already"), "done already\n"),
+        (Ending(70, ""), ""),
+        (Ending(78, "run.steps=0"), "vp-train: run.steps=0\n"),
+        (Ending(78, "vp-train: run.steps=0"), "vp-train: run.steps=0\n"),
+    ],
+)
+def test_only_a_failure_begins_with_the_name_of_the_command_and_once(left, said, words):
+    assert left(said) == (said.code, words)
+
+
+@pytest.mark.parametrize("code", [70, 74, 78])
+def test_only_the_traceback_of_a_bug_is_shown_where_no_log_takes_it(left, tmp_path, code):
+    log = tmp_path / "a file" / "rank-1.log"
+    log.parent.touch()
+    found, said = left(Ending(code, "failed", "Traceback: long\n\n"), log)
+    first, second, *others = said.splitlines()
+    assert (found, first) == (code, "vp-train: failed")
+    assert second.startswith(f"{log} cannot be written: ")
+    assert others == (["Traceback: long"] if code == 70 else [])
+    assert left(Ending(code, "failed", "Traceback"))[1] == "vp-train: failed\n"
+
+
+def test_a_log_is_appended_to(left, tmp_path):
+    for _ in range(2):
+        assert left(Ending(70, "", "again\n"), tmp_path / "logs" / "rank-0.log") == (70, "")
+    assert (tmp_path / "logs" / "rank-0.log").read_text() == "again\n" * 2
+
+
+def test_words_that_fit_into_a_pipe_are_whole(monkeypatch):
+    for length in (10, 4096 - len('{"code": 70, "words": "", "log": "", "follows": false}'), 4096):
+        reading, writing = os.pipe()
+        monkeypatch.setenv("VP_TRAIN_ENDING_FD", str(writing))
+        assert ending._tell_agent(Ending(70, "x" * length))
+        told = os.read(reading, 1 << 20)
+        assert len(told) <= 4096
+        whole = length < 4096
+        assert (heard(told).words == "x" * length) == whole
+        assert whole or heard(told).words == f"{'x' * 2048} ..."
+        os.close(reading)
+        assert not ending._tell_agent(Ending(70, "nobody hears")), "the agent has gone"
+        os.close(writing)

@@ -112,3 +112,68 @@ def test_a_store_that_comes_late_gets_beats_and_without_beats_nobody_is_blamed()
     server.delete_key("vp_train/0/beat/0")
     time.sleep(0.1)
     assert heart.look(2) is None
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_only_a_rank_of_a_job_beats(monkeypatch, missing):
+    monkeypatch.setattr(Heartbeat, "_beat", lambda self: None)
+    environment = {"MASTER_ADDR": "node1", "MASTER_PORT": "2900"}
+    for more, attempt in (({}, "0"), ({"TORCHELASTIC_RESTART_COUNT": "3", "OTHER": ""}, "3")):
+        heart = Heartbeat.of_job(environment | more, 7)
+        assert heart._address == ("node1", 2900)
+        assert heart._key(7) == f"vp_train/{attempt}/beat/7"
+    assert Heartbeat.of_job({missing: environment[missing]}, 7) is None
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 5])
+def test_the_first_rank_without_a_beat_is_named_with_the_number_of_the_others(num_ranks):
+    beats = [beat(3)] * num_ranks
+    said = Stall.of(beats, beats).words()
+    more = f" (and {num_ranks - 1} more, see the log)" if num_ranks > 1 else ""
+    assert said.startswith(f"rank 0{more} on node1 no longer beats: ")
+    waits = [beat(4, waits=True), *[beat(4)] * num_ranks]
+    said = Stall.of([beat(3, waits=True), *[beat(3)] * num_ranks], waits).words()
+    assert said.startswith(f"rank 1{more} on node1 is busy: ")
+
+
+def test_a_beat_that_somebody_removes_is_silent_and_one_that_is_cut_off_is_none():
+    assert Stall.of([beat(1), beat(1)], [None, beat(2)]).silent == {0}
+    whole = {"count": 2, "host": "a", "doing": "b", "waits": True}
+    assert Beat.parse(json.dumps(whole).encode()) == Beat(2, "a", "b", waits=True)
+    assert Beat.parse(json.dumps(whole | {"more": "x" * 5000}).encode()) is None
+    assert Beat.parse((json.dumps(whole) + " " * 5000).encode()) == Beat(2, "a", "b", waits=True)
+    for name in whole:
+        assert (
+            Beat.parse(json.dumps({k: v for k, v in whole.items() if k != name}).encode()) is None
+        )
+
+
+class Store:
+    """A store of beats, some of which are missing."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def check(self, keys):
+        return all(key in self.values for key in keys)
+
+    def multi_get(self, keys):
+        return [self.values[key] for key in keys]
+
+    def get(self, key):
+        return self.values[key]
+
+
+def test_the_beats_of_all_ranks_are_read_by_rank_whether_all_are_there_or_not(monkeypatch):
+    monkeypatch.setattr(Heartbeat, "_beat", lambda self: None)
+    heart = Heartbeat(("node1", 2900), 0, "2")
+    said = {"host": "a", "doing": "b", "waits": False}
+    values = {
+        f"vp_train/2/beat/{rank}": json.dumps(said | {"count": rank}).encode() for rank in range(3)
+    }
+    beats = [Beat(rank, "a", "b", waits=False) for rank in range(3)]
+    assert heart._beats(Store(values), 3) == beats
+    assert heart._beats(Store(values), 2) == beats[:2]
+    assert heart._beats(Store(values), 4) == [*beats, None]
+    del values["vp_train/2/beat/1"]
+    assert heart._beats(Store(values), 3) == [beats[0], None, beats[2]]

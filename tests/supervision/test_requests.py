@@ -12,12 +12,14 @@ import pytest
 
 from vp_train.config import RunSettings
 from vp_train.supervision.requests import (
+    NO_READER,
     NOTHING,
     SIGNALS,
     Requests,
     held,
     leaves,
     pass_on,
+    start_clock,
     words,
 )
 
@@ -163,3 +165,74 @@ def test_a_signal_is_held_until_the_rank_listens_and_a_second_one_ends_it():
     command = [sys.executable, "-c", IMPATIENT]
     done = subprocess.run(command, timeout=30, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (128 + signal.SIGUSR1, "")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_signal_ends_the_process_once_it_cannot_be_the_same_ctrl_c(monkeypatch, number):
+    clock, left = Clock(), []
+    monkeypatch.setattr(os, "_exit", left.append)
+    requests = Requests(clock=clock)
+    requests._note(signal.SIGTERM, None)
+    for seconds in (0.0, 1.0):
+        clock.now = 1000.0 + seconds
+        requests._note(number, None)
+        assert left == []
+    assert words(requests.current(), 0) == "SIGTERM reached rank 0", "the first one counts"
+    clock.now += 0.001
+    requests._note(number, None)
+    assert left == [128 + number]
+
+
+def test_a_launcher_counts_only_together_with_the_first_signal():
+    for later, passed_on in ((0.0, True), (0.1, True), (0.101, False), (5.0, False)):
+        clock = Clock()
+        requests = Requests(clock=clock)
+        requests._note(signal.SIGTERM, None)
+        clock.now += later
+        requests._note_launcher(signal.SIGUSR2, None)
+        assert ("the launcher" in words(requests.current(), 1)) == passed_on, later
+        clock.now += 5.0
+        requests._note_launcher(signal.SIGUSR2, None)
+        assert ("the launcher" in words(requests.current(), 1)) == passed_on, "it stays so"
+
+
+def test_a_signal_outweighs_the_stop_file_that_the_time_and_that_a_checkpoint(tmp_path):
+    clock, seen = Clock(), []
+    requests = Requests(tmp_path / "STOP", max_minutes=2, checkpoint_minutes=1, clock=clock)
+    for happen in (
+        lambda: setattr(clock, "now", 1060.0),
+        lambda: setattr(clock, "now", 1120.0),
+        (tmp_path / "STOP").touch,
+        lambda: requests._note(signal.SIGINT, None),
+    ):
+        happen()
+        seen.append(requests.current())
+    assert [leaves(request) for request in seen] == [False, True, True, True]
+    assert [words(request, 5) for request in seen[1:]] == [
+        "run.max_minutes is over",
+        "the file STOP was there",
+        "SIGINT reached rank 5",
+    ]
+    assert words(NO_READER, 0) == "nobody reads the output any more"
+    assert leaves(NO_READER)
+
+
+def test_the_clock_of_the_command_starts_once(monkeypatch):
+    monkeypatch.delenv("VP_TRAIN_STARTED", raising=False)
+    start_clock()
+    first = os.environ["VP_TRAIN_STARTED"]
+    assert abs(float(first) - time.monotonic()) < 5
+    start_clock()
+    assert os.environ["VP_TRAIN_STARTED"] == first
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_without_a_start_of_the_command_the_time_counts_from_now(tmp_path, monkeypatch, rank):
+    monkeypatch.delenv("VP_TRAIN_STARTED", raising=False)
+    settings = RunSettings(root=str(tmp_path), name="run", max_minutes=1.0, checkpoint_minutes=2.0)
+    requests = Requests.of_rank(rank, settings)
+    assert requests.current() == NOTHING
+    assert abs(requests._started - time.monotonic()) < 5
+    times = (requests._max_seconds, requests._save_seconds)
+    assert times == ((60.0, 120.0) if rank == 0 else (0.0, 0.0))
+    assert requests.clear() == ""

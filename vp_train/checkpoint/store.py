@@ -192,6 +192,12 @@ def load(
                     f"but {ours.dtype} {list(ours.shape)} in this run; "
                     f"{verb} with the model{'' if cast else ' and run.dtype'} it was saved with"
                 )
+            dims = {split.dim for split in (held.split, piece.split) if split is not None}
+            if len(dims) > 1:
+                raise ConfigError(
+                    f"{path} has slices of {name} along another dimension than this run; "
+                    f"{verb} with a checkpoint that vp-train or vp-import has written"
+                )
             with safe_open(path / file, "pt") as opened:
                 missing -= _copy(opened.get_slice(name), held.split, piece)
         if missing:

@@ -330,7 +330,7 @@ def _require_same(
         for key, value in values.items():
             before = saved.get(section, {}).get(key)
             if key not in saved.get(section, {}):  # checkpoints of earlier versions
-                before = getattr(_DEFAULTS.get(section), key, None)
+                before = json.loads(json.dumps(getattr(_DEFAULTS.get(section), key, None)))
             permission = "batch" if section == "batch" else permission_of(f"{section}.{key}")
             if before == value or permission in allowed:
                 continue

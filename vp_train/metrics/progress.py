@@ -140,12 +140,17 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        print_line(self._console, line)
 
     def close(self) -> None:
         if self._live is not None:
             self._live.update(Text(""))
             self._live.stop()
+
+
+def print_line(console: Console, line: str) -> None:
+    """Print a line as it is: of any length, without colours, and nothing in it is markup."""
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _unknown_words(keys: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from vp_train.data import Source
 from vp_train.durable import UnreadableError, open_to_append, write_all
 from vp_train.metrics.figures import RankFigures, Spent
 from vp_train.metrics.log import MetricsLog, warn_unwritten
-from vp_train.metrics.progress import Progress, StepReport, Validation
+from vp_train.metrics.progress import Progress, StepReport, Validation, print_line
 from vp_train.metrics.resumed import rate_words
 from vp_train.metrics.run_directory import RunDirectory, TakenError
 from vp_train.metrics.step_times import RankTimes, step_times
@@ -182,7 +182,7 @@ class Reporter:
             ),
         ]
         for line in lines:
-            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+            print_line(self._console, line)
         for notice in notices:
             self.note(notice)
         self._progress = Progress(config.run, self._first_step, self._console)
@@ -364,24 +364,17 @@ class Reporter:
             self._console.print(
                 rank_table(table, "What was planned and what was measured (one traced step)")
             )
-            self._console.print(
+            print_line(
+                self._console,
                 step_words(self._traced.timeline, self._measured, self._config.run.device),
-                highlight=False,
-                soft_wrap=True,
-                markup=False,
             )
             if words := explain_words(self._traced.timeline, self._measured, self._directory.path):
-                self._console.print(words, highlight=False, soft_wrap=True, markup=False)
+                print_line(self._console, words)
         if words := self._spent.words():
-            self._console.print(words, highlight=False, soft_wrap=True, markup=False)
+            print_line(self._console, words)
         if words := _profile_words(self._config.run, self._first_step):
-            self._console.print(words, highlight=False, soft_wrap=True, markup=False)
-        self._console.print(
-            f"everything is in {self._directory.path}",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
-        )
+            print_line(self._console, words)
+        print_line(self._console, f"everything is in {self._directory.path}")
         self.close()
         summary = {"schema": SUMMARY, "ranks": ranks}
         try:

@@ -1,0 +1,185 @@
+"""What a run has on disk is read up to its limits, and what is not what a run writes is said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vp_train.durable import UnreadableError
+from vp_train.report import record
+from vp_train.report.record import Events, read_run, set_of
+
+
+def written(path, *records):
+    """Write metrics.jsonl; return what is read of it."""
+    (path / "metrics.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in records))
+    return record._metrics(path / "metrics.jsonl")
+
+
+def test_a_counter_that_grows_is_an_event_as_often_as_it_grows(tmp_path):
+    counts = [(1, 0), (2, 2), (3, 2), (4, 3), (5, 1), (6, 2), (7, None)]
+    found = written(tmp_path, *({"step": step, "spikes": count} for step, count in counts))
+    assert found.events.keys() == {"spike"}
+    assert (found.events["spike"].count, found.events["spike"].steps) == (4, [2, 4, 6])
+    skipped = written(tmp_path, {"step": 1, "skipped_steps": 1})
+    assert skipped.events.keys() == {"skipped step"}
+
+
+def test_a_step_with_a_value_that_is_not_finite_is_one_event(tmp_path):
+    lines = [{"step": 1, "loss": None, "grad_norm": None}, {"step": 2, "other": None}]
+    found = written(tmp_path, *lines, {"step": 3, "loss": float("nan")}, {"step": 4, "loss": 1.0})
+    events = found.events["non-finite value"]
+    assert (events.count, events.steps) == (2, [1, 3])
+    assert found.curves.points("loss") == [(4, 1.0)]
+
+
+def test_the_steps_of_so_many_events_are_named_and_all_are_counted(monkeypatch):
+    monkeypatch.setattr(record, "_MOST_EVENTS", 3)
+    events = Events()
+    for step in range(5):
+        events.add(step, 2)
+    assert (events.count, events.steps) == (10, [0, 1, 2])
+
+
+@pytest.mark.parametrize("step", [-1, True, 1.0, "1", None, 2**53])
+def test_what_is_no_step_is_left_out(tmp_path, step):
+    last = 2**53 - 1
+    found = written(tmp_path, {"step": 0, "loss": 2.0}, {"step": step, "loss": 3.0}, {"step": last})
+    assert found.curves.points("loss") == [(0, 2.0)]
+    assert (found.curves.num_steps, found.curves.last) == (2, last)
+
+
+def test_as_many_validation_sets_are_shown_as_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "_MOST_SETS", 2)
+    keys = [f"validation/s{i}/{name}" for i in range(3) for name in ("loss", "bits_per_byte")]
+    found = written(tmp_path, {"step": 1} | dict.fromkeys(keys, 1.0))
+    assert set(found.curves.keys) == set(keys[:4])
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("validation/a/loss", "a"),
+        ("validation/a/b/loss", "a/b"),
+        ("validation//loss", None),
+        ("validation/loss", None),
+        ("validation_loss", None),
+        ("validation/a/bits_per_byte", None),
+        (f"validation/{'a' * 184}/loss", "a" * 184),
+        (f"validation/{'a' * 185}/loss", None),
+    ],
+)
+def test_a_key_of_a_validation_set_has_its_name(key, name):
+    assert set_of(key, record.LOSS) == name
+
+
+def test_the_newest_notices_and_their_number_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "_MOST_NOTICES", 3)
+    for count in (0, 2, 3, 5):
+        lines = [f"line {number}" for number in range(count)]
+        (tmp_path / "notices.txt").write_text("".join(f"{line}\n" for line in lines))
+        assert record._notices(tmp_path / "notices.txt") == (tuple(lines[-3:]), count)
+
+
+def test_a_log_is_shown_by_its_last_lines(tmp_path):
+    (tmp_path / "logs").mkdir()
+    for name, count in (
+        ("rank-0.log", 0),
+        ("rank-1.log", 1),
+        ("rank-2.log", 30),
+        ("rank-3.log", 99),
+    ):
+        (tmp_path / "logs" / name).write_text("".join(f"{number}\n" for number in range(count)))
+    (tmp_path / "logs" / "other.txt").write_text("no log")
+    found = {log.name: log.tail.splitlines() for log in record._logs(tmp_path / "logs")}
+    assert found.keys() == {"rank-1.log", "rank-2.log", "rank-3.log"}
+    for name, count in (("rank-1.log", 1), ("rank-2.log", 30), ("rank-3.log", 99)):
+        assert found[name] == [str(number) for number in range(max(0, count - 30), count)]
+    (tmp_path / "logs" / "rank-1.log").write_text("x" * 5_000)
+    (first, *_) = record._logs(tmp_path / "logs")
+    assert len(first.tail) == 2_000
+    (tmp_path / "elsewhere").write_text("secret")
+    (tmp_path / "logs" / "rank-4.log").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnreadableError, match="symbolic link"):
+        record._logs(tmp_path / "logs")
+    (tmp_path / "linked").symlink_to(tmp_path / "logs")
+    with pytest.raises(UnreadableError, match="symbolic link"):
+        record._logs(tmp_path / "linked")
+
+
+def test_lines_and_files_have_a_longest_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "_LONGEST_LINE", 10)
+    monkeypatch.setattr(record, "_LARGEST_LINES", 20)
+    path = tmp_path / "notices.txt"
+    path.write_text("12345678\n" + "\n" * 11)
+    assert len(list(record._lines(path))) == 12
+    path.write_text("12345678\n" + "\n" * 12)
+    with pytest.raises(UnreadableError, match="has over 20 bytes"):
+        list(record._lines(path))
+    path.write_text("123456789\n")
+    with pytest.raises(UnreadableError, match="has a line of over 10 bytes"):
+        list(record._lines(path))
+
+
+def test_a_rank_shows_what_is_known_of_it(tmp_path):
+    rows = [
+        {"rank": 0, "peak_bytes": 5},
+        {
+            "rank": 1,
+            "peak_bytes": 6.0,
+            "layers": "0-1",
+            "vocabulary_rows": 7,
+            "num_parameters": 8,
+            "predicted_bubble": 0.1,
+            "measured_bubble": 0.2,
+            "predicted_bytes": 9,
+            "measured_bytes": 10,
+            "busy": True,
+        },
+    ]
+    (tmp_path / "summary.json").write_text(json.dumps({"ranks": rows}))
+    first, second = record._ranks(tmp_path / "summary.json")
+    assert first == record.RankRow(0, 5.0)
+    assert second == record.RankRow(1, 6.0, "0-1", 7, 8, 0.1, 0.2, 9.0, 10.0)
+    for bad in (
+        {},
+        {"ranks": [{}]},
+        {"ranks": [{"rank": True, "peak_bytes": 1}]},
+        {"ranks": 1},
+        [],
+    ):
+        (tmp_path / "summary.json").write_text(json.dumps(bad))
+        with pytest.raises(UnreadableError, match="is not what a run writes"):
+            record._ranks(tmp_path / "summary.json")
+
+
+def test_the_environment_has_texts_and_numbers_only(tmp_path):
+    good = {"python": "3.11", "host": "a", "cpus": 8, "commit": None, "other": "x"}
+    good |= {"packages": {"torch": "2", "none": None}, "command": ["vp-train", "a b"]}
+    (tmp_path / "env.json").write_text(json.dumps(good))
+    assert record._environment(tmp_path / "env.json") == {
+        "python": "3.11",
+        "host": "a",
+        "cpus": "8",
+        "packages": {"torch": "2"},
+        "command": ["vp-train", "a b"],
+    }
+    (tmp_path / "env.json").write_text(json.dumps({"packages": [1], "command": ["a", 1]}))
+    assert record._environment(tmp_path / "env.json") == {}
+    (tmp_path / "env.json").write_text("[]")
+    with pytest.raises(UnreadableError, match="is not what a run writes"):
+        record._environment(tmp_path / "env.json")
+
+
+def test_the_steps_that_a_run_was_to_do_are_a_number_in_its_settings(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    for words, steps in (
+        ("8", 8),
+        ("x", None),
+        ("-8", None),
+        ("9" * 15, 10**15 - 1),
+        ("9" * 16, None),
+    ):
+        (tmp_path / "config.yaml").write_text(f"run:\n  steps: {words}\n")
+        assert read_run(tmp_path).planned_steps == steps
