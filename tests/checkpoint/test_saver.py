@@ -546,3 +546,60 @@ def test_memory_for_copies_grows_only_when_it_is_too_small():
         copy.take({"x": CheckpointTensor(torch.ones(size))})
         places.append((len(copy._buffer), len(copy.image)))
     assert [held for held, _ in places] == [places[0][1]] * 3 + [places[3][1]] * 2
+
+
+class Runtime:
+    """A stand-in for CUDA's runtime: it notes what is registered, and may allow no more."""
+
+    def __init__(self, result=0):
+        self.result, self.registered = result, {}
+
+    def cudaHostRegister(self, place, size, flags):
+        if not self.result:
+            assert place not in self.registered
+            self.registered[place] = size
+        return self.result
+
+    def cudaHostUnregister(self, place):
+        del self.registered[place]
+
+
+def test_only_the_memory_that_a_copy_has_now_is_registered_with_cuda(monkeypatch):
+    runtime, copy = Runtime(), module._HostCopy()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    for size in (100, 50, 300, 300, 1000):
+        copy._reserve(size, pinned=True)
+        assert list(runtime.registered.items()) == [(copy._buffer.data_ptr(), len(copy._buffer))]
+        assert len(copy._buffer) >= size
+    plain = module._HostCopy()
+    plain._reserve(100, pinned=False)
+    assert len(runtime.registered) == 1
+
+
+def test_without_pinned_memory_an_error_that_cuda_keeps_ends_nothing(monkeypatch):
+    """CUDA hands the error to the next launch, whatever that is."""
+    runtime, copy, launched = Runtime(result=2), module._HostCopy(), []
+
+    def launch(*_, device):
+        launched.append(device)
+        raise RuntimeError("out of pinned memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch, "zeros", launch)
+    copy._reserve(100, pinned=True)
+    assert (len(copy._buffer), launched) == (100, ["cuda"])
+
+
+@pytest.mark.parametrize("call", ["finish", "advance"])
+def test_whoever_waits_for_a_save_lets_its_thread_rest_no_more(call):
+    """The thread has no share at all, so without that it would rest for ever."""
+    saver = Saver(
+        Path("runs"), Scripted([[(True, 1, False)], ["no space"]][call == "advance" :]), 9
+    )
+    saver._group.rank = 1
+    saver._pace = pace = module._Pace(0.0)
+    work = saver._thread.submit(lambda: pace.rest(1.0))
+    saver._save = module._Save(1, {}, work)
+    getattr(saver, call)()
+    assert pace._hurry.is_set()
+    assert "no space" in str(saver.take_failure())

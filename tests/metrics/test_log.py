@@ -142,3 +142,20 @@ def test_a_writer_that_cannot_be_closed_leaves_no_other_open(tmp_path, capsys):
     log.close()
     assert closed == ["a", "b"]
     assert capsys.readouterr().err.count("cannot be written (no answer); going on without") == 2
+
+
+@pytest.mark.parametrize("back", [0, 1, 2, 3])
+def test_tensorboard_and_file_agree_after_a_run_goes_back(tmp_path, back):
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", 0)
+    for step in (1, 2, 3):
+        log.record(step, {"loss": float(step)})
+    log.go_back(back)
+    for step in range(back + 1, 5):
+        log.record(step, {"loss": 10.0 * step})
+    log.close()
+    expected = [(step, step * (1.0 if step <= back else 10.0)) for step in range(1, 5)]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [(record["step"], record["loss"]) for record in map(json.loads, lines)] == expected
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected

@@ -153,3 +153,14 @@ def test_what_is_unknown_at_the_first_step_is_said_there_and_not_again():
 )
 def test_a_validation_is_known_by_the_name_of_its_set(found, values, words):
     assert (found.values(), found.words()) == (values, words)
+
+
+def test_no_live_line_stays_at_the_end():
+    out = io.StringIO()
+    progress = Progress(RunSettings(steps=50), 1, Console(file=out, width=80, force_terminal=True))
+    progress.step(2, {"loss": 0.25})
+    progress._live.refresh()
+    assert "step  2/50" in out.getvalue().rpartition("\x1b[2K")[2]
+    progress.close()
+    assert "step" not in out.getvalue().rpartition("\x1b[2K")[2]
+    Progress(RunSettings(steps=50), 1, Console(file=out, width=80)).close()

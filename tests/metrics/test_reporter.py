@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import re
 import shutil
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -382,3 +385,22 @@ def test_the_batch_ramp_is_said_as_far_as_it_is_left():
     assert reporter_module._ramp_words(config, 11) == left
     assert reporter_module._ramp_words(config, 20) == left
     assert reporter_module._ramp_words(config, 21) == ""
+
+
+def test_a_console_whose_reader_has_gone_says_nothing_more_and_ends_nothing(monkeypatch, capfd):
+    moved = []
+    monkeypatch.setattr(reporter_module.os, "dup2", lambda old, new: moved.append((old, new)))
+
+    class Pipe(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    console = reporter_module._Console(file=Pipe())
+    assert not console.has_no_reader
+    for _ in range(2):
+        console.print("a line")
+        assert console.has_no_reader
+    ((null, target),) = moved
+    assert os.path.samestat(os.fstat(null), os.stat(os.devnull))
+    assert target == sys.stdout.fileno()
+    os.close(null)

@@ -307,6 +307,14 @@ def test_embeddings_and_logits_are_scaled_as_granite_does(group):
     assert torch.allclose(part(x), expected, rtol=1e-14, atol=0)
 
 
+def test_the_state_of_a_stage_is_its_parameters(group):
+    """Tables and scales follow from the settings."""
+    model = replace(MODEL, **FAMILIES["gemma3"], embedding_scale=True)
+    part = stage(group, range(2), first=True, final_norm=True, model=model)
+    assert {name for name, _ in part.named_buffers()} == {"scale", "rotary", "local_rotary"}
+    assert part.state_dict().keys() == {name for name, _ in part.named_parameters()}
+
+
 def test_positions_start_again_with_every_document(group):
     model = replace(MODEL, positions="learned")
     part = stage(group, range(0), first=True, model=model)
