@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import cache
+from statistics import median_low
 
 import pytest
 
@@ -211,6 +212,7 @@ def test_a_rank_computes_waits_or_is_between_passes(name, algorithm, runtime):
     step, program = step_of(name, algorithm, runtime)
     found = explain(run(step, program, noisy(step)))
     assert [row.rank for row in found.ranks] == list(range(P))
+    assert median_low(row.slowness for row in found.ranks) == pytest.approx(1), "the usual rank"
     for row in found.ranks:
         assert row.planned + row.planned_waiting == pytest.approx(found.planned_seconds)
         whole = row.measured + row.measured_waiting + row.between
@@ -236,7 +238,14 @@ def test_every_kind_of_pass_and_message_has_its_mean_beside_the_plan(name, algor
     barriers = {barrier.name for barrier in step.problem.algorithm.barriers}
     others = {row.name: row for row in found.kinds if row.name not in of_passes}
     assert others.keys() <= {"hop", *barriers}
+    spent = {}
+    for span in step.measured.comm:
+        spent.setdefault(span.name.partition(".")[0], []).append(span.seconds)
     assert others["hop"].planned == step.cost.hop_seconds
+    for barrier in others.keys() - {"hop"}:
+        assert others[barrier].planned == step.cost.barrier(barrier)
+        assert others[barrier].count == len(spent[barrier])
+    assert others.keys() - {"hop"} == spent.keys() & barriers
     assert all(row.source == "assumed" for row in others.values())
     unknown = replace(others["hop"], measured=None), replace(others["hop"], planned=0.0)
     assert [row.ratio for row in unknown] == [None, None]

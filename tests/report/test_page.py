@@ -401,6 +401,32 @@ def test_losses_come_first_and_those_of_validation_sets_next(tmp_path):
     assert picture.words == "b: last 50, lowest 50 at step 1, highest 50 at step 1"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        *(("loss", 2.5, "2.5"), ("grad_norm", 0.5, "0.5"), ("learning_rate", 1e-3, "0.001")),
+        *(("interval_tokens_per_second", 1234.0, "1,234"), ("mfu", 0.5, "50")),
+        *(("bubble_worst", 0.25, "25"), ("bubble_mean", 0.125, "12.5")),
+        *(("memory/allocated_worst", 2.0**31, "2"), ("memory/reserved_worst", 2.0**29, "0.5")),
+    ],
+)
+def test_a_figure_is_shown_in_the_unit_of_its_picture(tmp_path, key, value, shown):
+    curves = recorded(tmp_path, "a", {key: value / 2}, {key: value}).metrics.curves
+    (picture,) = page._charts(curves)
+    assert [entry.value for entry in picture.legend] == [shown]
+    assert f"last {shown}, " in picture.words
+    assert f"highest {shown} at step 2" in picture.words
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path):
+    for place in ("x", "y"):
+        (tmp_path / place).mkdir()
+    runs = [
+        recorded(tmp_path / place, name) for place, name in (("x", "a"), ("y", "a"), ("x", "b"))
+    ]
+    assert page._names(runs) == [f"{tmp_path}/x/a", f"{tmp_path}/y/a", "b"]
+
+
 def test_the_peak_memory_of_a_rank_is_set_beside_that_of_the_worst(tmp_path):
     run = recorded(tmp_path, "a")
     ranks = [{"rank": 0, "peak_bytes": 2**30}, {"rank": 1, "peak_bytes": 2**29, "layers": "0-1"}]
