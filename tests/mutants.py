@@ -386,12 +386,12 @@ def _reach(scratch: Path, tests: tuple[str, ...], mutants: list[Mutant]) -> Reac
             (scratch / path).write_text(text)
     if status == 5:
         raise SystemExit(f"mutants: {' '.join(tests)} have no test")
-    reach = recorder.result(silent)
-    if status != 0 or reach is None:
+    if status != 0:
         raise SystemExit(
-            f"mutants: {' '.join(tests)} end with {status} without a mutant; mend them first"
+            f"mutants: {' '.join(tests)} end with {status} without a mutant; mend them first\n"
+            f"{recorder.failure}"
         )
-    return reach
+    return recorder.result(silent)
 
 
 def rate(outcomes: list[Outcome]) -> tuple[int, int]:

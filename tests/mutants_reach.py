@@ -15,6 +15,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import Phase, settings
@@ -141,6 +143,7 @@ class Recorder:
     _by_file: set[tuple[str, int]] = field(init=False, default_factory=set)
     _everywhere: set[int] = field(init=False, default_factory=set)
     _sizes: dict[str, int] = field(init=False, default_factory=dict)
+    _failure: str = field(init=False, default="")
 
     def prepare(self) -> None:
         """Write the module that statements report to."""
@@ -150,13 +153,14 @@ class Recorder:
         with flags.open("r+b") as file:
             self._flags = mmap.mmap(file.fileno(), 0)
 
-    def result(self, unknown: Iterable[int]) -> Reach | None:
-        """Return what the run found, None without a result; `unknown` mutants never report."""
-        path = self.scratch / f"{PROBE}.json"
-        if not path.exists():
-            return None
-        found = json.loads(path.read_text())
-        path.unlink()
+    @property
+    def failure(self) -> str:
+        """The name of the test that failed in the run, with the end of its report."""
+        return str(self._found()["failure"])
+
+    def result(self, unknown: Iterable[int]) -> Reach:
+        """Return what the run found; `unknown` are mutants that never report."""
+        found = self._found()
         reached: dict[int, set[str]] = {number: set() for number in range(self.num_mutants)}
         for test, number in found["by_test"]:
             reached[number].add(test)
@@ -170,6 +174,11 @@ class Recorder:
             {number: frozenset(tests) for number, tests in reached.items()},
         )
 
+    def _found(self) -> dict[str, Any]:
+        path = self.scratch / f"{PROBE}.json"
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"failure": ""}
+        return found
+
     def _taken(self) -> list[int]:
         numbers = [number for number, flag in enumerate(self._flags[:]) if flag]
         self._flags[:] = bytes(self.num_mutants)
@@ -180,6 +189,8 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         test = report.nodeid
+        if report.failed:
+            self._failure = f"{test}\n{report.longreprtext[-2_000:]}"
         if report.when == "setup":
             self._setups[test] = report.duration
         self._seconds[test] = self._seconds.get(test, 0.0) + report.duration
@@ -207,12 +218,15 @@ class Recorder:
             "by_test": self._by_test,
             "by_file": list(self._by_file),
             "everywhere": list(self._everywhere),
+            "failure": self._failure,
         }
         (self.scratch / f"{PROBE}.json").write_text(json.dumps(found))
 
 
-def _caches(module: object) -> list:
-    return [value for value in vars(module).values() if hasattr(value, "cache_info")] * bool(module)
+def _caches(module: ModuleType | None) -> list[Any]:
+    """Return the functions of a module that cache their results."""
+    values = [] if module is None else vars(module).values()
+    return [value for value in values if callable(getattr(value, "cache_clear", None))]
 
 
 @dataclass(frozen=True, slots=True)
