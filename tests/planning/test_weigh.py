@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from vp_train.config import ConfigError
+from vp_train.planning import weigh
 from vp_train.planning.choice import Choice, optimizers_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.memory import rank_memory, rank_state
@@ -115,19 +116,18 @@ def test_no_stage_recomputes_where_all_that_is_kept_fits_to_the_byte(schedule):
     assert again == {rank for rank, bytes_ in enumerate(needs) if bytes_ == max(needs)}
 
 
-def test_every_base_order_is_checked_once_and_a_wrong_one_is_named(monkeypatch):
-    from vp_train.planning import weigh
-
+def test_every_base_order_is_checked_once_in_a_small_step_and_a_wrong_one_is_named(monkeypatch):
     checked = []
 
     def named(name, problem):
-        checked.append((name, problem.layout.num_ranks))
+        checked.append((name, problem.layout.num_ranks, problem.num_microbatches))
         if name == "gpipe":
             raise ConfigError("gpipe is wrong")
 
     monkeypatch.setattr(weigh, "named_base_order", named)
     scales = Scales(load_config(WORDS), math.inf)
-    scales.check([choice_of(8), choice_of(2), choice_of(4), choice_of(4, schedule="zb_h1")])
-    assert sorted(checked) == [("1f1b", 2), ("zb_h1", 4)]
+    many, few = replace(choice_of(2), num_microbatches=100), choice_of(4, schedule="zb_h1")
+    scales.check([choice_of(8), many, choice_of(4), replace(few, num_microbatches=3)])
+    assert sorted(checked) == [("1f1b", 2, 2 * 2), ("zb_h1", 4, 3)]
     with pytest.raises(ConfigError, match="gpipe is wrong"):
         scales.check([choice_of(2, schedule="gpipe")])

@@ -92,6 +92,15 @@ def test_the_grid_is_to_scale_and_blanks_are_bubbles():
     ]
 
 
+def test_a_pass_that_takes_no_time_is_not_drawn_unless_none_does():
+    passes = [("0F0", 0.0, 0.4), ("0F1", 0.4, 1.0)]
+    at_once = [("0S0", 0.4, 0.4), ("0T0", 1.0, 1.0)]
+    drawn = text_grid(timeline([*passes[:1], at_once[0], passes[1], at_once[1]]), 44)
+    without = text_grid(timeline(passes), 44)
+    assert drawn.splitlines()[0] == without.splitlines()[0] == "  0 F0" + "-" * 14 + "F1" + "-" * 22
+    assert text_grid(timeline([("0F0", 0.0, 0.0)]), 44).splitlines()[0] == "  0 F"
+
+
 def test_the_beginning_of_a_step_is_drawn_to_its_own_scale():
     drawn = text_grid(two_ranks(), 44, seconds=0.004).splitlines()
     assert drawn[:2] == ["  0 F0" + "-" * 18, "  1 " + " " * 20 + "F0" + "-" * 18]
