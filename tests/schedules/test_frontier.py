@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from schedules.check import check_program, check_schedule
+from schedules.cost import CostModel
 from schedules.generators.auto import solve
 from schedules.generators.ends import Ends
 from schedules.generators.frontier import caps_of, frontier
 from schedules.generators.refine import Refiner
 from schedules.generators.tight import tight_rings
+from schedules.ir import Kind
 from schedules.lower import lower
 from schedules.network import Network
 from tests.schedules.test_auto import CLOSE, options_of
@@ -73,10 +75,9 @@ def test_a_tight_ring_keeps_its_period_and_caps_and_its_ends_only_improve(
         sum(network.seconds[k] for k, lane in enumerate(network.lanes) if lane == busy)
         for busy in range(p)
     )
-    with np.errstate(all="raise"):  # no time is infinite, and none has no value
-        rings = list(tight_rings(network, option.problem, caps, period))
-        assert not list(tight_rings(network, option.problem, [0.1] * p, period))
+    rings = list(tight_rings(network, option.problem, caps, period))
     assert rings, "the cap leaves room"
+    assert not list(tight_rings(network, option.problem, [0.1] * p, period))
     for ring in rings:
         rated = ring.rate()
         assert rated is not None
@@ -89,3 +90,17 @@ def test_a_tight_ring_keeps_its_period_and_caps_and_its_ends_only_improve(
     assert makespans == pytest.approx(sorted(makespans, reverse=True))
     assert found[-1].excess == 0
     check_schedule(network.schedule("found", found[-1].orders), option.problem)
+
+
+def test_no_time_of_a_tight_ring_is_infinite_where_a_vocabulary_takes_no_time():
+    (option,) = options_of(2, 8, names=("v_min",))
+    seconds = {
+        kind: tuple(0.0 for _ in values) if kind in (Kind.S, Kind.T) else values
+        for kind, values in option.cost.pass_seconds.items()
+    }
+    cost = CostModel(seconds, 0.0, {}, option.cost.stage_bytes, option.cost.shard_bytes)
+    network = Network.of(option.problem, cost)
+    period = sum(network.seconds[k] for k, lane in enumerate(network.lanes) if lane == 0)
+    with np.errstate(all="raise"):
+        for ring in tight_rings(network, option.problem, [4.0] * 2, period):
+            assert ring.rate()[0] == pytest.approx(period)

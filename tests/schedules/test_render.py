@@ -93,11 +93,9 @@ def test_the_grid_is_to_scale_and_blanks_are_bubbles():
 
 
 def test_a_pass_that_takes_no_time_is_not_drawn_unless_none_does():
-    passes = [("0F0", 0.0, 0.4), ("0F1", 0.4, 1.0)]
-    at_once = [("0S0", 0.4, 0.4), ("0T0", 1.0, 1.0)]
-    drawn = text_grid(timeline([*passes[:1], at_once[0], passes[1], at_once[1]]), 44)
-    without = text_grid(timeline(passes), 44)
-    assert drawn.splitlines()[0] == without.splitlines()[0] == "  0 F0" + "-" * 14 + "F1" + "-" * 22
+    passes = [("0F0", 0.0, 0.4), ("0F1", 0.6, 1.0)]
+    drawn = text_grid(timeline([passes[0], ("0S0", 0.5, 0.5), passes[1], ("0T0", 1.0, 1.0)]), 44)
+    assert drawn.splitlines()[0] == "  0 F0" + "-" * 14 + " " * 8 + "F1" + "-" * 14
     assert text_grid(timeline([("0F0", 0.0, 0.0)]), 44).splitlines()[0] == "  0 F"
 
 
