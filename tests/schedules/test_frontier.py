@@ -9,6 +9,7 @@ import pytest
 
 from schedules.check import check_program, check_schedule
 from schedules.cost import CostModel
+from schedules.generators import auto
 from schedules.generators.auto import solve
 from schedules.generators.ends import Ends
 from schedules.generators.frontier import caps_of, frontier
@@ -104,3 +105,23 @@ def test_no_time_of_a_tight_ring_is_infinite_where_a_vocabulary_takes_no_time():
     with np.errstate(all="raise"):
         for ring in tight_rings(network, option.problem, [4.0] * 2, period):
             assert ring.rate()[0] == pytest.approx(period)
+
+
+@pytest.mark.parametrize(("most", "tight"), [(1, 1), (2, 1), (5, 2), (5, 0), (40, 1)])
+def test_a_few_steady_states_are_started_from_those_without_a_bubble_first(
+    monkeypatch, most, tight
+):
+    for name, value in (("_STEADY", most), ("_TIGHT", tight), ("_TIGHTENED", 300)):
+        monkeypatch.setattr(auto, name, value)
+    monkeypatch.setattr(auto, "_SLOWER", 1.5)
+    (option,) = options_of(2, 9, names=("v_min",))
+    network = Network.of(option.problem, option.cost)
+    found = auto._steady(option.problem, network, [3.0] * 2)
+    period = auto._period(network)
+    assert len(found) == most or most == 40
+    assert [rate for rate, _ in found[:tight]] == [period] * min(tight, len(found))
+    assert all(rate == pytest.approx(ring.rate()[0]) for rate, ring in found)
+    assert all(period / CLOSE <= rate for rate, _ in found)
+    fastest = found[0][0] if tight else min(rate for rate, _ in found)
+    assert all(rate <= 1.5 * fastest for rate, _ in found)
+    assert not any(ring.excess(rank, 3.0) for _, ring in found for rank in range(2))
