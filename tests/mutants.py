@@ -22,7 +22,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,6 +31,8 @@ import pytest
 import safetensors.torch  # noqa: F401
 import tokenizers  # noqa: F401
 import torch.distributed  # noqa: F401
+
+from tests.mutants_reach import Chosen, Reach, Recorder, Unshrunk, places_of, reporting
 
 ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
@@ -160,14 +162,7 @@ def mutants_of(package: str, path: str, text: str) -> Iterator[Mutant]:
 
     Annotations, decorators, assertions and texts for people are not changed.
     """
-    starts, lines = [0], text.splitlines(keepends=True)
-    for line in lines:
-        starts.append(starts[-1] + len(line.encode()))
-    encoded = text.encode()
-
-    def place(line: int, column: int) -> int:
-        return len(encoded[: starts[line - 1] + column].decode())
-
+    place, lines = places_of(text), text.splitlines()
     for node, changed in _changes(ast.parse(text)):
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
@@ -257,10 +252,11 @@ def tests_of(mutant: Mutant) -> tuple[str, ...]:
     )
 
 
-def _likely_first(tests: tuple[str, ...], path: str) -> tuple[str, ...]:
-    """Return `tests`, with the test file that is named after the source file in front."""
-    named = [f"{test}/test_{Path(path).stem}.py" for test in tests]
-    return (*(test for test in named if (ROOT / test).exists()), *tests)
+def _root(package: str) -> str:
+    """Return the folder of a package."""
+    root = PACKAGES[package][-1][0]
+    assert isinstance(root, str)
+    return root
 
 
 def drawn(package: str, count: int, seed: int, begin: tuple[str, ...] = ("",)) -> list[Mutant]:
@@ -268,18 +264,18 @@ def drawn(package: str, count: int, seed: int, begin: tuple[str, ...] = ("",)) -
 
     Only files whose path begins with one of `begin` are used.
     """
-    root = PACKAGES[package][-1][0]
-    assert isinstance(root, str)
     found = []
-    for file in sorted((ROOT / root).rglob("*.py")):
+    for file in sorted((ROOT / _root(package)).rglob("*.py")):
         path = str(file.relative_to(ROOT))
         if path.startswith(begin):
             found += list(mutants_of(package, path, file.read_text()))
     return random.Random(f"{seed} {package}").sample(found, min(count, len(found)))
 
 
-def _run(scratch: Path, tests: tuple[str, ...], limit: float) -> tuple[int | None, float]:
-    """Run pytest for at most `limit` seconds.
+def _run(
+    scratch: Path, tests: Sequence[str], limit: float, *plugins: object
+) -> tuple[int | None, float]:
+    """Run pytest with `plugins` for at most `limit` seconds.
 
     Returns its exit status, None after a timeout, and the seconds that it took.  It runs in a fork
     of this process, which has already imported the slow third-party libraries.
@@ -290,7 +286,7 @@ def _run(scratch: Path, tests: tuple[str, ...], limit: float) -> tuple[int | Non
         status = 3
         try:
             os.setsid()
-            status = _tested(scratch, tests)
+            status = _tested(scratch, tests, plugins)
         finally:
             os._exit(status)
     done, status = 0, 0
@@ -304,7 +300,7 @@ def _run(scratch: Path, tests: tuple[str, ...], limit: float) -> tuple[int | Non
     return os.waitstatus_to_exitcode(status) if done else None, time.monotonic() - start
 
 
-def _tested(scratch: Path, tests: tuple[str, ...]) -> int:
+def _tested(scratch: Path, tests: Sequence[str], plugins: Sequence[object]) -> int:
     """Run pytest on the tree at `scratch` without output, and return its exit status."""
     os.environ |= {
         "CI": "1",  # hypothesis tries the same examples every time
@@ -325,7 +321,8 @@ def _tested(scratch: Path, tests: tuple[str, ...]) -> int:
     null = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(null, stream)
-    return int(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]))
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", f"--rootdir={scratch}"]
+    return int(pytest.main([*options, *tests], plugins=[Unshrunk(), *plugins]))
 
 
 def _known() -> frozenset[str]:
@@ -351,27 +348,53 @@ def judge(mutants: list[Mutant], factor: float) -> Iterator[Outcome]:
                 )
             elif source.exists():
                 shutil.copy2(source, scratch / name)
-        limits: dict[tuple[str, ...], float] = {}
-        for mutant in mutants:
+        by_tests: dict[tuple[str, ...], Reach] = {}
+        for number, mutant in enumerate(mutants):
             tests, target = tests_of(mutant), scratch / mutant.path
-            if tests not in limits:
-                status, seconds = _run(scratch, tests, 3600)
-                if status != 0:
-                    raise SystemExit(
-                        f"mutants: {' '.join(tests)} end with {status} without a mutant; "
-                        "mend them first"
-                    )
-                limits[tests] = SPARE_SECONDS + factor * seconds
+            if tests not in by_tests:
+                by_tests[tests] = _reach(scratch, tests, mutants)
+            reach = by_tests[tests]
+            chosen = Chosen(reach.tests_of(number, target.stem), frozenset(reach.seconds))
+            limit = SPARE_SECONDS + factor * sum(reach.seconds[test] for test in chosen.tests)
             text = target.read_text()
             target.write_text(mutant.applied(text))
             try:
-                status, seconds = _run(scratch, _likely_first(tests, mutant.path), limits[tests])
+                status, seconds = (
+                    _run(scratch, chosen.files, limit, chosen) if chosen.tests else (0, 0.0)
+                )
             finally:
                 target.write_text(text)
-            if status == 5:
-                raise SystemExit(f"mutants: {' '.join(tests)} have no test")
             verdict = {None: "TIMEOUT", 0: "SURVIVED"}.get(status, "KILLED")
             yield Outcome(mutant, verdict, verdict == "SURVIVED" and mutant.key in known, seconds)
+
+
+def _reach(scratch: Path, tests: tuple[str, ...], mutants: list[Mutant]) -> Reach:
+    """Run `tests` without a mutant, and return which of them come to those `mutants` of theirs."""
+    sites: dict[str, dict[int, int]] = {}
+    for number, mutant in enumerate(mutants):
+        if tests_of(mutant) == tests:
+            sites.setdefault(mutant.path, {})[number] = mutant.start
+    recorder = Recorder(scratch, len(mutants), _root(mutants[0].package).replace("/", "."))
+    recorder.prepare()
+    texts = {path: (scratch / path).read_text() for path in sites}
+    silent: set[int] = set()
+    for path, numbers in sites.items():
+        text, without = reporting(texts[path], numbers)
+        (scratch / path).write_text(text)
+        silent |= without
+    try:
+        status, _ = _run(scratch, tests, 3600, recorder)
+    finally:
+        for path, text in texts.items():
+            (scratch / path).write_text(text)
+    if status == 5:
+        raise SystemExit(f"mutants: {' '.join(tests)} have no test")
+    if status != 0:
+        raise SystemExit(
+            f"mutants: {' '.join(tests)} end with {status} without a mutant; mend them first\n"
+            f"{recorder.failure}"
+        )
+    return recorder.result(silent)
 
 
 def rate(outcomes: list[Outcome]) -> tuple[int, int]:

@@ -356,12 +356,6 @@ class _Watched:
 
         return goes_on
 
-    def until_stopped(self, options: Sequence[Option]) -> Iterator[Option]:
-        """Yield the options; none after the search has been ended."""
-        for option in options:
-            if not self.is_stopped:
-                yield option
-
 
 def _one_by_one(option: Option, network: Network) -> Orders:
     """Return the order in which every microbatch starts after the previous one has ended.

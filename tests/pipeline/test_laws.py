@@ -7,19 +7,22 @@ import itertools
 import threading
 import time
 import weakref
+from random import Random
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from schedules.ir import Pass
+from schedules.lower import Action
+from schedules.timeline import Span
 from schedules.vocab import Transfer
 from tests.local import run_locally
 from tests.pipeline.equivalence import config_of
 from tests.pipeline.test_comms import comms_of, exchange, started, unwatched
 from tests.pipeline.truth import random_batch
 from vp_train.pipeline.buffers import Buffers, Once
-from vp_train.pipeline.recorder import Recorder
+from vp_train.pipeline.recorder import Recorder, joined_communications
 from vp_train.planning.plan import make_plan
 
 LATE_SECONDS = 0.4
@@ -168,6 +171,82 @@ def test_spans_start_at_the_moment_from_which_they_count():
         (3, "0F0", 1.0, 3.0),
         (3, "0S0", 4.0, 6.0),
     ]
+
+
+def test_the_processor_seconds_of_a_pass_leave_out_what_its_thread_sleeps():
+    recorder = Recorder(0, Ticking(), [])
+    with recorder.observe(Pass.parse("0F0"), lambda: 0):
+        time.sleep(0.03)
+    with recorder.observe(Pass.parse("0B0"), lambda: 0):
+        until = time.thread_time() + 0.01
+        while time.thread_time() < until:
+            pass
+    asleep, awake = recorder.processor_seconds
+    assert 0 <= asleep < 0.01 <= awake < 0.02
+
+
+def test_communications_are_recorded_from_issue_to_end_under_what_they_are():
+    """A hop, a barrier and two kinds of copies; one that has not ended is left out."""
+
+    class Ending(Ticking):
+        def watch(self, pending, done):
+            if pending != "never ends":
+                done(self.mark())
+            return pending
+
+    recorder = Recorder(2, Ending(), [])
+    for name, pending in (
+        ("0F3", "a"),
+        ("C1b.5", "b"),
+        ("offload:0F4", "c"),
+        ("1B0", "never ends"),
+    ):
+        assert recorder.watch(name, pending) == pending
+    with recorder.waits(Action.RELOAD, Pass.parse("3F4")):
+        pass
+    with recorder.waits(Action.NEED, Pass.parse("3F4")):
+        pass
+    found = [(s.name, s.kind, s.stage, s.microbatch) for s in recorder.communications]
+    assert found == [
+        ("0F3", "hop", -1, -1),
+        ("C1b.5", "C1b", -1, 5),
+        ("offload:0F4", "offload", -1, -1),
+        ("reload:3F4", "reload", 3, 4),
+    ]
+    assert all(span.end - span.start == 1 and span.rank == 2 for span in recorder.communications)
+
+
+def test_what_a_rank_has_to_keep_is_what_it_saved_and_holds_until_its_backward():
+    weight, held = torch.nn.Parameter(torch.ones(8, dtype=torch.float64)), {"bytes": 0}
+    recorder, peaks = Recorder(0, Ticking(), [weight]), []
+    x = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    for token, num_bytes in (("0F0", 0), ("0F1", 0), ("0S0", 1000), ("0B0", 24), ("0F2", 0)):
+        held["bytes"] = num_bytes
+        with recorder.observe(Pass.parse(token), lambda: held["bytes"]):
+            if "F" in token:
+                (x * weight[:4]).exp()  # saves x, its result, and a view of the weight
+        peaks.append(recorder.peak_bytes)
+    of_one = 2 * 4 * 8
+    assert peaks == [of_one, 2 * of_one, *[2 * of_one + 1000] * 3]
+
+
+def test_a_communication_begins_where_the_last_rank_issues_it_and_ends_where_it_ends_last():
+    random, spans = Random(0), []
+    for rank in range(3):
+        own = []
+        for number in range(20):
+            start = random.randrange(50)
+            own.append(Span(rank, f"C0.{number}", "C0", -1, number, start, start + 1.0 + rank))
+        spans.append(own)
+    spans[1].pop()  # one that a rank takes no part in
+    joined = joined_communications(spans)
+    assert sorted(span.microbatch for span in joined) == list(range(20))
+    assert [span.start for span in joined] == sorted(span.start for span in joined)
+    for span in joined:
+        of_it = [other for own in spans for other in own if other.name == span.name]
+        last = max(of_it, key=lambda other: other.end)
+        assert (span.end, span.rank) == (last.end, last.rank)
+        assert span.start == min(max(other.start for other in of_it), span.end)
 
 
 def recorded(config):

@@ -162,6 +162,15 @@ def test_split_sequences_are_gathered_once_more_in_the_backward(schedule):
             assert after - before == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("degrees", [Degrees(1, 1, 1), Degrees(2, 4, 1), Degrees(1, 4, 2)])
+def test_a_lookup_reads_and_writes_the_part_of_a_rank_and_its_gradient_twice_as_much(degrees):
+    config = load_config(["cluster.memory_bytes_per_second=1e9", "micro_batch_size=3"])
+    cost = cluster_cost(config, degrees)
+    part = 4 * 3 * config.model.seq_length * config.model.hidden_size / degrees.pp / degrees.tp
+    assert cost.lookup_seconds == pytest.approx(2 * part / 1e9)
+    assert cost.lookup_grad_seconds == pytest.approx(4 * part / 1e9)
+
+
 def test_measured_pass_times_stay():
     config = load_config(["cost=a100_4b", "cluster=a100_80g_node", "run.dtype=float16"])
     cost = cluster_cost(config, Degrees(1, 8, 1))

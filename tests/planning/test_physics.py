@@ -11,7 +11,15 @@ from vp_train.model import shape
 from vp_train.planning.cluster import with_rates
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.fsdp import best_fsdp, fsdp_step
-from vp_train.planning.physics import Device, attention_seconds, layer_seconds
+from vp_train.planning.memory import StateBytes
+from vp_train.planning.physics import (
+    Device,
+    attention_seconds,
+    elementwise_bytes,
+    layer_seconds,
+    linear_shapes,
+    output_seconds,
+)
 from vp_train.planning.plan import plan_step
 from vp_train.planning.workload import Workload
 from vp_train.settings import load_config
@@ -58,6 +66,68 @@ def test_wider_layers_reach_a_larger_part_of_the_peak():
         reached.append(shape.layer_flops(model, 4096) / found.forward)
     assert reached == sorted(reached)
     assert reached[-1] > 1.3 * reached[0]
+
+
+@pytest.mark.parametrize("name", ["gpt_4b", "llama3_8b", "qwen3_8b"])
+def test_the_products_of_a_layer_have_the_weights_of_its_matrices(name):
+    """On a device with one rate a layer takes the FLOPs of these products and of attention."""
+    model, one = load_config([f"model={name}"]).model, Device.of(CostConfig(flops_per_second=1e12))
+    sizes = tuple(outputs * inputs for outputs, inputs in linear_shapes(model))
+    assert sizes == shape.linear_parameters(model)
+    found = layer_seconds(one, model, 1024, item_bytes=2, sum_bytes=4)
+    attention = attention_seconds(one, model, 1024)
+    assert found.forward == pytest.approx(2 * 1024 * sum(sizes) / 1e12 + attention)
+    assert found.selective == pytest.approx(2 * 1024 * sum(sizes[:2]) / 1e12 + attention)
+    assert found.again("none") == 0
+    assert found.again("selective") == found.selective
+    assert (
+        found.again("full")
+        == found.full
+        == found.forward - 2 * 1024 * sizes[3] / 1e12 * (not shape.repeats_down_projection(model))
+    )
+
+
+def test_elementwise_work_moves_what_its_kernels_read_and_write():
+    """Values per token of a forward and a backward, from those of each kernel."""
+    model = load_config(["model=llama3_8b"]).model
+    h, f, q, kv = 4096, 14336, 4096, 1024
+
+    def values(model, ranks=1):
+        there, back = elementwise_bytes(model, 10, 2, ranks)
+        return there / 20, back / 20
+
+    rotation, norms, sums = 3 * 2 * (q + kv), 2 * 2 * h, 2 * 3 * h  # a norm or a sum, twice
+    plain = norms + sums + 3 * f + rotation, 2 * norms + sums + 5 * f + rotation
+    assert values(model) == plain
+    split = values(model, 2)
+    assert split == (plain[0] - (norms + sums) / 2, plain[1] - (2 * norms + sums) / 2)
+    more = {
+        "post_norms": (True, norms, 2 * norms),
+        "qk_norm": (True, 2 * (q + kv), 4 * (q + kv)),
+        "qkv_bias": (True, 2 * (q + 2 * kv), q + 2 * kv),
+        "activation": ("gelu", -f, -2 * f),
+        "positions": ("learned", -rotation, -rotation),
+    }
+    for name, (value, there, back) in more.items():
+        found = values(replace(model, **{name: value}))
+        assert found == (plain[0] + there, plain[1] + back), name
+    biased = values(replace(model, linear_bias=True))
+    of_qkv, others = q + 2 * kv, 2 * f + 4 * h
+    assert biased == (plain[0] + 2 * of_qkv + others, plain[1] + of_qkv + others / 2)
+
+
+def test_a_shard_of_the_output_layer_takes_three_products_and_moves_its_logits():
+    one, bare = device(), Device.of(CostConfig(flops_per_second=1e12))
+    assert output_seconds(one, 512, 256, 0, 4, logit_bytes=8.0) == 0
+    assert output_seconds(bare, 512, 256, 1000, 4, logit_bytes=8.0) == pytest.approx(
+        3 * 2 * 512 * 256 * 1000 / 1e12
+    )
+    products = one.product(512, 1000, 256) + one.product(512, 256, 1000)
+    products += one.product(1000, 256, 512)
+    moved = 1000 * 512 * 8.0 + 1000 * 256 * 4
+    assert output_seconds(one, 512, 256, 1000, 4, logit_bytes=8.0) == pytest.approx(
+        products + moved / one.bytes_per_second
+    )
 
 
 def test_attention_counts_what_the_mask_leaves():
@@ -154,3 +224,22 @@ def test_the_best_fsdp_fits_or_is_the_leanest():
     assert again == best, "optimizer state of FSDP stays on the GPUs"
     assert lean.num_bytes <= best.num_bytes
     assert best_fsdp(work, small, config.cost, config.optim, num_sequences=1) is None
+
+
+def test_a_rank_of_fsdp_holds_its_part_of_the_state_and_nothing_else_of_it_twice():
+    """Of 8 and of 16 replicas the bytes differ by a sixteenth of all state."""
+    found = []
+    for nodes in (1, 2):
+        config, work = work_of(f"cluster.num_nodes={nodes}", "num_microbatches=2")
+        found.append(fsdp_step(work, config.cluster, config.cost, config.optim, recompute="none"))
+    model, state = work.model, StateBytes.of(work, config.optim)
+    whole = model.num_layers * shape.layer_parameters(model) + 2 * 128_256 * 4096
+    per_parameter = state.weights + state.gradients + state.optimizer
+    assert found[0].num_bytes - found[1].num_bytes == pytest.approx(whole * per_parameter / 16)
+    moved = per_parameter + state.optimizer
+    assert found[0].optimizer == pytest.approx(
+        whole * moved / 8 / config.cluster.memory_bytes_per_second
+    )
+    tied, one = work_of("model.tied_embeddings=true", "num_microbatches=2")
+    less = fsdp_step(one, tied.cluster, tied.cost, tied.optim, recompute="none")
+    assert found[0].optimizer / less.optimizer == pytest.approx(whole / (whole - 128_256 * 4096))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 
 from schedules import generators
 from vp_train.config import ConfigError
+from vp_train.planning import search as search_module
 from vp_train.planning.choice import Kept, Space, optimizers_of, space_of, with_batch_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.memory import rank_state
@@ -329,6 +331,58 @@ def test_its_effort_not_the_clock_ends_a_search_and_the_answer_is_the_same():
     more = searched(config_of(), 3)
     assert first.num_estimated < more.num_estimated
     assert more.best[0].report.step_seconds <= first.best[0].report.step_seconds
+
+
+def test_every_choice_that_is_simulated_or_planned_is_told_at_once():
+    config, said = config_of(), []
+    every = space_of(config)
+    few = Space(every.choices[::60], Counter(), every.optimizers)
+    result = search(config, replace(NO_END, top=3), lambda: True, said.append, few)
+    assert said[0] == f"0 of {len(few.choices):,} choices weighed"
+    counts = [
+        tuple(int(count) for count in re.findall(r"(\d+) (?:simulated|planned)", words))
+        for words in said[1:]
+    ]
+    assert {count for count, *_ in counts} - {0} == set(range(1, result.num_estimated + 1))
+    planned = [planned for _, planned in (found for found in counts if len(found) > 1)]
+    assert set(planned) == set(range(1, result.num_planned + 1))
+    assert counts == sorted(counts)
+    assert said[-1].endswith("s")
+
+
+@pytest.mark.parametrize("tries", [0, 3])
+def test_of_the_kind_that_was_not_found_a_few_are_tried_after_the_effort_is_spent(
+    monkeypatch, tries
+):
+    """None of them fits; otherwise the first that does would be the only one."""
+    config, events, draft, after = config_of(), [], Scales.draft, Scales.after
+    monkeypatch.setattr(search_module, "_TRIES_OF_OTHER_KIND", tries)
+    first = searched(config, effort=1).best[0].choice.splits_vocabulary
+
+    class TooLarge:
+        """A candidate that seems not to fit, and says when that is asked."""
+
+        def __init__(self, candidate):
+            self._candidate = candidate
+
+        def __getattr__(self, name):
+            return getattr(self._candidate, name)
+
+        @property
+        def seems_to_fit(self):
+            events.append("asked")
+            return False
+
+    def drafted(self, choice):
+        candidate = draft(self, choice)
+        return candidate if choice.splits_vocabulary is first else TooLarge(candidate)
+
+    monkeypatch.setattr(Scales, "draft", drafted)
+    monkeypatch.setattr(Scales, "after", lambda *args: events.append("found") or after(*args))
+    result = searched(config, effort=1)
+    assert result.best[0].choice.splits_vocabulary is first
+    behind = events[len(events) - events[::-1].index("found") :]
+    assert behind == ["asked"] * tries
 
 
 def test_a_margin_of_memory_stays_free():

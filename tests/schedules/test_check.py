@@ -4,13 +4,16 @@ from dataclasses import replace
 
 import pytest
 
+from schedules import check
 from schedules.check import check_program, check_schedule
-from schedules.generators import generate
+from schedules.cost import CostModel
+from schedules.generators import GENERATORS, generate
 from schedules.graph import DeadlockError
 from schedules.ir import Pass, Schedule
 from schedules.lower import lower
+from schedules.problem import Problem
 from schedules.simulate import simulate
-from schedules.vocab import evaluation
+from schedules.vocab import VOCAB_ALGORITHMS, evaluation
 from tests.schedules.cases import cost, problem
 
 
@@ -50,6 +53,20 @@ def test_a_cycle_of_waiting_is_a_deadlock_that_names_the_passes(case, schedule):
         check_schedule(wrong, case)
     with pytest.raises(DeadlockError, match=r"deadlock: .*2B0.* waits for"):
         simulate(wrong, case, cost(3, S=1, T=1))
+
+
+@pytest.mark.parametrize("name", sorted(GENERATORS))
+def test_a_right_schedule_needs_no_search_for_the_words_of_a_cycle(monkeypatch, name):
+    """That search takes far longer than to see that there is none."""
+    family = GENERATORS[name]
+    for p, m in ((1, 1), (3, 4)):
+        right = Problem(
+            family.layout_of(p), m, VOCAB_ALGORITHMS["one_barrier"], family.split_backward
+        )
+        made = generate(name, right, CostModel({}))
+        monkeypatch.setattr(check, "require_acyclic", None)
+        check_schedule(made, right)
+        monkeypatch.undo()
 
 
 def test_a_cycle_over_several_ranks_is_found(case, schedule):

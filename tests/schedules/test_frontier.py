@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from schedules.check import check_program, check_schedule
+from schedules.cost import CostModel
+from schedules.generators import auto
 from schedules.generators.auto import solve
 from schedules.generators.ends import Ends
 from schedules.generators.frontier import caps_of, frontier
 from schedules.generators.refine import Refiner
 from schedules.generators.tight import tight_rings
+from schedules.ir import Kind
 from schedules.lower import lower
 from schedules.network import Network
 from tests.schedules.test_auto import CLOSE, options_of
@@ -87,3 +91,37 @@ def test_a_tight_ring_keeps_its_period_and_caps_and_its_ends_only_improve(
     assert makespans == pytest.approx(sorted(makespans, reverse=True))
     assert found[-1].excess == 0
     check_schedule(network.schedule("found", found[-1].orders), option.problem)
+
+
+def test_no_time_of_a_tight_ring_is_infinite_where_a_vocabulary_takes_no_time():
+    (option,) = options_of(2, 8, names=("v_min",))
+    seconds = {
+        kind: tuple(0.0 for _ in values) if kind in (Kind.S, Kind.T) else values
+        for kind, values in option.cost.pass_seconds.items()
+    }
+    cost = CostModel(seconds, 0.0, {}, option.cost.stage_bytes, option.cost.shard_bytes)
+    network = Network.of(option.problem, cost)
+    period = sum(network.seconds[k] for k, lane in enumerate(network.lanes) if lane == 0)
+    with np.errstate(all="raise"):
+        for ring in tight_rings(network, option.problem, [4.0] * 2, period):
+            assert ring.rate()[0] == pytest.approx(period)
+
+
+@pytest.mark.parametrize(("most", "tight"), [(1, 1), (2, 1), (5, 2), (5, 0), (40, 1)])
+def test_a_few_steady_states_are_started_from_those_without_a_bubble_first(
+    monkeypatch, most, tight
+):
+    for name, value in (("_STEADY", most), ("_TIGHT", tight), ("_TIGHTENED", 300)):
+        monkeypatch.setattr(auto, name, value)
+    monkeypatch.setattr(auto, "_SLOWER", 1.5)
+    (option,) = options_of(2, 9, names=("v_min",))
+    network = Network.of(option.problem, option.cost)
+    found = auto._steady(option.problem, network, [3.0] * 2)
+    period = auto._period(network)
+    assert len(found) == most or most == 40
+    assert [rate for rate, _ in found[:tight]] == [period] * min(tight, len(found))
+    assert all(rate == pytest.approx(ring.rate()[0]) for rate, ring in found)
+    assert all(period / CLOSE <= rate for rate, _ in found)
+    fastest = found[0][0] if tight else min(rate for rate, _ in found)
+    assert all(rate <= 1.5 * fastest for rate, _ in found)
+    assert not any(ring.excess(rank, 3.0) for _, ring in found for rank in range(2))

@@ -7,6 +7,7 @@ from itertools import pairwise, product
 import pytest
 
 from schedules import generators
+from schedules import offload as offloads
 from schedules.check import check_program, check_schedule
 from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
@@ -132,6 +133,27 @@ def test_offloading_delays_nothing_and_lowers_peaks(name, algorithm):
             assert replayed.peak_bytes == pytest.approx(after.peak_bytes)
             assert len(replayed.transfers) == len(after.transfers)
     assert moved > 10
+
+
+@pytest.mark.parametrize("seed", [78, 119, 142])
+def test_what_would_delay_the_step_a_little_is_not_placed(monkeypatch, seed):
+    """In these steps some copies end just after the pass that they should precede."""
+    rng, case = random.Random(seed), problem_of("1f1b", "two_barrier", 4, 3)
+    costs = costs_of(case, 0.3)
+    uneven = {
+        kind: tuple(value * rng.uniform(0.5, 1.5) for value in values)
+        for kind, values in costs.pass_seconds.items()
+    }
+    costs = replace(costs, pass_seconds=uneven)
+    plain = generate("1f1b", case, costs)
+
+    def longer() -> float:
+        after = simulate(place_transfers(plain, case, costs), case, costs).makespan
+        return after / simulate(plain, case, costs).makespan - 1
+
+    assert abs(longer()) <= 1e-6
+    monkeypatch.setattr(offloads, "_LONGER", 1.0)
+    assert 1e-6 < longer() < 1, "here the rule decides"
 
 
 def scattered(schedule: Schedule, case: Problem, chance: random.Random) -> Schedule:

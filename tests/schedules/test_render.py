@@ -11,10 +11,12 @@ import pytest
 from schedules.excerpt import Excerpt
 from schedules.generators import generate
 from schedules.ir import Pass
+from schedules.offload import place_transfers
 from schedules.render import chrome_trace, svg, text_grid
 from schedules.simulate import simulate
 from schedules.timeline import Span, Timeline
 from tests.schedules.cases import cost, problem
+from tests.schedules.test_offload import costs_of, problem_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -92,6 +94,13 @@ def test_the_grid_is_to_scale_and_blanks_are_bubbles():
     ]
 
 
+def test_a_pass_that_takes_no_time_is_not_drawn_unless_none_does():
+    passes = [("0F0", 0.0, 0.4), ("0F1", 0.6, 1.0)]
+    drawn = text_grid(timeline([passes[0], ("0S0", 0.5, 0.5), passes[1], ("0T0", 1.0, 1.0)]), 44)
+    assert drawn.splitlines()[0] == "  0 F0" + "-" * 14 + " " * 8 + "F1" + "-" * 14
+    assert text_grid(timeline([("0F0", 0.0, 0.0)]), 44).splitlines()[0] == "  0 F"
+
+
 def test_the_beginning_of_a_step_is_drawn_to_its_own_scale():
     drawn = text_grid(two_ranks(), 44, seconds=0.004).splitlines()
     assert drawn[:2] == ["  0 F0" + "-" * 18, "  1 " + " " * 20 + "F0" + "-" * 18]
@@ -145,6 +154,38 @@ def test_the_picture_shows_every_span_inside_its_frame_and_no_lane_covers_anothe
     ]
     height = max(box[3] for box in drawn.values())
     assert all(later - earlier > height for earlier, later in pairwise(lanes))
+
+
+def test_under_the_passes_of_a_rank_lie_its_barriers_and_under_these_its_link():
+    """Both directions of the link in turn; the name of the barriers stands beside them."""
+    case = problem_of("1f1b", "one_barrier", 3, 8)
+    costs = costs_of(case, 0.5)
+    step = simulate(place_transfers(generate("1f1b", case, costs), case, costs), case, costs)
+    assert step.transfers
+    picture = svg(step, "offloaded")
+    lanes = list(ElementTree.fromstring(picture).iter(f"{SVG}g"))
+    begins = [float(lane.attrib["transform"].split(",")[1].rstrip(")")) for lane in lanes]
+    frame = float(ElementTree.fromstring(picture).attrib["height"])
+    for lane, begin, end in zip(lanes, begins, (*begins[1:], frame), strict=True):
+        rows: dict[str, set[tuple[float, float]]] = {}
+        for box in lane.iter(f"{SVG}rect"):
+            name = box.find(f"{SVG}title")
+            if name is not None:
+                top, height = float(box.attrib.get("y", 0)), float(box.attrib["height"])
+                kind = name.text.partition(":")[0] if ":" in name.text else name.text[0]
+                row = kind if kind in ("offload", "reload") else "C" if kind == "C" else "passes"
+                rows.setdefault(row, set()).add((top, top + height))
+        order = [row for row in ("passes", "C", "offload", "reload") if row in rows]
+        assert len(order) == len(rows)
+        edges = [edge for row in order for edge in sorted(rows[row])]
+        assert len(edges) == len(rows), "every row has one height"
+        assert all(above[1] < below[0] for above, below in pairwise(edges))
+        assert begin + edges[-1][1] < end
+        (names,) = [text for text in lane.iter(f"{SVG}text") if text.text == "barriers"] or [None]
+        assert (names is None) == ("C" not in rows)
+        if names is not None:
+            ((top, bottom),) = rows["C"]
+            assert top < float(names.attrib["y"]) <= bottom
 
 
 def test_the_picture_states_makespan_and_the_bubble_of_each_rank_and_escapes_its_title():

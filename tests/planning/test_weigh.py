@@ -1,0 +1,133 @@
+"""Laws of the bytes and seconds that a search computes before it simulates anything."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from vp_train.config import ConfigError
+from vp_train.planning import weigh
+from vp_train.planning.choice import Choice, optimizers_of
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.memory import rank_memory, rank_state
+from vp_train.planning.weigh import (
+    LEANEST,
+    STATE,
+    SameChoiceError,
+    Scales,
+    TooLargeError,
+    minimum_step,
+)
+from vp_train.settings import load_config
+
+WORDS = ["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=16"]
+
+
+def choice_of(pp, tp=1, schedule="1f1b", vocab="one_barrier", **settings):
+    dp = 8 // (pp * tp)
+    return Choice(
+        Degrees(dp, pp, tp), 1, 16 // dp, schedule, vocab, **{"recompute": "full"} | settings
+    )
+
+
+def refusal(scales, choice):
+    """Return the error of weighing a choice, None without one."""
+    try:
+        scales.weigh(choice)
+    except TooLargeError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        choice_of(4),
+        choice_of(4, vocab="none"),
+        choice_of(4, tp=2, vocab="none"),
+        choice_of(8, schedule="v_half", vocab="none"),
+        choice_of(1),
+        choice_of(4, schedule="interleaved", num_chunks=2),
+    ],
+    ids=lambda choice: f"{choice.schedule}, {choice.vocab}, pp={choice.degrees.pp}",
+)
+def test_bytes_at_least_are_those_of_the_first_rank_and_nearly_exact(choice, tied):
+    """Small parameters and what is no activation of a layer are left out."""
+    config = load_config([*WORDS, f"model.tied_embeddings={str(tied).lower()}"])
+    roomy = Scales(config, math.inf)
+    step = minimum_step(choice.schedule, roomy.draft(choice).draft)
+    optimizers = optimizers_of(config, choice.degrees.dp)
+    state = min(rank_state(step, optim, 0).state for optim in optimizers)
+    found = refusal(Scales(config, 1.0), choice)
+    assert found.constraint.endswith(STATE)
+    assert 0.99 * state <= found.needs <= state
+    kept = roomy.leanest(choice) - found.needs
+    count = len(step.schedule.ranks[0]) - 1  # the pass that runs at the peak is a backward
+    of_layer = step.work.layer_bytes(choice.recompute)
+    layers = len(step.layers[0])
+    assert kept == count * layers * of_layer
+    assert kept <= rank_memory(step, optimizers[0], 0).activations
+
+
+@pytest.mark.parametrize("choice", [choice_of(4), choice_of(8, schedule="zb_h1", recompute="none")])
+def test_a_choice_may_need_all_the_memory_and_no_byte_more(choice):
+    config = load_config(WORDS)
+    roomy = Scales(config, math.inf)
+    state, least = refusal(Scales(config, 1.0), choice).needs, roomy.leanest(choice)
+    assert 0 < state < least <= roomy.weigh(choice).needs
+    for limit, words in (
+        (math.nextafter(state, 0), STATE),
+        (state, LEANEST),
+        (math.nextafter(least, 0), LEANEST),
+        (least, None),
+    ):
+        found = refusal(Scales(config, limit), choice)
+        assert (found is None) == (words is None), limit
+        assert found is None or found.constraint.endswith(words)
+    step = minimum_step(choice.schedule, roomy.draft(choice).draft)
+    needs = min(roomy.needs(step, optim)[0] for optim in optimizers_of(config, choice.degrees.dp))
+    assert Scales(config, needs).draft(choice)
+    with pytest.raises(TooLargeError):
+        Scales(config, math.nextafter(needs, 0)).draft(choice)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "v_half"])
+def test_no_stage_recomputes_where_all_that_is_kept_fits_to_the_byte(schedule):
+    config = load_config(WORDS)
+    choice = choice_of(8, schedule=schedule, recompute_where_needed=True)
+    nothing = replace(choice, recompute="none", recompute_where_needed=False)
+    (optim,) = optimizers_of(replace(config, run=replace(config.run, device="cpu")), 1)
+    only = (optim,)
+    step = minimum_step(schedule, Scales(config, math.inf, only).draft(nothing).draft)
+    needs = [
+        rank_memory(step, optim, rank).total + step.cost.shard_bytes[rank] for rank in range(8)
+    ]
+    with pytest.raises(SameChoiceError, match="all stages recompute none"):
+        Scales(config, max(needs), only).draft(choice)
+    found = Scales(config, math.nextafter(max(needs), 0), only).draft(choice)
+    again = {
+        choice.layout.rank_of(stage)
+        for stage, kind in enumerate(found.choice.recompute_per_stage)
+        if kind == "full"
+    }
+    assert again == {rank for rank, bytes_ in enumerate(needs) if bytes_ == max(needs)}
+
+
+def test_every_base_order_is_checked_once_in_a_small_step_and_a_wrong_one_is_named(monkeypatch):
+    checked = []
+
+    def named(name, problem):
+        checked.append((name, problem.layout.num_ranks, problem.num_microbatches))
+        if name == "gpipe":
+            raise ConfigError("gpipe is wrong")
+
+    monkeypatch.setattr(weigh, "named_base_order", named)
+    scales = Scales(load_config(WORDS), math.inf)
+    many, few = replace(choice_of(2), num_microbatches=100), choice_of(4, schedule="zb_h1")
+    scales.check([choice_of(8), many, choice_of(4), replace(few, num_microbatches=3)])
+    assert sorted(checked) == [("1f1b", 2, 2 * 2), ("zb_h1", 4, 3)]
+    with pytest.raises(ConfigError, match="gpipe is wrong"):
+        scales.check([choice_of(2, schedule="gpipe")])
