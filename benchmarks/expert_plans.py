@@ -5,8 +5,9 @@
 Each published plan is typed with its degrees, batch and schedule.  It is planned with the physics
 of the search.  What was not published is given to the expert: of the chunks, recomputations and
 micro-batches named here the fastest that fits counts.  The search has its default effort, and keeps
-the default margin of 5 % of the memory free, which the expert need not.  `slower` above 0 is a row
-that the search loses.  Nothing is measured.  Rows of a FILE that are not searched again stay in it.
+the default margin of 5 % of the memory free, which the expert need not.  Plans of FSDP are those of
+`planning.fsdp`; the search has no such plan.  `slower` above 0 is a row that the search loses.
+Nothing is measured.  Rows of a FILE that are not searched again stay in it.
 """
 
 from __future__ import annotations
@@ -19,22 +20,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plan_published import gpt_words
+from plan_published import LLAMA, gpt_words
 from provenance import provenance
 
 from vp_train.config import ConfigError
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.fsdp import fsdp_step
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import Limits, search
+from vp_train.planning.workload import Workload
 from vp_train.settings import load_config
 
 DATA = Path(__file__).parent / "data/h100_megatron_s4096.json"
+TITAN = "fsdp_llama.json"
 RECOMPUTE = ("none", "selective", "full")
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Expert:
-    """A published plan: the model with its cluster and batch, the plan, and what was left open."""
+    """A published plan: the model with its cluster and batch, the plan, and what was left open.
+
+    fsdp: what it recomputes, if it is fully sharded data parallelism; else "".
+    """
 
     name: str
     source: str
@@ -42,6 +50,7 @@ class Expert:
     job: tuple[str, ...]
     plan: tuple[str, ...]
     open: tuple[tuple[str, ...], ...]
+    fsdp: str = ""
 
     @property
     def plans(self) -> list[list[str]]:
@@ -103,8 +112,25 @@ def llama(num_gpus: int, dp: int) -> Expert:
     )
 
 
+def torchtitan(row: dict[str, Any]) -> Expert:
+    """Return a run of torchtitan, which is FSDP without a pipeline."""
+    size, card = row["micro_batch_size"], row["gpu"]
+    return Expert(
+        f"{row['model']}, {row['gpus']} {card.upper()}, {row['seq']:,} tokens",
+        "torchtitan, FSDP2",
+        row["gpus"] * size,
+        (
+            *(*LLAMA[row["model"]], f"model.seq_length={row['seq']}"),
+            *(f"cluster={card}_80g_node", f"cluster.num_nodes={row['gpus'] // 8}"),
+        ),
+        (f"micro_batch_size={size}", "num_microbatches=1"),
+        (),
+        row["recompute"],
+    )
+
+
 def experts() -> list[Expert]:
-    data = json.loads(DATA.read_text())
+    data, titan = (json.loads((DATA.parent / name).read_text()) for name in (DATA.name, TITAN))
     paper = Expert(
         "4B, 8 A100",
         "arXiv 2411.05288, vocab-2",
@@ -114,11 +140,14 @@ def experts() -> list[Expert]:
         (),
     )
     rows = [megatron(row, data) for row in data["rows"]]
-    return [paper, *rows, llama(8_192, 64), llama(16_384, 128)]
+    sharded = map(torchtitan, titan["rows"])
+    return [paper, *rows, llama(8_192, 64), llama(16_384, 128), *sharded]
 
 
-def best_of_expert(expert: Expert) -> tuple[str, PlanReport] | None:
-    """Return the overrides and the report of the fastest plan of the expert that fits."""
+def best_of_expert(expert: Expert) -> dict[str, Any] | None:
+    """Return the fastest plan of the expert that fits."""
+    if expert.fsdp:
+        return fully_sharded(expert)
     found = []
     for words in expert.plans:
         plan = " ".join(words)
@@ -128,7 +157,26 @@ def best_of_expert(expert: Expert) -> tuple[str, PlanReport] | None:
             continue
         if report.fits:
             found.append((plan, report))
-    return min(found, key=lambda one: one[1].step_seconds, default=None)
+    best = min(found, key=lambda one: one[1].step_seconds, default=None)
+    return None if best is None else described(*best)
+
+
+def fully_sharded(expert: Expert) -> dict[str, Any] | None:
+    """Return the step of an FSDP plan, None if it does not fit."""
+    config = load_config([*expert.job, *expert.plan])
+    work = Workload.of(config, Degrees(config.cluster.num_gpus, 1, 1))
+    step = fsdp_step(work, config.cluster, config.cost, config.optim, recompute=expert.fsdp)
+    return (
+        None
+        if not step.fits
+        else {
+            "overrides": " ".join(expert.plan),
+            "step_seconds": step.seconds,
+            "mfu": step.mfu,
+            "gib": step.num_bytes / GIB,
+            "words": f"dp={step.degrees.dp}, 1 x {step.micro_batch_size}, FSDP, {step.recompute}",
+        }
+    )
 
 
 def row_of(expert: Expert) -> dict[str, Any]:
@@ -140,7 +188,7 @@ def row_of(expert: Expert) -> dict[str, Any]:
         "sequences": expert.sequences,
     }
     best = best_of_expert(expert)
-    row["expert"] = None if best is None else described(*best)
+    row["expert"] = best
     config = load_config([*expert.job, f"num_microbatches={expert.sequences}"])
     started = time.process_time()
     result = search(config, Limits(top=1), lambda: True, lambda words: None)
@@ -149,7 +197,7 @@ def row_of(expert: Expert) -> dict[str, Any]:
         first = result.best[0]
         row["search"] = described(first.choice.overrides(config), first.report)
         if best is not None:
-            row["slower"] = first.report.step_seconds / best[1].step_seconds - 1
+            row["slower"] = first.report.step_seconds / best["step_seconds"] - 1
     return row
 
 

@@ -534,7 +534,7 @@ def gpt_words(hidden: int, layers: int, heads: int, seq: int) -> list[str]:
     ]
 
 
-_LLAMA = {
+LLAMA = {
     "llama3_8b": ["model=llama3_8b"],
     "llama3_70b": ["model=llama3_70b"],
     "llama2_13b": [
@@ -557,7 +557,7 @@ def fsdp_runs(logit_bytes: float) -> list[Published]:
                 words = gpt_words(size["hidden"], size["layers"], size["heads"], row["seq"])
                 words += [f"model.vocab_size={data['vocab']}", "model.tied_embeddings=true"]
             else:
-                words = [*_LLAMA[row["model"]], f"model.seq_length={row['seq']}"]
+                words = [*LLAMA[row["model"]], f"model.seq_length={row['seq']}"]
             words += [
                 f"cluster={row['gpu']}_80g_node",
                 f"cluster.num_nodes={row['gpus'] // 8}",

@@ -48,12 +48,14 @@ class Runtime:
     - `continues_beside_passes`: a collective that continues another starts when that one has ended,
       whatever the passes do. If false, START waits for that one in the stream of the passes.
     - `hops`: which transfers between ranks share a stream.
+    - `copies_beside_passes`: if false, the passes themselves copy to the host and back.
     """
 
     name: str
     issues_ahead: bool
     continues_beside_passes: bool
     hops: Hops
+    copies_beside_passes: bool = True
 
 
 # CUDA: a compute stream, a stream per communicator, and per end of the model a side stream that
@@ -94,19 +96,26 @@ class LateStart:
         return f"rank {self.rank} before {self.name}, at {self.cause}"
 
 
+Copy = tuple[Action, Pass]  # OFFLOAD or RELOAD, and the forward pass
+_COPIES = {Action.OFFLOADED: Action.OFFLOAD, Action.RESTORED: Action.RELOAD}  # what they wait for
+
+
 @dataclass(frozen=True, slots=True)
 class Times:
     """The seconds of single passes and communications, in place of those of a cost model.
 
-    A hop has the key of the pass that it sends. `pass_leads` and `communication_leads` are the
-    seconds from the moment at which all that it waits for has ended to its start or its issue: what
-    the host does in between. What has no entry takes the seconds of the cost model, without a lead.
+    A hop has the key of the pass that it sends, a copy to the host or back that of its forward pass
+    with OFFLOAD or RELOAD. The leads are the seconds from the moment at which all that it waits for
+    has ended to its start or its issue: what the host does in between. What has no entry takes the
+    seconds of the cost model, without a lead.
     """
 
     passes: Mapping[Pass, float] = field(default_factory=dict)
     communications: Mapping[Node, float] = field(default_factory=dict)
+    copies: Mapping[Copy, float] = field(default_factory=dict)
     pass_leads: Mapping[Pass, float] = field(default_factory=dict)
     communication_leads: Mapping[Node, float] = field(default_factory=dict)
+    copy_leads: Mapping[Copy, float] = field(default_factory=dict)
 
 
 def replay(
@@ -296,11 +305,16 @@ class _Walk:
             waits.append((activity, after))
 
         def copy(op: Op, item: Pass) -> None:
-            activity = self._add(self.cost.offload(item.stage)[1])
+            seconds, before = self.cost.offload(item.stage)[1], now
+            if not self.runtime.copies_beside_passes:
+                run(op, seconds)
+                copies[op.action, item] = now, before
+                return
+            activity = self._add(seconds)
             for earlier in (now, copying.get(op.action, -1)):
                 if earlier >= 0:
                     followers[earlier].append(activity)
-            copies[op.action, item] = activity, now
+            copies[op.action, item] = activity, before
             copying[op.action] = activity
             issued.append((op, activity))
 
@@ -328,9 +342,8 @@ class _Walk:
                 run(op, self.cost.seconds(item))
             elif action in (Action.OFFLOAD, Action.RELOAD):
                 copy(op, item)
-            elif action in (Action.OFFLOADED, Action.RESTORED):
-                issued_by = Action.OFFLOAD if action is Action.OFFLOADED else Action.RELOAD
-                run(op, 0.0, copies[issued_by, item][0])
+            elif action in _COPIES:
+                run(op, 0.0, copies[_COPIES[action], item][0])
             elif action is Action.ARRIVE:
                 run(op, 0.0, self._transfer(op, rank))
             elif action is not Action.NEED:
@@ -347,15 +360,22 @@ class _Walk:
             if op.action is Action.RUN and isinstance(op.item, Pass)
         }
 
+    def _copies(self) -> dict[Copy, int]:
+        """Return the activity of every copy to the host and back."""
+        return {copy: activity for copies in self.copies for copy, (activity, _) in copies.items()}
+
     def take(self, times: Times) -> None:
-        """Let the passes and communications take what `times` say."""
+        """Let the passes, communications and copies take what `times` say."""
         runs = self._runs()
         messages = {_key(item): activity for item, activity in self.communications.items()}
+        copies = self._copies()
         for found, values, target in (
             (runs, times.passes, self.seconds),
             (runs, times.pass_leads, self.leads),
             (messages, times.communications, self.seconds),
             (messages, times.communication_leads, self.leads),
+            (copies, times.copies, self.seconds),
+            (copies, times.copy_leads, self.leads),
         ):
             for item, seconds in values.items():
                 if item in found:
@@ -374,6 +394,9 @@ class _Walk:
         observed = {activity: spans[str(item)] for item, activity in runs.items()}
         latest = self._latest(observed)
         messages = {activity: _key(item) for item, activity in self.communications.items()}
+        copies = self._copies()
+        names = {activity: str(item) for activity, item in messages.items()}
+        names |= {activity: f"{action}:{item}" for (action, item), activity in copies.items()}
 
         def fitted(activity: int) -> None:
             ready = self.start[activity]
@@ -381,8 +404,8 @@ class _Walk:
                 span = observed[activity]
                 self.leads[activity] = max(0.0, span.start - ready)
                 self.seconds[activity] = span.seconds
-            elif activity in messages:
-                message = ends.get(str(messages[activity]))
+            elif activity in names:
+                message = ends.get(names[activity])
                 begin = ready if message is None else max(ready, message.start)
                 end = begin + self.seconds[activity] if message is None else message.end
                 end = min(end, latest.get(activity, math.inf))
@@ -394,8 +417,10 @@ class _Walk:
         return Times(
             passes={item: self.seconds[activity] for item, activity in runs.items()},
             communications={item: self.seconds[activity] for activity, item in messages.items()},
+            copies={copy: self.seconds[activity] for copy, activity in copies.items()},
             pass_leads={item: self.leads[activity] for item, activity in runs.items()},
             communication_leads={item: self.leads[activity] for activity, item in messages.items()},
+            copy_leads={copy: self.leads[activity] for copy, activity in copies.items()},
         )
 
     def _latest(self, observed: Mapping[int, Span]) -> dict[int, float]:
@@ -409,6 +434,9 @@ class _Walk:
                     awaited.append(self.communications[op.item])
                 elif op.action is Action.ARRIVE:
                     awaited.append(self._transfer(op, rank))
+                elif op.action in _COPIES:
+                    assert isinstance(op.item, Pass)
+                    awaited.append(self.copies[rank][_COPIES[op.action], op.item][0])
                 elif op.action is Action.RUN:
                     for message in awaited:
                         start = observed[activity].start
@@ -482,12 +510,12 @@ class _Walk:
         found: list[Op | None] = []
         now, cause = 0.0, None
         for op, activity in self.passes[rank]:
-            start = self.start[activity]
+            end = self.start[activity] + self.seconds[activity]
             if op.action is Action.RUN:
                 found.append(cause)
-                now, cause = start + self.seconds[activity], None
-            elif start > now:
-                now, cause = start, op
+                now, cause = end, None
+            elif end > now:
+                now, cause = end, op
         return tuple(found)
 
     def beside_waits(self, rank: int) -> float:

@@ -5,6 +5,7 @@ Both have the same form, so that they can be compared and drawn by the same func
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -50,6 +51,11 @@ class Transfer:
 
 
 OFFLOAD, RELOAD = "offload", "reload"
+
+
+def _in_blocks(num_bytes: float, block_bytes: float) -> float:
+    """Return the bytes of the blocks that hold `num_bytes`; 0 is a block of any size."""
+    return math.ceil(num_bytes / block_bytes) * block_bytes if block_bytes else num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +124,14 @@ class Timeline:
         """Return the bytes that a rank copies to host memory in the step; as many come back."""
         return sum(t.num_bytes for t in self.transfers if t.span.rank == rank and t.is_offload)
 
-    def host_bytes(self, rank: int) -> float:
+    def host_bytes(self, rank: int, block_bytes: float = 0.0) -> float:
         """Return the most bytes of host memory that the copies of a rank take at any time.
 
         A copy takes them from its forward pass, after which it is issued, to its first backward
-        pass, which waits for its way back.
+        pass, which waits for its way back. With `block_bytes` each takes whole blocks.
         """
         copied = {
-            (t.span.stage, t.span.microbatch): t.num_bytes
+            (t.span.stage, t.span.microbatch): _in_blocks(t.num_bytes, block_bytes)
             for t in self.transfers
             if t.span.rank == rank and t.is_offload
         }

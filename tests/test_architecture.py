@@ -44,6 +44,7 @@ ALLOWED = {
         "vp_train.durable",
         "vp_train.model.shape",
         "vp_train.planning",
+        "vp_train.tensors.alignment",
         "vp_train.units",
         "vp_train.vocab.chunks",
         "vp_train.vocab.shard",

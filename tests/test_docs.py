@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -21,8 +21,13 @@ from schedules.render import svg
 from tests.programs import finished
 from vp_train.commands.simulate import simulate_step
 from vp_train.commands.sweep import runs_of
-from vp_train.planning.degrees import wanted_ranks
+from vp_train.planning.choice import batch_of
+from vp_train.planning.cluster import on_cluster
+from vp_train.planning.degrees import split_ranks, wanted_ranks
 from vp_train.planning.plan import draft_step
+from vp_train.planning.search import limit_of, short_step
+from vp_train.planning.weigh import Scales
+from vp_train.planning.workload import Workload
 from vp_train.settings import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -193,7 +198,7 @@ def stand_ins(place: Path) -> None:
     (place / "imported").mkdir()
     shutil.copy(ROOT / "configs/model/nano.yaml", place / "imported/model.yaml")
     for name in ("here.yaml", "measured.yaml"):
-        shutil.copy(ROOT / "configs/cost/cpu.yaml", place / name)
+        shutil.copy(ROOT / "configs/cost/a100.yaml", place / name)
 
 
 def check_ours(words: tuple[str, ...], capsys, num_ranks: int | None = None) -> None:
@@ -293,6 +298,31 @@ def test_every_command_parses(text, place, capsys):
         check_pytest(rest)
     else:
         assert name in PLAIN, f"{text}: nothing here knows how to check it"
+
+
+def test_the_search_that_is_shown_has_the_figures_of_its_plans():
+    """Two short steps give the time of a long one to 1 %, and the bytes of its offloading to 10."""
+    page = (ROOT / "docs/cluster.md").read_text()
+    (shown,) = (block for _, block in _FENCE.findall(page) if "vp-plan --search --top" in block)
+    (command,) = re.findall(r"^\$ vp-plan --search --top 3 (.*)$", shown, re.MULTILINE)
+    (plan,) = re.findall(r"^the first: (.*)$", shown, re.MULTILINE)
+    row = r"^1 .* (\S+) s +([\d,]+) +(\S+)% +(\S+)% +(\S+)% +(\S+)$"
+    figures = re.findall(row, shown, re.MULTILINE)[0]
+    seconds, rate, mfu, _, _, gib = (float(figure.replace(",", "")) for figure in figures)
+    config, planned = (load_config(words.split()) for words in (command, f"{command} {plan}"))
+    num_gpus = planned.cluster.num_gpus
+    degrees = split_ranks(planned.parallel, num_gpus)
+    cost = on_cluster(Workload.of(planned, degrees), planned.cluster, planned.cost)
+    draft = draft_step(replace(planned, cost=cost), num_gpus)
+    step, passes, _ = short_step(draft, planned.schedule.name)
+    scales = Scales(planned, limit_of(planned, 0.05), None)
+    assert passes + scales.after(step, planned.optim) == pytest.approx(seconds, rel=0.01)
+    assert scales.needs(step, planned.optim)[0] / 2**30 == pytest.approx(gib, rel=0.1)
+    tokens = planned.num_microbatches * degrees.dp * planned.model.seq_length
+    assert rate == pytest.approx(tokens / seconds, rel=1e-3)
+    flops = draft.work.step_flops * degrees.dp / seconds / num_gpus
+    assert mfu / 100 == pytest.approx(flops / planned.cluster.bfloat16_flops_per_second, abs=1e-3)
+    assert batch_of(planned) == batch_of(config)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ import pytest
 from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
 from schedules.ir import Kind, Pass
-from schedules.lower import lower
+from schedules.lower import Action, lower
+from schedules.offload import place_transfers
 from schedules.problem import Collective, Problem
 from schedules.replay import CUDA, GLOO, Times, replay, times_of
 from schedules.simulate import simulate
@@ -45,7 +46,7 @@ from vp_train.explain.trace import TracedStep, parse, read_traced
 from vp_train.metrics.step_times import RankTimes, pass_seconds, step_times
 from vp_train.pipeline.recorder import Recorder
 from vp_train.pipeline.timers import HostTimer
-from vp_train.planning.plan import make_plan
+from vp_train.planning.plan import make_plan, plan_step
 from vp_train.settings import config_text, load_config
 
 CASES = [
@@ -276,6 +277,69 @@ def test_slowness_that_was_planned_is_named_too():
     step = replace(step, cost=cost, slowness=(1.0, 2.0, 1.0, 1.0))
     found = explain(run(step, program))
     assert [row.rank for row in found.slow] == [1]
+
+
+def offloading(*, beside):
+    """Return a step of 1f1b that offloads activations, and its program.
+
+    beside: whether copies run beside the passes, as on a GPU.
+    """
+    step, _ = step_of("1f1b", "one_barrier", replace(GLOO, copies_beside_passes=beside))
+    cost = replace(
+        step.cost, stage_bytes=(1.0,) * P, offload_bytes=(1.0,) * P, offload_seconds=(0.5,) * P
+    )
+    schedule = place_transfers(step.schedule, step.problem, cost)
+    assert len(schedule.offloads) > M
+    program = lower(schedule, step.problem, cost)
+    planned = replay(program, cost, step.runtime).timeline.makespan
+    return replace(step, schedule=schedule, cost=cost, planned_seconds=planned), program
+
+
+def run_with_copies(step, program, times):
+    """Return the step as measured with `times`; a run records copies among its messages."""
+    step = run(step, program, times)
+    copies = (transfer.span for transfer in step.measured.transfers)
+    return replace(step, measured=replace(step.measured, comm=(*step.measured.comm, *copies)))
+
+
+def copies_of(step, seconds):
+    """Return `seconds()` for every copy."""
+    ways = (Action.OFFLOAD, Action.RELOAD)
+    return {(way, one.item): seconds() for one in step.schedule.offloads for way in ways}
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_replay_of_measured_copies_gives_the_measured_step(beside):
+    step, program = offloading(beside=beside)
+    chance = random.Random(1)
+    copies = copies_of(step, lambda: chance.uniform(0.1, 3.0))
+    step = run_with_copies(step, program, replace(noisy(step), copies=copies))
+    times = times_of(program, step.cost, step.runtime, step.measured)
+    again = replay(program, step.cost, step.runtime, times).timeline
+    for spans, expected in zip(again.compute, step.measured.compute, strict=True):
+        assert [span.start for span in spans] == pytest.approx([span.start for span in expected])
+    found = explain(step)
+    difference = found.measured_seconds - found.planned_seconds
+    assert sum(cause.seconds for cause in found.causes) == pytest.approx(difference)
+    rest = {cause.name: cause.seconds for cause in found.causes}["rest"]
+    assert abs(rest) < 1e-6 * found.measured_seconds
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_slow_copies_to_the_host_are_named(beside):
+    step, program = offloading(beside=beside)
+    times = Times(copies=copies_of(step, lambda: 3.0))
+    found = explain(run_with_copies(step, program, times))
+    causes = {cause.name: cause.seconds for cause in found.causes}
+    difference = found.measured_seconds - found.planned_seconds
+    assert difference > 0.1 * found.planned_seconds
+    assert causes["copies"] == pytest.approx(difference)
+    free = Times(copies=copies_of(step, lambda: 0.0))
+    truth = replay(program, step.cost, step.runtime, free).timeline.makespan
+    assert found.what_if("free_copies").seconds == pytest.approx(truth)
+    measured = {row.name: row.measured for row in found.kinds}
+    assert (measured["offload"], measured["reload"]) == (pytest.approx(3.0), pytest.approx(3.0))
+    assert not found.slow
 
 
 @pytest.mark.parametrize("slow", ["hops", "barriers"])
@@ -532,10 +596,31 @@ def test_a_slow_rank_of_another_replica_is_named(tmp_path):
     assert found.replicas[1] > 1.1 * found.measured_seconds
 
 
+def test_a_file_keeps_what_was_offloaded_and_what_that_costs(tmp_path):
+    words = ["model=llama3_8b", "cluster=h100_80g_node", "schedule=1f1b", "parallel.pp=8"]
+    config = load_config([*words, "parallel.offload_activations=0.5"])
+    plan = plan_step(config, 8)
+    assert plan.schedule.offloads
+    ranks = [RankTimes(r, 0, r, 0, host="", pass_seconds={}) for r in range(8)]
+    record = step_times(config, plan, plan.timeline, step=5, ranks=ranks)
+    assert record["planned"]["transfers"]["names"].count("reload:") == len(plan.schedule.offloads)
+    found = parse(json.loads(json.dumps(record)))
+    assert found.schedule == plan.schedule
+    assert found.cost.offload(0) == plan.cost.offload(0)
+    assert found.cost.stage_bytes == plan.cost.stage_bytes
+    assert found.runtime.copies_beside_passes
+    record["offloads"][0] = "0F0 0F1"
+    with pytest.raises(ValueError, match="are not the three passes"):
+        parse(record)
+
+
 @pytest.mark.parametrize(
     ("defect", "words"),
     [
         (lambda r: r.update(schema="x"), "schema"),
+        (lambda r: r.update(offloads=["0F0 0B0 0F0"]), "offloaded from"),
+        (lambda r: r["cost"]["bytes"]["stage"].pop(), "values of bytes"),
+        (lambda r: r["measured"]["communications"].update(names="x:0F0"), "starts and"),
         (lambda r: r["measured"]["passes"][0]["starts"].pop(), "starts and"),
         (lambda r: r["measured"]["passes"].pop(), "ranks"),
         (lambda r: r["measured"]["passes"][0]["ends"].__setitem__(0, float("nan")), "NaN"),

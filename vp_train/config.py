@@ -741,15 +741,20 @@ _MOST_WORKERS = 1_024
 _LONGEST_PATTERN = 100_000  # samples after which the order of a blend's corpora repeats
 
 
+def exact(part: float) -> Fraction:
+    """Return a part of a whole as it was typed: 0.29, and not the binary number next to it."""
+    return Fraction(str(part))
+
+
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     """Return the smallest whole numbers in the ratio of `weights`.
 
     A weight counts as the decimal number that it prints as.  Raises ConfigError if the sum is too
     large: the corpora take turns in a pattern of so many samples.
     """
-    exact = [Fraction(str(weight)) for weight in weights]
-    denominator = math.lcm(*(weight.denominator for weight in exact))
-    whole = [int(weight * denominator) for weight in exact]
+    typed = [exact(weight) for weight in weights]
+    denominator = math.lcm(*(weight.denominator for weight in typed))
+    whole = [int(weight * denominator) for weight in typed]
     whole = [weight // math.gcd(*whole) for weight in whole]
     if sum(whole) > _LONGEST_PATTERN:
         rounded = ", ".join(str(max(round(weight / sum(whole), 3), 0.001)) for weight in whole)
@@ -885,11 +890,15 @@ class CostConfig:
     Those of passes follow from FLOPs at `flops_per_second`.  Measured times, which vp-profile
     writes, replace that estimate.  `measured_*` say what was measured; those that are not null must
     agree with the run.  A message takes its fixed time and, if a bandwidth is given, its bytes
-    divided by the bandwidth.
+    divided by the bandwidth.  What is null follows on GPUs from `cluster`, and on a CPU it is that
+    of a core which two ranks share.
     """
 
-    flops_per_second: float = setting(
-        5e10, "Rate of all passes, unless those of their parts are given.", unit="FLOP/s", least=1
+    flops_per_second: float | None = setting(
+        None,
+        "Rate of all passes, unless those of their parts are given; null: 5e10 on a CPU.",
+        unit="FLOP/s",
+        least=1,
     )
     matrix_flops_per_second: float | None = setting(
         None, "Rate of large matrix products.", unit="FLOP/s", least=1
@@ -903,9 +912,14 @@ class CostConfig:
     memory_bytes_per_second: float | None = setting(
         None, "Bandwidth of elementwise kernels.", unit="bytes/s", least=1
     )
-    kernel_seconds: float = setting(0.0, "Fixed time of a kernel.", unit="s", least=0)
-    multiprocessors: int = setting(
-        0, "Multiprocessors over which tiles of products run in waves; 0: any number.", least=0
+    kernel_seconds: float | None = setting(
+        None, "Fixed time of a kernel; null: 0 on a CPU.", unit="s", least=0
+    )
+    multiprocessors: int | None = setting(
+        None,
+        "Multiprocessors over which tiles of products run in waves; 0: any number; null: 0 on a "
+        "CPU.",
+        least=0,
     )
     logit_bytes: float = setting(
         6.0,
@@ -915,12 +929,14 @@ class CostConfig:
     contention: float | None = setting(
         None, "Part by which layers take longer beside a sharded vocabulary; null: none.", least=0
     )
-    hop_seconds: float = setting(2e-4, "Fixed time of a message between stages.", unit="s", least=0)
+    hop_seconds: float | None = setting(
+        None, "Fixed time of a message between stages; null: 2e-4 on a CPU.", unit="s", least=0
+    )
     hop_bytes_per_second: float | None = setting(
         None, "Bandwidth between stages.", unit="bytes/s", least=1
     )
-    collective_seconds: float = setting(
-        5e-4, "Fixed time of a vocabulary collective.", unit="s", least=0
+    collective_seconds: float | None = setting(
+        None, "Fixed time of a vocabulary collective; null: 5e-4 on a CPU.", unit="s", least=0
     )
     collective_bytes_per_second: float | None = setting(
         None, "Bandwidth of a vocabulary collective.", unit="bytes/s", least=1
@@ -932,10 +948,10 @@ class CostConfig:
         unit="bytes/s",
         least=1,
     )
-    tensor_seconds: float = setting(
-        0.0,
+    tensor_seconds: float | None = setting(
+        None,
         "Fixed time of an all-reduce over tensor-parallel ranks; "
-        "a layer has 2 in its forward and 2 in its backward.",
+        "a layer has 2 in its forward and 2 in its backward; null: 0 on a CPU.",
         unit="s",
         least=0,
     )
@@ -990,6 +1006,17 @@ class CostConfig:
     def is_measured(self) -> bool:
         """Return whether the times of layers or of the output layer were measured."""
         return self.layer_forward_seconds is not None or self.output_row_seconds is not None
+
+
+# What CostConfig leaves open, on a CPU core that two ranks share.
+CPU_COSTS = {
+    "flops_per_second": 5e10,
+    "kernel_seconds": 0.0,
+    "multiprocessors": 0,
+    "hop_seconds": 2e-4,
+    "collective_seconds": 5e-4,
+    "tensor_seconds": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -1073,7 +1100,8 @@ class ClusterConfig:
     )
     host_memory_gib: float | None = setting(
         None,
-        "Memory of a node's host that its ranks may allocate for activations; null: not checked.",
+        "Memory of a node's host that its ranks may allocate for activations and optimizer state; "
+        "null: not checked.",
         unit="GiB",
         above=0,
     )

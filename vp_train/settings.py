@@ -26,6 +26,7 @@ from types import NoneType, UnionType
 from typing import Any
 
 from vp_train.config import (
+    CPU_COSTS,
     FREE_MODEL,
     RAMP_WORDS,
     BlendEntry,
@@ -519,9 +520,15 @@ def _saved_settings(path: Path) -> dict[str, object]:
         saved = _read_yaml(path)
     except UnreadableError as error:
         raise ConfigError(f"{error}; {_REPAIR}") from None
-    return {
+    values = {
         name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
         for name, value in _leaves(saved)
+    }
+    # Runs of earlier versions have saved them although nobody had chosen them.
+    once = {f"cost.{name}": value for name, value in CPU_COSTS.items()}
+    return {
+        name: None if name in once and value == once[name] else value
+        for name, value in values.items()
     }
 
 

@@ -56,6 +56,19 @@ def test_data_tensor_and_pipeline_parallel_equal_one_process(ranks, dp, p, tp, o
     assert_equivalent(ranks, dp * p * tp, configs, 1e-9)
 
 
+def test_replicas_that_offload_activations_equal_one_process(ranks):
+    configs = [
+        config_of(2, 4, 101, schedule=schedule, num_stages=4, dp=2, optimizer=optimizer)
+        for schedule, optimizer in (("1f1b", "adamw"), ("interleaved", "zero1"))
+    ]
+    configs = [
+        replace(config, parallel=replace(config.parallel, offload_activations=1.0))
+        for config in configs
+    ]
+    assert all(make_plan(config, 4).schedule.offloads for config in configs)
+    assert_equivalent(ranks, 4, configs, 1e-9)
+
+
 @pytest.mark.parametrize(("dp", "p"), [(2, 1), (2, 2)])
 def test_an_optimizer_in_host_memory_equals_one_process(ranks, dp, p):
     config = config_of(p, 3, 101, num_stages=2, dp=dp, optimizer="zero1")

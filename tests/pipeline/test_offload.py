@@ -29,6 +29,7 @@ from vp_train.pipeline.offload import HostLink, HostMemory, OffloadOrderError
 from vp_train.pipeline.recorder import Recorder
 from vp_train.pipeline.timers import timer_of
 from vp_train.planning.plan import make_plan
+from vp_train.tensors.alignment import HOST_BLOCK_BYTES
 from vp_train.tensors.streams import HostOrder
 
 CPU = torch.device("cpu")
@@ -312,12 +313,77 @@ def test_host_memory_is_as_large_as_planned(schedule):
 
     def work(rank, model, together):
         model.train_step(*random_batch(config, 0))
-        memory = model.trainer._link.memory
-        return memory.num_bytes // memory.block_bytes  # every pass takes less than a block
+        return model.trainer.host_bytes
 
     for rank, count in enumerate(run_locally(config, plan, work)):
-        assert count > 0
-        assert count * plan.cost.offload_bytes[rank] == plan.timeline.host_bytes(rank)
+        assert count == plan.timeline.host_bytes(rank, HOST_BLOCK_BYTES) > 0
+
+
+def test_a_step_that_is_skipped_leaves_nothing_behind():
+    """As after an overflow in float16: the gradients are not finite, and the run goes on."""
+    config = offloading(config_of(2, 4, 101, schedule="interleaved", num_stages=4))
+    plan, batch = make_plan(config, 2), random_batch(config, 1)
+    assert plan.schedule.offloads
+
+    def work(rank, model, together):
+        values, used = next(iter(model.parameters.values())).detach(), []
+        kept = values.clone()
+        for value in (torch.full_like(kept, torch.nan), kept):
+            values.copy_(value)
+            model.gradients.zero()
+            model.train_step(*batch)
+            model.optimizer.reduce()
+            used.append((bool(model.optimizer.squared_norm().isfinite()), host_of(model)))
+        found = {name: parameter.grad.clone() for name, parameter in model.parameters.items()}
+        return used, found
+
+    without = replace(config, parallel=replace(config.parallel, offload_activations=0.0))
+    expected = gradients_of(without, make_plan(without, 2), batch)
+    for rank, (used, found) in enumerate(run_locally(config, plan, work)):
+        (_, first), (_, second) = used
+        assert [finite for finite, _ in used] == [False, True]
+        assert first == second  # nothing in use, and no more than before
+        assert all(torch.equal(grad, expected[f"{rank} {name}"]) for name, grad in found.items())
+
+
+def host_of(model):
+    """Return the bytes of host memory that are there and in use."""
+    memory = model.trainer._link.memory
+    assert memory.used_bytes == 0
+    return memory.num_bytes
+
+
+class FailsAt:
+    """An observer that fails at an operation on a forward pass."""
+
+    def __init__(self, action, item):
+        self._at = action, item
+
+    def observe(self, item, held_bytes):
+        return nullcontext()
+
+    def waits(self, action, item):
+        if (action, item) == self._at:
+            raise RuntimeError(f"lost at {action}:{item}")
+        return nullcontext()
+
+    def watch(self, name, pending):
+        return pending
+
+
+@pytest.mark.parametrize("action", TRANSFERS)
+def test_a_rank_that_fails_at_a_copy_ends_all_with_its_error(action):
+    """And the next run in this process begins anew."""
+    config = offloading(config_of(2, 4, 101))
+    plan, batch = make_plan(config, 2), random_batch(config, 1)
+    item = plan.schedule.offloads[-1].item
+
+    def work(rank, model, together):
+        model.train_step(*batch, FailsAt(action, item))
+
+    with pytest.raises(RuntimeError, match=f"lost at {action}:{item}"):
+        run_locally(config, plan, work)
+    assert gradients_of(config, plan, batch)
 
 
 def fails_with(words):

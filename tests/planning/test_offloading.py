@@ -1,19 +1,31 @@
 """Plans with activations in host memory: what moves, what it saves, and what the host holds."""
 
 import functools
+import itertools
 from dataclasses import replace
 
 import pytest
 
 from schedules.ir import Schedule
-from vp_train.commands.plan import plan_lines
-from vp_train.config import ConfigError
+from vp_train.commands.plan import plan_lines, remedies
+from vp_train.config import ConfigError, OptimConfig
+from vp_train.optim.adamw import learning_rate
+from vp_train.planning.choice import Kept, offloading, space_of
 from vp_train.planning.cluster import host_bytes_per_second
-from vp_train.planning.memory import check_host, rank_memory
-from vp_train.planning.placement import nothing_offloaded_words, offloaded_layers
+from vp_train.planning.memory import (
+    check_host,
+    host_bytes,
+    most_host_bytes,
+    rank_memory,
+    rank_parameters,
+)
+from vp_train.planning.placement import nothing_offloaded_words, offloaded_layers, split_layers
 from vp_train.planning.plan import plan_step
 from vp_train.planning.report import make_report
+from vp_train.planning.search import Limits, search
 from vp_train.settings import load_config
+from vp_train.tensors.alignment import HOST_BLOCK_BYTES
+from vp_train.units import human_bytes
 
 LLAMA = [
     *("model=llama3_8b", "cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=12"),
@@ -30,6 +42,16 @@ def planned(*overrides):
 def test_halves_of_layers_round_up():
     assert [offloaded_layers(count, 0.5) for count in range(6)] == [0, 1, 1, 2, 2, 3]
     assert [offloaded_layers(7, part) for part in (0, 0.1, 0.9, 1)] == [0, 1, 6, 7]
+
+
+def test_a_part_is_the_number_that_was_typed():
+    """0.29 * 50 is 14.499999999999998 in binary."""
+    assert offloaded_layers(50, 0.29) == 15
+    for count, hundredths in itertools.product(range(1, 130), range(101)):
+        assert offloaded_layers(count, hundredths / 100) == (count * hundredths + 50) // 100
+    optim = OptimConfig(schedule="wsd", decay_fraction=0.29, warmup_steps=0)
+    falls = [step for step in range(1, 151) if learning_rate(optim, step, 150) < optim.lr]
+    assert len(falls) == 44  # half a step to the even one
 
 
 def test_more_offloading_takes_less_memory_and_no_time():
@@ -58,15 +80,52 @@ def test_a_node_with_few_lanes_slows_every_gpu():
 
 
 def test_a_node_without_room_for_the_activations_of_its_ranks_is_refused():
-    _, step = planned("parallel.offload_activations=0.5")
-    needed = [round(step.timeline.host_bytes(rank)) for rank in range(8)]
+    config, step = planned("parallel.offload_activations=0.5")
+    optim = config.optim
+    needed = [round(host_bytes(step, optim, rank).total) for rank in range(8)]
     assert min(needed[:4]) > 0
-    check_host(step, range(8), sum(needed) + 8)
-    check_host(step, range(4), sum(needed[:4]) + 8)
-    with pytest.raises(ConfigError, match=r"activations in host memory, and this one has .*; low"):
-        check_host(step, range(4), sum(needed[:4]) - 8)
+    assert all(count % HOST_BLOCK_BYTES == 0 for count in needed)
+    check_host(step, optim, range(8), sum(needed))
+    check_host(step, optim, range(4), sum(needed[:4]))
+    words = r"of activations in host memory, 8 B more than its .*; lower parallel\.offload_act"
+    with pytest.raises(ConfigError, match=words):
+        check_host(step, optim, range(4), sum(needed[:4]) - 8)
     _, without = planned()
-    check_host(without, range(8), 0)
+    check_host(without, optim, range(8), 0)
+
+
+def test_an_optimizer_in_host_memory_counts_there_by_replicas_and_nodes():
+    """In bfloat16 18 bytes per parameter: 16 in fp32, and weights on their way back."""
+    config = load_config([*LLAMA, "optim.name=zero1", "optim.offload=true"])
+    for dp, pp in ((1, 8), (2, 4)):
+        parallel = replace(config.parallel, dp=dp, pp=pp)
+        step = plan_step(replace(config, parallel=parallel), 8)
+        counts = [rank_parameters(step, rank) for rank in range(pp)]
+        assert most_host_bytes(step, config.optim, 8).total == 18 * sum(counts)
+        needed = 18 * max(sum(counts[:2]), sum(counts[2:4]))  # of two ranks on a node
+        if pp == 4:
+            assert most_host_bytes(step, config.optim, 2).total == needed / dp
+    found = make_report(config)
+    lines = plan_lines(config, found)
+    assert any(line.startswith("hosts     hold up to 134") for line in lines)
+    known = replace(found, cluster=replace(config.cluster, host_memory_gib=100.0))
+    assert not known.fits
+    assert "of optimizer state in host memory" in known.binds
+    assert "parallel.offload_activations" not in known.binds
+
+
+def test_a_search_does_not_offload_more_than_hosts_have():
+    """The optimizer state of 30B takes 539 GiB."""
+    words = ["model=gpt_30b", "cluster=h100_80g_node", "num_microbatches=16"]
+    kept = {"optim.name": "zero1", "optim.offload": True, "parallel.pp": 8}
+    kept |= {"schedule.name": "1f1b", "vocab.algorithm": "one_barrier"}
+    kept |= {"micro_batch_size": 1, "parallel.recompute": "full"}
+    for gib, fits in ((600, True), (500, False)):
+        config = load_config([*words, f"cluster.host_memory_gib={gib}"])
+        space = space_of(config, Kept(kept))
+        result = search(config, Limits(top=1), lambda: True, str, space)
+        assert bool(result.best) is fits
+        assert any("host_memory_gib" in words for words in result.excluded) is not fits
 
 
 def test_a_report_counts_bytes_of_device_and_host():
@@ -82,7 +141,7 @@ def test_a_report_counts_bytes_of_device_and_host():
     totals = [max(rank.memory.total for rank in one.ranks) for one in (whole, found)]
     assert moved.saved == pytest.approx(totals[0] - totals[1])
     assert found.fits
-    for gib, fits in ((moved.host / 2**30 + 1, True), (moved.host / 2**30 - 1, False)):
+    for gib, fits in ((found.host.total / 2**30 + 1, True), (found.host.total / 2**30 - 1, False)):
         cluster = replace(config.cluster, host_memory_gib=gib)
         known = replace(found, cluster=cluster)
         assert known.fits is fits
@@ -96,6 +155,38 @@ def test_a_part_of_less_than_half_a_layer_says_that_it_moves_nothing():
     assert f"offload   {words}" in plan_lines(config, make_report(config))
     assert nothing_offloaded_words(has_layers=any(step.cost.offload_bytes)) == words
     assert "live long enough" in nothing_offloaded_words(has_layers=True)
+
+
+def test_a_search_rules_out_a_part_that_rounds_to_no_layer():
+    """A tenth of the layers is nothing of four, and one of eight."""
+    words = ["model=llama3_8b", "cluster=h100_80g_node", "num_microbatches=16"]
+    config = load_config(words)
+    kept = {"parallel.offload_activations": 0.1, "parallel.dp": 1, "schedule.name": "1f1b"}
+    space = space_of(config, Kept(kept | {"vocab.algorithm": "one_barrier"}))
+    assert space.excluded["parallel.offload_activations=0.1 is less than half a layer of a stage"]
+    assert {choice.layout.num_stages for choice in space.choices} == {2, 4}
+    moved = [layers for choice in space.choices for layers in moved_layers(choice, config)]
+    assert min(moved) == 1
+    for choice in space.choices:
+        assert all(sum(moved_layers(one, config)) for one in offloading(choice, 32))
+
+
+def moved_layers(choice, config):
+    """Return how many layers each stage of a choice offloads."""
+    stages = split_layers(config.model, choice.parallel(config.parallel), choice.layout)
+    return [offloaded_layers(len(layers), choice.offload) for layers in stages]
+
+
+def test_more_offloading_is_among_what_would_help():
+    config = load_config([*LLAMA, "parallel.offload_activations=0.25", "cluster.memory_gib=25"])
+    report = make_report(config)
+    assert report.excess > 0
+    (line,) = (line for line in plan_lines(config, report) if "offload_activations=1" in line)
+    whole = replace(config, parallel=replace(config.parallel, offload_activations=1.0))
+    less = make_report(whole).ranks[0].memory.total
+    saved = report.ranks[report.worst].memory.total - less
+    assert f"would help: parallel.offload_activations=1: {human_bytes(saved)} less" in line
+    assert not any("offload_activations=1" in line for line in remedies(whole, report))
 
 
 def test_a_wait_for_transfers_counts_once(tmp_path):

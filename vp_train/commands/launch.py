@@ -274,7 +274,7 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
         if config.run.device == "cuda":
             num_local = num_ranks // news.place.num_nodes
             first = news.place.node * num_local
-            check_host(plan, range(first, first + num_local), machine_bytes)
+            check_host(plan, config.optim, range(first, first + num_local), machine_bytes)
         elif news.place.is_alone:
             check_machine(plan, config.optim, machine_bytes)
     found: list[str] = []

@@ -29,12 +29,11 @@ from vp_train.planning.choice import (
     space_of,
     with_batch_of,
 )
-from vp_train.planning.cluster import chosen_costs
 from vp_train.planning.degrees import split_ranks
 from vp_train.planning.fsdp import best_fsdp, fsdp_words
 from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import SEARCHING
-from vp_train.planning.report import PlanReport, make_report
+from vp_train.planning.report import Offloading, PlanReport, make_report
 from vp_train.planning.search import (
     Estimate,
     Found,
@@ -107,8 +106,8 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         effort=1000 * whole_number(options, "--effort", 3000),
     )
     seconds = whole_number(options, "--seconds", 60)
-    if kept.values:
-        print(f"kept: {kept.words}", flush=True)
+    if "--keep" in options:
+        print(f"kept: {kept.words or 'nothing, because no setting is typed'}", flush=True)
     searched = [word for word in searched_words(overrides) if not kept.has_word(word)]
     if searched:
         hint = "" if "--keep" in options else "; --keep typed keeps them"
@@ -232,8 +231,7 @@ def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
         f"exposed   communication, {report.exposed_words}",
         f"binds     {report.binds}",
     ]
-    if report.offloading is not None:
-        lines[-2:-2] = _offload_lines(config, report)
+    lines[-2:-2] = _host_lines(report)
     if report.work.on_cuda and report.degrees.num_ranks > 1:
         lines.insert(-1, f"fsdp      {_fsdp_words(config, report)}")
     if report.gap > _LARGE_GAP:
@@ -242,7 +240,7 @@ def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
             "schedules, or vp-plan --search"
         )
     if not report.fits:
-        lines += ["", *(f"would help: {words}" for words in remedies(config))]
+        lines += ["", *(f"would help: {words}" for words in remedies(config, report))]
     return lines
 
 
@@ -284,22 +282,33 @@ def _compared(estimate: Estimate, seconds: float) -> str:
     return f"{about}{duration(estimate.seconds)} ({how}), {estimate.memory / _GIB:.1f} GiB"
 
 
-def _offload_lines(config: RunConfig, report: PlanReport) -> list[str]:
+def _host_lines(report: PlanReport) -> list[str]:
+    """Return what moves to the host and back, what that saves and costs, and what hosts hold."""
+    lines, host = _offload_lines(report.offloading, report.step_seconds), report.host
+    if not host.total:
+        return lines
+    known = report.cluster.host_memory_gib
+    limit = "" if known is None else f" of {known:g} GiB{' TOO MUCH' * (report.host_excess > 0)}"
+    optimizer = f", {human_bytes(host.optimizer)} for the optimizer" if host.optimizer else ""
+    return [
+        *lines,
+        f"hosts     hold up to {human_bytes(host.total)} per node{limit}{optimizer}",
+    ]
+
+
+def _offload_lines(found: Offloading | None, step_seconds: float) -> list[str]:
     """Return what moves to the host and back, and what that saves and costs, in lines."""
-    found, cluster = report.offloading, config.cluster
-    assert found is not None
+    if found is None:
+        return []
     if not found.num_moved:
         return [f"offload   {nothing_offloaded_words(has_layers=found.num_kept > 0)}"]
     down, up = found.busy
-    known = cluster.host_memory_gib
-    of_host = "" if known is None else f" of {known:g} GiB{' TOO MUCH' * (report.host_excess > 0)}"
     return [
         f"offload   {human_bytes(found.moved)} of a step go to the host and back on the busiest "
         f"rank; its link is busy {down:.0%} down, {up:.0%} up",
         f"          {found.num_moved} of {found.num_moved + found.num_kept} microbatches of stages "
-        f"go there, which delays the passes by {found.exposed / report.step_seconds:.1%} and saves "
+        f"go there, which delays the passes by {found.exposed / step_seconds:.1%} and saves "
         f"{human_bytes(found.saved)} on the worst rank",
-        f"          hosts hold up to {human_bytes(found.host)} per node{of_host}",
     ]
 
 
@@ -345,8 +354,8 @@ def _cluster_words(config: RunConfig) -> str:
             f"; in a run large products reach {matrix * cluster.sustained:.0%} of it, "
             f"attention {attention * cluster.sustained:.0%}"
         )
-    if "flops_per_second" in chosen_costs(config.cost):
-        reached = f"; cost has {config.cost.flops_per_second / 1e12:,.3g} TFLOP/s for all passes"
+    if (rate := config.cost.flops_per_second) is not None:
+        reached = f"; cost has {rate / 1e12:,.3g} TFLOP/s for all passes"
     if config.cost.has_rates:
         reached = f", rates as measured on {config.cost.measured_on or 'a device without a name'}"
     if config.cost.is_measured:
@@ -556,7 +565,7 @@ def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:
     return [*lines, "would help: a smaller model.seq_length; 64 times as many nodes do not suffice"]
 
 
-def remedies(config: RunConfig) -> list[str]:
+def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     """Return the changes that save memory on the worst rank of `config`, the largest saving first.
 
     Every change is tried on its own.
@@ -598,7 +607,7 @@ def remedies(config: RunConfig) -> list[str]:
             continue
         if before - after > 0.01 * before:
             found.append((before - after, f"{words}: about {human_bytes(before - after)} less"))
-    saved, words = _saved_by_offloading(config)
+    saved, words = _saved_by_offloading(config, report)
     if saved > 0.01 * before:
         found.append((saved, words))
     ordered = [words for _, words in sorted(found, reverse=True)]
@@ -609,18 +618,19 @@ def remedies(config: RunConfig) -> list[str]:
     ]
 
 
-def _saved_by_offloading(config: RunConfig) -> tuple[float, str]:
-    """Return the bytes that offloaded activations save on the worst rank, and that in words."""
-    parallel = config.parallel
-    if config.run.device != "cuda" or parallel.offload_activations or config.schedule.is_solved:
+def _saved_by_offloading(config: RunConfig, report: PlanReport) -> tuple[float, str]:
+    """Return what the worst rank saves if all activations may go to its host, also in words."""
+    parallel, is_whole = config.parallel, config.parallel.offload_activations == 1
+    if config.run.device != "cuda" or is_whole or config.schedule.is_solved:
         return 0.0, ""
     offloads = replace(config, parallel=replace(parallel, offload_activations=1.0))
-    found = make_report(offloads).offloading
-    if found is None:
+    found, now = make_report(offloads), report.ranks[report.worst].memory.total
+    if found.offloading is None or found.host_excess > 0:
         return 0.0, ""
-    return found.saved, (
-        f"parallel.offload_activations=1: {human_bytes(found.saved)} less, with "
-        f"{human_bytes(found.host)} in host memory per node"
+    saved = now - found.ranks[found.worst].memory.total
+    return saved, (
+        f"parallel.offload_activations=1: {human_bytes(saved)} less, with "
+        f"{human_bytes(found.host.activations)} in host memory per node"
     )
 
 

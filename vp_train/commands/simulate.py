@@ -31,7 +31,7 @@ from vp_train.commands.disturbed import Draws
 from vp_train.commands.frontier import curves, write
 from vp_train.commands.plot import Mark, comparison_png, schedule_png
 from vp_train.commands.searching import Searching
-from vp_train.config import ConfigError, CostConfig, RunConfig, unknown
+from vp_train.config import ConfigError, RunConfig, unknown
 from vp_train.failures import EXIT_OK
 from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.degrees import split_ranks, wanted_ranks
@@ -513,9 +513,9 @@ def cost_words(config: RunConfig, plan: StepPlan) -> str:
     if cost.matrix_flops_per_second is not None:
         rate = cost.matrix_flops_per_second / 1e12
         return f"large products at {rate:,.3g} TFLOP/s, attention and bytes at theirs, assumed"
-    rate = cost.flops_per_second / 1e12
+    rate = (cost.flops_per_second or 0.0) / 1e12
     words = f"FLOPs at {rate:,.3g} TFLOP/s, assumed"
-    if plan.work.on_cuda or config.cost.flops_per_second != CostConfig().flops_per_second:
+    if plan.work.on_cuda or config.cost.flops_per_second is not None:
         return words
     return f"{words} for a share of a CPU; cluster=h100_80g_node or cost=a100 plans for GPUs"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vp_train.config import ConfigError
+from vp_train.config import ConfigError, exact
 from vp_train.quiet import quiet_megatron
 
 _BLOCK = 1 << 24  # tokens that are looked at together
@@ -159,7 +159,7 @@ def split_documents(prefix: Path, validation_fraction: float, seed: int) -> tupl
     """
     dataset = _open_dataset(prefix)  # owns the memory: its lengths are a view
     lengths = np.array(dataset.sequence_lengths, dtype=np.int64)
-    target = validation_fraction * lengths.sum()
+    target = int(exact(validation_fraction) * int(lengths.sum()))
     order = np.random.default_rng(seed).permutation(len(lengths)).astype(np.int32)
     order = order[np.argsort(np.maximum(lengths[order], target), kind="stable")]
     num_validation = int(np.searchsorted(np.cumsum(lengths[order]), target, side="right"))
@@ -183,7 +183,7 @@ def hold_out(
     """
     training, validation = split_documents(prefix, validation_fraction, seed)
     total = training.num_tokens + validation.num_tokens
-    num_held_out = max(int(validation_fraction * total), length + 1)
+    num_held_out = max(int(exact(validation_fraction) * total), length + 1)
     is_enough = validation.num_tokens > length or validation_fraction == 0
     if is_enough or total - num_held_out <= length:
         return training, validation

@@ -16,7 +16,8 @@ from statistics import fmean, median, median_low
 from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
 from schedules.ir import Kind, Pass
-from schedules.lower import Program, lower
+from schedules.lower import Action, Program, lower
+from schedules.offload import place_transfers
 from schedules.problem import Collective, Node
 from schedules.replay import Times, replay, times_of
 from vp_train.explain.trace import TracedRank, TracedStep
@@ -227,8 +228,11 @@ class _Explaining:
                 "messages as long as measured",
                 Times(self.times.passes, self.times.communications),
             ),
-            ("between", "time between passes: issuing messages, the host", self.times),
         ]
+        if step.schedule.offloads:
+            words = "copies to the host and back as long as measured"
+            chain.append(("copies", words, replace(chain[-1][2], copies=self.times.copies)))
+        chain.append(("between", "time between passes: issuing messages, the host", self.times))
         causes, before = [], step.planned_seconds
         for name, words, times in chain:
             now = self.seconds(times)
@@ -291,8 +295,11 @@ class _Explaining:
         ):
             messages = {item: seconds(item) for item in times.communications}
             add(name, words, replace(times, communications=messages))
+        if times.copies:
+            words = "if copies to the host and back took no time"
+            add("free_copies", words, replace(times, copies=dict.fromkeys(times.copies, 0.0)))
         words = "without the time between passes"
-        add("between", words, replace(times, pass_leads={}, communication_leads={}))
+        add("between", words, Times(times.passes, times.communications, times.copies))
         if (program := self._program(self._measured_cost())) is not None:
             words = f"with {step.schedule.name} ordered for the measured times"
             add("order", words, times, program)
@@ -343,7 +350,19 @@ class _Explaining:
         found = _by_message(self.times.communications)
         barriers = {name: median(values) for name, values in found.items() if name != _HOP}
         hop = median(found[_HOP]) if found.get(_HOP) else cost.hop_seconds
-        return CostModel(self._by_stage(scaled), hop, {**cost.barrier_seconds, **barriers})
+        copies: dict[int, list[float]] = defaultdict(list)
+        for (_, item), seconds in self.times.copies.items():
+            copies[item.stage].append(seconds)
+        return replace(
+            cost,
+            pass_seconds=self._by_stage(scaled),
+            hop_seconds=hop,
+            barrier_seconds={**cost.barrier_seconds, **barriers},
+            offload_seconds=tuple(
+                median(copies[stage]) if copies[stage] else seconds
+                for stage, seconds in enumerate(cost.offload_seconds)
+            ),
+        )
 
     def _by_stage(self, seconds: Seconds) -> dict[Kind, tuple[float, ...]]:
         """Return the mean seconds of a pass, by kind and stage or rank; 0 without passes."""
@@ -366,7 +385,10 @@ class _Explaining:
         if family is None or family.split_backward is not problem.split_backward:
             return None
         try:
-            return lower(generate(name, problem, cost), problem, cost)
+            schedule = generate(name, problem, cost)
+            if self.step.schedule.offloads:
+                schedule = place_transfers(schedule, problem, cost)
+            return lower(schedule, problem, cost)
         except ValueError:
             return None
 
@@ -432,6 +454,13 @@ class _Explaining:
                 measured = fmean(own[item] for item in items)
                 rows.append(KindTimes(kind, len(items), source, planned, measured))
         timed = {span.name for span in step.measured.comm}
+        for action in (Action.OFFLOAD, Action.RELOAD):
+            copies = {item: s for (way, item), s in self.times.copies.items() if way is action}
+            if copies:
+                planned = fmean(step.cost.offload(item.stage)[1] for item in copies)
+                seen = [s for item, s in copies.items() if f"{action}:{item}" in timed]
+                taken = fmean(seen) if seen else None
+                rows.append(KindTimes(action, len(copies), "assumed", planned, taken))
         found = _by_message(self.times.communications)
         known = _by_message({i: s for i, s in self.times.communications.items() if str(i) in timed})
         barriers = [barrier.name for barrier in step.problem.algorithm.barriers]
@@ -454,6 +483,9 @@ class _Explaining:
             planned[rank] += step.cost.seconds(item)
             between[rank] += self.times.pass_leads[item]
             busy[rank] += seconds
+        if not step.runtime.copies_beside_passes:
+            for copy, seconds in self.times.copies.items():
+                between[problem.rank_of(copy[1])] += seconds + self.times.copy_leads[copy]
         rows = []
         for place in _places(step):
             at, is_first = place.pipeline_rank, place.replica == place.tensor_rank == 0

@@ -13,7 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from schedules.generators import searched_schedules
-from schedules.ir import Kind
+from schedules.ir import Kind, Pass
+from schedules.lower import Action
 from schedules.vocab import searched_algorithms
 from vp_train.config import ConfigError, RunConfig
 from vp_train.explain.causes import SLOW, Explanation
@@ -125,14 +126,24 @@ def cost_settings(explanation: Explanation, plan: StepPlan) -> dict[str, Any]:
     settings: dict[str, Any] = dict(measured_cost(plan, profiles))
     if step.device == "cpu":
         times = {row.name: row.measured for row in explanation.kinds if row.measured is not None}
-        barriers = [times[name] for name in times if name not in (*Kind, "hop")]
+        others = (*Kind, "hop", Action.OFFLOAD, Action.RELOAD)
+        barriers = [times[name] for name in times if name not in others]
         if "hop" in times:
             settings["hop_seconds"] = times["hop"]
         if barriers:
             settings["collective_seconds"] = fmean(barriers)
+    copies = [span for span in step.measured.comm if span.kind in (Action.OFFLOAD, Action.RELOAD)]
+    copied = sum(step.cost.offload(_stage_of(span.name))[0] for span in copies)
+    if step.device != "cpu" and copied and (seconds := sum(span.seconds for span in copies)):
+        settings["host_bytes_per_second"] = copied / seconds
     if max(slowness) > 1:
         settings["rank_slowness"] = slowness
     return settings
+
+
+def _stage_of(copy: str) -> int:
+    """Return the stage of a copy such as `offload:2F0`."""
+    return Pass.parse(copy.partition(":")[2]).stage
 
 
 def as_traced(explanation: Explanation, config: RunConfig, schedule: Path) -> RunConfig:
@@ -281,6 +292,8 @@ def remedies(
         "a profile of a step shows what the host does between passes",
         f"{trains} run.profile_steps=[{going_on.profiled}]",
     )
+    words = "copies to the host and back delay passes: lower parallel.offload_activations"
+    add("free_copies", words, "")
     if explanation.rows is not None:
         rows = ",".join(map(str, explanation.rows))
         add("even_rows", "other vocabulary rows", f"{trains} vocab.shards=[{rows}]")

@@ -6,14 +6,15 @@ The file may come from somebody else: whatever is wrong with it is said in one l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from schedules.check import check_schedule
 from schedules.cost import CostModel
 from schedules.generators.stored import recognise
-from schedules.ir import Kind, Pass, Schedule
+from schedules.ir import Kind, Offload, Pass, Schedule
+from schedules.lower import TRANSFERS
 from schedules.problem import Problem
 from schedules.replay import RUNTIMES, Runtime
 from schedules.timeline import Span, Timeline
@@ -26,6 +27,7 @@ LARGEST = 1 << 27  # bytes; the largest step that can be planned takes about 100
 _MOST_RANKS = 1 << 16
 _MOST_PASSES = 1 << 22
 _LARGEST_SECONDS = 1e6
+_LARGEST_BYTES = 1e18
 _SOURCES = ("measured", "flops", "assumed")
 
 
@@ -124,12 +126,13 @@ def parse(record: Any, cpus: int | None = None) -> TracedStep:
     planned, measured = _mapping(record["planned"]), _mapping(record["measured"])
     spans = [_passes(row, rank) for rank, row in enumerate(_list(measured["passes"]))]
     order = [[_pass(span) for span in row] for row in spans]
-    schedule = Schedule(name, tuple(map(tuple, order)))
+    offloads = tuple(map(_offload, _list(record.get("offloads", []))))
+    schedule = Schedule(name, tuple(map(tuple, order)), offloads)
     layout, split_backward = recognise(schedule)
     microbatches = _count(record["num_microbatches"], "num_microbatches")
-    if sum(map(len, order)) > _MOST_PASSES or layout.num_stages * microbatches > sum(
-        map(len, order)
-    ):
+    if max(
+        sum(map(len, order)), len(offloads)
+    ) > _MOST_PASSES or layout.num_stages * microbatches > sum(map(len, order)):
         raise ValueError(
             f"{sum(map(len, order)):,} passes are not those of {microbatches:,} microbatches"
         )
@@ -162,7 +165,8 @@ def parse(record: Any, cpus: int | None = None) -> TracedStep:
         cost=_cost(cost, problem),
         sources=_sources(cost.get("sources")),
         slowness=_slowness(cost.get("settings"), layout.num_ranks),
-        runtime=RUNTIMES[runtime],
+        # On a CPU a rank copies to the host and back between its passes.
+        runtime=replace(RUNTIMES[runtime], copies_beside_passes=record["device"] != "cpu"),
         planned_seconds=_seconds(planned["makespan_seconds"]),
         measured=Timeline(
             tuple(spans),
@@ -191,7 +195,36 @@ def _cost(record: Mapping[str, Any], problem: Problem) -> CostModel:
     barriers = {
         _text(name): _seconds(value) for name, value in _mapping(record["barrier_seconds"]).items()
     }
-    return CostModel(seconds, _seconds(record["hop_seconds"]), barriers)
+    num_bytes = _mapping(record.get("bytes", {}))
+    kept = {
+        f"{name}_bytes": _numbers(num_bytes.get(name, []), places, _LARGEST_BYTES)
+        for name, places in (
+            ("stage", layout.num_stages),
+            ("shard", layout.num_ranks),
+            ("weight", layout.num_stages),
+            ("offload", layout.num_stages),
+        )
+    }
+    copies = _numbers(record.get("offload_seconds", []), layout.num_stages, _LARGEST_SECONDS)
+    return CostModel(
+        seconds, _seconds(record["hop_seconds"]), barriers, offload_seconds=copies, **kept
+    )
+
+
+def _numbers(values: Any, places: int, largest: float) -> tuple[float, ...]:
+    """Return the numbers of all stages or ranks, or none."""
+    found = tuple(_number(value, largest) for value in _list(values))
+    if len(found) not in (0, places):
+        raise ValueError(f"cost has {len(found)} values of bytes or copies, not {places}")
+    return found
+
+
+def _offload(words: Any) -> Offload:
+    """Return what is offloaded when, from three passes."""
+    found = list(map(Pass.parse, _text(words).split()))
+    if len(found) != 3:
+        raise ValueError(f"{shown(words)} are not the three passes of what is offloaded")
+    return Offload(*found)
 
 
 def _sources(record: Any) -> dict[Kind, str]:
@@ -264,7 +297,11 @@ def _communications(record: Mapping[str, Any], num_ranks: int) -> list[Span]:
         if _count(rank, "rank", least=0) >= num_ranks:
             raise ValueError(f"communication {shown(name)} ends on rank {rank} of {num_ranks}")
         barrier, dot, _ = name.partition(".")
-        found.append(Span(rank, name, barrier if dot else "hop", -1, -1, start, end))
+        copy, colon, item = name.partition(":")
+        kind = barrier if dot else copy if colon else "hop"
+        if colon and (copy not in TRANSFERS or Pass.parse(item).kind is not Kind.F):
+            raise ValueError(f"communication {shown(name)} is not known")
+        found.append(Span(rank, name, kind, -1, -1, start, end))
     return found
 
 
@@ -304,10 +341,14 @@ def _count(value: Any, name: str, *, least: int = 1) -> int:
 
 
 def _seconds(value: Any) -> float:
+    return _number(value, _LARGEST_SECONDS, "a time in seconds")
+
+
+def _number(value: Any, largest: float, what: str = "a number of bytes or seconds") -> float:
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
-        or not 0 <= value <= _LARGEST_SECONDS  # neither has NaN
+        or not 0 <= value <= largest  # neither has NaN
     ):
-        raise ValueError(f"{shown(value)} is not a time in seconds")
+        raise ValueError(f"{shown(value)} is not {what}")
     return float(value)

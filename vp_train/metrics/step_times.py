@@ -102,6 +102,9 @@ def step_times(
         "tp": degrees.tp,
         "runtime": "cuda" if config.run.comm_backend == "nccl" and plan.work.on_cuda else "gloo",
         "rows": [shard.num_rows for shard in plan.shards[End.OUTPUT]],
+        "offloads": [
+            f"{one.item} {one.free_before} {one.reload_after}" for one in plan.schedule.offloads
+        ],
         "planned": _timeline(plan.timeline),
         "measured": _timeline(measured),
         "processor_seconds": [[round(value, _DIGITS) for value in row] for row in processors],
@@ -119,7 +122,8 @@ def _timeline(timeline: Timeline) -> dict[str, Any]:
         "mean_bubble": timeline.mean_bubble,
         "peak_bytes": list(timeline.peak_bytes),
         "passes": [_spans(spans) for spans in timeline.compute],
-        "communications": _spans(timeline.comm) | {"ranks": [span.rank for span in timeline.comm]},
+        "communications": _of_ranks(timeline.comm),
+        "transfers": _of_ranks([transfer.span for transfer in timeline.transfers]),
     }
 
 
@@ -129,6 +133,10 @@ def _spans(spans: Sequence[Span]) -> dict[str, Any]:
         "starts": [round(span.start, _DIGITS) for span in spans],
         "ends": [round(span.end, _DIGITS) for span in spans],
     }
+
+
+def _of_ranks(spans: Sequence[Span]) -> dict[str, Any]:
+    return _spans(spans) | {"ranks": [span.rank for span in spans]}
 
 
 def _cost(config: RunConfig, plan: StepPlan, words: Sequence[str]) -> dict[str, Any]:
@@ -142,6 +150,13 @@ def _cost(config: RunConfig, plan: StepPlan, words: Sequence[str]) -> dict[str, 
         "pass_seconds": {kind.value: list(values) for kind, values in cost.pass_seconds.items()},
         "hop_seconds": cost.hop_seconds,
         "barrier_seconds": dict(cost.barrier_seconds),
+        "bytes": {
+            "stage": list(cost.stage_bytes),
+            "shard": list(cost.shard_bytes),
+            "weight": list(cost.weight_bytes),
+            "offload": list(cost.offload_bytes),
+        },
+        "offload_seconds": list(cost.offload_seconds),
     }
 
 

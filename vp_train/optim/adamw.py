@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vp_train.communication.control import ControlGroup
-from vp_train.config import OptimConfig
+from vp_train.config import OptimConfig, exact
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -27,7 +27,8 @@ def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
         return optim.lr * step / optim.warmup_steps
     begin = optim.warmup_steps  # the last step at lr
     if optim.schedule == "wsd":
-        decay_steps = max(1, round(optim.decay_fraction * num_steps)) if optim.decay_fraction else 0
+        decay_steps = round(exact(optim.decay_fraction) * num_steps)
+        decay_steps = max(decay_steps, optim.decay_fraction > 0)
         begin = max(begin, num_steps - decay_steps)
     if step <= begin:
         return optim.lr

@@ -31,10 +31,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from vp_train.tensors.alignment import rounded_up
+from vp_train.tensors.alignment import HOST_BLOCK_BYTES, rounded_up
 from vp_train.tensors.streams import Mark, Streams
 
-BLOCK_BYTES = 8 << 20  # copying a block takes far longer than issuing the copy
 _ALIGNMENT = 512  # bytes; as torch aligns memory on a GPU
 TO_HOST, FROM_HOST = "to host", "from host"  # side streams
 
@@ -67,7 +66,7 @@ class HostMemory:
     without which a GPU cannot copy beside its other work.
     """
 
-    def __init__(self, *, pinned: bool, block_bytes: int = BLOCK_BYTES) -> None:
+    def __init__(self, *, pinned: bool, block_bytes: int = HOST_BLOCK_BYTES) -> None:
         self.block_bytes = block_bytes
         self._pinned = pinned
         self._free: list[Tensor] = []
@@ -128,7 +127,7 @@ class HostLink:
     """The link between one rank and its host memory."""
 
     def __init__(
-        self, streams: Streams, device: torch.device, block_bytes: int = BLOCK_BYTES
+        self, streams: Streams, device: torch.device, block_bytes: int = HOST_BLOCK_BYTES
     ) -> None:
         self.device, self._streams = device, streams
         self.memory = HostMemory(pinned=device.type == "cuda", block_bytes=block_bytes)

@@ -21,6 +21,7 @@ from vp_train.config import (
     unknown,
 )
 from vp_train.planning.degrees import Degrees, check_tensor_split
+from vp_train.planning.placement import offloaded_layers, split_layers
 from vp_train.planning.plan import SEQUENCE_DEVICES
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
@@ -312,12 +313,22 @@ def space_of(config: RunConfig, kept: Kept = ALL) -> Space:
             count = batch // degrees.dp // size
             for variant in variants:
                 choice = replace(variant, micro_batch_size=size, num_microbatches=count)
-                other = kept.against(choice)
+                other = kept.against(choice) or _moves_nothing(choice, config)
                 if other is None:
                     found.append(choice)
                 else:
                     excluded[other] += 1
     return Space(tuple(found), excluded, kept.optimizers(config), kept)
+
+
+def _moves_nothing(choice: Choice, config: RunConfig) -> str | None:
+    """Return what rules out a choice that offloads less than half a layer of every stage."""
+    if not choice.offload:
+        return None
+    stages = split_layers(config.model, choice.parallel(config.parallel), choice.layout)
+    if any(offloaded_layers(len(layers), choice.offload) for layers in stages):
+        return None
+    return f"parallel.offload_activations={choice.offload:g} is less than half a layer of a stage"
 
 
 def without_vocabulary_of(config: RunConfig, degrees: Degrees) -> Space:

@@ -13,7 +13,7 @@ from typing import Any
 
 from schedules.problem import Problem
 from schedules.vocab import End
-from vp_train.config import ClusterConfig, CostConfig, ModelConfig, OptimConfig
+from vp_train.config import CPU_COSTS, ClusterConfig, CostConfig, ModelConfig, OptimConfig
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.estimate import sum_seconds
 from vp_train.planning.workload import Workload
@@ -125,16 +125,16 @@ def known_peak_flops(cluster: ClusterConfig, dtype: str) -> float | None:
 
 
 def on_cluster(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> CostConfig:
-    """Return `cost` with the seconds on this cluster for all that was left at a default.
+    """Return `cost` with the seconds on this cluster for all that was left open.
 
-    The defaults of CostConfig are those of a CPU.  Measured pass times and rates, and whatever else
-    was chosen, stay as they are.  One chosen rate for all FLOPs replaces those of the parts.
+    Measured pass times and rates, and whatever else was chosen, stay as they are.  One chosen rate
+    for all FLOPs replaces those of the parts.
     """
     degrees, links = work.degrees, links_of(cluster, work.degrees)
     # A lookup reads and writes this rank's share of the embeddings.
     lookup = 2 * work.message_bytes / degrees.pp / degrees.tp / cluster.memory_bytes_per_second
     found = replace(
-        cost,
+        on_cpu(cost),
         flops_per_second=peak_flops(cluster, work.dtype) * cluster.efficiency,
         hop_seconds=links.pipeline.seconds,
         hop_bytes_per_second=links.pipeline.bytes_per_second,
@@ -186,8 +186,13 @@ def with_rates(cost: CostConfig, cluster: ClusterConfig, dtype: str, *, alone: b
 
 
 def assumed_costs(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> CostConfig:
-    """Return the costs of a run: on GPUs those of `on_cluster`, on a CPU `cost` as it is."""
-    return on_cluster(work, cluster, cost) if work.on_cuda else cost
+    """Return the costs of a run: on GPUs those of `on_cluster`, on a CPU those of a core."""
+    return on_cluster(work, cluster, cost) if work.on_cuda else on_cpu(cost)
+
+
+def on_cpu(cost: CostConfig) -> CostConfig:
+    """Return `cost` with the values of a CPU core for all that was left open."""
+    return replace(cost, **{**CPU_COSTS, **chosen_costs(cost)})
 
 
 def tied_on_two_ranks(problem: Problem, model: ModelConfig) -> bool:

@@ -110,13 +110,13 @@ def _weight_grad_bytes(work: Workload, layers: Sequence[range]) -> tuple[float, 
     return tuple(float(len(stage) * of_layer) for stage in layers)
 
 
-def link_seconds(fixed: float, bytes_per_second: float | None, num_bytes: float) -> float:
+def link_seconds(fixed: float | None, bytes_per_second: float | None, num_bytes: float) -> float:
     """Return the seconds of one message over one link."""
-    return fixed + (0.0 if bytes_per_second is None else num_bytes / bytes_per_second)
+    return (fixed or 0.0) + (0.0 if bytes_per_second is None else num_bytes / bytes_per_second)
 
 
 def sum_seconds(
-    fixed: float, bytes_per_second: float | None, num_bytes: float, num_ranks: int
+    fixed: float | None, bytes_per_second: float | None, num_bytes: float, num_ranks: int
 ) -> float:
     """Return the seconds of an all-reduce in a ring.
 
@@ -344,7 +344,7 @@ def _shard_seconds(
     E and G are lookups and count as a tenth of a collective unless measured.  With
     vocab.backend=recompute T computes a part of the logits again, a fourth matrix product.
     """
-    lookup, again = cost.collective_seconds / 10, _computed_again(work)
+    lookup, again = (cost.collective_seconds or 0.0) / 10, _computed_again(work)
     s_share = algorithm.products(Kind.S) / 3
     both = [_output_seconds(work, cost, count) for count in rows]
     return {

@@ -6,7 +6,7 @@ Pure arithmetic over the order of the passes.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 
@@ -17,6 +17,7 @@ from vp_train.config import ConfigError, OptimConfig
 from vp_train.model import shape
 from vp_train.planning.plan import StepPlan
 from vp_train.planning.workload import Workload
+from vp_train.tensors.alignment import HOST_BLOCK_BYTES
 from vp_train.units import human_bytes
 from vp_train.vocab.chunks import CHUNKS, PANEL_BYTES
 
@@ -113,7 +114,10 @@ def state_of(
 
 def check_machine(step: StepPlan, optim: OptimConfig, num_bytes: int) -> None:
     """Raise ConfigError if the state of all ranks does not fit into a machine of `num_bytes`."""
-    states = [rank_state(step, optim, rank).state for rank in range(step.num_ranks)]
+    states = [
+        rank_state(step, optim, rank).state + host_bytes(step, optim, rank).optimizer
+        for rank in range(step.num_ranks)
+    ]
     needed = sum(states) * step.degrees.tp * step.degrees.dp
     if needed > num_bytes:
         raise ConfigError(
@@ -122,15 +126,67 @@ def check_machine(step: StepPlan, optim: OptimConfig, num_bytes: int) -> None:
         )
 
 
-def check_host(step: StepPlan, ranks: range, num_bytes: int) -> None:
-    """Raise ConfigError if activations of `ranks`, those of a node, need more than `num_bytes`."""
-    sharing = Counter(step.degrees.place(rank)[1] for rank in ranks)
-    needed = sum(count * step.timeline.host_bytes(rank) for rank, count in sharing.items())
-    if needed > num_bytes:
-        raise ConfigError(
-            f"parallel.offload_activations: the ranks of a node keep {human_bytes(needed)} of "
-            f"activations in host memory, and this one has {human_bytes(num_bytes)}; lower it"
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """The bytes that ranks keep in host memory: offloaded activations, and the optimizer's state.
+
+    With optim.offload the host has, of a replica's part of the parameters, weights, a gradient and
+    two moments that are at least fp32, and weights on their way back to the device.
+    """
+
+    activations: float = 0.0
+    optimizer: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.activations + self.optimizer
+
+    def excess_words(self, num_bytes: float) -> str:
+        """Return what is too much for a node with `num_bytes`, and the way out, in words."""
+        parts = {
+            "activations": (self.activations, "lower parallel.offload_activations"),
+            "optimizer state": (self.optimizer, "set optim.offload=false"),
+        }
+        found = {name: part for name, part in parts.items() if part[0]}
+        kept = " and ".join(f"{human_bytes(size)} of {name}" for name, (size, _) in found.items())
+        ways = ", ".join(way for _, way in found.values())
+        return (
+            f"the ranks of a node keep {kept} in host memory, {human_bytes(self.total - num_bytes)}"
+            f" more than its {human_bytes(num_bytes)}; {ways}, or use more nodes"
         )
+
+
+def host_bytes(step: StepPlan, optim: OptimConfig, rank: int) -> HostMemory:
+    """Return what one tensor-parallel rank of pipeline rank `rank` keeps in host memory at most."""
+    activations = step.timeline.host_bytes(rank, HOST_BLOCK_BYTES)
+    work, state = step.work, 0.0
+    if optim.offload:
+        of_parameter = 4 * work.precise_bytes + work.item_bytes
+        state = rank_parameters(step, rank) * of_parameter / work.degrees.dp
+    return HostMemory(activations, state)
+
+
+def most_host_bytes(step: StepPlan, optim: OptimConfig, ranks_per_node: int) -> HostMemory:
+    """Return what the ranks of a node keep in its memory, on the node where that is most."""
+    gpus = range(step.degrees.num_ranks)
+    nodes = [gpus[first : first + ranks_per_node] for first in gpus[::ranks_per_node]]
+    return max(_of_nodes(step, optim, nodes), key=lambda found: found.total)
+
+
+def _of_nodes(step: StepPlan, optim: OptimConfig, nodes: Sequence[range]) -> Iterator[HostMemory]:
+    """Yield what the ranks of each node, ranks of the run, keep in its memory."""
+    tp, pp = step.degrees.tp, step.degrees.pp
+    of_rank = [host_bytes(step, optim, rank) for rank in range(pp)]
+    for ranks in nodes:
+        found = [of_rank[rank // tp % pp] for rank in ranks]
+        yield HostMemory(sum(one.activations for one in found), sum(one.optimizer for one in found))
+
+
+def check_host(step: StepPlan, optim: OptimConfig, ranks: range, num_bytes: int) -> None:
+    """Raise ConfigError if `ranks`, those of a node, keep more than `num_bytes` in its memory."""
+    (found,) = _of_nodes(step, optim, [ranks])
+    if found.total > num_bytes:
+        raise ConfigError(found.excess_words(num_bytes))
 
 
 def rank_parameters(step: StepPlan, rank: int) -> int:

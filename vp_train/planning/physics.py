@@ -60,13 +60,15 @@ class Device:
             cost.memory_bytes_per_second,
         )
         if product is None and attention is None and memory is None:
+            assert cost.flops_per_second is not None, "costs that are still open"
             return cls(cost.flops_per_second, cost.flops_per_second, math.inf, 0.0, 0)
         if product is None or attention is None or memory is None:
             raise ConfigError(
                 f"cost.matrix_flops_per_second={product}, attention_flops_per_second={attention} "
                 f"and memory_bytes_per_second={memory}: give all three, or none"
             )
-        return cls(product, attention, memory, cost.kernel_seconds, cost.multiprocessors)
+        kernel, multiprocessors = cost.kernel_seconds or 0.0, cost.multiprocessors or 0
+        return cls(product, attention, memory, kernel, multiprocessors)
 
     @property
     def is_split(self) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 from schedules.layout import Layout
 from schedules.problem import Problem
 from schedules.vocab import End
-from vp_train.config import ConfigError, CostConfig, ModelConfig, ParallelConfig
+from vp_train.config import ConfigError, CostConfig, ModelConfig, ParallelConfig, exact
 from vp_train.model import shape
 from vp_train.planning.estimate import layer_pass_seconds, rank_slowness, row_seconds
 from vp_train.planning.workload import Workload
@@ -55,7 +56,7 @@ def offloaded_layers(num_layers: int, part: float) -> int:
 
     They are the first layers of the stage.  part: parallel.offload_activations; halves round up.
     """
-    return math.floor(part * num_layers + 0.5)
+    return math.floor(exact(part) * num_layers + Fraction(1, 2))
 
 
 def nothing_offloaded_words(*, has_layers: bool) -> str:

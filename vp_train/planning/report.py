@@ -5,7 +5,7 @@ Pure: nothing starts.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from schedules.bound import step_bound
@@ -17,7 +17,13 @@ from vp_train.config import ClusterConfig, ConfigError, CostConfig, OptimConfig,
 from vp_train.planning.cluster import links_of, on_cluster, peak_flops, tied_seconds
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.estimate import exposed_tensor_seconds
-from vp_train.planning.memory import RankMemory, StateBytes, rank_memory
+from vp_train.planning.memory import (
+    HostMemory,
+    RankMemory,
+    StateBytes,
+    most_host_bytes,
+    rank_memory,
+)
 from vp_train.planning.overlap import Exchange, exchange
 from vp_train.planning.plan import StepPlan, plan_step
 from vp_train.planning.workload import Workload
@@ -58,7 +64,6 @@ class Offloading:
     busy: the parts of a step in which the busiest link copies to the host, and back.
     exposed: the seconds by which transfers delay the passes.
     saved: the bytes of activations that the worst rank would keep on top without them.
-    host: the bytes of host memory that the ranks of a node take at most.
     """
 
     moved: float
@@ -67,7 +72,6 @@ class Offloading:
     busy: tuple[float, float]
     exposed: float
     saved: float
-    host: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ class PlanReport:
     sums and gathers that no pass hides, and `optimizer` come after it; `exchange` says how much is
     hidden.  `messages` are the seconds of `passes` in which ranks wait for hops and collectives of
     the pipeline; None if that was not simulated.  `offloading` is None if no activations
-    are to be offloaded.
+    are to be offloaded.  `host` is what the ranks of a node keep in its memory at most.
     """
 
     work: Workload
@@ -98,6 +102,7 @@ class PlanReport:
     exchange: Exchange
     messages: float | None = None
     offloading: Offloading | None = None
+    host: HostMemory = field(default_factory=HostMemory)
 
     @property
     def degrees(self) -> Degrees:
@@ -125,9 +130,8 @@ class PlanReport:
     @property
     def host_excess(self) -> float:
         """The bytes above the host memory of a node, if that is known; at most 0 if it fits."""
-        if self.offloading is None or self.cluster.host_memory_gib is None:
-            return 0.0
-        return self.offloading.host - self.cluster.host_memory_gib * _GIB
+        known = self.cluster.host_memory_gib
+        return 0.0 if known is None else self.host.total - known * _GIB
 
     @property
     def fits(self) -> bool:
@@ -198,11 +202,9 @@ class PlanReport:
         if self.excess > 0:
             return f"memory: {self.memory_words}"
         if self.host_excess > 0:
-            return (
-                f"host memory: offloaded activations need {human_bytes(self.host_excess)} more per "
-                f"node than {self.cluster.host_memory_gib:g} GiB; lower "
-                "parallel.offload_activations"
-            )
+            assert self.cluster.host_memory_gib is not None
+            words = self.host.excess_words(self.cluster.host_memory_gib * _GIB)
+            return f"host memory: {words}"
         mean = sum(other.busy for other in self.ranks) / len(self.ranks)
         if rank.busy > 1.1 * mean:
             share = sum(other.vocabulary for other in self.ranks) / len(self.ranks)
@@ -263,6 +265,7 @@ class PlanReport:
             "exposed_seconds": self.exposed,
             "exchange_seconds": asdict(self.exchange),
             "offloading": None if self.offloading is None else asdict(self.offloading),
+            "host_bytes": asdict(self.host),
             "binds": self.binds,
             "fits": self.fits,
             "limit_bytes": self.limit,
@@ -339,11 +342,12 @@ def report_of(
         bound=bound.seconds,
         bound_reason=bound.reason,
         exchange=exchanged,
-        offloading=offloading_of(step, cluster, optim),
+        offloading=offloading_of(step, optim),
+        host=most_host_bytes(step, optim, cluster.gpus_per_node),
     )
 
 
-def offloading_of(step: StepPlan, cluster: ClusterConfig, optim: OptimConfig) -> Offloading | None:
+def offloading_of(step: StepPlan, optim: OptimConfig) -> Offloading | None:
     """Return what goes to host memory in a step; None if parallel.offload_activations is 0."""
     timeline, ranks = step.timeline, range(step.num_ranks)
     if not step.cost.offload_bytes:
@@ -361,18 +365,6 @@ def offloading_of(step: StepPlan, cluster: ClusterConfig, optim: OptimConfig) ->
         busy=max(links, key=sum),
         exposed=max(0.0, timeline.makespan - kept.timeline.makespan),
         saved=worst[1] - worst[0],
-        host=_host_bytes(step, cluster),
-    )
-
-
-def _host_bytes(step: StepPlan, cluster: ClusterConfig) -> float:
-    """Return the most bytes that the ranks of a node copy to its host, each at its peak."""
-    of_rank = [step.timeline.host_bytes(rank) for rank in range(step.num_ranks)]
-    tp, pp, per_node = step.degrees.tp, step.degrees.pp, cluster.gpus_per_node
-    gpus = range(step.degrees.num_ranks)
-    return max(
-        sum(of_rank[gpu // tp % pp] for gpu in gpus[first : first + per_node])
-        for first in range(0, len(gpus), per_node)
     )
 
 

@@ -40,6 +40,7 @@ from vp_train.planning.choice import (
     without_vocabulary_of,
 )
 from vp_train.planning.degrees import Degrees
+from vp_train.planning.memory import most_host_bytes
 from vp_train.planning.plan import Draft, StepPlan, busiest_seconds
 from vp_train.planning.report import PlanReport, report_of
 from vp_train.planning.weigh import (
@@ -454,7 +455,7 @@ class _Search:
     def _estimate_of(self, candidate: Candidate) -> Estimate:
         """Return the estimate for the fastest optimizer that fits.
 
-        Raises TooLargeError if none does.
+        Raises TooLargeError if none does, and ConfigError if only the hosts lack memory.
         """
         self._num_estimated += 1
         step, passes, placed = short_step(candidate.draft, candidate.choice.schedule)
@@ -462,12 +463,15 @@ class _Search:
         passes = max(passes, candidate.passes)
         alike, factor = _alike(candidate.choice), _ALIKE * passes / candidate.passes
         self._factors[alike] = max(1.0, min(factor, self._factors.get(alike, factor)))
-        refusal: TooLargeError | None = None
+        refusal: ConfigError | None = None
         found: list[Estimate] = []
         for optim in candidate.optimizers:
             needs, rank = self._scales.needs(step, optim)
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
+                continue
+            if self._is_too_much_for_hosts(step, optim):
+                refusal = refusal or ConfigError(self._host_words)
                 continue
             seconds = passes + self._scales.after(step, optim)
             found.append(Estimate(candidate, optim, seconds, needs))
@@ -475,6 +479,18 @@ class _Search:
             assert refusal is not None
             raise refusal
         return min(found, key=lambda estimate: estimate.seconds)
+
+    def _is_too_much_for_hosts(self, step: StepPlan, optim: OptimConfig) -> bool:
+        """Return whether the ranks of a node keep more in its memory than it is known to have."""
+        known, per_node = self._cluster.host_memory_gib, self._cluster.gpus_per_node
+        if known is None or not (optim.offload or step.cost.offload_bytes):
+            return False
+        return most_host_bytes(step, optim, per_node).total > known * _GIB
+
+    @property
+    def _host_words(self) -> str:
+        known = self._cluster.host_memory_gib
+        return f"cluster.host_memory_gib={known:g}, which too much is offloaded for"
 
     def _plan(self) -> None:
         """Plan the best estimates, as far as the effort suffices."""
@@ -554,7 +570,7 @@ class _Search:
         cost = self._scales.cost_of(choice)
         report = report_of(step, self._cluster, estimate.optim, cost=cost)
         if report.host_excess > 0:
-            self._refuse(choice, ConfigError(report.binds), estimate.seconds)
+            self._refuse(choice, ConfigError(self._host_words), estimate.seconds)
             self._estimates = [other for other in self._estimates if other is not estimate]
         elif report.excess + self._cluster.memory_gib * _GIB <= self._scales.limit:
             chosen = replace(choice, optimizer=estimate.optim)
