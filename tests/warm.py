@@ -180,7 +180,7 @@ def _become(
         os.environ.update(environment)
         os.chdir(directory)
         sys.argv = ["python", *words]
-        sys.stdin = open(0, closefd=False)
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the descriptor is open already
         python()
         code = 0
     except SystemExit as left:
