@@ -7,14 +7,17 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from schedules import generators
 from schedules.generators import auto
-from tests.ranks import Ranks
-from tests.warm import WarmPrograms
+from tests.warm import WarmPrograms, WarmWorkers
+
+if TYPE_CHECKING:  # pytest itself starts and ends its workers without torch
+    from tests.ranks import Ranks
 
 # CI must not fail by chance; elsewhere every run tries new examples.
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -75,6 +78,11 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.set_threshold(10_000)  # memory is there; rare collections save a twentieth of the time
     if hasattr(config.option, "loadscopereorder"):  # xdist is installed
         config.option.loadscopereorder = False
+    starts_workers = getattr(config.option, "tx", None) and not hasattr(config, "workerinput")
+    if starts_workers and not any(Path("/dev").glob("nvidia[0-9]*")):
+        workers = WarmWorkers()
+        config.option.tx = [f"{way}//python={workers.python}" for way in config.option.tx]
+        config.add_cleanup(workers.stop)
 
 
 def pytest_collection_finish() -> None:
@@ -106,6 +114,8 @@ def ranks_rest() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
     """`ranks(n)`: n living gloo processes, shared by all tests of the session."""
+
+    from tests.ranks import Ranks
 
     def get(world_size: int) -> Ranks:
         if world_size not in POOLS:

@@ -16,8 +16,9 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection, wait
+from importlib import import_module
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection, arbitrary_address, wait
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -68,6 +69,30 @@ def ready_context() -> Any:
 
 
 _STARTING = Lock()
+
+
+def share_fork_server() -> None:
+    """Make the imports of ranks, and start a fork server for this process and all its copies.
+
+    By itself, multiprocessing starts one for every process that wants one.
+    """
+    import_module("tests.preloaded")
+    resource_tracker.ensure_running()
+    address = arbitrary_address("AF_UNIX")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        alive, keeps_alive = os.pipe()  # the server ends with the last copy
+        if not os.fork():
+            try:
+                os.close(keeps_alive)
+                forkserver.main(listener.fileno(), alive, [])
+            finally:
+                os._exit(0)
+        os.close(alive)
+    shared = forkserver._forkserver  # type: ignore[attr-defined]
+    shared._forkserver_address, shared._forkserver_alive_fd = address, keeps_alive
+    shared.ensure_running = forkserver.ensure_running = lambda: None
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -154,19 +155,29 @@ def name_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
+def statements_of(path):
+    """The imports of a file, except for type checking only, and its functions."""
+    found, waiting = [], [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef):
+            found.append(node)
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            waiting += (child for child in ast.iter_child_nodes(node) if may_hold(child))
+    return found
+
+
+def may_hold(node):
+    """Whether a node is a statement, or a part of one that has statements."""
+    return isinstance(node, ast.stmt | ast.excepthandler | ast.match_case)
+
+
+@cache
 def imports_of(path):
     """Every module imported anywhere in the file, except for type checking only."""
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for child in ast.walk(node)
-    }
     found = set()
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
+    for node in statements_of(path):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -214,7 +225,7 @@ def test_heavy_dependencies_have_one_door(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_constructors_with_many_parameters_take_keywords(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in statements_of(path):
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
             positional = [*node.args.posonlyargs, *node.args.args][1:]
             assert len(positional) <= MOST_POSITIONAL, f"line {node.lineno}"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 
 from schedules.vocab import VOCAB_ALGORITHMS
-from vp_train.commands.train import with_origin
+from tests.programs import finished
+from vp_train.commands.train import main, with_origin
 from vp_train.config import ConfigError
 from vp_train.planning.plan import make_plan
 from vp_train.settings import config_text, load_config
@@ -266,14 +264,7 @@ def test_lists_and_groups_reach_the_configuration():
 
 def command(*arguments, **environment):
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "vp_train", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env=os.environ | environment,
-        check=False,
-    )
+    done = finished(main, *arguments, variables=environment)
     return done, time.monotonic() - started
 
 

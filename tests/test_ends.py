@@ -257,8 +257,7 @@ def test_a_job_without_any_stream_trains(tmp_path):
 @pytest.mark.parametrize("root", ["/dev/null", "/proc"])
 def test_a_directory_that_cannot_be_is_one_line(root):
     overrides = ["model=nano", "data=synthetic", "parallel.pp=2", "run.steps=1"]
-    command = [sys.executable, "-m", "vp_train", *overrides, f"run.root={root}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    done = finished(main, *overrides, f"run.root={root}")
     assert done.returncode == EXIT_IO
     way_out = "set run.root to a directory where you may write"
     assert re.fullmatch(rf"vp-train: {root}/default: [^;]*; {way_out}\n", done.stderr)

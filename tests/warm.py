@@ -2,6 +2,9 @@
 
 A small client takes the place of the program.  It asks a server for the process, passes signals on
 to it, and ends as it does.  If the client is killed, so is the process.
+
+`WarmWorkers` starts the workers of pytest-xdist in this way.  One process makes the imports of a
+whole session: the workers and the ranks of all their tests are its copies.
 """
 
 from __future__ import annotations
@@ -9,18 +12,18 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-
-from tests.programs import python
-from tests.ranks import ready_context
 
 _MOST_BYTES = 1 << 17  # of the words and the environment of a process
 
@@ -50,25 +53,69 @@ class WarmPrograms:
     """The directory `place` with the programs `python` and `vp-train`, and the server behind it."""
 
     def __init__(self, place: Path) -> None:
+        from tests.ranks import ready_context
+
         self.place = place
-        address = os.path.join(tempfile.mkdtemp(), "server")  # short, as an address must be
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listener.bind(address)
-        listener.listen(16)
+        listener = _listener(place)
         self._server = ready_context().Process(target=_serve, args=(listener,))
         self._server.start()
         listener.close()
-        for name, words in (("python", []), ("vp-train", ["-m", "vp_train"])):
-            client = place / name
-            client.write_text(
-                _CLIENT.format(interpreter=sys.executable, address=address, words=words)
-            )
-            client.chmod(0o755)
 
     def stop(self) -> None:
         """End the server."""
         self._server.kill()
         self._server.join()
+
+
+class WarmWorkers:
+    """A process with the imports of tests and ranks, and `python`, which starts copies of it.
+
+    Its copies share one fork server for their ranks.  It starts as cold as any other Python where
+    there is a GPU, because CUDA does not survive a fork.
+    """
+
+    def __init__(self) -> None:
+        self._place = Path(tempfile.mkdtemp())
+        self.python = self._place / "python"
+        listener = _listener(self._place)
+        code = f"from tests.warm import _serve_workers; _serve_workers({listener.fileno()})"
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,  # Ctrl-C is for pytest, which ends its workers
+        )
+        listener.close()
+
+    def stop(self) -> None:
+        """End the server."""
+        self._server.kill()
+        self._server.wait()
+        shutil.rmtree(self._place)
+
+
+def _serve_workers(listener: int) -> None:
+    from tests.ranks import share_fork_server
+
+    for name in ("pytest", "hypothesis.strategies", "xdist.remote", "tests.hf.models"):
+        with suppress(ImportError):  # what is missing is not tested
+            import_module(name)
+    share_fork_server()
+    _serve(socket.socket(fileno=listener))
+
+
+def _listener(place: Path) -> socket.socket:
+    """Return a socket for a server, after writing its clients to the directory `place`."""
+    address = os.path.join(tempfile.mkdtemp(), "server")  # short, as an address must be
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(address)
+    listener.listen(16)
+    for name, words in (("python", []), ("vp-train", ["-m", "vp_train"])):
+        client = place / name
+        client.write_text(_CLIENT.format(interpreter=sys.executable, address=address, words=words))
+        client.chmod(0o755)
+    return listener
 
 
 @dataclass
@@ -119,6 +166,8 @@ def _started(client: socket.socket) -> _Job:
 def _become(
     descriptors: Sequence[int], words: list[str], directory: str, environment: Mapping[str, str]
 ) -> None:
+    from tests.programs import python
+
     code: object = 1
     try:
         os.setsid()
@@ -131,6 +180,7 @@ def _become(
         os.environ.update(environment)
         os.chdir(directory)
         sys.argv = ["python", *words]
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the descriptor is open already
         python()
         code = 0
     except SystemExit as left:

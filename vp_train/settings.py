@@ -1133,6 +1133,7 @@ def started_from(source: Path) -> Path | None:
 # Settings in words
 
 
+@cache
 def sections() -> dict[str, type]:
     """Return the classes of the configuration's sections by their names."""
     types = typing.get_type_hints(RunConfig)
@@ -1185,6 +1186,7 @@ def _field_of(name: str) -> tuple[Any, type]:
     return item, section
 
 
+@cache
 def setting_names() -> list[str]:
     """Return the names of all settings: `section.name`, or `name` for those of no section."""
     names = [f"{name}.{item.name}" for name, kind in sections().items() for item in fields(kind)]
@@ -1239,6 +1241,7 @@ def settings_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+@cache
 def _own_fields() -> list[Any]:
     """Return the fields of RunConfig that are not sections."""
     return [item for item in fields(RunConfig) if item.name not in sections()]

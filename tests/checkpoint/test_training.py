@@ -16,7 +16,7 @@ from tests.meshes import mesh_for
 from tests.pipeline.equivalence import config_of
 from tests.pipeline.truth import random_batch
 from tests.reliability.checkpoints import body_of, sign, two
-from tests.training import save_run
+from tests.training import save_run, uncompiled
 from vp_train.assembly import build_rank
 from vp_train.checkpoint import saver, store
 from vp_train.checkpoint.manifest import read_manifest
@@ -114,8 +114,8 @@ def joined(results):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_restored_run_holds_and_computes_what_the_saved_one_did(ranks, tmp_path, dtype):
     config = config_of(2, 3, 101, dtype=dtype)
-    saved = ranks(2).run(save_after_two, config, str(tmp_path))
-    found = ranks(2).run(restore, config, saved[0][0])
+    saved = ranks(2).run(uncompiled, save_after_two, config, str(tmp_path))
+    found = ranks(2).run(uncompiled, restore, config, saved[0][0])
     for (_, before, after), (state, held, later) in zip(saved, found, strict=True):
         assert state == (2, 2, 4.0, 7)
         assert held.keys() == before.keys()
@@ -312,7 +312,7 @@ def test_weights_alone_start_another_run_of_any_layout_and_precision(ranks, tmp_
         }
     )
     other = replace(config_of(1, 2, 101, dtype=dtype, num_stages=2), model=longer)
-    ((held, updates, moments_are_zero),) = ranks(1).run(load, other, saved[0][0])
+    ((held, updates, moments_are_zero),) = ranks(1).run(uncompiled, load, other, saved[0][0])
     assert updates == 0
     assert moments_are_zero
     after = {key: tensor for key, (tensor, _) in held.items() if key[0] == "parameter"}

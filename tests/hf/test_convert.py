@@ -14,7 +14,7 @@ import torch
 
 from tests.hf import models
 from tests.meshes import mesh_for
-from tests.training import run_command, save_run
+from tests.training import run_command, save_run, uncompiled
 from vp_train.assembly import build_rank
 from vp_train.checkpoint.saver import save_stream
 from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
@@ -165,6 +165,7 @@ def test_what_ranks_have_split_is_exported_whole(made, ranks, name, options, tmp
     """The export has the dtype of the trained weights, which is wider than that of the forward."""
     theirs, _, imported = made(name)
     ranks(2).run(
+        uncompiled,
         save_again,
         config_of(imported.model, **options),
         imported.checkpoint,

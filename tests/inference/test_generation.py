@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -13,6 +11,7 @@ import torch
 
 import vp_train
 from tests.inference.trained import SENTENCE, command, records
+from tests.programs import finished
 from vp_train.commands.generate import main
 from vp_train.config import ConfigError
 from vp_train.inference.generation import generate
@@ -107,14 +106,7 @@ def test_the_command_starts_the_ranks_of_a_layout(trained, capsys):
     words = [str(trained), "--prompt", PROMPT, "--tokens", "4", "--temperature", "1", "--json"]
     words += ["--dtype", "float64"]
     _, here, _ = generate_command(capsys, *words)
-    code = "from vp_train.commands.generate import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words, "parallel.pp=2"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=100,
-    )
+    done = finished(main, *words, "parallel.pp=2")
     assert done.returncode == 0, done.stderr
     assert done.stdout == here
     assert "dp=1 x pp=2 x tp=1" in done.stderr

@@ -16,15 +16,15 @@ pytestmark = pytest.mark.usefixtures("unrefined")
 @pytest.mark.parametrize("p", [2, 3, 4])
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 def test_every_schedule_equals_one_process(name, p):
-    """Matrices are tied in every other case; with one rank more, in the other half of them.
+    """Every schedule has all pairs of the number of ranks, of microbatches, and the algorithm.
 
-    Three algorithms in turn with every number of microbatches: every p has all of them.
+    It has every algorithm with tied matrices and without.
     """
     stages = GENERATORS[name].layout_of(p).num_stages
     cases = [
-        (i, j, m, ALGORITHMS[(i + j + p) % len(ALGORITHMS)])
+        (j, m, ALGORITHMS[(i + j + p) % len(ALGORITHMS)])
         for i, m in enumerate((1, 2, 2 * p))
-        for j in range(3)
+        for j in range(2)
     ]
     configs = [
         config_of(
@@ -33,10 +33,10 @@ def test_every_schedule_equals_one_process(name, p):
             101,
             schedule=name,
             vocab=VocabConfig(algorithm),
-            tied=(i + j + p) % 2 == 1,
+            tied=(j + p) % 2 == 1,
             num_stages=stages,
         )
-        for i, j, m, algorithm in cases
+        for j, m, algorithm in cases
     ]
     assert_equivalent_locally(p, configs, 1e-9)
 

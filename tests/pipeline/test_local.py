@@ -18,22 +18,39 @@ from vp_train.config import VocabConfig
 from vp_train.pipeline.local import RankLost, Switchboard, run_ranks
 from vp_train.planning.plan import make_plan
 
-NUM_SEEDS, DELAY_SECONDS = 200, 4e-4
+NUM_STEPS, DELAY_SECONDS = 7, 4e-4
 CPU = torch.device("cpu")
 
 
 def gradients_of(config, plan, batch, **board):
     """Return the loss and the gradients of one step of all ranks."""
+    return gradients_of_steps(config, plan, batch, 1, **board)[0]
+
+
+def gradients_of_steps(config, plan, batch, num_steps, **board):
+    """Return the loss and the gradients of all ranks in each of several steps with one batch."""
 
     def work(rank, model, together):
-        loss = model.train_step(*batch)
-        found = {name: parameter.grad.clone() for name, parameter in model.parameters.items()}
-        return found if loss is None else found | {"loss": loss}
+        steps = []
+        for _ in range(num_steps):
+            model.gradients.zero()
+            loss = model.train_step(*batch)
+            model.optimizer.reduce()
+            found = {} if loss is None else {"loss": loss}
+            steps.append(
+                found | {name: value.grad.clone() for name, value in model.parameters.items()}
+            )
+        return steps
 
-    merged = {}
-    for rank, found in enumerate(run_locally(config, plan, work, **board)):
-        merged |= {f"{rank} {name}": tensor for name, tensor in found.items()}
-    return merged
+    of_ranks = run_locally(config, plan, work, **board)
+    return [
+        {
+            f"{rank} {name}": tensor
+            for rank, found in enumerate(step)
+            for name, tensor in found.items()
+        }
+        for step in zip(*of_ranks, strict=True)
+    ]
 
 
 CASES = list(product(GENERATORS, VOCAB_ALGORITHMS))
@@ -41,20 +58,20 @@ CASES = list(product(GENERATORS, VOCAB_ALGORITHMS))
 
 @pytest.mark.parametrize(("name", "algorithm"), CASES)
 def test_delays_change_no_bit(name, algorithm):
-    """Every case has its own share of the 200 seeds."""
+    """Every case has its own seed, and every step has other delays: 224 steps in all."""
     stages = GENERATORS[name].layout_of(3).num_stages
     config = config_of(
         3, 4, 101, schedule=name, vocab=VocabConfig(algorithm), num_stages=stages, tied=True
     )
     plan, batch = make_plan(config, 3), random_batch(config, 1)
     expected = gradients_of(config, plan, batch)
-    for seed in range(CASES.index((name, algorithm)), NUM_SEEDS, len(CASES)):
-        found = gradients_of(config, plan, batch, delay_seconds=DELAY_SECONDS, seed=seed)
+    delays = {"delay_seconds": DELAY_SECONDS, "seed": CASES.index((name, algorithm))}
+    for step, found in enumerate(gradients_of_steps(config, plan, batch, NUM_STEPS, **delays)):
         assert found.keys() == expected.keys()
         different = [
             name for name, tensor in found.items() if not torch.equal(tensor, expected[name])
         ]
-        assert not different, f"seed {seed}"
+        assert not different, f"step {step}"
 
 
 def test_messages_are_copies():
