@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from itertools import product
+from threading import Event
 
 import pytest
 import torch
@@ -146,6 +147,30 @@ def test_a_rank_that_fails_ends_the_others_with_its_own_error():
 
     with pytest.raises(ZeroDivisionError, match="rank 1 is broken"):
         run_locally(config, make_plan(config, 3), work)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_several_errors_the_first_counts_that_is_no_lack_of_another_rank(first):
+    board = Switchboard(problem(3, 1, "none"), CPU, timeout_seconds=0.01)
+    lost, ended = Event(), Event()
+
+    def work(rank):
+        if rank == 2:  # which is the first of all to fail
+            transport = board.transport(2)
+            try:
+                transport.receive(torch.empty(1), 1, watch=lambda pending: pending).wait()
+            finally:
+                lost.set()
+        assert lost.wait(5)
+        time.sleep(0.02)
+        if rank != first:
+            assert ended.wait(5)
+            time.sleep(0.02)
+        ended.set()
+        raise ZeroDivisionError(f"rank {rank} is broken")
+
+    with pytest.raises(ZeroDivisionError, match=f"rank {first} is broken"):
+        run_ranks(board, work)
 
 
 def test_a_rank_that_never_answers_is_named():

@@ -198,4 +198,5 @@ def test_on_a_gpu_a_step_waits_once_and_its_seconds_are_those_of_the_stream(monk
             watch.switch(part)
         seconds = watch.take()
         assert seconds[Part.DATA] == seconds[Part.FORWARD_BACKWARD] == 0.5
-        assert len(Event.waited) == 1
+        (last,) = Event.waited
+        assert last.moments[-1] == next(milliseconds) - 500.0, "nothing was recorded after it"

@@ -171,6 +171,36 @@ def test_a_lookup_reads_and_writes_the_part_of_a_rank_and_its_gradient_twice_as_
     assert cost.lookup_grad_seconds == pytest.approx(4 * part / 1e9)
 
 
+@pytest.mark.parametrize(
+    ("vocab", "degrees", "beside"),
+    [
+        ("one_barrier", {"pp": 2}, True),
+        ("one_barrier", {"pp": 2, "tp": 2}, True),
+        ("none", {"pp": 2}, False),  # nothing runs beside the passes
+        ("one_barrier", {"pp": 1}, False),
+    ],
+)
+def test_contention_slows_what_stages_compute_beside_the_barriers_and_nothing_else(
+    vocab, degrees, beside
+):
+    words = [f"vocab={vocab}", "parallel.recompute=selective", "cluster.contention=0"]
+    (_, free), (_, slowed) = (
+        costed(*words, f"cost.contention={part}", **degrees) for part in ("0.001", "0.251")
+    )
+    alone = costed(*words, "cost.contention=0.001", "vocab=none", **degrees)[1].cost
+    for kind in Kind:
+        pairs = zip(free.cost.pass_seconds[kind], slowed.cost.pass_seconds[kind], strict=True)
+        for place, (before, after) in enumerate(pairs):
+            added = 0.0
+            if beside and not kind.is_vocabulary:
+                computed = (before - alone.pass_seconds[kind][place]) / 0.001
+                added = 0.25 * computed
+                assert computed > 0
+            assert after == pytest.approx(before + added), kind
+    assert slowed.cost.barrier_seconds == free.cost.barrier_seconds
+    assert slowed.cost.hop_seconds == free.cost.hop_seconds
+
+
 def test_measured_pass_times_stay():
     config = load_config(["cost=a100_4b", "cluster=a100_80g_node", "run.dtype=float16"])
     cost = cluster_cost(config, Degrees(1, 8, 1))

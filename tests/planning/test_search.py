@@ -12,6 +12,7 @@ import pytest
 from schedules import generators
 from vp_train.config import ConfigError
 from vp_train.planning import search as search_module
+from vp_train.planning import weigh
 from vp_train.planning.choice import Kept, Space, optimizers_of, space_of, with_batch_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.memory import rank_state
@@ -320,7 +321,11 @@ def test_out_of_time_there_is_a_plan_all_the_same(count):
     assert result.best
     assert result.num_planned >= 1
     assert result.ended == "time"
-    assert result.num_open > 0
+    assert 0 < result.num_open < result.num_choices
+    if not count:  # there is no time to weigh what comes after the first 128 choices
+        every = len(space_of(config_of()).choices)
+        assert every - 128 <= result.num_open < every
+        assert result.num_estimated == 1
 
 
 def test_its_effort_not_the_clock_ends_a_search_and_the_answer_is_the_same():
@@ -331,6 +336,16 @@ def test_its_effort_not_the_clock_ends_a_search_and_the_answer_is_the_same():
     more = searched(config_of(), 3)
     assert first.num_estimated < more.num_estimated
     assert more.best[0].report.step_seconds <= first.best[0].report.step_seconds
+
+
+def test_a_wrong_base_order_ends_a_search_before_anything_is_weighed(monkeypatch):
+    def wrong(name, problem):
+        raise ConfigError(f"{name} is wrong")
+
+    monkeypatch.setattr(weigh, "named_base_order", wrong)
+    monkeypatch.setattr(Scales, "weigh", None)
+    with pytest.raises(ConfigError, match="is wrong"):
+        searched(config_of())
 
 
 def test_every_choice_that_is_simulated_or_planned_is_told_at_once():
@@ -399,7 +414,10 @@ def test_the_best_without_vocabulary_parallelism_is_known_whatever_wins():
     assert not result.without_vocabulary.choice.splits_vocabulary
     assert result.without_vocabulary.seconds > result.best[0].report.step_seconds
     config = config_of("model.vocab_size=65536", "parallel.pp=2")
-    same_split = without_vocabulary(config, Degrees(1, 2, 1)).without_vocabulary
+    found = without_vocabulary(config, Degrees(1, 2, 1))
+    same_split = found.without_vocabulary
+    assert found.estimated == (same_split,), "the others are no answer"
+    assert not found.num_planned
     assert same_split.choice.degrees == Degrees(1, 2, 1)
     report = make_report(same_split.choice.applied(config))
     assert same_split.seconds == pytest.approx(report.step_seconds, rel=0.03)

@@ -7,6 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from schedules.generators import GENERATORS
+from schedules.ir import Kind
+from schedules.problem import Problem
+from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.config import ConfigError
 from vp_train.planning import weigh
 from vp_train.planning.choice import Choice, optimizers_of
@@ -15,10 +19,12 @@ from vp_train.planning.memory import rank_memory, rank_state
 from vp_train.planning.weigh import (
     LEANEST,
     STATE,
+    Peak,
     SameChoiceError,
     Scales,
     TooLargeError,
     minimum_step,
+    peaks_of,
 )
 from vp_train.settings import load_config
 
@@ -39,6 +45,35 @@ def refusal(scales, choice):
     except TooLargeError as error:
         return error
     return None
+
+
+@pytest.mark.parametrize("name", sorted(GENERATORS))
+@pytest.mark.parametrize(("p", "m"), [(1, 1), (3, 2), (4, 9)])
+def test_a_peak_is_where_a_rank_first_has_most_microbatches_in_flight(name, p, m):
+    """Each until its B or I for the least, and until its W for what a whole step keeps."""
+    family, algorithm = GENERATORS[name], VOCAB_ALGORITHMS["one_barrier"]
+    problem = Problem(family.layout_of(p), m, algorithm, family.split_backward)
+    for rank, order in enumerate(family.base_order(problem)):
+        stages, found = problem.layout.stages_of(rank), []
+        for last in (problem.backward, problem.stage_kinds[-1]):
+            counts, most = dict.fromkeys(stages, 0), (0, ())
+            for item in order:
+                counts[item.stage] += (item.kind is Kind.F) - (item.kind is last)
+                if sum(counts.values()) > most[0]:
+                    most, rest = (sum(counts.values()), tuple(counts.values())), iter(order)
+                    assert any(one is item for one in rest)
+                    backward = next(one.stage for one in rest if one.kind is last)
+            found.append(most[1])
+        assert peaks_of(name, problem)[rank] == Peak(*found, backward)
+
+
+def test_more_microbatches_than_fill_a_pipeline_raise_no_peak_but_that_of_gpipe():
+    for name, family in GENERATORS.items():
+        few, many = (
+            Problem(family.layout_of(3), m, VOCAB_ALGORITHMS["none"], family.split_backward)
+            for m in (11, 40)
+        )
+        assert (peaks_of(name, few) == peaks_of(name, many)) == (name != "gpipe")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -334,7 +334,8 @@ def _result(
 def run_ranks(board: Switchboard, work: Callable[[int], Result]) -> list[Result]:
     """Run work(rank) of every rank in its own thread, and return the results in rank order.
 
-    Raises the first error of a rank.  The other ranks end when they wait for that rank.
+    Raises the first error of a rank, RankLost only if there is no other.  The other ranks end when
+    they wait for that rank.
     """
     results: dict[int, Result] = {}
     errors: list[BaseException] = []
@@ -344,8 +345,6 @@ def run_ranks(board: Switchboard, work: Callable[[int], Result]) -> list[Result]
             with _own_stream(board.device):
                 results[rank] = work(rank)
         except BaseException as error:
-            if not isinstance(error, RankLost):
-                errors.insert(0, error)
             errors.append(error)
             board.fail(rank)
 
@@ -354,8 +353,8 @@ def run_ranks(board: Switchboard, work: Callable[[int], Result]) -> list[Result]
         thread.start()
     for thread in threads:
         thread.join()
-    if errors:
-        raise errors[0]
+    if errors:  # ranks that have lost another one say the least
+        raise next((error for error in errors if not isinstance(error, RankLost)), errors[0])
     return [results[rank] for rank in range(board.num_ranks)]
 
 
