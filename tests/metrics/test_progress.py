@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from vp_train.config import PROGRESS, ConfigError, RunSettings
+from vp_train.metrics import progress as progress_module
 from vp_train.metrics.progress import Progress, Validation, folded, print_line
 from vp_train.units import clock
 
@@ -55,8 +57,14 @@ def test_a_line_for_a_terminal_is_printed_as_it_is():
     assert out.getvalue() == f"{line}\n"
 
 
+@pytest.fixture
+def stopped(monkeypatch):
+    """Stop the clock: on a busy machine even a few lines take seconds."""
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: 100.0))
+
+
 @pytest.mark.parametrize("width", [40, 80])
-def test_the_live_lines_of_a_terminal_cut_nothing(width):
+def test_the_live_lines_of_a_terminal_cut_nothing(width, stopped):
     out = io.StringIO()
     settings = RunSettings(steps=50, progress=PROGRESS)
     progress = Progress(settings, 1, Console(file=out, width=width, force_terminal=True))
@@ -92,7 +100,7 @@ def test_a_line_has_the_chosen_figures_in_their_order_and_leaves_out_what_is_unk
         RunSettings(progress=("bubble",))
 
 
-def test_a_run_that_goes_back_behind_its_first_step_still_knows_the_time_left():
+def test_a_run_that_goes_back_behind_its_first_step_still_knows_the_time_left(stopped):
     """As from step 101, whose newest checkpoint is damaged, to the one of step 99."""
     out = io.StringIO()
     settings = RunSettings(steps=102, log_every=1, progress=("left",))
@@ -115,7 +123,7 @@ def test_the_first_step_the_last_one_and_every_few_of_them_stay(first, every):
 
 def test_the_time_left_is_that_of_as_many_steps_as_are_left(monkeypatch):
     now, out = [100.0], io.StringIO()
-    monkeypatch.setattr("vp_train.metrics.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     settings = RunSettings(steps=9, log_every=1, progress=("left",))
     progress = Progress(settings, 3, Console(file=out, width=80))
     for step, left in ((3, "1:00"), (4, "0:50"), (5, "0:40"), (9, "0:00")):

@@ -302,7 +302,8 @@ def test_the_speed_of_an_interval_counts_the_tokens_and_the_time_since_its_first
 ):
     """The ramp has half the microbatches until step 2."""
     now = [50.0]
-    monkeypatch.setattr(reporter_module.time, "monotonic", lambda: now[0])
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(reporter_module, "time", clock)
     overrides = ["run.log_every=2", "run.steps=6", "batch_ramp=[[2,2]]", "parallel.dp=1"]
     config, _, directory, reporter = started(*overrides, num_ranks=2)
     sequence = config.model.seq_length * config.micro_batch_size
