@@ -12,6 +12,7 @@ from schedules.ir import Kind
 from tests.meshes import fake_world
 from vp_train.commands.profile import main
 from vp_train.failures import EXIT_CONFIG, EXIT_OK
+from vp_train.planning.cluster import on_cpu
 from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.plan import plan_step
 from vp_train.profile.costs import RankProfile, measured_cost, with_cost
@@ -75,7 +76,7 @@ def test_costs_of_what_passes_are_told_to_take_are_these(overrides):
     step = plan_step(config, 4)
     cost = estimate_cost(
         step.work,
-        config.cost,
+        on_cpu(config.cost),
         step.problem,
         layers=step.layers,
         recompute=step.recompute,
