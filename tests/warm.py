@@ -83,6 +83,7 @@ class WarmWorkers:
             [sys.executable, "-c", code],
             cwd=Path(__file__).parents[1],
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # ranks write there, as where execnet starts the workers
             pass_fds=[listener.fileno()],
             start_new_session=True,  # Ctrl-C is for pytest, which ends its workers
         )
