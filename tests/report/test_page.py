@@ -7,6 +7,8 @@ import re
 import shlex
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -270,13 +272,18 @@ def test_what_is_no_run_is_refused(tmp_path, vp_report):
     assert vp_report(tmp_path) == (78, "", f"vp-report: {words}\n")
     code, _, said = vp_report(tmp_path / "none")
     assert (code, "is not a directory; give that of a run" in said) == (78, True)
-    (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "config.yaml").touch()
-    words = f"is not a directory (did you mean {tmp_path}/first?)"
-    assert words in vp_report(tmp_path / "frist")[2]
-    with pytest.raises(ConfigError, match=re.escape(words)):
-        read_traced(tmp_path / "frist")
     assert vp_report()[0] == 78
+
+
+def test_a_run_of_a_similar_name_is_named(vp_report):
+    with TemporaryDirectory() as directory:  # a longer path would be shortened
+        place = Path(directory)
+        (place / "first").mkdir()
+        (place / "first" / "config.yaml").touch()
+        words = f"is not a directory (did you mean {place}/first?)"
+        assert words in vp_report(place / "frist")[2]
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            read_traced(place / "frist")
 
 
 def recorded(tmp_path, name, *records, steps=None, **settings):
