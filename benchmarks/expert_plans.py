@@ -186,6 +186,7 @@ def row_of(expert: Expert) -> dict[str, Any]:
         "source": expert.source,
         "job": " ".join(expert.job),
         "sequences": expert.sequences,
+        "commit": provenance()["commit"],
     }
     best = best_of_expert(expert)
     row["expert"] = best
