@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Lock
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ from schedules.ir import Kind, Pass
 from schedules.vocab import End, VocabAlgorithm
 from vp_train.config import BUCKETS_PER_STAGE, OptimConfig, RunConfig, RunSettings
 from vp_train.mesh import Mesh, starting
-from vp_train.model.elementwise import choose_fuse
+from vp_train.model.elementwise import Fuse, choose_fuse
 from vp_train.model.float8 import Float8Products
 from vp_train.model.linear import PLAIN, Products
 from vp_train.model.stage import Stage, init_rows
@@ -109,10 +108,6 @@ class RankModel:
         )
 
 
-# Ranks that are threads of one process compile one after another.
-_COMPILING = Lock()
-
-
 def may_compile(settings: RunSettings) -> bool:
     """Return whether passes of a run with these `settings` compile code on this node.
 
@@ -161,7 +156,7 @@ def build_rank(
     training, evaluating = _build_modules(config, plan, mesh, weights, gradients, completions)
     comms = Comms(transport or _process_groups(config, mesh, device))
     if may_compile(config.run):
-        with _COMPILING, starting(mesh.tensor, config.run):
+        with starting(mesh.tensor, config.run):
             _warm_up(config, weights, training, evaluating)
     return RankModel(
         parameters=weights.parameters,
@@ -453,8 +448,7 @@ class _Shards:
 def _build_stages(
     config: RunConfig, plan: RunPlan, mesh: Mesh, dtype: torch.dtype, device: torch.device
 ) -> dict[int, Stage]:
-    elements = config.micro_batch_size * config.model.seq_length * config.model.ffn_hidden_size
-    fuse = choose_fuse(config.run.compile, device, dtype, elements // mesh.degrees.tp)
+    fuse = fuse_of_layers(config)
     return {
         stage: Stage(
             config.model,
@@ -475,6 +469,17 @@ def _build_stages(
         )
         for stage in plan.problem.layout.stages_of(mesh.pipeline_rank)
     }
+
+
+def fuse_of_layers(config: RunConfig) -> Fuse:
+    """Return how the elementwise work of layers runs.  Raises ConfigError like `choose_fuse`."""
+    elements = config.micro_batch_size * config.model.seq_length * config.model.ffn_hidden_size
+    return choose_fuse(
+        config.run.compile,
+        torch.device(config.run.device),
+        DTYPES[config.run.dtype],
+        elements // config.parallel.tp,
+    )
 
 
 def linear_products(config: RunConfig) -> Products:

@@ -299,7 +299,7 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
             f"vocab.algorithm={plan.problem.algorithm.name}",
         ]
     if starts_by_fork(config):
-        import_for_ranks(config.run)
+        import_for_ranks(config)
     from vp_train.communication.nccl import require_gpu
 
     require_gpu(config.run)
@@ -328,16 +328,17 @@ def _prepare_data(config: RunConfig) -> None:
         prepare_validation(config.data, config.model.vocab_size, corpora, progress=True)
 
 
-def import_for_ranks(settings: RunSettings) -> None:
+def import_for_ranks(config: RunConfig) -> None:
     """Import once what every rank needs, for ranks that are copies of this process."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as ranks on a CPU do, before torch looks
     quiet_deprecations()
     with quiet_megatron():
         for name in _IMPORTS:
             import_module(name)
-        from vp_train.assembly import may_compile  # vp_train.train has imported it
+        from vp_train.assembly import fuse_of_layers  # vp_train.train has imported it
+        from vp_train.model.elementwise import plain
 
-        if may_compile(settings):
+        if fuse_of_layers(config) is not plain:
             import_module(_COMPILER)
 
 

@@ -1,7 +1,7 @@
 """torch.compile: where it works, how functions are compiled, and how it is turned off.
 
 Compiled code takes seconds to make, so functions are compiled before the first step, for few
-shapes.
+shapes.  What a CPU in 16 bits needs for every shape is in `kernels`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 _SHAPES = 64  # compiled shapes per function; torch runs further shapes uncompiled
 _OFF = "TORCHDYNAMO_DISABLE"  # torch reads it too
@@ -28,49 +27,6 @@ _OFF = "TORCHDYNAMO_DISABLE"  # torch reads it too
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` compiled for all shapes; only a dimension of size 1 is compiled again."""
     return _compile(function, dynamic=True)
-
-
-@cache
-def compiled_exactly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` compiled for every shape anew.  That takes seconds, so use few shapes.
-
-    It is for functions that are called often and have little to do on a CPU: without torch.compile
-    around it, a call takes a third of the time.  No two tensors may share memory, and none may
-    require a gradient.
-    """
-    made: dict[Any, Callable[..., Any]] = {}
-
-    def call(*arguments: Any) -> Any:
-        key = tuple(
-            (each.dtype, each.shape, each.stride()) if isinstance(each, Tensor) else each
-            for each in arguments
-        )
-        run = made.get(key)
-        if run is None:
-            run = made[key] = _build(function, arguments)
-        return run(*[each for each in arguments if isinstance(each, Tensor)])
-
-    return call
-
-
-@torch.no_grad()
-def _build(function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
-    """Return `function` compiled for tensors like those of `arguments`; the rest is constant.
-
-    Meanwhile no other thread may call what torch.compile has made.
-    """
-    _trust_instructions()
-    import torch._inductor
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    def of_tensors(*tensors: Tensor) -> Any:
-        given = iter(tensors)
-        return function(*(next(given) if isinstance(a, Tensor) else a for a in arguments))
-
-    tensors: list[Any] = [each for each in arguments if isinstance(each, Tensor)]
-    graph = make_fx(of_tensors)(*(each.clone() for each in tensors))
-    run: Callable[..., Any] = torch._inductor.compile(graph, tensors)
-    return run
 
 
 @cache
@@ -123,15 +79,20 @@ def compiles_on(device: torch.device) -> bool:
 
 
 def has_compiler() -> bool:
-    """Return whether torch.compile works on this CPU, and is not turned off."""
+    """Return whether code for this CPU can be compiled, and that is not turned off."""
     return os.environ.get(_OFF) != "1" and _finds_compiler()
 
 
 @cache
 def _finds_compiler() -> bool:
     """Return whether there is what torch.compile needs: g++ or the like, and Python.h."""
-    compiler = shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
-    return compiler is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+    headers = Path(sysconfig.get_path("include"))
+    return cpp_compiler() is not None and (headers / "Python.h").is_file()
+
+
+def cpp_compiler() -> str | None:
+    """Return the path of the C++ compiler that torch.compile calls too, None if there is none."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
 
 
 @cache
