@@ -65,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     words = ["model=small", "data=synthetic", f"parallel.pp={arguments.ranks}", "run.steps=1"]
     words += ["run.dtype=bfloat16", "run.eval_every=0", "run.checkpoint_every=0"]
-    words += ["run.report=false", *arguments.settings]
+    words += ["run.report=false", "run.log_every=1", *arguments.settings]
     found: dict[str, list[dict[str, float]]] = {system: [] for system in SYSTEMS}
     for _ in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as temporary:

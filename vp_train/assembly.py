@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -28,7 +29,7 @@ from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
 from vp_train.pipeline.executor import BLIND, Executor, Observer, PlacedBatch, RankModules
 from vp_train.planning.placement import offloaded_layers
 from vp_train.planning.plan import RunPlan
-from vp_train.tensors.compiling import compiles_on
+from vp_train.tensors.compiling import compiles_on, one_first
 from vp_train.tensors.precision import DTYPES, statistics_dtype
 from vp_train.tensors.slices import TensorSlice
 from vp_train.tensors.streams import with_index
@@ -156,7 +157,9 @@ def build_rank(
     training, evaluating = _build_modules(config, plan, mesh, weights, gradients, completions)
     comms = Comms(transport or _process_groups(config, mesh, device))
     if may_compile(config.run):
-        with starting(mesh.tensor, config.run):
+        # Tensor-parallel ranks wait for each other while they compile.
+        alone = mesh.degrees.tp == 1
+        with starting(mesh.tensor, config.run), one_first() if alone else nullcontext():
             _warm_up(config, weights, training, evaluating)
     return RankModel(
         parameters=weights.parameters,

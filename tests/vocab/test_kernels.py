@@ -10,7 +10,7 @@ import torch
 
 from tests.vocab.kernels import COMPARISONS, compare_chunks
 from vp_train.tensors import kernels, precision
-from vp_train.tensors.compiling import cpp_compiler, has_compiler
+from vp_train.tensors.compiling import cpp_compiler, has_compiler, own_directory
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16]
@@ -90,7 +90,7 @@ def compiler(tmp_path, monkeypatch):
     It copies what the true compiler has made before.
     """
     kernels.run("scale_rounded", torch.bfloat16, *[None] * 4, 0.0, None, 0, 0)
-    built = max(kernels._own_directory().glob("*.so"), key=lambda path: path.stat().st_mtime)
+    built = max(own_directory().glob("*.so"), key=lambda path: path.stat().st_mtime)
     shutil.copy(built, tmp_path / "built")
     calls, script = tmp_path / "calls", tmp_path / "c++"
     script.write_text(

@@ -50,7 +50,7 @@ from vp_train.supervision.requests import SIGNALS
 
 # What ranks import on their way to the first step, in the order of their needs.
 _IMPORTS = ("vp_train.train", "megatron.core.models.gpt.gpt_layer_specs")
-_COMPILER = "torch._dynamo"  # takes half a second
+_COMPILER = ("torch._dynamo", "torch._inductor.compile_fx")  # 3 s of CPU time
 
 _OF_SEARCH = ("schedule.file=", "vocab.algorithm=")  # what a search of the schedule sets
 _CONCLUDE_SECONDS = 60  # at most, for the report of a failed run and for the services it used
@@ -337,9 +337,12 @@ def import_for_ranks(config: RunConfig) -> None:
             import_module(name)
         from vp_train.assembly import fuse_of_layers  # vp_train.train has imported it
         from vp_train.model.elementwise import plain
+        from vp_train.tensors import compiling
 
         if fuse_of_layers(config) is not plain:
-            import_module(_COMPILER)
+            compiling.set_up()
+            for name in _COMPILER:
+                import_module(name)
 
 
 def _in_copy(body: Callable[[], None]) -> Ending:

@@ -6,13 +6,18 @@ shapes.  What a CPU in 16 bits needs for every shape is in `kernels`.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import inspect
 import os
 import shutil
+import stat
 import sys
 import sysconfig
-from collections.abc import Callable, MutableMapping
+import tempfile
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +26,7 @@ import torch
 
 _SHAPES = 64  # compiled shapes per function; torch runs further shapes uncompiled
 _OFF = "TORCHDYNAMO_DISABLE"  # torch reads it too
+_PATIENCE_SECONDS = 120.0  # with another process that compiles
 
 
 @cache
@@ -42,7 +48,7 @@ def compiled_as_called(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compile(function: Callable[..., Any], *, dynamic: bool | None) -> Callable[..., Any]:
-    _trust_instructions()
+    set_up()
     compiler: Callable[..., Callable[..., Any]] = torch.compile
     if "recompile_limit" in inspect.signature(compiler).parameters:
         return compiler(function, dynamic=dynamic, recompile_limit=_SHAPES)
@@ -56,13 +62,55 @@ def _compile(function: Callable[..., Any], *, dynamic: bool | None) -> Callable[
     return call
 
 
-def _trust_instructions() -> None:
-    """Spare torch the test whether its compiler knows AVX512, which takes seconds.
+def set_up() -> None:
+    """Spare torch's compiler two things on a CPU; call this before it is imported.
 
-    Where torch itself runs with AVX512, that follows from the C++20 which torch needs.
+    Where torch itself runs with AVX512 its C++20 compiler knows it, and the test takes seconds.
+    Worker processes would compile for GPUs only, and each rank would start some.
     """
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # read when inductor is imported
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+@contextmanager
+def one_first() -> Iterator[None]:
+    """Let one process of this user and machine run what is inside, and then all others at once.
+
+    torch keeps compiled code on disk, so the others load what the first one has made.  Inside, no
+    process may wait for another.  After two minutes the others go on too.
+    """
+    directory = own_directory()
+    if directory is None:
+        yield
+        return
+    with (directory / "compiling").open("w") as lock:
+        if not _locked(lock.fileno(), fcntl.LOCK_EX):
+            until = time.monotonic() + _PATIENCE_SECONDS
+            while not _locked(lock.fileno(), fcntl.LOCK_SH) and time.monotonic() < until:
+                time.sleep(0.05)
+        yield
+
+
+def _locked(file: int, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def own_directory() -> Path | None:
+    """Return a directory for what is compiled; None if others may write to the one there is."""
+    directory = Path(tempfile.gettempdir()) / f"vp_train_{os.getuid()}"
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        found = directory.lstat()
+    except OSError:
+        return None
+    safe = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return directory if safe and not found.st_mode & 0o022 else None
 
 
 def turn_off(environment: MutableMapping[str, str]) -> None:

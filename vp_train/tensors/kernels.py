@@ -9,9 +9,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
-import os
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -22,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vp_train.tensors.compiling import cpp_compiler, has_compiler
+from vp_train.tensors.compiling import cpp_compiler, has_compiler, own_directory
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _ELEMENTS = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
@@ -95,7 +93,7 @@ def _load(element: str) -> ctypes.CDLL:
     assert compiler is not None
     command = [compiler, *_flags(), f"-DELEMENT={element}"]
     key = hashlib.sha256(_SOURCE.read_bytes() + "\n".join(command).encode()).hexdigest()[:32]
-    kept = _own_directory()
+    kept = own_directory()
     directory = kept or Path(tempfile.mkdtemp())
     try:
         path = directory / f"kernels-{key}.so"
@@ -136,15 +134,3 @@ def _flags() -> tuple[str, ...]:
         "-fopenmp" if sys.platform == "linux" else "-fopenmp-simd",
         *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()),
     )
-
-
-def _own_directory() -> Path | None:
-    """Return a directory for what is built; None if others may write to the one there is."""
-    directory = Path(tempfile.gettempdir()) / f"vp_train_{os.getuid()}"
-    try:
-        directory.mkdir(mode=0o700, exist_ok=True)
-        found = directory.lstat()
-    except OSError:
-        return None
-    safe = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-    return directory if safe and not found.st_mode & 0o022 else None
