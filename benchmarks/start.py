@@ -32,7 +32,8 @@ MEASURES = ("seconds", "cpu_seconds")
 
 def start(words: list[str], compiles: str, temporary: Path) -> dict[str, float]:
     """Run one step, with `temporary` for what is compiled; return what it took."""
-    command = [sys.executable, "-W", "ignore", "-m", "vp_train.commands.train", *words]
+    code = "from vp_train.commands.train import main; main()"
+    command = [sys.executable, "-W", "ignore", "-c", code, *words]
     environment = os.environ | {"TMPDIR": str(temporary)}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
     with tempfile.TemporaryDirectory() as place:

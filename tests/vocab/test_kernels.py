@@ -2,14 +2,15 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 
 import pytest
 import torch
 
 from tests.vocab.kernels import COMPARISONS, compare_chunks
-from vp_train.tensors import kernels, precision
+from vp_train.tensors import compiling, kernels, precision
 from vp_train.tensors.compiling import cpp_compiler, has_compiler, own_directory
 
 CPU = torch.device("cpu")
@@ -137,3 +138,25 @@ def test_a_compiler_that_fails_is_named_in_one_line(compiler, tmp_path):
         r"run\.compile=off$",
     ):
         kernels._load("BFloat16")
+
+
+def test_one_process_compiles_first_and_the_others_then_do_so_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    both_in = Barrier(2)
+    order = []
+
+    def work():
+        with compiling.one_first():
+            order.append("other")
+            both_in.wait(timeout=20)
+
+    threads = [Thread(target=work) for _ in range(2)]
+    with compiling.one_first():
+        for thread in threads:
+            thread.start()
+        time.sleep(0.15)
+        order.append("first")
+    for thread in threads:
+        thread.join()
+    assert order == ["first", "other", "other"]
+    assert both_in.broken is False

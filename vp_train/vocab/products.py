@@ -31,9 +31,9 @@ class Products:
     def logits(self, x: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
         """Return x rows^T [T, C], in the statistics dtype on CUDA, else in the dtype of x.
 
-        The result may be `out` [T, C], which has the dtype of x.
+        The result is `out` [T, C] if that has its dtype.
         """
-        if out is not None and out.dtype is statistics_dtype(out.dtype):
+        if out is not None and (not x.is_cuda or out.dtype is statistics_dtype(out.dtype)):
             return torch.mm(x, rows.T, out=out)
         return self.matmul(x, rows.T)
 
