@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Lock
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from schedules.ir import Kind, Pass
 from schedules.vocab import End, VocabAlgorithm
 from vp_train.config import BUCKETS_PER_STAGE, OptimConfig, RunConfig, RunSettings
 from vp_train.mesh import Mesh, starting
-from vp_train.model.elementwise import choose_fuse
+from vp_train.model.elementwise import Fuse, choose_fuse
 from vp_train.model.float8 import Float8Products
 from vp_train.model.linear import PLAIN, Products
 from vp_train.model.stage import Stage, init_rows
@@ -29,7 +29,7 @@ from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
 from vp_train.pipeline.executor import BLIND, Executor, Observer, PlacedBatch, RankModules
 from vp_train.planning.placement import offloaded_layers
 from vp_train.planning.plan import RunPlan
-from vp_train.tensors.compiling import compiles_on
+from vp_train.tensors.compiling import compiles_on, one_first
 from vp_train.tensors.precision import DTYPES, statistics_dtype
 from vp_train.tensors.slices import TensorSlice
 from vp_train.tensors.streams import with_index
@@ -109,10 +109,6 @@ class RankModel:
         )
 
 
-# Ranks that are threads of one process compile one after another.
-_COMPILING = Lock()
-
-
 def may_compile(settings: RunSettings) -> bool:
     """Return whether passes of a run with these `settings` compile code on this node.
 
@@ -161,7 +157,9 @@ def build_rank(
     training, evaluating = _build_modules(config, plan, mesh, weights, gradients, completions)
     comms = Comms(transport or _process_groups(config, mesh, device))
     if may_compile(config.run):
-        with _COMPILING, starting(mesh.tensor, config.run):
+        # Tensor-parallel ranks wait for each other while they compile.
+        alone = mesh.degrees.tp == 1
+        with starting(mesh.tensor, config.run), one_first() if alone else nullcontext():
             _warm_up(config, weights, training, evaluating)
     return RankModel(
         parameters=weights.parameters,
@@ -453,8 +451,7 @@ class _Shards:
 def _build_stages(
     config: RunConfig, plan: RunPlan, mesh: Mesh, dtype: torch.dtype, device: torch.device
 ) -> dict[int, Stage]:
-    elements = config.micro_batch_size * config.model.seq_length * config.model.ffn_hidden_size
-    fuse = choose_fuse(config.run.compile, device, dtype, elements // mesh.degrees.tp)
+    fuse = fuse_of_layers(config)
     return {
         stage: Stage(
             config.model,
@@ -475,6 +472,17 @@ def _build_stages(
         )
         for stage in plan.problem.layout.stages_of(mesh.pipeline_rank)
     }
+
+
+def fuse_of_layers(config: RunConfig) -> Fuse:
+    """Return how the elementwise work of layers runs.  Raises ConfigError like `choose_fuse`."""
+    elements = config.micro_batch_size * config.model.seq_length * config.model.ffn_hidden_size
+    return choose_fuse(
+        config.run.compile,
+        torch.device(config.run.device),
+        DTYPES[config.run.dtype],
+        elements // config.parallel.tp,
+    )
 
 
 def linear_products(config: RunConfig) -> Products:

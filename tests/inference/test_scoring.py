@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from vp_train.data.tokenizer import train_tokenizer
 from vp_train.inference.layout import opening_of
 from vp_train.inference.opening import open_run, opened
 from vp_train.settings import load_config, override
+from vp_train.tensors import kernels
+from vp_train.tensors.compiling import has_compiler
 
 
 def test_text_is_scored_in_three_lines(trained):
@@ -95,6 +98,19 @@ def test_a_step_is_simulated_from_settings():
 
 def score_command(capsys, *words):
     return command(main, capsys, "vp-score", *words)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("setting", ["auto", "off"])
+def test_run_compile_counts_for_vp_score_too(trained, tmp_path, capsys, monkeypatch, setting):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    called, run = [], kernels.run
+    monkeypatch.setattr(kernels, "run", lambda name, *rest: called.append(name) or run(name, *rest))
+    words = [f"run.compile={setting}", "--dtype", "bfloat16"]
+    code, _, _ = score_command(capsys, trained, tmp_path / "a.txt", *words)
+    assert code == 0
+    assert bool(called) == (setting == "auto")
 
 
 def test_vp_score_sums_what_score_returns(trained, tmp_path, capsys):

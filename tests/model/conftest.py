@@ -13,7 +13,6 @@ from vp_train.tensors import compiling
 
 CACHED = (
     compiling.compiled,
-    compiling.compiled_exactly,
     compiling.compiled_as_called,
     compiling.compiled_as_marked,
     compiled_kernels,
@@ -24,7 +23,6 @@ CACHED = (
 def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModule]]:
     """Let compiled functions be traced, but run as torch operations; yield what was traced."""
     import torch._dynamo
-    import torch._inductor
 
     compiler, seen = torch.compile, []
 
@@ -37,7 +35,6 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModul
         return compiler(function, backend=backend, **options)
 
     monkeypatch.setattr(torch, "compile", compile_function)
-    monkeypatch.setattr(torch._inductor, "compile", backend)
     monkeypatch.setattr(compiling, "_finds_compiler", lambda: True)
     for cached in CACHED:
         cached.cache_clear()

@@ -50,7 +50,7 @@ def test_every_thread_compiles_as_many_shapes(traced, monkeypatch, keeps_signatu
     """The limit of dynamo's settings, 8, counts in each thread anew."""
     if not keeps_signature:
         monkeypatch.delattr(torch.compile, "__wrapped__")
-    double = compiling.compiled_exactly(lambda x: x * 2)
+    double = compiling.compiled_as_marked(lambda x: x * 2)
 
     def work():
         for size in range(2, 14):

@@ -50,7 +50,7 @@ from vp_train.supervision.requests import SIGNALS
 
 # What ranks import on their way to the first step, in the order of their needs.
 _IMPORTS = ("vp_train.train", "megatron.core.models.gpt.gpt_layer_specs")
-_COMPILER = "torch._dynamo"  # takes half a second
+_COMPILER = ("torch._dynamo", "torch._inductor.compile_fx")  # 3 s of CPU time
 
 _OF_SEARCH = ("schedule.file=", "vocab.algorithm=")  # what a search of the schedule sets
 _CONCLUDE_SECONDS = 60  # at most, for the report of a failed run and for the services it used
@@ -299,7 +299,7 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
             f"vocab.algorithm={plan.problem.algorithm.name}",
         ]
     if starts_by_fork(config):
-        import_for_ranks(config.run)
+        import_for_ranks(config)
     from vp_train.communication.nccl import require_gpu
 
     require_gpu(config.run)
@@ -328,17 +328,21 @@ def _prepare_data(config: RunConfig) -> None:
         prepare_validation(config.data, config.model.vocab_size, corpora, progress=True)
 
 
-def import_for_ranks(settings: RunSettings) -> None:
+def import_for_ranks(config: RunConfig) -> None:
     """Import once what every rank needs, for ranks that are copies of this process."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as ranks on a CPU do, before torch looks
     quiet_deprecations()
     with quiet_megatron():
         for name in _IMPORTS:
             import_module(name)
-        from vp_train.assembly import may_compile  # vp_train.train has imported it
+        from vp_train.assembly import fuse_of_layers  # vp_train.train has imported it
+        from vp_train.model.elementwise import plain
+        from vp_train.tensors import compiling
 
-        if may_compile(settings):
-            import_module(_COMPILER)
+        if fuse_of_layers(config) is not plain:
+            compiling.set_up()
+            for name in _COMPILER:
+                import_module(name)
 
 
 def _in_copy(body: Callable[[], None]) -> Ending:

@@ -111,7 +111,10 @@ def run_opened(work: Work, options: argparse.Namespace, arguments: Sequence[str]
 def _open_and_do(work: Work, opening: Opening) -> None:
     """Open the run and do the work, in one process or as a rank that has met the others."""
     from vp_train.inference.opening import opened
+    from vp_train.tensors import compiling
 
+    if not opening.compiles:
+        compiling.turn_off(os.environ)
     is_first = os.environ.get("RANK", "0") == "0"
     run = opened(opening)
     if is_first:
@@ -182,8 +185,7 @@ def _on_ranks(work: Work, opening: Opening, arguments: Sequence[str]) -> int:
     make_plan(opening.config, num_ranks)  # settings that do not fit are one error, not one a rank
     by_fork = starts_by_fork(opening.config)
     if by_fork:
-        # Layers run uncompiled here, but the vocabulary passes compile as in training.
-        import_for_ranks(replace(opening.config.run, compile="auto"))
+        import_for_ranks(opening.config)
 
     def starter(resumes: bool) -> Starter:
         if by_fork:

@@ -24,7 +24,7 @@ _COUNTING = (
     *("parallel.placement", "parallel.layers_per_stage"),
     *("vocab", "vocab.algorithm", "vocab.backend", "vocab.shards"),
     *("model.seq_length", "data.tokenizer", "data.end_token", "run.comm_backend"),
-    *("run.timeout_seconds", "run.world_timeout_seconds"),
+    *("run.timeout_seconds", "run.world_timeout_seconds", "run.compile"),
 )
 _MODEL = "model.yaml"  # the settings of an import
 _DEGREES = ("parallel.pp", "parallel.dp", "parallel.tp")
@@ -37,12 +37,15 @@ class Opening:
     An import of vp-import is opened like a run.
     directory: that of the run or import, or of one of its checkpoints.
     chooses_tokenizer: whether the caller has named data.tokenizer; else that of the run counts.
+    compiles: whether anything may be compiled: run.compile of the run is not off.  The layers do
+        not, whatever it is.
     """
 
     config: RunConfig
     directory: Path
     degrees: Degrees
     chooses_tokenizer: bool = False
+    compiles: bool = True
 
     @property
     def run(self) -> Path:
@@ -92,11 +95,12 @@ def opening_of(
         degrees = Degrees(config.parallel.dp or 1, config.parallel.pp or 1, config.parallel.tp)
     else:
         degrees = split_ranks(config.parallel, num_ranks)
+    compiles = config.run.compile != "off"
     config = _evaluating(config, degrees, names, device, dtype)
     count = degrees.dp * (degrees.pp if fills else 1)
     run_settings = replace(config.run, eval_microbatches=count, eval_sequences=None)
     config = replace(config, run=run_settings)
-    return Opening(config, path, degrees, "data.tokenizer" in names)
+    return Opening(config, path, degrees, "data.tokenizer" in names, compiles)
 
 
 def check_context(context: int, seq_length: int) -> None:

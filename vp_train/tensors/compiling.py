@@ -1,76 +1,38 @@
 """torch.compile: where it works, how functions are compiled, and how it is turned off.
 
 Compiled code takes seconds to make, so functions are compiled before the first step, for few
-shapes.
+shapes.  What a CPU in 16 bits needs for every shape is in `kernels`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import inspect
 import os
 import shutil
+import stat
 import sys
 import sysconfig
-from collections.abc import Callable, MutableMapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 _SHAPES = 64  # compiled shapes per function; torch runs further shapes uncompiled
 _OFF = "TORCHDYNAMO_DISABLE"  # torch reads it too
+_PATIENCE_SECONDS = 120.0  # with another process that compiles
 
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` compiled for all shapes; only a dimension of size 1 is compiled again."""
     return _compile(function, dynamic=True)
-
-
-@cache
-def compiled_exactly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` compiled for every shape anew.  That takes seconds, so use few shapes.
-
-    It is for functions that are called often and have little to do on a CPU: without torch.compile
-    around it, a call takes a third of the time.  No two tensors may share memory, and none may
-    require a gradient.
-    """
-    made: dict[Any, Callable[..., Any]] = {}
-
-    def call(*arguments: Any) -> Any:
-        key = tuple(
-            (each.dtype, each.shape, each.stride()) if isinstance(each, Tensor) else each
-            for each in arguments
-        )
-        run = made.get(key)
-        if run is None:
-            run = made[key] = _build(function, arguments)
-        return run(*[each for each in arguments if isinstance(each, Tensor)])
-
-    return call
-
-
-@torch.no_grad()
-def _build(function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
-    """Return `function` compiled for tensors like those of `arguments`; the rest is constant.
-
-    Meanwhile no other thread may call what torch.compile has made.
-    """
-    _trust_instructions()
-    import torch._inductor
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    def of_tensors(*tensors: Tensor) -> Any:
-        given = iter(tensors)
-        return function(*(next(given) if isinstance(a, Tensor) else a for a in arguments))
-
-    tensors: list[Any] = [each for each in arguments if isinstance(each, Tensor)]
-    graph = make_fx(of_tensors)(*(each.clone() for each in tensors))
-    run: Callable[..., Any] = torch._inductor.compile(graph, tensors)
-    return run
 
 
 @cache
@@ -86,7 +48,7 @@ def compiled_as_called(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compile(function: Callable[..., Any], *, dynamic: bool | None) -> Callable[..., Any]:
-    _trust_instructions()
+    set_up()
     compiler: Callable[..., Callable[..., Any]] = torch.compile
     if "recompile_limit" in inspect.signature(compiler).parameters:
         return compiler(function, dynamic=dynamic, recompile_limit=_SHAPES)
@@ -100,13 +62,55 @@ def _compile(function: Callable[..., Any], *, dynamic: bool | None) -> Callable[
     return call
 
 
-def _trust_instructions() -> None:
-    """Spare torch the test whether its compiler knows AVX512, which takes seconds.
+def set_up() -> None:
+    """Spare torch's compiler two things on a CPU; call this before it is imported.
 
-    Where torch itself runs with AVX512, that follows from the C++20 which torch needs.
+    Where torch itself runs with AVX512 its C++20 compiler knows it, and the test takes seconds.
+    Worker processes would compile for GPUs only, and each rank would start some.
     """
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # read when inductor is imported
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+@contextmanager
+def one_first() -> Iterator[None]:
+    """Let one process of this user and machine run what is inside, and then all others at once.
+
+    torch keeps compiled code on disk, so the others load what the first one has made.  Inside, no
+    process may wait for another.  After two minutes the others go on too.
+    """
+    directory = own_directory()
+    if directory is None:
+        yield
+        return
+    with (directory / "compiling").open("w") as lock:
+        if not _locked(lock.fileno(), fcntl.LOCK_EX):
+            until = time.monotonic() + _PATIENCE_SECONDS
+            while not _locked(lock.fileno(), fcntl.LOCK_SH) and time.monotonic() < until:
+                time.sleep(0.05)
+        yield
+
+
+def _locked(file: int, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def own_directory() -> Path | None:
+    """Return a directory for what is compiled; None if others may write to the one there is."""
+    directory = Path(tempfile.gettempdir()) / f"vp_train_{os.getuid()}"
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        found = directory.lstat()
+    except OSError:
+        return None
+    safe = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return directory if safe and not found.st_mode & 0o022 else None
 
 
 def turn_off(environment: MutableMapping[str, str]) -> None:
@@ -123,15 +127,20 @@ def compiles_on(device: torch.device) -> bool:
 
 
 def has_compiler() -> bool:
-    """Return whether torch.compile works on this CPU, and is not turned off."""
+    """Return whether code for this CPU can be compiled, and that is not turned off."""
     return os.environ.get(_OFF) != "1" and _finds_compiler()
 
 
 @cache
 def _finds_compiler() -> bool:
     """Return whether there is what torch.compile needs: g++ or the like, and Python.h."""
-    compiler = shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
-    return compiler is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+    headers = Path(sysconfig.get_path("include"))
+    return cpp_compiler() is not None and (headers / "Python.h").is_file()
+
+
+def cpp_compiler() -> str | None:
+    """Return the path of the C++ compiler that torch.compile calls too, None if there is none."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
 
 
 @cache

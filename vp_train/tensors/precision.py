@@ -1,6 +1,6 @@
 """The dtypes of a run, and operations on tensors of different dtypes.
 
-On a CPU torch.compile fuses these operations, if there is a C++ compiler.
+On a CPU kernels fuse these operations, if there is a C++ compiler.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vp_train.tensors.compiling import compiled, compiled_exactly, has_compiler
+from vp_train.tensors import kernels
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -30,31 +30,33 @@ def accumulate(
     addend: Tensor,
     keep: Tensor | None = None,
     scale: Tensor | None = None,
-    *,
-    usual: bool = False,
 ) -> None:
     """Set accumulator [N, H] = accumulator * keep + addend * scale, in place.
 
-    `addend` [N, H] may have another dtype.  `keep` and `scale` are [N]; None stands for 1.  It is
-    fused on a CPU, where torch would first cast all of `addend`.  `usual` says whether the shape
-    occurs often, so that compiling code for it pays.
+    `addend` [N, H] may have another dtype.  `keep` is [N], `scale` is [N] or []; None stands for 1.
+    On a CPU one kernel does it in 16 bits, where torch would first cast all of `addend`.
     """
-    run = _accumulate
-    if (
-        accumulator.device.type == "cpu"
-        and accumulator.dtype is not addend.dtype
-        and has_compiler()
-    ):
-        run = compiled_exactly(_accumulate) if usual else compiled(_accumulate)
-    run(accumulator, addend, keep, scale)
-
-
-def _accumulate(
-    accumulator: Tensor, addend: Tensor, keep: Tensor | None, scale: Tensor | None
-) -> None:
+    factors = [each for each in (keep, scale) if each is not None]
+    if kernels.suits(addend, accumulator, *factors):
+        by_row = int(scale is not None and scale.dim() > 0)
+        kernels.run(
+            "accumulate", addend.dtype, accumulator, addend, keep, scale, by_row, 0, *addend.shape
+        )
+        return
     if keep is not None:
         accumulator.mul_(keep[:, None])
-    accumulator.add_(addend if scale is None else addend * scale[:, None])
+    if scale is not None and scale.dim():
+        scale = scale[:, None]
+    accumulator.add_(addend if scale is None else addend * scale)
+
+
+def widened(matrix: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    """Return a copy of `matrix` [N, H] in the statistics dtype, times `scale` [N] if given."""
+    wide = torch.empty_like(matrix, dtype=dtype)
+    if kernels.suits(matrix, wide, *([] if scale is None else [scale])):
+        kernels.run("accumulate", matrix.dtype, wide, matrix, None, scale, 1, 1, *matrix.shape)
+        return wide
+    return wide.copy_(matrix) if scale is None else torch.mul(matrix, scale[:, None], out=wide)
 
 
 def column_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,12 +70,11 @@ def column_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def accumulate_transposed(accumulator: Tensor, addend: Tensor, scale: Tensor | None = None) -> None:
-    """Add addend^T * scale to accumulator [N, H], for `addend` [H, N] and `scale` [], on a CPU.
+    """Add addend^T * scale to accumulator [N, H] in fp32, for `scale` [].
 
-    `addend` has another dtype.  It needs a compiler: see `has_compiler`.
+    `addend` [H, N] is in 16 bits, with any stride between its rows.  See `kernels.suits`.
     """
-    compiled_exactly(_add_transposed)(accumulator, addend, scale)
-
-
-def _add_transposed(accumulator: Tensor, addend: Tensor, scale: Tensor | None) -> None:
-    accumulator.add_(addend.T if scale is None else addend.T * scale)
+    kernels.run(
+        *("accumulate_transposed", addend.dtype, accumulator, addend, scale),
+        *(addend.stride(0), *accumulator.shape),
+    )

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vp_train.tensors.precision import accumulate, statistics_dtype
+from vp_train.tensors.precision import accumulate, statistics_dtype, widened
 from vp_train.vocab.chunks import CHUNKS
 from vp_train.vocab.joined import Joined
 from vp_train.vocab.passes import Backend, Product, Softmax, cap, lifted
 from vp_train.vocab.products import Products
-from vp_train.vocab.rows import Statistics, exponentiate, fold, softmax_factor
+from vp_train.vocab.rows import extend, softmax_factor
 from vp_train.vocab.rows import scale as scale_rows
 from vp_train.vocab.shard import Owned
 
@@ -79,7 +79,6 @@ class Chunked:
     ) -> None:
         self._weight, self._grad, self._softcap = weight, grad, softcap
         self._first_kept = round(recompute * len(weight))
-        self._usual: torch.Size | None = None  # shape of the first chunk, which most chunks have
         self._free: list[Tensor] = []  # kept: on a CPU fresh memory costs as much as filling it
         self._products = products or Products()
 
@@ -88,26 +87,27 @@ class Chunked:
 
     def s(self, x: Tensor, owned: Owned, *, input_term: bool, keep: bool) -> tuple[Softmax, object]:
         num_tokens = x.shape[0]
-        statistics = Statistics.none(x, statistics_dtype(x.dtype))
-        product: Tensor | None = None
-        held = _Chunks(
-            self._take(x, num_tokens * (len(self._weight) - self._first_kept) if keep else 0)
-        )
+        precise, product = statistics_dtype(x.dtype), None
+        running = torch.empty(3, num_tokens, dtype=precise, device=x.device)
+        if not len(self._weight):
+            running.zero_()[0].fill_(-torch.inf)
+        kept = num_tokens * (len(self._weight) - self._first_kept) if keep else 0
+        held, maximum = _Chunks(self._take(x, kept)), running[0]
         for start, stop, place in self._chunks(num_tokens):
             rows = self._weight[start:stop]
-            keeps = keep and place is not None
-            exponential = self._block(held.exponentials if keeps else None, place, x, stop - start)
-            logits = self._products.logits(x, rows, exponential)
-            column = owned.row_of_token - start if start else owned.row_of_token
-            statistics, rescale = self._fold(logits, statistics, column, exponential)
+            p = self._block(held.exponentials if keep else None, place, x, stop - start)
+            logits = self._products.logits(x, rows, p)
+            before, maximum = maximum, torch.empty_like(running[0])
+            self._extend(logits, p, running, maximum, owned.row_of_token, start)
             if input_term:
-                product = self._products.sum_with(product, exponential, rows, rescale)
-            if keeps:
-                held.maxima.append(statistics.maximum)
+                lowered = torch.exp(before - maximum) if start else None
+                product = self._products.sum_with(product, p, rows, lowered)
+            if keep and place is not None:
+                held.maxima.append(maximum)
         if input_term and product is None:  # no rows
-            product = torch.zeros_like(x, dtype=statistics.total.dtype)
-        target = cap(statistics.target, self._softcap)
-        return Softmax(statistics.maximum, statistics.total, target, product), held
+            product = torch.zeros_like(x, dtype=precise)
+        target = cap(running[2], self._softcap)
+        return Softmax(running[0], running[1], target, product), held
 
     def t(
         self,
@@ -121,30 +121,26 @@ class Chunked:
     ) -> Product | None:
         assert isinstance(held, _Chunks)
         product, undo, right = None, None, self._products.scratch("x", x.shape, x.dtype, x.device)
-        maxima = iter(held.maxima)
+        # Of a chunk that is computed again: its largest logits, and statistics that nobody reads.
+        own, unused = lse.new_empty(len(x)), lse.new_empty(3, len(x))
         if x.dtype is torch.float16:
             grad_loss, undo = lifted(x, grad_loss * softmax_factor(None, lse, z_loss))
             z_loss = 0.0
+        maxima = iter(held.maxima)
         for start, stop, place in self._chunks(x.shape[0]):
-            exponential = self._block(held.exponentials, place, x, stop - start)
+            p = self._block(held.exponentials, place, x, stop - start)
             if place is None:
-                logits = self._products.logits(x, self._weight[start:stop], exponential)
-                maximum = self._exponentiate(logits, lse.dtype, exponential)
+                logits, maximum = self._products.logits(x, self._weight[start:stop], p), own
+                self._extend(logits, p, unused, maximum, None, 0)
             else:
                 maximum = next(maxima)
             scale_rows(x, grad_loss, right, reference=maximum, lse=lse, z_loss=z_loss)
-            self._products.add_transposed_matmul(
-                self._grad[start:stop],
-                exponential,
-                right,
-                undo,
-                usual=exponential.shape == self._usual,
-            )
+            self._products.add_transposed_matmul(self._grad[start:stop], p, right, undo)
             if input_term:
                 relative = torch.exp(maximum - lse)
-                part = self._products.matmul(exponential, self._weight[start:stop])
+                part = self._products.matmul(p, self._weight[start:stop])
                 if product is None:
-                    product = torch.mul(part, relative[:, None])
+                    product = widened(part, lse.dtype, relative)
                 else:
                     accumulate(product, part, scale=relative)
         if input_term and product is None:  # no rows
@@ -157,18 +153,17 @@ class Chunked:
         assert isinstance(held, _Chunks)
         return held.exponentials.nbytes + sum(maximum.nbytes for maximum in held.maxima)
 
-    def _fold(
-        self, logits: Tensor, before: Statistics, column: Tensor, out: Tensor
-    ) -> tuple[Statistics, Tensor]:
-        self._usual = self._usual or out.shape
-        return fold(logits, before, column, out, self._softcap, usual=out.shape == self._usual)
-
-    def _exponentiate(self, logits: Tensor, dtype: torch.dtype, out: Tensor) -> Tensor:
-        """Write P of a chunk into `out`, and return the maximum [T] to which it is relative."""
-        self._usual = self._usual or out.shape
-        least = logits.new_full(logits.shape[:1], -torch.inf, dtype=dtype)
-        usual = out.shape == self._usual
-        return exponentiate(logits, least, out, self._softcap, usual=usual)[0]
+    def _extend(
+        self,
+        logits: Tensor,
+        p: Tensor,
+        running: Tensor,
+        maximum: Tensor,
+        row_of_token: Tensor | None,
+        start: int,
+    ) -> None:
+        """Extend the statistics by a chunk; its P is relative to the largest logit so far."""
+        extend(logits, p, running, maximum, row_of_token, start, self._softcap, slack=0.0)
 
     def _chunk_rows(self, num_tokens: int) -> int:
         rows = CHUNKS["cpu"].num_rows(num_tokens, self._weight.itemsize)

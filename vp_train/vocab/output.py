@@ -290,7 +290,9 @@ class OutputStep:
 
     def _absorb_statistics(self, state: _Microbatch, gathered: Tensor) -> None:
         """Combine `gathered` [n, 3, T] in rank order, so that all ranks get the same bits."""
-        state.lse, state.loss = combine(gathered, state.ignored, self._options.z_loss)
+        state.lse, state.loss = combine(
+            gathered, state.ignored, self._options.z_loss, self._layer.weight.dtype
+        )
 
     def _maximum(self, state: _Microbatch) -> Tensor:
         return state.softmax.reference.clone()

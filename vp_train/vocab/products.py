@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vp_train.tensors.compiling import has_compiler
-from vp_train.tensors.precision import accumulate, accumulate_transposed, statistics_dtype
+from vp_train.tensors import kernels
+from vp_train.tensors.precision import (
+    accumulate,
+    accumulate_transposed,
+    statistics_dtype,
+    widened,
+)
 
 _BLOCK_BYTES = 3 << 20  # size of a block of a transposed product
 # Values between the rows of such a block.  With a stride that is a power of two, the rows would
@@ -26,9 +31,9 @@ class Products:
     def logits(self, x: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
         """Return x rows^T [T, C], in the statistics dtype on CUDA, else in the dtype of x.
 
-        The result may be `out` [T, C], which has the dtype of x.
+        The result is `out` [T, C] if that has its dtype.
         """
-        if out is not None and out.dtype is statistics_dtype(out.dtype):
+        if out is not None and (not x.is_cuda or out.dtype is statistics_dtype(out.dtype)):
             return torch.mm(x, rows.T, out=out)
         return self.matmul(x, rows.T)
 
@@ -57,7 +62,9 @@ class Products:
         precise = statistics_dtype(a.dtype)
         if a.dtype is precise:
             return torch.mm(a, b)
-        return torch.mm(a, b, out_dtype=precise) if a.is_cuda else self.matmul(a, b).to(precise)
+        if a.is_cuda:
+            return torch.mm(a, b, out_dtype=precise)
+        return widened(self.matmul(a, b), precise)
 
     def add_matmul(
         self,
@@ -66,17 +73,13 @@ class Products:
         b: Tensor,
         keep: Tensor | None = None,
         scale: Tensor | None = None,
-        *,
-        usual: bool = False,
     ) -> None:
         """Set accumulator [N, H] = accumulator * keep + a @ b * scale, with `keep` [N], `scale` [].
 
         On CUDA the product is never rounded.  Pass `scale` only for a and b in low precision.
-        `usual`: whether the shapes occur often, as for `accumulate`.
         """
         if accumulator.dtype is not a.dtype and not a.is_cuda:
-            factor = None if scale is None else scale.expand(len(a))
-            accumulate(accumulator, self.matmul(a, b), keep, factor, usual=usual)
+            accumulate(accumulator, self.matmul(a, b), keep, scale)
             return
         if keep is not None:
             accumulator.mul_(keep[:, None])
@@ -88,24 +91,17 @@ class Products:
             torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
 
     def add_transposed_matmul(
-        self,
-        accumulator: Tensor,
-        a: Tensor,
-        b: Tensor,
-        scale: Tensor | None = None,
-        *,
-        usual: bool = False,
+        self, accumulator: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None
     ) -> None:
         """Add a^T @ b * scale to accumulator [C, H], for a [T, C], b [T, H] and `scale` [].
 
         Pass `scale` only for b in low precision.  In low precision on a CPU this computes (b^T a)^T
         block by block: a product that transposes its larger operand takes 1.5 times as long, which
-        costs more than adding a transposed block.  `usual`: as for `add_matmul`.
+        costs more than adding a transposed block.
         """
         rest, hidden = 0, b.shape[1]
         size = max(1, _BLOCK_BYTES // (b.itemsize * hidden))
-        mixed = a.device.type == "cpu" and accumulator.dtype is not a.dtype and has_compiler()
-        if mixed and size <= len(accumulator):
+        if size <= len(accumulator) and kernels.suits(b, accumulator):
             left = b.T.contiguous()
             block = self.scratch("product", (hidden, size + _GAP), a.dtype, a.device)[:, :size]
             while rest + size <= len(accumulator):
@@ -114,7 +110,7 @@ class Products:
                 rest += size
         if rest < len(accumulator):
             left = a[:, rest:].T
-            self.add_matmul(accumulator[rest:], left, b, scale=scale, usual=usual and not rest)
+            self.add_matmul(accumulator[rest:], left, b, scale=scale)
 
     def scratch(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device

@@ -1,22 +1,21 @@
 """The row-wise work between matrix products: softmax statistics, exponentials, terms of targets.
 
 There are three implementations with the same arguments.  On CUDA these are Triton kernels, if
-Triton is installed.  On a CPU in low precision torch.compile fuses the exponentials, if there is a
-C++ compiler.  Otherwise they are torch operations, which make several passes over the logits.
+Triton is installed.  On a CPU in 16 bits they are kernels in C++, if there is a compiler.
+Otherwise they are torch operations, which make several passes over the logits.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from vp_train.tensors.compiling import compiled, compiled_exactly, has_compiler, has_triton
+from vp_train.tensors import kernels
+from vp_train.tensors.compiling import has_triton
 from vp_train.vocab.shard import Owned
 
 # By how much a logit may exceed the reference of its exponential.  P of one chunk then is at most
@@ -24,136 +23,62 @@ from vp_train.vocab.shard import Owned
 SLACK = 8 * math.log(2)
 
 
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """Running statistics of the logits of T tokens; all [T], in the statistics dtype.
-
-    maximum: the largest logit seen so far.
-    total: sum exp(z - maximum).
-    target: x W^T at the token's target, before a softcap; 0 if it has not been seen.
-    """
-
-    maximum: Tensor
-    total: Tensor
-    target: Tensor
-
-    @classmethod
-    def none(cls, like: Tensor, dtype: torch.dtype) -> Statistics:
-        """Return the statistics of no logits, for T tokens on the device of `like` [T, ...]."""
-        return cls(
-            like.new_full((len(like),), -torch.inf, dtype=dtype),
-            like.new_zeros(len(like), dtype=dtype),
-            like.new_zeros(len(like), dtype=dtype),
-        )
-
-
-def fold(
+def extend(
     logits: Tensor,
-    before: Statistics,
-    target_column: Tensor,
-    out: Tensor,
+    out: Tensor | None,
+    running: Tensor,
+    references: Tensor,
+    row_of_token: Tensor | None,
+    start: int,
     softcap: float | None,
     *,
-    usual: bool = False,
-) -> tuple[Statistics, Tensor]:
-    """Write P = exp(z - maximum) of a chunk of logits into `out`, and update the statistics.
+    slack: float = SLACK,
+    num_warps: int | None = None,
+) -> None:
+    """Add the chunk of rows from `start` on to the `running` statistics, and write P into `out`.
 
-    Returns the new statistics, to whose `maximum` P is relative, and the factor
-    exp(before.maximum - maximum) [T] for all sums so far.  With `softcap` c, z = c tanh(logits /
-    c).  P is then multiplied by dz / dlogits = 1 - (z / c)^2, and the total is not.
+    P = exp(z - reference).  With `softcap` c, z = c tanh(logits / c); P is then multiplied by
+    dz / dlogits = 1 - (z / c)^2, and the total is not.  Nothing is written if `out` is None.  The
+    reference is the largest logit of the first chunk.  It moves only to a logit that exceeds it by
+    `slack`.
 
     logits: [T, C]; overwritten.
-    target_column: [T], int64; may lie outside the chunk.
-    out: [T, C]; in the statistics dtype it may be the memory of `logits`.
-    usual: whether the shape occurs often, so that compiling code for it pays.
+    out: [T, C], with any stride between rows; may be the memory of `logits`.
+    running: reference, total and target logit (before a softcap) [3, T], in the statistics dtype,
+        of the chunks before; what it contains does not matter if `start` is 0.
+    references: [T]; gets the reference of this chunk.
+    row_of_token: see `Owned`; None finds no target.
+    slack: SLACK wherever Triton does it.
+    num_warps: of a program, where a kernel does it; see `triton_rows.warps_of`.
     """
-    statistics = before.maximum, before.total, before.target
-    if _fuses(logits, out):
-        run = compiled_exactly(_folded) if usual else compiled(_folded)
-        found = run(logits, *statistics, target_column, out, softcap, _functional)
-    else:
-        found = _folded(logits, *statistics, target_column, out, softcap, unfused)
-    maximum, total, target, rescale = found
-    return Statistics(maximum, total, target), rescale
+    if _suits_triton(running):
+        from vp_train.vocab import triton_rows  # imported only where there is a GPU
 
-
-def _folded(
-    logits: Tensor,
-    before: Tensor,
-    total: Tensor,
-    target: Tensor,
-    target_column: Tensor,
-    out: Tensor,
-    softcap: float | None,
-    exponentials: Callable[..., tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return maximum, total, target and rescaling factor of `fold`."""
-    target = _picked(target, logits, target_column)
-    maximum, part = exponentials(logits, before, out, softcap)
-    rescale = torch.exp(before - maximum)
-    return maximum, torch.addcmul(part, total, rescale), target, rescale
-
-
-def _fuses(logits: Tensor, out: Tensor) -> bool:
-    """Return whether torch.compile fuses the work on a chunk: in 16 bits on a CPU."""
-    in_16_bits = out.dtype in (torch.bfloat16, torch.float16)
-    return logits.device.type == "cpu" and in_16_bits and has_compiler()
-
-
-def exponentiate(
-    logits: Tensor, least: Tensor, out: Tensor, softcap: float | None, *, usual: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Write P as `fold` does; return the maximum [T] and the sum of P [T], without softcap's slope.
-
-    The maximum is at least `least` [T].  Everything is computed in the dtype of `least`.
-    """
-    if _fuses(logits, out):
-        fused = compiled_exactly(_functional) if usual else compiled(_functional)
-        maximum, total = fused(logits, least, out, softcap)
-        return maximum, total
-    return unfused(logits, least, out, softcap)
-
-
-def unfused(
-    logits: Tensor, least: Tensor, out: Tensor, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Do what `exponentiate` does with torch operations."""
-    z = logits.to(least.dtype)  # may be `logits` itself
-    slope = None
-    if softcap is not None:
-        ratio = z.div_(softcap).tanh_()
-        slope = 1 - ratio * ratio
-        z = ratio.mul_(softcap)
-    maximum = torch.maximum(least, z.amax(-1))
-    exponential = z.sub_(maximum[:, None]).exp_()
-    total = exponential.sum(-1)
-    if slope is not None:
-        exponential.mul_(slope)
-    if exponential.data_ptr() != out.data_ptr():
-        out.copy_(exponential)
-    return maximum, total
-
-
-def _functional(
-    logits: Tensor, least: Tensor, out: Tensor, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Do what `unfused` does without in-place writes.
-
-    torch.compile turns it into two loops over a row, which stays in cache.
-    """
-    z = logits.to(least.dtype)
-    maximum, ratio = z.amax(-1), None
-    if softcap is not None:
-        maximum = softcap * torch.tanh(maximum / softcap)  # tanh grows with its argument
-        ratio = torch.tanh(z / softcap)
-        z = ratio * softcap
-    maximum = torch.maximum(least, maximum)
-    exponential = torch.exp(z - maximum[:, None])
-    total = exponential.sum(-1)
-    if ratio is not None:
-        exponential = exponential * (1 - ratio * ratio)
-    out.copy_(exponential)
-    return maximum, total
+        assert row_of_token is not None
+        triton_rows.extend(
+            logits, out, running, references, row_of_token, start, softcap, slack, num_warps
+        )
+        return
+    if (out is None or out.dtype is logits.dtype) and kernels.suits(logits, running, references):
+        kernels.run(
+            *("extend", logits.dtype, logits, out, 0 if out is None else out.stride(0)),
+            *(running, references, row_of_token, start, *logits.shape, softcap or 0.0, slack),
+        )
+        return
+    if start == 0:
+        running[2] = 0
+    if row_of_token is not None:
+        running[2] = _picked(running[2], logits, row_of_token - start)
+    z, slope = _capped(logits.to(running.dtype), softcap)
+    reference = largest = z.amax(-1)
+    if start:
+        before = running[0].clone()
+        reference = torch.where(largest > before + slack, largest, before)
+    total = _exponentials(z, slope, reference, out)
+    if start:
+        total.addcmul_(running[1], torch.exp(before - reference))
+    running[0], running[1] = reference, total
+    references.copy_(reference)
 
 
 def _picked(target: Tensor, logits: Tensor, column: Tensor) -> Tensor:
@@ -164,49 +89,6 @@ def _picked(target: Tensor, logits: Tensor, column: Tensor) -> Tensor:
     num_columns = logits.shape[1]
     found = logits.gather(1, column.clamp(0, num_columns - 1)[:, None])[:, 0].to(target.dtype)
     return torch.where((column >= 0) & (column < num_columns), found, target)
-
-
-def extend(
-    logits: Tensor,
-    out: Tensor | None,
-    running: Tensor,
-    references: Tensor,
-    row_of_token: Tensor,
-    start: int,
-    softcap: float | None,
-    *,
-    num_warps: int | None = None,
-) -> None:
-    """Add the chunk of rows from `start` on to the `running` statistics, and write P into `out`.
-
-    P = exp(z - reference), as for `fold`; nothing is written if `out` is None.  The reference is
-    the largest logit of the first chunk.  It moves only to a logit that exceeds it by SLACK.
-
-    logits: [T, C]; overwritten.
-    out: [T, C], with any stride between rows; may be the memory of `logits`.
-    running: reference, total and target logit (before a softcap) [3, T], in the statistics dtype,
-        of the chunks before; what it contains does not matter if `start` is 0.
-    references: [T]; gets the reference of this chunk.
-    row_of_token: see `Owned`.
-    num_warps: of a program, where a kernel does it; see `triton_rows.warps_of`.
-    """
-    if _suits_triton(running):
-        from vp_train.vocab import triton_rows  # imported only where there is a GPU
-
-        triton_rows.extend(
-            logits, out, running, references, row_of_token, start, softcap, SLACK, num_warps
-        )
-        return
-    zero = torch.zeros_like(running[2]) if start == 0 else running[2]
-    running[2] = _picked(zero, logits, row_of_token - start)
-    z, slope = _capped(logits.to(running.dtype), softcap)
-    largest, before = z.amax(-1), running[0].clone()
-    reference = largest if start == 0 else torch.where(largest > before + SLACK, largest, before)
-    total = _exponentials(z, slope, reference, out)
-    if start:
-        total.addcmul_(running[1], torch.exp(before - reference))
-    running[0], running[1] = reference, total
-    references.copy_(reference)
 
 
 def fastest_warps(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> int | None:
@@ -269,11 +151,14 @@ def relate(values: Tensor, references: Tensor, size: int) -> None:
         chunk.mul_(torch.exp(own - references[-1])[:, None])
 
 
-def combine(gathered: Tensor, ignored: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+def combine(
+    gathered: Tensor, ignored: Tensor, z_loss: float, compute: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Return lse [T] and loss [T] from the statistics of all shards.
 
     gathered: reference, total and target logit of each shard [n, 3, T].
     ignored: [T], where the loss is 0.
+    compute: the dtype of the weights.
 
     The sums are in the order of the shards, so that all ranks get the same bits.
     """
@@ -281,6 +166,13 @@ def combine(gathered: Tensor, ignored: Tensor, z_loss: float) -> tuple[Tensor, T
         from vp_train.vocab import triton_rows
 
         return triton_rows.combine(gathered, ignored, z_loss)
+    if kernels.suits_sums(compute, gathered):
+        lse, loss = gathered.new_empty(2, gathered.shape[2])
+        kernels.run(
+            *("combine", compute, gathered, ignored.view(torch.uint8), z_loss, lse, loss),
+            *(len(gathered), gathered.shape[2]),
+        )
+        return lse, loss
     references, totals, logits = gathered.unbind(1)
     reference = references.amax(0)
     total = (totals * torch.exp(references - reference)).sum(0)
@@ -345,6 +237,17 @@ def input_term(
             gain,
         )
         return term
+    if kernels.suits(weight, lse, product) and dtype in (None, product.dtype, weight.dtype):
+        rounds = dtype is weight.dtype
+        term = torch.empty_like(product, dtype=dtype) if rounds else product
+        by_token = isinstance(target_scale, Tensor)
+        kernels.run(
+            *("input_term_rounded" if rounds else "input_term", weight.dtype, product, term),
+            *(reference, lse, weight, owned.row_of_token),
+            *((target_scale, 0.0) if by_token else (None, target_scale)),
+            *(z_loss, shared, gain, *product.shape),
+        )
+        return term
     factor = softmax_factor(reference, lse, z_loss)
     if isinstance(factor, Tensor):
         product.mul_(factor[:, None])
@@ -380,23 +283,17 @@ def scale(
 
         triton_rows.scale(x, factor, out, reference, lse, z_loss)
         return out
-    mixed = x.device.type == "cpu" and x.dtype is not factor.dtype
-    run = compiled_exactly(_scale) if mixed and has_compiler() else _scale
-    run(x, factor, reference, lse, z_loss, out)
-    return out
-
-
-def _scale(
-    x: Tensor,
-    factor: Tensor,
-    reference: Tensor | None,
-    lse: Tensor | None,
-    z_loss: float,
-    out: Tensor,
-) -> None:
+    if out.is_contiguous() and kernels.suits_sums(out.dtype, factor):
+        rounds = x.dtype is torch.float32
+        if x.is_contiguous() and (rounds or x.dtype is out.dtype):
+            kernels.run(
+                *("scale_rounded" if rounds else "scale", out.dtype, x, factor, reference, lse),
+                *(z_loss, out, *x.shape),
+            )
+            return out
     if lse is not None:
         factor = factor * softmax_factor(reference, lse, z_loss)
-    out.copy_(x * factor[:, None])
+    return out.copy_(x * factor[:, None])
 
 
 def subtract_targets(
@@ -412,6 +309,14 @@ def subtract_targets(
         from vp_train.vocab import triton_rows
 
         triton_rows.subtract_targets(grad, x, owned.positions, owned.rows, factor, target_scale)
+        return
+    if kernels.suits(x, grad, factor):
+        by_token = isinstance(target_scale, Tensor)
+        kernels.run(
+            *("subtract_targets", x.dtype, grad, x, owned.row_of_token, factor),
+            *((target_scale, 0.0) if by_token else (None, target_scale)),
+            *x.shape,
+        )
         return
     here = (
         factor if isinstance(target_scale, float) and target_scale == 1 else factor * target_scale

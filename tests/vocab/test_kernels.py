@@ -1,0 +1,162 @@
+"""The kernels in C++ of a CPU in 16 bits."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from threading import Barrier, Thread
+
+import pytest
+import torch
+
+from tests.vocab.kernels import COMPARISONS, compare_chunks
+from vp_train.tensors import compiling, kernels, precision
+from vp_train.tensors.compiling import cpp_compiler, has_compiler, own_directory
+
+CPU = torch.device("cpu")
+DTYPES = [torch.bfloat16, torch.float16]
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Yield the names of the kernels that are called."""
+    names, run = set(), kernels.run
+
+    def note(name, dtype, *arguments):
+        names.add(name)
+        run(name, dtype, *arguments)
+
+    monkeypatch.setattr(kernels, "run", note)
+    return names
+
+
+def test_the_kernels_of_rows_equal_float64(called):
+    for compare, case in COMPARISONS:
+        compare(case, CPU, **({"rounds": True} if compare is compare_chunks else {}))
+    compare_chunks((64, 2_001), CPU, rounds=True)  # more than one thread
+    terms = {"input_term", "input_term_rounded", "scale", "subtract_targets"}
+    assert called == {"extend", "combine", *terms}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_two_dtypes_equal_float64(called, dtype):
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((1, 1), (5, 67), (300, 130)):
+        addend = torch.randn(shape, generator=generator).to(dtype)
+        sums, by_row = torch.randn(shape, generator=generator), torch.rand(2, shape[0]) + 0.5
+        for keep, scale in ((None, None), (by_row[0], by_row[1]), (None, torch.tensor(0.25))):
+            kept, factor = (1.0 if f is None else f.view(-1, 1).double() for f in (keep, scale))
+            true, ours = sums.double() * kept + addend.double() * factor, sums.clone()
+            precision.accumulate(ours, addend, keep, scale)
+            assert torch.allclose(ours.double(), true, atol=1e-6)
+        ours = sums.T.clone(memory_format=torch.contiguous_format)
+        wide = torch.zeros(shape[0], shape[1] + 3, dtype=dtype)[:, : shape[1]].copy_(addend)
+        precision.accumulate_transposed(ours, wide, torch.tensor(0.25))
+        assert torch.allclose(ours, sums.T + addend.T.float() * 0.25, atol=1e-6)
+        assert torch.equal(precision.widened(addend, torch.float32), addend.float())
+        scaled = precision.widened(addend, torch.float32, by_row[0])
+        assert torch.equal(scaled, addend.float() * by_row[0][:, None])
+    assert called == {"accumulate", "accumulate_transposed"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_of_16_bits_is_read_and_rounded_as_torch_does(dtype):
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    numbers = bits.view(dtype)[None]
+    assert same(precision.widened(numbers, torch.float32), numbers.float())
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(-(2**31), 2**31, (1, 2**16), dtype=torch.int64, generator=generator)
+    near = numbers.float().view(torch.int32) + torch.tensor([[-1], [0], [1]])
+    half = 1 << (15 if dtype is torch.bfloat16 else 12)  # ties
+    for wide in (draws.to(torch.int32), near.int(), near.int() + half):
+        values, rounded = wide.view(torch.float32), torch.empty(wide.shape, dtype=dtype)
+        ones = torch.ones(len(values))
+        kernels.run(
+            *("scale_rounded", dtype, values, ones, None, None, 0.0, rounded), *values.shape
+        )
+        assert same(rounded, values.to(dtype))
+
+
+def same(ours, true):
+    """Return whether two tensors have the same values, NaN in the same places."""
+    return torch.equal(ours.nan_to_num(7, 8, 9), true.nan_to_num(7, 8, 9))
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """Let a script compile into an empty TMPDIR, and return the file that it notes its calls in.
+
+    It copies what the true compiler has made before.
+    """
+    kernels.run("scale_rounded", torch.bfloat16, *[None] * 4, 0.0, None, 0, 0)
+    built = max(own_directory().glob("*.so"), key=lambda path: path.stat().st_mtime)
+    shutil.copy(built, tmp_path / "built")
+    calls, script = tmp_path / "calls", tmp_path / "c++"
+    script.write_text(
+        f'#!/bin/sh\necho >> {calls}\nsleep .1\nfor last; do :; done\ncp {tmp_path}/built "$last"\n'
+    )
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return calls
+
+
+def test_threads_and_processes_build_once(compiler):
+    child = os.fork()
+    if not child:
+        kernels._load("BFloat16")
+        os._exit(0)
+    threads = [Thread(target=kernels._load, args=("BFloat16",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert os.waitpid(child, 0)[1] == 0
+    for thread in threads:
+        thread.join()
+    assert compiler.read_text() == "\n"
+    kernels._load("Float16")
+    assert compiler.read_text() == "\n\n"
+
+
+def test_what_others_may_write_is_not_loaded(compiler, tmp_path):
+    (tmp_path / f"vp_train_{os.getuid()}").mkdir()
+    (tmp_path / f"vp_train_{os.getuid()}").chmod(0o777)
+    for calls in ("\n", "\n\n"):  # nothing is kept
+        kernels._load("BFloat16")
+        assert compiler.read_text() == calls
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        f"vp_train_{os.getuid()}"
+    }
+
+
+def test_a_compiler_that_fails_is_named_in_one_line(compiler, tmp_path):
+    Path(cpp_compiler()).write_text("#!/bin/sh\necho a.cpp:1: error: no such thing >&2\nexit 1\n")
+    with pytest.raises(
+        RuntimeError,
+        match=r"^\S+c\+\+ cannot build kernels\.cpp: a\.cpp:1: error: .*"
+        r"run\.compile=off$",
+    ):
+        kernels._load("BFloat16")
+
+
+def test_one_process_compiles_first_and_the_others_then_do_so_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    both_in = Barrier(2)
+    order = []
+
+    def work():
+        with compiling.one_first():
+            order.append("other")
+            both_in.wait(timeout=20)
+
+    threads = [Thread(target=work) for _ in range(2)]
+    with compiling.one_first():
+        for thread in threads:
+            thread.start()
+        time.sleep(0.15)
+        order.append("first")
+    for thread in threads:
+        thread.join()
+    assert order == ["first", "other", "other"]
+    assert both_in.broken is False
