@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from schedules.ir import Kind
+from schedules.lower import Action, lower
+from schedules.vocab import End
 from tests.ranks import in_processes
 from vp_train.config import ConfigError, OptimConfig
 from vp_train.model import shape
 from vp_train.planning.memory import (
     StateBytes,
     _most_held,
+    _unsent_bytes,
     check_machine,
     rank_memory,
     rank_parameters,
@@ -22,6 +25,7 @@ from vp_train.planning.memory import (
 from vp_train.planning.plan import plan_step
 from vp_train.settings import load_config
 
+VOCABULARY_ENDS = {Kind.E: End.INPUT, Kind.S: End.OUTPUT}
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NANO = ["model=nano", "parallel.pp=2", "num_microbatches=4"]
 
@@ -144,6 +148,26 @@ def test_activations_and_shards_are_those_of_the_simulation(schedule):
             <= activations + shards
             <= simulated + step.timeline.peak_in_flight[rank] * outputs
         )
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half", "interleaved"])
+@pytest.mark.parametrize("vocab", ["none", "one_barrier"])
+def test_on_a_cpu_stays_what_the_program_of_a_rank_sends_and_nothing_else(schedule, vocab):
+    """Hops, and for a sharded vocabulary what roots on other ranks receive of E and S."""
+    _, step = planned(f"schedule={schedule}", f"vocab={vocab}", "model.num_layers=8")
+    program = lower(step.schedule, step.problem, step.cost)
+    hop = float(step.work.message_bytes)
+    for rank, order in enumerate(step.schedule.ranks):
+        sent = {op.item for op in program.ranks[rank] if op.action is Action.SEND}
+        assert sent
+        for item in order:
+            found, end = _unsent_bytes(item, step, rank), VOCABULARY_ENDS.get(item.kind)
+            if end is None or vocab == "none" or rank == step.problem.root(end):
+                assert found == hop * (item in sent)
+            elif end is End.INPUT:
+                assert found == hop / 2, "of the half of the rows that this rank has"
+            else:
+                assert found == step.work.input_gradient_bytes
 
 
 @pytest.mark.parametrize("num_microbatches", [8, 32])

@@ -10,7 +10,7 @@ from vp_train.config import ConfigError, CostConfig
 from vp_train.model import shape
 from vp_train.planning.cluster import with_rates
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.fsdp import best_fsdp, fsdp_step
+from vp_train.planning.fsdp import _microbatches, best_fsdp, fsdp_step
 from vp_train.planning.memory import StateBytes
 from vp_train.planning.physics import (
     Device,
@@ -208,6 +208,38 @@ def test_a_step_of_fsdp_has_one_gather_and_one_scatter_that_nothing_hides():
         found.append(fsdp_step(work, config.cluster, config.cost, config.optim, recompute="none"))
     assert found[0].exposed == pytest.approx(found[1].exposed)
     assert 0 < found[0].exposed < 0.1 * found[0].exchange
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_tensor_parallel_ranks_of_fsdp_wait_longer_on_slow_links_and_compute_as_fast(recompute):
+    config, work = work_of("cluster.contention=0", "num_microbatches=2")
+    work = replace(work, degrees=Degrees(4, 1, 2), sequence_parallel=True)
+    found = []
+    for part in (1, 2):
+        slower = config.cluster.node_bytes_per_second / part
+        cluster = replace(config.cluster, node_bytes_per_second=slower)
+        found.append(fsdp_step(work, cluster, config.cost, config.optim, recompute=recompute))
+    fast, slow = found
+    assert slow.compute == pytest.approx(fast.compute)
+    assert 1.9 * fast.tensor < slow.tensor
+    assert fast.seconds == fast.compute + fast.tensor + fast.exposed + fast.optimizer
+
+
+@pytest.mark.parametrize(
+    ("tp", "num_sequences", "sizes"),
+    [
+        *((1, 8 * 12, (1, 2, 4, 12)), (2, 4 * 12, (1, 2, 4, 12)), (1, 8, (1,)), (4, 2 * 7, (1, 7))),
+        *((1, 9, ()), (1, 4, ())),  # a replica has no whole part of these
+    ],
+)
+def test_a_replica_of_fsdp_takes_its_part_at_once_or_in_powers_of_two(tp, num_sequences, sizes):
+    config, work = work_of()
+    found = _microbatches(work, config.cluster, tp, num_sequences)
+    assert tuple(one.micro_batch_size for one in found) == sizes
+    for one in found:
+        replicas = one.degrees.dp
+        assert replicas * one.num_microbatches * one.micro_batch_size == num_sequences
+        assert (one.degrees, one.sequence_parallel) == (Degrees(8 // tp, 1, tp), tp > 1)
 
 
 def test_the_best_fsdp_fits_or_is_the_leanest():
