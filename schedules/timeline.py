@@ -46,7 +46,7 @@ class Transfer:
 
     @property
     def is_offload(self) -> bool:
-        """Whether the copy goes to host memory."""
+        """Return whether the copy goes to host memory."""
         return self.span.kind == OFFLOAD
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,6 +110,21 @@ def ranks_rest() -> Iterator[None]:
     yield
     for pool in POOLS.values():
         pool.rest()
+
+
+@pytest.fixture
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[object, str, str]]:
+    """Run a command in this process: main, name, words -> (exit code, stdout, stderr)."""
+
+    def run(main: Callable[[], None], name: str, *words: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return left.value.code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

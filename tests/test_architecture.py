@@ -169,7 +169,7 @@ def statements_of(path):
 
 
 def may_hold(node):
-    """Whether a node is a statement, or a part of one that has statements."""
+    """Return whether a node is a statement, or a part of one that has statements."""
     return isinstance(node, ast.stmt | ast.excepthandler | ast.match_case)
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import random
 import shlex
-import sys
 import time
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from statistics import median_low
 
 import pytest
@@ -499,24 +498,20 @@ def traced_run(directory, slow=None, dp=1):
     return run
 
 
-def call(monkeypatch, capsys, *words):
-    """Run vp-explain in this process; return its exit code, output and errors."""
-    monkeypatch.setattr(sys, "argv", ["vp-explain", *map(str, words)])
-    with pytest.raises(SystemExit) as left:
-        command.main()
-    captured = capsys.readouterr()
-    return left.value.code, captured.out, captured.err
+@pytest.fixture
+def vp_explain(run_here):
+    return partial(run_here, command.main, "vp-explain")
 
 
-def test_the_command_names_the_slow_rank_and_what_mends_it(tmp_path, monkeypatch, capsys):
+def test_the_command_names_the_slow_rank_and_what_mends_it(tmp_path, monkeypatch, vp_explain):
     monkeypatch.setattr(command, "_SECONDS", 0.0)  # for the comparison of schedules
     run = traced_run(tmp_path, slow=2)
     costs = tmp_path / "measured.yaml"
-    code, out, err = call(monkeypatch, capsys, run, "--cost", costs)
+    code, out, err = vp_explain(run, "--cost", costs)
     assert (code, err) == (0, "")
     assert "rank 2 on node0 is slow: it computes 2.00 times as long as others" in out
     assert "cost.rank_slowness=[1,1,2,1]" in out
-    code, out, _ = call(monkeypatch, capsys, run, "--json")
+    code, out, _ = vp_explain(run, "--json")
     found = json.loads(out)
     assert found["slow_ranks"] == [2]
     causes = sum(cause["seconds"] for cause in found["causes"])
@@ -553,13 +548,13 @@ def test_a_file_of_costs_with_a_blank_in_its_name_is_one_word_of_a_command(tmp_p
     assert shlex.split(command)[-1] == "cost=my costs.yaml"
 
 
-def test_a_command_trains_steps_that_are_still_to_come(tmp_path, monkeypatch, capsys):
+def test_a_command_trains_steps_that_are_still_to_come(tmp_path, monkeypatch, vp_explain):
     monkeypatch.setattr(command, "compare_schedules", lambda *_: None)
     monkeypatch.setattr(remedies_module, "WORTH", -9.0)  # everything is worth a line
     run, commands = traced_run(tmp_path), {}
     for done in (0, 89, 90):
         (run / "checkpoints" / checkpoint_name(done)).mkdir(parents=True)
-        found = json.loads(call(monkeypatch, capsys, run, "--json")[1])["remedies"]
+        found = json.loads(vp_explain(run, "--json")[1])["remedies"]
         between = [each["command"] for each in found if each["cause"] == "between"]
         commands[done] = [shlex.split(words) for words in between]
     for done, (larger, profiled) in commands.items():
@@ -639,19 +634,19 @@ def test_a_file_keeps_what_was_offloaded_and_what_that_costs(tmp_path):
         (lambda r: r.update(measured=[]), "not an object"),
     ],
 )
-def test_a_crafted_file_is_refused_in_one_line(tmp_path, monkeypatch, capsys, defect, words):
+def test_a_crafted_file_is_refused_in_one_line(tmp_path, defect, words, vp_explain):
     run = traced_run(tmp_path)
     path = run / "trace" / "step_times.json"
     record = json.loads(path.read_text())
     defect(record)
     path.write_text(json.dumps(record))
-    code, out, err = call(monkeypatch, capsys, run)
+    code, out, err = vp_explain(run)
     assert (code, out, err.count("\n")) == (78, "", 1)
     assert words in err
     assert "\x1b" not in err
 
 
-def test_what_is_no_run_or_has_no_trace_is_told_with_the_way_out(tmp_path, monkeypatch, capsys):
+def test_what_is_no_run_or_has_no_trace_is_told_with_the_way_out(tmp_path, vp_explain):
     run = traced_run(tmp_path)
     trace = run / "trace" / "step_times.json"
     for spoil, words in (
@@ -660,10 +655,10 @@ def test_what_is_no_run_or_has_no_trace_is_told_with_the_way_out(tmp_path, monke
         ((run / "config.yaml").unlink, "config.yaml"),
     ):
         spoil()
-        code, _, err = call(monkeypatch, capsys, run)
+        code, _, err = vp_explain(run)
         assert (code, err.count("\n")) == (78, 1)
         assert words in err
-    code, _, err = call(monkeypatch, capsys, tmp_path / "nothing")
+    code, _, err = vp_explain(tmp_path / "nothing")
     assert (code, err.count("\n")) == (78, 1)
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,8 @@ NANO = ["model=nano", "num_microbatches=8"]
 
 
 @pytest.fixture
-def vp_plan(monkeypatch, capsys):
-    """Run the command in this process: arguments -> (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vp-plan", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return left.value.code, *capsys.readouterr()
-
-    return run
+def vp_plan(run_here):
+    return partial(run_here, main, "vp-plan")
 
 
 def test_the_command_is_installed():

@@ -2,7 +2,7 @@
 
 import json
 import math
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -30,16 +30,8 @@ NANO = [
 
 
 @pytest.fixture
-def vp_profile(monkeypatch, capsys):
-    """Run the command in this process: arguments -> (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vp-profile", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return left.value.code, *capsys.readouterr()
-
-    return run
+def vp_profile(run_here):
+    return partial(run_here, main, "vp-profile")
 
 
 @pytest.mark.parametrize(

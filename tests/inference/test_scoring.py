@@ -38,7 +38,7 @@ def test_text_is_scored_in_three_lines(trained):
 
 
 def test_scores_are_the_log_softmax_of_the_model(trained):
-    """In float64, for a text of several windows: token by token, with plain torch."""
+    """Plain torch agrees token by token, in float64, for a text of several windows."""
     run = vp_train.open_run(trained / "checkpoints" / "step-00000004", dtype="float64")
     width, model = run.config.model.seq_length, run.model
     ids = torch.randint(0, 300, (2 * width + 7,), generator=torch.Generator().manual_seed(0))

@@ -101,7 +101,7 @@ def test_a_line_has_the_chosen_figures_in_their_order_and_leaves_out_what_is_unk
 
 
 def test_a_run_that_goes_back_behind_its_first_step_still_knows_the_time_left(stopped):
-    """As from step 101, whose newest checkpoint is damaged, to the one of step 99."""
+    """The run goes back from step 101, whose checkpoint is damaged, to that of step 99."""
     out = io.StringIO()
     settings = RunSettings(steps=102, log_every=1, progress=("left",))
     progress = Progress(settings, 101, Console(file=out, width=80))

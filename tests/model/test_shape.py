@@ -9,7 +9,13 @@ import torch
 import torch.distributed as dist
 
 from tests.meshes import fake_world
-from tests.model.test_stage import FAMILIES, MODEL, group, stage  # noqa: F401 - a fixture
+from tests.model.test_stage import (
+    FAMILIES,
+    MODEL,
+    group,  # noqa: F401 - a fixture
+    kept_bytes,
+    stage,
+)
 from vp_train.model import shape
 
 DTYPES = (torch.bfloat16, torch.float64)
@@ -84,25 +90,15 @@ def test_ranks_that_split_sequences_keep_their_part_of_norms_and_inputs(
 ):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")  # megatron's collectives ask
     batch, model = 3, family(name, sliding_window=None, full_attention_every=None)
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     with fake_world(0, 2):
         part = stage(
             dist.group.WORLD, range(2), model=model, recompute=recompute, split_sequences=True
         )
-        weights = {p.untyped_storage().data_ptr() for p in part.parameters()}
         x = torch.randn(10, batch, 48, dtype=torch.float64, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = part(x)
+        kept, y = kept_bytes(part, x)
     share = shape.tensor_share(model, 2)
     bytes_of = shape.layer_activation_bytes(share, batch, 8, recompute=recompute, sequence_ranks=2)
-    assert (y.shape, sum(kept.values())) == (x.shape, 2 * bytes_of)
+    assert (y.shape, kept) == (x.shape, 2 * bytes_of)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

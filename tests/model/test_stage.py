@@ -369,8 +369,13 @@ def test_parameter_counts(group, name):
     assert sum(p.numel() for p in part.layers["0"].parameters()) == shape.layer_parameters(model)
 
 
-def kept_bytes(part, batch, model, dtype, segments=None):
-    """Return the bytes that autograd saves in a forward, without the weights, and the output.
+def random_input(model, batch, dtype):
+    shape = model.seq_length, batch, model.hidden_size
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def kept_bytes(part, x, segments=None):
+    """Return the bytes that autograd saves in a forward of x, without the weights, and the output.
 
     The output keeps the saved tensors alive.
     """
@@ -383,7 +388,6 @@ def kept_bytes(part, batch, model, dtype, segments=None):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    x = torch.randn(model.seq_length, batch, model.hidden_size, dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = part(x, segments)
         return sum(kept.values()), y
@@ -423,7 +427,7 @@ def test_activation_bytes_are_what_autograd_keeps(group, model, batch, dtype):
     part = stage(group, range(3), final_norm=True, dtype=dtype, model=model)
     predicted = 3 * shape.layer_activation_bytes(model, batch, dtype.itemsize)
     predicted += shape.final_norm_activation_bytes(model, batch, dtype.itemsize)
-    measured, y = kept_bytes(part, batch, model, dtype)
+    measured, y = kept_bytes(part, random_input(model, batch, dtype))
     assert measured == predicted
     assert y.dtype == dtype
 
@@ -450,7 +454,7 @@ def test_packed_documents_keep_no_mask(group, batch):
     )
     part = stage(group, range(2), dtype=torch.float32, model=model)
     segments = (torch.arange(512) // 100).int().expand(batch, -1)
-    kept, _y = kept_bytes(part, batch, model, torch.float32, segments)
+    kept, _y = kept_bytes(part, random_input(model, batch, torch.float32), segments)
     joined, mask = 2 * 512 * batch * 32 * 4, 512 * 512 * batch * 4
     assert kept <= 2 * shape.layer_activation_bytes(model, batch, 4) + joined
     assert joined < mask / 4, "otherwise this test would not notice a mask"
@@ -465,7 +469,7 @@ def test_activation_bytes_of_every_flag_are_what_autograd_keeps(group, name, bat
     part = stage(group, range(3), final_norm=True, model=model, recompute=recompute)
     predicted = 3 * shape.layer_activation_bytes(model, batch, 8, recompute=recompute)
     predicted += shape.final_norm_activation_bytes(model, batch, 8)
-    measured, _ = kept_bytes(part, batch, model, torch.float64)
+    measured, _ = kept_bytes(part, random_input(model, batch, torch.float64))
     # On a CPU attention with a window keeps no log-sums.
     assert measured == pytest.approx(predicted, rel=0.03 if model.sliding_window else 0)
 

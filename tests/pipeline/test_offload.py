@@ -320,7 +320,7 @@ def test_host_memory_is_as_large_as_planned(schedule):
 
 
 def test_a_step_that_is_skipped_leaves_nothing_behind():
-    """As after an overflow in float16: the gradients are not finite, and the run goes on."""
+    """A step whose gradients overflow, as in float16, changes nothing, and the run goes on."""
     config = offloading(config_of(2, 4, 101, schedule="interleaved", num_stages=4))
     plan, batch = make_plan(config, 2), random_batch(config, 1)
     assert plan.schedule.offloads

@@ -95,7 +95,7 @@ def test_a_node_without_room_for_the_activations_of_its_ranks_is_refused():
 
 
 def test_an_optimizer_in_host_memory_counts_there_by_replicas_and_nodes():
-    """In bfloat16 18 bytes per parameter: 16 in fp32, and weights on their way back."""
+    """A parameter takes 18 bytes in bfloat16: 16 in fp32, and weights on their way back."""
     config = load_config([*LLAMA, "optim.name=zero1", "optim.offload=true"])
     for dp, pp in ((1, 8), (2, 4)):
         parallel = replace(config.parallel, dp=dp, pp=pp)

@@ -70,7 +70,7 @@ def test_wider_layers_reach_a_larger_part_of_the_peak():
 
 @pytest.mark.parametrize("name", ["gpt_4b", "llama3_8b", "qwen3_8b"])
 def test_the_products_of_a_layer_have_the_weights_of_its_matrices(name):
-    """On a device with one rate a layer takes the FLOPs of these products and of attention."""
+    """A layer takes the FLOPs of these products and of attention on a device with one rate."""
     model, one = load_config([f"model={name}"]).model, Device.of(CostConfig(flops_per_second=1e12))
     sizes = tuple(outputs * inputs for outputs, inputs in linear_shapes(model))
     assert sizes == shape.linear_parameters(model)
@@ -259,7 +259,7 @@ def test_the_best_fsdp_fits_or_is_the_leanest():
 
 
 def test_a_rank_of_fsdp_holds_its_part_of_the_state_and_nothing_else_of_it_twice():
-    """Of 8 and of 16 replicas the bytes differ by a sixteenth of all state."""
+    """The bytes of 8 and of 16 replicas differ by a sixteenth of all state."""
     found = []
     for nodes in (1, 2):
         config, work = work_of(f"cluster.num_nodes={nodes}", "num_microbatches=2")

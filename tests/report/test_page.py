@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -78,16 +78,8 @@ def one(write_run):
 
 
 @pytest.fixture
-def vp_report(monkeypatch, capsys):
-    """Run the command in this process: arguments -> (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vp-report", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return left.value.code, *capsys.readouterr()
-
-    return run
+def vp_report(run_here):
+    return partial(run_here, main, "vp-report")
 
 
 def check(found):

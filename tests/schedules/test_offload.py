@@ -137,7 +137,7 @@ def test_offloading_delays_nothing_and_lowers_peaks(name, algorithm):
 
 @pytest.mark.parametrize("seed", [78, 119, 142])
 def test_what_would_delay_the_step_a_little_is_not_placed(monkeypatch, seed):
-    """In these steps some copies end just after the pass that they should precede."""
+    """Some copies of these steps end just after the pass that they should precede."""
     rng, case = random.Random(seed), problem_of("1f1b", "two_barrier", 4, 3)
     costs = costs_of(case, 0.3)
     uneven = {

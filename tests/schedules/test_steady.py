@@ -46,7 +46,7 @@ def line(ring, rank):
 
 @pytest.mark.parametrize(("p", "algorithm", "seed"), CASES)
 def test_a_ring_of_a_block_runs_the_passes_of_stages_in_its_order(p, algorithm, seed):
-    """Of a W and another pass that start at the same time, either may be first."""
+    """A W and another pass that start at the same time may come in any order."""
     ring, network, block, problem = ring_of(p, algorithm, seed)
     for rank, order in enumerate(block.order(problem)):
         f0, f1, i1, i0 = block.starts(p)[rank]

@@ -240,11 +240,10 @@ def input_term(
     if kernels.suits(weight, lse, product) and dtype in (None, product.dtype, weight.dtype):
         rounds = dtype is weight.dtype
         term = torch.empty_like(product, dtype=dtype) if rounds else product
-        by_token = isinstance(target_scale, Tensor)
         kernels.run(
             *("input_term_rounded" if rounds else "input_term", weight.dtype, product, term),
             *(reference, lse, weight, owned.row_of_token),
-            *((target_scale, 0.0) if by_token else (None, target_scale)),
+            *_by_token_or_all(target_scale),
             *(z_loss, shared, gain, *product.shape),
         )
         return term
@@ -311,10 +310,9 @@ def subtract_targets(
         triton_rows.subtract_targets(grad, x, owned.positions, owned.rows, factor, target_scale)
         return
     if kernels.suits(x, grad, factor):
-        by_token = isinstance(target_scale, Tensor)
         kernels.run(
             *("subtract_targets", x.dtype, grad, x, owned.row_of_token, factor),
-            *((target_scale, 0.0) if by_token else (None, target_scale)),
+            *_by_token_or_all(target_scale),
             *x.shape,
         )
         return
@@ -325,6 +323,11 @@ def subtract_targets(
     # Cast first: torch multiplies tensors of different dtypes slowly.
     at_targets = x.index_select(0, owned.positions).to(here.dtype).mul_(here[:, None])
     grad.index_add_(0, owned.rows, at_targets.to(grad.dtype), alpha=-1)
+
+
+def _by_token_or_all(scale: Tensor | float) -> tuple[Tensor | None, float]:
+    """Return the two arguments in which a kernel takes a factor of each token or of all."""
+    return (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
 
 
 def _suits_triton(statistics: Tensor, *others: Tensor) -> bool:
