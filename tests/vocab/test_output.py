@@ -57,22 +57,17 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(products, "_BLOCK_BYTES", 5 * H * 2)
 
 
-@pytest.fixture
-def compiles_in_two_cases(request, monkeypatch):
-    """Compile only in bfloat16 and only for two of `OPTIONS`, which takes half a second a kernel.
-
-    Otherwise the rows are worked on as on a machine without a compiler.  Kernels for float16 are
-    compiled by `test_the_fused_row_pass_equals_the_unfused` and others.
-    """
-    values = request.node.callspec.params
-    if values["dtype"] is not torch.bfloat16 or values["options"] not in OPTIONS[3:6:2]:
+@pytest.fixture(params=["kernels", "torch"])
+def with_and_without_a_compiler(request, monkeypatch):
+    """Work on the rows with kernels in C++, and as on a machine without a compiler."""
+    if request.param == "torch":
         monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
 
 
 SHARDS = [
     *(
         (v, [shard.num_rows for shard in split_rows(v, n)])
-        for v in (64, 100, 101, 130)
+        for v in (64, 100, 101, 1000)
         for n in (1, 2, 3, 4)
     ),
     (101, [0, 60, 1, 40]),
@@ -114,7 +109,7 @@ def test_every_loss_option_is_exact(algorithm, backend, options):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
 )
-@pytest.mark.usefixtures("small_chunks", "compiles_in_two_cases")
+@pytest.mark.usefixtures("small_chunks", "with_and_without_a_compiler")
 def test_low_precision_stays_near_float64(algorithm, backend, dtype, tolerance, options):
     case = inputs(101, dtype)
     truth = cross_entropy(case[0].double(), case[1].double(), case[2], case[3].double(), options)
@@ -185,9 +180,8 @@ def test_t_may_run_before_or_after_dx_is_exchanged(backend):
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_is_held_is_the_exponentials_kept_in_the_compute_dtype_x_and_a_few_values_per_token(
-    backend, kept, dtype, monkeypatch
+    backend, kept, dtype
 ):
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # which takes seconds and holds the same
     held = run_output(
         *inputs(64, dtype),
         sizes=[40, 24],
@@ -379,13 +373,11 @@ def test_impossible_options_are_refused(values, message):
 
 
 @pytest.mark.parametrize("algorithm", ["one_barrier", "two_barrier"])
-def test_the_error_of_dx_in_bfloat16_does_not_grow_with_the_shards(algorithm, monkeypatch):
+def test_the_error_of_dx_in_bfloat16_does_not_grow_with_the_shards(algorithm):
     """For any number of shards the error is that of torch's cross entropy.
 
     It would be larger if the terms of the shards were rounded before their sum.
     """
-    chunk = chunks.ChunkSize(64 * T * 2, 1, 64)  # for all shards the same, compiled once
-    monkeypatch.setitem(chunks.CHUNKS, "cpu", chunk)
     x, weight, targets, grad_loss = inputs(4096, torch.bfloat16)
     weight, targets, grad_loss = 0.1 * weight, targets.clamp_min(0), torch.full((T,), 1 / T)
     truth = cross_entropy(x.double(), weight.double(), targets, grad_loss.double())[1]
