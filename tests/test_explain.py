@@ -798,7 +798,10 @@ def test_pass_times_that_were_assumed_and_are_wrong_are_to_be_measured(
 
 @pytest.mark.parametrize(
     ("value", "cpus"),
-    [(1, 1), (65535, 65535), (65536, None), (0, None), (-1, None), ("8", None), (8.0, None)],
+    [
+        *((1, 1), (65535, 65535), (65536, None), (0, None), (-1, None)),
+        *(("8", None), (8.0, None), (True, None)),
+    ],
 )
 def test_the_processors_are_a_whole_number_in_the_environment(tmp_path, value, cpus):
     path = tmp_path / "env.json"

@@ -112,7 +112,7 @@ def _cpus(path: Path) -> int | None:
     except UnreadableError:
         return None
     found = environment.get("cpus") if isinstance(environment, dict) else None
-    return found if isinstance(found, int) and 0 < found < _MOST_RANKS else None
+    return found if type(found) is int and 0 < found < _MOST_RANKS else None
 
 
 def parse(record: Any, cpus: int | None = None) -> TracedStep:
