@@ -176,6 +176,121 @@ _Communicator = End | tuple[int, int, bool]
 
 
 @dataclass(slots=True)
+class _Streams:
+    """The streams of one rank, to which its operations are appended in their order.
+
+    - `passes` is the stream of its passes and waits: operations with their activities.
+    - `issued` holds the operations that issue a communication, with its activity.
+    - `waits` holds the same activities, with the earlier activities of the rank that each follows.
+      When these have ended, the communication waits for the other ranks.
+    - `copies` maps OFFLOAD and RELOAD of its forward passes to their activities, and to the last
+      activity of the passes at their issue.
+    - `started` has the collectives that the rank starts, and the end of the model of each.
+    - `now` is the last activity of the passes, -1 before the first. `last` has that of every
+      communicator, `copying` that of each direction of the host's link.
+    """
+
+    walk: _Walk
+    rank: int
+    passes: list[tuple[Op, int]] = field(default_factory=list)
+    issued: list[tuple[Op, int]] = field(default_factory=list)
+    waits: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    copies: dict[tuple[Action, Pass], tuple[int, int]] = field(default_factory=dict)
+    started: dict[Collective, End] = field(default_factory=dict)
+    now: int = -1
+    last: dict[_Communicator, int] = field(default_factory=dict)
+    copying: dict[Action, int] = field(default_factory=dict)
+
+    def append(self, op: Op) -> None:
+        """Append the activities of the next operation."""
+        walk, item, action = self.walk, op.item, op.action
+        if isinstance(item, Collective):
+            if action is Action.WAIT:
+                self._run(op, 0.0, walk.collective(item))
+            else:
+                self._start(op, item)
+        elif action is Action.RUN:
+            self._run(op, walk.cost.seconds(item))
+        elif action in (Action.OFFLOAD, Action.RELOAD):
+            self._copy(op, item)
+        elif action in _COPIES:
+            self._run(op, 0.0, self.copies[_COPIES[action], item][0])
+        elif action is Action.ARRIVE:
+            self._run(op, 0.0, walk.transfer(op, self.rank))
+        elif action is not Action.NEED:
+            after = (self.now,) if self.now >= 0 else ()
+            self._issue(op, walk.transfer(op, self.rank), self._channel(op), *after)
+
+    def _run(self, op: Op, seconds: float, after: int = -1) -> None:
+        """Append an activity to the stream of the passes; it also follows the activity `after`."""
+        activity = self.walk.add(seconds)
+        if self.now >= 0:
+            self.walk.followers[self.now].append(activity)
+        if after >= 0:
+            self.walk.followers[after].append(activity)
+        self.passes.append((op, activity))
+        self.now = activity
+
+    def _issue(
+        self, op: Op, activity: int, communicator: _Communicator | None, *after: int
+    ) -> None:
+        """Append a communication to its stream; it also follows the activities `after`."""
+        self.walk.missing[activity] -= 1
+        if communicator is not None:
+            if communicator in self.last:
+                after = (*after, self.last[communicator])
+            self.last[communicator] = activity
+        for earlier in after:
+            self.walk.followers[earlier].append(activity)
+        self.issued.append((op, activity))
+        self.waits.append((activity, after))
+
+    def _start(self, op: Op, item: Collective) -> None:
+        """Issue a collective, behind the one that it continues."""
+        runtime, exchange = self.walk.runtime, op.exchange
+        assert exchange is not None
+        self.started[item] = exchange.end
+        activity = self.walk.collective(item)
+        after = (self.now,) if self.now >= 0 else ()
+        if exchange.continues is not None:
+            earlier = self.walk.collective(exchange.continues)
+            if runtime.continues_beside_passes:
+                after = (earlier,) if runtime.issues_ahead else (*after, earlier)
+            else:
+                self._run(op, 0.0, earlier)
+                after = (self.now,)
+        self._issue(op, activity, exchange.end, *after)
+
+    def _copy(self, op: Op, item: Pass) -> None:
+        """Append a copy to the host's link, or to the passes if it stops them."""
+        seconds, before = self.walk.cost.offload(item.stage)[1], self.now
+        if not self.walk.runtime.copies_beside_passes:
+            self._run(op, seconds)
+            self.copies[op.action, item] = self.now, before
+            return
+        activity = self.walk.add(seconds)
+        for earlier in (before, self.copying.get(op.action, -1)):
+            if earlier >= 0:
+                self.walk.followers[earlier].append(activity)
+        self.copies[op.action, item] = activity, before
+        self.copying[op.action] = activity
+        self.issued.append((op, activity))
+
+    def _channel(self, op: Op) -> _Communicator | None:
+        """Return the stream in which a transfer waits for earlier ones; None if it has none."""
+        item, rank, peer = op.item, self.rank, op.peer
+        assert isinstance(item, Pass)
+        assert peer is not None
+        match self.walk.runtime.hops:
+            case Hops.FREE:
+                return None
+            case Hops.DIRECTED:
+                return (rank, peer, True) if op.action is Action.SEND else (peer, rank, True)
+            case Hops.PAIRED:
+                return (min(rank, peer), max(rank, peer), item.kind is Kind.F)
+
+
+@dataclass(slots=True)
 class _Walk:
     """The graph of activities: passes, communications, and waits of the passes for communications.
 
@@ -183,13 +298,8 @@ class _Walk:
     - `leads` is the time between the moment at which an activity could start and its start.
     - `missing` counts the ranks that have not issued the activity. `run` adds to it the activities
       before it that have not ended.
-    - `passes[r]` is the stream of rank r's passes and waits: operations with their activities.
-    - `issued[r]` holds the operations of rank r that issue a communication, with its activity.
-    - `waits[r]` holds the same activities, with the earlier activities of rank r that each follows.
-      When these have ended, the communication waits for the other ranks.
     - `communications` maps every collective and hop to its activity.
-    - `copies[r]` maps OFFLOAD and RELOAD of rank r's forward passes to their activities, and to the
-      last activity of the passes at their issue.
+    - `ranks[r]` has the streams of rank r.
     """
 
     cost: CostModel
@@ -199,11 +309,8 @@ class _Walk:
     missing: list[int] = field(default_factory=list)
     followers: list[list[int]] = field(default_factory=list)
     start: list[float] = field(default_factory=list)
-    passes: list[list[tuple[Op, int]]] = field(default_factory=list)
-    issued: list[list[tuple[Op, int]]] = field(default_factory=list)
-    waits: list[list[tuple[int, tuple[int, ...]]]] = field(default_factory=list)
     communications: dict[Collective | _Hop, int] = field(default_factory=dict)
-    copies: list[dict[tuple[Action, Pass], tuple[int, int]]] = field(default_factory=list)
+    ranks: list[_Streams] = field(default_factory=list)
 
     @classmethod
     def over(cls, program: Program, cost: CostModel, runtime: Runtime) -> _Walk:
@@ -215,15 +322,19 @@ class _Walk:
         members: dict[End, set[int]] = {end: set() for end in End}
         ends: dict[Collective, End] = {}
         for rank, ops in enumerate(program.ranks):
-            for end, items in walk._place(rank, ops).items():
+            streams = _Streams(walk, rank)
+            walk.ranks.append(streams)
+            for op in ops:
+                streams.append(op)
+            for collective, end in streams.started.items():
                 members[end].add(rank)
-                ends |= dict.fromkeys(items, end)
+                ends[collective] = end
         for item, activity in walk.communications.items():
             if isinstance(item, Collective):
                 walk.missing[activity] += len(members[ends[item]]) if item in ends else 1
         return walk
 
-    def _add(self, seconds: float) -> int:
+    def add(self, seconds: float) -> int:
         """Add an activity that takes `seconds`, and return its index."""
         self.seconds.append(seconds)
         self.leads.append(0.0)
@@ -231,7 +342,7 @@ class _Walk:
         self.followers.append([])
         return len(self.seconds) - 1
 
-    def _transfer(self, op: Op, rank: int) -> int:
+    def transfer(self, op: Op, rank: int) -> int:
         """Return the activity of the transfer that `op` of `rank` issues or waits for."""
         item, peer = op.item, op.peer
         assert isinstance(item, Pass)
@@ -239,130 +350,33 @@ class _Walk:
         hop = (item, rank, peer) if op.action is Action.SEND else (item, peer, rank)
         activity = self.communications.get(hop)
         if activity is None:
-            activity = self.communications[hop] = self._add(self.cost.hop_seconds)
+            activity = self.communications[hop] = self.add(self.cost.hop_seconds)
             self.missing[activity] = 2
         return activity
 
-    def _channel(self, op: Op, rank: int) -> _Communicator | None:
-        """Return the stream in which a transfer waits for earlier ones; None if it has none."""
-        item, peer = op.item, op.peer
-        assert isinstance(item, Pass)
-        assert peer is not None
-        match self.runtime.hops:
-            case Hops.FREE:
-                return None
-            case Hops.DIRECTED:
-                return (rank, peer, True) if op.action is Action.SEND else (peer, rank, True)
-            case Hops.PAIRED:
-                return (min(rank, peer), max(rank, peer), item.kind is Kind.F)
-
-    def _collective(self, item: Collective) -> int:
+    def collective(self, item: Collective) -> int:
         """Return the activity of a collective."""
         activity = self.communications.get(item)
         if activity is None:
-            activity = self.communications[item] = self._add(self.cost.barrier(item.barrier))
+            activity = self.communications[item] = self.add(self.cost.barrier(item.barrier))
         return activity
-
-    def _place(self, rank: int, ops: tuple[Op, ...]) -> dict[End, list[Collective]]:
-        """Add the activities of one rank, and return the collectives that it starts.
-
-        `now` is the last activity in the stream of its passes. `last` has the last activity of
-        every communicator.
-        """
-        now = -1
-        last: dict[_Communicator, int] = {}
-        started: dict[End, list[Collective]] = {}
-        followers = self.followers
-        passes: list[tuple[Op, int]] = []
-        issued: list[tuple[Op, int]] = []
-        waits: list[tuple[int, tuple[int, ...]]] = []
-        self.passes.append(passes)
-        self.issued.append(issued)
-        self.waits.append(waits)
-        copies: dict[tuple[Action, Pass], tuple[int, int]] = {}
-        self.copies.append(copies)
-        copying: dict[Action, int] = {}  # the last activity of each direction of the host's link
-
-        def run(op: Op, seconds: float, after: int = -1) -> None:
-            nonlocal now
-            activity = self._add(seconds)
-            if now >= 0:
-                followers[now].append(activity)
-            if after >= 0:
-                followers[after].append(activity)
-            passes.append((op, activity))
-            now = activity
-
-        def issue(op: Op, activity: int, communicator: _Communicator | None, *after: int) -> None:
-            self.missing[activity] -= 1
-            if communicator is not None:
-                if communicator in last:
-                    after = (*after, last[communicator])
-                last[communicator] = activity
-            for earlier in after:
-                followers[earlier].append(activity)
-            issued.append((op, activity))
-            waits.append((activity, after))
-
-        def copy(op: Op, item: Pass) -> None:
-            seconds, before = self.cost.offload(item.stage)[1], now
-            if not self.runtime.copies_beside_passes:
-                run(op, seconds)
-                copies[op.action, item] = now, before
-                return
-            activity = self._add(seconds)
-            for earlier in (now, copying.get(op.action, -1)):
-                if earlier >= 0:
-                    followers[earlier].append(activity)
-            copies[op.action, item] = activity, before
-            copying[op.action] = activity
-            issued.append((op, activity))
-
-        # `run` appends an activity to the stream of the passes. `issue` appends a communication to
-        # the stream of its communicator; it also follows the activities `after`.
-        for op in ops:
-            item, action = op.item, op.action
-            if isinstance(item, Collective):
-                if action is Action.WAIT:
-                    run(op, 0.0, self._collective(item))
-                    continue
-                exchange, after = op.exchange, [now] if now >= 0 else []
-                assert exchange is not None
-                started.setdefault(exchange.end, []).append(item)
-                activity = self._collective(item)
-                if exchange.continues is not None:
-                    earlier = self._collective(exchange.continues)
-                    if self.runtime.continues_beside_passes:
-                        after = [earlier] if self.runtime.issues_ahead else [*after, earlier]
-                    else:
-                        run(op, 0.0, earlier)
-                        after = [now]
-                issue(op, activity, exchange.end, *after)
-            elif action is Action.RUN:
-                run(op, self.cost.seconds(item))
-            elif action in (Action.OFFLOAD, Action.RELOAD):
-                copy(op, item)
-            elif action in _COPIES:
-                run(op, 0.0, copies[_COPIES[action], item][0])
-            elif action is Action.ARRIVE:
-                run(op, 0.0, self._transfer(op, rank))
-            elif action is not Action.NEED:
-                after = [now] if now >= 0 else []
-                issue(op, self._transfer(op, rank), self._channel(op, rank), *after)
-        return started
 
     def _runs(self) -> dict[Pass, int]:
         """Return the activity of every pass."""
         return {
             op.item: activity
-            for passes in self.passes
-            for op, activity in passes
+            for streams in self.ranks
+            for op, activity in streams.passes
             if op.action is Action.RUN and isinstance(op.item, Pass)
         }
 
     def _copies(self) -> dict[Copy, int]:
         """Return the activity of every copy to the host and back."""
-        return {copy: activity for copies in self.copies for copy, (activity, _) in copies.items()}
+        return {
+            copy: activity
+            for streams in self.ranks
+            for copy, (activity, _) in streams.copies.items()
+        }
 
     def take(self, times: Times) -> None:
         """Let the passes, communications and copies take what `times` say."""
@@ -426,17 +440,17 @@ class _Walk:
     def _latest(self, observed: Mapping[int, Span]) -> dict[int, float]:
         """Return the moment at which the first pass that waited for each communication started."""
         latest: dict[int, float] = {}
-        for rank, passes in enumerate(self.passes):
+        for rank, streams in enumerate(self.ranks):
             awaited: list[int] = []
-            for op, activity in passes:
+            for op, activity in streams.passes:
                 if op.action is Action.WAIT:
                     assert isinstance(op.item, Collective)
                     awaited.append(self.communications[op.item])
                 elif op.action is Action.ARRIVE:
-                    awaited.append(self._transfer(op, rank))
+                    awaited.append(self.transfer(op, rank))
                 elif op.action in _COPIES:
                     assert isinstance(op.item, Pass)
-                    awaited.append(self.copies[rank][_COPIES[op.action], op.item][0])
+                    awaited.append(streams.copies[_COPIES[op.action], op.item][0])
                 elif op.action is Action.RUN:
                     for message in awaited:
                         start = observed[activity].start
@@ -488,7 +502,7 @@ class _Walk:
     def transfers(self, rank: int) -> tuple[Transfer, ...]:
         """Return the copies of a rank to its host and back, in the order of their issue."""
         found = []
-        for (action, item), (activity, before) in self.copies[rank].items():
+        for (action, item), (activity, before) in self.ranks[rank].copies.items():
             start, kind = self.start[activity], OFFLOAD if action is Action.OFFLOAD else RELOAD
             end, num_bytes = start + self.seconds[activity], self.cost.offload(item.stage)[0]
             span = Span(rank, f"{kind}:{item}", kind, item.stage, item.microbatch, start, end)
@@ -499,8 +513,9 @@ class _Walk:
     def _stuck(self) -> str:
         """Return the operation that each rank waits at: in its passes, else an issued one."""
         words = []
-        for rank, ops in enumerate(zip(self.passes, self.issued, strict=True)):
-            waiting = (op for op, activity in chain(*ops) if self.missing[activity] != 0)
+        for rank, streams in enumerate(self.ranks):
+            ops = chain(streams.passes, streams.issued)
+            waiting = (op for op, activity in ops if self.missing[activity] != 0)
             if (op := next(waiting, None)) is not None:
                 words.append(f"rank {rank} stands at {op}")
         return "deadlock: " + ", ".join(words)
@@ -509,7 +524,7 @@ class _Walk:
         """Return the operation that each pass of `rank` waited for last."""
         found: list[Op | None] = []
         now, cause = 0.0, None
-        for op, activity in self.passes[rank]:
+        for op, activity in self.ranks[rank].passes:
             end = self.start[activity] + self.seconds[activity]
             if op.action is Action.RUN:
                 found.append(cause)
@@ -521,12 +536,12 @@ class _Walk:
     def beside_waits(self, rank: int) -> float:
         """Return the fraction of the passes of `rank`, in time, beside a waiting communication."""
         waits = []
-        for activity, after in self.waits[rank]:
+        for activity, after in self.ranks[rank].waits:
             issued = max((self.start[prior] + self.seconds[prior] for prior in after), default=0.0)
             waits.append((issued, self.start[activity]))
         passes = [
             (self.start[activity], self.start[activity] + self.seconds[activity])
-            for op, activity in self.passes[rank]
+            for op, activity in self.ranks[rank].passes
             if op.action is Action.RUN
         ]
         busy = sum(stop - start for start, stop in passes)
@@ -582,8 +597,8 @@ def _timeline_of(walk: _Walk, program: Program, cost: CostModel) -> Timeline:
     comm: dict[Collective, Span] = {}
     peak_bytes, peak_in_flight = [], []
     transfers: list[Transfer] = []
-    for rank, (passes, issued) in enumerate(zip(walk.passes, walk.issued, strict=True)):
-        runs = [(op.item, activity) for op, activity in passes if op.action is Action.RUN]
+    for rank, streams in enumerate(walk.ranks):
+        runs = [(op.item, activity) for op, activity in streams.passes if op.action is Action.RUN]
         items = [item for item, _ in runs if isinstance(item, Pass)]
         compute.append(tuple(walk.span(rank, item, activity) for item, activity in runs))
         transfers += walk.transfers(rank)
@@ -592,7 +607,7 @@ def _timeline_of(walk: _Walk, program: Program, cost: CostModel) -> Timeline:
         )
         changes = [(item.kind is Kind.F) - (item.kind is frees) for item in items]
         peak_in_flight.append(int(peak(changes)))
-        for op, activity in issued:
+        for op, activity in streams.issued:
             if isinstance(op.item, Collective) and op.exchange is not None and op.item not in comm:
                 comm[op.item] = walk.span(op.exchange.root, op.item, activity)
     ordered = sorted(comm.values(), key=lambda span: span.start)

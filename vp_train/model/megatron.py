@@ -368,16 +368,32 @@ def _build(
     fuse: Fuse,
     split_sequences: bool,
 ) -> nn.Module:
+    """Return megatron-core's layer `index`, with our linear functions, norms and attention."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel import mappings
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+    from megatron.core.transformer.spec_utils import build_module
 
-    on_cpu = device.type == "cpu"
-    normalisation = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.normalisation]
-    config = TransformerConfig(
+    config = _transformer_config(model, dtype, device, group.size())
+    spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=model.qk_norm)
+    _set_linears(spec.submodules, model, group, store, products, split_sequences)
+    _set_norms(spec.submodules, model, dtype, device, fuse)
+    window = model.sliding_window if model.is_local(index) else None
+    spec.submodules.self_attention.submodules.core_attention = partial(
+        CoreAttention, softcap=model.attention_softcap, window=window
+    )
+    groups = ProcessGroupCollection()
+    groups.tp = groups.pp = groups.cp = group  # layers use only tp; the others must exist
+    layer: nn.Module = build_module(spec, config=config, layer_number=1, pg_collection=groups)
+    return layer.to(device=device, dtype=dtype)
+
+
+def _transformer_config(
+    model: ModelConfig, dtype: torch.dtype, device: torch.device, tensor_parallel: int
+) -> Any:
+    """Return megatron-core's TransformerConfig of the model's layers."""
+    from megatron.core.transformer import TransformerConfig
+
+    return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
@@ -385,7 +401,7 @@ def _build(
         kv_channels=head_size(model),
         softmax_scale=_softmax_scale(model),
         ffn_hidden_size=model.ffn_hidden_size,
-        normalization=normalisation,
+        normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.normalisation],
         layernorm_epsilon=model.norm_epsilon,
         qk_layernorm=model.qk_norm,
         gated_linear_unit=is_gated(model),
@@ -402,36 +418,48 @@ def _build(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        tensor_model_parallel_size=group.size(),
-        use_cpu_initialization=on_cpu,
+        tensor_model_parallel_size=tensor_parallel,
+        use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
     )
-    groups = ProcessGroupCollection()
-    groups.tp = groups.pp = groups.cp = group  # layers use only tp; the others must exist
-    spec = get_gpt_layer_local_spec(normalization=normalisation, qk_layernorm=model.qk_norm)
-    parts, attention, mlp = (
-        spec.submodules,
-        spec.submodules.self_attention.submodules,
-        spec.submodules.mlp.submodules,
-    )
-    window = model.sliding_window if model.is_local(index) else None
-    attention.core_attention = partial(
-        CoreAttention, softcap=model.attention_softcap, window=window
-    )
+
+
+def _set_linears(
+    parts: Any,
+    model: ModelConfig,
+    group: dist.ProcessGroup,
+    store: WeightGradStore,
+    products: Products,
+    split_sequences: bool,
+) -> None:
+    """Put our linear functions into the specification of a layer's parts."""
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    attention, mlp = parts.self_attention.submodules, parts.mlp.submodules
     sequence, reduce = None, mappings.reduce_from_tensor_model_parallel_region
     if split_sequences:
-        sequence = SequenceSplit(group)
-        reduce = _scatter_sum
+        sequence, reduce = SequenceSplit(group), _scatter_sum
     column: dict[str, Any] = {"store": store, "products": products, "sequence": sequence}
     row = {"store": store, "products": products, "reduce": reduce}
     attention.linear_qkv = partial(ColumnLinear, **column)
     attention.linear_proj = mlp.linear_fc2 = ModuleSpec(module=RowLinear, params=row)
     columns = 2 if is_gated(model) else 1  # gate and up
     mlp.linear_fc1 = ModuleSpec(module=ColumnLinear, params=column | {"parts": columns})
+
+
+def _set_norms(
+    parts: Any, model: ModelConfig, dtype: torch.dtype, device: torch.device, fuse: Fuse
+) -> None:
+    """Put our norms into the specification of a layer's parts: before, within and after them."""
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
     common = {"rule": norm_rule(model), "fuse": fuse}
     norm = ModuleSpec(module=Norm, params=common) if model.pre_norms else IdentityOp
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
     if model.qk_norm:
+        attention = parts.self_attention.submodules
         whole = (model.num_heads, model.num_query_groups) if model.qk_norm_whole else (1, 1)
         attention.q_layernorm, attention.k_layernorm = (
             ModuleSpec(module=Norm, params=common | {"num_heads": number}) for number in whole
@@ -446,8 +474,6 @@ def _build(
         )
         for _ in range(2)
     )
-    layer: nn.Module = build_module(spec, config=config, layer_number=1, pg_collection=groups)
-    return layer.to(device=device, dtype=dtype)
 
 
 def _scatter_sum(y: Tensor, group: dist.ProcessGroup) -> Tensor:
