@@ -171,15 +171,8 @@ def export_checkpoint(
         for name, tensor in file.tensors.items():
             held.setdefault(name, []).append(tensor)
     _check_layers(model, len(held), f"{path}")
-    of_data = settings.get("data", {}).get("tokenizer")
-    unfollowed = []
-    if not follows:
-        unfollowed = [f"data.tokenizer={printable(of_data)}"] if isinstance(of_data, str) else []
-        unfollowed += [f"run.init_from={printable(str(origin))}" for origin in origins[:1]]
-        of_data, origins = None, ()
-    before = [place for origin in origins for place in homes(origin)]
-    beside = list(dict.fromkeys((*homes(source), *homes(path))))
-    config = config_of(model, _model_type([*beside, *before]))
+    places = _places(source, path, settings, origins, follows)
+    config = config_of(model, _model_type([*places.beside, *places.before]))
     model_type = config["model_type"]
     everything = list(entries(model, FAMILIES[model_type].names))
     for entry in everything:
@@ -194,14 +187,10 @@ def export_checkpoint(
         for name, shape in entry.their_shapes.items()
     ]
     given = None if tokenizer is None else _tokenizer_directory(tokenizer)
-    data = [Path(os.path.expanduser(of_data)).parent] if isinstance(of_data, str) else []
-    words = find_text(given, beside, [*data, *before], _text_of(settings, model), model_type)
-    # max_position_embeddings belongs to the weights.  The tokenizer may be that of another model,
-    # so its directory is not searched.
-    reach, is_learned = model.seq_length, model.positions == "learned"
-    said = _config_in([*beside, *before], model_type, "max_position_embeddings")
-    if said is not None and not is_learned:
-        reach = max(reach, read_object(said)["max_position_embeddings"])
+    others = [*places.data, *places.before]
+    words = find_text(given, places.beside, others, _text_of(settings, model), model_type)
+    reach, knows_reach = _reach(model, model_type, places)
+    if reach is not None:
         config["max_position_embeddings"] = reach
     config |= words.ids
     config["torch_dtype"] = str(next(iter(kinds.values()))).removeprefix("torch.")
@@ -212,7 +201,54 @@ def export_checkpoint(
         words.write(directory)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     files = tuple(sorted(file.name for file in target.iterdir()))
-    return Exported(files, reach, said is not None or is_learned, words.end, tuple(unfollowed))
+    return Exported(files, reach or model.seq_length, knows_reach, words.end, places.unfollowed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """The directories that may have what a checkpoint lacks.
+
+    `beside` are next to the checkpoint, `data` where its run had its tokenizer, `before` next to
+    what its weights were started from.  `unfollowed` are the settings that lead to other places,
+    which must not be looked at.
+    """
+
+    beside: list[Path]
+    data: list[Path]
+    before: list[Path]
+    unfollowed: tuple[str, ...]
+
+
+def _places(
+    source: Path,
+    checkpoint: Path,
+    settings: Mapping[str, Any],
+    origins: Sequence[Path],
+    follows: bool,
+) -> _Places:
+    """Return where to search for the checkpoint of `source`, see `export_checkpoint`."""
+    beside = list(dict.fromkeys((*homes(source), *homes(checkpoint))))
+    tokenizer = settings.get("data", {}).get("tokenizer")
+    if follows:
+        data = [Path(os.path.expanduser(tokenizer)).parent] if isinstance(tokenizer, str) else []
+        return _Places(beside, data, [place for origin in origins for place in homes(origin)], ())
+    unfollowed = [f"data.tokenizer={printable(tokenizer)}"] if isinstance(tokenizer, str) else []
+    unfollowed += [f"run.init_from={printable(str(origin))}" for origin in origins[:1]]
+    return _Places(beside, [], [], tuple(unfollowed))
+
+
+def _reach(model: ModelConfig, model_type: str, places: _Places) -> tuple[int | None, bool]:
+    """Return the max_position_embeddings of an export, and whether it is known.
+
+    It is None where the model or nothing says it.  It belongs to the weights.  The tokenizer may be
+    that of another model, so its directory is not searched.
+    """
+    said = _config_in([*places.beside, *places.before], model_type, "max_position_embeddings")
+    if model.positions == "learned":
+        return None, True
+    if said is None:
+        return None, False
+    return max(model.seq_length, read_object(said)["max_position_embeddings"]), True
 
 
 def _checked_target(target: Path) -> Path:
