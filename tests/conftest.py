@@ -80,7 +80,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config.option, "loadscopereorder"):  # xdist is installed
         config.option.loadscopereorder = False
     starts_workers = getattr(config.option, "tx", None) and not hasattr(config, "workerinput")
-    if starts_workers and not any(Path("/dev").glob("nvidia[0-9]*")):
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    if starts_workers and sys.platform == "linux" and not has_gpu:
         workers = WarmWorkers()
         config.option.tx = [f"{way}//python={workers.python}" for way in config.option.tx]
         config.add_cleanup(workers.stop)

@@ -11,6 +11,7 @@ import faulthandler
 import os
 import signal
 import socket
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -74,9 +75,12 @@ _STARTING = Lock()
 def share_fork_server() -> None:
     """Make the imports of ranks, and start a fork server for this process and all its copies.
 
-    By itself, multiprocessing starts one for every process that wants one.
+    By itself, multiprocessing starts one for every process that wants one.  It still does so in
+    Python 3.14 and later, where a fork server asks for a key.
     """
     import_module("tests.preloaded")
+    if sys.version_info >= (3, 14):
+        return
     resource_tracker.ensure_running()
     address = arbitrary_address("AF_UNIX")
     with socket.socket(socket.AF_UNIX) as listener:

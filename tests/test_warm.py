@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
+
+from tests.ranks import ready_context
+from tests.warm import _listener, _serve
 
 
 def start(programs, code):
@@ -38,3 +44,42 @@ def test_it_does_not_outlive_its_client(programs):
     while Path(f"/proc/{process}").exists():
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def connected(programs):
+    """Return a socket to the server, as a client has it."""
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    client.connect(re.search(r"connect\('(.*)'\)", (programs / "python").read_text()).group(1))
+    return client
+
+
+def test_clients_that_leave_at_any_moment_do_not_end_the_server(programs):
+    asked = b'[["-c", ""], "/", {}]'
+    for read in (0, 1, 2):
+        for _ in range(8):
+            with connected(programs) as client, open("/dev/null", "r+b") as null:
+                socket.send_fds(client, [asked], [null.fileno()] * 3)
+                for _ in range(read):
+                    assert int(client.recv(32)) >= 0
+    connected(programs).close()
+    assert start(programs, "sys.exit(3)").wait(20) == 3
+
+
+def serve(listener, alive):
+    _serve(listener, alive.fileno())
+
+
+def test_the_server_and_its_processes_end_with_the_one_that_started_it():
+    place = Path(tempfile.mkdtemp())
+    listener = _listener(place, place)
+    context = ready_context()
+    parent, alive = context.Pipe(duplex=False)
+    server = context.Process(target=serve, args=(listener, parent), daemon=True)
+    server.start()
+    process = start(place, "print(1); time.sleep(60)")
+    assert process.stdout.readline() == "1\n"
+    alive.close()
+    server.join(20)
+    assert server.exitcode == 0
+    assert not place.exists()
+    assert process.wait(20) != 0

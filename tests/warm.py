@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from multiprocessing import parent_process
 from pathlib import Path
 
 _MOST_BYTES = 1 << 17  # of the words and the environment of a process
@@ -56,8 +57,9 @@ class WarmPrograms:
         from tests.ranks import ready_context
 
         self.place = place
-        listener = _listener(place)
-        self._server = ready_context().Process(target=_serve, args=(listener,))
+        self._address = Path(tempfile.mkdtemp())  # a short path, as the address of a socket must be
+        listener = _listener(place, self._address)
+        self._server = ready_context().Process(target=_serve_programs, args=(listener,))
         self._server.start()
         listener.close()
 
@@ -65,6 +67,7 @@ class WarmPrograms:
         """End the server."""
         self._server.kill()
         self._server.join()
+        shutil.rmtree(self._address, ignore_errors=True)
 
 
 class WarmWorkers:
@@ -77,44 +80,56 @@ class WarmWorkers:
     def __init__(self) -> None:
         self._place = Path(tempfile.mkdtemp())
         self.python = self._place / "python"
-        listener = _listener(self._place)
-        code = f"from tests.warm import _serve_workers; _serve_workers({listener.fileno()})"
+        listener = _listener(self._place, self._place)
+        parent, self._alive = os.pipe()
+        code = (
+            f"from tests.warm import _serve_workers as serve; serve({listener.fileno()}, {parent})"
+        )
         self._server = subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=Path(__file__).parents[1],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,  # ranks write there, as where execnet starts the workers
-            pass_fds=[listener.fileno()],
+            pass_fds=[listener.fileno(), parent],
             start_new_session=True,  # Ctrl-C is for pytest, which ends its workers
         )
         listener.close()
+        os.close(parent)
 
     def stop(self) -> None:
         """End the server."""
         self._server.kill()
         self._server.wait()
-        shutil.rmtree(self._place)
+        os.close(self._alive)
+        shutil.rmtree(self._place, ignore_errors=True)
 
 
-def _serve_workers(listener: int) -> None:
+def _serve_workers(listener: int, parent: int) -> None:
     from tests.ranks import share_fork_server
 
     for name in ("pytest", "hypothesis.strategies", "xdist.remote", "tests.hf.models"):
         with suppress(ImportError):  # what is missing is not tested
             import_module(name)
     share_fork_server()
-    _serve(socket.socket(fileno=listener))
+    _serve(socket.socket(fileno=listener), parent)
 
 
-def _listener(place: Path) -> socket.socket:
-    """Return a socket for a server, after writing its clients to the directory `place`."""
-    address = os.path.join(tempfile.mkdtemp(), "server")  # short, as an address must be
+def _serve_programs(listener: socket.socket) -> None:
+    parent = parent_process()
+    assert parent is not None
+    _serve(listener, parent.sentinel)
+
+
+def _listener(place: Path, address: Path) -> socket.socket:
+    """Return a socket of a server in the directory `address`, and write its clients to `place`."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(address)
+    listener.bind(str(address / "server"))
     listener.listen(16)
     for name, words in (("python", []), ("vp-train", ["-m", "vp_train"])):
         client = place / name
-        client.write_text(_CLIENT.format(interpreter=sys.executable, address=address, words=words))
+        client.write_text(
+            _CLIENT.format(interpreter=sys.executable, address=str(address / "server"), words=words)
+        )
         client.chmod(0o755)
     return listener
 
@@ -128,40 +143,72 @@ class _Job:
     end: int  # a descriptor that can be read when the process has ended
 
 
-def _serve(listener: socket.socket) -> None:
-    """Serve clients; this process never has another thread, so copies of it can do anything."""
+def _serve(listener: socket.socket, parent: int) -> None:
+    """Serve clients until `parent` can be read, because the process that started this has ended.
+
+    This process never has another thread, so copies of it can do anything.
+    """
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
+        selector.register(parent, selectors.EVENT_READ)
         while True:
-            for key, _ in selector.select():
-                if key.fileobj is listener:
-                    job = _started(listener.accept()[0])
-                    selector.register(job.client, selectors.EVENT_READ, job)
-                    selector.register(job.end, selectors.EVENT_READ, job)
-                elif key.fileobj is key.data.client:  # it was killed
-                    selector.unregister(key.fileobj)
-                    with suppress(ProcessLookupError):
-                        os.killpg(key.data.process, signal.SIGKILL)
-                else:
-                    selector.unregister(key.fileobj)
-                    os.close(key.data.end)
-                    _, status = os.waitpid(key.data.process, 0)
-                    with suppress(OSError):
-                        key.data.client.send(str(os.waitstatus_to_exitcode(status)).encode())
-                    with suppress(KeyError):
-                        selector.unregister(key.data.client)
-                    key.data.client.close()
+            ready = {key.fileobj: key.data for key, _ in selector.select()}
+            if parent in ready:
+                jobs = {key.data.process for key in selector.get_map().values() if key.data}
+                for process in jobs:
+                    _kill(process)
+                shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
+                return
+            for job in {job.process: job for job in ready.values() if job is not None}.values():
+                if job.end in ready:
+                    _end(job, selector)
+                else:  # its client was killed
+                    selector.unregister(job.client)
+                    _kill(job.process)
+            if listener in ready:
+                _start(listener.accept()[0], selector)
 
 
-def _started(client: socket.socket) -> _Job:
+def _kill(process: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
+
+
+def _end(job: _Job, selector: selectors.BaseSelector) -> None:
+    """Tell the client how its process has ended."""
+    _, status = os.waitpid(job.process, 0)
+    with suppress(OSError):
+        job.client.send(str(os.waitstatus_to_exitcode(status)).encode())
+    selector.unregister(job.end)
+    with suppress(KeyError):  # the client was killed before
+        selector.unregister(job.client)
+    os.close(job.end)
+    job.client.close()
+
+
+def _start(client: socket.socket, selector: selectors.BaseSelector) -> None:
+    """Start the process that a client asks for."""
     message, descriptors, _, _ = socket.recv_fds(client, _MOST_BYTES, 3)
+    if not message:  # it was killed
+        client.close()
+        return
     process = os.fork()
     if not process:
+        for key in list(selector.get_map().values()):
+            if isinstance(key.fileobj, socket.socket):
+                key.fileobj.close()
+            else:
+                os.close(key.fd)
+        selector.close()
+        client.close()
         _become(descriptors, *json.loads(message))
     for descriptor in descriptors:
         os.close(descriptor)
-    client.send(str(process).encode())
-    return _Job(client, process, os.pidfd_open(process))
+    with suppress(OSError):  # it was killed, which can be read from it
+        client.send(str(process).encode())
+    job = _Job(client, process, os.pidfd_open(process))
+    selector.register(client, selectors.EVENT_READ, job)
+    selector.register(job.end, selectors.EVENT_READ, job)
 
 
 def _become(

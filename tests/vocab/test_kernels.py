@@ -106,8 +106,11 @@ def compiler(tmp_path, monkeypatch):
 def test_threads_and_processes_build_once(compiler):
     child = os.fork()
     if not child:
-        kernels._load("BFloat16")
-        os._exit(0)
+        try:
+            kernels._load("BFloat16")
+            os._exit(0)
+        finally:
+            os._exit(1)
     threads = [Thread(target=kernels._load, args=("BFloat16",)) for _ in range(4)]
     for thread in threads:
         thread.start()
