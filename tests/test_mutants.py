@@ -76,6 +76,15 @@ def test_the_same_seed_draws_the_same():
     assert drawn("optim", 5, 1) == drawn("optim", 5, 1) != drawn("optim", 5, 2)
 
 
+def test_every_mutant_without_effect_is_one_of_the_code_as_it_stands():
+    for line in mutants.EQUIVALENT.read_text().splitlines():
+        if line and not line.startswith("#"):
+            path, _, change = line.partition("  ")
+            code, _, _ = change.partition("  |  ")
+            lines = {each.strip() for each in (ROOT / path).read_text().splitlines()}
+            assert code in lines, line
+
+
 def test_every_package_has_files_and_tests():
     for package, rows in PACKAGES.items():
         assert len(drawn(package, 5, 1)) == 5

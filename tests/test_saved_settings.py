@@ -6,10 +6,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from vp_train.checkpoint.training import _require_same
 from vp_train.commands.train import with_origin
-from vp_train.config import ConfigError, LossConfig, ModelConfig, RunConfig
+from vp_train.config import CPU_COSTS, ConfigError, LossConfig, ModelConfig, RunConfig
 from vp_train.metrics.resumed import rate_words
 from vp_train.settings import check_start, config_text, load_config, resume_words
 
@@ -276,6 +277,18 @@ def test_a_group_given_as_a_file_begins_anew(started, tmp_path):
     (tmp_path / "two.yaml").write_text("flops_per_second: 7.0e10\n")
     again = load_config([*RESUMED, "cost=two.yaml"])
     assert (again.cost.flops_per_second, again.cost.rank_slowness) == (7e10, None)
+
+
+def test_costs_that_were_typed_stay_and_those_of_earlier_versions_were_not(started, tmp_path):
+    started("cost.kernel_seconds=0", "cost.hop_seconds=2e-4")
+    again = load_config([*RESUMED]).cost
+    assert (again.kernel_seconds, again.hop_seconds, again.tensor_seconds) == (0.0, 2e-4, None)
+    path = tmp_path / "runs/one/config.yaml"
+    saved = OmegaConf.load(path)
+    saved.cost.update(CPU_COSTS | {"flops_per_second": 1e11})  # earlier versions saved them all
+    OmegaConf.save(saved, path)
+    again = load_config([*RESUMED]).cost
+    assert (again.kernel_seconds, again.hop_seconds, again.flops_per_second) == (None, None, 1e11)
 
 
 def test_a_searched_schedule_is_found_again_wherever_the_run_lies(started, tmp_path):

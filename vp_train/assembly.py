@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from schedules.ir import Kind, Pass
 from schedules.vocab import End, VocabAlgorithm
-from vp_train.config import BUCKETS_PER_STAGE, OptimConfig, RunConfig, RunSettings
+from vp_train.config import (
+    BUCKETS_PER_STAGE,
+    ConfigError,
+    OptimConfig,
+    RunConfig,
+    RunSettings,
+    printable,
+)
 from vp_train.mesh import Mesh, starting
 from vp_train.model.elementwise import Fuse, choose_fuse
 from vp_train.model.float8 import Float8Products
@@ -29,7 +36,14 @@ from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
 from vp_train.pipeline.executor import BLIND, Executor, Observer, PlacedBatch, RankModules
 from vp_train.planning.placement import offloaded_layers
 from vp_train.planning.plan import RunPlan
-from vp_train.tensors.compiling import compiles_on, one_first
+from vp_train.tensors.compiling import (
+    compiles_on,
+    failures,
+    give_up,
+    has_cpp_compiler,
+    one_first,
+    tell,
+)
 from vp_train.tensors.precision import DTYPES, statistics_dtype
 from vp_train.tensors.slices import TensorSlice
 from vp_train.tensors.streams import with_index
@@ -114,10 +128,12 @@ def may_compile(settings: RunSettings) -> bool:
 
     On a CPU they do so in 16 bits, or if they are asked to.
     """
-    if settings.compile == "off" or not compiles_on(torch.device(settings.device)):
+    if settings.compile == "off":
         return False
-    in_16_bits = DTYPES[settings.dtype].itemsize == 2
-    return in_16_bits or settings.device == "cuda" or settings.compile == "on"
+    if settings.device == "cpu" and DTYPES[settings.dtype].itemsize == 2:
+        return has_cpp_compiler()
+    can = compiles_on(torch.device(settings.device))
+    return can and (settings.device == "cuda" or settings.compile == "on")
 
 
 def _warm_up(
@@ -125,13 +141,21 @@ def _warm_up(
 ) -> None:
     """Run what compiles, so that no step does, for which other ranks would wait.
 
-    Gradients and weights stay as they are.  Collective over the tensor-parallel ranks.
+    Gradients and weights stay as they are.  Where compiling fails, run.compile=auto goes on
+    without.  Collective over the tensor-parallel ranks.  Raises ConfigError if run.compile is on.
     """
-    for stage in weights.stages.values():
-        stage.warm_up(config.micro_batch_size)
-    for modules in (training, evaluating):
-        if modules.output_layer is not None:
-            modules.output_layer.warm_up(config.micro_batch_size * config.model.seq_length)
+    try:
+        for stage in weights.stages.values():
+            stage.warm_up(config.micro_batch_size)
+        for modules in (training, evaluating):
+            if modules.output_layer is not None:
+                modules.output_layer.warm_up(config.micro_batch_size * config.model.seq_length)
+    except failures() as error:
+        if config.run.compile == "on":
+            reason = printable(str(error).strip().partition("\n")[0])
+            raise ConfigError(f"run.compile=on: {reason}") from error
+        tell(str(error))
+        give_up()
 
 
 def rank_device(config: RunConfig) -> torch.device:

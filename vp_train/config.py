@@ -1182,8 +1182,8 @@ class RunSettings:
     )
     compile: str = setting(
         "auto",
-        "Use torch.compile; auto: on cuda, and where it pays on a CPU, if there is a compiler; "
-        "on: for all elementwise work; off: for nothing.",
+        "Compile; auto: on cuda, and in 16 bits on a CPU where it pays, if there is a compiler; "
+        "on: all elementwise work; off: nothing.",
         choices=("auto", "on", "off"),
     )
     deterministic: bool = setting(

@@ -524,12 +524,11 @@ def _saved_settings(path: Path) -> dict[str, object]:
         name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
         for name, value in _leaves(saved)
     }
-    # Runs of earlier versions have saved them although nobody had chosen them.
+    # Runs of earlier versions have saved all of them although nobody had chosen them.
     once = {f"cost.{name}": value for name, value in CPU_COSTS.items()}
-    return {
-        name: None if name in once and value == once[name] else value
-        for name, value in values.items()
-    }
+    if all(values.get(name) is not None for name in once):
+        values |= {name: None for name, value in once.items() if values[name] == value}
+    return values
 
 
 def saved_words(path: Path) -> dict[str, str]:

@@ -102,8 +102,8 @@ class WeightGradStore:
                 self._computed(weight)
 
     def discard(self, microbatch: int) -> None:
-        """Forget the products that wait for `microbatch`."""
-        del self._waiting[microbatch]
+        """Forget the products that wait for `microbatch`, if any do."""
+        self._waiting.pop(microbatch, None)
 
     @property
     def held_bytes(self) -> int:

@@ -119,11 +119,16 @@ class Stage(nn.Module):
         """Run what layers compute forward and backward, so that no step compiles code.
 
         Compiled code is shared by all layers of a kind.  Zeros are added to the gradients of
-        matrices that have one.  Collective over `group`.
+        matrices that have one.  If it fails, nothing of it is left.  Collective over `group`.
         """
         weight = next(self.parameters(), None)
-        if weight is None:
-            return
+        if weight is not None:
+            try:
+                self._warm_up(weight, micro_batch_size)
+            finally:
+                self.weight_grads.discard(_NO_MICROBATCH)
+
+    def _warm_up(self, weight: Tensor, micro_batch_size: int) -> None:
         of_kinds = {name in self._local: layer for name, layer in self.layers.items()}
         s, h = self._sequence_shape
         shape = (s, micro_batch_size, h)
@@ -138,9 +143,7 @@ class Stage(nn.Module):
             y = y if self.final_norm is None else self.final_norm(y)
             with self.weight_grads.deferring(_NO_MICROBATCH):
                 torch.autograd.grad(y, x, torch.zeros_like(y))
-            if weight.grad is None:
-                self.weight_grads.discard(_NO_MICROBATCH)
-            else:
+            if weight.grad is not None:
                 self.weight_grads.drain(_NO_MICROBATCH)
             with torch.no_grad():  # a validation would compile attention again
                 for layer in of_kinds.values() if weight.is_cuda else ():

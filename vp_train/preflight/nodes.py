@@ -238,7 +238,7 @@ def _digest_of_code() -> str:
     digest = hashlib.blake2b(digest_size=6)
     assert schedules.__file__ is not None
     for root in (Path(schedules.__file__).parent, Path(__file__).parents[1]):
-        for path in sorted(root.rglob("*.py")):
+        for path in sorted((*root.rglob("*.py"), *root.rglob("*.cpp"))):
             content = hashlib.blake2b(path.read_bytes()).hexdigest()
             digest.update(f"{path.relative_to(root.parent).as_posix()} {content}\n".encode())
     return digest.hexdigest()

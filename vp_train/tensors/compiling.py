@@ -17,10 +17,10 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -79,23 +79,29 @@ def one_first() -> Iterator[None]:
     """Let one process of this user and machine run what is inside, and then all others at once.
 
     torch keeps compiled code on disk, so the others load what the first one has made.  Inside, no
-    process may wait for another.  After two minutes the others go on too.
+    process may wait for another.  After two minutes the others go on too, and at once where files
+    cannot be locked.
     """
     directory = own_directory()
-    if directory is None:
+    with ExitStack() as stack:
+        if directory is not None:
+            with suppress(OSError):
+                _await_turn(stack.enter_context((directory / "compiling").open("w")))
         yield
+
+
+def _await_turn(lock: IO[str]) -> None:
+    """Return when no other process holds `lock` alone; hold it alone if nobody has held it."""
+    if _locked(lock, fcntl.LOCK_EX):
         return
-    with (directory / "compiling").open("w") as lock:
-        if not _locked(lock.fileno(), fcntl.LOCK_EX):
-            until = time.monotonic() + _PATIENCE_SECONDS
-            while not _locked(lock.fileno(), fcntl.LOCK_SH) and time.monotonic() < until:
-                time.sleep(0.05)
-        yield
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while not _locked(lock, fcntl.LOCK_SH) and time.monotonic() < until:
+        time.sleep(0.05)
 
 
-def _locked(file: int, kind: int) -> bool:
+def _locked(lock: IO[str], kind: int) -> bool:
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -121,21 +127,53 @@ def turn_off(environment: MutableMapping[str, str]) -> None:
     environment[_OFF] = "1"
 
 
+def give_up() -> None:
+    """Run plainly from now on what this process was to compile."""
+    turn_off(os.environ)
+    if "torch._dynamo" in sys.modules:  # which has read the environment already
+        torch._dynamo.config.disable = True
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Return the exceptions with which torch says that it cannot compile something."""
+    errors = sys.modules.get("torch._dynamo.exc")  # absent before anything is compiled
+    return () if errors is None else (errors.TorchDynamoException,)
+
+
+def tell(reason: str) -> None:
+    """Say once per node that the run goes on without what cannot be compiled."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        line = reason.strip().partition("\n")[0]
+        words = "".join(letter if letter.isprintable() else "?" for letter in line)
+        print(f"going on without compiling, more slowly: {words}", file=sys.stderr, flush=True)
+
+
 def compiles_on(device: torch.device) -> bool:
     """Return whether torch.compile works for `device`; a GPU needs Triton besides a compiler."""
     return has_compiler() and (device.type != "cuda" or has_triton())
 
 
 def has_compiler() -> bool:
-    """Return whether code for this CPU can be compiled, and that is not turned off."""
+    """Return whether there is what torch.compile needs, g++ or the like and Python.h.
+
+    False if it is turned off.
+    """
+    return has_cpp_compiler() and _finds_headers()
+
+
+def has_cpp_compiler() -> bool:
+    """Return whether C++ can be compiled, and that is not turned off."""
     return os.environ.get(_OFF) != "1" and _finds_compiler()
 
 
 @cache
 def _finds_compiler() -> bool:
-    """Return whether there is what torch.compile needs: g++ or the like, and Python.h."""
-    headers = Path(sysconfig.get_path("include"))
-    return cpp_compiler() is not None and (headers / "Python.h").is_file()
+    return cpp_compiler() is not None
+
+
+@cache
+def _finds_headers() -> bool:
+    return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
 def cpp_compiler() -> str | None:

@@ -20,7 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vp_train.tensors.compiling import cpp_compiler, has_compiler, own_directory
+from vp_train.tensors.compiling import (
+    cpp_compiler,
+    has_cpp_compiler,
+    own_directory,
+    tell,
+)
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _ELEMENTS = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
@@ -47,18 +52,18 @@ _INSTRUCTIONS = {  # by what torch itself runs with
 
 
 def suits(matrix: Tensor, *sums: Tensor) -> bool:
-    """Return whether the kernels take a matrix in 16 bits, and `sums` in fp32 beside it.
+    """Return whether the kernels take `matrix` [M, N] in 16 bits, and `sums` in fp32 beside it.
 
-    All must be contiguous.  The kernels need a C++ compiler; see `has_compiler`.
+    All must be contiguous.  The kernels need a C++ compiler, see `has_cpp_compiler`.  Where they
+    cannot be built this says so once.
     """
-    return (
-        matrix.device.type == "cpu" and matrix.is_contiguous() and suits_sums(matrix.dtype, *sums)
-    )
+    is_matrix = matrix.device.type == "cpu" and matrix.dim() == 2 and matrix.is_contiguous()
+    return is_matrix and suits_sums(matrix.dtype, *sums)
 
 
 def suits_sums(dtype: torch.dtype, *sums: Tensor) -> bool:
     """Return whether the kernels take `sums` on a CPU, beside matrices of `dtype`."""
-    if dtype not in _ELEMENTS or not has_compiler():
+    if dtype not in _ELEMENTS or not has_cpp_compiler() or not _are_built(dtype):
         return False
     return all(
         each.dtype is torch.float32 and each.device.type == "cpu" and each.is_contiguous()
@@ -69,10 +74,21 @@ def suits_sums(dtype: torch.dtype, *sums: Tensor) -> bool:
 def run(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
     """Call the function `name` of `kernels.cpp` for matrices of `dtype`.
 
-    None is a null pointer.  Raises RuntimeError where the kernels cannot be built.
+    None is a null pointer.  Raises RuntimeError where they cannot be built.
     """
     addresses = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
+    assert len(addresses) == len(_ARGUMENTS[name])
     _functions(dtype)[name](*addresses, torch.get_num_threads())
+
+
+@cache
+def _are_built(dtype: torch.dtype) -> bool:
+    try:
+        _functions(dtype)
+    except RuntimeError as error:
+        tell(str(error))
+        return False
+    return True
 
 
 @cache
@@ -109,7 +125,7 @@ def _load(element: str) -> ctypes.CDLL:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-_WAY_OUT = "mend CXX or TMPDIR, or set run.compile=off"
+_WAY_OUT = "mend CXX or TMPDIR"
 
 
 def _build(command: list[str], path: Path) -> None:
