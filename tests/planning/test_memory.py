@@ -28,6 +28,7 @@ from vp_train.planning.memory import (
 )
 from vp_train.planning.plan import plan_step
 from vp_train.settings import load_config
+from vp_train.units import human_bytes
 
 VOCABULARY_ENDS = {Kind.E: End.INPUT, Kind.S: End.OUTPUT}
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -65,6 +66,16 @@ def test_the_most_shards_held_are_the_peak_of_s_minus_t(schedule, vocab):
         assert _most_held(order) == most[-1]
     assert max(most) >= 1
     assert (min(most) == 0) == (vocab == "none")
+
+
+def test_a_machine_has_room_for_a_state_in_host_memory_too():
+    """In float32 that are four values of a parameter for the update, and one on its way back."""
+    words = ["optim.name=zero1", "optim.offload=true", "parallel.dp=2", "run.device=cuda"]
+    config, step = planned(*words, num_ranks=4)
+    needed = shape.num_parameters(config.model) * (2 * (4 + 4) + 4 * 4 + 4)
+    check_machine(step, config.optim, needed)
+    with pytest.raises(ConfigError, match=f"and this machine has {human_bytes(needed - 1)};"):
+        check_machine(step, config.optim, needed - 1)
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
