@@ -348,8 +348,8 @@ class _Search:
         What seems not to fit comes last, and what takes a large part of the effort.
         """
         # Plans may be slower than their estimates were, or not fit.
-        for number in self._passed_over:
-            heapq.heappush(self._by_bound, (self._key(number), number))
+        for passed in self._passed_over:
+            heapq.heappush(self._by_bound, (self._key(passed), passed))
         self._passed_over = []
         while self._goes_on():
             number = self._lowest() if self._estimates else self._leanest()
