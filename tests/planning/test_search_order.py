@@ -7,6 +7,7 @@ choice what each of them would say, and notes what is asked.
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from vp_train.config import ConfigError
 from vp_train.planning import search as search_module
 from vp_train.planning.choice import Choice, Kept, Space
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.search import Limits, _Search, search
+from vp_train.planning.search import Limits, _Search, fits_on, search
 from vp_train.planning.weigh import LEANEST, SIMULATED, Candidate, SameChoiceError, TooLargeError
 from vp_train.planning.weigh import Weight as Weighed
 from vp_train.settings import load_config
@@ -255,13 +256,13 @@ def fits(facts):
 @pytest.mark.parametrize("top", [1, 3])
 def test_a_search_without_end_finds_the_fastest_plans_and_leaves_nothing_open(enter, top):
     for seed in range(25):
-        world = random_world(seed)
+        world, said = random_world(seed), []
         enter(world)
         searching = _Search(
             CONFIG,
             Limits(top, 0.0, 10**9),
             lambda: True,
-            lambda words: None,
+            said.append,
             Space(tuple(world.choices), Counter({"a split": 7, "none": 0})),
         )
         found = searching.run()
@@ -306,6 +307,17 @@ def test_a_search_without_end_finds_the_fastest_plans_and_leaves_nothing_open(en
         got = [(one.bound, world.choices.index(one.choice)) for one in found.refused]
         assert sorted(got) == sorted(expected)
         assert [bound for bound, _ in got] == sorted(bound for bound, _ in expected)
+        shown = [*found.estimated, found.with_vocabulary, found.without_vocabulary]
+        assert not {number_of(world, one) for one in shown} & set(refused), "shown nowhere"
+        counts = [
+            tuple(map(int, re.findall(r"(\d+) (?:simulated|planned)", words))) for words in said
+        ]
+        assert counts[0] == ()
+        simulated = [count for count, *_ in counts[1:]]
+        assert set(simulated) - {0} == set(range(1, found.num_estimated + 1)), "told at once"
+        plans = [count for _, count in (pair for pair in counts if len(pair) > 1)]
+        assert set(plans) == set(range(1, found.num_planned + 1))
+        assert counts == sorted(counts)
         for splits, first in ((True, found.with_vocabulary), (False, found.without_vocabulary)):
             best = min(
                 one.seconds if number in planned else one.estimate
@@ -881,3 +893,27 @@ def test_offloading_ends_with_the_time(enter):
     assert counts == sorted(counts)
     assert [count for count, _ in counts].count(6) > 1
     assert {planned for _, planned in counts} == {0, 1}
+
+
+def test_a_choice_that_fits_is_one_whose_stages_all_recompute_most(enter, monkeypatch):
+    """It need not be the first one, and of what is kept the recomputation counts."""
+    full = {"recompute": "full"}
+    choices = [
+        choice_of(0, **full, recompute_where_needed=True),
+        choice_of(1, recompute="selective"),
+        choice_of(2, **full),
+        choice_of(3, **full),
+        choice_of(4, **full),
+    ]
+    world = World([Facts(1.0, 1.0) for _ in choices], choices)
+    world.facts[choices[2]].fails["weigh"] = ConfigError("no")
+    made = enter(world)
+    space = Space(tuple(choices), Counter(), (ZERO1,))
+    monkeypatch.setattr(search_module, "space_of", lambda config, kept: space)
+    assert fits_on(CONFIG, 0.5) == choices[3]
+    assert made == [(0.5 * GIB, (ZERO1,))]
+    assert world.asked("weigh") == [2, 3]
+    assert fits_on(CONFIG, 0.5, Kept({"parallel.recompute": "selective"})) == choices[1]
+    for facts in world.facts.values():
+        facts.fails["weigh"] = ConfigError("no")
+    assert fits_on(CONFIG, 0.5) is None
