@@ -14,6 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from schedules.layout import Layout
+from schedules.problem import Problem
+from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.config import ConfigError
 from vp_train.planning import search as search_module
 from vp_train.planning.choice import Choice, Kept, Space
@@ -917,3 +920,179 @@ def test_a_choice_that_fits_is_one_whose_stages_all_recompute_most(enter, monkey
     for facts in world.facts.values():
         facts.fails["weigh"] = ConfigError("no")
     assert fits_on(CONFIG, 0.5) is None
+
+
+def problem_of(layout, count, vocab="one_barrier", *, split=False):
+    return Problem(layout, count, VOCAB_ALGORITHMS[vocab], split)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fill"), [(1, 8), (2, 8), (3, 9), (4, 8), (8, 16), (15, 30), (16, 16), (64, 64)]
+)
+def test_a_short_step_fills_the_pipeline_and_another_has_as_many_microbatches_as_ranks_more(
+    ranks, fill
+):
+    """It is the step itself where that is no longer."""
+    layout = Layout("linear", ranks)
+    for count, expected in (
+        (fill + ranks - 1, (fill + ranks - 1,)),
+        (fill + ranks, (fill + ranks,)),
+        (fill + ranks + 1, (fill, fill + ranks)),
+        (10_000, (fill, fill + ranks)),
+    ):
+        problem = problem_of(layout, count)
+        assert search_module.short_counts(problem) == expected
+        assert search_module.placed_by_short(problem) == sum(
+            search_module.placed_by(replace(problem, num_microbatches=one), 12_000)
+            for one in expected
+        )
+
+
+@pytest.mark.parametrize(
+    ("layout", "vocab", "split", "nodes"),
+    [
+        (Layout("linear", 4), "none", False, 4 + 4 * 2),
+        (Layout("linear", 4), "one_barrier", False, 4 * 4 + 4 * 2),
+        (Layout("v", 4, 2), "none", True, 4 + 8 * 3),
+        (Layout("loop", 2, 3), "one_barrier", True, 2 * 4 + 6 * 3),
+    ],
+)
+def test_the_effort_of_a_plan_is_that_of_its_passes_and_of_its_tries(layout, vocab, split, nodes):
+    """A split backward is tried twice where there is room, and moved for at least half of it."""
+    for count in (3, 50):
+        problem, n = problem_of(layout, count, vocab, split=split), nodes * count
+        for effort in (3 * n - 1, 3 * n, 3 * n + 3, n - 1, n, 2 * n, 5 * n, 6 * n, 40 * n):
+            found = search_module.placed_by(problem, effort)
+            if split:
+                tries = 2 if n < effort // 3 else 1
+                assert found == 2 * n + tries * (n + max(2 * n, effort // 2))
+            else:
+                assert found == n * (2 + min(5, max(1, effort // n)))
+        whole = search_module.placed_by(problem, 120_000)
+        assert search_module.placed_by(problem) == whole
+
+
+@dataclass(frozen=True)
+class _Step:
+    schedule: tuple
+    timeline: object = None
+
+
+@pytest.mark.parametrize("busiest", [0.5, 2.0])
+@pytest.mark.parametrize("count", [12, 100])
+def test_the_time_of_a_long_step_follows_from_two_short_ones(monkeypatch, count, busiest):
+    """Every microbatch more takes what it took in the second, or the work of the busiest rank."""
+    draft = SimpleNamespace(problem=problem_of(Layout("linear", 4), count), cost="cost")
+    lasts = {8: 20.0, 12: 25.0}
+    monkeypatch.setattr(
+        search_module,
+        "generate",
+        lambda name, few, cost, effort: (name, few.num_microbatches, cost, effort),
+    )
+    monkeypatch.setattr(
+        search_module, "place_transfers", lambda schedule, few, cost: ("moved", *schedule)
+    )
+    simulated = []
+
+    def simulate(schedule, few, cost):
+        simulated.append(schedule)
+        return SimpleNamespace(makespan=lasts[few.num_microbatches])
+
+    monkeypatch.setattr(search_module, "simulate", simulate)
+    monkeypatch.setattr(search_module, "unsimulated", lambda draft, schedule, cost: _Step(schedule))
+    monkeypatch.setattr(search_module, "busiest_seconds", lambda problem, cost: busiest)
+    step, seconds, placed = search_module.short_step(draft, "1f1b")
+    last = ("moved", "1f1b", 12, "cost", 12_000)
+    assert step.schedule == last
+    assert step.timeline.makespan == 25.0
+    assert placed == search_module.placed_by_short(draft.problem)
+    if count == 12:
+        assert simulated == [last]
+        assert seconds == 25.0
+    else:
+        assert simulated == [("1f1b", 8, "cost", 12_000), last]
+        assert seconds == 25.0 + 88 * max(1.25, busiest)
+
+
+def test_a_search_without_vocabulary_parallelism_simulates_short_steps_and_plans_none(
+    enter, monkeypatch
+):
+    world = World([Facts(2.0, 2.5), Facts(1.0, 1.5), Facts(1.6, 1.7)])
+    for choice in list(world.facts):
+        world.facts[replace(choice, vocab="none")] = world.facts.pop(choice)
+    world.choices = list(world.facts)
+    made, asked = enter(world), []
+
+    def space_of(config, degrees):
+        asked.append(degrees)
+        return Space(tuple(world.choices), Counter(), (ADAMW,))
+
+    monkeypatch.setattr(search_module, "without_vocabulary_of", space_of)
+    found = search_module.without_vocabulary(CONFIG, Degrees(1, 2, 1))
+    assert asked == [Degrees(1, 2, 1)]
+    assert made == [(GIB, (ADAMW,))], "all memory may be used"
+    assert number_of(world, found.without_vocabulary) == 1
+    assert [number_of(world, one) for one in found.estimated] == [1]
+    assert not world.asked("plan")
+    few = World([replace(one, placed=10**5) for one in world.facts.values()], world.choices)
+    enter(few)
+    search_module.without_vocabulary(CONFIG, Degrees(1, 2, 1))
+    assert few.asked("short") == [0, 1], "three fifths of 300,000 are two short steps"
+
+
+def test_what_is_looked_for_by_default():
+    assert Limits() == Limits(top=5, margin=0.05, effort=3_000_000)
+    assert search_module.limit_of(CONFIG, 0.25) == 0.75 * GIB
+
+
+def test_why_nothing_is_kept_names_the_degrees_or_what_rules_out_most():
+    cluster = replace(CONFIG.cluster, num_nodes=300, gpus_per_node=4)
+    config = replace(CONFIG, cluster=cluster, num_microbatches=1_200)
+    values = {"parallel.tp": 3, "schedule.name": "1f1b", "parallel.dp": 2}
+    space = Space((), Counter({"few": 1, "many": 2}), None, Kept(values))
+    with pytest.raises(ConfigError) as raised:
+        search(config, Limits(), lambda: True, len, space)
+    assert str(raised.value) == (
+        "--keep parallel.tp,schedule.name,parallel.dp: no split of 1,200 GPUs into dp x pp x tp, "
+        "with tp within a node, has parallel.dp=2, parallel.tp=3; keep fewer degrees, or change "
+        "them"
+    )
+    space = replace(space, kept=Kept({"parallel.tp": 2, "schedule.name": "1f1b"}))
+    with pytest.raises(ConfigError) as raised:
+        search(CONFIG, Limits(), lambda: True, len, space)
+    words = "--keep parallel.tp,schedule.name leaves no choice; ruled out most: many"
+    assert str(raised.value) == words
+    with pytest.raises(ConfigError, match="does not split over"):
+        search(CONFIG, Limits(), lambda: True, len, replace(space, kept=Kept()))
+    with pytest.raises(ConfigError, match="does not split over"):
+        search(replace(config, num_microbatches=7), Limits(), lambda: True, len, space)
+
+
+@pytest.mark.parametrize(
+    ("batch", "gpus", "words"),
+    [
+        (
+            1_001,
+            (2, 512),
+            "a batch of 1,001 sequences does not split over 1,024 GPUs: dp must divide it, and "
+            "with pp of at most 2 layers and tp within a node dp is one of 256, 512, 1,024; use a "
+            "batch of 768 or 1,024 sequences",
+        ),
+        (
+            3,
+            (8, 2),
+            "a batch of 3 sequences does not split over 16 GPUs: dp must divide it, and with pp "
+            "of at most 4 layers and tp within a node dp is one of 2, 4, 8, ... 16; use a batch "
+            "of 2 or 4 sequences, or cluster.num_nodes=6 (12 GPUs)",
+        ),
+    ],
+)
+def test_a_batch_that_no_split_divides_comes_with_all_ways_out(batch, gpus, words):
+    nodes, per_node = gpus
+    config = replace(
+        CONFIG,
+        num_microbatches=batch,
+        model=replace(CONFIG.model, num_layers=2 if batch > 3 else 4),
+        cluster=replace(CONFIG.cluster, num_nodes=nodes, gpus_per_node=per_node),
+    )
+    assert search_module.no_choice_words(config) == words
