@@ -529,6 +529,10 @@ def test_of_the_kind_that_was_not_found_a_few_are_tried_whatever_effort_is_left(
     refused = {world.choices.index(one.choice): one.bound for one in found.refused}
     assert refused == {2: 2.0} | ({1: 1.0} if least_other == 1 else {})
     assert found.ended == "effort"
+    many = World(facts, choices)
+    enter(many)
+    found = run(many, effort=1, top=40)
+    assert found.num_open + found.num_planned + len(found.refused) == 30
     late = World(facts, choices)
     enter(late)
     found = run(late, effort=1, in_time=lambda: False)
@@ -621,6 +625,39 @@ def test_a_plan_is_made_if_it_takes_exactly_the_effort_that_is_left(enter):
         assert rest == [number for number in range(3) if number not in planned]
         assert found.num_open == len(rest)
         assert found.ended == ("effort" if rest else "")
+
+
+def test_what_may_be_faster_than_the_last_of_the_best_is_open(enter):
+    """Of those that were not looked at, and not what equals it."""
+    for bounds, num_open in (((3.0, 4.9), 2), ((3.0, 5.0), 1), ((5.0, 6.0), 0), ((0.5, 7.0), 1)):
+        first, second = Facts(0.1, 1.0, least=0.0, whole=10), Facts(0.2, 5.0, whole=10)
+        world = World([first, second, *(Facts(bound, 9.0) for bound in bounds)])
+        enter(world)
+        effort = 430  # of which two thirds are spent with the second estimate
+        found = run(world, top=2, effort=effort)
+        assert world.asked("short") == [0, 1]
+        assert numbers(world, found.best) == [0, 1]
+        assert (found.num_open, found.ended) == (num_open, "effort" if num_open else "")
+        less = World([first, second, *(Facts(bound, 9.0) for bound in bounds)])
+        enter(less)
+        assert run(less, top=3, effort=effort).num_open == 2, "all, while best is not full"
+
+
+@pytest.mark.parametrize(("last", "num_open"), [(6.05, 2), (6.07, 1)])
+def test_an_estimate_that_may_be_faster_than_what_was_planned_is_open(enter, last, num_open):
+    """The best estimate is slower when it is planned, and there is no effort for another plan."""
+    facts = [
+        Facts(0.7, 6.0, short=1.0, whole=9_000),
+        Facts(0.5, 4.0, whole=9_000),
+        Facts(0.6, last, least=0.0, whole=9_000),
+    ]
+    world = World(facts)
+    enter(world)
+    found = run(world, effort=10_000)
+    assert world.asked("short") == [2, 1, 0]
+    assert world.asked("plan") == [0]
+    assert numbers(world, found.best) == [0]
+    assert (found.num_open, found.ended) == (num_open, "effort")
 
 
 def test_only_the_first_is_planned_without_time(enter):
@@ -794,6 +831,7 @@ def test_what_recomputes_is_tried_with_offloaded_activations_in_its_place(enter)
         *(("draft", 6), ("short", 6), ("plan", 2)),
     ]
     assert numbers(world, found.best) == [2]
+    assert number_of(world, found.with_vocabulary) == 2
     assert found.best[0].choice.offload == 0.5
     assert found.num_choices == 2 + 4
     refused = {world.choices.index(one.choice): (one.bound, one.needs) for one in found.refused}
@@ -874,6 +912,24 @@ def test_a_dozen_offloads_at_most_within_a_tenth_of_the_effort(enter):
         assert found.num_choices == 4 + tried
         assert numbers(world, found.best) == short[:-5:-1]
         assert found.num_planned == 4 + 4
+
+
+@pytest.mark.parametrize(("short", "is_planned"), [(9.9, True), (10.05, True), (10.2, False)])
+def test_what_offloads_is_planned_if_it_may_be_faster_than_the_last_of_the_best(
+    enter, short, is_planned
+):
+    """A plan may take a hundredth less than its estimate."""
+    kinds = ("none", "selective", "full")
+    others = {(0, kind, part): Facts(10.0, 1.0) for kind in kinds for part in (0.5, 1.0)} | {
+        (0, "none", 0.5): Facts(5.0, 9.0, drafted=6.0, short=short)
+    }
+    world = offloading_world([(0, "full", Facts(10.0, 10.0))], others)
+    enter(world)
+    found = run_offloading(world, 1)
+    assert world.asked("short") == [0, 1]
+    assert world.asked("plan") == ([0, 1] if is_planned else [0])
+    assert numbers(world, found.best) == [1 if is_planned else 0]
+    assert number_of(world, found.with_vocabulary) == (1 if is_planned else 0)
 
 
 def test_offloading_ends_with_the_time(enter):
