@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 import weakref
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -21,6 +22,7 @@ from tests.local import run_locally
 from tests.pipeline.equivalence import config_of
 from tests.pipeline.test_comms import comms_of, exchange, started, unwatched
 from tests.pipeline.truth import random_batch
+from vp_train.config import VocabConfig
 from vp_train.pipeline.buffers import Buffers, Once
 from vp_train.pipeline.recorder import Recorder, joined_communications
 from vp_train.planning.plan import make_plan
@@ -279,3 +281,27 @@ def test_a_full_pipeline_keeps_no_more_with_more_microbatches(schedule):
     assert full[0] == full[1] == full[2]
     for alone, many in zip(few, full[0], strict=True):
         assert 0 < alone < many
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_the_output_of_the_last_layer_gives_the_log_probabilities_where_it_is_asked_for(p):
+    """Of every sequence at a position of its own, in microbatches of two."""
+    config = config_of(p, 2, 101, vocab=VocabConfig("none"))
+    config = replace(config, run=replace(config.run, eval_microbatches=3))
+    plan = make_plan(config, p)
+    tokens = torch.randint(101, (3, 2, 6), generator=torch.Generator().manual_seed(4))
+    labels, positions = tokens.roll(1, -1), torch.tensor([[0, 5], [3, 1], [5, 2]])
+
+    def work(rank, model, together):
+        logprobs = model.evaluator.logprobs(tokens, labels)
+        x = model.evaluator.hidden(tokens, positions)
+        return logprobs, x, model.parameters.get("output.weight")
+
+    *others, (logprobs, x, matrix) = run_locally(config, plan, work)
+    assert all(found[:2] == (None, None) for found in others)
+    assert x.shape == (3, 2, 16)
+    expected = torch.log_softmax(x.double() @ matrix.double().T, -1)
+    for i, b in itertools.product(range(3), range(2)):
+        at = int(positions[i, b])
+        found = expected[i, b, labels[i, b, at]]
+        assert logprobs[i, b, at].item() == pytest.approx(found.item(), rel=1e-9)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import random
 import sys
 from pathlib import Path
 
@@ -18,12 +20,15 @@ from vp_train.planning.memory import (
     _most_held,
     _unsent_bytes,
     check_machine,
+    host_bytes,
     rank_memory,
     rank_parameters,
+    rank_state,
     step_peak,
 )
 from vp_train.planning.plan import plan_step
 from vp_train.settings import load_config
+from vp_train.units import human_bytes
 
 VOCABULARY_ENDS = {Kind.E: End.INPUT, Kind.S: End.OUTPUT}
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -61,6 +66,16 @@ def test_the_most_shards_held_are_the_peak_of_s_minus_t(schedule, vocab):
         assert _most_held(order) == most[-1]
     assert max(most) >= 1
     assert (min(most) == 0) == (vocab == "none")
+
+
+def test_a_machine_has_room_for_a_state_in_host_memory_too():
+    """In float32 that are four values of a parameter for the update, and one on its way back."""
+    words = ["optim.name=zero1", "optim.offload=true", "parallel.dp=2", "run.device=cuda"]
+    config, step = planned(*words, num_ranks=4)
+    needed = shape.num_parameters(config.model) * (2 * (4 + 4) + 4 * 4 + 4)
+    check_machine(step, config.optim, needed)
+    with pytest.raises(ConfigError, match=f"and this machine has {human_bytes(needed - 1)};"):
+        check_machine(step, config.optim, needed - 1)
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
@@ -133,6 +148,178 @@ def test_a_step_of_an_offloaded_optimizer_peaks_with_a_bucket_where_passes_keep_
     assert memory.activations == 0
     assert 2**20 < 4 * memory.parameters < 64 * 2**20
     assert memory.working == pytest.approx(min(4 * memory.parameters, bucket_mib * 2**20), rel=0.05)
+
+
+@functools.cache
+def drawn():
+    """Return steps of odd sizes with every schedule, backend, dtype and device, and more."""
+    draw, found = random.Random(5), []
+    for index in range(20):
+        device, tp = draw.choice((("cpu", 1), ("cpu", 1), ("cuda", 1), ("cuda", 2)))
+        vocab = draw.choice(("none", "one_barrier", "two_barrier"))
+        zero1 = index % 3 == 0
+        words = [
+            f"schedule={('1f1b', 'zb_h1', 'v_half', 'interleaved')[index % 4]}",
+            f"vocab={vocab}",
+            f"vocab.backend={draw.choice(('chunked', 'recompute', 'reference'))}",
+            f"vocab.sum_dtype={draw.choice(('float32', 'compute'))}",
+            f"run.device={device}",
+            f"run.dtype={draw.choice(('bfloat16', 'float32', 'float64'))}",
+            f"parallel.tp={tp}",
+            f"parallel.recompute={draw.choice(('none', 'selective', 'full'))}",
+            f"parallel.offload_activations={draw.choice((0.0, 0.5)) if device == 'cuda' else 0}",
+            f"model.activation={draw.choice(('gelu', 'swiglu'))}",
+            f"model.positions={draw.choice(('learned', 'rope'))}",
+            f"model.tied_embeddings={draw.random() < 0.5}",
+            f"model.seq_length={draw.choice((2, 10, 62))}",
+            f"model.vocab_size={draw.choice((97, 4_001))}",
+            f"model.num_layers={draw.choice((4, 8))}",
+            f"num_microbatches={draw.randint(2, 7)}",
+            f"micro_batch_size={draw.randint(1, 2)}",
+            f"optim.name={'zero1' if zero1 else 'adamw'}",
+            f"optim.offload={zero1}",
+        ]
+        if device == "cuda" and draw.random() < 0.5:
+            words += ["run.linear_dtype=float8", "run.dtype=bfloat16"]
+        found.append(planned(*words, num_ranks=2 * tp))
+    return found
+
+
+def own_rows(step, rank, end=End.OUTPUT):
+    return -(-step.shards[end][rank].num_rows // step.degrees.tp)
+
+
+def moments(step, optim, rank):
+    """Yield the bytes of activations, shards and work whenever one of them may be at its most."""
+    work, model, on_cuda = step.work, step.work.model, step.work.device == "cuda"
+    item = {"bfloat16": 2, "float32": 4, "float64": 8}[work.dtype]
+    precise, tokens = max(4, item), work.micro_batch_size * model.seq_length
+    message, rows, root = item * tokens * model.hidden_size, own_rows(step, rank), step.problem.root
+    backend, sharded = work.vocab.backend, step.problem.algorithm.sharded
+    exponentials = item * tokens * rows * {"chunked": 1, "recompute": 0, "reference": 2}[backend]
+    batch = (32 + 48 * (1 + on_cuda)) * tokens * work.num_microbatches
+    if rows and backend == "reference":
+        batch += 4 * precise * tokens * rows
+    elif rows:
+        of_chunk = (32 if on_cuda else 6) << 20
+        chunk = max(2_048 if on_cuda else 1, of_chunk // (precise * tokens))
+        batch += 2 * precise * tokens * model.hidden_size
+        if item < precise or backend == "recompute":
+            batch += precise * tokens * min(rows, chunk)
+        if on_cuda and backend == "recompute":
+            batch += item * tokens * rows
+    of_layer = shape.layer_matrix_parameters(work.share)
+    layers = sum(len(one) for one in step.layers_of_ranks[rank])
+    weights = 2 * layers * of_layer * (work.linear_dtype == "float8")
+    order, alive, held, sent = step.schedule.ranks[rank], {}, 0, 0
+    most = max(
+        sum((one.kind is Kind.S) - (one.kind is Kind.T) for one in order[:end])
+        for end in range(len(order) + 1)
+    )
+    pool = 0 if on_cuda else exponentials * most
+    always = batch + 4 * message + weights
+    yield 0, pool, always
+    gradients = precise * rank_parameters(step, rank)
+    yield 0, pool, batch + (min(gradients, 64 << 20) if optim.offload else 0)
+    layout = step.problem.layout
+    offloads = [one for one in step.schedule.offloads if one.item.stage in layout.stages_of(rank)]
+    away = {}
+
+    def is_hop(stage, other):
+        return 0 <= other < layout.num_stages and layout.rank_of(other) != layout.rank_of(stage)
+
+    for one in order:
+        stage, kind, key = one.stage, one.kind, (one.stage, one.microbatch)
+        for offload in offloads:
+            if offload.free_before == one:
+                away[offload.item] = step.cost.offload_bytes[stage_of(offload)]
+        shard = message + (exponentials if on_cuda else 0)
+        before, held_before = sum(alive.values()), held
+        if kind is Kind.F:
+            alive[key] = step.cost.stage_bytes[stage]
+        elif kind is Kind.I:
+            alive[key] = step.cost.weight_bytes[stage]
+        elif kind in (Kind.B, Kind.W):
+            del alive[key]
+        held += shard * ((kind is Kind.S) - (kind is Kind.T))
+        after = sum(alive.values())
+        if not on_cuda:
+            if kind is Kind.E and sharded and rank != root(End.INPUT):
+                sent += message * step.shards[End.INPUT][rank].num_rows / model.vocab_size
+            if kind is Kind.S and sharded and rank != root(End.OUTPUT):
+                sent += message if work.vocab.sum_dtype == "compute" else message // item * precise
+            way = {Kind.F: 1, Kind.B: -1, Kind.I: -1}.get(kind, 0)
+            sent += message * (way != 0 and is_hop(stage, stage + way))
+        if kind is Kind.F:
+            beside = 2 * message
+        elif kind in (Kind.B, Kind.I):
+            wide = (4 if on_cuda else 5) if model.activation == "swiglu" else 1 + (kind is Kind.I)
+            beside = 2 * message + wide * item * tokens * work.share.ffn_hidden_size
+            recompute = step.recompute[stage]
+            kept = 0 if recompute == "full" else work.layer_bytes(recompute)
+            beside += work.layer_bytes("none") - kept
+        elif kind in (Kind.S, Kind.T):
+            beside = 2 * precise * tokens * model.hidden_size
+        else:
+            beside = message
+        yield (
+            max(before, after) - sum(away.values()),
+            max(held_before, held) + pool,
+            always + sent + beside,
+        )
+        for offload in offloads:
+            if offload.reload_after == one:
+                del away[offload.item]
+        yield after - sum(away.values()), held + pool, always + sent
+
+
+def stage_of(offload):
+    return offload.item.stage
+
+
+def test_the_peak_of_a_step_is_that_of_a_ledger_of_all_its_passes():
+    """It has every tensor that is alive in a pass, and the highest sum of them."""
+    kinds, num_moved = set(), 0
+    for config, step in drawn():
+        for rank in range(2):
+            found = step_peak(step, config.optim, rank)
+            every = list(moments(step, config.optim, rank))
+            highest = max(map(sum, every))
+            assert sum(found) == pytest.approx(highest)
+            tops = [moment for moment in every if sum(moment) >= highest * (1 - 1e-9)]
+            assert any(found == pytest.approx(moment) for moment in tops)
+            assert rank_memory(step, config.optim, rank).total == pytest.approx(
+                sum(found) + rank_state(step, config.optim, rank).state
+            )
+            kinds.add((found[0] > 0, found[1] > 0))
+        num_moved += len(step.schedule.offloads)
+    assert len(kinds) == 4
+    assert num_moved > 0
+
+
+def test_what_stays_between_steps_is_counted_by_hand():
+    """Layers, norms and positions on one tensor-parallel rank, and the larger share of the rows."""
+    for config, step in drawn():
+        model, optim = config.model, config.optim
+        item = {"bfloat16": 2, "float32": 4, "float64": 8}[config.run.dtype]
+        precise = max(4, item)
+        for rank in range(2):
+            stages = step.problem.layout.stages_of(rank)
+            count = sum(len(step.layers[stage]) for stage in stages)
+            count *= shape.layer_parameters(step.work.share)
+            last = step.problem.layout.num_stages - 1
+            if last in stages:
+                count += model.hidden_size
+            if 0 in stages and model.positions == "learned":
+                count += model.seq_length * model.hidden_size
+            rows = [own_rows(step, rank, end) for end in End]
+            count += model.hidden_size * (max(rows) if model.tied_embeddings else sum(rows))
+            assert rank_parameters(step, rank) == count
+            moments_of = 0 if optim.offload else 2 * precise + (precise if item < precise else 0)
+            assert rank_state(step, optim, rank).state == count * (item + precise + moments_of)
+            there = host_bytes(step, optim, rank)
+            assert there.optimizer == (count * (4 * precise + item) if optim.offload else 0)
+            assert there.total == there.optimizer + there.activations
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])

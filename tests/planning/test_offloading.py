@@ -13,6 +13,7 @@ from vp_train.optim.adamw import learning_rate
 from vp_train.planning.choice import Kept, offloading, space_of
 from vp_train.planning.cluster import host_bytes_per_second
 from vp_train.planning.memory import (
+    HostMemory,
     check_host,
     host_bytes,
     most_host_bytes,
@@ -112,6 +113,48 @@ def test_an_optimizer_in_host_memory_counts_there_by_replicas_and_nodes():
     assert not known.fits
     assert "of optimizer state in host memory" in known.binds
     assert "parallel.offload_activations" not in known.binds
+
+
+def test_what_a_node_keeps_too_much_of_is_named_with_its_way_out():
+    gib = 2.0**30
+    moved, state = HostMemory(activations=3 * gib), HostMemory(optimizer=2 * gib)
+    both = HostMemory(3 * gib, 2 * gib)
+    begins = "the ranks of a node keep"
+    lower, drop = "lower parallel.offload_activations", "set optim.offload=false"
+    for held, words in (
+        (moved, f"{begins} 3.00 GiB of activations in host memory, 2.00 GiB more {{}}; {lower}"),
+        (state, f"{begins} 2.00 GiB of optimizer state in host memory, 1.00 GiB more {{}}; {drop}"),
+        (
+            both,
+            f"{begins} 3.00 GiB of activations and 2.00 GiB of optimizer state in host memory, "
+            f"4.00 GiB more {{}}; {lower}, {drop}",
+        ),
+    ):
+        expected = words.format("than its 1.00 GiB") + ", or use more nodes"
+        assert held.excess_words(gib) == expected
+
+
+@pytest.mark.parametrize(("dp", "tp", "per_node"), [(1, 2, 4), (3, 1, 4), (1, 1, 8), (2, 2, 3)])
+def test_ranks_fill_the_nodes_in_their_order_and_the_fullest_node_counts(dp, tp, per_node):
+    words = [f"parallel.dp={dp}", f"parallel.tp={tp}", "parallel.pp=4", "run.device=cuda"]
+    words += ["parallel.offload_activations=1.0", "optim.name=zero1", "optim.offload=true"]
+    config = load_config([*LLAMA, *words, "num_microbatches=9"])
+    step = plan_step(config, 4 * dp * tp)
+    ranks = [host_bytes(step, config.optim, rank) for rank in range(4)]
+    assert ranks[0].activations > ranks[3].activations
+    places = [step.degrees.place(rank)[1] for rank in range(4 * dp * tp)]
+    nodes = [places[first : first + per_node] for first in range(0, len(places), per_node)]
+    sums = [
+        (sum(ranks[p].activations for p in node), sum(ranks[p].optimizer for p in node))
+        for node in nodes
+    ]
+    found = most_host_bytes(step, config.optim, per_node)
+    assert (found.activations, found.optimizer) == max(sums, key=sum)
+    needed = round(sum(sums[-1]))
+    last = range(len(places) - len(nodes[-1]), len(places))
+    check_host(step, config.optim, last, needed)
+    with pytest.raises(ConfigError, match=f"1 B more than its {human_bytes(needed - 1)}"):
+        check_host(step, config.optim, last, needed - 1)
 
 
 def test_a_search_does_not_offload_more_than_hosts_have():

@@ -1,4 +1,4 @@
-"""Laws of products, attention and bytes on a device, and of FSDP that is made of them."""
+"""Laws of products, attention and bytes on a device."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import pytest
 from vp_train.config import ConfigError, CostConfig
 from vp_train.model import shape
 from vp_train.planning.cluster import with_rates
-from vp_train.planning.degrees import Degrees
-from vp_train.planning.fsdp import _microbatches, best_fsdp, fsdp_step
-from vp_train.planning.memory import StateBytes
 from vp_train.planning.physics import (
     Device,
     attention_seconds,
@@ -21,7 +18,6 @@ from vp_train.planning.physics import (
     output_seconds,
 )
 from vp_train.planning.plan import plan_step
-from vp_train.planning.workload import Workload
 from vp_train.settings import load_config
 
 H100 = load_config(["cluster=h100_80g_node"]).cluster
@@ -174,104 +170,3 @@ def test_measured_rates_predict_layers_that_were_not_measured():
     bare = replace(measured, matrix_flops_per_second=None)
     with pytest.raises(ConfigError, match=r"cost\.measured_layer_flops="):
         plan_step(replace(other, cost=bare), 8)
-
-
-def work_of(*words):
-    config = load_config(["model=llama3_8b", "cluster=h100_80g_node", *words])
-    return config, Workload.of(config, Degrees(config.cluster.num_gpus, 1, 1))
-
-
-def test_one_gpu_of_fsdp_exchanges_nothing():
-    config, work = work_of("cluster.gpus_per_node=1", "num_microbatches=4")
-    found = fsdp_step(work, config.cluster, config.cost, config.optim, recompute="none")
-    assert (found.exposed, found.exchange) == (0, 0)
-    assert found.seconds == pytest.approx(found.compute + found.optimizer)
-
-
-def test_fsdp_gathers_twice_and_scatters_once_per_microbatch():
-    """With links that take all of the time a step takes as long as its exchange."""
-    slow = "cluster.node_bytes_per_second=1e9"
-    config, work = work_of(slow, "cluster.node_seconds=0", "num_microbatches=3")
-    found = fsdp_step(work, config.cluster, config.cost, config.optim, recompute="none")
-    layers = 32 * shape.layer_parameters(work.model) * (2 + 2 + 4)
-    ends = 2 * 128_256 * 4096 * (2 + 4)
-    assert found.exchange == pytest.approx(3 * 7 / 8 * (layers + ends) / 1e9)
-    rest = found.seconds - found.exchange
-    assert 0 < rest < found.compute / 3, "the output layer, and layers at both ends of the step"
-
-
-def test_a_step_of_fsdp_has_one_gather_and_one_scatter_that_nothing_hides():
-    """However many microbatches it has, if links are fast enough to hide all others."""
-    found = []
-    for count in (1, 8):
-        config, work = work_of(f"num_microbatches={count}", "micro_batch_size=4")
-        found.append(fsdp_step(work, config.cluster, config.cost, config.optim, recompute="none"))
-    assert found[0].exposed == pytest.approx(found[1].exposed)
-    assert 0 < found[0].exposed < 0.1 * found[0].exchange
-
-
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_tensor_parallel_ranks_of_fsdp_wait_longer_on_slow_links_and_compute_as_fast(recompute):
-    config, work = work_of("cluster.contention=0", "num_microbatches=2")
-    work = replace(work, degrees=Degrees(4, 1, 2), sequence_parallel=True)
-    found = []
-    for part in (1, 2):
-        slower = config.cluster.node_bytes_per_second / part
-        cluster = replace(config.cluster, node_bytes_per_second=slower)
-        found.append(fsdp_step(work, cluster, config.cost, config.optim, recompute=recompute))
-    fast, slow = found
-    assert slow.compute == pytest.approx(fast.compute)
-    assert 1.9 * fast.tensor < slow.tensor
-    assert fast.seconds == fast.compute + fast.tensor + fast.exposed + fast.optimizer
-
-
-@pytest.mark.parametrize(
-    ("tp", "num_sequences", "sizes"),
-    [
-        *((1, 8 * 12, (1, 2, 4, 12)), (2, 4 * 12, (1, 2, 4, 12)), (1, 8, (1,)), (4, 2 * 7, (1, 7))),
-        *((1, 9, ()), (1, 4, ())),  # a replica has no whole part of these
-    ],
-)
-def test_a_replica_of_fsdp_takes_its_part_at_once_or_in_powers_of_two(tp, num_sequences, sizes):
-    config, work = work_of()
-    found = _microbatches(work, config.cluster, tp, num_sequences)
-    assert tuple(one.micro_batch_size for one in found) == sizes
-    for one in found:
-        replicas = one.degrees.dp
-        assert replicas * one.num_microbatches * one.micro_batch_size == num_sequences
-        assert (one.degrees, one.sequence_parallel) == (Degrees(8 // tp, 1, tp), tp > 1)
-
-
-def test_the_best_fsdp_fits_or_is_the_leanest():
-    config, work = work_of("cluster.num_nodes=2")
-    best = best_fsdp(work, config.cluster, config.cost, config.optim, num_sequences=128)
-    assert best is not None
-    assert best.fits
-    small = replace(config.cluster, memory_gib=1.0)
-    lean = best_fsdp(work, small, config.cost, config.optim, num_sequences=128)
-    assert lean is not None
-    assert not lean.fits
-    offload = replace(config.optim, name="zero1", offload=True)
-    again = best_fsdp(work, config.cluster, config.cost, offload, num_sequences=128)
-    assert again == best, "optimizer state of FSDP stays on the GPUs"
-    assert lean.num_bytes <= best.num_bytes
-    assert best_fsdp(work, small, config.cost, config.optim, num_sequences=1) is None
-
-
-def test_a_rank_of_fsdp_holds_its_part_of_the_state_and_nothing_else_of_it_twice():
-    """The bytes of 8 and of 16 replicas differ by a sixteenth of all state."""
-    found = []
-    for nodes in (1, 2):
-        config, work = work_of(f"cluster.num_nodes={nodes}", "num_microbatches=2")
-        found.append(fsdp_step(work, config.cluster, config.cost, config.optim, recompute="none"))
-    model, state = work.model, StateBytes.of(work, config.optim)
-    whole = model.num_layers * shape.layer_parameters(model) + 2 * 128_256 * 4096
-    per_parameter = state.weights + state.gradients + state.optimizer
-    assert found[0].num_bytes - found[1].num_bytes == pytest.approx(whole * per_parameter / 16)
-    moved = per_parameter + state.optimizer
-    assert found[0].optimizer == pytest.approx(
-        whole * moved / 8 / config.cluster.memory_bytes_per_second
-    )
-    tied, one = work_of("model.tied_embeddings=true", "num_microbatches=2")
-    less = fsdp_step(one, tied.cluster, tied.cost, tied.optim, recompute="none")
-    assert found[0].optimizer / less.optimizer == pytest.approx(whole / (whole - 128_256 * 4096))

@@ -9,12 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from schedules.ir import Kind
 from vp_train.config import ConfigError
 from vp_train.model import shape
-from vp_train.planning.memory import rank_parameters
-from vp_train.planning.overlap import _runs
-from vp_train.planning.plan import plan_step
 from vp_train.planning.report import make_report
 from vp_train.settings import load_config
 
@@ -78,28 +74,6 @@ def test_only_what_no_pass_hides_of_the_exchange_adds_to_a_step(optimizer):
         assert beside.passes == alone.passes
     assert sum(beside.exposed.values()) >= beside.gradients
     assert "of the step" in beside.exposed_words
-
-
-@pytest.mark.parametrize("schedule", ["1f1b", "v_half"])
-@pytest.mark.parametrize("vocab", ["none", "one_barrier"])
-@pytest.mark.parametrize("tied", ["true", "false"])
-def test_replicas_exchange_every_parameter_once_and_not_before_it_is_complete(
-    schedule, vocab, tied
-):
-    words = [f"schedule={schedule}", f"vocab={vocab}", f"model.tied_embeddings={tied}"]
-    config = load_config(["model=nano", "model.num_layers=8", "parallel.pp=4", *words])
-    step = plan_step(config, 4)
-    for rank in range(4):
-        runs = _runs(step, config.optim, rank)
-        held = rank_parameters(step, rank)
-        assert sum(run.parameters for run in runs) == pytest.approx(held, rel=0.01)
-        matrix = runs[0]
-        of_matrix = [s for s in step.timeline.compute[rank] if Kind(s.kind) in (Kind.G, Kind.T)]
-        if tied == "true" and of_matrix and matrix.buckets == 1:
-            assert matrix.ends >= max(span.end for span in of_matrix)
-            assert (matrix.ends == step.timeline.makespan) >= (
-                (vocab, schedule) == ("none", "1f1b")
-            ), "copies on two ranks are summed after all passes"
 
 
 def test_the_optimizer_reads_gradients_writes_weights_and_does_both_to_its_state():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from dataclasses import replace
 
@@ -11,7 +10,6 @@ import pytest
 
 from schedules import generators
 from vp_train.config import ConfigError
-from vp_train.planning import search as search_module
 from vp_train.planning import weigh
 from vp_train.planning.choice import Kept, Space, optimizers_of, space_of, with_batch_of
 from vp_train.planning.degrees import Degrees
@@ -304,30 +302,6 @@ def test_nothing_fits_and_what_is_closest():
     assert fits_on(config_of("cluster.memory_gib=1"), 0.0) is not None
 
 
-class Clock:
-    """A clock that answers `count` times that there is time left."""
-
-    def __init__(self, count):
-        self.left = count
-
-    def __call__(self):
-        self.left -= 1
-        return self.left >= 0
-
-
-@pytest.mark.parametrize("count", [0, 2, 9])
-def test_out_of_time_there_is_a_plan_all_the_same(count):
-    result = searched(config_of(), 3, Clock(count))
-    assert result.best
-    assert result.num_planned >= 1
-    assert result.ended == "time"
-    assert 0 < result.num_open < result.num_choices
-    if not count:  # there is no time to weigh what comes after the first 128 choices
-        every = len(space_of(config_of()).choices)
-        assert every - 128 <= result.num_open < every
-        assert result.num_estimated == 1
-
-
 def test_its_effort_not_the_clock_ends_a_search_and_the_answer_is_the_same():
     limits = {"effort": 60_000}
     first, second = (searched(config_of(), 3, **limits) for _ in range(2))
@@ -346,66 +320,6 @@ def test_a_wrong_base_order_ends_a_search_before_anything_is_weighed(monkeypatch
     monkeypatch.setattr(Scales, "weigh", None)
     with pytest.raises(ConfigError, match="is wrong"):
         searched(config_of())
-
-
-def test_every_choice_that_is_simulated_or_planned_is_told_at_once():
-    config, said = config_of(), []
-    every = space_of(config)
-    few = Space(every.choices[::60], Counter(), every.optimizers)
-    result = search(config, replace(NO_END, top=3), lambda: True, said.append, few)
-    assert said[0] == f"0 of {len(few.choices):,} choices weighed"
-    counts = [
-        tuple(int(count) for count in re.findall(r"(\d+) (?:simulated|planned)", words))
-        for words in said[1:]
-    ]
-    assert {count for count, *_ in counts} - {0} == set(range(1, result.num_estimated + 1))
-    planned = [planned for _, planned in (found for found in counts if len(found) > 1)]
-    assert set(planned) == set(range(1, result.num_planned + 1))
-    assert counts == sorted(counts)
-    assert said[-1].endswith("s")
-
-
-@pytest.mark.parametrize("tries", [0, 3])
-def test_of_the_kind_that_was_not_found_a_few_are_tried_after_the_effort_is_spent(
-    monkeypatch, tries
-):
-    """None of them fits; otherwise the first that does would be the only one."""
-    config, events, draft, after = config_of(), [], Scales.draft, Scales.after
-    monkeypatch.setattr(search_module, "_TRIES_OF_OTHER_KIND", tries)
-    first = searched(config, effort=1).best[0].choice.splits_vocabulary
-
-    class TooLarge:
-        """A candidate that seems not to fit, and says when that is asked."""
-
-        def __init__(self, candidate):
-            self._candidate = candidate
-
-        def __getattr__(self, name):
-            return getattr(self._candidate, name)
-
-        @property
-        def seems_to_fit(self):
-            events.append("asked")
-            return False
-
-    def drafted(self, choice):
-        candidate = draft(self, choice)
-        return candidate if choice.splits_vocabulary is first else TooLarge(candidate)
-
-    monkeypatch.setattr(Scales, "draft", drafted)
-    monkeypatch.setattr(Scales, "after", lambda *args: events.append("found") or after(*args))
-    result = searched(config, effort=1)
-    assert result.best[0].choice.splits_vocabulary is first
-    behind = events[len(events) - events[::-1].index("found") :]
-    assert behind == ["asked"] * tries
-
-
-def test_a_margin_of_memory_stays_free():
-    config = config_of()
-    most = max(total(plan.report) for plan in searched(config, 5).best)
-    tight = config_of(f"cluster.memory_gib={most / GIB!r}")
-    for plan in searched(tight, 5, margin=0.2).best:
-        assert total(plan.report) <= 0.8 * most
 
 
 def test_the_best_without_vocabulary_parallelism_is_known_whatever_wins():
@@ -452,18 +366,6 @@ def test_a_batch_in_tokens_is_one_that_replicas_can_share(tokens, sequences):
     changed = with_batch_of(config, tokens)
     assert changed.num_microbatches * changed.micro_batch_size == sequences
     assert changed.parallel.dp is None
-
-
-def test_a_plan_that_does_not_fit_is_refused_once_and_shown_nowhere(monkeypatch):
-    roomy = searched(config_of(), 3)
-    limit = min(total(plan.report) for plan in roomy.best) / GIB * 0.9
-    monkeypatch.setattr(Scales, "needs", lambda self, step, optim: (0.0, 0))
-    result = searched(config_of(f"cluster.memory_gib={limit!r}"), 3)
-    refused = [refusal.choice for refusal in result.refused]
-    assert len(set(refused)) == len(refused)
-    shown = [*result.estimated, result.with_vocabulary, result.without_vocabulary]
-    assert not {estimate.candidate.choice for estimate in shown if estimate} & set(refused)
-    assert result.excluded["memory, for a whole step"] > 0
 
 
 def test_a_plan_that_is_found_has_the_report_that_planning_it_gives_with_measured_rates():

@@ -166,3 +166,38 @@ def test_every_base_order_is_checked_once_in_a_small_step_and_a_wrong_one_is_nam
     assert sorted(checked) == [("1f1b", 2, 2 * 2), ("zb_h1", 4, 3)]
     with pytest.raises(ConfigError, match="gpipe is wrong"):
         scales.check([choice_of(2, schedule="gpipe")])
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])
+def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_while_a_forward_runs(schedule):
+    """At least all that may move has moved; about as much as the link takes in a warm-up."""
+    for rate in (1e6, 1e9, 3e10, 1e15, None):
+        config = load_config(WORDS)
+        config = replace(config, cost=replace(config.cost, host_bytes_per_second=rate))
+        if rate is None:
+            config = replace(config, cluster=replace(config.cluster, host_bytes_per_second=1e30))
+        scales = Scales(config, math.inf)
+        for part in (0.0, 0.5, 1.0):
+            settings = {"vocab": "none", "recompute": "none", "offload": part}
+            choice = choice_of(4, schedule=schedule, **settings)
+            step = scales.draft(choice).draft
+            work, family = step.work, GENERATORS[schedule]
+            problem = Problem(
+                family.layout_of(4), 12, VOCAB_ALGORITHMS["none"], family.split_backward
+            )
+            peak = peaks_of(schedule, problem)[0]
+            kept = of_layer = work.layer_bytes("none")
+            if family.split_backward:
+                kept = max(kept, step.cost.weight_bytes[0] / len(step.layers[0]))
+            forward = step.cost.pass_seconds[Kind.F][1] / len(step.layers[1])
+            state = refusal(Scales(config, 1.0), choice).needs
+            least = about = state
+            for chunk, stage in enumerate(step.problem.layout.stages_of(0)):
+                layers = len(step.layers[stage])
+                moved = math.floor(layers * part + 0.5)
+                link = 1.0 if rate is None else min(1.0, forward * rate / of_layer)
+                carried = min(moved, layers * link) if moved else 0
+                least += (layers - moved) * of_layer * peak.counts[chunk]
+                about += (layers - carried) * kept * peak.kept[chunk]
+            assert scales.leanest(choice) == pytest.approx(least)
+            assert scales.weigh(choice).needs == pytest.approx(about)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 
 from vp_train.report import draw
@@ -82,3 +85,93 @@ def test_only_steps_of_three_times_the_median_are_cut_off(drawn, heights, is_cut
 )
 def test_a_number_of_an_axis_is_short(value, text):
     assert draw._short(value) == text
+
+
+def box_of(axes):
+    """Return left, bottom, width and height of the axes in points of the picture."""
+    left, bottom, width, height = axes.get_position().bounds
+    return 400 * left, 210 * bottom, 400 * width, 210 * height
+
+
+def test_the_box_of_a_picture_leaves_room_for_its_numbers_and_no_more(drawn):
+    """They are on the left and below; 400 x 210 points as the element says."""
+    text = draw.lines([(Style(3, 2), [(0, 0.0), (1, 10.0)])], name="a")
+    ((figure, axes),) = drawn
+    assert text.startswith('<svg viewBox="0 0 400 210">')
+    assert (figure.get_figwidth(), figure.get_figheight()) == pytest.approx((400 / 72, 210 / 72))
+    assert figure.dpi == 72
+    assert box_of(axes) == pytest.approx((46, 24, 400 - 46 - 12, 210 - 24 - 10))
+    shown = {name: spine.get_visible() for name, spine in axes.spines.items()}
+    assert shown == {"left": False, "right": False, "top": False, "bottom": True}
+    assert axes.get_axisbelow() is True
+    for axis, has_grid in ((axes.xaxis, False), (axes.yaxis, True)):
+        tick = axis.get_major_ticks()[0]
+        assert tick.gridline.get_visible() is has_grid
+        assert (tick.tick1line.get_markersize(), tick.get_pad()) == (0, 4)
+        assert (tick.label1.get_fontsize(), tick.label1.get_color()) == (11, draw._INK)
+    grid = axes.yaxis.get_gridlines()[0]
+    assert (grid.get_color(), grid.get_linewidth()) == (draw._GRID, 0.8)
+    assert axes.spines["bottom"].get_edgecolor()[:3] == pytest.approx((1 / 255, 2 / 255, 4 / 255))
+    (curve,) = axes.get_lines()
+    assert (curve.get_color(), curve.get_linestyle()) == (draw._COLOURS[3], ":")
+    assert (curve.get_linewidth(), curve.get_markersize()) == (1.5, 3)
+    # The points stand where they belong, within matplotlib's margins of a twentieth.
+    x, y = axes.transData.transform([(0, 0.0), (1, 10.0)]).T
+    assert x == pytest.approx([46 + 342 / 22, 46 + 342 * 21 / 22])
+    assert y == pytest.approx([24 + 176 / 22, 24 + 176 * 21 / 22])
+
+
+@pytest.mark.parametrize("most", [1, 7, 90, 300, 12_345])
+def test_numbers_of_an_axis_are_few_and_round_and_steps_are_whole(drawn, most):
+    draw.lines([(Style(0), [(0, 0.0), (most, most / 9)])], name="a", from_zero=True)
+    ((_, axes),) = drawn
+
+    def inside(axis, limits):
+        return [t for t in axis.get_majorticklocs() if limits[0] <= t <= limits[1]]
+
+    steps, values = inside(axes.xaxis, axes.get_xlim()), inside(axes.yaxis, axes.get_ylim())
+    for places, fewest, count, allowed in (
+        (steps, 2, 7, (1, 2, 5)),
+        (values, 3, 6, (1, 2, 2.5, 5)),
+    ):
+        assert fewest <= len(places) <= count
+        apart = places[1] - places[0]
+        first = apart / 10 ** math.floor(math.log10(apart * (1 + 1e-9)))
+        assert any(first == pytest.approx(one) for one in allowed), apart
+    assert all(step == round(step) for step in steps)
+    words = [axes.yaxis.get_major_formatter()(value) for value in values]
+    assert words == [draw._short(value) for value in values]
+    assert [axes.xaxis.get_major_formatter()(step) for step in steps] == list(
+        map(draw._short, steps)
+    )
+
+
+def test_a_picture_has_the_colours_and_the_font_of_its_page():
+    """No colour of its own, no font, no link, and the same text each time."""
+    curves = [(Style.of(index), [(0, 1.0), (1, 2.0 + index)]) for index in range(NUM_COLOURS)]
+    text = draw.lines(curves, name="a")
+    for index in range(NUM_COLOURS):
+        assert f"var(--c{index})" in text
+    assert "var(--muted)" in text
+    assert "var(--line)" in text
+    for word in ("#0102", "font-family", "<metadata", "<style", "http", "\n", "<?xml", "xmlns"):
+        assert word not in text, word
+    ids = re.findall(r' id="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"url\(#(\w+)\)", text)) <= set(ids)
+    assert draw.lines(curves, name="a") == text
+    others = re.findall(r' id="([^"]*)"', draw.lines(curves, name="b"))
+    assert not set(ids) & set(others), "another picture of the page has other names"
+
+
+def test_parts_stand_on_each_other_in_their_colours(drawn):
+    parts = [(Style(7), [(3, 1.0), (4, 2.0)]), (Style(2), [(3, 10.0), (4, 20.0)])]
+    draw.stack(parts, name="a")
+    ((_, axes),) = drawn
+    low, high = axes.collections
+    for area, colour, bounds in ((low, 7, (0.0, 2.0)), (high, 2, (1.0, 22.0))):
+        heights = area.get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == bounds
+        expected = tuple(int(draw._COLOURS[colour][at : at + 2], 16) / 255 for at in (1, 3, 5))
+        assert tuple(area.get_facecolor()[0][:3]) == pytest.approx(expected)
+        assert area.get_linewidth()[0] == 0

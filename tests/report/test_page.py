@@ -9,9 +9,11 @@ from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 
+from schedules.render import facts
 from tests.report.conftest import EVIL, STEPS
 from vp_train.commands.report import main
 from vp_train.config import ConfigError
@@ -22,6 +24,7 @@ from vp_train.report import draw, page, record
 from vp_train.report.record import read_run
 from vp_train.report.traced import read_timelines
 from vp_train.settings import load_config
+from vp_train.units import human_bytes
 
 SECTIONS = [
     "warnings",
@@ -417,6 +420,239 @@ def test_a_figure_is_shown_in_the_unit_of_its_picture(tmp_path, key, value, show
     assert f"highest {shown} at step 2" in picture.words
 
 
+def test_curves_of_what_cannot_be_below_zero_begin_there(tmp_path, monkeypatch):
+    """Each picture has the scaled values, and a name that no other picture of the page has."""
+    keys = {
+        "loss": ("Loss", 1, False),
+        "grad_norm": ("Gradient norm", 1, False),
+        "learning_rate": ("Learning rate", 1, True),
+        "interval_tokens_per_second": ("Tokens per second", 1, True),
+        "mfu": ("MFU", 100, True),
+        "bubble_worst": ("Waiting", 100, True),
+        "memory/allocated_worst": ("Memory", 2**-30, True),
+        "validation/a/loss": ("Validation losses", 1, False),
+        "validation_bits_per_byte": ("Bits per byte", 1, False),
+    }
+    units = {
+        "Loss": "nats per token",
+        "Gradient norm": "before clipping",
+        "Learning rate": "",
+        "Tokens per second": "all replicas",
+        "MFU": "% of the peak of all ranks",
+        "Memory": "GiB",
+        "Validation losses": "nats per token",
+        "Bits per byte": "of validation",
+    }
+    made = {}
+
+    def lines(curves, *, name, from_zero=False):
+        assert name not in made
+        made[name] = curves, from_zero
+        return name
+
+    monkeypatch.setattr(draw, "lines", lines)
+    run = recorded(tmp_path, "a", dict.fromkeys(keys, 3.0), dict.fromkeys(keys, 6.0))
+    several = {"Loss": "Training loss", "Validation losses": "Validation loss: a"}
+    for others in ({}, several):
+        shown = (
+            page._common_charts([run, run], ["a", "b"], [draw.Style(4), draw.Style(5)])
+            if others
+            else page._charts(run.metrics.curves)
+        )
+        by_title = {picture.title: picture for picture in shown}
+        assert len(by_title) == len(keys) - bool(others)
+        for title, scale, from_zero in keys.values():
+            name = others.get(title, title)
+            if others and title == "Bits per byte":
+                continue
+            curves, zero = made[by_title[name].svg]
+            assert zero is from_zero, title
+            for _, points in curves:
+                assert points == [(1, 3.0 * scale), (2, 6.0 * scale)], title
+            assert len(curves) == (2 if others else 1)
+            assert by_title[name].unit.startswith(units.get(title, "%"))
+            styles = [style for style, _ in curves]
+            assert styles == [entry.style for entry in by_title[name].legend]
+            assert styles == ([draw.Style(4), draw.Style(5)] if others else [draw.Style(0)])
+        made.clear()
+
+
+def test_every_curve_of_a_picture_has_its_own_look_and_name(tmp_path):
+    names = ["bubble_worst", "bubble_mean"], ["loss", "validation_loss"]
+    names += (["memory/allocated_worst", "memory/allocated_mean", "memory/reserved_worst"],)
+    for kinds in names:
+        run = recorded(tmp_path, kinds[0].replace("/", "-"), dict.fromkeys(kinds, 1.0))
+        (picture,) = page._charts(run.metrics.curves)
+        assert [entry.style for entry in picture.legend] == [
+            draw.Style.of(index) for index in range(len(kinds))
+        ]
+        assert len({entry.name for entry in picture.legend}) == len(kinds)
+        assert picture.words.count("; ") == len(kinds) - 1
+
+
+def test_the_parts_of_a_step_have_each_a_colour_of_its_own_in_picture_and_table(tmp_path):
+    values = {key: 1.0 + index for index, (key, *_) in enumerate(page._PARTS)}
+    run = recorded(tmp_path, "a", values, {key: 3 * value for key, value in values.items()})
+    picture = page._stacked(run.metrics.curves)
+    assert [entry.name for entry in picture.legend] == [name for _, name, _ in page._PARTS]
+    assert sorted(entry.style.colour for entry in picture.legend) == list(range(9))
+    bars = page._shares(run.metrics.curves)
+    assert {bar.name: bar.style for bar in bars} == {e.name: e.style for e in picture.legend}
+    assert [bar.value for bar in bars[:2]] == ["36.00 s", "32.00 s"]
+    assert sum(bar.share for bar in bars) == pytest.approx(1)
+    assert picture.note == ""
+    assert picture.words.startswith(
+        "forward and backward: last 3, lowest 1 at step 1, highest 3 at step 2; vocabulary passes"
+    )
+    steps = [{"seconds/data": 1.0}] * 4 + [{"seconds/data": 9.0}]
+    high = page._stacked(recorded(tmp_path, "b", *steps).metrics.curves)
+    assert high.note == "The longest steps are cut off at the top."
+    assert page._stacked(recorded(tmp_path, "c", {"loss": 1.0}).metrics.curves) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        *((None, "-"), (0.0, "0"), (1.23456, "1.235"), (999.99, "1000"), (1_000.0, "1,000")),
+        *((-1_234.5, "-1,234"), (-0.5, "-0.5"), (1e7, "10,000,000")),
+    ],
+)
+def test_a_number_has_four_digits_or_no_fraction(value, words):
+    assert page._number(value) == words
+
+
+def test_seconds_are_a_duration_below_a_hundred_and_a_clock_above():
+    assert (page._seconds(99.99), page._seconds(100.0)) == ("99.99 s", "1:40")
+    assert (page._per_cent(None), page._per_cent(0.1234)) == ("-", "12.3%")
+    assert (page._bytes(None), page._bytes(2048.0)) == ("-", "2.0 KiB")
+
+
+def test_a_run_that_was_resumed_says_where_its_records_begin(tmp_path):
+    path = tmp_path / "a"
+    path.mkdir()
+    for first, note in ((0, ""), (1, ""), (2, "from step 2"), (1_500, "from step 1,500")):
+        (path / "metrics.jsonl").write_text(json.dumps({"step": first, "loss": 1.0}) + "\n")
+        (name, value, said), *_ = page._facts(read_run(path))
+        assert (name, value, said) == ("Steps", f"{first:,}", note)
+
+
+def explained(causes=(), what_ifs=(), planned=1.0, measured=2.0):
+    """Return a run whose traced step has this explanation, and nothing else."""
+    explanation = SimpleNamespace(
+        planned_seconds=planned,
+        measured_seconds=measured,
+        causes=[SimpleNamespace(words=words, seconds=seconds) for words, seconds in causes],
+        shown_what_ifs=[SimpleNamespace(words=words, seconds=s) for words, s in what_ifs],
+    )
+    return SimpleNamespace(explanation=explanation)
+
+
+def test_the_way_from_the_planned_to_the_measured_seconds_adds_up():
+    """What adds less than one in two thousand is not shown, and counts in the sums."""
+    causes = [("slow", 0.75), ("tiny", 0.000999), ("late", 0.001), ("fast", -0.5), ("gone", -9.0)]
+    assert page._causes(explained(causes)) == [
+        ("planned", "", "1.00 s"),
+        ("slow", "+ 750 ms", "1.75 s"),
+        ("late", "+ 1 ms", "1.75 s"),
+        ("fast", "- 500 ms", "1.25 s"),
+        ("gone", "- 9.00 s", "0 ms"),
+    ]
+    what_ifs = [("a", 1.0), ("b", 2.5)]
+    assert page._what_ifs(explained((), what_ifs)) == [
+        ("a", "1.00 s", "-50%"),
+        ("b", "2.50 s", "+25%"),
+    ]
+    nothing = SimpleNamespace(explanation=None)
+    assert (page._causes(nothing), page._what_ifs(nothing)) == ([], [])
+
+
+def test_the_planned_and_the_measured_step_are_drawn_and_share_no_identifier(one):
+    found = page._schedules(read_run(one))
+    assert [each.title for each in found] == ["As planned", "As measured"]
+    traced = read_run(one).traced
+    for each, timeline in zip(found, (traced.planned, traced.measured), strict=True):
+        assert each.words == facts(timeline)
+        assert each.uri == ""
+        ids = set(re.findall(r'id="([^"]*)"', each.svg))
+        assert set(re.findall(r"url\(#(\w+)\)", each.svg)) <= ids
+        name = f"{traced.schedule}, vocabulary {traced.vocabulary}: {each.title.lower()}"
+        assert name in each.svg
+    one_ids, two_ids = (set(re.findall(r'id="([^"]*)"', each.svg)) for each in found)
+    assert not one_ids & two_ids
+
+
+def test_the_versions_name_what_is_known_in_one_order(tmp_path):
+    run = recorded(tmp_path, "a")
+    assert page._versions(run) == []
+    environment = {"python": "3.11", "commit": "abc", "cpus": 8, "host": "h"}
+    environment |= {"command": ["vp-train", "a b"], "packages": {"torch": "2"}}
+    (run.path / "env.json").write_text(json.dumps(environment))
+    assert page._versions(read_run(run.path)) == [
+        *(("host", "h"), ("processors", "8"), ("commit of vp_train", "abc"), ("Python", "3.11")),
+        *(("torch", "2"), ("started as", "vp-train 'a b'")),
+    ]
+
+
+def test_only_what_differs_between_runs_is_listed():
+    one = {"run.name": "a", "run.root": "x", "run.resume": "true", "optim.lr": "1", "same": "s"}
+    two = {"run.name": "b", "run.root": "y", "optim.lr": "2", "same": "s", "only.two": "t"}
+    assert page._differences([one, two]) == [
+        ("optim.lr", ["1", "2"]),
+        ("only.two", ["-", "t"]),
+    ]
+    assert page._differences([one, one]) == []
+
+
+def test_every_row_of_the_table_of_several_runs(one, write_run, tmp_path):
+    values = {
+        "loss": 2.0,
+        "validation_loss": 3.0,
+        "interval_tokens_per_second": 1_234.0,
+        "tokens_per_second": 7.0,
+        "mfu": 0.25,
+        "bubble_mean": 0.125,
+        "peak_bytes": 2**30,
+        "seconds/step": 120.0,
+        **{key: 1.0 + index for index, (key, *_) in enumerate(page._PARTS)},
+    }
+    run = recorded(tmp_path, "a", values, values | {"validation_loss": 2.5})
+    rows = dict(page._figures([run, recorded(tmp_path, "b")]))
+    assert {name: row[1] for name, row in rows.items()} == dict.fromkeys(rows, "-") | {
+        "steps": "0",
+        "time of all steps": "0:00",
+    }
+    assert {name: row[0] for name, row in rows.items()} == {
+        "steps": "2",
+        "loss, last": "2",
+        "validation loss, last": "2.5",
+        "validation loss, lowest": "2.5 at step 2",
+        "tokens per second, median": "1,234",
+        "MFU, median": "25.0%",
+        "waiting, mean rank, median": "12.5%",
+        "peak memory, worst rank": "1.00 GiB",
+        "time of all steps": "4:00",
+        "step, mean: whole": "120.00 s",
+        **{f"step, mean: {name}": f"{i + 1:.2f} s" for i, (_, name, _) in enumerate(page._PARTS)},
+    }
+    found = read_run(one)
+    rows = dict(page._figures([found]))
+    for name, timeline in (("planned", found.traced.planned), ("measured", found.traced.measured)):
+        (words,) = rows[f"activations, worst rank, {name}"]
+        assert words == human_bytes(max(timeline.peak_bytes))
+
+
+def test_a_comparison_says_of_every_run_what_its_own_page_says(tmp_path):
+    runs = [recorded(tmp_path, name, {"loss": 1.0}, steps=2) for name in "ab"]
+    found = page._comparison(runs)
+    assert found["names"] == ["a", "b"]
+    assert found["styles"] == [draw.Style.of(0), draw.Style.of(1)]
+    assert found["paths"] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert found["warnings"] == [(run.name, page._warnings(run), run) for run in runs]
+    assert len(found["warnings"][0][1]) == 1
+    assert found["figures"] == page._figures(runs)
+    assert [entry.name for entry in found["charts"][0].legend] == ["a", "b"]
+
+
 def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path):
     for place in ("x", "y"):
         (tmp_path / place).mkdir()
@@ -426,13 +662,20 @@ def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path):
     assert page._names(runs) == [f"{tmp_path}/x/a", f"{tmp_path}/y/a", "b"]
 
 
-def test_the_peak_memory_of_a_rank_is_set_beside_that_of_the_worst(tmp_path):
+def test_a_row_of_a_rank_has_all_that_is_known_and_its_peak_beside_that_of_the_worst(tmp_path):
     run = recorded(tmp_path, "a")
-    ranks = [{"rank": 0, "peak_bytes": 2**30}, {"rank": 1, "peak_bytes": 2**29, "layers": "0-1"}]
+    full = {"rank": 1, "peak_bytes": 2**29, "layers": "0-1", "vocabulary_rows": 1_234}
+    full |= {"num_parameters": 5_678_901, "predicted_bubble": 0.125, "measured_bubble": 0.25}
+    full |= {"predicted_bytes": 2**20, "measured_bytes": 2**21}
+    ranks = [{"rank": 0, "peak_bytes": 2**30}, full]
     (run.path / "summary.json").write_text(json.dumps({"ranks": ranks}))
     (first, most), (second, half) = page._rank_rows(read_run(run.path))
     assert (first, most) == (["0", *["-"] * 7, "1.00 GiB"], 1.0)
-    assert (second[1], second[-1], half) == ("0-1", "512.0 MiB", 0.5)
+    assert second == [
+        *("1", "0-1", "1,234", "5.68 M", "12.5%", "25.0%", "1.0 MiB", "2.0 MiB", "512.0 MiB")
+    ]
+    assert half == 0.5
+    assert len(second) == len(page._RANK_COLUMNS)
     (run.path / "summary.json").write_text(json.dumps({"ranks": [ranks[0] | {"peak_bytes": 0}]}))
     assert page._rank_rows(read_run(run.path))[0][1] == 0.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -183,3 +184,28 @@ def test_the_steps_that_a_run_was_to_do_are_a_number_in_its_settings(tmp_path):
     ):
         (tmp_path / "config.yaml").write_text(f"run:\n  steps: {words}\n")
         assert read_run(tmp_path).planned_steps == steps
+
+
+@pytest.mark.parametrize(("num_passes", "is_explained"), [(5_000, True), (5_001, False)])
+def test_a_step_of_many_passes_is_drawn_and_not_explained(
+    tmp_path, monkeypatch, num_passes, is_explained
+):
+    """Of five thousand at most, and of none that does not fit its plan."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "config.yaml").write_text("")
+    traced = SimpleNamespace(num_passes=num_passes)
+    monkeypatch.setattr(record, "read_timelines", lambda path: traced)
+    monkeypatch.setattr(record, "read_traced", lambda path: "the step")
+    monkeypatch.setattr(record, "explain", lambda step: f"why {step}")
+    found = read_run(tmp_path)
+    assert found.traced is traced
+    assert found.explanation == ("why the step" if is_explained else None)
+    assert found.picture is None
+
+    def fails(step):
+        raise ValueError("rank 3 has no pass")
+
+    monkeypatch.setattr(record, "explain", fails)
+    found = read_run(tmp_path)
+    words = "the traced step does not fit its plan: rank 3 has no pass"
+    assert (found.explanation, words in found.missing) == (None, is_explained)

@@ -23,14 +23,14 @@ from vp_train.planning.estimate import (
     recomputed_seconds,
     tensor_seconds,
 )
-from vp_train.planning.memory import StateBytes
+from vp_train.planning.memory import StateBytes, backward_bytes
 from vp_train.planning.physics import Device, output_seconds
 from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
+from vp_train.vocab.chunks import CHUNKS
 
 _GIB = 2**30
 _GATHERED = 2  # layers whose parameters, and whose gradients, are whole at a time
-_CHUNK_BYTES = 256 << 20  # of fp32 logits, as in vocab.backends on GPUs
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -114,7 +114,8 @@ def fsdp_words(found: FsdpReport | None, seconds: float) -> str:
 def _tensor_degrees(work: Workload, cluster: ClusterConfig) -> list[int]:
     model, found = work.model, []
     for tp in (1, 2, 4, 8):
-        widths = (model.num_heads, model.num_query_groups, model.ffn_hidden_size, model.seq_length)
+        # The heads are a multiple of the groups.
+        widths = (model.num_query_groups, model.ffn_hidden_size, model.seq_length)
         whole = not any(width % tp for width in widths) and cluster.gpus_per_node % tp == 0
         if whole and (tp == 1 or (work.on_cuda and not model.qk_norm_whole)):
             found.append(tp)
@@ -229,10 +230,7 @@ def _peak_bytes(work: Workload, recompute: str, of_layer: int, matrix: int) -> f
     gathered = whole * max(_GATHERED * of_layer, matrix + of_layer)
     kept = model.num_layers * work.layer_bytes(recompute)
     rows = matrix // model.hidden_size
-    logits = work.precise_bytes * tokens * rows
-    output = work.item_bytes * tokens * rows + min(logits, _CHUNK_BYTES)
+    logits = CHUNKS[work.device].logits_bytes(tokens, rows, work.precise_bytes)
+    output = work.item_bytes * tokens * rows + logits
     output += 2 * work.precise_bytes * tokens * model.hidden_size
-    wide = 3 if shape.is_gated(model) else 2
-    again = work.layer_bytes("none") - (work.layer_bytes(recompute) if recompute != "full" else 0)
-    layer = work.item_bytes * tokens * (wide * model.ffn_hidden_size + 2 * model.hidden_size)
-    return gathered + kept + max(output, layer + again)
+    return gathered + kept + max(output, backward_bytes(work, Kind.B, recompute))

@@ -325,6 +325,22 @@ def _update_bytes(step: StepPlan, optim: OptimConfig, rank: int) -> float:
     return float(min(gradients, optim.bucket_mib << 20)) if optim.offload else 0.0
 
 
+def backward_bytes(work: Workload, kind: Kind, recompute: str) -> float:
+    """Return the temporary bytes of a backward of `kind`, B or I, at its peak in a layer.
+
+    The MLP is differentiated first, while all earlier activations are still kept.  With a gate the
+    gradients of its activation's output and two inputs come on top, and the output itself, formed
+    again; without compiled code another factor.  Without a gate it is the gradients of output and
+    input; B has used up one tensor by then, and after I a part stays for W.
+    """
+    model, values = work.share, work.item_bytes * work.num_tokens
+    wide = 5 - work.on_cuda if shape.is_gated(model) else 2 - (kind is Kind.B)
+    formed, kept = work.layer_bytes("none"), work.layer_bytes(recompute)
+    # A layer that is recomputed as a whole starts from a copy of its input.
+    again = formed if recompute == "full" else formed - kept
+    return float(values * (wide * model.ffn_hidden_size + 2 * model.hidden_size) + again)
+
+
 def _working_bytes(item: Pass, step: StepPlan) -> float:
     """Return the temporary bytes of a pass: beyond what it leaves, less what it frees meanwhile."""
     work, model = step.work, step.work.share
@@ -333,17 +349,7 @@ def _working_bytes(item: Pass, step: StepPlan) -> float:
         case Kind.F:
             return 2.0 * values * model.hidden_size
         case Kind.B | Kind.I:
-            # The MLP is differentiated first, while all earlier activations are still kept.  With a
-            # gate the gradients of its activation's output and two inputs come on top, and the
-            # output itself, formed again; without compiled code another factor.  Without a gate it
-            # is the gradients of output and input; B has used up one tensor by then, and after I a
-            # part stays for W.
-            wide = 5 - work.on_cuda if shape.is_gated(model) else 2 - (item.kind is Kind.B)
-            recompute = step.recompute[item.stage]
-            formed, kept = work.layer_bytes("none"), work.layer_bytes(recompute)
-            # A layer that is recomputed as a whole starts from a copy of its input.
-            again = formed if recompute == "full" else formed - kept
-            return float(values * (wide * model.ffn_hidden_size + 2 * model.hidden_size) + again)
+            return backward_bytes(work, item.kind, step.recompute[item.stage])
         case Kind.S | Kind.T:
             return 2.0 * work.precise_bytes * work.num_tokens * model.hidden_size
         case _:

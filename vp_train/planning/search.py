@@ -213,6 +213,7 @@ class _Search:
         self._by_bound: list[tuple[float, int]] = []
         self._by_bytes: list[tuple[float, int]] = []
         self._doubtful: list[int] = []
+        self._passed_over: list[int] = []  # which the best of that time were faster than
         # By number of the choice: the lower bound of its step, and what was drafted.
         self._bounds: dict[int, float] = {}
         self._items: list[Candidate | None] = [None] * len(space.choices)
@@ -240,7 +241,7 @@ class _Search:
         best = sorted(self._planned.values(), key=_order)
         top = tuple(best[: self._limits.top])
         last = top[-1].report.step_seconds if len(top) == self._limits.top else float("inf")
-        left = {number for _, number in self._by_bound} | set(self._doubtful)
+        left = {number for _, number in self._by_bound}.union(self._doubtful, self._passed_over)
         unplanned = [
             estimate
             for estimate in self._estimates
@@ -346,6 +347,10 @@ class _Search:
 
         What seems not to fit comes last, and what takes a large part of the effort.
         """
+        # Plans may be slower than their estimates were, or not fit.
+        for passed in self._passed_over:
+            heapq.heappush(self._by_bound, (self._key(passed), passed))
+        self._passed_over = []
         while self._goes_on():
             number = self._lowest() if self._estimates else self._leanest()
             if number is None:
@@ -381,7 +386,7 @@ class _Search:
         kinds = {estimate.splits_vocabulary for estimate in self._estimates}
         if len(kinds) != 1 or not self._in_time():
             return
-        left = sorted((self._key(number), number) for _, number in self._by_bound)
+        left = sorted({(self._key(number), number) for _, number in self._by_bound})
         tries = 0
         for _, number in left:
             choice = self._space.choices[number]
@@ -441,7 +446,7 @@ class _Search:
             splits = self._space.choices[number].splits_vocabulary
             if key < max(last, first_of[splits]):
                 return number
-            self._done.add(number)
+            self._passed_over.append(number)
         return None
 
     def _leanest(self) -> int | None:

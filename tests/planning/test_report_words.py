@@ -1,0 +1,224 @@
+"""A report's figures and words follow from a few numbers, to the last digit and at every limit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import pytest
+
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.memory import HostMemory, RankMemory
+from vp_train.planning.overlap import Exchange
+from vp_train.planning.report import Offloading, RankReport, make_report, optimizer_seconds
+from vp_train.settings import load_config
+
+GIB = 2.0**30
+CONFIG = load_config(["model=nano", "parallel.pp=2", "parallel.dp=2", "num_microbatches=8"])
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return make_report(CONFIG)
+
+
+def rank_of(layers=10.0, vocabulary=2.0, tensor=0.0, total=GIB):
+    memory = RankMemory(5, total / 2, total / 8, total / 8, total / 8, total / 16, total / 16)
+    return RankReport(4, 100, memory, layers, tensor, vocabulary)
+
+
+@pytest.fixture
+def report(planned):
+    """Return a report of two ranks whose step takes 20 s and nothing of which is large."""
+    return replace(
+        planned,
+        ranks=(rank_of(), rank_of()),
+        flops=1e12,
+        passes=15.0,
+        gradients=3.0,
+        optimizer=2.0,
+        bound=12.0,
+        exchange=Exchange(4.0, 3.0, 1.5, 1.5),
+        messages=1.0,
+        offloading=None,
+        host=HostMemory(),
+        cluster=replace(planned.cluster, memory_gib=2.0),
+    )
+
+
+def test_a_step_is_its_passes_the_exchange_that_is_exposed_and_the_update(report):
+    assert report.step_seconds == 20
+    assert report.num_tokens == 8 * 64 * 2
+    assert report.gap == 15 / 12 - 1
+    assert replace(report, bound=0.0).gap == 0
+    peak = report.cluster.float32_flops_per_second
+    assert report.mfu == pytest.approx(1e12 / (20 * 4 * peak))
+    assert report.limit == 2 * GIB
+    assert (report.excess, report.host_excess, report.fits) == (-GIB, 0.0, True)
+
+
+def test_the_worst_rank_needs_most_memory_and_the_busiest_computes_longest(report):
+    ranks = rank_of(), rank_of(layers=11.0), rank_of(total=1.5 * GIB), rank_of(vocabulary=3.5)
+    found = replace(report, ranks=ranks)
+    assert (found.worst, found.busiest) == (2, 3)
+    assert [rank.busy for rank in ranks] == [12, 13, 12, 13.5]
+    assert found.excess == -GIB / 2
+
+
+@pytest.mark.parametrize(
+    ("total", "host", "known", "fits"),
+    [
+        (2 * GIB, 0.0, None, True),
+        (2 * GIB + 64, 0.0, None, False),
+        (GIB, 3 * GIB, 3.0, True),
+        (GIB, 3 * GIB + 1, 3.0, False),
+        (GIB, 9 * GIB, None, True),
+    ],
+)
+def test_a_plan_fits_to_the_byte_on_devices_and_hosts(report, total, host, known, fits):
+    cluster = replace(report.cluster, host_memory_gib=known)
+    found = replace(
+        report, ranks=(rank_of(), rank_of(total=total)), host=HostMemory(host), cluster=cluster
+    )
+    assert found.fits is fits
+    assert found.binds.startswith(("memory", "host memory")) is not fits
+    if known is None:
+        assert found.host_excess == 0
+
+
+def test_what_is_exposed_is_that_of_the_busiest_rank_and_says_the_whole(report):
+    ranks = rank_of(), rank_of(layers=11.0, tensor=0.5)
+    moved = Offloading(1.0, 2, 3, (0.5, 0.25), exposed=0.25, saved=4.0)
+    found = replace(report, ranks=ranks, offloading=moved)
+    assert found.exposed == {
+        "tensor-parallel": 0.5,
+        "hops and barriers": 1.0,
+        "transfers to the host": 0.25,
+        "gradients": 1.5,
+        "parameters": 1.5,
+    }
+    assert found.exposed_words == (
+        "23.8% of the step: tensor-parallel 2.5%, hops and barriers 5.0%, transfers to the host "
+        "1.2%, gradients 7.5% of 20.0%, parameters 7.5% of 15.0%"
+    )
+    assert found.parts == {
+        "layers": 10.5,
+        "tensor-parallel sums": 0.5,
+        "vocabulary": 2.0,
+        "waiting": 2.0,
+        "gradient sum": 3.0,
+        "optimizer": 2.0,
+    }
+    assert sum(found.parts.values()) == found.step_seconds
+    hidden = replace(report, gradients=0.0, messages=None, exchange=Exchange(4.0, 0.0, 0.0, 0.0))
+    assert hidden.exposed_words == "0.0% of the step: gradients 0.0% of 23.5%"
+    nothing = replace(hidden, exchange=Exchange(0.0, 0.0, 0.0, 0.0))
+    assert nothing.exposed_words == "0.0% of the step"
+    all_of_it = replace(report, exchange=Exchange(1.5, 1.5, 1.5, 1.5), messages=0.0)
+    assert all_of_it.exposed_words == "15.0% of the step: gradients 7.5%, parameters 7.5%"
+
+
+def test_the_record_has_all_figures(report):
+    moved = Offloading(1.0, 2, 3, (0.5, 0.25), exposed=0.25, saved=4.0)
+    found = replace(report, ranks=(rank_of(), rank_of(layers=11.0)), offloading=moved)
+    record = found.record()
+    for name in ("schedule", "vocab", "recompute", "step_seconds", "flops", "mfu", "bubble"):
+        assert record[name] == getattr(found, name)
+    for name in ("gap", "binds", "fits"):
+        assert record[name] == getattr(found, name)
+    assert (record["dp"], record["pp"], record["tp"]) == (2, 2, 1)
+    assert (record["micro_batch_size"], record["num_microbatches"]) == (1, 8)
+    assert record["tokens_per_second"] == found.num_tokens / 20
+    assert (record["bound_seconds"], record["limit_bytes"]) == (12.0, 2 * GIB)
+    assert record["parts_seconds"] == found.parts
+    assert record["exposed_seconds"] == found.exposed
+    assert record["exchange_seconds"] == asdict(found.exchange)
+    assert record["offloading"] == asdict(moved)
+    assert record["host_bytes"] == {"activations": 0.0, "optimizer": 0.0}
+    assert record["ranks"][1] == asdict(found.ranks[1]) | {
+        "total_bytes": GIB,
+        "busy_seconds": 13.0,
+    }
+    assert len(record["ranks"]) == 2
+    assert report.record()["offloading"] is None
+
+
+def test_memory_is_said_with_its_distance_from_the_limit(report):
+    assert report.memory_words == "needs 1.00 GiB on rank 0, 1.00 GiB less than 2 GiB"
+    large = replace(report, ranks=(rank_of(), rank_of(total=3.5 * GIB)))
+    words = "needs 3.50 GiB on rank 1, 1.50 GiB more than 2 GiB"
+    assert (large.memory_words, large.binds) == (words, f"memory: {words}")
+    exact = replace(report, ranks=(rank_of(total=2 * GIB),))
+    assert exact.memory_words == "needs 2.00 GiB on rank 0, 0 B less than 2 GiB"
+    known = replace(report.cluster, host_memory_gib=1.0)
+    host = replace(report, cluster=known, host=HostMemory(optimizer=2 * GIB))
+    assert host.binds == f"host memory: {host.host.excess_words(GIB)}"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ([(11.0, 1.0), (9.0, 0.819)], "compute: rank 0 is busy for 60% of the step"),
+        ([(11.0, 1.0), (9.0, 0.817)], "its layers: rank 0 computes 1.10 times as long as the"),
+        ([(8.0, 4.0), (8.0, 1.0)], "its part of the vocabulary: rank 0 computes 1.14 times"),
+        ([(9.0, 3.5), (8.0, 1.5)], "its part of the vocabulary: rank 0 computes 1.14 times"),
+        ([(10.0, 2.5), (8.0, 1.5)], "its layers: rank 0 computes 1.14 times as long"),
+        ([(9.5, 3.0), (8.0, 1.5)], "its layers: rank 0 computes 1.14 times as long"),
+    ],
+)
+def test_a_rank_that_computes_a_tenth_longer_than_the_average_binds(report, ranks, words):
+    """By its vocabulary if more than half of what it is above the average is that."""
+    found = replace(report, ranks=tuple(rank_of(*one) for one in ranks))
+    assert found.binds.startswith(words), found.binds
+
+
+@pytest.mark.parametrize(
+    ("layers", "tensor", "gradients", "passes", "words"),
+    [
+        (11.0, 4.0, 3.0, 15.0, "compute: rank 0 is busy for 65% of the step"),
+        (11.0, 4.01, 3.0, 15.0, "communication, tensor-parallel sums: 20% of the step; inside"),
+        (11.0, 4.01, 8.0, 10.0, "communication, tensor-parallel sums: 20% of the step; inside"),
+        (11.0, 0.0, 4.0, 14.0, "compute: rank 0"),
+        (8.0, 0.0, 4.01, 13.99, "communication, gradient sum: 20% of the step; inside a node; "),
+        (8.0, 0.0, 4.0, 14.0, "compute: rank 0 is busy for 50% of the step"),
+        (7.9, 0.0, 4.0, 14.0, "filling and draining the pipeline: 20% of the step; more than 8 "),
+    ],
+)
+def test_a_fifth_of_the_step_binds_and_no_less(report, layers, tensor, gradients, passes, words):
+    ranks = (rank_of(layers=layers, tensor=tensor),) * 2
+    found = replace(report, ranks=ranks, gradients=gradients, passes=passes)
+    assert found.step_seconds == pytest.approx(20)
+    assert found.binds.startswith(words), found.binds
+
+
+def test_what_binds_comes_with_its_way_out(report):
+    slow = replace(report, ranks=(rank_of(tensor=9.0),) * 2)
+    assert slow.binds.endswith("; inside a node; a smaller tp")
+    summed = replace(report, gradients=9.0)
+    assert summed.binds.endswith("; inside a node; more microbatches, or optim.name=zero1")
+    waiting = replace(report, passes=30.0)
+    assert waiting.binds.endswith("; more than 8 microbatches, or a smaller pp")
+
+
+@pytest.mark.parametrize("dp", [1, 4])
+def test_an_update_moves_its_state_twice_gradients_and_weights_once(dp):
+    """In host memory three values in fp32 are read and written for each gradient."""
+    cluster = replace(
+        CONFIG.cluster,
+        memory_bytes_per_second=10.0,
+        host_bytes_per_second=5.0,
+        host_memory_bytes_per_second=4.0,
+    )
+    memory = RankMemory(
+        1,
+        weights=200.0,
+        gradients=400.0,
+        optimizer=1000.0,
+        **dict.fromkeys(("activations", "vocabulary", "working"), 1e9),
+    )
+    degrees, optim = Degrees(dp, 2, 2), CONFIG.optim
+    assert optimizer_seconds(degrees, cluster, optim, memory) == (600 + 2000) / 10
+    zero1 = replace(optim, name="zero1")
+    assert optimizer_seconds(degrees, cluster, zero1, memory) == (600 / dp + 2000) / 10
+    there = replace(zero1, offload=True)
+    link, host = 600 / dp / 5, (400 + 6 * 400 + 200) / dp / 4
+    assert optimizer_seconds(degrees, cluster, there, memory) == pytest.approx(link + host)

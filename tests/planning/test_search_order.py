@@ -1,0 +1,1154 @@
+"""What a search looks at, in which order and for how long, in worlds whose answer is known.
+
+A world stands in for `Scales`, and for the simulation and the planning of steps.  It knows of every
+choice what each of them would say, and notes what is asked.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import pytest
+
+from schedules.layout import Layout
+from schedules.problem import Problem
+from schedules.vocab import VOCAB_ALGORITHMS
+from vp_train.config import ConfigError
+from vp_train.planning import search as search_module
+from vp_train.planning.choice import Choice, Kept, Space
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.search import Limits, _Search, fits_on, search
+from vp_train.planning.weigh import LEANEST, SIMULATED, Candidate, SameChoiceError, TooLargeError
+from vp_train.planning.weigh import Weight as Weighed
+from vp_train.settings import load_config
+
+GIB = 2**30
+CONFIG = load_config(["model=nano", "cluster.memory_gib=1"])
+ADAMW = CONFIG.optim
+ZERO1 = replace(ADAMW, name="zero1")
+OFFLOAD = replace(ZERO1, offload=True)
+ROOMY = 0.5 * GIB
+
+
+@dataclass(slots=True)
+class Facts:
+    """What a search finds out about a choice, from its weight to its whole step.
+
+    bound, least: its seconds and bytes when it is weighed.
+    drafted, passes: the seconds of its step and of its passes at least, once it is drafted.
+    short, short_bytes: the seconds of the passes of a short step, and the bytes of a rank.
+    seconds, memory: those of the whole step.
+    placed, whole: the effort of a short step and of a whole one.
+    fails: the errors of weighing and of drafting it.
+    """
+
+    bound: float
+    seconds: float
+    least: float = ROOMY
+    drafted: float | None = None
+    passes: float | None = None
+    short: float | None = None
+    short_bytes: dict[str, float] = field(default_factory=dict)
+    memory: float = ROOMY
+    placed: int = 100
+    whole: int = 1000
+    stages: int = 2
+    seems_to_fit: bool = True
+    optimizers: tuple = (ADAMW,)
+    after: dict[str, float] = field(default_factory=dict)
+    host: float = 0.0
+    host_excess: float = 0.0
+    leanest: float = 0.0
+    fails: dict[str, Exception] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.drafted = self.bound if self.drafted is None else self.drafted
+        self.passes = self.drafted if self.passes is None else self.passes
+        self.short = self.seconds if self.short is None else self.short
+
+    @property
+    def estimate(self):
+        """The seconds of the fastest optimizer that fits, infinite if none does."""
+        return min(
+            (
+                max(self.short, self.passes) + self.after.get(name_of(optim), 0.0)
+                for optim in self.optimizers
+                if self.short_bytes.get(name_of(optim), ROOMY) <= GIB
+            ),
+            default=float("inf"),
+        )
+
+
+def name_of(optim):
+    return "offload" if optim.offload else optim.name
+
+
+def choice_of(number, *, splits=True, alike=None, recompute="none", **settings):
+    """Return a choice that differs from all others by its micro-batch size."""
+    count = number + 1 if alike is None else 100_000 + alike
+    vocab = "one_barrier" if splits else "none"
+    return Choice(Degrees(1, 2, 1), number + 1, count, "1f1b", vocab, recompute, **settings)
+
+
+class World:
+    """Facts of every choice, and a log of (what was asked, number of the choice)."""
+
+    def __init__(self, facts, choices=None, limit=GIB):
+        self.choices = choices or [choice_of(number) for number in range(len(facts))]
+        self.facts, self.limit, self.log = dict(zip(self.choices, facts, strict=True)), limit, []
+
+    def note(self, what, choice):
+        self.log.append((what, self.choices.index(choice)))
+        return self.facts[choice]
+
+    def asked(self, *what):
+        """Return the numbers of the choices of which this was asked, in order."""
+        return [number for name, number in self.log if name in what]
+
+    def check(self, choices):
+        self.log.append(("check", len(choices)))
+
+    def weigh(self, choice):
+        facts = self.note("weigh", choice)
+        if "weigh" in facts.fails:
+            raise facts.fails["weigh"]
+        return Weighed(facts.bound, facts.least)
+
+    def draft(self, choice):
+        facts = self.note("draft", choice)
+        if "draft" in facts.fails:
+            raise facts.fails["draft"]
+        problem = SimpleNamespace(layout=SimpleNamespace(num_stages=facts.stages), facts=facts)
+        draft = SimpleNamespace(choice=choice, problem=problem, with_named=lambda name: choice)
+        return Candidate(
+            choice, draft, facts.passes, facts.drafted, facts.optimizers, facts.seems_to_fit
+        )
+
+    def needs(self, step, optim):
+        return self.facts[step.choice].short_bytes.get(name_of(optim), ROOMY), 1
+
+    def after(self, step, optim):
+        return self.facts[step.choice].after.get(name_of(optim), 0.0)
+
+    def leanest(self, choice):
+        return self.facts[choice].leanest
+
+    def cost_of(self, choice):
+        return ("cost", choice)
+
+    def short_step(self, draft, name):
+        facts = self.note("short", draft.choice)
+        offload_bytes = (1.0,) if draft.choice.offload else ()
+        step = SimpleNamespace(
+            choice=draft.choice, cost=SimpleNamespace(offload_bytes=offload_bytes)
+        )
+        return step, facts.short, facts.placed
+
+    def report_of(self, choice, cluster, optim, *, cost):
+        facts = self.note("plan", choice)
+        assert cost == ("cost", choice)
+        rank = SimpleNamespace(memory=SimpleNamespace(total=facts.memory))
+        return SimpleNamespace(
+            step_seconds=facts.seconds,
+            ranks=(SimpleNamespace(memory=SimpleNamespace(total=0.0)), rank),
+            worst=1,
+            excess=facts.memory - cluster.memory_gib * GIB,
+            host_excess=facts.host_excess,
+        )
+
+    def host_bytes(self, step, optim, per_node):
+        assert per_node == 4
+        return SimpleNamespace(total=self.facts[step.choice].host)
+
+    def spent(self):
+        """Return the effort that all that was asked takes."""
+        return sum(self.effort_of(what, number) for what, number in self.log)
+
+    def effort_of(self, what, number):
+        """Return the effort of weighing, drafting, estimating or planning a choice."""
+        if what == "check":
+            return 0
+        one = self.facts[self.choices[number]]
+        drafting = 0 if "draft" in one.fails else 12 * one.stages
+        return {"weigh": 4, "draft": drafting, "short": one.placed, "plan": one.whole}[what]
+
+
+@pytest.fixture
+def enter(monkeypatch):
+    """Return the function that lets searches take place in a world."""
+
+    def entered(world):
+        made = []
+
+        def scales(config, limit, optimizers):
+            made.append((limit, optimizers))
+            world.limit = limit
+            return world
+
+        monkeypatch.setattr(search_module, "Scales", scales)
+        monkeypatch.setattr(search_module, "short_step", world.short_step)
+        monkeypatch.setattr(search_module, "report_of", world.report_of)
+        monkeypatch.setattr(search_module, "most_host_bytes", world.host_bytes)
+        monkeypatch.setattr(search_module, "placed_by_short", lambda problem: problem.facts.placed)
+        monkeypatch.setattr(search_module, "placed_by", lambda problem: problem.facts.whole)
+        return made
+
+    return entered
+
+
+def run(world, *, top=1, effort=10**9, margin=0.0, config=CONFIG, in_time=lambda: True, said=None):
+    """Search all choices of a world that were there when it was made."""
+    said = [] if said is None else said
+    space = Space(tuple(world.choices), Counter(), (ADAMW,))
+    return search(config, Limits(top, margin, effort), in_time, said.append, space)
+
+
+def numbers(world, found):
+    return [world.choices.index(replace(plan.choice, optimizer=None)) for plan in found]
+
+
+def number_of(world, estimate):
+    return None if estimate is None else world.choices.index(estimate.candidate.choice)
+
+
+def random_world(seed, size=40, *, kinds=(True, False)):
+    """Return a world in which bounds are bounds, and what is alike exceeds them alike.
+
+    A few choices are refused at every stage, the last ones when they are planned.
+    """
+    draw = random.Random(seed)
+    above = [draw.uniform(1.0, 1.6) for _ in range(4)]
+    facts, choices = [], []
+    for number in range(size):
+        alike = draw.randrange(4)
+        bound = draw.uniform(1.0, 4.0)
+        drafted = bound * draw.uniform(1.0, 1.1)
+        short = drafted * above[alike] * draw.uniform(1.005, 1.03)
+        one = Facts(bound, short * draw.uniform(0.991, 1.1), drafted=drafted, short=short)
+        one.least = draw.uniform(0.1, 0.9) * GIB
+        one.placed, one.whole = draw.randint(50, 150), draw.randint(500, 1500)
+        one.stages = draw.randint(1, 4)
+        one.seems_to_fit = draw.random() < 0.8
+        match draw.randrange(10):
+            case 0:
+                one.fails["weigh"] = TooLargeError(2.0 * GIB + number, GIB, LEANEST)
+            case 1:
+                one.fails["draft"] = TooLargeError(1.5 * GIB + number, GIB, LEANEST, 0)
+            case 2:
+                one.short_bytes["adamw"] = GIB + draw.randint(1, 99)
+            case 3:
+                one.memory = GIB + draw.randint(1, 99)
+            case 4:
+                one.fails["draft" if number % 2 else "weigh"] = SameChoiceError("the same")
+            case 5:
+                one.memory = one.short_bytes["adamw"] = float(GIB)  # to the byte
+        facts.append(one)
+        splits = draw.choice(kinds)
+        choices.append(choice_of(number, splits=splits, alike=alike + 4 * splits))
+    return World(facts, choices)
+
+
+def fits(facts):
+    return not facts.fails and facts.estimate < float("inf") and facts.memory <= GIB
+
+
+@pytest.mark.parametrize("top", [1, 3])
+def test_a_search_without_end_finds_the_fastest_plans_and_leaves_nothing_open(enter, top):
+    for seed in range(25):
+        world, said = random_world(seed), []
+        enter(world)
+        searching = _Search(
+            CONFIG,
+            Limits(top, 0.0, 10**9),
+            lambda: True,
+            said.append,
+            Space(tuple(world.choices), Counter({"a split": 7, "none": 0})),
+        )
+        found = searching.run()
+        every = list(world.facts.values())
+        fitting = sorted(one.seconds for one in every if fits(one))
+        assert [plan.report.step_seconds for plan in found.best] == fitting[:top]
+        assert found.num_open == 0
+        assert found.ended == ""
+        same = sum(
+            isinstance(error, SameChoiceError)
+            and (name == "weigh" or number in world.asked("draft"))
+            for number, one in enumerate(every)
+            for name, error in one.fails.items()
+        )
+        assert found.num_choices == len(world.choices) + 7 - same
+        assert found.num_estimated == len(world.asked("short"))
+        assert len(set(world.asked("short"))) == found.num_estimated, "each once"
+        planned = world.asked("plan")
+        assert len(set(planned)) == len(planned)
+        assert found.num_planned == sum(every[number].memory <= GIB for number in planned)
+        assert len(world.asked("draft")) == len(set(world.asked("draft")))
+        assert searching._spent == world.spent()
+        assert found.num_estimated < len(every)
+        refused = {
+            **{n: "weigh" for n in world.asked("weigh") if "weigh" in every[n].fails},
+            **{n: "draft" for n in world.asked("draft") if "draft" in every[n].fails},
+            **{n: "short" for n in world.asked("short") if every[n].estimate == float("inf")},
+            **{n: "plan" for n in planned if every[n].memory > GIB},
+        }
+        counts = Counter({"a split": 7})
+        expected = []
+        for number, stage in refused.items():
+            error = every[number].fails.get(stage)
+            if isinstance(error, SameChoiceError):
+                continue
+            what = SIMULATED if error is None else LEANEST
+            counts[f"memory, for {what}"] += 1
+            bounds = {"weigh": 0.0, "draft": every[number].bound, "short": every[number].drafted}
+            expected.append((bounds.get(stage, every[number].estimate), number))
+        assert found.excluded == counts
+        assert "none" not in found.excluded
+        got = [(one.bound, world.choices.index(one.choice)) for one in found.refused]
+        assert sorted(got) == sorted(expected)
+        assert [bound for bound, _ in got] == sorted(bound for bound, _ in expected)
+        shown = [*found.estimated, found.with_vocabulary, found.without_vocabulary]
+        assert not {number_of(world, one) for one in shown} & set(refused), "shown nowhere"
+        counts = [
+            tuple(map(int, re.findall(r"(\d+) (?:simulated|planned)", words))) for words in said
+        ]
+        assert counts[0] == ()
+        simulated = [count for count, *_ in counts[1:]]
+        assert set(simulated) - {0} == set(range(1, found.num_estimated + 1)), "told at once"
+        plans = [count for _, count in (pair for pair in counts if len(pair) > 1)]
+        assert set(plans) == set(range(1, found.num_planned + 1))
+        assert counts == sorted(counts)
+        for splits, first in ((True, found.with_vocabulary), (False, found.without_vocabulary)):
+            best = min(
+                one.seconds if number in planned else one.estimate
+                for number, one in enumerate(every)
+                if fits(one) and world.choices[number].splits_vocabulary is splits
+            )
+            assert float(f"{first.seconds:.3g}") == float(f"{best:.3g}")
+            assert first.is_planned == (number_of(world, first) in planned)
+            assert first.memory == (
+                every[number_of(world, first)].memory if first.is_planned else ROOMY
+            ) or (first.memory == GIB)
+
+
+def test_effort_ends_a_search_at_three_fifths_of_it_and_plans_take_the_rest(enter):
+    """Law of every event: what is begun was still allowed, and what ends was no longer."""
+    ended = Counter()
+    for seed in range(30):
+        world = random_world(seed, kinds=(True,))
+        enter(world)
+        effort = random.Random(seed).randint(300, 12_000)
+        found = run(world, top=2, effort=effort)
+        every = list(world.facts.values())
+        spent, estimated, num_fit, num_planned = 0, 0, 0, 0
+        drafted = set()
+        for what, number in world.log:
+            one = every[number] if what != "check" else None
+            if what == "draft" or (what == "short" and number not in drafted):
+                part = 0.6 if num_fit else 1.0
+                assert not estimated or spent < part * effort, (seed, what)
+            if what == "draft":
+                drafted.add(number)
+            if what == "short":
+                estimated += 1
+                num_fit += one.estimate < float("inf")
+            if what == "plan":
+                assert not num_planned or spent + one.whole <= effort
+                fits_whole = one.memory <= GIB
+                num_planned += fits_whole
+                num_fit -= not fits_whole
+            spent += world.effort_of(what, number)
+        assert bool(found.num_open) == (found.ended == "effort")
+        ended[found.ended] += 1
+        if found.ended:
+            next_plan = max(one.whole for one in every)
+            assert spent >= 0.6 * effort or spent + next_plan > effort
+    assert min(ended.values()) >= 3
+    assert len(ended) == 2
+
+
+def test_while_nothing_fits_the_leanest_is_tried_and_then_the_lowest_bound(enter):
+    """A choice whose bound rises when it is drafted waits for its turn again."""
+    world = World(
+        [
+            Facts(5.0, 5.0, least=1.0, short_bytes={"adamw": GIB + 1}),
+            Facts(4.0, 4.4, least=2.0),
+            Facts(1.0, 3.5, drafted=3.0),
+            Facts(2.0, 2.2, drafted=2.1),
+            Facts(2.15, 2.6, drafted=2.5),
+            Facts(2.2, 2.2),
+        ]
+    )
+    enter(world)
+    found = run(world)
+    order = [event for event in world.log if event[0] not in ("check", "weigh")]
+    assert order == [
+        *(("draft", 0), ("short", 0), ("draft", 1), ("short", 1)),
+        *(("draft", 2), ("draft", 3), ("short", 3), ("draft", 4), ("plan", 3)),
+    ]
+    assert numbers(world, found.best) == [3]
+    assert world.log[0] == ("check", 6)
+    assert sorted(world.asked("weigh")) == list(range(6))
+    assert (found.num_estimated, found.num_planned, found.num_open) == (3, 1, 0)
+
+
+def test_what_is_alike_is_expected_to_exceed_its_bounds_by_nearly_the_least_factor(enter):
+    """97 % of the least that was seen of its kind, and never less than 1."""
+    facts = [
+        Facts(2.0, 3.0, passes=1.5, short=3.0, least=0.0),
+        Facts(1.0, 1.6, passes=1.0, short=1.5),
+        Facts(1.0, 1.0, passes=1.0, short=1.0),
+        Facts(1.0, 0.5, passes=1.0, short=0.5),
+        Facts(9.0, 9.0),
+        Facts(9.0, 9.0),
+        Facts(9.0, 9.0),
+    ]
+    alike = (0, 0, 1, 2, 0, 1, 2)
+    world = World(facts, [choice_of(number, alike=kind) for number, kind in enumerate(alike)])
+    enter(world)
+    space = Space(tuple(world.choices), Counter())
+    searching = _Search(CONFIG, Limits(4, 0.0, 10**9), lambda: True, len, space)
+    found = searching.run()
+    assert sorted(world.asked("short")) == [0, 1, 2, 3]
+    assert [plan.report.step_seconds for plan in found.best] == [0.5, 1.0, 1.6, 3.0]
+    factors = (0.97 * 1.5, 1.0, 1.0)
+    assert [searching._key(number) for number in (4, 5, 6)] == [9.0 * one for one in factors]
+    of_short = [estimate.seconds for estimate in searching._estimates]
+    assert sorted(of_short) == [1.0, 1.0, 1.5, 3.0], "passes take at least their bound"
+
+
+def test_a_kind_that_differs_in_any_way_is_not_alike():
+    one = choice_of(0)
+    others = [
+        replace(one, schedule="gpipe"),
+        replace(one, num_chunks=2),
+        replace(one, vocab="none"),
+        replace(one, degrees=Degrees(1, 4, 1)),
+        replace(one, num_microbatches=5),
+    ]
+    kinds = {search_module._alike(choice) for choice in (one, *others)}
+    assert len(kinds) == 6
+    same = replace(one, micro_batch_size=9, recompute="full", degrees=Degrees(3, 2, 5))
+    assert search_module._alike(same) == search_module._alike(one)
+
+
+@pytest.mark.parametrize("early", [0, 1])
+def test_what_seems_not_to_fit_or_takes_a_tenth_of_the_effort_comes_last(enter, early):
+    """Exactly a tenth is not dear yet.  Both are looked at in the end, all the same."""
+    effort = 10_000
+    dear = Facts(1.0, 1.0, placed=effort // 10 + 1)
+    doubtful = Facts(1.1, 1.1, seems_to_fit=False)
+    sure, tenth = Facts(2.0, 2.0), Facts(1.2, 1.2, placed=effort // 10)
+    facts = [dear, doubtful, sure, tenth]
+    (sure if early else dear).least = 0.0
+    world = World(facts)
+    enter(world)
+    found = run(world, top=4, effort=effort)
+    assert world.asked("short") == [2, 3, 0, 1]
+    assert numbers(world, found.best) == [0, 1, 3, 2]
+    assert len(world.asked("draft")) == 4, "each once"
+
+
+def test_where_nothing_fits_the_leanest_is_named_with_all_that_it_needs_at_least(enter):
+    """As a search refuses for one reason, a choice may need more for another."""
+    facts = [
+        Facts(3.0, 1.0, leanest=9.0 * GIB),
+        Facts(2.0, 1.0, leanest=1.5 * GIB),
+        Facts(1.0, 1.0, leanest=2.0 * GIB),
+        Facts(1.5, 1.0, leanest=0.0),
+        Facts(4.0, 1.0),
+        Facts(5.0, 1.0, least=0.3 * GIB, short_bytes={"adamw": 1.7 * GIB}),
+        Facts(0.5, 1.0, least=0.4 * GIB, short_bytes={"adamw": 1.9 * GIB}),
+    ]
+    for number, needs in enumerate((1.1, 1.2, 1.3, 1.6)):
+        facts[number].fails["weigh"] = TooLargeError(needs * GIB, GIB, LEANEST)
+    facts[4].fails["weigh"] = ConfigError("it cannot be")
+    world = World(facts)
+    enter(world)
+    said = []
+    found = run(world, said=said)
+    assert world.asked("short") == [5, 6]
+    assert not found.best
+    assert not found.estimated
+    assert (found.with_vocabulary, found.without_vocabulary) == (None, None)
+    assert world.choices.index(found.leanest.choice) == 1
+    assert found.leanest.needs == 1.5 * GIB
+    assert found.leanest.reason == "needs at least 1.50 GiB, 512.0 MiB more than 1 GiB"
+    bounds = [(refusal.bound, refusal.needs) for refusal in found.refused]
+    assert bounds[-2:] == [(0.5, 1.9 * GIB), (5.0, 1.7 * GIB)]
+    assert {bound for bound, _ in bounds[:-2]} == {0.0}
+    assert found.refused[-1].reason == "needs 1.70 GiB on rank 1, 716.8 MiB more than 1 GiB"
+    assert found.excluded == {
+        f"memory, for {LEANEST}": 4,
+        f"memory, for {SIMULATED}": 2,
+        "it cannot be": 1,
+    }
+    (cannot,) = (one for one in found.refused if one.needs is None)
+    assert (cannot.reason, found.num_open) == ("it cannot be", 0)
+    assert said[-1] == "2 simulated; none fits yet"
+
+
+def test_of_many_refusals_the_first_hundred_are_kept(enter):
+    facts = [Facts(float(130 - number), 1.0, least=float(number)) for number in range(130)]
+    for one in facts:
+        one.fails["draft"] = TooLargeError(2 * GIB, GIB, LEANEST)
+    world = World(facts)
+    enter(world)
+    found = run(world)
+    assert [refusal.bound for refusal in found.refused] == [float(n) for n in range(1, 101)]
+    assert world.asked("draft") == list(range(130)), "the leanest first"
+    assert found.num_estimated == 0
+
+
+@pytest.mark.parametrize(("least_other", "tried"), [(0, 20), (1, 20), (5, 5)])
+def test_of_the_kind_that_was_not_found_a_few_are_tried_whatever_effort_is_left(
+    enter, least_other, tried
+):
+    """The lowest bounds come first, until one seems to fit and does; twenty at most."""
+    facts, choices = [Facts(9.0, 9.0, least=0.0, placed=0)], [choice_of(0)]
+    for number in range(1, 30):
+        one = Facts(float(number), float(number), seems_to_fit=False)
+        if number == 2:
+            one.fails["draft"] = ConfigError("it cannot be")
+        if number == least_other and number == 5:
+            one.seems_to_fit = True
+        if number == least_other and number == 1:
+            one.seems_to_fit, one.short_bytes = True, {"adamw": 2 * GIB}
+        facts.append(one)
+        choices.append(choice_of(number, splits=False))
+    world = World(facts, choices)
+    enter(world)
+    found = run(world, effort=1)
+    assert world.asked("draft") == [0, *range(1, tried + 1)]
+    assert world.asked("short") == [0, *[n for n in (1, 5) if n == least_other]]
+    assert world.asked("plan") == [5 if least_other == 5 else 0]
+    assert number_of(world, found.without_vocabulary) == (5 if least_other == 5 else None)
+    refused = {world.choices.index(one.choice): one.bound for one in found.refused}
+    assert refused == {2: 2.0} | ({1: 1.0} if least_other == 1 else {})
+    assert found.ended == "effort"
+    many = World(facts, choices)
+    enter(many)
+    found = run(many, effort=1, top=40)
+    assert found.num_open + found.num_planned + len(found.refused) == 30
+    late = World(facts, choices)
+    enter(late)
+    found = run(late, effort=1, in_time=lambda: False)
+    assert late.asked("draft") == [0], "not without time"
+    assert found.ended == "time"
+
+
+def test_what_was_drafted_before_is_not_drafted_again_for_the_other_kind(enter):
+    """Its bound rose, and other choices had lower ones until the effort was spent."""
+    facts = [
+        Facts(9.0, 9.0, least=0.0),
+        Facts(1.0, 9.5, drafted=8.0),
+        *(Facts(2.0 + number, 9.0, placed=10) for number in range(4)),
+    ]
+    choices = [choice_of(0), choice_of(1, splits=False), *map(choice_of, range(2, 6))]
+    for effort in (300, 320):
+        world = World(facts, choices)
+        enter(world)
+        found = run(world, effort=effort)
+        assert world.asked("draft").count(1) == 1
+        assert world.asked("short")[-1] == 1
+        assert number_of(world, found.without_vocabulary) == 1
+
+
+def test_estimates_are_planned_while_they_may_be_among_the_best(enter):
+    """A plan may take a hundredth less than its estimate, and no more."""
+    facts = [
+        Facts(1.0, 9.9, short=9.9, least=0.0),
+        Facts(1.0, 9.95, short=9.995),
+        Facts(1.0, 9.9, short=10.0),
+        Facts(1.0, 20.0, short=20.0),
+    ]
+    choices = [*map(choice_of, range(3)), choice_of(3, splits=False)]
+    world = World(facts, choices)
+    enter(world)
+    found = run(world)
+    assert sorted(world.asked("short")) == [0, 1, 2, 3]
+    assert world.asked("plan") == [0, 3, 1], "the first of both kinds, whatever they take"
+    assert numbers(world, found.best) == [0]
+    assert found.num_planned == 3
+    assert [number_of(world, one) for one in found.estimated] == []
+    assert found.num_open == 0
+    assert number_of(world, found.without_vocabulary) == 3
+    assert found.without_vocabulary.is_planned
+    two = World(facts, choices)
+    enter(two)
+    found = run(two, top=2)
+    assert numbers(two, found.best) == [0, 2]
+
+
+def test_of_equally_fast_ones_less_memory_is_first_by_three_digits_and_four_when_planned(enter):
+    facts = [
+        Facts(1.0, 1.0004, short=1.001, memory=3.0, short_bytes={"adamw": 3.0}),
+        Facts(1.0, 1.0003, short=1.002, memory=2.0, short_bytes={"adamw": 2.0}),
+        Facts(1.0, 1.0002, short=1.003, memory=5.0, short_bytes={"adamw": 1.0}),
+        Facts(1.0, 1.002, short=1.0049, memory=1.0, short_bytes={"adamw": 4.0}),
+    ]
+    world = World(facts)
+    enter(world)
+    found = run(world, top=4)
+    assert world.asked("plan") == [2, 1, 0, 3]
+    assert numbers(world, found.best) == [1, 0, 2, 3]
+    assert number_of(world, found.with_vocabulary) == 3, "all take 1.00 s"
+    searching = _Search(
+        CONFIG, Limits(4, 0.0, 10**9), lambda: True, len, Space(tuple(world.choices), Counter())
+    )
+    unplanned = searching.run(plans=False)
+    assert [number_of(world, one) for one in unplanned.estimated] == [2, 1, 0, 3]
+    assert [one.memory for one in unplanned.estimated] == [1.0, 2.0, 3.0, 4.0]
+    assert not any(one.is_planned for one in unplanned.estimated)
+    assert unplanned.num_planned == 0
+
+
+def test_a_plan_is_made_if_it_takes_exactly_the_effort_that_is_left(enter):
+    facts = [Facts(1.0, 1.0 + number / 10, whole=1000, least=0.0) for number in range(3)]
+    needed = 3 * 4 + 3 * 24 + 3 * 100
+    for effort, planned in (
+        (10 * needed, [0, 1, 2]),
+        (needed + 3000, [0, 1, 2]),
+        (needed + 2999, [0, 1]),
+        (needed + 2000, [0, 1]),
+        (needed + 1999, [0]),
+    ):
+        world = World(facts)
+        enter(world)
+        found = run(world, top=3, effort=effort)
+        assert world.asked("plan") == planned, effort
+        assert numbers(world, found.best) == planned
+        rest = [number_of(world, one) for one in found.estimated]
+        assert rest == [number for number in range(3) if number not in planned]
+        assert found.num_open == len(rest)
+        assert found.ended == ("effort" if rest else "")
+
+
+def test_what_may_be_faster_than_the_last_of_the_best_is_open(enter):
+    """Of those that were not looked at, and not what equals it."""
+    for bounds, num_open in (((3.0, 4.9), 2), ((3.0, 5.0), 1), ((5.0, 6.0), 0), ((0.5, 7.0), 1)):
+        first, second = Facts(0.1, 1.0, least=0.0, whole=10), Facts(0.2, 5.0, whole=10)
+        world = World([first, second, *(Facts(bound, 9.0) for bound in bounds)])
+        enter(world)
+        effort = 430  # of which two thirds are spent with the second estimate
+        found = run(world, top=2, effort=effort)
+        assert world.asked("short") == [0, 1]
+        assert numbers(world, found.best) == [0, 1]
+        assert (found.num_open, found.ended) == (num_open, "effort" if num_open else "")
+        less = World([first, second, *(Facts(bound, 9.0) for bound in bounds)])
+        enter(less)
+        assert run(less, top=3, effort=effort).num_open == 2, "all, while best is not full"
+
+
+@pytest.mark.parametrize(("last", "num_open"), [(6.05, 2), (6.07, 1)])
+def test_an_estimate_that_may_be_faster_than_what_was_planned_is_open(enter, last, num_open):
+    """The best estimate is slower when it is planned, and there is no effort for another plan."""
+    facts = [
+        Facts(0.7, 6.0, short=1.0, whole=9_000),
+        Facts(0.5, 4.0, whole=9_000),
+        Facts(0.6, last, least=0.0, whole=9_000),
+    ]
+    world = World(facts)
+    enter(world)
+    found = run(world, effort=10_000)
+    assert world.asked("short") == [2, 1, 0]
+    assert world.asked("plan") == [0]
+    assert numbers(world, found.best) == [0]
+    assert (found.num_open, found.ended) == (num_open, "effort")
+
+
+def test_only_the_first_is_planned_without_time(enter):
+    facts = [Facts(1.0, 1.0 + number / 10) for number in range(4)]
+    for left in range(12):
+        clock = iter([True] * left + [False] * 99)
+        world = World(facts)
+        enter(world)
+        found = run(world, top=4, in_time=clock.__next__)
+        assert len(world.asked("weigh")) == 4
+        assert world.asked("plan"), left
+        assert found.num_planned + found.num_open == 4
+        assert found.ended == ("" if found.num_planned == 4 else "time")
+        assert len(found.best) + len(found.estimated) == len(world.asked("short"))
+
+
+@pytest.mark.parametrize(("answers", "weighed"), [(0, 128), (1, 256), (2, 300)])
+def test_out_of_time_a_random_part_of_the_choices_is_weighed(enter, answers, weighed):
+    world = World([Facts(1.0 + number, 9.0 + number) for number in range(300)])
+    enter(world)
+    said = []
+    found = run(world, in_time=iter([True] * answers + [False] * 99).__next__, said=said)
+    assert len(set(world.asked("weigh"))) == len(world.asked("weigh")) == weighed
+    assert sum(number < 150 for number in world.asked("weigh")) < 0.65 * weighed
+    assert (found.num_estimated, found.num_planned, found.ended) == (1, 1, "time")
+    (plan,) = numbers(world, found.best)
+    faster = sum(1.0 + n < 9.0 + plan for n in world.asked("weigh") if n != plan)
+    assert found.num_open == 300 - weighed + faster
+    counts = [f"{place} of 300 choices weighed" for place in (0, 128, 256) if place <= weighed]
+    assert said[: len(counts)] == counts
+    assert said[len(counts)] == f"1 simulated; the best takes about {9.0 + plan:.3g} s"
+    assert said[-1] == f"1 simulated, 1 planned; the best takes about {9.0 + plan:.3g} s"
+
+
+def test_no_choice_is_weighed_in_vain_and_time_ends_nothing_before_one_was_not_refused(enter):
+    """Without time, weighing goes on until something is left to estimate."""
+    facts = [Facts(1.0, 1.0) for _ in range(300)]
+    for one in facts[:299]:
+        one.fails["weigh"] = ConfigError("it cannot be")
+    world = World(facts)
+    enter(world)
+    found = run(world, in_time=lambda: False)
+    assert numbers(world, found.best) == [299]
+    assert found.excluded == {"it cannot be": found.num_choices - 1 - found.num_open}
+
+
+def test_a_margin_counts_for_estimates_and_for_plans_to_the_byte(enter):
+    least = 0.75 * GIB
+    facts = [
+        Facts(1.0, 3.0, memory=least, short_bytes={"adamw": least}),
+        Facts(1.0, 2.0, memory=least + 1),
+        Facts(1.0, 1.0, short_bytes={"adamw": least + 1}),
+    ]
+    world = World(facts)
+    made = enter(world)
+    found = run(world, top=3, margin=0.25)
+    assert made == [(least, (ADAMW,))]
+    assert numbers(world, found.best) == [0]
+    refused = {world.choices.index(one.choice): one for one in found.refused}
+    assert sorted(refused) == [1, 2]
+    assert [refused[n].needs for n in (1, 2)] == [least + 1, least + 1]
+    assert [refused[n].bound for n in (1, 2)] == [2.0, 1.0]
+    assert "on rank 1" in refused[1].reason
+    assert found.excluded == {f"memory, for {SIMULATED}": 2}
+
+
+def test_the_fastest_optimizer_that_fits_is_taken(enter):
+    """What is refused says the memory of a rank if that is too little, else that of the hosts."""
+    config = replace(CONFIG, cluster=replace(CONFIG.cluster, host_memory_gib=2.0))
+    large = {"adamw": 3.0 * GIB, "zero1": 2.0 * GIB}
+    every = (ADAMW, ZERO1, OFFLOAD)
+    after = {"adamw": 3.0, "zero1": 1.0, "offload": 2.0}
+    cases = [
+        (every, {}, 0.0, "zero1"),
+        (every, {"zero1": 1.1 * GIB}, 0.0, "offload"),
+        (every, large, 2.0 * GIB, "offload"),
+        (every, large, 2.0 * GIB + 1, "needs 2.00 GiB on rank 1, 1.00 GiB more than 1 GiB"),
+        (every[::-1], large, 2.0 * GIB + 1, "needs 3.00 GiB on rank 1, 2.00 GiB more than 1 GiB"),
+        ((OFFLOAD,), {}, 2.0 * GIB + 1, "cluster.host_memory_gib=2, which too much is offloaded"),
+        ((ADAMW,), {}, 9.0 * GIB, "adamw"),
+    ]
+    for optimizers, needs, host, expected in cases:
+        one = Facts(1.0, 5.0, optimizers=optimizers, after=after, short_bytes=needs, host=host)
+        one.placed = 7
+        world = World([one])
+        enter(world)
+        found = run(world, config=config)
+        assert found.num_estimated == 1
+        if found.best:
+            (plan,) = found.best
+            assert name_of(plan.choice.optimizer) == expected
+            assert found.with_vocabulary.seconds == 5.0
+            assert found.with_vocabulary.choice == plan.choice
+        else:
+            (refusal,) = found.refused
+            assert refusal.reason.startswith(expected)
+            assert (refusal.needs is None) == expected.startswith("cluster")
+
+
+def test_hosts_are_asked_only_where_something_is_kept_there_and_their_memory_is_known(enter):
+    moved = choice_of(1, offload=0.5)
+    for gib, choice, optim, fits in (
+        (2.0, moved, ADAMW, False),
+        (2.0, choice_of(1), OFFLOAD, False),
+        (2.0, choice_of(1), ADAMW, True),
+        (None, moved, OFFLOAD, True),
+    ):
+        config = replace(CONFIG, cluster=replace(CONFIG.cluster, host_memory_gib=gib))
+        world = World([Facts(1.0, 1.0, host=3.0 * GIB, optimizers=(optim,))], [choice])
+        enter(world)
+        found = run(world, config=config)
+        assert bool(found.best) is fits, (gib, choice, optim)
+    for excess, fits in ((0.0, True), (1.0, False)):
+        world = World([Facts(1.0, 4.0, host_excess=excess), Facts(5.0, 5.0)])
+        enter(world)
+        found = run(
+            world, config=replace(config, cluster=replace(config.cluster, host_memory_gib=3))
+        )
+        assert numbers(world, found.best) == [0 if fits else 1]
+        if not fits:
+            (refusal,) = found.refused
+            words = "cluster.host_memory_gib=3, which too much is offloaded for"
+            assert (refusal.reason, refusal.bound, refusal.needs) == (words, 4.0, None)
+            assert found.excluded == {words: 1}
+            assert not found.estimated
+
+
+def offloading_world(base, others, *, best=10.0):
+    """Return a world of base choices and of what offloads in their place.
+
+    others: facts by (number of the base choice, recompute, part).
+    """
+    choices, facts = [], []
+    for number, recompute, fact in base:
+        choices.append(choice_of(number, recompute=recompute))
+        facts.append(fact)
+    for (number, recompute, part), fact in others.items():
+        choices.append(choice_of(number, recompute=recompute, offload=part))
+        facts.append(fact)
+    return World(facts, choices)
+
+
+GPU = replace(CONFIG, run=replace(CONFIG.run, device="cuda"))
+
+
+def run_offloading(world, num_base, *, top=1, effort=10**9, config=GPU, kept=None, in_time=None):
+    kept = {} if kept is None else {"kept": kept}
+    space = Space(tuple(world.choices[:num_base]), Counter(), None, **kept)
+    in_time = in_time or (lambda: True)
+    return search(config, Limits(top, 0.0, effort), in_time, lambda words: None, space)
+
+
+def test_what_recomputes_is_tried_with_offloaded_activations_in_its_place(enter):
+    base = [(0, "selective", Facts(10.0, 10.0)), (1, "none", Facts(1.0, 1.0, memory=GIB + 1.0))]
+    others = {
+        (0, "none", 0.5): Facts(1.0, 6.0, drafted=5.0),
+        (0, "none", 1.0): Facts(2.0, 1.0, least=GIB + 1.0),
+        (0, "selective", 0.5): Facts(3.0, 1.0, drafted=10.0),
+        (0, "selective", 1.0): Facts(10.0, 1.0),
+        (1, "none", 0.5): Facts(4.0, 9.5, least=float(GIB)),
+        (1, "none", 1.0): Facts(0.5, 1.0, short_bytes={"adamw": GIB + 5.0}),
+    }
+    world = offloading_world(base, others)
+    enter(world)
+    found = run_offloading(world, 2)
+    begin = world.log.index(("weigh", 2))
+    assert sorted(world.asked("weigh")) == list(range(8))
+    rest = [event for event in world.log[begin:] if event[0] != "weigh"]
+    assert rest == [
+        *(("draft", 7), ("short", 7), ("draft", 2), ("short", 2), ("draft", 4)),
+        *(("draft", 6), ("short", 6), ("plan", 2)),
+    ]
+    assert numbers(world, found.best) == [2]
+    assert number_of(world, found.with_vocabulary) == 2
+    assert found.best[0].choice.offload == 0.5
+    assert found.num_choices == 2 + 4
+    refused = {world.choices.index(one.choice): (one.bound, one.needs) for one in found.refused}
+    assert refused == {1: (1.0, GIB + 1.0), 7: (0.5, GIB + 5.0)}
+    more = offloading_world(base, others)
+    enter(more)
+    found = run_offloading(more, 2, top=2)
+    assert sorted(more.asked("short")) == [0, 1, 2, 4, 5, 6, 7], "all may be among two"
+    assert more.asked("plan")[-2:] == [2, 6]
+    assert numbers(more, found.best) == [2, 6]
+
+
+@pytest.mark.parametrize("reason", ["device", "best", "kept", "time"])
+def test_nothing_offloads_where_memory_does_not_bind_or_it_must_not(enter, reason):
+    recompute = "none" if reason == "best" else "full"
+    base = [(0, recompute, Facts(10.0, 10.0)), (1, "none", Facts(9.0, 9.0, memory=2.0 * GIB))]
+    kinds = ("none", "selective", "full")
+    others = {(0, kind, part): Facts(1.0, 1.0) for kind in kinds for part in (0.5, 1.0)}
+    others |= {(1, "none", part): Facts(1.0, 1.0) for part in (0.5, 1.0)}
+    world = offloading_world(base, others)
+    enter(world)
+    found = run_offloading(
+        world,
+        2,
+        config=CONFIG if reason == "device" else GPU,
+        kept=Kept({"parallel.offload_activations": 0.0}) if reason == "kept" else None,
+        in_time=(lambda: False) if reason == "time" else None,
+    )
+    assert numbers(world, found.best) == [0]
+    assert sorted(world.asked("weigh")) == [0, 1]
+    assert found.num_choices == 2
+
+
+def test_where_nothing_fits_all_that_memory_refused_is_tried_with_offloading(enter):
+    """With a plan that fits, only what recomputes nothing is."""
+    large = TooLargeError(2.0 * GIB, GIB, LEANEST)
+    for fits in (True, False):
+        base = [
+            (0, "full", Facts(1.0, 1.0, fails={"weigh": large})),
+            (1, "none", Facts(1.0, 1.0, fails={"weigh": ConfigError("it cannot be")})),
+        ]
+        if fits:
+            base.append((2, "full", Facts(30.0, 30.0)))
+        others = {}
+        for number, *_ in base:
+            for kind in ("none", "selective", "full"):
+                for part in (0.5, 1.0):
+                    one = Facts(2.0 + number, 5.0 + number)
+                    if (number, kind, part) != (0, "full", 1.0):
+                        one.fails["weigh"] = ConfigError("no")
+                    others[number, kind, part] = one
+        world = offloading_world(base, others)
+        enter(world)
+        found = run_offloading(world, len(base))
+        names = [(plan.choice.recompute, plan.choice.offload) for plan in found.best]
+        assert names == ([("full", 0.0)] if fits else [("full", 1.0)])
+        tried = {world.choices[n].micro_batch_size - 1 for n in world.asked("weigh")[len(base) :]}
+        assert tried == ({2} if fits else {0})
+        assert found.num_choices == len(base) + (0 if fits else 1)
+
+
+def test_a_dozen_offloads_at_most_within_a_tenth_of_the_effort(enter):
+    base = [(n, "full", Facts(10.0 + n, 10.0 + n, whole=10)) for n in range(4)]
+    kinds = ("none", "selective", "full")
+    others = {
+        (n, kind, part): Facts(1.0 + index / 100, 8.0 - index / 100, placed=100, whole=10)
+        for index, (n, kind, part) in enumerate(
+            (n, kind, part) for n in range(4) for kind in kinds for part in (0.5, 1.0)
+        )
+    }
+    for effort, tried in ((10**6, 12), (20_000, 12), (10_000, 11), (9_999, 10), (5_000, 6)):
+        world = offloading_world(base, others)
+        enter(world)
+        found = run_offloading(world, 4, top=4, effort=effort)
+        short = [number for number in world.asked("short") if number >= 4]
+        # A hundred each, and the last begins while no more than a tenth is spent.
+        assert short == list(range(4, 4 + tried)), effort
+        assert found.num_choices == 4 + tried
+        assert numbers(world, found.best) == short[:-5:-1]
+        assert found.num_planned == 4 + 4
+
+
+@pytest.mark.parametrize(("short", "is_planned"), [(9.9, True), (10.05, True), (10.2, False)])
+def test_what_offloads_is_planned_if_it_may_be_faster_than_the_last_of_the_best(
+    enter, short, is_planned
+):
+    """A plan may take a hundredth less than its estimate."""
+    kinds = ("none", "selective", "full")
+    others = {(0, kind, part): Facts(10.0, 1.0) for kind in kinds for part in (0.5, 1.0)} | {
+        (0, "none", 0.5): Facts(5.0, 9.0, drafted=6.0, short=short)
+    }
+    world = offloading_world([(0, "full", Facts(10.0, 10.0))], others)
+    enter(world)
+    found = run_offloading(world, 1)
+    assert world.asked("short") == [0, 1]
+    assert world.asked("plan") == ([0, 1] if is_planned else [0])
+    assert numbers(world, found.best) == [1 if is_planned else 0]
+    assert number_of(world, found.with_vocabulary) == (1 if is_planned else 0)
+
+
+def test_offloading_ends_with_the_time(enter):
+    base = [(0, "full", Facts(10.0, 10.0))]
+    kinds = ("none", "selective", "full")
+    others = {
+        (0, kind, part): Facts(1.0 + i, 8.0 - i)
+        for i, (kind, part) in enumerate((k, p) for k in kinds for p in (0.5, 1.0))
+    }
+    counts = []
+    for left in range(16):
+        world = offloading_world(base, others)
+        enter(world)
+        clock = iter([True] * left + [False] * 99)
+        found = run_offloading(world, 1, in_time=clock.__next__)
+        assert len(found.best) == 1
+        short = [number for number in world.asked("short") if number >= 1]
+        planned = [number for number in world.asked("plan") if number >= 1]
+        counts.append((len(short), len(planned)))
+    assert counts == sorted(counts)
+    assert [count for count, _ in counts].count(6) > 1
+    assert {planned for _, planned in counts} == {0, 1}
+
+
+def test_a_choice_that_fits_is_one_whose_stages_all_recompute_most(enter, monkeypatch):
+    """It need not be the first one, and of what is kept the recomputation counts."""
+    full = {"recompute": "full"}
+    choices = [
+        choice_of(0, **full, recompute_where_needed=True),
+        choice_of(1, recompute="selective"),
+        choice_of(2, **full),
+        choice_of(3, **full),
+        choice_of(4, **full),
+    ]
+    world = World([Facts(1.0, 1.0) for _ in choices], choices)
+    world.facts[choices[2]].fails["weigh"] = ConfigError("no")
+    made = enter(world)
+    space = Space(tuple(choices), Counter(), (ZERO1,))
+    monkeypatch.setattr(search_module, "space_of", lambda config, kept: space)
+    assert fits_on(CONFIG, 0.5) == choices[3]
+    assert made == [(0.5 * GIB, (ZERO1,))]
+    assert world.asked("weigh") == [2, 3]
+    assert fits_on(CONFIG, 0.5, Kept({"parallel.recompute": "selective"})) == choices[1]
+    for facts in world.facts.values():
+        facts.fails["weigh"] = ConfigError("no")
+    assert fits_on(CONFIG, 0.5) is None
+
+
+def problem_of(layout, count, vocab="one_barrier", *, split=False):
+    return Problem(layout, count, VOCAB_ALGORITHMS[vocab], split)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fill"), [(1, 8), (2, 8), (3, 9), (4, 8), (8, 16), (15, 30), (16, 16), (64, 64)]
+)
+def test_a_short_step_fills_the_pipeline_and_another_has_as_many_microbatches_as_ranks_more(
+    ranks, fill
+):
+    """It is the step itself where that is no longer."""
+    layout = Layout("linear", ranks)
+    for count, expected in (
+        (fill + ranks - 1, (fill + ranks - 1,)),
+        (fill + ranks, (fill + ranks,)),
+        (fill + ranks + 1, (fill, fill + ranks)),
+        (10_000, (fill, fill + ranks)),
+    ):
+        problem = problem_of(layout, count)
+        assert search_module.short_counts(problem) == expected
+        assert search_module.placed_by_short(problem) == sum(
+            search_module.placed_by(replace(problem, num_microbatches=one), 12_000)
+            for one in expected
+        )
+
+
+@pytest.mark.parametrize(
+    ("layout", "vocab", "split", "nodes"),
+    [
+        (Layout("linear", 4), "none", False, 4 + 4 * 2),
+        (Layout("linear", 4), "one_barrier", False, 4 * 4 + 4 * 2),
+        (Layout("v", 4, 2), "none", True, 4 + 8 * 3),
+        (Layout("loop", 2, 3), "one_barrier", True, 2 * 4 + 6 * 3),
+    ],
+)
+def test_the_effort_of_a_plan_is_that_of_its_passes_and_of_its_tries(layout, vocab, split, nodes):
+    """A split backward is tried twice where there is room, and moved for at least half of it."""
+    for count in (3, 50):
+        problem, n = problem_of(layout, count, vocab, split=split), nodes * count
+        for effort in (3 * n - 1, 3 * n, 3 * n + 3, n - 1, n, 2 * n, 5 * n, 6 * n, 40 * n):
+            found = search_module.placed_by(problem, effort)
+            if split:
+                tries = 2 if n < effort // 3 else 1
+                assert found == 2 * n + tries * (n + max(2 * n, effort // 2))
+            else:
+                assert found == n * (2 + min(5, max(1, effort // n)))
+        whole = search_module.placed_by(problem, 120_000)
+        assert search_module.placed_by(problem) == whole
+
+
+@dataclass(frozen=True)
+class _Step:
+    schedule: tuple
+    timeline: object = None
+
+
+@pytest.mark.parametrize("busiest", [0.5, 2.0])
+@pytest.mark.parametrize("count", [12, 100])
+def test_the_time_of_a_long_step_follows_from_two_short_ones(monkeypatch, count, busiest):
+    """Every microbatch more takes what it took in the second, or the work of the busiest rank."""
+    draft = SimpleNamespace(problem=problem_of(Layout("linear", 4), count), cost="cost")
+    lasts = {8: 20.0, 12: 25.0}
+    monkeypatch.setattr(
+        search_module,
+        "generate",
+        lambda name, few, cost, effort: (name, few.num_microbatches, cost, effort),
+    )
+    monkeypatch.setattr(
+        search_module, "place_transfers", lambda schedule, few, cost: ("moved", *schedule)
+    )
+    simulated = []
+
+    def simulate(schedule, few, cost):
+        simulated.append(schedule)
+        return SimpleNamespace(makespan=lasts[few.num_microbatches])
+
+    monkeypatch.setattr(search_module, "simulate", simulate)
+    monkeypatch.setattr(search_module, "unsimulated", lambda draft, schedule, cost: _Step(schedule))
+    monkeypatch.setattr(search_module, "busiest_seconds", lambda problem, cost: busiest)
+    step, seconds, placed = search_module.short_step(draft, "1f1b")
+    last = ("moved", "1f1b", 12, "cost", 12_000)
+    assert step.schedule == last
+    assert step.timeline.makespan == 25.0
+    assert placed == search_module.placed_by_short(draft.problem)
+    if count == 12:
+        assert simulated == [last]
+        assert seconds == 25.0
+    else:
+        assert simulated == [("1f1b", 8, "cost", 12_000), last]
+        assert seconds == 25.0 + 88 * max(1.25, busiest)
+
+
+def test_a_search_without_vocabulary_parallelism_simulates_short_steps_and_plans_none(
+    enter, monkeypatch
+):
+    world = World([Facts(2.0, 2.5), Facts(1.0, 1.5), Facts(1.6, 1.7)])
+    for choice in list(world.facts):
+        world.facts[replace(choice, vocab="none")] = world.facts.pop(choice)
+    world.choices = list(world.facts)
+    made, asked = enter(world), []
+
+    def space_of(config, degrees):
+        asked.append(degrees)
+        return Space(tuple(world.choices), Counter(), (ADAMW,))
+
+    monkeypatch.setattr(search_module, "without_vocabulary_of", space_of)
+    found = search_module.without_vocabulary(CONFIG, Degrees(1, 2, 1))
+    assert asked == [Degrees(1, 2, 1)]
+    assert made == [(GIB, (ADAMW,))], "all memory may be used"
+    assert number_of(world, found.without_vocabulary) == 1
+    assert [number_of(world, one) for one in found.estimated] == [1]
+    assert not world.asked("plan")
+    few = World([replace(one, placed=10**5) for one in world.facts.values()], world.choices)
+    enter(few)
+    search_module.without_vocabulary(CONFIG, Degrees(1, 2, 1))
+    assert few.asked("short") == [0, 1], "three fifths of 300,000 are two short steps"
+
+
+def test_what_is_looked_for_by_default():
+    assert Limits() == Limits(top=5, margin=0.05, effort=3_000_000)
+    assert search_module.limit_of(CONFIG, 0.25) == 0.75 * GIB
+
+
+def test_why_nothing_is_kept_names_the_degrees_or_what_rules_out_most():
+    cluster = replace(CONFIG.cluster, num_nodes=300, gpus_per_node=4)
+    config = replace(CONFIG, cluster=cluster, num_microbatches=1_200)
+    values = {"parallel.tp": 3, "schedule.name": "1f1b", "parallel.dp": 2}
+    space = Space((), Counter({"few": 1, "many": 2}), None, Kept(values))
+    with pytest.raises(ConfigError) as raised:
+        search(config, Limits(), lambda: True, len, space)
+    assert str(raised.value) == (
+        "--keep parallel.tp,schedule.name,parallel.dp: no split of 1,200 GPUs into dp x pp x tp, "
+        "with tp within a node, has parallel.dp=2, parallel.tp=3; keep fewer degrees, or change "
+        "them"
+    )
+    space = replace(space, kept=Kept({"parallel.tp": 2, "schedule.name": "1f1b"}))
+    with pytest.raises(ConfigError) as raised:
+        search(CONFIG, Limits(), lambda: True, len, space)
+    words = "--keep parallel.tp,schedule.name leaves no choice; ruled out most: many"
+    assert str(raised.value) == words
+    with pytest.raises(ConfigError, match="does not split over"):
+        search(CONFIG, Limits(), lambda: True, len, replace(space, kept=Kept()))
+    with pytest.raises(ConfigError, match="does not split over"):
+        search(replace(config, num_microbatches=7), Limits(), lambda: True, len, space)
+
+
+@pytest.mark.parametrize(
+    ("batch", "gpus", "words"),
+    [
+        (
+            1_001,
+            (2, 512),
+            "a batch of 1,001 sequences does not split over 1,024 GPUs: dp must divide it, and "
+            "with pp of at most 2 layers and tp within a node dp is one of 256, 512, 1,024; use a "
+            "batch of 768 or 1,024 sequences",
+        ),
+        (
+            3,
+            (8, 2),
+            "a batch of 3 sequences does not split over 16 GPUs: dp must divide it, and with pp "
+            "of at most 4 layers and tp within a node dp is one of 2, 4, 8, ... 16; use a batch "
+            "of 2 or 4 sequences, or cluster.num_nodes=6 (12 GPUs)",
+        ),
+    ],
+)
+def test_a_batch_that_no_split_divides_comes_with_all_ways_out(batch, gpus, words):
+    nodes, per_node = gpus
+    config = replace(
+        CONFIG,
+        num_microbatches=batch,
+        model=replace(CONFIG.model, num_layers=2 if batch > 3 else 4),
+        cluster=replace(CONFIG.cluster, num_nodes=nodes, gpus_per_node=per_node),
+    )
+    assert search_module.no_choice_words(config) == words
