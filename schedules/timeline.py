@@ -124,11 +124,11 @@ class Timeline:
         """Return the bytes that a rank copies to host memory in the step; as many come back."""
         return sum(t.num_bytes for t in self.transfers if t.span.rank == rank and t.is_offload)
 
-    def host_bytes(self, rank: int, block_bytes: float = 0.0) -> float:
+    def host_bytes(self, rank: int, block_bytes: float) -> float:
         """Return the most bytes of host memory that the copies of a rank take at any time.
 
         A copy takes them from its forward pass, after which it is issued, to its first backward
-        pass, which waits for its way back. With `block_bytes` each takes whole blocks.
+        pass, which waits for its way back. Each takes whole blocks; 0: no more than its bytes.
         """
         copied = {
             (t.span.stage, t.span.microbatch): _in_blocks(t.num_bytes, block_bytes)

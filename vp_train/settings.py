@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any
 
 from vp_train.config import (
@@ -1133,12 +1133,16 @@ def started_from(source: Path) -> Path | None:
 
 
 @cache
-def sections() -> dict[str, type]:
+def sections() -> Mapping[str, type]:
     """Return the classes of the configuration's sections by their names."""
     types = typing.get_type_hints(RunConfig)
-    return {
-        item.name: types[item.name] for item in fields(RunConfig) if is_dataclass(types[item.name])
-    }
+    return MappingProxyType(
+        {
+            item.name: types[item.name]
+            for item in fields(RunConfig)
+            if is_dataclass(types[item.name])
+        }
+    )
 
 
 def settings_help(config: RunConfig) -> str:
@@ -1186,10 +1190,10 @@ def _field_of(name: str) -> tuple[Any, type]:
 
 
 @cache
-def setting_names() -> list[str]:
+def setting_names() -> tuple[str, ...]:
     """Return the names of all settings: `section.name`, or `name` for those of no section."""
     names = [f"{name}.{item.name}" for name, kind in sections().items() for item in fields(kind)]
-    return [*names, *(item.name for item in _own_fields())]
+    return (*names, *(item.name for item in _own_fields()))
 
 
 def _in_full(name: str, item: Any, section: object) -> str:
@@ -1241,9 +1245,9 @@ def settings_page() -> str:
 
 
 @cache
-def _own_fields() -> list[Any]:
+def _own_fields() -> tuple[Any, ...]:
     """Return the fields of RunConfig that are not sections."""
-    return [item for item in fields(RunConfig) if item.name not in sections()]
+    return tuple(item for item in fields(RunConfig) if item.name not in sections())
 
 
 def _sentence(setting: Setting) -> str:

@@ -13,7 +13,7 @@ from vp_train.optim.adamw import learning_rate
 from vp_train.planning.choice import Kept, offloading, space_of
 from vp_train.planning.cluster import host_bytes_per_second
 from vp_train.planning.memory import (
-    HostMemory,
+    HostUsage,
     check_host,
     host_bytes,
     most_host_bytes,
@@ -117,8 +117,8 @@ def test_an_optimizer_in_host_memory_counts_there_by_replicas_and_nodes():
 
 def test_what_a_node_keeps_too_much_of_is_named_with_its_way_out():
     gib = 2.0**30
-    moved, state = HostMemory(activations=3 * gib), HostMemory(optimizer=2 * gib)
-    both = HostMemory(3 * gib, 2 * gib)
+    moved, state = HostUsage(activations=3 * gib), HostUsage(optimizer=2 * gib)
+    both = HostUsage(3 * gib, 2 * gib)
     begins = "the ranks of a node keep"
     lower, drop = "lower parallel.offload_activations", "set optim.offload=false"
     for held, words in (

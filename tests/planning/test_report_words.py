@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.memory import HostMemory, RankMemory
+from vp_train.planning.memory import HostUsage, RankMemory
 from vp_train.planning.overlap import Exchange
 from vp_train.planning.report import Offloading, RankReport, make_report, optimizer_seconds
 from vp_train.settings import load_config
@@ -40,7 +40,7 @@ def report(planned):
         exchange=Exchange(4.0, 3.0, 1.5, 1.5),
         messages=1.0,
         offloading=None,
-        host=HostMemory(),
+        host=HostUsage(),
         cluster=replace(planned.cluster, memory_gib=2.0),
     )
 
@@ -77,7 +77,7 @@ def test_the_worst_rank_needs_most_memory_and_the_busiest_computes_longest(repor
 def test_a_plan_fits_to_the_byte_on_devices_and_hosts(report, total, host, known, fits):
     cluster = replace(report.cluster, host_memory_gib=known)
     found = replace(
-        report, ranks=(rank_of(), rank_of(total=total)), host=HostMemory(host), cluster=cluster
+        report, ranks=(rank_of(), rank_of(total=total)), host=HostUsage(host), cluster=cluster
     )
     assert found.fits is fits
     assert found.binds.startswith(("memory", "host memory")) is not fits
@@ -150,7 +150,7 @@ def test_memory_is_said_with_its_distance_from_the_limit(report):
     exact = replace(report, ranks=(rank_of(total=2 * GIB),))
     assert exact.memory_words == "needs 2.00 GiB on rank 0, 0 B less than 2 GiB"
     known = replace(report.cluster, host_memory_gib=1.0)
-    host = replace(report, cluster=known, host=HostMemory(optimizer=2 * GIB))
+    host = replace(report, cluster=known, host=HostUsage(optimizer=2 * GIB))
     assert host.binds == f"host memory: {host.host.excess_words(GIB)}"
 
 

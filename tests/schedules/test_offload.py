@@ -231,7 +231,8 @@ def test_a_link_serves_each_direction_in_the_order_of_issue():
     starts = [span.start for span in timeline.compute[0] if span.kind in "FSB"]
     assert starts == [0, 1, 2.5, 3.5, 4.5, 5.5, 6.5, 8.5, 12]
     assert timeline.peak_bytes == (2.0,)
-    assert timeline.host_bytes(0) == 2.0  # 0F1 takes a byte although its copy waits for the link
+    # 0F1 takes a byte although its copy waits for the link.
+    assert timeline.host_bytes(0, 0.0) == 2.0
     assert timeline.moved_bytes(0) == 2.0
     assert timeline.link_busy(0) == pytest.approx((3 / 14, 3 / 14))
 

@@ -38,6 +38,7 @@ from vp_train.planning.degrees import split_ranks, wanted_ranks
 from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import SEARCHING, StepPlan, plan_step, row_advice
 from vp_train.settings import config_text
+from vp_train.tensors.alignment import HOST_BLOCK_BYTES
 from vp_train.units import human_bytes
 
 _GRID_RANKS = 32
@@ -555,7 +556,7 @@ def _offload_lines(outcome: Outcome) -> list[str]:
     ranks = range(timeline.num_ranks)
     busiest = max(ranks, key=timeline.moved_bytes)
     down, up = timeline.link_busy(busiest)
-    moved, held = timeline.moved_bytes(busiest), timeline.host_bytes(busiest)
+    moved, held = timeline.moved_bytes(busiest), timeline.host_bytes(busiest, HOST_BLOCK_BYTES)
     without = f"{duration(alone.makespan)}, peak memory {human_bytes(max(alone.peak_bytes))}"
     return [
         f"offloaded    {human_bytes(moved)} of rank {busiest} go to its host and back, "
@@ -695,6 +696,6 @@ def _offload_record(timeline: Timeline) -> dict[str, Any]:
         return {}
     return {
         "offloaded_bytes": [timeline.moved_bytes(rank) for rank in ranks],
-        "host_bytes": [timeline.host_bytes(rank) for rank in ranks],
+        "host_bytes": [timeline.host_bytes(rank, HOST_BLOCK_BYTES) for rank in ranks],
         "link_busy": [timeline.link_busy(rank) for rank in ranks],
     }

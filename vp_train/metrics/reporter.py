@@ -39,6 +39,7 @@ from vp_train.model.shape import num_parameters
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import RunPlan, row_advice
+from vp_train.tensors.alignment import HOST_BLOCK_BYTES
 from vp_train.units import human_bytes
 
 
@@ -78,7 +79,8 @@ def _offload_words(plan: RunPlan) -> str:
         return ""
     if not timeline.transfers:
         return nothing_offloaded_words(has_layers=any(plan.cost.offload_bytes))
-    moved, held = (max(map(of, ranks)) for of in (timeline.moved_bytes, timeline.host_bytes))
+    moved = max(map(timeline.moved_bytes, ranks))
+    held = max(timeline.host_bytes(rank, HOST_BLOCK_BYTES) for rank in ranks)
     return (
         f"up to {human_bytes(moved)} of a rank's activations wait in host memory in a step, "
         f"{human_bytes(held)} at a time"

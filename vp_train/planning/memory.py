@@ -127,7 +127,7 @@ def check_machine(step: StepPlan, optim: OptimConfig, num_bytes: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class HostMemory:
+class HostUsage:
     """The bytes that ranks keep in host memory: offloaded activations, and the optimizer's state.
 
     With optim.offload the host has, of a replica's part of the parameters, weights, a gradient and
@@ -156,30 +156,30 @@ class HostMemory:
         )
 
 
-def host_bytes(step: StepPlan, optim: OptimConfig, rank: int) -> HostMemory:
+def host_bytes(step: StepPlan, optim: OptimConfig, rank: int) -> HostUsage:
     """Return what one tensor-parallel rank of pipeline rank `rank` keeps in host memory at most."""
     activations = step.timeline.host_bytes(rank, HOST_BLOCK_BYTES)
     work, state = step.work, 0.0
     if optim.offload:
         of_parameter = 4 * work.precise_bytes + work.item_bytes
         state = rank_parameters(step, rank) * of_parameter / work.degrees.dp
-    return HostMemory(activations, state)
+    return HostUsage(activations, state)
 
 
-def most_host_bytes(step: StepPlan, optim: OptimConfig, ranks_per_node: int) -> HostMemory:
+def most_host_bytes(step: StepPlan, optim: OptimConfig, ranks_per_node: int) -> HostUsage:
     """Return what the ranks of a node keep in its memory, on the node where that is most."""
     gpus = range(step.degrees.num_ranks)
     nodes = [gpus[first : first + ranks_per_node] for first in gpus[::ranks_per_node]]
     return max(_of_nodes(step, optim, nodes), key=lambda found: found.total)
 
 
-def _of_nodes(step: StepPlan, optim: OptimConfig, nodes: Sequence[range]) -> Iterator[HostMemory]:
+def _of_nodes(step: StepPlan, optim: OptimConfig, nodes: Sequence[range]) -> Iterator[HostUsage]:
     """Yield what the ranks of each node, ranks of the run, keep in its memory."""
     tp, pp = step.degrees.tp, step.degrees.pp
     of_rank = [host_bytes(step, optim, rank) for rank in range(pp)]
     for ranks in nodes:
         found = [of_rank[rank // tp % pp] for rank in ranks]
-        yield HostMemory(sum(one.activations for one in found), sum(one.optimizer for one in found))
+        yield HostUsage(sum(one.activations for one in found), sum(one.optimizer for one in found))
 
 
 def check_host(step: StepPlan, optim: OptimConfig, ranks: range, num_bytes: int) -> None:

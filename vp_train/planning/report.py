@@ -18,7 +18,7 @@ from vp_train.planning.cluster import links_of, on_cluster, peak_flops, tied_sec
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.estimate import exposed_tensor_seconds
 from vp_train.planning.memory import (
-    HostMemory,
+    HostUsage,
     RankMemory,
     StateBytes,
     most_host_bytes,
@@ -102,7 +102,7 @@ class PlanReport:
     exchange: Exchange
     messages: float | None = None
     offloading: Offloading | None = None
-    host: HostMemory = field(default_factory=HostMemory)
+    host: HostUsage = field(default_factory=HostUsage)
 
     @property
     def degrees(self) -> Degrees:
