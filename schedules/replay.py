@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import chain
 
@@ -56,6 +56,10 @@ class Runtime:
     continues_beside_passes: bool
     hops: Hops
     copies_beside_passes: bool = True
+
+    def on(self, device: str) -> Runtime:
+        """Return the runtime of passes on `device`: those that a CPU runs copy to the host."""
+        return replace(self, copies_beside_passes=self.issues_ahead or device != "cpu")
 
 
 # CUDA: a compute stream, a stream per communicator, and per end of the model a side stream that

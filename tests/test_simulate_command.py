@@ -308,6 +308,16 @@ def test_a_runtime_is_replayed_and_shown(vp_simulate, tmp_path, runtime):
     assert row["replay"] == {"runtime": runtime, "makespan_seconds": pytest.approx(33), "longer": 0}
 
 
+def test_the_passes_of_a_cpu_copy_to_the_host_themselves(vp_simulate, tmp_path):
+    slow = ("run.device=cpu", "parallel.offload_activations=1", "cost.host_bytes_per_second=1e9")
+    longer = {}
+    for runtime in ("cuda", "gloo"):
+        assert vp_simulate("--runtime", runtime, "--out", tmp_path / runtime, *slow)[0] == 0
+        (row,) = json.loads((tmp_path / runtime / "table.json").read_text())["rows"]
+        longer[runtime] = row["replay"]["longer"]
+    assert abs(longer["cuda"]) < 1e-3 < longer["gloo"] < 0.5
+
+
 def test_waits_that_no_simulation_shows_are_listed_worst_first(vp_simulate, monkeypatch):
     """In a V, hops both ways share one stream, and each takes a quarter of a forward."""
     monkeypatch.setitem(RUNTIMES, "cuda", replace(RUNTIMES["cuda"], hops=Hops.PAIRED))

@@ -87,7 +87,9 @@ def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str,
             raise ConfigError(f"--frontier goes without {name}; drop one of the two")
     if draws is not None and "--runtime" in options:
         raise ConfigError("--runtime goes without --jitter and --straggler; drop one of them")
-    runtime = runtime_called(options["--runtime"]) if "--runtime" in options else None
+    runtime = None
+    if "--runtime" in options:
+        runtime = _runtime_called(options["--runtime"], config.run.device)
     if "--program" in options:
         if others := [name for name in options if name != "--program"]:
             raise ConfigError(f"--program prints the program alone; drop {' and '.join(others)}")
@@ -325,11 +327,11 @@ def _make(directory: Path | None) -> None:
             raise FileExistsError(f"--out {directory} is a file; name a directory") from None
 
 
-def runtime_called(name: str) -> Runtime:
-    """Return the runtime called `name`.  Raises ConfigError if there is none."""
+def _runtime_called(name: str, device: str) -> Runtime:
+    """Return the runtime `name` of passes on `device`.  Raises ConfigError if there is none."""
     if name not in RUNTIMES:
         raise ConfigError(unknown(f"--runtime: {name!r}", name, tuple(RUNTIMES)))
-    return RUNTIMES[name]
+    return RUNTIMES[name].on(device)
 
 
 def _names(option: str, words: str, known: tuple[str, ...]) -> tuple[str, ...]:

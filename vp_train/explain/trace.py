@@ -6,7 +6,7 @@ The file may come from somebody else: whatever is wrong with it is said in one l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +165,7 @@ def parse(record: Any, cpus: int | None = None) -> TracedStep:
         cost=_cost(cost, problem),
         sources=_sources(cost.get("sources")),
         slowness=_slowness(cost.get("settings"), layout.num_ranks),
-        # On a CPU a rank copies to the host and back between its passes.
-        runtime=replace(RUNTIMES[runtime], copies_beside_passes=record["device"] != "cpu"),
+        runtime=RUNTIMES[runtime].on(record["device"]),
         planned_seconds=_seconds(planned["makespan_seconds"]),
         measured=Timeline(
             tuple(spans),
