@@ -69,7 +69,7 @@ def test_sums_of_two_dtypes_equal_float64(called, dtype):
 def test_every_number_of_16_bits_is_read_and_rounded_as_torch_does(dtype):
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
     numbers = bits.view(dtype)[None]
-    assert same(precision.widened(numbers, torch.float32), numbers.float())
+    assert same(precision.widened(numbers, torch.float32, torch.ones(1)), numbers.float())
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(-(2**31), 2**31, (1, 2**16), dtype=torch.int64, generator=generator)
     near = numbers.float().view(torch.int32) + torch.tensor([[-1], [0], [1]])

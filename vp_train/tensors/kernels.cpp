@@ -18,7 +18,9 @@ constexpr index_t kValuesOfThread = 1 << 15;
 // Rows and columns of a tile that is transposed in the first-level cache.
 constexpr index_t kTile = 32;
 // Columns that a thread takes where it may not take rows.
-constexpr index_t kBlock = 256;
+constexpr index_t kColumns = 256;
+// Values of a row that stay in the first-level cache from one loop to the next.
+constexpr index_t kBlock = 1024;
 
 inline float float_of(uint32_t bits) {
   float value;
@@ -104,23 +106,29 @@ inline float softmax_factor(const float* reference, const float* lse, float z_lo
 // its slope as a factor, and the sum has not.
 inline float exponentials(const E* logits, E* out, index_t columns, float reference,
                           float softcap) {
-  float sum = 0.0f;
-  if (softcap > 0.0f) {
-    const float inverse = 1.0f / softcap;
+  const float inverse = 1.0f / softcap;
+  float sum = 0.0f, block[kBlock];  // a loop that also rounds is not vectorised for every type
+  for (index_t left = 0; left < columns; left += kBlock) {
+    const index_t width = columns - left < kBlock ? columns - left : kBlock;
+    const E* from = logits + left;
+    if (softcap > 0.0f) {
 #pragma omp simd reduction(+ : sum)
-    for (index_t i = 0; i < columns; ++i) {
-      const float ratio = hyperbolic_tangent(load(logits[i]) * inverse);
-      const float p = exponential(softcap * ratio - reference);
-      sum += p;
-      if (out) store(out[i], p * (1.0f - ratio * ratio));
+      for (index_t i = 0; i < width; ++i) {
+        const float ratio = hyperbolic_tangent(load(from[i]) * inverse);
+        const float p = exponential(softcap * ratio - reference);
+        sum += p;
+        block[i] = p * (1.0f - ratio * ratio);
+      }
+    } else {
+#pragma omp simd reduction(+ : sum)
+      for (index_t i = 0; i < width; ++i) {
+        block[i] = exponential(load(from[i]) - reference);
+        sum += block[i];
+      }
     }
-    return sum;
-  }
-#pragma omp simd reduction(+ : sum)
-  for (index_t i = 0; i < columns; ++i) {
-    const float p = exponential(load(logits[i]) - reference);
-    sum += p;
-    if (out) store(out[i], p);
+    if (!out) continue;
+#pragma omp simd
+    for (index_t i = 0; i < width; ++i) store(out[left + i], block[i]);
   }
   return sum;
 }
@@ -159,6 +167,40 @@ void scale_from(const X* x, const float* factor, const float* reference, const f
     E* to = out + t * hidden;
 #pragma omp simd
     for (index_t i = 0; i < hidden; ++i) store(to[i], load(from[i]) * own);
+  }
+}
+
+// out[2 i], out[2 i + 1] = first[i], second[i].  A compiler vectorises copies of whole numbers, but
+// not of the struct around them.
+inline void interleave(const E* __restrict first, const E* __restrict second, E* __restrict out,
+                       index_t size) {
+#pragma omp simd
+  for (index_t i = 0; i < size; ++i) {
+    out[2 * i].bits = first[i].bits;
+    out[2 * i + 1].bits = second[i].bits;
+  }
+}
+
+// Writes the transpose of a tile [height, width] to `out`, with kTile values from row to row.
+//
+// Interleaving the two halves of 2^k x 2^k values rotates the bits of their indices by one.  After k
+// rounds the bits of rows and columns have changed places.
+inline void transpose(const E* from, index_t stride, index_t height, index_t width, E* out) {
+  if (height < kTile || width < kTile) {
+    for (index_t r = 0; r < height; ++r) {
+      for (index_t c = 0; c < width; ++c) out[c * kTile + r] = from[r * stride + c];
+    }
+    return;
+  }
+  constexpr index_t half = kTile * kTile / 2;
+  E other[2 * half];
+  for (index_t r = 0; r < kTile / 2; ++r) {
+    interleave(from + r * stride, from + (r + kTile / 2) * stride, out + 2 * r * kTile, kTile);
+  }
+  static_assert(kTile == 32, "this round and four more");
+  for (int pair = 0; pair < 2; ++pair) {
+    interleave(out, out + half, other, half);
+    interleave(other, other + half, out, half);
   }
 }
 
@@ -248,8 +290,8 @@ void subtract_targets(float* grad, const E* x, const index_t* rows, const float*
                       const float* target_scales, float target_scale, index_t tokens,
                       index_t hidden, int threads) {
 #pragma omp parallel for num_threads(threads) if (tokens * hidden > kValuesOfThread)
-  for (index_t left = 0; left < hidden; left += kBlock) {  // two tokens may have the same row
-    const index_t width = hidden - left < kBlock ? hidden - left : kBlock;
+  for (index_t left = 0; left < hidden; left += kColumns) {  // two tokens may have the same row
+    const index_t width = hidden - left < kColumns ? hidden - left : kColumns;
     for (index_t t = 0; t < tokens; ++t) {
       if (rows[t] < 0) continue;
       const float own = factor[t] * (target_scales ? target_scales[t] : target_scale);
@@ -290,15 +332,13 @@ void accumulate_transposed(float* accumulator, const E* addend, const float* sca
     const index_t height = rows - first < kTile ? rows - first : kTile;
     for (index_t left = 0; left < columns; left += kTile) {
       const index_t width = columns - left < kTile ? columns - left : kTile;
-      E turned[kTile][kTile];
-      for (index_t c = 0; c < width; ++c) {
-        const E* from = addend + (left + c) * stride + first;
-        for (index_t r = 0; r < height; ++r) turned[r][c] = from[r];
-      }
+      E turned[kTile * kTile];
+      transpose(addend + left * stride + first, stride, width, height, turned);
       for (index_t r = 0; r < height; ++r) {
         float* to = accumulator + (first + r) * columns + left;
+        const E* from = turned + r * kTile;
 #pragma omp simd
-        for (index_t c = 0; c < width; ++c) to[c] += load(turned[r][c]) * factor;
+        for (index_t c = 0; c < width; ++c) to[c] += load(from[c]) * factor;
       }
     }
   }

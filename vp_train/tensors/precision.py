@@ -53,10 +53,12 @@ def accumulate(
 def widened(matrix: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
     """Return a copy of `matrix` [N, H] in the statistics dtype, times `scale` [N] if given."""
     wide = torch.empty_like(matrix, dtype=dtype)
-    if kernels.suits(matrix, wide, *([] if scale is None else [scale])):
+    if scale is None:
+        return wide.copy_(matrix)
+    if kernels.suits(matrix, wide, scale):
         kernels.run("accumulate", matrix.dtype, wide, matrix, None, scale, 1, 1, *matrix.shape)
         return wide
-    return wide.copy_(matrix) if scale is None else torch.mul(matrix, scale[:, None], out=wide)
+    return torch.mul(matrix, scale[:, None], out=wide)
 
 
 def column_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
