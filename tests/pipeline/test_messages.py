@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from contextlib import contextmanager, nullcontext
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,7 @@ from schedules.timeline import Span
 from schedules.vocab import End, Payload, Transfer
 from tests.meshes import alone
 from vp_train.pipeline import comms as comms_module
-from vp_train.pipeline.aside import Aside
+from vp_train.pipeline.aside import Aside, _stop
 from vp_train.pipeline.comms import Comms, Delivery, Issued, ProcessGroups, _start_collective
 from vp_train.pipeline.groups import Groups
 from vp_train.pipeline.recorder import Named, Recorder, joined_communications
@@ -294,6 +296,38 @@ def test_the_thread_beside_the_passes_keeps_no_tensor_of_a_message_that_has_been
     del tensor, pending
     gc.collect()
     assert alive() is None
+
+
+def test_a_thread_beside_the_passes_is_waited_for_where_it_is_stopped():
+    """What it does ends first.  Stopped by itself, it does not wait for itself."""
+    begun, before = threading.Event(), set(threading.enumerate())
+    aside = Aside()
+    (thread,) = set(threading.enumerate()) - before
+
+    def slow():
+        begun.set()
+        time.sleep(0.05)
+        return Issued(None, torch.ones(1))
+
+    pending = aside.issue(slow)
+    assert begun.wait(5)
+    del aside
+    gc.collect()
+    assert not thread.is_alive()
+    assert pending.is_completed()
+    queue, errors = SimpleQueue(), []
+
+    def itself():
+        try:
+            _stop(queue, threading.current_thread())
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=itself)
+    thread.start()
+    thread.join(5)
+    assert errors == []
+    assert queue.get_nowait() is None
 
 
 def test_of_ranks_that_end_together_the_first_counts():
