@@ -17,11 +17,16 @@ from schedules.ir import Pass
 from schedules.lower import Action, Exchange
 from schedules.timeline import Span
 from schedules.vocab import End, Payload, Transfer
+from tests.local import run_locally
 from tests.meshes import alone
+from tests.pipeline.equivalence import config_of
+from tests.pipeline.test_offload import offloading, plan_of
+from tests.pipeline.truth import random_batch
 from vp_train.pipeline import comms as comms_module
 from vp_train.pipeline.aside import Aside, _stop
 from vp_train.pipeline.comms import Comms, Delivery, Issued, ProcessGroups, _start_collective
 from vp_train.pipeline.groups import Groups
+from vp_train.pipeline.offload import HostLink
 from vp_train.pipeline.recorder import Named, Recorder, joined_communications
 from vp_train.pipeline.stopwatch import Part, Stopwatch
 from vp_train.pipeline.timers import CudaTimer, HostTimer
@@ -441,3 +446,106 @@ def test_observers_around_another_pass_on_all_that_they_see():
     named = Named(inner)
     assert named.watch("C0.1", "pending") == "pending"
     assert inner.log[-1] == ("watch", "C0.1")
+
+
+class Marking(HostOrder):
+    """Streams on which a copy ends later, as on a GPU."""
+
+    def mark(self):
+        return SimpleNamespace(query=lambda: True)
+
+
+@pytest.mark.parametrize("copies_end_later", [False, True])
+def test_an_observer_sees_the_passes_waits_and_messages_of_the_program_in_its_order(
+    copies_end_later,
+):
+    """A copy that has ended when it is issued is nothing to watch."""
+    config = offloading(config_of(2, 3, 101, schedule="zb_h1", num_stages=4))
+    plan = plan_of(config, 2)
+
+    def work(rank, model, together):
+        if copies_end_later:
+            model.trainer._link = HostLink(Marking(), CPU)
+        observer = Noting()
+        model.train_step(*random_batch(config, 1), observer)
+        return observer.log
+
+    moves = (Action.OFFLOAD, Action.OFFLOADED, Action.RELOAD, Action.RESTORED)
+    for rank, log in enumerate(run_locally(config, plan, work)):
+        expected, reads = [("waits", Action.WAIT, "tokens of all replicas")], []
+        for op in plan.program.ranks[rank]:
+            if op.action is Action.RUN:
+                expected.append(("observe", str(op.item)))
+            elif op.action in (Action.SEND, Action.RECV, Action.START):
+                expected.append(("watch", str(op.item)))
+            elif op.action is Action.NEED and not op.item.kind.is_vocabulary:
+                reads.append(str(op.item))
+            elif op.action in (Action.ARRIVE, Action.WAIT, Action.NEED, *moves):
+                expected.append(("waits", op.action, str(op.item)))
+            if copies_end_later and op.action in (Action.OFFLOAD, Action.RELOAD):
+                expected.append(("watch", str(op)))
+        expected.append(("waits", Action.WAIT, "messages"))
+        seen = [event if event[0] == "waits" else event[:2] for event in log]
+        # A stage waits for its weights layer by layer, within its first pass.
+        layers = [("waits", Action.NEED, item) for item in reads]
+        assert {event for event in seen if event in layers} == set(layers)
+        assert [event for event in seen if event not in layers] == expected
+        first = seen.index(layers[0])
+        assert seen[first - 1] == ("observe", reads[0])
+        assert sum(event[0] == "waits" and event[1] in moves for event in log) >= 4
+
+
+@pytest.mark.parametrize("transfer", Transfer)
+@pytest.mark.parametrize("is_root", [False, True])
+def test_a_collective_is_issued_and_not_waited_for(monkeypatch, transfer, is_root):
+    """Of three ranks, of which rank 11 of the run is the root and the second of the group."""
+    calls, work = [], SimpleNamespace()
+
+    def noted(name):
+        def call(*arguments, **options):
+            calls.append((name, arguments, options))
+            return work
+
+        return call
+
+    names = ("broadcast", "reduce", "all_reduce", "all_to_all_single")
+    fake = SimpleNamespace(**{name: noted(name) for name in names})
+    fake.ReduceOp = SimpleNamespace(MAX="max")
+    fake.get_rank = lambda: 11 if is_root else 12
+    fake.get_group_rank = lambda group, root: root - 10
+    group = SimpleNamespace(size=lambda: 3, rank=lambda: 1 if is_root else 2)
+    monkeypatch.setattr(comms_module, "dist", fake)
+    monkeypatch.setattr(comms_module, "all_gather_single", noted("all_gather"))
+    own = torch.arange(8.0).view(4, 2)
+    issued = _start_collective(group, transfer, own, 11, (2, 0, 5))
+    assert issued.work is work
+    ((name, arguments, options),) = calls
+    assert options.pop("async_op") is True
+    rows = len(issued.result)
+    match transfer:
+        case Transfer.BROADCAST | Transfer.REDUCE:
+            assert (name, arguments) == (transfer.value, (own, 11))
+            assert options == {"group": group}
+            assert issued.result is own
+        case Transfer.ALL_MAX | Transfer.ALL_SUM:
+            operation = ("max",) if transfer is Transfer.ALL_MAX else ()
+            assert (name, arguments) == ("all_reduce", (own, *operation))
+            assert options == {"group": group}
+            assert issued.result is own
+        case Transfer.ALL_GATHER:
+            flat, part, of = arguments
+            assert (name, part, of, options) == ("all_gather", own, group, {})
+            assert (flat.shape, issued.result.shape) == ((12, 2), (3, 4, 2))
+            assert flat.data_ptr() == issued.result.data_ptr()
+        case Transfer.GATHER | Transfer.SCATTER:
+            result, sent, received_rows, sent_rows = arguments
+            assert (name, options) == ("all_to_all_single", {"group": group})
+            assert result is issued.result
+            assert sent is issued.source is own
+            to_root = [0, 0 if is_root else 5, 0]
+            from_root = [2, 0, 5] if is_root else [0, 0, 0]
+            if transfer is Transfer.GATHER:
+                assert (sent_rows, received_rows, rows) == (to_root, from_root, sum(from_root))
+            else:
+                assert (sent_rows, received_rows, rows) == (from_root, to_root, sum(to_root))
+            assert issued.result.shape[1:] == (2,)
