@@ -8,15 +8,21 @@ from dataclasses import replace
 import pytest
 
 from schedules.ir import Kind
-from vp_train.config import ClusterConfig, ConfigError
+from vp_train.config import CPU_COSTS, ClusterConfig, ConfigError, CostConfig
 from vp_train.model import shape
 from vp_train.planning.cluster import (
     Link,
+    assumed_costs,
+    chosen_costs,
     gradient_seconds,
+    known_peak_flops,
     links_of,
     on_cluster,
+    on_cpu,
+    peak_flops,
     replica_seconds,
     tied_seconds,
+    with_rates,
 )
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.plan import plan_step
@@ -349,3 +355,66 @@ def test_a_gather_passes_one_node_after_the_other():
     link = Link(BETWEEN, 0.5, 1e9, num_nodes=5, step_seconds=0.25)
     assert link.gather(1e9, 10) == pytest.approx(0.5 + 4 * 0.25 + 0.9)
     assert link.gather(1e9, 1) == 0
+
+
+def test_all_that_is_left_open_follows_from_the_cluster_and_what_is_chosen_stays():
+    cluster = replace(
+        load_config(["cluster=h100_80g_node"]).cluster,
+        num_nodes=4,
+        host_node_bytes_per_second=2e11,
+        sustained=0.5,
+        efficiency=0.75,
+        attention_efficiency=0.25,
+    )
+    config = load_config(["model=nano", "run.dtype=bfloat16", "micro_batch_size=3"])
+    work = Workload.of(config, Degrees(4, 4, 2))
+    found = on_cluster(work, cluster, CostConfig())
+    message = 2 * 3 * 64 * 64
+    rates = {
+        "matrix_flops_per_second": 9.89e14 * 0.5 * 0.75,
+        "attention_flops_per_second": 9.89e14 * 0.5 * 0.25,
+        "memory_bytes_per_second": 3.0e12 * 0.5,
+        "kernel_seconds": 2e-6,
+        "multiprocessors": 132,
+    }
+    expected = {
+        "flops_per_second": 9.89e14 * 0.75,
+        "hop_seconds": 1e-5,
+        "hop_bytes_per_second": 3.5e11,
+        "collective_seconds": 3 * 1e-5,
+        "collective_bytes_per_second": 3.5e11,
+        "host_bytes_per_second": 2e11 / 8,
+        "tensor_seconds": 1e-5,
+        "tensor_bytes_per_second": 3.5e11,
+        "lookup_seconds": 2 * message / 8 / 3.0e12,
+        "lookup_grad_seconds": 4 * message / 8 / 3.0e12,
+        "contention": 0.061,
+    }
+    assert chosen_costs(found).keys() - CPU_COSTS.keys() <= expected.keys() | rates.keys()
+    for name, value in (expected | rates).items():
+        assert getattr(found, name) == pytest.approx(value), name
+    alone = with_rates(CostConfig(), cluster, "bfloat16", alone=True)
+    assert alone.matrix_flops_per_second == pytest.approx(9.89e14 * 0.75)
+    assert alone.memory_bytes_per_second == 3.0e12
+    for name in expected | rates:
+        changed = on_cluster(work, cluster, CostConfig(**{name: 7}))
+        assert getattr(changed, name) == 7, name
+        for other, before in expected.items():
+            assert other == name or getattr(changed, other) == pytest.approx(before), (name, other)
+    # One rate for all FLOPs, measured seconds, and rates that were measured replace those of parts.
+    typed = ("flops_per_second", "measured_layer_flops", "matrix_flops_per_second")
+    for name in typed:
+        changed = on_cluster(work, cluster, CostConfig(**{name: 7.0}))
+        assert changed.attention_flops_per_second is None, name
+    plain = on_cluster(work, replace(cluster, multiprocessors=0), CostConfig())
+    assert plain.matrix_flops_per_second is None
+    assert on_cpu(CostConfig(hop_seconds=3.0)) == replace(CostConfig(**CPU_COSTS), hop_seconds=3.0)
+    assert assumed_costs(work, cluster, CostConfig()) == on_cpu(CostConfig())
+    assert assumed_costs(replace(work, device="cuda"), cluster, CostConfig()) == found
+
+
+def test_a_peak_is_known_if_it_is_not_the_default():
+    cluster = ClusterConfig(bfloat16_flops_per_second=5e14)
+    assert peak_flops(cluster, "bfloat16") == known_peak_flops(cluster, "bfloat16") == 5e14
+    assert known_peak_flops(cluster, "float32") is None
+    assert peak_flops(cluster, "float64") == 5e10

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -170,3 +172,111 @@ def test_measured_rates_predict_layers_that_were_not_measured():
     bare = replace(measured, matrix_flops_per_second=None)
     with pytest.raises(ConfigError, match=r"cost\.measured_layer_flops="):
         plan_step(replace(other, cost=bare), 8)
+
+
+def waves_of(multiprocessors, rows, columns, depth):
+    """Return the least multiply-adds of full waves over all tiles and parts, by counting tiles."""
+    found = []
+    for height, width, rate in ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (128, 64, 0.8)):
+        for parts in (1, 2, 4):
+            tiles = len(range(0, rows, height)) * len(range(0, columns, width)) * parts
+            waves = len(range(0, tiles, multiprocessors))
+            deep = len(range(0, depth, parts)) + 128
+            found.append(waves * multiprocessors * height * width * deep / rate)
+    return min(found)
+
+
+def test_a_product_runs_in_waves_of_the_tiles_that_suit_it_best():
+    one = device()
+    sizes = (1, 64, 127, 128, 129, 256, 257, 1_000, 4_096, 33_793)
+    for rows, columns in itertools.product(sizes, sizes):
+        for depth in (1, 3, 127, 4_097):
+            expected = 2 * waves_of(132, rows, columns, depth) / one.flops_per_second
+            assert one.product(rows, columns, depth) == pytest.approx(expected)
+    assert one.product(0, 5, 5) == one.product(5, 0, 5) == one.product(5, 5, 0) == 0
+    bare = Device(1e12, 1e12, math.inf, 0.0, 0)
+    assert bare.product(3, 5, 7) == 2 * 3 * 5 * 7 / 1e12
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "gpt_4b"])
+@pytest.mark.parametrize("linear_speed", [1.0, 1.4])
+def test_a_layer_is_its_products_attention_bytes_and_kernels(name, linear_speed):
+    """Float8 forms y and dx faster.  A backward has 36 kernels, and four products dW."""
+    one = Device(3e14, 2e14, 1e12, 1e-3, 132)
+    model = load_config([f"model={name}"]).model
+    tokens, item, summed = 4_096, 2, 4
+    found = layer_seconds(
+        one, model, tokens, item_bytes=item, sum_bytes=summed, linear_speed=linear_speed
+    )
+    shapes, attention = linear_shapes(model), attention_seconds(one, model, tokens)
+    there, back = elementwise_bytes(model, tokens, item)
+    y = [one.product(tokens, out, into) / linear_speed for out, into in shapes]
+    dx = [one.product(tokens, into, out) / linear_speed for out, into in shapes]
+    dw = [one.product(out, into, tokens) for out, into in shapes]
+    forward = sum(y) + attention + there / 1e12 + 14e-3
+    assert found.forward == pytest.approx(forward)
+    assert found.input_grad == pytest.approx(sum(dx) + 2.5 * attention + back / 1e12 + 36e-3)
+    weights = sum(out * into for out, into in shapes)
+    assert found.weight_grad == pytest.approx(sum(dw) + summed * weights / 1e12 + 4e-3)
+    assert found.selective == pytest.approx(sum(y[:2]) + attention)
+    down = 0.0 if shape.repeats_down_projection(model) else y[3]
+    assert found.full == pytest.approx(forward - down)
+    plain = Device(1e14, 1e14, math.inf, 0.0, 0)
+    simple = layer_seconds(
+        plain, model, tokens, item_bytes=item, sum_bytes=summed, linear_speed=linear_speed
+    )
+    whole = shape.layer_flops(model, tokens) / 1e14
+    saved = 2 * weights * tokens / 1e14 * (1 - 1 / linear_speed)
+    assert simple.weight_grad == pytest.approx(whole)
+    assert simple.forward == simple.input_grad == pytest.approx(whole - saved)
+
+
+def test_a_window_of_attention_sees_no_further_than_it_is_wide():
+    """The mean over layers of which some see all; at most as many tokens as there are."""
+    one = Device(1e14, 1e12, 1e12, 0.0, 132)
+    model = load_config(["model=llama3_8b", "model.num_layers=4"]).model
+    length, width = model.seq_length, 4_096
+
+    def seconds(model, tokens):
+        return attention_seconds(one, model, tokens)
+
+    whole = 4 * length * width * (length / 2) * (1 + 1_024 / length) / 1e12
+    assert seconds(model, length) == pytest.approx(whole)
+    assert seconds(model, 3 * length) == pytest.approx(3 * whole)
+    for window, every in ((100, None), (100, 2), (length, 2), (9 * length, None)):
+        local = replace(model, sliding_window=window, full_attention_every=every)
+        seen = [
+            sum(min(place + 1, window) for place in range(length)) - min(window, length) / 2
+            if local.is_local(layer)
+            else length**2 / 2
+            for layer in range(4)
+        ]
+        expected = whole * sum(seen) / 4 / (length**2 / 2)
+        assert seconds(local, length) == pytest.approx(expected)
+        bare = Device(1e12, 1e12, math.inf, 0.0, 0)
+        squares = [min(window, length) if local.is_local(n) else length for n in range(4)]
+        assert attention_seconds(bare, local, length) == pytest.approx(
+            4 * length * width * sum(squares) / 4 / 1e12
+        )
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["matrix_flops_per_second", "attention_flops_per_second", "memory_bytes_per_second"],
+)
+def test_a_device_has_all_rates_or_one(missing):
+    rates = {
+        "matrix_flops_per_second": 4e14,
+        "attention_flops_per_second": 3e14,
+        "memory_bytes_per_second": 2e12,
+    }
+    full = Device.of(CostConfig(**rates, kernel_seconds=1e-6, multiprocessors=8))
+    assert full == Device(4e14, 3e14, 2e12, 1e-6, 8)
+    assert full.is_split
+    assert Device.of(CostConfig(**rates)) == Device(4e14, 3e14, 2e12, 0.0, 0)
+    bare = Device.of(CostConfig(flops_per_second=5e13))
+    assert bare == Device(5e13, 5e13, math.inf, 0.0, 0)
+    assert not bare.is_split
+    for some in (rates | {missing: None}, {missing: rates[missing]}):
+        with pytest.raises(ConfigError, match="give all three, or none"):
+            Device.of(CostConfig(**some))

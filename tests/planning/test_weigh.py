@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from schedules.bound import step_bound
 from schedules.generators import GENERATORS
 from schedules.ir import Kind
+from schedules.layout import Layout
 from schedules.problem import Problem
 from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.config import ConfigError
+from vp_train.model import shape
 from vp_train.planning import weigh
 from vp_train.planning.choice import Choice, optimizers_of
+from vp_train.planning.cluster import gradient_seconds
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.memory import rank_memory, rank_state
+from vp_train.planning.memory import rank_memory, rank_state, state_of
+from vp_train.planning.plan import draft_step
+from vp_train.planning.report import optimizer_seconds
 from vp_train.planning.weigh import (
     LEANEST,
     STATE,
@@ -168,8 +175,11 @@ def test_every_base_order_is_checked_once_in_a_small_step_and_a_wrong_one_is_nam
         scales.check([choice_of(2, schedule="gpipe")])
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])
-def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_while_a_forward_runs(schedule):
+def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_while_a_forward_runs(
+    schedule, recompute
+):
     """At least all that may move has moved; about as much as the link takes in a warm-up."""
     for rate in (1e6, 1e9, 3e10, 1e15, None):
         config = load_config(WORDS)
@@ -178,7 +188,7 @@ def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_while_a_forw
             config = replace(config, cluster=replace(config.cluster, host_bytes_per_second=1e30))
         scales = Scales(config, math.inf)
         for part in (0.0, 0.5, 1.0):
-            settings = {"vocab": "none", "recompute": "none", "offload": part}
+            settings = {"vocab": "none", "recompute": recompute, "offload": part}
             choice = choice_of(4, schedule=schedule, **settings)
             step = scales.draft(choice).draft
             work, family = step.work, GENERATORS[schedule]
@@ -186,7 +196,7 @@ def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_while_a_forw
                 family.layout_of(4), 12, VOCAB_ALGORITHMS["none"], family.split_backward
             )
             peak = peaks_of(schedule, problem)[0]
-            kept = of_layer = work.layer_bytes("none")
+            kept = of_layer = work.layer_bytes(recompute)
             if family.split_backward:
                 kept = max(kept, step.cost.weight_bytes[0] / len(step.layers[0]))
             forward = step.cost.pass_seconds[Kind.F][1] / len(step.layers[1])
@@ -201,3 +211,190 @@ def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_while_a_forw
                 about += (layers - carried) * kept * peak.kept[chunk]
             assert scales.leanest(choice) == pytest.approx(least)
             assert scales.weigh(choice).needs == pytest.approx(about)
+
+
+CHOICES = [
+    choice_of(4),
+    choice_of(4, vocab="none"),
+    choice_of(4, tp=2, vocab="none", recompute="selective"),
+    choice_of(8, schedule="v_half", recompute="none"),
+    choice_of(2, schedule="zb_h1", vocab="two_barrier", recompute="none"),
+    choice_of(8, schedule="zb_h1", vocab="none"),
+    choice_of(4, schedule="interleaved", num_chunks=2),
+    choice_of(1, vocab="none", recompute="none"),
+    choice_of(8, vocab="none", placement="redistribute"),
+    replace(choice_of(4, vocab="none"), recompute_where_needed=True),
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: f"{choice.schedule}, {choice.vocab}")
+@pytest.mark.parametrize("layers", [32, 35])
+def test_a_step_takes_the_fill_the_work_and_the_drain_of_the_slowest_rank_at_least(choice, layers):
+    """W and T need not be waited for in the drain.  Then comes the fastest optimizer."""
+    config = load_config([*WORDS, "cluster.contention=0", f"model.num_layers={layers}"])
+    placement = "balanced" if choice.placement != "redistribute" else choice.placement
+    choice = replace(choice, placement=placement)
+    scales = Scales(config, math.inf)
+    plain = replace(choice, recompute_where_needed=False)
+    if choice.recompute_where_needed:  # the least is that nothing recomputes
+        plain = replace(plain, recompute="none")
+    step = scales.draft(plain).draft
+    layout, cost, m = step.problem.layout, step.cost, choice.num_microbatches
+    stage = next(stage for stage in range(1 % layout.num_stages, layout.num_stages))
+    one = {
+        kind: cost.pass_seconds[kind][stage] / len(step.layers[stage])
+        for kind in (Kind.F, Kind.B, Kind.I, Kind.W)
+    }
+    split = step.problem.split_backward
+    backward = one[Kind.I] + one[Kind.W] if split else one[Kind.B]
+    back = one[Kind.I] if split else one[Kind.B]
+    counts = [sum(map(len, of_rank)) for of_rank in ranks_of(step)]
+    most = max(rank for rank, count in enumerate(counts) if count == max(counts))
+    bounds = []
+    for rank in {0, most, layout.num_ranks - 1}:
+        before = sum(len(step.layers[stage]) for stage in range(rank))
+        s, t = (cost.pass_seconds[kind][rank] for kind in (Kind.S, Kind.T))
+        n = counts[rank]
+        bounds.append(before * one[Kind.F] + m * (n * (one[Kind.F] + backward) + s + t))
+        bounds.append(before * (one[Kind.F] + back) + m * (n * (one[Kind.F] + back) + s))
+    after = []
+    rows = -(-config.model.vocab_size // choice.degrees.tp)
+    sharded = step.problem.algorithm.sharded
+    root = layout.rank_of(layout.num_stages - 1)
+    ends = 2 if sharded or root == 0 else 1
+    rows = rows // layout.num_ranks if sharded else rows
+    parameters = counts[0] * shape.layer_parameters(step.work.share)
+    parameters += ends * rows * config.model.hidden_size
+    for optim in optimizers_of(config, choice.degrees.dp):
+        held = state_of(step.work, optim, parameters)
+        after.append(
+            gradient_seconds(step.work, config.cluster, optim, parameters)
+            + optimizer_seconds(choice.degrees, config.cluster, optim, held)
+        )
+    assert scales.weigh(choice).seconds == pytest.approx(max(bounds) + min(after))
+
+
+def ranks_of(step):
+    layout = step.problem.layout
+    return [
+        [step.layers[stage] for stage in layout.stages_of(rank)] for rank in range(layout.num_ranks)
+    ]
+
+
+@pytest.mark.parametrize("pp", [2, 4])
+def test_a_candidate_takes_its_passes_and_the_least_after_them(pp):
+    config = load_config(WORDS)
+    scales = Scales(config, math.inf)
+    found = scales.draft(choice_of(pp))
+    step = minimum_step("1f1b", found.draft)
+    after = [scales.after(step, optim) for optim in found.optimizers]
+    assert len(after) == 3
+    assert min(after) < max(after)
+    assert found.seconds == found.passes + min(after)
+    assert found.passes == step_bound(found.draft.problem, found.draft.cost).seconds
+    counts = [rank_state(step, config.optim, rank).parameters for rank in range(pp)]
+    for optim, seconds in zip(found.optimizers, after, strict=True):
+        states = [rank_state(step, optim, rank) for rank in range(pp)]
+        updates = [
+            optimizer_seconds(step.degrees, config.cluster, optim, state) for state in states
+        ]
+        exposed = gradient_seconds(step.work, config.cluster, optim, max(counts))
+        assert seconds == pytest.approx(exposed + max(updates))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layers", "looked_at"),
+    [
+        (16, (1,) * 16, list(range(16))),
+        (17, (1, 1, 1, 2, *(1,) * 13), [0, 3, 8, 16]),
+        (20, (3, *(1,) * 19), [0, 10, 19]),
+    ],
+)
+def test_of_many_ranks_the_ends_the_middle_and_the_largest_are_looked_at(ranks, layers, looked_at):
+    starts = [sum(layers[:stage]) for stage in range(ranks)]
+    step = SimpleNamespace(
+        problem=SimpleNamespace(layout=Layout("linear", ranks)),
+        layers=[range(s, s + c) for s, c in zip(starts, layers, strict=True)],
+    )
+    assert weigh._looked_at(step) == looked_at
+
+
+def test_of_stages_that_recompute_where_needed_what_seems_to_fit_comes_before_what_is_faster(
+    monkeypatch,
+):
+    """The refusal that needs least is raised where none may fit."""
+    choice = choice_of(4, recompute_where_needed=True)
+    scales = Scales(load_config(WORDS), math.inf)
+    monkeypatch.setattr(Scales, "_where_needed", lambda *_: {"a": "x", "b": "y", "c": "z"})
+    for fits, expected in (
+        ({"a": False, "b": True, "c": True}, "c"),
+        ({"a": False, "b": False, "c": False}, "a"),
+        ({"a": True, "b": None, "c": False}, "a"),
+    ):
+        seconds = {"a": 1.0, "b": 3.0, "c": 2.0}
+
+        def drafted(self, mixed, some, fits=fits, seconds=seconds):
+            if fits[mixed] is None:
+                raise TooLargeError(5.0, 4.0, STATE)
+            return SimpleNamespace(mixed=mixed, seems_to_fit=fits[mixed], seconds=seconds[mixed])
+
+        monkeypatch.setattr(Scales, "_drafted", drafted)
+        assert scales.draft(choice).mixed == expected
+    needs = {"a": 9.0, "b": 7.0, "c": 8.0}
+
+    def refused(self, mixed, some):
+        raise TooLargeError(needs[mixed], 4.0, STATE)
+
+    monkeypatch.setattr(Scales, "_drafted", refused)
+    with pytest.raises(TooLargeError) as raised:
+        scales.draft(choice)
+    assert raised.value.needs == 7.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "vocab", "as_if"),
+    [
+        ("zb_h1", "two_barrier", ("zb_h1", "two_barrier")),
+        ("auto", "two_barrier", ("1f1b", "two_barrier")),
+        ("auto", "auto", ("1f1b", "one_barrier")),
+        ("gpipe", "none", ("gpipe", "none")),
+    ],
+)
+def test_about_how_many_bytes_a_step_needs_counts_a_held_shard_on_the_worst_rank(
+    schedule, vocab, as_if
+):
+    """A schedule that is searched or read from a file counts as 1f1b, without a cap."""
+    words = [*WORDS, "parallel.pp=8"]
+    config = load_config(words)
+    typed = replace(
+        config,
+        schedule=replace(
+            config.schedule, name=schedule, cap_gib=1.0 if schedule == "auto" else None
+        ),
+        vocab=replace(config.vocab, algorithm=vocab),
+    )
+    if schedule == "zb_h1":
+        named = replace(typed, schedule=replace(typed.schedule, file="x.txt"))
+        plain = replace(typed, schedule=replace(typed.schedule, name="1f1b"))
+        assert weigh.about_bytes(named) == weigh.about_bytes(plain)
+    name, algorithm = as_if
+    known = replace(
+        config,
+        schedule=replace(config.schedule, name=name),
+        vocab=replace(config.vocab, algorithm=algorithm),
+    )
+    step = minimum_step(name, draft_step(known, 8))
+    expected = max(
+        rank_memory(step, config.optim, rank).total + step.cost.shard_bytes[rank]
+        for rank in range(8)
+    )
+    assert weigh.about_bytes(typed) == expected
+
+
+def test_an_error_for_memory_says_what_is_needed_where_and_how_much_that_is_too_much():
+    gib = 2.0**30
+    error = TooLargeError(3.5 * gib, 2.0 * gib, LEANEST)
+    assert str(error) == "needs at least 3.50 GiB, 1.50 GiB more than 2 GiB"
+    assert (error.needs, error.constraint) == (3.5 * gib, f"memory, for {LEANEST}")
+    error = TooLargeError(3.5 * gib, 2.25 * gib, weigh.SIMULATED, 0)
+    assert str(error) == "needs 3.50 GiB on rank 0, 1.25 GiB more than 2.25 GiB"

@@ -469,9 +469,7 @@ def with_batch_of(config: RunConfig, num_tokens: int) -> RunConfig:
     length = config.model.seq_length
     exact, rest = divmod(num_tokens, length)
     if rest:
-        near = range(
-            max(1, math.ceil(0.95 * num_tokens / length)), int(1.05 * num_tokens / length) + 1
-        )
+        near = range(math.ceil(0.95 * num_tokens / length), int(1.05 * num_tokens / length) + 1)
         exact = max(
             near or (max(1, exact),),
             key=lambda count: (count & -count, -abs(count - num_tokens / length)),
