@@ -40,7 +40,15 @@ from vp_train.optim.loss_scale import LossScale
 from vp_train.optim.verdict import Judge
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
-from vp_train.train import DivergenceError, Run, _connect
+from vp_train.train import DivergenceError, Run, _connect, traced_step
+
+
+def test_a_resumed_run_times_no_step_that_warms_up():
+    for trace_step, done, steps, expected in (
+        *((0, 0, 9, 0), (0, 7, 9, 0), (5, 0, 9, 5), (5, 0, 3, 5), (1, 0, 9, 1)),
+        *((5, 3, 9, 5), (5, 4, 19, 9), (5, 5, 19, 10), (5, 12, 19, 17), (5, 17, 19, 19)),
+    ):
+        assert traced_step(trace_step, done, steps) == expected
 
 
 def test_a_run_learns_and_leaves_everything_in_its_directory(ranks, tmp_path):

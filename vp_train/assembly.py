@@ -19,7 +19,6 @@ from vp_train.config import (
     OptimConfig,
     RunConfig,
     RunSettings,
-    printable,
 )
 from vp_train.mesh import Mesh, starting
 from vp_train.model.elementwise import Fuse, choose_fuse
@@ -42,6 +41,7 @@ from vp_train.tensors.compiling import (
     give_up,
     has_cpp_compiler,
     one_first,
+    reason_of,
     tell,
 )
 from vp_train.tensors.precision import DTYPES, statistics_dtype
@@ -123,6 +123,11 @@ class RankModel:
         )
 
 
+def _has_kernels(settings: RunSettings) -> bool:
+    """Return whether the vocabulary passes have kernels in C++."""
+    return settings.device == "cpu" and DTYPES[settings.dtype].itemsize == 2
+
+
 def may_compile(settings: RunSettings) -> bool:
     """Return whether passes of a run with these `settings` compile code on this node.
 
@@ -130,7 +135,7 @@ def may_compile(settings: RunSettings) -> bool:
     """
     if settings.compile == "off":
         return False
-    if settings.device == "cpu" and DTYPES[settings.dtype].itemsize == 2:
+    if _has_kernels(settings):
         return has_cpp_compiler()
     can = compiles_on(torch.device(settings.device))
     return can and (settings.device == "cuda" or settings.compile == "on")
@@ -152,9 +157,8 @@ def _warm_up(
                 modules.output_layer.warm_up(config.micro_batch_size * config.model.seq_length)
     except failures() as error:
         if config.run.compile == "on":
-            reason = printable(str(error).strip().partition("\n")[0])
-            raise ConfigError(f"run.compile=on: {reason}") from error
-        tell(str(error))
+            raise ConfigError(f"run.compile=on: {reason_of(str(error))}") from error
+        tell(reason_of(str(error)))
         give_up()
 
 
@@ -185,6 +189,8 @@ def build_rank(
         alone = mesh.degrees.tp == 1
         with starting(mesh.tensor, config.run), one_first() if alone else nullcontext():
             _warm_up(config, weights, training, evaluating)
+    elif config.run.compile == "auto" and _has_kernels(config.run):
+        tell("there is no C++ compiler")
     return RankModel(
         parameters=weights.parameters,
         splits=weights.splits,

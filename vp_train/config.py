@@ -1245,7 +1245,10 @@ class RunSettings:
         "Directory of a run or of vp-import with the initial weights; a resumed run has its own.",
     )
     trace_step: int = setting(
-        5, "Step whose passes are timed and written as a trace; 0 turns it off.", least=0
+        5,
+        "Step whose passes are timed and written as a trace; if a resumed run has done it, so many "
+        "steps on; 0: none.",
+        least=0,
     )
     trackers: tuple[str, ...] = setting(
         (), "Services that get the metrics too; each is an extra to install.", choices=TRACKERS

@@ -172,6 +172,17 @@ def run_rank(
     leave(run.ending())
 
 
+def traced_step(trace_step: int, done: int, steps: int) -> int:
+    """Return the step that a run of `steps` times after it has `done` some, 0 for none.
+
+    A resumed run that has done run.trace_step, or would begin with it, times the step that is so
+    many steps on, at most its last one: its first step also warms up.
+    """
+    if not trace_step or not done or trace_step > done + 1:
+        return trace_step
+    return min(done + trace_step, steps)
+
+
 def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Reporter:
     """Return the reporter of a run; its directory then has what is known before the first step."""
     config, source = run.config, run.source
@@ -340,9 +351,8 @@ class Run:
 
     @property
     def _traced_step(self) -> int:
-        """The step that is timed, 0 for none: run.trace_step, or the first one if that is later."""
-        trace_step = self.config.run.trace_step
-        return max(trace_step, self.first_step) if trace_step else 0
+        settings = self.config.run
+        return traced_step(settings.trace_step, self.first_step - 1, settings.steps)
 
     def steps(self) -> Iterator[int]:
         """Yield the steps that remain, counted from 1, until the run is asked to leave.

@@ -101,7 +101,7 @@ class Job:
 
     `starter` returns how to start a rank, of a run that begins (False) or resumes (True).
     `record_of` returns the flight recorder's file of a rank if NCCL's watchdog wrote it.  `way_on`
-    returns the advice for a job that was stopped at once.
+    returns the advice for a job that was stopped at once, or of which a rank was killed.
     """
 
     starter: Callable[[bool], Starter]
@@ -255,7 +255,7 @@ def _cause(ends: Sequence[RankEnd], lost: Sequence[NodeLoss], job: Job) -> Endin
             return loss.ending
     if lost and not any(map(_explains, ends)):
         return lost[0].ending
-    cause = root_cause(ends, job.settings, job.record_of)
+    cause = root_cause(ends, job.settings, job.record_of, job.way_on)
     if cause.words or cause.code in (EXIT_OK, EXIT_TIME):
         return cause
     first = next(end for end in ends if end.code == cause.code)

@@ -140,12 +140,18 @@ def failures() -> tuple[type[Exception], ...]:
     return () if errors is None else (errors.TorchDynamoException,)
 
 
+def reason_of(message: str) -> str:
+    """Return why something cannot be compiled in one line: the first one, and the first error."""
+    first, *others = message.strip().splitlines() or ["no reason is known"]
+    errors = [line.strip() for line in others if "error:" in line]
+    line = ": ".join([first.strip(), *errors[:1]])
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
 def tell(reason: str) -> None:
     """Say once per node that the run goes on without what cannot be compiled."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        line = reason.strip().partition("\n")[0]
-        words = "".join(letter if letter.isprintable() else "?" for letter in line)
-        print(f"going on without compiling, more slowly: {words}", file=sys.stderr, flush=True)
+        print(f"going on without compiling, more slowly: {reason}", file=sys.stderr, flush=True)
 
 
 def compiles_on(device: torch.device) -> bool:

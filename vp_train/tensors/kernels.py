@@ -24,6 +24,7 @@ from vp_train.tensors.compiling import (
     cpp_compiler,
     has_cpp_compiler,
     own_directory,
+    reason_of,
     tell,
 )
 
@@ -86,7 +87,7 @@ def _are_built(dtype: torch.dtype) -> bool:
     try:
         _functions(dtype)
     except RuntimeError as error:
-        tell(str(error))
+        tell(reason_of(str(error)))
         return False
     return True
 
