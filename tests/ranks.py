@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -19,9 +20,9 @@ from datetime import timedelta
 from functools import cache
 from importlib import import_module
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.connection import Connection, arbitrary_address, wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class RankFailed(AssertionError):
 def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: str) -> None:
     import torch.distributed as dist
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which ends its ranks
+    _end_with_parent()
     torch.set_num_threads(1)
     file = open(stacks, "w")  # noqa: SIM115 - open as long as the process
     faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
@@ -57,6 +60,18 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: str)
             pipe.send(("failed", traceback.format_exc()))
 
 
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it has ended, whatever a test does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def ready_context() -> Any:
     """Return a context whose processes start with the imports of ranks done.
 
@@ -72,8 +87,10 @@ def ready_context() -> Any:
 _STARTING = Lock()
 
 
-def share_fork_server() -> None:
+def share_fork_server(address: str) -> None:
     """Make the imports of ranks, and start a fork server for this process and all its copies.
+
+    `address` is where it makes its socket.
 
     By itself, multiprocessing starts one for every process that wants one.  It still does so in
     Python 3.14 and later, where a fork server asks for a key.
@@ -82,7 +99,6 @@ def share_fork_server() -> None:
     if sys.version_info >= (3, 14):
         return
     resource_tracker.ensure_running()
-    address = arbitrary_address("AF_UNIX")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
@@ -168,7 +184,9 @@ class Ranks:
                 try:
                     status, value = pipe.recv()  # type: ignore[union-attr]
                 except (EOFError, ConnectionResetError):
-                    status, value = "failed", "the process died"
+                    self._processes[rank].join(10)
+                    code = self._processes[rank].exitcode
+                    status, value = "failed", f"the process died with exit code {code}"
                 if status == "failed":
                     self.stop()
                     raise RankFailed(f"rank {rank} of {self.world_size}:\n{value}")
@@ -187,6 +205,8 @@ class Ranks:
             process.kill()
         for process in self._processes:
             process.join()
+        if self._processes:
+            shutil.rmtree(self._directory, ignore_errors=True)
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:

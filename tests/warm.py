@@ -9,6 +9,7 @@ whole session: the workers and the ranks of all their tests are its copies.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import selectors
@@ -110,8 +111,9 @@ def _serve_workers(listener: int, parent: int) -> None:
     for name in ("pytest", "hypothesis.strategies", "xdist.remote", "tests.hf.models"):
         with suppress(ImportError):  # what is missing is not tested
             import_module(name)
-    share_fork_server()
-    _serve(socket.socket(fileno=listener), parent)
+    server = socket.socket(fileno=listener)
+    share_fork_server(str(Path(server.getsockname()).with_name("ranks")))
+    _serve(server, parent)
 
 
 def _serve_programs(listener: socket.socket) -> None:
@@ -236,6 +238,7 @@ def _become(
     except BaseException:
         traceback.print_exc()
     finally:
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
