@@ -88,9 +88,9 @@ class Timeline:
     @property
     def makespan(self) -> float:
         """The seconds from the start of the step to the end of its last pass or communication."""
-        return max(
-            (span.end for spans in (*self.compute, self.comm) for span in spans), default=0.0
-        )
+        # A rank runs its passes one after the other, so its last pass ends last.
+        last = [spans[-1].end for spans in self.compute if spans]
+        return max((*last, *(span.end for span in self.comm)), default=0.0)
 
     def busy(self, rank: int) -> float:
         """Return the seconds in which rank `rank` computes."""

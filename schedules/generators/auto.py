@@ -6,6 +6,10 @@ V-shaped blocks that come close to the caps. They have other steps and turns tha
 and count as V-Min. The starts that are best after a little effort get more. The named schedules
 take part unchanged. So the result is never slower than any of them that fits.
 
+Effort is counted in nodes that are placed, so that every machine finds the same. For long steps of
+many ranks as much as making one named schedule takes seconds. There the search goes on from short
+steps of the named schedules, and makes a whole one only where that may still be faster.
+
 The blocks are not optimised for the given costs. That is not needed: with a cap of p microbatches
 the refined starts end within 1 % of the lower bound, for equal and for unequal ranks
 (benchmarks/family.py).
@@ -14,6 +18,7 @@ the refined starts end within 1 % of the lower bound, for equal and for unequal 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -28,7 +33,7 @@ from schedules.generators.refine import GoesOn, Refined, Refiner, judge, refine
 from schedules.generators.steady import Ring, tighten
 from schedules.generators.tight import tight_rings
 from schedules.generators.v_shape import Block, blocks
-from schedules.generators.weave import STARTS, weave
+from schedules.generators.weave import PREFERENCES, STARTS, BaseOrder, weave
 from schedules.graph import DeadlockError
 from schedules.ir import Kind, Pass, Schedule
 from schedules.network import Network, Orders
@@ -44,6 +49,13 @@ _KICKS = 20  # of a whole step must be possible for that
 _KICK = 6  # times the nodes of a step are placed in one kick
 _ENOUGH = 5e-4  # the gap to the lower bound at which the search ends
 _SHORT = 3  # microbatches per rank of the step that is searched
+_MORE = 16  # microbatches of it beyond two per rank, at most
+_LONG = 60_000  # nodes of a step from which on named schedules take part as short steps
+_LARGE = 30_000  # nodes of a short step above which steady states and kicks take too long
+_DRAFTS = 2  # named schedules of a long step that are searched on from
+_ABOVE_CAP = 0.25  # part of a cap by which they may exceed it
+_OFF = 1e-4  # part of a step by which one may be longer than its short step says
+_UNREFINED = 1e-3  # part of a step by which a named schedule is faster than hoped, at most
 _TIGHTENED = 20_000  # passes to move in search of a steady state, over those of a microbatch
 _STEADY = 12  # steady states to start from, at most
 _TIGHT = 4  # of them without a bubble
@@ -134,21 +146,21 @@ def solve(
     watched = _Watched(watch)
     entries = [_Entry.of(option, caps, short=True) for option in options]
     entries.sort(key=lambda entry: entry.bound.seconds)
-    best = min(
-        (
-            _Found(judge(entry.network, entry.network.orders(solution.schedule), caps), entry)
-            for entry in entries
-            for solution in known
-            if solution.option is entry.option
-        ),
-        key=_quality,
-        default=None,
-    )
-    best, is_extended = _race(entries, best, watched)
-    if not is_extended and not watched.is_stopped:
+    is_long = any(entry.is_long for entry in entries)
+    whole = [
+        _Found(judge(entry.network, entry.network.orders(solution.schedule), caps), entry)
+        for entry in entries
+        for solution in known
+        if solution.option is entry.option
+    ]
+    whole, is_extended = _race(entries, whole, watched)
+    if not (is_extended or is_long or watched.is_stopped):
         # No short step that was found has a steady state, so the whole ones are searched.
         entries = [_Entry.of(entry.option, caps, short=False) for entry in entries]
-        best, _ = _race(entries, best, watched)
+        whole, _ = _race(entries, whole, watched)
+    if is_long and not any(found.refined.excess == 0 for found in whole):
+        whole.append(_leanest(entries))
+    best = min(whole, key=_quality)
     entry, refined = best.entry, best.refined
     if refined.excess > 0:
         error = _cap_error(refined, entry.option, entry.network, caps)
@@ -158,46 +170,87 @@ def solve(
     return Solution(entry.option, entry.network.schedule(name, refined.orders), entry.bound)
 
 
-def _race(entries: Sequence[_Entry], best: _Found | None, watched: _Watched) -> tuple[_Found, bool]:
-    """Return the best of `best` and what is found from `entries`, and whether a start was extended.
+def _race(
+    entries: Sequence[_Entry], known: Sequence[_Found], watched: _Watched
+) -> tuple[list[_Found], bool]:
+    """Return `known` and what is found from `entries`, and whether a short step was extended.
 
-    `entries` come in the order of their bounds.
+    All are orders of whole steps. `entries` come in the order of their bounds.
     """
-    starts: list[_Found] = []
+    whole, starts, drafts = [*known], list[_Found](), list[_Found]()
 
     def can_win(entry: _Entry) -> bool:
         """Return whether schedules of `entry` can be faster than all found so far."""
-        known = [found.refined for found in ([] if best is None else [best]) + starts]
+        enough = entry.bound.seconds * (1 + (_ENOUGH if entry.is_long else 0.0))
         return not any(
-            refined.excess == 0 and refined.makespan <= entry.bound.seconds for refined in known
+            found.refined.excess == 0 and found.refined.makespan <= enough
+            for found in (*whole, *starts, *drafts)
         )
 
     for entry in entries:
-        if best is not None and (watched.is_stopped or not can_win(entry)):
+        if (whole or drafts) and (watched.is_stopped or not can_win(entry)):
             continue
-        named = [_Found(refined, entry) for refined in entry.named(watched)]
-        best = min([*([] if best is None else [best]), *named], key=_quality)
+        if entry.is_long:
+            drafts.append(entry.draft(watched))
+            continue
+        whole += [_Found(refined, entry) for refined in entry.named(watched)]
         starts += [_Found(refined, entry) for refined in entry.starts(watched)]
-    assert best is not None
+    starts += [*drafts, *_searched(drafts, watched)]
     starts += _steady_starts(starts, watched)
+    pool = sorted(starts, key=_quality)
     for survivors, effort in _ROUNDS:
         starts = sorted(starts, key=_quality)[:survivors]
         if survivors == 1 and any(start.is_worth_its_length for start in starts):
-            starts = [found for start in starts if (found := start.whole()) is not None]
-            best = min([best, *starts], key=_quality)
-            return best, False
+            return whole + [f for start in starts if (f := start.whole()) is not None], False
         starts = [
             start.search(effort, watched)
             for start in starts
-            if not watched.is_stopped and can_win(start.entry)
+            if not (watched.is_stopped or start.entry.is_large) and can_win(start.entry)
         ] or starts
-    is_extended = not starts
-    for start in starts:
-        found = start.whole()
-        if found is not None:
-            is_extended = True
-            best = min(best, found, key=_quality)
-    return best, is_extended
+    if drafts:  # any start that fits will do
+        starts = [s for s in (*starts, *pool) if s.refined.excess == 0]
+    extended = (start.whole() for start in starts)
+    first = next((found for found in extended if found is not None), None)
+    whole += [] if first is None else [first]
+    if drafts:  # the most promising named schedule that may be faster takes part as it is
+        draft = min(drafts, key=lambda draft: draft.hope)
+        fastest = min(
+            (f.refined.makespan for f in whole if f.refined.excess == 0), default=math.inf
+        )
+        if not watched.is_stopped and draft.hope < fastest * (1 + _UNREFINED):
+            whole.append(draft.named())
+    return whole, first is not None or not starts
+
+
+def _searched(drafts: Sequence[_Found], watched: _Watched) -> list[_Found]:
+    """Return the most promising short steps of named schedules, refined under the caps.
+
+    Those that exceed a cap by little may be the fastest that can be made to fit. None if one comes
+    close to the lower bound already.
+    """
+    if any(found.hope < math.inf and found.is_close for found in drafts):
+        return []
+    promising = sorted(
+        drafts,
+        key=lambda found: (
+            found.refined.excess > _ABOVE_CAP * max(found.entry.caps),
+            found.refined.makespan,
+        ),
+    )
+    return [found.refine(watched) for found in promising[:_DRAFTS] if not watched.is_stopped]
+
+
+def _leanest(entries: Sequence[_Entry]) -> _Found:
+    """Return the order of one microbatch after the other that comes closest to the caps."""
+    alone: list[tuple[tuple[float, float], _Entry]] = []
+    for entry in entries:
+        option = entry.option
+        single = replace(option, problem=replace(option.problem, num_microbatches=1))
+        network = replace(entry.network, num_microbatches=1)
+        refined = judge(network, _one_by_one(single, network), entry.caps)
+        alone.append((refined.quality, entry))
+    entry = min(alone, key=lambda pair: pair[0])[1]
+    return _Found(judge(entry.network, _one_by_one(entry.option, entry.network), entry.caps), entry)
 
 
 def _quality(found: _Found) -> tuple[float, float]:
@@ -222,12 +275,51 @@ class _Entry:
     def of(cls, option: Option, caps: Sequence[float], *, short: bool) -> _Entry:
         problem, network = option.problem, Network.of(option.problem, option.cost)
         m = problem.num_microbatches
-        least = _SHORT * problem.layout.num_ranks
+        p = problem.layout.num_ranks
+        least = min(_SHORT * p, 2 * p + _MORE)
         few = least + (m - least) % 4 if short and m > least + 4 else m
         bound = step_bound(problem, option.cost, tuple(caps))
         refiner = Refiner(replace(network, num_microbatches=few), caps, m - few)
         return cls(
             option, network, list(caps), bound, replace(problem, num_microbatches=few), refiner
+        )
+
+    @property
+    def is_long(self) -> bool:
+        """Whether so much as making a named schedule of the whole step takes long."""
+        return self.short != self.option.problem and _nodes(self.network) >= _LONG
+
+    @property
+    def is_large(self) -> bool:
+        """Whether even in the short step a kick or a steady state takes as long as all else."""
+        return self.refiner.nodes > _LARGE and self.is_long
+
+    def draft(self, watched: _Watched) -> _Found:
+        """Return the short step of the named schedule, unrefined."""
+        refiner, base = self.refiner, base_order(self.option.name, self.short)
+        preference = (STARTS if self.short.split_backward else PREFERENCES)[0]
+        orders = in_turn(refiner.network, weave(base, self.short, refiner.network, preference))
+        found = refiner.judge(orders)
+        watched.of(self.option)(found)
+        least = refiner.swept(orders).makespan + refiner.extra * refiner.work
+        return _Found(found, self, hope=least if self._may_fit(base) else math.inf)
+
+    def _may_fit(self, base: BaseOrder) -> bool:
+        """Return whether an order with these stage passes may fit, with every W after its I."""
+        kept = {
+            node.stage: self.network.byte_change[k]
+            for k, node in enumerate(self.network.nodes)
+            if isinstance(node, Pass) and node.kind is Kind.F
+        }
+        back = self.short.backward
+        return all(
+            peak(
+                kept[item.stage] * ((item.kind is Kind.F) - (item.kind is back))
+                for item in order
+                if not item.kind.is_vocabulary
+            )
+            <= cap * LOOSE
+            for order, cap in zip(base, self.caps, strict=True)
         )
 
     def named(self, watched: _Watched) -> Iterator[Refined]:
@@ -274,10 +366,6 @@ class _Entry:
                 return
             yield self.refiner.refine(self.refiner.judge(orders), max(2 * nodes, _FIRST), goes_on)
 
-    def extensions(self, refined: Refined) -> list[Orders]:
-        """Return orders of the short step as those of the whole one, in several ways."""
-        return self.refiner.extensions(refined.orders)
-
 
 @dataclass(frozen=True, slots=True)
 class _Found:
@@ -286,6 +374,13 @@ class _Found:
     refined: Refined
     entry: _Entry
     ends: Ends | None = None  # if it comes from a steady state
+    hope: float = math.inf  # seconds of the whole named schedule, at least, if it may fit
+
+    def refine(self, watched: _Watched) -> _Found:
+        """Return this short step refined under the caps."""
+        refiner, goes_on = self.entry.refiner, watched.of(self.entry.option)
+        refined = refiner.refine(self.refined, 2 * refiner.nodes, goes_on)
+        return _Found(refined, self.entry)
 
     @property
     def is_worth_its_length(self) -> bool:
@@ -293,6 +388,7 @@ class _Found:
         entry = self.entry
         return (
             entry.short != entry.option.problem
+            and not entry.is_long
             and self.refined.excess == 0
             and self.refined.makespan < entry.bound.seconds * (1 + _NEAR)
             and _KICK * _nodes(entry.network) <= _ROUNDS[-1][1] // _KICKS
@@ -310,18 +406,32 @@ class _Found:
 
     def whole(self) -> _Found | None:
         """Return orders of the short step as those of the whole one; None if that fails."""
-        entry, extended = self.entry, self.ends.extended() if self.ends else None
-        if entry.short == entry.option.problem:
+        entry, option = self.entry, self.entry.option
+        if entry.short == option.problem:
             return self
+        nodes = _nodes(entry.network)
+        extended = self.ends.extended() if self.ends else None
         found: list[Refined] = []
-        for orders in entry.extensions(self.refined) if extended is None else [extended]:
+        for orders in (
+            entry.refiner.extensions(self.refined.orders) if extended is None else [extended]
+        ):
             with contextlib.suppress(DeadlockError):  # rare: it repeats what does not fit together
                 found.append(judge(entry.network, orders, entry.caps))
+                if entry.is_long and found[-1].makespan <= self.refined.makespan * (1 + _OFF):
+                    break
         if not found:
             return None
         best = min(found, key=lambda extended: extended.quality)
-        effort = max(4 * _nodes(entry.network), _FIRST)
+        if entry.is_long:
+            return replace(self, refined=best)
+        effort = max(4 * nodes, _FIRST)
         return replace(self, refined=refine(entry.network, best.orders, entry.caps, effort))
+
+    def named(self) -> _Found:
+        """Return the whole named schedule, of which this is a short step."""
+        entry, option = self.entry, self.entry.option
+        orders = entry.network.orders(generate(option.name, option.problem, option.cost))
+        return _Found(judge(entry.network, orders, entry.caps), entry)
 
     @property
     def is_close(self) -> bool:
@@ -377,7 +487,7 @@ def _steady_starts(starts: Sequence[_Found], watched: _Watched) -> list[_Found]:
         return []
     entries = {start.entry.option.name: start.entry for start in starts}
     entry = entries.get("v_min")
-    return [] if entry is None else list(entry.steady(watched))
+    return [] if entry is None or entry.is_large else list(entry.steady(watched))
 
 
 def _steady(problem: Problem, network: Network, caps: list[float]) -> list[tuple[float, Ring]]:

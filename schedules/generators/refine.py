@@ -9,7 +9,7 @@ lose most, stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -95,7 +95,7 @@ class Refiner:
         self.extra, work = extra, [0.0] * network.num_lanes
         for lane, seconds in zip(network.lanes, network.seconds, strict=True):
             work[lane] += seconds
-        self._work = max(work)  # the least seconds of a microbatch
+        self.work = max(work)  # the least seconds of a microbatch
 
     def judge(self, orders: Orders) -> Refined:
         """Return `orders` with their makespan and excess."""
@@ -114,7 +114,7 @@ class Refiner:
         if repeat.microbatches > 1:
             return repeat.rate
         rated = Ring.of_repeat(self.network, orders, repeat).rate()
-        return repeat.rate if rated is None else max(rated[0], self._work)
+        return repeat.rate if rated is None else max(rated[0], self.work)
 
     def filled(
         self,
@@ -149,18 +149,20 @@ class Refiner:
         times = sweep(self.network, orders)
         return Swept(orders, times.start, times.makespan)
 
-    def extensions(self, orders: Orders) -> list[Orders]:
-        """Return `orders` with the extra microbatches, once for every part that can be repeated.
+    def extensions(self, orders: Orders) -> Iterator[Orders]:
+        """Yield `orders` with the extra microbatches, once for every part that can be repeated.
 
         The parts that take least time come first, and each order of a part once.
         """
         parts = repeats_of(self.network, sweep(self.network, orders), self.extra)
         found: list[Orders] = []
         for part in sorted(parts, key=lambda part: part.rate):
+            if len(found) == _EXTENSIONS:
+                return
             extended = part.extend(self.network, orders, self.extra)
-            if extended not in found and len(found) < _EXTENSIONS:
+            if extended not in found:
                 found.append(extended)
-        return found
+                yield extended
 
     def refine(self, best: Refined, budget: int, goes_on: GoesOn = _to_the_end) -> Refined:
         """Return `best` improved until nothing helps or `budget` nodes were placed."""
@@ -188,7 +190,7 @@ class Refiner:
         orders, makespan = filled
         limit = best.makespan * (1 - 1e-9)
         # The caps were kept, so a slower order without excess needs no closer look.
-        if best.excess <= 0.0 and makespan + self.extra * self._work >= limit:
+        if best.excess <= 0.0 and makespan + self.extra * self.work >= limit:
             return None
         found = self.judge(orders)
         return found if found.quality < (best.excess, limit) else None

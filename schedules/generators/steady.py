@@ -179,7 +179,7 @@ class Ring:
         while period > last - _MEASURED:
             reached = starts[k][period] - _TINY
             for earlier, after, periods in waits[k]:
-                if starts[earlier][period - periods] + after >= reached:
+                if periods <= period and starts[earlier][period - periods] + after >= reached:
                     break
             else:
                 break

@@ -16,11 +16,9 @@ simulate the results and keep the best.
 from __future__ import annotations
 
 import heapq
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from schedules.generators.clock import Clock
 from schedules.graph import DeadlockError, require_acyclic
 from schedules.ir import Kind, Pass
 from schedules.network import EMBEDDINGS_AHEAD, Network, Orders
@@ -60,7 +58,6 @@ STARTS = (
     Preference(_T_TOO, 2, 1.0),
     Preference(_S_FIRST, 2, 0.5),
 )
-_FILLERS = (Kind.S, Kind.T, Kind.W, Kind.G, Kind.E)
 
 BaseOrder = tuple[tuple[Pass, ...], ...]
 
@@ -98,148 +95,169 @@ def _waits(base: BaseOrder, problem: Problem) -> dict[Pass, list[Pass]]:
     }
 
 
+# What a rank may take next: the next pass of its base order, or the next movable pass of a kind.
+_BASE, _S, _T, _W, _G, _E = range(6)
+_SLOTS = {Kind.S: _S, Kind.T: _T, Kind.W: _W, Kind.G: _G, Kind.E: _E}
+_FILLERS = (_S, _T, _W, _G, _E)
+_NEVER = float("inf")
+
+
 class _Weaver:
-    """One run of the list scheduler over all ranks."""
+    """One run of the list scheduler over all ranks.
+
+    Collectives run without being placed, as soon as their inputs arrive. All microbatches are
+    equal, so the passes of a kind are taken in the order of microbatches. Planning a long step
+    takes most of its time here, so `run` and `_choose` read local variables and call little.
+    """
 
     def __init__(
         self, base: BaseOrder, problem: Problem, network: Network, preference: Preference
     ) -> None:
-        self._problem, self._network, self._preference = problem, network, preference
-        count, size = network.num_microbatches, network.size
-        self._size, self._last_kind = size, problem.stage_kinds[-1]
+        self._network, self._preference = network, preference
+        count, size, num_ranks = network.num_microbatches, network.size, network.num_ranks
         passes = [node for node in network.nodes if isinstance(node, Pass)]
-        self._kinds = [node.kind for node in passes]
         keys = {(node.stage, node.kind): k for k, node in enumerate(passes)}
         orders = [
             [(item.kind, item.microbatch * size + keys[item.stage, item.kind]) for item in order]
             for order in base
         ]
-        self._base = [
-            deque(number for kind, number in order if kind is not Kind.W) for order in orders
-        ]
-        # All microbatches are equal, so the passes of a kind are taken in the order of
-        # microbatches.
-        self._movable: list[dict[Kind, deque[int]]] = [{} for _ in base]
-        for queues, order in zip(self._movable, orders, strict=True):
-            if problem.split_backward:
-                queues[Kind.W] = deque(number for kind, number in order if kind is Kind.W)
-        fixed = {number for order in orders for _, number in order}
+        # The passes of every rank by slot, in the order in which they are taken, the last one
+        # first. W is movable where the backward is split.
+        self._left: list[list[list[int]]] = [[[] for _ in range(6)] for _ in base]
+        for left, order in zip(self._left, orders, strict=True):
+            for kind, number in reversed(order):
+                left[_W if kind is Kind.W else _BASE].append(number)
+            if not problem.split_backward:
+                left[_W].clear()
+        fixed = {number % size for order in orders for _, number in order}
         for k, node in enumerate(passes):
             if node.kind.is_vocabulary and k not in fixed:
-                self._movable[node.stage][node.kind] = deque(range(k, count * size, size))
+                numbers = range(k + (count - 1) * size, -1, -size)
+                self._left[node.stage][_SLOTS[node.kind]] = list(numbers)
         self._most_in_flight = [peak_in_flight(order, problem) for order in base]
-        self._in_flight = [0] * len(base)
-        self._orders: Orders = [[] for _ in base]
-        self._held = [{Kind.T: 0, Kind.G: 0} for _ in base]
+        self._in_flight = [0] * num_ranks
+        self._held_shards, self._held_gradients = [0] * num_ranks, [0] * num_ranks
+        self._most_shards = _NEVER if problem.forward_only else preference.max_held
+        self._eager = tuple(_SLOTS[kind] for kind in preference.eager)
+        self._is_forward = [node.kind is Kind.F for node in passes]
+        last_kind = problem.stage_kinds[-1]
+        self._change = [(node.kind is Kind.F) - (node.kind is last_kind) for node in passes]
+        self._is_gradient = [node.kind is Kind.G for node in passes]
         self._first_forward = keys[0, Kind.F]
         self._embedded = 0  # number of forwards of stage 0 that are already placed
-        self._clock = Clock(network)
+        self._missing = [len(before) for before in network.inputs] * count
+        self._arrived_at = [0.0] * (size * count)  # when the last input of a node arrives
 
     def run(self) -> Orders:
         """Place every pass and return the orders. Raises DeadlockError if the base order blocks."""
-        free_at = self._clock.free_at
+        network, push, pop = self._network, heapq.heappush, heapq.heappop
+        size, num_passes, num_ranks = network.size, network.num_passes, network.num_ranks
+        lanes, seconds, followers = network.lanes, network.seconds, network.followers
+        missing, arrived_at, left_of = self._missing, self._arrived_at, self._left
+        free_at = [0.0] * network.num_lanes
+        orders: Orders = [[] for _ in range(num_ranks)]
         # A wake is a time at which a rank may be able to choose a pass.
-        wakes = [(0.0, rank) for rank in range(len(self._orders))]
+        wakes = [(0.0, rank) for rank in range(num_ranks)]
         while wakes:
-            now, rank = heapq.heappop(wakes)
+            now, rank = pop(wakes)
             if now < free_at[rank]:
                 continue  # the rank has taken a pass since this wake was pushed
-            kind, later = self._choose(rank, now)
-            if kind is not None:
-                for touched in self._place(rank, kind, now):
-                    heapq.heappush(wakes, (max(now, free_at[touched]), touched))
-            elif later is not None and later > now:
-                heapq.heappush(wakes, (later, rank))
-        waiting = [str(self._network.node(queue[0])) for queue in self._base if queue]
+            slot, later = self._choose(rank, now)
+            if slot < 0:
+                if later < _NEVER:
+                    push(wakes, (later, rank))
+                continue
+            number = left_of[rank][slot].pop()
+            orders[rank].append(number)
+            k = number % size
+            self._in_flight[rank] += self._change[k]
+            if slot == _S:
+                self._held_shards[rank] += 1
+            elif slot == _T:
+                self._held_shards[rank] -= 1
+            elif slot == _G:
+                self._held_gradients[rank] -= 1
+            end = free_at[rank] = now + seconds[k]
+            push(wakes, (end, rank))
+            if k == self._first_forward:
+                self._embedded += 1
+                for other in range(num_ranks):
+                    if free_at[other] <= now:
+                        push(wakes, (now, other))
+            # Deliver the result, and run the collectives that it completes.
+            base, delivered = number - k, [(k, end)]
+            while delivered:
+                node, end = delivered.pop()
+                for step, travel in followers[node]:
+                    follower, arrival = base + step, end + travel
+                    if arrival > arrived_at[follower]:
+                        arrived_at[follower] = arrival
+                    missing[follower] -= 1
+                    if missing[follower]:
+                        continue
+                    lane = lanes[step]
+                    if step >= num_passes:
+                        arrival = arrived_at[follower]
+                        if free_at[lane] > arrival:
+                            arrival = free_at[lane]
+                        free_at[lane] = arrival = arrival + seconds[step]
+                        delivered.append((step, arrival))
+                        continue
+                    if self._is_gradient[step]:
+                        self._held_gradients[lane] += 1
+                    if free_at[lane] <= now:  # else the rank has a wake at the end of its pass
+                        push(wakes, (now, lane))
+        waiting = [str(network.node(left[_BASE][-1])) for left in left_of if left[_BASE]]
         if waiting:
             raise DeadlockError(
                 f"the base order blocks: {', '.join(waiting)} wait for passes behind them"
             )
-        return self._orders
+        return orders
 
-    def _choose(self, rank: int, now: float) -> tuple[Kind | None, float | None]:
-        """Return the kind to run on a free rank, or else the time at which to choose again.
+    def _choose(self, rank: int, now: float) -> tuple[int, float]:
+        """Return the slot from which a free rank takes its next pass, or -1.
 
-        F stands for the next pass of the base order. Without a kind and a time, the rank chooses
-        again when another rank has made progress.
+        Then the second value is the time at which to choose again. If that is never, the rank
+        chooses again when another rank has made progress.
         """
-        preference, missing, arrived_at = (
-            self._preference,
-            self._clock.missing,
-            self._clock.arrived_at,
-        )
-        queue, movable = self._base[rank], self._movable[rank]
-        times = {
-            kind: arrived_at[queue[0]]
-            for kind, queue in movable.items()
-            if queue and not missing[queue[0]]
-        }
-        self._withhold(rank, times, movable)
-        head = queue[0] if queue else None
-        held = self._held[rank]
-        full = (
-            head is not None
+        missing, arrived_at, size = self._missing, self._arrived_at, self._network.size
+        left = self._left[rank]
+        times = [
+            _NEVER if not numbers or missing[numbers[-1]] else arrived_at[numbers[-1]]
+            for numbers in left
+        ]
+        max_held, shards = self._preference.max_held, self._held_shards[rank]
+        if shards >= self._most_shards:
+            times[_S] = _NEVER  # too many shards wait for their T
+        if times[_E] < _NEVER and left[_E][-1] // size >= self._embedded + EMBEDDINGS_AHEAD:
+            times[_E] = _NEVER  # it would run too far ahead
+        for slot in self._eager:
+            if times[slot] <= now:
+                return slot, now
+        if shards >= max_held and times[_T] <= now:
+            return _T, now
+        if times[_G] <= now and self._held_gradients[rank] >= max_held:
+            return _G, now
+        if (
+            left[_W]
             and self._in_flight[rank] >= self._most_in_flight[rank]
-            and bool(movable.get(Kind.W))
-            and self._kinds[head % self._size] is Kind.F
-        )
-        base_at = arrived_at[head] if head is not None and not full and not missing[head] else None
-        for kind in preference.eager:
-            if kind in times and times[kind] <= now:
-                return kind, None
-        for kind, count in held.items():
-            if count >= preference.max_held and kind in times and times[kind] <= now:
-                return kind, None
-        if full and Kind.W in times and times[Kind.W] <= now:
-            return Kind.W, None
-        if base_at is not None and base_at <= now:
-            return Kind.F, None
-        for kind in _FILLERS:
-            if kind in times and times[kind] <= now:
-                if base_at is None:
-                    return kind, None
-                seconds = self._network.seconds[movable[kind][0] % self._size]
-                if now + seconds - base_at <= preference.patience * seconds:
-                    return kind, None
-        upcoming = [time for time in (base_at, *times.values()) if time is not None and time > now]
-        return None, min(upcoming, default=None)
-
-    def _withhold(
-        self, rank: int, times: dict[Kind, float], movable: dict[Kind, deque[int]]
-    ) -> None:
-        """Drop E from `times` if it would run too far ahead, S if too many shards wait for T."""
-        if (
-            Kind.E in times
-            and movable[Kind.E][0] // self._size >= self._embedded + EMBEDDINGS_AHEAD
-        ):
-            del times[Kind.E]
-        if (
-            Kind.S in times
-            and not self._problem.forward_only
-            and self._held[rank][Kind.T] >= self._preference.max_held
-        ):
-            del times[Kind.S]
-
-    def _place(self, rank: int, kind: Kind, now: float) -> set[int]:
-        """Place the next pass of a kind on the rank, and return the ranks that may now choose.
-
-        For F, B and I that is the next pass of the base order.
-        """
-        number = self._movable[rank].get(kind, self._base[rank]).popleft()
-        self._orders[rank].append(number)
-        k = number % self._size
-        touched = {rank}
-        kind = self._kinds[k]
-        self._in_flight[rank] += (kind is Kind.F) - (kind is self._last_kind)
-        if kind is Kind.S:
-            self._held[rank][Kind.T] += 1
-        elif kind in (Kind.T, Kind.G):
-            self._held[rank][kind] -= 1
-        elif k == self._first_forward:
-            self._embedded += 1
-            touched.update(range(len(self._orders)))
-        for ready in self._clock.run(number, now):
-            lane = self._network.lanes[ready % self._size]
-            touched.add(lane)
-            self._held[lane][Kind.G] += self._kinds[ready % self._size] is Kind.G
-        return touched
+            and left[_BASE]
+            and self._is_forward[left[_BASE][-1] % size]
+        ):  # F must wait for W
+            if times[_W] <= now:
+                return _W, now
+            times[_BASE] = _NEVER
+        base_at = times[_BASE]
+        if base_at <= now:
+            return _BASE, now
+        patience = self._preference.patience
+        for slot in _FILLERS:
+            if times[slot] <= now:
+                seconds = self._network.seconds[left[slot][-1] % size]
+                if now + seconds - base_at <= patience * seconds:
+                    return slot, now
+        later = _NEVER
+        for time in times:
+            if now < time < later:
+                later = time
+        return -1, later

@@ -1,0 +1,67 @@
+"""Laws of the search for long steps of many ranks, where it looks at short steps first."""
+
+from __future__ import annotations
+
+import pytest
+
+from schedules.check import check_program, check_schedule
+from schedules.generators import auto, generate
+from schedules.generators.auto import CapError, solve
+from schedules.generators.steady import Ring
+from schedules.generators.v_shape import Block
+from schedules.lower import lower
+from schedules.network import Network
+from schedules.simulate import simulate
+from tests.schedules.test_auto import CLOSE, options_of
+
+NAMES = ("1f1b", "zb_v", "v_half", "v_min")
+
+
+@pytest.fixture
+def long(monkeypatch, quick_search):
+    """Treat every step with more microbatches than a short one as a long one of many ranks."""
+    monkeypatch.setattr(auto, "_LONG", 0)
+    monkeypatch.setattr(auto, "_LARGE", 0)
+
+
+def timeline_of(schedule, option):
+    return simulate(schedule, option.problem, option.cost)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+@pytest.mark.parametrize("cap_of", ["1f1b", "v_half", "v_min"])
+def test_a_long_step_respects_its_cap_and_is_no_slower_than_the_best_named_schedule(
+    long, cap_of, spread
+):
+    options = options_of(4, 30, spread=spread, names=NAMES)
+    named = {o.name: timeline_of(generate(o.name, o.problem, o.cost), o) for o in options}
+    cap = max(named[cap_of].peak_bytes)
+    solution = solve(options, [cap] * 4)
+    problem, cost = solution.option.problem, solution.option.cost
+    check_schedule(solution.schedule, problem)
+    check_program(lower(solution.schedule, problem, cost), problem)
+    timeline = timeline_of(solution.schedule, solution.option)
+    assert max(timeline.peak_bytes) <= cap * CLOSE
+    fitting = [line.makespan for line in named.values() if max(line.peak_bytes) <= cap]
+    assert timeline.makespan <= min(fitting) * (1 + 1e-3)
+
+
+def test_a_long_step_is_refused_with_what_was_reached(long):
+    options = options_of(3, 30, names=NAMES)
+    with pytest.raises(CapError) as caught:
+        solve(options, [0.5] * 3)
+    reached = caught.value.reached
+    solution = solve(options, [reached] * 3)
+    kept = timeline_of(solution.schedule, solution.option).peak_bytes
+    assert max(kept) <= reached * CLOSE
+
+
+def test_a_ring_in_which_a_pass_waits_for_one_many_periods_before_has_a_rate():
+    (option,) = options_of(26, 1, names=("v_min",))
+    network = Network.of(option.problem, option.cost)
+    ring = Ring.of_block(network, option.problem, Block((3, 3, 3, 1), (2, 2, 1)))
+    found = ring.rate()
+    assert found is not None
+    work = max(sum(network.seconds[k] for k in word) for word in ring.words)
+    assert found[0] >= work / CLOSE
+    assert all(network.lanes[earlier] == network.lanes[k] for earlier, k in found[1])
