@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,7 +21,7 @@ from vp_train.config import (
     RunSettings,
 )
 from vp_train.mesh import Mesh, starting
-from vp_train.model.elementwise import Fuse, choose_fuse
+from vp_train.model.elementwise import Fuse, choose_fuse, plain
 from vp_train.model.float8 import Float8Products
 from vp_train.model.linear import PLAIN, Products
 from vp_train.model.stage import Stage, init_rows
@@ -160,6 +160,31 @@ def _warm_up(
             raise ConfigError(f"run.compile=on: {reason_of(str(error))}") from error
         tell(reason_of(str(error)))
         give_up()
+
+
+def compile_layers(config: RunConfig) -> None:
+    """Compile what layers run on a CPU, for ranks that are copies of this process.
+
+    It does so once, in one process, for all stages, and starts no thread.  Nothing happens where
+    that is impossible: with tensor-parallel ranks, whose groups do not exist yet, or with several
+    threads of OpenMP.  A rank compiles again what failed here, and says why.
+    """
+    fuse, model = fuse_of_layers(config), config.model
+    if fuse is plain or config.parallel.tp > 1 or torch.get_num_threads() > 1:
+        return
+    with suppress(Exception), one_first():
+        torch.hub.tqdm.monitor_interval = 0  # type: ignore[attr-defined]  # else it starts a thread
+        Stage(
+            model,
+            sorted({model.is_local(index): index for index in range(model.num_layers)}.values()),
+            final_norm=True,
+            dtype=DTYPES[config.run.dtype],
+            device=torch.device("cpu"),
+            group=dist.ProcessGroup(0, 1),  # type: ignore[call-arg]  # layers read its size
+            seed=config.run.seed,
+            products=linear_products(config),
+            fuse=fuse,
+        ).warm_up(config.micro_batch_size)
 
 
 def rank_device(config: RunConfig) -> torch.device:

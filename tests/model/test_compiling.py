@@ -10,8 +10,8 @@ import torch
 
 from tests.local import run_locally
 from tests.pipeline.truth import random_batch
-from vp_train.assembly import may_compile
-from vp_train.config import ModelConfig, RunConfig, RunSettings
+from vp_train.assembly import compile_layers, may_compile
+from vp_train.config import ModelConfig, ParallelConfig, RunConfig, RunSettings
 from vp_train.planning.plan import make_plan
 from vp_train.tensors import compiling
 
@@ -43,6 +43,17 @@ def test_neither_a_step_nor_a_validation_compiles(traced):
 
     ((built, after),) = run_locally(CONFIG, make_plan(CONFIG, 1), work)
     assert 0 < built == after
+
+
+def test_ranks_that_are_copies_of_a_process_compile_no_layer_that_it_has_compiled(traced):
+    model = replace(CONFIG.model, num_layers=3, sliding_window=4, full_attention_every=2)
+    config = replace(CONFIG, model=model)
+    compile_layers(replace(config, parallel=ParallelConfig(tp=2)))
+    assert not traced
+    compile_layers(config)
+    before = len(traced)
+    run_locally(config, make_plan(config, 3), lambda rank, built, together: None)
+    assert 0 < before == len(traced)
 
 
 @pytest.mark.parametrize("keeps_signature", [True, False], ids=["torch 2.13", "torch 2.11"])

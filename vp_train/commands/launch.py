@@ -83,7 +83,8 @@ def launch(
     options = {"--max-restarts": num_restarts, "--preflight": only_preflight}
     try:
         with joined(place, num_local, config.run.world_timeout_seconds, options) as news:
-            return _launch(news, config, overrides, body, num_local, num_restarts)
+            job = (num_local, num_restarts)
+            return _launch(news, config, overrides, body, *job, compiles=not only_preflight)
     except JobEnded as error:
         say(error.ending.words)
         return error.ending.code
@@ -108,6 +109,8 @@ def _launch(
     body: RankBody,
     num_local: int,
     num_restarts: int,
+    *,
+    compiles: bool,
 ) -> int:
     """Run the ranks of this node; all agents that have joined call this together."""
     found, unfit = _checked(news, config, num_local)
@@ -117,6 +120,11 @@ def _launch(
         overrides = [*overrides, *found]
         schedule = load_config(overrides)
         config = replace(config, schedule=schedule.schedule, vocab=schedule.vocab)
+    if compiles and starts_by_fork(config):
+        from vp_train.assembly import compile_layers
+
+        with quiet_megatron():
+            compile_layers(config)
     started = time.time()
 
     def starter(resumes: bool) -> Starter:

@@ -50,7 +50,7 @@ class Stage(nn.Module):
     def __init__(
         self,
         model: ModelConfig,
-        layers: range,
+        layers: Sequence[int],
         *,
         final_norm: bool,
         first: bool = False,
