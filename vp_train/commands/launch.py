@@ -123,8 +123,7 @@ def _launch(
     if compiles and starts_by_fork(config):
         from vp_train.assembly import compile_layers
 
-        with quiet_megatron():
-            compile_layers(config)
+        compile_layers(config)
     started = time.time()
 
     def starter(resumes: bool) -> Starter:
