@@ -179,6 +179,15 @@ def test_a_report_counts_bytes_of_device_and_host():
     assert moved.num_moved > 0
     assert moved.exposed == 0
     assert 0 < moved.busy[0] <= 1
+    _, step = planned("parallel.offload_activations=0.5")
+    of_ranks = [0.0] * 8
+    for offload in step.schedule.offloads:
+        of_ranks[offload.item.stage] += step.cost.offload_bytes[offload.item.stage]
+    assert moved.moved == max(of_ranks) > min(of_ranks)
+    assert moved.num_moved == len(step.schedule.offloads)
+    assert moved.num_kept == 8 * 12 - moved.num_moved > 0
+    links = [step.timeline.link_busy(rank) for rank in range(8)]
+    assert moved.busy == max(links, key=sum)
     whole = make_report(load_config(LLAMA))
     assert whole.offloading is None
     totals = [max(rank.memory.total for rank in one.ranks) for one in (whole, found)]

@@ -627,6 +627,25 @@ def test_a_plan_is_made_if_it_takes_exactly_the_effort_that_is_left(enter):
         assert found.ended == ("effort" if rest else "")
 
 
+@pytest.mark.parametrize(
+    ("fits", "effort", "simulated"),
+    [(True, 1_000, 5), (True, 1_001, 6), (False, 1_000, 9), (False, 1_001, 10)],
+)
+def test_estimates_end_when_exactly_their_part_of_the_effort_is_spent(
+    enter, fits, effort, simulated
+):
+    """Three fifths where something fits, and all of it otherwise: 100 for weighing and for each."""
+    short_bytes = {} if fits else {"adamw": 2.0 * GIB}
+    facts = [Facts(1.0, 9.0, placed=100, stages=0, short_bytes=short_bytes) for _ in range(25)]
+    world = World(facts)
+    enter(world)
+    searching = _Search(
+        CONFIG, Limits(30, 0.0, effort), lambda: True, len, Space(tuple(world.choices), Counter())
+    )
+    assert searching.run(plans=False).num_estimated == simulated
+    assert searching._spent == 100 * (1 + simulated)
+
+
 def test_what_may_be_faster_than_the_last_of_the_best_is_open(enter):
     """Of those that were not looked at, and not what equals it."""
     for bounds, num_open in (((3.0, 4.9), 2), ((3.0, 5.0), 1), ((5.0, 6.0), 0), ((0.5, 7.0), 1)):
