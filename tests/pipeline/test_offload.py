@@ -7,6 +7,7 @@ from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -535,6 +536,77 @@ def test_values_of_every_dtype_come_back_across_blocks(dtype, size):
         getattr(kept, move)()
     y.backward()
     assert leaf.grad == 1
+
+
+class Ending(HostOrder):
+    """Streams on which the end of a copy is a mark that is reached when the test says so."""
+
+    def __init__(self):
+        self.reached, self.followed = False, []
+
+    def mark(self):
+        return SimpleNamespace(query=lambda: self.reached)
+
+    def follow(self, mark):
+        self.followed.append(mark)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_bytes_are_on_the_device_but_while_they_are_on_the_host_and_a_copy_ends_once(on_device):
+    streams = Ending() if on_device else HostOrder()
+    own = link(streams)
+    w = torch.ones(6, dtype=torch.float64, requires_grad=True)
+    kept, _ = kept_of(own, torch.ones(5, 6, dtype=torch.float64), w)
+    size = kept.num_bytes
+    assert size == 5 * 6 * 8
+    assert (kept.device_bytes, kept.copying, own.moved_bytes) == (size, None, 0)
+    for number, (move, on_it, moved) in enumerate(
+        (("offload", size, size), ("offloaded", 0, size), ("reload", size, 2 * size))
+    ):
+        getattr(kept, move)()
+        assert (kept.device_bytes, own.moved_bytes) == (on_it, moved), move
+        in_flight = on_device and number != 1
+        assert (kept.copying is not None) is in_flight
+        if in_flight:
+            copy = kept.copying
+            streams.reached = False
+            assert not copy.is_completed()
+            streams.reached = True
+            assert copy.is_completed()
+            copied = copy.wait()
+            assert copied.numel() == size
+            assert streams.followed[-1] is copy.mark
+    kept.restored()
+    assert (kept.device_bytes, kept.copying) == (size, None)
+    nothing = own.copy("a side", [])
+    assert nothing.wait().numel() == 0
+    assert nothing.is_completed()
+
+
+def test_parameters_integers_and_empty_tensors_stay_where_they_are():
+    own = link()
+    owned, plain = torch.ones(4), torch.ones(4)
+    kept = own.keep("0F0", {owned.untyped_storage().data_ptr()})
+    for tensor in (owned, owned[1:], torch.arange(3), torch.ones(0), torch.ones(2, device="meta")):
+        packed = kept._pack(tensor)
+        assert isinstance(packed, torch.Tensor)
+        assert packed.shape == tensor.shape
+    assert not isinstance(kept._pack(plain), torch.Tensor)
+    assert len(kept._storages) == 1
+
+
+def test_blocks_are_cut_at_their_ends_and_aligned_within():
+    """Of 1,024 bytes; a part begins at a multiple of 512."""
+    own = link(block_bytes=1_024)
+    kept = own.keep("0F0", ())
+    for size, parts in ((100, [100]), (600, [512, 88]), (512, [512]), (2_000, [1_024, 976])):
+        found = [len(part) for part in kept._room(size)]
+        assert found == parts, size
+    assert own.memory.num_bytes == own.memory.used_bytes == 4 * 1_024
+    own.memory.give(kept._blocks[:2])
+    assert (own.memory.num_bytes, own.memory.used_bytes) == (4 * 1_024, 2 * 1_024)
+    again = own.memory.take()
+    assert (len(again), own.memory.num_bytes) == (1_024, 4 * 1_024)
 
 
 # Compiled code
