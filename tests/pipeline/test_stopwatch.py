@@ -81,6 +81,23 @@ def test_a_wait_within_a_pass_is_no_part_of_it_and_a_wait_between_lasts_to_the_n
     }
 
 
+def test_a_wait_for_data_goes_on_as_data_and_no_other_wait_does():
+    """Whatever the time before belonged to."""
+    watch = Stopwatch(Counting())
+    watch.switch(Part.DATA)
+    with watch.waits(Action.WAIT, "tokens"):
+        pass
+    watch.switch(Part.OPTIMIZER)
+    assert spent(watch.take()) == {Part.REST: 1, Part.DATA: 2, Part.WAITING: 1}
+    watch.switch(Part.DATA)
+    watch.take()  # what comes next begins with data
+    watch.switch(Part.OPTIMIZER)
+    with watch.waits(Action.WAIT, "tokens"):
+        pass
+    watch.switch(Part.REST)
+    assert spent(watch.take()) == {Part.DATA: 1, Part.OPTIMIZER: 1, Part.WAITING: 1}
+
+
 def test_marks_are_used_again_so_a_run_needs_those_of_one_step():
     timer = Counting()
     watch, made = Stopwatch(timer), []
