@@ -371,3 +371,25 @@ def test_a_host_has_no_streams():
     assert transport.streams.mark() is None
     with transport.streams.beside("a side"), nullcontext():
         transport.streams.follow(None)
+
+
+def test_a_message_of_one_communicator_waits_for_none_of_another():
+    """What was issued before has not come: of the other end, and of another sender."""
+    board = Switchboard(problem(3, 1, "one_barrier"), CPU, timeout_seconds=0.2)
+    transports = [board.transport(rank) for rank in range(3)]
+
+    def summed(rank, end):
+        one = exchange(Transfer.ALL_SUM, rank, end=end)
+        return transports[rank].collective(one, lambda: torch.ones(1), (), watch=unwatched)
+
+    early = summed(0, End.INPUT)
+    first = transports[0].receive(torch.empty(1), 1, watch=unwatched)
+    second = transports[0].receive(torch.empty(1), 2, watch=unwatched)
+    pending = [summed(rank, End.OUTPUT) for rank in range(3)]
+    transports[2].send(torch.full((1,), 7.0), 0, watch=unwatched)
+    assert pending[0].wait().item() == 3
+    assert second.wait().item() == 7
+    assert not early.is_completed()
+    assert not first.is_completed()
+    with pytest.raises(RankLost, match=r"\('hop', 1, 0, 0\) has not come for 0.2 s"):
+        first.wait()
