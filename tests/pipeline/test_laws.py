@@ -305,3 +305,31 @@ def test_the_output_of_the_last_layer_gives_the_log_probabilities_where_it_is_as
         at = int(positions[i, b])
         found = expected[i, b, labels[i, b, at]]
         assert logprobs[i, b, at].item() == pytest.approx(found.item(), rel=1e-9)
+
+
+def test_a_batch_of_another_number_of_microbatches_is_refused_with_the_setting_to_change():
+    config = config_of(1, 2, 101)
+    config = replace(config, run=replace(config.run, eval_microbatches=3))
+
+    def work(rank, model, together):
+        for executor, count, words in (
+            (
+                model.trainer.step,
+                3,
+                "3 microbatches for a program of 2; pass 2, or .* with num_mic",
+            ),
+            (
+                model.evaluator.logprobs,
+                2,
+                "2 microbatches for a program of 3; pass 3, or .* with run.eval_m",
+            ),
+        ):
+            batch = torch.zeros(count, 2, 6, dtype=torch.int64)
+            with pytest.raises(ValueError, match=words):
+                executor(batch, batch)
+        batch = torch.zeros(2, 2, 6, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"call logprobs of RankModel\.evaluator instead"):
+            model.trainer.logprobs(batch, batch)
+        assert model.trainer.operation is None
+
+    run_locally(config, make_plan(config, 1), work)

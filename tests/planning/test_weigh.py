@@ -181,7 +181,7 @@ def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_while_a_forw
     schedule, recompute
 ):
     """At least all that may move has moved; about as much as the link takes in a warm-up."""
-    for rate in (1e6, 1e9, 3e10, 1e15, None):
+    for rate in (1e9, 3e10, None):
         config = load_config(WORDS)
         config = replace(config, cost=replace(config.cost, host_bytes_per_second=rate))
         if rate is None:
