@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from vp_train.durable import UnreadableError
-from vp_train.report import record
+from vp_train.report import page, record
 from vp_train.report.record import Events, read_run, set_of
 
 
@@ -209,3 +209,57 @@ def test_a_step_of_many_passes_is_drawn_and_not_explained(
     found = read_run(tmp_path)
     words = "the traced step does not fit its plan: rank 3 has no pass"
     assert (found.explanation, words in found.missing) == (None, is_explained)
+
+
+def test_a_report_reads_so_much_of_a_run_and_no_more(tmp_path):
+    """The newest notices and ends of logs, the first events, sets and ranks."""
+    lines = [{"step": step, "spikes": step} for step in range(1, 103)]
+    sets = {f"validation/{number}/loss": 1.0 for number in range(40)}
+    found = written(tmp_path, *lines, {"step": 200, "loss": 1e30} | sets, {"step": 201})
+    assert found.events["spike"].count == 102
+    assert found.events["spike"].steps == list(range(1, 101))
+    assert sum(set_of(key, record.LOSS) is not None for key in found.curves.keys) == 32
+    assert found.curves.latest("loss") == 1e30
+    assert written(tmp_path, {"step": 1, "loss": 1.001e30}).curves.latest("loss") is None
+    (tmp_path / "notices.txt").write_text("".join(f"{number}\n" for number in range(70)))
+    notices, count = record._notices(tmp_path / "notices.txt")
+    assert (notices[0], len(notices), count) == ("10", 60, 70)
+    (tmp_path / "logs").mkdir()
+    for number in range(40):
+        (tmp_path / "logs" / f"rank-{number:02d}.log").write_text("a word\n")
+    assert len(record._logs(tmp_path / "logs")) == 32
+    ranks = [{"rank": rank, "peak_bytes": 1} for rank in range(4_100)]
+    (tmp_path / "summary.json").write_text(json.dumps({"ranks": ranks}))
+    assert len(record._ranks(tmp_path / "summary.json")) == 4_096
+    (tmp_path / "env.json").write_text(
+        json.dumps({"packages": {str(n): "1" for n in range(120)}, "command": ["a"] * 1_200})
+    )
+    environment = record._environment(tmp_path / "env.json")
+    assert (len(environment["packages"]), len(environment["command"])) == (100, 1_000)
+
+
+def test_a_line_and_a_picture_may_be_large_and_no_larger(tmp_path):
+    path = tmp_path / "lines"
+    path.write_bytes(b"x" * ((1 << 20) - 2) + b"\n")
+    assert len(next(iter(record._lines(path)))) == (1 << 20) - 1
+    path.write_bytes(b"x" * ((1 << 20) - 1) + b"\n")
+    with pytest.raises(UnreadableError, match="has a line of over 1,048,576 bytes"):
+        list(record._lines(path))
+    with path.open("wb") as file:
+        file.truncate((1 << 33) + 1)
+    with pytest.raises(UnreadableError, match="has over 8,589,934,592 bytes"):
+        list(record._lines(path))
+    picture = tmp_path / "schedule.svg"
+    picture.write_bytes(b"x" * (1 << 22))
+    assert record._picture(picture).startswith("data:image/svg+xml;base64,eHh4")
+    picture.write_bytes(b"x" * ((1 << 22) + 1))
+    with pytest.raises(UnreadableError):
+        record._picture(picture)
+
+
+def test_every_key_that_a_run_writes_for_its_pictures_is_kept(tmp_path):
+    keys = {*record._KEYS, "validation/a/loss", "validation/a/bits_per_byte"}
+    found = written(tmp_path, {"step": 1, "other": 1.0} | dict.fromkeys(keys, 1.0))
+    assert set(found.curves.keys) == keys
+    shown = {key for kind in page._KINDS for key in kind.curves} | {key for key, *_ in page._PARTS}
+    assert shown | {"peak_bytes", "tokens_per_second", "validation_bits_per_byte"} <= keys

@@ -8,7 +8,6 @@ import json
 import pytest
 
 from vp_train.durable import UnreadableError
-from vp_train.report import traced
 from vp_train.report.traced import read_timelines
 
 
@@ -122,9 +121,13 @@ def test_a_number_or_name_may_be_at_its_limit_and_not_beyond(tmp_path, changes, 
     assert words in str(raised.value)
 
 
-def test_a_trace_has_so_many_ranks_at_most(tmp_path, monkeypatch):
-    monkeypatch.setattr(traced, "_MOST_RANKS", 2)
-    read(tmp_path)
-    monkeypatch.setattr(traced, "_MOST_RANKS", 1)
-    with pytest.raises(UnreadableError, match="it has passes of 2 ranks"):
-        read(tmp_path)
+@pytest.mark.parametrize("count", [4_096, 4_097])
+def test_a_trace_has_so_many_ranks_at_most(tmp_path, count):
+    nothing = {"names": "", "starts": [], "ends": []}
+    rows = [{"names": "0F0", "starts": [0], "ends": [1]}, *[nothing] * (count - 1)]
+    long = side(passes=rows, peak_bytes=[0] * count, communications=nothing | {"ranks": []})
+    if count == 4_096:
+        assert len(read(tmp_path, planned=long, measured=long).planned.compute) == count
+        return
+    with pytest.raises(UnreadableError, match="it has passes of 4,097 ranks"):
+        read(tmp_path, planned=long)
