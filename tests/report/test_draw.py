@@ -175,3 +175,24 @@ def test_parts_stand_on_each_other_in_their_colours(drawn):
         expected = tuple(int(draw._COLOURS[colour][at : at + 2], 16) / 255 for at in (1, 3, 5))
         assert tuple(area.get_facecolor()[0][:3]) == pytest.approx(expected)
         assert area.get_linewidth()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("most", "steps", "values"),
+    [
+        (6, [0, 2, 4, 6], [0, 0.2, 0.4, 0.6]),
+        (27, [0, 5, 10, 15, 20, 25], [0, 1, 2, 3]),
+        (90, [0, 20, 40, 60, 80], [0, 2.5, 5, 7.5, 10]),
+        (450, [0, 100, 200, 300, 400], [0, 20, 40]),
+    ],
+)
+def test_an_axis_has_the_numbers_that_readers_expect(drawn, most, steps, values):
+    """At most six intervals of steps, and five of values."""
+    draw.lines([(Style(0), [(0, 0.0), (most, most / 9)])], name="a", from_zero=True)
+    ((_, axes),) = drawn
+    for axis, limits, expected in (
+        (axes.xaxis, axes.get_xlim(), steps),
+        (axes.yaxis, axes.get_ylim(), values),
+    ):
+        found = [t for t in axis.get_majorticklocs() if limits[0] <= t <= limits[1]]
+        assert found == pytest.approx(expected)

@@ -263,3 +263,20 @@ def test_every_key_that_a_run_writes_for_its_pictures_is_kept(tmp_path):
     assert set(found.curves.keys) == keys
     shown = {key for kind in page._KINDS for key in kind.curves} | {key for key, *_ in page._PARTS}
     assert shown | {"peak_bytes", "tokens_per_second", "validation_bits_per_byte"} <= keys
+
+
+def test_what_a_new_run_does_not_have_is_empty_and_what_a_summary_lacks_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "config.yaml").write_text("")
+    found = read_run(tmp_path)
+    assert (found.notices, found.num_notices, found.logs, found.ranks) == ((), 0, (), ())
+    assert (found.checkpoints, found.traced, found.picture) == ((), None, None)
+    assert (found.environment, found.explanation, found.metrics.events) == ({}, None, {})
+    for content, words in (
+        ({}, "it has no 'ranks'"),
+        ({"ranks": [{"rank": 0}]}, "it has no 'peak_bytes'"),
+        ({"ranks": [3]}, "'int' object has no attribute"),
+    ):
+        (tmp_path / "summary.json").write_text(json.dumps(content))
+        with pytest.raises(UnreadableError, match=f"is not what a run writes: {words}"):
+            record._ranks(tmp_path / "summary.json")
