@@ -57,6 +57,7 @@ def test_points_of_short_curves_are_marked(drawn):
         ([1.0, 1.0, 3.0], False, 3.15),
         ([1.0, 1.0, 3.01], True, 3.0),
         ([1.0, 2.0], False, 2.1),
+        ([5.0, 1.0, 2.0, 1.0, 2.0, 1.0], False, 5.25),
         ([5.0], False, 5.25),
         ([0.0, 0.0], False, 1e-12),
         ([0.0, 0.0, 1.0], False, 1.05),

@@ -641,6 +641,17 @@ def test_every_row_of_the_table_of_several_runs(one, write_run, tmp_path):
         assert words == human_bytes(max(timeline.peak_bytes))
 
 
+def test_planned_and_measured_activations_are_those_of_the_worst_rank():
+    sides = {
+        "planned": SimpleNamespace(peak_bytes=(1.0, 2_048.0)),
+        "measured": SimpleNamespace(peak_bytes=(4_096.0, 3.0)),
+    }
+    run = SimpleNamespace(traced=SimpleNamespace(**sides))
+    assert page._activations(run, planned=True) == "2.0 KiB"
+    assert page._activations(run, planned=False) == "4.0 KiB"
+    assert page._activations(SimpleNamespace(traced=None), planned=True) == "-"
+
+
 def test_a_comparison_says_of_every_run_what_its_own_page_says(tmp_path):
     runs = [recorded(tmp_path, name, {"loss": 1.0}, steps=2) for name in "ab"]
     found = page._comparison(runs)
@@ -697,6 +708,9 @@ def test_a_missing_package_is_named_and_no_run_minds(one, write_run, monkeypatch
     assert not (run / "report.html").exists()
     with pytest.raises(ConfigError, match=r"needs matplotlib, .* pip install 'vp_train\[plot\]'"):
         page.write_report(run)
+    with pytest.raises(ConfigError, match=r"needs matplotlib, .* pip install 'vp_train\[plot\]'"):
+        page.write_comparison([run, run], run / "both.html")
+    assert not (run / "both.html").exists()
 
 
 def test_a_report_never_fails_a_run(write_run, monkeypatch, capsys):
