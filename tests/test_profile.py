@@ -172,7 +172,7 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ranks", "0,4"], "--ranks=0,4: the pipeline has ranks 0 to 3"),
+        (["--ranks", "0,4"], "--ranks=0,4: name some of ranks 0 to 3"),
         (["--ranks", "all"], "--ranks=all is not a list of ranks; write for example --ranks 0,3"),
         (["--steps", "0"], "--steps 0 is not a whole number in [1, 1,000,000]; write"),
         (["--steps", "-1"], "--steps -1 is not a whole number in [1, 1,000,000]; write"),

@@ -983,7 +983,7 @@ def _unknown_choice(error: BaseException) -> str:
     options = [line.strip() for line in lines if line.startswith("\t") and "=" not in line]
     group, _, choice = missing.partition("/")
     if not choice:
-        return f"{missing!r} is not a configuration file"
+        return f"{missing.removesuffix('/')}= names no preset; give one, or drop the word"
     if group == "data" and len(choice) < _LONGEST_KEY and Path(os.path.expanduser(choice)).exists():
         return f"data={choice} is not known; for text of your own: data=text data.path={choice}"
     is_path = group in _OF_FILES and "/" in choice

@@ -289,7 +289,7 @@ def test_a_manifest_that_is_valid_but_foreign_is_refused(tmp_path):
         read_manifest(tmp_path / "step-00000001")
     with pytest.raises(
         ConfigError,
-        match=r"every checkpoint in .* is damaged; restore one, or move them away to begin",
+        match=r"every checkpoint in .* is damaged or incomplete; restore one, or move them away to",
     ):
         latest(tmp_path)
     assert latest(tmp_path / "elsewhere") is None

@@ -66,7 +66,7 @@ def test_ranks_that_do_not_split_are_refused_with_all_numbers(dp, pp, tp, num_ra
     parallel = ParallelConfig(dp=dp, pp=pp, tp=tp)
     with pytest.raises(ConfigError) as raised:
         split_ranks(parallel, num_ranks)
-    assert str(raised.value).startswith(f"{words}were started; start as many (torchrun")
+    assert str(raised.value).startswith(f"{words}were started; start as many (--ranks or torchrun")
     with pytest.raises(ConfigError) as raised:
         split_ranks(parallel, num_ranks, otherwise="are there")
     assert str(raised.value) == f"{words}are there"

@@ -137,7 +137,7 @@ def newest(
             print(f"checkpoint passed over: {damage.words}", file=sys.stderr, flush=True)
     if names:
         raise ConfigError(
-            f"every checkpoint in {directory} is damaged; "
+            f"every checkpoint in {directory} is damaged or incomplete; "
             "restore one, or move them away to begin without"
         )
     return None, []

@@ -94,7 +94,7 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
     if "--search" not in options:
         for name in ("--top", "--tokens", "--keep", "--margin", "--effort", "--seconds"):
             if name in options:
-                raise ConfigError(f"{name} belongs to --search")
+                raise ConfigError(f"{name} belongs to --search; add that, or drop {name}")
         return show_plan(config, path)
     kept = kept_of(config, overrides, options.get("--keep"))
     if "--tokens" in options:

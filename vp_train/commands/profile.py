@@ -144,7 +144,7 @@ def _chosen(ranks: str | None, num_ranks: int) -> list[int]:
             f"--ranks={ranks} is not a list of ranks; write for example --ranks 0,{num_ranks - 1}"
         ) from None
     if not set(chosen) <= set(range(num_ranks)):
-        raise ConfigError(f"--ranks={ranks}: the pipeline has ranks 0 to {num_ranks - 1}")
+        raise ConfigError(f"--ranks={ranks}: name some of ranks 0 to {num_ranks - 1}")
     return chosen
 
 

@@ -325,6 +325,8 @@ def _make(directory: Path | None) -> None:
             directory.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise FileExistsError(f"--out {directory} is a file; name a directory") from None
+        except FileNotFoundError:  # of a file system such as /proc
+            raise ConfigError(f"--out {directory} cannot be made; name another place") from None
 
 
 def _runtime_called(name: str, device: str) -> Runtime:

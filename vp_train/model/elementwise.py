@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vp_train.config import ConfigError
 from vp_train.model.linear import LateInput
-from vp_train.tensors.compiling import compiled_as_marked, compiles_on
+from vp_train.tensors.compiling import compiled_as_marked, compiles_on, missing_for
 from vp_train.tensors.precision import statistics_dtype
 
 _PAYS_ON_CPU = 1 << 19  # values of the feed-forward width in a microbatch
@@ -60,8 +60,9 @@ def choose_fuse(setting: str, device: torch.device, dtype: torch.dtype, num_elem
     on_cuda = device.type == "cuda"
     if not compiles_on(device):
         if setting == "on":
-            needs = "a C++ compiler, the headers of Python" + (" and triton" if on_cuda else "")
-            raise ConfigError(f"run.compile=on needs {needs}; install what is missing, or use auto")
+            raise ConfigError(
+                f"run.compile=on needs {missing_for(device)}; install that, or use run.compile=auto"
+            )
         return plain
     pays = on_cuda or (dtype.itemsize == 2 and num_elements >= _PAYS_ON_CPU)
     return compiled_kernels if setting == "on" or pays else plain

@@ -11,7 +11,7 @@ from vp_train.config import ConfigError, ModelConfig, ParallelConfig
 from vp_train.model.shape import kv_size, query_size, tensor_share
 
 _OTHER_NUMBER_STARTED = (
-    "were started; start as many (torchrun --nproc-per-node), or change a degree"
+    "were started; start as many (--ranks or torchrun --nproc-per-node), or change a degree"
 )
 _DEFAULT_PP = 4  # pipeline ranks to start if parallel.pp is not set
 MOST_ON_A_NODE = 256  # each takes hundreds of megabytes, and no node has more than 16 GPUs

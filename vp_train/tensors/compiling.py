@@ -159,6 +159,17 @@ def compiles_on(device: torch.device) -> bool:
     return has_compiler() and (device.type != "cuda" or has_triton())
 
 
+def missing_for(device: torch.device) -> str:
+    """Return in words what torch.compile lacks for `device`."""
+    there = {
+        f"no {_OFF}=1 in the environment": os.environ.get(_OFF) != "1",
+        "a C++ compiler": _finds_compiler(),
+        "the headers of Python": _finds_headers(),
+        "triton": device.type != "cuda" or has_triton(),
+    }
+    return " and ".join(name for name, is_there in there.items() if not is_there)
+
+
 def has_compiler() -> bool:
     """Return whether there is what torch.compile needs, g++ or the like and Python.h.
 
