@@ -36,11 +36,11 @@ from vp_train.pipeline.executor import BLIND, Executor, Observer, PlacedBatch, R
 from vp_train.planning.placement import offloaded_layers
 from vp_train.planning.plan import RunPlan
 from vp_train.tensors.compiling import (
+    compile_one_first,
     compiles_on,
     failures,
     give_up,
     has_cpp_compiler,
-    one_first,
     reason_of,
     tell,
 )
@@ -172,7 +172,7 @@ def compile_layers(config: RunConfig) -> None:
     fuse, model = fuse_of_layers(config), config.model
     if fuse is plain or config.parallel.tp > 1 or torch.get_num_threads() > 1:
         return
-    with suppress(Exception), one_first():
+    with suppress(Exception), compile_one_first():
         torch.hub.tqdm.monitor_interval = 0  # type: ignore[attr-defined]  # else it starts a thread
         Stage(
             model,
@@ -212,7 +212,7 @@ def build_rank(
     if may_compile(config.run):
         # Tensor-parallel ranks wait for each other while they compile.
         alone = mesh.degrees.tp == 1
-        with starting(mesh.tensor, config.run), one_first() if alone else nullcontext():
+        with starting(mesh.tensor, config.run), compile_one_first() if alone else nullcontext():
             _warm_up(config, weights, training, evaluating)
     elif config.run.compile == "auto" and _has_kernels(config.run):
         tell("there is no C++ compiler")

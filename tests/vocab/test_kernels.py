@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from functools import cache
+from itertools import product
 from pathlib import Path
 from threading import Barrier, Thread
 
@@ -14,7 +15,8 @@ import torch
 
 from tests.vocab.kernels import COMPARISONS, compare_chunks
 from vp_train.tensors import compiling, kernels, precision
-from vp_train.tensors.compiling import cpp_compiler, has_cpp_compiler, own_directory
+from vp_train.tensors.compiling import build_directory, cpp_compiler, has_cpp_compiler
+from vp_train.vocab import rows
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16]
@@ -41,6 +43,30 @@ def test_the_kernels_of_rows_equal_float64(called):
     compare_chunks((64, 2_001), CPU, rounds=True)  # more than one thread
     terms = {"input_term", "input_term_rounded", "scale", "subtract_targets"}
     assert called == {"extend", "combine", *terms}
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_with_numbers_that_are_not_finite_end_as_those_of_torch(dtype, softcap):
+    generator = torch.Generator().manual_seed(0)
+    bad = (torch.nan, torch.inf, -torch.inf)
+    logits = torch.randn(1 + 6 * len(bad), 134, generator=generator).to(dtype)
+    for number, (place, value) in enumerate(product((0, 66, 67, 100, 130, 133), bad)):
+        logits[1 + number, place] = value
+
+    def lse(statistics):
+        running = torch.empty(3, len(logits), dtype=statistics)
+        for start, columns in ((0, 67), (67, 67)):
+            part = logits[:, start : start + columns].contiguous()
+            part = part.to(part.dtype if statistics is torch.float32 else statistics)
+            out, reference = torch.empty_like(part), torch.empty_like(running[0])
+            rows.extend(part, out, running, reference, None, start, softcap)
+        return running[0] + running[1].log()
+
+    ours, true = lse(torch.float32).double(), lse(torch.float64)
+    assert torch.equal(ours.isfinite(), true.isfinite())
+    assert 0 < true.isfinite().sum() < len(true)
+    assert torch.allclose(ours[ours.isfinite()], true[true.isfinite()], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,7 +123,7 @@ def compiler(tmp_path, monkeypatch):
     It copies what the true compiler has made before.
     """
     kernels.run("scale_rounded", torch.bfloat16, *[None] * 4, 0.0, None, 0, 0)
-    built = max(own_directory().glob("*.so"), key=lambda path: path.stat().st_mtime)
+    built = max(build_directory().glob("*.so"), key=lambda path: path.stat().st_mtime)
     shutil.copy(built, tmp_path / "built")
     calls, script = tmp_path / "calls", tmp_path / "c++"
     script.write_text(
@@ -148,7 +174,7 @@ def test_without_a_compiler_that_works_one_line_names_it_and_torch_computes(monk
     kernels._functions.cache_clear()
     kernels._are_built.cache_clear()
     Path(cpp_compiler()).write_text("#!/bin/sh\nprintf 'a.cpp:1: error: \\033[1m' >&2\nexit 1\n")
-    shutil.rmtree(own_directory())
+    shutil.rmtree(build_directory())
     for _ in range(2):
         assert not kernels.suits(matrix)
     assert re.fullmatch(
@@ -172,7 +198,7 @@ def test_where_files_cannot_be_locked_every_process_compiles_at_once(tmp_path, m
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("fcntl.flock", flock)
-    with compiling.one_first(), pytest.raises(OSError, match="of the body"):
+    with compiling.compile_one_first(), pytest.raises(OSError, match="of the body"):
         raise OSError("of the body")
 
 
@@ -182,12 +208,12 @@ def test_one_process_compiles_first_and_the_others_then_do_so_together(tmp_path,
     order = []
 
     def work():
-        with compiling.one_first():
+        with compiling.compile_one_first():
             order.append("other")
             both_in.wait(timeout=20)
 
     threads = [Thread(target=work) for _ in range(2)]
-    with compiling.one_first():
+    with compiling.compile_one_first():
         for thread in threads:
             thread.start()
         time.sleep(0.15)

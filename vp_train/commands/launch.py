@@ -347,7 +347,7 @@ def import_for_ranks(config: RunConfig) -> None:
         from vp_train.tensors import compiling
 
         if fuse_of_layers(config) is not plain:
-            compiling.set_up()
+            compiling.prepare_inductor()
             for name in _COMPILER:
                 import_module(name)
 

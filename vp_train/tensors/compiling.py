@@ -48,7 +48,7 @@ def compiled_as_called(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compile(function: Callable[..., Any], *, dynamic: bool | None) -> Callable[..., Any]:
-    set_up()
+    prepare_inductor()
     compiler: Callable[..., Callable[..., Any]] = torch.compile
     if "recompile_limit" in inspect.signature(compiler).parameters:
         return compiler(function, dynamic=dynamic, recompile_limit=_SHAPES)
@@ -62,7 +62,7 @@ def _compile(function: Callable[..., Any], *, dynamic: bool | None) -> Callable[
     return call
 
 
-def set_up() -> None:
+def prepare_inductor() -> None:
     """Spare torch's compiler two things on a CPU; call this before it is imported.
 
     Where torch itself runs with AVX512 its C++20 compiler knows it, and the test takes seconds.
@@ -75,14 +75,14 @@ def set_up() -> None:
 
 
 @contextmanager
-def one_first() -> Iterator[None]:
+def compile_one_first() -> Iterator[None]:
     """Let one process of this user and machine run what is inside, and then all others at once.
 
     torch keeps compiled code on disk, so the others load what the first one has made.  Inside, no
     process may wait for another.  After two minutes the others go on too, and at once where files
     cannot be locked.
     """
-    directory = own_directory()
+    directory = build_directory()
     with ExitStack() as stack:
         if directory is not None:
             with suppress(OSError):
@@ -107,7 +107,7 @@ def _locked(lock: IO[str], kind: int) -> bool:
     return True
 
 
-def own_directory() -> Path | None:
+def build_directory() -> Path | None:
     """Return a directory for what is compiled; None if others may write to the one there is."""
     directory = Path(tempfile.gettempdir()) / f"vp_train_{os.getuid()}"
     try:

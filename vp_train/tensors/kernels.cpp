@@ -75,7 +75,7 @@ inline void store(Float16& to, float value) {
   to.bits = static_cast<uint16_t>(half | sign >> 16);
 }
 
-// exp(x) for -1e4 < x <= 0 within 2e-7 + 6e-8 |x|, relatively; at least 2^-126, and NaN for NaN.
+// exp(x) for x <= 87 within 2e-7 + 6e-8 |x|, relatively; at least 2^-126, and NaN for NaN.
 inline float exponential(float x) {
   const float exact = x * 1.44269504f, power = exact < -126.0f ? -126.0f : exact;
   const float shifted = power + 0x1.8p23f;  // its lowest bits are the nearest whole number
@@ -227,7 +227,7 @@ void extend(const E* logits, E* out, index_t out_stride, float* running, float* 
       const float z = load(row[i]);
       largest = z > largest ? z : largest;
     }
-    if (softcap > 0.0f) largest = softcap * hyperbolic_tangent(largest / softcap);  // it grows
+    if (softcap > 0.0f) largest = softcap * hyperbolic_tangent(largest / softcap);  // rises with z
     const float before = start ? *reference : -INFINITY;
     const float own = start && !(largest > before + slack) ? before : largest;
     if (start == 0) *target = 0.0f;

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from vp_train.tensors.compiling import (
+    build_directory,
     cpp_compiler,
     has_cpp_compiler,
-    own_directory,
     reason_of,
     tell,
 )
@@ -110,7 +110,7 @@ def _load(element: str) -> ctypes.CDLL:
     assert compiler is not None
     command = [compiler, *_flags(), f"-DELEMENT={element}"]
     key = hashlib.sha256(_SOURCE.read_bytes() + "\n".join(command).encode()).hexdigest()[:32]
-    kept = own_directory()
+    kept = build_directory()
     directory = kept or Path(tempfile.mkdtemp())
     try:
         path = directory / f"kernels-{key}.so"
