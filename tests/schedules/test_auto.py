@@ -290,3 +290,17 @@ def test_the_named_schedules_take_part_as_they_are(monkeypatch):
     solution = solve(options, [100.0] * 4)
     found = simulate(solution.schedule, solution.option.problem, solution.option.cost).makespan
     assert found <= min(named) * CLOSE
+
+
+@pytest.mark.parametrize(
+    ("p", "m", "names", "cap", "gap"),
+    [
+        (4, 16, ("zb_v", "v_half", "v_min"), 2.2, 0.0816),
+        (4, 16, ("zb_v", "v_half", "v_min"), 2.6, 0.0602),
+        (3, 12, ("1f1b", "zb_h1"), 2.9, 0.0962),
+    ],
+)
+def test_a_search_finds_what_it_has_once_found(monkeypatch, p, m, names, cap, gap):
+    monkeypatch.setattr(auto, "_ROUNDS", ((1, 60_000),))
+    solution = solve(options_of(p, m, names=names), (cap,) * p)
+    assert timeline_of(solution).makespan <= (1 + gap) * solution.bound.seconds

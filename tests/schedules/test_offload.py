@@ -334,3 +334,27 @@ def test_a_time_in_host_memory_that_is_not_between_its_passes_is_refused(line, w
 def test_a_half_time_in_host_memory_is_refused_with_its_line(line):
     with pytest.raises(ValueError, match=r"line 2: (offloaded|reload):0F0"):
         Schedule.parse(f"# x\n{line}\n")
+
+
+def test_of_all_waits_for_the_link_the_lowest_peak_counts_and_then_the_fewest_transfers():
+    chance, together = random.Random(0), set()
+    for p, m in ((1, 8), (2, 8), (4, 8)):
+        for transfer in (0.1, 0.7, 1.3, 2.5):
+            case = problem_of("1f1b", "one_barrier", p, m)
+            costs = costs_of(case, transfer, chance.choice((0.3, 1.0)))
+            schedule = generate("1f1b", case, costs)
+            for rank, spans in enumerate(simulate(schedule, case, costs).compute):
+                order = schedule.ranks[rank]
+                its = offloads._Rank.of(order, [span.end for span in spans], case, costs)
+                changes = [costs.byte_change(item) for item in order]
+                tried = [[], *(its._placed(wait) for wait in offloads._WAITS)]
+                peaks = [
+                    round(offloads.HostBytes.of(one, costs).peak(order, changes), 9)
+                    for one in tried
+                ]
+                best = min(zip(peaks, map(len, tried), strict=True))
+                together.add(len(set(zip(peaks, map(len, tried), strict=True))))
+                found = its.best()
+                peak = round(offloads.HostBytes.of(found, costs).peak(order, changes), 9)
+                assert (peak, len(found)) == best
+    assert max(together) > 2, "waits differ"

@@ -12,7 +12,7 @@ from schedules.excerpt import Excerpt
 from schedules.generators import generate
 from schedules.ir import Pass
 from schedules.offload import place_transfers
-from schedules.render import chrome_trace, svg, text_grid
+from schedules.render import _Frame, chrome_trace, svg, text_grid
 from schedules.simulate import simulate
 from schedules.timeline import Span, Timeline
 from tests.schedules.cases import cost, problem
@@ -330,3 +330,25 @@ def test_an_excerpt_keeps_the_order_of_what_it_shows(num_microbatches):
         assert places[-1] <= shown.seconds + (gap if shown.cut else 0) + 1e-9
         for start, end in parts:  # nothing is stretched, and nothing lies across the cut
             assert shown.place(end, gap) - shown.place(start, gap) == pytest.approx(end - start)
+
+
+def test_what_touches_a_cut_from_the_right_is_shown():
+    shown = Excerpt(10.0, (2.0, 6.0))
+    for start, end, expected in (
+        *((6.0, 6.0, (6.0, 6.0)), (6.0, 7.0, (6.0, 7.0)), (2.0, 2.0, (2.0, 2.0))),
+        *((5.0, 7.0, (6.0, 7.0)), (1.0, 3.0, (1.0, 2.0)), (2.0, 6.0, None), (3.0, 5.0, None)),
+    ):
+        assert shown.visible(Span(0, "0F1", "F", 0, 1, start, end)) == expected
+
+
+def test_a_lane_has_no_room_for_transfers_or_barriers_that_its_rank_lacks():
+    case, costs = problem(3, 4), cost(3)
+    step = simulate(generate("1f1b", case, costs), case, costs)
+    frame = _Frame.of(step)
+    heights = [after - before for before, after in pairwise((*frame.tops, frame.bottom))]
+    ends = {span.rank for span in step.comm}
+    plain = frame.lane + frame.lane // 4
+    assert 0 < len(ends) < 3
+    assert all(
+        height > plain if rank in ends else height == plain for rank, height in enumerate(heights)
+    )
