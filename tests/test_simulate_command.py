@@ -234,12 +234,14 @@ def test_a_bad_value_is_one_line_and_exit_code_78(vp_simulate, arguments, messag
     assert "bubble" not in out
 
 
-def test_a_directory_that_cannot_be_made_is_known_before_the_work(vp_simulate, tmp_path):
+@pytest.mark.parametrize("words", [(), ("--compare", "all"), ("--frontier",)])
+def test_a_directory_that_cannot_be_written_is_known_before_the_work(vp_simulate, tmp_path, words):
     (tmp_path / "file").touch()
-    code, out, err = vp_simulate("--out", tmp_path / "file")
-    assert code == 74
-    assert out == ""
-    assert err == f"vp-simulate: --out {tmp_path / 'file'} is a file; name a directory\n"
+    for place in (tmp_path / "file", "/proc"):
+        code, out, err = vp_simulate("--out", place, *words)
+        assert (code, out) == (78, "")
+        assert err.startswith(f"vp-simulate: --out {place} cannot be written (")
+        assert len(err.splitlines()) == 1
 
 
 def test_out_writes_files_that_can_be_read(vp_simulate, tmp_path):

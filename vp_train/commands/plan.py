@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from schedules.render import duration
-from vp_train.commands.command import Command, run, whole_number
+from vp_train.commands.command import Command, output_of, run, whole_number
 from vp_train.commands.searching import Searching
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
+from vp_train.durable import write_output
 from vp_train.failures import EXIT_CONFIG, EXIT_TIME
 from vp_train.model import shape
 from vp_train.planning.choice import (
@@ -73,7 +74,10 @@ def main() -> None:
         ),
         "--margin": ("PERCENT", "with --search: part of the memory that stays free (5)"),
         "--effort": ("N", "with --search: thousand passes that may be placed (3000)"),
-        "--seconds": ("N", "with --search: time limit; one simulation may still end after it (60)"),
+        "--seconds": (
+            "N",
+            "with --search: limit of its CPU time; one simulation may still end after it (60)",
+        ),
         "--json": ("FILE", "write the report there"),
     }
     run(
@@ -88,14 +92,11 @@ def main() -> None:
 
 
 def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
-    path = Path(options["--json"]).expanduser() if "--json" in options else None
-    if path is not None and path.is_dir():
-        raise ConfigError(f"--json {path} is a directory; name a file")
     if "--search" not in options:
         for name in ("--top", "--tokens", "--keep", "--margin", "--effort", "--seconds"):
             if name in options:
                 raise ConfigError(f"{name} belongs to --search; add that, or drop {name}")
-        return show_plan(config, path)
+        return show_plan(config, _json_file(options))
     kept = kept_of(config, overrides, options.get("--keep"))
     if "--tokens" in options:
         tokens = whole_number(options, "--tokens", 4_194_304, most=_MOST_TOKENS)
@@ -106,6 +107,7 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         effort=1000 * whole_number(options, "--effort", 3000),
     )
     seconds = whole_number(options, "--seconds", 60)
+    path = _json_file(options)
     if "--keep" in options:
         print(f"kept: {kept.words or 'nothing, because no setting is typed'}", flush=True)
     searched = [word for word in searched_words(overrides) if not kept.has_word(word)]
@@ -113,6 +115,11 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         hint = "" if "--keep" in options else "; --keep typed keeps them"
         print(f"searched although typed: {', '.join(searched)}{hint}", flush=True)
     return show_search(config, limits, seconds, path, kept)
+
+
+def _json_file(options: Mapping[str, str]) -> Path | None:
+    """Return the file for the report, if there is one.  Raises ConfigError before any work."""
+    return output_of("--json", options["--json"]) if "--json" in options else None
 
 
 def kept_of(config: RunConfig, overrides: Sequence[str], names: str | None) -> Kept:
@@ -149,13 +156,17 @@ def show_search(
     Ctrl-C ends it with the best so far.  Returns the exit code.
     """
     print(f"{_model_words(config)}\n{_cluster_words(config)}\n", flush=True)
-    until = time.monotonic() + seconds
+    # CPU time, not the clock on the wall: other processes on the machine must not end a search.
+    started = time.process_time()
     with Searching() as searching:
 
         def in_time() -> bool:
-            return time.monotonic() < until and not searching.is_stopped
+            return time.process_time() - started < seconds and not searching.is_stopped
 
-        result = search(config, limits, in_time, searching.show, space_of(config, kept))
+        def show(words: str) -> None:
+            searching.show(f"{time.process_time() - started:.0f} s of CPU: {words}")
+
+        result = search(config, limits, in_time, show, space_of(config, kept))
     lines = search_lines(config, limits, result, is_stopped=searching.is_stopped)
     print("\n".join(lines), flush=True)
     _write(path, search_record(config, result))
@@ -430,7 +441,7 @@ def search_lines(
     config: RunConfig, limits: Limits, result: Result, *, is_stopped: bool = False
 ) -> list[str]:
     """Return the best plans in lines, and why others are not among them."""
-    lines = []
+    lines = _unfinished_lines(result, is_stopped=is_stopped)
     if result.best:
         first = result.best[0]
         lines += [*_best_table(result.best), ""]
@@ -446,21 +457,28 @@ def search_lines(
         f"{result.num_choices:,} choices, {excluded:,} ruled out, "
         f"{result.num_estimated:,} simulated, {result.num_planned} planned"
     )
-    if result.num_open:
-        why, way_out = {
-            "effort": ("the effort is spent", "; raise --effort, and --seconds"),
-            "time": ("out of time", "; raise --seconds, or the same command may find other plans"),
-        }[result.ended]
-        if is_stopped:
-            why, way_out = "stopped", ""
-        left = f"{result.num_open:,} that might be faster are left"
-        lines.append(f"{counted}; {why}: {left}{way_out}")
-    else:
-        lines.append(f"{counted}; none of the others seems faster" if result.best else counted)
+    is_whole = result.best and not result.num_open
+    lines.append(f"{counted}; none of the others seems faster" if is_whole else counted)
     lines += _excluded_lines(result)
     if not result.best:
         lines += _misses(config, limits, result)
     return lines
+
+
+def _unfinished_lines(result: Result, *, is_stopped: bool) -> list[str]:
+    """Return what ended a search before all that might be faster was looked at, and a blank line.
+
+    They come first, so that nobody takes a plan for the best there is.
+    """
+    if not result.num_open:
+        return []
+    why, way_out = {
+        "effort": ("THE EFFORT IS SPENT", "; raise --effort, and --seconds"),
+        "time": ("OUT OF TIME", "; raise --seconds"),
+    }[result.ended]
+    if is_stopped:
+        why, way_out = "STOPPED", ""
+    return [f"{why}: {result.num_open:,} choices that might be faster are left{way_out}", ""]
 
 
 def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
@@ -472,7 +490,9 @@ def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
     other = result.without_vocabulary if splits else result.with_vocabulary
     kind = f"{'without' if splits else 'with'} vocabulary parallelism"
     if other is None:
-        return [f"{kind}: nothing was found that fits"]
+        left = result.num_unseen[not splits]
+        found = f"not searched to the end, {left:,} choices are left" if left else "nothing fits"
+        return [f"{kind}: {found}"]
     compared = _compared(other, first.report.step_seconds)
     return [f"{kind}: {compared}: {other.choice.overrides(config)}"]
 
@@ -636,6 +656,5 @@ def _saved_by_offloading(config: RunConfig, report: PlanReport) -> tuple[float, 
 
 def _write(path: Path | None, record: dict[str, Any]) -> None:
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        write_output(path, json.dumps(record, indent=1) + "\n")
         print(f"written to {path}", flush=True)
