@@ -76,7 +76,7 @@ def main() -> None:
         "--effort": ("N", "with --search: thousand passes that may be placed (3000)"),
         "--seconds": (
             "N",
-            "with --search: limit of its CPU time; one simulation may still end after it (60)",
+            "with --search: limit of its CPU time; one simulation may still end after it (180)",
         ),
         "--json": ("FILE", "write the report there"),
     }
@@ -106,7 +106,7 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         margin=whole_number(options, "--margin", 5, least=0, most=90) / 100,
         effort=1000 * whole_number(options, "--effort", 3000),
     )
-    seconds = whole_number(options, "--seconds", 60)
+    seconds = whole_number(options, "--seconds", 180)
     path = _json_file(options)
     if "--keep" in options:
         print(f"kept: {kept.words or 'nothing, because no setting is typed'}", flush=True)
