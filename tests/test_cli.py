@@ -170,7 +170,7 @@ FLOAT8 = ["model=nano", "run.dtype=bfloat16", "run.linear_dtype=float8"]
         (
             ["model.num_layers=7"],
             4,
-            "model.num_layers=7 does not split over 4 stages; use model.num_layers=4 or 8",
+            "model.num_layers=7 does not split over 4 stages; use parallel.placement=balanced",
         ),
         (
             ["parallel.layers_per_stage=[4,4]"],

@@ -199,7 +199,7 @@ def test_a_model_may_be_chosen_after_all():
         ),
         (
             ["model.num_layers=7"],
-            "model.num_layers=7 does not split over 4 stages; use model.num_layers=4 or 8",
+            "model.num_layers=7 does not split over 4 stages; use parallel.placement=balanced",
         ),
         (
             ["cost.layer_forward_seconds=-1"],
@@ -389,7 +389,7 @@ def test_a_comparison_lists_what_is_not_possible_and_draws_the_rest(vp_simulate,
     assert ["1f1b", "none", "33.00", "s", "27.3%", "0.0%", "4"] in [words[:7] for words in lines]
     assert (
         out.count(
-            "not possible: model.num_layers=4 does not split over 8 stages; use model.num_layers=8"
+            "not possible: model.num_layers=4 does not split over 8 stages; use parallel.placement"
         )
         == 2
     )
