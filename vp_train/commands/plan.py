@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from schedules.generators import GENERATORS
 from schedules.render import duration
 from vp_train.commands.command import Command, output_of, run, whole_number
 from vp_train.commands.searching import Searching
@@ -32,7 +34,11 @@ from vp_train.planning.choice import (
 )
 from vp_train.planning.degrees import split_ranks
 from vp_train.planning.fsdp import best_fsdp, fsdp_words
-from vp_train.planning.placement import nothing_offloaded_words
+from vp_train.planning.placement import (
+    nothing_offloaded_words,
+    offloaded_layers,
+    split_layers,
+)
 from vp_train.planning.plan import SEARCHING
 from vp_train.planning.report import Offloading, PlanReport, make_report
 from vp_train.planning.search import (
@@ -251,7 +257,9 @@ def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
             "schedules, or vp-plan --search"
         )
     if not report.fits:
-        lines += ["", *(f"would help: {words}" for words in remedies(config, report))]
+        helps = remedies(config, report) if report.excess > 0 else []
+        helps += host_remedies(config, report) if report.host_excess > 0 else []
+        lines += ["", *(f"would help: {words}" for words in helps)]
     return lines
 
 
@@ -631,11 +639,77 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     if saved > 0.01 * before:
         found.append((saved, words))
     ordered = [words for _, words in sorted(found, reverse=True)]
+    return [*ordered, _more_gpus_words(config, replicas)]
+
+
+def _more_gpus_words(config: RunConfig, replicas: int) -> str:
     more = " or a smaller parallel.dp" if replicas > 1 else ""
-    return [
-        *ordered,
-        f"more GPUs per replica: cluster.num_nodes above {config.cluster.num_nodes}{more}",
-    ]
+    return f"more GPUs per replica: cluster.num_nodes above {config.cluster.num_nodes}{more}"
+
+
+def host_remedies(config: RunConfig, report: PlanReport) -> list[str]:
+    """Return the changes that save memory of the hosts, the largest saving first, in words.
+
+    Every change is planned on its own.  Bytes are those of a node.  What does not fit on the GPUs
+    then comes last.
+    """
+    found: list[tuple[bool, float, str]] = []
+    for words, changed in _lighter_on_hosts(config, report).items():
+        try:
+            then = make_report(changed)
+        except ConfigError:
+            continue
+        saved = report.host.total - then.host.total
+        if saved < 0.01 * report.host.total:
+            continue
+        words += f": {human_bytes(saved)} less in host memory per node"
+        if then.host_excess > 0:
+            words += ", which is not enough alone"
+        if then.excess > 0:
+            words += f"; but then a GPU {then.memory_words}"
+        found.append((then.excess > 0, -saved, words))
+    return [*(words for *_, words in sorted(found)), _more_gpus_words(config, report.degrees.dp)]
+
+
+def _lighter_on_hosts(config: RunConfig, report: PlanReport) -> dict[str, RunConfig]:
+    """Return the changes that may save memory of the hosts, as they are typed."""
+    parallel, schedule, host = config.parallel, config.schedule, report.host
+    changes: dict[str, RunConfig] = {}
+    if host.optimizer:
+        optim = replace(config.optim, offload=False)
+        changes["optim.offload=false"] = replace(config, optim=optim)
+    if not host.activations or schedule.is_solved or schedule.file is not None:
+        return changes
+    part = _largest_part(config, 1 - report.host_excess / host.activations)
+    fewer = replace(parallel, offload_activations=part)
+    changes[f"parallel.offload_activations={part:g}"] = replace(config, parallel=fewer)
+    for value in RECOMPUTE[1:]:
+        again = replace(parallel, recompute=value, recompute_per_stage=None)
+        changes[f"parallel.recompute={value}"] = replace(config, parallel=again)
+    if schedule.name == "interleaved":
+        line = replace(schedule, name="1f1b", num_chunks=None)
+        words = "schedule=1f1b" + " schedule.num_chunks=null" * (schedule.num_chunks is not None)
+        changes[f"{words}, with fewer microbatches in flight"] = replace(config, schedule=line)
+    return changes
+
+
+def _largest_part(config: RunConfig, fitting: float) -> float:
+    """Return the largest parallel.offload_activations that moves this part of what moves now."""
+    now = config.parallel.offload_activations
+    most = fitting * _moved_layers(config, now)
+    parts = (hundredths / 100 for hundredths in range(math.floor(100 * now), 0, -1))
+    part = next((part for part in parts if _moved_layers(config, part) <= most), 0.0)
+    moved = _moved_layers(config, part)  # many parts round to it; the plainest is their quotient
+    plain = round(moved / config.model.num_layers, 2)
+    return plain if _moved_layers(config, plain) == moved else part
+
+
+def _moved_layers(config: RunConfig, part: float) -> int:
+    """Return how many layers offload activations with parallel.offload_activations=`part`."""
+    family, chunks = GENERATORS[config.schedule.name], config.schedule.num_chunks
+    layout = family.layout_of(config.parallel.pp or 1, chunks)
+    stages = split_layers(config.model, config.parallel, layout)
+    return sum(offloaded_layers(len(layers), part) for layers in stages)
 
 
 def _saved_by_offloading(config: RunConfig, report: PlanReport) -> tuple[float, str]:
