@@ -170,7 +170,7 @@ FLOAT8 = ["model=nano", "run.dtype=bfloat16", "run.linear_dtype=float8"]
         (
             ["model.num_layers=7"],
             4,
-            "model.num_layers=7 does not split over 4 stages; use model.num_layers=4 or 8",
+            "model.num_layers=7 does not split over 4 stages; use parallel.placement=balanced",
         ),
         (
             ["parallel.layers_per_stage=[4,4]"],
@@ -327,7 +327,7 @@ def test_the_launcher_refuses_a_bad_plan_in_one_line_before_any_rank_starts(tmp_
     assert done.returncode == 78
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "use model.num_layers=4 or 8" in done.stderr
+    assert "or model.num_layers=4 or 8" in done.stderr
 
 
 def test_a_rank_under_torchrun_says_it_once():

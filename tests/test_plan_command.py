@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -216,14 +217,53 @@ def test_a_search_without_any_split_says_what_would_work(vp_plan):
     assert "use a batch of 7 or 14 sequences" in err
 
 
-def test_no_result_in_time_is_not_a_mistake_of_the_user(vp_plan, monkeypatch):
+@pytest.fixture
+def slow_cpu(monkeypatch):
+    """Let every look at the CPU time of the process find 100 s more."""
     monkeypatch.setattr(
-        "vp_train.commands.plan.time.monotonic", iter(range(0, 10**6, 100)).__next__
+        "vp_train.commands.plan.time.process_time", iter(range(0, 10**6, 100)).__next__
     )
+
+
+def test_no_result_in_time_is_not_a_mistake_of_the_user(vp_plan, slow_cpu):
     code, out, _ = vp_plan("--search", "--seconds", 1, *NANO, "cluster.memory_gib=0.0035")
     assert code == EXIT_TIME != EXIT_CONFIG
     assert "NOTHING TRIED SO FAR FITS.  Closest: parallel.dp=" in out
     assert "raise --seconds" in out
+
+
+def test_what_ended_a_search_stands_above_its_plans_and_what_was_not_searched_is_said(
+    vp_plan, slow_cpu
+):
+    code, out, _ = vp_plan("--search", "--seconds", 1, *NANO)
+    assert code == EXIT_OK
+    _, ended, *_ = out.split("\n\n")
+    assert re.match(r"OUT OF TIME: [\d,]+ choices that might be faster are left; raise", ended)
+    assert re.search(
+        r"vocabulary parallelism: not searched to the end, [\d,]+ choices are left", out
+    )
+    assert "fits" not in out
+
+
+def test_the_clock_on_the_wall_does_not_end_a_search(vp_plan, monkeypatch):
+    """A machine with other work takes longer for the same search, and must find the same."""
+    monkeypatch.setattr(
+        "vp_train.commands.searching.time.monotonic", iter(range(0, 10**7, 100)).__next__
+    )
+    few = ("--keep", "schedule,parallel.recompute", "schedule=1f1b")
+    code, out, err = vp_plan("--search", "--seconds", 30, *few, *NANO)
+    assert code == EXIT_OK
+    assert "none of the others seems faster" in out
+    assert "OUT OF TIME" not in out
+    assert re.match(r"\d{3,} s: \d s of CPU: 0 of [\d,]+ choices weighed\n", err)
+
+
+@pytest.mark.parametrize("words", [(), ("--search",)])
+@pytest.mark.parametrize("place", ["/proc/x", "."])
+def test_a_file_that_cannot_be_written_is_known_before_the_work(vp_plan, words, place):
+    code, out, err = vp_plan(*words, "--json", place, *NANO)
+    assert (code, out) == (EXIT_CONFIG, "")
+    assert f"--json {place} cannot be written (" in err
 
 
 def test_a_batch_in_tokens(vp_plan):

@@ -199,7 +199,7 @@ def test_a_model_may_be_chosen_after_all():
         ),
         (
             ["model.num_layers=7"],
-            "model.num_layers=7 does not split over 4 stages; use model.num_layers=4 or 8",
+            "model.num_layers=7 does not split over 4 stages; use parallel.placement=balanced",
         ),
         (
             ["cost.layer_forward_seconds=-1"],
@@ -234,12 +234,14 @@ def test_a_bad_value_is_one_line_and_exit_code_78(vp_simulate, arguments, messag
     assert "bubble" not in out
 
 
-def test_a_directory_that_cannot_be_made_is_known_before_the_work(vp_simulate, tmp_path):
+@pytest.mark.parametrize("words", [(), ("--compare", "all"), ("--frontier",)])
+def test_a_directory_that_cannot_be_written_is_known_before_the_work(vp_simulate, tmp_path, words):
     (tmp_path / "file").touch()
-    code, out, err = vp_simulate("--out", tmp_path / "file")
-    assert code == 74
-    assert out == ""
-    assert err == f"vp-simulate: --out {tmp_path / 'file'} is a file; name a directory\n"
+    for place in (tmp_path / "file", "/proc"):
+        code, out, err = vp_simulate("--out", place, *words)
+        assert (code, out) == (78, "")
+        assert err.startswith(f"vp-simulate: --out {place} cannot be written (")
+        assert len(err.splitlines()) == 1
 
 
 def test_out_writes_files_that_can_be_read(vp_simulate, tmp_path):
@@ -387,7 +389,7 @@ def test_a_comparison_lists_what_is_not_possible_and_draws_the_rest(vp_simulate,
     assert ["1f1b", "none", "33.00", "s", "27.3%", "0.0%", "4"] in [words[:7] for words in lines]
     assert (
         out.count(
-            "not possible: model.num_layers=4 does not split over 8 stages; use model.num_layers=8"
+            "not possible: model.num_layers=4 does not split over 8 stages; use parallel.placement"
         )
         == 2
     )

@@ -28,6 +28,7 @@ from vp_train.settings import load_config
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES
 from vp_train.units import human_bytes
 
+GIB = 2.0**30
 LLAMA = [
     *("model=llama3_8b", "cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=12"),
     *("schedule=1f1b", "vocab=one_barrier"),
@@ -239,6 +240,42 @@ def test_more_offloading_is_among_what_would_help():
     saved = report.ranks[report.worst].memory.total - less
     assert f"would help: parallel.offload_activations=1: {human_bytes(saved)} less" in line
     assert not any("offload_activations=1" in line for line in remedies(whole, report))
+
+
+@pytest.mark.parametrize(
+    ("typed", "advised"),
+    [
+        (
+            ["parallel.offload_activations=1", "schedule=interleaved", "num_microbatches=8"],
+            [
+                "parallel.recompute=full",
+                "schedule=1f1b",
+                "parallel.offload_activations=0.5",
+            ],
+        ),
+        (["optim.name=zero1", "optim.offload=true"], ["optim.offload=false"]),
+    ],
+)
+def test_where_hosts_lack_memory_what_is_advised_saves_theirs(typed, advised):
+    """As many bytes as said, and enough unless that is said."""
+    typed = [*LLAMA, *typed]
+    whole = make_report(load_config(typed)).host.total
+    config = load_config([*typed, f"cluster.host_memory_gib={0.7 * whole / GIB}"])
+    report = make_report(config)
+    assert report.excess < 0 < report.host_excess
+    helps = [line for line in plan_lines(config, report) if line.startswith("would help")]
+    assert "more GPUs per replica" in helps.pop()
+    settings = []
+    for line in helps:
+        assert " less in host memory per node" in line
+        words = line.removeprefix("would help: ").partition(":")[0].partition(",")[0]
+        changed = make_report(load_config([*typed, *words.split()]))
+        saved = report.host.total - changed.host.total
+        assert f": {human_bytes(saved)} less" in line
+        assert ("not enough" in line) is (saved < report.host_excess)
+        assert ("but then a GPU needs" in line) is (changed.excess > 0)
+        settings.append(words)
+    assert settings == advised
 
 
 def test_a_wait_for_transfers_counts_once(tmp_path):

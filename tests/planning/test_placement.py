@@ -215,3 +215,26 @@ def test_a_slowness_for_every_rank_or_none(values, balance_rows):
 def test_a_slowness_is_above_zero(values):
     with pytest.raises(ConfigError, match=r"cost.rank_slowness=.*(must be above 0|has no value)"):
         CostConfig(rank_slowness=values)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "pp", "num_chunks", "named"),
+    [
+        (80, 16, 2, "5 or 1"),
+        (80, 4, 3, "2 or 4 or 5"),
+        (24, 4, 4, "3 or 2 or 6"),
+        (5, 5, 2, "1"),
+        (81, 16, 2, None),
+    ],
+)
+def test_chunks_that_divide_come_first_and_another_model_last(num_layers, pp, num_chunks, named):
+    config = config_of(4, 6, 400)
+    model = replace(config.model, num_layers=num_layers)
+    with pytest.raises(ConfigError) as caught:
+        split_layers(model, config.parallel, Layout("loop", pp, num_chunks))
+    ways = str(caught.value).partition("; use ")[2].split(", ")
+    assert ways[-1].startswith("or model.num_layers=")
+    assert ways[-3:-1] == ["parallel.placement=balanced", "parallel.layers_per_stage"]
+    assert ways[:-3] == ([] if named is None else [f"schedule.num_chunks={named}"])
+    for count in [] if named is None else named.split(" or "):
+        split_layers(model, config.parallel, Layout("loop", pp, int(count)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -197,6 +198,35 @@ def test_what_binds_comes_with_its_way_out(report):
     assert summed.binds.endswith("; inside a node; more microbatches, or optim.name=zero1")
     waiting = replace(report, passes=30.0)
     assert waiting.binds.endswith("; more than 8 microbatches, or a smaller pp")
+
+
+@pytest.mark.parametrize(
+    ("layers", "passes", "optimizer", "words"),
+    [
+        ((8.0, 8.0), 10.0, 10.0, "the optimizer on the host: 50% of the step; a larger batch, or "),
+        ((8.0, 1.0), 10.0, 10.0, "the optimizer on the host: 50% of the step"),
+        ((9.0, 1.0), 17.0, 3.0, "its layers: rank 0 computes"),
+        ((11.0, 11.0), 15.0, 5.0, "the optimizer on the host: 25% of the step"),
+        ((11.0, 11.0), 16.0, 4.0, "compute: rank 0"),
+        ((4.0, 4.0), 15.0, 5.0, "filling and draining the pipeline: 45% of the step"),
+    ],
+)
+def test_the_optimizer_binds_where_it_takes_more_than_all_else_but_computation(
+    report, layers, passes, optimizer, words
+):
+    found = replace(
+        report,
+        ranks=tuple(rank_of(layers=seconds) for seconds in layers),
+        passes=passes,
+        gradients=0.0,
+        optimizer=optimizer,
+        host=HostUsage(optimizer=1.0),
+    )
+    assert found.step_seconds == pytest.approx(20)
+    assert found.binds.startswith(words), found.binds
+    if "optimizer" in words:
+        on_device = replace(found, host=HostUsage()).binds
+        assert re.fullmatch(r"the optimizer: \d+% of the step; a larger batch", on_device)
 
 
 @pytest.mark.parametrize("dp", [1, 4])

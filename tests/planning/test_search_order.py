@@ -395,6 +395,24 @@ def test_while_nothing_fits_the_leanest_is_tried_and_then_the_lowest_bound(enter
     assert (found.num_estimated, found.num_planned, found.num_open) == (3, 1, 0)
 
 
+def test_after_32_drafts_and_twice_as_many_again_the_most_promising_is_estimated(enter):
+    """Bounds are loose, so all are drafted before it is known which bound is the lowest."""
+    facts = [Facts(9.0, 9.0, least=0.0)]
+    facts += [Facts(1.0 + n / 1e3, 8.0 - n / 1e2, drafted=8.0 - n / 1e2) for n in range(1, 200)]
+    facts[32].seems_to_fit = False
+    world = World(facts)
+    enter(world)
+    in_time = lambda: world.asked("draft")[-1:] < [70]  # noqa: E731
+    found = run(world, in_time=in_time)
+    assert world.asked("draft") == list(range(71))
+    order = [(what, number) for what, number in world.log if what != "weigh"]
+    assert order.index(("short", 31)) == order.index(("draft", 32)) + 1
+    assert order.index(("short", 64)) == order.index(("draft", 64)) + 1
+    assert world.asked("short") == [0, 31, 64]
+    assert numbers(world, found.best) == [64]
+    assert (found.ended, found.num_unseen) == ("time", {True: 197})
+
+
 def test_what_is_alike_is_expected_to_exceed_its_bounds_by_nearly_the_least_factor(enter):
     """97 % of the least that was seen of its kind, and never less than 1."""
     facts = [

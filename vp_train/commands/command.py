@@ -7,7 +7,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -236,19 +237,41 @@ def output_of(option: str, word: str) -> Path:
     Raises ConfigError if no file can be written there, before work is done for it.
     """
     path = path_of(word)
+    with _writable(option, path, "give a file in a directory where you may write"):
+        _try_to_write(path)
+    return path
+
+
+def output_directory_of(option: str, word: str) -> Path:
+    """Return the directory that an option names, with ~ expanded; it is made if it is not there.
+
+    Raises ConfigError if no file can be written there, before work is done for it.
+    """
+    path = path_of(word)
+    with _writable(option, path, "give a directory where you may write"):
+        _try_to_write(path / f".{os.getpid()}")
+    return path
+
+
+@contextmanager
+def _writable(option: str, path: Path, way_out: str) -> Iterator[None]:
+    """Raise ConfigError, which names the way out, for an OSError inside."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not os.path.lexists(path)
-        with path.open("ab"):
-            pass
-        if is_new:
-            path.unlink()
+        yield
     except OSError as error:
         raise ConfigError(
-            f"{option} {path} cannot be written ({error.strerror}); give a file in a directory "
-            "where you may write"
+            f"{option} {path} cannot be written ({error.strerror}); {way_out}"
         ) from None
-    return path
+
+
+def _try_to_write(path: Path) -> None:
+    """Open a file for writing without changing it; remove it if it is new.  Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not os.path.lexists(path)
+    with path.open("ab"):
+        pass
+    if is_new:
+        path.unlink()
 
 
 def _help(command: Command, config: RunConfig) -> str:

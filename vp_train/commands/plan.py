@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from schedules.generators import GENERATORS
 from schedules.render import duration
-from vp_train.commands.command import Command, run, whole_number
+from vp_train.commands.command import Command, output_of, run, whole_number
 from vp_train.commands.searching import Searching
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
+from vp_train.durable import write_output
 from vp_train.failures import EXIT_CONFIG, EXIT_TIME
 from vp_train.model import shape
 from vp_train.planning.choice import (
@@ -31,7 +34,11 @@ from vp_train.planning.choice import (
 )
 from vp_train.planning.degrees import split_ranks
 from vp_train.planning.fsdp import best_fsdp, fsdp_words
-from vp_train.planning.placement import nothing_offloaded_words
+from vp_train.planning.placement import (
+    nothing_offloaded_words,
+    offloaded_layers,
+    split_layers,
+)
 from vp_train.planning.plan import SEARCHING
 from vp_train.planning.report import Offloading, PlanReport, make_report
 from vp_train.planning.search import (
@@ -73,7 +80,10 @@ def main() -> None:
         ),
         "--margin": ("PERCENT", "with --search: part of the memory that stays free (5)"),
         "--effort": ("N", "with --search: thousand passes that may be placed (3000)"),
-        "--seconds": ("N", "with --search: time limit; one simulation may still end after it (60)"),
+        "--seconds": (
+            "N",
+            "with --search: limit of its CPU time; one simulation may still end after it (180)",
+        ),
         "--json": ("FILE", "write the report there"),
     }
     run(
@@ -88,14 +98,11 @@ def main() -> None:
 
 
 def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
-    path = Path(options["--json"]).expanduser() if "--json" in options else None
-    if path is not None and path.is_dir():
-        raise ConfigError(f"--json {path} is a directory; name a file")
     if "--search" not in options:
         for name in ("--top", "--tokens", "--keep", "--margin", "--effort", "--seconds"):
             if name in options:
                 raise ConfigError(f"{name} belongs to --search; add that, or drop {name}")
-        return show_plan(config, path)
+        return show_plan(config, _json_file(options))
     kept = kept_of(config, overrides, options.get("--keep"))
     if "--tokens" in options:
         tokens = whole_number(options, "--tokens", 4_194_304, most=_MOST_TOKENS)
@@ -105,7 +112,8 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         margin=whole_number(options, "--margin", 5, least=0, most=90) / 100,
         effort=1000 * whole_number(options, "--effort", 3000),
     )
-    seconds = whole_number(options, "--seconds", 60)
+    seconds = whole_number(options, "--seconds", 180)
+    path = _json_file(options)
     if "--keep" in options:
         print(f"kept: {kept.words or 'nothing, because no setting is typed'}", flush=True)
     searched = [word for word in searched_words(overrides) if not kept.has_word(word)]
@@ -113,6 +121,11 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         hint = "" if "--keep" in options else "; --keep typed keeps them"
         print(f"searched although typed: {', '.join(searched)}{hint}", flush=True)
     return show_search(config, limits, seconds, path, kept)
+
+
+def _json_file(options: Mapping[str, str]) -> Path | None:
+    """Return the file for the report, if there is one.  Raises ConfigError before any work."""
+    return output_of("--json", options["--json"]) if "--json" in options else None
 
 
 def kept_of(config: RunConfig, overrides: Sequence[str], names: str | None) -> Kept:
@@ -149,13 +162,17 @@ def show_search(
     Ctrl-C ends it with the best so far.  Returns the exit code.
     """
     print(f"{_model_words(config)}\n{_cluster_words(config)}\n", flush=True)
-    until = time.monotonic() + seconds
+    # CPU time, not the clock on the wall: other processes on the machine must not end a search.
+    started = time.process_time()
     with Searching() as searching:
 
         def in_time() -> bool:
-            return time.monotonic() < until and not searching.is_stopped
+            return time.process_time() - started < seconds and not searching.is_stopped
 
-        result = search(config, limits, in_time, searching.show, space_of(config, kept))
+        def show(words: str) -> None:
+            searching.show(f"{time.process_time() - started:.0f} s of CPU: {words}")
+
+        result = search(config, limits, in_time, show, space_of(config, kept))
     lines = search_lines(config, limits, result, is_stopped=searching.is_stopped)
     print("\n".join(lines), flush=True)
     _write(path, search_record(config, result))
@@ -240,7 +257,9 @@ def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
             "schedules, or vp-plan --search"
         )
     if not report.fits:
-        lines += ["", *(f"would help: {words}" for words in remedies(config, report))]
+        helps = remedies(config, report) if report.excess > 0 else []
+        helps += host_remedies(config, report) if report.host_excess > 0 else []
+        lines += ["", *(f"would help: {words}" for words in helps)]
     return lines
 
 
@@ -430,7 +449,7 @@ def search_lines(
     config: RunConfig, limits: Limits, result: Result, *, is_stopped: bool = False
 ) -> list[str]:
     """Return the best plans in lines, and why others are not among them."""
-    lines = []
+    lines = _unfinished_lines(result, is_stopped=is_stopped)
     if result.best:
         first = result.best[0]
         lines += [*_best_table(result.best), ""]
@@ -446,21 +465,28 @@ def search_lines(
         f"{result.num_choices:,} choices, {excluded:,} ruled out, "
         f"{result.num_estimated:,} simulated, {result.num_planned} planned"
     )
-    if result.num_open:
-        why, way_out = {
-            "effort": ("the effort is spent", "; raise --effort, and --seconds"),
-            "time": ("out of time", "; raise --seconds, or the same command may find other plans"),
-        }[result.ended]
-        if is_stopped:
-            why, way_out = "stopped", ""
-        left = f"{result.num_open:,} that might be faster are left"
-        lines.append(f"{counted}; {why}: {left}{way_out}")
-    else:
-        lines.append(f"{counted}; none of the others seems faster" if result.best else counted)
+    is_whole = result.best and not result.num_open
+    lines.append(f"{counted}; none of the others seems faster" if is_whole else counted)
     lines += _excluded_lines(result)
     if not result.best:
         lines += _misses(config, limits, result)
     return lines
+
+
+def _unfinished_lines(result: Result, *, is_stopped: bool) -> list[str]:
+    """Return what ended a search before all that might be faster was looked at, and a blank line.
+
+    They come first, so that nobody takes a plan for the best there is.
+    """
+    if not result.num_open:
+        return []
+    why, way_out = {
+        "effort": ("THE EFFORT IS SPENT", "; raise --effort, and --seconds"),
+        "time": ("OUT OF TIME", "; raise --seconds"),
+    }[result.ended]
+    if is_stopped:
+        why, way_out = "STOPPED", ""
+    return [f"{why}: {result.num_open:,} choices that might be faster are left{way_out}", ""]
 
 
 def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
@@ -472,7 +498,9 @@ def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
     other = result.without_vocabulary if splits else result.with_vocabulary
     kind = f"{'without' if splits else 'with'} vocabulary parallelism"
     if other is None:
-        return [f"{kind}: nothing was found that fits"]
+        left = result.num_unseen[not splits]
+        found = f"not searched to the end, {left:,} choices are left" if left else "nothing fits"
+        return [f"{kind}: {found}"]
     compared = _compared(other, first.report.step_seconds)
     return [f"{kind}: {compared}: {other.choice.overrides(config)}"]
 
@@ -611,11 +639,77 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     if saved > 0.01 * before:
         found.append((saved, words))
     ordered = [words for _, words in sorted(found, reverse=True)]
+    return [*ordered, _more_gpus_words(config, replicas)]
+
+
+def _more_gpus_words(config: RunConfig, replicas: int) -> str:
     more = " or a smaller parallel.dp" if replicas > 1 else ""
-    return [
-        *ordered,
-        f"more GPUs per replica: cluster.num_nodes above {config.cluster.num_nodes}{more}",
-    ]
+    return f"more GPUs per replica: cluster.num_nodes above {config.cluster.num_nodes}{more}"
+
+
+def host_remedies(config: RunConfig, report: PlanReport) -> list[str]:
+    """Return the changes that save memory of the hosts, the largest saving first, in words.
+
+    Every change is planned on its own.  Bytes are those of a node.  What does not fit on the GPUs
+    then comes last.
+    """
+    found: list[tuple[bool, float, str]] = []
+    for words, changed in _lighter_on_hosts(config, report).items():
+        try:
+            then = make_report(changed)
+        except ConfigError:
+            continue
+        saved = report.host.total - then.host.total
+        if saved < 0.01 * report.host.total:
+            continue
+        words += f": {human_bytes(saved)} less in host memory per node"
+        if then.host_excess > 0:
+            words += ", which is not enough alone"
+        if then.excess > 0:
+            words += f"; but then a GPU {then.memory_words}"
+        found.append((then.excess > 0, -saved, words))
+    return [*(words for *_, words in sorted(found)), _more_gpus_words(config, report.degrees.dp)]
+
+
+def _lighter_on_hosts(config: RunConfig, report: PlanReport) -> dict[str, RunConfig]:
+    """Return the changes that may save memory of the hosts, as they are typed."""
+    parallel, schedule, host = config.parallel, config.schedule, report.host
+    changes: dict[str, RunConfig] = {}
+    if host.optimizer:
+        optim = replace(config.optim, offload=False)
+        changes["optim.offload=false"] = replace(config, optim=optim)
+    if not host.activations or schedule.is_solved or schedule.file is not None:
+        return changes
+    part = _largest_part(config, 1 - report.host_excess / host.activations)
+    fewer = replace(parallel, offload_activations=part)
+    changes[f"parallel.offload_activations={part:g}"] = replace(config, parallel=fewer)
+    for value in RECOMPUTE[1:]:
+        again = replace(parallel, recompute=value, recompute_per_stage=None)
+        changes[f"parallel.recompute={value}"] = replace(config, parallel=again)
+    if schedule.name == "interleaved":
+        line = replace(schedule, name="1f1b", num_chunks=None)
+        words = "schedule=1f1b" + " schedule.num_chunks=null" * (schedule.num_chunks is not None)
+        changes[f"{words}, with fewer microbatches in flight"] = replace(config, schedule=line)
+    return changes
+
+
+def _largest_part(config: RunConfig, fitting: float) -> float:
+    """Return the largest parallel.offload_activations that moves this part of what moves now."""
+    now = config.parallel.offload_activations
+    most = fitting * _moved_layers(config, now)
+    parts = (hundredths / 100 for hundredths in range(math.floor(100 * now), 0, -1))
+    part = next((part for part in parts if _moved_layers(config, part) <= most), 0.0)
+    moved = _moved_layers(config, part)  # many parts round to it; the plainest is their quotient
+    plain = round(moved / config.model.num_layers, 2)
+    return plain if _moved_layers(config, plain) == moved else part
+
+
+def _moved_layers(config: RunConfig, part: float) -> int:
+    """Return how many layers offload activations with parallel.offload_activations=`part`."""
+    family, chunks = GENERATORS[config.schedule.name], config.schedule.num_chunks
+    layout = family.layout_of(config.parallel.pp or 1, chunks)
+    stages = split_layers(config.model, config.parallel, layout)
+    return sum(offloaded_layers(len(layers), part) for layers in stages)
 
 
 def _saved_by_offloading(config: RunConfig, report: PlanReport) -> tuple[float, str]:
@@ -636,6 +730,5 @@ def _saved_by_offloading(config: RunConfig, report: PlanReport) -> tuple[float, 
 
 def _write(path: Path | None, record: dict[str, Any]) -> None:
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        write_output(path, json.dumps(record, indent=1) + "\n")
         print(f"written to {path}", flush=True)

@@ -26,7 +26,7 @@ from schedules.simulate import simulate_order
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End, searched_algorithms
 from vp_train.commands import disturbed
-from vp_train.commands.command import Command, run, typed
+from vp_train.commands.command import Command, output_directory_of, run, typed
 from vp_train.commands.disturbed import Draws
 from vp_train.commands.frontier import curves, write
 from vp_train.commands.plot import Mark, comparison_png, schedule_png
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
-    directory = Path(options["--out"]).expanduser() if "--out" in options else None
+    directory = output_directory_of("--out", options["--out"]) if "--out" in options else None
     draws = Draws.of(options)
     compares = "--compare" in options or "--frontier" in options or draws is not None
     if "--vocab" in options and not compares:
@@ -133,7 +133,6 @@ def show(
     With a `runtime` the step's program is replayed too.  Returns the exit code.  Raises
     ConfigError.
     """
-    _make(directory)
     name = config.schedule.file or config.schedule.name
     heading = f"{name} with {config.vocab.algorithm}, {headline(config)}\n"
     if config.schedule.is_solved:  # it takes long, so say first what is searched for
@@ -220,7 +219,6 @@ def compare(
         if schedules is None and vocabs is None
         else _names("--vocab", vocabs or config.vocab.algorithm, tuple(VOCAB_ALGORITHMS))
     )
-    _make(directory)
     widths = _widths(names, algorithms, is_solved=schedules is None and config.schedule.is_solved)
     head = table_head(widths, runtime)
     if draws is not None:
@@ -280,7 +278,6 @@ def draw_frontier(
     names = _names("--compare", schedules or ",".join(searched_schedules()), tuple(GENERATORS))
     searched = ",".join(searched_algorithms())
     algorithms = _names("--vocab", vocabs or searched, tuple(VOCAB_ALGORITHMS))
-    _make(directory)
     print(f"{headline(config)}\n", flush=True)
     started = time.perf_counter()
     with Searching() as searching:
@@ -316,17 +313,6 @@ def _marks(outcomes: Sequence[Outcome]) -> list[Mark]:
         Mark(item.schedule, item.vocab, item.timeline.mean_bubble, max(item.timeline.peak_bytes))
         for item in outcomes
     ]
-
-
-def _make(directory: Path | None) -> None:
-    """Make the output directory; call it before the work, so that an error comes at once."""
-    if directory is not None:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise FileExistsError(f"--out {directory} is a file; name a directory") from None
-        except FileNotFoundError:  # of a file system such as /proc
-            raise ConfigError(f"--out {directory} cannot be made; name another place") from None
 
 
 def _runtime_called(name: str, device: str) -> Runtime:

@@ -294,10 +294,11 @@ def _stage_seconds(
         Kind.I: slower * input_grad + exposed[Kind.I],
         Kind.W: slower * weight_grad,
     }
-    again = [
-        slower * recomputed_seconds(work, cost, kind) + exchanged_again(work, cost, kind)
-        for kind in recompute
-    ]
+    of_kind = {
+        kind: slower * recomputed_seconds(work, cost, kind) + exchanged_again(work, cost, kind)
+        for kind in set(recompute)
+    }
+    again = [of_kind[kind] for kind in recompute]
     return {
         kind: tuple(
             len(stage) * (seconds + (more if kind in (Kind.B, Kind.I) else 0.0))

@@ -38,17 +38,32 @@ def split_layers(model: ModelConfig, parallel: ParallelConfig, layout: Layout) -
     elif parallel.placement == "balanced":
         counts = balance(model.num_layers, layout)
     elif model.num_layers % num_stages:
-        lower_count = model.num_layers // num_stages * num_stages
-        choices = " or ".join(str(n) for n in (lower_count, lower_count + num_stages) if n)
         raise ConfigError(
             f"model.num_layers={model.num_layers} does not split over {num_stages} stages; "
-            f"use model.num_layers={choices}, parallel.placement=balanced, "
-            "or set parallel.layers_per_stage"
+            f"use {', '.join(_ways_to_split(model.num_layers, layout))}"
         )
     else:
         counts = (model.num_layers // num_stages,) * num_stages
     starts = [sum(counts[:stage]) for stage in range(num_stages)]
     return tuple(range(start, start + count) for start, count in zip(starts, counts, strict=True))
+
+
+def _ways_to_split(num_layers: int, layout: Layout) -> list[str]:
+    """Return what makes stages equal or does without that; another model comes last."""
+    ways, per_rank = [], num_layers // layout.num_ranks
+    if layout.name == "loop" and num_layers % layout.num_ranks == 0:
+        counts = [count for count in range(1, per_rank + 1) if per_rank % count == 0]
+        counts.sort(key=lambda count: (count == 1, abs(count - layout.num_chunks)))
+        ways.append(f"schedule.num_chunks={' or '.join(map(str, counts[:3]))}")
+    num_stages = layout.num_stages
+    lower = num_layers // num_stages * num_stages
+    sizes = " or ".join(str(size) for size in (lower, lower + num_stages) if size)
+    return [
+        *ways,
+        "parallel.placement=balanced",
+        "parallel.layers_per_stage",
+        f"or model.num_layers={sizes}",
+    ]
 
 
 def offloaded_layers(num_layers: int, part: float) -> int:

@@ -51,9 +51,7 @@ from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
 from vp_train.vocab.shard import Shard, split_rows
 
-SEARCHING = (
-    "schedule=auto: searching for the fastest schedule, ten seconds for 8 ranks and 64 microbatches"
-)
+SEARCHING = "schedule=auto: searching for the fastest schedule"
 SEQUENCE_DEVICES = ("cuda",)
 _LARGEST_SCHEDULE = 1 << 24  # bytes; a pass takes about 7
 _MOST_LINES = 1_100  # of a schedule; parallel.pp is at most 1,024
@@ -519,9 +517,7 @@ def _solved(config: RunConfig, num_ranks: int, watch: Watch | None) -> StepPlan:
                 f"{human_bytes(error.cap)}"
             ) from None
         if settings.cap_gib is not None or settings.cap_microbatches is not None:
-            raise ConfigError(
-                _cap_message(error, caps[0], settings.cap_gib is not None, cost, num_ranks)
-            ) from None
+            raise ConfigError(_cap_words(error, config, cost.microbatch_bytes(num_ranks))) from None
         # Nobody asked for this cap.  Use the lowest peak that the search reached instead.
         caps = (error.reached,) * num_ranks
         solution = solve(options, caps, watch)
@@ -544,14 +540,27 @@ def _cap_bytes(settings: ScheduleConfig, cost: CostModel, num_ranks: int) -> flo
     return (num_ranks + 1) * cost.microbatch_bytes(num_ranks) + 2 * max(cost.shard_bytes)
 
 
-def _cap_message(error: CapError, cap: float, in_gib: bool, cost: CostModel, num_ranks: int) -> str:
-    unit, word = (2**30, "GiB") if in_gib else (cost.microbatch_bytes(num_ranks), "microbatches")
-    setting = "schedule.cap_gib" if in_gib else "schedule.cap_microbatches"
-    enough = math.ceil(error.reached / unit * 100) / 100
+def _cap_words(error: CapError, config: RunConfig, unit: float) -> str:
+    """Return why a cap is too low, and the least cap that works, in words.
+
+    unit: the bytes that the layers of a microbatch keep on a rank, on average.
+    """
+    setting, word, other = "schedule.cap_microbatches", "times the layers of a microbatch", ""
+    if config.schedule.cap_gib is not None:
+        setting, word, unit = "schedule.cap_gib", "GiB", 2**30
+        other = ", or use a smaller micro_batch_size" * (config.micro_batch_size > 1)
+    reached = f"{error.reached / unit:.4g} {word} on rank {error.rank}"
+    why = f"a single microbatch keeps {reached}, and no schedule less"
+    if error.reached > error.alone * (1 + 1e-9):
+        alone = f"{error.alone / unit:.4g}"
+        why = f"the best schedule found keeps {reached}, and a single microbatch {alone}"
     return (
-        f"{setting}={cap / unit:.4g} is too low: the best schedule found keeps "
-        f"{error.reached / unit:.4g} {word} on rank {error.rank}.  "
-        f"One microbatch alone keeps {error.alone / unit:.4g}; "
-        f"without a bubble the average would be {error.steady / unit:.4g}.  "
-        f"Set {setting} to {enough} or more, or use a smaller micro_batch_size"
+        f"{setting}={error.cap / unit:.4g} is too low: {why}.  "
+        f"Set {setting} to {_rounded_up(error.reached / unit)} or more{other}"
     )
+
+
+def _rounded_up(value: float) -> str:
+    """Return the least number of four digits that is not below `value`, which is positive."""
+    digits = 3 - math.floor(math.log10(value))
+    return f"{math.ceil(value * 10.0**digits) / 10.0**digits:.{max(0, digits)}f}"

@@ -206,7 +206,9 @@ class PlanReport:
             words = self.host.excess_words(self.cluster.host_memory_gib * _GIB)
             return f"host memory: {words}"
         mean = sum(other.busy for other in self.ranks) / len(self.ranks)
-        if rank.busy > 1.1 * mean:
+        after = ("tensor-parallel sums", "gradient sum", "waiting", "optimizer")
+        rest = max(rank.busy - mean, *(parts[name] for name in after))
+        if rank.busy > 1.1 * mean and parts["optimizer"] < rest:
             share = sum(other.vocabulary for other in self.ranks) / len(self.ranks)
             what = (
                 "its part of the vocabulary"
@@ -215,11 +217,13 @@ class PlanReport:
             )
             factor = f"{rank.busy / mean:.2f} times"
             return f"{what}: rank {self.busiest} computes {factor} as long as the average rank"
-        for name in ("tensor-parallel sums", "gradient sum", "waiting"):
+        # What takes a fifth: the optimizer if it takes most, else communication before waiting.
+        for name in sorted(after, key=lambda name: name != "optimizer" or parts[name] < rest):
             if parts[name] > 0.2 * step:
-                words = {"waiting": "filling and draining the pipeline"}.get(
-                    name, f"communication, {name}"
-                )
+                words = {
+                    "waiting": "filling and draining the pipeline",
+                    "optimizer": f"the optimizer{' on the host' * (self.host.optimizer > 0)}",
+                }.get(name, f"communication, {name}")
                 return f"{words}: {parts[name] / step:.0%} of the step; {self._advice(name)}"
         return f"compute: rank {self.busiest} is busy for {rank.busy / step:.0%} of the step"
 
@@ -238,6 +242,9 @@ class PlanReport:
         match part:
             case "waiting":
                 return f"more than {self.work.num_microbatches} microbatches, or a smaller pp"
+            case "optimizer":
+                without = ", or optim.offload=false where that fits"
+                return f"a larger batch{without * (self.host.optimizer > 0)}"
             case "gradient sum":
                 return f"{links.data.where}; more microbatches, or optim.name=zero1"
             case _:

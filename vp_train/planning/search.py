@@ -58,6 +58,8 @@ _GIB = 2**30
 _SHORT_EFFORT = 12_000
 # Nodes that can be placed while a choice is weighed, and while it is drafted, per stage.
 _WEIGH_NODES, _DRAFT_NODES = 4, 12
+# Drafts without an estimate after which the most promising of them is estimated, see `_estimate`.
+_FIRST_DRAFTS = 32
 _DEAR = 0.1  # part of the effort that one estimate may take before others had their turn
 _FOR_ESTIMATES = 0.6  # part of the effort; the rest is for whole plans
 # A whole step may take so much less than its estimate.
@@ -153,6 +155,8 @@ class Result:
     num_choices: all choices, those that are ruled out included.
     num_estimated, num_planned: the choices that a short step was simulated for, or the whole one.
     num_open: those that might be faster than the last of `best` but were not looked at.
+    num_unseen: those with (True) and without vocabulary parallelism that were not simulated and
+        may fit.
     ended: what ended the search before that: `effort`, `time`, or nothing.
     kept: the settings that were not searched.
     """
@@ -168,6 +172,7 @@ class Result:
     num_estimated: int
     num_planned: int
     num_open: int
+    num_unseen: Counter[bool]
     ended: str
     kept: Kept
 
@@ -206,13 +211,16 @@ class _Search:
         self._cluster, self._limits, self._space = config.cluster, limits, space
         self._in_time, self._progress = in_time, progress
         self._scales = Scales(config, limit_of(config, limits.margin), space.optimizers)
-        self._spent = self._num_estimated = self._num_same = self._unweighed = 0
+        self._spent = self._num_estimated = self._num_same = 0
         self._num_offloaded, self._num_layers = 0, config.model.num_layers
+        self._next_drafts = _FIRST_DRAFTS
         self._is_on_gpus = config.run.device == "cuda"
         # Heaps of what is left: by the lower bound of the step, and by the least bytes.
         self._by_bound: list[tuple[float, int]] = []
         self._by_bytes: list[tuple[float, int]] = []
         self._doubtful: list[int] = []
+        self._unweighed: list[int] = []
+        self._drafted: list[int] = []
         self._passed_over: list[int] = []  # which the best of that time were faster than
         # By number of the choice: the lower bound of its step, and what was drafted.
         self._bounds: dict[int, float] = {}
@@ -247,7 +255,8 @@ class _Search:
             for estimate in self._estimates
             if estimate.candidate.choice not in self._planned
         ]
-        num_open = self._unweighed + sum(self._key(number) < last for number in left - self._done)
+        left -= self._done
+        num_open = len(self._unweighed) + sum(self._key(number) < last for number in left)
         num_open += sum(estimate.seconds * (1 - _SLACK) < last for estimate in unplanned)
         refused = sorted(self._refused, key=lambda refusal: refusal.bound)
         return Result(
@@ -265,6 +274,10 @@ class _Search:
             num_estimated=self._num_estimated,
             num_planned=len(self._planned),
             num_open=num_open,
+            num_unseen=Counter(
+                self._space.choices[number].splits_vocabulary
+                for number in (*left, *self._unweighed)
+            ),
             ended=self._ended if num_open else "",
             kept=self._space.kept,
         )
@@ -283,7 +296,7 @@ class _Search:
             if place % 128 == 0:
                 self._progress(f"{place:,} of {len(numbers):,} choices weighed")
                 if self._by_bound and not self._in_time():
-                    self._unweighed = len(numbers) - place
+                    self._unweighed = numbers[place:]
                     break
             try:
                 weight = self._scales.weigh(choices[number])
@@ -345,14 +358,17 @@ class _Search:
     def _estimate(self) -> None:
         """Estimate choices until none left could be among the best, or the effort is spent.
 
-        What seems not to fit comes last, and what takes a large part of the effort.
+        What seems not to fit comes last, and what takes a large part of the effort.  It may take
+        thousands of drafts, which tighten the bounds, to know the choice with the lowest bound.  So
+        after 32, 64, 128 ... drafts the lowest of those is estimated: a search that ends early has
+        then seen more than the leanest choice.
         """
         # Plans may be slower than their estimates were, or not fit.
         for passed in self._passed_over:
             heapq.heappush(self._by_bound, (self._key(passed), passed))
         self._passed_over = []
         while self._goes_on():
-            number = self._lowest() if self._estimates else self._leanest()
+            number = self._next()
             if number is None:
                 if not self._doubtful:
                     return
@@ -366,9 +382,10 @@ class _Search:
                     self._bounds[number] = item.seconds
                     if self._estimates:
                         heapq.heappush(self._by_bound, (self._key(number), number))
+                        self._drafted.append(number)
+                        self._progress(f"{len(self._drafted):,} looked at, {self._words()}")
                         continue
-                is_dear = placed_by_short(item.draft.problem) > _DEAR * self._limits.effort
-                if (is_dear or not item.seems_to_fit) and not self._looks_at_all:
+                if self._is_doubtful(item):
                     self._doubtful.append(number)
                     continue
                 self._done.add(number)
@@ -420,6 +437,28 @@ class _Search:
         """Return the seconds of an estimate, as planned if it was."""
         planned = self._planned.get(estimate.candidate.choice)
         return estimate.seconds if planned is None else planned.report.step_seconds
+
+    def _next(self) -> int | None:
+        """Take the choice to look at next, None if no other could be among the best."""
+        if not self._estimates:
+            return self._leanest()
+        if len(self._drafted) >= self._next_drafts:
+            self._next_drafts *= 2
+            seen = self._done.union(self._doubtful, self._passed_over)
+            waiting = [
+                (self._key(number), number)
+                for number in self._drafted
+                if number not in seen and not self._is_doubtful(self._items[number])
+            ]
+            if waiting:
+                return min(waiting)[1]
+        return self._lowest()
+
+    def _is_doubtful(self, item: Candidate | None) -> bool:
+        """Return whether a draft waits until all others were estimated."""
+        assert item is not None, "it was drafted"
+        is_dear = placed_by_short(item.draft.problem) > _DEAR * self._limits.effort
+        return (is_dear or not item.seems_to_fit) and not self._looks_at_all
 
     def _lowest(self) -> int | None:
         """Take what may be the fastest choice that is left, unless it cannot be among the best."""
