@@ -242,6 +242,18 @@ def test_more_offloading_is_among_what_would_help():
     assert not any("offload_activations=1" in line for line in remedies(whole, report))
 
 
+def test_what_waits_on_the_hosts_is_not_saved_on_the_gpus():
+    """What recomputation saves is the difference of two plans where activations are offloaded."""
+    typed = [*LLAMA, "parallel.offload_activations=1", "cluster.memory_gib=15"]
+    config = load_config(typed)
+    report = make_report(config)
+    (line,) = (line for line in remedies(config, report) if "recompute=full" in line)
+    again = make_report(load_config([*typed, "parallel.recompute=full"]))
+    saved = report.excess - again.excess
+    assert line == f"parallel.recompute=full: about {human_bytes(saved)} less"
+    assert saved < report.ranks[report.worst].memory.activations
+
+
 @pytest.mark.parametrize(
     ("typed", "advised"),
     [

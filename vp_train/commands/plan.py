@@ -598,13 +598,17 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
 
     Every change is tried on its own.
     """
-    before, replicas = about_bytes(config), split_ranks(config.parallel, config.cluster.num_gpus).dp
+    replicas = split_ranks(config.parallel, config.cluster.num_gpus).dp
+    # What waits in host memory, and so is not saved on the GPU, only a simulation says.
+    offloads = bool(config.parallel.offload_activations) and not config.schedule.is_solved
+    needs = _planned_bytes if offloads else about_bytes
+    before = report.ranks[report.worst].memory.total if offloads else about_bytes(config)
     tried: list[tuple[str, RunConfig]] = []
     if config.optim.name != "zero1" and replicas > 1:
         tried.append(
             ("optim.name=zero1", replace(config, optim=replace(config.optim, name="zero1")))
         )
-    if not config.optim.offload:
+    if not config.optim.offload and report.host_excess <= 0:
         offloaded = replace(config, optim=replace(config.optim, name="zero1", offload=True))
         tried.append(
             ("optim.name=zero1 optim.offload=true, the optimizer in host memory", offloaded)
@@ -630,7 +634,7 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     found = []
     for words, changed in tried:
         try:
-            after = about_bytes(changed)
+            after = needs(changed)
         except ConfigError:
             continue
         if before - after > 0.01 * before:
@@ -640,6 +644,12 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
         found.append((saved, words))
     ordered = [words for _, words in sorted(found, reverse=True)]
     return [*ordered, _more_gpus_words(config, replicas)]
+
+
+def _planned_bytes(config: RunConfig) -> float:
+    """Return the bytes that the worst rank needs, from a simulation.  Raises ConfigError."""
+    report = make_report(config)
+    return report.ranks[report.worst].memory.total
 
 
 def _more_gpus_words(config: RunConfig, replicas: int) -> str:
