@@ -60,7 +60,9 @@ class WarmPrograms:
         self.place = place
         self._address = Path(tempfile.mkdtemp())  # a short path, as the address of a socket must be
         listener = _listener(place, self._address)
-        self._server = ready_context().Process(target=_serve_programs, args=(listener,))
+        self._server = ready_context().Process(
+            target=_serve_programs, args=(listener,), daemon=True
+        )
         self._server.start()
         listener.close()
 
@@ -172,8 +174,9 @@ def _serve(listener: socket.socket, parent: int) -> None:
 
 
 def _kill(process: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process, signal.SIGKILL)
+    for kill in (os.kill, os.killpg):  # it may not have become the leader of its group yet
+        with suppress(ProcessLookupError):
+            kill(process, signal.SIGKILL)
 
 
 def _end(job: _Job, selector: selectors.BaseSelector) -> None:

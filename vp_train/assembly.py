@@ -41,7 +41,9 @@ from vp_train.tensors.compiling import (
     failures,
     give_up,
     has_cpp_compiler,
+    is_turned_off,
     reason_of,
+    starts_compile_threads,
     tell,
 )
 from vp_train.tensors.precision import DTYPES, statistics_dtype
@@ -146,8 +148,9 @@ def _warm_up(
 ) -> None:
     """Run what compiles, so that no step does, for which other ranks would wait.
 
-    Gradients and weights stay as they are.  Where compiling fails, run.compile=auto goes on
-    without.  Collective over the tensor-parallel ranks.  Raises ConfigError if run.compile is on.
+    Gradients and weights stay as they are.  Where torch cannot compile, run.compile=auto goes on
+    without.  Collective over the tensor-parallel ranks.  Raises ConfigError where it cannot, if
+    run.compile is on or there are tensor-parallel ranks.
     """
     try:
         for stage in weights.stages.values():
@@ -156,9 +159,11 @@ def _warm_up(
             if modules.output_layer is not None:
                 modules.output_layer.warm_up(config.micro_batch_size * config.model.seq_length)
     except failures() as error:
-        if config.run.compile == "on":
-            raise ConfigError(f"run.compile=on: {reason_of(str(error))}") from error
-        tell(reason_of(str(error)))
+        reason = reason_of(str(error))
+        # Tensor-parallel ranks must not differ: copies of a norm would drift apart.
+        if config.run.compile == "on" or config.parallel.tp > 1:
+            raise ConfigError(f"{reason}; run.compile=off does without compiling") from error
+        tell(reason)
         give_up()
 
 
@@ -167,10 +172,12 @@ def compile_layers(config: RunConfig) -> None:
 
     It does so once, in one process, for all stages, and starts no thread.  Nothing happens where
     that is impossible: with tensor-parallel ranks, whose groups do not exist yet, or with several
-    threads of OpenMP.  A rank compiles again what failed here, and says why.
+    threads of OpenMP or of torch's compiler.  A rank compiles again what failed here, and says why.
     """
     fuse, model = fuse_of_layers(config), config.model
-    if fuse is plain or config.parallel.tp > 1 or torch.get_num_threads() > 1:
+    if fuse is plain or config.run.deterministic:  # which torch compiles for anew
+        return
+    if config.parallel.tp > 1 or torch.get_num_threads() > 1 or starts_compile_threads():
         return
     with suppress(Exception), compile_one_first():
         torch.hub.tqdm.monitor_interval = 0  # type: ignore[attr-defined]  # else it starts a thread
@@ -214,7 +221,7 @@ def build_rank(
         alone = mesh.degrees.tp == 1
         with starting(mesh.tensor, config.run), compile_one_first() if alone else nullcontext():
             _warm_up(config, weights, training, evaluating)
-    elif config.run.compile == "auto" and _has_kernels(config.run):
+    elif config.run.compile == "auto" and _has_kernels(config.run) and not is_turned_off():
         tell("there is no C++ compiler")
     return RankModel(
         parameters=weights.parameters,

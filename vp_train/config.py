@@ -1246,8 +1246,8 @@ class RunSettings:
     )
     trace_step: int = setting(
         5,
-        "Step whose passes are timed and written as a trace; if a resumed run has done it, so many "
-        "steps on; 0: none.",
+        "Step whose passes are timed and written as a trace; a resumed run that has done it times "
+        "its own fifth; 0: none.",
         least=0,
     )
     trackers: tuple[str, ...] = setting(

@@ -526,8 +526,9 @@ def _saved_settings(path: Path) -> dict[str, object]:
     }
     # Runs of earlier versions have saved all of them although nobody had chosen them.
     once = {f"cost.{name}": value for name, value in CPU_COSTS.items()}
-    if all(values.get(name) is not None for name in once):
-        values |= {name: None for name, value in once.items() if values[name] == value}
+    costs = {name: values[name] for name in once if name in values}  # some versions had fewer
+    if None not in costs.values():
+        values |= {name: None for name, value in costs.items() if value == once[name]}
     return values
 
 

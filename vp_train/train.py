@@ -133,7 +133,9 @@ def run_rank(
             require_trackers(config.run)
         directory = RunDirectory(config.run) if rank == 0 else None
         if only_preflight or spans_nodes(os.environ):
-            compiles = may_compile(config.run)
+            compiles = may_compile(config.run) and compiling.compiles_on(
+                torch.device(config.run.device)
+            )
             preflight = Preflight(config, plan.schedule.text(), source.contents, compiles=compiles)
             mesh = _connect(config, plan, place, watcher.watch, preflight.compare_nodes)
             preflight.measure_network(mesh.world)
@@ -175,12 +177,12 @@ def run_rank(
 def traced_step(trace_step: int, done: int, steps: int) -> int:
     """Return the step that a run of `steps` times after it has `done` some, 0 for none.
 
-    A resumed run that has done run.trace_step, or would begin with it, times the step that is so
-    many steps on, at most its last one: its first step also warms up.
+    A resumed run that has done run.trace_step, or would begin with it, times its own fifth step, or
+    its last one: its first step also warms up.
     """
     if not trace_step or not done or trace_step > done + 1:
         return trace_step
-    return min(done + trace_step, steps)
+    return min(done + 5, steps)
 
 
 def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Reporter:

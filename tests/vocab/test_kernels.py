@@ -182,7 +182,7 @@ def test_without_a_compiler_that_works_one_line_names_it_and_torch_computes(monk
         r"a\.cpp:1: error: \?\[1m; mend CXX or TMPDIR\n",
         capsys.readouterr().err,
     )
-    assert torch.equal(precision.widened(matrix, torch.float32), matrix.float())
+    assert torch.equal(precision.widened(matrix, torch.float32, torch.ones(2)), matrix.float())
 
 
 def test_only_matrices_are_taken():

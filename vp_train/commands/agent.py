@@ -128,7 +128,7 @@ def run_job(news: News, job: Job) -> Ending:
             ending = _ending(past, attempt, job)
             is_final = ending.code in _FINAL or bool(_lost(past, attempt)) or _wants_end(past)
             if is_final or attempt == job.num_restarts:
-                return ending
+                return _ending(past, attempt, job, job.way_on)
             attempt += 1
             if news.place.node == 0:
                 say(ending.words)
@@ -211,11 +211,14 @@ def _is_ending(news: News, attempt: int) -> bool:
     return bool(_failures(news, attempt)) or _insisting(news) is not None
 
 
-def _ending(past: News, attempt: int, job: Job) -> Ending:
-    """Return how the ranks of all nodes ended, from the log that `_run_attempt` returns."""
+def _ending(past: News, attempt: int, job: Job, way_on: Callable[[], str] = lambda: "") -> Ending:
+    """Return how the ranks of all nodes ended, from the log that `_run_attempt` returns.
+
+    `way_on` returns the advice where a rank was killed.
+    """
     facts = told(past, "ends", attempt).values()
     ends = sorted((end for fact in facts for end in fact["ends"]), key=lambda end: end["when"])
-    return _cause([_rank_end(**end) for end in ends], _lost(past, attempt), job)
+    return _cause([_rank_end(**end) for end in ends], _lost(past, attempt), job, way_on)
 
 
 def _lost(past: News, attempt: int) -> list[NodeLoss]:
@@ -245,7 +248,12 @@ def _explains(end: RankEnd) -> bool:
     return not end.ending.follows
 
 
-def _cause(ends: Sequence[RankEnd], lost: Sequence[NodeLoss], job: Job) -> Ending:
+def _cause(
+    ends: Sequence[RankEnd],
+    lost: Sequence[NodeLoss],
+    job: Job,
+    way_on: Callable[[], str] = lambda: "",
+) -> Ending:
     """Return how the job ends; a lost node is the cause unless a rank explains the others.
 
     A rank explains nothing where an agent has failed, or has not said how its ranks ended.
@@ -255,7 +263,7 @@ def _cause(ends: Sequence[RankEnd], lost: Sequence[NodeLoss], job: Job) -> Endin
             return loss.ending
     if lost and not any(map(_explains, ends)):
         return lost[0].ending
-    cause = root_cause(ends, job.settings, job.record_of, job.way_on)
+    cause = root_cause(ends, job.settings, job.record_of, way_on)
     if cause.words or cause.code in (EXIT_OK, EXIT_TIME):
         return cause
     first = next(end for end in ends if end.code == cause.code)

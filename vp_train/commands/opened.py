@@ -111,7 +111,10 @@ def run_opened(work: Work, options: argparse.Namespace, arguments: Sequence[str]
 def _open_and_do(work: Work, opening: Opening) -> None:
     """Open the run and do the work, in one process or as a rank that has met the others."""
     from vp_train.inference.opening import opened
+    from vp_train.tensors import compiling
 
+    if not opening.compiles:
+        compiling.turn_off(os.environ)
     is_first = os.environ.get("RANK", "0") == "0"
     run = opened(opening)
     if is_first:

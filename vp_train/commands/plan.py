@@ -717,7 +717,8 @@ def _largest_part(config: RunConfig, fitting: float) -> float:
 def _moved_layers(config: RunConfig, part: float) -> int:
     """Return how many layers offload activations with parallel.offload_activations=`part`."""
     family, chunks = GENERATORS[config.schedule.name], config.schedule.num_chunks
-    layout = family.layout_of(config.parallel.pp or 1, chunks)
+    degrees = split_ranks(config.parallel, config.cluster.num_gpus)
+    layout = family.layout_of(degrees.pp, chunks)
     stages = split_layers(config.model, config.parallel, layout)
     return sum(offloaded_layers(len(layers), part) for layers in stages)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from vp_train.durable import UnreadableError, read_json
 from vp_train.inference.layout import Opening, opening_of
 from vp_train.mesh import Mesh, build_mesh
 from vp_train.planning.plan import make_plan
-from vp_train.tensors.compiling import turn_off
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -74,8 +72,6 @@ def opened(opening: Opening) -> OpenRun:
     float8 on a GPU without it.
     """
     config = opening.config
-    if not opening.compiles:
-        turn_off(os.environ)
     require_float8(config.run)
     plan = make_plan(config, opening.degrees.num_ranks)
     if not dist.is_initialized():

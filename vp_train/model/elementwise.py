@@ -61,7 +61,7 @@ def choose_fuse(setting: str, device: torch.device, dtype: torch.dtype, num_elem
     if not compiles_on(device):
         if setting == "on":
             raise ConfigError(
-                f"run.compile=on needs {missing_for(device)}; install that, or use run.compile=auto"
+                f"run.compile=on needs {missing_for(device)}; provide that, or use run.compile=auto"
             )
         return plain
     pays = on_cuda or (dtype.itemsize == 2 and num_elements >= _PAYS_ON_CPU)

@@ -127,11 +127,20 @@ def turn_off(environment: MutableMapping[str, str]) -> None:
     environment[_OFF] = "1"
 
 
+def is_turned_off() -> bool:
+    """Return whether nothing is to be compiled in this process."""
+    return os.environ.get(_OFF) == "1"
+
+
 def give_up() -> None:
-    """Run plainly from now on what this process was to compile."""
-    turn_off(os.environ)
-    if "torch._dynamo" in sys.modules:  # which has read the environment already
-        torch._dynamo.config.disable = True
+    """Run plainly from now on what torch was to compile; kernels in C++ go on."""
+    torch._dynamo.config.disable = True
+
+
+def starts_compile_threads() -> bool:
+    """Return whether torch's compiler starts threads on a CPU, which do not survive a fork."""
+    prepare_inductor()
+    return os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") != "1"
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -162,7 +171,7 @@ def compiles_on(device: torch.device) -> bool:
 def missing_for(device: torch.device) -> str:
     """Return in words what torch.compile lacks for `device`."""
     there = {
-        f"no {_OFF}=1 in the environment": os.environ.get(_OFF) != "1",
+        f"an environment without {_OFF}": not is_turned_off(),
         "a C++ compiler": _finds_compiler(),
         "the headers of Python": _finds_headers(),
         "triton": device.type != "cuda" or has_triton(),
@@ -180,7 +189,7 @@ def has_compiler() -> bool:
 
 def has_cpp_compiler() -> bool:
     """Return whether C++ can be compiled, and that is not turned off."""
-    return os.environ.get(_OFF) != "1" and _finds_compiler()
+    return not is_turned_off() and _finds_compiler()
 
 
 @cache
