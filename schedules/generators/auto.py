@@ -6,9 +6,10 @@ V-shaped blocks that come close to the caps. They have other steps and turns tha
 and count as V-Min. The starts that are best after a little effort get more. The named schedules
 take part unchanged. So the result is never slower than any of them that fits.
 
-Effort is counted in nodes that are placed, so that every machine finds the same. For long steps of
-many ranks as much as making one named schedule takes seconds. There the search goes on from short
-steps of the named schedules, and makes a whole one only where that may still be faster.
+Effort is counted in nodes that are placed, so that every machine finds the same. In a long step of
+many ranks even a named schedule takes seconds to make. There the search goes on from short steps of
+the named schedules. It makes a whole one only where its short step promises to be faster, so one
+that was not made may be faster than the result.
 
 The blocks are not optimised for the given costs. That is not needed: with a cap of p microbatches
 the refined starts end within 1 % of the lower bound, for equal and for unequal ranks
@@ -195,7 +196,8 @@ def _race(
             continue
         whole += [_Found(refined, entry) for refined in entry.named(watched)]
         starts += [_Found(refined, entry) for refined in entry.starts(watched)]
-    starts += [*drafts, *_searched(drafts, watched)]
+    refinable = [draft for draft in drafts if draft.entry.is_refinable]
+    starts += [*refinable, *_searched(refinable, watched)]
     starts += _steady_starts(starts, watched)
     pool = sorted(starts, key=_quality)
     for survivors, effort in _ROUNDS:
@@ -212,20 +214,24 @@ def _race(
     extended = (start.whole() for start in starts)
     first = next((found for found in extended if found is not None), None)
     whole += [] if first is None else [first]
-    if drafts:  # the most promising named schedule that may be faster takes part as it is
-        draft = min(drafts, key=lambda draft: draft.hope)
-        fastest = min(
-            (f.refined.makespan for f in whole if f.refined.excess == 0), default=math.inf
-        )
-        if not watched.is_stopped and draft.hope < fastest * (1 + _UNREFINED):
-            whole.append(draft.named())
+    fastest = min((f.refined.makespan for f in whole if f.refined.excess == 0), default=math.inf)
+    # Named schedules that may be faster take part as they are. The most promising comes first, and
+    # after one that fits the others must promise to be faster: to make each takes seconds.
+    slack = 1 + _UNREFINED
+    for draft in sorted(drafts, key=lambda draft: draft.hope):
+        if watched.is_stopped or draft.hope >= fastest * slack:
+            break
+        named = draft.named()
+        whole.append(named)
+        if named.refined.excess == 0:
+            fastest, slack = min(fastest, named.refined.makespan), 1.0
     return whole, first is not None or not starts
 
 
 def _searched(drafts: Sequence[_Found], watched: _Watched) -> list[_Found]:
     """Return the most promising short steps of named schedules, refined under the caps.
 
-    Those that exceed a cap by little may be the fastest that can be made to fit. None if one comes
+    Those that exceed a cap by little may be the fastest that can be made to fit. Empty if one comes
     close to the lower bound already.
     """
     if any(found.hope < math.inf and found.is_close for found in drafts):
@@ -285,6 +291,11 @@ class _Entry:
         )
 
     @property
+    def is_refinable(self) -> bool:
+        """Whether orders may change: interlaced is a comparison, with its output layer as it is."""
+        return self.option.name != "interlaced"
+
+    @property
     def is_long(self) -> bool:
         """Whether so much as making a named schedule of the whole step takes long."""
         return self.short != self.option.problem and _nodes(self.network) >= _LONG
@@ -334,8 +345,8 @@ class _Entry:
     def starts(self, watched: _Watched) -> Iterator[Refined]:
         """Yield refined orders of the short step from several starts."""
         option = self.option
-        if option.name == "interlaced":
-            return  # it serves as a comparison; refining would break up its output layer
+        if not self.is_refinable:
+            return
         network = replace(self.network, num_microbatches=self.short.num_microbatches)
         base = base_order(option.name, self.short)
         woven = [
