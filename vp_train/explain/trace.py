@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +264,7 @@ def _rank(record: Any) -> TracedRank:
 def _passes(record: Any, rank: int) -> tuple[Span, ...]:
     """Return the spans of the passes of one rank."""
     found = []
-    for name, start, end in intervals(_mapping(record)):
+    for name, start, end in intervals_of_rank(_mapping(record)):
         item = Pass.parse(name)
         found.append(Span(rank, name, item.kind.value, item.stage, item.microbatch, start, end))
     return tuple(found)
@@ -313,6 +314,15 @@ def intervals(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     if late := next((n for n, a, b in zip(names, starts, ends, strict=True) if a > b), None):
         raise ValueError(f"{shown(late)} ends before it starts")
     return list(zip(names, starts, ends, strict=True))
+
+
+def intervals_of_rank(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Return `intervals` of the passes of a rank, which run one after the other.  Raises as it."""
+    found = intervals(record)
+    for (before, _, end), (name, _, later) in pairwise(found):
+        if later < end:
+            raise ValueError(f"{shown(name)} ends before {shown(before)}, which runs before it")
+    return found
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from schedules.ir import Pass
 from schedules.timeline import Span, Timeline
 from vp_train.durable import UnreadableError, read_json, shown
-from vp_train.explain.trace import LARGEST, intervals
+from vp_train.explain.trace import LARGEST, intervals, intervals_of_rank
 
 _MOST_RANKS = 4_096
 _LARGEST_SECONDS = 1e6
@@ -80,7 +80,7 @@ def _timeline(record: Mapping[str, Any]) -> Timeline:
 
 def _passes(rank: int, row: Mapping[str, Any]) -> list[Span]:
     found = []
-    for name, start, end in intervals(row):
+    for name, start, end in intervals_of_rank(row):
         item = Pass.parse(_name(name))
         found.append(
             Span(rank, str(item), item.kind.value, item.stage, item.microbatch, start, end)
