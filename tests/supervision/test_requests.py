@@ -32,6 +32,16 @@ class Clock:
         return self.now
 
 
+@pytest.fixture(autouse=True)
+def hears_hangups():
+    """Let tests hear SIGHUP also where `nohup` has started them."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def handlers():
     """Restore the handlers of signals after a test."""
