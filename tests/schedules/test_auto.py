@@ -296,7 +296,6 @@ def test_the_named_schedules_take_part_as_they_are(monkeypatch):
     ("p", "m", "names", "cap", "gap"),
     [
         (4, 16, ("zb_v", "v_half", "v_min"), 2.2, 0.0816),
-        (4, 16, ("zb_v", "v_half", "v_min"), 2.6, 0.0602),
         (3, 12, ("1f1b", "zb_h1"), 2.9, 0.0962),
     ],
 )
