@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from schedules.lower import Exchange
+from schedules.problem import Collective
+from schedules.vocab import End, Payload, Transfer
 from tests.meshes import alone
 from vp_train.assembly import RankModel, build_rank
 from vp_train.communication.control import ControlGroup
@@ -27,6 +30,24 @@ def local_mesh(plan: RunPlan, rank: int) -> Mesh:
     groups = Groups((), (), {}, {}, {})
     control = ControlGroup.flat(group)
     return Mesh(plan.degrees, rank, control, control, group, group, groups, ())
+
+
+def exchange(
+    transfer: Transfer, rank: int, *, end: End = End.OUTPUT, continues: Collective | None = None
+) -> Exchange:
+    """Return the exchange of a collective as `rank` starts it; its root is rank 1."""
+    to_root = transfer in (Transfer.REDUCE, Transfer.GATHER)
+    return Exchange(
+        end,
+        transfer,
+        Payload.SUMS,
+        1,
+        0,
+        counted=False,
+        contributes=True,
+        delivers=rank == 1 or not to_root,
+        continues=continues,
+    )
 
 
 class Together:

@@ -292,17 +292,17 @@ class _Entry:
 
     @property
     def is_refinable(self) -> bool:
-        """Whether orders may change: interlaced is a comparison, with its output layer as it is."""
+        """Return whether orders may change; interlaced, a comparison, keeps its output layer."""
         return self.option.name != "interlaced"
 
     @property
     def is_long(self) -> bool:
-        """Whether so much as making a named schedule of the whole step takes long."""
+        """Return whether even a named schedule of the whole step takes long to make."""
         return self.short != self.option.problem and _nodes(self.network) >= _LONG
 
     @property
     def is_large(self) -> bool:
-        """Whether even in the short step a kick or a steady state takes as long as all else."""
+        """Return whether a kick or a steady state takes long even in the short step."""
         return self.refiner.nodes > _LARGE and self.is_long
 
     def draft(self, watched: _Watched) -> _Found:

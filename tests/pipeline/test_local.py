@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from schedules.generators import GENERATORS
-from schedules.lower import Exchange
-from schedules.vocab import VOCAB_ALGORITHMS, End, Payload, Transfer
-from tests.local import run_locally
+from schedules.vocab import VOCAB_ALGORITHMS, Transfer
+from tests.local import exchange, run_locally
 from tests.pipeline.equivalence import config_of
 from tests.pipeline.truth import random_batch
 from tests.schedules.cases import problem
@@ -99,29 +98,18 @@ COUNTS = (2, 0, 3)
 @pytest.mark.parametrize("transfer", Transfer)
 def test_every_collective_delivers_what_its_name_says(transfer):
     board = Switchboard(problem(3, 1, "one_barrier"), CPU, delay_seconds=0.01)
-    to_root = transfer in (Transfer.REDUCE, Transfer.GATHER)
 
     def work(rank):
-        exchange = Exchange(
-            End.OUTPUT,
-            transfer,
-            Payload.SUMS,
-            1,
-            0,
-            counted=False,
-            contributes=True,
-            delivers=rank == 1 or not to_root,
-            continues=None,
-        )
+        item = exchange(transfer, rank)
         rows = {Transfer.GATHER: COUNTS[rank], Transfer.SCATTER: 5 if rank == 1 else 0}.get(
             transfer, 2
         )
         own = torch.arange(rows) + 10.0 * rank
         counts = COUNTS if transfer in (Transfer.GATHER, Transfer.SCATTER) else ()
         pending = board.transport(rank).collective(
-            exchange, lambda: own, counts, watch=lambda pending: pending
+            item, lambda: own, counts, watch=lambda pending: pending
         )
-        return pending.wait().tolist() if exchange.delivers else None
+        return pending.wait().tolist() if item.delivers else None
 
     gathered = [[0.0, 1.0], [10.0, 11.0], [20.0, 21.0]]
     expected = {

@@ -12,9 +12,9 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
-from schedules.lower import Exchange
 from schedules.problem import Collective
-from schedules.vocab import End, Payload, Transfer
+from schedules.vocab import End, Transfer
+from tests.local import exchange
 from tests.schedules.cases import problem
 from vp_train.pipeline import local
 from vp_train.pipeline.aside import Aside
@@ -27,21 +27,6 @@ SUMMED = (Transfer.REDUCE, Transfer.ALL_SUM)
 
 def unwatched(pending):
     return pending
-
-
-def exchange(transfer, rank, *, end=End.OUTPUT, continues=None):
-    to_root = transfer in (Transfer.REDUCE, Transfer.GATHER)
-    return Exchange(
-        end,
-        transfer,
-        Payload.SUMS,
-        1,
-        0,
-        counted=False,
-        contributes=True,
-        delivers=rank == 1 or not to_root,
-        continues=continues,
-    )
 
 
 @pytest.mark.parametrize("transfer", Transfer)
