@@ -24,7 +24,7 @@ from schedules.generators.zero_bubble import zb_h1, zb_v
 from schedules.graph import DeadlockError
 from schedules.ir import Kind, Pass, Schedule
 from schedules.layout import Layout
-from schedules.network import Network
+from schedules.network import Network, Orders
 from schedules.problem import Problem
 from schedules.simulate import in_flight_change, peak_in_flight, sweep
 
@@ -107,11 +107,22 @@ def generate(
     Raises ValueError for a name that is not in GENERATORS, and for a layout that it cannot have,
     and BaseOrderError for a base order with a missing, repeated or misplaced pass or a deadlock.
     """
+    network = Network.of(problem, cost)
+    return network.schedule(name, ordered(name, problem, network, effort=effort)[0])
+
+
+def ordered(
+    name: str, problem: Problem, network: Network, *, effort: int | None = None
+) -> tuple[Orders, float]:
+    """Return the orders of the schedule `name` by the ids of `network`, and their makespan.
+
+    `effort` is that of `generate`, which says what it raises. The makespan is in seconds.
+    """
     if name not in GENERATORS:
         raise ValueError(f"schedule {name!r} is not known; choose one of {', '.join(GENERATORS)}")
     base = base_order(name, problem)
     try:
-        return complete(name, base, problem, cost, effort=effort)
+        return _woven(base, problem, network, effort=effort)
     except DeadlockError as error:
         raise BaseOrderError(name, error) from None
 
@@ -123,30 +134,40 @@ def complete(
     cost: CostModel,
     *,
     keep_order: bool = False,
-    effort: int | None = None,
 ) -> Schedule:
     """Return the schedule `name`: the order `base` with the vocabulary passes of `problem`.
 
     `base` has the stage passes of every rank. If the backward is split, passes may change places.
-    With `keep_order` only W may. `effort` is that of `generate`. Raises DeadlockError if the base
-    order cannot be executed.
+    With `keep_order` only W may. Raises DeadlockError if the base order cannot be executed.
     """
-    effort = _EFFORT if effort is None else effort
     network = Network.of(problem, cost)
+    return network.schedule(name, _woven(base, problem, network, keep_order=keep_order)[0])
+
+
+def _woven(
+    base: BaseOrder,
+    problem: Problem,
+    network: Network,
+    *,
+    keep_order: bool = False,
+    effort: int | None = None,
+) -> tuple[Orders, float]:
+    """Return the best orders found of `base` with the vocabulary passes, and their makespan."""
+    effort = _EFFORT if effort is None else effort
     nodes = network.size * network.num_microbatches
     if keep_order or not problem.split_backward:
         preferences = PREFERENCES[: max(1, effort // nodes)]
-        woven = [weave(base, problem, network, preference) for preference in preferences]
-        return network.schedule(
-            name, min(woven, key=lambda orders: sweep(network, orders).makespan)
-        )
+        woven = (weave(base, problem, network, preference) for preference in preferences)
+        swept = ((orders, sweep(network, orders).makespan) for orders in woven)
+        return min(swept, key=lambda found: found[1])
     counted, caps = _in_flight(network, problem, base)
     starts = [
         weave(base, problem, network, preference)
         for preference in STARTS[: 2 if nodes < effort // 3 else 1]
     ]
     refined = [refine(counted, orders, caps, max(2 * nodes, effort // 2)) for orders in starts]
-    return network.schedule(name, min(refined, key=lambda found: found.quality).orders)
+    best = min(refined, key=lambda found: found.quality)
+    return best.orders, best.makespan
 
 
 def _in_flight(network: Network, problem: Problem, base: BaseOrder) -> tuple[Network, list[float]]:

@@ -26,11 +26,11 @@ from itertools import islice
 
 from schedules.bound import Bound, lives, steady_bytes, step_bound
 from schedules.cost import CostModel
-from schedules.generators import base_order, generate
+from schedules.generators import base_order, ordered
 from schedules.generators.ends import Ends
 from schedules.generators.fill import LOOSE
 from schedules.generators.order import in_turn
-from schedules.generators.refine import GoesOn, Refined, Refiner, judge, refine
+from schedules.generators.refine import GoesOn, Refined, Refiner, excess, judge, refine
 from schedules.generators.steady import Ring, tighten
 from schedules.generators.tight import tight_rings
 from schedules.generators.v_shape import Block, blocks
@@ -336,11 +336,15 @@ class _Entry:
     def named(self, watched: _Watched) -> Iterator[Refined]:
         """Yield the named schedule, and that of one microbatch after the other."""
         option, network = self.option, self.network
-        named = network.orders(generate(option.name, option.problem, option.cost))
-        first = judge(network, named, self.caps)
+        first = self.whole_named()
         watched.of(option)(first)
         yield first
         yield judge(network, _one_by_one(option, network), self.caps)
+
+    def whole_named(self) -> Refined:
+        """Return the named schedule of the whole step."""
+        orders, makespan = ordered(self.option.name, self.option.problem, self.network)
+        return Refined(orders, makespan, excess(self.network, orders, self.caps))
 
     def starts(self, watched: _Watched) -> Iterator[Refined]:
         """Yield refined orders of the short step from several starts."""
@@ -440,9 +444,7 @@ class _Found:
 
     def named(self) -> _Found:
         """Return the whole named schedule, of which this is a short step."""
-        entry, option = self.entry, self.entry.option
-        orders = entry.network.orders(generate(option.name, option.problem, option.cost))
-        return _Found(judge(entry.network, orders, entry.caps), entry)
+        return _Found(self.entry.whole_named(), self.entry)
 
     @property
     def is_close(self) -> bool:
@@ -483,8 +485,10 @@ def _one_by_one(option: Option, network: Network) -> Orders:
 
     It is slow, but no order keeps less memory.
     """
-    alone = network.orders(
-        generate(option.name, replace(option.problem, num_microbatches=1), option.cost)
+    alone, _ = ordered(
+        option.name,
+        replace(option.problem, num_microbatches=1),
+        replace(network, num_microbatches=1),
     )
     return [
         [i * network.size + k for i in range(network.num_microbatches) for k in order]

@@ -91,7 +91,7 @@ class Refiner:
         self._networks = network, backwards
         self._fillers = Filler(network, backwards=False), Filler(backwards, backwards=True)
         self.caps = list(caps)
-        self._swept: tuple[Orders, list[float]] = [], []  # what was judged last, and its starts
+        self._judged = Swept([], [], 0.0)  # what was judged last
         self.extra, work = extra, [0.0] * network.num_lanes
         for lane, seconds in zip(network.lanes, network.seconds, strict=True):
             work[lane] += seconds
@@ -100,7 +100,7 @@ class Refiner:
     def judge(self, orders: Orders) -> Refined:
         """Return `orders` with their makespan and excess."""
         swept = sweep(self.network, orders)
-        self._swept = orders, swept.start
+        self._judged = Swept(orders, swept.start, swept.makespan)
         makespan = swept.makespan
         if self.extra:
             repeat = repeat_of(self.network, swept, self.extra)
@@ -146,6 +146,8 @@ class Refiner:
 
     def swept(self, orders: Orders) -> Swept:
         """Return `orders` of the step with their times."""
+        if orders is self._judged.orders:
+            return self._judged
         times = sweep(self.network, orders)
         return Swept(orders, times.start, times.makespan)
 
@@ -248,8 +250,8 @@ class Refiner:
                 continue
             turned = [order[::-1] for order in orders] if backwards else orders
             starts = known.starts.get(backwards) if orders is given else None
-            if starts is None and not backwards and orders is given is self._swept[0]:
-                starts = known.starts[backwards] = self._swept[1]
+            if starts is None and not backwards and orders is given is self._judged.orders:
+                starts = known.starts[backwards] = self._judged.starts
             if starts is None:
                 starts = sweep(self._networks[backwards], turned).start
                 if orders is given:

@@ -195,9 +195,8 @@ class _Weaver:
                     missing[follower] -= 1
                     if missing[follower]:
                         continue
-                    lane = lanes[step]
+                    lane, arrival = lanes[step], arrived_at[follower]
                     if step >= num_passes:
-                        arrival = arrived_at[follower]
                         if free_at[lane] > arrival:
                             arrival = free_at[lane]
                         free_at[lane] = arrival = arrival + seconds[step]
@@ -205,8 +204,9 @@ class _Weaver:
                         continue
                     if self._is_gradient[step]:
                         self._held_gradients[lane] += 1
+                        arrival = now  # an earlier gradient may have to go first now
                     if free_at[lane] <= now:  # else the rank has a wake at the end of its pass
-                        push(wakes, (now, lane))
+                        push(wakes, (arrival if arrival > now else now, lane))
         waiting = [str(network.node(left[_BASE][-1])) for left in left_of if left[_BASE]]
         if waiting:
             raise DeadlockError(

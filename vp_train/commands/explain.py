@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from schedules.render import duration
-from vp_train.commands.command import Parser, guarded, output_of, path_argument
+from vp_train.commands.command import Parser, collect_rarely, guarded, output_of, path_argument
 from vp_train.config import ConfigError, RunConfig, printable
 from vp_train.durable import checkpoints_in, write_output
 from vp_train.explain.causes import SLOW, Explanation, KindTimes, RankTimes, explain
@@ -47,6 +47,7 @@ _SEEN = 1e-4  # of the step: causes that add less are shown as 0
 
 def main() -> None:
     """Run the command."""
+    collect_rarely()
     guarded("vp-explain", lambda: _explain(sys.argv[1:]))
 
 

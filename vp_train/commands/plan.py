@@ -17,7 +17,7 @@ from rich.table import Table
 
 from schedules.generators import GENERATORS
 from schedules.render import duration
-from vp_train.commands.command import Command, output_of, run, whole_number
+from vp_train.commands.command import Command, collect_rarely, output_of, run, whole_number
 from vp_train.commands.searching import Searching
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.durable import write_output
@@ -70,6 +70,7 @@ _EXAMPLES = """\
 
 def main() -> None:
     """Run `vp-plan`: predict bytes, seconds and MFU of a run on a cluster."""
+    collect_rarely()
     options = {
         "--search": ("", "rank every way to run the batch on the cluster, fastest first"),
         "--top": ("K", "with --search: number of plans to show (5)"),

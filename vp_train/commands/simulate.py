@@ -26,7 +26,7 @@ from schedules.simulate import simulate_order
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End, searched_algorithms
 from vp_train.commands import disturbed
-from vp_train.commands.command import Command, output_directory_of, run, typed
+from vp_train.commands.command import Command, collect_rarely, output_directory_of, run, typed
 from vp_train.commands.disturbed import Draws
 from vp_train.commands.frontier import curves, write
 from vp_train.commands.plot import Mark, comparison_png, schedule_png
@@ -59,6 +59,7 @@ _EXAMPLES = """\
 
 def main() -> None:
     """Run `vp-simulate`: predict time and memory of a step without running it."""
+    collect_rarely()
     options = {
         "--out": ("DIR", "write pictures, trace and figures there"),
         "--compare": ("A,B,...", "one line for each of these schedules, or for all"),
