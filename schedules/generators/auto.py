@@ -79,12 +79,14 @@ class Option:
 class Solution:
     """The best schedule found, and the option it came from.
 
-    No schedule of that option's problem is faster than `bound` under the caps.
+    No schedule of that option's problem is faster than `bound` under the caps. `is_stopped` says
+    that the search did not reach its end.
     """
 
     option: Option
     schedule: Schedule
     bound: Bound
+    is_stopped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,8 @@ def solve(
         error.is_stopped = watched.is_stopped
         raise error
     name = f"auto from {entry.option.name}"
-    return Solution(entry.option, entry.network.schedule(name, refined.orders), entry.bound)
+    schedule = entry.network.schedule(name, refined.orders)
+    return Solution(entry.option, schedule, entry.bound, watched.is_stopped)
 
 
 def _race(
@@ -215,17 +218,27 @@ def _race(
     first = next((found for found in extended if found is not None), None)
     whole += [] if first is None else [first]
     fastest = min((f.refined.makespan for f in whole if f.refined.excess == 0), default=math.inf)
-    # Named schedules that may be faster take part as they are. The most promising comes first, and
-    # after one that fits the others must promise to be faster: to make each takes seconds.
-    slack = 1 + _UNREFINED
-    for draft in sorted(drafts, key=lambda draft: draft.hope):
-        if watched.is_stopped or draft.hope >= fastest * slack:
-            break
-        named = draft.named()
-        whole.append(named)
-        if named.refined.excess == 0:
-            fastest, slack = min(fastest, named.refined.makespan), 1.0
+    whole += _named(drafts, fastest, watched)
     return whole, first is not None or not starts
+
+
+def _named(drafts: Sequence[_Found], fastest: float, watched: _Watched) -> list[_Found]:
+    """Return the whole named schedules that promise to be faster than `fastest` seconds.
+
+    To make each takes seconds. So the most promising comes first, those whose short step exceeds a
+    cap come last, and after one that fits the others must promise to be faster and to fit.
+    """
+    made, one_fits = list[_Found](), False
+    for draft in sorted(drafts, key=lambda draft: (draft.refined.excess > 0, draft.hope)):
+        slack = 1.0 if one_fits else 1 + _UNREFINED
+        exceeds = draft.refined.excess > 0
+        if watched.is_stopped or draft.hope >= fastest * slack or (one_fits and exceeds):
+            continue
+        named = draft.named()
+        made.append(named)
+        if named.refined.excess == 0:
+            one_fits, fastest = True, min(fastest, named.refined.makespan)
+    return made
 
 
 def _searched(drafts: Sequence[_Found], watched: _Watched) -> list[_Found]:

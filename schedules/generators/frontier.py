@@ -48,7 +48,8 @@ def frontier(
 
     Caps under which none was found are left out. More memory never makes a step slower: a point
     takes the schedule of the one before it where the search finds none that is faster. It ends
-    with the first point that no memory can improve. `watch` may end it earlier.
+    with the first point that no memory can improve. `watch` may end it earlier, with the last point
+    whose search reached its end.
     """
     previous: Point | None = None
     for cap in sorted(caps):
@@ -59,6 +60,8 @@ def frontier(
             if error.is_stopped:
                 return
             continue
+        if solution.is_stopped:
+            return
         found = solution.option
         timeline = simulate(solution.schedule, found.problem, found.cost)
         point = Point(cap, solution, timeline)

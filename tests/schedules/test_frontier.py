@@ -40,12 +40,18 @@ def test_points_respect_their_caps_and_more_memory_is_never_slower(quick_search,
     assert makespans == sorted(makespans, reverse=True)
 
 
-def test_the_frontier_ends_where_no_memory_helps_and_is_the_same_every_time(quick_search):
-    options = options_of(2, 8, names=SPLIT)
-    caps = [1.7, 3.2, 20.0, math.inf]
-    first, second = ([*frontier(options, caps)] for _ in range(2))
-    assert [p.solution for p in first] == [p.solution for p in second]
-    assert not any(point.is_optimal for point in first[:-1])
+def test_a_frontier_ends_where_no_memory_helps_or_with_the_last_whole_search(quick_search):
+    options = options_of(2, 6, names=SPLIT)
+    caps = [1.7, 3.2, math.inf]
+    asked: list[int] = []
+    whole = [(p, len(asked)) for p in frontier(options, caps, lambda _: not asked.append(1))]
+    assert len(whole) > 1
+    assert not any(point.is_optimal for point, _ in whole[:-1])
+    for most in (0, whole[0][1] + 1, len(asked) - 1):
+        left = iter(range(most))
+        stopped = frontier(options, caps, lambda _, left=left: next(left, None) is not None)
+        ended = [point.solution for point, tried in whole if tried <= most]
+        assert [point.solution for point in stopped] == ended, most
 
 
 def test_a_known_solution_is_never_lost(quick_search):

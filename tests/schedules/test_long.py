@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from random import Random
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import pytest
 
 from schedules.check import check_program, check_schedule
 from schedules.generators import auto, generate
 from schedules.generators.auto import CapError, solve
+from schedules.generators.refine import Refined
 from schedules.generators.steady import Ring
 from schedules.generators.v_shape import Block
 from schedules.lower import lower
@@ -65,3 +71,46 @@ def test_a_ring_in_which_a_pass_waits_for_one_many_periods_before_has_a_rate():
     work = max(sum(network.seconds[k] for k in word) for word in ring.words)
     assert found[0] >= work / CLOSE
     assert all(network.lanes[earlier] == network.lanes[k] for earlier, k in found[1])
+
+
+class Draft(NamedTuple):
+    """What `_named` asks of a short step: its promise, and the whole schedule if it is made."""
+
+    hope: float
+    refined: Refined
+    whole: Refined
+
+    def named(self) -> Draft:
+        return self._replace(refined=self.whole)
+
+
+def test_a_named_schedule_is_left_out_only_if_it_does_not_promise_to_win():
+    """Hopes and makespans of the whole schedules are drawn apart, as if no hope could be trusted.
+
+    A short step that exceeds a cap promises nothing once a whole schedule fits.
+    """
+    random = Random(11)
+    watched = SimpleNamespace(is_stopped=False)
+    for _ in range(300):
+        drafts = [
+            Draft(
+                random.choice((math.inf, random.uniform(1, 2))),
+                Refined([], 0.0, random.choice((0.0, 1.0))),
+                Refined([], random.uniform(1, 2), random.choice((0.0, 1.0))),
+            )
+            for _ in range(random.randint(1, 5))
+        ]
+        known = random.choice((math.inf, random.uniform(1, 2)))
+        made = [draft.whole for draft in auto._named(drafts, known, watched)]
+        fitting = [whole.makespan for whole in made if whole.excess == 0]
+        best = min([known, *fitting])
+        for draft in drafts:
+            if draft.whole not in made:
+                exceeds = draft.refined.excess > 0 and fitting
+                assert draft.hope >= best or exceeds
+        # Nor is one made in vain: when its turn came, it promised to beat all before it.
+        turns = {id(draft.whole): draft for draft in drafts}
+        for place, whole in enumerate(made):
+            before = [earlier.makespan for earlier in made[:place] if earlier.excess == 0]
+            slack = 0.0 if before else auto._UNREFINED
+            assert turns[id(whole)].hope < min([known, *before]) * (1 + slack)

@@ -28,7 +28,7 @@ from tests.schedules.cases import cost, problem
 # CUDA without a side stream: the passes stop at the start of a collective that continues another.
 INLINE = Runtime("inline", issues_ahead=True, continues_beside_passes=False, hops=Hops.PAIRED)
 PAIRED = replace(CUDA, hops=Hops.PAIRED)
-SIZES = (*product((1, 2, 3, 4, 8), (1, 2, 8)), (2, 32), (8, 32))
+SIZES = tuple(product((1, 2, 3, 4, 8), (1, 2, 8, 32)))
 SECONDS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0, "S": 0.6, "T": 0.3, "E": 0.05, "G": 0.05}
 HOP, BARRIER = 0.03, 0.1
 

@@ -81,7 +81,7 @@ def compare_combination(num_shards, device):
     for z_loss in (0.0, 0.1):
         ours = rows.combine(gathered.to(device), ignored.to(device), z_loss, torch.bfloat16)
         true = rows.combine(gathered.double(), ignored, z_loss, torch.float64)
-        for mine, other in zip(ours, true, strict=True):
+        for mine, other in zip(ours[:3], true, strict=True):
             close(mine, other)
 
 
@@ -123,7 +123,7 @@ def compare_terms(shape, device):
                 return term, scaled, grad
 
             ours, true = run(torch.float32, device), run(torch.float64, torch.device("cpu"))
-            for mine, other in zip(ours, true, strict=True):
+            for mine, other in zip(ours[:3], true, strict=True):
                 close(mine, other, mine.dtype)
 
 
@@ -228,7 +228,7 @@ def compare_layers(monkeypatch, device):
             *case, sizes=[40, 35], algorithm=algorithm, backend=backend, options=options
         )
         true = cross_entropy(x.double(), weight.double(), targets, weights.double(), options)
-        for mine, other in zip(ours, true, strict=False):
+        for mine, other in zip(ours[:3], true, strict=True):
             assert (mine.cpu().double() - other).abs().max() <= 1e-5 * other.abs().max()
 
 

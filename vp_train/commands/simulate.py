@@ -272,7 +272,8 @@ def draw_frontier(
 
     `vocabs` are the algorithms, each with a frontier of its own, `schedules` the named schedules
     to compare with; both are lists with commas, or `all`.  Without them these are what searches
-    try.  With a `directory` table, pictures and schedules are written there.  Returns the exit
+    try.  After Ctrl-C the named schedules and the caps that were not searched to the end are left
+    out.  With a `directory` table, pictures and schedules are written there.  Returns the exit
     code.  Raises ConfigError like `compare`.
     """
     _refuse_file(config)
@@ -283,11 +284,12 @@ def draw_frontier(
     started = time.perf_counter()
     with Searching() as searching:
         found = curves(config, algorithms, searching)
-    items = list(simulate_each(config, names, algorithms))
+    items = [] if searching.is_stopped else list(simulate_each(config, names, algorithms))
     outcomes = [item for item in items if isinstance(item, Outcome)]
-    widths = max(map(len, names)), max(map(len, ("vocab", *algorithms)))
-    print(f"\n{table_head(widths)}")
-    print("\n".join(table_line(item, widths) for item in items), flush=True)
+    if items:
+        widths = max(map(len, names)), max(map(len, ("vocab", *algorithms)))
+        print(f"\n{table_head(widths)}")
+        print("\n".join(table_line(item, widths) for item in items), flush=True)
     taken = duration(time.perf_counter() - started)
     print("\n".join([f"\nsearched in {taken}", *searching.words]), flush=True)
     if directory is not None and found:

@@ -91,7 +91,7 @@ def read_traced(run: Path) -> TracedStep:
     if not path.exists():
         raise ConfigError(
             f"{path} is not there: the run has traced no step yet, or run.trace_step=0 turned it "
-            "off; go on with run.resume=true and more run.steps, which traces its first step"
+            "off; go on with run.resume=true and five more run.steps or more, the fifth is traced"
         )
     try:
         record = read_json(path, LARGEST, follow=False)
@@ -317,11 +317,15 @@ def intervals(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
 
 
 def intervals_of_rank(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """Return `intervals` of the passes of a rank, which run one after the other.  Raises as it."""
+    """Return `intervals` of the passes of a rank, which run one after the other.
+
+    Raises what `intervals` does, and ValueError for a pass that starts before the one before it has
+    ended.
+    """
     found = intervals(record)
-    for (before, _, end), (name, _, later) in pairwise(found):
-        if later < end:
-            raise ValueError(f"{shown(name)} ends before {shown(before)}, which runs before it")
+    for (before, _, end), (name, start, _) in pairwise(found):
+        if start < end:
+            raise ValueError(f"{shown(name)} starts before {shown(before)} has ended")
     return found
 
 
