@@ -849,7 +849,7 @@ class DataConfig:
         if self.name == "synthetic" and self.packing != "none":
             raise ConfigError(
                 f"data.packing={self.packing} needs documents, "
-                "which data.name=synthetic has none of; drop it"
+                "which data.name=synthetic has none of; drop data.packing"
             )
         self._check_validation()
         _ = self.weights  # raises ConfigError for weights that cannot be used

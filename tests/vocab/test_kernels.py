@@ -185,6 +185,13 @@ def test_without_a_compiler_that_works_one_line_names_it_and_torch_computes(monk
     assert torch.equal(precision.widened(matrix, torch.float32, torch.ones(2)), matrix.float())
 
 
+def test_without_a_temporary_directory_the_kernels_say_so(monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", list)
+    with pytest.raises(RuntimeError, match=r"kernels\.cpp: .*temporary directory.*TMPDIR"):
+        kernels._load("BFloat16")
+
+
 def test_only_matrices_are_taken():
     cube = torch.ones(2, 2, 6, dtype=torch.bfloat16)
     assert not kernels.suits(cube)

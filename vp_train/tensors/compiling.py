@@ -108,9 +108,12 @@ def _locked(lock: IO[str], kind: int) -> bool:
 
 
 def build_directory() -> Path | None:
-    """Return a directory for what is compiled; None if others may write to the one there is."""
-    directory = Path(tempfile.gettempdir()) / f"vp_train_{os.getuid()}"
+    """Return a directory for what is compiled.
+
+    None if others may write to the one there is, or if there is no place for one.
+    """
     try:
+        directory = Path(tempfile.gettempdir()) / f"vp_train_{os.getuid()}"
         directory.mkdir(mode=0o700, exist_ok=True)
         found = directory.lstat()
     except OSError:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -110,20 +110,18 @@ def _load(element: str) -> ctypes.CDLL:
     assert compiler is not None
     command = [compiler, *_flags(), f"-DELEMENT={element}"]
     key = hashlib.sha256(_SOURCE.read_bytes() + "\n".join(command).encode()).hexdigest()[:32]
-    kept = build_directory()
-    directory = kept or Path(tempfile.mkdtemp())
     try:
-        path = directory / f"kernels-{key}.so"
-        with (directory / "lock").open("w") as lock:  # one process builds, the others wait
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                _build(command, path)
-        return ctypes.CDLL(str(path))
+        with ExitStack() as stack:
+            found = build_directory()
+            directory = found or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            path = directory / f"kernels-{key}.so"
+            with (directory / "lock").open("w") as lock:  # one process builds, the others wait
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    _build(command, path)
+            return ctypes.CDLL(str(path))
     except OSError as error:
         raise RuntimeError(f"{_SOURCE.name}: {error}; {_WAY_OUT}") from error
-    finally:
-        if kept is None:
-            shutil.rmtree(directory, ignore_errors=True)
 
 
 _WAY_OUT = "mend CXX or TMPDIR"
