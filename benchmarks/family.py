@@ -31,6 +31,7 @@ from schedules.problem import Problem
 from schedules.simulate import simulate
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, VocabAlgorithm
+from vp_train.commands.command import collect_rarely
 
 # The fraction of the three matrix products that S computes.  T computes the rest.
 S_SHARE = {
@@ -81,7 +82,7 @@ def named(
 ) -> dict[str, Any]:
     """Simulate the schedule called `name`, and return its row."""
     choice = option(name, rules, num_microbatches, head, (1.0,) * num_ranks)
-    started = time.perf_counter()
+    started = time.process_time()
     timeline = simulate(generate(name, choice.problem, choice.cost), choice.problem, choice.cost)
     return row(name, choice, head, timeline, started)
 
@@ -93,7 +94,7 @@ def automatic(
 
     Returns None if no schedule meets the cap.
     """
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         found = solve(
             [option(name, rules, num_microbatches, head, slowness) for name in GENERATORS],
@@ -122,7 +123,7 @@ def row(
         "gap_pct": 100 * (timeline.gap or 0.0),
         "peak_microbatches": max(timeline.peak_bytes),
         "makespan": timeline.makespan,
-        "planned_in_seconds": time.perf_counter() - started,
+        "planned_in_seconds": time.process_time() - started,
     }
 
 
@@ -250,6 +251,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the rows as JSON")
     arguments = parser.parse_args()
+    collect_rarely()  # as the commands do
     table = unequal_table if arguments.unequal else family_table
     sizes = sizes_of(arguments.ranks, arguments.microbatches_per_rank)
     rows = [found for head in arguments.head for found in table(sizes, head)]
