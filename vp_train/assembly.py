@@ -37,13 +37,13 @@ from vp_train.planning.placement import offloaded_layers
 from vp_train.planning.plan import RunPlan
 from vp_train.tensors.compiling import (
     compile_one_first,
-    compiles_on,
+    compiles_alone,
     failures,
     give_up,
     has_cpp_compiler,
     is_turned_off,
+    prepare_inductor,
     reason_of,
-    starts_compile_threads,
     tell,
 )
 from vp_train.tensors.precision import DTYPES, statistics_dtype
@@ -130,17 +130,15 @@ def _has_kernels(settings: RunSettings) -> bool:
     return settings.device == "cpu" and DTYPES[settings.dtype].itemsize == 2
 
 
-def may_compile(settings: RunSettings) -> bool:
-    """Return whether passes of a run with these `settings` compile code on this node.
+def compiled_parts(config: RunConfig) -> tuple[str, ...]:
+    """Return in words what a run compiles on this node: layers, kernels, both or nothing.
 
-    On a CPU they do so in 16 bits, or if they are asked to.
+    Raises ConfigError like `choose_fuse`.
     """
-    if settings.compile == "off":
-        return False
-    if _has_kernels(settings):
-        return has_cpp_compiler()
-    can = compiles_on(torch.device(settings.device))
-    return can and (settings.device == "cuda" or settings.compile == "on")
+    settings = config.run
+    builds = settings.compile != "off" and _has_kernels(settings) and has_cpp_compiler()
+    compiles = {"layers": fuse_of_layers(config) is not plain, "kernels in C++": builds}
+    return tuple(part for part, is_compiled in compiles.items() if is_compiled)
 
 
 def _warm_up(
@@ -160,9 +158,14 @@ def _warm_up(
                 modules.output_layer.warm_up(config.micro_batch_size * config.model.seq_length)
     except failures() as error:
         reason = reason_of(str(error))
+        setting, is_split = config.run.compile, config.parallel.tp > 1
         # Tensor-parallel ranks must not differ: copies of a norm would drift apart.
-        if config.run.compile == "on" or config.parallel.tp > 1:
-            raise ConfigError(f"{reason}; run.compile=off does without compiling") from error
+        if setting == "on" or is_split:
+            where = " on tensor-parallel ranks" if is_split else ""
+            raise ConfigError(
+                f"run.compile={setting}, but torch cannot compile{where}: {reason}; "
+                "set run.compile=off"
+            ) from error
         tell(reason)
         give_up()
 
@@ -175,9 +178,11 @@ def compile_layers(config: RunConfig) -> None:
     threads of OpenMP or of torch's compiler.  A rank compiles again what failed here, and says why.
     """
     fuse, model = fuse_of_layers(config), config.model
-    if fuse is plain or config.run.deterministic:  # which torch compiles for anew
+    # Deterministic algorithms, which only ranks turn on, would be compiled for again.
+    if fuse is plain or config.run.deterministic:
         return
-    if config.parallel.tp > 1 or torch.get_num_threads() > 1 or starts_compile_threads():
+    prepare_inductor()
+    if config.parallel.tp > 1 or torch.get_num_threads() > 1 or not compiles_alone():
         return
     with suppress(Exception), compile_one_first():
         torch.hub.tqdm.monitor_interval = 0  # type: ignore[attr-defined]  # else it starts a thread
@@ -216,7 +221,7 @@ def build_rank(
     completions = _completions_of(weights, gradients, optimizer, mesh)
     training, evaluating = _build_modules(config, plan, mesh, weights, gradients, completions)
     comms = Comms(transport or _process_groups(config, mesh, device))
-    if may_compile(config.run):
+    if compiled_parts(config):
         # Tensor-parallel ranks wait for each other while they compile.
         alone = mesh.degrees.tp == 1
         with starting(mesh.tensor, config.run), compile_one_first() if alone else nullcontext():

@@ -1120,6 +1120,7 @@ class ClusterConfig:
 
 _LONGEST_SECONDS = 10_000_000  # the longest timeout
 PERMISSIONS = ("batch", "sequence", "loss")
+SETTLED_STEP = 5  # of a process: whatever warms up is over
 
 
 TRACKERS = ("wandb", "mlflow")
@@ -1245,9 +1246,9 @@ class RunSettings:
         "Directory of a run or of vp-import with the initial weights; a resumed run has its own.",
     )
     trace_step: int = setting(
-        5,
+        SETTLED_STEP,
         "Step whose passes are timed and written as a trace; a resumed run that has done it times "
-        "its own fifth; 0: none.",
+        f"step {SETTLED_STEP} of its own; 0: none.",
         least=0,
     )
     trackers: tuple[str, ...] = setting(

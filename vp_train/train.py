@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from schedules.lower import Action
 from schedules.timeline import Span, Timeline
-from vp_train.assembly import RankModel, build_rank, may_compile, rank_device
+from vp_train.assembly import RankModel, build_rank, compiled_parts, rank_device
 from vp_train.checkpoint.saver import CheckpointError, Saver, set_aside
 from vp_train.checkpoint.store import Damage, find
 from vp_train.checkpoint.training import (
@@ -40,7 +40,7 @@ from vp_train.communication import flight_recorder
 from vp_train.communication.control import ControlGroup
 from vp_train.communication.nccl import require_gpu, take_gpu, watch
 from vp_train.communication.rendezvous import join_world
-from vp_train.config import ConfigError, RunConfig, RunSettings
+from vp_train.config import SETTLED_STEP, ConfigError, RunConfig, RunSettings
 from vp_train.data import Batch, Source, open_source
 from vp_train.data.ahead import Ahead
 from vp_train.data.tokenizer import tokenizer_config
@@ -133,10 +133,9 @@ def run_rank(
             require_trackers(config.run)
         directory = RunDirectory(config.run) if rank == 0 else None
         if only_preflight or spans_nodes(os.environ):
-            compiles = may_compile(config.run) and compiling.compiles_on(
-                torch.device(config.run.device)
+            preflight = Preflight(
+                config, plan.schedule.text(), source.contents, compiled=compiled_parts(config)
             )
-            preflight = Preflight(config, plan.schedule.text(), source.contents, compiles=compiles)
             mesh = _connect(config, plan, place, watcher.watch, preflight.compare_nodes)
             preflight.measure_network(mesh.world)
         else:
@@ -177,12 +176,12 @@ def run_rank(
 def traced_step(trace_step: int, done: int, steps: int) -> int:
     """Return the step that a run of `steps` times after it has `done` some, 0 for none.
 
-    A resumed run that has done run.trace_step, or would begin with it, times its own fifth step, or
-    its last one: its first step also warms up.
+    A resumed run that has done run.trace_step, or would begin with it, times step `SETTLED_STEP` of
+    its own, or its last one.  Its first step also warms up, so with one step left it times none.
     """
     if not trace_step or not done or trace_step > done + 1:
         return trace_step
-    return min(done + 5, steps)
+    return min(done + SETTLED_STEP, steps) if steps > done + 1 else 0
 
 
 def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Reporter:

@@ -22,7 +22,7 @@ from vp_train.inference.layout import opening_of
 from vp_train.inference.opening import open_run, opened
 from vp_train.settings import load_config, override
 from vp_train.tensors import kernels
-from vp_train.tensors.compiling import has_compiler
+from vp_train.tensors.compiling import has_cpp_compiler
 
 
 def test_text_is_scored_in_three_lines(trained):
@@ -100,7 +100,7 @@ def score_command(capsys, *words):
     return command(main, capsys, "vp-score", *words)
 
 
-@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not has_cpp_compiler(), reason="needs a C++ compiler")
 @pytest.mark.parametrize("setting", ["auto", "off"])
 def test_run_compile_counts_for_vp_score_too(trained, tmp_path, capsys, monkeypatch, setting):
     (tmp_path / "a.txt").write_text("the cat sat on the mat")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -22,13 +25,22 @@ CACHED = (
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModule]]:
     """Let compiled functions be traced, but run as torch operations; yield what was traced."""
-    import torch._dynamo
-
-    compiler, seen = torch.compile, []
+    seen = []
 
     def backend(graph, inputs):
         seen.append(graph)
         return graph.forward
+
+    with compiled_by(backend, monkeypatch):
+        yield seen
+
+
+@contextmanager
+def compiled_by(backend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let torch compile with `backend`, as in a process that has compiled nothing yet."""
+    import torch._dynamo
+
+    compiler = torch.compile
 
     @functools.wraps(compiler)
     def compile_function(function, **options):
@@ -36,10 +48,12 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModul
 
     monkeypatch.setattr(torch, "compile", compile_function)
     monkeypatch.setattr(compiling, "_finds_compiler", lambda: True)
+    monkeypatch.setattr(compiling, "_finds_headers", lambda: True)
+    monkeypatch.setattr(compiling, "_given_up", Event())
     for cached in CACHED:
         cached.cache_clear()
     torch._dynamo.reset()
-    yield seen
+    yield
     for cached in CACHED:
         cached.cache_clear()
     torch._dynamo.reset()

@@ -3,17 +3,19 @@
 import os
 from dataclasses import replace
 from threading import Thread
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 
 from tests.local import run_locally
+from tests.meshes import fake_world
+from tests.model.conftest import compiled_by
 from tests.pipeline.truth import random_batch
-from vp_train import assembly
-from vp_train.assembly import compile_layers, may_compile
+from vp_train.assembly import build_rank, compile_layers, compiled_parts
 from vp_train.config import ConfigError, ModelConfig, ParallelConfig, RunConfig, RunSettings
+from vp_train.mesh import build_mesh
+from vp_train.model import elementwise
 from vp_train.planning.plan import make_plan
 from vp_train.tensors import compiling
 
@@ -62,32 +64,41 @@ def test_ranks_of_a_process_compile_no_layer_that_it_has_compiled(traced, monkey
     assert 0 < before == len(traced)
 
 
+@pytest.mark.parametrize(
+    ("setting", "tp", "words"),
+    [
+        ("on", 1, r"run\.compile=on, but torch cannot compile: .*: a\.cpp: error: no; set run"),
+        ("auto", 2, r"run\.compile=auto, but torch cannot compile on tensor-parallel ranks: "),
+        ("auto", 1, ""),
+    ],
+)
 def test_where_torch_cannot_compile_only_auto_goes_on_and_no_tensor_parallel_rank(
-    monkeypatch, capsys
+    monkeypatch, capsys, setting, tp, words
 ):
-    import torch._dynamo
+    def broken(graph, inputs):
+        raise RuntimeError("C++ compile error\n\na.cpp: error: no")
 
-    class Broken:
-        def warm_up(self, micro_batch_size):
-            raise torch._dynamo.exc.InternalTorchDynamoError(
-                "C++ compile error\n\na.cpp: error: no"
-            )
-
-    given_up = []
-    monkeypatch.setattr(assembly, "give_up", lambda: given_up.append(True))
-    weights = SimpleNamespace(stages={0: Broken()})
-    for setting, tp in (("on", 1), ("auto", 2)):
-        run = replace(CONFIG.run, compile=setting)
-        config = replace(CONFIG, run=run, parallel=ParallelConfig(tp=tp))
-        with pytest.raises(ConfigError, match=r"C\+\+ compile error: a\.cpp: error: no; run\."):
-            assembly._warm_up(config, weights, None, None)
-        assert not given_up
-    config = replace(CONFIG, run=replace(CONFIG.run, compile="auto"))
-    assembly._warm_up(config, weights, None, None)
-    assert given_up
-    assert capsys.readouterr().err.startswith(
-        "going on without compiling, more slowly: C++ compile"
-    )
+    monkeypatch.setattr(elementwise, "_PAYS_ON_CPU", 1)
+    run = replace(CONFIG.run, compile=setting)
+    model = replace(CONFIG.model, num_query_groups=tp)
+    config = replace(CONFIG, model=model, run=run, parallel=ParallelConfig(tp=tp))
+    plan = make_plan(config, tp)
+    losses = []
+    with compiled_by(broken, monkeypatch), fake_world(0, tp):
+        mesh = build_mesh(plan.degrees, plan.problem)
+        if words:
+            with pytest.raises(ConfigError, match=words):
+                build_rank(config, plan, mesh)
+            return
+        rank = build_rank(config, plan, mesh)
+        assert not rank.gradients.flat.any()
+        batch = random_batch(config, 1)
+        # On CUDA a backward runs in threads of autograd.
+        thread = Thread(target=lambda: losses.append(rank.train_step(*batch)))
+        thread.start()
+        thread.join()
+    assert [loss.isfinite() for loss in losses] == [True]
+    assert "going on without compiling, more slowly: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("keeps_signature", [True, False], ids=["torch 2.13", "torch 2.11"])
@@ -117,33 +128,43 @@ def test_turned_off_nothing_is_compiled(traced):
     with patch.dict(os.environ):
         compiling.turn_off(os.environ)
         (loss,) = run_locally(config, make_plan(config, 1), work)
-        assert not may_compile(replace(config.run, compile="auto"))
+        assert not compiled_parts(replace(config, run=replace(config.run, compile="auto")))
         assert not compiling.compiles_on(torch.device("cuda"))
     assert loss.isfinite()
     assert not traced
 
 
 @pytest.mark.parametrize(
-    ("settings", "compiles"),
+    ("settings", "parts", "without_headers"),
     [
-        (RunSettings(), False),
-        (RunSettings(compile="on"), True),
-        (RunSettings(dtype="bfloat16"), True),
-        (RunSettings(dtype="bfloat16", compile="off"), False),
-        (RunSettings(device="cuda"), True),
-        (RunSettings(device="cuda", compile="off"), False),
+        (RunSettings(), [], []),
+        (RunSettings(compile="on"), ["layers"], None),
+        (RunSettings(dtype="bfloat16"), ["kernels in C++"], ["kernels in C++"]),
+        (RunSettings(dtype="bfloat16", compile="on"), ["layers", "kernels in C++"], None),
+        (RunSettings(dtype="bfloat16", compile="off"), [], []),
+        (RunSettings(device="cuda"), ["layers"], []),
+        (RunSettings(device="cuda", compile="off"), [], []),
     ],
 )
-def test_a_run_compiles_on_cuda_in_16_bits_or_if_it_is_asked_to(traced, settings, compiles):
-    assert may_compile(settings) is compiles
+def test_a_run_compiles_on_cuda_in_16_bits_or_if_it_is_asked_to(
+    traced, monkeypatch, settings, parts, without_headers
+):
+    """Headers of Python count only where layers are compiled; without them `on` is refused."""
+    monkeypatch.setattr(compiling, "has_triton", lambda: True)
+    config = replace(CONFIG, run=settings)
+    assert [*compiled_parts(config)] == parts
+    monkeypatch.setattr(compiling, "_finds_headers", lambda: False)
+    if without_headers is None:
+        with pytest.raises(ConfigError, match=r"install the headers of Python, or set run\."):
+            compiled_parts(config)
+    else:
+        assert [*compiled_parts(config)] == without_headers
 
 
 def test_what_was_given_up_runs_plainly_and_kernels_go_on(traced):
-    import torch._dynamo
-
-    with torch._dynamo.config.patch(disable=False):
-        has_compiler = compiling.has_cpp_compiler()
-        compiling.give_up()
-        assert torch.equal(compiling.compiled(torch.sin)(torch.ones(3)), torch.ones(3).sin())
-        assert compiling.has_cpp_compiler() == has_compiler
+    sine = compiling.compiled(torch.sin)
+    compiling.give_up()
+    assert torch.equal(sine(torch.ones(3)), torch.ones(3).sin())
     assert not traced
+    assert not compiling.compiles_on(torch.device("cpu"))
+    assert compiling.has_cpp_compiler()

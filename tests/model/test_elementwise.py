@@ -123,7 +123,7 @@ def test_tests_and_small_runs_on_a_cpu_compile_nothing(monkeypatch):
     assert found("off", torch.bfloat16, 1 << 30) is plain
     monkeypatch.setattr(compiling, "_finds_compiler", lambda: False)
     assert found("auto", torch.bfloat16, 1 << 30, torch.device("cuda")) is plain
-    with pytest.raises(ConfigError, match=r"run\.compile=on needs"):
+    with pytest.raises(ConfigError, match=r"install a C\+\+ compiler, or set run\.c"):
         found("on", torch.bfloat16, 1)
 
 

@@ -70,8 +70,8 @@ def test_a_variable_of_nccl_that_differs_is_a_warning_with_both_values(value, wo
     ("changed", "words"),
     [
         (
-            {"compiles": True},
-            ["node b: can compile code, and node a cannot", "C++ compiler", "run.compile=off"],
+            {"compiled": ("layers", "kernels")},
+            ["node b: can compile layers and kernels, and node a nothing;", "run.compile=off"],
         ),
         ({"unshared": "No such file"}, ["node b:", "/shared/runs/one", "node a", "run.root"]),
         ({"code": "f00d"}, ["node b:", "f00d", "node a (c0de)", "install the same commit"]),

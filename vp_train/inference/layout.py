@@ -37,8 +37,8 @@ class Opening:
     An import of vp-import is opened like a run.
     directory: that of the run or import, or of one of its checkpoints.
     chooses_tokenizer: whether the caller has named data.tokenizer; else that of the run counts.
-    compiles: whether anything may be compiled: run.compile of the run is not off.  The layers do
-        not, whatever it is.
+    compiles: whether run.compile of the run is not off.  Commands that own their process then
+        build kernels in C++, and compile nothing otherwise.  Layers are never compiled.
     """
 
     config: RunConfig

@@ -58,8 +58,10 @@ def open_run(directory: str | Path, *, device: str = "cpu", dtype: str | None = 
 
     `dtype`: what to compute in, as run.dtype, without float8; None: as the run did.  In a job of
     several ranks, whose default process group exists, all of them call this; the layout is then the
-    run's own, with as many replicas as fit.  Raises ConfigError where there is no checkpoint, where
-    there are no settings, or where the ranks do not fit the layout.
+    run's own, with as many replicas as fit.  run.compile does not count: layers run uncompiled, and
+    on a CPU in 16 bits kernels are built, unless TORCHDYNAMO_DISABLE=1 is set in this process.
+    Raises ConfigError where there is no checkpoint, where there are no settings, or where the ranks
+    do not fit the layout.
     """
     num_ranks = dist.get_world_size() if dist.is_initialized() else None
     return opened(opening_of(directory, num_ranks=num_ranks, device=device, dtype=dtype))
@@ -68,8 +70,9 @@ def open_run(directory: str | Path, *, device: str = "cpu", dtype: str | None = 
 def opened(opening: Opening) -> OpenRun:
     """Load the model with these settings.  Collective over the default group of their ranks.
 
-    A single process makes that group itself.  Raises ConfigError like `open_run`, and for a run in
-    float8 on a GPU without it.
+    A single process makes that group itself.  `opening.compiles` is left to the caller, because
+    `compiling.turn_off` counts for a whole process.  Raises ConfigError like `open_run`, and for a
+    run in float8 on a GPU without it.
     """
     config = opening.config
     require_float8(config.run)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vp_train.config import ConfigError
 from vp_train.model.linear import LateInput
-from vp_train.tensors.compiling import compiled_as_marked, compiles_on, missing_for
+from vp_train.tensors.compiling import compiled_as_marked, compiles_on, remedy_for
 from vp_train.tensors.precision import statistics_dtype
 
 _PAYS_ON_CPU = 1 << 19  # values of the feed-forward width in a microbatch
@@ -61,7 +61,8 @@ def choose_fuse(setting: str, device: torch.device, dtype: torch.dtype, num_elem
     if not compiles_on(device):
         if setting == "on":
             raise ConfigError(
-                f"run.compile=on needs {missing_for(device)}; provide that, or use run.compile=auto"
+                "run.compile=on, but torch cannot compile here; "
+                f"{remedy_for(device)}, or set run.compile=auto"
             )
         return plain
     pays = on_cuda or (dtype.itemsize == 2 and num_elements >= _PAYS_ON_CPU)

@@ -44,7 +44,7 @@ class RankFacts:
     versions: the version of each package that takes part in the computation, and of Python.
     gpu: None on a CPU.
     environment: the variables that NCCL and gloo read.
-    compiles: whether the rank compiles what the run would compile.
+    compiled: what the rank compiles, in words.
     """
 
     rank: int
@@ -61,7 +61,7 @@ class RankFacts:
     versions: Mapping[str, str]
     gpu: Gpu | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-    compiles: bool = False
+    compiled: tuple[str, ...] = ()
 
     @property
     def node(self) -> tuple[str, str]:
@@ -118,8 +118,8 @@ def compare(
     if not changed:  # other settings have another schedule and other text, and compile otherwise
         errors += _differ(  # their copies of a weight would drift apart by roundings
             ranks,
-            lambda facts: "can" if facts.compiles else "cannot",
-            "{value} compile code, and {where} {usual}; install a C++ compiler, Python's headers "
+            lambda facts: " and ".join(facts.compiled) or "nothing",
+            "can compile {value}, and {where} {usual}; install a C++ compiler, Python's headers "
             "and, for GPUs, triton on all nodes, or set run.compile=off",
         )
         errors += _differ(

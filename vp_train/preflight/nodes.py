@@ -68,14 +68,19 @@ class Preflight:
 
     schedule: the text of the schedule that this rank has planned.
     texts: the content hash of each corpus (`Source.contents`).
-    compiles: whether this rank compiles code (`assembly.may_compile`).
+    compiled: what this rank compiles, in words (`assembly.compiled_parts`).
     """
 
     def __init__(
-        self, config: RunConfig, schedule: str, texts: Sequence[str], *, compiles: bool = False
+        self,
+        config: RunConfig,
+        schedule: str,
+        texts: Sequence[str],
+        *,
+        compiled: Sequence[str] = (),
     ) -> None:
         self._config, self._schedule, self._texts = config, schedule, texts
-        self._compiles = compiles
+        self._compiled = compiled
         self._ranks: Sequence[RankFacts] = ()
 
     def compare_nodes(self, world: ControlGroup) -> None:
@@ -105,7 +110,7 @@ class Preflight:
             versions=_versions(self._config),
             gpu=_gpu(self._config),
             environment=_environment(os.environ),
-            compiles=self._compiles,
+            compiled=tuple(self._compiled),
         )
         self._ranks = [_facts(value) for value in world.all_gather_json(asdict(own))]
         differ = len({facts.settings for facts in self._ranks}) > 1
@@ -217,8 +222,8 @@ def _times_of_a_barrier(world: ControlGroup) -> tuple[float, float]:
 def _facts(value: dict[str, Any]) -> RankFacts:
     """Return the facts that JSON has carried."""
     gpu = None if value["gpu"] is None else Gpu(**value["gpu"])
-    pairs = {"clock": tuple(value["clock"]), "texts": tuple(value["texts"])}
-    return RankFacts(**{**value, **pairs, "gpu": gpu})
+    tuples = {name: tuple(value[name]) for name in ("clock", "texts", "compiled")}
+    return RankFacts(**{**value, **tuples, "gpu": gpu})
 
 
 def _boot_id() -> str:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from threading import Event
 from typing import IO, Any
 
 import torch
@@ -27,6 +28,8 @@ import torch
 _SHAPES = 64  # compiled shapes per function; torch runs further shapes uncompiled
 _OFF = "TORCHDYNAMO_DISABLE"  # torch reads it too
 _PATIENCE_SECONDS = 120.0  # with another process that compiles
+_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"  # torch reads it
+_given_up = Event()  # torch's own switch counts for the calling thread, and autograd has others
 
 
 @cache
@@ -50,13 +53,16 @@ def compiled_as_called(function: Callable[..., Any]) -> Callable[..., Any]:
 def _compile(function: Callable[..., Any], *, dynamic: bool | None) -> Callable[..., Any]:
     prepare_inductor()
     compiler: Callable[..., Callable[..., Any]] = torch.compile
-    if "recompile_limit" in inspect.signature(compiler).parameters:
-        return compiler(function, dynamic=dynamic, recompile_limit=_SHAPES)
-    run = compiler(function, dynamic=dynamic)
+    takes_limit = "recompile_limit" in inspect.signature(compiler).parameters
+    limit = {"recompile_limit": _SHAPES} if takes_limit else {}
+    run = compiler(function, dynamic=dynamic, **limit)
 
     def call(*arguments: Any, **named: Any) -> Any:
-        # Before torch 2.13 the limit is that of the calling thread, such as one of autograd.
-        torch._dynamo.config.recompile_limit = _SHAPES
+        if _given_up.is_set():
+            return function(*arguments, **named)
+        if not takes_limit:
+            # Before torch 2.13 the limit is that of the calling thread, such as one of autograd.
+            torch._dynamo.config.recompile_limit = _SHAPES
         return run(*arguments, **named)
 
     return call
@@ -71,7 +77,12 @@ def prepare_inductor() -> None:
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     if not torch.cuda.is_available():
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+        os.environ.setdefault(_THREADS, "1")
+
+
+def compiles_alone() -> bool:
+    """Return whether torch's compiler starts no worker, after `prepare_inductor`."""
+    return os.environ.get(_THREADS) in ("0", "1")
 
 
 @contextmanager
@@ -136,14 +147,11 @@ def is_turned_off() -> bool:
 
 
 def give_up() -> None:
-    """Run plainly from now on what torch was to compile; kernels in C++ go on."""
-    torch._dynamo.config.disable = True
+    """Run plainly from now on, in every thread, what torch was to compile.
 
-
-def starts_compile_threads() -> bool:
-    """Return whether torch's compiler starts threads on a CPU, which do not survive a fork."""
-    prepare_inductor()
-    return os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") != "1"
+    `compiles_on` is then False.  Kernels in C++ go on.
+    """
+    _given_up.set()
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -167,27 +175,20 @@ def tell(reason: str) -> None:
 
 
 def compiles_on(device: torch.device) -> bool:
-    """Return whether torch.compile works for `device`; a GPU needs Triton besides a compiler."""
-    return has_compiler() and (device.type != "cuda" or has_triton())
+    """Return whether torch.compile works for `device`."""
+    return not remedy_for(device)
 
 
-def missing_for(device: torch.device) -> str:
-    """Return in words what torch.compile lacks for `device`."""
-    there = {
-        f"an environment without {_OFF}": not is_turned_off(),
-        "a C++ compiler": _finds_compiler(),
-        "the headers of Python": _finds_headers(),
-        "triton": device.type != "cuda" or has_triton(),
+def remedy_for(device: torch.device) -> str:
+    """Return in words what to do so that torch.compile works for `device`, "" if it does."""
+    remedies = {
+        "start a new process, because torch could not compile in this one": _given_up.is_set(),
+        f"unset {_OFF}": is_turned_off(),
+        "install a C++ compiler": not _finds_compiler(),
+        "install the headers of Python": not _finds_headers(),
+        "install triton": device.type == "cuda" and not has_triton(),
     }
-    return " and ".join(name for name, is_there in there.items() if not is_there)
-
-
-def has_compiler() -> bool:
-    """Return whether there is what torch.compile needs, g++ or the like and Python.h.
-
-    False if it is turned off.
-    """
-    return has_cpp_compiler() and _finds_headers()
+    return " and ".join(words for words, is_needed in remedies.items() if is_needed)
 
 
 def has_cpp_compiler() -> bool:
