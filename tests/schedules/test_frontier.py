@@ -40,12 +40,12 @@ def test_points_respect_their_caps_and_more_memory_is_never_slower(quick_search,
     assert makespans == sorted(makespans, reverse=True)
 
 
-def test_the_frontier_ends_where_no_memory_helps_and_is_the_same_every_time(quick_search):
-    options = options_of(2, 8, names=SPLIT)
-    caps = [1.7, 3.2, 20.0, math.inf]
-    first, second = ([*frontier(options, caps)] for _ in range(2))
-    assert [p.solution for p in first] == [p.solution for p in second]
-    assert not any(point.is_optimal for point in first[:-1])
+def test_the_frontier_ends_where_no_memory_helps(quick_search):
+    options = options_of(2, 6, names=SPLIT)
+    *points, last = frontier(options, [1.7, 3.2, 20.0, math.inf])
+    assert points
+    assert not any(point.is_optimal for point in points)
+    assert last.is_optimal or last.cap == math.inf
 
 
 def test_a_known_solution_is_never_lost(quick_search):
