@@ -47,6 +47,7 @@ def test_a_frontier_ends_where_no_memory_helps_or_with_the_last_whole_search(qui
     whole = [(p, len(asked)) for p in frontier(options, caps, lambda _: not asked.append(1))]
     assert len(whole) > 1
     assert not any(point.is_optimal for point, _ in whole[:-1])
+    assert whole[-1][0].is_optimal or whole[-1][0].cap == math.inf
     for most in (0, whole[0][1] + 1, len(asked) - 1):
         left = iter(range(most))
         stopped = frontier(options, caps, lambda _, left=left: next(left, None) is not None)
