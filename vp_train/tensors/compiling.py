@@ -29,7 +29,7 @@ _SHAPES = 64  # compiled shapes per function; torch runs further shapes uncompil
 _OFF = "TORCHDYNAMO_DISABLE"  # torch reads it too
 _PATIENCE_SECONDS = 120.0  # with another process that compiles
 _THREADS = "TORCHINDUCTOR_COMPILE_THREADS"  # torch reads it
-_given_up = Event()  # torch's own switch counts for the calling thread, and autograd has others
+_given_up = Event()  # since torch 2.13 its own switch counts for the calling thread only
 
 
 @cache
@@ -61,7 +61,7 @@ def _compile(function: Callable[..., Any], *, dynamic: bool | None) -> Callable[
         if _given_up.is_set():
             return function(*arguments, **named)
         if not takes_limit:
-            # Before torch 2.13 the limit is that of the calling thread, such as one of autograd.
+            # Before torch 2.13 the limit is a setting, maybe of the calling thread only.
             torch._dynamo.config.recompile_limit = _SHAPES
         return run(*arguments, **named)
 
