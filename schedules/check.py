@@ -4,7 +4,7 @@ A schedule is right if every pass runs once, on its rank, and no passes wait for
 cycle.
 
 A program is right if
-- a rank waits for every input before it uses it,
+- a rank waits for every input before it uses it, and for every result that it receives,
 - sends match receives,
 - all ranks of a communicator issue its collectives in the same order,
 - exactly the last pass that adds to a gradient completes it,
@@ -231,6 +231,9 @@ def _check_rank(rank: int, ops: tuple[Op, ...], problem: Problem) -> None:
         raise ValueError(
             f"rank {rank} does not run each of its passes once; first difference: {differing[0]}"
         )
+    for op in ops:
+        if op.exchange and op.exchange.delivers and (Action.WAIT, op.item, None) not in done:
+            raise ValueError(f"rank {rank} never waits for {op.item}, whose result it receives")
 
 
 def _needs(op: Op, rank: int, problem: Problem) -> list[_Key]:

@@ -1,13 +1,17 @@
 """The lower bounds in closed form."""
 
+import hashlib
 from itertools import product
 
 import pytest
 
 from schedules.bound import Bound, most_work, one_machine, steady_bytes, step_bound
 from schedules.cost import CostModel
+from schedules.generators import generate
 from schedules.network import Network
+from schedules.simulate import simulate
 from tests.schedules.cases import cost, problem
+from tests.schedules.test_auto import options_of
 
 
 @pytest.mark.parametrize(
@@ -93,3 +97,36 @@ def test_a_rank_runs_what_its_memory_takes_before_its_first_backward_and_after_i
     """
     bound = step_bound(problem(4, m), cost(4), (1000.0, 2.0, 1000.0, 1000.0))
     assert bound.seconds == max(3 * m + (4 + 2 * 2 - 2) + (2 + 4 * 2 - 2 * 2), 1 + m * 9 / 2 + 2)
+
+
+BOUNDS = {
+    "1f1b": "2d118739",
+    "interleaved": "1350d0d2",
+    "zb_h1": "6d102e59",
+    "v_half": "44bd7600",
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), BOUNDS.items())
+def test_bounds_are_neither_beaten_nor_lower_than_they_were(name, expected):
+    """For unequal passes and bytes, and caps of which some bind in the steady state or at an end.
+
+    A lower bound that is not beaten has become weaker.
+    """
+    found = []
+    for seed, (p, m) in enumerate(((1, 4), (2, 3), (3, 8), (4, 20), (4, 9))):
+        (option,) = options_of(p, m, spread=0.5, names=(name,), seed=seed)
+        case, costs = option.problem, option.cost
+        step = simulate(generate(name, case, costs, effort=0), case, costs)
+        bounds = []
+        for part in (1.0, 0.5, 0.25):
+            caps = tuple(part * held for held in step.peak_bytes)
+            for rank in range(p):
+                only = tuple(cap if r == rank else 1e9 for r, cap in enumerate(caps))
+                bounds.append(step_bound(case, costs, only))
+            if part == 1.0:
+                assert max(bound.seconds for bound in bounds) <= step.makespan * (1 + 1e-9)
+        found += [f"{bound.seconds:.7g} {bound.reason}" for bound in bounds]
+        network = Network.of(case, costs)
+        found += [f"{steady_bytes(rank, case, network):.7g}" for rank in range(p)]
+    assert hashlib.sha256("; ".join(found).encode()).hexdigest()[:8] == expected, found

@@ -1,6 +1,5 @@
 """The laws of the schedules: first closed forms for some, then properties of all schedules."""
 
-from dataclasses import replace
 from itertools import islice, pairwise
 
 import pytest
@@ -11,7 +10,7 @@ from schedules import generators
 from schedules.bound import step_bound
 from schedules.check import check_program, check_schedule
 from schedules.cost import CostModel
-from schedules.generators import GENERATORS, auto, generate
+from schedules.generators import GENERATORS, generate
 from schedules.generators.v_shape import blocks
 from schedules.ir import Kind
 from schedules.layout import Layout
@@ -264,21 +263,3 @@ def test_a_v_shaped_block_keeps_as_many_microbatches_in_flight_as_computed(p, al
     for block in some:
         computed = [max(map(sum, peaks)) for peaks in block.in_flight(p)]
         assert computed == [peak_in_flight(order, case) for order in block.order(case)]
-
-
-def test_tightened_blocks_help_auto_under_a_low_cap(monkeypatch):
-    """p=8, m=24, the memory of V-Min, without the longer search."""
-    layout, passes = Layout("v", 8, 2), {"S": 0.6, "T": 0.3, "barrier": 0.3, "hop": 0.05}
-    case = Problem(layout, 24, VOCAB_ALGORITHMS["one_barrier"], split_backward=True)
-    uniform = CostModel.uniform(16, 8, F=1, I=1, W=1, **passes)
-    costs = replace(uniform, stage_bytes=(0.5,) * 16, shard_bytes=(0.15,) * 8)
-    monkeypatch.setattr(auto, "_ROUNDS", ((1, 0),))
-    bubbles = []
-    for count in (4, 0):
-        monkeypatch.setattr(auto, "_BLOCKS", count)
-        timeline = simulate(
-            auto.solve([auto.Option("v_min", case, costs)], [4.15] * 8).schedule, case, costs
-        )
-        assert max(timeline.peak_bytes) <= 4.15 * (1 + 1e-9)
-        bubbles.append(timeline.mean_bubble)
-    assert bubbles[0] < bubbles[1] - 0.02

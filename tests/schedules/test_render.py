@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -352,3 +354,44 @@ def test_a_lane_has_no_room_for_transfers_or_barriers_that_its_rank_lacks():
     assert all(
         height > plain if rank in ends else height == plain for rank, height in enumerate(heights)
     )
+
+
+def offloaded():
+    """Return a step with transfers to the host on unequal stages, two of them on each rank."""
+    case = problem_of("v_half", "one_barrier", 2, 8)
+    costs = costs_of(case, 0.5)
+    return simulate(place_transfers(generate("v_half", case, costs), case, costs), case, costs)
+
+
+def scaled(step, factor):
+    """Return a timeline in which everything takes `factor` times as long, and its bound is half."""
+
+    def rows(spans):
+        return tuple(replace(s, start=factor * s.start, end=factor * s.end) for s in spans)
+
+    compute = tuple(map(rows, step.compute))
+    return replace(step, compute=compute, comm=rows(step.comm), bound=factor * step.makespan / 2)
+
+
+# Look at a picture that has changed, then write its digest here.
+PICTURES = {
+    "all kinds": (offloaded, "b57210 fee8f4 0937ea fd3cdb"),
+    "8 ranks, s": (lambda: scaled(staircase(8, 11), 10 / 35), "effc76 e62b00 1e7f44 5e7b46"),
+    "9 ranks, ms": (lambda: scaled(staircase(9, 3), 1e-3 / 12), "ec350f aa2b8d 96c88f f9bd09"),
+    "17 ranks, us": (lambda: scaled(staircase(17, 2), 1e-6), "7b4661 73b586 65660a f48552"),
+    "16 ranks": (lambda: staircase(16, 120), "faa3be 5efaba f46af6 d65934"),
+    "cut": (lambda: staircase(2, 200), "0dd2c7 990c4e 03db30 5dcc95"),
+    "whole": (lambda: staircase(2, 125), "1a007d b27b1c 046d81 b223af"),
+    "ranks of 60": (lambda: staircase(40, 30), "46501c 4cefc9 9a56c4 7310e6"),
+    "ranks of 62": (lambda: staircase(40, 31), "bf24af 26488a 52112f 090d8d"),
+}
+
+
+@pytest.mark.parametrize(("make", "expected"), PICTURES.values(), ids=PICTURES)
+def test_pictures_look_as_they_looked(make, expected, tmp_path):
+    step = make()
+    drawn = [svg(step, "a step"), text_grid(step), text_grid(step, 60, step.makespan / 3)]
+    drawn.append(json.dumps(chrome_trace({"a": step, "b": step})))
+    (tmp_path / "picture.svg").write_text(drawn[0])
+    found = [hashlib.sha256(text.encode()).hexdigest()[:6] for text in drawn]
+    assert " ".join(found) == expected, f"look at {tmp_path}/picture.svg"
