@@ -28,7 +28,7 @@ class Excerpt:
     def of(cls, timeline: Timeline) -> Excerpt:
         """Return what a picture of `timeline` shows."""
         whole = cls(timeline.makespan)
-        most = max(1, max(map(len, timeline.compute), default=1))
+        most = max(map(len, timeline.compute))
         allowed = min(_MOST_BOXES_OF_RANK, max(60, _MOST_BOXES // timeline.num_ranks))
         if most <= allowed or timeline.makespan <= 0:
             return whole

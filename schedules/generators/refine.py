@@ -209,8 +209,9 @@ class Refiner:
         """
         known, random, caps = _Known(), Random(0), self.caps
         effort = max(4 * self.nodes, _KICK_EFFORT)
-        while budget >= 2 * self.nodes + effort:
-            budget -= 2 * self.nodes + effort
+        kick = 2 * self.nodes + effort
+        while budget >= kick:
+            budget -= kick
             if (best.excess == 0 and best.makespan <= enough) or not goes_on(best):
                 break
             squeeze, unequal = random.uniform(0.8, 1.0), random.random() < 0.25

@@ -130,6 +130,26 @@ def test_refining_only_improves_and_its_numbers_are_those_of_its_orders(name, p,
         assert refiner.search(first, budget, first.makespan) is first or first.excess
 
 
+@pytest.mark.parametrize(("name", "p", "m", "algorithm"), CASES)
+def test_a_search_goes_on_as_long_as_its_budget_of_placed_nodes_lasts(name, p, m, algorithm):
+    """A kick places two turns and is refined; one that comes close to the best is refined twice."""
+    network, _, orders = woven(name, p, m, algorithm)
+    refiner = Refiner(network, [0.9 * kept for kept in peaks_of(network, orders)])
+    first, turns = refiner.judge(orders), 2 * refiner.nodes
+    effort = max(2 * turns, 8_000)
+
+    def asked(work, *arguments):
+        asks = []
+        work(first, *arguments, lambda best: not asks.append(best))
+        return len(asks)
+
+    for count in (0, 1, 2, 5):
+        assert asked(refiner.refine, count * turns) == count
+        assert asked(refiner.search, count * (turns + effort) - 1, 0.0) <= max(0, count - 1)
+        assert asked(refiner.search, count * (turns + effort), 0.0) <= count
+        assert asked(refiner.search, count * (turns + 2 * effort), 0.0) >= count
+
+
 @pytest.mark.parametrize("name", ["1f1b", "zb_h1", "v_half"])
 def test_a_step_with_its_steady_state_repeated_takes_that_much_longer_and_keeps_no_more(name):
     p, m, extra = 3, 12, 8
