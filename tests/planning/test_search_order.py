@@ -443,6 +443,38 @@ def test_every_machine_finds_the_same_plans_in_the_same_order(enter):
     assert hashlib.sha256("\n".join(map(str, texts)).encode()).hexdigest()[:8] == "ca88195a"
 
 
+def test_offloading_takes_the_place_of_recomputation_and_makes_no_plan_slower(enter):
+    """A dozen choices are tried at most, on GPUs only, and none that is kept out."""
+    faster = 0
+    for seed in range(24):
+        plans, counts = {}, set()
+        for name, device in (("cpu", CONFIG), ("kept", GPU), ("cuda", GPU)):
+            world, config, _, _, base = any_world(seed)
+            enter(world)
+            config = replace(device, cluster=config.cluster)
+            kept = Kept({"parallel.offload_activations": 0.0} if name == "kept" else {})
+            space = Space(tuple(base), Counter(), None, kept)
+            found = search(config, Limits(2, 0.0, 10**9), lambda: True, len, space)
+            offload = [number for number in world.asked("draft") if number >= len(base)]
+            assert len(offload) <= 12
+            plans[name] = [(one.report.step_seconds, one.choice) for one in found.best]
+            counts.add(found.num_choices - len(offload))
+        assert plans["cpu"] == plans["kept"]
+        assert len(counts) == 1, "what is tried counts as a choice"
+        seconds, without = ([second for second, _ in plans[name]] for name in ("cuda", "cpu"))
+        assert len(seconds) >= len(without)
+        assert all(a <= b for a, b in zip(seconds, without, strict=False))
+        if plans["cpu"] and plans["cpu"][0][1].recompute == "none":
+            assert plans["cuda"] == plans["cpu"], "memory does not bind"
+        faster += bool(without) and seconds < without
+        for second, choice in plans["cuda"]:
+            facts = world.facts[replace(choice, optimizer=None)]
+            assert (facts.seconds, facts.host_excess) == (second, 0.0)
+            assert facts.memory <= GIB
+            assert facts.short_bytes.get(name_of(choice.optimizer), ROOMY) <= GIB
+    assert faster >= 3
+
+
 def test_a_kind_that_differs_in_any_way_is_not_alike():
     one = choice_of(0)
     others = [
@@ -497,26 +529,6 @@ def test_where_nothing_fits_the_leanest_is_named_with_all_that_it_needs_at_least
     assert said[-1] == "2 simulated; none fits yet"
 
 
-def test_a_margin_counts_for_estimates_and_for_plans_to_the_byte(enter):
-    least = 0.75 * GIB
-    facts = [
-        Facts(1.0, 3.0, memory=least, short_bytes={"adamw": least}),
-        Facts(1.0, 2.0, memory=least + 1),
-        Facts(1.0, 1.0, short_bytes={"adamw": least + 1}),
-    ]
-    world = World(facts)
-    made = enter(world)
-    found = run(world, top=3, margin=0.25)
-    assert made == [(least, (ADAMW,))]
-    assert numbers(world, found.best) == [0]
-    refused = {world.choices.index(one.choice): one for one in found.refused}
-    assert sorted(refused) == [1, 2]
-    assert [refused[n].needs for n in (1, 2)] == [least + 1, least + 1]
-    assert [refused[n].bound for n in (1, 2)] == [2.0, 1.0]
-    assert "on rank 1" in refused[1].reason
-    assert found.excluded == {f"memory, for {SIMULATED}": 2}
-
-
 def test_the_fastest_optimizer_that_fits_is_taken(enter):
     """What is refused says the memory of a rank if that is too little, else that of the hosts."""
     config = replace(CONFIG, cluster=replace(CONFIG.cluster, host_memory_gib=2.0))
@@ -548,139 +560,6 @@ def test_the_fastest_optimizer_that_fits_is_taken(enter):
             (refusal,) = found.refused
             assert refusal.reason.startswith(expected)
             assert (refusal.needs is None) == expected.startswith("cluster")
-
-
-def test_hosts_are_asked_only_where_something_is_kept_there_and_their_memory_is_known(enter):
-    moved = choice_of(1, offload=0.5)
-    for gib, choice, optim, fits in (
-        (2.0, moved, ADAMW, False),
-        (2.0, choice_of(1), OFFLOAD, False),
-        (2.0, choice_of(1), ADAMW, True),
-        (None, moved, OFFLOAD, True),
-    ):
-        config = replace(CONFIG, cluster=replace(CONFIG.cluster, host_memory_gib=gib))
-        world = World([Facts(1.0, 1.0, host=3.0 * GIB, optimizers=(optim,))], [choice])
-        enter(world)
-        found = run(world, config=config)
-        assert bool(found.best) is fits, (gib, choice, optim)
-    for excess, fits in ((0.0, True), (1.0, False)):
-        world = World([Facts(1.0, 4.0, host_excess=excess), Facts(5.0, 5.0)])
-        enter(world)
-        found = run(
-            world, config=replace(config, cluster=replace(config.cluster, host_memory_gib=3))
-        )
-        assert numbers(world, found.best) == [0 if fits else 1]
-        if not fits:
-            (refusal,) = found.refused
-            words = "cluster.host_memory_gib=3, which too much is offloaded for"
-            assert (refusal.reason, refusal.bound, refusal.needs) == (words, 4.0, None)
-            assert found.excluded == {words: 1}
-            assert not found.estimated
-
-
-def offloading_world(base, others, *, best=10.0):
-    """Return a world of base choices and of what offloads in their place.
-
-    others: facts by (number of the base choice, recompute, part).
-    """
-    choices, facts = [], []
-    for number, recompute, fact in base:
-        choices.append(choice_of(number, recompute=recompute))
-        facts.append(fact)
-    for (number, recompute, part), fact in others.items():
-        choices.append(choice_of(number, recompute=recompute, offload=part))
-        facts.append(fact)
-    return World(facts, choices)
-
-
-def run_offloading(world, num_base, *, top=1, effort=10**9, config=GPU, kept=None, in_time=None):
-    kept = {} if kept is None else {"kept": kept}
-    space = Space(tuple(world.choices[:num_base]), Counter(), None, **kept)
-    in_time = in_time or (lambda: True)
-    return search(config, Limits(top, 0.0, effort), in_time, lambda words: None, space)
-
-
-def test_what_recomputes_is_tried_with_offloaded_activations_in_its_place(enter):
-    base = [(0, "selective", Facts(10.0, 10.0)), (1, "none", Facts(1.0, 1.0, memory=GIB + 1.0))]
-    others = {
-        (0, "none", 0.5): Facts(1.0, 6.0, drafted=5.0),
-        (0, "none", 1.0): Facts(2.0, 1.0, least=GIB + 1.0),
-        (0, "selective", 0.5): Facts(3.0, 1.0, drafted=10.0),
-        (0, "selective", 1.0): Facts(10.0, 1.0),
-        (1, "none", 0.5): Facts(4.0, 9.5, least=float(GIB)),
-        (1, "none", 1.0): Facts(0.5, 1.0, short_bytes={"adamw": GIB + 5.0}),
-    }
-    world = offloading_world(base, others)
-    enter(world)
-    found = run_offloading(world, 2)
-    begin = world.log.index(("weigh", 2))
-    assert sorted(world.asked("weigh")) == list(range(8))
-    rest = [event for event in world.log[begin:] if event[0] != "weigh"]
-    assert rest == [
-        *(("draft", 7), ("short", 7), ("draft", 2), ("short", 2), ("draft", 4)),
-        *(("draft", 6), ("short", 6), ("plan", 2)),
-    ]
-    assert numbers(world, found.best) == [2]
-    assert number_of(world, found.with_vocabulary) == 2
-    assert found.best[0].choice.offload == 0.5
-    assert found.num_choices == 2 + 4
-    refused = {world.choices.index(one.choice): (one.bound, one.needs) for one in found.refused}
-    assert refused == {1: (1.0, GIB + 1.0), 7: (0.5, GIB + 5.0)}
-    more = offloading_world(base, others)
-    enter(more)
-    found = run_offloading(more, 2, top=2)
-    assert sorted(more.asked("short")) == [0, 1, 2, 4, 5, 6, 7], "all may be among two"
-    assert more.asked("plan")[-2:] == [2, 6]
-    assert numbers(more, found.best) == [2, 6]
-
-
-@pytest.mark.parametrize("reason", ["device", "best", "kept", "time"])
-def test_nothing_offloads_where_memory_does_not_bind_or_it_must_not(enter, reason):
-    recompute = "none" if reason == "best" else "full"
-    base = [(0, recompute, Facts(10.0, 10.0)), (1, "none", Facts(9.0, 9.0, memory=2.0 * GIB))]
-    kinds = ("none", "selective", "full")
-    others = {(0, kind, part): Facts(1.0, 1.0) for kind in kinds for part in (0.5, 1.0)}
-    others |= {(1, "none", part): Facts(1.0, 1.0) for part in (0.5, 1.0)}
-    world = offloading_world(base, others)
-    enter(world)
-    found = run_offloading(
-        world,
-        2,
-        config=CONFIG if reason == "device" else GPU,
-        kept=Kept({"parallel.offload_activations": 0.0}) if reason == "kept" else None,
-        in_time=(lambda: False) if reason == "time" else None,
-    )
-    assert numbers(world, found.best) == [0]
-    assert sorted(world.asked("weigh")) == [0, 1]
-    assert found.num_choices == 2
-
-
-def test_where_nothing_fits_all_that_memory_refused_is_tried_with_offloading(enter):
-    """With a plan that fits, only what recomputes nothing is."""
-    large = TooLargeError(2.0 * GIB, GIB, LEANEST)
-    for fits in (True, False):
-        base = [
-            (0, "full", Facts(1.0, 1.0, fails={"weigh": large})),
-            (1, "none", Facts(1.0, 1.0, fails={"weigh": ConfigError("it cannot be")})),
-        ]
-        if fits:
-            base.append((2, "full", Facts(30.0, 30.0)))
-        others = {}
-        for number, *_ in base:
-            for kind in ("none", "selective", "full"):
-                for part in (0.5, 1.0):
-                    one = Facts(2.0 + number, 5.0 + number)
-                    if (number, kind, part) != (0, "full", 1.0):
-                        one.fails["weigh"] = ConfigError("no")
-                    others[number, kind, part] = one
-        world = offloading_world(base, others)
-        enter(world)
-        found = run_offloading(world, len(base))
-        names = [(plan.choice.recompute, plan.choice.offload) for plan in found.best]
-        assert names == ([("full", 0.0)] if fits else [("full", 1.0)])
-        tried = {world.choices[n].micro_batch_size - 1 for n in world.asked("weigh")[len(base) :]}
-        assert tried == ({2} if fits else {0})
-        assert found.num_choices == len(base) + (0 if fits else 1)
 
 
 def test_a_choice_that_fits_is_one_whose_stages_all_recompute_most(enter, monkeypatch):
