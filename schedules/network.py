@@ -72,7 +72,7 @@ class Network:
             for node in barriers
         ]
         no_bytes = [0.0] * len(nodes)
-        first, back = numbers[Pass(0, Kind.F, 0)], numbers.get(Pass(0, problem.backward, 0))
+        first, back = numbers[Pass(0, Kind.F, 0)], numbers.get(Pass(0, problem.backward, 0), -1)
         return cls(
             num_ranks=num_ranks,
             num_microbatches=problem.num_microbatches,
@@ -91,9 +91,7 @@ class Network:
                 else (*map(cost.byte_change, passes), *no_bytes[len(passes) :])
             ),
             leaders={k: first for k, item in enumerate(passes) if item.kind is Kind.E},
-            leaders_back={}
-            if back is None
-            else {k: back for k, item in enumerate(passes) if item.kind is Kind.G},
+            leaders_back={k: back for k, item in enumerate(passes) if item.kind is Kind.G},
         )
 
     @property

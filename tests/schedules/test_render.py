@@ -230,6 +230,15 @@ def test_the_axis_has_round_values_in_one_unit(makespan, first, last):
     assert 5 <= len(ticks) <= 11
 
 
+@pytest.mark.parametrize("makespan", [0.1, 1.0, 2.0, 3.3, 10.0, 10.1, 20.0, 49.9, 50.0, 99.0, 1e4])
+def test_ticks_are_as_close_as_ten_parts_of_1_2_or_5_allow(makespan):
+    found = Excerpt(makespan).ticks(1.0)
+    steps = [factor * 10.0**power for power in range(-4, 5) for factor in (1, 2, 5)]
+    step = next(step for step in steps if makespan / step <= 10 + 1e-9)
+    assert found == pytest.approx([step * n for n in range(int(makespan / step + 1e-9) + 1)])
+    assert Excerpt(0.0).ticks(1e3) == [0.0]
+
+
 def test_a_later_stage_of_a_rank_is_marked_by_a_band():
     one_stage = svg(timeline([("0F0", 0.0, 1.0), ("0S0", 1.0, 2.0)]), "linear")
     two_stages = svg(timeline([("0F0", 0.0, 1.0), ("3F0", 1.0, 2.0)]), "v")

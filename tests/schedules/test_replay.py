@@ -365,3 +365,25 @@ def test_beside_waits_is_the_time_in_which_a_pass_runs_and_an_issued_communicati
         beside = seconds_of(passes, own) / seconds_of(passes)
         assert result.beside_waits[rank] == pytest.approx(beside, abs=1e-9)
     assert max(result.beside_waits) > 0.02
+    short = CostModel({kind: tuple(1e-3 * t for t in v) for kind, v in costs.pass_seconds.items()})
+    assert replay(program, short, CUDA).beside_waits == pytest.approx(result.beside_waits)
+
+
+@pytest.mark.parametrize("runtime", [CUDA, GLOO])
+@pytest.mark.parametrize("name", ["1f1b", "zb_h1", "v_half"])
+def test_the_cause_of_a_wait_is_what_ends_when_the_pass_begins(name, runtime, quick):
+    """A pass that begins at the end of the one before it waits for nothing."""
+    (step,) = lowered(name, "one_barrier", 4, 8, "causes")
+    found = replay(step.program, step.costs, runtime)
+    ends = {span.name: span.end for spans in found.timeline.compute for span in spans}
+    ends = {name: end + step.costs.hop_seconds for name, end in ends.items()}
+    ends |= {span.name: span.end for span in found.timeline.comm}
+    waits = 0
+    for spans, causes in zip(found.timeline.compute, found.causes, strict=True):
+        before = 0.0
+        for span, cause in zip(spans, causes, strict=True):
+            begin = before if cause is None else ends[str(cause.item)]
+            assert span.start == pytest.approx(begin)
+            assert cause is None or begin > before
+            before, waits = span.end, waits + (cause is not None)
+    assert waits > 10
