@@ -86,7 +86,6 @@ def timeline_of(solution):
         (3, 6, 0.2, ("two_barrier",)),
         (3, 4, 0.0, ("none",)),
         (4, 8, 0.1, ("one_barrier",)),
-        (4, 16, 0.3, ("one_barrier",)),
     ],
 )
 @pytest.mark.parametrize("cap_of", ["1f1b", "v_half"])
@@ -193,7 +192,7 @@ def test_the_makespan_is_above_the_bound_and_memory_only_raises_it(
     ("p", "m", "caps", "spread"),
     [
         (2, 8, (1.1, 1.1), 0.0),
-        (2, 4, (9.0, 0.7), 0.3),
+        (2, 3, (9.0, 0.7), 0.3),
         (3, 7, (0.2, 0.3, 0.1), 0.3),
         (4, 8, (1.0,) * 4, 0.1),
     ],
