@@ -392,6 +392,7 @@ def any_world(seed):
             bound = draw.uniform(1.0, 4.0)
             short = bound * draw.uniform(1.0, 1.3)
             facts.append(Facts(bound, short * draw.uniform(0.98, 1.1), short=short))
+            facts[-1].least = draw.choice([ROOMY, 0.75 * GIB, 1.0 * GIB, GIB + 1.0])
             choices.append(other)
             if draw.random() < 0.3:
                 facts[-1].fails["weigh"] = TooLargeError(1.2 * GIB, GIB, LEANEST)
@@ -405,6 +406,9 @@ def any_world(seed):
         one.placed = draw.choice([one.placed, 1_000])
         if draw.random() < 0.3:  # many take about as long
             one.seconds = one.short = 4.0 + draw.choice([0.0, 0.0004, 0.002])
+    if draw.random() < 0.3:
+        for choice, one in zip(base, facts, strict=False):
+            one.seems_to_fit = one.seems_to_fit and choice.splits_vocabulary
     if (known := draw.choice([None, 2.0])) is None:
         for one in facts:
             one.host_excess = 0.0
@@ -423,7 +427,7 @@ def any_world(seed):
 def test_every_machine_finds_the_same_plans_in_the_same_order(enter):
     """Look at what a change of the search gives for whole clusters, then write the digest here."""
     texts = []
-    for seed in range(80):
+    for seed in range(60):
         world, config, limits, in_time, base = any_world(seed)
         enter(world)
         said, space = [], Space(tuple(base), Counter(seven=7), None)
@@ -440,7 +444,7 @@ def test_every_machine_finds_the_same_plans_in_the_same_order(enter):
             f"{sorted(found.num_unseen.items())}",
             *said,
         ]
-    assert hashlib.sha256("\n".join(map(str, texts)).encode()).hexdigest()[:8] == "ca88195a"
+    assert hashlib.sha256("\n".join(map(str, texts)).encode()).hexdigest()[:8] == "a0cabf6e"
 
 
 def test_offloading_takes_the_place_of_recomputation_and_makes_no_plan_slower(enter):
