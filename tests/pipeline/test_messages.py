@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from schedules.ir import Pass
+from schedules.ir import Kind, Pass
 from schedules.lower import Action, Exchange
 from schedules.timeline import Span
 from schedules.vocab import End, Payload, Transfer
@@ -455,11 +455,18 @@ class Marking(HostOrder):
         return SimpleNamespace(query=lambda: True)
 
 
+def is_forward(op):
+    return op.action is Action.RUN and op.item.kind is Kind.F
+
+
 @pytest.mark.parametrize("copies_end_later", [False, True])
 def test_an_observer_sees_the_passes_waits_and_messages_of_the_program_in_its_order(
     copies_end_later,
 ):
-    """A copy that has ended when it is issued is nothing to watch."""
+    """A copy that has ended when it is issued is nothing to watch.
+
+    The weights of the stages are fixed meanwhile.
+    """
     config = offloading(config_of(2, 3, 101, schedule="zb_h1", num_stages=4))
     plan = plan_of(config, 2)
 
@@ -467,12 +474,23 @@ def test_an_observer_sees_the_passes_waits_and_messages_of_the_program_in_its_or
         if copies_end_later:
             model.trainer._link = HostLink(Marking(), CPU)
         observer = Noting()
+
+        @contextmanager
+        def fixed_weights():
+            observer.log.append(("fixed",))
+            yield
+            observer.log.append(("free",))
+
+        for stage in model.trainer._modules.stages.values():
+            stage.fixed_weights = fixed_weights
         model.train_step(*random_batch(config, 1), observer)
         return observer.log
 
     moves = (Action.OFFLOAD, Action.OFFLOADED, Action.RELOAD, Action.RESTORED)
     for rank, log in enumerate(run_locally(config, plan, work)):
         expected, reads = [("waits", Action.WAIT, "tokens of all replicas")], []
+        stages = len({op.item.stage for op in plan.program.ranks[rank] if is_forward(op)})
+        expected += [("fixed",)] * stages
         for op in plan.program.ranks[rank]:
             if op.action is Action.RUN:
                 expected.append(("observe", str(op.item)))
@@ -484,6 +502,7 @@ def test_an_observer_sees_the_passes_waits_and_messages_of_the_program_in_its_or
                 expected.append(("waits", op.action, str(op.item)))
             if copies_end_later and op.action in (Action.OFFLOAD, Action.RELOAD):
                 expected.append(("watch", str(op)))
+        expected += [("free",)] * stages
         expected.append(("waits", Action.WAIT, "messages"))
         seen = [event if event[0] == "waits" else event[:2] for event in log]
         # A stage waits for its weights layer by layer, within its first pass.
