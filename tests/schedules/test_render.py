@@ -382,6 +382,22 @@ def scaled(step, factor):
     return replace(step, compute=compute, comm=rows(step.comm), bound=factor * step.makespan / 2)
 
 
+@pytest.mark.parametrize("make", [offloaded, lambda: staircase(3, 4)])
+def test_the_beginning_of_a_step_has_what_begins_in_it(make):
+    step = make()
+    moments = {span.start for spans in (*step.compute, step.comm) for span in spans}
+    moments |= {copy.span.start for copy in step.transfers}
+    for until in sorted(moments - {0.0}):
+        begun = tuple(tuple(s for s in spans if s.start < until) for spans in step.compute)
+        copies = tuple(copy for copy in step.transfers if copy.span.start < until)
+        longest = replace(step.comm[0], end=step.makespan)  # not in the grid
+        cut = replace(step, compute=begun, comm=(longest,), transfers=copies)
+        rows = [text_grid(each, 60, until).splitlines() for each in (step, cut)]
+        drawn = [[row for row in some if row.strip(" v^")] for some in rows]
+        count = len([row for row in drawn[1] if not row.startswith("    ")])
+        assert drawn[0][:count] == drawn[1][:count]
+
+
 # Look at a picture that has changed, then write its digest here.
 PICTURES = {
     "all kinds": (offloaded, "b57210 fee8f4 0937ea fd3cdb"),
