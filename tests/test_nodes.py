@@ -73,7 +73,6 @@ class Agents:
             json.loads(result.read_text()) if result.exists() else None for result in self.results
         ]
 
-
     def errors(self):
         """Return what every agent and its ranks have written to stderr."""
         return [result.with_suffix(".err").read_text() for result in self.results]
