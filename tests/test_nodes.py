@@ -7,16 +7,21 @@ import os
 import signal
 import socket
 import time
+from datetime import timedelta
+from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed import HashStore
 
 from tests.programs import finished
 from tests.ranks import free_port, ready_context
 from tests.test_local_ranks import LOST, all_begin, goes, rank_that
-from vp_train.commands import agent, launch, nodes
+from vp_train.commands import agent, launch, messenger, nodes
 from vp_train.commands.agent import Job, Signals, run_job
-from vp_train.commands.nodes import JobEnded, OneNode, joined, when_all_told
+from vp_train.commands.messenger import Beats, Messenger
+from vp_train.commands.nodes import JobEnded, OneNode, SeveralNodes, joined, untold, when_all_told
 from vp_train.commands.place import (
     Place,
     first_host,
@@ -35,6 +40,7 @@ def be_agent(place, code, result, settings):
     os.setpgid(0, 0)
     os.dup2(os.open(f"{result}.err", os.O_WRONLY | os.O_CREAT), 2)
     num_local = settings.pop("num_local", 1)
+    messenger._SILENT_SECONDS = settings.pop("silent", messenger._SILENT_SECONDS)
     try:
         with joined(place, num_local, settings.pop("patience", 30)) as news:
             if place.node == settings.pop("failing", None):
@@ -72,6 +78,10 @@ class Agents:
             json.loads(result.read_text()) if result.exists() else None for result in self.results
         ]
 
+    def errors(self):
+        """Return what every agent and its ranks have written to stderr."""
+        return [result.with_suffix(".err").read_text() for result in self.results]
+
 
 def places(num_nodes=2, port=None, **values):
     port = port or free_port()
@@ -105,26 +115,50 @@ def test_agents_end_together_with_one_cause(tmp_path, code, expected, words):
     assert max(times) - min(times) < 10  # less than 1 s on an idle machine
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_agent_is_noticed_by_the_others_and_named(tmp_path, victim):
-    code = f"open({str(tmp_path)!r} + f'/pid{{rank}}', 'w').write(str(os.getpid()))\ntime.sleep(60)"
-    agents = Agents(tmp_path, code, places())
-    files = [tmp_path / f"pid{rank}" for rank in range(2)]
-    until = time.monotonic() + 30
-    while not all(file.exists() and file.read_text() for file in files):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    ranks = [file.read_text() for file in files]
-    began = time.time()
-    agents.processes[victim].kill()
-    endings = agents.endings()
-    assert endings[victim] is None
-    code, words, when = endings[1 - victim]
-    assert code == 70
-    assert words.startswith(f"the agent of node {victim} (host{victim}) was killed")
-    assert when - began < 10  # 1.2 s on an idle machine
-    os.kill(int(ranks[victim]), signal.SIGKILL)  # a rank of vp-train would have gone by itself
-    assert goes(ranks[1 - victim])
+CUT = "a process that links this node to the head, node 0 (host0), was killed"
+KILLED = "the agent of node {0} (host{0}) was killed"
+# The process that is killed, its node, and how the two agents end.
+DEATHS = {
+    ("agent", 0): [None, (70, KILLED.format(0))],
+    ("agent", 1): [(70, KILLED.format(1)), None],
+    ("messenger", 0): [(70, CUT), (70, KILLED.format(0))],
+    ("messenger", 1): [(124, "node 1 (host1) does not answer any more"), (70, CUT)],
+    ("store", 0): [(70, CUT), (70, KILLED.format(0))],
+}
+
+
+def test_the_death_of_any_process_is_noticed_by_all_agents_and_named(tmp_path):
+    jobs = {}
+    for victim, node in DEATHS:
+        directory = tmp_path / f"{victim}{node}"
+        directory.mkdir()
+        code = f"open({str(directory)!r} + f'/pid{{rank}}', 'w').write(str(os.getpid()))\n"
+        silent = 2.0 if victim == "messenger" and node else 60.0
+        jobs[victim, node] = Agents(directory, f"{code}time.sleep(60)", places(), silent=silent)
+    ranks = {}
+    until = time.monotonic() + 60
+    for (victim, node), job in jobs.items():
+        files = [tmp_path / f"{victim}{node}" / f"pid{rank}" for rank in range(2)]
+        while not all(file.exists() and file.read_text() for file in files):
+            assert time.monotonic() < until, job.errors()
+            time.sleep(0.05)
+        ranks[victim, node] = [file.read_text() for file in files]
+        agent = job.processes[node].pid
+        children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+        order = ["messenger"] if node else ["store", "messenger"]
+        killed = agent if victim == "agent" else int(children[order.index(victim)])
+        os.kill(killed, signal.SIGKILL)
+    for (victim, node), job in jobs.items():
+        endings = job.endings()
+        for found, expected in zip(endings, DEATHS[victim, node], strict=True):
+            if expected is None:
+                assert found is None
+                os.kill(int(ranks[victim, node][node]), signal.SIGKILL)  # vp-train's rank goes
+            else:
+                assert found is not None, (victim, node, job.errors())
+                assert found[0] == expected[0]
+                assert found[1].startswith(expected[1])
+        assert all(map(goes, ranks[victim, node]))
 
 
 def test_all_ranks_of_all_nodes_start_again_with_a_store_of_their_own(tmp_path):
@@ -188,12 +222,14 @@ def test_a_doubled_node_ends_the_meeting_for_all(tmp_path):
 
 
 def test_an_agent_that_leaves_by_an_error_tells_it(tmp_path):
-    endings = Agents(tmp_path, "time.sleep(60)", places(3), failing=1).endings()
+    agents = Agents(tmp_path, "time.sleep(60)", places(3), failing=1)
+    endings = agents.endings()
+    assert None not in endings, agents.errors()
     assert [ending[0] for ending in endings] == [74, 74, 74]
     for node in (0, 2):
         assert endings[node][1] == "vp-train: host1: [Errno 11] no more processes"
     times = [ending[2] for ending in endings]
-    assert max(times) - min(times) < 6  # a second of grace, and the start of ranks
+    assert max(times) - min(times) < 30  # a second of grace, and the start of ranks
 
 
 class Script(OneNode):
@@ -277,12 +313,11 @@ def test_a_node_that_has_left_is_not_lost_but_a_silent_one_is(monkeypatch):
             return 1
 
     clock = [0.0]
-    monkeypatch.setattr(nodes.time, "monotonic", lambda: clock[0])
-    beats = nodes._Beats(Store(), Place(3, 0))
-    assert list(beats.lost()) == []
-    beats.expect_no_more(1)
+    monkeypatch.setattr(messenger.time, "monotonic", lambda: clock[0])
+    beats = Beats(Store(), Place(3, 0))
+    assert list(beats.lost(set())) == []
     clock[0] = 60.0
-    assert list(beats.lost()) == [2]
+    assert list(beats.lost({1})) == [2]
 
 
 def test_nodes_with_other_options_are_refused(monkeypatch):
@@ -307,8 +342,9 @@ def test_an_end_during_the_meeting_is_that_of_all():
     assert caught.value.ending.code == 130
 
 
-def test_a_messenger_has_no_limit_before_the_head_answers(monkeypatch):
+def test_a_messenger_has_no_limit_before_the_head_answers_but_leaves_with_its_agent(monkeypatch):
     ours, theirs = socket.socketpair()
+    ours.sendall(b'{"kind": "joined", "node": 1}\n')
     limit, limits = [0], []
 
     def connect(address, timeout):
@@ -317,11 +353,129 @@ def test_a_messenger_has_no_limit_before_the_head_answers(monkeypatch):
             ours.close()  # the agent leaves
         raise TimeoutError
 
-    monkeypatch.setattr(nodes.socket, "create_connection", connect)
-    monkeypatch.setattr(nodes.signal, "alarm", lambda seconds: limit.__setitem__(0, seconds))
-    assert nodes._Messenger(theirs, Place(2, 1, "host1", "head"))._connect({}) is None
+    monkeypatch.setattr(messenger.socket, "create_connection", connect)
+    monkeypatch.setattr(messenger.signal, "alarm", lambda seconds: limit.__setitem__(0, seconds))
+    place = Place(2, 1, "host1", "head")
+    foreign = Messenger(theirs, os.getpid(), place)  # not the parent: the agent was killed
+    assert foreign._connect({}) is None
+    assert limits == []
+    assert Messenger(theirs, os.getppid(), place)._connect({}) is None
     theirs.close()
     assert limits == [0, 0]
+
+
+class Killed(BaseException):
+    """The end of a process, in a test with one process."""
+
+
+class Watched:
+    """A store that calls `before` ahead of every exchange."""
+
+    def __init__(self, store, before):
+        self._store, self._before = store, before
+
+    def __getattr__(self, name):
+        self._before()
+        return getattr(self._store, name)
+
+
+@pytest.fixture
+def messengers(monkeypatch):
+    """Return a function that makes a messenger, and the agent's end of its stream."""
+    monkeypatch.setattr(messenger.signal, "alarm", lambda seconds: None)
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=0.2))
+    streams = []
+
+    def make(before=lambda: None):
+        streams.extend(socket.socketpair())
+        made = Messenger(streams[-1], os.getppid(), Place(9, 1, "host1", "head"))
+        made._store = Watched(store, before)
+        return made, streams[-2]
+
+    yield make
+    for stream in streams:
+        stream.close()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_log_has_one_order_and_no_hole_wherever_messengers_are_killed(messengers, seed):
+    random = Random(seed)
+    alive, killed, written = [], [], []
+
+    def write(number):
+        """Let a messenger write and read, while others act, until it is killed."""
+        one, fact = made[number], {"kind": "asked", "node": number, "count": len(written)}
+        alive.remove(number)
+        try:
+            one._tell(fact)
+            written.append(fact)
+            one._read()
+            alive.append(number)
+        except Killed:
+            killed.append(number)
+
+    def before():
+        if alive and len(written) < 40 and random.random() < 0.3:
+            write(random.choice(alive))
+        if len(killed) < 6 and random.random() < 0.02:
+            raise Killed
+
+    made = [messengers(before)[0] for _ in range(9)]
+    alive.extend(range(9))
+    for _ in range(30):
+        write(random.choice(alive))
+    reader = messengers()[0]
+    reader._read()
+    log = reader._unsaid
+    facts = [json.loads(line) for line in log.splitlines()]
+    assert killed
+    assert all(fact in facts for fact in written)
+    assert all(log.startswith(one._unsaid) for one in made)
+
+
+def test_a_messenger_never_waits_for_an_agent_that_does_not_read(messengers):
+    one, stream = messengers()
+    for count in range(2000):  # far more than a stream takes
+        one._tell({"kind": "asked", "node": 1, "count": count})
+        one._hand_over()
+    read = b""
+    while not read.endswith(b"1999}\n"):
+        read += stream.recv(65536)
+        one._hand_over()
+    assert [json.loads(line)["count"] for line in read.splitlines()] == list(range(2000))
+
+
+def test_an_agent_leaves_when_its_messenger_has_written_all(monkeypatch, tmp_path):
+    def slow(stream, agent, place, identity):
+        heard = b""
+        while read := stream.recv(65536):
+            heard += read
+        time.sleep(0.3)
+        (tmp_path / "heard").write_bytes(heard)
+        os._exit(0)
+
+    monkeypatch.setattr(nodes, "be_messenger", slow)
+    news = SeveralNodes(Place(2, 1, "host1", "127.0.0.1", 1, "one"))
+    news.tell("asked")
+    news.leave()
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "heard").read_text().splitlines()]
+    assert kinds == ["asked", "bye"]
+
+
+def test_what_all_know_stands_before_what_an_agent_without_a_head_tells(monkeypatch):
+    def brief(stream, agent, place, identity):
+        stream.sendall(b'{"kind": "joined", "node": 0, "host": "host0"}\n')
+        os._exit(1)
+
+    monkeypatch.setattr(nodes, "be_messenger", brief)
+    news = SeveralNodes(Place(2, 1, "host1", "127.0.0.1", 1, "one"))
+    os.waitid(os.P_PID, news._messenger, os.WEXITED | os.WNOWAIT)
+    news.tell("stopped", number=2)
+    assert [fact["kind"] for fact in news.facts()] == ["joined", "lost", "stopped"]
+    assert agent._insisting(news) == 2
+    assert untold(news, "ends", 0) == untold(OneNode(Place(2), news.facts()), "ends", 0) == []
+    news.leave()
 
 
 CHECKED = {"kind": "checked", "node": 1, "code": 0, "words": "", "overrides": []}

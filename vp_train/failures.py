@@ -214,15 +214,15 @@ def root_cause(
     ends: Sequence[RankEnd],
     settings: RunSettings,
     record_of: Callable[[int], Path | None] = lambda rank: None,
-    way_on: Callable[[], str] = lambda: "",
+    advice: str = "",
 ) -> Ending:
     """Return how a job ends whose ranks ended as `ends` says, in the order in which they died.
 
     Leave out ranks that the launcher itself has killed.  `record_of` returns the flight recorder's
-    file of a rank if NCCL's watchdog wrote it before it aborted the rank.  `way_on` returns the
-    advice where a rank was killed.  Causes come before consequences: what a rank found wrong, a
-    rank that was killed, one that raised or crashed, one that left too early, one that waited in
-    vain, one that NCCL's watchdog aborted, and ranks that only lost another one.
+    file of a rank if NCCL's watchdog wrote it before it aborted the rank.  `advice` is added where
+    a rank was killed.  Causes come before consequences: what a rank found wrong, a rank that was
+    killed, one that raised or crashed, one that left too early, one that waited in vain, one that
+    NCCL's watchdog aborted, and ranks that only lost another one.
     """
     failed = [end for end in ends if end.code]
     own = [end for end in failed if end.code > 0 and not _follows(end)]
@@ -237,13 +237,13 @@ def root_cause(
         same = [end for end in found if end.code == found[0].code]
         return Ending(same[0].code, next(filter(None, map(_words_of, same)), ""))
     if killed:
-        return _killed(killed[0], way_on())
+        return _killed(killed[0], advice)
     if early and not raised and not crashed:
         words = "left with code 0 while others still ran; something in it called exit"
         return Ending(EXIT_INTERNAL, f"{early[0].name} {words}")
     for end in failed:  # a rank may crash as it leaves after another has raised
         if end in crashed:
-            return _killed(end, way_on())
+            return _killed(end, advice)
         if end in raised:
             return Ending(end.code, _words_of(end))
     for end in hung:
@@ -254,7 +254,7 @@ def root_cause(
             words = f"{end.name} was aborted by NCCL's watchdog: {waited.words}"
             return Ending(waited.code, f"{words}; its last communications: {record}")
     if aborted:
-        return _killed(aborted[0], way_on())
+        return _killed(aborted[0], advice)
     if failed:
         return Ending(failed[0].code, _words_of(failed[0]))
     return Ending(EXIT_OK, next(filter(None, map(_words_of, ends)), ""))
@@ -269,8 +269,8 @@ def _words_of(end: RankEnd) -> str:
     return "" if end.ending is None else end.ending.words
 
 
-def _killed(end: RankEnd, way_on: str) -> Ending:
+def _killed(end: RankEnd, advice: str) -> Ending:
     number = signal.Signals(-end.code)
     why = " (somebody, or the kernel as memory ran out)" if number == signal.SIGKILL else ""
-    words = [f"{end.name} was killed by {number.name}{why}", "the other ranks were stopped", way_on]
+    words = [f"{end.name} was killed by {number.name}{why}", "the other ranks were stopped", advice]
     return Ending(128 + number, "; ".join(filter(None, words)))

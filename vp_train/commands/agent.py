@@ -1,7 +1,24 @@
 """The agent of a node: it runs the ranks of this node, attempt after attempt, until the job ends.
 
 The agents of all nodes read the same log (`nodes.py`), find the same root cause and leave with the
-same exit code.
+same exit code.  The facts in it, besides "kind" and "node", in the order of a job:
+
+    kind     by                                when, with values
+    joined   every agent                       as it comes: host, options
+    refused  a messenger                       its node does not fit the others: words
+    checked  every agent                       settings and data are looked at: code, words,
+                                               overrides of a search
+    start    the agent of node 0               ranks may start: attempt, port of their store
+    asked    an agent                          its first signal: ranks are to save and end
+    stopped  an agent                          its second signal: ranks are to end now: number
+    failing  an agent                          one of its ranks has failed: attempt, explains
+    ends     every agent                       its ranks have ended: attempt, ends
+    lost     a messenger                       its agent was killed: lost, why
+             the messenger of node 0           a node is silent
+             an agent                          a node has not told "ends", long after a failure
+             an agent, in its own log alone    its messenger has ended
+    failed   an agent                          it leaves by an error: code, words
+    bye      every agent                       it leaves; its last fact
 """
 
 from __future__ import annotations
@@ -125,10 +142,10 @@ def run_job(news: News, job: Job) -> Ending:
             if (number := _insisting(past)) is not None:
                 words = f"stopped by {signal.Signals(number).name}; {job.way_on()}"
                 return Ending(128 + number, words)
-            ending = _ending(past, attempt, job)
-            is_final = ending.code in _FINAL or bool(_lost(past, attempt)) or _wants_end(past)
-            if is_final or attempt == job.num_restarts:
-                return _ending(past, attempt, job, job.way_on)
+            is_last = attempt == job.num_restarts or bool(_lost(past, attempt)) or _wants_end(past)
+            ending = _ending(past, attempt, job, job.way_on() if is_last else "")
+            if is_last or ending.code in _FINAL:
+                return ending
             attempt += 1
             if news.place.node == 0:
                 say(ending.words)
@@ -211,14 +228,14 @@ def _is_ending(news: News, attempt: int) -> bool:
     return bool(_failures(news, attempt)) or _insisting(news) is not None
 
 
-def _ending(past: News, attempt: int, job: Job, way_on: Callable[[], str] = lambda: "") -> Ending:
+def _ending(past: News, attempt: int, job: Job, advice: str = "") -> Ending:
     """Return how the ranks of all nodes ended, from the log that `_run_attempt` returns.
 
-    `way_on` returns the advice where a rank was killed.
+    `advice` is added where a rank was killed.
     """
     facts = told(past, "ends", attempt).values()
     ends = sorted((end for fact in facts for end in fact["ends"]), key=lambda end: end["when"])
-    return _cause([_rank_end(**end) for end in ends], _lost(past, attempt), job, way_on)
+    return _cause([_rank_end(**end) for end in ends], _lost(past, attempt), job, advice)
 
 
 def _lost(past: News, attempt: int) -> list[NodeLoss]:
@@ -248,12 +265,7 @@ def _explains(end: RankEnd) -> bool:
     return not end.ending.follows
 
 
-def _cause(
-    ends: Sequence[RankEnd],
-    lost: Sequence[NodeLoss],
-    job: Job,
-    way_on: Callable[[], str] = lambda: "",
-) -> Ending:
+def _cause(ends: Sequence[RankEnd], lost: Sequence[NodeLoss], job: Job, advice: str = "") -> Ending:
     """Return how the job ends; a lost node is the cause unless a rank explains the others.
 
     A rank explains nothing where an agent has failed, or has not said how its ranks ended.
@@ -263,7 +275,7 @@ def _cause(
             return loss.ending
     if lost and not any(map(_explains, ends)):
         return lost[0].ending
-    cause = root_cause(ends, job.settings, job.record_of, way_on)
+    cause = root_cause(ends, job.settings, job.record_of, advice)
     if cause.words or cause.code in (EXIT_OK, EXIT_TIME):
         return cause
     first = next(end for end in ends if end.code == cause.code)

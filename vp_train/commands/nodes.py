@@ -1,11 +1,7 @@
 """What the agents of several nodes tell each other.
 
-The head's agent hosts a TCPStore.  In it the agents keep one log: every agent reads the same facts
-in the same order, so that all come to the same conclusion.  Nothing is unpickled.
-
-A second process of every agent, its messenger, speaks with the store.  An agent therefore never
-waits for the network.  A messenger notices that its agent was killed and writes so into the log.
-A messenger that waits too long for the store is ended by the kernel.
+The agents keep one log: every agent reads the same facts in the same order, so that all come to the
+same conclusion.  `agent.py` lists the kinds of facts, and `messenger.py` says how the log is kept.
 """
 
 from __future__ import annotations
@@ -15,17 +11,16 @@ import hashlib
 import json
 import os
 import secrets
-import select
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, Protocol
 
 from vp_train.commands.local_ranks import fork
+from vp_train.commands.messenger import IDENTITY, STORE_SECONDS, Fact, be_messenger
 from vp_train.commands.place import Place
 from vp_train.commands.store_server import StoreServer
 from vp_train.config import ConfigError
@@ -33,23 +28,18 @@ from vp_train.failures import EXIT_HANG, EXIT_INTERNAL, Ending, ending_of_comman
 from vp_train.supervision.requests import SIGNALS
 
 _POLL_SECONDS = 0.05
-_BEAT_SECONDS = 0.5
-_SILENT_SECONDS = 10.0  # without a beat a node is lost
-_STORE_SECONDS = 15  # for one exchange with the store; then the kernel ends the messenger
-_CONNECT_SECONDS = 8  # likewise, for the first one
 WORDS_SECONDS = 6.0  # of waiting for other nodes, before a line says so
 _ADDRESS_SECONDS = 6.0  # to resolve the head's name, and for node 0 to reach itself
-_LEAVE_SECONDS = 3.0  # that the head's store stays for the others
+_LATE_SECONDS = 3.0  # that the head's store stays for nodes that have not joined yet
+_LEAVE_SECONDS = 10.0  # likewise, for those that have: they may read slowly
 _DECISIVE = {"lost", "failed", "bye"}  # facts after which a node need not be waited for
-_IDENTITY = "vp-train"  # the key that says which job a store belongs to
-
-Fact = dict[str, Any]  # has "kind" and "node"
 
 
 # Why a node is lost, with the exit code of the job and the sentence about the node.
 _LOSSES = {
     "killed": (EXIT_INTERNAL, "the agent of {} was killed; its ranks are lost"),
     "silent": (EXIT_HANG, "{} does not answer any more; its ranks are lost"),
+    "cut": (EXIT_INTERNAL, "a process that links this node to the head, {}, was killed"),
     "unheard": (EXIT_INTERNAL, "{} did not say how its ranks ended"),
 }
 
@@ -136,7 +126,7 @@ class SeveralNodes:
             "nonce": secrets.token_hex(8) if place.node == 0 else "",
         }
         if place.node == 0:
-            values = {_IDENTITY: json.dumps(identity)}
+            values = {IDENTITY: json.dumps(identity)}
             try:
                 self._server = StoreServer("", place.port, values)
             except OSError as error:
@@ -146,22 +136,24 @@ class SeveralNodes:
                     f"--head {place.head}:{place.port + 1}"
                 ) from None
         ours, theirs = socket.socketpair()
+        agent = os.getpid()
         self._messenger = fork()
         if not self._messenger:
             ours.close()
-            _be_messenger(theirs, place, identity)
+            be_messenger(theirs, agent, place, identity)
         theirs.close()
         ours.setblocking(False)
         self._socket = ours
 
     def tell(self, kind: str, **values: Any) -> None:
+        """Add a fact of this node to the log, or without a head to what this node alone knows."""
         fact = {"kind": kind, "node": self.place.node, **values}
-        line = json.dumps(fact).encode() + b"\n"
         self._socket.setblocking(True)
         try:
-            self._socket.sendall(line)
-        except OSError:
-            self._lose_head()
+            self._socket.sendall(json.dumps(fact).encode() + b"\n")
+        except ConnectionError:
+            self.facts()  # to the end of the stream: what all know stands before it
+            self._log.append(fact)
         self._socket.setblocking(False)
 
     def facts(self) -> list[Fact]:
@@ -170,7 +162,7 @@ class SeveralNodes:
                 read = self._socket.recv(65536)
             except BlockingIOError:
                 break
-            except OSError:
+            except ConnectionError:
                 read = b""
             if not read:
                 self._lose_head()
@@ -180,31 +172,44 @@ class SeveralNodes:
         return self._log
 
     def _lose_head(self) -> None:
-        """Note that the messenger has ended: the head does not answer any more."""
-        if not self.has_lost_head:
-            self.has_lost_head = True
-            _, status = os.waitpid(self._messenger, 0)
-            silent = os.waitstatus_to_exitcode(status) == -signal.SIGALRM
-            lost = {"lost": 0, "why": "silent" if silent else "killed"}
-            self._log.append({"kind": "lost", "node": self.place.node, **lost})
+        """Note that the messenger has ended, and with it all that is heard of other nodes."""
+        self.has_lost_head = True
+        _, status = os.waitpid(self._messenger, 0)
+        code = os.waitstatus_to_exitcode(status)
+        why = "killed" if code >= 0 and self.place.node else "cut"
+        if code == -signal.SIGALRM:
+            why = "silent"
+        self._log.append({"kind": "lost", "node": self.place.node, "lost": 0, "why": why})
 
     def leave(self) -> None:
         """Say goodbye; the head waits until the others have, since its store ends with it."""
         self.tell("bye")
-        until = time.monotonic() + _LEAVE_SECONDS
-        expected = range(self.place.num_nodes) if self.place.node == 0 else [self.place.node]
-        while time.monotonic() < until and not self.has_lost_head:
-            gone = {fact["node"] for fact in self.facts() if fact["kind"] == "bye"}
-            gone |= {loss.node for loss in losses(self)}
-            if gone.issuperset(expected):
-                break
-            time.sleep(_POLL_SECONDS)
-        self._socket.close()
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        if self._server is not None:
+            self._wait_for_others()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)  # the messenger ends when all is in the log
+        self._socket.settimeout(STORE_SECONDS)
+        try:
+            self.facts()  # to the end of the stream
+        except TimeoutError:
             os.kill(self._messenger, signal.SIGKILL)
-            os.waitpid(self._messenger, 0)
+            self.facts()
+        self._socket.close()
         if self._server is not None:
             self._server.close()
+
+    def _wait_for_others(self) -> None:
+        """Wait until the other nodes have left or are lost, or for some seconds."""
+        began = time.monotonic()
+        while not self.has_lost_head:
+            gone = {fact["node"] for fact in self.facts() if fact["kind"] == "bye"}
+            gone |= {loss.node for loss in losses(self)}
+            waited = time.monotonic() - began
+            is_early = waited < _LATE_SECONDS
+            expected = range(self.place.num_nodes) if is_early else hosts(self)
+            if gone.issuperset(expected) or waited > _LEAVE_SECONDS:
+                break
+            time.sleep(_POLL_SECONDS)
 
 
 @contextlib.contextmanager
@@ -269,7 +274,7 @@ def _meet(news: SeveralNodes, options: Mapping[str, int | bool], patience_second
             break
         if news.has_lost_head:
             raise ConfigError(
-                f"{_head(place)} does not answer as the head of this run; does another program "
+                f"{place.address} does not answer as the head of this run; does another program "
                 "listen there, or has the head ended?"
             )
         if lost := losses(news):
@@ -278,10 +283,10 @@ def _meet(news: SeveralNodes, options: Mapping[str, int | bool], patience_second
         missing = [str(node) for node in range(place.num_nodes) if node not in here]
         words = f"node(s) {', '.join(missing)} of --nodes {place.num_nodes}"
         if place.node not in here:
-            words = f"the head at {_head(place)}"
+            words = f"the head at {place.address}"
             if place.node == 0 and waited > _ADDRESS_SECONDS:
                 raise ConfigError(
-                    f"node 0 ({place.host}) does not reach itself at {_head(place)}; --head "
+                    f"node 0 ({place.host}) does not reach itself at {place.address}; --head "
                     "must be an address of node 0, and --node differs on every node"
                 )
         if waited > patience_seconds:
@@ -333,10 +338,6 @@ def say_waiting(news: News, words: str) -> None:
     sys.stderr.flush()
 
 
-def _head(place: Place) -> str:
-    return f"{place.head}:{place.port}"
-
-
 def hosts(news: News) -> dict[int, str]:
     """Return the names of the nodes that have joined."""
     names = {f["node"]: f["host"] for f in news.facts() if f["kind"] == "joined"}
@@ -371,7 +372,7 @@ def told(news: News, kind: str, attempt: int) -> dict[int, Fact]:
 def untold(news: News, kind: str, attempt: int) -> list[int]:
     """Return the nodes that have not told this fact yet and still can."""
     gone = {loss.node for loss in losses(news)}
-    if gone and news.place.node != 0 and 0 in gone:
+    if 0 in gone:
         return []  # what others tell cannot arrive any more
     gone |= {fact["node"] for fact in news.facts() if fact["kind"] == "bye"}
     return sorted(set(range(news.place.num_nodes)) - gone - told(news, kind, attempt).keys())
@@ -420,200 +421,6 @@ def _check_name(head: str) -> None:
         raise ConfigError(
             f"the head's name {head} is not known here ({said}); see --head and $VP_TRAIN_HEAD"
         )
-
-
-# The messenger
-
-
-def _be_messenger(agent: socket.socket, place: Place, identity: Fact) -> None:
-    """Exchange facts between the agent and the store until the agent says goodbye or ends."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    errors = os.dup(2)  # torch writes a stack there for every error of the store, as expected here
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    try:
-        _Messenger(agent, place).run(identity)
-    except (OSError, RuntimeError):  # the store's errors are RuntimeErrors; the agent sees the end
-        os._exit(1)
-    except BaseException:
-        import traceback
-
-        os.write(errors, traceback.format_exc().encode())
-        os._exit(1)
-    os._exit(0)
-
-
-class _Messenger:
-    """The process that speaks with the store for the agent of a node."""
-
-    def __init__(self, agent: socket.socket, place: Place) -> None:
-        self._agent, self._place = agent, place
-        self._prefix = f"{place.run_id}/"  # who does not know it writes elsewhere
-        self._has_said_bye = False
-
-    def run(self, identity: Fact) -> None:
-        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-
-        store = self._connect(identity)
-        if store is None:
-            return
-        self._store = PrefixStore(self._prefix, store)
-        if self._store.add(f"node/{self._place.node}", 1) > 1:
-            words = f"node {self._place.node} has joined already; --node must differ on every node"
-            here = {fact["node"] for fact in self._log() if fact["kind"] == "joined"}
-            if len(here) < self._place.num_nodes:  # one node will never come
-                self._tell({"kind": "refused", "node": self._place.node, "words": words})
-            self._refuse(words)
-            return
-        beats = _Beats(self._store, self._place)
-        read = 0
-        while True:
-            ready = bool(select.select([self._agent], [], [], _POLL_SECONDS)[0])
-            signal.alarm(_STORE_SECONDS)
-            if ready and not self._pass_on():
-                return
-            lines = self._lines(read)
-            read += len(lines)
-            for line in lines:
-                fact = json.loads(line)
-                if fact["kind"] == "bye":
-                    beats.expect_no_more(fact["node"])
-                self._agent.sendall(line + b"\n")
-            for node in beats.lost():
-                self._tell({"kind": "lost", "node": 0, "lost": node, "why": "silent"})
-            signal.alarm(0)
-
-    def _connect(self, identity: Fact) -> Any:
-        """Return the store of the head; None if it is that of another job."""
-        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-
-        place = self._place
-        store = None
-        while store is None:
-            if select.select([self._agent], [], [], 0)[0] and not self._agent.recv(
-                1, socket.MSG_PEEK
-            ):
-                return None  # the agent is gone
-            with contextlib.suppress(OSError):  # an address that does not answer takes 5 s
-                socket.create_connection((place.head, place.port), 5).close()
-                signal.alarm(_CONNECT_SECONDS)
-                try:
-                    store = TCPStore(
-                        place.head, place.port, None, is_master=False, timeout=timedelta(seconds=5)
-                    )
-                except RuntimeError:
-                    self._refuse(_stranger(place))
-                    return None
-            signal.alarm(0)
-            time.sleep(_POLL_SECONDS)
-        signal.alarm(_CONNECT_SECONDS)
-        try:
-            found = json.loads(store.get(_IDENTITY))
-        except (RuntimeError, ValueError):
-            found = {}
-        if place.node == 0 and found.get("nonce") != identity["nonce"]:
-            self._refuse(
-                f"{_head(place)} is not node 0 ({place.host}), which is to be the head; "
-                "--node differs on every node"
-            )
-        elif found.get("run") != identity["run"]:
-            self._refuse(_stranger(place))
-        elif found.get("nodes") != identity["nodes"]:
-            words = (
-                f"--nodes {place.num_nodes} on node {place.node} ({place.host}), but the head says "
-                f"--nodes {found.get('nodes')}"
-            )
-            self._store = PrefixStore(self._prefix, store)
-            self._tell({"kind": "refused", "node": place.node, "words": words})
-            self._refuse(words)
-        else:
-            store.set_timeout(timedelta(seconds=_STORE_SECONDS))
-            return store
-        return None
-
-    def _refuse(self, words: str) -> None:
-        fact = {"kind": "refused", "node": self._place.node, "words": words}
-        with contextlib.suppress(OSError):
-            self._agent.sendall(json.dumps(fact).encode() + b"\n")
-
-    def _lines(self, first: int) -> list[bytes]:
-        """Return the facts of the log from number `first` on, in JSON."""
-        number = self._store.add("facts", 0)
-        return [self._store.get(f"fact/{each}") for each in range(first, number)]
-
-    def _log(self) -> list[Fact]:
-        return [json.loads(line) for line in self._lines(0)]
-
-    def _tell(self, fact: Fact) -> None:
-        """Append a fact to the log."""
-        number = self._store.add("facts", 1) - 1
-        self._store.set(f"fact/{number}", json.dumps(fact))
-
-    def _pass_on(self) -> bool:
-        """Append what the agent tells to the log.  Returns False if the agent has left."""
-        lines = b""
-        while not lines.endswith(b"\n"):
-            try:
-                read = self._agent.recv(65536)
-            except ConnectionResetError:
-                read = b""
-            if not read:
-                if not self._has_said_bye:
-                    lost = {"lost": self._place.node, "why": "killed"}
-                    self._tell({"kind": "lost", "node": self._place.node, **lost})
-                return False
-            lines += read
-        for line in lines.splitlines():
-            fact = json.loads(line)
-            self._has_said_bye |= fact["kind"] == "bye"
-            self._tell(fact)
-        return True
-
-
-def _stranger(place: Place) -> str:
-    return (
-        f"{_head(place)} belongs to another job (run.root and run.name must be the same on all "
-        f"nodes); choose another port, as in --head {place.head}:{place.port + 1}, and end what an "
-        "earlier job left"
-    )
-
-
-class _Beats:
-    """The signs of life of all nodes.  Node 0 watches them, the others only give theirs."""
-
-    def __init__(self, store: Any, place: Place) -> None:
-        self._store, self._place = store, place
-        self._last: dict[int, tuple[int, float]] = {}
-        self._due = 0.0
-        self._lost: set[int] = set()
-        self._has_left: set[int] = set()
-
-    def expect_no_more(self, node: int) -> None:
-        """Note that a node has left, so that its silence is no loss."""
-        self._has_left.add(node)
-
-    def lost(self) -> Sequence[int]:
-        """Give a sign of life if it is time, and return the nodes newly found to be silent."""
-        now = time.monotonic()
-        if now < self._due:
-            return ()
-        self._due = now + _BEAT_SECONDS
-        self._store.add(f"beat/{self._place.node}", 1)
-        if self._place.node:
-            return ()
-        silent = []
-        for node in range(1, self._place.num_nodes):
-            count = self._store.add(f"beat/{node}", 0)
-            last, since = self._last.get(node, (0, now))
-            if count != last:
-                since = now
-            self._last[node] = count, since
-            is_silent = bool(count) and now - since > _SILENT_SECONDS
-            if is_silent and node not in self._lost | self._has_left:
-                self._lost.add(node)
-                silent.append(node)
-        return silent
 
 
 def wait_until(ready: Callable[[], Any], patience_seconds: float = float("inf")) -> Any:

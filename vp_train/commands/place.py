@@ -43,6 +43,11 @@ class Place:
     def is_alone(self) -> bool:
         return self.num_nodes == 1
 
+    @property
+    def address(self) -> str:
+        """The address of the head and its port, in messages."""
+        return f"{self.head}:{self.port}"
+
 
 def is_rank(environment: Mapping[str, str]) -> bool:
     """Return whether torchrun or our agent started this process as a rank."""
