@@ -172,9 +172,12 @@ def _conclude(settings: RunSettings) -> None:
 
 
 def _left(news: News, ending: Ending) -> int:
-    """Say why the job ends, on the first node that still lives, and return the exit code."""
-    lost = {loss.node for loss in losses(news)}
-    if news.place.node == min(set(range(news.place.num_nodes)) - lost, default=0):
+    """Say why the job ends, on the first node that still lives, and return the exit code.
+
+    A node that is lost to others, or that has lost the head, speaks for itself.
+    """
+    lost = {loss.node for loss in losses(news)} - {news.place.node}
+    if news.place.node == min(set(range(news.place.num_nodes)) - lost):
         say(ending.words)
     return ending.code
 
