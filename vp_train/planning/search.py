@@ -7,8 +7,8 @@ It goes from cheap to dear, and each stage sees fewer choices:
 2. Draft those with the lowest bounds: the costs of all passes, and with them tighter bounds.
 3. Estimate them by the simulation of a short step, from which the time of a long one follows.
    While none fits, the leanest is tried first.
-4. Plan the best estimates as a run would plan them.
-5. Where the best recompute, estimate and plan them with offloaded activations in its place.
+4. Estimate with offloaded activations what device memory alone rules out and may be faster.
+5. Plan the best estimates as a run would plan them.
 
 Its effort is counted in passes, not in seconds, so that every machine finds the same plans.
 """
@@ -50,6 +50,7 @@ from vp_train.planning.weigh import (
     SameChoiceError,
     Scales,
     TooLargeError,
+    Weight,
     unsimulated,
 )
 
@@ -70,8 +71,11 @@ _ALIKE = 0.97
 _MANY_RANKS = 16  # which are full after one microbatch of each
 _KEPT_REFUSALS = 100
 _TRIES_OF_OTHER_KIND = 20
-# What is tried with offloaded activations at most: choices, and the effort on top of the rest.
-_MOST_OFFLOADED, _FOR_OFFLOADING = 12, 0.1
+# Parts of the effort: after which activations are offloaded, and for estimates with that.
+_BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.3, 0.25
+# A schedule whose activations are offloaded, and a draft that chooses the stages which recompute,
+# take so many times the effort of others.
+_OFFLOADED, _MIXED = 3, 3
 _EFFORT_OF_ONE_LINE = 300_000
 WHOLE_EFFORT = 120_000  # of `generate` for a plan
 
@@ -212,7 +216,9 @@ class _Search:
         self._in_time, self._progress = in_time, progress
         self._scales = Scales(config, limit_of(config, limits.margin), space.optimizers)
         self._spent = self._num_estimated = self._num_same = 0
-        self._num_offloaded, self._num_layers = 0, config.model.num_layers
+        self._num_layers, self._top = config.model.num_layers, limits.top
+        self._offloads = False  # activations, once other choices were estimated
+        self._enough = 0.0  # effort, for estimates with offloaded activations
         self._next_drafts = _FIRST_DRAFTS
         self._is_on_gpus = config.run.device == "cuda"
         # Heaps of what is left: by the lower bound of the step, and by the least bytes.
@@ -234,18 +240,20 @@ class _Search:
         self._planned: dict[Choice, Found] = {}
 
     def run(self, *, plans: bool = True) -> Result:
+        self._offloads = self._is_on_gpus and plans
         self._weigh()
         while True:
             before = self._num_estimated, len(self._estimates)
             self._estimate()
+            if self._offloads and self._in_time():
+                self._offload_instead()
+                self._estimate()
             self._estimate_other_kind()
             if plans:
                 self._plan()
             after = self._num_estimated, len(self._estimates)
             if not plans or after == before or not self._goes_on():
                 break
-        if plans and self._is_on_gpus and self._in_time():
-            self._offload_instead()
         best = sorted(self._planned.values(), key=_order)
         top = tuple(best[: self._limits.top])
         last = top[-1].report.step_seconds if len(top) == self._limits.top else float("inf")
@@ -269,7 +277,6 @@ class _Search:
             excluded=+self._excluded,  # without those that ruled out nothing
             num_choices=len(self._space.choices)
             + sum(self._space.excluded.values())
-            + self._num_offloaded
             - self._num_same,
             num_estimated=self._num_estimated,
             num_planned=len(self._planned),
@@ -303,12 +310,16 @@ class _Search:
             except ConfigError as error:
                 self._refuse(choices[number], error, 0.0)
             else:
-                self._bounds[number] = weight.seconds
-                self._by_bound.append((weight.seconds, number))
-                self._by_bytes.append((weight.needs, number))
+                self._put(number, weight)
             self._spent += _WEIGH_NODES
         heapq.heapify(self._by_bound)
         heapq.heapify(self._by_bytes)
+
+    def _put(self, number: int, weight: Weight) -> None:
+        """Put a choice that was weighed to those that are left."""
+        self._bounds[number] = weight.seconds
+        self._by_bound.append((weight.seconds, number))
+        self._by_bytes.append((weight.needs, number))
 
     def _refuse(self, choice: Choice, error: ConfigError, bound: float) -> None:
         if isinstance(error, SameChoiceError):
@@ -352,8 +363,10 @@ class _Search:
         """Return whether to estimate another choice: the first one always."""
         if not self._num_estimated:
             return True
-        part = _FOR_ESTIMATES if self._estimates else 1.0
-        return self._spent < part * self._limits.effort and self._in_time()
+        part = _BEFORE_OFFLOADING if self._offloads else _FOR_ESTIMATES
+        part = part if self._estimates else 1.0
+        enough = max(part * self._limits.effort, self._enough)
+        return self._spent < enough and self._in_time()
 
     def _estimate(self) -> None:
         """Estimate choices until none left could be among the best, or the effort is spent.
@@ -378,7 +391,7 @@ class _Search:
             try:
                 if item is None:
                     item = self._items[number] = self._scales.draft(choice)
-                    self._spent += _DRAFT_NODES * item.draft.problem.layout.num_stages
+                    self._spent += _draft_nodes(item)
                     self._bounds[number] = item.seconds
                     if self._estimates:
                         heapq.heappush(self._by_bound, (self._key(number), number))
@@ -422,6 +435,61 @@ class _Search:
                 self._done.add(number)
                 self._refuse(choice, error, self._bounds[number])
 
+    def _offload_instead(self) -> None:
+        """Estimate offloaded activations where device memory alone may rule out faster choices.
+
+        They are tried with what recomputes nothing and was refused or seems not to fit, and with
+        the best of each kind, where it recomputes or keeps its optimizer in host memory.  Where
+        nothing fits they are tried with all that memory refused.  Only the best of each kind is
+        looked for.
+        """
+        best = [first for kind in (True, False) if (first := self._first(splits_vocabulary=kind))]
+        binding = [e.choice for e in best if e.choice.recompute != "none" or e.optim.offload]
+        larger = [refusal.choice for refusal in self._refused if refusal.needs is not None]
+        larger += [
+            choice
+            for choice, item in zip(self._space.choices, self._items, strict=True)
+            if item is not None and not item.seems_to_fit
+        ]
+        least = self._space.kept.values.get("parallel.recompute", "none")
+        binding += [choice for choice in larger if not best or choice.recompute == least]
+        added, known = list[Choice](), set(self._space.choices)
+        self._top = 1
+        _, first_of = self._to_beat()
+        aside = self._by_bound, self._by_bytes, self._doubtful, self._passed_over
+        self._by_bound, self._by_bytes, self._doubtful, self._passed_over = [], [], [], []
+        drafted, self._drafted, self._next_drafts = self._drafted, [], _FIRST_DRAFTS
+        for choice in dict.fromkeys(
+            other for bound in binding for other in offloading(bound, self._num_layers)
+        ):
+            if choice in known or self._space.kept.against(choice) is not None:
+                continue
+            self._spent += _WEIGH_NODES
+            try:
+                weight = self._scales.weigh(choice)
+            except ConfigError:
+                continue
+            is_faster = weight.seconds < first_of[choice.splits_vocabulary]
+            if is_faster and weight.needs <= self._scales.limit:
+                self._put(len(known) + len(added), weight)
+                added.append(choice)
+        self._space = replace(self._space, choices=(*self._space.choices, *added))
+        self._items += [None] * len(added)
+        heapq.heapify(self._by_bound)
+        heapq.heapify(self._by_bytes)
+        self._offloads = False
+        self._enough = self._spent + _FOR_OFFLOADING * self._limits.effort
+        self._estimate()
+        self._top = self._limits.top
+        self._by_bound += aside[0]
+        self._by_bytes += aside[1]
+        self._doubtful += aside[2]
+        self._passed_over += aside[3]
+        self._drafted = [*drafted, *self._drafted]
+        self._next_drafts = 2 * max(_FIRST_DRAFTS, len(self._drafted))
+        heapq.heapify(self._by_bound)
+        heapq.heapify(self._by_bytes)
+
     def _look_at_doubtful(self) -> None:
         for place, number in enumerate(self._doubtful):
             heapq.heappush(self._by_bytes, (float(place), number))
@@ -462,15 +530,7 @@ class _Search:
 
     def _lowest(self) -> int | None:
         """Take what may be the fastest choice that is left, unless it cannot be among the best."""
-        seconds = sorted(map(self._seconds_of, self._estimates))
-        last = seconds[self._limits.top - 1] if len(seconds) >= self._limits.top else float("inf")
-        first_of = {
-            splits: min(
-                (self._seconds_of(e) for e in self._estimates if e.splits_vocabulary is splits),
-                default=float("inf"),
-            )
-            for splits in (True, False)
-        }
+        last, first_of = self._to_beat()
         while self._by_bound:
             known, number = heapq.heappop(self._by_bound)
             if number in self._done:
@@ -488,6 +548,19 @@ class _Search:
             self._passed_over.append(number)
         return None
 
+    def _to_beat(self) -> tuple[float, dict[bool, float]]:
+        """Return the seconds of the last of the best, and of the first of each kind."""
+        seconds = sorted(map(self._seconds_of, self._estimates))
+        last = seconds[self._top - 1] if len(seconds) >= self._top else float("inf")
+        first_of = {
+            splits: min(
+                (self._seconds_of(e) for e in self._estimates if e.splits_vocabulary is splits),
+                default=float("inf"),
+            )
+            for splits in (True, False)
+        }
+        return last, first_of
+
     def _leanest(self) -> int | None:
         """Take the choice that is left which seems to need least memory."""
         while self._by_bytes:
@@ -503,7 +576,7 @@ class _Search:
         """
         self._num_estimated += 1
         step, passes, placed = short_step(candidate.draft, candidate.choice.schedule)
-        self._spent += placed
+        self._spent += placed * (_OFFLOADED if candidate.choice.offload else 1)
         passes = max(passes, candidate.passes)
         alike, factor = _alike(candidate.choice), _ALIKE * passes / candidate.passes
         self._factors[alike] = max(1.0, min(factor, self._factors.get(alike, factor)))
@@ -552,6 +625,7 @@ class _Search:
             if estimate.candidate.choice in self._planned:
                 continue
             cost = placed_by(estimate.candidate.draft.problem)
+            cost *= _OFFLOADED if estimate.choice.offload else 1
             if self._planned and self._spent + cost > self._limits.effort:
                 self._spent = self._limits.effort
                 return
@@ -560,52 +634,6 @@ class _Search:
             self._spent += cost
             self._plan_one(estimate)
             self._progress(self._words())
-
-    def _offload_instead(self) -> None:
-        """Estimate the best that recompute with offloaded activations in place of that.
-
-        So are the fastest that were refused although they recompute nothing, or all if nothing
-        fits.  What seems to be among the best is planned.  Where the best does not recompute,
-        memory does not bind, and nothing is tried.
-        """
-        best = sorted(self._planned.values(), key=_order)[: self._limits.top]
-        if best and best[0].choice.recompute == "none":
-            return
-        last = best[-1].report.step_seconds if len(best) == self._limits.top else float("inf")
-        binding = [found.choice for found in best]
-        binding += [
-            refusal.choice
-            for refusal in self._refused
-            if refusal.needs is not None and (not best or refusal.choice.recompute == "none")
-        ]
-        weighed: dict[Choice, float] = {}
-        for choice in dict.fromkeys(
-            other for bound in binding for other in offloading(bound, self._num_layers)
-        ):
-            if self._space.kept.against(choice) is not None:
-                continue
-            try:
-                weight = self._scales.weigh(choice)
-            except ConfigError:
-                continue
-            if weight.needs <= self._scales.limit and weight.seconds < last:
-                weighed[choice] = weight.seconds
-        estimates, enough = [], self._spent + _FOR_OFFLOADING * self._limits.effort
-        for choice, seconds in sorted(weighed.items(), key=lambda pair: pair[1])[:_MOST_OFFLOADED]:
-            if self._spent > enough or not self._in_time():
-                break
-            self._num_offloaded += 1
-            try:
-                candidate = self._scales.draft(choice)
-                if candidate.seconds < last:
-                    estimates.append(self._estimate_of(candidate))
-            except ConfigError as error:
-                self._refuse(choice, error, seconds)
-        for estimate in sorted(estimates, key=lambda estimate: estimate.key)[: self._limits.top]:
-            if estimate.seconds * (1 - _SLACK) < last and self._in_time():
-                self._estimates.append(estimate)
-                self._plan_one(estimate)
-                self._progress(self._words())
 
     def _plan_one(self, estimate: Estimate) -> None:
         """Plan the whole step of an estimate, and drop the estimate if that does not fit."""
@@ -654,6 +682,12 @@ def short_step(draft: Draft, name: str) -> tuple[StepPlan, float, int]:
         interval = max(interval, busiest_seconds(problem, draft.cost))
         seconds += (problem.num_microbatches - counts[-1]) * interval
     return step, seconds, placed_by_short(problem)
+
+
+def _draft_nodes(item: Candidate) -> int:
+    """Return the effort of a draft in nodes."""
+    nodes = _DRAFT_NODES * item.draft.problem.layout.num_stages
+    return nodes if item.choice.recompute_per_stage is None else _MIXED * nodes
 
 
 def short_counts(problem: Problem) -> tuple[int, ...]:

@@ -331,11 +331,13 @@ class Scales:
             layers = placed.counts[stage]
             moved = offloaded_layers(layers, choice.offload)
             split_backward = GENERATORS[choice.schedule].split_backward
-            kept = max(of_layer, for_weights) if split_backward else of_layer
             # The forwards of the warm-up come in a burst, of which the link carries a part.
             carried = min(moved, layers * split.carried(choice.recompute)) if moved else 0.0
+            kept = (layers - carried) * of_layer
+            if split_backward:  # nothing that waits for its W moves, and all of them may wait
+                kept = max(kept, layers * for_weights)
             least += (layers - moved) * of_layer * peak.counts[chunk]
-            at_most += (layers - carried) * kept * peak.kept[chunk]
+            at_most += kept * peak.kept[chunk]
         return least, at_most
 
     def _optimizers_of(self, choice: Choice) -> list[OptimConfig]:
@@ -383,9 +385,11 @@ class Scales:
         passes = self._bound_of(choice, drafted)
         after = min(self.after(minimum, optim) for optim in fitting)
         kept = _at_peak(drafted, choice.schedule, peaks, least=False, ranks=ranks)
-        return Candidate(
-            choice, drafted, passes, passes + after, tuple(fitting), self._fits(kept, fitting)
+        # What moves to the host only a simulation says, and about that the weight.
+        seems_to_fit = (
+            self.weigh(choice).needs <= self.limit if choice.offload else self._fits(kept, fitting)
         )
+        return Candidate(choice, drafted, passes, passes + after, tuple(fitting), seems_to_fit)
 
     def _fits(self, step: StepPlan, optimizers: Iterable[OptimConfig]) -> bool:
         """Return whether a step at its peak and a held shard fit with one of the optimizers."""
