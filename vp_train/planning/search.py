@@ -47,6 +47,7 @@ from vp_train.planning.weigh import (
     LEANEST,
     SIMULATED,
     Candidate,
+    HostMemoryError,
     SameChoiceError,
     Scales,
     TooLargeError,
@@ -98,13 +99,15 @@ class Limits:
 class Refusal:
     """A choice that needs too much memory, or cannot be run for another `reason`.
 
-    `bound` is the lower bound of its step in seconds, `needs` its bytes if these are too many.
+    `bound` is the lower bound of its step in seconds.  `needs` are its bytes on a GPU if these are
+    too many, `host_needs` those of a node if only its host memory does not suffice.
     """
 
     choice: Choice
     reason: str
     bound: float = 0.0
     needs: float | None = None
+    host_needs: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +156,8 @@ class Result:
     best: the fastest choices that were planned, sorted.
     with_vocabulary, without_vocabulary: the fastest with and without vocabulary parallelism.
     estimated: the fastest of those that were not planned, as many as `best` lacks.
-    leanest: the choice that needs least memory of those that need too much.
+    leanest: the choice that needs least memory of those that need too much.  Those that only lack
+        host memory come first.
     refused: the refused choices with the lowest bounds.
     excluded: how many choices each constraint rules out.
     num_choices: all choices, those that are ruled out included.
@@ -328,8 +332,9 @@ class _Search:
         constraint, needs = str(error), None
         if isinstance(error, TooLargeError):
             constraint, needs = error.constraint, error.needs
+        host_needs = error.needs if isinstance(error, HostMemoryError) else None
         self._excluded[constraint] += 1
-        self._refused.append(Refusal(choice, str(error), bound, needs))
+        self._refused.append(Refusal(choice, str(error), bound, needs, host_needs))
 
     def _first(self, *, splits_vocabulary: bool) -> Estimate | None:
         """Return the fastest with or without vocabulary parallelism, as planned if it was."""
@@ -343,6 +348,9 @@ class _Search:
 
     def _closest(self) -> Refusal | None:
         """Return the refusal for memory that needs least, each by state and leanest activations."""
+        on_hosts = [refusal for refusal in self._refused if refusal.host_needs is not None]
+        if on_hosts:
+            return min(on_hosts, key=lambda refusal: refusal.host_needs or 0.0)
         first = None
         for refusal in sorted(
             (refusal for refusal in self._refused if refusal.needs is not None),
@@ -357,7 +365,9 @@ class _Search:
             return None
         needs, refusal = first
         error = TooLargeError(needs, self._scales.limit, LEANEST)
-        return replace(refusal, needs=needs, reason=str(error))
+        optim = refusal.choice.optimizer or self._scales.leanest_optimizer(refusal.choice)
+        choice = replace(refusal.choice, optimizer=optim)
+        return replace(refusal, choice=choice, needs=needs, reason=str(error))
 
     def _goes_on(self) -> bool:
         """Return whether to estimate another choice: the first one always."""
@@ -572,7 +582,7 @@ class _Search:
     def _estimate_of(self, candidate: Candidate) -> Estimate:
         """Return the estimate for the fastest optimizer that fits.
 
-        Raises TooLargeError if none does, and ConfigError if only the hosts lack memory.
+        Raises TooLargeError if none does, and HostMemoryError if only the hosts lack memory.
         """
         self._num_estimated += 1
         step, passes, placed = short_step(candidate.draft, candidate.choice.schedule)
@@ -587,8 +597,9 @@ class _Search:
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
                 continue
-            if self._is_too_much_for_hosts(step, optim):
-                refusal = refusal or ConfigError(self._host_words)
+            known, on_hosts = self._cluster.host_memory_gib, self._host_bytes(step, optim)
+            if known is not None and on_hosts > known * _GIB:
+                refusal = refusal or HostMemoryError(on_hosts, known)
                 continue
             seconds = passes + self._scales.after(step, optim)
             found.append(Estimate(candidate, optim, seconds, needs))
@@ -597,17 +608,12 @@ class _Search:
             raise refusal
         return min(found, key=lambda estimate: estimate.seconds)
 
-    def _is_too_much_for_hosts(self, step: StepPlan, optim: OptimConfig) -> bool:
-        """Return whether the ranks of a node keep more in its memory than it is known to have."""
+    def _host_bytes(self, step: StepPlan, optim: OptimConfig) -> float:
+        """Return what the ranks of a node keep in its memory, where that is known."""
         known, per_node = self._cluster.host_memory_gib, self._cluster.gpus_per_node
         if known is None or not (optim.offload or step.cost.offload_bytes):
-            return False
-        return most_host_bytes(step, optim, per_node).total > known * _GIB
-
-    @property
-    def _host_words(self) -> str:
-        known = self._cluster.host_memory_gib
-        return f"cluster.host_memory_gib={known:g}, which too much is offloaded for"
+            return 0.0
+        return most_host_bytes(step, optim, per_node).total
 
     def _plan(self) -> None:
         """Plan the best estimates, as far as the effort suffices."""
@@ -641,8 +647,10 @@ class _Search:
         step = draft.with_named(choice.schedule)
         cost = self._scales.cost_of(choice)
         report = report_of(step, self._cluster, estimate.optim, cost=cost)
-        if report.host_excess > 0:
-            self._refuse(choice, ConfigError(self._host_words), estimate.seconds)
+        known = self._cluster.host_memory_gib
+        if known is not None and report.host_excess > 0:
+            error: ConfigError = HostMemoryError(report.host_excess + known * _GIB, known)
+            self._refuse(choice, error, estimate.seconds)
             self._estimates = [other for other in self._estimates if other is not estimate]
         elif report.excess + self._cluster.memory_gib * _GIB <= self._scales.limit:
             chosen = replace(choice, optimizer=estimate.optim)
@@ -755,10 +763,10 @@ def fits_on(config: RunConfig, margin: float, kept: Kept = ALL) -> Choice | None
         if choice.recompute != leanest or choice.recompute_where_needed:
             continue
         try:
-            scales.weigh(choice)
+            weight = scales.weigh(choice)
         except ConfigError:
             continue
-        return choice
+        return replace(choice, optimizer=weight.optimizer)
     return None
 
 
