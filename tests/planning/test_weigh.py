@@ -81,6 +81,12 @@ def test_more_microbatches_than_fill_a_pipeline_raise_no_peak_but_that_of_gpipe(
             for m in (11, 40)
         )
         assert (peaks_of(name, few) == peaks_of(name, many)) == (name != "gpipe")
+    scales = Scales(load_config(WORDS), math.inf)
+    of_choice = [
+        scales.leanest(replace(choice_of(4, schedule="gpipe"), num_microbatches=count))
+        for count in (10, 20, 40)
+    ]
+    assert of_choice[2] - of_choice[1] == 2 * (of_choice[1] - of_choice[0]) > 0
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -243,7 +243,9 @@ class PlanReport:
         links = links_of(self.cluster, self.degrees)
         match part:
             case "waiting":
-                return f"more than {self.work.num_microbatches} microbatches, or a smaller pp"
+                count = self.work.num_microbatches
+                many = f"{count} microbatch{'es' * (count != 1)}"
+                return f"more than {many}, or a smaller pp"
             case "optimizer":
                 without = ", or optim.offload=false where that fits"
                 return f"a larger batch{without * (self.host.optimizer > 0)}"
