@@ -306,7 +306,7 @@ def test_the_search_that_is_shown_has_the_figures_of_its_plans():
     (shown,) = (block for _, block in _FENCE.findall(page) if "vp-plan --search --top" in block)
     (command,) = re.findall(r"^\$ vp-plan --search --top 3 (.*)$", shown, re.MULTILINE)
     (plan,) = re.findall(r"^the first: (.*)$", shown, re.MULTILINE)
-    row = r"^1 .* (\S+) s +([\d,]+) +(\S+)% +(\S+)% +(\S+)% +(\S+)$"
+    row = r"^1 .* (\S+) s +([\d,]+) +(\S+)% +(\S+)% +(\S+)% +(\S+) +\S+$"
     figures = re.findall(row, shown, re.MULTILINE)[0]
     seconds, rate, mfu, _, _, gib = (float(figure.replace(",", "")) for figure in figures)
     config, planned = (load_config(words.split()) for words in (command, f"{command} {plan}"))

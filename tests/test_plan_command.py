@@ -144,6 +144,7 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     "typed",
     [
         ["model.num_layers=6"],  # does not split over 4 stages
+        ["parallel.pp=2"],  # of which the run has two replicas
         ["schedule.file=other.txt", "vocab.algorithm=naive", "schedule.name=gpipe"],
         ["schedule=auto", "vocab=auto", "schedule.cap_gib=1"],
         ["schedule=auto", "schedule.cap_microbatches=3", "parallel.placement=redistribute"],
@@ -167,6 +168,9 @@ def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(vp_plan, tmp_p
     )
     again = make_report(load_config([*typed, *pasted]))
     assert first["pp"] > 1
+    assert first["dp"] * first["num_microbatches"] * first["micro_batch_size"] == (
+        16 if "parallel.pp=2" in typed else 8
+    )
     assert again.step_seconds == pytest.approx(first["step_seconds"])
 
 
@@ -276,6 +280,7 @@ def test_a_batch_in_tokens(vp_plan):
     ("arguments", "message"),
     [
         (["--top", "3"], "--top belongs to --search"),
+        (["--search", "--tokens", "1000000000"], "--tokens 1000000000 is 3,906,250 sequences of"),
         (["--margin", "3"], "--margin belongs to --search"),
         (["--keep", "schedule"], "--keep belongs to --search"),
         (["--search", "--keep", "parallel.pp"], "--keep parallel.pp: it is not set; add"),

@@ -25,6 +25,7 @@ from vp_train.planning.choice import (
     space_of,
     splits_of,
     with_batch_of,
+    with_replicas,
     without_vocabulary_of,
 )
 from vp_train.planning.degrees import Degrees
@@ -132,6 +133,10 @@ def test_a_batch_is_its_microbatches_in_all_replicas():
     assert batch_of(config) == 5
     config = replace(config, micro_batch_size=3, parallel=replace(config.parallel, dp=2))
     assert batch_of(config) == 30
+    config = config_of(batch=5, nodes=3)
+    for typed, batch in (({}, 5), ({"pp": 3}, 20), ({"pp": 3, "tp": 2}, 10), ({"pp": 7}, 5)):
+        run = replace(config, parallel=replace(config.parallel, **typed))
+        assert batch_of(with_replicas(run)) == batch, "as the run infers them"
 
 
 def test_the_replicas_of_a_cluster_are_those_that_the_model_allows():

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from schedules.ir import Schedule
-from vp_train.commands.plan import plan_lines, remedies
+from vp_train.commands.plan import plan_lines, remedies, search_lines
 from vp_train.config import ConfigError, OptimConfig
+from vp_train.model.shape import num_parameters
 from vp_train.optim.adamw import learning_rate
 from vp_train.planning.choice import Kept, offloading, space_of
 from vp_train.planning.cluster import host_bytes_per_second
@@ -170,6 +171,16 @@ def test_a_search_does_not_offload_more_than_hosts_have():
         result = search(config, Limits(top=1), lambda: True, str, space)
         assert bool(result.best) is fits
         assert any("host_memory_gib" in words for words in result.excluded) is not fits
+        if not fits:
+            assert result.num_estimated == result.num_open == 0, "arithmetic says so"
+            lines = "\n".join(search_lines(config, Limits(), result))
+            state = 18 * num_parameters(config.model) / GIB
+            words = (
+                f"needs {state:.2f} GiB of host memory per node, {state - 500:.2f} GiB more than"
+            )
+            assert words in lines
+            assert "would help: GPUs" not in lines
+            assert "would help: cluster.num_nodes=2, where dp=2 x pp=8" in lines
 
 
 def test_a_report_counts_bytes_of_device_and_host():

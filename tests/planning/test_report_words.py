@@ -51,6 +51,7 @@ def test_a_step_is_its_passes_the_exchange_that_is_exposed_and_the_update(report
     assert report.num_tokens == 8 * 64 * 2
     assert report.gap == 15 / 12 - 1
     assert replace(report, bound=0.0).gap == 0
+    assert str(replace(report, bound=report.passes * (1 + 1e-15)).gap) == "0.0", "not -0.0"
     peak = report.cluster.float32_flops_per_second
     assert report.mfu == pytest.approx(1e12 / (20 * 4 * peak))
     assert report.limit == 2 * GIB

@@ -11,7 +11,14 @@ import pytest
 from schedules import generators
 from vp_train.config import ConfigError
 from vp_train.planning import weigh
-from vp_train.planning.choice import Kept, Space, optimizers_of, space_of, with_batch_of
+from vp_train.planning.choice import (
+    Kept,
+    Space,
+    optimizers_of,
+    replicas_of,
+    space_of,
+    with_batch_of,
+)
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.memory import rank_state
 from vp_train.planning.plan import draft_step
@@ -292,6 +299,9 @@ def test_nothing_fits_and_what_is_closest():
     assert result.num_planned == result.num_open == 0
     assert result.leanest.needs > 0.001 * GIB
     assert "needs at least" in result.leanest.reason
+    optim = result.leanest.choice.optimizer
+    alone = Scales(config_of(), float("inf"), (optim,))
+    assert alone.leanest(result.leanest.choice) == result.leanest.needs, "it names its optimizer"
     needs = [refusal.needs for refusal in result.refused if refusal.needs is not None]
     assert needs
     words, count = result.excluded.most_common(1)[0]
@@ -354,6 +364,9 @@ def test_a_batch_that_no_split_divides_is_told_what_would_work():
     nodes = int(words.split("cluster.num_nodes=")[1].split()[0])
     fewer = replace(config, cluster=replace(config.cluster, num_nodes=nodes))
     assert space_of(fewer).choices
+    for count in range(nodes + 1, 1025):
+        more = replace(config, cluster=replace(config.cluster, num_nodes=count))
+        assert all(500 % dp for dp in replicas_of(more)), count
     assert space_of(replace(config, num_microbatches=512)).choices
 
 

@@ -81,6 +81,12 @@ def test_more_microbatches_than_fill_a_pipeline_raise_no_peak_but_that_of_gpipe(
             for m in (11, 40)
         )
         assert (peaks_of(name, few) == peaks_of(name, many)) == (name != "gpipe")
+    scales = Scales(load_config(WORDS), math.inf)
+    of_choice = [
+        scales.leanest(replace(choice_of(4, schedule="gpipe"), num_microbatches=count))
+        for count in (10, 20, 40)
+    ]
+    assert of_choice[2] - of_choice[1] == 2 * (of_choice[1] - of_choice[0]) > 0
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -180,7 +186,10 @@ def test_every_base_order_is_checked_once_in_a_small_step_and_a_wrong_one_is_nam
 def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_while_a_forward_runs(
     schedule, recompute
 ):
-    """At least all that may move has moved; about as much as the link takes in a warm-up."""
+    """At least all that may move has moved; about as much as the link takes in a warm-up.
+
+    What waits for its W does not move.
+    """
     for rate in (1e9, 3e10, None):
         config = load_config(WORDS)
         config = replace(config, cost=replace(config.cost, host_bytes_per_second=rate))
@@ -196,9 +205,8 @@ def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_while_a_forw
                 family.layout_of(4), 12, VOCAB_ALGORITHMS["none"], family.split_backward
             )
             peak = peaks_of(schedule, problem)[0]
-            kept = of_layer = work.layer_bytes(recompute)
-            if family.split_backward:
-                kept = max(kept, step.cost.weight_bytes[0] / len(step.layers[0]))
+            of_layer = work.layer_bytes(recompute)
+            waits = step.cost.weight_bytes[0] / len(step.layers[0]) if family.split_backward else 0
             forward = step.cost.pass_seconds[Kind.F][1] / len(step.layers[1])
             state = refusal(Scales(config, 1.0), choice).needs
             least = about = state
@@ -208,7 +216,7 @@ def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_while_a_forw
                 link = 1.0 if rate is None else min(1.0, forward * rate / of_layer)
                 carried = min(moved, layers * link) if moved else 0
                 least += (layers - moved) * of_layer * peak.counts[chunk]
-                about += (layers - carried) * kept * peak.kept[chunk]
+                about += max((layers - carried) * of_layer, layers * waits) * peak.kept[chunk]
             assert scales.leanest(choice) == pytest.approx(least)
             assert scales.weigh(choice).needs == pytest.approx(about)
 

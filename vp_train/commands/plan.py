@@ -31,6 +31,7 @@ from vp_train.planning.choice import (
     settings_of,
     space_of,
     with_batch_of,
+    with_replicas,
 )
 from vp_train.planning.degrees import split_ranks
 from vp_train.planning.fsdp import best_fsdp, fsdp_words
@@ -108,6 +109,7 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
     if "--tokens" in options:
         tokens = whole_number(options, "--tokens", 4_194_304, most=_MOST_TOKENS)
         config = with_batch_of(config, tokens)
+    config = with_replicas(config)
     limits = Limits(
         top=whole_number(options, "--top", 5),
         margin=whole_number(options, "--margin", 5, least=0, most=90) / 100,
@@ -348,7 +350,8 @@ def _model_words(config: RunConfig) -> str:
     return (
         f"{shape.num_parameters(model) / 1e6:,.1f} M parameters, "
         f"{model.num_layers} layers of hidden size {model.hidden_size:,}, "
-        f"vocabulary {model.vocab_size:,}; {config.num_microbatches} microbatches of "
+        f"vocabulary {model.vocab_size:,}; {config.num_microbatches} "
+        f"microbatch{'es' * (config.num_microbatches != 1)} of "
         f"{config.micro_batch_size} x {model.seq_length:,} tokens"
     )
 
@@ -460,6 +463,7 @@ def search_lines(
             for estimate in result.estimated
         ]
         lines += [f"the first: {first.choice.overrides(config)}", f"binds: {first.report.binds}"]
+        lines += _unchecked_lines(result.best)
         lines += [*_vocabulary_lines(config, result), ""]
     excluded = sum(result.excluded.values())
     counted = (
@@ -506,11 +510,24 @@ def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
     return [f"{kind}: {compared}: {other.choice.overrides(config)}"]
 
 
+def _unchecked_lines(best: Sequence[Found]) -> list[str]:
+    """Return a line that says how much host memory plans need where that was not checked."""
+    most = max(found.report.host.total for found in best)
+    if not most or best[0].report.cluster.host_memory_gib is not None:
+        return []
+    return [
+        f"host memory is not checked: up to {most / _GIB:,.0f} GiB per node; set "
+        "cluster.host_memory_gib to what there is"
+    ]
+
+
 def _best_table(best: Sequence[Found]) -> list[str]:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    on_hosts = any(found.report.host.total for found in best)
     for head in (
         *("", "dp", "pp", "tp", "microbatches", "schedule", "vocab", "recompute", "sp", "optim"),
         *("step", "tokens/s", "MFU", "bubble", "gap", "GiB"),
+        *(("host GiB",) if on_hosts else ()),  # per node
     ):
         table.add_column(
             head,
@@ -534,6 +551,7 @@ def _best_table(best: Sequence[Found]) -> list[str]:
             f"{report.bubble:.1%}",
             f"{report.gap:.1%}",
             f"{report.ranks[report.worst].memory.total / _GIB:.1f}",
+            *((f"{report.host.total / _GIB:,.0f}",) if on_hosts else ()),
         )
     return _rendered(table)
 
@@ -572,26 +590,43 @@ def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:
     if leanest is None:
         return ["", "nothing can be run: change what rules out the choices above"]
     what = "NOTHING TRIED SO FAR FITS" if result.num_open else "NOTHING FITS"
-    lines = ["", f"{what}.  Closest: {leanest.choice.overrides(config)}", f"  {leanest.reason}"]
-    enough = (leanest.needs or 0.0) / (1 - limits.margin) / _GIB
-    lines.append(
-        f"would help: GPUs with more than {enough:.4g} GiB (cluster.memory_gib), which state and "
-        "the leanest activations take"
-    )
+    lines = ["", f"{what}.  Closest: {leanest.choice.overrides(config)}"]
+    known = config.cluster.host_memory_gib
+    if leanest.host_needs is not None and known is not None:
+        needs = leanest.host_needs / _GIB
+        lines += [
+            f"  may fit on the GPUs, but needs {needs:.2f} GiB of host memory per node, "
+            f"{needs - known:.2f} GiB more than {known:g} GiB",
+            f"would help: more than {needs:.4g} GiB of host memory per node "
+            "(cluster.host_memory_gib)",
+        ]
+    else:
+        enough = (leanest.needs or 0.0) / (1 - limits.margin) / _GIB
+        lines += [
+            f"  {leanest.reason}",
+            f"would help: GPUs with more than {enough:.4g} GiB (cluster.memory_gib), which state "
+            "and the leanest activations take",
+        ]
     if result.kept.values:
         free = fits_on(config, limits.margin)
         if free is not None:
-            lines.append(f"would help: to keep less with --keep; then {free.degrees} may fit")
+            lines.append(f"would help: to keep less with --keep; then {_may_fit(free, config)}")
     for factor in (2, 4, 8, 16, 32, 64):
         cluster = replace(config.cluster, num_nodes=factor * config.cluster.num_nodes)
         found = fits_on(replace(config, cluster=cluster), limits.margin, result.kept)
         if found is not None:
-            degrees = found.degrees
-            return [
-                *lines,
-                f"would help: cluster.num_nodes={cluster.num_nodes}, where {degrees} may fit",
-            ]
+            where = _may_fit(found, config)
+            return [*lines, f"would help: cluster.num_nodes={cluster.num_nodes}, where {where}"]
     return [*lines, "would help: a smaller model.seq_length; 64 times as many nodes do not suffice"]
+
+
+def _may_fit(choice: Choice, config: RunConfig) -> str:
+    """Return that a choice may fit in words, with its optimizer where that is not the typed one."""
+    optim = choice.optimizer or config.optim
+    words = [f"optim.name={optim.name}"] * (optim.name != config.optim.name)
+    if optim.offload != config.optim.offload:
+        words.append(f"optim.offload={str(optim.offload).lower()}")
+    return f"{choice.degrees}{' with ' * bool(words)}{' '.join(words)} may fit"
 
 
 def remedies(config: RunConfig, report: PlanReport) -> list[str]:

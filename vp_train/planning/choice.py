@@ -20,7 +20,7 @@ from vp_train.config import (
     RunConfig,
     unknown,
 )
-from vp_train.planning.degrees import Degrees, check_tensor_split
+from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
 from vp_train.planning.placement import offloaded_layers, split_layers
 from vp_train.planning.plan import SEQUENCE_DEVICES
 
@@ -290,6 +290,18 @@ def batch_of(config: RunConfig) -> int:
     return config.num_microbatches * config.micro_batch_size * (config.parallel.dp or 1)
 
 
+def with_replicas(config: RunConfig) -> RunConfig:
+    """Return `config` with the parallel.dp that a run on its cluster infers, so its batch is set.
+
+    Degrees that do not go with the cluster stay as they are.
+    """
+    try:
+        dp = split_ranks(config.parallel, config.cluster.num_gpus).dp
+    except ConfigError:
+        return config
+    return replace(config, parallel=replace(config.parallel, dp=dp))
+
+
 def space_of(config: RunConfig, kept: Kept = ALL) -> Space:
     """Return every way to run the batch of `config` on all GPUs of its cluster.
 
@@ -475,7 +487,13 @@ def with_batch_of(config: RunConfig, num_tokens: int) -> RunConfig:
             key=lambda count: (count & -count, -abs(count - num_tokens / length)),
         )
     parallel = replace(config.parallel, dp=None, pp=None, tp=1)
-    return replace(config, num_microbatches=exact, micro_batch_size=1, parallel=parallel)
+    try:
+        return replace(config, num_microbatches=exact, micro_batch_size=1, parallel=parallel)
+    except ConfigError:
+        raise ConfigError(
+            f"--tokens {num_tokens} is {exact:,} sequences of model.seq_length={length:,}, more "
+            "than a step can have; use fewer tokens"
+        ) from None
 
 
 def fitting_batches(config: RunConfig) -> tuple[list[int], list[int]]:
@@ -487,11 +505,17 @@ def fitting_batches(config: RunConfig) -> tuple[list[int], list[int]]:
     batch, replicas, cluster = batch_of(config), replicas_of(config), config.cluster
     below = max((batch // dp * dp for dp in replicas), default=0)
     above = min(-(-batch // dp) * dp for dp in replicas)
-    for count in range(cluster.num_nodes, 0, -1):
-        fewer = replace(config, cluster=replace(cluster, num_nodes=count))
-        if any(batch % dp == 0 for dp in replicas_of(fewer)):
-            return [size for size in (below, above) if size], [count]
-    return [size for size in (below, above) if size], []
+    per_node, num_layers = cluster.gpus_per_node, config.model.num_layers
+    gpus = {
+        dp * pp * tp
+        for tp in _divisors(per_node)
+        if _reason_against(config, Degrees(1, 1, tp)) is None
+        for dp in _divisors(batch)
+        for pp in range(1, num_layers + 1)
+    }
+    counts = [one // per_node for one in gpus if one % per_node == 0]
+    fewer = max((count for count in counts if count <= cluster.num_nodes), default=None)
+    return [size for size in (below, above) if size], [] if fewer is None else [fewer]
 
 
 def optimizers_of(config: RunConfig, dp: int) -> list[OptimConfig]:

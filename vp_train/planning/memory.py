@@ -161,9 +161,13 @@ def host_bytes(step: StepPlan, optim: OptimConfig, rank: int) -> HostUsage:
     activations = step.timeline.host_bytes(rank, HOST_BLOCK_BYTES)
     work, state = step.work, 0.0
     if optim.offload:
-        of_parameter = 4 * work.precise_bytes + work.item_bytes
-        state = rank_parameters(step, rank) * of_parameter / work.degrees.dp
+        state = host_optimizer_bytes(work, rank_parameters(step, rank)) / work.degrees.dp
     return HostUsage(activations, state)
+
+
+def host_optimizer_bytes(work: Workload, parameters: int) -> int:
+    """Return the bytes that so many parameters take in host memory with optim.offload."""
+    return parameters * (4 * work.precise_bytes + work.item_bytes)
 
 
 def most_host_bytes(step: StepPlan, optim: OptimConfig, ranks_per_node: int) -> HostUsage:

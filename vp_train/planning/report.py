@@ -30,6 +30,7 @@ from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
 
 _GIB = 2**30
+_ROUNDING = 1e-9  # of sums of seconds, as a part
 _OTHER_CLUSTER = "are there; set cluster.num_nodes or cluster.gpus_per_node, or change a degree"
 
 
@@ -180,7 +181,8 @@ class PlanReport:
     @property
     def gap(self) -> float:
         """The time of the passes above their lower bound, as a fraction of that bound."""
-        return self.passes / self.bound - 1 if self.bound else 0.0
+        gap = self.passes / self.bound - 1 if self.bound else 0.0
+        return 0.0 if abs(gap) < _ROUNDING else gap
 
     @property
     def parts(self) -> dict[str, float]:
@@ -241,7 +243,9 @@ class PlanReport:
         links = links_of(self.cluster, self.degrees)
         match part:
             case "waiting":
-                return f"more than {self.work.num_microbatches} microbatches, or a smaller pp"
+                count = self.work.num_microbatches
+                many = f"{count} microbatch{'es' * (count != 1)}"
+                return f"more than {many}, or a smaller pp"
             case "optimizer":
                 without = ", or optim.offload=false where that fits"
                 return f"a larger batch{without * (self.host.optimizer > 0)}"

@@ -7,8 +7,8 @@ It goes from cheap to dear, and each stage sees fewer choices:
 2. Draft those with the lowest bounds: the costs of all passes, and with them tighter bounds.
 3. Estimate them by the simulation of a short step, from which the time of a long one follows.
    While none fits, the leanest is tried first.
-4. Plan the best estimates as a run would plan them.
-5. Where the best recompute, estimate and plan them with offloaded activations in its place.
+4. Estimate with offloaded activations what device memory alone rules out and may be faster.
+5. Plan the best estimates as a run would plan them.
 
 Its effort is counted in passes, not in seconds, so that every machine finds the same plans.
 """
@@ -47,9 +47,11 @@ from vp_train.planning.weigh import (
     LEANEST,
     SIMULATED,
     Candidate,
+    HostMemoryError,
     SameChoiceError,
     Scales,
     TooLargeError,
+    Weight,
     unsimulated,
 )
 
@@ -70,8 +72,11 @@ _ALIKE = 0.97
 _MANY_RANKS = 16  # which are full after one microbatch of each
 _KEPT_REFUSALS = 100
 _TRIES_OF_OTHER_KIND = 20
-# What is tried with offloaded activations at most: choices, and the effort on top of the rest.
-_MOST_OFFLOADED, _FOR_OFFLOADING = 12, 0.1
+# Parts of the effort: after which activations are offloaded, and for estimates with that.
+_BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.3, 0.25
+# A schedule whose activations are offloaded, and a draft that chooses the stages which recompute,
+# take so many times the effort of others.
+_OFFLOADED, _MIXED = 3, 3
 _EFFORT_OF_ONE_LINE = 300_000
 WHOLE_EFFORT = 120_000  # of `generate` for a plan
 
@@ -94,13 +99,15 @@ class Limits:
 class Refusal:
     """A choice that needs too much memory, or cannot be run for another `reason`.
 
-    `bound` is the lower bound of its step in seconds, `needs` its bytes if these are too many.
+    `bound` is the lower bound of its step in seconds.  `needs` are its bytes on a GPU if these are
+    too many, `host_needs` those of a node if only its host memory does not suffice.
     """
 
     choice: Choice
     reason: str
     bound: float = 0.0
     needs: float | None = None
+    host_needs: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +156,8 @@ class Result:
     best: the fastest choices that were planned, sorted.
     with_vocabulary, without_vocabulary: the fastest with and without vocabulary parallelism.
     estimated: the fastest of those that were not planned, as many as `best` lacks.
-    leanest: the choice that needs least memory of those that need too much.
+    leanest: the choice that needs least memory of those that need too much.  Those that only lack
+        host memory come first.
     refused: the refused choices with the lowest bounds.
     excluded: how many choices each constraint rules out.
     num_choices: all choices, those that are ruled out included.
@@ -212,7 +220,9 @@ class _Search:
         self._in_time, self._progress = in_time, progress
         self._scales = Scales(config, limit_of(config, limits.margin), space.optimizers)
         self._spent = self._num_estimated = self._num_same = 0
-        self._num_offloaded, self._num_layers = 0, config.model.num_layers
+        self._num_layers, self._top = config.model.num_layers, limits.top
+        self._offloads = False  # activations, once other choices were estimated
+        self._enough = 0.0  # effort, for estimates with offloaded activations
         self._next_drafts = _FIRST_DRAFTS
         self._is_on_gpus = config.run.device == "cuda"
         # Heaps of what is left: by the lower bound of the step, and by the least bytes.
@@ -234,18 +244,20 @@ class _Search:
         self._planned: dict[Choice, Found] = {}
 
     def run(self, *, plans: bool = True) -> Result:
+        self._offloads = self._is_on_gpus and plans
         self._weigh()
         while True:
             before = self._num_estimated, len(self._estimates)
             self._estimate()
+            if self._offloads and self._in_time():
+                self._offload_instead()
+                self._estimate()
             self._estimate_other_kind()
             if plans:
                 self._plan()
             after = self._num_estimated, len(self._estimates)
             if not plans or after == before or not self._goes_on():
                 break
-        if plans and self._is_on_gpus and self._in_time():
-            self._offload_instead()
         best = sorted(self._planned.values(), key=_order)
         top = tuple(best[: self._limits.top])
         last = top[-1].report.step_seconds if len(top) == self._limits.top else float("inf")
@@ -269,7 +281,6 @@ class _Search:
             excluded=+self._excluded,  # without those that ruled out nothing
             num_choices=len(self._space.choices)
             + sum(self._space.excluded.values())
-            + self._num_offloaded
             - self._num_same,
             num_estimated=self._num_estimated,
             num_planned=len(self._planned),
@@ -303,12 +314,16 @@ class _Search:
             except ConfigError as error:
                 self._refuse(choices[number], error, 0.0)
             else:
-                self._bounds[number] = weight.seconds
-                self._by_bound.append((weight.seconds, number))
-                self._by_bytes.append((weight.needs, number))
+                self._put(number, weight)
             self._spent += _WEIGH_NODES
         heapq.heapify(self._by_bound)
         heapq.heapify(self._by_bytes)
+
+    def _put(self, number: int, weight: Weight) -> None:
+        """Put a choice that was weighed to those that are left."""
+        self._bounds[number] = weight.seconds
+        self._by_bound.append((weight.seconds, number))
+        self._by_bytes.append((weight.needs, number))
 
     def _refuse(self, choice: Choice, error: ConfigError, bound: float) -> None:
         if isinstance(error, SameChoiceError):
@@ -317,8 +332,9 @@ class _Search:
         constraint, needs = str(error), None
         if isinstance(error, TooLargeError):
             constraint, needs = error.constraint, error.needs
+        host_needs = error.needs if isinstance(error, HostMemoryError) else None
         self._excluded[constraint] += 1
-        self._refused.append(Refusal(choice, str(error), bound, needs))
+        self._refused.append(Refusal(choice, str(error), bound, needs, host_needs))
 
     def _first(self, *, splits_vocabulary: bool) -> Estimate | None:
         """Return the fastest with or without vocabulary parallelism, as planned if it was."""
@@ -332,6 +348,9 @@ class _Search:
 
     def _closest(self) -> Refusal | None:
         """Return the refusal for memory that needs least, each by state and leanest activations."""
+        on_hosts = [refusal for refusal in self._refused if refusal.host_needs is not None]
+        if on_hosts:
+            return min(on_hosts, key=lambda refusal: refusal.host_needs or 0.0)
         first = None
         for refusal in sorted(
             (refusal for refusal in self._refused if refusal.needs is not None),
@@ -346,14 +365,18 @@ class _Search:
             return None
         needs, refusal = first
         error = TooLargeError(needs, self._scales.limit, LEANEST)
-        return replace(refusal, needs=needs, reason=str(error))
+        optim = refusal.choice.optimizer or self._scales.leanest_optimizer(refusal.choice)
+        choice = replace(refusal.choice, optimizer=optim)
+        return replace(refusal, choice=choice, needs=needs, reason=str(error))
 
     def _goes_on(self) -> bool:
         """Return whether to estimate another choice: the first one always."""
         if not self._num_estimated:
             return True
-        part = _FOR_ESTIMATES if self._estimates else 1.0
-        return self._spent < part * self._limits.effort and self._in_time()
+        part = _BEFORE_OFFLOADING if self._offloads else _FOR_ESTIMATES
+        part = part if self._estimates else 1.0
+        enough = max(part * self._limits.effort, self._enough)
+        return self._spent < enough and self._in_time()
 
     def _estimate(self) -> None:
         """Estimate choices until none left could be among the best, or the effort is spent.
@@ -378,7 +401,7 @@ class _Search:
             try:
                 if item is None:
                     item = self._items[number] = self._scales.draft(choice)
-                    self._spent += _DRAFT_NODES * item.draft.problem.layout.num_stages
+                    self._spent += _draft_nodes(item)
                     self._bounds[number] = item.seconds
                     if self._estimates:
                         heapq.heappush(self._by_bound, (self._key(number), number))
@@ -422,6 +445,61 @@ class _Search:
                 self._done.add(number)
                 self._refuse(choice, error, self._bounds[number])
 
+    def _offload_instead(self) -> None:
+        """Estimate offloaded activations where device memory alone may rule out faster choices.
+
+        They are tried with what recomputes nothing and was refused or seems not to fit, and with
+        the best of each kind, where it recomputes or keeps its optimizer in host memory.  Where
+        nothing fits they are tried with all that memory refused.  Only the best of each kind is
+        looked for.
+        """
+        best = [first for kind in (True, False) if (first := self._first(splits_vocabulary=kind))]
+        binding = [e.choice for e in best if e.choice.recompute != "none" or e.optim.offload]
+        larger = [refusal.choice for refusal in self._refused if refusal.needs is not None]
+        larger += [
+            choice
+            for choice, item in zip(self._space.choices, self._items, strict=True)
+            if item is not None and not item.seems_to_fit
+        ]
+        least = self._space.kept.values.get("parallel.recompute", "none")
+        binding += [choice for choice in larger if not best or choice.recompute == least]
+        added, known = list[Choice](), set(self._space.choices)
+        self._top = 1
+        _, first_of = self._to_beat()
+        aside = self._by_bound, self._by_bytes, self._doubtful, self._passed_over
+        self._by_bound, self._by_bytes, self._doubtful, self._passed_over = [], [], [], []
+        drafted, self._drafted, self._next_drafts = self._drafted, [], _FIRST_DRAFTS
+        for choice in dict.fromkeys(
+            other for bound in binding for other in offloading(bound, self._num_layers)
+        ):
+            if choice in known or self._space.kept.against(choice) is not None:
+                continue
+            self._spent += _WEIGH_NODES
+            try:
+                weight = self._scales.weigh(choice)
+            except ConfigError:
+                continue
+            is_faster = weight.seconds < first_of[choice.splits_vocabulary]
+            if is_faster and weight.needs <= self._scales.limit:
+                self._put(len(known) + len(added), weight)
+                added.append(choice)
+        self._space = replace(self._space, choices=(*self._space.choices, *added))
+        self._items += [None] * len(added)
+        heapq.heapify(self._by_bound)
+        heapq.heapify(self._by_bytes)
+        self._offloads = False
+        self._enough = self._spent + _FOR_OFFLOADING * self._limits.effort
+        self._estimate()
+        self._top = self._limits.top
+        self._by_bound += aside[0]
+        self._by_bytes += aside[1]
+        self._doubtful += aside[2]
+        self._passed_over += aside[3]
+        self._drafted = [*drafted, *self._drafted]
+        self._next_drafts = 2 * max(_FIRST_DRAFTS, len(self._drafted))
+        heapq.heapify(self._by_bound)
+        heapq.heapify(self._by_bytes)
+
     def _look_at_doubtful(self) -> None:
         for place, number in enumerate(self._doubtful):
             heapq.heappush(self._by_bytes, (float(place), number))
@@ -462,15 +540,7 @@ class _Search:
 
     def _lowest(self) -> int | None:
         """Take what may be the fastest choice that is left, unless it cannot be among the best."""
-        seconds = sorted(map(self._seconds_of, self._estimates))
-        last = seconds[self._limits.top - 1] if len(seconds) >= self._limits.top else float("inf")
-        first_of = {
-            splits: min(
-                (self._seconds_of(e) for e in self._estimates if e.splits_vocabulary is splits),
-                default=float("inf"),
-            )
-            for splits in (True, False)
-        }
+        last, first_of = self._to_beat()
         while self._by_bound:
             known, number = heapq.heappop(self._by_bound)
             if number in self._done:
@@ -488,6 +558,19 @@ class _Search:
             self._passed_over.append(number)
         return None
 
+    def _to_beat(self) -> tuple[float, dict[bool, float]]:
+        """Return the seconds of the last of the best, and of the first of each kind."""
+        seconds = sorted(map(self._seconds_of, self._estimates))
+        last = seconds[self._top - 1] if len(seconds) >= self._top else float("inf")
+        first_of = {
+            splits: min(
+                (self._seconds_of(e) for e in self._estimates if e.splits_vocabulary is splits),
+                default=float("inf"),
+            )
+            for splits in (True, False)
+        }
+        return last, first_of
+
     def _leanest(self) -> int | None:
         """Take the choice that is left which seems to need least memory."""
         while self._by_bytes:
@@ -499,11 +582,11 @@ class _Search:
     def _estimate_of(self, candidate: Candidate) -> Estimate:
         """Return the estimate for the fastest optimizer that fits.
 
-        Raises TooLargeError if none does, and ConfigError if only the hosts lack memory.
+        Raises TooLargeError if none does, and HostMemoryError if only the hosts lack memory.
         """
         self._num_estimated += 1
         step, passes, placed = short_step(candidate.draft, candidate.choice.schedule)
-        self._spent += placed
+        self._spent += placed * (_OFFLOADED if candidate.choice.offload else 1)
         passes = max(passes, candidate.passes)
         alike, factor = _alike(candidate.choice), _ALIKE * passes / candidate.passes
         self._factors[alike] = max(1.0, min(factor, self._factors.get(alike, factor)))
@@ -514,8 +597,9 @@ class _Search:
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
                 continue
-            if self._is_too_much_for_hosts(step, optim):
-                refusal = refusal or ConfigError(self._host_words)
+            known, on_hosts = self._cluster.host_memory_gib, self._host_bytes(step, optim)
+            if known is not None and on_hosts > known * _GIB:
+                refusal = refusal or HostMemoryError(on_hosts, known)
                 continue
             seconds = passes + self._scales.after(step, optim)
             found.append(Estimate(candidate, optim, seconds, needs))
@@ -524,17 +608,12 @@ class _Search:
             raise refusal
         return min(found, key=lambda estimate: estimate.seconds)
 
-    def _is_too_much_for_hosts(self, step: StepPlan, optim: OptimConfig) -> bool:
-        """Return whether the ranks of a node keep more in its memory than it is known to have."""
+    def _host_bytes(self, step: StepPlan, optim: OptimConfig) -> float:
+        """Return what the ranks of a node keep in its memory, where that is known."""
         known, per_node = self._cluster.host_memory_gib, self._cluster.gpus_per_node
         if known is None or not (optim.offload or step.cost.offload_bytes):
-            return False
-        return most_host_bytes(step, optim, per_node).total > known * _GIB
-
-    @property
-    def _host_words(self) -> str:
-        known = self._cluster.host_memory_gib
-        return f"cluster.host_memory_gib={known:g}, which too much is offloaded for"
+            return 0.0
+        return most_host_bytes(step, optim, per_node).total
 
     def _plan(self) -> None:
         """Plan the best estimates, as far as the effort suffices."""
@@ -552,6 +631,7 @@ class _Search:
             if estimate.candidate.choice in self._planned:
                 continue
             cost = placed_by(estimate.candidate.draft.problem)
+            cost *= _OFFLOADED if estimate.choice.offload else 1
             if self._planned and self._spent + cost > self._limits.effort:
                 self._spent = self._limits.effort
                 return
@@ -561,60 +641,16 @@ class _Search:
             self._plan_one(estimate)
             self._progress(self._words())
 
-    def _offload_instead(self) -> None:
-        """Estimate the best that recompute with offloaded activations in place of that.
-
-        So are the fastest that were refused although they recompute nothing, or all if nothing
-        fits.  What seems to be among the best is planned.  Where the best does not recompute,
-        memory does not bind, and nothing is tried.
-        """
-        best = sorted(self._planned.values(), key=_order)[: self._limits.top]
-        if best and best[0].choice.recompute == "none":
-            return
-        last = best[-1].report.step_seconds if len(best) == self._limits.top else float("inf")
-        binding = [found.choice for found in best]
-        binding += [
-            refusal.choice
-            for refusal in self._refused
-            if refusal.needs is not None and (not best or refusal.choice.recompute == "none")
-        ]
-        weighed: dict[Choice, float] = {}
-        for choice in dict.fromkeys(
-            other for bound in binding for other in offloading(bound, self._num_layers)
-        ):
-            if self._space.kept.against(choice) is not None:
-                continue
-            try:
-                weight = self._scales.weigh(choice)
-            except ConfigError:
-                continue
-            if weight.needs <= self._scales.limit and weight.seconds < last:
-                weighed[choice] = weight.seconds
-        estimates, enough = [], self._spent + _FOR_OFFLOADING * self._limits.effort
-        for choice, seconds in sorted(weighed.items(), key=lambda pair: pair[1])[:_MOST_OFFLOADED]:
-            if self._spent > enough or not self._in_time():
-                break
-            self._num_offloaded += 1
-            try:
-                candidate = self._scales.draft(choice)
-                if candidate.seconds < last:
-                    estimates.append(self._estimate_of(candidate))
-            except ConfigError as error:
-                self._refuse(choice, error, seconds)
-        for estimate in sorted(estimates, key=lambda estimate: estimate.key)[: self._limits.top]:
-            if estimate.seconds * (1 - _SLACK) < last and self._in_time():
-                self._estimates.append(estimate)
-                self._plan_one(estimate)
-                self._progress(self._words())
-
     def _plan_one(self, estimate: Estimate) -> None:
         """Plan the whole step of an estimate, and drop the estimate if that does not fit."""
         choice, draft = estimate.candidate.choice, estimate.candidate.draft
         step = draft.with_named(choice.schedule)
         cost = self._scales.cost_of(choice)
         report = report_of(step, self._cluster, estimate.optim, cost=cost)
-        if report.host_excess > 0:
-            self._refuse(choice, ConfigError(self._host_words), estimate.seconds)
+        known = self._cluster.host_memory_gib
+        if known is not None and report.host_excess > 0:
+            error: ConfigError = HostMemoryError(report.host_excess + known * _GIB, known)
+            self._refuse(choice, error, estimate.seconds)
             self._estimates = [other for other in self._estimates if other is not estimate]
         elif report.excess + self._cluster.memory_gib * _GIB <= self._scales.limit:
             chosen = replace(choice, optimizer=estimate.optim)
@@ -654,6 +690,12 @@ def short_step(draft: Draft, name: str) -> tuple[StepPlan, float, int]:
         interval = max(interval, busiest_seconds(problem, draft.cost))
         seconds += (problem.num_microbatches - counts[-1]) * interval
     return step, seconds, placed_by_short(problem)
+
+
+def _draft_nodes(item: Candidate) -> int:
+    """Return the effort of a draft in nodes."""
+    nodes = _DRAFT_NODES * item.draft.problem.layout.num_stages
+    return nodes if item.choice.recompute_per_stage is None else _MIXED * nodes
 
 
 def short_counts(problem: Problem) -> tuple[int, ...]:
@@ -721,10 +763,10 @@ def fits_on(config: RunConfig, margin: float, kept: Kept = ALL) -> Choice | None
         if choice.recompute != leanest or choice.recompute_where_needed:
             continue
         try:
-            scales.weigh(choice)
+            weight = scales.weigh(choice)
         except ConfigError:
             continue
-        return choice
+        return replace(choice, optimizer=weight.optimizer)
     return None
 
 

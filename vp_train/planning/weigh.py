@@ -24,7 +24,7 @@ from vp_train.planning.choice import Choice, optimizers_of
 from vp_train.planning.cluster import gradient_seconds, on_cluster, tied_seconds
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.estimate import estimate_cost
-from vp_train.planning.memory import rank_memory, rank_state, state_of
+from vp_train.planning.memory import host_optimizer_bytes, rank_memory, rank_state, state_of
 from vp_train.planning.overlap import exchange
 from vp_train.planning.placement import balance, offloaded_layers, redistribute, split_vocabulary
 from vp_train.planning.plan import Draft, StepPlan, draft, draft_step, named_base_order
@@ -37,10 +37,14 @@ _MOST_RANKS = 16  # of which the memory is looked at one by one
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """The least seconds of a choice's step, and about the bytes of its worst rank."""
+    """The least seconds of a choice's step, and about the bytes of its worst rank.
+
+    `optimizer` is the fastest that may fit.
+    """
 
     seconds: float
     needs: float
+    optimizer: OptimConfig | None = None
 
 
 class TooLargeError(ConfigError):
@@ -58,6 +62,17 @@ class TooLargeError(ConfigError):
             f"{human_bytes(needs - limit)} more than {limit / 2**30:.4g} GiB"
         )
         self.needs, self.constraint = needs, f"memory, for {what}"
+
+
+class HostMemoryError(ConfigError):
+    """The error for a choice that fits into GPUs, but needs more memory of a host than is known.
+
+    `needs` are the bytes of a node at least.
+    """
+
+    def __init__(self, needs: float, known_gib: float) -> None:
+        super().__init__(f"cluster.host_memory_gib={known_gib:g}, which too much is offloaded for")
+        self.needs = needs
 
 
 STATE = "weights, gradients and optimizer state alone"
@@ -91,9 +106,8 @@ def peaks_of(name: str, problem: Problem, *, check: bool = True) -> tuple[Peak, 
     wrong base order, unless `check` is false because it was checked for another step.
     """
     layout = problem.layout
-    enough = 2 * layout.num_ranks + 4  # microbatches; every schedule but gpipe has its peak then
-    if name != "gpipe" and problem.num_microbatches > enough:
-        problem = replace(problem, num_microbatches=enough)
+    count = _enough(name, problem.num_microbatches, layout)
+    problem = replace(problem, num_microbatches=count)
     base = named_base_order(name, problem) if check else GENERATORS[name].base_order(problem)
     return tuple(
         Peak(
@@ -102,6 +116,11 @@ def peaks_of(name: str, problem: Problem, *, check: bool = True) -> tuple[Peak, 
         )
         for rank, order in enumerate(base)
     )
+
+
+def _enough(name: str, num_microbatches: int, layout: Layout) -> int:
+    """Return with how many of the microbatches every rank has its peak: gpipe needs them all."""
+    return num_microbatches if name == "gpipe" else min(num_microbatches, 2 * layout.num_ranks + 4)
 
 
 def _most(
@@ -285,13 +304,11 @@ class Scales:
         if least_state > self.limit:
             raise TooLargeError(least_state, self.limit, STATE)
         kept, expected = self._kept_bytes(choice, split, placed)
-        fitting = [
-            self._after_of(split.work, optim, parameters)
-            for state, optim in states
-            if state + kept <= self.limit
-        ]
+        fitting = [optim for state, optim in states if state + kept <= self.limit]
         if not fitting:
             raise TooLargeError(least_state + kept, self.limit, LEANEST)
+        fitting = self._fitting_hosts(split.work, fitting)
+        after = [self._after_of(split.work, optim, parameters) for optim in fitting]
         # Time of the passes.  A rank waits for the first stages to fill the pipeline, and what it
         # sends back drains through them.  Meanwhile it may run W and T, which nobody waits for.
         forward, backward, sent_back = split.layer(
@@ -310,7 +327,20 @@ class Scales:
                 fill + count * (layers * (forward + backward) + s + t),
                 fill + count * (layers * (forward + sent_back) + s) + drain,
             )
-        return Weight(bound + min(fitting), least_state + expected)
+        fastest = min(range(len(after)), key=after.__getitem__)
+        return Weight(bound + after[fastest], least_state + expected, fitting[fastest])
+
+    def _fitting_hosts(self, work: Workload, optimizers: list[OptimConfig]) -> list[OptimConfig]:
+        """Return the optimizers whose state fits into the hosts if all have the same part of it."""
+        cluster = self._config.cluster
+        known = cluster.host_memory_gib
+        if known is None:
+            return optimizers
+        needs = host_optimizer_bytes(work, shape.num_parameters(work.model)) / cluster.num_nodes
+        fitting = [one for one in optimizers if not one.offload or needs <= known * 2**30]
+        if not fitting:
+            raise HostMemoryError(needs, known)
+        return fitting
 
     def leanest(self, choice: Choice) -> float:
         """Return the bytes of state and of the leanest activations, where they may be too many."""
@@ -322,6 +352,11 @@ class Scales:
         ]
         return min(states) + self._kept_bytes(choice, split, placed)[0]
 
+    def leanest_optimizer(self, choice: Choice) -> OptimConfig:
+        """Return the optimizer that `leanest` counts."""
+        work = self._split_of(choice).work
+        return min(self._optimizers_of(choice), key=lambda optim: state_of(work, optim, 1).state)
+
     def _kept_bytes(self, choice: Choice, split: _Split, placed: _Placed) -> tuple[float, float]:
         """Return the least bytes of activations that rank 0 keeps, and those of the base order."""
         peak = self._peaks_of(choice, placed.layout)[0]
@@ -331,11 +366,13 @@ class Scales:
             layers = placed.counts[stage]
             moved = offloaded_layers(layers, choice.offload)
             split_backward = GENERATORS[choice.schedule].split_backward
-            kept = max(of_layer, for_weights) if split_backward else of_layer
             # The forwards of the warm-up come in a burst, of which the link carries a part.
             carried = min(moved, layers * split.carried(choice.recompute)) if moved else 0.0
+            kept = (layers - carried) * of_layer
+            if split_backward:  # nothing that waits for its W moves, and all of them may wait
+                kept = max(kept, layers * for_weights)
             least += (layers - moved) * of_layer * peak.counts[chunk]
-            at_most += (layers - carried) * kept * peak.kept[chunk]
+            at_most += kept * peak.kept[chunk]
         return least, at_most
 
     def _optimizers_of(self, choice: Choice) -> list[OptimConfig]:
@@ -383,9 +420,11 @@ class Scales:
         passes = self._bound_of(choice, drafted)
         after = min(self.after(minimum, optim) for optim in fitting)
         kept = _at_peak(drafted, choice.schedule, peaks, least=False, ranks=ranks)
-        return Candidate(
-            choice, drafted, passes, passes + after, tuple(fitting), self._fits(kept, fitting)
+        # What moves to the host only a simulation says, and about that the weight.
+        seems_to_fit = (
+            self.weigh(choice).needs <= self.limit if choice.offload else self._fits(kept, fitting)
         )
+        return Candidate(choice, drafted, passes, passes + after, tuple(fitting), seems_to_fit)
 
     def _fits(self, step: StepPlan, optimizers: Iterable[OptimConfig]) -> bool:
         """Return whether a step at its peak and a held shard fit with one of the optimizers."""
@@ -505,7 +544,7 @@ class Scales:
         return tuple(kinds)
 
     def _peaks_of(self, choice: Choice, layout: Layout) -> tuple[Peak, ...]:
-        count = min(choice.num_microbatches, 2 * layout.num_ranks + 4)
+        count = _enough(choice.schedule, choice.num_microbatches, layout)
         key = (choice.schedule, layout, choice.vocab, count)
         if key not in self._peaks:
             algorithm = VOCAB_ALGORITHMS[choice.vocab]
