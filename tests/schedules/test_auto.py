@@ -5,8 +5,8 @@ They are never slower than a named schedule that respects the caps, and close to
 
 from __future__ import annotations
 
-import hashlib
 import math
+import operator
 from dataclasses import replace
 from random import Random
 
@@ -19,7 +19,7 @@ from schedules.cost import CostModel
 from schedules.generators import GENERATORS, auto, generate
 from schedules.generators.auto import CapError, Option, SoFar, solve
 from schedules.generators.refine import judge
-from schedules.ir import Kind, Schedule
+from schedules.ir import Kind
 from schedules.lower import lower
 from schedules.problem import Problem
 from schedules.simulate import simulate
@@ -228,57 +228,52 @@ def test_what_one_microbatch_keeps_is_enough_and_nothing_below_it(quick_search, 
         assert (caught.value.rank, caught.value.reached) == (rank, pytest.approx(alone[rank]))
 
 
-def digest(*schedules):
-    """Return eight hexadecimal digits that tell schedules apart."""
-    return hashlib.sha256("".join(map(Schedule.text, schedules)).encode()).hexdigest()[:8]
-
-
-# A better search finds other schedules: see that they are better, then write its digests here.
+# Seconds of steps.  A search that finds better ones lowers its figures here.
 FOUND = [
-    (("zb_v", "v_half", "v_min"), False, "0f09d14d"),
-    (("zb_v", "v_half", "v_min"), True, "d10153a4"),
-    (("1f1b", "zb_h1"), False, "9d66eb2c"),
-    (("1f1b", "zb_h1"), True, "26dbd966"),
-    (("interleaved", "gpipe", "interlaced"), False, "34849044"),
-    (("interleaved", "gpipe", "interlaced"), True, "f701c737"),
-    (("v_min",), False, "bac8745d"),
+    (("zb_v", "v_half", "v_min"), False, (23.302193, 77.464026, 51.0)),
+    (("zb_v", "v_half", "v_min"), True, (23.302193, 79.817204, 64.69)),
+    (("1f1b", "zb_h1"), False, (34.859234, 155.63869, 64.06)),
+    (("1f1b", "zb_h1"), True, (34.859234, 155.63869, 68.71)),
+    (("interleaved", "gpipe", "interlaced"), False, (31.818008, 243.43723, 67.84)),
+    (("interleaved", "gpipe", "interlaced"), True, (31.818008, 243.43723, 135.1)),
+    (("v_min",), False, (27.893357, 78.597962, 51.0)),
 ]
 GENERATED = {
-    "gpipe": "1e50732d",
-    "1f1b": "677f9cf4",
-    "interleaved": "cd685d42",
-    "interlaced": "6f49b3b0",
-    "zb_h1": "9d9d46e8",
-    "zb_v": "75e4171f",
-    "v_half": "9f20f64a",
-    "v_min": "9019d10f",
+    "gpipe": (34.921519, 87.516457, 257.77342),
+    "1f1b": (41.661947, 111.19145, 259.38512),
+    "interleaved": (49.568171, 102.40391, 235.73935),
+    "interlaced": (49.376644, 107.01125, 260.10758),
+    "zb_h1": (50.443273, 88.628275, 227.25169),
+    "zb_v": (40.009872, 84.970737, 215.93213),
+    "v_half": (37.878383, 91.290659, 221.91945),
+    "v_min": (43.23753, 85.201165, 221.88856),
 }
 
 
-@pytest.mark.parametrize(("names", "is_long", "expected"), FOUND)
-def test_every_machine_finds_the_same(quick_search, monkeypatch, names, is_long, expected):
-    """Effort is counted in passes, so all ranks and all machines find the same schedule."""
+@pytest.mark.parametrize(("names", "is_long", "known"), FOUND)
+def test_a_search_finds_what_it_has_found_or_better(
+    quick_search, monkeypatch, names, is_long, known
+):
+    """Effort is counted in passes, so this holds on every machine."""
     if is_long:
         monkeypatch.setattr(auto, "_LONG", 0)
     found = []
     for p, m, spread, cap in ((2, 7, 0.3, 1.9), (4, 19, 0.2, 2.6), (3, 14, 0.0, 2.2)):
         options = options_of(p, m, ("one_barrier", "none"), spread=spread, names=names)
-        found.append(solve(options, (cap, *[cap + 0.3] * (p - 1))).schedule)
-    assert digest(*found) == expected
+        found.append(timeline_of(solve(options, (cap, *[cap + 0.3] * (p - 1)))).makespan)
+    assert all(map(operator.le, found, (seconds * (1 + 1e-6) for seconds in known))), found
 
 
-@pytest.mark.parametrize(("name", "expected"), GENERATED.items())
-def test_every_machine_generates_the_same(monkeypatch, name, expected):
+@pytest.mark.parametrize(("name", "known"), GENERATED.items())
+def test_a_named_schedule_takes_as_long_as_ever_or_less(monkeypatch, name, known):
+    """The sums over the vocabulary algorithms, for unequal stages."""
     monkeypatch.setattr(generators, "_EFFORT", 12_000)
-    cases = ((1, 3), (3, 5), (4, 13))
-    options = [
-        option
-        for seed, (p, m) in enumerate(cases)
-        for option in options_of(
-            p, m, tuple(VOCAB_ALGORITHMS), spread=0.3, names=(name,), seed=seed
-        )
-    ]
-    assert digest(*(generate(o.name, o.problem, o.cost) for o in options)) == expected
+    found = []
+    for seed, (p, m) in enumerate(((1, 3), (3, 5), (4, 13))):
+        options = options_of(p, m, tuple(VOCAB_ALGORITHMS), spread=0.3, names=(name,), seed=seed)
+        made = ((generate(o.name, o.problem, o.cost), o.problem, o.cost) for o in options)
+        found.append(sum(simulate(*step).makespan for step in made))
+    assert all(map(operator.le, found, (seconds * (1 + 1e-6) for seconds in known))), found
 
 
 def test_a_cap_of_p_microbatches_is_enough_for_a_gap_below_one_percent(monkeypatch):

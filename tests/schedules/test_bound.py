@@ -1,6 +1,6 @@
 """The lower bounds in closed form."""
 
-import hashlib
+import operator
 from itertools import product
 
 import pytest
@@ -11,7 +11,7 @@ from schedules.generators import generate
 from schedules.network import Network
 from schedules.simulate import simulate
 from tests.schedules.cases import cost, problem
-from tests.schedules.test_auto import options_of
+from tests.schedules.test_auto import CLOSE, options_of
 
 
 @pytest.mark.parametrize(
@@ -99,34 +99,34 @@ def test_a_rank_runs_what_its_memory_takes_before_its_first_backward_and_after_i
     assert bound.seconds == max(3 * m + (4 + 2 * 2 - 2) + (2 + 4 * 2 - 2 * 2), 1 + m * 9 / 2 + 2)
 
 
+# Sums of bounds for three shares of the memory that a step needs, and of bytes.  Better bounds
+# raise their figures here.
 BOUNDS = {
-    "1f1b": "2d118739",
-    "interleaved": "1350d0d2",
-    "zb_h1": "6d102e59",
-    "v_half": "44bd7600",
+    "1f1b": (728.82124, 777.88949, 1368.3838, 28.319729),
+    "interleaved": (624.7002, 638.04584, 809.71935, 23.02628),
+    "zb_h1": (658.23264, 661.82377, 769.46723, 15.001331),
+    "v_half": (672.13706, 678.36647, 791.87986, 16.503119),
 }
 
 
-@pytest.mark.parametrize(("name", "expected"), BOUNDS.items())
-def test_bounds_are_neither_beaten_nor_lower_than_they_were(name, expected):
+@pytest.mark.parametrize(("name", "known"), BOUNDS.items())
+def test_bounds_are_neither_beaten_nor_lower_than_they_were(name, known):
     """For unequal passes and bytes, and caps of which some bind in the steady state or at an end.
 
     A lower bound that is not beaten has become weaker.
     """
-    found = []
+    found = [0.0] * 4
     for seed, (p, m) in enumerate(((1, 4), (2, 3), (3, 8), (4, 20), (4, 9))):
         (option,) = options_of(p, m, spread=0.5, names=(name,), seed=seed)
         case, costs = option.problem, option.cost
         step = simulate(generate(name, case, costs, effort=0), case, costs)
-        bounds = []
-        for part in (1.0, 0.5, 0.25):
+        for place, part in enumerate((1.0, 0.5, 0.25)):
             caps = tuple(part * held for held in step.peak_bytes)
             for rank in range(p):
                 only = tuple(cap if r == rank else 1e9 for r, cap in enumerate(caps))
-                bounds.append(step_bound(case, costs, only))
-            if part == 1.0:
-                assert max(bound.seconds for bound in bounds) <= step.makespan * (1 + 1e-9)
-        found += [f"{bound.seconds:.7g} {bound.reason}" for bound in bounds]
+                bound = step_bound(case, costs, only).seconds
+                assert part < 1.0 or bound <= step.makespan * CLOSE
+                found[place] += bound
         network = Network.of(case, costs)
-        found += [f"{steady_bytes(rank, case, network):.7g}" for rank in range(p)]
-    assert hashlib.sha256("; ".join(found).encode()).hexdigest()[:8] == expected, found
+        found[3] += sum(steady_bytes(rank, case, network) for rank in range(p))
+    assert all(map(operator.ge, found, (figure * (1 - 1e-6) for figure in known))), found
