@@ -11,25 +11,26 @@ import shlex
 import time
 from dataclasses import replace
 from functools import cache, partial
-from statistics import median_low
+from statistics import median, median_low
 
 import pytest
 
 from schedules.cost import CostModel
-from schedules.generators import GENERATORS, generate
+from schedules.generators import GENERATORS, generate, searched_schedules
 from schedules.ir import Kind, Pass
 from schedules.lower import Action, lower
 from schedules.offload import place_transfers
 from schedules.problem import Collective, Problem
 from schedules.replay import CUDA, GLOO, Times, replay, times_of
 from schedules.simulate import simulate
-from schedules.vocab import VOCAB_ALGORITHMS
+from schedules.timeline import Span
+from schedules.vocab import VOCAB_ALGORITHMS, searched_algorithms
 from vp_train.commands import explain as command
 from vp_train.config import ConfigError, RunConfig
 from vp_train.durable import checkpoint_name
 from vp_train.explain import remedies as remedies_module
 from vp_train.explain import trace as trace_module
-from vp_train.explain.causes import KindTimes, WhatIf, explain
+from vp_train.explain.causes import KindTimes, WhatIf, _Explaining, explain
 from vp_train.explain.remedies import (
     Alternative,
     Comparison,
@@ -41,7 +42,7 @@ from vp_train.explain.remedies import (
     plan_of,
     remedies,
 )
-from vp_train.explain.trace import TracedStep, parse, read_traced
+from vp_train.explain.trace import TracedRank, TracedStep, parse, read_traced
 from vp_train.metrics.step_times import RankTimes, pass_seconds, step_times
 from vp_train.pipeline.recorder import Recorder
 from vp_train.pipeline.timers import HostTimer
@@ -76,11 +77,9 @@ def cost_of(problem, rows=(1, 1, 1, 1)):
 
 @cache
 def step_of(name, algorithm, runtime=GLOO, rows=(1, 1, 1, 1)):
-    """Return a step that was not measured yet, and its program."""
-    family = GENERATORS[name]
-    problem = Problem(
-        family.layout_of(P), M, VOCAB_ALGORITHMS[algorithm], split_backward=family.split_backward
-    )
+    """Return a step that was not measured yet, and its program; each rank has its `rows`."""
+    family, layout = GENERATORS[name], GENERATORS[name].layout_of(len(rows))
+    problem = Problem(layout, M, VOCAB_ALGORITHMS[algorithm], split_backward=family.split_backward)
     cost = cost_of(problem, rows)
     schedule = generate(name, problem, cost)
     planned = simulate(schedule, problem, cost)
@@ -92,7 +91,7 @@ def step_of(name, algorithm, runtime=GLOO, rows=(1, 1, 1, 1)):
         schedule=schedule,
         cost=cost,
         sources={},
-        slowness=(1.0,) * P,
+        slowness=(1.0,) * len(rows),
         runtime=runtime,
         planned_seconds=planned.makespan,
         measured=planned,
@@ -207,17 +206,30 @@ def test_a_what_if_is_the_step_replayed_without_its_cause(name, algorithm, runti
     assert found.what_if("no such cause") is None
 
 
+def of_ranks(step, *seconds):
+    """Return the sums by rank of seconds by pass."""
+    found = [0.0] * P
+    for item, value in [pair for each in seconds for pair in each]:
+        found[step.problem.rank_of(item)] += value
+    return found
+
+
 @pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
 def test_a_rank_computes_waits_or_is_between_passes(name, algorithm, runtime):
     step, program = step_of(name, algorithm, runtime)
-    found = explain(run(step, program, noisy(step)))
+    times = noisy(step)
+    found = explain(run(step, program, times))
     assert [row.rank for row in found.ranks] == list(range(P))
     assert median_low(row.slowness for row in found.ranks) == pytest.approx(1), "the usual rank"
+    between = of_ranks(step, times.pass_leads.items())
+    assert [row.between for row in found.ranks] == pytest.approx(between)
+    assert [row.measured for row in found.ranks] == pytest.approx(
+        of_ranks(step, times.passes.items())
+    )
     for row in found.ranks:
         assert row.planned + row.planned_waiting == pytest.approx(found.planned_seconds)
         whole = row.measured + row.measured_waiting + row.between
         assert whole == pytest.approx(found.measured_seconds)
-        assert row.between > 0
 
 
 @pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
@@ -312,7 +324,9 @@ def test_a_replay_of_measured_copies_gives_the_measured_step(beside):
     step, program = offloading(beside=beside)
     chance = random.Random(1)
     copies = copies_of(step, lambda: chance.uniform(0.1, 3.0))
-    step = run_with_copies(step, program, replace(noisy(step), copies=copies))
+    leads = copies_of(step, lambda: chance.uniform(0.0, 0.05))
+    given = replace(noisy(step), copies=copies, copy_leads=leads)
+    step = run_with_copies(step, program, given)
     times = times_of(program, step.cost, step.runtime, step.measured)
     again = replay(program, step.cost, step.runtime, times).timeline
     for spans, expected in zip(again.compute, step.measured.compute, strict=True):
@@ -322,6 +336,9 @@ def test_a_replay_of_measured_copies_gives_the_measured_step(beside):
     assert sum(cause.seconds for cause in found.causes) == pytest.approx(difference)
     rest = {cause.name: cause.seconds for cause in found.causes}["rest"]
     assert abs(rest) < 1e-6 * found.measured_seconds
+    stopped = [(item, s) for each in (copies, leads) for (_, item), s in each.items()]
+    between = of_ranks(step, given.pass_leads.items(), [] if beside else stopped)
+    assert [row.between for row in found.ranks] == pytest.approx(between)
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -339,6 +356,66 @@ def test_slow_copies_to_the_host_are_named(beside):
     measured = {row.name: row.measured for row in found.kinds}
     assert (measured["offload"], measured["reload"]) == (pytest.approx(3.0), pytest.approx(3.0))
     assert not found.slow
+
+
+def test_a_plan_from_measured_times_has_them_as_costs():
+    """Each kind takes longer by its own factor, rank 2 by another, and each message by its own."""
+    step, program = offloading(beside=True)
+    factors = {kind: 1.2 + 0.1 * index for index, kind in enumerate(Kind)}
+    rank_of, chance = step.problem.rank_of, random.Random(3)
+
+    def factor(item):
+        return factors[item.kind] * (1.5 if rank_of(item) == 2 else 1.0)
+
+    explaining = _Explaining.of(run(step, program, Times(passes=passes_of(step, factor))))
+    messages = {item: chance.random() for item in explaining.times.communications}
+    copies = {copy: chance.random() for copy in explaining.times.copies}
+    times = replace(explaining.times, communications=messages, copies=copies)
+    found = replace(explaining, times=times)._measured_cost()
+    for _, item in step.schedule.passes():
+        assert found.seconds(item) == pytest.approx(step.cost.seconds(item) * factor(item))
+    hops = [value for item, value in messages.items() if not isinstance(item, Collective)]
+    assert found.hop_seconds == median(hops)
+    for barrier in step.problem.algorithm.barriers:
+        values = [v for i, v in messages.items() if getattr(i, "barrier", None) == barrier.name]
+        assert found.barrier(barrier.name) == median(values)
+    for stage in range(P):
+        values = [value for (_, item), value in copies.items() if item.stage == stage]
+        expected = median(values) if values else step.cost.offload_seconds[stage]
+        assert found.offload_seconds[stage] == expected
+    assert {item.stage for _, item in copies} < set(range(P)), "the last stage copies nothing"
+    assert found.offload_bytes == step.cost.offload_bytes
+
+
+def test_one_rank_sends_nothing_and_is_as_fast_as_itself():
+    step, program = step_of("1f1b", "none", rows=(1,))
+    found = explain(run(step, program, noisy(step)))
+    assert [row.slowness for row in found.ranks] == [1.0]
+    assert "hop" not in {row.name for row in found.kinds}
+    assert found.what_if("order").seconds == pytest.approx(found.measured_seconds, rel=0.01)
+
+
+@pytest.mark.parametrize(("more", "is_uneven"), [(0.0, False), (0.05, False), (0.1, True)])
+def test_uneven_work_is_evened_where_it_is_not_that_of_rows(more, is_uneven):
+    """Stage 1 has more layers than others, as planned; a rank that is slow has no more work."""
+    step, _ = step_of("1f1b", "one_barrier")
+    seconds = {
+        kind: tuple(value * (1.0 + more * (stage == 1)) for stage, value in enumerate(values))
+        for kind, values in step.cost.pass_seconds.items()
+    }
+    step = replace(step, cost=replace(step.cost, pass_seconds=seconds), rows=())
+    program = lower(step.schedule, step.problem, step.cost)
+    found = explain(run(step, program))
+    assert (found.what_if("even_work") is not None) == is_uneven
+    assert not found.slow
+    if is_uneven:
+        busy = of_ranks(step, passes_of(step, lambda _: 1.0).items())
+        even = [sum(busy) / P / each for each in busy]
+        times = Times(passes=passes_of(step, lambda item: even[step.problem.rank_of(item)]))
+        truth = replay(program, step.cost, step.runtime, times).timeline.makespan
+        assert found.what_if("even_work").seconds == pytest.approx(truth)
+    slow = Times(passes=passes_of(step, lambda i: 2.0 if step.problem.rank_of(i) == 3 else 1.0))
+    assert (explain(run(step, program, slow)).what_if("even_work") is not None) == is_uneven
 
 
 @pytest.mark.parametrize("slow", ["hops", "barriers"])
@@ -540,6 +617,75 @@ def test_a_plan_with_the_written_costs_takes_the_measured_time(tmp_path):
     )
 
 
+def test_every_searched_schedule_is_compared_with_every_searched_algorithm(monkeypatch):
+    """A stand-in for the simulation notes what it is asked; zb_h1 cannot be planned."""
+    asked = []
+
+    def simulated(config, num_ranks):
+        name, algorithm = config.schedule.name, config.vocab.algorithm
+        asked.append((name, algorithm, num_ranks, config.cost.rank_slowness))
+        seconds = 9.0 - len(asked) % 5
+        return None if name == "zb_h1" else Alternative(name, algorithm, seconds, 0.0)
+
+    monkeypatch.setattr(remedies_module, "_simulated", simulated)
+    config, settings = RunConfig(), {"rank_slowness": [1.0, 2.0]}
+    plan = make_plan(config, 4)
+    found = compare_schedules(config, plan, settings)
+    assert found.own == Alternative(config.schedule.name, config.vocab.algorithm, 8.0, 0.0)
+    pairs = [(n, a) for n in searched_schedules() for a in searched_algorithms()]
+    assert [each[:2] for each in asked[1:]] == pairs
+    assert {each[2:] for each in asked} == {(4, (1.0, 2.0))}
+    others = [(each.schedule, each.vocab) for each in found.others]
+    assert sorted(others) == sorted(pair for pair in pairs if pair[0] != "zb_h1")
+    assert [each.seconds for each in found.others] == sorted(each.seconds for each in found.others)
+    assert compare_schedules(config, plan, settings, lambda: False).others == ()
+    largest = replace(plan.problem, num_microbatches=(1 << 13) // 4)
+    for more, is_none in ((0, False), (1, True)):
+        problem = replace(largest, num_microbatches=largest.num_microbatches + more)
+        found = compare_schedules(config, replace(plan, problem=problem), settings, lambda: False)
+        assert (found is None) == is_none
+    monkeypatch.setattr(remedies_module, "_simulated", lambda *_: None)
+    assert compare_schedules(config, plan, settings) is None
+
+
+def test_costs_are_the_measured_passes_without_the_slowness_of_their_rank(monkeypatch):
+    """All passes took as long as planned, those of rank 2 twice as long."""
+    found = explain(parse(json.loads(record_of(2, 1)[0])))
+    plan, seen = plan_of(found, RunConfig()), []
+    monkeypatch.setattr(remedies_module, "measured_cost", lambda _, ranks: seen.extend(ranks) or {})
+    assert cost_settings(found, plan)["rank_slowness"] == [1.0, 1.0, 2.0, 1.0]
+    assert [each.rank for each in seen] == list(range(4))
+    for each in seen:
+        expected = {
+            (item.kind, item.stage): plan.cost.seconds(item)
+            for rank, item in plan.schedule.passes()
+            if rank == each.rank
+        }
+        assert each.passes == pytest.approx(expected, rel=1e-3)
+
+
+def test_measured_messages_are_costs_on_a_cpu_and_measured_copies_on_a_gpu():
+    found = explain(parse(json.loads(record_of(None, 1)[0])))
+    plan = plan_of(found, RunConfig())
+    measured = {"hop": 0.5, "C1": 0.2, "C2": 0.4, "C3": None, "F": 9.0, "offload": 9.0}
+    kinds = tuple(KindTimes(name, 1, "", 1.0, value) for name, value in measured.items())
+    others = {"rank_slowness", "hop_seconds", "collective_seconds", "host_bytes_per_second"}
+    spans = [("offload", "offload:0F0", 1.0), ("reload", "reload:2F0", 2.0), ("C1", "C1.0", 9.0)]
+    comm = tuple(Span(0, name, kind, -1, -1, 0.0, end) for kind, name, end in spans)
+    step = replace(found.step, measured=replace(found.step.measured, comm=comm))
+    copied = replace(step, cost=replace(step.cost, offload_bytes=(1.0, 2.0, 8.0, 0.0)))
+    for device, each, rows, expected in (
+        ("cpu", copied, kinds, {"hop_seconds": 0.5, "collective_seconds": pytest.approx(0.3)}),
+        ("cpu", copied, (), {}),
+        ("cuda", copied, kinds, {"host_bytes_per_second": 3.0}),
+        ("cuda", step, kinds, {}),
+        ("cuda", replace(copied, measured=found.step.measured), kinds, {}),
+    ):
+        changed = replace(found, step=replace(each, device=device), kinds=rows)
+        settings = cost_settings(changed, plan)
+        assert {name: settings[name] for name in settings.keys() & others} == expected
+
+
 def test_a_file_of_costs_with_a_blank_in_its_name_is_one_word_of_a_command(tmp_path):
     found = explain(read_traced(traced_run(tmp_path)))
     own, other = (Alternative(name, "none", time, 0.0) for name, time in (("a", 1.0), ("b", 0.5)))
@@ -585,10 +731,38 @@ def test_a_schedule_that_was_searched_for_is_not_searched_for_again(tmp_path):
     assert plan_of(found, traced).schedule == found.step.schedule
 
 
-def test_a_slow_rank_of_another_replica_is_named(tmp_path):
+def test_a_replica_takes_the_step_with_its_own_passes(tmp_path):
+    """Ten replicas compute at their own pace; of a kind with another count nothing is known."""
     found = explain(read_traced(traced_run(tmp_path, dp=2)))
     assert [row.rank for row in found.slow] == [5]
-    assert found.replicas[1] > 1.1 * found.measured_seconds
+    step, program = step_of("1f1b", "one_barrier")
+    step = run(step, program, noisy(step))
+    times = times_of(program, step.cost, step.runtime, step.measured)
+
+    def factor(replica, item):
+        counts = item.kind is not Kind.B or replica % 2 == 0
+        return 1.0 + 0.1 * replica * (1 + step.problem.rank_of(item)) if replica and counts else 1.0
+
+    ranks = []
+    for replica in range(10):
+        for at in range(P):
+            passes = {}
+            for item, value in times.passes.items():
+                if step.problem.rank_of(item) == at:
+                    count, seconds = passes.get(item.kind, (0, 0.0))
+                    passes[item.kind] = count + 1, seconds + value * factor(replica, item)
+            if replica % 2 and Kind.B in passes:
+                passes[Kind.B] = passes[Kind.B][0] + 1, passes[Kind.B][1]
+            for tensor_rank in range(2):
+                rank, slow = len(ranks), 1 + 98 * tensor_rank
+                own = {kind: (count, slow * value) for kind, (count, value) in passes.items()}
+                ranks.append(TracedRank(rank, replica, at, tensor_rank, "", own))
+    found = explain(replace(step, ranks=tuple(ranks), tp=2))
+    assert list(found.replicas) == list(range(2, 10)), "the eight longest"
+    for replica, seconds in found.replicas.items():
+        own = {item: value * factor(replica, item) for item, value in times.passes.items()}
+        truth = replay(program, step.cost, step.runtime, replace(times, passes=own)).timeline
+        assert seconds == pytest.approx(truth.makespan), replica
 
 
 def test_a_file_keeps_what_was_offloaded_and_what_that_costs(tmp_path):
@@ -604,34 +778,139 @@ def test_a_file_keeps_what_was_offloaded_and_what_that_costs(tmp_path):
     assert found.cost.offload(0) == plan.cost.offload(0)
     assert found.cost.stage_bytes == plan.cost.stage_bytes
     assert found.runtime.copies_beside_passes
-    record["offloads"][0] = "0F0 0F1"
-    with pytest.raises(ValueError, match="are not the three passes"):
-        parse(record)
+
+
+def put(*path, value):
+    """Return what puts `value` at `path` into a record."""
+
+    def change(record):
+        for key in path[:-1]:
+            record = record[key]
+        record[path[-1]] = value
+
+    return change
+
+
+MESSAGES = {"starts": [0.0, 0.1], "ends": [0.1, 0.2], "ranks": [0, 3]}
 
 
 @pytest.mark.parametrize(
     ("defect", "words"),
     [
-        (lambda r: r.update(schema="x"), "schema"),
-        (lambda r: r.update(offloads=["0F0 0B0 0F0"]), "offloaded from"),
-        (lambda r: r["cost"]["bytes"]["stage"].pop(), "values of bytes"),
-        (lambda r: r["measured"]["communications"].update(names="x:0F0"), "starts and"),
+        (put("schema", value="x"), "schema"),
+        (put("offloads", value=["0F0 0B0 0F0"]), "offloaded from"),
+        (put("offloads", value=["0F0 0F1"]), "not the three passes"),
+        (lambda r: r["cost"]["bytes"]["stage"].pop(), "3 values of bytes or copies, not 4"),
+        (put("cost", "offload_seconds", value=[1.0]), "1 values of bytes or copies, not 4"),
+        (put("cost", "bytes", "shard", value=[1.1e18] * 4), "is not a number of bytes"),
+        (put("cost", "sources", value={"F": "guessed"}), "is not one of measured, flops, assumed"),
+        (put("runtime", value="mpi"), "is not one of cuda, gloo"),
+        (lambda r: r["cost"]["pass_seconds"]["F"].pop(), "3 values of F, not 4"),
+        (lambda r: r["cost"]["pass_seconds"]["S"].append(1.0), "5 values of S, not 4"),
+        (put("cost", "settings", "rank_slowness", value=[0, 1, 1, 1]), "4 values above 0"),
+        (put("cost", "settings", "rank_slowness", value=[1, 1, 1]), "3 values above 0, not 4"),
+        (put("rows", value=[-1, 1, 1, 1]), "rows is -1"),
+        (put("measured", "passes", 0, "names", value="0F0"), "names have"),
         (lambda r: r["measured"]["passes"][0]["starts"].pop(), "starts and"),
+        (put("measured", "passes", 0, "ends", 0, value=-1.0), "time in seconds"),
+        (put("measured", "communications", value=MESSAGES | {"names": "C1.0"}), "1 names"),
+        (put("measured", "communications", value=MESSAGES | {"names": "a b c"}), "3 names"),
+        (
+            put("measured", "communications", value=MESSAGES | {"names": "a b", "ranks": [0]}),
+            "2 communications have 1 ranks",
+        ),
+        (
+            put("measured", "communications", value=MESSAGES | {"names": "a b", "ranks": [0, 4]}),
+            '"b" ends on rank 4 of 4',
+        ),
+        (put("measured", "communications", value=MESSAGES | {"names": "a x:0F0"}), "not known"),
+        (
+            put("measured", "communications", value=MESSAGES | {"names": "a reload:0B0"}),
+            "not known",
+        ),
         (lambda r: r["measured"]["passes"].pop(), "ranks"),
-        (lambda r: r["measured"]["passes"][0]["ends"].__setitem__(0, float("nan")), "NaN"),
-        (lambda r: r["measured"]["passes"][0]["ends"].__setitem__(0, 10**400), "time in seconds"),
-        (lambda r: r["measured"]["passes"][0]["ends"].__setitem__(0, -1.0), "time in seconds"),
-        (lambda r: r["measured"]["passes"][0].update(names="0F0"), "names"),
-        (lambda r: r["processor_seconds"].append([0.1]), "processor_seconds"),
-        (lambda r: r.update(num_microbatches=10**9), "microbatches"),
-        (lambda r: r.update(num_microbatches=True), "num_microbatches"),
-        (lambda r: r["ranks"].pop(), "ranks"),
-        (lambda r: r["ranks"][1].update(rank=0), "each rank of the run once"),
-        (lambda r: r["cost"]["pass_seconds"]["F"].pop(), "values of F"),
-        (lambda r: r["cost"]["settings"].update(rank_slowness=[0, 1, 1, 1]), "rank_slowness"),
-        (lambda r: r.update(vocabulary="\x1b[31m"), "not known"),
-        (lambda r: r.pop("cost"), "cost"),
-        (lambda r: r.update(measured=[]), "not an object"),
+        (put("pp", value=3), "pp is 3, but 4 ranks have passes"),
+        (put("processor_seconds", value=[[0.1]]), "not one value for each pass"),
+        (put("num_microbatches", value=10**9), "not those of 1,000,000,000 microbatches"),
+        (put("num_microbatches", value=True), "num_microbatches"),
+        (lambda r: r["ranks"].pop(), "it has 7 ranks, not dp x pp x tp = 8"),
+        (put("dp", value=1), "it has 8 ranks, not dp x pp x tp = 4"),
+        (put("tp", value=2), "it has 8 ranks, not dp x pp x tp = 16"),
+        *(
+            (put("ranks", 7, name, value=value), "each rank of the run once")
+            for name, value in (
+                *(("replica", 2), ("pipeline_rank", 4), ("tensor_rank", 1), ("rank", 8)),
+                *(("replica", 0), ("pipeline_rank", 2), ("rank", 0)),
+            )
+        ),
+        (put("vocabulary", value="\x1b[31m"), "not known"),
+        (put("measured", value=[]), "not an object"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused(defect, words):
+    record = json.loads(record_of(None, 2)[0])
+    defect(record)
+    with pytest.raises((TypeError, ValueError), match=words):
+        parse(record)
+
+
+def test_a_file_has_at_most_so_many_ranks_and_passes(monkeypatch):
+    record = json.loads(record_of(None, 2)[0])
+    num_passes = sum(len(row["starts"]) for row in record["measured"]["passes"])
+    for name, number in (("_MOST_RANKS", 8), ("_MOST_PASSES", num_passes)):
+        with monkeypatch.context() as patched:
+            patched.setattr(trace_module, name, number)
+            parse(record)
+            patched.setattr(trace_module, name, number - 1)
+            with pytest.raises(ValueError, match=r"it has 8 ranks|passes are not those of"):
+                parse(record)
+
+
+def test_a_step_has_what_its_file_says():
+    record = json.loads(record_of(None, 2)[0])
+    found = parse(record, 7)
+    assert (found.step, found.device, found.dtype, found.cpus) == (5, "cpu", "float32", 7)
+    assert (found.tp, found.slowness, found.processor) == (1, (1.0,) * 4, {})
+    assert not found.runtime.copies_beside_passes
+    assert found.rows == tuple(record["rows"])
+    assert found.planned_seconds == record["planned"]["makespan_seconds"]
+    places = [(r.rank, r.replica, r.pipeline_rank, r.tensor_rank) for r in found.ranks]
+    assert places == [(rank, rank // 4, rank % 4, 0) for rank in range(8)]
+    for rank, entry in zip(found.ranks, record["ranks"], strict=True):
+        assert rank.host == entry["host"]
+        assert rank.passes == {
+            Kind(kind): (of["count"], of["seconds"]) for kind, of in entry["pass_seconds"].items()
+        }
+    messages = MESSAGES | {"names": "C1.0 reload:1F0"}
+    for change in (
+        put("device", value="cuda"),
+        put("ranks", value=[]),
+        put("rows", value=[1]),
+        put("cost", "offload_seconds", value=[0.0, 1.0, 2.0, 3.0]),
+        put("cost", "settings", "rank_slowness", value=[1, 2, 1, 1]),
+        put("cost", "measured_on", value="x" * 99),
+        put("measured", "communications", value=messages),
+    ):
+        change(record)
+    seconds = [[0.5] * len(row["starts"]) for row in record["measured"]["passes"]]
+    record["processor_seconds"] = seconds
+    found = parse(record)
+    assert (found.ranks, found.rows, found.slowness) == ((), (), (1.0, 2.0, 1.0, 1.0))
+    assert (found.measured_on, found.cpus) == ("x" * 80, None)
+    assert found.cost.offload_seconds == (0.0, 1.0, 2.0, 3.0)
+    assert found.runtime.copies_beside_passes
+    spans = [(each.kind, each.rank, each.start, each.end) for each in found.measured.comm]
+    assert spans == [("C1", 0, 0.0, 0.1), ("reload", 3, 0.1, 0.2)]
+    assert found.processor == {item: 0.5 for _, item in found.schedule.passes()}
+
+
+@pytest.mark.parametrize(
+    ("defect", "words"),
+    [
+        (put("measured", "passes", 0, "ends", 0, value=float("nan")), "NaN"),
+        (put("measured", "passes", 0, "ends", 0, value=10**400), "time in seconds"),
+        (put("vocabulary", value="\x1b[31m"), "not known"),
+        (lambda r: r.pop("cost"), "it has no 'cost'"),
     ],
 )
 def test_a_crafted_file_is_refused_in_one_line(tmp_path, defect, words, vp_explain):
