@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vp_train.config import ConfigError, DataConfig, ModelConfig, RunConfig, RunSettings
 from vp_train.data import describe, open_source, prepare
+from vp_train.data.corpus import _Work
+from vp_train.data.encoding import Encoded
 from vp_train.data.indexed import check_tokens
+from vp_train.data.left_out import EMPTY, LeftOut
 from vp_train.data.tokenizer import train_tokenizer
 
 VOCAB = 300
@@ -151,6 +157,26 @@ def test_what_is_left_out_is_said_and_a_corpus_of_nothing_else_is_refused(
     again = prepare(config(tmp_path, lines), VOCAB, progress=False)
     assert again.manifest == corpus.manifest
     assert re.search(f"\nleft out, {words}", describe(again))
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), max_size=5))
+def test_a_document_without_a_token_is_left_out_wherever_it_stands(documents):
+    """A document is given as the numbers of tokens of its pieces."""
+    pieces = [
+        Encoded(f"document {number}", np.zeros(size, np.uint32), place == len(sizes) - 1)
+        for number, sizes in enumerate(documents)
+        for place, size in enumerate(sizes)
+    ]
+    work = _Work(DataConfig(), (), Path(), VOCAB, LeftOut(), False)
+    kept, ids = [], 0
+    for found, is_last in work._checked(iter(pieces)):
+        ids += len(found)
+        if is_last:
+            kept, ids = [*kept, ids], 0
+    assert kept == [sum(sizes) for sizes in documents if sum(sizes)]
+    without = [number for number, sizes in enumerate(documents) if not sum(sizes)]
+    assert work.left_out.counts == ({EMPTY: len(without)} if without else {})
+    assert work.left_out.first == ({EMPTY: f"document {without[0]}"} if without else {})
 
 
 def test_missing_and_empty_inputs_are_named(tmp_path):

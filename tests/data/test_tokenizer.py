@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
 
 from vp_train.config import ConfigError
-from vp_train.data.tokenizer import END_OF_TEXT, end_token_id, load_tokenizer, train_tokenizer
+from vp_train.data.tokenizer import (
+    END_OF_TEXT,
+    byte_lengths,
+    end_token_id,
+    load_tokenizer,
+    num_ids,
+    tokenizer_hash,
+    train_tokenizer,
+)
 
 TEXTS = ["the cat sat on the mat\n" * 5, "def f(x):\n    return x\n" * 5]
 
@@ -74,3 +83,28 @@ def test_end_of_document_has_a_token() -> None:
     assert end_token_id(without, "stop") == 1
     with pytest.raises(ConfigError, match=r"no token <\|endoftext\|> or .*; set data.end_token"):
         end_token_id(without, None)
+
+
+@pytest.mark.parametrize("vocabulary", [{}, {"a": 0}, {"a": 0, "b": 7}])
+def test_a_vocabulary_reaches_to_its_largest_id(vocabulary: dict[str, int]) -> None:
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    assert num_ids(tokenizer) == len(byte_lengths(tokenizer)) == max([-1, *vocabulary.values()]) + 1
+
+
+def test_a_hash_is_that_of_the_tokenizer_however_it_is_written(tmp_path: Path) -> None:
+    """Of a file that holds none it is that of its bytes."""
+    path = tmp_path / "tokenizer.json"
+    kinds = [[train_tokenizer(texts, 270) for _ in range(2)] for texts in (TEXTS, TEXTS[:1])]
+    found = []
+    for plain, limited in kinds:
+        plain.save(str(path))
+        found.append(tokenizer_hash(path))
+        limited.enable_truncation(3)
+        limited.enable_padding(length=3)
+        limited.save(str(path), pretty=False)
+        assert tokenizer_hash(path) == found[-1]
+    for content in ("{}", "{ }"):
+        path.write_text(content)
+        found.append(tokenizer_hash(path))
+    assert len(set(found)) == 4
+    assert all(re.fullmatch("[0-9a-f]{16}", value) for value in found)

@@ -90,7 +90,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "phi3, tied, a window": Phi3Config(**_SMALL, sliding_window=9, tie_word_embeddings=True),
     "olmo2": Olmo2Config(**_SMALL),
     "olmo2, tied": Olmo2Config(
-        **_SMALL | {"num_key_value_heads": 4}, tie_word_embeddings=True, rope_parameters=_YARN
+        **_SMALL | {"num_key_value_heads": 4},
+        tie_word_embeddings=True,
+        rope_parameters=_YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
     ),
     "granite": GraniteConfig(
         **_SMALL,

@@ -180,6 +180,9 @@ def test_links_within_the_cache_of_hugging_face_are_followed(model, tmp_path):
     imported = import_checkpoint(snapshot, tmp_path / "ours")
     assert imported.num_parameters > 0
     assert not (tmp_path / "ours" / "tokenizer.json").is_symlink()
+    (tmp_path / "models--x/snapshots").rename(tmp_path / "models--x/others")
+    elsewhere = tmp_path / "models--x/others/0a1b"
+    assert "which is outside of" in outcome(import_checkpoint, elsewhere, tmp_path / "again")
 
 
 def saved(*keys, to):

@@ -10,7 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from tests.hf import models
 from tests.training import run_command
@@ -100,6 +105,8 @@ def test_from_scratch_to_transformers_and_on_by_the_printed_command(
     tokenizer, model = generated(tmp_path / "out")
     for ids in (tokenizer, model.config, model.generation_config):
         assert (ids.bos_token_id, ids.eos_token_id, ids.pad_token_id) == (end, end, end)
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert written.items() <= GenerationConfig.from_model_config(model.config).to_dict().items()
 
     said = command(monkeypatch, capsys, import_model, "out", "in", "--data", corpus)
     typed = shlex.split(next(line for line in said.splitlines() if line.startswith("vp-train ")))
@@ -187,20 +194,30 @@ def test_an_import_names_an_end_of_documents_that_has_no_usual_name(
     assert "\"data.end_token='<end>'\"" in said
 
 
-@pytest.mark.parametrize("written", ["the", {"content": "the"}, "none such"])
+@pytest.mark.parametrize(
+    ("written", "ids", "end"),
+    [
+        ("the", 50256, "the"),
+        ({"content": "the"}, 50256, "the"),
+        ("the", 0, "the"),
+        ("none such", 50256, None),
+        ("none such", 0, "<end>"),
+        (None, [50256, -1, 0], "<end>"),
+    ],
+)
 def test_an_import_reads_the_end_of_a_text_beside_its_tokenizer(
-    imported, monkeypatch, capsys, tmp_path, written
+    imported, monkeypatch, capsys, tmp_path, written, ids, end
 ):
-    """The ids of config.json may lie outside of its vocabulary."""
+    """The ids of config.json count after that, and may lie outside of the vocabulary."""
     theirs = tmp_path / "theirs"
     shutil.copytree(imported.parent / "theirs", theirs)
-    config = json.loads((theirs / "config.json").read_text()) | {"eos_token_id": 50256}
+    config = json.loads((theirs / "config.json").read_text()) | {"eos_token_id": ids}
     (theirs / "config.json").write_text(json.dumps(config))
     (theirs / "tokenizer_config.json").write_text(json.dumps({"eos_token": written}))
     said = command(monkeypatch, capsys, import_model, theirs, tmp_path / "in")
-    knows = written != "none such"
-    assert ("data.end_token=the" in said.replace("'", "")) == knows
-    assert ("does not say which token ends a text; add data.end_token=TOKEN" in said) != knows
+    assert (f"data.end_token={end}" in said.replace("'", "")) == (end is not None)
+    unknown = "does not say which token ends a text; add data.end_token=TOKEN"
+    assert (unknown in said) == (end is None)
 
 
 def test_without_a_tokenizer_the_printed_command_says_what_it_needs(

@@ -22,6 +22,14 @@ def chunks_of_64_rows(monkeypatch):
     monkeypatch.setitem(chunks.CHUNKS, "cpu", chunks.ChunkSize(CHUNK, 1, R))
 
 
+@pytest.mark.parametrize("item_bytes", [2, 8])
+@pytest.mark.parametrize("num_tokens", [1, 7, 999])
+def test_a_chunk_is_the_largest_whose_logits_fit_if_its_bounds_allow(num_tokens, item_bytes):
+    size = chunks.ChunkSize(3_000, 3, 700)
+    fitting = [rows for rows in range(3, 701) if rows * num_tokens * item_bytes <= 3_000]
+    assert size.num_rows(num_tokens, item_bytes) == max(fitting, default=3)
+
+
 def growth(work):
     """Return by how many bytes the live storages grow at their peak while `work` runs."""
     live = LiveStorages()

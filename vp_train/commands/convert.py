@@ -156,7 +156,7 @@ def _export(arguments: Sequence[str]) -> int:
         options.source,
         options.target,
         dtype=options.dtype,
-        shard_bytes=int(shard_bytes),
+        shard_bytes=shard_bytes,
         tokenizer=options.tokenizer,
         origins=_origins(options.source),
         follows=is_original(run_of(options.source)),

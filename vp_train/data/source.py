@@ -69,7 +69,7 @@ class Source(Protocol):
         ...
 
     def train_batch(
-        self, start: int, num_microbatches: int, dp_rank: int = 0, dp_size: int = 1
+        self, start: int, num_microbatches: int, dp_rank: int = ..., dp_size: int = ...
     ) -> Batch:
         """Return the `num_microbatches` microbatches of this replica in a step.
 
@@ -77,7 +77,7 @@ class Source(Protocol):
         """
         ...
 
-    def validation_batch(self, dp_rank: int = 0, dp_size: int = 1, name: str = "") -> Batch:
+    def validation_batch(self, dp_rank: int = ..., dp_size: int = ..., name: str = ...) -> Batch:
         """Return the validation microbatches of one set, the same in every call.
 
         All replicas together have the sequences of `RunConfig.eval_sequences`, of a named set at

@@ -142,7 +142,7 @@ def export_checkpoint(
     target: Path,
     *,
     dtype: str | None = None,
-    shard_bytes: int = 5 * 10**9,
+    shard_bytes: float = math.inf,
     tokenizer: Path | None = None,
     origins: Sequence[Path] = (),
     follows: bool = True,
@@ -151,11 +151,12 @@ def export_checkpoint(
     """Write the newest checkpoint at `source` as a model in the format of Hugging Face.
 
     `dtype` is a key of DTYPES; None keeps the stored dtype.  `shard_bytes` is the largest size of a
-    weight file.  `tokenizer` is where the tokenizer files are.  If it is None they are searched
-    next to the checkpoint, at the data.tokenizer of its run, and in `origins`, the imports or runs
-    that the weights were started from.  The same places are searched for what config.json holds in
-    addition to the model: special token ids and max_position_embeddings.  Without `follows`, which
-    is for the run of somebody else, nothing outside `source` but `tokenizer` is looked at.
+    weight file; by default there is one file.  `tokenizer` is where the tokenizer files are.  If it
+    is None they are searched next to the checkpoint, at the data.tokenizer of its run, and in
+    `origins`, the imports or runs that the weights were started from.  The same places are searched
+    for what config.json holds in addition to the model: special token ids and
+    max_position_embeddings.  Without `follows`, which is for the run of somebody else, nothing
+    outside `source` but `tokenizer` is looked at.
 
     `target` is complete or absent afterwards.  `progress` is called after every tensor with a text
     that says how much is written.  Raises ConfigError if no supported architecture has this model,
@@ -487,7 +488,7 @@ def _exported(
 
 
 def _write_shards(
-    directory: Path, described: Sequence[Described], shard_bytes: int, tensors: Iterator[Tensor]
+    directory: Path, described: Sequence[Described], shard_bytes: float, tensors: Iterator[Tensor]
 ) -> None:
     """Write weight files of at most `shard_bytes`, and an index if there is more than one.
 
@@ -548,8 +549,8 @@ def _model_type(directories: Sequence[Path]) -> str | None:
     for directory in directories:
         path = file_in(directory, "config.json")
         if path is not None:
-            value = read_object(path).get("model_type")
-            return value if isinstance(value, str) else None
+            found: str | None = read_object(path).get("model_type")
+            return found
     return None
 
 

@@ -578,7 +578,7 @@ _GPT2_KEYS = {
     "n_positions": "max_position_embeddings",
 }
 _DEFAULTS: Settings = {
-    "max_position_embeddings": 8192,
+    "max_position_embeddings": _LONGEST,
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
@@ -645,7 +645,6 @@ FAMILIES: dict[str, Family] = {
         _DEFAULTS
         | {
             "tie_word_embeddings": False,
-            "max_position_embeddings": 131_072,
             "hidden_act": "silu",
             "sliding_window": 4096,
         },
