@@ -131,13 +131,14 @@ def _has_kernels(settings: RunSettings) -> bool:
 
 
 def compiled_parts(config: RunConfig) -> tuple[str, ...]:
-    """Return in words what a run compiles on this node: layers, kernels, both or nothing.
-
-    Raises ConfigError like `choose_fuse`.
-    """
+    """Return in words what a run can compile on this node: layers, kernels, both or nothing."""
     settings = config.run
     builds = settings.compile != "off" and _has_kernels(settings) and has_cpp_compiler()
-    compiles = {"layers": fuse_of_layers(config) is not plain, "kernels in C++": builds}
+    try:
+        fuses = fuse_of_layers(config) is not plain
+    except ConfigError:  # `build_rank` raises it, once the nodes are compared
+        fuses = False
+    compiles = {"layers": fuses, "kernels in C++": builds}
     return tuple(part for part, is_compiled in compiles.items() if is_compiled)
 
 

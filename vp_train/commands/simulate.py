@@ -291,8 +291,12 @@ def draw_frontier(
         print(f"\n{table_head(widths)}")
         print("\n".join(table_line(item, widths) for item in items), flush=True)
     taken = duration(time.perf_counter() - started)
-    print("\n".join([f"\nsearched in {taken}", *searching.words]), flush=True)
-    if directory is not None and found:
+    print(f"\nsearched in {taken}", flush=True)
+    if searching.is_stopped:
+        print("the search was stopped: the caps that follow were not searched", flush=True)
+    if directory is not None and not found:
+        print(f"no schedule was found, so nothing is written to {directory}", flush=True)
+    elif directory is not None:
         _write(directory, "config.yaml", config_yaml)
         option = found[0].points[0].solution.option
         unit = option.cost.microbatch_bytes(option.problem.layout.num_ranks)

@@ -20,7 +20,7 @@ from schedules.problem import Problem
 from schedules.replay import RUNTIMES, Runtime
 from schedules.timeline import Span, Timeline
 from schedules.vocab import VOCAB_ALGORITHMS
-from vp_train.config import ConfigError, printable
+from vp_train.config import SETTLED_STEP, ConfigError, printable
 from vp_train.durable import UnreadableError, meant_run, read_json, shown
 
 SCHEMA = "vp_train step_times 1"
@@ -91,7 +91,8 @@ def read_traced(run: Path) -> TracedStep:
     if not path.exists():
         raise ConfigError(
             f"{path} is not there: the run has traced no step yet, or run.trace_step=0 turned it "
-            "off; go on with run.resume=true and five more run.steps or more, the fifth is traced"
+            f"off; go on with run.resume=true run.trace_step={SETTLED_STEP} and at least "
+            f"{SETTLED_STEP} more run.steps"
         )
     try:
         record = read_json(path, LARGEST, follow=False)

@@ -112,8 +112,10 @@ def _load(element: str) -> ctypes.CDLL:
     key = hashlib.sha256(_SOURCE.read_bytes() + "\n".join(command).encode()).hexdigest()[:32]
     try:
         with ExitStack() as stack:
-            found = build_directory()
-            directory = found or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            directory = build_directory()
+            if directory is None:
+                own = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+                directory = Path(stack.enter_context(own))
             path = directory / f"kernels-{key}.so"
             with (directory / "lock").open("w") as lock:  # one process builds, the others wait
                 fcntl.flock(lock, fcntl.LOCK_EX)
