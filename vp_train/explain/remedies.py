@@ -188,8 +188,7 @@ def compare_schedules(
     problem, num_ranks = plan.problem, plan.degrees.num_ranks
     if problem.layout.num_stages * problem.num_microbatches > _MOST_FORWARD_PASSES:
         return None
-    cost = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
-    measured = replace(config, cost=replace(config.cost, **cost))  # type: ignore[arg-type]
+    measured = replace(config, cost=replace(config.cost, **settings))
     own = _simulated(measured, num_ranks)
     if own is None:
         return None
