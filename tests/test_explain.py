@@ -271,6 +271,8 @@ def test_a_slow_rank_is_named_and_its_what_if_is_the_step_without(name, algorith
     times = Times(passes=passes_of(step, lambda item: 2.0 if rank_of(item) == slow else 1.0))
     found = explain(run(step, program, times))
     assert [(row.rank, row.slowness) for row in found.slow] == [(slow, pytest.approx(2.0))]
+    names = [what_if.name for what_if in found.what_ifs]
+    assert len(names) == len(set(names))
     without = replay(program, step.cost, runtime).timeline.makespan
     assert found.what_if("equal_ranks").seconds == pytest.approx(without)
     assert found.measured_seconds > 1.2 * without
@@ -1087,6 +1089,8 @@ def test_the_processors_are_a_whole_number_in_the_environment(tmp_path, value, c
     assert trace_module._cpus(path) is None
     path.write_text(json.dumps({"cpus": value}))
     assert trace_module._cpus(path) == cpus
+    (tmp_path / "link").symlink_to(path)
+    assert trace_module._cpus(tmp_path / "link") is None
     path.write_text(json.dumps([value]))
     assert trace_module._cpus(path) is None
 

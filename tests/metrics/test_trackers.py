@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import threading
@@ -216,6 +217,7 @@ def mlflow(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
+    logging.getLogger("mlflow").setLevel(logging.INFO)  # as its import does
     return calls
 
 
@@ -249,6 +251,7 @@ def test_mlflow_gets_each_setting_once_every_step_and_how_the_run_ended(
     track("mlflow", tmp_path, ())
     assert mlflow[:2] == [("experiment", "mine"), ("run", "7", tmp_path.name)]
     assert capsys.readouterr().err == ""
+    assert logging.getLogger("mlflow").level == logging.WARNING, "it says no more than that"
 
 
 def test_the_name_of_a_run_in_a_service_is_not_read_through_a_link(tmp_path):

@@ -111,7 +111,6 @@ def cost_settings(explanation: Explanation, plan: StepPlan) -> dict[str, Any]:
             (kind, index): values[index] / slowness[place]
             for kind, values in explanation.own.items()
             for index in ([place] if kind.is_vocabulary else layout.stages_of(place))
-            if values[index] > 0
         }
         profiles.append(
             RankProfile(

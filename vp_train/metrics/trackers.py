@@ -215,7 +215,6 @@ def end_failed(settings: RunSettings) -> None:
 def _mlflow_client(directory: Path) -> Any:
     """Return a client of MLflow: of mlflow.db in a run's directory, or of MLFLOW_TRACKING_URI."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     mlflow: Any = import_module("mlflow")
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import sets the level
     place = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{directory.resolve()}/mlflow.db")
