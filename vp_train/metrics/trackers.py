@@ -68,7 +68,9 @@ class Tracker:
         self._thread.start()
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand over the values of a step."""
+        """Hand over the values of a step, unless the service has failed."""
+        if self._has_failed:
+            return
         try:
             self._queue.put_nowait((step, dict(values)))
         except Full:
