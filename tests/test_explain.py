@@ -122,10 +122,19 @@ def noisy(step, seed=0):
     )
 
 
+@cache
+def noisy_run(name, algorithm, runtime, seed=0):
+    """Return a measured step, its program, the times that it has, and what explains it."""
+    step, program = step_of(name, algorithm, runtime)
+    times = noisy(step, seed)
+    step = replace(run(step, program, times), sources={Kind.F: "measured"})
+    return step, program, times, explain(step)
+
+
 @pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
 def test_a_replay_of_the_measured_times_gives_the_measured_step(name, algorithm, runtime):
-    step, program = step_of(name, algorithm, runtime)
-    measured = run(step, program, noisy(step)).measured
+    step, program, _, _ = noisy_run(name, algorithm, runtime)
+    measured = step.measured
     times = times_of(program, step.cost, runtime, measured)
     again = replay(program, step.cost, runtime, times).timeline
     for spans, expected in zip(again.compute, measured.compute, strict=True):
@@ -135,8 +144,7 @@ def test_a_replay_of_the_measured_times_gives_the_measured_step(name, algorithm,
 
 @pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
 def test_the_causes_add_up_and_leave_nothing(name, algorithm, runtime):
-    step, program = step_of(name, algorithm, runtime)
-    found = explain(run(step, program, noisy(step)))
+    *_, found = noisy_run(name, algorithm, runtime)
     difference = found.measured_seconds - found.planned_seconds
     assert sum(cause.seconds for cause in found.causes) == pytest.approx(difference)
     rest = {cause.name: cause.seconds for cause in found.causes}["rest"]
@@ -194,9 +202,7 @@ def truths(step, program, times):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
 def test_a_what_if_is_the_step_replayed_without_its_cause(name, algorithm, runtime, seed):
-    step, program = step_of(name, algorithm, runtime)
-    step = run(step, program, noisy(step, seed))
-    found = explain(step)
+    step, program, _, found = noisy_run(name, algorithm, runtime, seed)
     times = times_of(program, step.cost, runtime, step.measured)
     for cause, seconds in truths(step, program, times).items():
         assert found.what_if(cause).seconds == pytest.approx(seconds), cause
@@ -216,9 +222,7 @@ def of_ranks(step, *seconds):
 
 @pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
 def test_a_rank_computes_waits_or_is_between_passes(name, algorithm, runtime):
-    step, program = step_of(name, algorithm, runtime)
-    times = noisy(step)
-    found = explain(run(step, program, times))
+    step, _, times, found = noisy_run(name, algorithm, runtime)
     assert [row.rank for row in found.ranks] == list(range(P))
     assert median_low(row.slowness for row in found.ranks) == pytest.approx(1), "the usual rank"
     between = of_ranks(step, times.pass_leads.items())
@@ -234,9 +238,8 @@ def test_a_rank_computes_waits_or_is_between_passes(name, algorithm, runtime):
 
 @pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
 def test_every_kind_of_pass_and_message_has_its_mean_beside_the_plan(name, algorithm, runtime):
-    step, program = step_of(name, algorithm, runtime)
-    step = replace(run(step, program, noisy(step)), sources={Kind.F: "measured"})
-    found, spans = explain(step), [span for row in step.measured.compute for span in row]
+    step, *_, found = noisy_run(name, algorithm, runtime)
+    spans = [span for row in step.measured.compute for span in row]
     of_passes = {row.name: row for row in found.kinds if row.name in tuple(Kind)}
     assert of_passes.keys() == {span.kind for span in spans}
     for kind, row in of_passes.items():
