@@ -890,7 +890,7 @@ def test_a_step_has_what_its_file_says():
     for change in (
         put("device", value="cuda"),
         put("ranks", value=[]),
-        put("rows", value=[1]),
+        put("rows", value=[1, 0]),
         put("cost", "offload_seconds", value=[0.0, 1.0, 2.0, 3.0]),
         put("cost", "settings", "rank_slowness", value=[1, 2, 1, 1]),
         put("cost", "measured_on", value="x" * 99),
@@ -934,7 +934,7 @@ def test_what_is_no_run_or_has_no_trace_is_told_with_the_way_out(tmp_path, vp_ex
     run = traced_run(tmp_path)
     trace = run / "trace" / "step_times.json"
     for spoil, words in (
-        (trace.unlink, "run.trace_step"),
+        (trace.unlink, "the run has traced no step yet"),
         (lambda: trace.symlink_to(run / "config.yaml"), "symbolic link"),
         ((run / "config.yaml").unlink, "config.yaml"),
     ):
@@ -1068,7 +1068,7 @@ def test_slow_ranks_are_planned_with_their_factors(explained):
 def test_pass_times_that_were_assumed_and_are_wrong_are_to_be_measured(
     explained, measured, source, told
 ):
-    kinds = tuple(KindTimes(kind, 3, source, 1.0, measured) for kind in ("F", "B"))
+    kinds = tuple(KindTimes(kind, 3, source, 2.0, 2 * measured) for kind in ("F", "B"))
     kinds += (KindTimes("hop", 99, "assumed", 1.0, 50.0),)
     found = replace(explained, kinds=kinds, what_ifs=())
     assert [each.cause for each in remedies(found, GoingOn("B"))] == ["passes"] * told
