@@ -122,10 +122,19 @@ def noisy(step, seed=0):
     )
 
 
+@cache
+def noisy_run(name, algorithm, runtime, seed=0):
+    """Return a measured step, its program, the times that it has, and what explains it."""
+    step, program = step_of(name, algorithm, runtime)
+    times = noisy(step, seed)
+    step = replace(run(step, program, times), sources={Kind.F: "measured"})
+    return step, program, times, explain(step)
+
+
 @pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
 def test_a_replay_of_the_measured_times_gives_the_measured_step(name, algorithm, runtime):
-    step, program = step_of(name, algorithm, runtime)
-    measured = run(step, program, noisy(step)).measured
+    step, program, _, _ = noisy_run(name, algorithm, runtime)
+    measured = step.measured
     times = times_of(program, step.cost, runtime, measured)
     again = replay(program, step.cost, runtime, times).timeline
     for spans, expected in zip(again.compute, measured.compute, strict=True):
@@ -135,8 +144,7 @@ def test_a_replay_of_the_measured_times_gives_the_measured_step(name, algorithm,
 
 @pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
 def test_the_causes_add_up_and_leave_nothing(name, algorithm, runtime):
-    step, program = step_of(name, algorithm, runtime)
-    found = explain(run(step, program, noisy(step)))
+    *_, found = noisy_run(name, algorithm, runtime)
     difference = found.measured_seconds - found.planned_seconds
     assert sum(cause.seconds for cause in found.causes) == pytest.approx(difference)
     rest = {cause.name: cause.seconds for cause in found.causes}["rest"]
@@ -194,9 +202,7 @@ def truths(step, program, times):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
 def test_a_what_if_is_the_step_replayed_without_its_cause(name, algorithm, runtime, seed):
-    step, program = step_of(name, algorithm, runtime)
-    step = run(step, program, noisy(step, seed))
-    found = explain(step)
+    step, program, _, found = noisy_run(name, algorithm, runtime, seed)
     times = times_of(program, step.cost, runtime, step.measured)
     for cause, seconds in truths(step, program, times).items():
         assert found.what_if(cause).seconds == pytest.approx(seconds), cause
@@ -216,9 +222,7 @@ def of_ranks(step, *seconds):
 
 @pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
 def test_a_rank_computes_waits_or_is_between_passes(name, algorithm, runtime):
-    step, program = step_of(name, algorithm, runtime)
-    times = noisy(step)
-    found = explain(run(step, program, times))
+    step, _, times, found = noisy_run(name, algorithm, runtime)
     assert [row.rank for row in found.ranks] == list(range(P))
     assert median_low(row.slowness for row in found.ranks) == pytest.approx(1), "the usual rank"
     between = of_ranks(step, times.pass_leads.items())
@@ -234,9 +238,8 @@ def test_a_rank_computes_waits_or_is_between_passes(name, algorithm, runtime):
 
 @pytest.mark.parametrize(("name", "algorithm", "runtime"), CASES)
 def test_every_kind_of_pass_and_message_has_its_mean_beside_the_plan(name, algorithm, runtime):
-    step, program = step_of(name, algorithm, runtime)
-    step = replace(run(step, program, noisy(step)), sources={Kind.F: "measured"})
-    found, spans = explain(step), [span for row in step.measured.compute for span in row]
+    step, *_, found = noisy_run(name, algorithm, runtime)
+    spans = [span for row in step.measured.compute for span in row]
     of_passes = {row.name: row for row in found.kinds if row.name in tuple(Kind)}
     assert of_passes.keys() == {span.kind for span in spans}
     for kind, row in of_passes.items():
@@ -271,6 +274,8 @@ def test_a_slow_rank_is_named_and_its_what_if_is_the_step_without(name, algorith
     times = Times(passes=passes_of(step, lambda item: 2.0 if rank_of(item) == slow else 1.0))
     found = explain(run(step, program, times))
     assert [(row.rank, row.slowness) for row in found.slow] == [(slow, pytest.approx(2.0))]
+    names = [what_if.name for what_if in found.what_ifs]
+    assert len(names) == len(set(names))
     without = replay(program, step.cost, runtime).timeline.makespan
     assert found.what_if("equal_ranks").seconds == pytest.approx(without)
     assert found.measured_seconds > 1.2 * without
@@ -885,7 +890,7 @@ def test_a_step_has_what_its_file_says():
     for change in (
         put("device", value="cuda"),
         put("ranks", value=[]),
-        put("rows", value=[1]),
+        put("rows", value=[1, 0]),
         put("cost", "offload_seconds", value=[0.0, 1.0, 2.0, 3.0]),
         put("cost", "settings", "rank_slowness", value=[1, 2, 1, 1]),
         put("cost", "measured_on", value="x" * 99),
@@ -929,7 +934,7 @@ def test_what_is_no_run_or_has_no_trace_is_told_with_the_way_out(tmp_path, vp_ex
     run = traced_run(tmp_path)
     trace = run / "trace" / "step_times.json"
     for spoil, words in (
-        (trace.unlink, "run.trace_step"),
+        (trace.unlink, "the run has traced no step yet"),
         (lambda: trace.symlink_to(run / "config.yaml"), "symbolic link"),
         ((run / "config.yaml").unlink, "config.yaml"),
     ):
@@ -1063,7 +1068,7 @@ def test_slow_ranks_are_planned_with_their_factors(explained):
 def test_pass_times_that_were_assumed_and_are_wrong_are_to_be_measured(
     explained, measured, source, told
 ):
-    kinds = tuple(KindTimes(kind, 3, source, 1.0, measured) for kind in ("F", "B"))
+    kinds = tuple(KindTimes(kind, 3, source, 2.0, 2 * measured) for kind in ("F", "B"))
     kinds += (KindTimes("hop", 99, "assumed", 1.0, 50.0),)
     found = replace(explained, kinds=kinds, what_ifs=())
     assert [each.cause for each in remedies(found, GoingOn("B"))] == ["passes"] * told
@@ -1087,6 +1092,8 @@ def test_the_processors_are_a_whole_number_in_the_environment(tmp_path, value, c
     assert trace_module._cpus(path) is None
     path.write_text(json.dumps({"cpus": value}))
     assert trace_module._cpus(path) == cpus
+    (tmp_path / "link").symlink_to(path)
+    assert trace_module._cpus(tmp_path / "link") is None
     path.write_text(json.dumps([value]))
     assert trace_module._cpus(path) is None
 

@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 from vp_train.checkpoint.training import _require_same
 from vp_train.commands.train import with_origin
 from vp_train.config import CPU_COSTS, ConfigError, LossConfig, ModelConfig, RunConfig
-from vp_train.metrics.resumed import rate_words
 from vp_train.settings import check_start, config_text, load_config, resume_words
 
 
@@ -153,15 +152,6 @@ def test_the_table_says_refused_where_the_run_will_be(started, tmp_path):
     }
     assert verdicts("data=synthetic")["data.name"] == "refused"
     assert verdicts("run.steps=99") == {"run.steps": "allowed"}
-
-
-def test_a_learning_rate_that_jumps_is_said(started):
-    started("run.steps=40", "optim.lr=2e-3", "optim.warmup_steps=5")
-    assert rate_words(load_config([*RESUMED, "run.steps=400"]), 40) == (
-        "learning rate at step 41: 1.96e-3, was 2.00e-4 at step 40; the decay now ends at step 400"
-    ).replace("e-3", "e-03").replace("e-4", "e-04")
-    assert rate_words(load_config([*RESUMED, "run.seed=2"]), 40) == ""
-    assert rate_words(load_config([*RESUMED, "run.steps=400"]), 0) == ""
 
 
 def test_samples_keep_the_length_that_they_had(started):

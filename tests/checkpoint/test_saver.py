@@ -508,6 +508,32 @@ def test_a_checkpoint_that_is_a_link_is_removed_and_not_what_it_leads_to(tmp_pat
     assert (tmp_path / "elsewhere" / "file").read_text() == "kept"
 
 
+def test_a_checkpoint_has_its_name_when_all_of_it_is_on_disk_and_so_is_its_name(
+    tmp_path, monkeypatch
+):
+    """An earlier one of the step gives way only then; a damaged one is set aside as safely."""
+    final, temporary = module._final_and_temporary(tmp_path, 1)
+    module._make_empty(temporary)
+    final.mkdir()
+    happened, rename, sync = [], Path.rename, module.sync
+    monkeypatch.setattr(
+        Path, "rename", lambda path, to: (happened.append((path, to)), rename(path, to))[1]
+    )
+    monkeypatch.setattr(
+        module, "sync", lambda path: (happened.append((path, sorted(os.listdir(path)))), sync(path))
+    )
+    module._commit(1, {}, {}, temporary, final)
+    assert happened == [
+        (temporary, ["manifest.json"]),
+        (final, tmp_path / ".removing-step-00000001"),
+        (temporary, final),
+        (tmp_path, ["step-00000001"]),
+    ]
+    happened.clear()
+    aside = module.set_aside(tmp_path, final.name)
+    assert happened == [(final, aside), (tmp_path, ["step-00000001.damaged"])]
+
+
 def test_what_a_killed_process_has_written_is_no_part_of_the_next_save_of_its_step(tmp_path):
     place = tmp_path / "checkpoints" / ".writing-step-00000001"
     for _ in range(2):
@@ -546,6 +572,39 @@ def test_memory_for_copies_grows_only_when_it_is_too_small():
         copy.take({"x": CheckpointTensor(torch.ones(size))})
         places.append((len(copy._buffer), len(copy.image)))
     assert [held for held, _ in places] == [places[0][1]] * 3 + [places[3][1]] * 2
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_a_copy_from_a_gpu_is_made_between_the_kernels_of_two_steps(monkeypatch):
+    """A stand-in for a stream notes when it waits and for what."""
+    happened, copy = [], module._HostCopy()
+    side = SimpleNamespace(
+        wait_stream=lambda stream: happened.append(f"after {stream}"),
+        synchronize=lambda: happened.append("complete"),
+    )
+
+    @contextmanager
+    def within(stream):
+        assert stream is side
+        happened.append(copy.image[-8:].tolist())
+        yield
+        happened.append(torch.frombuffer(copy.image[-8:], dtype=torch.float32).tolist())
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the step")
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    for value in (1.0, 2.0):
+        tensor = torch.full((2,), value).as_subclass(OnGpu)
+        copy.take({"x": CheckpointTensor(tensor)})
+        begin, _, copied, end = happened
+        assert (begin, copied, end) == ("after the step", [value, value], "complete")
+        happened.clear()
 
 
 class Runtime:

@@ -118,12 +118,20 @@ def test_a_removed_directory_is_said_once(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_link_in_the_place_of_tensorboards_folder_is_not_followed(tmp_path, capsys):
+def test_a_link_in_the_place_of_a_log_is_not_followed(tmp_path, capsys):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "tensorboard").symlink_to(tmp_path / "elsewhere")
-    write(tmp_path, 0, [1], 1.0)
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", 0)
+    log.record(1, {"loss": 1.0})
     assert "tensorboard cannot be written (it is a symbolic link)" in capsys.readouterr().err
-    assert list((tmp_path / "elsewhere").iterdir()) == []
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "elsewhere" / "lines")
+    before = (tmp_path / "elsewhere" / "lines").read_text()
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "elsewhere" / "lines")
+    log.go_back(0)
+    log.record(1, {"loss": 2.0})
+    assert "metrics.jsonl is a symbolic link" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").is_symlink()
+    assert [path.read_text() for path in (tmp_path / "elsewhere").iterdir()] == [before]
 
 
 def test_a_writer_that_cannot_be_closed_leaves_no_other_open(tmp_path, capsys):

@@ -272,7 +272,7 @@ def test_a_directory_that_somebody_removes_goes_on_with_the_step(started, capsys
     assert not other.metrics.exists()
 
 
-def test_what_is_missing_at_the_end_is_said(started):
+def test_what_is_missing_at_the_end_is_said(started, capsys):
     _, _, directory, reporter = started()
     checkpoint = directory.path / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
@@ -281,7 +281,10 @@ def test_what_is_missing_at_the_end_is_said(started):
     (checkpoint / "manifest.json").write_text("{}")
     assert reporter.missing(checkpoint) is None
     shutil.rmtree(directory.path)
-    assert reporter.missing(None) is None  # it is made again
+    capsys.readouterr()
+    assert reporter.missing(None) is None
+    said = f"{directory.path} was removed while this run used it; it is made again, without what"
+    assert capsys.readouterr().out.startswith(said)
 
 
 def test_a_file_of_notices_that_cannot_be_written_is_said_once(started, capsys):

@@ -68,6 +68,10 @@ def test_a_removed_directory_is_made_again_with_its_lock_and_texts(tmp_path):
         RunDirectory(RunSettings(root=str(tmp_path)))
     (directory.path / "LOCK").unlink()
     assert directory.hold().startswith(f"{directory.path / 'LOCK'} was removed")
+    (directory.path / "LOCK").rename(tmp_path / "mark")
+    (directory.path / "LOCK").symlink_to(tmp_path / "mark")
+    with pytest.raises(OSError, match="LOCK is a symbolic link"):
+        directory.hold()
 
 
 def test_a_removed_directory_that_another_run_has_taken_is_left_to_it(tmp_path):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -65,6 +66,10 @@ def test_a_service_that_fails_is_said_once_and_the_steps_go_on(when, capsys):
     tracker = Tracker("wandb", start)
     for step in range(5):
         tracker.record(step, {"loss": 1.0})
+    if when != "at its end":
+        tracker._thread.join(10)
+        tracker.record(5, {"loss": 1.0})
+        assert tracker._queue.empty(), "nothing is kept for it"
     tracker.close()
     said = capsys.readouterr().err
     assert said == "run.trackers: wandb failed (ValueError: no route); going on without it\n"
@@ -193,9 +198,16 @@ def test_wandb_says_where_a_run_is_and_where_nobody_is_logged_in(
 @pytest.fixture
 def mlflow(monkeypatch):
     """Put a stand-in in the place of mlflow; return the calls of its client."""
-    calls, runs = [], iter(range(9))
+    calls, runs, status = [], iter(range(9)), {}
 
     class Client(Recorded):
+        def get_run(self, run):
+            return SimpleNamespace(info=SimpleNamespace(status=status[run]))
+
+        def set_terminated(self, run, **options):
+            status[run] = options["status"]
+            calls.append(("set_terminated", run, *options.items()))
+
         def get_experiment_by_name(self, name):
             calls.append(("experiment", name))
             return None if name == "vp_train" else SimpleNamespace(experiment_id="7")
@@ -205,7 +217,9 @@ def mlflow(monkeypatch):
 
         def create_run(self, number, run_name):
             calls.append(("run", number, run_name))
-            return SimpleNamespace(info=SimpleNamespace(run_id=f"id{next(runs)}"))
+            run = f"id{next(runs)}"
+            status[run] = "RUNNING"
+            return SimpleNamespace(info=SimpleNamespace(run_id=run))
 
     package = SimpleNamespace(MlflowClient=lambda tracking_uri: Client(calls, uri=tracking_uri))
     entities = SimpleNamespace(
@@ -216,6 +230,7 @@ def mlflow(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
+    logging.getLogger("mlflow").setLevel(logging.INFO)  # as its import does
     return calls
 
 
@@ -249,6 +264,29 @@ def test_mlflow_gets_each_setting_once_every_step_and_how_the_run_ended(
     track("mlflow", tmp_path, ())
     assert mlflow[:2] == [("experiment", "mine"), ("run", "7", tmp_path.name)]
     assert capsys.readouterr().err == ""
+    assert logging.getLogger("mlflow").level == logging.WARNING, "it says no more than that"
+
+
+def test_a_run_that_mlflow_still_counts_as_running_has_failed(
+    mlflow, tmp_path, monkeypatch, capsys
+):
+    run = RunSettings(name=tmp_path.name, root=str(tmp_path.parent), trackers=("mlflow",))
+    end_failed(run)  # before the run is known there
+    service = trackers._Mlflow(RunConfig(run=run), tmp_path)
+    assert service._client.uri == f"sqlite:///{tmp_path}/mlflow.db"
+    mlflow.clear()
+    end_failed(replace(run, trackers=("wandb",)))
+    assert mlflow == []
+    for _ in range(2):  # then it is no longer running
+        end_failed(run)
+        assert mlflow == [("set_terminated", "id0", ("status", "FAILED"))]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://a.b")
+    assert trackers._mlflow_client(tmp_path).uri == "http://a.b"
+    assert capsys.readouterr().err == ""
+    (tmp_path / "trackers" / "mlflow").write_text("nobody\n")
+    end_failed(run)
+    said = "run.trackers: mlflow failed (KeyError: 'nobody'); going on without it\n"
+    assert capsys.readouterr().err == said
 
 
 def test_the_name_of_a_run_in_a_service_is_not_read_through_a_link(tmp_path):

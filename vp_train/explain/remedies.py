@@ -111,7 +111,6 @@ def cost_settings(explanation: Explanation, plan: StepPlan) -> dict[str, Any]:
             (kind, index): values[index] / slowness[place]
             for kind, values in explanation.own.items()
             for index in ([place] if kind.is_vocabulary else layout.stages_of(place))
-            if values[index] > 0
         }
         profiles.append(
             RankProfile(
@@ -188,8 +187,7 @@ def compare_schedules(
     problem, num_ranks = plan.problem, plan.degrees.num_ranks
     if problem.layout.num_stages * problem.num_microbatches > _MOST_FORWARD_PASSES:
         return None
-    cost = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
-    measured = replace(config, cost=replace(config.cost, **cost))  # type: ignore[arg-type]
+    measured = replace(config, cost=replace(config.cost, **settings))
     own = _simulated(measured, num_ranks)
     if own is None:
         return None

@@ -68,7 +68,9 @@ class Tracker:
         self._thread.start()
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand over the values of a step."""
+        """Hand over the values of a step, unless the service has failed."""
+        if self._has_failed:
+            return
         try:
             self._queue.put_nowait((step, dict(values)))
         except Full:
@@ -215,7 +217,6 @@ def end_failed(settings: RunSettings) -> None:
 def _mlflow_client(directory: Path) -> Any:
     """Return a client of MLflow: of mlflow.db in a run's directory, or of MLFLOW_TRACKING_URI."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     mlflow: Any = import_module("mlflow")
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import sets the level
     place = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{directory.resolve()}/mlflow.db")
