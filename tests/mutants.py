@@ -53,7 +53,14 @@ COPIED = (
 # The first row whose prefix matches counts.  The last row of a package matches all of its files.
 PACKAGES: dict[str, tuple[tuple[str | tuple[str, ...], tuple[str, ...]], ...]] = {
     "schedules": (("schedules", ("tests/schedules", "tests/test_explain.py")),),
-    "data": (("vp_train/data", ("tests/data",)),),
+    "data": (
+        # The tokenizer of an import and that of its text are one law of both packages.
+        (
+            ("vp_train/data/origin.py", "vp_train/data/tokenizer.py"),
+            ("tests/data", "tests/hf/test_tokenizers.py"),
+        ),
+        ("vp_train/data", ("tests/data",)),
+    ),
     "checkpoint": (("vp_train/checkpoint", ("tests/checkpoint",)),),
     "optim": (("vp_train/optim", ("tests/optim",)),),
     "metrics": (("vp_train/metrics", ("tests/metrics",)),),

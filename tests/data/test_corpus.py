@@ -70,7 +70,7 @@ def test_a_stored_corpus_takes_no_other_tokenizer_or_end(tmp_path, text, monkeyp
     corpus = prepare(config(tmp_path, text), VOCAB, progress=False)
     stored = config(tmp_path, corpus.path)
     same = replace(stored, tokenizer=str(corpus.tokenizer), end_token="<|endoftext|>")
-    assert prepare(same, VOCAB, progress=False).path == corpus.path
+    assert prepare(same, VOCAB, progress=False) == replace(corpus, fresh=False)
     monkeypatch.setenv("HOME", str(corpus.path))
     at_home = replace(stored, tokenizer="~/tokenizer.json")
     assert prepare(at_home, VOCAB, progress=False).path == corpus.path

@@ -106,9 +106,10 @@ def test_a_document_beyond_what_the_format_counts_goes_on_as_another(tmp_path: P
         (np.arange(4), False),
         (np.arange(1), True),
         (np.arange(2), True),
+        (np.arange(0), True),
     ]
     counts = write_dataset(tmp_path / "tokens", pieces, end=9, vocab_size=10, longest=6)
-    assert counts == (3, 13)
+    assert counts == (4, 14)
     check_index(tmp_path / "tokens", *counts, 10)
     tokens = np.fromfile(tmp_path / "tokens.bin", dtype=np.uint16)
-    assert tokens.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 9, 0, 1, 9]
+    assert tokens.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 9, 0, 1, 9, 9]

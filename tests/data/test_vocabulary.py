@@ -119,18 +119,24 @@ def test_a_corpus_without_the_later_entries_is_read(text: Path) -> None:
 
 
 def test_a_tokenizer_far_below_the_vocabulary_is_said(text: Path) -> None:
+    """Far below: an eighth of the rows, and 128 of them."""
     path = text / "tokenizer.json"
     train_tokenizer(["few words"], 260).save(str(path))
     data = text_config(text, tokenizer=str(path))
     built = prepare(data, 4_096, progress=False)
     used = built.manifest.num_token_ids
 
-    def said(vocab_size: int, **run: str) -> list[str]:
+    def said(vocab_size: int, used: int = used, **run: str) -> list[str]:
         config = RunConfig(
             model=ModelConfig(vocab_size=vocab_size), data=data, run=RunSettings(**run)
         )
-        return spare_rows(config, (built,))
+        return spare_rows(
+            config, (replace(built, manifest=replace(built.manifest, num_token_ids=used)),)
+        )
 
+    for rows, least in ((512, 128), (1_024, 128), (1_032, 129), (4_096, 512)):
+        assert said(rows, rows - least)
+        assert not said(rows, rows - least + 1)
     assert f"has {used} tokens, so {4_096 - used:,} of the 4,096 rows" in said(4_096)[0]
     assert said(-(-used // 64) * 64) == said(4_096, init_from="elsewhere") == []
 

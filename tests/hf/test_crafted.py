@@ -210,6 +210,14 @@ EXPORTS = {
     "no model": (saved("state", "config", to={}), "model"),
     "another setting": (saved("state", "config", "model", "x\x1b", to=1), "another version"),
     "layers of text": (saved("state", "config", "model", "num_layers", to="8"), "num_layers"),
+    "a number for a flag": (
+        saved("state", "config", "model", "tied_embeddings", to=1),
+        "model.tied_embeddings=1, which is of another type",
+    ),
+    "text for a number": (
+        saved("state", "config", "model", "rope_base", to="8"),
+        "model.rope_base=",
+    ),
     "half a layer": (saved("state", "config", "model", "num_layers", to=2.5), "num_layers"),
     "many layers": (saved("state", "config", "model", "num_layers", to=10_000_000), "layers"),
     "a wide model": (

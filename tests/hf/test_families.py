@@ -316,6 +316,11 @@ def test_what_the_nearest_family_lacks_is_named(changes, message):
     assert str(caught.value).endswith(message)
 
 
+def test_a_family_that_refuses_a_model_is_passed_over():
+    model = ModelConfig(rope_scaling="linear", rope_factor=2.0)
+    assert config_of(model, "phi3") == config_of(model)
+
+
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [

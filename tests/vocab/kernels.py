@@ -71,15 +71,16 @@ def compare_chunks(shape, device, *, rounds=False):
 
 
 def compare_combination(num_shards, device):
-    """Compare lse and loss; one shard may have no rows.  Maxima lie far apart."""
+    """Compare lse and loss, in any layout; one shard may have no rows.  Maxima lie far apart."""
     generator = torch.Generator().manual_seed(3)
     gathered = torch.rand(num_shards, 3, 150, generator=generator) + 0.5
     gathered[:, 0] *= 400
     gathered[num_shards // 2 + 1 :, 0] = -torch.inf
     gathered[num_shards // 2 + 1 :, 1] = 0
     ignored = torch.arange(150) % 7 == 0
-    for z_loss in (0.0, 0.1):
-        ours = rows.combine(gathered.to(device), ignored.to(device), z_loss, torch.bfloat16)
+    scattered = gathered.transpose(0, 2).contiguous().transpose(0, 2)
+    for z_loss, given in ((0.0, gathered), (0.1, gathered), (0.1, scattered)):
+        ours = rows.combine(given.to(device), ignored.to(device), z_loss, torch.bfloat16)
         true = rows.combine(gathered.double(), ignored, z_loss, torch.float64)
         for mine, other in zip(ours[:3], true, strict=True):
             close(mine, other)

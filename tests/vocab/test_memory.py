@@ -1,5 +1,7 @@
 """The passes allocate chunks and what they hold, and never another [T, R] or [R, H]."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from vp_train.tensors.precision import column_sums
 from vp_train.vocab import chunks
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
+from vp_train.vocab.products import Products
 from vp_train.vocab.shard import Shard
 
 T, H, R = 16, 8, 4096
@@ -28,6 +31,19 @@ def test_a_chunk_is_the_largest_whose_logits_fit_if_its_bounds_allow(num_tokens,
     size = chunks.ChunkSize(3_000, 3, 700)
     fitting = [rows for rows in range(3, 701) if rows * num_tokens * item_bytes <= 3_000]
     assert size.num_rows(num_tokens, item_bytes) == max(fitting, default=3)
+
+
+def test_scratch_of_a_name_and_dtype_is_one_memory_as_large_as_the_largest_use():
+    products, seen = Products(), {}
+    for shape in ((4, 5), (2, 3), (20,), (3, 7), (4, 5)):
+        for name, dtype in product("ab", (torch.float32, torch.bfloat16)):
+            scratch = products.scratch(name, shape, dtype, torch.device("cpu"))
+            assert (scratch.shape, scratch.dtype) == (shape, dtype)
+            seen.setdefault((name, dtype), []).append(scratch.untyped_storage())
+    for first, second, third, larger, last in seen.values():
+        assert first.data_ptr() == second.data_ptr() == third.data_ptr()
+        assert larger.data_ptr() == last.data_ptr() != first.data_ptr()
+    assert len({memory.data_ptr() for uses in seen.values() for memory in uses}) == 8
 
 
 def growth(work):

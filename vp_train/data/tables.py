@@ -83,7 +83,7 @@ def _parquet(pyarrow: Any, file: Any, path: Path, field: str) -> Iterator[Any]:
         found = metadata.row_group(group)
         is_flat = found.num_columns == len(opened.schema_arrow.names)
         size = found.column(number).total_uncompressed_size if is_flat else found.total_byte_size
-        rows_at_once = _BATCH * max(1, found.num_rows) // max(1, size)
+        rows_at_once = _BATCH * found.num_rows // max(1, size)
         for batch in opened.iter_batches(
             batch_size=min(max(1, rows_at_once), _MOST_ROWS), row_groups=[group], columns=[field]
         ):
