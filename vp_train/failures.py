@@ -214,15 +214,16 @@ def root_cause(
     ends: Sequence[RankEnd],
     settings: RunSettings,
     record_of: Callable[[int], Path | None] = lambda rank: None,
-    advice: str = "",
+    advice: Callable[[], str] = str,
 ) -> Ending:
     """Return how a job ends whose ranks ended as `ends` says, in the order in which they died.
 
     Leave out ranks that the launcher itself has killed.  `record_of` returns the flight recorder's
-    file of a rank if NCCL's watchdog wrote it before it aborted the rank.  `advice` is added where
-    a rank was killed.  Causes come before consequences: what a rank found wrong, a rank that was
-    killed, one that raised or crashed, one that left too early, one that waited in vain, one that
-    NCCL's watchdog aborted, and ranks that only lost another one.
+    file of a rank if NCCL's watchdog wrote it before it aborted the rank.  `advice` is called
+    only where a rank was killed, and what it returns is added.  Causes come before consequences:
+    what a rank found wrong, a rank that was killed, one that raised or crashed, one that left too
+    early, one that waited in vain, one that NCCL's watchdog aborted, and ranks that only lost
+    another one.
     """
     failed = [end for end in ends if end.code]
     own = [end for end in failed if end.code > 0 and not _follows(end)]
@@ -269,8 +270,9 @@ def _words_of(end: RankEnd) -> str:
     return "" if end.ending is None else end.ending.words
 
 
-def _killed(end: RankEnd, advice: str) -> Ending:
+def _killed(end: RankEnd, advice: Callable[[], str]) -> Ending:
     number = signal.Signals(-end.code)
     why = " (somebody, or the kernel as memory ran out)" if number == signal.SIGKILL else ""
-    words = [f"{end.name} was killed by {number.name}{why}", "the other ranks were stopped", advice]
+    said = f"{end.name} was killed by {number.name}{why}"
+    words = [said, "the other ranks were stopped", advice()]
     return Ending(128 + number, "; ".join(filter(None, words)))

@@ -1,7 +1,8 @@
 """The agent of a node: it runs the ranks of this node, attempt after attempt, until the job ends.
 
 The agents of all nodes read the same log (`nodes.py`), find the same root cause and leave with the
-same exit code.  The facts in it, besides "kind" and "node", in the order of a job:
+same exit code, unless a node is cut off.  The facts in it, besides "kind" and "node", in the order
+of a job:
 
     kind     by                                when, with values
     joined   every agent                       as it comes: host, options
@@ -143,7 +144,7 @@ def run_job(news: News, job: Job) -> Ending:
                 words = f"stopped by {signal.Signals(number).name}; {job.way_on()}"
                 return Ending(128 + number, words)
             is_last = attempt == job.num_restarts or bool(_lost(past, attempt)) or _wants_end(past)
-            ending = _ending(past, attempt, job, job.way_on() if is_last else "")
+            ending = _ending(past, attempt, job, job.way_on if is_last else str)
             if is_last or ending.code in _FINAL:
                 return ending
             attempt += 1
@@ -228,10 +229,10 @@ def _is_ending(news: News, attempt: int) -> bool:
     return bool(_failures(news, attempt)) or _insisting(news) is not None
 
 
-def _ending(past: News, attempt: int, job: Job, advice: str = "") -> Ending:
+def _ending(past: News, attempt: int, job: Job, advice: Callable[[], str] = str) -> Ending:
     """Return how the ranks of all nodes ended, from the log that `_run_attempt` returns.
 
-    `advice` is added where a rank was killed.
+    What `advice` returns is added where a rank was killed.
     """
     facts = told(past, "ends", attempt).values()
     ends = sorted((end for fact in facts for end in fact["ends"]), key=lambda end: end["when"])
@@ -265,7 +266,12 @@ def _explains(end: RankEnd) -> bool:
     return not end.ending.follows
 
 
-def _cause(ends: Sequence[RankEnd], lost: Sequence[NodeLoss], job: Job, advice: str = "") -> Ending:
+def _cause(
+    ends: Sequence[RankEnd],
+    lost: Sequence[NodeLoss],
+    job: Job,
+    advice: Callable[[], str] = str,
+) -> Ending:
     """Return how the job ends; a lost node is the cause unless a rank explains the others.
 
     A rank explains nothing where an agent has failed, or has not said how its ranks ended.

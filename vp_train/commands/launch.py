@@ -176,8 +176,14 @@ def _left(news: News, ending: Ending) -> int:
 
     A node that is lost to others, or that has lost the head, speaks for itself.
     """
-    lost = {loss.node for loss in losses(news)} - {news.place.node}
-    if news.place.node == min(set(range(news.place.num_nodes)) - lost):
+    own = news.place.node
+    lost = {loss.node for loss in losses(news)} - {own}
+    is_cut_off = any(
+        fact["lost"] == own or (fact["node"], fact["lost"]) == (own, 0)
+        for fact in news.facts()
+        if fact["kind"] == "lost"
+    )
+    if is_cut_off or own == min(set(range(news.place.num_nodes)) - lost):
         say(ending.words)
     return ending.code
 

@@ -62,9 +62,14 @@ def be_messenger(stream: socket.socket, agent: int, place: Place, identity: Fact
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     errors = os.dup(2)  # torch writes a stack there for every error of the store, as expected here
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    messenger = Messenger(stream, agent, place)
     try:
-        Messenger(stream, agent, place).run(identity)
-    except (OSError, RuntimeError):  # the store's errors are RuntimeErrors; the agent sees the end
+        messenger.run(identity)
+    except (OSError, RuntimeError) as error:  # the store's errors are RuntimeErrors
+        if not messenger.has_said_bye:  # after it the head may end first
+            reason = (str(error) or repr(error)).splitlines()[0]
+            words = f"node {place.node} ({place.host}) has lost the head {place.address}: {reason}"
+            os.write(errors, f"vp-train: {words}\n".encode())
         os._exit(1)
     except BaseException:
         import traceback
@@ -82,16 +87,22 @@ class Messenger:
         self._stream, self._agent, self._place = stream, agent, place
         self._prefix = f"{place.run_id}/"
         self._store: Any = None
-        self._heard = b""  # what the agent has told and is not in the log
-        self._unsaid = b""  # what was read and the agent has not got: it may be busy for minutes
-        self._is_left = False  # by the agent
-        self._has_said_bye = False
+        self._received = b""  # what the agent has told and is not in the log
+        self._unsent = b""  # what was read and the agent has not got: it may be busy for minutes
+        self._agent_left = False  # by the agent
+        self.has_said_bye = False
         self._num_read = 0
         self._joined: set[int] = set()
         self._gone: set[int] = set()  # nodes that have said "bye"
 
     def run(self, identity: Fact) -> None:
         """Serve the agent until it has left.  Raises OSError or RuntimeError without a store."""
+        try:
+            self._serve(identity)
+        finally:
+            self._deliver()  # what was read before the store ended may say why
+
+    def _serve(self, identity: Fact) -> None:
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         store = self._connect(identity)
@@ -101,24 +112,24 @@ class Messenger:
         if self._store.add(f"node/{self._place.node}", 1) > 1:
             self._refuse_second()
             return
-        beats = Beats(self._store, self._place)
+        beats = Heartbeats(self._store, self._place)
         while True:
-            unsaid = [self._stream] if self._unsaid else []
-            select.select([self._stream], unsaid, [], _POLL_SECONDS)
+            unsent = [self._stream] if self._unsent else []
+            select.select([self._stream], unsent, [], _POLL_SECONDS)
             signal.alarm(STORE_SECONDS)
             for node in beats.lost(self._gone):  # the first beat comes before the first fact
                 self._tell({"kind": "lost", "node": 0, "lost": node, "why": "silent"})
-            self._listen()
-            *lines, self._heard = self._heard.split(b"\n")
+            self._receive()
+            *lines, self._received = self._received.split(b"\n")
             for line in lines:
-                self._has_said_bye |= json.loads(line)["kind"] == "bye"
+                self.has_said_bye |= json.loads(line)["kind"] == "bye"
                 self._write(line)
-            if self._is_left:
+            if self._agent_left:
                 break
             self._read()
-            self._hand_over()
+            self._deliver()
             signal.alarm(0)
-        if not self._has_said_bye:
+        if not self.has_said_bye:
             lost = {"lost": self._place.node, "why": "killed"}
             self._tell({"kind": "lost", "node": self._place.node, **lost})
 
@@ -129,8 +140,8 @@ class Messenger:
         place = self._place
         store = None
         while store is None:
-            self._listen()
-            if self._is_left:
+            self._receive()
+            if self._agent_left:
                 return None
             with contextlib.suppress(OSError):  # an address that does not answer takes 5 s
                 socket.create_connection((place.head, place.port), 5).close()
@@ -180,10 +191,11 @@ class Messenger:
     def _refuse(self, words: str) -> None:
         """Tell the agent, and nothing else, that it does not belong here."""
         fact = {"kind": "refused", "node": self._place.node, "words": words}
-        self._unsaid = json.dumps(fact).encode() + b"\n"
-        self._hand_over()
+        self._unsent = json.dumps(fact).encode() + b"\n"
+        self._deliver()
 
     def _tell(self, fact: Fact) -> None:
+        """Append a fact of the messenger itself to the log."""
         self._write(json.dumps(fact).encode())
 
     def _write(self, line: bytes) -> None:
@@ -206,42 +218,42 @@ class Messenger:
         """Note the next fact of the log, for the agent too."""
         signal.alarm(STORE_SECONDS)  # anew: the store answers
         self._num_read += 1
-        self._unsaid += line + b"\n"
+        self._unsent += line + b"\n"
         fact = json.loads(line)
         if fact["kind"] == "joined":
             self._joined.add(fact["node"])
         elif fact["kind"] == "bye":
             self._gone.add(fact["node"])
 
-    def _listen(self) -> None:
+    def _receive(self) -> None:
         """Take what the agent says, and note if it says no more."""
         # The stream does not end with the agent where a process that it forked lives on.
         is_orphan = os.getppid() != self._agent
         try:
             while read := self._stream.recv(65536):
-                self._heard += read
-            self._is_left = True
+                self._received += read
+            self._agent_left = True
         except BlockingIOError:
-            self._is_left |= is_orphan
+            self._agent_left |= is_orphan
         except ConnectionResetError:
-            self._is_left = True
+            self._agent_left = True
 
-    def _hand_over(self) -> None:
+    def _deliver(self) -> None:
         """Give the agent what was read, or as much of it as the stream takes now."""
-        with contextlib.suppress(OSError):  # the stream is full, or has ended: see `_listen`
-            while self._unsaid:
-                self._unsaid = self._unsaid[self._stream.send(self._unsaid) :]
+        with contextlib.suppress(OSError):  # the stream is full, or has ended: see `_receive`
+            while self._unsent:
+                self._unsent = self._unsent[self._stream.send(self._unsent) :]
 
 
 def _stranger(place: Place) -> str:
     return (
         f"{place.address} belongs to another job (run.root and run.name must be the same on all "
-        f"nodes); choose another port, as in --head {place.head}:{place.port + 1}, and end what an "
+        f"nodes); choose another port, as in --head {place.next_address}, and end what an "
         "earlier job left"
     )
 
 
-class Beats:
+class Heartbeats:
     """The signs of life of all nodes.  Node 0 watches them, the others only give theirs."""
 
     def __init__(self, store: Any, place: Place) -> None:

@@ -39,6 +39,7 @@ _DECISIVE = {"lost", "failed", "bye"}  # facts after which a node need not be wa
 _LOSSES = {
     "killed": (EXIT_INTERNAL, "the agent of {} was killed; its ranks are lost"),
     "silent": (EXIT_HANG, "{} does not answer any more; its ranks are lost"),
+    "gone": (EXIT_INTERNAL, "the head, {}, ended or cannot be reached"),
     "cut": (EXIT_INTERNAL, "a process that links this node to the head, {}, was killed"),
     "unheard": (EXIT_INTERNAL, "{} did not say how its ranks ended"),
 }
@@ -133,7 +134,7 @@ class SeveralNodes:
                 raise ConfigError(
                     f"node 0 ({place.host}) cannot listen at port {place.port} "
                     f"({os.strerror(error.errno or 0)}); choose another: "
-                    f"--head {place.head}:{place.port + 1}"
+                    f"--head {place.next_address}"
                 ) from None
         ours, theirs = socket.socketpair()
         agent = os.getpid()
@@ -176,7 +177,7 @@ class SeveralNodes:
         self.has_lost_head = True
         _, status = os.waitpid(self._messenger, 0)
         code = os.waitstatus_to_exitcode(status)
-        why = "killed" if code >= 0 and self.place.node else "cut"
+        why = "gone" if code >= 0 else "cut"
         if code == -signal.SIGALRM:
             why = "silent"
         self._log.append({"kind": "lost", "node": self.place.node, "lost": 0, "why": why})

@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vp_train.commands.command import whole_number
 from vp_train.config import ConfigError
@@ -18,6 +18,7 @@ from vp_train.config import ConfigError
 RUN_ID = "VP_TRAIN_RUN_ID"  # environment variable: a random word that all nodes of a job share
 HEAD = "VP_TRAIN_HEAD"  # environment variable: the address of the first node of a Slurm job
 _DEFAULT_PORT = 29500
+_LAST_PORT = 65_535
 MOST_NODES = 100_000
 # Ports of Slurm jobs, below those that Linux gives to outgoing connections (from 32768).
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
@@ -46,7 +47,13 @@ class Place:
     @property
     def address(self) -> str:
         """The address of the head and its port, in messages."""
-        return f"{self.head}:{self.port}"
+        return f"[{self.head}]:{self.port}" if ":" in self.head else f"{self.head}:{self.port}"
+
+    @property
+    def next_address(self) -> str:
+        """Another address to try where the port is taken, in messages."""
+        port = self.port + 1 if self.port < _LAST_PORT else self.port - 1
+        return replace(self, port=port).address
 
 
 def is_rank(environment: Mapping[str, str]) -> bool:
@@ -89,13 +96,13 @@ def _address(word: str) -> tuple[str, int]:
     found = re.fullmatch(r"(?:\[(?P<six>[^\]]+)\]|(?P<host>[^:]+))(?::(?P<port>[0-9]+))?", word)
     if found is None:
         raise ConfigError(f"--head {word} is not HOST or HOST:PORT; write for example node0:29500")
-    port = found["port"] or str(_DEFAULT_PORT)
-    if len(port) > 5 or not 0 < int(port) < 2**16:
+    head, port = found["six"] or found["host"], found["port"] or str(_DEFAULT_PORT)
+    if len(port) > 5 or not 0 < int(port) <= _LAST_PORT:
         raise ConfigError(
-            f"--head {word}: the port must lie in [1, 65,535]; write for example "
-            f"--head {found['six'] or found['host']}:{_DEFAULT_PORT}"
+            f"--head {word}: the port must lie in [1, {_LAST_PORT:,}]; write for example "
+            f"--head {Place(head=head).address}"
         )
-    return found["six"] or found["host"], int(port)
+    return head, int(port)
 
 
 def _num_tasks(environment: Mapping[str, str]) -> int:
