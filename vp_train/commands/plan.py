@@ -507,6 +507,10 @@ def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
         found = f"not searched to the end, {left:,} choices are left" if left else "nothing fits"
         return [f"{kind}: {found}"]
     compared = _compared(other, first.report.step_seconds)
+    optimizer = other.choice.optimizer
+    uses_hosts = other.choice.offload > 0 or (optimizer is not None and optimizer.offload)
+    if uses_hosts and config.cluster.host_memory_gib is None:
+        compared += ", with host memory that is not checked"
     return [f"{kind}: {compared}: {other.choice.overrides(config)}"]
 
 

@@ -73,7 +73,7 @@ _MANY_RANKS = 16  # which are full after one microbatch of each
 _KEPT_REFUSALS = 100
 _TRIES_OF_OTHER_KIND = 20
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
-_BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.3, 0.25
+_BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.5, 0.25
 # A schedule whose activations are offloaded, and a draft that chooses the stages which recompute,
 # take so many times the effort of others.
 _OFFLOADED, _MIXED = 3, 3
