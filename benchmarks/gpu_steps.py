@@ -175,11 +175,17 @@ def lone_group() -> dist.ProcessGroup:
 
 
 def one_layer(
-    name: str, where: Where, *, dtype: torch.dtype | None = None, products: Any = None
+    name: str,
+    where: Where,
+    *,
+    dtype: torch.dtype | None = None,
+    products: Any = None,
+    compiles: str = "auto",
 ) -> tuple[Any, Any]:
     """Return a stage with the first layer of a model, with fp32 gradients, and its ModelConfig.
 
     products: those of its linear layers, None for plain ones.
+    compiles: a value of run.compile.
     """
     from vp_train.model.elementwise import choose_fuse
     from vp_train.model.linear import PLAIN
@@ -196,7 +202,7 @@ def one_layer(
         group=lone_group(),
         seed=1,
         products=products or PLAIN,
-        fuse=choose_fuse("auto", where.device, where.dtype, 0),
+        fuse=choose_fuse(compiles, where.device, where.dtype, 0),
     )
     for parameter in stage.parameters():
         main_gradient(parameter)
@@ -227,22 +233,23 @@ def command(where: Where, *words: str, seconds: float) -> str:
 
 
 def top_kernels(
-    where: Where, work: Callable[[], object], count: int = 15
+    where: Where, work: Callable[[], object], count: int = 15, *, by_host: bool = False
 ) -> list[dict[str, Any]] | str:
-    """Return what took longest on the device in one call of `work`.
+    """Return what took longest on the device, or on the host, in one call of `work`.
 
     Where counters are forbidden, return why.
     """
     from torch.profiler import ProfilerActivity, profile
 
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where.on_gpu else [])]
+    on_device = where.on_gpu and not by_host
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
     try:
         with profile(activities=activities) as profiler:
             work()
             where.synchronise()
     except Exception as error:
         return str(error)
-    spent = f"self_{'device' if where.on_gpu else 'cpu'}_time_total"
+    spent = f"self_{'device' if on_device else 'cpu'}_time_total"
     events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, spent))
     return [
         {"name": event.key[:100], "calls": event.count, "microseconds": getattr(event, spent)}
@@ -795,28 +802,15 @@ _TOLERANCE = 1.25
 
 
 def layers(where: Where, report: Report) -> None:
-    """Time one layer forward and backward, on the GPU and on the host, and list its kernels."""
+    """Time one layer forward and backward, on the GPU and on the host, and list its kernels.
+
+    Also without compiled elementwise work, which takes other times of both.
+    """
     for name, expected in _LAYER_MILLISECONDS.items():
         stage, model = one_layer(name, where)
-        x = where.randn(model.seq_length, 1, model.hidden_size).requires_grad_()
-        dy = where.randn(model.seq_length, 1, model.hidden_size)
-        found: dict[str, list[float]] = {"F": [], "B": [], "F host": [], "B host": []}
-        for turn in range(8 if where.on_gpu else 2):
-            where.synchronise()
-            _get_ahead(where)
-            marks, clock = [_mark(where)], [time.perf_counter()]
-            y = stage(x, None)
-            marks.append(_mark(where))
-            clock.append(time.perf_counter())
-            y.backward(dy)
-            marks.append(_mark(where))
-            clock.append(time.perf_counter())
-            if turn < 2 and where.on_gpu:
-                continue
-            for index, letter in enumerate("FB"):
-                found[letter].append(_elapsed(where, *marks[index : index + 2]))
-                found[f"{letter} host"].append(1e3 * (clock[index + 1] - clock[index]))
-        times = {key: median(values) for key, values in found.items()}
+        shape = (model.seq_length, 1, model.hidden_size)
+        x, dy = where.randn(*shape).requires_grad_(), where.randn(*shape)
+        times = _host_and_device(where, stage, x, dy)
         for letter, most in zip("FB", expected, strict=True):
             measured, limit = times[letter], most * _TOLERANCE
             report.check(
@@ -834,9 +828,41 @@ def layers(where: Where, report: Report) -> None:
             host < device,
             judged=where.on_gpu,
         )
-        report.note(**{f"{name} milliseconds": times})
-        kernels = top_kernels(where, lambda stage=stage, x=x, dy=dy: stage(x, None).backward(dy))
-        report.note(**{f"{name} kernels": kernels})
+        plain, _ = one_layer(name, where, compiles="off")
+        report.note(
+            **{
+                f"{name} milliseconds": times,
+                f"{name} milliseconds, nothing compiled": _host_and_device(where, plain, x, dy),
+            }
+        )
+        work = partial(_forward_backward, stage, x, dy)
+        report.note(**{f"{name} kernels": top_kernels(where, work)})
+        report.note(**{f"{name} on the host": top_kernels(where, work, 30, by_host=True)})
+
+
+def _forward_backward(stage: Any, x: Tensor, dy: Tensor) -> None:
+    stage(x, None).backward(dy)
+
+
+def _host_and_device(where: Where, stage: Any, x: Tensor, dy: Tensor) -> dict[str, float]:
+    """Return the milliseconds of F and B on the device, and those of the host to issue them."""
+    found: dict[str, list[float]] = {"F": [], "B": [], "F host": [], "B host": []}
+    for turn in range(8 if where.on_gpu else 2):
+        where.synchronise()
+        _get_ahead(where)
+        marks, clock = [_mark(where)], [time.perf_counter()]
+        y = stage(x, None)
+        marks.append(_mark(where))
+        clock.append(time.perf_counter())
+        y.backward(dy)
+        marks.append(_mark(where))
+        clock.append(time.perf_counter())
+        if turn < 2 and where.on_gpu:
+            continue
+        for index, letter in enumerate("FB"):
+            found[letter].append(_elapsed(where, *marks[index : index + 2]))
+            found[f"{letter} host"].append(1e3 * (clock[index + 1] - clock[index]))
+    return {key: median(values) for key, values in found.items()}
 
 
 # 8

@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch._dynamo.aot_compile import AOTCompiledFunction
 
 from tests.local import run_locally
 from tests.meshes import fake_world
@@ -102,20 +103,67 @@ def test_where_torch_cannot_compile_only_auto_goes_on_and_no_tensor_parallel_ran
 
 
 @pytest.mark.parametrize("keeps_signature", [True, False], ids=["torch 2.13", "torch 2.11"])
-def test_every_thread_compiles_as_many_shapes(traced, monkeypatch, keeps_signature):
+def test_every_thread_compiles_as_many_shapes_where_torch_makes_no_code_ahead_of_time(
+    monkeypatch, keeps_signature
+):
     """The limit of dynamo's settings, 8, counts in each thread anew."""
-    if not keeps_signature:
-        monkeypatch.delattr(torch.compile, "__wrapped__")
-    double = compiling.compiled_as_marked(lambda x: x * 2)
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward  # which cannot be code made ahead of time
 
     def work():
         for size in range(2, 14):
-            double(torch.ones(size))
+            x = torch.ones(size, 1)
+            assert torch.equal(double(x), 2 * x)
 
+    with compiled_by(backend, monkeypatch):
+        if not keeps_signature:
+            monkeypatch.delattr(torch.compile, "__wrapped__")
+        double = compiling.compiled_for_tokens(lambda x: x * 2)
+        thread = Thread(target=work)
+        thread.start()
+        thread.join()
+    assert len(made) == 1 + 12
+
+
+def test_guards_are_evaluated_once_for_metadata_that_is_new(traced, monkeypatch):
+    """A call of known metadata must find its code, whichever thread makes it."""
+    checks = []
+    check = AOTCompiledFunction.guard_check
+
+    def counting(self, *arguments):
+        checks.append(len(arguments))
+        return check(self, *arguments)
+
+    monkeypatch.setattr(AOTCompiledFunction, "guard_check", counting)
+    monkeypatch.setattr(AOTCompiledFunction, "__call__", None)  # it would evaluate them again
+    scaled = compiling.compiled_for_tokens(lambda x, weight, factor: x * weight * factor)
+    cases = [
+        (torch.full((s, b, width), 0.5, dtype=dtype).transpose(0, turned), torch.ones(width), 3.0)
+        for s, b, width, dtype, turned in [
+            (5, 3, 4, torch.float32, 0),
+            (5, 3, 4, torch.float32, 0),
+            (7, 2, 4, torch.float32, 0),
+            (7, 2, 4, torch.float64, 0),
+            (7, 2, 6, torch.float32, 0),
+            (2, 7, 4, torch.float32, 1),
+            (7, 1, 4, torch.float32, 0),
+        ]
+    ]
+
+    def work():
+        for x, weight, factor in cases:
+            assert torch.equal(scaled(x, weight, factor), x * weight * factor)
+
+    work()
+    made, evaluated = len(traced), len(checks)
+    assert made < len(cases) - 1
     thread = Thread(target=work)
     thread.start()
     thread.join()
-    assert len(traced) == 12
+    assert (len(traced), len(checks)) == (made, evaluated)
 
 
 def test_turned_off_nothing_is_compiled(traced):

@@ -24,7 +24,9 @@ def halves(rank, world_size):
     parameter = torch.nn.Parameter(weight[own].clone())
     part = x[place].clone().requires_grad_()
     split = SequenceSplit(dist.group.WORLD)
-    y = _LinearFunction.apply(part, parameter, WeightGradStore(), PLAIN, dist.group.WORLD, split)
+    y = _LinearFunction.apply(
+        part, parameter, None, WeightGradStore(), PLAIN, dist.group.WORLD, split
+    )
     y.backward(dy[..., own])
     return [
         torch.allclose(y, (x @ weight.T)[..., own]),

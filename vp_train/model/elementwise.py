@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from vp_train.config import ConfigError
 from vp_train.model.linear import LateInput
-from vp_train.tensors.compiling import compiled_as_marked, compiles_on, remedy_for
+from vp_train.tensors.compiling import compiled_for_tokens, compiles_on, remedy_for
 from vp_train.tensors.precision import statistics_dtype
 
 _PAYS_ON_CPU = 1 << 19  # values of the feed-forward width in a microbatch
@@ -34,18 +33,12 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@cache
 def compiled_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` compiled once for all numbers of tokens, [s, b], and any stage.
 
     Widths are constants of the compiled code.  All layers and stages of a process share it.
     """
-    run = compiled_as_marked(function)
-
-    def call(*arguments: Any) -> Any:
-        return run(*map(_without_history, arguments))
-
-    return call
+    return compiled_for_tokens(function)
 
 
 def choose_fuse(setting: str, device: torch.device, dtype: torch.dtype, num_elements: int) -> Fuse:
@@ -67,20 +60,6 @@ def choose_fuse(setting: str, device: torch.device, dtype: torch.dtype, num_elem
         return plain
     pays = on_cuda or (dtype.itemsize == 2 and num_elements >= _PAYS_ON_CPU)
     return compiled_kernels if setting == "on" or pays else plain
-
-
-def _without_history(argument: Any) -> Any:
-    """Return an argument as compiled code takes it: detached, its tokens marked as dynamic.
-
-    Compiled code would be made again for a tensor that requires a gradient where the first one did
-    not, as in a validation.
-    """
-    if not isinstance(argument, Tensor):
-        return argument
-    tensor = argument.detach()
-    if tensor.dim() > 2:  # not a weight
-        torch._dynamo.maybe_mark_dynamic(tensor, [0, 1])
-    return tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,9 +100,10 @@ class Float8Products:
         finally:
             self._kept = None
 
-    def output(self, x: Tensor, weight: nn.Parameter) -> Tensor:
-        """Return x W^T [.., out]."""
-        return self._product(x, FORWARD, self._weight(weight, transposed=False), fast=True)
+    def output(self, x: Tensor, weight: nn.Parameter, bias: Tensor | None = None) -> Tensor:
+        """Return x W^T [.., out], plus `bias` [out] if there is one."""
+        y = self._product(x, FORWARD, self._weight(weight, transposed=False), fast=True)
+        return y if bias is None else y.add_(bias)
 
     def input_gradient(self, dy: Tensor, weight: nn.Parameter) -> Tensor:
         """Return dy W [.., in] for dy [.., out]."""

@@ -25,8 +25,8 @@ _Product = tuple[nn.Parameter, Tensor, Tensor]
 class Products(Protocol):
     """The products of linear layers with their weights W [out, in]; dW is not one of them."""
 
-    def output(self, x: Tensor, weight: nn.Parameter) -> Tensor:
-        """Return x W^T [.., out] for x [.., in]."""
+    def output(self, x: Tensor, weight: nn.Parameter, bias: Tensor | None = None) -> Tensor:
+        """Return x W^T [.., out] for x [.., in], plus `bias` [out] if there is one."""
         ...
 
     def input_gradient(self, dy: Tensor, weight: nn.Parameter) -> Tensor:
@@ -42,9 +42,9 @@ class Products(Protocol):
 class PlainProducts:
     """Products in the dtype of the weights."""
 
-    def output(self, x: Tensor, weight: nn.Parameter) -> Tensor:
-        """Return x W^T [.., out] for x [.., in]."""
-        return x @ weight.T
+    def output(self, x: Tensor, weight: nn.Parameter, bias: Tensor | None = None) -> Tensor:
+        """Return x W^T [.., out] for x [.., in], plus `bias` [out] if there is one."""
+        return nn.functional.linear(x, weight, bias)
 
     def input_gradient(self, dy: Tensor, weight: nn.Parameter) -> Tensor:
         """Return dy W [.., in] for dy [.., out]."""
@@ -200,7 +200,7 @@ class SequenceSplit:
 
 
 class _LinearFunction(torch.autograd.Function):
-    """The product y = x W^T, whose backward hands dW to the store instead of autograd.
+    """The product y = x W^T + b, whose backward hands dW to the store instead of autograd.
 
     `products` form y and dx.  dx is summed over `group` while dW is computed.  With `sequence`, x
     and dx are parts of sequences, and y and dy are whole.  The backward gathers x again for dW,
@@ -212,6 +212,7 @@ class _LinearFunction(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: nn.Parameter,
+        bias: Tensor | None,
         store: WeightGradStore | LateInput,
         products: Products,
         group: dist.ProcessGroup | None,
@@ -219,11 +220,11 @@ class _LinearFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(None if isinstance(store, LateInput) else x)
         ctx.weight, ctx.store, ctx.products = weight, store, products
-        ctx.group, ctx.sequence = group, sequence
-        return products.output(x if sequence is None else sequence.gather(x).wait(), weight)
+        ctx.group, ctx.sequence, ctx.has_bias = group, sequence, bias is not None
+        return products.output(x if sequence is None else sequence.gather(x).wait(), weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         (x,) = ctx.saved_tensors
         gathered = None if ctx.sequence is None else ctx.sequence.gather(x)
@@ -236,15 +237,16 @@ class _LinearFunction(torch.autograd.Function):
             ctx.store.put(ctx.weight, dy.flatten(0, -2))
         else:
             ctx.store.put(ctx.weight, x.flatten(0, -2), dy.flatten(0, -2))
-        return dx if summed is None else summed.wait(), None, None, None, None, None
+        # The gradient of the bias is a cheap sum, so it does not wait for W.
+        dbias = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
+        return dx if summed is None else summed.wait(), None, dbias, None, None, None, None
 
 
 class _StoredLinear(nn.Module):
     """A linear layer with the interface of megatron-core's: it returns (y, bias).
 
-    The returned bias is None if y already contains it.  The gradient of the bias is a cheap sum, so
-    it does not wait for W.  `split` is the slice of the weight that this tensor-parallel rank
-    holds.
+    The returned bias is None if y already contains it.  `split` is the slice of the weight that
+    this tensor-parallel rank holds.
     """
 
     split: TensorSlice | None
@@ -258,19 +260,13 @@ class _StoredLinear(nn.Module):
         *,
         products: Products,
         bias: bool,
-        skip_bias_add: bool,
     ) -> None:
         super().__init__()
-        self._store, self._products, self._skip_bias_add = store, products, skip_bias_add
+        self._store, self._products = store, products
         self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
         self.bias = (
             nn.Parameter(torch.empty(output_size, dtype=config.params_dtype)) if bias else None
         )
-
-    def _with_bias(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.bias is None or self._skip_bias_add:
-            return y, self.bias
-        return y + self.bias, None
 
 
 class ColumnLinear(_StoredLinear):
@@ -292,7 +288,6 @@ class ColumnLinear(_StoredLinear):
         sequence: SequenceSplit | None = None,
         parts: int = 1,
         bias: bool = False,
-        skip_bias_add: bool = False,
         **_: object,
     ) -> None:
         super().__init__(
@@ -302,7 +297,6 @@ class ColumnLinear(_StoredLinear):
             store,
             products=products,
             bias=bias,
-            skip_bias_add=skip_bias_add,
         )
         self._sequence = sequence
         self._group = tp_group if tp_group.size() > 1 else None
@@ -319,12 +313,13 @@ class ColumnLinear(_StoredLinear):
             {} if self.split is None else {name: self.split for name, _ in self.named_parameters()}
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """Map [s, b, in], or [s / n, b, in] with sequence parallelism, to [s, b, out / n]."""
         y: Tensor = _LinearFunction.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self._store, self._products, self._group, self._sequence
+            *(x, self.weight, self.bias, self._store, self._products),
+            *(self._group, self._sequence),
         )
-        return self._with_bias(y)
+        return y, None
 
 
 class RowLinear(_StoredLinear):
@@ -354,9 +349,8 @@ class RowLinear(_StoredLinear):
             store,
             products=products,
             bias=bias,
-            skip_bias_add=skip_bias_add,
         )
-        self._reduce = reduce
+        self._reduce, self._skip_bias_add = reduce, skip_bias_add
         self._group = tp_group if tp_group.size() > 1 else None
         self.split = (
             None
@@ -374,9 +368,13 @@ class RowLinear(_StoredLinear):
 
         With `late` x is not kept for the weight gradient; whoever formed it forms it again.
         """
+        # A bias must be added once, to the sum.
+        own, late_bias = (self.bias, None) if self._group is None else (None, self.bias)
         y: Tensor = _LinearFunction.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, late or self._store, self._products, None, None
+            x, self.weight, own, late or self._store, self._products, None, None
         )
         if self._group is not None:
             y = self._reduce(y, self._group)
-        return self._with_bias(y)
+        if late_bias is None or self._skip_bias_add:
+            return y, late_bias
+        return y + late_bias, None

@@ -337,9 +337,7 @@ class DecoderLayer(nn.Module):
 
     def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the output of the MLP [s, b, h], and a bias that it still lacks."""
-        h, bias = self._parts.fc1(x)
-        if bias is not None:
-            h = h + bias
+        h, _ = self._parts.fc1(x)
         y: tuple[Tensor, Tensor | None]
         if self._activation == "gelu":  # its output is kept: forming it again takes long on a CPU
             y = self._parts.fc2(nn.functional.gelu(h, approximate="tanh"))

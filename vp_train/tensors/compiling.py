@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 _SHAPES = 64  # compiled shapes per function; torch runs further shapes uncompiled
+_MOST_METADATA = 4_096  # entries of a table of compiled code
 _OFF = "TORCHDYNAMO_DISABLE"  # torch reads it too
 _PATIENCE_SECONDS = 120.0  # with another process that compiles
 _THREADS = "TORCHINDUCTOR_COMPILE_THREADS"  # torch reads it
@@ -34,14 +36,99 @@ _given_up = Event()  # since torch 2.13 its own switch counts for the calling th
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` compiled for all shapes; only a dimension of size 1 is compiled again."""
-    return _compile(function, dynamic=True)
+    """Return `function` compiled for all shapes; only a dimension of size 1 is compiled again.
+
+    It takes tensors and hashable constants by position, and returns tensors without history.
+    """
+    return _Direct(function, dynamic=True)
 
 
 @cache
-def compiled_as_marked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` compiled for every shape anew, but for dimensions marked as dynamic."""
-    return _compile(function, dynamic=False)
+def compiled_for_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what `compiled` does, for all sizes of the first two dimensions, [s, b].
+
+    All other sizes are constants, and so are those of weights, which have one or two dimensions.
+    """
+    return _Direct(function, dynamic=False)
+
+
+class _Direct:
+    """A compiled function whose code a table finds, by the metadata of its arguments.
+
+    torch.compile would evaluate its guards in every call.  With cold caches, as in a layer, that
+    takes longer than all else that the host does for the call, and a GPU that gets small layers
+    waits for the host.  Here guards are evaluated for metadata that is new, and never again.
+    Where torch does not compile ahead of time, torch.compile calls the function.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, dynamic: bool) -> None:
+        self._function, self._dynamic = function, dynamic
+        self._table: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._made: list[Any] = []  # what torch compiled ahead of time
+        self._lock = Lock()
+        self._usual: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if _given_up.is_set():
+            return self._function(*arguments)
+        metadata = tuple(map(_metadata, arguments))
+        run = self._table.get(metadata)
+        if run is None:
+            run = self._found(metadata, tuple(map(_marked, arguments)))
+        return run(*arguments)
+
+    def _found(self, metadata: tuple[Any, ...], arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        """Return what runs for arguments of new metadata; compile it if nothing else does."""
+        with self._lock:
+            if self._usual is not None:
+                return self._usually
+            suits = (made for made in self._made if made.guard_check(*arguments))
+            made = next(suits, None) or self._make(arguments)
+            if made is None:
+                return self._usually
+            if len(self._table) >= _MOST_METADATA:  # of ever new lengths
+                self._table.clear()
+            run: Callable[..., Any] = made.fn
+            self._table[metadata] = run
+            return run
+
+    def _make(self, arguments: tuple[Any, ...]) -> Any:
+        """Compile for `arguments` ahead of time; return None if torch does not do that."""
+        prepare_inductor()
+        try:
+            with torch._dynamo.config.patch(enable_aot_compile=True):
+                whole: Any = torch.compile(self._function, fullgraph=True, dynamic=self._dynamic)
+                made = whole.aot_compile((arguments, {}))
+        except Exception:  # of an interface that may change; an error of the code comes up again
+            self._usual = _compile(self._function, dynamic=self._dynamic)
+            return None
+        self._made.append(made)
+        return made
+
+    def _usually(self, *arguments: Any) -> Any:
+        assert self._usual is not None
+        return self._usual(*map(_marked, arguments))
+
+
+def _metadata(argument: Any) -> Any:
+    """Return all of an argument that compiled code may depend on."""
+    if not isinstance(argument, Tensor):
+        return argument
+    return argument.dtype, argument.device, argument.shape, argument.stride()
+
+
+def _marked(argument: Any) -> Any:
+    """Return an argument as code is compiled for it: detached, its tokens marked as dynamic.
+
+    Compiled code would be made again for a tensor that requires a gradient where the first one did
+    not, as in a validation.
+    """
+    if not isinstance(argument, Tensor):
+        return argument
+    tensor = argument.detach()
+    if tensor.dim() > 2:  # not a weight
+        torch._dynamo.maybe_mark_dynamic(tensor, [0, 1])
+    return tensor
 
 
 @cache
