@@ -53,9 +53,9 @@ from schedules.lower import Action, Op, Program, lower
 from schedules.problem import Problem
 from schedules.simulate import simulate
 from schedules.timeline import Span, Timeline
-from vp_train.config import OptimConfig
+from vp_train.config import BUCKETS_PER_STAGE, OptimConfig
 from vp_train.mesh import build_mesh
-from vp_train.optim.buckets import BUCKETS_PER_STAGE, FlatLayout, bucket_elements, lay_out
+from vp_train.optim.buckets import FlatLayout, bucket_elements, lay_out
 from vp_train.optim.gradients import Gradients
 from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
 from vp_train.optim.replicas import Pending, Replicas
