@@ -202,7 +202,9 @@ def one_layer(
         group=lone_group(),
         seed=1,
         products=products or PLAIN,
-        fuse=choose_fuse(compiles, where.device, where.dtype, 0),
+        fuse=choose_fuse(
+            compiles, where.device, where.dtype, model.seq_length * model.ffn_hidden_size
+        ),
     )
     for parameter in stage.parameters():
         main_gradient(parameter)
@@ -1654,6 +1656,8 @@ def offloading(where: Where, report: Report) -> None:
     )
     same = worst <= (1e-2 if where.on_gpu else 0)
     report.check("gradients with activations in host memory", "the same", f"{worst:.1e}", same)
+    moved = f"{away.moved_bytes / 2**20:.0f} MiB"
+    report.check("bytes moved", "more than none", moved, away.moved_bytes > 0)
     copying = max(away.moved_bytes / rates[side] for side in ("to host", "from host")) / 1e6
     report.note(
         milliseconds={name: run.milliseconds for name, run in found.items()},
@@ -1739,7 +1743,9 @@ def _stage_of_layers(name: str, where: Where, num_layers: int) -> tuple[Any, Any
         device=where.device,
         group=lone_group(),
         seed=1,
-        fuse=choose_fuse("auto", where.device, where.dtype, 0),
+        fuse=choose_fuse(
+            "auto", where.device, where.dtype, model.seq_length * model.ffn_hidden_size
+        ),
         num_offloaded=num_layers,
     )
     return stage, model

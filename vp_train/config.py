@@ -1183,7 +1183,7 @@ class RunSettings:
     )
     compile: str = setting(
         "auto",
-        "Compile; auto: on cuda, and in 16 bits on a CPU where it pays, if there is a compiler; "
+        "Compile; auto: where it pays, on cuda or in 16 bits on a CPU, if there is a compiler; "
         "on: all elementwise work; off: nothing.",
         choices=("auto", "on", "off"),
     )

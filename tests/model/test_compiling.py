@@ -202,6 +202,7 @@ def test_a_run_compiles_on_cuda_in_16_bits_or_if_it_is_asked_to(
     traced, monkeypatch, settings, parts, without_headers
 ):
     """Headers of Python count only where layers are compiled; without them `on` is refused."""
+    monkeypatch.setattr(elementwise, "_PAYS_ON_CUDA", 1)
     monkeypatch.setattr(compiling, "has_triton", lambda: True)
     config = replace(CONFIG, run=settings)
     assert [*compiled_parts(config)] == parts

@@ -111,7 +111,7 @@ def test_an_activation_gives_its_output_again_in_the_backward(activation):
     assert torch.allclose(dh, *torch.autograd.grad(x, h, dx), rtol=1e-13, atol=1e-13)
 
 
-def test_tests_and_small_runs_on_a_cpu_compile_nothing(monkeypatch):
+def test_small_runs_compile_nothing(monkeypatch):
     def found(setting, dtype, elements, device=CPU):
         return choose_fuse(setting, device, dtype, elements)
 
@@ -121,8 +121,13 @@ def test_tests_and_small_runs_on_a_cpu_compile_nothing(monkeypatch):
     assert found("auto", torch.bfloat16, 1 << 30) is compiled_kernels
     assert found("on", torch.float32, 1) is compiled_kernels
     assert found("off", torch.bfloat16, 1 << 30) is plain
+    monkeypatch.setattr(compiling, "has_triton", lambda: True)
+    cuda = torch.device("cuda")
+    assert found("auto", torch.bfloat16, 8_192 * 14_336, cuda) is compiled_kernels
+    assert found("auto", torch.bfloat16, 2_048 * 8_192, cuda) is plain  # it waits for the host
+    assert found("on", torch.bfloat16, 1, cuda) is compiled_kernels
     monkeypatch.setattr(compiling, "_finds_compiler", lambda: False)
-    assert found("auto", torch.bfloat16, 1 << 30, torch.device("cuda")) is plain
+    assert found("auto", torch.bfloat16, 1 << 30, cuda) is plain
     with pytest.raises(ConfigError, match=r"install a C\+\+ compiler, or set run\.c"):
         found("on", torch.bfloat16, 1)
 
