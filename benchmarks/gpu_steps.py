@@ -698,7 +698,7 @@ def vocabulary(where: Where, report: Report) -> None:
     from vp_train.vocab.loss import LossOptions
 
     report.note(peers=installed())
-    sizes = [size << 20 for size in (16, 32, 64, 128, 256)] if where.on_gpu else [4096, 16384]
+    sizes = [size << 20 for size in (32, 128, 512)] if where.on_gpu else [4096, 16384]
     shapes = (
         ((4096, 4096, 16384), (4096, 4096, 32768), (2048, 3072, 32000), (8192, 4096, 16032))
         if where.on_gpu
@@ -1207,8 +1207,8 @@ def profiled(where: Where, report: Report) -> None:
     from vp_train.settings import load_config
 
     jobs: tuple[tuple[str, str, list[str]], ...] = (
-        ("gpt_4b", "0,7", ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=16"]),
-        ("llama3_8b", "4,7", ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=8"]),
+        ("gpt_4b", "0", ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=16"]),
+        ("llama3_8b", "7", ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=8"]),
     )
     if not where.on_gpu:
         jobs = (
