@@ -74,40 +74,32 @@ class _Direct:
         metadata = tuple(map(_metadata, arguments))
         run = self._table.get(metadata)
         if run is None:
-            run = self._found(metadata, tuple(map(_marked, arguments)))
+            with self._lock:
+                run = self._code_for(tuple(map(_marked, arguments)))
+                if len(self._table) >= _MOST_METADATA:  # of ever new lengths
+                    self._table.clear()
+                self._table[metadata] = run
         return run(*arguments)
 
-    def _found(self, metadata: tuple[Any, ...], arguments: tuple[Any, ...]) -> Callable[..., Any]:
-        """Return what runs for arguments of new metadata; compile it if nothing else does."""
-        with self._lock:
-            if self._usual is not None:
-                return self._usually
-            suits = (made for made in self._made if made.guard_check(*arguments))
-            made = next(suits, None) or self._make(arguments)
-            if made is None:
-                return self._usually
-            if len(self._table) >= _MOST_METADATA:  # of ever new lengths
-                self._table.clear()
-            run: Callable[..., Any] = made.fn
-            self._table[metadata] = run
-            return run
+    def _code_for(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        """Return what runs for `arguments`; compile it if nothing else suits them."""
+        for made in self._made:
+            if made.guard_check(*arguments):
+                return made.fn  # type: ignore[no-any-return]
+        if self._usual is None:
+            try:
+                self._made.append(self._compiled_ahead(arguments))
+                return self._made[-1].fn  # type: ignore[no-any-return]
+            except Exception:  # of an interface that may change; an error of the code recurs below
+                self._usual = _compile(self._function, dynamic=self._dynamic)
+        usual = self._usual
+        return lambda *unmarked: usual(*map(_marked, unmarked))
 
-    def _make(self, arguments: tuple[Any, ...]) -> Any:
-        """Compile for `arguments` ahead of time; return None if torch does not do that."""
+    def _compiled_ahead(self, arguments: tuple[Any, ...]) -> Any:
         prepare_inductor()
-        try:
-            with torch._dynamo.config.patch(enable_aot_compile=True):
-                whole: Any = torch.compile(self._function, fullgraph=True, dynamic=self._dynamic)
-                made = whole.aot_compile((arguments, {}))
-        except Exception:  # of an interface that may change; an error of the code comes up again
-            self._usual = _compile(self._function, dynamic=self._dynamic)
-            return None
-        self._made.append(made)
-        return made
-
-    def _usually(self, *arguments: Any) -> Any:
-        assert self._usual is not None
-        return self._usual(*map(_marked, arguments))
+        with torch._dynamo.config.patch(enable_aot_compile=True):
+            whole: Any = torch.compile(self._function, fullgraph=True, dynamic=self._dynamic)
+            return whole.aot_compile((arguments, {}))
 
 
 def _metadata(argument: Any) -> Any:
