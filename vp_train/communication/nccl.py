@@ -31,8 +31,8 @@ def take_gpu(environment: MutableMapping[str, str], settings: RunSettings) -> st
     """Give the rank that `environment` describes its GPU, and return the backend of its tensors.
 
     Call it before anything touches the GPU; it sets what CUDA and NCCL read at start.  On a CPU it
-    changes nothing.  Raises ConfigError if there is no GPU here, if it has no float8 but the settings
-    want it, or if NCCL would need more GPUs than the node has.
+    changes nothing.  Raises ConfigError if there is no GPU here, if float8 is wanted and missing,
+    or if NCCL would need more GPUs than the node has.
     """
     if settings.device == "cpu":
         require_float8(settings)
