@@ -213,6 +213,28 @@ def test_a_run_compiles_on_cuda_in_16_bits_or_if_it_is_asked_to(
             fuse_of_layers(config)
 
 
+@pytest.mark.parametrize(
+    ("missing", "pays_from", "words"),
+    [
+        ("_finds_compiler", 1, "install a C++ compiler"),
+        ("_finds_compiler", 1 << 40, "install a C++ compiler"),  # the kernels need it
+        ("_finds_headers", 1, "install the headers of Python"),
+        ("_finds_headers", 1 << 40, ""),
+        ("nothing", 1, ""),
+    ],
+)
+def test_a_run_says_once_what_to_install_to_be_faster(
+    traced, monkeypatch, capsys, missing, pays_from, words
+):
+    monkeypatch.setattr(elementwise, "_PAYS_ON_CPU", pays_from)
+    monkeypatch.setattr(compiling, missing, lambda: False, raising=False)
+    config = replace(CONFIG, run=replace(CONFIG.run, compile="auto"))
+    run_locally(config, make_plan(config, 1), lambda rank, model, together: None)
+    said = capsys.readouterr().err
+    assert said.count("going on without compiling, more slowly: ") == bool(words)
+    assert words in said
+
+
 def test_what_was_given_up_runs_plainly_and_kernels_go_on(traced):
     sine = compiling.compiled(torch.sin)
     compiling.give_up()

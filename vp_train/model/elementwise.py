@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vp_train.config import ConfigError
 from vp_train.model.linear import LateInput
-from vp_train.tensors.compiling import compiled_for_tokens, compiles_on, remedy_for
+from vp_train.tensors.compiling import compiled_for_tokens, remedy_for
 from vp_train.tensors.precision import statistics_dtype
 
 # Compiled code pays from so many values of the feed-forward width in a microbatch on.  On a GPU it
@@ -47,23 +47,27 @@ def compiled_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
 def choose_fuse(setting: str, device: torch.device, dtype: torch.dtype, num_elements: int) -> Fuse:
     """Return how elementwise work runs for `setting`, a value of run.compile.
 
-    `auto` compiles if a microbatch has so many `num_elements` of the feed-forward width that it
-    pays; on a CPU only in 16 bits.  Raises ConfigError if `on` is asked for where nothing can be
-    compiled.
+    `auto` compiles where it `pays` and torch can.  Raises ConfigError if `on` is asked for where
+    nothing can be compiled.
     """
-    if setting == "off":
+    if setting == "off" or (setting == "auto" and not pays(device, dtype, num_elements)):
         return plain
-    on_cuda = device.type == "cuda"
-    if not compiles_on(device):
-        if setting == "on":
-            raise ConfigError(
-                "run.compile=on, but torch cannot compile here; "
-                f"{remedy_for(device)}, or set run.compile=auto"
-            )
-        return plain
-    on_cpu = dtype.itemsize == 2 and num_elements >= _PAYS_ON_CPU
-    pays = num_elements >= _PAYS_ON_CUDA if on_cuda else on_cpu
-    return compiled_kernels if setting == "on" or pays else plain
+    remedy = remedy_for(device)
+    if remedy and setting == "on":
+        raise ConfigError(
+            f"run.compile=on, but torch cannot compile here; {remedy}, or set run.compile=auto"
+        )
+    return plain if remedy else compiled_kernels
+
+
+def pays(device: torch.device, dtype: torch.dtype, num_elements: int) -> bool:
+    """Return whether compiled elementwise work takes less time.
+
+    num_elements: of the feed-forward width in a microbatch.
+    """
+    if device.type == "cuda":
+        return num_elements >= _PAYS_ON_CUDA
+    return dtype.itemsize == 2 and num_elements >= _PAYS_ON_CPU
 
 
 @dataclass(frozen=True, slots=True)
