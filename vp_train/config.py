@@ -1052,6 +1052,13 @@ class ClusterConfig:
         0, "Multiprocessors of a GPU; 0: all FLOPs run at efficiency.", least=0, most=100_000
     )
     kernel_seconds: float = setting(0.0, "Fixed time of a kernel.", unit="s", least=0)
+    host_layer_seconds: float = setting(
+        0.0,
+        "What the host takes to issue a layer's forward and backward; a plan warns where the GPU "
+        "takes less.",
+        unit="s",
+        least=0,
+    )
     sustained: float = setting(
         1.0,
         "Part of the rates of kernels alone that passes keep in a run: clocks under the limit of "

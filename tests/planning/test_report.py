@@ -121,6 +121,18 @@ def test_layers_without_their_sums_are_half_of_those_of_one_rank(split, recomput
         assert shared.layers - shared.tensor == pytest.approx(alone.layers / 2)
 
 
+def test_a_host_that_is_slower_than_the_gpu_is_named():
+    layer = report().layer_seconds
+    assert layer > 0
+    assert not report(f"cluster.host_layer_seconds={layer * 0.99}").host_words
+    slow = report(f"cluster.host_layer_seconds={layer * 1.5}")
+    assert slow.layer_seconds == layer
+    assert slow.step_seconds == report().step_seconds
+    assert "layers may take 1.5 times as long; a larger micro-batch helps" in slow.host_words
+    split = report("parallel.tp=2", "parallel.pp=2", "cluster.host_layer_seconds=10")
+    assert split.host_words.endswith("a larger micro-batch or a smaller tp helps")
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
