@@ -1,4 +1,4 @@
-"""Every benchmark can be imported: what it uses of the project is still there."""
+"""Every benchmark can be imported: what its modules import of the project is still there."""
 
 import importlib
 import sys

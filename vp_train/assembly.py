@@ -38,6 +38,7 @@ from vp_train.planning.plan import RunPlan
 from vp_train.tensors.compiling import (
     compile_one_first,
     compiles_alone,
+    compiles_on,
     failures,
     give_up,
     has_cpp_compiler,
@@ -46,6 +47,7 @@ from vp_train.tensors.compiling import (
     reason_of,
     remedy_for,
     tell,
+    tell_failure,
 )
 from vp_train.tensors.precision import DTYPES, statistics_dtype
 from vp_train.tensors.slices import TensorSlice
@@ -132,18 +134,23 @@ def _has_kernels(settings: RunSettings) -> bool:
 
 
 def compiled_parts(config: RunConfig) -> tuple[str, ...]:
-    """Return in words what a run can compile on this node: layers, kernels, both or nothing."""
+    """Return in words what a run can compile on this node: layers, kernels, both or nothing.
+
+    Those of a GPU are attention, roundings to float8, and the vocabulary passes.
+    """
     settings = config.run
-    builds = settings.compile != "off" and _has_kernels(settings) and has_cpp_compiler()
+    device, may = torch.device(settings.device), settings.compile != "off"
+    builds = may and _has_kernels(settings) and has_cpp_compiler()
+    on_gpu = may and device.type == "cuda" and compiles_on(device)
     try:
         fuses = fuse_of_layers(config) is not plain
     except ConfigError:  # `build_rank` raises it, once the nodes are compared
         fuses = False
-    compiles = {"layers": fuses, "kernels in C++": builds}
+    compiles = {"layers": fuses, "kernels in C++": builds, "kernels of a GPU": on_gpu}
     return tuple(part for part, is_compiled in compiles.items() if is_compiled)
 
 
-def _missing_compiler(config: RunConfig) -> str:
+def _missing(config: RunConfig) -> str:
     """Return in words what to do so that run.compile=auto compiles all that pays, "" if it does."""
     if config.run.compile != "auto" or is_turned_off():
         return ""
@@ -177,7 +184,7 @@ def _warm_up(
                 f"run.compile={setting}, but torch cannot compile{where}: {reason}; "
                 "set run.compile=off"
             ) from error
-        tell(reason)
+        tell_failure(reason)
         give_up()
 
 
@@ -232,8 +239,8 @@ def build_rank(
     completions = _completions_of(weights, gradients, optimizer, mesh)
     training, evaluating = _build_modules(config, plan, mesh, weights, gradients, completions)
     comms = Comms(transport or _process_groups(config, mesh, device))
-    if missing := _missing_compiler(config):
-        tell(missing)
+    if missing := _missing(config):
+        tell(f"to be faster, {missing}")
     if compiled_parts(config):
         # Tensor-parallel ranks wait for each other while they compile.
         alone = mesh.degrees.tp == 1

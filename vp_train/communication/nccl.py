@@ -54,7 +54,7 @@ def take_gpu(environment: MutableMapping[str, str], settings: RunSettings) -> st
 def require_float8(settings: RunSettings) -> None:
     """Raise ConfigError if run.linear_dtype=float8 finds a GPU or a torch without it.
 
-    It starts CUDA.
+    On a GPU it starts CUDA.
     """
     if settings.linear_dtype != "float8":
         return

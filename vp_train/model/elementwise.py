@@ -23,10 +23,10 @@ from vp_train.model.linear import LateInput
 from vp_train.tensors.compiling import compiled_for_tokens, remedy_for
 from vp_train.tensors.precision import statistics_dtype
 
-# Compiled code pays from so many values of the feed-forward width in a microbatch on.  On a GPU it
-# saves device time (H100, llama3_8b: 14 % of a layer) and costs the host more than torch operations
-# do, which smaller layers would wait for.
-_PAYS_ON_CPU, _PAYS_ON_CUDA = 1 << 19, 25_000_000
+# The fewest values of the feed-forward width in a microbatch for which compiled code pays.  On an
+# H100 it saves 14 % of a layer of llama3_8b (117 million values), which then takes 18.9 ms.  The
+# host takes 6.8 ms to issue that layer, so those below about a third would wait for the host.
+_PAYS_ON_CPU, _PAYS_ON_CUDA = 1 << 19, 42_000_000
 
 Fuse = Callable[[Callable[..., Any]], Callable[..., Any]]  # a pure function -> how it runs
 
@@ -34,14 +34,6 @@ Fuse = Callable[[Callable[..., Any]], Callable[..., Any]]  # a pure function -> 
 def plain(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` itself: it runs as torch operations."""
     return function
-
-
-def compiled_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` compiled once for all numbers of tokens, [s, b], and any stage.
-
-    Widths are constants of the compiled code.  All layers and stages of a process share it.
-    """
-    return compiled_for_tokens(function)
 
 
 def choose_fuse(setting: str, device: torch.device, dtype: torch.dtype, num_elements: int) -> Fuse:
@@ -57,7 +49,7 @@ def choose_fuse(setting: str, device: torch.device, dtype: torch.dtype, num_elem
         raise ConfigError(
             f"run.compile=on, but torch cannot compile here; {remedy}, or set run.compile=auto"
         )
-    return plain if remedy else compiled_kernels
+    return plain if remedy else compiled_for_tokens
 
 
 def pays(device: torch.device, dtype: torch.dtype, num_elements: int) -> bool:
@@ -191,9 +183,6 @@ def residual_norm(
     fuse: Fuse,
 ) -> tuple[Tensor, Tensor]:
     """Return residual + x, or x without a residual, and its norm; all have the shape of x."""
-    if rule.subtracts_mean and x.is_cuda:
-        # torch's kernel takes as long on an H100, and a fifth of the time of the host.
-        fuse = plain
     total, y = _ResidualNorm.apply(x, residual, weight, bias, rule, fuse)  # type: ignore[no-untyped-call]
     return total, y
 

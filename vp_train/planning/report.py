@@ -230,15 +230,19 @@ class PlanReport:
         return f"compute: rank {self.busiest} is busy for {rank.busy / step:.0%} of the step"
 
     @property
-    def layer_seconds(self) -> float:
-        """The seconds of a layer's forward and backward, of one microbatch on the busiest rank."""
+    def kernel_seconds_of_layer(self) -> float:
+        """The seconds of the kernels of a layer's passes, of one microbatch on the busiest rank.
+
+        They are alone: `sustained`, which counts late hosts too, is taken out.
+        """
         rank = self.ranks[self.busiest]
-        return rank.layers / (max(1, rank.num_layers) * self.work.num_microbatches)
+        seconds = rank.layers / (max(1, rank.num_layers) * self.work.num_microbatches)
+        return seconds * self.cluster.sustained
 
     @property
     def host_words(self) -> str:
         """What the host does to the step if it takes longer than the GPU, in words; "" if not."""
-        layer, host = self.layer_seconds, self.cluster.host_layer_seconds
+        layer, host = self.kernel_seconds_of_layer, self.cluster.host_layer_seconds
         if not 0 < layer < host:
             return ""
         return (
@@ -296,7 +300,7 @@ class PlanReport:
             "offloading": None if self.offloading is None else asdict(self.offloading),
             "host_bytes": asdict(self.host),
             "binds": self.binds,
-            "layer_seconds": self.layer_seconds,
+            "kernel_seconds_of_layer": self.kernel_seconds_of_layer,
             "fits": self.fits,
             "limit_bytes": self.limit,
             "ranks": [
