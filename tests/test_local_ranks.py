@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from tests.programs import Program, finished
-from vp_train.commands import local_ranks
+from vp_train.commands import agent, local_ranks
 from vp_train.commands.agent import Job, _cause, run_job
 from vp_train.commands.local_ranks import LocalRanks, forked, new_process, search_options
 from vp_train.commands.nodes import NodeLoss, OneNode
 from vp_train.commands.place import Place
-from vp_train.commands.store_server import loopback
+from vp_train.commands.store_server import StoreServer, loopback
 from vp_train.commands.train import main
 from vp_train.failures import EXIT_CONFIG, EXIT_INTERNAL, EXIT_OK, EXIT_TIME, Ending, RankEnd
 from vp_train.supervision.ending import leave
@@ -189,6 +189,53 @@ def test_a_second_signal_ends_the_ranks_at_once():
     ending = run_ranks(code, 2)
     assert ending.code == 128 + signal.SIGINT
     assert ending.words.startswith("stopped by SIGINT; run.resume=true")
+
+
+SAVES = "signal.signal(15, lambda *_: say(75, 'saved'))\n"
+SAVES += "signal.pthread_sigmask(signal.SIG_UNBLOCK, [15])\n"
+STORE = "the store of the ranks on here was killed by SIGKILL (somebody, or the kernel as memory "
+STORE += "ran out); the ranks were asked to save and to end; run.resume=true goes on"
+
+
+@pytest.mark.parametrize(
+    ("code", "num_restarts", "expected", "words"),
+    [
+        (SAVES, 0, EXIT_INTERNAL, STORE),
+        (f"attempt and say(0, '')\n{SAVES}", 1, EXIT_OK, ""),
+        ("rank and say(78, 'mine')\n", 0, EXIT_CONFIG, "mine"),
+        (f"rank and (time.sleep(.5), say(70, {LOST!r}, True))\n{SAVES}", 0, EXIT_INTERNAL, STORE),
+        (f"rank and (time.sleep(.5), say(70, 'own'))\n{SAVES}", 0, EXIT_INTERNAL, STORE),
+        ("say(0, '')\n", 0, EXIT_OK, ""),
+        (f"rank or os.kill(os.getppid(), 15)\n{SAVES}", 0, EXIT_TIME, "saved"),
+    ],
+)
+def test_ranks_whose_store_was_killed_save_and_it_is_the_cause_of_the_end(
+    monkeypatch, code, num_restarts, expected, words
+):
+    servers = []
+
+    def serve(address):
+        servers.append(StoreServer(address))
+        return servers[-1]
+
+    def starter(resumes):
+        start = rank_that(f"{code}time.sleep(60)")
+
+        def start_and_kill(variables, pipe):
+            if variables["RANK"] == "1" and not resumes:
+                os.kill(servers[0]._process, signal.SIGKILL)
+            return start(variables, pipe)
+
+        return start_and_kill
+
+    monkeypatch.setattr(agent, "StoreServer", serve)
+    began = time.monotonic()
+    ending = run_job(OneNode(Place(host="here")), Job(starter, 2, num_restarts))
+    assert ending.code == expected
+    assert ending.words.startswith(words)
+    assert bool(ending.words) == bool(words)
+    assert time.monotonic() - began < 20  # about 1 s, and 4 s where a rank only lost another
+    assert all(server.poll() is None for server in servers)
 
 
 @pytest.mark.parametrize("code", [EXIT_OK, 74, EXIT_TIME, EXIT_CONFIG])
@@ -374,6 +421,6 @@ def test_a_preparation_that_fails_anyhow_never_becomes_a_second_agent():
     assert exit_3 == "70 SystemExit: 3"
     assert long == f"70 {'x' * 60}"
     assert silent.endswith("preparation of the data left with code 3 and said nothing")
-    assert killed.endswith("preparation of the data was killed by signal 9 (SIGKILL)")
+    assert killed.endswith(" by SIGKILL (somebody, or the kernel as memory ran out)")
     assert (silent[:3], killed[:4]) == ("70 ", "137 ")
     assert fine == "0 "

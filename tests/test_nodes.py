@@ -144,23 +144,38 @@ def test_the_death_of_an_agent_is_noticed_by_the_other_and_named(tmp_path):
         assert all(map(goes, ranks[victim]))
 
 
-@pytest.mark.parametrize(("victim", "why"), [("_messenger", "cut"), ("_server", "gone")])
-def test_an_agent_notices_the_death_of_its_messenger_and_of_its_store(victim, why, capfd):
-    news = SeveralNodes(places()[0])
-    news.tell("asked")
+@pytest.mark.parametrize(
+    ("victim", "node", "own", "other"),
+    [
+        ("_messenger", 0, "cut", (0, "unlinked")),
+        ("_messenger", 1, "cut", (1, "unlinked")),
+        ("_server", 0, "store", (0, "gone")),
+    ],
+)
+def test_the_death_of_a_messenger_and_of_the_store_is_noticed_everywhere_and_named(
+    victim, node, own, other, capfd
+):
+    both = [SeveralNodes(place) for place in places()]
     until = time.monotonic() + 30
-    while not news.facts():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    process = getattr(news, victim)
+
+    def wait_for(is_over):
+        while not is_over():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+    for news in both:
+        news.tell("asked")
+    wait_for(lambda: all(len(news.facts()) == 2 for news in both))
+    process = getattr(both[node], victim)
+    killed = time.monotonic()
     os.kill(getattr(process, "_process", process), signal.SIGKILL)
-    while not news.has_lost_head:
-        assert time.monotonic() < until
-        news.facts()
-        time.sleep(0.01)
-    assert [fact.get("why") for fact in news.facts()] == [None, why]
-    assert ("node 0 (host0) has lost the head" in capfd.readouterr().err) == (why == "gone")
-    news.leave()
+    wait_for(lambda: all(map(nodes.losses, both)))
+    assert time.monotonic() - killed < messenger._SILENT_SECONDS
+    assert [(loss.node, loss.why) for loss in nodes.losses(both[node])] == [(0, own)]
+    assert [(loss.node, loss.why) for loss in nodes.losses(both[1 - node])] == [other]
+    assert ("node 1 (host1) has lost the head" in capfd.readouterr().err) == (own == "store")
+    for news in reversed(both):
+        news.leave()
 
 
 def test_all_ranks_of_all_nodes_start_again_with_a_store_of_their_own(tmp_path):
@@ -479,7 +494,7 @@ def test_what_a_messenger_has_read_reaches_its_agent_even_if_the_store_ends(
 
 
 def test_an_agent_leaves_when_its_messenger_has_written_all(monkeypatch, tmp_path):
-    def slow(stream, agent, place, identity):
+    def slow(stream, agent, place, identity, is_first):
         heard = b""
         while read := stream.recv(65536):
             heard += read
@@ -496,7 +511,7 @@ def test_an_agent_leaves_when_its_messenger_has_written_all(monkeypatch, tmp_pat
 
 
 def test_what_all_know_stands_before_what_an_agent_without_a_head_tells(monkeypatch):
-    def brief(stream, agent, place, identity):
+    def brief(stream, agent, place, identity, is_first):
         stream.sendall(b'{"kind": "joined", "node": 0, "host": "host0"}\n')
         os._exit(1)
 

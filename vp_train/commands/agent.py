@@ -11,10 +11,12 @@ of a job:
                                                overrides of a search
     start    the agent of node 0               ranks may start: attempt, port of their store
     asked    an agent                          its first signal: ranks are to save and end
+    store    the agent of node 0               the store of the ranks has ended: attempt, words
     stopped  an agent                          its second signal: ranks are to end now: number
     failing  an agent                          one of its ranks has failed: attempt, explains
     ends     every agent                       its ranks have ended: attempt, ends
     lost     a messenger                       its agent was killed: lost, why
+             a messenger                       another one of its node was killed
              the messenger of node 0           a node is silent
              an agent                          a node has not told "ends", long after a failure
              an agent, in its own log alone    its messenger has ended
@@ -188,7 +190,7 @@ def _run_attempt(news: News, job: Job, attempt: int, signals: Signals) -> News:
             environments = _environments(news, job.num_local, port, attempt)
             ranks = LocalRanks(job.starter(attempt > 0), environments, place.host)
             try:
-                _watch(news, ranks, attempt, signals)
+                _watch(news, ranks, attempt, signals, server)
                 ranks.poll()
                 own = [asdict(end) | {"when": when} for end, when in ranks.ends()]
                 news.tell("ends", attempt=attempt, ends=own)  # to end a rank may take long
@@ -236,7 +238,25 @@ def _ending(past: News, attempt: int, job: Job, advice: Callable[[], str] = str)
     """
     facts = told(past, "ends", attempt).values()
     ends = sorted((end for fact in facts for end in fact["ends"]), key=lambda end: end["when"])
-    return _cause([_rank_end(**end) for end in ends], _lost(past, attempt), job, advice)
+    lost = _lost(past, attempt)
+    cause = _cause([_rank_end(**end) for end in ends], lost, job, advice)
+    words = _end_of_store(past, attempt)
+    is_own = cause.code in _FINAL and (cause.code != EXIT_TIME or _wants_end(past))
+    if not words or lost or is_own:
+        return cause
+    said = (words, "the ranks were asked to save and to end", advice())
+    return Ending(EXIT_INTERNAL, "; ".join(filter(None, said)))
+
+
+def _end_of_store(news: News, attempt: int) -> str:
+    """Return how the store of the ranks has ended before any rank failed, "" if it has not."""
+    for fact in news.facts():
+        if fact.get("attempt") == attempt:
+            if fact["kind"] == "store":
+                return str(fact["words"])
+            if fact["kind"] == "failing" and fact["explains"]:
+                break
+    return ""
 
 
 def _lost(past: News, attempt: int) -> list[NodeLoss]:
@@ -294,6 +314,8 @@ def _start_port(news: News, attempt: int, signals: Signals) -> int | None:
     facts = news.facts()
     if losses(news) or any(fact["kind"] in ("bye", "stopped") for fact in facts):
         return 0
+    if _end_of_store(news, attempt):
+        return 0
     ports = [
         fact["port"] for fact in facts if fact["kind"] == "start" and fact["attempt"] == attempt
     ]
@@ -310,8 +332,13 @@ def _tell_requests(news: News, signals: Signals) -> None:
         news.tell("stopped", number=number)
 
 
-def _watch(news: News, ranks: LocalRanks, attempt: int, signals: Signals) -> None:
-    """Wait until the ranks have ended, or until their time after a failure anywhere is over."""
+def _watch(
+    news: News, ranks: LocalRanks, attempt: int, signals: Signals, server: StoreServer | None
+) -> None:
+    """Wait until the ranks have ended, or until their time after a failure anywhere is over.
+
+    Ranks whose store has ended are asked to end: they need it only to connect.
+    """
     since: dict[bool, float] = {}  # when a failure was first seen, and one that explains others
     said: set[bool] = set()
     has_asked = False
@@ -319,9 +346,12 @@ def _watch(news: News, ranks: LocalRanks, attempt: int, signals: Signals) -> Non
         _tell_requests(news, signals)
         if _insisting(news) is not None:
             return
-        if signals.has_request and not has_asked:
+        if server is not None and (end := server.poll()) is not None:
+            words = f"the store of the ranks on {news.place.host} {end}"
+            news.tell("store", attempt=attempt, words=words)
+        if not has_asked and (signals.has_request or _end_of_store(news, attempt)):
             has_asked = True
-            ranks.request_end(signals.noted[0][0])
+            ranks.request_end(signals.noted[0][0] if signals.has_request else signal.SIGTERM)
         ranks.poll()
         ends = [end for end, _ in ranks.ends() if end.code not in (EXIT_OK, EXIT_TIME)]
         for explains in {_explains(end) for end in ends} - said:

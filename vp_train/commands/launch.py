@@ -38,7 +38,14 @@ from vp_train.communication import flight_recorder
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.durable import checkpoints_in, write_all
 from vp_train.durable import replace as replace_file
-from vp_train.failures import EXIT_INTERNAL, EXIT_OK, EXIT_TIME, Ending, ending_of_command
+from vp_train.failures import (
+    EXIT_INTERNAL,
+    EXIT_OK,
+    EXIT_TIME,
+    Ending,
+    end_of_process,
+    ending_of_command,
+)
 from vp_train.metrics.run_directory import make_directory, refuse_running, refuse_used
 from vp_train.metrics.trackers import end_failed, require_trackers
 from vp_train.planning.degrees import check_node, wanted_ranks
@@ -141,7 +148,11 @@ def _launch(
         return record if flight_recorder.is_fresh(record, started) else None
 
     def way_on() -> str:
-        if checkpoints_in(config.run.checkpoints):
+        try:
+            has_checkpoint = bool(checkpoints_in(config.run.checkpoints))
+        except OSError as error:  # whatever ended the job must not go unsaid for it
+            return f"{config.run.checkpoints} cannot be read now ({error.strerror})"
+        if has_checkpoint:
             return "run.resume=true goes on from the newest checkpoint"
         return "no checkpoint was written yet"
 
@@ -379,12 +390,10 @@ def _in_copy(body: Callable[[], None]) -> Ending:
         return Ending(*json.loads(line))
     except ValueError:  # it was killed before it had written its line
         code = os.waitstatus_to_exitcode(status)
-    words = "vp-train: the preparation of the data"
+    words = f"vp-train: the preparation of the data {end_of_process(code)}"
     if code >= 0:
-        return Ending(EXIT_INTERNAL, f"{words} left with code {code} and said nothing")
-    return Ending(
-        128 - code, f"{words} was killed by signal {-code} ({signal.Signals(-code).name})"
-    )
+        return Ending(EXIT_INTERNAL, f"{words} and said nothing")
+    return Ending(128 - code, words)
 
 
 def _end_copy(agent: int, body: Callable[[], None], pipe: int) -> NoReturn:
