@@ -156,12 +156,14 @@ def _launch(
             return "run.resume=true goes on from the newest checkpoint"
         return "no checkpoint was written yet"
 
-    job = Job(starter, num_local, num_restarts, config.run, record_of, way_on)
+    def has_begun(since: float) -> bool:
+        return flight_recorder.is_fresh(config.run.directory / "config.yaml", since)
+
+    job = Job(starter, num_local, num_restarts, config.run, record_of, way_on, has_begun)
     code = _left(news, run_job(news, job))
     settings = config.run
-    has_begun = flight_recorder.is_fresh(settings.directory / "config.yaml", started)
     has_failed = code not in (EXIT_OK, EXIT_TIME) and code - 128 not in SIGNALS
-    if news.place.node == 0 and has_failed and has_begun:
+    if news.place.node == 0 and has_failed and has_begun(started):
         _in_copy(lambda: _conclude(settings))
     return code
 
