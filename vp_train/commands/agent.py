@@ -21,6 +21,7 @@ of a job:
              the messenger of node 0           a node is silent
              an agent                          a node has not told "ends", long after a failure
              an agent, in its own log alone    its messenger has ended
+    reason   a messenger, to its agent alone   why the head is lost: words
     failed   an agent                          it leaves by an error: code, words
     bye      every agent                       it leaves; its last fact
 """

@@ -75,10 +75,7 @@ def be_messenger(
         else:
             messenger.tell_loss(identity)
     except (OSError, RuntimeError) as error:  # the store's errors are RuntimeErrors
-        if is_first and not messenger.has_said_bye:  # after it the head may end first
-            reason = (str(error) or repr(error)).splitlines()[0]
-            words = f"node {place.node} ({place.host}) has lost the head {place.address}: {reason}"
-            os.write(errors, f"vp-train: {words}\n".encode())
+        messenger.give_reason((str(error) or repr(error)).splitlines()[0])
         os._exit(1)
     except BaseException:
         import traceback
@@ -99,7 +96,7 @@ class Messenger:
         self._received = b""  # what the agent has told and is not in the log
         self._unsent = b""  # what was read and the agent has not got: it may be busy for minutes
         self._agent_left = False
-        self.has_said_bye = False
+        self._has_said_bye = False
         self._num_read = 0
         self._joined: set[int] = set()
         self._gone: set[int] = set()  # nodes that have said "bye"
@@ -132,14 +129,14 @@ class Messenger:
             self._receive()
             *lines, self._received = self._received.split(b"\n")
             for line in lines:
-                self.has_said_bye |= json.loads(line)["kind"] == "bye"
+                self._has_said_bye |= json.loads(line)["kind"] == "bye"
                 self._write(line)
             if self._agent_left:
                 break
             self._read()
             self._deliver()
             signal.alarm(0)
-        if not self.has_said_bye:
+        if not self._has_said_bye:
             self._tell_own_loss("killed")
 
     def _tell_own_loss(self, why: str) -> None:
@@ -213,8 +210,16 @@ class Messenger:
 
     def _refuse(self, words: str) -> None:
         """Tell the agent, and nothing else, that it does not belong here."""
-        fact = {"kind": "refused", "node": self._place.node, "words": words}
-        self._unsent = json.dumps(fact).encode() + b"\n"
+        self._unsent = b""  # who does not belong here learns nothing of the others
+        self._tell_agent("refused", words)
+
+    def give_reason(self, words: str) -> None:
+        """Tell the agent, and nothing else, why the store is lost."""
+        self._tell_agent("reason", words)
+
+    def _tell_agent(self, kind: str, words: str) -> None:
+        fact = {"kind": kind, "node": self._place.node, "words": words}
+        self._unsent += json.dumps(fact).encode() + b"\n"
         self._deliver()
 
     def _tell(self, fact: Fact) -> None:

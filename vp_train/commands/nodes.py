@@ -56,12 +56,14 @@ class NodeLoss:
     """A node that takes no part in the job any more, or whose agent does not say what it should.
 
     why: a key of `_LOSSES`, or "failed" for an agent that left by the error `failure`.
+    reason: what the system said, "" if it said nothing.
     """
 
     node: int
     host: str
     why: str
     failure: Ending | None = None
+    reason: str = ""
 
     @property
     def ending(self) -> Ending:
@@ -69,7 +71,8 @@ class NodeLoss:
         if self.failure is not None:
             return self.failure
         code, words = _LOSSES[self.why]
-        return Ending(code, words.format(f"node {self.node} ({self.host})"))
+        reason = f" ({self.reason})" if self.reason else ""
+        return Ending(code, words.format(f"node {self.node} ({self.host})") + reason)
 
     @property
     def is_cause(self) -> bool:
@@ -193,7 +196,9 @@ class SeveralNodes:
             why = "silent"
         elif self._server is not None and self._server.poll() is not None:
             why = "store"
-        self._log.append({"kind": "lost", "node": self.place.node, "lost": 0, "why": why})
+        lost = {"kind": "lost", "node": self.place.node, "lost": 0, "why": why}
+        reasons = [fact["words"] for fact in self._log if fact["kind"] == "reason"]
+        self._log.append({**lost, "reason": reasons[-1]} if reasons and why == "gone" else lost)
         if why == "cut":
             self._second = self._start_messenger(is_first=False)
 
@@ -376,7 +381,8 @@ def losses(news: News) -> list[NodeLoss]:
     for fact in news.facts():
         if fact["kind"] == "lost":
             node = fact["lost"]
-            loss = NodeLoss(node, names.get(node, news.place.head), fact["why"])
+            host, reason = names.get(node, news.place.head), fact.get("reason", "")
+            loss = NodeLoss(node, host, fact["why"], reason=reason)
             found.setdefault(node, loss)
         elif fact["kind"] == "failed":
             node = fact["node"]
