@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from datetime import timedelta
+from functools import partial
 from random import Random
 from types import SimpleNamespace
 
@@ -304,16 +305,16 @@ def test_a_node_that_does_not_say_its_ends_is_never_left_out_of_the_cause(soon, 
         assert agent._lost(other, 0)  # so no new start
 
 
-def test_the_advice_is_asked_for_only_where_a_rank_was_killed(monkeypatch):
-    def way_on():
-        raise OSError("unreadable")
-
+def test_advice_is_given_only_where_a_rank_was_killed_and_hides_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(agent, "_run_attempt", lambda news, *others: news)
-    job = Job(JOB.starter, 1, way_on=way_on)
-    for code in (0, 5):
-        assert run_job(Script(ends_fact(0, code), ends_fact(1, code)), job).code == code
-    with pytest.raises(OSError, match="unreadable"):
-        run_job(Script(ends_fact(0, -9), ends_fact(1)), job)
+    unreadable = tmp_path / ("x" * 300)
+    job = Job(JOB.starter, 1, way_on=partial(launch._way_on, unreadable))
+    advice = f"; {unreadable} cannot be read now (File name too long)"
+    for code in (0, 5, -9):
+        ending = run_job(Script(ends_fact(0, code), ends_fact(1, *[code] * (code >= 0))), job)
+        assert ending.code == (137 if code < 0 else code)
+        assert ending.words.endswith(advice) == (code < 0)
+        assert ("rank 0 on host0 was killed by SIGKILL (" in ending.words) == (code < 0)
 
 
 def test_a_node_that_leaves_without_its_ends_is_never_left_out_of_the_cause(soon):

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
@@ -147,18 +148,10 @@ def _launch(
         record = flight_recorder.file_of(os.environ, config.run.directory, rank)
         return record if flight_recorder.is_fresh(record, started) else None
 
-    def way_on() -> str:
-        try:
-            has_checkpoint = bool(checkpoints_in(config.run.checkpoints))
-        except OSError as error:  # whatever ended the job must not go unsaid for it
-            return f"{config.run.checkpoints} cannot be read now ({error.strerror})"
-        if has_checkpoint:
-            return "run.resume=true goes on from the newest checkpoint"
-        return "no checkpoint was written yet"
-
     def has_begun(since: float) -> bool:
         return flight_recorder.is_fresh(config.run.directory / "config.yaml", since)
 
+    way_on = partial(_way_on, config.run.checkpoints)
     job = Job(starter, num_local, num_restarts, config.run, record_of, way_on, has_begun)
     code = _left(news, run_job(news, job))
     settings = config.run
@@ -166,6 +159,17 @@ def _launch(
     if news.place.node == 0 and has_failed and has_begun(started):
         _in_copy(lambda: _conclude(settings))
     return code
+
+
+def _way_on(checkpoints: Path) -> str:
+    """Return the advice for a job that was stopped, or of which a rank was killed."""
+    try:
+        has_checkpoint = bool(checkpoints_in(checkpoints))
+    except OSError as error:  # it must not hide what ended the job
+        return f"{checkpoints} cannot be read now ({error.strerror})"
+    if has_checkpoint:
+        return "run.resume=true goes on from the newest checkpoint"
+    return "no checkpoint was written yet"
 
 
 def _conclude(settings: RunSettings) -> None:
