@@ -195,7 +195,7 @@ SAVES = "signal.signal(15, lambda *_: say(75, 'saved'))\n"
 SAVES += "signal.pthread_sigmask(signal.SIG_UNBLOCK, [15])\n"
 STORE = "the store of the ranks on here was killed by SIGKILL (somebody, or the kernel as memory "
 STORE += "ran out); the ranks were "
-STOPPED, ASKED = f"{STORE}stopped before their first step;", f"{STORE}asked to save and to end;"
+STOPPED, ASKED = f"{STORE}stopped;", f"{STORE}asked to save and to end;"
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_ranks_whose_store_was_killed_save_and_it_is_the_cause_of_the_end(
 
     monkeypatch.setattr(agent, "StoreServer", serve)
     began = time.monotonic()
-    job = Job(starter, 2, num_restarts, has_begun=lambda since: bool(code))
+    job = Job(starter, 2, num_restarts, can_save=lambda since: bool(code))
     ending = run_job(OneNode(Place(host="here")), job)
     assert ending.code == expected
     assert ending.words.startswith(words)

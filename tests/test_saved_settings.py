@@ -16,7 +16,7 @@ from vp_train.settings import check_start, config_text, load_config, resume_word
 
 @pytest.fixture
 def started(tmp_path, monkeypatch):
-    """`started(*overrides)`: the settings of a run called `one`, which has saved them."""
+    """Return `started(*overrides)`: the settings of a run called `one`, which has saved them."""
     monkeypatch.chdir(tmp_path)
 
     def start(*overrides: str) -> RunConfig:

@@ -549,7 +549,7 @@ def explained(causes=(), what_ifs=(), planned=1.0, measured=2.0):
 
 
 def test_the_way_from_the_planned_to_the_measured_seconds_adds_up():
-    """What adds less than one in two thousand is not shown, and counts in the sums."""
+    """Leave out what adds less than one in two thousand, and count it in the sums."""
     causes = [("slow", 0.75), ("tiny", 0.000999), ("late", 0.001), ("fast", -0.5), ("gone", -9.0)]
     assert page._causes(explained(causes)) == [
         ("planned", "", "1.00 s"),

@@ -12,7 +12,7 @@ of a job:
     start    the agent of node 0               ranks may start: attempt, port of their store
     asked    an agent                          its first signal: ranks are to save and end
     store    the agent of node 0               the store of the ranks has ended: attempt, words,
-                                               whether they have begun
+                                               whether they save
     stopped  an agent                          its second signal: ranks are to end now: number
     failing  an agent                          one of its ranks has failed: attempt, explains
     ends     every agent                       its ranks have ended: attempt, ends
@@ -125,7 +125,8 @@ class Job:
     `starter` returns how to start a rank, of a run that begins (False) or resumes (True).
     `record_of` returns the flight recorder's file of a rank if NCCL's watchdog wrote it.  `way_on`
     returns the advice for a job that was stopped at once, or of which a rank was killed.
-    `has_begun` returns whether all ranks have connected since a time, in seconds of `time.time`.
+    `can_save` returns whether ranks that started at a time, in seconds of `time.time`, have got so
+    far that they save if they are asked to end.
     """
 
     starter: Callable[[bool], Starter]
@@ -134,7 +135,7 @@ class Job:
     settings: RunSettings = field(default_factory=RunSettings)
     record_of: Callable[[int], Path | None] = lambda rank: None
     way_on: Callable[[], str] = lambda: "run.resume=true goes on from the newest checkpoint"
-    has_begun: Callable[[float], bool] = lambda since: True
+    can_save: Callable[[float], bool] = lambda since: True
 
 
 def run_job(news: News, job: Job) -> Ending:
@@ -199,7 +200,7 @@ def _run_attempt(news: News, job: Job, attempt: int, signals: Signals) -> News:
             def tell_end_of_store() -> None:
                 if server is not None and (end := server.poll()) is not None:
                     words = f"the store of the ranks on {place.host} {end}"
-                    news.tell("store", attempt=attempt, words=words, begun=job.has_begun(began))
+                    news.tell("store", attempt=attempt, words=words, saves=job.can_save(began))
 
             try:
                 _watch(news, ranks, attempt, signals, tell_end_of_store)
@@ -256,12 +257,8 @@ def _ending(past: News, attempt: int, job: Job, advice: Callable[[], str] = str)
     is_own = cause.code in _FINAL and (cause.code != EXIT_TIME or _wants_end(past))
     if store is None or lost or (ends and is_own):
         return cause
-    asked = (
-        "were asked to save and to end"
-        if store["begun"]
-        else "were stopped before their first step"
-    )
-    said = (store["words"], f"the ranks {asked}", advice())
+    asked = "asked to save and to end" if store["saves"] else "stopped"
+    said = (store["words"], f"the ranks were {asked}", advice())
     return Ending(EXIT_INTERNAL, "; ".join(filter(None, said)))
 
 
@@ -358,7 +355,7 @@ def _watch(
 ) -> None:
     """Wait until the ranks have ended, or until their time after a failure anywhere is over.
 
-    Ranks need their store to connect, and not to save.  So without it, ranks that have begun are
+    Ranks need their store to connect, and not to save.  So without it, ranks that can save are
     asked to save and to end; others would try to reach it for long.
     """
     since: dict[bool, float] = {}  # when a failure was first seen, and one that explains others
@@ -370,7 +367,7 @@ def _watch(
             return
         tell_end_of_store()
         store = _end_of_store(news, attempt)
-        if store is not None and not store["begun"]:
+        if store is not None and not store["saves"]:
             return
         if not has_asked and (signals.has_request or store is not None):
             has_asked = True
