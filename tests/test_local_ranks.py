@@ -311,6 +311,7 @@ FAILED = NodeLoss(1, "host1", "failed", Ending(74, "no more processes"))
         ([], [UNHEARD], 70, "node 1 (host1) did not say how its ranks ended"),
         ([end(0, 78, "why")], [GONE, FAILED], 74, "no more processes"),
         ([RankEnd(1, 3, None, "host1")], [], 3, "rank 1 on host1 left with code 3"),
+        ([RankEnd(1, -35, None, "host1")], [], 163, "rank 1 on host1 was killed by signal 35;"),
         ([end(0, 0), end(1, 0)], [], 0, ""),
     ],
 )

@@ -30,7 +30,7 @@ from vp_train.commands.place import (
     place_of,
     slurm_rank,
 )
-from vp_train.commands.train import main
+from vp_train.commands.train import _serve_ranks, main
 from vp_train.config import ConfigError, RunSettings
 from vp_train.settings import load_config
 
@@ -694,6 +694,15 @@ def test_a_slurm_step_says_where_its_tasks_stand():
     for environment in (batch, {**agent, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}):
         assert not is_slurm_rank(environment)
         assert place_of({}, environment).is_alone
+
+
+def test_a_task_of_slurm_that_cannot_listen_says_where_and_the_way_out(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        given = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        monkeypatch.setattr(os, "environ", {**os.environ, **given})
+        with pytest.raises(ConfigError, match=f"port {port} .*in use.*; start another step or job"):
+            _serve_ranks()
 
 
 @pytest.mark.parametrize(
