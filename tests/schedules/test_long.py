@@ -73,6 +73,31 @@ def test_a_ring_in_which_a_pass_waits_for_one_many_periods_before_has_a_rate():
     assert all(network.lanes[earlier] == network.lanes[k] for earlier, k in found[1])
 
 
+@pytest.mark.parametrize("name", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("algorithm", ["none", "one_barrier"])
+def test_a_short_step_promises_the_time_of_the_whole_one(name, algorithm):
+    (option,) = options_of(4, 40, (algorithm,), names=(name,))
+    draft = auto._Entry.of(option, [40.0] * 4, short=True).draft(auto._Watched(None))
+    assert draft.hope == pytest.approx(draft.named().refined.makespan, rel=0.02)
+    narrow = auto._Entry.of(option, [0.9] * 4, short=True)
+    assert narrow.draft(auto._Watched(None)).hope == math.inf, "it promises nothing above a cap"
+
+
+def test_a_whole_step_is_searched_where_it_is_no_long_one_and_its_short_one_fits_and_is_close():
+    (option,), (longer,) = (options_of(2, m, names=("v_min",)) for m in (20, 800))
+
+    def is_worth(makespan, excess=0.0, option=option, *, short=True):
+        entry = auto._Entry.of(option, [9.0] * 2, short=short)
+        refined = Refined([], makespan * entry.bound.seconds, excess)
+        return auto._Found(refined, entry).is_worth_its_length
+
+    assert is_worth(1.0)
+    assert not is_worth(1.0, excess=1.0)
+    assert not is_worth(1.01)
+    assert not is_worth(1.0, option=longer)
+    assert not is_worth(1.0, short=False)
+
+
 class Draft(NamedTuple):
     """What `_named` asks of a short step: its promise, and the whole schedule if it is made."""
 
