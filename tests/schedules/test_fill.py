@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from schedules.check import check_schedule
@@ -148,6 +150,26 @@ def test_a_search_goes_on_as_long_as_its_budget_of_placed_nodes_lasts(name, p, m
         assert asked(refiner.search, count * (turns + effort) - 1, 0.0) <= max(0, count - 1)
         assert asked(refiner.search, count * (turns + effort), 0.0) <= count
         assert asked(refiner.search, count * (turns + 2 * effort), 0.0) >= count
+
+
+# Seconds of steps from two seeds.  A search that finds better ones lowers its figures here.
+KICKED = {
+    ("1f1b", 3, 6, "one_barrier"): (34.215904, 31.500387),
+    ("zb_h1", 3, 5, "one_barrier"): (23.272594, 21.785754),
+    ("v_half", 2, 5, "one_barrier"): (16.440583, 21.90471),
+    ("v_min", 3, 5, "two_barrier"): (22.812635, 22.248921),
+}
+
+
+@pytest.mark.parametrize(("case", "known"), KICKED.items())
+def test_kicks_find_what_they_have_found_or_better(monkeypatch, case, known):
+    monkeypatch.setattr(sys.modules[Refiner.__module__], "_KICK_EFFORT", 0)
+    for seed, seconds in enumerate(known):
+        network, _, orders = woven(*case, seed)
+        refiner = Refiner(network, [1.2 * kept for kept in peaks_of(network, orders)])
+        found = refiner.search(refiner.judge(orders), 180 * refiner.nodes, 0.0)
+        assert found.excess == 0
+        assert found.makespan <= seconds * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb_h1", "v_half"])
