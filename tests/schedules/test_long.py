@@ -115,7 +115,7 @@ def test_a_short_step_fills_the_pipeline_and_lacks_a_multiple_of_four_microbatch
 
 
 @pytest.mark.parametrize(
-    ("p", "algorithm", "cap"), [(2, "one_barrier", 2.0), (3, "none", 2.2), (3, "two_barrier", 3.0)]
+    ("p", "algorithm", "cap"), [(2, "one_barrier", 2.0), (3, "none", 3.0), (3, "two_barrier", 3.0)]
 )
 def test_blocks_to_start_from_fit_with_a_shard_held_and_are_the_shortest_of_their_level(
     p, algorithm, cap
