@@ -496,23 +496,16 @@ def _write_shards(
         if shards[-1] and size > shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
-    names = [
-        f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)
-    ]
-    if len(shards) == 1:
-        names = [_SINGLE]
-    for name, shard in zip(names, shards, strict=True):
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = several if len(shards) > 1 else _SINGLE
         write_tensors(directory / name, shard, islice(tensors, len(shard)))
+        weight_map |= {tensor.name: name for tensor in shard}
     assert next(tensors, None) is None
     if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.num_bytes for tensor in described)},
-            "weight_map": {
-                tensor.name: name
-                for name, shard in zip(names, shards, strict=True)
-                for tensor in shard
-            },
-        }
+        total = sum(tensor.num_bytes for tensor in described)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
