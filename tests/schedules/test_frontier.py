@@ -14,7 +14,7 @@ from schedules.generators import auto
 from schedules.generators.auto import solve
 from schedules.generators.ends import Ends
 from schedules.generators.frontier import caps_of, frontier
-from schedules.generators.refine import Refiner
+from schedules.generators.refine import Refiner, judge
 from schedules.generators.tight import tight_rings
 from schedules.ir import Kind
 from schedules.lower import lower
@@ -119,6 +119,18 @@ def test_a_tight_ring_keeps_its_period_and_caps_and_its_ends_only_improve(
     assert makespans[-1] <= known[1] * CLOSE
     assert found[-1].excess == 0
     check_schedule(network.schedule("found", found[-1].orders), option.problem)
+    # With more microbatches in its middle the step takes so many periods longer, and keeps no more.
+    ends = Ends(Refiner(network, caps, 3), rings[0], period)
+    best, longer = (
+        ends.search(1, 0.0, lambda best: True),
+        replace(network, num_microbatches=4 * p + 3),
+    )
+    extended = ends.extended()
+    check_schedule(
+        longer.schedule("extended", extended), replace(option.problem, num_microbatches=4 * p + 3)
+    )
+    assert best.makespan == pytest.approx(found[1].makespan + 3 * period)
+    assert judge(longer, extended, caps).quality == pytest.approx((0, best.makespan))
 
 
 def test_no_time_of_a_tight_ring_is_infinite_where_a_vocabulary_takes_no_time():
