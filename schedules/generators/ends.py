@@ -40,10 +40,9 @@ class Ends:
             (sum(period < middle - 1 for period in own), sum(period <= middle for period in own))
             for own in periods
         ]
-        # The warm-up is as long as it takes until the first pass behind the cut of some rank.
-        self._mark = next(
-            own[cut] for own, cut in zip(orders, self._cuts, strict=True) if cut < len(own)
-        )
+        # The warm-up lasts until the first pass behind the cut of rank 0, which has the first and
+        # the last stage.
+        self._mark = orders[0][self._cuts[0]]
         self._ring = self._first = self._last = refiner.swept(orders)
 
     def search(self, budget: int, enough: float, goes_on: GoesOn) -> Refined:

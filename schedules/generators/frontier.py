@@ -34,10 +34,8 @@ def caps_of(options: Sequence[Option], most: int) -> list[float]:
     num_ranks, cost = option.problem.layout.num_ranks, option.cost
     unit = cost.microbatch_bytes(num_ranks) / 2
     held = max(cost.shard_bytes, default=0.0)
-    counts = list(range(2, 2 * (num_ranks + 1) + 1))
-    if len(counts) > most:
-        last = len(counts) - 1
-        counts = [counts[round(place * last / (most - 1))] for place in range(most)]
+    steps = min(most - 1, 2 * num_ranks)
+    counts = [2 + round(step * 2 * num_ranks / steps) for step in range(steps + 1)]
     return [count * unit + held for count in counts] + [counts[-1] * unit + 2 * held]
 
 

@@ -530,3 +530,5 @@ def test_a_sliding_window_that_no_layer_has_is_no_reason_to_refuse():
     assert model_of(windowed) == model_of(plain)
     with pytest.raises(ConfigError, match="use_sliding_window"):
         model_of(windowed | {"max_window_layers": layers - 1})
+    mixed = {"layer_types": ["full_attention", "sliding_attention"] * 16, "sliding_window": None}
+    assert model_of(PUBLISHED["mistral_7b"] | mixed).sliding_window is None

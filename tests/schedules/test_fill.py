@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from schedules.check import check_schedule
@@ -148,6 +150,30 @@ def test_a_search_goes_on_as_long_as_its_budget_of_placed_nodes_lasts(name, p, m
         assert asked(refiner.search, count * (turns + effort) - 1, 0.0) <= max(0, count - 1)
         assert asked(refiner.search, count * (turns + effort), 0.0) <= count
         assert asked(refiner.search, count * (turns + 2 * effort), 0.0) >= count
+
+
+# Cases with a seed, and seconds of steps.  A search that finds better ones lowers its figures here.
+KICKED = {
+    ("1f1b", 3, 6, "one_barrier", 1): 31.500387,
+    ("interleaved", 2, 6, "one_barrier", 0): 27.598429,
+    ("interleaved", 2, 6, "one_barrier", 3): 19.929625,
+    ("zb_h1", 3, 5, "one_barrier", 0): 23.272594,
+    ("zb_h1", 3, 5, "one_barrier", 2): 22.032268,
+    ("v_half", 2, 5, "one_barrier", 0): 16.440583,
+    ("v_half", 2, 5, "one_barrier", 1): 21.90471,
+    ("v_half", 3, 4, "none", 0): 16.252065,
+    ("v_min", 3, 5, "two_barrier", 2): 21.66067,
+}
+
+
+@pytest.mark.parametrize(("case", "known"), KICKED.items())
+def test_kicks_find_what_they_have_found_or_better(monkeypatch, case, known):
+    monkeypatch.setattr(sys.modules[Refiner.__module__], "_KICK_EFFORT", 0)
+    network, _, orders = woven(*case)
+    refiner = Refiner(network, [1.2 * kept for kept in peaks_of(network, orders)])
+    found = refiner.search(refiner.judge(orders), 180 * refiner.nodes, 0.0)
+    assert found.excess == 0
+    assert found.makespan <= known * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb_h1", "v_half"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from schedules.generators import auto
 from schedules.generators.auto import solve
 from schedules.generators.ends import Ends
 from schedules.generators.frontier import caps_of, frontier
-from schedules.generators.refine import Refiner
+from schedules.generators.refine import Refiner, judge
 from schedules.generators.tight import tight_rings
 from schedules.ir import Kind
 from schedules.lower import lower
@@ -21,6 +22,20 @@ from schedules.network import Network
 from tests.schedules.test_auto import CLOSE, options_of
 
 SPLIT = ("zb_h1", "v_half", "v_min")
+
+
+@pytest.mark.parametrize("p", [1, 2, 5])
+@pytest.mark.parametrize("most", [2, 3, 6, 11, 40])
+def test_caps_go_in_equal_steps_from_one_microbatch_to_p_and_one_more(p, most):
+    *caps, last = caps_of(options_of(p, 1, names=("zb_v",)), most)
+    held = 0.2
+    halves = [2 * (cap - held) for cap in caps]
+    assert halves == pytest.approx([round(half) for half in halves])
+    assert (halves[0], halves[-1]) == pytest.approx((2, 2 * (p + 1)))
+    assert len(halves) == min(most, 2 * p + 1)
+    gaps = np.diff(halves)
+    assert gaps.max() - gaps.min() < 1 + 1e-9
+    assert last == pytest.approx(caps[-1] + held)
 
 
 @pytest.mark.parametrize(("p", "m", "spread"), [(2, 6, 0.3), (3, 14, 0.1)])
@@ -62,29 +77,34 @@ def test_a_known_solution_is_never_lost(quick_search):
     assert worst.schedule.ranks == tight.schedule.ranks
 
 
+# Every I takes `backward` times as long as its F.  `known`: the rings, and the seconds of the step.
+# A search that finds more of them or better ends changes its figures here.
 @pytest.mark.parametrize(
-    ("p", "algorithm", "slowness", "cap"),
+    ("p", "algorithm", "slowness", "cap", "backward", "known"),
     [
-        (1, "one_barrier", None, 3.0),
-        (3, "one_barrier", None, 2.9),
-        (4, "one_barrier", (1.0, 1.1, 0.8, 1.0), 3.9),
-        (4, "two_barrier", None, 5.0),
-        (3, "none", None, 4.0),
-        (3, "one_barrier", (1.0, 0.0, 1.0), 2.9),
+        (1, "one_barrier", None, 3.0, 1.3, (10, 15.22)),
+        (2, "one_barrier", None, 2.4, 1.2, (1, 30.05)),
+        (3, "one_barrier", None, 2.9, 0.7, (3, 39.52)),
+        (3, "one_barrier", (1.0, 0.8, 1.2), 2.6, 1.4, (2, 57.68)),
+        (3, "one_barrier", (1.0, 0.0, 1.0), 2.9, 1.2, (3, 44.8)),
+        (3, "two_barrier", None, 3.2, 1.3, (3, 46.94)),
+        (3, "none", None, 4.0, 1.4, (6, 58.25)),
     ],
 )
 def test_a_tight_ring_keeps_its_period_and_caps_and_its_ends_only_improve(
-    p, algorithm, slowness, cap
+    p, algorithm, slowness, cap, backward, known
 ):
     (option,) = options_of(p, 4 * p, (algorithm,), slowness=slowness, names=("v_min",))
-    network = Network.of(option.problem, option.cost)
+    seconds = option.cost.pass_seconds
+    slower = {Kind.I: tuple(backward * value for value in seconds[Kind.I])}
+    network = Network.of(option.problem, replace(option.cost, pass_seconds=seconds | slower))
     caps = [cap] * p
     period = max(
         sum(network.seconds[k] for k, lane in enumerate(network.lanes) if lane == busy)
         for busy in range(p)
     )
     rings = list(tight_rings(network, option.problem, caps, period))
-    assert rings, "the cap leaves room"
+    assert len(rings) >= known[0], "the cap leaves room"
     assert not list(tight_rings(network, option.problem, [0.1] * p, period))
     for ring in rings:
         rated = ring.rate()
@@ -96,8 +116,21 @@ def test_a_tight_ring_keeps_its_period_and_caps_and_its_ends_only_improve(
     found = [ends.search(budget, 0.0, lambda best: True) for budget in (0, 1, 1)]
     makespans = [refiner.judge(rings[0].orders()).makespan, *(best.makespan for best in found)]
     assert makespans == pytest.approx(sorted(makespans, reverse=True))
+    assert makespans[-1] <= known[1] * CLOSE
     assert found[-1].excess == 0
     check_schedule(network.schedule("found", found[-1].orders), option.problem)
+    # With more microbatches in its middle the step takes so many periods longer, and keeps no more.
+    ends = Ends(Refiner(network, caps, 3), rings[0], period)
+    best, longer = (
+        ends.search(1, 0.0, lambda best: True),
+        replace(network, num_microbatches=4 * p + 3),
+    )
+    extended = ends.extended()
+    check_schedule(
+        longer.schedule("extended", extended), replace(option.problem, num_microbatches=4 * p + 3)
+    )
+    assert best.makespan == pytest.approx(found[1].makespan + 3 * period)
+    assert judge(longer, extended, caps).quality == pytest.approx((0, best.makespan))
 
 
 def test_no_time_of_a_tight_ring_is_infinite_where_a_vocabulary_takes_no_time():
@@ -110,7 +143,7 @@ def test_no_time_of_a_tight_ring_is_infinite_where_a_vocabulary_takes_no_time():
     network = Network.of(option.problem, cost)
     period = sum(network.seconds[k] for k, lane in enumerate(network.lanes) if lane == 0)
     with np.errstate(all="raise"):
-        for ring in tight_rings(network, option.problem, [4.0] * 2, period):
+        for ring in tight_rings(network, option.problem, [2.5] * 2, period):
             assert ring.rate()[0] == pytest.approx(period)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from schedules.generators import auto, generate
 from schedules.generators.auto import CapError, solve
 from schedules.generators.refine import Refined
 from schedules.generators.steady import Ring
-from schedules.generators.v_shape import Block
+from schedules.generators.v_shape import Block, blocks
 from schedules.lower import lower
 from schedules.network import Network
 from schedules.simulate import simulate
@@ -71,6 +72,80 @@ def test_a_ring_in_which_a_pass_waits_for_one_many_periods_before_has_a_rate():
     work = max(sum(network.seconds[k] for k in word) for word in ring.words)
     assert found[0] >= work / CLOSE
     assert all(network.lanes[earlier] == network.lanes[k] for earlier, k in found[1])
+
+
+@pytest.mark.parametrize("name", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("algorithm", ["none", "one_barrier"])
+def test_a_short_step_promises_the_time_of_the_whole_one(name, algorithm):
+    (option,) = options_of(4, 40, (algorithm,), names=(name,))
+    draft = auto._Entry.of(option, [40.0] * 4, short=True).draft(auto._Watched(None))
+    assert draft.hope == pytest.approx(draft.named().refined.makespan, rel=0.02)
+    narrow = auto._Entry.of(option, [0.9] * 4, short=True)
+    assert narrow.draft(auto._Watched(None)).hope == math.inf, "it promises nothing above a cap"
+
+
+def test_a_whole_step_is_searched_where_it_is_no_long_one_and_its_short_one_fits_and_is_close():
+    (option,), (longer,) = (options_of(2, m, names=("v_min",)) for m in (20, 800))
+
+    def is_worth(makespan, excess=0.0, option=option, *, short=True):
+        entry = auto._Entry.of(option, [9.0] * 2, short=short)
+        refined = Refined([], makespan * entry.bound.seconds, excess)
+        return auto._Found(refined, entry).is_worth_its_length
+
+    assert is_worth(1.0)
+    assert not is_worth(1.0, excess=1.0)
+    assert not is_worth(1.01)
+    assert not is_worth(1.0, option=longer)
+    assert not is_worth(1.0, short=False)
+
+
+@pytest.mark.parametrize("p", [1, 3, 17])
+def test_a_short_step_fills_the_pipeline_and_lacks_a_multiple_of_four_microbatches(p):
+    """So parts of 1, 2 and 4 microbatches can be repeated."""
+    (option,) = options_of(p, 1, names=("1f1b",))
+    least = 3 * p if p <= 16 else 2 * p + 16
+    for m in (1, least, *range(least + 4, least + 9)):
+        longer = replace(option, problem=replace(option.problem, num_microbatches=m))
+        entry = auto._Entry.of(longer, [9.0] * p, short=True)
+        few = entry.short.num_microbatches
+        assert entry.refiner.network.num_microbatches == few == m - entry.refiner.extra
+        assert few == m if m <= least + 4 else least <= few < least + 4
+        assert (m - few) % 4 == 0
+        assert auto._Entry.of(longer, [9.0] * p, short=False).short == longer.problem
+
+
+@pytest.mark.parametrize(
+    ("p", "algorithm", "cap"), [(2, "one_barrier", 2.0), (3, "none", 3.0), (3, "two_barrier", 3.0)]
+)
+def test_blocks_to_start_from_fit_with_a_shard_held_and_are_the_shortest_of_their_level(
+    p, algorithm, cap
+):
+    """A cap may be exceeded by a stage: there may be a way to fill below it."""
+    (option,) = options_of(p, 9, (algorithm,), spread=0.2, names=("v_min",))
+    problem, cost = option.problem, option.cost
+    chosen = auto._blocks(problem, Network.of(problem, cost), [cap] * p)
+    shards = cost.shard_bytes
+    largest = max(*cost.stage_bytes, *shards)
+
+    def level_if_it_fits(block):
+        level = 0
+        for rank, pairs in enumerate(block.in_flight(p)):
+            first, second = (cost.stage_bytes[stage] for stage in problem.layout.stages_of(rank))
+            most = max(ones * first + others * second for ones, others in pairs)
+            if most > (cap - shards[rank] + largest) * CLOSE:
+                return 0
+            level = max(level, *map(sum, pairs))
+        return level
+
+    lengths: dict[int, list[int]] = {}
+    for block in blocks(problem):
+        lengths.setdefault(level_if_it_fits(block), []).append(block.length(p))
+    lengths.pop(0)
+    best = [
+        (level, length) for level in sorted(lengths)[::-1] for length in sorted(lengths[level])[:4]
+    ]
+    assert len(best) > 4
+    assert [(level_if_it_fits(block), block.length(p)) for block in chosen] == best[:12]
 
 
 class Draft(NamedTuple):

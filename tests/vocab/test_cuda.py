@@ -20,11 +20,12 @@ from vp_train.vocab.shard import Shard, split_rows
 
 ROOT = Path(__file__).parents[2]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.mark.skipif(
+with_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton (pip install vp-train[triton])"
 )
+
+
+@with_triton
 def test_the_triton_kernels_are_right_in_the_interpreter_and_few():
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -43,6 +44,73 @@ def test_the_triton_kernels_are_right_in_the_interpreter_and_few():
         assert message == {"_input_term": 1}
         assert t == {"_scale": 1, "addmm_.default": 1, "_subtract_targets": 1}
         assert sum(map(sum, (s.values(), t.values()))) < 8 * num_chunks
+
+
+@with_triton
+def test_warps_are_measured_where_a_kernel_runs_whose_sums_may_differ(monkeypatch):
+    from vp_train.vocab import triton_rows
+
+    monkeypatch.setattr(rows, "has_triton", lambda: True)
+    monkeypatch.setattr(triton_rows, "fastest_warps", lambda *arguments: arguments)
+    shape, gpu, cpu = (64, 4_096), torch.device("cuda"), torch.device("cpu")
+    assert rows.fastest_warps(shape, torch.float16, gpu) == (shape, torch.float16, gpu)
+    assert rows.fastest_warps(shape, torch.float16, cpu) is None
+    assert rows.fastest_warps(shape, torch.float64, gpu) is None
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert rows.fastest_warps(shape, torch.float16, gpu) is None
+
+
+@with_triton
+def test_warps_of_a_row_leave_a_thread_few_values_and_the_usual_number_is_first():
+    from vp_train.vocab.triton_rows import warps_of
+
+    for num_columns in (1, 17, 2_048, 4_096, 8_193, 16_384, 32_768, 65_536):
+        usual, *others = warps_of(num_columns)
+        values = 1 << (num_columns - 1).bit_length()
+        assert values == 32 * 16 * usual or usual == (4 if values < 32 * 16 * 4 else 32)
+        few = [n for n in (usual / 2, usual * 2) if values <= 32 * 64 * n and n <= 32]
+        assert others == few
+
+
+@with_triton
+def test_the_fastest_warps_are_taken_if_they_gain_a_twentieth(monkeypatch):
+    from vp_train.vocab import triton_rows
+
+    now, seen, seconds = [0.0], set(), {}
+
+    class Event:
+        def __init__(self, **_):
+            self.at = 0.0
+
+        def record(self):
+            self.at = now[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def extend(logits, out, running, references, row_of_token, *rest):
+        assert logits.shape == out.shape == (3, 4_096)
+        assert running.shape[1:] == references.shape == row_of_token.shape == (3,)
+        assert out.dtype is torch.bfloat16
+        num_warps = rest[-1]
+        now[0] += seconds[num_warps] + (0.0 if num_warps in seen else 100.0)  # it is compiled
+        seen.add(num_warps)
+
+    monkeypatch.setattr(triton_rows, "extend", extend)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for times, fastest in (
+        ({8: 1.0, 4: 0.94, 16: 0.97}, 4),
+        ({8: 1.0, 4: 0.96, 16: 0.97}, None),
+        ({8: 1.0, 4: 2.0, 16: 0.5}, 16),
+        ({8: 1.0, 4: 2.0, 16: 3.0}, None),
+    ):
+        seconds |= times
+        seen.clear()
+        found = triton_rows.fastest_warps((3, 4_096), torch.bfloat16, torch.device("cpu"))
+        assert found == fastest
 
 
 @on_gpu

@@ -73,6 +73,27 @@ def test_it_holds_the_exponentials_of_the_rows_kept_and_nothing_else(dtype):
         assert step.held_bytes == T * (aligned + H * dtype.itemsize + 4 * 4)
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, T, 3 * T])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("recompute", [0.0, 0.4, 1.0])
+def test_panels_are_all_rows_and_those_not_kept_are_as_wide_as_memory_allows(
+    recompute, keep, num_tokens
+):
+    weight = torch.zeros(101, H, dtype=torch.float64)
+    panels = list(joined.Joined(weight, weight, None, recompute)._panels(num_tokens, keep))
+    assert [row for panel in panels for row in range(panel.start, panel.stop)] == [*range(101)]
+    chunks_of_all = [chunk for panel in panels for chunk in panel.chunks]
+    assert [row for chunk in chunks_of_all for row in range(*chunk)] == [*range(101)]
+    assert max(stop - start for start, stop in chunks_of_all) == 8
+    kept = [panel.start for panel in panels if panel.kept]
+    assert kept == ([round(recompute * 101)] if keep and recompute < 1 else [])
+    scratch = [panel for panel in panels if not panel.kept]
+    for panel in scratch:
+        rows, is_last = panel.stop - panel.start, panel is scratch[-1]
+        assert rows <= max(8, 16 * T / max(1, num_tokens))
+        assert is_last or (rows + 8) * num_tokens > 16 * T
+
+
 def test_evaluation_writes_no_exponentials():
     x, weight, targets, _ = inputs(101)
     (owned,) = Shard(0, 101).owned(targets[None], x.device)

@@ -106,7 +106,7 @@ def import_checkpoint(
     if untied:
         model = replace(model, tied_embeddings=False)
     everything = list(entries(model, names))
-    described = _checked_tensors(source, files, everything, model)
+    described = _checked_tensors(source, files, everything)
     ours = [
         Described(f"parameter:{entry.ours}", entry.shape, described[entry.theirs[0]].dtype)
         for entry in everything
@@ -384,7 +384,7 @@ def _describe(path: Path) -> Mapping[str, Described]:
 
 
 def _checked_tensors(
-    source: Path, files: Mapping[str, Path], everything: Sequence[Entry], model: ModelConfig
+    source: Path, files: Mapping[str, Path], everything: Sequence[Entry]
 ) -> dict[str, Described]:
     """Return a description of every tensor that the entries need, by its Hugging Face name.
 
@@ -406,13 +406,9 @@ def _checked_tensors(
                 f"but {list(shape)} by its config.json"
             )
     # With tied embeddings, the output layer is a copy of the embedding.
-    spare = {OUTPUT} if model.tied_embeddings else set()
+    known = {*wanted, OUTPUT}
     every = dict.fromkeys(name for names in held.values() for name in names)
-    left = [
-        name
-        for name in every
-        if name not in wanted and name not in spare and not name.endswith(_IGNORED)
-    ]
+    left = [name for name in every if name not in known and not name.endswith(_IGNORED)]
     if left:
         raise ConfigError(
             f"{source} has {plain(left[0])}{_and_more(left)}, "
@@ -500,23 +496,16 @@ def _write_shards(
         if shards[-1] and size > shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
-    names = [
-        f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)
-    ]
-    if len(shards) == 1:
-        names = [_SINGLE]
-    for name, shard in zip(names, shards, strict=True):
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = several if len(shards) > 1 else _SINGLE
         write_tensors(directory / name, shard, islice(tensors, len(shard)))
+        weight_map |= {tensor.name: name for tensor in shard}
     assert next(tensors, None) is None
     if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.num_bytes for tensor in described)},
-            "weight_map": {
-                tensor.name: name
-                for name, shard in zip(names, shards, strict=True)
-                for tensor in shard
-            },
-        }
+        total = sum(tensor.num_bytes for tensor in described)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -493,8 +493,7 @@ def _read_mistral(config: Mapping[str, Any]) -> Settings:
     """Read what Mistral and Phi-3 share: a window in every layer, if in any."""
     _activation(config, ("silu",))
     _refuse(config, "attention_bias", False, f"{config['model_type']} has none")
-    types = set(config.get("layer_types") or ())
-    if len(types) > 1 or (config.get("sliding_window") and "full_attention" in types):
+    if config.get("sliding_window") and "full_attention" in (config.get("layer_types") or ()):
         raise ConfigError(
             f"layer_types of {config['model_type']} are not supported: "
             "transformers gives all its layers the same window"

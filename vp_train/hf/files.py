@@ -67,9 +67,6 @@ def copy(source: Path, target: Path, names: Sequence[str]) -> list[str]:
     """Copy those of `names` that are files in `source`, and return their names."""
     found = existing(source, names)
     for name, path in found.items():
-        size = path.stat().st_size
-        if size > _MOST_COPIED:
-            raise ConfigError(f"{path} has {size:,} bytes, which is too many for such a file")
         try:
             content = read_bytes(path, _MOST_COPIED)
         except UnreadableError as error:

@@ -64,10 +64,8 @@ class Entry:
 
     def split(self, ours: Tensor) -> list[Tensor]:
         """Split our tensor into theirs, in the order of `theirs`."""
-        parts = [ours]
-        if len(self.rows) > 1:
-            sizes = [rows // self.groups for rows in self.rows]
-            parts = [part.flatten(0, 1) for part in torch.split(self._grouped(ours), sizes, 1)]
+        sizes = [rows // self.groups for rows in self.rows]
+        parts = [part.flatten(0, 1) for part in torch.split(self._grouped(ours), sizes, 1)]
         if self._stacked:
             parts = [torch.cat(parts)]
         return [self._turned(part).contiguous() for part in parts]
