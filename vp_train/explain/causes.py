@@ -437,7 +437,7 @@ class _Explaining:
             per_row = {i: passes[i] / step.rows[i.stage] for i in items if step.rows[i.stage]}
             usual = fmean(per_row.values())
             passes |= {item: rows[item.stage] * per_row.get(item, usual) for item in items}
-            planned = sum(step.cost.pass_seconds[kind]) / sum(step.rows)
+            planned = sum(step.cost.pass_seconds.get(kind, ())) / sum(step.rows)
             seconds[kind] = tuple(planned * count for count in rows)
         return passes, replace(step.cost, pass_seconds=seconds)
 
