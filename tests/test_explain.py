@@ -258,9 +258,11 @@ def test_every_kind_of_pass_and_message_has_its_mean_beside_the_plan(name, algor
     for span in step.measured.comm:
         spent.setdefault(span.name.partition(".")[0], []).append(span.seconds)
     assert others["hop"].planned == pytest.approx(step.cost.hop_seconds)
+    assert others["hop"].measured is None, "a replay shows none"
     for barrier in others.keys() - {"hop"}:
         assert others[barrier].planned == pytest.approx(step.cost.barrier(barrier))
         assert others[barrier].count == len(spent[barrier])
+        assert others[barrier].measured == pytest.approx(sum(spent[barrier]) / M)
     assert others.keys() - {"hop"} == spent.keys() & barriers
     assert all(row.source == "assumed" for row in others.values())
     unknown = replace(others["hop"], measured=None), replace(others["hop"], planned=0.0)
@@ -954,6 +956,7 @@ def test_a_crafted_file_is_refused_in_one_line(tmp_path, defect, words, vp_expla
     code, out, err = vp_explain(run)
     assert (code, out, err.count("\n")) == (78, "", 1)
     assert words in err
+    assert ("it has no" in err) == words.startswith("it has no")
     assert "\x1b" not in err
 
 
