@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -289,11 +289,8 @@ def _processor(record: Any, order: Sequence[Sequence[Pass]]) -> dict[Pass, float
         return {}
     if [len(_list(row)) for row in record] != [len(row) for row in order]:
         raise ValueError("processor_seconds has not one value for each pass")
-    return {
-        item: _seconds(value)
-        for items, row in zip(order, record, strict=True)
-        for item, value in zip(items, row, strict=True)
-    }
+    passes, values = chain.from_iterable(order), chain.from_iterable(record)
+    return {item: _seconds(value) for item, value in zip(passes, values, strict=True)}
 
 
 def _communications(record: Mapping[str, Any], num_ranks: int) -> list[Span]:
@@ -320,9 +317,10 @@ def intervals(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     starts, ends = (list(map(_seconds, _list(record[key]))) for key in ("starts", "ends"))
     if not len(names) == len(starts) == len(ends):
         raise ValueError(f"{len(names)} names have {len(starts)} starts and {len(ends)} ends")
-    if late := next((n for n, a, b in zip(names, starts, ends, strict=True) if a > b), None):
+    found = list(zip(names, starts, ends, strict=True))
+    if late := next((name for name, start, end in found if start > end), None):
         raise ValueError(f"{shown(late)} ends before it starts")
-    return list(zip(names, starts, ends, strict=True))
+    return found
 
 
 def intervals_of_rank(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
