@@ -875,6 +875,8 @@ MESSAGES = {"starts": [0.0, 0.1], "ends": [0.1, 0.2], "ranks": [0, 3]}
         ),
         (put("vocabulary", value="\x1b[31m"), "not known"),
         (put("measured", value=[]), "not an object"),
+        (put("rows", value={}), "not a list"),
+        (put("schedule", value=3), "3 is not text"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(defect, words):

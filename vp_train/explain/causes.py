@@ -168,7 +168,6 @@ class _Explaining:
     program: Program
     times: Times
     own: Seconds
-    shared: bool
     ranks: tuple[RankTimes, ...] = ()
     replayed: float = 0.0
 
@@ -176,16 +175,18 @@ class _Explaining:
     def of(cls, step: TracedStep) -> _Explaining:
         program = lower(step.schedule, step.problem, step.cost)
         times = times_of(program, step.cost, step.runtime, step.measured)
-        found = _own_seconds(step, times.passes)
-        own = times.passes if found is None else found
-        shared = found is not None
-        made = cls(step, program, times, own, shared)
+        made = cls(step, program, times, _own_seconds(step, times.passes))
         return replace(made, ranks=tuple(made._ranks()), replayed=made.seconds(times))
 
     @property
+    def shared(self) -> bool:
+        """Whether passes had to wait for a processor."""
+        return self.own is not self.times.passes
+
+    @property
     def slowness(self) -> dict[int, float]:
-        """The factors of the pipeline ranks."""
-        return {rank.pipeline_rank: rank.slowness for rank in self.ranks if rank.is_first}
+        """The factors of the pipeline ranks; 1 for one whose passes took no time."""
+        return {rank.pipeline_rank: rank.slowness or 1.0 for rank in self.ranks if rank.is_first}
 
     @property
     def slow(self) -> dict[int, float]:
@@ -397,9 +398,8 @@ class _Explaining:
     def _busy(self) -> list[float]:
         """Return the seconds of passes of each pipeline rank, equally fast ranks assumed."""
         busy = [0.0] * self.step.num_ranks
-        for item, seconds in self.own.items():
-            rank = self.step.problem.rank_of(item)
-            busy[rank] += seconds / (self.slowness[rank] or 1.0)
+        for item, seconds in self._faster(self.own, self.slowness).items():
+            busy[self.step.problem.rank_of(item)] += seconds
         return busy
 
     def _even_rows(self) -> tuple[int, ...] | None:
@@ -597,14 +597,15 @@ def _factors(step: TracedStep, own: Seconds, *, shared: bool) -> dict[int, float
     return {rank: factors.get(rank, middle) / middle for rank in places}
 
 
-def _own_seconds(step: TracedStep, measured: Seconds) -> dict[Pass, float] | None:
+def _own_seconds(step: TracedStep, measured: Seconds) -> Seconds:
     """Return the seconds that every pass spent on a processor, at most those it took.
 
-    It is None if passes were on one nearly all the time, or where that is not known: on a GPU, and
-    with tensor parallelism, where ranks wait for each other inside their passes.
+    They are the measured ones if passes were on one nearly all the time, or where that is not
+    known: on a GPU, and with tensor parallelism, where ranks wait for each other inside their
+    passes.
     """
     if step.device != "cpu" or step.tp > 1 or not step.processor:
-        return None
+        return measured
     own = {item: min(seconds, step.processor[item]) for item, seconds in measured.items()}
     total = sum(measured.values())
-    return own if 0 < sum(own.values()) < _ALONE * total else None
+    return own if 0 < sum(own.values()) < _ALONE * total else measured
