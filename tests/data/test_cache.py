@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 
 from tests.data.cases import VOCAB_SIZE, text_config, write_letters
 from tests.programs import Program, finished
-from vp_train.config import ConfigError
+from vp_train.config import BlendEntry, ConfigError
 from vp_train.data import Corpus, corpus, describe, prepare
 from vp_train.data.tokenizer import END_OF_TEXT, train_tokenizer
 
@@ -80,6 +81,27 @@ def test_text_that_is_cut_elsewhere_is_another_corpus(
     monkeypatch.setattr(corpus, name, 50)
     second = prepare(text_config(letters), VOCAB_SIZE, progress=False)
     assert second.manifest.content_hash != first.manifest.content_hash
+
+
+def test_a_tokenizer_is_trained_on_as_much_text_of_every_corpus(
+    letters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two corpora gives documents of 60 characters until it has more than its half."""
+    seen: list[int] = []
+
+    def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+        texts = list(texts)
+        seen.append(sum(map(len, texts)))
+        return train_tokenizer(texts, vocab_size)
+
+    monkeypatch.setattr(corpus, "train_tokenizer", train)
+    write_letters(letters / "other", [60] * 6)
+    blend = tuple(BlendEntry(path=str(letters / name)) for name in ("text", "other"))
+    config = text_config(letters, name="blend", path=None, blend=blend)
+    for limit, documents in ((240, 3), (238, 2), (100_000, 6)):
+        monkeypatch.setattr(corpus, "_TRAINING_CHARACTERS", limit)
+        corpus.prepare_all(config, VOCAB_SIZE, progress=False)
+        assert seen[-1] == 2 * 60 * documents
 
 
 def test_corpus_is_named_by_contents_and_settings(letters: Path) -> None:

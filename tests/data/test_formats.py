@@ -136,6 +136,10 @@ KINDS = {"arrow": stream, "parquet": parquet}
 TWICE = pyarrow.table([["x"], ["y"]], names=["text", "text"])
 
 
+def int64(value: int) -> bytes:
+    return value.to_bytes(8, "little")
+
+
 def named(indices: list[int | None], words: list[str | None]) -> Any:
     """Return a table whose texts are `words` by number."""
     of = pyarrow.DictionaryArray.from_arrays
@@ -176,6 +180,11 @@ def test_a_dictionary_has_no_text_for_a_null(tmp_path: Path) -> None:
             "a.arrow",
             stream(named([2], ["x"])),
             "after row 0 .*in a dictionary of 1",
+        ),
+        (
+            "a.arrow",
+            stream_at_once(named([0] * 1_001, ["x"])).replace(*map(int64, (1_001, 1 << 16))),
+            "after row 0 .*too small",
         ),
         *((f"a.{kind}", made(TWICE), "has several columns 'text'") for kind, made in KINDS.items()),
     ],

@@ -147,7 +147,9 @@ def test_where_documents_are_too_few_the_end_of_the_text_is_validated(
 
 def test_documents_that_are_enough_stay_whole(letters: RunConfig, tmp_path: Path) -> None:
     prefix = prepare(letters.data, VOCAB_SIZE, progress=False).prefix
-    assert "validation" not in open_source(letters).description
+    described = open_source(letters).description
+    assert "validation" not in described
+    assert "%" not in described, "one corpus is all of the text"
     for fraction, length in ((0.2, 8), (0.0, 8), (0.2, 2000)):
         whole = split_documents(prefix, fraction, 1)
         for share, expected in zip(hold_out(prefix, fraction, 1, length), whole, strict=True):
@@ -322,9 +324,12 @@ def test_data_too_short_for_one_sample_is_an_error(letters: RunConfig) -> None:
     num_tokens = prepare(letters.data, VOCAB_SIZE, progress=False).manifest.num_tokens
     with pytest.raises(
         ConfigError,
-        match=rf"training gets \d+ of 20 documents .* too short for one sample of {num_tokens:,}",
+        match=rf"training gets \d+ of 20 documents .* too short for one sample of {num_tokens:,}; "
+        "give more text, lower model.seq_length",
     ):
         open_source(run_config(letters.data, seq_length=num_tokens - 1))
+    with pytest.raises(ConfigError, match=r"too short for .* lower data\.sample_length"):
+        open_source(run_config(replace(letters.data, sample_length=num_tokens)))
     with pytest.raises(
         ConfigError,
         match=r"validation gets 4 of 20 documents .* change data.validation_fraction=0.2",

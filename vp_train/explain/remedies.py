@@ -185,15 +185,15 @@ def larger_microbatches(config: RunConfig, plan: StepPlan) -> str | None:
 
     It is None where no such step can be planned.
     """
-    number, size = config.num_microbatches, config.micro_batch_size
-    if number % 2 or config.batch_ramp:
+    if config.num_microbatches % 2 or config.batch_ramp:
         return None
+    number, size = config.num_microbatches // 2, 2 * config.micro_batch_size
     try:
-        larger = replace(config, num_microbatches=number // 2, micro_batch_size=2 * size)
+        larger = replace(config, num_microbatches=number, micro_batch_size=size)
         plan_step(larger, plan.degrees.num_ranks)
     except ConfigError:
         return None
-    return f"num_microbatches={number // 2} micro_batch_size={2 * size}"
+    return f"num_microbatches={number} micro_batch_size={size}"
 
 
 def _simulated(config: RunConfig, num_ranks: int) -> Alternative | None:
