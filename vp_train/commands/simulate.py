@@ -342,6 +342,7 @@ def _names(option: str, words: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _write(directory: Path, name: str, text: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / name).write_text(text)
 
 
