@@ -52,6 +52,7 @@ from vp_train.planning.weigh import (
     Scales,
     TooLargeError,
     Weight,
+    check_hosts,
     unsimulated,
 )
 
@@ -484,7 +485,7 @@ class _Search:
             except ConfigError:
                 continue
             is_faster = weight.seconds < first_of[choice.splits_vocabulary]
-            if is_faster and weight.needs <= self._scales.limit:
+            if is_faster and weight.seems_to_fit:
                 self._put(queue, len(self._choices), weight)
                 self._choices.append(choice)
                 self._items.append(None)
@@ -615,9 +616,10 @@ class _Search:
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
                 continue
-            known, on_hosts = self._cluster.host_memory_gib, self._host_bytes(step, optim)
-            if known is not None and on_hosts > known * _GIB:
-                refusal = refusal or HostMemoryError(on_hosts, known)
+            try:
+                self._check_hosts(step, optim)
+            except HostMemoryError as error:
+                refusal = refusal or error
                 continue
             seconds = passes + self._scales.after(step, optim)
             found.append(Estimate(candidate, optim, seconds, needs))
@@ -626,12 +628,11 @@ class _Search:
             raise refusal
         return min(found, key=lambda estimate: estimate.seconds)
 
-    def _host_bytes(self, step: StepPlan, optim: OptimConfig) -> float:
-        """Return what the ranks of a node keep in its memory, where that is known."""
-        known, per_node = self._cluster.host_memory_gib, self._cluster.gpus_per_node
-        if known is None or not (optim.offload or step.cost.offload_bytes):
-            return 0.0
-        return most_host_bytes(step, optim, per_node).total
+    def _check_hosts(self, step: StepPlan, optim: OptimConfig) -> None:
+        """Raise HostMemoryError if a step keeps more in host memory than there is."""
+        if optim.offload or step.cost.offload_bytes:
+            found = most_host_bytes(step, optim, self._cluster.gpus_per_node)
+            check_hosts(found.total, self._cluster)
 
     def _plan(self) -> None:
         """Plan the best estimates, as far as the effort suffices."""
@@ -665,19 +666,17 @@ class _Search:
         step = draft.with_named(choice.schedule)
         cost = self._scales.cost_of(choice)
         report = report_of(step, self._cluster, estimate.optim, cost=cost)
-        known = self._cluster.host_memory_gib
-        if known is not None and report.host_excess > 0:
-            error: ConfigError = HostMemoryError(report.host_excess + known * _GIB, known)
+        needs = report.ranks[report.worst].memory.total
+        try:
+            check_hosts(report.host.total, self._cluster)
+            if needs > self._scales.limit:
+                raise TooLargeError(needs, self._scales.limit, SIMULATED, report.worst)
+        except ConfigError as error:
             self._refuse(choice, error, estimate.seconds)
             self._estimates = [other for other in self._estimates if other is not estimate]
-        elif report.excess + self._cluster.memory_gib * _GIB <= self._scales.limit:
+        else:
             chosen = replace(choice, optimizer=estimate.optim)
             self._planned[choice] = Found(chosen, report)
-        else:
-            needs = report.ranks[report.worst].memory.total
-            error = TooLargeError(needs, self._scales.limit, SIMULATED, report.worst)
-            self._refuse(choice, error, estimate.seconds)
-            self._estimates = [other for other in self._estimates if other is not estimate]
 
     def _words(self) -> str:
         best = min((e.seconds for e in self._estimates), default=None)
