@@ -47,8 +47,8 @@ _MOST_RANKS = 16  # of which the memory is looked at one by one
 class Weight:
     """The least seconds of a choice's step, and about the bytes of its worst rank.
 
-    `optimizer` is the fastest that may fit.  `seems_to_fit` says whether about these bytes do, and
-    what goes to the hosts.
+    `optimizer` is the fastest that may fit.  `seems_to_fit` says whether with one of them about
+    these bytes fit, and what goes to the hosts.
     """
 
     seconds: float
@@ -323,15 +323,21 @@ class Scales:
         if least_state > self.limit:
             raise TooLargeError(least_state, self.limit, STATE)
         kept, expected = self._kept_bytes(choice, split, placed)
-        fitting = [optim for state, optim in states if state + kept <= self.limit]
+        fitting = [(state, optim) for state, optim in states if state + kept <= self.limit]
         if not fitting:
             raise TooLargeError(least_state + kept, self.limit, LEANEST)
         # An optimizer in host memory, of which every node has an equal part at best.
-        if all(optim.offload for optim in fitting):
+        if all(optim.offload for _, optim in fitting):
             check_hosts(split.host_state, self._config.cluster)
-        on_host = split.host_state <= self._host_limit
-        fitting = [optim for optim in fitting if on_host or not optim.offload]
-        after = [self._after_of(split.work, optim, parameters) for optim in fitting]
+        if split.host_state > self._host_limit:
+            fitting = [(state, optim) for state, optim in fitting if not optim.offload]
+        moved = self._moved_bytes(choice, split, placed)
+        seems_to_fit = any(
+            state + expected <= self.limit
+            and moved + split.host_state * optim.offload <= self._host_limit
+            for state, optim in fitting
+        )
+        after = [self._after_of(split.work, optim, parameters) for _, optim in fitting]
         # Time of the passes.  A rank waits for the first stages to fill the pipeline, and what it
         # sends back drains through them.  Meanwhile it may run W and T, which nobody waits for.
         forward, backward, sent_back = split.layer(
@@ -351,11 +357,8 @@ class Scales:
                 fill + count * (layers * (forward + sent_back) + s) + drain,
             )
         fastest = min(range(len(after)), key=after.__getitem__)
-        needs, hosted = least_state + expected, self._moved_bytes(choice, split, placed)
-        if all(optim.offload for optim in fitting):
-            hosted += split.host_state
-        seems_to_fit = needs <= self.limit and hosted <= self._host_limit
-        return Weight(bound + after[fastest], needs, fitting[fastest], seems_to_fit)
+        _, optim = fitting[fastest]
+        return Weight(bound + after[fastest], least_state + expected, optim, seems_to_fit)
 
     def _moved_bytes(self, choice: Choice, split: _Split, placed: _Placed) -> float:
         """Return about the bytes of activations that the host of a node keeps at most."""
