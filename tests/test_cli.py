@@ -67,6 +67,8 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ("vocab=one_barier", "vocab=one_barier is not known (did you mean one_barrier?); choose"),
         ("model=smal", "model=smal is not known (did you mean small?); choose one of gemma2_9b"),
         ("optim.name=zero", "optim.name='zero' is not known (did you mean zero1?); choose one of"),
+        ("optim.name=wsd", "choose one of adamw, zero1; did you mean optim=wsd?"),
+        ("model.name=gpt_4b", "model.name is not a setting; did you mean model=gpt_4b?"),
         ("data=text", "data.name=text needs data.path"),
         ("optim.beta1=1.5", "optim.beta1=1.5 is out of range"),
         (

@@ -244,6 +244,12 @@ def test_a_directory_that_cannot_be_written_is_known_before_the_work(vp_simulate
         assert len(err.splitlines()) == 1
 
 
+def test_a_refusal_leaves_no_directory(vp_simulate, tmp_path):
+    code, _, _ = vp_simulate("--out", tmp_path / "a" / "b", "--compare", "x")
+    assert code == 78
+    assert not list(tmp_path.iterdir())
+
+
 def test_out_writes_files_that_can_be_read(vp_simulate, tmp_path):
     code, out, _ = vp_simulate("--out", tmp_path / "a" / "b", *UNIT)
     assert code == 0

@@ -119,14 +119,15 @@ def replace(path: Path, text: str) -> None:
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write the text file that a user has named.  Raises OSError.
+    """Write the text file that a user has named, and make the directories above it.
 
     It is the old one or the new one at any moment.  Only what is there and no regular file, such as
-    /dev/stdout, is written to as it is.
+    /dev/stdout, is written to as it is.  Raises OSError.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         path.write_text(text, encoding="utf-8")
     else:
+        path.parent.mkdir(parents=True, exist_ok=True)
         replace(path, text)
 
 

@@ -380,6 +380,13 @@ def _composed(primary: str, overrides: Sequence[str]) -> RunConfig:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from None
+    except ConfigError as error:
+        for word in overrides:
+            name, _, value = word.partition("=")
+            meant = _choice_of_group(word)
+            if meant is not None and str(error).startswith(f"{name}={value!r} is not known"):
+                raise ConfigError(f"{error}; did you mean {meant}?") from None
+        raise
     assert isinstance(config, RunConfig)
     return config
 
@@ -1009,7 +1016,8 @@ def _bad_override(error: BaseException, overrides: Sequence[str]) -> str:
         return f"{word}: one value is needed; {way_out}"
     if first.startswith("Could not override"):
         key = first.split("'")[1]
-        close = close_names(key)
+        meant = (_choice_of_group(word) for word in overrides if word.startswith(f"{key}="))
+        close = [*filter(None, meant)][:1] or close_names(key)
         section = key.partition(".")[0]
         where = f" {section} for those of {section}" if section in sections() else " for all keys"
         hint = f"did you mean {' or '.join(close)}?" if close else f"see vp-train --help{where}"
@@ -1018,6 +1026,13 @@ def _bad_override(error: BaseException, overrides: Sequence[str]) -> str:
     if (words := _wrong_type(word)) is not None:
         return words
     return word + reason
+
+
+def _choice_of_group(word: str) -> str | None:
+    """Return `optim=wsd` for `optim.name=wsd`: the choice of a group that a setting was given."""
+    name, _, value = word.partition("=")
+    group, dot, _ = name.partition(".")
+    return f"{group}={value}" if dot and value in group_choices().get(group, ()) else None
 
 
 def _one_value(word: str) -> str:

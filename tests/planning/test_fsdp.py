@@ -167,7 +167,7 @@ def test_a_rank_has_the_bytes_of_its_part_and_of_what_is_whole_for_a_while():
             )
             for kind in ("none", recompute)
         )
-        chunk = min(rows, 32_768, max(2_048, 32 * MIB // (precise * tokens)))
+        chunk = min(rows, 32_768, max(2_048, 128 * MIB // (precise * tokens)))
         head = tokens * (item * rows + precise * (chunk + 2 * model.hidden_size))
         wide = 4 if model.activation == "swiglu" else 1
         layer = item * tokens * (wide * model.ffn_hidden_size + 2 * model.hidden_size)

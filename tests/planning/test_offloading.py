@@ -11,8 +11,9 @@ from vp_train.commands.plan import plan_lines, remedies, search_lines
 from vp_train.config import ConfigError, OptimConfig
 from vp_train.model.shape import num_parameters
 from vp_train.optim.adamw import learning_rate
-from vp_train.planning.choice import Kept, offloading, space_of
+from vp_train.planning.choice import Choice, Kept, offloading, space_of
 from vp_train.planning.cluster import host_bytes_per_second
+from vp_train.planning.degrees import Degrees
 from vp_train.planning.memory import (
     HostUsage,
     check_host,
@@ -25,6 +26,7 @@ from vp_train.planning.placement import nothing_offloaded_words, offloaded_layer
 from vp_train.planning.plan import plan_step
 from vp_train.planning.report import make_report
 from vp_train.planning.search import Limits, search
+from vp_train.planning.weigh import Scales
 from vp_train.settings import load_config
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES
 from vp_train.units import human_bytes
@@ -171,16 +173,23 @@ def test_a_search_does_not_offload_more_than_hosts_have():
         result = search(config, Limits(top=1), lambda: True, str, space)
         assert bool(result.best) is fits
         assert any("host_memory_gib" in words for words in result.excluded) is not fits
-        if not fits:
+        state = 18 * num_parameters(config.model) / GIB
+        lines = "\n".join(search_lines(config, Limits(), result))
+        if fits:
+            need = f"up to {result.best[0].report.host.total / GIB:.0f} GiB per node"
+            assert f"host memory: {need} of cluster.host_memory_gib=600; set it to" in lines
+            assert "SPENT" not in lines
+        else:
             assert result.num_estimated == result.num_open == 0, "arithmetic says so"
-            lines = "\n".join(search_lines(config, Limits(), result))
-            state = 18 * num_parameters(config.model) / GIB
             words = (
                 f"needs {state:.2f} GiB of host memory per node, {state - 500:.2f} GiB more than"
             )
             assert words in lines
             assert "would help: GPUs" not in lines
             assert "would help: cluster.num_nodes=2, where dp=2 x pp=8" in lines
+        ended = replace(result, num_open=1, ended="effort")
+        begin = "THE EFFORT IS SPENT with 1 choice left that might be faster; raise --effort"
+        assert search_lines(config, Limits(), ended)[0].startswith(begin)
 
 
 def test_a_report_counts_bytes_of_device_and_host():
@@ -324,3 +333,35 @@ def test_a_stored_schedule_keeps_its_reloads_and_needs_the_setting(tmp_path):
     assert again.schedule.offloads == fewer.offloads
     with pytest.raises(ConfigError, match=r"offloads none of its layers; set parallel\.offload"):
         planned(stored)
+
+
+@pytest.mark.parametrize("offloads_state", [False, True])
+def test_what_seems_to_fit_counts_what_goes_to_the_fullest_host(offloads_state):
+    """On nodes of two GPUs: the first ranks keep most microbatches."""
+    config, step = planned("parallel.offload_activations=0.5")
+    optim = replace(config.optim, name="zero1", offload=offloads_state)
+    choice = Choice(Degrees(1, 8, 1), 1, 12, "1f1b", "one_barrier", "none", offload=0.5)
+    needed = most_host_bytes(step, optim, 2)
+    assert (needed.optimizer > 0) is offloads_state
+    for part, fits in ((1.1, True), (0.9, False)):
+        cluster = replace(config.cluster, gpus_per_node=2, num_nodes=4)
+        cluster = replace(cluster, host_memory_gib=part * needed.total / GIB)
+        scales = Scales(replace(config, cluster=cluster), 75 * GIB, (optim,))
+        assert scales.weigh(choice).seems_to_fit is fits
+        assert scales.weigh(replace(choice, offload=0.0)).seems_to_fit, "without activations"
+
+
+def test_offloading_that_hosts_cannot_hold_costs_no_plan_that_needs_none():
+    """With as little effort as a search has for a large cluster; such a plan was once lost."""
+    words = ["model=llama3_70b", "cluster=h100_80g_node", "cluster.num_nodes=8"]
+    words += ["parallel.tp=4", "parallel.sequence_parallel=true", "vocab=none"]
+    config = load_config([*words, "num_microbatches=32", "cluster.host_memory_gib=200"])
+    names = ("micro_batch_size", "parallel.tp", "parallel.sequence_parallel", "vocab")
+    space = space_of(config, Kept.of(config, names))
+    (first,) = search(config, Limits(1, effort=80_000), lambda: True, str, space).best
+    plain = ["num_microbatches=8", "parallel.pp=4", "schedule=interleaved", "schedule.num_chunks=5"]
+    plain += ["parallel.dp=4", "optim.name=zero1", "parallel.recompute=selective"]
+    known = make_report(load_config([*words, *plain]))
+    assert known.fits
+    assert known.host.total == 0
+    assert first.report.step_seconds <= known.step_seconds

@@ -61,7 +61,7 @@ class Facts:
     optimizers: tuple = (ADAMW,)
     after: dict[str, float] = field(default_factory=dict)
     host: float = 0.0
-    host_excess: float = 0.0
+    planned_host: float = 0.0
     leanest: float = 0.0
     fails: dict[str, Exception] = field(default_factory=dict)
 
@@ -116,7 +116,7 @@ class World:
         facts = self.note("weigh", choice)
         if "weigh" in facts.fails:
             raise facts.fails["weigh"]
-        return Weighed(facts.bound, facts.least)
+        return Weighed(facts.bound, facts.least, seems_to_fit=facts.least <= self.limit)
 
     def draft(self, choice):
         facts = self.note("draft", choice)
@@ -159,8 +159,7 @@ class World:
             step_seconds=facts.seconds,
             ranks=(SimpleNamespace(memory=SimpleNamespace(total=0.0)), rank),
             worst=1,
-            excess=facts.memory - cluster.memory_gib * GIB,
-            host_excess=facts.host_excess,
+            host=SimpleNamespace(total=facts.planned_host),
         )
 
     def host_bytes(self, step, optim, per_node):
@@ -811,7 +810,7 @@ def test_hosts_are_asked_only_where_something_is_kept_there_and_their_memory_is_
         found = run(world, config=config)
         assert bool(found.best) is fits, (gib, choice, optim)
     for excess, fits in ((0.0, True), (1.0, False)):
-        world = World([Facts(1.0, 4.0, host_excess=excess), Facts(5.0, 5.0)])
+        world = World([Facts(1.0, 4.0, planned_host=3.0 * GIB + excess), Facts(5.0, 5.0)])
         enter(world)
         found = run(
             world, config=replace(config, cluster=replace(config.cluster, host_memory_gib=3))
@@ -821,6 +820,7 @@ def test_hosts_are_asked_only_where_something_is_kept_there_and_their_memory_is_
             (refusal,) = found.refused
             words = "cluster.host_memory_gib=3, which too much is offloaded for"
             assert (refusal.reason, refusal.bound, refusal.needs) == (words, 4.0, None)
+            assert refusal.host_needs == 3.0 * GIB + 1
             assert found.excluded == {words: 1}
             assert not found.estimated
 

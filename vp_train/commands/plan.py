@@ -465,11 +465,11 @@ def search_lines(
             for estimate in result.estimated
         ]
         lines += [f"the first: {first.choice.overrides(config)}", f"binds: {first.report.binds}"]
-        lines += _unchecked_lines(result.best)
+        lines += _host_memory_lines(result.best)
         lines += [*_vocabulary_lines(config, result), ""]
     excluded = sum(result.excluded.values())
     counted = (
-        f"{result.num_choices:,} choices, {excluded:,} ruled out, "
+        f"{_choices(result.num_choices)}, {excluded:,} ruled out, "
         f"{result.num_estimated:,} simulated, {result.num_planned} planned"
     )
     is_whole = result.best and not result.num_open
@@ -483,7 +483,7 @@ def search_lines(
 def _unfinished_lines(result: Result, *, is_stopped: bool) -> list[str]:
     """Return what ended a search before all that might be faster was looked at, and a blank line.
 
-    They come first, so that nobody takes a plan for the best there is.
+    They come first, so that nobody takes a plan for the best there is, nor an estimate for a plan.
     """
     if not result.num_open:
         return []
@@ -493,7 +493,16 @@ def _unfinished_lines(result: Result, *, is_stopped: bool) -> list[str]:
     }[result.ended]
     if is_stopped:
         why, way_out = "STOPPED", ""
-    return [f"{why}: {result.num_open:,} choices that might be faster are left{way_out}", ""]
+    left = f"{_choices(result.num_open)} left that might be faster"
+    if result.estimated:
+        best = len(result.best) + len(result.estimated)
+        left += f", and {len(result.estimated)} of the best {best} not planned whole"
+    return [f"{why} with {left}{way_out}", ""]
+
+
+def _choices(count: int) -> str:
+    """Return a number of choices in words."""
+    return f"{count:,} choice{'s' * (count != 1)}"
 
 
 def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
@@ -506,7 +515,7 @@ def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
     kind = f"{'without' if splits else 'with'} vocabulary parallelism"
     if other is None:
         left = result.num_unseen[not splits]
-        found = f"not searched to the end, {left:,} choices are left" if left else "nothing fits"
+        found = f"not searched to the end, {_choices(left)} left" if left else "nothing fits"
         return [f"{kind}: {found}"]
     compared = _compared(other, first.report.step_seconds)
     optimizer = other.choice.optimizer
@@ -516,15 +525,16 @@ def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
     return [f"{kind}: {compared}: {other.choice.overrides(config)}"]
 
 
-def _unchecked_lines(best: Sequence[Found]) -> list[str]:
-    """Return a line that says how much host memory plans need where that was not checked."""
+def _host_memory_lines(best: Sequence[Found]) -> list[str]:
+    """Return a line with the host memory that plans need at most, and what it was checked with."""
     most = max(found.report.host.total for found in best)
-    if not most or best[0].report.cluster.host_memory_gib is not None:
+    known = best[0].report.cluster.host_memory_gib
+    if not most:
         return []
-    return [
-        f"host memory is not checked: up to {most / _GIB:,.0f} GiB per node; set "
-        "cluster.host_memory_gib to what there is"
-    ]
+    need = f"up to {most / _GIB:,.0f} GiB per node"
+    if known is None:
+        return [f"host memory is not checked: {need}; set cluster.host_memory_gib to what there is"]
+    return [f"host memory: {need} of cluster.host_memory_gib={known:g}; set it to what there is"]
 
 
 def _best_table(best: Sequence[Found]) -> list[str]:
@@ -584,7 +594,7 @@ def _excluded_lines(result: Result) -> list[str]:
     if not counted:
         return []
     shown = [
-        f"{words}: {count:,} choices ({count / result.num_choices:.0%})"
+        f"{words}: {_choices(count)} ({count / result.num_choices:.0%})"
         for words, count in counted[: 1 + _SHOWN_REFUSALS]
     ]
     return [f"ruled out most: {shown[0]}", *(f"then: {words}" for words in shown[1:])]

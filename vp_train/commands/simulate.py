@@ -293,7 +293,8 @@ def draw_frontier(
     taken = duration(time.perf_counter() - started)
     print(f"\nsearched in {taken}", flush=True)
     if searching.is_stopped:
-        print("the search was stopped: the caps that follow were not searched", flush=True)
+        left_out = "further caps and algorithms, and the named schedules, are left out"
+        print(f"the search was stopped: {left_out}", flush=True)
     if directory is not None and not found:
         print(f"no schedule was found, so nothing is written to {directory}", flush=True)
     elif directory is not None:
@@ -342,6 +343,7 @@ def _names(option: str, words: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _write(directory: Path, name: str, text: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / name).write_text(text)
 
 

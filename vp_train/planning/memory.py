@@ -15,6 +15,7 @@ from schedules.transfers import HostBytes
 from schedules.vocab import End
 from vp_train.config import ConfigError, OptimConfig
 from vp_train.model import shape
+from vp_train.planning.degrees import Degrees
 from vp_train.planning.plan import StepPlan
 from vp_train.planning.workload import Workload
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES
@@ -172,9 +173,15 @@ def host_optimizer_bytes(work: Workload, parameters: int) -> int:
 
 def most_host_bytes(step: StepPlan, optim: OptimConfig, ranks_per_node: int) -> HostUsage:
     """Return what the ranks of a node keep in its memory, on the node where that is most."""
-    gpus = range(step.degrees.num_ranks)
-    nodes = [gpus[first : first + ranks_per_node] for first in gpus[::ranks_per_node]]
+    nodes = nodes_of(step.degrees, ranks_per_node)
     return max(_of_nodes(step, optim, nodes), key=lambda found: found.total)
+
+
+def nodes_of(degrees: Degrees, ranks_per_node: int) -> list[range]:
+    """Return the ranks of the run on each node; nodes of the same pipeline ranks are one."""
+    period = math.lcm(degrees.pp * degrees.tp, ranks_per_node)
+    ranks = range(min(degrees.num_ranks, period))
+    return [ranks[first : first + ranks_per_node] for first in ranks[::ranks_per_node]]
 
 
 def _of_nodes(step: StepPlan, optim: OptimConfig, nodes: Sequence[range]) -> Iterator[HostUsage]:

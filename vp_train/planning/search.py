@@ -19,7 +19,7 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from schedules.generators import generate
 from schedules.offload import place_transfers
@@ -52,6 +52,7 @@ from vp_train.planning.weigh import (
     Scales,
     TooLargeError,
     Weight,
+    check_hosts,
     unsimulated,
 )
 
@@ -205,6 +206,44 @@ def search(
     return _Search(config, limits, in_time, progress, space).run()
 
 
+@dataclass(slots=True)
+class _Queue:
+    """The numbers of the choices that are left to look at.
+
+    by_bound, by_bytes: heaps of them by the lower bound of their step in seconds, and by their
+        least bytes.
+    drafted: those that were drafted since something fits.
+    next_drafts: how many of these there are when one is estimated, see `_Search._estimate`.
+    doubtful: those that wait until all others were estimated.
+    passed_over: those that the best of that time were faster than.
+    """
+
+    by_bound: list[tuple[float, int]] = field(default_factory=list)
+    by_bytes: list[tuple[float, int]] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    next_drafts: int = _FIRST_DRAFTS
+    doubtful: list[int] = field(default_factory=list)
+    passed_over: list[int] = field(default_factory=list)
+
+    def put(self, number: int, seconds: float, num_bytes: float) -> None:
+        heapq.heappush(self.by_bound, (seconds, number))
+        heapq.heappush(self.by_bytes, (num_bytes, number))
+
+    def add(self, other: _Queue) -> None:
+        """Add what another queue has left."""
+        self.by_bound = sorted(self.by_bound + other.by_bound)
+        self.by_bytes = sorted(self.by_bytes + other.by_bytes)
+        self.drafted += other.drafted
+        self.next_drafts = 2 * max(_FIRST_DRAFTS, len(self.drafted))
+        self.doubtful += other.doubtful
+        self.passed_over += other.passed_over
+
+    @property
+    def numbers(self) -> set[int]:
+        """All of them, and some that were estimated since."""
+        return {number for _, number in self.by_bound}.union(self.doubtful, self.passed_over)
+
+
 class _Search:
     """One search: what is left to look at, what was found, and the effort that was spent."""
 
@@ -220,19 +259,13 @@ class _Search:
         self._in_time, self._progress = in_time, progress
         self._scales = Scales(config, limit_of(config, limits.margin), space.optimizers)
         self._spent = self._num_estimated = self._num_same = 0
-        self._num_layers, self._top = config.model.num_layers, limits.top
-        self._offloads = False  # activations, once other choices were estimated
-        self._enough = 0.0  # effort, for estimates with offloaded activations
-        self._next_drafts = _FIRST_DRAFTS
+        self._num_layers = config.model.num_layers
+        self._enough = 0.0  # effort for estimates once something fits
         self._is_on_gpus = config.run.device == "cuda"
-        # Heaps of what is left: by the lower bound of the step, and by the least bytes.
-        self._by_bound: list[tuple[float, int]] = []
-        self._by_bytes: list[tuple[float, int]] = []
-        self._doubtful: list[int] = []
+        self._queue = _Queue()
         self._unweighed: list[int] = []
-        self._drafted: list[int] = []
-        self._passed_over: list[int] = []  # which the best of that time were faster than
-        # By number of the choice: the lower bound of its step, and what was drafted.
+        # By number of the choice: itself, the lower bound of its step, and what was drafted.
+        self._choices = list(space.choices)
         self._bounds: dict[int, float] = {}
         self._items: list[Candidate | None] = [None] * len(space.choices)
         self._factors: dict[tuple[object, ...], float] = {}  # of estimates above bounds
@@ -244,14 +277,17 @@ class _Search:
         self._planned: dict[Choice, Found] = {}
 
     def run(self, *, plans: bool = True) -> Result:
-        self._offloads = self._is_on_gpus and plans
+        offloads = self._is_on_gpus and plans
+        part = _BEFORE_OFFLOADING if offloads else _FOR_ESTIMATES
+        self._enough = part * self._limits.effort
         self._weigh()
         while True:
             before = self._num_estimated, len(self._estimates)
-            self._estimate()
-            if self._offloads and self._in_time():
+            self._estimate(self._queue, self._limits.top)
+            if offloads and self._in_time():
                 self._offload_instead()
-                self._estimate()
+                self._estimate(self._queue, self._limits.top)
+                offloads = False
             self._estimate_other_kind()
             if plans:
                 self._plan()
@@ -261,13 +297,12 @@ class _Search:
         best = sorted(self._planned.values(), key=_order)
         top = tuple(best[: self._limits.top])
         last = top[-1].report.step_seconds if len(top) == self._limits.top else float("inf")
-        left = {number for _, number in self._by_bound}.union(self._doubtful, self._passed_over)
+        left = self._queue.numbers - self._done
         unplanned = [
             estimate
             for estimate in self._estimates
             if estimate.candidate.choice not in self._planned
         ]
-        left -= self._done
         num_open = len(self._unweighed) + sum(self._key(number) < last for number in left)
         num_open += sum(estimate.seconds * (1 - _SLACK) < last for estimate in unplanned)
         refused = sorted(self._refused, key=lambda refusal: refusal.bound)
@@ -279,15 +314,12 @@ class _Search:
             leanest=self._closest(),
             refused=tuple(refused[:_KEPT_REFUSALS]),
             excluded=+self._excluded,  # without those that ruled out nothing
-            num_choices=len(self._space.choices)
-            + sum(self._space.excluded.values())
-            - self._num_same,
+            num_choices=len(self._choices) + sum(self._space.excluded.values()) - self._num_same,
             num_estimated=self._num_estimated,
             num_planned=len(self._planned),
             num_open=num_open,
             num_unseen=Counter(
-                self._space.choices[number].splits_vocabulary
-                for number in (*left, *self._unweighed)
+                self._choices[number].splits_vocabulary for number in (*left, *self._unweighed)
             ),
             ended=self._ended if num_open else "",
             kept=self._space.kept,
@@ -299,31 +331,27 @@ class _Search:
 
     def _weigh(self) -> None:
         """Weigh all choices.  Out of time, those that were weighed are a sample of all."""
-        choices = self._space.choices
-        self._scales.check(choices)
-        numbers = list(range(len(choices)))
+        self._scales.check(self._choices)
+        numbers = list(range(len(self._choices)))
         random.Random(1).shuffle(numbers)
         for place, number in enumerate(numbers):
             if place % 128 == 0:
                 self._progress(f"{place:,} of {len(numbers):,} choices weighed")
-                if self._by_bound and not self._in_time():
+                if self._queue.by_bound and not self._in_time():
                     self._unweighed = numbers[place:]
                     break
             try:
-                weight = self._scales.weigh(choices[number])
+                weight = self._scales.weigh(self._choices[number])
             except ConfigError as error:
-                self._refuse(choices[number], error, 0.0)
+                self._refuse(self._choices[number], error, 0.0)
             else:
-                self._put(number, weight)
+                self._put(self._queue, number, weight)
             self._spent += _WEIGH_NODES
-        heapq.heapify(self._by_bound)
-        heapq.heapify(self._by_bytes)
 
-    def _put(self, number: int, weight: Weight) -> None:
-        """Put a choice that was weighed to those that are left."""
+    def _put(self, queue: _Queue, number: int, weight: Weight) -> None:
+        """Put a choice that was weighed into a queue."""
         self._bounds[number] = weight.seconds
-        self._by_bound.append((weight.seconds, number))
-        self._by_bytes.append((weight.needs, number))
+        queue.put(number, weight.seconds, weight.needs)
 
     def _refuse(self, choice: Choice, error: ConfigError, bound: float) -> None:
         if isinstance(error, SameChoiceError):
@@ -373,13 +401,11 @@ class _Search:
         """Return whether to estimate another choice: the first one always."""
         if not self._num_estimated:
             return True
-        part = _BEFORE_OFFLOADING if self._offloads else _FOR_ESTIMATES
-        part = part if self._estimates else 1.0
-        enough = max(part * self._limits.effort, self._enough)
+        enough = self._enough if self._estimates else max(self._limits.effort, self._enough)
         return self._spent < enough and self._in_time()
 
-    def _estimate(self) -> None:
-        """Estimate choices until none left could be among the best, or the effort is spent.
+    def _estimate(self, queue: _Queue, top: int) -> None:
+        """Estimate choices until none left could be among the `top`, or the effort is spent.
 
         What seems not to fit comes last, and what takes a large part of the effort.  It may take
         thousands of drafts, which tighten the bounds, to know the choice with the lowest bound.  So
@@ -387,29 +413,29 @@ class _Search:
         then seen more than the leanest choice.
         """
         # Plans may be slower than their estimates were, or not fit.
-        for passed in self._passed_over:
-            heapq.heappush(self._by_bound, (self._key(passed), passed))
-        self._passed_over = []
+        for passed in queue.passed_over:
+            heapq.heappush(queue.by_bound, (self._key(passed), passed))
+        queue.passed_over = []
         while self._goes_on():
-            number = self._next()
+            number = self._next(queue, top)
             if number is None:
-                if not self._doubtful:
+                if not queue.doubtful:
                     return
-                self._look_at_doubtful()
+                self._look_at_doubtful(queue)
                 continue
-            item, choice = self._items[number], self._space.choices[number]
+            item, choice = self._items[number], self._choices[number]
             try:
                 if item is None:
                     item = self._items[number] = self._scales.draft(choice)
                     self._spent += _draft_nodes(item)
                     self._bounds[number] = item.seconds
                     if self._estimates:
-                        heapq.heappush(self._by_bound, (self._key(number), number))
-                        self._drafted.append(number)
-                        self._progress(f"{len(self._drafted):,} looked at, {self._words()}")
+                        heapq.heappush(queue.by_bound, (self._key(number), number))
+                        queue.drafted.append(number)
+                        self._progress(f"{len(queue.drafted):,} looked at, {self._words()}")
                         continue
                 if self._is_doubtful(item):
-                    self._doubtful.append(number)
+                    queue.doubtful.append(number)
                     continue
                 self._done.add(number)
                 self._estimates.append(self._estimate_of(item))
@@ -426,10 +452,10 @@ class _Search:
         kinds = {estimate.splits_vocabulary for estimate in self._estimates}
         if len(kinds) != 1 or not self._in_time():
             return
-        left = sorted({(self._key(number), number) for _, number in self._by_bound})
+        left = sorted({(self._key(number), number) for _, number in self._queue.by_bound})
         tries = 0
         for _, number in left:
-            choice = self._space.choices[number]
+            choice = self._choices[number]
             if number in self._done or choice.splits_vocabulary in kinds:
                 continue
             tries += 1
@@ -448,67 +474,60 @@ class _Search:
     def _offload_instead(self) -> None:
         """Estimate offloaded activations where device memory alone may rule out faster choices.
 
-        They are tried with what recomputes nothing and was refused or seems not to fit, and with
-        the best of each kind, where it recomputes or keeps its optimizer in host memory.  Where
-        nothing fits they are tried with all that memory refused.  Only the best of each kind is
-        looked for.
+        They have a queue of their own, in which only the best of each kind is looked for.
         """
-        best = [first for kind in (True, False) if (first := self._first(splits_vocabulary=kind))]
-        binding = [e.choice for e in best if e.choice.recompute != "none" or e.optim.offload]
-        larger = [refusal.choice for refusal in self._refused if refusal.needs is not None]
-        larger += [
-            choice
-            for choice, item in zip(self._space.choices, self._items, strict=True)
-            if item is not None and not item.seems_to_fit
-        ]
-        least = self._space.kept.values.get("parallel.recompute", "none")
-        binding += [choice for choice in larger if not best or choice.recompute == least]
-        added, known = list[Choice](), set(self._space.choices)
-        self._top = 1
-        _, first_of = self._to_beat()
-        aside = self._by_bound, self._by_bytes, self._doubtful, self._passed_over
-        self._by_bound, self._by_bytes, self._doubtful, self._passed_over = [], [], [], []
-        drafted, self._drafted, self._next_drafts = self._drafted, [], _FIRST_DRAFTS
-        for choice in dict.fromkeys(
-            other for bound in binding for other in offloading(bound, self._num_layers)
-        ):
-            if choice in known or self._space.kept.against(choice) is not None:
-                continue
+        _, first_of = self._to_beat(1)
+        queue = _Queue()
+        for choice in self._offloading():
             self._spent += _WEIGH_NODES
             try:
                 weight = self._scales.weigh(choice)
             except ConfigError:
                 continue
             is_faster = weight.seconds < first_of[choice.splits_vocabulary]
-            if is_faster and weight.needs <= self._scales.limit:
-                self._put(len(known) + len(added), weight)
-                added.append(choice)
-        self._space = replace(self._space, choices=(*self._space.choices, *added))
-        self._items += [None] * len(added)
-        heapq.heapify(self._by_bound)
-        heapq.heapify(self._by_bytes)
-        self._offloads = False
-        self._enough = self._spent + _FOR_OFFLOADING * self._limits.effort
-        self._estimate()
-        self._top = self._limits.top
-        self._by_bound += aside[0]
-        self._by_bytes += aside[1]
-        self._doubtful += aside[2]
-        self._passed_over += aside[3]
-        self._drafted = [*drafted, *self._drafted]
-        self._next_drafts = 2 * max(_FIRST_DRAFTS, len(self._drafted))
-        heapq.heapify(self._by_bound)
-        heapq.heapify(self._by_bytes)
+            if is_faster and weight.seems_to_fit:
+                self._put(queue, len(self._choices), weight)
+                self._choices.append(choice)
+                self._items.append(None)
+        effort = self._limits.effort
+        self._enough = max(_FOR_ESTIMATES * effort, self._spent + _FOR_OFFLOADING * effort)
+        self._estimate(queue, 1)
+        self._queue.add(queue)
 
-    def _look_at_doubtful(self) -> None:
-        for place, number in enumerate(self._doubtful):
-            heapq.heappush(self._by_bytes, (float(place), number))
-            heapq.heappush(self._by_bound, (self._key(number), number))
-        self._doubtful, self._looks_at_all = [], True
+    def _offloading(self) -> list[Choice]:
+        """Return the choices with offloaded activations to try.
+
+        They take the place of what recomputes nothing and was refused or seems not to fit, and of
+        the best of each kind, where it recomputes or keeps its optimizer in host memory.  Where
+        nothing fits they take the place of all that memory refused.
+        """
+        best = [first for kind in (True, False) if (first := self._first(splits_vocabulary=kind))]
+        binding = [e.choice for e in best if e.choice.recompute != "none" or e.optim.offload]
+        larger = [refusal.choice for refusal in self._refused if refusal.needs is not None]
+        larger += [
+            choice
+            for choice, item in zip(self._choices, self._items, strict=True)
+            if item is not None and not item.seems_to_fit
+        ]
+        least = self._space.kept.values.get("parallel.recompute", "none")
+        binding += [choice for choice in larger if not best or choice.recompute == least]
+        known = set(self._choices)
+        return [
+            choice
+            for choice in dict.fromkeys(
+                other for bound in binding for other in offloading(bound, self._num_layers)
+            )
+            if choice not in known and self._space.kept.against(choice) is None
+        ]
+
+    def _look_at_doubtful(self, queue: _Queue) -> None:
+        for place, number in enumerate(queue.doubtful):
+            queue.put(number, self._key(number), float(place))
+        queue.doubtful, self._looks_at_all = [], True
 
     def _key(self, number: int) -> float:
         """Return about the least seconds of a choice: its bound and what others are above it."""
-        factor = self._factors.get(_alike(self._space.choices[number]), 1.0)
+        factor = self._factors.get(_alike(self._choices[number]), 1.0)
         return self._bounds[number] * factor
 
     def _seconds_of(self, estimate: Estimate) -> float:
@@ -516,21 +535,21 @@ class _Search:
         planned = self._planned.get(estimate.candidate.choice)
         return estimate.seconds if planned is None else planned.report.step_seconds
 
-    def _next(self) -> int | None:
-        """Take the choice to look at next, None if no other could be among the best."""
+    def _next(self, queue: _Queue, top: int) -> int | None:
+        """Take the choice to look at next, None if no other could be among the `top`."""
         if not self._estimates:
-            return self._leanest()
-        if len(self._drafted) >= self._next_drafts:
-            self._next_drafts *= 2
-            seen = self._done.union(self._doubtful, self._passed_over)
+            return self._leanest(queue)
+        if len(queue.drafted) >= queue.next_drafts:
+            queue.next_drafts *= 2
+            seen = self._done.union(queue.doubtful, queue.passed_over)
             waiting = [
                 (self._key(number), number)
-                for number in self._drafted
+                for number in queue.drafted
                 if number not in seen and not self._is_doubtful(self._items[number])
             ]
             if waiting:
                 return min(waiting)[1]
-        return self._lowest()
+        return self._lowest(queue, top)
 
     def _is_doubtful(self, item: Candidate | None) -> bool:
         """Return whether a draft waits until all others were estimated."""
@@ -538,30 +557,30 @@ class _Search:
         is_dear = placed_by_short(item.draft.problem) > _DEAR * self._limits.effort
         return (is_dear or not item.seems_to_fit) and not self._looks_at_all
 
-    def _lowest(self) -> int | None:
-        """Take what may be the fastest choice that is left, unless it cannot be among the best."""
-        last, first_of = self._to_beat()
-        while self._by_bound:
-            known, number = heapq.heappop(self._by_bound)
+    def _lowest(self, queue: _Queue, top: int) -> int | None:
+        """Take what may be the fastest choice that is left, unless it cannot be among the `top`."""
+        last, first_of = self._to_beat(top)
+        while queue.by_bound:
+            known, number = heapq.heappop(queue.by_bound)
             if number in self._done:
                 continue
             key = self._key(number)
-            if self._by_bound and key > max(known, self._by_bound[0][0]):
-                heapq.heappush(self._by_bound, (key, number))
+            if queue.by_bound and key > max(known, queue.by_bound[0][0]):
+                heapq.heappush(queue.by_bound, (key, number))
                 continue
             if key >= max(last, *first_of.values()):
-                heapq.heappush(self._by_bound, (key, number))
+                heapq.heappush(queue.by_bound, (key, number))
                 return None
-            splits = self._space.choices[number].splits_vocabulary
+            splits = self._choices[number].splits_vocabulary
             if key < max(last, first_of[splits]):
                 return number
-            self._passed_over.append(number)
+            queue.passed_over.append(number)
         return None
 
-    def _to_beat(self) -> tuple[float, dict[bool, float]]:
-        """Return the seconds of the last of the best, and of the first of each kind."""
+    def _to_beat(self, top: int) -> tuple[float, dict[bool, float]]:
+        """Return the seconds of the last of the `top`, and of the first of each kind."""
         seconds = sorted(map(self._seconds_of, self._estimates))
-        last = seconds[self._top - 1] if len(seconds) >= self._top else float("inf")
+        last = seconds[top - 1] if len(seconds) >= top else float("inf")
         first_of = {
             splits: min(
                 (self._seconds_of(e) for e in self._estimates if e.splits_vocabulary is splits),
@@ -571,10 +590,10 @@ class _Search:
         }
         return last, first_of
 
-    def _leanest(self) -> int | None:
+    def _leanest(self, queue: _Queue) -> int | None:
         """Take the choice that is left which seems to need least memory."""
-        while self._by_bytes:
-            _, number = heapq.heappop(self._by_bytes)
+        while queue.by_bytes:
+            _, number = heapq.heappop(queue.by_bytes)
             if number not in self._done:
                 return number
         return None
@@ -597,9 +616,10 @@ class _Search:
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
                 continue
-            known, on_hosts = self._cluster.host_memory_gib, self._host_bytes(step, optim)
-            if known is not None and on_hosts > known * _GIB:
-                refusal = refusal or HostMemoryError(on_hosts, known)
+            try:
+                self._check_hosts(step, optim)
+            except HostMemoryError as error:
+                refusal = refusal or error
                 continue
             seconds = passes + self._scales.after(step, optim)
             found.append(Estimate(candidate, optim, seconds, needs))
@@ -608,12 +628,11 @@ class _Search:
             raise refusal
         return min(found, key=lambda estimate: estimate.seconds)
 
-    def _host_bytes(self, step: StepPlan, optim: OptimConfig) -> float:
-        """Return what the ranks of a node keep in its memory, where that is known."""
-        known, per_node = self._cluster.host_memory_gib, self._cluster.gpus_per_node
-        if known is None or not (optim.offload or step.cost.offload_bytes):
-            return 0.0
-        return most_host_bytes(step, optim, per_node).total
+    def _check_hosts(self, step: StepPlan, optim: OptimConfig) -> None:
+        """Raise HostMemoryError if a step keeps more in host memory than there is."""
+        if optim.offload or step.cost.offload_bytes:
+            found = most_host_bytes(step, optim, self._cluster.gpus_per_node)
+            check_hosts(found.total, self._cluster)
 
     def _plan(self) -> None:
         """Plan the best estimates, as far as the effort suffices."""
@@ -647,19 +666,17 @@ class _Search:
         step = draft.with_named(choice.schedule)
         cost = self._scales.cost_of(choice)
         report = report_of(step, self._cluster, estimate.optim, cost=cost)
-        known = self._cluster.host_memory_gib
-        if known is not None and report.host_excess > 0:
-            error: ConfigError = HostMemoryError(report.host_excess + known * _GIB, known)
+        needs = report.ranks[report.worst].memory.total
+        try:
+            check_hosts(report.host.total, self._cluster)
+            if needs > self._scales.limit:
+                raise TooLargeError(needs, self._scales.limit, SIMULATED, report.worst)
+        except ConfigError as error:
             self._refuse(choice, error, estimate.seconds)
             self._estimates = [other for other in self._estimates if other is not estimate]
-        elif report.excess + self._cluster.memory_gib * _GIB <= self._scales.limit:
+        else:
             chosen = replace(choice, optimizer=estimate.optim)
             self._planned[choice] = Found(chosen, report)
-        else:
-            needs = report.ranks[report.worst].memory.total
-            error = TooLargeError(needs, self._scales.limit, SIMULATED, report.worst)
-            self._refuse(choice, error, estimate.seconds)
-            self._estimates = [other for other in self._estimates if other is not estimate]
 
     def _words(self) -> str:
         best = min((e.seconds for e in self._estimates), default=None)

@@ -6,6 +6,8 @@ costs of all passes and takes milliseconds.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -18,13 +20,19 @@ from schedules.layout import Layout
 from schedules.problem import Problem
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, searched_algorithms
-from vp_train.config import ConfigError, CostConfig, OptimConfig, RunConfig
+from vp_train.config import ClusterConfig, ConfigError, CostConfig, OptimConfig, RunConfig
 from vp_train.model import shape
 from vp_train.planning.choice import Choice, optimizers_of
 from vp_train.planning.cluster import gradient_seconds, on_cluster, tied_seconds
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.estimate import estimate_cost
-from vp_train.planning.memory import host_optimizer_bytes, rank_memory, rank_state, state_of
+from vp_train.planning.memory import (
+    host_optimizer_bytes,
+    nodes_of,
+    rank_memory,
+    rank_state,
+    state_of,
+)
 from vp_train.planning.overlap import exchange
 from vp_train.planning.placement import balance, offloaded_layers, redistribute, split_vocabulary
 from vp_train.planning.plan import Draft, StepPlan, draft, draft_step, named_base_order
@@ -39,12 +47,14 @@ _MOST_RANKS = 16  # of which the memory is looked at one by one
 class Weight:
     """The least seconds of a choice's step, and about the bytes of its worst rank.
 
-    `optimizer` is the fastest that may fit.
+    `optimizer` is the fastest that may fit.  `seems_to_fit` says whether with one of them about
+    these bytes fit, and what goes to the hosts.
     """
 
     seconds: float
     needs: float
     optimizer: OptimConfig | None = None
+    seems_to_fit: bool = True
 
 
 class TooLargeError(ConfigError):
@@ -73,6 +83,13 @@ class HostMemoryError(ConfigError):
     def __init__(self, needs: float, known_gib: float) -> None:
         super().__init__(f"cluster.host_memory_gib={known_gib:g}, which too much is offloaded for")
         self.needs = needs
+
+
+def check_hosts(needs: float, cluster: ClusterConfig) -> None:
+    """Raise HostMemoryError if a node needs more bytes than its host is known to have."""
+    known = cluster.host_memory_gib
+    if known is not None and needs > known * 2**30:
+        raise HostMemoryError(needs, known)
 
 
 STATE = "weights, gradients and optimizer state alone"
@@ -267,6 +284,8 @@ class Scales:
         optimizers: tuple[OptimConfig, ...] | None = None,
     ) -> None:
         self.limit = limit
+        known = config.cluster.host_memory_gib
+        self._host_limit = math.inf if known is None else known * 2**30
         self._only = optimizers
         self._config = config
         self._optimizers: dict[int, list[OptimConfig]] = {}
@@ -304,11 +323,21 @@ class Scales:
         if least_state > self.limit:
             raise TooLargeError(least_state, self.limit, STATE)
         kept, expected = self._kept_bytes(choice, split, placed)
-        fitting = [optim for state, optim in states if state + kept <= self.limit]
+        fitting = [(state, optim) for state, optim in states if state + kept <= self.limit]
         if not fitting:
             raise TooLargeError(least_state + kept, self.limit, LEANEST)
-        fitting = self._fitting_hosts(split.work, fitting)
-        after = [self._after_of(split.work, optim, parameters) for optim in fitting]
+        # An optimizer in host memory, of which every node has an equal part at best.
+        if all(optim.offload for _, optim in fitting):
+            check_hosts(split.host_state, self._config.cluster)
+        if split.host_state > self._host_limit:
+            fitting = [(state, optim) for state, optim in fitting if not optim.offload]
+        moved = self._moved_bytes(choice, split, placed)
+        seems_to_fit = any(
+            state + expected <= self.limit
+            and moved + split.host_state * optim.offload <= self._host_limit
+            for state, optim in fitting
+        )
+        after = [self._after_of(split.work, optim, parameters) for _, optim in fitting]
         # Time of the passes.  A rank waits for the first stages to fill the pipeline, and what it
         # sends back drains through them.  Meanwhile it may run W and T, which nobody waits for.
         forward, backward, sent_back = split.layer(
@@ -328,19 +357,22 @@ class Scales:
                 fill + count * (layers * (forward + sent_back) + s) + drain,
             )
         fastest = min(range(len(after)), key=after.__getitem__)
-        return Weight(bound + after[fastest], least_state + expected, fitting[fastest])
+        _, optim = fitting[fastest]
+        return Weight(bound + after[fastest], least_state + expected, optim, seems_to_fit)
 
-    def _fitting_hosts(self, work: Workload, optimizers: list[OptimConfig]) -> list[OptimConfig]:
-        """Return the optimizers whose state fits into the hosts if all have the same part of it."""
-        cluster = self._config.cluster
-        known = cluster.host_memory_gib
-        if known is None:
-            return optimizers
-        needs = host_optimizer_bytes(work, shape.num_parameters(work.model)) / cluster.num_nodes
-        fitting = [one for one in optimizers if not one.offload or needs <= known * 2**30]
-        if not fitting:
-            raise HostMemoryError(needs, known)
-        return fitting
+    def _moved_bytes(self, choice: Choice, split: _Split, placed: _Placed) -> float:
+        """Return about the bytes of activations that the host of a node keeps at most."""
+        if not choice.offload:
+            return 0.0
+        layout, of_layer = placed.layout, split.layer_bytes(choice.recompute)[0]
+        of_rank = [
+            sum(
+                of_layer * offloaded_layers(placed.counts[stage], choice.offload) * count
+                for stage, count in zip(layout.stages_of(rank), peak.counts, strict=True)
+            )
+            for rank, peak in enumerate(self._peaks_of(choice, layout))
+        ]
+        return max(sum(n * of_rank[rank] for rank, n in node.items()) for node in split.nodes)
 
     def leanest(self, choice: Choice) -> float:
         """Return the bytes of state and of the leanest activations, where they may be too many."""
@@ -422,7 +454,7 @@ class Scales:
         kept = _at_peak(drafted, choice.schedule, peaks, least=False, ranks=ranks)
         # What moves to the host only a simulation says, and about that the weight.
         seems_to_fit = (
-            self.weigh(choice).needs <= self.limit if choice.offload else self._fits(kept, fitting)
+            self.weigh(choice).seems_to_fit if choice.offload else self._fits(kept, fitting)
         )
         return Candidate(choice, drafted, passes, passes + after, tuple(fitting), seems_to_fit)
 
@@ -613,6 +645,13 @@ class _Split:
     def __init__(self, config: RunConfig, degrees: Degrees) -> None:
         self.work = Workload.of(config, degrees)
         self.cost: CostConfig = on_cluster(self.work, config.cluster, config.cost)
+        # The optimizer's bytes on each of the hosts, and how often a node has a pipeline rank.
+        state = host_optimizer_bytes(self.work, shape.num_parameters(config.model))
+        self.host_state = state / config.cluster.num_nodes
+        self.nodes = [
+            Counter(degrees.place(rank)[1] for rank in node)
+            for node in nodes_of(degrees, config.cluster.gpus_per_node)
+        ]
         self._layers: dict[str, dict[Kind, float]] = {}
         self._layer_bytes: dict[str, tuple[int, int]] = {}
         self._shards: dict[str, list[tuple[float, float]]] = {}
