@@ -198,6 +198,7 @@ def test_tokenizer_files_go_along(made, tmp_path):
         (tmp_path / "ours", None),
         (imported.checkpoint, None),
         (tmp_path / "run", tmp_path / "theirs"),
+        (tmp_path / "run", tmp_path / "theirs/tokenizer_config.json"),
     ):
         written = export_checkpoint(source, tmp_path / "back", tokenizer=tokenizer).files
         assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} < set(written)

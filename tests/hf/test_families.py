@@ -362,6 +362,16 @@ def test_a_family_that_refuses_a_model_is_passed_over():
             "attn_logit_softcapping=50.0 is not supported: transformers never",
         ),
         (
+            "gemma3_1b",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+                }
+            },
+            "rope_type=linear of sliding_attention is not supported",
+        ),
+        (
             "gemma2_9b",
             {"hidden_activation": "gelu"},
             "activation gelu is not supported for gemma2, which has gelu_pytorch_tanh",
@@ -439,6 +449,21 @@ def test_transformers_never_caps_the_scores_of_gemma_3():
             models.make("gemma3", attn_logit_softcapping=cap)(ids).logits for cap in (None, 0.1)
         )
     assert torch.equal(plain, capped)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_another_activation_is_refused_by_every_family(name):
+    keys = ("hidden_act", "hidden_activation", "activation_function")
+    with pytest.raises(ConfigError, match="activation relu is not supported"):
+        model_of(PUBLISHED[name] | dict.fromkeys(keys, "relu"))
+
+
+def test_a_gemma_may_have_full_attention_in_every_layer():
+    given = {key: value for key, value in PUBLISHED["gemma3_1b"].items() if key != "layer_types"}
+    model = model_of(given | {"sliding_window_pattern": 1})
+    assert not any(map(model.is_local, range(model.num_layers)))
+    with pytest.raises(ConfigError, match="sliding_window_pattern=0 is too small"):
+        model_of(given | {"sliding_window_pattern": 0})
 
 
 def test_gelu_of_an_early_gemma_is_its_approximation():

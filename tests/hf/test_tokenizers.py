@@ -152,6 +152,13 @@ def test_what_an_import_knows_of_text_comes_back_from_a_run_with_its_tokenizer(i
         assert (tmp_path / "out" / name).read_text() == (imported / name).read_text()
 
 
+def test_an_import_that_no_run_has_trained_goes_out_with_its_tokenizer(imported, tmp_path):
+    done, config = exported(imported, tmp_path / "out")
+    assert (done.end, config["eos_token_id"]) == (None, 0)
+    for name in (*KEPT, "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_text() == (imported / name).read_text()
+
+
 def test_ids_that_belong_to_another_tokenizer_are_not_exported(imported, tmp_path):
     other = tokenizer_file(tmp_path / "tokenizer.json", ["zebras dance"] * 50)
     run = trained(tmp_path / "run", imported, tokenizer=other, packing="documents")

@@ -210,6 +210,11 @@ def test_a_step_with_its_steady_state_repeated_takes_that_much_longer_and_keeps_
     assert sweep(long, best.extend(network, orders, extra)).makespan == pytest.approx(
         swept.makespan + extra * best.rate, rel=1e-3
     )
+    ways = [
+        part.extend(network, orders, extra) for part in sorted(parts, key=lambda part: part.rate)
+    ]
+    distinct = [way for place, way in enumerate(ways) if way not in ways[:place]]
+    assert list(Refiner(network, [m] * p, extra).extensions(orders)) == distinct[:6]
     ones = [part.rate for part in parts if part.microbatches == 1]
     assert best.rate == pytest.approx(min(ones or [part.rate for part in parts]))
     assert best.microbatches == 1 or not ones

@@ -63,6 +63,13 @@ def test_a_long_step_is_refused_with_what_was_reached(long):
     assert max(kept) <= reached * CLOSE
 
 
+def test_neither_kicks_nor_steady_states_are_tried_in_a_large_step(long, monkeypatch):
+    for owner, name in ((auto._Found, "search"), (auto._Entry, "steady")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("they take too long there"))
+    solution = solve(options_of(3, 30, names=NAMES), [3.0] * 3)
+    assert max(timeline_of(solution.schedule, solution.option).peak_bytes) <= 3.0 * CLOSE
+
+
 def test_a_ring_in_which_a_pass_waits_for_one_many_periods_before_has_a_rate():
     (option,) = options_of(26, 1, names=("v_min",))
     network = Network.of(option.problem, option.cost)
