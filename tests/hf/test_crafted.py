@@ -253,3 +253,10 @@ def test_a_run_whose_tokenizer_cannot_be_read_is_not_exported(model, tmp_path):
     sparse("tokenizer.json", 1 << 40)(tmp_path / "ours")
     message = outcome(export_checkpoint, tmp_path / "ours", tmp_path / "back")
     assert "tokenizer.json has 1,099,511,627,776 bytes" in message
+
+
+def test_a_reach_that_is_no_number_is_not_exported(model, tmp_path):
+    shutil.copytree(model / "ours", tmp_path / "ours")
+    setting(max_position_embeddings="8")(tmp_path / "ours")
+    message = outcome(export_checkpoint, tmp_path / "ours", tmp_path / "back")
+    assert 'max_position_embeddings="8" must be a whole number' in message
