@@ -202,7 +202,9 @@ def one_layer(
         group=lone_group(),
         seed=1,
         products=products or PLAIN,
-        fuse=choose_fuse(compiles, where.device, where.dtype, 0),
+        fuse=choose_fuse(
+            compiles, where.device, where.dtype, model.seq_length * model.ffn_hidden_size
+        ),
     )
     for parameter in stage.parameters():
         main_gradient(parameter)
@@ -696,7 +698,7 @@ def vocabulary(where: Where, report: Report) -> None:
     from vp_train.vocab.loss import LossOptions
 
     report.note(peers=installed())
-    sizes = [size << 20 for size in (16, 32, 64, 128, 256)] if where.on_gpu else [4096, 16384]
+    sizes = [size << 20 for size in (32, 128, 512)] if where.on_gpu else [4096, 16384]
     shapes = (
         ((4096, 4096, 16384), (4096, 4096, 32768), (2048, 3072, 32000), (8192, 4096, 16032))
         if where.on_gpu
@@ -1205,8 +1207,8 @@ def profiled(where: Where, report: Report) -> None:
     from vp_train.settings import load_config
 
     jobs: tuple[tuple[str, str, list[str]], ...] = (
-        ("gpt_4b", "0,7", ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=16"]),
-        ("llama3_8b", "4,7", ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=8"]),
+        ("gpt_4b", "0", ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=16"]),
+        ("llama3_8b", "7", ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=8"]),
     )
     if not where.on_gpu:
         jobs = (
@@ -1654,6 +1656,8 @@ def offloading(where: Where, report: Report) -> None:
     )
     same = worst <= (1e-2 if where.on_gpu else 0)
     report.check("gradients with activations in host memory", "the same", f"{worst:.1e}", same)
+    moved = f"{away.moved_bytes / 2**20:.0f} MiB"
+    report.check("bytes moved", "more than none", moved, away.moved_bytes > 0)
     copying = max(away.moved_bytes / rates[side] for side in ("to host", "from host")) / 1e6
     report.note(
         milliseconds={name: run.milliseconds for name, run in found.items()},
@@ -1739,7 +1743,9 @@ def _stage_of_layers(name: str, where: Where, num_layers: int) -> tuple[Any, Any
         device=where.device,
         group=lone_group(),
         seed=1,
-        fuse=choose_fuse("auto", where.device, where.dtype, 0),
+        fuse=choose_fuse(
+            "auto", where.device, where.dtype, model.seq_length * model.ffn_hidden_size
+        ),
         num_offloaded=num_layers,
     )
     return stage, model

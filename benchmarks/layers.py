@@ -255,9 +255,10 @@ def serve_times(dtype: str, system: str) -> None:
     torch.set_num_threads(1)
     fuse = None
     if system != "before":
-        from vp_train.model import elementwise
+        from vp_train.model.elementwise import plain
+        from vp_train.tensors.compiling import compiled_for_tokens
 
-        fuse = elementwise.compiled_kernels if system == "fused" else elementwise.plain
+        fuse = compiled_for_tokens if system == "fused" else plain
     model = ModelConfig(**SMALL)
     stage = build(model, system, DTYPES[dtype], fuse)
     generator = torch.Generator().manual_seed(0)

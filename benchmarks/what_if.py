@@ -236,6 +236,7 @@ def _traced(
         planned_seconds=simulate(schedule, problem, cost).makespan,
         measured=measured,
         ranks=(),
+        tp=1,
         rows=trouble.rows or (ROWS // num_ranks,) * num_ranks,
     )
 

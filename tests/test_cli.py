@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+import tomllib
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 
 from schedules.vocab import VOCAB_ALGORITHMS
 from tests.programs import finished
+from vp_train.commands import start
 from vp_train.commands.train import main, with_origin
 from vp_train.config import ConfigError
 from vp_train.planning.plan import make_plan
@@ -354,3 +363,32 @@ def test_a_resumed_run_remembers_what_it_started_from(tmp_path, monkeypatch):
     assert with_origin(load_config(["run.resume=true", "run.name=one"])).run.init_from is None, (
         "nothing to follow any more"
     )
+
+
+SCRIPTS = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+    "scripts"
+]
+
+
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+
+def interrupted(name, module, function):
+    """Start a command whose function in a module of ours is a Ctrl-C."""
+    setattr(import_module(module), function, interrupt)
+    getattr(start, name)()
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values())
+def test_ctrl_c_while_a_command_imports_ends_it_without_a_word(script):
+    module, _, name = script.partition(":")
+    assert module == start.__name__
+    done = finished(partial(interrupted, name, module, "import_module"))
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_later_is_an_exception_that_a_command_may_handle():
+    done = finished(partial(interrupted, "plan", "vp_train.commands.command", "load_config"))
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "")

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from tests.programs import Program, finished
-from vp_train.commands import local_ranks
+from vp_train.commands import agent, local_ranks
 from vp_train.commands.agent import Job, _cause, run_job
 from vp_train.commands.local_ranks import LocalRanks, forked, new_process, search_options
 from vp_train.commands.nodes import NodeLoss, OneNode
 from vp_train.commands.place import Place
-from vp_train.commands.store_server import loopback
+from vp_train.commands.store_server import StoreServer, loopback
 from vp_train.commands.train import main
 from vp_train.failures import EXIT_CONFIG, EXIT_INTERNAL, EXIT_OK, EXIT_TIME, Ending, RankEnd
 from vp_train.supervision.ending import leave
@@ -191,6 +191,55 @@ def test_a_second_signal_ends_the_ranks_at_once():
     assert ending.words.startswith("stopped by SIGINT; run.resume=true")
 
 
+SAVES = "signal.signal(15, lambda *_: say(75, 'saved'))\n"
+SAVES += "signal.pthread_sigmask(signal.SIG_UNBLOCK, [15])\n"
+STORE = "the store of the ranks on here was killed by SIGKILL (somebody, or the kernel as memory "
+STORE += "ran out); the ranks were "
+STOPPED, ASKED = f"{STORE}stopped;", f"{STORE}asked to save and to end;"
+
+
+@pytest.mark.parametrize(
+    ("code", "num_restarts", "expected", "words"),
+    [
+        (SAVES, 0, EXIT_INTERNAL, ASKED),
+        ("", 0, EXIT_INTERNAL, STOPPED),
+        (f"attempt and say(0, '')\n{SAVES}", 1, EXIT_OK, ""),
+        ("rank and say(78, 'mine')\n", 0, EXIT_CONFIG, "mine"),
+        (f"rank and (time.sleep(.5), say(70, 'own'))\n{SAVES}", 0, EXIT_INTERNAL, ASKED),
+        ("say(0, '')\n", 0, EXIT_OK, ""),
+        (f"rank or os.kill(os.getppid(), 15)\n{SAVES}", 0, EXIT_TIME, "saved"),
+    ],
+)
+def test_ranks_whose_store_was_killed_save_and_it_is_the_cause_of_the_end(
+    monkeypatch, code, num_restarts, expected, words
+):
+    servers = []
+
+    def serve(address):
+        servers.append(StoreServer(address))
+        return servers[-1]
+
+    def starter(resumes):
+        start = rank_that(f"{code}time.sleep(60)")
+
+        def start_and_kill(variables, pipe):
+            if variables["RANK"] == "1" and not resumes:
+                os.kill(servers[0]._process, signal.SIGKILL)
+            return start(variables, pipe)
+
+        return start_and_kill
+
+    monkeypatch.setattr(agent, "StoreServer", serve)
+    began = time.monotonic()
+    job = Job(starter, 2, num_restarts, can_save=lambda since: bool(code))
+    ending = run_job(OneNode(Place(host="here")), job)
+    assert ending.code == expected
+    assert ending.words.startswith(words)
+    assert bool(ending.words) == bool(words)
+    assert time.monotonic() - began < 20  # about 1 s
+    assert all(server.poll() is None for server in servers)
+
+
 @pytest.mark.parametrize("code", [EXIT_OK, 74, EXIT_TIME, EXIT_CONFIG])
 def test_what_a_new_start_cannot_mend_is_not_started_again(tmp_path, code):
     count = f"open({str(tmp_path)!r} + f'/{{rank}}', 'a').write('x')\nsay({code}, '')"
@@ -262,6 +311,7 @@ FAILED = NodeLoss(1, "host1", "failed", Ending(74, "no more processes"))
         ([], [UNHEARD], 70, "node 1 (host1) did not say how its ranks ended"),
         ([end(0, 78, "why")], [GONE, FAILED], 74, "no more processes"),
         ([RankEnd(1, 3, None, "host1")], [], 3, "rank 1 on host1 left with code 3"),
+        ([RankEnd(1, -35, None, "host1")], [], 163, "rank 1 on host1 was killed by signal 35;"),
         ([end(0, 0), end(1, 0)], [], 0, ""),
     ],
 )
@@ -374,6 +424,6 @@ def test_a_preparation_that_fails_anyhow_never_becomes_a_second_agent():
     assert exit_3 == "70 SystemExit: 3"
     assert long == f"70 {'x' * 60}"
     assert silent.endswith("preparation of the data left with code 3 and said nothing")
-    assert killed.endswith("preparation of the data was killed by signal 9 (SIGKILL)")
+    assert killed.endswith(" by SIGKILL (somebody, or the kernel as memory ran out)")
     assert (silent[:3], killed[:4]) == ("70 ", "137 ")
     assert fine == "0 "

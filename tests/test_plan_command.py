@@ -29,7 +29,7 @@ def vp_plan(run_here):
 
 def test_the_command_is_installed():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts["vp-plan"] == "vp_train.commands.plan:main"
+    assert scripts["vp-plan"] == "vp_train.commands.start:plan"
 
 
 def test_as_in_the_readme_without_torch():

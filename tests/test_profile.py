@@ -15,7 +15,7 @@ from vp_train.failures import EXIT_CONFIG, EXIT_OK
 from vp_train.planning.cluster import on_cpu
 from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.plan import plan_step
-from vp_train.profile.costs import RankProfile, measured_cost, with_cost
+from vp_train.profile.costs import measured_cost, with_cost
 from vp_train.profile.measure import receive_noise
 from vp_train.settings import load_config
 from vp_train.tensors.collectives import all_gather_single
@@ -63,7 +63,7 @@ def test_costs_of_what_passes_are_told_to_take_are_these(overrides):
         "lookup_grad_seconds": 0.25,
     }
     config = load_config([*NANO, *overrides])
-    known["measured_layer_flops"] = measured_cost(plan_step(config, 4), ())["measured_layer_flops"]
+    known["measured_layer_flops"] = measured_cost(plan_step(config, 4), {})["measured_layer_flops"]
     config = with_cost(config, known)
     step = plan_step(config, 4)
     cost = estimate_cost(
@@ -74,21 +74,15 @@ def test_costs_of_what_passes_are_told_to_take_are_these(overrides):
         recompute=step.recompute,
         shards=step.shards,
     )
-    profiles = []
-    for rank in range(step.num_ranks):
-        passes = {
-            (item.kind, item.stage): cost.seconds(item)
-            for item in step.schedule.ranks[rank]
-            if item.microbatch == 0
-        }
-        profiles.append(RankProfile(rank, passes, 1.0, 1.0, 1, 1))
-    found = measured_cost(step, profiles)
-    split = any(kind is Kind.W for profile in profiles for kind, _ in profile.passes)
+    passes = {(item.kind, item.stage): cost.seconds(item) for _, item in step.schedule.passes()}
+    found = measured_cost(step, passes)
+    kinds = {kind for kind, _ in passes}
+    split = Kind.W in kinds
     if split:
         known["layer_backward_seconds"] = 1.25
     else:
         known["layer_input_grad_seconds"] = known["layer_weight_grad_seconds"] = 1.25 / 2
-    lookups = {kind for profile in profiles for kind, _ in profile.passes} >= {Kind.E, Kind.G}
+    lookups = kinds >= {Kind.E, Kind.G}
     for name, value in known.items():
         if lookups or not name.startswith("lookup"):
             assert found[name] == pytest.approx(value, rel=1e-9), name
@@ -97,20 +91,11 @@ def test_costs_of_what_passes_are_told_to_take_are_these(overrides):
 def test_rows_of_several_counts_tell_what_does_not_depend_on_them():
     config = load_config([*NANO, "parallel.pp=4", "vocab.shards=[1024,512,0,2560]"])
     step = plan_step(config, 4)
-    profiles = [
-        RankProfile(
-            rank,
-            {(Kind.S, rank): 0.5 + 0.002 * rows, (Kind.T, rank): 0.5 + 0.001 * rows}
-            if rows
-            else {},
-            1.0,
-            1.0,
-            1,
-            1,
-        )
-        for rank, rows in enumerate((1024, 512, 0, 2560))
-    ]
-    found = measured_cost(step, profiles)
+    passes = {}
+    for rank, rows in enumerate((1024, 512, 0, 2560)):
+        if rows:
+            passes |= {(Kind.S, rank): 0.5 + 0.002 * rows, (Kind.T, rank): 0.5 + 0.001 * rows}
+    found = measured_cost(step, passes)
     assert found["output_fixed_seconds"] == pytest.approx(1.0)
     assert found["output_row_seconds"] == pytest.approx(0.003)
 

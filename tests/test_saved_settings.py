@@ -16,7 +16,7 @@ from vp_train.settings import check_start, config_text, load_config, resume_word
 
 @pytest.fixture
 def started(tmp_path, monkeypatch):
-    """`started(*overrides)`: the settings of a run called `one`, which has saved them."""
+    """Return `started(*overrides)`: the settings of a run called `one`, which has saved them."""
     monkeypatch.chdir(tmp_path)
 
     def start(*overrides: str) -> RunConfig:
@@ -29,6 +29,8 @@ def started(tmp_path, monkeypatch):
 
 
 RESUMED = ("run.name=one", "run.resume=true")
+BEGINS = "settings of runs/one/config.yaml (runs/one/checkpoints holds no checkpoint: "
+BEGINS += "training begins at step 1)"
 
 
 def test_what_is_not_given_is_as_the_run_has_it(started):
@@ -100,10 +102,10 @@ def test_settings_of_another_version_are_left_out(started, tmp_path):
 def test_changes_are_said(started):
     started("optim.lr=1e-3", "schedule=gpipe")
     assert resume_words(load_config(["run.name=two"])) is None
-    assert resume_words(load_config(RESUMED)) == "settings of runs/one/config.yaml"
+    assert resume_words(load_config(RESUMED)) == BEGINS
     words = resume_words(load_config([*RESUMED, "schedule=zb_h1", "run.steps=99"]))
     assert words.splitlines() == [
-        "settings of runs/one/config.yaml, changed here:",
+        f"{BEGINS}, changed here:",
         "  setting        was    now",
         "  schedule.name  gpipe  zb_h1  allowed",
         "  run.steps      90     99     allowed",
@@ -114,7 +116,8 @@ def test_all_changes_are_said_and_refused_together(started):
     checkpointed(started("batch_ramp=[[3,4]]"))
     given = [*RESUMED, "loss.z_loss=1e-4", "optim.lr=1e-3", "model.seq_length=512", "batch_ramp=[]"]
     config = load_config(given)
-    assert resume_words(config, (8, 16)).splitlines()[1:] == [
+    assert resume_words(config, (8, 16)).splitlines() == [
+        "settings of runs/one/config.yaml, changed here:",
         "  setting              was      now",
         "  model.seq_length     256      512     refused without run.allow=[sequence]",
         "  loss.z_loss          0.0      0.0001  refused without run.allow=[loss]",

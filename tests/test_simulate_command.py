@@ -68,7 +68,7 @@ def vp_simulate(run_here):
 
 def test_the_command_is_installed():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts["vp-simulate"] == "vp_train.commands.simulate:main"
+    assert scripts["vp-simulate"] == "vp_train.commands.start:simulate"
 
 
 def test_as_in_the_readme_without_torch():

@@ -6,7 +6,7 @@ Everything else is a command; see README.md.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # not from typing: Ctrl-C before `commands/start.py` is a traceback
 
 if TYPE_CHECKING:
     from vp_train.commands.simulate import simulate_step as simulate

@@ -1,5 +1,5 @@
 """`python -m vp_train`: the same as `vp-train`; torchrun starts its ranks this way."""
 
-from vp_train.commands.train import main
+from vp_train.commands.start import train
 
-main()
+train()

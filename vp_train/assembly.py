@@ -21,7 +21,7 @@ from vp_train.config import (
     RunSettings,
 )
 from vp_train.mesh import Mesh, starting
-from vp_train.model.elementwise import Fuse, choose_fuse, plain
+from vp_train.model.elementwise import Fuse, choose_fuse, pays, plain
 from vp_train.model.float8 import Float8Products
 from vp_train.model.linear import PLAIN, Products
 from vp_train.model.stage import Stage, init_rows
@@ -38,13 +38,16 @@ from vp_train.planning.plan import RunPlan
 from vp_train.tensors.compiling import (
     compile_one_first,
     compiles_alone,
+    compiles_on,
     failures,
     give_up,
     has_cpp_compiler,
     is_turned_off,
     prepare_inductor,
     reason_of,
+    remedy_for,
     tell,
+    tell_failure,
 )
 from vp_train.tensors.precision import DTYPES, statistics_dtype
 from vp_train.tensors.slices import TensorSlice
@@ -131,15 +134,29 @@ def _has_kernels(settings: RunSettings) -> bool:
 
 
 def compiled_parts(config: RunConfig) -> tuple[str, ...]:
-    """Return in words what a run can compile on this node: layers, kernels, both or nothing."""
+    """Return in words what a run can compile on this node: layers, kernels, both or nothing.
+
+    Those of a GPU are attention, roundings to float8, and the vocabulary passes.
+    """
     settings = config.run
-    builds = settings.compile != "off" and _has_kernels(settings) and has_cpp_compiler()
+    device, may = torch.device(settings.device), settings.compile != "off"
+    builds = may and _has_kernels(settings) and has_cpp_compiler()
+    on_gpu = may and device.type == "cuda" and compiles_on(device)
     try:
         fuses = fuse_of_layers(config) is not plain
     except ConfigError:  # `build_rank` raises it, once the nodes are compared
         fuses = False
-    compiles = {"layers": fuses, "kernels in C++": builds}
+    compiles = {"layers": fuses, "kernels in C++": builds, "kernels of a GPU": on_gpu}
     return tuple(part for part, is_compiled in compiles.items() if is_compiled)
+
+
+def _missing(config: RunConfig) -> str:
+    """Return in words what to do so that run.compile=auto compiles all that pays, "" if it does."""
+    if config.run.compile != "auto" or is_turned_off():
+        return ""
+    if pays(*_elementwise_work(config)):
+        return remedy_for(torch.device(config.run.device))
+    return "" if has_cpp_compiler() or not _has_kernels(config.run) else "install a C++ compiler"
 
 
 def _warm_up(
@@ -167,7 +184,7 @@ def _warm_up(
                 f"run.compile={setting}, but torch cannot compile{where}: {reason}; "
                 "set run.compile=off"
             ) from error
-        tell(reason)
+        tell_failure(reason)
         give_up()
 
 
@@ -222,13 +239,13 @@ def build_rank(
     completions = _completions_of(weights, gradients, optimizer, mesh)
     training, evaluating = _build_modules(config, plan, mesh, weights, gradients, completions)
     comms = Comms(transport or _process_groups(config, mesh, device))
+    if missing := _missing(config):
+        tell(f"to be faster, {missing}")
     if compiled_parts(config):
         # Tensor-parallel ranks wait for each other while they compile.
         alone = mesh.degrees.tp == 1
         with starting(mesh.tensor, config.run), compile_one_first() if alone else nullcontext():
             _warm_up(config, weights, training, evaluating)
-    elif config.run.compile == "auto" and _has_kernels(config.run) and not is_turned_off():
-        tell("there is no C++ compiler")
     return RankModel(
         parameters=weights.parameters,
         splits=weights.splits,
@@ -544,9 +561,13 @@ def _build_stages(
 
 def fuse_of_layers(config: RunConfig) -> Fuse:
     """Return how the elementwise work of layers runs.  Raises ConfigError like `choose_fuse`."""
+    return choose_fuse(config.run.compile, *_elementwise_work(config))
+
+
+def _elementwise_work(config: RunConfig) -> tuple[torch.device, torch.dtype, int]:
+    """Return device, dtype and number of values of the feed-forward width of a microbatch."""
     elements = config.micro_batch_size * config.model.seq_length * config.model.ffn_hidden_size
-    return choose_fuse(
-        config.run.compile,
+    return (
         torch.device(config.run.device),
         DTYPES[config.run.dtype],
         elements // config.parallel.tp,

@@ -1052,6 +1052,13 @@ class ClusterConfig:
         0, "Multiprocessors of a GPU; 0: all FLOPs run at efficiency.", least=0, most=100_000
     )
     kernel_seconds: float = setting(0.0, "Fixed time of a kernel.", unit="s", least=0)
+    host_layer_seconds: float = setting(
+        0.0,
+        "What the host takes to issue a layer's forward and backward; a plan warns where the GPU "
+        "takes less.",
+        unit="s",
+        least=0,
+    )
     sustained: float = setting(
         1.0,
         "Part of the rates of kernels alone that passes keep in a run: clocks under the limit of "
@@ -1183,7 +1190,7 @@ class RunSettings:
     )
     compile: str = setting(
         "auto",
-        "Compile; auto: on cuda, and in 16 bits on a CPU where it pays, if there is a compiler; "
+        "Compile; auto: where it pays, on cuda or in 16 bits on a CPU, if there is a compiler; "
         "on: all elementwise work; off: nothing.",
         choices=("auto", "on", "off"),
     )

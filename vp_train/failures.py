@@ -271,8 +271,17 @@ def _words_of(end: RankEnd) -> str:
 
 
 def _killed(end: RankEnd, advice: Callable[[], str]) -> Ending:
-    number = signal.Signals(-end.code)
-    why = " (somebody, or the kernel as memory ran out)" if number == signal.SIGKILL else ""
-    said = f"{end.name} was killed by {number.name}{why}"
-    words = [said, "the other ranks were stopped", advice()]
-    return Ending(128 + number, "; ".join(filter(None, words)))
+    words = [f"{end.name} {end_of_process(end.code)}", "the other ranks were stopped", advice()]
+    return Ending(128 - end.code, "; ".join(filter(None, words)))
+
+
+def end_of_process(code: int) -> str:
+    """Return how a process with this exit code has ended, -n after signal n, as a predicate."""
+    if code >= 0:
+        return f"left with code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # between SIGRTMIN and SIGRTMAX
+        name = f"signal {-code}"
+    why = " (somebody, or the kernel as memory ran out)" if name == "SIGKILL" else ""
+    return f"was killed by {name}{why}"

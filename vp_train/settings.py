@@ -780,8 +780,8 @@ def resume_words(
     """Say where the settings of a resumed run come from and what this command line changes.
 
     `done` is the step of the newest checkpoint, None if there is none.  All changes are rows of a
-    table: setting, before, now, and whether it is allowed.  If there is no run to resume, say that
-    it begins.  Return None without run.resume.
+    table: setting, before, now, and whether it is allowed.  If there is no run or no checkpoint to
+    go on from, say that it begins.  Return None without run.resume.
     """
     path = config.run.directory / "config.yaml"
     if not config.run.resume:
@@ -795,17 +795,20 @@ def resume_words(
         close = similar_run(config.run.directory)
         hint = "" if close is None else f" (did you mean run.name={close.name}?)"
         return f"{config.run.directory} holds no run{hint}: one begins there at step 1"
+    begins = ""
+    if not checkpoints_in(config.run.checkpoints):
+        begins = f" ({config.run.checkpoints} holds no checkpoint: training begins at step 1)"
     rows = []
     for one in changes(config, batch):
         is_behind = one.name == "run.steps" and done is not None and config.run.steps < done
         verdict = f"refused, step {done} is done" if is_behind else one.verdict
         rows.append((one.name, one.before, one.now, verdict))
     if not rows:
-        return f"settings of {path}"
+        return f"settings of {path}{begins}"
     rows.insert(0, ("setting", "was", "now", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows]
-    return "\n  ".join([f"settings of {path}, changed here:", *lines])
+    return "\n  ".join([f"settings of {path}{begins}, changed here:", *lines])
 
 
 _QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""

@@ -139,6 +139,14 @@ def test_killed_process_does_not_matter_and_two_at_once_build_once(letters: Path
     assert {line.partition(":")[0] for line in "".join(errors).splitlines()} == {"tokenizing"}
 
 
+@pytest.mark.parametrize("content", ["", "[]", "[", "{}"])
+def test_corpus_with_a_damaged_manifest_is_refused(letters: Path, content: str) -> None:
+    built = prepare(text_config(letters), VOCAB_SIZE, progress=False)
+    (built.path / "manifest.json").write_text(content)
+    with pytest.raises(ConfigError, match=f"^{built.path}/manifest.json.*; delete {built.path}, "):
+        prepare(text_config(letters), VOCAB_SIZE, progress=False)
+
+
 @pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx", "tokenizer.json"])
 def test_corpus_with_a_damaged_file_is_refused(letters: Path, name: str) -> None:
     built = prepare(text_config(letters), VOCAB_SIZE, progress=False)

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vp_train.config import ConfigError, DataConfig, ModelConfig, RunConfig, RunSettings
-from vp_train.data import describe, open_source, prepare
+from vp_train.data import corpus as corpus_module
+from vp_train.data import describe, indexed, open_source, prepare
 from vp_train.data.corpus import _Work
 from vp_train.data.encoding import Encoded
-from vp_train.data.indexed import check_tokens
+from vp_train.data.indexed import check_tokens, largest_token, token_dtype
 from vp_train.data.left_out import EMPTY, LeftOut
 from vp_train.data.tokenizer import train_tokenizer
 
@@ -185,9 +186,10 @@ def test_missing_and_empty_inputs_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no text file"):
         prepare(config(tmp_path, tmp_path / "empty"), VOCAB, progress=False)
-    (tmp_path / "empty" / "a.txt").write_text("")
-    with pytest.raises(ConfigError, match=r"holds? no text"):
-        prepare(config(tmp_path, tmp_path / "empty"), VOCAB, progress=False)
+    for name, words in (("a", "a.txt holds"), ("b", "a.txt and the 1 file after it hold")):
+        (tmp_path / "empty" / f"{name}.txt").write_text("")
+        with pytest.raises(ConfigError, match=f"{words} no text"):
+            prepare(config(tmp_path, tmp_path / "empty"), VOCAB, progress=False)
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"is not a tokenizer\.json"):
         prepare(
@@ -217,10 +219,46 @@ def test_a_token_out_of_range_is_named_with_file_and_offset(tmp_path, text):
         prepare(data, VOCAB, progress=False)
 
 
-def test_negative_tokens_are_found_in_large_vocabularies(tmp_path):
-    np.array([1, 2, -5], dtype=np.int32).tofile(tmp_path / "tokens.bin")
-    with pytest.raises(ConfigError, match="token -5 at offset 2"):
-        check_tokens(tmp_path / "tokens", 100_000)
+@pytest.mark.parametrize("wrong", [-5, 100_000])
+def test_the_first_token_outside_is_named_and_the_largest_one_found(tmp_path, monkeypatch, wrong):
+    """Wherever they are in blocks of three tokens; 0 and the last token are no mistake."""
+    monkeypatch.setattr(indexed, "_BLOCK", 3)
+    prefix = tmp_path / "tokens"
+    for place in range(8):
+        tokens = np.array([0, 1, 2, 99_998, 3, 0, 1, 2], dtype=np.int32)
+        tokens[place] = 99_999
+        tokens.tofile(f"{prefix}.bin")
+        check_tokens(prefix, 100_000)
+        assert largest_token(prefix, 100_000) == 99_999
+        tokens[place:] = wrong
+        tokens.tofile(f"{prefix}.bin")
+        with pytest.raises(ConfigError, match=f"token {wrong} at offset {place} is outside"):
+            check_tokens(prefix, 100_000)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2**16, 2**16 + 1, 2**31 - 1])
+def test_a_token_takes_two_bytes_where_they_hold_every_id(vocab_size):
+    dtype = np.dtype(token_dtype(vocab_size))
+    assert np.iinfo(dtype).max >= vocab_size - 1
+    assert dtype.itemsize == (2 if vocab_size - 1 <= np.iinfo(np.uint16).max else 4)
+
+
+def test_what_a_corpus_is_renamed_to_was_synchronized_before(tmp_path, text, monkeypatch):
+    """Each file is on disk before it gets its name, and then the name itself."""
+    steps, rename = [], Path.rename
+    monkeypatch.setattr(corpus_module, "sync", lambda path: steps.append(path.name))
+
+    def renamed(path, target):
+        steps.append(f"{path.name} renamed")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    built = prepare(config(tmp_path, text), VOCAB, progress=False)
+    assert 0 < built.manifest.seconds < 60
+    assert steps[0].startswith("tokenizer-")
+    *before, name, place = steps[1:]
+    assert {*before} == {"tokens.bin", "tokens.idx", "tokenizer.json", "manifest.json", "building"}
+    assert (name, place) == ("building renamed", "cache")
 
 
 def test_a_truncated_corpus_is_refused(tmp_path, text):

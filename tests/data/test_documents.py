@@ -110,6 +110,37 @@ def test_what_holds_no_text_is_left_out_and_named_with_its_line(
     assert said.startswith(f"left out, {words.format(file)}")
 
 
+def test_a_line_is_too_long_beyond_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [b'{"text": "one"}\n', b'{"text": "three"}\n', b'{"text": "two"}']
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    for limit, kept in ((18, ["one", "three", "two"]), (17, ["one", "two"]), (15, ["two"])):
+        monkeypatch.setattr("vp_train.data.documents.LONGEST_LINE", limit)
+        state = Reading(LeftOut())
+        found = list(read_documents([tmp_path / "a.jsonl"], "text", reading=state))
+        assert [document.text for document in found] == kept
+        left = 3 - len(kept)
+        assert state.left_out.counts == (
+            {"lines or values that are too long": left} if left else {}
+        )
+
+
+def test_progress_of_reading_goes_on_from_file_to_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vp_train.data.documents._CHUNK", 8)
+    files = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.txt")]
+    for file in files:
+        file.write_text('{"text": "one"}\n' * 4)
+    state, seen = Reading(LeftOut()), [0]
+    for document in read_documents(files, "text", reading=state):
+        seen += [state.num_bytes for _ in document.parts]
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 9
+    assert state.num_bytes == seen[-1] == sum(file.stat().st_size for file in files)
+
+
 def test_every_kind_is_counted_and_its_first_place_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,8 +15,8 @@ from tests.data.cases import VOCAB_SIZE, text_config
 from vp_train.config import ConfigError
 from vp_train.data import encoding, prepare
 from vp_train.data.documents import Document
-from vp_train.data.encoding import encoded
-from vp_train.data.indexed import check_index, write_dataset
+from vp_train.data.encoding import Piece, encoded
+from vp_train.data.indexed import check_index, token_dtype, write_dataset
 from vp_train.data.tokenizer import train_tokenizer
 
 WORDS = ["one", "two ", "中文", "\r\n", "<|endoftext|>", "x" * 40, "🙂"]
@@ -46,9 +46,27 @@ def ids_of(tokenizer: Path, workers: int) -> list[tuple[str, list[int], bool]]:
     return [(piece.origin, piece.ids.tolist(), piece.is_last) for piece in found]
 
 
+def test_a_batch_ends_as_soon_as_it_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "_BATCH", 10)
+    monkeypatch.setattr(encoding, "_MOST_PIECES", 4)
+    coin = random.Random(0)
+    pieces = [Piece("", "x" * coin.choice((0, 1, 2, 5, 20)), True) for _ in range(200)]
+    batches = list(encoding._batches(iter(pieces)))
+    assert [piece for batch in batches for piece in batch] == pieces
+    for batch in batches:
+        sizes = [len(piece.text) for piece in batch]
+        assert batch is batches[-1] or sum(sizes) >= 10 or len(batch) == 4
+        assert sum(sizes[:-1]) < 10
+        assert 0 < len(batch) <= 4
+
+
 @pytest.mark.usefixtures("many_batches")
-def test_tokens_do_not_depend_on_the_number_of_processes(tokenizer: Path) -> None:
-    alone = ids_of(tokenizer, 1)
+def test_tokens_do_not_depend_on_the_number_of_processes(
+    tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.delattr(encoding, "_processes")  # which one worker does not need
+        alone = ids_of(tokenizer, 1)
     assert sum(is_last for _, _, is_last in alone) == 60
     for workers in (2, 3):
         assert ids_of(tokenizer, workers) == alone
@@ -100,7 +118,10 @@ def test_a_tokenizer_that_cannot_encode_is_named(tmp_path: Path, workers: int) -
         ids_of(path, workers)
 
 
-def test_a_document_beyond_what_the_format_counts_goes_on_as_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("vocab_size", [10, 100_000])
+def test_a_document_beyond_what_the_format_counts_goes_on_as_another(
+    tmp_path: Path, vocab_size: int
+) -> None:
     pieces = [
         (np.arange(4), False),
         (np.arange(4), False),
@@ -108,8 +129,8 @@ def test_a_document_beyond_what_the_format_counts_goes_on_as_another(tmp_path: P
         (np.arange(2), True),
         (np.arange(0), True),
     ]
-    counts = write_dataset(tmp_path / "tokens", pieces, end=9, vocab_size=10, longest=6)
+    counts = write_dataset(tmp_path / "tokens", pieces, end=9, vocab_size=vocab_size, longest=6)
     assert counts == (4, 14)
-    check_index(tmp_path / "tokens", *counts, 10)
-    tokens = np.fromfile(tmp_path / "tokens.bin", dtype=np.uint16)
+    check_index(tmp_path / "tokens", *counts, vocab_size)
+    tokens = np.fromfile(tmp_path / "tokens.bin", dtype=token_dtype(vocab_size))
     assert tokens.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 9, 0, 1, 9, 9]

@@ -94,6 +94,12 @@ def test_every_format_holds_the_same_documents(tmp_path: Path, name: str, conten
     assert read(tmp_path / name) == (TEXTS, LeftOut())
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_file_without_a_byte_is_an_empty_document(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"a.txt{suffix}").touch()
+    assert read(tmp_path / f"a.txt{suffix}")[1].counts == {"empty documents": 1}
+
+
 @pytest.mark.parametrize("pack", [two_members, zstd])
 def test_packed_texts_are_the_texts(
     tmp_path: Path, pack: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
@@ -224,7 +230,7 @@ def test_what_git_keeps_of_a_large_file_is_no_text(tmp_path: Path, name: str) ->
     (tmp_path / name).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     )
-    with pytest.raises(ConfigError, match=f"{name} is a git-LFS pointer.* run git lfs pull"):
+    with pytest.raises(ConfigError, match=f"{name} is a git-LFS pointer.* run git lfs pull there$"):
         read(tmp_path / name)
 
 
@@ -259,11 +265,16 @@ def test_splits_and_choices_of_rows_are_not_mixed_in(tmp_path: Path) -> None:
         ConfigError, match=r"state.json names a choice of rows.*flatten_indices\(\)"
     ):
         find_files(text_config(tmp_path))
-    (tmp_path / "text" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(
-        ConfigError, match=r"splits of a data set \(train, test\); .* data.path=.*text/train$"
+    for content, names, example in (
+        ('{"splits": ["test", "train"]}', "test, train", "test"),
+        ("{}", "see its folders", "train"),
+        ("[", "see its folders", "train"),
     ):
-        find_files(text_config(tmp_path))
+        (tmp_path / "text" / "dataset_dict.json").write_text(content)
+        with pytest.raises(
+            ConfigError, match=rf"splits of a data set \({names}\); .* data.path=.*text/{example}$"
+        ):
+            find_files(text_config(tmp_path))
 
 
 def test_a_link_is_its_file_and_other_links_are_left_out(tmp_path: Path) -> None:

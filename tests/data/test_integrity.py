@@ -12,8 +12,8 @@ import pytest
 
 from tests.data.cases import VOCAB_SIZE, text_config, write_letters
 from vp_train.config import ConfigError, DataConfig
-from vp_train.data import corpus, prepare
-from vp_train.data.integrity import BLOCK, DIGITS, block_hashes, check_once
+from vp_train.data import corpus, indexed, prepare
+from vp_train.data.integrity import BLOCK, DIGITS, block_hashes, check_blocks, check_once
 from vp_train.data.manifest import _OWN_HASH, _hash_of, _misfit
 from vp_train.durable import read_json
 
@@ -61,14 +61,22 @@ def test_a_changed_token_is_found_though_size_and_time_are_kept(stored: DataConf
         (34 + 24 + 8, b"\xff" * 8, "document 1 has .* tokens from byte -1, which"),
         (34 + 24 + 8, b"\x00\x00\x00\x10", "document 1 has .* from byte 268,435,456, which"),
         (34 + 72 + 8, b"\x05", "document 1 has"),
+        (34 + 72 + 8 * 5, b"\x04", "document 5 has"),
+        (34 + 72 + 8 * 6, b"\x05", "has documents of"),
+        (34 + 4 * 5, b"\x01", "has documents of"),
     ],
 )
 def test_a_garbage_index_is_named_with_its_entry(
-    stored: DataConfig, offset: int, content: bytes, message: str
+    stored: DataConfig,
+    offset: int,
+    content: bytes,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(indexed, "_ENTRIES", 2)
     path = Path(str(stored.path)) / "tokens.idx"
     change(path, offset, content)
-    refused(stored, rf"^{path}: {message}")
+    refused(stored, rf"^{path}:? {message}")
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx", "tokenizer.json", "manifest.json"])
@@ -138,6 +146,9 @@ def test_what_failed_is_checked_again_and_without_memory_always(tmp_path: Path) 
     check_once(file / "nowhere", [file], lambda: checks.append(2))
     check_once(file / "nowhere", [file], lambda: checks.append(2))
     assert len(checks) == 4
+    check_once(tmp_path / "a new" / "memory", [file], lambda: checks.append(3))
+    check_once(tmp_path / "a new" / "memory", [file], lambda: checks.append(3))
+    assert len(checks) == 5
 
 
 def test_a_check_of_files_that_change_meanwhile_is_not_remembered(tmp_path: Path) -> None:
@@ -171,6 +182,43 @@ def test_blocks_are_hashed_on_their_own(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "a").write_bytes(b"abcdabcdef")
     first, second, third = block_hashes(tmp_path / "a")
     assert first == second != third
+    check_blocks(tmp_path / "a", [first, first, third], "out")
+    for hashes, words in (
+        ([first, first], "has 3 blocks instead of 2; out"),
+        ([first, third, third], "bytes from offset 4 to 8 are not what was prepared; out"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_blocks(tmp_path / "a", hashes, "out")
+
+
+ENTRIES = {  # values of a manifest that are taken, and others that are not
+    "num_files": ((0, 2**63 - 1), (-1, 2**63, True, 1.0, "1", None)),
+    "name": (("a_B1", "a" * 64), ("", "a/b", "a" * 65, 1, None)),
+    "seconds": ((0, 0.5), ("1", True, None)),
+    "largest_token": ((None, 0, 2**31 - 1), (-1, 2**31, True, 1.0, "1")),
+    "left_out": (({}, {"a": [1, "b"]}), ([], {"a": 1}, {"a": [1]}, {"a": ["b", 1]})),
+    "num_documents": ((1, 2), (0,)),
+    "num_tokens": ((6, 7), (5,)),
+    "end_token": ((0, VOCAB_SIZE - 1), (VOCAB_SIZE,)),
+    "file_bytes": ((), ({}, [], {"tokens.bin": 1}, None)),
+    "blocks": ((), ({}, [], {"tokens.bin": []}, None)),
+}
+
+
+def test_an_entry_of_a_manifest_is_refused_outside_its_bounds(stored: DataConfig) -> None:
+    values = read_json(Path(str(stored.path)) / "manifest.json") | {"vocab_size": VOCAB_SIZE}
+
+    def fits(**changes: object) -> bool:
+        own = {name: value for name, value in (values | changes).items() if name != _OWN_HASH}
+        return _misfit(own | {_OWN_HASH: _hash_of(own)}) is None
+
+    for name, (good, bad) in ENTRIES.items():
+        assert all(fits(**{name: value}) for value in good), name
+        assert not any(fits(**{name: value}) for value in bad), name
+    blocks = values["blocks"] | {"tokens.bin": []}
+    for size in (0, -1, 1.0, True):
+        sizes = values["file_bytes"] | {"tokens.bin": size}
+        assert fits(file_bytes=sizes, blocks=blocks) == (size == 0)
 
 
 def test_every_block_of_a_manifest_needs_its_hash(stored: DataConfig) -> None:

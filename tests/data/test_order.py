@@ -48,6 +48,15 @@ def test_permutation_of_a_large_range_needs_no_memory_and_scatters() -> None:
         assert 180 < sum(image * 4 // 10**12 == quarter for image in images) < 320
 
 
+def test_a_run_goes_on_in_the_order_that_it_began_with() -> None:
+    """The order is part of a checkpoint's meaning: no version may change it."""
+    order = SampleOrder((5, 9), Turns.of([1, 2]), 3, "training")
+    begun = [(1, 2), (0, 1), (1, 6), (1, 5), (0, 2), (1, 3), (1, 7), (0, 0), (1, 8), (1, 4)]
+    assert [order[position] for position in range(30, 40)] == begun
+    square = [12, 5, 14, 13, 11, 0, 1, 2, 15, 4, 8, 10, 9, 3, 6, 7]
+    assert list(map(Permutation(16, b"key"), range(16))) == square
+
+
 weights_lists = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 

@@ -16,31 +16,59 @@ from vp_train.tensors import compiling
 CACHED = (compiling.compiled, compiling.compiled_as_called, compiling.compiled_for_tokens)
 
 
+class Operations:
+    """A graph that runs as torch operations, only for the kinds of inputs that it was made for.
+
+    Like code of torch's compiler it is wrong for another dtype or another number of dimensions, and
+    for other sizes where they are constants.
+    """
+
+    def __init__(self, graph: torch.fx.GraphModule) -> None:
+        self._graph = graph
+        self._kinds = [
+            self._kind_of(node.meta["example_value"])
+            for node in graph.graph.find_nodes(op="placeholder")
+        ]
+
+    def __call__(self, *arguments: Any) -> Any:
+        for argument, kind in zip(arguments, self._kinds, strict=True):
+            assert len(found := self._kind_of(argument)) == len(kind)
+            assert all(mine in (None, other) for mine, other in zip(kind, found, strict=True))
+        return self._graph(*arguments)
+
+    @staticmethod
+    def _kind_of(value: Any) -> tuple[Any, ...]:
+        """Return dtype, device and sizes of a tensor; None is a size that is no constant."""
+        if not isinstance(value, torch.Tensor):
+            return (isinstance(value, torch.SymInt | int),)
+        sizes = [size if isinstance(size, int) else None for size in value.shape]
+        return value.dtype, value.device, *sizes
+
+
+def made_ahead(graph: torch.fx.GraphModule) -> Any:
+    """Return `Operations` of a kind that torch takes for code made ahead of time."""
+    from torch._dynamo.aot_compile_types import SerializableCallable
+
+    class Serializable(Operations, SerializableCallable):
+        @classmethod
+        def serialize_compile_artifacts(cls, made: Any) -> bytes:
+            raise NotImplementedError
+
+        @classmethod
+        def deserialize_compile_artifacts(cls, data: bytes) -> Any:
+            raise NotImplementedError
+
+    return Serializable(graph)
+
+
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModule]]:
     """Let compiled functions be traced, but run as torch operations; yield what was traced."""
-    from torch._dynamo.aot_compile_types import SerializableCallable
-
     seen = []
-
-    class Operations(SerializableCallable):
-        def __init__(self, graph):
-            self._graph = graph
-
-        def __call__(self, *arguments):
-            return self._graph(*arguments)
-
-        @classmethod
-        def serialize_compile_artifacts(cls, made):
-            raise NotImplementedError
-
-        @classmethod
-        def deserialize_compile_artifacts(cls, data):
-            raise NotImplementedError
 
     def backend(graph, inputs):
         seen.append(graph)
-        return Operations(graph)
+        return made_ahead(graph)
 
     with compiled_by(backend, monkeypatch):
         yield seen

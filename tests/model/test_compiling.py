@@ -125,11 +125,11 @@ def test_every_thread_compiles_as_many_shapes_where_torch_makes_no_code_ahead_of
         thread = Thread(target=work)
         thread.start()
         thread.join()
-    assert len(made) == 1 + 12
+    assert len(made) == 2 * 12
 
 
 def test_guards_are_evaluated_once_for_metadata_that_is_new(traced, monkeypatch):
-    """A call of known metadata must find its code, whichever thread makes it."""
+    """A call of known metadata finds its code, whichever thread has made it."""
     checks = []
     check = AOTCompiledFunction.guard_check
 
@@ -140,30 +140,55 @@ def test_guards_are_evaluated_once_for_metadata_that_is_new(traced, monkeypatch)
     monkeypatch.setattr(AOTCompiledFunction, "guard_check", counting)
     monkeypatch.setattr(AOTCompiledFunction, "__call__", None)  # it would evaluate them again
     scaled = compiling.compiled_for_tokens(lambda x, weight, factor: x * weight * factor)
-    cases = [
-        (torch.full((s, b, width), 0.5, dtype=dtype).transpose(0, turned), torch.ones(width), 3.0)
-        for s, b, width, dtype, turned in [
-            (5, 3, 4, torch.float32, 0),
-            (5, 3, 4, torch.float32, 0),
-            (7, 2, 4, torch.float32, 0),
-            (7, 2, 4, torch.float64, 0),
-            (7, 2, 6, torch.float32, 0),
-            (2, 7, 4, torch.float32, 1),
-            (7, 1, 4, torch.float32, 0),
-        ]
+    cases = [  # and how many were made by then
+        (5, 3, 4, torch.float32, 0, 2.0, 1),
+        (5, 3, 4, torch.float32, 0, 2.0, 1),
+        (7, 2, 4, torch.float32, 0, 2.0, 1),
+        (7, 2, 4, torch.float64, 0, 2.0, 2),
+        (7, 2, 6, torch.float32, 0, 2.0, 3),
+        (7, 2, 4, torch.float32, 0, 3.0, 4),
+        (7, 2, 4, torch.int64, 0, 2, 5),
+        (7, 2, 4, torch.int64, 0, 2.0, 6),
+        (7, 2, 4, torch.float32, 1, 2.0, 7),
+        (7, 1, 4, torch.float32, 0, 2.0, 8),
     ]
 
-    def work():
-        for x, weight, factor in cases:
-            assert torch.equal(scaled(x, weight, factor), x * weight * factor)
+    def work(expected=None):
+        for s, b, width, dtype, turned, factor, made in cases:
+            shape = (b, s) if turned else (s, b)
+            x = torch.arange(s * b * width, dtype=dtype).view(*shape, width).transpose(0, turned)
+            weight = torch.full((width,), 2, dtype=dtype)
+            y = scaled(x, weight, factor)
+            assert y.dtype is (x * factor).dtype
+            assert torch.equal(y, x * weight * factor)
+            assert len(traced) == (made if expected is None else expected)
 
     work()
-    made, evaluated = len(traced), len(checks)
-    assert made < len(cases) - 1
-    thread = Thread(target=work)
+    evaluated = len(checks)
+    assert evaluated > 0
+    thread = Thread(target=work, args=(len(traced),))
     thread.start()
     thread.join()
-    assert (len(traced), len(checks)) == (made, evaluated)
+    assert len(checks) == evaluated
+
+
+def test_code_that_torch_really_makes_is_found_by_a_table():
+    """Where torch changes how it compiles ahead of time, layers would only be slower."""
+    added = compiling.compiled_for_tokens(lambda x, y: (x + y).relu())
+    for s in (3, 5):
+        x = torch.randn(s, 2, 4)
+        assert torch.equal(added(x, -x.flip(0)), (x - x.flip(0)).relu())
+    assert len(added._made_ahead) == 1
+    assert [*added._table.values()] == 2 * [added._made_ahead[0].fn]
+
+
+def test_more_shapes_than_the_limit_run_as_torch_operations(traced, monkeypatch):
+    monkeypatch.setattr(compiling, "_SHAPES", 3)
+    double = compiling.compiled_for_tokens(lambda x: x * 2)
+    for size in range(2, 9):
+        x = torch.ones(size, 1)
+        assert torch.equal(double(x), 2 * x)
+    assert len(traced) == 3
 
 
 def test_turned_off_nothing_is_compiled(traced):
@@ -194,7 +219,8 @@ def test_turned_off_nothing_is_compiled(traced):
             ["kernels in C++"],
         ),
         (RunSettings(dtype="bfloat16", compile="off"), [], []),
-        (RunSettings(device="cuda"), ["layers"], []),
+        (RunSettings(device="cuda"), ["kernels of a GPU"], []),
+        (RunSettings(device="cuda", compile="on"), ["layers", "kernels of a GPU"], []),
         (RunSettings(device="cuda", compile="off"), [], []),
     ],
 )
@@ -210,6 +236,29 @@ def test_a_run_compiles_on_cuda_in_16_bits_or_if_it_is_asked_to(
     if settings.compile == "on":
         with pytest.raises(ConfigError, match=r"install the headers of Python, or set run\."):
             fuse_of_layers(config)
+
+
+@pytest.mark.parametrize(
+    ("missing", "pays_from", "words"),
+    [
+        (["_finds_compiler"], 1, "install a C++ compiler"),
+        (["_finds_compiler"], 1 << 40, "install a C++ compiler"),  # the kernels need it
+        (["_finds_headers"], 1, "install the headers of Python"),
+        (["_finds_headers"], 1 << 40, ""),
+        ([], 1, ""),
+    ],
+)
+def test_a_run_says_what_to_install_to_be_faster(
+    traced, monkeypatch, capsys, missing, pays_from, words
+):
+    monkeypatch.setattr(elementwise, "_PAYS_ON_CPU", pays_from)
+    for name in missing:
+        monkeypatch.setattr(compiling, name, lambda: False)
+    config = replace(CONFIG, run=replace(CONFIG.run, compile="auto"))
+    run_locally(config, make_plan(config, 1), lambda rank, model, together: None)
+    said = capsys.readouterr().err
+    assert said.count("to be faster, ") == bool(words)
+    assert words in said
 
 
 def test_what_was_given_up_runs_plainly_and_kernels_go_on(traced):

@@ -9,10 +9,11 @@ from torch import nn
 from tests.model.test_stage import CPU, FAMILIES, MODEL, group, stage  # noqa: F401 - a fixture
 from vp_train.config import ConfigError
 from vp_train.model import elementwise
-from vp_train.model.elementwise import choose_fuse, compiled_kernels, plain
+from vp_train.model.elementwise import choose_fuse, plain
 from vp_train.model.stage import Stage
 from vp_train.pipeline.offload import HostLink, storages_of
 from vp_train.tensors import compiling
+from vp_train.tensors.compiling import compiled_for_tokens
 from vp_train.tensors.streams import HostOrder
 
 
@@ -37,8 +38,8 @@ def test_compiled_code_computes_the_same_and_is_made_once_for_all_lengths_and_st
     fused, other, alone = (
         stage(group, layers, final_norm=True, model=model, fuse=fuse, num_offloaded=2)
         for layers, fuse in (
-            (range(1, 3), compiled_kernels),
-            (range(2, 4), compiled_kernels),
+            (range(1, 3), compiled_for_tokens),
+            (range(2, 4), compiled_for_tokens),
             (range(1, 3), plain),
         )
     )
@@ -94,7 +95,7 @@ def test_kernels_on_a_gpu_compute_what_torch_operations_compute(group, dtype):  
             seed=3,
             fuse=fuse,
         )
-        for fuse in (compiled_kernels, plain)
+        for fuse in (compiled_for_tokens, plain)
     )
     for mine, expected in zip(results(fused, 20, 2), results(alone, 20, 2), strict=True):
         error = (mine - expected).double().norm() / expected.double().norm()
@@ -111,18 +112,23 @@ def test_an_activation_gives_its_output_again_in_the_backward(activation):
     assert torch.allclose(dh, *torch.autograd.grad(x, h, dx), rtol=1e-13, atol=1e-13)
 
 
-def test_tests_and_small_runs_on_a_cpu_compile_nothing(monkeypatch):
+def test_small_runs_compile_nothing(monkeypatch):
     def found(setting, dtype, elements, device=CPU):
         return choose_fuse(setting, device, dtype, elements)
 
     monkeypatch.setattr(compiling, "_finds_compiler", lambda: True)
     assert found("auto", torch.float32, 1 << 30) is plain
     assert found("auto", torch.bfloat16, 1 << 10) is plain
-    assert found("auto", torch.bfloat16, 1 << 30) is compiled_kernels
-    assert found("on", torch.float32, 1) is compiled_kernels
+    assert found("auto", torch.bfloat16, 1 << 30) is compiled_for_tokens
+    assert found("on", torch.float32, 1) is compiled_for_tokens
     assert found("off", torch.bfloat16, 1 << 30) is plain
+    monkeypatch.setattr(compiling, "has_triton", lambda: True)
+    cuda = torch.device("cuda")
+    assert found("auto", torch.bfloat16, 8_192 * 14_336, cuda) is compiled_for_tokens
+    assert found("auto", torch.bfloat16, 2_048 * 12_288, cuda) is plain  # gpt_4b waits for the host
+    assert found("on", torch.bfloat16, 1, cuda) is compiled_for_tokens
     monkeypatch.setattr(compiling, "_finds_compiler", lambda: False)
-    assert found("auto", torch.bfloat16, 1 << 30, torch.device("cuda")) is plain
+    assert found("auto", torch.bfloat16, 1 << 30, cuda) is plain
     with pytest.raises(ConfigError, match=r"install a C\+\+ compiler, or set run\.c"):
         found("on", torch.bfloat16, 1)
 

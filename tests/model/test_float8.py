@@ -356,7 +356,20 @@ def test_a_gpu_without_float8_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=refused):  # one process that scores
         opened(opening)
     nccl.require_float8(replace(settings, linear_dtype="compute"))
+    monkeypatch.setattr(nccl, "_multiplies_by_row", lambda: True)
     nccl.require_float8(replace(settings, device="cpu"))
+
+
+def test_a_torch_without_scales_of_rows_on_a_cpu_is_refused_before_any_step(monkeypatch):
+    def only_by_tensor(*_, scale_a, **__):
+        if scale_a.numel() > 1:
+            raise RuntimeError("Now _scaled_mm only supports per-tensor scaling for CPU backend.")
+
+    monkeypatch.setattr(torch, "_scaled_mm", only_by_tensor)
+    settings = RunSettings(dtype="bfloat16", linear_dtype="float8")
+    with pytest.raises(ConfigError, match=r"on a CPU; set run\.float8_scales=tensor, or install"):
+        nccl.take_gpu({}, settings)
+    assert nccl.take_gpu({}, replace(settings, float8_scales="tensor")) == "gloo"
 
 
 def test_a_run_in_float8_is_opened_as_it_was_or_without_it_in_a_dtype_that_is_asked_for():

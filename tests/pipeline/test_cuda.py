@@ -18,6 +18,7 @@ from tests.pipeline.test_offload import offloading, plan_of
 from tests.pipeline.truth import random_batch
 from vp_train.assembly import build_rank
 from vp_train.config import VocabConfig
+from vp_train.pipeline.offload import HostLink
 from vp_train.pipeline.stopwatch import Part, Stopwatch
 from vp_train.pipeline.timers import timer_of
 from vp_train.planning.plan import make_plan
@@ -46,7 +47,14 @@ def test_ranks_on_streams_of_a_gpu_equal_the_cpu_in_float64(p, schedule, algorit
 @on_gpu
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_activations_in_host_memory_equal_the_cpu_in_float64(schedule, recompute):
+def test_activations_in_host_memory_equal_the_cpu_in_float64(monkeypatch, schedule, recompute):
+    moved, copy = [], HostLink.copy
+
+    def counting(link, side, pairs):
+        moved.extend(target.nbytes for target, _ in pairs)
+        return copy(link, side, pairs)
+
+    monkeypatch.setattr(HostLink, "copy", counting)
     config = config_of(3, 4, 101, schedule=schedule, num_stages=6)
     config = replace(config, parallel=replace(config.parallel, recompute=recompute))
     batch = random_batch(config, 1)
@@ -57,6 +65,7 @@ def test_activations_in_host_memory_equal_the_cpu_in_float64(schedule, recompute
         found = gradients_of(gpu, plan, batch, delay_seconds=4e-4, seed=seed)
         for name, tensor in expected.items():
             assert torch.allclose(found[name].cpu(), tensor, rtol=1e-9, atol=1e-12), name
+    assert sum(moved) > 0
 
 
 @on_gpu

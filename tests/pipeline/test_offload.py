@@ -445,6 +445,12 @@ def link(streams=None, block_bytes=512):
 MOVES = ("offload", "offloaded", "reload", "restored")
 
 
+def test_the_device_of_a_link_is_that_of_the_tensors_on_it(monkeypatch):
+    """A tensor on a GPU has a device with an index; it would seem to be elsewhere."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert HostLink(HostOrder(), torch.device("cuda")).device == torch.device("cuda", 1)
+
+
 @pytest.mark.parametrize("missing", MOVES)
 def test_a_program_that_lacks_an_operation_ends_with_its_name(missing):
     w = torch.ones(6, dtype=torch.float64, requires_grad=True)

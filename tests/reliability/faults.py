@@ -67,7 +67,7 @@ class Fault:
     """A fault, and the end that the job must have.
 
     deed: statement of rank 1 in step `step`, or before it connects if that is 0.
-    number, target: a signal to the launcher or to rank 1 after step STEP.
+    number, target: a signal to the launcher, to rank 1 or to the store, after step STEP.
     code, words: exit code, and a pattern of the cause on stderr.
     seconds: from the fault to the end of the job.
     saved: whether a checkpoint must be there at the end.
@@ -91,6 +91,13 @@ FAULTS = {
     "kill -9 of a rank": Fault(128 + 9, KILLED, number=signal.SIGKILL, target="rank"),
     "kill -9 at the start": Fault(128 + 9, KILLED, "os.kill(os.getpid(), 9)", 0),
     "a launcher that crashes": Fault(-11, "", number=signal.SIGSEGV, target="launcher"),
+    "kill -9 of the store of the ranks": Fault(
+        EXIT_INTERNAL,
+        r"^vp-train: the store of the ranks on \S+ was killed by SIGKILL .* from the newest checkp",
+        number=signal.SIGKILL,
+        target="store",
+        saved=True,
+    ),
     "a segmentation fault": Fault(128 + 11, "killed by SIGSEGV", "os.kill(os.getpid(), 11)"),
     **{
         f"{number.name} to the {target}": Fault(
@@ -166,7 +173,7 @@ def wrong_with(fault: Fault, root: Path, pause: float = 0.0) -> str | None:
         if fault.number:
             _await_step(job, STEP)
             time.sleep(pause)
-            os.kill(job.pid if fault.target == "launcher" else _pid(root, 1), fault.number)
+            os.kill(_target(fault, job.pid, root), fault.number)
         elif fault.step:
             _await_step(job, STEP - 1)
         began = time.monotonic()
@@ -194,6 +201,17 @@ def wrong_with(fault: Fault, root: Path, pause: float = 0.0) -> str | None:
 def _await_step(job, step):
     """Read the output up to the line of a step, or to its end."""
     next((line for line in job.stdout if line.startswith(f"step {step:>6}/")), None)
+
+
+def _target(fault, launcher, root):
+    """Return the process that gets the signal of a fault."""
+    if fault.target == "launcher":
+        return launcher
+    if fault.target == "rank":
+        return _pid(root, 1)
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    (store,) = set(map(int, children)) - {_pid(root, rank) for rank in range(2)}
+    return store
 
 
 def _pid(root, rank):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -548,7 +549,7 @@ def explained(causes=(), what_ifs=(), planned=1.0, measured=2.0):
 
 
 def test_the_way_from_the_planned_to_the_measured_seconds_adds_up():
-    """What adds less than one in two thousand is not shown, and counts in the sums."""
+    """Leave out what adds less than one in two thousand, and count it in the sums."""
     causes = [("slow", 0.75), ("tiny", 0.000999), ("late", 0.001), ("fast", -0.5), ("gone", -9.0)]
     assert page._causes(explained(causes)) == [
         ("planned", "", "1.00 s"),
@@ -756,6 +757,11 @@ def test_a_page_goes_where_it_is_asked_to_be_and_no_device_or_link_is_replaced(
     check(Page(tmp_path / "page.html"))
     code, _, said = vp_report(one, "--out", tmp_path / "page.html" / "a")
     assert (code, "cannot be written (File exists); give a file in" in said) == (78, True)
+    locked = shutil.copytree(one, tmp_path / "locked") / "report.html"
+    locked.unlink()
+    locked.mkdir()
+    words = f"{locked}: Is a directory; vp-report --out FILE writes the report elsewhere"
+    assert vp_report(locked.parent) == (74, "", f"vp-report: {words}\n")
 
 
 def test_arguments_that_are_no_paths_are_said_in_one_line(vp_report, tmp_path):

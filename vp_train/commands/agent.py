@@ -11,13 +11,17 @@ of a job:
                                                overrides of a search
     start    the agent of node 0               ranks may start: attempt, port of their store
     asked    an agent                          its first signal: ranks are to save and end
+    store    the agent of node 0               the store of the ranks has ended: attempt, words,
+                                               whether they save
     stopped  an agent                          its second signal: ranks are to end now: number
     failing  an agent                          one of its ranks has failed: attempt, explains
     ends     every agent                       its ranks have ended: attempt, ends
     lost     a messenger                       its agent was killed: lost, why
+             a messenger                       another one of its node was killed
              the messenger of node 0           a node is silent
              an agent                          a node has not told "ends", long after a failure
              an agent, in its own log alone    its messenger has ended
+    reason   a messenger, to its agent alone   why the head is lost: words
     failed   an agent                          it leaves by an error: code, words
     bye      every agent                       it leaves; its last fact
 """
@@ -35,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from vp_train.commands.local_ranks import LocalRanks, Starter
+from vp_train.commands.messenger import Fact
 from vp_train.commands.nodes import (
     News,
     NodeLoss,
@@ -120,6 +125,8 @@ class Job:
     `starter` returns how to start a rank, of a run that begins (False) or resumes (True).
     `record_of` returns the flight recorder's file of a rank if NCCL's watchdog wrote it.  `way_on`
     returns the advice for a job that was stopped at once, or of which a rank was killed.
+    `can_save` returns whether ranks that started at a time, in seconds of `time.time`, have got so
+    far that they save if they are asked to end.
     """
 
     starter: Callable[[bool], Starter]
@@ -128,6 +135,7 @@ class Job:
     settings: RunSettings = field(default_factory=RunSettings)
     record_of: Callable[[int], Path | None] = lambda rank: None
     way_on: Callable[[], str] = lambda: "run.resume=true goes on from the newest checkpoint"
+    can_save: Callable[[float], bool] = lambda since: True
 
 
 def run_job(news: News, job: Job) -> Ending:
@@ -186,9 +194,16 @@ def _run_attempt(news: News, job: Job, attempt: int, signals: Signals) -> News:
         port = wait_until(lambda: _start_port(news, attempt, signals))
         if port:
             environments = _environments(news, job.num_local, port, attempt)
+            began = time.time()
             ranks = LocalRanks(job.starter(attempt > 0), environments, place.host)
+
+            def tell_end_of_store() -> None:
+                if server is not None and (end := server.poll()) is not None:
+                    words = f"the store of the ranks on {place.host} {end}"
+                    news.tell("store", attempt=attempt, words=words, saves=job.can_save(began))
+
             try:
-                _watch(news, ranks, attempt, signals)
+                _watch(news, ranks, attempt, signals, tell_end_of_store)
                 ranks.poll()
                 own = [asdict(end) | {"when": when} for end, when in ranks.ends()]
                 news.tell("ends", attempt=attempt, ends=own)  # to end a rank may take long
@@ -236,7 +251,26 @@ def _ending(past: News, attempt: int, job: Job, advice: Callable[[], str] = str)
     """
     facts = told(past, "ends", attempt).values()
     ends = sorted((end for fact in facts for end in fact["ends"]), key=lambda end: end["when"])
-    return _cause([_rank_end(**end) for end in ends], _lost(past, attempt), job, advice)
+    lost = _lost(past, attempt)
+    cause = _cause([_rank_end(**end) for end in ends], lost, job, advice)
+    store = _end_of_store(past, attempt)
+    is_own = cause.code in _FINAL and (cause.code != EXIT_TIME or _wants_end(past))
+    if store is None or lost or (ends and is_own):
+        return cause
+    asked = "asked to save and to end" if store["saves"] else "stopped"
+    said = (store["words"], f"the ranks were {asked}", advice())
+    return Ending(EXIT_INTERNAL, "; ".join(filter(None, said)))
+
+
+def _end_of_store(news: News, attempt: int) -> Fact | None:
+    """Return the fact that the store of the ranks has ended before any rank failed, if it is so."""
+    for fact in news.facts():
+        if fact.get("attempt") == attempt:
+            if fact["kind"] == "store":
+                return fact
+            if fact["kind"] == "failing" and fact["explains"]:
+                break
+    return None
 
 
 def _lost(past: News, attempt: int) -> list[NodeLoss]:
@@ -294,6 +328,8 @@ def _start_port(news: News, attempt: int, signals: Signals) -> int | None:
     facts = news.facts()
     if losses(news) or any(fact["kind"] in ("bye", "stopped") for fact in facts):
         return 0
+    if _end_of_store(news, attempt) is not None:
+        return 0
     ports = [
         fact["port"] for fact in facts if fact["kind"] == "start" and fact["attempt"] == attempt
     ]
@@ -310,8 +346,18 @@ def _tell_requests(news: News, signals: Signals) -> None:
         news.tell("stopped", number=number)
 
 
-def _watch(news: News, ranks: LocalRanks, attempt: int, signals: Signals) -> None:
-    """Wait until the ranks have ended, or until their time after a failure anywhere is over."""
+def _watch(
+    news: News,
+    ranks: LocalRanks,
+    attempt: int,
+    signals: Signals,
+    tell_end_of_store: Callable[[], None],
+) -> None:
+    """Wait until the ranks have ended, or until their time after a failure anywhere is over.
+
+    Ranks need their store to connect, and not to save.  So without it, ranks that can save are
+    asked to save and to end; others would try to reach it for long.
+    """
     since: dict[bool, float] = {}  # when a failure was first seen, and one that explains others
     said: set[bool] = set()
     has_asked = False
@@ -319,9 +365,13 @@ def _watch(news: News, ranks: LocalRanks, attempt: int, signals: Signals) -> Non
         _tell_requests(news, signals)
         if _insisting(news) is not None:
             return
-        if signals.has_request and not has_asked:
+        tell_end_of_store()
+        store = _end_of_store(news, attempt)
+        if store is not None and not store["saves"]:
+            return
+        if not has_asked and (signals.has_request or store is not None):
             has_asked = True
-            ranks.request_end(signals.noted[0][0])
+            ranks.request_end(signals.noted[0][0] if signals.has_request else signal.SIGTERM)
         ranks.poll()
         ends = [end for end, _ in ranks.ends() if end.code not in (EXIT_OK, EXIT_TIME)]
         for explains in {_explains(end) for end in ends} - said:

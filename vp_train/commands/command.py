@@ -7,6 +7,7 @@ import difflib
 import gc
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -125,6 +126,8 @@ def guarded(name: str, body: Callable[[], int]) -> NoReturn:
 
     Errors of the user and of the system are printed in one line, all others with a traceback.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by `start.py`, until here
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     _open_closed_streams()
     try:
         code = _say_version(name) if "--version" in sys.argv[1:] else body()

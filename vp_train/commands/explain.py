@@ -22,7 +22,7 @@ from schedules.render import duration
 from vp_train.commands.command import Parser, collect_rarely, guarded, output_of, path_argument
 from vp_train.config import ConfigError, RunConfig, printable
 from vp_train.durable import checkpoints_in, write_output
-from vp_train.explain.causes import SLOW, Explanation, KindTimes, RankTimes, explain
+from vp_train.explain.causes import Explanation, KindTimes, RankTimes, explain
 from vp_train.explain.remedies import (
     Comparison,
     GoingOn,
@@ -303,7 +303,7 @@ def _rank_table(explanation: Explanation) -> Table:
     )
     is_shared = explanation.on_processor < 1
     for row in _shown_ranks(explanation.ranks):
-        mark = " slow" if row.slowness >= SLOW else ""
+        mark = " slow" if row.is_slow else ""
         table.add_row(
             f"{row.rank}",
             duration(row.planned),
@@ -340,9 +340,8 @@ def _comparison_words(comparison: Comparison) -> str:
     own = comparison.own
     words = f"with these times {own.schedule} with {own.vocab} is simulated at"
     words = f"{words} {duration(own.seconds)} and {human_bytes(own.peak_bytes)} of activations"
-    if not comparison.others or comparison.saved == 0:
+    if (best := comparison.fastest) is own:
         return f"{words}; no other schedule is faster"
-    best = comparison.others[0]
     return (
         f"{words}, {best.schedule} with {best.vocab}, the fastest of {len(comparison.others)}, at "
         f"{duration(best.seconds)} and {human_bytes(best.peak_bytes)}"

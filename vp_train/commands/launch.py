@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
@@ -38,7 +39,14 @@ from vp_train.communication import flight_recorder
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.durable import checkpoints_in, write_all
 from vp_train.durable import replace as replace_file
-from vp_train.failures import EXIT_INTERNAL, EXIT_OK, EXIT_TIME, Ending, ending_of_command
+from vp_train.failures import (
+    EXIT_INTERNAL,
+    EXIT_OK,
+    EXIT_TIME,
+    Ending,
+    end_of_process,
+    ending_of_command,
+)
 from vp_train.metrics.run_directory import make_directory, refuse_running, refuse_used
 from vp_train.metrics.trackers import end_failed, require_trackers
 from vp_train.planning.degrees import check_node, wanted_ranks
@@ -140,19 +148,28 @@ def _launch(
         record = flight_recorder.file_of(os.environ, config.run.directory, rank)
         return record if flight_recorder.is_fresh(record, started) else None
 
-    def way_on() -> str:
-        if checkpoints_in(config.run.checkpoints):
-            return "run.resume=true goes on from the newest checkpoint"
-        return "no checkpoint was written yet"
+    def has_begun(since: float) -> bool:
+        return flight_recorder.is_fresh(config.run.directory / "config.yaml", since)
 
-    job = Job(starter, num_local, num_restarts, config.run, record_of, way_on)
+    way_on = partial(_way_on, config.run.checkpoints)
+    job = Job(starter, num_local, num_restarts, config.run, record_of, way_on, has_begun)
     code = _left(news, run_job(news, job))
     settings = config.run
-    has_begun = flight_recorder.is_fresh(settings.directory / "config.yaml", started)
     has_failed = code not in (EXIT_OK, EXIT_TIME) and code - 128 not in SIGNALS
-    if news.place.node == 0 and has_failed and has_begun:
+    if news.place.node == 0 and has_failed and has_begun(started):
         _in_copy(lambda: _conclude(settings))
     return code
+
+
+def _way_on(checkpoints: Path) -> str:
+    """Return the advice for a job that was stopped, or of which a rank was killed."""
+    try:
+        has_checkpoint = bool(checkpoints_in(checkpoints))
+    except OSError as error:  # it must not hide what ended the job
+        return f"{checkpoints} cannot be read now ({error.strerror})"
+    if has_checkpoint:
+        return "run.resume=true goes on from the newest checkpoint"
+    return "no checkpoint was written yet"
 
 
 def _conclude(settings: RunSettings) -> None:
@@ -379,12 +396,10 @@ def _in_copy(body: Callable[[], None]) -> Ending:
         return Ending(*json.loads(line))
     except ValueError:  # it was killed before it had written its line
         code = os.waitstatus_to_exitcode(status)
-    words = "vp-train: the preparation of the data"
+    words = f"vp-train: the preparation of the data {end_of_process(code)}"
     if code >= 0:
-        return Ending(EXIT_INTERNAL, f"{words} left with code {code} and said nothing")
-    return Ending(
-        128 - code, f"{words} was killed by signal {-code} ({signal.Signals(-code).name})"
-    )
+        return Ending(EXIT_INTERNAL, f"{words} and said nothing")
+    return Ending(128 - code, words)
 
 
 def _end_copy(agent: int, body: Callable[[], None], pipe: int) -> NoReturn:

@@ -20,7 +20,8 @@ exits.  Every other end of a process is noticed:
 
     process             by                                      then
     agent               its messenger, as its stream ends       it writes "lost", and exits
-    messenger           its agent, as the stream ends           for this node the head is lost
+    messenger           its agent, as the stream ends           for this node the head is lost, and
+                                                                a new messenger writes "lost"
                         the head's messenger, without beats     it writes "lost"
     store               every messenger, as it reads next       it exits, see above
     (no answer)         the kernel, after `STORE_SECONDS`       it ends the messenger, see above
@@ -55,8 +56,13 @@ IDENTITY = "vp-train"  # the key that says which job a store belongs to
 Fact = dict[str, Any]  # has "kind" and "node"
 
 
-def be_messenger(stream: socket.socket, agent: int, place: Place, identity: Fact) -> NoReturn:
-    """Exchange facts between process `agent`, at `stream`, and the store until the agent ends."""
+def be_messenger(
+    stream: socket.socket, agent: int, place: Place, identity: Fact, *, is_first: bool = True
+) -> NoReturn:
+    """Exchange facts between process `agent`, at `stream`, and the store until the agent ends.
+
+    A messenger that is not the first of its node tells that the first was killed, and ends.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -64,12 +70,12 @@ def be_messenger(stream: socket.socket, agent: int, place: Place, identity: Fact
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     messenger = Messenger(stream, agent, place)
     try:
-        messenger.run(identity)
+        if is_first:
+            messenger.run(identity)
+        else:
+            messenger.tell_loss(identity)
     except (OSError, RuntimeError) as error:  # the store's errors are RuntimeErrors
-        if not messenger.has_said_bye:  # after it the head may end first
-            reason = (str(error) or repr(error)).splitlines()[0]
-            words = f"node {place.node} ({place.host}) has lost the head {place.address}: {reason}"
-            os.write(errors, f"vp-train: {words}\n".encode())
+        messenger.give_reason((str(error) or repr(error)).splitlines()[0])
         os._exit(1)
     except BaseException:
         import traceback
@@ -89,8 +95,8 @@ class Messenger:
         self._store: Any = None
         self._received = b""  # what the agent has told and is not in the log
         self._unsent = b""  # what was read and the agent has not got: it may be busy for minutes
-        self._agent_left = False  # by the agent
-        self.has_said_bye = False
+        self._agent_left = False
+        self._has_said_bye = False
         self._num_read = 0
         self._joined: set[int] = set()
         self._gone: set[int] = set()  # nodes that have said "bye"
@@ -102,13 +108,14 @@ class Messenger:
         finally:
             self._deliver()  # what was read before the store ended may say why
 
-    def _serve(self, identity: Fact) -> None:
-        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    def tell_loss(self, identity: Fact) -> None:
+        """Tell the other nodes that the messenger before this one was killed."""
+        if self._join(identity):
+            self._tell_own_loss("unlinked")
 
-        store = self._connect(identity)
-        if store is None:
+    def _serve(self, identity: Fact) -> None:
+        if not self._join(identity):
             return
-        self._store = PrefixStore(self._prefix, store)
         if self._store.add(f"node/{self._place.node}", 1) > 1:
             self._refuse_second()
             return
@@ -122,16 +129,29 @@ class Messenger:
             self._receive()
             *lines, self._received = self._received.split(b"\n")
             for line in lines:
-                self.has_said_bye |= json.loads(line)["kind"] == "bye"
+                self._has_said_bye |= json.loads(line)["kind"] == "bye"
                 self._write(line)
             if self._agent_left:
                 break
             self._read()
             self._deliver()
             signal.alarm(0)
-        if not self.has_said_bye:
-            lost = {"lost": self._place.node, "why": "killed"}
-            self._tell({"kind": "lost", "node": self._place.node, **lost})
+        if not self._has_said_bye:
+            self._tell_own_loss("killed")
+
+    def _tell_own_loss(self, why: str) -> None:
+        node = self._place.node
+        self._tell({"kind": "lost", "node": node, "lost": node, "why": why})
+
+    def _join(self, identity: Fact) -> bool:
+        """Take the keys of this run in the store of the head; return whether there is one."""
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+        store = self._connect(identity)
+        if store is None:
+            return False
+        self._store = PrefixStore(self._prefix, store)
+        return True
 
     def _connect(self, identity: Fact) -> Any:
         """Return the store of the head; None if it is that of another job, or the agent left."""
@@ -190,8 +210,16 @@ class Messenger:
 
     def _refuse(self, words: str) -> None:
         """Tell the agent, and nothing else, that it does not belong here."""
-        fact = {"kind": "refused", "node": self._place.node, "words": words}
-        self._unsent = json.dumps(fact).encode() + b"\n"
+        self._unsent = b""  # who does not belong here learns nothing of the others
+        self._tell_agent("refused", words)
+
+    def give_reason(self, words: str) -> None:
+        """Tell the agent, and nothing else, why the store is lost."""
+        self._tell_agent("reason", words)
+
+    def _tell_agent(self, kind: str, words: str) -> None:
+        fact = {"kind": kind, "node": self._place.node, "words": words}
+        self._unsent += json.dumps(fact).encode() + b"\n"
         self._deliver()
 
     def _tell(self, fact: Fact) -> None:

@@ -32,6 +32,7 @@ WORDS_SECONDS = 6.0  # of waiting for other nodes, before a line says so
 _ADDRESS_SECONDS = 6.0  # to resolve the head's name, and for node 0 to reach itself
 _LATE_SECONDS = 3.0  # that the head's store stays for nodes that have not joined yet
 _LEAVE_SECONDS = 10.0  # likewise, for those that have: they may read slowly
+_TELL_SECONDS = 3.0  # to tell the other nodes that this one is cut off
 _DECISIVE = {"lost", "failed", "bye"}  # facts after which a node need not be waited for
 
 
@@ -41,6 +42,11 @@ _LOSSES = {
     "silent": (EXIT_HANG, "{} does not answer any more; its ranks are lost"),
     "gone": (EXIT_INTERNAL, "the head, {}, ended or cannot be reached"),
     "cut": (EXIT_INTERNAL, "a process that links this node to the head, {}, was killed"),
+    "store": (EXIT_INTERNAL, "the store of the agents, a process on {}, was killed"),
+    "unlinked": (
+        EXIT_INTERNAL,
+        "the process that links {} to the other nodes was killed; its ranks are lost",
+    ),
     "unheard": (EXIT_INTERNAL, "{} did not say how its ranks ended"),
 }
 
@@ -50,12 +56,14 @@ class NodeLoss:
     """A node that takes no part in the job any more, or whose agent does not say what it should.
 
     why: a key of `_LOSSES`, or "failed" for an agent that left by the error `failure`.
+    reason: what the system said, "" if it said nothing.
     """
 
     node: int
     host: str
     why: str
     failure: Ending | None = None
+    reason: str = ""
 
     @property
     def ending(self) -> Ending:
@@ -63,7 +71,8 @@ class NodeLoss:
         if self.failure is not None:
             return self.failure
         code, words = _LOSSES[self.why]
-        return Ending(code, words.format(f"node {self.node} ({self.host})"))
+        reason = f" ({self.reason})" if self.reason else ""
+        return Ending(code, words.format(f"node {self.node} ({self.host})") + reason)
 
     @property
     def is_cause(self) -> bool:
@@ -121,13 +130,13 @@ class SeveralNodes:
         self._rest = b""
         self.has_lost_head = False
         _check_name(place.head)
-        identity = {
+        self._identity = {
             "run": hashlib.sha256(place.run_id.encode()).hexdigest(),
             "nodes": place.num_nodes,
             "nonce": secrets.token_hex(8) if place.node == 0 else "",
         }
         if place.node == 0:
-            values = {IDENTITY: json.dumps(identity)}
+            values = {IDENTITY: json.dumps(self._identity)}
             try:
                 self._server = StoreServer("", place.port, values)
             except OSError as error:
@@ -136,15 +145,20 @@ class SeveralNodes:
                     f"({os.strerror(error.errno or 0)}); choose another: "
                     f"--head {place.next_address}"
                 ) from None
+        self._messenger, self._socket = self._start_messenger()
+        self._second: tuple[int, socket.socket] | None = None
+
+    def _start_messenger(self, *, is_first: bool = True) -> tuple[int, socket.socket]:
+        """Return the process id of a new messenger, and this end of the stream to it."""
         ours, theirs = socket.socketpair()
         agent = os.getpid()
-        self._messenger = fork()
-        if not self._messenger:
+        process = fork()
+        if not process:
             ours.close()
-            be_messenger(theirs, agent, place, identity)
+            be_messenger(theirs, agent, self.place, self._identity, is_first=is_first)
         theirs.close()
         ours.setblocking(False)
-        self._socket = ours
+        return process, ours
 
     def tell(self, kind: str, **values: Any) -> None:
         """Add a fact of this node to the log, or without a head to what this node alone knows."""
@@ -180,7 +194,13 @@ class SeveralNodes:
         why = "gone" if code >= 0 else "cut"
         if code == -signal.SIGALRM:
             why = "silent"
-        self._log.append({"kind": "lost", "node": self.place.node, "lost": 0, "why": why})
+        elif self._server is not None and self._server.poll() is not None:
+            why = "store"
+        lost = {"kind": "lost", "node": self.place.node, "lost": 0, "why": why}
+        reasons = [fact["words"] for fact in self._log if fact["kind"] == "reason"]
+        self._log.append({**lost, "reason": reasons[-1]} if reasons and why == "gone" else lost)
+        if why == "cut":
+            self._second = self._start_messenger(is_first=False)
 
     def leave(self) -> None:
         """Say goodbye; the head waits until the others have, since its store ends with it."""
@@ -196,8 +216,17 @@ class SeveralNodes:
             os.kill(self._messenger, signal.SIGKILL)
             self.facts()
         self._socket.close()
+        if self._second is not None:
+            self._end_second(*self._second)
         if self._server is not None:
             self._server.close()
+
+    def _end_second(self, process: int, stream: socket.socket) -> None:
+        """Wait until the other nodes have been told why this one is cut off, or for seconds."""
+        if wait_until(lambda: os.waitpid(process, os.WNOHANG)[0] or None, _TELL_SECONDS) is None:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        stream.close()
 
     def _wait_for_others(self) -> None:
         """Wait until the other nodes have left or are lost, or for some seconds."""
@@ -352,7 +381,8 @@ def losses(news: News) -> list[NodeLoss]:
     for fact in news.facts():
         if fact["kind"] == "lost":
             node = fact["lost"]
-            loss = NodeLoss(node, names.get(node, news.place.head), fact["why"])
+            host, reason = names.get(node, news.place.head), fact.get("reason", "")
+            loss = NodeLoss(node, host, fact["why"], reason=reason)
             found.setdefault(node, loss)
         elif fact["kind"] == "failed":
             node = fact["node"]

@@ -193,9 +193,14 @@ def _on_ranks(work: Work, opening: Opening, arguments: Sequence[str]) -> int:
         return new_process([sys.executable, "-u", *search_options(), "-m", work.module, *arguments])
 
     news = OneNode(Place(host=socket.gethostname()))
-    ending = run_job(
-        news, Job(starter, num_ranks, settings=opening.config.run, way_on=lambda: "start it again")
+    job = Job(
+        starter,
+        num_ranks,
+        settings=opening.config.run,
+        way_on=lambda: "start it again",
+        can_save=lambda since: False,
     )
+    ending = run_job(news, job)
     words, number = ending.words, ending.code - 128
     if number in SIGNALS:
         words = f"stopped by {signal.Signals(number).name}"

@@ -29,6 +29,6 @@ def die_with_launcher(launcher: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if launcher != os.getppid():
         sys.stderr.write(
-            f"vp-train: the launcher, process {launcher}, is gone; this rank ends too\n"
+            f"vp-train: the launcher, process {launcher}, is gone; this process ends too\n"
         )
         os._exit(128 + signal.SIGKILL)

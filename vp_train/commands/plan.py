@@ -252,6 +252,8 @@ def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
         f"binds     {report.binds}",
     ]
     lines[-2:-2] = _host_lines(report)
+    if report.host_words:
+        lines.insert(-1, f"host      {report.host_words}")
     if report.work.on_cuda and report.degrees.num_ranks > 1:
         lines.insert(-1, f"fsdp      {_fsdp_words(config, report)}")
     if report.gap > _LARGE_GAP:

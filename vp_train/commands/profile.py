@@ -97,14 +97,16 @@ def show_profile(
         f"of {step.degrees}, one after the other{_same_job(config, step)}",
         flush=True,
     )
-    profiles = []
+    profiles: list[RankProfile] = []
+    passes: dict[tuple[Kind, int], float] = {}
     for profile in measure_ranks(config, num_ranks, chosen, num_steps):
         profiles.append(profile)
+        passes |= profile.passes
         seconds = ", ".join(
             f"{kind} {duration(profile.of(kind))}" for kind in _SHOWN if profile.of(kind)
         )
         print(f"rank {profile.rank}: {seconds}", flush=True)
-    cost = measured_cost(step, profiles) | {"measured_on": words["device"]}
+    cost = measured_cost(step, passes) | {"measured_on": words["device"]}
     report = make_report(with_cost(config, cost))
     _print(config, step, profiles, report)
     if cost_file is not None:

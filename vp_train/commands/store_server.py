@@ -5,7 +5,6 @@ An agent forks ranks, and starts them again after a failure; a process with thre
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ import time
 from collections.abc import Mapping
 
 from vp_train.commands.local_ranks import child
+from vp_train.failures import end_of_process
 
 LOOPBACK_ADDRESS = "127.0.0.1"
 _LOOPBACK = "lo"
@@ -41,11 +41,22 @@ class StoreServer:
         self._process = child(lambda: _serve(listening, self.port, values or {}))
         listening.close()
 
+    def poll(self) -> str | None:
+        """Return in words how the store has ended since the last call, None if it has not."""
+        if not self._process:
+            return None
+        process, status = os.waitpid(self._process, os.WNOHANG)
+        if not process:
+            return None
+        self._process = 0
+        return end_of_process(os.waitstatus_to_exitcode(status))
+
     def close(self) -> None:
         """End the store."""
-        with contextlib.suppress(ProcessLookupError):
+        if self._process:
             os.kill(self._process, signal.SIGKILL)
             os.waitpid(self._process, 0)
+            self._process = 0
 
 
 def _serve(listening: socket.socket, port: int, values: Mapping[str, str]) -> None:

@@ -31,10 +31,11 @@ def take_gpu(environment: MutableMapping[str, str], settings: RunSettings) -> st
     """Give the rank that `environment` describes its GPU, and return the backend of its tensors.
 
     Call it before anything touches the GPU; it sets what CUDA and NCCL read at start.  On a CPU it
-    does nothing.  Raises ConfigError if there is no GPU here, if it has no float8 but the settings
-    want it, or if NCCL would need more GPUs than the node has.
+    changes nothing.  Raises ConfigError if there is no GPU here, if float8 is wanted and missing,
+    or if NCCL would need more GPUs than the node has.
     """
     if settings.device == "cpu":
+        require_float8(settings)
         return "gloo"
     set_environment(environment, settings, settings.directory)
     require_gpu(settings)
@@ -51,8 +52,18 @@ def take_gpu(environment: MutableMapping[str, str], settings: RunSettings) -> st
 
 
 def require_float8(settings: RunSettings) -> None:
-    """Raise ConfigError if run.linear_dtype=float8 finds a GPU without float8.  It starts CUDA."""
-    if settings.linear_dtype != "float8" or settings.device != "cuda":
+    """Raise ConfigError if run.linear_dtype=float8 finds a GPU or a torch without it.
+
+    On a GPU it starts CUDA.
+    """
+    if settings.linear_dtype != "float8":
+        return
+    if settings.device == "cpu":
+        if settings.float8_scales == "row" and not _multiplies_by_row():
+            raise ConfigError(
+                f"run.float8_scales=row, but torch {torch.__version__} has no float8 product with "
+                "scales of rows on a CPU; set run.float8_scales=tensor, or install a later torch"
+            )
         return
     capability = torch.cuda.get_device_capability()
     if capability < _FLOAT8_CAPABILITY:
@@ -62,6 +73,16 @@ def require_float8(settings: RunSettings) -> None:
             f"H100, and {torch.cuda.get_device_name()} has {major}.{minor}; drop run.linear_dtype, "
             "or open the run with --dtype bfloat16"
         )
+
+
+def _multiplies_by_row() -> bool:
+    """Return whether torch multiplies float8 matrices with a scale for every row on a CPU."""
+    matrix, scale = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(matrix, matrix.T, scale_a=scale, scale_b=scale.T, out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 def set_environment(

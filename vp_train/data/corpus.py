@@ -50,7 +50,6 @@ from vp_train.data.manifest import (
 from vp_train.data.pieces import LONGEST_PIECE, pieces
 from vp_train.data.progress import reported
 from vp_train.data.tokenizer import (
-    LARGEST_TOKENIZER,
     beyond,
     end_token_id,
     load_tokenizer,
@@ -363,16 +362,13 @@ def _find_or_build(config: DataConfig, vocab_size: int, progress: bool) -> Corpu
 
 
 def _given_tokenizer(name: str) -> Path:
-    """Return the path of data.tokenizer.  Raises ConfigError if it is not a file."""
+    """Return the path of data.tokenizer.  Raises ConfigError for a directory or nothing."""
     path = Path(os.path.realpath(os.path.expanduser(name)))
-    if not path.is_file() or path.stat().st_size > LARGEST_TOKENIZER:
-        inside = Path(name) / "tokenizer.json" if path.is_dir() else "the path of a tokenizer.json"
-        state = f"is not a file of at most {LARGEST_TOKENIZER:,} bytes"
-        if not path.exists():
-            state = "is not there"
-        elif path.is_dir():
-            state = "is a directory"
-        raise ConfigError(f"data.tokenizer={name} {state}; give {inside}")
+    if path.is_dir():
+        inside = Path(name) / "tokenizer.json"
+        raise ConfigError(f"data.tokenizer={name} is a directory; give {inside}")
+    if not path.exists():
+        raise ConfigError(f"data.tokenizer={name} is not there; give the path of a tokenizer.json")
     return path
 
 

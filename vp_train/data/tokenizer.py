@@ -57,9 +57,9 @@ def load_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:
     Tokens that were added to it may have such ids, since a text may have none of them.
     """
     tokenizer = _read(path)
-    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
-    if vocab_size is not None and largest >= vocab_size:
-        raise ConfigError(beyond(f"{path} has token ids up to {largest},", largest, vocab_size))
+    size = num_ids(tokenizer, added=False)
+    if vocab_size is not None and size > vocab_size:
+        raise ConfigError(beyond(f"{path} has token ids up to {size - 1},", size - 1, vocab_size))
     return tokenizer
 
 
@@ -149,9 +149,13 @@ def byte_lengths(tokenizer: Tokenizer) -> list[int]:
     return lengths
 
 
-def num_ids(tokenizer: Tokenizer) -> int:
-    """Return the size of a vocabulary that holds every id of the tokenizer."""
-    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+def num_ids(tokenizer: Tokenizer, *, added: bool = True) -> int:
+    """Return the size of a vocabulary that holds every id of the tokenizer.
+
+    added: with the tokens that were added to its own vocabulary.
+    """
+    numbers = tokenizer.get_vocab(with_added_tokens=added).values()
+    return max((number + 1 for number in numbers), default=0)
 
 
 def beyond(words: str, largest: int, vocab_size: int) -> str:

@@ -10,23 +10,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import fmean, median, median_low
+from typing import Any
 
 from schedules.cost import CostModel
-from schedules.generators import GENERATORS, generate
+from schedules.generators import generate
 from schedules.ir import Kind, Pass
 from schedules.lower import Action, Program, lower
 from schedules.offload import place_transfers
 from schedules.problem import Collective, Node
 from schedules.replay import Times, replay, times_of
-from vp_train.explain.trace import TracedRank, TracedStep
+from vp_train.explain.trace import Place, TracedRank, TracedStep
 from vp_train.planning.placement import fill_with_rows
 
 SLOW = 1.1  # a rank that computes this many times as long as the others is slow
 _SHOWN = 0.005  # of the step: what saves less is not shown
 _ALONE = 0.9  # of the time of passes: with less they shared their processors
-_UNEVEN = 1.05  # the work of the busiest rank over the mean
+_UNEVEN = 1.025  # the work of the busiest rank over what it would be with other rows
 _MOST_REPLICAS = 8  # that are replayed, those with the longest passes
 
 Seconds = Mapping[Pass, float]
@@ -71,12 +72,11 @@ class KindTimes:
     @property
     def ratio(self) -> float | None:
         """Measured over planned; None if one of them is not known."""
-        known = self.measured is not None and self.planned > 0
-        return self.measured / self.planned if known and self.measured is not None else None
+        return self.measured / self.planned if self.measured is not None and self.planned else None
 
 
 @dataclass(frozen=True, slots=True)
-class RankTimes:
+class RankTimes(Place):
     """The seconds of one rank of the run in the step.
 
     slowness: how many times as long as the other ranks it computes for the same work.
@@ -84,17 +84,17 @@ class RankTimes:
     else None.  `between` is the time between passes in which nothing was waited for.
     """
 
-    rank: int
-    replica: int
-    pipeline_rank: int
-    tensor_rank: int
-    host: str
     planned: float
     measured: float
     slowness: float
     planned_waiting: float | None = None
     measured_waiting: float | None = None
     between: float | None = None
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it computes much longer than the others for the same work."""
+        return self.slowness >= SLOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,8 @@ class Explanation:
     replicas: seconds of the step of other replicas, by the times of their passes.
     on_processor: the part of the time of passes in which their rank had a processor; 1 if it is not
     known.
-    own: by kind and stage or rank, the mean seconds of a pass while it had one.
+    own: by kind and stage or rank, the mean seconds of a pass while it had one, on a rank that is
+    not slow.
     rows: vocabulary rows by rank that would make all ranks equally busy, if they are not.
     """
 
@@ -117,20 +118,29 @@ class Explanation:
     ranks: tuple[RankTimes, ...]
     replicas: Mapping[int, float]
     on_processor: float
-    own: Mapping[Kind, tuple[float, ...]]
+    own: Mapping[tuple[Kind, int], float]
     rows: tuple[int, ...] | None = None
 
     @property
     def slow(self) -> tuple[RankTimes, ...]:
         """The slow ranks, the slowest first."""
-        found = (rank for rank in self.ranks if rank.slowness >= SLOW)
+        found = (rank for rank in self.ranks if rank.is_slow)
         return tuple(sorted(found, key=lambda rank: -rank.slowness))
+
+    @property
+    def slowness(self) -> tuple[float, ...]:
+        """The factors of the pipeline ranks to two digits, 1 for those that are not slow."""
+        slow = {rank.pipeline_rank: round(rank.slowness, 2) for rank in self.slow if rank.is_first}
+        return tuple(slow.get(rank, 1.0) for rank in range(self.step.num_ranks))
+
+    def saves(self, seconds: float, part: float) -> bool:
+        """Return whether a step of `seconds` saves more than `part` of the measured one."""
+        return seconds < (1 - part) * self.measured_seconds
 
     @property
     def shown_what_ifs(self) -> tuple[WhatIf, ...]:
         """The what-ifs that save enough to be shown, what saves most first."""
-        least = (1 - _SHOWN) * self.measured_seconds
-        found = (what_if for what_if in self.what_ifs if what_if.seconds < least)
+        found = (what_if for what_if in self.what_ifs if self.saves(what_if.seconds, _SHOWN))
         return tuple(sorted(found, key=lambda what_if: what_if.seconds))
 
     def what_if(self, name: str) -> WhatIf | None:
@@ -151,26 +161,41 @@ class _Explaining:
     """The step with its program and its measured times.
 
     own: the seconds of every pass; if it shared a processor, those for which it had it.
+    ranks: all ranks of the run.
     """
 
     step: TracedStep
     program: Program
     times: Times
     own: Seconds
-    shared: bool
-    slowness: Mapping[int, float]
-    replayed: float = field(default=0.0)
+    ranks: tuple[RankTimes, ...] = ()
+    replayed: float = 0.0
 
     @classmethod
     def of(cls, step: TracedStep) -> _Explaining:
         program = lower(step.schedule, step.problem, step.cost)
         times = times_of(program, step.cost, step.runtime, step.measured)
-        found = _own_seconds(step, times.passes)
-        own = times.passes if found is None else found
-        shared = found is not None
-        slowness = _slowness(step, own, shared=shared)
-        made = cls(step, program, times, own, shared, slowness)
-        return replace(made, replayed=made.seconds(times))
+        made = cls(step, program, times, _own_seconds(step, times.passes))
+        return replace(made, ranks=tuple(made._ranks()), replayed=made.seconds(times))
+
+    @property
+    def shared(self) -> bool:
+        """Whether passes had to wait for a processor."""
+        return self.own is not self.times.passes
+
+    @property
+    def slowness(self) -> dict[int, float]:
+        """The factors of the pipeline ranks; 1 for one whose passes took no time."""
+        return {rank.pipeline_rank: rank.slowness or 1.0 for rank in self.ranks if rank.is_first}
+
+    @property
+    def slow(self) -> dict[int, float]:
+        """The factors of those pipeline ranks that are slow."""
+        return {
+            rank.pipeline_rank: rank.slowness
+            for rank in self.ranks
+            if rank.is_first and rank.is_slow
+        }
 
     def seconds(self, times: Times | None, program: Program | None = None) -> float:
         """Return the seconds of the step in which passes and messages take `times`."""
@@ -197,10 +222,10 @@ class _Explaining:
             causes=tuple(self._causes()),
             what_ifs=tuple(what_ifs),
             kinds=tuple(self._kinds()),
-            ranks=tuple(self._ranks()),
+            ranks=self.ranks,
             replicas=self._replicas(),
             on_processor=sum(self.own.values()) / sum(self.times.passes.values()),
-            own=self._by_stage(self.own),
+            own=_means(self._faster(self.own, self.slow)),
             rows=rows,
         )
 
@@ -222,16 +247,11 @@ class _Explaining:
         if self.shared:
             words = "passes that had to wait for a processor"
             chain.append(("processors", words, Times(self.times.passes)))
-        chain += [
-            (
-                "communication",
-                "messages as long as measured",
-                Times(self.times.passes, self.times.communications),
-            ),
-        ]
+        messages = Times(self.times.passes, self.times.communications)
+        chain.append(("communication", "messages as long as measured", messages))
         if step.schedule.offloads:
             words = "copies to the host and back as long as measured"
-            chain.append(("copies", words, replace(chain[-1][2], copies=self.times.copies)))
+            chain.append(("copies", words, replace(messages, copies=self.times.copies)))
         chain.append(("between", "time between passes: issuing messages, the host", self.times))
         causes, before = [], step.planned_seconds
         for name, words, times in chain:
@@ -261,57 +281,48 @@ class _Explaining:
     def _what_ifs(self) -> tuple[list[WhatIf], tuple[int, ...] | None]:
         times, step, found = self.times, self.step, []
 
-        def add(name: str, words: str, changed: Times, program: Program | None = None) -> None:
-            found.append(WhatIf(name, words, self.without(changed, program)))
+        def add(name: str, words: str, program: Program | None = None, **changed: Any) -> None:
+            found.append(WhatIf(name, words, self.without(replace(times, **changed), program)))
 
-        slow = {rank: factor for rank, factor in self.slowness.items() if factor >= SLOW}
+        slow = self.slow
         for rank, factor in slow.items():
             words = f"if pipeline rank {rank} computed as fast as the others"
-            changed = self._scaled({rank: 1 / factor})
-            if len(slow) > 1:
-                add(f"equal_rank_{rank}", words, changed)
-            else:
-                add("equal_ranks", words, changed)
+            name = f"equal_rank_{rank}" if len(slow) > 1 else "equal_ranks"
+            add(name, words, passes=self._faster(times.passes, {rank: factor}))
         if len(slow) > 1:
-            changed = self._scaled({rank: 1 / factor for rank, factor in slow.items()})
-            add("equal_ranks", "if all ranks computed equally fast", changed)
+            words = "if all ranks computed equally fast"
+            add("equal_ranks", words, passes=self._faster(times.passes, slow))
         if self.shared:
-            words = "if every rank had a processor of its own"
-            add("processors", words, replace(times, passes=self.own))
+            add("processors", "if every rank had a processor of its own", passes=self.own)
         planned = {item: step.cost.seconds(item) for item in times.passes}
-        add("planned_passes", "if passes took as long as planned", replace(times, passes=planned))
+        add("planned_passes", "if passes took as long as planned", passes=planned)
         means = _means(times.passes)
         even = {item: means[_key(item)] for item in times.passes}
-        add(
-            "even_microbatches",
-            "if all microbatches took equally long",
-            replace(times, passes=even),
-        )
+        add("even_microbatches", "if all microbatches took equally long", passes=even)
         for name, words, seconds in (
             ("planned_network", "if messages took as long as planned", self._planned_message),
             ("free_hops", "if messages between stages were free", self._without_hops),
             ("free_barriers", "if the vocabulary's barriers were free", self._without_barriers),
             ("free_network", "if all messages were free", lambda _: 0.0),
         ):
-            messages = {item: seconds(item) for item in times.communications}
-            add(name, words, replace(times, communications=messages))
+            add(name, words, communications={item: seconds(item) for item in times.communications})
         if times.copies:
             words = "if copies to the host and back took no time"
-            add("free_copies", words, replace(times, copies=dict.fromkeys(times.copies, 0.0)))
+            add("free_copies", words, copies=dict.fromkeys(times.copies, 0.0))
         words = "without the time between passes"
-        add("between", words, Times(times.passes, times.communications, times.copies))
+        add("between", words, pass_leads={}, communication_leads={}, copy_leads={})
         if (program := self._program(self._measured_cost())) is not None:
-            words = f"with {step.schedule.name} ordered for the measured times"
-            add("order", words, times, program)
+            add("order", f"with {step.schedule.name} ordered for the measured times", program)
         rows = self._even_rows()
         if rows is not None:
-            changed, cost = self._with_rows(rows)
+            passes, cost = self._with_rows(rows)
             words = "with vocabulary rows that make all ranks equally busy"
-            add("even_rows", words, changed, self._program(cost))
-        busy = self._busy()
-        if max(busy) > _UNEVEN * fmean(busy) and rows is None:
-            changed = self._scaled({r: fmean(busy) / b for r, b in enumerate(busy) if b})
-            add("even_work", "if all ranks had equally much to compute", changed)
+            add("even_rows", words, self._program(cost), passes=passes)
+        else:
+            busy = self._busy()
+            factors = {rank: seconds / fmean(busy) for rank, seconds in enumerate(busy) if seconds}
+            words = "if all ranks had equally much to compute"
+            add("even_work", words, passes=self._faster(times.passes, factors))
         return found, rows
 
     def _planned_message(self, item: Node) -> float:
@@ -324,14 +335,10 @@ class _Explaining:
     def _without_barriers(self, item: Node) -> float:
         return 0.0 if isinstance(item, Collective) else self.times.communications[item]
 
-    def _scaled(self, factors: Mapping[int, float]) -> Times:
-        """Return the measured times with the passes of some pipeline ranks times a factor."""
+    def _faster(self, passes: Seconds, factors: Mapping[int, float]) -> dict[Pass, float]:
+        """Return the seconds of passes with some pipeline ranks faster by a factor."""
         rank_of = self.step.problem.rank_of
-        passes = {
-            item: seconds * factors.get(rank_of(item), 1.0)
-            for item, seconds in self.times.passes.items()
-        }
-        return replace(self.times, passes=passes)
+        return {item: value / factors.get(rank_of(item), 1.0) for item, value in passes.items()}
 
     def _measured_cost(self) -> CostModel:
         """Return the costs with which a plan from measured times would order the passes.
@@ -339,17 +346,16 @@ class _Explaining:
         Each kind of pass takes as long as on average, in the proportions of the plan, and a slow
         rank longer.  Messages take their median.
         """
-        problem, cost = self.step.problem, self.step.cost
-        average = self._as_planned_but_average()
-        slow = {rank: factor for rank, factor in self.slowness.items() if factor >= SLOW}
-        usual = fmean(slow.get(rank, 1.0) for rank in range(self.step.num_ranks))
-        scaled = {
-            item: seconds * slow.get(problem.rank_of(item), 1.0) / usual
-            for item, seconds in average.items()
-        }
-        found = _by_message(self.times.communications)
+        cost, slow = self.step.cost, self.slow
+        ranks = range(self.step.num_ranks)
+        usual = fmean(slow.get(rank, 1.0) for rank in ranks)
+        factors = {rank: usual / slow.get(rank, 1.0) for rank in ranks}
+        scaled = self._faster(self._as_planned_but_average(), factors)
+        found: dict[str, list[float]] = defaultdict(list)
+        for message, seconds in self.times.communications.items():
+            found[_name_of(message)].append(seconds)
         barriers = {name: median(values) for name, values in found.items() if name != _HOP}
-        hop = median(found[_HOP]) if found.get(_HOP) else cost.hop_seconds
+        hop = median(found[_HOP]) if found[_HOP] else cost.hop_seconds
         copies: dict[int, list[float]] = defaultdict(list)
         for (_, item), seconds in self.times.copies.items():
             copies[item.stage].append(seconds)
@@ -380,12 +386,9 @@ class _Explaining:
 
         It is None for a schedule that has no generator.
         """
-        problem, name = self.step.problem, self.step.schedule.name
-        family = GENERATORS.get(name)
-        if family is None or family.split_backward is not problem.split_backward:
-            return None
+        problem = self.step.problem
         try:
-            schedule = generate(name, problem, cost)
+            schedule = generate(self.step.schedule.name, problem, cost)
             if self.step.schedule.offloads:
                 schedule = place_transfers(schedule, problem, cost)
             return lower(schedule, problem, cost)
@@ -395,9 +398,8 @@ class _Explaining:
     def _busy(self) -> list[float]:
         """Return the seconds of passes of each pipeline rank, equally fast ranks assumed."""
         busy = [0.0] * self.step.num_ranks
-        for item, seconds in self.own.items():
-            rank = self.step.problem.rank_of(item)
-            busy[rank] += seconds / (self.slowness[rank] or 1.0)
+        for item, seconds in self._faster(self.own, self.slowness).items():
+            busy[self.step.problem.rank_of(item)] += seconds
         return busy
 
     def _even_rows(self) -> tuple[int, ...] | None:
@@ -406,27 +408,27 @@ class _Explaining:
         It is None where rows are not sharded or not known, or where that would gain little.
         """
         step = self.step
-        if not step.rows or not step.problem.algorithm.sharded or not any(step.rows):
-            return None
         of_rows, rest = [0.0] * step.num_ranks, [0.0] * step.num_ranks
         for item, seconds in self.own.items():
             part = of_rows if item.kind in (Kind.S, Kind.T) else rest
             part[step.problem.rank_of(item)] += seconds
-        per_row = [
-            seconds / rows if rows else 0.0
-            for seconds, rows in zip(of_rows, step.rows, strict=True)
-        ]
-        known = [value for value in per_row if value > 0]
-        if not known:
+        known = {
+            rank: of_rows[rank] / count
+            for rank, count in enumerate(step.rows)
+            if count and of_rows[rank]
+        }
+        if not step.problem.algorithm.sharded or not known:
             return None
-        per_row = [value or fmean(known) for value in per_row]
-        now = max(map(sum, zip(of_rows, rest, strict=True)))
-        rows = fill_with_rows(sum(step.rows), rest, per_row)
-        then = max(a + n * b for a, n, b in zip(rest, rows, per_row, strict=True))
-        return tuple(rows) if then < now / (1 + (_UNEVEN - 1) / 2) else None
+        per_row = [known.get(rank, fmean(known.values())) for rank in range(step.num_ranks)]
 
-    def _with_rows(self, rows: Sequence[int]) -> tuple[Times, CostModel]:
-        """Return the measured times, and the planned costs, with other vocabulary rows."""
+        def busiest(rows: Sequence[int]) -> float:
+            return max(a + n * b for a, n, b in zip(rest, rows, per_row, strict=True))
+
+        rows = fill_with_rows(sum(step.rows), rest, per_row)
+        return tuple(rows) if busiest(step.rows) > _UNEVEN * busiest(rows) else None
+
+    def _with_rows(self, rows: Sequence[int]) -> tuple[Seconds, CostModel]:
+        """Return the measured passes, and the planned costs, with other vocabulary rows."""
         step = self.step
         passes = dict(self.times.passes)
         seconds = dict(step.cost.pass_seconds)
@@ -435,46 +437,40 @@ class _Explaining:
             per_row = {i: passes[i] / step.rows[i.stage] for i in items if step.rows[i.stage]}
             usual = fmean(per_row.values())
             passes |= {item: rows[item.stage] * per_row.get(item, usual) for item in items}
-            planned = sum(step.cost.seconds(item) for item in per_row)
-            planned /= sum(step.rows[item.stage] for item in per_row)
+            planned = sum(step.cost.pass_seconds.get(kind, ())) / sum(step.rows)
             seconds[kind] = tuple(planned * count for count in rows)
-        changed = replace(self.times, passes=passes)
-        return changed, replace(step.cost, pass_seconds=seconds)
+        return passes, replace(step.cost, pass_seconds=seconds)
 
     # Tables
 
     def _kinds(self) -> list[KindTimes]:
-        step, own = self.step, self.times.passes
-        rows = []
-        for kind in Kind:
-            items = [item for item in own if item.kind is kind]
-            if items:
-                planned = fmean(map(step.cost.seconds, items))
-                source = step.sources.get(kind, "flops")
-                measured = fmean(own[item] for item in items)
-                rows.append(KindTimes(kind, len(items), source, planned, measured))
+        """Return the rows of the kinds that were planned or measured to take some time."""
+        step, times = self.step, self.times
         timed = {span.name for span in step.measured.comm}
-        for action in (Action.OFFLOAD, Action.RELOAD):
-            copies = {item: s for (way, item), s in self.times.copies.items() if way is action}
-            if copies:
-                planned = fmean(step.cost.offload(item.stage)[1] for item in copies)
-                seen = [s for item, s in copies.items() if f"{action}:{item}" in timed]
-                taken = fmean(seen) if seen else None
-                rows.append(KindTimes(action, len(copies), "assumed", planned, taken))
-        found = _by_message(self.times.communications)
-        known = _by_message({i: s for i, s in self.times.communications.items() if str(i) in timed})
-        barriers = [barrier.name for barrier in step.problem.algorithm.barriers]
-        for name in (_HOP, *barriers):
-            if values := found.get(name):
-                planned = step.cost.hop_seconds if name == _HOP else step.cost.barrier(name)
-                taken = fmean(known[name]) if known.get(name) else None
-                if taken is not None or planned:
-                    rows.append(KindTimes(name, len(values), "assumed", planned, taken))
+        found: dict[str, list[tuple[float, float | None]]] = defaultdict(list)
+        for item, seconds in times.passes.items():
+            found[item.kind].append((step.cost.seconds(item), seconds))
+        for (way, item), seconds in times.copies.items():
+            planned = step.cost.offload(item.stage)[1]
+            found[way].append((planned, seconds if f"{way}:{item}" in timed else None))
+        for message, seconds in times.communications.items():
+            measured = seconds if str(message) in timed else None
+            found[_name_of(message)].append((self._planned_message(message), measured))
+        barriers = (barrier.name for barrier in step.problem.algorithm.barriers)
+        sources = {kind: step.sources.get(kind, "flops") for kind in Kind}
+        rows = []
+        for name in (*Kind, Action.OFFLOAD, Action.RELOAD, _HOP, *barriers):
+            if values := found[name]:
+                planned = fmean(each for each, _ in values)
+                known = [each for _, each in values if each is not None]
+                if known or planned:
+                    taken = fmean(known) if known else None
+                    source = sources.get(name, "assumed")
+                    rows.append(KindTimes(name, len(values), source, planned, taken))
         return rows
 
     def _ranks(self) -> list[RankTimes]:
         step, problem = self.step, self.step.problem
-        factors = _factors(step, self.own, shared=self.shared)
         planned = [0.0] * step.num_ranks
         between = [0.0] * step.num_ranks
         busy = [0.0] * step.num_ranks
@@ -486,10 +482,11 @@ class _Explaining:
         if not step.runtime.copies_beside_passes:
             for copy, seconds in self.times.copies.items():
                 between[problem.rank_of(copy[1])] += seconds + self.times.copy_leads[copy]
+        factors = _factors(step, self.own, shared=self.shared)
         rows = []
         for place in _places(step):
-            at, is_first = place.pipeline_rank, place.replica == place.tensor_rank == 0
-            seconds = busy[at] if is_first else sum(found for _, found in place.passes.values())
+            at = place.pipeline_rank
+            seconds = busy[at] if place.is_first else sum(place.passes.values())
             row = RankTimes(
                 place.rank,
                 place.replica,
@@ -500,7 +497,7 @@ class _Explaining:
                 seconds,
                 factors[place.rank],
             )
-            if is_first:
+            if row.is_first:
                 row = replace(
                     row,
                     planned_waiting=max(0.0, step.planned_seconds - planned[at]),
@@ -512,27 +509,24 @@ class _Explaining:
 
     def _replicas(self) -> dict[int, float]:
         """Return what the step takes the other replicas, by the sums of their passes."""
-        step = self.step
-        first = {
-            rank.pipeline_rank: rank for rank in step.ranks if rank.replica == rank.tensor_rank == 0
+        passes = {
+            (rank.replica, rank.pipeline_rank): rank.passes
+            for rank in self.step.ranks
+            if rank.tensor_rank == 0
         }
-        factors: dict[int, dict[tuple[int, Kind], float]] = defaultdict(dict)
         total: dict[int, float] = defaultdict(float)
-        for rank in step.ranks:
-            if rank.replica == 0 or rank.tensor_rank:
-                continue
-            for kind, (count, seconds) in rank.passes.items():
-                of_first, of_it = first[rank.pipeline_rank].passes.get(kind, (0, 0.0))
-                total[rank.replica] += seconds
-                if of_it > 0 and count == of_first:
-                    factors[rank.replica][rank.pipeline_rank, kind] = seconds / of_it
+        for (replica, _), own in passes.items():
+            total[replica] += sum(own.values())
+        total.pop(0, None)
         found = {}
         for replica in sorted(sorted(total, key=total.__getitem__)[-_MOST_REPLICAS:]):
-            passes = {
-                item: seconds * factors[replica].get((step.problem.rank_of(item), item.kind), 1.0)
-                for item, seconds in self.times.passes.items()
-            }
-            found[replica] = self.without(replace(self.times, passes=passes))
+            changed = {}
+            for item, seconds in self.times.passes.items():
+                rank = self.step.problem.rank_of(item)
+                of_first = passes[0, rank].get(item.kind, 0.0)
+                taken = passes[replica, rank].get(item.kind, of_first)
+                changed[item] = seconds * taken / of_first if of_first else seconds
+            found[replica] = self.without(replace(self.times, passes=changed))
         return found
 
 
@@ -551,12 +545,9 @@ def _means(seconds: Seconds) -> dict[tuple[Kind, int], float]:
     return {key: fmean(values) for key, values in found.items()}
 
 
-def _by_message(seconds: Mapping[Node, float]) -> dict[str, list[float]]:
-    """Return the seconds of all messages by the name of their barrier, or `hop`."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for item, value in seconds.items():
-        found[item.barrier if isinstance(item, Collective) else _HOP].append(value)
-    return found
+def _name_of(item: Node) -> str:
+    """Return the name of a message's barrier, or `hop`."""
+    return item.barrier if isinstance(item, Collective) else _HOP
 
 
 def _places(step: TracedStep) -> tuple[TracedRank, ...]:
@@ -585,48 +576,36 @@ def _factors(step: TracedStep, own: Seconds, *, shared: bool) -> dict[int, float
     places = {place.rank: place.pipeline_rank for place in _places(step)}
     for place in _places(step):
         at = place.pipeline_rank
-        if place.replica == place.tensor_rank == 0:
-            found = {kind: value for (rank, kind), value in sums.items() if rank == at}
+        if place.is_first:
+            taken: Mapping[Kind, float] = {k: value for (r, k), value in sums.items() if r == at}
         else:
-            found = {} if shared else {kind: value for kind, (_, value) in place.passes.items()}
-        seconds[place.rank] = {kind: value for kind, value in found.items() if work[at, kind] > 0}
+            taken = {} if shared else place.passes
+        seconds[place.rank] = {kind: value for kind, value in taken.items() if work[at, kind]}
     paces: dict[Kind, list[float]] = defaultdict(list)
     for rank, found in seconds.items():
         for kind, value in found.items():
             paces[kind].append(value / work[places[rank], kind])
     # A kind of pass that only one rank has says nothing of that rank.
     usual = {kind: median_low(values) for kind, values in paces.items() if len(values) > 1}
-    factors = dict.fromkeys(places, 1.0)
-    judged = []
+    factors = {}
     for rank, found in seconds.items():
         kinds = found.keys() & usual.keys()
         expected = sum(usual[kind] * work[places[rank], kind] for kind in kinds)
-        taken = sum(found[kind] for kind in kinds)
-        if expected > 0:
-            factors[rank] = taken / expected
-            judged.append(rank)
-    middle = median_low(factors[rank] for rank in judged or places) or 1.0
-    return factors | {rank: factors[rank] / middle for rank in judged}
+        if expected:
+            factors[rank] = sum(found[kind] for kind in kinds) / expected
+    middle = median_low(factors.values() or [1.0]) or 1.0
+    return {rank: factors.get(rank, middle) / middle for rank in places}
 
 
-def _slowness(step: TracedStep, own: Seconds, *, shared: bool) -> dict[int, float]:
-    """Return the factors of the pipeline ranks of the first replica."""
-    factors = _factors(step, own, shared=shared)
-    return {
-        place.pipeline_rank: factors[place.rank]
-        for place in _places(step)
-        if place.replica == place.tensor_rank == 0
-    }
-
-
-def _own_seconds(step: TracedStep, measured: Seconds) -> dict[Pass, float] | None:
+def _own_seconds(step: TracedStep, measured: Seconds) -> Seconds:
     """Return the seconds that every pass spent on a processor, at most those it took.
 
-    It is None if passes were on one nearly all the time, or where that is not known: on a GPU, and
-    with tensor parallelism, where ranks wait for each other inside their passes.
+    They are the measured ones if passes were on one nearly all the time, or where that is not
+    known: on a GPU, and with tensor parallelism, where ranks wait for each other inside their
+    passes.
     """
     if step.device != "cpu" or step.tp > 1 or not step.processor:
-        return None
+        return measured
     own = {item: min(seconds, step.processor[item]) for item, seconds in measured.items()}
     total = sum(measured.values())
-    return own if 0 < sum(own.values()) < _ALONE * total else None
+    return own if 0 < sum(own.values()) < _ALONE * total else measured

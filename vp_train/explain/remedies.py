@@ -19,7 +19,7 @@ from schedules.vocab import searched_algorithms
 from vp_train.config import ConfigError, RunConfig
 from vp_train.explain.causes import SLOW, Explanation
 from vp_train.planning.plan import StepPlan, plan_step
-from vp_train.profile.costs import RankProfile, measured_cost
+from vp_train.profile.costs import measured_cost
 
 WORTH = 0.02  # of the step: what saves less is not advised
 _MOST_FORWARD_PASSES = 1 << 13  # of a step for which other schedules are tried
@@ -47,11 +47,9 @@ class Comparison:
     others: tuple[Alternative, ...]
 
     @property
-    def saved(self) -> float:
-        """The part of its time that the fastest one saves; 0 if that is the run's own."""
-        if not self.others or self.own.seconds <= 0:
-            return 0.0
-        return max(0.0, 1 - self.others[0].seconds / self.own.seconds)
+    def fastest(self) -> Alternative:
+        """The fastest of all, the run's own if no other one is faster."""
+        return min((self.own, *self.others), key=lambda item: item.seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +63,8 @@ class GoingOn:
     """
 
     base: str
-    done: int = 0
-    steps: int = 0
+    done: int
+    steps: int
     larger: str | None = None
 
     @property
@@ -100,29 +98,8 @@ def cost_settings(explanation: Explanation, plan: StepPlan) -> dict[str, Any]:
     They are those that vp-profile measures, and on a CPU the times of messages.  Slow ranks become
     rank_slowness.
     """
-    step, layout = explanation.step, plan.problem.layout
-    slowness = [1.0] * step.num_ranks
-    for rank in explanation.slow:
-        if rank.replica == rank.tensor_rank == 0:
-            slowness[rank.pipeline_rank] = round(rank.slowness, 3)
-    profiles = []
-    for place in range(layout.num_ranks):
-        passes = {
-            (kind, index): values[index] / slowness[place]
-            for kind, values in explanation.own.items()
-            for index in ([place] if kind.is_vocabulary else layout.stages_of(place))
-        }
-        profiles.append(
-            RankProfile(
-                rank=place,
-                passes=passes,
-                program_seconds=0.0,
-                optimizer_seconds=0.0,
-                state_bytes=0,
-                peak_bytes=0,
-            )
-        )
-    settings: dict[str, Any] = dict(measured_cost(plan, profiles))
+    step = explanation.step
+    settings: dict[str, Any] = dict(measured_cost(plan, explanation.own))
     if step.device == "cpu":
         times = {row.name: row.measured for row in explanation.kinds if row.measured is not None}
         others = (*Kind, "hop", Action.OFFLOAD, Action.RELOAD)
@@ -135,8 +112,8 @@ def cost_settings(explanation: Explanation, plan: StepPlan) -> dict[str, Any]:
     copied = sum(step.cost.offload(_stage_of(span.name))[0] for span in copies)
     if step.device != "cpu" and copied and (seconds := sum(span.seconds for span in copies)):
         settings["host_bytes_per_second"] = copied / seconds
-    if max(slowness) > 1:
-        settings["rank_slowness"] = slowness
+    if max(explanation.slowness) > 1:
+        settings["rank_slowness"] = list(explanation.slowness)
     return settings
 
 
@@ -162,15 +139,10 @@ def as_traced(explanation: Explanation, config: RunConfig, schedule: Path) -> Ru
 
 def plan_of(explanation: Explanation, config: RunConfig) -> StepPlan:
     """Return the plan of the run.  Raises ConfigError if its settings have another layout now."""
-    step = explanation.step
-    plan = plan_step(config, step.num_ranks * step.tp * _replicas(explanation))
-    if plan.problem != step.problem:
+    plan = plan_step(config, len(explanation.ranks))
+    if plan.problem != explanation.step.problem:
         raise ConfigError("config.yaml of the run has another layout than the traced step")
     return plan
-
-
-def _replicas(explanation: Explanation) -> int:
-    return 1 + max((rank.replica for rank in explanation.ranks), default=0)
 
 
 def compare_schedules(
@@ -254,10 +226,11 @@ def remedies(
     costs = cost_file or _COSTS
     with_costs = shlex.quote(f"cost={costs}")
 
-    def add(name: str, words: str, command: str) -> None:
-        what_if = explanation.what_if(name)
-        if what_if is not None and what_if.seconds < (1 - WORTH) * explanation.measured_seconds:
-            found.append(Remedy(name, words, command, what_if.seconds))
+    def add(name: str, words: str, command: str, seconds: float | None = None) -> None:
+        if seconds is None and (what_if := explanation.what_if(name)) is not None:
+            seconds = what_if.seconds
+        if seconds is not None and explanation.saves(seconds, WORTH):
+            found.append(Remedy(name, words, command, seconds))
 
     num_ranks, cpus = len(explanation.ranks), explanation.step.cpus
     enough = cpus is not None and num_ranks <= cpus
@@ -268,11 +241,7 @@ def remedies(
         else f"{num_ranks} ranks need {num_ranks} processors; or use fewer ranks here",
         "" if enough or cpus is None else f"{trains} parallel.pp={cpus} parallel.dp=1",
     )
-    factors = [1.0] * explanation.step.num_ranks
-    for rank in explanation.slow:
-        if rank.replica == rank.tensor_rank == 0:
-            factors[rank.pipeline_rank] = round(rank.slowness, 2)
-    listed = ",".join(f"{factor:g}" for factor in factors)
+    listed = ",".join(f"{factor:g}" for factor in explanation.slowness)
     balanced = "vocab.balance=true" if explanation.step.problem.algorithm.sharded else ""
     add(
         "equal_ranks",
@@ -297,15 +266,12 @@ def remedies(
         add("even_rows", "other vocabulary rows", f"{trains} vocab.shards=[{rows}]")
     written = "" if cost_file else f", which vp-explain writes with --cost {costs}"
     add("order", f"plan with the measured times{written}", f"{trains} {with_costs}")
-    if comparison is not None and comparison.saved > WORTH:
-        best = comparison.others[0]
-        found.append(
-            Remedy(
-                "schedule",
-                f"the fastest schedule by simulation with the measured times{written}",
-                f"{trains} schedule={best.schedule} vocab={best.vocab} {with_costs}",
-                explanation.measured_seconds * (1 - comparison.saved),
-            )
+    if comparison is not None and (best := comparison.fastest) is not comparison.own:
+        add(
+            "schedule",
+            f"the fastest schedule by simulation with the measured times{written}",
+            f"{trains} schedule={best.schedule} vocab={best.vocab} {with_costs}",
+            explanation.measured_seconds * best.seconds / comparison.own.seconds,
         )
     found.sort(key=lambda remedy: remedy.seconds or 0.0)
     if _is_misjudged(explanation):
@@ -334,4 +300,4 @@ def _is_misjudged(explanation: Explanation) -> bool:
     ]
     planned = sum(row.count * row.planned for row in rows)
     measured = sum(row.count * (row.measured or 0.0) for row in rows)
-    return planned > 0 and not 1 / SLOW < measured / planned < SLOW
+    return not 1 / SLOW < (measured / planned if planned else 1.0) < SLOW

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,26 @@ _SOURCES = ("measured", "flops", "assumed")
 
 
 @dataclass(frozen=True, slots=True)
-class TracedRank:
-    """What one rank of the run did: by kind, the number of its passes and their seconds."""
+class Place:
+    """A rank of the run and where it is."""
 
     rank: int
     replica: int
     pipeline_rank: int
     tensor_rank: int
     host: str
-    passes: Mapping[Kind, tuple[int, float]]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the first tensor-parallel rank of its stages in the first replica."""
+        return self.replica == self.tensor_rank == 0
+
+
+@dataclass(frozen=True, slots=True)
+class TracedRank(Place):
+    """What one rank of the run did: by kind, the seconds of its passes together."""
+
+    passes: Mapping[Kind, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +80,7 @@ class TracedStep:
     planned_seconds: float
     measured: Timeline
     ranks: tuple[TracedRank, ...]
-    tp: int = 1
+    tp: int
     measured_on: str = ""
     rows: tuple[int, ...] = ()
     processor: Mapping[Pass, float] = field(default_factory=dict)
@@ -172,8 +183,8 @@ def parse(record: Any, cpus: int | None = None) -> TracedStep:
         measured=Timeline(
             tuple(spans),
             tuple(_communications(_mapping(measured["communications"]), layout.num_ranks)),
-            (0.0,) * layout.num_ranks,
-            (0,) * layout.num_ranks,
+            (),
+            (),
         ),
         ranks=ranks,
         tp=tp,
@@ -248,10 +259,7 @@ def _slowness(settings: Any, num_ranks: int) -> tuple[float, ...]:
 def _rank(record: Any) -> TracedRank:
     record = _mapping(record)
     passes = {
-        Kind(letter): (
-            _count(_mapping(found)["count"], "count", least=0),
-            _seconds(found["seconds"]),
-        )
+        Kind(letter): _seconds(_mapping(found)["seconds"])
         for letter, found in _mapping(record["pass_seconds"]).items()
     }
     rank, replica, pipeline_rank, tensor_rank = (
@@ -281,11 +289,8 @@ def _processor(record: Any, order: Sequence[Sequence[Pass]]) -> dict[Pass, float
         return {}
     if [len(_list(row)) for row in record] != [len(row) for row in order]:
         raise ValueError("processor_seconds has not one value for each pass")
-    return {
-        item: _seconds(value)
-        for items, row in zip(order, record, strict=True)
-        for item, value in zip(items, row, strict=True)
-    }
+    passes, values = chain.from_iterable(order), chain.from_iterable(record)
+    return {item: _seconds(value) for item, value in zip(passes, values, strict=True)}
 
 
 def _communications(record: Mapping[str, Any], num_ranks: int) -> list[Span]:
@@ -312,9 +317,10 @@ def intervals(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     starts, ends = (list(map(_seconds, _list(record[key]))) for key in ("starts", "ends"))
     if not len(names) == len(starts) == len(ends):
         raise ValueError(f"{len(names)} names have {len(starts)} starts and {len(ends)} ends")
-    if late := next((n for n, a, b in zip(names, starts, ends, strict=True) if a > b), None):
+    found = list(zip(names, starts, ends, strict=True))
+    if late := next((name for name, start, end in found if start > end), None):
         raise ValueError(f"{shown(late)} ends before it starts")
-    return list(zip(names, starts, ends, strict=True))
+    return found
 
 
 def intervals_of_rank(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:

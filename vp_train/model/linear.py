@@ -220,7 +220,7 @@ class _LinearFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(None if isinstance(store, LateInput) else x)
         ctx.weight, ctx.store, ctx.products = weight, store, products
-        ctx.group, ctx.sequence, ctx.has_bias = group, sequence, bias is not None
+        ctx.group, ctx.sequence = group, sequence
         return products.output(x if sequence is None else sequence.gather(x).wait(), weight, bias)
 
     @staticmethod
@@ -238,7 +238,7 @@ class _LinearFunction(torch.autograd.Function):
         else:
             ctx.store.put(ctx.weight, x.flatten(0, -2), dy.flatten(0, -2))
         # The gradient of the bias is a cheap sum, so it does not wait for W.
-        dbias = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
+        dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return dx if summed is None else summed.wait(), None, dbias, None, None, None, None
 
 
@@ -315,10 +315,8 @@ class ColumnLinear(_StoredLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """Map [s, b, in], or [s / n, b, in] with sequence parallelism, to [s, b, out / n]."""
-        y: Tensor = _LinearFunction.apply(  # type: ignore[no-untyped-call]
-            *(x, self.weight, self.bias, self._store, self._products),
-            *(self._group, self._sequence),
-        )
+        others = self._store, self._products, self._group, self._sequence
+        y: Tensor = _LinearFunction.apply(x, self.weight, self.bias, *others)  # type: ignore[no-untyped-call]
         return y, None
 
 
@@ -369,12 +367,12 @@ class RowLinear(_StoredLinear):
         With `late` x is not kept for the weight gradient; whoever formed it forms it again.
         """
         # A bias must be added once, to the sum.
-        own, late_bias = (self.bias, None) if self._group is None else (None, self.bias)
+        own, to_sum = (self.bias, None) if self._group is None else (None, self.bias)
         y: Tensor = _LinearFunction.apply(  # type: ignore[no-untyped-call]
             x, self.weight, own, late or self._store, self._products, None, None
         )
         if self._group is not None:
             y = self._reduce(y, self._group)
-        if late_bias is None or self._skip_bias_add:
-            return y, late_bias
-        return y + late_bias, None
+        if to_sum is None or self._skip_bias_add:
+            return y, to_sum
+        return y + to_sum, None

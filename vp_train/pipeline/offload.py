@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES, rounded_up
-from vp_train.tensors.streams import Mark, Streams
+from vp_train.tensors.streams import Mark, Streams, with_index
 
 _ALIGNMENT = 512  # bytes; as torch aligns memory on a GPU
 TO_HOST, FROM_HOST = "to host", "from host"  # side streams
@@ -129,7 +129,7 @@ class HostLink:
     def __init__(
         self, streams: Streams, device: torch.device, block_bytes: int = HOST_BLOCK_BYTES
     ) -> None:
-        self.device, self._streams = device, streams
+        self.device, self._streams = with_index(device), streams
         self.memory = HostMemory(pinned=device.type == "cuda", block_bytes=block_bytes)
         self.moved_bytes = 0  # so far, in either direction
 

@@ -230,6 +230,28 @@ class PlanReport:
         return f"compute: rank {self.busiest} is busy for {rank.busy / step:.0%} of the step"
 
     @property
+    def kernel_seconds_of_layer(self) -> float:
+        """The seconds of the kernels of a layer's passes, of one microbatch on the busiest rank.
+
+        They are alone: `sustained`, which counts late hosts too, is taken out.
+        """
+        rank = self.ranks[self.busiest]
+        seconds = rank.layers / (max(1, rank.num_layers) * self.work.num_microbatches)
+        return seconds * self.cluster.sustained
+
+    @property
+    def host_words(self) -> str:
+        """What the host does to the step if it takes longer than the GPU, in words; "" if not."""
+        layer, host = self.kernel_seconds_of_layer, self.cluster.host_layer_seconds
+        if not 0 < layer < host:
+            return ""
+        return (
+            f"takes about {1e3 * host:.1f} ms to issue a layer, the GPU {1e3 * layer:.1f} to "
+            f"compute it, so layers may take {host / layer:.1f} times as long; a larger "
+            f"micro-batch{' or a smaller tp' * (self.degrees.tp > 1)} helps"
+        )
+
+    @property
     def memory_words(self) -> str:
         """The need of the worst rank and its distance from the limit, in words."""
         memory, cap = self.ranks[self.worst].memory, self.cluster.memory_gib
@@ -278,6 +300,7 @@ class PlanReport:
             "offloading": None if self.offloading is None else asdict(self.offloading),
             "host_bytes": asdict(self.host),
             "binds": self.binds,
+            "kernel_seconds_of_layer": self.kernel_seconds_of_layer,
             "fits": self.fits,
             "limit_bytes": self.limit,
             "ranks": [

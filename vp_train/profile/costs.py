@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -47,8 +48,12 @@ class RankProfile:
         return sum(seconds for (measured, _), seconds in self.passes.items() if measured is kind)
 
 
-def measured_cost(step: StepPlan, profiles: Sequence[RankProfile]) -> dict[str, float | str]:
-    """Return the settings of `cost` that follow from `profiles`.
+def measured_cost(
+    step: StepPlan, passes: Mapping[tuple[Kind, int], float]
+) -> dict[str, float | str]:
+    """Return the settings of `cost` that follow from measured passes.
+
+    passes: seconds of a pass by kind and stage, or by kind and rank for vocabulary passes.
 
     They are the seconds of a layer, of the output layer by rows, and of lookups.  Recomputation is
     subtracted from the backward of a stage.  Without a split backward, I and W count as halves of
@@ -57,11 +62,11 @@ def measured_cost(step: StepPlan, profiles: Sequence[RankProfile]) -> dict[str, 
     """
     work, tp = step.work, step.degrees.tp
     cost: dict[str, float] = {}
-    forward = _per_layer(step, profiles, Kind.F)
+    forward = _per_layer(step, passes, Kind.F)
     if forward:
         cost["layer_forward_seconds"] = tp * median(forward.values())
         for kind, name in ((Kind.B, "backward"), (Kind.I, "input_grad"), (Kind.W, "weight_grad")):
-            found = _per_layer(step, profiles, kind)
+            found = _per_layer(step, passes, kind)
             recomputed = {
                 stage: shape.recomputed_part(work.model, step.recompute[stage]) * forward[stage]
                 if kind is not Kind.W
@@ -80,21 +85,20 @@ def measured_cost(step: StepPlan, profiles: Sequence[RankProfile]) -> dict[str, 
             cost["layer_backward_seconds"] = (
                 cost["layer_input_grad_seconds"] + cost["layer_weight_grad_seconds"]
             )
-    rows = {
-        profile.rank: -(-step.shards[End.OUTPUT][profile.rank].num_rows // tp)
-        for profile in profiles
-    }
+    of_rows: dict[int, float] = defaultdict(float)
+    for (kind, rank), seconds in passes.items():
+        if kind in (Kind.S, Kind.T) and step.shards[End.OUTPUT][rank].num_rows:
+            of_rows[rank] += seconds
     points = [
-        (rows[profile.rank], profile.of(Kind.S) + profile.of(Kind.T))
-        for profile in profiles
-        if rows[profile.rank]
+        (-(-step.shards[End.OUTPUT][rank].num_rows // tp), seconds)
+        for rank, seconds in of_rows.items()
     ]
     if points:
         cost["output_fixed_seconds"], cost["output_row_seconds"] = _line(points)
     for kind, name in ((Kind.E, "lookup_seconds"), (Kind.G, "lookup_grad_seconds")):
-        seconds = [profile.of(kind) for profile in profiles if profile.of(kind)]
-        if seconds:
-            cost[name] = median(seconds)
+        taken = [seconds for (each, _), seconds in passes.items() if each is kind and seconds]
+        if taken:
+            cost[name] = median(taken)
     where = {
         "measured_dtype": work.dtype,
         "measured_linear_dtype": work.linear_dtype,
@@ -169,12 +173,13 @@ def cost_text(comments: Sequence[str], cost: Mapping[str, Any]) -> str:
     return "\n".join([*(f"# {comment}" for comment in comments), *values]) + "\n"
 
 
-def _per_layer(step: StepPlan, profiles: Sequence[RankProfile], wanted: Kind) -> dict[int, float]:
+def _per_layer(
+    step: StepPlan, passes: Mapping[tuple[Kind, int], float], wanted: Kind
+) -> dict[int, float]:
     """Return the seconds of one layer in a pass of this kind, by measured stage with layers."""
     return {
         stage: seconds / len(step.layers[stage])
-        for profile in profiles
-        for (kind, stage), seconds in profile.passes.items()
+        for (kind, stage), seconds in passes.items()
         if kind is wanted and step.layers[stage]
     }
 

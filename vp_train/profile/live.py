@@ -69,12 +69,23 @@ def leave_compiled_code_alone() -> None:
     compiler = torch.compile
 
     def compile_function(*arguments: Any, **options: Any) -> Callable[..., Any]:
-        compiled = compiler(*arguments, **options)
+        compiled: Any = compiler(*arguments, **options)
 
-        def run(*tensors: Any) -> Any:
-            with _disable_current_modes():
-                return compiled(*tensors)  # type: ignore[no-untyped-call]
+        def compile_ahead(example: Any) -> Any:
+            made = compiled.aot_compile(example)
+            made.fn = _without_modes(made.fn)
+            return made
 
-        return run
+        run: Any = _without_modes(compiled)
+        run.aot_compile = compile_ahead
+        return run  # type: ignore[no-any-return]
 
     torch.compile = compile_function
+
+
+def _without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        with _disable_current_modes():
+            return function(*arguments)  # type: ignore[no-untyped-call, unused-ignore]
+
+    return run

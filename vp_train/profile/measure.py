@@ -91,10 +91,10 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
     if on_cuda:
         set_environment(os.environ, config.run, Path())  # like the run that is predicted
         torch.cuda.set_device(0)
-        require_float8(config.run)
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         leave_compiled_code_alone()
+    require_float8(config.run)
     plan = make_plan(config, num_ranks)
     rank = plan.degrees.rank(0, pipeline_rank, 0)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)

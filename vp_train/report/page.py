@@ -16,7 +16,7 @@ from typing import Any
 
 from schedules.render import duration, facts, svg
 from schedules.timeline import Timeline
-from vp_train.durable import replace, write_output
+from vp_train.durable import advising, replace, write_output
 from vp_train.report import draw
 from vp_train.report.curves import Curves, Point
 from vp_train.report.record import BITS, LOSS, Events, RunRecord, read_run, set_of
@@ -27,6 +27,7 @@ NAME = "report.html"  # in the directory of a run
 _GIB = 2.0**30
 _NONE = "-"  # in the place of a value that is not known
 _SEEN = 5e-4  # of the step: causes that add less are not shown
+_ELSEWHERE = "vp-report --out FILE writes the report elsewhere"
 _NAMED_STEPS = 12  # of one kind of event
 
 # The parts of a step: key, name, and colour in the stack.
@@ -132,8 +133,10 @@ def write_report(run: Path, target: Path | None = None) -> Path:
     draw.require_packages()
     text = _page("run.html.j2", _context(read_run(run)))
     if target is None:
-        replace(run / NAME, text)  # never through a link: the run may be that of somebody else
-        return run / NAME
+        target = run / NAME
+        with advising(target, _ELSEWHERE):
+            replace(target, text)  # never through a link: the run may be that of somebody else
+        return target
     write_output(target, text)
     return target
 
@@ -144,7 +147,9 @@ def write_comparison(runs: Sequence[Path], target: Path) -> Path:
     Raises ConfigError if one is no run or a package is missing, and OSError.
     """
     draw.require_packages()
-    write_output(target, _page("compare.html.j2", _comparison([read_run(run) for run in runs])))
+    text = _page("compare.html.j2", _comparison([read_run(run) for run in runs]))
+    with advising(target.absolute(), _ELSEWHERE):
+        write_output(target, text)
     return target
 
 

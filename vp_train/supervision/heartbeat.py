@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -92,7 +93,7 @@ class Heartbeat:
                 beat = Beat(count, host, place.doing, place.waits)
                 store.set(self._key(self._rank), json.dumps(asdict(beat)))
                 count += 1
-            except RuntimeError:  # the store is not there yet, or the connection broke
+            except (OSError, RuntimeError):  # there is no store yet, or the connection broke
                 store = None
             self._stopped.wait(_BEAT_SECONDS)
 
@@ -102,6 +103,8 @@ class Heartbeat:
     def _store(self) -> Any:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+        # Where nobody listens torch would try for long, and write a stack of C++ frames.
+        socket.create_connection(self._address, _STORE_SECONDS).close()
         timeout = timedelta(seconds=_STORE_SECONDS)  # to connect, and of every request that waits
         return TCPStore(*self._address, is_master=False, wait_for_workers=False, timeout=timeout)
 
@@ -125,7 +128,7 @@ class Heartbeat:
             after = self._beats(store, num_ranks)
             if any(after):
                 found.append(Stall.of(before, after))
-        except RuntimeError:
+        except (OSError, RuntimeError):
             return
 
     def _beats(self, store: Any, num_ranks: int) -> list[Beat | None]:

@@ -31,6 +31,7 @@ _MOST_METADATA = 4_096  # entries of a table of compiled code
 _OFF = "TORCHDYNAMO_DISABLE"  # torch reads it too
 _PATIENCE_SECONDS = 120.0  # with another process that compiles
 _THREADS = "TORCHINDUCTOR_COMPILE_THREADS"  # torch reads it
+_compiling = Lock()  # before torch 2.13 settings of dynamo are those of all threads
 _given_up = Event()  # since torch 2.13 its own switch counts for the calling thread only
 
 
@@ -40,7 +41,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     It takes tensors and hashable constants by position, and returns tensors without history.
     """
-    return _Direct(function, dynamic=True)
+    return _ByMetadata(function, dynamic=True)
 
 
 @cache
@@ -49,24 +50,24 @@ def compiled_for_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
 
     All other sizes are constants, and so are those of weights, which have one or two dimensions.
     """
-    return _Direct(function, dynamic=False)
+    return _ByMetadata(function, dynamic=False)
 
 
-class _Direct:
+class _ByMetadata:
     """A compiled function whose code a table finds, by the metadata of its arguments.
 
-    torch.compile would evaluate its guards in every call.  With cold caches, as in a layer, that
-    takes longer than all else that the host does for the call, and a GPU that gets small layers
-    waits for the host.  Here guards are evaluated for metadata that is new, and never again.
-    Where torch does not compile ahead of time, torch.compile calls the function.
+    torch.compile would evaluate its guards in every call.  Here that happens for metadata that is
+    new, and never again.  So global state that guards would see, such as deterministic algorithms,
+    must not change after the first call.  Where torch cannot compile ahead of time, torch.compile
+    calls the function, with guards.
     """
 
     def __init__(self, function: Callable[..., Any], *, dynamic: bool) -> None:
         self._function, self._dynamic = function, dynamic
         self._table: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self._made: list[Any] = []  # what torch compiled ahead of time
-        self._lock = Lock()
-        self._usual: Callable[..., Any] | None = None
+        self._made_ahead: list[Any] = []
+        guarded = _compile(function, dynamic=dynamic)
+        self._with_guards = lambda *arguments: guarded(*map(_marked, arguments))
 
     def __call__(self, *arguments: Any) -> Any:
         if _given_up.is_set():
@@ -74,46 +75,36 @@ class _Direct:
         metadata = tuple(map(_metadata, arguments))
         run = self._table.get(metadata)
         if run is None:
-            run = self._found(metadata, tuple(map(_marked, arguments)))
+            with _compiling:
+                run = self._code_for(tuple(map(_marked, arguments)))
+                if len(self._table) >= _MOST_METADATA:  # lengths that vary without end
+                    self._table.clear()
+                self._table[metadata] = run
         return run(*arguments)
 
-    def _found(self, metadata: tuple[Any, ...], arguments: tuple[Any, ...]) -> Callable[..., Any]:
-        """Return what runs for arguments of new metadata; compile it if nothing else does."""
-        with self._lock:
-            if self._usual is not None:
-                return self._usually
-            suits = (made for made in self._made if made.guard_check(*arguments))
-            made = next(suits, None) or self._make(arguments)
-            if made is None:
-                return self._usually
-            if len(self._table) >= _MOST_METADATA:  # of ever new lengths
-                self._table.clear()
-            run: Callable[..., Any] = made.fn
-            self._table[metadata] = run
-            return run
-
-    def _make(self, arguments: tuple[Any, ...]) -> Any:
-        """Compile for `arguments` ahead of time; return None if torch does not do that."""
-        prepare_inductor()
+    def _code_for(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        """Return what runs for `arguments`; compile it if nothing else suits them."""
+        for made in self._made_ahead:
+            if made.guard_check(*arguments):
+                return made.fn  # type: ignore[no-any-return]
+        if len(self._made_ahead) >= _SHAPES:
+            return self._function
         try:
-            with torch._dynamo.config.patch(enable_aot_compile=True):
-                whole: Any = torch.compile(self._function, fullgraph=True, dynamic=self._dynamic)
-                made = whole.aot_compile((arguments, {}))
+            self._made_ahead.append(self._compile_ahead(arguments))
         except Exception:  # of an interface that may change; an error of the code comes up again
-            self._usual = _compile(self._function, dynamic=self._dynamic)
-            return None
-        self._made.append(made)
-        return made
+            return self._with_guards
+        return self._made_ahead[-1].fn  # type: ignore[no-any-return]
 
-    def _usually(self, *arguments: Any) -> Any:
-        assert self._usual is not None
-        return self._usual(*map(_marked, arguments))
+    def _compile_ahead(self, arguments: tuple[Any, ...]) -> Any:
+        with torch._dynamo.config.patch(enable_aot_compile=True):
+            whole: Any = torch.compile(self._function, fullgraph=True, dynamic=self._dynamic)
+            return whole.aot_compile((arguments, {}))
 
 
 def _metadata(argument: Any) -> Any:
     """Return all of an argument that compiled code may depend on."""
     if not isinstance(argument, Tensor):
-        return argument
+        return type(argument), argument
     return argument.dtype, argument.device, argument.shape, argument.stride()
 
 
@@ -255,10 +246,15 @@ def reason_of(message: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
-def tell(reason: str) -> None:
-    """Say once per node that the run goes on without what cannot be compiled."""
+def tell(words: str) -> None:
+    """Say once per node what is not compiled."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"going on without compiling, more slowly: {reason}", file=sys.stderr, flush=True)
+        print(words, file=sys.stderr, flush=True)
+
+
+def tell_failure(reason: str) -> None:
+    """Say once per node that the run goes on without what could not be compiled."""
+    tell(f"going on without compiling, more slowly: {reason}")
 
 
 def compiles_on(device: torch.device) -> bool:

@@ -25,7 +25,7 @@ from vp_train.tensors.compiling import (
     cpp_compiler,
     has_cpp_compiler,
     reason_of,
-    tell,
+    tell_failure,
 )
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -87,7 +87,7 @@ def _are_built(dtype: torch.dtype) -> bool:
     try:
         _functions(dtype)
     except RuntimeError as error:
-        tell(reason_of(str(error)))
+        tell_failure(reason_of(str(error)))
         return False
     return True
 

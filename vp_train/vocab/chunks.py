@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class ChunkSize:
     """The size of a chunk of rows.
 
-    num_bytes: of its logits, which must stay in cache and yet be enough for fast products.
+    num_bytes: of its logits: enough for fast products, and on a CPU few enough to stay in cache.
     minimum_rows, maximum_rows: whatever the bytes.
     """
 
@@ -27,10 +27,11 @@ class ChunkSize:
         return item_bytes * num_tokens * min(num_rows, self.num_rows(num_tokens, item_bytes))
 
 
-# A GPU's chunk fits the L2 cache of an H100 (50 MB), and a row of it the registers of one program.
+# A row of a GPU's chunk fits the registers of one program.  A chunk that fits the L2 cache gains
+# nothing: on an H100 (50 MB) 128 MiB take 1 to 3 % less time than 32 MiB, with fewer launches.
 # Below 2,048 rows products become slow.
 CHUNKS = {
     "cpu": ChunkSize(6 << 20, 1, 1 << 30),
-    "cuda": ChunkSize(32 << 20, 2_048, 32_768),
+    "cuda": ChunkSize(128 << 20, 2_048, 32_768),
 }
 PANEL_BYTES = 128 << 20  # of P of the rows that a GPU multiplies at once but does not keep

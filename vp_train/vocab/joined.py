@@ -1,7 +1,7 @@
 """Passes S and T on a GPU: few launches, each product once over all rows that are kept.
 
-Chunks whose logits fit the L2 cache fill the columns of one matrix P [T, R] that has one reference
-per token: the largest logit of the first chunk, unless a later one exceeds it by far.  So P W is
+Chunks of logits fill the columns of one matrix P [T, R] that has one reference per token: the
+largest logit of the first chunk, unless a later one exceeds it by far.  So P W is
 one product, not a sum over chunks that reads and writes [T, H] each time, and dW is P^T times one
 scaled x.  After its chunks a panel of columns is made relative to the last reference, which
 almost never changes a value.
