@@ -229,6 +229,10 @@ EXPORTS = {
         saved("state", "config", "model", "ffn_hidden_size", to=1 << 50),
         "step-00000000: model.ffn_hidden_size=",
     ),
+    "a norm that is not there": (
+        saved("state", "config", "model", "qk_norm", to=True),
+        "has no layers.0.layer.self_attention.q_layernorm.weight, which its model asks for",
+    ),
     "half of a tensor": (half_of_a_tensor, "does not hold all of embedding.weight"),
 }
 
@@ -242,3 +246,17 @@ def test_a_crafted_checkpoint_is_not_exported(model, tmp_path, name):
     change(body)
     sign(checkpoint, body)
     assert words in outcome(export_checkpoint, tmp_path / "ours", tmp_path / "back")
+
+
+def test_a_run_whose_tokenizer_cannot_be_read_is_not_exported(model, tmp_path):
+    shutil.copytree(model / "ours", tmp_path / "ours")
+    sparse("tokenizer.json", 1 << 40)(tmp_path / "ours")
+    message = outcome(export_checkpoint, tmp_path / "ours", tmp_path / "back")
+    assert "tokenizer.json has 1,099,511,627,776 bytes" in message
+
+
+def test_a_reach_that_is_no_number_is_not_exported(model, tmp_path):
+    shutil.copytree(model / "ours", tmp_path / "ours")
+    setting(max_position_embeddings="8")(tmp_path / "ours")
+    message = outcome(export_checkpoint, tmp_path / "ours", tmp_path / "back")
+    assert 'max_position_embeddings="8" must be a whole number' in message

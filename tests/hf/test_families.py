@@ -466,6 +466,22 @@ def test_a_gemma_may_have_full_attention_in_every_layer():
         model_of(given | {"sliding_window_pattern": 0})
 
 
+@pytest.mark.parametrize(
+    ("mscales", "factor"),
+    [
+        ({}, None),
+        ({"mscale": 1.0}, None),
+        ({"mscale_all_dim": 1.0}, None),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1.0),
+        ({"mscale": 0.5, "mscale_all_dim": 1.0, "attention_factor": 1.5}, 1.5),
+    ],
+)
+def test_yarn_takes_its_factor_of_attention_from_both_scales_or_none(mscales, factor):
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    given = {"rope_parameters": yarn | {"factor": 4.0} | mscales}
+    assert model_of(PUBLISHED["llama3_8b"] | given).rope_attention_factor == factor
+
+
 def test_gelu_of_an_early_gemma_is_its_approximation():
     assert model_of(PUBLISHED["gemma_7b"] | {"hidden_act": "gelu"}) == model_of(
         PUBLISHED["gemma_7b"]
@@ -555,5 +571,7 @@ def test_a_sliding_window_that_no_layer_has_is_no_reason_to_refuse():
     assert model_of(windowed) == model_of(plain)
     with pytest.raises(ConfigError, match="use_sliding_window"):
         model_of(windowed | {"max_window_layers": layers - 1})
+    full = {"layer_types": ["full_attention"] * layers, "max_window_layers": layers - 1}
+    assert model_of(windowed | full) == model_of(plain)
     mixed = {"layer_types": ["full_attention", "sliding_attention"] * 16, "sliding_window": None}
     assert model_of(PUBLISHED["mistral_7b"] | mixed).sliding_window is None

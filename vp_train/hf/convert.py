@@ -543,13 +543,12 @@ def _model_type(directories: Sequence[Path]) -> str | None:
     return None
 
 
-def _config_in(directories: Sequence[Path], model_type: str, *keys: str) -> Path | None:
-    """Return the first config.json with this model type that sets any of `keys`."""
+def _config_in(directories: Sequence[Path], model_type: str, key: str) -> Path | None:
+    """Return the first config.json with this model type that sets `key`."""
     for directory in directories:
         path = file_in(directory, "config.json")
         config = {} if path is None else read_object(path)
-        is_same_type = config.get("model_type") == model_type
-        if is_same_type and any(config.get(key) is not None for key in keys):
+        if config.get("model_type") == model_type and config.get(key) is not None:
             check(config, f"{path}: ")
             return path
     return None
