@@ -645,7 +645,11 @@ def cuda_tests(where: Where, report: Report) -> None:
     """Run the tests that need a GPU; those of the whole trainer are a step of their own."""
     files = ["tests/vocab/test_cuda.py"]
     if where.on_gpu:
-        files += ["tests/model/test_attention.py", "tests/pipeline/test_cuda.py"]
+        files += [
+            "tests/model/test_attention.py",
+            "tests/model/test_elementwise.py",
+            "tests/pipeline/test_cuda.py",
+        ]
     result = where.folder / "junit.xml"
     words = [
         "-m",
