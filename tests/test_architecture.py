@@ -36,6 +36,7 @@ ALLOWED = {
     "vp_train.communication": (
         "schedules",
         "vp_train.config",
+        "vp_train.durable",
         "vp_train.planning.degrees",
         "vp_train.communication",
     ),

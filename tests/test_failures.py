@@ -19,6 +19,7 @@ from vp_train.commands import launch
 from vp_train.communication import flight_recorder
 from vp_train.communication.nccl import require_gpu, set_environment, take_gpu, watch
 from vp_train.config import ConfigError, RunSettings
+from vp_train.durable import is_fresh
 from vp_train.failures import (
     EXIT_CONFIG,
     EXIT_HANG,
@@ -450,10 +451,10 @@ def test_float8_is_refused_on_a_gpu_without_it_and_nothing_else_is(
 
 def test_a_record_is_fresh_from_the_moment_on_and_absent_never(tmp_path):
     record = tmp_path / "record"
-    assert not flight_recorder.is_fresh(record, 0.0)
+    assert not is_fresh(record, 0.0)
     record.write_text("last words")
     os.utime(record, (100.0, 100.0))
-    found = [flight_recorder.is_fresh(record, since) for since in (99.0, 100.0, 101.0)]
+    found = [is_fresh(record, since) for since in (99.0, 100.0, 101.0)]
     assert found == [True, True, False]
 
 

@@ -108,9 +108,14 @@ def all_begin(directory, num_ranks):
     return code + f"{num_ranks}: time.sleep(.01)\n"
 
 
+def job_of(starter, num_local, way_on=lambda: "start again", saves=lambda since: False, **settings):
+    """Return a job whose ranks do not save."""
+    return Job(starter, num_local, way_on=way_on, saves=saves, **settings)
+
+
 def run_ranks(code, num_ranks, **settings):
     """Run ranks with this code as a job on one node called here."""
-    job = Job(lambda resumes: rank_that(code), num_ranks, **settings)
+    job = job_of(lambda resumes: rank_that(code), num_ranks, **settings)
     return run_job(OneNode(Place(host="here")), job)
 
 
@@ -188,7 +193,7 @@ def test_a_second_signal_ends_the_ranks_at_once():
     code += "        os.kill(os.getppid(), number); time.sleep(1.2)\ntime.sleep(60)"
     ending = run_ranks(code, 2)
     assert ending.code == 128 + signal.SIGINT
-    assert ending.words.startswith("stopped by SIGINT; run.resume=true")
+    assert ending.words == "stopped by SIGINT; start again"
 
 
 SAVES = "signal.signal(15, lambda *_: say(75, 'saved'))\n"
@@ -209,35 +214,38 @@ STOPPED, ASKED = f"{STORE}stopped;", f"{STORE}asked to save and to end;"
         ("say(0, '')\n", 0, EXIT_OK, ""),
         (f"rank or os.kill(os.getppid(), 15)\n{SAVES}", 0, EXIT_TIME, "saved"),
     ],
+    ids=["saving", "stopped", "started again", "refused", "failing", "done", "asked before"],
 )
 def test_ranks_whose_store_was_killed_save_and_it_is_the_cause_of_the_end(
     monkeypatch, code, num_restarts, expected, words
 ):
-    servers = []
+    stores = []
 
     def serve(address):
-        servers.append(StoreServer(address))
-        return servers[-1]
+        server = StoreServer(address)
+        stores.append(server._process)
+        return server
 
     def starter(resumes):
         start = rank_that(f"{code}time.sleep(60)")
 
         def start_and_kill(variables, pipe):
             if variables["RANK"] == "1" and not resumes:
-                os.kill(servers[0]._process, signal.SIGKILL)
+                os.kill(stores[0], signal.SIGKILL)
             return start(variables, pipe)
 
         return start_and_kill
 
     monkeypatch.setattr(agent, "StoreServer", serve)
     began = time.monotonic()
-    job = Job(starter, 2, num_restarts, can_save=lambda since: bool(code))
+    job = job_of(starter, 2, num_restarts=num_restarts, saves=lambda since: bool(code))
     ending = run_job(OneNode(Place(host="here")), job)
     assert ending.code == expected
     assert ending.words.startswith(words)
     assert bool(ending.words) == bool(words)
     assert time.monotonic() - began < 20  # about 1 s
-    assert all(server.poll() is None for server in servers)
+    assert len(stores) == 1 + num_restarts
+    assert not any(Path(f"/proc/{store}").exists() for store in stores)  # not even as zombies
 
 
 @pytest.mark.parametrize("code", [EXIT_OK, 74, EXIT_TIME, EXIT_CONFIG])
@@ -281,7 +289,9 @@ def in_forked_ranks():
 
 def run_forked_rank():
     """Be the agent of one forked rank."""
-    ending = run_job(OneNode(Place(host="here")), Job(lambda resumes: forked(in_forked_ranks), 1))
+    ending = run_job(
+        OneNode(Place(host="here")), job_of(lambda resumes: forked(in_forked_ranks), 1)
+    )
     print(ending.code, ending.words)
 
 
@@ -316,7 +326,7 @@ FAILED = NodeLoss(1, "host1", "failed", Ending(74, "no more processes"))
     ],
 )
 def test_a_lost_node_is_the_cause_unless_a_rank_explains_more(ends, lost, code, words):
-    ending = _cause(ends, lost, Job(lambda resumes: rank_that(""), 2))
+    ending = _cause(ends, lost, job_of(lambda resumes: rank_that(""), 2))
     assert ending.code == code
     assert ending.words.startswith(words)
     assert bool(ending.words) == bool(words)
@@ -341,7 +351,7 @@ def test_ends_are_in_the_log_before_ranks_are_killed(monkeypatch):
         return kill(self)
 
     monkeypatch.setattr(LocalRanks, "kill", slow_kill)
-    job = Job(lambda resumes: rank_that(f"rank and say(5, 'x')\n{SLEEP}"), 2)
+    job = job_of(lambda resumes: rank_that(f"rank and say(5, 'x')\n{SLEEP}"), 2)
     assert run_job(news, job).code == 5
     assert known[-1] == "ends"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import time
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
@@ -17,9 +19,9 @@ from torch.distributed import HashStore
 
 from tests.programs import finished
 from tests.ranks import free_port, ready_context
-from tests.test_local_ranks import LOST, all_begin, goes, rank_that
-from vp_train.commands import agent, launch, messenger, nodes
-from vp_train.commands.agent import Job, Signals, run_job
+from tests.test_local_ranks import LOST, all_begin, goes, job_of, rank_that
+from vp_train.commands import agent, launch, messenger, nodes, store_server
+from vp_train.commands.agent import Signals, run_job
 from vp_train.commands.messenger import Heartbeats, Messenger
 from vp_train.commands.nodes import JobEnded, OneNode, SeveralNodes, joined, untold, when_all_told
 from vp_train.commands.place import (
@@ -30,6 +32,7 @@ from vp_train.commands.place import (
     place_of,
     slurm_rank,
 )
+from vp_train.commands.store_server import StoreServer
 from vp_train.commands.train import _serve_ranks, main
 from vp_train.config import ConfigError, RunSettings
 from vp_train.settings import load_config
@@ -44,7 +47,7 @@ def be_agent(place, code, result, settings):
         with joined(place, num_local, settings.pop("patience", 30)) as news:
             if place.node == settings.pop("failing", None):
                 raise BlockingIOError(11, "no more processes")
-            ending = run_job(news, Job(lambda resumes: rank_that(code), num_local, **settings))
+            ending = run_job(news, job_of(lambda resumes: rank_that(code), num_local, **settings))
             found = [ending.code, ending.words, time.time()]
     except ConfigError as error:
         found = [78, str(error), time.time()]
@@ -173,8 +176,7 @@ def test_the_death_of_a_messenger_and_of_the_store_is_noticed_everywhere_and_nam
     assert time.monotonic() - killed < messenger._SILENT_SECONDS
     assert [(loss.node, loss.why) for loss in nodes.losses(both[node])] == [(0, own)]
     assert [(loss.node, loss.why) for loss in nodes.losses(both[1 - node])] == [other]
-    words = nodes.losses(both[1 - node])[0].ending.words
-    assert ("Connection" in words) == (other[1] == "gone"), words
+    assert all(bool(loss.reason) == (loss.why == "gone") for loss in nodes.losses(both[1 - node]))
     for news in reversed(both):
         news.leave()
 
@@ -282,8 +284,9 @@ def ends_fact(node, *codes):
 
 
 BYE = {"kind": "bye", "node": 1}
+STORE = {"kind": "store", "node": 0, "attempt": 0, "words": "the store is gone"}
 FAILING = {"kind": "failing", "node": 1, "attempt": 0, "explains": True}
-JOB = Job(lambda resumes: rank_that(""), 1)
+JOB = job_of(lambda resumes: rank_that(""), 1)
 
 
 @pytest.fixture
@@ -294,8 +297,9 @@ def soon(monkeypatch):
 
 
 @pytest.mark.parametrize("own", [(), (0,), (3,)])
-def test_a_node_that_does_not_say_its_ends_is_never_left_out_of_the_cause(soon, own):
-    log = Script(ends_fact(0, *own), FAILING)
+@pytest.mark.parametrize("end", [FAILING, {**STORE, "saves": False}], ids=["failure", "store"])
+def test_a_node_that_does_not_say_its_ends_is_never_left_out_of_the_cause(soon, own, end):
+    log = Script(ends_fact(0, *own), end)
     past = agent._when_decided(log, 0, Signals())
     expected = (70, "node 1 (host1) did not say how its ranks ended")
     for facts in (past.facts(), [*log.facts(), ends_fact(1, 5)]):  # and if it says so afterwards
@@ -308,13 +312,61 @@ def test_a_node_that_does_not_say_its_ends_is_never_left_out_of_the_cause(soon, 
 def test_advice_is_given_only_where_a_rank_was_killed_and_hides_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(agent, "_run_attempt", lambda news, *others: news)
     unreadable = tmp_path / ("x" * 300)
-    job = Job(JOB.starter, 1, way_on=partial(launch._way_on, unreadable))
+    job = job_of(JOB.starter, 1, way_on=partial(launch._way_on, unreadable))
     advice = f"; {unreadable} cannot be read now (File name too long)"
-    for code in (0, 5, -9):
-        ending = run_job(Script(ends_fact(0, code), ends_fact(1, *[code] * (code >= 0))), job)
-        assert ending.code == (137 if code < 0 else code)
-        assert ending.words.endswith(advice) == (code < 0)
-        assert ("rank 0 on host0 was killed by SIGKILL (" in ending.words) == (code < 0)
+    for code in (0, 5):
+        ending = run_job(Script(ends_fact(0, code), ends_fact(1, code)), job)
+        assert ending.code == code
+        assert advice not in ending.words
+    ending = run_job(Script(ends_fact(0, -9), ends_fact(1)), job)  # the agent ended rank 1
+    assert ending.code == 137
+    assert ending.words.startswith("rank 0 on host0 was killed by SIGKILL (")
+    assert ending.words.endswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("saves", "ends", "code", "words"),
+    [
+        (False, [ends_fact(0, 0), ends_fact(1)], 70, "the store is gone; the ranks were stopped"),
+        (False, [ends_fact(0, 0), ends_fact(1, 0)], 0, ""),
+        (
+            True,
+            [ends_fact(0, 75), ends_fact(1, -9)],
+            70,
+            "the store is gone; the ranks were asked to save and to end; "
+            "rank 1 on host1 was killed by SIGKILL (somebody, or the kernel as memory ran out)",
+        ),
+        (
+            True,
+            [ends_fact(0, 75), ends_fact(1, 70)],
+            70,
+            "the store is gone; the ranks were asked to save and to end",
+        ),
+    ],
+    ids=["one was done", "all were done", "one was killed as it saved", "one missed the store"],
+)
+def test_a_lost_store_is_the_cause_unless_all_were_done_and_hides_no_killed_rank(
+    saves, ends, code, words
+):
+    ending = agent._ending(Script({**STORE, "saves": saves}, *ends), 0, JOB)
+    assert (ending.code, ending.words) == (code, words)
+
+
+@pytest.mark.parametrize(
+    ("settings", "since", "expected"),
+    [
+        ({}, 100.0, True),
+        ({}, 101.0, False),
+        ({"checkpoint_every": 0}, 100.0, False),
+        ({"checkpoint_every": 0, "checkpoint_minutes": 1.0}, 100.0, True),
+    ],
+)
+def test_ranks_save_from_their_first_step_on_if_the_run_does(tmp_path, settings, since, expected):
+    run = RunSettings(name="one", root=str(tmp_path), **settings)
+    run.directory.mkdir()
+    (run.directory / "config.yaml").touch()
+    os.utime(run.directory / "config.yaml", (100.0, 100.0))
+    assert launch._saves(run, since) == expected
 
 
 def test_a_node_that_leaves_without_its_ends_is_never_left_out_of_the_cause(soon):
@@ -511,6 +563,34 @@ def test_an_agent_leaves_when_its_messenger_has_written_all(monkeypatch, tmp_pat
     assert kinds == ["asked", "bye"]
 
 
+def stuck(stream, agent, place, identity, is_first):
+    time.sleep(60)
+    os._exit(0)
+
+
+def test_an_agent_ends_a_messenger_that_does_not_answer_and_says_nothing_of_it(monkeypatch):
+    monkeypatch.setattr(nodes, "be_messenger", stuck)
+    monkeypatch.setattr(nodes, "STORE_SECONDS", 0.1)
+    news = SeveralNodes(Place(2, 1, "host1", "127.0.0.1", 1, "one"))
+    news.leave()
+    assert not Path(f"/proc/{news._messenger}").exists()
+    assert (news._log, news._second) == ([], None)
+
+
+def test_a_killed_messenger_is_named_even_if_no_other_can_start(monkeypatch):
+    monkeypatch.setattr(nodes, "be_messenger", stuck)
+    news = SeveralNodes(Place(2, 1, "host1", "127.0.0.1", 1, "one"))
+
+    def fork():
+        raise BlockingIOError(11, "no more processes")
+
+    monkeypatch.setattr(nodes, "fork", fork)
+    os.kill(news._messenger, signal.SIGKILL)
+    nodes.wait_until(lambda: news.facts() or None, 30)
+    assert [loss.why for loss in nodes.losses(news)] == ["cut"]
+    news.leave()
+
+
 def test_what_all_know_stands_before_what_an_agent_without_a_head_tells(monkeypatch):
     def brief(stream, agent, place, identity, is_first):
         stream.sendall(b'{"kind": "joined", "node": 0, "host": "host0"}\n')
@@ -616,6 +696,25 @@ def test_a_port_in_use_is_refused_at_once(tmp_path):
         port = busy.getsockname()[1]
         words = Agents(tmp_path, "", places(2, port)[:1]).endings()[0][1]
     assert f"host0) cannot listen at port {port} (Address already in use); choose" in words
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.EADDRINUSE, ConfigError),
+        (errno.EACCES, ConfigError),
+        (errno.EAGAIN, BlockingIOError),  # of the fork
+        (errno.EMFILE, OSError),
+    ],
+)
+def test_only_a_port_is_refused_as_one_not_what_a_new_start_may_mend(monkeypatch, number, expected):
+    def fail(body):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(store_server, "child", fail)
+    with pytest.raises(expected) as caught:
+        StoreServer.at_port("127.0.0.1", 0, "rank 0", "; choose another")
+    assert type(caught.value) is expected
 
 
 def test_an_unknown_head_is_refused_in_one_line_and_soon():

@@ -1329,6 +1329,11 @@ class RunSettings:
         return self.directory / "checkpoints"
 
     @property
+    def saves(self) -> bool:
+        """Whether the run writes checkpoints at all."""
+        return self.checkpoint_every > 0 or self.checkpoint_minutes > 0
+
+    @property
     def profiles(self) -> Path:
         """The directory of what torch's profiler recorded."""
         return self.directory / "profile"

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,10 +52,21 @@ def homes(place: Path) -> tuple[Path, ...]:
 def checkpoints_in(directory: Path) -> list[tuple[int, Path]]:
     """Return step and path of all checkpoints in a directory that may be missing, oldest first.
 
-    They may be damaged.
+    They may be damaged.  Raises OSError for a directory that cannot be read.
     """
-    steps = {path: checkpoint_step(path.name) for path in directory.glob("step-*")}
+    names: list[str] = []
+    with suppress(FileNotFoundError, NotADirectoryError):
+        names = os.listdir(directory)  # Path.glob hides errors, and then there seem to be none
+    steps = {directory / name: checkpoint_step(name) for name in names}
     return sorted((step, path) for path, step in steps.items() if step is not None)
+
+
+def is_fresh(path: Path, since: float) -> bool:
+    """Return whether `path` was written at or after `since`, in seconds of `time.time`."""
+    try:
+        return path.stat().st_mtime >= since
+    except OSError:
+        return False
 
 
 def similar_run(path: Path) -> Path | None:

@@ -496,7 +496,7 @@ class Run:
         if health.saved:
             self._saver.advance()
         is_last = step == self.config.run.steps
-        wanted = self._saves and (is_last or health.request != asked.NOTHING)
+        wanted = self.config.run.saves and (is_last or health.request != asked.NOTHING)
         if wanted or self._is_due(step, self.config.run.checkpoint_every):
             self.begin_save(step, reporter)
         if not is_last and self._left is None:
@@ -509,11 +509,6 @@ class Run:
         if reporter is not None and reporter.has_no_reader:
             return max(request, asked.NO_READER)
         return request
-
-    @property
-    def _saves(self) -> bool:
-        """Whether this run writes checkpoints at all."""
-        return self.config.run.checkpoint_every > 0 or self.config.run.checkpoint_minutes > 0
 
     def _is_due(self, step: int, every: int) -> bool:
         """Return whether something that happens every `every` steps, and at the end, is due."""
@@ -811,7 +806,7 @@ class Run:
             return Ending(EXIT_OK, warning)
         saved = (
             "a checkpoint is saved, run.resume=true goes on"
-            if self._saves
+            if self.config.run.saves
             else "no checkpoint is saved, for run.checkpoint_every=0"
         )
         words = f"vp-train: stopped after step {self.step}, because {self._left}; {saved}{warning}"

@@ -22,6 +22,7 @@ from vp_train.checkpoint.store import CheckpointTensor, find, latest, load, newe
 from vp_train.checkpoint.stream import Described, write_tensors
 from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError
+from vp_train.durable import checkpoints_in
 from vp_train.tensors.slices import TensorSlice
 
 ROWS = 23
@@ -116,6 +117,16 @@ def load_ranges(rank, num_ranks, directory, chunks):
 def test_parts_of_several_ranges_are_read_by_parts_of_others(ranks, tmp_path, before, after):
     ranks(before[0]).run(save_ranges, str(tmp_path), before[1])
     assert ranks(after[0]).run(load_ranges, str(tmp_path), after[1]) == [True] * after[0]
+
+
+def test_a_directory_that_cannot_be_read_is_not_one_without_checkpoints(tmp_path):
+    (tmp_path / "file").touch()
+    for empty in ("missing", "file"):
+        assert checkpoints_in(tmp_path / empty) == []
+    (tmp_path / "loop").symlink_to("loop")  # unlike a missing permission, root cannot read it
+    for unreadable in ("loop", "x" * 300):
+        with pytest.raises(OSError, match=unreadable):
+            checkpoints_in(tmp_path / unreadable)
 
 
 def test_only_the_newest_stay(ranks, tmp_path):

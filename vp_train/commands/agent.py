@@ -34,7 +34,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ from vp_train.failures import (
     EXIT_TIME,
     Ending,
     RankEnd,
+    end_of_process,
     root_cause,
 )
 from vp_train.supervision.requests import SIGNALS, is_ignored
@@ -124,18 +125,19 @@ class Job:
 
     `starter` returns how to start a rank, of a run that begins (False) or resumes (True).
     `record_of` returns the flight recorder's file of a rank if NCCL's watchdog wrote it.  `way_on`
-    returns the advice for a job that was stopped at once, or of which a rank was killed.
-    `can_save` returns whether ranks that started at a time, in seconds of `time.time`, have got so
-    far that they save if they are asked to end.
+    returns the advice for a job that was stopped at once, or of which a rank was killed.  `saves`
+    returns whether ranks that started at a time, in seconds of `time.time`, save if they are asked
+    to end.
     """
 
     starter: Callable[[bool], Starter]
     num_local: int
+    _: KW_ONLY
+    way_on: Callable[[], str]
+    saves: Callable[[float], bool]
     num_restarts: int = 0
     settings: RunSettings = field(default_factory=RunSettings)
     record_of: Callable[[int], Path | None] = lambda rank: None
-    way_on: Callable[[], str] = lambda: "run.resume=true goes on from the newest checkpoint"
-    can_save: Callable[[float], bool] = lambda since: True
 
 
 def run_job(news: News, job: Job) -> Ending:
@@ -200,7 +202,7 @@ def _run_attempt(news: News, job: Job, attempt: int, signals: Signals) -> News:
             def tell_end_of_store() -> None:
                 if server is not None and (end := server.poll()) is not None:
                     words = f"the store of the ranks on {place.host} {end}"
-                    news.tell("store", attempt=attempt, words=words, saves=job.can_save(began))
+                    news.tell("store", attempt=attempt, words=words, saves=job.saves(began))
 
             try:
                 _watch(news, ranks, attempt, signals, tell_end_of_store)
@@ -228,7 +230,7 @@ def _when_decided(news: News, attempt: int, signals: Signals) -> News:
     while (past := when_all_told(news, "ends", attempt)) is None:
         _tell_requests(news, signals)
         now = time.monotonic()
-        if since is None and _is_ending(news, attempt):
+        if since is None and (_failures(news, attempt) or _ends_at_once(news, attempt)):
             since = now
         if since is not None and now > since + _TOLD_SECONDS:
             since = now
@@ -239,9 +241,13 @@ def _when_decided(news: News, attempt: int, signals: Signals) -> News:
     return past
 
 
-def _is_ending(news: News, attempt: int) -> bool:
-    """Return whether all agents end their ranks soon, because of a failure or a second signal."""
-    return bool(_failures(news, attempt)) or _insisting(news) is not None
+def _ends_at_once(news: News, attempt: int) -> bool:
+    """Return whether all agents end their ranks at once.
+
+    That is after a second signal, and without a store for ranks that do not save.
+    """
+    store = _end_of_store(news, attempt)
+    return _insisting(news) is not None or (store is not None and not store["saves"])
 
 
 def _ending(past: News, attempt: int, job: Job, advice: Callable[[], str] = str) -> Ending:
@@ -252,13 +258,21 @@ def _ending(past: News, attempt: int, job: Job, advice: Callable[[], str] = str)
     facts = told(past, "ends", attempt).values()
     ends = sorted((end for fact in facts for end in fact["ends"]), key=lambda end: end["when"])
     lost = _lost(past, attempt)
-    cause = _cause([_rank_end(**end) for end in ends], lost, job, advice)
+    ranks = [_rank_end(**end) for end in ends]
+    cause = _cause(ranks, lost, job, advice)
     store = _end_of_store(past, attempt)
-    is_own = cause.code in _FINAL and (cause.code != EXIT_TIME or _wants_end(past))
-    if store is None or lost or (ends and is_own):
+    is_own = cause.code in _FINAL
+    if cause.code == EXIT_OK:  # if some ranks have an end, the others were stopped
+        is_own = len(ranks) == job.num_local * past.place.num_nodes
+    elif cause.code == EXIT_TIME:
+        is_own = _wants_end(past)
+    if store is None or lost or is_own:
         return cause
     asked = "asked to save and to end" if store["saves"] else "stopped"
-    said = (store["words"], f"the ranks were {asked}", advice())
+    # A rank that was killed as it saved has no words itself.
+    mute = [end for end in ranks if end.ending is None and _explains(end)]
+    killed = [f"{end.name} {end_of_process(end.code)}" for end in mute[:1]]
+    said = (store["words"], f"the ranks were {asked}", *killed, advice())
     return Ending(EXIT_INTERNAL, "; ".join(filter(None, said)))
 
 
@@ -319,7 +333,7 @@ def _cause(
     if cause.words or cause.code in (EXIT_OK, EXIT_TIME):
         return cause
     first = next(end for end in ends if end.code == cause.code)
-    return Ending(cause.code, f"{first.name} left with code {cause.code} and said nothing")
+    return Ending(cause.code, f"{first.name} {end_of_process(first.code)} and said nothing")
 
 
 def _start_port(news: News, attempt: int, signals: Signals) -> int | None:
@@ -355,21 +369,18 @@ def _watch(
 ) -> None:
     """Wait until the ranks have ended, or until their time after a failure anywhere is over.
 
-    Ranks need their store to connect, and not to save.  So without it, ranks that can save are
-    asked to save and to end; others would try to reach it for long.
+    Ranks need their store to connect, and not to save.  So without it, ranks that save are asked to
+    save and to end; others would try to reach it for long.
     """
     since: dict[bool, float] = {}  # when a failure was first seen, and one that explains others
     said: set[bool] = set()
     has_asked = False
     while ranks.running:
         _tell_requests(news, signals)
-        if _insisting(news) is not None:
-            return
         tell_end_of_store()
-        store = _end_of_store(news, attempt)
-        if store is not None and not store["saves"]:
+        if _ends_at_once(news, attempt):
             return
-        if not has_asked and (signals.has_request or store is not None):
+        if not has_asked and (signals.has_request or _end_of_store(news, attempt) is not None):
             has_asked = True
             ranks.request_end(signals.noted[0][0] if signals.has_request else signal.SIGTERM)
         ranks.poll()

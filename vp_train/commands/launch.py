@@ -37,7 +37,7 @@ from vp_train.commands.place import Place, local_ranks_of
 from vp_train.commands.searching import Searching
 from vp_train.communication import flight_recorder
 from vp_train.config import ConfigError, RunConfig, RunSettings
-from vp_train.durable import checkpoints_in, write_all
+from vp_train.durable import checkpoints_in, is_fresh, write_all
 from vp_train.durable import replace as replace_file
 from vp_train.failures import (
     EXIT_INTERNAL,
@@ -146,19 +146,33 @@ def _launch(
     def record_of(rank: int) -> Path | None:
         """Return the flight recorder's file of `rank` if this run wrote it."""
         record = flight_recorder.file_of(os.environ, config.run.directory, rank)
-        return record if flight_recorder.is_fresh(record, started) else None
+        return record if is_fresh(record, started) else None
 
-    def has_begun(since: float) -> bool:
-        return flight_recorder.is_fresh(config.run.directory / "config.yaml", since)
-
-    way_on = partial(_way_on, config.run.checkpoints)
-    job = Job(starter, num_local, num_restarts, config.run, record_of, way_on, has_begun)
-    code = _left(news, run_job(news, job))
     settings = config.run
+    job = Job(
+        starter,
+        num_local,
+        num_restarts=num_restarts,
+        settings=settings,
+        record_of=record_of,
+        way_on=partial(_way_on, settings.checkpoints),
+        saves=partial(_saves, settings),
+    )
+    code = _left(news, run_job(news, job))
     has_failed = code not in (EXIT_OK, EXIT_TIME) and code - 128 not in SIGNALS
-    if news.place.node == 0 and has_failed and has_begun(started):
+    if news.place.node == 0 and has_failed and _has_begun(settings, started):
         _in_copy(lambda: _conclude(settings))
     return code
+
+
+def _has_begun(settings: RunSettings, since: float) -> bool:
+    """Return whether ranks that started at `since` or later have come to their first step."""
+    return is_fresh(settings.directory / "config.yaml", since)
+
+
+def _saves(settings: RunSettings, since: float) -> bool:
+    """Return whether ranks that started at `since` or later save if they are asked to end."""
+    return settings.saves and _has_begun(settings, since)
 
 
 def _way_on(checkpoints: Path) -> str:

@@ -122,7 +122,7 @@ class SeveralNodes:
     def __init__(self, place: Place) -> None:
         """Connect to the head; node 0 is the head, and begins to listen.
 
-        Raises ConfigError if the head's name is not known or the port is in use.
+        Raises ConfigError if the head's name is not known, and like `StoreServer.at_port`.
         """
         self.place = place
         self._server: StoreServer | None = None
@@ -136,15 +136,13 @@ class SeveralNodes:
             "nonce": secrets.token_hex(8) if place.node == 0 else "",
         }
         if place.node == 0:
-            values = {IDENTITY: json.dumps(self._identity)}
-            try:
-                self._server = StoreServer("", place.port, values)
-            except OSError as error:
-                raise ConfigError(
-                    f"node 0 ({place.host}) cannot listen at port {place.port} "
-                    f"({os.strerror(error.errno or 0)}); choose another: "
-                    f"--head {place.next_address}"
-                ) from None
+            self._server = StoreServer.at_port(
+                "",
+                place.port,
+                f"node 0 ({place.host})",
+                f"; choose another: --head {place.next_address}",
+                {IDENTITY: json.dumps(self._identity)},
+            )
         self._messenger, self._socket = self._start_messenger()
         self._second: tuple[int, socket.socket] | None = None
 
@@ -200,7 +198,8 @@ class SeveralNodes:
         reasons = [fact["words"] for fact in self._log if fact["kind"] == "reason"]
         self._log.append({**lost, "reason": reasons[-1]} if reasons and why == "gone" else lost)
         if why == "cut":
-            self._second = self._start_messenger(is_first=False)
+            with contextlib.suppress(OSError):  # no more processes: the others miss the beats
+                self._second = self._start_messenger(is_first=False)
 
     def leave(self) -> None:
         """Say goodbye; the head waits until the others have, since its store ends with it."""
@@ -212,9 +211,9 @@ class SeveralNodes:
         self._socket.settimeout(STORE_SECONDS)
         try:
             self.facts()  # to the end of the stream
-        except TimeoutError:
+        except TimeoutError:  # it does not answer, and this node has nothing more to hear
             os.kill(self._messenger, signal.SIGKILL)
-            self.facts()
+            os.waitpid(self._messenger, 0)
         self._socket.close()
         if self._second is not None:
             self._end_second(*self._second)

@@ -198,7 +198,7 @@ def _on_ranks(work: Work, opening: Opening, arguments: Sequence[str]) -> int:
         num_ranks,
         settings=opening.config.run,
         way_on=lambda: "start it again",
-        can_save=lambda since: False,
+        saves=lambda since: False,
     )
     ending = run_job(news, job)
     words, number = ending.words, ending.code - 128

@@ -5,6 +5,7 @@ An agent forks ranks, and starts them again after a failure; a process with thre
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import time
 from collections.abc import Mapping
 
 from vp_train.commands.local_ranks import child
+from vp_train.config import ConfigError
 from vp_train.failures import end_of_process
 
 LOOPBACK_ADDRESS = "127.0.0.1"
@@ -29,7 +31,7 @@ class StoreServer:
     ) -> None:
         """Serve on `address`, "" for every interface, and on a free port if `port` is 0.
 
-        Raises OSError if the port is in use.
+        Raises OSError if the port is in use, or if the system has no more of something.
         """
         family = (
             socket.AF_INET6 if address == "" and socket.has_dualstack_ipv6() else socket.AF_INET
@@ -40,6 +42,28 @@ class StoreServer:
         self.port: int = listening.getsockname()[1]
         self._process = child(lambda: _serve(listening, self.port, values or {}))
         listening.close()
+
+    @classmethod
+    def at_port(
+        cls,
+        address: str,
+        port: int,
+        who: str,
+        way_out: str,
+        values: Mapping[str, str] | None = None,
+    ) -> StoreServer:
+        """Serve at a port that users can change: `who` does, and `way_out` says how to change it.
+
+        Raises ConfigError if the port is in use or not allowed, and OSError for what another start
+        may mend.
+        """
+        try:
+            return cls(address, port, values)
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
+            words = f"{who} cannot listen at port {port} ({os.strerror(error.errno)})"
+            raise ConfigError(f"{words}{way_out}") from None
 
     def poll(self) -> str | None:
         """Return in words how the store has ended since the last call, None if it has not."""

@@ -367,8 +367,7 @@ def _passed_on(source: IO[bytes], tail: bytearray) -> None:
 
 def _is_finished(config: RunConfig) -> bool:
     """Return whether a run has done all of its steps."""
-    saves = config.run.checkpoint_every > 0 or config.run.checkpoint_minutes > 0
-    if saves:
+    if config.run.saves:
         from vp_train.checkpoint.manifest import newest_step
 
         done = newest_step(config.run.checkpoints, config.run.steps) or 0

@@ -190,7 +190,7 @@ def _train_rank(config: RunConfig) -> NoReturn:
 def _serve_ranks() -> None:
     """Serve the store of the ranks that Slurm has started, if this is the first of them.
 
-    Raises ConfigError if the port is in use.
+    Raises ConfigError or OSError like `StoreServer.at_port`.
     """
     from vp_train.commands.store_server import LOOPBACK_ADDRESS, StoreServer, loopback
 
@@ -199,13 +199,12 @@ def _serve_ranks() -> None:
         os.environ.update({**loopback(), **os.environ})
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     if os.environ["RANK"] == "0":
-        try:
-            StoreServer(address if address == LOOPBACK_ADDRESS else "", port)
-        except OSError as error:
-            raise ConfigError(
-                f"rank 0 cannot listen at port {port} ({os.strerror(error.errno or 0)}), which "
-                "follows from the numbers of the Slurm job and step; start another step or job"
-            ) from None
+        StoreServer.at_port(
+            address if address == LOOPBACK_ADDRESS else "",
+            port,
+            "rank 0",
+            ", which follows from the numbers of the Slurm job and step; start another step or job",
+        )
 
 
 def with_origin(config: RunConfig) -> RunConfig:

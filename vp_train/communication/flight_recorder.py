@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from vp_train.durable import is_fresh
+
 # torch waits this long for a file; after 4 times as long it aborts the process.  By then a rank has
 # waited for its own file and looked for the rank that hangs.
 DUMP_SECONDS = 3.0
@@ -26,14 +28,6 @@ def file_of(environment: Mapping[str, str], directory: Path, rank: int) -> Path:
     """Return the file of `rank`, in the run's directory unless the `environment` names another."""
     given = next((environment[name] for name in _PREFIX_VARIABLES if name in environment), None)
     return Path(f"{given or prefix(directory)}{rank}")
-
-
-def is_fresh(path: Path, since: float) -> bool:
-    """Return whether `path` was written at or after `since`, in seconds of `time.time`."""
-    try:
-        return path.stat().st_mtime >= since
-    except OSError:
-        return False
 
 
 def wait_for(path: Path, since: float) -> bool:

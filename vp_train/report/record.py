@@ -200,7 +200,7 @@ def read_run(path: Path) -> RunRecord:
         notices=notices[0],
         num_notices=notices[1],
         logs=reading(lambda: _logs(path / "logs"), ()),
-        checkpoints=tuple(step for step, _ in checkpoints_in(path / "checkpoints")),
+        checkpoints=reading(lambda: _steps(path / "checkpoints"), ()),
         missing=tuple(missing),
     )
 
@@ -343,6 +343,11 @@ def _environment(path: Path) -> dict[str, Any]:
     if isinstance(command, list) and all(isinstance(word, str) for word in command):
         found["command"] = [printable(word) for word in command[:1_000]]
     return found
+
+
+def _steps(path: Path) -> tuple[int, ...]:
+    """Return the steps of the checkpoints in a directory."""
+    return tuple(step for step, _ in checkpoints_in(path))
 
 
 def _logs(path: Path) -> tuple[Log, ...]:
