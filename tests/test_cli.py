@@ -383,10 +383,11 @@ def interrupted(name, module, function):
     getattr(start, name)()
 
 
-@pytest.mark.parametrize("script", SCRIPTS.values())
-def test_ctrl_c_while_a_command_imports_ends_it_without_a_word(script):
-    module, _, name = script.partition(":")
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_ctrl_c_while_a_command_imports_ends_it_without_a_word(command):
+    module, _, name = SCRIPTS[command].partition(":")
     assert module == start.__name__
+    assert command == "vp-" + name.removesuffix("_model")
     done = finished(partial(interrupted, name, module, "import_module"))
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 

@@ -413,6 +413,15 @@ def test_one_rank_sends_nothing_and_is_as_fast_as_itself():
     assert found.what_if("order").seconds == pytest.approx(found.measured_seconds, rel=0.01)
 
 
+@pytest.mark.parametrize(("name", "other"), [("zb_h1", "1f1b"), ("1f1b", "zb_h1")])
+def test_a_schedule_that_only_has_the_name_of_a_generator_is_not_ordered_by_it(name, other):
+    """That of a file splits its backward and is named 1f1b, or the other way round."""
+    step, program = step_of(name, "one_barrier")
+    assert explain(run(step, program)).what_if("order") is not None
+    named = replace(step, schedule=replace(step.schedule, name=other))
+    assert explain(run(named, program)).what_if("order") is None
+
+
 @pytest.mark.parametrize("slow", [1.0, 2.0])
 @pytest.mark.parametrize("more", [0.0, 0.5])
 def test_uneven_work_is_evened_where_it_is_not_that_of_rows(more, slow):

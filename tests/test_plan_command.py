@@ -6,9 +6,7 @@ import json
 import re
 import subprocess
 import sys
-import tomllib
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +15,6 @@ from vp_train.failures import EXIT_CONFIG, EXIT_OK, EXIT_TIME
 from vp_train.planning.report import make_report
 from vp_train.settings import load_config
 
-ROOT = Path(__file__).parent.parent
 AS_TYPED = ["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=32"]
 NANO = ["model=nano", "num_microbatches=8"]
 
@@ -25,11 +22,6 @@ NANO = ["model=nano", "num_microbatches=8"]
 @pytest.fixture
 def vp_plan(run_here):
     return partial(run_here, main, "vp-plan")
-
-
-def test_the_command_is_installed():
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts["vp-plan"] == "vp_train.commands.start:plan"
 
 
 def test_as_in_the_readme_without_torch():

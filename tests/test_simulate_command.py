@@ -7,7 +7,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tomllib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,11 +63,6 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture
 def vp_simulate(run_here):
     return partial(run_here, main, "vp-simulate")
-
-
-def test_the_command_is_installed():
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts["vp-simulate"] == "vp_train.commands.start:simulate"
 
 
 def test_as_in_the_readme_without_torch():

@@ -40,8 +40,9 @@ class Ends:
             (sum(period < middle - 1 for period in own), sum(period <= middle for period in own))
             for own in periods
         ]
-        # The warm-up lasts until the first pass behind the cut of rank 0, which has the first and
-        # the last stage.
+        # The warm-up lasts until the first pass behind the cut of rank 0. Rings are V-shaped
+        # (`auto._steady`), so rank 0 begins and ends every microbatch: it has passes on both sides
+        # of the cut.
         self._mark = orders[0][self._cuts[0]]
         self._ring = self._first = self._last = refiner.swept(orders)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from statistics import fmean
 
 import pytest
 
+from schedules.bound import step_bound
 from schedules.check import check_schedule
 from schedules.generators import base_order, generate
 from schedules.generators.extend import repeat_of, repeats_of
@@ -152,28 +154,28 @@ def test_a_search_goes_on_as_long_as_its_budget_of_placed_nodes_lasts(name, p, m
         assert asked(refiner.search, count * (turns + 2 * effort), 0.0) >= count
 
 
-# Cases with a seed, and seconds of steps.  A search that finds better ones lowers its figures here.
-KICKED = {
-    ("1f1b", 3, 6, "one_barrier", 1): 31.500387,
-    ("interleaved", 2, 6, "one_barrier", 0): 27.598429,
-    ("interleaved", 2, 6, "one_barrier", 3): 19.929625,
-    ("zb_h1", 3, 5, "one_barrier", 0): 23.272594,
-    ("zb_h1", 3, 5, "one_barrier", 2): 22.032268,
-    ("v_half", 2, 5, "one_barrier", 0): 16.440583,
-    ("v_half", 2, 5, "one_barrier", 1): 21.90471,
-    ("v_half", 3, 4, "none", 0): 16.252065,
-    ("v_min", 3, 5, "two_barrier", 2): 21.66067,
-}
-
-
-@pytest.mark.parametrize(("case", "known"), KICKED.items())
-def test_kicks_find_what_they_have_found_or_better(monkeypatch, case, known):
+def test_kicks_come_close_to_the_lower_bound(monkeypatch):
+    """Within 3 % of it on the mean; the orders to improve take 9 % longer."""
     monkeypatch.setattr(sys.modules[Refiner.__module__], "_KICK_EFFORT", 0)
-    network, _, orders = woven(*case)
-    refiner = Refiner(network, [1.2 * kept for kept in peaks_of(network, orders)])
-    found = refiner.search(refiner.judge(orders), 180 * refiner.nodes, 0.0)
-    assert found.excess == 0
-    assert found.makespan <= known * (1 + 1e-6)
+    ratios = []
+    for *case, seed in (
+        ("1f1b", 3, 6, "one_barrier", 1),
+        ("interleaved", 2, 6, "one_barrier", 0),
+        ("interleaved", 2, 6, "one_barrier", 3),
+        ("zb_h1", 3, 5, "one_barrier", 0),
+        ("zb_h1", 3, 5, "one_barrier", 2),
+        ("v_half", 2, 5, "one_barrier", 0),
+        ("v_half", 2, 5, "one_barrier", 1),
+        ("v_half", 3, 4, "none", 0),
+        ("v_min", 3, 5, "two_barrier", 2),
+    ):
+        network, option, orders = woven(*case, seed)
+        refiner = Refiner(network, [1.2 * kept for kept in peaks_of(network, orders)])
+        found = refiner.search(refiner.judge(orders), 180 * refiner.nodes, 0.0)
+        assert found.excess == 0
+        bound = step_bound(option.problem, option.cost, tuple(refiner.caps))
+        ratios.append(found.makespan / bound.seconds)
+    assert fmean(ratios) < 1.03
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb_h1", "v_half"])

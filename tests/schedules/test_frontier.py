@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from schedules.bound import step_bound
 from schedules.check import check_program, check_schedule
 from schedules.cost import CostModel
 from schedules.generators import auto
@@ -77,34 +78,34 @@ def test_a_known_solution_is_never_lost(quick_search):
     assert worst.schedule.ranks == tight.schedule.ranks
 
 
-# Every I takes `backward` times as long as its F.  `known`: the rings, and the seconds of the step.
-# A search that finds more of them or better ends changes its figures here.
+# Every I takes `backward` times as long as its F.  `few`: two thirds of the rings that were found.
 @pytest.mark.parametrize(
-    ("p", "algorithm", "slowness", "cap", "backward", "known"),
+    ("p", "algorithm", "slowness", "cap", "backward", "few"),
     [
-        (1, "one_barrier", None, 3.0, 1.3, (10, 15.22)),
-        (2, "one_barrier", None, 2.4, 1.2, (1, 30.05)),
-        (3, "one_barrier", None, 2.9, 0.7, (3, 39.52)),
-        (3, "one_barrier", (1.0, 0.8, 1.2), 2.6, 1.4, (2, 57.68)),
-        (3, "one_barrier", (1.0, 0.0, 1.0), 2.9, 1.2, (3, 44.8)),
-        (3, "two_barrier", None, 3.2, 1.3, (3, 46.94)),
-        (3, "none", None, 4.0, 1.4, (6, 58.25)),
+        (1, "one_barrier", None, 3.0, 1.3, 7),
+        (2, "one_barrier", None, 2.4, 1.2, 1),
+        (3, "one_barrier", None, 2.9, 0.7, 2),
+        (3, "one_barrier", (1.0, 0.8, 1.2), 2.6, 1.4, 1),
+        (3, "one_barrier", (1.0, 0.0, 1.0), 2.9, 1.2, 2),
+        (3, "two_barrier", None, 3.2, 1.3, 2),
+        (3, "none", None, 4.0, 1.4, 4),
     ],
 )
 def test_a_tight_ring_keeps_its_period_and_caps_and_its_ends_only_improve(
-    p, algorithm, slowness, cap, backward, known
+    p, algorithm, slowness, cap, backward, few
 ):
     (option,) = options_of(p, 4 * p, (algorithm,), slowness=slowness, names=("v_min",))
     seconds = option.cost.pass_seconds
     slower = {Kind.I: tuple(backward * value for value in seconds[Kind.I])}
-    network = Network.of(option.problem, replace(option.cost, pass_seconds=seconds | slower))
+    cost = replace(option.cost, pass_seconds=seconds | slower)
+    network = Network.of(option.problem, cost)
     caps = [cap] * p
     period = max(
         sum(network.seconds[k] for k, lane in enumerate(network.lanes) if lane == busy)
         for busy in range(p)
     )
     rings = list(tight_rings(network, option.problem, caps, period))
-    assert len(rings) >= known[0], "the cap leaves room"
+    assert len(rings) >= few, "the cap leaves room"
     assert not list(tight_rings(network, option.problem, [0.1] * p, period))
     for ring in rings:
         rated = ring.rate()
@@ -116,7 +117,7 @@ def test_a_tight_ring_keeps_its_period_and_caps_and_its_ends_only_improve(
     found = [ends.search(budget, 0.0, lambda best: True) for budget in (0, 1, 1)]
     makespans = [refiner.judge(rings[0].orders()).makespan, *(best.makespan for best in found)]
     assert makespans == pytest.approx(sorted(makespans, reverse=True))
-    assert makespans[-1] <= known[1] * CLOSE
+    assert makespans[-1] < 1.03 * step_bound(option.problem, cost, tuple(caps)).seconds
     assert found[-1].excess == 0
     check_schedule(network.schedule("found", found[-1].orders), option.problem)
     # With more microbatches in its middle the step takes so many periods longer, and keeps no more.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from random import Random
+from statistics import fmean
 
 import pytest
 
@@ -138,17 +139,15 @@ def test_a_search_in_rings_keeps_its_caps_and_never_slows_what_fits(p, algorithm
     assert found is None or not any(found[1].excess(rank, cap) for rank, cap in enumerate(low))
 
 
-# Seconds of the shortest periods.  A search that finds shorter ones lowers its figures here.
-TIGHTENED = [(3.072905, 3.072905), (3.773667, 3.768542), (4.504953, 4.069394), (4.528051, 4.870456)]
-
-
-@pytest.mark.parametrize(("case", "known"), [*zip(CASES, TIGHTENED, strict=True)])
-def test_a_search_in_rings_finds_what_it_has_found_or_better(case, known):
-    ring, network, *_ = ring_of(*case, moves=4)
-    kept = [ring.excess(rank, 0.0) for rank in range(len(ring.words))]
-    found = [tighten(ring, network, kept, 80, seed) for seed in range(2)]
-    for (rate, _), seconds in zip(found, known, strict=True):
-        assert rate <= seconds * (1 + 1e-6)
+def test_a_search_in_rings_comes_close_to_the_work_of_the_busiest_rank():
+    """Within 8 % of it on the mean; the rings to improve take about a fifth longer."""
+    ratios = []
+    for case in CASES:
+        ring, network, *_ = ring_of(*case, moves=4)
+        kept = [ring.excess(rank, 0.0) for rank in range(len(ring.words))]
+        least = max(sum(network.seconds[k] for k in word) for word in ring.words)
+        ratios += [tighten(ring, network, kept, 160, seed)[0] / least for seed in range(2)]
+    assert fmean(ratios) < 1.08
 
 
 def test_an_order_of_dependencies_begins_with_what_can_start_first():

@@ -66,10 +66,10 @@ def test_warps_of_a_row_leave_a_thread_few_values_and_the_usual_number_is_first(
 
     for num_columns in (1, 17, 2_048, 4_096, 8_193, 16_384, 32_768, 65_536):
         usual, *others = warps_of(num_columns)
-        values = 1 << (num_columns - 1).bit_length()
-        assert values == 32 * 16 * usual or usual == (4 if values < 32 * 16 * 4 else 32)
-        few = [n for n in (usual / 2, usual * 2) if values <= 32 * 64 * n and n <= 32]
-        assert others == few
+        for num_warps in (usual, *others):
+            assert num_warps in (1, 2, 4, 8, 16, 32)
+            assert num_columns <= 32 * 64 * num_warps
+        assert set(others) <= {usual // 2, 2 * usual}
 
 
 @with_triton

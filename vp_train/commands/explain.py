@@ -22,7 +22,7 @@ from schedules.render import duration
 from vp_train.commands.command import Parser, collect_rarely, guarded, output_of, path_argument
 from vp_train.config import ConfigError, RunConfig, printable
 from vp_train.durable import checkpoints_in, write_output
-from vp_train.explain.causes import Explanation, KindTimes, RankTimes, explain
+from vp_train.explain.causes import ExplainedRank, Explanation, KindTimes, explain
 from vp_train.explain.remedies import (
     Comparison,
     GoingOn,
@@ -317,7 +317,7 @@ def _rank_table(explanation: Explanation) -> Table:
     return table
 
 
-def _shown_ranks(ranks: Sequence[RankTimes]) -> list[RankTimes]:
+def _shown_ranks(ranks: Sequence[ExplainedRank]) -> list[ExplainedRank]:
     """Return the slowest ranks, in order, if there are too many to show all."""
     slowest = sorted(ranks, key=lambda row: -row.slowness)[:_SHOWN_RANKS]
     return sorted(slowest, key=lambda row: row.rank)

@@ -15,13 +15,14 @@ from statistics import fmean, median, median_low
 from typing import Any
 
 from schedules.cost import CostModel
-from schedules.generators import generate
+from schedules.generators import GENERATORS, generate
 from schedules.ir import Kind, Pass
 from schedules.lower import Action, Program, lower
 from schedules.offload import place_transfers
 from schedules.problem import Collective, Node
 from schedules.replay import Times, replay, times_of
-from vp_train.explain.trace import Place, TracedRank, TracedStep
+from schedules.timeline import Timeline
+from vp_train.explain.trace import RankPlace, TracedRank, TracedStep
 from vp_train.planning.placement import fill_with_rows
 
 SLOW = 1.1  # a rank that computes this many times as long as the others is slow
@@ -76,7 +77,7 @@ class KindTimes:
 
 
 @dataclass(frozen=True, slots=True)
-class RankTimes(Place):
+class ExplainedRank(RankPlace):
     """The seconds of one rank of the run in the step.
 
     slowness: how many times as long as the other ranks it computes for the same work.
@@ -115,14 +116,14 @@ class Explanation:
     causes: tuple[Cause, ...]
     what_ifs: tuple[WhatIf, ...]
     kinds: tuple[KindTimes, ...]
-    ranks: tuple[RankTimes, ...]
+    ranks: tuple[ExplainedRank, ...]
     replicas: Mapping[int, float]
     on_processor: float
     own: Mapping[tuple[Kind, int], float]
     rows: tuple[int, ...] | None = None
 
     @property
-    def slow(self) -> tuple[RankTimes, ...]:
+    def slow(self) -> tuple[ExplainedRank, ...]:
         """The slow ranks, the slowest first."""
         found = (rank for rank in self.ranks if rank.is_slow)
         return tuple(sorted(found, key=lambda rank: -rank.slowness))
@@ -161,36 +162,43 @@ class _Explaining:
     """The step with its program and its measured times.
 
     own: the seconds of every pass; if it shared a processor, those for which it had it.
+    shared: whether passes had to wait for a processor.
     ranks: all ranks of the run.
+    replayed: the seconds of the step when it is replayed with the measured times.
     """
 
     step: TracedStep
     program: Program
     times: Times
     own: Seconds
-    ranks: tuple[RankTimes, ...] = ()
-    replayed: float = 0.0
+    shared: bool
+    ranks: tuple[ExplainedRank, ...]
+    replayed: float
 
     @classmethod
     def of(cls, step: TracedStep) -> _Explaining:
         program = lower(step.schedule, step.problem, step.cost)
         times = times_of(program, step.cost, step.runtime, step.measured)
-        made = cls(step, program, times, _own_seconds(step, times.passes))
-        return replace(made, ranks=tuple(made._ranks()), replayed=made.seconds(times))
+        own = _own_seconds(step, times.passes)
+        shared = own != times.passes
+        return cls(
+            step=step,
+            program=program,
+            times=times,
+            own=own,
+            shared=shared,
+            ranks=tuple(_ranks(step, times, own, shared=shared)),
+            replayed=_replayed(step, program, times),
+        )
 
     @property
-    def shared(self) -> bool:
-        """Whether passes had to wait for a processor."""
-        return self.own is not self.times.passes
-
-    @property
-    def slowness(self) -> dict[int, float]:
-        """The factors of the pipeline ranks; 1 for one whose passes took no time."""
+    def factors(self) -> dict[int, float]:
+        """The slowness of the pipeline ranks; 1 for one whose passes took no time."""
         return {rank.pipeline_rank: rank.slowness or 1.0 for rank in self.ranks if rank.is_first}
 
     @property
-    def slow(self) -> dict[int, float]:
-        """The factors of those pipeline ranks that are slow."""
+    def slow_factors(self) -> dict[int, float]:
+        """The slowness of those pipeline ranks that are slow."""
         return {
             rank.pipeline_rank: rank.slowness
             for rank in self.ranks
@@ -199,9 +207,7 @@ class _Explaining:
 
     def seconds(self, times: Times | None, program: Program | None = None) -> float:
         """Return the seconds of the step in which passes and messages take `times`."""
-        step = self.step
-        played = replay(program or self.program, step.cost, step.runtime, times).timeline
-        return max(span.end for spans in played.compute for span in spans)
+        return _replayed(self.step, program or self.program, times)
 
     def without(self, times: Times, program: Program | None = None) -> float:
         """Return the seconds of the step with other times; what is not explained stays."""
@@ -210,7 +216,7 @@ class _Explaining:
 
     @property
     def measured_seconds(self) -> float:
-        return max(span.end for spans in self.step.measured.compute for span in spans)
+        return _seconds_of(self.step.measured)
 
     def explanation(self) -> Explanation:
         step = self.step
@@ -225,7 +231,7 @@ class _Explaining:
             ranks=self.ranks,
             replicas=self._replicas(),
             on_processor=sum(self.own.values()) / sum(self.times.passes.values()),
-            own=_means(self._faster(self.own, self.slow)),
+            own=_means(self._faster(self.own, self.slow_factors)),
             rows=rows,
         )
 
@@ -284,7 +290,7 @@ class _Explaining:
         def add(name: str, words: str, program: Program | None = None, **changed: Any) -> None:
             found.append(WhatIf(name, words, self.without(replace(times, **changed), program)))
 
-        slow = self.slow
+        slow = self.slow_factors
         for rank, factor in slow.items():
             words = f"if pipeline rank {rank} computed as fast as the others"
             name = f"equal_rank_{rank}" if len(slow) > 1 else "equal_ranks"
@@ -346,7 +352,7 @@ class _Explaining:
         Each kind of pass takes as long as on average, in the proportions of the plan, and a slow
         rank longer.  Messages take their median.
         """
-        cost, slow = self.step.cost, self.slow
+        cost, slow = self.step.cost, self.slow_factors
         ranks = range(self.step.num_ranks)
         usual = fmean(slow.get(rank, 1.0) for rank in ranks)
         factors = {rank: usual / slow.get(rank, 1.0) for rank in ranks}
@@ -384,11 +390,14 @@ class _Explaining:
     def _program(self, cost: CostModel) -> Program | None:
         """Return the program of the same schedule ordered for `cost`.
 
-        It is None for a schedule that has no generator.
+        It is None if no generator makes the schedule, such as one from a file. Its name alone does
+        not tell: that of a file may be 1f1b although its backward is split.
         """
-        problem = self.step.problem
+        problem, name = self.step.problem, self.step.schedule.name
+        if name in GENERATORS and GENERATORS[name].split_backward != problem.split_backward:
+            return None
         try:
-            schedule = generate(self.step.schedule.name, problem, cost)
+            schedule = generate(name, problem, cost)
             if self.step.schedule.offloads:
                 schedule = place_transfers(schedule, problem, cost)
             return lower(schedule, problem, cost)
@@ -398,7 +407,7 @@ class _Explaining:
     def _busy(self) -> list[float]:
         """Return the seconds of passes of each pipeline rank, equally fast ranks assumed."""
         busy = [0.0] * self.step.num_ranks
-        for item, seconds in self._faster(self.own, self.slowness).items():
+        for item, seconds in self._faster(self.own, self.factors).items():
             busy[self.step.problem.rank_of(item)] += seconds
         return busy
 
@@ -469,44 +478,6 @@ class _Explaining:
                     rows.append(KindTimes(name, len(values), source, planned, taken))
         return rows
 
-    def _ranks(self) -> list[RankTimes]:
-        step, problem = self.step, self.step.problem
-        planned = [0.0] * step.num_ranks
-        between = [0.0] * step.num_ranks
-        busy = [0.0] * step.num_ranks
-        for item, seconds in self.times.passes.items():
-            rank = problem.rank_of(item)
-            planned[rank] += step.cost.seconds(item)
-            between[rank] += self.times.pass_leads[item]
-            busy[rank] += seconds
-        if not step.runtime.copies_beside_passes:
-            for copy, seconds in self.times.copies.items():
-                between[problem.rank_of(copy[1])] += seconds + self.times.copy_leads[copy]
-        factors = _factors(step, self.own, shared=self.shared)
-        rows = []
-        for place in _places(step):
-            at = place.pipeline_rank
-            seconds = busy[at] if place.is_first else sum(place.passes.values())
-            row = RankTimes(
-                place.rank,
-                place.replica,
-                at,
-                place.tensor_rank,
-                place.host,
-                planned[at],
-                seconds,
-                factors[place.rank],
-            )
-            if row.is_first:
-                row = replace(
-                    row,
-                    planned_waiting=max(0.0, step.planned_seconds - planned[at]),
-                    measured_waiting=max(0.0, self.measured_seconds - busy[at] - between[at]),
-                    between=between[at],
-                )
-            rows.append(row)
-        return rows
-
     def _replicas(self) -> dict[int, float]:
         """Return what the step takes the other replicas, by the sums of their passes."""
         passes = {
@@ -554,7 +525,60 @@ def _places(step: TracedStep) -> tuple[TracedRank, ...]:
     """Return all ranks of the run; those of the timeline if the file names none."""
     if step.ranks:
         return step.ranks
-    return tuple(TracedRank(rank, 0, rank, 0, "", {}) for rank in range(step.num_ranks))
+    return tuple(
+        TracedRank(rank=rank, replica=0, pipeline_rank=rank, tensor_rank=0, host="", passes={})
+        for rank in range(step.num_ranks)
+    )
+
+
+def _ranks(step: TracedStep, times: Times, own: Seconds, *, shared: bool) -> list[ExplainedRank]:
+    """Return the seconds of all ranks of the run."""
+    problem = step.problem
+    planned = [0.0] * step.num_ranks
+    between = [0.0] * step.num_ranks
+    busy = [0.0] * step.num_ranks
+    for item, seconds in times.passes.items():
+        rank = problem.rank_of(item)
+        planned[rank] += step.cost.seconds(item)
+        between[rank] += times.pass_leads[item]
+        busy[rank] += seconds
+    if not step.runtime.copies_beside_passes:
+        for copy, seconds in times.copies.items():
+            between[problem.rank_of(copy[1])] += seconds + times.copy_leads[copy]
+    factors = _factors(step, own, shared=shared)
+    measured_seconds = _seconds_of(step.measured)
+    rows = []
+    for place in _places(step):
+        at = place.pipeline_rank
+        row = ExplainedRank(
+            rank=place.rank,
+            replica=place.replica,
+            pipeline_rank=at,
+            tensor_rank=place.tensor_rank,
+            host=place.host,
+            planned=planned[at],
+            measured=busy[at] if place.is_first else sum(place.passes.values()),
+            slowness=factors[place.rank],
+        )
+        if row.is_first:
+            row = replace(
+                row,
+                planned_waiting=max(0.0, step.planned_seconds - planned[at]),
+                measured_waiting=max(0.0, measured_seconds - busy[at] - between[at]),
+                between=between[at],
+            )
+        rows.append(row)
+    return rows
+
+
+def _replayed(step: TracedStep, program: Program, times: Times | None) -> float:
+    """Return the seconds of the step in which passes and messages take `times`."""
+    return _seconds_of(replay(program, step.cost, step.runtime, times).timeline)
+
+
+def _seconds_of(timeline: Timeline) -> float:
+    """Return when the last pass ends."""
+    return max(span.end for spans in timeline.compute for span in spans)
 
 
 def _factors(step: TracedStep, own: Seconds, *, shared: bool) -> dict[int, float]:

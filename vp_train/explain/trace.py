@@ -33,7 +33,7 @@ _SOURCES = ("measured", "flops", "assumed")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankPlace:
     """A rank of the run and where it is."""
 
     rank: int
@@ -49,7 +49,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class TracedRank(Place):
+class TracedRank(RankPlace):
     """What one rank of the run did: by kind, the seconds of its passes together."""
 
     passes: Mapping[Kind, float]

@@ -15,7 +15,7 @@ from schedules.ir import Kind
 from schedules.timeline import Span, Timeline
 from schedules.vocab import End
 from vp_train.config import CostConfig, RunConfig
-from vp_train.explain.trace import SCHEMA, Place
+from vp_train.explain.trace import SCHEMA, RankPlace
 from vp_train.metrics.figures import RankFigures
 from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.plan import StepPlan
@@ -36,7 +36,7 @@ _MEASURED = {
 
 
 @dataclass(frozen=True, slots=True)
-class RankTimes(Place):
+class RankTimes(RankPlace):
     """What one rank of the run did in the traced step.
 
     pass_seconds: by kind, the number of passes and their seconds.
